@@ -1,0 +1,1 @@
+"""From pairs on disk to batches of tensors."""

@@ -1,0 +1,94 @@
+"""What is worked out once about a file: its index, and the unpacked form of a ``.gz``.
+
+Goes in: a file, and the cache folder the caller names (or none). Comes out: arrays, or the path of the unpacked file.
+Unusual: an index is kept only in a cache folder the caller gave; a ``.gz`` must be unpacked somewhere to allow random
+access, so without a cache folder it goes to a scratch folder that is removed when the process ends.
+Everything is keyed by path, size and time of the file, and written whole or not at all.
+"""
+
+import atexit
+import errno
+import functools
+import gzip
+import hashlib
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from clasp.types import UserError
+
+LAYOUT = "1"  # of the arrays; counting it up makes every older index be built again
+
+Arrays = dict[str, np.ndarray]
+
+
+def stamp_of(path: str | Path) -> str:
+    """Size in bytes and time in nanoseconds of a file: changes when its bytes may have changed."""
+    status = os.stat(path)
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def remembered(cache: Path | None, key: tuple[str, ...], build: Callable[[], Arrays]) -> Arrays:
+    """The arrays of ``build()``, from the cache folder when they were built before under the same key."""
+    if cache is None:
+        return build()
+    file = cache / f"index-{_digest(LAYOUT, *key)}.npz"
+    if file.exists():
+        with np.load(file, allow_pickle=False) as saved:
+            return dict(saved)
+    arrays = build()
+    with _whole(file) as part, part.open("wb") as handle:
+        np.savez(handle, **arrays)  # pyright: ignore[reportArgumentType]
+    return arrays
+
+
+def unpacked(path: Path, cache: Path | None) -> Path:
+    """The file inside ``path`` (a ``.gz``), unpacked once; it keeps the time of ``path``, as gunzip does."""
+    status = path.stat()
+    key = _digest(str(path.resolve()), stamp_of(path))
+    file = (cache or _scratch()) / f"unpacked-{key}-{path.name.removesuffix('.gz')}"
+    if file.exists():
+        return file
+    try:
+        with _whole(file) as part:
+            with gzip.open(path, "rb") as packed, part.open("wb") as plain:
+                shutil.copyfileobj(packed, plain, 1 << 20)
+            os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))
+    except EOFError:
+        raise UserError(f"{path} is truncated: its compressed data ends early, at byte {status.st_size}") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} cannot be unpacked: {error}") from None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"no space left in {file.parent} to unpack {path}") from None
+        raise
+    return file
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """A path to write to that becomes ``file`` only when the block ends well."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@functools.cache
+def _scratch() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="clasp-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:20]

@@ -1,0 +1,115 @@
+"""A folder of pairs: captions beside the images, or images in folders named for their class.
+
+Goes in: a folder. Comes out: its pairs.
+The rule that tells the two apart: when every image, at any depth, has a ``.txt`` or ``.json`` of its name beside it,
+those are the captions; when none has, and every image lies in a folder one level down, that folder names the class.
+Anything in between is refused with an example, since either reading would drop or falsify captions.
+"""
+
+import os
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from jaxtyping import Int32, UInt64
+
+from clasp.data.formats.ids import hash64
+from clasp.data.formats.names import Names
+from clasp.data.formats.opening import Opening
+from clasp.data.formats.samples import IMAGE, JSON, TEXT, Samples, gather, hidden, open_samples
+from clasp.data.formats.sources import FileSource
+from clasp.types import Caption, Pair, UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """The files below a folder in the order of their names, without hidden ones; links to folders are not followed."""
+
+    path: str
+    names: Names
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        found = []
+        for folder, inner, files in os.walk(path):
+            inner.sort()
+            at = Path(folder).relative_to(path)
+            found += [name for file in sorted(files) if not hidden(name := (at / file).as_posix())]
+        return cls(str(path.absolute()), Names.of(found))
+
+    def source(self, row: int) -> FileSource:
+        return FileSource(os.path.join(self.path, self.names[row]))
+
+
+@dataclass(frozen=True, eq=False)
+class ClassFolders:
+    """Images in class folders; a ``Format``. The caption is the folder's name with spaces for ``_`` and ``-``."""
+
+    folder: Folder
+    images: Int32[np.ndarray, " pairs"]
+    classes: tuple[str, ...]
+    hashes: UInt64[np.ndarray, " pairs"]
+    id_prefix: str = ""
+
+    @property
+    def root(self) -> str:
+        return self.folder.path
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int, /) -> Pair:
+        member = int(self.images[row])
+        name = self.folder.names[member]
+        group = name.partition("/")[0]
+        caption = words(group)
+        meta = {"label": bisect_left(self.classes, group), "class": caption}
+        return Pair(self.id_prefix + name, self.folder.source(member), (Caption(caption),), group, meta)
+
+    def prefixed(self, id_prefix: str, path_prefix: str) -> Self:
+        return replace(self, id_prefix=id_prefix)
+
+
+def open_folder(opening: Opening) -> Samples | ClassFolders:
+    """Decides by the rule above; ``UserError`` where it decides nothing."""
+    folder = Folder.of(opening.path)
+    parts = gather(folder.names, stem_of, opening.path)
+    captioned = (parts[:, [TEXT, JSON]] >= 0).any(axis=1)
+    images = parts[:, IMAGE]
+    if captioned.all():
+        return open_samples(opening, folder, lambda: parts, str, ())
+    bare = folder.names[int(images[~captioned][0])]
+    missing = f"{(~captioned).sum()} of {len(images)} images have no .txt or .json of their name beside them"
+    if captioned.any():
+        raise UserError(
+            f"{opening.path} mixes images with and without captions: {missing} ({bare}); either all have one, "
+            "or none has and each lies in a folder named for its class"
+        )
+    depths = np.array([folder.names[int(image)].count("/") for image in images])
+    if (depths != 1).any():
+        odd = folder.names[int(images[depths != 1][0])]
+        raise UserError(
+            f"{opening.path} has no captions: {missing}, and not all lie one level down in a folder named for their "
+            f"class ({odd})"
+        )
+    return _class_folders(folder, images)
+
+
+def _class_folders(folder: Folder, images: np.ndarray) -> ClassFolders:
+    names = [folder.names[int(image)] for image in images]
+    classes = tuple(sorted({name.partition("/")[0] for name in names}))
+    for name in classes:
+        if not words(name):
+            raise UserError(f"{folder.path}: the folder {name!r} names no class, so its images have an empty caption")
+    return ClassFolders(folder, images, classes, np.array([hash64(name) for name in names], np.uint64))
+
+
+def words(folder: str) -> str:
+    return " ".join(folder.replace("_", " ").replace("-", " ").split())
+
+
+def stem_of(name: str) -> tuple[str, str]:
+    stem, suffix = os.path.splitext(name)
+    return stem, suffix.removeprefix(".")

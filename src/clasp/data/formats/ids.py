@@ -1,0 +1,72 @@
+"""Ids of pairs: unique, and independent of the order of the rows and of where the folder lies.
+
+Goes in: the rows of a table. Comes out: what their ids need to know of all rows, as two arrays.
+Unusual: a row without an id is called by its image's path; rows that share an image are ``path#1``, ``path#2`` by the
+order of their captions' hashes. Only hashes are held while a table is opened: 24 bytes a row.
+"""
+
+import hashlib
+import os.path
+from array import array
+
+import numpy as np
+from jaxtyping import UInt32, UInt64
+
+from clasp.data.formats.opening import Format
+from clasp.data.formats.rows import CaptionCheck, Row
+from clasp.types import UserError
+
+
+def image_id(image: str, root: str) -> str:
+    """An image path that does not change when the whole folder moves: relative to ``root`` where it lies in it."""
+    path = os.path.normpath(image)
+    return os.path.relpath(path, root) if path.startswith(root.rstrip(os.sep) + os.sep) else path
+
+
+class Survey:
+    """One pass over the rows of a table whose images are told by path: what ids and groups need to know of all."""
+
+    def __init__(self, name: str):
+        self.captions = CaptionCheck(name)
+        self.ids, self.images, self.texts = array("Q"), array("Q"), array("Q")
+
+    def add(self, where: str, row: Row, image: str) -> None:
+        self.captions.see(where, row.captions)
+        self.ids.append(hash64(row.id) if row.id else 0)
+        self.images.append(hash64(image))
+        self.texts.append(hash64(repr(row.captions)))
+
+    def finish(self) -> dict[str, np.ndarray]:
+        """``twins``: 0 for the only row of its image, else which of them it is. ``hashes``: of the ids."""
+        self.captions.finish()
+        ids, images, texts = (np.array(values, np.uint64) for values in (self.ids, self.images, self.texts))
+        twins = twins_of(images, texts)
+        return {"twins": twins, "hashes": np.where(ids != 0, ids, images + twins * np.uint64(0x9E3779B97F4A7C15))}
+
+
+def twins_of(images: UInt64[np.ndarray, " rows"], texts: UInt64[np.ndarray, " rows"]) -> UInt32[np.ndarray, " rows"]:
+    """Rows with equal ``images`` are numbered from 1 by rising ``texts``; a row alone with its image is 0."""
+    order = np.lexsort((texts, images))
+    first = np.diff(images[order], prepend=~images[order[:1]]) != 0
+    place = np.arange(len(order))
+    number = place - np.maximum.accumulate(np.where(first, place, 0)) + 1
+    number[first & np.append(first[1:], True)] = 0
+    twins = np.empty(len(order), np.uint32)
+    twins[order] = number
+    return twins
+
+
+def refuse_repeats(name: str, opened: Format) -> None:
+    """``UserError`` when two pairs of one source have the same id."""
+    order = np.argsort(opened.hashes, kind="stable")
+    ordered = opened.hashes[order]
+    for place in np.flatnonzero(ordered[1:] == ordered[:-1]):
+        a, b = int(order[place]), int(order[place + 1])
+        if opened[a].id == opened[b].id:  # and not only their hashes
+            raise UserError(f"{name}: the id {opened[a].id!r} is given twice, by pairs {a + 1} and {b + 1}")
+
+
+def hash64(text: str) -> int:
+    """A stable 64-bit hash, never 0."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1

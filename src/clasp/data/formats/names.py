@@ -1,0 +1,36 @@
+"""Many file names in little memory: one array of bytes, and where each name ends.
+
+A list of a million Python strings takes a hundred megabytes and is slow to hand to a worker; this takes what the
+names themselves take.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """Texts by number."""
+
+    letters: UInt8[np.ndarray, " bytes"]
+    ends: Int64[np.ndarray, " names"]
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Self:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        letters = np.frombuffer(b"".join(encoded), np.uint8)
+        return cls(letters, np.cumsum([len(text) for text in encoded], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> str:
+        start = int(self.ends[number - 1]) if number else 0
+        return self.letters[start : int(self.ends[number])].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[number] for number in range(len(self)))

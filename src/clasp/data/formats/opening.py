@@ -1,0 +1,45 @@
+"""The contract between ``clasp.data.pairs`` and the formats: a source about to be opened, and one that is open."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+from jaxtyping import UInt64
+
+from clasp.data.formats.rows import Columns
+from clasp.types import Pair
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """One source about to be opened."""
+
+    path: Path
+    """As the user knows it."""
+    file: Path
+    """What is read: ``path``, or what was inside it when that is a ``.gz``."""
+    columns: Columns
+    root: str
+    """The folder image paths are relative to; absolute."""
+    cache: Path | None
+
+
+class Format(Protocol):
+    """A source that has been opened: its pairs by row number, and the hashes of their ids."""
+
+    @property
+    def hashes(self) -> UInt64[np.ndarray, " pairs"]: ...
+
+    @property
+    def root(self) -> str:
+        """The folder, or tar, in which image paths or keys are unique."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Pair: ...
+
+    def prefixed(self, id_prefix: str, path_prefix: str) -> Self:
+        """The same, among other sources: what goes before ids, and before image paths that stand for a group."""
+        ...

@@ -1,0 +1,192 @@
+"""Parquet tables: image paths, image bytes, or the {bytes, path} cells of Hugging Face's datasets.
+
+Goes in: a file. Comes out: its rows as pairs; image bytes are read only when a source is asked for them.
+Unusual: a row group is the least parquet can read, so the last ones are kept (16 without images, one with). Read in
+random order, a file of images wants row groups of a few hundred rows at most. Rows are counted from 0 here.
+"""
+
+import functools
+import os
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import UInt32, UInt64
+
+from clasp.data.formats.cache import Arrays, remembered, stamp_of
+from clasp.data.formats.ids import Survey, refuse_repeats
+from clasp.data.formats.opening import Opening
+from clasp.data.formats.rows import Columns, Row, RowReader, require
+from clasp.data.formats.sources import FileSource
+from clasp.data.formats.tables import path_of, path_pair
+from clasp.types import Pair, UserError
+
+DEFAULT = Columns(image="image", caption="caption", id="id", language="language", group="group")
+
+Kind = Literal["path", "bytes", "struct"]
+
+
+@dataclass(frozen=True, slots=True)
+class CellSource:
+    """The image in one cell; where a {bytes, path} cell has no bytes, the file at its path below ``root``."""
+
+    path: str
+    stamp: str
+    column: str
+    row: int
+    root: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}::row-{self.row}"
+
+    @property
+    def version(self) -> str:
+        return f"{self.stamp}@{self.row}"
+
+    def read(self) -> bytes:
+        cell = _cells(_image_group, self.path, self.stamp, (self.column,), self.row)[self.column]
+        if isinstance(cell, dict):
+            if cell["bytes"] is None and cell.get("path"):
+                return FileSource(os.path.join(self.root, cell["path"])).read()
+            cell = cell["bytes"]
+        if cell is None:
+            raise UserError(f"{self.name} holds no image")
+        return cell
+
+
+@dataclass(frozen=True, eq=False)
+class ParquetTable:
+    """An opened parquet file; a ``Format``."""
+
+    name: str
+    file: str
+    stamp: str
+    kind: Kind
+    light: tuple[str, ...]
+    """The columns that hold no image bytes."""
+    reader: RowReader
+    root: str
+    twins: UInt32[np.ndarray, " pairs"]
+    hashes: UInt64[np.ndarray, " pairs"]
+    id_prefix: str = ""
+    path_prefix: str = ""
+
+    def __len__(self) -> int:
+        return len(self.twins)
+
+    def __getitem__(self, row: int, /) -> Pair:
+        record = _cells(_light_group, self.file, self.stamp, self.light, row)
+        said = _said(record, self.kind, self.reader, f"{self.name} row {row}")
+        twin = int(self.twins[row])
+        if self.kind == "path":
+            return path_pair(said, twin, self)
+        id = said.id or f"{self.id_prefix}{_cell_id(said, row)}{f'#{twin}' if twin else ''}"
+        image = self.reader.columns.image
+        assert image is not None
+        return Pair(
+            id, CellSource(self.file, self.stamp, image, row, self.root), said.captions, said.group or id, said.meta
+        )
+
+    def prefixed(self, id_prefix: str, path_prefix: str) -> Self:
+        return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
+
+
+def open_parquet(opening: Opening) -> ParquetTable:
+    """Reads the columns that hold no images once, checking every row."""
+    name, stamp, file = str(opening.path), stamp_of(opening.file), str(opening.file.absolute())
+    reader = RowReader.of(opening.columns, DEFAULT)
+    try:
+        table = pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{name} is not a whole parquet file: {error}") from None
+    schema = table.schema_arrow
+    require(reader.required, schema.names, name)
+    image = reader.columns.image
+    kind = _kind(schema.field(image).type, f"{name} column {image!r}")
+    # "binary" in the name of a type is how nested image bytes are found as well
+    light = tuple(field.name for field in schema if "binary" not in str(field.type))
+    if kind == "struct" and schema.field(image).type.get_field_index("path") >= 0:
+        light += (f"{image}.path",)
+
+    def build() -> Arrays:
+        survey, row = Survey(name), 0
+        wanted = [column for column in light if column.removesuffix(".path") in reader.columns.named]
+        for batch in table.iter_batches(batch_size=4096, columns=wanted, use_threads=False):
+            for record in batch.to_pylist():
+                where = f"{name} row {row}"
+                said = _said(record, kind, reader, where)
+                survey.add(where, said, path_of(said, where, opening.root) if kind == "path" else _cell_id(said, row))
+                row += 1
+        if not row:
+            raise UserError(f"{name} has no pairs: looked for rows, found none")
+        return survey.finish()
+
+    key = ("parquet", str(opening.path.resolve()), stamp, opening.root, repr(reader))
+    arrays = remembered(opening.cache, key, build)
+    opened = ParquetTable(
+        name, file, stamp, kind, light, reader, opening.root, twins=arrays["twins"], hashes=arrays["hashes"]
+    )
+    refuse_repeats(name, opened)
+    return opened
+
+
+def _said(record: dict[str, Any], kind: Kind, reader: RowReader, where: str) -> Row:
+    if kind != "path":  # bytes were not read; of a struct, at most its path was
+        record.setdefault(reader.columns.image, None)
+    return reader(record, where)
+
+
+def _cell_id(said: Row, row: int) -> str:
+    """The path in a {bytes, path} cell, else the row's number: a table whose rows may move wants an id column."""
+    path = said.image["path"] if isinstance(said.image, dict) else None
+    return os.path.normpath(path) if path else f"row-{row}"
+
+
+def _kind(type: pa.DataType, where: str) -> Kind:
+    if pa.types.is_dictionary(type):
+        type = type.value_type
+    if pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type):
+        return "path"
+    if pa.types.is_struct(type) and type.get_field_index("bytes") >= 0:
+        return "struct"
+    if "binary" in str(type) and not pa.types.is_nested(type):
+        return "bytes"
+    raise UserError(f"{where} holds {type}; images may be paths (string), bytes (binary) or {{bytes, path}}")
+
+
+def _cells(read_group: Any, path: str, stamp: str, columns: tuple[str, ...], row: int) -> dict[str, Any]:
+    """One row of these columns, through the cache of row groups ``read_group`` keeps."""
+    ends = _parquet(path, stamp, os.getpid()).ends
+    group = int(np.searchsorted(ends, row, side="right"))
+    before = int(ends[group - 1]) if group else 0
+    return read_group(path, stamp, os.getpid(), columns, group).slice(row - before, 1).to_pylist()[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Parquet:
+    file: pq.ParquetFile
+    ends: np.ndarray
+
+
+@functools.lru_cache(maxsize=64)
+def _parquet(path: str, stamp: str, process: int) -> _Parquet:
+    """``process`` is there so that a forked worker opens its own."""
+    try:
+        if stamp_of(path) != stamp:
+            raise UserError(f"{path} was changed after it was opened; open the pairs again")
+        file = pq.ParquetFile(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    groups = file.metadata.num_row_groups
+    return _Parquet(file, np.cumsum([file.metadata.row_group(group).num_rows for group in range(groups)]))
+
+
+def _read_group(path: str, stamp: str, process: int, columns: tuple[str, ...], group: int) -> pa.Table:
+    return _parquet(path, stamp, process).file.read_row_group(group, columns=list(columns), use_threads=False)
+
+
+_light_group = functools.lru_cache(maxsize=16)(_read_group)
+_image_group = functools.lru_cache(maxsize=1)(_read_group)

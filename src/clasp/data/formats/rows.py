@@ -1,0 +1,138 @@
+"""What one row says: a line of a table, a JSON object.
+
+Goes in: a row as a mapping, and the names of its columns. Comes out: a ``Row``, its captions as ``Caption``s.
+Unusual: captions come in four forms (see ``Columns.caption``). An empty one is not dropped but counted, so that a
+source is refused as a whole when it is opened, with the number of such rows.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
+
+from clasp.types import Caption, UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """The columns of a table, or the keys of a JSON object, that carry a meaning; empty: the format's own name.
+
+    A name given here must be in every row; of the formats' own names only image and caption must.
+    What is in no such column becomes ``Pair.meta``.
+    """
+
+    image: str = ""
+    """A path, relative to the image root or absolute (``image``; in csv and tsv ``filepath``)."""
+    caption: str = ""
+    """A text, a list of texts, {language: text or list}, or [{"text", "language"}] (``caption``; csv: ``title``)."""
+    id: str = ""
+    """What the pair is called; unique (``id``)."""
+    language: str = ""
+    """The language of captions that do not tell theirs (``language``)."""
+    group: str = ""
+    """Pairs of one group show the same thing (``group``; in LilT's lists ``image_id``)."""
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The names given, in the order of the fields."""
+        return tuple(name for name in self._all if name)
+
+    def over(self, default: Self) -> Self:
+        """These names, and the default's where none is given."""
+        names = [own or other for own, other in zip(self._all, default._all, strict=True)]
+        return type(self)(**{field.name: name for field, name in zip(fields(self), names, strict=True)})
+
+    @property
+    def _all(self) -> tuple[str, ...]:
+        return (self.image, self.caption, self.id, self.language, self.group)
+
+
+DEFAULT_COLUMNS = Columns()
+
+
+class Row(NamedTuple):
+    """A row, read: ``id`` and ``group`` are empty where it gives none."""
+
+    image: Any
+    captions: tuple[Caption, ...]
+    id: str
+    group: str
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """Reads the rows of one table."""
+
+    columns: Columns
+    required: tuple[str, ...]
+
+    @classmethod
+    def of(cls, asked: Columns, default: Columns) -> "RowReader":
+        columns = asked.over(default)
+        return cls(columns, tuple(dict.fromkeys((columns.image, columns.caption, *asked.named))))
+
+    def __call__(self, record: Mapping[str, Any], where: str) -> Row:
+        require(self.required, record, where)
+        columns = self.columns
+        language = text_of(record.get(columns.language))
+        return Row(
+            image=record[columns.image],
+            captions=captions_of(record[columns.caption], language, where),
+            id=text_of(record.get(columns.id)),
+            group=text_of(record.get(columns.group)),
+            meta={key: value for key, value in record.items() if key not in columns.named},
+        )
+
+
+def require(names: Iterable[str], have: Iterable[str], where: str) -> None:
+    """``UserError`` for the first name that is missing, with the names there are and the nearest of them."""
+    present = list(have)
+    for name in names:
+        if name not in present:
+            near = difflib.get_close_matches(name, present, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{where} has no column {name!r}; it has {', '.join(map(repr, present)) or 'none'}{hint}")
+
+
+def text_of(value: Any) -> str:
+    """An id, a group or a language as text; empty for none."""
+    return "" if value is None else str(value).strip()
+
+
+def captions_of(value: Any, language: str, where: str) -> tuple[Caption, ...]:
+    """The captions in any of the forms a row may give them in (see ``Columns.caption``), stripped.
+
+    An empty text stays, as an empty caption, so that it can be counted; a language with null is left out.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (Caption(value.strip(), language),)
+    if isinstance(value, Mapping):
+        if "text" in value and value.keys() <= {"text", "language"}:
+            return captions_of(value["text"], text_of(value.get("language")) or language, where)
+        return tuple(caption for tag, texts in value.items() for caption in captions_of(texts, tag, where))
+    if isinstance(value, tuple) and len(value) == 2:  # an entry of a parquet map; JSON has no tuples
+        return captions_of(value[1], value[0], where)
+    if isinstance(value, list):
+        return tuple(caption for item in value for caption in captions_of(item, language, where))
+    raise UserError(f"{where}: a caption must be a text, a list of texts or {{language: text}}, not {value!r}")
+
+
+class CaptionCheck:
+    """Counts the pairs of a source that have no caption, or an empty one among them, and complains once."""
+
+    def __init__(self, name: str):
+        self.name, self.seen, self.empty, self.first = name, 0, 0, ""
+
+    def see(self, where: str, captions: tuple[Caption, ...]) -> None:
+        self.seen += 1
+        if not captions or not all(caption.text for caption in captions):
+            self.empty += 1
+            self.first = self.first or where
+
+    def finish(self) -> None:
+        if self.empty:
+            first = f"the first is {self.first}" if self.empty > 1 else self.first
+            raise UserError(f"{self.name}: {self.empty} of {self.seen} pairs have an empty caption or none; {first}")

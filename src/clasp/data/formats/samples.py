@@ -1,0 +1,201 @@
+"""Samples: files that share a name (``cat.jpg``, ``cat.txt``, ``cat.json``, ``cat.cls``) in a folder or a tar.
+
+Goes in: a webdataset tar, or a folder, which is the same unpacked. Comes out: its samples as pairs.
+``txt`` is one caption. ``json`` may hold captions (``captions``, else ``caption``, else ``text``) and meta (the rest).
+``cls`` is a class number, ``meta["label"]``, named in ``meta["class"]`` where a ``classnames.txt`` lies beside the tar.
+Unusual: a sample without caption whose class has a name is captioned by it, and the class is its group.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol, Self
+
+import numpy as np
+from jaxtyping import Int32, UInt64
+
+from clasp.data.formats.cache import Arrays, remembered
+from clasp.data.formats.ids import hash64, refuse_repeats
+from clasp.data.formats.names import Names
+from clasp.data.formats.opening import Opening
+from clasp.data.formats.rows import CaptionCheck, Columns, captions_of, require, text_of
+from clasp.data.formats.shards import open_tar
+from clasp.types import Caption, Pair, Source, UserError
+
+IMAGE_SUFFIXES = tuple("jpg jpeg jfif png webp gif bmp tif tiff avif jp2 ppm pgm".split())
+IMAGE, TEXT, JSON, LABEL = range(4)  # the columns of ``Samples.parts``
+PARTS = dict.fromkeys(IMAGE_SUFFIXES, IMAGE) | {"txt": TEXT, "json": JSON, "cls": LABEL}
+CAPTION_KEYS = ("captions", "caption", "text")
+CLASS_NAMES = "classnames.txt"
+
+
+class Members(Protocol):
+    """Files by number, in a folder or a tar."""
+
+    @property
+    def names(self) -> Names: ...
+
+    def source(self, row: int) -> Source: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The samples of an opened folder or tar; a ``Format``."""
+
+    name: str
+    members: Members
+    call: Callable[[str], str]
+    """The id of a sample from the name of its image."""
+    parts: Int32[np.ndarray, "pairs 4"]
+    """Which member is the image, text, json and class number of a sample; -1 for none."""
+    columns: Columns
+    classes: tuple[str, ...]
+    root: str
+    hashes: UInt64[np.ndarray, " pairs"]
+    id_prefix: str = ""
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, row: int, /) -> Pair:
+        image, text, json_, label = self.parts[row].tolist()
+        record = self._record(json_, image) if json_ >= 0 or self._named else {}
+        key = self.columns.caption or next((key for key in CAPTION_KEYS if key in record), "")
+        language = self.columns.language or "language"
+        captions = captions_of(record.get(key), text_of(record.get(language)), self._path(image))
+        if text >= 0:
+            caption = Caption(self._text(text).strip(), text_of(record.get(language)))
+            captions += () if caption.text in {said.text for said in captions} else (caption,)
+        about = self._class(label) if label >= 0 else {}
+        by_class = not captions and "class" in about
+        if by_class:
+            captions = (Caption(about["class"]),)
+        id = text_of(record.get(self.columns.id)) or self.id_prefix + self.call(self.members.names[image])
+        group = text_of(record.get(self.columns.group)) or (about["class"] if by_class else id)
+        spoken_for = (key, language, self.columns.id, self.columns.group)
+        meta = about | {name: value for name, value in record.items() if name not in spoken_for}
+        return Pair(id, self.members.source(image), captions, group, meta)
+
+    def prefixed(self, id_prefix: str, path_prefix: str) -> Self:
+        return replace(self, id_prefix=id_prefix)
+
+    @property
+    def _named(self) -> tuple[str, ...]:
+        """The keys every json must have: ``columns.image`` has no meaning here."""
+        return replace(self.columns, image="").named
+
+    def _path(self, member: int) -> str:
+        return self.members.source(member).name
+
+    def _text(self, member: int) -> str:
+        try:
+            return self.members.source(member).read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self._path(member)} is not UTF-8 text: {error}") from None
+
+    def _record(self, member: int, image: int) -> dict[str, Any]:
+        if member < 0:
+            raise UserError(f"{self._path(image)} has no .json beside it, which should give {', '.join(self._named)}")
+        try:
+            record = json.loads(self._text(member))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self._path(member)} is not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{self._path(member)} must hold an object such as {{'captions': ['a dog']}}")
+        require(self._named, record, self._path(member))
+        return record
+
+    def _class(self, member: int) -> dict[str, Any]:
+        text = self._text(member).strip()
+        if not text.isdecimal() or (self.classes and int(text) >= len(self.classes)):
+            few = f" below {len(self.classes)}, as {CLASS_NAMES} has so many lines" if self.classes else ""
+            raise UserError(f"{self._path(member)} must hold a class number{few}, not {text!r}")
+        return {"label": int(text)} | ({"class": self.classes[int(text)]} if self.classes else {})
+
+
+def open_shard(opening: Opening) -> Samples:
+    """A webdataset tar: all members whose names agree up to the first dot are one sample."""
+    tar = open_tar(opening.path, opening.file, opening.cache)
+    key = ("samples", str(opening.path.resolve()), tar.stamp)
+    return open_samples(opening, tar, lambda: gather(tar.names, member_key, opening.path), call_member, key)
+
+
+def open_samples(
+    opening: Opening,
+    members: Members,
+    find: Callable[[], Int32[np.ndarray, "pairs 4"]],
+    call: Callable[[str], str],
+    key: tuple[str, ...],
+) -> Samples:
+    """Samples whose captions have all been read once; ``find`` says which members make a sample."""
+    name, beside = str(opening.path), opening.path if opening.path.is_dir() else opening.path.parent
+    named = beside / CLASS_NAMES
+    classes = tuple(named.read_text("utf-8").splitlines()) if named.is_file() else ()
+
+    def samples(parts: np.ndarray, hashes: np.ndarray) -> Samples:
+        root = str(opening.path.absolute())
+        return Samples(name, members, call, parts, opening.columns, classes, root, hashes)
+
+    def build() -> Arrays:
+        parts = find()
+        draft = samples(parts, np.zeros(len(parts), np.uint64))
+        check = CaptionCheck(name)
+        ids = []
+        for row in range(len(parts)):
+            pair = draft[row]
+            looked = f"{pair.image.name} (looked in its .txt, and for {', '.join(CAPTION_KEYS)} in its .json)"
+            check.see(looked, pair.captions)
+            ids.append(hash64(pair.id))
+        check.finish()
+        return {"parts": parts, "hashes": np.array(ids, np.uint64)}
+
+    opened = samples(**remembered(opening.cache, (*key, repr(opening.columns), repr(classes)), build))
+    refuse_repeats(name, opened)
+    return opened
+
+
+def gather(names: Names, split: Callable[[str], tuple[str, str]], where: Path) -> Int32[np.ndarray, "pairs 4"]:
+    """The samples among files, in the order of their first file; files that are part of no sample are left out."""
+    rows: dict[str, int] = {}
+    parts: list[list[int]] = []
+    for number, name in enumerate(names):
+        key, suffix = split(name)
+        part = PARTS.get(suffix.lower())
+        if part is None or hidden(name):
+            continue
+        row = rows.setdefault(key, len(parts))
+        if row == len(parts):
+            parts.append([-1] * 4)
+        if parts[row][part] >= 0:
+            other = names[parts[row][part]]
+            raise UserError(f"{where}: {other!r} and {name!r} claim one place in one sample; rename or remove one")
+        parts[row][part] = number
+    found = np.array([sample for sample in parts if sample[IMAGE] >= 0], np.int32).reshape(-1, 4)
+    if not len(found):
+        looked = f"images (.{', .'.join(IMAGE_SUFFIXES)}) with a .txt or .json of the same name"
+        raise UserError(f"{where} has no pairs: looked for {looked}; found {kinds(names)}")
+    return found
+
+
+def kinds(names: Iterable[str]) -> str:
+    """What files there are, by suffix, the commonest first."""
+    counts = Counter(PurePosixPath(name).suffix or "files without suffix" for name in names if not hidden(name))
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common(6)) or "nothing"
+
+
+def hidden(name: str) -> bool:
+    """Files that systems leave behind: .DS_Store, ._cat.jpg, __MACOSX/..."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def member_key(name: str) -> tuple[str, str]:
+    """Key and suffix as webdataset has them: the name is cut at the first dot of its last part."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix
+
+
+def call_member(name: str) -> str:
+    return member_key(name)[0]

@@ -1,0 +1,83 @@
+"""Where the bytes of an image are: a file, or a stretch of a tar.
+
+Goes in: places, as plain data. Comes out: bytes, when asked, and never before.
+Unusual: open files are kept per process and read by position (``pread``), which neither moves nor shares a cursor, so
+sources may be used from several threads and from forked or spawned workers, and pickle as a few strings.
+"""
+
+import functools
+import os
+import weakref
+from dataclasses import dataclass
+
+from clasp.data.formats.cache import stamp_of
+from clasp.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class FileSource:
+    """A file of its own. Whether it exists is found out when it is read (``UserError`` when it does not)."""
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    @property
+    def version(self) -> str:
+        try:
+            return stamp_of(self.path)
+        except OSError:
+            return "missing"
+
+    def read(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class TarSource:
+    """``size`` bytes from ``offset`` on of an uncompressed tar; ``name`` is ``shard.tar::member.jpg``."""
+
+    name: str
+    path: str
+    stamp: str
+    offset: int
+    size: int
+
+    @property
+    def version(self) -> str:
+        return f"{self.stamp}@{self.offset}+{self.size}"
+
+    def read(self) -> bytes:
+        return read_stretch(self.path, self.stamp, self.offset, self.size)
+
+
+def read_stretch(path: str, stamp: str, offset: int, size: int) -> bytes:
+    """``size`` bytes from ``offset`` on of a file that had this stamp when it was indexed."""
+    data = os.pread(_opened(path, stamp).descriptor, size, offset)
+    if len(data) < size:
+        raise UserError(f"{path} is truncated: it ends at byte {offset + len(data)}, before {offset + size}")
+    return data
+
+
+class _Opened:
+    """A descriptor that is closed with its last user."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+
+@functools.lru_cache(maxsize=64)
+def _opened(path: str, stamp: str) -> _Opened:
+    try:
+        if stamp_of(path) != stamp:
+            raise UserError(f"{path} was changed after it was opened; open the pairs again")
+        return _Opened(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None

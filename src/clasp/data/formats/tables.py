@@ -1,0 +1,114 @@
+"""Tables in text files: .csv and .tsv, .jsonl, and LilT's .json list.
+
+Goes in: a file. Comes out: its rows as pairs, read one at a time from the bytes each takes.
+Unusual: the file is read once to find and check all rows; afterwards a row costs 28 bytes of memory, whatever it says.
+"""
+
+import os
+from array import array
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
+
+import numpy as np
+from jaxtyping import Int64, UInt32, UInt64
+
+from clasp.data.formats.cache import Arrays, remembered, stamp_of
+from clasp.data.formats.ids import Survey, image_id, refuse_repeats
+from clasp.data.formats.opening import Opening
+from clasp.data.formats.rows import Row, RowReader
+from clasp.data.formats.sources import FileSource, read_stretch
+from clasp.data.formats.syntaxes import SYNTAXES, Syntax
+from clasp.types import Pair, UserError
+
+
+@dataclass(frozen=True, eq=False)
+class TextTable:
+    """An opened text table; a ``Format``."""
+
+    name: str
+    file: str
+    stamp: str
+    syntax: Syntax
+    reader: RowReader
+    root: str
+    starts: Int64[np.ndarray, " pairs"]
+    stops: Int64[np.ndarray, " pairs"]
+    twins: UInt32[np.ndarray, " pairs"]
+    hashes: UInt64[np.ndarray, " pairs"]
+    id_prefix: str = ""
+    path_prefix: str = ""
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, row: int, /) -> Pair:
+        start, stop = int(self.starts[row]), int(self.stops[row])
+        record = self.syntax.parse(read_stretch(self.file, self.stamp, start, stop - start))
+        said = self.reader(record, f"{self.name} row {row + 1}")
+        return path_pair(said, int(self.twins[row]), self)
+
+    def prefixed(self, id_prefix: str, path_prefix: str) -> Self:
+        return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
+
+
+class PathTable(Protocol):
+    """What ``path_pair`` needs of a table whose images are told by path."""
+
+    @property
+    def root(self) -> str: ...
+    @property
+    def id_prefix(self) -> str: ...
+    @property
+    def path_prefix(self) -> str: ...
+
+
+def path_pair(said: Row, twin: int, table: PathTable) -> Pair:
+    """The pair of a row whose image is a path: rows of one image are one group unless the table says otherwise."""
+    image = image_id(said.image, table.root)
+    id = said.id or f"{table.id_prefix}{image}{f'#{twin}' if twin else ''}"
+    source = FileSource(os.path.join(table.root, said.image))
+    return Pair(id, source, said.captions, said.group or table.path_prefix + image, said.meta)
+
+
+def path_of(said: Row, where: str, root: str) -> str:
+    """The id of the image a row names, or a ``UserError`` when it names none."""
+    if not isinstance(said.image, str) or not said.image.strip():
+        raise UserError(f"{where} names no image: a path is wanted, not {said.image!r}")
+    return image_id(said.image, root)
+
+
+def open_table(opening: Opening) -> TextTable:
+    """Reads a .csv, .tsv, .jsonl or .json once, from end to end, checking every row but no image."""
+    name, stamp = str(opening.path), stamp_of(opening.file)
+    kind = opening.path.with_name(opening.path.name.removesuffix(".gz")).suffix.lower()
+    syntax = SYNTAXES[kind](opening)
+    reader = RowReader.of(opening.columns, syntax.default)
+
+    def build() -> Arrays:
+        survey, starts, stops = Survey(name), array("q"), array("q")
+        with opening.file.open("rb") as file:
+            for start, stop, where, record in syntax.entries(file):
+                said = reader(record, where)
+                survey.add(where, said, path_of(said, where, opening.root))
+                starts.append(start)
+                stops.append(stop)
+        if not starts:
+            raise UserError(f"{name} has no pairs: looked for {syntax.wanted}, found none")
+        return {"starts": np.array(starts), "stops": np.array(stops), **survey.finish()}
+
+    key = ("table", str(opening.path.resolve()), stamp, opening.root, repr(reader))
+    arrays = remembered(opening.cache, key, build)
+    table = TextTable(
+        name,
+        str(opening.file.absolute()),
+        stamp,
+        syntax,
+        reader,
+        opening.root,
+        starts=arrays["starts"],
+        stops=arrays["stops"],
+        twins=arrays["twins"],
+        hashes=arrays["hashes"],
+    )
+    refuse_repeats(name, table)
+    return table

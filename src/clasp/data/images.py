@@ -1,0 +1,583 @@
+"""Encoded images to pixels, and pixels to a page for people: the one module that touches Pillow.
+
+In: the bytes of one image (or a path, or a Pillow image). Out: ``Float[Tensor, "3 height width"]``, normalised as the
+image tower wants it. Every kind of picture becomes upright RGB on a ground; what cannot be read raises ``ImageError``.
+Unusual: crop and resize are one call on a box, so no full-size copy is made, and a JPEG that will shrink is decoded
+at reduced scale. ``contact_sheet`` draws rows of pictures in any script that the machine has a font for. It stands
+here, and the file is longer than others, because nothing else may import Pillow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import random
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import ExifTags, Image, ImageDraw, ImageEnhance, ImageFont, JpegImagePlugin, UnidentifiedImageError, features
+from torch import Tensor
+
+from clasp.types import UserError
+
+Resize = Literal["crop", "squash", "pad"]
+Interpolation = Literal["bicubic", "bilinear", "lanczos"]
+Box = tuple[float, float, float, float]
+Colour = tuple[int, int, int]
+
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_UPRIGHT = {  # the EXIF orientation -> what brings the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_GAP = 1.0  # a JPEG is decoded at the smallest scale that leaves this many times the pixels asked for
+_DECODING = 1  # part of every fingerprint: raise it when the same bytes become other pixels
+
+
+class ImageError(ValueError):
+    """Bytes that are not a picture we can use; the message says why."""
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+class _Draw(NamedTuple):
+    """The luck of one augmented image, each number uniform in [0, 1). Always all drawn, in this order."""
+
+    area: float
+    aspect: float
+    left: float
+    top: float
+    flip: float
+    rotate: float
+    across: float
+    down: float
+    grayscale: float
+    brightness: float
+    contrast: float
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of a training image. The defaults change nothing, so no caption becomes false.
+
+    Captions speak of left and right, of letters and of colours: flips and colour changes are for data that does not.
+    """
+
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Least and greatest area of the crop, as a fraction of what the plain transform shows."""
+    aspect: tuple[float, float] = (1.0, 1.0)
+    """Least and greatest width / height of that crop, relative to the plain one; drawn log-uniformly."""
+    flip: float = 0.0
+    """Probability of a left-right flip."""
+    rotate: float = 0.0
+    """Greatest rotation either way, degrees; the corners show the ground."""
+    shift: float = 0.0
+    """Greatest shift in either axis, fraction of the side; what is uncovered shows the ground."""
+    grayscale: float = 0.0
+    """Probability of losing the colours."""
+    brightness: float = 0.0
+    """Greatest relative change of brightness either way."""
+    contrast: float = 0.0
+    """Greatest relative change of contrast either way."""
+
+    def __post_init__(self) -> None:
+        for name, (low, high), top in (("crop_scale", self.crop_scale, 1.0), ("aspect", self.aspect, math.inf)):
+            if not 0 < low <= high <= top:
+                raise UserError(f"augment {name} = ({low}, {high}) is not a range of positive numbers up to {top}")
+        limits = {"flip": 1, "rotate": 180, "shift": 1, "grayscale": 1, "brightness": 1, "contrast": 1}
+        for name, limit in limits.items():
+            if not 0 <= asdict(self)[name] <= limit:
+                raise UserError(f"augment {name} = {asdict(self)[name]} is not between 0 and {limit}")
+
+    def crop(self, box: Box, draw: _Draw) -> Box:
+        """A box inside ``box``, of the drawn area, aspect and place."""
+        left, top, right, bottom = box
+        area = self.crop_scale[0] + draw.area * (self.crop_scale[1] - self.crop_scale[0])
+        aspect = self.aspect[0] * (self.aspect[1] / self.aspect[0]) ** draw.aspect
+        wide = (right - left) * min(1.0, math.sqrt(area * aspect))
+        high = (bottom - top) * min(1.0, math.sqrt(area / aspect))
+        left += draw.left * (right - left - wide)
+        top += draw.top * (bottom - top - high)
+        return left, top, left + wide, top + high
+
+    def alter(self, picture: Image.Image, ground: Colour, draw: _Draw) -> Image.Image:
+        """The resized picture, turned, shifted, flipped and recoloured as drawn."""
+        angle = self.rotate * (2 * draw.rotate - 1)
+        across, down = (round(self.shift * (2 * luck - 1) * picture.width) for luck in (draw.across, draw.down))
+        if self.rotate or self.shift:
+            picture = picture.rotate(angle, Image.Resampling.BICUBIC, translate=(across, down), fillcolor=ground)
+        if draw.flip < self.flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if draw.grayscale < self.grayscale:
+            picture = picture.convert("L").convert("RGB")
+        if self.brightness:
+            picture = ImageEnhance.Brightness(picture).enhance(1 + self.brightness * (2 * draw.brightness - 1))
+        if self.contrast:
+            picture = ImageEnhance.Contrast(picture).enhance(1 + self.contrast * (2 * draw.contrast - 1))
+        return picture
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """What stands between the bytes of an image and the image tower: geometry, and its own mean and deviation."""
+
+    size: int
+    """Side of the square output, pixels."""
+    mean: tuple[float, float, float]
+    """Of RGB in [0, 1]."""
+    std: tuple[float, float, float]
+    """Of RGB in [0, 1]."""
+    resize: Resize = "crop"
+    """``crop``: the centre square. ``squash``: the whole, its aspect lost. ``pad``: the whole, fitted on the ground."""
+    interpolation: Interpolation = "bicubic"
+    """Always with antialiasing."""
+    ground: Colour = (255, 255, 255)
+    """RGB behind transparent pixels, and around the picture where it does not reach."""
+    crop_fraction: float = 1.0
+    """Only for ``crop``: side of the crop as a fraction of the shorter side (timm's ``crop_pct``)."""
+
+    def __post_init__(self) -> None:
+        _check_choices(asdict(self))
+        if self.size < 1 or min(self.std) <= 0:
+            raise UserError(f"image size = {self.size} and std = {self.std} must be positive")
+        if not 0 <= min(self.ground) <= max(self.ground) <= 255:
+            raise UserError(f"image ground = {self.ground} is not three numbers from 0 to 255")
+        if not (0 < self.crop_fraction <= 1 and (self.resize == "crop" or self.crop_fraction == 1)):
+            raise UserError(f"image crop_fraction = {self.crop_fraction} is not in (0, 1], or resize is not 'crop'")
+
+    def __call__(self, image: bytes | str | Path | Image.Image) -> Float[Tensor, "3 height width"]:
+        """The normalised image. Raises ``ImageError``."""
+        return self._normalised(self._fitted(image, None, None))
+
+    def augmented(
+        self, image: bytes | str | Path | Image.Image, augment: Augment, seed: int
+    ) -> Float[Tensor, "3 height width"]:
+        """The same with random changes, which depend on ``seed`` alone. Raises ``ImageError``."""
+        luck = random.Random(seed)
+        draw = _Draw(*(luck.random() for _ in _Draw._fields))
+        return self._normalised(augment.alter(self._fitted(image, augment, draw), self.ground, draw))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> ImageTransform:
+        """The reverse of ``to_dict``. Raises ``UserError`` for a setting that is unknown or absent."""
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise UserError(f"unknown image setting {name!r}; there are {', '.join(known)}")
+        for name in ("size", "mean", "std"):
+            if name not in settings:
+                raise UserError(f"the image settings lack {name!r}")
+        _check_choices(settings)
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+        return cls(**values)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the same bytes could become other pixels: sha256 over the settings."""
+        return hashlib.sha256(json.dumps([_DECODING, self.to_dict()], sort_keys=True).encode()).hexdigest()
+
+    def _box(self, width: int, height: int) -> Box:
+        """The part of an upright picture that is shown, in its pixels."""
+        if self.resize != "crop":
+            return 0.0, 0.0, float(width), float(height)
+        # torchvision's whole-pixel sizes and offsets (Resize, then CenterCrop), carried back to the picture
+        shorter = math.floor(self.size / self.crop_fraction)
+        longer = int(shorter * max(width, height) / min(width, height))
+        wide, high = (shorter, longer) if width <= height else (longer, shorter)
+        left, top = round((wide - self.size) / 2), round((high - self.size) / 2)
+        across, down = width / wide, height / high
+        return left * across, top * down, (left + self.size) * across, (top + self.size) * down
+
+    def _fitted(
+        self, image: bytes | str | Path | Image.Image, augment: Augment | None, draw: _Draw | None
+    ) -> Image.Image:
+        """Decoded and resized to the square, RGB."""
+        with _opened(image) as picture:
+            turn = _orientation(picture)
+            width, height = picture.size[::-1] if turn >= 5 else picture.size
+            box = self._box(width, height)
+            if augment is not None and draw is not None:
+                box = augment.crop(box, draw)
+            target = (self.size, self.size)
+            if self.resize == "pad":
+                scale = self.size / max(box[2] - box[0], box[3] - box[1])
+                target = (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale)))
+            reduced = 1
+            if not isinstance(image, Image.Image):  # a caller's own picture is not to be changed
+                reduced = _reduce(picture, min((box[2] - box[0]) / target[0], (box[3] - box[1]) / target[1]))
+            picture = _flat(picture, self.ground)
+        if turn in _UPRIGHT:
+            picture = picture.transpose(_UPRIGHT[turn])
+        left, top, right, bottom = (edge / reduced for edge in box)
+        box = (left, top, min(right, picture.width), min(bottom, picture.height))
+        picture = picture.resize(target, _RESAMPLING[self.interpolation], box=box, reducing_gap=3.0).convert("RGB")
+        if target != (self.size, self.size):
+            page = Image.new("RGB", (self.size, self.size), self.ground)
+            page.paste(picture, ((self.size - target[0]) // 2, (self.size - target[1]) // 2))
+            return page
+        return picture
+
+    def _normalised(self, picture: Image.Image) -> Float[Tensor, "3 height width"]:
+        """``(x / 255 - mean) / std`` in float32, each step rounded once."""
+        bytes_ = torch.from_numpy(np.array(picture))  # height width 3
+        values = bytes_.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32).view(2, 3, 1, 1)
+        return values.div_(255).sub_(mean).div_(std)
+
+
+def _check_choices(settings: Mapping[str, Any]) -> None:
+    for name, choices in (("resize", get_args(Resize)), ("interpolation", get_args(Interpolation))):
+        if settings.get(name, choices[0]) not in choices:
+            raise UserError(f"image {name} = {settings[name]!r} is not one of {', '.join(choices)}")
+
+
+# --- decoding ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image]:
+    """The picture, not yet decoded; whatever goes wrong with it becomes an ``ImageError``."""
+    try:
+        if isinstance(image, Image.Image):
+            yield image
+        else:
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+                yield picture
+    except (ImageError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"no such file: {image}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("not an image, or of a format that Pillow cannot read") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"too large to be decoded safely: {error}") from error
+    except Exception as error:  # damaged bytes reach Pillow's readers as struct, index, zlib, syntax errors and others
+        raise ImageError(f"damaged image: {error}") from error
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a picture is not lost because the notes about it are damaged
+        return 1
+
+
+def _reduce(picture: Image.Image, shrink: float) -> int:
+    """Let a JPEG that will shrink be decoded at 1/2, 1/4 or 1/8; returns that divisor, 1 for all else."""
+    divisor = max((d for d in (1, 2, 4, 8) if d * _GAP <= shrink), default=1)
+    if divisor == 1 or not isinstance(picture, JpegImagePlugin.JpegImageFile):
+        return 1
+    full = picture.width
+    drafted = picture.draft(None, (picture.width // divisor, picture.height // divisor))
+    return round(full / drafted[1][2]) if drafted else 1
+
+
+def _flat(picture: Image.Image, ground: Colour) -> Image.Image:
+    """Decoded, 8 bits, opaque: RGB, or L (three times cheaper to resize)."""
+    picture.load()
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError("32-bit integer pixels, whose range is not known; save it with 8 or 16 bits")
+        return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    if picture.mode == "F":
+        raise ImageError("floating-point pixels, whose range is not known; save it with 8 or 16 bits")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        page = Image.new("RGB", picture.size, ground)
+        page.paste(picture, mask=picture)
+        return page
+    if picture.mode == "1":
+        return picture.convert("L")
+    return picture if picture.mode in ("RGB", "L") else picture.convert("RGB")
+
+
+# --- a page for people ---------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """One thumbnail: the encoded image (``None`` draws an empty place), its label, and whether it is a right answer."""
+
+    image: bytes | None
+    label: str
+    good: bool | None = None
+
+
+class SheetRow(NamedTuple):
+    """A title, its tiles (anything of the form of ``Tile``), and a note in grey after the title."""
+
+    title: str
+    tiles: Sequence[tuple[bytes | None, str, bool | None]]
+    note: str = ""
+
+
+class Sheet(NamedTuple):
+    """What was drawn: where, how large in pixels, with which fonts, and the scripts that no font had."""
+
+    path: Path
+    width: int
+    height: int
+    fonts: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+_SIDE, _SPACE, _STEP, _MARGIN = 128, 16, 164, 32  # pixels: tile, gap, tile with its label, border
+_COLUMNS = 10  # tiles in a line, at most
+_INK, _QUIET, _LINE, _GOOD, _EMPTY = (31, 35, 40), (101, 109, 118), (216, 222, 228), (31, 136, 61), (246, 248, 250)
+_FONT_FOLDERS = (
+    "~/.local/share/fonts", "~/.fonts", "/usr/local/share/fonts", "/usr/share/fonts",
+    "~/Library/Fonts", "/Library/Fonts", "/System/Library/Fonts",
+    "~/AppData/Local/Microsoft/Windows/Fonts", "C:/Windows/Fonts",
+)  # fmt: skip
+_FAMILIES = ("notosans", "dejavusans", "segoeui", "arialunicode")  # wide and quiet: tried before all others
+_STYLES = "bold black heavy medium light thin italic oblique mono condensed serif math symbol emoji display".split()
+# written from right to left, or with letters that change their shape or place: wrong unless Pillow has Raqm
+_SHAPED = frozenset(
+    "ARABIC HEBREW SYRIAC THAANA NKO DEVANAGARI BENGALI GURMUKHI GUJARATI ORIYA TAMIL TELUGU KANNADA MALAYALAM SINHALA "
+    "THAI LAO TIBETAN MYANMAR KHMER MONGOLIAN BALINESE JAVANESE".split()
+)
+
+
+def contact_sheet(rows: Sequence[SheetRow], path: str | Path, *, fonts: str | Path | None = None) -> Sheet:
+    """Draw rows of thumbnails with titles and labels into one PNG, right answers framed in green.
+
+    Text may be in any script. Each stretch of it is drawn with the first font that has its letters, out of the folder
+    ``fonts``, the system's and Pillow's own; where none has, the name of the script stands in brackets instead, and
+    ``Sheet.missing`` names it. An unreadable image is an empty tile that says so.
+    """
+    pen = _Pen(Path(fonts) if fonts is not None else None)
+    columns = min(_COLUMNS, max([4, *(len(row.tiles) for row in rows)]))
+    width = 2 * _MARGIN + columns * (_SIDE + _SPACE) - _SPACE
+    heights = [38 + _STEP * math.ceil(len(row.tiles) / columns) + 22 for row in rows]
+    page = Image.new("RGB", (width, 2 * _MARGIN + sum(heights) - 22), (255, 255, 255))
+    top = _MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        room = width - 2 * _MARGIN
+        note, size = row.note if row.tiles else f"{row.note}   nothing found".strip(), 14
+        aside = min(pen.width(note, size) + 14, room // 2) if note else 0
+        end = pen.write(page, (_MARGIN, top + 20), row.title, 20, _INK, room - aside)
+        pen.write(page, (end + 14, top + 20), note, size, _QUIET, max(0, aside - 14))
+        for place, tile in enumerate(row.tiles):
+            down, across = divmod(place, columns)
+            _draw_tile(page, pen, (_MARGIN + across * (_SIDE + _SPACE), top + 38 + down * _STEP), Tile(*tile))
+        top += height
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path, "PNG")
+    return Sheet(path, *page.size, tuple(sorted(pen.used)), tuple(sorted(pen.missing)))
+
+
+def _draw_tile(page: Image.Image, pen: _Pen, place: tuple[int, int], tile: Tile) -> None:
+    """A rounded picture in its frame, the label centred below."""
+    left, top = place
+    picture, says = Image.new("RGB", (_SIDE, _SIDE), _EMPTY), "no image"
+    if tile.image is not None:
+        try:
+            fitted = ImageTransform(_SIDE - 12, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "pad")._fitted(tile.image, None, None)
+            picture, says = Image.new("RGB", (_SIDE, _SIDE), (255, 255, 255)), ""
+            picture.paste(fitted, (6, 6))
+        except ImageError:
+            says = "unreadable"
+    page.paste(picture, place, _rounded(0))
+    page.paste(_GOOD if tile.good else _LINE, place, _rounded(3 if tile.good else 1))
+    pen.write(page, (left, top + _SIDE // 2 + 4), says, 12, _QUIET, _SIDE, align=0.5)
+    pen.write(page, (left, top + _SIDE + 18), tile.label, 13, _INK if tile.good else _QUIET, _SIDE, align=0.5)
+
+
+@cache
+def _rounded(line: int) -> Image.Image:
+    """A smooth mask of a tile: filled for ``line`` 0, else its outline of so many pixels."""
+    fine = Image.new("L", (4 * _SIDE, 4 * _SIDE))
+    edge = (0, 0, 4 * _SIDE - 1, 4 * _SIDE - 1)
+    ImageDraw.Draw(fine).rounded_rectangle(edge, 48, None if line else 255, 255, 4 * line)
+    return fine.resize((_SIDE, _SIDE), Image.Resampling.BOX)
+
+
+class _Run(NamedTuple):
+    """A stretch of text in one font; ``None`` is the font that Pillow brings, which has little more than ASCII."""
+
+    font: Path | None
+    text: str
+
+
+class _Pen:
+    """Writes text in whatever fonts have its letters, and remembers which it used and what none had."""
+
+    def __init__(self, folder: Path | None) -> None:
+        own = _font_files([folder]) if folder is not None else []
+        if folder is not None and not own:
+            raise UserError(f"no font (.ttf, .otf, .ttc) in {folder}")
+        system = _font_files([Path(name).expanduser() for name in _FONT_FOLDERS])
+        wide = [font for font in system if _rank(font)[0] < len(_FAMILIES)]
+        self._fonts = [*own, *wide, None, *(font for font in system if font not in wide)]
+        self.used: set[str] = set()
+        self.missing: set[str] = set()
+
+    def write(
+        self,
+        page: Image.Image,
+        start: tuple[int, int],
+        text: str,
+        size: int,
+        ink: Colour,
+        room: int,
+        *,
+        align: float = 0.0,
+    ) -> int:
+        """Write on the baseline through ``start``, cut to ``room`` pixels; returns where the text ends.
+
+        ``align`` is the share of the spare room that is left before the text: 0.5 centres it.
+        """
+        runs = self._fitting(self._drawable(text), size, room)
+        x, y = start[0] + align * (room - _width(runs, size)), start[1]
+        for run in runs:
+            font = _font(run.font, size)
+            ImageDraw.Draw(page).text((x, y), run.text, ink, font, anchor="ls")
+            x += font.getlength(run.text)
+            self.used.add(" ".join(part for part in font.getname() if part))
+        return math.ceil(x)
+
+    def draws(self, text: str) -> bool:
+        """Whether every letter of the text is in some font."""
+        return all(any(_has(font, letter) for font in self._fonts) for letter in _letters(text))
+
+    def width(self, text: str, size: int) -> int:
+        """What ``write`` would take without a limit, pixels."""
+        return math.ceil(_width(self._runs(self._drawable(text)), size))
+
+    def _drawable(self, text: str) -> list[str]:
+        """The letters with their marks; those that no font has give way to the name of their script, said once."""
+        letters: list[str] = []
+        for letter in _letters(text):
+            if not any(_has(font, letter) for font in self._fonts):
+                script = _script(letter)
+                self.missing.add(script)
+                bare = unicodedata.normalize("NFD", letter)[0]
+                letter = bare if script == "Latin" and bare.isascii() else f"[{script}]"
+                if letter == f"[{script}]" and letter in [said for said in letters if said != " "][-1:]:
+                    while letters[-1] == " ":
+                        letters.pop()
+                    continue
+            letters.append(letter)
+        return letters
+
+    def _fitting(self, letters: list[str], size: int, room: int) -> list[_Run]:
+        """All of the text, or as much of it and an ellipsis as fits into ``room`` pixels."""
+        runs = self._runs(letters)
+        if _width(runs, size) <= room:
+            return runs
+        # of a caption the beginning is kept, of a path or an id the end, which tells more
+        path_like = " " not in letters and not set("/._0123456789").isdisjoint(letters)
+
+        def cut(n: int) -> list[_Run]:
+            return self._runs(["…", *letters[len(letters) - n :]] if path_like else [*letters[:n], "…"])
+
+        fits = bisect_right(range(len(letters)), room, key=lambda n: _width(cut(n), size)) - 1
+        return cut(fits) if fits >= 0 else []
+
+    def _runs(self, letters: Sequence[str]) -> list[_Run]:
+        """One run if one font has every letter, else a change of font wherever it must be."""
+        whole = [font for font in self._fonts if all(_has(font, letter) for letter in letters)][:1]
+        runs: list[_Run] = []
+        for letter in letters:
+            candidates = [*whole, *(run.font for run in runs[-1:]), *self._fonts]
+            font = next(font for font in candidates if _has(font, letter))
+            if runs and runs[-1].font == font:
+                runs[-1] = _Run(font, runs[-1].text + letter)
+            else:
+                runs.append(_Run(font, letter))
+        return runs
+
+
+def _letters(text: str) -> list[str]:
+    """Each character with the marks and joiners that follow it; one space for any white space."""
+    letters: list[str] = []
+    for character in " ".join(text.split()):
+        if letters and unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf"):
+            letters[-1] += character
+        else:
+            letters.append(character)
+    return letters
+
+
+def _script(letter: str) -> str:
+    """``Ethiopic``, ``Khmer``, ``CJK`` ...; ``symbol`` for what belongs to no script."""
+    if unicodedata.category(letter[0])[0] not in "LM":
+        return "symbol"
+    word = unicodedata.name(letter[0], "symbol").split()[0]
+    return word if word == "CJK" else word.capitalize()
+
+
+def _font_files(folders: Sequence[Path]) -> list[Path]:
+    """The upright regular fonts below the folders, those of many letters first."""
+    files = [file for folder in folders if folder.is_dir() for file in folder.rglob("*")]
+    fonts = [file for file in files if file.suffix.lower() in (".ttf", ".otf", ".ttc")]
+    plain = [file for file in fonts if not any(style in file.stem.lower() for style in _STYLES)]
+    return sorted(plain or fonts, key=_rank)
+
+
+def _rank(font: Path) -> tuple[int, int, str]:
+    stem = font.stem.lower().replace(" ", "")
+    family = next((i for i, name in enumerate(_FAMILIES) if stem.startswith(name)), len(_FAMILIES))
+    return family, len(stem), stem
+
+
+def _width(runs: Sequence[_Run], size: int) -> float:
+    return math.fsum(_font(run.font, size).getlength(run.text) for run in runs)
+
+
+@lru_cache(maxsize=128)  # an open font is an open file
+def _font(font: Path | None, size: int, layout: ImageFont.Layout | None = None) -> ImageFont.FreeTypeFont:
+    found = ImageFont.load_default(size) if font is None else ImageFont.truetype(font, size, layout_engine=layout)
+    assert isinstance(found, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return found
+
+
+@cache
+def _glyph(font: Path | None, character: str) -> bytes:
+    """One character as drawn by itself, without the dotted circle that shaping puts under a lone mark."""
+    cell = Image.new("L", (48, 40))
+    ImageDraw.Draw(cell).text((16, 28), character, 255, _font(font, 16, ImageFont.Layout.BASIC), anchor="ls")
+    return cell.tobytes()
+
+
+@cache
+def _has(font: Path | None, letter: str) -> bool:
+    """Whether the font has every character of a letter and, where the script needs it, they can be joined."""
+    for character in letter:
+        kind = unicodedata.category(character)
+        if kind in ("Zs", "Cf"):
+            continue
+        if kind in ("Cc", "Cs") or (_script(character).upper() in _SHAPED and not features.check("raqm")):
+            return False
+        try:
+            if _glyph(font, character) == _glyph(font, "\U0010ffff"):  # what a font draws for what it lacks
+                return False
+        except OSError:  # a damaged font, or one of fixed-size pictures
+            return False
+    return True

@@ -1,0 +1,228 @@
+"""Pairs on disk: images and their captions, by number, in any of the forms people have them in.
+
+Goes in: a source (a folder, .csv, .tsv, .jsonl, .parquet, LilT's .json, webdataset tars; several joined by ``::``).
+Comes out: ``Pairs``, a sequence of ``Pair``: random access, constant memory, stable ids, cheap to hand to workers.
+Unusual: when a source is opened all captions are checked and no image is; an image is read when its pair is asked.
+Tars are read through an index of offsets, so that order is exact and a shuffle is over all of them.
+"""
+
+import difflib
+import hashlib
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, SupportsIndex, overload
+
+import numpy as np
+
+from clasp.data.formats.cache import unpacked
+from clasp.data.formats.folders import Folder, open_folder, stem_of
+from clasp.data.formats.opening import Format, Opening
+from clasp.data.formats.parquet import CellSource, open_parquet
+from clasp.data.formats.rows import DEFAULT_COLUMNS, Columns
+from clasp.data.formats.samples import IMAGE_SUFFIXES, kinds, open_shard
+from clasp.data.formats.sources import FileSource, TarSource
+from clasp.data.formats.tables import open_table
+from clasp.types import Pair, Source, UserError
+
+__all__ = ["CellSource", "Columns", "FileSource", "Pairs", "TarSource", "folder_images", "open_pairs", "split"]
+
+OPENERS: dict[str, Callable[[Opening], Format]] = {
+    ".csv": open_table,
+    ".tsv": open_table,
+    ".jsonl": open_table,
+    ".json": open_table,
+    ".parquet": open_parquet,
+    ".tar": open_shard,
+}
+
+
+class Rows(Protocol):
+    """A list of ``Pair``s will do."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Pair: ...
+
+
+class Pairs(Sequence[Pair]):
+    """Pairs of one or several parts, one after the other.
+
+    ``name`` is the source as it was given. A part is an opened file or a list of ``Pair``s; ``rows`` chooses among all
+    their pairs, in that order (all of them by default). A slice is again a ``Pairs``.
+    """
+
+    def __init__(self, name: str, parts: Sequence[Rows], rows: np.ndarray | None = None):
+        self.name = name
+        self._parts = tuple(parts)
+        self._ends = np.cumsum([len(part) for part in self._parts])
+        self._rows = np.arange(self._ends[-1]) if rows is None else rows
+
+    def __repr__(self) -> str:
+        return f"Pairs({self.name!r}, {len(self)} pairs)"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Pairs": ...
+    def __getitem__(self, index: SupportsIndex | slice) -> "Pair | Pairs":
+        if isinstance(index, slice):
+            return Pairs(self.name, self._parts, self._rows[index])
+        row = int(self._rows[operator.index(index)])
+        part = int(np.searchsorted(self._ends, row, side="right"))
+        return self._parts[part][row - (int(self._ends[part - 1]) if part else 0)]
+
+    def subset(self, indices: Iterable[SupportsIndex]) -> "Pairs":
+        """The pairs at these places, in this order."""
+        chosen = np.fromiter((operator.index(index) for index in indices), np.int64)
+        return Pairs(self.name, self._parts, self._rows[chosen])
+
+    @cached_property
+    def version(self) -> str:
+        """sha256 over ids and image versions, in order: what is computed from the images may be kept under it.
+
+        Reads no image, but looks at the size and time of every image file.
+        """
+        digest = hashlib.sha256()
+        for pair in self:
+            digest.update(f"{pair.id}\0{pair.image.version}\0".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+def open_pairs(
+    source: str | Path,
+    *,
+    columns: Columns = DEFAULT_COLUMNS,
+    image_root: str | Path | None = None,
+    cache: Path | None = None,
+) -> Pairs:
+    """Opens pairs and checks every caption; ``UserError`` in one line for whatever is wrong.
+
+    ``source`` may be several, ``a.tar::b.csv`` or ``shards-{000..012}.tar``; a file of any kind may be a ``.gz``.
+    ``image_root`` is the folder that image paths in tables are relative to; by default the table's own.
+    With a ``cache`` folder an index is built, and a ``.gz`` unpacked, only once for a file of this path, size and time.
+    An id is the id column's value, else the image's path or the tar member's key; should those of several sources be
+    the same, each is prefixed by its source (``a.tar::key``).
+    """
+    paths = [Path(name).expanduser() for name in expand(str(source))]
+    for path in paths:
+        if not path.exists():
+            raise UserError(_missing(path, paths))
+    return Pairs(str(source), _told_apart(paths, [_open(path, columns, image_root, cache) for path in paths]))
+
+
+def _open(path: Path, columns: Columns, image_root: str | Path | None, cache: Path | None) -> Format:
+    root = os.path.abspath(os.path.expanduser(image_root or path.parent))
+    try:
+        if path.is_dir():
+            return open_folder(Opening(path, path, columns, root, cache))
+        suffix = path.with_name(path.name.removesuffix(".gz")).suffix.lower()
+        if suffix not in OPENERS:
+            known = ", ".join(OPENERS)
+            raise UserError(f"{path} is of no kind clasp can open: a folder, or {known} (or one of these .gz)")
+        file = unpacked(path, cache) if path.suffix == ".gz" else path
+        return OPENERS[suffix](Opening(path, file, columns, root, cache))
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror or error}") from None
+
+
+def _missing(path: Path, paths: list[Path]) -> str:
+    missing = [other for other in paths if not other.exists()]
+    more = f" (nor do {len(missing) - 1} more of the {len(paths)} sources)" if len(missing) > 1 else ""
+    parent = path.parent
+    if not parent.is_dir():
+        return f"{path} does not exist{more}; neither does its folder {parent}"
+    near = difflib.get_close_matches(path.name, os.listdir(parent), n=1)
+    return f"{path} does not exist{more}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _told_apart(paths: list[Path], parts: list[Format]) -> list[Format]:
+    """Makes ids and groups of several sources distinct where they would be the same by accident."""
+    if len(parts) == 1:
+        return parts
+    names, roots = _relative([str(path.absolute()) for path in paths]), _relative([part.root for part in parts])
+    path_prefixes = ["" if len(set(roots)) == 1 else f"{root}/" for root in roots]
+    repeated = _repeated(parts)
+    id_prefixes = [f"{name}::" if len(repeated) else "" for name in names]
+    parts = [part.prefixed(*of) for part, *of in zip(parts, id_prefixes, path_prefixes, strict=True)]
+    owner: dict[str, str] = {}
+    for name, part in zip(names, parts, strict=True):
+        for row in np.flatnonzero(np.isin(part.hashes, repeated)):
+            id = part[int(row)].id
+            if id in owner:
+                raise UserError(f"the id {id!r} is given twice, in {owner[id]} and in {name}")
+            owner[id] = name
+    return parts
+
+
+def _repeated(parts: list[Format]) -> np.ndarray:
+    hashes, counts = np.unique(np.concatenate([part.hashes for part in parts]), return_counts=True)
+    return hashes[counts > 1]
+
+
+def _relative(paths: list[str]) -> list[str]:
+    """Absolute paths without what they have in common."""
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [Path(os.path.relpath(path, common)).as_posix() for path in paths]
+
+
+def expand(source: str) -> list[str]:
+    """``a::b`` and ``x-{000..012}.tar`` and ``{train,val}.csv``, spelt out in order."""
+    if "::" in source:
+        return [name for part in source.split("::") for name in expand(part)]
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", source)
+    if braces is None:
+        return [source]
+    first, last, names = braces.groups()
+    if names is not None:
+        choices = names.split(",")
+    else:
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        if not choices:
+            raise UserError(f"{source}: {braces.group()} counts down; the first number must not be above the last")
+    before, after = source[: braces.start()], source[braces.end() :]
+    return [name for choice in choices for name in expand(before + choice + after)]
+
+
+def split(pairs: Pairs, fraction: float, *, salt: str = "clasp") -> tuple[Pairs, Pairs]:
+    """Training and validation pairs: about ``fraction`` of the groups go to validation, by a hash of the group alone.
+
+    A group never lies on both sides, and stays on its side when other pairs come or go. Neither side is empty.
+    ``UserError`` when there is only one group.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"the fraction for validation must lie between 0 and 1, not {fraction}")
+    groups = np.array([_uniform(pair.group, salt) for pair in pairs])
+    held = groups < fraction
+    if len(np.unique(groups)) < 2:
+        raise UserError(f"{pairs.name}: all {len(pairs)} pairs are one group, so none can be split off for validation")
+    if not held.any():
+        held = groups == groups.min()
+    if held.all():
+        held = groups < groups.max()
+    return pairs.subset(np.flatnonzero(~held)), pairs.subset(np.flatnonzero(held))
+
+
+def _uniform(group: str, salt: str) -> float:
+    """A number in [0, 1) from a text."""
+    digest = hashlib.sha256(f"{salt}\0{group}".encode("utf-8", "surrogatepass")).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
+
+
+def folder_images(path: str | Path) -> list[tuple[str, Source]]:
+    """The images at any depth of a folder, without captions; the id is the path relative to it."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder" if path.exists() else _missing(path, [path]))
+    folder = Folder.of(path)
+    names = list(folder.names)
+    rows = [row for row, name in enumerate(names) if stem_of(name)[1].lower() in IMAGE_SUFFIXES]
+    if not rows:
+        raise UserError(f"{path} has no images: looked for .{', .'.join(IMAGE_SUFFIXES)}; found {kinds(names)}")
+    return [(names[row], folder.source(row)) for row in rows]

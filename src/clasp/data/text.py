@@ -1,0 +1,222 @@
+"""Captions to token ids and a mask, through the text tower's own tokenizer.
+
+In: strings. Out: ``Tokens`` padded to the longest caption of the batch, never to a constant. A caption that is too
+long loses words, not the tokens its tower expects at the ends. A tokenizer is read from a hub folder
+(``tokenizer.json``) or from what ``save`` wrote. Unusual: the fast ``tokenizers`` backend is used directly, so that
+nothing here needs a model library, and the padding and truncation stored in ``tokenizer.json`` are not obeyed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import tokenizers
+import torch
+
+from clasp.types import Tokens, UserError
+
+Template = Literal["tower", "cls"]
+Clean = Literal["none", "lilt"]
+
+_BACKEND_FILE = "tokenizer.json"
+_SETTINGS_FILE = "clasp_tokenizer.json"
+
+
+def _lilt_clean(text: str) -> str:
+    """LilT's caption cleaning, taken over from ALBEF's ``pre_caption`` with ``max_words=30``."""
+    text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
+    text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
+    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+    return " ".join(text.split(" ")[:30])
+
+
+CLEANERS: dict[str, Callable[[str], str]] = {"none": lambda text: text, "lilt": _lilt_clean}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """What is ours about a tokenizer; the rest is the tower's ``tokenizer.json``."""
+
+    prefix: str = ""
+    """Put before every caption, after cleaning (``"query: "`` for the e5 family)."""
+    max_tokens: int = 64
+    """Longest sequence, the tower's special tokens included."""
+    pad_id: int = 0
+    """Fills the places the mask hides; any id will do unless the tower counts positions by it, as RoBERTa does."""
+    clean: Clean = "none"
+    """A key of ``CLEANERS``."""
+    template: Template = "tower"
+    """``tower``: special tokens as the tower's authors put them. ``cls``: the first of them only, as LilT's
+    ``[CLS] words`` without ``[SEP]``."""
+
+    def __post_init__(self) -> None:
+        _check_choices(asdict(self))
+
+
+def _check_choices(settings: Mapping[str, Any]) -> None:
+    for name, choices in (("clean", tuple(CLEANERS)), ("template", get_args(Template))):
+        if settings.get(name, choices[0]) not in choices:
+            raise UserError(f"{name} = {settings[name]!r} is not one of {', '.join(choices)}")
+
+
+class Tokenizer:
+    """Captions to ``Tokens``; see the module. Holds no state beyond its settings, and pickles.
+
+    The backend becomes the tokenizer's own: its padding and truncation are set here, so do not build two tokenizers
+    on one backend object.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        prefix: str = "",
+        max_tokens: int = 64,
+        pad_id: int = 0,
+        clean: Clean = "none",
+        template: Template = "tower",
+    ) -> None:
+        self.settings = TokenizerSettings(
+            prefix=prefix, max_tokens=max_tokens, pad_id=pad_id, clean=clean, template=template
+        )
+        self._backend = backend
+        special = backend.num_special_tokens_to_add(is_pair=False)
+        self._head: list[int] = []
+        if template == "cls":
+            if special == 0:
+                raise UserError("template = 'cls' needs a tokenizer that puts a token first, and this one adds none")
+            self._head, special = backend.encode("").ids[:1], 1
+        if max_tokens <= special:
+            raise UserError(f"max_tokens = {max_tokens} leaves no room for words beside {special} special tokens")
+        backend.no_padding()
+        # counts the special tokens as part of the length only when it adds them itself
+        backend.enable_truncation(max_tokens - len(self._head), direction="right")
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence this tokenizer makes, special tokens included."""
+        return self.settings.max_tokens
+
+    @property
+    def pad_id(self) -> int:
+        """The id in the places the mask hides."""
+        return self.settings.pad_id
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids there are, added tokens included; a tower's embedding table must have as many rows."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Token ids ``[B N]`` and mask, ``N`` the longest of these texts and at most ``max_tokens``."""
+        return self.pad(self.encode(texts))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, special tokens included, not padded.
+
+        Raises ``UserError`` when a text has no token at all: there would be nothing to pool.
+        """
+        clean, prefix = CLEANERS[self.settings.clean], self.settings.prefix
+        encodings = self._backend.encode_batch_fast(
+            [prefix + clean(text) for text in texts], add_special_tokens=self.settings.template == "tower"
+        )
+        ids = [self._head + encoding.ids for encoding in encodings]
+        for text, row in zip(texts, ids, strict=True):
+            if not row:
+                raise UserError(f"the caption {text!r} has no token")
+        return ids
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> Tokens:
+        """Rows of different lengths to one ``Tokens``, as wide as the longest row."""
+        lengths = np.array([len(row) for row in ids], dtype=np.int64)
+        mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        padded = np.full(mask.shape, self.pad_id, dtype=np.int64)
+        padded[mask] = [number for row in ids for number in row]
+        return Tokens(torch.from_numpy(padded), torch.from_numpy(mask))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the same text could become other ids: sha256 over the backend and the settings."""
+        digest = hashlib.sha256(self._backend.to_str().encode())
+        digest.update(json.dumps(asdict(self.settings), sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``tokenizer.json``, which any library reads, and ``clasp_tokenizer.json`` with the settings."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(folder / _BACKEND_FILE))
+        settings = json.dumps(asdict(self.settings), indent=2, ensure_ascii=False)
+        (folder / _SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        prefix: str | None = None,
+        max_tokens: int | None = None,
+        clean: Clean | None = None,
+        template: Template | None = None,
+    ) -> Tokenizer:
+        """Read what ``save`` wrote, or a plain hub folder.
+
+        A setting given here wins over the saved one, and the saved one over the defaults. In a hub folder the pad id
+        comes from ``tokenizer_config.json`` or ``special_tokens_map.json``, else from ``tokenizer.json``, else it is 0.
+        Raises ``UserError`` when the folder holds no readable ``tokenizer.json``.
+        """
+        folder = Path(folder)
+        backend = _read_backend(folder)
+        saved: dict[str, Any] = {}
+        if (folder / _SETTINGS_FILE).exists():
+            saved = dict(_read_json(folder / _SETTINGS_FILE))
+            unknown = sorted(set(saved) - set(asdict(TokenizerSettings())))
+            if unknown:
+                raise UserError(f"{folder / _SETTINGS_FILE}: unknown setting {unknown[0]!r}")
+            _check_choices(saved)
+        else:
+            saved["pad_id"] = _hub_pad_id(folder, backend)
+        given = {"prefix": prefix, "max_tokens": max_tokens, "clean": clean, "template": template}
+        return cls(backend, **{**saved, **{name: value for name, value in given.items() if value is not None}})
+
+
+def _read_backend(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / _BACKEND_FILE
+    if not path.is_file():
+        there = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else []
+        found = f"it holds {', '.join(there)}" if there else "it is empty" if folder.is_dir() else "no such folder"
+        raise UserError(f"no {_BACKEND_FILE} in {folder}: {found}")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for everything it cannot parse
+        raise UserError(f"{path} is not a tokenizer: {error}") from error
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no settings")
+    return value
+
+
+def _hub_pad_id(folder: Path, backend: tokenizers.Tokenizer) -> int:
+    """The id a hub folder pads with: named in one of two files, as a string or as ``{"content": ...}``."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            token = _read_json(folder / name).get("pad_token")
+            content = token.get("content") if isinstance(token, dict) else token
+            number = backend.token_to_id(content) if isinstance(content, str) else None
+            if number is not None:
+                return number
+    return backend.padding["pad_id"] if backend.padding else 0

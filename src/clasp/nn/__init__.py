@@ -1,0 +1,1 @@
+"""Towers and what trains in them."""

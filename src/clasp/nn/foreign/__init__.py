@@ -1,0 +1,1 @@
+"""Weights from elsewhere: the hub, timm, pip packages, a file, a user's own factory."""

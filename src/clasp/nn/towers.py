@@ -1,0 +1,237 @@
+"""A tower: any encoder, seen as states and one pooled vector.
+
+In goes a ``Base`` (a foreign module with what its authors did to its inputs) and a few settings; out comes a module with
+``forward -> states [B N D]`` and ``pooled -> [B D]``. Unusual: a tower stays in evaluation mode while it trains unless
+``dropout`` is asked for, and running statistics of BatchNorm never move: a frozen tower must give the same answer twice,
+and a delta of parameters must be the whole change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from clasp.data.images import ImageTransform
+from clasp.data.text import Tokenizer
+from clasp.nn.adapters import truncate
+from clasp.nn.anatomy import anatomy, unused
+from clasp.nn.layers import POOLS, AttentionPool
+from clasp.nn.tuning import tune
+from clasp.types import Pixels, Tokens, UserError
+
+Pool = Literal["cls", "mean", "last", "eos", "cls+mean", "attention"]
+
+
+class _TowerSettings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tower: str
+    """Where the weights come from: hf: | timm: | pip: | file: | deit: | package.module:factory"""
+    pool: Pool | None = None
+    """States to one vector; the tower's own authors' choice where left out"""
+    layer: int | None = None
+    """Read the states after this many blocks (negative from the end); the blocks above are dropped"""
+    dropout: bool = False
+    """Dropout inside the tower while training; LilT has it on, also in frozen towers"""
+
+
+class ImageSettings(_TowerSettings):
+    """``[image]`` of a recipe."""
+
+    size: int | None = Field(default=None, ge=8, le=4096)
+    """Pixels a side that the tower sees; its own where left out"""
+    resize: Literal["crop", "squash", "pad"] | None = None
+    """What happens to pictures that are not square"""
+    ground: tuple[int, int, int] = (255, 255, 255)
+    """Colour under transparent pixels, 0-255"""
+
+
+class TextSettings(_TowerSettings):
+    """``[text]`` of a recipe."""
+
+    prefix: str | None = None
+    """Put before every caption; the tower's own where left out"""
+    max_tokens: int | None = Field(default=None, ge=4, le=32768)
+    """Longer captions are cut, keeping their end token"""
+    clean: Literal["none", "lilt"] = "none"
+    """Cleaning of captions; ``lilt`` is the paper's"""
+    template: Literal["tower", "cls"] = "tower"
+    """Special tokens; ``cls`` is LilT's class token without an end token"""
+    token_types: bool = True
+    """LilT leaves BERT's token-type embedding out"""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A pre-trained encoder as it came, before anything of ours: the weights a delta stands on."""
+
+    name: str
+    """the spec as the user wrote it, e.g. ``pip:efficientnet-lite0``"""
+    modality: Literal["image", "text"]
+    net: nn.Module
+    """the foreign module itself, in evaluation mode, weights loaded or on the meta device"""
+    version: str
+    """package and version, or hub revision"""
+    pool: str
+    """the pooling its authors use"""
+    transform: ImageTransform | None = None
+    """image towers: size, mean and std as the weights were trained"""
+    tokenizer: Callable[[], Tokenizer] | None = None
+    """text towers; a callable, since counting parameters needs none"""
+    read: Callable[[nn.Module, Any], Tensor] | None = None
+    """inputs to states, where calling the net does not give them: ``(net, pixels)`` to ``[B N D]`` or ``[B D h w]``"""
+
+
+class Tower(nn.Module):
+    """An encoder of one modality. ``net`` is the foreign module, ``pooling`` is new when it is learned."""
+
+    def __init__(self, base: Base, *, pool: str | None = None, layer: int | None = None, dropout: bool = False):
+        super().__init__()
+        self.name, self.modality, self.version = base.name, base.modality, base.version
+        self.net = base.net
+        for path in unused(self.net):
+            _drop(self.net, path)
+        _forget_past(self.net)
+        if layer is not None:
+            truncate(self.net, layer)
+        self.hashes = tensor_hashes(self.net)
+        self._read = base.read
+        self._dropout = dropout
+        self._parts = anatomy(self.net)
+        self._pool = pool or base.pool
+        if self._pool == "cls" and base.modality == "image" and not self._parts.prefix_tokens:
+            raise UserError(f"pool = 'cls': {base.name} has no class token; choose mean or attention")
+        if self._pool == "cls+mean" and base.modality == "image" and not self._parts.prefix_tokens:
+            raise UserError(f"pool = 'cls+mean': {base.name} has no class token; choose mean or attention")
+        self.pooling: AttentionPool | None = None
+        states = self._shape_of_states()
+        if self._pool == "attention":
+            self.pooling = AttentionPool(states).to(next(self.net.parameters()).device)
+        self.width = 2 * states if self._pool == "cls+mean" else states
+        self.eval()
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks in the order of the forward pass."""
+        return [self.net.get_submodule(block.path) for block in anatomy(self.net).blocks]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the base weights and how they are pooled; what trains does not enter."""
+        text = repr((sorted(self.hashes.items()), self._pool, len(self._parts.blocks)))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
+        """Apply a tuning spec; returns names relative to the tower. A learned pooling is not part of it."""
+        return {f"net.{name}" for name in tune(self.net, specs, seed=seed)}
+
+    def forward(self, inputs: Pixels | Tokens) -> Float[Tensor, "B N D"]:
+        """States after the last block and the final norm."""
+        if isinstance(inputs, Tokens):
+            return self.net(input_ids=inputs.ids, attention_mask=inputs.mask.long()).last_hidden_state
+        return _as_tokens(self._read(self.net, inputs.values) if self._read else _read_pixels(self.net, inputs.values))
+
+    def pool(self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B Dp"]:
+        """One vector a row, by the pooling chosen; ``mask`` is true on real tokens."""
+        if self.pooling is not None:
+            vectors = self.pooling(states, mask)
+        else:
+            prefix = self._parts.prefix_tokens if self.modality == "image" else 0
+            vectors = POOLS[self._pool](states, mask, prefix)
+        if self._parts.pooled_norm:
+            norm = self.net.get_submodule(self._parts.pooled_norm)
+            vectors = norm(vectors.unflatten(1, (-1, states.shape[2]))).flatten(1)
+        return vectors
+
+    def pooled(self, inputs: Pixels | Tokens) -> Float[Tensor, "B Dp"]:
+        """Inputs to one vector a row."""
+        states = self(inputs)
+        mask = inputs.mask if isinstance(inputs, Tokens) else states.new_ones(states.shape[:2], dtype=torch.bool)
+        return self.pool(states, mask)
+
+    def train(self, mode: bool = True) -> Tower:
+        """Evaluation mode always, unless dropout is wanted; BatchNorm keeps its running statistics in either case."""
+        super().train(mode and self._dropout)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def _shape_of_states(self) -> int:
+        """Width ``D`` of the states, by running the smallest input through the net (on meta tensors: shapes only)."""
+        device = next(self.net.parameters()).device
+        with torch.no_grad():
+            if self.modality == "text":
+                ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+                return self.net(input_ids=ids).last_hidden_state.shape[-1]
+            size = _own_size(self.net)
+            return self(Pixels(torch.zeros(1, 3, size, size, device=device))).shape[-1]
+
+
+def tensor_hashes(net: nn.Module) -> dict[str, str]:
+    """Sixteen hexadecimal digits of the sha256 of each parameter and buffer (none on the meta device)."""
+    hashes = {}
+    for name, tensor in net.state_dict().items():
+        if not tensor.is_meta:
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            hashes[name] = hashlib.sha256(memoryview(data)).hexdigest()[:16]
+    return hashes
+
+
+def _read_pixels(net: nn.Module, pixels: Tensor) -> Tensor:
+    kind = type(net).__name__
+    if kind in _OWN_READERS:
+        return _OWN_READERS[kind](net, pixels)
+    resizes = {"interpolate_pos_encoding": True} if kind in _RESIZE_ON_REQUEST else {}
+    return net(pixel_values=pixels, **resizes).last_hidden_state
+
+
+_OWN_READERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "EfficientNet": lambda net, pixels: net.extract_features(pixels),
+    "VisionTransformer": lambda net, pixels: net(pixels),
+}
+_RESIZE_ON_REQUEST = ("ViTModel", "DeiTModel", "CLIPVisionModel", "SiglipVisionModel")
+
+
+def _as_tokens(states: Tensor) -> Tensor:
+    """Feature maps ``[B D h w]`` as tokens in row-major order; tokens stay as they are."""
+    return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+
+
+def _own_size(net: nn.Module) -> int:
+    """A picture size the net accepts: its configured one where it has one, else 64 pixels."""
+    from clasp.nn.layers import VisionTransformer
+
+    if isinstance(net, VisionTransformer):
+        return net.size
+    from transformers import PreTrainedModel
+
+    if isinstance(net, PreTrainedModel):
+        size = net.config.to_dict().get("image_size") or 64
+        return size if isinstance(size, int) else size[0]
+    return 64
+
+
+def _drop(net: nn.Module, path: str) -> None:
+    """Take an unused part out: a module hands its input on, a parameter becomes ``None``, which is what models check for."""
+    owner_path, _, name = path.rpartition(".")
+    owner = net.get_submodule(owner_path)
+    if name in dict(owner.named_children()):
+        setattr(owner, name, nn.Identity())
+    elif name in dict(owner.named_parameters(recurse=False)):
+        setattr(owner, name, None)
+
+
+def _forget_past(net: nn.Module) -> None:
+    """A decoder would keep keys and values for a next token that never comes."""
+    from transformers import PreTrainedModel
+
+    if isinstance(net, PreTrainedModel) and "use_cache" in net.config.to_dict():
+        net.config.use_cache = False

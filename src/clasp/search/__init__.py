@@ -1,0 +1,1 @@
+"""A corpus that can be asked."""

@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM as a wish to stop, which the loop grants at the next step.
+
+In: a ``with`` block in the main thread. Out: ``requested``, the name of the signal once one has come.
+Unusual: a second signal raises KeyboardInterrupt at once. Handlers are put back afterwards; outside the main thread
+Python allows none, and the block does nothing. A process forked inside the block (a data worker) inherits the
+handlers; there SIGTERM ends it as usual and Ctrl-C is left to the parent.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """Whether somebody has asked the run to stop."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._process = os.getpid()
+        self._previous: dict[signal.Signals, Callable[..., Any] | int | None] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._heard) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            # None is a handler that was not set from Python and cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if self.requested is not None:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name
+        # A plain write: a handler may run in the middle of anything, a progress bar's lock included.
+        os.write(2, b"\nstopping after this step and saving; once more stops at once\n")

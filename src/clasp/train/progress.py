@@ -1,0 +1,197 @@
+"""What a person sees while a run goes on: loss, pairs a second, time left, the share of time spent on data.
+
+In: the loop's ``Progress`` after every step, and single lines. Out: a bar on a terminal, elsewhere a plain line about
+every ten seconds; all on standard error, since standard output belongs to results.
+Unusual: ``Meter`` is the only clock of the loop; evaluation and saving are in none of its rates.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+Item = TypeVar("Item")
+
+
+class Progress(NamedTuple):
+    """One step done: ``step`` of ``steps`` in the run, ``epoch`` of ``epochs``, both counted from 1."""
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    loss: float
+    pairs_per_second: float
+    seconds_left: float
+    data_seconds_share: float
+
+    def __str__(self) -> str:
+        minutes, seconds = divmod(round(self.seconds_left), 60)
+        hours, minutes = divmod(minutes, 60)
+        left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return (
+            f"epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps}  loss {self.loss:.3f}  "
+            f"{self.pairs_per_second:,.0f} pairs/s  data {100 * self.data_seconds_share:.0f} %  {left} left"
+        )
+
+
+@runtime_checkable
+class Reporter(Protocol):
+    """Shows a run to a person."""
+
+    def start(self, steps: int) -> None: ...
+
+    def step(self, progress: Progress) -> None: ...
+
+    def note(self, line: str) -> None:
+        """A line that stays: an evaluation, a sample that could not be read, a reason."""
+        ...
+
+    def stop(self) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def start(self, steps: int) -> None:
+        pass
+
+    def step(self, progress: Progress) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+class Lines:
+    """Plain lines for files and pipes: one after ``every_seconds``, and one for the last step."""
+
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        every_seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.say = say
+        self.every_seconds = every_seconds
+        self.clock = clock
+        self._last = clock()
+
+    def start(self, steps: int) -> None:
+        self._last = self.clock()
+
+    def step(self, progress: Progress) -> None:
+        if self.clock() - self._last >= self.every_seconds or progress.step == progress.steps:
+            self.say(str(progress))
+            self._last = self.clock()
+
+    def note(self, line: str) -> None:
+        self.say(line)
+
+    def stop(self) -> None:
+        pass
+
+
+class Bar:
+    """A bar that is drawn over itself, with notes above it."""
+
+    def __init__(self, console: Console):
+        self._rich = RichProgress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=console)
+        self._task = self._rich.add_task("", start=False, visible=False)
+
+    def start(self, steps: int) -> None:
+        self._rich.update(self._task, total=steps, description="first step", visible=True)
+        self._rich.start()
+
+    def step(self, progress: Progress) -> None:
+        self._rich.update(self._task, completed=progress.step, description=str(progress))
+
+    def note(self, line: str) -> None:
+        self._rich.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        self._rich.stop()
+
+
+def to_stderr() -> Reporter:
+    """A bar where standard error is a terminal, else lines."""
+    if sys.stderr.isatty():
+        return Bar(Console(stderr=True))
+    return Lines(lambda line: print(line, file=sys.stderr, flush=True))
+
+
+class Meter:
+    """Times the fetching of batches and the steps between; rates over the last steps and since the last reading."""
+
+    def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter):
+        self.clock = clock
+        self.pairs = 0
+        self._recent: deque[Span] = deque(maxlen=window)
+        self._unread: list[Span] = []
+        self._data_seconds = 0.0
+        self._fetched = 0.0
+
+    def fetching(self, batches: Iterator[Item]) -> Iterator[Item]:
+        """The same items, each with the time that it took to come."""
+        while True:
+            asked = self.clock()
+            try:
+                item = next(batches)
+            except StopIteration:
+                return
+            self._fetched = self.clock()
+            self._data_seconds = self._fetched - asked
+            yield item
+
+    def stepped(self, pairs: int, loss: float) -> None:
+        """Ends the step that began when its batch came."""
+        span = Span(pairs, loss, self._data_seconds, self._data_seconds + self.clock() - self._fetched)
+        self.pairs += pairs
+        self._recent.append(span)
+        self._unread.append(span)
+
+    def recent(self) -> Rates:
+        return _rates(self._recent)
+
+    def read(self) -> Rates:
+        """Rates since the last reading."""
+        rates, self._unread = _rates(self._unread), []
+        return rates
+
+
+class Span(NamedTuple):
+    """One step: its pairs, its loss, the seconds it waited for data, all its seconds."""
+
+    pairs: int
+    loss: float
+    data_seconds: float
+    seconds: float
+
+
+class Rates(NamedTuple):
+    """Means over some steps."""
+
+    loss: float
+    pairs_per_second: float
+    seconds_per_step: float
+    data_seconds_share: float
+
+
+def _rates(spans: deque[Span] | list[Span]) -> Rates:
+    seconds = max(sum(span.seconds for span in spans), 1e-9)
+    return Rates(
+        loss=sum(span.loss for span in spans) / len(spans),
+        pairs_per_second=sum(span.pairs for span in spans) / seconds,
+        seconds_per_step=seconds / len(spans),
+        data_seconds_share=sum(span.data_seconds for span in spans) / seconds,
+    )

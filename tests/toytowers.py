@@ -1,0 +1,77 @@
+"""Tiny random towers of every family clasp knows, built from configurations: no file, no hub, a few thousand parameters."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import torch
+import transformers as hf
+from torch import nn
+
+from clasp.nn.layers import VisionTransformer
+from clasp.nn.towers import Base
+from clasp.types import Pixels, Tokens
+
+_SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+_IMAGE = dict(image_size=32, patch_size=8)
+_TEXT = dict(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_SPECIAL = dict(cls_token_id=1, sep_token_id=2)
+
+IMAGE_NETS = {
+    "vit": lambda: hf.ViTModel(hf.ViTConfig(**_SIZES, **_IMAGE)),
+    "deit": lambda: hf.DeiTModel(hf.DeiTConfig(**_SIZES, **_IMAGE)),
+    "dinov2": lambda: hf.Dinov2Model(
+        hf.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, **_IMAGE)
+    ),
+    "dinov3": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**_SIZES, **_IMAGE, num_register_tokens=2)),
+    "clip-image": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**_SIZES, **_IMAGE)),
+    "siglip-image": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**_SIZES, **_IMAGE)),
+    "beit": lambda: hf.BeitModel(hf.BeitConfig(**_SIZES, **_IMAGE)),
+    "convnext": lambda: hf.ConvNextModel(hf.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 2, 1])),
+    "efficientnet": lambda: hf.EfficientNetModel(
+        hf.EfficientNetConfig(width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320)
+    ),
+    "deit3": lambda: VisionTransformer(size=32, patch=8, width=32, blocks=2, heads=2, layer_scale=0.1),
+}
+TEXT_NETS = {
+    "bert": lambda: hf.BertModel(hf.BertConfig(**_SIZES, **_TEXT)),
+    "xlm-roberta": lambda: hf.XLMRobertaModel(hf.XLMRobertaConfig(**_SIZES, **_TEXT)),
+    "distilbert": lambda: hf.DistilBertModel(
+        hf.DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, vocab_size=64, pad_token_id=0)
+    ),
+    "mpnet": lambda: hf.MPNetModel(hf.MPNetConfig(**_SIZES, **_TEXT)),
+    "modernbert": lambda: hf.ModernBertModel(hf.ModernBertConfig(**_SIZES, **_TEXT, **_SPECIAL)),
+    "llama": lambda: hf.LlamaModel(hf.LlamaConfig(**_SIZES, **_TEXT, num_key_value_heads=1)),
+    "qwen3": lambda: hf.Qwen3Model(hf.Qwen3Config(**_SIZES, **_TEXT, num_key_value_heads=1, head_dim=16)),
+    "clip-text": lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**_SIZES, **_TEXT)),
+    "t5": lambda: hf.T5EncoderModel(
+        hf.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=64, pad_token_id=0)
+    ),
+}
+NETS = {**IMAGE_NETS, **TEXT_NETS}
+
+
+@cache
+def _net(name: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = NETS[name]().eval()
+        for p in net.parameters():  # no norm, bias or scale is an identity
+            p.data += 0.05 * torch.randn_like(p)
+    return net
+
+
+def base(name: str, pool: str = "mean") -> Base:
+    """A fresh copy of a tiny tower."""
+    return Base(name, "image" if name in IMAGE_NETS else "text", copy.deepcopy(_net(name)), "toy", pool)
+
+
+def inputs(name: str, rows: int = 2) -> Pixels | Tokens:
+    """Something for the tower to read; the second text is shorter than the first."""
+    generator = torch.Generator().manual_seed(1)
+    if name in IMAGE_NETS:
+        return Pixels(torch.randn(rows, 3, 32, 32, generator=generator))
+    ids = torch.randint(3, 60, (rows, 7), generator=generator)
+    lengths = torch.tensor([7, 4] * (rows // 2) + [7] * (rows % 2))
+    return Tokens(ids, torch.arange(7) < lengths[:, None])

@@ -1,0 +1,416 @@
+"""The loop on a toy of two layers with dropout: repeats itself, stops and goes on bitwise, and says what it does."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clasp.train import loop, optim, step
+from clasp.train.loop import Fitted, Position, TrainSettings, TrainState, fit
+from clasp.types import Batch, Embeddings, LossParts, Pooled, Skipped, UserError
+
+PAIRS, BATCH, STEPS_AN_EPOCH = 24, 8, 3
+SETTINGS = TrainSettings(batch=BATCH, epochs=4, lr=0.02, precision="float32", log_every=2, evaluate_every=1)
+
+
+class Toy(nn.Module):
+    """Two towers of one frozen and one trained layer, dropout between, and a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image = nn.ModuleDict({"trunk": nn.Linear(6, 16), "head": nn.Linear(16, 4)})
+        self.text = nn.ModuleDict({"trunk": nn.Linear(5, 16), "head": nn.Linear(16, 4)})
+        self.log_scale = nn.Parameter(torch.tensor(2.0))
+        self.image["trunk"].requires_grad_(False)
+        self.text["trunk"].requires_grad_(False)
+        self.selection = frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
+        self.seen: list[torch.dtype] = []
+
+    def embed(self, tower: nn.ModuleDict, values: Tensor) -> Tensor:
+        return F.normalize(tower["head"](F.dropout(tower["trunk"](values).relu(), 0.3, self.training)), dim=-1)
+
+    def forward(self, batch: Batch) -> Embeddings:
+        image, text = self.embed(self.image, batch.image.values), self.embed(self.text, batch.text.values)
+        return Embeddings(image, text, self.log_scale.exp())
+
+    def after_step(self) -> None:
+        with torch.no_grad():
+            self.log_scale.clamp_(max=2.01)
+
+
+class Stream:
+    """24 pairs whose captions are a fixed map of the images, shuffled anew each epoch; ``before`` is called per batch."""
+
+    def __init__(self, seed: int = 0, before: Callable[[int], None] | None = None) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.randn(PAIRS, 6, generator=generator)
+        self.texts = self.images @ torch.randn(6, 5, generator=generator)
+        self.seed, self.before = seed, before
+
+    def __len__(self) -> int:
+        return STEPS_AN_EPOCH
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        order = torch.randperm(PAIRS, generator=torch.Generator().manual_seed(1000 * self.seed + number))
+        for index in range(start, len(self)):
+            if self.before:
+                self.before(number * len(self) + index)
+            rows = order[index * BATCH : (index + 1) * BATCH]
+            groups = torch.stack([rows, rows], dim=1)
+            ids = tuple(str(row) for row in rows.tolist())
+            yield Batch(ids, Pooled(self.images[rows]), Pooled(self.texts[rows]), groups)
+
+
+def contrast(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None, *, groups: Tensor | None = None
+) -> LossParts:
+    assert image.dtype == text.dtype == scale.dtype == torch.float32
+    logits, target = scale * image @ text.T, torch.arange(len(image), device=image.device)
+    one, other = F.cross_entropy(logits, target), F.cross_entropy(logits.T, target)
+    return LossParts((one + other) / 2, one, other)
+
+
+def weights(model: Toy) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def frozen_in_time(state: TrainState) -> TrainState:
+    """What a checkpoint does: tensors copied out, facts through JSON, and read back."""
+    tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    return TrainState.of(json.loads(json.dumps(state.facts())), tensors)
+
+
+def accuracy(model: Toy) -> dict[str, float]:
+    stream = Stream()
+    with torch.no_grad():
+        image, text = model.embed(model.image, stream.images), model.embed(model.text, stream.texts)
+    return {"accuracy": (image @ text.T).argmax(1).eq(torch.arange(PAIRS)).float().mean().item()}
+
+
+def run(
+    settings: TrainSettings = SETTINGS, stream: Stream | None = None, **options: Any
+) -> tuple[Toy, Fitted, list[dict[str, Any]]]:
+    model, lines = Toy(), list[dict[str, Any]]()
+    fitted = fit(model, stream or Stream(), contrast, settings, log=lines.append, **options)
+    return model, fitted, lines
+
+
+# --- it trains, and it repeats itself --------------------------------------------------------------------------------
+
+
+def test_learns_and_only_the_selection_moves() -> None:
+    before = weights(Toy())
+    assert accuracy(Toy().eval())["accuracy"] < 0.3
+    model, fitted, _ = run(SETTINGS.model_copy(update={"epochs": 60}))
+    assert not model.training and accuracy(model)["accuracy"] > 0.6
+    moved = {name for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
+    assert moved == model.selection
+    assert model.log_scale.item() <= 2.01 + 1e-6, "after_step must clamp the scale"
+    assert fitted.position == Position(60, 0, 180) and fitted.pairs == 180 * BATCH and not fitted.interrupted
+
+
+def test_equals_the_obvious_loop() -> None:
+    model, other = run()[0], Toy()
+    matrices = [p for n, p in other.named_parameters() if n in other.selection and p.ndim > 1]
+    vectors = [p for n, p in other.named_parameters() if n in other.selection and p.ndim < 2]
+    parameters = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), eps=1e-8)
+    for number in range(12):
+        batch = list(Stream().epoch(number // 3))[number % 3]
+        factor = (number + 1) / 1 if number < 1 else 0.5 * (1 + math.cos(math.pi * (number - 1) / 11))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * factor
+        torch.manual_seed(step.step_seed(0, number))
+        out = other(batch)
+        optimizer.zero_grad()
+        contrast(out.image, out.text, out.scale).total.backward()
+        torch.nn.utils.clip_grad_norm_(matrices + vectors, 1.0)
+        optimizer.step()
+        other.after_step()
+    for name, tensor in weights(other).items():
+        torch.testing.assert_close(weights(model)[name], tensor)
+
+
+def test_two_runs_are_bitwise_equal_and_seeds_differ() -> None:
+    one = weights(run()[0])
+    torch.manual_seed(77)  # what ran before must not matter
+    assert same(one, weights(run()[0]))
+    assert not same(one, weights(run(SETTINGS.model_copy(update={"seed": 1}))[0]))
+
+
+def test_evaluation_cannot_disturb_training() -> None:
+    def evaluate() -> dict[str, float]:
+        return {"luck": torch.rand(1).item()}
+
+    quiet = weights(run()[0])
+    noisy = run(SETTINGS.model_copy(update={"keep": "last"}), evaluate=evaluate, primary="luck")[0]
+    assert same(quiet, weights(noisy))
+
+
+# --- it stops and goes on --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 2, 5, 8, 11])
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, keep: str) -> None:
+    settings = SETTINGS.model_copy(update={"keep": keep})
+    scores = [0.1, 0.5, 0.4, 0.2]  # by epoch, the best in the second
+
+    def scored(fresh: Iterator[float]) -> dict[str, Any]:
+        return {"evaluate": lambda: {"score": next(fresh)}, "primary": "score"}
+
+    states: list[TrainState] = []
+    whole, fitted, _ = run(settings, save=lambda state: states.append(frozen_in_time(state)), **scored(iter(scores)))
+
+    def interrupt(number: int) -> None:
+        if number == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    saved: list[TrainState] = []
+    half, stopped, lines = run(
+        settings,
+        Stream(before=interrupt),
+        save=lambda state: saved.append(frozen_in_time(state)),
+        **scored(iter(scores)),
+    )
+    assert stopped.interrupted and stopped.position.step == stop_at + 1 and stopped.metrics == {}
+    assert lines[-1]["event"] == "stop" and lines[-1]["interrupted"]
+    assert len(saved) == 1 and saved[0].position == stopped.position
+    assert same(saved[0].weights, {name: weights(half)[name] for name in half.selection})
+
+    rest, finished, _ = run(
+        settings,
+        start=saved[0],
+        save=lambda state: saved.append(frozen_in_time(state)),
+        **scored(iter(scores[stop_at // STEPS_AN_EPOCH :])),
+    )
+    assert same(weights(whole), weights(rest))
+    assert same(states[-1].tensors(), saved[-1].tensors()) and states[-1].facts() == saved[-1].facts()
+    assert (fitted.held, fitted.metrics) == (finished.held, finished.metrics)
+    assert fitted.held == (Position(1, 3, 6) if keep == "best" else Position(4, 0, 12))
+
+    again, nothing, _ = run(settings, start=saved[-1], **scored(iter(())))
+    assert nothing.pairs == 0 and same(weights(again), weights(whole)), "a finished run goes on to the same end"
+
+
+def test_handlers_come_back_and_sigterm_stops_too() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    _, fitted, _ = run(stream=Stream(before=lambda number: number == 4 and os.kill(os.getpid(), signal.SIGTERM)))
+    assert fitted.interrupted and fitted.position == Position(1, 2, 5)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_second_signal_raises_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def twice(number: int) -> None:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    saved: list[TrainState] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(stream=Stream(before=twice), save=saved.append)
+    assert saved == [] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_thread_trains_without_touching_signals() -> None:
+    results: list[Fitted] = []
+    thread = threading.Thread(target=lambda: results.append(run()[1]))
+    thread.start()
+    thread.join()
+    assert results[0].position.step == 12
+
+
+def test_state_of_another_run_is_refused() -> None:
+    saved: list[TrainState] = []
+    run(save=lambda state: saved.append(frozen_in_time(state)))
+    fewer = {name: tensor for name, tensor in saved[0].weights.items() if name != "log_scale"}
+    with pytest.raises(UserError, match="'log_scale' is missing there and"):
+        run(start=replace(saved[0], weights=fewer))
+
+
+def test_saves_by_the_clock() -> None:
+    saved: list[Position] = []
+    run(SETTINGS.model_copy(update={"save_every_minutes": 1e-9}), save=lambda state: saved.append(state.position))
+    assert [position.step for position in saved] == [*range(1, 13), 12]
+
+
+# --- it stops before it spoils anything ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("poison", "message"), [("loss", "the loss is nan"), ("gradient", "the gradient is not finite")]
+)
+def test_a_step_that_is_not_finite_is_not_taken(poison: str, message: str) -> None:
+    count = 0
+
+    def poisoned(
+        image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None, *, groups: Tensor | None = None
+    ) -> LossParts:
+        nonlocal count
+        parts = contrast(image, text, scale)
+        count += 1
+        if count < 5:
+            return parts
+        spoilt = parts.total * math.nan if poison == "loss" else parts.total + (image.sum() * 0).sqrt()
+        return LossParts(spoilt, parts.image_to_text, parts.text_to_image)
+
+    model, lines, saved = Toy(), list[dict[str, Any]](), list[TrainState]()
+    message = rf"{message} at step 5 of 12 \(lr 0.017\).*nothing was overwritten; try train.lr=0.007"
+    with pytest.raises(UserError, match=message):
+        fit(model, Stream(), poisoned, SETTINGS, log=lines.append, save=saved.append)
+    assert saved == [], "what was saved before stays as it was"
+    assert lines[-1]["event"] == "step" and lines[-1]["step"] == 4, "the steps before it are logged"
+    good = Toy()
+    fit(
+        good,
+        Stream(before=lambda number: number == 3 and os.kill(os.getpid(), signal.SIGINT)),
+        contrast,
+        SETTINGS,
+        log=lines.append,
+    )
+    assert same(weights(model), weights(good)), "the weights are those of the step before"
+
+
+# --- what it keeps, and what it says ---------------------------------------------------------------------------------
+
+
+def test_best_is_restored_last_is_left_and_nan_never_wins() -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def train(keep: str, *scores: float) -> tuple[Toy, Fitted, list[dict[str, Any]]]:
+        model, lines, left = Toy(), list[dict[str, Any]](), iter(scores)
+        seen.clear()
+
+        def evaluate() -> dict[str, float]:
+            assert not model.training
+            seen.append(weights(model))
+            return {"other": 1.0, "score": next(left)}
+
+        settings = SETTINGS.model_copy(update={"keep": keep})
+        return (
+            model,
+            fit(model, Stream(), contrast, settings, log=lines.append, evaluate=evaluate, primary="score"),
+            lines,
+        )
+
+    model, fitted, lines = train("best", math.nan, 0.5, 0.5, 0.1)
+    assert same(weights(model), seen[1]) and fitted.metrics == {"other": 1.0, "score": 0.5}
+    assert [line["best"] for line in lines if line["event"] == "evaluation"] == [True, True, False, False]
+    assert lines[-1] | {"event": "stop", "held_step": 6, "interrupted": False} == lines[-1]
+    model, fitted, _ = train("last", 0.9, 0.5, 0.5, 0.1)
+    assert same(weights(model), seen[3]) and fitted.metrics["score"] == 0.1
+
+
+def test_evaluates_every_so_many_epochs_and_after_the_last() -> None:
+    def epochs(every: int | str, total: int) -> list[int]:
+        settings = SETTINGS.model_copy(update={"epochs": total, "evaluate_every": every})
+        lines = run(settings, evaluate=lambda: {"score": 1.0}, primary="score")[2]
+        return [line["epoch"] for line in lines if line["event"] == "evaluation"]
+
+    assert epochs(2, 5) == [2, 4, 5]
+    assert epochs("auto", 5) == [1, 2, 3, 4, 5]
+    assert epochs("auto", 25) == [3, 6, 9, 12, 15, 18, 21, 24, 25]
+
+
+def test_log_lines_are_json_and_follow_the_schedule() -> None:
+    _, _, lines = run(SETTINGS.model_copy(update={"log_every": 5}))
+    json.dumps(lines, allow_nan=False)
+    assert [line["event"] for line in lines] == ["start", "step", "step", "step", "stop"]
+    steps = [line for line in lines if line["event"] == "step"]
+    assert [line["step"] for line in steps] == [5, 10, 12] and [line["epoch"] for line in steps] == [2, 4, 4]
+    for line in steps:
+        assert line["lr"] == pytest.approx(0.02 * optim.warmup_cosine(line["step"] - 1, 12, 1))
+        assert 0 <= line["data_seconds_share"] <= 1 and line["pairs_per_second"] > 0
+        assert math.exp(1.9) < line["scale"] <= math.exp(2.01) + 1e-4 and line["gradient_norm"] > 0
+
+
+def test_skipped_samples_are_named_once_and_short_batches_pass() -> None:
+    class Holes(Stream):
+        """Batch 1 of every epoch has lost one sample, batch 2 all but one."""
+
+        def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+            for index, batch in enumerate(super().epoch(number, start), start):
+                keep = {0: 8, 1: 7, 2: 1}[index]
+                lost = tuple(Skipped(f"bad {index}.{n}", "truncated") for n in range(8 - keep))
+                image, text = Pooled(batch.image.values[:keep]), Pooled(batch.text.values[:keep])
+                yield Batch(batch.ids[:keep], image, text, batch.groups[:keep], lost)
+
+    said: list[str] = []
+
+    class Ear:
+        def start(self, steps: int) -> None: ...
+        def step(self, progress: Any) -> None: ...
+        def stop(self) -> None: ...
+        def note(self, line: str) -> None:
+            said.append(line)
+
+    model, fitted, lines = run(stream=Holes(), reporter=Ear())
+    assert fitted.position == Position(4, 0, 12) and fitted.pairs == 4 * (8 + 7)
+    assert len(fitted.skipped) == 8 and fitted.skipped[0] == Skipped("bad 1.0", "truncated")
+    steps = [line for line in lines if line["event"] == "step"]
+    named = [sample["id"] for line in steps for sample in line["skipped_samples"]]
+    assert sorted(named) == sorted({sample.id for sample in fitted.skipped}) and steps[-1]["skipped"] == 8
+    spoken = [line for line in said if line.startswith(("skipped", "more"))]
+    assert spoken[0] == "skipped bad 1.0: truncated" and len(spoken) == 6 and spoken[-1].startswith("more samples")
+    assert all(math.isfinite(tensor.sum().item()) for tensor in weights(model).values())
+
+
+def test_lr_tower_slows_the_towers_only() -> None:
+    start = weights(Toy())
+    settings = SETTINGS.model_copy(update={"epochs": 1, "lr_tower": 1e-6})
+    after = weights(run(settings, towers=("image.",))[0])
+    assert (after["image.head.weight"] - start["image.head.weight"]).abs().max() < 1e-6
+    assert (after["text.head.weight"] - start["text.head.weight"]).abs().max() > 1e-3
+    with pytest.raises(AssertionError, match="names of the towers"):
+        run(settings)
+
+
+def test_bfloat16_reaches_the_layers_and_not_the_weights_or_the_loss() -> None:
+    seen: list[torch.dtype] = []
+    model = Toy()
+    model.image["head"].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    settings = SETTINGS.model_copy(update={"precision": "bfloat16", "epochs": 1})
+    fitted = fit(model, Stream(), contrast, settings, log=lambda line: None)
+    assert set(seen) == {torch.bfloat16} and fitted.precision == "bfloat16"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert type(model).forward is Toy.forward and "forward" not in vars(model), "nothing is left wrapped"
+    assert not same(weights(model), weights(run(settings.model_copy(update={"precision": "float32"}))[0]))
+
+
+def test_a_stream_that_ends_early_is_our_mistake() -> None:
+    class Short(Stream):
+        def __len__(self) -> int:
+            return 4
+
+        def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+            return (batch for batch in list(Stream().epoch(number, start))[:2])
+
+    with pytest.raises(AssertionError, match="2 of 4 batches"):
+        run(stream=Short())
+    with pytest.raises(AssertionError, match="choose"):
+        run(TrainSettings())
+    assert set(loop.__all__) >= {"fit", "choose", "TrainSettings"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_runs_are_bitwise_equal_on_a_gpu() -> None:
+    assert same(weights(run()[0]), weights(run()[0]))
