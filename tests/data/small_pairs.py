@@ -60,12 +60,6 @@ class MissingSource:
         return self.path.read_bytes()
 
 
-class SmallPairs(list[Pair]):
-    """A list of pairs with a version, as clasp's own have."""
-
-    version = "small"
-
-
 def png(number: int) -> bytes:
     """A picture that differs for every number."""
     picture = Image.new("RGB", (12, 10))
@@ -75,11 +69,13 @@ def png(number: int) -> bytes:
     return out.getvalue()
 
 
-def small_pairs(count: int, *, damaged: frozenset[int] | set[int] = frozenset(), captions: int = 3) -> SmallPairs:
+def small_pairs(
+    count: int, *, damaged: frozenset[int] | set[int] = frozenset(), captions: int = 3, version: str = "1"
+) -> list[Pair]:
     """``pair i`` has 1 to ``captions`` captions; pairs 2k and 2k + 1 are one group."""
-    pairs = SmallPairs()
+    pairs: list[Pair] = []
     for number in range(count):
-        source = MemorySource(f"{number}.png", b"not a picture" if number in damaged else png(number))
+        source = MemorySource(f"{number}.png", b"not a picture" if number in damaged else png(number), version)
         texts = [f"a w{(number + 7 * i) % 40} " + "red " * i for i in range(number % captions + 1)]
         pairs.append(Pair(f"pair {number}", source, tuple(Caption(text) for text in texts), f"group {number // 2}"))
     return pairs

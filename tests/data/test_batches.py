@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_pairs import TRANSFORM, MemorySource, MissingSource, SlowSource, small_pairs, word_tokenizer
+from small_pairs import TRANSFORM, MemorySource, MissingSource, SlowSource, png, small_pairs, word_tokenizer
 
 from clasp.data.batches import Batches, Tally, draws, image_batches, text_batches
 from clasp.data.images import Augment
+from clasp.data.pairs import open_pairs
 from clasp.data.sides import ImageRows, Listing, LiveImages, LiveTexts, Picks
 from clasp.data.workers import Stream
 from clasp.types import Batch, Caption, Pair, Pixels, Pooled, Skipped, Tokens, UserError
@@ -130,10 +131,9 @@ def test_augmentation_differs_between_epochs_and_repeats_with_the_seed():
     assert not any(torch.equal(zero[id_], one[id_]) for id_ in zero)
 
 
-@pytest.mark.parametrize("captions", ["draw", "all"])
-def test_the_number_of_workers_changes_nothing(captions):
+def test_the_number_of_workers_changes_nothing():
     pairs = small_pairs(14, damaged={5})
-    settings = {"augment": AUGMENT, "captions": captions, "batch": 4}
+    settings = {"augment": AUGMENT, "batch": 4}
     torch.manual_seed(0)
     before = torch.get_rng_state()
     here, there = batches(pairs, **settings), batches(pairs, **settings, workers=2)
@@ -221,6 +221,20 @@ def test_a_bad_sample_leaves_its_batch_and_is_named(tmp_path: Path):
         )
     list(stream.epoch(1))
     assert stream.tally.found == named, "met again, not counted again"
+
+
+def test_pairs_on_disk_in_workers_with_a_file_that_went_away(tmp_path: Path):
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_bytes(png(number) if number != 2 else b"")
+        (tmp_path / f"{number}.txt").write_text(f"a w{number}")
+    pairs = open_pairs(tmp_path)
+    (tmp_path / "5.png").unlink()
+    here, there = batches(pairs, augment=AUGMENT), batches(pairs, augment=AUGMENT, workers=1)
+    for one, two in zip(here.epoch(0), there.epoch(0), strict=True):
+        assert same(one, two)
+    there.close()
+    assert there.tally.found == here.tally.found and set(there.tally.found) == {"2.png", "5.png"}
+    assert "5.png cannot be read: No such file" in there.tally.found["5.png"]
 
 
 def test_a_batch_may_be_empty_and_keeps_its_place():

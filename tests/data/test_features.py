@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_pairs import TRANSFORM, MemorySource, SmallPairs, small_pairs, word_tokenizer
+from small_pairs import TRANSFORM, word_tokenizer
+from small_pairs import small_pairs as pairs_of
 from torch import Tensor, nn
 
 from clasp.data import cache as cache_module
 from clasp.data.batches import Batches, draws, image_batches
-from clasp.data.cache import Writer
+from clasp.data.cache import Writer, cached
 from clasp.data.features import CachedImages, CachedTexts, Features, pooled_images, pooled_texts
 from clasp.data.images import Augment
+from clasp.data.pairs import Pairs
 from clasp.data.sides import Listing, LiveImages, LiveTexts
 from clasp.types import Batch, Pair, Pixels, Pooled, Skipped, Tokens, UserError
 
@@ -65,7 +67,11 @@ class TextTower(nn.Module):
         return (self.words(inputs.ids) * mask).sum(1) / mask.sum(1)
 
 
-def images(tower: ImageTower, pairs: SmallPairs, cache: Path, **settings) -> Features:
+def small_pairs(count: int, **settings) -> Pairs:
+    return Pairs("small", [pairs_of(count, **settings)])
+
+
+def images(tower: ImageTower, pairs: Pairs, cache: Path, **settings) -> Features:
     return pooled_images(tower, pairs, TRANSFORM, cache=cache, **{"batch": 4, **settings})
 
 
@@ -113,15 +119,14 @@ def test_the_note_says_what_the_file_is(tmp_path: Path):
     images(ImageTower(), pairs, tmp_path)
     about = json.loads(the_file(tmp_path).with_suffix(".json").read_text())
     assert about["key"]["what"] == "pooled image" and about["key"]["tower"] == "image tower"
-    assert about["key"]["transform"] == TRANSFORM.fingerprint and about["key"]["pairs"] == "small"
+    assert about["key"]["transform"] == TRANSFORM.fingerprint and about["key"]["pairs"] == pairs.version
     assert about["shape"] == [200, 1, 5] and about["dtype"] == "float32" and about["seconds"] >= 0
     assert [(row, name) for row, name, _ in about["skipped"]] == [(3, "pair 3"), (5, "pair 5")]
     assert "not an image" in about["skipped"][0][2]
 
 
 def test_whatever_decides_the_values_has_its_own_file(tmp_path: Path):
-    pairs, newer = small_pairs(4), small_pairs(4)
-    newer.version = "newer"
+    pairs, newer = small_pairs(4), small_pairs(4, version="2")
     images(ImageTower(), pairs, tmp_path)
     images(ImageTower(), newer, tmp_path)
     images(ImageTower("retrained"), pairs, tmp_path)
@@ -186,7 +191,7 @@ def test_texts_that_repeat_are_encoded_once_longest_first(tmp_path: Path):
 # --- replay ----------------------------------------------------------------------------------------------------------
 
 
-def sides(pairs: SmallPairs, cache: Path):
+def sides(pairs: Pairs, cache: Path):
     listing = Listing(pairs)
     image = CachedImages(images(ImageTower(), pairs, cache), pairs)
     text = CachedTexts(texts(TextTower(), listing.texts, cache), listing)
@@ -194,7 +199,7 @@ def sides(pairs: SmallPairs, cache: Path):
 
 
 @pytest.mark.parametrize("captions", ["draw", "all"])
-def test_replay_equals_encoding_live_in_all_four_combinations(tmp_path: Path, captions):
+def test_replay_equals_encoding_live_whichever_side_is_cached(tmp_path: Path, captions):
     pairs = small_pairs(30, damaged={3, 11})
     listing, cached_image, cached_text = sides(pairs, tmp_path)
     live_image, live_text = LiveImages(TRANSFORM), LiveTexts(word_tokenizer())
@@ -236,13 +241,11 @@ def test_replay_is_bitwise_where_the_batches_have_the_same_shape(tmp_path: Path)
 
 
 def test_replay_reads_neither_images_nor_pairs(tmp_path: Path):
-    pairs = small_pairs(8)
-    listing, image, text = sides(pairs, tmp_path)
-    for pair in pairs:
-        assert isinstance(pair.image, MemorySource)
-        pair.image.reads.clear()
-    del pairs[:]
-    assert [len(batch.ids) for batch in Batches(listing, image, text, batch=4, seed=0).epoch(0)] == [4, 4]
+    in_memory = pairs_of(8)
+    listing, image, text = sides(Pairs("small", [in_memory]), tmp_path)
+    stream = Batches(listing, image, text, batch=4, seed=0)
+    del in_memory[:]
+    assert [len(batch.ids) for batch in stream.epoch(0)] == [4, 4]
 
 
 def test_views_take_turns(tmp_path: Path):
@@ -273,10 +276,8 @@ def test_replay_in_workers(tmp_path: Path):
 def test_features_of_other_pairs_or_texts_are_refused(tmp_path: Path):
     pairs = small_pairs(6)
     features = images(ImageTower(), pairs, tmp_path)
-    other = small_pairs(6)
-    other.version = "other"
     with pytest.raises(ValueError, match="other pairs"):
-        CachedImages(features, other)
+        CachedImages(features, pairs.subset([1, 0, 2, 3, 4, 5]))
     with pytest.raises(ValueError, match="other texts"):
         CachedTexts(texts(TextTower(), ["a"], tmp_path), Listing(pairs))
     with pytest.raises(ValueError, match="other texts"):
@@ -296,20 +297,18 @@ def test_features_of_other_pairs_or_texts_are_refused(tmp_path: Path):
 
 
 def test_replay_is_fast(tmp_path: Path):
-    few = small_pairs(64)
-    pairs = SmallPairs(
-        Pair(str(number), few[number % 64].image, few[number % 64].captions, str(number)) for number in range(20_000)
-    )
+    few = pairs_of(64)
+    many = [Pair(str(number), few[number % 64].image, few[number % 64].captions, "") for number in range(5000)]
+    pairs = Pairs("many", [many])
     listing = Listing(pairs)
-    key = {"what": "pooled image", "pairs": "small"}
-    kept = cache_module.cached(tmp_path, key, (20_000, 1, 128), lambda writer: writer.notes.update(skipped=[]))
-    image = CachedImages(Features(kept, np.arange(20_000)), pairs)
+    key = {"pairs": pairs.version}
+    kept = cached(tmp_path, key, (5000, 1, 128), lambda writer: writer.notes.update(skipped=[]))
+    image = CachedImages(Features(kept, np.arange(5000)), pairs)
     text = CachedTexts(texts(TextTower(), listing.texts, tmp_path), listing)
     stream = Batches(listing, image, text, batch=256, seed=0)
-    started = time.perf_counter()
-    rows = sum(len(batch.ids) for batch in stream.epoch(0))
-    # with every call type-checked, on a busy machine; about 400,000 rows/s without
-    assert rows / (time.perf_counter() - started) > 20_000
+    started = time.process_time()  # not the clock on the wall: the machine may be busy
+    rows = sum(len(batch.ids) for epoch in range(4) for batch in stream.epoch(epoch))
+    assert rows / (time.process_time() - started) > 20_000
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -364,7 +363,7 @@ def test_a_disk_without_space_is_found_before_any_compute(tmp_path: Path, monkey
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: usage._replace(free=199))
     tower = ImageTower()
-    with pytest.raises(UserError, match=f"no space left in {tmp_path / 'features'}: 200 bytes"):
+    with pytest.raises(UserError, match=f"200 bytes in {tmp_path / 'features'}: No space left"):
         images(tower, small_pairs(10), tmp_path)
     assert tower.calls == [] and list((tmp_path / "features").iterdir()) == []
 
@@ -378,7 +377,7 @@ def test_a_disk_that_fills_up_leaves_no_partial_file(tmp_path: Path, monkeypatch
         write(self, rows, values)
 
     monkeypatch.setattr(Writer, "write", full)
-    with pytest.raises(UserError, match=r"no space left in .*features: 200 bytes are needed"):
+    with pytest.raises(UserError, match=r"cannot keep 200 bytes in .*features: No space left on device"):
         images(ImageTower(), small_pairs(10), tmp_path)
     assert list((tmp_path / "features").iterdir()) == []
 
@@ -394,7 +393,7 @@ def test_an_interrupt_leaves_no_partial_file(tmp_path: Path):
 
 def test_a_folder_that_is_a_file_is_one_line(tmp_path: Path):
     (tmp_path / "features").write_text("")
-    with pytest.raises(UserError, match="cannot write into"):
+    with pytest.raises(UserError, match="features: File exists"):
         images(ImageTower(), small_pairs(4), tmp_path)
 
 

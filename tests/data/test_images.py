@@ -58,6 +58,16 @@ STORED = {
     8: np.rot90(TWO_BY_TWO, -1),
 }
 
+INVERSE = {  # what a camera held that way does to an upright picture
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
 
 # --- kinds of pictures ---------------------------------------------------------------------------------------------
 
@@ -75,6 +85,17 @@ def test_exif_orientation(orientation: int) -> None:
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation]))
     np.testing.assert_array_equal(levels(plain(2)(encoded(stored, exif=exif))), TWO_BY_TWO)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_orientation_comes_before_the_crop(orientation: int) -> None:
+    upright = photo(90, 41)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright if orientation == 1 else upright.transpose(INVERSE[orientation])
+    transform = plain(16, crop_fraction=0.8)
+    got = levels(transform(encoded(stored, exif=exif))).astype(int)
+    assert np.abs(got - levels(transform(upright))).max() <= 1
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -131,10 +152,10 @@ def test_cmyk_jpeg() -> None:
 
 
 def test_sixteen_bit_grey_keeps_its_range() -> None:
-    values = np.array([[0, 257], [32768, 65535]], dtype=np.uint16)
+    values = np.array([[0, 400], [32768, 65535]], dtype=np.uint16)
     picture = Image.fromarray(values)
     assert picture.mode == "I;16"
-    want = np.repeat(np.array([[0, 1], [128, 255]])[..., None], 3, axis=2)
+    want = np.repeat(np.array([[0, 2], [128, 255]])[..., None], 3, axis=2)
     np.testing.assert_array_equal(levels(plain(2)(encoded(picture))), want)
     np.testing.assert_array_equal(levels(plain(2)(Image.fromarray(values.astype(np.int32)))), want)
 
@@ -500,11 +521,11 @@ def test_settings_round_trip_and_fingerprint() -> None:
 
 
 def test_wrong_settings_name_the_right_ones() -> None:
-    with pytest.raises(UserError, match="'sizes'.*size, mean"):
+    with pytest.raises(UserError, match=r"'sizes'.*size, mean"):
         ImageTransform.from_dict({"sizes": 3})
     with pytest.raises(UserError, match="lack 'mean'"):
         ImageTransform.from_dict({"size": 3})
-    with pytest.raises(UserError, match="'stretch'.*crop, squash, pad"):
+    with pytest.raises(UserError, match=r"'stretch'.*crop, squash, pad"):
         ImageTransform.from_dict({**plain(8).to_dict(), "resize": "stretch"})
     with pytest.raises(UserError, match="crop_fraction"):
         plain(8, resize="pad", crop_fraction=0.9)

@@ -95,4 +95,4 @@ def test_seeds_repeat_and_differ():
 
 def test_percentiles():
     made = torch.arange(101, dtype=torch.float64)[:, None].expand(-1, 2) * torch.tensor([1.0, 2.0])
-    assert percentile_intervals(made, level=0.9) == [(5, 95), (10, 190)]
+    assert percentile_intervals(made, level=0.5) == [(25, 75), (50, 150)]

@@ -154,10 +154,10 @@ def test_chunks_equal_the_naive_metric_both_ways(rows):
     image_labels = torch.arange(60)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     text_labels = image_labels.repeat_interleave(5)[order]
-    texts = F.normalize(images[text_labels] + 0.3 * embeddings(1, 300), dim=1)
+    texts = F.normalize(images[text_labels] + 2 * embeddings(1, 300), dim=1)
     for arguments in ((images, texts, image_labels, text_labels), (texts, images, text_labels, image_labels)):
         got = standings(*arguments, scores_at_once=rows * len(arguments[1]))
-        assert 0.2 < recall(got, 1) < 1
+        assert 0.1 < recall(got, 1) < 0.9
         for k in (1, 5, 10):
             assert recall(got, k) == pytest.approx(naive_recall(*arguments, k), abs=1e-12)
 

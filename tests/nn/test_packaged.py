@@ -16,6 +16,7 @@ import struct
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_transforms_are_those_of_the_weights() -> None:
 
 
 @cache
-def packages_own_efficientnet(size: int) -> nn.Module:
+def packages_own_efficientnet(size: int) -> Any:
     """As the package builds it for one image size: padding fixed when it is made, classifier included."""
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -169,7 +170,7 @@ def packages_own_efficientnet(size: int) -> nn.Module:
 @pytest.mark.parametrize("size", [96, 128, 160, 224])
 def test_efficientnet_equals_its_package_at_any_size(size: int) -> None:
     pixels = noise(2, 3, size, size)
-    net = tower("efficientnet-lite0").net
+    net: Any = tower("efficientnet-lite0").net
     with torch.inference_mode():
         theirs = packages_own_efficientnet(size).extract_features(pixels).mean((2, 3))
         ours = net.extract_features(pixels).mean((2, 3))
@@ -219,7 +220,7 @@ def test_dinov2_equals_onnxruntime_after_the_final_norm() -> None:
 
 @pytest.mark.parametrize("side", [7, 10, 37])
 def test_dinov2_resizes_its_grid_of_positions_and_keeps_the_cls_row(side: int) -> None:
-    embed = tower("dinov2-small-focus").net.embeddings
+    embed: Any = tower("dinov2-small-focus").net.embeddings
     pixels = noise(1, 3, 14 * side, 14 * side)
     with torch.inference_mode():
         table = embed.position_embeddings
@@ -376,9 +377,9 @@ def test_e5_weights_equal_one_nibble_at_a_time() -> None:
 # --- mistakes ------------------------------------------------------------------------------------------------------
 
 
-def message(name: str, **settings: int) -> str:
+def message(name: str, size: int | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        packaged(name, **settings)
+        packaged(name, size=size)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -400,7 +401,7 @@ def test_unknown_name() -> None:
     ],
 )
 def test_wrong_size(name: str, size: int, words: str) -> None:
-    assert words in message(name, size=size)
+    assert words in message(name, size)
 
 
 @pytest.mark.parametrize("name", PACKAGED)

@@ -51,7 +51,7 @@ def test_what_is_set_is_kept_and_the_reason_says_so() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(UserError, match=r"train.batch = 512 is more than the 50 pairs to train on; set at most 50"):
+    with pytest.raises(UserError, match=r"train.batch = 512 is more than the 50 pairs to train on; at most 50"):
         choose(TrainSettings(batch=512), 50)
     with pytest.raises(UserError, match="at least two pairs to tell apart, and there is 1"):
         choose(TrainSettings(), 1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
 
-from clasp.train.progress import Bar, Lines, Meter, Progress, Rates, to_stderr
+from clasp.train.progress import Bar, Lines, Meter, Progress, to_stderr
 
 
 class Clock:
@@ -56,13 +57,13 @@ def test_lines_where_standard_error_is_no_terminal(capsys: pytest.CaptureFixture
 def test_meter_by_hand() -> None:
     clock = Clock()
 
-    def slow() -> object:
+    def slow() -> Iterator[int]:
         for number in range(3):
             clock.now += 1.0  # one second of data
             yield number
 
     meter = Meter(window=2, clock=clock)
-    for number in meter.fetching(iter(slow())):
+    for number in meter.fetching(slow()):
         clock.now += 3.0  # three seconds of work
         meter.stepped(pairs=8, loss=float(number))
         clock.now += 100.0  # saving, evaluation: nobody's

@@ -118,8 +118,8 @@ def _new_file(path: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> Ite
     part = folder / f"{path.stem}.{uuid.uuid4().hex}.part"
     note = part.with_suffix(".json.part")
     started = time.monotonic()
+    file = _opened(part, size)
     try:
-        file = _opened(part)
         with file:
             if shutil.disk_usage(folder).free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -135,17 +135,19 @@ def _new_file(path: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> Ite
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"no space left in {folder}: {size:,} bytes are needed for what is kept there") from error
+        raise _refused(folder, size, error) from error
     finally:
         part.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
 
 
-def _opened(part: Path) -> IO[bytes]:
+def _opened(part: Path, size: int) -> IO[bytes]:
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         return open(part, "xb")
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"cannot write into {part.parent}: {error.strerror}") from error
+        raise _refused(part.parent, size, error) from error
+
+
+def _refused(folder: Path, size: int, error: OSError) -> UserError:
+    return UserError(f"cannot keep {size:,} bytes in {folder}: {error.strerror}")

@@ -26,6 +26,7 @@ from torch import Tensor
 from clasp.data.batches import Tally, draws, text_batches
 from clasp.data.cache import Kept, Writer, cached
 from clasp.data.images import Augment, ImageTransform
+from clasp.data.pairs import Pairs
 from clasp.data.sides import ImageRows, Listing, LiveImages, Picks, TextRows
 from clasp.data.text import Tokenizer
 from clasp.data.workers import Stream
@@ -52,18 +53,6 @@ class Pooling(Protocol[Inputs]):
         ...
 
     def pooled(self, inputs: Inputs) -> Float[Tensor, "B D"]: ...
-
-
-@runtime_checkable
-class VersionedPairs(Protocol):
-    """Pairs whose ``version`` changes when their ids, their order or their images do."""
-
-    @property
-    def version(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int) -> Pair: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +96,7 @@ class CachedImages:
     ``pairs`` are those of the batch. Raises ``ValueError`` when the features are of other pairs.
     """
 
-    def __init__(self, features: Features, pairs: VersionedPairs) -> None:
+    def __init__(self, features: Features, pairs: Pairs) -> None:
         if features.kept.about["key"].get("pairs") != pairs.version:
             raise ValueError(f"{features.kept.path} holds features of other pairs than these")
         self._features = features
@@ -144,7 +133,7 @@ class CachedTexts:
 
 def pooled_images(
     tower: Pooling[Pixels],
-    pairs: VersionedPairs,
+    pairs: Pairs,
     transform: ImageTransform,
     *,
     batch: int,
@@ -243,7 +232,7 @@ def _array(values: Float[Tensor, "B D"]) -> Float[np.ndarray, "B D"]:
 class _ViewReader:
     """One view of some images; runs in a worker where there are any."""
 
-    pairs: VersionedPairs
+    pairs: Pairs
     sides: Sequence[LiveImages]
 
     def __call__(self, ask: tuple[int, Picks]) -> ImageRows:

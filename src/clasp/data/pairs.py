@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, SupportsIndex, overload
+from typing import Protocol, SupportsIndex, overload, runtime_checkable
 
 import numpy as np
 
@@ -40,6 +40,7 @@ OPENERS: dict[str, Callable[[Opening], Format]] = {
 }
 
 
+@runtime_checkable
 class Rows(Protocol):
     """A list of ``Pair``s will do."""
 

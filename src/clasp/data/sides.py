@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from clasp.data.images import Augment, ImageError, ImageTransform
 from clasp.data.text import Tokenizer
-from clasp.types import ImageInput, Pair, Pixels, Skipped, Source, TextInput
+from clasp.types import ImageInput, Pair, Pixels, Skipped, Source, TextInput, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ class LiveImages:
                 else:
                     values.append(self.transform.augmented(encoded, self.augment, seed))
                 kept.append(place)
-            except (ImageError, OSError) as error:
+            except (ImageError, OSError, UserError) as error:  # a source says with UserError that a file is gone
                 skipped.append(Skipped(name, " ".join(str(error).split()) or type(error).__name__))
         side = self.transform.size
         pixels = torch.stack(values) if values else torch.empty(0, 3, side, side)

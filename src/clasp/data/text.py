@@ -115,6 +115,11 @@ class Tokenizer:
         """How many ids there are, added tokens included; a tower's embedding table must have as many rows."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def with_settings(self, **changes: Any) -> Tokenizer:
+        """A tokenizer like this one with some settings changed; ``None`` keeps a setting."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        return Tokenizer(backend, **{**asdict(self.settings), **{k: v for k, v in changes.items() if v is not None}})
+
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Token ids ``[B N]`` and mask, ``N`` the longest of these texts and at most ``max_tokens``."""
         return self.pad(self.encode(texts))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from clasp.types import UserError
+
+_LOOK_SECONDS = 5.0  # while waiting, how often to look whether the workers live: a forkserver's are not our children
 
 
 class _Asks:
@@ -44,8 +47,8 @@ class _Asks:
 class Stream:
     """``read`` applied to one ask after another, in order: here, or ahead of time in worker processes.
 
-    Workers are started at the first use and live until ``close``; they never fork a process that has threads. One
-    pass at a time. Raises ``UserError`` when a worker dies or nothing arrives for ``timeout_seconds``.
+    Workers are started at the first use and live until ``close``. One pass at a time. Raises ``UserError`` when a
+    worker dies (noticed within seconds) or nothing arrives for ``timeout_seconds``.
     """
 
     def __init__(self, read: Callable[[Any], Any], *, workers: int = 0, timeout_seconds: float = 300.0) -> None:
@@ -54,49 +57,72 @@ class Stream:
         self._timeout_seconds = timeout_seconds
         self._loader: DataLoader[Any] | None = None
         self._pass = 0
+        self._finished = True
 
     def __call__(self, asks: Iterable[Any]) -> Iterator[Any]:
         """The answers to ``asks``."""
         self._pass += 1
         this = self._pass
-        try:
-            for answer in self._answers(asks):
-                assert this == self._pass, "a newer pass over these workers has begun"
-                if isinstance(answer, UserError):
-                    raise answer
-                yield answer
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader "):
-                raise
-            self.close()
-            raise UserError(
-                f"workers = {self._workers}: {' '.join(str(error).split())}; workers = 0 loads in the main process and "
-                "shows what is slow or fails (a script that starts workers needs `if __name__ == '__main__':`)"
-            ) from error
+        for answer in self._here(asks) if self._workers == 0 else self._there(asks):
+            assert this == self._pass, "a newer pass over this stream has begun"
+            if isinstance(answer, UserError):
+                raise answer
+            yield answer
 
     def close(self) -> None:
         """End the workers, if there are any; a later pass starts new ones."""
         self._loader = None
 
-    def _answers(self, asks: Iterable[Any]) -> Iterable[Any]:
-        if self._workers == 0:
-            return map(self._asks.__getitem__, asks)
+    def _here(self, asks: Iterable[Any]) -> Iterator[Any]:
+        return map(self._asks.__getitem__, asks)
+
+    def _there(self, asks: Iterable[Any]) -> Iterator[Any]:
+        if not self._finished:
+            self.close()  # workers busy with a pass that was left could not say when they are ready for this one
         if self._loader is None:
-            kinds = multiprocessing.get_all_start_methods()
-            self._loader = DataLoader(
-                self._asks,  # pyright: ignore[reportArgumentType]  # all a map-style dataset needs is __getitem__
-                sampler=self._asks,
-                batch_size=None,
-                collate_fn=_as_it_is,
-                num_workers=self._workers,
-                persistent_workers=True,
-                multiprocessing_context="forkserver" if "forkserver" in kinds else "spawn",
-                worker_init_fn=_start_worker,
-                timeout=self._timeout_seconds,
-                generator=torch.Generator(),  # else each pass would take a number from the global generator
-            )
+            self._loader = self._started()
         self._asks.asks = asks
-        return self._loader
+        self._finished = False
+        answers = iter(self._loader)
+        heard = time.monotonic()
+        while True:
+            try:
+                answer = next(answers)
+            except StopIteration:
+                self._finished = True
+                return
+            except RuntimeError as error:
+                said = str(error)
+                if said.startswith("DataLoader timed out") and time.monotonic() - heard < self._timeout_seconds:
+                    continue  # all workers live; go on waiting
+                self.close()
+                if not said.startswith("DataLoader "):
+                    raise
+                waited = f"nothing came for {time.monotonic() - heard:.0f} seconds ({' '.join(said.split())})"
+                raise UserError(
+                    f"workers = {self._workers}: {waited}; with workers = 0 the main process reads and shows what is "
+                    "slow or fails (a script that has workers needs `if __name__ == '__main__':`)"
+                ) from error
+            yield answer
+            heard = time.monotonic()
+
+    def _started(self) -> DataLoader[Any]:
+        kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        context = multiprocessing.get_context(kind)
+        if kind == "forkserver":
+            context.set_forkserver_preload(["clasp.data.sides"])  # imported once, not by each worker
+        return DataLoader(
+            self._asks,  # pyright: ignore[reportArgumentType]  # all a map-style dataset needs is __getitem__
+            sampler=self._asks,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self._workers,
+            persistent_workers=True,
+            multiprocessing_context=context,
+            worker_init_fn=_start_worker,
+            timeout=min(_LOOK_SECONDS, self._timeout_seconds),
+            generator=torch.Generator(),  # else each pass would take a number from the global generator
+        )
 
 
 def _as_it_is(answer: Any) -> Any:

@@ -51,7 +51,7 @@ def replicates(
     return [torch.cat(of_sample) for of_sample in zip(*chunks, strict=True)]
 
 
-def _by_cell(sample: Sample, universe: int) -> list[tuple[Int[Tensor, " g"], Float[Tensor, "g columns"]]]:
+def _by_cell(sample: Sample, universe: int) -> list[tuple[Int[Tensor, " _"], Float[Tensor, "_ columns"]]]:
     """For each cell, its groups, and per group the sums of the values and (last column) the number of queries."""
     cells = torch.zeros_like(sample.groups) if sample.cells is None else sample.cells
     pairs, which, count = (cells * universe + sample.groups).unique(return_inverse=True, return_counts=True)
@@ -62,7 +62,7 @@ def _by_cell(sample: Sample, universe: int) -> list[tuple[Int[Tensor, " g"], Flo
 
 
 def _mean_of_cells(
-    weights: Float[Tensor, "rows universe"], cells: list[tuple[Int[Tensor, " g"], Float[Tensor, "g columns"]]]
+    weights: Float[Tensor, "rows universe"], cells: list[tuple[Int[Tensor, " _"], Float[Tensor, "_ columns"]]]
 ) -> Float[Tensor, "rows M"]:
     total, seen = torch.zeros(()), torch.zeros(())
     for groups, sums in cells:

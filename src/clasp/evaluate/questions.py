@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -100,24 +100,6 @@ class Answer:
     def metrics(self) -> dict[str, float]:
         """Every metric by name."""
         return {name: mean.value() for name, mean in self.means.items()} | dict(self.medians)
-
-
-class Question(Protocol):
-    """Something to ask about images. ``parts`` and ``names`` are known before anything is computed."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The directions of the answers."""
-        ...
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The metrics of each answer."""
-        ...
-
-    def ask(self, encoder: Encoder, images: Embedded) -> list[Answer]:
-        """One answer a part."""
-        ...
 
 
 # --- which class is it? --------------------------------------------------------------------------------------------
@@ -300,6 +282,9 @@ def _recalls(standings: metrics.Standings) -> dict[str, Mean]:
     return {name: Mean(values) for name, values in found.items()}
 
 
+Question = Classes | Captions
+
+
 # --- mistakes, each in one line ------------------------------------------------------------------------------------
 
 
@@ -310,11 +295,10 @@ def _refuse_repeats(names: Sequence[str], where: str) -> None:
 
 
 def _check_classes(names: Sequence[str], where: str) -> None:
-    if not all(name.strip() for name in names):
-        raise UserError(
-            f"{where} hold an empty name, at position {[bool(name.strip()) for name in names].index(False)}"
-        )
-    _refuse_repeats([name.strip() for name in names], where)
+    stripped = [name.strip() for name in names]
+    if "" in stripped:
+        raise UserError(f"{where} hold an empty name, at position {stripped.index('')} of {len(names)}, counted from 0")
+    _refuse_repeats(stripped, where)
 
 
 def _check_directions(parts: Sequence[str]) -> None:

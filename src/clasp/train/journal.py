@@ -32,7 +32,6 @@ class Journal:
         self.steps, self.epochs, self.log_every = steps, epochs, log_every
         self.meter = Meter()
         self.skipped = {sample.id: sample for sample in skipped}
-        self._new: list[Skipped] = []
         self._last: tuple[Position, Stepped] | None = None
 
     def __enter__(self) -> Journal:
@@ -80,7 +79,7 @@ class Journal:
 
     def _skip(self, sample: Skipped) -> None:
         self.skipped[sample.id] = sample
-        self._new.append(sample)
+        self.log({"event": "skipped", "id": sample.id, "reason": sample.reason})
         if len(self.skipped) <= SAMPLES_ON_SCREEN:
             self.reporter.note(f"skipped {sample.id}: {sample.reason}")
         elif len(self.skipped) == SAMPLES_ON_SCREEN + 1:
@@ -104,10 +103,8 @@ class Journal:
                 "pairs_per_second": rates.pairs_per_second,
                 "data_seconds_share": rates.data_seconds_share,
                 "skipped": len(self.skipped),
-                "skipped_samples": [{"id": sample.id, "reason": sample.reason} for sample in self._new],
             }
         )
-        self._new = []
 
     def event(self, event: str, line: str, **facts: Any) -> None:
         """Logs something other than a step and says ``line`` of it."""

@@ -60,8 +60,8 @@ def fit(
 ) -> Fitted:
     """Trains the selection in place; leaves the model in eval mode, on the device that it was trained on.
 
-    ``log`` gets JSON dicts told apart by ``event``: start, step, evaluation, stop. ``evaluate`` is called with the
-    model in eval mode; ``primary`` names the metric in its answer that decides, greater being better. ``save`` gets
+    ``log`` gets JSON dicts told apart by ``event``: start, step, skipped, evaluation, stop. ``evaluate`` is called with
+    the model in eval mode; ``primary`` names the metric in its answer that decides, greater being better. ``save`` gets
     the state every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the end; a run that is given it as ``start``
     goes on there. ``towers`` are the beginnings of the names of parameters inside the towers, for ``lr_tower``.
     Raises UserError when the loss or its gradient is not finite, before the step that would have spoilt the weights,
@@ -148,6 +148,7 @@ class Judge:
         epochs: int,
         best: Best | None,
     ):
+        assert evaluate is None or primary or settings.keep == "last", "which metric decides?"
         self.stepper, self.journal, self.evaluate, self.primary = stepper, journal, evaluate, primary
         self.keep, self.epochs, self.best = settings.keep, epochs, best
         auto = -(-epochs // EVALUATIONS_A_RUN)
@@ -163,17 +164,19 @@ class Judge:
         self.metrics = metrics = dict(self.evaluate())
         self.stepper.model.train()
         line = f"epoch {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        better = self.keep == "best" and (self.best is None or self.score(metrics) > self.score(self.best.metrics))
+        better = self.keep == "best" and self.beats_best(metrics)
         if better:
             self.best = Best(at, metrics, self.stepper.selection(copied=True))
             line += "; the best so far"
         self.journal.event("evaluation", line, step=at.step, epoch=done, best=better, metrics=metrics)
 
-    def score(self, metrics: Mapping[str, float]) -> float:
-        """The deciding metric; a metric that is not a number is worse than any."""
+    def beats_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the deciding metric is the highest so far; one that is not a number is lower than any."""
         assert self.primary in metrics, f"primary={self.primary!r} is none of the metrics {sorted(metrics)}"
-        value = metrics[self.primary]
-        return -math.inf if math.isnan(value) else value
+        if self.best is None:
+            return True
+        new, old = metrics[self.primary], self.best.metrics[self.primary]
+        return new > old or (math.isnan(old) and not math.isnan(new))
 
     def finished(self, at: Position) -> Position:
         """Ends a run that has done all its epochs, with the weights to keep; returns where they are from."""
@@ -182,8 +185,10 @@ class Judge:
         if self.best is not None:
             self.stepper.put(self.best.weights)
             held, self.metrics = self.best.position, self.best.metrics
-            said = f"{self.primary} {self.metrics[self.primary]:.4g}"
-            line = f"done after {at.step} steps; back to the weights of step {held.step}, evaluated best ({said})"
+            whose = (
+                "these are the weights of the last" if held.step == at.step else f"back to those of step {held.step}"
+            )
+            line = f"done after {at.step} steps; {whose}, best by {self.primary} ({self.metrics[self.primary]:.4g})"
         self.journal.event("stop", line, step=at.step, interrupted=False, held_step=held.step, metrics=self.metrics)
         return held
 

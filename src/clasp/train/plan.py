@@ -99,7 +99,7 @@ def choose(settings: TrainSettings, pairs: int, *, largest: int = LARGEST_BATCH)
         limit = f"at most {largest:,}" if room == largest else "at most a quarter of the pairs"
         reasons.append(f"batch {batch:,} is the largest power of two that is {limit}")
     elif settings.batch > pairs:
-        raise UserError(f"train.batch = {settings.batch} is more than the {pairs} pairs to train on; set at most {pairs}")
+        raise UserError(f"train.batch = {settings.batch} is more than the {pairs} pairs to train on; at most {pairs}")
     else:
         batch = settings.batch
         reasons.append(f"batch {batch:,} is set")

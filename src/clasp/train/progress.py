@@ -110,6 +110,7 @@ class Bar:
         self._task = self._rich.add_task("", start=False, visible=False)
 
     def start(self, steps: int) -> None:
+        self._rich.start_task(self._task)
         self._rich.update(self._task, total=steps, description="first step", visible=True)
         self._rich.start()
 

@@ -10,7 +10,6 @@ import os
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from jaxtyping import Int32, UInt64
@@ -31,7 +30,7 @@ class Folder:
     names: Names
 
     @classmethod
-    def of(cls, path: Path) -> Self:
+    def of(cls, path: Path) -> "Folder":
         found = []
         for folder, inner, files in os.walk(path):
             inner.sort()
@@ -68,7 +67,7 @@ class ClassFolders:
         meta = {"label": bisect_left(self.classes, group), "class": caption}
         return Pair(self.id_prefix + name, self.folder.source(member), (Caption(caption),), group, meta)
 
-    def prefixed(self, id_prefix: str, path_prefix: str) -> Self:
+    def prefixed(self, id_prefix: str, path_prefix: str) -> "ClassFolders":
         return replace(self, id_prefix=id_prefix)
 
 

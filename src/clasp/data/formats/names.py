@@ -6,7 +6,6 @@ names themselves take.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -20,7 +19,7 @@ class Names:
     ends: Int64[np.ndarray, " names"]
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> Self:
+    def of(cls, texts: Iterable[str]) -> "Names":
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
         letters = np.frombuffer(b"".join(encoded), np.uint8)
         return cls(letters, np.cumsum([len(text) for text in encoded], dtype=np.int64))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt64
@@ -25,6 +25,7 @@ class Opening:
     cache: Path | None
 
 
+@runtime_checkable
 class Format(Protocol):
     """A source that has been opened: its pairs by row number, and the hashes of their ids."""
 
@@ -40,6 +41,6 @@ class Format(Protocol):
 
     def __getitem__(self, row: int, /) -> Pair: ...
 
-    def prefixed(self, id_prefix: str, path_prefix: str) -> Self:
+    def prefixed(self, id_prefix: str, path_prefix: str) -> "Format":
         """The same, among other sources: what goes before ids, and before image paths that stand for a group."""
         ...

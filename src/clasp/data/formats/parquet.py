@@ -8,7 +8,7 @@ random order, a file of images wants row groups of a few hundred rows at most. R
 import functools
 import os
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +90,7 @@ class ParquetTable:
             id, CellSource(self.file, self.stamp, image, row, self.root), said.captions, said.group or id, said.meta
         )
 
-    def prefixed(self, id_prefix: str, path_prefix: str) -> Self:
+    def prefixed(self, id_prefix: str, path_prefix: str) -> "ParquetTable":
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
@@ -185,7 +185,10 @@ def _parquet(path: str, stamp: str, process: int) -> _Parquet:
 
 
 def _read_group(path: str, stamp: str, process: int, columns: tuple[str, ...], group: int) -> pa.Table:
-    return _parquet(path, stamp, process).file.read_row_group(group, columns=list(columns), use_threads=False)
+    try:
+        return _parquet(path, stamp, process).file.read_row_group(group, columns=list(columns), use_threads=False)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 _light_group = functools.lru_cache(maxsize=16)(_read_group)

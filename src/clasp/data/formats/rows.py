@@ -8,7 +8,7 @@ source is refused as a whole when it is opened, with the number of such rows.
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from clasp.types import Caption, UserError
 
@@ -37,10 +37,10 @@ class Columns:
         """The names given, in the order of the fields."""
         return tuple(name for name in self._all if name)
 
-    def over(self, default: Self) -> Self:
+    def over(self, default: "Columns") -> "Columns":
         """These names, and the default's where none is given."""
         names = [own or other for own, other in zip(self._all, default._all, strict=True)]
-        return type(self)(**{field.name: name for field, name in zip(fields(self), names, strict=True)})
+        return Columns(**{field.name: name for field, name in zip(fields(self), names, strict=True)})
 
     @property
     def _all(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, UInt64
@@ -31,6 +31,7 @@ CAPTION_KEYS = ("captions", "caption", "text")
 CLASS_NAMES = "classnames.txt"
 
 
+@runtime_checkable
 class Members(Protocol):
     """Files by number, in a folder or a tar."""
 
@@ -78,7 +79,7 @@ class Samples:
         meta = about | {name: value for name, value in record.items() if name not in spoken_for}
         return Pair(id, self.members.source(image), captions, group, meta)
 
-    def prefixed(self, id_prefix: str, path_prefix: str) -> Self:
+    def prefixed(self, id_prefix: str, path_prefix: str) -> "Samples":
         return replace(self, id_prefix=id_prefix)
 
     @property

@@ -101,7 +101,7 @@ def _check_end(path: Path, file: Path, end: int, names: list[str]) -> None:
     if len(block) < tarfile.BLOCKSIZE:
         raise UserError(f"{path} is truncated: it ends at byte {length}, {after}, without the mark that ends a tar")
     if any(block):
-        if not names:
+        if not names and block[257:262] != b"ustar":
             raise UserError(f"{path} is not a tar: there is no header at its start")
         raise UserError(f"{path} is truncated or damaged: no whole header at byte {end} of {length}, {after}")
     if goes_on:

@@ -9,7 +9,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar, NamedTuple, Protocol
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from clasp.data.formats.opening import Opening
 from clasp.data.formats.rows import Columns
@@ -25,6 +25,7 @@ class Entry(NamedTuple):
     record: dict[str, Any]
 
 
+@runtime_checkable
 class Syntax(Protocol):
     """How a file is cut into rows."""
 
@@ -103,6 +104,8 @@ class JsonList:
                 at = _skip(text, at + 1)
             elif text[at : at + 1] != "]":
                 raise json.JSONDecodeError("',' or ']' is wanted after an entry", text, at)
+        if text[at + 1 :].strip():
+            raise json.JSONDecodeError("something follows the list", text, at + 1)
 
     def parse(self, data: bytes) -> dict[str, Any]:
         return json.loads(data)

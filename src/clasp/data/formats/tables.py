@@ -7,7 +7,7 @@ Unusual: the file is read once to find and check all rows; afterwards a row cost
 import os
 from array import array
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64, UInt32, UInt64
@@ -47,10 +47,11 @@ class TextTable:
         said = self.reader(record, f"{self.name} row {row + 1}")
         return path_pair(said, int(self.twins[row]), self)
 
-    def prefixed(self, id_prefix: str, path_prefix: str) -> Self:
+    def prefixed(self, id_prefix: str, path_prefix: str) -> "TextTable":
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
+@runtime_checkable
 class PathTable(Protocol):
     """What ``path_pair`` needs of a table whose images are told by path."""
 
@@ -94,7 +95,7 @@ def open_table(opening: Opening) -> TextTable:
                 stops.append(stop)
         if not starts:
             raise UserError(f"{name} has no pairs: looked for {syntax.wanted}, found none")
-        return {"starts": np.array(starts), "stops": np.array(stops), **survey.finish()}
+        return {"starts": np.array(starts, np.int64), "stops": np.array(stops, np.int64), **survey.finish()}
 
     key = ("table", str(opening.path.resolve()), stamp, opening.root, repr(reader))
     arrays = remembered(opening.cache, key, build)

@@ -1,0 +1,93 @@
+"""A recipe's objects: bases, towers, tuning, heads; and a run folder back to a model that is ready to use.
+
+The only place besides the run folder's own module that knows how a ``DualEncoder`` is made. With ``meta=True`` nothing
+but shapes exists, which is all that counting needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clasp.data.images import ImageTransform
+from clasp.data.text import Tokenizer
+from clasp.embed import Model
+from clasp.model import DualEncoder
+from clasp.nn.foreign.hub import open_base
+from clasp.nn.towers import Base, Tower
+from clasp.recipe import Recipe, from_dict
+from clasp.train import checkpoint
+from clasp.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """A model and what stands before its towers."""
+
+    model: DualEncoder
+    transform: ImageTransform
+    tokenizer: Tokenizer
+
+
+def build(recipe: Recipe, *, meta: bool = False) -> DualEncoder:
+    """The model of a recipe, with its selection made. ``meta=True``: shapes only, nothing loaded."""
+    image = open_base(recipe.image, meta=meta)
+    text = open_base(recipe.text, meta=meta)
+    return _model(recipe, image, text)
+
+
+def assemble(recipe: Recipe) -> Assembled:
+    """The model of a recipe with its weights, its image transform and its tokenizer."""
+    image, text = open_base(recipe.image), open_base(recipe.text)
+    assert image.transform is not None and text.tokenizer is not None
+    changes = {"size": recipe.image.size, "resize": recipe.image.resize, "ground": recipe.image.ground}
+    transform = replace(image.transform, **{key: value for key, value in changes.items() if value is not None})
+    tokenizer = text.tokenizer().with_settings(
+        prefix=recipe.text.prefix,
+        max_tokens=recipe.text.max_tokens,
+        clean=recipe.text.clean,
+        template=recipe.text.template,
+    )
+    _check_end_token(recipe, text, tokenizer)
+    return Assembled(_model(recipe, image, text), transform, tokenizer)
+
+
+def load(run: str | Path, *, device: str = "cpu") -> Model:
+    """The model of a run folder, in evaluation mode.
+
+    Rebuilds the bases from where the recipe found them and refuses weights that are not the ones trained on, by name
+    and hash; then puts the delta in. Bitwise the model that was saved. Raises ``UserError``.
+    """
+    folder = checkpoint.Run(run)
+    facts = folder.read()
+    recipe = from_dict(facts.recipe, str(folder.path / "recipe.toml"))
+    parts = Assembled(build(recipe), facts.transform, facts.tokenizer)
+    folder.restore(parts.model)
+    return Model(parts.model.to(device).eval(), parts.transform, parts.tokenizer, device=device)
+
+
+def _model(recipe: Recipe, image: Base, text: Base) -> DualEncoder:
+    seed = recipe.train.seed
+    towers = {
+        "image": Tower(image, pool=recipe.image.pool, layer=recipe.image.layer, dropout=recipe.image.dropout),
+        "text": Tower(text, pool=recipe.text.pool, layer=recipe.text.layer, dropout=recipe.text.dropout),
+    }
+    model = DualEncoder(towers["image"], towers["text"], recipe.head, loss=recipe.loss.kind, seed=seed)
+    selection: set[str] = set()
+    for number, (name, tower) in enumerate(towers.items(), 1):
+        methods = recipe.tune.image if name == "image" else recipe.tune.text
+        selection |= {f"{name}.{parameter}" for parameter in tower.tune(methods, seed=seed + number)}
+    for part, choice in (("heads", recipe.tune.head), ("scale", recipe.tune.scale)):
+        if choice == "full":
+            selection |= model.new_names[part]
+    if not selection:
+        raise UserError("nothing trains: tune.image, tune.text, tune.head and tune.scale are all none")
+    model.select(selection)
+    return model
+
+
+def _check_end_token(recipe: Recipe, text: Base, tokenizer: Tokenizer) -> None:
+    if (recipe.text.pool or text.pool) == "eos":
+        ends = {row[-1] for row in tokenizer.encode(["a", "two words"])}
+        if len(ends) != 1:
+            raise UserError(f"text.pool = 'eos': the tokenizer of {text.name} ends no text with an end token; use last or mean")

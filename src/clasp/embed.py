@@ -1,0 +1,83 @@
+"""Files and strings to unit vectors: an encoder with the eyes and ears that belong to it.
+
+``Model`` joins an ``Encoder`` to the image transform and the tokenizer of its towers, so that whoever asks for an
+embedding cannot use the wrong ones. In go paths, bytes, pictures or strings, out come rows in the order they were given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clasp.data.batches import text_batches
+from clasp.data.images import ImageError, ImageTransform
+from clasp.data.text import Tokenizer
+from clasp.types import Encoder, Pixels, Tokens, UserError
+
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """Nobody is watching."""
+
+
+class Model:
+    """An aligned model, ready to use: what ``clasp.load`` returns."""
+
+    def __init__(self, encoder: Encoder, transform: ImageTransform, tokenizer: Tokenizer, *, device: str = "cpu"):
+        self.encoder = encoder
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.device = torch.device(device)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that an embedding depends on."""
+        return ":".join((self.encoder.fingerprint, self.transform.fingerprint, self.tokenizer.fingerprint))
+
+    def encode_image(
+        self, images: Sequence[Any], *, batch: int = 64, progress: Progress = no_progress
+    ) -> Float[Tensor, "n E"]:
+        """Paths, encoded bytes or PIL pictures to unit vectors.
+
+        Raises ``UserError`` naming the image that cannot be read.
+        """
+        rows = []
+        with torch.inference_mode():
+            for start in range(0, len(images), batch):
+                part = images[start : start + batch]
+                pixels = torch.stack([self._pixels(image, start + i) for i, image in enumerate(part)])
+                rows.append(self.encoder.embed_image(Pixels(pixels.to(self.device))).cpu())
+                progress(start + len(part), len(images))
+        return torch.cat(rows) if rows else torch.empty(0, 0)
+
+    def encode_text(
+        self, texts: Sequence[str], *, batch: int = 256, progress: Progress = no_progress
+    ) -> Float[Tensor, "n E"]:
+        """Strings to unit vectors; sorted by length inside, so that short ones are never padded to long ones."""
+        if isinstance(texts, str):
+            raise UserError(f"encode_text takes a list of strings, not the string {texts!r}")
+        rows: dict[int, Tensor] = {}
+        with torch.inference_mode():
+            for indices, tokens in text_batches(texts, self.tokenizer, batch):
+                moved = Tokens(tokens.ids.to(self.device), tokens.mask.to(self.device))
+                rows.update(zip(indices, self.encoder.embed_text(moved).cpu(), strict=True))
+                progress(len(rows), len(texts))
+        return torch.stack([rows[i] for i in range(len(texts))]) if rows else torch.empty(0, 0)
+
+    def similarity(self, images: Float[Tensor, "n E"], texts: Float[Tensor, "m E"]) -> Float[Tensor, "n m"]:
+        """Cosines of every image with every text."""
+        return images @ texts.T
+
+    def _pixels(self, image: Any, position: int) -> Tensor:
+        try:
+            return self.transform(image)
+        except (ImageError, OSError) as error:
+            name = image if isinstance(image, str) else f"image {position}"
+            raise UserError(f"{name}: {error}") from None
+
+

@@ -1,0 +1,168 @@
+"""Towers from a model hub, from a folder, from timm, from a factory of the user's; and the towers of the LilT paper.
+
+In goes what a recipe says of a tower, out comes a ``Base``. With ``meta=True`` nothing is downloaded or read but a
+configuration, and the shapes of the paper's towers are known here, so that parameters can be counted anywhere.
+Unusual: a weight that the checkpoint lacks is an error, never a silent random tensor.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clasp.data.images import ImageTransform
+from clasp.nn.foreign.hugging import said_plainly, transformers_base
+from clasp.nn.foreign.packaged import PACKAGED, packaged
+from clasp.nn.layers import VisionTransformer, resize_positions
+from clasp.nn.towers import Base, ImageSettings, TextSettings
+from clasp.types import UserError
+
+Settings = ImageSettings | TextSettings
+
+# image towers of the LilT paper: width, blocks, heads, start of the layer scale, and where timm keeps the weights
+DEIT: dict[str, tuple[int, int, int, float | None, str]] = {
+    "tiny": (192, 12, 3, None, "timm/deit_tiny_patch16_224.fb_in1k"),
+    "small": (384, 12, 6, None, "timm/deit_small_patch16_224.fb_in1k"),
+    "base": (768, 12, 12, None, "timm/deit_base_patch16_224.fb_in1k"),
+    "large": (1024, 24, 16, 1e-4, "timm/deit3_large_patch16_224.fb_in1k"),
+}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def open_base(settings: Settings, *, meta: bool = False) -> Base:
+    """The base that a recipe's ``[image]`` or ``[text]`` names.
+
+    Raises ``UserError`` for an unknown scheme or tower, for one that cannot be reached, and for missing weights.
+    """
+    scheme, colon, rest = settings.tower.partition(":")
+    if not colon or not rest:
+        raise UserError(f"tower = {settings.tower!r} has no scheme; write one of {', '.join(_EXAMPLES)}")
+    if scheme in SCHEMES:
+        return SCHEMES[scheme](rest, settings, meta)
+    if "." in scheme:
+        return _factory(settings, scheme, rest)
+    near = difflib.get_close_matches(scheme, SCHEMES, n=1)
+    hint = f"did you mean {near[0]}:{rest}? " if near else ""
+    raise UserError(f"tower = {settings.tower!r}: unknown scheme {scheme!r}; {hint}write one of {', '.join(_EXAMPLES)}")
+
+
+# --- the schemes -----------------------------------------------------------------------------------------------------
+
+
+def _pip(name: str, settings: Settings, meta: bool) -> Base:
+    size = settings.size if isinstance(settings, ImageSettings) else None
+    return _checked(packaged(name, size=size, meta=meta), settings)
+
+
+def _hf(name: str, settings: Settings, meta: bool) -> Base:
+    return transformers_base(name, settings, meta)
+
+
+def _file(path: str, settings: Settings, meta: bool) -> Base:
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"tower = {settings.tower!r}: {path} is not a folder with a config.json saved by transformers")
+    return transformers_base(path, settings, meta)
+
+
+def _deit(name: str, settings: Settings, meta: bool) -> Base:
+    if name not in DEIT or not isinstance(settings, ImageSettings):
+        raise UserError(f"tower = {settings.tower!r}: deit is one of {', '.join(DEIT)}, and an image tower")
+    width, blocks, heads, layer_scale, repository = DEIT[name]
+    size = settings.size or 224
+    with torch.device("meta" if meta else "cpu"):
+        net = VisionTransformer(size=size, patch=16, width=width, blocks=blocks, heads=heads, layer_scale=layer_scale)
+    if not meta:
+        _load_deit(net, repository)
+    transform = ImageTransform(size, IMAGENET_MEAN, IMAGENET_STD, crop_fraction=0.9)
+    return Base(settings.tower, "image", net.eval(), repository, "cls", transform)
+
+
+def _timm(name: str, settings: Settings, meta: bool) -> Base:
+    """``timm:NAME`` with its hub weights, or ``timm:NAME@FILE`` with weights from a file of one's own."""
+    try:
+        import timm
+        from timm.data import resolve_model_data_config
+    except ImportError:
+        raise UserError(f"tower = {settings.tower!r} needs timm; type: pip install 'clasp-vl[timm]'") from None
+    if not isinstance(settings, ImageSettings):
+        raise UserError(f"tower = {settings.tower!r}: timm has image towers only")
+    name, _, file = name.partition("@")
+    if not timm.is_model(name.partition(".")[0]):
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        raise UserError(f"tower = {settings.tower!r}: timm has no model {name!r}; nearest: {', '.join(near) or 'none'}")
+    own: dict[str, Any] = {"pretrained_cfg_overlay": {"file": file}} if file else {}
+    if settings.size and "vit" in name:
+        own["img_size"] = settings.size
+    with torch.device("meta" if meta else "cpu"), said_plainly(settings.tower):
+        net = timm.create_model(name, pretrained=not meta, num_classes=0, **own).eval()
+    facts = resolve_model_data_config(net)
+    transform = ImageTransform(
+        settings.size or facts["input_size"][-1],
+        tuple(facts["mean"]),
+        tuple(facts["std"]),
+        interpolation=facts["interpolation"],
+        crop_fraction=facts["crop_pct"],
+    )
+    pool = {"token": "cls", "avg": "mean", "": "mean", "map": "mean"}.get(str(net.global_pool), "mean")
+    return Base(settings.tower, "image", net, f"timm {timm.__version__}", pool, transform, read=_timm_states)
+
+
+def _timm_states(net: Any, pixels: Tensor) -> Tensor:
+    states = net.forward_features(pixels)
+    if states.ndim == 4 and states.shape[-1] == net.num_features != states.shape[1]:
+        return states.flatten(1, 2)  # hierarchical transformers keep the width last
+    return states
+
+
+SCHEMES: dict[str, Callable[[str, Settings, bool], Base]] = {
+    "hf": _hf,
+    "timm": _timm,
+    "pip": _pip,
+    "file": _file,
+    "deit": _deit,
+}
+_EXAMPLES = (
+    "hf:facebook/dinov2-small",
+    "timm:NAME",
+    f"pip:{next(iter(PACKAGED))}",
+    "file:FOLDER",
+    "package.module:factory",
+)
+
+
+def _load_deit(net: VisionTransformer, repository: str) -> None:
+    """timm's file of DeiT and DeiT-III weights, its classifier left out and its positions resized to ours."""
+    from huggingface_hub import hf_hub_download
+    from safetensors.torch import load_file
+
+    with said_plainly(repository):
+        tensors = load_file(hf_hub_download(repository, "model.safetensors"))
+    tensors = {name: t for name, t in tensors.items() if not name.startswith("head")}
+    tensors = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t for name, t in tensors.items()}
+    extra = net.pos_embed.shape[1] - (net.size // 16) ** 2
+    tensors["pos_embed"] = resize_positions(tensors["pos_embed"], net.size // 16, extra)
+    net.load_state_dict(tensors)
+
+
+def _factory(settings: Settings, module: str, name: str) -> Base:
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"tower = {settings.tower!r}: {error}") from None
+    base = factory()
+    if not isinstance(base, Base):
+        raise UserError(f"tower = {settings.tower!r}: {name}() gave a {type(base).__name__}; it must give a clasp.Base")
+    return _checked(base, settings)
+
+
+def _checked(base: Base, settings: Settings) -> Base:
+    wanted = "image" if isinstance(settings, ImageSettings) else "text"
+    if base.modality != wanted:
+        raise UserError(f"[{wanted}] tower = {settings.tower!r} is a tower for {base.modality}s")
+    return base

@@ -1,0 +1,192 @@
+"""A run on disk: recipe, delta, and the hashes of the weights that the delta stands on.
+
+In goes a model and what made it, out comes a folder; and back, bitwise. Every file is written beside its place and
+renamed, so a kill leaves the old file or the new one. Unusual: the delta holds the selection and nothing else, so a run
+of a few megabytes is worth nothing without its bases, and refuses bases that differ by a single tensor.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from clasp.data.images import ImageTransform
+from clasp.data.text import Tokenizer
+from clasp.model import DualEncoder
+from clasp.nn.towers import Tower
+from clasp.train.state import TrainState
+from clasp.types import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What a run folder says before any weights are read."""
+
+    recipe: dict[str, Any]
+    transform: ImageTransform
+    tokenizer: Tokenizer
+    base: dict[str, Any]
+
+
+class Run:
+    """One run folder. Making the object touches nothing."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    def start(self, recipe_toml: str, model: DualEncoder, transform: ImageTransform, tokenizer: Tokenizer) -> None:
+        """Make the folder and write what training does not change. Refuses one that holds a trained run."""
+        if (self.path / "delta.safetensors").exists():
+            raise UserError(f"{self.path} holds a run already; choose another name with --name, or delete it")
+        with _room_for(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(self.path / "recipe.toml", recipe_toml)
+            _write(self.path / "transform.json", json.dumps(transform.to_dict(), indent=2))
+            tokenizer.save(self.path / "tokenizer")
+            base = {"format": FORMAT, "image": _about(model.image), "text": _about(model.text)}
+            _write(self.path / "base.json", json.dumps(base, indent=1))
+
+    def save(self, model: DualEncoder) -> int:
+        """Write the delta; returns its bytes on disk."""
+        tensors = {name: tensor.contiguous() for name, tensor in model.delta().items()}
+        with _room_for(self.path):
+            _write_tensors(self.path / "delta.safetensors", tensors, {"format": str(FORMAT)})
+        return (self.path / "delta.safetensors").stat().st_size
+
+    def save_state(self, state: TrainState) -> None:
+        """Write what going on exactly needs beyond the delta; ``state/`` may be deleted when a run is finished."""
+        with _room_for(self.path):
+            (self.path / "state").mkdir(exist_ok=True)
+            _write_tensors(self.path / "state" / "state.safetensors", state.tensors(), {})
+            _write(self.path / "state" / "state.json", json.dumps(state.facts()))
+
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines to ``log.jsonl`` or ``results.jsonl``."""
+        with _room_for(self.path), open(self.path / name, "a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file of the run, such as its card."""
+        with _room_for(self.path):
+            _write(self.path / name, text)
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def read(self) -> RunFacts:
+        """Everything but tensors. Raises ``UserError`` when the folder is not a run."""
+        if not self.path.is_dir():
+            raise UserError(f"no run at {self.path}: no such folder")
+        needed = ("recipe.toml", "base.json", "transform.json", "tokenizer")
+        missing = [name for name in needed if not (self.path / name).exists()]
+        if missing:
+            raise UserError(f"{self.path} is not a run folder: it has no {', '.join(missing)}")
+        try:
+            recipe = tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
+            base = json.loads((self.path / "base.json").read_text(encoding="utf-8"))
+            transform = ImageTransform.from_dict(json.loads((self.path / "transform.json").read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UserError(f"{self.path} is damaged: {error}") from None
+        return RunFacts(recipe, transform, Tokenizer.from_folder(self.path / "tokenizer"), base)
+
+    def restore(self, model: DualEncoder) -> None:
+        """Check the bases of ``model`` and put the delta in. Every tensor is accounted for."""
+        base = json.loads((self.path / "base.json").read_text(encoding="utf-8"))
+        for tower in (model.image, model.text):
+            _refuse_other_weights(self.path, tower, base[tower.modality])
+        path = self.path / "delta.safetensors"
+        if not path.exists():
+            raise UserError(f"{self.path} was never trained: it has no delta.safetensors")
+        try:
+            tensors = safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+        wanted = model.delta()
+        odd = sorted(set(tensors) ^ set(wanted))
+        if odd:
+            raise UserError(f"{path} does not fit its recipe: {odd[0]} and {len(odd) - 1} more are on one side only")
+        with torch.no_grad():
+            for name, tensor in wanted.items():
+                if tensors[name].shape != tensor.shape:
+                    raise UserError(
+                        f"{path}: {name} is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}"
+                    )
+                tensor.copy_(tensors[name])
+
+    def read_state(self) -> TrainState:
+        """What ``save_state`` wrote."""
+        facts, tensors = self.path / "state" / "state.json", self.path / "state" / "state.safetensors"
+        if not facts.exists() or not tensors.exists():
+            raise UserError(f"{self.path} has no state/ to go on from; it is finished, or its state was deleted")
+        return TrainState.of(json.loads(facts.read_text(encoding="utf-8")), safetensors.torch.load_file(tensors))
+
+    def results(self) -> list[dict[str, Any]]:
+        """The lines of ``results.jsonl``."""
+        path = self.path / "results.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _about(tower: Tower) -> dict[str, Any]:
+    return {"tower": tower.name, "version": tower.version, "fingerprint": tower.fingerprint, "tensors": tower.hashes}
+
+
+def _refuse_other_weights(run: Path, tower: Tower, then: dict[str, Any]) -> None:
+    if tower.fingerprint == then["fingerprint"]:
+        return
+    names = sorted(set(tower.hashes) | set(then["tensors"]))
+    differ = [name for name in names if tower.hashes.get(name) != then["tensors"].get(name)]
+    first = (
+        f"{differ[0]} is {tower.hashes.get(differ[0])}, was {then['tensors'].get(differ[0])}" if differ else "pooling"
+    )
+    raise UserError(
+        f"{run} was trained on other weights of the {tower.modality} tower {then['tower']} ({then['version']}): "
+        f"{len(differ)} of {len(names)} tensors differ ({first}); fingerprint {tower.fingerprint[:12]}, "
+        f"was {then['fingerprint'][:12]}"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        safetensors.torch.save_file(tensors, part, metadata)
+    except safetensors.SafetensorError as error:  # it hides the operating system's error in its text
+        part.unlink(missing_ok=True)
+        full = "No space left" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from None
+    os.replace(part, path)
+
+
+class _room_for:
+    """Turns a full disk into one line; what was there before is still there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left to write {self.path}; nothing saved before is lost") from None
+        if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
