@@ -177,6 +177,12 @@ def test_first_frame_of_a_moving_picture() -> None:
     np.testing.assert_array_equal(levels(plain(1)(data)), [[RED]])
 
 
+def test_two_pictures_in_one_jpeg_file() -> None:
+    data = encoded(photo(400, 300), "MPO", save_all=True, append_images=[photo(400, 300, seed=1)], quality=90)
+    error = (plain(64)(data) - plain(64)(photo(400, 300))).abs() * 255
+    assert error.mean() < 2
+
+
 def test_the_callers_picture_is_not_changed() -> None:
     with Image.open(io.BytesIO(encoded(photo(640, 480), "JPEG"))) as picture:
         before = picture.size
@@ -460,7 +466,7 @@ def test_sheet_without_fonts_names_the_script(tmp_path: Path, monkeypatch: pytes
     for text, said, scripts in (
         ("am ቡችላ ውሻ ok", "am [Ethiopic] ok", ("Ethiopic",)),
         ("កូនឆ្កែ", "[Khmer]", ("Khmer",)),
-        ("पिल्ला 小狗", "[Devanagari] [CJK]", ("CJK", "Devanagari")),
+        ("पिल्ला 小狗，大狗", "[Devanagari] [CJK]", ("CJK", "Devanagari")),
         ("كلب", "[Arabic]", ("Arabic",)),
         ("café", "cafe", ("Latin",)),
         ("dog 🐶🐕", "dog [symbol]", ("symbol",)),

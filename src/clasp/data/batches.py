@@ -134,7 +134,9 @@ class Batches:
             self.samples = int(pairs.first[-1])
         else:
             self.samples = len(pairs)
-        if batch < 1 or self.samples == 0 or (drop_last and batch > self.samples):
+        if self.samples == 0:
+            raise UserError("there are no pairs to make batches of")
+        if batch < 1 or (drop_last and batch > self.samples):
             raise UserError(f"batch = {batch}, and there are {self.samples} samples: a batch holds 1 to {self.samples}")
         self.tally = Tally(len(pairs), max_bad_fraction)
         self._stream = Stream(_Reader(pairs, image, text), workers=workers, timeout_seconds=timeout_seconds)

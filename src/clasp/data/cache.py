@@ -129,7 +129,7 @@ def _new_file(path: Path, key: Mapping[str, Any], shape: tuple[int, ...]) -> Ite
             os.fsync(file.fileno())
         about = {"key": key, "shape": shape, "dtype": "float32", "seconds": round(time.monotonic() - started, 3)}
         about |= {**writer.notes, "probe": _probe(np.lib.format.open_memmap(part, mode="r"))}
-        note.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        note.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         os.replace(part, path)
         os.replace(note, path.with_suffix(".json"))
     except OSError as error:

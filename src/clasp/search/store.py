@@ -1,0 +1,321 @@
+"""Vectors on disk, searched exactly: a float32 matrix with metadata beside it, in a folder that a kill cannot break.
+
+In: vectors with ids and metadata. Out: the nearest by cosine, all compared, equal cosines in the order of their ids.
+Unusual: writing only appends (see ``manifest``). A replaced or deleted row stays until ``close`` copies the living ones
+into files of the next generation. One process writes at a time; any number read what was there when they opened it.
+The matrix is mapped, not read; what is held is some 300 bytes a row, and the scores of a query.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Float64
+from torch import Tensor
+
+from clasp.search.manifest import (
+    MAKE_ANEW,
+    SUFFIXES,
+    Log,
+    Manifest,
+    append,
+    deletion_line,
+    lock,
+    read_log,
+    read_manifest,
+    row_line,
+    write_manifest,
+)
+from clasp.types import Hit, UserError
+
+Where = Callable[[Mapping[str, Any]], bool]
+
+_ROWS = 1 << 14  # of the matrix, compared at once
+_SCORES = 1 << 24  # held at once; or as many as there are rows, if those are more
+
+
+class FlatStore:
+    """A folder of vectors; a ``Store``. Opening it writes nothing; a folder that is not there is an empty store.
+
+    ``UserError`` for a folder that holds something else, files that are damaged, and whatever the disk refuses: a
+    write that fails leaves the store as it was.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self._release: Callable[[], Any] | None = None
+        self._load()
+
+    def __repr__(self) -> str:
+        return f"FlatStore({str(self.folder)!r}, {self.count()} vectors)"
+
+    @property
+    def model(self) -> str:
+        """Fingerprint of the model whose vectors these are; empty where nobody has said."""
+        return self._manifest.model
+
+    def claim(self, model: str, name: str) -> None:
+        """Say whose vectors are kept here; written with the first of them. ``UserError`` if those here are another's."""
+        held = self._manifest
+        if not self.count():
+            self._manifest = replace(held, model=model, name=name)
+        elif held.model != model:
+            raise UserError(
+                f"{self.folder} was made with the model {_called(held.name, held.model)}, not {_called(name, model)}; "
+                "to make it anew type: clasp index RUN FOLDER"
+            )
+
+    def count(self) -> int:
+        """How many ids there are."""
+        return len(self._log.row)
+
+    def close(self) -> None:
+        """Take back the space of dead rows, if this process wrote, and let others write."""
+        if self._release is None:
+            return
+        try:
+            if self._log.dead:
+                self._compact()
+        except UserError:
+            self._sweep()  # no room to tidy up in: the store is whole as it is
+        finally:
+            self._release()
+            self._release = None
+
+    # --- asking ------------------------------------------------------------------------------------------------------
+
+    def scan(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Every id with its metadata, in the order they were added."""
+        for row in sorted(self._log.row.values()):
+            yield self._log.ids[row], self._meta(row)
+
+    def vectors(self, ids: Sequence[str]) -> Float[Tensor, "n E"]:
+        """The unit vectors kept under these ids, each of which must be here."""
+        return torch.from_numpy(self._vectors[[self._log.row[name] for name in ids]])
+
+    def search(self, queries: Float[Tensor, "q E"], k: int, where: Where | None = None) -> list[list[Hit]]:
+        """The ``k`` nearest of each query by cosine, best first, or as many as there are.
+
+        ``where`` looks at metadata; it is asked only of rows that are hits if it agrees.
+        """
+        assert k >= 0, f"k = {k}"
+        if not self.count() or k == 0:
+            return [[] for _ in queries]
+        if queries.shape[1] != self._manifest.width:
+            raise UserError(f"{self.folder} holds vectors {self._manifest.width} wide; the query is {queries.shape[1]}")
+        exact = queries.detach().cpu().double().numpy()
+        exact = exact / _lengths(exact, [f"query {number}" for number in range(len(exact))])[:, None]
+        rows = len(self._vectors)
+        step = max(1, _SCORES // rows)
+        found: list[list[Hit]] = []
+        for start in range(0, len(exact), step):
+            part = exact[start : start + step]
+            rough = part.astype(np.float32)
+            scores = np.empty((len(part), rows), np.float32)
+            for row in range(0, rows, _ROWS):
+                np.matmul(rough, self._vectors[row : row + _ROWS].T, out=scores[:, row : row + _ROWS])
+            scores[:, self._log.dead] = -np.inf
+            found += [self._nearest(query, line, k, where) for query, line in zip(part, scores, strict=True)]
+        return found
+
+    def _nearest(
+        self, query: Float64[np.ndarray, " E"], scores: Float32[np.ndarray, " rows"], k: int, where: Where | None
+    ) -> list[Hit]:
+        """The hits of one query.
+
+        A float32 product depends in its last bits on where a row stands in the matrix. So all rows that rounding could
+        have kept from being a hit are compared again, row by row in float64, where equal vectors score equal.
+        """
+        margin = 4 * len(query) * float(np.finfo(np.float32).eps)
+        floor, rows = -np.inf, []
+        for row in _best_first(scores, 2 * k + 64):
+            if not scores[row] > floor:  # dead rows have -inf
+                break
+            if where is None or where(self._meta(row)):
+                rows.append(row)
+                if len(rows) == k:
+                    floor = scores[row] - margin
+        cosines: list[float] = []
+        for start in range(0, len(rows), _ROWS):
+            some = self._vectors[rows[start : start + _ROWS]].astype(np.float64)
+            cosine = (some * query).sum(axis=1) / np.sqrt((some * some).sum(axis=1))
+            cosines += np.clip(cosine, -1, 1).tolist()
+        ids = self._log.ids
+        best = sorted(range(len(rows)), key=lambda place: (-cosines[place], ids[rows[place]]))[:k]
+        return [Hit(ids[rows[place]], cosines[place], self._meta(rows[place])) for place in best]
+
+    def _meta(self, row: int) -> Mapping[str, Any]:
+        return json.loads(self._lines[self._log.span(row)].tobytes())["meta"]
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def add(self, ids: Sequence[str], vectors: Float[Tensor, "n E"], meta: Sequence[Mapping[str, Any]]) -> None:
+        """Keep vectors, scaled to unit length, under their ids; an id that is here already is replaced.
+
+        All or none. ``meta`` is plain data (JSON). On return it is on the disk.
+        """
+        assert len(ids) == len(vectors) == len(meta), f"{len(ids)} ids, {len(vectors)} vectors, {len(meta)} metadata"
+        if not ids:
+            return
+        values = vectors.detach().cpu().float().numpy()
+        values = (values / _lengths(values, ids)[:, None]).astype("<f4")
+        lines = [row_line(name, about) for name, about in zip(ids, meta, strict=True)]
+        self._begin()
+        base, log = self._manifest, self._log
+        old = log
+        if not self.count():  # nothing here is worth keeping, its width included
+            base = replace(base, generation=base.generation + 1, width=values.shape[1], rows=0, log_bytes=0)
+            log = Log()
+        if values.shape[1] != base.width:
+            raise UserError(f"{self.folder} holds vectors {base.width} wide; these are {values.shape[1]}")
+        new, end = self._appended(base, values, lines), base.log_bytes
+        for name, line in zip(ids, lines, strict=True):
+            start, end = end, end + len(line)
+            log.put(name, start, end)
+        self._become(new, log)
+        if log is not old:
+            self._sweep()
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Forget these ids; those that are not here are passed over. Returns how many were."""
+        self._begin()
+        known = [name for name in dict.fromkeys(ids) if name in self._log.row]
+        if known:
+            nothing = np.empty((0, self._manifest.width), "<f4")
+            new = self._appended(self._manifest, nothing, [deletion_line(name) for name in known])
+            for name in known:
+                self._log.drop(name)
+            self._become(new, self._log)
+        return len(known)
+
+    def clear(self) -> None:
+        """Forget everything, and whose vectors these were."""
+        self._begin()
+        new = Manifest(generation=self._manifest.generation + 1)
+        with self._disk("empty it"):
+            write_manifest(self.folder, new)
+        self._become(new, Log())
+        self._sweep()
+
+    def _appended(self, base: Manifest, values: Float32[np.ndarray, "n E"], lines: Sequence[bytes]) -> Manifest:
+        """Write after what ``base`` says there is; what there is now."""
+        size = base.log_bytes + sum(map(len, lines))
+        new = replace(base, rows=base.rows + len(values), log_bytes=size)
+        ends = {base.path(self.folder, "vectors"): 4 * base.width * base.rows}
+        ends[base.path(self.folder, "rows")] = base.log_bytes
+        with self._disk(f"write {len(lines)} entries"):
+            try:
+                for (path, end), pieces in zip(ends.items(), ([values.data], lines), strict=True):
+                    append(path, end, pieces)
+                write_manifest(self.folder, new)
+            except OSError:
+                for path, end in ends.items():
+                    if path.exists():
+                        os.truncate(path, end)  # give the disk back what it could not take whole
+                raise
+        return new
+
+    def _compact(self) -> None:
+        """Copy the living rows, in their order, into files of the next generation."""
+        rows, log, end = sorted(self._log.row.values()), Log(), 0
+        spans = [self._log.span(row) for row in rows]
+        for row, span in zip(rows, spans, strict=True):
+            start, end = end, end + span.stop - span.start
+            log.put(self._log.ids[row], start, end)
+        new = replace(self._manifest, generation=self._manifest.generation + 1, rows=len(rows), log_bytes=end)
+        values = (self._vectors[rows[start : start + _ROWS]].data for start in range(0, len(rows), _ROWS))
+        with self._disk("tidy up"):
+            append(new.path(self.folder, "vectors"), 0, values)
+            append(new.path(self.folder, "rows"), 0, (self._lines[span].data for span in spans))
+            write_manifest(self.folder, new)
+        self._become(new, log)
+        self._sweep()
+
+    def _begin(self) -> None:
+        """Be the one that writes; see what another has written since we looked."""
+        if self._release is None:
+            with self._disk("write to it"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._release = weakref.finalize(self, os.close, lock(self.folder))
+        held, written = self._manifest, read_manifest(self.folder)
+        if replace(held, model="", name="") != replace(written, model="", name=""):
+            self._load()
+            self.claim(held.model, held.name)
+
+    def _sweep(self) -> None:
+        """Remove files of other generations; a reader that has them mapped keeps them."""
+        for kind, suffix in SUFFIXES.items():
+            for path in self.folder.glob(f"{kind}-*{suffix}"):
+                if path != self._manifest.path(self.folder, kind):
+                    path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _disk(self, intent: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "no space left on the disk" if full else error.strerror or str(error)
+            raise UserError(f"{self.folder}: cannot {intent}: {reason}; what was in it is unchanged") from error
+
+    # --- opening -----------------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        manifest = read_manifest(self.folder)
+        while True:
+            try:
+                self._become(manifest, read_log(self.folder, manifest))
+                return
+            except FileNotFoundError as error:
+                newer = read_manifest(self.folder)
+                if newer == manifest:  # else a writer tidied up between our two looks
+                    raise UserError(f"{error.filename} is missing; {MAKE_ANEW}") from None
+                manifest = newer
+
+    def _become(self, manifest: Manifest, log: Log) -> None:
+        """Map what the manifest names."""
+        vectors: np.ndarray = np.empty((0, manifest.width), "<f4")
+        lines: np.ndarray = np.empty(0, np.uint8)
+        if manifest.rows:
+            path, shape = manifest.path(self.folder, "vectors"), (manifest.rows, manifest.width)
+            size, needed = path.stat().st_size, 4 * manifest.rows * manifest.width
+            if size < needed:
+                raise UserError(f"{path} is cut short: {size} bytes, not {needed}; {MAKE_ANEW}")
+            vectors = np.memmap(path, "<f4", "r", shape=shape)
+            lines = np.memmap(manifest.path(self.folder, "rows"), np.uint8, "r", shape=(manifest.log_bytes,))
+        self._manifest, self._log = manifest, log
+        self._vectors, self._lines = vectors.view(np.ndarray), lines.view(np.ndarray)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _lengths(values: np.ndarray, names: Sequence[str]) -> Float64[np.ndarray, " n"]:
+    """Of each row; ``UserError`` naming the first that has no direction."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64))
+    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(bad):
+        raise UserError(f"the vector of {names[int(bad[0])]!r} is zero or not finite, so it has no direction")
+    return lengths
+
+
+def _best_first(scores: Float32[np.ndarray, " rows"], some: int) -> Iterator[int]:
+    """Row numbers by falling score. ``some`` are found cheaply; the others are sorted only if they are asked for."""
+    cut = np.partition(scores, len(scores) - some)[len(scores) - some] if some < len(scores) else -np.inf
+    for wanted in (lambda: scores >= cut, lambda: scores < cut):
+        rows = np.flatnonzero(wanted())
+        yield from rows[np.argsort(-scores[rows], kind="stable")].tolist()
+
+
+def _called(name: str, fingerprint: str) -> str:
+    return f"{name} ({fingerprint[:12]})" if name else fingerprint[:12] or "of an unknown name"

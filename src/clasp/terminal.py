@@ -1,0 +1,89 @@
+"""What a person sees in the terminal: bars while something is read, tables at the end. Reads plain values, prints text.
+
+Progress and remarks go to standard error; tables, the answer to what was asked, go to standard output.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from clasp.evaluate.tasks import Result
+from clasp.inputs import Progress
+from clasp.model import Count
+
+PARTS = {"model": "whole model", "image": "image tower", "text": "text tower", "heads": "heads", "scale": "scale"}
+
+
+def say(line: str) -> None:
+    """A remark on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Progress]:
+    """A bar that appears with the first call of the progress function it gives; plain lines where nobody watches."""
+    if sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+        with RichProgress(*columns, console=Console(stderr=True), transient=False) as rich:
+            task = rich.add_task(title, visible=False)
+            yield lambda done, total: rich.update(task, completed=done, total=total, visible=True)
+        return
+    started = last = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= 10:
+            last = now
+            say(f"{title}: {done:,} of {total:,}, {done / max(now - started, 1e-9):,.0f}/s")
+
+    yield line
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+    """A table on standard output: the first column to the left, numbers to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", caption=note or None, caption_justify="left")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+    for row in rows:
+        made.add_row(*row)
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width, highlight=False).print(made)
+
+
+def counts_table(counts: dict[str, Count]) -> None:
+    """Who trains."""
+    rows = [
+        [PARTS[part], f"{count.total:,}", f"{count.trained:,}", f"{count.percent:.2f}", megabytes(count.delta_bytes)]
+        for part, count in counts.items()
+    ]
+    table("parameters", ("part", "in all", "trained", "%", "delta"), rows)
+
+
+def results_table(title: str, results: Sequence[Result]) -> None:
+    """Every number of some results, with its interval and what guessing scores."""
+    rows = []
+    for result in results:
+        for name, value in result.metrics.items():
+            interval = result.interval.get(name)
+            between = f"{_number(name, interval.low)} to {_number(name, interval.high)}" if interval else ""
+            chance = _number(name, result.chance[name]) if name in result.chance else ""
+            rows.append([f"{result.task} {result.language}".strip(), name, _number(name, value), between, chance])
+    table(title, ("question", "metric", "value", "95 % interval", "chance"), rows, "recalls and accuracies in per cent")
+
+
+def megabytes(count: int) -> str:
+    """Bytes as megabytes (10^6)."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:,.1f}" if "rank" in name else f"{100 * value:.1f}"
