@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from torch import Tensor
 
 from clasp.assemble import Assembled, assemble
 from clasp.card import card
@@ -25,11 +27,13 @@ from clasp.evaluate.tasks import Result, Retrieval
 from clasp.inputs import Bar, Inputs, no_bar
 from clasp.losses import LOSSES
 from clasp.model import DualEncoder
+from clasp.nn.towers import Tower
 from clasp.recipe import Recipe
 from clasp.train.checkpoint import Run
+from clasp.train.closed import cca
 from clasp.train.loop import Fitted, choose, fit
 from clasp.train.progress import Reporter, Silent
-from clasp.types import Pair, Pixels, Tokens, UserError
+from clasp.types import ImageInput, Pair, Pixels, Pooled, TextInput, Tokens, UserError
 
 Say = Callable[[str], None]
 
@@ -63,8 +67,7 @@ def align(
     folder = Run(run)
     train, val = training_pairs(recipe)
     parts = assemble(recipe)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parts.model.to(device).eval()
+    parts.model.to(PartialState().device).eval()
     inputs = inputs_of(parts, recipe, bar=bar)
     plan = choose(recipe.train, samples(train, recipe), largest=_largest_batch(inputs, recipe))
     say(plan.reason)
@@ -131,8 +134,8 @@ def _train(
     settings = recipe.train
     listing = Listing(train)
     image_side, text_side = inputs.image_side(train, recipe.data.augment), inputs.text_side(listing)
-    if recipe.head.standardize and not resume:
-        _start_heads(model, inputs, train, listing)
+    if not resume:
+        _start_heads(model, inputs, train, listing, recipe)
     assert settings.batch != "auto"
     batches = Batches(
         listing,
@@ -198,22 +201,57 @@ def _largest_batch(inputs: Inputs, recipe: Recipe) -> int:
     return LARGEST_LIVE_BATCH if live else 1024
 
 
-def _start_heads(model: DualEncoder, inputs: Inputs, pairs: Pairs, listing: Listing) -> None:
-    """Let the heads' standardisation start from (at most 2,048 of) the training pairs, spread evenly."""
-    count = len(pairs)
-    numbers = np.unique(np.linspace(0, count - 1, min(count, 2048)).astype(np.int64))
-    picks = Picks(numbers, np.arange(len(numbers)), np.zeros(len(numbers), dtype=np.int64))
-    image = inputs.image_side(pairs, None) if inputs.image_frozen else LiveImages(inputs.transform)
-    text = inputs.text_side(listing) if inputs.text_frozen else LiveTexts(inputs.tokenizer)
-    device = next(model.parameters()).device
-    for side, tower, head in ((image, model.image, model.image_head), (text, model.text, model.text_head)):
-        rows = []
-        with torch.no_grad():
-            for start in range(0, len(picks), 64):
-                read = side(picks[start : start + 64], lambda number: listing[number]).inputs
-                rows.append(read.values.to(device) if not isinstance(read, Pixels | Tokens) else tower.pooled(_moved(read, device)))
+def _start_heads(model: DualEncoder, inputs: Inputs, pairs: Pairs, listing: Listing, recipe: Recipe) -> None:
+    """Let the heads start from the training pairs: their mean and deviation, then, if asked for, the closed form."""
+    if not recipe.head.standardize:
+        return
+    pooled = _Pooled(model, inputs, pairs, listing)
+    some = pooled.rows(np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), 2048)).astype(np.int64)), draw=0)
+    heads = model.image_head, model.text_head
+    for head, features in zip(heads, some, strict=True):
         assert head.standardize is not None
-        head.standardize.start_from(torch.cat(rows))
+        head.standardize.start_from(features)
+    if recipe.head.start == "cca":
+        captions = np.diff(listing.first)
+        every = [np.flatnonzero(captions > draw) for draw in range(int(captions.max()))]
+        batches = (
+            tuple(head.standardize(rows) for head, rows in zip(heads, pooled.rows(part, draw), strict=True))
+            for draw, numbers in enumerate(every)
+            for part in np.array_split(numbers, -(-len(numbers) // 4096))
+        )
+        with torch.no_grad():
+            maps = cca(batches, recipe.head.width, ridge=recipe.head.ridge)
+            for head, weight in zip(heads, (maps.image, maps.text), strict=True):
+                head.map.weight.copy_(weight)
+                head.map.bias.zero_()
+
+
+class _Pooled:
+    """Both towers' pooled output for chosen pairs, each with its caption number ``draw``."""
+
+    def __init__(self, model: DualEncoder, inputs: Inputs, pairs: Pairs, listing: Listing):
+        self.model, self.listing = model, listing
+        self.image = inputs.image_side(pairs, None) if inputs.image_frozen else LiveImages(inputs.transform)
+        self.text = inputs.text_side(listing) if inputs.text_frozen else LiveTexts(inputs.tokenizer)
+
+    def rows(self, numbers: np.ndarray, draw: int) -> tuple[Tensor, Tensor]:
+        """Aligned features ``[n Di]`` and ``[n Dt]`` of the pairs that can be read."""
+        images, texts = [], []
+        for start in range(0, len(numbers), 256):
+            part = numbers[start : start + 256]
+            picks = Picks(part, np.full(len(part), draw), np.zeros(len(part), dtype=np.int64))
+            seen = self.image(picks, lambda number: self.listing[number])
+            images.append(self._pooled(self.model.image, seen.inputs))
+            read = self.text(picks[seen.kept], lambda number: self.listing[number])
+            texts.append(self._pooled(self.model.text, read.inputs))
+        return torch.cat(images), torch.cat(texts)
+
+    @torch.no_grad()
+    def _pooled(self, tower: Tower, inputs: ImageInput | TextInput) -> Tensor:
+        device = next(tower.parameters()).device
+        if isinstance(inputs, Pooled):
+            return inputs.values.to(device)
+        return tower.pooled(_moved(inputs, device))
 
 
 def _moved(inputs: Pixels | Tokens, device: torch.device) -> Pixels | Tokens:

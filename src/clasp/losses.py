@@ -67,7 +67,7 @@ def sigmoid(
         positive = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     else:
         positive = positives(groups, groups)
-    total = F.softplus(torch.where(positive, -logits, logits)).sum() / len(logits)
+    total = -F.logsigmoid(torch.where(positive, logits, -logits)).sum() / len(logits)
     return LossParts(total, total, total)
 
 

@@ -37,6 +37,11 @@ class HeadSettings(BaseModel):
     """Width of the hidden layer of mlp and glu; twice ``width`` where left out"""
     standardize: bool = False
     """Shift and scale each feature, starting from the training pairs' mean and deviation (Glow's ActNorm)"""
+    start: Literal["random", "cca"] = "random"
+    """``cca``: linear heads start where canonical correlation has them in closed form; needs ``standardize`` and frozen
+    towers"""
+    ridge: float = Field(default=1.0, gt=0)
+    """Ridge of that closed form, in units of a feature's variance"""
     noise: float = Field(default=0.0, ge=0)
     """Deviation of the Gaussian noise added to the features while training"""
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +14,15 @@ import pytest
 from torch.utils.data import DataLoader
 
 from clasp.data.formats import parquet, sources
-from clasp.data.pairs import Columns, FileSource, Pairs, expand, folder_images, open_pairs, split
+from clasp.data.pairs import FileSource, Pairs, expand, open_pairs, split
 from clasp.types import Caption, Pair, UserError
-from toydata import WRITERS, Toy, toys, write_classes, write_csv, write_folder, write_jsonl, write_shards, write_tar
+from refusal import refused
+from toydata import WRITERS, Toy, toys, write_csv, write_jsonl, write_shards, write_tar
 
 TOYS = toys(13, seed=3)
 
 
-def refused(source: str | Path, *wanted: str, columns: Columns | None = None) -> str:
-    """The one line with which a source is refused; it must hold all that is wanted."""
-    with pytest.raises(UserError) as error:
-        open_pairs(source, columns=columns or Columns())
-    line = str(error.value)
-    assert "\n" not in line
-    for words in wanted:
-        assert words in line, line
-    return line
-
-
-def content(pairs: Pairs) -> list[tuple[bytes, tuple[str, ...]]]:
+def content(pairs: Iterable[Pair]) -> list[tuple[bytes, tuple[str, ...]]]:
     return sorted((pair.image.read(), tuple(caption.text for caption in pair.captions)) for pair in pairs)
 
 
@@ -66,8 +57,9 @@ def test_ids_do_not_depend_on_where_the_data_lies_nor_versions_on_reading(form: 
         assert after.version == version
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 on, in a process with threads
 @pytest.mark.parametrize("form", WRITERS)
-def test_workers_of_either_kind_read_the_same(form: str, tmp_path: Path):
+def test_forked_workers_read_the_same(form: str, tmp_path: Path):
     pairs = open_pairs(WRITERS[form](TOYS, tmp_path))
     here = content(pairs)
     pairs = pickle.loads(pickle.dumps(pairs))
@@ -92,77 +84,6 @@ def _lines(file: Path, count: int) -> Path:
     rows = ({"image": f"{number:07}.png", "caption": f"thing number {number}"} for number in range(count))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
-
-
-# --- folders ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_plain_folder_may_be_nested_and_hold_json_and_other_files(tmp_path: Path):
-    write_folder(TOYS[:2], tmp_path / "deep" / "er")
-    (tmp_path / "a.JPG").write_bytes(b"x")
-    (tmp_path / "a.json").write_text(json.dumps({"captions": {"en": ["one", "two"], "sw": "moja"}, "year": 1999}))
-    for left_behind in (".DS_Store", "._a.jpg", "README.txt", "deep/notes.pdf"):
-        (tmp_path / left_behind).write_bytes(b"x")
-    pairs = open_pairs(tmp_path)
-    assert [pair.id for pair in pairs] == ["a.JPG", *sorted(f"deep/er/{toy.key}.png" for toy in TOYS[:2])]
-    assert pairs[0].captions == (Caption("one", "en"), Caption("two", "en"), Caption("moja", "sw"))
-    assert pairs[0].meta == {"year": 1999} and pairs[0].group == "a.JPG"
-
-
-def test_class_folders_caption_and_group_their_images(tmp_path: Path):
-    pairs = open_pairs(write_classes(TOYS, tmp_path))
-    for pair in pairs:
-        assert pair.captions == (Caption(pair.meta["class"]),)
-        assert pair.group == pair.id.split("/")[0] == pair.meta["class"].replace("a ", "a_").replace(" ", "-", 1)
-    assert sorted({pair.meta["label"] for pair in pairs}) == list(range(len({toy.caption for toy in TOYS})))
-
-
-def test_folders_between_the_two_kinds_are_refused(tmp_path: Path):
-    mixed = write_folder(TOYS[:2], tmp_path / "mixed")
-    (mixed / "cat").mkdir()
-    (mixed / "cat" / "1.jpg").write_bytes(b"x")
-    refused(mixed, "mixes", "1 of 3 images have no .txt or .json", "cat/1.jpg")
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    (flat / "1.jpg").write_bytes(b"x")
-    refused(flat, "no captions", "1 of 1 images", "1.jpg")
-    deep = tmp_path / "deep"
-    (deep / "train" / "cat").mkdir(parents=True)
-    (deep / "train" / "cat" / "1.jpg").write_bytes(b"x")
-    refused(deep, "one level down", "train/cat/1.jpg")
-    unnamed = tmp_path / "unnamed"
-    (unnamed / "_").mkdir(parents=True)
-    (unnamed / "_" / "1.jpg").write_bytes(b"x")
-    refused(unnamed, "'_'", "empty caption")
-    twice = write_folder(TOYS[:1], tmp_path / "twice")
-    (twice / f"{TOYS[0].key}.jpg").write_bytes(b"x")
-    refused(twice, f"{TOYS[0].key}.jpg", f"{TOYS[0].key}.png", "one sample")
-
-
-def test_folder_images_need_no_captions(tmp_path: Path):
-    write_classes(TOYS, tmp_path)
-    (tmp_path / "top.WEBP").write_bytes(b"w")
-    (tmp_path / "notes.txt").write_bytes(b"no image")
-    found = dict(folder_images(tmp_path))
-    assert len(found) == 14 and found["top.WEBP"].read() == b"w"
-    assert {id: source.read() for id, source in found.items() if "/" in id} == {
-        pair.id: pair.image.read() for pair in open_pairs(_without(tmp_path, "top.WEBP"))
-    }
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "a.pdf").touch()
-    for path, wanted in (
-        (empty, "found 1 .pdf"),
-        (tmp_path / "top.webp", "does not exist"),
-        (__file__, "not a folder"),
-    ):
-        with pytest.raises(UserError, match=wanted):
-            folder_images(path)
-
-
-def _without(folder: Path, name: str) -> Path:
-    (folder / name).unlink()
-    return folder
 
 
 # --- several sources -------------------------------------------------------------------------------------------------
@@ -197,6 +118,8 @@ def test_one_image_in_two_tables_is_one_group_and_equal_names_in_two_folders_are
     other = open_pairs(f"{table}::{tmp_path}/b/pairs.csv")
     assert len({pair.group for pair in other}) == 26
     assert {pair.group.split("/")[0] for pair in other} == {"a", "b"}
+    tar = open_pairs(f"{table}::{write_tar(TOYS, tmp_path / 'a' / 'one.tar')}")
+    assert [pair.group for pair in tar] == [pair.id for pair in tar]
 
 
 def test_an_explicit_id_may_not_be_in_two_sources(tmp_path: Path):
@@ -274,11 +197,14 @@ def test_what_cannot_be_split():
 
 
 def test_sources_that_are_not_there_or_of_no_known_kind(tmp_path: Path):
+    there = write_tar(TOYS, tmp_path / "there.tar")
+    for nothing in ("", f"{there}::"):
+        refused(nothing, repr(nothing), "names no source")
     (tmp_path / "pairs.jsonl").touch()
     refused(tmp_path / "pairs.json", "pairs.json does not exist", "did you mean pairs.jsonl?")
     refused(tmp_path / "no" / "pairs.json", "does not exist", f"neither does its folder {tmp_path / 'no'}")
     write_shards(TOYS, tmp_path)
-    refused(tmp_path / "shard-{000..005}.tar", "shard-003.tar does not exist", "2 more of the 6")
+    refused(f"{tmp_path}/shard-{{000..005}}.tar", "shard-003.tar does not exist", "2 more of the 6")
     (tmp_path / "pairs.xlsx").touch()
     refused(tmp_path / "pairs.xlsx", "pairs.xlsx", "a folder, or .csv, .tsv, .jsonl, .json, .parquet, .tar")
 
@@ -312,7 +238,9 @@ def test_empty_captions_are_counted_and_the_first_is_named(form: str, tmp_path: 
 
 
 class Silent(Toy):
-    caption = " \t "  # pyright: ignore[reportAssignmentType]
+    @property
+    def caption(self) -> str:
+        return " \t "
 
 
 @pytest.mark.parametrize("form", ["csv", "folder", "shards", "parquet bytes"])

@@ -11,6 +11,7 @@ import pytest
 
 from clasp.data.pairs import Columns, open_pairs
 from clasp.types import Caption, UserError
+from refusal import refused
 from toydata import Toy, add_member, toys, write_tar
 
 TOYS = toys(6)
@@ -23,14 +24,6 @@ def tar_of(file: Path, **members: bytes | str | dict[str, object]) -> Path:
             text = json.dumps(data) if isinstance(data, dict) else data
             add_member(tar, name.replace("__", "."), text.encode() if isinstance(text, str) else text)
     return file
-
-
-def refused(source: Path, *wanted: str, columns: Columns | None = None) -> None:
-    with pytest.raises(UserError) as error:
-        open_pairs(source, columns=columns or Columns())
-    for words in (*wanted, source.name):
-        assert words in str(error.value), str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -116,15 +109,15 @@ def test_named_keys_of_json(tmp_path: Path):
         (Caption("mbwa", "sw"),),
         {"caption": "a dog"},
     )
-    refused(file, "a.json has no column 'konzept'", "did you mean 'concept'?", columns=Columns(group="konzept"))
+    refused(file, "a.json has no column 'konzept'", "did you mean 'concept'?", group="konzept")
     bare = tar_of(tmp_path / "b.tar", a__jpg=b"A", a__txt="a dog")
-    refused(bare, "a.jpg has no .json beside it, which should give concept", columns=Columns(group="concept"))
+    refused(bare, "a.jpg has no .json beside it, which should give concept", group="concept")
 
 
 def test_repeated_ids_and_members(tmp_path: Path):
     said = {"caption": "x", "key": 7}
     file = tar_of(tmp_path / "a.tar", a__jpg=b"A", a__json=said, b__jpg=b"B", b__json=said)
-    refused(file, "the id '7' is given twice", columns=Columns(id="key"))
+    refused(file, "the id '7' is given twice", id="key")
     refused(tar_of(file, a__jpg=b"A", a__png=b"A", a__txt="x"), "'a.jpg' and 'a.png' claim one place")
 
 

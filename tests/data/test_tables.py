@@ -16,18 +16,11 @@ import pytest
 from clasp.data.formats.ids import twins_of
 from clasp.data.pairs import Columns, open_pairs
 from clasp.types import Caption, UserError
+from refusal import refused
 from toydata import toys, write_jsonl, write_parquet
 
 # line breaks, quotes, delimiters, scripts of one to four bytes, nothing
 CELLS = ["a dog", 'he said "no"', "two\nlines", "crlf\r\nline", "a, b\tc", "ein Hündchen", "ถนน", "🐈 cat", '"', "x"]
-
-
-def refused(source: Path, *wanted: str, **columns: str) -> None:
-    with pytest.raises(UserError) as error:
-        open_pairs(source, columns=Columns(**columns))
-    for words in wanted:
-        assert words in str(error.value), str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def jsonl(file: Path, *rows: object) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 
 import pytest
@@ -111,6 +112,16 @@ def test_zeroshot_by_hand():
     assert row.seconds > 0
 
 
+def test_seconds_count_the_images_in_every_row():
+    class Slow(Mirror):
+        def embed_image(self, inputs):
+            time.sleep(0.02)
+            return super().embed_image(inputs)
+
+    for row in multilingual({"en": AXES, "de": SWAPPED}).results(Slow()):  # 12 images, 4 a chunk
+        assert row.seconds > 0.06
+
+
 def test_a_row_is_a_line_of_json():
     (row,) = zeroshot({"1": "cat", "2": "dog"}, {"1": "cat", "2": "emu"}).results(Mirror())
     line = json.loads(json.dumps(asdict(row)))
@@ -189,7 +200,7 @@ def test_mistakes_in_images_are_told():
         zeroshot({"1": "cat", "2": "dog"}, {"1": "cat"})(Mirror())
     with pytest.raises(UserError, match="zoo: no image is labelled"):
         zeroshot({"1": "cat"}, {"1": None})(Mirror())
-    with pytest.raises(UserError, match="there are no images"):
+    with pytest.raises(UserError, match="zoo: there are no images"):
         zeroshot({}, {"1": "cat"})(Mirror())
     with pytest.raises(UserError, match="1 of 1 images have no group: '1'"):
         zeroshot({"1": "cat"}, {"1": "cat"}, groups={})(Mirror())

@@ -111,8 +111,11 @@ def open_pairs(
     An id is the id column's value, else the image's path or the tar member's key; should those of several sources be
     the same, each is prefixed by its source (``a.tar::key``).
     """
-    paths = [Path(name).expanduser() for name in expand(str(source))]
-    for path in paths:
+    names = expand(str(source))
+    paths = [Path(name).expanduser() for name in names]
+    for name, path in zip(names, paths, strict=True):
+        if not name:
+            raise UserError(f"{str(source)!r} names no source; name a folder or a file")
         if not path.exists():
             raise UserError(_missing(path, paths))
     return Pairs(str(source), _told_apart(paths, [_open(path, columns, image_root, cache) for path in paths]))
@@ -129,6 +132,8 @@ def _open(path: Path, columns: Columns, image_root: str | Path | None, cache: Pa
             raise UserError(f"{path} is of no kind clasp can open: a folder, or {known} (or one of these .gz)")
         file = unpacked(path, cache) if path.suffix == ".gz" else path
         return OPENERS[suffix](Opening(path, file, columns, root, cache))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a text beside it is not UTF-8: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {error.strerror or error}") from None
 
@@ -147,10 +152,13 @@ def _told_apart(paths: list[Path], parts: list[Format]) -> list[Format]:
     """Makes ids and groups of several sources distinct where they would be the same by accident."""
     if len(parts) == 1:
         return parts
-    names, roots = _relative([str(path.absolute()) for path in paths]), _relative([part.root for part in parts])
-    path_prefixes = ["" if len(set(roots)) == 1 else f"{root}/" for root in roots]
-    repeated = _repeated(parts)
+    whole = [str(path.absolute()) for path in paths]
+    names = _below(os.path.commonpath([os.path.dirname(path) for path in whole]), whole)
+    roots = _below(os.path.commonpath([part.root for part in parts]), [part.root for part in parts])
+    hashes, counts = np.unique(np.concatenate([part.hashes for part in parts]), return_counts=True)
+    repeated = hashes[counts > 1]
     id_prefixes = [f"{name}::" if len(repeated) else "" for name in names]
+    path_prefixes = ["" if root == "." else f"{root}/" for root in roots]
     parts = [part.prefixed(*of) for part, *of in zip(parts, id_prefixes, path_prefixes, strict=True)]
     owner: dict[str, str] = {}
     for name, part in zip(names, parts, strict=True):
@@ -162,15 +170,8 @@ def _told_apart(paths: list[Path], parts: list[Format]) -> list[Format]:
     return parts
 
 
-def _repeated(parts: list[Format]) -> np.ndarray:
-    hashes, counts = np.unique(np.concatenate([part.hashes for part in parts]), return_counts=True)
-    return hashes[counts > 1]
-
-
-def _relative(paths: list[str]) -> list[str]:
-    """Absolute paths without what they have in common."""
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return [Path(os.path.relpath(path, common)).as_posix() for path in paths]
+def _below(folder: str, paths: list[str]) -> list[str]:
+    return [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
 
 
 def expand(source: str) -> list[str]:

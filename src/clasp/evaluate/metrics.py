@@ -105,7 +105,7 @@ def _count(
 
 
 def _largest_scores(queries: Float[Tensor, "q E"], gallery: Float[Tensor, "n E"]) -> Float[Tensor, " q"]:
-    """The bound |query| max |item| on each query's scores; finite exactly when no score can be NaN or overflow."""
+    """The bound |query| max |item| on each query's scores; where it is finite, no score is NaN or overflows."""
     if not len(queries) or not 0 < len(gallery) <= LARGEST_GALLERY:
         raise UserError(f"cannot rank {len(queries)} queries in a gallery of {len(gallery)} (1 to {LARGEST_GALLERY})")
     largest = queries.norm(dim=1) * gallery.norm(dim=1).max()

@@ -3,8 +3,8 @@
 In: an encoder, images already embedded, and texts as streams that can be read again (``Texts``: each call yields chunks
 of ids and inputs, in any order). Out: an ``Answer`` per direction, with a value for every query, so that means and
 intervals over any part of them can follow. Unusual: what belongs together is told by name (an image's class; the
-group of an image and of a caption), never by position, and everything an answer needs is checked when the question is
-made, before any compute. Knows protocols only; the one file read here is a class list.
+group of an image and of a caption), never by position; and what can be checked without reading a stream is checked when
+the question is made. Knows protocols only; the one file read here is a class list.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ languages, so that a macro mean has an interval of its own. Knows protocols only
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
@@ -197,15 +198,14 @@ def _ask(
 ) -> list[_Row]:
     """Embed the images, ask in every language, then resample the groups that all languages have in common."""
     start = time.perf_counter()
-    embedded = embed(images(), encoder.embed_image, "image")
+    with _told_of(data):
+        embedded = embed(images(), encoder.embed_image, "image")
     shared = time.perf_counter() - start
     asked: list[tuple[str, list[Answer], float]] = []
     for language, question in questions.items():
         start = time.perf_counter()
-        try:
+        with _told_of(f"{data} in {language!r}" if language else data):
             answers = question.ask(encoder, embedded)
-        except UserError as error:
-            raise UserError(f"{data}{language and f' in {language!r}'}: {error}") from None
         asked.append((language, answers, time.perf_counter() - start))
     made = iter(_replicates([answer for _, answers, _ in asked for answer in answers], resamples, seed))
     rows = []
@@ -227,6 +227,15 @@ def _ask(
         if len(parts) > 1:
             rows.append(_mean(parts, language, "", own))
     return rows
+
+
+@contextmanager
+def _told_of(where: str) -> Iterator[None]:
+    """Mistakes inside are told with the place where they were found."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _replicates(answers: Sequence[Answer], resamples: int, seed: int) -> list[dict[str, Float[Tensor, " resamples"]]]:

@@ -40,7 +40,7 @@ from clasp.types import Hit, UserError
 
 Where = Callable[[Mapping[str, Any]], bool]
 
-_ROWS = 1 << 14  # of the matrix, compared at once
+_ROWS = 1 << 14  # of the matrix, held at once
 _SCORES = 1 << 24  # held at once; or as many as there are rows, if those are more
 
 
@@ -65,7 +65,7 @@ class FlatStore:
         return self._manifest.model
 
     def claim(self, model: str, name: str) -> None:
-        """Say whose vectors are kept here; written with the first of them. ``UserError`` if those here are another's."""
+        """Say whose vectors are kept here; written with the first. ``UserError`` if those here are another model's."""
         held = self._manifest
         if not self.count():
             self._manifest = replace(held, model=model, name=name)
@@ -115,15 +115,11 @@ class FlatStore:
             raise UserError(f"{self.folder} holds vectors {self._manifest.width} wide; the query is {queries.shape[1]}")
         exact = queries.detach().cpu().double().numpy()
         exact = exact / _lengths(exact, [f"query {number}" for number in range(len(exact))])[:, None]
-        rows = len(self._vectors)
-        step = max(1, _SCORES // rows)
+        step = max(1, _SCORES // len(self._vectors))
         found: list[list[Hit]] = []
         for start in range(0, len(exact), step):
             part = exact[start : start + step]
-            rough = part.astype(np.float32)
-            scores = np.empty((len(part), rows), np.float32)
-            for row in range(0, rows, _ROWS):
-                np.matmul(rough, self._vectors[row : row + _ROWS].T, out=scores[:, row : row + _ROWS])
+            scores = part.astype(np.float32) @ self._vectors.T  # reads the map as it goes, copies nothing
             scores[:, self._log.dead] = -np.inf
             found += [self._nearest(query, line, k, where) for query, line in zip(part, scores, strict=True)]
         return found
@@ -310,11 +306,14 @@ def _lengths(values: np.ndarray, names: Sequence[str]) -> Float64[np.ndarray, " 
 
 
 def _best_first(scores: Float32[np.ndarray, " rows"], some: int) -> Iterator[int]:
-    """Row numbers by falling score. ``some`` are found cheaply; the others are sorted only if they are asked for."""
-    cut = np.partition(scores, len(scores) - some)[len(scores) - some] if some < len(scores) else -np.inf
-    for wanted in (lambda: scores >= cut, lambda: scores < cut):
-        rows = np.flatnonzero(wanted())
+    """Row numbers by falling score: ``some`` of them, then sixteen times as many, so that few asked for cost little."""
+    cut = np.float32(np.inf)
+    while cut > -np.inf:
+        above, place = cut, len(scores) - some
+        cut = np.partition(scores, place)[place] if place > 0 else np.float32(-np.inf)
+        rows = np.flatnonzero((scores >= cut) & (scores < above))
         yield from rows[np.argsort(-scores[rows], kind="stable")].tolist()
+        some *= 16
 
 
 def _called(name: str, fingerprint: str) -> str:

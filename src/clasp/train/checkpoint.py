@@ -71,8 +71,9 @@ class Run:
         """Write what going on exactly needs beyond the delta; ``state/`` may be deleted when a run is finished."""
         with _room_for(self.path):
             (self.path / "state").mkdir(exist_ok=True)
-            _write_tensors(self.path / "state" / "state.safetensors", state.tensors(), {})
-            _write(self.path / "state" / "state.json", json.dumps(state.facts()))
+            # one file, so that a kill never pairs new tensors with an old position
+            facts = {"facts": json.dumps(state.facts())}
+            _write_tensors(self.path / "state" / "state.safetensors", state.tensors(), facts)
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to ``log.jsonl`` or ``results.jsonl``."""
@@ -129,10 +130,12 @@ class Run:
 
     def read_state(self) -> TrainState:
         """What ``save_state`` wrote."""
-        facts, tensors = self.path / "state" / "state.json", self.path / "state" / "state.safetensors"
-        if not facts.exists() or not tensors.exists():
+        path = self.path / "state" / "state.safetensors"
+        if not path.exists():
             raise UserError(f"{self.path} has no state/ to go on from; it is finished, or its state was deleted")
-        return TrainState.of(json.loads(facts.read_text(encoding="utf-8")), safetensors.torch.load_file(tensors))
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+            return TrainState.of(json.loads(file.metadata()["facts"]), tensors)
 
     def results(self) -> list[dict[str, Any]]:
         """The lines of ``results.jsonl``."""

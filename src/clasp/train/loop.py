@@ -36,7 +36,8 @@ Evaluate = Callable[[], Mapping[str, float]]
 class BatchStream(Protocol):
     """Batches by epoch: always ``len`` of them, the same whenever that epoch is asked for.
 
-    ``start`` leaves out as many from the beginning. A batch may be short, or empty, where samples could not be read.
+    ``start`` leaves out as many from the beginning, all of them at ``len``, where only the evaluation is left to do.
+    A batch may be short, or empty, where samples could not be read.
     """
 
     def __len__(self) -> int: ...
@@ -98,7 +99,7 @@ def fit(
         journal.event("start", line, step=at.step, steps=steps, epochs=epochs, device=str(device), **numbers._asdict())
         model.train()
         while at.epoch < epochs and not stop.requested:
-            for batch in journal.fetching(rest_of_epoch(batches, at)):
+            for batch in journal.fetching(batches.epoch(at.epoch, start=at.step_in_epoch)):
                 journal.read(batch)
                 if len(batch.ids) > 1:  # fewer have nothing to be told apart from
                     journal.stepped(at, batch, stepper.step(batch, at.step))
@@ -126,13 +127,6 @@ def fit(
         seconds=time.monotonic() - began,
         skipped=tuple(journal.skipped.values()),
     )
-
-
-def rest_of_epoch(batches: BatchStream, at: Position) -> Iterator[Batch]:
-    """The batches still to come; none, without asking, where only the evaluation is left."""
-    if at.step_in_epoch == len(batches):
-        return iter(())
-    return batches.epoch(at.epoch, start=at.step_in_epoch)
 
 
 class Judge:
@@ -163,7 +157,9 @@ class Judge:
         self.stepper.model.train(False)
         self.metrics = metrics = dict(self.evaluate())
         self.stepper.model.train()
-        line = f"epoch {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        # a task with directions or languages gives dozens of numbers; the log has them all
+        shown = {name: value for name, value in metrics.items() if name == self.primary or "/" not in name}
+        line = f"epoch {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
         better = self.keep == "best" and self.beats_best(metrics)
         if better:
             self.best = Best(at, metrics, self.stepper.selection(copied=True))

@@ -7,6 +7,7 @@ random order, a file of images wants row groups of a few hundred rows at most. R
 
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -82,13 +83,10 @@ class ParquetTable:
         said = _said(record, self.kind, self.reader, f"{self.name} row {row}")
         twin = int(self.twins[row])
         if self.kind == "path":
-            return path_pair(said, twin, self)
+            return path_pair(said, twin, self.root, self.id_prefix, self.path_prefix)
         id = said.id or f"{self.id_prefix}{_cell_id(said, row)}{f'#{twin}' if twin else ''}"
-        image = self.reader.columns.image
-        assert image is not None
-        return Pair(
-            id, CellSource(self.file, self.stamp, image, row, self.root), said.captions, said.group or id, said.meta
-        )
+        source = CellSource(self.file, self.stamp, self.reader.columns.image, row, self.root)
+        return Pair(id, source, said.captions, said.group or id, said.meta)
 
     def prefixed(self, id_prefix: str, path_prefix: str) -> "ParquetTable":
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
@@ -157,12 +155,16 @@ def _kind(type: pa.DataType, where: str) -> Kind:
     raise UserError(f"{where} holds {type}; images may be paths (string), bytes (binary) or {{bytes, path}}")
 
 
-def _cells(read_group: Any, path: str, stamp: str, columns: tuple[str, ...], row: int) -> dict[str, Any]:
-    """One row of these columns, through the cache of row groups ``read_group`` keeps."""
-    ends = _parquet(path, stamp, os.getpid()).ends
+GroupReader = Callable[[str, str, int, tuple[str, ...], int], pa.Table]
+
+
+def _cells(read_group: GroupReader, path: str, stamp: str, columns: tuple[str, ...], row: int) -> dict[str, Any]:
+    """One row of these columns, by way of the row groups that ``read_group`` keeps."""
+    process = os.getpid()  # a forked worker opens its own
+    ends = _parquet(path, stamp, process).ends
     group = int(np.searchsorted(ends, row, side="right"))
     before = int(ends[group - 1]) if group else 0
-    return read_group(path, stamp, os.getpid(), columns, group).slice(row - before, 1).to_pylist()[0]
+    return read_group(path, stamp, process, columns, group).slice(row - before, 1).to_pylist()[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +175,6 @@ class _Parquet:
 
 @functools.lru_cache(maxsize=64)
 def _parquet(path: str, stamp: str, process: int) -> _Parquet:
-    """``process`` is there so that a forked worker opens its own."""
     try:
         if stamp_of(path) != stamp:
             raise UserError(f"{path} was changed after it was opened; open the pairs again")
@@ -187,7 +188,7 @@ def _parquet(path: str, stamp: str, process: int) -> _Parquet:
 def _read_group(path: str, stamp: str, process: int, columns: tuple[str, ...], group: int) -> pa.Table:
     try:
         return _parquet(path, stamp, process).file.read_row_group(group, columns=list(columns), use_threads=False)
-    except OSError as error:
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 

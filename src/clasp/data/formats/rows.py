@@ -6,7 +6,7 @@ source is refused as a whole when it is opened, with the number of such rows.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -66,11 +66,13 @@ class RowReader:
 
     columns: Columns
     required: tuple[str, ...]
+    spoken_for: tuple[str, ...]
+    """What does not go to ``meta``."""
 
     @classmethod
     def of(cls, asked: Columns, default: Columns) -> "RowReader":
         columns = asked.over(default)
-        return cls(columns, tuple(dict.fromkeys((columns.image, columns.caption, *asked.named))))
+        return cls(columns, tuple(dict.fromkeys((columns.image, columns.caption, *asked.named))), columns.named)
 
     def __call__(self, record: Mapping[str, Any], where: str) -> Row:
         require(self.required, record, where)
@@ -81,15 +83,15 @@ class RowReader:
             captions=captions_of(record[columns.caption], language, where),
             id=text_of(record.get(columns.id)),
             group=text_of(record.get(columns.group)),
-            meta={key: value for key, value in record.items() if key not in columns.named},
+            meta={key: value for key, value in record.items() if key not in self.spoken_for},
         )
 
 
-def require(names: Iterable[str], have: Iterable[str], where: str) -> None:
+def require(names: Iterable[str], have: Collection[str], where: str) -> None:
     """``UserError`` for the first name that is missing, with the names there are and the nearest of them."""
-    present = list(have)
     for name in names:
-        if name not in present:
+        if name not in have:
+            present = list(have)
             near = difflib.get_close_matches(name, present, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{where} has no column {name!r}; it has {', '.join(map(repr, present)) or 'none'}{hint}")

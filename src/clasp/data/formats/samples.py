@@ -52,6 +52,7 @@ class Samples:
     parts: Int32[np.ndarray, "pairs 4"]
     """Which member is the image, text, json and class number of a sample; -1 for none."""
     columns: Columns
+    """Keys of the json; none of them is asked for by default, and ``image`` means nothing here."""
     classes: tuple[str, ...]
     root: str
     hashes: UInt64[np.ndarray, " pairs"]
@@ -62,14 +63,10 @@ class Samples:
 
     def __getitem__(self, row: int, /) -> Pair:
         image, text, json_, label = self.parts[row].tolist()
-        record = self._record(json_, image) if json_ >= 0 or self._named else {}
+        record, about = self._record(json_, image), self._class(label)
         key = self.columns.caption or next((key for key in CAPTION_KEYS if key in record), "")
         language = self.columns.language or "language"
-        captions = captions_of(record.get(key), text_of(record.get(language)), self._path(image))
-        if text >= 0:
-            caption = Caption(self._text(text).strip(), text_of(record.get(language)))
-            captions += () if caption.text in {said.text for said in captions} else (caption,)
-        about = self._class(label) if label >= 0 else {}
+        captions = self._captions(record.get(key), text_of(record.get(language)), text, image)
         by_class = not captions and "class" in about
         if by_class:
             captions = (Caption(about["class"]),)
@@ -82,13 +79,38 @@ class Samples:
     def prefixed(self, id_prefix: str, path_prefix: str) -> "Samples":
         return replace(self, id_prefix=id_prefix)
 
-    @property
-    def _named(self) -> tuple[str, ...]:
-        """The keys every json must have: ``columns.image`` has no meaning here."""
-        return replace(self.columns, image="").named
+    def _captions(self, said: Any, language: str, text: int, image: int) -> tuple[Caption, ...]:
+        """Those of the json, then that of the txt unless it is among them."""
+        captions = captions_of(said, language, self._path(image))
+        if text < 0:
+            return captions
+        more = Caption(self._text(text).strip(), language)
+        return captions if any(more.text == caption.text for caption in captions) else (*captions, more)
 
-    def _path(self, member: int) -> str:
-        return self.members.source(member).name
+    def _record(self, member: int, image: int) -> dict[str, Any]:
+        asked = (self.columns.caption, self.columns.id, self.columns.language, self.columns.group)
+        named = [name for name in asked if name]
+        if member < 0:
+            if named:
+                raise UserError(f"{self._path(image)} has no .json beside it, which should give {', '.join(named)}")
+            return {}
+        try:
+            record = json.loads(self._text(member))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self._path(member)} is not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{self._path(member)} must hold an object such as {{'captions': ['a dog']}}")
+        require(named, record, self._path(member))
+        return record
+
+    def _class(self, member: int) -> dict[str, Any]:
+        if member < 0:
+            return {}
+        text = self._text(member).strip()
+        if not text.isdecimal() or (self.classes and int(text) >= len(self.classes)):
+            few = f" below {len(self.classes)}, as {CLASS_NAMES} has so many lines" if self.classes else ""
+            raise UserError(f"{self._path(member)} must hold a class number{few}, not {text!r}")
+        return {"label": int(text)} | ({"class": self.classes[int(text)]} if self.classes else {})
 
     def _text(self, member: int) -> str:
         try:
@@ -96,24 +118,8 @@ class Samples:
         except UnicodeDecodeError as error:
             raise UserError(f"{self._path(member)} is not UTF-8 text: {error}") from None
 
-    def _record(self, member: int, image: int) -> dict[str, Any]:
-        if member < 0:
-            raise UserError(f"{self._path(image)} has no .json beside it, which should give {', '.join(self._named)}")
-        try:
-            record = json.loads(self._text(member))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self._path(member)} is not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{self._path(member)} must hold an object such as {{'captions': ['a dog']}}")
-        require(self._named, record, self._path(member))
-        return record
-
-    def _class(self, member: int) -> dict[str, Any]:
-        text = self._text(member).strip()
-        if not text.isdecimal() or (self.classes and int(text) >= len(self.classes)):
-            few = f" below {len(self.classes)}, as {CLASS_NAMES} has so many lines" if self.classes else ""
-            raise UserError(f"{self._path(member)} must hold a class number{few}, not {text!r}")
-        return {"label": int(text)} | ({"class": self.classes[int(text)]} if self.classes else {})
+    def _path(self, member: int) -> str:
+        return self.members.source(member).name
 
 
 def open_shard(opening: Opening) -> Samples:

@@ -2,7 +2,7 @@
 
 Goes in: places, as plain data. Comes out: bytes, when asked, and never before.
 Unusual: open files are kept per process and read by position (``pread``), which neither moves nor shares a cursor, so
-sources may be used from several threads and from forked or spawned workers, and pickle as a few strings.
+sources may be used from several threads and from forked or spawned workers, and pickle as a few strings. POSIX only.
 """
 
 import functools
@@ -73,7 +73,7 @@ class _Opened:
         weakref.finalize(self, os.close, self.descriptor)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=128)
 def _opened(path: str, stamp: str) -> _Opened:
     try:
         if stamp_of(path) != stamp:

@@ -7,7 +7,6 @@ Unusual: the file is read once to find and check all rows; afterwards a row cost
 import os
 from array import array
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64, UInt32, UInt64
@@ -45,30 +44,18 @@ class TextTable:
         start, stop = int(self.starts[row]), int(self.stops[row])
         record = self.syntax.parse(read_stretch(self.file, self.stamp, start, stop - start))
         said = self.reader(record, f"{self.name} row {row + 1}")
-        return path_pair(said, int(self.twins[row]), self)
+        return path_pair(said, int(self.twins[row]), self.root, self.id_prefix, self.path_prefix)
 
     def prefixed(self, id_prefix: str, path_prefix: str) -> "TextTable":
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
-@runtime_checkable
-class PathTable(Protocol):
-    """What ``path_pair`` needs of a table whose images are told by path."""
-
-    @property
-    def root(self) -> str: ...
-    @property
-    def id_prefix(self) -> str: ...
-    @property
-    def path_prefix(self) -> str: ...
-
-
-def path_pair(said: Row, twin: int, table: PathTable) -> Pair:
+def path_pair(said: Row, twin: int, root: str, id_prefix: str, path_prefix: str) -> Pair:
     """The pair of a row whose image is a path: rows of one image are one group unless the table says otherwise."""
-    image = image_id(said.image, table.root)
-    id = said.id or f"{table.id_prefix}{image}{f'#{twin}' if twin else ''}"
-    source = FileSource(os.path.join(table.root, said.image))
-    return Pair(id, source, said.captions, said.group or table.path_prefix + image, said.meta)
+    image = image_id(said.image, root)
+    id = said.id or f"{id_prefix}{image}{f'#{twin}' if twin else ''}"
+    source = FileSource(os.path.join(root, said.image))
+    return Pair(id, source, said.captions, said.group or path_prefix + image, said.meta)
 
 
 def path_of(said: Row, where: str, root: str) -> str:

@@ -106,7 +106,10 @@ def _sized(name: str, side: ImageSide, size: int | None) -> ImageTransform:
         return side.transform
     if size % side.multiple:
         nearest = max(side.multiple, round(size / side.multiple) * side.multiple)
-        raise UserError(f"pip:{name} cuts images into {side.multiple} px patches; size = {size} must be {nearest}, say")
+        raise UserError(
+            f"pip:{name} cuts images into patches of {side.multiple} px, and size = {size} is not a multiple of that; "
+            f"the nearest is {nearest}"
+        )
     return dataclasses.replace(side.transform, size=size)
 
 
@@ -204,7 +207,7 @@ def _read_minilm(path: Path) -> Tensors:
     from safetensors.torch import load_file
 
     tensors = load_file(path)
-    # trained for next-sentence prediction, never for sentence embeddings; and a constant that is now a plain buffer
+    # a layer that sentence embeddings never pass through, and a constant that is now a plain buffer
     for unused in ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"):
         del tensors[unused]
     return tensors

@@ -1,0 +1,1 @@
+"""The whole story on the sample that ships inside the package."""

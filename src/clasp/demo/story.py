@@ -1,0 +1,152 @@
+"""``clasp demo``: align two packaged towers on the sample, ask about concepts and languages never seen, search, draw.
+
+Everything here goes through what any user has: a recipe, pairs on disk, ``align``, evaluations, the search engine. A
+second run reads what the first one computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from clasp.align import align, cache_folder, inputs_of
+from clasp.assemble import Assembled, assemble, load
+from clasp.data.images import contact_sheet
+from clasp.data.pairs import open_pairs
+from clasp.demo.sample import HELD, HELD_LOW, TRAINED, TRAINED_LOW, Sample, unpack
+from clasp.evaluate.tasks import Multilingual, Result
+from clasp.examine import by_language
+from clasp.inputs import Inputs
+from clasp.model import DualEncoder
+from clasp.recipe import Recipe, read_recipe
+from clasp.search.engine import Engine
+from clasp.search.store import FlatStore
+from clasp.terminal import bar, counts_table, say, table
+from clasp.train.checkpoint import Run
+from clasp.train.progress import to_stderr
+from clasp.types import Encoder
+
+SETS = {
+    "trained": TRAINED,
+    "low-resource, trained": TRAINED_LOW,
+    "low-resource, never trained": HELD_LOW,
+    "low-resource": (*TRAINED_LOW, *HELD_LOW),
+    "others, never trained": HELD,
+}
+QUICK_SETS = {"trained": ("en", "de", "sw", "yo", "km"), "low-resource, never trained": HELD_LOW}
+# concepts that nothing was trained on, in trained languages and (*) in languages never trained on
+SEARCHES = (
+    ("en", "1f98a"), ("sw", "1f34c"), ("zu", "1f353"), ("vi", "1f42c"),
+    ("cy", "1f3a9"), ("lo", "1f577"), ("it", "1f381"), ("yo", "1f6cf"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The end of the story, for whoever wants to check it."""
+
+    run: Path
+    results: list[Result]
+    untrained: list[Result]
+    picture: Path
+
+
+def tell(out: Path, *, quick: bool = False) -> Told:
+    """Run the demo; the run folder and the picture go to ``out``."""
+    out = out.with_name(f"{out.name}-quick") if quick else out
+    sample = unpack(cache_folder(), quick=quick)
+    recipe = demo_recipe(sample, quick=quick)
+    say("emoji as a low-resource language lab: 1,114 concepts to learn from, 138 others to find; both towers stay frozen")
+    parts = assemble(recipe)
+    counts_table(parts.model.counts())
+    _align_once(recipe, out)
+    model = load(out)
+    assert isinstance(model.encoder, DualEncoder)
+    inputs = inputs_of(Assembled(model.encoder, model.transform, model.tokenizer), recipe, bar=bar)
+    untrained = ask(parts.model.eval(), sample, inputs, quick=quick)
+    results = ask(model.encoder, sample, inputs, quick=quick)
+    Run(out).append("results.jsonl", [asdict(result) for result in results])
+    show(results, untrained, quick=quick)
+    picture = _search(out, sample)
+    say(f"eight searches among 413 pictures of concepts never seen, in eight languages: {picture}")
+    say("now your own pictures (cat.jpg + cat.txt, or a folder per class, or a .csv):")
+    say("  clasp train start data.train=FOLDER")
+    return Told(out, results, untrained, picture)
+
+
+def demo_recipe(sample: Sample, *, quick: bool) -> Recipe:
+    """``recipes/demo.toml`` on the unpacked sample."""
+    smaller = ["image.size=96", "train.epochs=20"] if quick else []
+    return read_recipe("demo", [f"data.train={sample.pairs('train')}", f"data.val={sample.pairs('val')}", *smaller])
+
+
+def ask(encoder: Encoder, sample: Sample, inputs: Inputs, *, quick: bool) -> list[Result]:
+    """Image to text among the names of the 138 test concepts, per language and per set of languages."""
+    pairs = open_pairs(sample.questions())
+    sets = QUICK_SETS if quick else SETS
+    languages = sorted({language for members in sets.values() for language in members})
+    questions = {language: by_language(pairs, language, inputs, ["image_to_text"]) for language in languages}
+    primary = f"macro:{next(iter(sets))}/image_to_text/recall@5"
+    task = Multilingual(
+        data="demo test concepts", images=inputs.images(pairs), questions=questions, primary=primary, sets=sets
+    )
+    return task.results(encoder)
+
+
+def show(results: Sequence[Result], untrained: Sequence[Result], *, quick: bool) -> None:
+    """The tables of the demo on standard output."""
+    before = {result.language: result for result in untrained}
+
+    def row(result: Result, title: str) -> list[str]:
+        low, high = result.interval["recall@5"]
+        return [
+            title,
+            f"{100 * result.metrics['recall@1']:.1f}",
+            f"{100 * result.metrics['recall@5']:.1f}",
+            f"{100 * low:.1f} to {100 * high:.1f}",
+            f"{100 * before[result.language].metrics['recall@5']:.1f}",
+            f"{100 * result.chance['recall@5']:.1f}",
+        ]
+
+    columns = ("languages", "R@1", "R@5", "95 % interval", "untrained heads", "chance")
+    main = [row(r, "English") for r in results if r.language == "en"]
+    main += [row(r, r.language.removeprefix("macro:")) for r in results if r.language.startswith("macro:")]
+    table("naming pictures of concepts never seen: image to text among 138, per cent", columns, main)
+    trained = set(QUICK_SETS["trained"]) if quick else {*TRAINED, *TRAINED_LOW}
+    each = [row(r, f"{r.language}{'' if r.language in trained else ' *'}") for r in results if ":" not in r.language]
+    table("per language (* never trained on)", columns, each)
+
+
+def _align_once(recipe: Recipe, out: Path) -> None:
+    run = Run(out)
+    if (out / "delta.safetensors").exists():
+        say(f"{out} holds this demo's run already; delete the folder to train again")
+        return
+    done = align(recipe, out, say=say, bar=bar, reporter=to_stderr())
+    if done.fitted.interrupted:
+        raise KeyboardInterrupt
+    run.read()
+
+
+def _search(out: Path, sample: Sample) -> Path:
+    """Names of concepts never seen, in eight languages, against all pictures of the test concepts."""
+    pairs = open_pairs(sample.questions())
+    names = {(c.language, pair.group): c.text for pair in pairs for c in pair.captions}
+    english = {pair.group: names["en", pair.group] for pair in pairs}
+    store = FlatStore(out / "index")
+    try:
+        engine = Engine.anew(load(out), store)
+        with bar("pictures into the index") as progress:
+            engine.index(pairs, progress)
+        rows = []
+        for language, concept in SEARCHES:
+            words = names[language, concept]
+            hits = engine.search(text=words, k=8)
+            good = [hit.meta["group"] == concept for hit in hits]
+            rows.append(engine.sheet(words, hits, note=f"{language}: {english[concept]}", good=good))
+        contact_sheet(rows, out / "searches.png")
+    finally:
+        store.close()
+    return out / "searches.png"
+

@@ -1,0 +1,58 @@
+"""Index a run's pictures, and look for some: what the verbs ``index`` and ``search`` do.
+
+The store lies in the run folder (``RUN/index``), since its vectors mean something to that run's model only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from clasp.align import cache_folder
+from clasp.assemble import load
+from clasp.data.images import contact_sheet
+from clasp.data.pairs import folder_images, open_pairs
+from clasp.inputs import Bar, no_bar
+from clasp.search.engine import Engine, Indexed
+from clasp.search.store import FlatStore
+from clasp.types import Hit, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The answer to a search: what was asked, the hits, best first, and the picture of them."""
+
+    query: str
+    hits: list[Hit]
+    sheet: Path
+
+
+def index_into(run: Path, source: str, *, bar: Bar = no_bar) -> Indexed:
+    """Embed the images of a folder, or of pairs, into the run's store. What is there unchanged is not read again."""
+    model = load(run)
+    captioned = not Path(source).is_dir()
+    items = open_pairs(source, cache=cache_folder() / "pairs") if captioned else folder_images(source)
+    store = FlatStore(run / "index")
+    try:
+        with bar(f"images of {source}") as progress:
+            return Engine.anew(model, store).index(items, progress)
+    finally:
+        store.close()
+
+
+def look_for(run: Path, words: str | None, image: Path | None, k: int, sheet: Path | None = None) -> Found:
+    """Search the run's store by words, by a picture, or by both, and draw the hits."""
+    if words is None and image is None:
+        raise UserError('say what to look for: clasp search RUN "words", or --image FILE, or both')
+    if not (run / "index").is_dir():
+        raise UserError(f"{run} has no index yet; make one with: clasp index {run} FOLDER")
+    store = FlatStore(run / "index")
+    try:
+        engine = Engine(load(run), store)
+        hits = engine.search(text=words, image=image, k=k)
+        query = " + ".join(part for part in (words, f"picture {image}" if image else None) if part)
+        path = sheet or run / "search.png"
+        contact_sheet([engine.sheet(query, hits)], path)
+        return Found(query, hits, path)
+    finally:
+        store.close()

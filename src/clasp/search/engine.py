@@ -1,0 +1,295 @@
+"""A corpus that can be asked: images into a store once, and out again by words, by an image, or by both.
+
+In: a ``Model``, a store, and pairs or the images of a folder. Out: what ``index`` did, and hits that say where to find
+their image. Unusual: an image is known by the sha256 of its bytes. What is in the store is not encoded again when it is
+renamed, moved or copied, and a file of unchanged size and time is not even read. Each batch is kept before the next is
+encoded, so an interrupted ``index`` goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clasp.data.images import ImageError, SheetRow, Tile
+from clasp.data.pairs import CellSource
+from clasp.embed import Model, Progress, no_progress
+from clasp.search.corpus import Known, entries_of, meta_of, source_from_dict
+from clasp.types import Hit, Pair, Pixels, Skipped, Source, Store, UserError
+
+_log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Catalogue(Store, Protocol):
+    """What a store must offer beyond searching, so that nothing is encoded twice or asked of another's vectors."""
+
+    @property
+    def model(self) -> str:
+        """Fingerprint of the model whose vectors these are; empty where nobody has said."""
+        ...
+
+    def claim(self, model: str, name: str) -> None:
+        """Say whose vectors are kept here; ``UserError`` if those here are another's."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything, and whose vectors these were."""
+        ...
+
+    def scan(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Every id with its metadata."""
+        ...
+
+    def vectors(self, ids: Sequence[str]) -> Float[Tensor, "n E"]:
+        """The unit vectors kept under these ids."""
+        ...
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """What ``Engine.index`` did; one image is one entry, however many pairs it has."""
+
+    added: int
+    """Images that are new, or changed since."""
+    unchanged: int
+    """Images that were there already, the same bytes under the same id."""
+    skipped: list[Skipped]
+    """Images that could not be read, each named."""
+    seconds: float
+    encoded: int
+    """Images the model was run on: less than ``added`` where the same bytes were known under another name."""
+
+    def __str__(self) -> str:
+        if not self.added:
+            said = f"nothing to encode: {_images(self.unchanged)} unchanged"
+        else:
+            said = f"{_images(self.added)} added, {self.encoded} of them encoded; {self.unchanged} unchanged"
+        if self.skipped:
+            named = ", ".join(f"{name} ({reason})" for name, reason in self.skipped[:3])
+            said += f"; {len(self.skipped)} skipped: {named}{', ...' if len(self.skipped) > 3 else ''}"
+        return f"{said}; {self.seconds:.1f} seconds"
+
+
+class Engine:
+    """A model and the store of what it has seen. ``UserError`` when the store holds another model's embeddings."""
+
+    def __init__(self, model: Model, store: Catalogue, *, batch: int = 64, threads: int | None = None) -> None:
+        self.model = model
+        self.store = store
+        self._batch = batch
+        self._threads = threads or min(4, os.cpu_count() or 1)
+        self._table = threading.Lock()
+        store.claim(model.fingerprint, model.encoder.name)
+
+    @classmethod
+    def anew(cls, model: Model, store: Catalogue) -> Engine:
+        """For indexing: another model's embeddings, of no use to this one, are dropped first, and the log says so."""
+        if store.count() and store.model != model.fingerprint:
+            _log.warning("%d embeddings were made with another model and are dropped", store.count())
+            store.clear()
+        return cls(model, store)
+
+    # --- images in ---------------------------------------------------------------------------------------------------
+
+    def index(self, items: Sequence[Pair] | Sequence[tuple[str, Source]], progress: Progress = no_progress) -> Indexed:
+        """Put images into the store: pairs, or what ``folder_images`` found.
+
+        Pairs of one image become one entry, under the first of their ids in alphabetical order, with all captions. A
+        pair's id that is in the store is replaced; a folder's image whose relative path there stands for a file of
+        another folder goes by its full path. Images that cannot be read are skipped and named; ``UserError`` if none
+        can be.
+        """
+        started = time.monotonic()
+        known = Known(self.store.scan())
+        entries = entries_of(items, known)
+        if not entries:
+            raise UserError("nothing to index: looked for pairs or images, and was given none")
+        superseded = known.superseded(entries)
+        work = [entry for entry in entries if not known.has(entry)]
+        added, encoded, done = 0, 0, len(entries) - len(work)
+        skipped: list[Skipped] = []
+        progress(done, len(entries))
+        with closing(self._ahead(work, known)) as batches:
+            for batch in batches:
+                reads = [read for read in batch if isinstance(read, _Read)]
+                failures = [read for read in batch if isinstance(read, _Failed)]
+                added += sum(known.holder(read.sha256, read.pair.id) != read.pair.id for read in reads)
+                encoded += self._keep(reads, known)
+                self._skip(failures, known)
+                skipped += [failed.skipped for failed in failures]
+                done += len(batch)
+                progress(done, len(entries))
+        if len(skipped) == len(entries):
+            raise UserError(f"none of {_images(len(entries))} can be read; the first: {': '.join(skipped[0])}")
+        lost = {name for name, _ in skipped}
+        stale = [old for old, new in superseded.items() if new not in lost]
+        if stale:
+            self.store.delete(stale)
+        unchanged = len(entries) - added - len(skipped)
+        return Indexed(added, unchanged, skipped, time.monotonic() - started, encoded)
+
+    def _ahead(self, work: Sequence[Pair], known: Known) -> Generator[list[_Read | _Failed], None, None]:
+        """Batches read and decoded in threads, each while the one before it is encoded."""
+        pool = ThreadPoolExecutor(self._threads, "clasp-index")
+        pending: deque[list[Future[_Read | _Failed]]] = deque()
+        try:
+            for start in range(0, len(work), self._batch):
+                pending.append([pool.submit(self._read, pair, known) for pair in work[start : start + self._batch]])
+                if len(pending) == 2:
+                    yield [future.result() for future in pending.popleft()]
+            for futures in pending:
+                yield [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, pair: Pair, known: Known) -> _Read | _Failed:
+        """One image, in a thread: not read if it is as it was, not decoded if its bytes are known."""
+        version, sha256 = pair.image.version, known.as_it_was(pair)
+        try:
+            if sha256:
+                return _Read(pair, version, sha256, b"", None)
+            # a table keeps one stretch of rows at a time: threads that took turns would have it read again and again
+            with self._table if isinstance(pair.image, CellSource) else nullcontext():
+                data = pair.image.read()
+            sha256 = hashlib.sha256(data).hexdigest()
+            pixels = self.model.transform(data) if known.holder(sha256, pair.id) is None else None
+            return _Read(pair, version, sha256, data, pixels)
+        except (OSError, ValueError) as error:  # the disk; a tar or table that changed; an image that is not one
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return _Failed(Skipped(pair.id, reason), isinstance(error, ImageError))
+
+    def _keep(self, reads: Sequence[_Read], known: Known) -> int:
+        """Store a batch; returns how many images had to be encoded."""
+        if not reads:
+            return 0
+        new: dict[str, Tensor] = {}
+        held: dict[str, str] = {}
+        for read in reads:
+            holder = known.holder(read.sha256, read.pair.id)
+            if holder is not None:
+                held[read.sha256] = holder
+            elif read.sha256 not in new:
+                # not decoded though not held: the id that held it has become another image since
+                new[read.sha256] = self.model.transform(read.data) if read.pixels is None else read.pixels
+        vectors = dict(zip(held, self.store.vectors(list(held.values())), strict=True))
+        if new:
+            pixels = Pixels(torch.stack(list(new.values())).to(self.model.device))
+            with torch.inference_mode():
+                vectors.update(zip(new, self.model.encoder.embed_image(pixels).cpu(), strict=True))
+        ids, meta = [read.pair.id for read in reads], [meta_of(read.pair, read.version, read.sha256) for read in reads]
+        self.store.add(ids, torch.stack([vectors[read.sha256] for read in reads]), meta)
+        for name, about in zip(ids, meta, strict=True):
+            known.note(name, about)
+        return len(new)
+
+    def _skip(self, failures: Sequence[_Failed], known: Known) -> None:
+        """Name them; what has become something else than an image is no longer to be found as the image it was."""
+        for failed in failures:
+            _log.warning("skipped %s: %s", *failed.skipped)
+        damaged = [failed.skipped.id for failed in failures if failed.damaged]
+        if damaged:
+            self.store.delete(damaged)
+        for name in damaged:
+            known.forget(name)
+
+    # --- hits out ----------------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        text: str | None = None,
+        image: Any = None,
+        k: int = 10,
+        where: Callable[[Mapping[str, Any]], bool] | None = None,
+    ) -> list[Hit]:
+        """The ``k`` images nearest to words, to an image (path, bytes or picture), or to the mean of both.
+
+        ``where`` chooses by metadata (see ``corpus``). ``UserError`` for neither words nor image, an image that cannot
+        be read, ``k`` below 1, and an empty store.
+        """
+        if text is None and image is None:
+            raise UserError("search takes words, an image, or both; it was given neither")
+        if text is not None and not text.strip():
+            raise UserError(f"search was given the words {text!r}, which are none")
+        if k < 1:
+            raise UserError(f"k = {k}: a search returns at least 1 image")
+        if not self.store.count():
+            raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")
+        queries = [] if text is None else [self.model.encode_text([text])]
+        if image is not None:
+            queries.append(self.model.encode_image([str(image) if isinstance(image, Path) else image]))
+        query = torch.cat(queries).mean(dim=0, keepdim=True)
+        return self.store.search(torch.nn.functional.normalize(query, dim=-1), k, where)[0]
+
+    @staticmethod
+    def read_image(hit: Hit) -> bytes:
+        """The encoded image of a hit, from where it was when it was indexed; ``UserError`` when it is there no longer."""
+        said = hit.meta["source"]
+        if said is None:
+            raise UserError(f"{hit.meta['name']} cannot be read again: its source was of a class clasp does not know")
+        try:
+            return source_from_dict(said).read()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{hit.meta['name']} cannot be read: {error}") from None
+
+    @staticmethod
+    def sheet(
+        searches: Sequence[tuple[str, Sequence[Hit]]],
+        *,
+        label: Callable[[Hit], str] = lambda hit: hit.id,
+        good: Callable[[str, Hit], bool | None] = lambda title, hit: None,
+    ) -> list[SheetRow]:
+        """Titles with their hits, as rows of ``clasp.data.images.contact_sheet``.
+
+        ``good`` says of a title and a hit whether it is a right answer. An image that has gone is an empty place with
+        its label.
+        """
+        rows = []
+        for title, hits in searches:
+            tiles = []
+            for hit in hits:
+                try:
+                    encoded = Engine.read_image(hit)
+                except UserError:
+                    encoded = None
+                tiles.append(Tile(encoded, label(hit), good(title, hit)))
+            note = f"cosine {hits[0].score:.2f} to {hits[-1].score:.2f}" if hits else ""
+            rows.append(SheetRow(title, tiles, note))
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """An image to be kept; ``data`` is empty where it was not read, ``pixels`` absent where it was not decoded."""
+
+    pair: Pair
+    version: str
+    sha256: str
+    data: bytes
+    pixels: Float[Tensor, "3 height width"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """An image to be skipped; ``damaged`` if its bytes could be read and are no image."""
+
+    skipped: Skipped
+    damaged: bool
+
+
+def _images(count: int) -> str:
+    return f"{count} image" if count == 1 else f"{count} images"
