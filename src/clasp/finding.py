@@ -52,7 +52,7 @@ def look_for(run: Path, words: str | None, image: Path | None, k: int, sheet: Pa
         hits = engine.search(text=words, image=image, k=k)
         query = " + ".join(part for part in (words, f"picture {image}" if image else None) if part)
         path = sheet or run / "search.png"
-        contact_sheet([engine.sheet(query, hits)], path)
+        contact_sheet(engine.sheet([(query, hits)]), path)
         return Found(query, hits, path)
     finally:
         store.close()

@@ -58,6 +58,7 @@ class Inputs:
         self.image_frozen, self.text_frozen = image_frozen, text_frozen
         self._cache, self._bar = cache, bar
         self._workers, self._max_bad = workers, max_bad_fraction
+        self._ahead: list[tuple[dict[str, int], Features]] = []
 
     @cached_property
     def _device(self) -> torch.device:
@@ -79,7 +80,7 @@ class Inputs:
 
     def image_features(self, pairs: Pairs) -> Features:
         """The frozen image tower's output for every image, computed at most once."""
-        with self._bar(f"images of {pairs.name} through {self.image.name}") as progress:
+        with self._bar(f"images of {Path(pairs.name).name} through {self.image.name}") as progress:
             return pooled_images(
                 self.image,
                 pairs,
@@ -94,10 +95,20 @@ class Inputs:
 
     def text_features(self, texts: Sequence[str]) -> Features:
         """The frozen text tower's output for every text, computed at most once."""
+        for rows, features in self._ahead:
+            if all(text in rows for text in texts):
+                return Features(features.kept, np.array([rows[text] for text in texts], dtype=np.int64))
         with self._bar(f"captions through {self.text.name}") as progress:
             return pooled_texts(
                 self.text, self.tokenizer, texts, batch=64, cache=self._cache, progress=progress, device=self._device
             )
+
+    def read_ahead(self, texts: Iterable[str]) -> None:
+        """Put the texts of many small questions through a frozen text tower at once; the questions then find them."""
+        different = sorted(set(texts))
+        if self.text_frozen and different:
+            features = self.text_features(different)
+            self._ahead.append((dict(zip(different, features.index.tolist(), strict=True)), features))
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 

@@ -183,7 +183,7 @@ def test_evaluation_cannot_disturb_training() -> None:
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, keep: str) -> None:
     settings = SETTINGS.model_copy(update={"keep": keep})
-    scores = [0.1, 0.5, 0.4, 0.2]  # by epoch, the best in the second
+    scores = [0.0, 0.1, 0.5, 0.4, 0.2]  # before the first step, then by epoch: the best in the second
 
     def scored(fresh: Iterator[float]) -> dict[str, Any]:
         return {"evaluate": lambda: {"score": next(fresh)}, "primary": "score"}
@@ -207,7 +207,7 @@ def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, ke
         settings,
         start=saved[0],
         save=lambda state: saved.append(frozen_in_time(state)),
-        **scored(iter(scores[stop_at // STEPS_AN_EPOCH :])),
+        **scored(iter(scores[1 + stop_at // STEPS_AN_EPOCH :])),
     )
     assert same(weights(whole), weights(rest))
     assert same(states[-1].tensors(), saved[-1].tensors()) and states[-1].facts() == saved[-1].facts()
@@ -324,12 +324,18 @@ def test_best_is_restored_last_is_left_and_nan_never_wins() -> None:
         fitted = fit(model, Stream(), contrast, settings, log=lines.append, evaluate=evaluate, primary="score")
         return model, fitted, lines
 
-    model, fitted, lines = train("best", math.nan, 0.5, 0.5, 0.1)
-    assert same(weights(model), seen[1]) and fitted.metrics == {"other": 1.0, "score": 0.5}
-    assert [line["best"] for line in lines if line["event"] == "evaluation"] == [True, True, False, False]
+    model, fitted, lines = train("best", math.nan, math.nan, 0.5, 0.5, 0.1)
+    assert same(weights(model), seen[2]) and fitted.metrics == {"other": 1.0, "score": 0.5}
+    assert [line["best"] for line in lines if line["event"] == "evaluation"] == [True, False, True, False, False]
     assert lines[-1] | {"event": "stop", "held_step": 6, "interrupted": False} == lines[-1]
-    model, fitted, _ = train("last", 0.9, 0.5, 0.5, 0.1)
-    assert same(weights(model), seen[3]) and fitted.metrics["score"] == 0.1
+    model, fitted, _ = train("last", 1.0, 0.9, 0.5, 0.5, 0.1)
+    assert same(weights(model), seen[4]) and fitted.metrics["score"] == 0.1
+
+
+def test_the_start_may_be_the_best_there_is() -> None:
+    scores = iter([0.9, 0.1, 0.2, 0.3, 0.4])
+    model, fitted, _ = run(SETTINGS, evaluate=lambda: {"score": next(scores)}, primary="score")
+    assert same(weights(model), weights(Toy())) and fitted.held == Position(0, 0, 0)
 
 
 def test_evaluates_every_so_many_epochs_and_after_the_last() -> None:
@@ -338,9 +344,9 @@ def test_evaluates_every_so_many_epochs_and_after_the_last() -> None:
         lines = run(settings, evaluate=lambda: {"score": 1.0}, primary="score")[2]
         return [line["epoch"] for line in lines if line["event"] == "evaluation"]
 
-    assert epochs(2, 5) == [2, 4, 5]
-    assert epochs("auto", 5) == [1, 2, 3, 4, 5]
-    assert epochs("auto", 25) == [3, 6, 9, 12, 15, 18, 21, 24, 25]
+    assert epochs(2, 5) == [0, 2, 4, 5]
+    assert epochs("auto", 5) == [0, 1, 2, 3, 4, 5]
+    assert epochs("auto", 25) == [0, 3, 6, 9, 12, 15, 18, 21, 24, 25]
 
 
 def test_log_lines_are_json_and_follow_the_schedule() -> None:

@@ -86,6 +86,7 @@ def ask(encoder: Encoder, sample: Sample, inputs: Inputs, *, quick: bool) -> lis
     pairs = open_pairs(sample.questions())
     sets = QUICK_SETS if quick else SETS
     languages = sorted({language for members in sets.values() for language in members})
+    inputs.read_ahead(c.text for pair in pairs for c in pair.captions if c.language in languages)
     questions = {language: by_language(pairs, language, inputs, ["image_to_text"]) for language in languages}
     primary = f"macro:{next(iter(sets))}/image_to_text/recall@5"
     task = Multilingual(
@@ -143,8 +144,9 @@ def _search(out: Path, sample: Sample) -> Path:
         for language, concept in SEARCHES:
             words = names[language, concept]
             hits = engine.search(text=words, k=8)
-            good = [hit.meta["group"] == concept for hit in hits]
-            rows.append(engine.sheet(words, hits, note=f"{language}: {english[concept]}", good=good))
+            found = engine.sheet([(words, hits)], good=lambda _, hit, concept=concept: hit.meta["group"] == concept)
+            untrained = "" if language in {*TRAINED, *TRAINED_LOW} else ", never trained on"
+            rows += [row._replace(note=f"{english[concept]} ({language}{untrained})") for row in found]
         contact_sheet(rows, out / "searches.png")
     finally:
         store.close()

@@ -237,14 +237,17 @@ class Engine:
 
     @staticmethod
     def read_image(hit: Hit) -> bytes:
-        """The encoded image of a hit, from where it was when it was indexed; ``UserError`` when it is there no longer."""
-        said = hit.meta["source"]
+        """The encoded image of a hit, from where it was indexed; ``UserError`` when it has gone or changed since."""
+        name, said = hit.meta["name"], hit.meta["source"]
         if said is None:
-            raise UserError(f"{hit.meta['name']} cannot be read again: its source was of a class clasp does not know")
+            raise UserError(f"{name} cannot be read again: its source was of a class clasp does not know")
         try:
-            return source_from_dict(said).read()
+            data = source_from_dict(said).read()
         except (OSError, ValueError) as error:
-            raise UserError(f"{hit.meta['name']} cannot be read: {error}") from None
+            raise UserError(f"{name} cannot be read: {error}") from None
+        if hashlib.sha256(data).hexdigest() != hit.meta["sha256"]:
+            raise UserError(f"{name} has changed since it was indexed; type: clasp index RUN FOLDER")
+        return data
 
     @staticmethod
     def sheet(
@@ -255,8 +258,8 @@ class Engine:
     ) -> list[SheetRow]:
         """Titles with their hits, as rows of ``clasp.data.images.contact_sheet``.
 
-        ``good`` says of a title and a hit whether it is a right answer. An image that has gone is an empty place with
-        its label.
+        ``good`` says of a title and a hit whether it is a right answer. An image that has gone or changed is an empty
+        place with its label.
         """
         rows = []
         for title, hits in searches:

@@ -98,6 +98,8 @@ def fit(
         line = f"computing in {numbers.precision} on {device.type}: {numbers.reason}"
         journal.event("start", line, step=at.step, steps=steps, epochs=epochs, device=str(device), **numbers._asdict())
         model.train()
+        if start is None:
+            judge.before_the_first_step(at)
         while at.epoch < epochs and not stop.requested:
             for batch in journal.fetching(batches.epoch(at.epoch, start=at.step_in_epoch)):
                 journal.read(batch)
@@ -149,17 +151,25 @@ class Judge:
         self.every = auto if settings.evaluate_every == "auto" else settings.evaluate_every
         self.metrics: Mapping[str, float] = {}
 
+    def before_the_first_step(self, at: Position) -> None:
+        """Heads that start from a closed form may be the best there will be; others show where they came from."""
+        if self.evaluate is not None:
+            self._ask("start", at, 0)
+
     def end_of_epoch(self, at: Position) -> None:
         """Evaluates if it is time; the model comes back in train mode."""
         done = at.epoch + 1
-        if self.evaluate is None or (done % self.every and done != self.epochs):
-            return
+        if self.evaluate is not None and (done % self.every == 0 or done == self.epochs):
+            self._ask(f"epoch {done}", at, done)
+
+    def _ask(self, when: str, at: Position, done: int) -> None:
+        assert self.evaluate is not None
         self.stepper.model.train(False)
         self.metrics = metrics = dict(self.evaluate())
         self.stepper.model.train()
         # a task with directions or languages gives dozens of numbers; the log has them all
         shown = {name: value for name, value in metrics.items() if name == self.primary or "/" not in name}
-        line = f"epoch {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        line = f"{when}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
         better = self.keep == "best" and self.beats_best(metrics)
         if better:
             self.best = Best(at, metrics, self.stepper.selection(copied=True))

@@ -106,9 +106,11 @@ def _class_folders(folder: Folder, images: np.ndarray) -> ClassFolders:
 
 
 def words(folder: str) -> str:
+    """The name of a folder as a caption."""
     return " ".join(folder.replace("_", " ").replace("-", " ").split())
 
 
 def stem_of(name: str) -> tuple[str, str]:
+    """Key and suffix of a file in a folder: the name is cut at its last dot."""
     stem, suffix = os.path.splitext(name)
     return stem, suffix.removeprefix(".")

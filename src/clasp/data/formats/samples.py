@@ -205,4 +205,5 @@ def member_key(name: str) -> tuple[str, str]:
 
 
 def call_member(name: str) -> str:
+    """The id of a sample in a tar: its key."""
     return member_key(name)[0]

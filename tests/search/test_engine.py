@@ -1,0 +1,457 @@
+"""The engine with an encoder whose answers can be seen: an image is its mean colour, a word the colour it names."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from clasp.data.images import ImageTransform, contact_sheet
+from clasp.data.pairs import FileSource, folder_images, open_pairs
+from clasp.data.text import Tokenizer
+from clasp.embed import Model
+from clasp.search.corpus import source_from_dict, source_to_dict
+from clasp.search.engine import Catalogue, Engine, Indexed
+from clasp.search.store import FlatStore
+from clasp.types import Caption, Encoder, Hit, ImageInput, Pair, Pixels, TextInput, Tokens, UserError
+from toydata import COLOURS, WRITERS, draw, toys, write_csv, write_tar
+
+COLOUR_WORDS = ["[PAD]", "a", *COLOURS]
+TRANSFORM = ImageTransform(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), resize="squash")
+
+
+class Colours:
+    """Mean colours, as unit vectors around grey; counts the images it sees."""
+
+    def __init__(self, fingerprint: str = "f" * 64):
+        self.name, self.fingerprint = "colours", fingerprint
+        self.seen = 0
+
+    def encode_image(self, pixels: Any) -> Any:
+        return self.embed_image(Pixels(pixels))
+
+    def encode_text(self, tokens: Any, mask: Any) -> Any:
+        return self.embed_text(Tokens(tokens, mask))
+
+    def embed_image(self, inputs: ImageInput) -> Any:
+        assert isinstance(inputs, Pixels)
+        self.seen += len(inputs.values)
+        # the drawings lie on a light ground
+        weight = (1.0 - inputs.values.amin(dim=1, keepdim=True)) ** 4 + 1e-6
+        return self._unit((inputs.values * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3)))
+
+    def embed_text(self, inputs: TextInput) -> Any:
+        assert isinstance(inputs, Tokens)
+        table = torch.tensor([(128, 128, 128)] * 2 + list(COLOURS.values())) / 255
+        return self._unit(torch.stack([table[row[row >= 2]].mean(dim=0) for row in inputs.ids]))
+
+    @staticmethod
+    def _unit(colours: Any) -> Any:
+        return F.normalize(colours - 0.5, dim=-1)
+
+
+def model(fingerprint: str = "f" * 64) -> Model:
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: number for number, word in enumerate(COLOUR_WORDS)}, unk_token="a")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return Model(Colours(fingerprint), TRANSFORM, Tokenizer(backend))
+
+
+def seen(engine: Engine) -> int:
+    assert isinstance(engine.model.encoder, Colours)
+    return engine.model.encoder.seen
+
+
+def png(colour: tuple[int, int, int], size: int = 4) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(out, "png")
+    return out.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """red.png, deep/green.png, deep/blue.png."""
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    for name in ("red", "deep/green", "deep/blue"):
+        (tmp_path / "photos" / f"{name}.png").write_bytes(png(COLOURS[Path(name).name]))
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    store = FlatStore(tmp_path / "store")
+    yield Engine(model(), store, batch=2)
+    store.close()
+
+
+def ids(hits: list[Hit]) -> list[str]:
+    return [hit.id for hit in hits]
+
+
+def all_ids(engine: Engine) -> set[str]:
+    return {name for name, _ in engine.store.scan()}
+
+
+def counts(indexed: Indexed) -> tuple[int, int, int, int]:
+    return indexed.added, indexed.unchanged, len(indexed.skipped), indexed.encoded
+
+
+def touch(path: Path) -> None:
+    """Another time, the same bytes."""
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1_000_000))
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def test_by_words_by_an_image_and_by_both(engine: Engine, photos: Path):
+    assert isinstance(engine.model.encoder, Encoder)
+    assert isinstance(engine.store, Catalogue)
+    assert counts(engine.index(folder_images(photos))) == (3, 0, 0, 3)
+    assert ids(engine.search("a red", k=1)) == ["red.png"]
+    assert ids(engine.search("blue")) == ["deep/blue.png", "deep/green.png", "red.png"]
+    green = photos / "deep" / "green.png"
+    for image in (green, str(green), green.read_bytes(), Image.open(io.BytesIO(green.read_bytes()))):
+        hits = engine.search(image=image, k=1)
+        assert ids(hits) == ["deep/green.png"]
+        assert hits[0].score == pytest.approx(1)
+    # between words and image: the cosine with the mean direction, computed by hand
+    red, blue = (F.normalize(torch.tensor(COLOURS[name]) / 255 - 0.5, dim=0) for name in ("red", "blue"))
+    hits = engine.search("red", photos / "deep" / "blue.png")
+    expected = float(F.normalize((red + blue) / 2, dim=0) @ red)
+    assert {hit.id: hit.score for hit in hits}["red.png"] == pytest.approx(expected, abs=1e-5)
+    assert {hit.id: hit.score for hit in hits}["deep/blue.png"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_where_chooses_by_metadata(engine: Engine, tmp_path: Path):
+    pairs = []
+    for number, (name, colour) in enumerate(COLOURS.items()):
+        (tmp_path / f"{name}.png").write_bytes(png(colour))
+        language = "sw" if number % 2 else "en"
+        meta = {"taken": date(2020, 1, 1 + number), "n": number}
+        captions = (Caption(f"a {name}", language), Caption(name))
+        pairs.append(Pair(name, FileSource(str(tmp_path / f"{name}.png")), captions, "all", meta))
+    engine.index(pairs)
+    (hit,) = engine.search("green", where=lambda meta: meta["meta"]["n"] == 1)
+    path = str(tmp_path / "green.png")
+    about = dict(hit.meta)
+    assert len(about.pop("sha256")) == 64
+    assert about == {
+        "name": path,
+        "source": {"kind": "file", "path": path},
+        "version": FileSource(path).version,
+        "captions": [{"text": "a green", "language": "sw"}, {"text": "green", "language": ""}],
+        "languages": ["sw"],
+        "group": "all",
+        "meta": {"taken": "2020-01-02", "n": 1},
+    }
+    assert len(engine.search("red", where=lambda meta: "sw" in meta["languages"])) == 3
+    assert counts(engine.index(pairs)) == (0, 6, 0, 0)
+
+
+def test_what_cannot_be_asked(engine: Engine, photos: Path):
+    with pytest.raises(UserError, match="clasp index RUN FOLDER"):
+        engine.search("red")
+    engine.index(folder_images(photos))
+    with pytest.raises(UserError, match="given neither"):
+        engine.search()
+    with pytest.raises(UserError, match="words '  '"):
+        engine.search("  ")
+    for k in (0, -1):
+        with pytest.raises(UserError, match=f"k = {k}: "):
+            engine.search("red", k=k)
+    with pytest.raises(UserError, match="no such file"):
+        engine.search(image=photos / "gone.png")
+    (photos / "no.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"no\.png: not an image"):
+        engine.search(image=str(photos / "no.png"))
+    assert len(engine.search("red", k=1000)) == 3
+
+
+# --- encoding once ---------------------------------------------------------------------------------------------------
+
+
+def test_a_second_index_encodes_nothing_and_says_so(engine: Engine, photos: Path, monkeypatch: pytest.MonkeyPatch):
+    first = engine.index(folder_images(photos))
+    assert str(first).startswith("3 images added, 3 of them encoded; 0 unchanged; ")
+    monkeypatch.setattr(FileSource, "read", lambda source: pytest.fail(f"{source.name} was read"))
+    again = engine.index(folder_images(photos))
+    assert counts(again) == (0, 3, 0, 0)
+    assert str(again).startswith("nothing to encode: 3 images unchanged; ")
+    assert seen(engine) == 3
+
+
+def test_only_what_changed_is_encoded(engine: Engine, photos: Path):
+    engine.index(folder_images(photos))
+    (photos / "red.png").write_bytes(png(COLOURS["yellow"]))
+    touch(photos / "red.png")
+    touch(photos / "deep" / "green.png")  # the time alone
+    (photos / "black.png").write_bytes(png(COLOURS["black"]))
+    assert counts(engine.index(folder_images(photos))) == (2, 2, 0, 2)
+    assert ids(engine.search("yellow", k=1)) == ["red.png"]
+    assert ids(engine.search("black", k=1)) == ["black.png"]
+    assert engine.store.count() == 4
+    assert counts(engine.index(folder_images(photos))) == (0, 4, 0, 0)
+
+
+def test_the_same_bytes_are_encoded_once_under_all_names(engine: Engine, photos: Path):
+    for number in range(5):  # more than a batch
+        (photos / f"twin-{number}.png").write_bytes(png(COLOURS["red"]))
+    assert counts(engine.index(folder_images(photos))) == (8, 0, 0, 3)
+    assert ids(engine.search("red", k=6)) == ["red.png", *(f"twin-{number}.png" for number in range(5))]
+    os.rename(photos / "red.png", photos / "crimson.png")
+    assert counts(engine.index(folder_images(photos))) == (1, 7, 0, 0)
+
+
+def test_a_folder_that_moved_is_found_at_its_new_place(engine: Engine, photos: Path):
+    engine.index(folder_images(photos))
+    moved = photos.rename(photos.with_name("moved"))
+    assert counts(engine.index(folder_images(moved))) == (0, 3, 0, 0)
+    (hit,) = engine.search("red", k=1)
+    assert (hit.id, hit.meta["name"]) == ("red.png", str(moved / "red.png"))
+    assert engine.read_image(hit) == (moved / "red.png").read_bytes()
+
+
+def test_two_folders_with_the_same_names_are_both_kept(engine: Engine, photos: Path):
+    engine.index(folder_images(photos))
+    scans = photos.with_name("scans")
+    scans.mkdir()
+    (scans / "red.png").write_bytes(png(COLOURS["purple"]))
+    for expected in ((1, 0, 0, 1), (0, 1, 0, 0)):
+        assert counts(engine.index(folder_images(scans))) == expected
+        assert counts(engine.index(folder_images(photos))) == (0, 3, 0, 0)
+        assert all_ids(engine) == {"red.png", "deep/green.png", "deep/blue.png", str(scans / "red.png")}
+        assert ids(engine.search("purple", k=1)) == [str(scans / "red.png")]
+
+
+def test_an_image_is_in_the_store_once_whichever_folder_was_named(engine: Engine, photos: Path):
+    engine.index(folder_images(photos / "deep"))
+    assert counts(engine.index(folder_images(photos))) == (3, 0, 0, 1)
+    assert all_ids(engine) == {"red.png", "deep/green.png", "deep/blue.png"}
+
+
+def test_ids_that_change_places_keep_their_vectors_apart(engine: Engine, photos: Path):
+    # each id takes the image of another: what is to be shared may be overwritten before it is
+    paths = sorted(photos.rglob("*.png"))
+    for path, name in zip(paths, ("black", "green", "red"), strict=True):
+        path.write_bytes(png(COLOURS[name]))
+        touch(path)
+    engine.index(folder_images(photos))
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, contents[1:] + contents[:1], strict=True):
+        path.write_bytes(content)
+        touch(path)
+    indexed = engine.index(folder_images(photos))
+    assert (indexed.added, indexed.unchanged, engine.store.count()) == (3, 0, 3)
+    for path, name in zip(paths, ("green", "red", "black"), strict=True):
+        assert ids(engine.search(name, k=1)) == [path.relative_to(photos).as_posix()]
+
+
+def test_new_captions_of_old_images_are_taken_over_without_encoding(engine: Engine, photos: Path):
+    source = FileSource(str(photos / "red.png"))
+    engine.index([Pair("r", source, (Caption("a red"),), "g")])
+    assert counts(engine.index([Pair("r", source, (Caption("rouge", "fr"),), "g")])) == (0, 1, 0, 0)
+    (hit,) = engine.search("red")
+    assert hit.meta["captions"] == [{"text": "rouge", "language": "fr"}]
+
+
+def test_pairs_of_one_image_are_one_entry(engine: Engine, tmp_path: Path):
+    drawings = toys(4)
+    write_csv(drawings, tmp_path)
+    rows = [f"images/{toy.key}.png,words {number} of {toy.colour}" for toy in drawings for number in range(3)]
+    (tmp_path / "pairs.csv").write_text("filepath,title\n" + "\n".join(rows))
+    assert counts(engine.index(open_pairs(tmp_path / "pairs.csv"))) == (4, 0, 0, 4)
+    (tmp_path / "pairs.csv").write_text("filepath,title\n" + "\n".join(reversed(rows)))
+    assert counts(engine.index(open_pairs(tmp_path / "pairs.csv"))) == (0, 4, 0, 0)
+    for name, meta in engine.store.scan():
+        assert name == f"images/{Path(meta['name']).name}#1"
+        assert {caption["text"].split(" of")[0] for caption in meta["captions"]} == {"words 0", "words 1", "words 2"}
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_pairs_of_every_form_can_be_found_and_read_again(tmp_path: Path, form: str):
+    drawings = toys(12)
+    pairs = open_pairs(WRITERS[form](drawings, tmp_path / "pairs"))
+    store = FlatStore(tmp_path / "store")
+    assert counts(Engine(model(), store, batch=5).index(pairs)) == (12, 0, 0, 12)
+    store.close()
+    engine = Engine(model(), FlatStore(tmp_path / "store"))
+    bytes_of = {pair.id: pair.image.read() for pair in pairs}
+    for toy in drawings:
+        hits = engine.search(toy.caption, k=12)
+        assert all(engine.read_image(hit) == bytes_of[hit.id] for hit in hits)
+        assert hits[0].meta["captions"][0]["text"].startswith(f"a {toy.colour}")
+    assert counts(engine.index(pairs)) == (0, 12, 0, 0)
+    assert seen(engine) == 0
+
+
+def test_progress_counts_every_image(engine: Engine, photos: Path):
+    told: list[tuple[int, int]] = []
+    engine.index(folder_images(photos), lambda done, total: told.append((done, total)))
+    assert told == [(0, 3), (2, 3), (3, 3)]
+    told.clear()
+    engine.index(folder_images(photos), lambda done, total: told.append((done, total)))
+    assert told == [(3, 3)]
+
+
+def test_what_was_kept_before_an_interruption_is_not_encoded_again(engine: Engine, photos: Path):
+    def interrupted(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.index(folder_images(photos), interrupted)
+    assert counts(engine.index(folder_images(photos))) == (1, 2, 0, 1)
+
+
+def test_one_thread_and_many_store_the_same(tmp_path: Path):
+    for number in range(40):
+        (tmp_path / f"{number:02}.png").write_bytes(png((6 * number, number % 7 * 30, 200 - 5 * number)))
+    stored = []
+    for threads in (1, 4):
+        store = FlatStore(tmp_path.with_name(f"{tmp_path.name}-{threads}"))
+        Engine(model(), store, batch=7, threads=threads).index(folder_images(tmp_path))
+        names = [name for name, _ in store.scan()]
+        stored.append((names, store.vectors(names).tolist()))
+        store.close()
+    assert stored[0] == stored[1]
+    assert stored[0][0] == [f"{number:02}.png" for number in range(40)]
+
+
+# --- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_a_corrupt_image_is_skipped_and_named(engine: Engine, photos: Path, caplog: pytest.LogCaptureFixture):
+    (photos / "bad.png").write_bytes(b"not an image")
+    (photos / "cut.png").write_bytes(png((1, 2, 3), 64)[:-40])
+    with caplog.at_level(logging.WARNING):
+        indexed = engine.index(folder_images(photos))
+    assert counts(indexed) == (3, 0, 2, 3)
+    assert [name for name, _ in indexed.skipped] == ["bad.png", "cut.png"]
+    assert "2 skipped: bad.png (not an image" in str(indexed)
+    assert "skipped bad.png: not an image" in caplog.text
+    again = engine.index(folder_images(photos))
+    assert counts(again) == (0, 3, 2, 0)
+    assert "2 skipped: bad.png" in str(again)
+
+
+def test_an_image_that_became_something_else_is_no_longer_found(engine: Engine, photos: Path):
+    engine.index(folder_images(photos))
+    (photos / "red.png").write_bytes(b"overwritten")
+    assert counts(engine.index(folder_images(photos))) == (0, 2, 1, 0)
+    assert all_ids(engine) == {"deep/green.png", "deep/blue.png"}
+
+
+def test_an_image_out_of_reach_is_skipped_and_kept(engine: Engine, photos: Path):
+    # a disk that is not mounted today must not empty the store
+    pairs = [Pair(name, source, (Caption("a"),), name) for name, source in folder_images(photos)]
+    engine.index(pairs)
+    (photos / "red.png").unlink()
+    indexed = engine.index(pairs)
+    assert counts(indexed) == (0, 2, 1, 0)
+    assert "cannot be read: No such file" in indexed.skipped[0].reason
+    assert "red.png" in all_ids(engine)
+
+
+def test_nothing_to_index(engine: Engine, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no images: looked for \.jpg, .*; found nothing"):
+        folder_images(tmp_path / "empty")
+    with pytest.raises(UserError, match="looked for pairs or images"):
+        engine.index([])
+    for number in range(3):
+        (tmp_path / "empty" / f"{number}.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of 3 images can be read; the first: 0\.png: not an image"):
+        engine.index(folder_images(tmp_path / "empty"))
+    assert engine.store.count() == 0
+
+
+def test_an_id_given_twice(engine: Engine, photos: Path):
+    pairs = [Pair("same", source, (), "g") for _, source in folder_images(photos)]
+    with pytest.raises(UserError, match=r"the id 'same' is given twice, to .*red\.png and to .*blue\.png"):
+        engine.index(pairs)
+
+
+def test_another_models_store_is_refused_or_made_anew(engine: Engine, photos: Path, caplog: pytest.LogCaptureFixture):
+    engine.index(folder_images(photos))
+    engine.store.close()
+    other = model("e" * 64)
+    store = FlatStore(photos.with_name("store"))
+    with pytest.raises(UserError, match=r"made with the model colours \(f{12}\), not colours \(e{12}\)") as caught:
+        Engine(other, store)
+    assert "clasp index RUN FOLDER" in str(caught.value)
+    with caplog.at_level(logging.WARNING):
+        assert counts(Engine.anew(other, store).index(folder_images(photos))) == (3, 0, 0, 3)
+    assert "3 embeddings were made with another model" in caplog.text
+    assert counts(Engine.anew(other, store).index(folder_images(photos))) == (0, 3, 0, 0)
+    store.close()
+    assert FlatStore(photos.with_name("store")).model == other.fingerprint
+
+
+def test_a_model_that_gives_no_direction_is_told(tmp_path: Path, engine: Engine):
+    (tmp_path / "grey").mkdir()
+    (tmp_path / "grey" / "white.png").write_bytes(png((255, 255, 255)))
+    engine.model.encoder.embed_image = lambda inputs: torch.full((len(inputs.values), 3), float("nan"))
+    with pytest.raises(UserError, match=r"'white\.png' is zero or not finite"):
+        engine.index(folder_images(tmp_path / "grey"))
+
+
+# --- hits into a picture ---------------------------------------------------------------------------------------------
+
+
+def test_a_sheet_shows_hits_and_leaves_a_place_for_what_has_gone(engine: Engine, photos: Path):
+    engine.index(folder_images(photos))
+    hits = engine.search("red")
+    (photos / "deep" / "blue.png").unlink()
+    (row,) = engine.sheet([("red", hits)], good=lambda title, hit: title in hit.id)
+    assert row.title == "red"
+    assert row.note == f"cosine {hits[0].score:.2f} to {hits[-1].score:.2f}"
+    images = {label: (image, good) for image, label, good in row.tiles}
+    assert images["red.png"] == ((photos / "red.png").read_bytes(), True)
+    assert images["deep/blue.png"] == (None, False)
+    sheet = contact_sheet([row, *engine.sheet([("nothing", [])])], photos / "sheet.png")
+    assert sheet.path.stat().st_size > 0
+    (captioned,) = engine.sheet([("red", hits)], label=lambda hit: f"{hit.score:.1f}")
+    assert captioned.tiles[0][1] == "1.0"
+
+
+def test_an_image_that_changed_is_not_shown_as_the_one_that_was_found(engine: Engine, photos: Path):
+    tar = write_tar(toys(3), photos.with_name("a.tar"))
+    engine.index(open_pairs(tar))
+    engine.index(folder_images(photos))
+    hits = {hit.id: hit for hit in engine.search("red")}
+    (photos / "red.png").write_bytes(png(COLOURS["blue"]))
+    tar.write_bytes(write_tar(toys(5, seed=1), photos.with_name("b.tar")).read_bytes())
+    for name in ("red.png", f"{toys(3)[0].key}"):
+        with pytest.raises(UserError, match="has changed since"):
+            engine.read_image(hits[name])
+        assert engine.sheet([("red", [hits[name]])])[0].tiles[0][0] is None
+
+
+def test_sources_as_plain_data(tmp_path: Path):
+    for form in ("folder", "tar", "parquet bytes"):
+        for pair in open_pairs(WRITERS[form](toys(3), tmp_path / form)):
+            said = source_to_dict(pair.image)
+            assert said is not None
+            assert source_from_dict(said) == pair.image
+
+    class Elsewhere:
+        name, version = "there", "1"
+
+        def read(self) -> bytes:
+            return draw("circle", "red").tobytes()
+
+    assert source_to_dict(Elsewhere()) is None
+    with pytest.raises(UserError, match="there cannot be read again"):
+        Engine.read_image(Hit("x", 1.0, {"name": "there", "source": None}))
