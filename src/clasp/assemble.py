@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from clasp.data.images import ImageTransform
 from clasp.data.text import Tokenizer
 from clasp.embed import Model
@@ -41,6 +43,8 @@ def assemble(recipe: Recipe) -> Assembled:
     image, text = open_base(recipe.image), open_base(recipe.text)
     assert image.transform is not None and text.tokenizer is not None
     changes = {"size": recipe.image.size, "resize": recipe.image.resize, "ground": recipe.image.ground}
+    if recipe.image.resize in ("squash", "pad"):
+        changes["crop_fraction"] = 1.0  # the whole picture is shown
     transform = replace(image.transform, **{key: value for key, value in changes.items() if value is not None})
     tokenizer = text.tokenizer().with_settings(
         prefix=recipe.text.prefix,
@@ -66,12 +70,19 @@ def load(run: str | Path, *, device: str = "cpu") -> Model:
     return Model(parts.model.to(device).eval(), parts.transform, parts.tokenizer, device=device)
 
 
+def with_fresh_heads(model: DualEncoder, recipe: Recipe) -> DualEncoder:
+    """The same towers under heads that nobody has trained: what a result is to be compared with."""
+    return DualEncoder(model.image, model.text, recipe.head, loss=recipe.loss.kind, seed=recipe.train.seed).eval()
+
+
 def _model(recipe: Recipe, image: Base, text: Base) -> DualEncoder:
     seed = recipe.train.seed
-    towers = {
-        "image": Tower(image, pool=recipe.image.pool, layer=recipe.image.layer, dropout=recipe.image.dropout),
-        "text": Tower(text, pool=recipe.text.pool, layer=recipe.text.layer, dropout=recipe.text.dropout),
-    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # a learned pooling starts at random
+        towers = {
+            "image": Tower(image, pool=recipe.image.pool, layer=recipe.image.layer, dropout=recipe.image.dropout),
+            "text": Tower(text, pool=recipe.text.pool, layer=recipe.text.layer, dropout=recipe.text.dropout),
+        }
     model = DualEncoder(towers["image"], towers["text"], recipe.head, loss=recipe.loss.kind, seed=seed)
     selection: set[str] = set()
     for number, (name, tower) in enumerate(towers.items(), 1):

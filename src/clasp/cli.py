@@ -1,14 +1,17 @@
 """The ``clasp`` command: each verb a few lines that read arguments, call one function and print what came back.
 
 Exit code 0: it worked. 2: a mistake of the user's, told in one line. 1: a mistake of ours, with its traceback.
+Unusual: nothing heavy is imported before a verb needs it, so that help comes at once.
 ``--json`` prints one JSON object on standard output; everything else said goes to standard error.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +22,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import typer
-
-from clasp.types import UserError
 
 app = typer.Typer(
     help="Make a CLIP out of two pre-trained models.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
@@ -79,7 +80,7 @@ def resume(run: RunArgument) -> None:
     from clasp.recipe import from_dict
     from clasp.train.checkpoint import Run
 
-    _align(from_dict(Run(run).read().recipe, str(run / "recipe.toml")), run, resume=True)
+    _align(from_dict(Run(run).recipe(), str(run / "recipe.toml")), run, resume=True)
 
 
 @app.command(name="eval")
@@ -110,10 +111,8 @@ def index(
     from clasp.terminal import bar, say
 
     done = index_into(run, source, bar=bar)
-    for skipped in done.skipped:
-        say(f"skipped {skipped.id}: {skipped.reason}")
-    say(f"{done.added:,} images embedded, {done.unchanged:,} unchanged, {len(done.skipped):,} skipped, {done.seconds:.1f} s")
-    say(f'search them with: clasp search {run} "your words"')
+    say(str(done))
+    say(f'search them with: clasp search {shlex.quote(str(run))} "your words"')
 
 
 @app.command()
@@ -133,8 +132,8 @@ def search(
     if as_json:
         _print_json({"query": found.query, "hits": [asdict(hit) for hit in found.hits], "sheet": str(found.sheet)})
         return
-    rows = [[hit.id, f"{hit.score:.3f}", str(hit.meta.get("source", ""))] for hit in found.hits]
-    table(found.query, ("id", "cosine", "source"), rows)
+    rows = [[hit.id, f"{hit.score:.3f}", str(hit.meta["name"])] for hit in found.hits]
+    table(found.query, ("id", "cosine", "image"), rows)
     say(f"picture of the hits: {found.sheet}")
 
 
@@ -143,12 +142,17 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         app()
-    except UserError as error:
-        print(f"clasp: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (ValueError, OSError) as error:
+        from clasp.types import UserError  # here, since it brings torch along
+
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not isinstance(error, UserError):
+            raise
+        print(f"clasp: {f'no space left on the disk ({error})' if full else error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _align(recipe: Any, run: Path, *, resume: bool) -> None:
@@ -157,12 +161,13 @@ def _align(recipe: Any, run: Path, *, resume: bool) -> None:
     from clasp.train.progress import to_stderr
 
     done = align(recipe, run, say=say, bar=bar, reporter=to_stderr(), resume=resume)
+    typed, source = shlex.quote(str(run)), shlex.quote(recipe.data.train)
     if done.fitted.interrupted:
-        say(f"stopped and saved; go on with: clasp resume {run}")
+        say(f"stopped and saved; go on with: clasp resume {typed}")
         return
     results_table("validation pairs", done.results)
     say(f"the run is in {run} (delta {megabytes(done.delta_bytes)}, card {run / 'README.md'})")
-    say(f'index and search with: clasp index {run} {recipe.data.train}  then: clasp search {run} "your words"')
+    say(f'index and search with: clasp index {typed} {source}  then: clasp search {typed} "your words"')
 
 
 def _free(runs: Path, stem: str) -> Path:

@@ -7,6 +7,7 @@ embedding cannot use the wrong ones. In go paths, bytes, pictures or strings, ou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Model:
         try:
             return self.transform(image)
         except (ImageError, OSError) as error:
-            name = image if isinstance(image, str) else f"image {position}"
+            name = image if isinstance(image, str | Path) else f"image {position}"
             raise UserError(f"{name}: {error}") from None
 
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from clasp.align import cache_folder, inputs_of, retrieval
+from clasp.align import inputs_of, open_as_trained
 from clasp.assemble import Assembled, load
-from clasp.data.pairs import Columns, Pairs, open_pairs
-from clasp.evaluate.questions import Captions, Classes, class_list
-from clasp.evaluate.tasks import Multilingual, Result, ZeroShot
+from clasp.data.pairs import Columns, Pairs
+from clasp.evaluate.questions import class_list
+from clasp.evaluate.tasks import Result
 from clasp.inputs import Bar, Inputs, no_bar
 from clasp.model import DualEncoder
+from clasp.quiz import by_language, languages_of, multilingual, retrieval, zeroshot
 from clasp.recipe import from_dict
 from clasp.train.checkpoint import Run
 from clasp.types import UserError
@@ -34,11 +35,11 @@ def examine(run: str | Path, task: str, options: Sequence[str] = (), *, bar: Bar
     given = _options(task, options, known)
     if "data" not in given:
         raise UserError(f"{task} needs data=FOLDER or data=PAIRS; options: {', '.join(known)}")
+    recipe = from_dict(Run(run).recipe(), str(run))
     columns = Columns(image=given.get("image", ""), caption=given.get("caption", ""))
-    pairs = open_pairs(given["data"], columns=columns, image_root=given.get("image_root"), cache=cache_folder() / "pairs")
+    pairs = open_as_trained(given["data"], recipe, columns=columns, image_root=given.get("image_root"))
     model = load(run)
     assert isinstance(model.encoder, DualEncoder)
-    recipe = from_dict(Run(run).read().recipe, str(run))
     inputs = inputs_of(Assembled(model.encoder, model.transform, model.tokenizer), recipe, bar=bar)
     results = ask(model.encoder, pairs, inputs, given)
     Run(run).append("results.jsonl", [asdict(result) for result in results])
@@ -46,13 +47,17 @@ def examine(run: str | Path, task: str, options: Sequence[str] = (), *, bar: Bar
 
 
 def ask_zeroshot(model: DualEncoder, pairs: Pairs, inputs: Inputs, options: Options) -> list[Result]:
-    """``data``: class subfolders, or pairs whose group (or ``label=`` column) is the class; ``classes``: a file with one
-    class a line; ``templates``: a file with one a line, or one template with ``{}``."""
-    labels = {pair.id: _label(pair.group, pair.meta, options.get("label")) for pair in pairs}
-    classes = class_list(Path(options["classes"])) if "classes" in options else sorted(set(labels.values()))
+    """``data``: class folders, or pairs whose ``class`` (or another column, ``label=``) is the class; ``classes``: a file
+    with one class a line; ``templates``: a file with one a line, or one template with ``{}``."""
+    label = options.get("label", "class")
+    for pair in pairs:
+        if label not in pair.meta:
+            has = ", ".join(map(str, pair.meta)) or "none"
+            raise UserError(f"{pair.id} of {options['data']} has no column {label!r} with its class; label= one of: {has}")
+    classes = class_list(Path(options["classes"])) if "classes" in options else sorted({str(p.meta[label]) for p in pairs})
     templates = _templates(options.get("templates", "a photo of a {}."))
-    question = Classes(labels=labels, classes=classes, templates=templates, read=inputs.read)
-    return ZeroShot(data=options["data"], images=inputs.images(pairs), question=question).results(model)
+    task = zeroshot(pairs, inputs, classes=classes, templates=templates, data=options["data"], label=label)
+    return task.results(model)
 
 
 def ask_retrieval(model: DualEncoder, pairs: Pairs, inputs: Inputs, options: Options) -> list[Result]:
@@ -62,37 +67,13 @@ def ask_retrieval(model: DualEncoder, pairs: Pairs, inputs: Inputs, options: Opt
 
 def ask_multilingual(model: DualEncoder, pairs: Pairs, inputs: Inputs, options: Options) -> list[Result]:
     """``data``: pairs whose captions name their language; ``languages``: some of them, separated by commas."""
-    spoken = sorted({caption.language for pair in pairs for caption in pair.captions} - {""})
+    spoken = languages_of(pairs)
     wanted = options["languages"].split(",") if "languages" in options else spoken
     odd = [language for language in wanted if language not in spoken]
     if odd or not spoken:
-        raise UserError(f"no caption of {options['data']} is in {odd or 'a language it names'}; it has {', '.join(spoken) or 'none'}")
-    questions = {language: by_language(pairs, language, inputs) for language in wanted}
-    task = Multilingual(
-        data=options["data"],
-        images=inputs.images(pairs),
-        questions=questions,
-        primary="macro:all/mean_recall",
-        sets={"all": wanted},
-    )
-    return task.results(model)
-
-
-def by_language(
-    pairs: Sequence, language: str, inputs: Inputs, parts: Sequence[str] = ("image_to_text", "text_to_image")
-) -> Captions:
-    """The captions of ``pairs`` in one language, each distinct caption of a group once."""
-    texts: dict[str, tuple[str, str]] = {}
-    for pair in pairs:
-        for caption in pair.captions:
-            if caption.language == language:
-                texts.setdefault(f"{pair.group}|{caption.text}", (caption.text, pair.group))
-    return Captions(
-        image_groups={pair.id: pair.group for pair in pairs},
-        text_groups={key: group for key, (_, group) in texts.items()},
-        texts=inputs.texts({key: text for key, (text, _) in texts.items()}),
-        parts=tuple(parts),  # type: ignore[arg-type]
-    )
+        lacking = ", ".join(odd) or "a language it names"
+        raise UserError(f"no caption of {options['data']} is in {lacking}; it has {', '.join(spoken) or 'none'}")
+    return multilingual(pairs, inputs, languages=wanted, data=options["data"]).results(model)
 
 
 TASKS: dict[str, tuple[Callable[[DualEncoder, Pairs, Inputs, Options], list[Result]], tuple[str, ...]]] = {
@@ -111,14 +92,6 @@ def _options(task: str, options: Sequence[str], known: Sequence[str]) -> dict[st
             raise UserError(f"{task}: {option!r} is not an option; {f'did you mean {near[0]}=…? ' if near else ''}it takes {', '.join(known)}")
         given[key] = value
     return given
-
-
-def _label(group: str, meta: Mapping, column: str | None) -> str:
-    if column is None:
-        return group
-    if column not in meta:
-        raise UserError(f"label = {column!r}: a pair has no such column; it has {', '.join(map(str, meta)) or 'none'}")
-    return str(meta[column])
 
 
 def _templates(given: str) -> list[str]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from clasp.align import cache_folder
+from clasp.align import open_as_trained
 from clasp.assemble import load
 from clasp.data.images import contact_sheet
-from clasp.data.pairs import folder_images, open_pairs
+from clasp.data.pairs import folder_images
 from clasp.inputs import Bar, no_bar
+from clasp.recipe import from_dict
 from clasp.search.engine import Engine, Indexed
 from clasp.search.store import FlatStore
+from clasp.train.checkpoint import Run
 from clasp.types import Hit, UserError
 
 
@@ -29,9 +31,9 @@ class Found:
 
 def index_into(run: Path, source: str, *, bar: Bar = no_bar) -> Indexed:
     """Embed the images of a folder, or of pairs, into the run's store. What is there unchanged is not read again."""
+    recipe = from_dict(Run(run).recipe(), str(run))
+    items = folder_images(source) if Path(source).is_dir() else open_as_trained(source, recipe)
     model = load(run)
-    captioned = not Path(source).is_dir()
-    items = open_pairs(source, cache=cache_folder() / "pairs") if captioned else folder_images(source)
     store = FlatStore(run / "index")
     try:
         with bar(f"images of {source}") as progress:
@@ -44,6 +46,7 @@ def look_for(run: Path, words: str | None, image: Path | None, k: int, sheet: Pa
     """Search the run's store by words, by a picture, or by both, and draw the hits."""
     if words is None and image is None:
         raise UserError('say what to look for: clasp search RUN "words", or --image FILE, or both')
+    Run(run).recipe()
     if not (run / "index").is_dir():
         raise UserError(f"{run} has no index yet; make one with: clasp index {run} FOLDER")
     store = FlatStore(run / "index")
@@ -52,7 +55,10 @@ def look_for(run: Path, words: str | None, image: Path | None, k: int, sheet: Pa
         hits = engine.search(text=words, image=image, k=k)
         query = " + ".join(part for part in (words, f"picture {image}" if image else None) if part)
         path = sheet or run / "search.png"
-        contact_sheet(engine.sheet([(query, hits)]), path)
+        try:
+            contact_sheet(engine.sheet([(query, hits)]), path)
+        except OSError as error:
+            raise UserError(f"the picture of the hits, {path}, cannot be written: {error.strerror or error}") from None
         return Found(query, hits, path)
     finally:
         store.close()

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clasp.data.batches import image_batches, text_batches
+from clasp.data.batches import Tally, image_batches, log_skipped, text_batches
 from clasp.data.features import CachedImages, CachedTexts, Features, pooled_images, pooled_texts
 from clasp.data.images import Augment, ImageTransform
 from clasp.data.pairs import Pairs
 from clasp.data.sides import ImageSide, Listing, LiveImages, LiveTexts, TextSide
 from clasp.data.text import Tokenizer
 from clasp.nn.towers import Tower
-from clasp.types import Pixels, Pooled, TextInput, Tokens
+from clasp.types import Pixels, Pooled, Skipped, TextInput, Tokens
 
 Progress = Callable[[int, int], None]
 Bar = Callable[[str], AbstractContextManager[Progress]]
@@ -36,7 +36,8 @@ class Inputs:
     """Reads pairs for one model.
 
     ``image_frozen`` and ``text_frozen``: the tower's weights are those of its base and nothing in it trains, so its
-    pooled output may be computed once and kept under ``cache``.
+    pooled output may be computed once and kept under ``cache``. ``report`` hears of images that an evaluation could not
+    read, once of each.
     """
 
     def __init__(
@@ -50,14 +51,16 @@ class Inputs:
         text_frozen: bool,
         cache: Path,
         bar: Bar = no_bar,
+        report: Callable[[Iterable[Skipped]], None] = log_skipped,
         workers: int = 0,
         max_bad_fraction: float = 0.02,
     ):
         self.image, self.text = image, text
         self.transform, self.tokenizer = transform, tokenizer
         self.image_frozen, self.text_frozen = image_frozen, text_frozen
-        self._cache, self._bar = cache, bar
+        self._cache, self._bar, self._report = cache, bar, report
         self._workers, self._max_bad = workers, max_bad_fraction
+        self._told: set[str] = set()
         self._ahead: list[tuple[dict[str, int], Features]] = []
 
     @cached_property
@@ -115,8 +118,10 @@ class Inputs:
     def images(self, pairs: Pairs) -> Callable[[], Iterable[tuple[Sequence[str], Pixels | Pooled]]]:
         """A stream of the images of ``pairs`` with their ids, to be read as often as one likes."""
         if not self.image_frozen:
-            return lambda: self._live_images(pairs)
+            tally = Tally(len(pairs), self._max_bad)
+            return lambda: self._live_images(pairs, tally)
         features = self.image_features(pairs)
+        self._tell(features.skipped.values())
         ids = [pairs[number].id for number in range(len(pairs))]
         readable = [number for number in range(len(pairs)) if number not in features.skipped]
 
@@ -135,9 +140,19 @@ class Inputs:
         """A stream of texts that are their own ids (prompts of a zero-shot question)."""
         return self._read_texts(list(texts), list(texts))
 
-    def _live_images(self, pairs: Pairs) -> Iterable[tuple[Sequence[str], Pixels]]:
+    def _tell(self, skipped: Iterable[Skipped]) -> None:
+        new = [sample for sample in skipped if sample.id not in self._told]
+        self._told.update(sample.id for sample in new)
+        self._report(new)
+
+    def _live_images(self, pairs: Pairs, tally: Tally) -> Iterable[tuple[Sequence[str], Pixels]]:
         sources = [(pair.id, pair.image) for pair in pairs]
-        for ids, pixels in image_batches(sources, self.transform, 64, workers=self._workers):
+
+        def report(skipped: Iterable[Skipped]) -> None:
+            self._tell(skipped)
+            tally.add(skipped)
+
+        for ids, pixels in image_batches(sources, self.transform, 64, workers=self._workers, report=report):
             yield ids, Pixels(pixels.values.to(self._device))
 
     def _read_texts(self, ids: list[str], texts: list[str]) -> Iterable[tuple[Sequence[str], TextInput]]:

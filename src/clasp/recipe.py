@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -113,6 +114,8 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a TOML file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return from_dict(_overridden(given, overrides), str(source))
 
 
@@ -124,6 +127,10 @@ def from_dict(given: dict[str, Any], source: str) -> Recipe:
         raise UserError(f"{source}: {_plainly(error)}") from None
     for spec in (*recipe.tune.image, *recipe.tune.text):
         parse(spec)
+    if recipe.head.start == "cca" and not (recipe.head.kind == "linear" and recipe.head.standardize):
+        raise UserError(f"{source}: head.start = 'cca' needs head.kind = 'linear' and head.standardize = true")
+    if recipe.head.standardize and recipe.tune.head == "none":
+        raise UserError(f"{source}: head.standardize = true fits the heads to the data, which needs tune.head = 'full'")
     assert set(LOSSES) == set(get_args(LossSettings.model_fields["kind"].annotation))
     return recipe
 
@@ -156,18 +163,24 @@ def _overridden(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise UserError(f"override {override!r} is not key=value, such as train.batch=512")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
         *path, last = key.strip().split(".")
         place = result
         for part in path:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 raise UserError(f"override {override!r}: {part} is a value, not a section")
-        place[last] = value
+        place[last] = _value(key.strip(), text)
     return result
+
+
+def _value(key: str, text: str) -> Any:
+    """What stands behind the equals sign; for a setting that is a text, ``2024`` is a folder's name and no number."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    is_text = known_keys().get(key) in (str, str | None)
+    return text if is_text and not isinstance(value, str) else value
 
 
 # --- errors a person can act on --------------------------------------------------------------------------------------
@@ -176,31 +189,60 @@ def _overridden(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
 def _plainly(error: ValidationError) -> str:
     """The first mistake of a validation, with the nearest valid names."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if not _is_branch(part))
-    if first["type"] == "extra_forbidden":
-        keys = known_keys()
-        near = difflib.get_close_matches(key, keys, n=2, cutoff=0.5)
-        section = [name for name in keys if name.rpartition(".")[0] == key.rpartition(".")[0]]
-        return f"unknown key {key!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(section or keys)}")
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    if first["type"] == "literal_error":
-        expected = str(first.get("ctx", {}).get("expected", ""))
-        return f"{key} = {first['input']!r} is not one of {expected}"
-    return f"{key} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+    key, kind, given = _key(first), first["type"], first["input"]
+    section, keys = key.rpartition(".")[0], list(known_keys())
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        beside = [name for name in keys if name.rpartition(".")[0] == section]
+        elsewhere = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        near = elsewhere[:2] or difflib.get_close_matches(key, beside, n=2, cutoff=0.8)
+        valid = f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(beside)}"
+        return f"unknown key {key!r}; {valid}"
+    if kind == "missing":
+        return f"{key} is missing" if isinstance(first["loc"][-1], str) else f"{key} = {list(given)} has too few values"
+    if kind in ("model_type", "dataclass_type"):
+        inside = [name for name in keys if name.startswith(f"{key}.")]
+        return f"{key} = {given!r}: this is a section; its keys are {', '.join(inside)}"
+    if kind == "value_error":
+        return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+    if kind == "list_type":
+        return f"{key} = {given!r} should be a list: [{given!r}]"
+    said = dict.fromkeys(_wanted(each) for each in error.errors() if _key(each) == key)
+    return f"{key} = {given!r} should {' or '.join(said)}"
 
 
-def _is_branch(part: Any) -> bool:
-    """pydantic names the branch of a union in the location; people do not."""
-    return isinstance(part, str) and (part in ("int", "float", "str", "constrained-int") or "[" in part)
+def _wanted(error: Any) -> str:
+    """What pydantic would have liked, as the end of a sentence about the value."""
+    if error["type"] == "literal_error":
+        return f"be {error['ctx']['expected']}"
+    said = error["msg"].partition(" should ")[2] or error["msg"]
+    return said.replace(" after validation", "")
 
 
-def known_keys() -> list[str]:
-    """Every dotted key of a recipe."""
-    keys = []
-    for section, field in Recipe.model_fields.items():
-        settings = field.annotation
-        assert isinstance(settings, type) and issubclass(settings, BaseModel)
-        keys.append(section)
-        keys += [f"{section}.{name}" for name in settings.model_fields]
-    return keys
+def _key(error: Any) -> str:
+    """The dotted key. pydantic names the branch of a union in the location; people do not."""
+    known, key = known_keys(), ""
+    for part in error["loc"]:
+        longer = f"{key}.{part}".removeprefix(".")
+        if known.get(key) is None or longer in known or error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            key = longer
+    return key
+
+
+def known_keys() -> dict[str, Any]:
+    """Every dotted key of a recipe with its type; a section has none."""
+    return dict(_keys(Recipe, ""))
+
+
+def _keys(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    names = kind.model_fields if issubclass(kind, BaseModel) else [field.name for field in fields(kind)]
+    hints = get_type_hints(kind)
+    for name in names:
+        key, annotation = f"{prefix}{name}", hints[name]
+        section = next((part for part in (annotation, *get_args(annotation)) if _is_section(part)), None)
+        yield key, None if section else annotation
+        if section:
+            yield from _keys(section, f"{key}.")
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and (issubclass(annotation, BaseModel) or is_dataclass(annotation))

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from clasp.card import grids
 from clasp.evaluate.tasks import Result
 from clasp.inputs import Progress
 from clasp.model import Count
@@ -52,7 +53,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], not
     """A table on standard output: the first column to the left, numbers to the right."""
     made = Table(title=title, title_justify="left", title_style="bold", caption=note or None, caption_justify="left")
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+        made.add_column(column, justify="right" if number else "left")
     for row in rows:
         made.add_row(*row)
     width = None if sys.stdout.isatty() else 120
@@ -69,21 +70,12 @@ def counts_table(counts: dict[str, Count]) -> None:
 
 
 def results_table(title: str, results: Sequence[Result]) -> None:
-    """Every number of some results, with its interval and what guessing scores."""
-    rows = []
-    for result in results:
-        for name, value in result.metrics.items():
-            interval = result.interval.get(name)
-            between = f"{_number(name, interval.low)} to {_number(name, interval.high)}" if interval else ""
-            chance = _number(name, result.chance[name]) if name in result.chance else ""
-            rows.append([f"{result.task} {result.language}".strip(), name, _number(name, value), between, chance])
-    table(title, ("question", "metric", "value", "95 % interval", "chance"), rows, "recalls and accuracies in per cent")
+    """Results with their intervals, and what guessing scores: a table for each task."""
+    for grid in grids(results):
+        note = "per cent, with 95 % intervals; guessing: the same metrics in the same order"
+        table(title, grid.columns, grid.rows, note)
 
 
 def megabytes(count: int) -> str:
     """Bytes as megabytes (10^6)."""
     return f"{count / 1e6:,.1f} MB"
-
-
-def _number(name: str, value: float) -> str:
-    return f"{value:,.1f}" if "rank" in name else f"{100 * value:.1f}"

@@ -25,11 +25,13 @@ def test_a_plain_folder_may_be_nested_and_hold_json_and_other_files(tmp_path: Pa
     assert pairs[0].meta == {"year": 1999} and pairs[0].group == "a.JPG"
 
 
-def test_class_folders_caption_and_group_their_images(tmp_path: Path):
+def test_class_folders_caption_their_images_and_each_image_is_a_group(tmp_path: Path):
     pairs = open_pairs(write_classes(TOYS, tmp_path))
     for pair in pairs:
-        assert pair.captions == (Caption(pair.meta["class"]),)
-        assert pair.group == pair.id.split("/")[0] == pair.meta["class"].replace("a ", "a_").replace(" ", "-", 1)
+        assert pair.captions == (Caption(pair.meta["class"]),) and pair.group == pair.id
+        assert pair.id.split("/")[0] == pair.meta["class"].replace("a ", "a_").replace(" ", "-", 1)
+    both = open_pairs(f"{write_classes(TOYS, tmp_path / 'one')}::{write_classes(TOYS, tmp_path / 'two')}")
+    assert len({pair.group for pair in both}) == len({pair.id for pair in both}) == 2 * len(TOYS)
     assert sorted({pair.meta["label"] for pair in pairs}) == list(range(len({toy.caption for toy in TOYS})))
 
 

@@ -92,7 +92,7 @@ def test_classes(tmp_path: Path):
     refused(file, "1 of 2 pairs have an empty caption", "a.tar::a.jpg")
     (tmp_path / "classnames.txt").write_text("house cat\ndog\n")
     a, b = open_pairs(file)
-    assert (a.captions, a.group, a.meta) == ((Caption("dog"),), "dog", {"label": 1, "class": "dog"})
+    assert (a.captions, a.group, a.meta) == ((Caption("dog"),), "a", {"label": 1, "class": "dog"})
     assert (b.captions, b.group, b.meta) == ((Caption("a cat"),), "b", {"label": 0, "class": "house cat"})
     for wrong in ("2", "-1", "dog"):
         refused(tar_of(file, a__jpg=b"A", a__cls=wrong), "a.cls must hold a class number below 2", repr(wrong))

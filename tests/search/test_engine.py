@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -315,6 +316,26 @@ def test_what_was_kept_before_an_interruption_is_not_encoded_again(engine: Engin
     assert counts(engine.index(folder_images(photos))) == (1, 2, 0, 1)
 
 
+def test_a_batch_is_read_while_the_one_before_it_is_encoded(engine: Engine, photos: Path):
+    reads: list[str] = []
+    third_is_read = threading.Event()
+
+    class Told(FileSource):
+        def read(self) -> bytes:
+            reads.append(self.path)
+            if len(reads) == 3:
+                third_is_read.set()
+            return FileSource.read(self)
+
+    def patient(inputs: ImageInput) -> Any:
+        assert third_is_read.wait(10), "the first batch was encoded before the second was read"
+        return Colours().embed_image(inputs)
+
+    engine.model.encoder.embed_image = patient
+    items = [(name, Told(source.name)) for name, source in folder_images(photos)]
+    assert counts(engine.index(items)) == (3, 0, 0, 3)  # a batch is two
+
+
 def test_one_thread_and_many_store_the_same(tmp_path: Path):
     for number in range(40):
         (tmp_path / f"{number:02}.png").write_bytes(png((6 * number, number % 7 * 30, 200 - 5 * number)))
@@ -351,6 +372,16 @@ def test_an_image_that_became_something_else_is_no_longer_found(engine: Engine, 
     (photos / "red.png").write_bytes(b"overwritten")
     assert counts(engine.index(folder_images(photos))) == (0, 2, 1, 0)
     assert all_ids(engine) == {"deep/green.png", "deep/blue.png"}
+
+
+def test_a_copy_of_an_image_that_became_something_else_is_encoded(engine: Engine, photos: Path):
+    engine.index(folder_images(photos))
+    (photos / "copy.png").write_bytes((photos / "red.png").read_bytes())
+    (photos / "red.png").write_bytes(b"overwritten")
+    (photos / "more.png").write_bytes(png(COLOURS["black"]))
+    items = sorted(folder_images(photos), key=lambda item: item[0], reverse=True)  # red and more, then the copy
+    assert counts(engine.index(items)) == (2, 2, 1, 2)
+    assert ids(engine.search("red", k=1)) == ["copy.png"]
 
 
 def test_an_image_out_of_reach_is_skipped_and_kept(engine: Engine, photos: Path):

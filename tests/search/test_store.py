@@ -283,6 +283,21 @@ for number in range(100_000):
     store.add(["more"], torch.ones(1, 16), [{}])
 
 
+def test_what_a_kill_left_behind_is_cut_off(tmp_path: Path):
+    few(tmp_path / "store").close()
+    before = size(tmp_path / "store")
+    for path in (tmp_path / "store").glob("*-1.*"):
+        path.write_bytes(path.read_bytes() + b"half a row" * 100)
+    (tmp_path / "store" / "manifest.json.part").write_text("half a manifest" * 100)
+    (tmp_path / "store" / "rows-0.jsonl").write_text("an older generation")
+    store = FlatStore(tmp_path / "store")
+    store.add(["west"], vectors((-1, 0)), [{}])
+    store.delete(["west"])
+    store.close()
+    assert size(tmp_path / "store") == before
+    assert FlatStore(tmp_path / "store").count() == 3
+
+
 @contextmanager
 def files_of_at_most(bytes_: int):
     """The operating system refuses to let a file grow further, in the middle of a write."""

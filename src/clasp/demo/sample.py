@@ -24,7 +24,7 @@ TRAINED = ("en", "de", "fr", "es", "ru", "tr", "ar", "hi", "ja", "zh")
 TRAINED_LOW = ("sw", "yo", "ig", "cy", "eu", "km", "my", "si", "so", "mn")
 HELD_LOW = ("am", "zu", "ha", "gd", "lo", "qu")
 HELD = ("it", "pt", "nl", "sv", "pl", "cs", "uk", "el", "he", "fa", "bn", "ta", "vi", "th", "id", "ko")
-KEYWORDS_IN = ("en", "de", "fr", "es")
+KEYWORDS_IN = ("en",)
 """Languages whose training captions also come with keywords"""
 
 STYLES = ("noto", "twemoji", "fluent3d")

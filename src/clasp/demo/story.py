@@ -6,16 +6,17 @@ second run reads what the first one computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clasp.align import align, cache_folder, inputs_of
-from clasp.assemble import Assembled, assemble, load
+from clasp.assemble import Assembled, load, with_fresh_heads
 from clasp.data.images import contact_sheet
 from clasp.data.pairs import open_pairs
 from clasp.demo.sample import HELD, HELD_LOW, TRAINED, TRAINED_LOW, Sample, unpack
 from clasp.evaluate.tasks import Multilingual, Result
+from clasp.embed import Model
 from clasp.examine import by_language
 from clasp.inputs import Inputs
 from clasp.model import DualEncoder
@@ -25,7 +26,6 @@ from clasp.search.store import FlatStore
 from clasp.terminal import bar, counts_table, say, table
 from clasp.train.checkpoint import Run
 from clasp.train.progress import to_stderr
-from clasp.types import Encoder
 
 SETS = {
     "trained": TRAINED,
@@ -48,7 +48,7 @@ class Told:
 
     run: Path
     results: list[Result]
-    untrained: list[Result]
+    untrained: dict[str, float]
     picture: Path
 
 
@@ -57,20 +57,20 @@ def tell(out: Path, *, quick: bool = False) -> Told:
     out = out.with_name(f"{out.name}-quick") if quick else out
     sample = unpack(cache_folder(), quick=quick)
     recipe = demo_recipe(sample, quick=quick)
-    say("emoji as a low-resource language lab: 1,114 concepts to learn from, 138 others to find; both towers stay frozen")
-    parts = assemble(recipe)
-    counts_table(parts.model.counts())
+    say("names for pictures of things never seen, in languages never trained on; both towers stay as they are")
     _align_once(recipe, out)
     model = load(out)
     assert isinstance(model.encoder, DualEncoder)
+    counts_table(model.encoder.counts())
     inputs = inputs_of(Assembled(model.encoder, model.transform, model.tokenizer), recipe, bar=bar)
-    untrained = ask(parts.model.eval(), sample, inputs, quick=quick)
-    results = ask(model.encoder, sample, inputs, quick=quick)
+    task = question(sample, inputs, quick=quick)
+    results = task.results(model.encoder)
+    untrained = task(with_fresh_heads(model.encoder, recipe))
     Run(out).append("results.jsonl", [asdict(result) for result in results])
     show(results, untrained, quick=quick)
-    picture = _search(out, sample)
-    say(f"eight searches among 413 pictures of concepts never seen, in eight languages: {picture}")
-    say("now your own pictures (cat.jpg + cat.txt, or a folder per class, or a .csv):")
+    picture = _search(model, out, sample)
+    say(f"eight searches among pictures of things never seen, in eight languages: {picture}")
+    say("now your own pictures (cat.jpg beside cat.txt, a folder per class, a .csv, a .jsonl, …):")
     say("  clasp train start data.train=FOLDER")
     return Told(out, results, untrained, picture)
 
@@ -81,7 +81,7 @@ def demo_recipe(sample: Sample, *, quick: bool) -> Recipe:
     return read_recipe("demo", [f"data.train={sample.pairs('train')}", f"data.val={sample.pairs('val')}", *smaller])
 
 
-def ask(encoder: Encoder, sample: Sample, inputs: Inputs, *, quick: bool) -> list[Result]:
+def question(sample: Sample, inputs: Inputs, *, quick: bool) -> Multilingual:
     """Image to text among the names of the 138 test concepts, per language and per set of languages."""
     pairs = open_pairs(sample.questions())
     sets = QUICK_SETS if quick else SETS
@@ -89,15 +89,12 @@ def ask(encoder: Encoder, sample: Sample, inputs: Inputs, *, quick: bool) -> lis
     inputs.read_ahead(c.text for pair in pairs for c in pair.captions if c.language in languages)
     questions = {language: by_language(pairs, language, inputs, ["image_to_text"]) for language in languages}
     primary = f"macro:{next(iter(sets))}/image_to_text/recall@5"
-    task = Multilingual(
-        data="demo test concepts", images=inputs.images(pairs), questions=questions, primary=primary, sets=sets
-    )
-    return task.results(encoder)
+    images = inputs.images(pairs)
+    return Multilingual(data="demo test concepts", images=images, questions=questions, primary=primary, sets=sets)
 
 
-def show(results: Sequence[Result], untrained: Sequence[Result], *, quick: bool) -> None:
+def show(results: Sequence[Result], untrained: Mapping[str, float], *, quick: bool) -> None:
     """The tables of the demo on standard output."""
-    before = {result.language: result for result in untrained}
 
     def row(result: Result, title: str) -> list[str]:
         low, high = result.interval["recall@5"]
@@ -106,7 +103,7 @@ def show(results: Sequence[Result], untrained: Sequence[Result], *, quick: bool)
             f"{100 * result.metrics['recall@1']:.1f}",
             f"{100 * result.metrics['recall@5']:.1f}",
             f"{100 * low:.1f} to {100 * high:.1f}",
-            f"{100 * before[result.language].metrics['recall@5']:.1f}",
+            f"{100 * untrained[f'{result.language}/image_to_text/recall@5']:.1f}",
             f"{100 * result.chance['recall@5']:.1f}",
         ]
 
@@ -120,24 +117,20 @@ def show(results: Sequence[Result], untrained: Sequence[Result], *, quick: bool)
 
 
 def _align_once(recipe: Recipe, out: Path) -> None:
-    run = Run(out)
     if (out / "delta.safetensors").exists():
         say(f"{out} holds this demo's run already; delete the folder to train again")
-        return
-    done = align(recipe, out, say=say, bar=bar, reporter=to_stderr())
-    if done.fitted.interrupted:
+    elif align(recipe, out, say=say, bar=bar, reporter=to_stderr()).fitted.interrupted:
         raise KeyboardInterrupt
-    run.read()
 
 
-def _search(out: Path, sample: Sample) -> Path:
+def _search(model: Model, out: Path, sample: Sample) -> Path:
     """Names of concepts never seen, in eight languages, against all pictures of the test concepts."""
     pairs = open_pairs(sample.questions())
     names = {(c.language, pair.group): c.text for pair in pairs for c in pair.captions}
     english = {pair.group: names["en", pair.group] for pair in pairs}
     store = FlatStore(out / "index")
     try:
-        engine = Engine.anew(load(out), store)
+        engine = Engine.anew(model, store)
         with bar("pictures into the index") as progress:
             engine.index(pairs, progress)
         rows = []

@@ -35,22 +35,19 @@ class Layout:
     """what follows the last block: the final norm; trained together with the last blocks"""
     pooled_norm: str | None = None
     """a norm that the family applies to the pooled vector, not to the states"""
-    prefix_tokens: int = 0
-    """tokens before the first patch: class, distillation and register tokens"""
     unused: tuple[str, ...] = ()
     """parameters and modules that never take part in encoding; dropped when a tower is built"""
     channels_first: bool = False
     """branches carry ``B D height width`` maps"""
 
 
-def _vit(prefix_tokens: int, **changes) -> Layout:
+def _vit(**changes) -> Layout:
     return Layout(
         blocks="layers.*",
         attention="attention",
         mlp=("mlp",),
         begins=("layernorm_before", "layernorm_after"),
         ends=("attention.o_proj", "mlp.fc2"),
-        prefix_tokens=prefix_tokens,
         **{"tail": ("layernorm",), "unused": ("pooler",), **changes},
     )
 
@@ -63,12 +60,11 @@ def _dino(blocks: str, norm: str) -> Layout:
         begins=("norm1", "norm2"),
         ends=("layer_scale1", "layer_scale2"),
         tail=(norm,),
-        prefix_tokens=1,
         unused=("embeddings.mask_token",),
     )
 
 
-def _clip(tail: str, prefix_tokens: int, **changes) -> Layout:
+def _clip(tail: str, **changes) -> Layout:
     return Layout(
         blocks="encoder.layers.*",
         attention="self_attn",
@@ -76,7 +72,6 @@ def _clip(tail: str, prefix_tokens: int, **changes) -> Layout:
         begins=("layer_norm1", "layer_norm2"),
         ends=("self_attn.out_proj", "mlp.fc2"),
         tail=(tail,),
-        prefix_tokens=prefix_tokens,
         **changes,
     )
 
@@ -97,17 +92,27 @@ _LLAMA = Layout(
     ends=("self_attn.o_proj", "mlp.down_proj"),
     tail=("norm",),
 )
+_TIMM_VIT = Layout(
+    blocks="blocks.*",
+    attention="attn",
+    mlp=("mlp",),
+    begins=("norm1", "norm2"),
+    ends=("attn.proj", "mlp.fc2"),
+    tail=("norm",),
+    pooled_norm="fc_norm",
+    unused=("head",),
+)
 
 LAYOUTS: dict[str, Layout] = {
-    "ViTModel": _vit(1),
-    "DeiTModel": _vit(2),
-    "BeitModel": _vit(1, unused=(), pooled_norm="pooler.layernorm"),
+    "ViTModel": _vit(),
+    "DeiTModel": _vit(),
+    "BeitModel": _vit(unused=(), pooled_norm="pooler.layernorm"),
     "Dinov2Model": _dino("encoder.layer.*", "layernorm"),
     "DINOv3ViTModel": _dino("model.layer.*", "norm"),
-    "CLIPVisionModel": _clip("post_layernorm", 1, pooled_norm="post_layernorm"),
-    "CLIPTextModel": _clip("final_layer_norm", 0),
-    "SiglipVisionModel": _clip("post_layernorm", 0, unused=("head",)),
-    "SiglipTextModel": _clip("final_layer_norm", 0, unused=("head",)),
+    "CLIPVisionModel": _clip("post_layernorm", pooled_norm="post_layernorm"),
+    "CLIPTextModel": _clip("final_layer_norm"),
+    "SiglipVisionModel": _clip("post_layernorm", unused=("head",)),
+    "SiglipTextModel": _clip("final_layer_norm", unused=("head",)),
     "ConvNextModel": Layout(
         blocks="encoder.stages.*.layers.*",
         attention=None,
@@ -135,15 +140,16 @@ LAYOUTS: dict[str, Layout] = {
         unused=("_fc",),
         channels_first=True,
     ),
-    "VisionTransformer": Layout(  # timm's, and our own in nn.layers, which keeps its names
-        blocks="blocks.*",
-        attention="attn",
+    "VisionTransformer": _TIMM_VIT,  # also our own in nn.layers, which keeps its names
+    "Eva": _TIMM_VIT,
+    "Beit": _TIMM_VIT,
+    "ConvNeXt": Layout(  # timm's
+        blocks="stages.*.blocks.*",
+        attention=None,
         mlp=("mlp",),
-        begins=("norm1", "norm2"),
-        ends=("attn.proj", "mlp.fc2"),
-        tail=("norm",),
-        prefix_tokens=1,
-        unused=("head",),
+        begins=("conv_dw",),
+        ends=("mlp",),
+        pooled_norm="head.norm",
     ),
     "BertModel": _BERT,
     "RobertaModel": _BERT,
@@ -218,8 +224,8 @@ def anatomy(net: nn.Module) -> Anatomy:
     Raises ``UserError`` that says what was looked for when no stack of blocks is found.
     """
     family = type(net).__name__
-    layout = LAYOUTS.get(family) or _layout_by_structure(net)
     modules = dict(net.named_modules())
+    layout = _layout(net) or _layout_by_structure(net)
 
     def inside(block: str, parts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(f"{block}.{part}" for part in parts if f"{block}.{part}" in modules)
@@ -234,16 +240,14 @@ def anatomy(net: nn.Module) -> Anatomy:
         )
         for path in _matching(modules, layout.blocks)
     )
-    if not blocks:
-        raise UserError(f"{family}: no blocks at {layout.blocks!r}, where this family keeps them")
     pooled_norm = layout.pooled_norm if layout.pooled_norm in modules else None
     tail = tuple(path for path in dict.fromkeys((*layout.tail, pooled_norm)) if path in modules)
-    return Anatomy(family, blocks, tail, pooled_norm, _prefix_tokens(net, layout), layout.channels_first)
+    return Anatomy(family, blocks, tail, pooled_norm, _prefix_tokens(net), layout.channels_first)
 
 
 def unused(net: nn.Module) -> tuple[str, ...]:
     """Paths of parameters and modules of ``net`` that never take part in encoding."""
-    layout = LAYOUTS.get(type(net).__name__)
+    layout = _layout(net)
     return layout.unused if layout else ()
 
 
@@ -265,9 +269,20 @@ def _matching(modules: dict[str, nn.Module], pattern: str) -> Iterator[str]:
     return (name for name in modules if expression.match(name))
 
 
-def _prefix_tokens(net: nn.Module, layout: Layout) -> int:
-    registers = {name: p for name, p in net.named_parameters() if name.rpartition(".")[2] in ("register_tokens", "reg_token")}
-    return layout.prefix_tokens + sum(p.shape[1] for p in registers.values())
+def _layout(net: nn.Module) -> Layout | None:
+    """The row of the net's class; none where another library's class has the same name and other insides."""
+    layout = LAYOUTS.get(type(net).__name__)
+    return layout if layout and any(_matching(dict(net.named_modules()), layout.blocks)) else None
+
+
+# CLIP's class token is a vector, all others are [1, tokens, D]
+_PREFIX_TOKENS = ("cls_token", "class_embedding", "dist_token", "distillation_token", "register_tokens", "reg_token")
+
+
+def _prefix_tokens(net: nn.Module) -> int:
+    """Tokens before the first patch: class, distillation and register tokens, counted in the parameters that hold them."""
+    tokens = (p for name, p in net.named_parameters() if name.rpartition(".")[2] in _PREFIX_TOKENS)
+    return sum(p.shape[1] if p.ndim == 3 else 1 for p in tokens)
 
 
 def _layout_by_structure(net: nn.Module) -> Layout:

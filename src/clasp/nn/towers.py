@@ -113,7 +113,7 @@ class Tower(nn.Module):
         if self._pool == "cls+mean" and base.modality == "image" and not self._parts.prefix_tokens:
             raise UserError(f"pool = 'cls+mean': {base.name} has no class token; choose mean or attention")
         self.pooling: AttentionPool | None = None
-        states = self._shape_of_states()
+        states = self._shape_of_states(base.transform)
         if self._pool == "attention":
             self.pooling = AttentionPool(states).to(next(self.net.parameters()).device)
         self.width = 2 * states if self._pool == "cls+mean" else states
@@ -169,14 +169,17 @@ class Tower(nn.Module):
                 module.eval()
         return self
 
-    def _shape_of_states(self) -> int:
+    def _shape_of_states(self, transform: ImageTransform | None) -> int:
         """Width ``D`` of the states, by running the smallest input through the net (on meta tensors: shapes only)."""
         device = next(self.net.parameters()).device
         with torch.no_grad():
             if self.modality == "text":
+                told = _told_width(self.net) if device.type == "meta" else None
+                if told is not None:
+                    return told
                 ids = torch.zeros(1, 2, dtype=torch.long, device=device)
                 return self.net(input_ids=ids).last_hidden_state.shape[-1]
-            size = _own_size(self.net)
+            size = _own_size(self.net, transform)
             return self(Pixels(torch.zeros(1, 3, size, size, device=device))).shape[-1]
 
 
@@ -210,8 +213,15 @@ def _as_tokens(states: Tensor) -> Tensor:
     return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
 
 
-def _own_size(net: nn.Module) -> int:
-    """A picture size the net accepts: its configured one where it has one, else 64 pixels."""
+def _told_width(net: nn.Module) -> int | None:
+    """Width of the states as ``transformers`` has it in a configuration: its decoders look at values to make masks."""
+    from transformers import PreTrainedModel
+
+    return net.config.hidden_size if isinstance(net, PreTrainedModel) else None
+
+
+def _own_size(net: nn.Module, transform: ImageTransform | None) -> int:
+    """A picture size the net accepts: its configured one, else the transform's, else 64 pixels."""
     from clasp.nn.layers import VisionTransformer
 
     if isinstance(net, VisionTransformer):
@@ -221,7 +231,7 @@ def _own_size(net: nn.Module) -> int:
     if isinstance(net, PreTrainedModel):
         size = net.config.to_dict().get("image_size") or 64
         return size if isinstance(size, int) else size[0]
-    return 64
+    return transform.size if transform is not None else 64
 
 
 def _drop(net: nn.Module, path: str) -> None:

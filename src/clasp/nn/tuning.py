@@ -51,7 +51,7 @@ def parse(spec: str) -> Tuning:
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"tuning {spec!r}: unknown method {name!r}{hint}; methods:  {', '.join(METHODS)}")
+        raise UserError(f"tuning {spec!r}: unknown method {name!r}{hint}; methods: {', '.join(METHODS)}")
     method = METHODS[name]
     if len(positional) > len(method.order):
         raise UserError(f"tuning {spec!r}: {name} takes {_options(method)}")

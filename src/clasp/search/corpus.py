@@ -71,6 +71,9 @@ class Known:
         for name, meta in scanned:
             self.note(name, meta)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._held
+
     def note(self, name: str, meta: Mapping[str, Any]) -> None:
         """The store now says this of an id."""
         self.forget(name)

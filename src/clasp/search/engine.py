@@ -168,7 +168,7 @@ class Engine:
                 data = pair.image.read()
             sha256 = hashlib.sha256(data).hexdigest()
             pixels = self.model.transform(data) if known.holder(sha256, pair.id) is None else None
-            return _Read(pair, version, sha256, data, pixels)
+            return _Read(pair, version, sha256, data if pixels is None else b"", pixels)
         except (OSError, ValueError) as error:  # the disk; a tar or table that changed; an image that is not one
             reason = " ".join(str(error).split()) or type(error).__name__
             return _Failed(Skipped(pair.id, reason), isinstance(error, ImageError))
@@ -201,7 +201,7 @@ class Engine:
         """Name them; what has become something else than an image is no longer to be found as the image it was."""
         for failed in failures:
             _log.warning("skipped %s: %s", *failed.skipped)
-        damaged = [failed.skipped.id for failed in failures if failed.damaged]
+        damaged = [failed.skipped.id for failed in failures if failed.damaged and failed.skipped.id in known]
         if damaged:
             self.store.delete(damaged)
         for name in damaged:
@@ -277,7 +277,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """An image to be kept; ``data`` is empty where it was not read, ``pixels`` absent where it was not decoded."""
+    """An image to be kept, known by its hash. ``data`` is what was read but not decoded, ``pixels`` what was."""
 
     pair: Pair
     version: str

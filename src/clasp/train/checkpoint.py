@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from clasp.train.state import TrainState
 from clasp.types import UserError
 
 FORMAT = 1
+STARTED = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl")  # there before anything is trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +50,35 @@ class Run:
 
     # --- writing -------------------------------------------------------------------------------------------------
 
-    def start(self, recipe_toml: str, model: DualEncoder, transform: ImageTransform, tokenizer: Tokenizer) -> None:
-        """Make the folder and write what training does not change. Refuses one that holds a trained run."""
+    def refuse_taken(self) -> None:
+        """``UserError`` unless a run may begin here: nothing is here, or a run that ended before it had trained."""
+        other = "choose another name with --name, or delete it"
+        if (self.path / "state").exists():
+            raise UserError(f"{self.path} holds a run that was stopped; go on with: clasp resume {self.path}; or {other}")
         if (self.path / "delta.safetensors").exists():
-            raise UserError(f"{self.path} holds a run already; choose another name with --name, or delete it")
+            raise UserError(f"{self.path} holds a run already; {other}")
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; {other}")
+        there = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+        foreign = [name for name in there if name.removesuffix(".part") not in STARTED]
+        if foreign:
+            raise UserError(f"{self.path} holds something else than a run ({', '.join(foreign[:3])}); {other}")
+
+    def start(
+        self, recipe_toml: str, model: DualEncoder, transform: ImageTransform, tokenizer: Tokenizer, *, pairs: str
+    ) -> None:
+        """Make the folder and write what training does not change; ``pairs`` is the hash of the data.
+
+        Refuses a folder that is taken. What is left of a run that ended before it had trained is written over.
+        """
+        self.refuse_taken()
         with _room_for(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "log.jsonl").unlink(missing_ok=True)
             _write(self.path / "recipe.toml", recipe_toml)
             _write(self.path / "transform.json", json.dumps(transform.to_dict(), indent=2))
             tokenizer.save(self.path / "tokenizer")
-            base = {"format": FORMAT, "image": _about(model.image), "text": _about(model.text)}
+            base = {"format": FORMAT, "image": _about(model.image), "text": _about(model.text), "pairs": pairs}
             _write(self.path / "base.json", json.dumps(base, indent=1))
 
     def save(self, model: DualEncoder) -> int:
@@ -75,6 +96,10 @@ class Run:
             facts = {"facts": json.dumps(state.facts())}
             _write_tensors(self.path / "state" / "state.safetensors", state.tensors(), facts)
 
+    def finish(self) -> None:
+        """Drop the state: there is nothing left to go on with."""
+        shutil.rmtree(self.path / "state", ignore_errors=True)
+
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to ``log.jsonl`` or ``results.jsonl``."""
         with _room_for(self.path), open(self.path / name, "a", encoding="utf-8") as file:
@@ -88,8 +113,8 @@ class Run:
 
     # --- reading -------------------------------------------------------------------------------------------------
 
-    def read(self) -> RunFacts:
-        """Everything but tensors. Raises ``UserError`` when the folder is not a run."""
+    def recipe(self) -> dict[str, Any]:
+        """What ``recipe.toml`` says. Raises ``UserError`` when the folder is not a run."""
         if not self.path.is_dir():
             raise UserError(f"no run at {self.path}: no such folder")
         needed = ("recipe.toml", "base.json", "transform.json", "tokenizer")
@@ -97,18 +122,29 @@ class Run:
         if missing:
             raise UserError(f"{self.path} is not a run folder: it has no {', '.join(missing)}")
         try:
-            recipe = tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
+            return tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.path / 'recipe.toml'} is damaged: {error}") from None
+
+    def read(self) -> RunFacts:
+        """Everything but tensors. Raises ``UserError`` when the folder is not a run."""
+        recipe = self.recipe()
+        try:
             base = json.loads((self.path / "base.json").read_text(encoding="utf-8"))
             transform = ImageTransform.from_dict(json.loads((self.path / "transform.json").read_text(encoding="utf-8")))
         except ValueError as error:
             raise UserError(f"{self.path} is damaged: {error}") from None
         return RunFacts(recipe, transform, Tokenizer.from_folder(self.path / "tokenizer"), base)
 
-    def restore(self, model: DualEncoder) -> None:
-        """Check the bases of ``model`` and put the delta in. Every tensor is accounted for."""
+    def refuse_other_bases(self, model: DualEncoder) -> None:
+        """``UserError`` unless the towers of ``model`` hold the weights that this run was trained on."""
         base = json.loads((self.path / "base.json").read_text(encoding="utf-8"))
         for tower in (model.image, model.text):
             _refuse_other_weights(self.path, tower, base[tower.modality])
+
+    def restore(self, model: DualEncoder) -> None:
+        """Check the bases of ``model`` and put the delta in. Every tensor is accounted for."""
+        self.refuse_other_bases(model)
         path = self.path / "delta.safetensors"
         if not path.exists():
             raise UserError(f"{self.path} was never trained: it has no delta.safetensors")
@@ -130,12 +166,16 @@ class Run:
 
     def read_state(self) -> TrainState:
         """What ``save_state`` wrote."""
+        self.recipe()
         path = self.path / "state" / "state.safetensors"
         if not path.exists():
             raise UserError(f"{self.path} has no state/ to go on from; it is finished, or its state was deleted")
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-            return TrainState.of(json.loads(file.metadata()["facts"]), tensors)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+                return TrainState.of(json.loads(file.metadata()["facts"]), tensors)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
 
     def results(self) -> list[dict[str, Any]]:
         """The lines of ``results.jsonl``."""
@@ -164,19 +204,20 @@ def _refuse_other_weights(run: Path, tower: Tower, then: dict[str, Any]) -> None
 
 def _write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     part = path.with_name(path.name + ".part")
     try:
         safetensors.torch.save_file(tensors, part, metadata)
-    except safetensors.SafetensorError as error:  # it hides the operating system's error in its text
+        os.replace(part, path)
+    finally:
         part.unlink(missing_ok=True)
-        full = "No space left" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from None
-    os.replace(part, path)
 
 
 class _room_for:
@@ -189,7 +230,9 @@ class _room_for:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # safetensors and tokenizers hide the operating system's error in their text
+        if full or (isinstance(error, Exception) and "No space left" in str(error)):
             raise UserError(f"no space left to write {self.path}; nothing saved before is lost") from None
         if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None

@@ -44,13 +44,18 @@ class Folder:
 
 @dataclass(frozen=True, eq=False)
 class ClassFolders:
-    """Images in class folders; a ``Format``. The caption is the folder's name with spaces for ``_`` and ``-``."""
+    """Images in class folders; a ``Format``. The caption is the folder's name with spaces for ``_`` and ``-``.
+
+    Each image is its own group, so that a validation part is split off by image and has all classes; ``meta`` says
+    which class it is (``class``, and its number ``label``).
+    """
 
     folder: Folder
     images: Int32[np.ndarray, " pairs"]
     classes: tuple[str, ...]
     hashes: UInt64[np.ndarray, " pairs"]
     id_prefix: str = ""
+    path_prefix: str = ""
 
     @property
     def root(self) -> str:
@@ -62,13 +67,14 @@ class ClassFolders:
     def __getitem__(self, row: int, /) -> Pair:
         member = int(self.images[row])
         name = self.folder.names[member]
-        group = name.partition("/")[0]
-        caption = words(group)
-        meta = {"label": bisect_left(self.classes, group), "class": caption}
-        return Pair(self.id_prefix + name, self.folder.source(member), (Caption(caption),), group, meta)
+        home = name.partition("/")[0]
+        caption = words(home)
+        meta = {"label": bisect_left(self.classes, home), "class": caption}
+        id, group = self.id_prefix + name, self.path_prefix + name
+        return Pair(id, self.folder.source(member), (Caption(caption),), group, meta)
 
     def prefixed(self, id_prefix: str, path_prefix: str) -> "ClassFolders":
-        return replace(self, id_prefix=id_prefix)
+        return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
 def open_folder(opening: Opening) -> Samples | ClassFolders:

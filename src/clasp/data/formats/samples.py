@@ -3,7 +3,7 @@
 Goes in: a webdataset tar, or a folder, which is the same unpacked. Comes out: its samples as pairs.
 ``txt`` is one caption. ``json`` may hold captions (``captions``, else ``caption``, else ``text``) and meta (the rest).
 ``cls`` is a class number, ``meta["label"]``, named in ``meta["class"]`` where a ``classnames.txt`` lies beside the tar.
-Unusual: a sample without caption whose class has a name is captioned by it, and the class is its group.
+Unusual: a sample without caption whose class has a name is captioned by it.
 """
 
 import json
@@ -67,11 +67,10 @@ class Samples:
         key = self.columns.caption or next((key for key in CAPTION_KEYS if key in record), "")
         language = self.columns.language or "language"
         captions = self._captions(record.get(key), text_of(record.get(language)), text, image)
-        by_class = not captions and "class" in about
-        if by_class:
+        if not captions and "class" in about:
             captions = (Caption(about["class"]),)
         id = text_of(record.get(self.columns.id)) or self.id_prefix + self.call(self.members.names[image])
-        group = text_of(record.get(self.columns.group)) or (about["class"] if by_class else id)
+        group = text_of(record.get(self.columns.group)) or id
         spoken_for = (key, language, self.columns.id, self.columns.group)
         meta = about | {name: value for name, value in record.items() if name not in spoken_for}
         return Pair(id, self.members.source(image), captions, group, meta)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from clasp.data.images import ImageTransform
 from clasp.nn.foreign.hugging import said_plainly, transformers_base
@@ -41,15 +41,18 @@ def open_base(settings: Settings, *, meta: bool = False) -> Base:
     Raises ``UserError`` for an unknown scheme or tower, for one that cannot be reached, and for missing weights.
     """
     scheme, colon, rest = settings.tower.partition(":")
-    if not colon or not rest:
+    if not colon or not scheme or not rest:
         raise UserError(f"tower = {settings.tower!r} has no scheme; write one of {', '.join(_EXAMPLES)}")
     if scheme in SCHEMES:
         return SCHEMES[scheme](rest, settings, meta)
-    if "." in scheme:
-        return _factory(settings, scheme, rest)
+    if "." in scheme or importlib.util.find_spec(scheme) is not None:
+        return _factory(settings, scheme, rest, meta)
     near = difflib.get_close_matches(scheme, SCHEMES, n=1)
     hint = f"did you mean {near[0]}:{rest}? " if near else ""
-    raise UserError(f"tower = {settings.tower!r}: unknown scheme {scheme!r}; {hint}write one of {', '.join(_EXAMPLES)}")
+    raise UserError(
+        f"tower = {settings.tower!r}: {scheme!r} is neither a scheme nor a module that Python finds; {hint}"
+        f"write one of {', '.join(_EXAMPLES)}"
+    )
 
 
 # --- the schemes -----------------------------------------------------------------------------------------------------
@@ -65,20 +68,28 @@ def _hf(name: str, settings: Settings, meta: bool) -> Base:
 
 
 def _file(path: str, settings: Settings, meta: bool) -> Base:
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"tower = {settings.tower!r}: {path} is not a folder with a config.json saved by transformers")
-    return transformers_base(path, settings, meta)
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"tower = {settings.tower!r}: there is no folder {folder}")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"tower = {settings.tower!r}: {folder} has no config.json, as transformers' save_pretrained writes it")
+    return transformers_base(str(folder), settings, meta)
 
 
 def _deit(name: str, settings: Settings, meta: bool) -> Base:
-    if name not in DEIT or not isinstance(settings, ImageSettings):
-        raise UserError(f"tower = {settings.tower!r}: deit is one of {', '.join(DEIT)}, and an image tower")
+    if name not in DEIT:
+        raise UserError(f"tower = {settings.tower!r}: deit is one of {', '.join(DEIT)}")
+    if not isinstance(settings, ImageSettings):
+        raise UserError(f"[text] tower = {settings.tower!r} is a tower for images")
     width, blocks, heads, layer_scale, repository = DEIT[name]
     size = settings.size or 224
+    if size % 16:
+        raise UserError(f"size = {size}: {settings.tower} cuts images into 16 px patches; take {max(16, round(size / 16) * 16)}")
     with torch.device("meta" if meta else "cpu"):
         net = VisionTransformer(size=size, patch=16, width=width, blocks=blocks, heads=heads, layer_scale=layer_scale)
     if not meta:
-        _load_deit(net, repository)
+        with said_plainly(settings.tower):
+            _load_deit(net, repository)
     transform = ImageTransform(size, IMAGENET_MEAN, IMAGENET_STD, crop_fraction=0.9)
     return Base(settings.tower, "image", net.eval(), repository, "cls", transform)
 
@@ -86,38 +97,14 @@ def _deit(name: str, settings: Settings, meta: bool) -> Base:
 def _timm(name: str, settings: Settings, meta: bool) -> Base:
     """``timm:NAME`` with its hub weights, or ``timm:NAME@FILE`` with weights from a file of one's own."""
     try:
-        import timm
-        from timm.data import resolve_model_data_config
+        from clasp.nn.foreign.zoo import timm_base
     except ImportError:
         raise UserError(f"tower = {settings.tower!r} needs timm; type: pip install 'clasp-vl[timm]'") from None
+    except RuntimeError as error:  # torchvision, when it was built for another torch
+        raise UserError(f"tower = {settings.tower!r}: timm cannot be imported ({error})") from None
     if not isinstance(settings, ImageSettings):
-        raise UserError(f"tower = {settings.tower!r}: timm has image towers only")
-    name, _, file = name.partition("@")
-    if not timm.is_model(name.partition(".")[0]):
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        raise UserError(f"tower = {settings.tower!r}: timm has no model {name!r}; nearest: {', '.join(near) or 'none'}")
-    own: dict[str, Any] = {"pretrained_cfg_overlay": {"file": file}} if file else {}
-    if settings.size and "vit" in name:
-        own["img_size"] = settings.size
-    with torch.device("meta" if meta else "cpu"), said_plainly(settings.tower):
-        net = timm.create_model(name, pretrained=not meta, num_classes=0, **own).eval()
-    facts = resolve_model_data_config(net)
-    transform = ImageTransform(
-        settings.size or facts["input_size"][-1],
-        tuple(facts["mean"]),
-        tuple(facts["std"]),
-        interpolation=facts["interpolation"],
-        crop_fraction=facts["crop_pct"],
-    )
-    pool = {"token": "cls", "avg": "mean", "": "mean", "map": "mean"}.get(str(net.global_pool), "mean")
-    return Base(settings.tower, "image", net, f"timm {timm.__version__}", pool, transform, read=_timm_states)
-
-
-def _timm_states(net: Any, pixels: Tensor) -> Tensor:
-    states = net.forward_features(pixels)
-    if states.ndim == 4 and states.shape[-1] == net.num_features != states.shape[1]:
-        return states.flatten(1, 2)  # hierarchical transformers keep the width last
-    return states
+        raise UserError(f"[text] tower = {settings.tower!r} is a tower for images; timm has no other")
+    return timm_base(name, settings, meta)
 
 
 SCHEMES: dict[str, Callable[[str, Settings, bool], Base]] = {
@@ -141,24 +128,33 @@ def _load_deit(net: VisionTransformer, repository: str) -> None:
     from huggingface_hub import hf_hub_download
     from safetensors.torch import load_file
 
-    with said_plainly(repository):
-        tensors = load_file(hf_hub_download(repository, "model.safetensors"))
-    tensors = {name: t for name, t in tensors.items() if not name.startswith("head")}
+    tensors = load_file(hf_hub_download(repository, "model.safetensors"))
+    tensors = {name: t for name, t in tensors.items() if not name.startswith("head.")}
     tensors = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t for name, t in tensors.items()}
     extra = net.pos_embed.shape[1] - (net.size // 16) ** 2
     tensors["pos_embed"] = resize_positions(tensors["pos_embed"], net.size // 16, extra)
     net.load_state_dict(tensors)
 
 
-def _factory(settings: Settings, module: str, name: str) -> Base:
+def _factory(settings: Settings, module: str, name: str, meta: bool) -> Base:
+    """What ``name()`` in ``module`` gives; errors inside the user's own code stay as they are."""
     try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"tower = {settings.tower!r}: {error}") from None
+        names = vars(importlib.import_module(module))
+    except ModuleNotFoundError as error:
+        raise UserError(f"tower = {settings.tower!r}: {error}; is its folder on PYTHONPATH?") from None
+    factory = names.get(name)
+    if not callable(factory):
+        near = difflib.get_close_matches(name, (key for key, value in names.items() if callable(value)), n=3)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise UserError(f"tower = {settings.tower!r}: {module} has no function {name!r}{hint}")
     base = factory()
     if not isinstance(base, Base):
         raise UserError(f"tower = {settings.tower!r}: {name}() gave a {type(base).__name__}; it must give a clasp.Base")
-    return _checked(base, settings)
+    _checked(base, settings)
+    lacking = "transform" if isinstance(settings, ImageSettings) else "tokenizer"
+    if (base.transform if isinstance(settings, ImageSettings) else base.tokenizer) is None:
+        raise UserError(f"tower = {settings.tower!r}: the clasp.Base that {name}() gave has no {lacking}")
+    return replace(base, net=base.net.to("meta")) if meta else base
 
 
 def _checked(base: Base, settings: Settings) -> Base:

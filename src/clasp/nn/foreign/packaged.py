@@ -132,9 +132,19 @@ def _efficientnet(tensors: Tensors | None) -> nn.Module:
     with torch.device("meta"):
         net = EfficientNet.from_name("efficientnet-lite0", image_size=None)
     net.register_module("_fc", nn.Identity())
+    _plain_pointwise(net)
     if tensors is not None:
         net.load_state_dict(tensors, assign=True)
     return net.eval()
+
+
+def _plain_pointwise(net: nn.Module) -> None:
+    """1x1 convolutions, which need no padding, as PyTorch's own class: peft builds new layers by that class's arguments."""
+    for path, theirs in list(net.named_modules()):
+        if isinstance(theirs, nn.Conv2d) and theirs.kernel_size == theirs.stride == (1, 1):
+            bias = theirs.bias is not None
+            ours = nn.Conv2d(theirs.in_channels, theirs.out_channels, 1, groups=theirs.groups, bias=bias, device="meta")
+            net.set_submodule(path, ours)
 
 
 def _dinov2(tensors: Tensors | None) -> nn.Module:

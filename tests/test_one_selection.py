@@ -1,0 +1,201 @@
+"""One selection, four uses: what gets gradients, what the optimizer holds, what the delta saves and what is counted.
+
+Real pairs of towers, opened from disk by a recipe: built, moved by one step, saved, loaded and refused.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from savedtowers import save
+from toytowers import base
+
+from clasp.assemble import Assembled, assemble, build, load
+from clasp.embed import Model
+from clasp.losses import LOSSES
+from clasp.recipe import Recipe, from_dict
+from clasp.train import optim
+from clasp.train.checkpoint import Run
+from clasp.types import Batch, Pixels, UserError
+
+PAIRS = [("vit", "bert"), ("dinov2", "xlm-roberta"), ("convnext", "llama"), ("clip", "siglip")]
+METHODS = {"heads": ["none"], "norms": ["norms"], "lora": ["lora(rank=2)"]}
+CAPTIONS = ["w5 w6 w7", "w8", "w9 w10 w11 w12", "w13 w6"]
+
+
+def recipe(image: str, text: str, tuned: list[str], **changes) -> Recipe:
+    sections = {"image": {"tower": image}, "text": {"tower": text}, "tune": {"image": tuned, "text": tuned}, **changes}
+    return from_dict({"head": {"width": 16}, **sections}, "a test")
+
+
+def step(parts: Assembled, captions: list[str]) -> dict[str, set[str]]:
+    """One step of training by hand on random pixels; returns the names by use."""
+    model = parts.model
+    size = parts.transform.size
+    pixels = torch.randn(len(captions), 3, size, size, generator=torch.Generator().manual_seed(0))
+    numbers = torch.arange(len(captions))
+    batch = Batch(tuple(captions), Pixels(pixels), parts.tokenizer(captions), torch.stack((numbers, numbers), dim=1))
+    held = optim.selected(dict(model.named_parameters()), model.selection)
+    optimizer = optim.adamw(
+        optim.groups(held, weight_decay=0.1), lr=0.01, betas=(0.9, 0.98), eps=1e-6, device=torch.device("cpu")
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.train()
+    out = model(batch)
+    LOSSES["infonce"](out.image, out.text, out.scale, out.bias, groups=batch.groups).total.backward()
+    optimizer.step()
+    model.after_step()
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        "gradients": {name for name, p in model.named_parameters() if p.grad is not None},
+        "optimizer": {names[id(p)] for group in optimizer.param_groups for p in group["params"]},
+        "moved": {name for name, p in model.named_parameters() if not torch.equal(p, before[name])},
+    }
+
+
+def train_save_load(given: Recipe, folder: Path, captions: list[str]) -> Assembled:
+    """All that must hold for any recipe."""
+    parts = assemble(given)
+    model, run = parts.model, Run(folder)
+    used = step(parts, captions)
+    run.start(given.to_toml(), model, parts.transform, parts.tokenizer, pairs="none")
+    run.save(model)
+    delta = safetensors.torch.load_file(folder / "delta.safetensors")
+
+    assert used["gradients"] == used["optimizer"] == set(delta) == set(model.delta()) == model.selection
+    assert used["moved"] <= model.selection
+    # low-rank tuning starts at zero, so its other half has no gradient but zeros in the first step
+    assert {name for name in model.selection - used["moved"] if "lora_A" not in name} == set()
+    counts = model.counts()
+    assert counts["model"].trained == sum(t.numel() for t in delta.values())
+    assert counts["model"].delta_bytes == sum(t.numel() * t.element_size() for t in delta.values())
+    assert counts["model"].total == sum(p.numel() for p in model.parameters())
+    for column in ("total", "trained", "delta_bytes"):
+        whole, *rest = (vars_of(count)[column] for count in counts.values())
+        assert whole == sum(rest)
+    assert build(given, meta=True).counts() == counts, "counted without weights"
+
+    model.eval()
+    ours = Model(model, parts.transform, parts.tokenizer)
+    theirs = load(folder)
+    assert theirs.fingerprint == ours.fingerprint
+    assert torch.equal(theirs.encode_text(captions), ours.encode_text(captions))
+    assert torch.equal(theirs.encode_image(pictures()), ours.encode_image(pictures()))
+    return parts
+
+
+def vars_of(count) -> dict[str, int]:
+    return {"total": count.total, "trained": count.trained, "delta_bytes": count.delta_bytes}
+
+
+def pictures() -> list[bytes]:
+    """Three small PNGs, none square."""
+    encoded = []
+    for number in range(3):
+        values = torch.randint(0, 256, (40, 50 + number, 3), generator=torch.Generator().manual_seed(number))
+        file = io.BytesIO()
+        Image.fromarray(values.to(torch.uint8).numpy()).save(file, "PNG")
+        encoded.append(file.getvalue())
+    return encoded
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each tower."""
+    names = {name for pair in PAIRS for name in pair}
+    return {name: save(name, tmp_path_factory.mktemp(name)) for name in sorted(names)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_one_selection_four_uses(saved: dict[str, Path], tmp_path: Path, pair: tuple[str, str], method: str):
+    image, text = (f"hf:{saved[name]}" for name in pair)
+    given = recipe(image, text, METHODS[method])
+    if pair[0] == "convnext" and method == "lora":  # it has no attention: its 1x1 convolutions are what it has
+        given = given.changed(["""tune.image=["lora(rank=2, targets='all')"]"""])
+    parts = train_save_load(given, tmp_path / "run", CAPTIONS)
+    new = set().union(*parts.model.new_names.values())
+    assert new <= parts.model.selection
+    for side in ("image", "text"):
+        inside = {name for name in parts.model.selection if name.startswith(f"{side}.net.")}
+        assert bool(inside) == (method != "heads")
+        assert all("lora_" in name for name in inside) or method == "norms"
+
+
+@pytest.mark.parametrize("start", ["copy", "random"])
+def test_combined_methods_come_back_too(saved: dict[str, Path], tmp_path: Path, start: str):
+    tuned = ["adapters", f"deep(1, init='{start}')", "biases", "lora(rank=2)", "prompts(2)"]
+    image, text = f"file:{saved['vit']}", f"file:{saved['bert']}"
+    given = recipe(
+        image,
+        text,
+        tuned,
+        loss={"kind": "sigmoid"},
+        head={"kind": "mlp", "width": 16, "standardize": True},
+    ).changed(["image.pool=attention", "text.layer=1"])
+    train_save_load(given, tmp_path / "run", CAPTIONS)
+
+
+def test_what_stays_frozen_is_not_saved_yet_comes_back(saved: dict[str, Path], tmp_path: Path):
+    """New parts that do not train are made again from the seed."""
+    given = recipe(f"hf:{saved['vit']}", f"hf:{saved['bert']}", ["norms"]).changed(["tune.head=none"])
+    parts = train_save_load(given, tmp_path / "run", CAPTIONS)
+    assert not any("head" in name for name in parts.model.delta())
+
+
+def test_efficientnet_and_e5(tmp_path: Path):
+    """The packaged pair of the demo, with its real weights; in one go, since e5 alone is 470 MB."""
+    given = recipe("pip:efficientnet-lite0", "pip:multilingual-e5-small", ["norms", "lora(rank=2)"])
+    given = given.changed(["""tune.image=["norms", "lora(rank=2, targets='all')"]""", "image.size=64"])
+    captions = ["ein Hund im Schnee", "mbwa", "a cat on a mat, asleep", "दो बिल्लियाँ"]
+    parts = train_save_load(given, tmp_path / "run", captions)
+    kinds = {part for name in parts.model.selection for part in name.split(".")}
+    assert {"lora_A", "lora_B", "_bn1", "LayerNorm", "image_head", "text_head", "log_scale"} <= kinds
+    assert parts.tokenizer.settings.prefix == "query: "
+    assert parts.model.counts()["model"].percent < 7
+
+
+# --- another base ----------------------------------------------------------------------------------------------------
+
+
+def test_another_base_is_refused_by_name_and_hash(tmp_path: Path):
+    save("vit", tmp_path / "vit")
+    save("bert", tmp_path / "bert")
+    given = recipe(f"hf:{tmp_path / 'vit'}", f"hf:{tmp_path / 'bert'}", ["lora(rank=2)", "norms"])
+    parts = train_save_load(given, tmp_path / "run", CAPTIONS)
+    changed = base("bert").net
+    name, weight = "encoder.layer.1.output.dense.weight", changed.get_parameter("encoder.layer.1.output.dense.weight")
+    with torch.no_grad():
+        weight[3, 5] += 1e-6
+    changed.save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "run")
+    says = str(caught.value)
+    total = len(parts.model.text.hashes)
+    assert f"other weights of the text tower hf:{tmp_path / 'bert'}" in says
+    assert f"1 of {total} tensors differ ({name} is " in says
+    assert f"was {parts.model.text.hashes[name]}" in says and "\n" not in says
+
+
+def test_another_model_in_the_same_place_is_refused(tmp_path: Path):
+    for name in ("vit", "bert"):
+        save(name, tmp_path / name)
+    given = recipe(f"hf:{tmp_path / 'vit'}", f"hf:{tmp_path / 'bert'}", ["none"])
+    train_save_load(given, tmp_path / "run", CAPTIONS)
+    save("xlm-roberta", tmp_path / "bert")
+    with pytest.raises(UserError, match="other weights of the text tower"):
+        load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("resize", ["squash", "pad"])
+def test_a_cropping_tower_can_be_shown_the_whole_picture(tmp_path: Path, resize: str):
+    save("vit", tmp_path / "vit", size={"shortest_edge": 36}, crop_size=32, do_center_crop=True)
+    save("bert", tmp_path / "bert")
+    given = recipe(f"hf:{tmp_path / 'vit'}", f"hf:{tmp_path / 'bert'}", ["none"]).changed([f"image.resize={resize}"])
+    transform = assemble(given).transform
+    assert (transform.resize, transform.crop_fraction, transform.size) == (resize, 1.0, 32)

@@ -1,0 +1,193 @@
+"""Recipes: every kind of mistake is one line that names what would be right; overrides, and the way through TOML and back."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from clasp.data.images import Augment
+from clasp.data.pairs import Columns
+from clasp.recipe import Recipe, from_dict, known_keys, read_recipe, shipped
+from clasp.types import UserError
+
+SMALL = """
+[image]
+tower = "pip:efficientnet-lite0"
+[text]
+tower = "pip:multilingual-e5-small"
+"""
+
+# what is typed after the recipe, and what the line must say
+WRONG_OVERRIDES = {
+    # unknown keys, with the nearest
+    "trian.batch=3": ["unknown key 'trian'", "did you mean train?"],
+    "train.bacth=3": ["unknown key 'train.bacth'", "did you mean train.batch"],
+    "train.val=x": ["unknown key 'train.val'", "did you mean data.val"],
+    "train.learning_rate=3": ["unknown key 'train.learning_rate'", "valid keys", "train.lr,", "train.seed"],
+    "zzz=1": ["unknown key 'zzz'", "image, text, tune, head, loss, data, train"],
+    "data.columns.imgae=x": ["unknown key 'data.columns.imgae'", "did you mean data.columns.image"],
+    "data.augment.flipp=0.5": ["unknown key 'data.augment.flipp'", "did you mean data.augment.flip?"],
+    # wrong values
+    "train.batch=big": ["train.batch = 'big'", "integer", "'auto'"],
+    "train.batch=1": ["train.batch = 1", "greater than 1", "'auto'"],
+    "train.clip_norm=-1": ["train.clip_norm = -1", "greater than 0", "'none'"],
+    "train.lr=nan": ["train.lr = nan", "finite"],
+    "train.betas=[0.9, 2]": ["train.betas = 2", "less than 1"],
+    "image.ground=[1, 2]": ["image.ground", "too few"],
+    "image.size=4": ["image.size = 4", "greater than or equal to 8"],
+    "image.pool=middle": ["image.pool = 'middle'", "'cls'", "'attention'"],
+    "loss.kind=triplet": ["loss.kind = 'triplet'", "'infonce'", "'sigmoid'"],
+    "head.standardize=maybe": ["head.standardize = 'maybe'", "boolean"],
+    "data.augment.flip=1.5": ["data.augment", "flip = 1.5", "between 0 and 1"],
+    "tune.image=norms": ["tune.image = 'norms'", "['norms']"],
+    "tune.image=[]": ["tune.image = []", "at least 1"],
+    "image=hf:x": ["image = 'hf:x'", "section", "image.tower"],
+    "data.columns=3": ["data.columns = 3", "section", "data.columns.caption"],
+    # tuning specs
+    'tune.image=["nroms"]': ["'nroms'", "did you mean 'norms'?", "adapters"],
+    'tune.text=["adapters(reduktion=4)"]': ["adapters has no option 'reduktion'", "reduction"],
+    'tune.text=["adapters(reduction=0)"]': ["reduction is a whole number from 1"],
+    'tune.text=["adapters(place=\'roof\')"]': ["place is one of"],
+    'tune.text=["norms(blocks=\'a:b\')"]': ["blocks='a:b'", "'6:'"],
+    'tune.text=["norms("]': ["'norms('", "adapters(reduction=4)"],
+    # what does not go together
+    "head.start=cca": ["head.start = 'cca'", "head.standardize = true"],
+    # overrides that are none
+    "nope": ["'nope'", "key=value", "train.batch=512"],
+    "=3": ["'=3'", "key=value"],
+    "image.tower.x=3": ["image.tower.x=3", "tower is a value, not a section"],
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return _written(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize("override", WRONG_OVERRIDES)
+def test_a_mistake_is_one_line_with_the_way_out(small: Path, override: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_recipe(small, [override])
+    line = str(error.value)
+    assert "\n" not in line and "pydantic" not in line
+    for words in WRONG_OVERRIDES[override]:
+        assert words in line, line
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("[image]\ntower = 'pip:x'\n", "text is missing"),
+        ("[image]\nsize = 64\n[text]\ntower = 'pip:x'\n", "image.tower is missing"),
+        ("image = {", "is not a TOML file"),
+        ("[image]\ntower = 'a'\ntower = 'b'\n", "is not a TOML file"),
+        (SMALL + "[tune]\nimage = ['nroms']\n", "did you mean 'norms'?"),
+        (SMALL + "[head]\nstandardize = true\n[tune]\nhead = 'none'\n", "needs tune.head = 'full'"),
+    ],
+)
+def test_mistakes_in_the_file_name_it(tmp_path: Path, text: str, wanted: str) -> None:
+    with pytest.raises(UserError, match="one.toml|tuning") as error:
+        read_recipe(_written(tmp_path, text))
+    assert wanted in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_text_is_not_toml(tmp_path: Path) -> None:
+    (tmp_path / "one.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a TOML file"):
+        read_recipe(tmp_path / "one.toml")
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"no recipe 'lilt/lwaa'.*lilt/lwa"):
+        read_recipe("lilt/lwaa")
+    with pytest.raises(UserError, match=r"no recipe 'q'.*demo, .*start"):
+        read_recipe("q")
+    with pytest.raises(UserError, match="recipes/none.toml"):
+        read_recipe("recipes/none.toml")
+
+
+def test_overrides_read_as_toml_and_bare_words_as_strings(small: Path) -> None:
+    changed = read_recipe(
+        small,
+        [
+            "train.batch=512",
+            "train.epochs=auto",
+            "train.lr=3e-4",
+            "head.standardize=true",
+            'tune.image=["norms", "lora(rank=8)"]',
+            "image.ground=[0, 0, 0]",
+            "text.prefix=query: ",
+            "data.train=/pictures/a b=c.csv",
+            'data.val="quoted"',
+            "data.languages=['sw', 'yo']",
+            "data.columns.caption=title",
+            "data.augment.flip=0.5",
+            "train.batch=256",
+        ],
+    )
+    assert changed.train.batch == 256 and changed.train.epochs == "auto" and changed.train.lr == 3e-4
+    assert changed.head.standardize is True and changed.tune.image == ["norms", "lora(rank=8)"]
+    assert changed.image.ground == (0, 0, 0) and changed.text.prefix == "query: "
+    assert changed.data.train == "/pictures/a b=c.csv" and changed.data.val == "quoted"
+    assert changed.data.languages == ["sw", "yo"]
+    assert changed.data.columns == Columns(caption="title") and changed.data.augment == Augment(flip=0.5)
+
+
+@pytest.mark.parametrize("name", ["2024", "2024-01-01", "1e5", "true", "[a]", "{x}", "nan"])
+def test_a_folder_may_be_called_like_a_number(small: Path, name: str) -> None:
+    assert read_recipe(small, [f"data.train={name}"]).data.train == name
+
+
+def test_changed_leaves_the_recipe_alone(small: Path) -> None:
+    recipe = read_recipe(small, ["data.columns.image=a"])
+    changed = recipe.changed(["data.columns.image=b", "train.seed=7"])
+    assert (recipe.data.columns.image, recipe.train.seed) == ("a", 0)
+    assert (changed.data.columns.image, changed.train.seed) == ("b", 7)
+    with pytest.raises(UserError, match="the overrides: unknown key"):
+        recipe.changed(["train.sede=1"])
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_shipped_recipes_read_and_go_through_toml_unchanged(name: str) -> None:
+    recipe = read_recipe(name)
+    _goes_round(recipe)
+    assert read_recipe(f"recipes/{name}.toml") == read_recipe(shipped()[name]) == recipe
+
+
+def test_every_kind_of_value_goes_through_toml_unchanged(small: Path) -> None:
+    extra = [
+        "data.train=Ünïcode '\"\\ path",
+        "data.augment.crop_scale=[0.5, 1.0]",
+        "data.columns.id=key",
+        "data.languages=['日本']",
+        "train.clip_norm=none",
+        "train.betas=[0.8, 0.99]",
+        "text.layer=-2",
+        "image.pool=mean",
+        "tune.text=[\"match('a.*')\"]",
+    ]
+    _goes_round(read_recipe(small, extra))
+
+
+def test_there_are_the_recipes_that_the_documents_name() -> None:
+    lilt = {f"lilt/{name}" for name in ("clip", "lit", "heads", "layernorm", "bitfit", "da", "lwa")}
+    assert {"start", "demo", *lilt} <= set(shipped())
+
+
+def test_every_key_has_a_place() -> None:
+    keys = known_keys()
+    assert keys["data"] is None and keys["data.train"] == str | None and keys["data.columns.image"] is str
+    assert all("." not in key or key.rpartition(".")[0] in keys for key in keys)
+
+
+def _goes_round(recipe: Recipe) -> None:
+    text = recipe.to_toml()
+    again = from_dict(tomllib.loads(text), "again")
+    assert again == recipe and again.to_toml() == text and again.to_dict() == tomllib.loads(text)
+
+
+def _written(folder: Path, text: str) -> Path:
+    (folder / "one.toml").write_text(text, encoding="utf-8")
+    return folder / "one.toml"
