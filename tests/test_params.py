@@ -1,4 +1,4 @@
-"""Parameter counts of the LilT paper's models, to the unit, on meta tensors: recorded from the reference implementation."""
+"""Parameter counts of the LilT paper's models on meta tensors, to the unit: those of the reference implementation."""
 
 from __future__ import annotations
 

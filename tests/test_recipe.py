@@ -1,4 +1,4 @@
-"""Recipes: every kind of mistake is one line that names what would be right; overrides, and the way through TOML and back."""
+"""Recipes: every mistake is one line that names what would be right; overrides; through TOML and back."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ WRONG_OVERRIDES = {
     'tune.image=["nroms"]': ["'nroms'", "did you mean 'norms'?", "adapters"],
     'tune.text=["adapters(reduktion=4)"]': ["adapters has no option 'reduktion'", "reduction"],
     'tune.text=["adapters(reduction=0)"]': ["reduction is a whole number from 1"],
-    'tune.text=["adapters(place=\'roof\')"]': ["place is one of"],
-    'tune.text=["norms(blocks=\'a:b\')"]': ["blocks='a:b'", "'6:'"],
+    "tune.text=[\"adapters(place='roof')\"]": ["place is one of"],
+    "tune.text=[\"norms(blocks='a:b')\"]": ["blocks='a:b'", "'6:'"],
     'tune.text=["norms("]': ["'norms('", "adapters(reduction=4)"],
     # what does not go together
     "head.start=cca": ["head.start = 'cca'", "head.standardize = true"],
@@ -88,7 +88,7 @@ def test_a_mistake_is_one_line_with_the_way_out(small: Path, override: str) -> N
     ],
 )
 def test_mistakes_in_the_file_name_it(tmp_path: Path, text: str, wanted: str) -> None:
-    with pytest.raises(UserError, match="one.toml|tuning") as error:
+    with pytest.raises(UserError, match=r"one.toml|tuning") as error:
         read_recipe(_written(tmp_path, text))
     assert wanted in str(error.value) and "\n" not in str(error.value)
 
@@ -104,7 +104,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         read_recipe("lilt/lwaa")
     with pytest.raises(UserError, match=r"no recipe 'q'.*demo, .*start"):
         read_recipe("q")
-    with pytest.raises(UserError, match="recipes/none.toml"):
+    with pytest.raises(UserError, match=r"recipes/none.toml"):
         read_recipe("recipes/none.toml")
 
 

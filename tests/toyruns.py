@@ -1,7 +1,7 @@
 """Whole runs in seconds: tiny random towers saved to a folder as the hub would have them, and recipes that use them.
 
-In: a folder. Out: towers for ``file:FOLDER``, a ``Recipe`` of them and toy pairs, and what a run left behind. The towers
-are random but good enough to tell the toy world's colours and shapes apart, so heads on them can learn.
+In: a folder. Out: towers for ``file:FOLDER``, a ``Recipe`` of them and toy pairs, and what a run left behind. The
+towers are random but good enough to tell the toy world's colours and shapes apart, so heads on them can learn.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clasp.align import Aligned, align
@@ -82,6 +82,14 @@ def lines(file: Path) -> list[dict]:
 def delta(folder: Path) -> dict[str, Tensor]:
     """The trained tensors of a run."""
     return load_file(folder / "delta.safetensors")
+
+
+def spoil(tower: Path) -> None:
+    """One number of one norm of a saved tower becomes another."""
+    tensors = load_file(tower / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.lower().endswith("layernorm.weight"))
+    tensors[name][0] += 1e-3
+    save_file(tensors, tower / "model.safetensors", {"format": "pt"})
 
 
 @cache

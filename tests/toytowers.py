@@ -1,4 +1,4 @@
-"""Tiny random towers of every family clasp knows, built from configurations: no file, no hub, a few thousand parameters."""
+"""Tiny random towers of every family clasp knows, built from configurations: no file, no hub, few parameters."""
 
 from __future__ import annotations
 

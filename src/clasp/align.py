@@ -63,7 +63,9 @@ def align(
     Raises ``UserError`` for anything the user can mend, as early as it can be known.
     """
     if recipe.data.train is None:
-        raise UserError("no pairs to train on: set data.train to a folder, a .csv .tsv .jsonl .parquet file or tar shards")
+        raise UserError(
+            "no pairs to train on: set data.train to a folder, a .csv .tsv .jsonl .parquet file or tar shards"
+        )
     folder = Run(run)
     start = folder.read_state() if resume else folder.refuse_taken()
     train, val = training_pairs(recipe)
@@ -231,7 +233,9 @@ def _refuse_changes(folder: Run, recipe: Recipe, model: DualEncoder, content: st
     if facts.recipe != recipe.to_dict():
         raise UserError(f"{folder.path} was started with another recipe; a run goes on with its own only")
     if facts.base.get("pairs") != content:
-        raise UserError(f"{folder.path} cannot go on: the pairs of {recipe.data.train} have changed since it was stopped")
+        raise UserError(
+            f"{folder.path} cannot go on: the pairs of {recipe.data.train} have changed since it was stopped"
+        )
 
 
 def _unread(sample: Skipped) -> dict[str, str]:

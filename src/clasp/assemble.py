@@ -1,7 +1,7 @@
 """A recipe's objects: bases, towers, tuning, heads; and a run folder back to a model that is ready to use.
 
-The only place besides the run folder's own module that knows how a ``DualEncoder`` is made. With ``meta=True`` nothing
-but shapes exists, which is all that counting needs.
+The only place that knows how a ``DualEncoder`` is made. With ``meta=True`` nothing but shapes exists, which is all that
+counting needs.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ class Assembled:
 
 
 def build(recipe: Recipe, *, meta: bool = False) -> DualEncoder:
-    """The model of a recipe, with its selection made. ``meta=True``: shapes only, nothing loaded."""
-    image = open_base(recipe.image, meta=meta)
-    text = open_base(recipe.text, meta=meta)
-    return _model(recipe, image, text)
+    """The model of a recipe, with its selection made. ``meta=True``: shapes only, nothing loaded.
+
+    Raises ``UserError`` for a tower that cannot be opened, a method that matches nothing, and when nothing trains.
+    """
+    return _model(recipe, open_base(recipe.image, meta=meta), open_base(recipe.text, meta=meta))
 
 
 def assemble(recipe: Recipe) -> Assembled:
-    """The model of a recipe with its weights, its image transform and its tokenizer."""
+    """The model of a recipe with its weights, its image transform and its tokenizer. Raises ``UserError`` as above."""
     image, text = open_base(recipe.image), open_base(recipe.text)
     assert image.transform is not None and text.tokenizer is not None
     changes = {"size": recipe.image.size, "resize": recipe.image.resize, "ground": recipe.image.ground}
@@ -101,4 +102,6 @@ def _check_end_token(recipe: Recipe, text: Base, tokenizer: Tokenizer) -> None:
     if (recipe.text.pool or text.pool) == "eos":
         ends = {row[-1] for row in tokenizer.encode(["a", "two words"])}
         if len(ends) != 1:
-            raise UserError(f"text.pool = 'eos': the tokenizer of {text.name} ends no text with an end token; use last or mean")
+            raise UserError(
+                f"text.pool = 'eos': the tokenizer of {text.name} ends no text with an end token; use last or mean"
+            )

@@ -15,7 +15,6 @@ from clasp.model import DualEncoder
 from clasp.recipe import Recipe
 from clasp.train.state import Fitted
 
-
 TITLES = {"mean_per_class": "mean per class", "median_rank": "median rank"}
 LEFT_OUT = ("mean_recall",)  # the mean of its neighbours
 
@@ -44,7 +43,11 @@ def grids(results: Sequence[Result]) -> list[Grid]:
         titles = [TITLES.get(name, name.replace("recall@", "R@")) for name in names]
         grid = made.setdefault((task, tuple(names)), Grid(task, [task, *titles, "guessing"], []))
         is_mean = not direction and any(other.task.startswith(f"{task}/") for other in results)
-        what = result.language.removeprefix("macro:") or direction.replace("_", " ") or ("both ways" if is_mean else result.data)
+        what = (
+            result.language.removeprefix("macro:")
+            or direction.replace("_", " ")
+            or ("both ways" if is_mean else result.data)
+        )
         guess = [number(name, result.chance[name]) for name in names if name in result.chance]
         grid.rows.append([what, *(_with_interval(result, name) for name in names), " / ".join(guess)])
     return list(made.values())
@@ -61,7 +64,13 @@ def number(name: str, value: float) -> str:
 
 
 def card(
-    recipe: Recipe, model: DualEncoder, run: Path, fitted: Fitted, results: Sequence[Result], train_pairs: int, val_pairs: int
+    recipe: Recipe,
+    model: DualEncoder,
+    run: Path,
+    fitted: Fitted,
+    results: Sequence[Result],
+    train_pairs: int,
+    val_pairs: int,
 ) -> str:
     """The text of the run's ``README.md``."""
     counts = model.counts()
@@ -88,8 +97,8 @@ texts = model.encode_text(["a caption"])
 model.similarity(images, texts)
 ```
 
-`recipe.toml` is everything that decided this run. `delta.safetensors` holds what was trained and nothing else: it stands
-on the weights named in `base.json` and is refused by others. The two towers keep their own licences.
+`recipe.toml` is everything that decided this run. `delta.safetensors` holds what was trained and nothing else: it
+stands on the weights named in `base.json` and is refused by others. The two towers keep their own licences.
 """
 
 

@@ -24,10 +24,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import typer
 
 app = typer.Typer(
-    help="Make a CLIP out of two pre-trained models.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+    help="Make a CLIP out of two pre-trained models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
 )
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or one of clasp's own: start, lilt/lwa, …")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A TOML file, or one of clasp's own: start, lilt/lwa, …")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. train.batch=512")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
@@ -63,7 +68,9 @@ def params(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = 
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the run; the recipe's and a number if left out.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the run; the recipe's and a number if left out.")
+    ] = None,
     runs: Annotated[Path, typer.Option("--runs", help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Align two towers on your pairs: writes a run folder and says what to type next."""
@@ -87,7 +94,9 @@ def resume(run: RunArgument) -> None:
 def evaluate(
     run: RunArgument,
     task: Annotated[str, typer.Argument(help="zeroshot | retrieval | multilingual")],
-    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data=…, classes=…, templates=…")] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data=…, classes=…, templates=…")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask a run a question about some pairs; the answer is also kept in its results.jsonl."""
@@ -104,7 +113,9 @@ def evaluate(
 @app.command()
 def index(
     run: RunArgument,
-    source: Annotated[str, typer.Argument(metavar="FOLDER|PAIRS", help="A folder of images, or pairs as for training.")],
+    source: Annotated[
+        str, typer.Argument(metavar="FOLDER|PAIRS", help="A folder of images, or pairs as for training.")
+    ],
 ) -> None:
     """Embed images and keep them to be searched; a second call embeds only what is new."""
     from clasp.finding import index_into
@@ -119,9 +130,13 @@ def index(
 def search(
     run: RunArgument,
     words: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
-    image: Annotated[Path | None, typer.Option("--image", help="Look for pictures like this one; with words, for both.")] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", help="Look for pictures like this one; with words, for both.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
-    sheet: Annotated[Path | None, typer.Option("--sheet", help="PNG with the hits; in the run folder if left out.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", help="PNG with the hits; in the run folder if left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Search the indexed images by words, by a picture, or by both."""

@@ -1,12 +1,12 @@
 """Files and strings to unit vectors: an encoder with the eyes and ears that belong to it.
 
 ``Model`` joins an ``Encoder`` to the image transform and the tokenizer of its towers, so that whoever asks for an
-embedding cannot use the wrong ones. In go paths, bytes, pictures or strings, out come rows in the order they were given.
+embedding cannot use the wrong ones. In go paths, bytes, pictures or strings, out come rows in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clasp.data.batches import text_batches
+from clasp.data.features import Progress
 from clasp.data.images import ImageError, ImageTransform
 from clasp.data.text import Tokenizer
 from clasp.types import Encoder, Pixels, Tokens, UserError
-
-Progress = Callable[[int, int], None]
 
 
 def no_progress(done: int, total: int) -> None:
@@ -45,8 +44,11 @@ class Model:
     ) -> Float[Tensor, "n E"]:
         """Paths, encoded bytes or PIL pictures to unit vectors.
 
-        Raises ``UserError`` naming the image that cannot be read.
+        Raises ``UserError`` naming the image that cannot be read, and for one image that is not in a list.
         """
+        if isinstance(images, str | bytes | Path):
+            what = "bytes" if isinstance(images, bytes) else repr(str(images))
+            raise UserError(f"encode_image takes a list of images, not {what} alone")
         rows = []
         with torch.inference_mode():
             for start in range(0, len(images), batch):
@@ -59,7 +61,10 @@ class Model:
     def encode_text(
         self, texts: Sequence[str], *, batch: int = 256, progress: Progress = no_progress
     ) -> Float[Tensor, "n E"]:
-        """Strings to unit vectors; sorted by length inside, so that short ones are never padded to long ones."""
+        """Strings to unit vectors; sorted by length inside, so that short ones are never padded to long ones.
+
+        Raises ``UserError`` for one string that is not in a list.
+        """
         if isinstance(texts, str):
             raise UserError(f"encode_text takes a list of strings, not the string {texts!r}")
         rows: dict[int, Tensor] = {}
@@ -80,5 +85,3 @@ class Model:
         except (ImageError, OSError) as error:
             name = image if isinstance(image, str | Path) else f"image {position}"
             raise UserError(f"{name}: {error}") from None
-
-

@@ -18,7 +18,7 @@ from clasp.evaluate.questions import class_list
 from clasp.evaluate.tasks import Result
 from clasp.inputs import Bar, Inputs, no_bar
 from clasp.model import DualEncoder
-from clasp.quiz import by_language, languages_of, multilingual, retrieval, zeroshot
+from clasp.quiz import languages_of, multilingual, retrieval, zeroshot
 from clasp.recipe import from_dict
 from clasp.train.checkpoint import Run
 from clasp.types import UserError
@@ -30,7 +30,9 @@ def examine(run: str | Path, task: str, options: Sequence[str] = (), *, bar: Bar
     """Ask ``task`` of a run. Options are ``key=value``; see each function below. Raises ``UserError``."""
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)
-        raise UserError(f"unknown task {task!r}; {f'did you mean {near[0]}? ' if near else ''}tasks: {', '.join(TASKS)}")
+        raise UserError(
+            f"unknown task {task!r}; {f'did you mean {near[0]}? ' if near else ''}tasks: {', '.join(TASKS)}"
+        )
     ask, known = TASKS[task]
     given = _options(task, options, known)
     if "data" not in given:
@@ -47,14 +49,18 @@ def examine(run: str | Path, task: str, options: Sequence[str] = (), *, bar: Bar
 
 
 def ask_zeroshot(model: DualEncoder, pairs: Pairs, inputs: Inputs, options: Options) -> list[Result]:
-    """``data``: class folders, or pairs whose ``class`` (or another column, ``label=``) is the class; ``classes``: a file
-    with one class a line; ``templates``: a file with one a line, or one template with ``{}``."""
+    """``data``: class folders, or pairs with their class in ``class`` or another column (``label=``); ``classes``: a
+    file with one class a line; ``templates``: a file with one a line, or one template with ``{}``."""
     label = options.get("label", "class")
     for pair in pairs:
         if label not in pair.meta:
             has = ", ".join(map(str, pair.meta)) or "none"
-            raise UserError(f"{pair.id} of {options['data']} has no column {label!r} with its class; label= one of: {has}")
-    classes = class_list(Path(options["classes"])) if "classes" in options else sorted({str(p.meta[label]) for p in pairs})
+            raise UserError(
+                f"{pair.id} of {options['data']} has no column {label!r} with its class; label= one of: {has}"
+            )
+    classes = (
+        class_list(Path(options["classes"])) if "classes" in options else sorted({str(p.meta[label]) for p in pairs})
+    )
     templates = _templates(options.get("templates", "a photo of a {}."))
     task = zeroshot(pairs, inputs, classes=classes, templates=templates, data=options["data"], label=label)
     return task.results(model)
@@ -89,7 +95,10 @@ def _options(task: str, options: Sequence[str], known: Sequence[str]) -> dict[st
         key, equals, value = option.partition("=")
         if not equals or key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f"{task}: {option!r} is not an option; {f'did you mean {near[0]}=…? ' if near else ''}it takes {', '.join(known)}")
+            raise UserError(
+                f"{task}: {option!r} is not an option; {f'did you mean {near[0]}=…? ' if near else ''}"
+                f"it takes {', '.join(known)}"
+            )
         given[key] = value
     return given
 

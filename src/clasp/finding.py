@@ -10,8 +10,8 @@ from pathlib import Path
 
 from clasp.align import open_as_trained
 from clasp.assemble import load
-from clasp.data.images import contact_sheet
 from clasp.data.pairs import folder_images
+from clasp.data.sheets import contact_sheet
 from clasp.inputs import Bar, no_bar
 from clasp.recipe import from_dict
 from clasp.search.engine import Engine, Indexed

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from clasp.data.batches import Tally, image_batches, log_skipped, text_batches
-from clasp.data.features import CachedImages, CachedTexts, Features, pooled_images, pooled_texts
+from clasp.data.features import CachedImages, CachedTexts, Features, Progress, pooled_images, pooled_texts
 from clasp.data.images import Augment, ImageTransform
 from clasp.data.pairs import Pairs
 from clasp.data.sides import ImageSide, Listing, LiveImages, LiveTexts, TextSide
@@ -23,7 +23,6 @@ from clasp.data.text import Tokenizer
 from clasp.nn.towers import Tower
 from clasp.types import Pixels, Pooled, Skipped, TextInput, Tokens
 
-Progress = Callable[[int, int], None]
 Bar = Callable[[str], AbstractContextManager[Progress]]
 
 
@@ -102,16 +101,17 @@ class Inputs:
             if all(text in rows for text in texts):
                 return Features(features.kept, np.array([rows[text] for text in texts], dtype=np.int64))
         with self._bar(f"captions through {self.text.name}") as progress:
-            return pooled_texts(
+            features = pooled_texts(
                 self.text, self.tokenizer, texts, batch=64, cache=self._cache, progress=progress, device=self._device
             )
+        self._ahead.append((dict(zip(texts, features.index.tolist(), strict=True)), features))
+        return features
 
     def read_ahead(self, texts: Iterable[str]) -> None:
         """Put the texts of many small questions through a frozen text tower at once; the questions then find them."""
         different = sorted(set(texts))
         if self.text_frozen and different:
-            features = self.text_features(different)
-            self._ahead.append((dict(zip(different, features.index.tolist(), strict=True)), features))
+            self.text_features(different)
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 

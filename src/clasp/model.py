@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor, nn
 
 from clasp.nn.towers import Tower, tensor_hashes
 from clasp.nn.tuning import freeze
 from clasp.types import Batch, Embeddings, ImageInput, Pixels, Pooled, TextInput, Tokens, UserError
 
-MAX_LOG_SCALE = math.log(100)  # CLIP, section 2.5
+START_LOG_SCALE, MAX_LOG_SCALE = math.log(1 / 0.07), math.log(100)  # CLIP, section 2.5
 
 
 class HeadSettings(BaseModel):
@@ -30,7 +31,7 @@ class HeadSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["linear", "mlp", "glu", "none"] = "linear"
-    """``mlp`` adds a hidden layer beside the linear map; ``glu`` is a gated layer (SAIL); ``none`` joins equal widths"""
+    """``mlp``: a hidden layer beside the linear map; ``glu``: a gated layer (SAIL); ``none`` joins equal widths"""
     width: int = Field(default=512, ge=1)
     """E, the width of the joint space"""
     hidden: int | None = Field(default=None, ge=1)
@@ -40,8 +41,8 @@ class HeadSettings(BaseModel):
     start: Literal["random", "cca"] = "random"
     """``cca``: linear heads start where canonical correlation has them in closed form; needs ``standardize`` and frozen
     towers"""
-    ridge: float = Field(default=1.0, gt=0)
-    """Ridge of that closed form, in units of a feature's variance"""
+    ridge: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    """Ridges of that closed form, image and text, in units of a feature's variance"""
     noise: float = Field(default=0.0, ge=0)
     """Deviation of the Gaussian noise added to the features while training"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -49,7 +50,7 @@ class HeadSettings(BaseModel):
 
 
 class Standardize(nn.Module):
-    """``x * scale + shift`` per feature. Starts from data: see ``start_from`` (Kingma & Dhariwal, 2018, section 3.1)."""
+    """``x * scale + shift`` per feature, starting from data (``start_from``; Kingma & Dhariwal, 2018, section 3.1)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -57,7 +58,7 @@ class Standardize(nn.Module):
         self.shift = nn.Parameter(torch.zeros(width))
 
     def start_from(self, features: Float[Tensor, "n D"]) -> None:
-        """Set scale and shift so that ``features`` come out with mean 0 and deviation 1. Constant features stay small."""
+        """Make ``features`` come out with mean 0 and deviation 1. Constant features stay small."""
         deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
         scale = 1 / deviation.clamp(min=1e-3 * float(deviation.median()) + 1e-12)
         with torch.no_grad():
@@ -110,7 +111,9 @@ class Head(nn.Module):
         super().__init__()
         out, hidden = settings.width, settings.hidden or 2 * settings.width
         if settings.kind == "none" and width != out:
-            raise UserError(f"head.kind = 'none' joins pooled vectors as they are: width {width} is not head.width = {out}")
+            raise UserError(
+                f"head.kind = 'none' joins pooled vectors as they are: width {width} is not head.width = {out}"
+            )
         self.standardize = Standardize(width) if settings.standardize else None
         self.noise, self.dropout = Noise(settings.noise), nn.Dropout(settings.dropout)
         self.map: nn.Module = {
@@ -148,23 +151,29 @@ class DualEncoder(nn.Module):
     """
 
     def __init__(
-        self, image: Tower, text: Tower, head: HeadSettings, *, loss: str, seed: int, name: str = "clasp", scale: float = 1 / 0.07
+        self,
+        image: Tower,
+        text: Tower,
+        head: HeadSettings,
+        *,
+        loss: str,
+        seed: int,
     ):
         super().__init__()
-        self.name = name
+        self.name = f"{image.name} + {text.name}"
         self.image, self.text = image, text
         device = next(image.parameters()).device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.image_head = Head(image.width, head).to(device)
             self.text_head = Head(text.width, head).to(device)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale), device=device))
+        self.log_scale = nn.Parameter(torch.tensor(START_LOG_SCALE, device=device))
         # SigLIP (Zhai et al., ICCV 2023) needs a bias against the many negatives; InfoNCE cannot see one
         self.bias = nn.Parameter(torch.tensor(-10.0, device=device)) if loss == "sigmoid" else None
         self.selection: frozenset[str] = frozenset()
         self.select(())
 
-    def select(self, names: frozenset[str] | set[str] | tuple[str, ...]) -> None:
+    def select(self, names: Iterable[str]) -> None:
         """Make ``names`` the selection and freeze everything else."""
         self.selection = frozenset(names)
         freeze(self, self.selection)
@@ -200,13 +209,11 @@ class DualEncoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Of everything an embedding depends on: both bases and the delta."""
-        trained = sorted(tensor_hashes(_Tensors(self.delta())).items())
-        rest = sorted(tensor_hashes(_Tensors({n: p for n, p in self.named_parameters() if n in self._untrained_new()})).items())
-        return hashlib.sha256(repr((self.image.fingerprint, self.text.fingerprint, trained, rest)).encode()).hexdigest()
-
-    def _untrained_new(self) -> set[str]:
-        return set().union(*self.new_names.values()) - self.selection
+        """Of everything an embedding depends on: both bases, the delta, and what is new though it does not train."""
+        ours = self.selection.union(*self.new_names.values())
+        tensors = {name: p.detach() for name, p in self.named_parameters() if name in ours}
+        hashes = sorted(tensor_hashes(tensors).items())
+        return hashlib.sha256(repr((self.image.fingerprint, self.text.fingerprint, hashes)).encode()).hexdigest()
 
     # --- encoding ------------------------------------------------------------------------------------------------
 
@@ -236,14 +243,3 @@ class DualEncoder(nn.Module):
     def after_step(self) -> None:
         """Keep the scale at or below 100, as CLIP does."""
         self.log_scale.clamp_(max=MAX_LOG_SCALE)
-
-
-class _Tensors(nn.Module):
-    """A dictionary of tensors that looks like a module, to be hashed as one."""
-
-    def __init__(self, tensors: dict[str, Tensor]):
-        super().__init__()
-        self.tensors = tensors
-
-    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        return self.tensors

@@ -1,7 +1,7 @@
 """A run as data: one TOML file, changed by dotted overrides, checked whole before anything is computed.
 
-In goes a file (or a name from ``recipes/``) and strings such as ``train.batch=512``; out comes a frozen ``Recipe``. Each
-section's settings live beside what they configure; here they are only put together. An unknown key or value is one
+In goes a file (or a name from ``recipes/``) and strings such as ``train.batch=512``; out comes a frozen ``Recipe``.
+Each section's settings live beside what they configure; here they are only put together. An unknown key or value is one
 error that names the nearest valid ones.
 """
 
@@ -223,7 +223,11 @@ def _key(error: Any) -> str:
     known, key = known_keys(), ""
     for part in error["loc"]:
         longer = f"{key}.{part}".removeprefix(".")
-        if known.get(key) is None or longer in known or error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        if (
+            known.get(key) is None
+            or longer in known
+            or error["type"] in ("extra_forbidden", "unexpected_keyword_argument")
+        ):
             key = longer
     return key
 

@@ -6,10 +6,12 @@ in place, before the first step. A run that goes on must not do it again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from clasp.data.batches import Tally
 from clasp.data.pairs import Pairs
@@ -20,46 +22,59 @@ from clasp.nn.towers import Tower
 from clasp.train.closed import cca
 from clasp.types import ImageInput, Pixels, Pooled, TextInput, Tokens
 
-LOOKED_AT = 2048  # pairs, evenly spread, whose mean and deviation are taken for those of all
+# captions, with their images, whose mean and deviation are taken for those of all; rows of a cache cost nothing
+LOOKED_AT_CACHED, LOOKED_AT_LIVE = 65_536, 2_048
 
 
 def start_heads(
     model: DualEncoder, inputs: Inputs, pairs: Pairs, listing: Listing, settings: HeadSettings, tally: Tally
 ) -> None:
     """Let the heads start from the training pairs, as the settings say; images that cannot be read go to ``tally``."""
-    if not settings.standardize:
+    image, text = model.image_head.standardize, model.text_head.standardize
+    if image is None or text is None:
         return
     pooled = _PooledRows(model, inputs, pairs, listing, tally)
-    heads, count = (model.image_head, model.text_head), len(pairs)
-    some = pooled.rows(np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(np.int64)), draw=0)
-    for head, features in zip(heads, some, strict=True):
-        assert head.standardize is not None
-        head.standardize.start_from(features)
+    most = LOOKED_AT_CACHED if inputs.image_frozen and inputs.text_frozen else LOOKED_AT_LIVE
+    some = zip(*pooled.every_caption(_spread(listing, most)), strict=True)
+    for standardize, parts in zip((image, text), some, strict=True):
+        standardize.start_from(torch.cat(parts))
     if settings.start == "cca":
-        captions = np.diff(listing.first)
-        every = [np.flatnonzero(captions > draw) for draw in range(int(captions.max()))]
-        batches = (
-            tuple(head.standardize(rows) for head, rows in zip(heads, pooled.rows(part, draw), strict=True))
-            for draw, numbers in enumerate(every)
-            for part in np.array_split(numbers, -(-len(numbers) // 4096))
-        )
         with torch.no_grad():
-            maps = cca(batches, settings.width, ridge=settings.ridge)
-            for head, weight in zip(heads, (maps.image, maps.text), strict=True):
+            whole = np.arange(len(pairs))
+            every = ((image(images), text(texts)) for images, texts in pooled.every_caption(whole))
+            maps = cca(every, settings.width, ridge=settings.ridge)
+            for head, weight in ((model.image_head, maps.image), (model.text_head, maps.text)):
+                assert isinstance(head.map, nn.Linear)
                 head.map.weight.copy_(weight)
                 head.map.bias.zero_()
 
 
+def _spread(listing: Listing, most: int) -> Int[np.ndarray, " n"]:
+    """Pairs evenly spread over all, with at most about ``most`` captions."""
+    count = max(1, min(len(listing), most * len(listing) // int(listing.first[-1])))
+    return np.unique(np.linspace(0, len(listing) - 1, count).astype(np.int64))
+
+
 class _PooledRows:
-    """Both towers' pooled output for chosen pairs, each with its caption number ``draw``."""
+    """Both towers' pooled output for chosen pairs."""
 
     def __init__(self, model: DualEncoder, inputs: Inputs, pairs: Pairs, listing: Listing, tally: Tally):
         self.model, self.listing, self.tally = model, listing, tally
         self.image = inputs.image_side(pairs, None) if inputs.image_frozen else LiveImages(inputs.transform)
         self.text = inputs.text_side(listing) if inputs.text_frozen else LiveTexts(inputs.tokenizer)
 
+    def every_caption(
+        self, pairs: Int[np.ndarray, " n"]
+    ) -> Iterator[tuple[Float[Tensor, "m Di"], Float[Tensor, "m Dt"]]]:
+        """Each caption of these pairs once, with its image."""
+        captions = np.diff(self.listing.first)[pairs]
+        for draw in range(int(captions.max())):
+            numbers = pairs[captions > draw]
+            for part in np.array_split(numbers, -(-len(numbers) // 4096)):
+                yield self.rows(part, draw)
+
     def rows(self, numbers: Int[np.ndarray, " n"], draw: int) -> tuple[Float[Tensor, "m Di"], Float[Tensor, "m Dt"]]:
-        """Aligned features of those of the pairs that can be read."""
+        """Aligned features of those of the pairs that can be read, each with its caption number ``draw``."""
         images, texts = [], []
         for start in range(0, len(numbers), 256):
             part = numbers[start : start + 256]
@@ -70,7 +85,9 @@ class _PooledRows:
                 images.append(_pooled(self.model.image, seen.inputs))
                 texts.append(_pooled(self.model.text, self.text(picks[seen.kept], self.listing.__getitem__).inputs))
         if not images:
-            return tuple(torch.empty(0, tower.width) for tower in (self.model.image, self.model.text))
+            device = self.model.log_scale.device
+            image, text = self.model.image, self.model.text
+            return torch.empty(0, image.width, device=device), torch.empty(0, text.width, device=device)
         return torch.cat(images), torch.cat(texts)
 
 

@@ -32,7 +32,12 @@ def say(line: str) -> None:
 def bar(title: str) -> Iterator[Progress]:
     """A bar that appears with the first call of the progress function it gives; plain lines where nobody watches."""
     if sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with RichProgress(*columns, console=Console(stderr=True), transient=False) as rich:
             task = rich.add_task(title, visible=False)
             yield lambda done, total: rich.update(task, completed=done, total=total, visible=True)

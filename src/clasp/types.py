@@ -137,8 +137,13 @@ class Embeddings:
 class Encoder(Protocol):
     """Anything that puts images and texts into one space; all evaluation and search stand on this."""
 
-    name: str
-    fingerprint: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that an embedding depends on."""
+        ...
 
     def encode_image(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B E"]: ...
 
@@ -180,8 +185,11 @@ class Loss(Protocol):
 class Evaluator(Protocol):
     """Asks one question of an encoder. ``primary`` names the answer that decides between two models."""
 
-    name: str
-    primary: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def primary(self) -> str: ...
 
     def __call__(self, encoder: Encoder) -> dict[str, float]: ...
 

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -13,14 +14,14 @@ import pytest
 import safetensors.torch
 import torch
 import transformers as hf
-from savedtowers import END, PREPROCESSOR, WHOLE, save
-from toytowers import IMAGE_NETS, TEXT_NETS, inputs
 
 from clasp.data.images import ImageTransform
 from clasp.nn.foreign.hub import DEIT, open_base
 from clasp.nn.towers import Base, ImageSettings, TextSettings, Tower
 from clasp.nn.tuning import freeze
 from clasp.types import Pixels, Tokens, UserError
+from savedtowers import END, PREPROCESSOR, WHOLE, save, save_tokenizer
+from toytowers import IMAGE_NETS, TEXT_NETS, inputs
 
 MEAN, STD = tuple(PREPROCESSOR["image_mean"]), tuple(PREPROCESSOR["image_std"])
 
@@ -178,11 +179,19 @@ TRANSFORMS = [  # what preprocessor_config.json says, and what we make of it
     ("beit", {"size": 224, "crop_size": 224, "do_center_crop": False}, dict(size=224, resize="squash")),
     ("convnext", {"size": {"shortest_edge": 224}, "crop_pct": 0.875}, dict(size=224, crop_fraction=0.875)),
     ("convnext large", {"size": {"shortest_edge": 384}, "crop_pct": None}, dict(size=384, resize="squash")),
-    ("efficientnet", {"size": SQUARE, "include_top": True}, dict(size=224, resize="squash", std=tuple(s * s for s in STD))),
+    (
+        "efficientnet",
+        {"size": SQUARE, "include_top": True},
+        dict(size=224, resize="squash", std=tuple(s * s for s in STD)),
+    ),
     ("mobilenet", {"size": {"shortest_edge": 256}, "resample": 0}, dict(size=256, interpolation="bilinear")),
     ("lanczos", {"size": SQUARE, "resample": 1}, dict(size=224, resize="squash", interpolation="lanczos")),
-    ("not normalised", {"size": SQUARE, "do_normalize": False}, dict(size=224, resize="squash", mean=(0.0,) * 3, std=(1.0,) * 3)),
-]  # fmt: skip
+    (
+        "not normalised",
+        {"size": SQUARE, "do_normalize": False},
+        dict(size=224, resize="squash", mean=(0.0,) * 3, std=(1.0,) * 3),
+    ),
+]
 
 
 @pytest.mark.parametrize(("said", "expected"), [row[1:] for row in TRANSFORMS], ids=[row[0] for row in TRANSFORMS])
@@ -221,29 +230,23 @@ def test_tokenizer_is_the_folders(tmp_path: Path):
     assert tokens.mask.tolist() == [[True] * 5, [True, True, True, False, False]]
 
 
+SMALL = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=64)
+
+
 def test_no_longer_than_the_position_table(tmp_path: Path):
     hf.BertModel(hf.BertConfig(**SMALL, max_position_embeddings=20)).save_pretrained(tmp_path / "bert")
     # positions count from the padding id on
     roberta = hf.XLMRobertaConfig(**SMALL, max_position_embeddings=20, pad_token_id=1)
     hf.XLMRobertaModel(roberta).save_pretrained(tmp_path / "xlm")
     for name, longest in (("bert", 20), ("xlm", 18)):
-        save_tokenizer_only(tmp_path / name)
+        save_tokenizer(tmp_path / name, template="<s> $A </s>")
         base = text(f"file:{tmp_path / name}", max_tokens=longest)
         assert base.tokenizer is not None and base.tokenizer().max_tokens == longest
         with torch.no_grad():
             assert Tower(base).pooled(base.tokenizer()([" ".join(["w5"] * 90)])).isfinite().all()
-        says(f"has positions for {longest} tokens", lambda: text(f"file:{tmp_path / name}", max_tokens=longest + 1))
+        says(f"has positions for {longest} tokens", partial(text, base.name, max_tokens=longest + 1))
     save("llama", tmp_path / "llama")  # rotary positions have no table
     assert text(f"file:{tmp_path / 'llama'}", max_tokens=30_000)
-
-
-SMALL = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=64)
-
-
-def save_tokenizer_only(folder: Path) -> None:
-    from savedtowers import save_tokenizer
-
-    save_tokenizer(folder, template="<s> $A </s>")
 
 
 # --- what cannot be had ----------------------------------------------------------------------------------------------
@@ -282,7 +285,10 @@ def test_not_one_encoder(tmp_path: Path):
     hf.BlipConfig().save_pretrained(tmp_path / "blip")
     hf.WhisperConfig().save_pretrained(tmp_path / "whisper")
     hf.Wav2Vec2Config().save_pretrained(tmp_path / "wave")
-    says("is bart, an encoder with a decoder; clasp takes the text half of clip", lambda: text(f"file:{tmp_path / 'bart'}"))
+    says(
+        "is bart, an encoder with a decoder; clasp takes the text half of clip",
+        lambda: text(f"file:{tmp_path / 'bart'}"),
+    )
     says("is blip, several encoders; clasp takes the image half of clip", lambda: image(f"file:{tmp_path / 'blip'}"))
     says("an encoder with a decoder", lambda: text(f"file:{tmp_path / 'whisper'}"))
     says("is a model of input_values", lambda: text(f"file:{tmp_path / 'wave'}"))
@@ -359,7 +365,7 @@ def test_timm_is_an_extra(monkeypatch: pytest.MonkeyPatch):
 
 # --- a user's own ----------------------------------------------------------------------------------------------------
 
-FACTORIES = '''
+FACTORIES = """
 from toytowers import base
 from dataclasses import replace
 from clasp.data.images import ImageTransform
@@ -378,7 +384,7 @@ def words():
 
 def odd():
     return 7
-'''
+"""
 
 
 @pytest.mark.parametrize("module", ["toyfactory_alone", "toyfactory_package.inside"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toytowers import IMAGE_NETS, NETS, base, inputs
 
 from clasp.nn.towers import Tower
 from clasp.nn.tuning import freeze, parse, tune
 from clasp.types import UserError
+from toytowers import IMAGE_NETS, NETS, base, inputs
 
 METHODS = [
     "full", "none", "norms", "biases", "attention", "mlp", "last(1)", "adapters", "adapters(place='input')",
@@ -144,7 +144,8 @@ def test_structure_is_found_where_the_family_is_unknown(name: str):
 
     net = Mystery()
     assert tune(net, ["last(1)"], seed=0) == {
-        f"stack.2.{n}" for n in ("self_attn.mix.weight", "self_attn.mix.bias", "ffn.mix.weight", "ffn.mix.bias", "ln.weight")
+        f"stack.2.{n}"
+        for n in ("self_attn.mix.weight", "self_attn.mix.bias", "ffn.mix.weight", "ffn.mix.bias", "ln.weight")
     } | {"final.weight", "final.bias"}
     assert "stack.0.ln.weight" in tune(net, ["norms"], seed=0)
     assert len(tune(net, ["adapters"], seed=0)) == 3 * 2 * 4
@@ -162,6 +163,7 @@ def test_structure_is_found_where_the_family_is_unknown(name: str):
         ("adapters(reduktion=2)", "no option 'reduktion'"),
         ("adapters(place='middle')", "output, input"),
         ("adapters(reduction=0)", "whole number from 1"),
+        ("lora(rank=0)", "rank is a whole number from 1"),
         ("norms(blocks='a:b')", "is not a range"),
         ("last(1, 2)", "last takes"),
     ],
@@ -181,8 +183,9 @@ def test_nothing_matched_is_an_error():
             tune(base("bert").net, [spec], seed=0)
     with pytest.raises(UserError, match="none stands alone"):
         tune(base("bert").net, ["none", "norms"], seed=0)
-    with pytest.raises(UserError, match="does not take"):
-        tune(base("bert").net, ["lora(rnak=3)"], seed=0)
+    for spec in ("lora(rnak=3)", "ia3(rank=3)", "hra(alpha=1)"):
+        with pytest.raises(UserError, match="does not take"):
+            tune(base("bert").net, [spec], seed=0)
 
 
 def test_batch_norm_keeps_its_statistics():

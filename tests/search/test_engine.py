@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clasp.data.images import ImageTransform, contact_sheet
+from clasp.data.images import ImageTransform
 from clasp.data.pairs import FileSource, folder_images, open_pairs
+from clasp.data.sheets import contact_sheet
 from clasp.data.text import Tokenizer
 from clasp.embed import Model
 from clasp.search.corpus import source_from_dict, source_to_dict

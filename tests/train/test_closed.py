@@ -1,4 +1,4 @@
-"""The closed form of two linear heads against a slow obvious one, on pairs whose correlations are known, and at its edges."""
+"""The closed form of two linear heads: against a slow obvious one, where the answer is known, and at its edges."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def some_pairs(count: int = 400, *, image: int = 9, text: int = 6, shared: int =
 
 
 def slowly(x: Tensor, y: Tensor, width: int, ridge: float) -> Maps:
-    """As the textbook has it: eigenvectors of (Cxx + r)^-1 Cxy (Cyy + r)^-1 Cyx, each made unit length under Cxx + r."""
+    """As the textbook has it: eigenvectors of (Cxx + r)^-1 Cxy (Cyy + r)^-1 Cyx, of unit length under Cxx + r."""
     n = len(x)
     cxx, cyy = (m.T @ m / n + ridge * torch.eye(m.shape[1], dtype=m.dtype) for m in (x, y))
     cxy = x.T @ y / n
@@ -34,13 +34,15 @@ def slowly(x: Tensor, y: Tensor, width: int, ridge: float) -> Maps:
     image = image / (image * (cxx @ image)).sum(0).sqrt()
     text = torch.linalg.inv(cyy) @ cxy.T @ image
     text = text / (text * (cyy @ text)).sum(0).sqrt()
-    return Maps((correlations[:, None] * image.T).float(), (correlations[:, None] * text.T).float(), correlations.float())
+    return Maps(
+        (correlations[:, None] * image.T).float(), (correlations[:, None] * text.T).float(), correlations.float()
+    )
 
 
 @pytest.mark.parametrize("ridge", [1e-9, 0.1, 1.0])
 def test_equals_the_slow_obvious_way(ridge: float) -> None:
     x, y = some_pairs()
-    fast, slow = cca([(x, y)], 5, ridge=ridge), slowly(x, y, 5, ridge)
+    fast, slow = cca([(x, y)], 5, ridge=(ridge, ridge)), slowly(x, y, 5, ridge)
     torch.testing.assert_close(fast.correlations, slow.correlations, rtol=1e-4, atol=1e-5)
     signs = (fast.image * slow.image).sum(1).sign()  # a direction and its opposite are the same
     torch.testing.assert_close(fast.image, signs[:, None] * slow.image, rtol=1e-3, atol=1e-4)
@@ -55,7 +57,7 @@ def test_finds_correlations_that_were_put_there() -> None:
     x, noise = 500**0.5 * white[:, :3], 500**0.5 * white[:, 3:]  # exactly uncorrelated, variance 1
     y = wanted * x + (1 - wanted**2).sqrt() * noise
     mixed = torch.randn(3, 3, generator=generator, dtype=torch.float64)
-    maps = cca([(x @ mixed, y @ mixed.T)], 3, ridge=1e-10)
+    maps = cca([(x @ mixed, y @ mixed.T)], 3, ridge=(1e-10, 1e-10))
     torch.testing.assert_close(maps.correlations, wanted.float(), rtol=0, atol=1e-4)
     images, texts = (x @ mixed).float() @ maps.image.T, (y @ mixed.T).float() @ maps.text.T
     both = images.T @ texts / 500  # each direction is weighted by its correlation on either side
@@ -64,7 +66,10 @@ def test_finds_correlations_that_were_put_there() -> None:
 
 def test_batches_make_no_difference_and_few_directions_are_the_first_of_many() -> None:
     x, y = some_pairs()
-    whole, parts = cca([(x, y)], 6, ridge=0.5), cca(zip(x.split(77), y.split(77), strict=True), 3, ridge=0.5)
+    whole, parts = (
+        cca([(x, y)], 6, ridge=(0.5, 0.5)),
+        cca(zip(x.split(77), y.split(77), strict=True), 3, ridge=(0.5, 0.5)),
+    )
     torch.testing.assert_close(parts.image, whole.image[:3], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(parts.text, whole.text[:3], rtol=1e-4, atol=1e-6)
     assert (whole.correlations.diff() <= 0).all()
@@ -78,7 +83,7 @@ def test_the_ridge_is_noise_of_that_variance() -> None:
         (x + 0.7 * torch.randn(x.shape, generator=generator), y + 0.7 * torch.randn(y.shape, generator=generator))
         for _ in range(300)
     ]
-    by_noise, by_ridge = cca(noisy, 3, ridge=1e-9), cca([(x, y)], 3, ridge=0.49)
+    by_noise, by_ridge = cca(noisy, 3, ridge=(1e-9, 1e-9)), cca([(x, y)], 3, ridge=(0.49, 0.49))
     torch.testing.assert_close(by_noise.correlations, by_ridge.correlations, rtol=0.02, atol=0.005)
     alike = torch.cosine_similarity(by_noise.image, by_ridge.image, dim=1).abs()
     assert alike[:2].min() > 0.99, alike
@@ -86,7 +91,7 @@ def test_the_ridge_is_noise_of_that_variance() -> None:
 
 def test_fewer_pairs_than_features_need_the_ridge_and_do_not_overfit_with_it() -> None:
     x, y = some_pairs(12, image=40, text=30)
-    maps = cca([(x, y)], 10, ridge=1.0)
+    maps = cca([(x, y)], 10, ridge=(1.0, 1.0))
     assert maps.image.shape == (10, 40) and maps.text.shape == (10, 30)
     assert maps.image.isfinite().all() and maps.text.isfinite().all()
     assert maps.correlations.max() < 0.999, "twelve pairs always correlate fully without a ridge"
@@ -95,10 +100,10 @@ def test_fewer_pairs_than_features_need_the_ridge_and_do_not_overfit_with_it() -
 def test_more_directions_than_the_narrower_side_has_are_refused() -> None:
     x, y = some_pairs(image=9, text=6)
     with pytest.raises(UserError, match=r"head.width = 7: the closed form has at most 6 directions"):
-        cca([(x, y)], 7, ridge=1.0)
+        cca([(x, y)], 7, ridge=(1.0, 1.0))
 
 
 def test_power_weights_the_strong_directions() -> None:
     x, y = some_pairs()
-    plain, weighted = cca([(x, y)], 4, ridge=0.1, power=0.0), cca([(x, y)], 4, ridge=0.1, power=2.0)
+    plain, weighted = cca([(x, y)], 4, ridge=(0.1, 0.1), power=0.0), cca([(x, y)], 4, ridge=(0.1, 0.1), power=2.0)
     torch.testing.assert_close(weighted.image, plain.correlations[:, None] ** 2 * plain.image, rtol=1e-4, atol=1e-6)

@@ -24,12 +24,12 @@ TRAINED = ("en", "de", "fr", "es", "ru", "tr", "ar", "hi", "ja", "zh")
 TRAINED_LOW = ("sw", "yo", "ig", "cy", "eu", "km", "my", "si", "so", "mn")
 HELD_LOW = ("am", "zu", "ha", "gd", "lo", "qu")
 HELD = ("it", "pt", "nl", "sv", "pl", "cs", "uk", "el", "he", "fa", "bn", "ta", "vi", "th", "id", "ko")
-KEYWORDS_IN = ("en",)
+KEYWORDS_IN = ("en", "de", "fr", "es")
 """Languages whose training captions also come with keywords"""
 
 STYLES = ("noto", "twemoji", "fluent3d")
 SPLITS = ("train", "val", "test")
-_VERSION = "1"
+_VERSION = "2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,11 @@ def _concepts(data: Path) -> list[dict[str, Any]]:
 
 
 def _rows(
-    concepts: Sequence[dict[str, Any]], styles: Sequence[str], languages: Sequence[str], keywords: Sequence[str], folder: Path
+    concepts: Sequence[dict[str, Any]],
+    styles: Sequence[str],
+    languages: Sequence[str],
+    keywords: Sequence[str],
+    folder: Path,
 ) -> Iterator[dict[str, Any]]:
     for concept in concepts:
         captions = []
@@ -104,7 +108,13 @@ def _rows(
             image = f"images/{style}/{concept['concept']}.webp"
             if (folder / image).exists():
                 key = f"{style}/{concept['concept']}"
-                yield {"id": key, "image": image, "group": concept["concept"], "char": concept["char"], "caption": captions}
+                yield {
+                    "id": key,
+                    "image": image,
+                    "group": concept["concept"],
+                    "char": concept["char"],
+                    "caption": captions,
+                }
 
 
 def _write(path: Path, rows: Iterator[dict[str, Any]]) -> None:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from clasp.align import align, cache_folder, inputs_of
 from clasp.assemble import Assembled, load, with_fresh_heads
-from clasp.data.images import contact_sheet
 from clasp.data.pairs import open_pairs
+from clasp.data.sheets import contact_sheet
 from clasp.demo.sample import HELD, HELD_LOW, TRAINED, TRAINED_LOW, Sample, unpack
-from clasp.evaluate.tasks import Multilingual, Result
 from clasp.embed import Model
-from clasp.examine import by_language
+from clasp.evaluate.tasks import Multilingual, Result
 from clasp.inputs import Inputs
 from clasp.model import DualEncoder
+from clasp.quiz import by_language
 from clasp.recipe import Recipe, read_recipe
 from clasp.search.engine import Engine
 from clasp.search.store import FlatStore
@@ -117,10 +117,13 @@ def show(results: Sequence[Result], untrained: Mapping[str, float], *, quick: bo
 
 
 def _align_once(recipe: Recipe, out: Path) -> None:
-    if (out / "delta.safetensors").exists():
+    """Train, go on with a run that was stopped, or leave a finished one as it is."""
+    stopped = (out / "state").exists()
+    if (out / "delta.safetensors").exists() and not stopped:
         say(f"{out} holds this demo's run already; delete the folder to train again")
-    elif align(recipe, out, say=say, bar=bar, reporter=to_stderr()).fitted.interrupted:
-        raise KeyboardInterrupt
+    elif align(recipe, out, say=say, bar=bar, reporter=to_stderr(), resume=stopped).fitted.interrupted:
+        say("stopped and saved; the same command goes on")
+        raise SystemExit(130)
 
 
 def _search(model: Model, out: Path, sample: Sample) -> Path:
@@ -144,4 +147,3 @@ def _search(model: Model, out: Path, sample: Sample) -> Path:
     finally:
         store.close()
     return out / "searches.png"
-

@@ -1,9 +1,9 @@
-"""New parts for a tower: bottleneck adapters, appended blocks, prompts, and peft's methods; each put in by one function.
+"""New parts for a tower, each put in by one function: bottlenecks, appended blocks, prompts, peft's methods.
 
-In goes a net and its anatomy, out come the names of the parameters that are new. Bottlenecks are children of their block
+In go a net and its anatomy, out come the names of the parameters that are new. Bottlenecks are children of their block
 and act through forward hooks, so no parameter of the base changes its name. peft wraps linear layers instead; its names
 appear as peft gives them (``…q_proj.lora_A.default.weight``) and the wrapped base as ``…q_proj.base_layer.weight``.
-The only module that imports peft.
+The only module that imports peft. ``truncate``, which takes blocks away, is here because ``append_blocks`` is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,20 +34,22 @@ def insert_adapters(
 
     LilT (section 3) has them at the input, before the norm, in its image tower and at the output, before the residual
     sum, in its text tower. ``reduction`` divides the branch's width. Returns the names of the new parameters.
+    Raises ``UserError`` when no such place is known in the net's family.
     """
     names: set[str] = set()
     for block in blocks:
         places = block.begins if place == "input" else block.ends
         if not places:
+            what = "the module a branch begins with" if place == "input" else "its attention and MLP modules"
             raise UserError(
                 f"adapters(place={place!r}): {parts.family} has no known branch {place} in {block.path}; "
-                f"looked for {'the module a branch begins with' if place == 'input' else 'its attention and MLP modules'}"
+                f"looked for {what}"
             )
         owner = net.get_submodule(block.path)
         for number, path in enumerate(places, 1):
             module = net.get_submodule(path)
             width = _width(net, path, module, place)
-            adapter = Adapter(width, max(1, width // reduction), start, _is_map(module, parts))
+            adapter = Adapter(width, max(1, width // reduction), start, _is_map(module, parts, place))
             adapter.to(device=next(module.parameters(), next(owner.parameters())).device)
             name = f"adapter{number}"
             owner.add_module(name, adapter)
@@ -59,14 +61,16 @@ def insert_adapters(
 def append_blocks(net: nn.Module, parts: Anatomy, count: int, start: str) -> set[str]:
     """Append ``count`` blocks above the last one: copies of it, or fresh ones of the same shape (LilT's deep adapter).
 
-    The paper starts them at random; a copy keeps the states near what the final norm and the pooling expect. Returns the
-    names of the new blocks' parameters.
+    The paper starts them at random; a copy keeps the states near what the final norm and the pooling expect. Returns
+    the names of the new blocks' parameters. Raises ``UserError`` for a net above whose last block none can stand.
     """
     last = parts.blocks[-1].path
     container_path, _, index = last.rpartition(".")
     container, block = net.get_submodule(container_path), net.get_submodule(last)
     if not isinstance(container, nn.ModuleList | nn.Sequential):
-        raise UserError(f"deep: {parts.family} keeps its blocks in a {type(container).__name__}; a block cannot be appended")
+        raise UserError(
+            f"deep: {parts.family} keeps its blocks in a {type(container).__name__}; a block cannot be appended"
+        )
     if not _keeps_width(block):
         raise UserError(
             f"deep: the last block of {parts.family} changes the width of its input, so a copy cannot stand above it; "
@@ -87,7 +91,7 @@ def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[s
     """Wrap the linear layers ``targets`` with a peft method; returns the names of the parameters it added.
 
     ``rank`` and ``alpha`` are spelt as in the papers and handed to peft under its names; other options go to peft as
-    they are, and one that it does not know is an error.
+    they are. Raises ``UserError`` for an option that the method does not have.
     """
     before = {id(p) for p in net.parameters()}
     config = _peft_config(method, targets, options)
@@ -120,7 +124,8 @@ class Prompts(nn.Module):
 def insert_prompts(net: nn.Module, parts: Anatomy, count: int) -> set[str]:
     """Let ``net`` see ``count`` learned tokens, and nobody outside it: the states come out as if they were not there.
 
-    In a text tower they stand before the first token, in an image tower between class token and patches.
+    In a text tower they stand before the first token, in an image tower between class token and patches. Raises
+    ``UserError`` for a net without attention, and for one that takes token ids only.
     """
     from transformers import PreTrainedModel
 
@@ -131,7 +136,7 @@ def insert_prompts(net: nn.Module, parts: Anatomy, count: int) -> set[str]:
     if isinstance(net, PreTrainedModel) and net.main_input_name == "input_ids":
         if "inputs_embeds" not in inspect.signature(net.forward).parameters:
             raise UserError(f"prompts: {parts.family} takes token ids only, so learned tokens cannot be put in front")
-        width = net.get_input_embeddings().weight.shape[1]
+        width = next(net.get_input_embeddings().parameters()).shape[1]
         prompts = Prompts(count, width, 0, device)
         net.register_forward_pre_hook(_PromptTokens(prompts), with_kwargs=True)
     else:
@@ -209,8 +214,11 @@ class _WithoutPrompts:
         return output
 
 
-def _is_map(module: nn.Module, parts: Anatomy) -> bool:
-    return parts.channels_first or isinstance(module, nn.Conv2d)
+def _is_map(module: nn.Module, parts: Anatomy, place: str) -> bool:
+    """Whether ``B D height width`` flows into (or out of) the module: its first (or last) layer is a convolution."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    edge = layers[:1] if place == "input" else layers[-1:]
+    return parts.channels_first or any(isinstance(layer, nn.Conv2d) for layer in edge)
 
 
 def _width(net: nn.Module, path: str, module: nn.Module, place: str) -> int:
@@ -255,7 +263,7 @@ def _keeps_width(block: nn.Module) -> bool:
 def _start_afresh(block: nn.Module) -> None:
     """Linear, convolution and embedding weights N(0, 0.02), biases zero, norms one: BERT's and ViT's own start."""
     for module in block.modules():
-        if is_norm(module) or isinstance(module, nn.BatchNorm2d):
+        if is_norm(module):
             for name, p in module.named_parameters(recurse=False):
                 nn.init.zeros_(p) if name == "bias" else nn.init.ones_(p)
         else:
@@ -281,36 +289,45 @@ def _tell_config(net: nn.Module, blocks: int) -> None:
 
 
 def truncate(net: nn.Module, layer: int) -> None:
-    """Keep the first ``layer`` blocks (negative counts from the end); what follows the last block stays."""
+    """Keep the first ``layer`` blocks (negative counts from the end); what follows the last block stays.
+
+    Raises ``UserError`` when there are not so many blocks, or when their widths differ.
+    """
     parts = anatomy(net)
     container_path = parts.blocks[-1].path.rpartition(".")[0]
     container = net.get_submodule(container_path)
     keep = layer if layer > 0 else len(parts.blocks) + layer
-    one_stack = isinstance(container, nn.ModuleList | nn.Sequential) and len(container) == len(parts.blocks)
-    if not one_stack or parts.channels_first:
-        raise UserError(f"layer = {layer}: {parts.family} changes width from block to block; only its last layer can be read")
+    stack = container if isinstance(container, nn.ModuleList | nn.Sequential) else None
+    if stack is None or len(stack) != len(parts.blocks) or parts.channels_first:
+        raise UserError(
+            f"layer = {layer}: {parts.family} changes width from block to block; only its last layer can be read"
+        )
     if not 1 <= keep <= len(parts.blocks):
-        raise UserError(f"layer = {layer}: {parts.family} has {len(parts.blocks)} blocks; choose 1 to {len(parts.blocks)}")
-    del container[keep:]
+        raise UserError(
+            f"layer = {layer}: {parts.family} has {len(parts.blocks)} blocks; choose 1 to {len(parts.blocks)}"
+        )
+    del stack[keep:]
     _tell_config(net, keep)
 
 
 def _peft_config(method: str, targets: list[str], options: dict[str, Any]) -> Any:
+    """peft's configuration; where left out, ``rank`` is 8 and ``alpha`` twice the rank (LoHa and LoKr: the rank)."""
     import peft
 
-    rank, alpha = options.pop("rank", None), options.pop("alpha", None)
-    spelt: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
-        "lora": lambda: ("LoraConfig", {"r": rank or 8, "lora_alpha": alpha or 2 * (rank or 8)}),
-        "dora": lambda: ("LoraConfig", {"r": rank or 8, "lora_alpha": alpha or 2 * (rank or 8), "use_dora": True}),
-        "rslora": lambda: ("LoraConfig", {"r": rank or 8, "lora_alpha": alpha or 2 * (rank or 8), "use_rslora": True}),
-        "ia3": lambda: ("IA3Config", {"feedforward_modules": []}),
-        "loha": lambda: ("LoHaConfig", {"r": rank or 8, "alpha": alpha or rank or 8}),
-        "lokr": lambda: ("LoKrConfig", {"r": rank or 8, "alpha": alpha or rank or 8}),
-        "oft": lambda: ("OFTConfig", {"r": rank or 0, "oft_block_size": 0 if rank else 4}),
-        "hra": lambda: ("HRAConfig", {"r": rank or 8}),
-    }
-    name, arguments = spelt[method]()
+    rank = options.get("rank", 8)
+    lora = {"r": rank, "lora_alpha": 2 * rank}
+    kind, spelt, start = {
+        "lora": (peft.LoraConfig, {"rank": "r", "alpha": "lora_alpha"}, lora),
+        "dora": (peft.LoraConfig, {"rank": "r", "alpha": "lora_alpha"}, {**lora, "use_dora": True}),
+        "rslora": (peft.LoraConfig, {"rank": "r", "alpha": "lora_alpha"}, {**lora, "use_rslora": True}),
+        "ia3": (peft.IA3Config, {}, {"feedforward_modules": []}),
+        "loha": (peft.LoHaConfig, {"rank": "r"}, {"r": rank, "alpha": rank}),
+        "lokr": (peft.LoKrConfig, {"rank": "r"}, {"r": rank, "alpha": rank}),
+        "oft": (peft.OFTConfig, {"rank": "r"}, {"r": 0, "oft_block_size": 0 if "rank" in options else 4}),
+        "hra": (peft.HRAConfig, {"rank": "r"}, {"r": rank}),
+    }[method]
+    given = {spelt.get(key, key): value for key, value in options.items()}
     try:
-        return getattr(peft, name)(target_modules=targets, **{**arguments, **options})
+        return kind(target_modules=targets, **{**start, **given})
     except TypeError as error:
-        raise UserError(f"{method}: peft's {name} does not take {sorted(options)} ({error})") from None
+        raise UserError(f"{method}: peft's {kind.__name__} does not take {sorted(options)} ({error})") from None

@@ -3,8 +3,8 @@
 In goes a foreign module, out comes an ``Anatomy``: its blocks in order, the attention and MLP parts of each block, the
 places where a branch begins and ends, and what follows the last block. Families we know are rows of ``LAYOUTS``, keyed
 by the name of the class; any other model is read by its structure, and what was looked for is said when that fails.
-Norms and layer scales are told by what they are (a leaf module whose parameters are all vectors), never by the name
-they have in their parent, so RMSNorm and a norm called ``ln_3`` are found too.
+Norms are told by what they are (a leaf of a type named a norm, whose parameters are all vectors), never by the name
+they have in their parent: RMSNorm and a norm called ``ln_3`` are found, and a layer scale is none.
 """
 
 from __future__ import annotations
@@ -255,7 +255,9 @@ def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalisation with weights: a leaf whose parameters are vectors, of a type named a norm."""
     parameters = list(module.parameters(recurse=False))
     leaf = next(module.children(), None) is None
-    return leaf and bool(parameters) and "norm" in type(module).__name__.lower() and all(p.ndim == 1 for p in parameters)
+    return (
+        leaf and bool(parameters) and "norm" in type(module).__name__.lower() and all(p.ndim == 1 for p in parameters)
+    )
 
 
 def is_bias(name: str, ndim: int) -> bool:
@@ -280,7 +282,7 @@ _PREFIX_TOKENS = ("cls_token", "class_embedding", "dist_token", "distillation_to
 
 
 def _prefix_tokens(net: nn.Module) -> int:
-    """Tokens before the first patch: class, distillation and register tokens, counted in the parameters that hold them."""
+    """Tokens before the first patch (class, distillation, registers), counted in the parameters that hold them."""
     tokens = (p for name, p in net.named_parameters() if name.rpartition(".")[2] in _PREFIX_TOKENS)
     return sum(p.shape[1] if p.ndim == 3 else 1 for p in tokens)
 
@@ -297,14 +299,19 @@ def _layout_by_structure(net: nn.Module) -> Layout:
                 stacks.append((size, name, children[0]))
     if not stacks:
         raise UserError(
-            f"{type(net).__name__}: no blocks found; looked for a ModuleList or Sequential of two or more modules of one "
-            f"type that have parts of their own. Families known by name: {', '.join(sorted(LAYOUTS))}"
+            f"{type(net).__name__}: no blocks found; looked for a ModuleList or Sequential of two or more modules of "
+            f"one type that have parts of their own. Families known by name: {', '.join(sorted(LAYOUTS))}"
         )
     _, path, block = max(stacks, key=lambda stack: stack[0])
 
     def part(*words: str) -> str | None:
         return next(
-            (n for n, m in block.named_children() if any(w in n.lower() or w in type(m).__name__.lower() for w in words)), None
+            (
+                n
+                for n, m in block.named_children()
+                if any(w in n.lower() or w in type(m).__name__.lower() for w in words)
+            ),
+            None,
         )
 
     attention, mlp = part("attn", "attention"), part("mlp", "ffn", "feedforward", "feed_forward")

@@ -75,8 +75,8 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT as DeiT has it (Touvron et al., ICML 2021); with ``layer_scale``, DeiT-III (ECCV 2022).
 
-    Plain towers add ``N + 1`` positions after the class token is in place; layer-scale towers add ``N`` positions to the
-    patches before it. Returns all tokens after the final norm, class token first.
+    Plain towers add ``N + 1`` positions after the class token is in place; layer-scale towers add ``N`` positions to
+    the patches before it. Returns all tokens after the final norm, class token first.
     """
 
     def __init__(self, *, size: int, patch: int, width: int, blocks: int, heads: int, layer_scale: float | None = None):
@@ -101,10 +101,8 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
 
-def resize_positions(
-    table: Float[Tensor, "1 rows D"], grid: int, extra_rows: int
-) -> Float[Tensor, "1 new_rows D"]:
-    """A square position table at another grid: bicubic, ``align_corners=False``, no antialiasing; extra rows kept in front."""
+def resize_positions(table: Float[Tensor, "1 rows D"], grid: int, extra_rows: int) -> Float[Tensor, "1 new_rows D"]:
+    """A square position table at another grid: bicubic, no antialiasing; extra rows are kept in front."""
     extra, patches = table[:, :extra_rows], table[:, extra_rows:]
     side = round(patches.shape[1] ** 0.5)
     if side == grid:
@@ -134,7 +132,7 @@ class Adapter(nn.Module):
         else:
             nn.init.trunc_normal_(self.up.weight, std=0.02)
 
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
         if self.channels_first:
             x = x.movedim(1, -1)
         x = x + self.up(F.gelu(self.down(x)))
@@ -166,12 +164,19 @@ def pool_cls_mean(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], pre
     return torch.cat((pool_first(states, mask, prefix), pool_mean(states, mask, prefix)), dim=1)
 
 
+def pool_mean_max(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D2"]:
+    """Mean and maximum of real tokens (or patches), side by side: what is there on the whole, and what at all."""
+    hidden = states[:, prefix:].masked_fill(~mask[:, prefix:, None], -torch.inf)
+    return torch.cat((pool_mean(states, mask, prefix), hidden.amax(1)), dim=1)
+
+
 POOLS = {
     "cls": pool_first,
     "mean": pool_mean,
     "last": pool_last,
     "eos": pool_last,  # a tower refuses "eos" unless its tokenizer ends every text with its end token
     "cls+mean": pool_cls_mean,
+    "mean+max": pool_mean_max,
 }
 
 

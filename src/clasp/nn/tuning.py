@@ -1,8 +1,8 @@
 """What trains in a tower: a tuning spec becomes one set of parameter names, the selection.
 
 In goes a net and a list such as ``["adapters(reduction=4)", "norms(blocks='6:')"]``; new parts are inserted, and out
-come names. That set is the only truth: it gets the gradients, the optimizer holds it, the delta saves it, the accounting
-prints it. A method that matches nothing is an error, never a silent no-op.
+come names. That set is the only truth: it gets the gradients, the optimizer holds it, the delta saves it, the counts
+are of it. A method that matches nothing is an error, never a silent no-op.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ class Tuning:
     options: dict[str, Any] = field(default_factory=dict)
     blocks: slice | None = None
 
-    def __str__(self) -> str:
-        return self.method
-
 
 def parse(spec: str) -> Tuning:
     """Read one method: a name, or a name with options in brackets as in a Python call.
@@ -47,7 +44,9 @@ def parse(spec: str) -> Tuning:
         positional = [ast.literal_eval(argument) for argument in call.args]
         options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, AssertionError):
-        raise UserError(f"tuning {spec!r} does not read as a method; write it as norms or adapters(reduction=4)") from None
+        raise UserError(
+            f"tuning {spec!r} does not read as a method; write it as norms or adapters(reduction=4)"
+        ) from None
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -68,22 +67,21 @@ def parse(spec: str) -> Tuning:
 def tune(net: nn.Module, specs: Sequence[str], *, seed: int) -> set[str]:
     """Insert what the specs ask for into ``net`` and return the names of the parameters that train.
 
-    Structure comes first, in a fixed order (appended blocks, bottlenecks, peft), so that the order in which a recipe
-    lists its methods never matters. New parts start from ``seed``. Raises ``UserError`` when a method matches nothing.
+    Structure comes first, in a fixed order (appended blocks, bottlenecks, peft, prompts), so that the order in which a
+    recipe lists its methods never matters. New parts start from ``seed``. Raises ``UserError`` when a method matches
+    nothing.
     """
     tunings = [parse(spec) for spec in specs]
-    names = {str(t) for t in tunings}
-    if "none" in names and len(tunings) > 1:
+    if len(tunings) > 1 and any(t.method == "none" for t in tunings):
         raise UserError(f"tuning {list(specs)}: none stands alone; leave it out to train something")
     chosen: set[int] = set()  # by identity: peft renames what it wraps, and keeps the parameters themselves
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for tuning in sorted(tunings, key=lambda t: METHODS[t.method].rank):
-            found = METHODS[tuning.method].select(net, tuning)
+            method = METHODS[tuning.method]
+            found = method.select(net, tuning)
             if not found and tuning.method != "none":
-                raise UserError(
-                    f"tuning {tuning.method!r} matches nothing in {type(net).__name__}: {METHODS[tuning.method].looks_for}"
-                )
+                raise UserError(f"tuning {tuning.method!r} matches nothing in {type(net).__name__}: {method.looks_for}")
             chosen |= {id(p) for name, p in net.named_parameters() if name in found}
     return {name for name, p in net.named_parameters() if id(p) in chosen}
 
@@ -195,7 +193,7 @@ def _linears(net: nn.Module, tuning: Tuning, targets: str) -> list[str]:
     return [
         name
         for name, module in net.named_modules()
-        if (name.startswith(heads) or name in roots) and heads and _is_linear(module) and ".adapter" not in name
+        if (name.startswith(heads) or name in roots) and _is_linear(module) and ".adapter" not in name
     ]
 
 
@@ -215,7 +213,9 @@ def _block_range(spec: str, blocks: Any) -> slice | None:
         start, stop = ends
         return slice(start, stop)
     except ValueError:
-        raise UserError(f"tuning {spec!r}: blocks={blocks!r} is not a range; write '6:', ':4', '2:8', '-3:' or '5'") from None
+        raise UserError(
+            f"tuning {spec!r}: blocks={blocks!r} is not a range; write '6:', ':4', '2:8', '-3:' or '5'"
+        ) from None
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ class Method:
         """One option's value, or a ``UserError`` that names the valid ones."""
         if key in self.choices and value not in self.choices[key]:
             raise UserError(f"tuning {spec!r}: {key} is one of {', '.join(map(str, self.choices[key]))}, not {value!r}")
-        counts = isinstance(self.defaults.get(key), int)
+        counts = isinstance(self.defaults.get(key), int) or (self.open and key == "rank")
         if counts and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f"tuning {spec!r}: {key} is a whole number from 1, not {value!r}")
 
@@ -257,9 +257,7 @@ METHODS: dict[str, Method] = {
     "attention": Method(_attention, "looked for an attention module in its blocks; it has none"),
     "mlp": Method(_mlp, "looked for a feed-forward module in its blocks; it has none"),
     "last": Method(_last, "looked for its last blocks", defaults={"n": 1}),
-    "deep": Method(
-        _deep, "", rank=1, defaults={"n": 1, "init": "copy"}, choices={"init": parts_of.DEEP_STARTS}
-    ),
+    "deep": Method(_deep, "", rank=1, defaults={"n": 1, "init": "copy"}, choices={"init": parts_of.DEEP_STARTS}),
     "adapters": Method(
         _adapters,
         "looked for blocks in the range given",

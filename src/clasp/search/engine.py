@@ -25,8 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clasp.data.images import ImageError, SheetRow, Tile
+from clasp.data.images import ImageError
 from clasp.data.pairs import CellSource
+from clasp.data.sheets import SheetRow, Tile
 from clasp.embed import Model, Progress, no_progress
 from clasp.search.corpus import Known, entries_of, meta_of, source_from_dict
 from clasp.types import Hit, Pair, Pixels, Skipped, Source, Store, UserError
@@ -256,7 +257,7 @@ class Engine:
         label: Callable[[Hit], str] = lambda hit: hit.id,
         good: Callable[[str, Hit], bool | None] = lambda title, hit: None,
     ) -> list[SheetRow]:
-        """Titles with their hits, as rows of ``clasp.data.images.contact_sheet``.
+        """Titles with their hits, as rows of ``clasp.data.sheets.contact_sheet``.
 
         ``good`` says of a title and a hit whether it is a right answer. An image that has gone or changed is an empty
         place with its label.

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ class Run:
         """``UserError`` unless a run may begin here: nothing is here, or a run that ended before it had trained."""
         other = "choose another name with --name, or delete it"
         if (self.path / "state").exists():
-            raise UserError(f"{self.path} holds a run that was stopped; go on with: clasp resume {self.path}; or {other}")
+            raise UserError(
+                f"{self.path} holds a run that was stopped; go on with: clasp resume {self.path}; or {other}"
+            )
         if (self.path / "delta.safetensors").exists():
             raise UserError(f"{self.path} holds a run already; {other}")
         if self.path.exists() and not self.path.is_dir():
@@ -69,7 +72,7 @@ class Run:
     ) -> None:
         """Make the folder and write what training does not change; ``pairs`` is the hash of the data.
 
-        Refuses a folder that is taken. What is left of a run that ended before it had trained is written over.
+        Raises ``UserError`` for a folder that is taken. What is left of a run that never trained is written over.
         """
         self.refuse_taken()
         with _room_for(self.path):
@@ -143,7 +146,10 @@ class Run:
             _refuse_other_weights(self.path, tower, base[tower.modality])
 
     def restore(self, model: DualEncoder) -> None:
-        """Check the bases of ``model`` and put the delta in. Every tensor is accounted for."""
+        """Check the bases of ``model`` and put the delta in. Every tensor is accounted for.
+
+        Raises ``UserError`` for other bases, and for a delta that is not there, is damaged or does not fit.
+        """
         self.refuse_other_bases(model)
         path = self.path / "delta.safetensors"
         if not path.exists():
@@ -165,14 +171,14 @@ class Run:
                 tensor.copy_(tensors[name])
 
     def read_state(self) -> TrainState:
-        """What ``save_state`` wrote."""
+        """What ``save_state`` wrote. Raises ``UserError`` when there is none, or it is damaged."""
         self.recipe()
         path = self.path / "state" / "state.safetensors"
         if not path.exists():
             raise UserError(f"{self.path} has no state/ to go on from; it is finished, or its state was deleted")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
                 return TrainState.of(json.loads(file.metadata()["facts"]), tensors)
         except safetensors.SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
@@ -203,36 +209,36 @@ def _refuse_other_weights(run: Path, tower: Tower, then: dict[str, Any]) -> None
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
+    with _in_place(path) as part:
         part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    with _in_place(path) as part:
+        safetensors.torch.save_file(tensors, part, metadata)
+
+
+@contextmanager
+def _in_place(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, which takes its place when all went well."""
     part = path.with_name(path.name + ".part")
     try:
-        safetensors.torch.save_file(tensors, part, metadata)
+        yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-class _room_for:
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
     """Turns a full disk into one line; what was there before is still there."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+    try:
+        yield
+    except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         # safetensors and tokenizers hide the operating system's error in their text
-        if full or (isinstance(error, Exception) and "No space left" in str(error)):
-            raise UserError(f"no space left to write {self.path}; nothing saved before is lost") from None
+        if full or "No space left" in str(error):
+            raise UserError(f"no space left to write {path}; nothing saved before is lost") from None
         if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
-            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        raise

@@ -29,12 +29,16 @@ class Maps:
 
 
 def cca(
-    pairs: Iterable[tuple[Float[Tensor, "B Di"], Float[Tensor, "B Dt"]]], width: int, *, ridge: float, power: float = 1.0
+    pairs: Iterable[tuple[Float[Tensor, "B Di"], Float[Tensor, "B Dt"]]],
+    width: int,
+    *,
+    ridge: tuple[float, float],
+    power: float = 1.0,
 ) -> Maps:
     """The maps of aligned batches of standardised features, ``width`` directions of them.
 
     Memory is that of the covariances; arithmetic in float64. Raises ``UserError`` when ``width`` is more than the
-    narrower side has directions, and ``ridge`` must be positive where there are fewer pairs than features.
+    narrower side has directions. ``ridge`` (image, text) must be positive where there are fewer pairs than features.
     """
     image_image = image_text = text_text = torch.zeros(())
     count = 0
@@ -45,7 +49,9 @@ def cca(
     narrower = min(image_text.shape)
     if width > narrower:
         raise UserError(f"head.width = {width}: the closed form has at most {narrower} directions for these towers")
-    whiten_image, whiten_text = _whitening(image_image / count, ridge), _whitening(text_text / count, ridge)
+    whiten_image, whiten_text = (
+        _whitening(moments / count, own) for moments, own in ((image_image, ridge[0]), (text_text, ridge[1]))
+    )
     u, correlations, v = torch.linalg.svd(whiten_image @ (image_text / count) @ whiten_text.T, full_matrices=False)
     weight = correlations[:width].clamp(min=0) ** power
     return Maps(
@@ -59,4 +65,6 @@ def _whitening(covariance: Float[Tensor, "D D"], ridge: float) -> Float[Tensor, 
     """``W`` with ``W (covariance + ridge) Wᵀ = 1``."""
     ridged = covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     factor = torch.linalg.cholesky(ridged)
-    return torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device), upper=False)
+    return torch.linalg.solve_triangular(
+        factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device), upper=False
+    )

@@ -112,6 +112,6 @@ def choose(settings: TrainSettings, pairs: int, *, largest: int = LARGEST_BATCH)
         reasons.append(f"{epochs:,} epochs {why}")
     else:
         epochs = settings.epochs
-        reasons.append(f"{epochs:,} epochs {'are' if epochs > 1 else 'is'} set")
+        reasons.append(f"{epochs:,} epochs are set" if epochs > 1 else "1 epoch is set")
     steps = epochs * steps_an_epoch
     return Plan(batch, epochs, steps, f"{pairs:,} pairs: {' and '.join(reasons)}, {steps:,} steps in all")

@@ -72,7 +72,9 @@ def _file(path: str, settings: Settings, meta: bool) -> Base:
     if not folder.is_dir():
         raise UserError(f"tower = {settings.tower!r}: there is no folder {folder}")
     if not (folder / "config.json").is_file():
-        raise UserError(f"tower = {settings.tower!r}: {folder} has no config.json, as transformers' save_pretrained writes it")
+        raise UserError(
+            f"tower = {settings.tower!r}: {folder} has no config.json, as transformers' save_pretrained writes it"
+        )
     return transformers_base(str(folder), settings, meta)
 
 
@@ -84,7 +86,9 @@ def _deit(name: str, settings: Settings, meta: bool) -> Base:
     width, blocks, heads, layer_scale, repository = DEIT[name]
     size = settings.size or 224
     if size % 16:
-        raise UserError(f"size = {size}: {settings.tower} cuts images into 16 px patches; take {max(16, round(size / 16) * 16)}")
+        raise UserError(
+            f"size = {size}: {settings.tower} cuts images into 16 px patches; take {max(16, round(size / 16) * 16)}"
+        )
     with torch.device("meta" if meta else "cpu"):
         net = VisionTransformer(size=size, patch=16, width=width, blocks=blocks, heads=heads, layer_scale=layer_scale)
     if not meta:

@@ -1,4 +1,4 @@
-"""Any image or text encoder that ``transformers`` can load, from the hub or from a folder; also decoder language models.
+"""Any image or text encoder that ``transformers`` can load, from the hub or a folder; also decoder language models.
 
 In: a repository or a folder. Out: a ``Base`` in float32, whose every parameter came from the checkpoint. Unusual:
 ``transformers`` never touches pixels: size, mean and deviation are read from the model's ``preprocessor_config.json``,
@@ -9,6 +9,7 @@ before any weight is read, and whether a text tower reads from left to right is 
 from __future__ import annotations
 
 import json
+import logging as levels
 import math
 import pickle
 import warnings
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clasp.data.images import ImageTransform
+from clasp.data.images import ImageTransform, Interpolation
 from clasp.data.text import Tokenizer
 from clasp.nn.anatomy import anatomy, unused
 from clasp.nn.towers import Base, ImageSettings, TextSettings
@@ -71,7 +72,14 @@ _SENTENCE_POOLS = {
     "pooling_mode_lasttoken": "last",
 }
 # Pillow's numbers; nearest, box and hamming have no place beside antialiasing, and bilinear is their neighbour
-_INTERPOLATIONS = {0: "bilinear", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "bilinear", 5: "bilinear"}
+_INTERPOLATIONS: dict[int, Interpolation] = {
+    0: "bilinear",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+    4: "bilinear",
+    5: "bilinear",
+}
 
 
 def transformers_base(name: str, settings: ImageSettings | TextSettings, meta: bool) -> Base:
@@ -89,9 +97,7 @@ def transformers_base(name: str, settings: ImageSettings | TextSettings, meta: b
         if not settings.token_types:
             _drop_token_types(net, settings)
         pool = "mean" if meta else _text_pool(name, config.model_type, net)
-    return Base(
-        settings.tower, "text", net, version, pool, tokenizer=lambda: _tokenizer(name, settings.tower, longest)
-    )
+    return Base(settings.tower, "text", net, version, pool, tokenizer=lambda: _tokenizer(name, settings.tower, longest))
 
 
 @contextmanager
@@ -102,8 +108,8 @@ def said_plainly(tower: str) -> Iterator[None]:
     from transformers.utils import logging
 
     level, hub_level, bars = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    hub_logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(levels.CRITICAL)
+    hub_logging.set_verbosity(levels.CRITICAL)
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -113,7 +119,7 @@ def said_plainly(tower: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0][:200] if lines else type(error).__name__
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200] if lines else type(error).__name__
         raise UserError(
             f"tower = {tower!r} cannot be loaded ({reason}); without a hub use pip:… or file:FOLDER"
         ) from None
@@ -158,15 +164,15 @@ def _shapes(config: Any, settings: ImageSettings | TextSettings) -> Any:
     half, facts = HALVES.get((config.model_type, wanted)), config.to_dict()
     with torch.device("meta"):
         if half is not None:
-            own = config if half.config is None else config.get_text_config() if wanted == "text" else config.vision_config
+            own = config if half.config is None else vars(config)[half.config]
             return getattr(transformers, half.kind)(own).eval()
         several = {"vision_config", "text_config", "audio_config"} & facts.keys()
         if several or facts.get("is_encoder_decoder"):
             holds = "several encoders" if several else "an encoder with a decoder"
             known = ", ".join(family for family, modality in HALVES if modality == wanted)
             raise UserError(
-                f"[{wanted}] tower = {settings.tower!r} is {config.model_type}, {holds}; clasp takes the {wanted} half of "
-                f"{known}; for any other write a factory that gives a clasp.Base"
+                f"[{wanted}] tower = {settings.tower!r} is {config.model_type}, {holds}; clasp takes the {wanted} half "
+                f"of {known}; for any other write a factory that gives a clasp.Base"
             )
         net = transformers.AutoModel.from_config(config)
     reads = _MODALITIES.get(net.main_input_name)
@@ -177,7 +183,7 @@ def _shapes(config: Any, settings: ImageSettings | TextSettings) -> Any:
 
 
 def _text_pool(name: str, family: str, net: nn.Module) -> str:
-    """What its authors say (sentence-transformers' file); else the mean, or where only it has seen all, the last token."""
+    """What its authors say (sentence-transformers' file); else the mean, or the last token where only that saw all."""
     said = _json(name, "1_Pooling/config.json") or {}
     pools = [pool for key, pool in _SENTENCE_POOLS.items() if said.get(key)]
     if len(pools) == 1:
@@ -211,14 +217,16 @@ def _drop_token_types(net: nn.Module, settings: TextSettings) -> None:
 
 
 def _transform(name: str, settings: ImageSettings) -> ImageTransform:
-    facts = _json(name, "preprocessor_config.json") or (_json(name, "processor_config.json") or {}).get("image_processor")
+    newer = _json(name, "processor_config.json") or {}
+    facts = newer.get("image_processor") or _json(name, "preprocessor_config.json")
     if facts is None or not {"image_mean", "image_std", "size"} <= facts.keys():
         raise UserError(
             f"tower = {settings.tower!r} has no preprocessor_config.json with image_mean, image_std and size, so its "
             "pixels cannot be prepared; write a factory that gives a clasp.Base with a transform"
         )
     if abs(facts.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3 or facts.get("rescale_offset"):
-        raise UserError(f"tower = {settings.tower!r} scales pixels by {facts['rescale_factor']}; clasp knows 1/255 only")
+        by = f"{facts.get('rescale_factor', 1 / 255):.4g}{', less one' if facts.get('rescale_offset') else ''}"
+        raise UserError(f"tower = {settings.tower!r} scales pixels by {by}; clasp knows 1/255 only")
     mean, std = tuple(facts["image_mean"]), tuple(facts["image_std"])
     if not facts.get("do_normalize", True):
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -285,13 +293,13 @@ def _tokenizer(name: str, tower: str, longest: int | None) -> Tokenizer:
         )
     if len(theirs) <= len(theirs.all_special_tokens):  # transformers makes an empty one where it finds no file
         raise UserError(f"tower = {tower!r} has no words in its tokenizer: is tokenizer.json missing?")
-    pad = theirs.pad_token_id if theirs.pad_token_id is not None else theirs.eos_token_id
-    return Tokenizer(theirs.backend_tokenizer, pad_id=pad or 0, max_tokens=min(64, longest or 64))
+    pads = [number for number in (theirs.pad_token_id, theirs.eos_token_id, 0) if isinstance(number, int)]
+    return Tokenizer(theirs.backend_tokenizer, pad_id=pads[0], max_tokens=min(64, longest or 64))
 
 
 def _json(name: str, file: str) -> dict[str, Any] | None:
     """A file of the repository or the folder; none where it has no such file."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     if path is None:

@@ -139,7 +139,7 @@ def _efficientnet(tensors: Tensors | None) -> nn.Module:
 
 
 def _plain_pointwise(net: nn.Module) -> None:
-    """1x1 convolutions, which need no padding, as PyTorch's own class: peft builds new layers by that class's arguments."""
+    """1x1 convolutions, which need no padding, as PyTorch's own class: peft gives new layers that class's arguments."""
     for path, theirs in list(net.named_modules()):
         if isinstance(theirs, nn.Conv2d) and theirs.kernel_size == theirs.stride == (1, 1):
             bias = theirs.bias is not None

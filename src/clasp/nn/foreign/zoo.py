@@ -1,9 +1,11 @@
 """Image towers from timm, with its hub weights or with weights from a file.
 
-In: a name from timm's list. Out: a ``Base`` that reads states from ``forward_features``. Unusual: the net is made with the
-classifier that its weights have, since timm checks names only then, and loses it afterwards; and what stands after the
-states is found on meta tensors, whatever timm calls it in this family, and dropped. Importing this needs timm.
+In: a name from timm's list. Out: a ``Base`` that reads states from ``forward_features``. Unusual: the net is made with
+the classifier that its weights have, since timm checks names only then, and loses it afterwards; and what stands after
+the states is found on meta tensors, whatever timm calls it in this family, and dropped. Importing this needs timm.
 """
+
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Float
-from timm.data import resolve_model_data_config
-from timm.layers import LayerNorm2d
+from timm.data.config import resolve_model_data_config
+from timm.layers.norm import LayerNorm2d
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -113,8 +115,8 @@ def _drop_beyond_states(net: nn.Module, size: int) -> None:
 
 def _over_vectors(net: nn.Module, path: str) -> None:
     """A norm of maps that stands after pooling, as the same norm of vectors; its parameters are the same objects."""
-    theirs = net.get_submodule(path)
+    theirs: Any = net.get_submodule(path)
     if isinstance(theirs, LayerNorm2d):
-        ours = nn.LayerNorm(theirs.normalized_shape, theirs.eps, device="meta")
+        ours = nn.LayerNorm(list(theirs.normalized_shape), theirs.eps, device="meta")
         ours.weight, ours.bias = theirs.weight, theirs.bias
         net.set_submodule(path, ours)

@@ -1,0 +1,89 @@
+"""The demo in its quick form: it finds concepts it never saw, and finds nothing when its pairs are shuffled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clasp.align import align, cache_folder
+from clasp.assemble import load
+from clasp.data.images import ImageTransform
+from clasp.demo import story
+from clasp.demo.sample import Sample, unpack
+from clasp.inputs import Inputs
+from clasp.nn.towers import Tower
+
+CHANCE = 5 / 138
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    """One cache for the whole module: the towers read the sample once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLASP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> story.Told:
+    return story.tell(tmp_path_factory.mktemp("runs") / "demo", quick=True)
+
+
+def recall(told: story.Told, language: str) -> float:
+    return next(row.metrics["recall@5"] for row in told.results if row.language == language)
+
+
+def test_finds_what_it_never_saw(told: story.Told):
+    assert recall(told, "en") > 0.30
+    assert recall(told, "macro:trained") > 0.18
+    assert recall(told, "macro:low-resource, never trained") > 0.12
+    for language in ("en", "macro:trained", "macro:low-resource, never trained"):
+        assert told.untrained[f"{language}/image_to_text/recall@5"] < CHANCE + 0.04
+
+
+def test_draws_and_keeps(told: story.Told):
+    assert told.picture.read_bytes().startswith(b"\x89PNG")
+    counts = load(told.run).encoder.counts()
+    assert counts["model"].percent < 7
+    languages = [json.loads(line)["language"] for line in (told.run / "results.jsonl").read_text().splitlines()]
+    assert "macro:trained" in languages
+
+
+def test_a_second_run_reads_no_tower(told: story.Told, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def refuse(*_: object) -> None:
+        raise AssertionError("a tower was run again")
+
+    monkeypatch.setattr(ImageTransform, "__call__", refuse)
+    reads = []
+    whole = Tower.pooled
+    monkeypatch.setattr(Tower, "pooled", lambda self, inputs: (reads.append(len(inputs.mask)), whole(self, inputs))[1])
+    again = story.tell(told.run.with_name("demo"), quick=True)
+    assert [row.metrics for row in again.results] == [row.metrics for row in told.results]
+    assert reads == [1] * len(story.SEARCHES), "only the words searched for are new"
+    assert "holds this demo's run already" in capsys.readouterr().err
+
+
+def test_shuffled_pairs_stay_at_chance(told: story.Told, tmp_path: Path):
+    sample = unpack(cache_folder(), quick=True)
+    rows = [json.loads(line) for line in sample.pairs("train").read_text(encoding="utf-8").splitlines()]
+    shift = len(rows) // 3
+    for row, other in zip(rows, rows[shift:] + rows[:shift], strict=True):
+        row["caption"], row["image"] = other["caption"], str(sample.folder / row["image"])
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = story.demo_recipe(sample, quick=True).changed(
+        [f"data.train={tmp_path / 'train.jsonl'}", "train.keep=last"]
+    )
+    align(recipe, tmp_path / "shuffled", say=lambda line: None)
+    model = load(tmp_path / "shuffled")
+    metrics = story.question(sample, _inputs(sample, model, recipe), quick=True)(model.encoder)
+    for language in ("en", "macro:trained"):
+        assert abs(metrics[f"{language}/image_to_text/recall@5"] - CHANCE) < 0.03, language
+
+
+def _inputs(sample: Sample, model, recipe) -> Inputs:
+    from clasp.align import inputs_of
+    from clasp.assemble import Assembled
+
+    return inputs_of(Assembled(model.encoder, model.transform, model.tokenizer), recipe)

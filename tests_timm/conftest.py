@@ -1,0 +1,13 @@
+"""Lets timm be imported beside a torch that torchvision was not built for.
+
+timm needs torchvision to import, and nothing of its compiled half to run. Where that half does not fit torch, importing
+torchvision fails on two operators it describes; here they are declared, with nothing behind them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LIBRARY = torch.library.Library("torchvision", "DEF")  # kept: the operators go when it does
+for name in ("nms", "qnms"):
+    LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
