@@ -22,11 +22,11 @@ from clasp.data.batches import Batches, log_skipped
 from clasp.data.formats.rows import DEFAULT_COLUMNS
 from clasp.data.pairs import Columns, Pairs, open_pairs, split
 from clasp.data.sides import Listing, LiveImages
-from clasp.evaluate.tasks import Result, Retrieval
+from clasp.evaluate.tasks import Result
 from clasp.inputs import Bar, Inputs, no_bar
 from clasp.losses import LOSSES
 from clasp.model import DualEncoder
-from clasp.quiz import languages_of, multilingual, validation
+from clasp.quiz import languages_of, validation
 from clasp.recipe import Recipe
 from clasp.starting import start_heads
 from clasp.train.checkpoint import Run
@@ -169,9 +169,6 @@ def _train(
         )
     delta_bytes = folder.save(model)
     results = [] if fitted.interrupted else task.results(model)
-    languages = languages_of(val) if results and isinstance(task, Retrieval) else []
-    if len(languages) > 1:
-        results += multilingual(val, inputs, languages=languages, data=task.data).results(model)
     folder.append("results.jsonl", [asdict(row) for row in results])
     folder.write("README.md", card(recipe, model, folder.path, fitted, results, len(train), len(val)))
     return Aligned(folder.path, fitted, results, delta_bytes)

@@ -43,7 +43,10 @@ def index_into(run: Path, source: str, *, bar: Bar = no_bar) -> Indexed:
 
 
 def look_for(run: Path, words: str | None, image: Path | None, k: int, sheet: Path | None = None) -> Found:
-    """Search the run's store by words, by a picture, or by both, and draw the hits."""
+    """Search the run's store by words, by a picture, or by both, and draw the hits.
+
+    Raises ``UserError`` when nothing is asked, nothing is indexed, or the drawing cannot be written.
+    """
     if words is None and image is None:
         raise UserError('say what to look for: clasp search RUN "words", or --image FILE, or both')
     Run(run).recipe()

@@ -2,7 +2,8 @@
 
 In go pairs and the ``Inputs`` of a model, out come evaluations, for validation while training and for ``clasp eval``
 alike. Unusual: what is asked of a validation part is read off its pairs. Where every caption is the name of a class,
-retrieval would ask which of many equal captions is meant, so these pairs are classified instead.
+retrieval would ask which of many equal captions is meant, so these pairs are classified instead; where captions are in
+several languages, each language is asked apart, so that a picture's names in one do not crowd out those in another.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from clasp.types import Pair
 BOTH_WAYS: tuple[Direction, ...] = ("image_to_text", "text_to_image")
 
 
-def validation(train: Pairs, val: Pairs, inputs: Inputs) -> Retrieval | ZeroShot:
-    """What decides between the weights of a run: retrieval, or the class where captions are class names."""
+def validation(train: Pairs, val: Pairs, inputs: Inputs) -> Retrieval | Multilingual | ZeroShot:
+    """What decides between the weights of a run: retrieval, the mean of it over several languages, or the class where
+    captions are class names."""
     if not all(_only_class(pair) for pair in val):
+        languages = languages_of(val)
+        if len(languages) > 1:
+            return multilingual(val, inputs, languages=languages, data="validation")
         return retrieval(val, inputs, data="validation")
     classes = sorted({caption.text for pairs in (train, val) for pair in pairs for caption in pair.captions})
     return zeroshot(val, inputs, classes=classes, templates=["{}"], data="validation")

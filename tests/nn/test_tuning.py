@@ -37,6 +37,14 @@ CANNOT = {
 ROWS = [(t, m) for t in NETS for m in METHODS] + [(t, m) for t in ("vit", "llama") for m in OTHER_PEFT]
 
 
+@pytest.mark.parametrize(
+    ("pool", "says"), [("avg", "none of cls, mean"), ("cls", "no class token"), ("cls+mean", "no class")]
+)
+def test_a_pooling_that_cannot_be(pool: str, says: str):
+    with pytest.raises(UserError, match=says):
+        Tower(base("convnext", pool))
+
+
 def test_every_exception_is_in_the_table():
     assert set(CANNOT) <= set(ROWS)
 

@@ -471,6 +471,12 @@ def test_an_image_that_changed_is_not_shown_as_the_one_that_was_found(engine: En
         assert engine.sheet([("red", [hits[name]])])[0].tiles[0][0] is None
 
 
+@pytest.mark.parametrize("alone", ["a.png", b"a"])
+def test_one_image_is_no_list_of_images(alone: Any):
+    with pytest.raises(UserError, match="takes a list of images"):
+        model().encode_image(alone)
+
+
 def test_sources_as_plain_data(tmp_path: Path):
     for form in ("folder", "tar", "parquet bytes"):
         for pair in open_pairs(WRITERS[form](toys(3), tmp_path / form)):

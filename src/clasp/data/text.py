@@ -110,11 +110,6 @@ class Tokenizer:
         """The id in the places the mask hides."""
         return self.settings.pad_id
 
-    @property
-    def vocabulary(self) -> int:
-        """How many ids there are, added tokens included; a tower's embedding table must have as many rows."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
-
     def with_settings(self, **changes: Any) -> Tokenizer:
         """A tokenizer like this one with some settings changed; ``None`` keeps a setting."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,8 @@ from torch import Tensor
 from clasp.evaluate.intervals import Interval, Sample, percentile_intervals, replicates
 from clasp.evaluate.questions import Answer, Captions, Classes, Images, Question, embed
 from clasp.types import Encoder, UserError
+
+Asked = TypeVar("Asked", Classes, Captions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +48,15 @@ class Result:
 
 
 @dataclass(kw_only=True)
-class ZeroShot:
-    """Classify images by class names alone. Numbers: ``top1``, ``top5``, ``mean_per_class``."""
+class _OneQuestion(Generic[Asked]):
+    """What zero-shot and retrieval have in common: one question about the images."""
 
     data: str
     images: Images
-    question: Classes
+    question: Asked
     language: str = ""
-    name: str = "zeroshot"
-    primary: str = "top1"
+    name: str
+    primary: str
     resamples: int = 1000
     seed: int = 0
 
@@ -61,7 +64,7 @@ class ZeroShot:
         _check_primary(self.primary, _names(self.question))
 
     def results(self, encoder: Encoder) -> list[Result]:
-        """One row."""
+        """A row per direction, then one for their mean; one row where the question has no directions."""
         answered = _ask(encoder, self.data, self.images, {self.language: self.question}, self.resamples, self.seed)
         return [row.result(self.name, self.data) for row in answered]
 
@@ -71,33 +74,23 @@ class ZeroShot:
 
 
 @dataclass(kw_only=True)
-class Retrieval:
+class ZeroShot(_OneQuestion[Classes]):
+    """Classify images by class names alone. Numbers: ``top1``, ``top5``, ``mean_per_class``."""
+
+    name: str = "zeroshot"
+    primary: str = "top1"
+
+
+@dataclass(kw_only=True)
+class Retrieval(_OneQuestion[Captions]):
     """Find captions by image and images by caption.
 
     Numbers: ``recall@1``, ``@5``, ``@10``, ``mean_recall`` and ``median_rank``, under ``image_to_text/`` and
     ``text_to_image/``, and without prefix the means of both directions where both are asked.
     """
 
-    data: str
-    images: Images
-    question: Captions
-    language: str = ""
     name: str = "retrieval"
     primary: str = "mean_recall"
-    resamples: int = 1000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_primary(self.primary, _names(self.question))
-
-    def results(self, encoder: Encoder) -> list[Result]:
-        """A row per direction, then one for their mean."""
-        answered = _ask(encoder, self.data, self.images, {self.language: self.question}, self.resamples, self.seed)
-        return [row.result(self.name, self.data) for row in answered]
-
-    def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """The numbers by name."""
-        return _flat(_ask(encoder, self.data, self.images, {"": self.question}))
 
 
 @dataclass(kw_only=True)

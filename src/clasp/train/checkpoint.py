@@ -183,11 +183,6 @@ class Run:
         except safetensors.SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
 
-    def results(self) -> list[dict[str, Any]]:
-        """The lines of ``results.jsonl``."""
-        path = self.path / "results.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
 
 def _about(tower: Tower) -> dict[str, Any]:
     return {"tower": tower.name, "version": tower.version, "fingerprint": tower.fingerprint, "tensors": tower.hashes}

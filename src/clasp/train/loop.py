@@ -132,7 +132,7 @@ def fit(
 
 
 class Judge:
-    """Evaluates at the end of an epoch, and keeps a copy of the selection of the best evaluation so far."""
+    """Evaluates before the first step and at ends of epochs; keeps a copy of the selection of the best so far."""
 
     def __init__(
         self,

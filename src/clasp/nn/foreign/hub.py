@@ -1,4 +1,4 @@
-"""Towers from a model hub, from a folder, from timm, from a factory of the user's; and the towers of the LilT paper.
+"""Towers from a package, a model hub, a folder, timm or a factory of the user's; and those of the LilT paper.
 
 In goes what a recipe says of a tower, out comes a ``Base``. With ``meta=True`` nothing is downloaded or read but a
 configuration, and the shapes of the paper's towers are known here, so that parameters can be counted anywhere.
