@@ -32,7 +32,7 @@ test: setup .timm/ready
 
 check: setup
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check src tests tests_timm
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
