@@ -49,8 +49,8 @@ def insert_adapters(
         for number, path in enumerate(places, 1):
             module = net.get_submodule(path)
             width = _width(net, path, module, place)
-            adapter = Adapter(width, max(1, width // reduction), start, _is_map(module, parts, place))
-            adapter.to(device=next(module.parameters(), next(owner.parameters())).device)
+            with torch.device(next(module.parameters(), next(owner.parameters())).device):
+                adapter = Adapter(width, max(1, width // reduction), start, _is_map(module, parts, place))
             name = f"adapter{number}"
             owner.add_module(name, adapter)
             _attach(module, adapter, place)

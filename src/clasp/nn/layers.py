@@ -124,6 +124,8 @@ class Adapter(nn.Module):
         self.channels_first = channels_first
         self.down = nn.Linear(width, hidden)
         self.up = nn.Linear(hidden, width)
+        if self.up.weight.is_meta:  # only counted; drawing shapes would be most of the time that counting takes
+            return
         nn.init.trunc_normal_(self.down.weight, std=0.02)
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clasp.data.images import ImageTransform
 from clasp.data.text import Tokenizer
 from clasp.nn.adapters import truncate
-from clasp.nn.anatomy import anatomy, unused
+from clasp.nn.anatomy import anatomy, is_norm, unused
 from clasp.nn.layers import POOLS, AttentionPool, VisionTransformer
 from clasp.nn.tuning import tune
 from clasp.types import Pixels, Tokens, UserError
@@ -175,17 +175,30 @@ class Tower(nn.Module):
         return self
 
     def _shape_of_states(self, transform: ImageTransform | None) -> int:
-        """Width ``D`` of the states, by running the smallest input through the net (on meta tensors: shapes only)."""
+        """Width ``D`` of the states, by running the smallest input through the net (on meta tensors: shapes only).
+
+        There the net is asked first: a forward pass of shapes costs half a second, and decoders look at values.
+        """
         device = next(self.net.parameters()).device
+        told = self._told_width() if device.type == "meta" else None
+        if told is not None:
+            return told
         with torch.no_grad():
             if self.modality == "text":
-                told = _told_width(self.net) if device.type == "meta" else None
-                if told is not None:
-                    return told
                 ids = torch.zeros(1, 2, dtype=torch.long, device=device)
                 return self.net(input_ids=ids).last_hidden_state.shape[-1]
             size = _own_size(self.net, transform)
             return self(Pixels(torch.zeros(1, 3, size, size, device=device))).shape[-1]
+
+    def _told_width(self) -> int | None:
+        """Width of the states as the final norm or a ``transformers`` configuration has it."""
+        from transformers import PreTrainedModel
+
+        if self._parts.tail and is_norm(last := self.net.get_submodule(self._parts.tail[-1])):
+            return next(last.parameters()).numel()
+        return (
+            self.net.config.hidden_size if self.modality == "text" and isinstance(self.net, PreTrainedModel) else None
+        )
 
 
 def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -216,13 +229,6 @@ _RESIZE_ON_REQUEST = ("ViTModel", "DeiTModel", "CLIPVisionModel", "SiglipVisionM
 def _as_tokens(states: Tensor) -> Tensor:
     """Feature maps ``[B D h w]`` as tokens in row-major order; tokens stay as they are."""
     return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
-
-
-def _told_width(net: nn.Module) -> int | None:
-    """Width of the states as ``transformers`` has it in a configuration: its decoders look at values to make masks."""
-    from transformers import PreTrainedModel
-
-    return net.config.hidden_size if isinstance(net, PreTrainedModel) else None
 
 
 def _own_size(net: nn.Module, transform: ImageTransform | None) -> int:
