@@ -6,8 +6,8 @@ torchvision fails on two operators it describes; here they are declared, with no
 
 from __future__ import annotations
 
-import torch
+from torch.library import Library
 
-LIBRARY = torch.library.Library("torchvision", "DEF")  # kept: the operators go when it does
+OPERATORS = Library("torchvision", "DEF")  # kept: the operators go when it does
 for name in ("nms", "qnms"):
-    LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
