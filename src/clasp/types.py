@@ -3,8 +3,8 @@
 Everything here is data or a protocol; there is no behaviour and nothing is imported from the rest of clasp.
 
 Shape letters, one legend for the project:
-``B`` pairs in a batch · ``N`` tokens · ``D`` width of a tower · ``E`` joint embedding · ``H`` heads ·
-``C`` classes · ``K`` neighbours · ``L`` blocks.
+``B`` pairs in a batch · ``U`` different captions among them · ``N`` tokens · ``D`` width of a tower ·
+``E`` joint embedding · ``H`` heads · ``C`` classes · ``K`` neighbours · ``L`` blocks.
 """
 
 from __future__ import annotations
@@ -81,10 +81,29 @@ class Pixels:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Token ids, padded to the longest caption of the batch; ``mask`` is true on real tokens."""
+    """Token ids, padded to the longest caption of the batch; ``mask`` is true on real tokens.
 
-    ids: Int[Tensor, "B N"]
-    mask: Bool[Tensor, "B N"]
+    Where captions repeat, each different one is held once, and ``rows`` says which of them a pair has.
+    """
+
+    ids: Int[Tensor, "U N"]
+    mask: Bool[Tensor, "U N"]
+    rows: Int[Tensor, " B"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Where a tower's trunk left its inputs, taken from the feature cache: the states after its first ``depth`` blocks.
+
+    ``mask`` is true on real tokens. ``size`` is the side in pixels of the images that were read, 0 for captions.
+    ``rows`` is that of ``Tokens``.
+    """
+
+    values: Float[Tensor, "U N D"]
+    mask: Bool[Tensor, "U N"]
+    depth: int
+    size: int
+    rows: Int[Tensor, " B"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +113,8 @@ class Pooled:
     values: Float[Tensor, "B D"]
 
 
-ImageInput = Pixels | Pooled
-TextInput = Tokens | Pooled
+ImageInput = Pixels | States | Pooled
+TextInput = Tokens | States | Pooled
 
 
 class Skipped(NamedTuple):

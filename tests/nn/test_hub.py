@@ -16,6 +16,7 @@ import torch
 import transformers as hf
 
 from clasp.data.images import ImageTransform
+from clasp.nn.anatomy import anatomy
 from clasp.nn.foreign.hub import DEIT, open_base
 from clasp.nn.towers import Base, ImageSettings, TextSettings, Tower
 from clasp.nn.tuning import freeze
@@ -128,7 +129,7 @@ def test_meta_has_the_same_names_and_shapes(tmp_path: Path, name: str):
         assert {n: p.shape for n, p in meta.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
         assert all(p.is_meta for p in meta.parameters()) and not any(p.is_meta for p in real.parameters())
         assert all(p.dtype == torch.float32 for p in real.parameters())
-        assert (meta.width, len(meta.blocks)) == (real.width, len(real.blocks))
+        assert (meta.width, len(anatomy(meta.net).blocks)) == (real.width, len(anatomy(real.net).blocks))
         # parts that never take part are gone: whatever is left can be trained
         freeze(real, names := real.tune(["full"], seed=0))
         real.pooled(read(real.modality)).square().sum().backward()

@@ -89,7 +89,8 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(width, heads, layer_scale) for _ in range(blocks))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D"]:
+    def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "_ N D"]:
+        # as many rows as pixels, but for a net that goes on from given states (nn.trunk)
         x = self.patch_embed(pixels)
         cls = self.cls_token.expand(len(x), -1, -1)
         if self.pos_embed.shape[1] == x.shape[1]:

@@ -1,9 +1,9 @@
 """A tower: any encoder, seen as states and one pooled vector.
 
 In goes a ``Base`` (a foreign module and what its authors did to its inputs) and a few settings; out comes a module with
-``forward -> states [B N D]`` and ``pooled -> [B Dp]``. Unusual: a tower stays in evaluation mode while it trains unless
-``dropout`` is asked for, and running statistics of BatchNorm never move: a frozen tower must give the same answer
-twice, and a delta of parameters must be the whole change.
+``forward -> states [B N D]`` and ``pooled -> [B Dp]``; both also go on from ``States``, where its ``trunk`` stopped.
+Unusual: a tower stays in evaluation mode while it trains unless ``dropout`` is asked for, and running statistics of
+BatchNorm never move: a frozen tower must answer the same twice, and a delta of parameters must be the whole change.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,8 +24,10 @@ from clasp.data.text import Tokenizer
 from clasp.nn.adapters import truncate
 from clasp.nn.anatomy import anatomy, is_norm, unused
 from clasp.nn.layers import POOLS, AttentionPool, VisionTransformer
+from clasp.nn.lengths import by_length
+from clasp.nn.trunk import as_tokens, blocks_give, frozen_blocks, going_on, states_after, states_of
 from clasp.nn.tuning import tune
-from clasp.types import Pixels, Tokens, UserError
+from clasp.types import Pixels, States, Tokens, UserError
 
 Pool = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention"]
 
@@ -38,6 +41,8 @@ class _TowerSettings(BaseModel):
     """States to one vector; the tower's own authors' choice where left out"""
     layer: int | None = None
     """Read the states after this many blocks (negative from the end); the blocks above are dropped"""
+    more_layers: list[int] = []
+    """Pool the states after these blocks as well (counted as in ``layer``), side by side with the last ones"""
     dropout: bool = False
     """Dropout inside the tower while training; LilT has it on, also in frozen towers"""
 
@@ -96,7 +101,15 @@ class Tower(nn.Module):
     base cannot give.
     """
 
-    def __init__(self, base: Base, *, pool: str | None = None, layer: int | None = None, dropout: bool = False):
+    def __init__(
+        self,
+        base: Base,
+        *,
+        pool: str | None = None,
+        layer: int | None = None,
+        more_layers: Sequence[int] = (),
+        dropout: bool = False,
+    ):
         super().__init__()
         self.name, self.modality, self.version = base.name, base.modality, base.version
         self.net = base.net
@@ -117,54 +130,121 @@ class Tower(nn.Module):
             raise UserError(f"pool = {self._pool!r} of {base.name} is none of {', '.join(get_args(Pool))}")
         if self._pool in ("cls", "cls+mean") and base.modality == "image" and not self._parts.prefix_tokens:
             raise UserError(f"pool = {self._pool!r}: {base.name} has no class token; choose mean or attention")
+        self._more = self._numbered(more_layers)
         self.pooling: AttentionPool | None = None
-        states = self._shape_of_states(base.transform)
+        self._size = _own_size(self.net, base.transform)
+        states = self._width_of_states()
         if self._pool == "attention":
-            self.pooling = AttentionPool(states).to(next(self.net.parameters()).device)
+            self.pooling = AttentionPool(states).to(self._device)
         self.width = 2 * states if "+" in self._pool else states  # two poolings side by side
+        if self._more:
+            with torch.no_grad():
+                self.width = self.pooled(self._smallest_input()).shape[1]
         self.eval()
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The blocks in the order of the forward pass."""
-        return [self.net.get_submodule(block.path) for block in anatomy(self.net).blocks]
 
     @property
     def fingerprint(self) -> str:
         """Of the base weights and how they are pooled; what trains does not enter."""
-        text = repr((sorted(self.hashes.items()), self._pool, len(self._parts.blocks)))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _hash(sorted(self.hashes.items()), self._pool, self._more)
 
     def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
         """Apply a tuning spec; returns names relative to the tower. A learned pooling is not part of it."""
-        return {f"net.{name}" for name in tune(self.net, specs, seed=seed)}
+        names = {f"net.{name}" for name in tune(self.net, specs, seed=seed)}
+        self._parts = anatomy(self.net)  # there may be new blocks
+        return names
 
-    def forward(self, inputs: Pixels | Tokens) -> Float[Tensor, "B N D"]:
-        """States after the last block and the final norm."""
+    def forward(self, inputs: Pixels | Tokens | States) -> Float[Tensor, "U N D"]:
+        """States after the last block and the final norm; of each different caption once."""
         if isinstance(inputs, Tokens):
             return self.net(input_ids=inputs.ids, attention_mask=inputs.mask.long()).last_hidden_state
+        if isinstance(inputs, States):
+            blank, gives = self._blank(inputs), self._blocks_give
+            assert gives is not None, f"{self.name} cannot be cut"
+            return going_on(self.net, self._parts, inputs.depth, inputs.values, lambda: self(blank), gives=gives)
         pixels = inputs.values
         if self._parts.channels_first:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return _as_tokens(self._read(self.net, pixels) if self._read else _read_pixels(self.net, pixels))
+        return as_tokens(self._read(self.net, pixels) if self._read else _read_pixels(self.net, pixels))
+
+    # --- the trunk -----------------------------------------------------------------------------------------------
+
+    @property
+    def wholly_frozen(self) -> bool:
+        """Whether nothing in the tower trains, a learned pooling included: its pooled output is then fixed."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def frozen_blocks(self) -> int:
+        """How many blocks from the bottom are the trunk: they and all before them stay as they are.
+
+        0 also where the net hands more from block to block than its states, and cannot be cut.
+        """
+        trained = [name for name, parameter in self.net.named_parameters() if parameter.requires_grad]
+        depth = min([frozen_blocks(self._parts, trained), *self._more])
+        return depth if depth and self._blocks_give else 0
+
+    @cached_property
+    def _blocks_give(self) -> type | None:
+        with torch.no_grad():
+            return blocks_give(self.net, self._parts, lambda: self(self._smallest_input()))
+
+    def trunk(self, inputs: Pixels | Tokens, depth: int) -> States:
+        """The states after the first ``depth`` blocks, ``1 <= depth <= frozen_blocks``, to go on from later."""
+        assert 1 <= depth <= len(self._parts.blocks), f"{self.name} has {len(self._parts.blocks)} blocks, not {depth}"
+        values = states_after(self.net, self._parts, depth, lambda: self(inputs))
+        if isinstance(inputs, Tokens):
+            return States(values, inputs.mask, depth, 0, inputs.rows)
+        return States(values, _all_real(values), depth, inputs.values.shape[-1])
+
+    def trunk_fingerprint(self, depth: int) -> str:
+        """Of everything that states after ``depth`` blocks depend on."""
+        return _hash(sorted(self.hashes.items()), "states", depth)
+
+    def _blank(self, states: States) -> Pixels | Tokens:
+        """An input of the shape that left ``states``; one image does, since only captions differ in their masks."""
+        if self.modality == "text":
+            return Tokens(torch.zeros_like(states.mask, dtype=torch.long), states.mask)
+        return Pixels(torch.zeros(1, 3, states.size, states.size, device=self._device))
+
+    # --- pooling -------------------------------------------------------------------------------------------------
 
     def pool(self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B Dp"]:
         """One vector a row, by the pooling chosen; ``mask`` is true on real tokens."""
         if self.pooling is not None:
             vectors = self.pooling(states, mask)
         else:
-            prefix = self._parts.prefix_tokens if self.modality == "image" else 0
-            vectors = POOLS[self._pool](states, mask, prefix)
+            vectors = self._pool_plainly(states, mask)
         if self._parts.pooled_norm:
             norm = self.net.get_submodule(self._parts.pooled_norm)
             vectors = norm(vectors.unflatten(1, (-1, states.shape[2]))).flatten(1)
         return vectors
 
-    def pooled(self, inputs: Pixels | Tokens) -> Float[Tensor, "B Dp"]:
-        """Inputs to one vector a row."""
-        states = self(inputs)
-        mask = inputs.mask if isinstance(inputs, Tokens) else states.new_ones(states.shape[:2], dtype=torch.bool)
-        return self.pool(states, mask)
+    def pooled(self, inputs: Pixels | Tokens | States) -> Float[Tensor, "B Dp"]:
+        """Inputs to one vector a row.
+
+        Captions go through the net in parts of like length, so that little of the work is done on padding.
+        """
+        if isinstance(inputs, Pixels):
+            return self._pooled(inputs)
+        parts, back = by_length(inputs)
+        vectors = torch.cat([self._pooled(part) for part in parts])
+        order = back if inputs.rows is None else inputs.rows if back is None else back[inputs.rows]
+        return vectors if order is None else vectors[order]
+
+    def _pooled(self, inputs: Pixels | Tokens | States) -> Float[Tensor, "U Dp"]:
+        outputs: list[Tensor] = []
+        blocks = [self.net.get_submodule(self._parts.blocks[number - 1].path) for number in self._more]
+        hooks = [
+            block.register_forward_hook(lambda _, __, output: outputs.append(states_of(output))) for block in blocks
+        ]
+        try:
+            states = self(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        seen = [states, *(as_tokens(early) for early in outputs)]  # lower maps of a CNN have more places
+        mask = [inputs.mask if self.modality == "text" else _all_real(each) for each in seen]
+        return torch.cat([self.pool(states, mask[0]), *map(self._pool_plainly, seen[1:], mask[1:])], dim=1)
 
     def train(self, mode: bool = True) -> Tower:
         """Evaluation mode always, unless dropout is wanted; BatchNorm keeps its running statistics in either case."""
@@ -174,21 +254,44 @@ class Tower(nn.Module):
                 module.eval()
         return self
 
-    def _shape_of_states(self, transform: ImageTransform | None) -> int:
+    def _pool_plainly(self, states: Float[Tensor, "U N D"], mask: Bool[Tensor, "U N"]) -> Float[Tensor, "U Dp"]:
+        return POOLS[self._pool](states, mask, self._parts.prefix_tokens if self.modality == "image" else 0)
+
+    def _numbered(self, layers: Sequence[int]) -> list[int]:
+        """``more_layers`` counted from 1, lowest first."""
+        count = len(self._parts.blocks)
+        numbers = sorted({layer if layer > 0 else count + layer for layer in layers})
+        if numbers and not 1 <= numbers[0] <= numbers[-1] < count:
+            raise UserError(
+                f"more_layers = {list(layers)}: {self.name} has {count} blocks below its last states; choose from "
+                f"1 to {count - 1}, or {1 - count} to -1"
+            )
+        if numbers and self._pool == "attention":
+            raise UserError(f"more_layers = {list(layers)}: pool = 'attention' is learned for the last states only")
+        return numbers
+
+    # --- what the net is like ------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def _smallest_input(self) -> Pixels | Tokens:
+        if self.modality == "text":
+            ids = torch.zeros(1, 2, dtype=torch.long, device=self._device)
+            return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+        return Pixels(torch.zeros(1, 3, self._size, self._size, device=self._device))
+
+    def _width_of_states(self) -> int:
         """Width ``D`` of the states, by running the smallest input through the net (on meta tensors: shapes only).
 
         There the net is asked first: a forward pass of shapes costs half a second, and decoders look at values.
         """
-        device = next(self.net.parameters()).device
-        told = self._told_width() if device.type == "meta" else None
+        told = self._told_width() if self._device.type == "meta" else None
         if told is not None:
             return told
         with torch.no_grad():
-            if self.modality == "text":
-                ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-                return self.net(input_ids=ids).last_hidden_state.shape[-1]
-            size = _own_size(self.net, transform)
-            return self(Pixels(torch.zeros(1, 3, size, size, device=device))).shape[-1]
+            return self(self._smallest_input()).shape[-1]
 
     def _told_width(self) -> int | None:
         """Width of the states as the final norm or a ``transformers`` configuration has it."""
@@ -199,6 +302,14 @@ class Tower(nn.Module):
         return (
             self.net.config.hidden_size if self.modality == "text" and isinstance(self.net, PreTrainedModel) else None
         )
+
+
+def _hash(*facts: Any) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _all_real(states: Float[Tensor, "U N D"]) -> Bool[Tensor, "U N"]:
+    return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
 
 def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -224,11 +335,6 @@ _OWN_READERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "VisionTransformer": lambda net, pixels: net(pixels),
 }
 _RESIZE_ON_REQUEST = ("ViTModel", "DeiTModel", "CLIPVisionModel", "SiglipVisionModel")
-
-
-def _as_tokens(states: Tensor) -> Tensor:
-    """Feature maps ``[B D h w]`` as tokens in row-major order; tokens stay as they are."""
-    return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
 
 
 def _own_size(net: nn.Module, transform: ImageTransform | None) -> int:
