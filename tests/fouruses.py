@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
-import re
-from dataclasses import asdict
+import json
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 from PIL import Image
 
-from clasp.assemble import Assembled, assemble, build, load
+from clasp import cli
+from clasp.assemble import Assembled, assemble, load
 from clasp.embed import Model
 from clasp.losses import LOSSES
 from clasp.recipe import Recipe, from_dict
@@ -20,7 +23,12 @@ from clasp.train.checkpoint import Run
 from clasp.types import Batch, Pixels
 
 CAPTIONS = ["w5 w6 w7", "w8", "w9 w10 w11 w12", "w13 w6"]
-BEFORE_ZEROS = r"lora_A|adapter\d\.down|head\.map\.inner"
+PARTS = {  # how the names begin of what ``clasp params`` counts together
+    "image": ("image.net.",),
+    "text": ("text.net.",),
+    "heads": ("image_head.", "text_head.", "image.pooling.", "text.pooling."),
+    "scale": ("log_scale", "bias"),
+}
 
 
 def recipe(image: str, text: str, tuned: list[str], **changes) -> Recipe:
@@ -28,60 +36,84 @@ def recipe(image: str, text: str, tuned: list[str], **changes) -> Recipe:
     return from_dict({"head": {"width": 16}, **sections}, "a test")
 
 
-def step(parts: Assembled, captions: list[str]) -> dict[str, set[str]]:
-    """One step of training by hand on random pixels; returns the names by use."""
+def step(parts: Assembled, captions: list[str], loss: str) -> dict[str, set[str]]:
+    """One step of training by hand on random pixels; returns the names by use.
+
+    The selection is stirred first: what feeds a part that starts at zero would have no gradient but zeros.
+    """
     model = parts.model
     size = parts.transform.size
-    pixels = torch.randn(len(captions), 3, size, size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(len(captions), 3, size, size, generator=generator)
     numbers = torch.arange(len(captions))
     batch = Batch(tuple(captions), Pixels(pixels), parts.tokenizer(captions), torch.stack((numbers, numbers), dim=1))
     held = optim.selected(dict(model.named_parameters()), model.selection)
     optimizer = optim.adamw(
         optim.groups(held, weight_decay=0.1), lr=0.01, betas=(0.9, 0.98), eps=1e-6, device=torch.device("cpu")
     )
+    with torch.no_grad():
+        for p in held.values():
+            p += 0.02 * torch.randn(p.shape, generator=generator)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.train()
     out = model(batch)
-    LOSSES["infonce"](out.image, out.text, out.scale, out.bias, groups=batch.groups).total.backward()
+    LOSSES[loss](out.image, out.text, out.scale, out.bias, groups=batch.groups).total.backward()
     optimizer.step()
     model.after_step()
     names = {id(p): name for name, p in model.named_parameters()}
     return {
-        "gradients": {name for name, p in model.named_parameters() if p.grad is not None},
-        "optimizer": {names[id(p)] for group in optimizer.param_groups for p in group["params"]},
+        "wanting gradients": {name for name, p in model.named_parameters() if p.requires_grad},
+        "given gradients": {name for name, p in model.named_parameters() if p.grad is not None},
+        "given other gradients than zeros": {
+            n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()
+        },
+        "in the optimizer": {names[id(p)] for group in optimizer.param_groups for p in group["params"]},
         "moved": {name for name, p in model.named_parameters() if not torch.equal(p, before[name])},
     }
 
 
 def train_save_load(given: Recipe, folder: Path, captions: list[str]) -> Assembled:
     """All that must hold for any recipe."""
-    parts = assemble(given)
-    model, run = parts.model, Run(folder)
-    used = step(parts, captions)
-    run.start(given.to_toml(), model, parts.transform, parts.tokenizer, pairs="none")
-    run.save(model)
-    delta = safetensors.torch.load_file(folder / "delta.safetensors")
-
-    assert used["gradients"] == used["optimizer"] == set(delta) == set(model.delta()) == model.selection
-    assert used["moved"] <= model.selection
-    # what feeds a part that starts at zero has no gradient but zeros in the first step
-    assert {name for name in model.selection - used["moved"] if not re.search(BEFORE_ZEROS, name)} == set()
-    counts = model.counts()
-    assert counts["model"].trained == sum(t.numel() for t in delta.values())
-    assert counts["model"].delta_bytes == sum(t.numel() * t.element_size() for t in delta.values())
-    assert counts["model"].total == sum(p.numel() for p in model.parameters())
-    for column in ("total", "trained", "delta_bytes"):
-        whole, *rest = (asdict(count)[column] for count in counts.values())
-        assert whole == sum(rest)
-    assert build(given, meta=True).counts() == counts, "counted without weights"
-
-    model.eval()
-    ours = Model(model, parts.transform, parts.tokenizer)
+    parts = train_save_count(given, folder, captions)
+    ours = Model(parts.model.eval(), parts.transform, parts.tokenizer)
     theirs = load(folder)
     assert theirs.fingerprint == ours.fingerprint
     assert torch.equal(theirs.encode_text(captions), ours.encode_text(captions))
     assert torch.equal(theirs.encode_image(pictures()), ours.encode_image(pictures()))
     return parts
+
+
+def train_save_count(given: Recipe, folder: Path, captions: list[str]) -> Assembled:
+    """The four uses: after one step, in a run folder, and as ``clasp params`` prints them."""
+    parts = assemble(given)
+    model, run = parts.model, Run(folder)
+    used = step(parts, captions, given.loss.kind)
+    run.start(given.to_toml(), model, parts.transform, parts.tokenizer, pairs="none")
+    run.save(model)
+    delta = safetensors.torch.load_file(folder / "delta.safetensors")
+
+    for use, names in {**used, "saved": set(delta)}.items():
+        assert names == model.selection, f"{use}: {sorted(names ^ model.selection)[:5]}"
+    printed = params(folder / "recipe.toml")
+    whole = {column: printed.pop(column) for column in ("total", "trained", "delta_bytes", "percent")}
+    assert set(printed) == set(PARTS)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    for part, count in {**printed, "": whole}.items():
+        begins = PARTS.get(part, "")
+        trained = [tensor for name, tensor in delta.items() if name.startswith(begins)]
+        assert count["total"] == sum(size for name, size in sizes.items() if name.startswith(begins)), part
+        assert count["trained"] == sum(tensor.numel() for tensor in trained), part
+        assert count["delta_bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in trained), part
+        assert count["percent"] == pytest.approx(100 * count["trained"] / max(1, count["total"]), abs=1e-4), part
+    assert all(sum(count[column] for count in printed.values()) == whole[column] for column in ("total", "trained"))
+    return parts
+
+
+def params(recipe: Path) -> dict[str, Any]:
+    """What ``clasp params RECIPE --json`` prints."""
+    with redirect_stdout(io.StringIO()) as printed:
+        cli.params(str(recipe), as_json=True)
+    return json.loads(printed.getvalue())
 
 
 def pictures() -> list[bytes]:

@@ -47,13 +47,18 @@ def save(name: str, folder: Path, **preprocessor: Any) -> Path:
 
 
 def save_tokenizer(folder: Path, *, template: str) -> None:
+    """``words`` as ``transformers`` would save it."""
+    hf.PreTrainedTokenizerFast(
+        tokenizer_object=words(template), pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def words(template: str = "<s> $A </s>") -> Tokenizer:
     """One id a word: ``w3`` to ``w62`` are 3 to 62."""
-    words = {"<pad>": 0, "<s>": 1, "<unk>": 2, **{f"w{number}": number for number in range(3, END)}, "</s>": END}
-    backend = Tokenizer(models.WordLevel(words, "<unk>"))
+    ids = {"<pad>": 0, "<s>": 1, "<unk>": 2, **{f"w{number}": number for number in range(3, END)}, "</s>": END}
+    backend = Tokenizer(models.WordLevel(ids, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(token, words[token]) for token in ("<s>", "</s>")]
+        single=template, special_tokens=[(token, ids[token]) for token in ("<s>", "</s>")]
     )
-    hf.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    return backend

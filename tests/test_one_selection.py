@@ -5,42 +5,74 @@ Real pairs of towers, opened from disk by a recipe: built, moved by one step, sa
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 
-from clasp.assemble import assemble, load
+from clasp.assemble import assemble, build, load
+from clasp.nn import tuning
 from clasp.types import UserError
-from fouruses import CAPTIONS, recipe, train_save_load
+from fouruses import CAPTIONS, recipe, train_save_count, train_save_load
 from savedtowers import save
-from toytowers import base
+from toymethods import CANNOT, METHODS, OTHER_PEFT
+from toytowers import IMAGE_NETS, NETS, TEXT_NETS, base
 
-PAIRS = [("vit", "bert"), ("dinov2", "xlm-roberta"), ("convnext", "llama"), ("clip", "siglip")]
-METHODS = {"heads": ["none"], "norms": ["norms"], "lora": ["lora(rank=2)"]}
+SIDES = ("image", "text")
+ROWS = (*METHODS, *OTHER_PEFT)
+PAIRS = [*zip(IMAGE_NETS, cycle(TEXT_NETS), strict=False)]  # every tower once, and one twice
+SAVED_PAIRS = [*((image, text) for image, text in PAIRS if image != "deit3"), ("clip", "siglip")]
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder for each tower."""
-    names = {name for pair in PAIRS for name in pair}
+    """A folder for each tower that ``transformers`` can save."""
+    names = {name for pair in SAVED_PAIRS for name in pair}
     return {name: save(name, tmp_path_factory.mktemp(name)) for name in sorted(names)}
 
 
-@pytest.mark.parametrize("method", METHODS)
+# --- every method on every tower -------------------------------------------------------------------------------------
+
+
+def test_the_table_is_whole():
+    """A new method or tower has its rows, and an exception is of a row."""
+    assert {tuning.parse(method).method for method in ROWS} == set(tuning.METHODS)
+    assert {name for pair in PAIRS for name in pair} == set(NETS)
+    assert set(CANNOT) <= {(name, method) for name in NETS for method in ROWS}
+
+
+@pytest.mark.parametrize("method", ROWS)
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_one_selection_four_uses(saved: dict[str, Path], tmp_path: Path, pair: tuple[str, str], method: str):
+def test_every_method_on_every_tower(tmp_path: Path, pair: tuple[str, str], method: str):
+    """Both towers are tuned by the method; one that cannot refuses, and is left as it came."""
+    towers = [f"toyfactories:{name}" for name in pair]
+    tuned = {}
+    for side, name in zip(SIDES, pair, strict=True):
+        tuned[side] = ["none"] if (name, method) in CANNOT else [method]
+        if (name, method) in CANNOT:
+            with pytest.raises(UserError, match=CANNOT[name, method]) as refused:
+                build(recipe(*towers, [], tune={side: [method]}))
+            assert "\n" not in str(refused.value)
+    given = recipe(*towers, [], tune=tuned)
+    check = train_save_load if pair == PAIRS[0] else train_save_count  # one pair also comes back
+    selection = check(given, tmp_path / "run", CAPTIONS).model.selection
+    assert {side for side in SIDES if any(name.startswith(f"{side}.net.") for name in selection)} == {
+        side for side in SIDES if tuned[side] != ["none"]
+    }
+
+
+@pytest.mark.parametrize("pair", SAVED_PAIRS, ids="+".join)
+def test_from_disk(saved: dict[str, Path], tmp_path: Path, pair: tuple[str, str]):
+    """Counted from a configuration, opened from a folder."""
     image, text = (f"hf:{saved[name]}" for name in pair)
-    given = recipe(image, text, METHODS[method])
-    if pair[0] == "convnext" and method == "lora":  # it has no attention: its 1x1 convolutions are what it has
-        given = given.changed(["""tune.image=["lora(rank=2, targets='all')"]"""])
-    parts = train_save_load(given, tmp_path / "run", CAPTIONS)
-    new = set().union(*parts.model.new_names.values())
-    assert new <= parts.model.selection
-    for side in ("image", "text"):
-        inside = {name for name in parts.model.selection if name.startswith(f"{side}.net.")}
-        assert bool(inside) == (method != "heads")
-        assert all("lora_" in name for name in inside) or method == "norms"
+    parts = train_save_load(recipe(image, text, ["norms", "lora(rank=2, targets='all')"]), tmp_path / "run", CAPTIONS)
+    assert set().union(*parts.model.new_names.values()) <= parts.model.selection
+    for side in SIDES:
+        assert any(name.startswith(f"{side}.net.") and "lora_" in name for name in parts.model.selection)
+
+
+# --- more than one method, other parts -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", ["copy", "random"])
@@ -65,11 +97,11 @@ def test_what_stays_frozen_is_not_saved_yet_comes_back(saved: dict[str, Path], t
 
 
 def test_efficientnet_and_e5(tmp_path: Path):
-    """The packaged pair of the demo, with its real weights; in one go, since e5 alone is 470 MB."""
+    """The packaged pair of the demo, with its real weights; not loaded again, since e5 alone is 470 MB."""
     given = recipe("pip:efficientnet-lite0", "pip:multilingual-e5-small", ["norms", "lora(rank=2)"])
     given = given.changed(["""tune.image=["norms", "lora(rank=2, targets='all')"]""", "image.size=64"])
     captions = ["ein Hund im Schnee", "mbwa", "a cat on a mat, asleep", "दो बिल्लियाँ"]
-    parts = train_save_load(given, tmp_path / "run", captions)
+    parts = train_save_count(given, tmp_path / "run", captions)
     kinds = {part for name in parts.model.selection for part in name.split(".")}
     assert {"lora_A", "lora_B", "_bn1", "LayerNorm", "image_head", "text_head", "log_scale"} <= kinds
     assert parts.tokenizer.settings.prefix == "query: "

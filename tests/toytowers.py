@@ -16,6 +16,10 @@ from clasp.types import Pixels, Tokens
 _SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 _IMAGE = dict(image_size=32, patch_size=8)
 _TEXT = dict(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_CNN = dict(  # three blocks; at the usual start, nothing of the picture would reach their end
+    in_channels=[32, 16, 24], out_channels=[16, 24, 40], kernel_sizes=[3, 3, 5], strides=[1, 2, 2],
+    num_block_repeats=[1, 1, 1], expand_ratios=[1, 6, 6], initializer_range=0.5,
+)  # fmt: skip
 _SPECIAL = dict(cls_token_id=1, sep_token_id=2)
 
 IMAGE_NETS = {
@@ -28,9 +32,11 @@ IMAGE_NETS = {
     "clip-image": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**_SIZES, **_IMAGE)),
     "siglip-image": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**_SIZES, **_IMAGE)),
     "beit": lambda: hf.BeitModel(hf.BeitConfig(**_SIZES, **_IMAGE)),
-    "convnext": lambda: hf.ConvNextModel(hf.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 2, 1])),
+    "convnext": lambda: hf.ConvNextModel(
+        hf.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 2, 1], image_size=32)
+    ),
     "efficientnet": lambda: hf.EfficientNetModel(
-        hf.EfficientNetConfig(width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320)
+        hf.EfficientNetConfig(**_CNN, width_coefficient=0.25, depth_coefficient=1.0, hidden_dim=320, image_size=32)
     ),
     "deit3": lambda: VisionTransformer(size=32, patch=8, width=32, blocks=2, heads=2, layer_scale=0.1),
 }

@@ -8,32 +8,12 @@ import torch
 from clasp.nn.towers import Tower
 from clasp.nn.tuning import freeze, parse, tune
 from clasp.types import UserError
+from toymethods import CANNOT, METHODS, OTHER_PEFT
 from toytowers import IMAGE_NETS, NETS, base, inputs
 
-METHODS = [
-    "full", "none", "norms", "biases", "attention", "mlp", "last(1)", "adapters", "adapters(place='input')",
-    "deep(1)", "deep(1, init='random')", "lora(rank=2)", "lora(rank=2, targets='all')", "prompts(3)",
-]  # fmt: skip
-OTHER_PEFT = ["dora(rank=2)", "rslora(rank=2)", "ia3", "loha(rank=2)", "lokr(rank=2)", "oft", "hra(rank=2)"]
 START_AS_IDENTITY = ("full", "none", "norms", "biases", "attention", "mlp", "last", "adapters", "lora", *(
     "dora", "rslora", "ia3", "loha", "lokr", "oft", "hra",
 ))  # fmt: skip
-# what a tower cannot do, and the word its error must contain
-CANNOT = {
-    ("convnext", "attention"): "matches nothing",
-    ("convnext", "prompts(3)"): "no attention",
-    ("efficientnet", "attention"): "matches nothing",
-    ("efficientnet", "mlp"): "matches nothing",
-    ("efficientnet", "adapters(place='input')"): "no known branch input",
-    ("efficientnet", "prompts(3)"): "no attention",
-    ("efficientnet", "deep(1)"): "changes the width of its input",
-    ("efficientnet", "deep(1, init='random')"): "changes the width of its input",
-    ("llama", "biases"): "matches nothing",
-    ("qwen3", "biases"): "matches nothing",
-    ("modernbert", "biases"): "matches nothing",
-    ("t5", "biases"): "matches nothing",
-    ("clip-text", "prompts(3)"): "takes token ids only",
-}
 ROWS = [(t, m) for t in NETS for m in METHODS] + [(t, m) for t in ("vit", "llama") for m in OTHER_PEFT]
 
 

@@ -97,10 +97,38 @@ def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[s
     config = _peft_config(method, targets, options)
     from peft import inject_adapter_in_model
 
+    for path in targets:
+        _padding_as_numbers(net.get_submodule(path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of merging and saving, which clasp does itself
         inject_adapter_in_model(config, net)
+    if method == "oft":
+        _tell_maps_from_convolutions(net)
     return {name for name, p in net.named_parameters() if id(p) not in before}
+
+
+def _padding_as_numbers(module: nn.Module) -> None:
+    """``same`` and ``valid`` pad a 1x1 convolution by nothing; peft's HRA reads the first letter of the word."""
+    if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+        module.padding = (0, 0)
+
+
+def _tell_maps_from_convolutions(net: nn.Module) -> None:
+    """peft's OFT takes any four axes for a convolution's; the linear layers of ConvNeXt read ``B height width D``."""
+    from peft.tuners.oft.layer import OFTRotationModule
+
+    for module in net.modules():
+        if isinstance(module, OFTRotationModule) and module.kernel_size == (0, 0):
+            module.register_forward_pre_hook(_with_a_fifth_axis)
+            module.register_forward_hook(_without_a_fifth_axis)
+
+
+def _with_a_fifth_axis(module: nn.Module, args: tuple) -> tuple:
+    return (args[0][None] if args[0].ndim == 4 else args[0], *args[1:])
+
+
+def _without_a_fifth_axis(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output[0] if output.ndim == 5 else output
 
 
 class Prompts(nn.Module):

@@ -7,6 +7,7 @@ Unusual: a weight that the checkpoint lacks is an error, never a silent random t
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import importlib.util
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from clasp.data.images import ImageTransform
 from clasp.nn.foreign.hugging import said_plainly, transformers_base
@@ -158,7 +160,13 @@ def _factory(settings: Settings, module: str, name: str, meta: bool) -> Base:
     lacking = "transform" if isinstance(settings, ImageSettings) else "tokenizer"
     if (base.transform if isinstance(settings, ImageSettings) else base.tokenizer) is None:
         raise UserError(f"tower = {settings.tower!r}: the clasp.Base that {name}() gave has no {lacking}")
-    return replace(base, net=base.net.to("meta")) if meta else base
+    return replace(base, net=_shapes_of(base.net)) if meta else base
+
+
+def _shapes_of(net: nn.Module) -> nn.Module:
+    """The net on the meta device. ``net.to("meta")`` would untie tied weights, which would then be counted twice."""
+    shapes = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in net.parameters()}
+    return copy.deepcopy(net, {**shapes, **{id(b): b.to("meta") for b in net.buffers()}})
 
 
 def _checked(base: Base, settings: Settings) -> Base:

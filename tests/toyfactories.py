@@ -1,0 +1,21 @@
+"""Every tiny tower as a user's own factory, for recipes: ``toyfactories:vit`` reads no file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from clasp.data.images import ImageTransform
+from clasp.data.text import Tokenizer
+from clasp.nn.towers import Base
+from savedtowers import words
+from toytowers import NETS, base
+
+TRANSFORM = ImageTransform(32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+
+
+def _factory(name: str) -> Base:
+    return replace(base(name), transform=TRANSFORM, tokenizer=lambda: Tokenizer(words()))
+
+
+globals().update({name: partial(_factory, name) for name in NETS})
