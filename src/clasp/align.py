@@ -23,7 +23,7 @@ from clasp.data.formats.rows import DEFAULT_COLUMNS
 from clasp.data.pairs import Columns, Pairs, open_pairs, split
 from clasp.data.sides import Listing, LiveImages
 from clasp.evaluate.tasks import Result
-from clasp.inputs import Bar, Inputs, no_bar
+from clasp.inputs import Bar, Inputs, Say, no_bar
 from clasp.losses import LOSSES
 from clasp.model import DualEncoder
 from clasp.quiz import languages_of, validation
@@ -31,11 +31,10 @@ from clasp.recipe import Recipe
 from clasp.starting import start_heads
 from clasp.train.checkpoint import Run
 from clasp.train.loop import Fitted, choose, fit
+from clasp.train.plan import LARGEST_BATCH
 from clasp.train.progress import Reporter, Silent
 from clasp.train.state import TrainState
 from clasp.types import Pair, Skipped, UserError
-
-Say = Callable[[str], None]
 
 LARGEST_LIVE_BATCH = 128  # where a tower is run in every step, its activations have to fit
 
@@ -71,7 +70,11 @@ def align(
     train, val = training_pairs(recipe)
     parts = assemble(recipe)
     parts.model.to(PartialState().device).eval()
-    inputs = inputs_of(parts, recipe, bar=bar, report=lambda skipped: folder.append("log.jsonl", map(_unread, skipped)))
+    if recipe.train.recompute == "blocks":
+        for tower in (parts.model.image, parts.model.text):
+            tower.recompute_blocks()
+    report = lambda skipped: folder.append("log.jsonl", map(_unread, skipped))  # noqa: E731
+    inputs = inputs_of(parts, recipe, bar=bar, say=say, report=report)
     plan = choose(recipe.train, samples(train, recipe), largest=_largest_batch(inputs, recipe))
     say(plan.reason)
     settled = recipe.model_copy(update={"train": plan.resolved(recipe.train)})
@@ -102,21 +105,23 @@ def inputs_of(
     recipe: Recipe,
     *,
     bar: Bar = no_bar,
+    say: Say = lambda line: None,
     report: Callable[[Iterable[Skipped]], None] = log_skipped,
 ) -> Inputs:
     """The reader of pairs for a model that has just been built from a recipe."""
-    model, auto = parts.model, recipe.data.features == "auto"
     return Inputs(
-        image=model.image,
-        text=model.text,
+        image=parts.model.image,
+        text=parts.model.text,
         transform=parts.transform,
         tokenizer=parts.tokenizer,
-        image_frozen=auto and not recipe.image.dropout and not any(n.startswith("image.") for n in model.selection),
-        text_frozen=auto and not recipe.text.dropout and not any(n.startswith("text.") for n in model.selection),
+        features=recipe.data.features,
         cache=cache_folder(),
         bar=bar,
+        say=say,
         report=report,
         workers=recipe.train.workers,
+        views=recipe.data.views,
+        seed=recipe.train.seed,
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
 
@@ -211,8 +216,8 @@ def samples(pairs: Pairs, recipe: Recipe) -> int:
 
 
 def _largest_batch(inputs: Inputs, recipe: Recipe) -> int:
-    live = not inputs.text_frozen or not inputs.image_frozen or recipe.data.augment is not None
-    return LARGEST_LIVE_BATCH if live else 1024
+    live = not inputs.all_pooled or (recipe.data.augment is not None and not recipe.data.views)
+    return LARGEST_LIVE_BATCH if live else LARGEST_BATCH
 
 
 def _content(listing: Listing, val: Pairs) -> str:

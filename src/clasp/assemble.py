@@ -16,7 +16,7 @@ from clasp.data.text import Tokenizer
 from clasp.embed import Model
 from clasp.model import DualEncoder
 from clasp.nn.foreign.hub import open_base
-from clasp.nn.towers import Base, Tower
+from clasp.nn.towers import Base, ImageSettings, TextSettings, Tower
 from clasp.recipe import Recipe, from_dict
 from clasp.train import checkpoint
 from clasp.types import UserError
@@ -81,8 +81,8 @@ def _model(recipe: Recipe, image: Base, text: Base) -> DualEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # a learned pooling starts at random
         towers = {
-            "image": Tower(image, pool=recipe.image.pool, layer=recipe.image.layer, dropout=recipe.image.dropout),
-            "text": Tower(text, pool=recipe.text.pool, layer=recipe.text.layer, dropout=recipe.text.dropout),
+            "image": _tower(image, recipe.image),
+            "text": _tower(text, recipe.text),
         }
     model = DualEncoder(towers["image"], towers["text"], recipe.head, loss=recipe.loss.kind, seed=seed)
     selection: set[str] = set()
@@ -96,6 +96,16 @@ def _model(recipe: Recipe, image: Base, text: Base) -> DualEncoder:
         raise UserError("nothing trains: tune.image, tune.text, tune.head and tune.scale are all none")
     model.select(selection)
     return model
+
+
+def _tower(base: Base, settings: ImageSettings | TextSettings) -> Tower:
+    return Tower(
+        base,
+        pool=settings.pool,
+        layer=settings.layer,
+        more_layers=settings.more_layers,
+        dropout=settings.dropout,
+    )
 
 
 def _check_end_token(recipe: Recipe, text: Base, tokenizer: Tokenizer) -> None:

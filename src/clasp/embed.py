@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clasp.data.batches import text_batches
+from clasp.data.device import on_device
 from clasp.data.features import Progress
 from clasp.data.images import ImageError, ImageTransform
 from clasp.data.text import Tokenizer
-from clasp.types import Encoder, Pixels, Tokens, UserError
+from clasp.types import Encoder, Pixels, UserError
 
 
 def no_progress(done: int, total: int) -> None:
@@ -59,9 +60,11 @@ class Model:
         return torch.cat(rows) if rows else torch.empty(0, 0)
 
     def encode_text(
-        self, texts: Sequence[str], *, batch: int = 256, progress: Progress = no_progress
+        self, texts: Sequence[str], *, tokens: int = 4096, progress: Progress = no_progress
     ) -> Float[Tensor, "n E"]:
         """Strings to unit vectors; sorted by length inside, so that short ones are never padded to long ones.
+
+        ``tokens``: how many of them go through the tower at once.
 
         Raises ``UserError`` for one string that is not in a list.
         """
@@ -69,9 +72,9 @@ class Model:
             raise UserError(f"encode_text takes a list of strings, not the string {texts!r}")
         rows: dict[int, Tensor] = {}
         with torch.inference_mode():
-            for indices, tokens in text_batches(texts, self.tokenizer, batch):
-                moved = Tokens(tokens.ids.to(self.device), tokens.mask.to(self.device))
-                rows.update(zip(indices, self.encoder.embed_text(moved).cpu(), strict=True))
+            for indices, part in text_batches(texts, self.tokenizer, tokens):
+                embedded = self.encoder.embed_text(on_device(part, self.device)).cpu()
+                rows.update(zip(indices, embedded, strict=True))
                 progress(len(rows), len(texts))
         return torch.stack([rows[i] for i in range(len(texts))]) if rows else torch.empty(0, 0)
 

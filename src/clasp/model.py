@@ -235,9 +235,13 @@ class DualEncoder(nn.Module):
         """Token ids to unit vectors; ``mask`` is true on real tokens."""
         return self.embed_text(Tokens(tokens, mask))
 
+    def scale_and_bias(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
+        """What makes logits of cosines: the scale (not its logarithm) and, for the sigmoid loss, the bias."""
+        return self.log_scale.exp(), self.bias
+
     def forward(self, batch: Batch) -> Embeddings:
-        """A batch to its embeddings, with the scale (not its logarithm) of their logits."""
-        return Embeddings(self.embed_image(batch.image), self.embed_text(batch.text), self.log_scale.exp(), self.bias)
+        """A batch to its embeddings, with the scale and bias of their logits."""
+        return Embeddings(self.embed_image(batch.image), self.embed_text(batch.text), *self.scale_and_bias())
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clasp.data.images import Augment
 from clasp.data.pairs import Columns
+from clasp.data.storage import Name as StorageName
 from clasp.losses import LOSSES
 from clasp.model import HeadSettings
 from clasp.nn.towers import ImageSettings, TextSettings
@@ -72,8 +73,11 @@ class DataSettings(BaseModel):
     """draw: one caption of each pair in each epoch; all: every caption is a sample of its own"""
     augment: Augment | None = None
     """Changes to training images; the defaults of each field change nothing"""
-    features: Literal["auto", "off"] = "auto"
-    """auto: what a wholly frozen tower says of an input is computed once and kept"""
+    features: Literal["auto", "off"] | StorageName = "auto"
+    """What the frozen part of a tower says is computed once and kept: auto, off, or how its numbers are written
+    (float32, float16, bfloat16, int8)"""
+    views: int = Field(default=0, ge=0, le=1000)
+    """Augmented views of each image to keep for a frozen part, beside the plain one; 0 augments anew each time"""
     max_bad_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of unreadable samples past which the run stops"""
 

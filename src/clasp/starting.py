@@ -14,13 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from clasp.data.batches import Tally
+from clasp.data.device import on_device
 from clasp.data.pairs import Pairs
-from clasp.data.sides import Listing, LiveImages, LiveTexts, Picks
+from clasp.data.sides import Listing, Picks
 from clasp.inputs import Inputs
 from clasp.model import DualEncoder, HeadSettings
 from clasp.nn.towers import Tower
 from clasp.train.closed import cca
-from clasp.types import ImageInput, Pixels, Pooled, TextInput, Tokens
+from clasp.types import ImageInput, Pooled, TextInput
 
 # captions, with their images, whose mean and deviation are taken for those of all; rows of a cache cost nothing
 LOOKED_AT_CACHED, LOOKED_AT_LIVE = 65_536, 2_048
@@ -34,7 +35,7 @@ def start_heads(
     if image is None or text is None:
         return
     pooled = _PooledRows(model, inputs, pairs, listing, tally)
-    most = LOOKED_AT_CACHED if inputs.image_frozen and inputs.text_frozen else LOOKED_AT_LIVE
+    most = LOOKED_AT_CACHED if inputs.all_pooled else LOOKED_AT_LIVE
     some = zip(*pooled.every_caption(_spread(listing, most)), strict=True)
     for standardize, parts in zip((image, text), some, strict=True):
         standardize.start_from(torch.cat(parts))
@@ -60,8 +61,7 @@ class _PooledRows:
 
     def __init__(self, model: DualEncoder, inputs: Inputs, pairs: Pairs, listing: Listing, tally: Tally):
         self.model, self.listing, self.tally = model, listing, tally
-        self.image = inputs.image_side(pairs, None) if inputs.image_frozen else LiveImages(inputs.transform)
-        self.text = inputs.text_side(listing) if inputs.text_frozen else LiveTexts(inputs.tokenizer)
+        self.image, self.text = inputs.image_side(pairs, None), inputs.text_side(listing)
 
     def every_caption(
         self, pairs: Int[np.ndarray, " n"]
@@ -93,9 +93,5 @@ class _PooledRows:
 
 @torch.no_grad()
 def _pooled(tower: Tower, inputs: ImageInput | TextInput) -> Float[Tensor, "B D"]:
-    device = next(tower.parameters()).device
-    if isinstance(inputs, Pooled):
-        return inputs.values.to(device)
-    if isinstance(inputs, Pixels):
-        return tower.pooled(Pixels(inputs.values.to(device)))
-    return tower.pooled(Tokens(inputs.ids.to(device), inputs.mask.to(device)))
+    moved = on_device(inputs, next(tower.parameters()).device)
+    return moved.values if isinstance(moved, Pooled) else tower.pooled(moved)

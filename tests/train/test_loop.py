@@ -41,10 +41,17 @@ class Toy(nn.Module):
     def embed(self, tower: nn.ModuleDict, values: Tensor) -> Tensor:
         return F.normalize(tower["head"](F.dropout(tower["trunk"](values).relu(), 0.3, self.training)), dim=-1)
 
+    def embed_image(self, inputs: Pooled) -> Tensor:
+        return self.embed(self.image, inputs.values)
+
+    def embed_text(self, inputs: Pooled) -> Tensor:
+        return self.embed(self.text, inputs.values)
+
+    def scale_and_bias(self) -> tuple[Tensor, None]:
+        return self.log_scale.exp(), None
+
     def forward(self, batch: Batch) -> Embeddings:
-        assert isinstance(batch.image, Pooled) and isinstance(batch.text, Pooled)
-        image, text = self.embed(self.image, batch.image.values), self.embed(self.text, batch.text.values)
-        return Embeddings(image, text, self.log_scale.exp())
+        return Embeddings(self.embed_image(batch.image), self.embed_text(batch.text), *self.scale_and_bias())
 
     def after_step(self) -> None:
         with torch.no_grad():
@@ -352,7 +359,7 @@ def test_evaluates_every_so_many_epochs_and_after_the_last() -> None:
 def test_log_lines_are_json_and_follow_the_schedule() -> None:
     _, _, lines = run(SETTINGS.model_copy(update={"log_every": 5}))
     json.dumps(lines, allow_nan=False)
-    assert [line["event"] for line in lines] == ["start", "step", "step", "step", "stop"]
+    assert [line["event"] for line in lines] == ["start", "pieces", "step", "step", "step", "stop"]
     steps = [line for line in lines if line["event"] == "step"]
     assert [line["step"] for line in steps] == [5, 10, 12] and [line["epoch"] for line in steps] == [2, 4, 4]
     for line in steps:

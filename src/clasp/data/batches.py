@@ -200,15 +200,19 @@ def image_batches(
                 yield [chunk[place][0] for place in rows.kept], rows.inputs
 
 
-def text_batches(texts: Sequence[str], tokenizer: Tokenizer, batch: int) -> Iterator[tuple[list[int], Tokens]]:
+def text_batches(texts: Sequence[str], tokenizer: Tokenizer, tokens: int) -> Iterator[tuple[list[int], Tokens]]:
     """All texts, longest first, so that little is padding and the largest batch is met first.
 
-    Each batch comes with the places of its rows in ``texts``. Every text is tokenised before the first batch.
+    A batch has at most ``tokens`` tokens, padding included, and at least one text. Each comes with the places of its
+    rows in ``texts``. Every text is tokenised before the first batch.
     """
     ids = tokenizer.encode(texts)
     order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
-    for places in _chunks(order, batch):
-        yield list(places), tokenizer.pad([ids[place] for place in places])
+    start = 0
+    while start < len(order):
+        places = order[start : start + max(1, tokens // len(ids[order[start]]))]
+        yield places, tokenizer.pad([ids[place] for place in places])
+        start += len(places)
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -1,10 +1,10 @@
-"""Pooled outputs of a frozen tower, computed once, kept on disk, replayed as one side of a batch.
+"""What the frozen part of a tower says, computed once, kept on disk, replayed as one side of a batch.
 
-In: a tower and the images or captions it shall see. Out: ``Features``, memory-mapped float32 rows under a key of all
-that decides them: tower, transform or tokenizer, pairs or texts, augmentation. Unusual: a caption is encoded once
-however often it repeats, and captions longest first; an image may have several augmented views; an unreadable image
-has NaN rows, is named in the file and skipped at replay. What is left for other kinds of features (token states at a
-frozen boundary) is another ``pooled_*`` and another side; ``cache`` and the picks stay as they are.
+In: a frozen part (``Frozen``) and the images or captions it shall see. Out: ``Features``, memory-mapped rows under a
+key of all that decides them: weights, transform or tokenizer, pairs or texts, augmentation, storage. An item has one
+row where the part pools, a row a token where it stops at a block. Unusual: a caption is encoded once however often it
+repeats, longest first; an image may have several augmented views; an unreadable image has NaN rows, is named in the
+file and skipped at replay; a build that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
@@ -28,63 +28,78 @@ from clasp.data.cache import Kept, Writer, cached
 from clasp.data.images import Augment, ImageTransform
 from clasp.data.pairs import Pairs
 from clasp.data.sides import ImageRows, Listing, LiveImages, Picks, TextRows
+from clasp.data.storage import STORAGES, Name
 from clasp.data.text import Tokenizer
 from clasp.data.workers import Stream
-from clasp.types import Pair, Pixels, Pooled, Skipped, Tokens
+from clasp.types import Pair, Pixels, Pooled, Skipped, States, Tokens
 
 Progress = Callable[[int, int], None]
 Inputs = TypeVar("Inputs", contravariant=True)
 
 _VIEW = 3  # what a stream of random numbers is for; the first three are those of ``batches``
+ENCODED_AT_ONCE = 4096  # tokens of captions in one call of a tower
 
 
 @runtime_checkable
-class Pooling(Protocol[Inputs]):
-    """A frozen tower, in eval mode: ``Pixels`` or ``Tokens`` to one vector each."""
+class Frozen(Protocol[Inputs]):
+    """The part of a tower that stays as it is: its trunk up to a block, or all of it and its pooling."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever ``pooled`` could answer differently: with the weights, the pooling, the layer."""
+        """Changes whenever the part could answer differently: with the weights, the pooling, the block."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """How many blocks it runs; 0 when it is the whole tower, which pools."""
         ...
 
     @property
     def width(self) -> int:
-        """``D`` of the pooled output."""
+        """``D`` of what it says."""
         ...
 
-    def pooled(self, inputs: Inputs) -> Float[Tensor, "B D"]: ...
+    @property
+    def tokens(self) -> int:
+        """Rows that an image takes: ``N`` of its states, or 1 where it pools. A caption has its own length."""
+        ...
+
+    def __call__(self, inputs: Inputs) -> States | Pooled: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Rows on disk, and which of them belongs to which item (pair or text) they were asked for."""
+    """Rows on disk, and which of them belong to which item (pair or text) they were asked for."""
 
     kept: Kept
-    """``rows views D``, memory-mapped; view 0 is the plain one. Its ``about`` is what the ``.json`` says."""
-    index: Int[np.ndarray, " items"]
-    """The row of each item."""
+    """Of each entry the rows of its views, view 0 being the plain one. Its ``about`` is what the ``.json`` says."""
+    entry: Int[np.ndarray, " items"]
+    """Which entry each item is."""
+    first: Int[np.ndarray, " bounds"]
+    """Where the rows of each view of each entry begin, and where the last ones end."""
+    views: int = 1
+    """How many times each item was encoded."""
 
     def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def views(self) -> int:
-        """How many times each item was encoded."""
-        return self.kept.values.shape[1]
-
-    @property
-    def width(self) -> int:
-        """``D``."""
-        return self.kept.values.shape[2]
+        return len(self.entry)
 
     @cached_property
     def skipped(self) -> dict[int, Skipped]:
         """Item -> why it has no features."""
         return {item: Skipped(name, reason) for item, name, reason in self.kept.about["skipped"]}
 
-    def take(self, items: Int[np.ndarray, " B"], view: Int[np.ndarray, " B"] | int = 0) -> Float[Tensor, "B D"]:
-        """A copy of the rows of ``items`` in memory, each in its ``view``."""
-        return torch.from_numpy(np.asarray(self.kept.values[self.index[items], view]))
+    def read(self, items: Int[np.ndarray, " B"], view: Int[np.ndarray, " B"] | int = 0) -> Pooled | States:
+        """A copy in memory of what was said of ``items``, each in its ``view``; captions padded to the longest."""
+        at = self.entry[items] * self.views + view
+        depth = self.kept.about["depth"]
+        if depth == 0:
+            return Pooled(self.kept.take(self.first[at]).float())
+        lengths = self.first[at + 1] - self.first[at]
+        place = np.arange(int(lengths.max()))
+        mask = place < lengths[:, None]
+        # padding repeats the last real token: no mask lets anything see it
+        rows = self.first[at][:, None] + np.minimum(place, lengths[:, None] - 1)
+        return States(self.kept.take(rows), torch.from_numpy(mask), depth, self.kept.about["size"])
 
 
 # --- replay ----------------------------------------------------------------------------------------------------------
@@ -106,7 +121,7 @@ class CachedImages:
         skipped = tuple(features.skipped[number] for number in numbers if number in features.skipped)
         kept = [place for place, number in enumerate(numbers) if number not in features.skipped]
         picks = picks[kept] if skipped else picks
-        return ImageRows(Pooled(features.take(picks.pair, picks.seed % features.views)), kept, skipped)
+        return ImageRows(features.read(picks.pair, picks.seed % features.views), kept, skipped)
 
 
 class CachedTexts:
@@ -120,19 +135,24 @@ class CachedTexts:
         if features.kept.about["key"].get("texts") != texts.version:
             raise ValueError(f"{features.kept.path} holds features of other texts than these")
         # its own index: the texts may have been asked for in another order
-        self._features = Features(features.kept, texts.index)
+        self._features = replace(features, entry=texts.entry)
         self._listing = listing
 
     def __call__(self, picks: Picks, read: Callable[[int], Pair]) -> TextRows:
         texts = self._listing.caption_of(picks)
-        return TextRows(Pooled(self._features.take(texts)), texts.tolist())
+        if self._features.kept.about["depth"] == 0:
+            return TextRows(self._features.read(texts), texts.tolist())
+        different, rows = np.unique(texts, return_inverse=True)  # blocks are still to be run: once for each
+        states = self._features.read(different)
+        assert isinstance(states, States)
+        return TextRows(replace(states, rows=torch.from_numpy(rows)), texts.tolist())
 
 
 # --- computing, once -------------------------------------------------------------------------------------------------
 
 
-def pooled_images(
-    tower: Pooling[Pixels],
+def image_features(
+    part: Frozen[Pixels],
     pairs: Pairs,
     transform: ImageTransform,
     *,
@@ -145,87 +165,122 @@ def pooled_images(
     workers: int = 0,
     device: str | torch.device = "cpu",
     max_bad_fraction: float = 0.02,
+    storage: Name = "float32",
 ) -> Features:
-    """The features of every image, row i of pair i, in ``views`` views: the plain one, then augmented ones.
+    """The features of every image, entry i those of pair i, in ``views`` views: the plain one, then augmented ones.
 
     ``progress(done, total)`` counts images times views, and is not called when nothing is computed. ``device`` is
     where the tower is. Raises ``UserError`` when too many images are unreadable or the disk is full.
     """
     assert views == 1 or augment is not None, "further views need an augmentation"
-    key = {"what": "pooled image", "tower": tower.fingerprint, "transform": transform.fingerprint}
+    key = {"what": "images", "part": part.fingerprint, "transform": transform.fingerprint}
     key |= {"pairs": pairs.version, "views": views}
     if views > 1 and augment is not None:
         key |= {"augment": asdict(augment), "seed": seed}
-    count = len(pairs)
+    count, rows = len(pairs), part.tokens
+    place = np.arange(rows)
 
     def fill(writer: Writer) -> None:
+        writer.notes = {"skipped": [], **writer.notes, "depth": part.depth, "size": transform.size}
         tally = Tally(count, max_bad_fraction)
-        skipped: dict[int, Skipped] = {}
+        skipped: dict[int, Skipped] = {number: Skipped(name, why) for number, name, why in writer.notes["skipped"]}
+        tally.add(skipped.values())
         sides = [LiveImages(transform), *[LiveImages(transform, augment)] * (views - 1)]
-        asks, done = _views(count, batch, views, seed), 0
+        asks, done = _views(count, batch, views, seed, start=writer.done), writer.done
         with closing(Stream(_ViewReader(pairs, sides), workers=workers)) as stream:
             for (view, picks), images in zip(asks, stream(asks), strict=True):
                 tally.add(images.skipped)
                 missing = sorted(set(range(len(picks))) - set(images.kept))
                 skipped.update(zip(picks.pair[missing].tolist(), images.skipped, strict=True))
-                values = np.full((len(picks), tower.width), np.nan, dtype=np.float32)
+                values = torch.full((len(picks), rows, part.width), torch.nan)
                 if images.kept:
-                    values[images.kept] = _array(tower.pooled(Pixels(images.inputs.values.to(device))))
-                writer.write(picks.pair * views + view, values)
+                    values[images.kept] = _on_cpu(part(Pixels(images.inputs.values.to(device)))).unflatten(
+                        0, (len(images.kept), rows)
+                    )
+                at = (picks.pair * views + view)[:, None] * rows + place
+                writer.write(at.reshape(-1), values.flatten(0, 1))
                 done += len(picks)
+                writer.notes["skipped"] = [[number, *skipped[number]] for number in sorted(skipped)]
+                writer.mark(done)
                 if progress is not None:
                     progress(done, count * views)
-        writer.notes["skipped"] = [[number, *skipped[number]] for number in sorted(skipped)]
 
+    shape = (count * views * rows, part.width)
     with torch.inference_mode():
-        return Features(cached(cache / "features", key, (count, views, tower.width), fill), np.arange(count))
+        kept = cached(cache / "features", key, shape, fill, storage=storage)
+    return Features(kept, np.arange(count), np.arange(count * views + 1) * rows, views)
 
 
-def pooled_texts(
-    tower: Pooling[Tokens],
+def text_features(
+    part: Frozen[Tokens],
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
-    batch: int,
     cache: Path,
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
+    storage: Name = "float32",
 ) -> Features:
     """The features of every text; those that repeat are encoded once. The order of ``texts`` is not part of the key.
 
     ``progress(done, total)`` counts different texts, and is not called when nothing is computed. ``device`` is where
     the tower is. Raises ``UserError`` when the disk is full.
     """
-    rows = _Texts(texts)
-    count = len(rows.different)
-    key = {"what": "pooled text", "tower": tower.fingerprint, "tokenizer": tokenizer.fingerprint, "texts": rows.version}
+    asked = _Texts(texts)
+    count = len(asked.different)
+    key = {"what": "texts", "part": part.fingerprint, "tokenizer": tokenizer.fingerprint, "texts": asked.version}
+    if part.depth == 0:
+        first = np.arange(count + 1)
+    else:
+        first = np.cumsum([0, *map(len, tokenizer.encode(asked.different))])
 
     def fill(writer: Writer) -> None:
+        writer.notes = {"skipped": [], "depth": part.depth, "size": 0}
         done = 0
-        for places, tokens in text_batches(rows.different, tokenizer, batch):
-            values = tower.pooled(Tokens(tokens.ids.to(device), tokens.mask.to(device)))
-            writer.write(np.array(places), _array(values))
+        for places, tokens in text_batches(asked.different, tokenizer, ENCODED_AT_ONCE):
             done += len(places)
+            if done <= writer.done:
+                continue
+            values = _on_cpu(part(Tokens(tokens.ids.to(device), tokens.mask.to(device))), tokens.mask)
+            at = [np.arange(first[place], first[place + 1]) for place in places]
+            writer.write(np.concatenate(at), values)
+            writer.mark(done)
             if progress is not None:
                 progress(done, count)
-        writer.notes["skipped"] = []
 
     with torch.inference_mode():
-        return Features(cached(cache / "features", key, (count, 1, tower.width), fill), rows.index)
+        kept = cached(cache / "features", key, (int(first[-1]), part.width), fill, storage=storage)
+    return Features(kept, asked.entry, first)
+
+
+def bytes_of_images(part: Frozen[Pixels], count: int, views: int, storage: Name) -> int:
+    """What ``image_features`` of ``count`` images will take on disk."""
+    return STORAGES[storage].bytes_of(count * views * part.tokens, part.width)
+
+
+def bytes_of_texts(part: Frozen[Tokens], tokenizer: Tokenizer, texts: Sequence[str], storage: Name) -> int:
+    """What ``text_features`` of ``texts`` will take on disk."""
+    different = sorted(set(texts))
+    rows = len(different) if part.depth == 0 else sum(map(len, tokenizer.encode(different)))
+    return STORAGES[storage].bytes_of(rows, part.width)
 
 
 class _Texts:
-    """Which row each text has: the different ones are sorted, so that their order in the data is of no account."""
+    """Which entry each text is: the different ones are sorted, so that their order in the data is of no account."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.different = sorted(set(texts))
-        row = {text: number for number, text in enumerate(self.different)}
-        self.index = np.array([row[text] for text in texts], dtype=np.int64)
+        entry = {text: number for number, text in enumerate(self.different)}
+        self.entry = np.array([entry[text] for text in texts], dtype=np.int64)
         self.version = hashlib.sha256(json.dumps(self.different).encode()).hexdigest()
 
 
-def _array(values: Float[Tensor, "B D"]) -> Float[np.ndarray, "B D"]:
-    return values.float().cpu().numpy()
+def _on_cpu(said: States | Pooled, mask: Tensor | None = None) -> Float[Tensor, "rows D"]:
+    """What a part said, one row a token or a vector; only the tokens in ``mask``, where one is given."""
+    values = said.values.float().cpu()
+    if isinstance(said, Pooled):
+        return values
+    return values.flatten(0, 1) if mask is None else values[mask]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +295,13 @@ class _ViewReader:
         return self.sides[view](picks, self.pairs.__getitem__)
 
 
-def _views(count: int, batch: int, views: int, seed: int) -> list[tuple[int, Picks]]:
-    """Every image in every view, a batch at a time; all views of some images, then the next images."""
+def _views(count: int, batch: int, views: int, seed: int, *, start: int) -> list[tuple[int, Picks]]:
+    """Every image in every view, a batch at a time; all views of some images, then the next images.
+
+    ``start`` images times views are left out: they have been done.
+    """
     order = np.arange(count)
     all_ = [Picks(order, np.zeros_like(order), draws((seed, view, _VIEW), count)) for view in range(views)]
-    return [(view, all_[view][at : at + batch]) for at in range(0, count, batch) for view in range(views)]
+    asks = [(view, all_[view][at : at + batch]) for at in range(0, count, batch) for view in range(views)]
+    done = np.cumsum([len(picks) for _, picks in asks])
+    return [ask for ask, end in zip(asks, done, strict=True) if end > start]

@@ -9,7 +9,7 @@ replaced; captions are then fetched for the rest only.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -142,11 +142,14 @@ class LiveImages:
 
 @dataclass(frozen=True, slots=True)
 class LiveTexts:
-    """Captions tokenised each time, padded to the longest of the batch."""
+    """Captions tokenised each time, padded to the longest of the batch; those that repeat are held once."""
 
     tokenizer: Tokenizer
 
     def __call__(self, picks: Picks, read: Callable[[int], Pair]) -> TextRows:
         captions = [read(number).captions for number in picks.pair.tolist()]
         texts = [all_[draw % len(all_)].text for all_, draw in zip(captions, picks.draw.tolist(), strict=True)]
-        return TextRows(self.tokenizer(texts), texts)
+        places: dict[str, int] = {}
+        rows = [places.setdefault(text, len(places)) for text in texts]
+        tokens = self.tokenizer(list(places))
+        return TextRows(tokens if len(places) == len(texts) else replace(tokens, rows=torch.tensor(rows)), texts)

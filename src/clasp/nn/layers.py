@@ -147,7 +147,7 @@ class Adapter(nn.Module):
 
 def pool_first(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D"]:
     """The class token."""
-    return states[:, 0]
+    return states[:, 0].contiguous()  # a view would keep all tokens in memory
 
 
 def pool_mean(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D"]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clasp.data.images import ImageTransform
 from clasp.data.text import Tokenizer
@@ -120,7 +121,7 @@ class Tower(nn.Module):
             truncate(self.net, layer)
         self.hashes = tensor_hashes(self.net.state_dict())
         self._read = base.read
-        self._dropout = dropout
+        self.dropout = dropout
         self._parts = anatomy(self.net)
         if self._parts.channels_first:
             # measured: two to four times faster on CPUs
@@ -153,6 +154,16 @@ class Tower(nn.Module):
         self._parts = anatomy(self.net)  # there may be new blocks
         return names
 
+    def recompute_blocks(self) -> None:
+        """Keep of each block above the trunk its input only, and compute the rest again in the backward pass.
+
+        Costs a second forward pass of the blocks that a gradient goes through (Chen et al., 2016, "Training deep nets
+        with sublinear memory cost"); dropout draws the same again. To be called once it is known what trains.
+        """
+        for block in self._parts.blocks[self.frozen_blocks :]:
+            module = self.net.get_submodule(block.path)
+            vars(module)["forward"] = _Recomputed(module)
+
     def forward(self, inputs: Pixels | Tokens | States) -> Float[Tensor, "U N D"]:
         """States after the last block and the final norm; of each different caption once."""
         if isinstance(inputs, Tokens):
@@ -160,7 +171,8 @@ class Tower(nn.Module):
         if isinstance(inputs, States):
             blank, gives = self._blank(inputs), self._blocks_give
             assert gives is not None, f"{self.name} cannot be cut"
-            return going_on(self.net, self._parts, inputs.depth, inputs.values, lambda: self(blank), gives=gives)
+            values = inputs.values.to(next(self.net.parameters()).dtype)  # they may be kept in half precision
+            return going_on(self.net, self._parts, inputs.depth, values, lambda: self(blank), gives=gives)
         pixels = inputs.values
         if self._parts.channels_first:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -243,12 +255,13 @@ class Tower(nn.Module):
             for hook in hooks:
                 hook.remove()
         seen = [states, *(as_tokens(early) for early in outputs)]  # lower maps of a CNN have more places
-        mask = [inputs.mask if self.modality == "text" else _all_real(each) for each in seen]
+        text = None if isinstance(inputs, Pixels) or self.modality == "image" else inputs.mask
+        mask = [_all_real(each) if text is None else text for each in seen]
         return torch.cat([self.pool(states, mask[0]), *map(self._pool_plainly, seen[1:], mask[1:])], dim=1)
 
     def train(self, mode: bool = True) -> Tower:
         """Evaluation mode always, unless dropout is wanted; BatchNorm keeps its running statistics in either case."""
-        super().train(mode and self._dropout)
+        super().train(mode and self.dropout)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -310,6 +323,24 @@ def _hash(*facts: Any) -> str:
 
 def _all_real(states: Float[Tensor, "U N D"]) -> Bool[Tensor, "U N"]:
     return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+
+
+class _Recomputed:
+    """The forward pass of a block, computed again in the backward pass where there will be one.
+
+    An object, so that the copy of a tower computes the blocks of the copy.
+    """
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+        self.trains = any(parameter.requires_grad for parameter in block.parameters())
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        forward = partial(type(self.block).forward, self.block)
+        given = (*args, *options.values())
+        if torch.is_grad_enabled() and (self.trains or any(isinstance(x, Tensor) and x.requires_grad for x in given)):
+            return checkpoint(forward, *args, use_reentrant=False, **options)
+        return forward(*args, **options)
 
 
 def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

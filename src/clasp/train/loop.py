@@ -61,10 +61,11 @@ def fit(
 ) -> Fitted:
     """Trains the selection in place; leaves the model in eval mode, on the device that it was trained on.
 
-    ``log`` gets JSON dicts told apart by ``event``: start, step, skipped, evaluation, stop. ``evaluate`` is called with
-    the model in eval mode; ``primary`` names the metric in its answer that decides, greater being better. ``save`` gets
-    the state every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the end; a run that is given it as ``start``
-    goes on there. ``towers`` are the beginnings of the names of parameters inside the towers, for ``lr_tower``.
+    ``log`` gets JSON dicts told apart by ``event``: start, pieces, step, skipped, evaluation, stop. ``evaluate`` is
+    called with the model in eval mode; ``primary`` names the metric in its answer that decides, greater being
+    better. ``save`` gets the state every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the end; a run that is
+    given it as ``start`` goes on there. ``towers`` are the beginnings of the names of parameters inside the towers,
+    for ``lr_tower``.
     Raises UserError when the loss or its gradient is not finite, before the step that would have spoilt the weights,
     and when ``start`` is of a run that trains something else.
     """
@@ -76,7 +77,16 @@ def fit(
     accelerator = Accelerator(mixed_precision="no")
     device = accelerator.device
     numbers = Numbers(start.precision, "as before the stop") if start else resolve(settings.precision, device)
-    stepper = Stepper(model, loss, settings, accelerator, numbers.precision, steps=steps, towers=towers)
+    stepper = Stepper(
+        model,
+        loss,
+        settings,
+        accelerator,
+        numbers.precision,
+        steps=steps,
+        towers=towers,
+        micro_batch=start.micro_batch if start else None,
+    )
     if start:
         stepper.restore(start)
     at = start.position if start else Position()
@@ -92,7 +102,8 @@ def fit(
 
     def state() -> TrainState:
         skipped = tuple(journal.skipped.values())
-        return TrainState(at, numbers.precision, stepper.selection(), stepper.memory(), judge.best, skipped)
+        weights, memory = stepper.selection(), stepper.memory()
+        return TrainState(at, numbers.precision, weights, memory, judge.best, skipped, stepper.micro_batch)
 
     with Interruption() as stop, journal:
         line = f"computing in {numbers.precision} on {device.type}: {numbers.reason}"
@@ -104,6 +115,9 @@ def fit(
             for batch in journal.fetching(batches.epoch(at.epoch, start=at.step_in_epoch)):
                 journal.read(batch)
                 if len(batch.ids) > 1:  # fewer have nothing to be told apart from
+                    if stepper.micro_batch is None:
+                        choice = stepper.choose_micro_batch(batch)
+                        journal.event("pieces", choice.reason, step=at.step, micro_batch=choice.micro_batch)
                     journal.stepped(at, batch, stepper.step(batch, at.step))
                 at = at.next_step()
                 if save and time.monotonic() - saved >= 60 * settings.save_every_minutes:

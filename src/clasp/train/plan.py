@@ -34,6 +34,12 @@ class TrainSettings(BaseModel):
 
     batch: Annotated[int, Field(gt=1)] | Auto = "auto"
     """Pairs in a step; the negatives of a pair are the others of its batch."""
+    micro_batch: Annotated[int, Field(gt=0)] | Auto = "auto"
+    """Pairs whose activations are in memory at a time: a larger batch is worked through in pieces, with the gradient
+    of one piece. "auto": the whole batch, or as many as fit, measured when training begins."""
+    recompute: Literal["none", "blocks"] = "none"
+    """What the backward pass computes again, to keep less in memory: the insides of the blocks from the first that
+    trains."""
     epochs: Annotated[int, Field(gt=0)] | Auto = "auto"
     """Times that every pair is seen."""
     lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)

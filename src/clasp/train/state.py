@@ -50,7 +50,8 @@ class TrainState:
     """All that the loop needs to go on exactly.
 
     ``weights`` and ``optimizer`` are the live tensors, not copies: write them before returning to the loop.
-    ``precision`` is kept because measuring it again might come out differently.
+    ``precision`` and ``micro_batch`` (pairs in a piece, ``None`` before the first step) are kept because measuring
+    them again might come out differently.
     """
 
     position: Position
@@ -59,6 +60,7 @@ class TrainState:
     optimizer: Mapping[str, Tensor]
     best: Best | None = None
     skipped: tuple[Skipped, ...] = ()
+    micro_batch: int | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under one flat name: ``weights/NAME``, ``optimizer/NAME/SLOT``, ``best/NAME``."""
@@ -71,6 +73,7 @@ class TrainState:
         return {
             "position": _numbers(self.position),
             "precision": self.precision,
+            "micro_batch": self.micro_batch,
             "best": best,
             "skipped": [list(sample) for sample in self.skipped],
         }
@@ -90,6 +93,7 @@ class TrainState:
             optimizer=parts["optimizer"],
             best=Best(Position(*best["position"]), best["metrics"], parts["best"]) if best else None,
             skipped=tuple(Skipped(*sample) for sample in facts["skipped"]),
+            micro_batch=facts["micro_batch"],
         )
 
 

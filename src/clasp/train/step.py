@@ -1,33 +1,35 @@
 """One training step: embed a batch, measure the loss, move the selected weights.
 
 In: a model, a loss, settings, a batch and the number of the step. Out: ``Stepped``, numbers for the log; weights moved.
-Unusual: randomness is drawn from (seed, step) alone, so a step does not care what ran before it. ``gradients`` is the
-one place that changes when a batch is worked through in pieces. A loss or gradient that is not finite stops the run
-before it reaches the weights.
+Unusual: randomness is drawn from (seed, step) alone, so a step does not care what ran before it. A batch of more than
+``micro_batch`` pairs is worked through in pieces (``train.bigbatch``), to the same gradient. A loss or gradient that is
+not finite stops the run before it reaches the weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from clasp.train import optim
+from clasp.data.device import on_device
+from clasp.train import bigbatch, optim
+from clasp.train.bigbatch import Choice, Embedder, Measured, precise
 from clasp.train.plan import TrainSettings
 from clasp.train.precision import Precision
 from clasp.train.state import TrainState
-from clasp.types import Batch, Embeddings, Loss, Tokens, UserError
+from clasp.types import Batch, Embeddings, Loss, UserError
 
 
 @runtime_checkable
-class Trainable(Protocol):
-    """A module that embeds a batch and names what trains in it.
+class Trainable(Embedder, Protocol):
+    """A module that embeds a batch, or either side of it, and names what trains in it.
 
     ``train()`` must leave frozen things alone: running statistics of a norm are in no selection, so no run would save
     them. ``after_step`` puts back into bounds what a step may have pushed out (the log scale).
@@ -40,18 +42,9 @@ class Trainable(Protocol):
 
     def after_step(self) -> None: ...
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
     def train(self, mode: bool = True) -> Any: ...
 
     def to(self, device: torch.device) -> Any: ...
-
-
-class Measured(NamedTuple):
-    """The loss of a batch, whose gradient is now on the weights, and the scale of its logits."""
-
-    loss: Tensor
-    scale: Tensor
 
 
 class Stepped(NamedTuple):
@@ -64,7 +57,10 @@ class Stepped(NamedTuple):
 
 
 class Stepper:
-    """Holds what moves the weights; ``weights`` is the selection, by name."""
+    """Holds what moves the weights; ``weights`` is the selection, by name.
+
+    ``micro_batch`` is ``None`` until it is known: set by the recipe, handed over from a run that goes on, or chosen.
+    """
 
     def __init__(
         self,
@@ -76,10 +72,13 @@ class Stepper:
         *,
         steps: int,
         towers: Sequence[str],
+        micro_batch: int | None = None,
     ):
         assert towers or settings.lr_tower == 1.0, "lr_tower needs the names of the towers"
         self.model, self.loss, self.settings, self.steps = model, loss, settings, steps
-        self.accelerator, self.precision = accelerator, precision
+        self.accelerator = accelerator
+        self.precision: Precision = precision
+        self.micro_batch = micro_batch if settings.micro_batch == "auto" else settings.micro_batch
         self.warmup = round(settings.warmup_fraction * steps)
         self.longest = math.inf if settings.clip_norm == "none" else settings.clip_norm
         model.to(accelerator.device)
@@ -95,8 +94,7 @@ class Stepper:
         """Takes step ``number`` (from 0). Raises UserError, with the weights as they were, if it would spoil them."""
         lr = self.settings.lr * optim.warmup_cosine(number, self.steps, self.warmup, self.settings.lr_floor)
         optim.set_lr(self.optimizer, lr)
-        seed_generators(step_seed(self.settings.seed, number), self.accelerator.device)
-        measured = self.gradients(on_device(batch, self.accelerator.device))
+        measured = self.gradients(batch, number)
         norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self.longest)
         assert norm is not None
         # the one moment of a step in which a GPU is waited for
@@ -109,14 +107,35 @@ class Stepper:
         self.model.after_step()
         return Stepped(loss, lr, scale, gradient_norm)
 
-    def gradients(self, batch: Batch) -> Measured:
+    def gradients(self, batch: Batch, number: int) -> Measured:
         """Leaves the gradient of the batch's loss on the weights; the loss is taken in float32 at any precision."""
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        if self.micro_batch is not None and len(batch.ids) > self.micro_batch:
+            return bigbatch.gradients(self._work(number), batch, self.loss, self.micro_batch)
+        device = self.accelerator.device
+        seed_generators(step_seed(self.settings.seed, number), device)
+        image, text = on_device(batch.image, device), on_device(batch.text, device)
+        batch = replace(batch, image=image, text=text, groups=batch.groups.to(device, non_blocking=True))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             out = self.model(batch)
-        bias = None if out.bias is None else out.bias.float()
-        parts = self.loss(out.image.float(), out.text.float(), out.scale.float(), bias, groups=batch.groups)
+        bias = None if out.bias is None else precise(out.bias)
+        parts = self.loss(precise(out.image), precise(out.text), precise(out.scale), bias, groups=batch.groups)
         self.accelerator.backward(parts.total)
         return Measured(parts.total.detach(), out.scale.detach().float())
+
+    def choose_micro_batch(self, batch: Batch) -> Choice:
+        """Measures how many pairs fit in memory at a time, and keeps to it from now on."""
+        pairs = max(len(batch.ids), 0 if self.settings.batch == "auto" else self.settings.batch)
+        choice = bigbatch.choose(self._work(0), batch, pairs)
+        self.micro_batch = choice.micro_batch
+        return choice
+
+    def _work(self, number: int) -> bigbatch.Work:
+        device = self.accelerator.device
+
+        def seed(side: str, piece: int) -> None:
+            seed_generators(step_seed(self.settings.seed, number, side, piece), device)
+
+        return bigbatch.Work(self.model, device, self.precision, seed)
 
     def selection(self, *, copied: bool = False) -> dict[str, Tensor]:
         """The trained weights by name: the live tensors, or a copy on the CPU."""
@@ -157,9 +176,10 @@ class Stepper:
         )
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A seed for one step's dropout and noise, unlike that of its neighbours."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest(), "big")
+def step_seed(seed: int, step: int, *piece: str | int) -> int:
+    """A seed for one step's dropout and noise, or for a piece of it; unlike that of its neighbours."""
+    words = " ".join(map(str, (seed, step, *piece)))
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
@@ -167,19 +187,3 @@ def seed_generators(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device; tensors that are there already are not copied."""
-    return replace(
-        batch,
-        image=_moved(batch.image, device),
-        text=_moved(batch.text, device),
-        groups=batch.groups.to(device, non_blocking=True),
-    )
-
-
-def _moved(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, Tokens):
-        return Tokens(inputs.ids.to(device, non_blocking=True), inputs.mask.to(device, non_blocking=True))
-    return replace(inputs, values=inputs.values.to(device, non_blocking=True))
