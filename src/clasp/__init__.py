@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clasp.assemble import load
     from clasp.embed import Model
+    from clasp.machine import settle
     from clasp.nn.towers import Base
     from clasp.types import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Base", "Model", "UserError", "__version__", "load"]
+__all__ = ["Base", "Model", "UserError", "__version__", "load", "settle"]
 
-_HOME = {"load": "clasp.assemble", "Model": "clasp.embed", "Base": "clasp.nn.towers", "UserError": "clasp.types"}
+_HOME = {
+    "load": "clasp.assemble",
+    "Model": "clasp.embed",
+    "Base": "clasp.nn.towers",
+    "UserError": "clasp.types",
+    "settle": "clasp.machine",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clasp.data.batches import text_batches
+from clasp.data.batches import images_at_once, text_batches
 from clasp.data.device import on_device
 from clasp.data.features import Progress
 from clasp.data.images import ImageError, ImageTransform
@@ -40,10 +40,8 @@ class Model:
         """Changes with anything that an embedding depends on."""
         return ":".join((self.encoder.fingerprint, self.transform.fingerprint, self.tokenizer.fingerprint))
 
-    def encode_image(
-        self, images: Sequence[Any], *, batch: int = 64, progress: Progress = no_progress
-    ) -> Float[Tensor, "n E"]:
-        """Paths, encoded bytes or PIL pictures to unit vectors.
+    def encode_image(self, images: Sequence[Any], *, progress: Progress = no_progress) -> Float[Tensor, "n E"]:
+        """Paths, encoded bytes or PIL pictures to unit vectors, as many at once as suit the machine.
 
         Raises ``UserError`` naming the image that cannot be read, and for one image that is not in a list.
         """
@@ -51,13 +49,21 @@ class Model:
             what = "bytes" if isinstance(images, bytes) else repr(str(images))
             raise UserError(f"encode_image takes a list of images, not {what} alone")
         rows = []
-        with torch.inference_mode():
-            for start in range(0, len(images), batch):
-                part = images[start : start + batch]
-                pixels = torch.stack([self._pixels(image, start + i) for i, image in enumerate(part)])
-                rows.append(self.encoder.embed_image(Pixels(pixels.to(self.device))).cpu())
-                progress(start + len(part), len(images))
+        batch = batch or images_at_once(self.transform.size, self.device)
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
+            rows.append(
+                self.encode_pixels(torch.stack([self._pixels(image, start + i) for i, image in enumerate(part)]))
+            )
+            progress(start + len(part), len(images))
         return torch.cat(rows) if rows else torch.empty(0, 0)
+
+    def encode_pixels(self, pixels: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n E"]:
+        """Images that ``transform`` has read to unit vectors, as many at once as suit the machine."""
+        few = images_at_once(self.transform.size, self.device)
+        with torch.inference_mode():
+            parts = (on_device(Pixels(part), self.device) for part in pixels.split(few))
+            return torch.cat([self.encoder.embed_image(part).cpu() for part in parts])
 
     def encode_text(
         self, texts: Sequence[str], *, tokens: int = 4096, progress: Progress = no_progress

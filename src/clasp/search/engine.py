@@ -30,7 +30,7 @@ from clasp.data.pairs import CellSource
 from clasp.data.sheets import SheetRow, Tile
 from clasp.embed import Model, Progress, no_progress
 from clasp.search.corpus import Known, entries_of, meta_of, source_from_dict
-from clasp.types import Hit, Pair, Pixels, Skipped, Source, Store, UserError
+from clasp.types import Hit, Pair, Skipped, Source, Store, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -189,9 +189,7 @@ class Engine:
                 new[read.sha256] = self.model.transform(read.data) if read.pixels is None else read.pixels
         vectors = dict(zip(held, self.store.vectors(list(held.values())), strict=True))
         if new:
-            pixels = Pixels(torch.stack(list(new.values())).to(self.model.device))
-            with torch.inference_mode():
-                vectors.update(zip(new, self.model.encoder.embed_image(pixels).cpu(), strict=True))
+            vectors.update(zip(new, self.model.encode_pixels(torch.stack(list(new.values()))), strict=True))
         ids, meta = [read.pair.id for read in reads], [meta_of(read.pair, read.version, read.sha256) for read in reads]
         self.store.add(ids, torch.stack([vectors[read.sha256] for read in reads]), meta)
         for name, about in zip(ids, meta, strict=True):
