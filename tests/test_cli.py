@@ -25,7 +25,7 @@ from toydata import add_member, toys, write_classes, write_csv, write_folder, wr
 from toyruns import recipe, run, save_image_tower, save_text_tower, save_towers, spoil
 
 TOYS = toys(48)
-VERBS = ("demo", "params", "train", "resume", "eval", "index", "search")
+VERBS = ("demo", "params", "doctor", "train", "resume", "eval", "index", "search")
 
 
 @dataclass
@@ -122,7 +122,7 @@ assert not heavy, heavy
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 20, "half a second on a quiet machine"
-    for words in (*VERBS, "RECIPE", "RUN", "KEY=VALUE", "--json", "--image"):
+    for words in (*VERBS, "RECIPE", "RUN", "KEY=VALUE", "--json", "--image", "--grid"):
         assert words in done.stdout
 
 
@@ -216,6 +216,26 @@ def test_index_reads_what_the_run_was_trained_on_as_it_was_read_then(
     assert clasp("eval", "runs/own", "retrieval", f"data={source}", "caption=where").code == 2
 
 
+def test_a_sweep_prints_a_table_and_the_run_to_use(clasp: Command, world: World, tmp_path: Path) -> None:
+    swept = clasp(
+        "train", world.toml, "--grid", "train.lr=1e-3,1e30", "--grid", "head.kind=linear,mlp", "--name", "two"
+    )
+    assert swept.code == 0 and "runs/two: 4 of 4 runs" in swept.out and "mean recall" in swept.out
+    best, failed = (line for line in swept.out.splitlines() if "kind=linear" in line)
+    assert (
+        re.search(r"train.lr=1e-3 head.kind=linear +│ +[\d.]+ \([\d.]+–[\d.]+\)", best) and "failed: the loss" in failed
+    )
+    run = re.search(r"^best: (\S+);", swept.err, re.MULTILINE)[1]
+    assert clasp("eval", run, "retrieval", f"data={world.pairs}").code == 0
+    again = clasp(
+        "train", world.toml, "--grid", "head.kind=linear,mlp", "--grid", "train.lr=1e-3,2e-3", "--name", "two"
+    )
+    assert "runs/two holds another sweep" in again.mistake
+    none = clasp("train", world.toml, "--grid", "train.lr=1e29,1e30", "--name", "three")
+    assert none.code == 2 and "failed" in none.out
+    assert none.err.splitlines()[-1].startswith("clasp: no run of runs/three finished; the first: the loss is")
+
+
 # --- every mistake is one line ---------------------------------------------------------------------------------------
 
 
@@ -264,6 +284,9 @@ def mistakes(world: World, here: Path) -> dict[str, tuple[list, list[str]]]:
         "no such recipe": (["train", "strat", "data.train=few"], ["no recipe 'strat'", "start"]),
         "no such recipe file": (["params", "recipes/none.toml"], ["recipes/none.toml"]),
         "broken recipe": (["params", "broken.toml"], ["broken.toml is not a TOML file"]),
+        "no grid": ([*train, "--grid", "train.lr"], ["'train.lr' is not key=value,value"]),
+        "one of a grid": ([*train, "--grid", "head.kind=mlp,lineer"], ["with head.kind=lineer", "'linear', 'mlp'"]),
+        "nothing to diagnose": (["doctor", world.toml, "data.train=void"], ["void"]),
         "no override": ([*train, "train.batch"], ["'train.batch' is not key=value"]),
         "name that exists": ([*train[:-1], world.run.name, "--runs", world.folder], ["holds a run already", "--name"]),
         "resume a finished run": (["resume", world.run], ["finished"]),
@@ -301,7 +324,8 @@ MISTAKES = (
     "missing column|empty caption|truncated tar|zero pairs|no pairs there|no such data|no data|unknown tower|"
     "unknown scheme|tower without scheme|no such folder|no such hub model|no such factory|wrong modality|unknown key|"
     "unknown key, counting|wrong value|matches nothing|matches nothing, counting|too many blocks|nothing trains|"
-    "batch too large|one pair|heads too wide|no such recipe|no such recipe file|broken recipe|no override|"
+    "batch too large|one pair|heads too wide|no such recipe|no such recipe file|broken recipe|"
+    "no grid|one of a grid|nothing to diagnose|no override|"
     "name that exists|resume a finished run|resume nothing|resume a folder|classes twice|classes unlike labels|"
     "no class list|no place in template|no classes|unknown task|unknown option|eval without data|eval of no run|"
     "unknown language|index of nothing|index of what is not there|index of no run|search without index|"

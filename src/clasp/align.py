@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate import PartialState
 
@@ -31,12 +32,15 @@ from clasp.recipe import Recipe
 from clasp.starting import start_heads
 from clasp.train.checkpoint import Run
 from clasp.train.loop import Fitted, choose, fit
-from clasp.train.plan import LARGEST_BATCH
+from clasp.train.plan import LARGEST_BATCH, Plan
 from clasp.train.progress import Reporter, Silent
 from clasp.train.state import TrainState
 from clasp.types import Pair, Skipped, UserError
 
 LARGEST_LIVE_BATCH = 128  # where a tower is run in every step, its activations have to fit
+
+Opened = tuple[Pairs, Pairs]  # to train on, to validate on
+Reads = TypeVar("Reads", bound=Inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +59,36 @@ def cache_folder() -> Path:
 
 
 def align(
-    recipe: Recipe, run: Path, *, say: Say, bar: Bar = no_bar, reporter: Reporter | None = None, resume: bool = False
+    recipe: Recipe,
+    run: Path,
+    *,
+    say: Say,
+    bar: Bar = no_bar,
+    reporter: Reporter | None = None,
+    resume: bool = False,
+    pairs: Opened | None = None,
+    parts: Assembled | None = None,
 ) -> Aligned:
     """Train a recipe into the folder ``run``; with ``resume``, go on where it stopped.
 
+    ``pairs`` and ``parts`` are the recipe's own, from whoever has them in memory; the model is trained in place.
     Raises ``UserError`` for anything the user can mend, as early as it can be known.
     """
-    if recipe.data.train is None:
-        raise UserError(
-            "no pairs to train on: set data.train to a folder, a .csv .tsv .jsonl .parquet file or tar shards"
-        )
     folder = Run(run)
     start = folder.read_state() if resume else folder.refuse_taken()
-    train, val = training_pairs(recipe)
-    parts = assemble(recipe)
+    train, val = pairs or training_pairs(recipe)
+    parts = parts or assemble(recipe)
     parts.model.to(PartialState().device).eval()
     if recipe.train.recompute == "blocks":
         for tower in (parts.model.image, parts.model.text):
             tower.recompute_blocks()
     report = lambda skipped: folder.append("log.jsonl", map(_unread, skipped))  # noqa: E731
     inputs = inputs_of(parts, recipe, bar=bar, say=say, report=report)
-    plan = choose(recipe.train, samples(train, recipe), largest=_largest_batch(inputs, recipe))
+    plan = planned(recipe, train, inputs)
     say(plan.reason)
     settled = recipe.model_copy(update={"train": plan.resolved(recipe.train)})
     listing = Listing(train)
-    content = _content(listing, val)
+    content = content_hash(listing, val)
     if start is None:
         folder.start(settled.to_toml(), parts.model, parts.transform, parts.tokenizer, pairs=content)
     else:
@@ -90,26 +99,35 @@ def align(
     return done
 
 
-def training_pairs(recipe: Recipe) -> tuple[Pairs, Pairs]:
-    """The pairs to train on and to validate on, filtered by language."""
+def training_pairs(recipe: Recipe) -> Opened:
+    """The pairs to train on and to validate on, filtered by language. Raises ``UserError``."""
     data = recipe.data
-    assert data.train is not None
+    if data.train is None:
+        raise UserError(
+            "no pairs to train on: set data.train to a folder, a .csv .tsv .jsonl .parquet file or tar shards"
+        )
     pairs = _open(data.train, recipe)
     if data.val is not None:
         return pairs, _open(data.val, recipe)
     return split(pairs, data.val_fraction)
 
 
+def planned(recipe: Recipe, train: Pairs, inputs: Inputs) -> Plan:
+    """Batch, epochs and steps of a run. Raises ``UserError`` for a batch of more than there are."""
+    return choose(recipe.train, samples(train, recipe), largest=_largest_batch(inputs, recipe))
+
+
 def inputs_of(
     parts: Assembled,
     recipe: Recipe,
     *,
+    kind: type[Reads] = Inputs,
     bar: Bar = no_bar,
     say: Say = lambda line: None,
     report: Callable[[Iterable[Skipped]], None] = log_skipped,
-) -> Inputs:
+) -> Reads:
     """The reader of pairs for a model that has just been built from a recipe."""
-    return Inputs(
+    return kind(
         image=parts.model.image,
         text=parts.model.text,
         transform=parts.transform,
@@ -220,7 +238,7 @@ def _largest_batch(inputs: Inputs, recipe: Recipe) -> int:
     return LARGEST_LIVE_BATCH if live else LARGEST_BATCH
 
 
-def _content(listing: Listing, val: Pairs) -> str:
+def content_hash(listing: Listing, val: Pairs) -> str:
     """A hash of the ids and captions of a run's pairs: other ones would come in another order."""
     digest = hashlib.sha256(json.dumps([listing.ids, listing.texts, [pair.id for pair in val]]).encode())
     for column in (listing.group, listing.first, listing.caption):

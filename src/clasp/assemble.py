@@ -57,6 +57,16 @@ def assemble(recipe: Recipe) -> Assembled:
     return Assembled(_model(recipe, image, text), transform, tokenizer)
 
 
+def under_other_heads(parts: Assembled, recipe: Recipe) -> Assembled:
+    """What ``assemble(recipe)`` gives, bitwise, around the towers of ``parts``, which are those of ``recipe`` and as
+    they were loaded: nothing in them trained or trains."""
+    image, text = parts.model.image, parts.model.text
+    assert image.wholly_frozen and text.wholly_frozen and image.pooling is None and text.pooling is None
+    model = DualEncoder(image, text, recipe.head, loss=recipe.loss.kind, seed=recipe.train.seed)
+    _select(model, recipe, set())
+    return replace(parts, model=model)
+
+
 def load(run: str | Path, *, device: str = "cpu") -> Model:
     """The model of a run folder, in evaluation mode.
 
@@ -89,13 +99,18 @@ def _model(recipe: Recipe, image: Base, text: Base) -> DualEncoder:
     for number, (name, tower) in enumerate(towers.items(), 1):
         methods = recipe.tune.image if name == "image" else recipe.tune.text
         selection |= {f"{name}.{parameter}" for parameter in tower.tune(methods, seed=seed + number)}
+    _select(model, recipe, selection)
+    return model
+
+
+def _select(model: DualEncoder, recipe: Recipe, in_towers: set[str]) -> None:
+    selection = set(in_towers)
     for part, choice in (("heads", recipe.tune.head), ("scale", recipe.tune.scale)):
         if choice == "full":
             selection |= model.new_names[part]
     if not selection:
         raise UserError("nothing trains: tune.image, tune.text, tune.head and tune.scale are all none")
     model.select(selection)
-    return model
 
 
 def _tower(base: Base, settings: ImageSettings | TextSettings) -> Tower:

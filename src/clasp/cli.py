@@ -13,15 +13,16 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-# Two processes that spin while they wait slow each other ten times on a small machine; read before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
-
 import typer
+
+from clasp.machine import settle
+
+settle()  # before a verb imports torch
 
 app = typer.Typer(
     help="Make a CLIP out of two pre-trained models.",
@@ -65,6 +66,24 @@ def params(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = 
 
 
 @app.command()
+def doctor(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """What is odd about the pairs, and what training will cost, before any of it. Exit code 2 if it would stop."""
+    from clasp.doctor import diagnose, stops
+    from clasp.recipe import read_recipe
+    from clasp.terminal import bar
+
+    sections = []
+    for section in diagnose(read_recipe(recipe, overrides or ()), bar=bar):
+        sections.append(section)
+        if not as_json:
+            print(*section.findings, sep="\n", flush=True)
+    if as_json:
+        findings = [asdict(finding) for section in sections for finding in section.findings]
+        _print_json({**{section.about: section.facts for section in sections}, "findings": findings})
+    stops(sections)
+
+
+@app.command()
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -72,10 +91,19 @@ def train(
         str | None, typer.Option("--name", help="Name of the run; the recipe's and a number if left out.")
     ] = None,
     runs: Annotated[Path, typer.Option("--runs", help="Folder of the runs.")] = Path("runs"),
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="KEY=V,V", help="A run for each value, e.g. train.lr=1e-3,3e-3"),
+    ] = None,
 ) -> None:
-    """Align two towers on your pairs: writes a run folder and says what to type next."""
+    """Align two towers on your pairs: writes a run folder and says what to type next.
+
+    With --grid, given once or more, every combination of values is a run; what is frozen is computed once for all.
+    """
     from clasp.recipe import read_recipe
 
+    if grid:
+        return _sweep(recipe, overrides or (), grid, runs, name)
     made = read_recipe(recipe, overrides or ())
     run = runs / name if name else _free(runs, Path(recipe).stem)
     _align(made, run, resume=False)
@@ -183,6 +211,27 @@ def _align(recipe: Any, run: Path, *, resume: bool) -> None:
     results_table("validation pairs", done.results)
     say(f"the run is in {run} (delta {megabytes(done.delta_bytes)}, card {run / 'README.md'})")
     say(f'index and search with: clasp index {typed} {source}  then: clasp search {typed} "your words"')
+
+
+def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Path, name: str | None) -> None:
+    from clasp.sweep import sweep
+    from clasp.terminal import bar, say, table
+    from clasp.train.progress import to_stderr
+    from clasp.types import UserError
+
+    done = sweep(source, overrides, grid, runs, name, say=say, bar=bar, reporter=to_stderr)
+    note = "validation: per cent, with 95 % intervals; s: seconds of training"
+    table(f"{done.folder}: {len(done.rows)} of {done.combinations} runs", done.columns, done.cells, note)
+    if done.stopped:
+        return say("stopped and saved; go on by typing the same again")
+    if not done.finished:
+        raise UserError(f"no run of {done.folder} finished; the first: {done.rows[0].error}")
+    for line in done.verdict():
+        say(line)
+    best = shlex.quote(done.finished[0].run)
+    say(
+        f'use it next: clasp eval {best} retrieval data=…  or: clasp index {best} FOLDER  then: clasp search {best} "…"'
+    )
 
 
 def _free(runs: Path, stem: str) -> Path:

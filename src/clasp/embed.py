@@ -48,13 +48,10 @@ class Model:
         if isinstance(images, str | bytes | Path):
             what = "bytes" if isinstance(images, bytes) else repr(str(images))
             raise UserError(f"encode_image takes a list of images, not {what} alone")
-        rows = []
-        batch = batch or images_at_once(self.transform.size, self.device)
-        for start in range(0, len(images), batch):
-            part = images[start : start + batch]
-            rows.append(
-                self.encode_pixels(torch.stack([self._pixels(image, start + i) for i, image in enumerate(part)]))
-            )
+        rows, few = [], images_at_once(self.transform.size, self.device)
+        for start in range(0, len(images), few):
+            part = [self._pixels(image, start + place) for place, image in enumerate(images[start : start + few])]
+            rows.append(self.encode_pixels(torch.stack(part)))
             progress(start + len(part), len(images))
         return torch.cat(rows) if rows else torch.empty(0, 0)
 

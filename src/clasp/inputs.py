@@ -1,23 +1,25 @@
 """What a model reads of some pairs: live pixels and tokens, or what the frozen part of a tower said of them once.
 
 The one place that decides between the two, from the selection alone, for training and for evaluation alike. In go pairs
-and a model with its transform and tokenizer, out come the sides of a batch and the streams that evaluations read.
+and a model with its transform and tokenizer, out come the sides of a batch and the streams that evaluations read; or,
+before any of it is computed, what would be kept (``Keeping``).
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from clasp.data.batches import Tally, image_batches, log_skipped, text_batches
+from clasp.data.batches import Tally, image_batches, images_at_once, log_skipped, text_batches
 from clasp.data.device import on_device
 from clasp.data.features import (
     ENCODED_AT_ONCE,
@@ -25,6 +27,7 @@ from clasp.data.features import (
     CachedTexts,
     Features,
     Progress,
+    _Texts,
     bytes_of_images,
     bytes_of_texts,
     image_features,
@@ -46,6 +49,24 @@ AT_ONCE = 256  # cached inputs of an evaluation in one call of what is left of a
 
 Bar = Callable[[str], AbstractContextManager[Progress]]
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What keeping some features means. ``bytes`` are those of their rows on disk; ``storage`` is how they are written,
+    ``None`` where they would take too much and are computed anew each time; ``file`` has them, where they are there."""
+
+    what: Literal["images", "captions"]
+    count: int
+    storage: StorageName | None
+    bytes: int
+    file: Path | None
+    key: Mapping[str, Any]
+
+    @property
+    def more_bytes(self) -> int:
+        """That are still to be written."""
+        return self.bytes if self.storage and not self.file else 0
 
 
 def no_bar(title: str) -> AbstractContextManager[Progress]:
@@ -116,18 +137,16 @@ class Inputs:
 
     def image_features(self, pairs: Pairs, augment: Augment | None = None) -> Features | None:
         """What the image tower's frozen part says of every image, computed at most once; ``None`` to read them live."""
-        part, views = self.image_part, 1 + (self._views if augment else 0)
-        if part is None:
+        part, keeping = self.image_part, self.keeping_of_images(pairs, augment)
+        if part is None or keeping is None or (storage := self._agreed(part, keeping)) is None:
             return None
-        storage = self._storage(part, lambda name: bytes_of_images(part, len(pairs), views, name), "images")
-        if storage is None:
-            return None
+        views = self._views_of(augment)
         with self._bar(f"images of {Path(pairs.name).name} through {self.image.name}") as progress:
             return image_features(
                 part,
                 pairs,
                 self.transform,
-                batch=32,
+                batch=images_at_once(self.transform.size, self._device),
                 cache=self._cache,
                 progress=progress,
                 augment=augment if views > 1 else None,
@@ -147,8 +166,8 @@ class Inputs:
         for entries, features in self._ahead:
             if all(text in entries for text in texts):
                 return replace(features, entry=np.array([entries[text] for text in texts], dtype=np.int64))
-        storage = self._storage(part, lambda name: bytes_of_texts(part, self.tokenizer, texts, name), "captions")
-        if storage is None:
+        keeping = self.keeping_of_texts(texts)
+        if keeping is None or (storage := self._agreed(part, keeping)) is None:
             return None
         with self._bar(f"captions through {self.text.name}") as progress:
             features = text_features(
@@ -169,20 +188,63 @@ class Inputs:
         if different:
             self.text_features(different)
 
-    def _storage(self, part: Whole | Trunk, takes: Callable[[StorageName], int], what: str) -> StorageName | None:
-        """How features are written, or ``None`` where they would take too much."""
-        if self._features != "auto" and self._features != "off":
-            return self._features
-        if isinstance(part, Whole):
-            return "float32"
-        folder = next(folder for folder in (self._cache, *self._cache.parents) if folder.exists())
-        free, size = shutil.disk_usage(folder).free, takes("float16")
-        states = f"states of {what} after {part.depth} blocks of {part.tower.name}"
-        if size > SHARE_OF_DISK * free:
-            self._say(f"{states} are computed anew each time: {size:,} bytes of {free:,} that are free on disk")
+    # --- what is kept --------------------------------------------------------------------------------------------
+
+    def keeping_of_images(self, pairs: Pairs, augment: Augment | None = None) -> Keeping | None:
+        """What ``image_features`` would keep, before it does; ``None`` where no part of the tower is frozen."""
+        part, views = self.image_part, self._views_of(augment)
+        if part is None:
             return None
-        self._say(f"{states} are computed once and kept: {size:,} bytes in float16")
-        return "float16"
+        key = {"what": "images", "part": part.fingerprint, "transform": self.transform.fingerprint}
+        key |= {"pairs": pairs.version, "views": views}
+        if augment is not None and views > 1:
+            key |= {"augment": asdict(augment), "seed": self._seed}
+        return self._keeping(
+            part, "images", len(pairs), key, lambda name: bytes_of_images(part, len(pairs), views, name)
+        )
+
+    def keeping_of_texts(self, texts: Sequence[str]) -> Keeping | None:
+        """What ``text_features`` would keep, before it does; ``None`` where no part of the tower is frozen."""
+        part = self.text_part
+        if part is None:
+            return None
+        asked = _Texts(texts)
+        key = {"what": "texts", "part": part.fingerprint, "tokenizer": self.tokenizer.fingerprint}
+        key |= {"texts": asked.version}
+        takes = lambda name: bytes_of_texts(part, self.tokenizer, asked.different, name)  # noqa: E731
+        return self._keeping(part, "captions", len(asked.different), key, takes)
+
+    def free_bytes(self) -> int:
+        """What is free where features are kept."""
+        return shutil.disk_usage(next(at for at in (self._cache, *self._cache.parents) if at.exists())).free
+
+    def _views_of(self, augment: Augment | None) -> int:
+        return 1 + (self._views if augment else 0)
+
+    def _keeping(
+        self,
+        part: Whole | Trunk,
+        what: Literal["images", "captions"],
+        count: int,
+        key: dict[str, Any],
+        takes: Callable[[StorageName], int],
+    ) -> Keeping:
+        name: StorageName = "float32" if isinstance(part, Whole) else "float16"
+        if self._features != "auto" and self._features != "off":
+            name = self._features
+        key, size = {**key, "storage": name}, takes(name)
+        file = _held(self._cache / "features", key)
+        may_be_live = self._features == "auto" and isinstance(part, Trunk) and file is None
+        live = may_be_live and size > SHARE_OF_DISK * self.free_bytes()
+        return Keeping(what, count, None if live else name, size, file, key)
+
+    def _agreed(self, part: Whole | Trunk, keeping: Keeping) -> StorageName | None:
+        """How they are kept, if they are; says so of the states of a trunk, where that was for us to choose."""
+        if self._features == "auto" and isinstance(part, Trunk):
+            size = f"{keeping.bytes:,} bytes of {self.free_bytes():,} that are free on disk"
+            how = "computed once and kept" if keeping.storage else "computed anew each time"
+            self._say(f"states of {keeping.what} after {part.depth} blocks of {part.tower.name} are {how}: {size}")
+        return keeping.storage
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 
@@ -223,7 +285,8 @@ class Inputs:
             self._tell(skipped)
             tally.add(skipped)
 
-        for ids, pixels in image_batches(sources, self.transform, 64, workers=self._workers, report=report):
+        few = images_at_once(self.transform.size, self._device)
+        for ids, pixels in image_batches(sources, self.transform, few, workers=self._workers, report=report):
             yield ids, on_device(pixels, self._device)
 
     def _read_texts(self, ids: list[str], texts: list[str]) -> Iterable[tuple[Sequence[str], TextInput]]:
@@ -240,3 +303,14 @@ class Inputs:
 def _chunks(items: Sequence[int], size: int) -> Iterable[Sequence[int]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def _held(folder: Path, key: Mapping[str, Any]) -> Path | None:
+    """The whole file of features whose ``.json`` has this key."""
+    wanted = json.loads(json.dumps(key)).items()  # as it is read back: no tuples
+    for about in sorted(folder.glob("*.json")):
+        with suppress(OSError, ValueError, KeyError, AttributeError):  # not ours, damaged, or just being replaced
+            if wanted <= json.loads(about.read_text(encoding="utf-8"))["key"].items():
+                if (file := about.with_suffix(".npy")).exists():
+                    return file
+    return None

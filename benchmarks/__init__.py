@@ -1,0 +1,1 @@
+"""How fast clasp is and how much memory it takes, against what one would use instead; see README.md here."""

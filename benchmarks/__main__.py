@@ -1,0 +1,88 @@
+"""``make bench``: every benchmark, one after another, each in a process of its own; then results.json and README.md.
+
+A script that fails is named in the table with what it said last. With ``CLASP_BENCH=quick`` sizes are tiny, the numbers
+say nothing, and neither file is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import HEADER, machine, quick
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"
+COMPARED = ("heads", "blocks", "tune", "rate", "lit", "loss", "bigbatch", "encode")
+KNOWN = ("lengths", "scaling")
+SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def main() -> None:
+    began = time.monotonic()
+    done = {script: run(script) for script in (*COMPARED, *KNOWN)}
+    results = {"machine": machine(), "minutes": round((time.monotonic() - began) / 60, 1), "scripts": done}
+    text = written(results)
+    if quick():
+        print(text)
+        return
+    (HERE / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    readme = HERE / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    print(text)
+
+
+def run(script: str) -> dict[str, Any]:
+    """A script's rows, the seconds that it took, and what it said last where it failed."""
+    print(f"{script} ...", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", f"benchmarks.{script}", "--json", str(path)]
+        done = subprocess.run(
+            command, env={**SURROUNDINGS, **os.environ}, stderr=subprocess.PIPE, text=True, check=False
+        )
+        found = json.loads(path.read_text()) if path.exists() else {"rows": [], "cells": []}
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    error = (said or [f"ended with {done.returncode}"])[-1] if done.returncode else None
+    return {"seconds": round(time.monotonic() - began), "error": error, **found}
+
+
+def written(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    about, scripts = results["machine"], results["scripts"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines = [
+        f"{about['date']}; {about['processor']}, {about['cores']} cores, {about['threads']} threads, "
+        f"{about['memory_GB']} GB; {about['system']}; {about['precision']}. {versions}. "
+        f"All of it took {results['minutes']} minutes.",
+        "",
+        *_table(scripts, COMPARED),
+        "",
+        "To be known, without a target:",
+        "",
+        *_table(scripts, KNOWN),
+        "",
+        "![time and memory against pairs, batch, blocks and tokens](scaling.png)",
+    ]
+    return "\n".join(lines)
+
+
+def _table(scripts: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    lines = [["script", *HEADER], ["---"] * (1 + len(HEADER))]
+    for name in names:
+        lines += [[name, *cells] for cells in scripts[name]["cells"]]
+        if scripts[name]["error"]:
+            lines.append([name, f"**failed**: {scripts[name]['error']}", *[""] * (len(HEADER) - 1)])
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Encoding pictures and captions: clasp against open_clip, sentence-transformers and transformers' pipelines.
+
+The same two towers with the same weights everywhere. Pictures are JPEG files of 640 x 480 whose spectrum is that of
+photographs, and reading, decoding and resizing them is part of the work; captions are those of the demo's sample. Each
+peer is called as its own documentation calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image  # noqa: TID251  # as the peers do
+
+from benchmarks import harness, material, rivals
+from benchmarks.harness import Contestant, Row, Run, sized
+from benchmarks.material import SIZE
+from benchmarks.peers import attempt, imported
+from clasp.assemble import Assembled
+from clasp.embed import Model
+
+IMAGES = sized(160, 8)
+CAPTIONS = sized(1000, 32)
+BATCH = 64
+FASTER_IMAGES, FASTER_CAPTIONS = 1.3, 2.0
+Maker = Callable[[Assembled], Run]
+
+
+def photos(count: int) -> list[Path]:
+    """JPEG files of coloured noise with energy falling as 1/f, as in photographs: they compress and decode alike."""
+    folder = material.WORK / "photos"
+    folder.mkdir(parents=True, exist_ok=True)
+    height, width = 480, 640
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1 / width
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        if not path.exists():
+            noise = np.random.default_rng(number).standard_normal((3, height, width))
+            waves = np.fft.irfft2(np.fft.rfft2(noise) / frequency, (height, width))
+            waves = 128 + 48 * waves / waves.std()
+            Image.fromarray(waves.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(path, quality=90)
+    return paths
+
+
+def rows() -> Sequence[Row]:
+    return [
+        *compare("encode images", "images/s", FASTER_IMAGES, our_images, IMAGE_PEERS),
+        *compare("encode captions", "captions/s", FASTER_CAPTIONS, our_captions, CAPTION_PEERS),
+    ]
+
+
+def compare(work: str, unit: str, target: float, ours: Maker, peers: dict[str, Maker]) -> list[Row]:
+    parts = material.untouched()
+    made = {name: attempt(partial(maker, parts)) for name, maker in peers.items()}
+    contestants = [Contestant("clasp", ours(parts))]
+    contestants += [Contestant(name, run) for name, run in made.items() if not isinstance(run, str)]
+    rates = harness.race(contestants)
+    bound = harness.profiled(contestants[0].run)
+    count = IMAGES if unit == "images/s" else CAPTIONS
+    return [
+        Row(
+            work,
+            unit,
+            rates["clasp"],
+            name,
+            rates.get(name),
+            target,
+            "higher",
+            run if isinstance(run, str) else f"{count:,} of them",
+            bound,
+        )
+        for name, run in made.items()
+    ]
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def our_images(parts: Assembled) -> Run:
+    model, paths = Model(parts.model.eval(), parts.transform, parts.tokenizer), photos(IMAGES)
+    return lambda: len(model.encode_image(paths))
+
+
+def open_clip_images(parts: Assembled) -> Run:
+    model = rivals.open_clip_model(parts).eval()
+    transform = parts.transform
+    preprocess = imported("open_clip").transform.image_transform(
+        SIZE, is_train=False, mean=transform.mean, std=transform.std
+    )
+    paths = photos(IMAGES)
+
+    def run() -> int:
+        with torch.no_grad():
+            found = [
+                model.encode_image(torch.stack([preprocess(Image.open(path)) for path in paths[at : at + BATCH]]))
+                for at in range(0, len(paths), BATCH)
+            ]
+        return sum(map(len, found))
+
+    return run
+
+
+def pipeline_images(parts: Assembled) -> Run:
+    from transformers import pipeline
+
+    folder = str(rivals.saved_image(parts))
+    pipe = pipeline("image-feature-extraction", model=folder, image_processor=folder, device="cpu")
+    paths = [str(path) for path in photos(IMAGES)]
+    return lambda: len(pipe(paths, batch_size=BATCH))
+
+
+def sentence_transformers_images(parts: Assembled) -> Run:
+    model = _sentence_transformer(str(rivals.saved_image(parts)), "cls")
+    paths = photos(IMAGES)
+
+    def run() -> int:
+        return len(model.encode([Image.open(path) for path in paths], batch_size=BATCH))
+
+    assert model.encode([Image.open(paths[0])]).shape == (1, 384)
+    return run
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+def our_captions(parts: Assembled) -> Run:
+    model, texts = Model(parts.model.eval(), parts.transform, parts.tokenizer), material.captions(CAPTIONS)
+    return lambda: len(model.encode_text(texts))
+
+
+def open_clip_captions(parts: Assembled) -> Run:
+    model = rivals.open_clip_model(parts).eval()
+    tokenizer = imported("open_clip").tokenizer.HFTokenizer(str(rivals.saved_text(parts)))
+    texts = material.captions(CAPTIONS)
+
+    def run() -> int:
+        with torch.no_grad():
+            found = [
+                model.encode_text(tokenizer(texts[at : at + BATCH]), normalize=True)
+                for at in range(0, len(texts), BATCH)
+            ]
+        return sum(map(len, found))
+
+    return run
+
+
+def pipeline_captions(parts: Assembled) -> Run:
+    from transformers import pipeline
+
+    pipe = pipeline("feature-extraction", model=str(rivals.saved_text(parts)), device="cpu")
+    texts = material.captions(CAPTIONS)
+    return lambda: len(pipe(texts, batch_size=BATCH, return_tensors=True))
+
+
+def sentence_transformers_captions(parts: Assembled) -> Run:
+    model = _sentence_transformer(str(rivals.saved_text(parts)), "mean")
+    texts = material.captions(CAPTIONS)
+    with torch.no_grad():  # the same towers, or no comparison
+        right = parts.model.text.pooled(parts.tokenizer(texts[:4]))
+    torch.testing.assert_close(torch.from_numpy(model.encode(texts[:4])), right, rtol=1e-3, atol=1e-3)
+    return lambda: len(model.encode(texts, batch_size=BATCH))
+
+
+def _sentence_transformer(folder: str, pooling: str) -> Any:
+    imported("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules.transformer import Transformer
+    from sentence_transformers.sentence_transformer.modules.pooling import Pooling
+
+    tower = Transformer(folder)
+    return SentenceTransformer(modules=[tower, Pooling(384, pooling_mode=pooling)], device="cpu")
+
+
+IMAGE_PEERS: dict[str, Maker] = {
+    "open_clip": open_clip_images,
+    "sentence-transformers": sentence_transformers_images,
+    "transformers pipeline": pipeline_images,
+}
+CAPTION_PEERS: dict[str, Maker] = {
+    "open_clip": open_clip_captions,
+    "sentence-transformers": sentence_transformers_captions,
+    "transformers pipeline": pipeline_captions,
+}
+
+if __name__ == "__main__":
+    harness.main(rows)

@@ -1,0 +1,293 @@
+"""What every benchmark does the same way: take turns, measure, say what came of it.
+
+In go contestants (a name and something to run that says how much it did). Out come medians over repeats with the lowest
+and the highest, the peak memory of a piece of work in a process of its own, and rows of one table.
+Unusual: contestants take turns in one process, so a machine that slows down slows all of them; a peer that cannot run
+is a row with its reason; and where a target is missed the row says where our time goes, by the profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.peers import repair_torchvision
+
+REPEATS = 3
+PACKAGES = ("torch", "clasp-vl", "transformers", "peft", "timm", "open_clip_torch", "sentence-transformers")
+
+Run = Callable[[], int]
+"""Does its work once and returns how much that was: pairs, images, captions, steps."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Someone who does the work: a name for the table, and the work."""
+
+    name: str
+    run: Run
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number per repeat, in the unit that the row names."""
+
+    name: str
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def __str__(self) -> str:
+        low, high = min(self.values), max(self.values)
+        return spoken(self.median) if low == high else f"{spoken(self.median)} ({spoken(low)} to {spoken(high)})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    ``ratio`` is ours to theirs. ``theirs`` is ``None`` where a peer could not run, and ``note`` then says why.
+    ``bound`` says what bounds us, and is printed where the target is missed. Rows without a target are for information.
+    """
+
+    work: str
+    unit: str
+    ours: Measured
+    against: str
+    theirs: Measured | None
+    target: float | None
+    better: Literal["higher", "lower"]
+    note: str = ""
+    bound: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.theirs is None else self.ours.median / self.theirs.median
+
+    @property
+    def verdict(self) -> str:
+        ratio = self.ratio
+        if ratio is None:
+            return "not run"
+        if self.target is None:
+            return ""
+        reached = ratio >= self.target if self.better == "higher" else ratio <= self.target
+        return "reached" if reached else "**missed**"
+
+    def cells(self) -> list[str]:
+        sign = "≥" if self.better == "higher" else "≤"
+        ratio = "" if self.ratio is None else f"{self.ratio:.2f}" if self.ratio >= 0.1 else f"{self.ratio:.3f}"
+        said = [self.note, f"bound by: {self.bound}" if self.verdict == "**missed**" and self.bound else ""]
+        return [
+            self.work,
+            self.unit,
+            str(self.ours),
+            self.against,
+            "" if self.theirs is None else str(self.theirs),
+            ratio,
+            "" if self.target is None else f"{sign} {self.target:g}",
+            self.verdict,
+            "; ".join(part for part in said if part),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio, "verdict": self.verdict.strip("*")}
+
+
+HEADER = ["work", "in", "clasp", "against", "theirs", "ratio", "target", "", "what to know"]
+
+
+def table(rows: Sequence[Row], header: Sequence[str] = HEADER) -> str:
+    """Rows as a Markdown table."""
+    lines = [list(header), ["---"] * len(header), *(row.cells() for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spoken(value: float) -> str:
+    """Three digits, and thousands apart."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def quick() -> bool:
+    """Whether only the scripts are tried out, at sizes that say nothing (``CLASP_BENCH=quick``)."""
+    return os.environ.get("CLASP_BENCH") == "quick"
+
+
+def sized(full: int, tiny: int) -> int:
+    """A size, or a tiny one where the scripts are only tried out."""
+    return tiny if quick() else full
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+def race(contestants: Sequence[Contestant], *, repeats: int = REPEATS, warm: bool = True) -> dict[str, Measured]:
+    """How much each does a second: all take turns, once without the clock, then ``repeats`` times with it."""
+    for contestant in contestants if warm else ():
+        contestant.run()
+    rates: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for number in range(repeats):
+        turn = number % len(contestants)  # whoever comes first finds a cooler machine
+        for contestant in (*contestants[turn:], *contestants[:turn]):
+            gc.collect()
+            began = time.perf_counter()
+            done = contestant.run()
+            rates[contestant.name].append(done / (time.perf_counter() - began))
+            print(f"  {contestant.name}: {spoken(rates[contestant.name][-1])} a second", file=sys.stderr)
+    return {name: Measured(name, tuple(values)) for name, values in rates.items()}
+
+
+def seconds(run: Callable[[], Any], *, repeats: int = REPEATS) -> Measured:
+    """How long something takes, once it has been done before."""
+    run()
+    values = []
+    for _ in range(repeats):
+        gc.collect()
+        began = time.perf_counter()
+        run()
+        values.append(time.perf_counter() - began)
+    return Measured("", tuple(values))
+
+
+def products_a_second(size: int = 2048) -> Measured:
+    """Arithmetic of this machine in square products of float32 matrices, in GFLOP a second."""
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    taken = seconds(lambda: torch.mm(left, right), repeats=9)
+    return Measured("matrix products", tuple(2e-9 * size**3 / each for each in taken.values))
+
+
+def profiled(run: Run, count: int = 4) -> str:
+    """Where the time of some work goes: the operations that take most, with their shares."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = [f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}" for event in events[:count]]
+    return "profile: " + ", ".join(shares)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Memory of a piece of work, in MB: of its process in all, and beyond what was there before; kept for backward."""
+
+    process: float
+    grown: float
+    kept: float = 0.0
+
+
+def peak_of(work: Callable[[], Any]) -> Peak:
+    """The peak of the resident memory while ``work`` runs in this process.
+
+    Linux tells a peak that can be set back; elsewhere there is only that of the whole life of the process.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS:")
+    work()
+    peak = _status("VmHWM:")
+    return Peak(peak, peak - before)
+
+
+def peak_elsewhere(script: str, name: str) -> Peak:
+    """The peak of a named piece of a script's work, in a process of its own. ``RuntimeError`` says why it failed."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{script}", "--peak", name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(_reason(done.returncode, done.stderr))
+    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _reason(code: int, errors: str) -> str:
+    """Why a process ended: what it said last, or the signal that ended it."""
+    if code == -9:
+        return "the process was killed: not enough memory"
+    said = [line for line in errors.splitlines() if line.strip()]
+    return said[-1] if said else f"the process ended with {code}"
+
+
+def _status(name: str) -> float:
+    path = Path("/proc/self/status")
+    if not path.exists():
+        import resource
+
+        unit = 1e6 if sys.platform == "darwin" else 1e3
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    lines = (line.split() for line in path.read_text().splitlines())
+    return next(1024e-6 * int(line[1]) for line in lines if line[0] == name)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(rows: Callable[[], Sequence[Row]], peaks: Mapping[str, Callable[[], Peak]] | None = None) -> None:
+    """The command of a script: its rows as a table, with ``--json`` also to a file; ``--peak`` one peak, in JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak", choices=sorted(peaks or {}))
+    given = parser.parse_args()
+    repair_torchvision()  # before anything of a peer, or of transformers, looks for it
+    if given.peak:
+        assert peaks is not None
+        print(json.dumps(asdict(peaks[given.peak]())))
+        return
+    found = rows()
+    print(table(found))
+    if given.json:
+        given.json.write_text(
+            json.dumps({"rows": [row.to_dict() for row in found], "cells": [r.cells() for r in found]})
+        )
+
+
+def machine() -> dict[str, Any]:
+    """What a result belongs to: the processor, memory, threads, versions, the day."""
+    versions = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_GB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "precision": "float32",
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -1,0 +1,179 @@
+"""What all contestants work on: two towers with real weights, and real pictures and captions.
+
+The towers come inside pip packages: a DINOv2 ViT-S/14 at 98 px (50 tokens) and all-MiniLM-L6. The pairs are those of
+the demo's sample: one drawing of each concept, its English name and keywords (captions of 4 to 40 tokens).
+Out come clasp's own parts (``Ours``: batches, model and step, as ``clasp train`` puts them together) and the same pairs
+as plain tensors for the peers, who thereby need not decode anything.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from clasp.assemble import Assembled, assemble
+from clasp.data.batches import Batches
+from clasp.data.pairs import Pairs, open_pairs
+from clasp.data.sides import Listing
+from clasp.demo.sample import unpack
+from clasp.inputs import Inputs
+from clasp.losses import LOSSES
+from clasp.recipe import Recipe, from_dict
+from clasp.train.memory import Kept
+from clasp.train.plan import TrainSettings
+from clasp.train.step import Stepper
+from clasp.types import Batch
+
+SIZE = 98
+WIDTH = 256  # of the joint space
+
+WORK = Path(tempfile.gettempdir()) / "clasp-benchmarks"  # what is unpacked once and shared between the scripts
+
+
+def recipe(*changes: str) -> Recipe:
+    """The two towers and linear heads; ``changes`` such as ``tune.text=["full"]``."""
+    towers = {
+        "image": {"tower": "pip:dinov2-small-focus", "size": SIZE},
+        "text": {"tower": "pip:minilm-l6"},
+        "head": {"kind": "linear", "width": WIDTH},
+    }
+    return from_dict(towers, "the benchmarks").changed(changes)
+
+
+def parts(recipe: Recipe) -> Assembled:
+    """The model of a recipe with its transform and tokenizer."""
+    return assemble(recipe)
+
+
+@cache
+def untouched() -> Assembled:
+    """The two towers as they came, nothing inserted: for peers to copy. ``harness.peak_of`` must not find them."""
+    return parts(recipe())
+
+
+@cache
+def _rows() -> list[dict[str, str]]:
+    sample = unpack(WORK, quick=True)
+    rows = []
+    for line in sample.pairs("train").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        english = [caption["text"] for caption in row["caption"] if caption["language"] == "en"]
+        rows.append({"id": row["id"], "image": str(sample.folder / row["image"]), "caption": english[-1]})
+    return rows
+
+
+def pairs(count: int) -> Pairs:
+    """The first ``count`` pairs (at most 1,114) as clasp opens them."""
+    path = WORK / f"pairs-{count}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in _rows()[:count]), encoding="utf-8")
+    return open_pairs(path)
+
+
+def captions(count: int) -> list[str]:
+    """Captions with keywords; past the 1,114 there are, they go on with a number behind, so that none repeats."""
+    texts = [row["caption"] for row in _rows()]
+    return [texts[n % len(texts)] + (f" {n // len(texts)}" if n >= len(texts) else "") for n in range(count)]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Pairs in memory, as anyone reads them: normalised pixels, and captions as lists of token ids."""
+
+    pixels: Float[Tensor, "n 3 98 98"]
+    ids: list[list[int]]
+
+    def tokens(
+        self, rows: Sequence[int], length: int | None = None
+    ) -> tuple[Int[Tensor, "rows length"], Int[Tensor, "rows length"]]:
+        """Ids and mask of some captions, padded to the longest of them or to a fixed length."""
+        some = [self.ids[row] for row in rows]
+        longest = length or max(map(len, some))
+        ids, mask = torch.zeros(2, len(some), longest, dtype=torch.long)
+        for place, each in enumerate(some):
+            each = each[:longest]
+            ids[place, : len(each)] = torch.tensor(each)
+            mask[place, : len(each)] = 1
+        return ids, mask
+
+
+def plain(assembled: Assembled, count: int) -> Plain:
+    """The first ``count`` pairs through clasp's own transform and tokenizer, which no peer then spends time on."""
+    chosen = _rows()[:count]
+    pixels = torch.stack([assembled.transform(Path(row["image"]).read_bytes()) for row in chosen])
+    return Plain(pixels, assembled.tokenizer.encode([row["caption"] for row in chosen]))
+
+
+class Ours:
+    """clasp as ``clasp train`` puts it together, without its log and its evaluations.
+
+    ``cache`` is where features are kept. Epoch after epoch the optimizer goes on, with the learning rate of a long run.
+    """
+
+    def __init__(self, recipe: Recipe, pairs: Pairs, *, batch: int, cache: Path):
+        self.recipe, self.pairs, self.batch, self.cache = recipe, pairs, batch, cache
+        self.parts = parts(recipe)
+        self.model = self.parts.model
+        self.settings = TrainSettings(batch=batch, micro_batch=batch, epochs=1, precision="float32")
+        self.listing = Listing(pairs)
+        self.stepper = Stepper(
+            self.model,
+            LOSSES[recipe.loss.kind],
+            self.settings,
+            Accelerator(cpu=True, mixed_precision="no"),
+            "float32",
+            steps=100_000,
+            towers=("image.", "text."),
+            micro_batch=batch,
+        )
+        self.steps = self.epochs = 0
+        self.model.train()
+
+    def read(self) -> Batches:
+        """The batches of the run; what of the towers is frozen is computed here, where it has not been before."""
+        inputs = Inputs(
+            image=self.model.image,
+            text=self.model.text,
+            transform=self.parts.transform,
+            tokenizer=self.parts.tokenizer,
+            features=self.recipe.data.features,
+            cache=self.cache,
+        )
+        return Batches(
+            self.listing, inputs.image_side(self.pairs, None), inputs.text_side(self.listing), batch=self.batch, seed=0
+        )
+
+    @cached_property
+    def batches(self) -> Batches:
+        return self.read()
+
+    def step(self, batch: Batch) -> int:
+        """One step; returns its pairs."""
+        self.stepper.step(batch, self.steps)
+        self.steps += 1
+        return len(batch.ids)
+
+    def epoch(self, batches: Batches | None = None, most: int | None = None) -> int:
+        """An epoch, or its first ``most`` steps; returns the pairs seen."""
+        self.epochs += 1
+        seen = 0
+        for number, batch in enumerate((batches or self.batches).epoch(self.epochs)):
+            if number == most:
+                break
+            seen += self.step(batch)
+        return seen
+
+    def kept(self, batch: Batch) -> int:
+        """Bytes kept for the backward pass of a step."""
+        with Kept(self.model.parameters()) as kept:
+            out = self.model(batch)
+            self.stepper.loss(out.image, out.text, out.scale, out.bias, groups=batch.groups)
+        return kept.bytes
