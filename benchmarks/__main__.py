@@ -26,17 +26,22 @@ SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_P
 
 def main() -> None:
     began = time.monotonic()
-    done = {script: run(script) for script in (*COMPARED, *KNOWN)}
-    results = {"machine": machine(), "minutes": round((time.monotonic() - began) / 60, 1), "scripts": done}
-    text = written(results)
-    if quick():
-        print(text)
-        return
+    done: dict[str, Any] = {}
+    for script in (*COMPARED, *KNOWN):  # written after each: what is stopped has measured something
+        done[script] = run(script)
+        results = {"machine": machine(), "minutes": round((time.monotonic() - began) / 60, 1), "scripts": done}
+        if not quick():
+            write(results)
+    print(written(results))
+
+
+def write(results: dict[str, Any]) -> None:
+    """To ``results.json``, and as a table into ``README.md``."""
     (HERE / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     readme = HERE / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    text = written(results)
     readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    print(text)
 
 
 def run(script: str) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def written(results: dict[str, Any]) -> str:
 
 def _table(scripts: dict[str, Any], names: tuple[str, ...]) -> list[str]:
     lines = [["script", *HEADER], ["---"] * (1 + len(HEADER))]
-    for name in names:
+    for name in (name for name in names if name in scripts):
         lines += [[name, *cells] for cells in scripts[name]["cells"]]
         if scripts[name]["error"]:
             lines.append([name, f"**failed**: {scripts[name]['error']}", *[""] * (len(HEADER) - 1)])

@@ -173,6 +173,17 @@ def _shell(line: str) -> list[str]:
     return shlex.split(line)
 
 
+def test_stopped_before_training_keeps_what_was_computed(
+    clasp: Command, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_job, "start_heads", interrupted)
+    said = clasp("train", world.toml, "--runs", tmp_path / "runs")
+    assert said.code == 130 and "stopped before training" in said.err and "Traceback" not in said.err
+
+
 @pytest.mark.parametrize(
     "task, options, metric",
     [

@@ -203,7 +203,11 @@ def _align(recipe: Any, run: Path, *, resume: bool) -> None:
     from clasp.terminal import bar, megabytes, results_table, say
     from clasp.train.progress import to_stderr
 
-    done = align(recipe, run, say=say, bar=bar, reporter=to_stderr(), resume=resume)
+    try:
+        done = align(recipe, run, say=say, bar=bar, reporter=to_stderr(), resume=resume)
+    except KeyboardInterrupt:  # the loop takes Ctrl-C itself, so this was before its first step
+        say("stopped before training; what the frozen towers have said so far is kept for the next run")
+        sys.exit(130)
     typed, source = shlex.quote(str(run)), shlex.quote(recipe.data.train)
     if done.fitted.interrupted:
         say(f"stopped and saved; go on with: clasp resume {typed}")
