@@ -20,7 +20,8 @@ from benchmarks.harness import Contestant, Measured, Peak, Row, sized
 from benchmarks.peers import attempt, imported
 from clasp.losses import info_nce
 from clasp.model import DualEncoder, HeadSettings
-from clasp.nn.towers import Base, Tower
+from clasp.nn.base import Base
+from clasp.nn.towers import Tower
 from clasp.train import bigbatch
 from clasp.types import Batch, Pixels, Tokens
 

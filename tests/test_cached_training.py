@@ -12,8 +12,9 @@ from torch import nn
 
 from clasp import inputs as inputs_room
 from clasp.align import align
+from clasp.nn.base import Base, ImageSettings
 from clasp.nn.foreign.hub import open_base
-from clasp.nn.towers import Base, ImageSettings, Tower
+from clasp.nn.towers import Tower
 from clasp.recipe import Recipe
 from clasp.train.memory import Kept
 from clasp.types import Pixels

@@ -7,7 +7,7 @@ from functools import partial
 
 from clasp.data.images import ImageTransform
 from clasp.data.text import Tokenizer
-from clasp.nn.towers import Base
+from clasp.nn.base import Base
 from savedtowers import words
 from toytowers import NETS, base
 

@@ -9,8 +9,8 @@ import torch
 import transformers as hf
 from torch import nn
 
+from clasp.nn.base import Base
 from clasp.nn.layers import VisionTransformer
-from clasp.nn.towers import Base
 from clasp.types import Pixels, Tokens
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)

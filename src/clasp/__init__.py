@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from clasp.assemble import load
     from clasp.embed import Model
     from clasp.machine import settle
-    from clasp.nn.towers import Base
+    from clasp.nn.base import Base
     from clasp.types import UserError
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __all__ = ["Base", "Model", "UserError", "__version__", "load", "settle"]
 _HOME = {
     "load": "clasp.assemble",
     "Model": "clasp.embed",
-    "Base": "clasp.nn.towers",
+    "Base": "clasp.nn.base",
     "UserError": "clasp.types",
     "settle": "clasp.machine",
 }

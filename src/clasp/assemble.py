@@ -15,8 +15,9 @@ from clasp.data.images import ImageTransform
 from clasp.data.text import Tokenizer
 from clasp.embed import Model
 from clasp.model import DualEncoder
+from clasp.nn.base import Base, ImageSettings, TextSettings
 from clasp.nn.foreign.hub import open_base
-from clasp.nn.towers import Base, ImageSettings, TextSettings, Tower
+from clasp.nn.towers import Tower
 from clasp.recipe import Recipe, from_dict
 from clasp.train import checkpoint
 from clasp.types import UserError

@@ -22,7 +22,7 @@ from clasp.data.pairs import Columns
 from clasp.data.storage import Name as StorageName
 from clasp.losses import LOSSES
 from clasp.model import HeadSettings
-from clasp.nn.towers import ImageSettings, TextSettings
+from clasp.nn.base import ImageSettings, TextSettings
 from clasp.nn.tuning import parse
 from clasp.train.plan import TrainSettings
 from clasp.types import UserError

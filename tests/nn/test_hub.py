@@ -17,8 +17,9 @@ import transformers as hf
 
 from clasp.data.images import ImageTransform
 from clasp.nn.anatomy import anatomy
+from clasp.nn.base import Base, ImageSettings, TextSettings
 from clasp.nn.foreign.hub import DEIT, open_base
-from clasp.nn.towers import Base, ImageSettings, TextSettings, Tower
+from clasp.nn.towers import Tower
 from clasp.nn.tuning import freeze
 from clasp.types import Pixels, Tokens, UserError
 from savedtowers import END, PREPROCESSOR, WHOLE, save, save_tokenizer

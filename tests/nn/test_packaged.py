@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clasp.data.text import Tokenizer
+from clasp.nn.base import Base
 from clasp.nn.foreign import e5, focus
 from clasp.nn.foreign.installed import InstalledFile
 from clasp.nn.foreign.packaged import PACKAGED, packaged
-from clasp.nn.towers import Base
 from clasp.types import UserError
 
 SENTENCES = {

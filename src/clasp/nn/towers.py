@@ -10,89 +10,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clasp.data.images import ImageTransform
-from clasp.data.text import Tokenizer
 from clasp.nn.adapters import truncate
 from clasp.nn.anatomy import anatomy, is_norm, unused
+from clasp.nn.base import Base, Pool
 from clasp.nn.layers import POOLS, AttentionPool, VisionTransformer
 from clasp.nn.lengths import by_length
 from clasp.nn.trunk import as_tokens, blocks_give, frozen_blocks, going_on, states_after, states_of
 from clasp.nn.tuning import tune
 from clasp.types import Pixels, States, Tokens, UserError
-
-Pool = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention"]
-
-
-class _TowerSettings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    tower: str
-    """Where the weights come from: hf: | timm: | pip: | file: | deit: | package.module:factory"""
-    pool: Pool | None = None
-    """States to one vector; the tower's own authors' choice where left out"""
-    layer: int | None = None
-    """Read the states after this many blocks (negative from the end); the blocks above are dropped"""
-    more_layers: list[int] = []
-    """Pool the states after these blocks as well (counted as in ``layer``), side by side with the last ones"""
-    dropout: bool = False
-    """Dropout inside the tower while training; LilT has it on, also in frozen towers"""
-
-
-class ImageSettings(_TowerSettings):
-    """``[image]`` of a recipe."""
-
-    size: int | None = Field(default=None, ge=8, le=4096)
-    """Pixels a side that the tower sees; its own where left out"""
-    resize: Literal["crop", "squash", "pad"] | None = None
-    """What happens to pictures that are not square"""
-    ground: tuple[int, int, int] = (255, 255, 255)
-    """Colour under transparent pixels, 0-255"""
-
-
-class TextSettings(_TowerSettings):
-    """``[text]`` of a recipe."""
-
-    prefix: str | None = None
-    """Put before every caption; the tower's own where left out"""
-    max_tokens: int | None = Field(default=None, ge=4, le=32768)
-    """Longer captions are cut, keeping their end token"""
-    clean: Literal["none", "lilt"] = "none"
-    """Cleaning of captions; ``lilt`` is the paper's"""
-    template: Literal["tower", "cls"] = "tower"
-    """Special tokens; ``cls`` is LilT's class token without an end token"""
-    token_types: bool = True
-    """LilT leaves BERT's token-type embedding out"""
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """A pre-trained encoder as it came, before anything of ours: the weights a delta stands on."""
-
-    name: str
-    """the spec as the user wrote it, e.g. ``pip:efficientnet-lite0``"""
-    modality: Literal["image", "text"]
-    net: nn.Module
-    """the foreign module itself, in evaluation mode, weights loaded or on the meta device"""
-    version: str
-    """package and version, or hub revision"""
-    pool: str
-    """the pooling its authors use"""
-    transform: ImageTransform | None = None
-    """image towers: size, mean and std as the weights were trained"""
-    tokenizer: Callable[[], Tokenizer] | None = None
-    """text towers; a callable, since counting parameters needs none"""
-    read: Callable[[nn.Module, Any], Tensor] | None = None
-    """inputs to states, where calling the net does not give them: ``(net, pixels)`` to ``[B N D]`` or ``[B D h w]``"""
 
 
 class Tower(nn.Module):

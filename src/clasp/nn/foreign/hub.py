@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from clasp.data.images import ImageTransform
+from clasp.nn.base import Base, ImageSettings, TextSettings
 from clasp.nn.foreign.hugging import said_plainly, transformers_base
 from clasp.nn.foreign.packaged import PACKAGED, packaged
 from clasp.nn.layers import VisionTransformer, resize_positions
-from clasp.nn.towers import Base, ImageSettings, TextSettings
 from clasp.types import UserError
 
 Settings = ImageSettings | TextSettings

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from clasp.data.images import ImageTransform, Interpolation
 from clasp.data.text import Tokenizer
 from clasp.nn.anatomy import anatomy, unused
-from clasp.nn.towers import Base, ImageSettings, TextSettings
+from clasp.nn.base import Base, ImageSettings, TextSettings
 from clasp.types import UserError
 
 _BERT = {"model_type": "bert", "max_position_embeddings": 512, "type_vocab_size": 2}

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
 from clasp.data.text import Tokenizer
+from clasp.nn.base import Base
 from clasp.nn.foreign import e5, focus
 from clasp.nn.foreign.installed import InstalledFile
-from clasp.nn.towers import Base
 from clasp.types import UserError
 
 Tensors = Mapping[str, Tensor]

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
 from clasp.nn.anatomy import LAYOUTS
+from clasp.nn.base import Base, ImageSettings
 from clasp.nn.foreign.hugging import said_plainly
-from clasp.nn.towers import Base, ImageSettings
 from clasp.types import UserError
 
 
