@@ -32,7 +32,7 @@ with torch.inference_mode():
         for _ in range(128 // batch):
             tower.pooled(pixels)
         whole, kernel = (1e3 * (b - a) / 128 for a, b in zip(before, spent()))
-        print(f"{sys.argv[1]:8} batch {batch:2}: {whole:.1f} ms an image, {kernel:.1f} of them in the kernel", flush=True)
+        print(f"{sys.argv[1]:8} batch {batch:2}: {whole:.1f} ms an image, {kernel:.1f} in the kernel", flush=True)
 """
 
 
