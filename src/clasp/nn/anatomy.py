@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -39,6 +39,8 @@ class Layout:
     """parameters and modules that never take part in encoding; dropped when a tower is built"""
     channels_first: bool = False
     """branches carry ``B D height width`` maps"""
+    joins: str | None = None
+    """modules that bring something from outside into the states; ``*`` is the number of the block it stands before"""
 
 
 def _vit(**changes) -> Layout:
@@ -102,6 +104,7 @@ _TIMM_VIT = Layout(
     pooled_norm="fc_norm",
     unused=("head",),
 )
+_OUR_VIT = replace(_TIMM_VIT, joins="parallel.laterals.*")  # in nn.layers, which keeps timm's names
 
 LAYOUTS: dict[str, Layout] = {
     "ViTModel": _vit(),
@@ -140,7 +143,9 @@ LAYOUTS: dict[str, Layout] = {
         unused=("_fc",),
         channels_first=True,
     ),
-    "VisionTransformer": _TIMM_VIT,  # also our own in nn.layers, which keeps its names
+    "VisionTransformer": _OUR_VIT,  # timm's, and our DeiT
+    "ImageTransformer": _OUR_VIT,
+    "TextTransformer": _OUR_VIT,
     "Eva": _TIMM_VIT,
     "Beit": _TIMM_VIT,
     "ConvNeXt": Layout(  # timm's
@@ -216,6 +221,8 @@ class Anatomy:
     pooled_norm: str | None
     prefix_tokens: int
     channels_first: bool
+    lowest_cut: int
+    """the fewest blocks below a cut: those above it must need nothing but the states"""
 
 
 def anatomy(net: nn.Module) -> Anatomy:
@@ -242,7 +249,9 @@ def anatomy(net: nn.Module) -> Anatomy:
     )
     pooled_norm = layout.pooled_norm if layout.pooled_norm in modules else None
     tail = tuple(path for path in dict.fromkeys((*layout.tail, pooled_norm)) if path in modules)
-    return Anatomy(family, blocks, tail, pooled_norm, _prefix_tokens(net), layout.channels_first)
+    joins = [int(path.rpartition(".")[2]) for path in _matching(modules, layout.joins)] if layout.joins else []
+    lowest_cut = 1 + max(joins, default=0)
+    return Anatomy(family, blocks, tail, pooled_norm, _prefix_tokens(net), layout.channels_first, lowest_cut)
 
 
 def unused(net: nn.Module) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""Our own layers: a vision transformer that keeps DeiT's names, poolings, the bottleneck adapter.
+"""The vision transformer of DeiT, poolings, the bottleneck adapter.
 
-Tensors in, tensors out; no file, no other model. The transformer exists because the towers of the LilT paper include
-DeiT-III (layer scale, positions on patches only), which ``transformers`` does not have, and because papers' checkpoints
-carry these names.
+Tensors in, tensors out; no file, no other model. DeiT is here because the towers of the LilT paper include DeiT-III
+(layer scale, positions on patches only), which ``transformers`` does not have, and because papers' checkpoints carry
+its names.
 """
 
 from __future__ import annotations
@@ -12,94 +12,28 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one packed projection, rows ordered query, key, value."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+from clasp.nn.nets import ImageTransformer, ImageTransformerSettings
 
 
-class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class VisionBlock(nn.Module):
-    """A pre-norm transformer block, with layer scale where ``layer_scale`` gives its start value (DeiT-III: 1e-4)."""
-
-    def __init__(self, width: int, heads: int, layer_scale: float | None):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width, 4 * width)
-        self.gamma_1 = self.gamma_2 = None
-        if layer_scale is not None:
-            self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale))
-            self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale))
-
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        attended = self.attn(self.norm1(x))
-        x = x + (attended if self.gamma_1 is None else self.gamma_1 * attended)
-        fed = self.mlp(self.norm2(x))
-        return x + (fed if self.gamma_2 is None else self.gamma_2 * fed)
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one strided convolution, in row-major order."""
-
-    def __init__(self, patch: int, width: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
-
-    def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D"]:
-        return self.proj(pixels).flatten(2).transpose(1, 2)
-
-
-class VisionTransformer(nn.Module):
+class VisionTransformer(ImageTransformer):
     """ViT as DeiT has it (Touvron et al., ICML 2021); with ``layer_scale``, DeiT-III (ECCV 2022).
 
     Plain towers add ``N + 1`` positions after the class token is in place; layer-scale towers add ``N`` positions to
-    the patches before it. Returns all tokens after the final norm, class token first.
+    the patches before it.
     """
 
     def __init__(self, *, size: int, patch: int, width: int, blocks: int, heads: int, layer_scale: float | None = None):
-        super().__init__()
-        self.size = size
-        tokens = (size // patch) ** 2
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens + (layer_scale is None), width))
-        self.patch_embed = PatchEmbed(patch, width)
-        self.blocks = nn.ModuleList(VisionBlock(width, heads, layer_scale) for _ in range(blocks))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "_ N D"]:
-        # as many rows as pixels, but for a net that goes on from given states (nn.trunk)
-        x = self.patch_embed(pixels)
-        cls = self.cls_token.expand(len(x), -1, -1)
-        if self.pos_embed.shape[1] == x.shape[1]:
-            x = torch.cat((cls, x + self.pos_embed), dim=1)
-        else:
-            x = torch.cat((cls, x), dim=1) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        super().__init__(
+            ImageTransformerSettings(
+                size=size,
+                patch=patch,
+                width=width,
+                layers=blocks,
+                heads=heads,
+                layer_scale=layer_scale,
+                class_position=layer_scale is None,
+            )
+        )
 
 
 def resize_positions(table: Float[Tensor, "1 rows D"], grid: int, extra_rows: int) -> Float[Tensor, "1 new_rows D"]:

@@ -1,0 +1,246 @@
+"""What only images get: patches, a convolutional stem (early specialisation), a parallel branch with lateral adapters.
+
+In go pixels, out come patch tokens in row-major order, or feature maps that join the tokens before some blocks. Two
+branches: MS-CLIP's (You et al., ECCV 2022), with BatchNorm, whose lateral adapters replace the patches; and ours
+without running statistics, whose gated laterals add to them and start as nothing, so that a trained net may get the
+branch without changing an output. Widths and strides follow from the width of the net and its patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+ConvNormKind = Literal["batch", "group"]
+CONV_NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "batch": lambda channels, eps: nn.BatchNorm2d(channels, eps=eps),
+    "group": lambda channels, eps: nn.GroupNorm(1, channels, eps=eps),  # of the whole map; keeps no statistics
+}
+STEM_EPS, BOTTLENECK_EPS = 1e-5, 1e-6  # the bottlenecks of the released branch differ from its other norms
+STEM_STAGES = 4
+
+
+class BranchSettings(BaseModel):
+    """A parallel branch of convolutions beside the blocks of an image net."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["paper", "gated"] = "paper"
+    """paper: MS-CLIP's; gated: ours, without BatchNorm, starting as nothing"""
+    before: tuple[int, ...] = Field(default=(2, 4, 6, 8, 10), min_length=1, max_length=5)
+    """Layers before which it joins the tokens, counted from 0, a stem being layer 0"""
+
+    @model_validator(mode="after")
+    def _rising(self) -> BranchSettings:
+        if list(self.before) != sorted(set(self.before)) or self.before[0] < 0:
+            raise ValueError(f"before = {list(self.before)} is not a rising list of layers, such as [2, 4, 6, 8, 10]")
+        return self
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one strided convolution, in row-major order."""
+
+    def __init__(self, patch: int, width: int, *, bias: bool):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=bias)
+
+    def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D"]:
+        return as_rows(self.proj(pixels))
+
+
+class ConvNorm(nn.Module):
+    """A convolution without a bias, and a norm of its channels."""
+
+    def __init__(
+        self,
+        channels: int,
+        out: int,
+        *,
+        kernel: int,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        norm: ConvNormKind,
+        eps: float = STEM_EPS,
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, kernel, stride, padding, groups=groups, bias=False)
+        self.norm = CONV_NORMS[norm](out, eps)
+
+    def forward(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
+        return self.norm(self.conv(x))
+
+
+class StemStage(nn.Module):
+    """``relu(conv3x3(x) + conv1x1(x))``, both with the same stride and a norm."""
+
+    def __init__(self, channels: int, out: int, stride: int, norm: ConvNormKind):
+        super().__init__()
+        self.main = ConvNorm(channels, out, kernel=3, padding=1, stride=stride, norm=norm)
+        self.shortcut = ConvNorm(channels, out, kernel=1, stride=stride, norm=norm)
+
+    def forward(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
+        return F.relu(self.main(x) + self.shortcut(x))
+
+
+class ConvStem(nn.Module):
+    """Early specialisation: convolutions in place of patches and of the first block (MS-CLIP).
+
+    The picture is halved until a place stands for ``patch`` pixels, at widths D/16, D/16, D/8 … D; at the end a 1x1
+    convolution without norm or activation.
+    """
+
+    def __init__(self, patch: int, width: int, norm: ConvNormKind):
+        super().__init__()
+        widths = [width >> STEM_STAGES, *(width >> (STEM_STAGES - 1 - number) for number in range(STEM_STAGES))]
+        first, *strides = halvings(patch, STEM_STAGES + 1)
+        self.first = ConvNorm(3, widths[0], kernel=3, padding=1, stride=first, norm=norm)
+        self.stages = nn.ModuleList(
+            StemStage(widths[number], widths[number + 1], stride, norm) for number, stride in enumerate(strides)
+        )
+        self.last = nn.Conv2d(width, width, 1, bias=False)
+
+    def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D"]:
+        x = F.relu(self.first(pixels))
+        for stage in self.stages:
+            x = stage(x)
+        return as_rows(self.last(x))
+
+
+class FirstStage(nn.Module):
+    """Stage 0 of a branch: ``relu(conv3x3(pixels))`` with a norm."""
+
+    def __init__(self, out: int, stride: int, norm: ConvNormKind):
+        super().__init__()
+        self.main = ConvNorm(3, out, kernel=3, padding=1, stride=stride, norm=norm)
+
+    def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B _ _ _"]:
+        return F.relu(self.main(pixels))
+
+
+class Bottleneck(nn.Module):
+    """A residual bottleneck (He et al., CVPR 2016): 1x1, 3x3 with the stride, 1x1; half the width inside."""
+
+    def __init__(self, channels: int, out: int, stride: int, norm: ConvNormKind):
+        super().__init__()
+        self.reduce = ConvNorm(channels, out // 2, kernel=1, norm=norm, eps=BOTTLENECK_EPS)
+        self.spatial = ConvNorm(out // 2, out // 2, kernel=3, padding=1, stride=stride, norm=norm, eps=BOTTLENECK_EPS)
+        self.expand = ConvNorm(out // 2, out, kernel=1, norm=norm, eps=BOTTLENECK_EPS)
+        self.shortcut = ConvNorm(channels, out, kernel=1, stride=stride, norm=norm, eps=BOTTLENECK_EPS)
+
+    def forward(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
+        inside = F.relu(self.spatial(F.relu(self.reduce(x))))
+        return F.relu(self.expand(inside) + self.shortcut(x))
+
+
+class LateralAdapter(nn.Module):
+    """Where MS-CLIP's branch joins: patches become ``bottom(patches) + top(maps)``, then a norm goes over all tokens.
+
+    There is no identity beside the patches, and what stands before them (the class token) is added to itself: both as
+    released. ``kernel`` is how many places of the maps fall to one patch along a side.
+    """
+
+    def __init__(self, width: int, channels: int, kernel: int, state_norm: nn.Module):
+        super().__init__()
+        self.top = ConvNorm(channels, channels, kernel=kernel, stride=kernel, groups=channels, norm="batch")
+        self.widen = nn.Conv2d(channels, width, 1, bias=False)
+        self.bottom = ConvNorm(width, width, kernel=3, padding=1, groups=width, norm="batch")
+        self.norm = state_norm
+
+    def forward(
+        self, states: Float[Tensor, "B N D"], maps: Float[Tensor, "B _ height width"]
+    ) -> Float[Tensor, "B N D"]:
+        top = self.widen(self.top(maps))
+        front, patches = patches_as_map(states, top)
+        return self.norm(torch.cat((front + front, as_rows(self.bottom(patches) + top)), dim=1))
+
+
+class GatedLateral(nn.Module):
+    """Where our branch joins: ``patches + gamma * (bottom(patches) + top(maps))``, ``gamma`` zero at the start.
+
+    The class token is left alone. Nothing is normed over the batch.
+    """
+
+    def __init__(self, width: int, channels: int, kernel: int):
+        super().__init__()
+        self.top = ConvNorm(channels, channels, kernel=kernel, stride=kernel, groups=channels, norm="group")
+        self.widen = nn.Conv2d(channels, width, 1, bias=False)
+        self.bottom = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(width))
+
+    def forward(
+        self, states: Float[Tensor, "B N D"], maps: Float[Tensor, "B _ height width"]
+    ) -> Float[Tensor, "B N D"]:
+        top = self.widen(self.top(maps))
+        front, patches = patches_as_map(states, top)
+        return torch.cat((front, states[:, front.shape[1] :] + self.gamma * as_rows(self.bottom(patches) + top)), dim=1)
+
+
+class ParallelBranch(nn.Module):
+    """Convolutions over the picture at falling sizes, each stage joining the tokens before one block.
+
+    ``before`` numbers those blocks in the net's own stack. The last stage is as wide as the net, each below half of
+    that. A stage is computed where it joins.
+    """
+
+    def __init__(
+        self,
+        settings: BranchSettings,
+        *,
+        patch: int,
+        width: int,
+        before: Sequence[int],
+        state_norm: Callable[[int], nn.Module],
+    ):
+        super().__init__()
+        norm: ConvNormKind = "batch" if settings.kind == "paper" else "group"
+        widths = [width >> number for number in reversed(range(len(before)))]
+        strides = halvings(patch, len(before))
+        self.stage_at = {number: stage for stage, number in enumerate(before)}
+        self.stages = nn.ModuleList([FirstStage(widths[0], strides[0], norm)])
+        self.stages.extend(
+            Bottleneck(widths[number - 1], widths[number], strides[number], norm) for number in range(1, len(before))
+        )
+        self.laterals = nn.ModuleDict()
+        size = 1  # pixels that a place of the maps stands for
+        for number, channels, stride in zip(before, widths, strides, strict=True):
+            size *= stride
+            self.laterals[str(number)] = (
+                LateralAdapter(width, channels, patch // size, state_norm(width))
+                if settings.kind == "paper"
+                else GatedLateral(width, channels, patch // size)
+            )
+
+    def forward(
+        self, number: int, states: Float[Tensor, "B N D"], maps: Float[Tensor, "B _ height width"]
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B _ _ _"]]:
+        """What enters block ``number``, one of ``stage_at``, and the maps of its stage; the first one reads pixels."""
+        maps = self.stages[self.stage_at[number]](maps)
+        return self.laterals[str(number)](states, maps), maps
+
+
+def halvings(patch: int, count: int) -> list[int]:
+    """Strides of ``count`` convolutions: 2 until a place stands for ``patch`` pixels (a power of 2), then 1."""
+    halved = patch.bit_length() - 1
+    assert patch == 1 << halved, f"{patch} is no power of 2; settings refuse it"
+    return [2 if number < halved else 1 for number in range(count)]
+
+
+def as_rows(maps: Float[Tensor, "B D height width"]) -> Float[Tensor, "B N D"]:
+    """Feature maps as tokens, in row-major order."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def patches_as_map(
+    states: Float[Tensor, "B N D"], like: Float[Tensor, "B D height width"]
+) -> tuple[Float[Tensor, "B _ D"], Float[Tensor, "B D height width"]]:
+    """What stands before the patches, and the patches laid out as the maps ``like``."""
+    count = like.shape[2] * like.shape[3]
+    patches = states[:, -count:].transpose(1, 2).unflatten(2, like.shape[2:])
+    return states[:, :-count], patches

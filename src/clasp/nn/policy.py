@@ -1,0 +1,185 @@
+"""The sharing policy: which parts of which layers two nets hold in common.
+
+In go the settings of ``[share]``, out comes a ``Sharing``: for each layer and part how it is kept, which prints itself
+as a table. One definition has CLIP (nothing shared), MS-CLIP (attention and feed-forward), SharedCLIP (all of it, the
+final norm and the head), separate ends (Uni-X) and separate feed-forward parts (VLMo) as its values. Nothing here
+touches a weight; ``nn.shared`` does.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from clasp.types import UserError
+
+ATTENTION = ("q", "k", "v", "o")  # the parts that ``attention`` speaks of
+PARTS = (*ATTENTION, "qk_norm", "ffn", "norm1", "norm2", "layer_scale")
+_RANGE = re.compile(r"\s*(?:(-?\d+)|(-?\d+)?\s*:\s*(-?\d+)?)\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """Shared, and a difference of this rank for each modality."""
+
+    rank: int
+
+    def __str__(self) -> str:
+        return f"low-rank {self.rank}"
+
+
+Plain = Literal["shared", "separate"]
+How = Plain | LowRank
+
+
+def _matrix(value: Any) -> Any:
+    if value in ("shared", "separate"):
+        return value
+    if value == "low-rank" or value in ({}, {"low-rank": None}):
+        raise ValueError("'low-rank' needs a rank; write {low-rank = 8}")
+    if not isinstance(value, dict) or list(value) != ["low-rank"]:
+        raise ValueError(f"{value!r} is none of 'shared', 'separate' and {{low-rank = 8}}")
+    rank = value["low-rank"]
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"low-rank = {rank!r} is not a whole number from 1")
+    return value
+
+
+def _vector(value: Any) -> Any:
+    if isinstance(value, dict) or value == "low-rank":
+        raise ValueError("a vector has no rank; write 'shared' or 'separate'")
+    return value
+
+
+def _readable(value: Any) -> Any:
+    if not isinstance(value, str) or not _RANGE.fullmatch(value) or not value.strip():
+        raise ValueError(f"{value!r} is not a range of layers; write '1:', ':4', '4:8', '-6:' or '5'")
+    return value
+
+
+# what a recipe says, and what it reads back as
+MatrixChoice = Annotated[str | dict[str, int], BeforeValidator(_matrix)]
+VectorChoice = Annotated[Plain, BeforeValidator(_vector)]
+Layers = Annotated[str, BeforeValidator(_readable)]
+
+
+class _PartSettings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    attention: MatrixChoice = "separate"
+    """Queries, keys, values and output of the attention: shared, separate, or {low-rank = r}: shared, with a difference
+    of rank r for each modality"""
+    q: MatrixChoice | None = None
+    """The queries alone; as ``attention`` where left out"""
+    k: MatrixChoice | None = None
+    """The keys alone"""
+    v: MatrixChoice | None = None
+    """The values alone"""
+    o: MatrixChoice | None = None
+    """The output projection alone"""
+    ffn: MatrixChoice = "separate"
+    """The feed-forward part: shared, separate, or {low-rank = r}"""
+    qk_norm: VectorChoice = "separate"
+    """The norms of queries and keys, where the blocks have them"""
+    norm1: VectorChoice = "separate"
+    """The norm before the attention"""
+    norm2: VectorChoice = "separate"
+    """The norm before the feed-forward part"""
+    layer_scale: VectorChoice = "separate"
+    """The layer scale, where the blocks have one"""
+
+    def kept(self) -> dict[str, How]:
+        """How each of ``PARTS`` is kept."""
+        whole = {part: self.attention if choice is None else choice for part, choice in self._apart().items()}
+        vectors = {"qk_norm": self.qk_norm, "norm1": self.norm1, "norm2": self.norm2, "layer_scale": self.layer_scale}
+        said = {**whole, "ffn": self.ffn, **vectors}
+        return {part: _how(said[part]) for part in PARTS}
+
+    def _apart(self) -> dict[str, Any]:
+        return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+
+
+class StretchSettings(_PartSettings):
+    """Some layers of ``[share]``, and how their parts are kept."""
+
+    layers: Layers
+    """Which: '1:', ':4', '4:8', '-6:' or '5'; counted from 0"""
+
+
+class SharingSettings(_PartSettings):
+    """``[share]`` of a recipe: what the image net and the text net hold in common. Nothing, where nothing is said."""
+
+    layers: Layers | None = None
+    """The layers that this speaks of, counted from 0; where left out, all that ``also`` does not name. In all others
+    nothing is shared"""
+    also: tuple[StretchSettings, ...] = ()
+    """Further layers with parts kept in other ways"""
+    final_norm: VectorChoice = "separate"
+    """The norm after the last block"""
+    head: VectorChoice = "separate"
+    """The projection to the joint space"""
+
+    def over(self, layers: int) -> Sharing:
+        """This policy for nets of so many layers. Raises ``UserError`` for layers that do not exist or come twice."""
+        rows: dict[int, dict[str, How]] = {}
+        said_by: dict[int, str] = {}
+        for stretch in (*self.also, self):
+            if stretch.layers is None:
+                numbers = [number for number in range(layers) if number not in rows]
+            else:
+                numbers = _numbers(stretch.layers, layers)
+            for number in numbers:
+                if number in rows:
+                    raise UserError(
+                        f"share.layers = {stretch.layers!r} and {said_by[number]!r} both speak of layer {number}; each "
+                        "layer is in one range"
+                    )
+                rows[number], said_by[number] = stretch.kept(), stretch.layers or "all others"
+        nothing = StretchSettings(layers=":").kept()
+        return Sharing(tuple(rows.get(number, nothing) for number in range(layers)), self.final_norm, self.head)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A policy layer by layer. ``absent`` names the parts that the blocks do not have, which are then not printed."""
+
+    layers: tuple[dict[str, How], ...]
+    final_norm: Plain
+    head: Plain
+    absent: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        """A table: layers by parts, like layers in one row."""
+        columns = [part for part in PARTS if part not in self.absent]
+        if all(len({row[part] for part in ATTENTION}) == 1 for row in self.layers):
+            columns = ["attention", *(part for part in columns if part not in ATTENTION)]
+        table = [["layer", *columns]]
+        for _, group in groupby(enumerate(self.layers), key=lambda numbered: numbered[1]):
+            (first, row), *more = group
+            numbers = f"{first}-{more[-1][0]}" if more else str(first)
+            table.append([numbers, *(str(row["q" if column == "attention" else column]) for column in columns)])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        return "\n".join([*lines, f"final norm: {self.final_norm}; head: {self.head}"])
+
+
+def _how(choice: Any) -> How:
+    return LowRank(choice["low-rank"]) if isinstance(choice, dict) else choice
+
+
+def _numbers(text: str, layers: int) -> range:
+    """The layers that a range names; every one of them exists."""
+    found = _RANGE.fullmatch(text)
+    assert found is not None, "checked when the settings were read"
+    single, start, stop = (None if end is None else int(end) for end in found.groups())
+    if single is not None:
+        start, stop = single, single + 1 or None
+    first = 0 if start is None else start + layers * (start < 0)
+    end = layers if stop is None else stop + layers * (stop < 0)
+    if not 0 <= first < end <= layers:
+        raise UserError(f"share.layers = {text!r}: there are layers 0 to {layers - 1}")
+    return range(first, end)
