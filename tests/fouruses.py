@@ -27,7 +27,7 @@ PARTS = {  # how the names begin of what ``clasp params`` counts together
     "image": ("image.net.",),
     "text": ("text.net.",),
     "heads": ("image_head.", "text_head.", "image.pooling.", "text.pooling."),
-    "scale": ("log_scale", "bias"),
+    "scale": ("log_scale", "temperature", "bias"),
 }
 
 

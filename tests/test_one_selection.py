@@ -16,7 +16,7 @@ from clasp.nn import tuning
 from clasp.types import UserError
 from fouruses import CAPTIONS, recipe, train_save_count, train_save_load
 from savedtowers import save
-from toymethods import CANNOT, METHODS, OTHER_PEFT
+from toymethods import CANNOT, METHODS, OTHER_PEFT, SEVERAL
 from toytowers import IMAGE_NETS, NETS, TEXT_NETS, base
 
 SIDES = ("image", "text")
@@ -70,6 +70,19 @@ def test_from_disk(saved: dict[str, Path], tmp_path: Path, pair: tuple[str, str]
     assert set().union(*parts.model.new_names.values()) <= parts.model.selection
     for side in SIDES:
         assert any(name.startswith(f"{side}.net.") and "lora_" in name for name in parts.model.selection)
+
+
+@pytest.mark.parametrize("methods", SEVERAL, ids=" ".join)
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_several_methods_on_every_tower(tmp_path: Path, pair: tuple[str, str], methods: tuple[str, ...]):
+    """A method given twice, for other blocks, is as good as once; a tower without attention takes the first alone."""
+    towers = [f"toyfactories:{name}" for name in pair]
+    tuned = {side: list(methods) for side in SIDES}
+    if pair[0] in ("convnext", "efficientnet"):
+        tuned["image"] = [methods[0].replace("targets='attention'", "targets='all'")]
+    check = train_save_load if pair == PAIRS[0] else train_save_count
+    selection = check(recipe(*towers, [], tune=tuned), tmp_path / "run", CAPTIONS).model.selection
+    assert {name.split(".net.")[0] for name in selection if ".net." in name} == set(SIDES)
 
 
 # --- more than one method, other parts -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One table: every method as a recipe writes it, and the towers that rightly refuse it."""
+"""One table: every method as a recipe writes it, several at once, and the towers that rightly refuse one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ METHODS = (
     "deep(1)", "deep(1, init='random')", "lora(rank=2)", "lora(rank=2, targets='all')", "prompts(3)", "match('*.1.*')",
 )  # fmt: skip
 OTHER_PEFT = ("dora(rank=2)", "rslora(rank=2)", "ia3", "loha(rank=2)", "lokr(rank=2)", "oft", "hra(rank=2)")
+# several of them in one tower, on other blocks or other layers of each
+SEVERAL = (
+    ("lora(rank=1, blocks=':1')", "lora(rank=3, blocks='1:')"),
+    ("lora(rank=2, blocks=':1', targets='all')", "dora(rank=1, blocks='1:', alpha=4)"),
+    ("rslora(rank=2, targets='attention')", "ia3(targets='mlp')", "norms(blocks='1:')"),
+    ("oft(blocks=':1')", "oft(blocks='1:', rank=2)"),
+    ("adapters(reduction=4, blocks=':1')", "adapters(reduction=8, blocks='1:')", "hra(rank=2, blocks='1:')"),
+)  # fmt: skip
 # what a tower cannot do, and the word its error must contain
 CANNOT = {
     ("convnext", "attention"): "matches nothing",

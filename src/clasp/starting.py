@@ -1,30 +1,40 @@
-"""Where two heads start: the mean and deviation of the training pairs, and, if asked for, the closed form.
+"""What starts from the training pairs: two heads, and low-rank updates that ask for it.
 
-In go a model whose heads are untrained and the pairs they will be trained on, out comes nothing: the heads are changed
+In go an untrained model and the pairs that it will be trained on, out comes nothing: heads get the mean and deviation
+of the features and, if asked for, the closed form; low-rank updates the directions of their gradient. Both are changed
 in place, before the first step. A run that goes on must not do it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clasp.data.batches import Tally
+from clasp.data.batches import Batches, Tally
 from clasp.data.device import on_device
 from clasp.data.pairs import Pairs
 from clasp.data.sides import Listing, Picks
 from clasp.inputs import Inputs
 from clasp.model import DualEncoder, HeadSettings
+from clasp.nn.lowrank import start_from_gradient, wrapped_weight
 from clasp.nn.towers import Tower
+from clasp.nn.tuning import freeze, from_gradient
+from clasp.recipe import TuneSettings
+from clasp.train import bigbatch
 from clasp.train.closed import cca
-from clasp.types import ImageInput, Pooled, TextInput
+from clasp.train.plan import TrainSettings
+from clasp.train.precision import resolve
+from clasp.train.step import seed_generators, step_seed
+from clasp.types import Batch, ImageInput, Loss, Pooled, TextInput, UserError
 
 # captions, with their images, whose mean and deviation are taken for those of all; rows of a cache cost nothing
 LOOKED_AT_CACHED, LOOKED_AT_LIVE = 65_536, 2_048
+GRADIENT_BATCHES = 4  # whose gradient gives low-rank updates their directions: as much work as so many steps
 
 
 def start_heads(
@@ -48,6 +58,66 @@ def start_heads(
                 assert isinstance(head.map, nn.Linear)
                 head.map.weight.copy_(weight)
                 head.map.bias.zero_()
+
+
+def start_low_rank(
+    model: DualEncoder, batches: Batches, loss: Loss, tuned: TuneSettings, settings: TrainSettings
+) -> None:
+    """Let the low-rank updates that ask for it (``start="gradient"``) start along the gradient of what they update.
+
+    The gradient is of the real loss over the first batches of the first epoch, in pieces where those do not fit in
+    memory; it goes to the wrapped weights of the base, which do not change. See ``nn.lowrank.start_from_gradient``.
+    A layer that no gradient reaches keeps the start that it drew.
+    Raises ``UserError`` where a gradient is not finite.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}  # of what both towers share, one name
+    layers = {
+        names[id(tower.net.get_parameter(wrapped_weight(path)))]: (tower.net, path)
+        for tower, specs in ((model.image, tuned.image), (model.text, tuned.text))
+        for path in from_gradient(tower.net, specs)
+    }
+    if not layers:
+        return
+    for name, gradient in _gradients(model, layers, batches, loss, settings).items():
+        start_from_gradient(*layers[name], gradient)
+
+
+def _gradients(
+    model: DualEncoder, names: Iterable[str], batches: Batches, loss: Loss, settings: TrainSettings
+) -> dict[str, Tensor]:
+    """The gradient of parameters that are frozen otherwise, summed over a few batches."""
+    device = next(model.parameters()).device
+
+    def seed(side: bigbatch.SideName, piece: int) -> None:
+        seed_generators(step_seed(settings.seed, 0, "start", side, piece), device)
+
+    work = bigbatch.Work(model, device, resolve(settings.precision, device).precision, seed)
+    micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
+    selection, wanted = model.selection, {name: model.get_parameter(name) for name in names}
+    freeze(model, wanted)
+    model.train()
+    try:
+        told_apart = (batch for batch in batches.epoch(0) if len(batch.ids) > 1)
+        for batch in islice(told_apart, GRADIENT_BATCHES):
+            micro_batch = micro_batch or _pieces(work, batch)
+            bigbatch.gradients(work, batch, loss, micro_batch)
+        found = {name: p.grad for name, p in wanted.items() if p.grad is not None}
+    finally:
+        for p in wanted.values():
+            p.grad = None
+        model.select(selection)
+        model.train(False)
+    for name, gradient in found.items():
+        if not gradient.isfinite().all():
+            raise UserError(
+                f"the gradient that start='gradient' asks for is not finite at {name}; try train.precision=float32, or "
+                "start='random'"
+            )
+    return found
+
+
+def _pieces(work: bigbatch.Work, batch: Batch) -> int:
+    return bigbatch.choose(work, batch, len(batch.ids)).micro_batch
 
 
 def _spread(listing: Listing, most: int) -> Int[np.ndarray, " n"]:
@@ -85,7 +155,7 @@ class _PooledRows:
                 images.append(_pooled(self.model.image, seen.inputs))
                 texts.append(_pooled(self.model.text, self.text(picks[seen.kept], self.listing.__getitem__).inputs))
         if not images:
-            device = self.model.log_scale.device
+            device = next(self.model.parameters()).device
             image, text = self.model.image, self.model.text
             return torch.empty(0, image.width, device=device), torch.empty(0, text.width, device=device)
         return torch.cat(images), torch.cat(texts)

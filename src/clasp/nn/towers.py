@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clasp.data.images import ImageTransform
-from clasp.nn.adapters import truncate
 from clasp.nn.anatomy import anatomy, is_norm, unused
 from clasp.nn.base import Base, Pool
-from clasp.nn.layers import POOLS, AttentionPool, VisionTransformer
+from clasp.nn.depth import truncate
+from clasp.nn.layers import POOLS, AttentionPool
 from clasp.nn.lengths import by_length
+from clasp.nn.nets import ImageTransformer
 from clasp.nn.trunk import as_tokens, blocks_give, frozen_blocks, going_on, states_after, states_of
 from clasp.nn.tuning import tune
 from clasp.types import Pixels, States, Tokens, UserError
@@ -105,6 +106,8 @@ class Tower(nn.Module):
         if isinstance(inputs, States):
             blank, gives = self._blank(inputs), self._blocks_give
             assert gives is not None, f"{self.name} cannot be cut"
+            lowest = self._parts.lowest_cut
+            assert inputs.depth >= lowest, f"{self.name} cannot be cut above block {inputs.depth}, but above {lowest}"
             values = inputs.values.to(next(self.net.parameters()).dtype)  # they may be kept in half precision
             return going_on(self.net, self._parts, inputs.depth, values, lambda: self(blank), gives=gives)
         pixels = inputs.values
@@ -123,11 +126,11 @@ class Tower(nn.Module):
     def frozen_blocks(self) -> int:
         """How many blocks from the bottom are the trunk: they and all before them stay as they are.
 
-        0 also where the net hands more from block to block than its states, and cannot be cut.
+        0 also where the net hands more from block to block than its states, and cannot be cut, or not so low.
         """
         trained = [name for name, parameter in self.net.named_parameters() if parameter.requires_grad]
         depth = min([frozen_blocks(self._parts, trained), *self._more])
-        return depth if depth and self._blocks_give else 0
+        return depth if depth >= self._parts.lowest_cut and self._blocks_give else 0
 
     @cached_property
     def _blocks_give(self) -> type | None:
@@ -297,6 +300,7 @@ def _read_pixels(net: nn.Module, pixels: Tensor) -> Tensor:
 
 _OWN_READERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "EfficientNet": lambda net, pixels: net.extract_features(pixels),
+    "ImageTransformer": lambda net, pixels: net(pixels),
     "VisionTransformer": lambda net, pixels: net(pixels),
 }
 _RESIZE_ON_REQUEST = ("ViTModel", "DeiTModel", "CLIPVisionModel", "SiglipVisionModel")
@@ -306,7 +310,7 @@ def _own_size(net: nn.Module, transform: ImageTransform | None) -> int:
     """A picture size the net accepts: its configured one, else the transform's, else 64 pixels."""
     from transformers import PreTrainedModel
 
-    if isinstance(net, VisionTransformer):
+    if isinstance(net, ImageTransformer):
         return net.size
     if isinstance(net, PreTrainedModel):
         size = net.config.to_dict().get("image_size") or 64

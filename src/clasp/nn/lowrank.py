@@ -1,0 +1,133 @@
+"""Low-rank updates and the other methods of peft: linear layers of a tower, wrapped.
+
+In go a net and the paths of its layers, out come the names of the parameters that are new; they appear as peft gives
+them (``…q_proj.lora_A.default.weight``), and the wrapped base as ``…q_proj.base_layer.weight``. Every method goes in
+under peft's one adapter name, so several of them, on different layers, keep those names. Here too: a start of LoRA's A
+from the gradient of the wrapped weight. The only module that imports peft.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clasp.types import UserError
+
+PEFT = ("lora", "dora", "rslora", "ia3", "loha", "lokr", "oft", "hra")
+LORA = ("lora", "dora", "rslora")  # an update B A, in which A can start from the gradient
+LORA_STARTS = ("random", "gradient")
+_ADAPTER = "default"  # peft's own name for what it puts in
+
+
+def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[str, Any]) -> set[str]:
+    """Wrap the linear layers ``targets`` with a peft method; returns the names of the parameters it added.
+
+    ``rank`` and ``alpha`` are spelt as in the papers and handed to peft under its names; other options go to peft as
+    they are. Raises ``UserError`` for an option that the method does not have.
+    """
+    before = {id(p) for p in net.parameters()}
+    config = _peft_config(method, targets, options)
+    from peft import inject_adapter_in_model
+
+    for path in targets:
+        _padding_as_numbers(net.get_submodule(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of merging and saving, which clasp does itself
+        inject_adapter_in_model(config, net, _ADAPTER)
+    if method == "oft":
+        _tell_maps_from_convolutions(net.get_submodule(path) for path in targets)
+    return {name for name, p in net.named_parameters() if id(p) not in before}
+
+
+def wrapped(net: nn.Module) -> set[str]:
+    """Paths of the layers that a peft method has wrapped."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {path for path, module in net.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def wrapped_weight(path: str) -> str:
+    """The name of the base's weight in the wrapped layer ``path``."""
+    return f"{path}.base_layer.weight"
+
+
+@torch.no_grad()
+def start_from_gradient(net: nn.Module, path: str, gradient: Float[Tensor, "out in *ones"]) -> None:
+    """Let A of the low-rank update at ``path`` start along the gradient of the weight that it updates.
+
+    With B = 0 the first step moves B by the gradient times A transposed, hence the weight by the gradient projected
+    onto the rows of A. The rows that lose least of it are its top right singular vectors; they come in the length that
+    A was drawn with. After LoRA-GA (Wang, Yu and Li, NeurIPS 2024, section 3, gradient approximation), where B starts
+    along the left singular vectors too and the product is subtracted from the base. Ours does not: the base stays the
+    weights that a delta stands on, bit by bit, and the model begins as what it was. ``gradient`` is of a linear layer
+    or a 1x1 convolution; a rank above its own keeps the rest of A as it was drawn.
+    """
+    start = net.get_parameter(f"{path}.lora_A.{_ADAPTER}.weight")
+    directions = _top_right_singular_vectors(gradient.flatten(1), len(start))
+    drawn = start[: len(directions)]
+    length = drawn.norm() / len(directions) ** 0.5
+    drawn.copy_((length * directions.to(start.dtype)).view_as(drawn))
+
+
+# --- how -------------------------------------------------------------------------------------------------------------
+
+
+def _padding_as_numbers(module: nn.Module) -> None:
+    """``same`` and ``valid`` pad a 1x1 convolution by nothing; peft's HRA reads the first letter of the word."""
+    if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+        module.padding = (0, 0)
+
+
+def _top_right_singular_vectors(matrix: Float[Tensor, "out in"], count: int) -> Float[Tensor, "rows in"]:
+    """At most ``count`` of them, as rows, those of the largest singular values first; fewer where there are fewer.
+
+    By the whole decomposition (768 x 768: a third of a second on one core), since a randomised one would draw.
+    """
+    return torch.linalg.svd(matrix.float(), full_matrices=False).Vh[:count]
+
+
+def _tell_maps_from_convolutions(layers: Iterable[nn.Module]) -> None:
+    """peft's OFT takes any four axes for a convolution's; the linear layers of ConvNeXt read ``B height width D``."""
+    from peft.tuners.oft.layer import OFTRotationModule
+
+    for module in chain.from_iterable(layer.modules() for layer in layers):
+        if isinstance(module, OFTRotationModule) and module.kernel_size == (0, 0):
+            module.register_forward_pre_hook(_with_a_fifth_axis)
+            module.register_forward_hook(_without_a_fifth_axis)
+
+
+def _with_a_fifth_axis(module: nn.Module, args: tuple) -> tuple:
+    return (args[0][None] if args[0].ndim == 4 else args[0], *args[1:])
+
+
+def _without_a_fifth_axis(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output[0] if output.ndim == 5 else output
+
+
+def _peft_config(method: str, targets: list[str], options: dict[str, Any]) -> Any:
+    """peft's configuration; where left out, ``rank`` is 8 and ``alpha`` twice the rank (LoHa and LoKr: the rank)."""
+    import peft
+
+    rank = options.get("rank", 8)
+    lora = {"r": rank, "lora_alpha": 2 * rank}
+    kind, spelt, start = {
+        "lora": (peft.LoraConfig, {"rank": "r", "alpha": "lora_alpha"}, lora),
+        "dora": (peft.LoraConfig, {"rank": "r", "alpha": "lora_alpha"}, {**lora, "use_dora": True}),
+        "rslora": (peft.LoraConfig, {"rank": "r", "alpha": "lora_alpha"}, {**lora, "use_rslora": True}),
+        "ia3": (peft.IA3Config, {}, {"feedforward_modules": []}),
+        "loha": (peft.LoHaConfig, {"rank": "r"}, {"r": rank, "alpha": rank}),
+        "lokr": (peft.LoKrConfig, {"rank": "r"}, {"r": rank, "alpha": rank}),
+        "oft": (peft.OFTConfig, {"rank": "r"}, {"r": 0, "oft_block_size": 0 if "rank" in options else 4}),
+        "hra": (peft.HRAConfig, {"rank": "r"}, {"r": rank}),
+    }[method]
+    given = {spelt.get(key, key): value for key, value in options.items()}
+    try:
+        return kind(target_modules=targets, **{**start, **given})
+    except TypeError as error:
+        raise UserError(f"{method}: peft's {kind.__name__} does not take {sorted(options)} ({error})") from None
