@@ -19,10 +19,20 @@ from torch import Tensor, nn
 from clasp.train import loop, optim, step
 from clasp.train.interrupt import Interruption
 from clasp.train.loop import Fitted, Position, TrainSettings, TrainState, fit
+from clasp.train.plan import LrFactors
 from clasp.types import Batch, Embeddings, LossParts, Pooled, Skipped, UserError
 
 PAIRS, BATCH, STEPS_AN_EPOCH = 24, 8, 3
 SETTINGS = TrainSettings(batch=BATCH, epochs=4, lr=0.02, precision="float32", log_every=2, evaluate_every=1)
+
+
+KINDS = {
+    "image.head.weight": "tower",
+    "image.head.bias": "tower",
+    "text.head.weight": "head",
+    "text.head.bias": "head",
+    "log_scale": "scale",
+}
 
 
 class Toy(nn.Module):
@@ -188,20 +198,27 @@ def test_evaluation_cannot_disturb_training() -> None:
 
 @pytest.mark.parametrize("stop_at", [0, 1, 2, 5, 8, 11])
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, keep: str) -> None:
-    settings = SETTINGS.model_copy(update={"keep": keep})
+@pytest.mark.parametrize("way", ["own", "lilt"])
+def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, keep: str, way: str) -> None:
+    settings, kinds = SETTINGS.model_copy(update={"keep": keep}), dict[str, str]()
+    if way == "lilt":
+        changes = {"schedule": "lilt", "decay": "lilt", "lr_floor": 0.1, "lr_factors": LrFactors(tower=0.3, scale=2.0)}
+        settings, kinds = settings.model_copy(update=changes), KINDS
     scores = [0.0, 0.1, 0.5, 0.4, 0.2]  # before the first step, then by epoch: the best in the second
 
     def scored(fresh: Iterator[float]) -> dict[str, Any]:
         return {"evaluate": lambda: {"score": next(fresh)}, "primary": "score"}
 
     states: list[TrainState] = []
-    whole, fitted, _ = run(settings, save=lambda state: states.append(frozen_in_time(state)), **scored(iter(scores)))
+    whole, fitted, _ = run(
+        settings, kinds=kinds, save=lambda state: states.append(frozen_in_time(state)), **scored(iter(scores))
+    )
 
     saved: list[TrainState] = []
     half, stopped, lines = run(
         settings,
-        Stream(before=kill(signal.SIGINT, stop_at)),
+        kinds=kinds,
+        stream=Stream(before=kill(signal.SIGINT, stop_at)),
         save=lambda state: saved.append(frozen_in_time(state)),
         **scored(iter(scores)),
     )
@@ -212,6 +229,7 @@ def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, ke
 
     rest, finished, _ = run(
         settings,
+        kinds=kinds,
         start=saved[0],
         save=lambda state: saved.append(frozen_in_time(state)),
         **scored(iter(scores[1 + stop_at // STEPS_AN_EPOCH :])),
@@ -221,7 +239,7 @@ def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, ke
     assert (fitted.held, fitted.metrics) == (finished.held, finished.metrics)
     assert fitted.held == (Position(1, 3, 6) if keep == "best" else Position(4, 0, 12))
 
-    again, nothing, _ = run(settings, start=saved[-1], **scored(iter(())))
+    again, nothing, _ = run(settings, kinds=kinds, start=saved[-1], **scored(iter(())))
     assert nothing.pairs == 0 and same(weights(again), weights(whole)), "a finished run goes on to the same end"
 
 
@@ -363,7 +381,7 @@ def test_log_lines_are_json_and_follow_the_schedule() -> None:
     steps = [line for line in lines if line["event"] == "step"]
     assert [line["step"] for line in steps] == [5, 10, 12] and [line["epoch"] for line in steps] == [2, 4, 4]
     for line in steps:
-        assert line["lr"] == pytest.approx(0.02 * optim.warmup_cosine(line["step"] - 1, 12, 1))
+        assert line["lr"] == pytest.approx(0.02 * optim.warmup_cosine(line["step"] - 1, optim.Course(12, 4, 1, 0.0)))
         assert 0 <= line["data_seconds_share"] <= 1 and line["pairs_per_second"] > 0
         assert math.exp(1.949) < line["scale"] < math.exp(2.011) and line["gradient_norm"] > 0
 
@@ -399,14 +417,41 @@ def test_skipped_samples_are_named_once_and_short_batches_pass() -> None:
     assert all(math.isfinite(tensor.sum().item()) for tensor in weights(model).values())
 
 
-def test_lr_tower_slows_the_towers_only() -> None:
+def test_lr_factors_slow_their_kind_only() -> None:
     start = weights(Toy())
-    settings = SETTINGS.model_copy(update={"epochs": 1, "lr_tower": 1e-6})
-    after = weights(run(settings, towers=("image.",))[0])
-    assert (after["image.head.weight"] - start["image.head.weight"]).abs().max() < 1e-6
+    settings = SETTINGS.model_copy(update={"epochs": 1, "lr_factors": LrFactors(tower=1e-6)})
+    after = weights(run(settings, kinds=KINDS)[0])
+    assert 0 < (after["image.head.weight"] - start["image.head.weight"]).abs().max() < 1e-6
     assert (after["text.head.weight"] - start["text.head.weight"]).abs().max() > 1e-3
-    with pytest.raises(AssertionError, match="names of the towers"):
+    assert same(weights(run(kinds=KINDS)[0]), weights(run()[0])), "all 1.0: kinds decide nothing"
+    with pytest.raises(AssertionError, match="need the kinds"):
         run(settings)
+    with pytest.raises(AssertionError, match="of no kind"):
+        run(settings, kinds={"log_scale": "scale"})
+
+
+def test_lilt_settings_reach_the_steps() -> None:
+    settings = SETTINGS.model_copy(update={"schedule": "lilt", "lr_floor": 0.1, "log_every": 1})
+    rates = [line["lr"] / 0.02 for line in run(settings)[2] if line["event"] == "step"]
+    assert rates == pytest.approx([rate for rate in (0.1, 0.8682, 0.55, 0.2318) for _ in range(3)], rel=1e-4)
+    slow = SETTINGS.model_copy(update={"lr": 1e-3})  # so that the scale stays clear of its bounds
+    one, other = (weights(run(slow.model_copy(update={"decay": decay}))[0]) for decay in ("matrices", "lilt"))
+    assert {name for name in one if not torch.equal(one[name], other[name])} >= {"log_scale"}
+    assert other["log_scale"] < one["log_scale"] < 2.0
+
+
+def test_advice_leaves_out_a_warm_up_that_is_not_to_be_set() -> None:
+    def broken(
+        image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None, *, groups: Tensor | None = None
+    ) -> LossParts:
+        parts = contrast(image, text, scale)
+        return parts._replace(total=parts.total * math.nan)
+
+    for schedule, expected in (("cosine", True), ("lilt", False)):
+        with pytest.raises(UserError) as told:
+            settings = SETTINGS.model_copy(update={"schedule": schedule})
+            fit(Toy(), Stream(), broken, settings, log=lambda line: None)
+        assert ("train.warmup_fraction" in str(told.value)) is expected
 
 
 def test_clipping_shortens_long_gradients_only() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 
 from clasp.train import optim
+from clasp.train.plan import TrainSettings
 from clasp.types import UserError
 
 
@@ -27,8 +30,31 @@ from clasp.types import UserError
         ("log_scale", (), False),
     ],
 )
-def test_decay_by_name_and_shape(name: str, shape: tuple[int, ...], expected: bool) -> None:
-    assert optim.decays(name, shape) is expected
+def test_matrices_decay_by_name_and_shape(name: str, shape: tuple[int, ...], expected: bool) -> None:
+    assert optim.DECAYS["matrices"](name, shape) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("temp", (), True),
+        ("image.cls_token", (1, 1, 8), True),
+        ("image.pos_embed", (1, 17, 8), True),
+        ("text.position_embeddings.weight", (32, 8), True),
+        ("image.blocks.0.attn.qkv.weight", (24, 8), True),
+        ("image.blocks.0.norm1.weight", (8,), False),
+        ("image.blocks.0.attn.qkv.bias", (24,), False),
+        ("image.attention.bias", (8, 8), False),
+    ],
+)
+def test_lilt_spares_flat_vectors_and_biases_only(name: str, shape: tuple[int, ...], expected: bool) -> None:
+    assert optim.DECAYS["lilt"](name, shape) is expected
+
+
+def test_every_choice_of_the_settings_is_there() -> None:
+    fields = TrainSettings.model_fields
+    assert set(optim.DECAYS) == set(get_args(fields["decay"].annotation))
+    assert set(optim.SCHEDULES) == set(get_args(fields["schedule"].annotation))
 
 
 def toy() -> nn.ModuleDict:
@@ -40,9 +66,10 @@ def toy() -> nn.ModuleDict:
 SELECTION = frozenset({"tower.weight", "tower.bias", "head.weight", "head.bias"})
 
 
-def test_groups_hold_the_selection_once_and_the_longest_prefix_decides() -> None:
+def test_groups_hold_the_selection_once_each_with_its_factor() -> None:
     weights = optim.selected(dict(toy().named_parameters()), SELECTION)
-    groups = optim.groups(weights, weight_decay=0.1, lr_factors={"tower.": 0.5, "tower.b": 0.25})
+    factors = {"tower.weight": 0.5, "tower.bias": 0.25, "frozen.weight": 9.0}
+    groups = optim.groups(weights, weight_decay=0.1, lr_factors=factors)
     assert sorted(name for group in groups for name in group.names) == sorted(SELECTION)
     found = {name: (group.weight_decay, group.lr_factor) for group in groups for name in group.names}
     assert found == {
@@ -66,7 +93,7 @@ def test_selection_must_be_what_gets_gradients() -> None:
 
 def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
     weights = optim.selected(dict(model.named_parameters()), SELECTION)
-    groups = optim.groups(weights, weight_decay=0.1, lr_factors={"tower.": 0.5})
+    groups = optim.groups(weights, weight_decay=0.1, lr_factors={"tower.weight": 0.5, "tower.bias": 0.5})
     return optim.adamw(groups, lr=0.1, betas=(0.9, 0.99), eps=0.0, device=torch.device("cpu"))
 
 
@@ -86,15 +113,57 @@ def test_first_step_is_lr_times_factor_plus_decay() -> None:
     assert torch.equal(after["frozen.weight"], before["frozen.weight"])
 
 
+def test_lilt_decay_of_a_scale_moves_it_though_its_gradient_is_zero() -> None:
+    scale = nn.Parameter(torch.tensor(2.0))
+    for decay, expected in (("lilt", 2.0 * (1 - 0.2 * 0.1)), ("matrices", 2.0)):
+        groups = optim.groups({"log_scale": scale}, weight_decay=0.1, decay=decay)
+        optimizer = optim.adamw(groups, lr=0.2, betas=(0.9, 0.99), eps=1e-8, device=torch.device("cpu"))
+        scale.data.fill_(2.0)
+        scale.grad = torch.tensor(0.0)
+        optimizer.step()
+        assert scale.item() == pytest.approx(expected)
+
+
+def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
+    return optim.SCHEDULES["cosine"](step, optim.Course(steps, 1, warmup, floor))
+
+
 def test_warmup_and_cosine_by_hand() -> None:
-    factors = [optim.warmup_cosine(step, steps=8, warmup=4, floor=0.0) for step in range(9)]
+    factors = [warmup_cosine(step, steps=8, warmup=4) for step in range(9)]
     half = 0.5**0.5
     expected = [0.25, 0.5, 0.75, 1.0, 1.0, (1 + half) / 2, 0.5, (1 - half) / 2, 0.0]
     assert factors == pytest.approx(expected)
-    assert optim.warmup_cosine(8, steps=8, warmup=0, floor=0.2) == pytest.approx(0.2)
-    assert optim.warmup_cosine(4, steps=8, warmup=0, floor=0.2) == pytest.approx(0.6)
-    assert optim.warmup_cosine(0, steps=1, warmup=0) == 1.0
-    assert optim.warmup_cosine(0, steps=1, warmup=1) == 1.0
+    assert warmup_cosine(8, steps=8, warmup=0, floor=0.2) == pytest.approx(0.2)
+    assert warmup_cosine(4, steps=8, warmup=0, floor=0.2) == pytest.approx(0.6)
+    assert warmup_cosine(0, steps=1, warmup=0) == 1.0
+    assert warmup_cosine(0, steps=1, warmup=1) == 1.0
+
+
+def lilt(step: int, epochs: int = 15, steps_an_epoch: int = 1155) -> float:
+    """LilT's learning rate, in units of 1e-5: lr 1e-4 with floor 0.1, on COCO unless said otherwise."""
+    return 10 * optim.SCHEDULES["lilt"](step, optim.Course(epochs * steps_an_epoch, epochs, 7, 0.1))
+
+
+def test_lilt_climbs_ten_stairs_and_holds_to_the_end_of_the_epoch() -> None:
+    assert lilt(0) == pytest.approx(1.0)
+    for stair in range(10):  # the learning rate moves after steps 100, 200, ... have been taken
+        edge = 100 * (stair + 1)
+        assert lilt(edge) == pytest.approx(1.0 + 0.9 * stair) and lilt(edge + 1) == pytest.approx(1.9 + 0.9 * stair)
+    rates = [lilt(step) for step in range(1155)]
+    assert rates == sorted(rates) and len(set(rates)) == 11 and set(rates[1001:]) == {10.0}
+
+
+def test_lilt_then_falls_once_an_epoch_as_published() -> None:
+    published = "9.90 9.61 9.14 8.51 7.75 6.89 5.97 5.03 4.11 3.25 2.49 1.86 1.39 1.10"  # e = 1 to 14
+    first, last = ([f"{lilt(1155 * epoch + at):.2f}" for epoch in range(1, 15)] for at in (0, 1154))
+    assert first == last == published.split()
+
+
+def test_a_short_first_epoch_cuts_the_warm_up_of_lilt_and_nothing_else() -> None:
+    assert [f"{lilt(step, 3, 250):.2f}" for step in (0, 101, 249, 250, 500, 749)] == [
+        "1.00", "1.90", "2.80", "7.75", "3.25", "3.25"
+    ]  # fmt: skip
+    assert [f"{lilt(step, 4, 1):.2f}" for step in range(4)] == ["1.00", "8.68", "5.50", "2.32"]
 
 
 def stepped(model: nn.Module, optimizer: torch.optim.AdamW, seed: int) -> None:

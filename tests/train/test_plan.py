@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from clasp.train.plan import TrainSettings, choose
+from clasp.train.plan import LrFactors, TrainSettings, choose
 from clasp.types import UserError
 
 
@@ -58,7 +58,18 @@ def test_mistakes() -> None:
     for wrong in [{"batch": 1}, {"batch": "many"}, {"lr": float("nan")}, {"betas": (0.9, 1.0)}, {"learning_rate": 1}]:
         with pytest.raises(ValidationError):
             TrainSettings.model_validate(wrong)
+    for wrong in [{"lr_factors": {"head": 0}}, {"lr_factors": {"heads": 1}}, {"schedule": "linear"}, {"decay": "all"}]:
+        with pytest.raises(ValidationError):
+            TrainSettings.model_validate(wrong)
+
+
+def test_the_warm_up_of_lilt_is_not_to_be_set() -> None:
+    with pytest.raises(ValidationError, match=r"leave warmup_fraction = 0\.2 out"):
+        TrainSettings(schedule="lilt", warmup_fraction=0.2)
+    written = TrainSettings(schedule="lilt").model_dump()  # as a run writes it down, with nothing left out
+    assert TrainSettings.model_validate(written).schedule == "lilt"
 
 
 def test_every_field_says_what_it_is() -> None:
-    assert [name for name, field in TrainSettings.model_fields.items() if not field.description] == []
+    for settings in (TrainSettings, LrFactors):
+        assert [name for name, field in settings.model_fields.items() if not field.description] == []

@@ -1,10 +1,9 @@
-"""Encoded images to pixels, and pixels to a page for people: the one module that touches Pillow.
+"""Encoded images to pixels: decode, crop, resize, augment, normalise.
 
 In: the bytes of one image (or a path, or a Pillow image). Out: ``Float[Tensor, "3 height width"]``, normalised as the
 image tower wants it. Every kind of picture becomes upright RGB on a ground; what cannot be read raises ``ImageError``.
 Unusual: crop and resize are one call on a box, so no full-size copy is made, and a JPEG that will shrink is decoded
-at reduced scale. ``contact_sheet`` draws rows of pictures in any script that the machine has a font for. It stands
-here, and the file is longer than others, because nothing else may import Pillow.
+at reduced scale. With ``augment`` and ``sheets`` all that touches Pillow.
 """
 
 from __future__ import annotations
@@ -13,25 +12,25 @@ import hashlib
 import io
 import json
 import math
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import ExifTags, Image, ImageEnhance, JpegImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from clasp.data.augment import Augment, Box, Colour, Draw
 from clasp.types import UserError
+
+__all__ = ["Augment", "Colour", "ImageError", "ImageTransform", "Interpolation", "Resize", "thumbnail"]
 
 Resize = Literal["crop", "squash", "pad"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
-Box = tuple[float, float, float, float]
-Colour = tuple[int, int, int]
 
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -56,83 +55,6 @@ class ImageError(ValueError):
 
 
 # --- settings ------------------------------------------------------------------------------------------------------
-
-
-class _Draw(NamedTuple):
-    """The luck of one augmented image, each number uniform in [0, 1). Always all drawn, in this order."""
-
-    area: float
-    aspect: float
-    left: float
-    top: float
-    flip: float
-    rotate: float
-    across: float
-    down: float
-    grayscale: float
-    brightness: float
-    contrast: float
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Random changes of a training image. The defaults change nothing, so no caption becomes false.
-
-    Captions speak of left and right, of letters and of colours: flips and colour changes are for data that does not.
-    """
-
-    crop_scale: tuple[float, float] = (1.0, 1.0)
-    """Least and greatest area of the crop, as a fraction of what the plain transform shows."""
-    aspect: tuple[float, float] = (1.0, 1.0)
-    """Least and greatest width / height of that crop, relative to the plain one; drawn log-uniformly."""
-    flip: float = 0.0
-    """Probability of a left-right flip."""
-    rotate: float = 0.0
-    """Greatest rotation either way, degrees; the corners show the ground."""
-    shift: float = 0.0
-    """Greatest shift in either axis, fraction of the side; what is uncovered shows the ground."""
-    grayscale: float = 0.0
-    """Probability of losing the colours."""
-    brightness: float = 0.0
-    """Greatest relative change of brightness either way."""
-    contrast: float = 0.0
-    """Greatest relative change of contrast either way."""
-
-    def __post_init__(self) -> None:
-        for name, (low, high), top in (("crop_scale", self.crop_scale, 1.0), ("aspect", self.aspect, math.inf)):
-            if not 0 < low <= high <= top:
-                raise UserError(f"augment {name} = ({low}, {high}) is not a range of positive numbers up to {top}")
-        limits = {"flip": 1, "rotate": 180, "shift": 1, "grayscale": 1, "brightness": 1, "contrast": 1}
-        for name, limit in limits.items():
-            if not 0 <= asdict(self)[name] <= limit:
-                raise UserError(f"augment {name} = {asdict(self)[name]} is not between 0 and {limit}")
-
-    def crop(self, box: Box, draw: _Draw) -> Box:
-        """A box inside ``box``, of the drawn area, aspect and place."""
-        left, top, right, bottom = box
-        area = self.crop_scale[0] + draw.area * (self.crop_scale[1] - self.crop_scale[0])
-        aspect = self.aspect[0] * (self.aspect[1] / self.aspect[0]) ** draw.aspect
-        wide = (right - left) * min(1.0, math.sqrt(area * aspect))
-        high = (bottom - top) * min(1.0, math.sqrt(area / aspect))
-        left += draw.left * (right - left - wide)
-        top += draw.top * (bottom - top - high)
-        return left, top, left + wide, top + high
-
-    def alter(self, picture: Image.Image, ground: Colour, draw: _Draw) -> Image.Image:
-        """The resized picture, turned, shifted, flipped and recoloured as drawn."""
-        angle = self.rotate * (2 * draw.rotate - 1)
-        across, down = (round(self.shift * (2 * luck - 1) * picture.width) for luck in (draw.across, draw.down))
-        if self.rotate or self.shift:
-            picture = picture.rotate(angle, Image.Resampling.BICUBIC, translate=(across, down), fillcolor=ground)
-        if draw.flip < self.flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if draw.grayscale < self.grayscale:
-            picture = picture.convert("L").convert("RGB")
-        if self.brightness:
-            picture = ImageEnhance.Brightness(picture).enhance(1 + self.brightness * (2 * draw.brightness - 1))
-        if self.contrast:
-            picture = ImageEnhance.Contrast(picture).enhance(1 + self.contrast * (2 * draw.contrast - 1))
-        return picture
 
 
 @dataclass(frozen=True)
@@ -171,8 +93,7 @@ class ImageTransform:
         self, image: bytes | str | Path | Image.Image, augment: Augment, seed: int
     ) -> Float[Tensor, "3 height width"]:
         """The same with random changes, which depend on ``seed`` alone. Raises ``ImageError``."""
-        luck = random.Random(seed)
-        draw = _Draw(*(luck.random() for _ in _Draw._fields))
+        draw = augment.draw(seed)
         return self._normalised(augment.alter(self._fitted(image, augment, draw), self.ground, draw))
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,7 +132,7 @@ class ImageTransform:
         return left * across, top * down, (left + self.size) * across, (top + self.size) * down
 
     def _fitted(
-        self, image: bytes | str | Path | Image.Image, augment: Augment | None, draw: _Draw | None
+        self, image: bytes | str | Path | Image.Image, augment: Augment | None, draw: Draw | None
     ) -> Image.Image:
         """Decoded and resized to the square, RGB."""
         with _opened(image) as picture:

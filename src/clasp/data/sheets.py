@@ -2,7 +2,7 @@
 
 In go titles and encoded images, out comes a file and what was drawn with which fonts. Unusual: each stretch of text is
 drawn with the first font that has its letters, and a script that no font has is named in brackets, not drawn as boxes.
-Beside ``images`` the only module that touches Pillow.
+With ``images`` and ``augment`` all that touches Pillow.
 """
 
 from __future__ import annotations

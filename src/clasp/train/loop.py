@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from accelerate import Accelerator
 
 from clasp.train.interrupt import Interruption
 from clasp.train.journal import Journal, Log
+from clasp.train.ledger import Ledger
 from clasp.train.plan import Plan, TrainSettings, choose
 from clasp.train.precision import Numbers, resolve
 from clasp.train.progress import Reporter, Silent
@@ -56,16 +58,17 @@ def fit(
     primary: str = "",
     save: Callable[[TrainState], None] | None = None,
     start: TrainState | None = None,
-    towers: Sequence[str] = (),
+    kinds: Mapping[str, str] = {},
     reporter: Reporter | None = None,
+    ledger: Ledger | None = None,
 ) -> Fitted:
     """Trains the selection in place; leaves the model in eval mode, on the device that it was trained on.
 
     ``log`` gets JSON dicts told apart by ``event``: start, pieces, step, skipped, evaluation, stop. ``evaluate`` is
     called with the model in eval mode; ``primary`` names the metric in its answer that decides, greater being
     better. ``save`` gets the state every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the end; a run that is
-    given it as ``start`` goes on there. ``towers`` are the beginnings of the names of parameters inside the towers,
-    for ``lr_tower``.
+    given it as ``start`` goes on there. ``kinds`` has the kind of each parameter that trains, a key of ``lr_factors``;
+    where it is empty, all have one learning rate. ``ledger`` is told of every step.
     Raises UserError when the loss or its gradient is not finite, before the step that would have spoilt the weights,
     and when ``start`` is of a run that trains something else.
     """
@@ -77,32 +80,17 @@ def fit(
     accelerator = Accelerator(mixed_precision="no")
     device = accelerator.device
     numbers = Numbers(start.precision, "as before the stop") if start else resolve(settings.precision, device)
-    stepper = Stepper(
-        model,
-        loss,
-        settings,
-        accelerator,
-        numbers.precision,
-        steps=steps,
-        towers=towers,
-        micro_batch=start.micro_batch if start else None,
-    )
-    if start:
-        stepper.restore(start)
+    stepper = Stepper(model, loss, settings, accelerator, numbers.precision, steps=steps, kinds=kinds, start=start)
     at = start.position if start else Position()
+    skipped = start.skipped if start else ()
     journal = Journal(
-        log,
-        reporter or Silent(),
-        steps=steps,
-        epochs=epochs,
-        log_every=settings.log_every,
-        skipped=start.skipped if start else (),
+        log, reporter or Silent(), steps=steps, epochs=epochs, log_every=settings.log_every, skipped=skipped
     )
+    take = partial(ledger.take, stepper) if ledger else stepper.step
     judge = Judge(stepper, journal, evaluate, primary, settings, epochs, start.best if start else None)
 
     def state() -> TrainState:
-        skipped = tuple(journal.skipped.values())
-        weights, memory = stepper.selection(), stepper.memory()
+        weights, memory, skipped = stepper.selection(), stepper.memory(), tuple(journal.skipped.values())
         return TrainState(at, numbers.precision, weights, memory, judge.best, skipped, stepper.micro_batch)
 
     with Interruption() as stop, journal:
@@ -118,7 +106,9 @@ def fit(
                     if stepper.micro_batch is None:
                         choice = stepper.choose_micro_batch(batch)
                         journal.event("pieces", choice.reason, step=at.step, micro_batch=choice.micro_batch)
-                    journal.stepped(at, batch, stepper.step(batch, at.step))
+                    journal.stepped(at, batch, take(batch, at.step))
+                    if ledger:
+                        ledger.count(stepper, batch, at.step)
                 at = at.next_step()
                 if save and time.monotonic() - saved >= 60 * settings.save_every_minutes:
                     save(state())

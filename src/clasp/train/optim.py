@@ -1,6 +1,7 @@
 """The optimizer: what it holds, how far each step goes, and its state by name.
 
 In: a model with a selection. Out: AdamW over the selection and nothing else; the learning-rate factor of a step.
+``DECAYS`` and ``SCHEDULES`` are what ``train.decay`` and ``train.schedule`` choose from: clasp's own, and LilT's.
 Unusual: groups are made from names and shapes alone, so a foreign tower needs no help; the state goes out and
 comes back as tensors named after their parameters, never as a pickle or by position.
 """
@@ -8,7 +9,7 @@ comes back as tensors named after their parameters, never as a pickle or by posi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from clasp.types import UserError
 
 # Where PyTorch's fused AdamW is a compiled kernel (the CPU since 2.4).
 FUSED_DEVICES = ("cpu", "cuda")
+# LilT's warm-up: stairs, optimizer steps on each, and the factor of the first.
+STAIRS, STAIR_STEPS, FIRST_STAIR = 10, 100, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ def selected(named: Mapping[str, nn.Parameter], selection: frozenset[str]) -> di
     return {name: parameter for name, parameter in named.items() if name in selection}
 
 
-def decays(name: str, shape: Sequence[int]) -> bool:
+def decays_matrices(name: str, shape: Sequence[int]) -> bool:
     """Whether weight decay applies: to matrices and kernels, not to norms, biases, scales and other vectors.
 
     A vector dressed up with axes of length one (ConvNeXt's ``[1, 1, 1, C]``, a class token ``[1, 1, D]``) is a vector;
@@ -52,23 +55,35 @@ def decays(name: str, shape: Sequence[int]) -> bool:
     return not (vector or parts[-1] == "bias" or any("norm" in part.lower() for part in parts[-2:]))
 
 
+def decays_as_lilt(name: str, shape: Sequence[int]) -> bool:
+    """Whether weight decay applies as LilT (Khan & Fu, ICLR 2023) has it: to all but flat vectors and ``….bias``.
+
+    So the scale, which has no axis, decays; so do a class token and a table of positions, however many rows it has.
+    """
+    return len(shape) != 1 and not name.endswith(".bias")
+
+
+DECAYS: dict[str, Callable[[str, Sequence[int]], bool]] = {"matrices": decays_matrices, "lilt": decays_as_lilt}
+
+
 def groups(
-    parameters: Mapping[str, nn.Parameter], *, weight_decay: float, lr_factors: Mapping[str, float] | None = None
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    weight_decay: float,
+    decay: str = "matrices",
+    lr_factors: Mapping[str, float] = {},
 ) -> list[Group]:
     """Parameters by (decay, learning-rate factor), in a stable order.
 
-    ``lr_factors`` maps the beginning of a name to a factor on the learning rate; the longest that fits decides,
-    and where none fits the factor is 1.
+    ``decay`` is a key of ``DECAYS``. ``lr_factors`` has the factor on the learning rate by name, 1 where it has none.
     """
-    factors = dict(lr_factors or {})
     gathered: dict[tuple[float, float], list[str]] = {}
     for name, parameter in parameters.items():
-        prefix = max((prefix for prefix in factors if name.startswith(prefix)), key=len, default=None)
-        decay = weight_decay if decays(name, parameter.shape) else 0.0
-        gathered.setdefault((decay, 1.0 if prefix is None else factors[prefix]), []).append(name)
+        own = weight_decay if DECAYS[decay](name, parameter.shape) else 0.0
+        gathered.setdefault((own, lr_factors.get(name, 1.0)), []).append(name)
     return [
-        Group(tuple(names), tuple(parameters[name] for name in names), decay, factor)
-        for (decay, factor), names in gathered.items()
+        Group(tuple(names), tuple(parameters[name] for name in names), own, factor)
+        for (own, factor), names in gathered.items()
     ]
 
 
@@ -92,16 +107,47 @@ def set_lr(optimizer: AdamW, lr: float) -> None:
         group["lr"] = lr * group["lr_factor"]
 
 
-def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
-    """Factor on the learning rate for step ``step`` (from 0) of ``steps``.
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What a schedule has to know of a run: its steps and epochs, steps of warm-up, lowest factor."""
 
-    Rises in equal stairs to 1 over ``warmup`` steps, the first step already moving; then half a cosine towards
-    ``floor``, which it would reach at ``step == steps``, so that the last step still moves.
+    steps: int
+    epochs: int
+    warmup: int
+    floor: float
+
+
+def warmup_cosine(step: int, course: Course) -> float:
+    """Factor on the learning rate for step ``step`` (from 0).
+
+    Rises in equal stairs to 1 over the warm-up, the first step already moving; then half a cosine towards the floor,
+    which it would reach after the last step, so that the last step still moves.
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if step < course.warmup:
+        return (step + 1) / course.warmup
+    return _cosine(min(1.0, (step - course.warmup) / max(1, course.steps - course.warmup)), course.floor)
+
+
+def lilt_stairs(step: int, course: Course) -> float:
+    """LilT's factor on the learning rate for step ``step`` (from 0): stairs in epoch 0, then one value an epoch.
+
+    Stair s is 0.1 + 0.09 s; the next one begins after step 100 (s + 1), so the first is 101 steps long, as in the
+    released code, which moves after a step. An epoch 0 of up to 1,001 steps ends below 1. Epoch e from 1 on has
+    floor + (1 - floor) / 2 * (1 + cos(pi e / epochs)), whatever epoch 0 came to. Its warm-up is fixed: the course's
+    is not looked at.
+    """
+    epoch = step // (course.steps // course.epochs)
+    if epoch == 0:
+        stair = min(STAIRS, max(0, step - 1) // STAIR_STEPS)
+        return FIRST_STAIR + (1.0 - FIRST_STAIR) * stair / STAIRS
+    return _cosine(epoch / course.epochs, course.floor)
+
+
+def _cosine(progress: float, floor: float) -> float:
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+SCHEDULES: dict[str, Callable[[int, Course], float]] = {"cosine": warmup_cosine, "lilt": lilt_stairs}
 
 
 def state(optimizer: AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

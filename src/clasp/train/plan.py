@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from clasp.train.attention import Attention
 from clasp.train.precision import Precision
 from clasp.types import UserError
 
@@ -25,6 +26,26 @@ FEWEST_STEPS = 300
 # so that the pairs seen still grow with it.
 MOST_EPOCHS_OF_MANY = 15
 MANY_PAIRS = 100_000
+
+
+class LrFactors(BaseModel):
+    """``[train.lr_factors]``: factors on the learning rate, by kind of parameter.
+
+    Discriminative fine-tuning (Howard & Ruder, ACL 2018, section 3.2), by what a parameter is in place of its depth.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    head: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Heads, with a learned pooling."""
+    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Scale and bias of the logits."""
+    norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Norms of the base."""
+    new: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """What was put into a tower: adapters, low-rank updates, appended blocks."""
+    tower: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """All else of the base that trains."""
 
 
 class TrainSettings(BaseModel):
@@ -44,14 +65,20 @@ class TrainSettings(BaseModel):
     """Times that every pair is seen."""
     lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Highest learning rate, reached at the end of the warm-up."""
-    lr_tower: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Factor on the learning rate for what trains inside the towers; heads and scale keep ``lr``."""
+    lr_factors: LrFactors = LrFactors()
+    """Factors on ``lr``, by kind of parameter."""
+    schedule: Literal["cosine", "lilt"] = "cosine"
+    """How the learning rate moves: "cosine" falls step by step after the warm-up; "lilt" climbs ten stairs in the
+    first 1,000 steps, holds to the end of the first epoch, then falls along the cosine once an epoch."""
     lr_floor: float = Field(default=0.0, ge=0, le=1)
     """The learning rate that the cosine falls towards, as a fraction of ``lr``."""
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Part of all steps in which the learning rate rises."""
+    """Part of all steps in which the learning rate rises; the "lilt" schedule has its own."""
     weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
-    """AdamW's decay of matrices and kernels, per step and unit of learning rate; norms, biases and scale have none."""
+    """AdamW's decay, per step and unit of learning rate."""
+    decay: Literal["matrices", "lilt"] = "matrices"
+    """What decays: "matrices" and kernels only; "lilt": all but one-dimensional tensors and biases, so the scale and
+    the tables of positions and classes too."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     """AdamW's memory of the gradient and of its square, as fractions kept at each step."""
     eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
@@ -60,6 +87,8 @@ class TrainSettings(BaseModel):
     """Longest gradient, as the norm over the selection; a longer one is shortened to it."""
     precision: Precision | Auto = "auto"
     """Numbers to compute in; weights stay float32. "auto" asks the machine."""
+    attention: Attention | Auto = "auto"
+    """The kernel that attends: PyTorch's fused one, or plain products. "auto" measures where the two differ."""
     seed: int = Field(default=0, ge=0)
     """Of the order of pairs, captions drawn, augmentation, dropout and noise."""
     evaluate_every: Annotated[int, Field(gt=0)] | Auto = "auto"
@@ -72,6 +101,16 @@ class TrainSettings(BaseModel):
     """Minutes between savings of the state to go on from."""
     workers: int = Field(default=0, ge=0)
     """Processes that read and decode; with 0 the main one does."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> TrainSettings:
+        own = TrainSettings.model_fields["warmup_fraction"].default
+        if self.schedule == "lilt" and self.warmup_fraction != own:
+            raise ValueError(
+                f"schedule = 'lilt' has its own warm-up; leave warmup_fraction = {self.warmup_fraction:g} out, or set "
+                "schedule = 'cosine'"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -59,7 +59,9 @@ class Stepped(NamedTuple):
 class Stepper:
     """Holds what moves the weights; ``weights`` is the selection, by name.
 
-    ``micro_batch`` is ``None`` until it is known: set by the recipe, handed over from a run that goes on, or chosen.
+    ``kinds`` has the kind of each of them, for ``lr_factors``; where it is empty all have the same learning rate.
+    ``start`` is where a run goes on. ``micro_batch`` is ``None`` until it is known: set by the recipe, brought by
+    ``start``, or chosen.
     """
 
     def __init__(
@@ -71,28 +73,39 @@ class Stepper:
         precision: Precision,
         *,
         steps: int,
-        towers: Sequence[str],
-        micro_batch: int | None = None,
+        kinds: Mapping[str, str],
+        start: TrainState | None = None,
     ):
-        assert towers or settings.lr_tower == 1.0, "lr_tower needs the names of the towers"
         self.model, self.loss, self.settings, self.steps = model, loss, settings, steps
         self.accelerator = accelerator
         self.precision: Precision = precision
-        self.micro_batch = micro_batch if settings.micro_batch == "auto" else settings.micro_batch
-        self.warmup = round(settings.warmup_fraction * steps)
+        before = start.micro_batch if start else None
+        self.micro_batch = before if settings.micro_batch == "auto" else settings.micro_batch
+        assert settings.epochs != "auto", "resolve the settings with train.plan.choose first"
+        warmup = round(settings.warmup_fraction * steps)
+        self.course = optim.Course(steps, settings.epochs, warmup, settings.lr_floor)
         self.longest = math.inf if settings.clip_norm == "none" else settings.clip_norm
         model.to(accelerator.device)
         self.weights = optim.selected(dict(model.named_parameters()), model.selection)
+        factors = settings.lr_factors.model_dump()
+        assert kinds or set(factors.values()) == {1.0}, "lr_factors need the kinds of the parameters"
+        assert not kinds or kinds.keys() >= self.weights.keys(), "a parameter that trains is of no kind"
         groups = optim.groups(
-            self.weights, weight_decay=settings.weight_decay, lr_factors=dict.fromkeys(towers, settings.lr_tower)
+            self.weights,
+            weight_decay=settings.weight_decay,
+            decay=settings.decay,
+            lr_factors={name: factors[kind] for name, kind in kinds.items()},
         )
         self.optimizer = optim.adamw(
             groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, device=accelerator.device
         )
+        if start:
+            self.put(start.weights)
+            optim.restore(self.optimizer, self.weights, start.optimizer)
 
     def step(self, batch: Batch, number: int) -> Stepped:
         """Takes step ``number`` (from 0). Raises UserError, with the weights as they were, if it would spoil them."""
-        lr = self.settings.lr * optim.warmup_cosine(number, self.steps, self.warmup, self.settings.lr_floor)
+        lr = self.settings.lr * optim.SCHEDULES[self.settings.schedule](number, self.course)
         optim.set_lr(self.optimizer, lr)
         measured = self.gradients(batch, number)
         norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self.longest)
@@ -159,15 +172,12 @@ class Stepper:
             for name, parameter in self.weights.items():
                 parameter.copy_(weights[name])
 
-    def restore(self, start: TrainState) -> None:
-        """Puts weights and optimizer back as they were."""
-        self.put(start.weights)
-        optim.restore(self.optimizer, self.weights, start.optimizer)
-
     def advice(self, loss: float, number: int, lr: float) -> str:
         """What to say when step ``number`` must not be taken."""
         what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
-        tries = [f"train.lr={self.settings.lr / 3:.1g}", "a longer train.warmup_fraction"]
+        tries = [f"train.lr={self.settings.lr / 3:.1g}"]
+        if self.settings.schedule == "cosine":  # the other has its own warm-up
+            tries.append("a longer train.warmup_fraction")
         if self.precision == "bfloat16":
             tries.append("train.precision=float32")
         return (
