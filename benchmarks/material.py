@@ -26,7 +26,7 @@ from clasp.data.pairs import Pairs, open_pairs
 from clasp.data.sides import Listing
 from clasp.demo.sample import unpack
 from clasp.inputs import Inputs
-from clasp.losses import LOSSES
+from clasp.losses import loss_of
 from clasp.recipe import Recipe, from_dict
 from clasp.train.memory import Kept
 from clasp.train.plan import TrainSettings
@@ -126,13 +126,12 @@ class Ours:
         self.listing = Listing(pairs)
         self.stepper = Stepper(
             self.model,
-            LOSSES[recipe.loss.kind],
+            loss_of(recipe.loss),
             self.settings,
             Accelerator(cpu=True, mixed_precision="no"),
             "float32",
             steps=100_000,
-            towers=("image.", "text."),
-            micro_batch=batch,
+            kinds={},
         )
         self.steps = self.epochs = 0
         self.model.train()

@@ -29,6 +29,8 @@ WRONG_OVERRIDES = {
     "zzz=1": ["unknown key 'zzz'", "image, text, tune, head, loss, data, train"],
     "data.columns.imgae=x": ["unknown key 'data.columns.imgae'", "did you mean data.columns.image"],
     "data.augment.flipp=0.5": ["unknown key 'data.augment.flipp'", "did you mean data.augment.flip?"],
+    "extend=lilt/clip": ["unknown key 'extend'", "did you mean extends?"],
+    "extends=lilt/clip": ["extends stands at the beginning of a recipe file"],
     # wrong values
     "train.batch=big": ["train.batch = 'big'", "integer", "'auto'"],
     "train.batch=1": ["train.batch = 1", "greater than 1", "'auto'"],
@@ -38,7 +40,17 @@ WRONG_OVERRIDES = {
     "image.ground=[1, 2]": ["image.ground", "too few"],
     "image.size=4": ["image.size = 4", "greater than or equal to 8"],
     "image.pool=middle": ["image.pool = 'middle'", "'cls'", "'attention'"],
+    "image.mean=[0.5, 0.5]": ["image.mean", "too few"],
+    "image.mean=[123.7, 116.3, 103.5]": ["image.mean = 123.7", "less than or equal to 1"],
+    "image.std=[0, 1, 1]": ["image.std = 0", "greater than 0"],
     "loss.kind=triplet": ["loss.kind = 'triplet'", "'infonce'", "'sigmoid'"],
+    "loss.negatives=1": ["loss.negatives = 1", "greater than 1", "'all'"],
+    "loss.negatives=few": ["loss.negatives = 'few'", "integer", "'all'"],
+    "loss.positives=all": ["loss.positives = 'all'", "'groups'", "'diagonal'"],
+    "loss.scale=exp": ["loss.scale = 'exp'", "'log'", "'divisor'"],
+    "loss.scale_range=[100, 1]": ["loss: scale_range = [100, 1] is not a least and a greatest"],
+    "loss.scale_start=101": ["loss: scale_start = 101 is outside scale_range = [0, 100]"],
+    "loss.scale_start=inf": ["loss.scale_start = inf", "finite"],
     "head.standardize=maybe": ["head.standardize = 'maybe'", "boolean"],
     "data.augment.flip=1.5": ["data.augment", "flip = 1.5", "between 0 and 1"],
     "tune.image=norms": ["tune.image = 'norms'", "['norms']"],
@@ -97,6 +109,76 @@ def test_a_file_that_is_no_text_is_not_toml(tmp_path: Path) -> None:
     (tmp_path / "one.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not a TOML file"):
         read_recipe(tmp_path / "one.toml")
+
+
+# --- one file on another ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_says_only_what_it_has_otherwise(tmp_path: Path) -> None:
+    """Sections are merged to any depth; values and lists are the file's own; overrides come last."""
+    (tmp_path / "below").mkdir()
+    bottom = SMALL + "[tune]\nimage = ['norms', 'biases']\n[train]\nbatch = 8\nlr = 0.1\n"
+    _written(tmp_path / "below", bottom + "[data.augment]\nflip = 0.5\nrotate = 3.0\n")
+    (tmp_path / "middle.toml").write_text("extends = 'below/one.toml'\n[train]\nbatch = 16\n[head]\nwidth = 7\n")
+    top = "extends = 'middle.toml'\n[tune]\nimage = ['mlp']\n[data.augment]\nrotate = 4.0\n[text]\npool = 'cls'\n"
+    made = read_recipe(_written(tmp_path, top), ["train.epochs=2", "head.width=9"])
+    assert (made.train.batch, made.train.lr, made.train.epochs, made.head.width) == (16, 0.1, 2, 9)
+    assert made.tune.image == ["mlp"] and made.data.augment == Augment(flip=0.5, rotate=4.0)
+    assert (made.text.tower, made.text.pool) == ("pip:multilingual-e5-small", "cls")
+    assert "extends" not in made.to_dict()
+    _goes_round(made)
+
+
+def test_a_file_stands_on_one_of_clasps_own(tmp_path: Path) -> None:
+    made = read_recipe(_written(tmp_path, "extends = 'lilt/lwa'\n[train]\nseed = 3\n"))
+    assert made == read_recipe("lilt/lwa", ["train.seed=3"])
+
+
+def test_a_file_beside_it_comes_before_clasps_own(tmp_path: Path) -> None:
+    (tmp_path / "start").write_text(SMALL)
+    assert read_recipe(_written(tmp_path, "extends = 'start'")) == read_recipe(_written(tmp_path, SMALL))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("extends = 'lilt/lwaa'", r"one.toml extends lilt/lwaa: no recipe 'lilt/lwaa'.*lilt/lwa"),
+        ("extends = 'other.toml'", r"one.toml extends other.toml extends gone.toml: no recipe 'gone.toml'"),
+        ("extends = 'one.toml'", r"one.toml extends one.toml: no recipe can extend itself"),
+        ("extends = 'loop.toml'", r"one.toml extends loop.toml extends one.toml: no recipe can extend itself"),
+        ("extends = ['lilt/lwa', 'start']", r"one.toml: extends = \['lilt/lwa', 'start'\] should be the name of one"),
+        ("extends = 'broken.toml'", r"broken.toml is not a TOML file"),
+        (
+            "extends = 'lilt/lwa'\n[train]\nbacth = 3",
+            r"lilt/lwa extends lilt/paper: unknown key 'train.bacth'; did you",
+        ),
+        ("extends = 'odd.toml'", r"one.toml extends odd.toml: unknown key 'train.bacth'; did you mean train.batch"),
+        (SMALL + "extends = 'lilt/lwa'", r"unknown key 'text.extends'; did you mean extends\?"),
+    ],
+)
+def test_mistakes_in_extending_name_the_chain(tmp_path: Path, text: str, wanted: str) -> None:
+    (tmp_path / "other.toml").write_text("extends = 'gone.toml'")
+    (tmp_path / "loop.toml").write_text("extends = 'one.toml'")
+    (tmp_path / "broken.toml").write_text("extends = ")
+    (tmp_path / "odd.toml").write_text(SMALL + "[train]\nbacth = 3")
+    with pytest.raises(UserError, match=wanted) as error:
+        read_recipe(_written(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_file_below_augments_can_be_taken_back() -> None:
+    assert read_recipe("lilt/heads").data.augment is not None
+    assert read_recipe("lilt/heads", ["data.augment={}"]).data.augment is None
+
+
+def test_parts_of_a_batch_fit_into_it(small: Path) -> None:
+    assert read_recipe(small, ["loss.negatives=32", "train.batch=32"]).loss.negatives == 32
+    assert read_recipe(small, ["loss.negatives=32"]).train.batch == "auto", "then it is asked when there are pairs"
+    with pytest.raises(UserError, match=r"loss.negatives = 33 is more than the 32 pairs of a batch \(train.batch\)"):
+        read_recipe(small, ["loss.negatives=33", "train.batch=32"])
+
+
+# --- names, overrides, TOML ------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
@@ -167,12 +249,15 @@ def test_every_kind_of_value_goes_through_toml_unchanged(small: Path) -> None:
         "text.layer=-2",
         "image.pool=mean",
         "tune.text=[\"match('a.*')\"]",
+        "loss.scale_range=[0, inf]",
+        "loss.negatives=4",
+        "image.std=[0.5, 0.5, 1]",
     ]
     _goes_round(read_recipe(small, extra))
 
 
 def test_there_are_the_recipes_that_the_documents_name() -> None:
-    lilt = {f"lilt/{name}" for name in ("clip", "lit", "heads", "layernorm", "bitfit", "da", "lwa")}
+    lilt = {f"lilt/{name}" for name in ("paper", "clip", "lit", "heads", "layernorm", "bitfit", "last", "da", "lwa")}
     assert {"start", "demo", *lilt} <= set(shipped())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,10 +45,11 @@ def assemble(recipe: Recipe) -> Assembled:
     """The model of a recipe with its weights, its image transform and its tokenizer. Raises ``UserError`` as above."""
     image, text = open_base(recipe.image), open_base(recipe.text)
     assert image.transform is not None and text.tokenizer is not None
-    changes = {"size": recipe.image.size, "resize": recipe.image.resize, "ground": recipe.image.ground}
+    names = ("size", "resize", "ground", "mean", "std")
+    changes: dict[str, Any] = {name: value for name, value in recipe.image if name in names and value is not None}
     if recipe.image.resize in ("squash", "pad"):
         changes["crop_fraction"] = 1.0  # the whole picture is shown
-    transform = replace(image.transform, **{key: value for key, value in changes.items() if value is not None})
+    transform = replace(image.transform, **changes)
     tokenizer = text.tokenizer().with_settings(
         prefix=recipe.text.prefix,
         max_tokens=recipe.text.max_tokens,
@@ -63,7 +65,7 @@ def under_other_heads(parts: Assembled, recipe: Recipe) -> Assembled:
     they were loaded: nothing in them trained or trains."""
     image, text = parts.model.image, parts.model.text
     assert image.wholly_frozen and text.wholly_frozen and image.pooling is None and text.pooling is None
-    model = DualEncoder(image, text, recipe.head, loss=recipe.loss.kind, seed=recipe.train.seed)
+    model = _between(image, text, recipe)
     _select(model, recipe, set())
     return replace(parts, model=model)
 
@@ -84,7 +86,7 @@ def load(run: str | Path, *, device: str = "cpu") -> Model:
 
 def with_fresh_heads(model: DualEncoder, recipe: Recipe) -> DualEncoder:
     """The same towers under heads that nobody has trained: what a result is to be compared with."""
-    return DualEncoder(model.image, model.text, recipe.head, loss=recipe.loss.kind, seed=recipe.train.seed).eval()
+    return _between(model.image, model.text, recipe).eval()
 
 
 def _model(recipe: Recipe, image: Base, text: Base) -> DualEncoder:
@@ -95,13 +97,18 @@ def _model(recipe: Recipe, image: Base, text: Base) -> DualEncoder:
             "image": _tower(image, recipe.image),
             "text": _tower(text, recipe.text),
         }
-    model = DualEncoder(towers["image"], towers["text"], recipe.head, loss=recipe.loss.kind, seed=seed)
+    model = _between(towers["image"], towers["text"], recipe)
     selection: set[str] = set()
     for number, (name, tower) in enumerate(towers.items(), 1):
         methods = recipe.tune.image if name == "image" else recipe.tune.text
         selection |= {f"{name}.{parameter}" for parameter in tower.tune(methods, seed=seed + number)}
     _select(model, recipe, selection)
     return model
+
+
+def _between(image: Tower, text: Tower, recipe: Recipe) -> DualEncoder:
+    loss, seed = recipe.loss, recipe.train.seed
+    return DualEncoder(image, text, recipe.head, loss=loss.kind, logits=loss, seed=seed)
 
 
 def _select(model: DualEncoder, recipe: Recipe, in_towers: set[str]) -> None:

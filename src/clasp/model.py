@@ -10,19 +10,20 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
+from clasp.nn.anatomy import is_norm
 from clasp.nn.towers import Tower, tensor_hashes
 from clasp.nn.tuning import freeze
 from clasp.types import Batch, Embeddings, ImageInput, Pixels, Pooled, TextInput, Tokens, UserError
 
-START_LOG_SCALE, MAX_LOG_SCALE = math.log(1 / 0.07), math.log(100)  # CLIP, section 2.5
+Kind = Literal["scale", "head", "norm", "new", "tower"]
 
 
 class HeadSettings(BaseModel):
@@ -47,6 +48,31 @@ class HeadSettings(BaseModel):
     """Deviation of the Gaussian noise added to the features while training"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the features dropped while training"""
+
+
+class LogitSettings(BaseModel):
+    """The part of ``[loss]`` that says what makes logits of cosines. The defaults are CLIP's (section 2.5)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scale: Literal["log", "divisor"] = "log"
+    """What is learned. ``log``: the logarithm of the scale, put back into range after each step. ``divisor``: LilT's
+    temperature, which divides; it is clamped in place before each use, and its gradient is that at the clamped value"""
+    scale_start: float = Field(default=1 / 0.07, gt=0, allow_inf_nan=False)
+    """The scale before the first step"""
+    scale_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 100.0)
+    """Least and greatest scale; 0 and inf leave that side open"""
+
+    @model_validator(mode="after")
+    def _in_range(self) -> LogitSettings:
+        least, greatest = self.scale_range
+        if not least < greatest:
+            raise UserError(f"scale_range = [{least:g}, {greatest:g}] is not a least and a greatest scale")
+        if not least <= self.scale_start <= greatest:
+            raise UserError(f"scale_start = {self.scale_start:g} is outside scale_range = [{least:g}, {greatest:g}]")
+        if self.scale == "divisor" and greatest == math.inf:
+            raise UserError("scale = 'divisor' needs a greatest scale in scale_range: nothing is divided by 0")
+        return self
 
 
 class Standardize(nn.Module):
@@ -150,6 +176,9 @@ class DualEncoder(nn.Module):
     the delta saves and what is counted.
     """
 
+    log_scale: nn.Parameter | None
+    temperature: nn.Parameter | None
+
     def __init__(
         self,
         image: Tower,
@@ -158,6 +187,7 @@ class DualEncoder(nn.Module):
         *,
         loss: str,
         seed: int,
+        logits: LogitSettings | None = None,
     ):
         super().__init__()
         self.name = f"{image.name} + {text.name}"
@@ -167,7 +197,11 @@ class DualEncoder(nn.Module):
             torch.manual_seed(seed)
             self.image_head = Head(image.width, head).to(device)
             self.text_head = Head(text.width, head).to(device)
-        self.log_scale = nn.Parameter(torch.tensor(START_LOG_SCALE, device=device))
+        logits = logits or LogitSettings()
+        start, *limits = (_stored(logits.scale, scale) for scale in (logits.scale_start, *logits.scale_range))
+        scale = nn.Parameter(torch.tensor(start, device=device))
+        self.log_scale, self.temperature = (scale, None) if logits.scale == "log" else (None, scale)
+        self._limits = sorted(limits)  # of that parameter; a temperature falls as its scale rises
         # SigLIP (Zhai et al., ICCV 2023) needs a bias against the many negatives; InfoNCE cannot see one
         self.bias = nn.Parameter(torch.tensor(-10.0, device=device)) if loss == "sigmoid" else None
         self.selection: frozenset[str] = frozenset()
@@ -185,8 +219,25 @@ class DualEncoder(nn.Module):
         names = [name for name, _ in self.named_parameters()]
         return {
             "heads": {name for name in names if name.startswith(heads)},
-            "scale": {name for name in names if name in ("log_scale", "bias")},
+            "scale": {name for name in names if name in ("log_scale", "temperature", "bias")},
         }
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """What each parameter of the selection is, by name: the keys of ``train.lr_factors``.
+
+        ``scale`` and ``head`` as in ``new_names``. Inside a tower, ``new`` is what its base does not have (bottlenecks,
+        appended blocks with their norms, low-rank factors, prompts); of the base, ``norm`` or the rest, ``tower``.
+        """
+        kinds: dict[str, Kind] = dict.fromkeys(self.new_names["heads"], "head")
+        kinds.update(dict.fromkeys(self.new_names["scale"], "scale"))
+        for side, tower in (("image", self.image), ("text", self.text)):
+            assert tower.hashes, "what is new is told from the weights of the base, and shapes have none"
+            norms = {id(p) for module in tower.net.modules() if is_norm(module) for p in module.parameters()}
+            for name, p in tower.net.named_parameters():
+                based = name.replace(".base_layer.", ".") in tower.hashes  # peft renames the weights that it wraps
+                kinds[f"{side}.net.{name}"] = ("norm" if id(p) in norms else "tower") if based else "new"
+        return {name: kinds[name] for name, _ in self.named_parameters() if name in self.selection}
 
     def counts(self) -> dict[str, Count]:
         """Parameters in all and trained: for the whole (``model``), per tower, for the heads and for the scale."""
@@ -237,6 +288,11 @@ class DualEncoder(nn.Module):
 
     def scale_and_bias(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
         """What makes logits of cosines: the scale (not its logarithm) and, for the sigmoid loss, the bias."""
+        if self.temperature is not None:
+            with torch.no_grad():  # in place, so that the gradient is taken there and is not cut off
+                self.temperature.clamp_(*self._limits)
+            return self.temperature.reciprocal(), self.bias
+        assert self.log_scale is not None
         return self.log_scale.exp(), self.bias
 
     def forward(self, batch: Batch) -> Embeddings:
@@ -245,5 +301,13 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keep the scale at or below 100, as CLIP does."""
-        self.log_scale.clamp_(max=MAX_LOG_SCALE)
+        """Put the log scale back into its range; a temperature is, before it is used again."""
+        if self.log_scale is not None:
+            self.log_scale.clamp_(*self._limits)
+
+
+def _stored(form: Literal["log", "divisor"], scale: float) -> float:
+    """A scale as the parameter that is learned; 0 and inf stand for no limit."""
+    if form == "log":
+        return math.log(scale) if scale else -math.inf
+    return 1 / scale if scale else math.inf

@@ -1,8 +1,9 @@
 """A run as data: one TOML file, changed by dotted overrides, checked whole before anything is computed.
 
 In goes a file (or a name from ``recipes/``) and strings such as ``train.batch=512``; out comes a frozen ``Recipe``.
-Each section's settings live beside what they configure; here they are only put together. An unknown key or value is one
-error that names the nearest valid ones.
+A file may begin with ``extends = "lilt/lwa"`` and then says only what it has otherwise; the recipe that comes out is
+whole. Each section's settings live beside what they configure; here they are only put together. An unknown key or value
+is one error that names the nearest valid ones.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from clasp.data.images import Augment
 from clasp.data.pairs import Columns
 from clasp.data.storage import Name as StorageName
-from clasp.losses import LOSSES
-from clasp.model import HeadSettings
+from clasp.losses import LossSettings
+from clasp.model import HeadSettings, LogitSettings
 from clasp.nn.base import ImageSettings, TextSettings
 from clasp.nn.tuning import parse
 from clasp.train.plan import TrainSettings
@@ -43,13 +44,8 @@ class TuneSettings(BaseModel):
     """The scale and the bias of the logits"""
 
 
-class LossSettings(BaseModel):
-    """``[loss]``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["infonce", "sigmoid"] = "infonce"
-    """A key of ``clasp.losses.LOSSES``"""
+class LossAndLogits(LogitSettings, LossSettings):
+    """``[loss]``: a loss, and the logits that it is taken of."""
 
 
 class DataSettings(BaseModel):
@@ -72,7 +68,7 @@ class DataSettings(BaseModel):
     captions: Literal["draw", "all"] = "draw"
     """draw: one caption of each pair in each epoch; all: every caption is a sample of its own"""
     augment: Augment | None = None
-    """Changes to training images; the defaults of each field change nothing"""
+    """Changes to training images; the defaults of each field change nothing, so that ``{}`` is none at all"""
     features: Literal["auto", "off"] | StorageName = "auto"
     """What the frozen part of a tower says is computed once and kept: auto, off, or how its numbers are written
     (float32, float16, bfloat16, int8)"""
@@ -80,6 +76,11 @@ class DataSettings(BaseModel):
     """Augmented views of each image to keep for a frozen part, beside the plain one; 0 augments anew each time"""
     max_bad_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of unreadable samples past which the run stops"""
+
+    @field_validator("augment")
+    @classmethod
+    def _none_that_changes_nothing(cls, augment: Augment | None) -> Augment | None:
+        return None if augment == Augment() else augment
 
 
 class Recipe(BaseModel):
@@ -91,7 +92,7 @@ class Recipe(BaseModel):
     text: TextSettings
     tune: TuneSettings = TuneSettings()
     head: HeadSettings = HeadSettings()
-    loss: LossSettings = LossSettings()
+    loss: LossAndLogits = LossAndLogits()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
 
@@ -113,14 +114,8 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises ``UserError`` naming the nearest valid key or value.
     """
-    path = _find(source)
-    try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a TOML file: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return from_dict(_overridden(given, overrides), str(source))
+    given, chain = _with_what_it_extends(_find(source, Path()), str(source))
+    return from_dict(_overridden(given, overrides), chain)
 
 
 def from_dict(given: dict[str, Any], source: str) -> Recipe:
@@ -135,7 +130,8 @@ def from_dict(given: dict[str, Any], source: str) -> Recipe:
         raise UserError(f"{source}: head.start = 'cca' needs head.kind = 'linear' and head.standardize = true")
     if recipe.head.standardize and recipe.tune.head == "none":
         raise UserError(f"{source}: head.standardize = true fits the heads to the data, which needs tune.head = 'full'")
-    assert set(LOSSES) == set(get_args(LossSettings.model_fields["kind"].annotation))
+    if recipe.train.batch != "auto":
+        recipe.loss.refuse_fewer(recipe.train.batch)
     return recipe
 
 
@@ -148,8 +144,8 @@ def shipped() -> dict[str, Path]:
     return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.toml"))}
 
 
-def _find(source: str | Path) -> Path:
-    path = Path(source)
+def _find(source: str | Path, folder: Path) -> Path:
+    path = folder / source
     if path.is_file():
         return path
     own = shipped()
@@ -158,6 +154,42 @@ def _find(source: str | Path) -> Path:
         return own[name]
     near = difflib.get_close_matches(name, own, n=3, cutoff=0.4)
     raise UserError(f"no recipe {str(source)!r}: not a file, and clasp's own are {', '.join(near or own)}")
+
+
+def _with_what_it_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
+    """A file as nested dictionaries, over those of what it extends, and the chain of files in words.
+
+    ``above`` are the files that extend this one. Raises ``UserError`` naming the chain.
+    """
+    if path.resolve() in above:
+        raise UserError(f"{chain}: no recipe can extend itself")
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a TOML file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if "extends" not in given:
+        return given, chain
+    name = given.pop("extends")
+    if not isinstance(name, str):
+        raise UserError(f"{chain}: extends = {name!r} should be the name of one recipe, or a path from {path.parent}")
+    chain = f"{chain} extends {name}"
+    try:
+        found = _find(name, path.parent)
+    except UserError as error:
+        raise UserError(f"{chain}: {error}") from None
+    below, chain = _with_what_it_extends(found, chain, (*above, path.resolve()))
+    return _merged(below, given), chain
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key; of any other value that both have, the one above."""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merged(below[key], above[key])
+    return merged
 
 
 def _overridden(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -194,7 +226,9 @@ def _plainly(error: ValidationError) -> str:
     """The first mistake of a validation, with the nearest valid names."""
     first = error.errors()[0]
     key, kind, given = _key(first), first["type"], first["input"]
-    section, keys = key.rpartition(".")[0], list(known_keys())
+    section, keys = key.rpartition(".")[0], [*known_keys(), "extends"]
+    if key == "extends":
+        return "extends stands at the beginning of a recipe file, and nowhere else"
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         beside = [name for name in keys if name.rpartition(".")[0] == section]
         elsewhere = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]

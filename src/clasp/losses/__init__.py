@@ -2,5 +2,6 @@
 
 from clasp.losses.contrastive import LOSSES, info_nce, sigmoid
 from clasp.losses.ring import Ring
+from clasp.losses.settings import LossSettings, loss_of
 
-__all__ = ["LOSSES", "Ring", "info_nce", "sigmoid"]
+__all__ = ["LOSSES", "LossSettings", "Ring", "info_nce", "loss_of", "sigmoid"]

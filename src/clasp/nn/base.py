@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from clasp.data.images import ImageTransform
 from clasp.data.text import Tokenizer
 
 Pool = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention"]
+_Mean = Annotated[float, Field(ge=0, le=1)]
+_Std = Annotated[float, Field(gt=0, le=1)]
 
 
 class _TowerSettings(BaseModel):
@@ -42,6 +44,10 @@ class ImageSettings(_TowerSettings):
     """What happens to pictures that are not square"""
     ground: tuple[int, int, int] = (255, 255, 255)
     """Colour under transparent pixels, 0-255"""
+    mean: tuple[_Mean, _Mean, _Mean] | None = None
+    """Subtracted from the pixels, RGB in [0, 1]; the tower's own where left out"""
+    std: tuple[_Std, _Std, _Std] | None = None
+    """What the pixels are then divided by; the tower's own where left out"""
 
 
 class TextSettings(_TowerSettings):
