@@ -30,7 +30,9 @@ from clasp.train.state import TrainState
 from clasp.types import UserError
 
 FORMAT = 1
-STARTED = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl")  # there before anything is trained
+OWN_FOLDER = "{run}"  # stands for the run's folder in the towers of its recipe, so that a run can be moved
+# there before anything is trained; towers/ in a run whose towers came with it
+STARTED = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl", "towers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,32 +70,43 @@ class Run:
             raise UserError(f"{self.path} holds something else than a run ({', '.join(foreign[:3])}); {other}")
 
     def start(
-        self, recipe_toml: str, model: DualEncoder, transform: ImageTransform, tokenizer: Tokenizer, *, pairs: str
+        self,
+        recipe_toml: str,
+        model: DualEncoder,
+        transform: ImageTransform,
+        tokenizer: Tokenizer,
+        *,
+        pairs: str | None,
     ) -> None:
-        """Make the folder and write what training does not change; ``pairs`` is the hash of the data.
+        """Make the folder and write what training does not change; ``pairs`` is the hash of the data, if it is known.
 
         Raises ``UserError`` for a folder that is taken. What is left of a run that never trained is written over.
         """
         self.refuse_taken()
-        with _room_for(self.path):
+        with room_for(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "log.jsonl").unlink(missing_ok=True)
             _write(self.path / "recipe.toml", recipe_toml)
             _write(self.path / "transform.json", json.dumps(transform.to_dict(), indent=2))
             tokenizer.save(self.path / "tokenizer")
-            base = {"format": FORMAT, "image": _about(model.image), "text": _about(model.text), "pairs": pairs}
+            about = {tower.modality: self._about(tower) for tower in (model.image, model.text)}
+            base = {"format": FORMAT, **about, "pairs": pairs}
             _write(self.path / "base.json", json.dumps(base, indent=1))
+
+    def _about(self, tower: Tower) -> dict[str, Any]:
+        name = tower.name.replace(f"{self.path}/", f"{OWN_FOLDER}/")
+        return {"tower": name, "version": tower.version, "fingerprint": tower.fingerprint, "tensors": tower.hashes}
 
     def save(self, model: DualEncoder) -> int:
         """Write the delta; returns its bytes on disk."""
         tensors = {name: tensor.contiguous() for name, tensor in model.delta().items()}
-        with _room_for(self.path):
+        with room_for(self.path):
             _write_tensors(self.path / "delta.safetensors", tensors, {"format": str(FORMAT)})
         return (self.path / "delta.safetensors").stat().st_size
 
     def save_state(self, state: TrainState) -> None:
         """Write what going on exactly needs beyond the delta; ``state/`` may be deleted when a run is finished."""
-        with _room_for(self.path):
+        with room_for(self.path):
             (self.path / "state").mkdir(exist_ok=True)
             # one file, so that a kill never pairs new tensors with an old position
             facts = {"facts": json.dumps(state.facts())}
@@ -105,19 +118,19 @@ class Run:
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to ``log.jsonl`` or ``results.jsonl``."""
-        with _room_for(self.path), open(self.path / name, "a", encoding="utf-8") as file:
+        with room_for(self.path), open(self.path / name, "a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run, such as its card."""
-        with _room_for(self.path):
+        with room_for(self.path):
             _write(self.path / name, text)
 
     # --- reading -------------------------------------------------------------------------------------------------
 
     def recipe(self) -> dict[str, Any]:
-        """What ``recipe.toml`` says. Raises ``UserError`` when the folder is not a run."""
+        """What ``recipe.toml`` says, ``{run}`` filled in. Raises ``UserError`` when the folder is not a run."""
         if not self.path.is_dir():
             raise UserError(f"no run at {self.path}: no such folder")
         needed = ("recipe.toml", "base.json", "transform.json", "tokenizer")
@@ -125,9 +138,18 @@ class Run:
         if missing:
             raise UserError(f"{self.path} is not a run folder: it has no {', '.join(missing)}")
         try:
-            return tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
+            return self.at_home(tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8")))
         except ValueError as error:
             raise UserError(f"{self.path / 'recipe.toml'} is damaged: {error}") from None
+
+    def at_home(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """A recipe's sections with this run's folder for ``{run}`` in the towers: what lies in the run goes with it."""
+        filled = dict(recipe)
+        for side in ("image", "text"):
+            match recipe.get(side):
+                case {"tower": str(tower), **rest}:
+                    filled[side] = {"tower": tower.replace(OWN_FOLDER, str(self.path)), **rest}
+        return filled
 
     def read(self) -> RunFacts:
         """Everything but tensors. Raises ``UserError`` when the folder is not a run."""
@@ -184,10 +206,6 @@ class Run:
             raise UserError(f"{path} is damaged: {error}") from None
 
 
-def _about(tower: Tower) -> dict[str, Any]:
-    return {"tower": tower.name, "version": tower.version, "fingerprint": tower.fingerprint, "tensors": tower.hashes}
-
-
 def _refuse_other_weights(run: Path, tower: Tower, then: dict[str, Any]) -> None:
     if tower.fingerprint == then["fingerprint"]:
         return
@@ -225,7 +243,7 @@ def _in_place(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _room_for(path: Path) -> Iterator[None]:
+def room_for(path: Path) -> Iterator[None]:
     """Turns a full disk into one line; what was there before is still there."""
     try:
         yield

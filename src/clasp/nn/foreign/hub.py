@@ -21,6 +21,7 @@ from torch import nn
 from clasp.data.images import ImageTransform
 from clasp.nn.base import Base, ImageSettings, TextSettings
 from clasp.nn.foreign.hugging import said_plainly, transformers_base
+from clasp.nn.foreign.own import OWN, kind_of, open_own
 from clasp.nn.foreign.packaged import PACKAGED, packaged
 from clasp.nn.layers import VisionTransformer, resize_positions
 from clasp.types import UserError
@@ -72,11 +73,14 @@ def _hf(name: str, settings: Settings, meta: bool) -> Base:
 def _file(path: str, settings: Settings, meta: bool) -> Base:
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"tower = {settings.tower!r}: there is no folder {folder}")
+        hint = "; {run} is the run's own folder, in the recipe.toml of a run" if "{run}" in path else ""
+        raise UserError(f"tower = {settings.tower!r}: there is no folder {folder}{hint}")
     if not (folder / "config.json").is_file():
         raise UserError(
             f"tower = {settings.tower!r}: {folder} has no config.json, as transformers' save_pretrained writes it"
         )
+    if kind_of(folder) in OWN:
+        return open_own(folder, settings, meta)
     return transformers_base(str(folder), settings, meta)
 
 

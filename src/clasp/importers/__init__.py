@@ -1,0 +1,1 @@
+"""Checkpoints of other people's code as runs: a module for each kind."""
