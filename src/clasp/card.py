@@ -1,4 +1,4 @@
-"""The card of a run: what it is, what it was made of, what it can do, how to use it. Markdown, for people.
+"""The card of a run: what it is, what it was made of, what it can do and cost, how to use it. Markdown, for people.
 
 In goes what the run knows of itself; every number in the card is one of its own results. ``grids`` is how results are
 laid out for people, here and in the terminal.
@@ -13,6 +13,7 @@ from pathlib import Path
 from clasp.evaluate.tasks import Result
 from clasp.model import DualEncoder
 from clasp.recipe import Recipe
+from clasp.train.ledger import Cost, scaled
 from clasp.train.state import Fitted
 
 TITLES = {"mean_per_class": "mean per class", "median_rank": "median rank"}
@@ -69,6 +70,7 @@ def card(
     run: Path,
     fitted: Fitted,
     results: Sequence[Result],
+    cost: Cost,
     train_pairs: int,
     val_pairs: int,
 ) -> str:
@@ -89,6 +91,8 @@ An image–text model aligned with clasp: `{recipe.image.tower}` and `{recipe.te
 Trained on {train_pairs:,} pairs of `{recipe.data.train}`, validated on {val_pairs:,} others;
 {fitted.pairs:,} pairs seen in {fitted.seconds:.0f} s, in {fitted.precision}, seed {recipe.train.seed}.
 {skipped if fitted.skipped else ""}{answers}
+{_markdown(["cost", ""], costs(cost))}
+
 ```python
 import clasp
 model = clasp.load("{run}")
@@ -100,6 +104,34 @@ model.similarity(images, texts)
 `recipe.toml` is everything that decided this run. `delta.safetensors` holds what was trained and nothing else: it
 stands on the weights named in `base.json` and is refused by others. The two towers keep their own licences.
 """
+
+
+def costs(cost: Cost) -> list[list[str]]:
+    """What a run cost, and how each number was come by, a row each; ``cost.json`` has all of it."""
+    work, last = cost.work, cost.sessions[-1]
+    rows = []
+    if work is not None:
+        of = f"a pair, in a step of {work.pairs:,}"
+        of += "" if work.micro_batch == work.pairs else f", {work.micro_batch:,} at a time"
+        forward, backward = (scaled(flops / work.pairs, "FLOP") for flops in (work.forward, work.backward))
+        rows.append([f"forward / backward, {of}", f"{forward} / {backward}"])
+        if work.left_out:
+            rows.append(["not counted, for want of a formula", ", ".join(work.left_out)])
+    rows += [[f"frozen and kept: {once.what}", scaled(once.flops, "FLOP")] for once in cost.once.values()]
+    peak = "not measured" if cost.peak_bytes is None else scaled(cost.peak_bytes, "B")
+    rows.append([f"peak memory ({last.peak})", peak])
+    if cost.pairs_per_second is not None:
+        what = "pairs/s in a step, without the wait for data (median)"
+        rows.append([what, f"{cost.pairs_per_second:,.1f}"])
+    seconds = ", ".join(f"{stage} {spent:,.1f}" for stage, spent in cost.seconds.items())
+    rows.append([f"seconds in {len(cost.sessions)} sessions" if len(cost.sessions) > 1 else "seconds", seconds])
+    energy = "" if cost.energy_kwh is None else f"{1000 * cost.energy_kwh:.3g} Wh"
+    rows.append([f"energy ({last.energy})" if energy else "energy", energy or last.energy])
+    if cost.delta_bytes is not None:
+        rows.append(["delta", scaled(cost.delta_bytes, "B")])
+    at = last.machine
+    rows.append(["on", f"{at['gpu'] or at['cpu']}, {at['threads']} of {at['cores']} cores, torch {at['torch']}"])
+    return rows
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from clasp.card import TITLES, number
 from clasp.evaluate.tasks import Multilingual, Retrieval, ZeroShot
+from clasp.train.ledger import FILE as COST
+from clasp.train.ledger import read_cost
 from clasp.types import UserError
 
 PRIMARY = {ZeroShot.name: ZeroShot.primary, Retrieval.name: Retrieval.primary, Multilingual.name: Retrieval.primary}
@@ -26,7 +28,7 @@ class Row:
     """A line of ``sweep.jsonl``. ``overrides`` make the run's recipe; the last of them, ``settings``, are the grid's.
     ``value`` is the metric that decides, with its 95 % interval where it has one, over ``n`` queries; ``chance`` is
     what guessing scores. ``seconds`` are of training, with its evaluations; ``None`` where they are not known.
-    ``error`` is why a run failed."""
+    ``error`` is why a run failed. What else a run cost, ``clasp.train.ledger.read_cost`` tells."""
 
     run: str
     overrides: tuple[str, ...]
@@ -119,8 +121,17 @@ def finished(row: Row) -> Row:
                 interval=tuple(result["interval"][name]) if name in result["interval"] else None,
                 chance=result["chance"].get(name),
                 n=result["n"],
+                seconds=seconds_of(Path(row.run)),
             )
     raise UserError(f"{row.run} has no validation in its results.jsonl")
+
+
+def seconds_of(run: Path) -> float | None:
+    """What a run took to train and to be evaluated, in all its sessions; ``None`` where nobody wrote it down."""
+    if not (run / COST).exists():
+        return None
+    spent = read_cost(run).seconds
+    return spent["training"] + spent["evaluation"]
 
 
 def rank(row: Row) -> tuple[int, float]:

@@ -21,7 +21,7 @@ from clasp.data.sides import Listing
 from clasp.grid import Combination, combinations
 from clasp.inputs import Bar, Say, no_bar
 from clasp.recipe import Recipe, from_dict
-from clasp.standings import Row, Swept, finished, rank, read_rows, write_rows
+from clasp.standings import Row, Swept, finished, rank, read_rows, seconds_of, write_rows
 from clasp.train.checkpoint import Run
 from clasp.train.loop import choose
 from clasp.train.progress import Reporter, Silent
@@ -51,8 +51,7 @@ def sweep(
     known, rows = read_rows(folder), []
     for place, (one, row) in enumerate(zip(made, new, strict=True), 1):
         run = folder / one.name
-        before = known.get(str(run))
-        row = replace(row, run=str(run), seconds=before.seconds if before else None)
+        row = replace(row, run=str(run))
         if _is_finished(run):
             row = finished(row)
         else:
@@ -140,12 +139,10 @@ def _train(recipe: Recipe, row: Row, desk: _Desk, *, say: Say, bar: Bar, reporte
         shared = {"pairs": desk.pairs(recipe), "parts": desk.parts(recipe)}
         done = align(recipe, run, say=say, bar=bar, reporter=reporter, resume=resume, **shared)
     except KeyboardInterrupt:
-        return row
+        return replace(row, seconds=seconds_of(run))
     except UserError as error:
-        return replace(row, state="failed", seconds=None, error=str(error))
-    seconds = done.fitted.seconds + ((row.seconds or 0.0) if resume else 0.0)
-    row = replace(row, seconds=seconds)
-    return row if done.fitted.interrupted else finished(row)
+        return replace(row, state="failed", error=str(error))
+    return replace(row, seconds=seconds_of(run)) if done.fitted.interrupted else finished(row)
 
 
 def _is_finished(run: Path) -> bool:

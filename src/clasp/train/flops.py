@@ -1,0 +1,150 @@
+"""FLOPs of a piece of work, counted where PyTorch dispatches its operations.
+
+In: something to run. Out: ``Flops``, forward and backward apart. A multiply-add counts 2. Counted are products of
+matrices and vectors, convolutions and fused attention; not norms, activations, softmax, sums or the optimizer's step.
+Unusual: the formulas are PyTorch's (``torch.utils.flop_counter``), but its ``FlopCounterMode`` cannot tell the two
+passes apart where they take turns, does not know products in place (the tiled losses) nor the fused attention of
+CPUs, and counts the backward pass of a convolution in groups as many times over as there are groups. What takes
+products and has no formula is named, not guessed; what goes past the dispatcher (compiled kernels) is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+_ATEN = torch.ops.aten
+
+COUNTED = "products, convolutions and fused attention, a multiply-add as 2; no norms, activations, softmax, optimizer"
+
+# Words in the names of operations that take products. One that has such a word and no formula is named as left out.
+_PRODUCTS = frozenset(
+    "mm bmm addmm baddbmm addbmm sspaddmm smm matmul mv addmv dot vdot ger addr inner linear conv convolution "
+    "attention mha encoder lstm gru rnn cdist fft".split()
+)
+# Operations of other owners than PyTorch are not known at all; these owners' do no arithmetic of a model.
+_NO_ARITHMETIC = frozenset(("prim", "prims", "profiler", "c10d", "_c10d_functional", "debugprims", "rngprims"))
+
+
+class Flops(NamedTuple):
+    """``forward`` has what is computed again too, before or within the backward pass. ``left_out`` are the operations
+    that take products and for which there is no formula."""
+
+    forward: int
+    backward: int
+    left_out: tuple[str, ...] = ()
+
+
+def counted(run: Callable[[], Any]) -> Flops:
+    """Runs something, and counts."""
+    with _Counter() as counter:
+        run()
+    return Flops(counter.forward, counter.backward, tuple(sorted(counter.left_out)))
+
+
+class _Counter(TorchDispatchMode):
+    """Sees every operation below autograd."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = 0
+        self.left_out: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            packet: Any = func
+        else:
+            packet = func._overloadpacket
+            if packet not in _FORMULAS and func is not torch.ops.prim.device.default:
+                with self:  # without autograd, operations that are made of others come here whole
+                    whole = func.decompose(*args, **kwargs)
+                if whole is not NotImplemented:
+                    return whole
+        out = func(*args, **kwargs)
+        if packet in _FORMULAS:
+            self._add(_FORMULAS[packet](*args, **kwargs, out_val=out))
+        elif func.namespace not in _NO_ARITHMETIC and (func.namespace != "aten" or _takes_products(packet.__name__)):
+            self.left_out.add(str(packet))
+        return out
+
+    def _add(self, flops: int) -> None:
+        # The backward pass runs without gradients of its own; what checkpoints compute again in it runs with them.
+        if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
+            self.backward += flops
+        else:
+            self.forward += flops
+
+
+def _takes_products(name: str) -> bool:
+    return not _PRODUCTS.isdisjoint(name.strip("_").split("_"))
+
+
+# --- formulas that PyTorch lacks, or has wrong -----------------------------------------------------------------------
+# As the formulas of its registry they get the arguments of the operation, and its answer as ``out_val``.
+
+
+def _product(one: Tensor, other: Tensor, *rest: Any, out_val: Any = None, **options: Any) -> int:
+    """Of matrices, batches of them or vectors: each number of ``one`` meets each column of ``other``."""
+    return 2 * one.numel() * (other.shape[-1] if other.ndim > 1 else 1)
+
+
+def _added_product(added: Tensor, one: Tensor, other: Tensor, *rest: Any, out_val: Any = None, **options: Any) -> int:
+    return _product(one, other)
+
+
+def _outer(added: Tensor, one: Tensor, other: Tensor, *rest: Any, out_val: Any = None, **options: Any) -> int:
+    return 2 * one.numel() * other.numel()
+
+
+def _convolution_backward(
+    gradient: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    wanted: list[bool],
+    out_val: Any = None,
+) -> int:
+    """The gradients of inputs and of weights each pair every place with every weight, as the forward pass does."""
+    places = inputs.shape[2:] if transposed else gradient.shape[2:]
+    return sum(wanted[:2]) * 2 * len(inputs) * prod(places) * weight.numel()
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **options: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **options: Any
+) -> int:
+    return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
+
+
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    _ATEN.convolution_backward: _convolution_backward,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _ATEN.addr: _outer,
+    _ATEN.addr_: _outer,
+    **dict.fromkeys((_ATEN.mv, _ATEN.dot, _ATEN.vdot), _product),
+    **dict.fromkeys(
+        (_ATEN.addmm_, _ATEN.baddbmm_, _ATEN.addbmm, _ATEN.addbmm_, _ATEN.addmv, _ATEN.addmv_, _ATEN._addmm_activation),
+        _added_product,
+    ),
+}
