@@ -34,6 +34,7 @@ DESIGNED = {  # design, section 4
     "transform.json",
     "log.jsonl",
     "results.jsonl",
+    "cost.json",
     "README.md",
 }
 
@@ -75,7 +76,7 @@ WAYS = {
     "learned pooling that is not trained": ["image.pool=attention", "head.standardize=false", "tune.head=none"],
     "low rank": ['tune.image=["lora(rank=2)"]', 'tune.text=["lora(rank=2)"]'],
     "adapters, norms": ['tune.image=["adapters(reduction=4)","norms"]', "tune.text=[\"adapters(start='random')\"]"],
-    "everything": ['tune.image=["full"]', 'tune.text=["full"]', "data.augment.rotate=10", "train.lr_tower=0.1"],
+    "everything": ['tune.image=["full"]', 'tune.text=["full"]', "data.augment.rotate=10", "train.lr_factors.tower=0.1"],
     "dropout inside": ["image.dropout=true", 'tune.text=["deep(n=1)"]', "text.dropout=true"],
 }
 

@@ -24,15 +24,20 @@ from clasp.data.formats.rows import DEFAULT_COLUMNS
 from clasp.data.pairs import Columns, Pairs, open_pairs, split
 from clasp.data.sides import Listing, LiveImages
 from clasp.evaluate.tasks import Result
+from clasp.forecast import work_once
 from clasp.inputs import Bar, Inputs, Say, no_bar
-from clasp.losses import LOSSES
+from clasp.losses import loss_of
 from clasp.model import DualEncoder
 from clasp.quiz import languages_of, validation
 from clasp.recipe import Recipe
-from clasp.starting import start_heads
+from clasp.starting import start_heads, start_low_rank
+from clasp.train.attention import attending, choose_attention
 from clasp.train.checkpoint import Run
+from clasp.train.ledger import FILE as COST
+from clasp.train.ledger import Cost, Ledger, read_cost
 from clasp.train.loop import Fitted, choose, fit
-from clasp.train.plan import LARGEST_BATCH, Plan
+from clasp.train.plan import LARGEST_BATCH, Plan, TrainSettings
+from clasp.train.precision import resolve
 from clasp.train.progress import Reporter, Silent
 from clasp.train.state import TrainState
 from clasp.types import Pair, Skipped, UserError
@@ -51,6 +56,7 @@ class Aligned:
     fitted: Fitted
     results: list[Result]
     delta_bytes: int
+    cost: Cost
 
 
 def cache_folder() -> Path:
@@ -83,17 +89,20 @@ def align(
         for tower in (parts.model.image, parts.model.text):
             tower.recompute_blocks()
     report = lambda skipped: folder.append("log.jsonl", map(_unread, skipped))  # noqa: E731
-    inputs = inputs_of(parts, recipe, bar=bar, say=say, report=report)
+    ledger = _ledger(folder, parts.model, start)
+    inputs = inputs_of(parts, recipe, bar=ledger.timed(bar), say=say, report=report)
     plan = planned(recipe, train, inputs)
     say(plan.reason)
-    settled = recipe.model_copy(update={"train": plan.resolved(recipe.train)})
+    settled = recipe.model_copy(update={"train": _with_kernel(plan.resolved(recipe.train))})
     listing = Listing(train)
     content = content_hash(listing, val)
     if start is None:
         folder.start(settled.to_toml(), parts.model, parts.transform, parts.tokenizer, pairs=content)
     else:
         _refuse_changes(folder, settled, parts.model, content)
-    done = _train(settled, folder, parts.model, inputs, train, val, listing, reporter or Silent(), start)
+    assert settled.train.attention != "auto"
+    with ledger, attending(settled.train.attention):
+        done = _train(settled, folder, parts.model, inputs, train, val, listing, reporter or Silent(), start, ledger)
     if not done.fitted.interrupted:
         folder.finish()
     return done
@@ -113,8 +122,10 @@ def training_pairs(recipe: Recipe) -> Opened:
 
 
 def planned(recipe: Recipe, train: Pairs, inputs: Inputs) -> Plan:
-    """Batch, epochs and steps of a run. Raises ``UserError`` for a batch of more than there are."""
-    return choose(recipe.train, samples(train, recipe), largest=_largest_batch(inputs, recipe))
+    """Batch, epochs and steps of a run. Raises ``UserError`` for a batch of more, or of too few to take parts of."""
+    plan = choose(recipe.train, samples(train, recipe), largest=_largest_batch(inputs, recipe))
+    recipe.loss.refuse_fewer(plan.batch)
+    return plan
 
 
 def inputs_of(
@@ -144,7 +155,24 @@ def inputs_of(
     )
 
 
+def _ledger(folder: Run, model: DualEncoder, start: TrainState | None) -> Ledger:
+    """The ledger of this session; a run that goes on may be one whose costs were not kept before."""
+    parts = {name: {"total": count.total, "trained": count.trained} for name, count in model.counts().items()}
+    device = next(model.parameters()).device
+    if start is None:
+        return Ledger(device, parts)
+    earlier = read_cost(folder.path) if (folder.path / COST).exists() else None
+    return Ledger(device, parts, first_step=start.position.step, earlier=earlier)
+
+
 # --- the steps -------------------------------------------------------------------------------------------------------
+
+
+def _with_kernel(settings: TrainSettings) -> TrainSettings:
+    """The settings with the attention kernel chosen; written down with them, since a run goes on as it began."""
+    device = PartialState().device
+    kernel = choose_attention(settings.attention, resolve(settings.precision, device).precision, device)
+    return settings.model_copy(update={"attention": kernel.attention})
 
 
 def _train(
@@ -157,6 +185,7 @@ def _train(
     listing: Listing,
     reporter: Reporter,
     start: TrainState | None,
+    ledger: Ledger,
 ) -> Aligned:
     settings = recipe.train
     image_side, text_side = inputs.image_side(train, recipe.data.augment), inputs.text_side(listing)
@@ -172,29 +201,39 @@ def _train(
         captions=recipe.data.captions,
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
-    with closing(batches):
+    ledger.once = ledger.within("counting", work_once)(inputs, image_side, text_side, listing.texts)
+
+    def save(state: TrainState) -> None:
+        folder.save_state(state)
+        folder.write(COST, ledger.cost().to_json())
+
+    with closing(batches), ledger.stage("training"):
         if start is None:
             start_heads(model, inputs, train, listing, recipe.head, batches.tally)
+            start_low_rank(model, batches, loss_of(recipe.loss), recipe.tune, settings)
         else:
             batches.tally.add(start.skipped)
         fitted = fit(
             model,
             batches,
-            LOSSES[recipe.loss.kind],
+            loss_of(recipe.loss),
             settings,
             log=lambda row: folder.append("log.jsonl", [row]),
-            evaluate=lambda: task(model),
+            evaluate=ledger.within("evaluation", lambda: task(model)),
             primary=task.primary,
-            save=folder.save_state,
+            save=ledger.within("saving", save),
             start=start,
-            towers=("image.", "text."),
+            kinds=model.kinds,
             reporter=reporter,
+            ledger=ledger,
         )
     delta_bytes = folder.save(model)
-    results = [] if fitted.interrupted else task.results(model)
+    results = [] if fitted.interrupted else ledger.within("evaluation", task.results)(model)
     folder.append("results.jsonl", [asdict(row) for row in results])
-    folder.write("README.md", card(recipe, model, folder.path, fitted, results, len(train), len(val)))
-    return Aligned(folder.path, fitted, results, delta_bytes)
+    cost = ledger.cost(delta_bytes)
+    folder.write(COST, cost.to_json())
+    folder.write("README.md", card(recipe, model, folder.path, fitted, results, cost, len(train), len(val)))
+    return Aligned(folder.path, fitted, results, delta_bytes, cost)
 
 
 def open_as_trained(

@@ -121,21 +121,56 @@ def resume(run: RunArgument) -> None:
 @app.command(name="eval")
 def evaluate(
     run: RunArgument,
-    task: Annotated[str, typer.Argument(help="zeroshot | retrieval | multilingual")],
+    task: Annotated[str, typer.Argument(help="zeroshot | retrieval | multilingual | kept")],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data=…, classes=…, templates=…")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data=…, classes=…, templates=…, fit=…, label=…")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Ask a run a question about some pairs; the answer is also kept in its results.jsonl."""
-    from clasp.examine import examine
-    from clasp.terminal import bar, results_table
+    """Ask a run a question about some pairs; the answer is also kept in its results.jsonl.
 
-    results = examine(run, task, options or (), bar=bar)
+    kept asks what each tower still knows, before and after alignment; its figure is RUN/kept.png.
+    """
+    from clasp.examine import examine
+    from clasp.terminal import bar, results_table, say
+
+    results = examine(run, task, options or (), say=say, bar=bar)
     if as_json:
         _print_json({"run": str(run), "task": task, "results": [asdict(result) for result in results]})
     else:
         results_table(f"{run}: {task}", results)
+
+
+@app.command(name="import")
+def import_(
+    kind: Annotated[str, typer.Argument(help="What saved it: lilt")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The .pth file.")],
+    run: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="The run folder to make.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", help="pip:NAME, hf:NAME or file:FOLDER; by the vocabulary if left out."),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", help="Pixels a side of the images, if other than in training.")
+    ] = None,
+    image_heads: Annotated[
+        int | None, typer.Option("--image-heads", min=1, help="Of the attention, where its width does not tell.")
+    ] = None,
+    text_heads: Annotated[int | None, typer.Option("--text-heads", min=1, help="The same for the text tower.")] = None,
+) -> None:
+    """Make a run of a checkpoint that another paper's code left. Nothing in the file is run."""
+    from clasp.importers.writing import Wanted
+    from clasp.importing import import_checkpoint
+    from clasp.terminal import counts_table, megabytes, say
+
+    wanted = Wanted(tokenizer=tokenizer, size=size, image_heads=image_heads, text_heads=text_heads)
+    told = import_checkpoint(kind, checkpoint, run, wanted).told
+    for line in told.lines:
+        say(line)
+    counts_table(told.counts)
+    typed = shlex.quote(str(run))
+    say(f"the run is in {run} (delta {megabytes(told.delta_bytes)}, card {run / 'README.md'})")
+    say(f'index and search with: clasp index {typed} FOLDER  then: clasp search {typed} "your words"')
 
 
 @app.command()
@@ -213,6 +248,7 @@ def _align(recipe: Any, run: Path, *, resume: bool) -> None:
         say(f"stopped and saved; go on with: clasp resume {typed}")
         return
     results_table("validation pairs", done.results)
+    say(f"cost: {done.cost}")
     say(f"the run is in {run} (delta {megabytes(done.delta_bytes)}, card {run / 'README.md'})")
     say(f'index and search with: clasp index {typed} {source}  then: clasp search {typed} "your words"')
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clasp.align import inputs_of, open_as_trained
@@ -16,18 +16,44 @@ from clasp.assemble import Assembled, load
 from clasp.data.pairs import Columns, Pairs
 from clasp.evaluate.questions import class_list
 from clasp.evaluate.tasks import Result
-from clasp.inputs import Bar, Inputs, no_bar
+from clasp.inputs import Bar, Inputs, Say, no_bar
+from clasp.kept.job import OPTIONS as KEPT_OPTIONS
+from clasp.kept.job import kept
 from clasp.model import DualEncoder
 from clasp.quiz import languages_of, multilingual, retrieval, zeroshot
-from clasp.recipe import from_dict
+from clasp.recipe import Recipe, from_dict
 from clasp.train.checkpoint import Run
 from clasp.types import UserError
 
 Options = Mapping[str, str]
 
 
-def examine(run: str | Path, task: str, options: Sequence[str] = (), *, bar: Bar = no_bar) -> list[Result]:
-    """Ask ``task`` of a run. Options are ``key=value``; see each function below. Raises ``UserError``."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A run, the pairs it is asked about, and how it was asked: what any task may need."""
+
+    run: Path
+    recipe: Recipe
+    model: DualEncoder
+    pairs: Pairs
+    inputs: Inputs
+    options: Options
+    say: Say
+    bar: Bar
+
+
+def examine(
+    run: str | Path,
+    task: str,
+    options: Sequence[str] = (),
+    *,
+    say: Say = lambda line: None,
+    bar: Bar = no_bar,
+) -> list[Result]:
+    """Ask ``task`` of a run. Options are ``key=value``; see each function below. Raises ``UserError``.
+
+    ``say`` hears what a person should know beside the results.
+    """
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)
         raise UserError(
@@ -43,14 +69,26 @@ def examine(run: str | Path, task: str, options: Sequence[str] = (), *, bar: Bar
     model = load(run)
     assert isinstance(model.encoder, DualEncoder)
     inputs = inputs_of(Assembled(model.encoder, model.transform, model.tokenizer), recipe, bar=bar)
-    results = ask(model.encoder, pairs, inputs, given)
+    results = ask(
+        Asked(
+            run=Path(run),
+            recipe=recipe,
+            model=model.encoder,
+            pairs=pairs,
+            inputs=inputs,
+            options=given,
+            say=say,
+            bar=bar,
+        )
+    )
     Run(run).append("results.jsonl", [asdict(result) for result in results])
     return results
 
 
-def ask_zeroshot(model: DualEncoder, pairs: Pairs, inputs: Inputs, options: Options) -> list[Result]:
+def ask_zeroshot(asked: Asked) -> list[Result]:
     """``data``: class folders, or pairs with their class in ``class`` or another column (``label=``); ``classes``: a
     file with one class a line; ``templates``: a file with one a line, or one template with ``{}``."""
+    pairs, options = asked.pairs, asked.options
     label = options.get("label", "class")
     for pair in pairs:
         if label not in pair.meta:
@@ -62,30 +100,46 @@ def ask_zeroshot(model: DualEncoder, pairs: Pairs, inputs: Inputs, options: Opti
         class_list(Path(options["classes"])) if "classes" in options else sorted({str(p.meta[label]) for p in pairs})
     )
     templates = _templates(options.get("templates", "a photo of a {}."))
-    task = zeroshot(pairs, inputs, classes=classes, templates=templates, data=options["data"], label=label)
-    return task.results(model)
+    task = zeroshot(pairs, asked.inputs, classes=classes, templates=templates, data=options["data"], label=label)
+    return task.results(asked.model)
 
 
-def ask_retrieval(model: DualEncoder, pairs: Pairs, inputs: Inputs, options: Options) -> list[Result]:
+def ask_retrieval(asked: Asked) -> list[Result]:
     """``data``: pairs; all their captions are asked, in both directions."""
-    return retrieval(pairs, inputs, data=options["data"]).results(model)
+    return retrieval(asked.pairs, asked.inputs, data=asked.options["data"]).results(asked.model)
 
 
-def ask_multilingual(model: DualEncoder, pairs: Pairs, inputs: Inputs, options: Options) -> list[Result]:
+def ask_multilingual(asked: Asked) -> list[Result]:
     """``data``: pairs whose captions name their language; ``languages``: some of them, separated by commas."""
+    pairs, options = asked.pairs, asked.options
     spoken = languages_of(pairs)
     wanted = options["languages"].split(",") if "languages" in options else spoken
     odd = [language for language in wanted if language not in spoken]
     if odd or not spoken:
         lacking = ", ".join(odd) or "a language it names"
         raise UserError(f"no caption of {options['data']} is in {lacking}; it has {', '.join(spoken) or 'none'}")
-    return multilingual(pairs, inputs, languages=wanted, data=options["data"]).results(model)
+    return multilingual(pairs, asked.inputs, languages=wanted, data=options["data"]).results(asked.model)
 
 
-TASKS: dict[str, tuple[Callable[[DualEncoder, Pairs, Inputs, Options], list[Result]], tuple[str, ...]]] = {
+def ask_kept(asked: Asked) -> list[Result]:
+    """``data``: pairs with a class, or with captions in several languages, or with several captions; see ``kept``."""
+    return kept(
+        asked.run,
+        asked.recipe,
+        asked.model,
+        asked.pairs,
+        asked.inputs,
+        asked.options,
+        say=asked.say,
+        bar=asked.bar,
+    )
+
+
+TASKS: dict[str, tuple[Callable[[Asked], list[Result]], tuple[str, ...]]] = {
     "zeroshot": (ask_zeroshot, ("data", "classes", "templates", "label", "image", "caption", "image_root")),
     "retrieval": (ask_retrieval, ("data", "image", "caption", "image_root")),
     "multilingual": (ask_multilingual, ("data", "languages", "image", "caption", "image_root")),
+    "kept": (ask_kept, KEPT_OPTIONS),
 }
 
 

@@ -19,6 +19,7 @@ from clasp.card import grids
 from clasp.evaluate.tasks import Result
 from clasp.inputs import Progress
 from clasp.model import Count
+from clasp.report.tables import kept_table
 
 PARTS = {"model": "whole model", "image": "image tower", "text": "text tower", "heads": "heads", "scale": "scale"}
 
@@ -75,7 +76,13 @@ def counts_table(counts: dict[str, Count]) -> None:
 
 
 def results_table(title: str, results: Sequence[Result]) -> None:
-    """Results with their intervals, and what guessing scores: a table for each task."""
+    """Results with their intervals, and what guessing scores: a table for each task.
+
+    What towers still know is laid out by what it was before and is after.
+    """
+    if any(result.task.startswith("kept/") for result in results):
+        made = kept_table(results)
+        return table(title, made.columns, made.rows, "\n".join(made.notes))
     for grid in grids(results):
         note = "per cent, with 95 % intervals; guessing: the same metrics in the same order"
         table(title, grid.columns, grid.rows, note)

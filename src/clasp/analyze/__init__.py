@@ -1,0 +1,1 @@
+"""What moved and what stayed: pure measures of states and weights."""

@@ -1,0 +1,1 @@
+"""Results drawn for people: reads rows of results, never models."""

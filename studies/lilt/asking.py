@@ -1,0 +1,139 @@
+"""What cells ask of a model, and how an answer is written: how many queries of each group were answered right.
+
+In: a model, the ``Inputs`` that read for it, pairs. Out: ``Answer``s, JSON that keeps what was right query by query, so
+that differences between rows can be taken on the same photos later. Every tower runs once over an image or a text,
+however many questions follow. Groups are told in a fixed order (sorted by id), which pairs the answers of all cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from clasp.data.pairs import Pairs
+from clasp.evaluate import probes
+from clasp.evaluate.questions import Captions, Classes, Embedded
+from clasp.inputs import Inputs
+from clasp.model import DualEncoder
+from clasp.nn.towers import Tower
+from clasp.types import ImageInput, Pooled, TextInput
+
+Answer = dict[str, Any]
+"""``mean``, ``chance``, ``right`` (a hexadecimal digit a group: its queries answered right), ``asked`` (queries in a
+group: one number, or such digits)"""
+
+
+def answer(values: Float[Tensor, " q"], groups: Sequence[str], chance: float) -> Answer:
+    """Queries scored 0 or 1 (a tie between) with their groups, of at most 15 queries each."""
+    right: dict[str, int] = dict.fromkeys(sorted(groups), 0)
+    asked = dict(right)
+    for value, group in zip(values.tolist(), groups, strict=True):
+        right[group] += value >= 0.5
+        asked[group] += 1
+    sizes = set(asked.values())
+    assert max(sizes) <= 15, "a group's count is one hexadecimal digit"
+    digits = "".join(f"{count:x}" for count in asked.values())
+    return {
+        "mean": values.double().mean().item(),
+        "chance": chance,
+        "right": "".join(f"{count:x}" for count in right.values()),
+        "asked": sizes.pop() if len(sizes) == 1 else digits,
+    }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Pooled output of a tower by id."""
+
+    ids: tuple[str, ...]
+    pooled: Float[Tensor, "n D"]
+
+    def of(self, ids: Iterable[str]) -> Float[Tensor, "m D"]:
+        row = {name: place for place, name in enumerate(self.ids)}
+        return self.pooled[[row[name] for name in ids]]
+
+
+def images_seen(model: DualEncoder, inputs: Inputs, pairs: Pairs) -> Seen:
+    """The images of pairs through the image tower."""
+    return _seen(model.image, inputs.images(pairs)())
+
+
+def texts_seen(model: DualEncoder, inputs: Inputs, texts: Iterable[str]) -> Seen:
+    """Different texts through the text tower; each is its own id."""
+    return _seen(model.text, inputs.read(sorted(set(texts))))
+
+
+def _seen(tower: Tower, chunks: Iterable[tuple[Sequence[str], ImageInput | TextInput]]) -> Seen:
+    ids: list[str] = []
+    parts: list[Tensor] = []
+    with torch.inference_mode():
+        for names, inputs in chunks:
+            ids.extend(names)
+            parts.append((inputs.values if isinstance(inputs, Pooled) else tower.pooled(inputs)).float().cpu())
+    return Seen(tuple(ids), torch.cat(parts).clone())
+
+
+def embedded(model: DualEncoder, seen: Seen) -> Embedded:
+    """Images in the joint space."""
+    device = model.log_scale.device
+    with torch.inference_mode():
+        return Embedded(seen.ids, model.embed_image(Pooled(seen.pooled.to(device))).cpu())
+
+
+def zero_shot(model: DualEncoder, seen: Seen, question: Classes) -> dict[str, Answer]:
+    """``top1`` and ``top5`` over images."""
+    found = question.ask(model, embedded(model, seen))[0]
+    return {name: answer(found.means[name].values, found.groups, found.chance[name]) for name in ("top1", "top5")}
+
+
+def log_likelihood(model: DualEncoder, seen: Seen, question: Classes) -> float:
+    """Mean log of the probability of the right class, at the temperature under which it is greatest: moves with every
+    photo, where accuracy counts only those that change sides."""
+    images, classes = embedded(model, seen), question.class_vectors(model)
+    right = torch.tensor([list(question.classes).index(str(question.labels[name])) for name in images.ids])
+    cosines = images.vectors @ classes.T
+    return max(-F.cross_entropy(scale * cosines, right).item() for scale in (5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 50.0))
+
+
+def retrieval(model: DualEncoder, seen: Seen, question: Captions, at: Sequence[int] = (1, 5)) -> dict[str, Answer]:
+    """``PART/recall@k`` over images or captions."""
+    return {
+        "/".join(filter(None, (found.part, f"recall@{k}"))): answer(
+            found.means[f"recall@{k}"].values, found.groups, found.chance[f"recall@{k}"]
+        )
+        for found in question.ask(model, embedded(model, seen))
+        for k in at
+    }
+
+
+def probed(fit: Seen, fit_labels: dict[str, int], asked: Seen, labels: dict[str, int]) -> dict[str, Answer]:
+    """``knn`` and ``linear``: whether an image tower's pooled output tells the classes apart."""
+    known, wanted = (torch.tensor([of[name] for name in seen.ids]) for seen, of in ((fit, fit_labels), (asked, labels)))
+    chance = probes.most_frequent(known, wanted)
+    found = {
+        "knn": probes.knn(fit.pooled, known, asked.pooled, wanted),
+        "linear": probes.linear(fit.pooled, known, torch.arange(len(known)), asked.pooled, wanted),
+    }
+    return {name: answer(values, asked.ids, chance) for name, values in found.items()}
+
+
+def sentences(seen: Seen, photo: dict[str, str]) -> Answer:
+    """Whether the nearest of the other captions, by cosine of the text tower's pooled output, is of the same photo."""
+    vectors = F.normalize(seen.pooled, dim=1)
+    cosines = vectors @ vectors.T
+    cosines.fill_diagonal_(-2)
+    numbers: Int[Tensor, " n"] = _numbers([photo[text] for text in seen.ids])
+    right = (numbers[cosines.argmax(dim=1)] == numbers).double()
+    others = sum((numbers == number).sum().item() - 1 for number in numbers.tolist()) / len(numbers)
+    return answer(right, [photo[text] for text in seen.ids], others / (len(numbers) - 1))
+
+
+def _numbers(names: Sequence[str]) -> Int[Tensor, " n"]:
+    first = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([first[name] for name in names])

@@ -1,0 +1,224 @@
+"""Cells: one row of a study's table with one seed, trained and asked, and written down as one line of JSON.
+
+In: a ``Cell`` and its world (which pairs train, where heads start, what is asked). Out: a ``Record``, appended to the
+results of its claim. Unusual: a cell is known by a key over everything that decides it, so whatever is there is never
+run again, by whichever claim it was needed first; and a cell whose definition has changed is another cell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+
+from clasp.align import align, inputs_of
+from clasp.assemble import Assembled, assemble
+from clasp.data.pairs import Pairs
+from clasp.inputs import Inputs
+from clasp.model import DualEncoder
+from clasp.recipe import Recipe
+from studies.lilt.asking import Answer
+from studies.lilt.starts import Start
+
+RESULTS = Path(__file__).with_name("results")
+WRITTEN = 1  # part of every key: raise it when the same cell would be asked other things
+
+Record = dict[str, Any]
+
+
+@runtime_checkable
+class World(Protocol):
+    """What cells are about: pairs, starts, answers."""
+
+    @property
+    def file(self) -> Path:
+        """The recipe that all rows have in common, as it is written"""
+        ...
+
+    @property
+    def recipe(self) -> Recipe:
+        """and as it is read."""
+        ...
+
+    def pairs(self, count: int, seed: int) -> tuple[Pairs, Pairs]:
+        """To train on, and a few that the run is asked about at its end."""
+        ...
+
+    def start(self, parts: Assembled, inputs: Inputs, more: Pairs | None) -> Start:
+        """Heads for the towers in ``parts``, from pairs that do not train, and ``more`` where given."""
+        ...
+
+    def validate(self, model: DualEncoder, inputs: Inputs) -> float:
+        """What learning rates are chosen by; more is better."""
+        ...
+
+    def ask(self, model: DualEncoder, inputs: Inputs) -> dict[str, Answer]:
+        """What tables and figures are made from."""
+        ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: what is changed in the common recipe, and the learning rates to choose from.
+
+    ``changes``: overrides of the recipe. ``rates``: of what trains in the towers or, in a row where nothing does, of
+    the heads. ``start``: heads start from what the ``base`` towers say; from what its own do (``own``), where they say
+    something else than their bases; or from its training pairs as well (``all``).
+    """
+
+    name: str
+    changes: tuple[str, ...] = ()
+    rates: tuple[float, ...] = ()
+    start: Literal["base", "own", "all"] = "base"
+
+    def recipe(self, common: Recipe, rate: float, seed: int) -> Recipe:
+        """Its recipe at one of its learning rates."""
+        made = common.changed((*self.changes, f"train.seed={seed}"))
+        if made.tune.image == made.tune.text == ["none"]:
+            return made.changed([f"train.lr={rate!r}"])
+        return made.changed([f"train.lr_tower={rate / made.train.lr!r}"])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row, its learning rate, how many pairs it sees, and a seed. ``validate`` cells choose the learning rate."""
+
+    world: str
+    row: Row
+    rate: float
+    pairs: int
+    seed: int
+    purpose: Literal["validate", "ask"]
+    facts: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What the table says of it beside; no part of the key."""
+
+    def key(self, common: Path) -> str:
+        """Of everything that decides its numbers, but for versions of software; ``common`` is the recipe's file."""
+        recipe = [tomllib.loads(common.read_text(encoding="utf-8")), self.row.changes, self.row.start, self.rate]
+        facts = [WRITTEN, self.world, recipe, self.pairs, self.seed, self.purpose]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        what = "chooses its rate" if self.purpose == "validate" else "is asked"
+        return f"{self.row.name}, rate {self.rate:g}, {self.pairs} pairs, seed {self.seed}, {what}"
+
+
+class Results:
+    """Lines of JSON in a folder, a file a claim; all are read, whichever claim asks."""
+
+    def __init__(self, folder: Path = RESULTS):
+        self.folder = folder
+        self._by_key = {record["key"]: record for file in sorted(folder.glob("*.jsonl")) for record in _lines(file)}
+
+    def get(self, key: str) -> Record | None:
+        return self._by_key.get(key)
+
+    def add(self, claim: str, record: Record) -> None:
+        """Write it at the end of the claim's file, whole or not at all after a stop."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{claim}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._by_key[record["key"]] = record
+
+
+def _lines(file: Path) -> Iterator[Record]:
+    """The objects of a file; a last line that was cut short by a stop is passed over."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.endswith("}"):
+            yield json.loads(line)
+
+
+class Runner:
+    """Runs the cells of one world; keeps the untouched towers, and where heads start from them, in memory."""
+
+    def __init__(self, name: str, world: World, results: Results, folder: Path | None = None):
+        self.name, self.world, self.results = name, world, results
+        self._folder = folder
+        self._bases: dict[str, tuple[Assembled, Inputs]] = {}
+        self._starts: dict[str, Start] = {}
+
+    def record(self, cell: Cell) -> Record | None:
+        """What is known of a cell."""
+        return self.results.get(cell.key(self.world.file))
+
+    def missing(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Those not run yet, in their order, each once."""
+        left = {cell.key(self.world.file): cell for cell in cells}
+        return [cell for key, cell in left.items() if self.results.get(key) is None]
+
+    def run(self, claim: str, cell: Cell) -> Record:
+        """Train, ask, write down."""
+        recipe = cell.row.recipe(self.world.recipe, cell.rate, cell.seed)
+        parts = assemble(recipe)
+        self._start(cell, recipe, parts).put(parts.model)
+        train, few = self.world.pairs(cell.pairs, cell.seed)
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            began = time.perf_counter()
+            done = align(recipe, Path(folder) / "run", say=_nobody, pairs=(train, few), parts=parts)
+            trained = time.perf_counter() - began
+            log = [json.loads(line) for line in (done.run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        began = time.perf_counter()
+        inputs = inputs_of(parts, recipe)
+        record = {
+            "key": cell.key(self.world.file),
+            "row": cell.row.name,
+            "world": cell.world,
+            "rate": cell.rate,
+            "pairs": cell.pairs,
+            "seed": cell.seed,
+            "purpose": cell.purpose,
+            "recipe": recipe.to_dict(),
+            "counts": {part: asdict(count) for part, count in parts.model.counts().items()},
+            "delta_bytes": done.delta_bytes,
+            "losses": [round(line["loss"], 4) for line in log if line["event"] == "step"],
+        }
+        if cell.purpose == "validate":
+            record["validation"] = self.world.validate(parts.model, inputs)
+        else:
+            record["answers"] = self.world.ask(parts.model, inputs)
+        record["seconds"] = {"train": round(trained, 2), "ask": round(time.perf_counter() - began, 2)}
+        record["machine"] = machine()
+        self.results.add(claim, record)
+        return record
+
+    def _start(self, cell: Cell, recipe: Recipe, parts: Assembled) -> Start:
+        """Of the untouched towers once for all rows; where they say something else than these, of the row's own."""
+        if cell.row.start == "own":
+            return self.world.start(parts, inputs_of(parts, recipe.changed(["data.features=off"])), None)
+        towers = json.dumps([recipe.to_dict()["image"], recipe.to_dict()["text"]], sort_keys=True)
+        if towers not in self._bases:
+            untouched = recipe.changed(['tune.image=["none"]', 'tune.text=["none"]', "train.seed=0"])
+            base = assemble(untouched)
+            self._bases = {towers: (base, inputs_of(base, untouched))}  # one at a time: towers are large
+        if cell.row.start == "all":
+            return self.world.start(*self._bases[towers], self.world.pairs(cell.pairs, cell.seed)[0])
+        if towers not in self._starts:
+            self._starts[towers] = self.world.start(*self._bases[towers], None)
+        return self._starts[towers]
+
+
+def machine() -> dict[str, Any]:
+    """What a number may depend on, and no name of any machine."""
+    packages = ("torch", "transformers", "peft", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "day": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _nobody(line: str) -> None:
+    """Nobody listens."""

@@ -1,0 +1,89 @@
+"""Where the heads of every row start: in closed form, from what the towers say before anything trains.
+
+In: towers and pairs. Out: plain linear heads put into a model, and a scale. Clasp can do the same at the beginning of a
+run (``head.start = "cca"``), but would run both towers over the pairs in every cell; here it is done once for all rows
+that start from the same function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clasp.losses.contrastive import info_nce
+from clasp.model import DualEncoder
+from clasp.train.closed import cca
+
+SCALES = tuple(10 * 10 ** (step / 8) for step in range(9))  # 10 to 100, the most that a scale may be
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Aligned pooled vectors of pairs, one caption each, and what the captions say."""
+
+    image: Float[Tensor, "n Di"]
+    text: Float[Tensor, "n Dt"]
+    caption: tuple[str, ...]
+
+    def and_those_of(self, other: Rows) -> Rows:
+        """These and more."""
+        image, text = torch.cat([self.image, other.image]), torch.cat([self.text, other.text])
+        return Rows(image, text, self.caption + other.caption)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weight and bias of both heads, and the logarithm of the scale."""
+
+    image: tuple[Tensor, Tensor]
+    text: tuple[Tensor, Tensor]
+    log_scale: Tensor
+
+    def put(self, model: DualEncoder) -> None:
+        """Let a model with linear heads begin here."""
+        with torch.no_grad():
+            for head, (weight, bias) in ((model.image_head, self.image), (model.text_head, self.text)):
+                assert isinstance(head.map, nn.Linear) and head.standardize is None
+                head.map.weight.copy_(weight)
+                head.map.bias.copy_(bias)
+            model.log_scale.copy_(self.log_scale)
+
+
+def closed_form(pairs: Rows, held: Rows, *, width: int, ridge: tuple[float, float]) -> Start:
+    """Canonical correlation of standardised features, folded into two linear maps.
+
+    ``held`` are pairs that do not train: of ``SCALES`` the one is taken under which their InfoNCE loss is least.
+    """
+    stretched = [_standard(pairs.image), _standard(pairs.text)]
+    apply = [(pairs.image * stretched[0][0] + stretched[0][1], pairs.text * stretched[1][0] + stretched[1][1])]
+    maps = cca(apply, width, ridge=ridge)
+    heads = [(w * scale, w @ shift) for w, (scale, shift) in zip((maps.image, maps.text), stretched, strict=True)]
+    image, text = (
+        F.normalize(F.linear(x, *head), dim=1) for x, head in zip((held.image, held.text), heads, strict=True)
+    )
+    losses = [_loss(image, text, held.caption, scale) for scale in SCALES]
+    best = SCALES[min(range(len(SCALES)), key=losses.__getitem__)]
+    return Start(heads[0], heads[1], torch.tensor(best).log())
+
+
+def _standard(x: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
+    """``scale`` and ``shift`` under which each feature has mean 0 and deviation 1, as clasp's heads have them."""
+    deviation, mean = torch.std_mean(x.double(), dim=0, correction=0)
+    scale = 1 / deviation.clamp(min=1e-3 * float(deviation.median()) + 1e-12)
+    return scale.float(), (-mean * scale).float()
+
+
+def _loss(image: Float[Tensor, "n E"], text: Float[Tensor, "n E"], caption: tuple[str, ...], scale: float) -> float:
+    """Mean InfoNCE over parts of 64, as many as in a batch; captions that say the same are no negatives."""
+    parts = torch.arange(len(image)).split(64)
+    total = 0.0
+    number = {text: place for place, text in enumerate(dict.fromkeys(caption))}
+    said = torch.tensor([number[text] for text in caption])
+    for part in parts:
+        groups = torch.stack([part, said[part]], dim=1)
+        total += info_nce(image[part], text[part], torch.tensor(scale), groups=groups).total.item()
+    return total / len(parts)
