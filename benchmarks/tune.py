@@ -16,10 +16,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from benchmarks import harness, material, rivals
-from benchmarks.arithmetic import counted
 from benchmarks.harness import Contestant, Measured, Peak, Row, sized
 from benchmarks.peers import attempt
 from benchmarks.rivals import EXAMPLE_LENGTH, Rival
+from clasp.flops import flops_of
 
 BATCH = sized(32, 4)
 BATCH_OF_MEMORY = sized(64, 4)
@@ -86,7 +86,7 @@ def speed(kind: str) -> list[Row]:
                 same_layers(mine, theirs)
             contestants.append(Contestant(setup, partial(theirs.step, *batch_of(setup, BATCH))))
     rates = harness.race(contestants)
-    flops = {contestant.name: counted(contestant.run) for contestant in contestants}
+    flops = {contestant.name: flops_of(contestant.run) for contestant in contestants}
     profile = harness.profiled(step)
     found = []
     for setup, theirs in made.items():

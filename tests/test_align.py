@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,8 @@ def models(monkeypatch: pytest.MonkeyPatch) -> list:
     """Every model that was assembled, as it is in memory."""
     made, assemble = [], main_job.assemble
 
-    def watched(of: Recipe):
-        made.append(assemble(of))
+    def watched(of: Recipe, *captions: Callable[[], list[str]]):
+        made.append(assemble(of, *captions))
         return made[-1]
 
     monkeypatch.setattr(main_job, "assemble", watched)
@@ -77,6 +78,7 @@ WAYS = {
     "low rank": ['tune.image=["lora(rank=2)"]', 'tune.text=["lora(rank=2)"]'],
     "adapters, norms": ['tune.image=["adapters(reduction=4)","norms"]', "tune.text=[\"adapters(start='random')\"]"],
     "everything": ['tune.image=["full"]', 'tune.text=["full"]', "data.augment.rotate=10", "train.lr_factors.tower=0.1"],
+    "a whole CNN": ["image.tower=pip:efficientnet-lite0", "image.pool=mean", 'tune.image=["full"]'],
     "dropout inside": ["image.dropout=true", 'tune.text=["deep(n=1)"]', "text.dropout=true"],
 }
 
@@ -242,6 +244,7 @@ class StopAt(Silent):
         ("heads", 1),
         ("closed form", 4),
         ("everything", 8),
+        ("a whole CNN", 1),
         ("glu, sigmoid", 9),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 from clasp.assemble import build
-from clasp.model import GatedLinear, LinearWithMLP
+from clasp.nn.heads import GatedLinear, LinearWithMLP
 from clasp.recipe import read_recipe, shipped
 from toydata import toys, write_csv
 from toyruns import delta, lines, run, save_image_tower, save_text_tower

@@ -11,6 +11,13 @@ from torch import nn
 
 from clasp.nn.base import Base
 from clasp.nn.layers import VisionTransformer
+from clasp.nn.nets import (
+    ImageTransformer,
+    ImageTransformerSettings,
+    TextTransformer,
+    TextTransformerSettings,
+    initialise,
+)
 from clasp.types import Pixels, Tokens
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
@@ -21,6 +28,14 @@ _CNN = dict(  # three blocks; at the usual start, nothing of the picture would r
     num_block_repeats=[1, 1, 1], expand_ratios=[1, 6, 6], initializer_range=0.5,
 )  # fmt: skip
 _SPECIAL = dict(cls_token_id=1, sep_token_id=2)
+_OWN = dict(width=32, heads=2, hidden=64)
+_OWN_TEXT = dict(**_OWN, layers=2, vocabulary=64, context=16)
+
+
+def _own(net: nn.Module) -> nn.Module:
+    initialise(net, seed=0)
+    return net
+
 
 IMAGE_NETS = {
     "vit": lambda: hf.ViTModel(hf.ViTConfig(**_SIZES, **_IMAGE)),
@@ -39,6 +54,14 @@ IMAGE_NETS = {
         hf.EfficientNetConfig(**_CNN, width_coefficient=0.25, depth_coefficient=1.0, hidden_dim=320, image_size=32)
     ),
     "deit3": lambda: VisionTransformer(size=32, patch=8, width=32, blocks=2, heads=2, layer_scale=0.1),
+    "own-image": lambda: _own(
+        ImageTransformer(
+            ImageTransformerSettings(**_OWN, layers=2, size=32, patch=8, norm="rms", qk_norm=True, entry_norm=True)
+        )
+    ),
+    "own-stem": lambda: _own(  # two blocks above it
+        ImageTransformer(ImageTransformerSettings(**_OWN, layers=3, size=32, patch=8, stem="batch"))
+    ),
 }
 TEXT_NETS = {
     "bert": lambda: hf.BertModel(hf.BertConfig(**_SIZES, **_TEXT)),
@@ -54,8 +77,17 @@ TEXT_NETS = {
     "t5": lambda: hf.T5EncoderModel(
         hf.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=64, pad_token_id=0)
     ),
+    "own-text": lambda: _own(TextTransformer(TextTransformerSettings(**_OWN_TEXT, activation="quick-gelu"))),
+    "own-bert": lambda: _own(
+        TextTransformer(
+            TextTransformerSettings(
+                **_OWN_TEXT, order="post", entry_norm=True, attention="bidirectional", token_width=16
+            )
+        )
+    ),
 }
 NETS = {**IMAGE_NETS, **TEXT_NETS}
+OURS = ("deit3", "own-image", "own-stem", "own-text", "own-bert")  # transformers neither knows nor saves them
 
 
 @cache

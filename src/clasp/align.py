@@ -83,7 +83,9 @@ def align(
     folder = Run(run)
     start = folder.read_state() if resume else folder.refuse_taken()
     train, val = pairs or training_pairs(recipe)
-    parts = parts or assemble(recipe)
+    parts = parts or assemble(recipe, lambda: Listing(train).texts)
+    if start is not None:  # as it was then, whatever the libraries would make of its recipe today
+        parts = replace(parts, tokenizer=folder.read().tokenizer)
     parts.model.to(PartialState().device).eval()
     if recipe.train.recompute == "blocks":
         for tower in (parts.model.image, parts.model.text):
@@ -93,7 +95,7 @@ def align(
     inputs = inputs_of(parts, recipe, bar=ledger.timed(bar), say=say, report=report)
     plan = planned(recipe, train, inputs)
     say(plan.reason)
-    settled = recipe.model_copy(update={"train": _with_kernel(plan.resolved(recipe.train))})
+    settled = recipe.model_copy(update={"train": _with_kernel(plan.resolved(recipe.train), parts.model)})
     listing = Listing(train)
     content = content_hash(listing, val)
     if start is None:
@@ -168,9 +170,9 @@ def _ledger(folder: Run, model: DualEncoder, start: TrainState | None) -> Ledger
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def _with_kernel(settings: TrainSettings) -> TrainSettings:
+def _with_kernel(settings: TrainSettings, model: DualEncoder) -> TrainSettings:
     """The settings with the attention kernel chosen; written down with them, since a run goes on as it began."""
-    device = PartialState().device
+    device = next(model.parameters()).device
     kernel = choose_attention(settings.attention, resolve(settings.precision, device).precision, device)
     return settings.model_copy(update={"attention": kernel.attention})
 

@@ -80,6 +80,7 @@ def card(
     parts = [[name, f"{c.total:,}", f"{c.trained:,}", f"{c.percent:.2f}"] for name, c in counts.items()]
     tables = "\n\n".join(_markdown(grid.columns, grid.rows) for grid in grids(results))
     answers = f"\nIn per cent, with 95 % intervals:\n\n{tables}\n" if results else ""
+    sharing = "" if model.sharing is None else f"\nWhat the two nets share:\n\n```\n{model.sharing}\n```\n"
     skipped = f"\n{len(fitted.skipped)} samples could not be read and were skipped; `log.jsonl` names them.\n"
     return f"""# {run.name}
 
@@ -87,7 +88,7 @@ An image–text model aligned with clasp: `{recipe.image.tower}` and `{recipe.te
 {recipe.head.width} dimensions. {state}
 
 {_markdown(["part", "parameters", "trained", "%"], parts)}
-
+{sharing}
 Trained on {train_pairs:,} pairs of `{recipe.data.train}`, validated on {val_pairs:,} others;
 {fitted.pairs:,} pairs seen in {fitted.seconds:.0f} s, in {fitted.precision}, seed {recipe.train.seed}.
 {skipped if fitted.skipped else ""}{answers}

@@ -57,12 +57,13 @@ def params(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = 
     from clasp.recipe import read_recipe
     from clasp.terminal import counts_table
 
-    counts = build(read_recipe(recipe, overrides or ()), meta=True).counts()
+    model = build(read_recipe(recipe, overrides or ()), meta=True)
+    counts = model.counts()
     if as_json:
         facts = {part: {**asdict(count), "percent": round(count.percent, 4)} for part, count in counts.items()}
         _print_json({**facts.pop("model"), **facts})
     else:
-        counts_table(counts)
+        counts_table(counts, model.sharing)
 
 
 @app.command()
@@ -143,7 +144,7 @@ def evaluate(
 
 @app.command(name="import")
 def import_(
-    kind: Annotated[str, typer.Argument(help="What saved it: lilt")],
+    kind: Annotated[str, typer.Argument(help="What saved it: lilt | msclip")],
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The .pth file.")],
     run: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="The run folder to make.")],
     tokenizer: Annotated[
@@ -157,13 +158,26 @@ def import_(
         int | None, typer.Option("--image-heads", min=1, help="Of the attention, where its width does not tell.")
     ] = None,
     text_heads: Annotated[int | None, typer.Option("--text-heads", min=1, help="The same for the text tower.")] = None,
+    lateral: Annotated[
+        str | None, typer.Option("--lateral", help="msclip: layers that the branch joins; 2,4,6,8,10 if left out.")
+    ] = None,
+    overlong: Annotated[
+        str, typer.Option("--overlong", help="msclip: cut | lost, which is how the released code reads long captions.")
+    ] = "cut",
 ) -> None:
     """Make a run of a checkpoint that another paper's code left. Nothing in the file is run."""
-    from clasp.importers.writing import Wanted
+    from clasp.importers.writing import asked
     from clasp.importing import import_checkpoint
     from clasp.terminal import counts_table, megabytes, say
 
-    wanted = Wanted(tokenizer=tokenizer, size=size, image_heads=image_heads, text_heads=text_heads)
+    wanted = asked(
+        tokenizer=tokenizer,
+        size=size,
+        image_heads=image_heads,
+        text_heads=text_heads,
+        lateral=lateral,
+        overlong=overlong,
+    )
     told = import_checkpoint(kind, checkpoint, run, wanted).told
     for line in told.lines:
         say(line)

@@ -16,9 +16,9 @@ from clasp.data.device import on_device
 from clasp.data.images import Augment
 from clasp.data.pairs import Pairs
 from clasp.data.sides import ImageSide, LiveImages, LiveTexts, TextSide
+from clasp.flops import counted
 from clasp.inputs import Inputs, Keeping
 from clasp.nn.frozen import Trunk, Whole
-from clasp.train.flops import counted
 from clasp.train.ledger import Once
 from clasp.types import Pixels, Tokens
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clasp.importers.lilt import import_lilt
+from clasp.importers.msclip import import_msclip
 from clasp.importers.writing import Told, Wanted
 from clasp.train.checkpoint import Run, room_for
 from clasp.types import UserError
 
 # each takes the checkpoint, the run to write (its folder is not there yet) and what is wanted of it
-IMPORTERS: dict[str, Callable[[Path, Run, Wanted], Told]] = {"lilt": import_lilt}
+IMPORTERS: dict[str, Callable[[Path, Run, Wanted], Told]] = {"lilt": import_lilt, "msclip": import_msclip}
 
 
 @dataclass(frozen=True, slots=True)

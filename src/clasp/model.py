@@ -1,7 +1,8 @@
 """The dual encoder: two towers, two heads, the scale and the bias of the logits.
 
 In goes a ``Batch`` (pixels and tokens, or what frozen towers already said of them), out come unit vectors in one space.
-It knows nothing of where its towers come from, and two towers may share modules without it noticing.
+It knows nothing of where its towers come from. Two towers may hold weights in common: each is then one parameter, under
+its first name (``nn.shared.aliases``), and everything here counts, trains and saves it once.
 """
 
 from __future__ import annotations
@@ -15,39 +16,18 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from clasp.nn.anatomy import is_norm
+from clasp.nn.heads import Head, HeadSettings
+from clasp.nn.policy import Sharing
+from clasp.nn.shared import LowRankLinear, aliases
 from clasp.nn.towers import Tower, tensor_hashes
 from clasp.nn.tuning import freeze
 from clasp.types import Batch, Embeddings, ImageInput, Pixels, Pooled, TextInput, Tokens, UserError
 
-Kind = Literal["scale", "head", "norm", "new", "tower"]
-
-
-class HeadSettings(BaseModel):
-    """``[head]`` of a recipe: from a tower's pooled vector to the joint space, the same for both towers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["linear", "mlp", "glu", "none"] = "linear"
-    """``mlp``: a hidden layer beside the linear map; ``glu``: a gated layer (SAIL); ``none`` joins equal widths"""
-    width: int = Field(default=512, ge=1)
-    """E, the width of the joint space"""
-    hidden: int | None = Field(default=None, ge=1)
-    """Width of the hidden layer of mlp and glu; twice ``width`` where left out"""
-    standardize: bool = False
-    """Shift and scale each feature, starting from the training pairs' mean and deviation (Glow's ActNorm)"""
-    start: Literal["random", "cca"] = "random"
-    """``cca``: linear heads start where canonical correlation has them in closed form; needs ``standardize`` and frozen
-    towers"""
-    ridge: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
-    """Ridges of that closed form, image and text, in units of a feature's variance"""
-    noise: float = Field(default=0.0, ge=0)
-    """Deviation of the Gaussian noise added to the features while training"""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the features dropped while training"""
+Kind = Literal["scale", "head", "norm", "new", "tower", "shared"]
 
 
 class LogitSettings(BaseModel):
@@ -73,86 +53,6 @@ class LogitSettings(BaseModel):
         if self.scale == "divisor" and greatest == math.inf:
             raise UserError("scale = 'divisor' needs a greatest scale in scale_range: nothing is divided by 0")
         return self
-
-
-class Standardize(nn.Module):
-    """``x * scale + shift`` per feature, starting from data (``start_from``; Kingma & Dhariwal, 2018, section 3.1)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-        self.shift = nn.Parameter(torch.zeros(width))
-
-    def start_from(self, features: Float[Tensor, "n D"]) -> None:
-        """Make ``features`` come out with mean 0 and deviation 1. Constant features stay small."""
-        deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
-        scale = 1 / deviation.clamp(min=1e-3 * float(deviation.median()) + 1e-12)
-        with torch.no_grad():
-            self.scale.copy_(scale)
-            self.shift.copy_(-mean * scale)
-
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        return x * self.scale + self.shift
-
-
-class Noise(nn.Module):
-    """Gaussian noise while training, nothing otherwise."""
-
-    def __init__(self, deviation: float):
-        super().__init__()
-        self.deviation = deviation
-
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        return x + self.deviation * torch.randn_like(x) if self.training and self.deviation else x
-
-
-class LinearWithMLP(nn.Module):
-    """``linear(x) + out(gelu(inner(x)))``; starts as the linear map alone."""
-
-    def __init__(self, width: int, hidden: int, out: int):
-        super().__init__()
-        self.linear, self.inner, self.out = nn.Linear(width, out), nn.Linear(width, hidden), nn.Linear(hidden, out)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
-        return self.linear(x) + self.out(F.gelu(self.inner(x)))
-
-
-class GatedLinear(nn.Module):
-    """``out(silu(gate(x)) * up(x))``: the gated head of SAIL (Zhang et al., CVPR 2025), with SiLU for its ReLU6."""
-
-    def __init__(self, width: int, hidden: int, out: int):
-        super().__init__()
-        self.gate, self.up, self.out = nn.Linear(width, hidden), nn.Linear(width, hidden), nn.Linear(hidden, out)
-
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
-        return self.out(F.silu(self.gate(x)) * self.up(x))
-
-
-class Head(nn.Module):
-    """A pooled vector to the joint space, before normalisation."""
-
-    def __init__(self, width: int, settings: HeadSettings):
-        super().__init__()
-        out, hidden = settings.width, settings.hidden or 2 * settings.width
-        if settings.kind == "none" and width != out:
-            raise UserError(
-                f"head.kind = 'none' joins pooled vectors as they are: width {width} is not head.width = {out}"
-            )
-        self.standardize = Standardize(width) if settings.standardize else None
-        self.noise, self.dropout = Noise(settings.noise), nn.Dropout(settings.dropout)
-        self.map: nn.Module = {
-            "linear": lambda: nn.Linear(width, out),
-            "mlp": lambda: LinearWithMLP(width, hidden, out),
-            "glu": lambda: GatedLinear(width, hidden, out),
-            "none": nn.Identity,
-        }[settings.kind]()
-
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
-        if self.standardize is not None:
-            x = self.standardize(x)
-        return self.map(self.dropout(self.noise(x)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,13 +104,20 @@ class DualEncoder(nn.Module):
         self._limits = sorted(limits)  # of that parameter; a temperature falls as its scale rises
         # SigLIP (Zhai et al., ICCV 2023) needs a bias against the many negatives; InfoNCE cannot see one
         self.bias = nn.Parameter(torch.tensor(-10.0, device=device)) if loss == "sigmoid" else None
+        self.sharing: Sharing | None = None  # the policy, for people; what is shared is a fact about the parameters
         self.selection: frozenset[str] = frozenset()
         self.select(())
 
     def select(self, names: Iterable[str]) -> None:
-        """Make ``names`` the selection and freeze everything else."""
-        self.selection = frozenset(names)
+        """Make ``names`` the selection and freeze everything else; any name of what is shared will do."""
+        first = aliases(self)
+        self.selection = frozenset(first.get(name, name) for name in names)
         freeze(self, self.selection)
+
+    @property
+    def shared_names(self) -> set[str]:
+        """Parameters of the towers that both hold, by their first names."""
+        return {name for name in aliases(self).values() if not name.startswith("image_head.")}
 
     @property
     def new_names(self) -> dict[str, set[str]]:
@@ -227,24 +134,36 @@ class DualEncoder(nn.Module):
         """What each parameter of the selection is, by name: the keys of ``train.lr_factors``.
 
         ``scale`` and ``head`` as in ``new_names``. Inside a tower, ``new`` is what its base does not have (bottlenecks,
-        appended blocks with their norms, low-rank factors, prompts); of the base, ``norm`` or the rest, ``tower``.
+        appended blocks with their norms, low-rank factors, prompts), the low-rank differences between what is shared,
+        and what nobody has trained beside a pre-trained trunk; of the base, ``shared`` is what both towers hold, else
+        ``norm`` or the rest, ``tower``.
         """
         kinds: dict[str, Kind] = dict.fromkeys(self.new_names["heads"], "head")
         kinds.update(dict.fromkeys(self.new_names["scale"], "scale"))
+        shared = self.shared_names
         for side, tower in (("image", self.image), ("text", self.text)):
             assert tower.hashes, "what is new is told from the weights of the base, and shapes have none"
-            norms = {id(p) for module in tower.net.modules() if is_norm(module) for p in module.parameters()}
+            modules = list(tower.net.modules())
+            norms = {id(p) for module in modules if is_norm(module) for p in module.parameters()}
+            differences = {id(p) for module in modules if isinstance(module, LowRankLinear) for p in module.own}
             for name, p in tower.net.named_parameters():
-                based = name.replace(".base_layer.", ".") in tower.hashes  # peft renames the weights that it wraps
-                kinds[f"{side}.net.{name}"] = ("norm" if id(p) in norms else "tower") if based else "new"
+                plain = name.replace(".base_layer.", ".")  # peft renames the weights that it wraps
+                is_new = plain not in tower.hashes or plain in tower.new or id(p) in differences
+                kind: Kind = "new" if is_new else "norm" if id(p) in norms else "tower"
+                full = f"{side}.net.{name}"
+                kinds[full] = "shared" if full in shared and kind != "new" else kind
         return {name: kinds[name] for name, _ in self.named_parameters() if name in self.selection}
 
     def counts(self) -> dict[str, Count]:
-        """Parameters in all and trained: for the whole (``model``), per tower, for the heads and for the scale."""
-        new = self.new_names
+        """Parameters in all and trained: for the whole (``model``), per tower, for the heads and for the scale.
+
+        What both towers hold is counted once, as ``shared``, and not in theirs; there is no such part without any.
+        """
+        shared = self.shared_names
+        parts = {**self.new_names, **({"shared": shared} if shared else {})}
 
         def part_of(name: str) -> str:
-            return next((part for part, names in new.items() if name in names), name.partition(".")[0])
+            return next((part for part, names in parts.items() if name in names), name.partition(".")[0])
 
         def count(part: str | None) -> Count:
             chosen = [(n, p) for n, p in self.named_parameters() if part is None or part_of(n) == part]
@@ -252,17 +171,26 @@ class DualEncoder(nn.Module):
             total = sum(p.numel() for _, p in chosen)
             return Count(total, sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained))
 
-        return {"model": count(None), **{part: count(part) for part in ("image", "text", "heads", "scale")}}
+        order = ("image", "text", *(["shared"] if shared else []), "heads", "scale")
+        return {"model": count(None), **{part: count(part) for part in order}}
+
+    @property
+    def moving(self) -> dict[str, Tensor]:
+        """Running statistics that training moves beside the selection, by name; see ``Tower.moving``."""
+        towers = {"image": self.image, "text": self.text}
+        return {f"{side}.{name}": buffer for side, tower in towers.items() for name, buffer in tower.moving.items()}
 
     def delta(self) -> dict[str, Tensor]:
-        """The trained tensors, by name."""
-        return {name: p.detach() for name, p in self.named_parameters() if name in self.selection}
+        """The trained tensors, by name, and the statistics that moved with them."""
+        trained = {name: p.detach() for name, p in self.named_parameters() if name in self.selection}
+        return {**trained, **self.moving}
 
     @property
     def fingerprint(self) -> str:
         """Of everything an embedding depends on: both bases, the delta, and what is new though it does not train."""
         ours = self.selection.union(*self.new_names.values())
         tensors = {name: p.detach() for name, p in self.named_parameters() if name in ours}
+        tensors |= self.moving
         hashes = sorted(tensor_hashes(tensors).items())
         return hashlib.sha256(repr((self.image.fingerprint, self.text.fingerprint, hashes)).encode()).hexdigest()
 

@@ -22,9 +22,12 @@ from clasp.data.images import Augment
 from clasp.data.pairs import Columns
 from clasp.data.storage import Name as StorageName
 from clasp.losses import LossSettings
-from clasp.model import HeadSettings, LogitSettings
+from clasp.model import LogitSettings
 from clasp.nn.base import ImageSettings, TextSettings
+from clasp.nn.heads import HeadSettings
+from clasp.nn.policy import SharingSettings
 from clasp.nn.tuning import parse
+from clasp.nn.views import TRUNK_POLICY, TrunkSettings
 from clasp.train.plan import TrainSettings
 from clasp.types import UserError
 
@@ -42,6 +45,34 @@ class TuneSettings(BaseModel):
     """The heads, with a learned pooling where there is one"""
     scale: Literal["full", "none"] = "full"
     """The scale and the bias of the logits"""
+
+
+class ShareSettings(SharingSettings):
+    """``[share]``: what two nets hold in common. Both are ours and from scratch, or of one pair that was trained so; or
+    ``trunk`` says whose pre-trained blocks both modalities run through."""
+
+    trunk: Literal["image", "text"] | None = None
+    """Whose pre-trained tower is the trunk of both; what is new in the other tower always trains"""
+    embedding: Literal["tower", "random"] = "tower"
+    """What the patches or tokens of the other modality start from there: its own tower, or nothing"""
+    patch: int = Field(default=16, ge=1)
+    """Pixels a side of a patch, where images start from nothing"""
+    context: int = Field(default=77, ge=1)
+    """Tokens of the longest caption, where text starts from nothing"""
+
+    @property
+    def of_trunk(self) -> TrunkSettings | None:
+        """The settings of the trunk, where there is one."""
+        if self.trunk is None:
+            return None
+        return TrunkSettings(trunk=self.trunk, embedding=self.embedding, patch=self.patch, context=self.context)
+
+    @property
+    def policy(self) -> SharingSettings:
+        """What is shared; on a trunk where nothing is said of it, all of a block but its norms and scales."""
+        kept = self.model_dump(include=set(SharingSettings.model_fields))
+        said = SharingSettings(**kept)
+        return TRUNK_POLICY if self.trunk and said == SharingSettings() else said
 
 
 class LossAndLogits(LogitSettings, LossSettings):
@@ -90,6 +121,7 @@ class Recipe(BaseModel):
 
     image: ImageSettings
     text: TextSettings
+    share: ShareSettings | None = None
     tune: TuneSettings = TuneSettings()
     head: HeadSettings = HeadSettings()
     loss: LossAndLogits = LossAndLogits()
@@ -130,6 +162,13 @@ def from_dict(given: dict[str, Any], source: str) -> Recipe:
         raise UserError(f"{source}: head.start = 'cca' needs head.kind = 'linear' and head.standardize = true")
     if recipe.head.standardize and recipe.tune.head == "none":
         raise UserError(f"{source}: head.standardize = true fits the heads to the data, which needs tune.head = 'full'")
+    if recipe.share is not None and recipe.share.head == "shared" and recipe.head.standardize:
+        raise UserError(
+            f"{source}: head.standardize = true is of one tower's features; share.head = 'shared' is of both"
+        )
+    if recipe.share is None and (recipe.train.weight_decay_shared is not None or recipe.train.lr_factors.shared != 1):
+        said = "weight_decay_shared" if recipe.train.weight_decay_shared is not None else "lr_factors.shared"
+        raise UserError(f"{source}: train.{said} is for what two nets share, and there is no [share]")
     if recipe.train.batch != "auto":
         recipe.loss.refuse_fewer(recipe.train.batch)
     return recipe
@@ -226,7 +265,8 @@ def _plainly(error: ValidationError) -> str:
     """The first mistake of a validation, with the nearest valid names."""
     first = error.errors()[0]
     key, kind, given = _key(first), first["type"], first["input"]
-    section, keys = key.rpartition(".")[0], [*known_keys(), "extends"]
+    keys = [*known_keys(), "extends"]
+    section = ".".join(part for part in key.split(".")[:-1] if not part.isdigit())  # items of a list have like keys
     if key == "extends":
         return "extends stands at the beginning of a recipe file, and nowhere else"
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):

@@ -82,7 +82,7 @@ class _Desk:
         counted = set()
         for one in made:
             try:
-                parts = one.recipe.model_dump_json(include={"image", "text", "tune", "head", "loss"})
+                parts = one.recipe.model_dump_json(include={"image", "text", "share", "tune", "head", "loss"})
                 if parts not in counted:
                     build(one.recipe, meta=True)
                     counted.add(parts)
@@ -111,13 +111,16 @@ class _Desk:
             self._last = under_other_heads(self._last[0], recipe), recipe
         else:
             self._last = None  # the old towers go before the new ones come
-            self._last = assemble(recipe), recipe
+            train, _ = self.pairs(recipe)
+            self._last = assemble(recipe, lambda: Listing(train).texts), recipe
         return self._last[0]
 
 
 def _stays(parts: Assembled, then: Recipe, now: Recipe) -> bool:
     """Whether both towers are as ``now`` wants them, and as they were loaded."""
-    if (then.image, then.text, then.tune.image, then.tune.text) != (now.image, now.text, now.tune.image, now.tune.text):
+    one, other = ((of.image, of.text, of.share, of.tune.image, of.tune.text) for of in (then, now))
+    own = any(settings.net is not None for settings in (now.image, now.text))  # drawn from a seed, or words of the data
+    if one != other or (own and (then.train.seed, _which_pairs(then)) != (now.train.seed, _which_pairs(now))):
         return False
     return all(tower.wholly_frozen and tower.pooling is None for tower in (parts.model.image, parts.model.text))
 

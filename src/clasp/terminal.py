@@ -19,9 +19,17 @@ from clasp.card import grids
 from clasp.evaluate.tasks import Result
 from clasp.inputs import Progress
 from clasp.model import Count
+from clasp.nn.policy import Sharing
 from clasp.report.tables import kept_table
 
-PARTS = {"model": "whole model", "image": "image tower", "text": "text tower", "heads": "heads", "scale": "scale"}
+PARTS = {
+    "model": "whole model",
+    "image": "image tower",
+    "text": "text tower",
+    "shared": "in both towers",
+    "heads": "heads",
+    "scale": "scale",
+}
 
 
 def say(line: str) -> None:
@@ -66,13 +74,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], not
     Console(width=width, highlight=False).print(made)
 
 
-def counts_table(counts: dict[str, Count]) -> None:
-    """Who trains."""
+def counts_table(counts: dict[str, Count], sharing: Sharing | None = None) -> None:
+    """Who trains; and what both towers hold in common, layer by layer."""
     rows = [
         [PARTS[part], f"{count.total:,}", f"{count.trained:,}", f"{count.percent:.2f}", megabytes(count.delta_bytes)]
         for part, count in counts.items()
     ]
     table("parameters", ("part", "in all", "trained", "%", "delta"), rows)
+    if sharing is not None:
+        print(f"\nwhat the two nets share\n{sharing}")
 
 
 def results_table(title: str, results: Sequence[Result]) -> None:

@@ -81,7 +81,7 @@ def _seen(tower: Tower, chunks: Iterable[tuple[Sequence[str], ImageInput | TextI
 
 def embedded(model: DualEncoder, seen: Seen) -> Embedded:
     """Images in the joint space."""
-    device = model.log_scale.device
+    device = next(model.parameters()).device
     with torch.inference_mode():
         return Embedded(seen.ids, model.embed_image(Pooled(seen.pooled.to(device))).cpu())
 

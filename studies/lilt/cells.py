@@ -14,12 +14,15 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+from studies.lilt import costs
+from studies.lilt.asking import Answer
+from studies.lilt.starts import Start
 
 from clasp.align import align, inputs_of
 from clasp.assemble import Assembled, assemble
@@ -27,11 +30,8 @@ from clasp.data.pairs import Pairs
 from clasp.inputs import Inputs
 from clasp.model import DualEncoder
 from clasp.recipe import Recipe
-from studies.lilt.asking import Answer
-from studies.lilt.starts import Start
 
-RESULTS = Path(__file__).with_name("results")
-WRITTEN = 1  # part of every key: raise it when the same cell would be asked other things
+WRITTEN = 2  # part of every key: raise it when the same cell would be asked other things
 
 Record = dict[str, Any]
 
@@ -86,21 +86,25 @@ class Row:
         made = common.changed((*self.changes, f"train.seed={seed}"))
         if made.tune.image == made.tune.text == ["none"]:
             return made.changed([f"train.lr={rate!r}"])
-        return made.changed([f"train.lr_tower={rate / made.train.lr!r}"])
+        kept = made.train.lr / rate  # heads and scale stay at the common rate
+        factors = [f"train.lr_factors.{kind}={kept!r}" for kind in ("head", "scale")]
+        return made.changed([f"train.lr={rate!r}", *factors])
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row, its learning rate, how many pairs it sees, and a seed. ``validate`` cells choose the learning rate."""
+    """A row, its learning rate, how many pairs it sees, and a seed.
+
+    ``purpose``: to be asked (``ask``; with seed 0 also on validation data, which chooses the learning rate), to count
+    arithmetic and memory of a step (``count``), or to be timed, alone in a process on an idle machine (``speed``).
+    """
 
     world: str
     row: Row
     rate: float
     pairs: int
     seed: int
-    purpose: Literal["validate", "ask"]
-    facts: dict[str, Any] = field(default_factory=dict, compare=False)
-    """What the table says of it beside; no part of the key."""
+    purpose: Literal["ask", "count", "speed"]
 
     def key(self, common: Path) -> str:
         """Of everything that decides its numbers, but for versions of software; ``common`` is the recipe's file."""
@@ -109,14 +113,13 @@ class Cell:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        what = "chooses its rate" if self.purpose == "validate" else "is asked"
-        return f"{self.row.name}, rate {self.rate:g}, {self.pairs} pairs, seed {self.seed}, {what}"
+        return f"{self.purpose} {self.row.name}: rate {self.rate:g}, {self.pairs} pairs, seed {self.seed}"
 
 
 class Results:
     """Lines of JSON in a folder, a file a claim; all are read, whichever claim asks."""
 
-    def __init__(self, folder: Path = RESULTS):
+    def __init__(self, folder: Path):
         self.folder = folder
         self._by_key = {record["key"]: record for file in sorted(folder.glob("*.jsonl")) for record in _lines(file)}
 
@@ -157,38 +160,47 @@ class Runner:
         return [cell for key, cell in left.items() if self.results.get(key) is None]
 
     def run(self, claim: str, cell: Cell) -> Record:
-        """Train, ask, write down."""
+        """Do what the cell is for, and write it down."""
         recipe = cell.row.recipe(self.world.recipe, cell.rate, cell.seed)
         parts = assemble(recipe)
-        self._start(cell, recipe, parts).put(parts.model)
-        train, few = self.world.pairs(cell.pairs, cell.seed)
-        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            began = time.perf_counter()
-            done = align(recipe, Path(folder) / "run", say=_nobody, pairs=(train, few), parts=parts)
-            trained = time.perf_counter() - began
-            log = [json.loads(line) for line in (done.run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        began = time.perf_counter()
-        inputs = inputs_of(parts, recipe)
-        record = {
+        record: Record = {
             "key": cell.key(self.world.file),
-            "row": cell.row.name,
-            "world": cell.world,
-            "rate": cell.rate,
-            "pairs": cell.pairs,
-            "seed": cell.seed,
+            **{"row": cell.row.name, "world": cell.world, "rate": cell.rate, "pairs": cell.pairs, "seed": cell.seed},
             "purpose": cell.purpose,
             "recipe": recipe.to_dict(),
             "counts": {part: asdict(count) for part, count in parts.model.counts().items()},
+        }
+        if cell.purpose == "count":
+            record |= costs.counted(parts, recipe, self.world.pairs(cell.pairs, cell.seed)[0])
+        else:
+            self._start(cell, recipe, parts).put(parts.model)
+            record |= self._train(cell, recipe, parts)
+        record["machine"] = machine()
+        self.results.add(claim, record)
+        return record
+
+    def _train(self, cell: Cell, recipe: Recipe, parts: Assembled) -> Record:
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            began = time.perf_counter()
+            pairs = self.world.pairs(cell.pairs, cell.seed)
+            done = align(recipe, Path(folder) / "run", say=_nobody, pairs=pairs, parts=parts)
+            if done.fitted.interrupted:
+                raise KeyboardInterrupt  # clasp saves a run that is told to stop; a cell starts anew
+            trained = time.perf_counter() - began
+            log = [json.loads(line) for line in (done.run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        record: Record = {
             "delta_bytes": done.delta_bytes,
             "losses": [round(line["loss"], 4) for line in log if line["event"] == "step"],
         }
-        if cell.purpose == "validate":
-            record["validation"] = self.world.validate(parts.model, inputs)
+        began = time.perf_counter()
+        inputs = inputs_of(parts, recipe)
+        if cell.purpose == "speed":
+            record |= costs.timed(done)
         else:
             record["answers"] = self.world.ask(parts.model, inputs)
+        if cell.purpose == "ask" and cell.seed == 0:
+            record["validation"] = self.world.validate(parts.model, inputs)
         record["seconds"] = {"train": round(trained, 2), "ask": round(time.perf_counter() - began, 2)}
-        record["machine"] = machine()
-        self.results.add(claim, record)
         return record
 
     def _start(self, cell: Cell, recipe: Recipe, parts: Assembled) -> Start:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-
 from studies.lilt.asking import Answer
 
 RESAMPLES = 2000
@@ -21,12 +21,13 @@ SEEN = 2.8  # standard errors of a difference that a study finds in four cases o
 
 @dataclass(frozen=True)
 class Measured:
-    """A number, its 95 % interval, and its standard error."""
+    """A number, its 95 % interval, its standard error, and the share of resamples in which it is a number at all."""
 
     value: float
     low: float
     high: float
     error: float
+    known: float = 1.0
 
     @property
     def could_see(self) -> float:
@@ -34,23 +35,35 @@ class Measured:
         return SEEN * self.error
 
 
-Counts = Float[np.ndarray, "seeds groups"]
+Table = Float[np.ndarray, "seeds groups"]
 
 
-def counts(answers: Sequence[Answer]) -> tuple[Counts, Counts]:
-    """Queries answered right, and queries asked, by seed and group."""
-    right = np.array([[int(digit, 16) for digit in each["right"]] for each in answers], dtype=float)
-    asked = np.array(
-        [
-            np.full(right.shape[1], each["asked"])
-            if isinstance(each["asked"], int)
-            else [int(digit, 16) for digit in each["asked"]]
-            for each in answers
-        ],
-        dtype=float,
-    )
-    assert right.shape == asked.shape, "answers of one question have the same groups"
-    return right, asked
+@dataclass(frozen=True)
+class Counts:
+    """Queries answered ``right`` and ``asked``, by seed and group."""
+
+    right: Table
+    asked: Table
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer]) -> Counts:
+        """Answers to one question, a seed each."""
+        right = np.array([_digits(each["right"]) for each in answers])
+        asked = [_digits(each["asked"]) if isinstance(each["asked"], str) else each["asked"] for each in answers]
+        return cls(right, np.array([np.broadcast_to(row, right.shape[1]) for row in asked], dtype=float))
+
+    def __add__(self, other: Counts) -> Counts:
+        """Of two questions about the same groups (languages): their queries together."""
+        return Counts(self.right + other.right, self.asked + other.asked)
+
+    @property
+    def mean(self) -> float:
+        """The share answered right, over all seeds."""
+        return float(self.right.sum() / self.asked.sum())
+
+
+def _digits(text: str) -> Float[np.ndarray, " groups"]:
+    return np.array([int(digit, 16) for digit in text], dtype=float)
 
 
 class Draws:
@@ -61,27 +74,23 @@ class Draws:
         self.seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples).astype(float)
         self.groups = generator.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(float)
 
-    def means(self, answers: Sequence[Answer]) -> Float[np.ndarray, " resamples"]:
+    def means(self, counts: Counts) -> Float[np.ndarray, " resamples"]:
         """The share of queries answered right, on every resample."""
-        right, asked = (((self.seeds @ each) * self.groups).sum(axis=1) for each in counts(answers))
+        right, asked = (((self.seeds @ table) * self.groups).sum(axis=1) for table in (counts.right, counts.asked))
         return right / asked
 
 
-def mean(answers: Sequence[Answer]) -> float:
-    """The share of queries answered right, over all seeds."""
-    right, asked = counts(answers)
-    return float(right.sum() / asked.sum())
-
-
-def measured(rows: Sequence[Sequence[Answer]], of: Callable[..., float]) -> Measured:
-    """``of`` the means of some rows, each a list of answers to the same question, a seed each in the same order."""
-    draws = Draws(len(rows[0]), len(rows[0][0]["right"]))
-    drawn = [draws.means(row) for row in rows]
+def measured(rows: Sequence[Counts], of: Callable[..., Any]) -> Measured:
+    """``of`` the means of some rows that answered the same question with the same seeds."""
+    draws = Draws(*rows[0].right.shape)
     with np.errstate(divide="ignore", invalid="ignore"):
-        resampled = np.asarray(of(*drawn), dtype=float)
-    resampled = resampled[np.isfinite(resampled)]
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Measured(float(of(*map(mean, rows))), float(low), float(high), float(resampled.std(ddof=1)))
+        resampled = np.asarray(of(*(draws.means(row) for row in rows)), dtype=float)
+    finite = resampled[np.isfinite(resampled)]
+    value = float(of(*(row.mean for row in rows)))
+    if not len(finite):
+        return Measured(value, np.nan, np.nan, np.nan, 0.0)
+    low, high = np.percentile(finite, [2.5, 97.5])
+    return Measured(value, float(low), float(high), float(finite.std(ddof=1)), len(finite) / len(resampled))
 
 
 def itself(row: float) -> float:
@@ -102,3 +111,22 @@ def ratio(row: float, other: float) -> float:
 def gained(row: float, full: float, start: float) -> float:
     """The share of what full training adds to a start that a row adds to it."""
     return (row - start) / (full - start)
+
+
+def pairs_to_reach(rungs: Sequence[int]) -> Callable[..., Any]:
+    """Of a mean to reach and a row's means at so many pairs: at how many pairs the row first has it.
+
+    Between two rungs on a straight line over the logarithm of pairs; the first rung where already that is enough, NaN
+    where none is. Takes numbers or arrays of resamples.
+    """
+
+    def of(target: Any, *means: Any) -> Any:
+        goal, *at = np.broadcast_arrays(target, *means)
+        reached = np.where(at[0] >= goal, float(rungs[0]), np.nan)
+        for fewer, more, low, high in zip(rungs, rungs[1:], at, at[1:], strict=False):
+            share = (goal - low) / np.where(high > low, high - low, 1)
+            between = fewer * (more / fewer) ** share
+            reached = np.where(np.isnan(reached) & (low < goal) & (high >= goal), between, reached)
+        return reached if reached.ndim else float(reached)
+
+    return of

@@ -13,14 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-
-from clasp.assemble import Assembled
-from clasp.data.pairs import Columns, Pairs, open_pairs
-from clasp.evaluate.questions import Captions, Classes
-from clasp.inputs import Inputs
-from clasp.model import DualEncoder
-from clasp.recipe import Recipe, read_recipe
-from clasp.types import Pooled, UserError
 from studies.lilt.asking import (
     Answer,
     images_seen,
@@ -33,6 +25,14 @@ from studies.lilt.asking import (
 )
 from studies.lilt.starts import Rows, Start, closed_form
 
+from clasp.assemble import Assembled
+from clasp.data.pairs import Columns, Pairs, open_pairs
+from clasp.evaluate.questions import Captions, Classes
+from clasp.inputs import Inputs
+from clasp.model import DualEncoder
+from clasp.recipe import Recipe, read_recipe
+from clasp.types import Pooled, UserError
+
 EVERY = 2  # of the classes, every second is in the study: twice as many photos of each in a short run
 
 
@@ -41,6 +41,9 @@ def drawn(pairs: Pairs, count: int, seed: int) -> Pairs:
     if count > len(pairs):
         raise UserError(f"{pairs.name}: {count} pairs are asked for, and there are {len(pairs)}")
     return pairs.subset(np.random.Generator(np.random.PCG64(seed)).permutation(len(pairs))[:count])
+
+
+FILE = Path(__file__).with_name("photos.toml")
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ class Photos:
     folder: Path
     sizes: Sizes = SMALL
     ridge: tuple[float, float] = (1.0, 1.0)
-    file: Path = Path(__file__).with_name("photos.toml")
+    file: Path = FILE
 
-    @cached_property
+    @property
     def recipe(self) -> Recipe:
         """What all rows have in common."""
         return read_recipe(self.file)
@@ -119,7 +122,7 @@ class Photos:
         photo = {caption.text: pair.id for pair in more for caption in pair.captions}
         texts = texts_seen(model, inputs, photo)
         ids = {f"{pair.id}#{n}": (text, pair.id) for pair in scenes for n, (text, _) in enumerate(pair.captions)}
-        pooled = Pooled(texts.of(text for text, _ in ids.values()).to(model.log_scale.device))
+        pooled = Pooled(texts.of(text for text, _ in ids.values()).to(next(model.parameters()).device))
         question = Captions(
             image_groups={pair.id: pair.id for pair in scenes},
             text_groups={name: photo_id for name, (_, photo_id) in ids.items()},

@@ -50,6 +50,7 @@ class Start:
                 assert isinstance(head.map, nn.Linear) and head.standardize is None
                 head.map.weight.copy_(weight)
                 head.map.bias.copy_(bias)
+            assert model.log_scale is not None
             model.log_scale.copy_(self.log_scale)
 
 

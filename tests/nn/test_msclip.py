@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clasp.flops import macs_of
 from clasp.model import DualEncoder, HeadSettings
 from clasp.nn.base import Base
 from clasp.nn.foreign.msclip import LATERAL_LAYERS, MSCLIP, as_released, read_msclip, write_msclip
 from clasp.nn.foreign.msclip_names import names_of
-from clasp.nn.macs import macs
 from clasp.nn.nets import ImageTransformer, ImageTransformerSettings, TextTransformer, TextTransformerSettings
 from clasp.nn.policy import SharingSettings
 from clasp.nn.shared import Pair
@@ -280,7 +280,7 @@ def test_every_row_of_the_spectrum_is_here():
 def image_macs(settings: ImageTransformerSettings) -> int:
     with torch.device("meta"):
         net, head, pixels = ImageTransformer(settings), nn.Linear(settings.width, 512), torch.zeros(1, 3, 224, 224)
-    return macs(lambda: head(net(pixels)[:, 0]))
+    return macs_of(lambda: head(net(pixels)[:, 0]))
 
 
 @cache
@@ -288,7 +288,7 @@ def text_macs(settings: TextTransformerSettings) -> int:
     with torch.device("meta"):
         net, head = TextTransformer(settings), nn.Linear(settings.width, 512)
         ids = torch.zeros(1, 77, dtype=torch.long)
-    return macs(lambda: head(net(ids, ids).last_hidden_state[:, -1]))
+    return macs_of(lambda: head(net(ids, ids).last_hidden_state[:, -1]))
 
 
 @pytest.mark.parametrize("name", SPECTRUM)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from clasp.flops import macs_of
 from clasp.nn.anatomy import anatomy
 from clasp.nn.blocks import Block, BlockSettings
 from clasp.nn.convolutions import BranchSettings, halvings
 from clasp.nn.layers import VisionTransformer
-from clasp.nn.macs import macs
 from clasp.nn.nets import (
     ImageTransformer,
     ImageTransformerSettings,
@@ -85,7 +85,10 @@ def attention_slowly(x: Tensor, block: Block, settings: BlockSettings, seen: Cal
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize("extras", [{}, {"qk_norm": True}, {"layer_scale": 0.1}, {"activation": "quick-gelu"}])
+@pytest.mark.parametrize(
+    "extras",
+    [{}, {"qk_norm": True}, {"layer_scale": 0.1}, {"activation": "quick-gelu"}, {"order": "post", "layer_scale": 0.1}],
+)
 @pytest.mark.parametrize("way", ["all", "masked", "causal"])
 def test_the_block_beside_an_obvious_version(norm: str, extras: dict[str, Any], way: str):
     settings = BlockSettings(**BLOCK, norm=norm, eps=1e-3, **extras)
@@ -100,13 +103,17 @@ def test_the_block_beside_an_obvious_version(norm: str, extras: dict[str, Any], 
                 "masked": lambda n, m, row=row: bool(MASK[row, m]),
                 "causal": lambda n, m: m <= n,
             }[way]
-            one = norm_slowly(x[row], block.norm1, norm, 1e-3)
+            pre, post = settings.order == "pre", settings.order == "post"
+            one = norm_slowly(x[row], block.norm1, norm, 1e-3) if pre else x[row]
             attended = attention_slowly(one, block, settings, seen)
             slow = x[row] + (attended if block.gamma_1 is None else attended * block.gamma_1)
-            hidden = norm_slowly(slow, block.norm2, norm, 1e-3) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
+            slow = norm_slowly(slow, block.norm1, norm, 1e-3) if post else slow
+            two = norm_slowly(slow, block.norm2, norm, 1e-3) if pre else slow
+            hidden = two @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
             active = hidden * (1.702 * hidden).sigmoid() if "activation" in extras else F.gelu(hidden)
             fed = active @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
             slow = slow + (fed if block.gamma_2 is None else fed * block.gamma_2)
+            slow = norm_slowly(slow, block.norm2, norm, 1e-3) if post else slow
             torch.testing.assert_close(fast[row], slow, atol=1e-5, rtol=1e-5)
 
 
@@ -163,6 +170,38 @@ def test_the_two_ways_to_read_differ_in_what_comes_later():
             net = text_net(attention=attention)
             first, second = (net(each, ones).last_hidden_state[:, :5] for each in (ids, other))
             assert torch.equal(first, second) == same
+
+
+@pytest.mark.parametrize("kind", [image_net, text_net])
+def test_after_blocks_that_end_with_a_norm_there_is_no_other(kind: Callable[..., Any]):
+    net = kind(order="post", entry_norm=True)
+    assert isinstance(net.norm, nn.Identity) and not list(net.norm.parameters())
+    assert [name for name, _ in net.named_parameters()] == [
+        name for name, _ in kind(entry_norm=True).named_parameters() if not name.startswith("norm.")
+    ]
+
+
+def test_tokens_of_another_width_are_brought_to_that_of_the_states():
+    narrow, plain = text_net(token_width=5), text_net()
+    assert narrow.token_embed.weight.shape == (40, 5) and narrow.token_map.weight.shape == (32, 5)
+    assert "token_map.weight" not in plain.state_dict()
+    plain.load_state_dict(
+        {
+            **{name: tensor for name, tensor in narrow.state_dict().items() if not name.startswith("token_")},
+            "token_embed.weight": narrow.token_embed.weight @ narrow.token_map.weight.T,
+        }
+    )
+    ids = torch.arange(6)[None]
+    one, other = (net(ids, torch.ones_like(ids)).last_hidden_state for net in (narrow, plain))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_of_another_width_start_as_large_as_plain_ones():
+    settings = TextTransformerSettings(**{**TEXT, "width": 256, "vocabulary": 500, "token_width": 64, "token_std": 0.3})
+    net = TextTransformer(settings)
+    initialise(net, seed=0)
+    with torch.no_grad():
+        assert float(net.token_map(net.token_embed.weight).std()) == pytest.approx(0.3, rel=0.05)
 
 
 def test_a_caption_without_positions_is_refused():
@@ -316,7 +355,7 @@ def test_macs_by_hand():
         block, x = Block(BlockSettings(**BLOCK), causal=True), torch.zeros(2, 5, 12)
         depthwise, maps = nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.zeros(1, 8, 5, 5)
     matrices = 5 * 12 * (36 + 12 + 48 + 48)
-    assert macs(lambda: block(x)) == 2 * (matrices + 2 * 5 * 5 * 12)
-    assert macs(lambda: depthwise(maps)) == 25 * 8 * 9
+    assert macs_of(lambda: block(x)) == 2 * (matrices + 2 * 5 * 5 * 12)
+    assert macs_of(lambda: depthwise(maps)) == 25 * 8 * 9
     real = Block(BlockSettings(**BLOCK), causal=False)
-    assert macs(lambda: real(torch.zeros(2, 5, 12), MASK)) == 2 * (matrices + 2 * 5 * 5 * 12)
+    assert macs_of(lambda: real(torch.zeros(2, 5, 12), MASK)) == 2 * (matrices + 2 * 5 * 5 * 12)

@@ -182,4 +182,4 @@ def test_batch_norm_keeps_its_statistics():
     state = {n: b.clone() for n, b in tower.named_buffers()}
     tower.pooled(inputs("efficientnet"))
     assert state and all(torch.equal(b, state[n]) for n, b in tower.named_buffers())
-    assert len(IMAGE_NETS) == 10
+    assert len(IMAGE_NETS) == 12

@@ -67,6 +67,10 @@ class Two(nn.Module):
     def selection(self) -> frozenset[str]:
         return frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
 
+    @property
+    def moving(self) -> dict[str, Tensor]:
+        return {}
+
     def after_step(self) -> None: ...
 
 

@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clasp import align as main_job
 from clasp import cli
+from clasp.flops import counted
 from clasp.losses import LOSSES
 from clasp.nn.layers import VisionTransformer
 from clasp.standings import seconds_of
 from clasp.train import gauges
-from clasp.train.flops import counted
 from clasp.train.gauges import Energy, Peak
 from clasp.train.ledger import Cost, Ledger, Once, Session, Work, read_cost, scaled
 from clasp.train.loop import TrainSettings, fit
@@ -164,6 +164,7 @@ class Toy(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(0.2))
         self.image[2].requires_grad_(False)
         self.selection = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
+        self.moving: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> Toy:
         super().train(mode)

@@ -47,6 +47,7 @@ class Toy(nn.Module):
         self.image["trunk"].requires_grad_(False)
         self.text["trunk"].requires_grad_(False)
         self.selection = frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
+        self.moving: dict[str, Tensor] = {}
 
     def embed(self, tower: nn.ModuleDict, values: Tensor) -> Tensor:
         return F.normalize(tower["head"](F.dropout(tower["trunk"](values).relu(), 0.3, self.training)), dim=-1)

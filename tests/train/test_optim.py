@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clasp.train import optim
 from clasp.train.plan import TrainSettings
@@ -189,6 +189,26 @@ def test_state_returns_to_its_names_bitwise() -> None:
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), other.parameters(), strict=True))
     untouched = optim.state(optimizer, weights)["head.weight/step"]
     assert untouched.item() == 2.0 and shuffled["head.weight/step"].item() == 1.0, "restored state must be a copy"
+
+
+def test_state_returns_with_the_strides_of_its_parameter() -> None:
+    kernel = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "device": torch.device("cpu")}
+    gradients = [torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last) for _ in range(2)]
+
+    def stepped(optimizer: torch.optim.AdamW, parameter: nn.Parameter, gradient: Tensor) -> None:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+
+    first = optim.adamw(optim.groups({"kernel": kernel}, weight_decay=0.0), **options)
+    stepped(first, kernel, gradients[0])
+    written = {name: t.contiguous().clone() for name, t in optim.state(first, {"kernel": kernel}).items()}
+    copy = nn.Parameter(kernel.detach().clone())
+    second = optim.adamw(optim.groups({"kernel": copy}, weight_decay=0.0), **options)
+    optim.restore(second, {"kernel": copy}, written)
+    stepped(first, kernel, gradients[1])
+    stepped(second, copy, gradients[1])
+    assert torch.equal(kernel, copy)
 
 
 def test_state_of_another_selection_is_refused() -> None:

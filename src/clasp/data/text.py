@@ -25,6 +25,7 @@ from clasp.types import Tokens, UserError
 
 Template = Literal["tower", "cls"]
 Clean = Literal["none", "lilt"]
+Overlong = Literal["cut", "lost"]
 
 _BACKEND_FILE = "tokenizer.json"
 _SETTINGS_FILE = "clasp_tokenizer.json"
@@ -56,13 +57,18 @@ class TokenizerSettings:
     template: Template = "tower"
     """``tower``: special tokens as the tower's authors put them. ``cls``: the first of them only, as LilT's
     ``[CLS] words`` without ``[SEP]``."""
+    overlong: Overlong = "cut"
+    """What is left of a text of more than ``max_tokens``. ``cut``: its first words, and its end token. ``lost``: its
+    first token alone. So MS-CLIP's released code reads it, which cuts the end token off and then takes the largest id,
+    that of the start token, for the end."""
 
     def __post_init__(self) -> None:
         _check_choices(asdict(self))
 
 
 def _check_choices(settings: Mapping[str, Any]) -> None:
-    for name, choices in (("clean", tuple(CLEANERS)), ("template", get_args(Template))):
+    known = {"clean": tuple(CLEANERS), "template": get_args(Template), "overlong": get_args(Overlong)}
+    for name, choices in known.items():
         if settings.get(name, choices[0]) not in choices:
             raise UserError(f"{name} = {settings[name]!r} is not one of {', '.join(choices)}")
 
@@ -83,9 +89,10 @@ class Tokenizer:
         pad_id: int = 0,
         clean: Clean = "none",
         template: Template = "tower",
+        overlong: Overlong = "cut",
     ) -> None:
         self.settings = TokenizerSettings(
-            prefix=prefix, max_tokens=max_tokens, pad_id=pad_id, clean=clean, template=template
+            prefix=prefix, max_tokens=max_tokens, pad_id=pad_id, clean=clean, template=template, overlong=overlong
         )
         self._backend = backend
         special = backend.num_special_tokens_to_add(is_pair=False)
@@ -98,7 +105,10 @@ class Tokenizer:
             raise UserError(f"max_tokens = {max_tokens} leaves no room for words beside {special} special tokens")
         backend.no_padding()
         # counts the special tokens as part of the length only when it adds them itself
-        backend.enable_truncation(max_tokens - len(self._head), direction="right")
+        if overlong == "cut":
+            backend.enable_truncation(max_tokens - len(self._head), direction="right")
+        else:
+            backend.no_truncation()
 
     @property
     def max_tokens(self) -> int:
@@ -129,6 +139,8 @@ class Tokenizer:
             [prefix + clean(text) for text in texts], add_special_tokens=self.settings.template == "tower"
         )
         ids = [self._head + encoding.ids for encoding in encodings]
+        if self.settings.overlong == "lost":
+            ids = [row if len(row) <= self.max_tokens else row[:1] for row in ids]
         for text, row in zip(texts, ids, strict=True):
             if not row:
                 raise UserError(f"the caption {text!r} has no token")
@@ -146,7 +158,10 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Changes when the same text could become other ids: sha256 over the backend and the settings."""
         digest = hashlib.sha256(self._backend.to_str().encode())
-        digest.update(json.dumps(asdict(self.settings), sort_keys=True).encode())
+        settings = asdict(self.settings)
+        if self.settings.overlong == "cut":  # what was kept before there was a choice stays good
+            del settings["overlong"]
+        digest.update(json.dumps(settings, sort_keys=True).encode())
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:

@@ -41,7 +41,6 @@ def knn(
     """
     fit, asked = (F.normalize(features.float(), dim=1) for features in (fit, asked))
     k, classes = min(k, len(fit)), int(torch.cat([fit_labels, asked_labels]).max()) + 1
-    belongs = F.one_hot(fit_labels, classes).double()
     right = []
     for rows in torch.arange(len(asked)).split(max(1, scores_at_once // len(fit))):
         scores = asked[rows] @ fit.T
@@ -49,7 +48,7 @@ def knn(
         nearer, level = scores > last + TIE, (scores - last).abs() <= TIE
         places = (k - nearer.sum(dim=1, keepdim=True)).double() / level.sum(dim=1, keepdim=True)
         weights = (scores.double() / temperature).exp() * torch.where(level, places, nearer.double())
-        votes = weights @ belongs
+        votes = weights.new_zeros(len(rows), classes).index_add(1, fit_labels, weights)
         first = votes >= votes.amax(dim=1, keepdim=True) * (1 - TIE / temperature)
         of_right = first.gather(1, asked_labels[rows][:, None])[:, 0]
         right.append(of_right.double() / first.sum(dim=1))

@@ -10,13 +10,13 @@ import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from clasp.assemble import assemble
-from clasp.data.text import Tokenizer
+from clasp.data.text import Overlong, Tokenizer
 from clasp.model import Count, DualEncoder
 from clasp.nn.base import TextSettings
 from clasp.nn.foreign.hub import open_base
@@ -41,6 +41,10 @@ class Wanted:
     image_heads: int | None = None
     """Heads of the attention; told by the width where left out"""
     text_heads: int | None = None
+    lateral_layers: tuple[int, ...] | None = None
+    """Layers that MS-CLIP's branch joins; those of the released models where left out"""
+    overlong: Overlong = "cut"
+    """What is left of a caption that is too long for a text net of MS-CLIP"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,18 @@ class Told:
     """settings of the checkpoint, to be kept in the run"""
     counts: dict[str, Count]
     delta_bytes: int
+
+
+def asked(*, lateral: str | None, overlong: str, **others: Any) -> Wanted:
+    """What was typed, as ``Wanted``. Raises ``UserError`` for what does not read."""
+    try:
+        layers = None if lateral is None else tuple(int(layer) for layer in lateral.split(","))
+    except ValueError:
+        raise UserError(f"--lateral {lateral!r} is not a list of layers, such as 2,4,6,8,10") from None
+    readings: dict[str, Overlong] = {reading: reading for reading in get_args(Overlong)}
+    if overlong not in readings:
+        raise UserError(f"--overlong {overlong!r} is none of {', '.join(readings)}")
+    return Wanted(lateral_layers=layers, overlong=readings[overlong], **others)
 
 
 def write_run(run: Run, recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[DualEncoder, int]:

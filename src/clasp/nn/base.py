@@ -1,4 +1,4 @@
-"""What a tower is made from: a pre-trained encoder as it came (``Base``), and the settings of a recipe that shape it.
+"""What a tower is made from: an encoder as it came (``Base``), and the settings of a recipe that shape it.
 
 Data only. ``nn.foreign`` makes bases, ``nn.towers`` makes a tower of one.
 """
@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
-from clasp.data.text import Tokenizer
+from clasp.data.text import Overlong, Tokenizer
+from clasp.nn.nets import ImageTransformerSettings, TextTransformerSettings
 
 Pool = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention"]
 _Mean = Annotated[float, Field(ge=0, le=1)]
@@ -24,7 +25,8 @@ class _TowerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tower: str
-    """Where the weights come from: hf: | timm: | pip: | file: | deit: | package.module:factory"""
+    """Where the weights come from: hf: | timm: | pip: | file: | deit: | package.module:factory; or own:image and
+    own:text, nets of ours that start from train.seed"""
     pool: Pool | None = None
     """States to one vector; the tower's own authors' choice where left out"""
     layer: int | None = None
@@ -38,6 +40,8 @@ class _TowerSettings(BaseModel):
 class ImageSettings(_TowerSettings):
     """``[image]`` of a recipe."""
 
+    net: ImageTransformerSettings | None = None
+    """What the net of tower = "own:image" is like"""
     size: int | None = Field(default=None, ge=8, le=4096)
     """Pixels a side that the tower sees; its own where left out"""
     resize: Literal["crop", "squash", "pad"] | None = None
@@ -53,10 +57,17 @@ class ImageSettings(_TowerSettings):
 class TextSettings(_TowerSettings):
     """``[text]`` of a recipe."""
 
+    net: TextTransformerSettings | None = None
+    """What the net of tower = "own:text" is like"""
+    vocabulary: Literal["clip", "pairs"] | None = None
+    """Word pieces of tower = "own:text": CLIP's (its own where left out), or learned from the captions to train on"""
     prefix: str | None = None
     """Put before every caption; the tower's own where left out"""
     max_tokens: int | None = Field(default=None, ge=4, le=32768)
     """Longer captions are cut, keeping their end token"""
+    overlong: Overlong = "cut"
+    """What is left of a longer caption. ``lost``: its start token, as in MS-CLIP's released code, to which all of them
+    are the same caption; only for what was trained so"""
     clean: Literal["none", "lilt"] = "none"
     """Cleaning of captions; ``lilt`` is the paper's"""
     template: Literal["tower", "cls"] = "tower"
@@ -67,7 +78,7 @@ class TextSettings(_TowerSettings):
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A pre-trained encoder as it came, before anything of ours: the weights a delta stands on."""
+    """An encoder as it came, before anything of ours: the weights a delta stands on."""
 
     name: str
     """the spec as the user wrote it, e.g. ``pip:efficientnet-lite0``"""
@@ -84,3 +95,7 @@ class Base:
     """text towers; a callable, since counting parameters needs none"""
     read: Callable[[nn.Module, Any], Tensor] | None = None
     """inputs to states, where calling the net does not give them: ``(net, pixels)`` to ``[B N D]`` or ``[B D h w]``"""
+    from_seed: bool = False
+    """whether its weights were drawn and never trained; statistics of BatchNorm are then worth nothing yet"""
+    new: frozenset[str] = frozenset()
+    """parameters of a pre-trained net that nobody has trained, such as embeddings of another modality"""

@@ -1,9 +1,9 @@
-"""The one transformer block of our own nets: attention, feed-forward, two norms before them, layer scale where wanted.
+"""The one transformer block of our own nets: attention, feed-forward, a norm with each, layer scale where wanted.
 
 In go states ``[B N D]`` and, where the net reads both ways, a mask of real tokens; out come states. Settings say which
-norm, which activation, and whether queries and keys are normed. Names are those of timm and DeiT, which papers'
-checkpoints carry. Unusual: attention never gives out its map; ``Attention.map`` computes it from the same inputs, for
-who asks.
+norm and where it stands, which activation, and whether queries and keys are normed. Names are those of timm and DeiT,
+which papers' checkpoints carry. Unusual: attention never gives out its map; ``Attention.map`` computes it from the same
+inputs, for who asks.
 """
 
 from __future__ import annotations
@@ -23,11 +23,18 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+class RMSNorm(nn.RMSNorm):
+    """As PyTorch's, which under autocast would have its weights in another precision than its input, and warn."""
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick-gelu": quick_gelu}
 # both take their statistics in float32 whatever the states are in
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "layer": lambda width, eps: nn.LayerNorm(width, eps=eps),
-    "rms": lambda width, eps: nn.RMSNorm(width, eps=eps),
+    "rms": lambda width, eps: RMSNorm(width, eps=eps),
 }
 
 
@@ -44,6 +51,9 @@ class BlockSettings(BaseModel):
     """Width inside the feed-forward part; four times ``width`` where left out"""
     activation: Literal["gelu", "quick-gelu"] = "gelu"
     """Inside the feed-forward part"""
+    order: Literal["pre", "post"] = "pre"
+    """Where the norms of a block stand. pre: before attention and feed-forward part, and one more after the last block;
+    post: after each sum (Vaswani et al., 2017), as BERT has them, and none at the end"""
     norm: Literal["layer", "rms"] = "layer"
     """Of the whole net: LayerNorm, or RMSNorm (Zhang and Sennrich, 2019)"""
     eps: float = Field(default=1e-6, gt=0)
@@ -139,11 +149,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """``x += gamma_1 * attn(norm1(x)); x += gamma_2 * mlp(norm2(x))``, the factors where there is a layer scale."""
+    """``x += gamma_1 * attn(norm1(x)); x += gamma_2 * mlp(norm2(x))``, the factors where there is a layer scale.
+
+    In the order "post", ``x = norm1(x + gamma_1 * attn(x)); x = norm2(x + gamma_2 * mlp(x))``.
+    """
 
     def __init__(self, settings: BlockSettings, *, causal: bool):
         super().__init__()
         width = settings.width
+        self.order = settings.order
         self.norm1 = settings.make_norm(width)
         self.attn = Attention(settings, causal=causal)
         self.norm2 = settings.make_norm(width)
@@ -154,7 +168,12 @@ class Block(nn.Module):
             self.gamma_2 = nn.Parameter(torch.full((width,), settings.layer_scale))
 
     def forward(self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B _"] | None = None) -> Float[Tensor, "B N D"]:
-        attended = self.attn(self.norm1(x), mask)
-        x = x + (attended if self.gamma_1 is None else self.gamma_1 * attended)
-        fed = self.mlp(self.norm2(x))
-        return x + (fed if self.gamma_2 is None else self.gamma_2 * fed)
+        if self.order == "post":
+            x = self.norm1(x + _scaled(self.attn(x, mask), self.gamma_1))
+            return self.norm2(x + _scaled(self.mlp(x), self.gamma_2))
+        x = x + _scaled(self.attn(self.norm1(x), mask), self.gamma_1)
+        return x + _scaled(self.mlp(self.norm2(x)), self.gamma_2)
+
+
+def _scaled(added: Float[Tensor, "B N D"], gamma: Float[Tensor, " D"] | None) -> Float[Tensor, "B N D"]:
+    return added if gamma is None else gamma * added

@@ -75,8 +75,9 @@ class ImageTransformerSettings(BlockSettings):
 class ImageTransformer(nn.Module):
     """Pixels to all tokens after the final norm, class token first.
 
-    Patches (or a stem), class token, learned positions, entry norm where wanted, pre-norm blocks, final norm. With DeiT
-    settings the vision transformer of Touvron et al. (ICML 2021); with CLIP's, that of Radford et al. (ICML 2021).
+    Patches (or a stem), class token, learned positions, entry norm where wanted, blocks, final norm (none after blocks
+    that end with one). With DeiT settings the vision transformer of Touvron et al. (ICML 2021); with CLIP's, that of
+    Radford et al. (ICML 2021).
     """
 
     def __init__(self, settings: ImageTransformerSettings):
@@ -93,7 +94,7 @@ class ImageTransformer(nn.Module):
         self.norm_pre = settings.make_norm(width) if settings.entry_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(settings, causal=False) for _ in range(first, settings.layers))
         self.parallel = None if settings.branch is None else _branch(settings, settings.branch)
-        self.norm = settings.make_norm(width)
+        self.norm = _final_norm(settings)
 
     def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "_ N D"]:
         # as many rows as pixels, but for a net that goes on from given states (nn.trunk)
@@ -135,6 +136,10 @@ def _branch(settings: ImageTransformerSettings, branch: BranchSettings) -> Paral
     )
 
 
+def _final_norm(settings: BlockSettings) -> nn.Module:
+    return settings.make_norm(settings.width) if settings.order == "pre" else nn.Identity()
+
+
 class TextTransformerSettings(BlockSettings):
     """A text net: its tokens, its layers, and which way it reads."""
 
@@ -144,6 +149,9 @@ class TextTransformerSettings(BlockSettings):
     """Tokens of the longest caption"""
     layers: int = Field(ge=1)
     """Blocks"""
+    token_width: int | None = Field(default=None, ge=1)
+    """Width of the token embedding, which a linear map then brings to ``width`` (ALBERT, Lan et al., 2020); where left
+    out, it is as wide as the states and there is no map"""
     attention: Literal["causal", "bidirectional"] = "causal"
     """causal: a token sees those before it, and padding must stand at the end; bidirectional: all real ones"""
     entry_norm: bool = False
@@ -160,20 +168,23 @@ class TextStates:
 
 
 class TextTransformer(nn.Module):
-    """Token ids to states after the final norm: tokens, learned positions, pre-norm blocks, final norm.
+    """Token ids to states after the final norm: tokens, learned positions, entry norm where wanted, blocks, final norm.
 
-    With CLIP's settings the text transformer of Radford et al. (ICML 2021), without its projection.
+    With CLIP's settings the text transformer of Radford et al. (ICML 2021), without its projection; in the order "post"
+    with an entry norm, BERT (Devlin et al., 2019), which has no final norm.
     """
 
     def __init__(self, settings: TextTransformerSettings):
         super().__init__()
         self.settings = settings
         causal = settings.attention == "causal"
-        self.token_embed = nn.Embedding(settings.vocabulary, settings.width)
+        narrow = settings.token_width
+        self.token_embed = nn.Embedding(settings.vocabulary, narrow or settings.width)
+        self.token_map = nn.Linear(narrow, settings.width, bias=False) if narrow else nn.Identity()
         self.pos_embed = nn.Parameter(torch.zeros(1, settings.context, settings.width))
         self.norm_pre = settings.make_norm(settings.width) if settings.entry_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(settings, causal=causal) for _ in range(settings.layers))
-        self.norm = settings.make_norm(settings.width)
+        self.norm = _final_norm(settings)
 
     def forward(self, input_ids: Int[Tensor, "B N"], attention_mask: Int[Tensor, "B N"]) -> TextStates:
         """States of every token. Raises ``UserError`` for captions longer than there are positions."""
@@ -183,7 +194,7 @@ class TextTransformer(nn.Module):
                 f"a caption of {longest} tokens is too long: the text net has {context} positions; set "
                 f"text.max_tokens = {context}"
             )
-        x = self.norm_pre(self.token_embed(input_ids) + self.pos_embed[:, :longest])
+        x = self.norm_pre(self.token_map(self.token_embed(input_ids)) + self.pos_embed[:, :longest])
         mask = attention_mask.bool()
         for block in self.blocks:
             x = block(x, mask)
@@ -194,7 +205,8 @@ def initialise(module: nn.Module, *, seed: int) -> None:
     """Start from ``seed`` as MS-CLIP does: matrices and kernels truncated N(0, 0.02), packed queries, keys and values
     Xavier-uniform, biases zero, positions N(0, 1/sqrt(D)) for images and N(0, 0.02) for text. Nothing on meta tensors.
 
-    Ours differs in the token embedding, which starts as the settings of the net say: 0.02 where MS-CLIP has 1.
+    Ours differs in the token embedding, which starts as the settings of the net say: 0.02 where MS-CLIP has 1. A map
+    after it gives states of that deviation too.
     """
     if next(module.parameters()).is_meta:
         return
@@ -213,4 +225,6 @@ def initialise(module: nn.Module, *, seed: int) -> None:
                 nn.init.normal_(part.pos_embed, std=part.settings.width**-0.5)
             elif isinstance(part, TextTransformer):
                 nn.init.normal_(part.token_embed.weight, std=part.settings.token_std)
+                if isinstance(part.token_map, nn.Linear):
+                    nn.init.normal_(part.token_map.weight, std=part.token_map.in_features**-0.5)
                 nn.init.normal_(part.pos_embed, std=0.02)

@@ -27,8 +27,8 @@ MUST_AGREE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ATTENTION, ("width", "heads")),
     "qk_norm": ("width", "heads", "norm"),
     "ffn": ("width", "hidden", "activation"),
-    "norm1": ("width", "norm"),
-    "norm2": ("width", "norm"),
+    "norm1": ("width", "norm", "order"),
+    "norm2": ("width", "norm", "order"),
     "layer_scale": ("width",),
 }
 
@@ -46,6 +46,11 @@ class LowRankLinear(nn.Module):
         self.up = nn.Parameter(shared.weight.new_zeros(shared.out_features, rank))
         if not self.down.is_meta:
             nn.init.normal_(self.down, std=shared.in_features**-0.5)
+
+    @property
+    def own(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """What no other net holds."""
+        return self.down, self.up
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch _"]:
         return self.shared(x) + F.linear(F.linear(x, self.down), self.up)
@@ -83,7 +88,7 @@ class Pair(nn.Module):
         keep: Literal["image", "text"] = "image",
     ):
         super().__init__()
-        self.image, self.text = image, text
+        self.image, self.text, self.policy = image, text, policy
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.sharing = share(image, text, policy, keep=keep)
@@ -118,6 +123,11 @@ def share(
         _refuse(number, row, image.settings, text.settings)
         both.append((row, ours, theirs))
     if sharing.final_norm == "shared":
+        for net, settings in (("image", image.settings), ("text", text.settings)):
+            if settings.order == "post":
+                raise UserError(
+                    f"share.final_norm = 'shared': the blocks of the {net} net end with a norm, and no other"
+                )
         _refuse_unlike("share.final_norm = 'shared'", "norm1", image.settings, text.settings)
         tie(*((image.norm, text.norm) if keep == "image" else (text.norm, image.norm)))
     for row, ours, theirs in both:

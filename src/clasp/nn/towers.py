@@ -3,7 +3,8 @@
 In goes a ``Base`` (a foreign module and what its authors did to its inputs) and a few settings; out comes a module with
 ``forward -> states [B N D]`` and ``pooled -> [B Dp]``; both also go on from ``States``, where its ``trunk`` stopped.
 Unusual: a tower stays in evaluation mode while it trains unless ``dropout`` is asked for, and running statistics of
-BatchNorm never move: a frozen tower must answer the same twice, and a delta of parameters must be the whole change.
+BatchNorm do not move: a frozen tower must answer the same twice. They do where a net began from a seed and the norm
+trains: they are then ``moving``, a part of what training changes.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Tower(nn.Module):
         if layer is not None:
             truncate(self.net, layer)
         self.hashes = tensor_hashes(self.net.state_dict())
-        self._read = base.read
+        self._read, self._from_seed = base.read, base.from_seed
+        self.new = base.new
         self.dropout = dropout
         self._parts = anatomy(self.net)
         if self._parts.channels_first:
@@ -197,12 +199,23 @@ class Tower(nn.Module):
         return torch.cat([self.pool(states, mask[0]), *map(self._pool_plainly, seen[1:], mask[1:])], dim=1)
 
     def train(self, mode: bool = True) -> Tower:
-        """Evaluation mode always, unless dropout is wanted; BatchNorm keeps its running statistics in either case."""
+        """Evaluation mode always, unless dropout is wanted; BatchNorm trains where its statistics are ``moving``."""
         super().train(mode and self.dropout)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        for norm in self._batch_norms().values():
+            norm.train(mode and self._moves(norm))
         return self
+
+    @property
+    def moving(self) -> dict[str, Tensor]:
+        """Running statistics that move in training, by name: of norms that train, in a net that began from a seed."""
+        moving = {path: norm for path, norm in self._batch_norms().items() if self._moves(norm)}
+        return {f"{path}.{name}": buffer for path, norm in moving.items() for name, buffer in norm.named_buffers()}
+
+    def _batch_norms(self) -> dict[str, nn.Module]:
+        return {name: m for name, m in self.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+    def _moves(self, norm: nn.Module) -> bool:
+        return self._from_seed and any(parameter.requires_grad for parameter in norm.parameters())
 
     def _pool_plainly(self, states: Float[Tensor, "U N D"], mask: Bool[Tensor, "U N"]) -> Float[Tensor, "U Dp"]:
         return POOLS[self._pool](states, mask, self._parts.prefix_tokens if self.modality == "image" else 0)

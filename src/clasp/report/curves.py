@@ -27,9 +27,9 @@ STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.titleweight
 IN_WORDS = {
     "zeroshot_top1": "zero-shot accuracy",
     "retrieval_mean_recall": "image–text retrieval, mean recall",
-    "image_knn": "image k-NN accuracy",
-    "text_recall@1": "text R@1 across languages",
-    "captions_recall@1": "text R@1 among captions",
+    "image_knn": "image: k-NN",
+    "text_recall@1": "text R@1",
+    "captions_recall@1": "captions R@1",
 }
 
 
@@ -51,7 +51,7 @@ def draw_kept(results: Sequence[Result], path: Path, *, title: str) -> None:
         figure = Figure(figsize=(11, height), layout="constrained")
         figure.suptitle(title, fontweight="bold")
         grid = figure.add_gridspec(panels, 2, width_ratios=(1.15, 1))
-        _draw_probes(figure.add_subplot(grid[:, 0]), probes)
+        _draw_probes(figure.add_subplot(grid[:, 0]), probes, height)
         _draw_drift(figure.add_subplot(grid[0, 1]), results, "weights")
         _draw_drift(figure.add_subplot(grid[1, 1]), results, "cka")
         if way:
@@ -59,8 +59,11 @@ def draw_kept(results: Sequence[Result], path: Path, *, title: str) -> None:
         figure.savefig(path, dpi=150)
 
 
-def _draw_probes(axes: Axes, probes: Sequence[Result]) -> None:
-    """A line for each probe: an open mark before, a full one after, each with its interval, and a bar for guessing."""
+def _draw_probes(axes: Axes, probes: Sequence[Result], height: float) -> None:
+    """A line for each probe: an open mark before, a full one after, each with its interval, and a bar for guessing.
+
+    ``height``: inches of the whole figure.
+    """
     for row, result in enumerate(probes):
         side = _side(result)
         for name, lift, face in (("before", -0.13, "white"), ("after", 0.13, COLOURS[side])):
@@ -76,7 +79,7 @@ def _draw_probes(axes: Axes, probes: Sequence[Result]) -> None:
     axes.grid(axis="x", alpha=0.3)
     for label, mark, face in (("before alignment", "o", "white"), ("after", "o", GREY), ("guessing", "|", GREY)):
         axes.plot([], [], mark, color=GREY, markerfacecolor=face, label=label)
-    below = -54 / (axes.figure.get_figheight() * 72)  # points under the axes, where it covers no mark
+    below = -0.75 / height  # inches under the axes, where it covers no mark
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=3, frameon=False, borderaxespad=0)
 
 
@@ -125,12 +128,14 @@ def _draw_way(axes: Axes, way: Sequence[Result]) -> None:
             alpha = result.metrics["alpha"]
             words = {0.0: "0 (base)", 1.0: "1 (run)"}.get(alpha, f"{alpha:g}")
             axes.annotate(words, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7.5, color=GREY)
-    axes.set_title("Between the base's weights (0) and the run's (1)")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0, low), high + 0.3 * (high - low))  # room for the legend
+    axes.set_title("Between the base (0) and the run (1)")
     axes.set_xlabel(f"{IN_WORDS[aligned]}, per cent")
     axes.set_ylabel("kept, per cent")
-    axes.margins(0.12)
+    axes.margins(x=0.12)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper center", ncols=2)
 
 
 def _reach(result: Result, name: str, end: str) -> float:

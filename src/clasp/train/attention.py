@@ -72,6 +72,6 @@ def fastest(run: Callable[[], None]) -> float:
 
 
 def _forward_and_backward(attention: Attention) -> None:
-    inputs = [torch.ones(SHAPE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    q, k, v = (torch.ones(SHAPE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     with attending(attention):
-        F.scaled_dot_product_attention(*inputs).sum().backward()
+        F.scaled_dot_product_attention(q, k, v).sum().backward()

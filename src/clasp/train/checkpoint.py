@@ -99,9 +99,8 @@ class Run:
 
     def save(self, model: DualEncoder) -> int:
         """Write the delta; returns its bytes on disk."""
-        tensors = {name: tensor.contiguous() for name, tensor in model.delta().items()}
         with room_for(self.path):
-            _write_tensors(self.path / "delta.safetensors", tensors, {"format": str(FORMAT)})
+            _write_tensors(self.path / "delta.safetensors", model.delta(), {"format": str(FORMAT)})
         return (self.path / "delta.safetensors").stat().st_size
 
     def save_state(self, state: TrainState) -> None:
@@ -227,8 +226,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    rows = {name: tensor.contiguous() for name, tensor in tensors.items()}  # a CNN's are kept channels last
     with _in_place(path) as part:
-        safetensors.torch.save_file(tensors, part, metadata)
+        safetensors.torch.save_file(rows, part, metadata)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
-from clasp.train.flops import COUNTED, counted
+from clasp.flops import COUNTED, counted
 from clasp.train.gauges import Energy, Peak, machine
 from clasp.train.step import Stepped, Stepper
 from clasp.types import Batch, UserError

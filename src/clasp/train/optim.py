@@ -1,7 +1,7 @@
 """The optimizer: what it holds, how far each step goes, and its state by name.
 
 In: a model with a selection. Out: AdamW over the selection and nothing else; the learning-rate factor of a step.
-``DECAYS`` and ``SCHEDULES`` are what ``train.decay`` and ``train.schedule`` choose from: clasp's own, and LilT's.
+``DECAYS`` and ``SCHEDULES`` are what ``train.decay`` and ``train.schedule`` choose from: clasp's own, and papers'.
 Unusual: groups are made from names and shapes alone, so a foreign tower needs no help; the state goes out and
 comes back as tensors named after their parameters, never as a pickle or by position.
 """
@@ -63,7 +63,19 @@ def decays_as_lilt(name: str, shape: Sequence[int]) -> bool:
     return len(shape) != 1 and not name.endswith(".bias")
 
 
-DECAYS: dict[str, Callable[[str, Sequence[int]], bool]] = {"matrices": decays_matrices, "lilt": decays_as_lilt}
+def decays_as_msclip(name: str, shape: Sequence[int]) -> bool:
+    """Whether weight decay applies as MS-CLIP (You et al., ECCV 2022) has it: to matrices and kernels, and to no table.
+
+    Tables are told by the names of our nets: ``token_embed.weight`` and ``pos_embed``.
+    """
+    return decays_matrices(name, shape) and not {"token_embed", "pos_embed"} & set(name.split("."))
+
+
+DECAYS: dict[str, Callable[[str, Sequence[int]], bool]] = {
+    "matrices": decays_matrices,
+    "lilt": decays_as_lilt,
+    "msclip": decays_as_msclip,
+}
 
 
 def groups(
@@ -71,15 +83,17 @@ def groups(
     *,
     weight_decay: float,
     decay: str = "matrices",
+    other_decays: Mapping[str, float] = {},
     lr_factors: Mapping[str, float] = {},
 ) -> list[Group]:
     """Parameters by (decay, learning-rate factor), in a stable order.
 
-    ``decay`` is a key of ``DECAYS``. ``lr_factors`` has the factor on the learning rate by name, 1 where it has none.
+    ``decay`` is a key of ``DECAYS``. ``other_decays`` has the weight decay by name where it is not ``weight_decay``;
+    ``lr_factors`` has the factor on the learning rate by name, 1 where it has none.
     """
     gathered: dict[tuple[float, float], list[str]] = {}
     for name, parameter in parameters.items():
-        own = weight_decay if DECAYS[decay](name, parameter.shape) else 0.0
+        own = other_decays.get(name, weight_decay) if DECAYS[decay](name, parameter.shape) else 0.0
         gathered.setdefault((own, lr_factors.get(name, 1.0)), []).append(name)
     return [
         Group(tuple(names), tuple(parameters[name] for name in names), own, factor)
@@ -164,10 +178,19 @@ def restore(optimizer: AdamW, parameters: Mapping[str, nn.Parameter], tensors: M
     remembered: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, slot = key.rpartition("/")
-        remembered.setdefault(name, {})[slot] = tensor.detach().clone()
+        remembered.setdefault(name, {})[slot] = tensor
     if strange := sorted(remembered.keys() - parameters.keys()):
         raise UserError(f"the saved optimizer state has {strange[0]!r}, which this recipe does not train")
+    for name, slots in remembered.items():
+        remembered[name] = {slot: _laid_out_as(parameters[name], tensor) for slot, tensor in slots.items()}
     names = {parameter: name for name, parameter in parameters.items()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     numbered = {number: remembered[name] for number, name in enumerate(order) if name in remembered}
     optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _laid_out_as(parameter: Tensor, remembered: Tensor) -> Tensor:
+    """A copy with the parameter's strides: the fused step walks through both side by side, whatever their strides."""
+    if remembered.shape != parameter.shape:  # the number of steps
+        return remembered.detach().clone()
+    return torch.empty_like(parameter, dtype=remembered.dtype, requires_grad=False).copy_(remembered)

@@ -46,6 +46,8 @@ class LrFactors(BaseModel):
     """What was put into a tower: adapters, low-rank updates, appended blocks."""
     tower: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """All else of the base that trains."""
+    shared: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """What both towers hold in common, norms too; where they do, ``tower`` and ``norm`` are what they do not."""
 
 
 class TrainSettings(BaseModel):
@@ -76,9 +78,11 @@ class TrainSettings(BaseModel):
     """Part of all steps in which the learning rate rises; the "lilt" schedule has its own."""
     weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """AdamW's decay, per step and unit of learning rate."""
-    decay: Literal["matrices", "lilt"] = "matrices"
+    weight_decay_shared: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """The decay of what both towers hold in common; as ``weight_decay`` where left out."""
+    decay: Literal["matrices", "lilt", "msclip"] = "matrices"
     """What decays: "matrices" and kernels only; "lilt": all but one-dimensional tensors and biases, so the scale and
-    the tables of positions and classes too."""
+    the tables of positions and classes too; "msclip": matrices and kernels, but no table of tokens or positions."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     """AdamW's memory of the gradient and of its square, as fractions kept at each step."""
     eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False)

@@ -31,12 +31,16 @@ from clasp.types import Batch, Embeddings, Loss, UserError
 class Trainable(Embedder, Protocol):
     """A module that embeds a batch, or either side of it, and names what trains in it.
 
-    ``train()`` must leave frozen things alone: running statistics of a norm are in no selection, so no run would save
-    them. ``after_step`` puts back into bounds what a step may have pushed out (the log scale).
+    ``train()`` must leave frozen things alone: running statistics of a norm are in no selection, and no run would save
+    them but for those in ``moving``. ``after_step`` puts back into bounds what a step may have pushed out, which is the
+    log scale.
     """
 
     @property
     def selection(self) -> frozenset[str]: ...
+
+    @property
+    def moving(self) -> Mapping[str, Tensor]: ...
 
     def __call__(self, batch: Batch) -> Embeddings: ...
 
@@ -59,7 +63,8 @@ class Stepped(NamedTuple):
 class Stepper:
     """Holds what moves the weights; ``weights`` is the selection, by name.
 
-    ``kinds`` has the kind of each of them, for ``lr_factors``; where it is empty all have the same learning rate.
+    ``kinds`` has the kind of each of them, for ``lr_factors`` and the decay of what is shared; where it is empty all
+    have the same learning rate.
     ``start`` is where a run goes on. ``micro_batch`` is ``None`` until it is known: set by the recipe, brought by
     ``start``, or chosen.
     """
@@ -88,17 +93,22 @@ class Stepper:
         model.to(accelerator.device)
         self.weights = optim.selected(dict(model.named_parameters()), model.selection)
         factors = settings.lr_factors.model_dump()
-        assert kinds or set(factors.values()) == {1.0}, "lr_factors need the kinds of the parameters"
+        apart = settings.weight_decay_shared
+        assert kinds or (set(factors.values()) == {1.0} and apart is None), "these need the kinds of the parameters"
         assert not kinds or kinds.keys() >= self.weights.keys(), "a parameter that trains is of no kind"
         groups = optim.groups(
             self.weights,
             weight_decay=settings.weight_decay,
             decay=settings.decay,
+            other_decays={} if apart is None else {name: apart for name, kind in kinds.items() if kind == "shared"},
             lr_factors={name: factors[kind] for name, kind in kinds.items()},
         )
         self.optimizer = optim.adamw(
             groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, device=accelerator.device
         )
+        if model.moving and self.micro_batch is None:
+            assert settings.batch != "auto", "resolve the settings with train.plan.choose first"
+            self.micro_batch = settings.batch  # statistics are those of whole batches, and measuring would move them
         if start:
             self.put(start.weights)
             optim.restore(self.optimizer, self.weights, start.optimizer)
@@ -151,8 +161,8 @@ class Stepper:
         return bigbatch.Work(self.model, device, self.precision, seed)
 
     def selection(self, *, copied: bool = False) -> dict[str, Tensor]:
-        """The trained weights by name: the live tensors, or a copy on the CPU."""
-        live = {name: parameter.detach() for name, parameter in self.weights.items()}
+        """The trained weights by name, and the statistics that move: the live tensors, or a copy on the CPU."""
+        live = {name: parameter.detach() for name, parameter in self.weights.items()} | dict(self.model.moving)
         return {name: tensor.to("cpu", copy=True) for name, tensor in live.items()} if copied else live
 
     def memory(self) -> dict[str, Tensor]:
@@ -161,7 +171,8 @@ class Stepper:
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Copies weights into the model; they must be of the same names and shapes, else UserError."""
-        ours = {name: tuple(parameter.shape) for name, parameter in self.weights.items()}
+        live = self.selection()
+        ours = {name: tuple(tensor.shape) for name, tensor in live.items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if different := sorted(dict(ours.items() ^ theirs.items())):
             raise UserError(
@@ -169,8 +180,8 @@ class Stepper:
                 f"{theirs.get(different[0], 'missing')} there and {ours.get(different[0], 'not trained')} here"
             )
         with torch.no_grad():
-            for name, parameter in self.weights.items():
-                parameter.copy_(weights[name])
+            for name, tensor in live.items():
+                tensor.copy_(weights[name])
 
     def advice(self, loss: float, number: int, lr: float) -> str:
         """What to say when step ``number`` must not be taken."""

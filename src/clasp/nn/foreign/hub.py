@@ -1,4 +1,4 @@
-"""Towers from a package, a model hub, a folder, timm or a factory of the user's; and those of the LilT paper.
+"""Towers from a package, a model hub, a folder, timm or a factory of the user's; those of the LilT paper; our own nets.
 
 In goes what a recipe says of a tower, out comes a ``Base``. With ``meta=True`` nothing is downloaded or read but a
 configuration, and the shapes of the paper's towers are known here, so that parameters can be counted anywhere.
@@ -23,6 +23,7 @@ from clasp.nn.base import Base, ImageSettings, TextSettings
 from clasp.nn.foreign.hugging import said_plainly, transformers_base
 from clasp.nn.foreign.own import OWN, kind_of, open_own
 from clasp.nn.foreign.packaged import PACKAGED, packaged
+from clasp.nn.foreign.seeded import refuse_without_net, seeded_base
 from clasp.nn.layers import VisionTransformer, resize_positions
 from clasp.types import UserError
 
@@ -38,19 +39,22 @@ DEIT: dict[str, tuple[int, int, int, float | None, str]] = {
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def open_base(settings: Settings, *, meta: bool = False) -> Base:
-    """The base that a recipe's ``[image]`` or ``[text]`` names.
+def open_base(settings: Settings, *, meta: bool = False, seed: int = 0) -> Base:
+    """The base that a recipe's ``[image]`` or ``[text]`` names; ``seed`` is what a net starts from that nobody trained.
 
     Raises ``UserError`` for an unknown scheme or tower, for one that cannot be reached, and for missing weights.
     """
     scheme, colon, rest = settings.tower.partition(":")
     if not colon or not scheme or not rest:
         raise UserError(f"tower = {settings.tower!r} has no scheme; write one of {', '.join(_EXAMPLES)}")
+    if scheme == OWN_SCHEME:
+        return seeded_base(settings, seed=seed, meta=meta)
+    refuse_without_net(settings)
     if scheme in SCHEMES:
         return SCHEMES[scheme](rest, settings, meta)
     if "." in scheme or importlib.util.find_spec(scheme) is not None:
         return _factory(settings, scheme, rest, meta)
-    near = difflib.get_close_matches(scheme, SCHEMES, n=1)
+    near = difflib.get_close_matches(scheme, [*SCHEMES, OWN_SCHEME], n=1)
     hint = f"did you mean {near[0]}:{rest}? " if near else ""
     raise UserError(
         f"tower = {settings.tower!r}: {scheme!r} is neither a scheme nor a module that Python finds; {hint}"
@@ -124,11 +128,13 @@ SCHEMES: dict[str, Callable[[str, Settings, bool], Base]] = {
     "file": _file,
     "deit": _deit,
 }
+OWN_SCHEME = "own"  # the one that needs a seed
 _EXAMPLES = (
     "hf:facebook/dinov2-small",
     "timm:NAME",
     f"pip:{next(iter(PACKAGED))}",
     "file:FOLDER",
+    "own:image",
     "package.module:factory",
 )
 

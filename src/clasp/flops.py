@@ -42,6 +42,18 @@ class Flops(NamedTuple):
     left_out: tuple[str, ...] = ()
 
 
+def flops_of(run: Callable[[], Any]) -> int:
+    """Both passes of something together."""
+    flops = counted(run)
+    return flops.forward + flops.backward
+
+
+def macs_of(run: Callable[[], Any]) -> int:
+    """Multiply-accumulates of a forward pass, which papers count; best of a net on the meta device."""
+    with torch.no_grad():
+        return counted(run).forward // 2
+
+
 def counted(run: Callable[[], Any]) -> Flops:
     """Runs something, and counts."""
     with _Counter() as counter:

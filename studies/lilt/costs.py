@@ -1,0 +1,58 @@
+"""What a row costs: its arithmetic and memory, counted anywhere; its speed and peak, timed on an idle machine.
+
+In: a model with its recipe and pairs, or a run that has ended. Out: numbers for a record. Unusual: arithmetic is that
+of a first epoch, in which nothing is kept yet: what the frozen part of a tower says is computed once for every pair,
+and belongs to what the pair costs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clasp.align import Aligned, inputs_of
+from clasp.assemble import Assembled
+from clasp.data.batches import Batches
+from clasp.data.pairs import Pairs
+from clasp.data.sides import Listing
+from clasp.flops import counted as counted_flops
+from clasp.losses.contrastive import info_nce
+from clasp.recipe import Recipe
+from clasp.train.memory import Kept
+
+ADAM = 3  # numbers beside each weight that trains: its gradient, and the optimizer's two
+
+
+def counted(parts: Assembled, recipe: Recipe, pairs: Pairs) -> dict[str, Any]:
+    """One step on all of ``pairs``. ``flops`` and ``kept_bytes`` (for the backward pass) are of a pair, the latter from
+    a whole batch; ``fixed_bytes`` are the weights, and for those that train gradient and optimizer."""
+    model, recipe = parts.model, recipe.changed(["data.features=off"])
+    inputs, listing = inputs_of(parts, recipe), Listing(pairs)
+    sides = inputs.image_side(pairs, None), inputs.text_side(listing)
+    batch = next(Batches(listing, *sides, batch=len(pairs), seed=0).epoch(0))
+
+    def step() -> None:
+        seen = model(batch)
+        info_nce(seen.image, seen.text, seen.scale, groups=batch.groups).total.backward()
+        model.zero_grad()
+
+    flops = counted_flops(step)
+    with Kept(model.parameters()) as kept:
+        seen = model(batch)
+    del seen
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    return {
+        "flops": (flops.forward + flops.backward) / len(pairs),
+        "flops_forward": flops.forward / len(pairs),
+        "kept_bytes": kept.bytes / len(pairs),
+        "fixed_bytes": sum(size * (1 + ADAM * trains) for size, trains in sizes),
+    }
+
+
+def timed(done: Aligned) -> dict[str, Any]:
+    """What the ledger of a run says: pairs a second of its median step, its peak beyond what was there before."""
+    session = done.cost.sessions[-1]
+    return {
+        "pairs_per_second": session.pairs_per_second,
+        "peak_bytes": session.peak_bytes,
+        "stages": {stage: round(seconds, 2) for stage, seconds in session.seconds.items()},
+    }

@@ -1,0 +1,160 @@
+"""States and maps beside an obvious walk through the net; nothing stays on it, and nothing changes in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clasp.analyze.inside import attention_maps, inside
+from clasp.nn.towers import Tower
+from clasp.nn.tuning import freeze
+from clasp.types import Pixels, Tokens, UserError
+from toytowers import IMAGE_NETS, OURS, base, inputs
+
+
+def given(name: str) -> Pixels | Tokens:
+    return inputs(name if name in IMAGE_NETS else "bert")
+
+
+def walked(tower: Tower, read: Pixels | Tokens) -> dict[str, list[Tensor]]:
+    """Norm 1, attention, norm 2 and attention maps of every block, and the end, each by hand."""
+    net: Any = tower.net
+    mask = read.mask if isinstance(read, Tokens) else None
+    if isinstance(read, Tokens):
+        x = net.token_map(net.token_embed(read.ids)) + net.pos_embed[:, : read.ids.shape[1]]
+    else:
+        x = net.patch_embed(read.values)
+        cls = net.cls_token.expand(len(x), -1, -1)
+        own = net.settings.class_position
+        x = torch.cat((cls, x), 1) + net.pos_embed if own else torch.cat((cls, x + net.pos_embed), 1)
+    x = net.norm_pre(x)
+    found: dict[str, list[Tensor]] = {"norm1": [], "attention": [], "norm2": [], "map": []}
+    for block in net.blocks:
+        gammas = [1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2)]
+        if block.order == "pre":
+            norm1 = block.norm1(x)
+            attention, seen = block.attn(norm1, mask), block.attn.map(norm1, mask)
+            x = x + gammas[0] * attention
+            norm2 = block.norm2(x)
+            x = x + gammas[1] * block.mlp(norm2)
+        else:
+            attention, seen = block.attn(x, mask), block.attn.map(x, mask)
+            norm1 = block.norm1(x + gammas[0] * attention)
+            x = norm2 = block.norm2(norm1 + gammas[1] * block.mlp(norm1))
+        for point, states in (("norm1", norm1), ("attention", attention), ("norm2", norm2), ("map", seen)):
+            found[point].append(states)
+    return {**found, "final": [net.norm(x)]}
+
+
+def hooks(net: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_is_found_is_what_went_on(name: str):
+    tower, read = Tower(base(name)), given(name)
+    first = 1 if name == "own-stem" else 0  # a stem is layer 0
+    with torch.no_grad():
+        before = tower(read)
+        slow = walked(tower, read)
+        found, maps = inside(tower.net, lambda: tower(read)), attention_maps(tower.net, lambda: tower(read))
+        for point, by_layer in (
+            *(("norm1", found.norm1), ("attention", found.attention), ("norm2", found.norm2)),
+            ("map", maps),
+        ):
+            assert [*by_layer] == [*range(first, first + 2)], point
+            for one, other in zip(by_layer.values(), slow[point], strict=True):
+                torch.testing.assert_close(one, other)
+        torch.testing.assert_close(found.final, slow["final"][0])
+        torch.testing.assert_close(found.final, before)
+        assert torch.equal(tower(read), before)
+    for each in maps.values():
+        torch.testing.assert_close(each.sum(-1), torch.ones(each.shape[:-1]))
+
+
+def test_a_map_made_by_hand():
+    """Two tokens, one head, queries and keys that are the states: the map is a softmax of their products."""
+    tower = Tower(base("own-text"))
+    net: Any = tower.net
+    block = net.blocks[0]
+    with torch.no_grad():
+        block.attn.qkv.weight.copy_(torch.eye(32).repeat(3, 1))
+        block.attn.qkv.bias.zero_()
+        read = Tokens(torch.tensor([[5, 9]]), torch.ones(1, 2, dtype=torch.bool))
+        first, second = inside(net, lambda: tower(read)).norm1[0][0, :, :16]  # of the first of two heads
+        seen = attention_maps(net, lambda: tower(read))[0][0, 0]
+    scores = torch.stack([first @ second, second @ second]) / 4
+    torch.testing.assert_close(seen, torch.stack([torch.tensor([1.0, 0.0]), scores.softmax(0)]))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_nothing_stays_on_the_net(name: str):
+    tower, read = Tower(base(name)), given(name)
+    tower.tune(["adapters", "lora(rank=2)", "prompts(2)"], seed=0)
+    were, state = hooks(tower.net), {n: t.clone() for n, t in tower.state_dict().items()}
+    with torch.no_grad():
+        before = tower(read)
+        for look in (inside, attention_maps):
+            look(tower.net, lambda: tower(read))
+            assert hooks(tower.net) == were
+            assert torch.equal(tower(read), before)
+
+            def broken() -> None:
+                tower(read)
+                raise ArithmeticError
+
+            with pytest.raises(ArithmeticError):
+                look(tower.net, broken)
+            assert hooks(tower.net) == were
+    assert all(torch.equal(tensor, state[n]) for n, tensor in tower.state_dict().items())
+    assert not any("forward" in vars(module) for module in tower.net.modules())
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_tuning_put_in_is_seen(name: str):
+    tower, read = Tower(base(name)), given(name)
+    plain = attention_maps(tower.net, lambda: tower(read)), inside(tower.net, lambda: tower(read))
+    names = tower.tune(["adapters", "lora(rank=2)", "prompts(2)"], seed=0)
+    with torch.no_grad():
+        for each in names:
+            tower.get_parameter(each).add_(0.3)
+        maps, found = attention_maps(tower.net, lambda: tower(read)), inside(tower.net, lambda: tower(read))
+    for layer, each in maps.items():
+        tokens = plain[0][layer].shape[-1] + 2
+        assert each.shape[-2:] == (tokens, tokens) and found.attention[layer].shape[1] == tokens
+        assert not torch.allclose(found.attention[layer][:, :1], plain[1].attention[layer][:, :1])
+    assert found.final.shape[1] == tokens and tower(read).shape[1] == tokens - 2, "prompts are taken out at the end"
+
+
+def test_gradients_go_through_what_is_found():
+    tower, read = Tower(base("own-text")), given("own-text")
+    found = inside(tower.net, lambda: tower(read))
+    found.attention[0].sum().backward()
+    net: Any = tower.net
+    assert net.blocks[0].attn.proj.bias.grad is not None and net.blocks[1].attn.proj.bias.grad is None
+
+
+def test_layers_below_a_cut_are_left_out():
+    tower, read = Tower(base("own-image")), given("own-image")
+    with torch.no_grad():
+        freeze(tower, [])
+        assert tower.frozen_blocks == 2  # the first who asks makes the net run
+        left = tower.trunk(read, 1)
+        assert [*inside(tower.net, lambda: tower(left)).norm1] == [1]
+
+
+def test_a_net_that_runs_twice_is_a_mistake_of_ours():
+    tower, read = Tower(base("own-image")), given("own-image")
+    with pytest.raises(AssertionError, match="run once and ran 2 times"):
+        inside(tower.net, lambda: [tower(read), tower(read)])
+    with pytest.raises(AssertionError, match="ran 0 times"):
+        attention_maps(tower.net, lambda: None)
+
+
+def test_a_foreign_net_is_refused():
+    for look in (inside, attention_maps):
+        with pytest.raises(UserError, match=r"BertModel is no net of ours.*adopt makes one"):
+            look(base("bert").net, lambda: None)
