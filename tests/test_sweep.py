@@ -55,9 +55,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts[self.modality] += len(answer)
         return answer
 
-    def opened(settings, *, meta: bool = False):
+    def opened(settings, *, meta: bool = False, seed: int = 0):
         counts["loaded"] += not meta
-        return open_base(settings, meta=meta)
+        return open_base(settings, meta=meta, seed=seed)
 
     monkeypatch.setattr(Tower, "pooled", watched)
     monkeypatch.setattr(assembling, "open_base", opened)

@@ -116,8 +116,8 @@ class DualEncoder(nn.Module):
 
     @property
     def shared_names(self) -> set[str]:
-        """Parameters of the towers that both hold, by their first names."""
-        return {name for name in aliases(self).values() if not name.startswith("image_head.")}
+        """Parameters that both towers hold, by their first names; not what one of them holds twice, as T5 does."""
+        return {first for name, first in aliases(self).items() if (name[:5], first[:6]) == ("text.", "image.")}
 
     @property
     def new_names(self) -> dict[str, set[str]]:
