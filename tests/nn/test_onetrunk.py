@@ -348,6 +348,24 @@ def test_adapters_and_norms_on_both_views_of_a_frozen_trunk(trunk: str, image: s
     assert torch.equal(again(batch()).text, model(batch()).text)
 
 
+@pytest.mark.parametrize(("trunk", "image", "text"), TRUNKS)
+def test_the_other_modality_learns_through_a_frozen_trunk(trunk: str, image: str, text: str):
+    """The trunk's own view is fixed with its head; four captions, or pictures, find their places among its answers."""
+    made = one_trunk(trunk, image, text)
+    side = "text" if trunk == "image" else "image"
+    model = encoder(made, {side: ["adapters", "norms"]})
+    model.select(name for name in model.selection if name.startswith((f"{side}.", f"{side}_head.")))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(60):
+        out = model(batch())
+        losses.append(F.cross_entropy(out.scale * out.image @ out.text.T, torch.arange(4)))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0] > 1 and losses[-1] < 0.1
+
+
 @pytest.mark.parametrize("way", ["policy", "peft"])
 @pytest.mark.parametrize(("trunk", "image", "text"), TRUNKS)
 def test_low_rank_differences_on_both_views(trunk: str, image: str, text: str, way: str):

@@ -173,6 +173,8 @@ def test_layers_named_twice_are_refused():
         ({}, {"hidden": 64}, {"ffn": "shared"}, ["hidden is 128 in the image net and 64"]),
         ({}, {"activation": "quick-gelu"}, {"ffn": "shared"}, ["activation is gelu"]),
         ({}, {"norm": "rms"}, {"norm1": "shared"}, ["norm is layer in the image net and rms"]),
+        ({}, {"order": "post"}, {"norm2": "shared"}, ["cannot share norm2", "order is pre in the image net and post"]),
+        ({}, {"order": "post"}, {"final_norm": "shared"}, ["blocks of the text net end with a norm, and no other"]),
         ({}, {}, {"layer_scale": "shared"}, ["cannot share layer_scale", "blocks of the image net have none"]),
         ({"qk_norm": True}, {}, {"qk_norm": "shared"}, ["cannot share qk_norm", "blocks of the text net have none"]),
         ({"stem": "batch"}, {}, BOTH, ["layer 0 of the image net is its stem", "write layers = '1:'"]),
