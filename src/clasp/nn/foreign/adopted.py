@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from clasp.nn.anatomy import unused
 from clasp.nn.base import Base
-from clasp.nn.blocks import ACTIVATIONS, BlockSettings
+from clasp.nn.blocks import BlockSettings
 from clasp.nn.layers import resize_positions
 from clasp.nn.nets import ImageTransformer, ImageTransformerSettings, TextTransformer, TextTransformerSettings
 from clasp.types import UserError
 
 _ACTIVATION_NAMES = {"gelu": "gelu", "quick_gelu": "quick-gelu"}
-assert set(_ACTIVATION_NAMES.values()) == set(ACTIVATIONS)
 _Leaves = tuple[str, ...]
 _BOTH: _Leaves = ("weight", "bias")
 
