@@ -74,6 +74,30 @@ def test_every_state_is_that_of_the_source(name: str):
     assert_same(theirs, ours, something(theirs), 2e-6)
 
 
+@pytest.mark.parametrize("name", ["bert", "vit"])
+@pytest.mark.parametrize("place", ["input", "output"])
+def test_an_adapter_is_put_where_the_source_has_it(name: str, place: str):
+    """A post-norm block norms after the sum, so an adapter at a branch's input is behind the norm before it."""
+    theirs, ours = Tower(made(name)), Tower(adopt(made(name)))
+    words = [f"adapters(place={place!r}, start='random')"]
+    added, here = (adapters_of(each, words) for each in (theirs, ours))
+    assert len(added) == len(here) > 0
+    with torch.no_grad():
+        for parameter, of_ours in zip(added, here, strict=True):
+            of_ours.copy_(parameter)
+    assert_same_towers(theirs, ours, something(made(name)))
+
+
+def adapters_of(tower: Tower, words: list[str]) -> list[nn.Parameter]:
+    names = tower.tune(words, seed=0)
+    return [parameter for name, parameter in tower.named_parameters() if name in names]
+
+
+def assert_same_towers(one: Tower, other: Tower, read: Pixels | Tokens) -> None:
+    for theirs, ours in zip(every_state(one, read), every_state(other, read), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
 def test_the_toy_towers_that_fit_are_those_we_say():
     fit = {name for name in NETS if type(base(name).net).__name__ in FAMILIES}
     assert fit == set(FIT)

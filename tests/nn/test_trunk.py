@@ -13,6 +13,7 @@ from clasp.nn.anatomy import anatomy
 from clasp.nn.lengths import by_length, cheapest_parts
 from clasp.nn.towers import Tower
 from clasp.nn.tuning import freeze
+from clasp.train.memory import Kept
 from clasp.types import Pixels, States, Tokens, UserError
 from toytowers import IMAGE_NETS, NETS, TEXT_NETS, base, inputs
 
@@ -75,18 +76,10 @@ def test_nothing_below_the_cut_is_kept_for_backward(name: str):
 
 
 def kept_bytes(tower: Tower, given: Pixels | Tokens | States) -> int:
-    kept: dict[int, int] = {}
-    weights = {p.data_ptr() for p in tower.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in weights and tensor.is_floating_point():
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with Kept(tower.parameters()) as kept:
         out = tower.pooled(given)
     assert out.requires_grad
-    return sum(kept.values())
+    return kept.bytes
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from clasp.nn.blocks import Block as OurBlock
 from clasp.types import UserError
 
 
@@ -82,7 +83,7 @@ _BERT = Layout(
     blocks="encoder.layer.*",
     attention="attention",
     mlp=("intermediate", "output"),
-    begins=("attention", "intermediate"),
+    begins=("attention.self", "intermediate"),
     ends=("attention.output.dropout", "output.dropout"),
     unused=("pooler",),
 )
@@ -165,7 +166,7 @@ LAYOUTS: dict[str, Layout] = {
         blocks="encoder.layer.*",
         attention="attention",
         mlp=("intermediate", "output"),
-        begins=("attention", "intermediate"),
+        begins=("attention.attn", "intermediate"),
         ends=("attention.attn.o", "output.dropout"),
         unused=("pooler",),
     ),
@@ -283,7 +284,13 @@ def _matching(modules: dict[str, nn.Module], pattern: str) -> Iterator[str]:
 def _layout(net: nn.Module) -> Layout | None:
     """The row of the net's class; none where another library's class has the same name and other insides."""
     layout = LAYOUTS.get(type(net).__name__)
-    return layout if layout and any(_matching(dict(net.named_modules()), layout.blocks)) else None
+    first = next(_matching(dict(net.named_modules()), layout.blocks), None) if layout else None
+    if layout is None or first is None:
+        return None
+    block = net.get_submodule(first)
+    if isinstance(block, OurBlock) and block.order == "post":  # its norms end the branches instead
+        return replace(layout, begins=("attn", "mlp"))
+    return layout
 
 
 # CLIP's class token is a vector, all others are [1, tokens, D]

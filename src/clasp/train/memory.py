@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,34 @@ _GROUPS = (
 
 
 class Kept:
-    """A context that counts the ``bytes`` kept for the backward pass of what runs inside, each storage once.
+    """A context that counts the ``bytes`` kept for the backward pass of what runs inside: the most at one time.
 
-    ``weights`` are there anyway and do not count. What a tensor is cut from counts whole, since it is kept whole.
+    ``weights`` are there anyway and do not count. What a tensor is cut from counts whole, since it is kept whole, and
+    once however many tensors are cut from it.
     """
 
     def __init__(self, weights: Iterable[Tensor]):
-        self._storages = {weight.untyped_storage().data_ptr() for weight in weights}
-        self._hooks: Any = saved_tensors_hooks(self._count, _as_it_is)
+        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._holders: Counter[int] = Counter()  # of the storage at an address, which is another's once it is let go
+        self._now = 0
+        self._hooks: Any = saved_tensors_hooks(self._hold, _Held.get)
         self.bytes = 0
 
-    def _count(self, tensor: Tensor) -> Tensor:
+    def _hold(self, tensor: Tensor) -> _Held:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._storages:
-            self._storages.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor.detach()  # an output that were kept as it is would hold its own graph, and neither be freed
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address in self._weights:
+            return _Held(tensor, lambda: None)
+        self._holders[address] += 1
+        if self._holders[address] == 1:
+            self._now += size
+            self.bytes = max(self.bytes, self._now)
+        return _Held(tensor, lambda: self._let_go(address, size))
+
+    def _let_go(self, address: int, size: int) -> None:
+        self._holders[address] -= 1
+        if not self._holders[address]:
+            self._now -= size
 
     def __enter__(self) -> Kept:
         self._hooks.__enter__()
@@ -51,8 +64,18 @@ class Kept:
         self._hooks.__exit__(*error)
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+class _Held:
+    """What the autograd engine keeps in place of a tensor, and says when it no longer does."""
+
+    def __init__(self, tensor: Tensor, let_go: Callable[[], None]):
+        self._tensor = tensor.detach()  # an output kept as it is would hold its own graph, and neither be freed
+        self._let_go = let_go
+
+    def get(self) -> Tensor:
+        return self._tensor
+
+    def __del__(self) -> None:
+        self._let_go()
 
 
 def free_bytes(device: torch.device) -> int | None:
