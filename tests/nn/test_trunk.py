@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clasp.nn.anatomy import anatomy
 from clasp.nn.lengths import by_length, cheapest_parts
