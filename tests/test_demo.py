@@ -76,9 +76,9 @@ def test_a_second_run_reads_no_tower(told: story.Told, monkeypatch: pytest.Monke
 def test_shuffled_pairs_stay_at_chance(told: story.Told, tmp_path: Path):
     sample = unpack(cache_folder(), quick=True)
     rows = [json.loads(line) for line in sample.pairs("train").read_text(encoding="utf-8").splitlines()]
-    shift = len(rows) // 3
-    for row, other in zip(rows, rows[shift:] + rows[:shift], strict=True):
-        row["caption"], row["image"] = other["caption"], str(sample.folder / row["image"])
+    captions, shift = [row["caption"] for row in rows], len(rows) // 3
+    for row, caption in zip(rows, captions[shift:] + captions[:shift], strict=True):
+        row["caption"], row["image"] = caption, str(sample.folder / row["image"])
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = story.demo_recipe(sample, quick=True).changed(
         [f"data.train={tmp_path / 'train.jsonl'}", "train.keep=last"]
