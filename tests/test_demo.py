@@ -87,7 +87,8 @@ def test_shuffled_pairs_stay_at_chance(told: story.Told, tmp_path: Path):
     model = load(tmp_path / "shuffled")
     metrics = story.question(sample, _inputs(sample, model, recipe), quick=True)(model.encoder)
     for language in ("en", "macro:trained"):
-        assert abs(metrics[f"{language}/image_to_text/recall@5"] - CHANCE) < 0.03, language
+        away = abs(metrics[f"{language}/image_to_text/recall@5"] - CHANCE)
+        assert away < 0.05, f"{language}: of 138 pictures, three standard errors"
 
 
 def _inputs(sample: Sample, model, recipe) -> Inputs:

@@ -42,10 +42,16 @@ def test_the_table_is_whole():
     assert set(CANNOT) <= {(name, method) for name in NETS for method in ROWS}
 
 
-@pytest.mark.parametrize("method", ROWS)
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_every_method_on_every_tower(tmp_path: Path, pair: tuple[str, str], method: str):
-    """Both towers are tuned by the method; one that cannot refuses, and is left as it came."""
+@pytest.mark.parametrize(
+    ("pair", "method"),
+    [(pair, method) for i, pair in enumerate(PAIRS) for j, method in enumerate(ROWS) if (i + j) % 2 == 0],
+    ids=lambda word: word if isinstance(word, str) else "+".join(word),
+)
+def test_every_method_on_every_other_pair(tmp_path: Path, pair: tuple[str, str], method: str):
+    """Both towers are tuned by the method; one that cannot refuses, and is left as it came.
+
+    Every tower has every method in ``nn/test_tuning.py``; here it is half of them, through all four uses.
+    """
     towers = [f"toyfactories:{name}" for name in pair]
     tuned = {}
     for side, name in zip(SIDES, pair, strict=True):
@@ -72,8 +78,11 @@ def test_from_disk(saved: dict[str, Path], tmp_path: Path, pair: tuple[str, str]
         assert any(name.startswith(f"{side}.net.") and "lora_" in name for name in parts.model.selection)
 
 
-@pytest.mark.parametrize("methods", SEVERAL, ids=" ".join)
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+@pytest.mark.parametrize(
+    ("pair", "methods"),
+    [(pair, methods) for pair, methods in zip(PAIRS, cycle(SEVERAL), strict=False)],
+    ids=lambda words: " ".join(words),
+)
 def test_several_methods_on_every_tower(tmp_path: Path, pair: tuple[str, str], methods: tuple[str, ...]):
     """A method given twice, for other blocks, is as good as once; a tower without attention takes the first alone."""
     towers = [f"toyfactories:{name}" for name in pair]

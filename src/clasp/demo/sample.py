@@ -22,6 +22,7 @@ from typing import Any
 # about equally hard for the text tower alone and span several scripts.
 TRAINED = ("en", "de", "fr", "es", "ru", "tr", "ar", "hi", "ja", "zh")
 TRAINED_LOW = ("sw", "yo", "ig", "cy", "eu", "km", "my", "si", "so", "mn")
+QUICK_TRAINED = ("en", "sw", "km")
 HELD_LOW = ("am", "zu", "ha", "gd", "lo", "qu")
 HELD = ("it", "pt", "nl", "sv", "pl", "cs", "uk", "el", "he", "fa", "bn", "ta", "vi", "th", "id", "ko")
 KEYWORDS_IN = ("en", "de", "fr", "es")
@@ -29,7 +30,7 @@ KEYWORDS_IN = ("en", "de", "fr", "es")
 
 STYLES = ("noto", "twemoji", "fluent3d")
 SPLITS = ("train", "val", "test")
-_VERSION = "2"
+_VERSION = "3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Sample:
 
 
 def unpack(cache: Path, *, quick: bool) -> Sample:
-    """Unpack the sample once; ``quick``: one drawing style and six languages."""
+    """Unpack the sample once; ``quick``: one drawing style and three languages."""
     folder = cache / "demo" / f"{_VERSION}{'-quick' if quick else ''}"
     if (folder / "ready").exists():
         return Sample(folder)
@@ -56,7 +57,7 @@ def unpack(cache: Path, *, quick: bool) -> Sample:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     styles = STYLES[:1] if quick else STYLES
-    trained = ("en", "de", "sw", "yo", "km") if quick else (*TRAINED, *TRAINED_LOW)
+    trained = QUICK_TRAINED if quick else (*TRAINED, *TRAINED_LOW)
     with as_file(files("clasp.demo") / "data") as data:
         _unpack_images(data, part, styles)
         concepts = _concepts(data)

@@ -233,18 +233,14 @@ def anatomy(net: nn.Module) -> Anatomy:
     """
     family = type(net).__name__
     modules = dict(net.named_modules())
-    layout = _layout(net) or _layout_by_structure(net)
-
-    def inside(block: str, parts: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(f"{block}.{part}" for part in parts if f"{block}.{part}" in modules)
-
+    layout = _layout(net, modules) or _layout_by_structure(net)
     blocks = tuple(
         Block(
             path=path,
             attention=f"{path}.{layout.attention}" if layout.attention else None,
-            mlp=inside(path, layout.mlp),
-            begins=inside(path, layout.begins),
-            ends=inside(path, layout.ends),
+            mlp=_inside(modules, path, layout.mlp),
+            begins=_inside(modules, path, layout.begins),
+            ends=_inside(modules, path, layout.ends),
         )
         for path in _matching(modules, layout.blocks)
     )
@@ -257,7 +253,7 @@ def anatomy(net: nn.Module) -> Anatomy:
 
 def unused(net: nn.Module) -> tuple[str, ...]:
     """Paths of parameters and modules of ``net`` that never take part in encoding."""
-    layout = _layout(net)
+    layout = _layout(net, dict(net.named_modules()))
     return layout.unused if layout else ()
 
 
@@ -281,13 +277,17 @@ def _matching(modules: dict[str, nn.Module], pattern: str) -> Iterator[str]:
     return (name for name in modules if expression.match(name))
 
 
-def _layout(net: nn.Module) -> Layout | None:
+def _inside(modules: dict[str, nn.Module], block: str, parts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{block}.{part}" for part in parts if f"{block}.{part}" in modules)
+
+
+def _layout(net: nn.Module, modules: dict[str, nn.Module]) -> Layout | None:
     """The row of the net's class; none where another library's class has the same name and other insides."""
     layout = LAYOUTS.get(type(net).__name__)
-    first = next(_matching(dict(net.named_modules()), layout.blocks), None) if layout else None
+    first = next(_matching(modules, layout.blocks), None) if layout else None
     if layout is None or first is None:
         return None
-    block = net.get_submodule(first)
+    block = modules[first]
     if isinstance(block, OurBlock) and block.order == "post":  # its norms end the branches instead
         return replace(layout, begins=("attn", "mlp"))
     return layout
