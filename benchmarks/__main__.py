@@ -20,7 +20,7 @@ from benchmarks.harness import HEADER, machine, quick
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"
 COMPARED = ("heads", "blocks", "tune", "rate", "lit", "loss", "bigbatch", "encode", "forward")
-KNOWN = ("lengths", "scaling")
+KNOWN = ("lengths", "compiled", "scaling")
 SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
 
 
