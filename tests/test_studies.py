@@ -6,12 +6,9 @@ intervals are held against hand-made counts.
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import signal
-import sys
-import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,23 +17,22 @@ import pytest
 import tomlkit
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where studies are, which no package has
-
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
+from studies.asking import Seen, answer, images_seen, sentences
 from studies.lilt import costs, figures, pages
 from studies.lilt.__main__ import main
-from studies.lilt.asking import Seen, answer, images_seen, sentences
-from studies.lilt.cells import Cell, Record, Results, Row, Runner
+from studies.lilt.cells import Cell, Row, Runner
 from studies.lilt.claims import CLAIMS, FULL, HEADS, LAYERWISE, SMALL, both, compared, to_choose
 from studies.lilt.found import find
-from studies.lilt.names import HELD_OUT, STYLE_TO_ASK, STYLE_TO_CHOOSE, STYLES, TRAINED, Names
-from studies.lilt.numbers import Counts, Draws, difference, gained, itself, measured, pairs_to_reach, ratio
+from studies.lilt.names import Names
 from studies.lilt.photos import Photos, Sizes, drawn
 from studies.lilt.speed import run_alone
 from studies.lilt.starts import closed_form
 from studies.lilt.tables import TABLES
+from studies.numbers import Counts, Draws, difference, gained, itself, measured, pairs_to_reach, ratio
+from studies.records import Record, Results
 
 from clasp.align import inputs_of
 from clasp.assemble import assemble
@@ -46,8 +42,8 @@ from clasp.data.sides import Listing
 from clasp.recipe import read_recipe
 from clasp.starting import start_heads
 from clasp.types import Pair, Pooled, Source
-from toydata import Toy, add_member, toys
 from toyruns import save_towers
+from toystudies import write_drawings, write_photos
 
 NORMS = Row("norms", both('"norms"'), (1e-3, 3e-3))
 LOCKED = Row("heads", (), (1e-4,))
@@ -80,52 +76,13 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Photos:
-    """Photos in the layout of the real ones; half of the ten classes are in the study."""
-    folder = tmp_path_factory.mktemp("photos")
-    drawings = [toy for toy in toys(900) if toy.shape in ("circle", "cross")]
-    classes = sorted({toy.caption[2:] for toy in drawings})
-    tiny = folder / "tinyimagenet"
-    for number in range(6):
-        write(tiny / f"tinyimagenet-train-{number:02}.tar", drawings[number * 50 :][:50], classes)
-    write(tiny / "tinyimagenet-val.tar", drawings[300:340], classes)
-    write(folder / "cifar10/cifar10-train.tar", drawings[:40], classes)
-    write(folder / "cifar10/cifar10-test.tar", drawings[40:70], classes)
-    write(folder / "flickr8k-sample/flickr8k-sample-train.tar", drawings[:6], classes)
-    write(folder / "flickr8k-sample/flickr8k-sample-val.tar", drawings[6:12], classes)
-    for name in ("tinyimagenet", "cifar10"):
-        (folder / name / "classnames.txt").write_text("\n".join(classes), encoding="utf-8")
-        (folder / name / "zeroshot_classification_templates.txt").write_text("a {c}\na photo of a {c}\n", "utf-8")
+    folder = write_photos(tmp_path_factory.mktemp("photos"))
     return Photos(folder, Sizes(held=20, test=30, objects=20, objects_to_fit=30, scenes=10), file=common)
-
-
-def write(file: Path, drawings: list[Toy], classes: list[str]) -> None:
-    """A shard; what of its parts a kind of photo lacks is in the others as well."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w") as tar:
-        for number, toy in enumerate(drawings):
-            label = classes.index(toy.caption[2:])
-            said = [f"{toy.caption} {n} {toy.key}" for n in range(2)] if "flickr" in str(file) else [toy.caption]
-            about = {"class": classes[label], "wnid": f"n{label}", "label": label, "captions": said}
-            add_member(tar, f"{number}.png", toy.png)
-            add_member(tar, f"{number}.json", json.dumps(about).encode())
 
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory, common: Path) -> Names:
-    """Drawings of thirty concepts in five styles, named in every language of the study."""
-    folder = tmp_path_factory.mktemp("emoji")
-    spoken = [language for sets in (TRAINED, HELD_OUT) for languages in sets.values() for language in languages]
-    drawings = toys(30)
-    with gzip.open(folder / "captions.jsonl.gz", "wt", encoding="utf-8") as file:
-        for number, toy in enumerate(drawings):
-            split = ("train", "train", "train", "val", "test")[number % 5]
-            locales = {language: {"name": f"{toy.colour} {toy.shape}"} for language in spoken}
-            file.write(json.dumps({"concept": f"c{number}", "core": True, "split": split, "locales": locales}) + "\n")
-    for place, style in enumerate((*STYLES, STYLE_TO_CHOOSE, STYLE_TO_ASK)):
-        with tarfile.open(folder / f"{style}.tar", "w") as tar:
-            for number, toy in enumerate(toys(30, seed=0, size=32 + place)):
-                add_member(tar, f"{style}_c{number}.webp", toy.png)
-    return Names(folder, file=common)
+    return Names(write_drawings(tmp_path_factory.mktemp("emoji")), file=common)
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +27,12 @@ from clasp.data.features import (
     CachedTexts,
     Features,
     Progress,
-    _Texts,
+    Texts,
     bytes_of_images,
     bytes_of_texts,
     image_features,
+    key_of_images,
+    key_of_texts,
     text_features,
 )
 from clasp.data.images import Augment, ImageTransform
@@ -195,10 +197,7 @@ class Inputs:
         part, views = self.image_part, self._views_of(augment)
         if part is None:
             return None
-        key = {"what": "images", "part": part.fingerprint, "transform": self.transform.fingerprint}
-        key |= {"pairs": pairs.version, "views": views}
-        if augment is not None and views > 1:
-            key |= {"augment": asdict(augment), "seed": self._seed}
+        key = key_of_images(part, pairs, self.transform, augment, views=views, seed=self._seed)
         return self._keeping(
             part, "images", len(pairs), key, lambda name: bytes_of_images(part, len(pairs), views, name)
         )
@@ -208,9 +207,8 @@ class Inputs:
         part = self.text_part
         if part is None:
             return None
-        asked = _Texts(texts)
-        key = {"what": "texts", "part": part.fingerprint, "tokenizer": self.tokenizer.fingerprint}
-        key |= {"texts": asked.version}
+        asked = Texts(texts)
+        key = key_of_texts(part, self.tokenizer, asked)
         takes = lambda name: bytes_of_texts(part, self.tokenizer, asked.different, name)  # noqa: E731
         return self._keeping(part, "captions", len(asked.different), key, takes)
 

@@ -50,11 +50,12 @@ def main(given: Sequence[str] | None = None, home: Path = HERE) -> None:
 def study(options: argparse.Namespace, home: Path) -> None:
     """Run, and write the page; raises ``UserError`` where the folder of the data is not there."""
     from studies.lilt import figures, pages
-    from studies.lilt.cells import Results, Runner
+    from studies.lilt.cells import Runner
     from studies.lilt.claims import CLAIMS, LARGER, SMALL, to_time
     from studies.lilt.found import find
     from studies.lilt.speed import run_alone
     from studies.lilt.worlds import world
+    from studies.records import Results
 
     claim, size = CLAIMS[options.claim], LARGER if options.larger else SMALL
     runner = Runner(claim.world, world(claim.world, options, run=not options.page), Results(home / "results"))

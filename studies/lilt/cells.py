@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
-import torch
+from studies.asking import Answer
 from studies.lilt import costs
-from studies.lilt.asking import Answer
 from studies.lilt.starts import Start
+from studies.records import Record, Results, machine
 
 from clasp.align import align, inputs_of
 from clasp.assemble import Assembled, assemble
@@ -32,8 +30,6 @@ from clasp.model import DualEncoder
 from clasp.recipe import Recipe
 
 WRITTEN = 2  # part of every key: raise it when the same cell would be asked other things
-
-Record = dict[str, Any]
 
 
 @runtime_checkable
@@ -116,31 +112,6 @@ class Cell:
         return f"{self.purpose} {self.row.name}: rate {self.rate:g}, {self.pairs} pairs, seed {self.seed}"
 
 
-class Results:
-    """Lines of JSON in a folder, a file a claim; all are read, whichever claim asks."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._by_key = {record["key"]: record for file in sorted(folder.glob("*.jsonl")) for record in _lines(file)}
-
-    def get(self, key: str) -> Record | None:
-        return self._by_key.get(key)
-
-    def add(self, claim: str, record: Record) -> None:
-        """Write it at the end of the claim's file, whole or not at all after a stop."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{claim}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._by_key[record["key"]] = record
-
-
-def _lines(file: Path) -> Iterator[Record]:
-    """The objects of a file; a last line that was cut short by a stop is passed over."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if line.endswith("}"):
-            yield json.loads(line)
-
-
 class Runner:
     """Runs the cells of one world; keeps the untouched towers, and where heads start from them, in memory."""
 
@@ -217,19 +188,6 @@ class Runner:
         if towers not in self._starts:
             self._starts[towers] = self.world.start(*self._bases[towers], None)
         return self._starts[towers]
-
-
-def machine() -> dict[str, Any]:
-    """What a number may depend on, and no name of any machine."""
-    packages = ("torch", "transformers", "peft", "numpy")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "day": time.strftime("%Y-%m-%d"),
-    }
 
 
 def _nobody(line: str) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from studies.lilt.cells import Cell, Record, Row
+from studies.lilt.cells import Cell, Row
+from studies.records import Record
 
 SEEDS = 3
 

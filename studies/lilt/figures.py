@@ -30,9 +30,9 @@ from studies.lilt.claims import (
     half,
 )
 from studies.lilt.found import At, Found
-from studies.lilt.numbers import Measured, difference, itself, measured
 from studies.lilt.pages import stem
-from studies.lilt.tables import LANGUAGE_SETS, PROBES, TOP5, Of, counted, memory
+from studies.lilt.tables import LANGUAGE_SETS, PROBES, TOP5, counted, memory
+from studies.numbers import Measured, Of, difference, itself, measured
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from studies.lilt.cells import Cell, Record, Row, Runner
+from studies.lilt.cells import Cell, Row, Runner
 from studies.lilt.claims import FULL, Claim, Size, affordable, to_choose
-from studies.lilt.numbers import Counts
+from studies.numbers import Counts
+from studies.records import Record
 
 At = tuple[str, int]
 """A row's name, and the pairs it was trained on"""

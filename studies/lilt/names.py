@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from studies.lilt.asking import Answer, Seen, images_seen, log_likelihood, retrieval, texts_seen
+from studies.asking import Answer, Seen, images_seen, log_likelihood, retrieval, texts_seen
 from studies.lilt.photos import drawn
 from studies.lilt.starts import Rows, Start, closed_form
 
@@ -56,21 +56,21 @@ class Names:
 
     def pairs(self, count: int, seed: int) -> tuple[Pairs, Pairs]:
         """To train on, a drawing with its names in the trained languages, of which one is drawn; and a few more."""
-        few = self._drawings(self._concepts("val")[:32], [STYLE_TO_CHOOSE], ["en"])
+        few = self.drawings(self.concepts("val")[:32], [STYLE_TO_CHOOSE], ["en"])
         return drawn(self._to_train, count, seed), few
 
     @cached_property
     def _to_train(self) -> Pairs:
-        concepts = [one for place, one in enumerate(self._concepts("train")) if place % START]
-        return self._drawings(concepts, STYLES, _languages(TRAINED))
+        concepts = [one for place, one in enumerate(self.concepts("train")) if place % START]
+        return self.drawings(concepts, STYLES, _languages(TRAINED))
 
     def start(self, parts: Assembled, inputs: Inputs, more: Pairs | None) -> Start:
         """Heads in closed form from concepts that do not train, and ``more`` where given; every caption counts."""
         languages = _languages(TRAINED)
-        rows = self._rows(parts, inputs, self._drawings(self._concepts("train")[::START], STYLES, languages))
+        rows = self._rows(parts, inputs, self.drawings(self.concepts("train")[::START], STYLES, languages))
         if more is not None:
             rows = rows.and_those_of(self._rows(parts, inputs, more))
-        held = self._rows(parts, inputs, self._drawings(self._concepts("val"), [STYLE_TO_CHOOSE], ["en"]))
+        held = self._rows(parts, inputs, self.drawings(self.concepts("val"), [STYLE_TO_CHOOSE], ["en"]))
         return closed_form(rows, held, width=self.recipe.head.width, ridge=self.ridge)
 
     def _rows(self, parts: Assembled, inputs: Inputs, pairs: Pairs) -> Rows:
@@ -84,14 +84,14 @@ class Names:
 
     def validate(self, model: DualEncoder, inputs: Inputs) -> float:
         """What chooses learning rates: how likely the right name is, mean over the trained languages."""
-        concepts = self._concepts("val")
-        pairs = self._drawings(concepts, [STYLE_TO_CHOOSE], ["en"])
+        concepts = self.concepts("val")
+        pairs = self.drawings(concepts, [STYLE_TO_CHOOSE], ["en"])
         seen = images_seen(model, inputs, pairs)
         drawn_concepts = {pair.group for pair in pairs}
         known = [concept for concept in concepts if concept["concept"] in drawn_concepts]
         found = []
         for language in _languages(TRAINED):
-            names = {concept["concept"]: _name(concept, language) for concept in known}
+            names = {concept["concept"]: name_in(concept, language) for concept in known}
             classes = list(dict.fromkeys(names.values()))  # two concepts may have one name
             labels = {pair.id: names[pair.group] for pair in pairs}
             question = Classes(labels=labels, classes=classes, templates=["{}"], read=inputs.read)
@@ -100,12 +100,12 @@ class Names:
 
     def ask(self, model: DualEncoder, inputs: Inputs) -> dict[str, Answer]:
         """``T4/LANGUAGE/recall@5`` (new concepts in a new style) and ``T3/...`` (new concepts in trained styles)."""
-        concepts = self._concepts("test")
+        concepts = self.concepts("test")
         languages = _languages(TRAINED) + _languages(HELD_OUT)
-        texts = texts_seen(model, inputs, (_name(one, language) for one in concepts for language in languages))
+        texts = texts_seen(model, inputs, (name_in(one, language) for one in concepts for language in languages))
         answers: dict[str, Answer] = {}
         for cell, styles in (("T4", [STYLE_TO_ASK]), ("T3", list(STYLES))):
-            pairs = self._drawings(concepts, styles, ["en"])
+            pairs = self.drawings(concepts, styles, ["en"])
             seen = images_seen(model, inputs, pairs)
             for language in languages:
                 found = retrieval(model, seen, self._question(model, pairs, texts, language))
@@ -113,7 +113,7 @@ class Names:
         return answers
 
     def _question(self, model: DualEncoder, pairs: Pairs, texts: Seen, language: str) -> Captions:
-        names = {one["concept"]: _name(one, language) for one in self._concepts("test")}
+        names = {one["concept"]: name_in(one, language) for one in self.concepts("test")}
         pooled = Pooled(texts.of(names.values()).to(next(model.parameters()).device))
         return Captions(
             image_groups={pair.id: pair.group for pair in pairs},
@@ -132,15 +132,16 @@ class Names:
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
 
-    def _concepts(self, split: str) -> list[dict[str, Any]]:
+    def concepts(self, split: str) -> list[dict[str, Any]]:
+        """The core concepts of ``train``, ``val`` or ``test``."""
         return [one for one in self._all if one["core"] and one["split"] == split]
 
-    def _drawings(self, concepts: Iterable[dict[str, Any]], styles: Sequence[str], languages: Sequence[str]) -> Pairs:
+    def drawings(self, concepts: Iterable[dict[str, Any]], styles: Sequence[str], languages: Sequence[str]) -> Pairs:
         """A pair for each drawing there is; the drawings of a concept are one group."""
         pairs = [
             Pair(f"{style}_{concept}", drawing, captions, concept)
             for one in concepts
-            for concept, captions in [(one["concept"], tuple(Caption(_name(one, at), at) for at in languages))]
+            for concept, captions in [(one["concept"], tuple(Caption(name_in(one, at), at) for at in languages))]
             for style in styles
             if (drawing := self._files[style].get(concept)) is not None
         ]
@@ -163,5 +164,6 @@ def _languages(sets: dict[str, tuple[str, ...]]) -> list[str]:
     return [language for languages in sets.values() for language in languages]
 
 
-def _name(concept: dict[str, Any], language: str) -> str:
+def name_in(concept: dict[str, Any], language: str) -> str:
+    """What a concept is called."""
     return concept["locales"][language]["name"]

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from studies.lilt.asking import (
+from studies.asking import (
     Answer,
     images_seen,
     log_likelihood,

@@ -9,8 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from studies.lilt.cells import Cell, Record, Results, Runner, World
+from studies.lilt.cells import Cell, Runner, World
 from studies.lilt.claims import Claim
+from studies.records import Record, Results
 
 
 def run_alone(claim: Claim, cell: Cell, runner: Runner) -> Record:

@@ -6,7 +6,7 @@ that is not complete are right as far as they go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from studies.lilt.claims import (
@@ -24,10 +24,9 @@ from studies.lilt.claims import (
 )
 from studies.lilt.found import At, Found
 from studies.lilt.names import HELD_OUT, TRAINED
-from studies.lilt.numbers import Counts, Measured, difference, gained, itself, measured, pairs_to_reach, ratio
 from studies.lilt.wording import AS_GOOD, BUDGETS, COULD_SEE, KEPT
-
-Of = Callable[..., float]
+from studies.numbers import Counts, Measured, Of, difference, gained, itself, measured, pairs_to_reach, ratio
+from studies.telling import line, told
 
 TOP5, TOP1 = "zero-shot/tinyimagenet/top5", "zero-shot/tinyimagenet/top1"
 ELSEWHERE = {
@@ -234,23 +233,9 @@ def counted(found: Found, rows: Sequence[At], names: Sequence[str]) -> list[Coun
     return [sum((counts[row] for counts in each[1:]), each[0][row]) for row in range(len(rows))] if each else None
 
 
-def told(seen: Measured | None, of: Of, *, short: bool = False) -> str:
-    """Per cent with its interval; a difference has its sign."""
-    if seen is None:
-        return "–"
-    sign = "+" if of is difference else ""
-    value, low, high = (f"{100 * number:{sign}.1f}" for number in (seen.value, seen.low, seen.high))
-    return value if short else f"{value} ({low} to {high})"
-
-
 def memory(cost: dict) -> float:
     """Bytes of a step with a batch of 64, from what was counted of a row."""
     return cost["fixed_bytes"] + 64 * cost["kept_bytes"]
-
-
-def line(cells: Iterable[str]) -> str:
-    """Of a table."""
-    return "| " + " | ".join(cells) + " |"
 
 
 def _recalls(cell: str, spoken: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -102,6 +102,37 @@ class Features:
         return States(self.kept.take(rows), torch.from_numpy(mask), depth, self.kept.about["size"])
 
 
+# --- by what features are known --------------------------------------------------------------------------------------
+
+
+class Texts:
+    """Which ``entry`` each text is among the ``different`` ones, and the ``version`` of these.
+
+    They are sorted, so that their order in the data is of no account.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.different = sorted(set(texts))
+        entry = {text: number for number, text in enumerate(self.different)}
+        self.entry = np.array([entry[text] for text in texts], dtype=np.int64)
+        self.version = hashlib.sha256(json.dumps(self.different).encode()).hexdigest()
+
+
+def key_of_images(
+    part: Frozen[Pixels], pairs: Pairs, transform: ImageTransform, augment: Augment | None, *, views: int, seed: int
+) -> dict[str, Any]:
+    """Of the features of images: changes with whatever could change one of them. The plain view has no seed."""
+    key = {"what": "images", "part": part.fingerprint, "transform": transform.fingerprint}
+    key |= {"pairs": pairs.version, "views": views}
+    return key if augment is None or views == 1 else key | {"augment": asdict(augment), "seed": seed}
+
+
+def key_of_texts(part: Frozen[Tokens], tokenizer: Tokenizer, texts: Texts) -> dict[str, Any]:
+    """Of the features of texts."""
+    key = {"what": "texts", "part": part.fingerprint, "tokenizer": tokenizer.fingerprint}
+    return key | {"texts": texts.version}
+
+
 # --- replay ----------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +162,7 @@ class CachedTexts:
     """
 
     def __init__(self, features: Features, listing: Listing) -> None:
-        texts = _Texts(listing.texts)
+        texts = Texts(listing.texts)
         if features.kept.about["key"].get("texts") != texts.version:
             raise ValueError(f"{features.kept.path} holds features of other texts than these")
         # its own index: the texts may have been asked for in another order
@@ -173,10 +204,7 @@ def image_features(
     where the tower is. Raises ``UserError`` when too many images are unreadable or the disk is full.
     """
     assert views == 1 or augment is not None, "further views need an augmentation"
-    key = {"what": "images", "part": part.fingerprint, "transform": transform.fingerprint}
-    key |= {"pairs": pairs.version, "views": views}
-    if views > 1 and augment is not None:
-        key |= {"augment": asdict(augment), "seed": seed}
+    key = key_of_images(part, pairs, transform, augment, views=views, seed=seed)
     count, rows = len(pairs), part.tokens
     place = np.arange(rows)
 
@@ -226,9 +254,9 @@ def text_features(
     ``progress(done, total)`` counts different texts, and is not called when nothing is computed. ``device`` is where
     the tower is. Raises ``UserError`` when the disk is full.
     """
-    asked = _Texts(texts)
+    asked = Texts(texts)
     count = len(asked.different)
-    key = {"what": "texts", "part": part.fingerprint, "tokenizer": tokenizer.fingerprint, "texts": asked.version}
+    key = key_of_texts(part, tokenizer, asked)
     if part.depth == 0:
         first = np.arange(count + 1)
     else:
@@ -263,16 +291,6 @@ def bytes_of_texts(part: Frozen[Tokens], tokenizer: Tokenizer, texts: Sequence[s
     different = sorted(set(texts))
     rows = len(different) if part.depth == 0 else sum(map(len, tokenizer.encode(different)))
     return STORAGES[storage].bytes_of(rows, part.width)
-
-
-class _Texts:
-    """Which entry each text is: the different ones are sorted, so that their order in the data is of no account."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.different = sorted(set(texts))
-        entry = {text: number for number, text in enumerate(self.different)}
-        self.entry = np.array([entry[text] for text in texts], dtype=np.int64)
-        self.version = hashlib.sha256(json.dumps(self.different).encode()).hexdigest()
 
 
 def _on_cpu(said: States | Pooled, mask: Tensor | None = None) -> Float[Tensor, "rows D"]:

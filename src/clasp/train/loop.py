@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 from accelerate import Accelerator
@@ -86,7 +85,6 @@ def fit(
     journal = Journal(
         log, reporter or Silent(), steps=steps, epochs=epochs, log_every=settings.log_every, skipped=skipped
     )
-    take = partial(ledger.take, stepper) if ledger else stepper.step
     judge = Judge(stepper, journal, evaluate, primary, settings, epochs, start.best if start else None)
 
     def state() -> TrainState:
@@ -103,12 +101,7 @@ def fit(
             for batch in journal.fetching(batches.epoch(at.epoch, start=at.step_in_epoch)):
                 journal.read(batch)
                 if len(batch.ids) > 1:  # fewer have nothing to be told apart from
-                    if stepper.micro_batch is None:
-                        choice = stepper.choose_micro_batch(batch)
-                        journal.event("pieces", choice.reason, step=at.step, micro_batch=choice.micro_batch)
-                    journal.stepped(at, batch, take(batch, at.step))
-                    if ledger:
-                        ledger.count(stepper, batch, at.step)
+                    _learn(stepper, journal, ledger, batch, at)
                 at = at.next_step()
                 if save and time.monotonic() - saved >= 60 * settings.save_every_minutes:
                     save(state())
@@ -133,6 +126,17 @@ def fit(
         seconds=time.monotonic() - began,
         skipped=tuple(journal.skipped.values()),
     )
+
+
+def _learn(stepper: Stepper, journal: Journal, ledger: Ledger | None, batch: Batch, at: Position) -> None:
+    """One step, told to the journal and to the ledger."""
+    if stepper.micro_batch is None:
+        choice = stepper.choose_micro_batch(batch)
+        journal.event("pieces", choice.reason, step=at.step, micro_batch=choice.micro_batch)
+    took = ledger.take(stepper, batch, at.step) if ledger else stepper.step(batch, at.step)
+    journal.stepped(at, batch, took)
+    if ledger:
+        ledger.count(stepper, batch, at.step)
 
 
 class Judge:

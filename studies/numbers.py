@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from studies.lilt.asking import Answer
+from studies.asking import Answer
+
+Of = Callable[..., float]
+"""What is made of the means of some rows: ``itself``, ``difference``, ..."""
 
 RESAMPLES = 2000
 SEEN = 2.8  # standard errors of a difference that a study finds in four cases of five, at the 5 % level: 1.96 + 0.84

@@ -1,0 +1,1 @@
+"""What two modalities may share, trained from scratch and on a pre-trained trunk: ``python -m studies.sharing``."""

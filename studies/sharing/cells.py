@@ -1,0 +1,65 @@
+"""A cell, run: trained by ``clasp.align``, asked, and written down with what it counts and how fast it was.
+
+In: a ``Cell`` and the ``World``. Out: its record, one line in ``results``. Pairs a second are those of the run's median
+step, and mean something only where the machine had nothing else to do.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from studies.records import Record, Results, machine
+from studies.sharing.rows import Cell
+from studies.sharing.world import World
+
+from clasp.align import align, inputs_of
+from clasp.assemble import assemble
+from clasp.data.sides import Listing
+from clasp.flops import macs_of
+from clasp.model import DualEncoder
+
+TOKENS = 8  # of a caption whose arithmetic is counted, about the mean of the pairs
+
+
+def run(cell: Cell, world: World, results: Results) -> Record:
+    """Train, ask, write down."""
+    recipe = cell.recipe
+    pairs = world.pairs(cell.steps * int(recipe.train.batch), cell.seed)
+    parts = assemble(recipe, lambda: Listing(pairs[0]).texts)
+    with tempfile.TemporaryDirectory() as folder:
+        done = align(recipe, Path(folder) / "run", say=lambda line: None, pairs=pairs, parts=parts)
+        if done.fitted.interrupted:
+            raise KeyboardInterrupt  # clasp saves a run that is told to stop; a cell starts anew
+        log = [json.loads(line) for line in (done.run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    session, model, inputs = done.cost.sessions[-1], parts.model.eval(), inputs_of(parts, recipe)
+    began = time.perf_counter()
+    record: Record = {
+        "key": cell.key,
+        **{"row": cell.row.name, "rate": cell.rate, "steps": cell.steps, "seed": cell.seed},
+        "recipe": recipe.to_dict(),
+        "different_pairs": world.different,
+        "counts": {part: asdict(count) for part, count in model.counts().items()},
+        "macs": macs(model, parts.transform.size),
+        "pairs_per_second": session.pairs_per_second,
+        "losses": [round(line["loss"], 4) for line in log if line["event"] == "step"],
+        "answers": world.ask(model, inputs),
+    }
+    if cell.seed == 0:
+        record["validation"] = world.validate(model, inputs)
+    record["seconds"] = {"train": round(session.seconds["training"], 1), "ask": round(time.perf_counter() - began, 1)}
+    record["machine"] = machine()
+    results.add("cells", record)
+    return record
+
+
+def macs(model: DualEncoder, size: int) -> int:
+    """Multiply-accumulates of a forward pass of an image and a caption of ``TOKENS`` tokens, heads included."""
+    device = next(model.parameters()).device
+    ids = torch.ones(1, TOKENS, dtype=torch.long, device=device)
+    pixels = torch.zeros(1, 3, size, size, device=device)
+    return macs_of(lambda: (model.encode_image(pixels), model.encode_text(ids, ids.bool())))

@@ -1,0 +1,49 @@
+"""The figure of the study: quality against parameters, from the same counts as the table.
+
+In: the rows, and what is known of their cells. Out: sharing.png. Bars are 95 % intervals over photos and seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window
+
+import matplotlib.pyplot as plt
+from studies.numbers import Counts, itself, measured
+from studies.sharing.page import RECALL, TOP5
+from studies.sharing.rows import SEEDS, Cell, Find, Row, chosen
+
+TITLES = {TOP5: "photos: zero-shot top-5, %", RECALL: "drawings in a new style: R@5, %"}
+
+
+def draw(rows: Sequence[Row], find: Find, home: Path) -> Path | None:
+    """Put the figure into the folder; none before the rows from scratch have a learning rate."""
+    rate = chosen("scratch", find)
+    if rate is None:
+        return None
+    scratch = [row for row in rows if row.group == "scratch"]
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharex=True)
+    for axes, name in zip(both, TITLES, strict=True):
+        for number, row in enumerate(scratch, 1):
+            records = [find(Cell(row, rate, row.steps, seed)) for seed in SEEDS]
+            known = [record for record in records if record is not None]
+            if known:
+                seen = measured([Counts.of([record["answers"][name] for record in known])], itself)
+                at, value = known[0]["counts"]["model"]["total"] / 1e6, 100 * seen.value
+                reach = [[value - 100 * seen.low], [100 * seen.high - value]]
+                label = f"{number}  {row.name}"
+                axes.errorbar(at, value, reach, fmt="o", ms=4, lw=1, color=f"C{number % 10}", label=label)
+                axes.annotate(str(number), (at, value), textcoords="offset points", xytext=(5, 3), fontsize=8)
+        axes.set_xlabel("million parameters")
+        axes.set_title(TITLES[name], loc="left", fontsize=9)
+    handles, labels = both[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    file = home / "sharing.png"
+    figure.savefig(file, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+    return file

@@ -1,0 +1,188 @@
+"""The page of the study: what was done, the tables, and a place for what follows from them.
+
+In: the rows, and what is known of their cells. Out: README.md. Unusual: the paragraphs between the marks are written by
+a person, and are kept when the page is made again. Rows are compared on the seeds that both have, so the tables of a
+study that is not complete are right as far as they go.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from studies.numbers import SEEN, Counts, Of, difference, itself, measured
+from studies.records import Record
+from studies.sharing.cells import TOKENS
+from studies.sharing.rows import MSCLIP, NOTHING, SEEDS, TRUNKS, Cell, Find, Row, at_equal_arithmetic, cells, chosen
+from studies.telling import line, told
+
+BEGIN, END = "<!-- written by a person; kept when this page is made again -->", "<!-- end -->"
+TOP5, RECALL = "photos/top5", "drawings/recall@5"
+ASKED = {TOP5: "photos, top-5 %", "photos/top1": "top-1 %", RECALL: "drawings, R@5 %", "drawings/recall@1": "R@1 %"}
+
+PAGE = """# What two modalities may share
+
+    python -m studies.sharing --photos FOLDER --emoji FOLDER
+
+MS-CLIP (You et al., ECCV 2022) says that one transformer serves pictures and words best when attention and
+feed-forward parts are shared and norms are not; that two small modules for the picture add to it; and that this is
+better than two transformers, with fewer parameters. Here every row is trained anew, at the size of two cores.
+
+## What is found
+
+{begin}
+{verdict}
+{end}
+
+## What was done
+
+From scratch: six layers 192 wide, pictures of 64 px in patches of 16, {steps} steps of 128 pairs out of {pairs},
+photos of 160 classes of Tiny-ImageNet with template captions and drawings of the emoji corpus in three styles with
+their English names. Asked are 2,400 other photos, for their class among 160, and drawings of the same concepts in a
+style that never trained, for their name. The learning rate, {rate}, is the best of {tried} for its two ends, nothing
+shared and MS-CLIP, on validation photos. Seeds {seeds} change weights, order and crops.
+
+Arithmetic is that of a forward pass of a picture and a caption of {tokens} tokens. Pairs a second are medians of the
+training steps. Differences are to the first row of a table, on the same photos and seeds.
+
+## For the same pairs
+
+{same}
+
+{could_see}
+
+## For the same arithmetic as MS-CLIP
+
+Rows whose forward pass costs something else, for as many steps as cost the same.
+
+{equal}
+
+## On a pre-trained trunk
+
+DINOv2 ViT-S/14 and MiniLM-L6; frozen but for low rank (8), norms, and what is new; {trunk_steps} steps of 128. "Two
+towers" shares nothing; on a trunk, the other tower gives only its embeddings.
+
+{trunks}
+
+![quality against parameters](sharing.png)
+
+{missing}{made_with}
+Intervals are 95 %, from a bootstrap over photos (drawings) and seeds together, paired where rows are compared.
+"""
+
+
+def write(rows: Sequence[Row], find: Find, home: Path) -> Path:
+    """Put the page into the folder."""
+    file = home / "README.md"
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    kept = re.search(re.escape(BEGIN) + r"\n(.*?)\n?" + re.escape(END), before, re.S)
+    known = [record for cell in cells(rows, find) if (record := find(cell)) is not None]
+    rate = chosen("scratch", find)
+    scratch = [row for row in rows if row.group == "scratch"]
+    text = PAGE.format(
+        begin=BEGIN,
+        end=END,
+        verdict=kept.group(1) if kept else "Not written yet.",
+        steps=MSCLIP.steps,
+        trunk_steps=TRUNKS[0].steps,
+        pairs=f"{known[0]['different_pairs']:,}" if known else "–",
+        rate="not yet chosen" if rate is None else f"{rate:g}",
+        tried=", ".join(dict.fromkeys(f"{cell.rate:g}" for cell in cells([NOTHING], find))),
+        seeds=", ".join(map(str, SEEDS)),
+        tokens=TOKENS,
+        same="\n".join(_table(_same(scratch, find), NOTHING.name)),
+        could_see=_could_see(_same(scratch, find)),
+        equal="\n".join(_table(_equal(scratch, find), MSCLIP.name)),
+        trunks="\n".join(_table(_same(TRUNKS, find), TRUNKS[0].name)),
+        missing=_missing(rows, find),
+        made_with=_made_with(known),
+    )
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+By = dict[str, dict[int, Record]]
+"""Records by the name of their row, then by seed"""
+
+
+def _same(rows: Sequence[Row], find: Find) -> By:
+    """Of every row, at its group's learning rate and steps."""
+    found: By = {}
+    for row in rows:
+        rate = chosen(row.group, find)
+        records = {} if rate is None else _by_seed((Cell(row, rate, row.steps, seed) for seed in SEEDS), find)
+        if records:
+            found[row.name] = records
+    return found
+
+
+def _equal(rows: Sequence[Row], find: Find) -> By:
+    """Of MS-CLIP, and of the rows that were run again for as much arithmetic as it has."""
+    rate = chosen("scratch", find)
+    found = {name: records for name, records in _same(rows, find).items() if name == MSCLIP.name}
+    for row in rows if rate is not None else ():
+        again = (at_equal_arithmetic(Cell(row, rate, row.steps, seed), rate, find) for seed in SEEDS)
+        if records := _by_seed((cell for cell in again if cell is not None), find):
+            found[row.name] = records
+    return found
+
+
+def _by_seed(asked: Iterator[Cell], find: Find) -> dict[int, Record]:
+    return {cell.seed: record for cell in asked if (record := find(cell)) is not None}
+
+
+def _table(found: By, first: str) -> list[str]:
+    titles = ["", "parameters", "MMACs", "steps", "pairs/s", "seeds", *ASKED.values()]
+    lines = [line([*titles, "photos: difference", "drawings: difference"]), line(["---"] * (len(titles) + 2))]
+    for name, records in found.items():
+        one = next(iter(records.values()))
+        speed = sorted(record["pairs_per_second"] for record in records.values())[len(records) // 2]
+        costs = [f"{one['counts']['model']['total']:,}", f"{one['macs'] / 1e6:,.1f}", str(one["steps"])]
+        cells_ = [name, *costs, f"{speed:,.0f}", str(len(records))]
+        cells_ += [told(measured(_counts([records], each), itself), itself) for each in ASKED]
+        for each in (TOP5, RECALL):
+            both = [records, found[first]] if first in found and name != first else []
+            cells_.append(told(measured(_counts(both, each), difference), difference) if both else "")
+        lines.append(line(cells_))
+    return lines
+
+
+def _counts(rows: Sequence[dict[int, Record]], name: str) -> list[Counts]:
+    seeds = sorted(set.intersection(*(set(row) for row in rows)))
+    return [Counts.of([row[seed]["answers"][name] for seed in seeds]) for row in rows]
+
+
+def _could_see(found: By) -> str:
+    if NOTHING.name not in found or len(found) < 2:
+        return ""
+    others = [records for name, records in found.items() if name != NOTHING.name]
+    error = {
+        each: max(_error([records, found[NOTHING.name]], each, difference) for records in others)
+        for each in (TOP5, RECALL)
+    }
+    photos, drawings = (f"{100 * SEEN * error[each]:.1f}" for each in (TOP5, RECALL))
+    return (
+        f"A difference of {photos} points on photos and of {drawings} on drawings would have been found in four cases "
+        "of five, where that is least likely."
+    )
+
+
+def _error(rows: Sequence[dict[int, Record]], name: str, of: Of) -> float:
+    return measured(_counts(rows, name), of).error
+
+
+def _missing(rows: Sequence[Row], find: Find) -> str:
+    left = [cell for cell in cells(rows, find) if find(cell) is None]
+    if not left:
+        return ""
+    some = "; ".join(map(str, left[:6])) + (" …" if len(left) > 6 else "")
+    return f"**Not complete.** {len(left)} cells or more are missing: {some}.\n\n"
+
+
+def _made_with(known: Sequence[Record]) -> str:
+    machines = {", ".join(f"{key} {value}" for key, value in r["machine"].items() if key != "day") for r in known}
+    days = sorted({record["machine"]["day"] for record in known})
+    seconds = sum(sum(record["seconds"].values()) for record in known)
+    when = "" if not days else days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    return "".join(f"- {each}\n" for each in sorted(machines)) + f"\n{when}; {seconds / 60:.0f} minutes in all.\n"
