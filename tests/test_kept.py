@@ -17,6 +17,8 @@ import pytest
 from clasp import cli
 from clasp.evaluate.tasks import Result
 from clasp.examine import examine
+from clasp.kept import job
+from clasp.report.curves import draw_kept
 from clasp.types import UserError
 from toydata import Toy, add_member, toys, write_classes, write_csv, write_images
 from toyruns import lines, recipe, run, save_towers
@@ -86,6 +88,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     pairs = write_pairs(TOYS, folder / "pairs", **{"class": lambda toy: toy.shape, "colour": lambda toy: toy.colour})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLASP_CACHE", str(folder / "cache"))
+        patch.setattr(job, "draw_kept", lambda *_, **__: None)  # takes a second; one test draws
         yield World(folder, save_towers(folder / "towers"), pairs, {}, {})
 
 
@@ -327,7 +330,8 @@ def test_unreadable_pictures_are_left_out(world: World, tmp_path: Path):
 # --- what is left of it ----------------------------------------------------------------------------------------------
 
 
-def test_results_and_figure_stay_in_the_run(world: World):
+def test_results_and_figure_stay_in_the_run(world: World, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(job, "draw_kept", draw_kept)
     at = world.run("tune.image=full", "tune.text=full")
     before = len(lines(at / "results.jsonl"))
     results = ask(at, f"data={world.pairs}").results
