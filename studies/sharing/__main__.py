@@ -1,8 +1,8 @@
 """``python -m studies.sharing``: run the cells that are missing, then make the page and its figure.
 
 In: the folders of the photos and of the emoji corpus. Out: lines in ``results/``, README.md and sharing.png. It may be
-stopped at any time, and goes on with the next cell that is not there. Speed is in the table too: run it when the
-machine has nothing else to do.
+stopped at any time, and goes on with the next cell that is not there. ``--speed`` times a few steps of every row
+instead: on a machine that has nothing else to do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from clasp.machine import settle
@@ -28,6 +29,10 @@ def main(given: Sequence[str] | None = None, home: Path = HERE) -> None:
     parser.add_argument("--photos", type=Path, help="the folder that holds tinyimagenet")
     parser.add_argument("--emoji", type=Path, help="folder of the emoji corpus")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so long")
+    parser.add_argument(
+        "--part", type=Part.read, default=Part(1, 1), metavar="I/N", help="of the cells, for one of N processes"
+    )
+    parser.add_argument("--speed", action="store_true", help="time the rows instead; on an idle machine only")
     parser.add_argument("--page", action="store_true", help="run nothing, make the page of what is there")
     options = parser.parse_args(given)
     try:
@@ -43,11 +48,11 @@ def study(options: argparse.Namespace, home: Path) -> None:
     from studies.records import Results
     from studies.sharing import figure, page
     from studies.sharing.cells import run
-    from studies.sharing.rows import SCRATCH, TRUNKS, Cell, cells
+    from studies.sharing.rows import SCRATCH, TRUNKS, Cell, cells, to_time
     from studies.sharing.world import World
 
-    results = Results(home / "results")
     rows = (*SCRATCH, *TRUNKS)
+    results = Results(home / "results")
 
     def find(cell: Cell) -> dict | None:
         return results.get(cell.key)
@@ -56,8 +61,11 @@ def study(options: argparse.Namespace, home: Path) -> None:
         for name in ("photos", "emoji"):
             _refuse_missing(name, getattr(options, name))
         world, began = World(options.photos, options.emoji), time.monotonic()
-        while left := [cell for cell in cells(rows, find) if find(cell) is None]:
-            if time.monotonic() - began > 60 * options.minutes:
+        while time.monotonic() - began < 60 * options.minutes:
+            results = Results(home / "results")  # read anew: other parts write too
+            wanted = to_time(rows) if options.speed else cells(rows, find)
+            left = [cell for cell in wanted if find(cell) is None and options.part.takes(cell.key)]
+            if not left:
                 break
             print(f"{time.strftime('%H:%M:%S')} {left[0]}", flush=True)
             record = run(left[0], world, results)
@@ -65,6 +73,25 @@ def study(options: argparse.Namespace, home: Path) -> None:
     print(page.write(rows, find, home))
     if drawn := figure.draw(rows, find, home):
         print(drawn)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which cells a process takes where several run the study side by side: every ``of``-th by their keys."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def read(cls, text: str) -> Part:
+        """From ``1/2``; raises argparse's error for what is no such thing."""
+        number, _, of = text.partition("/")
+        if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a part, such as 1/2: the first of two")
+        return cls(int(number), int(of))
+
+    def takes(self, key: str) -> bool:
+        return int(key, 16) % self.of == self.number - 1
 
 
 def _refuse_missing(name: str, folder: Path | None) -> None:

@@ -1,7 +1,7 @@
 """A cell, run: trained by ``clasp.align``, asked, and written down with what it counts and how fast it was.
 
 In: a ``Cell`` and the ``World``. Out: its record, one line in ``results``. Pairs a second are those of the run's median
-step, and mean something only where the machine had nothing else to do.
+step; of a cell that is to be timed they are the answer, and the machine should have nothing else to do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOKENS = 8  # of a caption whose arithmetic is counted, about the mean of the pa
 
 
 def run(cell: Cell, world: World, results: Results) -> Record:
-    """Train, ask, write down."""
+    """Train, ask (where that is the purpose), write down."""
     recipe = cell.recipe
     pairs = world.pairs(cell.steps * int(recipe.train.batch), cell.seed)
     parts = assemble(recipe, lambda: Listing(pairs[0]).texts)
@@ -40,16 +40,17 @@ def run(cell: Cell, world: World, results: Results) -> Record:
     began = time.perf_counter()
     record: Record = {
         "key": cell.key,
-        **{"row": cell.row.name, "rate": cell.rate, "steps": cell.steps, "seed": cell.seed},
+        **{"row": cell.row.name, "rate": cell.rate, "steps": cell.steps, "seed": cell.seed, "purpose": cell.purpose},
         "recipe": recipe.to_dict(),
         "different_pairs": world.different,
         "counts": {part: asdict(count) for part, count in model.counts().items()},
         "macs": macs(model, parts.transform.size),
         "pairs_per_second": session.pairs_per_second,
         "losses": [round(line["loss"], 4) for line in log if line["event"] == "step"],
-        "answers": world.ask(model, inputs),
     }
-    if cell.seed == 0:
+    if cell.purpose == "ask":
+        record["answers"] = world.ask(model, inputs)
+    if cell.purpose == "ask" and cell.seed == 0:
         record["validation"] = world.validate(model, inputs)
     record["seconds"] = {"train": round(session.seconds["training"], 1), "ask": round(time.perf_counter() - began, 1)}
     record["machine"] = machine()

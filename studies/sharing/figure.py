@@ -14,10 +14,10 @@ matplotlib.use("Agg")  # no window
 
 import matplotlib.pyplot as plt
 from studies.numbers import Counts, itself, measured
-from studies.sharing.page import RECALL, TOP5
+from studies.sharing.page import RECALL, TOP1
 from studies.sharing.rows import SEEDS, Cell, Find, Row, chosen
 
-TITLES = {TOP5: "photos: zero-shot top-5, %", RECALL: "drawings in a new style: R@5, %"}
+TITLES = {TOP1: "photos: zero-shot top-1, %", RECALL: "drawings in a new style: R@5, %"}
 
 
 def draw(rows: Sequence[Row], find: Find, home: Path) -> Path | None:

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from studies.records import Record
 
@@ -22,8 +23,9 @@ from clasp.recipe import Recipe, read_recipe
 HERE = Path(__file__).parent
 WRITTEN = 1  # part of every key: raise it when the same cell would be asked other things
 SEEDS = (0, 1, 2)
-STEPS = 240
-TRUNK_STEPS = 40
+STEPS = 480
+TRUNK_STEPS = 80
+TIMED_STEPS = 30
 ALIKE = 0.02  # arithmetic that differs by less is the same
 
 Find = Callable[["Cell"], Record | None]
@@ -50,33 +52,31 @@ class Row:
 
 APART = ("share.attention=separate", "share.ffn=separate")
 STEM = ("image.net.stem=batch", "share.layers=1:")
-BRANCH = ("image.net.branch.kind=paper", "image.net.branch.before=[1,3,5]")
+BRANCH = ("image.net.branch.kind=paper", "image.net.branch.before=[1,2,3]")
 ALL = tuple(f"share.{part}=shared" for part in ("norm1", "norm2", "final_norm", "head"))
 
 NOTHING = Row("nothing shared (CLIP)", APART)
 MSCLIP = Row("attention and feed-forward (MS-CLIP)")
 SCRATCH = (
     NOTHING,
-    Row(
-        "nothing shared, text two thirds as wide", (*APART, *(f"text.net.{part}" for part in ("width=128", "heads=4")))
-    ),
+    Row("nothing shared, text two thirds as wide", (*APART, "text.net.width=84")),
     MSCLIP,
     Row("all, with norms and head (SharedCLIP)", ALL),
     Row("feed-forward only", ("share.attention=separate",)),
     Row("attention only (as VLMo)", ("share.ffn=separate",)),
-    Row("last half", ("share.layers=-3:",)),
-    Row("middle, ends apart (as Uni-X)", ("share.layers=1:5",)),
+    Row("last half", ("share.layers=-2:",)),
+    Row("middle, ends apart (as Uni-X)", ("share.layers=1:3",)),
     Row("MS-CLIP, difference of rank 8 each", ("share.attention={low-rank=8}", "share.ffn={low-rank=8}")),
     Row("MS-CLIP, early specialisation", STEM),
     Row("MS-CLIP, parallel branch", BRANCH),
     Row("MS-CLIP-S (both)", (*STEM, *BRANCH)),
     Row(
         "nothing shared, as many parameters as MS-CLIP",
-        (*APART, *(f"{side}.net.width=144" for side in ("image", "text"))),
+        (*APART, *(f"{side}.net.width=96" for side in ("image", "text"))),
     ),
     Row(
         "MS-CLIP, as many parameters as CLIP",
-        tuple(f"{side}.net.{part}" for side in ("image", "text") for part in ("width=264", "heads=8")),
+        tuple(f"{side}.net.width=176" for side in ("image", "text")),
     ),
 )
 TRUNKS = (
@@ -84,19 +84,20 @@ TRUNKS = (
     Row("the image tower is the trunk of both", ("share.trunk=image",), "trunk"),
     Row("the text tower is the trunk of both", ("share.trunk=text",), "trunk"),
 )
-RATES = {"scratch": (5e-4, 1e-3, 2e-3), "trunk": (3e-4, 1e-3, 3e-3)}
+RATES = {"scratch": (1e-3, 2e-3, 4e-3), "trunk": (3e-4, 1e-3, 3e-3)}
 TRIED = {"scratch": (NOTHING, MSCLIP), "trunk": TRUNKS[:2]}
 """Rows whose validation chooses the learning rate of their group"""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row with one seed, trained for ``steps`` at a learning ``rate``."""
+    """A row with one seed, trained for ``steps`` at a learning ``rate``, to be asked; or a few steps, to be timed."""
 
     row: Row
     rate: float
     steps: int
     seed: int
+    purpose: Literal["ask", "speed"] = "ask"
 
     @property
     def recipe(self) -> Recipe:
@@ -108,11 +109,16 @@ class Cell:
     def key(self) -> str:
         """Of everything that decides its numbers, but for versions of software."""
         recipe = [tomllib.loads(self.row.file.read_text(encoding="utf-8")), self.row.changes]
-        facts = [WRITTEN, recipe, self.rate, self.steps, self.seed]
+        facts = [WRITTEN, recipe, self.rate, self.steps, self.seed, self.purpose]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        return f"{self.row.name}: rate {self.rate:g}, {self.steps} steps, seed {self.seed}"
+        return f"{self.purpose} {self.row.name}: rate {self.rate:g}, {self.steps} steps, seed {self.seed}"
+
+
+def to_time(rows: Sequence[Row]) -> list[Cell]:
+    """A few steps of every row; speed does not depend on the rate."""
+    return [Cell(row, RATES[row.group][0], TIMED_STEPS, 0, "speed") for row in rows]
 
 
 def to_choose(group: str) -> list[Cell]:
