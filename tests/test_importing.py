@@ -191,6 +191,9 @@ def test_every_key_is_accounted_for(words: str, tmp_path: Path) -> None:
         (lambda found: _drop(found, "visual_encoder.blocks"), "it lacks visual_encoder.blocks.0"),
         (lambda found: _put(found, "visual_encoder.blocks.999999999.norm1.bias", torch.zeros(128)), "nothing takes"),
         (lambda found: _put(found, _DOWN, torch.zeros(100, 128)), "has 100 rows, which is no part of"),
+        (lambda found: _put(found, "text_proj.bias", torch.full((64,), torch.nan)), "that are not finite"),
+        (lambda found: _put(found, "temp", torch.zeros(1).expand(10**6)), "has more numbers than the file"),
+        (lambda found: found.update(epoch=torch.Size([3])), "it holds a Size where a setting should be"),
     ],
 )
 def test_what_is_no_lilt_checkpoint(change: Any, says: str, words: str, tmp_path: Path) -> None:
@@ -203,6 +206,12 @@ _DOWN = "visual_encoder.blocks.0.adapter1.down_sampler.weight"
 
 def _put(found: dict[str, Any], key: str, tensor: torch.Tensor) -> None:
     found["model"][key] = tensor
+
+
+def test_an_optimizer_of_another_make_is_passed_over(words: str, tmp_path: Path) -> None:
+    for odd in ([{}], [3], "adamw"):
+        file = changed(LWA, tmp_path / "odd.pth", lambda found, odd=odd: found.update(optimizer={"param_groups": odd}))
+        assert import_checkpoint("lilt", file, tmp_path / f"run {odd}", Wanted(tokenizer=words)).told.counts
 
 
 def _less(found: dict[str, Any], key: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -394,6 +395,12 @@ def refused(at: Path, *options: str) -> str:
     line = str(error.value)
     assert "\n" not in line and (at / "results.jsonl").read_bytes() == before
     return line
+
+
+def test_an_imported_run_has_no_before(world: World, tmp_path: Path):
+    run = shutil.copytree(world.run(*HEADS), tmp_path / "theirs")
+    (run / "imported.json").write_text("{}")
+    assert "theirs was imported" in refused(run, f"data={write_csv(TOYS, tmp_path)}")
 
 
 def test_nothing_to_probe(world: World, tmp_path: Path):

@@ -238,6 +238,18 @@ def test_shipped_recipes_read_and_go_through_toml_unchanged(name: str) -> None:
     assert read_recipe(f"recipes/{name}.toml") == read_recipe(shipped()[name]) == recipe
 
 
+def test_a_trunk_shares_its_blocks_where_nothing_else_is_said_of_them() -> None:
+    def kept(*said: str) -> tuple:
+        recipe = read_recipe("beyond/adapters", ["share.trunk=text", *said])
+        assert recipe.to_dict()["share"]["attention"] == recipe.share.attention
+        return recipe.share.policy.attention, recipe.share.policy.ffn, recipe.share.policy.layers
+
+    assert kept() == ("shared", "shared", None)
+    assert kept("share.norm1=shared", "share.layers=2:") == ("shared", "shared", "2:")
+    assert kept("share.attention=separate") == ("separate", "shared", None)
+    assert read_recipe("beyond/adapters").share.policy.attention == "separate"
+
+
 def test_every_kind_of_value_goes_through_toml_unchanged(small: Path) -> None:
     extra = [
         "data.train=Ünïcode '\"\\ path",

@@ -81,7 +81,7 @@ def recorded(cell: Cell, good: int, macs: int) -> Record:
         "key": cell.key,
         **{"row": cell.row.name, "rate": cell.rate, "steps": cell.steps, "seed": cell.seed, "macs": macs},
         **{"different_pairs": 48, "counts": {"model": {"total": 3_000_000}}, "pairs_per_second": 100.0},
-        **{"answers": dict.fromkeys(questions, answer), "validation": -abs(cell.rate - 2e-3) - 1},
+        **{"answers": dict.fromkeys(questions, answer), "validation": -abs(cell.rate - 1e-3) - 1},
         **{"seconds": {"train": 60.0, "ask": 1.0}, "machine": {"python": "3", "day": "2026-01-01"}},
     }
 
@@ -101,16 +101,16 @@ def test_rates_come_first_then_rows_then_equal_arithmetic(tmp_path: Path):
         results.add("cells", recorded(left[0], 6 if left[0].row is MSCLIP else 5, macs))
     for cell in to_time(rows):
         results.add("cells", recorded(cell, 5, 100))
-    assert chosen("scratch", find) == 2e-3
-    larger = at_equal_arithmetic(Cell(SCRATCH[11], 2e-3, 480, 1), 2e-3, find)
-    assert larger is not None and larger.steps == 400 and find(larger) is not None
-    assert at_equal_arithmetic(Cell(NOTHING, 2e-3, 480, 0), 1e-3, find) is None
+    assert chosen("scratch", find) == 1e-3
+    larger = at_equal_arithmetic(Cell(SCRATCH[11], 1e-3, 320, 1), 1e-3, find)
+    assert larger is not None and larger.steps == 267 and find(larger) is not None
+    assert at_equal_arithmetic(Cell(NOTHING, 1e-3, 320, 0), 1e-3, find) is None
 
     (tmp_path / "README.md").write_text(f"{page.BEGIN}\nSharing helps.\n{page.END}", encoding="utf-8")
     text = page.write(rows, find, tmp_path).read_text(encoding="utf-8")
     assert "Sharing helps." in text and "Not complete" not in text
     line = next(line for line in text.splitlines() if line.startswith(f"| {MSCLIP.name}"))
-    assert line.split(" | ")[1:6] == ["3,000,000", "0.0", "480", "100", str(len(SEEDS))]
+    assert line.split(" | ")[1:6] == ["3,000,000", "0.0", "320", "100", str(len(SEEDS))]
     assert "60.0 (" in line and "+10.0 (" in line
     drawn = figure.draw(rows, find, tmp_path)
     assert drawn is not None and drawn.read_bytes().startswith(b"\x89PNG")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from toytowers import NETS
+
+BRANCH = "branch(before=(1,))"
 METHODS = (
     "full", "none", "norms", "biases", "attention", "mlp", "last(1)", "adapters", "adapters(place='input')",
     "deep(1)", "deep(1, init='random')", "lora(rank=2)", "lora(rank=2, targets='all')", "prompts(3)", "match('*.1.*')",
+    BRANCH,
 )  # fmt: skip
 OTHER_PEFT = ("dora(rank=2)", "rslora(rank=2)", "ia3", "loha(rank=2)", "lokr(rank=2)", "oft", "hra(rank=2)")
 # several of them in one tower, on other blocks or other layers of each
@@ -30,4 +34,5 @@ CANNOT = {
     ("modernbert", "biases"): "matches nothing",
     ("t5", "biases"): "matches nothing",
     ("clip-text", "prompts(3)"): "takes token ids only",
+    **{(name, BRANCH): "our own image nets alone" for name in NETS if name not in ("deit3", "own-image", "own-stem")},
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from clasp.data.images import Augment
 from clasp.data.pairs import Columns
@@ -27,7 +27,7 @@ from clasp.nn.base import ImageSettings, TextSettings
 from clasp.nn.heads import HeadSettings
 from clasp.nn.policy import SharingSettings
 from clasp.nn.tuning import parse
-from clasp.nn.views import TRUNK_POLICY, TrunkSettings
+from clasp.nn.views import TRUNK_PARTS, TrunkSettings
 from clasp.train.plan import TrainSettings
 from clasp.types import UserError
 
@@ -60,6 +60,12 @@ class ShareSettings(SharingSettings):
     context: int = Field(default=77, ge=1)
     """Tokens of the longest caption, where text starts from nothing"""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _blocks_of_a_trunk(cls, said: Any) -> Any:
+        """On a trunk, attention and feed-forward parts are shared where nothing else is said of them."""
+        return {**TRUNK_PARTS, **said} if isinstance(said, dict) and said.get("trunk") is not None else said
+
     @property
     def of_trunk(self) -> TrunkSettings | None:
         """The settings of the trunk, where there is one."""
@@ -69,10 +75,8 @@ class ShareSettings(SharingSettings):
 
     @property
     def policy(self) -> SharingSettings:
-        """What is shared; on a trunk where nothing is said of it, all of a block but its norms and scales."""
-        kept = self.model_dump(include=set(SharingSettings.model_fields))
-        said = SharingSettings(**kept)
-        return TRUNK_POLICY if self.trunk and said == SharingSettings() else said
+        """What is shared."""
+        return SharingSettings(**self.model_dump(include=set(SharingSettings.model_fields)))
 
 
 class LossAndLogits(LogitSettings, LossSettings):

@@ -136,8 +136,10 @@ def test_frozen_weights_are_asked_too_and_stay_frozen():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_nothing_is_left_on_the_model(training: bool):
-    made, given = model(SHARED).train(training), batch()
+@pytest.mark.parametrize("stem", [None, "batch"])
+def test_nothing_is_left_on_the_model(training: bool, stem: str | None):
+    policy = SHARED if stem is None else SHARED.model_copy(update={"layers": "1:"})
+    made, given = model(policy, stem=stem).train(training), batch()
     kept = torch.ones_like(made.get_parameter("image.net.cls_token"))
     made.get_parameter("image.net.cls_token").grad = kept
     state = {name: tensor.clone() for name, tensor in made.state_dict().items()}

@@ -203,6 +203,17 @@ def test_a_file_that_lost_its_aliases_reads_the_same():
     assert all(torch.equal(a, b) for a, b in zip(model.pair.parameters(), ours.pair.parameters(), strict=True))
 
 
+def test_a_copy_that_is_damaged_is_no_other_architecture():
+    given = {key: tensor.clone() for key, tensor in tensors("msclip_share_last6").items()}
+    given["transformer.resblocks.7.attn.in_proj_weight"][0, 0] += 1e-3
+    assert "layer 7 of the state dict: attn.in_proj_weight is nearly" in refused(
+        lambda: read("msclip_share_last6", given)
+    )
+    given = {key: tensor.clone() for key, tensor in tensors("msclip_plain").items()}
+    given["logit_scale"] = torch.tensor(float("nan"))
+    assert "logit_scale has numbers that are not finite" in refused(lambda: read("msclip_plain", given))
+
+
 def test_what_does_not_fit_is_refused_in_one_line():
     def without(key: str) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in tensors("msclip_s_b32").items() if name != key}

@@ -17,6 +17,7 @@ from clasp.flops import macs_of
 from clasp.nn.anatomy import anatomy
 from clasp.nn.blocks import Block, BlockSettings
 from clasp.nn.convolutions import BranchSettings, halvings
+from clasp.nn.depth import append_blocks, truncate
 from clasp.nn.layers import VisionTransformer
 from clasp.nn.nets import (
     ImageTransformer,
@@ -26,6 +27,7 @@ from clasp.nn.nets import (
     initialise,
 )
 from clasp.types import UserError
+from toytowers import base
 
 BLOCK = {"width": 12, "heads": 3}
 IMAGE = {"width": 32, "heads": 2, "layers": 4, "size": 32, "patch": 8}
@@ -285,6 +287,29 @@ def test_a_gated_branch_changes_nothing_until_its_gates_move(deit: bool):
     net.zero_grad()
     net(pixels).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+
+
+@pytest.mark.parametrize("kind", ["deit", "dinov2"])
+def test_a_fresh_block_starts_its_layer_scale_afresh(kind: str):
+    if kind == "deit":
+        net: Any = VisionTransformer(size=32, patch=8, width=32, blocks=2, heads=2, layer_scale=0.2)
+    else:
+        net = base("dinov2").net
+        net.config.layerscale_value = 0.2
+    scales = ("gamma_1", "lambda1")
+    for name, p in net.named_parameters():
+        if name.endswith(scales):
+            p.data.fill_(0.7)
+    new = append_blocks(net, anatomy(net), 1, "random")
+    found = {name: p.detach() for name, p in net.named_parameters() if name.endswith(scales)}
+    assert {name for name, p in found.items() if torch.all(p == 0.2)} == {name for name in new if name.endswith(scales)}
+    assert len(new & set(found)) >= 1
+
+
+def test_layers_above_which_a_branch_joins_are_kept():
+    net = image_net(branch={"kind": "gated", "before": (1, 3)})
+    with pytest.raises(UserError, match="the parallel branch joins above"):
+        truncate(net, 2)
 
 
 def test_a_branch_that_does_not_fit_is_refused():

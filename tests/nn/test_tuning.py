@@ -11,7 +11,7 @@ from clasp.types import UserError
 from toymethods import CANNOT, METHODS, OTHER_PEFT
 from toytowers import IMAGE_NETS, NETS, base, inputs
 
-START_AS_IDENTITY = ("full", "none", "norms", "biases", "attention", "mlp", "last", "adapters", "lora", *(
+START_AS_IDENTITY = ("full", "none", "norms", "biases", "attention", "mlp", "last", "adapters", "branch", "lora", *(
     "dora", "rslora", "ia3", "loha", "lokr", "oft", "hra",
 ))  # fmt: skip
 ROWS = [(t, m) for t in NETS for m in METHODS] + [(t, m) for t in ("vit", "llama") for m in OTHER_PEFT]
@@ -164,7 +164,9 @@ def test_what_does_not_read(spec: str, says: str):
 def test_nothing_matched_is_an_error():
     for spec, says in [
         ("match('no.such.*')", "no parameter has such a name"),
-        ("adapters(blocks='7:')", "matches nothing"),
+        ("adapters(blocks='7:')", "has blocks 0 to 1, and 7 is none"),
+        ("norms(blocks='1:99')", "has blocks 0 to 1, and 99 is none"),
+        ("adapters(blocks='1:1')", "matches nothing"),
         ("last(9)", "has 2 blocks"),
     ]:
         with pytest.raises(UserError, match=says):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from clasp.nn.drift import parts_of, whole
 from clasp.nn.towers import Tower
+from clasp.nn.tuning import freeze
 from clasp.nn.way import Way, obstacles
 from toytowers import base, inputs
 
+BRANCHED = ("deit3", "branch(before=(1,))")
 TOWERS = ("vit", "convnext", "efficientnet", "bert", "llama")
 WITH_A_WAY = (
     "full", "norms", "biases", "attention", "mlp", "last(1)", "match('*.1.*')", "adapters", "adapters(start='random')",
@@ -50,7 +54,8 @@ def said(tower: Tower, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "spec"), [(name, spec) for name in TOWERS for spec in WITH_A_WAY if (name, spec) not in CANNOT]
+    ("name", "spec"),
+    [(name, spec) for name in TOWERS for spec in WITH_A_WAY if (name, spec) not in CANNOT] + [BRANCHED],
 )
 def test_both_ends_are_exact(name: str, spec: str):
     own, tower = Tower(base(name)), tuned(name, spec)
@@ -119,6 +124,12 @@ def test_nothing_tuned_is_no_way_to_go():
 @pytest.mark.parametrize(("spec", "reason"), WITHOUT.items())
 def test_methods_without_a_way_say_so(spec: str, reason: str):
     assert obstacles(tuned("vit", spec, "norms"), Tower(base("vit"))) == [reason]
+
+
+def test_statistics_that_move_are_no_way():
+    tower = Tower(replace(base("own-stem"), from_seed=True))
+    freeze(tower, tower.tune(["full"], seed=0))
+    assert obstacles(tower, Tower(base("own-stem"))) == ["running statistics of BatchNorm"]
 
 
 # --- drift -----------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def gradient_agreement(model: DualEncoder, batch: Batch, loss: Loss) -> list[Agr
     weights = [weight for group in groups.values() for weight in group]
     if not weights:
         raise UserError(f"{model.name} holds no layer in common, so no two gradients meet; see [share] of a recipe")
-    with torch.enable_grad(), _asking(weights):
+    with torch.enable_grad(), _asking(weights), _at_rest(model):
         sides = model.embed_image(batch.image), model.embed_text(batch.text)
         image, text = (side.detach().requires_grad_() for side in sides)
         scale, bias = (None if each is None else each.detach() for each in model.scale_and_bias())
@@ -113,6 +113,19 @@ def _asking(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for weight, wanted in zip(weights, before, strict=True):
             weight.requires_grad_(wanted)
+
+
+@contextmanager
+def _at_rest(model: DualEncoder) -> Iterator[None]:
+    """What a forward pass moves by itself (statistics of BatchNorm, a scale that is held in its range) is put back."""
+    moved = [*model.moving.values(), *([] if model.temperature is None else [model.temperature])]
+    before = [tensor.detach().clone() for tensor in moved]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(moved, before, strict=True):
+                tensor.copy_(value)
 
 
 def _through(side: Tensor, slope: Tensor, weights: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -30,6 +30,7 @@ from clasp.nn.listen import Said
 from clasp.nn.towers import Tower
 from clasp.recipe import Recipe
 from clasp.report.curves import draw_kept
+from clasp.types import UserError
 
 OPTIONS = ("data", "fit", "label", "anchor", "languages", "image", "caption", "image_root")
 FIGURE = "kept.png"
@@ -52,6 +53,11 @@ def kept(
     ``label`` (column of the class), ``anchor`` (the language that captions are asked for in), ``languages`` (some of
     them). Raises ``UserError`` before anything is computed.
     """
+    if (run / "imported.json").exists():
+        raise UserError(
+            f"{run.name} was imported, and a checkpoint has its towers only as they became: there is no before that "
+            "kept could compare with; ask it of a run that clasp trained"
+        )
     asked = what_to_ask(run.name, recipe, pairs, options, say)
     base = _untouched(recipe, model)
     hearing = Hearing(

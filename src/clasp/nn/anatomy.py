@@ -105,7 +105,7 @@ _TIMM_VIT = Layout(
     pooled_norm="fc_norm",
     unused=("head",),
 )
-_OUR_VIT = replace(_TIMM_VIT, joins="parallel.laterals.*")  # in nn.layers, which keeps timm's names
+_OUR_VIT = replace(_TIMM_VIT, joins="parallel.laterals.*")  # nn.nets, which keeps timm's names
 
 LAYOUTS: dict[str, Layout] = {
     "ViTModel": _vit(),

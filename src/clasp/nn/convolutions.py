@@ -185,7 +185,8 @@ class LateralAdapter(nn.Module):
 class GatedLateral(nn.Module):
     """Where our branch joins: ``patches + gamma * (bottom(patches) + top(maps))``, ``gamma`` zero at the start.
 
-    The class token is left alone. Nothing is normed over the batch.
+    The class token is left alone. Nothing is normed over the batch. The gate is ours for MS-CLIP's branch, after the
+    layer scale of Touvron et al. (ICCV 2021), which starts small and not at zero.
     """
 
     def __init__(self, width: int, channels: int, kernel: int):

@@ -7,11 +7,16 @@ read their depth from their configuration while they run, so it is told.
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import nn
 
-from clasp.nn.anatomy import Anatomy, anatomy, is_norm
+from clasp.nn.anatomy import Anatomy, anatomy, is_bias, is_norm
+from clasp.nn.nets import ImageTransformer, TextTransformer
 from clasp.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEEP_STARTS = ("copy", "random")
 
@@ -38,7 +43,7 @@ def append_blocks(net: nn.Module, parts: Anatomy, count: int, start: str) -> set
     for number in range(int(index) + 1, int(index) + 1 + count):
         new = copy.deepcopy(block)
         if start == "random":
-            _start_afresh(new)
+            _start_afresh(new, _layer_scale(net))
         container.append(new)
         names |= {f"{container_path}.{number}.{name}" for name, _ in new.named_parameters()}
     _tell_config(net, len(container))
@@ -63,6 +68,8 @@ def truncate(net: nn.Module, layer: int) -> None:
         raise UserError(
             f"layer = {layer}: {parts.family} has {len(parts.blocks)} blocks; choose 1 to {len(parts.blocks)}"
         )
+    if isinstance(net, ImageTransformer) and net.parallel is not None and max(net.parallel.stage_at) >= keep:
+        raise UserError(f"layer = {layer}: the parallel branch joins above that; choose {len(parts.blocks)}")
     del stack[keep:]
     _tell_config(net, keep)
 
@@ -78,8 +85,20 @@ def _keeps_width(block: nn.Module) -> bool:
     return strides and convolutions[0].in_channels == convolutions[-1].out_channels
 
 
-def _start_afresh(block: nn.Module) -> None:
-    """Linear, convolution and embedding weights N(0, 0.02), biases zero, norms one: BERT's and ViT's own start."""
+def _layer_scale(net: nn.Module) -> float:
+    """What a layer scale starts from: what the family's settings say, else what LilT's large tower does (DeiT-III)."""
+    if isinstance(net, ImageTransformer | TextTransformer):
+        said = net.settings.layer_scale
+    else:
+        said = net.config.to_dict().get("layerscale_value") if _is_hugging(net) else None
+    return 1e-4 if said is None else said
+
+
+def _start_afresh(block: nn.Module, layer_scale: float) -> None:
+    """Linear, convolution and embedding weights N(0, 0.02), biases zero, norms one: BERT's and ViT's own start.
+
+    Vectors that are neither bias nor of a norm scale a branch, and start from ``layer_scale``.
+    """
     for module in block.modules():
         if is_norm(module):
             for name, p in module.named_parameters(recurse=False):
@@ -88,15 +107,15 @@ def _start_afresh(block: nn.Module) -> None:
             for name, p in module.named_parameters(recurse=False):
                 if p.ndim >= 2:
                     nn.init.trunc_normal_(p, std=0.02)
-                elif name == "bias":
+                elif is_bias(name, p.ndim):
                     nn.init.zeros_(p)
+                elif p.ndim == 1:
+                    nn.init.constant_(p, layer_scale)
 
 
 def _tell_config(net: nn.Module, blocks: int) -> None:
     """``transformers`` models read their depth from their configuration while running."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(net, PreTrainedModel):
+    if not _is_hugging(net):
         return
     config = net.config.to_dict()
     if "num_hidden_layers" in config:
@@ -104,3 +123,9 @@ def _tell_config(net: nn.Module, blocks: int) -> None:
     kinds = config.get("layer_types")
     if kinds:
         net.config.layer_types = (kinds + kinds[-1:] * blocks)[:blocks]
+
+
+def _is_hugging(net: nn.Module) -> TypeGuard[PreTrainedModel]:
+    from transformers import PreTrainedModel
+
+    return isinstance(net, PreTrainedModel)

@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from pydantic import ValidationError
 from torch import nn
 
 from clasp.nn import lowrank
 from clasp.nn.adapters import PLACES, STARTS, insert_adapters
 from clasp.nn.anatomy import Block, anatomy, is_bias, is_norm
+from clasp.nn.convolutions import BranchSettings
 from clasp.nn.depth import DEEP_STARTS, append_blocks
+from clasp.nn.nets import ImageTransformer
 from clasp.nn.prompts import insert_prompts
 from clasp.types import UserError
 
@@ -110,12 +114,35 @@ def _prompts(net: nn.Module, tuning: Tuning) -> set[str]:
     return insert_prompts(net, anatomy(net), tuning.options["n"])
 
 
+def _branch(net: nn.Module, tuning: Tuning) -> set[str]:
+    if not isinstance(net, ImageTransformer):
+        raise UserError(
+            f"tuning {tuning.spec!r}: a branch of convolutions stands beside the blocks of our own image nets alone "
+            f"(own:, deit:, a tower of share.trunk), and this is a {type(net).__name__}"
+        )
+    layers = net.settings.layers
+    before = tuning.options["before"] or tuple(range(2, layers, 2))[:5] or (layers - 1,)  # of 12 layers, the paper's
+    try:
+        settings = BranchSettings(kind="gated", before=before)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"tuning {tuning.spec!r}: before = {before!r}: {reason}") from None
+    return net.add_branch(settings, seed=int(torch.randint(1 << 31, ())))
+
+
 # --- reading the net -------------------------------------------------------------------------------------------------
 
 
 def _blocks(net: nn.Module, tuning: Tuning) -> tuple[Block, ...]:
     blocks = anatomy(net).blocks
-    return blocks if tuning.blocks is None else blocks[tuning.blocks]
+    if tuning.blocks is None:
+        return blocks
+    for end in (tuning.blocks.start, tuning.blocks.stop):
+        if end is not None and not -len(blocks) <= end <= len(blocks):
+            raise UserError(
+                f"tuning {tuning.spec!r}: {anatomy(net).family} has blocks 0 to {len(blocks) - 1}, and {end} is none"
+            )
+    return blocks[tuning.blocks]
 
 
 def _below(net: nn.Module, paths: Iterable[str]) -> set[str]:
@@ -225,5 +252,6 @@ METHODS: dict[str, Method] = {
         for name in lowrank.PEFT
     },
     "prompts": Method(_prompts, "", rank=4, defaults={"n": 8}),
+    "branch": Method(_branch, "", rank=5, defaults={"before": None}),
     "match": Method(_match, "no parameter has such a name", defaults={"pattern": None}),
 }

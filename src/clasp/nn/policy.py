@@ -74,7 +74,8 @@ class _PartSettings(BaseModel):
     """Queries, keys, values and output of the attention: shared, separate, or {low-rank = r}: shared, with a difference
     of rank r for each modality"""
     q: MatrixChoice | None = None
-    """The queries alone; as ``attention`` where left out"""
+    """The queries alone; as ``attention`` where left out. Where q, k and v have low rank alike, one difference of that
+    rank serves the three: the matrices into it are one"""
     k: MatrixChoice | None = None
     """The keys alone"""
     v: MatrixChoice | None = None

@@ -22,13 +22,15 @@ from clasp.nn.prompts import Prompts
 from clasp.nn.towers import Tower
 
 # What peft's parameters are, by the part of their name that says it: factors of what is added to a weight, of which one
-# goes from nothing to itself while the others stay; or a factor on the output, which starts from one.
+# goes from nothing to itself while the others stay; or a factor on the output, which starts from one. And the gates of
+# a parallel branch, which is added as well.
 FACTORS: dict[str, Literal["from nothing", "stays", "from one"]] = {
     "lora_A": "stays", "lora_B": "from nothing",
     "hada_w1_a": "from nothing", "hada_w1_b": "stays", "hada_w2_a": "stays", "hada_w2_b": "stays",
     "lokr_w1": "from nothing", "lokr_w1_a": "from nothing", "lokr_w1_b": "stays",
     "lokr_w2": "stays", "lokr_w2_a": "stays", "lokr_w2_b": "stays", "lokr_t2": "stays",
     "ia3_l": "from one",
+    "gamma": "from nothing",
 }  # fmt: skip
 # dora also changes the lengths of columns, in which the weight is not linear
 NOT_STRAIGHT = {"lora_magnitude_vector": "dora", "oft_R": "oft", "hra_u": "hra"}
@@ -79,13 +81,15 @@ def obstacles(tower: Tower, base: Tower) -> list[str]:
     more = len(anatomy(tower.net).blocks) - len(anatomy(base.net).blocks)
     if more:
         return [f"{more} appended block{'s' if more > 1 else ''}"]
+    if tower.moving:
+        return ["running statistics of BatchNorm"]
     if any(isinstance(module, Prompts) for module in tower.net.modules()):
         return ["prompts"]
     found: dict[str, None] = {}
     for name in _added(tower, base):
         parts = name.split(".")
         method = next((NOT_STRAIGHT[part] for part in parts if part in NOT_STRAIGHT), None)
-        known = _in_adapter(tower, name) or any(part in FACTORS for part in parts)
+        known = _in_adapter(tower, name) or parts[0] == "parallel" or any(part in FACTORS for part in parts)
         if method or not known:
             found[method or name] = None
     return list(found)

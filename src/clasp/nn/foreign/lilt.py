@@ -75,9 +75,14 @@ class Lilt:
 def read_lilt(path: Path, heads: Mapping[Modality, int | None]) -> Lilt:
     """Open a checkpoint. ``heads`` of the attention are needed where a tower is no whole number of 64-wide ones.
 
-    Raises ``UserError`` for a file that is no checkpoint, or holds what ``lay_open`` refuses.
+    Raises ``UserError`` for a file that is no checkpoint, holds what ``lay_open`` refuses, or
+    numbers that are not finite.
     """
-    return lay_open(path, read_pickle(path), heads)
+    found = read_pickle(path)
+    lilt = lay_open(path, found, heads)
+    if odd := [key for key, tensor in _weights(path, _released(path, found)).items() if not tensor.isfinite().all()]:
+        raise UserError(f"{path} is damaged: {_listed(odd)} has numbers that are not finite")
+    return lilt
 
 
 def lay_open(path: Path, found: Any, heads: Mapping[Modality, int | None]) -> Lilt:
@@ -107,7 +112,8 @@ def lay_open(path: Path, found: Any, heads: Mapping[Modality, int | None]) -> Li
         return Side(modality, sizes[modality], reductions[modality], tensors, theirs)
 
     config, epoch, optimizer = (found.get(name) for name in ("config", "epoch", "optimizer"))
-    groups = optimizer.get("param_groups", []) if isinstance(optimizer, dict) else []
+    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    trained = [group.get("params") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
     return Lilt(
         path,
         {modality: side(modality) for modality in TOWERS},
@@ -115,7 +121,7 @@ def lay_open(path: Path, found: Any, heads: Mapping[Modality, int | None]) -> Li
         model["temp"].float(),
         config if isinstance(config, dict) else None,
         epoch if isinstance(epoch, int) else None,
-        sum(len(group["params"]) for group in groups) or None,
+        sum(len(names) for names in trained if isinstance(names, list)) or None,
     )
 
 

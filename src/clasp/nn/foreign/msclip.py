@@ -73,6 +73,8 @@ def read_msclip(
     for theirs, name in names.items():
         wanted = _without_batch(ours[name]).shape if name in ours else heads_and_scale[name]
         _refuse_shape(theirs, tensors[theirs], wanted)
+        if not tensors[theirs].is_meta and not tensors[theirs].isfinite().all():
+            raise UserError(f"the state dict is damaged: {theirs} has numbers that are not finite")
         if name in ours:
             _without_batch(ours[name]).copy_(tensors[theirs])
     image_head, text_head = (tensors[key].float().T.contiguous() for key in ("visual.proj", "text_projection"))
@@ -225,6 +227,8 @@ def _in_both(tensors: Mapping[str, Tensor], layer: int, names: Sequence[str]) ->
 def _is_shared(layer: int, part: str, pairs: list[Twice], aliased: bool) -> bool:
     same = [_one_storage(*both) if aliased else _equal(*both) for both in pairs]
     # two matrices that were never one may have equal vectors beside them, such as biases that are all zero
+    if not aliased:
+        _refuse_nearly_one(layer, [name for name, one in zip(PARTS[part], same, strict=True) if not one], pairs, part)
     matrices = [one for one, (tensor, _) in zip(same, pairs, strict=True) if tensor is not None and tensor.ndim > 1]
     if all(same):
         return True
@@ -234,6 +238,18 @@ def _is_shared(layer: int, part: str, pairs: list[Twice], aliased: bool) -> bool
             f"layer {layer} of the state dict shares a part in half: {which} is not one tensor in both nets"
         )
     return False
+
+
+def _refuse_nearly_one(layer: int, names: list[str], pairs: list[Twice], part: str) -> None:
+    """Matrices that differ in a hundredth were one: two that trained apart differ in as much as they are."""
+    for name, (one, other) in zip(PARTS[part], pairs, strict=True):
+        if name not in names or one is None or other is None or one.ndim < 2 or one.shape != other.shape:
+            continue
+        if (one - other).norm() < 0.01 * one.norm():
+            raise UserError(
+                f"layer {layer} of the state dict: {name} is nearly, but not quite, the same in both nets; the file "
+                "shares nothing by storage, and one of its copies is damaged"
+            )
 
 
 def _one_storage(one: Tensor | None, other: Tensor | None) -> bool:

@@ -125,6 +125,11 @@ class _Plain:
                 return {key: self.value(item, depth + 1) for key, item in found.items()}
             case dict():
                 raise UserError(f"{self.path} is not a checkpoint: it names a value by something else than a word")
+            case torch.Tensor() if found.numel() * found.element_size() > found.untyped_storage().nbytes():
+                raise UserError(f"{self.path} is not a checkpoint: a tensor in it has more numbers than the file")
+            case torch.Tensor() | str() | bytes() | bool() | int() | float() | None:
+                return found
             case list() | tuple() if type(found) in (list, tuple):
                 return type(found)(self.value(item, depth + 1) for item in found)
-        return found
+        kind = type(found).__name__
+        raise UserError(f"{self.path} is not a checkpoint: it holds a {kind} where a setting should be")

@@ -166,7 +166,10 @@ def _trained(side: Side, switches: Mapping[str, Any]) -> set[str]:
             or "adapter" in name
         )
 
-    again = (switches.get("always_freeze") or {}).get(words.always) or []
+    again = switches.get("always_freeze") or {}
+    again = again.get(words.always) or [] if isinstance(again, dict) else again
+    if not isinstance(again, list):
+        raise UserError(f"always_freeze is no table of lists of blocks in the checkpoint's config, but {again!r}")
     frozen = tuple(f"{BLOCKS[side.modality]}{block}." for block in again)
     return {ours for ours, name in side.theirs.items() if unlocks(name) and not name.startswith(frozen)}
 
