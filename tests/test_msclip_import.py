@@ -169,11 +169,13 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
         refused(said, lambda wanted=wanted: import_checkpoint("msclip", file, run, wanted))
         assert not run.exists()
     torch.save({"model": 3}, tmp_path / "other.pth")
-    refused(
-        "holds other things than tensors", lambda: import_checkpoint("msclip", tmp_path / "other.pth", run, Wanted())
-    )
+    refused("it has model; is it LilT's?", lambda: import_checkpoint("msclip", tmp_path / "other.pth", run, Wanted()))
+    branch = Wanted(image_heads=2, lateral_layers=(1, 2))
+    refused("--lateral 1, 2: ", lambda: import_checkpoint("msclip", file, run, branch))
     refused("not a list of layers", lambda: asked(lateral="2;3", overlong="cut"))
     refused("none of cut, lost", lambda: asked(lateral=None, overlong="kept"))
-    made = import_checkpoint("msclip", file, run, Wanted(image_heads=2, tokenizer=tokenizer)).run
+    given = tmp_path / "prefixed.pth"
+    torch.save({f"module.{key}": tensor for key, tensor in torch.load(file, weights_only=True).items()}, given)
+    made = import_checkpoint("msclip", given, run, Wanted(image_heads=2, tokenizer=tokenizer)).run
     (made / "towers" / "config.json").write_text('{"model_type": "clasp_pair", "image": {}, "transform": {}}')
     refused("is damaged", lambda: load(made))

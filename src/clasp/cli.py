@@ -255,7 +255,7 @@ def _align(recipe: Any, run: Path, *, resume: bool) -> None:
     try:
         done = align(recipe, run, say=say, bar=bar, reporter=to_stderr(), resume=resume)
     except KeyboardInterrupt:  # the loop takes Ctrl-C itself, so this was before its first step
-        say("stopped before training; what the frozen towers have said so far is kept for the next run")
+        say("stopped before training: type the same again; what a frozen tower has said by now is not computed twice")
         sys.exit(130)
     typed, source = shlex.quote(str(run)), shlex.quote(recipe.data.train)
     if done.fitted.interrupted:

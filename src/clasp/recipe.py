@@ -196,7 +196,8 @@ def _find(source: str | Path, folder: Path) -> Path:
     if name in own:
         return own[name]
     near = difflib.get_close_matches(name, own, n=3, cutoff=0.4)
-    raise UserError(f"no recipe {str(source)!r}: not a file, and clasp's own are {', '.join(near or own)}")
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    raise UserError(f"no recipe {str(source)!r}: neither a file nor one of these; {hint}{', '.join(own)}")
 
 
 def _with_what_it_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:

@@ -209,9 +209,14 @@ def test_a_copy_that_is_damaged_is_no_other_architecture():
     assert "layer 7 of the state dict: attn.in_proj_weight is nearly" in refused(
         lambda: read("msclip_share_last6", given)
     )
-    given = {key: tensor.clone() for key, tensor in tensors("msclip_plain").items()}
-    given["logit_scale"] = torch.tensor(float("nan"))
-    assert "logit_scale has numbers that are not finite" in refused(lambda: read("msclip_plain", given))
+    spoiled = {
+        "logit_scale": (float("nan"), "numbers that are not finite"),
+        "visual.transformer.resblocks.0.bn1.running_var": (-1.0, "variances below zero"),
+    }
+    for key, (value, says) in spoiled.items():
+        given = {name: tensor.clone() for name, tensor in tensors("msclip_s_b32").items()}
+        given[key].fill_(value)
+        assert f"{key} has {says}" in refused(lambda given=given: read("msclip_s_b32", given))
 
 
 def test_what_does_not_fit_is_refused_in_one_line():
@@ -219,7 +224,13 @@ def test_what_does_not_fit_is_refused_in_one_line():
         return {name: tensor for name, tensor in tensors("msclip_s_b32").items() if name != key}
 
     block = "transformer.resblocks.3"
-    for key in ("visual.ln_pre.weight", f"{block}.ln_1.bias", "logit_scale", "token_embedding.weight"):
+    for key in (
+        "visual.ln_pre.weight",
+        f"{block}.ln_1.bias",
+        f"{block}.attn.in_proj_weight",
+        "logit_scale",
+        "token_embedding.weight",
+    ):
         assert key in refused(lambda key=key: read("msclip_s_b32", without(key)))
     more = {**tensors("msclip_plain"), "module.extra": torch.zeros(1), "z": torch.zeros(1)}
     assert "also has 'module.extra' and 1 more" in refused(lambda: read("msclip_plain", more))
@@ -229,11 +240,14 @@ def test_what_does_not_fit_is_refused_in_one_line():
     assert "layer 3 of the state dict shares a part in half: mlp.c_fc.weight" in refused(
         lambda: read("msclip_s_b32", half)
     )
+    assert "--image-heads 5 does not divide the width of 96" in refused(
+        lambda: read_msclip(tensors("msclip_s_b32"), heads=5)
+    )
     assert "96 wide, which is no multiple of 64" in refused(lambda: read_msclip(tensors("msclip_s_b32")))
-    assert "5 lateral adapters; lateral_layers = [1]" in refused(
+    assert "joins before 5 layers, and 1 are named; say which with --lateral" in refused(
         lambda: read_msclip(tensors("msclip_s_b32"), heads=3, lateral_layers=[1])
     )
-    assert "there are blocks at layers 1 to 11" in refused(
+    assert "say 5 of 1 to 11 with --lateral" in refused(
         lambda: read_msclip(tensors("msclip_s_b32"), heads=3, lateral_layers=[0, 1, 2, 3, 4])
     )
     assert "it lacks 'visual.positional_embedding'" in refused(lambda: read_msclip({"a": torch.zeros(1)}))

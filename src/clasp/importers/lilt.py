@@ -29,6 +29,8 @@ Tunings = Mapping[Modality, Tuned]
 
 def import_lilt(checkpoint: Path, run: Run, wanted: Wanted) -> Told:
     """Write the run. Raises ``UserError`` for a file that is no such checkpoint, or does not tell enough."""
+    if wanted.lateral_layers:
+        raise UserError("--lateral is of MS-CLIP's parallel branch; LilT's towers have none")
     lilt = read_lilt(checkpoint, {"image": wanted.image_heads, "text": wanted.text_heads})
     image, text = lilt.sides["image"].settings, lilt.sides["text"].settings
     assert isinstance(image, ImageTransformerSettings) and isinstance(text, BertSettings)

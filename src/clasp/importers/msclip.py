@@ -31,18 +31,21 @@ USUAL_SIZE = 224
 
 def import_msclip(checkpoint: Path, run: Run, wanted: Wanted) -> Told:
     """Write the run. Raises ``UserError`` for a file that is no such state dict, or does not tell enough."""
-    tensors = read_pickle(checkpoint)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UserError(f"{checkpoint} is no state dict of MS-CLIP: it holds other things than tensors")
+    tensors = _state_dict(checkpoint)
     if wanted.text_heads not in (None, wanted.image_heads):
         raise UserError(f"--text-heads {wanted.text_heads}: both nets of MS-CLIP have those of --image-heads")
-    model = read_msclip(
-        tensors,
-        heads=wanted.image_heads,
-        lateral_layers=wanted.lateral_layers or LATERAL_LAYERS,
-        size=wanted.size or USUAL_SIZE,
-    )
+    try:
+        model = read_msclip(
+            tensors,
+            heads=wanted.image_heads,
+            lateral_layers=wanted.lateral_layers or LATERAL_LAYERS,
+            size=wanted.size or USUAL_SIZE,
+        )
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from None
     image, text = model.pair.image.settings, model.pair.text.settings
+    if wanted.lateral_layers and image.branch is None:
+        raise UserError(f"--lateral {_listed(wanted.lateral_layers)}: {checkpoint} has no parallel branch")
     if wanted.size not in (None, image.size):
         raise UserError(f"--size {wanted.size}: this model was trained on {image.size} px")
     named, tokenizer = _tokenizer(text.vocabulary, wanted.tokenizer)
@@ -65,6 +68,17 @@ def import_msclip(checkpoint: Path, run: Run, wanted: Wanted) -> Told:
     if ids < text.vocabulary:
         lines.append(f"{named} has {ids:,} words, and the net {text.vocabulary:,}: is it the tokenizer it had?")
     return Told(lines, {"log_scale": float(model.log_scale)}, encoder.counts(), delta_bytes)
+
+
+def _state_dict(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors in a file, without the ``module.`` that training on several GPUs puts before their names."""
+    found = read_pickle(checkpoint)
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        has = f"it has {', '.join(map(str, list(found)[:4]))}" if isinstance(found, dict) else "it has a list"
+        hint = "; is it LilT's? then: clasp import lilt" if isinstance(found, dict) and "model" in found else ""
+        raise UserError(f"{checkpoint} is no bare state dict, as MS-CLIP's is released: {has}{hint}")
+    prefix = "module." if all(str(key).startswith("module.") for key in found) else ""
+    return {str(key).removeprefix(prefix): tensor for key, tensor in found.items()}
 
 
 def _tokenizer(vocabulary: int, wanted: str | None) -> tuple[str, Tokenizer]:

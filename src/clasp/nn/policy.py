@@ -182,5 +182,5 @@ def _numbers(text: str, layers: int) -> range:
     first = 0 if start is None else start + layers * (start < 0)
     end = layers if stop is None else stop + layers * (stop < 0)
     if not 0 <= first < end <= layers:
-        raise UserError(f"share.layers = {text!r}: there are layers 0 to {layers - 1}")
+        raise UserError(f"share.layers = {text!r}: there are layers 0 to {layers - 1}, and a range names one or more")
     return range(first, end)

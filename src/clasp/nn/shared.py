@@ -166,7 +166,8 @@ def _at(blocks: nn.ModuleList, number: int) -> Block | None:
 def _no_layer(number: int, in_image: bool, first: int) -> str:
     if in_image and number < first:
         return f"share: layer {number} of the image net is its stem, which no text can share; write layers = '{first}:'"
-    return f"share: there is no layer {number} in the {'image' if in_image else 'text'} net to share"
+    net = "image" if in_image else "text"
+    return f"share: there is no layer {number} in the {net} net to share; write share.layers = ':{number}'"
 
 
 def _refuse(number: int, row: Mapping[str, How], image: BlockSettings, text: BlockSettings) -> None:

@@ -94,7 +94,10 @@ def require(names: Iterable[str], have: Collection[str], where: str) -> None:
             present = list(have)
             near = difflib.get_close_matches(name, present, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{where} has no column {name!r}; it has {', '.join(map(repr, present)) or 'none'}{hint}")
+            raise UserError(
+                f"{where} has no column {name!r}; it has {', '.join(map(repr, present)) or 'none'}{hint}; columns of "
+                "other names: data.columns.image=NAME data.columns.caption=NAME"
+            )
 
 
 def text_of(value: Any) -> str:

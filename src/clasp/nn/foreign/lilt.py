@@ -139,10 +139,12 @@ def _released(path: Path, found: Any) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint: it holds a {type(found).__name__}, not a dictionary")
     if found and all(isinstance(value, Tensor) for value in found.values()):
         return {"model": found}
-    if not isinstance(found.get("model"), dict):
-        raise UserError(
-            f"{path} is not a LilT checkpoint: it has no model, but {_listed(map(str, found)) or 'nothing'}"
-        )
+    if not found:
+        raise UserError(f"{path} is not a LilT checkpoint: it is an empty dictionary")
+    if "model" in found and not isinstance(found["model"], dict):
+        raise UserError(f"{path} is not a LilT checkpoint: its model is a {type(found['model']).__name__}")
+    if "model" not in found:
+        raise UserError(f"{path} is not a LilT checkpoint: it has no model, but {_listed(map(str, found))}")
     return found
 
 
@@ -151,15 +153,15 @@ def _weights(path: Path, found: Mapping[str, Any]) -> dict[str, Tensor]:
     model = {str(key): value for key, value in found["model"].items()}
     if all(key.startswith("module.") for key in model):
         model = {key.removeprefix("module."): value for key, value in model.items()}
-    odd = [key for key, value in model.items() if not isinstance(value, Tensor)]
+    model.pop(CONSTANT, None)
+    odd = [key for key, value in model.items() if not isinstance(value, Tensor) or not value.is_floating_point()]
     if odd:
-        raise UserError(f"{path} is not a LilT checkpoint: {_listed(odd)} of its model is no tensor")
+        raise UserError(f"{path} is not a LilT checkpoint: {_listed(odd)} of its model is no tensor of real numbers")
     if not any(key.startswith(tuple(TOWERS.values())) for key in model):
         towers = " or ".join(TOWERS.values())
         raise UserError(
             f"{path} is not a LilT checkpoint: no key begins with {towers}; it has {_listed(model) or 'none'}"
         )
-    model.pop(CONSTANT, None)
     return model
 
 

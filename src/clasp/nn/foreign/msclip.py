@@ -75,6 +75,8 @@ def read_msclip(
         _refuse_shape(theirs, tensors[theirs], wanted)
         if not tensors[theirs].is_meta and not tensors[theirs].isfinite().all():
             raise UserError(f"the state dict is damaged: {theirs} has numbers that are not finite")
+        if theirs.endswith("running_var") and not tensors[theirs].is_meta and (tensors[theirs] < 0).any():
+            raise UserError(f"the state dict is damaged: {theirs} has variances below zero")
         if name in ours:
             _without_batch(ours[name]).copy_(tensors[theirs])
     image_head, text_head = (tensors[key].float().T.contiguous() for key in ("visual.proj", "text_projection"))
@@ -122,7 +124,16 @@ def _image_settings(
     stem = f"{IMAGE}resblocks.0.conv1.weight" in tensors
     laterals = _count(tensors, f"{IMAGE}parallel_lateral_adapter.")
     if laterals not in (0, len(lateral_layers)):
-        raise UserError(f"the state dict has {laterals} lateral adapters; lateral_layers = {list(lateral_layers)}")
+        raise UserError(
+            f"the branch joins before {laterals} layers, and {len(lateral_layers)} are named; say which with "
+            "--lateral, such as 2,4,6,8,10"
+        )
+    layers = _count(tensors, f"{IMAGE}resblocks.")
+    if laterals and not stem <= lateral_layers[0] <= lateral_layers[-1] < layers:
+        raise UserError(
+            f"the branch cannot join before layers {', '.join(map(str, lateral_layers))} of {layers}; say {laterals} "
+            f"of {int(stem)} to {layers - 1} with --lateral"
+        )
     if not stem:
         patch = _shape(tensors, "visual.conv1.weight", 4)[-1]
     elif laterals:  # the first stage of the branch halves the picture
@@ -156,10 +167,13 @@ def _text_settings(tensors: Mapping[str, Tensor], heads: int | None) -> TextTran
 
 def _block_settings(tensors: Mapping[str, Tensor], net: str, width: int, heads: int | None) -> dict[str, Any]:
     layers = _count(tensors, f"{net}resblocks.")
+    if heads is not None and width % heads:
+        raise UserError(f"--image-heads {heads} does not divide the width of {width}")
     hidden, _ = _shape(tensors, f"{net}resblocks.{layers - 1}.mlp.c_fc.weight", 2)
     if heads is None and width % HEAD_WIDTH:
         raise UserError(
-            f"the state dict is {width} wide, which is no multiple of {HEAD_WIDTH}; say how many heads it has"
+            f"the state dict is {width} wide, which is no multiple of {HEAD_WIDTH}; say how many heads it has with "
+            "--image-heads"
         )
     return {
         "width": width,
@@ -203,6 +217,10 @@ def _policy(
 ) -> SharingSettings:
     """Read from which tensors are one in both nets: by storage, or by value where a file has lost its aliases."""
     layers = range(image.first_layer, min(image.layers, text.layers))
+    twice = [name for names in PARTS.values() for name in names]
+    keys = [f"{net}resblocks.{layer}.{name}" for layer in layers for name in twice for net in (IMAGE, TEXT)]
+    if lacking := [key for key in keys if key not in tensors]:
+        raise UserError(f"not an MS-CLIP state dict: it lacks {_first(lacking)}")
     kept = {(layer, part): _in_both(tensors, layer, names) for layer in layers for part, names in PARTS.items()}
     aliased = any(_one_storage(*both) for pairs in kept.values() for both in pairs)
     shared = [
