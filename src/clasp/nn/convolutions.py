@@ -142,8 +142,8 @@ class Bottleneck(nn.Module):
 class PlacesToPatches(ConvNorm):
     """A depthwise convolution whose ``kernel`` is its stride, and a norm: the maps at the size of the patches.
 
-    Nothing overlaps, so it is one product of each channel's places with its weights. As a convolution in bfloat16 its
-    backward pass takes 3 to 24 times as long on CPUs.
+    Nothing overlaps, so it is one product of each channel's places with its weights. As a convolution it is far slower
+    in bfloat16 on CPUs (``benchmarks/laterals.py``).
     """
 
     def __init__(self, channels: int, kernel: int, norm: ConvNormKind):
