@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 WRITTEN = 1  # part of every key: raise it when the same cell would be asked other things
 SEEDS = (0, 1, 2)
 STEPS = 320
-TRUNK_STEPS = 60
+TRUNK_STEPS = 40
 TIMED_STEPS = 30
 ALIKE = 0.02  # arithmetic that differs by less is the same
 
