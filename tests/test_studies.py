@@ -24,7 +24,7 @@ from studies.asking import Seen, answer, images_seen, sentences
 from studies.lilt import costs, figures, pages
 from studies.lilt.__main__ import main
 from studies.lilt.cells import Cell, Row, Runner
-from studies.lilt.claims import CLAIMS, FULL, HEADS, LAYERWISE, SMALL, both, compared, to_choose
+from studies.lilt.claims import CLAIMS, FULL, HEADS, LAYERWISE, SMALL, both, compared, half, to_choose
 from studies.lilt.found import find
 from studies.lilt.names import Names
 from studies.lilt.photos import Photos, Sizes, drawn
@@ -322,6 +322,16 @@ def test_a_page_is_made_from_lines_and_keeps_what_a_person_wrote(photos: Photos,
     assert "It holds.\n\nTwice." in pages.write(claim, SMALL, found, tmp_path).read_text("utf-8")
     drawn_file = figures.draw(claim, SMALL, found, tmp_path)
     assert drawn_file is not None and drawn_file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_towers_of_half_the_blocks_are_found_at_the_rate_of_the_whole(photos: Photos, tmp_path: Path):
+    results = record_lines(tmp_path / "results", photos)
+    for seed in range(2):
+        cell = Cell("photos", half(FULL), FULL.rates[0], SMALL.photos, seed, "ask")
+        record = {"key": cell.key(photos.file), **({"validation": -1.0} if seed == 0 else {})}
+        results.add("claim3", record)
+    found = find(CLAIMS["claim3"], SMALL, Runner("photos", photos, results), [])
+    assert found.seeds([(half(FULL).name, SMALL.photos)]) == [0, 1]
 
 
 @pytest.mark.parametrize("name", CLAIMS)

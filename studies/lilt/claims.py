@@ -73,8 +73,9 @@ METHODS = (
 
 
 def half(row: Row) -> Row:
-    """The same on towers of half as many blocks, at the learning rates of the whole ones."""
-    return replace(row, name=f"{row.name}, half the blocks", changes=(*row.changes, "image.layer=6", "text.layer=3"))
+    """The same on towers of half as many blocks, at the learning rate of the whole ones: it chooses none itself."""
+    halved = ("image.layer=6", "text.layer=3")
+    return replace(row, name=f"{row.name}, half the blocks", changes=(*row.changes, *halved), rates=row.rates[:1])
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
