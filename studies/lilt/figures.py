@@ -50,19 +50,22 @@ def draw(claim: Claim, size: Size, found: Found, folder: Path) -> Path | None:
 
 def _methods(found: Found, size: Size) -> Any:
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    for row in METHODS:
+    for number, row in enumerate(METHODS, 1):
         at = (row.name, size.photos)
         if seen := _seen(found, [at], TOP5):
             trained, total = found.trained(at)
             share = 100 * trained / total
-            _point(axes, share, seen, "s" if row is FULL else "^" if row in (HEADS, CLOSED) else "o")
-            _name(axes, row.name, share, seen)
+            marker = "s" if row is FULL else "^" if row in (HEADS, CLOSED) else "o"
+            _point(axes, share, seen, marker, color=f"C{number % 10}", label=f"{number}  {row.name}")
+            _name(axes, str(number), share, seen)
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     if seen := _seen(found, [(FULL.name, size.photos)], TOP5):
         for part, style, text in ((100, "--", "full"), (75, ":", "75 % of full")):
             axes.axhline(part * seen.value, color="grey", linewidth=0.8, linestyle=style)
             axes.annotate(text, (0.5, part * seen.value), (2, 2), textcoords="offset points", fontsize=7)
     axes.axvline(7, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", xlim=(0.5, 150), xlabel="trained, % of all parameters", ylabel="zero-shot top-5, %")
+    axes.set_xticks([1, 10, 100], ["1", "10", "100"])
     return figure
 
 
@@ -126,7 +129,7 @@ def _budgets(found: Found, size: Size) -> Any:
             _name(right, row.name, needs, seen)
     names = [row.name.replace(", ", ",\n") for row, _ in BUDGETED]
     left.set(ylabel="zero-shot top-5, %", title="for the same arithmetic", xlim=(-0.5, len(BUDGETED)))
-    left.set_xticks(range(len(BUDGETED)), names, rotation=30, fontsize=7)
+    left.set_xticks(range(len(BUDGETED)), names, rotation=30, fontsize=7, ha="right", rotation_mode="anchor")
     right.set(xlabel="memory of a step, MB", title="and what it needs")
     return figure
 
