@@ -31,7 +31,7 @@ from clasp.nn.policy import SharingSettings
 from clasp.types import UserError
 
 # what both views hold where a recipe says nothing else: all of a block but its norms and scales
-TRUNK_PARTS = {"attention": "shared", "ffn": "shared"}
+TRUNK_PARTS: dict[str, Any] = {"attention": "shared", "ffn": "shared"}
 TRUNK_POLICY = SharingSettings(**TRUNK_PARTS)
 _SAMPLED = 4096  # rows of a table that say how large its rows are
 
