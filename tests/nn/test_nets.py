@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clasp.flops import macs_of
 from clasp.nn.anatomy import anatomy
 from clasp.nn.blocks import Block, BlockSettings
-from clasp.nn.convolutions import BranchSettings, halvings
+from clasp.nn.convolutions import BranchSettings, PlacesToPatches, halvings
 from clasp.nn.depth import append_blocks, truncate
 from clasp.nn.layers import VisionTransformer
 from clasp.nn.nets import (
@@ -287,6 +287,17 @@ def test_a_gated_branch_changes_nothing_until_its_gates_move(deit: bool):
     net.zero_grad()
     net(pixels).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 4])
+def test_the_product_of_places_is_the_convolution(kernel: int):
+    part = PlacesToPatches(6, kernel, "group").double()
+    maps = torch.randn(3, 6, 8, 4, dtype=torch.float64, requires_grad=True)
+    fast, slow = part.product(maps), part.conv(maps)
+    torch.testing.assert_close(fast, slow)
+    grads = [torch.autograd.grad(out.square().sum(), [maps, part.conv.weight]) for out in (fast, slow)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("kind", ["deit", "dinov2"])
