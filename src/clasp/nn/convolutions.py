@@ -142,15 +142,15 @@ class Bottleneck(nn.Module):
 class PlacesToPatches(ConvNorm):
     """A depthwise convolution whose ``kernel`` is its stride, and a norm: the maps at the size of the patches.
 
-    Nothing overlaps, so it is also one product of each channel's places with its weights, which is 2 to 14 times as fast
-    in bfloat16 on a CPU; in float32 the convolution is faster (``benchmarks/laterals.py``).
+    Nothing overlaps, so it is also one product of each channel's places with its weights, 2 to 14 times as fast in
+    bfloat16 on a CPU; in float32 the convolution is faster (``benchmarks/laterals.py``).
     """
 
     def __init__(self, channels: int, kernel: int, norm: ConvNormKind):
         super().__init__(channels, channels, kernel=kernel, stride=kernel, groups=channels, norm=norm)
 
     def forward(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
-        whole = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        whole = x.is_meta or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type))
         return self.norm(self.conv(x) if whole else self.product(x))
 
     def product(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
