@@ -14,10 +14,10 @@ import pytest
 from torch.utils.data import DataLoader
 
 from clasp.data.formats import parquet, sources
-from clasp.data.pairs import FileSource, Pairs, expand, open_pairs, split
+from clasp.data.pairs import Columns, FileSource, Pairs, expand, open_pairs, split
 from clasp.types import Caption, Pair, UserError
 from refusal import refused
-from toydata import WRITERS, Toy, toys, write_csv, write_jsonl, write_shards, write_tar
+from toydata import WRITERS, Toy, toys, write_csv, write_folder, write_jsonl, write_shards, write_tar
 
 TOYS = toys(13, seed=3)
 
@@ -40,6 +40,38 @@ def test_every_form_gives_the_same_pairs(form: str, tmp_path: Path):
     assert pairs[-1] == pairs[12]
     with pytest.raises(IndexError):
         pairs[13]
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_sources_that_share_a_cache_are_each_read_as_they_are_now(form: str, tmp_path: Path):
+    """Two sources of a format, one of them changed after it was opened, and again after that: one cache folder."""
+    cache = tmp_path / "cache"
+    for name, some in (("a", TOYS[:6]), ("b", TOYS[3:13]), ("a", TOYS[:9]), ("b", TOYS[3:13]), ("a", TOYS[8:])):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        source = WRITERS[form](some, tmp_path / name)
+        for _ in range(2):  # built, then remembered
+            assert content(open_pairs(source, cache=cache)) == sorted((toy.png, (toy.caption,)) for toy in some)
+
+
+def test_captions_changed_in_place_are_checked_anew(tmp_path: Path):
+    folder, cache = write_folder(TOYS, tmp_path / "data"), tmp_path / "cache"
+    assert len(open_pairs(folder, cache=cache)) == len(TOYS)
+    text = folder / f"{TOYS[4].key}.txt"
+    text.write_text("   ")
+    with pytest.raises(UserError, match="1 of 13 pairs have an empty caption"):
+        open_pairs(folder, cache=cache)
+    text.unlink()
+    text.with_suffix(".json").write_text('{"caption": "from beside"}')
+    assert "from beside" in {pair.captions[0].text for pair in open_pairs(folder, cache=cache)}
+
+
+def test_an_index_error_inside_a_part_does_not_end_the_pairs():
+    class Damaged(list[Pair]):
+        def __getitem__(self, row):  # pyright: ignore[reportIncompatibleMethodOverride]
+            raise IndexError("an index that does not fit its file")
+
+    with pytest.raises(IndexError, match="does not fit"):
+        list(Pairs("damaged", [Damaged([Pair("a", FileSource("a.png"), (Caption("a"),), "a")])]))
 
 
 @pytest.mark.parametrize("form", WRITERS)

@@ -11,7 +11,7 @@ import hashlib
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, SupportsIndex, overload, runtime_checkable
@@ -67,6 +67,10 @@ class Pairs(Sequence[Pair]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def __iter__(self) -> Iterator[Pair]:
+        # not Sequence's own, which takes an IndexError from inside a part for the end
+        return (self[number] for number in range(len(self)))
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Pair: ...

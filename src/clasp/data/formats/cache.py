@@ -23,7 +23,7 @@ import numpy as np
 
 from clasp.types import UserError
 
-LAYOUT = "1"  # of the arrays; counting it up makes every older index be built again
+LAYOUT = "2"  # of the arrays; counting it up makes every older index be built again
 
 Arrays = dict[str, np.ndarray]
 
@@ -35,7 +35,11 @@ def stamp_of(path: str | Path) -> str:
 
 
 def remembered(cache: Path | None, key: tuple[str, ...], build: Callable[[], Arrays]) -> Arrays:
-    """The arrays of ``build()``, from the cache folder when they were built before under the same key."""
+    """The arrays of ``build()``, from the cache folder when they were built before under the same key.
+
+    ``key`` names the format, the source by its resolved path, and everything else that the arrays depend on.
+    """
+    assert len(key) > 1, "a key without its source would give one source's arrays to another"
     if cache is None:
         return build()
     file = cache / f"index-{_digest(LAYOUT, *key)}.npz"

@@ -6,8 +6,10 @@ those are the captions; when none has, and every image lies in a folder one leve
 Anything in between is refused with an example, since either reading would drop or falsify captions.
 """
 
+import hashlib
 import os
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from jaxtyping import Int32, UInt64
 from clasp.data.formats.ids import hash64
 from clasp.data.formats.names import Names
 from clasp.data.formats.opening import Opening
-from clasp.data.formats.samples import IMAGE, JSON, TEXT, Samples, gather, hidden, open_samples
+from clasp.data.formats.samples import IMAGE, JSON, LABEL, TEXT, Samples, gather, hidden, open_samples
 from clasp.data.formats.sources import FileSource
 from clasp.types import Caption, Pair, UserError
 
@@ -40,6 +42,13 @@ class Folder:
 
     def source(self, row: int) -> FileSource:
         return FileSource(os.path.join(self.path, self.names[row]))
+
+    def stamp(self, rows: Iterable[int]) -> str:
+        """A hash of all names, and of size and time of the files ``rows``: changes when what is read of them may have."""
+        digest = hashlib.sha256(self.names.letters.tobytes() + self.names.ends.tobytes())
+        for row in rows:
+            digest.update(f"{self.source(row).version}\0".encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +93,9 @@ def open_folder(opening: Opening) -> Samples | ClassFolders:
     captioned = (parts[:, [TEXT, JSON]] >= 0).any(axis=1)
     images = parts[:, IMAGE]
     if captioned.all():
-        return open_samples(opening, folder, lambda: parts, str, ())
+        beside = parts[:, [TEXT, JSON, LABEL]]
+        key = ("folder", str(opening.path.resolve()), folder.stamp(beside[beside >= 0].tolist()))
+        return open_samples(opening, folder, lambda: parts, str, key)
     bare = folder.names[int(images[~captioned][0])]
     missing = f"{(~captioned).sum()} of {len(images)} images have no .txt or .json of their name beside them"
     if captioned.any():

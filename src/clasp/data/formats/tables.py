@@ -84,7 +84,7 @@ def open_table(opening: Opening) -> TextTable:
             raise UserError(f"{name} has no pairs: looked for {syntax.wanted}, found none")
         return {"starts": np.array(starts, np.int64), "stops": np.array(stops, np.int64), **survey.finish()}
 
-    key = ("table", str(opening.path.resolve()), stamp, opening.root, repr(reader))
+    key = ("table", kind, str(opening.path.resolve()), stamp, opening.root, repr(reader))
     arrays = remembered(opening.cache, key, build)
     table = TextTable(
         name,
