@@ -18,11 +18,11 @@ from torch import Tensor
 from benchmarks import harness, material
 from benchmarks.harness import Contestant, Measured, Peak, Row, sized
 from benchmarks.peers import attempt, imported
-from clasp.losses import info_nce
-from clasp.model import DualEncoder, HeadSettings
-from clasp.nn.base import Base
-from clasp.nn.towers import Tower
-from clasp.train import bigbatch
+from clasp.models.backbone import Base
+from clasp.models.dual_encoder import DualEncoder, HeadSettings
+from clasp.models.tower import Tower
+from clasp.training import grad_cache
+from clasp.training.losses import info_nce
 from clasp.types import Batch, Pixels, Tokens
 
 BATCH = sized(4096, 64)
@@ -62,8 +62,8 @@ def pairs(count: int) -> Batch:
 
 def clasp(model: DualEncoder, batch: Batch, piece: int = PIECE) -> int:
     model.zero_grad()
-    work = bigbatch.Work(model, torch.device("cpu"), "float32", lambda side, number: None)
-    bigbatch.gradients(work, batch, info_nce, piece)
+    work = grad_cache.Work(model, torch.device("cpu"), "float32", lambda side, number: None)
+    grad_cache.gradients(work, batch, info_nce, piece)
     return len(batch.ids)
 
 

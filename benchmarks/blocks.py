@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import harness, material
 from benchmarks.harness import Contestant, Row, sized
-from clasp.flops import flops_of
+from clasp.training.cost.flops import flops_of
 
 BATCH = sized(64, 8)
 PAIRS = sized(256, 16)

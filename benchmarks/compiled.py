@@ -13,11 +13,11 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Contestant, Row, sized
-from clasp.nn.anatomy import anatomy
-from clasp.nn.base import ImageSettings
-from clasp.nn.foreign.hub import open_base
-from clasp.nn.towers import Tower
-from clasp.nn.tuning import freeze
+from clasp.models.backbone import ImageSettings
+from clasp.models.structure import anatomy
+from clasp.models.tower import Tower
+from clasp.models.tuning.spec import freeze
+from clasp.models.zoo.registry import open_base
 from clasp.types import Pixels
 
 BATCH = sized(32, 2)

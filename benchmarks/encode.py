@@ -20,8 +20,8 @@ from benchmarks import harness, material, rivals
 from benchmarks.harness import Contestant, Row, Run, sized
 from benchmarks.material import SIZE
 from benchmarks.peers import attempt, imported
-from clasp.assemble import Assembled
-from clasp.embed import Model
+from clasp.config.build import Assembled
+from clasp.models.inference import Model
 
 IMAGES = sized(160, 8)
 CAPTIONS = sized(1000, 32)

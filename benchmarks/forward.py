@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks import harness, material
 from benchmarks.harness import Contestant, Measured, Row, sized
-from clasp.assemble import assemble
-from clasp.flops import macs_of
-from clasp.recipe import read_recipe
+from clasp.config.build import assemble
+from clasp.config.recipe import read_recipe
+from clasp.training.cost.flops import macs_of
 
 RECIPES = ("msclip/msclip-s-b32", "msclip/clip-b32")
 BATCH = sized(32, 2)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clasp import settle
-from clasp.nn.convolutions import PlacesToPatches
+from clasp.models.transformer.convolutions import PlacesToPatches
 
 # pictures, channels, places a side, kernel
 WORK = ((32, 48, 112, 16), (32, 96, 56, 8), (32, 192, 28, 4), (32, 384, 14, 2), (128, 48, 32, 8), (128, 96, 16, 4))

@@ -1,4 +1,4 @@
-"""What one more call of a text tower costs, in tokens: the constant ``TOKENS_A_CALL`` of ``clasp.nn.lengths``.
+"""What one more call of a text tower costs, in tokens: ``TOKENS_A_CALL`` of ``clasp.models.length_buckets``.
 
 A batch of captions is run in one call and in 2, 4 ... calls, all captions of one length, so that the tokens are the
 same and the calls are not. The time is a line in both; its slope by calls over its slope by tokens is the answer.
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import harness, material
 from benchmarks.harness import Measured, Row, sized
-from clasp.nn.lengths import TOKENS_A_CALL
+from clasp.models.length_buckets import TOKENS_A_CALL
 from clasp.types import Tokens
 
 ROWS = sized(128, 16)

@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.harness import Contestant, Measured, Peak, Row, sized
 from benchmarks.peers import attempt, imported
-from clasp.losses import info_nce
-from clasp.train.memory import free_bytes
+from clasp.training.losses import info_nce
+from clasp.training.memory import free_bytes
 
 WIDTH = 512
 LARGEST = sized(32768, 1024)

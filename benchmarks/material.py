@@ -20,17 +20,17 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clasp.assemble import Assembled, assemble
-from clasp.data.batches import Batches
+from clasp.config.build import Assembled, assemble
+from clasp.config.recipe import Recipe, from_dict
+from clasp.data.loader import Batches
 from clasp.data.pairs import Pairs, open_pairs
-from clasp.data.sides import Listing
-from clasp.demo.sample import unpack
-from clasp.inputs import Inputs
-from clasp.losses import loss_of
-from clasp.recipe import Recipe, from_dict
-from clasp.train.memory import Kept
-from clasp.train.plan import TrainSettings
-from clasp.train.step import Stepper
+from clasp.data.readers import Listing
+from clasp.data.samples.emoji import unpack
+from clasp.models.features import Inputs
+from clasp.training.losses import loss_of
+from clasp.training.memory import Kept
+from clasp.training.settings import TrainSettings
+from clasp.training.step import Stepper
 from clasp.types import Batch
 
 SIZE = 98

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import harness, material
 from benchmarks.harness import Contestant, Measured, Row, sized
-from clasp.flops import flops_of
+from clasp.training.cost.flops import flops_of
 
 BATCH = sized(64, 4)
 SIZE = sized(2048, 256)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks.material import SIZE, WIDTH, WORK
 from benchmarks.peers import imported
-from clasp.assemble import Assembled
-from clasp.train.memory import Kept
+from clasp.config.build import Assembled
+from clasp.training.memory import Kept
 from clasp.types import Pixels, Tokens
 
 OPEN_CLIP_LENGTH = 77  # tokens that open_clip pads every caption to

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks import harness, material
 from benchmarks.harness import Measured, Row, quick, sized
-from clasp.flops import flops_of
-from clasp.train.memory import Kept
+from clasp.training.cost.flops import flops_of
+from clasp.training.memory import Kept
 from clasp.types import Tokens
 
 FIGURE = Path(__file__).parent / "scaling.png"

@@ -17,8 +17,8 @@ if sys.argv[1] == "settled":
     import clasp
     clasp.settle()
 import torch
-from clasp.nn.foreign.packaged import packaged
-from clasp.nn.towers import Tower
+from clasp.models.zoo.pip_packages import packaged
+from clasp.models.tower import Tower
 from clasp.types import Pixels
 tower = Tower(packaged("efficientnet-lite0", size=192))
 def spent():

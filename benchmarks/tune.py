@@ -19,7 +19,7 @@ from benchmarks import harness, material, rivals
 from benchmarks.harness import Contestant, Measured, Peak, Row, sized
 from benchmarks.peers import attempt
 from benchmarks.rivals import EXAMPLE_LENGTH, Rival
-from clasp.flops import flops_of
+from clasp.training.cost.flops import flops_of
 
 BATCH = sized(32, 4)
 BATCH_OF_MEMORY = sized(64, 4)

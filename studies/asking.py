@@ -17,11 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clasp.data.pairs import Pairs
-from clasp.evaluate import probes
-from clasp.evaluate.questions import Captions, Classes, Embedded
-from clasp.inputs import Inputs
-from clasp.model import DualEncoder
-from clasp.nn.towers import Tower
+from clasp.evaluation import probes
+from clasp.evaluation.queries import Captions, Classes, Embedded
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.features import Inputs
+from clasp.models.tower import Tower
 from clasp.types import ImageInput, Pooled, TextInput
 
 Answer = dict[str, Any]

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from clasp.align import align, cache_folder
-from clasp.demo.sample import unpack
-from clasp.recipe import read_recipe
+from clasp.commands.train import align, cache_folder
+from clasp.config.recipe import read_recipe
+from clasp.data.samples.emoji import unpack
 
 IN_WORDS = "In words:"  # what a person has read in the table stays below it
 LANGUAGES = ("en", "sw", "cy", "am")

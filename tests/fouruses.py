@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from clasp import cli
-from clasp.assemble import Assembled, assemble, load
-from clasp.embed import Model
-from clasp.losses import LOSSES
-from clasp.recipe import Recipe, from_dict
-from clasp.train import optim
-from clasp.train.checkpoint import Run
+from clasp.config.build import Assembled, assemble, load
+from clasp.config.recipe import Recipe, from_dict
+from clasp.models.inference import Model
+from clasp.training import optimizer as optim
+from clasp.training.losses import LOSSES
+from clasp.training.run_folder import Run
 from clasp.types import Batch, Pixels
 
 CAPTIONS = ["w5 w6 w7", "w8", "w9 w10 w11 w12", "w13 w6"]

@@ -17,9 +17,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from clasp.nn.base import Base, ImageSettings
-from clasp.nn.foreign.hub import open_base
-from clasp.nn.foreign.hugging import KNOWN_CONFIGS
+from clasp.models.backbone import Base, ImageSettings
+from clasp.models.zoo.huggingface import KNOWN_CONFIGS
+from clasp.models.zoo.registry import open_base
 from savedtowers import save_tokenizer
 
 FOLDER = Path(__file__).parent / "golden"

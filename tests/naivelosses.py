@@ -1,6 +1,6 @@
 """The losses as one would write them down, with all B x B logits in memory: what the tiled ones are held to.
 
-Same arguments as ``clasp.losses``, without a ring; plain autograd.
+Same arguments as ``clasp.training.losses``, without a ring; plain autograd.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 import clasp
-from clasp import align as main_job
-from clasp.assemble import build
-from clasp.nn.towers import Tower
-from clasp.recipe import Recipe
-from clasp.train.progress import Progress, Silent
-from clasp.train.state import TrainState
+from clasp.commands import train as main_job
+from clasp.config.build import build
+from clasp.config.recipe import Recipe
+from clasp.models.tower import Tower
+from clasp.training.state import TrainState
+from clasp.training.trackers.console import Progress, Silent
 from clasp.types import UserError
 from toydata import draw, toys, write_classes, write_csv, write_folder, write_images, write_tar
 from toyruns import delta, lines, recipe, run, save_image_tower, save_text_tower, save_towers, spoil

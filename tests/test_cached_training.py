@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from clasp import inputs as inputs_room
-from clasp.align import align
-from clasp.forecast import CAPTIONS_COUNTED
-from clasp.nn.base import Base, ImageSettings
-from clasp.nn.foreign.hub import open_base
-from clasp.nn.towers import Tower
-from clasp.recipe import Recipe
-from clasp.train.memory import Kept
+from clasp.commands.dry_run import CAPTIONS_COUNTED
+from clasp.commands.train import align
+from clasp.config.recipe import Recipe
+from clasp.models import features as inputs_room
+from clasp.models.backbone import Base, ImageSettings
+from clasp.models.tower import Tower
+from clasp.models.zoo.registry import open_base
+from clasp.training.memory import Kept
 from clasp.types import Pixels
 from toydata import toys, write_csv
 from toyruns import delta, recipe, run, save_towers

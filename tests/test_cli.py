@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import safetensors
 
-from clasp import align as main_job
 from clasp import cli
-from clasp.train import checkpoint
+from clasp.commands import train as main_job
+from clasp.training import run_folder
 from toydata import add_member, toys, write_classes, write_csv, write_folder, write_images
 from toyruns import recipe, run, save_image_tower, save_text_tower, save_towers, spoil
 
@@ -411,9 +411,9 @@ def _full_tensors(*args: object, **options: object) -> None:
 @pytest.mark.parametrize(
     "owner, name, fails",
     [
-        (checkpoint.os, "replace", _full),
-        (checkpoint.Tokenizer, "save", _full_in_disguise),
-        (checkpoint.safetensors.torch, "save_file", _full_tensors),
+        (run_folder.os, "replace", _full),
+        (run_folder.Tokenizer, "save", _full_in_disguise),
+        (run_folder.safetensors.torch, "save_file", _full_tensors),
         (main_job.Run, "write", _full),
     ],
     ids=["text", "tokenizer", "tensors", "anything else"],

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from clasp.align import align, cache_folder
-from clasp.assemble import load
+from clasp.commands import demo as story
+from clasp.commands.train import align, cache_folder
+from clasp.config.build import load
 from clasp.data.images import ImageTransform
-from clasp.demo import story
-from clasp.demo.sample import Sample, unpack
-from clasp.inputs import Inputs
-from clasp.nn.towers import Tower
+from clasp.data.samples.emoji import Sample, unpack
+from clasp.models.features import Inputs
+from clasp.models.tower import Tower
 from clasp.types import Pixels, Tokens
 
 CHANCE = 5 / 138
@@ -92,7 +92,7 @@ def test_shuffled_pairs_stay_at_chance(told: story.Told, tmp_path: Path):
 
 
 def _inputs(sample: Sample, model, recipe) -> Inputs:
-    from clasp.align import inputs_of
-    from clasp.assemble import Assembled
+    from clasp.commands.train import inputs_of
+    from clasp.config.build import Assembled
 
     return inputs_of(Assembled(model.encoder, model.transform, model.tokenizer), recipe)

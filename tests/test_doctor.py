@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clasp import align as main_job
 from clasp import cli
-from clasp import inputs as inputs_room
-from clasp.assemble import assemble
-from clasp.doctor import diagnose, stops
-from clasp.nn.towers import Tower
-from clasp.recipe import Recipe
-from clasp.symptoms import Section
+from clasp.commands import train as main_job
+from clasp.commands.doctor import diagnose, stops
+from clasp.config.build import assemble
+from clasp.config.recipe import Recipe
+from clasp.data.checks import Section
+from clasp.models import features as inputs_room
+from clasp.models.tower import Tower
 from clasp.types import UserError
 from toydata import toys, write_classes, write_csv, write_folder, write_images
 from toyruns import delta, lines, recipe, run, save_towers
@@ -218,7 +218,7 @@ def test_unreadable_pictures_are_named_and_too_many_stop(towers: Path, tmp_path:
 
 def test_of_many_a_sample_is_looked_at(towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, most in (("DECODED", 8), ("HASHED", 16), ("TOKENISED", 4)):
-        monkeypatch.setattr(f"clasp.symptoms.{name}", most)
+        monkeypatch.setattr(f"clasp.data.checks.{name}", most)
     sections = told(recipe(towers, write_csv(TOYS, tmp_path)))
     facts = sections["images"].facts
     assert 8 <= facts["looked_at"] <= 9 and 16 <= facts["hashed"] <= 17 and sections["captions"].facts["looked_at"] == 4

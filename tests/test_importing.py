@@ -18,15 +18,15 @@ import torch
 from torch import serialization
 
 from clasp import cli
-from clasp.assemble import load
-from clasp.data.text import Tokenizer
-from clasp.importers import writing
-from clasp.importers.writing import Wanted, tokenizer_for
-from clasp.importing import import_checkpoint
-from clasp.nn.base import ImageSettings, TextSettings
-from clasp.nn.foreign.hub import open_base
-from clasp.nn.foreign.pickles import read_pickle
-from clasp.train.checkpoint import Run
+from clasp.commands.import_checkpoint import import_checkpoint
+from clasp.config.build import load
+from clasp.convert.importers import run_writer
+from clasp.convert.importers.run_writer import Wanted, tokenizer_for
+from clasp.convert.importers.safe_pickle import read_pickle
+from clasp.data.tokenizer import Tokenizer
+from clasp.models.backbone import ImageSettings, TextSettings
+from clasp.models.zoo.registry import open_base
+from clasp.training.run_folder import Run
 from clasp.types import UserError
 from savedtowers import save, save_tokenizer
 from toydata import toys, write_csv
@@ -292,8 +292,8 @@ def test_tokenizers_by_vocabulary(words: str, tmp_path: Path, monkeypatch: pytes
     named, tokenizer = tokenizer_for(30_522, None)
     assert named == "pip:minilm-l6" and tokenizer(["A dog"]).ids.tolist() == [[101, 1037, 3899, 102]]
     refused("hf:google-bert/bert-base-multilingual-cased", lambda: tokenizer_for(119_547, None))
-    monkeypatch.setattr(writing, "UNCASED_HERE", "multilingual-e5-small")
-    monkeypatch.setattr(writing.importlib.metadata, "distributions", lambda: iter(()))
+    monkeypatch.setattr(run_writer, "UNCASED_HERE", "multilingual-e5-small")
+    monkeypatch.setattr(run_writer.importlib.metadata, "distributions", lambda: iter(()))
     refused("hf:google-bert/bert-base-uncased", lambda: tokenizer_for(30_522, None))
     save("bert", tmp_path / "bert")
     _, theirs = tokenizer_for(64, f"file:{tmp_path / 'bert'}")

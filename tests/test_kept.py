@@ -16,10 +16,10 @@ from typing import NamedTuple
 import pytest
 
 from clasp import cli
-from clasp.evaluate.tasks import Result
-from clasp.examine import examine
-from clasp.kept import job
-from clasp.report.curves import draw_kept
+from clasp.commands.evaluate import examine
+from clasp.evaluation.retention import run as job
+from clasp.evaluation.tasks import Result
+from clasp.report.figures import draw_kept
 from clasp.types import UserError
 from toydata import Toy, add_member, toys, write_classes, write_csv, write_images
 from toyruns import lines, recipe, run, save_towers

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 
 import clasp
-from clasp.assemble import assemble, build
-from clasp.losses import loss_of
-from clasp.recipe import Recipe, from_dict, read_recipe, shipped
-from clasp.train.checkpoint import Run
-from clasp.train.step import Stepper
+from clasp.config.build import assemble, build
+from clasp.config.recipe import Recipe, from_dict, read_recipe, shipped
+from clasp.training.losses import loss_of
+from clasp.training.run_folder import Run
+from clasp.training.step import Stepper
 from clasp.types import Batch, Pixels
 from fouruses import recipe as toy_recipe
 from liltpaper import COUNTS, NAMES, TOWERS, TUNED, our_name, save_text, tuned

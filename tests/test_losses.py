@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clasp.losses import LOSSES, info_nce, sigmoid
-from clasp.losses.tiles import kinship, tiles
+from clasp.training.losses import LOSSES, info_nce, sigmoid
+from clasp.training.losses.tiles import kinship, tiles
 
 LOG2 = math.log(2)
 ONE = torch.tensor(1.0, dtype=torch.float64)

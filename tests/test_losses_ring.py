@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from clasp.losses import LOSSES, Ring, tiles
+from clasp.training.losses import LOSSES, Ring, tiles
 from naivelosses import NAIVE
 
 ROWS = 5  # of each process
@@ -67,7 +67,7 @@ def answers(tmp_path_factory):
     """What each of three processes found. They are forks of a fresh process that has imported torch once."""
     folder = tmp_path_factory.mktemp("ring")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "clasp.losses"])
+    context.set_forkserver_preload(["torch", "clasp.training.losses"])
     processes = [context.Process(target=work, args=(rank, str(folder))) for rank in range(3)]
     for process in processes:
         process.start()

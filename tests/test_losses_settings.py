@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from clasp.losses import LOSSES, LossSettings, info_nce, loss_of
-from clasp.model import DualEncoder, HeadSettings, LogitSettings
-from clasp.nn.towers import Tower
+from clasp.models.dual_encoder import DualEncoder, HeadSettings, LogitSettings
+from clasp.models.tower import Tower
+from clasp.training.losses import LOSSES, LossSettings, info_nce, loss_of
 from clasp.types import Loss, UserError
 from naivelosses import NAIVE
 from toytowers import base

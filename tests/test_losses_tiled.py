@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clasp.losses import LOSSES, tiles
+from clasp.training.losses import LOSSES, tiles
 from naivelosses import NAIVE
 
 GROUPINGS = ["diagonal", "several", "one caption"]

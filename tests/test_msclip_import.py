@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clasp import cli
-from clasp.assemble import load
-from clasp.importers.writing import Wanted, asked
-from clasp.importing import import_checkpoint
-from clasp.recipe import read_recipe
+from clasp.commands.import_checkpoint import import_checkpoint
+from clasp.config.build import load
+from clasp.config.recipe import read_recipe
+from clasp.convert.importers.run_writer import Wanted, asked
 from clasp.types import UserError
 from toydata import toys, write_csv
 

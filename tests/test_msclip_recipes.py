@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from clasp.assemble import build
-from clasp.flops import macs_of
-from clasp.model import DualEncoder
-from clasp.recipe import read_recipe
+from clasp.config.build import build
+from clasp.config.recipe import read_recipe
+from clasp.models.dual_encoder import DualEncoder
+from clasp.training.cost.flops import macs_of
 
 COUNTS = json.loads((Path(__file__).parent / "golden" / "param_counts.json").read_text("utf-8"))["msclip"]["variants"]
 WIDE = ("text.net.width=768", "text.net.heads=12")

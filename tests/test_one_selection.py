@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clasp.assemble import assemble, build, load
-from clasp.nn import tuning
+from clasp.config.build import assemble, build, load
+from clasp.models.tuning import spec
 from clasp.types import UserError
 from fouruses import CAPTIONS, recipe, train_save_count, train_save_load
 from savedtowers import save
@@ -37,7 +37,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_the_table_is_whole():
     """A new method or tower has its rows, and an exception is of a row."""
-    assert {tuning.parse(method).method for method in ROWS} == set(tuning.METHODS)
+    assert {spec.parse(method).method for method in ROWS} == set(spec.METHODS)
     assert {name for pair in PAIRS for name in pair} == set(NETS)
     assert set(CANNOT) <= {(name, method) for name in NETS for method in ROWS}
 

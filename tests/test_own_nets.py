@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 import clasp
-from clasp.align import align
-from clasp.assemble import assemble, build
+from clasp.commands.train import align
+from clasp.config.build import assemble, build
+from clasp.config.recipe import Recipe, from_dict, read_recipe
 from clasp.data.bpe import learned_pieces
-from clasp.data.text import Tokenizer
-from clasp.losses import loss_of
-from clasp.nn.foreign.seeded import clip_tokenizer
-from clasp.recipe import Recipe, from_dict, read_recipe
-from clasp.train.checkpoint import Run
-from clasp.train.progress import Progress, Silent
-from clasp.train.step import Stepper
+from clasp.data.tokenizer import Tokenizer
+from clasp.models.zoo.from_scratch import clip_tokenizer
+from clasp.training.losses import loss_of
+from clasp.training.run_folder import Run
+from clasp.training.step import Stepper
+from clasp.training.trackers.console import Progress, Silent
 from clasp.types import UserError
 from toydata import toys, write_folder
 from toyruns import delta, run, save_towers

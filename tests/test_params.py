@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from clasp.assemble import build
-from clasp.recipe import read_recipe
+from clasp.config.build import build
+from clasp.config.recipe import read_recipe
 from liltpaper import COUNTS, TOWERS, TUNED, tuned
 
 ROWS = [(towers, row) for towers, rows in COUNTS.items() for row in rows]

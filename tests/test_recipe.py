@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from clasp.config.recipe import Recipe, from_dict, known_keys, read_recipe, shipped
 from clasp.data.images import Augment
 from clasp.data.pairs import Columns
-from clasp.recipe import Recipe, from_dict, known_keys, read_recipe, shipped
 from clasp.types import UserError
 
 SMALL = """

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers as hf
 
-from clasp.assemble import build
-from clasp.nn.heads import GatedLinear, LinearWithMLP
-from clasp.recipe import read_recipe, shipped
+from clasp.config.build import build
+from clasp.config.recipe import read_recipe, shipped
+from clasp.models.heads import GatedLinear, LinearWithMLP
 from toydata import toys, write_csv
 from toyruns import delta, lines, run, save_image_tower, save_text_tower
 

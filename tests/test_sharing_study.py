@@ -29,7 +29,7 @@ from studies.sharing.rows import (
 )
 from studies.sharing.world import World
 
-from clasp.assemble import build
+from clasp.config.build import build
 from toystudies import write_drawings, write_photos
 
 FEW = ("train.batch=16", "image.net.layers=2", "text.net.layers=2", "text.net.vocabulary=300", "train.keep=last")

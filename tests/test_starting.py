@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from clasp import align as main_job
-from clasp.align import inputs_of, training_pairs
-from clasp.assemble import assemble, load
-from clasp.data.batches import Batches
-from clasp.data.sides import Listing
-from clasp.losses import loss_of
-from clasp.model import DualEncoder
-from clasp.recipe import Recipe
-from clasp.starting import GRADIENT_BATCHES, start_low_rank
-from clasp.train.progress import Progress, Silent
+from clasp.commands import train as main_job
+from clasp.commands.train import inputs_of, training_pairs
+from clasp.config.build import assemble, load
+from clasp.config.recipe import Recipe
+from clasp.data.loader import Batches
+from clasp.data.readers import Listing
+from clasp.models.dual_encoder import DualEncoder
+from clasp.training.initialize import GRADIENT_BATCHES, start_low_rank
+from clasp.training.losses import loss_of
+from clasp.training.trackers.console import Progress, Silent
 from clasp.types import Batch, Loss, States, UserError
 from naivelosses import naive_info_nce
 from toydata import toys, write_csv

@@ -34,13 +34,13 @@ from studies.lilt.tables import TABLES
 from studies.numbers import Counts, Draws, difference, gained, itself, measured, pairs_to_reach, ratio
 from studies.records import Record, Results
 
-from clasp.align import inputs_of
-from clasp.assemble import assemble
-from clasp.data.batches import Tally
+from clasp.commands.train import inputs_of
+from clasp.config.build import assemble
+from clasp.config.recipe import read_recipe
+from clasp.data.loader import Tally
 from clasp.data.pairs import Pairs
-from clasp.data.sides import Listing
-from clasp.recipe import read_recipe
-from clasp.starting import start_heads
+from clasp.data.readers import Listing
+from clasp.training.initialize import start_heads
 from clasp.types import Pair, Pooled, Source
 from toyruns import save_towers
 from toystudies import write_drawings, write_photos

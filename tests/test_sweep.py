@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from clasp import assemble as assembling
-from clasp import inputs as inputs_room
-from clasp import sweep as sweeping
-from clasp.grid import combinations, parse_axis
-from clasp.nn.towers import Tower
-from clasp.standings import Row, Swept, rank
-from clasp.sweep import sweep
-from clasp.train.progress import Progress, Silent
+from clasp.commands import sweep as sweeping
+from clasp.commands.sweep import sweep
+from clasp.config import build as assembling
+from clasp.config.grid import combinations, parse_axis
+from clasp.models import features as inputs_room
+from clasp.models.tower import Tower
+from clasp.report.leaderboard import Row, Swept, rank
+from clasp.training.trackers.console import Progress, Silent
 from clasp.types import UserError
 from toydata import toys, write_classes, write_csv, write_images
 from toyruns import lines, recipe, run, save_towers

@@ -6,8 +6,8 @@ from dataclasses import replace
 from functools import partial
 
 from clasp.data.images import ImageTransform
-from clasp.data.text import Tokenizer
-from clasp.nn.base import Base
+from clasp.data.tokenizer import Tokenizer
+from clasp.models.backbone import Base
 from savedtowers import words
 from toytowers import NETS, base
 

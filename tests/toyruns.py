@@ -16,8 +16,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clasp.align import Aligned, align
-from clasp.recipe import Recipe, from_dict
+from clasp.commands.train import Aligned, align
+from clasp.config.recipe import Recipe, from_dict
 from toydata import COLOURS, SHAPES
 
 WORDS = ("a", "an", "the", "photo", "of", ".", "nyekundu", "rot", "##er", *COLOURS, *SHAPES)

@@ -9,9 +9,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from clasp.nn.base import Base
-from clasp.nn.layers import VisionTransformer
-from clasp.nn.nets import (
+from clasp.models.backbone import Base
+from clasp.models.pooling import VisionTransformer
+from clasp.models.transformer.encoders import (
     ImageTransformer,
     ImageTransformerSettings,
     TextTransformer,

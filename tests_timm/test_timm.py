@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clasp.data.images import ImageTransform
-from clasp.nn.base import Base, ImageSettings, TextSettings
-from clasp.nn.foreign.hub import _load_deit as load_deit
-from clasp.nn.foreign.hub import open_base
-from clasp.nn.layers import VisionTransformer
-from clasp.nn.towers import Tower
-from clasp.nn.tuning import freeze
+from clasp.models.backbone import Base, ImageSettings, TextSettings
+from clasp.models.pooling import VisionTransformer
+from clasp.models.tower import Tower
+from clasp.models.tuning.spec import freeze
+from clasp.models.zoo.registry import _load_deit as load_deit
+from clasp.models.zoo.registry import open_base
 from clasp.types import Pixels, UserError
 from fouruses import CAPTIONS, recipe, train_save_load
 from savedtowers import save

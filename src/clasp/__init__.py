@@ -7,21 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clasp.assemble import load
-    from clasp.embed import Model
-    from clasp.machine import settle
-    from clasp.nn.base import Base
+    from clasp.commands.environment import settle
+    from clasp.config.build import load
+    from clasp.models.backbone import Base
+    from clasp.models.inference import Model
     from clasp.types import UserError
 
 __version__ = "0.1.0"
 __all__ = ["Base", "Model", "UserError", "__version__", "load", "settle"]
 
 _HOME = {
-    "load": "clasp.assemble",
-    "Model": "clasp.embed",
-    "Base": "clasp.nn.base",
+    "load": "clasp.config.build",
+    "Model": "clasp.models.inference",
+    "Base": "clasp.models.backbone",
     "UserError": "clasp.types",
-    "settle": "clasp.machine",
+    "settle": "clasp.commands.environment",
 }
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clasp.machine import settle
+from clasp.commands.environment import settle
 
 settle()  # before a verb imports torch
 
@@ -45,7 +45,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", help="Where the run and the picture go.")] = Path("runs/demo"),
 ) -> None:
     """The whole story on the sample inside the package: align, evaluate, search, draw."""
-    from clasp.demo.story import tell
+    from clasp.commands.demo import tell
 
     tell(folder, quick=quick)
 
@@ -53,9 +53,9 @@ def demo(
 @app.command()
 def params(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Who trains: parameters in all and trained, per part. Loads no weights and asks no hub."""
-    from clasp.assemble import build
-    from clasp.recipe import read_recipe
-    from clasp.terminal import counts_table
+    from clasp.config.build import build
+    from clasp.config.recipe import read_recipe
+    from clasp.report.terminal import counts_table
 
     model = build(read_recipe(recipe, overrides or ()), meta=True)
     counts = model.counts()
@@ -69,9 +69,9 @@ def params(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = 
 @app.command()
 def doctor(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """What is odd about the pairs, and what training will cost, before any of it. Exit code 2 if it would stop."""
-    from clasp.doctor import diagnose, stops
-    from clasp.recipe import read_recipe
-    from clasp.terminal import bar
+    from clasp.commands.doctor import diagnose, stops
+    from clasp.config.recipe import read_recipe
+    from clasp.report.terminal import bar
 
     sections = []
     for section in diagnose(read_recipe(recipe, overrides or ()), bar=bar):
@@ -101,7 +101,7 @@ def train(
 
     With --grid, given once or more, every combination of values is a run; what is frozen is computed once for all.
     """
-    from clasp.recipe import read_recipe
+    from clasp.config.recipe import read_recipe
 
     if grid:
         return _sweep(recipe, overrides or (), grid, runs, name)
@@ -113,8 +113,8 @@ def train(
 @app.command()
 def resume(run: RunArgument) -> None:
     """Go on with a run that was stopped, exactly where it was."""
-    from clasp.recipe import from_dict
-    from clasp.train.checkpoint import Run
+    from clasp.config.recipe import from_dict
+    from clasp.training.run_folder import Run
 
     _align(from_dict(Run(run).recipe(), str(run / "recipe.toml")), run, resume=True)
 
@@ -132,8 +132,8 @@ def evaluate(
 
     kept asks what each tower still knows, before and after alignment; its figure is RUN/kept.png.
     """
-    from clasp.examine import examine
-    from clasp.terminal import bar, results_table, say
+    from clasp.commands.evaluate import examine
+    from clasp.report.terminal import bar, results_table, say
 
     results = examine(run, task, options or (), say=say, bar=bar)
     if as_json:
@@ -166,9 +166,9 @@ def import_(
     ] = "cut",
 ) -> None:
     """Make a run of a checkpoint that another paper's code left. Nothing in the file is run."""
-    from clasp.importers.writing import asked
-    from clasp.importing import import_checkpoint
-    from clasp.terminal import counts_table, megabytes, say
+    from clasp.commands.import_checkpoint import import_checkpoint
+    from clasp.convert.importers.run_writer import asked
+    from clasp.report.terminal import counts_table, megabytes, say
 
     wanted = asked(
         tokenizer=tokenizer,
@@ -195,8 +195,8 @@ def index(
     ],
 ) -> None:
     """Embed images and keep them to be searched; a second call embeds only what is new."""
-    from clasp.finding import index_into
-    from clasp.terminal import bar, say
+    from clasp.commands.search import index_into
+    from clasp.report.terminal import bar, say
 
     done = index_into(run, source, bar=bar)
     say(str(done))
@@ -217,8 +217,8 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search the indexed images by words, by a picture, or by both."""
-    from clasp.finding import look_for
-    from clasp.terminal import say, table
+    from clasp.commands.search import look_for
+    from clasp.report.terminal import say, table
 
     found = look_for(run, words, image, k, sheet)
     if as_json:
@@ -248,9 +248,9 @@ def main() -> None:
 
 
 def _align(recipe: Any, run: Path, *, resume: bool) -> None:
-    from clasp.align import align
-    from clasp.terminal import bar, megabytes, results_table, say
-    from clasp.train.progress import to_stderr
+    from clasp.commands.train import align
+    from clasp.report.terminal import bar, megabytes, results_table, say
+    from clasp.training.trackers.console import to_stderr
 
     try:
         done = align(recipe, run, say=say, bar=bar, reporter=to_stderr(), resume=resume)
@@ -268,9 +268,9 @@ def _align(recipe: Any, run: Path, *, resume: bool) -> None:
 
 
 def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Path, name: str | None) -> None:
-    from clasp.sweep import sweep
-    from clasp.terminal import bar, say, table
-    from clasp.train.progress import to_stderr
+    from clasp.commands.sweep import sweep
+    from clasp.report.terminal import bar, say, table
+    from clasp.training.trackers.console import to_stderr
     from clasp.types import UserError
 
     done = sweep(source, overrides, grid, runs, name, say=say, bar=bar, reporter=to_stderr)

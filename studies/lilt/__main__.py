@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from clasp.machine import settle
+from clasp.commands.environment import settle
 
 settle()  # before torch is imported
 # NumPy's own threads spin while they wait; beside those of torch the linear probes then take ten times as long.

@@ -22,12 +22,12 @@ from studies.lilt import costs
 from studies.lilt.starts import Start
 from studies.records import Record, Results, machine
 
-from clasp.align import align, inputs_of
-from clasp.assemble import Assembled, assemble
+from clasp.commands.train import align, inputs_of
+from clasp.config.build import Assembled, assemble
+from clasp.config.recipe import Recipe
 from clasp.data.pairs import Pairs
-from clasp.inputs import Inputs
-from clasp.model import DualEncoder
-from clasp.recipe import Recipe
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.features import Inputs
 
 WRITTEN = 2  # part of every key: raise it when the same cell would be asked other things
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from clasp.align import Aligned, inputs_of
-from clasp.assemble import Assembled
-from clasp.data.batches import Batches
+from clasp.commands.train import Aligned, inputs_of
+from clasp.config.build import Assembled
+from clasp.config.recipe import Recipe
+from clasp.data.loader import Batches
 from clasp.data.pairs import Pairs
-from clasp.data.sides import Listing
-from clasp.flops import counted as counted_flops
-from clasp.losses.contrastive import info_nce
-from clasp.recipe import Recipe
-from clasp.train.memory import Kept
+from clasp.data.readers import Listing
+from clasp.training.cost.flops import counted as counted_flops
+from clasp.training.losses.contrastive import info_nce
+from clasp.training.memory import Kept
 
 ADAM = 3  # numbers beside each weight that trains: its gradient, and the optimizer's two
 

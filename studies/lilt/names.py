@@ -20,13 +20,13 @@ from studies.asking import Answer, Seen, images_seen, log_likelihood, retrieval,
 from studies.lilt.photos import drawn
 from studies.lilt.starts import Rows, Start, closed_form
 
-from clasp.assemble import Assembled
-from clasp.data.formats.shards import open_tar
+from clasp.config.build import Assembled
+from clasp.config.recipe import Recipe, read_recipe
+from clasp.data.formats.tar import open_tar
 from clasp.data.pairs import Pairs
-from clasp.evaluate.questions import Captions, Classes
-from clasp.inputs import Inputs
-from clasp.model import DualEncoder
-from clasp.recipe import Recipe, read_recipe
+from clasp.evaluation.queries import Captions, Classes
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.features import Inputs
 from clasp.types import Caption, Pair, Pooled, Source, UserError
 
 TRAINED = {"rich": ("en", "de", "es", "ru", "hi", "zh"), "poor": ("sw", "am")}

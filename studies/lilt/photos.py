@@ -25,12 +25,12 @@ from studies.asking import (
 )
 from studies.lilt.starts import Rows, Start, closed_form
 
-from clasp.assemble import Assembled
+from clasp.config.build import Assembled
+from clasp.config.recipe import Recipe, read_recipe
 from clasp.data.pairs import Columns, Pairs, open_pairs
-from clasp.evaluate.questions import Captions, Classes
-from clasp.inputs import Inputs
-from clasp.model import DualEncoder
-from clasp.recipe import Recipe, read_recipe
+from clasp.evaluation.queries import Captions, Classes
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.features import Inputs
 from clasp.types import Pooled, UserError
 
 EVERY = 2  # of the classes, every second is in the study: twice as many photos of each in a short run

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clasp.losses.contrastive import info_nce
-from clasp.model import DualEncoder
-from clasp.train.closed import cca
+from clasp.models.dual_encoder import DualEncoder
+from clasp.training.cca import cca
+from clasp.training.losses.contrastive import info_nce
 
 SCALES = tuple(10 * 10 ** (step / 8) for step in range(9))  # 10 to 100, the most that a scale may be
 

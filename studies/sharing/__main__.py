@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clasp.machine import settle
+from clasp.commands.environment import settle
 
 settle()  # before torch is imported
 

@@ -1,4 +1,4 @@
-"""A cell, run: trained by ``clasp.align``, asked, and written down with what it counts and how fast it was.
+"""A cell, run: trained by ``clasp.commands.train``, asked, and written down with what it counts and how fast it was.
 
 In: a ``Cell`` and the ``World``. Out: its record, one line in ``results``. Pairs a second are those of the run's median
 step; of a cell that is to be timed they are the answer, and the machine should have nothing else to do.
@@ -17,11 +17,11 @@ from studies.records import Record, Results, machine
 from studies.sharing.rows import Cell
 from studies.sharing.world import World
 
-from clasp.align import align, inputs_of
-from clasp.assemble import assemble
-from clasp.data.sides import Listing
-from clasp.flops import macs_of
-from clasp.model import DualEncoder
+from clasp.commands.train import align, inputs_of
+from clasp.config.build import assemble
+from clasp.data.readers import Listing
+from clasp.models.dual_encoder import DualEncoder
+from clasp.training.cost.flops import macs_of
 
 TOKENS = 8  # of a caption whose arithmetic is counted, about the mean of the pairs
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from studies.records import Record
 
-from clasp.recipe import Recipe, read_recipe
+from clasp.config.recipe import Recipe, read_recipe
 
 HERE = Path(__file__).parent
 WRITTEN = 1  # part of every key: raise it when the same cell would be asked other things

@@ -17,9 +17,9 @@ from studies.asking import Answer, images_seen, log_likelihood, retrieval, zero_
 from studies.lilt.names import STYLE_TO_ASK, STYLE_TO_CHOOSE, STYLES, Names
 
 from clasp.data.pairs import Pairs, open_pairs
-from clasp.evaluate.questions import Captions, Classes
-from clasp.inputs import Inputs
-from clasp.model import DualEncoder
+from clasp.evaluation.queries import Captions, Classes
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.features import Inputs
 from clasp.types import Caption
 
 EVERY = 3  # of the concepts that the corpus trains on, every third is in the study

@@ -9,15 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from clasp.analyze.agreement import WHOLE, gradient_agreement
-from clasp.losses import LOSSES
-from clasp.model import DualEncoder
-from clasp.nn.base import Base
-from clasp.nn.heads import HeadSettings
-from clasp.nn.nets import ImageTransformer, ImageTransformerSettings, TextTransformer, TextTransformerSettings
-from clasp.nn.policy import SharingSettings
-from clasp.nn.shared import from_scratch
-from clasp.nn.towers import Tower
+from clasp.analysis.gradient_agreement import WHOLE, gradient_agreement
+from clasp.models.backbone import Base
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.heads import HeadSettings
+from clasp.models.sharing.policy import SharingSettings
+from clasp.models.sharing.tie import from_scratch
+from clasp.models.tower import Tower
+from clasp.models.transformer.encoders import (
+    ImageTransformer,
+    ImageTransformerSettings,
+    TextTransformer,
+    TextTransformerSettings,
+)
+from clasp.training.losses import LOSSES
 from clasp.types import Batch, LossParts, Pixels, Pooled, Tokens, UserError
 
 SIZES = {"width": 32, "heads": 2, "layers": 3, "qk_norm": True, "layer_scale": 0.5}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from clasp.analyze.geometry import linear_cka, relative_change
+from clasp.analysis.similarity import linear_cka, relative_change
 
 
 def test_cka_by_hand():

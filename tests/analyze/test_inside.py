@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clasp.analyze.inside import attention_maps, inside
-from clasp.nn.towers import Tower
-from clasp.nn.tuning import freeze
+from clasp.analysis.activations import attention_maps, inside
+from clasp.models.tower import Tower
+from clasp.models.tuning.spec import freeze
 from clasp.types import Pixels, Tokens, UserError
 from toytowers import IMAGE_NETS, OURS, base, inputs
 

@@ -14,7 +14,7 @@ import tokenizers
 from PIL import Image
 
 from clasp.data.images import ImageTransform
-from clasp.data.text import Tokenizer
+from clasp.data.tokenizer import Tokenizer
 from clasp.types import Caption, Pair
 
 TRANSFORM = ImageTransform(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

@@ -14,10 +14,10 @@ import pytest
 import torch
 from small_pairs import TRANSFORM, MemorySource, MissingSource, SlowSource, png, small_pairs, word_tokenizer
 
-from clasp.data.batches import Batches, Tally, draws, image_batches, text_batches
 from clasp.data.images import Augment
+from clasp.data.loader import Batches, Tally, draws, image_batches, text_batches
 from clasp.data.pairs import open_pairs
-from clasp.data.sides import ImageRows, Listing, LiveImages, LiveTexts, Picks
+from clasp.data.readers import ImageRows, Listing, LiveImages, LiveTexts, Picks
 from clasp.data.workers import Stream
 from clasp.types import Batch, Caption, Pair, Pixels, Pooled, Skipped, Tokens, UserError
 

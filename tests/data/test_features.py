@@ -19,13 +19,13 @@ from small_pairs import TRANSFORM, word_tokenizer
 from small_pairs import small_pairs as pairs_of
 from torch import Tensor, nn
 
-from clasp.data import cache as cache_module
-from clasp.data.batches import Batches, draws, image_batches
-from clasp.data.cache import Writer, cached
-from clasp.data.features import CachedImages, CachedTexts, Features, image_features, text_features
+from clasp.data.feature_cache import arrays as cache_module
+from clasp.data.feature_cache.arrays import Writer, cached
+from clasp.data.feature_cache.features import CachedImages, CachedTexts, Features, image_features, text_features
 from clasp.data.images import Augment
+from clasp.data.loader import Batches, draws, image_batches
 from clasp.data.pairs import Pairs
-from clasp.data.sides import Listing, LiveImages, LiveTexts
+from clasp.data.readers import Listing, LiveImages, LiveTexts
 from clasp.types import Batch, Pair, Pixels, Pooled, Skipped, Tokens, UserError
 
 AUGMENT = Augment(crop_scale=(0.3, 0.9), flip=0.5)
@@ -189,7 +189,7 @@ def test_texts_that_repeat_are_encoded_once_longest_first(tmp_path: Path, monkey
     tower = TextTower()
     said = ["a cat", "the red dog", "a cat", "a", "the red dog", "cat", "two cat", "dog"]
     done: list[tuple[int, int]] = []
-    monkeypatch.setattr("clasp.data.features.ENCODED_AT_ONCE", 6)
+    monkeypatch.setattr("clasp.data.feature_cache.features.ENCODED_AT_ONCE", 6)
     features = texts(tower, said, tmp_path, progress=lambda *at: done.append(at))
     assert tower.calls == [(2, 3), (3, 2), (1, 1)] or tower.calls == [(1, 3), (2, 2), (3, 1)], tower.calls
     assert done[-1] == (6, 6)
@@ -431,7 +431,7 @@ def test_a_part_that_lost_its_end_is_begun_again(tmp_path: Path, monkeypatch: py
 
 def test_texts_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_MARKS", 0.0)
-    monkeypatch.setattr("clasp.data.features.ENCODED_AT_ONCE", 2)
+    monkeypatch.setattr("clasp.data.feature_cache.features.ENCODED_AT_ONCE", 2)
     tower, said = TextTower(), ["a cat", "the red dog", "a", "cat", "two cat", "dog"]
     with pytest.raises(KeyboardInterrupt):
         texts(tower, said, tmp_path, progress=interrupted_after(3))

@@ -14,7 +14,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from clasp.data.formats import parquet, sources
-from clasp.data.pairs import Columns, FileSource, Pairs, expand, open_pairs, split
+from clasp.data.pairs import FileSource, Pairs, expand, open_pairs, split
 from clasp.types import Caption, Pair, UserError
 from refusal import refused
 from toydata import WRITERS, Toy, toys, write_csv, write_folder, write_jsonl, write_shards, write_tar

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clasp.data import sheets
-from clasp.data.sheets import SheetRow, Tile, _Pen, contact_sheet
+from clasp.report import contact_sheet as sheets
+from clasp.report.contact_sheet import SheetRow, Tile, _Pen, contact_sheet
 from clasp.types import UserError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)

@@ -9,7 +9,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from clasp.data.text import CLEANERS, Tokenizer
+from clasp.data.tokenizer import CLEANERS, Tokenizer
 from clasp.types import UserError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "cat", "in", "snow", "##s", "query", ":", "runs"]

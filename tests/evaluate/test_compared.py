@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clasp.evaluate.compared import Comparison, compare, in_words, mean_and_interval
+from clasp.evaluation.paired import Comparison, compare, in_words, mean_and_interval
 
 
 def comparison(task: str, language: str, before: list[float], after: list[float]) -> Comparison:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from clasp.evaluate.intervals import Sample, percentile_intervals, replicates
+from clasp.evaluation.bootstrap import Sample, percentile_intervals, replicates
 
 
 def random_sample(seed, queries, universe, columns=2, cells=None):
@@ -44,7 +44,7 @@ def test_replicates_equal_an_explicit_loop(cells):
 def test_chunks_of_draws_are_seamless(monkeypatch):
     sample = random_sample(0, 50, 20)
     (whole,) = replicates([sample], universe=20, resamples=33)
-    monkeypatch.setattr("clasp.evaluate.intervals.DRAWN_AT_ONCE", 100)
+    monkeypatch.setattr("clasp.evaluation.bootstrap.DRAWN_AT_ONCE", 100)
     (pieces,) = replicates([sample], universe=20, resamples=33)
     assert torch.equal(whole, pieces)
 

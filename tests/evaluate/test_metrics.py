@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clasp.evaluate import metrics
-from clasp.evaluate.metrics import Standings, chance, found, mean_per_class, median_rank, ranks, recall, standings
+from clasp.evaluation import metrics
+from clasp.evaluation.metrics import Standings, chance, found, mean_per_class, median_rank, ranks, recall, standings
 from clasp.types import UserError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clasp.evaluate.probes import HELD_OUT, _held_out, knn, linear, most_frequent
+from clasp.evaluation.probes import HELD_OUT, _held_out, knn, linear, most_frequent
 
 
 def clouds(each: int, classes: int, width: int = 8, apart: float = 4.0, seed: int = 0) -> tuple[Tensor, Tensor]:

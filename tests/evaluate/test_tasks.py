@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clasp.evaluate.questions import Captions, Classes, class_list, embed
-from clasp.evaluate.tasks import Multilingual, Retrieval, ZeroShot
+from clasp.evaluation.queries import Captions, Classes, class_list, embed
+from clasp.evaluation.tasks import Multilingual, Retrieval, ZeroShot
 from clasp.types import Evaluator, Pooled, Tokens, UserError
 
 

@@ -13,12 +13,12 @@ import transformers as hf
 from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
-from clasp.nn.anatomy import anatomy
-from clasp.nn.base import Base
-from clasp.nn.foreign.adopted import FAMILIES, adopt
-from clasp.nn.foreign.packaged import packaged
-from clasp.nn.nets import ImageTransformer, TextTransformer
-from clasp.nn.towers import Tower
+from clasp.models.backbone import Base
+from clasp.models.structure import anatomy
+from clasp.models.tower import Tower
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
+from clasp.models.zoo.pip_packages import packaged
+from clasp.models.zoo.to_native import FAMILIES, adopt
 from clasp.types import Pixels, Tokens, UserError
 from toytowers import NETS, OURS, base, inputs
 

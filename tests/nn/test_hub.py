@@ -16,11 +16,11 @@ import torch
 import transformers as hf
 
 from clasp.data.images import ImageTransform
-from clasp.nn.anatomy import anatomy
-from clasp.nn.base import Base, ImageSettings, TextSettings
-from clasp.nn.foreign.hub import DEIT, open_base
-from clasp.nn.towers import Tower
-from clasp.nn.tuning import freeze
+from clasp.models.backbone import Base, ImageSettings, TextSettings
+from clasp.models.structure import anatomy
+from clasp.models.tower import Tower
+from clasp.models.tuning.spec import freeze
+from clasp.models.zoo.registry import DEIT, open_base
 from clasp.types import Pixels, Tokens, UserError
 from savedtowers import END, PREPROCESSOR, WHOLE, save, save_tokenizer
 from toytowers import IMAGE_NETS, OURS, TEXT_NETS, inputs
@@ -360,7 +360,7 @@ def test_tokenizers_that_are_not_there(tmp_path: Path, name: str, what: str):
 
 
 def test_timm_is_an_extra(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delitem(sys.modules, "clasp.nn.foreign.zoo", raising=False)
+    monkeypatch.delitem(sys.modules, "clasp.models.zoo.timm_models", raising=False)
     monkeypatch.setitem(sys.modules, "timm", None)
     says("pip install 'clasp-vl[timm]'", lambda: image("timm:vit_tiny_patch16_224"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clasp.nn.layers import POOLS, Adapter, AttentionPool, VisionTransformer, resize_positions
+from clasp.models.pooling import POOLS, Adapter, AttentionPool, VisionTransformer, resize_positions
 
 STATES = torch.tensor([[[1.0, 10.0], [3.0, 30.0], [5.0, 2.0]], [[2.0, 4.0], [8.0, 0.0], [99.0, 99.0]]])
 MASK = torch.tensor([[True, True, True], [True, True, False]])

@@ -12,23 +12,23 @@ import pytest
 import safetensors.torch
 import torch
 
-from clasp.assemble import load
+from clasp.commands.import_checkpoint import import_checkpoint
+from clasp.config.build import load
+from clasp.config.recipe import from_dict, read_recipe
+from clasp.convert.importers.lilt_checkpoint import HEADS, TOWERS, Lilt, adapters, lay_open, read_lilt
+from clasp.convert.importers.lilt_flags import APPENDED, Tuned, notes, tuned
+from clasp.convert.importers.run_writer import Wanted
+from clasp.convert.importers.safe_pickle import read_pickle
 from clasp.data.images import ImageTransform
-from clasp.importers.writing import Wanted
-from clasp.importing import import_checkpoint
-from clasp.losses.settings import loss_of
-from clasp.model import DualEncoder
-from clasp.nn.base import ImageSettings
-from clasp.nn.foreign.hub import open_base
-from clasp.nn.foreign.lilt import HEADS, TOWERS, Lilt, adapters, lay_open, read_lilt
-from clasp.nn.foreign.own import BertSettings, save_image_net, shapes_of
-from clasp.nn.foreign.pickles import read_pickle
-from clasp.nn.foreign.switches import APPENDED, Tuned, notes, tuned
-from clasp.nn.layers import resize_positions
-from clasp.nn.nets import ImageTransformerSettings
-from clasp.nn.tuning import tune
-from clasp.recipe import from_dict, read_recipe
-from clasp.train.checkpoint import Run
+from clasp.models.backbone import ImageSettings
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.pooling import resize_positions
+from clasp.models.transformer.encoders import ImageTransformerSettings
+from clasp.models.tuning.spec import tune
+from clasp.models.zoo.folder import BertSettings, save_image_net, shapes_of
+from clasp.models.zoo.registry import open_base
+from clasp.training.losses.settings import loss_of
+from clasp.training.run_folder import Run
 from clasp.types import Batch, Pixels, Tokens, UserError
 from savedtowers import save_tokenizer
 

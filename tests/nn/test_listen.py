@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clasp.nn.listen import listen
-from clasp.nn.towers import Tower
-from clasp.nn.trunk import as_tokens, states_of
+from clasp.analysis.tower_features import listen
+from clasp.models.partial_forward import as_tokens, states_of
+from clasp.models.tower import Tower
 from clasp.types import Pixels, Pooled, Tokens
 from toytowers import base, inputs
 

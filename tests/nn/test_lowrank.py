@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from clasp.nn.anatomy import anatomy
-from clasp.nn.lowrank import PEFT, start_from_gradient, wrapped
-from clasp.nn.towers import Tower
-from clasp.nn.tuning import freeze, from_gradient, tune
+from clasp.models.structure import anatomy
+from clasp.models.tower import Tower
+from clasp.models.tuning.peft_methods import PEFT, start_from_gradient, wrapped
+from clasp.models.tuning.spec import freeze, from_gradient, tune
 from clasp.types import UserError
 from toymethods import SEVERAL
 from toytowers import NETS, base, inputs

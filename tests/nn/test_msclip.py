@@ -14,15 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clasp.flops import macs_of
-from clasp.model import DualEncoder, HeadSettings
-from clasp.nn.base import Base
-from clasp.nn.foreign.msclip import LATERAL_LAYERS, MSCLIP, as_released, read_msclip, write_msclip
-from clasp.nn.foreign.msclip_names import names_of
-from clasp.nn.nets import ImageTransformer, ImageTransformerSettings, TextTransformer, TextTransformerSettings
-from clasp.nn.policy import SharingSettings
-from clasp.nn.shared import Pair
-from clasp.nn.towers import Tower
+from clasp.convert.importers.msclip_checkpoint import LATERAL_LAYERS, MSCLIP, as_released, read_msclip, write_msclip
+from clasp.convert.importers.msclip_names import names_of
+from clasp.models.backbone import Base
+from clasp.models.dual_encoder import DualEncoder, HeadSettings
+from clasp.models.sharing.policy import SharingSettings
+from clasp.models.sharing.tie import Pair
+from clasp.models.tower import Tower
+from clasp.models.transformer.encoders import (
+    ImageTransformer,
+    ImageTransformerSettings,
+    TextTransformer,
+    TextTransformerSettings,
+)
+from clasp.training.cost.flops import macs_of
 from clasp.types import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from clasp.flops import macs_of
-from clasp.nn.anatomy import anatomy
-from clasp.nn.blocks import Block, BlockSettings
-from clasp.nn.convolutions import BranchSettings, PlacesToPatches, halvings
-from clasp.nn.depth import append_blocks, truncate
-from clasp.nn.layers import VisionTransformer
-from clasp.nn.nets import (
+from clasp.models.pooling import VisionTransformer
+from clasp.models.structure import anatomy
+from clasp.models.transformer.blocks import Block, BlockSettings
+from clasp.models.transformer.convolutions import BranchSettings, PlacesToPatches, halvings
+from clasp.models.transformer.encoders import (
     ImageTransformer,
     ImageTransformerSettings,
     TextTransformer,
     TextTransformerSettings,
     initialise,
 )
+from clasp.models.tuning.depth import append_blocks, truncate
+from clasp.training.cost.flops import macs_of
 from clasp.types import UserError
 from toytowers import base
 

@@ -15,19 +15,24 @@ import transformers as hf
 from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
-from clasp.model import DualEncoder
-from clasp.nn.base import Base
-from clasp.nn.foreign.adopted import adopt
-from clasp.nn.foreign.onetrunk import OneTrunk, on_one_trunk
-from clasp.nn.foreign.packaged import packaged
-from clasp.nn.frozen import frozen_part
-from clasp.nn.heads import HeadSettings
-from clasp.nn.nets import ImageTransformer, ImageTransformerSettings, TextTransformer, TextTransformerSettings
-from clasp.nn.policy import SharingSettings
-from clasp.nn.shared import aliases
-from clasp.nn.towers import Tower
-from clasp.nn.tuning import freeze
-from clasp.nn.views import TRUNK_POLICY, Patches, TrunkSettings, Words, image_view, text_view
+from clasp.models.backbone import Base
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.frozen import frozen_part
+from clasp.models.heads import HeadSettings
+from clasp.models.sharing.policy import SharingSettings
+from clasp.models.sharing.tie import aliases
+from clasp.models.sharing.trunk_views import TRUNK_POLICY, Patches, TrunkSettings, Words, image_view, text_view
+from clasp.models.tower import Tower
+from clasp.models.transformer.encoders import (
+    ImageTransformer,
+    ImageTransformerSettings,
+    TextTransformer,
+    TextTransformerSettings,
+)
+from clasp.models.tuning.spec import freeze
+from clasp.models.zoo.pip_packages import packaged
+from clasp.models.zoo.single_trunk import OneTrunk, on_one_trunk
+from clasp.models.zoo.to_native import adopt
 from clasp.types import Batch, Pixels, States, Tokens, UserError
 from toytowers import base, inputs
 

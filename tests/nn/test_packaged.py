@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clasp.data.text import Tokenizer
-from clasp.nn.base import Base
-from clasp.nn.foreign import e5, focus
-from clasp.nn.foreign.installed import InstalledFile
-from clasp.nn.foreign.packaged import PACKAGED, packaged
+from clasp.data.tokenizer import Tokenizer
+from clasp.models.backbone import Base
+from clasp.models.zoo import pip_dinov2, pip_e5
+from clasp.models.zoo.installed_file import InstalledFile
+from clasp.models.zoo.pip_packages import PACKAGED, packaged
 from clasp.types import UserError
 
 SENTENCES = {
@@ -359,7 +359,7 @@ def test_e5_weights_equal_one_nibble_at_a_time() -> None:
         expected += [((byte & 15) - 8) * scale for byte in block[2:]] + [
             ((byte >> 4) - 8) * scale for byte in block[2:]
         ]
-    assert e5._dequantised(stored.reshape(-1)).tolist() == expected
+    assert pip_e5._dequantised(stored.reshape(-1)).tolist() == expected
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------
@@ -422,7 +422,7 @@ def test_absent_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install --no-deps efficientnet-lite-pytorch" in message("efficientnet-lite0")
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UserError, match="pip install onnx"):
-        focus.read_tensors(Path("any.onnx"))
+        pip_dinov2.read_tensors(Path("any.onnx"))
 
 
 def test_a_wrong_tokenizer_file_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clasp.nn.towers import Tower
-from clasp.nn.tuning import freeze
+from clasp.models.tower import Tower
+from clasp.models.tuning.spec import freeze
 from clasp.types import UserError
 from toytowers import NETS, base, inputs
 

@@ -14,13 +14,18 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from clasp.model import DualEncoder, HeadSettings
-from clasp.nn.base import Base
-from clasp.nn.frozen import frozen_part
-from clasp.nn.nets import ImageTransformer, ImageTransformerSettings, TextTransformer, TextTransformerSettings
-from clasp.nn.policy import SharingSettings
-from clasp.nn.shared import Apart, LowRankLinear, Pair, aliases, from_scratch, share, tie
-from clasp.nn.towers import Tower
+from clasp.models.backbone import Base
+from clasp.models.dual_encoder import DualEncoder, HeadSettings
+from clasp.models.frozen import frozen_part
+from clasp.models.sharing.policy import SharingSettings
+from clasp.models.sharing.tie import Apart, LowRankLinear, Pair, aliases, from_scratch, share, tie
+from clasp.models.tower import Tower
+from clasp.models.transformer.encoders import (
+    ImageTransformer,
+    ImageTransformerSettings,
+    TextTransformer,
+    TextTransformerSettings,
+)
 from clasp.types import Batch, Pixels, Tokens, UserError
 
 SIZES = {"width": 32, "heads": 2, "layers": 4}

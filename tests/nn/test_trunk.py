@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from clasp.nn.anatomy import anatomy
-from clasp.nn.lengths import by_length, cheapest_parts
-from clasp.nn.towers import Tower
-from clasp.nn.tuning import freeze
-from clasp.train.memory import Kept
+from clasp.models.length_buckets import by_length, cheapest_parts
+from clasp.models.structure import anatomy
+from clasp.models.tower import Tower
+from clasp.models.tuning.spec import freeze
+from clasp.training.memory import Kept
 from clasp.types import Pixels, States, Tokens, UserError
 from toytowers import IMAGE_NETS, NETS, TEXT_NETS, base, inputs
 
@@ -168,7 +168,7 @@ def test_a_text_tower_in_parts_says_the_same(name: str, monkeypatch: pytest.Monk
         whole = tower.pooled(tokens)
         assert calls == [(6, 9)], "six short captions are not worth a second call"
         calls.clear()
-        monkeypatch.setattr("clasp.nn.lengths.TOKENS_A_CALL", {"cpu": 0})
+        monkeypatch.setattr("clasp.models.length_buckets.TOKENS_A_CALL", {"cpu": 0})
         parts = tower.pooled(tokens)
     assert calls == [(2, 9), (1, 4), (2, 3), (1, 1)]
     torch.testing.assert_close(parts, whole)
@@ -179,7 +179,7 @@ def test_a_text_tower_in_parts_says_the_same(name: str, monkeypatch: pytest.Monk
 
 
 def test_states_are_cut_to_their_lengths_too(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("clasp.nn.lengths.TOKENS_A_CALL", {"cpu": 0})
+    monkeypatch.setattr("clasp.models.length_buckets.TOKENS_A_CALL", {"cpu": 0})
     tower, read = Tower(base("bert")), inputs("bert", rows=4)
     freeze(tower, tower.tune(["last(1)"], seed=0))
     left = tower.trunk(read, 1)
@@ -195,7 +195,7 @@ def test_a_net_that_trains_is_called_as_often(monkeypatch: pytest.MonkeyPatch):
     freeze(tower, tower.tune(["full"], seed=0))
     gradients = []
     for call in (0, 1000):
-        monkeypatch.setattr("clasp.nn.lengths.TOKENS_A_CALL", {"cpu": call})
+        monkeypatch.setattr("clasp.models.length_buckets.TOKENS_A_CALL", {"cpu": call})
         tower.zero_grad()
         tower.pooled(read).square().sum().backward()
         gradients.append([p.grad.clone() for p in tower.net.parameters() if p.grad is not None])

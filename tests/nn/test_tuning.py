@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clasp.nn.towers import Tower
-from clasp.nn.tuning import freeze, parse, tune
+from clasp.models.tower import Tower
+from clasp.models.tuning.spec import freeze, parse, tune
 from clasp.types import UserError
 from toymethods import CANNOT, METHODS, OTHER_PEFT
 from toytowers import IMAGE_NETS, NETS, base, inputs

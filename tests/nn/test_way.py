@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clasp.nn.drift import parts_of, whole
-from clasp.nn.towers import Tower
-from clasp.nn.tuning import freeze
-from clasp.nn.way import Way, obstacles
+from clasp.analysis.weight_drift import parts_of, whole
+from clasp.analysis.weight_interpolation import Way, obstacles
+from clasp.models.tower import Tower
+from clasp.models.tuning.spec import freeze
 from toytowers import base, inputs
 
 BRANCHED = ("deit3", "branch(before=(1,))")

@@ -19,12 +19,12 @@ from PIL import Image
 
 from clasp.data.images import ImageTransform
 from clasp.data.pairs import FileSource, folder_images, open_pairs
-from clasp.data.sheets import contact_sheet
-from clasp.data.text import Tokenizer
-from clasp.embed import Model
-from clasp.search.corpus import source_from_dict, source_to_dict
+from clasp.data.tokenizer import Tokenizer
+from clasp.models.inference import Model
+from clasp.report.contact_sheet import contact_sheet
 from clasp.search.engine import Catalogue, Engine, Indexed
-from clasp.search.store import FlatStore
+from clasp.search.entries import source_from_dict, source_to_dict
+from clasp.search.flat_store import FlatStore
 from clasp.types import Caption, Encoder, Hit, ImageInput, Pair, Pixels, TextInput, Tokens, UserError
 from toydata import COLOURS, WRITERS, draw, toys, write_csv, write_tar
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from clasp.search.store import FlatStore
+from clasp.search.flat_store import FlatStore
 from clasp.types import Hit, Store, UserError
 
 
@@ -89,7 +89,7 @@ def test_many_queries_are_answered_as_one_by_one(tmp_path: Path, monkeypatch: py
     rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     store.add([str(number) for number in range(50)], rows, [{}] * 50)
     together = store.search(rows[:7], 5)
-    monkeypatch.setattr("clasp.search.store._SCORES", 100)  # two queries at a time
+    monkeypatch.setattr("clasp.search.flat_store._SCORES", 100)  # two queries at a time
     assert store.search(rows[:7], 5) == together
     assert [store.search(rows[number : number + 1], 5)[0] for number in range(7)] == together
     assert [hits[0].id for hits in together] == [str(number) for number in range(7)]
@@ -263,7 +263,7 @@ def test_a_kill_at_any_point_leaves_the_store_before_or_after(tmp_path: Path, mo
 def test_a_real_kill_while_adding(tmp_path: Path):
     script = f"""
 import torch
-from clasp.search.store import FlatStore
+from clasp.search.flat_store import FlatStore
 store = FlatStore({str(tmp_path / "store")!r})
 for number in range(100_000):
     store.add([f"{{number}}-{{n}}" for n in range(20)], torch.randn(20, 16), [{{"n": number}}] * 20)

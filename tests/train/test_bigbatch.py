@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clasp.losses import LOSSES
-from clasp.model import DualEncoder, Head, HeadSettings
-from clasp.nn.towers import Tower
-from clasp.train import bigbatch, memory, pieces
-from clasp.train.bigbatch import Work
-from clasp.train.loop import TrainSettings, TrainState, fit
-from clasp.train.memory import Kept
-from clasp.train.step import seed_generators, step_seed
+from clasp.models.dual_encoder import DualEncoder, Head, HeadSettings
+from clasp.models.tower import Tower
+from clasp.training import grad_cache, memory, micro_batches
+from clasp.training.grad_cache import Work
+from clasp.training.loop import TrainSettings, TrainState, fit
+from clasp.training.losses import LOSSES
+from clasp.training.memory import Kept
+from clasp.training.step import seed_generators, step_seed
 from clasp.types import Batch, Embeddings, Loss, LossParts, Pixels, Pooled, States, Tokens, UserError
 from toytowers import base
 
@@ -109,7 +109,7 @@ def whole(work: Work, batch: Batch, loss: Loss, micro_batch: int) -> None:
     """The slow obvious way: the same pieces from the same seeds, all their graphs at once, one loss."""
     sides = []
     for name, inputs in (("image", batch.image), ("text", batch.text)):
-        cut = pieces.cut(inputs, micro_batch)
+        cut = micro_batches.cut(inputs, micro_batch)
         rows = torch.cat([work.embed(name, number, piece) for number, piece in enumerate(cut.pieces)])
         sides.append(rows if cut.places is None else rows[cut.places])
     loss(*sides, *work.model.scale_and_bias(), groups=batch.groups).total.backward()
@@ -140,7 +140,7 @@ class Counting:
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 10])
 def test_the_gradient_of_one_piece_with_dropout_and_noise_on(kind: str, repeated: bool, micro_batch: int) -> None:
     model, batch, loss = Two().double().train(), batch_of(repeated=repeated), Counting(LOSSES[kind])
-    ours = gradients_of(model, lambda: bigbatch.gradients(work(model), batch, loss, micro_batch))
+    ours = gradients_of(model, lambda: grad_cache.gradients(work(model), batch, loss, micro_batch))
     assert loss.calls == 1
     agree(
         ours, gradients_of(model, lambda: whole(work(model), batch, LOSSES[kind], micro_batch)), rtol=1e-12, atol=1e-12
@@ -157,7 +157,7 @@ def test_without_randomness_the_gradient_of_the_batch_as_it_is(kind: str, repeat
         image, text = model.embed_image(batch.image), model.embed_text(batch.text)
         LOSSES[kind](image, text, *model.scale_and_bias(), groups=batch.groups).total.backward()
 
-    ours = gradients_of(model, lambda: bigbatch.gradients(work(model), batch, LOSSES[kind], 4))
+    ours = gradients_of(model, lambda: grad_cache.gradients(work(model), batch, LOSSES[kind], 4))
     agree(ours, gradients_of(model, plainly), rtol=1e-11, atol=1e-12)
 
 
@@ -171,7 +171,7 @@ def test_the_model_itself_in_float32() -> None:
         LOSSES["sigmoid"](out.image, out.text, out.scale, out.bias, groups=batch.groups).total.backward()
 
     model.eval()
-    ours = gradients_of(model, lambda: bigbatch.gradients(work(model), batch, LOSSES["sigmoid"], 4))
+    ours = gradients_of(model, lambda: grad_cache.gradients(work(model), batch, LOSSES["sigmoid"], 4))
     agree(ours, gradients_of(model, plainly), rtol=1e-4, atol=1e-5)
 
 
@@ -179,7 +179,7 @@ def test_steps_and_pieces_draw_apart_and_repeat_themselves() -> None:
     model, batch = Two().double().train(), batch_of()
 
     def at(step: int) -> dict[str, Tensor]:
-        return gradients_of(model, lambda: bigbatch.gradients(work(model, step=step), batch, LOSSES["infonce"], 3))
+        return gradients_of(model, lambda: grad_cache.gradients(work(model, step=step), batch, LOSSES["infonce"], 3))
 
     once, again, later = at(5), at(5), at(6)
     assert all(torch.equal(once[name], again[name]) for name in once)
@@ -244,8 +244,8 @@ def counted(model: nn.Module, batch: Batch, micro_batch: int) -> tuple[list[int]
     calls = {"embed_image": images, "embed_text": texts}
     for name, rows in calls.items():
         method = getattr(model, name)
-        vars(model)[name] = lambda inputs, m=method, r=rows: (r.append(pieces.different(inputs)), m(inputs))[1]
-    bigbatch.gradients(work(model), batch, LOSSES["infonce"], micro_batch)
+        vars(model)[name] = lambda inputs, m=method, r=rows: (r.append(micro_batches.different(inputs)), m(inputs))[1]
+    grad_cache.gradients(work(model), batch, LOSSES["infonce"], micro_batch)
     for name in calls:
         del vars(model)[name]
     return images, texts
@@ -268,7 +268,7 @@ def test_a_frozen_side_is_computed_once() -> None:
 def test_a_head_on_a_frozen_tower_is_computed_once_and_learns() -> None:
     model, batch = Two(frozen=("image.",)).double().train(), batch_of()
     assert counted(model, batch, 4)[0] == [4, 3, 4]
-    ours = gradients_of(model, lambda: bigbatch.gradients(work(model), batch, LOSSES["infonce"], 4))
+    ours = gradients_of(model, lambda: grad_cache.gradients(work(model), batch, LOSSES["infonce"], 4))
     agree(ours, gradients_of(model, lambda: whole(work(model), batch, LOSSES["infonce"], 4)), rtol=1e-12, atol=1e-12)
     assert "image_head.map.linear.weight" in ours
 
@@ -279,7 +279,7 @@ def test_pooled_features_stay_in_one_piece_and_only_the_scale_may_train() -> Non
     cached = Batch(batch.ids, features, batch.text, batch.groups)
     images, texts = counted(model, cached, 4)
     assert images == [11] and sum(texts) == 11
-    assert gradients_of(model, lambda: bigbatch.gradients(work(model), cached, LOSSES["infonce"], 4)).keys() == {
+    assert gradients_of(model, lambda: grad_cache.gradients(work(model), cached, LOSSES["infonce"], 4)).keys() == {
         "log_scale"
     }
 
@@ -295,7 +295,7 @@ def test_bfloat16_pieces_and_a_loss_in_float32() -> None:
     model.image_head.map.linear.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     job = work(model)
     job = Work(model, CPU, "bfloat16", job.seed)
-    ours = gradients_of(model, lambda: bigbatch.gradients(job, batch, loss, 4))
+    ours = gradients_of(model, lambda: grad_cache.gradients(job, batch, loss, 4))
     assert set(seen) == {torch.bfloat16}
     assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in ours.values())
     whole_one = gradients_of(model, lambda: whole(job, batch, loss, 4))
@@ -311,7 +311,7 @@ def test_a_tower_with_random_numbers_of_its_own_is_caught() -> None:
 
     model = Restless().train()
     with pytest.raises(UserError, match=r"the image tower draws random numbers of its own.*train.micro_batch"):
-        bigbatch.gradients(work(model), batch_of(dtype=torch.float32), LOSSES["infonce"], 4)
+        grad_cache.gradients(work(model), batch_of(dtype=torch.float32), LOSSES["infonce"], 4)
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_a_tower_with_random_numbers_of_its_own_is_caught() -> None:
 def test_pieces_are_narrow_hold_no_more_tokens_and_lead_back() -> None:
     rows = torch.tensor([3, 0, 10, 10, 5, 1, 2, 4, 6, 7, 8, 9, 0])
     text = tokens(UNEVEN, rows)
-    cut = pieces.cut(text, 3)
+    cut = micro_batches.cut(text, 3)
     widths = [piece.ids.shape[1] for piece in cut.pieces]
     assert widths == sorted(widths) and widths[-1] == 9
     assert all(piece.ids.numel() <= 3 * 9 and piece.mask[:, -1].any() for piece in cut.pieces)
@@ -333,11 +333,11 @@ def test_pieces_are_narrow_hold_no_more_tokens_and_lead_back() -> None:
 def test_states_are_cut_as_captions_are_and_left_padding_is_kept() -> None:
     mask = torch.arange(9) < UNEVEN[:, None]
     states = States(torch.randn(11, 9, 4), mask, depth=2, size=0)
-    cut = pieces.cut(states, 4)
+    cut = micro_batches.cut(states, 4)
     assert cut.places is not None and all(isinstance(p, States) and p.depth == 2 for p in cut.pieces)
     firsts = torch.cat([piece.values[:, 0] for piece in cut.pieces])
     assert torch.equal(firsts[cut.places], states.values[:, 0])
-    left = pieces.cut(States(states.values, mask.flip(1), 2, 0), 4)
+    left = micro_batches.cut(States(states.values, mask.flip(1), 2, 0), 4)
     assert all(piece.values.shape[1] == 9 for piece in left.pieces if isinstance(piece, States))
 
 
@@ -377,7 +377,7 @@ def most_bytes(pairs: int, micro_batch: int, *, recompute: bool = False) -> int:
         parameter.grad = torch.zeros_like(parameter)
     assert isinstance(batch.image, Pixels) and isinstance(batch.text, Tokens)
     with Live(batch.image.values, batch.text.ids, batch.text.mask, batch.groups, *model.parameters()) as live:
-        bigbatch.gradients(work(model), batch, LOSSES["infonce"], micro_batch)
+        grad_cache.gradients(work(model), batch, LOSSES["infonce"], micro_batch)
     return live.most
 
 
@@ -403,7 +403,7 @@ def test_kept_counts_storages_once_leaves_weights_out_and_frees_the_graph() -> N
 
 
 def bounded(monkeypatch: pytest.MonkeyPatch, free: int | None) -> None:
-    monkeypatch.setattr(bigbatch, "free_bytes", lambda device: free)
+    monkeypatch.setattr(grad_cache, "free_bytes", lambda device: free)
 
 
 def test_choose_takes_what_fits_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,14 +416,14 @@ def test_choose_takes_what_fits_and_says_why(monkeypatch: pytest.MonkeyPatch) ->
     chosen = dict[float, int]()
     for fits in (0.5, 1.1, 2.5, 10.9, 11.2, 1000):
         bounded(monkeypatch, 3 * trained + int(2 * fits * a_pair))
-        choice = bigbatch.choose(work(model), batch, 11)
+        choice = grad_cache.choose(work(model), batch, 11)
         chosen[fits] = choice.micro_batch
         assert " of memory is free" in choice.reason and "a pair keeps" in choice.reason
     assert chosen == {0.5: 1, 1.1: 1, 2.5: 2, 10.9: 8, 11.2: 11, 1000: 11}
     bounded(monkeypatch, None)
-    assert bigbatch.choose(work(model), batch, 11).micro_batch == 11
+    assert grad_cache.choose(work(model), batch, 11).micro_batch == 11
     bounded(monkeypatch, 3 * trained + int(2 * 64.5 * a_pair))
-    choice = bigbatch.choose(work(model), batch, 4096)
+    choice = grad_cache.choose(work(model), batch, 4096)
     assert choice.micro_batch == 64 and choice.reason.startswith(
         "4,096 pairs in pieces of 64, with the gradient of one"
     )
@@ -476,10 +476,10 @@ def test_recomputed_blocks_have_the_same_gradient_and_keep_less() -> None:
 
 def test_recomputing_and_pieces_go_together() -> None:
     model, batch = Two().double().train(), batch_of()
-    plain = gradients_of(model, lambda: bigbatch.gradients(work(model), batch, LOSSES["infonce"], 4))
+    plain = gradients_of(model, lambda: grad_cache.gradients(work(model), batch, LOSSES["infonce"], 4))
     model.image.recompute_blocks()
     model.text.recompute_blocks()
-    ours = gradients_of(model, lambda: bigbatch.gradients(work(model), batch, LOSSES["infonce"], 4))
+    ours = gradients_of(model, lambda: grad_cache.gradients(work(model), batch, LOSSES["infonce"], 4))
     agree(plain, ours, rtol=1e-12, atol=1e-12)
     assert most_bytes(16, 8, recompute=True) < 0.8 * most_bytes(16, 8)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clasp.train.closed import Maps, cca
+from clasp.training.cca import Maps, cca
 from clasp.types import UserError
 
 

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from clasp import align as main_job
 from clasp import cli
-from clasp.flops import counted
-from clasp.losses import LOSSES
-from clasp.nn.layers import VisionTransformer
-from clasp.standings import seconds_of
-from clasp.train import gauges
-from clasp.train.gauges import Energy, Peak
-from clasp.train.ledger import Cost, Ledger, Once, Session, Work, read_cost, scaled
-from clasp.train.loop import TrainSettings, fit
-from clasp.train.progress import Progress, Silent
-from clasp.train.state import TrainState
+from clasp.commands import train as main_job
+from clasp.models.pooling import VisionTransformer
+from clasp.report.leaderboard import seconds_of
+from clasp.training.cost import meters
+from clasp.training.cost.flops import counted
+from clasp.training.cost.ledger import Cost, Ledger, Once, Session, Work, read_cost, scaled
+from clasp.training.cost.meters import Energy, Peak
+from clasp.training.loop import TrainSettings, fit
+from clasp.training.losses import LOSSES
+from clasp.training.state import TrainState
+from clasp.training.trackers.console import Progress, Silent
 from clasp.types import Batch, Embeddings, Pixels, Pooled, UserError
 from toydata import toys, write_csv
 from toyruns import delta, lines, recipe, run, save_towers
@@ -337,7 +337,7 @@ def test_the_peak_is_that_of_training_above_what_was_there() -> None:
 
 
 def test_where_no_peak_can_be_set_back_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gauges, "_SET_BACK", tmp_path / "missing" / "clear_refs")
+    monkeypatch.setattr(meters, "_SET_BACK", tmp_path / "missing" / "clear_refs")
     peak = Peak(CPU)
     peak.begin()
     peak.end()
@@ -415,7 +415,7 @@ def test_codecarbon_measures_without_a_file_a_word_or_a_connection(
     ],
 )
 def test_what_was_measured_and_what_estimated(part: str, said: str) -> None:
-    assert gauges._spoken(part) == said
+    assert meters._spoken(part) == said
 
 
 # --- a run and its cost ----------------------------------------------------------------------------------------------

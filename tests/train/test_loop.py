@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clasp.train import loop, optim, step
-from clasp.train.interrupt import Interruption
-from clasp.train.loop import Fitted, Position, TrainSettings, TrainState, fit
-from clasp.train.plan import LrFactors
+from clasp.training import loop, step
+from clasp.training import optimizer as optim
+from clasp.training.interrupt import Interruption
+from clasp.training.loop import Fitted, Position, TrainSettings, TrainState, fit
+from clasp.training.settings import LrFactors
 from clasp.types import Batch, Embeddings, LossParts, Pooled, Skipped, UserError
 
 PAIRS, BATCH, STEPS_AN_EPOCH = 24, 8, 3

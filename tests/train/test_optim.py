@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clasp.train import optim
-from clasp.train.plan import TrainSettings
+from clasp.training import optimizer as optim
+from clasp.training.settings import TrainSettings
 from clasp.types import UserError
 
 

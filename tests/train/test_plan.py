@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from clasp.train.plan import LrFactors, TrainSettings, choose
+from clasp.training.settings import LrFactors, TrainSettings, choose
 from clasp.types import UserError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clasp.train import precision
-from clasp.train.precision import detect, fastest_product, resolve
+from clasp.training import precision
+from clasp.training.precision import detect, fastest_product, resolve
 
 
 @pytest.mark.parametrize(

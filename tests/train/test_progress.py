@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from clasp.train.progress import Bar, Lines, Meter, Progress, to_stderr
+from clasp.training.trackers.console import Bar, Lines, Meter, Progress, to_stderr
 
 
 class Clock:

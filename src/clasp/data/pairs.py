@@ -18,9 +18,9 @@ from typing import Protocol, SupportsIndex, overload, runtime_checkable
 
 import numpy as np
 
-from clasp.data.formats.cache import unpacked
+from clasp.data.formats.base import Format, Opening
 from clasp.data.formats.folders import Folder, open_folder, stem_of
-from clasp.data.formats.opening import Format, Opening
+from clasp.data.formats.index_cache import unpacked
 from clasp.data.formats.parquet import CellSource, open_parquet
 from clasp.data.formats.rows import DEFAULT_COLUMNS, Columns
 from clasp.data.formats.samples import IMAGE_SUFFIXES, kinds, open_shard

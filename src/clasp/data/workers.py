@@ -110,7 +110,7 @@ class Stream:
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context = multiprocessing.get_context(kind)
         if kind == "forkserver":
-            context.set_forkserver_preload(["clasp.data.sides"])  # imported once, not by each worker
+            context.set_forkserver_preload(["clasp.data.readers"])  # imported once, not by each worker
         return DataLoader(
             self._asks,  # pyright: ignore[reportArgumentType]  # all a map-style dataset needs is __getitem__
             sampler=self._asks,

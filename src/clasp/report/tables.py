@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clasp.evaluate.compared import in_words
-from clasp.evaluate.tasks import Result
+from clasp.evaluation.paired import in_words
+from clasp.evaluation.tasks import Result
 
 UNMOVED = "the base's weights as they were"
 

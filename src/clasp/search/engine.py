@@ -27,9 +27,9 @@ from torch import Tensor
 
 from clasp.data.images import ImageError
 from clasp.data.pairs import CellSource
-from clasp.data.sheets import SheetRow, Tile
-from clasp.embed import Model, Progress, no_progress
-from clasp.search.corpus import Known, entries_of, meta_of, source_from_dict
+from clasp.models.inference import Model, Progress, no_progress
+from clasp.report.contact_sheet import SheetRow, Tile
+from clasp.search.entries import Known, entries_of, meta_of, source_from_dict
 from clasp.types import Hit, Pair, Skipped, Source, Store, UserError
 
 _log = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ class Engine:
         label: Callable[[Hit], str] = lambda hit: hit.id,
         good: Callable[[str, Hit], bool | None] = lambda title, hit: None,
     ) -> list[SheetRow]:
-        """Titles with their hits, as rows of ``clasp.data.sheets.contact_sheet``.
+        """Titles with their hits, as rows of ``clasp.report.contact_sheet.contact_sheet``.
 
         ``good`` says of a title and a hit whether it is a right answer. An image that has gone or changed is an empty
         place with its label.

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32, UInt64
 
+from clasp.data.formats.base import Opening
 from clasp.data.formats.ids import hash64
-from clasp.data.formats.names import Names
-from clasp.data.formats.opening import Opening
+from clasp.data.formats.name_table import Names
 from clasp.data.formats.samples import IMAGE, JSON, LABEL, TEXT, Samples, gather, hidden, open_samples
 from clasp.data.formats.sources import FileSource
 from clasp.types import Caption, Pair, UserError
@@ -44,7 +44,7 @@ class Folder:
         return FileSource(os.path.join(self.path, self.names[row]))
 
     def stamp(self, rows: Iterable[int]) -> str:
-        """A hash of all names, and of size and time of the files ``rows``: changes when what is read of them may have."""
+        """A hash of all names, and of size and time of the files ``rows``."""
         digest = hashlib.sha256(self.names.letters.tobytes() + self.names.ends.tobytes())
         for row in rows:
             digest.update(f"{self.source(row).version}\0".encode())

@@ -12,7 +12,7 @@ from array import array
 import numpy as np
 from jaxtyping import UInt32, UInt64
 
-from clasp.data.formats.opening import Format
+from clasp.data.formats.base import Format
 from clasp.data.formats.rows import CaptionCheck, Row
 from clasp.types import UserError
 

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import UInt32, UInt64
 
-from clasp.data.formats.cache import Arrays, remembered, stamp_of
+from clasp.data.formats.base import Opening
 from clasp.data.formats.ids import Survey, refuse_repeats
-from clasp.data.formats.opening import Opening
+from clasp.data.formats.index_cache import Arrays, remembered, stamp_of
 from clasp.data.formats.rows import Columns, Row, RowReader, require
 from clasp.data.formats.sources import FileSource
 from clasp.data.formats.tables import path_of, path_pair

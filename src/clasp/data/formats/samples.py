@@ -16,12 +16,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, UInt64
 
-from clasp.data.formats.cache import Arrays, remembered
+from clasp.data.formats.base import Opening
 from clasp.data.formats.ids import hash64, refuse_repeats
-from clasp.data.formats.names import Names
-from clasp.data.formats.opening import Opening
+from clasp.data.formats.index_cache import Arrays, remembered
+from clasp.data.formats.name_table import Names
 from clasp.data.formats.rows import CaptionCheck, Columns, captions_of, require, text_of
-from clasp.data.formats.shards import open_tar
+from clasp.data.formats.tar import open_tar
 from clasp.types import Caption, Pair, Source, UserError
 
 IMAGE_SUFFIXES = tuple("jpg jpeg jfif png webp gif bmp tif tiff avif jp2 ppm pgm".split())

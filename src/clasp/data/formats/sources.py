@@ -10,7 +10,7 @@ import os
 import weakref
 from dataclasses import dataclass
 
-from clasp.data.formats.cache import stamp_of
+from clasp.data.formats.index_cache import stamp_of
 from clasp.types import UserError
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Int64, UInt32, UInt64
 
-from clasp.data.formats.cache import Arrays, remembered, stamp_of
+from clasp.data.formats.base import Opening
 from clasp.data.formats.ids import Survey, image_id, refuse_repeats
-from clasp.data.formats.opening import Opening
+from clasp.data.formats.index_cache import Arrays, remembered, stamp_of
 from clasp.data.formats.rows import Row, RowReader
 from clasp.data.formats.sources import FileSource, read_stretch
-from clasp.data.formats.syntaxes import SYNTAXES, Syntax
+from clasp.data.formats.text_rows import SYNTAXES, Syntax
 from clasp.types import Pair, UserError
 
 

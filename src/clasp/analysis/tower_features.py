@@ -1,0 +1,152 @@
+"""What a tower says of a stream of inputs: its pooled vectors and, of some of them, the mean state after each block.
+
+In: a tower and a stream as evaluations read it, live inputs or cached states alike. Out: ``Said``, on the CPU.
+Unusual: everything comes of one pass through the tower, by hooks on its blocks. Where pooling is learned, no base has
+it, so what the tower itself knows is told by the mean of its states (``plain``), tuned or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from clasp.models.length_buckets import by_length
+from clasp.models.partial_forward import as_tokens, states_of
+from clasp.models.pooling import POOLS
+from clasp.models.structure import anatomy
+from clasp.models.tower import Tower
+from clasp.models.tuning.prompts import Prompts
+from clasp.types import ImageInput, Pixels, Pooled, States, TextInput
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a tower said of ``ids``.
+
+    ``pooled``: what the heads read. ``plain``: the same vectors without anything learned in their pooling. ``blocks``:
+    of the inputs in ``sample``, the mean over real tokens of the states after each block that was run, by its number
+    from 1; the blocks below cached states are not run.
+    """
+
+    ids: tuple[str, ...]
+    pooled: Float[Tensor, "n D"]
+    plain: Float[Tensor, "n P"]
+    sample: tuple[str, ...]
+    blocks: dict[int, Float[Tensor, "m _"]]
+
+    def of(self, ids: Sequence[str]) -> Float[Tensor, "_ P"]:
+        """``plain`` of these ids, in this order."""
+        place = {id: row for row, id in enumerate(self.ids)}
+        return self.plain[[place[id] for id in ids]]
+
+
+def listen(
+    tower: Tower,
+    stream: Iterable[tuple[Sequence[str], ImageInput | TextInput]],
+    sample: Collection[str] = (),
+    heard: Callable[[int], None] = lambda done: None,
+) -> Said:
+    """Run a stream through a tower once; ``heard`` is told how many inputs are done. What is pooled already is kept."""
+    ids: list[str] = []
+    rows: dict[str, list[Tensor]] = {"pooled": [], "plain": []}
+    chosen: list[str] = []
+    blocks: dict[int, list[Tensor]] = {}
+    with torch.inference_mode():
+        for names, inputs in stream:
+            if isinstance(inputs, Pooled):
+                pooled = plain = inputs.values
+                means: dict[int, Tensor] = {}
+            else:
+                pooled, plain, means = _said(tower, inputs)
+            wanted = [row for row, name in enumerate(names) if name in sample]
+            chosen += [names[row] for row in wanted]
+            for number, states in means.items():
+                blocks.setdefault(number, []).append(states[wanted].float().cpu())
+            ids += names
+            rows["pooled"].append(pooled.float().cpu())
+            rows["plain"].append(plain.float().cpu())
+            heard(len(ids))
+    joined = {number: torch.cat(parts) for number, parts in sorted(blocks.items())}
+    return Said(tuple(ids), torch.cat(rows["pooled"]), torch.cat(rows["plain"]), tuple(chosen), joined)
+
+
+def _said(tower: Tower, inputs: Pixels | ImageInput | TextInput) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """Pooled vectors, plainly pooled vectors and block means of a batch.
+
+    The tower would cut captions into parts of like length by itself; here it gets each part alone, so that the hooks
+    see the rows that the mask is about.
+    """
+    assert not isinstance(inputs, Pooled)
+    if isinstance(inputs, States):
+        trunk = tower.frozen_blocks  # the first who asks makes the net run, which no hook shall hear
+        assert inputs.depth <= trunk, f"states after block {inputs.depth} of {tower.name}, whose trunk has {trunk}"
+    if isinstance(inputs, Pixels):
+        parts, back = [inputs], None
+    else:
+        assert inputs.rows is None, "a stream of an evaluation holds each text once"
+        parts, back = by_length(inputs)
+    pooled: list[Tensor] = []
+    plain: list[Tensor] = []
+    means: dict[int, list[Tensor]] = {}
+    for part in parts:
+        with _means_of_blocks(tower, part, means):
+            vectors = _vectors(tower, part)
+        pooled.append(vectors[0])
+        plain.append(vectors[1])
+
+    def joined(rows: list[Tensor]) -> Tensor:
+        return torch.cat(rows) if back is None else torch.cat(rows)[back]
+
+    return joined(pooled), joined(plain), {number: joined(rows) for number, rows in means.items()}
+
+
+def _vectors(tower: Tower, part: Pixels | ImageInput | TextInput) -> tuple[Tensor, Tensor]:
+    assert not isinstance(part, Pooled)
+    if tower.pooling is None:
+        vectors = tower.pooled(part)
+        return vectors, vectors
+    states = tower(part)
+    mask = _mask(tower, part, states)
+    prefix = anatomy(tower.net).prefix_tokens if tower.modality == "image" else 0
+    return tower.pool(states, mask), POOLS["mean"](states, mask, prefix)
+
+
+def _mask(tower: Tower, part: Pixels | ImageInput | TextInput, states: Float[Tensor, "B N D"]) -> Bool[Tensor, "B N"]:
+    if tower.modality == "text":
+        assert not isinstance(part, Pixels | Pooled)
+        return part.mask
+    return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+
+
+@contextmanager
+def _means_of_blocks(
+    tower: Tower, part: Pixels | ImageInput | TextInput, into: dict[int, list[Tensor]]
+) -> Iterator[None]:
+    """While the tower runs, put each block's mean state into ``into``; those below cached states are not run."""
+    children = dict(tower.net.named_children())
+    prompts = prompts if isinstance(prompts := children.get("prompts"), Prompts) else None
+    depth = part.depth if isinstance(part, States) else 0
+
+    def keep(number: int, output: object) -> None:
+        states = as_tokens(states_of(output))
+        states = states if prompts is None else prompts.remove(states)
+        mask = _mask(tower, part, states)
+        assert states.shape[:2] == mask.shape, f"block {number} gave {tuple(states.shape)} for {tuple(mask.shape)}"
+        weight = mask[:, :, None].to(states.dtype)
+        into.setdefault(number, []).append((states * weight).sum(1) / weight.sum(1))
+
+    hooks = [
+        tower.net.get_submodule(block.path).register_forward_hook(lambda _, __, output, n=number: keep(n, output))
+        for number, block in enumerate(anatomy(tower.net).blocks, 1)
+        if number > depth
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,123 @@
+"""The straight way between a base and what was made of it: every tuned weight of a tower, part of the way along.
+
+In go a tuned tower and its base, out come the reasons why there is no such way, or a ``Way`` that moves the tower in
+place. WiSE-FT (Wortsman et al., CVPR 2022, equation 1) interpolates all weights of a fully tuned CLIP; ours walks the
+same line for methods that add to the base: an adapter's up-projection and one factor of a low-rank product are scaled,
+in which what the method adds is linear. Unusual: at 0 the tower answers as its base and at 1 as it was, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from clasp.models.pooling import Adapter
+from clasp.models.structure import anatomy
+from clasp.models.tower import Tower
+from clasp.models.tuning.prompts import Prompts
+
+# What peft's parameters are, by the part of their name that says it: factors of what is added to a weight, of which one
+# goes from nothing to itself while the others stay; or a factor on the output, which starts from one. And the gates of
+# a parallel branch, which is added as well.
+FACTORS: dict[str, Literal["from nothing", "stays", "from one"]] = {
+    "lora_A": "stays", "lora_B": "from nothing",
+    "hada_w1_a": "from nothing", "hada_w1_b": "stays", "hada_w2_a": "stays", "hada_w2_b": "stays",
+    "lokr_w1": "from nothing", "lokr_w1_a": "from nothing", "lokr_w1_b": "stays",
+    "lokr_w2": "stays", "lokr_w2_a": "stays", "lokr_w2_b": "stays", "lokr_t2": "stays",
+    "ia3_l": "from one",
+    "gamma": "from nothing",
+}  # fmt: skip
+# dora also changes the lengths of columns, in which the weight is not linear
+NOT_STRAIGHT = {"lora_magnitude_vector": "dora", "oft_R": "oft", "hra_u": "hra"}
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One parameter, and where it goes from and to."""
+
+    parameter: nn.Parameter
+    start: Tensor
+    end: Tensor
+
+
+class Way:
+    """From the base (0) to the tuned tower (1). ``obstacles`` must have found nothing."""
+
+    def __init__(self, tower: Tower, base: Tower):
+        self._moves = list(_moves(tower, base))
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing in the tower was tuned."""
+        return not self._moves
+
+    @contextmanager
+    def at(self, alpha: float) -> Iterator[None]:
+        """The tower of which this is the way stands at ``alpha`` inside, and is as it was after."""
+        try:
+            self._go(alpha)
+            yield
+        finally:
+            self._go(1.0)
+
+    @torch.no_grad()
+    def _go(self, alpha: float) -> None:
+        for move in self._moves:
+            move.parameter.copy_(torch.lerp(move.start, move.end, alpha))  # exact at both ends
+
+
+def base_name(name: str) -> str:
+    """What the base calls a parameter that peft has wrapped."""
+    return name.replace(".base_layer.", ".")
+
+
+def obstacles(tower: Tower, base: Tower) -> list[str]:
+    """Why there is no straight way from ``base`` to ``tower``; empty where there is one."""
+    more = len(anatomy(tower.net).blocks) - len(anatomy(base.net).blocks)
+    if more:
+        return [f"{more} appended block{'s' if more > 1 else ''}"]
+    if tower.moving:
+        return ["running statistics of BatchNorm"]
+    if any(isinstance(module, Prompts) for module in tower.net.modules()):
+        return ["prompts"]
+    found: dict[str, None] = {}
+    for name in _added(tower, base):
+        parts = name.split(".")
+        method = next((NOT_STRAIGHT[part] for part in parts if part in NOT_STRAIGHT), None)
+        known = _in_adapter(tower, name) or parts[0] == "parallel" or any(part in FACTORS for part in parts)
+        if method or not known:
+            found[method or name] = None
+    return list(found)
+
+
+def _added(tower: Tower, base: Tower) -> list[str]:
+    there = {name for name, _ in base.net.named_parameters()}
+    return [name for name, _ in tower.net.named_parameters() if base_name(name) not in there]
+
+
+def _in_adapter(tower: Tower, name: str) -> bool:
+    return any(name.startswith(f"{path}.") for path, m in tower.net.named_modules() if isinstance(m, Adapter))
+
+
+def _moves(tower: Tower, base: Tower) -> Iterator[Move]:
+    there, ups = dict(base.net.named_parameters()), set[int]()
+    for module in tower.net.modules():
+        if isinstance(module, Adapter):
+            ups |= {id(parameter) for parameter in module.up.parameters()}
+    for name, parameter in tower.net.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        end = parameter.detach().clone()
+        if (own := there.get(base_name(name))) is not None:
+            yield Move(parameter, own.detach().clone(), end)
+            continue
+        kind = next((FACTORS[part] for part in name.split(".") if part in FACTORS), "stays")
+        if id(parameter) in ups or kind == "from nothing":
+            yield Move(parameter, torch.zeros_like(end), end)
+        elif kind == "from one":
+            yield Move(parameter, torch.ones_like(end), end)

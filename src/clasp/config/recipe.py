@@ -1,0 +1,335 @@
+"""A run as data: one TOML file, changed by dotted overrides, checked whole before anything is computed.
+
+In goes a file (or a name from ``recipes/``) and strings such as ``train.batch=512``; out comes a frozen ``Recipe``.
+A file may begin with ``extends = "lilt/lwa"`` and then says only what it has otherwise; the recipe that comes out is
+whole. Each section's settings live beside what they configure; here they are only put together. An unknown key or value
+is one error that names the nearest valid ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from clasp.data.feature_cache.dtypes import Name as StorageName
+from clasp.data.images import Augment
+from clasp.data.pairs import Columns
+from clasp.models.backbone import ImageSettings, TextSettings
+from clasp.models.dual_encoder import LogitSettings
+from clasp.models.heads import HeadSettings
+from clasp.models.sharing.policy import SharingSettings
+from clasp.models.sharing.trunk_views import TRUNK_PARTS, TrunkSettings
+from clasp.models.tuning.spec import parse
+from clasp.training.losses import LossSettings
+from clasp.training.settings import TrainSettings
+from clasp.types import UserError
+
+
+class TuneSettings(BaseModel):
+    """``[tune]``: what trains, per tower; see ``clasp.models.tuning.spec``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: list[str] = Field(default=["none"], min_length=1)
+    """Methods for the image tower"""
+    text: list[str] = Field(default=["none"], min_length=1)
+    """Methods for the text tower"""
+    head: Literal["full", "none"] = "full"
+    """The heads, with a learned pooling where there is one"""
+    scale: Literal["full", "none"] = "full"
+    """The scale and the bias of the logits"""
+
+
+class ShareSettings(SharingSettings):
+    """``[share]``: what two nets hold in common. Both are ours and from scratch, or of one pair that was trained so; or
+    ``trunk`` says whose pre-trained blocks both modalities run through."""
+
+    trunk: Literal["image", "text"] | None = None
+    """Whose pre-trained tower is the trunk of both; what is new in the other tower always trains"""
+    embedding: Literal["tower", "random"] = "tower"
+    """What the patches or tokens of the other modality start from there: its own tower, or nothing"""
+    patch: int = Field(default=16, ge=1)
+    """Pixels a side of a patch, where images start from nothing"""
+    context: int = Field(default=77, ge=1)
+    """Tokens of the longest caption, where text starts from nothing"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blocks_of_a_trunk(cls, said: Any) -> Any:
+        """On a trunk, attention and feed-forward parts are shared where nothing else is said of them."""
+        return {**TRUNK_PARTS, **said} if isinstance(said, dict) and said.get("trunk") is not None else said
+
+    @property
+    def of_trunk(self) -> TrunkSettings | None:
+        """The settings of the trunk, where there is one."""
+        if self.trunk is None:
+            return None
+        return TrunkSettings(trunk=self.trunk, embedding=self.embedding, patch=self.patch, context=self.context)
+
+    @property
+    def policy(self) -> SharingSettings:
+        """What is shared."""
+        return SharingSettings(**self.model_dump(include=set(SharingSettings.model_fields)))
+
+
+class LossAndLogits(LogitSettings, LossSettings):
+    """``[loss]``: a loss, and the logits that it is taken of."""
+
+
+class DataSettings(BaseModel):
+    """``[data]``: which pairs, and how they are read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    train: str | None = None
+    """A folder, a .csv .tsv .jsonl .parquet .json file, or tar shards"""
+    val: str | None = None
+    """Pairs to validate on; where left out, a part of ``train`` is set aside by a stable hash of each pair's group"""
+    val_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the groups set aside when ``val`` is left out"""
+    image_root: str | None = None
+    """Folder that relative image paths start from; the folder of the file where left out"""
+    columns: Columns = Columns()
+    """Names of the columns; each format's usual ones where left out"""
+    languages: list[str] = []
+    """Keep captions in these languages only; all where empty"""
+    captions: Literal["draw", "all"] = "draw"
+    """draw: one caption of each pair in each epoch; all: every caption is a sample of its own"""
+    augment: Augment | None = None
+    """Changes to training images; the defaults of each field change nothing, so that ``{}`` is none at all"""
+    features: Literal["auto", "off"] | StorageName = "auto"
+    """What the frozen part of a tower says is computed once and kept: auto, off, or how its numbers are written
+    (float32, float16, bfloat16, int8)"""
+    views: int = Field(default=0, ge=0, le=1000)
+    """Augmented views of each image to keep for a frozen part, beside the plain one; 0 augments anew each time"""
+    max_bad_fraction: float = Field(default=0.02, ge=0, lt=1)
+    """Share of unreadable samples past which the run stops"""
+
+    @field_validator("augment")
+    @classmethod
+    def _none_that_changes_nothing(cls, augment: Augment | None) -> Augment | None:
+        return None if augment == Augment() else augment
+
+
+class Recipe(BaseModel):
+    """Everything that decides a run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: ImageSettings
+    text: TextSettings
+    share: ShareSettings | None = None
+    tune: TuneSettings = TuneSettings()
+    head: HeadSettings = HeadSettings()
+    loss: LossAndLogits = LossAndLogits()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+
+    def changed(self, overrides: Sequence[str]) -> Recipe:
+        """This recipe with dotted overrides applied."""
+        return from_dict(_overridden(self.to_dict(), overrides), "the overrides")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without those left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def to_toml(self) -> str:
+        """The recipe as a file that reads back equal."""
+        return tomlkit.dumps(self.to_dict())
+
+
+def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or one of clasp's own by its name (``start``, ``lilt/lwa``), and apply overrides.
+
+    Raises ``UserError`` naming the nearest valid key or value.
+    """
+    given, chain = _with_what_it_extends(_find(source, Path()), str(source))
+    return from_dict(_overridden(given, overrides), chain)
+
+
+def from_dict(given: dict[str, Any], source: str) -> Recipe:
+    """Check a recipe given as nested dictionaries; ``source`` is named in errors."""
+    try:
+        recipe = Recipe.model_validate(given)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_plainly(error)}") from None
+    for spec in (*recipe.tune.image, *recipe.tune.text):
+        parse(spec)
+    if recipe.head.start == "cca" and not (recipe.head.kind == "linear" and recipe.head.standardize):
+        raise UserError(f"{source}: head.start = 'cca' needs head.kind = 'linear' and head.standardize = true")
+    if recipe.head.standardize and recipe.tune.head == "none":
+        raise UserError(f"{source}: head.standardize = true fits the heads to the data, which needs tune.head = 'full'")
+    if recipe.share is not None and recipe.share.head == "shared" and recipe.head.standardize:
+        raise UserError(
+            f"{source}: head.standardize = true is of one tower's features; share.head = 'shared' is of both"
+        )
+    if recipe.share is None and (recipe.train.weight_decay_shared is not None or recipe.train.lr_factors.shared != 1):
+        said = "weight_decay_shared" if recipe.train.weight_decay_shared is not None else "lr_factors.shared"
+        raise UserError(f"{source}: train.{said} is for what two nets share, and there is no [share]")
+    if recipe.train.batch != "auto":
+        recipe.loss.refuse_fewer(recipe.train.batch)
+    return recipe
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with clasp, by name."""
+    package = Path(__file__).parents[1]
+    folder = next((f for f in (package / "recipes", package.parents[1] / "recipes") if f.is_dir()), None)
+    if folder is None:
+        return {}
+    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.toml"))}
+
+
+def _find(source: str | Path, folder: Path) -> Path:
+    path = folder / source
+    if path.is_file():
+        return path
+    own = shipped()
+    name = str(source).removesuffix(".toml").removeprefix("recipes/")
+    if name in own:
+        return own[name]
+    near = difflib.get_close_matches(name, own, n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    raise UserError(f"no recipe {str(source)!r}: neither a file nor one of these; {hint}{', '.join(own)}")
+
+
+def _with_what_it_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
+    """A file as nested dictionaries, over those of what it extends, and the chain of files in words.
+
+    ``above`` are the files that extend this one. Raises ``UserError`` naming the chain.
+    """
+    if path.resolve() in above:
+        raise UserError(f"{chain}: no recipe can extend itself")
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a TOML file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if "extends" not in given:
+        return given, chain
+    name = given.pop("extends")
+    if not isinstance(name, str):
+        raise UserError(f"{chain}: extends = {name!r} should be the name of one recipe, or a path from {path.parent}")
+    chain = f"{chain} extends {name}"
+    try:
+        found = _find(name, path.parent)
+    except UserError as error:
+        raise UserError(f"{chain}: {error}") from None
+    below, chain = _with_what_it_extends(found, chain, (*above, path.resolve()))
+    return _merged(below, given), chain
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key; of any other value that both have, the one above."""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merged(below[key], above[key])
+    return merged
+
+
+def _overridden(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``train.batch=512`` and the like, put into nested dictionaries. Values read as TOML; a bare word is a string."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in given.items()}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"override {override!r} is not key=value, such as train.batch=512")
+        *path, last = key.strip().split(".")
+        place = result
+        for part in path:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise UserError(f"override {override!r}: {part} is a value, not a section")
+        place[last] = _value(key.strip(), text)
+    return result
+
+
+def _value(key: str, text: str) -> Any:
+    """What stands behind the equals sign; for a setting that is a text, ``2024`` is a folder's name and no number."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    is_text = known_keys().get(key) in (str, str | None)
+    return text if is_text and not isinstance(value, str) else value
+
+
+# --- errors a person can act on --------------------------------------------------------------------------------------
+
+
+def _plainly(error: ValidationError) -> str:
+    """The first mistake of a validation, with the nearest valid names."""
+    first = error.errors()[0]
+    key, kind, given = _key(first), first["type"], first["input"]
+    keys = [*known_keys(), "extends"]
+    section = ".".join(part for part in key.split(".")[:-1] if not part.isdigit())  # items of a list have like keys
+    if key == "extends":
+        return "extends stands at the beginning of a recipe file, and nowhere else"
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        beside = [name for name in keys if name.rpartition(".")[0] == section]
+        elsewhere = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        near = elsewhere[:2] or difflib.get_close_matches(key, beside, n=2, cutoff=0.8)
+        valid = f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(beside)}"
+        return f"unknown key {key!r}; {valid}"
+    if kind == "missing":
+        return f"{key} is missing" if isinstance(first["loc"][-1], str) else f"{key} = {list(given)} has too few values"
+    if kind in ("model_type", "dataclass_type"):
+        inside = [name for name in keys if name.startswith(f"{key}.")]
+        return f"{key} = {given!r}: this is a section; its keys are {', '.join(inside)}"
+    if kind == "value_error":
+        return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+    if kind == "list_type":
+        return f"{key} = {given!r} should be a list: [{given!r}]"
+    said = dict.fromkeys(_wanted(each) for each in error.errors() if _key(each) == key)
+    return f"{key} = {given!r} should {' or '.join(said)}"
+
+
+def _wanted(error: Any) -> str:
+    """What pydantic would have liked, as the end of a sentence about the value."""
+    if error["type"] == "literal_error":
+        return f"be {error['ctx']['expected']}"
+    said = error["msg"].partition(" should ")[2] or error["msg"]
+    return said.replace(" after validation", "")
+
+
+def _key(error: Any) -> str:
+    """The dotted key. pydantic names the branch of a union in the location; people do not."""
+    known, key = known_keys(), ""
+    for part in error["loc"]:
+        longer = f"{key}.{part}".removeprefix(".")
+        if (
+            known.get(key) is None
+            or longer in known
+            or error["type"] in ("extra_forbidden", "unexpected_keyword_argument")
+        ):
+            key = longer
+    return key
+
+
+def known_keys() -> dict[str, Any]:
+    """Every dotted key of a recipe with its type; a section has none."""
+    return dict(_keys(Recipe, ""))
+
+
+def _keys(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    names = kind.model_fields if issubclass(kind, BaseModel) else [field.name for field in fields(kind)]
+    hints = get_type_hints(kind)
+    for name in names:
+        key, annotation = f"{prefix}{name}", hints[name]
+        section = next((part for part in (annotation, *get_args(annotation)) if _is_section(part)), None)
+        yield key, None if section else annotation
+        if section:
+            yield from _keys(section, f"{key}.")
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and (issubclass(annotation, BaseModel) or is_dataclass(annotation))

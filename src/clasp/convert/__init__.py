@@ -1,0 +1,1 @@
+"""Checkpoints of other code in, and models for other code out."""

@@ -1,0 +1,282 @@
+"""A checkpoint of LilT as its authors' code saves it, laid open: sizes from shapes, every key under our name.
+
+In goes a ``.pth`` (the released dictionary, or the bare weights), out comes a ``Lilt``: two towers, two heads, the
+temperature, and what else the file tells. What trained is ``switches``' business.
+Unusual: the names that a file must have are those of our own nets, so every key has its place or the file is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from clasp.convert.importers.safe_pickle import read_pickle
+from clasp.models.transformer.encoders import ImageTransformerSettings
+from clasp.models.tuning.spec import tune
+from clasp.models.zoo.folder import BertSettings, Settings, shapes_of
+from clasp.types import UserError
+
+Modality = Literal["image", "text"]
+TOWERS: dict[Modality, str] = {"image": "visual_encoder.", "text": "text_encoder."}
+HEADS: dict[Modality, str] = {"image": "vision_proj.", "text": "text_proj."}
+BLOCKS: dict[Modality, str] = {"image": "blocks.", "text": "encoder.layer."}
+ADAPTERS: dict[Modality, tuple[str, str]] = {  # inside a block, in the order of our adapter1 and adapter2
+    "image": ("adapter1", "adapter2"),
+    "text": ("attention.output.adapter", "output.adapter"),
+}
+PLACES: dict[Modality, str] = {"image": "input", "text": "output"}  # of a branch, where the adapters stand
+CONSTANT = "text_encoder.embeddings.position_ids"  # 0, 1, 2, …: a buffer that is saved no more
+LEAST, GREATEST = 0.001, 0.5  # the temperature is clamped to this before each use
+HEAD_WIDTH = 64  # of the attention, in every tower of the paper
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One tower of the file."""
+
+    modality: Modality
+    settings: Settings
+    """of its net, all its blocks counted"""
+    reduction: int | None
+    """of its adapters; none where it has none"""
+    tensors: Mapping[str, Tensor]
+    """by our names, with its adapters and all its blocks"""
+    theirs: Mapping[str, str]
+    """our names to the authors', without the name of the tower"""
+
+    def plain(self, appended: int) -> tuple[Any, dict[str, Tensor]]:
+        """Settings and tensors of the tower without its adapters and without its last ``appended`` blocks."""
+        settings = self.settings.model_copy(update={"layers": self.settings.layers - appended})
+        return settings, {name: self.tensors[name] for name, _ in shapes_of(settings).named_parameters()}
+
+
+@dataclass(frozen=True, slots=True)
+class Lilt:
+    """All that a checkpoint holds."""
+
+    path: Path
+    sides: Mapping[Modality, Side]
+    heads: Mapping[Modality, Mapping[str, Tensor]]
+    """``weight [E D]`` and ``bias [E]``"""
+    temperature: Tensor
+    """the divisor of the cosines, as it was stored"""
+    config: Mapping[str, Any] | None
+    epoch: int | None
+    optimizer_held: int | None
+    """tensors; none where the file has no optimizer"""
+
+
+def read_lilt(path: Path, heads: Mapping[Modality, int | None]) -> Lilt:
+    """Open a checkpoint. ``heads`` of the attention are needed where a tower is no whole number of 64-wide ones.
+
+    Raises ``UserError`` for a file that is no checkpoint, holds what ``lay_open`` refuses, or
+    numbers that are not finite.
+    """
+    found = read_pickle(path)
+    lilt = lay_open(path, found, heads)
+    if odd := [key for key, tensor in _weights(path, _released(path, found)).items() if not tensor.isfinite().all()]:
+        raise UserError(f"{path} is damaged: {_listed(odd)} has numbers that are not finite")
+    return lilt
+
+
+def lay_open(path: Path, found: Any, heads: Mapping[Modality, int | None]) -> Lilt:
+    """What was found in the file ``path``, by our names.
+
+    Raises ``UserError`` where that is no checkpoint and, in one line, for every key too many, lacking, or of another
+    shape than the rest of the file asks for.
+    """
+    found = _released(path, found)
+    model = _weights(path, found)
+    sizes: dict[Modality, Settings] = {
+        "image": _image_sizes(path, model, heads["image"]),
+        "text": _text_sizes(path, model, heads["text"]),
+    }
+    reductions = {modality: _reduction(path, model, modality, sizes[modality].width) for modality in TOWERS}
+    names = {modality: _names(modality, sizes[modality], reductions[modality]) for modality in TOWERS}
+    joint = _shape(path, model, f"{HEADS['image']}weight", 2)[0]
+    wanted: dict[str, tuple[int, ...]] = {"temp": ()}
+    for modality, head in HEADS.items():
+        wanted |= {f"{head}weight": (joint, sizes[modality].width), f"{head}bias": (joint,)}
+        wanted |= {f"{TOWERS[modality]}{theirs}": shape for theirs, shape in names[modality].values()}
+    _account(path, model, wanted)
+
+    def side(modality: Modality) -> Side:
+        theirs = {ours: key for ours, (key, _) in names[modality].items()}
+        tensors = {ours: model[f"{TOWERS[modality]}{key}"].float() for ours, key in theirs.items()}
+        return Side(modality, sizes[modality], reductions[modality], tensors, theirs)
+
+    config, epoch, optimizer = (found.get(name) for name in ("config", "epoch", "optimizer"))
+    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    trained = [group.get("params") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+    return Lilt(
+        path,
+        {modality: side(modality) for modality in TOWERS},
+        {m: {name: model[f"{head}{name}"].float() for name in ("weight", "bias")} for m, head in HEADS.items()},
+        model["temp"].float(),
+        config if isinstance(config, dict) else None,
+        epoch if isinstance(epoch, int) else None,
+        sum(len(names) for names in trained if isinstance(names, list)) or None,
+    )
+
+
+def adapters(modality: Modality, reduction: int) -> str:
+    """LilT's bottlenecks, as a method of a tuning spec."""
+    return f"adapters(reduction={reduction}, place='{PLACES[modality]}', start='random')"
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def _released(path: Path, found: Any) -> dict[str, Any]:
+    """The dictionary in the file; bare weights are put where the released format has them."""
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(found).__name__}, not a dictionary")
+    if found and all(isinstance(value, Tensor) for value in found.values()):
+        return {"model": found}
+    if not found:
+        raise UserError(f"{path} is not a LilT checkpoint: it is an empty dictionary")
+    if "model" in found and not isinstance(found["model"], dict):
+        raise UserError(f"{path} is not a LilT checkpoint: its model is a {type(found['model']).__name__}")
+    if "model" not in found:
+        raise UserError(f"{path} is not a LilT checkpoint: it has no model, but {_listed(map(str, found))}")
+    return found
+
+
+def _weights(path: Path, found: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors by name, without the ``module.`` that training on several GPUs puts before them."""
+    model = {str(key): value for key, value in found["model"].items()}
+    if all(key.startswith("module.") for key in model):
+        model = {key.removeprefix("module."): value for key, value in model.items()}
+    model.pop(CONSTANT, None)
+    odd = [key for key, value in model.items() if not isinstance(value, Tensor) or not value.is_floating_point()]
+    if odd:
+        raise UserError(f"{path} is not a LilT checkpoint: {_listed(odd)} of its model is no tensor of real numbers")
+    if not any(key.startswith(tuple(TOWERS.values())) for key in model):
+        towers = " or ".join(TOWERS.values())
+        raise UserError(
+            f"{path} is not a LilT checkpoint: no key begins with {towers}; it has {_listed(model) or 'none'}"
+        )
+    return model
+
+
+def _account(path: Path, model: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """``UserError`` unless the file has these names and shapes and no others."""
+    left = [key for key in model if key not in wanted]
+    lacking = [key for key in wanted if key not in model]
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.items() if key in wanted}
+    misshapen = [f"{key} is {shape} and not {wanted[key]}" for key, shape in shapes.items() if shape != wanted[key]]
+    said = [f"nothing takes {_listed(left)}"] if left else []
+    said += [f"it lacks {_listed(lacking)}"] if lacking else []
+    said += misshapen and [_listed(misshapen)]
+    if said:
+        raise UserError(f"{path} is not a LilT checkpoint as clasp knows them: {'; '.join(said)}")
+
+
+def _listed(words: Iterable[str], most: int = 6) -> str:
+    words = list(words)
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+# --- sizes from shapes -----------------------------------------------------------------------------------------------
+
+
+def _image_sizes(path: Path, model: Mapping[str, Tensor], heads: int | None) -> ImageTransformerSettings:
+    tower = TOWERS["image"]
+    width, _, patch, _ = _shape(path, model, f"{tower}patch_embed.proj.weight", 4)
+    rows = _shape(path, model, f"{tower}pos_embed", 3)[1]
+    grid = math.isqrt(rows)
+    class_position = grid * grid != rows  # DeiT-III has none: it adds its positions before the class token
+    if class_position and (not grid or grid * grid + 1 != rows):
+        raise UserError(
+            f"{path}: {tower}pos_embed has {rows} rows; a square of patches has {grid * grid}, or one more with the "
+            "class token's"
+        )
+    return ImageTransformerSettings(
+        size=grid * patch,
+        patch=patch,
+        width=width,
+        layers=_layers(path, model, "image"),
+        heads=_heads(path, "image", width, heads),
+        hidden=_shape(path, model, f"{tower}blocks.0.mlp.fc1.weight", 2)[0],
+        layer_scale=1e-4 if any(key.endswith(".gamma_1") for key in model) else None,
+        class_position=class_position,
+    )
+
+
+def _text_sizes(path: Path, model: Mapping[str, Tensor], heads: int | None) -> BertSettings:
+    tower = TOWERS["text"]
+    vocabulary, width = _shape(path, model, f"{tower}embeddings.word_embeddings.weight", 2)
+    return BertSettings(
+        width=width,
+        layers=_layers(path, model, "text"),
+        heads=_heads(path, "text", width, heads),
+        hidden=_shape(path, model, f"{tower}encoder.layer.0.intermediate.dense.weight", 2)[0],
+        vocabulary=vocabulary,
+        positions=_shape(path, model, f"{tower}embeddings.position_embeddings.weight", 2)[0],
+    )
+
+
+def _shape(path: Path, model: Mapping[str, Tensor], key: str, axes: int) -> tuple[int, ...]:
+    shape = tuple(model[key].shape) if key in model else ()
+    if len(shape) != axes or 0 in shape:
+        said = f"it is {shape}" if key in model else "that is not there"
+        raise UserError(f"{path} is not a LilT checkpoint: sizes are read off {key}, and {said}")
+    return shape
+
+
+def _layers(path: Path, model: Mapping[str, Tensor], modality: Modality) -> int:
+    start = f"{TOWERS[modality]}{BLOCKS[modality]}"
+    count = len({match[0] for key in model if (match := re.match(rf"{re.escape(start)}\d+\.", key))})
+    if not count:
+        raise UserError(f"{path} is not a LilT checkpoint: it lacks {start}0")
+    return count
+
+
+def _heads(path: Path, modality: Modality, width: int, given: int | None) -> int:
+    if given is None and width % HEAD_WIDTH:
+        raise UserError(
+            f"{path}: its {modality} tower is {width} wide, and shapes do not tell how many attention heads it has; "
+            f"say so with --{modality}-heads N"
+        )
+    heads = width // HEAD_WIDTH if given is None else given
+    if heads < 1 or width % heads:
+        raise UserError(f"--{modality}-heads {heads}: does not divide {width}, the width of the {modality} tower")
+    return heads
+
+
+def _reduction(path: Path, model: Mapping[str, Tensor], modality: Modality, width: int) -> int | None:
+    """The number by which adapters divide their width; none where the tower has no adapters."""
+    start = TOWERS[modality]
+    key = next((key for key in model if key.startswith(start) and key.endswith(".down_sampler.weight")), None)
+    if key is None:
+        return None
+    hidden = _shape(path, model, key, 2)[0]
+    reduction = next((number for number in range(1, width + 1) if width // number == hidden), None)
+    if reduction is None:
+        raise UserError(f"{path}: {key} has {hidden} rows, which is no part of the tower's width, {width}")
+    return reduction
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _names(modality: Modality, sizes: Settings, reduction: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What such a tower has: by our names, the authors' names and the shapes."""
+    net = shapes_of(sizes)
+    if reduction:
+        tune(net, [adapters(modality, reduction)], seed=0)
+    return {name: (_theirs(modality, name), tuple(p.shape)) for name, p in net.named_parameters()}
+
+
+def _theirs(modality: Modality, name: str) -> str:
+    for number, adapter in enumerate(ADAPTERS[modality], 1):
+        name = name.replace(f".adapter{number}.down.", f".{adapter}.down_sampler.")
+        name = name.replace(f".adapter{number}.up.", f".{adapter}.up_sampler.")
+    return name

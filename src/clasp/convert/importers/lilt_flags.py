@@ -1,0 +1,212 @@
+"""LilT's switches, read as a tuning spec: what trained when a checkpoint was made.
+
+In goes a ``Lilt``, out comes, for each tower, a list of methods whose selection is what the authors' code left
+unfrozen, and what had to be assumed. Unusual: that code unlocks by substrings of its own names, one switch after the
+other, so this is done as it does it, on its names; then the fewest methods of ours are sought that select the same.
+What LilT adds to a tower (adapters, an appended layer) is always in the selection: no other file has it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from torch import nn
+
+from clasp.convert.importers.lilt_checkpoint import BLOCKS, Lilt, Modality, Side, adapters
+from clasp.models.tuning.spec import tune
+from clasp.models.zoo.folder import shapes_of
+from clasp.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What the authors' code looks for in the names of a tower."""
+
+    freeze: str
+    """the switch that freezes the tower"""
+    only: str
+    """the value of a switch that means this tower alone"""
+    norms: str
+    dense: str
+    attention: str
+    tail: str
+    """beginning of what trains together with the last block; "-" for nothing"""
+    always: str
+    """key of ``always_freeze``"""
+    depths: tuple[tuple[int, int], ...]
+    """widths and blocks of the paper's towers, for a file without switches"""
+
+
+WORDS: dict[Modality, Words] = {
+    "image": Words(
+        freeze="freeze_vision_encoder",
+        only="vision_only",
+        norms="norm",
+        dense="mlp",
+        attention="attn",
+        tail="norm.",
+        always="visual_encoder",
+        depths=((192, 12), (384, 12), (768, 12), (1024, 24)),
+    ),
+    "text": Words(
+        freeze="freeze_text_encoder",
+        only="language_only",
+        norms="LayerNorm",
+        dense="dense",
+        attention="attention",
+        tail="-",
+        always="text_encoder",
+        depths=((128, 2), (512, 4), (768, 12), (1024, 24)),
+    ),
+}
+APPENDED = "deep(1, init='random')"
+# tried alone and together, the fewest first; the last two are for the text tower, where LilT's words go further
+METHODS = ("norms", "biases", "last(1)", "mlp", "attention", "match('*.dense.*')", "match('*.attention.*')", "full")
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What trains in one tower."""
+
+    methods: list[str]
+    appended: int
+    """blocks that are not of the plain tower"""
+    trained: frozenset[str]
+    """our names of what trained when the file was made"""
+    notes: list[str]
+
+
+def tuned(lilt: Lilt, modality: Modality) -> Tuned:
+    """Read one tower. Raises ``UserError`` for a switch with a value that LilT does not know."""
+    side, switches = lilt.sides[modality], switches_of(lilt)
+    appended = _appended(side, switches)
+    trained = _assumed(side, appended) if switches is None else _trained(side, switches)
+    net = shapes_of(side.plain(appended)[0])
+    structure = [APPENDED] if appended else []
+    structure += [adapters(modality, side.reduction)] if side.reduction else []
+    added = tune(net, structure or ["none"], seed=0)
+    methods = structure + _methods(net, trained, added)
+    notes = []
+    if idle := len(added - trained):
+        notes.append(f"{idle} tensors of the {modality} tower were frozen; no plain tower has them, so they train here")
+    return Tuned(methods or ["none"], appended, frozenset(trained), notes)
+
+
+def notes(lilt: Lilt, in_towers: int) -> list[str]:
+    """What a person should know of how this was found out; ``in_towers`` tensors of both are taken to have trained."""
+    said, switches = [], switches_of(lilt)
+    heads_frozen = switches is not None and _flag(switches, "freeze_proj")
+    trained = in_towers + 1 + (0 if heads_frozen else 4)  # the temperature always does
+    if switches is None:
+        said.append("the file has no switches; adapters, appended layers and all norms are taken to have trained")
+    elif _flag(switches, "unlock_random"):
+        said.append("unlock_random: which layers were drawn to train is not in the file, so they are frozen here")
+    if heads_frozen:
+        said.append("freeze_proj: the heads were frozen; no tower has them, so they train here")
+    if lilt.optimizer_held not in (None, trained):
+        said.append(f"its optimizer held {lilt.optimizer_held} tensors, and {trained} are taken to have trained")
+    return said
+
+
+def switches_of(lilt: Lilt) -> Mapping[str, Any] | None:
+    """The configuration, where it says what trained."""
+    config = lilt.config
+    return config if config is not None and {words.freeze for words in WORDS.values()} <= config.keys() else None
+
+
+# --- the switches ----------------------------------------------------------------------------------------------------
+
+
+def _flag(switches: Mapping[str, Any], name: str) -> bool:
+    value = switches.get(name) or False
+    if not isinstance(value, bool):
+        raise UserError(f"the checkpoint's config has {name} = {value!r}; LilT knows true and false")
+    return value
+
+
+def _covers(switches: Mapping[str, Any], name: str, words: Words) -> bool:
+    """Whether a switch of either or both towers is on for this one."""
+    value, known = switches.get(name) or False, [each.only for each in WORDS.values()]
+    if not isinstance(value, bool) and value not in known:
+        raise UserError(f"the checkpoint's config has {name} = {value!r}; LilT knows true, false, {', '.join(known)}")
+    return value is True or value == words.only
+
+
+def _appended(side: Side, switches: Mapping[str, Any] | None) -> int:
+    """How many of the blocks were appended: the switches say it, without them the sizes of the paper's towers do."""
+    words = WORDS[side.modality]
+    if switches is None:
+        return int((side.settings.width, side.settings.layers - 1) in words.depths)
+    if not _flag(switches, "adapter_append") or side.settings.layers < 2:
+        return 0
+    if side.modality == "text":
+        return int(switches.get("pretrained_text") is not False)  # else the authors' code forgets the setting
+    dino = "dino" in str(switches.get("vision_encoder"))  # its builder forgets settings of adapters
+    return int(not dino or side.settings.layers == 13)
+
+
+def _trained(side: Side, switches: Mapping[str, Any]) -> set[str]:
+    """Our names of what the authors' code leaves unfrozen, switch by switch, in its order."""
+    words = WORDS[side.modality]
+    last = f"{BLOCKS[side.modality]}{side.settings.layers - 1}."
+
+    def unlocks(name: str) -> bool:
+        return (
+            not _flag(switches, words.freeze)
+            or (_covers(switches, "unlock_layernorm", words) and words.norms in name)
+            or (_covers(switches, "bitfit", words) and "bias" in name)
+            or (_flag(switches, "unlock_dense") and words.dense in name)
+            or (_flag(switches, "unlock_attn") and words.attention in name)
+            or (_flag(switches, "add_adapter") and name.startswith((last, words.tail)))
+            or "adapter" in name
+        )
+
+    again = switches.get("always_freeze") or {}
+    again = again.get(words.always) or [] if isinstance(again, dict) else again
+    if not isinstance(again, list):
+        raise UserError(f"always_freeze is no table of lists of blocks in the checkpoint's config, but {again!r}")
+    frozen = tuple(f"{BLOCKS[side.modality]}{block}." for block in again)
+    return {ours for ours, name in side.theirs.items() if unlocks(name) and not name.startswith(frozen)}
+
+
+def _assumed(side: Side, appended: int) -> set[str]:
+    """What LilT's two recipes train: norms, and what was added."""
+    words = WORDS[side.modality]
+    starts = (f"{BLOCKS[side.modality]}{side.settings.layers - 1}.", words.tail) if appended else ()
+    return {
+        ours
+        for ours, name in side.theirs.items()
+        if words.norms in name or "adapter" in name or name.startswith(starts)
+    }
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+def _methods(net: nn.Module, trained: set[str], added: set[str]) -> list[str]:
+    """The fewest methods that select ``trained``; ``added`` are selected already. ``net`` has them in it."""
+    names = {name for name, _ in net.named_parameters()}
+    wanted = trained | added
+    selections = {method: selected for method in METHODS if (selected := _selected(net, method)) <= wanted}
+    for count in range(len(selections) + 1):
+        for methods in combinations(selections, count):
+            if added.union(*(selections[method] for method in methods)) == wanted:
+                return list(methods)
+    patterns: dict[str, None] = {}  # by name, each block alike where that is so
+    for name in sorted(wanted - added):
+        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        fits = set(fnmatch.filter(names, pattern)) <= wanted
+        patterns[f"match({(pattern if fits else name)!r})"] = None
+    return list(patterns)
+
+
+def _selected(net: nn.Module, method: str) -> set[str]:
+    if not method.startswith("match"):
+        return tune(net, [method], seed=0)
+    pattern = method.removeprefix("match('").removesuffix("')")
+    return set(fnmatch.filter([name for name, _ in net.named_parameters()], pattern))

@@ -1,0 +1,120 @@
+"""A checkpoint of MS-CLIP (You et al., ECCV 2022) becomes a run, with the paper's recipe.
+
+In goes the state dict as released, of any point of the spectrum; out come both nets in one folder of the run, what they
+share written once, and a delta with the two heads and the scale. Unusual: the nets are as they were trained, so only
+the heads and the scale train on; other words in ``[tune]`` make a new run that trains more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clasp.config.recipe import read_recipe
+from clasp.convert.importers.msclip_checkpoint import LATERAL_LAYERS, MSCLIP, read_msclip
+from clasp.convert.importers.run_writer import Told, Wanted, tokenizer_for, write_run
+from clasp.convert.importers.safe_pickle import read_pickle
+from clasp.data.bpe import CLIP_PIECES
+from clasp.data.images import ImageTransform
+from clasp.data.tokenizer import Tokenizer
+from clasp.models.sharing.policy import SharingSettings
+from clasp.models.zoo.folder import save_pair
+from clasp.models.zoo.from_scratch import IMAGENET_MEAN, IMAGENET_STD, clip_tokenizer
+from clasp.training.run_folder import OWN_FOLDER, Run
+from clasp.types import UserError
+
+PAPER = "msclip/msclip-b32"
+USUAL_SIZE = 224
+
+
+def import_msclip(checkpoint: Path, run: Run, wanted: Wanted) -> Told:
+    """Write the run. Raises ``UserError`` for a file that is no such state dict, or does not tell enough."""
+    tensors = _state_dict(checkpoint)
+    if wanted.text_heads not in (None, wanted.image_heads):
+        raise UserError(f"--text-heads {wanted.text_heads}: both nets of MS-CLIP have those of --image-heads")
+    try:
+        model = read_msclip(
+            tensors,
+            heads=wanted.image_heads,
+            lateral_layers=wanted.lateral_layers or LATERAL_LAYERS,
+            size=wanted.size or USUAL_SIZE,
+        )
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from None
+    image, text = model.pair.image.settings, model.pair.text.settings
+    if wanted.lateral_layers and image.branch is None:
+        raise UserError(f"--lateral {_listed(wanted.lateral_layers)}: {checkpoint} has no parallel branch")
+    if wanted.size not in (None, image.size):
+        raise UserError(f"--size {wanted.size}: this model was trained on {image.size} px")
+    named, tokenizer = _tokenizer(text.vocabulary, wanted.tokenizer)
+    tokenizer = tokenizer.with_settings(max_tokens=text.context)
+    transform = ImageTransform(image.size, IMAGENET_MEAN, IMAGENET_STD)
+    ids = save_pair(model.pair, transform, tokenizer, run.path / "towers")
+    encoder, delta_bytes = write_run(run, _recipe(model, wanted), _tensors(model))
+    branch = "" if image.branch is None else f", a parallel branch before layers {_listed(image.branch.before)}"
+    lines = [
+        f"{checkpoint.name}: MS-CLIP, {len(tensors)} names",
+        f"image net: layers {image.layers}, width {image.width}, heads {image.heads}, {image.size} px in patches of "
+        f"{image.patch}{', a stem in place of layer 0' if image.stem else ''}{branch}",
+        f"text net: layers {text.layers}, width {text.width}, heads {text.heads}, {text.vocabulary:,} words, "
+        f"{text.context} positions; tokenizer {named}",
+        f"joint space: width {len(model.image_head)}",
+        *_about_sharing(model.pair.policy),
+        f"captions of more than {text.context} tokens "
+        + ("keep their end token" if wanted.overlong == "cut" else "are all alike, as in the released code"),
+    ]
+    if ids < text.vocabulary:
+        lines.append(f"{named} has {ids:,} words, and the net {text.vocabulary:,}: is it the tokenizer it had?")
+    return Told(lines, {"log_scale": float(model.log_scale)}, encoder.counts(), delta_bytes)
+
+
+def _state_dict(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors in a file, without the ``module.`` that training on several GPUs puts before their names."""
+    found = read_pickle(checkpoint)
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        has = f"it has {', '.join(map(str, list(found)[:4]))}" if isinstance(found, dict) else "it has a list"
+        hint = "; is it LilT's? then: clasp import lilt" if isinstance(found, dict) and "model" in found else ""
+        raise UserError(f"{checkpoint} is no bare state dict, as MS-CLIP's is released: {has}{hint}")
+    prefix = "module." if all(str(key).startswith("module.") for key in found) else ""
+    return {str(key).removeprefix(prefix): tensor for key, tensor in found.items()}
+
+
+def _tokenizer(vocabulary: int, wanted: str | None) -> tuple[str, Tokenizer]:
+    if wanted is None and vocabulary == CLIP_PIECES:
+        return "CLIP's", clip_tokenizer(CLIP_PIECES)  # as long as the net has room is said later
+    return tokenizer_for(vocabulary, wanted)
+
+
+def _recipe(model: MSCLIP, wanted: Wanted) -> dict[str, Any]:
+    """The paper's recipe around the nets of this file; the heads and the scale train."""
+    recipe = read_recipe(PAPER).to_dict()
+    pool = {"image": "cls", "text": "last"}
+    recipe |= {side: {"tower": f"file:{OWN_FOLDER}/towers", "pool": pool[side]} for side in pool}
+    recipe["text"]["overlong"] = wanted.overlong
+    recipe["share"] = model.pair.policy.model_dump(mode="json", exclude_none=True)
+    recipe["tune"] = {"image": ["none"], "text": ["none"], "head": "full", "scale": "full"}
+    recipe["head"]["width"] = len(model.image_head)
+    return recipe
+
+
+def _tensors(model: MSCLIP) -> dict[str, Tensor]:
+    """Every parameter of the model, by its first name there."""
+    nets = {name.replace(".", ".net.", 1): p.detach() for name, p in model.pair.named_parameters()}
+    heads = {"image_head.map.weight": model.image_head, "text_head.map.weight": model.text_head}
+    return {**nets, **heads, "log_scale": model.log_scale}
+
+
+def _about_sharing(policy: SharingSettings) -> list[str]:
+    """Which layers share what, a line for each stretch."""
+    lines = []
+    for stretch in (policy, *policy.also):
+        parts = [part for part, how in stretch.kept().items() if how == "shared"]
+        if parts:
+            lines.append(f"layers {stretch.layers} share {', '.join(parts)}")
+    return lines or ["the two nets share nothing"]
+
+
+def _listed(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers))

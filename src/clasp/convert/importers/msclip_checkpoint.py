@@ -1,0 +1,307 @@
+"""MS-CLIP's state dict as our nets, and back: the 521 names of the released models and every point of the spectrum.
+
+In goes a bare dictionary of tensors, out comes an ``MSCLIP``: a pair of nets, two heads, a log scale. Sizes are read
+from shapes, and who shares what from which tensors are one. Every key has its place or the file is refused. Unusual:
+the number of heads, the layers that a branch joins and, with a stem alone, the size of the pictures leave no trace in
+the weights and are arguments. Pictures are normalised with ImageNet's mean and deviation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import ValidationError
+from torch import Tensor
+
+from clasp.convert.importers.msclip_names import IMAGE, TEXT, names_of
+from clasp.models.sharing.policy import SharingSettings, StretchSettings
+from clasp.models.sharing.tie import Pair
+from clasp.models.transformer.encoders import (
+    ImageTransformer,
+    ImageTransformerSettings,
+    TextTransformer,
+    TextTransformerSettings,
+)
+from clasp.types import Tokens, UserError
+
+HEAD_WIDTH = 64
+LATERAL_LAYERS = (2, 4, 6, 8, 10)
+Twice = tuple[Tensor | None, Tensor | None]  # under its image name and its text name
+# the parts of a block that can be one tensor in both nets, by the name they have in our policy
+PARTS = {
+    "attention": ("attn.in_proj_weight", "attn.in_proj_bias"),
+    "o": ("attn.out_proj.weight", "attn.out_proj.bias"),
+    "ffn": ("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
+    "norm1": ("ln_1.weight", "ln_1.bias"),
+    "norm2": ("ln_2.weight", "ln_2.bias"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MSCLIP:
+    """A released model as ours; the matrices are those of ``nn.Linear`` without a bias."""
+
+    pair: Pair
+    image_head: Float[Tensor, "E D"]
+    text_head: Float[Tensor, "E F"]
+    log_scale: Float[Tensor, ""]
+
+
+def read_msclip(
+    tensors: Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    lateral_layers: Sequence[int] = LATERAL_LAYERS,
+    size: int = 224,
+) -> MSCLIP:
+    """The model in a state dict, in float32 and evaluation mode.
+
+    ``heads`` is that of both nets; 64 channels each where left out. ``size`` counts only for a model with a stem and no
+    branch. Raises ``UserError`` for keys too many or lacking, for shapes that do not fit, and for a part of a layer
+    that is shared in half.
+    """
+    image, text = _image_settings(tensors, heads, lateral_layers, size), _text_settings(tensors, heads)
+    pair = Pair(ImageTransformer(image), TextTransformer(text), _policy(tensors, image, text), seed=0)
+    names, ours = names_of(image, text), _every_tensor(pair)
+    for what, odd in (("lacks", names.keys() - tensors.keys()), ("also has", tensors.keys() - names.keys())):
+        if odd:
+            raise UserError(f"not an MS-CLIP state dict: it {what} {_first(odd)}")
+    joint = tensors["visual.proj"].shape[-1]
+    heads_and_scale = {"image_head": (image.width, joint), "text_head": (text.width, joint), "log_scale": ()}
+    for theirs, name in names.items():
+        wanted = _without_batch(ours[name]).shape if name in ours else heads_and_scale[name]
+        _refuse_shape(theirs, tensors[theirs], wanted)
+        if not tensors[theirs].is_meta and not tensors[theirs].isfinite().all():
+            raise UserError(f"the state dict is damaged: {theirs} has numbers that are not finite")
+        if theirs.endswith("running_var") and not tensors[theirs].is_meta and (tensors[theirs] < 0).any():
+            raise UserError(f"the state dict is damaged: {theirs} has variances below zero")
+        if name in ours:
+            _without_batch(ours[name]).copy_(tensors[theirs])
+    image_head, text_head = (tensors[key].float().T.contiguous() for key in ("visual.proj", "text_projection"))
+    return MSCLIP(pair.eval(), image_head, text_head, tensors["logit_scale"].float().clone())
+
+
+def write_msclip(model: MSCLIP) -> dict[str, Tensor]:
+    """The state dict that ``read_msclip`` reads; what is shared has two names and one storage.
+
+    Raises ``UserError`` for parts that the layout has no names for.
+    """
+    pair = model.pair
+    ours: dict[str, Tensor] = {
+        **_every_tensor(pair),
+        "image_head": model.image_head.T,
+        "text_head": model.text_head.T,
+        "log_scale": model.log_scale,
+    }
+    names = names_of(pair.image.settings, pair.text.settings)
+    for what, odd in (("no name for", ours.keys() - names.values()), ("more:", set(names.values()) - ours.keys())):
+        if odd:
+            raise UserError(f"these nets do not fit MS-CLIP's layout, which has {what} {_first(odd)}")
+    return {theirs: _without_batch(ours[name]) for theirs, name in names.items()}
+
+
+def as_released(ids: Int[Tensor, "B N"]) -> Tokens:
+    """Token ids as the released code reads them: a text ends at the first place of its largest id.
+
+    That is the end token; of a text cut without one, it is the start token, so that all such texts are embedded alike.
+    Only who wants the recorded numbers of such texts wants this: ``data.text`` keeps the end token.
+    """
+    return Tokens(ids, torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True))
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def _image_settings(
+    tensors: Mapping[str, Tensor], heads: int | None, lateral_layers: Sequence[int], size: int
+) -> ImageTransformerSettings:
+    rows, width = _shape(tensors, "visual.positional_embedding", 2)
+    grid = math.isqrt(rows - 1)
+    if grid * grid != rows - 1:
+        raise UserError(f"not an MS-CLIP state dict: visual.positional_embedding has {rows} rows, no square and one")
+    stem = f"{IMAGE}resblocks.0.conv1.weight" in tensors
+    laterals = _count(tensors, f"{IMAGE}parallel_lateral_adapter.")
+    if laterals not in (0, len(lateral_layers)):
+        raise UserError(
+            f"the branch joins before {laterals} layers, and {len(lateral_layers)} are named; say which with "
+            "--lateral, such as 2,4,6,8,10"
+        )
+    layers = _count(tensors, f"{IMAGE}resblocks.")
+    if laterals and not stem <= lateral_layers[0] <= lateral_layers[-1] < layers:
+        raise UserError(
+            f"the branch cannot join before layers {', '.join(map(str, lateral_layers))} of {layers}; say {laterals} "
+            f"of {int(stem)} to {layers - 1} with --lateral"
+        )
+    if not stem:
+        patch = _shape(tensors, "visual.conv1.weight", 4)[-1]
+    elif laterals:  # the first stage of the branch halves the picture
+        patch = 2 * _shape(tensors, f"{IMAGE}parallel_lateral_adapter.0.top2bottom_dw_conv.conv.weight", 4)[-1]
+    else:
+        patch = size // grid
+    return _checked(
+        ImageTransformerSettings,
+        **_block_settings(tensors, IMAGE, width, heads),
+        size=patch * grid,
+        patch=patch,
+        stem="batch" if stem else None,
+        branch={"kind": "paper", "before": tuple(lateral_layers)} if laterals else None,
+        patch_bias=False,
+        entry_norm=True,
+    )
+
+
+def _text_settings(tensors: Mapping[str, Tensor], heads: int | None) -> TextTransformerSettings:
+    vocabulary, width = _shape(tensors, "token_embedding.weight", 2)
+    context, _ = _shape(tensors, "positional_embedding", 2)
+    return _checked(
+        TextTransformerSettings,
+        **_block_settings(tensors, TEXT, width, heads),
+        vocabulary=vocabulary,
+        context=context,
+        attention="causal",
+        token_std=1.0,
+    )
+
+
+def _block_settings(tensors: Mapping[str, Tensor], net: str, width: int, heads: int | None) -> dict[str, Any]:
+    layers = _count(tensors, f"{net}resblocks.")
+    if heads is not None and width % heads:
+        raise UserError(f"--image-heads {heads} does not divide the width of {width}")
+    hidden, _ = _shape(tensors, f"{net}resblocks.{layers - 1}.mlp.c_fc.weight", 2)
+    if heads is None and width % HEAD_WIDTH:
+        raise UserError(
+            f"the state dict is {width} wide, which is no multiple of {HEAD_WIDTH}; say how many heads it has with "
+            "--image-heads"
+        )
+    return {
+        "width": width,
+        "heads": heads or width // HEAD_WIDTH,
+        "hidden": None if hidden == 4 * width else hidden,
+        "layers": layers,
+        "activation": "quick-gelu",
+        "norm": "layer",
+        "eps": 1e-12,
+    }
+
+
+def _checked(kind: type, **settings: Any) -> Any:
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"the state dict is of no MS-CLIP that can be: {reason}") from None
+
+
+def _shape(tensors: Mapping[str, Tensor], key: str, axes: int) -> tuple[int, ...]:
+    if key not in tensors:
+        raise UserError(f"not an MS-CLIP state dict: it lacks {key!r}")
+    shape = tuple(tensors[key].shape)
+    if len(shape) != axes:
+        raise UserError(f"not an MS-CLIP state dict: {key} is of shape {shape}")
+    return shape
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbers stand behind ``prefix``: one more than the largest."""
+    numbered = (re.match(rf"{re.escape(prefix)}(\d+)\.", key) for key in tensors)
+    return 1 + max((int(found[1]) for found in numbered if found), default=-1)
+
+
+# --- who shares what -------------------------------------------------------------------------------------------------
+
+
+def _policy(
+    tensors: Mapping[str, Tensor], image: ImageTransformerSettings, text: TextTransformerSettings
+) -> SharingSettings:
+    """Read from which tensors are one in both nets: by storage, or by value where a file has lost its aliases."""
+    layers = range(image.first_layer, min(image.layers, text.layers))
+    twice = [name for names in PARTS.values() for name in names]
+    keys = [f"{net}resblocks.{layer}.{name}" for layer in layers for name in twice for net in (IMAGE, TEXT)]
+    if lacking := [key for key in keys if key not in tensors]:
+        raise UserError(f"not an MS-CLIP state dict: it lacks {_first(lacking)}")
+    kept = {(layer, part): _in_both(tensors, layer, names) for layer in layers for part, names in PARTS.items()}
+    aliased = any(_one_storage(*both) for pairs in kept.values() for both in pairs)
+    shared = [
+        (layer, [part for part in PARTS if _is_shared(layer, part, kept[layer, part], aliased)]) for layer in layers
+    ]
+    stretches = []
+    for parts, group in groupby(shared, key=lambda item: item[1]):
+        numbers = [layer for layer, _ in group]
+        if parts:
+            choices = {part: "shared" if part in parts else "separate" for part in PARTS}
+            stretches.append({"layers": f"{numbers[0]}:{numbers[-1] + 1}", **choices})
+    if not stretches:
+        return SharingSettings()
+    return SharingSettings(**stretches[0], also=tuple(StretchSettings(**stretch) for stretch in stretches[1:]))
+
+
+def _in_both(tensors: Mapping[str, Tensor], layer: int, names: Sequence[str]) -> list[Twice]:
+    keys = [f"resblocks.{layer}.{name}" for name in names]
+    return [(tensors.get(IMAGE + key), tensors.get(TEXT + key)) for key in keys]
+
+
+def _is_shared(layer: int, part: str, pairs: list[Twice], aliased: bool) -> bool:
+    same = [_one_storage(*both) if aliased else _equal(*both) for both in pairs]
+    # two matrices that were never one may have equal vectors beside them, such as biases that are all zero
+    if not aliased:
+        _refuse_nearly_one(layer, [name for name, one in zip(PARTS[part], same, strict=True) if not one], pairs, part)
+    matrices = [one for one, (tensor, _) in zip(same, pairs, strict=True) if tensor is not None and tensor.ndim > 1]
+    if all(same):
+        return True
+    if any(same) if aliased else any(matrices):
+        which = PARTS[part][same.index(False)]
+        raise UserError(
+            f"layer {layer} of the state dict shares a part in half: {which} is not one tensor in both nets"
+        )
+    return False
+
+
+def _refuse_nearly_one(layer: int, names: list[str], pairs: list[Twice], part: str) -> None:
+    """Matrices that differ in a hundredth were one: two that trained apart differ in as much as they are."""
+    for name, (one, other) in zip(PARTS[part], pairs, strict=True):
+        if name not in names or one is None or other is None or one.ndim < 2 or one.shape != other.shape:
+            continue
+        if (one - other).norm() < 0.01 * one.norm():
+            raise UserError(
+                f"layer {layer} of the state dict: {name} is nearly, but not quite, the same in both nets; the file "
+                "shares nothing by storage, and one of its copies is damaged"
+            )
+
+
+def _one_storage(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _every_tensor(pair: Pair) -> dict[str, Tensor]:
+    """Parameters under each of their names, and buffers."""
+    parameters = {name: p.detach() for name, p in pair.named_parameters(remove_duplicate=False)}
+    return {**parameters, **dict(pair.named_buffers())}
+
+
+def _without_batch(tensor: Tensor) -> Tensor:
+    """The class token ``[1 1 D]`` and positions ``[1 N D]`` have no axis for the batch there."""
+    return tensor.squeeze((0, 1)) if tensor.ndim == 3 else tensor
+
+
+def _refuse_shape(key: str, tensor: Tensor, wanted: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(wanted):
+        raise UserError(f"not an MS-CLIP state dict: {key} is {tuple(tensor.shape)}, and {tuple(wanted)} would fit")
+
+
+def _first(keys: Iterable[str]) -> str:
+    first, *more = sorted(keys)
+    return f"{first!r} and {len(more)} more" if more else repr(first)

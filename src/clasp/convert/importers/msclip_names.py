@@ -1,0 +1,95 @@
+"""The names of MS-CLIP's state dict beside ours.
+
+In go the settings of two nets, out comes every name that the released code has for such a model, with the name of the
+same tensor in a ``Pair`` (``image.…``, ``text.…``), or ``image_head``, ``text_head`` and ``log_scale``. A shared tensor
+has two names on either side. Unusual: theirs counts a stem as block 0, so our blocks above one are a number lower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from clasp.models.transformer.encoders import ImageTransformerSettings, TextTransformerSettings
+
+IMAGE, TEXT = "visual.transformer.", "transformer."  # how the names of either net's blocks begin
+Names = Iterator[tuple[str, str]]
+
+
+def names_of(image: ImageTransformerSettings, text: TextTransformerSettings) -> dict[str, str]:
+    """Every name of theirs with ours, for nets of these settings."""
+    return dict(
+        [
+            ("visual.class_embedding", "image.cls_token"),
+            ("visual.positional_embedding", "image.pos_embed"),
+            ("visual.proj", "image_head"),
+            *_both("visual.ln_pre", "image.norm_pre"),
+            *_both("visual.ln_post", "image.norm"),
+            ("token_embedding.weight", "text.token_embed.weight"),
+            ("positional_embedding", "text.pos_embed"),
+            ("text_projection", "text_head"),
+            *_both("ln_final", "text.norm"),
+            ("logit_scale", "log_scale"),
+            *(_patch_names() if image.stem is None else _stem_names()),
+            *_block_names(IMAGE, "image.", range(image.first_layer, image.layers), image.first_layer),
+            *_block_names(TEXT, "text.", range(text.layers), 0),
+            *(_branch_names(image) if image.branch is not None else ()),
+        ]
+    )
+
+
+def _both(theirs: str, ours: str) -> Names:
+    for leaf in ("weight", "bias"):
+        yield f"{theirs}.{leaf}", f"{ours}.{leaf}"
+
+
+def _conv_norm(conv: str, norm: str, ours: str) -> Names:
+    yield f"{conv}.weight", f"{ours}.conv.weight"
+    for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        yield f"{norm}.{leaf}", f"{ours}.norm.{leaf}"
+
+
+def _block_names(theirs: str, ours: str, layers: range, first: int) -> Names:
+    for layer in layers:
+        block, own = f"{theirs}resblocks.{layer}", f"{ours}blocks.{layer - first}"
+        yield f"{block}.attn.in_proj_weight", f"{own}.attn.qkv.weight"
+        yield f"{block}.attn.in_proj_bias", f"{own}.attn.qkv.bias"
+        yield from _both(f"{block}.attn.out_proj", f"{own}.attn.proj")
+        yield from _both(f"{block}.mlp.c_fc", f"{own}.mlp.fc1")
+        yield from _both(f"{block}.mlp.c_proj", f"{own}.mlp.fc2")
+        yield from _both(f"{block}.ln_1", f"{own}.norm1")
+        yield from _both(f"{block}.ln_2", f"{own}.norm2")
+
+
+def _patch_names() -> Names:
+    yield "visual.conv1.weight", "image.patch_embed.proj.weight"
+
+
+def _stem_names() -> Names:
+    stem, ours = f"{IMAGE}resblocks.0", "image.patch_embed"
+    yield from _conv_norm(f"{stem}.conv1", f"{stem}.bn1", f"{ours}.first")
+    for number in range(4):
+        stage, own = f"{stem}.resnet_stage.conv_{number}", f"{ours}.stages.{number}"
+        yield from _conv_norm(f"{stage}.conv1", f"{stage}.bn1", f"{own}.main")
+        yield from _conv_norm(f"{stage}.downsample.0", f"{stage}.downsample.1", f"{own}.shortcut")
+    yield f"{stem}.last_conv.weight", f"{ours}.last.weight"
+
+
+def _branch_names(image: ImageTransformerSettings) -> Names:
+    assert image.branch is not None
+    branch, ours = f"{IMAGE}parallel_branch_v", "image.parallel"
+    for number, layer in enumerate(image.branch.before):
+        if number == 0:
+            yield from _conv_norm(f"{branch}.0.conv", f"{branch}.0.bn", f"{ours}.stages.0.main")
+        else:
+            stage, own = f"{branch}.{number}.resnet_stage.conv_0", f"{ours}.stages.{number}"
+            for at, part in enumerate(("reduce", "spatial", "expand"), 1):
+                yield from _conv_norm(f"{stage}.conv{at}", f"{stage}.bn{at}", f"{own}.{part}")
+            yield from _conv_norm(f"{stage}.residual_conv", f"{stage}.residual_bn", f"{own}.shortcut")
+        adapter = f"{IMAGE}parallel_lateral_adapter.{number}"
+        lateral = f"{ours}.laterals.{layer - image.first_layer}"
+        yield from _conv_norm(
+            f"{adapter}.top2bottom_dw_conv.conv", f"{adapter}.top2bottom_dw_conv.bn", f"{lateral}.top"
+        )
+        yield f"{adapter}.top2bottom_pw_conv.conv.weight", f"{lateral}.widen.weight"
+        yield from _conv_norm(f"{adapter}.bottom_dw_conv.conv", f"{adapter}.bottom_dw_conv.bn", f"{lateral}.bottom")
+        yield from _both(f"{adapter}.ln_adapt", f"{lateral}.norm")

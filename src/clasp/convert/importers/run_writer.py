@@ -1,0 +1,116 @@
+"""What every importer needs: what a person may ask, a run made of towers and tensors, a tokenizer for so many words.
+
+In go a recipe whose towers lie in the run already and a tensor for every parameter, out comes the run with its delta.
+Unusual: nothing is taken on trust; a parameter that is not selected must already be what the checkpoint has.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from clasp.config.build import assemble
+from clasp.config.recipe import from_dict
+from clasp.data.tokenizer import Overlong, Tokenizer
+from clasp.models.backbone import TextSettings
+from clasp.models.dual_encoder import Count, DualEncoder
+from clasp.models.zoo.pip_packages import PACKAGED
+from clasp.models.zoo.registry import open_base
+from clasp.training.run_folder import Run
+from clasp.types import UserError
+
+# words of the BERTs that papers take; MiniLM has the uncased one's, word for word, and comes in a package
+UNCASED, UNCASED_HERE = "hf:google-bert/bert-base-uncased", "minilm-l6"
+USUAL_TOKENIZERS = {30_522: UNCASED, 119_547: "hf:google-bert/bert-base-multilingual-cased"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a person says of a checkpoint that its file does not."""
+
+    tokenizer: str | None = None
+    """``pip:NAME``, ``hf:NAME`` or ``file:FOLDER``; the usual one for so many words where left out"""
+    size: int | None = None
+    """Pixels a side of the images; those of the file's positions where left out"""
+    image_heads: int | None = None
+    """Heads of the attention; told by the width where left out"""
+    text_heads: int | None = None
+    lateral_layers: tuple[int, ...] | None = None
+    """Layers that MS-CLIP's branch joins; those of the released models where left out"""
+    overlong: Overlong = "cut"
+    """What is left of a caption that is too long for a text net of MS-CLIP"""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What an importer tells of the run that it wrote."""
+
+    lines: list[str]
+    """what was found and what was assumed, for a person"""
+    facts: Mapping[str, Any]
+    """settings of the checkpoint, to be kept in the run"""
+    counts: dict[str, Count]
+    delta_bytes: int
+
+
+def asked(*, lateral: str | None, overlong: str, **others: Any) -> Wanted:
+    """What was typed, as ``Wanted``. Raises ``UserError`` for what does not read."""
+    try:
+        layers = None if lateral is None else tuple(int(layer) for layer in lateral.split(","))
+    except ValueError:
+        raise UserError(f"--lateral {lateral!r} is not a list of layers, such as 2,4,6,8,10") from None
+    readings: dict[str, Overlong] = {reading: reading for reading in get_args(Overlong)}
+    if overlong not in readings:
+        raise UserError(f"--overlong {overlong!r} is none of {', '.join(readings)}")
+    return Wanted(lateral_layers=layers, overlong=readings[overlong], **others)
+
+
+def write_run(run: Run, recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[DualEncoder, int]:
+    """Write the run of a recipe (``{run}`` not filled in), its towers being there; also gives the bytes of its delta.
+
+    ``tensors`` has every parameter of the model by name.
+    """
+    settled = from_dict(dict(recipe), "the checkpoint's recipe")
+    parts = assemble(from_dict(run.at_home(settled.to_dict()), "the checkpoint's recipe"))
+    parameters = dict(parts.model.named_parameters())
+    assert parameters.keys() == tensors.keys(), sorted(parameters.keys() ^ tensors.keys())[:3]
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name in parts.model.selection:
+                parameter.copy_(tensors[name])
+            assert torch.equal(parameter, tensors[name]), f"{name} is in no delta, and the tower has another"
+    run.start(settled.to_toml(), parts.model, parts.transform, parts.tokenizer, pairs=None)
+    return parts.model, run.save(parts.model)
+
+
+def tokenizer_for(vocabulary: int, wanted: str | None) -> tuple[str, Tokenizer]:
+    """The tokenizer asked for, or the usual one for so many words, and what it is called. Raises ``UserError``."""
+    named = wanted or _usual_tokenizer(vocabulary)
+    folder = Path(named.removeprefix("file:")).expanduser()
+    if named.startswith("file:") and not (folder / "config.json").is_file():
+        return named, Tokenizer.from_folder(folder)
+    try:
+        opened = open_base(TextSettings(tower=named), meta=True).tokenizer
+        assert opened is not None
+        return named, opened()
+    except UserError as error:
+        raise UserError(
+            f"no tokenizer: {error}; choose one with --tokenizer pip:NAME, hf:NAME or file:FOLDER"
+        ) from None
+
+
+def _usual_tokenizer(vocabulary: int) -> str:
+    if vocabulary not in USUAL_TOKENIZERS:
+        raise UserError(
+            f"the checkpoint has no tokenizer, and {vocabulary:,} words are no usual tower's; choose one with "
+            "--tokenizer pip:NAME, hf:NAME or file:FOLDER"
+        )
+    named = USUAL_TOKENIZERS[vocabulary]
+    here = any(each.name == PACKAGED[UNCASED_HERE].package for each in importlib.metadata.distributions())
+    return f"pip:{UNCASED_HERE}" if named == UNCASED and here else named

@@ -1,0 +1,1 @@
+"""Outputs of frozen towers and frozen prefixes, computed once and kept on disk."""

@@ -1,0 +1,255 @@
+"""Rows on disk that are computed once: ``KEY.npy``, memory-mapped, with ``KEY.json`` beside it.
+
+In: a key, which is everything that decides the values, and a function that writes the rows in an order of its own. Out:
+the rows, from disk if they are there. KEY is a hash of the key; the ``.json`` says what the file is, to people and to
+us. Unusual: what is being written has another name until it is whole, and remembers how far it has come, so a build
+that was killed goes on where it stopped; a second process that wants the same rows waits for the first. What is cut
+short or not ours is computed again, and the log says so. A full disk is found before the computing where it can be.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from clasp.data.feature_cache.dtypes import STORAGES, Name, Storage
+from clasp.types import UserError
+
+_FORMAT = 2  # raise it when the same key could mean other values
+_PROBED = 64  # rows whose hash tells a foreign or half-written file from ours without reading all of it
+SECONDS_BETWEEN_MARKS = 5.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Rows on disk; ``about`` is their ``.json``: key, shape, storage, seconds, and the notes of their writer."""
+
+    path: Path
+    stored: Shaped[np.ndarray, "rows columns"]
+    about: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @property
+    def width(self) -> int:
+        """``D``: numbers in a row."""
+        return self.about["width"]
+
+    def take(self, rows: Int[np.ndarray, "*shape"]) -> Float[Tensor, "*shape D"]:
+        """A copy of these rows in memory, in the type they are kept in (int8 as float32)."""
+        return self._storage.unpack(self.stored[rows])
+
+    @cached_property
+    def _storage(self) -> Storage:
+        return STORAGES[self.about["storage"]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a worker process maps the file again; pickling the map would copy all of it
+        return _mapped, (self.path, self.about)
+
+
+class Part(NamedTuple):
+    """A file that is being written."""
+
+    path: Path
+    file: IO[bytes]
+
+    @property
+    def progress(self) -> Path:
+        """Where it is remembered how far it has come."""
+        return self.path.with_suffix(".part.json")
+
+    def remove(self) -> None:
+        """The next build starts from nothing."""
+        self.path.unlink(missing_ok=True)
+        self.progress.unlink(missing_ok=True)
+
+
+class Writer:
+    """The rows of a file while it is written. ``notes`` go into its ``.json``; what is not written is zero.
+
+    ``done`` is as far as an earlier build came, in the units of its ``mark``: 0 for a new file.
+    """
+
+    def __init__(self, part: Part, shape: tuple[int, int], storage: Storage, key: Mapping[str, Any]) -> None:
+        self._part, self._storage, self._key = part, storage, key
+        columns = shape[1] + storage.more_columns
+        self._row_bytes = columns * storage.dtype.itemsize
+        header = {"descr": np.lib.format.dtype_to_descr(storage.dtype), "fortran_order": False}
+        part.file.seek(0)
+        before = os.fstat(part.file.fileno()).st_size
+        np.lib.format.write_array_header_1_0(part.file, {**header, "shape": (shape[0], columns)})
+        self._start = part.file.tell()
+        whole = self._start + shape[0] * self._row_bytes
+        self.done, self.notes = self._so_far() if before == whole else (0, {})
+        part.file.truncate(whole)
+        self._marked = time.monotonic()
+
+    def write(self, rows: Int[np.ndarray, " n"], values: Float[Tensor, "n D"]) -> None:
+        """``values`` at ``rows``.
+
+        These are plain writes, since in a map a full disk would be a bus error.
+        """
+        packed = np.ascontiguousarray(self._storage.pack(values), dtype=self._storage.dtype)
+        # rows that follow one another are written at once
+        ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+        start = 0
+        for end in ends:
+            self._part.file.seek(self._start + self._row_bytes * int(rows[start]))
+            self._part.file.write(packed[start:end].data)
+            start = end
+
+    def mark(self, done: int) -> None:
+        """Say how far the build has come; every few seconds this is put on disk, after the rows."""
+        if time.monotonic() - self._marked >= SECONDS_BETWEEN_MARKS:
+            self._part.file.flush()
+            os.fsync(self._part.file.fileno())
+            new = self._part.path.with_suffix(".new")
+            new.write_text(json.dumps({"key": self._key, "done": done, "notes": self.notes}), encoding="utf-8")
+            os.replace(new, self._part.progress)
+            self._marked = time.monotonic()
+
+    def _so_far(self) -> tuple[int, dict[str, Any]]:
+        with suppress(OSError, ValueError, KeyError):
+            progress = json.loads(self._part.progress.read_text(encoding="utf-8"))
+            if progress["key"] == self._key:
+                _log.info("%s: going on after %s", self._part.path, progress["done"])
+                return progress["done"], progress["notes"]
+        return 0, {}
+
+
+def cached(
+    folder: Path,
+    key: Mapping[str, Any],
+    shape: tuple[int, int],
+    fill: Callable[[Writer], None],
+    *,
+    storage: Name = "float32",
+) -> Kept:
+    """The rows of ``key`` (plain data); ``fill`` is called to write them if ``folder`` does not hold them whole.
+
+    ``shape`` is rows and numbers in a row. Raises ``UserError`` when ``folder`` cannot be written to or has no space
+    left.
+    """
+    assert shape[0] * shape[1] > 0, f"nothing to keep: {shape}"
+    key = json.loads(json.dumps({**key, "shape": shape, "storage": storage}))  # as it will be read back: no tuples
+    path = place_of(folder, key)
+    with suppress(_Missing):
+        return _read(path, key)
+    with _locked(path, STORAGES[storage].bytes_of(*shape)) as part:
+        with suppress(_Missing):
+            return _read(path, key)  # another process has just written it
+        _write(part, path, key, fill)
+    return _read(path, key)
+
+
+def place_of(folder: Path, key: Mapping[str, Any]) -> Path:
+    """Where the rows of a key are kept."""
+    return folder / f"{hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:32]}.npy"
+
+
+class _Missing(Exception):
+    """There is no whole file of ours."""
+
+
+def _read(path: Path, key: Mapping[str, Any]) -> Kept:
+    if not path.exists():
+        raise _Missing
+    try:
+        kept = _mapped(path, json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+        rows, width = key["shape"]
+        storage = STORAGES[key["storage"]]
+        same = kept.about["key"] == key and kept.stored.shape == (rows, width + storage.more_columns)
+        if not (same and kept.stored.dtype == storage.dtype and kept.about["probe"] == _probe(kept.stored)):
+            raise ValueError("these are not the values that were written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("%s: cut short or damaged (%s); computing it again", path, error)
+        raise _Missing from error
+    return kept
+
+
+def _mapped(path: Path, about: Mapping[str, Any]) -> Kept:
+    return Kept(path, np.lib.format.open_memmap(path, mode="r"), about)
+
+
+def _probe(stored: np.ndarray) -> str:
+    """A hash of some rows, evenly spaced."""
+    rows = np.linspace(0, len(stored) - 1, _PROBED).astype(np.int64)
+    return hashlib.sha256(np.ascontiguousarray(stored[rows]).tobytes()).hexdigest()
+
+
+def _write(part: Part, path: Path, key: Mapping[str, Any], fill: Callable[[Writer], None]) -> None:
+    """Fill the part and rename it, its ``.json`` after it. What is there stays when ``fill`` is interrupted."""
+    storage, shape = STORAGES[key["storage"]], tuple(key["shape"])
+    size = storage.bytes_of(*shape)
+    started = time.monotonic()
+    try:
+        there = os.fstat(part.file.fileno()).st_blocks * 512  # of a part that is gone on with
+        if shutil.disk_usage(path.parent).free < size - there:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        writer = Writer(part, shape, storage, key)
+        fill(writer)
+        part.file.flush()
+        os.fsync(part.file.fileno())
+        about = {"key": key, "width": shape[1], "storage": key["storage"], "bytes": size}
+        about |= {"seconds": round(time.monotonic() - started, 3), **writer.notes}
+        about["probe"] = _probe(np.lib.format.open_memmap(part.path, mode="r"))
+        part.progress.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        os.replace(part.path, path)
+        os.replace(part.progress, path.with_suffix(".json"))
+    except UserError:
+        part.remove()
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        part.remove()
+        raise _refused(path.parent, size, error) from error
+
+
+@contextmanager
+def _locked(path: Path, size: int) -> Iterator[Part]:
+    """The part of ``path``, ours alone until we leave. A process that dies gives its lock back."""
+    name = path.with_suffix(".part")
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _refused(path.parent, size, error) from error
+        with open(descriptor, "r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.warning("another process is computing %s; waiting for it", path)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not (name.exists() and os.fstat(file.fileno()).st_ino == name.stat().st_ino):
+                continue  # it was renamed while we waited: look again
+            try:
+                yield Part(name, file)
+            finally:
+                if path.exists():
+                    Part(name, file).remove()
+            return
+
+
+def _refused(folder: Path, size: int, error: OSError) -> UserError:
+    return UserError(f"cannot keep {size:,} bytes in {folder}: {error.strerror}")

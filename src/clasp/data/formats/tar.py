@@ -1,0 +1,108 @@
+"""A tar as an array of files: where each member lies, found by one walk over the headers.
+
+Goes in: an uncompressed tar. Comes out: names, offsets and sizes of its plain files, from which members are read in any
+order. Unusual: ``tarfile`` finds the members (PAX and GNU long names, hard links), but takes a damaged header for the
+end. Here the end is checked as well, so that a tar cut or damaged anywhere is refused, with the place.
+"""
+
+import os
+import tarfile
+from array import array
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from clasp.data.formats.index_cache import Arrays, remembered, stamp_of
+from clasp.data.formats.name_table import Names
+from clasp.data.formats.sources import TarSource
+from clasp.types import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Tar:
+    """The plain files of a tar, in its order."""
+
+    path: str
+    """As the user knows it; a ``.tar.gz`` may have been unpacked to ``file``."""
+    file: str
+    stamp: str
+    names: Names
+    offsets: Int64[np.ndarray, " members"]
+    sizes: Int64[np.ndarray, " members"]
+
+    def source(self, row: int) -> TarSource:
+        name = f"{self.path}::{self.names[row]}"
+        return TarSource(name, self.file, self.stamp, int(self.offsets[row]), int(self.sizes[row]))
+
+
+def open_tar(path: Path, file: Path, cache: Path | None) -> Tar:
+    """The index of ``file`` (known to the user as ``path``). ``UserError`` when the tar is cut short or damaged."""
+    stamp = stamp_of(file)
+    arrays = remembered(cache, ("tar", str(path.resolve()), stamp), lambda: _scan(path, file))
+    names = Names(arrays["letters"], arrays["ends"])
+    return Tar(str(path), str(file.absolute()), stamp, names, arrays["offsets"], arrays["sizes"])
+
+
+def _scan(path: Path, file: Path) -> Arrays:
+    names: list[str] = []
+    offsets, sizes = array("q"), array("q")
+    links: dict[int, str] = {}
+    length, end = os.path.getsize(file), 0
+    with suppress(tarfile.TarError), tarfile.open(file, "r:") as tar:  # _check_end says what a TarError was about
+        while member := _next(tar):
+            name = member.name.removeprefix("./")
+            if member.issym() or member.issparse():
+                raise UserError(f"{path}: member {name!r} is a link or sparse; write the tar anew with whole files")
+            if member.isfile() and member.offset_data + member.size > length:
+                raise UserError(f"{path} is truncated: it ends at byte {length}, inside its member {name!r}")
+            if member.islnk():
+                links[len(names)] = member.linkname.removeprefix("./")
+            if member.isfile() or member.islnk():
+                names.append(name)
+                offsets.append(member.offset_data)
+                sizes.append(member.size)
+        end = tar.offset
+    _check_end(path, file, end, names)
+    rows = {name: row for row, name in enumerate(names)} if links else {}
+    for row, name in links.items():  # a hard link is a second name for the bytes of an earlier member
+        if name not in rows:
+            raise UserError(f"{path}: member {names[row]!r} is a link to {name!r}, which is not in the tar")
+        offsets[row], sizes[row] = offsets[rows[name]], sizes[rows[name]]
+    packed = Names.of(names)
+    return {
+        "letters": packed.letters,
+        "ends": packed.ends,
+        "offsets": np.array(offsets, np.int64),
+        "sizes": np.array(sizes, np.int64),
+    }
+
+
+def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else it keeps every member it has seen
+    try:
+        return tar.next()
+    except tarfile.TarError:
+        return None
+
+
+def _check_end(path: Path, file: Path, end: int, names: list[str]) -> None:
+    """A whole tar ends in a block of zeros where the next header would be, and has nothing but zeros behind it."""
+    with file.open("rb") as handle:
+        handle.seek(end)
+        block = handle.read(tarfile.BLOCKSIZE)
+        goes_on = False
+        while chunk := handle.read(1 << 20):
+            goes_on |= bool(chunk.strip(b"\0"))
+    length = os.path.getsize(file)
+    after = f"after its member {names[-1]!r}" if names else "before its first member"
+    if len(block) < tarfile.BLOCKSIZE:
+        raise UserError(f"{path} is truncated: it ends at byte {length}, {after}, without the mark that ends a tar")
+    if any(block):
+        if not names and block[257:262] != b"ustar":
+            raise UserError(f"{path} is not a tar: there is no header at its start")
+        raise UserError(f"{path} is truncated or damaged: no whole header at byte {end} of {length}, {after}")
+    if goes_on:
+        raise UserError(f"{path} goes on behind its end mark at byte {end}; give joined tars apart, as a.tar::b.tar")

@@ -1,0 +1,112 @@
+"""Two questions put to frozen features with labels: what do the nearest neighbours say, and is it linear?
+
+In: features of a fit set and of the images asked about, with class numbers. Out: for each image asked, how much of the
+answer is right (0 or 1; a share where there is a tie), so that means and intervals can follow. Pure. Unusual: a tie,
+among neighbours or among classes, is decided by chance as in ``metrics``, so that features that say the same of
+everything score what guessing scores. scikit-learn is imported only here.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from clasp.evaluation.metrics import TIE
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # values of C, the inverse of the penalty on standardised features
+HELD_OUT = 4  # one group in so many of each class chooses among them
+MOST_STEPS = 500
+
+
+def knn(
+    fit: Float[Tensor, "n D"],
+    fit_labels: Int[Tensor, " n"],
+    asked: Float[Tensor, "q D"],
+    asked_labels: Int[Tensor, " q"],
+    *,
+    k: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+    scores_at_once: int = 1 << 22,
+) -> Float[Tensor, " q"]:
+    """Whether the ``k`` nearest of the fit set, by cosine, vote for the right class; each weighs exp(cosine / T).
+
+    Wu et al., CVPR 2018, section 3.4; k = 20 and T = 0.07 as in DINO (Caron et al., ICCV 2021, section 4.1). Ours
+    shares the last places among neighbours that are equally near, and a tied vote among its classes. Where there are
+    fewer than ``k``, all vote. Memory: a few times ``scores_at_once`` numbers.
+    """
+    fit, asked = (F.normalize(features.float(), dim=1) for features in (fit, asked))
+    k, classes = min(k, len(fit)), int(torch.cat([fit_labels, asked_labels]).max()) + 1
+    right = []
+    for rows in torch.arange(len(asked)).split(max(1, scores_at_once // len(fit))):
+        scores = asked[rows] @ fit.T
+        last = scores.topk(k, dim=1).values[:, -1:]
+        nearer, level = scores > last + TIE, (scores - last).abs() <= TIE
+        places = (k - nearer.sum(dim=1, keepdim=True)).double() / level.sum(dim=1, keepdim=True)
+        weights = (scores.double() / temperature).exp() * torch.where(level, places, nearer.double())
+        votes = weights.new_zeros(len(rows), classes).index_add(1, fit_labels, weights)
+        first = votes >= votes.amax(dim=1, keepdim=True) * (1 - TIE / temperature)
+        of_right = first.gather(1, asked_labels[rows][:, None])[:, 0]
+        right.append(of_right.double() / first.sum(dim=1))
+    return torch.cat(right)
+
+
+def linear(
+    fit: Float[Tensor, "n D"],
+    fit_labels: Int[Tensor, " n"],
+    fit_groups: Int[Tensor, " n"],
+    asked: Float[Tensor, "q D"],
+    asked_labels: Int[Tensor, " q"],
+) -> Float[Tensor, " q"]:
+    """Whether logistic regression on the fit set names the right class.
+
+    L-BFGS on features standardised by the fit set, as linear probes of CLIP are (Radford et al., 2021, appendix A.3);
+    theirs sweeps 96 strengths of the penalty on a validation set, ours the five of ``STRENGTHS`` on every fourth group
+    of each class of the fit set, and then fits to all of it. Without a class of four groups, C is the middle one.
+    """
+    deviation, mean = torch.std_mean(fit.double(), dim=0, correction=0)
+    scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / deviation, 0.0)  # a constant feature says nothing
+    fit, asked = ((features.double() - mean) * scale for features in (fit, asked))
+    held = _held_out(fit_labels, fit_groups)
+    strength = STRENGTHS[len(STRENGTHS) // 2]
+    if held.any():
+        inside, outside = (fit[~held], fit_labels[~held]), (fit[held], fit_labels[held])
+        strength = max(STRENGTHS, key=lambda c: float(_right(*inside, *outside, c).mean()))
+    return _right(fit, fit_labels, asked, asked_labels, strength)
+
+
+def _right(fit: Tensor, fit_labels: Tensor, asked: Tensor, asked_labels: Tensor, c: float) -> Float[Tensor, " q"]:
+    # inside: it takes a second to import, and most evaluations need none of it
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        # a weak penalty on separable classes has its optimum far away; what was reached is judged like the others
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = LogisticRegression(C=c, max_iter=MOST_STEPS).fit(fit.numpy(), fit_labels.numpy())
+    return (torch.from_numpy(model.predict(asked.numpy())) == asked_labels).double()
+
+
+def _held_out(labels: Int[Tensor, " n"], groups: Int[Tensor, " n"]) -> Tensor:
+    """Every fourth group of each class, from the fourth on: no class loses all it has, no group is on both sides."""
+    seen: dict[int, set[int]] = {}
+    held: dict[int, bool] = {}
+    for label, group in sorted(set(zip(labels.tolist(), groups.tolist(), strict=True))):
+        before = seen.setdefault(label, set())
+        held.setdefault(group, len(before) % HELD_OUT == HELD_OUT - 1)
+        before.add(group)
+    return torch.tensor([held[group] for group in groups.tolist()], dtype=torch.bool)
+
+
+def most_frequent(fit_labels: Int[Tensor, " n"], asked_labels: Int[Tensor, " q"]) -> float:
+    """What is right by always naming the class that the fit set has most of; with several such, one of them by chance.
+
+    The score of guessing for both probes: with as many of each class it is one over the number of classes.
+    """
+    counts = torch.bincount(fit_labels, minlength=int(asked_labels.max()) + 1)
+    most = counts == counts.max()
+    return (most[asked_labels].double() / most.sum()).mean().item()

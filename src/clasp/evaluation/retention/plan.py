@@ -1,0 +1,115 @@
+"""What a run can be asked with some pairs: which probes they allow, in which languages, and on what to fit.
+
+In go a recipe, pairs and options, out comes ``Probes``; no image is read and no tower run, so that every mistake is
+told at once, and what the pairs do not allow is said in a line. Unusual: which languages a run was trained on is what
+its recipe names, else what its training pairs name, else unknown; it is never guessed from the towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from clasp.commands.train import open_as_trained
+from clasp.config.recipe import Recipe
+from clasp.data.pairs import Columns, Pairs
+from clasp.evaluation.from_pairs import languages_of
+from clasp.evaluation.retention.probes import ImageProbe, TextProbe, has_labels, image_probe, text_probes
+from clasp.models.features import Say
+from clasp.types import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probes:
+    """What is asked of the towers of a run. ``label`` is the column of the classes, where there are any."""
+
+    data: str
+    pairs: Pairs
+    fit: Pairs | None
+    label: str | None
+    image: ImageProbe | None
+    text: list[TextProbe]
+    languages: list[str]
+
+    @property
+    def classes(self) -> list[str]:
+        """Those of ``data``, in order."""
+        return sorted({str(pair.meta[self.label]) for pair in self.pairs}) if self.label else []
+
+    @property
+    def captions(self) -> list[str]:
+        """Each once."""
+        wanted = self.languages or [""]
+        return sorted({c.text for pair in self.pairs for c in pair.captions if c.language in wanted})
+
+
+def what_to_ask(run: str, recipe: Recipe, pairs: Pairs, options: Mapping[str, str], say: Say) -> Probes:
+    """The probes that the pairs allow; says which are left out. Raises ``UserError`` where there are none."""
+    pairs = _listed(pairs)
+    data, label, anchor = options["data"], options.get("label"), options.get("anchor", "en")
+    labelled = has_labels(pairs, label, data)
+    label = label or "class"
+    if "fit" in options and not labelled:
+        raise UserError(f"fit={options['fit']}: {data} has no column {label!r} with classes; name another with label=")
+    fit = _opened(options["fit"], recipe, options) if "fit" in options else None
+    there = languages_of(pairs)
+    wanted = options["languages"].split(",") if "languages" in options else there
+    odd = [language for language in (*wanted, *([anchor] if "anchor" in options else [])) if language not in there]
+    if odd:
+        raise UserError(f"no caption of {data} is in {', '.join(odd)}; it has {', '.join(there) or 'none it names'}")
+    trained = trained_languages(recipe) if there else None
+    text = text_probes(pairs, sorted(set(wanted)), anchor, trained, data)
+    if not labelled and not text:
+        raise UserError(
+            f"nothing to probe in {data}: no column {label!r} (name another with label=), no captions in {anchor!r} "
+            "and another language, and no two pairs with several captions in one"
+        )
+    image = image_probe(pairs, fit, label, data, options.get("fit", "")) if labelled else None
+    _tell(image, text, trained, run, pairs, data, say)
+    asked = [language for language in there if language in wanted or language == anchor]
+    return Probes(
+        data=data, pairs=pairs, fit=fit, label=label if labelled else None, image=image, text=text, languages=asked
+    )
+
+
+def trained_languages(recipe: Recipe) -> set[str] | None:
+    """Those that the recipe names, else those of its training pairs, where they name any and can still be opened."""
+    if recipe.data.languages:
+        return set(recipe.data.languages)
+    if recipe.data.train is None:
+        return None
+    try:
+        return set(languages_of(open_as_trained(recipe.data.train, recipe))) or None
+    except UserError:
+        return None
+
+
+def _opened(source: str, recipe: Recipe, options: Mapping[str, str]) -> Pairs:
+    columns = Columns(image=options.get("image", ""), caption=options.get("caption", ""))
+    return _listed(open_as_trained(source, recipe, columns=columns, image_root=options.get("image_root")))
+
+
+def _listed(pairs: Pairs) -> Pairs:
+    """The same pairs in memory: they are gone through many times, and a row of a table is read anew each time."""
+    return Pairs(pairs.name, [list(pairs)])
+
+
+def _tell(
+    image: ImageProbe | None,
+    text: Sequence[TextProbe],
+    trained: set[str] | None,
+    run: str,
+    pairs: Pairs,
+    data: str,
+    say: Say,
+) -> None:
+    """What is left out, and why."""
+    if image is None:
+        has = ", ".join(map(str, pairs[0].meta)) or "none"
+        say(f"the image tower is not probed: {data} has no column 'class'; label= one of: {has}")
+    elif image.left_out:
+        say(f"{image.left_out} images are not asked about: the half to fit on has none of their class; fit= helps")
+    if not text:
+        say(f"the text tower is not probed: {data} has no captions in two languages, nor several in one for an image")
+    elif trained is None and text[0].language:
+        say(f"which languages {run} was trained on is unknown: neither its recipe nor its training pairs say")

@@ -1,0 +1,169 @@
+"""``clasp eval RUN kept``: what the towers of a run still know, each before and after alignment, on the same probes.
+
+In go a run, its model and some pairs; out come rows of results and the figure ``RUN/kept.png``. Rows are of three
+kinds: probes (``before``, ``after``, ``change``), the drift of each part of a tower (``weights``, ``new``, ``cka``),
+and points on the way from the base to the tuned weights (``kept/interpolation``). Unusual: each tower is run over the
+probes once for each state it is put in, and everything else is read off what it said then; what cannot be asked is left
+out, and one line says so.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from clasp.analysis.similarity import linear_cka
+from clasp.analysis.tower_features import Said
+from clasp.analysis.weight_drift import OUTPUT, WHOLE, Part, parts_of, whole
+from clasp.config.build import build
+from clasp.config.recipe import Recipe
+from clasp.data.pairs import Pairs
+from clasp.evaluation.paired import Comparison, compare
+from clasp.evaluation.retention.features import Heard, Hearing
+from clasp.evaluation.retention.interpolation import TEMPLATE, between_rows
+from clasp.evaluation.retention.plan import Probes, what_to_ask
+from clasp.evaluation.retention.probes import IMAGE_PROBES, RECALL_AT, Scores
+from clasp.evaluation.tasks import Result
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.features import Bar, Inputs, Say
+from clasp.models.tower import Tower
+from clasp.report.figures import draw_kept
+from clasp.types import UserError
+
+OPTIONS = ("data", "fit", "label", "anchor", "languages", "image", "caption", "image_root")
+FIGURE = "kept.png"
+
+
+def kept(
+    run: Path,
+    recipe: Recipe,
+    model: DualEncoder,
+    pairs: Pairs,
+    inputs: Inputs,
+    options: Mapping[str, str],
+    *,
+    say: Say,
+    bar: Bar,
+) -> list[Result]:
+    """All rows, and the figure in ``run``.
+
+    ``options``: ``data`` (as it was named), ``fit`` (pairs to fit the image probes on; half of ``data`` if left out),
+    ``label`` (column of the class), ``anchor`` (the language that captions are asked for in), ``languages`` (some of
+    them). Raises ``UserError`` before anything is computed.
+    """
+    if (run / "imported.json").exists():
+        raise UserError(
+            f"{run.name} was imported, and a checkpoint has its towers only as they became: there is no before that "
+            "kept could compare with; ask it of a run that clasp trained"
+        )
+    asked = what_to_ask(run.name, recipe, pairs, options, say)
+    base = _untouched(recipe, model)
+    hearing = Hearing(
+        model=model,
+        base=base,
+        inputs=inputs,
+        pairs=asked.pairs,
+        fit=asked.fit,
+        captions=asked.captions,
+        prompts=[TEMPLATE.replace("{}", name) for name in asked.classes],
+        bar=bar,
+    )
+    start = time.perf_counter()
+    before = hearing.before()
+    after = hearing.after(before)
+    seconds = time.perf_counter() - start
+    rows = [*_image_rows(asked, before, after, seconds), *_text_rows(asked, before, after, seconds)]
+    rows += _drift_rows(asked.data, model.image, base.image, before.image, after.image, seconds)
+    rows += _drift_rows(asked.data, model.text, base.text, before.text, after.text, seconds)
+    rows += between_rows(asked, hearing, before, after, say)
+    draw_kept(rows, run / FIGURE, title=f"What the towers of {run.name} still know")
+    say(f"figure: {run / FIGURE}")
+    return rows
+
+
+def _untouched(recipe: Recipe, model: DualEncoder) -> DualEncoder:
+    """The towers of a recipe as they came, on the device of ``model``."""
+    tune = recipe.tune.model_copy(update={"image": ["none"], "text": ["none"], "head": "full"})
+    return build(recipe.model_copy(update={"tune": tune})).to(next(model.parameters()).device).eval()
+
+
+# --- the probes ------------------------------------------------------------------------------------------------------
+
+
+def _image_rows(asked: Probes, before: Heard, after: Heard, seconds: float) -> list[Result]:
+    if asked.image is None:
+        return []
+    comparisons = []
+    for name in IMAGE_PROBES:
+        start = time.perf_counter()
+        then = asked.image.ask(name, before.to_fit, before.image)
+        now = then if after.image is before.image else asked.image.ask(name, after.to_fit, after.image)
+        comparisons.append(_compared(f"kept/{name}", "", then, now, seconds + time.perf_counter() - start))
+    return compare(asked.data, comparisons)
+
+
+def _text_rows(asked: Probes, before: Heard, after: Heard, seconds: float) -> list[Result]:
+    comparisons = []
+    for k in RECALL_AT:
+        for probe in asked.text:
+            start = time.perf_counter()
+            then = probe.ask(before.text, k)
+            now = then if after.text is before.text else probe.ask(after.text, k)
+            task = f"kept/{probe.kind}_recall@{k}" + (f"/{probe.languages}" if probe.languages else "")
+            comparisons.append(_compared(task, probe.language, then, now, seconds + time.perf_counter() - start))
+    return compare(asked.data, comparisons) if comparisons else []
+
+
+def _compared(task: str, language: str, then: Scores, now: Scores, seconds: float) -> Comparison:
+    return Comparison(
+        task=task,
+        language=language,
+        groups=then.groups,
+        before=then.values,
+        after=now.values,
+        chance=then.chance,
+        seconds=seconds,
+    )
+
+
+# --- drift -----------------------------------------------------------------------------------------------------------
+
+
+def _drift_rows(data: str, tower: Tower, base: Tower, before: Said, after: Said, seconds: float) -> list[Result]:
+    """A row for each part of a tower, then one for all of it; what a part cannot have is not in its metrics.
+
+    ``weights``: relative norm of the change of the base's weights. ``new``: share of the part's parameters that the
+    base has not. ``cka``: linear CKA of the part's mean states before and after; of the output, of the pooled vectors.
+    """
+    parts = parts_of(tower, base)
+    rows = []
+    for part in (*parts, whole(parts)):
+        cka = _cka(part, tower, before, after)
+        measured = {"weights": part.change, "new": part.new_fraction, "cka": cka}
+        rows.append(
+            Result(
+                task=f"kept/{tower.modality}_drift/{part.title}",
+                data=data,
+                language="",
+                metrics={name: value for name, value in measured.items() if math.isfinite(value)},
+                chance={},
+                n=len(after.sample),
+                interval={},
+                seconds=seconds,
+            )
+        )
+    return rows
+
+
+def _cka(part: Part, tower: Tower, before: Said, after: Said) -> float:
+    """NaN where a part has no states of its own, or the base has none to compare them with."""
+    assert before.sample == after.sample
+    if part.title in (OUTPUT, WHOLE):
+        return 1.0 if after is before else linear_cka(before.of(before.sample), after.of(after.sample))
+    if part.block in after.blocks:
+        there = part.block in before.blocks
+        return linear_cka(before.blocks[part.block], after.blocks[part.block]) if there else math.nan
+    # not heard: it lies below the block at which both states of the tower went on from the same trunk
+    return 1.0 if part.block else math.nan

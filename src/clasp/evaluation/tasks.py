@@ -1,0 +1,296 @@
+"""Evaluations: images plus a question (zero-shot, retrieval) or one question per language (multilingual).
+
+In: an encoder. Out: ``results``, rows for ``results.jsonl`` with bootstrap intervals; or, called as an ``Evaluator``,
+one flat dict of numbers without intervals. Unusual: images are embedded once, however many languages ask about them;
+every row carries the score of guessing beside its own; the groups resampled for intervals are common to all
+languages, so that a macro mean has an interval of its own. Knows protocols only: no model, no tokenizer, no files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Generic, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clasp.evaluation.bootstrap import Interval, Sample, percentile_intervals, replicates
+from clasp.evaluation.queries import Answer, Captions, Classes, Images, Question, embed
+from clasp.types import Encoder, UserError
+
+Asked = TypeVar("Asked", Classes, Captions)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One line of ``results.jsonl``.
+
+    ``task`` is the task's name and, for a direction of retrieval, that direction (``retrieval/image_to_text``);
+    without one, a retrieval row is the mean of both. ``language`` is empty where there is none, ``macro:SET`` for the
+    mean over a set of languages. ``metrics`` and ``chance`` (what guessing scores) are fractions, ranks count from 1.
+    ``n``: queries asked. ``interval``: 95 %, for all but medians. ``seconds``: wall time of embedding the images and
+    answering this row; what rows have in common counts in each. ``dataclasses.asdict`` of it is JSON.
+    """
+
+    task: str
+    data: str
+    language: str
+    metrics: dict[str, float]
+    chance: dict[str, float]
+    n: int
+    interval: dict[str, Interval]
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class _OneQuestion(Generic[Asked]):
+    """What zero-shot and retrieval have in common: one question about the images."""
+
+    data: str
+    images: Images
+    question: Asked
+    language: str = ""
+    name: str
+    primary: str
+    resamples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_primary(self.primary, _names(self.question))
+
+    def results(self, encoder: Encoder) -> list[Result]:
+        """A row per direction, then one for their mean; one row where the question has no directions."""
+        answered = _ask(encoder, self.data, self.images, {self.language: self.question}, self.resamples, self.seed)
+        return [row.result(self.name, self.data) for row in answered]
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        """The numbers by name."""
+        return _flat(_ask(encoder, self.data, self.images, {"": self.question}))
+
+
+@dataclass(kw_only=True)
+class ZeroShot(_OneQuestion[Classes]):
+    """Classify images by class names alone. Numbers: ``top1``, ``top5``, ``mean_per_class``."""
+
+    name: str = "zeroshot"
+    primary: str = "top1"
+
+
+@dataclass(kw_only=True)
+class Retrieval(_OneQuestion[Captions]):
+    """Find captions by image and images by caption.
+
+    Numbers: ``recall@1``, ``@5``, ``@10``, ``mean_recall`` and ``median_rank``, under ``image_to_text/`` and
+    ``text_to_image/``, and without prefix the means of both directions where both are asked.
+    """
+
+    name: str = "retrieval"
+    primary: str = "mean_recall"
+
+
+@dataclass(kw_only=True)
+class Multilingual:
+    """One question per language about the same images, and the macro means over named sets of languages.
+
+    Numbers: those of the question under ``LANGUAGE/`` and ``macro:SET/``; a macro mean gives each language the same
+    weight. ``sets`` maps a name to the languages in it, which must have been asked the same kind of question.
+    """
+
+    data: str
+    images: Images
+    questions: Mapping[str, Question]
+    primary: str
+    sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    name: str = "multilingual"
+    resamples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.questions:
+            raise UserError(f"{self.name} on {self.data}: there is no language to ask in")
+        names = [f"{language}/{name}" for language, question in self.questions.items() for name in _names(question)]
+        for title, languages in self.sets.items():
+            asked = self._languages(title, languages)
+            kinds = {_names(question) for question in asked}
+            if len(kinds) > 1:
+                raise UserError(f"the set {title!r} mixes questions with different metrics; ask one kind of question")
+            names += [f"{_macro(title)}/{name}" for name in kinds.pop()]
+        _check_primary(self.primary, names)
+
+    def _languages(self, title: str, languages: Sequence[str]) -> list[Question]:
+        if not languages or len(set(languages)) < len(languages):
+            raise UserError(f"the set {title!r} must name at least one language, and each once: {list(languages)}")
+        for language in languages:
+            if language not in self.questions:
+                raise UserError(f"the set {title!r} names {language!r}; {_nearest(language, list(self.questions))}")
+        return [self.questions[language] for language in languages]
+
+    def results(self, encoder: Encoder) -> list[Result]:
+        """The rows of every language, then those of every set."""
+        rows = _ask(encoder, self.data, self.images, self.questions, self.resamples, self.seed)
+        return [row.result(self.name, self.data) for row in self._with_macros(rows)]
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        """The numbers by name."""
+        return _flat(self._with_macros(_ask(encoder, self.data, self.images, self.questions)))
+
+    def _with_macros(self, rows: list[_Row]) -> list[_Row]:
+        macros = []
+        for title, languages in self.sets.items():
+            members = [row for row in rows if row.language in set(languages)]
+            for part in dict.fromkeys(row.part for row in members):
+                of_part = [row for row in members if row.part == part]
+                own = sum(row.own_seconds for row in of_part)
+                macros.append(_mean(of_part, _macro(title), part, own))
+        return rows + macros
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A result in the making: with its bootstrap replicates, so that means of rows have intervals too."""
+
+    language: str
+    part: str
+    metrics: dict[str, float]
+    chance: dict[str, float]
+    n: int
+    replicates: dict[str, Float[Tensor, " resamples"]]
+    shared_seconds: float
+    own_seconds: float
+
+    def result(self, task: str, data: str) -> Result:
+        columns = list(self.replicates.values())
+        intervals = percentile_intervals(torch.stack(columns, dim=1)) if columns else []
+        return Result(
+            task=f"{task}/{self.part}" if self.part else task,
+            data=data,
+            language=self.language,
+            metrics=self.metrics,
+            chance=self.chance,
+            n=self.n,
+            interval=dict(zip(self.replicates, intervals, strict=True)),
+            seconds=self.shared_seconds + self.own_seconds,
+        )
+
+
+def _ask(
+    encoder: Encoder,
+    data: str,
+    images: Images,
+    questions: Mapping[str, Question],
+    resamples: int = 0,
+    seed: int = 0,
+) -> list[_Row]:
+    """Embed the images, ask in every language, then resample the groups that all languages have in common."""
+    start = time.perf_counter()
+    with _told_of(data):
+        embedded = embed(images(), encoder.embed_image, "image")
+    shared = time.perf_counter() - start
+    asked: list[tuple[str, list[Answer], float]] = []
+    for language, question in questions.items():
+        start = time.perf_counter()
+        with _told_of(f"{data} in {language!r}" if language else data):
+            answers = question.ask(encoder, embedded)
+        asked.append((language, answers, time.perf_counter() - start))
+    made = iter(_replicates([answer for _, answers, _ in asked for answer in answers], resamples, seed))
+    rows = []
+    for language, answers, own in asked:
+        parts = [
+            _Row(
+                language=language,
+                part=answer.part,
+                metrics=answer.metrics(),
+                chance=dict(answer.chance),
+                n=len(answer.groups),
+                replicates=next(made),
+                shared_seconds=shared,
+                own_seconds=own,
+            )
+            for answer in answers
+        ]
+        rows += parts
+        if len(parts) > 1:
+            rows.append(_mean(parts, language, "", own))
+    return rows
+
+
+@contextmanager
+def _told_of(where: str) -> Iterator[None]:
+    """Mistakes inside are told with the place where they were found."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _replicates(answers: Sequence[Answer], resamples: int, seed: int) -> list[dict[str, Float[Tensor, " resamples"]]]:
+    """For each answer the replicates of its means, all on the same draws of groups."""
+    made: list[dict[str, Tensor]] = [{} for _ in answers]
+    if not resamples:
+        return made
+    # Sorted, so that intervals do not depend on the order in which images were read.
+    number = {group: index for index, group in enumerate(sorted({g for answer in answers for g in answer.groups}))}
+    samples, whose = [], []
+    for answer, into in zip(answers, made, strict=True):
+        groups = torch.tensor([number[group] for group in answer.groups])
+        plain = tuple(name for name, mean in answer.means.items() if mean.cells is None)
+        for names in (plain, *((name,) for name in answer.means if name not in plain)):
+            values = torch.stack([answer.means[name].values for name in names], dim=1)
+            samples.append(Sample(values, groups, answer.means[names[0]].cells))
+            whose.append((into, names))
+    drawn = replicates(samples, universe=len(number), resamples=resamples, seed=seed)
+    for (into, names), columns in zip(whose, drawn, strict=True):
+        into.update(zip(names, columns.T, strict=True))
+    return made
+
+
+def _mean(rows: Sequence[_Row], language: str, part: str, own_seconds: float) -> _Row:
+    """The plain mean of rows that have the same metrics, replicate by replicate."""
+    first = rows[0]
+    return _Row(
+        language=language,
+        part=part,
+        metrics={name: sum(row.metrics[name] for row in rows) / len(rows) for name in first.metrics},
+        chance={name: sum(row.chance[name] for row in rows) / len(rows) for name in first.chance},
+        n=sum(row.n for row in rows),
+        replicates={
+            name: torch.stack([row.replicates[name] for row in rows]).nanmean(dim=0) for name in first.replicates
+        },
+        shared_seconds=first.shared_seconds,
+        own_seconds=own_seconds,
+    )
+
+
+def _flat(rows: Sequence[_Row]) -> dict[str, float]:
+    return {
+        "/".join(filter(None, (row.language, row.part, name))): value
+        for row in rows
+        for name, value in row.metrics.items()
+    }
+
+
+def _names(question: Question) -> tuple[str, ...]:
+    """The numbers of one question, by part and name, and their means over the parts where there are several."""
+    parts = question.parts if len(question.parts) == 1 else (*question.parts, "")
+    return tuple("/".join(filter(None, (part, name))) for part in parts for name in question.names)
+
+
+def _macro(title: str) -> str:
+    return f"macro:{title}"
+
+
+def _check_primary(primary: str, names: Sequence[str]) -> None:
+    if primary not in names:
+        raise UserError(f"there is no metric {primary!r}; {_nearest(primary, names)}")
+
+
+def _nearest(given: str, known: Sequence[str]) -> str:
+    return f"nearest of {len(known)}: {', '.join(get_close_matches(given, known, n=3, cutoff=0.0))}"

@@ -1,0 +1,101 @@
+"""What a tower is made from: an encoder as it came (``Base``), and the settings of a recipe that shape it.
+
+Data only. ``nn.foreign`` makes bases, ``nn.towers`` makes a tower of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from clasp.data.images import ImageTransform
+from clasp.data.tokenizer import Overlong, Tokenizer
+from clasp.models.transformer.encoders import ImageTransformerSettings, TextTransformerSettings
+
+Pool = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention"]
+_Mean = Annotated[float, Field(ge=0, le=1)]
+_Std = Annotated[float, Field(gt=0, le=1)]
+
+
+class _TowerSettings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tower: str
+    """Where the weights come from: hf: | timm: | pip: | file: | deit: | package.module:factory; or own:image and
+    own:text, nets of ours that start from train.seed"""
+    pool: Pool | None = None
+    """States to one vector; the tower's own authors' choice where left out"""
+    layer: int | None = None
+    """Read the states after this many blocks (negative from the end); the blocks above are dropped"""
+    more_layers: list[int] = []
+    """Pool the states after these blocks as well (counted as in ``layer``), side by side with the last ones"""
+    dropout: bool = False
+    """Dropout inside the tower while training; LilT has it on, also in frozen towers"""
+
+
+class ImageSettings(_TowerSettings):
+    """``[image]`` of a recipe."""
+
+    net: ImageTransformerSettings | None = None
+    """What the net of tower = "own:image" is like"""
+    size: int | None = Field(default=None, ge=8, le=4096)
+    """Pixels a side that the tower sees; its own where left out"""
+    resize: Literal["crop", "squash", "pad"] | None = None
+    """What happens to pictures that are not square"""
+    ground: tuple[int, int, int] = (255, 255, 255)
+    """Colour under transparent pixels, 0-255"""
+    mean: tuple[_Mean, _Mean, _Mean] | None = None
+    """Subtracted from the pixels, RGB in [0, 1]; the tower's own where left out"""
+    std: tuple[_Std, _Std, _Std] | None = None
+    """What the pixels are then divided by; the tower's own where left out"""
+
+
+class TextSettings(_TowerSettings):
+    """``[text]`` of a recipe."""
+
+    net: TextTransformerSettings | None = None
+    """What the net of tower = "own:text" is like"""
+    vocabulary: Literal["clip", "pairs"] | None = None
+    """Word pieces of tower = "own:text": CLIP's (its own where left out), or learned from the captions to train on"""
+    prefix: str | None = None
+    """Put before every caption; the tower's own where left out"""
+    max_tokens: int | None = Field(default=None, ge=4, le=32768)
+    """Longer captions are cut, keeping their end token"""
+    overlong: Overlong = "cut"
+    """What is left of a longer caption. ``lost``: its start token, as in MS-CLIP's released code, to which all of them
+    are the same caption; only for what was trained so"""
+    clean: Literal["none", "lilt"] = "none"
+    """Cleaning of captions; ``lilt`` is the paper's"""
+    template: Literal["tower", "cls"] = "tower"
+    """Special tokens; ``cls`` is LilT's class token without an end token"""
+    token_types: bool = True
+    """LilT leaves BERT's token-type embedding out"""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """An encoder as it came, before anything of ours: the weights a delta stands on."""
+
+    name: str
+    """the spec as the user wrote it, e.g. ``pip:efficientnet-lite0``"""
+    modality: Literal["image", "text"]
+    net: nn.Module
+    """the foreign module itself, in evaluation mode, weights loaded or on the meta device"""
+    version: str
+    """package and version, or hub revision"""
+    pool: str
+    """the pooling its authors use"""
+    transform: ImageTransform | None = None
+    """image towers: size, mean and std as the weights were trained"""
+    tokenizer: Callable[[], Tokenizer] | None = None
+    """text towers; a callable, since counting parameters needs none"""
+    read: Callable[[nn.Module, Any], Tensor] | None = None
+    """inputs to states, where calling the net does not give them: ``(net, pixels)`` to ``[B N D]`` or ``[B D h w]``"""
+    from_seed: bool = False
+    """whether its weights were drawn and never trained; statistics of BatchNorm are then worth nothing yet"""
+    new: frozenset[str] = frozenset()
+    """parameters of a pre-trained net that nobody has trained, such as embeddings of another modality"""

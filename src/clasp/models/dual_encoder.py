@@ -1,0 +1,241 @@
+"""The dual encoder: two towers, two heads, the scale and the bias of the logits.
+
+In goes a ``Batch`` (pixels and tokens, or what frozen towers already said of them), out come unit vectors in one space.
+It knows nothing of where its towers come from. Two towers may hold weights in common: each is then one parameter, under
+its first name (``nn.shared.aliases``), and everything here counts, trains and saves it once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from clasp.models.heads import Head, HeadSettings
+from clasp.models.sharing.policy import Sharing
+from clasp.models.sharing.tie import LowRankLinear, aliases
+from clasp.models.structure import is_norm
+from clasp.models.tower import Tower, tensor_hashes
+from clasp.models.tuning.spec import freeze
+from clasp.types import Batch, Embeddings, ImageInput, Pixels, Pooled, TextInput, Tokens, UserError
+
+Kind = Literal["scale", "head", "norm", "new", "tower", "shared"]
+
+
+class LogitSettings(BaseModel):
+    """The part of ``[loss]`` that says what makes logits of cosines. The defaults are CLIP's (section 2.5)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scale: Literal["log", "divisor"] = "log"
+    """What is learned. ``log``: the logarithm of the scale, put back into range after each step. ``divisor``: LilT's
+    temperature, which divides; it is clamped in place before each use, and its gradient is that at the clamped value"""
+    scale_start: float = Field(default=1 / 0.07, gt=0, allow_inf_nan=False)
+    """The scale before the first step"""
+    scale_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 100.0)
+    """Least and greatest scale; 0 and inf leave that side open"""
+
+    @model_validator(mode="after")
+    def _in_range(self) -> LogitSettings:
+        least, greatest = self.scale_range
+        if not least < greatest:
+            raise UserError(f"scale_range = [{least:g}, {greatest:g}] is not a least and a greatest scale")
+        if not least <= self.scale_start <= greatest:
+            raise UserError(f"scale_start = {self.scale_start:g} is outside scale_range = [{least:g}, {greatest:g}]")
+        if self.scale == "divisor" and greatest == math.inf:
+            raise UserError("scale = 'divisor' needs a greatest scale in scale_range: nothing is divided by 0")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Parameters of one part."""
+
+    total: int
+    trained: int
+    delta_bytes: int
+
+    @property
+    def percent(self) -> float:
+        """Trained share of the same part, in per cent."""
+        return 100 * self.trained / self.total if self.total else 0.0
+
+
+class DualEncoder(nn.Module):
+    """Two towers aligned in one space; an ``Encoder``.
+
+    ``selection`` names the parameters that train: it alone decides what gets gradients, what the optimizer holds, what
+    the delta saves and what is counted.
+    """
+
+    log_scale: nn.Parameter | None
+    temperature: nn.Parameter | None
+
+    def __init__(
+        self,
+        image: Tower,
+        text: Tower,
+        head: HeadSettings,
+        *,
+        loss: str,
+        seed: int,
+        logits: LogitSettings | None = None,
+    ):
+        super().__init__()
+        self.name = f"{image.name} + {text.name}"
+        self.image, self.text = image, text
+        device = next(image.parameters()).device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.image_head = Head(image.width, head).to(device)
+            self.text_head = Head(text.width, head).to(device)
+        logits = logits or LogitSettings()
+        start, *limits = (_stored(logits.scale, scale) for scale in (logits.scale_start, *logits.scale_range))
+        scale = nn.Parameter(torch.tensor(start, device=device))
+        self.log_scale, self.temperature = (scale, None) if logits.scale == "log" else (None, scale)
+        self._limits = sorted(limits)  # of that parameter; a temperature falls as its scale rises
+        # SigLIP (Zhai et al., ICCV 2023) needs a bias against the many negatives; InfoNCE cannot see one
+        self.bias = nn.Parameter(torch.tensor(-10.0, device=device)) if loss == "sigmoid" else None
+        self.sharing: Sharing | None = None  # the policy, for people; what is shared is a fact about the parameters
+        self.selection: frozenset[str] = frozenset()
+        self.select(())
+
+    def select(self, names: Iterable[str]) -> None:
+        """Make ``names`` the selection and freeze everything else; any name of what is shared will do."""
+        first = aliases(self)
+        self.selection = frozenset(first.get(name, name) for name in names)
+        freeze(self, self.selection)
+
+    @property
+    def shared_names(self) -> set[str]:
+        """Parameters that both towers hold, by their first names; not what one of them holds twice, as T5 does."""
+        return {first for name, first in aliases(self).items() if (name[:5], first[:6]) == ("text.", "image.")}
+
+    @property
+    def new_names(self) -> dict[str, set[str]]:
+        """Parameters that no base has, by part: the heads (with a learned pooling) and the scale (with its bias)."""
+        heads = ("image_head.", "text_head.", "image.pooling.", "text.pooling.")
+        names = [name for name, _ in self.named_parameters()]
+        return {
+            "heads": {name for name in names if name.startswith(heads)},
+            "scale": {name for name in names if name in ("log_scale", "temperature", "bias")},
+        }
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """What each parameter of the selection is, by name: the keys of ``train.lr_factors``.
+
+        ``scale`` and ``head`` as in ``new_names``. Inside a tower, ``new`` is what its base does not have (bottlenecks,
+        appended blocks with their norms, low-rank factors, prompts), the low-rank differences between what is shared,
+        and what nobody has trained beside a pre-trained trunk; of the base, ``shared`` is what both towers hold, else
+        ``norm`` or the rest, ``tower``.
+        """
+        kinds: dict[str, Kind] = dict.fromkeys(self.new_names["heads"], "head")
+        kinds.update(dict.fromkeys(self.new_names["scale"], "scale"))
+        shared = self.shared_names
+        for side, tower in (("image", self.image), ("text", self.text)):
+            assert tower.hashes, "what is new is told from the weights of the base, and shapes have none"
+            modules = list(tower.net.modules())
+            norms = {id(p) for module in modules if is_norm(module) for p in module.parameters()}
+            differences = {id(p) for module in modules if isinstance(module, LowRankLinear) for p in module.own}
+            for name, p in tower.net.named_parameters():
+                plain = name.replace(".base_layer.", ".")  # peft renames the weights that it wraps
+                is_new = plain not in tower.hashes or plain in tower.new or id(p) in differences
+                kind: Kind = "new" if is_new else "norm" if id(p) in norms else "tower"
+                full = f"{side}.net.{name}"
+                kinds[full] = "shared" if full in shared and kind != "new" else kind
+        return {name: kinds[name] for name, _ in self.named_parameters() if name in self.selection}
+
+    def counts(self) -> dict[str, Count]:
+        """Parameters in all and trained: for the whole (``model``), per tower, for the heads and for the scale.
+
+        What both towers hold is counted once, as ``shared``, and not in theirs; there is no such part without any.
+        """
+        shared = self.shared_names
+        parts = {**self.new_names, **({"shared": shared} if shared else {})}
+
+        def part_of(name: str) -> str:
+            return next((part for part, names in parts.items() if name in names), name.partition(".")[0])
+
+        def count(part: str | None) -> Count:
+            chosen = [(n, p) for n, p in self.named_parameters() if part is None or part_of(n) == part]
+            trained = [p for n, p in chosen if n in self.selection]
+            total = sum(p.numel() for _, p in chosen)
+            return Count(total, sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained))
+
+        order = ("image", "text", *(["shared"] if shared else []), "heads", "scale")
+        return {"model": count(None), **{part: count(part) for part in order}}
+
+    @property
+    def moving(self) -> dict[str, Tensor]:
+        """Running statistics that training moves beside the selection, by name; see ``Tower.moving``."""
+        towers = {"image": self.image, "text": self.text}
+        return {f"{side}.{name}": buffer for side, tower in towers.items() for name, buffer in tower.moving.items()}
+
+    def delta(self) -> dict[str, Tensor]:
+        """The trained tensors, by name, and the statistics that moved with them."""
+        trained = {name: p.detach() for name, p in self.named_parameters() if name in self.selection}
+        return {**trained, **self.moving}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything an embedding depends on: both bases, the delta, and what is new though it does not train."""
+        ours = self.selection.union(*self.new_names.values())
+        tensors = {name: p.detach() for name, p in self.named_parameters() if name in ours}
+        tensors |= self.moving
+        hashes = sorted(tensor_hashes(tensors).items())
+        return hashlib.sha256(repr((self.image.fingerprint, self.text.fingerprint, hashes)).encode()).hexdigest()
+
+    # --- encoding ------------------------------------------------------------------------------------------------
+
+    def embed_image(self, inputs: ImageInput) -> Float[Tensor, "B E"]:
+        """Images (or what the frozen image tower said of them) to unit vectors."""
+        pooled = inputs.values if isinstance(inputs, Pooled) else self.image.pooled(inputs)
+        return F.normalize(self.image_head(pooled).float(), dim=-1)
+
+    def embed_text(self, inputs: TextInput) -> Float[Tensor, "B E"]:
+        """Captions (or what the frozen text tower said of them) to unit vectors."""
+        pooled = inputs.values if isinstance(inputs, Pooled) else self.text.pooled(inputs)
+        return F.normalize(self.text_head(pooled).float(), dim=-1)
+
+    def encode_image(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B E"]:
+        """Normalised pixels to unit vectors."""
+        return self.embed_image(Pixels(pixels))
+
+    def encode_text(self, tokens: Int[Tensor, "B N"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B E"]:
+        """Token ids to unit vectors; ``mask`` is true on real tokens."""
+        return self.embed_text(Tokens(tokens, mask))
+
+    def scale_and_bias(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
+        """What makes logits of cosines: the scale (not its logarithm) and, for the sigmoid loss, the bias."""
+        if self.temperature is not None:
+            with torch.no_grad():  # in place, so that the gradient is taken there and is not cut off
+                self.temperature.clamp_(*self._limits)
+            return self.temperature.reciprocal(), self.bias
+        assert self.log_scale is not None
+        return self.log_scale.exp(), self.bias
+
+    def forward(self, batch: Batch) -> Embeddings:
+        """A batch to its embeddings, with the scale and bias of their logits."""
+        return Embeddings(self.embed_image(batch.image), self.embed_text(batch.text), *self.scale_and_bias())
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Put the log scale back into its range; a temperature is, before it is used again."""
+        if self.log_scale is not None:
+            self.log_scale.clamp_(*self._limits)
+
+
+def _stored(form: Literal["log", "divisor"], scale: float) -> float:
+    """A scale as the parameter that is learned; 0 and inf stand for no limit."""
+    if form == "log":
+        return math.log(scale) if scale else -math.inf
+    return 1 / scale if scale else math.inf

@@ -1,0 +1,314 @@
+"""What a model reads of some pairs: live pixels and tokens, or what the frozen part of a tower said of them once.
+
+The one place that decides between the two, from the selection alone, for training and for evaluation alike. In go pairs
+and a model with its transform and tokenizer, out come the sides of a batch and the streams that evaluations read; or,
+before any of it is computed, what would be kept (``Keeping``).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from clasp.data.device import on_device
+from clasp.data.feature_cache.dtypes import Name as StorageName
+from clasp.data.feature_cache.features import (
+    ENCODED_AT_ONCE,
+    CachedImages,
+    CachedTexts,
+    Features,
+    Progress,
+    Texts,
+    bytes_of_images,
+    bytes_of_texts,
+    image_features,
+    key_of_images,
+    key_of_texts,
+    text_features,
+)
+from clasp.data.images import Augment, ImageTransform
+from clasp.data.loader import Tally, image_batches, images_at_once, log_skipped, text_batches
+from clasp.data.pairs import Pairs
+from clasp.data.readers import ImageSide, Listing, LiveImages, LiveTexts, TextSide
+from clasp.data.tokenizer import Tokenizer
+from clasp.models.frozen import Trunk, Whole, frozen_part
+from clasp.models.tower import Tower
+from clasp.types import ImageInput, Pixels, Skipped, TextInput
+
+FeatureChoice = Literal["auto", "off"] | StorageName
+
+SHARE_OF_DISK = 0.25  # of what is free, which "auto" may fill with the states of a trunk
+AT_ONCE = 256  # cached inputs of an evaluation in one call of what is left of a tower
+
+Bar = Callable[[str], AbstractContextManager[Progress]]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What keeping some features means. ``bytes`` are those of their rows on disk; ``storage`` is how they are written,
+    ``None`` where they would take too much and are computed anew each time; ``file`` has them, where they are there."""
+
+    what: Literal["images", "captions"]
+    count: int
+    storage: StorageName | None
+    bytes: int
+    file: Path | None
+    key: Mapping[str, Any]
+
+    @property
+    def more_bytes(self) -> int:
+        """That are still to be written."""
+        return self.bytes if self.storage and not self.file else 0
+
+
+def no_bar(title: str) -> AbstractContextManager[Progress]:
+    """Nobody is watching."""
+    return nullcontext(lambda done, total: None)
+
+
+class Inputs:
+    """Reads pairs for one model.
+
+    ``features`` decides whether what a tower's frozen part says is computed once and kept under ``cache``, and how it
+    is written: "auto" keeps the vectors of a wholly frozen tower in float32, and the states of a trunk in float16 where
+    they fill at most a quarter of the free disk. ``say`` hears what is kept, or why not; ``report`` hears of images
+    that an evaluation could not read, once of each.
+    """
+
+    def __init__(
+        self,
+        *,
+        image: Tower,
+        text: Tower,
+        transform: ImageTransform,
+        tokenizer: Tokenizer,
+        features: FeatureChoice,
+        cache: Path,
+        bar: Bar = no_bar,
+        say: Say = lambda line: None,
+        report: Callable[[Iterable[Skipped]], None] = log_skipped,
+        workers: int = 0,
+        views: int = 0,
+        seed: int = 0,
+        max_bad_fraction: float = 0.02,
+    ):
+        self.image, self.text = image, text
+        self.transform, self.tokenizer = transform, tokenizer
+        on = features != "off"
+        self.image_part = frozen_part(image, transform.size) if on else None
+        self.text_part = frozen_part(text, 0) if on else None
+        self._features: FeatureChoice = features
+        self._cache, self._bar, self._say, self._report = cache, bar, say, report
+        self._workers, self._views, self._seed, self._max_bad = workers, views, seed, max_bad_fraction
+        self._told: set[str] = set()
+        self._ahead: list[tuple[dict[str, int], Features]] = []
+
+    @property
+    def all_pooled(self) -> bool:
+        """Whether both towers are wholly frozen: all that is left of them are vectors, which cost nothing."""
+        return isinstance(self.image_part, Whole) and isinstance(self.text_part, Whole)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return next(self.image.parameters()).device
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def image_side(self, pairs: Pairs, augment: Augment | None) -> ImageSide:
+        """The image side of training batches. Augmented images are read anew, unless ``views`` of them are kept."""
+        if augment is None or self._views:
+            features = self.image_features(pairs, augment)
+            if features is not None:
+                return CachedImages(features, pairs)
+        return LiveImages(self.transform, augment)
+
+    def text_side(self, listing: Listing) -> TextSide:
+        """The text side of training batches."""
+        features = self.text_features(listing.texts)
+        return LiveTexts(self.tokenizer) if features is None else CachedTexts(features, listing)
+
+    def image_features(self, pairs: Pairs, augment: Augment | None = None) -> Features | None:
+        """What the image tower's frozen part says of every image, computed at most once; ``None`` to read them live."""
+        part, keeping = self.image_part, self.keeping_of_images(pairs, augment)
+        if part is None or keeping is None or (storage := self._agreed(part, keeping)) is None:
+            return None
+        views = self._views_of(augment)
+        with self._bar(f"images of {Path(pairs.name).name} through {self.image.name}") as progress:
+            return image_features(
+                part,
+                pairs,
+                self.transform,
+                batch=images_at_once(self.transform.size, self._device),
+                cache=self._cache,
+                progress=progress,
+                augment=augment if views > 1 else None,
+                views=views,
+                seed=self._seed,
+                workers=self._workers,
+                device=self._device,
+                max_bad_fraction=self._max_bad,
+                storage=storage,
+            )
+
+    def text_features(self, texts: Sequence[str]) -> Features | None:
+        """What the text tower's frozen part says of every text, computed at most once; ``None`` to read them live."""
+        part = self.text_part
+        if part is None:
+            return None
+        for entries, features in self._ahead:
+            if all(text in entries for text in texts):
+                return replace(features, entry=np.array([entries[text] for text in texts], dtype=np.int64))
+        keeping = self.keeping_of_texts(texts)
+        if keeping is None or (storage := self._agreed(part, keeping)) is None:
+            return None
+        with self._bar(f"captions through {self.text.name}") as progress:
+            features = text_features(
+                part,
+                self.tokenizer,
+                texts,
+                cache=self._cache,
+                progress=progress,
+                device=self._device,
+                storage=storage,
+            )
+        self._ahead.append((dict(zip(texts, features.entry.tolist(), strict=True)), features))
+        return features
+
+    def read_ahead(self, texts: Iterable[str]) -> None:
+        """Put the texts of many small questions through a frozen text tower at once; the questions then find them."""
+        different = sorted(set(texts))
+        if different:
+            self.text_features(different)
+
+    # --- what is kept --------------------------------------------------------------------------------------------
+
+    def keeping_of_images(self, pairs: Pairs, augment: Augment | None = None) -> Keeping | None:
+        """What ``image_features`` would keep, before it does; ``None`` where no part of the tower is frozen."""
+        part, views = self.image_part, self._views_of(augment)
+        if part is None:
+            return None
+        key = key_of_images(part, pairs, self.transform, augment, views=views, seed=self._seed)
+        return self._keeping(
+            part, "images", len(pairs), key, lambda name: bytes_of_images(part, len(pairs), views, name)
+        )
+
+    def keeping_of_texts(self, texts: Sequence[str]) -> Keeping | None:
+        """What ``text_features`` would keep, before it does; ``None`` where no part of the tower is frozen."""
+        part = self.text_part
+        if part is None:
+            return None
+        asked = Texts(texts)
+        key = key_of_texts(part, self.tokenizer, asked)
+        takes = lambda name: bytes_of_texts(part, self.tokenizer, asked.different, name)  # noqa: E731
+        return self._keeping(part, "captions", len(asked.different), key, takes)
+
+    def free_bytes(self) -> int:
+        """What is free where features are kept."""
+        return shutil.disk_usage(next(at for at in (self._cache, *self._cache.parents) if at.exists())).free
+
+    def _views_of(self, augment: Augment | None) -> int:
+        return 1 + (self._views if augment else 0)
+
+    def _keeping(
+        self,
+        part: Whole | Trunk,
+        what: Literal["images", "captions"],
+        count: int,
+        key: dict[str, Any],
+        takes: Callable[[StorageName], int],
+    ) -> Keeping:
+        name: StorageName = "float32" if isinstance(part, Whole) else "float16"
+        if self._features != "auto" and self._features != "off":
+            name = self._features
+        key, size = {**key, "storage": name}, takes(name)
+        file = _held(self._cache / "features", key)
+        may_be_live = self._features == "auto" and isinstance(part, Trunk) and file is None
+        live = may_be_live and size > SHARE_OF_DISK * self.free_bytes()
+        return Keeping(what, count, None if live else name, size, file, key)
+
+    def _agreed(self, part: Whole | Trunk, keeping: Keeping) -> StorageName | None:
+        """How they are kept, if they are; says so of the states of a trunk, where that was for us to choose."""
+        if self._features == "auto" and isinstance(part, Trunk):
+            size = f"{keeping.bytes:,} bytes of {self.free_bytes():,} that are free on disk"
+            how = "computed once and kept" if keeping.storage else "computed anew each time"
+            self._say(f"states of {keeping.what} after {part.depth} blocks of {part.tower.name} are {how}: {size}")
+        return keeping.storage
+
+    # --- evaluation ----------------------------------------------------------------------------------------------
+
+    def images(self, pairs: Pairs) -> Callable[[], Iterable[tuple[Sequence[str], ImageInput]]]:
+        """A stream of the images of ``pairs`` with their ids, to be read as often as one likes."""
+        features = self.image_features(pairs)
+        if features is None:
+            tally = Tally(len(pairs), self._max_bad)
+            return lambda: self._live_images(pairs, tally)
+        self._tell(features.skipped.values())
+        ids = [pairs[number].id for number in range(len(pairs))]
+        readable = [number for number in range(len(pairs)) if number not in features.skipped]
+
+        def cached() -> Iterable[tuple[Sequence[str], ImageInput]]:
+            for part in _chunks(readable, AT_ONCE):
+                inputs = features.read(np.array(part, dtype=np.int64))
+                yield [ids[number] for number in part], on_device(inputs, self._device)
+
+        return cached
+
+    def texts(self, texts: Mapping[str, str]) -> Callable[[], Iterable[tuple[Sequence[str], TextInput]]]:
+        """A stream of captions, given as id to text."""
+        return lambda: self._read_texts(list(texts), list(texts.values()))
+
+    def read(self, texts: Sequence[str]) -> Iterable[tuple[Sequence[str], TextInput]]:
+        """A stream of texts that are their own ids (prompts of a zero-shot question)."""
+        return self._read_texts(list(texts), list(texts))
+
+    def _tell(self, skipped: Iterable[Skipped]) -> None:
+        new = [sample for sample in skipped if sample.id not in self._told]
+        self._told.update(sample.id for sample in new)
+        self._report(new)
+
+    def _live_images(self, pairs: Pairs, tally: Tally) -> Iterable[tuple[Sequence[str], Pixels]]:
+        sources = [(pair.id, pair.image) for pair in pairs]
+
+        def report(skipped: Iterable[Skipped]) -> None:
+            self._tell(skipped)
+            tally.add(skipped)
+
+        few = images_at_once(self.transform.size, self._device)
+        for ids, pixels in image_batches(sources, self.transform, few, workers=self._workers, report=report):
+            yield ids, on_device(pixels, self._device)
+
+    def _read_texts(self, ids: list[str], texts: list[str]) -> Iterable[tuple[Sequence[str], TextInput]]:
+        features = self.text_features(texts)
+        if features is None:
+            for places, tokens in text_batches(texts, self.tokenizer, ENCODED_AT_ONCE):
+                yield [ids[n] for n in places], on_device(tokens, self._device)
+        else:
+            for part in _chunks(range(len(ids)), AT_ONCE):
+                inputs = features.read(np.array(part, dtype=np.int64))
+                yield [ids[n] for n in part], on_device(inputs, self._device)
+
+
+def _chunks(items: Sequence[int], size: int) -> Iterable[Sequence[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _held(folder: Path, key: Mapping[str, Any]) -> Path | None:
+    """The whole file of features whose ``.json`` has this key."""
+    wanted = json.loads(json.dumps(key)).items()  # as it is read back: no tuples
+    for about in sorted(folder.glob("*.json")):
+        with suppress(OSError, ValueError, KeyError, AttributeError):  # not ours, damaged, or just being replaced
+            if wanted <= json.loads(about.read_text(encoding="utf-8"))["key"].items():
+                if (file := about.with_suffix(".npy")).exists():
+                    return file
+    return None

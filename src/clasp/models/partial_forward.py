@@ -1,0 +1,136 @@
+"""A net cut between two blocks: run up to the cut, or go on from what the trunk left there.
+
+In go a foreign net, its anatomy and a call that runs it; out come the states after its first ``depth`` blocks, or what
+the net says when those states are put back. Unusual: nothing is asked of how a family calls its blocks. To stop, a hook
+on the block below the cut leaves the net by an exception; to go on, the net runs on a blank input with the blocks below
+the cut handing it through and the last of them giving out the states, so masks, positions and final norms are the
+net's own. ``frozen_blocks`` reads from a selection how deep a cut can lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clasp.models.structure import Anatomy
+
+
+def frozen_blocks(parts: Anatomy, trained: Iterable[str]) -> int:
+    """How many blocks from the bottom have nothing trained in or before them; ``trained`` are names in the net.
+
+    All of them when only the tail trains (the final norm), none when something outside blocks and tail does.
+    """
+    depth = len(parts.blocks)
+    for name in trained:
+        at = (number for number, block in enumerate(parts.blocks) if name.startswith(f"{block.path}."))
+        in_tail = any(name.startswith(f"{path}.") for path in parts.tail)
+        depth = min(depth, next(at, len(parts.blocks) if in_tail else 0))
+    return depth
+
+
+def states_after(net: nn.Module, parts: Anatomy, depth: int, run: Callable[[], Any]) -> Float[Tensor, "B N D"]:
+    """What block number ``depth`` (counted from 1) gives out while ``run`` runs the net; the net stops there."""
+    handle = net.get_submodule(parts.blocks[depth - 1].path).register_forward_hook(_leave)
+    try:
+        run()
+    except _Reached as reached:
+        return as_tokens(reached.states)
+    finally:
+        handle.remove()
+    raise AssertionError(f"{parts.family} never ran block {depth}")
+
+
+def going_on(
+    net: nn.Module, parts: Anatomy, depth: int, states: Float[Tensor, "B N D"], run: Callable[[], Any], *, gives: type
+) -> Any:
+    """What ``run`` returns when the first ``depth`` blocks are not computed but left ``states``.
+
+    ``gives`` is what ``blocks_give`` said of the net.
+    """
+    with _standing_in(net, parts, depth, states, gives):
+        return run()
+
+
+def blocks_give(net: nn.Module, parts: Anatomy, run: Callable[[], Any]) -> type | None:
+    """What the blocks hand on while ``run`` runs the net: ``Tensor`` (their states), or a ``tuple`` of that alone.
+
+    ``None`` where they hand on more, as T5's do with their position biases: such a net cannot be cut.
+    """
+    given: set[type | None] = set()
+
+    def look(module: nn.Module, args: tuple, output: Any) -> None:
+        alone = isinstance(output, Tensor) or (isinstance(output, tuple) and len(output) == 1)
+        given.add((Tensor if isinstance(output, Tensor) else tuple) if alone else None)
+
+    handles = [net.get_submodule(block.path).register_forward_hook(look) for block in parts.blocks]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return given.pop() if len(given) == 1 else None
+
+
+def states_of(output: Any) -> Tensor:
+    """The states in what a block gave out: alone, or first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def as_tokens(states: Tensor) -> Tensor:
+    """Feature maps ``[B D h w]`` as tokens in row-major order; tokens stay as they are."""
+    return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+
+
+class _Reached(Exception):
+    """The cut, with the states there. An exception is the one way out of a net of which nothing else is known."""
+
+    def __init__(self, states: Tensor):
+        super().__init__("the cut")
+        self.states = states
+
+
+def _leave(module: nn.Module, args: tuple, output: Any) -> None:
+    raise _Reached(states_of(output))
+
+
+@contextmanager
+def _standing_in(net: nn.Module, parts: Anatomy, depth: int, states: Tensor, gives: type) -> Iterator[None]:
+    """Blocks below the cut hand on what they get, the last of them ``states``; their own ``forward`` comes back after.
+
+    An attribute of the instance shadows the method of its class, and modules, names and hooks all stay in place.
+    """
+    blocks = [net.get_submodule(block.path) for block in parts.blocks[:depth]]
+
+    def came_in(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        return args[0] if args else kwargs["hidden_states"]
+
+    def wrapped(out: Tensor) -> Any:
+        return (out,) if gives is tuple else out
+
+    def hand_on(*args: Any, **kwargs: Any) -> Any:
+        return wrapped(came_in(args, kwargs))
+
+    def give_out(*args: Any, **kwargs: Any) -> Any:
+        return wrapped(_as_maps(states, parts) if came_in(args, kwargs).ndim == 4 else states)
+
+    for block in blocks:
+        vars(block)["forward"] = give_out if block is blocks[-1] else hand_on
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del vars(block)["forward"]
+
+
+def _as_maps(states: Float[Tensor, "B N D"], parts: Anatomy) -> Float[Tensor, "B D side side"]:
+    """Tokens in row-major order as the square maps that they were."""
+    side = math.isqrt(states.shape[1])
+    assert side * side == states.shape[1], f"{states.shape[1]} tokens are no square map"
+    layout = torch.channels_last if parts.channels_first else torch.contiguous_format
+    return states.transpose(1, 2).unflatten(2, (side, side)).contiguous(memory_format=layout)

@@ -1,0 +1,1 @@
+"""Weights that both towers hold in common."""

@@ -1,0 +1,349 @@
+"""A tower: any encoder, seen as states and one pooled vector.
+
+In goes a ``Base`` (a foreign module and what its authors did to its inputs) and a few settings; out comes a module with
+``forward -> states [B N D]`` and ``pooled -> [B Dp]``; both also go on from ``States``, where its ``trunk`` stopped.
+Unusual: a tower stays in evaluation mode while it trains unless ``dropout`` is asked for, and running statistics of
+BatchNorm do not move: a frozen tower must answer the same twice. They do where a net began from a seed and the norm
+trains: they are then ``moving``, a part of what training changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clasp.data.images import ImageTransform
+from clasp.models.backbone import Base, Pool
+from clasp.models.length_buckets import by_length
+from clasp.models.partial_forward import as_tokens, blocks_give, frozen_blocks, going_on, states_after, states_of
+from clasp.models.pooling import POOLS, AttentionPool
+from clasp.models.structure import anatomy, is_norm, unused
+from clasp.models.transformer.encoders import ImageTransformer
+from clasp.models.tuning.depth import truncate
+from clasp.models.tuning.spec import tune
+from clasp.types import Pixels, States, Tokens, UserError
+
+
+class Tower(nn.Module):
+    """An encoder of one modality. ``net`` is the foreign module, ``pooling`` is new when it is learned.
+
+    Takes the module over: unused parts are dropped from it. Raises ``UserError`` for a ``pool`` or ``layer`` that the
+    base cannot give.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        pool: str | None = None,
+        layer: int | None = None,
+        more_layers: Sequence[int] = (),
+        dropout: bool = False,
+    ):
+        super().__init__()
+        self.name, self.modality, self.version = base.name, base.modality, base.version
+        self.net = base.net
+        for path in unused(self.net):
+            _drop(self.net, path)
+        _forget_past(self.net)
+        if layer is not None:
+            truncate(self.net, layer)
+        self.hashes = tensor_hashes(self.net.state_dict())
+        self._read, self._from_seed = base.read, base.from_seed
+        self.new = base.new
+        self.dropout = dropout
+        self._parts = anatomy(self.net)
+        if self._parts.channels_first:
+            # measured: two to four times faster on CPUs
+            nn.utils.convert_conv2d_weight_memory_format(self.net, torch.channels_last)
+        self._pool = pool or base.pool
+        if self._pool not in get_args(Pool):
+            raise UserError(f"pool = {self._pool!r} of {base.name} is none of {', '.join(get_args(Pool))}")
+        if self._pool in ("cls", "cls+mean") and base.modality == "image" and not self._parts.prefix_tokens:
+            raise UserError(f"pool = {self._pool!r}: {base.name} has no class token; choose mean or attention")
+        self._more = self._numbered(more_layers)
+        self.pooling: AttentionPool | None = None
+        self._size = _own_size(self.net, base.transform)
+        states = self._width_of_states()
+        if self._pool == "attention":
+            self.pooling = AttentionPool(states).to(self._device)
+        self.width = 2 * states if "+" in self._pool else states  # two poolings side by side
+        if self._more:
+            with torch.no_grad():
+                self.width = self.pooled(self._smallest_input()).shape[1]
+        self.eval()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the base weights and how they are pooled; what trains does not enter."""
+        return _hash(sorted(self.hashes.items()), self._pool, self._more)
+
+    def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
+        """Apply a tuning spec; returns names relative to the tower. A learned pooling is not part of it."""
+        names = {f"net.{name}" for name in tune(self.net, specs, seed=seed)}
+        self._parts = anatomy(self.net)  # there may be new blocks
+        return names
+
+    def recompute_blocks(self) -> None:
+        """Keep of each block above the trunk its input only, and compute the rest again in the backward pass.
+
+        Costs a second forward pass of the blocks that a gradient goes through (Chen et al., 2016, "Training deep nets
+        with sublinear memory cost"); dropout draws the same again. To be called once it is known what trains.
+        """
+        for block in self._parts.blocks[self.frozen_blocks :]:
+            module = self.net.get_submodule(block.path)
+            vars(module)["forward"] = _Recomputed(module)
+
+    def forward(self, inputs: Pixels | Tokens | States) -> Float[Tensor, "U N D"]:
+        """States after the last block and the final norm; of each different caption once."""
+        if isinstance(inputs, Tokens):
+            return self.net(input_ids=inputs.ids, attention_mask=inputs.mask.long()).last_hidden_state
+        if isinstance(inputs, States):
+            blank, gives = self._blank(inputs), self._blocks_give
+            assert gives is not None, f"{self.name} cannot be cut"
+            lowest = self._parts.lowest_cut
+            assert inputs.depth >= lowest, f"{self.name} cannot be cut above block {inputs.depth}, but above {lowest}"
+            values = inputs.values.to(next(self.net.parameters()).dtype)  # they may be kept in half precision
+            return going_on(self.net, self._parts, inputs.depth, values, lambda: self(blank), gives=gives)
+        pixels = inputs.values
+        if self._parts.channels_first:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return as_tokens(self._read(self.net, pixels) if self._read else _read_pixels(self.net, pixels))
+
+    # --- the trunk -----------------------------------------------------------------------------------------------
+
+    @property
+    def wholly_frozen(self) -> bool:
+        """Whether nothing in the tower trains, a learned pooling included: its pooled output is then fixed."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def frozen_blocks(self) -> int:
+        """How many blocks from the bottom are the trunk: they and all before them stay as they are.
+
+        0 also where the net hands more from block to block than its states, and cannot be cut, or not so low.
+        """
+        trained = [name for name, parameter in self.net.named_parameters() if parameter.requires_grad]
+        depth = min([frozen_blocks(self._parts, trained), *self._more])
+        return depth if depth >= self._parts.lowest_cut and self._blocks_give else 0
+
+    @cached_property
+    def _blocks_give(self) -> type | None:
+        with torch.no_grad():
+            return blocks_give(self.net, self._parts, lambda: self(self._smallest_input()))
+
+    def trunk(self, inputs: Pixels | Tokens, depth: int) -> States:
+        """The states after the first ``depth`` blocks, ``1 <= depth <= frozen_blocks``, to go on from later."""
+        assert 1 <= depth <= len(self._parts.blocks), f"{self.name} has {len(self._parts.blocks)} blocks, not {depth}"
+        values = states_after(self.net, self._parts, depth, lambda: self(inputs))
+        if isinstance(inputs, Tokens):
+            return States(values, inputs.mask, depth, 0, inputs.rows)
+        return States(values, _all_real(values), depth, inputs.values.shape[-1])
+
+    def trunk_fingerprint(self, depth: int) -> str:
+        """Of everything that states after ``depth`` blocks depend on."""
+        return _hash(sorted(self.hashes.items()), "states", depth)
+
+    def _blank(self, states: States) -> Pixels | Tokens:
+        """An input of the shape that left ``states``; one image does, since only captions differ in their masks."""
+        if self.modality == "text":
+            return Tokens(torch.zeros_like(states.mask, dtype=torch.long), states.mask)
+        return Pixels(torch.zeros(1, 3, states.size, states.size, device=self._device))
+
+    # --- pooling -------------------------------------------------------------------------------------------------
+
+    def pool(self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B Dp"]:
+        """One vector a row, by the pooling chosen; ``mask`` is true on real tokens."""
+        if self.pooling is not None:
+            vectors = self.pooling(states, mask)
+        else:
+            vectors = self._pool_plainly(states, mask)
+        if self._parts.pooled_norm:
+            norm = self.net.get_submodule(self._parts.pooled_norm)
+            vectors = norm(vectors.unflatten(1, (-1, states.shape[2]))).flatten(1)
+        return vectors
+
+    def pooled(self, inputs: Pixels | Tokens | States) -> Float[Tensor, "B Dp"]:
+        """Inputs to one vector a row.
+
+        Captions go through the net in parts of like length, so that little of the work is done on padding.
+        """
+        if isinstance(inputs, Pixels):
+            return self._pooled(inputs)
+        parts, back = by_length(inputs)
+        vectors = torch.cat([self._pooled(part) for part in parts])
+        order = back if inputs.rows is None else inputs.rows if back is None else back[inputs.rows]
+        return vectors if order is None else vectors[order]
+
+    def _pooled(self, inputs: Pixels | Tokens | States) -> Float[Tensor, "U Dp"]:
+        outputs: list[Tensor] = []
+        blocks = [self.net.get_submodule(self._parts.blocks[number - 1].path) for number in self._more]
+        hooks = [
+            block.register_forward_hook(lambda _, __, output: outputs.append(states_of(output))) for block in blocks
+        ]
+        try:
+            states = self(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        seen = [states, *(as_tokens(early) for early in outputs)]  # lower maps of a CNN have more places
+        text = None if isinstance(inputs, Pixels) or self.modality == "image" else inputs.mask
+        mask = [_all_real(each) if text is None else text for each in seen]
+        return torch.cat([self.pool(states, mask[0]), *map(self._pool_plainly, seen[1:], mask[1:])], dim=1)
+
+    def train(self, mode: bool = True) -> Tower:
+        """Evaluation mode always, unless dropout is wanted; BatchNorm trains where its statistics are ``moving``."""
+        super().train(mode and self.dropout)
+        for norm in self._batch_norms().values():
+            norm.train(mode and self._moves(norm))
+        return self
+
+    @property
+    def moving(self) -> dict[str, Tensor]:
+        """Running statistics that move in training, by name: of norms that train, in a net that began from a seed."""
+        moving = {path: norm for path, norm in self._batch_norms().items() if self._moves(norm)}
+        return {f"{path}.{name}": buffer for path, norm in moving.items() for name, buffer in norm.named_buffers()}
+
+    def _batch_norms(self) -> dict[str, nn.Module]:
+        return {name: m for name, m in self.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+    def _moves(self, norm: nn.Module) -> bool:
+        return self._from_seed and any(parameter.requires_grad for parameter in norm.parameters())
+
+    def _pool_plainly(self, states: Float[Tensor, "U N D"], mask: Bool[Tensor, "U N"]) -> Float[Tensor, "U Dp"]:
+        return POOLS[self._pool](states, mask, self._parts.prefix_tokens if self.modality == "image" else 0)
+
+    def _numbered(self, layers: Sequence[int]) -> list[int]:
+        """``more_layers`` counted from 1, lowest first."""
+        count = len(self._parts.blocks)
+        numbers = sorted({layer if layer > 0 else count + layer for layer in layers})
+        if numbers and not 1 <= numbers[0] <= numbers[-1] < count:
+            raise UserError(
+                f"more_layers = {list(layers)}: {self.name} has {count} blocks below its last states; choose from "
+                f"1 to {count - 1}, or {1 - count} to -1"
+            )
+        if numbers and self._pool == "attention":
+            raise UserError(f"more_layers = {list(layers)}: pool = 'attention' is learned for the last states only")
+        return numbers
+
+    # --- what the net is like ------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def _smallest_input(self) -> Pixels | Tokens:
+        if self.modality == "text":
+            ids = torch.zeros(1, 2, dtype=torch.long, device=self._device)
+            return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+        return Pixels(torch.zeros(1, 3, self._size, self._size, device=self._device))
+
+    def _width_of_states(self) -> int:
+        """Width ``D`` of the states, by running the smallest input through the net (on meta tensors: shapes only).
+
+        There the net is asked first: a forward pass of shapes costs half a second, and decoders look at values.
+        """
+        told = self._told_width() if self._device.type == "meta" else None
+        if told is not None:
+            return told
+        with torch.no_grad():
+            return self(self._smallest_input()).shape[-1]
+
+    def _told_width(self) -> int | None:
+        """Width of the states as the final norm or a ``transformers`` configuration has it."""
+        from transformers import PreTrainedModel
+
+        if self._parts.tail and is_norm(last := self.net.get_submodule(self._parts.tail[-1])):
+            return next(last.parameters()).numel()
+        return (
+            self.net.config.hidden_size if self.modality == "text" and isinstance(self.net, PreTrainedModel) else None
+        )
+
+
+def _hash(*facts: Any) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _all_real(states: Float[Tensor, "U N D"]) -> Bool[Tensor, "U N"]:
+    return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+
+
+class _Recomputed:
+    """The forward pass of a block, computed again in the backward pass where there will be one.
+
+    An object, so that the copy of a tower computes the blocks of the copy.
+    """
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+        self.trains = any(parameter.requires_grad for parameter in block.parameters())
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        forward = partial(type(self.block).forward, self.block)
+        given = (*args, *options.values())
+        if torch.is_grad_enabled() and (self.trains or any(isinstance(x, Tensor) and x.requires_grad for x in given)):
+            return checkpoint(forward, *args, use_reentrant=False, **options)
+        return forward(*args, **options)
+
+
+def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Sixteen hexadecimal digits of the sha256 of each tensor (none on the meta device)."""
+    hashes = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_meta:
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            hashes[name] = hashlib.sha256(data).hexdigest()[:16]
+    return hashes
+
+
+def _read_pixels(net: nn.Module, pixels: Tensor) -> Tensor:
+    kind = type(net).__name__
+    if kind in _OWN_READERS:
+        return _OWN_READERS[kind](net, pixels)
+    resizes = {"interpolate_pos_encoding": True} if kind in _RESIZE_ON_REQUEST else {}
+    return net(pixel_values=pixels, **resizes).last_hidden_state
+
+
+_OWN_READERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "EfficientNet": lambda net, pixels: net.extract_features(pixels),
+    "ImageTransformer": lambda net, pixels: net(pixels),
+    "VisionTransformer": lambda net, pixels: net(pixels),
+}
+_RESIZE_ON_REQUEST = ("ViTModel", "DeiTModel", "CLIPVisionModel", "SiglipVisionModel")
+
+
+def _own_size(net: nn.Module, transform: ImageTransform | None) -> int:
+    """A picture size the net accepts: its configured one, else the transform's, else 64 pixels."""
+    from transformers import PreTrainedModel
+
+    if isinstance(net, ImageTransformer):
+        return net.size
+    if isinstance(net, PreTrainedModel):
+        size = net.config.to_dict().get("image_size") or 64
+        return size if isinstance(size, int) else size[0]
+    return transform.size if transform is not None else 64
+
+
+def _drop(net: nn.Module, path: str) -> None:
+    """Take an unused part out: a module then hands its input on, and models check for a parameter that is ``None``."""
+    owner_path, _, name = path.rpartition(".")
+    owner = net.get_submodule(owner_path)
+    if name in dict(owner.named_children()):
+        setattr(owner, name, nn.Identity())
+    elif name in dict(owner.named_parameters(recurse=False)):
+        setattr(owner, name, None)
+
+
+def _forget_past(net: nn.Module) -> None:
+    """A decoder would keep keys and values for a next token that never comes."""
+    from transformers import PreTrainedModel
+
+    if isinstance(net, PreTrainedModel) and "use_cache" in net.config.to_dict():
+        net.config.use_cache = False

@@ -1,0 +1,1 @@
+"""Our own transformers: blocks, image and text encoders, convolutional stems and branches."""

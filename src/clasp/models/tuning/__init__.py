@@ -1,0 +1,1 @@
+"""What trains in a tower: tuning specs and the methods that they name."""

@@ -1,0 +1,123 @@
+"""Bottleneck adapters for a tower: small modules at every residual branch of its blocks.
+
+In go a net, its anatomy and some blocks, out come the names of the parameters that are new. The bottlenecks are
+children of their block and act through forward hooks, so no parameter of the base changes its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from clasp.models.pooling import Adapter
+from clasp.models.structure import Anatomy, Block, is_norm
+from clasp.types import UserError
+
+PLACES = ("output", "input")
+STARTS = ("identity", "random")
+
+
+def insert_adapters(
+    net: nn.Module, parts: Anatomy, blocks: Iterable[Block], *, reduction: int, place: str, start: str
+) -> set[str]:
+    """Put a bottleneck at every residual branch of ``blocks``, at the branch's ``input`` or its ``output``.
+
+    LilT (section 3) has them at the input, before the norm, in its image tower and at the output, before the residual
+    sum, in its text tower. ``reduction`` divides the branch's width. Returns the names of the new parameters.
+    Raises ``UserError`` when no such place is known in the net's family, and for a block that has adapters already.
+    """
+    names: set[str] = set()
+    for block in blocks:
+        places = block.begins if place == "input" else block.ends
+        if not places:
+            what = "the module a branch begins with" if place == "input" else "its attention and MLP modules"
+            raise UserError(
+                f"adapters(place={place!r}): {parts.family} has no known branch {place} in {block.path}; "
+                f"looked for {what}"
+            )
+        owner = net.get_submodule(block.path)
+        for number, path in enumerate(places, 1):
+            module = net.get_submodule(path)
+            width = _width(net, path, module, place)
+            with torch.device(next(module.parameters(), next(owner.parameters())).device):
+                adapter = Adapter(width, max(1, width // reduction), start, _is_map(module, parts, place))
+            name = f"adapter{number}"
+            if name in dict(owner.named_children()):
+                raise UserError(f"adapters: {block.path} is given adapters twice; let the block ranges not overlap")
+            owner.add_module(name, adapter)
+            _attach(module, adapter, place)
+            names |= {f"{block.path}.{name}.{p}" for p, _ in adapter.named_parameters()}
+    return names
+
+
+# --- how -------------------------------------------------------------------------------------------------------------
+
+
+def _attach(module: nn.Module, adapter: Adapter, place: str) -> None:
+    if place == "input":
+        module.register_forward_pre_hook(_BeforeBranch(adapter), with_kwargs=True)
+    else:
+        module.register_forward_hook(_AfterBranch(adapter))
+
+
+class _BeforeBranch:
+    """A hook that is an object, so that copying a tower copies what its hooks point to."""
+
+    def __init__(self, adapter: Adapter):
+        self.adapter = adapter
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (self.adapter(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.adapter(kwargs["hidden_states"])}
+
+
+class _AfterBranch:
+    def __init__(self, adapter: Adapter):
+        self.adapter = adapter
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self.adapter(output[0]), *output[1:])
+        return self.adapter(output)
+
+
+def _is_map(module: nn.Module, parts: Anatomy, place: str) -> bool:
+    """Whether ``B D height width`` flows into (or out of) the module: its first (or last) layer is a convolution."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    edge = layers[:1] if place == "input" else layers[-1:]
+    return parts.channels_first or any(isinstance(layer, nn.Conv2d) for layer in edge)
+
+
+def _width(net: nn.Module, path: str, module: nn.Module, place: str) -> int:
+    """Channels that flow into (or out of) the module: read from it, or from the nearest weights around it."""
+    while True:
+        width = _width_in(module) if place == "input" else _width_out(module)
+        if width:
+            return width
+        path = path.rpartition(".")[0]  # an Identity or a Dropout: its neighbours know
+        module = net.get_submodule(path)
+
+
+def _width_in(module: nn.Module) -> int | None:
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            return part.in_channels
+        if isinstance(part, nn.Linear):
+            return part.in_features
+        if is_norm(part):
+            return next(part.parameters()).numel()
+    return None
+
+
+def _width_out(module: nn.Module) -> int | None:
+    widths = []
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            widths.append(part.out_features)
+        elif next(part.children(), None) is None:
+            widths += [p.numel() for p in part.parameters() if p.ndim == 1]  # a norm or a layer scale
+    return widths[-1] if widths else None

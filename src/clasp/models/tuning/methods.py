@@ -1,0 +1,257 @@
+"""The methods of a tuning spec, a row each: what it puts into a tower, and the names of what then trains.
+
+In goes a net and one parsed method (``Tuning``), out come names. Methods that put parts in are run first, in a fixed
+order; those that only read names come after. ``clasp.models.tuning.spec`` parses specs and runs their methods.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from clasp.models.structure import Block, anatomy, is_bias, is_norm
+from clasp.models.transformer.convolutions import BranchSettings
+from clasp.models.transformer.encoders import ImageTransformer
+from clasp.models.tuning import peft_methods
+from clasp.models.tuning.bottleneck import PLACES, STARTS, insert_adapters
+from clasp.models.tuning.depth import DEEP_STARTS, append_blocks
+from clasp.models.tuning.prompts import insert_prompts
+from clasp.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """One method of a tuning spec, parsed: ``adapters(reduction=4, blocks="6:")``; ``spec`` is how it was written."""
+
+    spec: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    blocks: slice | None = None
+
+
+def wrapped_by(net: nn.Module, tuning: Tuning) -> list[str]:
+    """Paths of the layers that are wrapped where a method of peft looks: after it ran, by itself."""
+    roots = _roots(net, tuning)
+    return sorted(path for path in peft_methods.wrapped(net) if _at_or_below(path, roots))
+
+
+# --- the methods -----------------------------------------------------------------------------------------------------
+
+
+def _full(net: nn.Module, tuning: Tuning) -> set[str]:
+    if tuning.blocks is None:
+        return {name for name, _ in net.named_parameters()}
+    return _below(net, (block.path for block in _blocks(net, tuning)))
+
+
+def _none(net: nn.Module, tuning: Tuning) -> set[str]:
+    return set()
+
+
+def _norms(net: nn.Module, tuning: Tuning) -> set[str]:
+    norms = (name for name, module in net.named_modules() if is_norm(module))
+    return _within(net, _below(net, norms), tuning)
+
+
+def _biases(net: nn.Module, tuning: Tuning) -> set[str]:
+    return _within(net, {name for name, p in net.named_parameters() if is_bias(name, p.ndim)}, tuning)
+
+
+def _attention(net: nn.Module, tuning: Tuning) -> set[str]:
+    return _weights(net, [b.attention for b in _blocks(net, tuning) if b.attention])
+
+
+def _mlp(net: nn.Module, tuning: Tuning) -> set[str]:
+    return _weights(net, [path for b in _blocks(net, tuning) for path in b.mlp])
+
+
+def _last(net: nn.Module, tuning: Tuning) -> set[str]:
+    parts, n = anatomy(net), tuning.options["n"]
+    if n > len(parts.blocks):
+        raise UserError(f"tuning last({n}): {parts.family} has {len(parts.blocks)} blocks")
+    return _below(net, (*(b.path for b in parts.blocks[-n:]), *parts.tail))
+
+
+def _deep(net: nn.Module, tuning: Tuning) -> set[str]:
+    parts = anatomy(net)
+    new = append_blocks(net, parts, tuning.options["n"], tuning.options["init"])
+    return new | _below(net, parts.tail)
+
+
+def _adapters(net: nn.Module, tuning: Tuning) -> set[str]:
+    parts = anatomy(net)
+    return insert_adapters(net, parts, _blocks(net, tuning), **tuning.options)
+
+
+def _peft(net: nn.Module, tuning: Tuning) -> set[str]:
+    if taken := wrapped_by(net, tuning):
+        raise UserError(
+            f"tuning {tuning.spec!r}: {taken[0]} is wrapped by another method already; let their blocks or targets "
+            "not overlap"
+        )
+    roots = _roots(net, tuning)
+    targets = [name for name, module in net.named_modules() if _at_or_below(name, roots) and _is_linear(module)]
+    if not targets:
+        return set()
+    options = {key: value for key, value in tuning.options.items() if key not in METHODS[tuning.method].defaults}
+    return peft_methods.inject_peft(net, tuning.method, targets, options)
+
+
+def _match(net: nn.Module, tuning: Tuning) -> set[str]:
+    pattern = tuning.options["pattern"]
+    if not isinstance(pattern, str):
+        raise UserError("tuning match: say which names, for example match('encoder.layer.*.dense.*')")
+    return {name for name, _ in net.named_parameters() if fnmatch.fnmatchcase(name, pattern)}
+
+
+def _prompts(net: nn.Module, tuning: Tuning) -> set[str]:
+    return insert_prompts(net, anatomy(net), tuning.options["n"])
+
+
+def _branch(net: nn.Module, tuning: Tuning) -> set[str]:
+    if not isinstance(net, ImageTransformer):
+        raise UserError(
+            f"tuning {tuning.spec!r}: a branch of convolutions stands beside the blocks of our own image nets alone "
+            f"(own:, deit:, a tower of share.trunk), and this is a {type(net).__name__}"
+        )
+    layers = net.settings.layers
+    before = tuning.options["before"] or tuple(range(2, layers, 2))[:5] or (layers - 1,)  # of 12 layers, the paper's
+    try:
+        settings = BranchSettings(kind="gated", before=before)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"tuning {tuning.spec!r}: before = {before!r}: {reason}") from None
+    return net.add_branch(settings, seed=int(torch.randint(1 << 31, ())))
+
+
+# --- reading the net -------------------------------------------------------------------------------------------------
+
+
+def _blocks(net: nn.Module, tuning: Tuning) -> tuple[Block, ...]:
+    blocks = anatomy(net).blocks
+    if tuning.blocks is None:
+        return blocks
+    for end in (tuning.blocks.start, tuning.blocks.stop):
+        if end is not None and not -len(blocks) <= end <= len(blocks):
+            raise UserError(
+                f"tuning {tuning.spec!r}: {anatomy(net).family} has blocks 0 to {len(blocks) - 1}, and {end} is none"
+            )
+    return blocks[tuning.blocks]
+
+
+def _below(net: nn.Module, paths: Iterable[str]) -> set[str]:
+    heads = tuple(f"{path}." for path in paths)
+    return {name for name, _ in net.named_parameters() if name.startswith(heads)} if heads else set()
+
+
+def _within(net: nn.Module, names: set[str], tuning: Tuning) -> set[str]:
+    """All of ``names``, or those inside the chosen blocks where a block range is given."""
+    if tuning.blocks is None:
+        return names
+    return names & _below(net, (block.path for block in _blocks(net, tuning)))
+
+
+def _weights(net: nn.Module, paths: list[str]) -> set[str]:
+    """Parameters below ``paths`` that are not norms': BERT keeps its norms inside its attention and output modules."""
+    norms = _below(net, (name for name, module in net.named_modules() if is_norm(module)))
+    return _below(net, paths) - norms
+
+
+def _roots(net: nn.Module, tuning: Tuning) -> list[str]:
+    """The attention, MLP or all of the chosen blocks, where peft looks for linear layers and 1x1 convolutions."""
+    blocks, targets = _blocks(net, tuning), tuning.options["targets"]
+    if targets == "auto":
+        targets = "attention" if any(b.attention for b in blocks) else "all"
+    return {
+        "attention": [b.attention for b in blocks if b.attention],
+        "mlp": [path for b in blocks for path in b.mlp],
+        "all": [b.path for b in blocks],
+    }[targets]
+
+
+def _at_or_below(path: str, roots: Sequence[str]) -> bool:
+    return path in roots or path.startswith(tuple(f"{root}." for root in roots))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size in (1, (1, 1)) and module.groups == 1
+    return isinstance(module, nn.Linear)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A row of ``METHODS``: how names are selected, what was looked for, and the options with their defaults."""
+
+    select: Callable[[nn.Module, Tuning], set[str]]
+    looks_for: str
+    rank: int = 9
+    """structure is changed in this order, then names are read; peft before bottlenecks, so that one at a branch's end
+    also sees what is added to its last layer"""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, tuple] = field(default_factory=dict)
+    open: bool = False
+    """further options belong to peft, which checks them"""
+
+    @property
+    def order(self) -> list[str]:
+        return list(self.defaults)
+
+    @property
+    def takes(self) -> str:
+        """Its options, for a person."""
+        return ", ".join((*self.defaults, "blocks", *(("and peft's own",) if self.open else ())))
+
+    def check(self, spec: str, key: str, value: Any) -> None:
+        """One option's value, or a ``UserError`` that names the valid ones."""
+        if key in self.choices and value not in self.choices[key]:
+            raise UserError(f"tuning {spec!r}: {key} is one of {', '.join(map(str, self.choices[key]))}, not {value!r}")
+        counts = isinstance(self.defaults.get(key), int) or (self.open and key == "rank")
+        if counts and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UserError(f"tuning {spec!r}: {key} is a whole number from 1, not {value!r}")
+
+
+_PEFT_DEFAULTS = {"targets": "auto"}
+_LORA_DEFAULTS = {**_PEFT_DEFAULTS, "start": "random"}
+_PEFT_CHOICES = {"targets": ("auto", "attention", "mlp", "all"), "start": peft_methods.LORA_STARTS}
+
+METHODS: dict[str, Method] = {
+    "full": Method(_full, "it has no parameters"),
+    "none": Method(_none, ""),
+    "norms": Method(_norms, "looked for LayerNorm, RMSNorm, GroupNorm and BatchNorm modules with weights"),
+    "biases": Method(_biases, "looked for vectors named bias or ..._bias"),
+    "attention": Method(_attention, "looked for an attention module in its blocks; it has none"),
+    "mlp": Method(_mlp, "looked for a feed-forward module in its blocks; it has none"),
+    "last": Method(_last, "looked for its last blocks", defaults={"n": 1}),
+    "deep": Method(_deep, "", rank=1, defaults={"n": 1, "init": "copy"}, choices={"init": DEEP_STARTS}),
+    "adapters": Method(
+        _adapters,
+        "looked for blocks in the range given",
+        rank=3,
+        defaults={"reduction": 4, "place": "output", "start": "identity"},
+        choices={"place": PLACES, "start": STARTS},
+    ),
+    **{
+        name: Method(
+            _peft,
+            "looked for linear layers (or 1x1 convolutions) in its blocks",
+            rank=2,
+            defaults=_LORA_DEFAULTS if name in peft_methods.LORA else _PEFT_DEFAULTS,
+            choices=_PEFT_CHOICES,
+            open=True,
+        )
+        for name in peft_methods.PEFT
+    },
+    "prompts": Method(_prompts, "", rank=4, defaults={"n": 8}),
+    "branch": Method(_branch, "", rank=5, defaults={"before": None}),
+    "match": Method(_match, "no parameter has such a name", defaults={"pattern": None}),
+}

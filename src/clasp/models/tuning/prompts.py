@@ -1,0 +1,100 @@
+"""Learned tokens that a tower sees and nobody outside it does.
+
+In go a net and its anatomy, out come the names of the parameters that are new. The tokens are put in and taken out
+by forward hooks, so no parameter of the base changes its name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clasp.models.structure import Anatomy, is_norm
+from clasp.types import UserError
+
+
+def insert_prompts(net: nn.Module, parts: Anatomy, count: int) -> set[str]:
+    """Let ``net`` see ``count`` learned tokens, and nobody outside it: the states come out as if they were not there.
+
+    In a text tower they stand before the first token, in an image tower between class token and patches. Raises
+    ``UserError`` for a net without attention, and for one that takes token ids only.
+    """
+    from transformers import PreTrainedModel
+
+    if not any(block.attention for block in parts.blocks):
+        raise UserError(f"prompts: {parts.family} has no attention, so extra tokens would meet nobody")
+    if "prompts" in dict(net.named_children()):
+        raise UserError("prompts: given twice; ask for all of them at once, as in prompts(8)")
+    first = net.get_submodule(parts.blocks[0].path)
+    device = next(first.parameters()).device
+    if isinstance(net, PreTrainedModel) and net.main_input_name == "input_ids":
+        if "inputs_embeds" not in inspect.signature(net.forward).parameters:
+            raise UserError(f"prompts: {parts.family} takes token ids only, so learned tokens cannot be put in front")
+        width = next(net.get_input_embeddings().parameters()).shape[1]
+        prompts = Prompts(count, width, 0, device)
+        net.register_forward_pre_hook(_PromptTokens(prompts), with_kwargs=True)
+    else:
+        width = next(p.numel() for m in first.modules() if is_norm(m) for p in m.parameters())
+        prompts = Prompts(count, width, parts.prefix_tokens, device)
+        first.register_forward_pre_hook(_PromptStates(prompts))
+    net.add_module("prompts", prompts)
+    net.register_forward_hook(_WithoutPrompts(prompts))
+    return {"prompts.tokens"}
+
+
+class Prompts(nn.Module):
+    """Learned tokens that stand before the first real token or patch (VPT-shallow, Jia et al., ECCV 2022)."""
+
+    def __init__(self, count: int, width: int, at: int, device: torch.device):
+        super().__init__()
+        self.at = at
+        self.tokens = nn.Parameter(torch.empty(count, width, device=device).normal_(std=0.02))
+
+    def insert(self, states: Tensor) -> Tensor:
+        """Put the prompts into ``states [B N D]``."""
+        prompts = self.tokens.to(states.dtype).expand(len(states), -1, -1)
+        return torch.cat((states[:, : self.at], prompts, states[:, self.at :]), dim=1)
+
+    def remove(self, states: Tensor) -> Tensor:
+        """Take them out again."""
+        return torch.cat((states[:, : self.at], states[:, self.at + len(self.tokens) :]), dim=1)
+
+
+# --- how -------------------------------------------------------------------------------------------------------------
+
+
+class _PromptTokens:
+    """Text: embed the ids ourselves, set the prompts in front and let the mask cover them."""
+
+    def __init__(self, prompts: Prompts):
+        self.prompts = prompts
+
+    def __call__(self, net: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        ids, mask = kwargs.pop("input_ids"), kwargs.pop("attention_mask")
+        embedded = self.prompts.insert(net.get_input_embeddings()(ids))
+        front = mask.new_ones(len(mask), len(self.prompts.tokens))
+        return args, {**kwargs, "inputs_embeds": embedded, "attention_mask": torch.cat((front, mask), dim=1)}
+
+
+class _PromptStates:
+    """Images: the states that enter the first block."""
+
+    def __init__(self, prompts: Prompts):
+        self.prompts = prompts
+
+    def __call__(self, block: nn.Module, args: tuple) -> tuple:
+        return (self.prompts.insert(args[0]), *args[1:])
+
+
+class _WithoutPrompts:
+    def __init__(self, prompts: Prompts):
+        self.prompts = prompts
+
+    def __call__(self, net: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self.prompts.remove(output)
+        output.last_hidden_state = self.prompts.remove(output.last_hidden_state)
+        return output

@@ -1,0 +1,119 @@
+"""What trains in a tower: a tuning spec becomes one set of parameter names, the selection.
+
+In goes a net and a list such as ``["adapters(reduction=4)", "norms(blocks='6:')"]``; new parts are inserted, and out
+come names. That set is the only truth: it gets the gradients, the optimizer holds it, the delta saves it, the counts
+are of it. A method that matches nothing is an error, never a silent no-op.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from clasp.models.tuning.methods import METHODS, Tuning, wrapped_by
+from clasp.models.tuning.peft_methods import LORA
+from clasp.types import UserError
+
+
+def parse(spec: str) -> Tuning:
+    """Read one method: a name, or a name with options in brackets as in a Python call.
+
+    Raises ``UserError`` for an unknown method or option, naming the nearest valid ones.
+    """
+    try:
+        tree = ast.parse(spec.strip(), mode="eval").body
+        call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+        assert isinstance(call.func, ast.Name)
+        name = call.func.id
+        positional = [ast.literal_eval(argument) for argument in call.args]
+        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        raise UserError(
+            f"tuning {spec!r} does not read as a method; write it as norms or adapters(reduction=4)"
+        ) from None
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"tuning {spec!r}: unknown method {name!r}{hint}; methods: {', '.join(METHODS)}")
+    method = METHODS[name]
+    if len(positional) > len(method.order):
+        raise UserError(f"tuning {spec!r}: {name} takes {method.takes}")
+    options.update(zip(method.order, positional, strict=False))
+    blocks = options.pop("blocks", None)
+    unknown = [] if method.open else [key for key in options if key not in method.defaults]
+    if unknown:
+        raise UserError(f"tuning {spec!r}: {name} has no option {unknown[0]!r}; it takes {method.takes}")
+    for key, value in options.items():
+        method.check(spec, key, value)
+    return Tuning(spec, name, {**method.defaults, **options}, _block_range(spec, blocks))
+
+
+def tune(net: nn.Module, specs: Sequence[str], *, seed: int) -> set[str]:
+    """Insert what the specs ask for into ``net`` and return the names of the parameters that train.
+
+    Structure comes first, in a fixed order (appended blocks, peft, bottlenecks, prompts), so that the order in which a
+    recipe lists its methods never matters. A method may be given several times, with other options for other blocks.
+    New parts start from ``seed``. Raises ``UserError`` when a method matches nothing, and when two of them would put
+    a part in the same place.
+    """
+    tunings = [parse(spec) for spec in specs]
+    if len(tunings) > 1 and any(t.method == "none" for t in tunings):
+        raise UserError(f"tuning {list(specs)}: none stands alone; leave it out to train something")
+    chosen: set[int] = set()  # by identity: peft renames what it wraps, and keeps the parameters themselves
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for tuning in sorted(tunings, key=_place_in_order):
+            method = METHODS[tuning.method]
+            found = method.select(net, tuning)
+            if not found and tuning.method != "none":
+                raise UserError(f"tuning {tuning.spec!r} matches nothing in {type(net).__name__}: {method.looks_for}")
+            chosen |= {id(p) for name, p in net.named_parameters() if name in found}
+    return {name for name, p in net.named_parameters() if id(p) in chosen}
+
+
+def from_gradient(net: nn.Module, specs: Sequence[str]) -> list[str]:
+    """Paths of the layers of a tuned net whose low-rank update is to start from the gradient (``start="gradient"``).
+
+    ``specs`` are those the net was tuned with. Nothing is remembered of it: no two methods wrap one layer, so what is
+    wrapped where a method looks was wrapped by it.
+    """
+    asking = [t for t in map(parse, specs) if t.method in LORA and t.options["start"] == "gradient"]
+    return [path for tuning in asking for path in wrapped_by(net, tuning)]
+
+
+def freeze(module: nn.Module, selection: Iterable[str]) -> None:
+    """Give gradients to the selection and to nothing else. Names that do not exist are a bug of ours."""
+    chosen = set(selection)
+    missing = chosen - {name for name, _ in module.named_parameters()}
+    assert not missing, f"selected but not there: {sorted(missing)[:3]}"
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
+# --- how -------------------------------------------------------------------------------------------------------------
+
+
+def _place_in_order(tuning: Tuning) -> tuple:
+    """Structure first; methods of one place in an order of their own, so that what they draw is not up to the list."""
+    options = sorted(tuning.options.items())
+    return METHODS[tuning.method].rank, tuning.method, repr(tuning.blocks), repr(options)
+
+
+def _block_range(spec: str, blocks: Any) -> slice | None:
+    if blocks is None:
+        return None
+    try:
+        ends = [int(part) if part.strip() else None for part in str(blocks).split(":")]
+        if len(ends) == 1 and ends[0] is not None:
+            return slice(ends[0], ends[0] + 1 or None)
+        start, stop = ends
+        return slice(start, stop)
+    except ValueError:
+        raise UserError(
+            f"tuning {spec!r}: blocks={blocks!r} is not a range; write '6:', ':4', '2:8', '-3:' or '5'"
+        ) from None

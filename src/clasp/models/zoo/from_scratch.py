@@ -1,0 +1,95 @@
+"""Nets of ours that nobody has trained yet: ``tower = "own:image"`` and ``tower = "own:text"``.
+
+In go the settings of ``[image.net]`` or ``[text.net]`` and a seed, out comes a ``Base`` whose weights were drawn from
+it, the same each time, since a delta stands on them. The text net reads CLIP's word pieces, whose file comes in a pip
+package, or pieces learned from the captions that it will be trained on: these are made by who has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from clasp.data.bpe import CLIP_PIECES, clip_pieces
+from clasp.data.images import ImageTransform
+from clasp.data.tokenizer import Tokenizer
+from clasp.models.backbone import Base, ImageSettings, TextSettings
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, TextTransformerSettings, initialise
+from clasp.models.zoo.installed_file import InstalledFile
+from clasp.types import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# bpe_simple_vocab_16e6 (MIT), byte for byte that of openai/CLIP
+CLIP_PACKAGE, CLIP_VERSION = "open_clip_torch", "3.3.0"
+CLIP_FILE = InstalledFile(
+    "open_clip/bpe_simple_vocab_16e6.txt.gz", "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+)
+
+
+def seeded_base(settings: ImageSettings | TextSettings, *, seed: int, meta: bool) -> Base:
+    """The net that the settings describe. Raises ``UserError`` for a tower that they do not fit."""
+    side = "image" if isinstance(settings, ImageSettings) else "text"
+    if settings.tower != f"own:{side}":
+        raise UserError(f"[{side}] tower = {settings.tower!r}: a net of ours is own:{side} there")
+    if settings.net is None:
+        raise UserError(
+            f"[{side}] tower = {settings.tower!r} needs a section [{side}.net] with width, heads, layers, …"
+        )
+    if isinstance(settings, TextSettings):
+        _refuse_other_lengths(settings, settings.net)
+        net = _drawn(partial(TextTransformer, settings.net), seed, meta)
+        pool = "eos" if settings.net.attention == "causal" else "mean"
+        tokenizer = partial(clip_tokenizer, settings.net.context)
+        return Base(settings.tower, "text", net, _version(seed), pool, tokenizer=tokenizer, from_seed=True)
+    size = settings.net.size
+    if settings.size not in (None, size):
+        raise UserError(
+            f"image.size = {settings.size}: the net of [image.net] is for {size} px; set image.net.size instead"
+        )
+    net = _drawn(partial(ImageTransformer, settings.net), seed, meta)
+    transform = ImageTransform(size, IMAGENET_MEAN, IMAGENET_STD)
+    return Base(settings.tower, "image", net, _version(seed), "cls", transform, from_seed=True)
+
+
+def clip_tokenizer(max_tokens: int) -> Tokenizer:
+    """CLIP's tokenizer, its file checked. Raises ``UserError`` where its package is not installed."""
+    return Tokenizer(
+        clip_pieces(CLIP_FILE.find("text.vocabulary = 'clip'", CLIP_PACKAGE, CLIP_VERSION)), max_tokens=max_tokens
+    )
+
+
+def refuse_without_net(settings: ImageSettings | TextSettings) -> None:
+    """``UserError`` where a tower that brings its net with it is told what its net is like, or how it reads."""
+    side = "image" if isinstance(settings, ImageSettings) else "text"
+    odd = f"[{side}.net]" if settings.net is not None else ""
+    if isinstance(settings, TextSettings) and settings.vocabulary is not None:
+        odd = f"text.vocabulary = {settings.vocabulary!r}"
+    if odd:
+        raise UserError(f"{odd} is for tower = 'own:{side}'; {settings.tower!r} brings its own")
+
+
+def _drawn(make: Callable[[], nn.Module], seed: int, meta: bool) -> nn.Module:
+    with torch.device("meta" if meta else "cpu"), torch.random.fork_rng(devices=[]):
+        net = make()
+    initialise(net, seed=seed)
+    return net.eval()
+
+
+def _refuse_other_lengths(settings: TextSettings, net: TextTransformerSettings) -> None:
+    if settings.vocabulary != "pairs" and net.vocabulary != CLIP_PIECES:
+        raise UserError(
+            f"text.net.vocabulary = {net.vocabulary}: CLIP has {CLIP_PIECES} word pieces; write that, or learn others "
+            "with text.vocabulary = 'pairs'"
+        )
+    if settings.max_tokens is not None and settings.max_tokens > net.context:
+        raise UserError(
+            f"text.max_tokens = {settings.max_tokens}: the net of [text.net] has {net.context} positions; take at most "
+            "that, or set text.net.context"
+        )
+
+
+def _version(seed: int) -> str:
+    return f"drawn from seed {seed}"

@@ -1,0 +1,122 @@
+"""Image towers from timm, with its hub weights or with weights from a file.
+
+In: a name from timm's list. Out: a ``Base`` that reads states from ``forward_features``. Unusual: the net is made with
+the classifier that its weights have, since timm checks names only then, and loses it afterwards; and what stands after
+the states is found on meta tensors, whatever timm calls it in this family, and dropped. Importing this needs timm.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float
+from timm.data.config import resolve_model_data_config
+from timm.layers.norm import LayerNorm2d
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from clasp.data.images import ImageTransform
+from clasp.models.backbone import Base, ImageSettings
+from clasp.models.structure import LAYOUTS
+from clasp.models.zoo.huggingface import said_plainly
+from clasp.types import UserError
+
+
+def timm_base(name: str, settings: ImageSettings, meta: bool) -> Base:
+    """The tower ``NAME`` or ``NAME@FILE``; see ``clasp.models.zoo.registry.open_base``."""
+    name, _, file = name.partition("@")
+    family = name.partition(".")[0]
+    if not timm.is_model(family):
+        near = difflib.get_close_matches(family, timm.list_models(), n=3)
+        raise UserError(f"tower = {settings.tower!r}: timm has no model {name!r}; nearest: {', '.join(near) or 'none'}")
+    if file and not Path(file).is_file():
+        raise UserError(f"tower = {settings.tower!r}: there is no file {file}")
+    with said_plainly(settings.tower):
+        own = _weights(name, file) if file and not meta else {}
+        cfg = timm.get_pretrained_cfg(name)
+        if settings.size and cfg is not None and cfg.fixed_input_size:
+            own["img_size"] = settings.size
+        with torch.device("meta" if meta else "cpu"):
+            net: Any = timm.create_model(name, pretrained=not meta, **own).eval()
+            net.reset_classifier(0)
+    facts = resolve_model_data_config(net)
+    transform = _transform(facts, settings)
+    _drop_beyond_states(net, transform.size)
+    pool = "cls" if vars(net).get("global_pool") == "token" else "mean"
+    return Base(settings.tower, "image", net, f"timm {timm.__version__}", pool, transform, read=_states)
+
+
+def _weights(name: str, file: str) -> dict[str, Any]:
+    """What makes timm load ``file`` strictly: the number of classes that its classifier has."""
+    cfg = timm.get_pretrained_cfg(name)
+    classifier = cfg.classifier if cfg is not None else None
+    first = classifier if isinstance(classifier, str) or classifier is None else classifier[0]
+    weight = load_state_dict(file, device="cpu").get(f"{first}.weight")
+    classes = 0 if weight is None else len(weight)
+    overlay = {"file": file, "num_classes": classes, "label_offset": 0, "custom_load": False}
+    return {"num_classes": classes, "pretrained_cfg_overlay": overlay}
+
+
+def _transform(facts: dict[str, Any], settings: ImageSettings) -> ImageTransform:
+    squash = facts["crop_mode"] == "squash"
+    return ImageTransform(
+        settings.size or facts["input_size"][-1],
+        tuple(facts["mean"]),
+        tuple(facts["std"]),
+        resize="squash" if squash else "crop",
+        interpolation=facts["interpolation"],
+        crop_fraction=1.0 if squash else facts["crop_pct"],
+    )
+
+
+def _states(net: Any, pixels: Float[Tensor, "B 3 height width"]) -> Tensor:
+    states = net.forward_features(pixels)
+    if states.ndim == 4 and states.shape[-1] == net.num_features != states.shape[1]:
+        return states.flatten(1, 2)  # hierarchical transformers keep the width last
+    return states
+
+
+class _Features(nn.Module):
+    """``forward_features`` as a forward, which is what can be called with other tensors."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return _states(self.net, pixels)
+
+
+def _drop_beyond_states(net: nn.Module, size: int) -> None:
+    """Take out every parameter that no state depends on: attention pooling, a last convolution, masks.
+
+    A norm of the pooled vector stays where the family is known to have one.
+    """
+    features = _Features(net)
+    shadows = {name: p.detach().to("meta").requires_grad_() for name, p in features.named_parameters()}
+    buffers = {name: b.to("meta") for name, b in features.named_buffers()}
+    pixels = torch.empty(1, 3, size, size, device="meta")
+    torch.func.functional_call(features, {**shadows, **buffers}, (pixels,)).sum().backward()
+    layout = LAYOUTS.get(type(net).__name__)
+    norm = layout.pooled_norm if layout is not None else None
+    for name in (name.removeprefix("net.") for name, shadow in shadows.items() if shadow.grad is None):
+        owner, _, leaf = name.rpartition(".")
+        if owner != norm:
+            setattr(net.get_submodule(owner), leaf, None)
+    if norm in dict(net.named_modules()):
+        _over_vectors(net, norm)
+
+
+def _over_vectors(net: nn.Module, path: str) -> None:
+    """A norm of maps that stands after pooling, as the same norm of vectors; its parameters are the same objects."""
+    theirs: Any = net.get_submodule(path)
+    if isinstance(theirs, LayerNorm2d):
+        ours = nn.LayerNorm(list(theirs.normalized_shape), theirs.eps, device="meta")
+        ours.weight, ours.bias = theirs.weight, theirs.bias
+        net.set_submodule(path, ours)

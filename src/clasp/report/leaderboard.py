@@ -1,0 +1,161 @@
+"""The runs of a sweep side by side: lines of ``sweep.jsonl``, a table for people, and which run to use.
+
+In go run folders that are finished, out come ``Row``s and their order. Reads files and no model. Unusual: what decides
+is read from the validation that a run ended with, whatever it was asked later.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from clasp.evaluation.tasks import Multilingual, Retrieval, ZeroShot
+from clasp.report.model_card import TITLES, number
+from clasp.training.cost.ledger import FILE as COST
+from clasp.training.cost.ledger import read_cost
+from clasp.types import UserError
+
+PRIMARY = {ZeroShot.name: ZeroShot.primary, Retrieval.name: Retrieval.primary, Multilingual.name: Retrieval.primary}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of ``sweep.jsonl``. ``overrides`` make the run's recipe; the last of them, ``settings``, are the grid's.
+    ``value`` is the metric that decides, with its 95 % interval where it has one, over ``n`` queries; ``chance`` is
+    what guessing scores. ``seconds`` are of training, with its evaluations; ``None`` where they are not known.
+    ``error`` is why a run failed. What else a run cost, ``clasp.training.cost.ledger.read_cost`` tells."""
+
+    run: str
+    overrides: tuple[str, ...]
+    settings: tuple[str, ...]
+    state: Literal["finished", "stopped", "failed"]
+    metric: str = ""
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    chance: float | None = None
+    n: int = 0
+    seconds: float | None = None
+    error: str = ""
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> Row:
+        """The inverse of ``dataclasses.asdict``, by way of JSON."""
+        interval = line["interval"] and tuple(line["interval"])
+        settings, overrides = tuple(line["settings"]), tuple(line["overrides"])
+        return cls(**{**line, "overrides": overrides, "settings": settings, "interval": interval})
+
+    @property
+    def sweep(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the runs of one sweep have in common: all other overrides, and the keys of the grid."""
+        fixed = self.overrides[: len(self.overrides) - len(self.settings)]
+        return tuple(sorted(fixed)), tuple(text.partition("=")[0] for text in self.settings)
+
+    def cells(self) -> list[str]:
+        """The row for people: what was set, the metric, guessing, queries, seconds."""
+        name, seconds = self.metric.rpartition("/")[2], "" if self.seconds is None else f"{self.seconds:,.1f}"
+        if self.value is None:
+            return [" ".join(self.settings), f"{self.state}: {self.error}".removesuffix(": "), "", "", seconds]
+        between = f" ({'–'.join(number(name, end) for end in self.interval)})" if self.interval else ""
+        guess = "" if self.chance is None else number(name, self.chance)
+        return [" ".join(self.settings), number(name, self.value) + between, guess, f"{self.n:,}", seconds]
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What came of a sweep: the rows of the runs that were tried, best first, and whether it was stopped."""
+
+    folder: Path
+    rows: list[Row]
+    stopped: bool
+    combinations: int
+
+    @property
+    def finished(self) -> list[Row]:
+        """Best first."""
+        return [row for row in self.rows if row.state == "finished"]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Titles of the cells of a row."""
+        metrics = dict.fromkeys(row.metric.rpartition("/")[2] for row in self.finished)
+        return ("set", ", ".join(TITLES.get(name, name.replace("_", " ")) for name in metrics), "guessing", "n", "s")
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The table, best first."""
+        return [row.cells() for row in self.rows]
+
+    def verdict(self) -> list[str]:
+        """Which run to use, and how sure that is. Needs a run that finished."""
+        best, *others = self.finished
+        lines = [f"best: {best.run}"]
+        close = [row for row in others if best.interval and row.value is not None and row.value >= best.interval[0]]
+        if close:
+            lines[0] += f"; {len(close)} of the {len(others)} others lie within its interval"
+        if others:
+            lines.append("the best of several on the same pairs is flattered by the choice: ask it about others")
+        return lines
+
+
+# --- from and to disk ------------------------------------------------------------------------------------------------
+
+
+def finished(row: Row) -> Row:
+    """The row of a finished run, read from its results: the first are those of its validation."""
+    lines = (Path(row.run) / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    for result in map(json.loads, lines):
+        if result["task"] in PRIMARY and (
+            result["task"] != Multilingual.name or result["language"].startswith("macro:")
+        ):
+            name = PRIMARY[result["task"]]
+            return replace(
+                row,
+                state="finished",
+                metric="/".join(filter(None, (result["task"], result["language"], name))),
+                value=result["metrics"][name],
+                interval=tuple(result["interval"][name]) if name in result["interval"] else None,
+                chance=result["chance"].get(name),
+                n=result["n"],
+                seconds=seconds_of(Path(row.run)),
+            )
+    raise UserError(f"{row.run} has no validation in its results.jsonl")
+
+
+def seconds_of(run: Path) -> float | None:
+    """What a run took to train and to be evaluated, in all its sessions; ``None`` where nobody wrote it down."""
+    if not (run / COST).exists():
+        return None
+    spent = read_cost(run).seconds
+    return spent["training"] + spent["evaluation"]
+
+
+def rank(row: Row) -> tuple[int, float]:
+    """What rows are sorted by: the highest value first, runs without one last."""
+    if row.value is None:
+        return (2, 0.0)
+    return (1, 0.0) if math.isnan(row.value) else (0, -row.value)
+
+
+def read_rows(folder: Path) -> dict[str, Row]:
+    """The rows of an earlier part of this sweep, by run."""
+    file = folder / "sweep.jsonl"
+    if not file.exists():
+        return {}
+    try:
+        rows = [Row.of(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} is damaged ({error}); delete it: the runs themselves are kept") from None
+    return {row.run: row for row in rows}
+
+
+def write_rows(folder: Path, rows: Iterable[Row]) -> None:
+    """``sweep.jsonl``, whole: written beside its place and renamed."""
+    part = folder / "sweep.jsonl.part"
+    folder.mkdir(parents=True, exist_ok=True)
+    part.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(part, folder / "sweep.jsonl")

@@ -1,0 +1,167 @@
+"""What starts from the training pairs: two heads, and low-rank updates that ask for it.
+
+In go an untrained model and the pairs that it will be trained on, out comes nothing: heads get the mean and deviation
+of the features and, if asked for, the closed form; low-rank updates the directions of their gradient. Both are changed
+in place, before the first step. A run that goes on must not do it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from clasp.config.recipe import TuneSettings
+from clasp.data.device import on_device
+from clasp.data.loader import Batches, Tally
+from clasp.data.pairs import Pairs
+from clasp.data.readers import Listing, Picks
+from clasp.models.dual_encoder import DualEncoder, HeadSettings
+from clasp.models.features import Inputs
+from clasp.models.tower import Tower
+from clasp.models.tuning.peft_methods import start_from_gradient, wrapped_weight
+from clasp.models.tuning.spec import freeze, from_gradient
+from clasp.training import grad_cache
+from clasp.training.cca import cca
+from clasp.training.precision import resolve
+from clasp.training.settings import TrainSettings
+from clasp.training.step import seed_generators, step_seed
+from clasp.types import Batch, ImageInput, Loss, Pooled, TextInput, UserError
+
+# captions, with their images, whose mean and deviation are taken for those of all; rows of a cache cost nothing
+LOOKED_AT_CACHED, LOOKED_AT_LIVE = 65_536, 2_048
+GRADIENT_BATCHES = 4  # whose gradient gives low-rank updates their directions: as much work as so many steps
+
+
+def start_heads(
+    model: DualEncoder, inputs: Inputs, pairs: Pairs, listing: Listing, settings: HeadSettings, tally: Tally
+) -> None:
+    """Let the heads start from the training pairs, as the settings say; images that cannot be read go to ``tally``."""
+    image, text = model.image_head.standardize, model.text_head.standardize
+    if image is None or text is None:
+        return
+    pooled = _PooledRows(model, inputs, pairs, listing, tally)
+    most = LOOKED_AT_CACHED if inputs.all_pooled else LOOKED_AT_LIVE
+    some = zip(*pooled.every_caption(_spread(listing, most)), strict=True)
+    for standardize, parts in zip((image, text), some, strict=True):
+        standardize.start_from(torch.cat(parts))
+    if settings.start == "cca":
+        with torch.no_grad():
+            whole = np.arange(len(pairs))
+            every = ((image(images), text(texts)) for images, texts in pooled.every_caption(whole))
+            maps = cca(every, settings.width, ridge=settings.ridge)
+            for head, weight in ((model.image_head, maps.image), (model.text_head, maps.text)):
+                assert isinstance(head.map, nn.Linear)
+                head.map.weight.copy_(weight)
+                head.map.bias.zero_()
+
+
+def start_low_rank(
+    model: DualEncoder, batches: Batches, loss: Loss, tuned: TuneSettings, settings: TrainSettings
+) -> None:
+    """Let the low-rank updates that ask for it (``start="gradient"``) start along the gradient of what they update.
+
+    The gradient is of the real loss over the first batches of the first epoch, in pieces where those do not fit in
+    memory; it goes to the wrapped weights of the base, which do not change. See ``nn.lowrank.start_from_gradient``.
+    A layer that no gradient reaches keeps the start that it drew.
+    Raises ``UserError`` where a gradient is not finite.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}  # of what both towers share, one name
+    layers = {
+        names[id(tower.net.get_parameter(wrapped_weight(path)))]: (tower.net, path)
+        for tower, specs in ((model.image, tuned.image), (model.text, tuned.text))
+        for path in from_gradient(tower.net, specs)
+    }
+    if not layers:
+        return
+    for name, gradient in _gradients(model, layers, batches, loss, settings).items():
+        start_from_gradient(*layers[name], gradient)
+
+
+def _gradients(
+    model: DualEncoder, names: Iterable[str], batches: Batches, loss: Loss, settings: TrainSettings
+) -> dict[str, Tensor]:
+    """The gradient of parameters that are frozen otherwise, summed over a few batches."""
+    device = next(model.parameters()).device
+
+    def seed(side: grad_cache.SideName, piece: int) -> None:
+        seed_generators(step_seed(settings.seed, 0, "start", side, piece), device)
+
+    work = grad_cache.Work(model, device, resolve(settings.precision, device).precision, seed)
+    micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
+    selection, wanted = model.selection, {name: model.get_parameter(name) for name in names}
+    freeze(model, wanted)
+    model.train()
+    try:
+        told_apart = (batch for batch in batches.epoch(0) if len(batch.ids) > 1)
+        for batch in islice(told_apart, GRADIENT_BATCHES):
+            micro_batch = micro_batch or _pieces(work, batch)
+            grad_cache.gradients(work, batch, loss, micro_batch)
+        found = {name: p.grad for name, p in wanted.items() if p.grad is not None}
+    finally:
+        for p in wanted.values():
+            p.grad = None
+        model.select(selection)
+        model.train(False)
+    for name, gradient in found.items():
+        if not gradient.isfinite().all():
+            raise UserError(
+                f"the gradient that start='gradient' asks for is not finite at {name}; try train.precision=float32, or "
+                "start='random'"
+            )
+    return found
+
+
+def _pieces(work: grad_cache.Work, batch: Batch) -> int:
+    return grad_cache.choose(work, batch, len(batch.ids)).micro_batch
+
+
+def _spread(listing: Listing, most: int) -> Int[np.ndarray, " n"]:
+    """Pairs evenly spread over all, with at most about ``most`` captions."""
+    count = max(1, min(len(listing), most * len(listing) // int(listing.first[-1])))
+    return np.unique(np.linspace(0, len(listing) - 1, count).astype(np.int64))
+
+
+class _PooledRows:
+    """Both towers' pooled output for chosen pairs."""
+
+    def __init__(self, model: DualEncoder, inputs: Inputs, pairs: Pairs, listing: Listing, tally: Tally):
+        self.model, self.listing, self.tally = model, listing, tally
+        self.image, self.text = inputs.image_side(pairs, None), inputs.text_side(listing)
+
+    def every_caption(
+        self, pairs: Int[np.ndarray, " n"]
+    ) -> Iterator[tuple[Float[Tensor, "m Di"], Float[Tensor, "m Dt"]]]:
+        """Each caption of these pairs once, with its image."""
+        captions = np.diff(self.listing.first)[pairs]
+        for draw in range(int(captions.max())):
+            numbers = pairs[captions > draw]
+            for part in np.array_split(numbers, -(-len(numbers) // 4096)):
+                yield self.rows(part, draw)
+
+    def rows(self, numbers: Int[np.ndarray, " n"], draw: int) -> tuple[Float[Tensor, "m Di"], Float[Tensor, "m Dt"]]:
+        """Aligned features of those of the pairs that can be read, each with its caption number ``draw``."""
+        images, texts = [], []
+        for start in range(0, len(numbers), 256):
+            part = numbers[start : start + 256]
+            picks = Picks(part, np.full(len(part), draw), np.zeros(len(part), dtype=np.int64))
+            seen = self.image(picks, self.listing.__getitem__)
+            self.tally.add(seen.skipped)
+            if seen.kept:
+                images.append(_pooled(self.model.image, seen.inputs))
+                texts.append(_pooled(self.model.text, self.text(picks[seen.kept], self.listing.__getitem__).inputs))
+        if not images:
+            device = next(self.model.parameters()).device
+            image, text = self.model.image, self.model.text
+            return torch.empty(0, image.width, device=device), torch.empty(0, text.width, device=device)
+        return torch.cat(images), torch.cat(texts)
+
+
+@torch.no_grad()
+def _pooled(tower: Tower, inputs: ImageInput | TextInput) -> Float[Tensor, "B D"]:
+    moved = on_device(inputs, next(tower.parameters()).device)
+    return moved.values if isinstance(moved, Pooled) else tower.pooled(moved)

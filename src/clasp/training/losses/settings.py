@@ -1,0 +1,98 @@
+"""What a recipe says of the loss, and the loss that this comes to.
+
+In: ``LossSettings``. Out: a ``Loss``: one of ``LOSSES`` itself, or one that tells it less: whose positives are others'
+negatives after all, and which pairs of a batch meet at all. Both are quirks of a paper and off by default, since more
+negatives that are none are what a contrastive loss learns from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from clasp.training.losses.contrastive import LOSSES
+from clasp.types import Loss, LossParts, UserError
+
+
+class LossSettings(BaseModel):
+    """The part of ``[loss]`` that says which loss, of which pairs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["infonce", "sigmoid"] = "infonce"
+    """A key of ``clasp.training.losses.LOSSES``"""
+    positives: Literal["groups", "diagonal"] = "groups"
+    """``groups``: a pair's positives are all pairs of its group or of its caption's text; ``diagonal``: itself alone,
+    so that another caption of the same image is a negative (LilT)"""
+    negatives: Annotated[int, Field(gt=1)] | Literal["all"] = "all"
+    """``all``: those in the whole batch. A number: those in a part of the batch, of so many pairs; the loss is the mean
+    over the parts (LilT: 128, the pairs on one of four devices). Where the batch is no multiple of it, the parts are as
+    few as will do, alike in size but for one pair, and each counts by its pairs"""
+
+    def refuse_fewer(self, batch: int) -> None:
+        """``UserError`` for parts that are larger than the batch: they would cut nothing."""
+        if self.negatives != "all" and self.negatives > batch:
+            raise UserError(
+                f"loss.negatives = {self.negatives} is more than the {batch} pairs of a batch (train.batch); "
+                f"at most {batch}, or 'all'"
+            )
+
+
+def loss_of(settings: LossSettings) -> Loss:
+    """The loss that the settings ask for."""
+    loss = LOSSES[settings.kind]
+    if settings.positives == "diagonal":
+        loss = Diagonal(loss)
+    return loss if settings.negatives == "all" else WithinParts(loss, settings.negatives)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagonal:
+    """A loss that is not told of groups: the one positive of a row is its own pair."""
+
+    loss: Loss
+
+    def __call__(
+        self,
+        image: Float[Tensor, "B E"],
+        text: Float[Tensor, "B E"],
+        scale: Float[Tensor, ""],
+        bias: Float[Tensor, ""] | None = None,
+        *,
+        groups: Int[Tensor, "B 2"] | None = None,
+    ) -> LossParts:
+        return self.loss(image, text, scale, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class WithinParts:
+    """A loss whose negatives come from a part of the batch only: consecutive pairs, at most ``most`` of them.
+
+    What several devices compute that do not gather each other's embeddings; the mean over pairs of the parts' losses.
+    """
+
+    loss: Loss
+    most: int
+
+    def __call__(
+        self,
+        image: Float[Tensor, "B E"],
+        text: Float[Tensor, "B E"],
+        scale: Float[Tensor, ""],
+        bias: Float[Tensor, ""] | None = None,
+        *,
+        groups: Int[Tensor, "B 2"] | None = None,
+    ) -> LossParts:
+        count = -(-len(image) // self.most)
+        sides = zip(image.tensor_split(count), text.tensor_split(count), strict=True)
+        of_part = [None] * count if groups is None else groups.tensor_split(count)
+        losses = []
+        for (images, texts), mates in zip(sides, of_part, strict=True):
+            share = len(images) / len(image)
+            losses.append([share * each for each in self.loss(images, texts, scale, bias, groups=mates)])
+        return LossParts(*(torch.stack(each).sum() for each in zip(*losses, strict=True)))

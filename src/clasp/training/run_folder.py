@@ -1,0 +1,257 @@
+"""A run on disk: recipe, delta, and the hashes of the weights that the delta stands on.
+
+In goes a model and what made it, out comes a folder; and back, bitwise. Every file is written beside its place and
+renamed, so a kill leaves the old file or the new one. Unusual: the delta holds the selection and nothing else, so a run
+of a few megabytes is worth nothing without its bases, and refuses bases that differ by a single tensor.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from clasp.data.images import ImageTransform
+from clasp.data.tokenizer import Tokenizer
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.tower import Tower
+from clasp.training.state import TrainState
+from clasp.types import UserError
+
+FORMAT = 1
+OWN_FOLDER = "{run}"  # stands for the run's folder in the towers of its recipe, so that a run can be moved
+# there before anything is trained; towers/ in a run whose towers came with it
+STARTED = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl", "towers")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What a run folder says before any weights are read."""
+
+    recipe: dict[str, Any]
+    transform: ImageTransform
+    tokenizer: Tokenizer
+    base: dict[str, Any]
+
+
+class Run:
+    """One run folder. Making the object touches nothing."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    def refuse_taken(self) -> None:
+        """``UserError`` unless a run may begin here: nothing is here, or a run that ended before it had trained."""
+        other = "choose another name with --name, or delete it"
+        if (self.path / "state").exists():
+            raise UserError(
+                f"{self.path} holds a run that was stopped; go on with: clasp resume {self.path}; or {other}"
+            )
+        if (self.path / "delta.safetensors").exists():
+            raise UserError(f"{self.path} holds a run already; {other}")
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; {other}")
+        there = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+        foreign = [name for name in there if name.removesuffix(".part") not in STARTED]
+        if foreign:
+            raise UserError(f"{self.path} holds something else than a run ({', '.join(foreign[:3])}); {other}")
+
+    def start(
+        self,
+        recipe_toml: str,
+        model: DualEncoder,
+        transform: ImageTransform,
+        tokenizer: Tokenizer,
+        *,
+        pairs: str | None,
+    ) -> None:
+        """Make the folder and write what training does not change; ``pairs`` is the hash of the data, if it is known.
+
+        Raises ``UserError`` for a folder that is taken. What is left of a run that never trained is written over.
+        """
+        self.refuse_taken()
+        with room_for(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "log.jsonl").unlink(missing_ok=True)
+            _write(self.path / "recipe.toml", recipe_toml)
+            _write(self.path / "transform.json", json.dumps(transform.to_dict(), indent=2))
+            tokenizer.save(self.path / "tokenizer")
+            about = {tower.modality: self._about(tower) for tower in (model.image, model.text)}
+            base = {"format": FORMAT, **about, "pairs": pairs}
+            _write(self.path / "base.json", json.dumps(base, indent=1))
+
+    def _about(self, tower: Tower) -> dict[str, Any]:
+        name = tower.name.replace(f"{self.path}/", f"{OWN_FOLDER}/")
+        return {"tower": name, "version": tower.version, "fingerprint": tower.fingerprint, "tensors": tower.hashes}
+
+    def save(self, model: DualEncoder) -> int:
+        """Write the delta; returns its bytes on disk."""
+        with room_for(self.path):
+            _write_tensors(self.path / "delta.safetensors", model.delta(), {"format": str(FORMAT)})
+        return (self.path / "delta.safetensors").stat().st_size
+
+    def save_state(self, state: TrainState) -> None:
+        """Write what going on exactly needs beyond the delta; ``state/`` may be deleted when a run is finished."""
+        with room_for(self.path):
+            (self.path / "state").mkdir(exist_ok=True)
+            # one file, so that a kill never pairs new tensors with an old position
+            facts = {"facts": json.dumps(state.facts())}
+            _write_tensors(self.path / "state" / "state.safetensors", state.tensors(), facts)
+
+    def finish(self) -> None:
+        """Drop the state: there is nothing left to go on with."""
+        shutil.rmtree(self.path / "state", ignore_errors=True)
+
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines to ``log.jsonl`` or ``results.jsonl``."""
+        with room_for(self.path), open(self.path / name, "a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file of the run, such as its card."""
+        with room_for(self.path):
+            _write(self.path / name, text)
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def recipe(self) -> dict[str, Any]:
+        """What ``recipe.toml`` says, ``{run}`` filled in. Raises ``UserError`` when the folder is not a run."""
+        if not self.path.is_dir():
+            raise UserError(f"no run at {self.path}: no such folder")
+        needed = ("recipe.toml", "base.json", "transform.json", "tokenizer")
+        missing = [name for name in needed if not (self.path / name).exists()]
+        if missing:
+            raise UserError(f"{self.path} is not a run folder: it has no {', '.join(missing)}")
+        try:
+            return self.at_home(tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UserError(f"{self.path / 'recipe.toml'} is damaged: {error}") from None
+
+    def at_home(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """A recipe's sections with this run's folder for ``{run}`` in the towers: what lies in the run goes with it."""
+        filled = dict(recipe)
+        for side in ("image", "text"):
+            match recipe.get(side):
+                case {"tower": str(tower), **rest}:
+                    filled[side] = {"tower": tower.replace(OWN_FOLDER, str(self.path)), **rest}
+        return filled
+
+    def read(self) -> RunFacts:
+        """Everything but tensors. Raises ``UserError`` when the folder is not a run."""
+        recipe = self.recipe()
+        try:
+            base = json.loads((self.path / "base.json").read_text(encoding="utf-8"))
+            transform = ImageTransform.from_dict(json.loads((self.path / "transform.json").read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UserError(f"{self.path} is damaged: {error}") from None
+        return RunFacts(recipe, transform, Tokenizer.from_folder(self.path / "tokenizer"), base)
+
+    def refuse_other_bases(self, model: DualEncoder) -> None:
+        """``UserError`` unless the towers of ``model`` hold the weights that this run was trained on."""
+        base = json.loads((self.path / "base.json").read_text(encoding="utf-8"))
+        for tower in (model.image, model.text):
+            _refuse_other_weights(self.path, tower, base[tower.modality])
+
+    def restore(self, model: DualEncoder) -> None:
+        """Check the bases of ``model`` and put the delta in. Every tensor is accounted for.
+
+        Raises ``UserError`` for other bases, and for a delta that is not there, is damaged or does not fit.
+        """
+        self.refuse_other_bases(model)
+        path = self.path / "delta.safetensors"
+        if not path.exists():
+            raise UserError(f"{self.path} was never trained: it has no delta.safetensors")
+        try:
+            tensors = safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+        wanted = model.delta()
+        odd = sorted(set(tensors) ^ set(wanted))
+        if odd:
+            raise UserError(f"{path} does not fit its recipe: {odd[0]} and {len(odd) - 1} more are on one side only")
+        with torch.no_grad():
+            for name, tensor in wanted.items():
+                if tensors[name].shape != tensor.shape:
+                    raise UserError(
+                        f"{path}: {name} is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}"
+                    )
+                tensor.copy_(tensors[name])
+
+    def read_state(self) -> TrainState:
+        """What ``save_state`` wrote. Raises ``UserError`` when there is none, or it is damaged."""
+        self.recipe()
+        path = self.path / "state" / "state.safetensors"
+        if not path.exists():
+            raise UserError(f"{self.path} has no state/ to go on from; it is finished, or its state was deleted")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                return TrainState.of(json.loads(file.metadata()["facts"]), tensors)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _refuse_other_weights(run: Path, tower: Tower, then: dict[str, Any]) -> None:
+    if tower.fingerprint == then["fingerprint"]:
+        return
+    names = sorted(set(tower.hashes) | set(then["tensors"]))
+    differ = [name for name in names if tower.hashes.get(name) != then["tensors"].get(name)]
+    first = (
+        f"{differ[0]} is {tower.hashes.get(differ[0])}, was {then['tensors'].get(differ[0])}" if differ else "pooling"
+    )
+    raise UserError(
+        f"{run} was trained on other weights of the {tower.modality} tower {then['tower']} ({then['version']}): "
+        f"{len(differ)} of {len(names)} tensors differ ({first}); fingerprint {tower.fingerprint[:12]}, "
+        f"was {then['fingerprint'][:12]}"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    with _in_place(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    rows = {name: tensor.contiguous() for name, tensor in tensors.items()}  # a CNN's are kept channels last
+    with _in_place(path) as part:
+        safetensors.torch.save_file(rows, part, metadata)
+
+
+@contextmanager
+def _in_place(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, which takes its place when all went well."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Turns a full disk into one line; what was there before is still there."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # safetensors and tokenizers hide the operating system's error in their text
+        if full or "No space left" in str(error):
+            raise UserError(f"no space left to write {path}; nothing saved before is lost") from None
+        if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        raise

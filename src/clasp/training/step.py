@@ -1,0 +1,211 @@
+"""One training step: embed a batch, measure the loss, move the selected weights.
+
+In: a model, a loss, settings, a batch and the number of the step. Out: ``Stepped``, numbers for the log; weights moved.
+Unusual: randomness is drawn from (seed, step) alone, so a step does not care what ran before it. A batch of more than
+``micro_batch`` pairs is worked through in pieces (``train.bigbatch``), to the same gradient. A loss or gradient that is
+not finite stops the run before it reaches the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from clasp.data.device import on_device
+from clasp.training import grad_cache
+from clasp.training import optimizer as optim
+from clasp.training.grad_cache import Choice, Embedder, Measured, precise
+from clasp.training.precision import Precision
+from clasp.training.settings import TrainSettings
+from clasp.training.state import TrainState
+from clasp.types import Batch, Embeddings, Loss, UserError
+
+
+@runtime_checkable
+class Trainable(Embedder, Protocol):
+    """A module that embeds a batch, or either side of it, and names what trains in it.
+
+    ``train()`` must leave frozen things alone: running statistics of a norm are in no selection, and no run would save
+    them but for those in ``moving``. ``after_step`` puts back into bounds what a step may have pushed out, which is the
+    log scale.
+    """
+
+    @property
+    def selection(self) -> frozenset[str]: ...
+
+    @property
+    def moving(self) -> Mapping[str, Tensor]: ...
+
+    def __call__(self, batch: Batch) -> Embeddings: ...
+
+    def after_step(self) -> None: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+class Stepped(NamedTuple):
+    """What a step was like; ``gradient_norm`` is that before clipping."""
+
+    loss: float
+    lr: float
+    scale: float
+    gradient_norm: float
+
+
+class Stepper:
+    """Holds what moves the weights; ``weights`` is the selection, by name.
+
+    ``kinds`` has the kind of each of them, for ``lr_factors`` and the decay of what is shared; where it is empty all
+    have the same learning rate.
+    ``start`` is where a run goes on. ``micro_batch`` is ``None`` until it is known: set by the recipe, brought by
+    ``start``, or chosen.
+    """
+
+    def __init__(
+        self,
+        model: Trainable,
+        loss: Loss,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        precision: Precision,
+        *,
+        steps: int,
+        kinds: Mapping[str, str],
+        start: TrainState | None = None,
+    ):
+        self.model, self.loss, self.settings, self.steps = model, loss, settings, steps
+        self.accelerator = accelerator
+        self.precision: Precision = precision
+        before = start.micro_batch if start else None
+        self.micro_batch = before if settings.micro_batch == "auto" else settings.micro_batch
+        assert settings.epochs != "auto", "resolve the settings with train.plan.choose first"
+        warmup = round(settings.warmup_fraction * steps)
+        self.course = optim.Course(steps, settings.epochs, warmup, settings.lr_floor)
+        self.longest = math.inf if settings.clip_norm == "none" else settings.clip_norm
+        model.to(accelerator.device)
+        self.weights = optim.selected(dict(model.named_parameters()), model.selection)
+        factors = settings.lr_factors.model_dump()
+        apart = settings.weight_decay_shared
+        assert kinds or (set(factors.values()) == {1.0} and apart is None), "these need the kinds of the parameters"
+        assert not kinds or kinds.keys() >= self.weights.keys(), "a parameter that trains is of no kind"
+        groups = optim.groups(
+            self.weights,
+            weight_decay=settings.weight_decay,
+            decay=settings.decay,
+            other_decays={} if apart is None else {name: apart for name, kind in kinds.items() if kind == "shared"},
+            lr_factors={name: factors[kind] for name, kind in kinds.items()},
+        )
+        self.optimizer = optim.adamw(
+            groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, device=accelerator.device
+        )
+        if model.moving and self.micro_batch is None:
+            assert settings.batch != "auto", "resolve the settings with train.plan.choose first"
+            self.micro_batch = settings.batch  # statistics are those of whole batches, and measuring would move them
+        if start:
+            self.put(start.weights)
+            optim.restore(self.optimizer, self.weights, start.optimizer)
+
+    def step(self, batch: Batch, number: int) -> Stepped:
+        """Takes step ``number`` (from 0). Raises UserError, with the weights as they were, if it would spoil them."""
+        lr = self.settings.lr * optim.SCHEDULES[self.settings.schedule](number, self.course)
+        optim.set_lr(self.optimizer, lr)
+        measured = self.gradients(batch, number)
+        norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self.longest)
+        assert norm is not None
+        # the one moment of a step in which a GPU is waited for
+        loss, scale, gradient_norm = torch.stack([measured.loss, measured.scale, norm.float()]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            self.optimizer.zero_grad()
+            raise UserError(self.advice(loss, number, lr))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.after_step()
+        return Stepped(loss, lr, scale, gradient_norm)
+
+    def gradients(self, batch: Batch, number: int) -> Measured:
+        """Leaves the gradient of the batch's loss on the weights; the loss is taken in float32 at any precision."""
+        if self.micro_batch is not None and len(batch.ids) > self.micro_batch:
+            return grad_cache.gradients(self._work(number), batch, self.loss, self.micro_batch)
+        device = self.accelerator.device
+        seed_generators(step_seed(self.settings.seed, number), device)
+        image, text = on_device(batch.image, device), on_device(batch.text, device)
+        batch = replace(batch, image=image, text=text, groups=batch.groups.to(device, non_blocking=True))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            out = self.model(batch)
+        bias = None if out.bias is None else precise(out.bias)
+        parts = self.loss(precise(out.image), precise(out.text), precise(out.scale), bias, groups=batch.groups)
+        self.accelerator.backward(parts.total)
+        return Measured(parts.total.detach(), out.scale.detach().float())
+
+    def choose_micro_batch(self, batch: Batch) -> Choice:
+        """Measures how many pairs fit in memory at a time, and keeps to it from now on."""
+        pairs = max(len(batch.ids), 0 if self.settings.batch == "auto" else self.settings.batch)
+        choice = grad_cache.choose(self._work(0), batch, pairs)
+        self.micro_batch = choice.micro_batch
+        return choice
+
+    def _work(self, number: int) -> grad_cache.Work:
+        device = self.accelerator.device
+
+        def seed(side: str, piece: int) -> None:
+            seed_generators(step_seed(self.settings.seed, number, side, piece), device)
+
+        return grad_cache.Work(self.model, device, self.precision, seed)
+
+    def selection(self, *, copied: bool = False) -> dict[str, Tensor]:
+        """The trained weights by name, and the statistics that move: the live tensors, or a copy on the CPU."""
+        live = {name: parameter.detach() for name, parameter in self.weights.items()} | dict(self.model.moving)
+        return {name: tensor.to("cpu", copy=True) for name, tensor in live.items()} if copied else live
+
+    def memory(self) -> dict[str, Tensor]:
+        """What the optimizer remembers, by name; not copied."""
+        return optim.state(self.optimizer, self.weights)
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies weights into the model; they must be of the same names and shapes, else UserError."""
+        live = self.selection()
+        ours = {name: tuple(tensor.shape) for name, tensor in live.items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if different := sorted(dict(ours.items() ^ theirs.items())):
+            raise UserError(
+                f"the saved state is of a run that trains something else: {different[0]!r} is "
+                f"{theirs.get(different[0], 'missing')} there and {ours.get(different[0], 'not trained')} here"
+            )
+        with torch.no_grad():
+            for name, tensor in live.items():
+                tensor.copy_(weights[name])
+
+    def advice(self, loss: float, number: int, lr: float) -> str:
+        """What to say when step ``number`` must not be taken."""
+        what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+        tries = [f"train.lr={self.settings.lr / 3:.1g}"]
+        if self.settings.schedule == "cosine":  # the other has its own warm-up
+            tries.append("a longer train.warmup_fraction")
+        if self.precision == "bfloat16":
+            tries.append("train.precision=float32")
+        return (
+            f"{what} at step {number + 1} of {self.steps} (lr {lr:.2g}); the step was not taken and nothing was "
+            f"overwritten; try {' or '.join(tries)}"
+        )
+
+
+def step_seed(seed: int, step: int, *piece: str | int) -> int:
+    """A seed for one step's dropout and noise, or for a piece of it; unlike that of its neighbours."""
+    words = " ".join(map(str, (seed, step, *piece)))
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seeds the generators that a step draws from: ``torch.manual_seed`` asks every kind of device, at 1 ms a call."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

@@ -1,0 +1,113 @@
+"""What a run says while it goes on: numbers to the log, lines and a bar to a person.
+
+In: every step taken, and single events. Out: JSON dicts to ``log``, told apart by ``event``, and the same news to a
+``Reporter``. Steps and epochs are counted from 1, as people do.
+Unusual: a sample that could not be read is named once in a run, however many epochs come past it; the log has them all,
+the screen the first few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from clasp.training.state import Position
+from clasp.training.step import Stepped
+from clasp.training.trackers.console import Meter, Progress, Reporter
+from clasp.types import Batch, Skipped
+
+SAMPLES_ON_SCREEN = 5
+
+Log = Callable[[dict[str, Any]], None]
+
+
+class Journal:
+    """Keeps the log of one run; as a context it starts and stops the bar, and leaves no step unlogged."""
+
+    def __init__(
+        self, log: Log, reporter: Reporter, *, steps: int, epochs: int, log_every: int, skipped: Sequence[Skipped]
+    ):
+        self.log, self.reporter = log, reporter
+        self.steps, self.epochs, self.log_every = steps, epochs, log_every
+        self.meter = Meter()
+        self.skipped = {sample.id: sample for sample in skipped}
+        self._last: tuple[Position, Stepped] | None = None
+
+    def __enter__(self) -> Journal:
+        self.reporter.start(self.steps)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.flush()
+        finally:
+            self.reporter.stop()
+
+    def fetching(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, timed."""
+        return self.meter.fetching(batches)
+
+    def read(self, batch: Batch) -> None:
+        """Names the samples that the batch had to leave out."""
+        for sample in batch.skipped:
+            if sample.id not in self.skipped:
+                self._skip(sample)
+
+    def stepped(self, at: Position, batch: Batch, step: Stepped) -> None:
+        """Takes down the step that was taken at a position."""
+        self.meter.stepped(len(batch.ids), step.loss)
+        self._last = (at, step)
+        done = at.step + 1
+        rates = self.meter.recent()
+        self.reporter.step(
+            Progress(
+                step=done,
+                steps=self.steps,
+                epoch=at.epoch + 1,
+                epochs=self.epochs,
+                loss=rates.loss,
+                pairs_per_second=rates.pairs_per_second,
+                seconds_left=(self.steps - done) * rates.seconds_per_step,
+                data_seconds_share=rates.data_seconds_share,
+            )
+        )
+        if done % self.log_every == 0 or done == self.steps:
+            self.flush()
+
+    def _skip(self, sample: Skipped) -> None:
+        self.skipped[sample.id] = sample
+        self.log({"event": "skipped", "id": sample.id, "reason": sample.reason})
+        if len(self.skipped) <= SAMPLES_ON_SCREEN:
+            self.reporter.note(f"skipped {sample.id}: {sample.reason}")
+        elif len(self.skipped) == SAMPLES_ON_SCREEN + 1:
+            self.reporter.note("more samples are skipped; the log names them all")
+
+    def flush(self) -> None:
+        """Logs the steps since the last line, if there are any: loss and rates are means over them."""
+        if self._last is None:
+            return
+        (at, step), self._last = self._last, None
+        rates = self.meter.read()
+        self.log(
+            {
+                "event": "step",
+                "step": at.step + 1,
+                "epoch": at.epoch + 1,
+                "loss": rates.loss,
+                "lr": step.lr,
+                "scale": step.scale,
+                "gradient_norm": step.gradient_norm,
+                "pairs_per_second": rates.pairs_per_second,
+                "data_seconds_share": rates.data_seconds_share,
+                "skipped": len(self.skipped),
+            }
+        )
+
+    def event(self, event: str, line: str, **facts: Any) -> None:
+        """Logs something other than a step and says ``line`` of it."""
+        self.flush()
+        self.log({"event": event, **facts})
+        self.reporter.note(line)
