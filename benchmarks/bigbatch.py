@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import harness, material
 from benchmarks.harness import Contestant, Measured, Peak, Row, sized
 from benchmarks.peers import attempt, imported
-from clasp.models.backbone import Base
+from clasp.models.backbone import Backbone
 from clasp.models.dual_encoder import DualEncoder, HeadSettings
 from clasp.models.tower import Tower
 from clasp.training import grad_cache
@@ -42,7 +42,10 @@ def model() -> DualEncoder:
     shape = {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": 3}
     image = Dinov2Model(Dinov2Config(**shape, image_size=SIZE, patch_size=8, use_mask_token=False))
     text = BertModel(BertConfig(**shape, intermediate_size=4 * WIDTH), add_pooling_layer=False)
-    towers = Tower(Base("small ViT", "image", image, "", "cls")), Tower(Base("small BERT", "text", text, "", "mean"))
+    towers = (
+        Tower(Backbone("small ViT", "image", image, "", "cls")),
+        Tower(Backbone("small BERT", "text", text, "", "mean")),
+    )
     made = DualEncoder(*towers, HeadSettings(width=256), loss="infonce", seed=0)
     names = {name for tower in ("image", "text") for name in (f"{tower}.net.", f"{tower}_head.")}
     made.select(name for name, _ in made.named_parameters() if name.startswith(tuple(names)))
@@ -62,8 +65,8 @@ def pairs(count: int) -> Batch:
 
 def clasp(model: DualEncoder, batch: Batch, piece: int = PIECE) -> int:
     model.zero_grad()
-    work = grad_cache.Work(model, torch.device("cpu"), "float32", lambda side, number: None)
-    grad_cache.gradients(work, batch, info_nce, piece)
+    work = grad_cache.MicroBatchEmbedder(model, torch.device("cpu"), "float32", lambda side, number: None)
+    grad_cache.backward_in_micro_batches(work, batch, info_nce, piece)
     return len(batch.ids)
 
 

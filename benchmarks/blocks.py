@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import harness, material
 from benchmarks.harness import Contestant, Row, sized
-from clasp.training.cost.flops import flops_of
+from clasp.training.cost.flops import count_total_flops
 
 BATCH = sized(64, 8)
 PAIRS = sized(256, 16)
@@ -45,7 +45,7 @@ def compare(work: str, spec: str) -> list[Row]:
                 Contestant("off", lambda: made["off"].epoch(most=1)),
             ]
         )
-        flops = {name: flops_of(lambda ours=ours: ours.epoch(most=1)) for name, ours in made.items()}
+        flops = {name: count_total_flops(lambda ours=ours: ours.epoch(most=1)) for name, ours in made.items()}
         profile = harness.profiled(made["float16"].epoch)
     most = flops["off"] / flops["float16"]
     bound = f"arithmetic: without the cache a step counts {most:.2f} times the FLOPs; {profile}"

@@ -13,11 +13,11 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Contestant, Row, sized
-from clasp.models.backbone import ImageSettings
-from clasp.models.structure import anatomy
+from clasp.models.backbone import ImageTowerSettings
+from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
-from clasp.models.tuning.spec import freeze
-from clasp.models.zoo.registry import open_base
+from clasp.models.tuning.spec import freeze_except
+from clasp.models.zoo.registry import load_backbone
 from clasp.types import Pixels
 
 BATCH = sized(32, 2)
@@ -34,7 +34,7 @@ def rows() -> Sequence[Row]:
 
 def compare(name: str, methods: list[str]) -> Row:
     eager, compiled = (_tower(methods) for _ in range(2))
-    for block in anatomy(compiled.net).blocks:
+    for block in find_structure(compiled.net).blocks:
         compiled.net.get_submodule(block.path).compile(dynamic=False)
     pixels = Pixels(torch.randn(BATCH, 3, 98, 98, generator=torch.Generator().manual_seed(0)))
     began = time.perf_counter()
@@ -48,8 +48,8 @@ def compare(name: str, methods: list[str]) -> Row:
 
 
 def _tower(methods: list[str]) -> Tower:
-    tower = Tower(open_base(ImageSettings(tower="pip:dinov2-small-focus")))
-    freeze(tower, tower.tune(methods, seed=0))
+    tower = Tower(load_backbone(ImageTowerSettings(tower="pip:dinov2-small-focus")))
+    freeze_except(tower, tower.tune(methods, seed=0))
     return tower
 
 

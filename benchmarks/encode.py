@@ -20,14 +20,14 @@ from benchmarks import harness, material, rivals
 from benchmarks.harness import Contestant, Row, Run, sized
 from benchmarks.material import SIZE
 from benchmarks.peers import attempt, imported
-from clasp.config.build import Assembled
-from clasp.models.inference import Model
+from clasp.config.build import ModelAndPreprocessing
+from clasp.models.inference import EmbeddingModel
 
 IMAGES = sized(160, 8)
 CAPTIONS = sized(1000, 32)
 BATCH = 64
 FASTER_IMAGES, FASTER_CAPTIONS = 1.3, 2.0
-Maker = Callable[[Assembled], Run]
+Maker = Callable[[ModelAndPreprocessing], Run]
 
 
 def photos(count: int) -> list[Path]:
@@ -80,12 +80,12 @@ def compare(work: str, unit: str, target: float, ours: Maker, peers: dict[str, M
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def our_images(parts: Assembled) -> Run:
-    model, paths = Model(parts.model.eval(), parts.transform, parts.tokenizer), photos(IMAGES)
+def our_images(parts: ModelAndPreprocessing) -> Run:
+    model, paths = EmbeddingModel(parts.model.eval(), parts.transform, parts.tokenizer), photos(IMAGES)
     return lambda: len(model.encode_image(paths))
 
 
-def open_clip_images(parts: Assembled) -> Run:
+def open_clip_images(parts: ModelAndPreprocessing) -> Run:
     model = rivals.open_clip_model(parts).eval()
     transform = parts.transform
     preprocess = imported("open_clip").transform.image_transform(
@@ -104,7 +104,7 @@ def open_clip_images(parts: Assembled) -> Run:
     return run
 
 
-def pipeline_images(parts: Assembled) -> Run:
+def pipeline_images(parts: ModelAndPreprocessing) -> Run:
     from transformers import pipeline
 
     folder = str(rivals.saved_image(parts))
@@ -113,7 +113,7 @@ def pipeline_images(parts: Assembled) -> Run:
     return lambda: len(pipe(paths, batch_size=BATCH))
 
 
-def sentence_transformers_images(parts: Assembled) -> Run:
+def sentence_transformers_images(parts: ModelAndPreprocessing) -> Run:
     model = _sentence_transformer(str(rivals.saved_image(parts)), "cls")
     paths = photos(IMAGES)
 
@@ -127,12 +127,12 @@ def sentence_transformers_images(parts: Assembled) -> Run:
 # --- captions --------------------------------------------------------------------------------------------------------
 
 
-def our_captions(parts: Assembled) -> Run:
-    model, texts = Model(parts.model.eval(), parts.transform, parts.tokenizer), material.captions(CAPTIONS)
+def our_captions(parts: ModelAndPreprocessing) -> Run:
+    model, texts = EmbeddingModel(parts.model.eval(), parts.transform, parts.tokenizer), material.captions(CAPTIONS)
     return lambda: len(model.encode_text(texts))
 
 
-def open_clip_captions(parts: Assembled) -> Run:
+def open_clip_captions(parts: ModelAndPreprocessing) -> Run:
     model = rivals.open_clip_model(parts).eval()
     tokenizer = imported("open_clip").tokenizer.HFTokenizer(str(rivals.saved_text(parts)))
     texts = material.captions(CAPTIONS)
@@ -148,7 +148,7 @@ def open_clip_captions(parts: Assembled) -> Run:
     return run
 
 
-def pipeline_captions(parts: Assembled) -> Run:
+def pipeline_captions(parts: ModelAndPreprocessing) -> Run:
     from transformers import pipeline
 
     pipe = pipeline("feature-extraction", model=str(rivals.saved_text(parts)), device="cpu")
@@ -156,7 +156,7 @@ def pipeline_captions(parts: Assembled) -> Run:
     return lambda: len(pipe(texts, batch_size=BATCH, return_tensors=True))
 
 
-def sentence_transformers_captions(parts: Assembled) -> Run:
+def sentence_transformers_captions(parts: ModelAndPreprocessing) -> Run:
     model = _sentence_transformer(str(rivals.saved_text(parts)), "mean")
     texts = material.captions(CAPTIONS)
     with torch.no_grad():  # the same towers, or no comparison

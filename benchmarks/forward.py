@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks import harness, material
 from benchmarks.harness import Contestant, Measured, Row, sized
-from clasp.config.build import assemble
+from clasp.config.build import build_model_and_preprocessing
 from clasp.config.recipe import read_recipe
-from clasp.training.cost.flops import macs_of
+from clasp.training.cost.flops import count_macs
 
 RECIPES = ("msclip/msclip-s-b32", "msclip/clip-b32")
 BATCH = sized(32, 2)
@@ -37,7 +37,7 @@ def rows() -> Sequence[Row]:
 
 
 def compare(name: str) -> list[Row]:
-    parts = assemble(read_recipe(name))
+    parts = build_model_and_preprocessing(read_recipe(name))
     model = parts.model.eval()
     pixels = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     texts = material.captions(CAPTIONS)
@@ -54,7 +54,7 @@ def compare(name: str) -> list[Row]:
         for part in PARTS:  # the same embeddings, or no comparison
             torch.testing.assert_close(work["clasp", part](), work[PLAIN, part](), rtol=0, atol=SAME)
         rates = harness.race([Contestant(f"{who}: {part}", _counted(run)) for (who, part), run in work.items()])
-        macs = {key: macs_of(run) for key, run in work.items()}
+        macs = {key: count_macs(run) for key, run in work.items()}
         bound = harness.profiled(lambda: sum(len(work["clasp", part]()) for part in PARTS))
     about = f"batch {BATCH}; captions of {_spread(tokens.mask)} tokens"
     title, found = name.rpartition("/")[2], []

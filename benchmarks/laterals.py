@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clasp import settle
-from clasp.models.transformer.convolutions import PlacesToPatches
+from clasp import configure_environment
+from clasp.models.transformer.convolutions import DepthwisePatchConv
 
 # pictures, channels, places a side, kernel
 WORK = ((32, 48, 112, 16), (32, 96, 56, 8), (32, 192, 28, 4), (32, 384, 14, 2), (128, 48, 32, 8), (128, 96, 16, 4))
@@ -26,10 +26,10 @@ REPEATS = 5
 
 def main() -> None:
     """All of them, each way in turns."""
-    settle()
+    configure_environment()
     for pictures, channels, places, kernel in WORK:
         maps = torch.randn(pictures, channels, places, places)
-        ours = PlacesToPatches(channels, kernel, "batch")
+        ours = DepthwisePatchConv(channels, kernel, "batch")
         ways: dict[str, Callable[[Tensor], Tensor]] = {"one product": ours.product, "convolution": _convolution(ours)}
         for kind in (torch.float32, torch.bfloat16):
             taken: dict[str, list[float]] = {name: [] for name in ways}
@@ -45,7 +45,7 @@ def main() -> None:
             print(f"{[*maps.shape]} kernel {kernel:2} {str(kind).removeprefix('torch.'):8} ms: {said}", flush=True)
 
 
-def _convolution(ours: PlacesToPatches) -> Callable[[Tensor], Tensor]:
+def _convolution(ours: DepthwisePatchConv) -> Callable[[Tensor], Tensor]:
     conv = ours.conv
     return lambda maps: F.conv2d(maps, conv.weight, stride=conv.stride, groups=conv.groups)
 

@@ -1,4 +1,4 @@
-"""What one more call of a text tower costs, in tokens: ``TOKENS_A_CALL`` of ``clasp.models.length_buckets``.
+"""What one more call of a text tower costs, in tokens: ``TOKENS_PER_CALL`` of ``clasp.models.length_buckets``.
 
 A batch of captions is run in one call and in 2, 4 ... calls, all captions of one length, so that the tokens are the
 same and the calls are not. The time is a line in both; its slope by calls over its slope by tokens is the answer.
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import harness, material
 from benchmarks.harness import Measured, Row, sized
-from clasp.models.length_buckets import TOKENS_A_CALL
+from clasp.models.length_buckets import TOKENS_PER_CALL
 from clasp.types import Tokens
 
 ROWS = sized(128, 16)
@@ -41,7 +41,7 @@ def measure(what: str, *, train: bool) -> Row:
     columns = np.array([[1.0, ROWS * length, calls] for length, calls in points])
     _, token, call = np.linalg.lstsq(columns, np.array(taken), rcond=None)[0]
     answer = Measured("tokens", (float(call / token),))
-    set_to = Measured("constant", (float(TOKENS_A_CALL["cpu"]),))
+    set_to = Measured("constant", (float(TOKENS_PER_CALL["cpu"]),))
     note = f"{1e6 * token:.3g} µs a token, {1e3 * call:.3g} ms a call, {ROWS} captions of {LENGTHS} tokens"
     return Row(f"a call of MiniLM-L6, {what}", "tokens", answer, "TOKENS_A_CALL['cpu']", set_to, None, "lower", note)
 

@@ -20,15 +20,15 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clasp.config.build import Assembled, assemble
-from clasp.config.recipe import Recipe, from_dict
-from clasp.data.loader import Batches
+from clasp.config.build import ModelAndPreprocessing, build_model_and_preprocessing
+from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.data.loader import PairLoader
 from clasp.data.pairs import Pairs, open_pairs
-from clasp.data.readers import Listing
-from clasp.data.samples.emoji import unpack
-from clasp.models.features import Inputs
-from clasp.training.losses import loss_of
-from clasp.training.memory import Kept
+from clasp.data.readers import PairIndex
+from clasp.data.samples.emoji import unpack_emoji_sample
+from clasp.models.features import FeatureSource
+from clasp.training.losses import build_loss
+from clasp.training.memory import ActivationMemory
 from clasp.training.settings import TrainSettings
 from clasp.training.step import Stepper
 from clasp.types import Batch
@@ -46,23 +46,23 @@ def recipe(*changes: str) -> Recipe:
         "text": {"tower": "pip:minilm-l6"},
         "head": {"kind": "linear", "width": WIDTH},
     }
-    return from_dict(towers, "the benchmarks").changed(changes)
+    return recipe_from_dict(towers, "the benchmarks").changed(changes)
 
 
-def parts(recipe: Recipe) -> Assembled:
+def parts(recipe: Recipe) -> ModelAndPreprocessing:
     """The model of a recipe with its transform and tokenizer."""
-    return assemble(recipe)
+    return build_model_and_preprocessing(recipe)
 
 
 @cache
-def untouched() -> Assembled:
+def untouched() -> ModelAndPreprocessing:
     """The two towers as they came, nothing inserted: for peers to copy. ``harness.peak_of`` must not find them."""
     return parts(recipe())
 
 
 @cache
 def _rows() -> list[dict[str, str]]:
-    sample = unpack(WORK, quick=True)
+    sample = unpack_emoji_sample(WORK, quick=True)
     rows = []
     for line in sample.pairs("train").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -105,7 +105,7 @@ class Plain:
         return ids, mask
 
 
-def plain(assembled: Assembled, count: int) -> Plain:
+def plain(assembled: ModelAndPreprocessing, count: int) -> Plain:
     """The first ``count`` pairs through clasp's own transform and tokenizer, which no peer then spends time on."""
     chosen = _rows()[:count]
     pixels = torch.stack([assembled.transform(Path(row["image"]).read_bytes()) for row in chosen])
@@ -123,10 +123,10 @@ class Ours:
         self.parts = parts(recipe)
         self.model = self.parts.model
         self.settings = TrainSettings(batch=batch, micro_batch=batch, epochs=1, precision="float32")
-        self.listing = Listing(pairs)
+        self.listing = PairIndex(pairs)
         self.stepper = Stepper(
             self.model,
-            loss_of(recipe.loss),
+            build_loss(recipe.loss),
             self.settings,
             Accelerator(cpu=True, mixed_precision="no"),
             "float32",
@@ -136,9 +136,9 @@ class Ours:
         self.steps = self.epochs = 0
         self.model.train()
 
-    def read(self) -> Batches:
+    def read(self) -> PairLoader:
         """The batches of the run; what of the towers is frozen is computed here, where it has not been before."""
-        inputs = Inputs(
+        inputs = FeatureSource(
             image=self.model.image,
             text=self.model.text,
             transform=self.parts.transform,
@@ -146,12 +146,12 @@ class Ours:
             features=self.recipe.data.features,
             cache=self.cache,
         )
-        return Batches(
+        return PairLoader(
             self.listing, inputs.image_side(self.pairs, None), inputs.text_side(self.listing), batch=self.batch, seed=0
         )
 
     @cached_property
-    def batches(self) -> Batches:
+    def batches(self) -> PairLoader:
         return self.read()
 
     def step(self, batch: Batch) -> int:
@@ -160,7 +160,7 @@ class Ours:
         self.steps += 1
         return len(batch.ids)
 
-    def epoch(self, batches: Batches | None = None, most: int | None = None) -> int:
+    def epoch(self, batches: PairLoader | None = None, most: int | None = None) -> int:
         """An epoch, or its first ``most`` steps; returns the pairs seen."""
         self.epochs += 1
         seen = 0
@@ -172,7 +172,7 @@ class Ours:
 
     def kept(self, batch: Batch) -> int:
         """Bytes kept for the backward pass of a step."""
-        with Kept(self.model.parameters()) as kept:
+        with ActivationMemory(self.model.parameters()) as kept:
             out = self.model(batch)
             self.stepper.loss(out.image, out.text, out.scale, out.bias, groups=batch.groups)
         return kept.bytes

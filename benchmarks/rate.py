@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import harness, material
 from benchmarks.harness import Contestant, Measured, Row, sized
-from clasp.training.cost.flops import flops_of
+from clasp.training.cost.flops import count_total_flops
 
 BATCH = sized(64, 4)
 SIZE = sized(2048, 256)
@@ -39,7 +39,7 @@ def compare(work: str, spec: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as cache:
         ours = material.Ours(recipe, material.pairs(BATCH), batch=BATCH, cache=Path(cache))
         batch = next(iter(ours.batches.epoch(0)))
-        flops = flops_of(lambda: ours.step(batch))
+        flops = count_total_flops(lambda: ours.step(batch))
 
         def step() -> int:
             ours.step(batch)

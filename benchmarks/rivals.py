@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks.material import SIZE, WIDTH, WORK
 from benchmarks.peers import imported
-from clasp.config.build import Assembled
-from clasp.training.memory import Kept
+from clasp.config.build import ModelAndPreprocessing
+from clasp.training.memory import ActivationMemory
 from clasp.types import Pixels, Tokens
 
 OPEN_CLIP_LENGTH = 77  # tokens that open_clip pads every caption to
@@ -28,7 +28,7 @@ EXAMPLE_LENGTH = 128  # and that transformers' example script for dual encoders 
 # --- open_clip -------------------------------------------------------------------------------------------------------
 
 
-def open_clip_model(parts: Assembled) -> Any:
+def open_clip_model(parts: ModelAndPreprocessing) -> Any:
     """open_clip's model of a timm ViT and a BERT, holding our weights. Its answers have been compared with ours."""
     imported("open_clip")
     from open_clip.model import CustomTextCLIP
@@ -78,7 +78,7 @@ def _layers(net: Any) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _compare(parts: Assembled, trunk: Callable[[Tensor], Tensor]) -> None:
+def _compare(parts: ModelAndPreprocessing, trunk: Callable[[Tensor], Tensor]) -> None:
     """The same towers, or no comparison."""
     pixels = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(trunk(pixels), parts.model.image.pooled(Pixels(pixels)), rtol=1e-3, atol=1e-3)
@@ -87,7 +87,7 @@ def _compare(parts: Assembled, trunk: Callable[[Tensor], Tensor]) -> None:
 # --- transformers ----------------------------------------------------------------------------------------------------
 
 
-def dual_encoder(parts: Assembled) -> Any:
+def dual_encoder(parts: ModelAndPreprocessing) -> Any:
     """transformers' VisionTextDualEncoder of our towers. It pools captions through BERT's pooler, which is added."""
     from transformers import BertModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
@@ -102,7 +102,7 @@ def dual_encoder(parts: Assembled) -> Any:
 # --- folders that any library opens -----------------------------------------------------------------------------------
 
 
-def saved_text(parts: Assembled) -> Path:
+def saved_text(parts: ModelAndPreprocessing) -> Path:
     """The text tower and its tokenizer as transformers saves them."""
     from transformers import PreTrainedTokenizerFast
 
@@ -117,7 +117,7 @@ def saved_text(parts: Assembled) -> Path:
     return folder
 
 
-def saved_image(parts: Assembled) -> Path:
+def saved_image(parts: ModelAndPreprocessing) -> Path:
     """The image tower with what transformers must know of its pixels."""
     folder = WORK / "image-tower"
     if not (folder / "ready").exists():
@@ -141,7 +141,7 @@ def saved_image(parts: Assembled) -> Path:
 
 
 @torch.no_grad()
-def compare_texts(parts: Assembled, pooled: Callable[[Tensor, Tensor], Tensor]) -> None:
+def compare_texts(parts: ModelAndPreprocessing, pooled: Callable[[Tensor, Tensor], Tensor]) -> None:
     """As for images: a peer's mean of the states must be ours."""
     ids = torch.randint(1000, 20000, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -175,7 +175,7 @@ class Rival:
 
     def kept(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> int:
         """Bytes kept for the backward pass of a step."""
-        with Kept(self.model.parameters()) as kept:
+        with ActivationMemory(self.model.parameters()) as kept:
             self.loss(pixels, ids, mask)
         return kept.bytes
 

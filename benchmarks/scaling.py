@@ -17,8 +17,8 @@ import torch
 
 from benchmarks import harness, material
 from benchmarks.harness import Measured, Row, quick, sized
-from clasp.training.cost.flops import flops_of
-from clasp.training.memory import Kept
+from clasp.training.cost.flops import count_total_flops
+from clasp.training.memory import ActivationMemory
 from clasp.types import Tokens
 
 FIGURE = Path(__file__).parent / "scaling.png"
@@ -70,7 +70,7 @@ def with_pairs() -> Growth:
     def point(count: int) -> Point:
         with tempfile.TemporaryDirectory() as cache:
             ours = material.Ours(material.recipe(), material.pairs(count), batch=32, cache=Path(cache))
-            flops, taken = flops_of(ours.epoch), harness.seconds(ours.epoch)
+            flops, taken = count_total_flops(ours.epoch), harness.seconds(ours.epoch)
             kept = sum(path.stat().st_size for path in Path(cache).rglob("*.npy"))
         return Point(count, taken, flops, kept)
 
@@ -104,7 +104,7 @@ def step_of(changes: list[str], batch: int, size: int) -> Point:
     def run() -> int:
         return ours.step(given)
 
-    return Point(size, harness.seconds(run), flops_of(run), ours.kept(given))
+    return Point(size, harness.seconds(run), count_total_flops(run), ours.kept(given))
 
 
 def with_length() -> Growth:
@@ -119,9 +119,9 @@ def with_length() -> Growth:
             tower.zero_grad()
             tower.pooled(given).sum().backward()
 
-        with Kept(tower.parameters()) as kept:
+        with ActivationMemory(tower.parameters()) as kept:
             tower.pooled(given)
-        return Point(length, harness.seconds(run), flops_of(run), kept.bytes)
+        return Point(length, harness.seconds(run), count_total_flops(run), kept.bytes)
 
     work = f"text tower, forward and backward, {ROWS} captions"
     return Growth("tokens", work, "kept for backward", tuple(map(point, LENGTHS)))

@@ -1,4 +1,5 @@
-"""What ``clasp.settle`` and small batches save: processor time an image of EfficientNet-Lite0, in two processes.
+"""What ``clasp.configure_environment`` and small batches save: processor time an image of EfficientNet-Lite0, in two
+processes.
 
     python -m benchmarks.settle
 
@@ -15,7 +16,7 @@ PROGRAM = """
 import resource, sys
 if sys.argv[1] == "settled":
     import clasp
-    clasp.settle()
+    clasp.configure_environment()
 import torch
 from clasp.models.zoo.pip_packages import packaged
 from clasp.models.tower import Tower

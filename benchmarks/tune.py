@@ -19,7 +19,7 @@ from benchmarks import harness, material, rivals
 from benchmarks.harness import Contestant, Measured, Peak, Row, sized
 from benchmarks.peers import attempt
 from benchmarks.rivals import EXAMPLE_LENGTH, Rival
-from clasp.training.cost.flops import flops_of
+from clasp.training.cost.flops import count_total_flops
 
 BATCH = sized(32, 4)
 BATCH_OF_MEMORY = sized(64, 4)
@@ -86,7 +86,7 @@ def speed(kind: str) -> list[Row]:
                 same_layers(mine, theirs)
             contestants.append(Contestant(setup, partial(theirs.step, *batch_of(setup, BATCH))))
     rates = harness.race(contestants)
-    flops = {contestant.name: flops_of(contestant.run) for contestant in contestants}
+    flops = {contestant.name: count_total_flops(contestant.run) for contestant in contestants}
     profile = harness.profiled(step)
     found = []
     for setup, theirs in made.items():

@@ -1,8 +1,9 @@
 """What cells ask of a model, and how an answer is written: how many queries of each group were answered right.
 
-In: a model, the ``Inputs`` that read for it, pairs. Out: ``Answer``s, JSON that keeps what was right query by query, so
-that differences between rows can be taken on the same photos later. Every tower runs once over an image or a text,
-however many questions follow. Groups are told in a fixed order (sorted by id), which pairs the answers of all cells.
+In: a model, the ``FeatureSource`` that read for it, pairs. Out: ``Answer``s, JSON that keeps what was right query by
+query, so that differences between rows can be taken on the same photos later. Every tower runs once over an image or a
+text, however many questions follow. Groups are told in a fixed order (sorted by id), which pairs the answers of all
+cells.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor
 
 from clasp.data.pairs import Pairs
 from clasp.evaluation import probes
-from clasp.evaluation.queries import Captions, Classes, Embedded
+from clasp.evaluation.queries import EmbeddingTable, RetrievalQueries, ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import Inputs
+from clasp.models.features import FeatureSource
 from clasp.models.tower import Tower
-from clasp.types import ImageInput, Pooled, TextInput
+from clasp.types import ImageInput, PooledFeatures, TextInput
 
 Answer = dict[str, Any]
 """``mean``, ``chance``, ``right`` (a hexadecimal digit a group: its queries answered right), ``asked`` (queries in a
@@ -59,12 +60,12 @@ class Seen:
         return self.pooled[[row[name] for name in ids]]
 
 
-def images_seen(model: DualEncoder, inputs: Inputs, pairs: Pairs) -> Seen:
+def images_seen(model: DualEncoder, inputs: FeatureSource, pairs: Pairs) -> Seen:
     """The images of pairs through the image tower."""
     return _seen(model.image, inputs.images(pairs)())
 
 
-def texts_seen(model: DualEncoder, inputs: Inputs, texts: Iterable[str]) -> Seen:
+def texts_seen(model: DualEncoder, inputs: FeatureSource, texts: Iterable[str]) -> Seen:
     """Different texts through the text tower; each is its own id."""
     return _seen(model.text, inputs.read(sorted(set(texts))))
 
@@ -75,24 +76,24 @@ def _seen(tower: Tower, chunks: Iterable[tuple[Sequence[str], ImageInput | TextI
     with torch.inference_mode():
         for names, inputs in chunks:
             ids.extend(names)
-            parts.append((inputs.values if isinstance(inputs, Pooled) else tower.pooled(inputs)).float().cpu())
+            parts.append((inputs.values if isinstance(inputs, PooledFeatures) else tower.pooled(inputs)).float().cpu())
     return Seen(tuple(ids), torch.cat(parts).clone())
 
 
-def embedded(model: DualEncoder, seen: Seen) -> Embedded:
+def embedded(model: DualEncoder, seen: Seen) -> EmbeddingTable:
     """Images in the joint space."""
     device = next(model.parameters()).device
     with torch.inference_mode():
-        return Embedded(seen.ids, model.embed_image(Pooled(seen.pooled.to(device))).cpu())
+        return EmbeddingTable(seen.ids, model.embed_image(PooledFeatures(seen.pooled.to(device))).cpu())
 
 
-def zero_shot(model: DualEncoder, seen: Seen, question: Classes) -> dict[str, Answer]:
+def zero_shot(model: DualEncoder, seen: Seen, question: ZeroShotQueries) -> dict[str, Answer]:
     """``top1`` and ``top5`` over images."""
     found = question.ask(model, embedded(model, seen))[0]
     return {name: answer(found.means[name].values, found.groups, found.chance[name]) for name in ("top1", "top5")}
 
 
-def log_likelihood(model: DualEncoder, seen: Seen, question: Classes) -> float:
+def log_likelihood(model: DualEncoder, seen: Seen, question: ZeroShotQueries) -> float:
     """Mean log of the probability of the right class, at the temperature under which it is greatest: moves with every
     photo, where accuracy counts only those that change sides."""
     images, classes = embedded(model, seen), question.class_vectors(model)
@@ -101,7 +102,9 @@ def log_likelihood(model: DualEncoder, seen: Seen, question: Classes) -> float:
     return max(-F.cross_entropy(scale * cosines, right).item() for scale in (5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 50.0))
 
 
-def retrieval(model: DualEncoder, seen: Seen, question: Captions, at: Sequence[int] = (1, 5)) -> dict[str, Answer]:
+def retrieval(
+    model: DualEncoder, seen: Seen, question: RetrievalQueries, at: Sequence[int] = (1, 5)
+) -> dict[str, Answer]:
     """``PART/recall@k`` over images or captions."""
     return {
         "/".join(filter(None, (found.part, f"recall@{k}"))): answer(
@@ -115,10 +118,10 @@ def retrieval(model: DualEncoder, seen: Seen, question: Captions, at: Sequence[i
 def probed(fit: Seen, fit_labels: dict[str, int], asked: Seen, labels: dict[str, int]) -> dict[str, Answer]:
     """``knn`` and ``linear``: whether an image tower's pooled output tells the classes apart."""
     known, wanted = (torch.tensor([of[name] for name in seen.ids]) for seen, of in ((fit, fit_labels), (asked, labels)))
-    chance = probes.most_frequent(known, wanted)
+    chance = probes.majority_class_accuracy(known, wanted)
     found = {
-        "knn": probes.knn(fit.pooled, known, asked.pooled, wanted),
-        "linear": probes.linear(fit.pooled, known, torch.arange(len(known)), asked.pooled, wanted),
+        "knn": probes.knn_probe(fit.pooled, known, asked.pooled, wanted),
+        "linear": probes.linear_probe(fit.pooled, known, torch.arange(len(known)), asked.pooled, wanted),
     }
     return {name: answer(values, asked.ids, chance) for name, values in found.items()}
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from clasp.commands.train import align, cache_folder
+from clasp.commands.train import cache_folder, train_recipe
 from clasp.config.recipe import read_recipe
-from clasp.data.samples.emoji import unpack
+from clasp.data.samples.emoji import unpack_emoji_sample
 
 IN_WORDS = "In words:"  # what a person has read in the table stays below it
 LANGUAGES = ("en", "sw", "cy", "am")
@@ -58,7 +58,7 @@ def main() -> None:
 
 def _pairs(folder: Path) -> tuple[Path, Path]:
     """One style to train on; every style of the validation concepts, their names only."""
-    sample = unpack(cache_folder(), quick=False)
+    sample = unpack_emoji_sample(cache_folder(), quick=False)
     files = []
     for split in ("train", "val"):
         rows = [json.loads(line) for line in sample.pairs(split).read_text("utf-8").splitlines()]
@@ -75,7 +75,7 @@ def _cell(name: str, seed: int, train: Path, val: Path, folder: Path) -> float:
     """R@5 in per cent of one row with one seed."""
     settings = [f"data.train={train}", f"data.val={val}", "image.size=128", "image.more_layers=[]"]
     settings += ["train.batch=128", "train.epochs=4", "train.lr=3e-4", f"train.seed={seed}", "train.keep=last"]
-    done = align(read_recipe("demo", [*settings, *ROWS[name]]), folder / f"{name}-{seed}", say=lambda line: None)
+    done = train_recipe(read_recipe("demo", [*settings, *ROWS[name]]), folder / f"{name}-{seed}", say=lambda line: None)
     macro = next(r for r in done.results if r.language == "macro:all" and r.task.endswith("image_to_text"))
     print(f"{name}, seed {seed}: R@5 {100 * macro.metrics['recall@5']:.1f}", flush=True)
     return 100 * macro.metrics["recall@5"]

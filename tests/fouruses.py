@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from clasp import cli
-from clasp.config.build import Assembled, assemble, load
-from clasp.config.recipe import Recipe, from_dict
-from clasp.models.inference import Model
+from clasp.config.build import ModelAndPreprocessing, build_model_and_preprocessing, load
+from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.models.inference import EmbeddingModel
 from clasp.training import optimizer as optim
 from clasp.training.losses import LOSSES
-from clasp.training.run_folder import Run
+from clasp.training.run_folder import RunFolder
 from clasp.types import Batch, Pixels
 
 CAPTIONS = ["w5 w6 w7", "w8", "w9 w10 w11 w12", "w13 w6"]
@@ -33,10 +33,10 @@ PARTS = {  # how the names begin of what ``clasp params`` counts together
 
 def recipe(image: str, text: str, tuned: list[str], **changes) -> Recipe:
     sections = {"image": {"tower": image}, "text": {"tower": text}, "tune": {"image": tuned, "text": tuned}, **changes}
-    return from_dict({"head": {"width": 16}, **sections}, "a test")
+    return recipe_from_dict({"head": {"width": 16}, **sections}, "a test")
 
 
-def step(parts: Assembled, captions: list[str], loss: str) -> dict[str, set[str]]:
+def step(parts: ModelAndPreprocessing, captions: list[str], loss: str) -> dict[str, set[str]]:
     """One step of training by hand on random pixels; returns the names by use.
 
     The selection is stirred first: what feeds a part that starts at zero would have no gradient but zeros.
@@ -47,9 +47,13 @@ def step(parts: Assembled, captions: list[str], loss: str) -> dict[str, set[str]
     pixels = torch.randn(len(captions), 3, size, size, generator=generator)
     numbers = torch.arange(len(captions))
     batch = Batch(tuple(captions), Pixels(pixels), parts.tokenizer(captions), torch.stack((numbers, numbers), dim=1))
-    held = optim.selected(dict(model.named_parameters()), model.selection)
-    optimizer = optim.adamw(
-        optim.groups(held, weight_decay=0.1), lr=0.01, betas=(0.9, 0.98), eps=1e-6, device=torch.device("cpu")
+    held = optim.select_parameters(dict(model.named_parameters()), model.selection)
+    optimizer = optim.build_adamw(
+        optim.build_parameter_groups(held, weight_decay=0.1),
+        lr=0.01,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        device=torch.device("cpu"),
     )
     with torch.no_grad():
         for p in held.values():
@@ -72,10 +76,10 @@ def step(parts: Assembled, captions: list[str], loss: str) -> dict[str, set[str]
     }
 
 
-def train_save_load(given: Recipe, folder: Path, captions: list[str]) -> Assembled:
+def train_save_load(given: Recipe, folder: Path, captions: list[str]) -> ModelAndPreprocessing:
     """All that must hold for any recipe."""
     parts = train_save_count(given, folder, captions)
-    ours = Model(parts.model.eval(), parts.transform, parts.tokenizer)
+    ours = EmbeddingModel(parts.model.eval(), parts.transform, parts.tokenizer)
     theirs = load(folder)
     assert theirs.fingerprint == ours.fingerprint
     assert torch.equal(theirs.encode_text(captions), ours.encode_text(captions))
@@ -83,10 +87,10 @@ def train_save_load(given: Recipe, folder: Path, captions: list[str]) -> Assembl
     return parts
 
 
-def train_save_count(given: Recipe, folder: Path, captions: list[str]) -> Assembled:
+def train_save_count(given: Recipe, folder: Path, captions: list[str]) -> ModelAndPreprocessing:
     """The four uses: after one step, in a run folder, and as ``clasp params`` prints them."""
-    parts = assemble(given)
-    model, run = parts.model, Run(folder)
+    parts = build_model_and_preprocessing(given)
+    model, run = parts.model, RunFolder(folder)
     used = step(parts, captions, given.loss.kind)
     run.start(given.to_toml(), model, parts.transform, parts.tokenizer, pairs="none")
     run.save(model)

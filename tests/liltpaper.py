@@ -17,9 +17,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from clasp.models.backbone import Base, ImageSettings
+from clasp.models.backbone import Backbone, ImageTowerSettings
 from clasp.models.zoo.huggingface import KNOWN_CONFIGS
-from clasp.models.zoo.registry import open_base
+from clasp.models.zoo.registry import load_backbone
 from savedtowers import save_tokenizer
 
 FOLDER = Path(__file__).parent / "golden"
@@ -107,15 +107,15 @@ def our_name(theirs: str) -> str:
 # --- tiny towers -----------------------------------------------------------------------------------------------------
 
 
-def image() -> Base:
+def image() -> Backbone:
     """The paper's tiny image tower at 256 px, with random weights."""
     base = _image()
     return replace(base, net=copy.deepcopy(base.net))
 
 
 @cache
-def _image() -> Base:
-    base = open_base(ImageSettings(tower="deit:tiny", size=256), meta=True)
+def _image() -> Backbone:
+    base = load_backbone(ImageTowerSettings(tower="deit:tiny", size=256), meta=True)
     assert not list(base.net.buffers())
     _stirred(base.net.to_empty(device="cpu"))
     return base

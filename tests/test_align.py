@@ -17,11 +17,11 @@ from torch import Tensor
 
 import clasp
 from clasp.commands import train as main_job
-from clasp.config.build import build
+from clasp.config.build import build_model
 from clasp.config.recipe import Recipe
 from clasp.models.tower import Tower
 from clasp.training.state import TrainState
-from clasp.training.trackers.console import Progress, Silent
+from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
 from toydata import draw, toys, write_classes, write_csv, write_folder, write_images, write_tar
 from toyruns import delta, lines, recipe, run, save_image_tower, save_text_tower, save_towers, spoil
@@ -59,13 +59,13 @@ def pairs(tmp_path: Path) -> Path:
 @pytest.fixture
 def models(monkeypatch: pytest.MonkeyPatch) -> list:
     """Every model that was assembled, as it is in memory."""
-    made, assemble = [], main_job.assemble
+    made, assemble = [], main_job.build_model_and_preprocessing
 
     def watched(of: Recipe, *captions: Callable[[], list[str]]):
         made.append(assemble(of, *captions))
         return made[-1]
 
-    monkeypatch.setattr(main_job, "assemble", watched)
+    monkeypatch.setattr(main_job, "build_model_and_preprocessing", watched)
     return made
 
 
@@ -100,11 +100,11 @@ def test_loads_bitwise_and_repeats_itself(way: str, towers: Path, pairs: Path, t
         assert torch.equal(
             loaded.encoder.encode_text(tokens.ids, tokens.mask), model.encode_text(tokens.ids, tokens.mask)
         )
-    assert loaded.fingerprint == clasp.Model(model, models[0].transform, models[0].tokenizer).fingerprint
+    assert loaded.fingerprint == clasp.EmbeddingModel(model, models[0].transform, models[0].tokenizer).fingerprint
 
     tensors = delta(tmp_path / "one")
     assert set(tensors) == model.selection == {n for n, p in model.named_parameters() if p.requires_grad}
-    before = dict(build(made).named_parameters())
+    before = dict(build_model(made).named_parameters())
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     moved = {name for name, tensor in tensors.items() if not torch.equal(tensor, before[name])}
     assert len(moved) > 0.8 * len(tensors), sorted(set(tensors) - moved)
@@ -121,7 +121,7 @@ def test_loads_bitwise_and_repeats_itself(way: str, towers: Path, pairs: Path, t
 def test_the_folder_says_what_was_done(towers: Path, pairs: Path, tmp_path: Path) -> None:
     said = []
     made = recipe(towers, pairs, "train.batch=auto", "train.epochs=5")
-    done = main_job.align(made, tmp_path / "run", say=said.append)
+    done = main_job.train_recipe(made, tmp_path / "run", say=said.append)
     settled = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     assert settled["train"]["batch"] == 8 and "batch 8 is the largest" in said[0]
     base = json.loads((tmp_path / "run" / "base.json").read_text())
@@ -209,7 +209,7 @@ def test_retrieval_rises_from_chance(towers: Path, tmp_path: Path) -> None:
 
 def test_class_folders_are_split_by_image_and_validated_by_class(towers: Path, tmp_path: Path) -> None:
     made = recipe(towers, write_classes(TOYS, tmp_path / "classes"))
-    train, val = main_job.training_pairs(made)
+    train, val = main_job.open_training_pairs(made)
     assert {p.meta["class"] for p in train} & {p.meta["class"] for p in val} and len(val) > 5
     done = run(made, tmp_path / "run")
     assert done.results[0].task == "zeroshot" and done.results[0].n == len(val)
@@ -227,13 +227,13 @@ def test_a_single_class_is_refused(towers: Path, tmp_path: Path) -> None:
 # --- it stops and goes on --------------------------------------------------------------------------------------------
 
 
-class StopAt(Silent):
+class StopAt(SilentReporter):
     """Presses Ctrl-C after a step."""
 
     def __init__(self, step: int) -> None:
         self.at = step
 
-    def step(self, progress: Progress) -> None:
+    def step(self, progress: TrainProgress) -> None:
         if progress.step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -253,7 +253,7 @@ def test_resumed_equals_never_stopped(way: str, step: int, towers: Path, pairs: 
     whole = run(made, tmp_path / "whole")
     assert whole.fitted.position.step >= step
     folder = tmp_path / "stopped"
-    stopped = main_job.align(made, folder, say=str, reporter=StopAt(step))
+    stopped = main_job.train_recipe(made, folder, say=str, reporter=StopAt(step))
     assert stopped.fitted.interrupted and stopped.fitted.position.step == step and not stopped.results
     assert (folder / "state").is_dir() and "clasp resume" in (folder / "README.md").read_text()
     assert clasp.load(folder).encode_text(["a red ring"]).shape == (1, 16)
@@ -271,7 +271,7 @@ def test_resumed_equals_never_stopped(way: str, step: int, towers: Path, pairs: 
 def test_a_run_goes_on_with_what_it_was_started_with_only(change: str, pairs: Path, tmp_path: Path) -> None:
     towers = save_towers(tmp_path / "own")
     made, folder = recipe(towers, pairs), tmp_path / "run"
-    main_job.align(made, folder, say=str, reporter=StopAt(2))
+    main_job.train_recipe(made, folder, say=str, reporter=StopAt(2))
     again = written(folder)
     wanted = "the pairs of .* have changed"
     rows = pairs.read_text().splitlines()
@@ -294,16 +294,16 @@ def test_a_state_saved_on_the_way_is_enough(
     """A power cut leaves no delta, only what was saved last."""
     made = recipe(towers, pairs, "head.noise=0.5", "train.save_every_minutes=1e-9")
     run(made, tmp_path / "whole")
-    saved, save_state = [], main_job.Run.save_state
+    saved, save_state = [], main_job.RunFolder.save_state
 
-    def cut(self: main_job.Run, state: TrainState) -> None:
+    def cut(self: main_job.RunFolder, state: TrainState) -> None:
         save_state(self, state)
         saved.append(state.position.step)
         if len(saved) == 4:
             raise SystemExit("no power")
 
     with monkeypatch.context() as patch:
-        patch.setattr(main_job.Run, "save_state", cut)
+        patch.setattr(main_job.RunFolder, "save_state", cut)
         with pytest.raises(SystemExit):
             run(made, tmp_path / "cut")
     assert not (tmp_path / "cut" / "delta.safetensors").exists()
@@ -355,7 +355,7 @@ def test_a_run_that_failed_before_it_trained_does_not_block_its_name(towers: Pat
 def test_a_corrupt_sample_is_skipped_counted_and_named(features: str, towers: Path, tmp_path: Path) -> None:
     folder = write_folder(TOYS, tmp_path / "pairs")
     made = recipe(towers, folder, f"data.features={features}", "train.epochs=4", "train.batch=46")
-    train, val = main_job.training_pairs(made)
+    train, val = main_job.open_training_pairs(made)
     bad = [train[0].id, train[7].id, val[0].id]
     (folder / bad[0]).write_bytes((folder / bad[0]).read_bytes()[:60])
     (folder / bad[1]).write_bytes(b"no picture")
@@ -376,7 +376,7 @@ def test_a_corrupt_sample_is_skipped_counted_and_named(features: str, towers: Pa
 def test_past_the_share_a_run_stops_with_the_list(features: str, where: str, towers: Path, tmp_path: Path) -> None:
     folder = write_folder(TOYS, tmp_path / "pairs")
     made = recipe(towers, folder, f"data.features={features}", "train.batch=16", "data.val_fraction=0.4")
-    some = main_job.training_pairs(made)[where == "val"]
+    some = main_job.open_training_pairs(made)[where == "val"]
     for pair in some[:4]:
         (folder / pair.id).write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"4 of \d+ images cannot be read") as error:
@@ -391,7 +391,7 @@ def test_the_count_goes_on_after_a_stop(towers: Path, tmp_path: Path) -> None:
     epoch = [id for batch in first_epoch(made) for id in batch]
     for name in (*epoch[:2], *epoch[-3:-1]):
         (folder / name).write_bytes(b"no picture")
-    main_job.align(made, tmp_path / "run", say=str, reporter=StopAt(2))
+    main_job.train_recipe(made, tmp_path / "run", say=str, reporter=StopAt(2))
     with pytest.raises(UserError, match="4 of") as error:
         run(written(tmp_path / "run"), tmp_path / "run", resume=True)
     assert all(name in str(error.value) for name in (*epoch[:2], *epoch[-3:-1]))
@@ -399,11 +399,11 @@ def test_the_count_goes_on_after_a_stop(towers: Path, tmp_path: Path) -> None:
 
 def first_epoch(made: Recipe) -> list[tuple[str, ...]]:
     """The ids of the batches of a recipe's first epoch."""
-    train, _ = main_job.training_pairs(made)
-    inputs = main_job.inputs_of(main_job.assemble(made), made)
-    listing = main_job.Listing(train)
+    train, _ = main_job.open_training_pairs(made)
+    inputs = main_job.build_feature_source(main_job.build_model_and_preprocessing(made), made)
+    listing = main_job.PairIndex(train)
     sides = inputs.image_side(train, None), inputs.text_side(listing)
-    batches = main_job.Batches(listing, *sides, batch=made.train.batch, seed=made.train.seed)
+    batches = main_job.PairLoader(listing, *sides, batch=made.train.batch, seed=made.train.seed)
     return [batch.ids for batch in batches.epoch(0)]
 
 
@@ -426,7 +426,7 @@ def test_languages_choose_captions_and_are_reported(towers: Path, tmp_path: Path
     assert "| sw |" in (tmp_path / "run" / "README.md").read_text()
     one = run(recipe(towers, source, "data.languages=['sw']"), tmp_path / "sw")
     assert {row.task.partition("/")[0] for row in one.results} == {"retrieval"}
-    train, val = main_job.training_pairs(recipe(towers, source, "data.languages=['de']", f"data.val={source}"))
+    train, val = main_job.open_training_pairs(recipe(towers, source, "data.languages=['de']", f"data.val={source}"))
     assert len(train) == len(val) == 1
     with pytest.raises(
         UserError, match=r"zero pairs: no caption of .*pairs.jsonl is in zu.* captions are in de, en, sw"
@@ -447,7 +447,7 @@ def test_every_caption_is_a_sample_of_its_own(towers: Path, tmp_path: Path) -> N
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = recipe(towers, tmp_path / "pairs.jsonl", "data.captions=all", "train.batch=16", "head.start=cca")
     done = run(made, tmp_path / "run")
-    train, _ = main_job.training_pairs(made)
+    train, _ = main_job.open_training_pairs(made)
     assert done.fitted.position.step == 3 * (3 * len(train) // 16)
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from clasp.commands.dry_run import CAPTIONS_COUNTED
-from clasp.commands.train import align
+from clasp.commands.dry_run import CAPTION_SAMPLE_SIZE
+from clasp.commands.train import train_recipe
 from clasp.config.recipe import Recipe
 from clasp.models import features as inputs_room
-from clasp.models.backbone import Base, ImageSettings
+from clasp.models.backbone import Backbone, ImageTowerSettings
 from clasp.models.tower import Tower
-from clasp.models.zoo.registry import open_base
-from clasp.training.memory import Kept
+from clasp.models.zoo.registry import load_backbone
+from clasp.training.memory import ActivationMemory
 from clasp.types import Pixels
 from toydata import toys, write_csv
 from toyruns import delta, recipe, run, save_towers
@@ -71,8 +71,8 @@ def test_cached_is_live_to_float32_rounding(boundary: str, towers: Path, pairs: 
         assert (tensor - cached[name]).abs().max() < 2e-4, name
 
 
-def base_of(towers: Path) -> Base:
-    return open_base(ImageSettings(tower=f"file:{towers / 'image'}"))
+def base_of(towers: Path) -> Backbone:
+    return load_backbone(ImageTowerSettings(tower=f"file:{towers / 'image'}"))
 
 
 @pytest.mark.parametrize(("storage", "far"), [("float16", 2e-3), ("bfloat16", 2e-2), ("int8", 2e-2)])
@@ -94,7 +94,7 @@ def test_the_trunk_runs_once(boundary: str, towers: Path, pairs: Path, tmp_path:
     images, captions = rows["image"], rows["text"]
     # the images once, a probe or two for shapes; captions once in training and once in validation, some to be counted
     assert len(TOYS) <= images <= len(TOYS) + 8
-    few, different = CAPTIONS_COUNTED + 4, len({toy.caption for toy in TOYS})
+    few, different = CAPTION_SAMPLE_SIZE + 4, len({toy.caption for toy in TOYS})
     assert few < different and captions <= 2 * different + few
     run(made.changed(["train.lr=1e-3"]), tmp_path / "two")
     assert rows["image"] - images <= 8 and rows["text"] - captions <= few, "a second run finds them"
@@ -124,14 +124,14 @@ def test_states_that_would_fill_the_disk_are_computed_anew(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(inputs_room.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     said: list[str] = []
-    align(recipe(towers, pairs, *BOUNDARIES["top blocks"], "train.epochs=1"), tmp_path / "run", say=said.append)
+    train_recipe(recipe(towers, pairs, *BOUNDARIES["top blocks"], "train.epochs=1"), tmp_path / "run", say=said.append)
     assert any("computed anew each time" in line and "1,000 that are free" in line for line in said), said
     assert not list(cache.glob("features/*.npy"))
 
 
 def test_kept_states_are_announced_with_their_size(towers: Path, pairs: Path, tmp_path: Path, cache: Path):
     said: list[str] = []
-    align(recipe(towers, pairs, *BOUNDARIES["top blocks"], "train.epochs=1"), tmp_path / "run", say=said.append)
+    train_recipe(recipe(towers, pairs, *BOUNDARIES["top blocks"], "train.epochs=1"), tmp_path / "run", say=said.append)
     announced = next(line for line in said if line.startswith("states of images after 1 blocks"))
     size = int(announced.split(": ")[1].split(" bytes")[0].replace(",", ""))
     image = 17 * 32 * 2  # tokens, numbers, bytes
@@ -159,7 +159,7 @@ def test_memory_of_a_step_is_that_of_the_blocks_above(towers: Path):
         names = tower.tune([method], seed=0)
         for name, parameter in tower.named_parameters():
             parameter.requires_grad_(name in names)
-        with Kept(tower.parameters()) as counter:
+        with ActivationMemory(tower.parameters()) as counter:
             tower.pooled(Pixels(torch.randn(16, 3, 32, 32)))
         kept[method] = counter.bytes
     assert kept["last(1)"] < 0.6 * kept["full"]

@@ -179,7 +179,7 @@ def test_stopped_before_training_keeps_what_was_computed(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_job, "start_heads", interrupted)
+    monkeypatch.setattr(main_job, "initialize_heads", interrupted)
     said = clasp("train", world.toml, "--runs", tmp_path / "runs")
     assert said.code == 130 and "stopped before training" in said.err and "Traceback" not in said.err
 
@@ -414,7 +414,7 @@ def _full_tensors(*args: object, **options: object) -> None:
         (run_folder.os, "replace", _full),
         (run_folder.Tokenizer, "save", _full_in_disguise),
         (run_folder.safetensors.torch, "save_file", _full_tensors),
-        (main_job.Run, "write", _full),
+        (main_job.RunFolder, "write", _full),
     ],
     ids=["text", "tokenizer", "tensors", "anything else"],
 )
@@ -437,7 +437,7 @@ def test_a_mistake_of_ours_is_no_mistake_of_theirs(
     def broken(*args: object, **options: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(main_job, "choose", broken)
+    monkeypatch.setattr(main_job, "plan_training", broken)
     with pytest.raises(ValueError, match="a bug"):
         clasp("train", world.toml, "--name", "new")
 

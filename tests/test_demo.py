@@ -9,11 +9,11 @@ import pytest
 from torch import Tensor
 
 from clasp.commands import demo as story
-from clasp.commands.train import align, cache_folder
+from clasp.commands.train import cache_folder, train_recipe
 from clasp.config.build import load
 from clasp.data.images import ImageTransform
-from clasp.data.samples.emoji import Sample, unpack
-from clasp.models.features import Inputs
+from clasp.data.samples.emoji import EmojiSample, unpack_emoji_sample
+from clasp.models.features import FeatureSource
 from clasp.models.tower import Tower
 from clasp.types import Pixels, Tokens
 
@@ -29,15 +29,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> story.Told:
-    return story.tell(tmp_path_factory.mktemp("runs") / "demo", quick=True)
+def told(tmp_path_factory: pytest.TempPathFactory) -> story.DemoResult:
+    return story.run_demo(tmp_path_factory.mktemp("runs") / "demo", quick=True)
 
 
-def recall(told: story.Told, language: str) -> float:
+def recall(told: story.DemoResult, language: str) -> float:
     return next(row.metrics["recall@5"] for row in told.results if row.language == language)
 
 
-def test_finds_what_it_never_saw(told: story.Told):
+def test_finds_what_it_never_saw(told: story.DemoResult):
     assert recall(told, "en") > 0.30
     assert recall(told, "macro:trained") > 0.18
     assert recall(told, "macro:low-resource, never trained") > 0.12
@@ -45,7 +45,7 @@ def test_finds_what_it_never_saw(told: story.Told):
         assert told.untrained[f"{language}/image_to_text/recall@5"] < CHANCE + 0.04
 
 
-def test_draws_and_keeps(told: story.Told):
+def test_draws_and_keeps(told: story.DemoResult):
     assert told.picture.read_bytes().startswith(b"\x89PNG")
     counts = load(told.run).encoder.counts()
     assert counts["model"].percent < 7
@@ -53,7 +53,9 @@ def test_draws_and_keeps(told: story.Told):
     assert "macro:trained" in languages
 
 
-def test_a_second_run_reads_no_tower(told: story.Told, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_a_second_run_reads_no_tower(
+    told: story.DemoResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     def refuse(*_: object) -> None:
         raise AssertionError("a tower was run again")
 
@@ -67,14 +69,14 @@ def test_a_second_run_reads_no_tower(told: story.Told, monkeypatch: pytest.Monke
         return whole(self, inputs)
 
     monkeypatch.setattr(Tower, "pooled", counted)
-    again = story.tell(told.run.with_name("demo"), quick=True)
+    again = story.run_demo(told.run.with_name("demo"), quick=True)
     assert [row.metrics for row in again.results] == [row.metrics for row in told.results]
-    assert reads == [1] * len(story.SEARCHES), "only the words searched for are new"
+    assert reads == [1] * len(story.DEMO_QUERIES), "only the words searched for are new"
     assert "holds this demo's run already" in capsys.readouterr().err
 
 
-def test_shuffled_pairs_stay_at_chance(told: story.Told, tmp_path: Path):
-    sample = unpack(cache_folder(), quick=True)
+def test_shuffled_pairs_stay_at_chance(told: story.DemoResult, tmp_path: Path):
+    sample = unpack_emoji_sample(cache_folder(), quick=True)
     rows = [json.loads(line) for line in sample.pairs("train").read_text(encoding="utf-8").splitlines()]
     captions, shift = [row["caption"] for row in rows], len(rows) // 3
     for row, caption in zip(rows, captions[shift:] + captions[:shift], strict=True):
@@ -83,16 +85,16 @@ def test_shuffled_pairs_stay_at_chance(told: story.Told, tmp_path: Path):
     recipe = story.demo_recipe(sample, quick=True).changed(
         [f"data.train={tmp_path / 'train.jsonl'}", "train.keep=last"]
     )
-    align(recipe, tmp_path / "shuffled", say=lambda line: None)
+    train_recipe(recipe, tmp_path / "shuffled", say=lambda line: None)
     model = load(tmp_path / "shuffled")
-    metrics = story.question(sample, _inputs(sample, model, recipe), quick=True)(model.encoder)
+    metrics = story.build_demo_task(sample, _inputs(sample, model, recipe), quick=True)(model.encoder)
     for language in ("en", "macro:trained"):
         away = abs(metrics[f"{language}/image_to_text/recall@5"] - CHANCE)
         assert away < 0.05, f"{language}: of 138 pictures, three standard errors"
 
 
-def _inputs(sample: Sample, model, recipe) -> Inputs:
-    from clasp.commands.train import inputs_of
-    from clasp.config.build import Assembled
+def _inputs(sample: EmojiSample, model, recipe) -> FeatureSource:
+    from clasp.commands.train import build_feature_source
+    from clasp.config.build import ModelAndPreprocessing
 
-    return inputs_of(Assembled(model.encoder, model.transform, model.tokenizer), recipe)
+    return build_feature_source(ModelAndPreprocessing(model.encoder, model.transform, model.tokenizer), recipe)

@@ -13,10 +13,10 @@ import pytest
 
 from clasp import cli
 from clasp.commands import train as main_job
-from clasp.commands.doctor import diagnose, stops
-from clasp.config.build import assemble
+from clasp.commands.doctor import diagnose, raise_on_stop
+from clasp.config.build import build_model_and_preprocessing
 from clasp.config.recipe import Recipe
-from clasp.data.checks import Section
+from clasp.data.checks import CheckReport
 from clasp.models import features as inputs_room
 from clasp.models.tower import Tower
 from clasp.types import UserError
@@ -79,7 +79,7 @@ def test_its_numbers_are_those_of_the_run(way: str, towers: Path, tmp_path: Path
     assert {each["file"] for each in after} == {str(file) for file in files}
     assert [each | {"file": None} for each in after] == kept
 
-    settled = lines(tmp_path / "run" / "log.jsonl")[-1], main_job.Run(tmp_path / "run").recipe()["train"]
+    settled = lines(tmp_path / "run" / "log.jsonl")[-1], main_job.RunFolder(tmp_path / "run").recipe()["train"]
     steps = before["steps"].facts
     assert (steps["steps"], steps["batch"]) == (settled[0]["step"], settled[1]["batch"])
     trained = before["trains"].facts["model"]
@@ -88,11 +88,11 @@ def test_its_numbers_are_those_of_the_run(way: str, towers: Path, tmp_path: Path
     assert trained["delta_bytes"] == sum(t.numel() * t.element_size() for t in tensors)
 
 
-def told(made: Recipe) -> dict[str, Section]:
+def told(made: Recipe) -> dict[str, CheckReport]:
     return {section.about: section for section in diagnose(made)}
 
 
-def levels(section: Section) -> dict[str, str]:
+def levels(section: CheckReport) -> dict[str, str]:
     """The text of each level, joined."""
     found: dict[str, str] = {}
     for finding in section.findings:
@@ -128,7 +128,7 @@ def test_it_runs_no_tower(towers: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_pairs_and_languages_are_counted(towers: Path, tmp_path: Path) -> None:
     source = spoken(tmp_path)
     section = told(recipe(towers, source))["pairs"]
-    train, val = main_job.training_pairs(recipe(towers, source))
+    train, val = main_job.open_training_pairs(recipe(towers, source))
     assert section.facts["train"] == len(train) and section.facts["val"] == len(val)
     assert section.facts["languages"] == {"en": 48, "sw": 48} and section.facts["captions"] == 96
     assert f"only {len(val)} to validate on" in levels(section)["look"]
@@ -142,8 +142,8 @@ def test_pairs_and_languages_are_counted(towers: Path, tmp_path: Path) -> None:
 def test_captions_are_measured_as_the_tower_reads_them(towers: Path, tmp_path: Path) -> None:
     rows = [toy._replace(shape=" ".join([toy.shape] * (number % 12 + 1))) for number, toy in enumerate(TOYS)]
     made = recipe(towers, write_csv(rows, tmp_path), "text.max_tokens=8")
-    train, _ = main_job.training_pairs(made)
-    whole = assemble(made).tokenizer.with_settings(max_tokens=1000)
+    train, _ = main_job.open_training_pairs(made)
+    whole = build_model_and_preprocessing(made).tokenizer.with_settings(max_tokens=1000)
     texts = sorted({caption.text for pair in train for caption in pair.captions})
     lengths = sorted(len(whole.encode([text])[0]) for text in texts)
     section = told(made)["captions"]
@@ -157,7 +157,7 @@ def test_captions_are_measured_as_the_tower_reads_them(towers: Path, tmp_path: P
 
 def test_captions_that_repeat_are_counted(towers: Path, tmp_path: Path) -> None:
     made = recipe(towers, write_csv([toy._replace(shape="ring") for toy in TOYS], tmp_path))
-    train, _ = main_job.training_pairs(made)
+    train, _ = main_job.open_training_pairs(made)
     texts = [caption.text for pair in train for caption in pair.captions]
     section = told(made)["captions"]
     most = max(texts, key=texts.count)
@@ -172,7 +172,7 @@ def test_captions_that_repeat_are_counted(towers: Path, tmp_path: Path) -> None:
 def test_equal_pictures_and_those_on_both_sides_are_found(towers: Path, tmp_path: Path) -> None:
     folder = write_folder(TOYS, tmp_path / "pairs")
     made = recipe(towers, folder)
-    train, val = main_job.training_pairs(made)
+    train, val = main_job.open_training_pairs(made)
     assert levels(told(made)["images"]).keys() == {"ok"}
     shutil.copy(folder / train[0].id, folder / train[5].id)
     shutil.copy(folder / train[0].id, folder / val[2].id)
@@ -199,7 +199,7 @@ def test_pictures_smaller_than_the_tower_sees_are_told(towers: Path, tmp_path: P
 def test_unreadable_pictures_are_named_and_too_many_stop(towers: Path, tmp_path: Path) -> None:
     folder = write_folder(TOYS, tmp_path / "pairs")
     made = recipe(towers, folder)
-    train, _ = main_job.training_pairs(made)
+    train, _ = main_job.open_training_pairs(made)
     (folder / train[0].id).write_bytes(b"no picture")
     (folder / train[3].id).unlink()
     (folder / train[3].id).symlink_to(folder / "gone")
@@ -210,14 +210,14 @@ def test_unreadable_pictures_are_named_and_too_many_stop(towers: Path, tmp_path:
         (folder / pair.id).write_bytes(b"no picture")
     sections = list(diagnose(made))
     with pytest.raises(UserError) as foretold:
-        stops(sections)
+        raise_on_stop(sections)
     with pytest.raises(UserError) as happened:
         run(made, tmp_path / "run")
     assert str(foretold.value) == str(happened.value)
 
 
 def test_of_many_a_sample_is_looked_at(towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, most in (("DECODED", 8), ("HASHED", 16), ("TOKENISED", 4)):
+    for name, most in (("DECODE_SAMPLE_SIZE", 8), ("HASH_SAMPLE_SIZE", 16), ("TOKENIZE_SAMPLE_SIZE", 4)):
         monkeypatch.setattr(f"clasp.data.checks.{name}", most)
     sections = told(recipe(towers, write_csv(TOYS, tmp_path)))
     facts = sections["images"].facts
@@ -258,7 +258,7 @@ def test_states_that_are_there_are_read_however_little_is_free(
     assert all(each["file"] for each in told(made)["features"].facts["kept"])
     written = sorted((file.name, file.stat().st_mtime_ns) for file in (cache / "features").iterdir())
     said: list[str] = []
-    main_job.align(made, tmp_path / "two", say=said.append)
+    main_job.train_recipe(made, tmp_path / "two", say=said.append)
     assert any("computed once and kept" in line for line in said) and not any("anew" in line for line in said)
     assert written == sorted((file.name, file.stat().st_mtime_ns) for file in (cache / "features").iterdir())
 
@@ -269,7 +269,7 @@ def test_a_full_disk_stops_in_the_words_of_training(
     made = recipe(towers, write_csv(TOYS, tmp_path), "train.epochs=1")
     full(monkeypatch, tmp_path, 1000)
     with pytest.raises(UserError) as foretold:
-        stops(list(diagnose(made)))
+        raise_on_stop(list(diagnose(made)))
     with pytest.raises(UserError) as happened:
         run(made, tmp_path / "run")
     assert str(foretold.value) == str(happened.value)

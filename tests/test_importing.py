@@ -21,12 +21,12 @@ from clasp import cli
 from clasp.commands.import_checkpoint import import_checkpoint
 from clasp.config.build import load
 from clasp.convert.importers import run_writer
-from clasp.convert.importers.run_writer import Wanted, tokenizer_for
-from clasp.convert.importers.safe_pickle import read_pickle
+from clasp.convert.importers.run_writer import ImportOptions, load_matching_tokenizer
+from clasp.convert.importers.safe_pickle import safe_load_pickle
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import ImageSettings, TextSettings
-from clasp.models.zoo.registry import open_base
-from clasp.training.run_folder import Run
+from clasp.models.backbone import ImageTowerSettings, TextTowerSettings
+from clasp.models.zoo.registry import load_backbone
+from clasp.training.run_folder import RunFolder
 from clasp.types import UserError
 from savedtowers import save, save_tokenizer
 from toydata import toys, write_csv
@@ -113,32 +113,32 @@ def test_an_imported_run_is_a_run_wherever_it_lies(typed: Any, words: str, tmp_p
 
 
 def test_the_towers_of_a_run_serve_other_recipes(words: str, tmp_path: Path) -> None:
-    run = import_checkpoint("lilt", LWA, tmp_path / "run", Wanted(tokenizer=words)).run
-    image = open_base(ImageSettings(tower=f"file:{run / 'towers' / 'image'}"))
-    text = open_base(TextSettings(tower=f"file:{run / 'towers' / 'text'}", token_types=False))
+    run = import_checkpoint("lilt", LWA, tmp_path / "run", ImportOptions(tokenizer=words)).run
+    image = load_backbone(ImageTowerSettings(tower=f"file:{run / 'towers' / 'image'}"))
+    text = load_backbone(TextTowerSettings(tower=f"file:{run / 'towers' / 'text'}", token_types=False))
     assert image.transform is not None and image.transform.mean[0] == pytest.approx(0.48145466)
     assert not any("adapter" in name for base in (image, text) for name, _ in base.net.named_parameters())
-    shapes = open_base(ImageSettings(tower=f"file:{run / 'towers' / 'image'}", size=32), meta=True).net
+    shapes = load_backbone(ImageTowerSettings(tower=f"file:{run / 'towers' / 'image'}", size=32), meta=True).net
     assert all(p.is_meta for p in shapes.parameters())
     tower = f"file:{run / 'towers' / 'image'}"
-    refused("patches; take 64", lambda: open_base(ImageSettings(tower=tower, size=60)))
-    refused("is a tower for images", lambda: open_base(TextSettings(tower=tower)))
-    refused("{run} is the run's own folder", lambda: open_base(ImageSettings(tower="file:{run}/towers/image")))
+    refused("patches; take 64", lambda: load_backbone(ImageTowerSettings(tower=tower, size=60)))
+    refused("is a tower for images", lambda: load_backbone(TextTowerSettings(tower=tower)))
+    refused("{run} is the run's own folder", lambda: load_backbone(ImageTowerSettings(tower="file:{run}/towers/image")))
     weights = run / "towers" / "image" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused("cannot be read", lambda: open_base(ImageSettings(tower=tower)))
+    refused("cannot be read", lambda: load_backbone(ImageTowerSettings(tower=tower)))
     (run / "towers" / "image" / "config.json").write_text('{"model_type": "clasp_image", "net": {"patch": 0}}')
-    refused("config.json is damaged", lambda: open_base(ImageSettings(tower=tower)))
+    refused("config.json is damaged", lambda: load_backbone(ImageTowerSettings(tower=tower)))
 
 
 def test_other_weights_below_an_imported_delta_are_refused(words: str, tmp_path: Path) -> None:
-    one = import_checkpoint("lilt", LWA, tmp_path / "one", Wanted(tokenizer=words)).run
+    one = import_checkpoint("lilt", LWA, tmp_path / "one", ImportOptions(tokenizer=words)).run
 
     def other(found: dict[str, Any]) -> None:
         found["model"]["visual_encoder.blocks.0.attn.qkv.weight"] += 1e-3
 
     changed(LWA, tmp_path / "other.pth", other)
-    two = import_checkpoint("lilt", tmp_path / "other.pth", tmp_path / "two", Wanted(tokenizer=words)).run
+    two = import_checkpoint("lilt", tmp_path / "other.pth", tmp_path / "two", ImportOptions(tokenizer=words)).run
     os.replace(two / "towers" / "image" / "model.safetensors", one / "towers" / "image" / "model.safetensors")
     refused("1 of 42 tensors differ (blocks.0.attn.qkv.weight", lambda: load(one))
 
@@ -147,15 +147,15 @@ def test_other_weights_below_an_imported_delta_are_refused(words: str, tmp_path:
 
 
 def test_bare_weights_half_precision_and_a_prefix(words: str, tmp_path: Path) -> None:
-    whole = import_checkpoint("lilt", LWA, tmp_path / "whole", Wanted(tokenizer=words))
+    whole = import_checkpoint("lilt", LWA, tmp_path / "whole", ImportOptions(tokenizer=words))
     bare = changed(LWA, tmp_path / "bare.pth", lambda found: {f"module.{k}": v for k, v in found["model"].items()})
-    alone = import_checkpoint("lilt", bare, tmp_path / "bare", Wanted(tokenizer=words))
+    alone = import_checkpoint("lilt", bare, tmp_path / "bare", ImportOptions(tokenizer=words))
     assert any("no switches" in line for line in alone.told.lines) and "by its keys" in " ".join(alone.told.lines)
     one, other = load(whole.run), load(alone.run)
     assert torch.equal(one.encode_text(["w5 w6"]), other.encode_text(["w5 w6"]))
     assert one.encoder.fingerprint == other.encoder.fingerprint
     half = changed(LWA, tmp_path / "half.pth", lambda found: {k: v.half() for k, v in found["model"].items()})
-    near = load(import_checkpoint("lilt", half, tmp_path / "half", Wanted(tokenizer=words)).run)
+    near = load(import_checkpoint("lilt", half, tmp_path / "half", ImportOptions(tokenizer=words)).run)
     assert near.encode_text(["w5 w6"]).dtype == torch.float32
     torch.testing.assert_close(near.encode_text(["w5 w6"]), one.encode_text(["w5 w6"]), atol=1e-2, rtol=0)
 
@@ -169,7 +169,7 @@ def test_every_key_is_accounted_for(words: str, tmp_path: Path) -> None:
         model["visual_encoder.norm.weight"] = torch.ones(64)
 
     file = changed(LWA, tmp_path / "odd.pth", spoil)
-    line = refused("odd.pth", lambda: import_checkpoint("lilt", file, tmp_path / "run", Wanted(tokenizer=words)))
+    line = refused("odd.pth", lambda: import_checkpoint("lilt", file, tmp_path / "run", ImportOptions(tokenizer=words)))
     assert "nothing takes visual_encoder.head.weight, text_encoder.pooler.dense.bias" in line
     assert "it lacks vision_proj.bias, text_encoder.encoder.layer.1.output.adapter.up_sampler.bias" in line
     assert "visual_encoder.norm.weight is (64,) and not (128,)" in line
@@ -200,7 +200,7 @@ def test_every_key_is_accounted_for(words: str, tmp_path: Path) -> None:
 )
 def test_what_is_no_lilt_checkpoint(change: Any, says: str, words: str, tmp_path: Path) -> None:
     file = changed(LWA, tmp_path / "odd.pth", change)
-    refused(says, lambda: import_checkpoint("lilt", file, tmp_path / "run", Wanted(tokenizer=words)))
+    refused(says, lambda: import_checkpoint("lilt", file, tmp_path / "run", ImportOptions(tokenizer=words)))
 
 
 _DOWN = "visual_encoder.blocks.0.adapter1.down_sampler.weight"
@@ -213,7 +213,7 @@ def _put(found: dict[str, Any], key: str, tensor: torch.Tensor) -> None:
 def test_an_optimizer_of_another_make_is_passed_over(words: str, tmp_path: Path) -> None:
     for odd in ([{}], [3], "adamw"):
         file = changed(LWA, tmp_path / "odd.pth", lambda found, odd=odd: found.update(optimizer={"param_groups": odd}))
-        assert import_checkpoint("lilt", file, tmp_path / f"run {odd}", Wanted(tokenizer=words)).told.counts
+        assert import_checkpoint("lilt", file, tmp_path / f"run {odd}", ImportOptions(tokenizer=words)).told.counts
 
 
 def _less(found: dict[str, Any], key: str) -> None:
@@ -244,11 +244,12 @@ def test_heads_that_shapes_do_not_tell(words: str, tmp_path: Path) -> None:
 
     file = changed(LWA, tmp_path / "narrow.pth", narrow)
     refused(
-        "say so with --text-heads N", lambda: import_checkpoint("lilt", file, tmp_path / "x", Wanted(tokenizer=words))
+        "say so with --text-heads N",
+        lambda: import_checkpoint("lilt", file, tmp_path / "x", ImportOptions(tokenizer=words)),
     )
-    wrong = Wanted(tokenizer=words, text_heads=5)
+    wrong = ImportOptions(tokenizer=words, text_heads=5)
     refused("--text-heads 5: does not divide 96", lambda: import_checkpoint("lilt", file, tmp_path / "x", wrong))
-    right = Wanted(tokenizer=words, text_heads=3)
+    right = ImportOptions(tokenizer=words, text_heads=3)
     model = load(import_checkpoint("lilt", file, tmp_path / "run", right).run)
     assert model.encode_text(["w5"]).shape == (1, 64)
     config = json.loads((tmp_path / "run" / "towers" / "text" / "config.json").read_text())
@@ -282,22 +283,22 @@ def test_a_full_disk_leaves_nothing(words: str, tmp_path: Path, monkeypatch: pyt
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Run, "save", full)
-    refused("no space left", lambda: import_checkpoint("lilt", LWA, tmp_path / "run", Wanted(tokenizer=words)))
+    monkeypatch.setattr(RunFolder, "save", full)
+    refused("no space left", lambda: import_checkpoint("lilt", LWA, tmp_path / "run", ImportOptions(tokenizer=words)))
     assert [path.name for path in tmp_path.iterdir()] == ["words"]
 
 
 def test_tokenizers_by_vocabulary(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    named, tokenizer = tokenizer_for(30_522, None)
+    named, tokenizer = load_matching_tokenizer(30_522, None)
     assert named == "pip:minilm-l6" and tokenizer(["A dog"]).ids.tolist() == [[101, 1037, 3899, 102]]
-    refused("hf:google-bert/bert-base-multilingual-cased", lambda: tokenizer_for(119_547, None))
-    monkeypatch.setattr(run_writer, "UNCASED_HERE", "multilingual-e5-small")
+    refused("hf:google-bert/bert-base-multilingual-cased", lambda: load_matching_tokenizer(119_547, None))
+    monkeypatch.setattr(run_writer, "BERT_UNCASED_PIP", "multilingual-e5-small")
     monkeypatch.setattr(run_writer.importlib.metadata, "distributions", lambda: iter(()))
-    refused("hf:google-bert/bert-base-uncased", lambda: tokenizer_for(30_522, None))
+    refused("hf:google-bert/bert-base-uncased", lambda: load_matching_tokenizer(30_522, None))
     save("bert", tmp_path / "bert")
-    _, theirs = tokenizer_for(64, f"file:{tmp_path / 'bert'}")
-    _, plain = tokenizer_for(64, words)
+    _, theirs = load_matching_tokenizer(64, f"file:{tmp_path / 'bert'}")
+    _, plain = load_matching_tokenizer(64, words)
     assert theirs(["w5 w6"]).ids.tolist() == plain(["w5 w6"]).ids.tolist() == [[1, 5, 6, 63]]
 
 
@@ -309,8 +310,8 @@ def test_the_text_folder_keeps_the_tokenizer_to_the_id(tmp_path: Path) -> None:
         found["model"]["text_encoder.embeddings.word_embeddings.weight"] = torch.zeros(30_522, table.shape[1])
 
     file = changed(LWA, tmp_path / "words.pth", larger)
-    model = load(import_checkpoint("lilt", file, tmp_path / "run", Wanted()).run)
-    _, whole = tokenizer_for(30_522, None)
+    model = load(import_checkpoint("lilt", file, tmp_path / "run", ImportOptions()).run)
+    _, whole = load_matching_tokenizer(30_522, None)
     captions = ["A naïve Doppelgänger", "unbelievably 猫", ""]
     here = Tokenizer.from_folder(tmp_path / "run" / "towers" / "text", template="tower", clean="none")
     assert here(captions).ids.tolist() == whole(captions).ids.tolist()
@@ -374,7 +375,9 @@ def test_nothing_in_a_file_is_run(kind: str, place: str, trap: types.ModuleType,
     found = torch.load(LWA, weights_only=True)
     torch.save(hostile if place == "the whole" else {**found, place: hostile}, file)
     mark.unlink(missing_ok=True)
-    line = refused("hostile.pth", lambda: import_checkpoint("lilt", file, tmp_path / "run", Wanted(tokenizer=words)))
+    line = refused(
+        "hostile.pth", lambda: import_checkpoint("lilt", file, tmp_path / "run", ImportOptions(tokenizer=words))
+    )
     assert "nothing in it was run" in line and not mark.exists()
     assert not (tmp_path / "run").exists()
     torch.load(file, weights_only=False)
@@ -385,13 +388,13 @@ def test_what_is_allowed_elsewhere_in_the_process_is_not_allowed_here(trap: type
     torch.save({"model": {}, "config": Runs(trap.spring)}, tmp_path / "hostile.pth")
     before = set(serialization.get_safe_globals())
     with serialization.safe_globals([trap.spring]):
-        refused("asks for trapdoor.spring", lambda: read_pickle(tmp_path / "hostile.pth"))
+        refused("asks for trapdoor.spring", lambda: safe_load_pickle(tmp_path / "hostile.pth"))
         assert trap.spring in serialization.get_safe_globals() and not (tmp_path / "mark").exists()
     assert set(serialization.get_safe_globals()) == before
 
 
 def test_omegaconf_is_not_imported_even_where_it_is_installed(trap: types.ModuleType, tmp_path: Path) -> None:
-    assert read_pickle(GOLDEN / "lilt_lwa_ln.checkpoint_omegaconf.pth")["config"]["image_res"] == 64
+    assert safe_load_pickle(GOLDEN / "lilt_lwa_ln.checkpoint_omegaconf.pth")["config"]["image_res"] == 64
     assert "omegaconf" not in sys.modules and not (tmp_path / "mark").exists()
 
 
@@ -427,7 +430,7 @@ def test_stand_ins_become_plain_values(omega: Callable[..., Any], tmp_path: Path
         },
     )
     torch.save({"config": config}, tmp_path / "file.pth")
-    assert read_pickle(tmp_path / "file.pth")["config"] == {
+    assert safe_load_pickle(tmp_path / "file.pth")["config"] == {
         "word": "x",
         "interpolated": "${word}",
         "listed": [1, {}],
@@ -435,28 +438,28 @@ def test_stand_ins_become_plain_values(omega: Callable[..., Any], tmp_path: Path
         "either": 0.5,
     }
     torch.save({"config": kinds}, tmp_path / "file.pth")
-    refused("a class where a setting should be", lambda: read_pickle(tmp_path / "file.pth"))
+    refused("a class where a setting should be", lambda: safe_load_pickle(tmp_path / "file.pth"))
     torch.save({"config": {(1, 2): 3}}, tmp_path / "file.pth")
-    refused("by something else than a word", lambda: read_pickle(tmp_path / "file.pth"))
+    refused("by something else than a word", lambda: safe_load_pickle(tmp_path / "file.pth"))
     round_and_round = omega("dictconfig.DictConfig", _content={})
     round_and_round._content["again"] = round_and_round
     torch.save({"config": round_and_round}, tmp_path / "file.pth")
-    refused("without end", lambda: read_pickle(tmp_path / "file.pth"))
+    refused("without end", lambda: safe_load_pickle(tmp_path / "file.pth"))
     doubled: Any = [1]
     for _ in range(60):
         doubled = [doubled, doubled]
     torch.save({"config": doubled}, tmp_path / "file.pth")
-    refused("without end", lambda: read_pickle(tmp_path / "file.pth"))
+    refused("without end", lambda: safe_load_pickle(tmp_path / "file.pth"))
 
 
 def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     file, whole = tmp_path / "file.pth", LWA.read_bytes()
     for content in (b"", b"model: yes\n", whole[: len(whole) // 2], whole[100:], b"\x80\x02.", bytes(1000)):
         file.write_bytes(content)
-        refused("is not a checkpoint as torch.save writes it, or it is damaged", lambda: read_pickle(file))
+        refused("is not a checkpoint as torch.save writes it, or it is damaged", lambda: safe_load_pickle(file))
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("a.txt", "no pickle")
-    refused("or it is damaged", lambda: read_pickle(file))
-    refused("there is no file", lambda: read_pickle(tmp_path))
+    refused("or it is damaged", lambda: safe_load_pickle(file))
+    refused("there is no file", lambda: safe_load_pickle(tmp_path))
     torch.save({"model": {"temp": torch.tensor(1.0)}}, file, _use_new_zipfile_serialization=False)
-    assert read_pickle(file) == {"model": {"temp": torch.tensor(1.0)}}, "the format before torch 1.6"
+    assert safe_load_pickle(file) == {"model": {"temp": torch.tensor(1.0)}}, "the format before torch 1.6"

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import pytest
 
 from clasp import cli
-from clasp.commands.evaluate import examine
+from clasp.commands.evaluate import evaluate_run
 from clasp.evaluation.retention import run as job
-from clasp.evaluation.tasks import Result
-from clasp.report.figures import draw_kept
+from clasp.evaluation.tasks import EvaluationResult
+from clasp.report.figures import draw_retention
 from clasp.types import UserError
 from toydata import Toy, add_member, toys, write_classes, write_csv, write_images
 from toyruns import lines, recipe, run, save_towers
@@ -47,7 +47,7 @@ def write_pairs(
 class Asked(NamedTuple):
     """What was found, and what was said beside it."""
 
-    results: list[Result]
+    results: list[EvaluationResult]
     said: list[str]
 
 
@@ -89,20 +89,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     pairs = write_pairs(TOYS, folder / "pairs", **{"class": lambda toy: toy.shape, "colour": lambda toy: toy.colour})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLASP_CACHE", str(folder / "cache"))
-        patch.setattr(job, "draw_kept", lambda *_, **__: None)  # takes a second; one test draws
+        patch.setattr(job, "draw_retention", lambda *_, **__: None)  # takes a second; one test draws
         yield World(folder, save_towers(folder / "towers"), pairs, {}, {})
 
 
 def ask(at: Path, *options: str) -> Asked:
     said: list[str] = []
-    return Asked(examine(at, "kept", options, say=said.append), said)
+    return Asked(evaluate_run(at, "kept", options, say=said.append), said)
 
 
-def by_task(results: Sequence[Result]) -> dict[tuple[str, str], Result]:
+def by_task(results: Sequence[EvaluationResult]) -> dict[tuple[str, str], EvaluationResult]:
     return {(result.task.removeprefix("kept/"), result.language): result for result in results}
 
 
-def drift(results: Sequence[Result], side: str) -> dict[str, Mapping[str, float]]:
+def drift(results: Sequence[EvaluationResult], side: str) -> dict[str, Mapping[str, float]]:
     """Part of a tower to what its drift is."""
     head = f"kept/{side}_drift/"
     return {r.task.removeprefix(head): r.metrics for r in results if r.task.startswith(head)}
@@ -249,7 +249,7 @@ def test_the_way_begins_at_the_base_and_ends_at_the_run(world: World, method: st
     for point, state in ((way[0], "before"), (way[-1], "after")):
         mean = sum(metrics[state] for metrics in text) / len(text)
         assert point.metrics["text_recall@1"] == pytest.approx(mean)
-    (zeroshot,) = examine(at, "zeroshot", [f"data={world.pairs}", "label=colour"])
+    (zeroshot,) = evaluate_run(at, "zeroshot", [f"data={world.pairs}", "label=colour"])
     assert way[-1].metrics["zeroshot_top1"] == pytest.approx(zeroshot.metrics["top1"])
 
 
@@ -257,7 +257,7 @@ def test_without_classes_the_way_is_told_by_retrieval(world: World, tmp_path: Pa
     given = write_pairs(TOYS, tmp_path)
     at = world.run("tune.image=full", "tune.text=full")
     way = [result for result in ask(at, f"data={given}").results if result.task == "kept/interpolation"]
-    rows = examine(at, "multilingual", [f"data={given}"])
+    rows = evaluate_run(at, "multilingual", [f"data={given}"])
     macro = next(row for row in rows if row.language == "macro:all" and "/" not in row.task)
     assert way[-1].metrics["retrieval_mean_recall"] == pytest.approx(macro.metrics["mean_recall"])
     assert "image_knn" not in way[0].metrics
@@ -281,7 +281,7 @@ def test_each_tower_is_heard_once_in_each_state(world: World):
         yield lambda done, total: None
 
     at = world.run("tune.image=full", "tune.text=full")
-    examine(at, "kept", [f"data={world.pairs}"], bar=bar)
+    evaluate_run(at, "kept", [f"data={world.pairs}"], bar=bar)
     states = ("before", "after", "at 0.25", "at 0.5", "at 0.75")
     assert sorted(titles) == sorted(f"{what}, {state}" for what in ("images", "captions") for state in states)
 
@@ -332,7 +332,7 @@ def test_unreadable_pictures_are_left_out(world: World, tmp_path: Path):
 
 
 def test_results_and_figure_stay_in_the_run(world: World, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(job, "draw_kept", draw_kept)
+    monkeypatch.setattr(job, "draw_retention", draw_retention)
     at = world.run("tune.image=full", "tune.text=full")
     before = len(lines(at / "results.jsonl"))
     results = ask(at, f"data={world.pairs}").results
@@ -382,7 +382,7 @@ def test_figures_are_drawn_in_one_place():
             for name in names:
                 if (package := name.partition(".")[0]) in found:
                     found[package].add(path.relative_to(source).as_posix())
-    assert found == {"matplotlib": {"report/curves.py"}, "sklearn": {"evaluate/probes.py"}}
+    assert found == {"matplotlib": {"report/figures.py"}, "sklearn": {"evaluation/probes.py"}}
 
 
 # --- mistakes, in one line -------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 
 import clasp
-from clasp.config.build import assemble, build
-from clasp.config.recipe import Recipe, from_dict, read_recipe, shipped
-from clasp.training.losses import loss_of
-from clasp.training.run_folder import Run
+from clasp.config.build import build_model, build_model_and_preprocessing
+from clasp.config.recipe import Recipe, builtin_recipes, read_recipe, recipe_from_dict
+from clasp.training.losses import build_loss
+from clasp.training.run_folder import RunFolder
 from clasp.training.step import Stepper
 from clasp.types import Batch, Pixels
 from fouruses import recipe as toy_recipe
@@ -63,7 +63,7 @@ def tiny(text_tower: Path, *overrides: str) -> Recipe:
 def test_a_row_as_it_trains(row: str, text_tower: Path, tmp_path: Path):
     """Names, totals, gradients, the optimizer's groups, what moves and what is saved, on real weights."""
     given = tiny(text_tower, *tuned(row))
-    parts = assemble(given)
+    parts = build_model_and_preprocessing(given)
     model, counts, golden = parts.model, parts.model.counts(), COUNTS["tiny_tiny"][row]
     assert (counts["model"].total, counts["model"].trained) == (golden["total"], golden["trained"])
     for ours, theirs in (("image", "vision"), ("text", "text")):
@@ -74,7 +74,7 @@ def test_a_row_as_it_trains(row: str, text_tower: Path, tmp_path: Path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     settings = given.train.model_copy(update={"micro_batch": 2})
-    stepper = Stepper(model, loss_of(given.loss), settings, accelerator, "float32", steps=15, kinds=model.kinds)
+    stepper = Stepper(model, build_loss(given.loss), settings, accelerator, "float32", steps=15, kinds=model.kinds)
     pixels = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     batch = Batch(("a", "b"), Pixels(pixels), parts.tokenizer(CAPTIONS), torch.tensor([[0, 0], [1, 1]]))
     model.train()
@@ -83,7 +83,7 @@ def test_a_row_as_it_trains(row: str, text_tower: Path, tmp_path: Path):
     stepper.optimizer.step()
     names = {id(p): name for name, p in model.named_parameters()}
     held = [names[id(p)] for group in stepper.optimizer.param_groups for p in group["params"]]
-    saved = Run(tmp_path / "run")
+    saved = RunFolder(tmp_path / "run")
     saved.start(given.to_toml(), model, parts.transform, parts.tokenizer, pairs="none")
     saved.save(model)
     assert learned == model.selection
@@ -103,15 +103,15 @@ def test_a_file_is_its_row(name: str):
     towers, row = FILES[name]
     assert (given.image.tower, given.text.tower) == TOWERS[towers]
     assert (given.tune.image, given.tune.text) == TUNED[row][:2]
-    counts, golden = build(given, meta=True).counts(), COUNTS[towers][row]
+    counts, golden = build_model(given, meta=True).counts(), COUNTS[towers][row]
     assert (counts["model"].total, counts["model"].trained) == (golden["total"], golden["trained"])
-    comment = shipped()[f"lilt/{name}"].read_text().splitlines()[:3]
+    comment = builtin_recipes()[f"lilt/{name}"].read_text().splitlines()[:3]
     assert all(line.startswith("# ") for line in comment)
     assert comment[2].startswith(f"# {golden['trained']:,} parameters train ({golden['percent_trained']:.2f} %")
 
 
 def test_every_file_is_here_and_differs_from_the_paper_in_towers_and_tuning_only():
-    names = {name.removeprefix("lilt/") for name in shipped() if name.startswith("lilt/")}
+    names = {name.removeprefix("lilt/") for name in builtin_recipes() if name.startswith("lilt/")}
     assert set(FILES) <= names
     paper = read_recipe("lilt/paper")
     for name in FILES:
@@ -123,10 +123,10 @@ def test_every_file_is_here_and_differs_from_the_paper_in_towers_and_tuning_only
 
 def test_deltas_are_as_small_as_the_paper_has_them():
     """Of the bytes of the two towers: layerwise adapters at most 8 %, norms at most 0.5 %."""
-    towers = build(read_recipe("lilt/clip"), meta=True).counts()
+    towers = build_model(read_recipe("lilt/clip"), meta=True).counts()
     base = 4 * (towers["image"].total + towers["text"].total)
     for name, most in (("lwa", 0.08), ("da", 0.08), ("layernorm", 0.005)):
-        assert build(read_recipe(f"lilt/{name}"), meta=True).counts()["model"].delta_bytes <= most * base
+        assert build_model(read_recipe(f"lilt/{name}"), meta=True).counts()["model"].delta_bytes <= most * base
 
 
 # --- the quirks ------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_deltas_are_as_small_as_the_paper_has_them():
 def test_the_settings_of_the_paper():
     """Facts of the released code, and none of its quirks anywhere else."""
     paper = read_recipe("lilt/paper")
-    plain = from_dict({"image": {"tower": "pip:x"}, "text": {"tower": "pip:y"}}, "plain")
+    plain = recipe_from_dict({"image": {"tower": "pip:x"}, "text": {"tower": "pip:y"}}, "plain")
     quirks = {
         "image.mean": (0.48145466, 0.4578275, 0.40821073),
         "image.std": (0.26862954, 0.26130258, 0.27577711),
@@ -154,7 +154,7 @@ def test_the_settings_of_the_paper():
         section, name = key.split(".")
         assert getattr(getattr(paper, section), name) == value, key
         assert getattr(getattr(plain, section), name) != value, key
-        for other in shipped():
+        for other in builtin_recipes():
             if not other.startswith(("lilt/", "msclip/")):  # the other paper has some of them too
                 assert getattr(getattr(read_recipe(other), section), name) != value, (other, key)
     train, augment = paper.train, paper.data.augment
@@ -168,7 +168,7 @@ def test_the_settings_of_the_paper():
 
 
 def test_pixels_and_tokens_are_the_papers(text_tower: Path):
-    parts = assemble(tiny(text_tower))
+    parts = build_model_and_preprocessing(tiny(text_tower))
     assert parts.transform.mean == (0.48145466, 0.4578275, 0.40821073)
     assert parts.transform.std == (0.26862954, 0.26130258, 0.27577711)
     assert (parts.transform.size, parts.transform.resize, parts.transform.interpolation) == (256, "squash", "bicubic")
@@ -181,8 +181,8 @@ def test_pixels_and_tokens_are_the_papers(text_tower: Path):
 
 def test_a_mean_of_ones_own_is_for_any_tower():
     given = toy_recipe("toyfactories:vit", "toyfactories:bert", ["none"])
-    assert assemble(given).transform.mean == (0.5, 0.4, 0.3)
-    changed = assemble(given.changed(["image.mean=[0.1, 0.2, 0.3]"])).transform
+    assert build_model_and_preprocessing(given).transform.mean == (0.5, 0.4, 0.3)
+    changed = build_model_and_preprocessing(given.changed(["image.mean=[0.1, 0.2, 0.3]"])).transform
     assert (changed.mean, changed.std) == ((0.1, 0.2, 0.3), (0.2, 0.3, 0.4))
 
 
@@ -218,7 +218,7 @@ def test_a_run_of_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def kinds_of(tuning: list[str], **changes: dict) -> dict[str, str]:
-    model = assemble(toy_recipe("toyfactories:vit", "toyfactories:bert", tuning, **changes)).model
+    model = build_model_and_preprocessing(toy_recipe("toyfactories:vit", "toyfactories:bert", tuning, **changes)).model
     assert set(model.kinds) == model.selection
     return model.kinds
 
@@ -252,5 +252,5 @@ def test_kinds_of_what_peft_wraps():
 
 def test_a_learned_pooling_is_of_the_heads():
     given = toy_recipe("toyfactories:vit", "toyfactories:bert", ["none"]).changed(["image.pool=attention"])
-    kinds = assemble(given).model.kinds
+    kinds = build_model_and_preprocessing(given).model.kinds
     assert kinds["image.pooling.query"] == "head" and set(kinds.values()) == {"head", "scale"}

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clasp.training.losses import LOSSES, info_nce, sigmoid
-from clasp.training.losses.tiles import kinship, tiles
+from clasp.training.losses import LOSSES, info_nce, sigmoid_loss
+from clasp.training.losses.tiles import dense_group_ids, iterate_logit_tiles
 
 LOG2 = math.log(2)
 ONE = torch.tensor(1.0, dtype=torch.float64)
@@ -53,16 +53,16 @@ def test_info_nce_of_three_pairs_two_of_one_image():
 def test_sigmoid_of_two_pairs_and_its_bias():
     image, text = with_odds([[3, 1], [1, 3]])
     # two positives at 3:1, two negatives at 1:1, divided by two
-    assert sigmoid(image, text, ONE).total.item() == pytest.approx(math.log(4 / 3) + LOG2)
+    assert sigmoid_loss(image, text, ONE).total.item() == pytest.approx(math.log(4 / 3) + LOG2)
     # the bias doubles all odds: 6:1 and 2:1
-    biased = sigmoid(image, text, ONE, torch.tensor(LOG2, dtype=torch.float64))
+    biased = sigmoid_loss(image, text, ONE, torch.tensor(LOG2, dtype=torch.float64))
     assert biased.total.item() == pytest.approx(math.log(7 / 6) + math.log(3))
     assert biased.image_to_text == biased.text_to_image == biased.total
 
 
 def test_sigmoid_of_three_pairs_two_with_one_caption():
     image, text = with_odds([[1, 2, 1], [2, 2, 4], [1, 1, 6]])
-    loss = sigmoid(image, text, ONE, groups=torch.tensor([[0, 8], [1, 8], [2, 9]]))
+    loss = sigmoid_loss(image, text, ONE, groups=torch.tensor([[0, 8], [1, 8], [2, 9]]))
     right = [1 / 2, 2 / 3, 2 / 3, 2 / 3, 6 / 7]  # (0,0) (0,1) (1,0) (1,1) (2,2)
     wrong = [1 / 2, 1 / 5, 1 / 2, 1 / 2]  # (0,2) (1,2) (2,0) (2,1)
     assert loss.total.item() == pytest.approx(-sum(map(math.log, right + wrong)) / 3)
@@ -79,8 +79,10 @@ def test_scale_multiplies_the_cosines():
 
 
 def positives_of(groups):
-    kin = kinship(torch.tensor(groups), torch.float64)
-    (tile,) = tiles(torch.eye(len(groups), dtype=torch.float64), torch.eye(len(groups), dtype=torch.float64), kin, kin)
+    kin = dense_group_ids(torch.tensor(groups), torch.float64)
+    (tile,) = iterate_logit_tiles(
+        torch.eye(len(groups), dtype=torch.float64), torch.eye(len(groups), dtype=torch.float64), kin, kin
+    )
     return tile.positive.int().tolist()
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from clasp.training.losses import LOSSES, Ring, tiles
+from clasp.training.losses import LOSSES, ProcessRing, tiles
 from naivelosses import NAIVE
 
 ROWS = 5  # of each process
@@ -42,11 +42,11 @@ def measured(loss, leaves, part, **options):
 def work(rank, folder):
     """One process: every loss in the ring of all three, and in that of the last two."""
     torch.set_num_threads(1)
-    tiles.TILE_CPU = 3
+    tiles.TILE_SIZE_CPU = 3
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
     answers = {}
     pair = dist.new_group([1, 2])
-    for size, ring in ((3, Ring.of()), (2, Ring.of(pair) if rank else None)):
+    for size, ring in ((3, ProcessRing.of()), (2, ProcessRing.of(pair) if rank else None)):
         if ring is None:
             continue
         own = slice(ring.rank * ROWS, (ring.rank + 1) * ROWS)

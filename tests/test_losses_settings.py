@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from clasp.models.dual_encoder import DualEncoder, HeadSettings, LogitSettings
 from clasp.models.tower import Tower
-from clasp.training.losses import LOSSES, LossSettings, info_nce, loss_of
+from clasp.training.losses import LOSSES, LossSettings, build_loss, info_nce
 from clasp.types import Loss, UserError
 from naivelosses import NAIVE
 from toytowers import base
@@ -41,8 +41,8 @@ def test_the_kinds_are_the_losses():
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_nothing_asked_for_is_the_loss_itself(kind: str):
-    assert loss_of(LossSettings(kind=kind)) is LOSSES[kind]
-    assert isinstance(loss_of(LossSettings(kind=kind, positives="diagonal", negatives=4)), Loss)
+    assert build_loss(LossSettings(kind=kind)) is LOSSES[kind]
+    assert isinstance(build_loss(LossSettings(kind=kind, positives="diagonal", negatives=4)), Loss)
 
 
 # --- parts of a batch ------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_nothing_asked_for_is_the_loss_itself(kind: str):
 def test_two_parts_by_hand():
     """Cosines 1 on the diagonal and 0 elsewhere, scale log 3: 3 of 4 among two pairs, 3 of 6 among four."""
     eye, scale = torch.eye(4, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64).log()
-    whole, halves = (loss_of(LossSettings(negatives=n))(eye, eye, scale) for n in ("all", 2))
+    whole, halves = (build_loss(LossSettings(negatives=n))(eye, eye, scale) for n in ("all", 2))
     assert whole.total.item() == pytest.approx(math.log(6 / 3))
     assert halves.total.item() == pytest.approx(math.log(4 / 3))
 
@@ -61,7 +61,7 @@ def test_two_parts_by_hand():
 def test_parts_are_the_mean_of_their_own_losses(kind: str, positives: str):
     leaves, groups = example(12)
     image, text, scale, bias = leaves
-    asked = loss_of(LossSettings(kind=kind, positives=positives, negatives=4))
+    asked = build_loss(LossSettings(kind=kind, positives=positives, negatives=4))
     for number, ours in enumerate(asked(*leaves, groups=groups)):
         theirs = []
         for first in (0, 4, 8):
@@ -78,7 +78,7 @@ def test_a_remainder_is_shared_out_and_every_pair_counts_alike(kind: str):
     """Ten pairs in parts of at most four: four, three and three."""
     leaves, groups = example(10)
     image, text, scale, bias = leaves
-    ours = loss_of(LossSettings(kind=kind, negatives=4))(*leaves, groups=groups).total
+    ours = build_loss(LossSettings(kind=kind, negatives=4))(*leaves, groups=groups).total
     theirs = 0
     for part in (slice(0, 4), slice(4, 7), slice(7, 10)):
         rows = part.stop - part.start
@@ -90,7 +90,7 @@ def test_a_remainder_is_shared_out_and_every_pair_counts_alike(kind: str):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_batch_of_one_part_is_the_whole(kind: str):
     leaves, groups = example(10)
-    whole, part = (loss_of(LossSettings(kind=kind, negatives=n))(*leaves, groups=groups) for n in ("all", 10))
+    whole, part = (build_loss(LossSettings(kind=kind, negatives=n))(*leaves, groups=groups) for n in ("all", 10))
     assert all(torch.equal(a, b) for a, b in zip(whole, part, strict=True))
 
 
@@ -117,7 +117,7 @@ def test_on_the_diagonal_another_caption_of_the_image_is_a_negative(kind: str):
     groups, scale = torch.tensor([[0, 0], [0, 1], [2, 2]]), torch.tensor(1.0, dtype=torch.float64)
     slopes = {}
     for positives in ("groups", "diagonal"):
-        total = loss_of(LossSettings(kind=kind, positives=positives))(image, text, scale, groups=groups).total
+        total = build_loss(LossSettings(kind=kind, positives=positives))(image, text, scale, groups=groups).total
         (slopes[positives],) = torch.autograd.grad(total, text)
     assert slopes["groups"][1, 0] < 0 < slopes["diagonal"][1, 0]
 
@@ -125,7 +125,7 @@ def test_on_the_diagonal_another_caption_of_the_image_is_a_negative(kind: str):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_the_diagonal_is_the_loss_without_groups(kind: str):
     leaves, groups = example()
-    ours = loss_of(LossSettings(kind=kind, positives="diagonal"))(*leaves, groups=groups)
+    ours = build_loss(LossSettings(kind=kind, positives="diagonal"))(*leaves, groups=groups)
     assert all(torch.equal(a, b) for a, b in zip(ours, LOSSES[kind](*leaves), strict=True))
 
 

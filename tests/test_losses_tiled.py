@@ -19,7 +19,7 @@ GROUPINGS = ["diagonal", "several", "one caption"]
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiles, "TILE_CPU", 5)
+    monkeypatch.setattr(tiles, "TILE_SIZE_CPU", 5)
 
 
 def example(rows, grouping="several", width=6, seed=0):
@@ -186,13 +186,13 @@ def peak_bytes(loss, rows, width):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_batch_of_32768_takes_a_twentieth_of_the_memory(name, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE_CPU", tiles.TILE_ELSEWHERE)  # the larger of the two, and fewer to count
+    monkeypatch.setattr(tiles, "TILE_SIZE_CPU", tiles.TILE_SIZE_GPU)  # the larger of the two, and fewer to count
     rows, width = 32768, 512
     naive, tiled = (peak_bytes(losses[name], rows, width) for losses in (NAIVE, LOSSES))
     assert naive > 2 * 4 * rows**2, "the count must see the logits"
     assert tiled < naive / 20
     # embeddings, scaled images, gradients and what autograd adds to them; three tiles
-    assert tiled < 4 * (10 * rows * width + 3 * tiles.TILE_CPU**2 + 100 * rows)
+    assert tiled < 4 * (10 * rows * width + 3 * tiles.TILE_SIZE_CPU**2 + 100 * rows)
 
 
 @pytest.mark.parametrize("name", LOSSES)

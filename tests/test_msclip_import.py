@@ -19,7 +19,7 @@ from clasp import cli
 from clasp.commands.import_checkpoint import import_checkpoint
 from clasp.config.build import load
 from clasp.config.recipe import read_recipe
-from clasp.convert.importers.run_writer import Wanted, asked
+from clasp.convert.importers.run_writer import ImportOptions, parse_import_options
 from clasp.types import UserError
 from toydata import toys, write_csv
 
@@ -57,7 +57,7 @@ def imported(name: str, folder: Path, **wanted: Any) -> Path:
     lateral = tuple(config["parallel_branch"].get("lateral_layers", ())) or None
     tokenizer = words(folder / "words", config["text"]["vocab_size"])
     heads = config["vision"]["heads"]
-    said = Wanted(tokenizer=tokenizer, image_heads=heads, lateral_layers=lateral, **wanted)
+    said = ImportOptions(tokenizer=tokenizer, image_heads=heads, lateral_layers=lateral, **wanted)
     return import_checkpoint("msclip", GOLDEN / f"{name}.state_dict.pth", folder / "run", said).run
 
 
@@ -161,21 +161,23 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
     file, run = GOLDEN / "msclip_plain.state_dict.pth", tmp_path / "run"
     tokenizer = words(tmp_path / "few", 512)
     for said, wanted in (
-        ("512 words are no usual tower's", Wanted()),
-        ("--text-heads 4: both nets", Wanted(image_heads=2, text_heads=4)),
-        ("--size 32: this model was trained on 64 px", Wanted(image_heads=2, size=32)),
-        ("the word embedding has 512 rows", Wanted(image_heads=2, tokenizer=words(tmp_path / "many", 600))),
+        ("512 words are no usual tower's", ImportOptions()),
+        ("--text-heads 4: both nets", ImportOptions(image_heads=2, text_heads=4)),
+        ("--size 32: this model was trained on 64 px", ImportOptions(image_heads=2, size=32)),
+        ("the word embedding has 512 rows", ImportOptions(image_heads=2, tokenizer=words(tmp_path / "many", 600))),
     ):
         refused(said, lambda wanted=wanted: import_checkpoint("msclip", file, run, wanted))
         assert not run.exists()
     torch.save({"model": 3}, tmp_path / "other.pth")
-    refused("it has model; is it LilT's?", lambda: import_checkpoint("msclip", tmp_path / "other.pth", run, Wanted()))
-    branch = Wanted(image_heads=2, lateral_layers=(1, 2))
+    refused(
+        "it has model; is it LilT's?", lambda: import_checkpoint("msclip", tmp_path / "other.pth", run, ImportOptions())
+    )
+    branch = ImportOptions(image_heads=2, lateral_layers=(1, 2))
     refused("--lateral 1, 2: ", lambda: import_checkpoint("msclip", file, run, branch))
-    refused("not a list of layers", lambda: asked(lateral="2;3", overlong="cut"))
-    refused("none of cut, lost", lambda: asked(lateral=None, overlong="kept"))
+    refused("not a list of layers", lambda: parse_import_options(lateral="2;3", overlong="cut"))
+    refused("none of cut, lost", lambda: parse_import_options(lateral=None, overlong="kept"))
     given = tmp_path / "prefixed.pth"
     torch.save({f"module.{key}": tensor for key, tensor in torch.load(file, weights_only=True).items()}, given)
-    made = import_checkpoint("msclip", given, run, Wanted(image_heads=2, tokenizer=tokenizer)).run
+    made = import_checkpoint("msclip", given, run, ImportOptions(image_heads=2, tokenizer=tokenizer)).run
     (made / "towers" / "config.json").write_text('{"model_type": "clasp_pair", "image": {}, "transform": {}}')
     refused("is damaged", lambda: load(made))

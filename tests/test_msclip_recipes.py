@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from clasp.config.build import build
+from clasp.config.build import build_model
 from clasp.config.recipe import read_recipe
 from clasp.models.dual_encoder import DualEncoder
-from clasp.training.cost.flops import macs_of
+from clasp.training.cost.flops import count_macs
 
 COUNTS = json.loads((Path(__file__).parent / "golden" / "param_counts.json").read_text("utf-8"))["msclip"]["variants"]
 WIDE = ("text.net.width=768", "text.net.heads=12")
@@ -38,7 +38,7 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 def row(name: str) -> DualEncoder:
     recipe, *changes = ROWS[name]
-    return build(read_recipe(f"msclip/{recipe}", changes), meta=True)
+    return build_model(read_recipe(f"msclip/{recipe}", changes), meta=True)
 
 
 def test_every_row_of_the_paper_is_here():
@@ -55,8 +55,8 @@ def test_parameters_and_macs_to_the_unit(name: str):
     assert {
         "parameters": total.total,
         "parameters_without_token_embedding": total.total - text.token_embed.weight.numel(),
-        "image_macs": macs_of(lambda: model.image_head(image(pixels)[:, 0])),
-        "text_macs": macs_of(lambda: model.text_head(text(ids, ids).last_hidden_state[:, -1])),
+        "image_macs": count_macs(lambda: model.image_head(image(pixels)[:, 0])),
+        "text_macs": count_macs(lambda: model.text_head(text(ids, ids).last_hidden_state[:, -1])),
     } == {key: value for key, value in COUNTS[name].items() if isinstance(value, int) and key != "patch_size"}
     assert total.trained == total.total == sum(part.total for part in counts.values())
     assert total.delta_bytes == 4 * total.total

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clasp.config.build import assemble, build, load
+from clasp.config.build import build_model, build_model_and_preprocessing, load
 from clasp.models.tuning import spec
 from clasp.types import UserError
 from fouruses import CAPTIONS, recipe, train_save_count, train_save_load
@@ -37,7 +37,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_the_table_is_whole():
     """A new method or tower has its rows, and an exception is of a row."""
-    assert {spec.parse(method).method for method in ROWS} == set(spec.METHODS)
+    assert {spec.parse_tuning_spec(method).method for method in ROWS} == set(spec.TUNING_METHODS)
     assert {name for pair in PAIRS for name in pair} == set(NETS)
     assert set(CANNOT) <= {(name, method) for name in NETS for method in ROWS}
 
@@ -58,7 +58,7 @@ def test_every_method_on_every_other_pair(tmp_path: Path, pair: tuple[str, str],
         tuned[side] = ["none"] if (name, method) in CANNOT else [method]
         if (name, method) in CANNOT:
             with pytest.raises(UserError, match=CANNOT[name, method]) as refused:
-                build(recipe(*towers, [], tune={side: [method]}))
+                build_model(recipe(*towers, [], tune={side: [method]}))
             assert "\n" not in str(refused.value)
     given = recipe(*towers, [], tune=tuned)
     check = train_save_load if pair == PAIRS[0] else train_save_count  # one pair also comes back
@@ -167,5 +167,5 @@ def test_a_cropping_tower_can_be_shown_the_whole_picture(tmp_path: Path, resize:
     save("vit", tmp_path / "vit", size={"shortest_edge": 36}, crop_size=32, do_center_crop=True)
     save("bert", tmp_path / "bert")
     given = recipe(f"hf:{tmp_path / 'vit'}", f"hf:{tmp_path / 'bert'}", ["none"]).changed([f"image.resize={resize}"])
-    transform = assemble(given).transform
+    transform = build_model_and_preprocessing(given).transform
     assert (transform.resize, transform.crop_fraction, transform.size) == (resize, 1.0, 32)

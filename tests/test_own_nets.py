@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 import clasp
-from clasp.commands.train import align
-from clasp.config.build import assemble, build
-from clasp.config.recipe import Recipe, from_dict, read_recipe
-from clasp.data.bpe import learned_pieces
+from clasp.commands.train import train_recipe
+from clasp.config.build import build_model, build_model_and_preprocessing
+from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
+from clasp.data.bpe import train_bpe
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.zoo.from_scratch import clip_tokenizer
-from clasp.training.losses import loss_of
-from clasp.training.run_folder import Run
+from clasp.models.zoo.from_scratch import load_clip_tokenizer
+from clasp.training.losses import build_loss
+from clasp.training.run_folder import RunFolder
 from clasp.training.step import Stepper
-from clasp.training.trackers.console import Progress, Silent
+from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
 from toydata import toys, write_folder
 from toyruns import delta, run, save_towers
@@ -56,7 +56,7 @@ def recipe(pairs: Path, *changes: str) -> Recipe:
         "data": {"train": str(pairs), "val_fraction": 0.25},
         "train": {"batch": 12, "epochs": 2, "precision": "float32", "weight_decay_shared": 0.2, "decay": "msclip"},
     }
-    return from_dict(given, "toy").changed(changes)
+    return recipe_from_dict(given, "toy").changed(changes)
 
 
 def refused(words: str, call: Callable[[], object]) -> None:
@@ -65,13 +65,13 @@ def refused(words: str, call: Callable[[], object]) -> None:
     assert words in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
 
 
-class StopAt(Silent):
+class StopAt(SilentReporter):
     """Presses Ctrl-C after a step."""
 
     def __init__(self, step: int) -> None:
         self.at = step
 
-    def step(self, progress: Progress) -> None:
+    def step(self, progress: TrainProgress) -> None:
         if progress.step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -84,9 +84,9 @@ def test_a_run_is_loaded_and_gone_on_with_bitwise(convolutions: str, pairs: Path
     stem = convolutions != "none"
     made = recipe(pairs, *CONVOLUTIONS[convolutions], *(["share.layers=1:"] if stem else []))
     whole = run(made, tmp_path / "whole")
-    stopped = align(made, tmp_path / "cut", say=lambda line: None, reporter=StopAt(4))
+    stopped = train_recipe(made, tmp_path / "cut", say=lambda line: None, reporter=StopAt(4))
     assert stopped.fitted.interrupted
-    again = from_dict(Run(tmp_path / "cut").recipe(), "again")
+    again = recipe_from_dict(RunFolder(tmp_path / "cut").recipe(), "again")
     run(again, tmp_path / "cut", resume=True)
     one, other = delta(tmp_path / "whole"), delta(tmp_path / "cut")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -108,20 +108,20 @@ def test_a_run_is_loaded_and_gone_on_with_bitwise(convolutions: str, pairs: Path
 
 
 def test_the_same_seed_gives_the_same_bases(pairs: Path) -> None:
-    one, other, third = (build(recipe(pairs, f"train.seed={seed}")) for seed in (3, 3, 4))
+    one, other, third = (build_model(recipe(pairs, f"train.seed={seed}")) for seed in (3, 3, 4))
     assert one.fingerprint == other.fingerprint != third.fingerprint
-    assert build(recipe(pairs), meta=True).counts() == build(recipe(pairs)).counts()
+    assert build_model(recipe(pairs), meta=True).counts() == build_model(recipe(pairs)).counts()
 
 
 def test_shared_weights_decay_and_learn_apart(pairs: Path) -> None:
     made = recipe(pairs, "train.lr_factors.shared=0.5", 'share.ffn={"low-rank" = 2}')
-    model = build(made)
+    model = build_model(made)
     kinds = model.kinds
     assert kinds["image.net.blocks.0.mlp.fc1.down"] == kinds["text.net.blocks.0.mlp.fc1.up"] == "new"
     assert kinds["image.net.blocks.0.mlp.fc1.shared.weight"] == "shared"
     from accelerate import Accelerator
 
-    stepper = Stepper(model, loss_of(made.loss), made.train, Accelerator(), "float32", steps=4, kinds=kinds)
+    stepper = Stepper(model, build_loss(made.loss), made.train, Accelerator(), "float32", steps=4, kinds=kinds)
     names = {p: name for name, p in model.named_parameters()}
     held = {names[p]: group for group in stepper.optimizer.param_groups for p in group["params"]}
     assert held.keys() == model.selection
@@ -158,7 +158,7 @@ def test_a_frozen_part_is_kept_and_trains_the_same(pairs: Path, tmp_path: Path) 
 
 
 def test_what_one_tower_trains_of_both_trains(pairs: Path) -> None:
-    model = build(recipe(pairs, "tune.text=['none']"))
+    model = build_model(recipe(pairs, "tune.text=['none']"))
     assert model.text.net.blocks[0].attn.qkv.weight.requires_grad and not model.text.wholly_frozen
     assert not model.text.net.blocks[0].norm1.weight.requires_grad
     assert model.counts()["text"].trained == 0 and model.counts()["shared"].percent == 100
@@ -177,14 +177,14 @@ def test_one_pre_trained_trunk_for_both(pairs: Path, tmp_path: Path) -> None:
     assert all(model.kinds[name] == "new" for name in saved if name.startswith("text."))
     assert done.delta_bytes < 4 * counts["model"].trained + 10_000
     assert "shared" in (tmp_path / "run" / "README.md").read_text()
-    refused("own:image is none", lambda: build(recipe(pairs, "share.trunk=image"), meta=True))
+    refused("own:image is none", lambda: build_model(recipe(pairs, "share.trunk=image"), meta=True))
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
 def test_clips_word_pieces() -> None:
-    tokenizer = clip_tokenizer(77)
+    tokenizer = load_clip_tokenizer(77)
     assert tokenizer.encode(["a photo of a cat"]) == [[49406, 320, 1125, 539, 320, 2368, 49407]]
     # as open_clip_torch 3.3.0 has them
     assert tokenizer.encode(["The DOG's  bone!!! 123 45"])[0][1:-1] == [
@@ -220,7 +220,7 @@ def test_clips_word_pieces() -> None:
 
 def test_learned_word_pieces_are_a_fact_about_the_captions() -> None:
     captions = [toy.caption for toy in toys(30)]
-    one, other = learned_pieces(captions, 400), learned_pieces(captions[::-1], 400)
+    one, other = train_bpe(captions, 400), train_bpe(captions[::-1], 400)
     assert one.to_str() == other.to_str() and one.get_vocab_size() <= 400
     tokenizer = Tokenizer(one, max_tokens=8)
     ids = tokenizer.encode(["A red circle", "žluťoučký 日本"])
@@ -255,7 +255,7 @@ def test_learned_word_pieces_are_a_fact_about_the_captions() -> None:
     ],
 )
 def test_nonsense_is_refused(changes: list[str], words: str, pairs: Path) -> None:
-    refused(words, lambda: build(recipe(pairs, *changes), meta=True))
+    refused(words, lambda: build_model(recipe(pairs, *changes), meta=True))
 
 
 def test_only_nets_of_ours_share_parts(pairs: Path) -> None:
@@ -266,13 +266,17 @@ def test_only_nets_of_ours_share_parts(pairs: Path) -> None:
         "head.start=random",
     ]
     shares = read_recipe("start", [*towers, "share.attention=shared"])
-    refused("pip:efficientnet-lite0 is no net of ours", lambda: build(shares, meta=True))
+    refused("pip:efficientnet-lite0 is no net of ours", lambda: build_model(shares, meta=True))
     refused(
-        "one head is for equal widths", lambda: build(read_recipe("start", [*towers, "share.head=shared"]), meta=True)
+        "one head is for equal widths",
+        lambda: build_model(read_recipe("start", [*towers, "share.head=shared"]), meta=True),
     )
     refused("there is no [share]", lambda: read_recipe("start", ["train.weight_decay_shared=0.1"]))
-    refused("[image.net]", lambda: build(read_recipe("start", ["image.tower=own:image"]), meta=True))
-    refused("begin with 256 bytes", lambda: assemble(recipe(pairs, "text.net.vocabulary=100"), lambda: ["a"]))
+    refused("[image.net]", lambda: build_model(read_recipe("start", ["image.tower=own:image"]), meta=True))
+    refused(
+        "begin with 256 bytes",
+        lambda: build_model_and_preprocessing(recipe(pairs, "text.net.vocabulary=100"), lambda: ["a"]),
+    )
 
 
 def test_pieces_of_a_batch_are_no_trouble_without_statistics(pairs: Path, tmp_path: Path) -> None:

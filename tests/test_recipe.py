@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clasp.config.recipe import Recipe, from_dict, known_keys, read_recipe, shipped
+from clasp.config.recipe import Recipe, builtin_recipes, read_recipe, recipe_from_dict, recipe_keys
 from clasp.data.images import Augment
-from clasp.data.pairs import Columns
+from clasp.data.pairs import ColumnNames
 from clasp.types import UserError
 
 SMALL = """
@@ -214,7 +214,7 @@ def test_overrides_read_as_toml_and_bare_words_as_strings(small: Path) -> None:
     assert changed.image.ground == (0, 0, 0) and changed.text.prefix == "query: "
     assert changed.data.train == "/pictures/a b=c.csv" and changed.data.val == "quoted"
     assert changed.data.languages == ["sw", "yo"]
-    assert changed.data.columns == Columns(caption="title") and changed.data.augment == Augment(flip=0.5)
+    assert changed.data.columns == ColumnNames(caption="title") and changed.data.augment == Augment(flip=0.5)
 
 
 @pytest.mark.parametrize("name", ["2024", "2024-01-01", "1e5", "true", "[a]", "{x}", "nan"])
@@ -231,11 +231,11 @@ def test_changed_leaves_the_recipe_alone(small: Path) -> None:
         recipe.changed(["train.sede=1"])
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("name", sorted(builtin_recipes()))
 def test_shipped_recipes_read_and_go_through_toml_unchanged(name: str) -> None:
     recipe = read_recipe(name)
     _goes_round(recipe)
-    assert read_recipe(f"recipes/{name}.toml") == read_recipe(shipped()[name]) == recipe
+    assert read_recipe(f"recipes/{name}.toml") == read_recipe(builtin_recipes()[name]) == recipe
 
 
 def test_a_trunk_shares_its_blocks_where_nothing_else_is_said_of_them() -> None:
@@ -270,18 +270,18 @@ def test_every_kind_of_value_goes_through_toml_unchanged(small: Path) -> None:
 
 def test_there_are_the_recipes_that_the_documents_name() -> None:
     lilt = {f"lilt/{name}" for name in ("paper", "clip", "lit", "heads", "layernorm", "bitfit", "last", "da", "lwa")}
-    assert {"start", "demo", *lilt} <= set(shipped())
+    assert {"start", "demo", *lilt} <= set(builtin_recipes())
 
 
 def test_every_key_has_a_place() -> None:
-    keys = known_keys()
+    keys = recipe_keys()
     assert keys["data"] is None and keys["data.train"] == str | None and keys["data.columns.image"] is str
     assert all("." not in key or key.rpartition(".")[0] in keys for key in keys)
 
 
 def _goes_round(recipe: Recipe) -> None:
     text = recipe.to_toml()
-    again = from_dict(tomllib.loads(text), "again")
+    again = recipe_from_dict(tomllib.loads(text), "again")
     assert again == recipe and again.to_toml() == text and again.to_dict() == tomllib.loads(text)
 
 

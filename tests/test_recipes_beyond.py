@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers as hf
 
-from clasp.config.build import build
-from clasp.config.recipe import read_recipe, shipped
+from clasp.config.build import build_model
+from clasp.config.recipe import builtin_recipes, read_recipe
 from clasp.models.heads import GatedLinear, LinearWithMLP
 from toydata import toys, write_csv
 from toyruns import delta, lines, run, save_image_tower, save_text_tower
 
-NAMES = sorted(name for name in shipped() if name.startswith(("beyond/", "top/")))
+NAMES = sorted(name for name in builtin_recipes() if name.startswith(("beyond/", "top/")))
 OURS = {  # in the towers, image and text; heads and scale train besides
     "beyond/towers": (0, 0),
     # two bottlenecks of 384 to 96 and two norms in each of 12 blocks; the norm behind, or before, all of them
@@ -33,7 +33,7 @@ SAME_AS_ADAPTERS = ("beyond/positives", "beyond/rates", "beyond/sigmoid")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_builds_on_shapes_alone(name: str):
-    counts = build(read_recipe(name), meta=True).counts()
+    counts = build_model(read_recipe(name), meta=True).counts()
     of = "beyond/adapters" if name in SAME_AS_ADAPTERS else name
     if of in OURS:
         assert (counts["image"].trained, counts["text"].trained) == OURS[of]
@@ -41,12 +41,12 @@ def test_builds_on_shapes_alone(name: str):
     assert counts["scale"].trained == (2 if name == "beyond/sigmoid" else 1)
     if name != PAGE:
         model = counts["model"]
-        assert f"# {model.trained:,} parameters train ({model.percent:.2f} %)." in shipped()[name].read_text()
-        assert name.removeprefix("beyond/") in shipped()[PAGE].read_text(), "the page names it"
+        assert f"# {model.trained:,} parameters train ({model.percent:.2f} %)." in builtin_recipes()[name].read_text()
+        assert name.removeprefix("beyond/") in builtin_recipes()[PAGE].read_text(), "the page names it"
 
 
 def test_they_set_what_they_say():
-    heads = {name: build(read_recipe(f"beyond/{name}"), meta=True).image_head.map for name in ("glu", "mlp")}
+    heads = {name: build_model(read_recipe(f"beyond/{name}"), meta=True).image_head.map for name in ("glu", "mlp")}
     assert isinstance(heads["glu"], GatedLinear) and isinstance(heads["mlp"], LinearWithMLP)
     sigmoid, rates, positives = (read_recipe(f"beyond/{name}") for name in ("sigmoid", "rates", "positives"))
     assert sigmoid.loss.kind == "sigmoid" and sigmoid.train.batch == 4096 and sigmoid.train.micro_batch == "auto"
@@ -94,7 +94,7 @@ def test_trains(name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ],
     )
     run(made, tmp_path / "run")
-    before = dict(build(made).named_parameters())
+    before = dict(build_model(made).named_parameters())
     trained = delta(tmp_path / "run")
     moved = [name for name, tensor in trained.items() if not torch.equal(tensor, before[name])]
     assert len(moved) > 0.9 * len(trained), sorted(set(trained) - set(moved))

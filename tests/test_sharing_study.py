@@ -29,7 +29,7 @@ from studies.sharing.rows import (
 )
 from studies.sharing.world import World
 
-from clasp.config.build import build
+from clasp.config.build import build_model
 from toystudies import write_drawings, write_photos
 
 FEW = ("train.batch=16", "image.net.layers=2", "text.net.layers=2", "text.net.vocabulary=300", "train.keep=last")
@@ -45,12 +45,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.mark.parametrize("row", SCRATCH, ids=lambda row: row.name)
 def test_every_row_can_be_built(row):
-    model = build(Cell(row, 1e-3, 1, 0).recipe, meta=True)
+    model = build_model(Cell(row, 1e-3, 1, 0).recipe, meta=True)
     assert model.counts()["model"].total > 1e6
 
 
 def test_rows_of_equal_parameters_have_them():
-    total = {row.name: build(Cell(row, 1e-3, 1, 0).recipe, meta=True).counts()["model"].total for row in SCRATCH}
+    total = {row.name: build_model(Cell(row, 1e-3, 1, 0).recipe, meta=True).counts()["model"].total for row in SCRATCH}
     assert total["nothing shared, as many parameters as MS-CLIP"] == pytest.approx(total[MSCLIP.name], rel=0.06)
     assert total["MS-CLIP, as many parameters as CLIP"] == pytest.approx(total[NOTHING.name], rel=0.06)
 

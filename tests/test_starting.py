@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from clasp.commands import train as main_job
-from clasp.commands.train import inputs_of, training_pairs
-from clasp.config.build import assemble, load
+from clasp.commands.train import build_feature_source, open_training_pairs
+from clasp.config.build import build_model_and_preprocessing, load
 from clasp.config.recipe import Recipe
-from clasp.data.loader import Batches
-from clasp.data.readers import Listing
+from clasp.data.loader import PairLoader
+from clasp.data.readers import PairIndex
 from clasp.models.dual_encoder import DualEncoder
-from clasp.training.initialize import GRADIENT_BATCHES, start_low_rank
-from clasp.training.losses import loss_of
-from clasp.training.trackers.console import Progress, Silent
-from clasp.types import Batch, Loss, States, UserError
+from clasp.training.initialize import GRADIENT_BATCHES, initialize_low_rank
+from clasp.training.losses import build_loss
+from clasp.training.trackers.console import SilentReporter, TrainProgress
+from clasp.types import Batch, HiddenStates, Loss, UserError
 from naivelosses import naive_info_nce
 from toydata import toys, write_csv
 from toyruns import delta, recipe, run, save_towers
@@ -50,32 +50,32 @@ class Ready(NamedTuple):
     """A model before its low-rank updates are started, and what they start from."""
 
     model: DualEncoder
-    batches: Batches
+    batches: PairLoader
     loss: Loss
     recipe: Recipe
 
     def start(self) -> dict[str, Tensor]:
-        start_low_rank(self.model, self.batches, self.loss, self.recipe.tune, self.recipe.train)
+        initialize_low_rank(self.model, self.batches, self.loss, self.recipe.tune, self.recipe.train)
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
 
 def ready(towers: Path, pairs: Path, *overrides: str, method: str = "lora", start: str = "gradient") -> Ready:
     spec = f"[\"{method}(rank={RANK}, blocks='1:', start='{start}')\"]"
     made = recipe(towers, pairs, f"tune.image={spec}", f"tune.text={spec}", "head.standardize=false", *overrides)
-    parts = assemble(made)
+    parts = build_model_and_preprocessing(made)
     parts.model.eval()
     if made.train.recompute == "blocks":
         parts.model.image.recompute_blocks()
         parts.model.text.recompute_blocks()
-    train, _ = training_pairs(made)
-    inputs, listing = inputs_of(parts, made), Listing(train)
+    train, _ = open_training_pairs(made)
+    inputs, listing = build_feature_source(parts, made), PairIndex(train)
     sides = inputs.image_side(train, None), inputs.text_side(listing)
     assert made.train.batch != "auto"
-    batches = Batches(listing, *sides, batch=made.train.batch, seed=made.train.seed)
-    return Ready(parts.model, batches, loss_of(made.loss), made)
+    batches = PairLoader(listing, *sides, batch=made.train.batch, seed=made.train.seed)
+    return Ready(parts.model, batches, build_loss(made.loss), made)
 
 
-def few(batches: Batches) -> list[Batch]:
+def few(batches: PairLoader) -> list[Batch]:
     return [batch for _, batch in zip(range(GRADIENT_BATCHES), batches.epoch(0), strict=False)]
 
 
@@ -141,7 +141,7 @@ def test_the_same_directions(way: str, towers: Path, pairs: Path):
     """However the gradient is computed: as from live inputs in one piece."""
     plain = ready(towers, pairs, "data.features=off")
     other = ready(towers, pairs, "data.features=off", *WAYS[way])
-    assert isinstance(next(other.batches.epoch(0)).image, States) == (way == "from kept states")
+    assert isinstance(next(other.batches.epoch(0)).image, HiddenStates) == (way == "from kept states")
     one, two = plain.start(), other.start()
     for name in (name for name in one if name.endswith("lora_A.default.weight")):
         bases = [torch.linalg.qr(each[name].double().T).Q for each in (one, two)]
@@ -206,13 +206,13 @@ def test_the_first_step_goes_further_than_from_a_random_start(towers: Path, pair
 # --- in a run --------------------------------------------------------------------------------------------------------
 
 
-class StopAt(Silent):
+class StopAt(SilentReporter):
     """Presses Ctrl-C after a step."""
 
     def __init__(self, step: int) -> None:
         self.at = step
 
-    def step(self, progress: Progress) -> None:
+    def step(self, progress: TrainProgress) -> None:
         if progress.step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -238,9 +238,9 @@ def test_a_run_repeats_itself_stops_and_goes_on(
     run(made, tmp_path / "two")
     whole = (tmp_path / "one" / "delta.safetensors").read_bytes()
     assert (tmp_path / "two" / "delta.safetensors").read_bytes() == whole
-    stopped = main_job.align(made, tmp_path / "stopped", say=str, reporter=StopAt(4))
+    stopped = main_job.train_recipe(made, tmp_path / "stopped", say=str, reporter=StopAt(4))
     assert stopped.fitted.interrupted
-    monkeypatch.setattr(main_job, "start_low_rank", refuse_to_be_called)
+    monkeypatch.setattr(main_job, "initialize_low_rank", refuse_to_be_called)
     run(stopped_recipe(tmp_path / "stopped"), tmp_path / "stopped", resume=True)
     assert (tmp_path / "stopped" / "delta.safetensors").read_bytes() == whole
     loaded = dict(load(tmp_path / "one").encoder.named_parameters())
@@ -252,4 +252,4 @@ def refuse_to_be_called(*args: object) -> None:
 
 
 def stopped_recipe(folder: Path) -> Recipe:
-    return main_job.Recipe.model_validate(main_job.Run(folder).read().recipe)
+    return main_job.Recipe.model_validate(main_job.RunFolder(folder).read().recipe)

@@ -34,14 +34,14 @@ from studies.lilt.tables import TABLES
 from studies.numbers import Counts, Draws, difference, gained, itself, measured, pairs_to_reach, ratio
 from studies.records import Record, Results
 
-from clasp.commands.train import inputs_of
-from clasp.config.build import assemble
+from clasp.commands.train import build_feature_source
+from clasp.config.build import build_model_and_preprocessing
 from clasp.config.recipe import read_recipe
-from clasp.data.loader import Tally
+from clasp.data.loader import BadSampleLimit
 from clasp.data.pairs import Pairs
-from clasp.data.readers import Listing
-from clasp.training.initialize import start_heads
-from clasp.types import Pair, Pooled, Source
+from clasp.data.readers import PairIndex
+from clasp.training.initialize import initialize_heads
+from clasp.types import ImageSource, Pair, PooledFeatures
 from toyruns import save_towers
 from toystudies import write_drawings, write_photos
 
@@ -133,7 +133,7 @@ def test_a_cell_that_is_stopped_is_not_written(photos: Photos, tmp_path: Path):
     class Signal:
         """An image on whose reading the process is told to end."""
 
-        image: Source
+        image: ImageSource
 
         @property
         def name(self) -> str:
@@ -177,15 +177,20 @@ def test_pairs_of_a_seed_are_nested_and_differ_between_seeds(photos: Photos):
 def test_heads_start_where_clasp_would_start_them(photos: Photos):
     first = drawn(photos._train, 60, 0)
     plain, own = (read_recipe(photos.file, changes) for changes in ([], ["head.standardize=true", "head.start=cca"]))
-    ours, theirs = assemble(plain), assemble(own)
-    inputs = inputs_of(ours, plain)
+    ours, theirs = build_model_and_preprocessing(plain), build_model_and_preprocessing(own)
+    inputs = build_feature_source(ours, plain)
     rows = photos._rows(ours, inputs, first)
     closed_form(rows, rows, width=16, ridge=(1.0, 1.0)).put(ours.model)
-    start_heads(theirs.model, inputs_of(theirs, own), first, Listing(first), own.head, Tally(60, 0.0))
+    initialize_heads(
+        theirs.model, build_feature_source(theirs, own), first, PairIndex(first), own.head, BadSampleLimit(60, 0.0)
+    )
     seen = images_seen(ours.model, inputs, first).pooled
     with torch.no_grad():
         torch.testing.assert_close(
-            ours.model.embed_image(Pooled(seen)), theirs.model.embed_image(Pooled(seen)), atol=1e-4, rtol=1e-3
+            ours.model.embed_image(PooledFeatures(seen)),
+            theirs.model.embed_image(PooledFeatures(seen)),
+            atol=1e-4,
+            rtol=1e-3,
         )
 
 
@@ -194,7 +199,7 @@ def test_costs_are_those_of_what_trains(photos: Photos):
     found = {}
     for name, row in (("full", Row("full", both('"full"'))), ("norms", NORMS), ("heads", LOCKED)):
         recipe = row.recipe(photos.recipe, 1e-3, 0)
-        parts = assemble(recipe)
+        parts = build_model_and_preprocessing(recipe)
         found[name] = costs.counted(parts, recipe, pairs)
         model = parts.model.counts()["model"]
         assert found[name]["fixed_bytes"] == 4 * (model.total + 3 * model.trained)

@@ -13,11 +13,11 @@ import pytest
 from clasp.commands import sweep as sweeping
 from clasp.commands.sweep import sweep
 from clasp.config import build as assembling
-from clasp.config.grid import combinations, parse_axis
+from clasp.config.grid import expand_grid, parse_axis
 from clasp.models import features as inputs_room
 from clasp.models.tower import Tower
-from clasp.report.leaderboard import Row, Swept, rank
-from clasp.training.trackers.console import Progress, Silent
+from clasp.report.leaderboard import SweepResult, SweepRow, ranking_key
+from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
 from toydata import toys, write_classes, write_csv, write_images
 from toyruns import lines, recipe, run, save_towers
@@ -48,7 +48,7 @@ def toml(towers: Path, tmp_path: Path) -> str:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Rows that went through each tower, and how often towers were loaded."""
-    counts, pooled, open_base = {"image": 0, "text": 0, "loaded": 0}, Tower.pooled, assembling.open_base
+    counts, pooled, open_base = {"image": 0, "text": 0, "loaded": 0}, Tower.pooled, assembling.load_backbone
 
     def watched(self: Tower, inputs):
         answer = pooled(self, inputs)
@@ -60,11 +60,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return open_base(settings, meta=meta, seed=seed)
 
     monkeypatch.setattr(Tower, "pooled", watched)
-    monkeypatch.setattr(assembling, "open_base", opened)
+    monkeypatch.setattr(assembling, "load_backbone", opened)
     return counts
 
 
-def swept(toml: str, folder: Path, *overrides: str, grid: tuple[str, ...] = GRID, **more) -> Swept:
+def swept(toml: str, folder: Path, *overrides: str, grid: tuple[str, ...] = GRID, **more) -> SweepResult:
     return sweep(toml, overrides, grid, folder, say=str, **more)
 
 
@@ -87,7 +87,7 @@ def test_commas_separate_outside_of_brackets_and_quotes(text: str, key: str, val
 
 
 def test_every_combination_has_its_recipe_and_a_name_that_stays(toml: str) -> None:
-    made = combinations(toml, ["train.epochs=5"], GRID)
+    made = expand_grid(toml, ["train.epochs=5"], GRID)
     assert [one.name for one in made] == NAMES
     assert [(one.recipe.train.lr, one.recipe.head.kind) for one in made] == [
         (1e-3, "linear"),
@@ -96,11 +96,11 @@ def test_every_combination_has_its_recipe_and_a_name_that_stays(toml: str) -> No
         (3e-3, "mlp"),
     ]
     assert {one.recipe.train.epochs for one in made} == {5}
-    more = combinations(toml, [], ("train.lr=1e-2,1e-3,3e-3", GRID[1]))
+    more = expand_grid(toml, [], ("train.lr=1e-2,1e-3,3e-3", GRID[1]))
     assert set(NAMES) < {one.name for one in more}
-    odd = combinations(toml, [], ('tune.text=["norms"],["lora(rank=8)"],["lora(rank = 8)", "norms"]',))
+    odd = expand_grid(toml, [], ('tune.text=["norms"],["lora(rank=8)"],["lora(rank = 8)", "norms"]',))
     assert [one.name for one in odd] == ["text=norms", "text=lora-rank-8", "text=lora-rank-8-norms"]
-    alike = combinations(toml, [], ('text.prefix="a:","a;"', "image.pool=cls,mean", "text.pool=cls,mean"))
+    alike = expand_grid(toml, [], ('text.prefix="a:","a;"', "image.pool=cls,mean", "text.pool=cls,mean"))
     assert len({one.name for one in alike}) == 8 and all("image.pool=" in one.name for one in alike)
 
 
@@ -154,7 +154,7 @@ def test_towers_are_loaded_and_asked_once_and_every_run_is_as_if_trained_alone(
     assert len(list((cache / "features").glob("*.npy"))) == 4
     assert done.folder == tmp_path / "runs" / "toy-sweep" and not done.stopped
     assert {path.name for path in done.folder.iterdir()} == {*NAMES, "sweep.jsonl"}
-    for one in combinations(toml, [], GRID):
+    for one in expand_grid(toml, [], GRID):
         alone = run(one.recipe, tmp_path / "alone" / one.name)
         name = f"{one.name}/delta.safetensors"
         assert (done.folder / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
@@ -175,8 +175,8 @@ def test_rows_say_it_all_and_are_ranked(toml: str, tmp_path: Path) -> None:
         )
         assert row.overrides == ("train.seed=3", *row.settings) and row.seconds > 0
         assert row.metric == "retrieval/mean_recall" and row.state == "finished"
-    written = [Row.of(line) for line in lines(done.folder / "sweep.jsonl")]
-    assert [Path(row.run).name for row in written] == NAMES and sorted(written, key=rank) == done.rows
+    written = [SweepRow.of(line) for line in lines(done.folder / "sweep.jsonl")]
+    assert [Path(row.run).name for row in written] == NAMES and sorted(written, key=ranking_key) == done.rows
     assert done.verdict()[0].startswith(f"best: {done.rows[0].run}")
     assert done.columns == ("set", "mean recall", "guessing", "n", "s") and len(done.cells[0]) == 5
 
@@ -185,7 +185,7 @@ def test_towers_that_train_are_loaded_anew(toml: str, tmp_path: Path, asked: dic
     grid = ('tune.text=["norms"],["lora(rank=2)"]',)
     done = swept(toml, tmp_path / "runs", grid=grid)
     assert asked["loaded"] == 4
-    for one in combinations(toml, [], grid):
+    for one in expand_grid(toml, [], grid):
         run(one.recipe, tmp_path / "alone" / one.name)
         name = f"{one.name}/delta.safetensors"
         assert (done.folder / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
@@ -211,13 +211,13 @@ def test_what_decides_is_what_the_pairs_are_asked(kind: str, towers: Path, tmp_p
 # --- it stops and goes on --------------------------------------------------------------------------------------------
 
 
-class StopAt(Silent):
+class StopAt(SilentReporter):
     """Presses Ctrl-C after a step."""
 
     def __init__(self, step: int) -> None:
         self.at = step
 
-    def step(self, progress: Progress) -> None:
+    def step(self, progress: TrainProgress) -> None:
         if progress.step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -225,7 +225,7 @@ class StopAt(Silent):
 def reporters(stop_in: int, step: int):
     """Reporters of run after run, of which one presses Ctrl-C."""
     made = iter(range(1, 100))
-    return lambda: StopAt(step) if next(made) == stop_in else Silent()
+    return lambda: StopAt(step) if next(made) == stop_in else SilentReporter()
 
 
 def test_a_stopped_sweep_goes_on_when_typed_again(toml: str, tmp_path: Path, asked: dict[str, int]) -> None:
@@ -268,8 +268,10 @@ def test_finished_runs_are_kept_and_new_values_join_them(
 ) -> None:
     before = swept(toml, tmp_path / "runs", grid=GRID[:1])
     trained: list[str] = []
-    align = sweeping.align
-    monkeypatch.setattr(sweeping, "align", lambda recipe, run, **o: trained.append(run.name) or align(recipe, run, **o))
+    align = sweeping.train_recipe
+    monkeypatch.setattr(
+        sweeping, "train_recipe", lambda recipe, run, **o: trained.append(run.name) or align(recipe, run, **o)
+    )
     assert swept(toml, tmp_path / "runs", grid=GRID[:1]) == before and not trained
     more = swept(toml, tmp_path / "runs", grid=("train.lr=1e-3,1e-2",))
     assert trained == ["lr=1e-2"] and more.folder == before.folder
@@ -280,7 +282,7 @@ def test_finished_runs_are_kept_and_new_values_join_them(
 def test_no_other_runs_are_taken_for_its_own(change: str, toml: str, tmp_path: Path) -> None:
     grid, given, name = GRID[:1], [], "toy-sweep"
     if change == "a run":
-        run(combinations(toml, [], GRID)[0].recipe, tmp_path / "runs" / name)
+        run(expand_grid(toml, [], GRID)[0].recipe, tmp_path / "runs" / name)
     else:
         swept(toml, tmp_path / "runs", grid=grid)
     if change == "another setting":
@@ -306,7 +308,7 @@ def test_a_recipe_that_was_edited_makes_other_runs(toml: str, tmp_path: Path) ->
 
 def test_what_auto_has_become_is_no_other_setting(toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = swept(toml, tmp_path / "runs", "train.batch=auto", grid=GRID[:1])
-    monkeypatch.setattr(sweeping, "align", None)
+    monkeypatch.setattr(sweeping, "train_recipe", None)
     assert swept(toml, tmp_path / "runs", "train.batch=auto", grid=GRID[:1]) == done
 
 
@@ -337,20 +339,22 @@ def test_runs_that_fail_alike_before_a_step_end_the_sweep(toml: str, tmp_path: P
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def _row(name: str, value: float | None, low: float = 0.0) -> Row:
+def _row(name: str, value: float | None, low: float = 0.0) -> SweepRow:
     state = "failed" if value is None else "finished"
     interval = None if value is None else (low, 1.0)
-    return Row(name, (f"x={name}",), (f"x={name}",), state, "retrieval/mean_recall", value, interval, 0.1, 30, 1.0, "")
+    return SweepRow(
+        name, (f"x={name}",), (f"x={name}",), state, "retrieval/mean_recall", value, interval, 0.1, 30, 1.0, ""
+    )
 
 
 def test_rows_without_a_number_come_last() -> None:
     rows = [_row("failed", None), _row("odd", math.nan), _row("low", 0.2), _row("high", 0.4)]
-    assert [row.run for row in sorted(rows, key=rank)] == ["high", "low", "odd", "failed"]
+    assert [row.run for row in sorted(rows, key=ranking_key)] == ["high", "low", "odd", "failed"]
 
 
 def test_the_verdict_counts_those_that_cannot_be_told_apart() -> None:
     rows = [_row("a", 0.5, low=0.35), _row("b", 0.4), _row("c", 0.3), _row("d", None)]
-    lines = Swept(Path("runs"), rows, False, 4).verdict()
+    lines = SweepResult(Path("runs"), rows, False, 4).verdict()
     assert lines[0] == "best: a; 1 of the 2 others lie within its interval" and "flattered" in lines[1]
-    assert Swept(Path("runs"), rows[:1], False, 1).verdict() == ["best: a"]
+    assert SweepResult(Path("runs"), rows[:1], False, 1).verdict() == ["best: a"]
     assert rows[0].cells() == ["x=a", "50.0 (35.0–100.0)", "10.0", "30", "1.0"]

@@ -7,14 +7,14 @@ from functools import partial
 
 from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Base
+from clasp.models.backbone import Backbone
 from savedtowers import words
 from toytowers import NETS, base
 
 TRANSFORM = ImageTransform(32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
-def _factory(name: str) -> Base:
+def _factory(name: str) -> Backbone:
     return replace(base(name), transform=TRANSFORM, tokenizer=lambda: Tokenizer(words()))
 
 

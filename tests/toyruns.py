@@ -16,8 +16,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clasp.commands.train import Aligned, align
-from clasp.config.recipe import Recipe, from_dict
+from clasp.commands.train import TrainResult, train_recipe
+from clasp.config.recipe import Recipe, recipe_from_dict
 from toydata import COLOURS, SHAPES
 
 WORDS = ("a", "an", "the", "photo", "of", ".", "nyekundu", "rot", "##er", *COLOURS, *SHAPES)
@@ -66,12 +66,12 @@ def recipe(towers: Path, train: str | Path, *overrides: str) -> Recipe:
         "data": {"train": str(train), "val_fraction": 0.25},
         "train": {"batch": 16, "epochs": 3, "lr": 3e-3, "precision": "float32", "seed": 1, "log_every": 2},
     }
-    return from_dict(given, "toy").changed(overrides)
+    return recipe_from_dict(given, "toy").changed(overrides)
 
 
-def run(made: Recipe, folder: Path, *, resume: bool = False) -> Aligned:
+def run(made: Recipe, folder: Path, *, resume: bool = False) -> TrainResult:
     """Align without a word."""
-    return align(made, folder, say=lambda line: None, resume=resume)
+    return train_recipe(made, folder, say=lambda line: None, resume=resume)
 
 
 def lines(file: Path) -> list[dict]:

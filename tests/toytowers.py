@@ -9,14 +9,14 @@ import torch
 import transformers as hf
 from torch import nn
 
-from clasp.models.backbone import Base
+from clasp.models.backbone import Backbone
 from clasp.models.pooling import VisionTransformer
 from clasp.models.transformer.encoders import (
     ImageTransformer,
     ImageTransformerSettings,
     TextTransformer,
     TextTransformerSettings,
-    initialise,
+    init_weights,
 )
 from clasp.types import Pixels, Tokens
 
@@ -33,7 +33,7 @@ _OWN_TEXT = dict(**_OWN, layers=2, vocabulary=64, context=16)
 
 
 def _own(net: nn.Module) -> nn.Module:
-    initialise(net, seed=0)
+    init_weights(net, seed=0)
     return net
 
 
@@ -100,9 +100,9 @@ def _net(name: str) -> nn.Module:
     return net
 
 
-def base(name: str, pool: str = "mean") -> Base:
+def base(name: str, pool: str = "mean") -> Backbone:
     """A fresh copy of a tiny tower."""
-    return Base(name, "image" if name in IMAGE_NETS else "text", copy.deepcopy(_net(name)), "toy", pool)
+    return Backbone(name, "image" if name in IMAGE_NETS else "text", copy.deepcopy(_net(name)), "toy", pool)
 
 
 def inputs(name: str, rows: int = 2) -> Pixels | Tokens:

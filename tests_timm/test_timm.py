@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clasp.data.images import ImageTransform
-from clasp.models.backbone import Base, ImageSettings, TextSettings
+from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
 from clasp.models.pooling import VisionTransformer
 from clasp.models.tower import Tower
-from clasp.models.tuning.spec import freeze
-from clasp.models.zoo.registry import _load_deit as load_deit
-from clasp.models.zoo.registry import open_base
+from clasp.models.tuning.spec import freeze_except
+from clasp.models.zoo.registry import _load_deit_weights as load_deit
+from clasp.models.zoo.registry import load_backbone
 from clasp.types import Pixels, UserError
 from fouruses import CAPTIONS, recipe, train_save_load
 from savedtowers import save
@@ -45,8 +45,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return file
 
 
-def opened(name: str, file: Path, **settings) -> Base:
-    return open_base(ImageSettings(tower=f"timm:{name}@{file}", **settings))
+def opened(name: str, file: Path, **settings) -> Backbone:
+    return load_backbone(ImageTowerSettings(tower=f"timm:{name}@{file}", **settings))
 
 
 def pixels(size: int) -> torch.Tensor:
@@ -87,10 +87,10 @@ def test_pooled_output_is_timms_own(
         pooled = theirs.forward_head(states, pre_logits=True) if same else grid[:, 0] if pool == "cls" else grid.mean(1)
         torch.testing.assert_close(tower.pooled(Pixels(given)), pooled, rtol=1e-4, atol=1e-4)
     # what timm keeps beyond the states is gone, so all that is left can be trained
-    freeze(tower, names := tower.tune(["full"], seed=0))
+    freeze_except(tower, names := tower.tune(["full"], seed=0))
     tower.pooled(Pixels(given)).square().sum().backward()
     assert {n for n, p in tower.named_parameters() if p.grad is not None} == names
-    meta = Tower(open_base(ImageSettings(tower=f"timm:{name}", size=size), meta=True))
+    meta = Tower(load_backbone(ImageTowerSettings(tower=f"timm:{name}", size=size), meta=True))
     assert {n: p.shape for n, p in meta.named_parameters()} == {n: p.shape for n, p in tower.named_parameters()}
     assert all(p.is_meta for p in meta.parameters())
 
@@ -143,7 +143,7 @@ def test_one_selection_four_uses(weights: Callable[[str], Path], tmp_path: Path,
 def test_norms_of_swin_and_registers_are_found(weights: Callable[[str], Path]):
     """Every norm by type, no layer scale; low-rank tuning finds the attention of each."""
     for name, norms in (("swin_tiny_patch4_window7_224", 29), ("vit_small_patch14_reg4_dinov2", 25)):
-        tower = Tower(open_base(ImageSettings(tower=f"timm:{name}"), meta=True))
+        tower = Tower(load_backbone(ImageTowerSettings(tower=f"timm:{name}"), meta=True))
         names = tower.tune(["norms"], seed=0)
         assert len(names) == 2 * norms and not any("ls1" in n or "gamma" in n for n in names)
         assert any("attn.qkv.lora_A" in n for n in tower.tune([ALL], seed=0))
@@ -172,7 +172,7 @@ def test_our_deit_reads_timms_file(
     with torch.no_grad():
         torch.testing.assert_close(ours(pixels(224)), theirs.forward_features(pixels(224)), rtol=1e-3, atol=1e-3)
     if layer_scale is None:
-        base = open_base(ImageSettings(tower="deit:tiny", size=160))
+        base = load_backbone(ImageTowerSettings(tower="deit:tiny", size=160))
         assert Tower(base).pooled(Pixels(pixels(160))).shape == (2, 192)
 
 
@@ -187,8 +187,8 @@ def says(what: str, call: Callable[[], object]) -> None:
 
 
 def test_unknown_and_missing(monkeypatch: pytest.MonkeyPatch):
-    says("nearest: vit_tiny_patch16_224", lambda: open_base(ImageSettings(tower="timm:vit_tiny_patch16_24")))
-    says("there is no file nowhere.pt", lambda: open_base(ImageSettings(tower="timm:resnet18@nowhere.pt")))
-    says("is a tower for images", lambda: open_base(TextSettings(tower="timm:resnet18")))
+    says("nearest: vit_tiny_patch16_224", lambda: load_backbone(ImageTowerSettings(tower="timm:vit_tiny_patch16_24")))
+    says("there is no file nowhere.pt", lambda: load_backbone(ImageTowerSettings(tower="timm:resnet18@nowhere.pt")))
+    says("is a tower for images", lambda: load_backbone(TextTowerSettings(tower="timm:resnet18")))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    says("without a hub use pip:", lambda: open_base(ImageSettings(tower="timm:resnet18.a1_in1k")))
+    says("without a hub use pip:", lambda: load_backbone(ImageTowerSettings(tower="timm:resnet18.a1_in1k")))

@@ -7,21 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clasp.commands.environment import settle
+    from clasp.commands.environment import configure_environment
     from clasp.config.build import load
-    from clasp.models.backbone import Base
-    from clasp.models.inference import Model
+    from clasp.models.backbone import Backbone
+    from clasp.models.inference import EmbeddingModel
     from clasp.types import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Base", "Model", "UserError", "__version__", "load", "settle"]
+__all__ = ["Backbone", "EmbeddingModel", "UserError", "__version__", "configure_environment", "load"]
 
 _HOME = {
     "load": "clasp.config.build",
-    "Model": "clasp.models.inference",
-    "Base": "clasp.models.backbone",
+    "EmbeddingModel": "clasp.models.inference",
+    "Backbone": "clasp.models.backbone",
     "UserError": "clasp.types",
-    "settle": "clasp.commands.environment",
+    "configure_environment": "clasp.commands.environment",
 }
 
 

@@ -20,9 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
-from clasp.commands.environment import settle
+from clasp.commands.environment import configure_environment
 
-settle()  # before a verb imports torch
+configure_environment()  # before a verb imports torch
 
 app = typer.Typer(
     help="Make a CLIP out of two pre-trained models.",
@@ -31,12 +31,14 @@ app = typer.Typer(
     add_completion=False,
 )
 
-RecipeArgument = Annotated[
+_RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A TOML file, or one of clasp's own: start, lilt/lwa, …")
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. train.batch=512")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+_OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. train.batch=512")
+]
+_RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+_JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 
 @app.command()
@@ -45,49 +47,49 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", help="Where the run and the picture go.")] = Path("runs/demo"),
 ) -> None:
     """The whole story on the sample inside the package: align, evaluate, search, draw."""
-    from clasp.commands.demo import tell
+    from clasp.commands.demo import run_demo
 
-    tell(folder, quick=quick)
+    run_demo(folder, quick=quick)
 
 
 @app.command()
-def params(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+def params(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_json: _JsonOption = False) -> None:
     """Who trains: parameters in all and trained, per part. Loads no weights and asks no hub."""
-    from clasp.config.build import build
+    from clasp.config.build import build_model
     from clasp.config.recipe import read_recipe
-    from clasp.report.terminal import counts_table
+    from clasp.report.terminal import print_parameter_counts
 
-    model = build(read_recipe(recipe, overrides or ()), meta=True)
+    model = build_model(read_recipe(recipe, overrides or ()), meta=True)
     counts = model.counts()
     if as_json:
         facts = {part: {**asdict(count), "percent": round(count.percent, 4)} for part, count in counts.items()}
         _print_json({**facts.pop("model"), **facts})
     else:
-        counts_table(counts, model.sharing)
+        print_parameter_counts(counts, model.sharing)
 
 
 @app.command()
-def doctor(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+def doctor(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_json: _JsonOption = False) -> None:
     """What is odd about the pairs, and what training will cost, before any of it. Exit code 2 if it would stop."""
-    from clasp.commands.doctor import diagnose, stops
+    from clasp.commands.doctor import diagnose, raise_on_stop
     from clasp.config.recipe import read_recipe
-    from clasp.report.terminal import bar
+    from clasp.report.terminal import progress_bar
 
     sections = []
-    for section in diagnose(read_recipe(recipe, overrides or ()), bar=bar):
+    for section in diagnose(read_recipe(recipe, overrides or ()), bar=progress_bar):
         sections.append(section)
         if not as_json:
             print(*section.findings, sep="\n", flush=True)
     if as_json:
         findings = [asdict(finding) for section in sections for finding in section.findings]
         _print_json({**{section.about: section.facts for section in sections}, "findings": findings})
-    stops(sections)
+    raise_on_stop(sections)
 
 
 @app.command()
 def train(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
+    recipe: _RecipeArgument,
+    overrides: _OverridesArgument = None,
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the run; the recipe's and a number if left out.")
     ] = None,
@@ -106,40 +108,40 @@ def train(
     if grid:
         return _sweep(recipe, overrides or (), grid, runs, name)
     made = read_recipe(recipe, overrides or ())
-    run = runs / name if name else _free(runs, Path(recipe).stem)
-    _align(made, run, resume=False)
+    run = runs / name if name else _free_path(runs, Path(recipe).stem)
+    _train(made, run, resume=False)
 
 
 @app.command()
-def resume(run: RunArgument) -> None:
+def resume(run: _RunArgument) -> None:
     """Go on with a run that was stopped, exactly where it was."""
-    from clasp.config.recipe import from_dict
-    from clasp.training.run_folder import Run
+    from clasp.config.recipe import recipe_from_dict
+    from clasp.training.run_folder import RunFolder
 
-    _align(from_dict(Run(run).recipe(), str(run / "recipe.toml")), run, resume=True)
+    _train(recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml")), run, resume=True)
 
 
 @app.command(name="eval")
 def evaluate(
-    run: RunArgument,
+    run: _RunArgument,
     task: Annotated[str, typer.Argument(help="zeroshot | retrieval | multilingual | kept")],
     options: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data=…, classes=…, templates=…, fit=…, label=…")
     ] = None,
-    as_json: Json = False,
+    as_json: _JsonOption = False,
 ) -> None:
     """Ask a run a question about some pairs; the answer is also kept in its results.jsonl.
 
     kept asks what each tower still knows, before and after alignment; its figure is RUN/kept.png.
     """
-    from clasp.commands.evaluate import examine
-    from clasp.report.terminal import bar, results_table, say
+    from clasp.commands.evaluate import evaluate_run
+    from clasp.report.terminal import print_results, print_status, progress_bar
 
-    results = examine(run, task, options or (), say=say, bar=bar)
+    results = evaluate_run(run, task, options or (), say=print_status, bar=progress_bar)
     if as_json:
         _print_json({"run": str(run), "task": task, "results": [asdict(result) for result in results]})
     else:
-        results_table(f"{run}: {task}", results)
+        print_results(f"{run}: {task}", results)
 
 
 @app.command(name="import")
@@ -155,7 +157,7 @@ def import_(
         int | None, typer.Option("--size", help="Pixels a side of the images, if other than in training.")
     ] = None,
     image_heads: Annotated[
-        int | None, typer.Option("--image-heads", min=1, help="Of the attention, where its width does not tell.")
+        int | None, typer.Option("--image-heads", min=1, help="Of the attention, where its width does not run_demo.")
     ] = None,
     text_heads: Annotated[int | None, typer.Option("--text-heads", min=1, help="The same for the text tower.")] = None,
     lateral: Annotated[
@@ -167,10 +169,10 @@ def import_(
 ) -> None:
     """Make a run of a checkpoint that another paper's code left. Nothing in the file is run."""
     from clasp.commands.import_checkpoint import import_checkpoint
-    from clasp.convert.importers.run_writer import asked
-    from clasp.report.terminal import counts_table, megabytes, say
+    from clasp.convert.importers.run_writer import parse_import_options
+    from clasp.report.terminal import format_megabytes, print_parameter_counts, print_status
 
-    wanted = asked(
+    wanted = parse_import_options(
         tokenizer=tokenizer,
         size=size,
         image_heads=image_heads,
@@ -180,32 +182,32 @@ def import_(
     )
     told = import_checkpoint(kind, checkpoint, run, wanted).told
     for line in told.lines:
-        say(line)
-    counts_table(told.counts)
+        print_status(line)
+    print_parameter_counts(told.counts)
     typed = shlex.quote(str(run))
-    say(f"the run is in {run} (delta {megabytes(told.delta_bytes)}, card {run / 'README.md'})")
-    say(f'index and search with: clasp index {typed} FOLDER  then: clasp search {typed} "your words"')
+    print_status(f"the run is in {run} (delta {format_megabytes(told.delta_bytes)}, card {run / 'README.md'})")
+    print_status(f'index and search with: clasp index {typed} FOLDER  then: clasp search {typed} "your words"')
 
 
 @app.command()
 def index(
-    run: RunArgument,
+    run: _RunArgument,
     source: Annotated[
         str, typer.Argument(metavar="FOLDER|PAIRS", help="A folder of images, or pairs as for training.")
     ],
 ) -> None:
     """Embed images and keep them to be searched; a second call embeds only what is new."""
-    from clasp.commands.search import index_into
-    from clasp.report.terminal import bar, say
+    from clasp.commands.search import index_images
+    from clasp.report.terminal import print_status, progress_bar
 
-    done = index_into(run, source, bar=bar)
-    say(str(done))
-    say(f'search them with: clasp search {shlex.quote(str(run))} "your words"')
+    done = index_images(run, source, bar=progress_bar)
+    print_status(str(done))
+    print_status(f'search them with: clasp search {shlex.quote(str(run))} "your words"')
 
 
 @app.command()
 def search(
-    run: RunArgument,
+    run: _RunArgument,
     words: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
     image: Annotated[
         Path | None, typer.Option("--image", help="Look for pictures like this one; with words, for both.")
@@ -214,19 +216,19 @@ def search(
     sheet: Annotated[
         Path | None, typer.Option("--sheet", help="PNG with the hits; in the run folder if left out.")
     ] = None,
-    as_json: Json = False,
+    as_json: _JsonOption = False,
 ) -> None:
     """Search the indexed images by words, by a picture, or by both."""
-    from clasp.commands.search import look_for
-    from clasp.report.terminal import say, table
+    from clasp.commands.search import search_images
+    from clasp.report.terminal import print_status, print_table
 
-    found = look_for(run, words, image, k, sheet)
+    found = search_images(run, words, image, k, sheet)
     if as_json:
         _print_json({"query": found.query, "hits": [asdict(hit) for hit in found.hits], "sheet": str(found.sheet)})
         return
     rows = [[hit.id, f"{hit.score:.3f}", str(hit.meta["name"])] for hit in found.hits]
-    table(found.query, ("id", "cosine", "image"), rows)
-    say(f"picture of the hits: {found.sheet}")
+    print_table(found.query, ("id", "cosine", "image"), rows)
+    print_status(f"picture of the hits: {found.sheet}")
 
 
 def main() -> None:
@@ -247,48 +249,50 @@ def main() -> None:
         sys.exit(2)
 
 
-def _align(recipe: Any, run: Path, *, resume: bool) -> None:
-    from clasp.commands.train import align
-    from clasp.report.terminal import bar, megabytes, results_table, say
-    from clasp.training.trackers.console import to_stderr
+def _train(recipe: Any, run: Path, *, resume: bool) -> None:
+    from clasp.commands.train import train_recipe
+    from clasp.report.terminal import format_megabytes, print_results, print_status, progress_bar
+    from clasp.training.trackers.console import stderr_reporter
 
     try:
-        done = align(recipe, run, say=say, bar=bar, reporter=to_stderr(), resume=resume)
+        done = train_recipe(recipe, run, say=print_status, bar=progress_bar, reporter=stderr_reporter(), resume=resume)
     except KeyboardInterrupt:  # the loop takes Ctrl-C itself, so this was before its first step
-        say("stopped before training: type the same again; what a frozen tower has said by now is not computed twice")
+        print_status(
+            "stopped before training: type the same again; what a frozen tower has said by now is not computed twice"
+        )
         sys.exit(130)
     typed, source = shlex.quote(str(run)), shlex.quote(recipe.data.train)
     if done.fitted.interrupted:
-        say(f"stopped and saved; go on with: clasp resume {typed}")
+        print_status(f"stopped and saved; go on with: clasp resume {typed}")
         return
-    results_table("validation pairs", done.results)
-    say(f"cost: {done.cost}")
-    say(f"the run is in {run} (delta {megabytes(done.delta_bytes)}, card {run / 'README.md'})")
-    say(f'index and search with: clasp index {typed} {source}  then: clasp search {typed} "your words"')
+    print_results("validation pairs", done.results)
+    print_status(f"cost: {done.cost}")
+    print_status(f"the run is in {run} (delta {format_megabytes(done.delta_bytes)}, card {run / 'README.md'})")
+    print_status(f'index and search with: clasp index {typed} {source}  then: clasp search {typed} "your words"')
 
 
 def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Path, name: str | None) -> None:
     from clasp.commands.sweep import sweep
-    from clasp.report.terminal import bar, say, table
-    from clasp.training.trackers.console import to_stderr
+    from clasp.report.terminal import print_status, print_table, progress_bar
+    from clasp.training.trackers.console import stderr_reporter
     from clasp.types import UserError
 
-    done = sweep(source, overrides, grid, runs, name, say=say, bar=bar, reporter=to_stderr)
+    done = sweep(source, overrides, grid, runs, name, say=print_status, bar=progress_bar, reporter=stderr_reporter)
     note = "validation: per cent, with 95 % intervals; s: seconds of training"
-    table(f"{done.folder}: {len(done.rows)} of {done.combinations} runs", done.columns, done.cells, note)
+    print_table(f"{done.folder}: {len(done.rows)} of {done.combinations} runs", done.columns, done.cells, note)
     if done.stopped:
-        return say("stopped and saved; go on by typing the same again")
+        return print_status("stopped and saved; go on by typing the same again")
     if not done.finished:
         raise UserError(f"no run of {done.folder} finished; the first: {done.rows[0].error}")
     for line in done.verdict():
-        say(line)
+        print_status(line)
     best = shlex.quote(done.finished[0].run)
-    say(
+    print_status(
         f'use it next: clasp eval {best} retrieval data=…  or: clasp index {best} FOLDER  then: clasp search {best} "…"'
     )
 
 
-def _free(runs: Path, stem: str) -> Path:
+def _free_path(runs: Path, stem: str) -> Path:
     return next(path for n in range(1, 10_000) if not (path := runs / (stem if n == 1 else f"{stem}-{n}")).exists())
 
 

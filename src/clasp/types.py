@@ -35,7 +35,7 @@ class Caption(NamedTuple):
 
 
 @runtime_checkable
-class Source(Protocol):
+class ImageSource(Protocol):
     """Where the bytes of one image are: a file, a stretch of a tar, a cell of a table."""
 
     @property
@@ -63,7 +63,7 @@ class Pair:
     """
 
     id: str
-    image: Source
+    image: ImageSource
     captions: tuple[Caption, ...]
     group: str
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class States:
+class HiddenStates:
     """Where a tower's trunk left its inputs, taken from the feature cache: the states after its first ``depth`` blocks.
 
     ``mask`` is true on real tokens. ``size`` is the side in pixels of the images that were read, 0 for captions.
@@ -107,17 +107,17 @@ class States:
 
 
 @dataclass(frozen=True, slots=True)
-class Pooled:
+class PooledFeatures:
     """What a frozen tower has already said of its input: its pooled output, taken from the feature cache."""
 
     values: Float[Tensor, "B D"]
 
 
-ImageInput = Pixels | States | Pooled
-TextInput = Tokens | States | Pooled
+ImageInput = Pixels | HiddenStates | PooledFeatures
+TextInput = Tokens | HiddenStates | PooledFeatures
 
 
-class Skipped(NamedTuple):
+class SkippedSample(NamedTuple):
     """A sample that could not be read, and why."""
 
     id: str
@@ -136,7 +136,7 @@ class Batch:
     image: ImageInput
     text: TextInput
     groups: Int[Tensor, "B 2"]
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedSample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

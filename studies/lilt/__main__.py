@@ -15,9 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from clasp.commands.environment import settle
+from clasp.commands.environment import configure_environment
 
-settle()  # before torch is imported
+configure_environment()  # before torch is imported
 # NumPy's own threads spin while they wait; beside those of torch the linear probes then take ten times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

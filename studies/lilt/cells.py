@@ -22,12 +22,12 @@ from studies.lilt import costs
 from studies.lilt.starts import Start
 from studies.records import Record, Results, machine
 
-from clasp.commands.train import align, inputs_of
-from clasp.config.build import Assembled, assemble
+from clasp.commands.train import build_feature_source, train_recipe
+from clasp.config.build import ModelAndPreprocessing, build_model_and_preprocessing
 from clasp.config.recipe import Recipe
 from clasp.data.pairs import Pairs
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import Inputs
+from clasp.models.features import FeatureSource
 
 WRITTEN = 2  # part of every key: raise it when the same cell would be asked other things
 
@@ -50,15 +50,15 @@ class World(Protocol):
         """To train on, and a few that the run is asked about at its end."""
         ...
 
-    def start(self, parts: Assembled, inputs: Inputs, more: Pairs | None) -> Start:
+    def start(self, parts: ModelAndPreprocessing, inputs: FeatureSource, more: Pairs | None) -> Start:
         """Heads for the towers in ``parts``, from pairs that do not train, and ``more`` where given."""
         ...
 
-    def validate(self, model: DualEncoder, inputs: Inputs) -> float:
+    def validate(self, model: DualEncoder, inputs: FeatureSource) -> float:
         """What learning rates are chosen by; more is better."""
         ...
 
-    def ask(self, model: DualEncoder, inputs: Inputs) -> dict[str, Answer]:
+    def ask(self, model: DualEncoder, inputs: FeatureSource) -> dict[str, Answer]:
         """What tables and figures are made from."""
         ...
 
@@ -118,7 +118,7 @@ class Runner:
     def __init__(self, name: str, world: World, results: Results, folder: Path | None = None):
         self.name, self.world, self.results = name, world, results
         self._folder = folder
-        self._bases: dict[str, tuple[Assembled, Inputs]] = {}
+        self._bases: dict[str, tuple[ModelAndPreprocessing, FeatureSource]] = {}
         self._starts: dict[str, Start] = {}
 
     def record(self, cell: Cell) -> Record | None:
@@ -133,7 +133,7 @@ class Runner:
     def run(self, claim: str, cell: Cell) -> Record:
         """Do what the cell is for, and write it down."""
         recipe = cell.row.recipe(self.world.recipe, cell.rate, cell.seed)
-        parts = assemble(recipe)
+        parts = build_model_and_preprocessing(recipe)
         record: Record = {
             "key": cell.key(self.world.file),
             **{"row": cell.row.name, "world": cell.world, "rate": cell.rate, "pairs": cell.pairs, "seed": cell.seed},
@@ -150,11 +150,11 @@ class Runner:
         self.results.add(claim, record)
         return record
 
-    def _train(self, cell: Cell, recipe: Recipe, parts: Assembled) -> Record:
+    def _train(self, cell: Cell, recipe: Recipe, parts: ModelAndPreprocessing) -> Record:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             began = time.perf_counter()
             pairs = self.world.pairs(cell.pairs, cell.seed)
-            done = align(recipe, Path(folder) / "run", say=_nobody, pairs=pairs, parts=parts)
+            done = train_recipe(recipe, Path(folder) / "run", say=_nobody, pairs=pairs, parts=parts)
             if done.fitted.interrupted:
                 raise KeyboardInterrupt  # clasp saves a run that is told to stop; a cell starts anew
             trained = time.perf_counter() - began
@@ -164,7 +164,7 @@ class Runner:
             "losses": [round(line["loss"], 4) for line in log if line["event"] == "step"],
         }
         began = time.perf_counter()
-        inputs = inputs_of(parts, recipe)
+        inputs = build_feature_source(parts, recipe)
         if cell.purpose == "speed":
             record |= costs.timed(done)
         else:
@@ -174,15 +174,15 @@ class Runner:
         record["seconds"] = {"train": round(trained, 2), "ask": round(time.perf_counter() - began, 2)}
         return record
 
-    def _start(self, cell: Cell, recipe: Recipe, parts: Assembled) -> Start:
+    def _start(self, cell: Cell, recipe: Recipe, parts: ModelAndPreprocessing) -> Start:
         """Of the untouched towers once for all rows; where they say something else than these, of the row's own."""
         if cell.row.start == "own":
-            return self.world.start(parts, inputs_of(parts, recipe.changed(["data.features=off"])), None)
+            return self.world.start(parts, build_feature_source(parts, recipe.changed(["data.features=off"])), None)
         towers = json.dumps([recipe.to_dict()["image"], recipe.to_dict()["text"]], sort_keys=True)
         if towers not in self._bases:
             untouched = recipe.changed(['tune.image=["none"]', 'tune.text=["none"]', "train.seed=0"])
-            base = assemble(untouched)
-            self._bases = {towers: (base, inputs_of(base, untouched))}  # one at a time: towers are large
+            base = build_model_and_preprocessing(untouched)
+            self._bases = {towers: (base, build_feature_source(base, untouched))}  # one at a time: towers are large
         if cell.row.start == "all":
             return self.world.start(*self._bases[towers], self.world.pairs(cell.pairs, cell.seed)[0])
         if towers not in self._starts:

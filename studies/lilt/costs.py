@@ -9,26 +9,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from clasp.commands.train import Aligned, inputs_of
-from clasp.config.build import Assembled
+from clasp.commands.train import TrainResult, build_feature_source
+from clasp.config.build import ModelAndPreprocessing
 from clasp.config.recipe import Recipe
-from clasp.data.loader import Batches
+from clasp.data.loader import PairLoader
 from clasp.data.pairs import Pairs
-from clasp.data.readers import Listing
-from clasp.training.cost.flops import counted as counted_flops
+from clasp.data.readers import PairIndex
+from clasp.training.cost.flops import count_flops as counted_flops
 from clasp.training.losses.contrastive import info_nce
-from clasp.training.memory import Kept
+from clasp.training.memory import ActivationMemory
 
 ADAM = 3  # numbers beside each weight that trains: its gradient, and the optimizer's two
 
 
-def counted(parts: Assembled, recipe: Recipe, pairs: Pairs) -> dict[str, Any]:
+def counted(parts: ModelAndPreprocessing, recipe: Recipe, pairs: Pairs) -> dict[str, Any]:
     """One step on all of ``pairs``. ``flops`` and ``kept_bytes`` (for the backward pass) are of a pair, the latter from
     a whole batch; ``fixed_bytes`` are the weights, and for those that train gradient and optimizer."""
     model, recipe = parts.model, recipe.changed(["data.features=off"])
-    inputs, listing = inputs_of(parts, recipe), Listing(pairs)
+    inputs, listing = build_feature_source(parts, recipe), PairIndex(pairs)
     sides = inputs.image_side(pairs, None), inputs.text_side(listing)
-    batch = next(Batches(listing, *sides, batch=len(pairs), seed=0).epoch(0))
+    batch = next(PairLoader(listing, *sides, batch=len(pairs), seed=0).epoch(0))
 
     def step() -> None:
         seen = model(batch)
@@ -36,7 +36,7 @@ def counted(parts: Assembled, recipe: Recipe, pairs: Pairs) -> dict[str, Any]:
         model.zero_grad()
 
     flops = counted_flops(step)
-    with Kept(model.parameters()) as kept:
+    with ActivationMemory(model.parameters()) as kept:
         seen = model(batch)
     del seen
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
@@ -48,7 +48,7 @@ def counted(parts: Assembled, recipe: Recipe, pairs: Pairs) -> dict[str, Any]:
     }
 
 
-def timed(done: Aligned) -> dict[str, Any]:
+def timed(done: TrainResult) -> dict[str, Any]:
     """What the ledger of a run says: pairs a second of its median step, its peak beyond what was there before."""
     session = done.cost.sessions[-1]
     return {

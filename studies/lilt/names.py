@@ -20,14 +20,14 @@ from studies.asking import Answer, Seen, images_seen, log_likelihood, retrieval,
 from studies.lilt.photos import drawn
 from studies.lilt.starts import Rows, Start, closed_form
 
-from clasp.config.build import Assembled
+from clasp.config.build import ModelAndPreprocessing
 from clasp.config.recipe import Recipe, read_recipe
 from clasp.data.formats.tar import open_tar
 from clasp.data.pairs import Pairs
-from clasp.evaluation.queries import Captions, Classes
+from clasp.evaluation.queries import RetrievalQueries, ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import Inputs
-from clasp.types import Caption, Pair, Pooled, Source, UserError
+from clasp.models.features import FeatureSource
+from clasp.types import Caption, ImageSource, Pair, PooledFeatures, UserError
 
 TRAINED = {"rich": ("en", "de", "es", "ru", "hi", "zh"), "poor": ("sw", "am")}
 HELD_OUT = {"rich": ("fr", "tr", "ja"), "poor": ("cy", "yo", "zu", "km", "so")}
@@ -64,7 +64,7 @@ class Names:
         concepts = [one for place, one in enumerate(self.concepts("train")) if place % START]
         return self.drawings(concepts, STYLES, _languages(TRAINED))
 
-    def start(self, parts: Assembled, inputs: Inputs, more: Pairs | None) -> Start:
+    def start(self, parts: ModelAndPreprocessing, inputs: FeatureSource, more: Pairs | None) -> Start:
         """Heads in closed form from concepts that do not train, and ``more`` where given; every caption counts."""
         languages = _languages(TRAINED)
         rows = self._rows(parts, inputs, self.drawings(self.concepts("train")[::START], STYLES, languages))
@@ -73,7 +73,7 @@ class Names:
         held = self._rows(parts, inputs, self.drawings(self.concepts("val"), [STYLE_TO_CHOOSE], ["en"]))
         return closed_form(rows, held, width=self.recipe.head.width, ridge=self.ridge)
 
-    def _rows(self, parts: Assembled, inputs: Inputs, pairs: Pairs) -> Rows:
+    def _rows(self, parts: ModelAndPreprocessing, inputs: FeatureSource, pairs: Pairs) -> Rows:
         said = [(pair.id, caption.text) for pair in pairs for caption in pair.captions]
         images = images_seen(parts.model, inputs, pairs)
         texts = texts_seen(parts.model, inputs, (text for _, text in said))
@@ -82,7 +82,7 @@ class Names:
 
     # --- what is asked -------------------------------------------------------------------------------------------
 
-    def validate(self, model: DualEncoder, inputs: Inputs) -> float:
+    def validate(self, model: DualEncoder, inputs: FeatureSource) -> float:
         """What chooses learning rates: how likely the right name is, mean over the trained languages."""
         concepts = self.concepts("val")
         pairs = self.drawings(concepts, [STYLE_TO_CHOOSE], ["en"])
@@ -94,11 +94,11 @@ class Names:
             names = {concept["concept"]: name_in(concept, language) for concept in known}
             classes = list(dict.fromkeys(names.values()))  # two concepts may have one name
             labels = {pair.id: names[pair.group] for pair in pairs}
-            question = Classes(labels=labels, classes=classes, templates=["{}"], read=inputs.read)
+            question = ZeroShotQueries(labels=labels, classes=classes, templates=["{}"], read=inputs.read)
             found.append(log_likelihood(model, seen, question))
         return sum(found) / len(found)
 
-    def ask(self, model: DualEncoder, inputs: Inputs) -> dict[str, Answer]:
+    def ask(self, model: DualEncoder, inputs: FeatureSource) -> dict[str, Answer]:
         """``T4/LANGUAGE/recall@5`` (new concepts in a new style) and ``T3/...`` (new concepts in trained styles)."""
         concepts = self.concepts("test")
         languages = _languages(TRAINED) + _languages(HELD_OUT)
@@ -112,10 +112,10 @@ class Names:
                 answers |= {f"{cell}/{language}/{key.rpartition('/')[2]}": value for key, value in found.items()}
         return answers
 
-    def _question(self, model: DualEncoder, pairs: Pairs, texts: Seen, language: str) -> Captions:
+    def _question(self, model: DualEncoder, pairs: Pairs, texts: Seen, language: str) -> RetrievalQueries:
         names = {one["concept"]: name_in(one, language) for one in self.concepts("test")}
-        pooled = Pooled(texts.of(names.values()).to(next(model.parameters()).device))
-        return Captions(
+        pooled = PooledFeatures(texts.of(names.values()).to(next(model.parameters()).device))
+        return RetrievalQueries(
             image_groups={pair.id: pair.group for pair in pairs},
             text_groups={concept: concept for concept in names},
             texts=lambda: [(list(names), pooled)],
@@ -148,9 +148,9 @@ class Names:
         return Pairs("emoji", [pairs])
 
     @cached_property
-    def _files(self) -> dict[str, dict[str, Source]]:
+    def _files(self) -> dict[str, dict[str, ImageSource]]:
         """By style and concept."""
-        found: dict[str, dict[str, Source]] = {}
+        found: dict[str, dict[str, ImageSource]] = {}
         for style in (*STYLES, STYLE_TO_CHOOSE, STYLE_TO_ASK):
             tar = open_tar(self.folder / f"{style}.tar", self.folder / f"{style}.tar", None)
             names = {str(name): row for row, name in enumerate(tar.names) if str(name).endswith(".webp")}

@@ -25,13 +25,13 @@ from studies.asking import (
 )
 from studies.lilt.starts import Rows, Start, closed_form
 
-from clasp.config.build import Assembled
+from clasp.config.build import ModelAndPreprocessing
 from clasp.config.recipe import Recipe, read_recipe
-from clasp.data.pairs import Columns, Pairs, open_pairs
-from clasp.evaluation.queries import Captions, Classes
+from clasp.data.pairs import ColumnNames, Pairs, open_pairs
+from clasp.evaluation.queries import RetrievalQueries, ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import Inputs
-from clasp.types import Pooled, UserError
+from clasp.models.features import FeatureSource
+from clasp.types import PooledFeatures, UserError
 
 EVERY = 2  # of the classes, every second is in the study: twice as many photos of each in a short run
 
@@ -82,7 +82,7 @@ class Photos:
         """To train on; and a few that a run is asked about at its end, which decides nothing here."""
         return drawn(self._train, count, seed), self._held[:64]
 
-    def start(self, parts: Assembled, inputs: Inputs, more: Pairs | None) -> Start:
+    def start(self, parts: ModelAndPreprocessing, inputs: FeatureSource, more: Pairs | None) -> Start:
         """Heads in closed form for the towers in ``parts``, from pairs that never train, and ``more`` where given."""
         rows = self._rows(parts, inputs, self._first)
         if more is not None:
@@ -90,19 +90,19 @@ class Photos:
         held = self._rows(parts, inputs, self._held[:256])
         return closed_form(rows, held, width=self.recipe.head.width, ridge=self.ridge)
 
-    def _rows(self, parts: Assembled, inputs: Inputs, pairs: Pairs) -> Rows:
+    def _rows(self, parts: ModelAndPreprocessing, inputs: FeatureSource, pairs: Pairs) -> Rows:
         said = [pair.captions[0].text for pair in pairs]
         images, texts = images_seen(parts.model, inputs, pairs), texts_seen(parts.model, inputs, said)
         return Rows(images.of(pair.id for pair in pairs), texts.of(said), tuple(said))
 
     # --- what is asked -------------------------------------------------------------------------------------------
 
-    def validate(self, model: DualEncoder, inputs: Inputs) -> float:
+    def validate(self, model: DualEncoder, inputs: FeatureSource) -> float:
         """What chooses learning rates: how likely the right class is on photos held out of training."""
         held = self._held[: self.sizes.held]
         return log_likelihood(model, images_seen(model, inputs, held), self._classes("tinyimagenet", held, inputs))
 
-    def ask(self, model: DualEncoder, inputs: Inputs) -> dict[str, Answer]:
+    def ask(self, model: DualEncoder, inputs: FeatureSource) -> dict[str, Answer]:
         """By name, ``zero-shot/tinyimagenet/top5`` and the like."""
         test, objects = self._test[: self.sizes.test], self._objects[: self.sizes.objects]
         answers = {}
@@ -116,14 +116,14 @@ class Photos:
         answers |= {f"kept/cifar10/{key}": value for key, value in found.items()}
         return answers | self._ask_scenes(model, inputs)
 
-    def _ask_scenes(self, model: DualEncoder, inputs: Inputs) -> dict[str, Answer]:
+    def _ask_scenes(self, model: DualEncoder, inputs: FeatureSource) -> dict[str, Answer]:
         scenes = list(self._scenes)
         more = scenes + list(self._more_scenes[: max(0, self.sizes.scenes - len(scenes))])
         photo = {caption.text: pair.id for pair in more for caption in pair.captions}
         texts = texts_seen(model, inputs, photo)
         ids = {f"{pair.id}#{n}": (text, pair.id) for pair in scenes for n, (text, _) in enumerate(pair.captions)}
-        pooled = Pooled(texts.of(text for text, _ in ids.values()).to(next(model.parameters()).device))
-        question = Captions(
+        pooled = PooledFeatures(texts.of(text for text, _ in ids.values()).to(next(model.parameters()).device))
+        question = RetrievalQueries(
             image_groups={pair.id: pair.id for pair in scenes},
             text_groups={name: photo_id for name, (_, photo_id) in ids.items()},
             texts=lambda: [(list(ids), pooled)],
@@ -132,10 +132,10 @@ class Photos:
         answers = {f"retrieval/flickr8k/{key}": value for key, value in found.items()}
         return answers | {"kept/flickr8k/sentences": sentences(texts, photo)}
 
-    def _classes(self, name: str, pairs: Pairs, inputs: Inputs) -> Classes:
+    def _classes(self, name: str, pairs: Pairs, inputs: FeatureSource) -> ZeroShotQueries:
         lines = self._lines(name, "zeroshot_classification_templates.txt")
         classes = self._lines(name, "classnames.txt")
-        return Classes(
+        return ZeroShotQueries(
             labels={pair.id: str(pair.meta["class"]) for pair in pairs},
             classes=classes[::EVERY] if name == "tinyimagenet" else classes,
             templates=lines,
@@ -153,7 +153,7 @@ class Photos:
 
     def _tiny(self, name: str) -> Pairs:
         """Of the classes in the study; photos of one class are one group, so that none is another's negative."""
-        pairs = open_pairs(f"{self.folder}/tinyimagenet/{name}", columns=Columns(group="wnid"))
+        pairs = open_pairs(f"{self.folder}/tinyimagenet/{name}", columns=ColumnNames(group="wnid"))
         classes = set(self._lines("tinyimagenet", "classnames.txt")[::EVERY])
         return pairs.subset(row for row in range(len(pairs)) if pairs[row].meta["class"] in classes)
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clasp.commands.environment import settle
+from clasp.commands.environment import configure_environment
 
-settle()  # before torch is imported
+configure_environment()  # before torch is imported
 
 HERE = Path(__file__).parent
 

@@ -17,11 +17,11 @@ from studies.records import Record, Results, machine
 from studies.sharing.rows import Cell
 from studies.sharing.world import World
 
-from clasp.commands.train import align, inputs_of
-from clasp.config.build import assemble
-from clasp.data.readers import Listing
+from clasp.commands.train import build_feature_source, train_recipe
+from clasp.config.build import build_model_and_preprocessing
+from clasp.data.readers import PairIndex
 from clasp.models.dual_encoder import DualEncoder
-from clasp.training.cost.flops import macs_of
+from clasp.training.cost.flops import count_macs
 
 TOKENS = 8  # of a caption whose arithmetic is counted, about the mean of the pairs
 
@@ -30,13 +30,13 @@ def run(cell: Cell, world: World, results: Results) -> Record:
     """Train, ask (where that is the purpose), write down."""
     recipe = cell.recipe
     pairs = world.pairs(cell.steps * int(recipe.train.batch), cell.seed)
-    parts = assemble(recipe, lambda: Listing(pairs[0]).texts)
+    parts = build_model_and_preprocessing(recipe, lambda: PairIndex(pairs[0]).texts)
     with tempfile.TemporaryDirectory() as folder:
-        done = align(recipe, Path(folder) / "run", say=lambda line: None, pairs=pairs, parts=parts)
+        done = train_recipe(recipe, Path(folder) / "run", say=lambda line: None, pairs=pairs, parts=parts)
         if done.fitted.interrupted:
             raise KeyboardInterrupt  # clasp saves a run that is told to stop; a cell starts anew
         log = [json.loads(line) for line in (done.run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    session, model, inputs = done.cost.sessions[-1], parts.model.eval(), inputs_of(parts, recipe)
+    session, model, inputs = done.cost.sessions[-1], parts.model.eval(), build_feature_source(parts, recipe)
     began = time.perf_counter()
     record: Record = {
         "key": cell.key,
@@ -63,4 +63,4 @@ def macs(model: DualEncoder, size: int) -> int:
     device = next(model.parameters()).device
     ids = torch.ones(1, TOKENS, dtype=torch.long, device=device)
     pixels = torch.zeros(1, 3, size, size, device=device)
-    return macs_of(lambda: (model.encode_image(pixels), model.encode_text(ids, ids.bool())))
+    return count_macs(lambda: (model.encode_image(pixels), model.encode_text(ids, ids.bool())))

@@ -17,9 +17,9 @@ from studies.asking import Answer, images_seen, log_likelihood, retrieval, zero_
 from studies.lilt.names import STYLE_TO_ASK, STYLE_TO_CHOOSE, STYLES, Names
 
 from clasp.data.pairs import Pairs, open_pairs
-from clasp.evaluation.queries import Captions, Classes
+from clasp.evaluation.queries import RetrievalQueries, ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import Inputs
+from clasp.models.features import FeatureSource
 from clasp.types import Caption
 
 EVERY = 3  # of the concepts that the corpus trains on, every third is in the study
@@ -47,21 +47,21 @@ class World:
 
     # --- what is asked -------------------------------------------------------------------------------------------
 
-    def validate(self, model: DualEncoder, inputs: Inputs) -> float:
+    def validate(self, model: DualEncoder, inputs: FeatureSource) -> float:
         """How likely the right class is on held-out photos, and the right name on drawings in another style; more is
         better, and both count alike."""
         held, drawings = self._photos[: self.held], self._drawings([STYLE_TO_CHOOSE])
         names = {pair.id: pair.captions[0].text for pair in drawings}
-        named = Classes(labels=names, classes=sorted(set(names.values())), templates=["{}"], read=inputs.read)
+        named = ZeroShotQueries(labels=names, classes=sorted(set(names.values())), templates=["{}"], read=inputs.read)
         asked = ((held, self._classes(held, inputs)), (drawings, named))
         return sum(log_likelihood(model, images_seen(model, inputs, pairs), question) for pairs, question in asked)
 
-    def ask(self, model: DualEncoder, inputs: Inputs) -> dict[str, Answer]:
+    def ask(self, model: DualEncoder, inputs: FeatureSource) -> dict[str, Answer]:
         """``photos/top1``, ``drawings/recall@1`` and ``drawings/recall@5`` (a drawing asks for its name)."""
         test, drawings = self._test, self._drawings([STYLE_TO_ASK])
         found = zero_shot(model, images_seen(model, inputs, test), self._classes(test, inputs))
         names = {str(pair.group): pair.captions[0].text for pair in drawings}
-        question = Captions(
+        question = RetrievalQueries(
             image_groups={pair.id: str(pair.group) for pair in drawings},
             text_groups={concept: concept for concept in names},
             texts=inputs.texts(names),
@@ -72,9 +72,9 @@ class World:
             f"drawings/{key.rpartition('/')[2]}": value for key, value in named.items()
         }
 
-    def _classes(self, pairs: Pairs, inputs: Inputs) -> Classes:
+    def _classes(self, pairs: Pairs, inputs: FeatureSource) -> ZeroShotQueries:
         labels = {pair.id: str(pair.meta["class"]) for pair in pairs}
-        return Classes(
+        return ZeroShotQueries(
             labels=labels, classes=self._lines("classnames.txt"), templates=self._templates, read=inputs.read
         )
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from clasp.analysis.gradient_agreement import WHOLE, gradient_agreement
-from clasp.models.backbone import Base
+from clasp.analysis.gradient_agreement import WHOLE_LAYER, gradient_agreement
+from clasp.models.backbone import Backbone
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.heads import HeadSettings
 from clasp.models.sharing.policy import SharingSettings
-from clasp.models.sharing.tie import from_scratch
+from clasp.models.sharing.tie import tied_from_scratch
 from clasp.models.tower import Tower
 from clasp.models.transformer.encoders import (
     ImageTransformer,
@@ -23,20 +23,23 @@ from clasp.models.transformer.encoders import (
     TextTransformerSettings,
 )
 from clasp.training.losses import LOSSES
-from clasp.types import Batch, LossParts, Pixels, Pooled, Tokens, UserError
+from clasp.types import Batch, LossParts, Pixels, PooledFeatures, Tokens, UserError
 
 SIZES = {"width": 32, "heads": 2, "layers": 3, "qk_norm": True, "layer_scale": 0.5}
 SHARED = SharingSettings(attention="shared", ffn="shared", norm2="shared", qk_norm="shared", layer_scale="shared")
 
 
 def model(policy: SharingSettings, loss: str = "infonce", **image: Any) -> DualEncoder:
-    pair = from_scratch(
+    pair = tied_from_scratch(
         ImageTransformer(ImageTransformerSettings(**SIZES, size=32, patch=8, **image)),
         TextTransformer(TextTransformerSettings(**SIZES, vocabulary=40, context=9)),
         policy,
         seed=0,
     ).eval()
-    towers = Tower(Base("views", "image", pair.image, "0", "cls")), Tower(Base("views", "text", pair.text, "0", "last"))
+    towers = (
+        Tower(Backbone("views", "image", pair.image, "0", "cls")),
+        Tower(Backbone("views", "text", pair.text, "0", "last")),
+    )
     made = DualEncoder(*towers, HeadSettings(width=16), loss=loss, seed=0)
     made.select(name for name, _ in made.named_parameters())
     return made
@@ -71,7 +74,7 @@ def test_beside_two_plain_backward_passes(loss: str):
     made.zero_grad()
     rows = gradient_agreement(made, given, LOSSES[loss])
     parts = {
-        WHOLE: ("attn.", "mlp.", "norm2.", "gamma_"),
+        WHOLE_LAYER: ("attn.", "mlp.", "norm2.", "gamma_"),
         "attention": ("attn.qkv.", "attn.proj."),
         "qk_norm": ("attn.q_norm.", "attn.k_norm."),
         "ffn": ("mlp.",),
@@ -79,7 +82,7 @@ def test_beside_two_plain_backward_passes(loss: str):
         "layer_scale": ("gamma_",),
     }
     assert {(row.layer, row.part) for row in rows} == {(layer, part) for layer in range(3) for part in parts}
-    assert [row.layer for row in rows] == sorted(row.layer for row in rows) and rows[0].part == WHOLE
+    assert [row.layer for row in rows] == sorted(row.layer for row in rows) and rows[0].part == WHOLE_LAYER
     for row in rows:
         begins = tuple(f"image.net.blocks.{row.layer}.{begin}" for begin in parts[row.part])
         one, other = (
@@ -120,7 +123,7 @@ def test_two_views_that_are_one_agree_and_disagree_as_they_must(by: float, cosin
     """Both sides are the same states under one head, so that only the loss tells them apart."""
     given = batch(4)
     one = model(SharingSettings()).image
-    twin = Blind(Base("views", "image", one.net, "0", "cls"))
+    twin = Blind(Backbone("views", "image", one.net, "0", "cls"))
     assert isinstance(given.image, Pixels)
     twin.seen = given.image
     both = DualEncoder(one, twin, HeadSettings(width=16), loss="infonce", seed=0)
@@ -162,7 +165,7 @@ def test_nothing_is_left_on_the_model(training: bool, stem: str | None):
 def test_layers_are_counted_as_the_policy_counts():
     made = model(SharingSettings(layers="1:", ffn="shared"), stem="group")
     rows = gradient_agreement(made, batch(), LOSSES["infonce"])
-    assert [(row.layer, row.part) for row in rows] == [(1, WHOLE), (1, "ffn"), (2, WHOLE), (2, "ffn")]
+    assert [(row.layer, row.part) for row in rows] == [(1, WHOLE_LAYER), (1, "ffn"), (2, WHOLE_LAYER), (2, "ffn")]
     whole, ffn = rows[:2]
     assert (whole.cosine, whole.image, whole.text) == (ffn.cosine, ffn.image, ffn.text)
 
@@ -171,7 +174,7 @@ def test_only_the_shared_part_of_a_low_rank_difference_is_asked():
     policy = SharingSettings(layers="0", ffn={"low-rank": 2}, k="shared")
     made = model(policy)
     rows = gradient_agreement(made, batch(), LOSSES["infonce"])
-    assert {row.part for row in rows} == {WHOLE, "attention", "ffn"}
+    assert {row.part for row in rows} == {WHOLE_LAYER, "attention", "ffn"}
     assert all(abs(row.cosine) <= 1 + 1e-9 for row in rows)
 
 
@@ -185,6 +188,6 @@ def test_what_cannot_be_asked_is_refused():
     with pytest.raises(UserError, match="holds no layer in common"):
         gradient_agreement(model(SharingSettings()), batch(), LOSSES["infonce"])
     given = batch()
-    cached = Batch(given.ids, Pooled(torch.zeros(5, 32)), given.text, given.groups)
+    cached = Batch(given.ids, PooledFeatures(torch.zeros(5, 32)), given.text, given.groups)
     with pytest.raises(UserError, match=r"data\.features = 'off'"):
         gradient_agreement(model(SHARED), cached, LOSSES["infonce"])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clasp.analysis.activations import attention_maps, inside
+from clasp.analysis.activations import attention_maps, capture_activations
 from clasp.models.tower import Tower
-from clasp.models.tuning.spec import freeze
+from clasp.models.tuning.spec import freeze_except
 from clasp.types import Pixels, Tokens, UserError
 from toytowers import IMAGE_NETS, OURS, base, inputs
 
@@ -60,7 +60,10 @@ def test_what_is_found_is_what_went_on(name: str):
     with torch.no_grad():
         before = tower(read)
         slow = walked(tower, read)
-        found, maps = inside(tower.net, lambda: tower(read)), attention_maps(tower.net, lambda: tower(read))
+        found, maps = (
+            capture_activations(tower.net, lambda: tower(read)),
+            attention_maps(tower.net, lambda: tower(read)),
+        )
         for point, by_layer in (
             *(("norm1", found.norm1), ("attention", found.attention), ("norm2", found.norm2)),
             ("map", maps),
@@ -84,7 +87,7 @@ def test_a_map_made_by_hand():
         block.attn.qkv.weight.copy_(torch.eye(32).repeat(3, 1))
         block.attn.qkv.bias.zero_()
         read = Tokens(torch.tensor([[5, 9]]), torch.ones(1, 2, dtype=torch.bool))
-        first, second = inside(net, lambda: tower(read)).norm1[0][0, :, :16]  # of the first of two heads
+        first, second = capture_activations(net, lambda: tower(read)).norm1[0][0, :, :16]  # of the first of two heads
         seen = attention_maps(net, lambda: tower(read))[0][0, 0]
     scores = torch.stack([first @ second, second @ second]) / 4
     torch.testing.assert_close(seen, torch.stack([torch.tensor([1.0, 0.0]), scores.softmax(0)]))
@@ -97,7 +100,7 @@ def test_nothing_stays_on_the_net(name: str):
     were, state = hooks(tower.net), {n: t.clone() for n, t in tower.state_dict().items()}
     with torch.no_grad():
         before = tower(read)
-        for look in (inside, attention_maps):
+        for look in (capture_activations, attention_maps):
             look(tower.net, lambda: tower(read))
             assert hooks(tower.net) == were
             assert torch.equal(tower(read), before)
@@ -116,12 +119,15 @@ def test_nothing_stays_on_the_net(name: str):
 @pytest.mark.parametrize("name", OURS)
 def test_what_tuning_put_in_is_seen(name: str):
     tower, read = Tower(base(name)), given(name)
-    plain = attention_maps(tower.net, lambda: tower(read)), inside(tower.net, lambda: tower(read))
+    plain = attention_maps(tower.net, lambda: tower(read)), capture_activations(tower.net, lambda: tower(read))
     names = tower.tune(["adapters", "lora(rank=2)", "prompts(2)"], seed=0)
     with torch.no_grad():
         for each in names:
             tower.get_parameter(each).add_(0.3)
-        maps, found = attention_maps(tower.net, lambda: tower(read)), inside(tower.net, lambda: tower(read))
+        maps, found = (
+            attention_maps(tower.net, lambda: tower(read)),
+            capture_activations(tower.net, lambda: tower(read)),
+        )
     for layer, each in maps.items():
         tokens = plain[0][layer].shape[-1] + 2
         assert each.shape[-2:] == (tokens, tokens) and found.attention[layer].shape[1] == tokens
@@ -131,7 +137,7 @@ def test_what_tuning_put_in_is_seen(name: str):
 
 def test_gradients_go_through_what_is_found():
     tower, read = Tower(base("own-text")), given("own-text")
-    found = inside(tower.net, lambda: tower(read))
+    found = capture_activations(tower.net, lambda: tower(read))
     found.attention[0].sum().backward()
     net: Any = tower.net
     assert net.blocks[0].attn.proj.bias.grad is not None and net.blocks[1].attn.proj.bias.grad is None
@@ -140,21 +146,21 @@ def test_gradients_go_through_what_is_found():
 def test_layers_below_a_cut_are_left_out():
     tower, read = Tower(base("own-image")), given("own-image")
     with torch.no_grad():
-        freeze(tower, [])
+        freeze_except(tower, [])
         assert tower.frozen_blocks == 2  # the first who asks makes the net run
         left = tower.trunk(read, 1)
-        assert [*inside(tower.net, lambda: tower(left)).norm1] == [1]
+        assert [*capture_activations(tower.net, lambda: tower(left)).norm1] == [1]
 
 
 def test_a_net_that_runs_twice_is_a_mistake_of_ours():
     tower, read = Tower(base("own-image")), given("own-image")
     with pytest.raises(AssertionError, match="run once and ran 2 times"):
-        inside(tower.net, lambda: [tower(read), tower(read)])
+        capture_activations(tower.net, lambda: [tower(read), tower(read)])
     with pytest.raises(AssertionError, match="ran 0 times"):
         attention_maps(tower.net, lambda: None)
 
 
 def test_a_foreign_net_is_refused():
-    for look in (inside, attention_maps):
+    for look in (capture_activations, attention_maps):
         with pytest.raises(UserError, match=r"BertModel is no net of ours.*adopt makes one"):
             look(base("bert").net, lambda: None)

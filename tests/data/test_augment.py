@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clasp.data.augment import OPERATIONS, Augment, Chance, randaugmented
+from clasp.data.augment import RANDAUGMENT_OPS, Augment, RandAugmentParams, apply_randaugment
 from clasp.data.images import ImageTransform
 from clasp.types import UserError
 
@@ -52,25 +52,30 @@ def middle(picture: Image.Image) -> np.ndarray:
 
 
 def test_identity() -> None:
-    assert OPERATIONS["identity"](noise(), 0.7).tobytes() == noise().tobytes()
+    assert RANDAUGMENT_OPS["identity"](noise(), 0.7).tobytes() == noise().tobytes()
 
 
 def test_autocontrast_stretches_each_channel() -> None:
-    assert levels(OPERATIONS["autocontrast"](grey([[50, 100, 150]]), 0.7)).tolist() == [[0, 127, 255]]
+    assert levels(RANDAUGMENT_OPS["autocontrast"](grey([[50, 100, 150]]), 0.7)).tolist() == [[0, 127, 255]]
     colours = Image.fromarray(np.array([[[50, 0, 7], [150, 255, 7]]], dtype=np.uint8))
-    assert np.asarray(OPERATIONS["autocontrast"](colours, 0.7)).tolist() == [[[0, 0, 7], [255, 255, 7]]]
+    assert np.asarray(RANDAUGMENT_OPS["autocontrast"](colours, 0.7)).tolist() == [[[0, 0, 7], [255, 255, 7]]]
 
 
 def test_equalize_makes_levels_equally_frequent() -> None:
     quarters = grey(np.repeat([10, 11, 12, 200], 256).reshape(32, 32))
-    assert Counter(levels(OPERATIONS["equalize"](quarters, 0.7)).flatten()) == {0: 256, 85: 256, 171: 256, 255: 256}
+    assert Counter(levels(RANDAUGMENT_OPS["equalize"](quarters, 0.7)).flatten()) == {
+        0: 256,
+        85: 256,
+        171: 256,
+        255: 256,
+    }
 
 
 @pytest.mark.parametrize("strength", [0.7, -0.7])
 def test_brightness_goes_one_way(strength: float) -> None:
-    assert levels(OPERATIONS["brightness"](grey([[0, 100, 200]]), strength)).tolist() == [[0, 136, 255]]
-    assert levels(OPERATIONS["brightness"](grey([[0, 100, 200]]), 0.5)).tolist() == [[0, 100, 200]]
-    assert levels(OPERATIONS["brightness"](grey([[0, 100, 200]]), 0.1)).tolist() == [[0, 28, 56]]
+    assert levels(RANDAUGMENT_OPS["brightness"](grey([[0, 100, 200]]), strength)).tolist() == [[0, 136, 255]]
+    assert levels(RANDAUGMENT_OPS["brightness"](grey([[0, 100, 200]]), 0.5)).tolist() == [[0, 100, 200]]
+    assert levels(RANDAUGMENT_OPS["brightness"](grey([[0, 100, 200]]), 0.1)).tolist() == [[0, 28, 56]]
 
 
 def test_sharpness_lifts_a_dot_from_its_ring() -> None:
@@ -78,7 +83,7 @@ def test_sharpness_lifts_a_dot_from_its_ring() -> None:
     back and beyond."""
     dot = np.full((7, 7), 13)
     dot[3, 3] = 143
-    out = levels(OPERATIONS["sharpness"](grey(dot), 0.7))
+    out = levels(RANDAUGMENT_OPS["sharpness"](grey(dot), 0.7))
     ring = out[2:5, 2:5].flatten().tolist()
     assert ring.pop(4) == pytest.approx(63 + 1.36 * 80, abs=1) and ring == pytest.approx([23 - 1.36 * 10] * 8, abs=1)
     out[2:5, 2:5] = 13
@@ -91,7 +96,7 @@ def test_shear_moves_a_row_by_its_place(name: str, strength: float) -> None:
     def turned(given: Image.Image) -> Image.Image:
         return given if name == "shear_x" else given.transpose(Image.Transpose.TRANSPOSE)
 
-    out = turned(OPERATIONS[name](turned(red_column(40)), strength))
+    out = turned(RANDAUGMENT_OPS[name](turned(red_column(40)), strength))
     expected = 20.5 + 0.3 * strength * (np.arange(40) + 0.5)
     np.testing.assert_allclose(middle(out), expected, atol=0.02)
     below = [out.getpixel((x, 39)) for x in (0, 39)]
@@ -102,7 +107,7 @@ def test_shear_moves_a_row_by_its_place(name: str, strength: float) -> None:
 @pytest.mark.parametrize("name", ["translate_x", "translate_y"])
 def test_translate_by_ten_pixels_of_256_at_most(name: str, strength: float) -> None:
     values = np.random.default_rng(1).integers(0, 256, (256, 256))
-    out = levels(OPERATIONS[name](grey(values), strength))
+    out = levels(RANDAUGMENT_OPS[name](grey(values), strength))
     if name == "translate_y":
         values, out = values.T, out.T
     by = round(10 * strength)
@@ -113,7 +118,7 @@ def test_translate_by_ten_pixels_of_256_at_most(name: str, strength: float) -> N
 
 @pytest.mark.parametrize(("strength", "degrees"), [(1.0, 30), (0.7, 21), (-0.7, -21)])
 def test_rotate_against_the_clock_by_thirty_degrees_at_most(strength: float, degrees: float) -> None:
-    out = OPERATIONS["rotate"](red_column(65, wide=3), strength)
+    out = RANDAUGMENT_OPS["rotate"](red_column(65, wide=3), strength)
     top, bottom = (middle(out.crop((0, y, 65, y + 1)))[0] for y in (12, 52))
     assert (bottom - top) / 40 == pytest.approx(tan(np.radians(degrees)), abs=0.01)  # the top goes left
     assert (top + bottom) / 2 == pytest.approx(32.5, abs=0.02) and out.getpixel((0, 0)) == (128,) * 3
@@ -124,19 +129,19 @@ def test_rotate_against_the_clock_by_thirty_degrees_at_most(strength: float, deg
 
 def test_which_whether_and_sign() -> None:
     picture = noise()
-    for place, (name, operation) in enumerate(OPERATIONS.items()):
-        which = (place + 0.5) / len(OPERATIONS)
+    for place, (name, operation) in enumerate(RANDAUGMENT_OPS.items()):
+        which = (place + 0.5) / len(RANDAUGMENT_OPS)
         for sign, strength in ((0.2, -0.7), (0.8, 0.7)):
-            done = randaugmented(picture, 7, (Chance(which, 0.49, sign),))
+            done = apply_randaugment(picture, 7, (RandAugmentParams(which, 0.49, sign),))
             assert done.tobytes() == operation(picture, strength).tobytes(), name
-        assert randaugmented(picture, 7, (Chance(which, 0.5, 0.2),)).tobytes() == picture.tobytes()
-    twice = randaugmented(picture, 3, (Chance(0.35, 0.0, 0.9), Chance(0.95, 0.0, 0.1)))
-    assert twice.tobytes() == OPERATIONS["rotate"](OPERATIONS["brightness"](picture, 0.3), -0.3).tobytes()
+        assert apply_randaugment(picture, 7, (RandAugmentParams(which, 0.5, 0.2),)).tobytes() == picture.tobytes()
+    twice = apply_randaugment(picture, 3, (RandAugmentParams(0.35, 0.0, 0.9), RandAugmentParams(0.95, 0.0, 0.1)))
+    assert twice.tobytes() == RANDAUGMENT_OPS["rotate"](RANDAUGMENT_OPS["brightness"](picture, 0.3), -0.3).tobytes()
 
 
 def test_all_ten_come_equally_often_and_half_are_applied() -> None:
     drawn = [chance for seed in range(2000) for chance in Augment(randaugment=(2, 7)).draw(seed).operations]
-    often = Counter(int(chance.which * len(OPERATIONS)) for chance in drawn)
+    often = Counter(int(chance.which * len(RANDAUGMENT_OPS)) for chance in drawn)
     assert len(drawn) == 4000 and sorted(often) == list(range(10))
     assert 320 < min(often.values()) and max(often.values()) < 480
     assert 1880 < sum(chance.whether < 0.5 for chance in drawn) < 2120

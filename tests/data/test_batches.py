@@ -15,25 +15,25 @@ import torch
 from small_pairs import TRANSFORM, MemorySource, MissingSource, SlowSource, png, small_pairs, word_tokenizer
 
 from clasp.data.images import Augment
-from clasp.data.loader import Batches, Tally, draws, image_batches, text_batches
+from clasp.data.loader import BadSampleLimit, PairLoader, iter_image_batches, iter_text_batches, philox_integers
 from clasp.data.pairs import open_pairs
-from clasp.data.readers import ImageRows, Listing, LiveImages, LiveTexts, Picks
-from clasp.data.workers import Stream
-from clasp.types import Batch, Caption, Pair, Pixels, Pooled, Skipped, Tokens, UserError
+from clasp.data.readers import ImageBatch, LiveImageReader, LiveTextReader, PairIndex, SampleIndices
+from clasp.data.workers import WorkerPool
+from clasp.types import Batch, Caption, Pair, Pixels, PooledFeatures, SkippedSample, Tokens, UserError
 
 AUGMENT = Augment(crop_scale=(0.5, 1.0), flip=0.5)
 FIRST_DRAWS = [129745503399974868, 2377483205311176162, 4349422948805191298]
 
 
-def batches(pairs: Sequence[Pair], **settings) -> Batches:
+def batches(pairs: Sequence[Pair], **settings) -> PairLoader:
     settings = {"batch": 4, "seed": 3} | settings
     augment = settings.pop("augment", None)
-    return Batches(pairs, LiveImages(TRANSFORM, augment), LiveTexts(word_tokenizer()), **settings)
+    return PairLoader(pairs, LiveImageReader(TRANSFORM, augment), LiveTextReader(word_tokenizer()), **settings)
 
 
-def no_images(picks: Picks, read: Callable[[int], Pair]) -> ImageRows:
+def no_images(picks: SampleIndices, read: Callable[[int], Pair]) -> ImageBatch:
     """Any function is a side."""
-    return ImageRows(Pooled(torch.zeros(len(picks), 1)), list(range(len(picks))), ())
+    return ImageBatch(PooledFeatures(torch.zeros(len(picks), 1)), list(range(len(picks))), ())
 
 
 def pixels(batch: Batch) -> torch.Tensor:
@@ -61,10 +61,10 @@ def same(one: Batch, two: Batch) -> bool:
 
 def test_draws_are_the_ones_they_always_were():
     # written down once: a change of these numbers would change every run, and no resumed one would be exact
-    assert draws((0, 0, 0), 3).tolist() == FIRST_DRAWS
-    assert draws((0, 0, 0), 1000)[:3].tolist() == FIRST_DRAWS
-    assert draws((0, 1, 0), 3).tolist() != FIRST_DRAWS
-    assert draws((0, 0, 0), 1000).min() >= 0
+    assert philox_integers((0, 0, 0), 3).tolist() == FIRST_DRAWS
+    assert philox_integers((0, 0, 0), 1000)[:3].tolist() == FIRST_DRAWS
+    assert philox_integers((0, 1, 0), 3).tolist() != FIRST_DRAWS
+    assert philox_integers((0, 0, 0), 1000).min() >= 0
 
 
 def test_an_epoch_is_a_shuffle_and_another_epoch_another():
@@ -79,7 +79,7 @@ def test_an_epoch_is_a_shuffle_and_another_epoch_another():
 
 
 def test_every_order_is_equally_likely():
-    stream = Batches(small_pairs(3), no_images, LiveTexts(word_tokenizer()), batch=3, seed=0)
+    stream = PairLoader(small_pairs(3), no_images, LiveTextReader(word_tokenizer()), batch=3, seed=0)
     orders = Counter(next(stream.epoch(epoch)).ids for epoch in range(600))
     assert len(orders) == 6 and min(orders.values()) > 60  # 100 expected; 60 is 4.4 deviations below
 
@@ -99,7 +99,7 @@ def test_rows_are_what_the_slow_way_gives():
 
 def test_a_drawn_caption_changes_with_the_epoch_and_all_come_up():
     pairs = [Pair("0", small_pairs(1)[0].image, tuple(Caption(f"w{i}") for i in range(4)), "0")]
-    stream = Batches(pairs, no_images, LiveTexts(word_tokenizer()), batch=1, seed=3)
+    stream = PairLoader(pairs, no_images, LiveTextReader(word_tokenizer()), batch=1, seed=3)
     seen = Counter(int(tokens(batch).ids) for epoch in range(200) for batch in stream.epoch(epoch))
     assert len(seen) == 4 and min(seen.values()) > 25  # 50 expected; 25 is 4.1 deviations below
 
@@ -151,7 +151,7 @@ def test_the_number_of_workers_changes_nothing():
 
 def test_a_listing_gives_the_same_batches_as_its_pairs():
     pairs = small_pairs(11, damaged={2})
-    for one, two in zip(batches(pairs).epoch(1), batches(Listing(pairs)).epoch(1), strict=True):
+    for one, two in zip(batches(pairs).epoch(1), batches(PairIndex(pairs)).epoch(1), strict=True):
         assert same(one, two)
 
 
@@ -260,17 +260,17 @@ def test_too_many_bad_samples_stop_the_run_with_the_list():
 
 
 def test_the_tally_counts_ids_and_allows_a_few():
-    tally = Tally(1000, 0.0)
+    tally = BadSampleLimit(1000, 0.0)
     for _ in range(5):
-        tally.add([Skipped("a", "x"), Skipped("b", "y"), Skipped("c", "z")])
+        tally.add([SkippedSample("a", "x"), SkippedSample("b", "y"), SkippedSample("c", "z")])
     with pytest.raises(UserError, match=r"4 of 1000 .* allows: a \(x\), b \(y\), c \(z\), d \(w\)$"):
-        tally.add([Skipped("d", "w")])
+        tally.add([SkippedSample("d", "w")])
     with pytest.raises(UserError, match="2 of 2"):
-        Tally(2, 0.5).add([Skipped("a", "x"), Skipped("b", "y")])
-    large = Tally(1000, 0.02)
-    large.add([Skipped(str(number), "x") for number in range(20)])
+        BadSampleLimit(2, 0.5).add([SkippedSample("a", "x"), SkippedSample("b", "y")])
+    large = BadSampleLimit(1000, 0.02)
+    large.add([SkippedSample(str(number), "x") for number in range(20)])
     with pytest.raises(UserError, match=r"21 of 1000 .* and 11 more$"):
-        large.add([Skipped("one more", "x")])
+        large.add([SkippedSample("one more", "x")])
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------
@@ -294,13 +294,13 @@ def test_a_worker_that_hangs_becomes_an_error():
 @pytest.mark.filterwarnings("ignore")
 def test_a_worker_that_dies_becomes_an_error():
     with pytest.raises(UserError, match=r"workers = 1: .*exited unexpectedly"):
-        list(Stream(end_the_process, workers=1, timeout_seconds=60.0)([1]))
+        list(WorkerPool(end_the_process, workers=1, timeout_seconds=60.0)([1]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_user_error_in_a_worker_stays_one_line(workers):
     with pytest.raises(UserError, match=r"^no 1 here$"):
-        list(Stream(refuse, workers=workers)([1]))
+        list(WorkerPool(refuse, workers=workers)([1]))
 
 
 def test_one_pass_at_a_time():
@@ -318,33 +318,33 @@ def test_one_pass_at_a_time():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_come_in_order_with_the_ids_of_those_that_could_be_read(workers):
     pairs = small_pairs(7, damaged={1, 4, 5})
-    bad: list[Skipped] = []
-    got = list(image_batches([(p.id, p.image) for p in pairs], TRANSFORM, 2, workers=workers, report=bad.extend))
+    bad: list[SkippedSample] = []
+    got = list(iter_image_batches([(p.id, p.image) for p in pairs], TRANSFORM, 2, workers=workers, report=bad.extend))
     assert [ids for ids, _ in got] == [["pair 0"], ["pair 2", "pair 3"], ["pair 6"]]
     assert [name for name, _ in bad] == ["pair 1", "pair 4", "pair 5"]
     assert torch.equal(got[1][1].values[1], TRANSFORM(pairs[3].image.read()))
 
 
 def test_an_image_that_nobody_asks_about_is_in_the_log(caplog):
-    list(image_batches([("x", MemorySource("x", b""))], TRANSFORM, 2))
+    list(iter_image_batches([("x", MemorySource("x", b""))], TRANSFORM, 2))
     assert "skipped x: not an image" in caplog.text
 
 
 def test_texts_come_longest_first_and_can_be_put_back():
     texts = ["a", "the red cat", "two dog", "a a a a", "cat", "the dog"]
     tokenizer = word_tokenizer()
-    got = list(text_batches(texts, tokenizer, 4))
+    got = list(iter_text_batches(texts, tokenizer, 4))
     assert sorted(place for places, _ in got for place in places) == list(range(6))
     assert [tuple(batch.ids.shape) for _, batch in got] == [(1, 4), (1, 3), (2, 2), (2, 1)], "at most four tokens"
     for places, batch in got:
         for place, ids, mask in zip(places, batch.ids, batch.mask, strict=True):
             assert [ids[mask].tolist()] == tokenizer.encode([texts[place]])
-    assert list(text_batches([], tokenizer, 2)) == []
+    assert list(iter_text_batches([], tokenizer, 2)) == []
 
 
 def test_a_listing_holds_what_its_pairs_say():
     pairs = small_pairs(5)
-    listing = Listing(pairs)
+    listing = PairIndex(pairs)
     assert listing.ids == [pair.id for pair in pairs] and listing.group.tolist() == [0, 0, 1, 1, 2]
     for number, pair in enumerate(pairs):
         codes = listing.caption[listing.first[number] : listing.first[number + 1]]
@@ -358,4 +358,4 @@ def test_reading_is_lazy():
     pairs = small_pairs(8)
     assert list(islice(batches(pairs).epoch(0), 1))
     assert sum(len(p.image.reads) for p in pairs if isinstance(p.image, MemorySource)) == 4
-    assert np.unique(draws((1, 2), 1000)).size == 1000
+    assert np.unique(philox_integers((1, 2), 1000)).size == 1000

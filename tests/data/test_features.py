@@ -20,13 +20,19 @@ from small_pairs import small_pairs as pairs_of
 from torch import Tensor, nn
 
 from clasp.data.feature_cache import arrays as cache_module
-from clasp.data.feature_cache.arrays import Writer, cached
-from clasp.data.feature_cache.features import CachedImages, CachedTexts, Features, image_features, text_features
+from clasp.data.feature_cache.arrays import ArrayWriter, load_or_compute
+from clasp.data.feature_cache.features import (
+    CachedFeatures,
+    CachedImageReader,
+    CachedTextReader,
+    image_features,
+    text_features,
+)
 from clasp.data.images import Augment
-from clasp.data.loader import Batches, draws, image_batches
+from clasp.data.loader import PairLoader, iter_image_batches, philox_integers
 from clasp.data.pairs import Pairs
-from clasp.data.readers import Listing, LiveImages, LiveTexts
-from clasp.types import Batch, Pair, Pixels, Pooled, Skipped, Tokens, UserError
+from clasp.data.readers import LiveImageReader, LiveTextReader, PairIndex
+from clasp.types import Batch, Pair, Pixels, PooledFeatures, SkippedSample, Tokens, UserError
 
 AUGMENT = Augment(crop_scale=(0.3, 0.9), flip=0.5)
 
@@ -44,8 +50,8 @@ class ImageTower(nn.Module):
             torch.manual_seed(0)
             self.linear = nn.Linear(3 * 8 * 8, self.width)
 
-    def forward(self, inputs: Pixels) -> Pooled:
-        return Pooled(self.pooled(inputs))
+    def forward(self, inputs: Pixels) -> PooledFeatures:
+        return PooledFeatures(self.pooled(inputs))
 
     def pooled(self, inputs: Pixels) -> Tensor:
         self.calls.append(len(inputs.values))
@@ -66,8 +72,8 @@ class TextTower(nn.Module):
             torch.manual_seed(1)
             self.words = nn.Embedding(50, self.width)
 
-    def forward(self, inputs: Tokens) -> Pooled:
-        return Pooled(self.pooled(inputs))
+    def forward(self, inputs: Tokens) -> PooledFeatures:
+        return PooledFeatures(self.pooled(inputs))
 
     def pooled(self, inputs: Tokens) -> Tensor:
         self.calls.append(tuple(inputs.ids.shape))
@@ -79,16 +85,16 @@ def small_pairs(count: int, **settings) -> Pairs:
     return Pairs("small", [pairs_of(count, **settings)])
 
 
-def images(tower: ImageTower, pairs: Pairs, cache: Path, **settings) -> Features:
+def images(tower: ImageTower, pairs: Pairs, cache: Path, **settings) -> CachedFeatures:
     return image_features(tower, pairs, TRANSFORM, cache=cache, **{"batch": 4, **settings})
 
 
-def texts(tower: TextTower, said: Sequence[str], cache: Path, **settings) -> Features:
+def texts(tower: TextTower, said: Sequence[str], cache: Path, **settings) -> CachedFeatures:
     return text_features(tower, word_tokenizer(), said, cache=cache, **settings)
 
 
 def pooled(batch_side) -> Tensor:
-    assert isinstance(batch_side, Pooled)
+    assert isinstance(batch_side, PooledFeatures)
     return batch_side.values
 
 
@@ -105,7 +111,8 @@ def test_image_features_are_what_the_tower_says(tmp_path: Path):
     features = images(tower, pairs, tmp_path)
     with torch.no_grad():
         live = [
-            tower.pooled(inputs) for _, inputs in image_batches([(p.id, p.image) for p in pairs], TRANSFORM, batch=4)
+            tower.pooled(inputs)
+            for _, inputs in iter_image_batches([(p.id, p.image) for p in pairs], TRANSFORM, batch=4)
         ]
     assert torch.equal(pooled(features.read(np.arange(10))), torch.cat(live)), "same shapes, same bits"
     assert (len(features), features.views, features.kept.width) == (10, 1, 5) and features.skipped == {}
@@ -157,7 +164,7 @@ def test_views_are_the_plain_image_and_seeded_others(tmp_path: Path):
     features = images(tower, pairs, tmp_path, views=3, augment=AUGMENT, seed=7, progress=lambda *at: done.append(at))
     assert done[-1] == (18, 18) and features.views == 3
     for view in range(3):
-        for number, seed in enumerate(draws((7, view, 3), 6).tolist()):
+        for number, seed in enumerate(philox_integers((7, view, 3), 6).tolist()):
             got = pooled(features.read(np.array([number]), view))
             if number == 2:
                 assert got.isnan().all()
@@ -189,7 +196,7 @@ def test_texts_that_repeat_are_encoded_once_longest_first(tmp_path: Path, monkey
     tower = TextTower()
     said = ["a cat", "the red dog", "a cat", "a", "the red dog", "cat", "two cat", "dog"]
     done: list[tuple[int, int]] = []
-    monkeypatch.setattr("clasp.data.feature_cache.features.ENCODED_AT_ONCE", 6)
+    monkeypatch.setattr("clasp.data.feature_cache.features.TOKENS_PER_FORWARD", 6)
     features = texts(tower, said, tmp_path, progress=lambda *at: done.append(at))
     assert tower.calls == [(2, 3), (3, 2), (1, 1)] or tower.calls == [(1, 3), (2, 2), (3, 1)], tower.calls
     assert done[-1] == (6, 6)
@@ -202,9 +209,9 @@ def test_texts_that_repeat_are_encoded_once_longest_first(tmp_path: Path, monkey
 
 
 def sides(pairs: Pairs, cache: Path):
-    listing = Listing(pairs)
-    image = CachedImages(images(ImageTower(), pairs, cache), pairs)
-    text = CachedTexts(texts(TextTower(), listing.texts, cache), listing)
+    listing = PairIndex(pairs)
+    image = CachedImageReader(images(ImageTower(), pairs, cache), pairs)
+    text = CachedTextReader(texts(TextTower(), listing.texts, cache), listing)
     return listing, image, text
 
 
@@ -212,22 +219,22 @@ def sides(pairs: Pairs, cache: Path):
 def test_replay_equals_encoding_live_whichever_side_is_cached(tmp_path: Path, captions):
     pairs = small_pairs(30, damaged={3, 11})
     listing, cached_image, cached_text = sides(pairs, tmp_path)
-    live_image, live_text = LiveImages(TRANSFORM), LiveTexts(word_tokenizer())
+    live_image, live_text = LiveImageReader(TRANSFORM), LiveTextReader(word_tokenizer())
     image_tower, text_tower = ImageTower(), TextTower()
 
     def embedded(batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            image = batch.image.values if isinstance(batch.image, Pooled) else image_tower.pooled(batch.image)
-            text = batch.text.values if isinstance(batch.text, Pooled) else text_tower.pooled(batch.text)
+            image = batch.image.values if isinstance(batch.image, PooledFeatures) else image_tower.pooled(batch.image)
+            text = batch.text.values if isinstance(batch.text, PooledFeatures) else text_tower.pooled(batch.text)
         return image, text
 
     settings = {"batch": 6, "seed": 1, "captions": captions}
-    live = Batches(pairs, live_image, live_text, **settings)
+    live = PairLoader(pairs, live_image, live_text, **settings)
     replays = [
-        Batches(listing, cached_image, cached_text, **settings),
-        Batches(pairs, cached_image, cached_text, **settings),
-        Batches(pairs, cached_image, live_text, **settings),
-        Batches(pairs, live_image, cached_text, **settings),
+        PairLoader(listing, cached_image, cached_text, **settings),
+        PairLoader(pairs, cached_image, cached_text, **settings),
+        PairLoader(pairs, cached_image, live_text, **settings),
+        PairLoader(pairs, live_image, cached_text, **settings),
     ]
     for replay in replays:
         for epoch in (0, 5):
@@ -243,8 +250,10 @@ def test_replay_is_bitwise_where_the_batches_have_the_same_shape(tmp_path: Path)
     pairs = small_pairs(8)
     listing, image, text = sides(pairs, tmp_path)
     tower = ImageTower()
-    live = next(Batches(pairs, LiveImages(TRANSFORM), LiveTexts(word_tokenizer()), batch=4, seed=0).epoch(0))
-    cached = next(Batches(listing, image, text, batch=4, seed=0).epoch(0))
+    live = next(
+        PairLoader(pairs, LiveImageReader(TRANSFORM), LiveTextReader(word_tokenizer()), batch=4, seed=0).epoch(0)
+    )
+    cached = next(PairLoader(listing, image, text, batch=4, seed=0).epoch(0))
     assert isinstance(live.image, Pixels)
     with torch.no_grad():
         assert torch.equal(tower.pooled(live.image), pooled(cached.image))
@@ -253,7 +262,7 @@ def test_replay_is_bitwise_where_the_batches_have_the_same_shape(tmp_path: Path)
 def test_replay_reads_neither_images_nor_pairs(tmp_path: Path):
     in_memory = pairs_of(8)
     listing, image, text = sides(Pairs("small", [in_memory]), tmp_path)
-    stream = Batches(listing, image, text, batch=4, seed=0)
+    stream = PairLoader(listing, image, text, batch=4, seed=0)
     del in_memory[:]
     assert [len(batch.ids) for batch in stream.epoch(0)] == [4, 4]
 
@@ -261,7 +270,7 @@ def test_replay_reads_neither_images_nor_pairs(tmp_path: Path):
 def test_views_take_turns(tmp_path: Path):
     pairs = small_pairs(4)
     features = images(ImageTower(), pairs, tmp_path, views=3, augment=AUGMENT)
-    stream = Batches(pairs, CachedImages(features, pairs), LiveTexts(word_tokenizer()), batch=4, seed=0)
+    stream = PairLoader(pairs, CachedImageReader(features, pairs), LiveTextReader(word_tokenizer()), batch=4, seed=0)
     number = {pair.id: at for at, pair in enumerate(pairs)}
     seen = set()
     for epoch in range(30):
@@ -275,8 +284,8 @@ def test_views_take_turns(tmp_path: Path):
 def test_replay_in_workers(tmp_path: Path):
     pairs = small_pairs(8)
     _, image, text = sides(pairs, tmp_path)
-    here = Batches(pairs, LiveImages(TRANSFORM), text, batch=4, seed=0)
-    there = Batches(pairs, LiveImages(TRANSFORM), text, batch=4, seed=0, workers=1)
+    here = PairLoader(pairs, LiveImageReader(TRANSFORM), text, batch=4, seed=0)
+    there = PairLoader(pairs, LiveImageReader(TRANSFORM), text, batch=4, seed=0, workers=1)
     for one, two in zip(here.epoch(0), there.epoch(0), strict=True):
         assert one.ids == two.ids and torch.equal(pooled(one.text), pooled(two.text))
     there.close()
@@ -287,20 +296,20 @@ def test_features_of_other_pairs_or_texts_are_refused(tmp_path: Path):
     pairs = small_pairs(6)
     features = images(ImageTower(), pairs, tmp_path)
     with pytest.raises(ValueError, match="other pairs"):
-        CachedImages(features, pairs.subset([1, 0, 2, 3, 4, 5]))
+        CachedImageReader(features, pairs.subset([1, 0, 2, 3, 4, 5]))
     with pytest.raises(ValueError, match="other texts"):
-        CachedTexts(texts(TextTower(), ["a"], tmp_path), Listing(pairs))
+        CachedTextReader(texts(TextTower(), ["a"], tmp_path), PairIndex(pairs))
     with pytest.raises(ValueError, match="other texts"):
-        CachedTexts(features, Listing(pairs))
+        CachedTextReader(features, PairIndex(pairs))
     # all the captions with their repeats, in any order, are the same texts
-    listing = Listing(pairs)
+    listing = PairIndex(pairs)
     said = [caption.text for pair in reversed(pairs) for caption in pair.captions] * 2
-    one = CachedTexts(texts(TextTower(), said, tmp_path), listing)
-    two = CachedTexts(texts(TextTower(), listing.texts, tmp_path), listing)
+    one = CachedTextReader(texts(TextTower(), said, tmp_path), listing)
+    two = CachedTextReader(texts(TextTower(), listing.texts, tmp_path), listing)
     settings = {"batch": 6, "seed": 0}
     for a, b in zip(
-        Batches(listing, CachedImages(features, pairs), one, **settings).epoch(0),
-        Batches(listing, CachedImages(features, pairs), two, **settings).epoch(0),
+        PairLoader(listing, CachedImageReader(features, pairs), one, **settings).epoch(0),
+        PairLoader(listing, CachedImageReader(features, pairs), two, **settings).epoch(0),
         strict=True,
     ):
         assert torch.equal(pooled(a.text), pooled(b.text))
@@ -310,12 +319,12 @@ def test_replay_is_fast(tmp_path: Path):
     few = pairs_of(64)
     many = [Pair(str(number), few[number % 64].image, few[number % 64].captions, "") for number in range(5000)]
     pairs = Pairs("many", [many])
-    listing = Listing(pairs)
+    listing = PairIndex(pairs)
     key = {"pairs": pairs.version}
-    kept = cached(tmp_path, key, (5000, 128), lambda writer: writer.notes.update(skipped=[], depth=0))
-    image = CachedImages(Features(kept, np.arange(5000), np.arange(5001)), pairs)
-    text = CachedTexts(texts(TextTower(), listing.texts, tmp_path), listing)
-    stream = Batches(listing, image, text, batch=256, seed=0)
+    kept = load_or_compute(tmp_path, key, (5000, 128), lambda writer: writer.notes.update(skipped=[], depth=0))
+    image = CachedImageReader(CachedFeatures(kept, np.arange(5000), np.arange(5001)), pairs)
+    text = CachedTextReader(texts(TextTower(), listing.texts, tmp_path), listing)
+    stream = PairLoader(listing, image, text, batch=256, seed=0)
     started = time.process_time()  # not the clock on the wall: the machine may be busy
     rows = sum(len(batch.ids) for epoch in range(4) for batch in stream.epoch(epoch))
     assert rows / (time.process_time() - started) > 20_000
@@ -379,14 +388,14 @@ def test_a_disk_without_space_is_found_before_any_compute(tmp_path: Path, monkey
 
 
 def test_a_disk_that_fills_up_leaves_no_partial_file(tmp_path: Path, monkeypatch):
-    write = Writer.write
+    write = ArrayWriter.write
 
-    def full(self: Writer, rows: np.ndarray, values: Tensor) -> None:
+    def full(self: ArrayWriter, rows: np.ndarray, values: Tensor) -> None:
         if rows[0] > 0:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, rows, values)
 
-    monkeypatch.setattr(Writer, "write", full)
+    monkeypatch.setattr(ArrayWriter, "write", full)
     with pytest.raises(UserError, match=r"cannot keep 200 bytes in .*features: No space left on device"):
         images(ImageTower(), small_pairs(10), tmp_path)
     assert list((tmp_path / "features").iterdir()) == []
@@ -402,7 +411,7 @@ def interrupted_after(images_done: int):
 
 @pytest.mark.parametrize("views", [1, 3])
 def test_a_build_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int):
-    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_MARKS", 0.0)
+    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_SAVES", 0.0)
     pairs, tower = small_pairs(20, damaged={1, 17}), ImageTower()
     settings = {"views": views, "augment": AUGMENT if views > 1 else None}
     whole = images(ImageTower(), pairs, tmp_path / "whole", **settings)
@@ -418,7 +427,7 @@ def test_a_build_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypat
 
 
 def test_a_part_that_lost_its_end_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_MARKS", 0.0)
+    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_SAVES", 0.0)
     pairs, tower = small_pairs(20), ImageTower()
     with pytest.raises(KeyboardInterrupt):
         images(tower, pairs, tmp_path, progress=interrupted_after(12))
@@ -430,8 +439,8 @@ def test_a_part_that_lost_its_end_is_begun_again(tmp_path: Path, monkeypatch: py
 
 
 def test_texts_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_MARKS", 0.0)
-    monkeypatch.setattr("clasp.data.feature_cache.features.ENCODED_AT_ONCE", 2)
+    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("clasp.data.feature_cache.features.TOKENS_PER_FORWARD", 2)
     tower, said = TextTower(), ["a cat", "the red dog", "a", "cat", "two cat", "dog"]
     with pytest.raises(KeyboardInterrupt):
         texts(tower, said, tmp_path, progress=interrupted_after(3))
@@ -461,8 +470,12 @@ ROUNDING = {"float32": 0, "float16": 2e-3, "bfloat16": 8e-3, "int8": 1 / 254}
 @pytest.mark.parametrize(("storage", "error"), ROUNDING.items())
 def test_each_storage_keeps_rows_to_its_rounding(tmp_path: Path, storage, error: float):
     values = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 50)[:, None]
-    kept = cached(tmp_path, {"of": "test"}, (50, 24), lambda w: w.write(np.arange(50), values), storage=storage)
-    again = cached(tmp_path, {"of": "test"}, (50, 24), lambda w: pytest.fail("computed twice"), storage=storage)
+    kept = load_or_compute(
+        tmp_path, {"of": "test"}, (50, 24), lambda w: w.write(np.arange(50), values), storage=storage
+    )
+    again = load_or_compute(
+        tmp_path, {"of": "test"}, (50, 24), lambda w: pytest.fail("computed twice"), storage=storage
+    )
     rows = np.array([[3, 49], [0, 7]])
     got = again.take(rows).float()
     assert got.shape == (2, 2, 24) and len(kept) == 50 and kept.width == 24
@@ -475,14 +488,14 @@ def test_each_storage_keeps_rows_to_its_rounding(tmp_path: Path, storage, error:
 def test_rows_that_were_never_read_stay_nan_in_every_storage(tmp_path: Path):
     values = torch.full((2, 4), torch.nan)
     for storage in ROUNDING:
-        kept = cached(tmp_path, {}, (2, 4), lambda w: w.write(np.arange(2), values), storage=storage)
+        kept = load_or_compute(tmp_path, {}, (2, 4), lambda w: w.write(np.arange(2), values), storage=storage)
         assert kept.take(np.arange(2)).isnan().all(), storage
 
 
 def test_what_half_precision_cannot_hold_is_an_error(tmp_path: Path):
     values = torch.tensor([[1.0, 70000.0]])
     with pytest.raises(UserError, match=r"reach 7e\+04, which float16 cannot hold; set data.features = 'bfloat16'"):
-        cached(tmp_path, {}, (1, 2), lambda w: w.write(np.arange(1), values), storage="float16")
+        load_or_compute(tmp_path, {}, (1, 2), lambda w: w.write(np.arange(1), values), storage="float16")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -496,6 +509,10 @@ def test_what_is_skipped_is_known_after_reading_back(tmp_path: Path):
     pairs = small_pairs(10, damaged={6})
     images(ImageTower(), pairs, tmp_path)
     again = images(ImageTower(), pairs, tmp_path)
-    assert list(again.skipped) == [6] and isinstance(again.skipped[6], Skipped) and again.skipped[6].id == "pair 6"
-    batch = next(Batches(pairs, CachedImages(again, pairs), LiveTexts(word_tokenizer()), batch=10, seed=0).epoch(0))
+    assert (
+        list(again.skipped) == [6] and isinstance(again.skipped[6], SkippedSample) and again.skipped[6].id == "pair 6"
+    )
+    batch = next(
+        PairLoader(pairs, CachedImageReader(again, pairs), LiveTextReader(word_tokenizer()), batch=10, seed=0).epoch(0)
+    )
     assert len(batch.ids) == 9 and not pooled(batch.image).isnan().any() and batch.skipped[0].id == "pair 6"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clasp.data.pairs import folder_images, open_pairs
+from clasp.data.pairs import list_images, open_pairs
 from clasp.types import Caption, UserError
 from refusal import refused
 from toydata import toys, write_classes, write_folder
@@ -61,7 +61,7 @@ def test_folder_images_need_no_captions(tmp_path: Path):
     write_classes(TOYS, tmp_path)
     (tmp_path / "top.WEBP").write_bytes(b"w")
     (tmp_path / "notes.txt").write_bytes(b"no image")
-    found = dict(folder_images(tmp_path))
+    found = dict(list_images(tmp_path))
     assert len(found) == 14 and found["top.WEBP"].read() == b"w"
     assert {id: source.read() for id, source in found.items() if "/" in id} == {
         pair.id: pair.image.read() for pair in open_pairs(_without(tmp_path, "top.WEBP"))
@@ -75,7 +75,7 @@ def test_folder_images_need_no_captions(tmp_path: Path):
         (__file__, "not a folder"),
     ):
         with pytest.raises(UserError, match=wanted):
-            folder_images(path)
+            list_images(path)
 
 
 def _without(folder: Path, name: str) -> Path:

@@ -14,7 +14,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from clasp.data.formats import parquet, sources
-from clasp.data.pairs import FileSource, Pairs, expand, open_pairs, split
+from clasp.data.pairs import FileSource, Pairs, expand_source, open_pairs, split_by_group
 from clasp.types import Caption, Pair, UserError
 from refusal import refused
 from toydata import WRITERS, Toy, toys, write_csv, write_folder, write_jsonl, write_shards, write_tar
@@ -122,10 +122,10 @@ def _lines(file: Path, count: int) -> Path:
 
 
 def test_expand():
-    assert expand("s-{008..011}.tar") == ["s-008.tar", "s-009.tar", "s-010.tar", "s-011.tar"]
-    assert expand("{a,b}-{0..1}.csv::c.jsonl") == ["a-0.csv", "a-1.csv", "b-0.csv", "b-1.csv", "c.jsonl"]
+    assert expand_source("s-{008..011}.tar") == ["s-008.tar", "s-009.tar", "s-010.tar", "s-011.tar"]
+    assert expand_source("{a,b}-{0..1}.csv::c.jsonl") == ["a-0.csv", "a-1.csv", "b-0.csv", "b-1.csv", "c.jsonl"]
     with pytest.raises(UserError, match="counts down"):
-        expand("{3..1}.tar")
+        expand_source("{3..1}.tar")
 
 
 def test_joined_sources_keep_ids_that_differ_and_prefix_those_that_do_not(tmp_path: Path):
@@ -198,13 +198,13 @@ def test_split_is_stable_and_by_group(fraction: float, tmp_path: Path):
     rows = [{"image": f"{n}.jpg", "caption": f"c{n}", "group": f"g{n // 3}"} for n in range(240)]
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    train, held = split(open_pairs(file), fraction)
+    train, held = split_by_group(open_pairs(file), fraction)
     assert len(train) + len(held) == 240 and abs(len(held) / 240 - fraction) < 0.12
     assert not {pair.group for pair in train} & {pair.group for pair in held}
     held_ids = {pair.id for pair in held}
-    assert held_ids != {pair.id for pair in split(open_pairs(file), fraction, salt="other")[1]}
+    assert held_ids != {pair.id for pair in split_by_group(open_pairs(file), fraction, salt="other")[1]}
     file.write_text("\n".join(map(json.dumps, rows[::-2])))  # fewer pairs, in another order
-    assert {pair.id for pair in split(open_pairs(file), fraction)[1]} <= held_ids
+    assert {pair.id for pair in split_by_group(open_pairs(file), fraction)[1]} <= held_ids
 
 
 @pytest.mark.parametrize("groups", range(2, 8))
@@ -213,16 +213,16 @@ def test_no_side_of_a_split_is_empty(groups: int, fraction: float):
     source = FileSource("x.png")
     for salt in map(str, range(10)):
         pairs = Pairs("few", [[Pair(str(n), source, (), f"g{n % groups}") for n in range(2 * groups)]])
-        assert all(len(side) >= 2 for side in split(pairs, fraction, salt=salt))
+        assert all(len(side) >= 2 for side in split_by_group(pairs, fraction, salt=salt))
 
 
 def test_what_cannot_be_split():
     pairs = Pairs("one group", [[Pair(str(n), FileSource("x.png"), (), "g") for n in range(5)]])
     with pytest.raises(UserError, match="one group: all 5 pairs are one group"):
-        split(pairs, 0.5)
+        split_by_group(pairs, 0.5)
     for fraction in (0.0, 1.0, -0.1, 10.0):
         with pytest.raises(UserError, match="between 0 and 1"):
-            split(pairs, fraction)
+            split_by_group(pairs, fraction)
 
 
 # --- wrong inputs ----------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_what_vanishes_or_changes_after_opening_is_told_when_read(form: str, tmp
     file.write_bytes(file.read_bytes()[:300])  # in place: who has it open sees it
     with pytest.raises(UserError, match="is truncated" if form == "shards" else "cannot be read"):
         image.read()
-    sources._opened.cache_clear()
+    sources._open_descriptor.cache_clear()
     parquet._parquet.cache_clear()
     with pytest.raises(UserError, match="was changed after it was opened"):
         image.read()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clasp.data.pairs import Columns, open_pairs
+from clasp.data.pairs import ColumnNames, open_pairs
 from clasp.types import Caption, UserError
 from refusal import refused
 from toydata import Toy, add_member, toys, write_tar
@@ -101,7 +101,7 @@ def test_classes(tmp_path: Path):
 def test_named_keys_of_json(tmp_path: Path):
     said = {"concept": "dog", "name": "mbwa", "tongue": "sw", "key": 7, "caption": "a dog"}
     file = tar_of(tmp_path / "a.tar", a__jpg=b"A", a__json=said)
-    columns = Columns(caption="name", language="tongue", id="key", group="concept")
+    columns = ColumnNames(caption="name", language="tongue", id="key", group="concept")
     pair = open_pairs(file, columns=columns)[0]
     assert (pair.id, pair.group, pair.captions, pair.meta) == (
         "7",

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from clasp.report import contact_sheet as sheets
-from clasp.report.contact_sheet import SheetRow, Tile, _Pen, contact_sheet
+from clasp.report.contact_sheet import SheetRow, Thumbnail, _TextRenderer, contact_sheet
 from clasp.types import UserError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -24,7 +24,7 @@ def encoded(picture: Image.Image) -> bytes:
 
 def test_sheet_shows_every_tile_and_frames_the_right_ones(tmp_path: Path) -> None:
     rows = [
-        SheetRow("dog", [Tile(encoded(Image.new("RGB", (9, 9), RED)), "a", True), (None, "b", False)], "en"),
+        SheetRow("dog", [Thumbnail(encoded(Image.new("RGB", (9, 9), RED)), "a", True), (None, "b", False)], "en"),
         SheetRow("none like it", []),
         SheetRow("many", [(encoded(Image.new("RGB", (5, 9), BLUE)), str(i), None) for i in range(13)]),
         SheetRow("damaged", [(b"not an image", "c.jpg", False)]),
@@ -72,12 +72,12 @@ def test_sheet_without_fonts_names_the_script(tmp_path: Path, monkeypatch: pytes
         assert (missing, none) == (scripts, ())
 
 
-@pytest.mark.skipif(not _Pen(None).draws("كلب שלום ŋẹ"), reason="no font with Arabic and Hebrew here")
+@pytest.mark.skipif(not _TextRenderer(None).draws("كلب שלום ŋẹ"), reason="no font with Arabic and Hebrew here")
 def test_sheet_writes_from_right_to_left(tmp_path: Path) -> None:
     """Letters of a word in Arabic join: the word is narrower than its letters, and its first letter is rightmost."""
     sheet = contact_sheet([SheetRow("كلب", []), SheetRow("שלום", []), SheetRow("ŋẹ", [])], tmp_path / "a.png")
     assert sheet.missing == ()
-    pen = _Pen(None)
+    pen = _TextRenderer(None)
     assert pen.width("كلب", 40) < sum(pen.width(letter, 40) for letter in "كلب")
     page = Image.new("RGB", (200, 80), (255, 255, 255))
     pen.write(page, (20, 60), "ול", 40, (0, 0, 0), 180)  # vav is narrow, lamed has a tall stroke: it must be left
@@ -87,7 +87,7 @@ def test_sheet_writes_from_right_to_left(tmp_path: Path) -> None:
 
 
 def test_long_text_is_cut() -> None:
-    pen = _Pen(None)
+    pen = _TextRenderer(None)
     page = Image.new("RGB", (400, 40), (255, 255, 255))
     assert pen.write(page, (0, 30), "word " * 100, 20, (0, 0, 0), 300) <= 300
     assert (np.asarray(page)[:, 301:] == 255).all() and (np.asarray(page)[:, 250:300] < 255).any()

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clasp.data.formats.ids import twins_of
-from clasp.data.pairs import Columns, open_pairs
+from clasp.data.formats.ids import number_duplicates
+from clasp.data.pairs import ColumnNames, open_pairs
 from clasp.types import Caption, UserError
 from refusal import refused
 from toydata import toys, write_jsonl, write_parquet
@@ -113,12 +113,12 @@ print(seconds, *tracemalloc.get_traced_memory())
 def test_an_index_in_a_cache_is_used_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source, cache = write_jsonl(toys(5), tmp_path), tmp_path / "cache"
     before = open_pairs(source, cache=cache)
-    monkeypatch.setattr("clasp.data.formats.tables.Survey", lambda name: pytest.fail("the table was read again"))
+    monkeypatch.setattr("clasp.data.formats.tables.IdCollector", lambda name: pytest.fail("the table was read again"))
     assert list(open_pairs(source, cache=cache)) == list(before)
     with pytest.raises(pytest.fail.Exception):
         open_pairs(source)
     with pytest.raises(pytest.fail.Exception):
-        open_pairs(source, cache=cache, columns=Columns(group="image"))
+        open_pairs(source, cache=cache, columns=ColumnNames(group="image"))
     source.write_text(source.read_text() + json.dumps({"image": "new.jpg", "caption": "new"}))
     with pytest.raises(pytest.fail.Exception):
         open_pairs(source, cache=cache)
@@ -170,7 +170,7 @@ def test_empty_captions_of_every_form(caption: object, tmp_path: Path):
 def test_columns_by_name_and_the_rest_as_meta(tmp_path: Path):
     file = tmp_path / "pairs.csv"
     file.write_text("file,text,key,tongue,concept,style\na.jpg,mbwa,7,sw,dog,flat\n")
-    columns = Columns(image="file", caption="text", id="key", language="tongue", group="concept")
+    columns = ColumnNames(image="file", caption="text", id="key", language="tongue", group="concept")
     pair = open_pairs(file, columns=columns)[0]
     assert (pair.id, pair.group, pair.captions) == ("7", "dog", (Caption("mbwa", "sw"),))
     assert pair.meta == {"style": "flat"} and pair.image.name == str(tmp_path / "a.jpg")
@@ -258,7 +258,7 @@ def test_twins_equal_the_slow_count():
     chance = np.random.default_rng(0)
     images = chance.integers(0, 60, 200).astype(np.uint64)
     texts = chance.permutation(200).astype(np.uint64)
-    for row, twin in enumerate(twins_of(images, texts)):
+    for row, twin in enumerate(number_duplicates(images, texts)):
         others = sorted(texts[images == images[row]])
         assert twin == (0 if len(others) == 1 else others.index(texts[row]) + 1)
 

@@ -9,7 +9,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from clasp.data.tokenizer import CLEANERS, Tokenizer
+from clasp.data.tokenizer import CAPTION_CLEANERS, Tokenizer
 from clasp.types import UserError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "cat", "in", "snow", "##s", "query", ":", "runs"]
@@ -125,8 +125,8 @@ def test_the_cls_template_needs_a_first_token() -> None:
     ],
 )
 def test_lilt_cleaning(text: str, clean: str) -> None:
-    assert CLEANERS["lilt"](text) == clean
-    assert CLEANERS["none"](text) == text
+    assert CAPTION_CLEANERS["lilt"](text) == clean
+    assert CAPTION_CLEANERS["none"](text) == text
 
 
 # --- fingerprint, files --------------------------------------------------------------------------------------------

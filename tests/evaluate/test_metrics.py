@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from clasp.evaluation import metrics
-from clasp.evaluation.metrics import Standings, chance, found, mean_per_class, median_rank, ranks, recall, standings
+from clasp.evaluation.metrics import (
+    RankCounts,
+    chance_rank_counts,
+    expected_ranks,
+    hit_at_k,
+    mean_per_class,
+    median_rank,
+    rank_counts,
+    recall_at_k,
+)
 from clasp.types import UserError
 
 
@@ -18,11 +27,11 @@ def of_scores(scores, query_labels, gallery_labels, **settings):
     """Standings in a score matrix: its rows as queries, the unit vectors as gallery."""
     scores = torch.tensor(scores, dtype=torch.float32)
     labels = torch.tensor(query_labels), torch.tensor(gallery_labels)
-    return standings(scores, torch.eye(scores.shape[1]), *labels, **settings)
+    return rank_counts(scores, torch.eye(scores.shape[1]), *labels, **settings)
 
 
 def counted(*counts):
-    return Standings(*(torch.tensor([count]) for count in counts))
+    return RankCounts(*(torch.tensor([count]) for count in counts))
 
 
 def embeddings(seed, rows, width=16):
@@ -46,10 +55,10 @@ def test_counts_by_hand():
     assert got.better.tolist() == [1, 0, 0, 2]
     assert got.tied_negatives.tolist() == [1, 0, 2, 0]
     assert got.tied_positives.tolist() == [1, 1, 2, 1]
-    assert ranks(got).tolist() == [2.5, 1, 1 + 2 / 3, 3]
-    assert found(got, 1).tolist() == [0, 1, 0.5, 0]
-    assert found(got, 2).tolist() == pytest.approx([0.5, 1, 1 - 1 / 6, 0])
-    assert recall(got, 2) == pytest.approx((0.5 + 1 + 5 / 6) / 4)
+    assert expected_ranks(got).tolist() == [2.5, 1, 1 + 2 / 3, 3]
+    assert hit_at_k(got, 1).tolist() == [0, 1, 0.5, 0]
+    assert hit_at_k(got, 2).tolist() == pytest.approx([0.5, 1, 1 - 1 / 6, 0])
+    assert recall_at_k(got, 2) == pytest.approx((0.5 + 1 + 5 / 6) / 4)
     assert median_rank(got) == pytest.approx((1 + 2 / 3 + 2.5) / 2)
 
 
@@ -58,7 +67,7 @@ def test_mean_per_class_weighs_classes_alike():
 
 
 def test_median_of_an_odd_number_is_the_middle():
-    got = Standings(torch.tensor([0, 7, 2]), torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.long))
+    got = RankCounts(torch.tensor([0, 7, 2]), torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.long))
     assert median_rank(got) == 3
 
 
@@ -83,9 +92,9 @@ def test_ties_are_the_mean_over_every_order(scores, right):
         ranking = sorted(order, key=lambda item: -scores[item])  # stable: the order decides among equals
         first.append(1 + min(ranking.index(item) for item in right))
     got = of_scores([scores], [1], [int(item in right) for item in range(len(scores))])
-    assert ranks(got).item() == pytest.approx(sum(first) / len(first))
+    assert expected_ranks(got).item() == pytest.approx(sum(first) / len(first))
     for k in range(1, 8):
-        assert found(got, k).item() == pytest.approx(sum(rank <= k for rank in first) / len(first), abs=1e-12)
+        assert hit_at_k(got, k).item() == pytest.approx(sum(rank <= k for rank in first) / len(first), abs=1e-12)
 
 
 @pytest.mark.parametrize(("negatives", "positives"), [(0, 1), (1, 1), (40, 3), (7, 20), (999, 1)])
@@ -94,18 +103,18 @@ def test_found_is_hypergeometric(better, negatives, positives):
     for k in (1, 2, 5, 10, 45):
         places = min(max(0, k - better), negatives + positives)
         missed = math.comb(negatives, places) / math.comb(negatives + positives, places)
-        assert found(counted(better, negatives, positives), k).item() == pytest.approx(1 - missed, abs=1e-12)
+        assert hit_at_k(counted(better, negatives, positives), k).item() == pytest.approx(1 - missed, abs=1e-12)
 
 
 @pytest.mark.parametrize("vector", [torch.zeros(16), torch.ones(16), embeddings(0, 1)[0]], ids=["zero", "one", "unit"])
 @pytest.mark.parametrize("rows", [1, 3, 97])
 def test_collapsed_embeddings_score_at_chance(vector, rows):
     labels = torch.arange(97)
-    got = standings(vector.expand(97, 16), vector.expand(97, 16), labels, labels, scores_at_once=rows * 97)
-    assert recall(got, 1) == pytest.approx(1 / 97)
-    assert recall(got, 10) == pytest.approx(10 / 97)
+    got = rank_counts(vector.expand(97, 16), vector.expand(97, 16), labels, labels, scores_at_once=rows * 97)
+    assert recall_at_k(got, 1) == pytest.approx(1 / 97)
+    assert recall_at_k(got, 10) == pytest.approx(10 / 97)
     assert median_rank(got) == pytest.approx(49)
-    for ours, guess in zip(got, chance(labels, labels), strict=True):
+    for ours, guess in zip(got, chance_rank_counts(labels, labels), strict=True):
         assert torch.equal(ours, guess)
 
 
@@ -114,7 +123,7 @@ def test_collapsed_but_for_rounding_scores_at_chance():
     vector = embeddings(0, 1)[0]
     queries, gallery = vector + 1e-8 * embeddings(1, 50), vector + 1e-8 * embeddings(1, 50)
     labels = torch.arange(50)
-    assert recall(standings(queries, gallery, labels, labels), 1) == pytest.approx(1 / 50)
+    assert recall_at_k(rank_counts(queries, gallery, labels, labels), 1) == pytest.approx(1 / 50)
 
 
 def test_a_real_difference_is_no_tie():
@@ -125,9 +134,9 @@ def test_a_real_difference_is_no_tie():
 def test_ties_do_not_depend_on_the_size_of_the_vectors():
     queries, gallery = embeddings(0, 20), embeddings(1, 30)
     labels = torch.arange(20), torch.arange(30) % 20
-    plain = standings(queries, gallery, *labels)
+    plain = rank_counts(queries, gallery, *labels)
     for factor in (1e-6, 1e6):
-        for ours, theirs in zip(standings(queries * factor, gallery, *labels), plain, strict=True):
+        for ours, theirs in zip(rank_counts(queries * factor, gallery, *labels), plain, strict=True):
             assert torch.equal(ours, theirs)
 
 
@@ -135,8 +144,8 @@ def test_shuffled_labels_are_near_chance():
     labels = torch.arange(2000)
     vectors = embeddings(3, 2000, 64)
     order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
-    assert recall(standings(vectors, vectors, labels, labels), 1) == 1
-    assert recall(standings(vectors, vectors, labels, labels[order]), 10) == pytest.approx(10 / 2000, abs=0.006)
+    assert recall_at_k(rank_counts(vectors, vectors, labels, labels), 1) == 1
+    assert recall_at_k(rank_counts(vectors, vectors, labels, labels[order]), 10) == pytest.approx(10 / 2000, abs=0.006)
 
 
 # --- against a naive version ---------------------------------------------------------------------------------------
@@ -156,10 +165,10 @@ def test_chunks_equal_the_naive_metric_both_ways(rows):
     text_labels = image_labels.repeat_interleave(5)[order]
     texts = F.normalize(images[text_labels] + 2 * embeddings(1, 300), dim=1)
     for arguments in ((images, texts, image_labels, text_labels), (texts, images, text_labels, image_labels)):
-        got = standings(*arguments, scores_at_once=rows * len(arguments[1]))
-        assert 0.1 < recall(got, 1) < 0.9
+        got = rank_counts(*arguments, scores_at_once=rows * len(arguments[1]))
+        assert 0.1 < recall_at_k(got, 1) < 0.9
         for k in (1, 5, 10):
-            assert recall(got, k) == pytest.approx(naive_recall(*arguments, k), abs=1e-12)
+            assert recall_at_k(got, k) == pytest.approx(naive_recall(*arguments, k), abs=1e-12)
 
 
 def test_a_chunk_is_all_that_is_held(monkeypatch):
@@ -172,7 +181,7 @@ def test_a_chunk_is_all_that_is_held(monkeypatch):
     multiply = torch.mm
     monkeypatch.setattr(metrics.torch, "mm", watched)
     labels = torch.arange(500)
-    standings(embeddings(0, 500), embeddings(1, 500), labels, labels, scores_at_once=5000)
+    rank_counts(embeddings(0, 500), embeddings(1, 500), labels, labels, scores_at_once=5000)
     assert max(largest) == 5000
     assert len(largest) == 50
 
@@ -182,10 +191,10 @@ def test_half_precision_is_compared_in_float32_and_gradients_are_left_alone():
     labels = torch.arange(40)
     half = vectors.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = standings(half, half, labels, labels)
-    for ours, theirs in zip(inside, standings(half.float(), half.float(), labels, labels), strict=True):
+        inside = rank_counts(half, half, labels, labels)
+    for ours, theirs in zip(inside, rank_counts(half.float(), half.float(), labels, labels), strict=True):
         assert torch.equal(ours, theirs)
-    assert recall(standings(vectors.requires_grad_(), vectors, labels, labels), 1) == 1
+    assert recall_at_k(rank_counts(vectors.requires_grad_(), vectors, labels, labels), 1) == 1
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
@@ -199,7 +208,7 @@ def test_scores_that_are_not_numbers_are_refused(value):
     labels = torch.arange(10)
     for queries, gallery in ((broken, broken), (broken * 1e10, vectors), (vectors, broken * 1e10)):
         with pytest.raises(UserError, match="finite"):
-            standings(queries, gallery, labels, labels)
+            rank_counts(queries, gallery, labels, labels)
 
 
 def test_a_query_without_answer_is_refused():
@@ -210,11 +219,11 @@ def test_a_query_without_answer_is_refused():
 def test_nothing_to_rank_is_refused():
     none = torch.zeros(0, dtype=torch.long)
     with pytest.raises(UserError, match="0 queries"):
-        standings(torch.zeros(0, 4), torch.ones(2, 4), none, torch.arange(2))
+        rank_counts(torch.zeros(0, 4), torch.ones(2, 4), none, torch.arange(2))
     with pytest.raises(UserError, match="gallery of 0"):
-        standings(torch.ones(2, 4), torch.zeros(0, 4), torch.arange(2), none)
+        rank_counts(torch.ones(2, 4), torch.zeros(0, 4), torch.arange(2), none)
 
 
 def test_k_starts_at_one():
     with pytest.raises(UserError, match="k is 0"):
-        found(counted(0, 0, 1), 0)
+        hit_at_k(counted(0, 0, 1), 0)

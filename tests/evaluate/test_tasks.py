@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clasp.evaluation.queries import Captions, Classes, class_list, embed
-from clasp.evaluation.tasks import Multilingual, Retrieval, ZeroShot
-from clasp.types import Evaluator, Pooled, Tokens, UserError
+from clasp.evaluation.queries import RetrievalQueries, ZeroShotQueries, embed_batches, read_class_names
+from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
+from clasp.types import Evaluator, PooledFeatures, Tokens, UserError
 
 
 class Mirror:
@@ -63,7 +63,7 @@ def stream(vectors, chunk=4):
     def read():
         for start in range(0, len(ids), chunk):
             names = ids[start : start + chunk]
-            yield names, Pooled(torch.stack([vectors[name] for name in names]))
+            yield names, PooledFeatures(torch.stack([vectors[name] for name in names]))
 
     return read
 
@@ -85,13 +85,13 @@ AXES = dict(zip(ANIMALS, torch.eye(4), strict=True))
 
 def classes(labels, **changes):
     settings = {"labels": labels, "classes": ANIMALS, "templates": ["a {}.", "the {c}!"], "read": reader(AXES)}
-    return Classes(**(settings | changes))
+    return ZeroShotQueries(**(settings | changes))
 
 
 def zeroshot(seen, labels, **changes):
     """``seen``: image id to what it looks like."""
     images = stream({id: AXES[animal] for id, animal in seen.items()})
-    return ZeroShot(data="zoo", images=images, question=classes(labels, **changes))
+    return ZeroShotTask(data="zoo", images=images, question=classes(labels, **changes))
 
 
 # --- zero-shot -----------------------------------------------------------------------------------------------------
@@ -133,17 +133,17 @@ def test_top5_is_more_than_top1():
     names = [f"kind{i}." for i in range(10)]
     meaning = dict(zip(names, torch.eye(10), strict=True))
     images = {str(i): 4 * meaning[names[i]] + 5 * meaning[names[(i + 1) % 10]] for i in range(10)}
-    question = Classes(
+    question = ZeroShotQueries(
         labels={str(i): names[i] for i in range(10)}, classes=names, templates=["{}"], read=reader(meaning)
     )
-    numbers = ZeroShot(data="kinds", images=stream(images), question=question)(Mirror())
+    numbers = ZeroShotTask(data="kinds", images=stream(images), question=question)(Mirror())
     assert (numbers["top1"], numbers["top5"]) == (0, 1)
 
 
 def test_prompts_are_ensembled_as_unit_vectors():
     """A template whose text has a vector a hundred times as long has no more say than another."""
     meaning = {"big cat": 100 * AXES["cat"], "small cat": AXES["fox"], "dog": AXES["dog"]}
-    question = Classes(
+    question = ZeroShotQueries(
         labels={"1": "cat"}, classes=["cat", "dog"], templates=["big {}", "small {}"], read=reader(meaning)
     )
     vectors = question.class_vectors(Mirror())
@@ -158,7 +158,7 @@ def test_class_names_enter_prompts_as_they_are():
         return stream(dict.fromkeys(texts, torch.ones(2)))()
 
     names = [r"a\1b", "{}", "100%"]
-    Classes(labels={}, classes=names, templates=["the {c} of {x}", "{}"], read=read).class_vectors(Mirror())
+    ZeroShotQueries(labels={}, classes=names, templates=["the {c} of {x}", "{}"], read=read).class_vectors(Mirror())
     assert asked == [r"the a\1b of {x}", r"a\1b", "the {} of {x}", "{}", "the 100% of {x}", "100%"]
 
 
@@ -205,25 +205,25 @@ def test_mistakes_in_images_are_told():
     with pytest.raises(UserError, match="1 of 1 images have no group: '1'"):
         zeroshot({"1": "cat"}, {"1": "cat"}, groups={})(Mirror())
     with pytest.raises(UserError, match="no metric 'top11'; nearest of 3: top1"):
-        ZeroShot(data="zoo", images=stream({}), question=classes({}), primary="top11")
+        ZeroShotTask(data="zoo", images=stream({}), question=classes({}), primary="top11")
 
 
 def test_one_id_twice_is_refused():
-    chunk = ["a"], Pooled(torch.ones(1, 2))
+    chunk = ["a"], PooledFeatures(torch.ones(1, 2))
     with pytest.raises(UserError, match="image ids hold these more than once: 'a'"):
-        embed([chunk, chunk], Mirror().embed_image, "image")
+        embed_batches([chunk, chunk], Mirror().embed_image, "image")
 
 
 def test_class_list(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text("\ufeffcat\n\n  guinea pig \nÉpagneul\n", encoding="utf-8")
-    assert class_list(path) == ["cat", "guinea pig", "Épagneul"]
+    assert read_class_names(path) == ["cat", "guinea pig", "Épagneul"]
     for content, message in ((b"cat\ndog\ncat\n", "once: 'cat'"), (b"\n", "empty"), (b"\xff\xfe\xff", "cannot read")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
-            class_list(path)
+            read_class_names(path)
     with pytest.raises(UserError, match="cannot read the class list"):
-        class_list(tmp_path / "none.txt")
+        read_class_names(tmp_path / "none.txt")
 
 
 # --- retrieval -----------------------------------------------------------------------------------------------------
@@ -235,13 +235,13 @@ def caption_vectors(groups, meaning):
 
 def retrieval(images, texts, image_meaning=AXES, text_meaning=AXES, **changes):
     """``images`` and ``texts``: id to group; each looks or reads like the vector its group has in the meanings."""
-    question = Captions(
+    question = RetrievalQueries(
         image_groups=images,
         text_groups=texts,
         texts=stream(caption_vectors(texts, text_meaning), chunk=3),
         **changes,
     )
-    return Retrieval(data="zoo", images=stream(caption_vectors(images, image_meaning)), question=question)
+    return RetrievalTask(data="zoo", images=stream(caption_vectors(images, image_meaning)), question=question)
 
 
 def test_retrieval_by_hand():
@@ -336,10 +336,10 @@ def test_mistakes_in_captions_are_told():
         retrieval({"i": "cat"}, {"t": "cat"}, parts=())
     with pytest.raises(UserError, match="there is no metric 'mean_recal'; nearest of 15: mean_recall"):
         question = retrieval({"i": "cat"}, {"t": "cat"}).question
-        Retrieval(data="zoo", images=stream(AXES), question=question, primary="mean_recal")
-    question = Captions(image_groups={"i": "cat"}, text_groups={"t": "cat"}, texts=stream({"u": AXES["cat"]}))
+        RetrievalTask(data="zoo", images=stream(AXES), question=question, primary="mean_recal")
+    question = RetrievalQueries(image_groups={"i": "cat"}, text_groups={"t": "cat"}, texts=stream({"u": AXES["cat"]}))
     with pytest.raises(UserError, match="1 of 1 captions have no group: 'u'"):
-        Retrieval(data="zoo", images=stream({"i": AXES["cat"]}), question=question)(Mirror())
+        RetrievalTask(data="zoo", images=stream({"i": AXES["cat"]}), question=question)(Mirror())
 
 
 # --- multilingual --------------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def multilingual(readings, images=None, primary="macro:all/image_to_text/recall@
     """``readings``: language to how its words are understood; each animal has one name."""
     images = images or {f"{animal}{i}": animal for animal in ANIMALS for i in range(3)}
     questions = {
-        language: Captions(
+        language: RetrievalQueries(
             image_groups=images,
             text_groups={animal: animal for animal in meaning},
             texts=stream(dict(meaning)),
@@ -357,7 +357,7 @@ def multilingual(readings, images=None, primary="macro:all/image_to_text/recall@
         for language, meaning in readings.items()
     }
     settings = {"sets": {"all": list(readings)}, "primary": primary}
-    return Multilingual(
+    return MultilingualTask(
         data="zoo", images=stream(caption_vectors(images, AXES)), questions=questions, **(settings | changes)
     )
 
@@ -404,7 +404,7 @@ def test_classes_can_be_asked_in_many_languages():
     names = {"en": ANIMALS, "de": ["Katze", "Hund", "Emu", "Fuchs"]}
     images = {f"{animal}{i}": animal for animal in ANIMALS for i in range(2)}
     questions = {
-        language: Classes(
+        language: ZeroShotQueries(
             labels={id: words[ANIMALS.index(animal)] for id, animal in images.items()},
             classes=words,
             templates=["{}"],
@@ -412,7 +412,7 @@ def test_classes_can_be_asked_in_many_languages():
         )
         for language, words in names.items()
     }
-    task = Multilingual(
+    task = MultilingualTask(
         data="zoo",
         images=stream(caption_vectors(images, AXES)),
         questions=questions,
@@ -453,12 +453,12 @@ def test_mistakes_in_languages_are_told():
         multilingual(READINGS, primary="macro:high/recall@1")
     mixed = {**multilingual(READINGS).questions, "xx": classes({})}
     with pytest.raises(UserError, match="the set 'all' mixes questions"):
-        Multilingual(data="zoo", images=stream(AXES), questions=mixed, sets={"all": list(mixed)}, primary="xx/top1")
-    unread = Captions(image_groups={"cat0": "cat"}, text_groups={"t": "cat"}, texts=stream({}))
+        MultilingualTask(data="zoo", images=stream(AXES), questions=mixed, sets={"all": list(mixed)}, primary="xx/top1")
+    unread = RetrievalQueries(image_groups={"cat0": "cat"}, text_groups={"t": "cat"}, texts=stream({}))
     with pytest.raises(UserError, match="zoo in 'so': there are no captions to evaluate on"):
-        Multilingual(data="zoo", images=stream({"cat0": AXES["cat"]}), questions={"so": unread}, primary="so/recall@1")(
-            Mirror()
-        )
+        MultilingualTask(
+            data="zoo", images=stream({"cat0": AXES["cat"]}), questions={"so": unread}, primary="so/recall@1"
+        )(Mirror())
 
 
 def test_pixels_and_tokens_go_through_too():

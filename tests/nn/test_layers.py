@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clasp.models.pooling import POOLS, Adapter, AttentionPool, VisionTransformer, resize_positions
+from clasp.models.pooling import POOLING_FUNCTIONS, Adapter, AttentionPool, VisionTransformer, resize_pos_embed
 
 STATES = torch.tensor([[[1.0, 10.0], [3.0, 30.0], [5.0, 2.0]], [[2.0, 4.0], [8.0, 0.0], [99.0, 99.0]]])
 MASK = torch.tensor([[True, True, True], [True, True, False]])
@@ -26,12 +26,12 @@ MASK = torch.tensor([[True, True, True], [True, True, False]])
     ],
 )
 def test_poolings_by_hand(pool: str, prefix: int, first: list[int], second: list[int]):
-    pooled = POOLS[pool](STATES, MASK, prefix)
+    pooled = POOLING_FUNCTIONS[pool](STATES, MASK, prefix)
     assert torch.equal(pooled, torch.tensor([first, second], dtype=torch.float32))
 
 
 def test_attention_pooling_starts_as_the_mean_of_real_tokens():
-    torch.testing.assert_close(AttentionPool(2)(STATES, MASK), POOLS["mean"](STATES, MASK, 0))
+    torch.testing.assert_close(AttentionPool(2)(STATES, MASK), POOLING_FUNCTIONS["mean"](STATES, MASK, 0))
 
 
 @pytest.mark.parametrize("channels_first", [False, True])
@@ -52,7 +52,7 @@ def test_positions_resize_as_recorded_from_the_reference():
     cases = torch.load(path, weights_only=True)["cases"]
     assert cases
     for case in cases:
-        resized = resize_positions(case["source"], case["target_grid"], case["extra_rows"])
+        resized = resize_pos_embed(case["source"], case["target_grid"], case["extra_rows"])
         torch.testing.assert_close(resized, case["target"], atol=1e-5, rtol=0)
 
 

@@ -14,21 +14,28 @@ import torch
 
 from clasp.commands.import_checkpoint import import_checkpoint
 from clasp.config.build import load
-from clasp.config.recipe import from_dict, read_recipe
-from clasp.convert.importers.lilt_checkpoint import HEADS, TOWERS, Lilt, adapters, lay_open, read_lilt
-from clasp.convert.importers.lilt_flags import APPENDED, Tuned, notes, tuned
-from clasp.convert.importers.run_writer import Wanted
-from clasp.convert.importers.safe_pickle import read_pickle
+from clasp.config.recipe import read_recipe, recipe_from_dict
+from clasp.convert.importers.lilt_checkpoint import (
+    LILT_HEAD_PREFIXES,
+    LILT_TOWER_PREFIXES,
+    LiltCheckpoint,
+    lilt_adapter_method,
+    parse_lilt_checkpoint,
+    read_lilt_checkpoint,
+)
+from clasp.convert.importers.lilt_flags import APPENDED_BLOCK_METHOD, LiltTuning, explain_lilt_tuning, infer_lilt_tuning
+from clasp.convert.importers.run_writer import ImportOptions
+from clasp.convert.importers.safe_pickle import safe_load_pickle
 from clasp.data.images import ImageTransform
-from clasp.models.backbone import ImageSettings
+from clasp.models.backbone import ImageTowerSettings
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.pooling import resize_positions
+from clasp.models.pooling import resize_pos_embed
 from clasp.models.transformer.encoders import ImageTransformerSettings
-from clasp.models.tuning.spec import tune
-from clasp.models.zoo.folder import BertSettings, save_image_net, shapes_of
-from clasp.models.zoo.registry import open_base
-from clasp.training.losses.settings import loss_of
-from clasp.training.run_folder import Run
+from clasp.models.tuning.spec import apply_tuning
+from clasp.models.zoo.folder import BertSettings, build_on_meta, save_image_encoder
+from clasp.models.zoo.registry import load_backbone
+from clasp.training.losses.settings import build_loss
+from clasp.training.run_folder import RunFolder
 from clasp.types import Batch, Pixels, Tokens, UserError
 from savedtowers import save_tokenizer
 
@@ -48,7 +55,7 @@ class Case:
     """A recorded file, the run made of it, and what the run loads as."""
 
     golden: dict[str, Any]
-    lilt: Lilt
+    lilt: LiltCheckpoint
     run: Path
     model: DualEncoder
 
@@ -57,8 +64,13 @@ class Case:
         """The names of the model's parameters to the authors'."""
         names = {"temperature": "temp"}
         for modality, side in self.lilt.sides.items():
-            names |= {f"{modality}.net.{ours}": f"{TOWERS[modality]}{theirs}" for ours, theirs in side.theirs.items()}
-            names |= {f"{modality}_head.map.{part}": f"{HEADS[modality]}{part}" for part in ("weight", "bias")}
+            names |= {
+                f"{modality}.net.{ours}": f"{LILT_TOWER_PREFIXES[modality]}{theirs}"
+                for ours, theirs in side.theirs.items()
+            }
+            names |= {
+                f"{modality}_head.map.{part}": f"{LILT_HEAD_PREFIXES[modality]}{part}" for part in ("weight", "bias")
+            }
         return names
 
     @property
@@ -76,12 +88,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     save_tokenizer(folder / "words", template="<s> $A </s>")
     file = GOLDEN / f"{request.param}.pth"
-    run = import_checkpoint("lilt", file, folder / "run", Wanted(tokenizer=f"file:{folder / 'words'}")).run
+    run = import_checkpoint("lilt", file, folder / "run", ImportOptions(tokenizer=f"file:{folder / 'words'}")).run
     model = load(run).encoder
     assert isinstance(model, DualEncoder)
     recorded = request.param.partition(".")[0]
     golden = torch.load(GOLDEN / f"{recorded}.golden.pt", weights_only=True)
-    return Case(golden, read_lilt(file, BY_WIDTH), run, model)
+    return Case(golden, read_lilt_checkpoint(file, BY_WIDTH), run, model)
 
 
 # --- what the imported run says --------------------------------------------------------------------------------------
@@ -161,7 +173,7 @@ def test_every_tensor_of_the_file_is_in_the_run(case: Case):
 
 
 def test_the_recipe_is_the_papers(case: Case):
-    recipe, paper = from_dict(Run(case.run).recipe(), "run"), read_recipe("lilt/paper")
+    recipe, paper = recipe_from_dict(RunFolder(case.run).recipe(), "run"), read_recipe("lilt/paper")
     assert recipe.image.model_copy(update={"tower": paper.image.tower, "size": paper.image.size}) == paper.image
     assert recipe.text.model_copy(update={"tower": paper.text.tower}) == paper.text
     assert (recipe.loss, recipe.train, recipe.data) == (paper.loss, paper.train, paper.data)
@@ -204,7 +216,7 @@ def _batch(case: Case) -> Batch:
 def _loss(case: Case) -> torch.Tensor:
     batch = _batch(case)
     e = case.model(batch)
-    loss = loss_of(from_dict(Run(case.run).recipe(), "run").loss)
+    loss = build_loss(recipe_from_dict(RunFolder(case.run).recipe(), "run").loss)
     return loss(e.image, e.text, e.scale, e.bias, groups=batch.groups).total
 
 
@@ -221,7 +233,7 @@ def _is_in(plain: Mapping[str, Mapping[str, Any]], name: str) -> bool:
 
 
 def test_the_omegaconf_file_says_what_the_plain_one_says():
-    plain, theirs = (read_pickle(GOLDEN / f"lilt_lwa_ln.checkpoint{end}.pth") for end in ("", "_omegaconf"))
+    plain, theirs = (safe_load_pickle(GOLDEN / f"lilt_lwa_ln.checkpoint{end}.pth") for end in ("", "_omegaconf"))
     assert theirs.keys() == plain.keys()
     assert theirs["config"] == plain["config"] and type(theirs["config"]) is dict
     assert json.loads(json.dumps(theirs["config"])) == plain["config"]
@@ -244,11 +256,11 @@ def test_positions_of_a_folder_resize_as_recorded(tmp_path: Path):
             layers=1,
             class_position=bool(case["extra_rows"]),
         )
-        tensors = {name: torch.randn(p.shape) for name, p in shapes_of(settings).named_parameters()}
+        tensors = {name: torch.randn(p.shape) for name, p in build_on_meta(settings).named_parameters()}
         transform = ImageTransform(settings.size, (0.5,) * 3, (0.5,) * 3)
-        save_image_net(settings, {**tensors, "pos_embed": case["source"]}, transform, tmp_path / str(number))
+        save_image_encoder(settings, {**tensors, "pos_embed": case["source"]}, transform, tmp_path / str(number))
         size = 4 * case["target_grid"]
-        base = open_base(ImageSettings(tower=f"file:{tmp_path / str(number)}", size=size))
+        base = load_backbone(ImageTowerSettings(tower=f"file:{tmp_path / str(number)}", size=size))
         torch.testing.assert_close(base.net.get_parameter("pos_embed").data, case["target"], atol=1e-5, rtol=0)
         assert base.transform is not None and base.transform.size == size
         assert base.net(torch.zeros(1, 3, size, size)).shape[1] == case["target_grid"] ** 2 + 1
@@ -257,17 +269,17 @@ def test_positions_of_a_folder_resize_as_recorded(tmp_path: Path):
 @pytest.mark.parametrize("name", ["lilt_lwa_ln", "lilt_large_like_lwa_ln"])
 def test_import_at_another_size(tmp_path: Path, name: str):
     save_tokenizer(tmp_path / "words", template="<s> $A </s>")
-    file, wanted = GOLDEN / f"{name}.checkpoint.pth", Wanted(tokenizer=f"file:{tmp_path / 'words'}", size=96)
+    file, wanted = GOLDEN / f"{name}.checkpoint.pth", ImportOptions(tokenizer=f"file:{tmp_path / 'words'}", size=96)
     model = load(import_checkpoint("lilt", file, tmp_path / "run", wanted).run)
     assert model.transform.size == 96 and isinstance(model.encoder, DualEncoder)
-    side = read_lilt(file, BY_WIDTH).sides["image"]
+    side = read_lilt_checkpoint(file, BY_WIDTH).sides["image"]
     table, extra = side.tensors["pos_embed"], int(name == "lilt_lwa_ln")
     parameters = dict(model.encoder.named_parameters())
-    assert torch.equal(parameters["image.net.pos_embed"], resize_positions(table, 6, extra))
+    assert torch.equal(parameters["image.net.pos_embed"], resize_pos_embed(table, 6, extra))
     assert torch.equal(_saved(tmp_path / "run", "image")["pos_embed"], table), "the folder keeps what it was given"
     pixels = torch.randn(2, 3, 96, 96)
     small = torch.nn.functional.interpolate(pixels, size=(64, 64), mode="bicubic")
-    plain = load(import_checkpoint("lilt", file, tmp_path / "as-it-was", Wanted(tokenizer=wanted.tokenizer)).run)
+    plain = load(import_checkpoint("lilt", file, tmp_path / "as-it-was", ImportOptions(tokenizer=wanted.tokenizer)).run)
     cosines = (model.encode_pixels(pixels) * plain.encode_pixels(small)).sum(1)
     assert cosines.min() > 0.5, "the same pictures at another size are near"
 
@@ -283,7 +295,9 @@ TINY = {
 }
 
 
-def made(switches: Mapping[str, Any], *, image: str | None = None, text: str | None = None, **found: Any) -> Lilt:
+def made(
+    switches: Mapping[str, Any], *, image: str | None = None, text: str | None = None, **found: Any
+) -> LiltCheckpoint:
     """A file of the tiny towers, in shapes only; ``image`` and ``text`` say what else is in them than switches do."""
     given: dict[str, Any] = {**SWITCHES}
     for key, value in switches.items():
@@ -296,13 +310,18 @@ def made(switches: Mapping[str, Any], *, image: str | None = None, text: str | N
         deep = given.get("adapter_append") if what is None else what == "deep"
         bottlenecks = adapted.get("insert") in (True, only) if what is None else what == "adapters"
         settings = TINY[modality].model_copy(update={"layers": TINY[modality].layers + bool(deep)})
-        net = shapes_of(settings)
+        net = build_on_meta(settings)
         if bottlenecks:
-            tune(net, [adapters(modality, adapted.get("reduction_factor", 4))], seed=0)
-        model |= {f"{TOWERS[modality]}{_theirs(modality, name)}": p.data for name, p in net.named_parameters()}
+            apply_tuning(net, [lilt_adapter_method(modality, adapted.get("reduction_factor", 4))], seed=0)
+        model |= {
+            f"{LILT_TOWER_PREFIXES[modality]}{_theirs(modality, name)}": p.data for name, p in net.named_parameters()
+        }
         width = TINY[modality].width
-        model |= {f"{HEADS[modality]}weight": torch.empty(256, width), f"{HEADS[modality]}bias": torch.empty(256)}
-    return lay_open(Path("tiny.pth"), {"model": model, "config": given, **found}, BY_WIDTH)
+        model |= {
+            f"{LILT_HEAD_PREFIXES[modality]}weight": torch.empty(256, width),
+            f"{LILT_HEAD_PREFIXES[modality]}bias": torch.empty(256),
+        }
+    return parse_lilt_checkpoint(Path("tiny.pth"), {"model": model, "config": given, **found}, BY_WIDTH)
 
 
 def _theirs(modality: str, name: str) -> str:
@@ -313,31 +332,31 @@ def _theirs(modality: str, name: str) -> str:
     return parts
 
 
-def _selected(lilt: Lilt, modality: str, each: Tuned) -> dict[str, int]:
+def _selected(lilt: LiltCheckpoint, modality: str, each: LiltTuning) -> dict[str, int]:
     """The authors' names of what the methods select on the plain tower, with their sizes."""
-    net = shapes_of(lilt.sides[modality].plain(each.appended)[0])
-    names = tune(net, each.methods, seed=0)
+    net = build_on_meta(lilt.sides[modality].plain(each.appended)[0])
+    names = apply_tuning(net, each.methods, seed=0)
     theirs = lilt.sides[modality].theirs
-    return {f"{TOWERS[modality]}{theirs[n]}": p.numel() for n, p in net.named_parameters() if n in names}
+    return {f"{LILT_TOWER_PREFIXES[modality]}{theirs[n]}": p.numel() for n, p in net.named_parameters() if n in names}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trained_names_are_the_references(name: str):
     lilt, recipe = made(NAMES[name]["switches"]), NAMES[name]
-    found = {"temp", *(f"{head}{part}" for head in HEADS.values() for part in ("weight", "bias"))}
-    tunings = {modality: tuned(lilt, modality) for modality in lilt.sides}
+    found = {"temp", *(f"{head}{part}" for head in LILT_HEAD_PREFIXES.values() for part in ("weight", "bias"))}
+    tunings = {modality: infer_lilt_tuning(lilt, modality) for modality in lilt.sides}
     for modality, each in tunings.items():
         found |= _selected(lilt, modality, each).keys()
         assert not each.notes
     assert found == set(recipe["trained_names"])
-    assert notes(lilt, sum(len(each.trained) for each in tunings.values())) == []
+    assert explain_lilt_tuning(lilt, sum(len(each.trained) for each in tunings.values())) == []
 
 
 @pytest.mark.parametrize("name", COUNTS["counts"]["tiny_tiny"])
 def test_trained_counts_are_the_references(name: str):
     lilt, counts = made(COUNTS["recipe_switches"][name]), COUNTS["counts"]["tiny_tiny"][name]
     for modality, theirs in (("image", "vision"), ("text", "text")):
-        each = tuned(lilt, modality)
+        each = infer_lilt_tuning(lilt, modality)
         assert sum(_selected(lilt, modality, each).values()) == counts[f"{theirs}_trained"]
         assert len(each.methods) <= 4, "a person reads these"
 
@@ -350,27 +369,27 @@ DA = {**FROZEN, "adapter_append": True, "add_adapter": True, "unlock_layernorm":
 def test_a_text_tower_that_was_not_pretrained_has_nothing_added():
     """Facts of the paper's code: it then forgets both settings in the text tower."""
     lwa = made({**LWA, "pretrained_text": False}, text="plain")
-    assert tuned(lwa, "text").methods == ["norms"]
-    assert tuned(lwa, "image").methods == [adapters("image", 4), "norms"]
+    assert infer_lilt_tuning(lwa, "text").methods == ["norms"]
+    assert infer_lilt_tuning(lwa, "image").methods == [lilt_adapter_method("image", 4), "norms"]
     da = made({**DA, "pretrained_text": False}, text="plain")
-    assert tuned(da, "image").methods == [APPENDED, "norms"]
-    text = tuned(da, "text")
+    assert infer_lilt_tuning(da, "image").methods == [APPENDED_BLOCK_METHOD, "norms"]
+    text = infer_lilt_tuning(da, "text")
     assert (set(text.methods), text.appended) == ({"last(1)", "norms"}, 0)
 
 
 def test_dino_has_no_adapters_though_the_config_says_so():
     lilt = made({**LWA, "vision_encoder": "base_dino"}, image="plain")
-    assert tuned(lilt, "image").methods == ["norms"]
-    assert tuned(lilt, "text").methods == [adapters("text", 4), "norms"]
+    assert infer_lilt_tuning(lilt, "image").methods == ["norms"]
+    assert infer_lilt_tuning(lilt, "text").methods == [lilt_adapter_method("text", 4), "norms"]
     deep = made({**DA, "vision_encoder": "base_dino"}, image="plain")
-    image = tuned(deep, "image")
+    image = infer_lilt_tuning(deep, "image")
     assert (set(image.methods), image.appended) == ({"last(1)", "norms"}, 0)
 
 
 def test_blocks_that_were_frozen_again_stay_out_of_the_selection():
     frozen = list(range(10))
     lilt = made({**LWA, "always_freeze.visual_encoder": frozen, "always_freeze.text_encoder": []})
-    image = tuned(lilt, "image")
+    image = infer_lilt_tuning(lilt, "image")
     names = _selected(lilt, "image", image)
     norms = {name for name in names if "norm" in name}
     assert norms == {
@@ -381,34 +400,38 @@ def test_blocks_that_were_frozen_again_stay_out_of_the_selection():
     assert sum("adapter" in name for name in names) == 12 * 8, "no other file has them"
     assert "80 tensors of the image tower were frozen" in image.notes[0]
     assert len(image.trained) == len(names) - 80
-    assert "always_freeze" not in " ".join(tuned(lilt, "text").notes)
+    assert "always_freeze" not in " ".join(infer_lilt_tuning(lilt, "text").notes)
 
 
 def test_without_switches_norms_and_what_was_added_are_taken_to_have_trained():
     for config in (None, {"image_res": 256}):
-        lwa = lay_open(Path("tiny.pth"), {"model": _model(made(LWA)), "config": config}, BY_WIDTH)
-        assert tuned(lwa, "image").methods == [adapters("image", 4), "norms"]
-        da = lay_open(Path("tiny.pth"), {"model": _model(made(DA)), "config": config}, BY_WIDTH)
-        assert [tuned(da, modality).methods for modality in da.sides] == [[APPENDED, "norms"]] * 2
-        plain = lay_open(Path("tiny.pth"), {"model": _model(made({})), "config": config}, BY_WIDTH)
-        assert [tuned(plain, modality).methods for modality in plain.sides] == [["norms"]] * 2
-        assert "no switches" in notes(plain, 0)[0]
+        lwa = parse_lilt_checkpoint(Path("tiny.pth"), {"model": _model(made(LWA)), "config": config}, BY_WIDTH)
+        assert infer_lilt_tuning(lwa, "image").methods == [lilt_adapter_method("image", 4), "norms"]
+        da = parse_lilt_checkpoint(Path("tiny.pth"), {"model": _model(made(DA)), "config": config}, BY_WIDTH)
+        assert [infer_lilt_tuning(da, modality).methods for modality in da.sides] == [
+            [APPENDED_BLOCK_METHOD, "norms"]
+        ] * 2
+        plain = parse_lilt_checkpoint(Path("tiny.pth"), {"model": _model(made({})), "config": config}, BY_WIDTH)
+        assert [infer_lilt_tuning(plain, modality).methods for modality in plain.sides] == [["norms"]] * 2
+        assert "no switches" in explain_lilt_tuning(plain, 0)[0]
 
 
 def test_what_the_switches_cannot_tell_is_said():
-    assert "drawn" in " ".join(notes(made({**FROZEN, "unlock_random": True}), 0))
+    assert "drawn" in " ".join(explain_lilt_tuning(made({**FROZEN, "unlock_random": True}), 0))
     lilt = made({**LWA, "freeze_proj": True}, optimizer={"param_groups": [{"params": list(range(7))}]})
-    said = notes(lilt, 6)
+    said = explain_lilt_tuning(lilt, 6)
     assert len(said) == 1 and "heads were frozen" in said[0], said
-    assert "held 7 tensors, and 9 are" in notes(lilt, 8)[1]
+    assert "held 7 tensors, and 9 are" in explain_lilt_tuning(lilt, 8)[1]
     with pytest.raises(UserError, match="unlock_layernorm = 'both'; LilT knows true, false, vision_only"):
-        tuned(made({**FROZEN, "unlock_layernorm": "both"}), "image")
+        infer_lilt_tuning(made({**FROZEN, "unlock_layernorm": "both"}), "image")
 
 
-def _model(lilt: Lilt) -> dict[str, torch.Tensor]:
+def _model(lilt: LiltCheckpoint) -> dict[str, torch.Tensor]:
     """The weights alone, by the authors' names."""
     model = {"temp": lilt.temperature}
     for modality, side in lilt.sides.items():
-        model |= {f"{TOWERS[modality]}{side.theirs[name]}": tensor for name, tensor in side.tensors.items()}
-        model |= {f"{HEADS[modality]}{part}": tensor for part, tensor in lilt.heads[modality].items()}
+        model |= {
+            f"{LILT_TOWER_PREFIXES[modality]}{side.theirs[name]}": tensor for name, tensor in side.tensors.items()
+        }
+        model |= {f"{LILT_HEAD_PREFIXES[modality]}{part}": tensor for part, tensor in lilt.heads[modality].items()}
     return model

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clasp.analysis.tower_features import listen
-from clasp.models.partial_forward import as_tokens, states_of
+from clasp.analysis.tower_features import extract_tower_features
+from clasp.models.partial_forward import as_tokens, block_states
 from clasp.models.tower import Tower
-from clasp.types import Pixels, Pooled, Tokens
+from clasp.types import Pixels, PooledFeatures, Tokens
 from toytowers import base, inputs
 
 TOWERS = ("vit", "dinov3", "convnext", "efficientnet", "bert", "llama", "t5")
@@ -35,7 +35,7 @@ def block_outputs(tower: Tower, batch: Pixels | Tokens) -> list[torch.Tensor]:
     """What each block gives out."""
     outputs: list[torch.Tensor] = []
     blocks = [tower.net.get_submodule(block.path) for block in tower._parts.blocks]
-    hooks = [b.register_forward_hook(lambda _, __, output: outputs.append(states_of(output))) for b in blocks]
+    hooks = [b.register_forward_hook(lambda _, __, output: outputs.append(block_states(output))) for b in blocks]
     tower.pooled(batch)
     for hook in hooks:
         hook.remove()
@@ -61,7 +61,7 @@ def slow_means(tower: Tower, name: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", TOWERS)
 def test_one_pass_gives_vectors_and_block_means(name: str):
     tower = Tower(base(name))
-    said = listen(tower, stream(name), [f"{n}" for n in range(ROWS)])
+    said = extract_tower_features(tower, stream(name), [f"{n}" for n in range(ROWS)])
     assert said.ids == said.sample == tuple(f"{n}" for n in range(ROWS))
     with torch.no_grad():
         alone = torch.cat([tower.pooled(batch) for _, batch in stream(name)])
@@ -75,8 +75,8 @@ def test_one_pass_gives_vectors_and_block_means(name: str):
 def test_block_means_are_of_the_sample_alone(name: str):
     tower = Tower(base(name))
     everything, some = (
-        listen(tower, stream(name), [f"{n}" for n in range(ROWS)]),
-        listen(tower, stream(name), ["5", "2"]),
+        extract_tower_features(tower, stream(name), [f"{n}" for n in range(ROWS)]),
+        extract_tower_features(tower, stream(name), ["5", "2"]),
     )
     assert some.sample == ("2", "5")
     assert torch.equal(some.blocks[1], everything.blocks[1][[2, 5]])
@@ -87,7 +87,7 @@ def test_block_means_are_of_the_sample_alone(name: str):
 def test_prompts_are_no_part_of_the_mean(name: str):
     tower = Tower(base(name))
     tower.tune(["prompts(3)"], seed=0)
-    said = listen(tower, stream(name), ["0"])
+    said = extract_tower_features(tower, stream(name), ["0"])
     at = {"vit": 1, "bert": 0}[name]  # after the class token, or in front
     row = block_outputs(tower, stream(name)[0][1])[0][0]
     rest = torch.cat((row[:at], row[at + 3 :]))
@@ -97,10 +97,10 @@ def test_prompts_are_no_part_of_the_mean(name: str):
 @pytest.mark.parametrize("name", ["vit", "bert"])
 def test_states_of_a_trunk_say_the_same_without_the_blocks_below(name: str):
     tower = Tower(base(name)).requires_grad_(False)
-    live = listen(tower, stream(name), ["0", "5"])
+    live = extract_tower_features(tower, stream(name), ["0", "5"])
     with torch.no_grad():
         cached = [(ids, Tower(base(name)).trunk(batch, 1)) for ids, batch in stream(name)]
-    said = listen(tower, cached, ["0", "5"])
+    said = extract_tower_features(tower, cached, ["0", "5"])
     assert list(said.blocks) == [2]
     torch.testing.assert_close(said.blocks[2], live.blocks[2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(said.plain, live.plain, rtol=1e-4, atol=1e-5)
@@ -108,7 +108,7 @@ def test_states_of_a_trunk_say_the_same_without_the_blocks_below(name: str):
 
 def test_pooled_features_are_kept_as_they_are():
     values = torch.randn(3, 5)
-    said = listen(Tower(base("vit")), [(["a", "b", "c"], Pooled(values))], ["c"])
+    said = extract_tower_features(Tower(base("vit")), [(["a", "b", "c"], PooledFeatures(values))], ["c"])
     assert torch.equal(said.pooled, values) and said.sample == ("c",) and not said.blocks
 
 
@@ -118,12 +118,12 @@ def test_what_a_learned_pooling_adds_is_left_out(name: str):
     assert tower.pooling is not None
     with torch.no_grad():
         tower.pooling.query.normal_()
-    said = listen(tower, stream(name))
+    said = extract_tower_features(tower, stream(name))
     assert not torch.allclose(said.pooled, said.plain)
-    assert torch.equal(said.plain, listen(Tower(base(name), pool="mean"), stream(name)).plain)
+    assert torch.equal(said.plain, extract_tower_features(Tower(base(name), pool="mean"), stream(name)).plain)
 
 
 def test_whoever_watches_hears_how_many_are_done():
     done: list[int] = []
-    listen(Tower(base("vit")), stream("vit"), (), done.append)
+    extract_tower_features(Tower(base("vit")), stream("vit"), (), done.append)
     assert done == [4, 6]

@@ -14,12 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clasp.convert.importers.msclip_checkpoint import LATERAL_LAYERS, MSCLIP, as_released, read_msclip, write_msclip
-from clasp.convert.importers.msclip_names import names_of
-from clasp.models.backbone import Base
+from clasp.convert.importers.msclip_checkpoint import (
+    MSCLIP_LATERAL_LAYERS,
+    MSCLIPCheckpoint,
+    parse_msclip_state_dict,
+    to_msclip_state_dict,
+    to_msclip_tokens,
+)
+from clasp.convert.importers.msclip_names import msclip_name_map
+from clasp.models.backbone import Backbone
 from clasp.models.dual_encoder import DualEncoder, HeadSettings
 from clasp.models.sharing.policy import SharingSettings
-from clasp.models.sharing.tie import Pair
+from clasp.models.sharing.tie import TiedEncoders
 from clasp.models.tower import Tower
 from clasp.models.transformer.encoders import (
     ImageTransformer,
@@ -27,7 +33,7 @@ from clasp.models.transformer.encoders import (
     TextTransformer,
     TextTransformerSettings,
 )
-from clasp.training.cost.flops import macs_of
+from clasp.training.cost.flops import count_macs
 from clasp.types import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -43,11 +49,11 @@ def tensors(name: str) -> dict[str, Tensor]:
     return torch.load(GOLDEN / f"{name}.state_dict.pth", weights_only=True)
 
 
-def read(name: str, state: dict[str, Tensor] | None = None) -> MSCLIP:
+def read(name: str, state: dict[str, Tensor] | None = None) -> MSCLIPCheckpoint:
     config = golden(name)["config"]
-    lateral = config["parallel_branch"].get("lateral_layers", LATERAL_LAYERS)
+    lateral = config["parallel_branch"].get("lateral_layers", MSCLIP_LATERAL_LAYERS)
     state = tensors(name) if state is None else state
-    return read_msclip(state, heads=config["vision"]["heads"], lateral_layers=lateral)
+    return parse_msclip_state_dict(state, heads=config["vision"]["heads"], lateral_layers=lateral)
 
 
 def refused(call: Callable[[], Any]) -> str:
@@ -57,8 +63,8 @@ def refused(call: Callable[[], Any]) -> str:
     return str(error.value)
 
 
-def features(model: MSCLIP, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = as_released(ids)
+def features(model: MSCLIPCheckpoint, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = to_msclip_tokens(ids)
     states = model.pair.text(tokens.ids, tokens.mask.long()).last_hidden_state
     last = states[torch.arange(len(ids)), tokens.mask.sum(1) - 1]
     return model.pair.image(pixels)[:, 0] @ model.image_head.T, last @ model.text_head.T
@@ -93,8 +99,8 @@ def test_outputs_are_those_recorded(name: str):
 def test_a_dual_encoder_of_two_towers_says_what_was_recorded(name: str):
     model, inputs, said = read(name), golden(name)["inputs"], golden(name)["outputs"]
     towers = [
-        Tower(Base(name, "image", model.pair.image, "0", "cls")),
-        Tower(Base(name, "text", model.pair.text, "0", "last")),
+        Tower(Backbone(name, "image", model.pair.image, "0", "cls")),
+        Tower(Backbone(name, "text", model.pair.text, "0", "last")),
     ]
     encoder = DualEncoder(*towers, HeadSettings(width=len(model.image_head)), loss="infonce", seed=0).eval()
     with torch.no_grad():
@@ -103,8 +109,8 @@ def test_a_dual_encoder_of_two_towers_says_what_was_recorded(name: str):
             head.map.get_parameter("bias").zero_()
         ours = {
             "image_features": encoder.encode_image(inputs["pixel_values"]),
-            "text_features": encoder.embed_text(as_released(inputs["input_ids"])),
-            "text_features_without_eot": encoder.embed_text(as_released(inputs["input_ids_without_eot"])),
+            "text_features": encoder.embed_text(to_msclip_tokens(inputs["input_ids"])),
+            "text_features_without_eot": encoder.embed_text(to_msclip_tokens(inputs["input_ids_without_eot"])),
         }
     for key, value in ours.items():
         torch.testing.assert_close(value, said[key], atol=1e-6, rtol=0)
@@ -132,13 +138,13 @@ def test_attention_maps_are_those_recorded(name: str):
 def test_gradients_are_those_recorded(name: str):
     model, recorded = read(name), golden(name)
     heads = {key: nn.Parameter(getattr(model, key)) for key in ("image_head", "text_head", "log_scale")}
-    model = MSCLIP(model.pair, **heads)
+    model = MSCLIPCheckpoint(model.pair, **heads)
     image, text = features(model, recorded["inputs"]["pixel_values"], recorded["inputs"]["input_ids"])
     logits = model.log_scale.exp() * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
     numbers = torch.arange(len(logits))
     ((F.cross_entropy(logits, numbers) + F.cross_entropy(logits.T, numbers)) / 2).backward()
     ours = {**dict(model.pair.named_parameters(remove_duplicate=False)), **heads}
-    names = names_of(model.pair.image.settings, model.pair.text.settings)
+    names = msclip_name_map(model.pair.image.settings, model.pair.text.settings)
 
     def gradient(theirs: str) -> Tensor:
         grad = ours[names[theirs]].grad
@@ -155,7 +161,7 @@ def test_gradients_are_those_recorded(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_there_and_back_is_the_same_file(name: str):
     given, model = tensors(name), read(name)
-    back = write_msclip(model)
+    back = to_msclip_state_dict(model)
     assert back.keys() == given.keys()
     for key, tensor in given.items():
         assert back[key].dtype == tensor.dtype and torch.equal(back[key], tensor), key
@@ -173,7 +179,7 @@ def groups(state: dict[str, Tensor]) -> set[frozenset[str]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_counts_are_those_recorded(name: str):
     model, counted = read(name), golden(name)["params"]
-    pair, state = model.pair, write_msclip(model)
+    pair, state = model.pair, to_msclip_state_dict(model)
     shared = [p for p in pair.text.parameters() if any(p is q for q in pair.image.parameters())]
     heads = model.image_head.numel() + model.text_head.numel()
     trained = sum(p.numel() for p in pair.parameters()) + heads + 1
@@ -246,23 +252,25 @@ def test_what_does_not_fit_is_refused_in_one_line():
         lambda: read("msclip_s_b32", half)
     )
     assert "--image-heads 5 does not divide the width of 96" in refused(
-        lambda: read_msclip(tensors("msclip_s_b32"), heads=5)
+        lambda: parse_msclip_state_dict(tensors("msclip_s_b32"), heads=5)
     )
-    assert "96 wide, which is no multiple of 64" in refused(lambda: read_msclip(tensors("msclip_s_b32")))
+    assert "96 wide, which is no multiple of 64" in refused(lambda: parse_msclip_state_dict(tensors("msclip_s_b32")))
     assert "joins before 5 layers, and 1 are named; say which with --lateral" in refused(
-        lambda: read_msclip(tensors("msclip_s_b32"), heads=3, lateral_layers=[1])
+        lambda: parse_msclip_state_dict(tensors("msclip_s_b32"), heads=3, lateral_layers=[1])
     )
     assert "say 5 of 1 to 11 with --lateral" in refused(
-        lambda: read_msclip(tensors("msclip_s_b32"), heads=3, lateral_layers=[0, 1, 2, 3, 4])
+        lambda: parse_msclip_state_dict(tensors("msclip_s_b32"), heads=3, lateral_layers=[0, 1, 2, 3, 4])
     )
-    assert "it lacks 'visual.positional_embedding'" in refused(lambda: read_msclip({"a": torch.zeros(1)}))
+    assert "it lacks 'visual.positional_embedding'" in refused(lambda: parse_msclip_state_dict({"a": torch.zeros(1)}))
 
 
 def test_parts_that_the_layout_has_no_names_for_are_refused():
     model = read("msclip_plain")
     image, text = ImageTransformer(model.pair.image.settings), TextTransformer(model.pair.text.settings)
-    other = Pair(image, text, SharingSettings(layers="2", ffn={"low-rank": 4}), seed=0)
-    said = refused(lambda: write_msclip(MSCLIP(other, model.image_head, model.text_head, model.log_scale)))
+    other = TiedEncoders(image, text, SharingSettings(layers="2", ffn={"low-rank": 4}), seed=0)
+    said = refused(
+        lambda: to_msclip_state_dict(MSCLIPCheckpoint(other, model.image_head, model.text_head, model.log_scale))
+    )
     assert "no name for 'image.blocks.2.mlp.fc1.down'" in said
 
 
@@ -310,7 +318,7 @@ def test_every_row_of_the_spectrum_is_here():
 def image_macs(settings: ImageTransformerSettings) -> int:
     with torch.device("meta"):
         net, head, pixels = ImageTransformer(settings), nn.Linear(settings.width, 512), torch.zeros(1, 3, 224, 224)
-    return macs_of(lambda: head(net(pixels)[:, 0]))
+    return count_macs(lambda: head(net(pixels)[:, 0]))
 
 
 @cache
@@ -318,14 +326,14 @@ def text_macs(settings: TextTransformerSettings) -> int:
     with torch.device("meta"):
         net, head = TextTransformer(settings), nn.Linear(settings.width, 512)
         ids = torch.zeros(1, 77, dtype=torch.long)
-    return macs_of(lambda: head(net(ids, ids).last_hidden_state[:, -1]))
+    return count_macs(lambda: head(net(ids, ids).last_hidden_state[:, -1]))
 
 
 @pytest.mark.parametrize("name", SPECTRUM)
 def test_parameters_and_macs_to_the_unit(name: str):
     with torch.device("meta"):
         image, text, policy = spectrum(name)
-        pair = Pair(image, text, policy, seed=0)
+        pair = TiedEncoders(image, text, policy, seed=0)
         heads = [nn.Linear(net.settings.width, 512, bias=False) for net in (image, text)]
     total = sum(p.numel() for p in nn.ModuleList([pair, *heads]).parameters()) + 1  # the logit scale
     assert {
@@ -341,17 +349,17 @@ def test_every_row_of_the_spectrum_goes_there_and_back(name: str):
     """At a sixth of the width, or an eighth where the text net is narrower, and with weights that tell parts apart."""
     narrow = {} if SPECTRUM[name][1] else {"width": 64, "heads": 4}
     image, text, policy = spectrum(name, **narrow) if narrow else small_clip()
-    pair = Pair(image, text, policy, seed=0)
+    pair = TiedEncoders(image, text, policy, seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in pair.parameters():
             p.normal_(generator=generator)
     heads = torch.randn(8, image.settings.width), torch.randn(8, text.settings.width)
-    state = write_msclip(MSCLIP(pair, *heads, torch.tensor(1.0)))
-    again = read_msclip(state, heads=4)
+    state = to_msclip_state_dict(MSCLIPCheckpoint(pair, *heads, torch.tensor(1.0)))
+    again = parse_msclip_state_dict(state, heads=4)
     assert again.pair.image.settings == image.settings
     assert again.pair.sharing.layers == pair.sharing.layers
-    back = write_msclip(again)
+    back = to_msclip_state_dict(again)
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
 
 

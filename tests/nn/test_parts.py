@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clasp.models.tower import Tower
-from clasp.models.tuning.spec import freeze
+from clasp.models.tuning.spec import freeze_except
 from clasp.types import UserError
 from toytowers import NETS, base, inputs
 
@@ -30,7 +30,7 @@ def tuned(name: str, method: str) -> Tower:
         names = tower.tune([method], seed=0)
     except UserError:
         pytest.skip("this family cannot be tuned so")
-    freeze(tower, names)
+    freeze_except(tower, names)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in tower.parameters():

@@ -14,11 +14,19 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from clasp.models.backbone import Base
+from clasp.models.backbone import Backbone
 from clasp.models.dual_encoder import DualEncoder, HeadSettings
-from clasp.models.frozen import frozen_part
+from clasp.models.frozen import find_frozen_part
 from clasp.models.sharing.policy import SharingSettings
-from clasp.models.sharing.tie import Apart, LowRankLinear, Pair, aliases, from_scratch, share, tie
+from clasp.models.sharing.tie import (
+    LowRankLinear,
+    SplitQKV,
+    TiedEncoders,
+    parameter_aliases,
+    share_weights,
+    tie_parameters,
+    tied_from_scratch,
+)
 from clasp.models.tower import Tower
 from clasp.models.transformer.encoders import (
     ImageTransformer,
@@ -42,9 +50,9 @@ def nets(image: dict | None = None, text: dict | None = None, **both: Any) -> tu
     )
 
 
-def pair(image: dict | None = None, text: dict | None = None, both: dict | None = None, **policy: Any) -> Pair:
+def pair(image: dict | None = None, text: dict | None = None, both: dict | None = None, **policy: Any) -> TiedEncoders:
     """A pair whose every weight and statistic is random, so that nothing is an identity."""
-    made = Pair(*nets(image, text, **(both or {})), SharingSettings(**policy), seed=0)
+    made = TiedEncoders(*nets(image, text, **(both or {})), SharingSettings(**policy), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in made.parameters():
@@ -191,7 +199,7 @@ def test_layers_named_twice_are_refused():
 def test_policies_that_do_not_fit_the_nets_are_refused(
     image: dict[str, Any], text: dict[str, Any], policy: dict[str, Any], wanted: list[str]
 ):
-    refused(lambda: Pair(*nets(image, text), SharingSettings(**policy), seed=0), *wanted)
+    refused(lambda: TiedEncoders(*nets(image, text), SharingSettings(**policy), seed=0), *wanted)
 
 
 # --- what is shared --------------------------------------------------------------------------------------------------
@@ -236,7 +244,7 @@ def test_each_weight_is_counted_and_stored_once(name: str, tmp_path: Path):
     safetensors.torch.save_file(state, tmp_path / "pair.safetensors")
     stored = safetensors.torch.load_file(tmp_path / "pair.safetensors")
     assert sum(tensor.numel() * 4 for tensor in stored.values()) == 4 * numbers(made)
-    other = Pair(*nets(), SharingSettings(**policy), seed=5)
+    other = TiedEncoders(*nets(), SharingSettings(**policy), seed=5)
     other.load_state_dict(stored)
     assert torch.equal(read(other.image), read(made.image)) and torch.equal(read(other.text), read(made.text))
 
@@ -264,8 +272,8 @@ def test_who_holds_what():
         if number:
             assert ours.attn.qkv.q.weight is theirs.attn.qkv.q.weight
             assert ours.attn.qkv.k.weight is not theirs.attn.qkv.k.weight
-    assert aliases(made)["text.blocks.2.attn.qkv.v.bias"] == "image.blocks.2.attn.qkv.v.bias"
-    assert len(aliases(made)) == 3 * (2 * 2 + 2 + 2)
+    assert parameter_aliases(made)["text.blocks.2.attn.qkv.v.bias"] == "image.blocks.2.attn.qkv.v.bias"
+    assert len(parameter_aliases(made)) == 3 * (2 * 2 + 2 + 2)
 
 
 def test_a_stem_shifts_the_blocks_of_the_image_net():
@@ -280,7 +288,7 @@ def test_a_stem_shifts_the_blocks_of_the_image_net():
 def test_the_net_that_is_kept_says_what_it_said(keep: Any):
     image, text = nets()
     before = {"image": read(image), "text": read(text)}
-    Pair(image, text, SharingSettings(**BOTH, norm1="shared", k={"low-rank": 3}), seed=0, keep=keep)
+    TiedEncoders(image, text, SharingSettings(**BOTH, norm1="shared", k={"low-rank": 3}), seed=0, keep=keep)
     after = {"image": read(image), "text": read(text)}
     for side in before:
         same = torch.allclose(after[side], before[side], atol=1e-5)
@@ -290,11 +298,11 @@ def test_the_net_that_is_kept_says_what_it_said(keep: Any):
 def test_parts_taken_apart_compute_the_same():
     packed = nn.Linear(8, 24)
     x = torch.randn(2, 3, 8)
-    torch.testing.assert_close(Apart(packed)(x), packed(x))
+    torch.testing.assert_close(SplitQKV(packed)(x), packed(x))
 
 
 def test_a_low_rank_difference_starts_as_none_and_is_one_nets_own():
-    made = Pair(*nets(), SharingSettings(ffn={"low-rank": 4}), seed=0)
+    made = TiedEncoders(*nets(), SharingSettings(ffn={"low-rank": 4}), seed=0)
     linear: Any = made.text.blocks[0].get_submodule("mlp.fc1")
     assert isinstance(linear, LowRankLinear)
     x = torch.randn(5, 32)
@@ -315,7 +323,7 @@ def test_the_gradient_of_a_shared_weight_is_the_sum_of_both():
     apart.load_state_dict(state)
     tokens = words()
 
-    def backward(pair: Pair) -> None:
+    def backward(pair: TiedEncoders) -> None:
         text = pair.text(tokens.ids, tokens.mask.long()).last_hidden_state[:, 0]
         (pair.image(pictures())[:, 0] * text).sum().backward()
 
@@ -338,7 +346,7 @@ def test_copies_and_moves_keep_what_is_shared():
 
 def test_a_pair_from_scratch_is_the_same_each_time():
     policy = SharingSettings(**BOTH, q={"low-rank": 2})
-    one, two, other = (from_scratch(*nets(), policy, seed=seed) for seed in (1, 1, 2))
+    one, two, other = (tied_from_scratch(*nets(), policy, seed=seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not torch.equal(one.image.cls_token, other.image.cls_token)
     text: Any = one.text.blocks[0]
@@ -349,21 +357,21 @@ def test_a_pair_from_scratch_is_the_same_each_time():
 # --- towers that cannot tell -----------------------------------------------------------------------------------------
 
 
-def towers(made: Pair) -> tuple[Tower, Tower]:
+def towers(made: TiedEncoders) -> tuple[Tower, Tower]:
     return (
-        Tower(Base("views", "image", made.image, "0", "cls")),
-        Tower(Base("views", "text", made.text, "0", "last")),
+        Tower(Backbone("views", "image", made.image, "0", "cls")),
+        Tower(Backbone("views", "text", made.text, "0", "last")),
     )
 
 
-def encoder(made: Pair, image: list[str], text: list[str], **head: Any) -> DualEncoder:
+def encoder(made: TiedEncoders, image: list[str], text: list[str], **head: Any) -> DualEncoder:
     """A dual encoder on both views, its selection made under first names."""
     sides = dict(zip(("image", "text"), towers(made), strict=True))
     model = DualEncoder(sides["image"], sides["text"], HeadSettings(width=16, **head), loss="infonce", seed=0)
     chosen = set().union(*model.new_names.values())
     for number, (side, methods) in enumerate((("image", image), ("text", text))):
         chosen |= {f"{side}.{name}" for name in sides[side].tune(methods, seed=number)}
-    known = aliases(model)
+    known = parameter_aliases(model)
     model.select({known.get(name, name) for name in chosen})
     return model
 
@@ -379,8 +387,8 @@ def test_one_step_on_shared_weights_and_a_delta_that_holds_each_once(name: str, 
     weights = numbers(made)
     model = encoder(made, ["full"], ["full"])
     if made.sharing.head == "shared":
-        tie(model.image_head, model.text_head)
-        known = aliases(model)
+        tie_parameters(model.image_head, model.text_head)
+        known = parameter_aliases(model)
         model.select({known.get(name, name) for name in model.selection})
     heads = numbers(nn.ModuleList([model.image_head, model.text_head]))
     assert model.counts()["model"].total == model.counts()["model"].trained == weights + heads + 1
@@ -397,7 +405,7 @@ def test_one_step_on_shared_weights_and_a_delta_that_holds_each_once(name: str, 
     assert sum(tensor.numel() * tensor.element_size() for tensor in stored.values()) == 4 * (weights + heads + 1)
     again = encoder(pair(**POLICIES[name][0]), ["full"], ["full"])
     if made.sharing.head == "shared":
-        tie(again.image_head, again.text_head)
+        tie_parameters(again.image_head, again.text_head)
     with torch.no_grad():
         for name, p in again.named_parameters():
             p.copy_(stored[name])
@@ -425,7 +433,7 @@ def test_tuning_one_view_leaves_the_other_alone_unless_the_weight_is_shared(name
     if new_at_start:
         assert torch.allclose(read(made.image), before["image"], atol=1e-6)
     assert torch.allclose(read(made.text), before["text"], atol=1e-6), "nothing was put into the text net"
-    tokens, shared = words(), set(aliases(model).values())
+    tokens, shared = words(), set(parameter_aliases(model).values())
     out = model(batch())
     F.cross_entropy(out.scale * out.image @ out.text.T, torch.arange(3)).backward()
     given = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -479,7 +487,7 @@ def test_the_trunk_of_a_view_can_be_kept(stem: str | None):
             for depth in range(1, tower.frozen_blocks + 1):
                 assert torch.equal(tower(tower.trunk(given, depth)), whole), depth
         assert tower.frozen_blocks == 2
-        part = frozen_part(tower, 32)
+        part = find_frozen_part(tower, 32)
         assert part is not None and part.depth == 2
 
 
@@ -508,7 +516,7 @@ def test_what_one_tower_trains_is_no_trunk_of_the_other():
 
 def test_meta_nets_share_too():
     with torch.device("meta"):
-        made = Pair(*nets(), SharingSettings(**BOTH), seed=0)
+        made = TiedEncoders(*nets(), SharingSettings(**BOTH), seed=0)
         image, text = towers(made)
     assert image.width == text.width == 32
     assert numbers(made) == numbers(pair(**BOTH))
@@ -516,6 +524,6 @@ def test_meta_nets_share_too():
 
 def test_sharing_twice_is_sharing_once():
     image, text = nets()
-    share(image, text, SharingSettings(**BOTH))
-    share(image, text, SharingSettings(**BOTH))
+    share_weights(image, text, SharingSettings(**BOTH))
+    share_weights(image, text, SharingSettings(**BOTH))
     assert numbers(nn.ModuleList([image, text])) == numbers(pair(**BOTH))

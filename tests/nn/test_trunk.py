@@ -9,25 +9,25 @@ import pytest
 import torch
 from torch import nn
 
-from clasp.models.length_buckets import by_length, cheapest_parts
-from clasp.models.structure import anatomy
+from clasp.models.length_buckets import optimal_bucket_bounds, split_by_length
+from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
-from clasp.models.tuning.spec import freeze
-from clasp.training.memory import Kept
-from clasp.types import Pixels, States, Tokens, UserError
+from clasp.models.tuning.spec import freeze_except
+from clasp.training.memory import ActivationMemory
+from clasp.types import HiddenStates, Pixels, Tokens, UserError
 from toytowers import IMAGE_NETS, NETS, TEXT_NETS, base, inputs
 
 CUTTABLE = [name for name in NETS if name != "t5"]
 
 
 def blocks(tower: Tower) -> int:
-    return len(anatomy(tower.net).blocks)
+    return len(find_structure(tower.net).blocks)
 
 
 @pytest.mark.parametrize("name", CUTTABLE)
 def test_going_on_from_the_trunk_is_the_whole_tower_bitwise(name: str):
     tower, read = Tower(base(name)), inputs(name)
-    freeze(tower, [])
+    freeze_except(tower, [])
     assert tower.frozen_blocks == blocks(tower)
     with torch.no_grad():
         whole = tower(read)
@@ -48,7 +48,7 @@ def test_the_gradient_from_the_cut_is_that_of_the_whole(name: str, method: str):
         names = tower.tune([method], seed=0)
     except UserError:
         pytest.skip("this family cannot be tuned so")
-    freeze(tower, names)
+    freeze_except(tower, names)
     depth = tower.frozen_blocks
     assert depth == blocks(tower) - 1
     read = inputs(name, rows=4)
@@ -66,17 +66,17 @@ def test_the_gradient_from_the_cut_is_that_of_the_whole(name: str, method: str):
 def test_nothing_below_the_cut_is_kept_for_backward(name: str):
     """Autograd keeps no activation of the trunk: as much as when the trunk's states are given."""
     tower = Tower(base(name))
-    freeze(tower, tower.tune(["last(1)"], seed=0))
+    freeze_except(tower, tower.tune(["last(1)"], seed=0))
     read = inputs(name)
     left = tower.trunk(read, tower.frozen_blocks)
     assert not left.values.requires_grad
     assert kept_bytes(tower, read) == pytest.approx(kept_bytes(tower, left), rel=0.01)  # masks and other crumbs
-    freeze(tower, tower.tune(["full"], seed=0))
+    freeze_except(tower, tower.tune(["full"], seed=0))
     assert kept_bytes(tower, read) > kept_bytes(tower, left)
 
 
-def kept_bytes(tower: Tower, given: Pixels | Tokens | States) -> int:
-    with Kept(tower.parameters()) as kept:
+def kept_bytes(tower: Tower, given: Pixels | Tokens | HiddenStates) -> int:
+    with ActivationMemory(tower.parameters()) as kept:
         out = tower.pooled(given)
     assert out.requires_grad
     return kept.bytes
@@ -91,14 +91,14 @@ def kept_bytes(tower: Tower, given: Pixels | Tokens | States) -> int:
 )
 def test_the_cut_lies_below_everything_that_trains(method: str, depth: int):
     tower = Tower(base("vit"))
-    freeze(tower, tower.tune([method], seed=0))
+    freeze_except(tower, tower.tune([method], seed=0))
     assert tower.frozen_blocks == depth
     assert tower.wholly_frozen == (method == "none")
 
 
 def test_a_net_that_hands_on_more_than_states_is_not_cut():
     tower = Tower(base("t5"))
-    freeze(tower, tower.tune(["last(1)"], seed=0))
+    freeze_except(tower, tower.tune(["last(1)"], seed=0))
     assert tower.frozen_blocks == 0
 
 
@@ -127,7 +127,7 @@ def test_more_layers_stand_beside_the_last(name: str):
     expected = (early.values * early.mask[..., None]).sum(1) / early.mask.sum(1)[:, None]
     if name in TEXT_NETS:
         torch.testing.assert_close(both[:, one.width :], expected)
-    freeze(more, [])
+    freeze_except(more, [])
     assert more.frozen_blocks == 1, "the first block's states are read"
     with torch.no_grad():
         torch.testing.assert_close(more.pooled(more.trunk(read, 1)), both)
@@ -150,8 +150,8 @@ def test_parts_are_the_cheapest_of_all():
 
     every = [[0, *(n + 1 for n in range(7) if mask >> n & 1), 8] for mask in range(128)]
     for call in (0, 1, 3, 10, 1000):
-        assert cost(cheapest_parts(lengths, call), call) == min(cost(bounds, call) for bounds in every)
-    assert cheapest_parts(lengths, 1000) == [0, 8] and cheapest_parts([5, 5, 5], 0) == [0, 3]
+        assert cost(optimal_bucket_bounds(lengths, call), call) == min(cost(bounds, call) for bounds in every)
+    assert optimal_bucket_bounds(lengths, 1000) == [0, 8] and optimal_bucket_bounds([5, 5, 5], 0) == [0, 3]
 
 
 @pytest.mark.parametrize("name", TEXT_NETS)
@@ -168,7 +168,7 @@ def test_a_text_tower_in_parts_says_the_same(name: str, monkeypatch: pytest.Monk
         whole = tower.pooled(tokens)
         assert calls == [(6, 9)], "six short captions are not worth a second call"
         calls.clear()
-        monkeypatch.setattr("clasp.models.length_buckets.TOKENS_A_CALL", {"cpu": 0})
+        monkeypatch.setattr("clasp.models.length_buckets.TOKENS_PER_CALL", {"cpu": 0})
         parts = tower.pooled(tokens)
     assert calls == [(2, 9), (1, 4), (2, 3), (1, 1)]
     torch.testing.assert_close(parts, whole)
@@ -179,11 +179,11 @@ def test_a_text_tower_in_parts_says_the_same(name: str, monkeypatch: pytest.Monk
 
 
 def test_states_are_cut_to_their_lengths_too(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("clasp.models.length_buckets.TOKENS_A_CALL", {"cpu": 0})
+    monkeypatch.setattr("clasp.models.length_buckets.TOKENS_PER_CALL", {"cpu": 0})
     tower, read = Tower(base("bert")), inputs("bert", rows=4)
-    freeze(tower, tower.tune(["last(1)"], seed=0))
+    freeze_except(tower, tower.tune(["last(1)"], seed=0))
     left = tower.trunk(read, 1)
-    parts, back = by_length(replace(left, rows=torch.tensor([0, 0])))
+    parts, back = split_by_length(replace(left, rows=torch.tensor([0, 0])))
     assert [part.values.shape[:2] for part in parts] == [(2, 7), (2, 4)] and back is not None
     with torch.no_grad():
         torch.testing.assert_close(tower.pooled(left), tower.pooled(read))
@@ -192,10 +192,10 @@ def test_states_are_cut_to_their_lengths_too(monkeypatch: pytest.MonkeyPatch):
 def test_a_net_that_trains_is_called_as_often(monkeypatch: pytest.MonkeyPatch):
     """Gradients of a tower in parts are those of the tower in one."""
     tower, read = Tower(base("bert")), inputs("bert", rows=4)
-    freeze(tower, tower.tune(["full"], seed=0))
+    freeze_except(tower, tower.tune(["full"], seed=0))
     gradients = []
     for call in (0, 1000):
-        monkeypatch.setattr("clasp.models.length_buckets.TOKENS_A_CALL", {"cpu": call})
+        monkeypatch.setattr("clasp.models.length_buckets.TOKENS_PER_CALL", {"cpu": call})
         tower.zero_grad()
         tower.pooled(read).square().sum().backward()
         gradients.append([p.grad.clone() for p in tower.net.parameters() if p.grad is not None])
@@ -205,7 +205,7 @@ def test_a_net_that_trains_is_called_as_often(monkeypatch: pytest.MonkeyPatch):
 
 def test_blocks_keep_their_own_forward():
     tower = Tower(base("vit"))
-    freeze(tower, [])
+    freeze_except(tower, [])
     left = tower.trunk(inputs("vit"), 1)
     with pytest.raises(RuntimeError):
         tower(replace(left, values=left.values[..., :5]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clasp.models.tower import Tower
-from clasp.models.tuning.spec import freeze, parse, tune
+from clasp.models.tuning.spec import apply_tuning, freeze_except, parse_tuning_spec
 from clasp.types import UserError
 from toymethods import CANNOT, METHODS, OTHER_PEFT
 from toytowers import IMAGE_NETS, NETS, base, inputs
@@ -41,7 +41,7 @@ def test_one_selection(name: str, method: str):
             tower.tune([method], seed=0)
         return
     names = tower.tune([method], seed=0)
-    freeze(tower, names)
+    freeze_except(tower, names)
     after = tower.pooled(given)
     if method.partition("(")[0] in START_AS_IDENTITY:
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
@@ -63,26 +63,26 @@ def test_one_selection(name: str, method: str):
 def test_selection_names_the_right_tensors(name: str):
     """Norms are vectors of norm modules; biases never include a position table; the two overlap in norm biases only."""
     net = base(name).net
-    norms = {n for n in tune(net, ["norms"], seed=0)}
+    norms = {n for n in apply_tuning(net, ["norms"], seed=0)}
     assert norms
     assert all(dict(net.named_parameters())[n].ndim == 1 for n in norms)
     assert not any("scale" in n or "gamma" in n or "lambda" in n for n in norms)
 
 
 def test_block_ranges():
-    everything = tune(base("bert").net, ["norms"], seed=0)
-    top = tune(base("bert").net, ["norms(blocks='1:')"], seed=0)
+    everything = apply_tuning(base("bert").net, ["norms"], seed=0)
+    top = apply_tuning(base("bert").net, ["norms(blocks='1:')"], seed=0)
     assert top < everything
     assert {n for n in top if "layer.1." not in n} == set()
-    assert tune(base("bert").net, ["norms(blocks=-1)"], seed=0) == top
-    adapters = tune(base("vit").net, ["adapters(blocks='1:', reduction=8)"], seed=0)
+    assert apply_tuning(base("bert").net, ["norms(blocks=-1)"], seed=0) == top
+    adapters = apply_tuning(base("vit").net, ["adapters(blocks='1:', reduction=8)"], seed=0)
     assert {n.split(".")[1] for n in adapters} == {"1"}
 
 
 def test_combined_methods_do_not_depend_on_order():
     one, two = base("vit").net, base("vit").net
-    a = tune(one, ["lora(rank=2)", "norms", "deep(1)", "adapters"], seed=0)
-    b = tune(two, ["norms", "adapters", "deep(1)", "lora(rank=2)"], seed=0)
+    a = apply_tuning(one, ["lora(rank=2)", "norms", "deep(1)", "adapters"], seed=0)
+    b = apply_tuning(two, ["norms", "adapters", "deep(1)", "lora(rank=2)"], seed=0)
     assert a == b
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
     assert any("layers.2.adapter1" in n for n in a), "an appended block gets its adapters too"
@@ -98,7 +98,7 @@ def test_adapters_can_start_as_the_paper_has_them():
 
 def test_deep_copy_is_the_last_block():
     net = base("vit").net
-    tune(net, ["deep(2)"], seed=0)
+    apply_tuning(net, ["deep(2)"], seed=0)
     assert len(net.layers) == 4
     for p, q in zip(net.layers[1].parameters(), net.layers[3].parameters(), strict=True):
         assert torch.equal(p, q) and p is not q
@@ -131,16 +131,16 @@ def test_structure_is_found_where_the_family_is_unknown(name: str):
             self.final = torch.nn.LayerNorm(8)
 
     net = Mystery()
-    assert tune(net, ["last(1)"], seed=0) == {
+    assert apply_tuning(net, ["last(1)"], seed=0) == {
         f"stack.2.{n}"
         for n in ("self_attn.mix.weight", "self_attn.mix.bias", "ffn.mix.weight", "ffn.mix.bias", "ln.weight")
     } | {"final.weight", "final.bias"}
-    assert "stack.0.ln.weight" in tune(net, ["norms"], seed=0)
-    assert len(tune(net, ["adapters"], seed=0)) == 3 * 2 * 4
+    assert "stack.0.ln.weight" in apply_tuning(net, ["norms"], seed=0)
+    assert len(apply_tuning(net, ["adapters"], seed=0)) == 3 * 2 * 4
     with pytest.raises(UserError, match="no known branch input"):
-        tune(Mystery(), ["adapters(place='input')"], seed=0)
+        apply_tuning(Mystery(), ["adapters(place='input')"], seed=0)
     with pytest.raises(UserError, match=r"no blocks found; looked for"):
-        tune(torch.nn.Linear(2, 2), ["last(1)"], seed=0)
+        apply_tuning(torch.nn.Linear(2, 2), ["last(1)"], seed=0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_structure_is_found_where_the_family_is_unknown(name: str):
 )
 def test_what_does_not_read(spec: str, says: str):
     with pytest.raises(UserError, match=says):
-        parse(spec)
+        parse_tuning_spec(spec)
 
 
 def test_nothing_matched_is_an_error():
@@ -170,12 +170,12 @@ def test_nothing_matched_is_an_error():
         ("last(9)", "has 2 blocks"),
     ]:
         with pytest.raises(UserError, match=says):
-            tune(base("bert").net, [spec], seed=0)
+            apply_tuning(base("bert").net, [spec], seed=0)
     with pytest.raises(UserError, match="none stands alone"):
-        tune(base("bert").net, ["none", "norms"], seed=0)
+        apply_tuning(base("bert").net, ["none", "norms"], seed=0)
     for spec in ("lora(rnak=3)", "ia3(rank=3)", "hra(alpha=1)"):
         with pytest.raises(UserError, match="does not take"):
-            tune(base("bert").net, [spec], seed=0)
+            apply_tuning(base("bert").net, [spec], seed=0)
 
 
 def test_batch_norm_keeps_its_statistics():

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clasp.analysis.weight_drift import parts_of, whole
-from clasp.analysis.weight_interpolation import Way, obstacles
+from clasp.analysis.weight_drift import measure_drift, merge_drift
+from clasp.analysis.weight_interpolation import WeightInterpolation, interpolation_obstacles
 from clasp.models.tower import Tower
-from clasp.models.tuning.spec import freeze
+from clasp.models.tuning.spec import freeze_except
 from toytowers import base, inputs
 
 BRANCHED = ("deit3", "branch(before=(1,))")
@@ -60,8 +60,8 @@ def said(tower: Tower, name: str) -> torch.Tensor:
 def test_both_ends_are_exact(name: str, spec: str):
     own, tower = Tower(base(name)), tuned(name, spec)
     at_rest = said(tower, name)
-    assert obstacles(tower, own) == []
-    way = Way(tower, own)
+    assert interpolation_obstacles(tower, own) == []
+    way = WeightInterpolation(tower, own)
     assert not way.empty
     with way.at(0.0):
         assert torch.equal(said(tower, name), said(own, name))
@@ -75,14 +75,14 @@ def test_both_ends_are_exact(name: str, spec: str):
 
 def test_methods_together():
     own, tower = Tower(base("vit")), tuned("vit", "adapters", "norms", "lora(rank=2)")
-    with Way(tower, own).at(0.0):
+    with WeightInterpolation(tower, own).at(0.0):
         assert torch.equal(said(tower, "vit"), said(own, "vit"))
 
 
 def test_a_way_comes_back_after_an_error():
     own, tower = Tower(base("vit")), tuned("vit", "full")
     at_rest = said(tower, "vit")
-    with pytest.raises(RuntimeError, match="on the way"), Way(tower, own).at(0.25):
+    with pytest.raises(RuntimeError, match="on the way"), WeightInterpolation(tower, own).at(0.25):
         raise RuntimeError("on the way")
     assert torch.equal(said(tower, "vit"), at_rest)
 
@@ -92,7 +92,7 @@ def test_weights_are_interpolated():
     own, tower = Tower(base("bert")), tuned("bert", "full")
     then = {name: p.detach().clone() for name, p in own.named_parameters()}
     now = {name: p.detach().clone() for name, p in tower.named_parameters()}
-    with Way(tower, own).at(0.25):
+    with WeightInterpolation(tower, own).at(0.25):
         for name, parameter in tower.named_parameters():
             torch.testing.assert_close(parameter.data, 0.75 * then[name] + 0.25 * now[name])
 
@@ -103,7 +103,7 @@ def test_what_is_added_to_a_weight_grows_in_proportion(spec: str):
     layers = [m for m in tower.net.modules() if type(m).__name__ == "Linear" and type(m).__module__.startswith("peft")]
     layers += [m for m in tower.net.modules() if type(m).__module__.startswith("peft.tuners.lo") and _adds(m)]
     assert layers
-    way = Way(tower, own)
+    way = WeightInterpolation(tower, own)
     added = []
     for alpha in (0.25, 1.0):
         with way.at(alpha):
@@ -118,35 +118,35 @@ def _adds(module: torch.nn.Module) -> bool:
 
 
 def test_nothing_tuned_is_no_way_to_go():
-    assert Way(tuned("vit", "none"), Tower(base("vit"))).empty
+    assert WeightInterpolation(tuned("vit", "none"), Tower(base("vit"))).empty
 
 
 @pytest.mark.parametrize(("spec", "reason"), WITHOUT.items())
 def test_methods_without_a_way_say_so(spec: str, reason: str):
-    assert obstacles(tuned("vit", spec, "norms"), Tower(base("vit"))) == [reason]
+    assert interpolation_obstacles(tuned("vit", spec, "norms"), Tower(base("vit"))) == [reason]
 
 
 def test_statistics_that_move_are_no_way():
     tower = Tower(replace(base("own-stem"), from_seed=True))
-    freeze(tower, tower.tune(["full"], seed=0))
-    assert obstacles(tower, Tower(base("own-stem"))) == ["running statistics of BatchNorm"]
+    freeze_except(tower, tower.tune(["full"], seed=0))
+    assert interpolation_obstacles(tower, Tower(base("own-stem"))) == ["running statistics of BatchNorm"]
 
 
 # --- drift -----------------------------------------------------------------------------------------------------------
 
 
 def test_untouched_towers_have_not_moved():
-    for part in parts_of(tuned("vit", "none"), Tower(base("vit"))):
+    for part in measure_drift(tuned("vit", "none"), Tower(base("vit"))):
         assert part.change == 0 and part.new_fraction == 0
 
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_every_parameter_is_in_one_part(name: str):
     own, tower = Tower(base(name)), tuned(name, "lora(rank=2, targets='all')", "norms")
-    parts = parts_of(tower, own)
+    parts = measure_drift(tower, own)
     assert sum(len(part.after) + len(part.new) for part in parts) == len(list(tower.parameters()))
     assert [part.title for part in parts[1:-1]] == [f"block {n}" for n in range(1, len(parts) - 1)]
-    assert len(whole(parts).before) == len(list(own.parameters()))
+    assert len(merge_drift(parts).before) == len(list(own.parameters()))
 
 
 def test_drift_by_hand():
@@ -157,14 +157,14 @@ def test_drift_by_hand():
         block.layernorm_before.weight.mul_(2)
     moved = own.net.get_parameter("layers.1.layernorm_before.weight").detach().norm()
     size = torch.cat([p.detach().flatten() for p in own.net.get_submodule("layers.1").parameters()]).norm()
-    changes = {part.title: part.change for part in parts_of(tower, own)}
+    changes = {part.title: part.change for part in measure_drift(tower, own)}
     assert changes.pop("block 2") == pytest.approx(float(moved / size), rel=1e-5)
     assert set(changes) == {"input", "block 1", "output"} and not any(changes.values())
 
 
 def test_new_parts_are_told_apart():
     own, tower = Tower(base("vit")), tuned("vit", "adapters", "deep(1)")
-    parts = {part.title: part for part in parts_of(tower, own)}
+    parts = {part.title: part for part in measure_drift(tower, own)}
     new = sum(p.numel() for p in tower.parameters()) - sum(p.numel() for p in own.parameters())
     assert sum(p.numel() for part in parts.values() for p in part.new) == new
     assert parts["block 3"].new_fraction == 1 and not parts["block 3"].before

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clasp.data.images import ImageTransform
-from clasp.data.pairs import FileSource, folder_images, open_pairs
+from clasp.data.pairs import FileSource, list_images, open_pairs
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.inference import Model
+from clasp.models.inference import EmbeddingModel
 from clasp.report.contact_sheet import contact_sheet
-from clasp.search.engine import Catalogue, Engine, Indexed
+from clasp.search.engine import IndexReport, SearchEngine, UpdatableStore
 from clasp.search.entries import source_from_dict, source_to_dict
 from clasp.search.flat_store import FlatStore
 from clasp.types import Caption, Encoder, Hit, ImageInput, Pair, Pixels, TextInput, Tokens, UserError
@@ -62,15 +62,15 @@ class Colours:
         return F.normalize(colours - 0.5, dim=-1)
 
 
-def model(fingerprint: str = "f" * 64) -> Model:
+def model(fingerprint: str = "f" * 64) -> EmbeddingModel:
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: number for number, word in enumerate(COLOUR_WORDS)}, unk_token="a")
     )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return Model(Colours(fingerprint), TRANSFORM, Tokenizer(backend))
+    return EmbeddingModel(Colours(fingerprint), TRANSFORM, Tokenizer(backend))
 
 
-def seen(engine: Engine) -> int:
+def seen(engine: SearchEngine) -> int:
     assert isinstance(engine.model.encoder, Colours)
     return engine.model.encoder.seen
 
@@ -91,9 +91,9 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
+def engine(tmp_path: Path) -> Iterator[SearchEngine]:
     store = FlatStore(tmp_path / "store")
-    yield Engine(model(), store, batch=2)
+    yield SearchEngine(model(), store, batch=2)
     store.close()
 
 
@@ -101,11 +101,11 @@ def ids(hits: list[Hit]) -> list[str]:
     return [hit.id for hit in hits]
 
 
-def all_ids(engine: Engine) -> set[str]:
+def all_ids(engine: SearchEngine) -> set[str]:
     return {name for name, _ in engine.store.scan()}
 
 
-def counts(indexed: Indexed) -> tuple[int, int, int, int]:
+def counts(indexed: IndexReport) -> tuple[int, int, int, int]:
     return indexed.added, indexed.unchanged, len(indexed.skipped), indexed.encoded
 
 
@@ -117,10 +117,10 @@ def touch(path: Path) -> None:
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
-def test_by_words_by_an_image_and_by_both(engine: Engine, photos: Path):
+def test_by_words_by_an_image_and_by_both(engine: SearchEngine, photos: Path):
     assert isinstance(engine.model.encoder, Encoder)
-    assert isinstance(engine.store, Catalogue)
-    assert counts(engine.index(folder_images(photos))) == (3, 0, 0, 3)
+    assert isinstance(engine.store, UpdatableStore)
+    assert counts(engine.index(list_images(photos))) == (3, 0, 0, 3)
     assert ids(engine.search("a red", k=1)) == ["red.png"]
     assert ids(engine.search("blue")) == ["deep/blue.png", "deep/green.png", "red.png"]
     green = photos / "deep" / "green.png"
@@ -136,7 +136,7 @@ def test_by_words_by_an_image_and_by_both(engine: Engine, photos: Path):
     assert {hit.id: hit.score for hit in hits}["deep/blue.png"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_where_chooses_by_metadata(engine: Engine, tmp_path: Path):
+def test_where_chooses_by_metadata(engine: SearchEngine, tmp_path: Path):
     pairs = []
     for number, (name, colour) in enumerate(COLOURS.items()):
         (tmp_path / f"{name}.png").write_bytes(png(colour))
@@ -162,10 +162,10 @@ def test_where_chooses_by_metadata(engine: Engine, tmp_path: Path):
     assert counts(engine.index(pairs)) == (0, 6, 0, 0)
 
 
-def test_what_cannot_be_asked(engine: Engine, photos: Path):
+def test_what_cannot_be_asked(engine: SearchEngine, photos: Path):
     with pytest.raises(UserError, match="clasp index RUN FOLDER"):
         engine.search("red")
-    engine.index(folder_images(photos))
+    engine.index(list_images(photos))
     with pytest.raises(UserError, match="given neither"):
         engine.search()
     with pytest.raises(UserError, match="words '  '"):
@@ -184,83 +184,85 @@ def test_what_cannot_be_asked(engine: Engine, photos: Path):
 # --- encoding once ---------------------------------------------------------------------------------------------------
 
 
-def test_a_second_index_encodes_nothing_and_says_so(engine: Engine, photos: Path, monkeypatch: pytest.MonkeyPatch):
-    first = engine.index(folder_images(photos))
+def test_a_second_index_encodes_nothing_and_says_so(
+    engine: SearchEngine, photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = engine.index(list_images(photos))
     assert str(first).startswith("3 images added, 3 of them encoded; 0 unchanged; ")
     monkeypatch.setattr(FileSource, "read", lambda source: pytest.fail(f"{source.name} was read"))
-    again = engine.index(folder_images(photos))
+    again = engine.index(list_images(photos))
     assert counts(again) == (0, 3, 0, 0)
     assert str(again).startswith("nothing to encode: 3 images unchanged; ")
     assert seen(engine) == 3
 
 
-def test_only_what_changed_is_encoded(engine: Engine, photos: Path):
-    engine.index(folder_images(photos))
+def test_only_what_changed_is_encoded(engine: SearchEngine, photos: Path):
+    engine.index(list_images(photos))
     (photos / "red.png").write_bytes(png(COLOURS["yellow"]))
     touch(photos / "red.png")
     touch(photos / "deep" / "green.png")  # the time alone
     (photos / "black.png").write_bytes(png(COLOURS["black"]))
-    assert counts(engine.index(folder_images(photos))) == (2, 2, 0, 2)
+    assert counts(engine.index(list_images(photos))) == (2, 2, 0, 2)
     assert ids(engine.search("yellow", k=1)) == ["red.png"]
     assert ids(engine.search("black", k=1)) == ["black.png"]
     assert engine.store.count() == 4
-    assert counts(engine.index(folder_images(photos))) == (0, 4, 0, 0)
+    assert counts(engine.index(list_images(photos))) == (0, 4, 0, 0)
 
 
-def test_the_same_bytes_are_encoded_once_under_all_names(engine: Engine, photos: Path):
+def test_the_same_bytes_are_encoded_once_under_all_names(engine: SearchEngine, photos: Path):
     for number in range(5):  # more than a batch
         (photos / f"twin-{number}.png").write_bytes(png(COLOURS["red"]))
-    assert counts(engine.index(folder_images(photos))) == (8, 0, 0, 3)
+    assert counts(engine.index(list_images(photos))) == (8, 0, 0, 3)
     assert ids(engine.search("red", k=6)) == ["red.png", *(f"twin-{number}.png" for number in range(5))]
     os.rename(photos / "red.png", photos / "crimson.png")
-    assert counts(engine.index(folder_images(photos))) == (1, 7, 0, 0)
+    assert counts(engine.index(list_images(photos))) == (1, 7, 0, 0)
 
 
-def test_a_folder_that_moved_is_found_at_its_new_place(engine: Engine, photos: Path):
-    engine.index(folder_images(photos))
+def test_a_folder_that_moved_is_found_at_its_new_place(engine: SearchEngine, photos: Path):
+    engine.index(list_images(photos))
     moved = photos.rename(photos.with_name("moved"))
-    assert counts(engine.index(folder_images(moved))) == (0, 3, 0, 0)
+    assert counts(engine.index(list_images(moved))) == (0, 3, 0, 0)
     (hit,) = engine.search("red", k=1)
     assert (hit.id, hit.meta["name"]) == ("red.png", str(moved / "red.png"))
     assert engine.read_image(hit) == (moved / "red.png").read_bytes()
 
 
-def test_two_folders_with_the_same_names_are_both_kept(engine: Engine, photos: Path):
-    engine.index(folder_images(photos))
+def test_two_folders_with_the_same_names_are_both_kept(engine: SearchEngine, photos: Path):
+    engine.index(list_images(photos))
     scans = photos.with_name("scans")
     scans.mkdir()
     (scans / "red.png").write_bytes(png(COLOURS["purple"]))
     for expected in ((1, 0, 0, 1), (0, 1, 0, 0)):
-        assert counts(engine.index(folder_images(scans))) == expected
-        assert counts(engine.index(folder_images(photos))) == (0, 3, 0, 0)
+        assert counts(engine.index(list_images(scans))) == expected
+        assert counts(engine.index(list_images(photos))) == (0, 3, 0, 0)
         assert all_ids(engine) == {"red.png", "deep/green.png", "deep/blue.png", str(scans / "red.png")}
         assert ids(engine.search("purple", k=1)) == [str(scans / "red.png")]
 
 
-def test_an_image_is_in_the_store_once_whichever_folder_was_named(engine: Engine, photos: Path):
-    engine.index(folder_images(photos / "deep"))
-    assert counts(engine.index(folder_images(photos))) == (3, 0, 0, 1)
+def test_an_image_is_in_the_store_once_whichever_folder_was_named(engine: SearchEngine, photos: Path):
+    engine.index(list_images(photos / "deep"))
+    assert counts(engine.index(list_images(photos))) == (3, 0, 0, 1)
     assert all_ids(engine) == {"red.png", "deep/green.png", "deep/blue.png"}
 
 
-def test_ids_that_change_places_keep_their_vectors_apart(engine: Engine, photos: Path):
+def test_ids_that_change_places_keep_their_vectors_apart(engine: SearchEngine, photos: Path):
     # each id takes the image of another: what is to be shared may be overwritten before it is
     paths = sorted(photos.rglob("*.png"))
     for path, name in zip(paths, ("black", "green", "red"), strict=True):
         path.write_bytes(png(COLOURS[name]))
         touch(path)
-    engine.index(folder_images(photos))
+    engine.index(list_images(photos))
     contents = [path.read_bytes() for path in paths]
     for path, content in zip(paths, contents[1:] + contents[:1], strict=True):
         path.write_bytes(content)
         touch(path)
-    indexed = engine.index(folder_images(photos))
+    indexed = engine.index(list_images(photos))
     assert (indexed.added, indexed.unchanged, engine.store.count()) == (3, 0, 3)
     for path, name in zip(paths, ("green", "red", "black"), strict=True):
         assert ids(engine.search(name, k=1)) == [path.relative_to(photos).as_posix()]
 
 
-def test_new_captions_of_old_images_are_taken_over_without_encoding(engine: Engine, photos: Path):
+def test_new_captions_of_old_images_are_taken_over_without_encoding(engine: SearchEngine, photos: Path):
     source = FileSource(str(photos / "red.png"))
     engine.index([Pair("r", source, (Caption("a red"),), "g")])
     assert counts(engine.index([Pair("r", source, (Caption("rouge", "fr"),), "g")])) == (0, 1, 0, 0)
@@ -268,7 +270,7 @@ def test_new_captions_of_old_images_are_taken_over_without_encoding(engine: Engi
     assert hit.meta["captions"] == [{"text": "rouge", "language": "fr"}]
 
 
-def test_pairs_of_one_image_are_one_entry(engine: Engine, tmp_path: Path):
+def test_pairs_of_one_image_are_one_entry(engine: SearchEngine, tmp_path: Path):
     drawings = toys(4)
     write_csv(drawings, tmp_path)
     rows = [f"images/{toy.key}.png,words {number} of {toy.colour}" for toy in drawings for number in range(3)]
@@ -286,9 +288,9 @@ def test_pairs_of_every_form_can_be_found_and_read_again(tmp_path: Path, form: s
     drawings = toys(12)
     pairs = open_pairs(WRITERS[form](drawings, tmp_path / "pairs"))
     store = FlatStore(tmp_path / "store")
-    assert counts(Engine(model(), store, batch=5).index(pairs)) == (12, 0, 0, 12)
+    assert counts(SearchEngine(model(), store, batch=5).index(pairs)) == (12, 0, 0, 12)
     store.close()
-    engine = Engine(model(), FlatStore(tmp_path / "store"))
+    engine = SearchEngine(model(), FlatStore(tmp_path / "store"))
     bytes_of = {pair.id: pair.image.read() for pair in pairs}
     for toy in drawings:
         hits = engine.search(toy.caption, k=12)
@@ -298,26 +300,26 @@ def test_pairs_of_every_form_can_be_found_and_read_again(tmp_path: Path, form: s
     assert seen(engine) == 0
 
 
-def test_progress_counts_every_image(engine: Engine, photos: Path):
+def test_progress_counts_every_image(engine: SearchEngine, photos: Path):
     told: list[tuple[int, int]] = []
-    engine.index(folder_images(photos), lambda done, total: told.append((done, total)))
+    engine.index(list_images(photos), lambda done, total: told.append((done, total)))
     assert told == [(0, 3), (2, 3), (3, 3)]
     told.clear()
-    engine.index(folder_images(photos), lambda done, total: told.append((done, total)))
+    engine.index(list_images(photos), lambda done, total: told.append((done, total)))
     assert told == [(3, 3)]
 
 
-def test_what_was_kept_before_an_interruption_is_not_encoded_again(engine: Engine, photos: Path):
+def test_what_was_kept_before_an_interruption_is_not_encoded_again(engine: SearchEngine, photos: Path):
     def interrupted(done: int, total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine.index(folder_images(photos), interrupted)
-    assert counts(engine.index(folder_images(photos))) == (1, 2, 0, 1)
+        engine.index(list_images(photos), interrupted)
+    assert counts(engine.index(list_images(photos))) == (1, 2, 0, 1)
 
 
-def test_a_batch_is_read_while_the_one_before_it_is_encoded(engine: Engine, photos: Path):
+def test_a_batch_is_read_while_the_one_before_it_is_encoded(engine: SearchEngine, photos: Path):
     reads: list[str] = []
     third_is_read = threading.Event()
 
@@ -333,7 +335,7 @@ def test_a_batch_is_read_while_the_one_before_it_is_encoded(engine: Engine, phot
         return Colours().embed_image(inputs)
 
     engine.model.encoder.embed_image = patient
-    items = [(name, Told(source.name)) for name, source in folder_images(photos)]
+    items = [(name, Told(source.name)) for name, source in list_images(photos)]
     assert counts(engine.index(items)) == (3, 0, 0, 3)  # a batch is two
 
 
@@ -343,7 +345,7 @@ def test_one_thread_and_many_store_the_same(tmp_path: Path):
     stored = []
     for threads in (1, 4):
         store = FlatStore(tmp_path.with_name(f"{tmp_path.name}-{threads}"))
-        Engine(model(), store, batch=7, threads=threads).index(folder_images(tmp_path))
+        SearchEngine(model(), store, batch=7, threads=threads).index(list_images(tmp_path))
         names = [name for name, _ in store.scan()]
         stored.append((names, store.vectors(names).tolist()))
         store.close()
@@ -354,40 +356,40 @@ def test_one_thread_and_many_store_the_same(tmp_path: Path):
 # --- what is wrong ---------------------------------------------------------------------------------------------------
 
 
-def test_a_corrupt_image_is_skipped_and_named(engine: Engine, photos: Path, caplog: pytest.LogCaptureFixture):
+def test_a_corrupt_image_is_skipped_and_named(engine: SearchEngine, photos: Path, caplog: pytest.LogCaptureFixture):
     (photos / "bad.png").write_bytes(b"not an image")
     (photos / "cut.png").write_bytes(png((1, 2, 3), 64)[:-40])
     with caplog.at_level(logging.WARNING):
-        indexed = engine.index(folder_images(photos))
+        indexed = engine.index(list_images(photos))
     assert counts(indexed) == (3, 0, 2, 3)
     assert [name for name, _ in indexed.skipped] == ["bad.png", "cut.png"]
     assert "2 skipped: bad.png (not an image" in str(indexed)
     assert "skipped bad.png: not an image" in caplog.text
-    again = engine.index(folder_images(photos))
+    again = engine.index(list_images(photos))
     assert counts(again) == (0, 3, 2, 0)
     assert "2 skipped: bad.png" in str(again)
 
 
-def test_an_image_that_became_something_else_is_no_longer_found(engine: Engine, photos: Path):
-    engine.index(folder_images(photos))
+def test_an_image_that_became_something_else_is_no_longer_found(engine: SearchEngine, photos: Path):
+    engine.index(list_images(photos))
     (photos / "red.png").write_bytes(b"overwritten")
-    assert counts(engine.index(folder_images(photos))) == (0, 2, 1, 0)
+    assert counts(engine.index(list_images(photos))) == (0, 2, 1, 0)
     assert all_ids(engine) == {"deep/green.png", "deep/blue.png"}
 
 
-def test_a_copy_of_an_image_that_became_something_else_is_encoded(engine: Engine, photos: Path):
-    engine.index(folder_images(photos))
+def test_a_copy_of_an_image_that_became_something_else_is_encoded(engine: SearchEngine, photos: Path):
+    engine.index(list_images(photos))
     (photos / "copy.png").write_bytes((photos / "red.png").read_bytes())
     (photos / "red.png").write_bytes(b"overwritten")
     (photos / "more.png").write_bytes(png(COLOURS["black"]))
-    items = sorted(folder_images(photos), key=lambda item: item[0], reverse=True)  # red and more, then the copy
+    items = sorted(list_images(photos), key=lambda item: item[0], reverse=True)  # red and more, then the copy
     assert counts(engine.index(items)) == (2, 2, 1, 2)
     assert ids(engine.search("red", k=1)) == ["copy.png"]
 
 
-def test_an_image_out_of_reach_is_skipped_and_kept(engine: Engine, photos: Path):
+def test_an_image_out_of_reach_is_skipped_and_kept(engine: SearchEngine, photos: Path):
     # a disk that is not mounted today must not empty the store
-    pairs = [Pair(name, source, (Caption("a"),), name) for name, source in folder_images(photos)]
+    pairs = [Pair(name, source, (Caption("a"),), name) for name, source in list_images(photos)]
     engine.index(pairs)
     (photos / "red.png").unlink()
     indexed = engine.index(pairs)
@@ -396,54 +398,56 @@ def test_an_image_out_of_reach_is_skipped_and_kept(engine: Engine, photos: Path)
     assert "red.png" in all_ids(engine)
 
 
-def test_nothing_to_index(engine: Engine, tmp_path: Path):
+def test_nothing_to_index(engine: SearchEngine, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"has no images: looked for \.jpg, .*; found nothing"):
-        folder_images(tmp_path / "empty")
+        list_images(tmp_path / "empty")
     with pytest.raises(UserError, match="looked for pairs or images"):
         engine.index([])
     for number in range(3):
         (tmp_path / "empty" / f"{number}.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"none of 3 images can be read; the first: 0\.png: not an image"):
-        engine.index(folder_images(tmp_path / "empty"))
+        engine.index(list_images(tmp_path / "empty"))
     assert engine.store.count() == 0
 
 
-def test_an_id_given_twice(engine: Engine, photos: Path):
-    pairs = [Pair("same", source, (), "g") for _, source in folder_images(photos)]
+def test_an_id_given_twice(engine: SearchEngine, photos: Path):
+    pairs = [Pair("same", source, (), "g") for _, source in list_images(photos)]
     with pytest.raises(UserError, match=r"the id 'same' is given twice, to .*red\.png and to .*blue\.png"):
         engine.index(pairs)
 
 
-def test_another_models_store_is_refused_or_made_anew(engine: Engine, photos: Path, caplog: pytest.LogCaptureFixture):
-    engine.index(folder_images(photos))
+def test_another_models_store_is_refused_or_made_anew(
+    engine: SearchEngine, photos: Path, caplog: pytest.LogCaptureFixture
+):
+    engine.index(list_images(photos))
     engine.store.close()
     other = model("e" * 64)
     store = FlatStore(photos.with_name("store"))
     with pytest.raises(UserError, match=r"made with the model colours \(f{12}\), not colours \(e{12}\)") as caught:
-        Engine(other, store)
+        SearchEngine(other, store)
     assert "clasp index RUN FOLDER" in str(caught.value)
     with caplog.at_level(logging.WARNING):
-        assert counts(Engine.anew(other, store).index(folder_images(photos))) == (3, 0, 0, 3)
+        assert counts(SearchEngine.anew(other, store).index(list_images(photos))) == (3, 0, 0, 3)
     assert "3 embeddings were made with another model" in caplog.text
-    assert counts(Engine.anew(other, store).index(folder_images(photos))) == (0, 3, 0, 0)
+    assert counts(SearchEngine.anew(other, store).index(list_images(photos))) == (0, 3, 0, 0)
     store.close()
     assert FlatStore(photos.with_name("store")).model == other.fingerprint
 
 
-def test_a_model_that_gives_no_direction_is_told(tmp_path: Path, engine: Engine):
+def test_a_model_that_gives_no_direction_is_told(tmp_path: Path, engine: SearchEngine):
     (tmp_path / "grey").mkdir()
     (tmp_path / "grey" / "white.png").write_bytes(png((255, 255, 255)))
     engine.model.encoder.embed_image = lambda inputs: torch.full((len(inputs.values), 3), float("nan"))
     with pytest.raises(UserError, match=r"'white\.png' is zero or not finite"):
-        engine.index(folder_images(tmp_path / "grey"))
+        engine.index(list_images(tmp_path / "grey"))
 
 
 # --- hits into a picture ---------------------------------------------------------------------------------------------
 
 
-def test_a_sheet_shows_hits_and_leaves_a_place_for_what_has_gone(engine: Engine, photos: Path):
-    engine.index(folder_images(photos))
+def test_a_sheet_shows_hits_and_leaves_a_place_for_what_has_gone(engine: SearchEngine, photos: Path):
+    engine.index(list_images(photos))
     hits = engine.search("red")
     (photos / "deep" / "blue.png").unlink()
     (row,) = engine.sheet([("red", hits)], good=lambda title, hit: title in hit.id)
@@ -458,10 +462,10 @@ def test_a_sheet_shows_hits_and_leaves_a_place_for_what_has_gone(engine: Engine,
     assert captioned.tiles[0][1] == "1.0"
 
 
-def test_an_image_that_changed_is_not_shown_as_the_one_that_was_found(engine: Engine, photos: Path):
+def test_an_image_that_changed_is_not_shown_as_the_one_that_was_found(engine: SearchEngine, photos: Path):
     tar = write_tar(toys(3), photos.with_name("a.tar"))
     engine.index(open_pairs(tar))
-    engine.index(folder_images(photos))
+    engine.index(list_images(photos))
     hits = {hit.id: hit for hit in engine.search("red")}
     (photos / "red.png").write_bytes(png(COLOURS["blue"]))
     tar.write_bytes(write_tar(toys(5, seed=1), photos.with_name("b.tar")).read_bytes())
@@ -492,4 +496,4 @@ def test_sources_as_plain_data(tmp_path: Path):
 
     assert source_to_dict(Elsewhere()) is None
     with pytest.raises(UserError, match="there cannot be read again"):
-        Engine.read_image(Hit("x", 1.0, {"name": "there", "source": None}))
+        SearchEngine.read_image(Hit("x", 1.0, {"name": "there", "source": None}))

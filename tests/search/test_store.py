@@ -89,7 +89,7 @@ def test_many_queries_are_answered_as_one_by_one(tmp_path: Path, monkeypatch: py
     rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     store.add([str(number) for number in range(50)], rows, [{}] * 50)
     together = store.search(rows[:7], 5)
-    monkeypatch.setattr("clasp.search.flat_store._SCORES", 100)  # two queries at a time
+    monkeypatch.setattr("clasp.search.flat_store._SCORES_AT_ONCE", 100)  # two queries at a time
     assert store.search(rows[:7], 5) == together
     assert [store.search(rows[number : number + 1], 5)[0] for number in range(7)] == together
     assert [hits[0].id for hits in together] == [str(number) for number in range(7)]

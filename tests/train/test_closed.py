@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clasp.training.cca import Maps, cca
+from clasp.training.cca import CCAProjections, cca
 from clasp.types import UserError
 
 
@@ -23,7 +23,7 @@ def some_pairs(count: int = 400, *, image: int = 9, text: int = 6, shared: int =
     return x, y
 
 
-def slowly(x: Tensor, y: Tensor, width: int, ridge: float) -> Maps:
+def slowly(x: Tensor, y: Tensor, width: int, ridge: float) -> CCAProjections:
     """As the textbook has it: eigenvectors of (Cxx + r)^-1 Cxy (Cyy + r)^-1 Cyx, of unit length under Cxx + r."""
     n = len(x)
     cxx, cyy = (m.T @ m / n + ridge * torch.eye(m.shape[1], dtype=m.dtype) for m in (x, y))
@@ -34,7 +34,7 @@ def slowly(x: Tensor, y: Tensor, width: int, ridge: float) -> Maps:
     image = image / (image * (cxx @ image)).sum(0).sqrt()
     text = torch.linalg.inv(cyy) @ cxy.T @ image
     text = text / (text * (cyy @ text)).sum(0).sqrt()
-    return Maps(
+    return CCAProjections(
         (correlations[:, None] * image.T).float(), (correlations[:, None] * text.T).float(), correlations.float()
     )
 

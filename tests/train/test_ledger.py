@@ -20,16 +20,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from clasp import cli
 from clasp.commands import train as main_job
 from clasp.models.pooling import VisionTransformer
-from clasp.report.leaderboard import seconds_of
+from clasp.report.leaderboard import read_training_seconds
 from clasp.training.cost import meters
-from clasp.training.cost.flops import counted
-from clasp.training.cost.ledger import Cost, Ledger, Once, Session, Work, read_cost, scaled
-from clasp.training.cost.meters import Energy, Peak
+from clasp.training.cost.flops import count_flops
+from clasp.training.cost.ledger import CostLedger, CostSession, FrozenFlops, RunCost, StepFlops, format_si, read_cost
+from clasp.training.cost.meters import EnergyMeter, PeakMemoryMeter
 from clasp.training.loop import TrainSettings, fit
 from clasp.training.losses import LOSSES
 from clasp.training.state import TrainState
-from clasp.training.trackers.console import Progress, Silent
-from clasp.types import Batch, Embeddings, Pixels, Pooled, UserError
+from clasp.training.trackers.console import SilentReporter, TrainProgress
+from clasp.types import Batch, Embeddings, Pixels, PooledFeatures, UserError
 from toydata import toys, write_csv
 from toyruns import delta, lines, recipe, run, save_towers
 
@@ -68,7 +68,7 @@ def test_a_transformer_by_hand(kernel: str) -> None:
     net, pixels = vit(), torch.randn(5, 3, SIZE, SIZE)
     backend = {"fused": torch.nn.attention.SDPBackend.FLASH_ATTENTION, "plain": torch.nn.attention.SDPBackend.MATH}
     with torch.nn.attention.sdpa_kernel(backend[kernel]):
-        flops = counted(lambda: net(pixels).sum().backward())
+        flops = count_flops(lambda: net(pixels).sum().backward())
     assert flops.forward == 5 * (PATCHES + L * (LINEAR + ATTENTION))
     scores_again = ATTENTION / 2 if kernel == "fused" else 0
     assert flops.backward == 5 * (PATCHES + L * (2 * LINEAR + 2 * ATTENTION + scores_again))
@@ -79,19 +79,19 @@ def test_only_what_trains_has_a_backward_pass() -> None:
     """Of the last block: both gradients of what follows its first layer, of that layer those of its weights alone."""
     net = vit().requires_grad_(False)
     net.blocks[-1].requires_grad_(True)
-    flops = counted(lambda: net(torch.randn(1, 3, SIZE, SIZE)).sum().backward())
+    flops = count_flops(lambda: net(torch.randn(1, 3, SIZE, SIZE)).sum().backward())
     assert flops.forward == PATCHES + L * (LINEAR + ATTENTION)
     # the first norm trains too, so the gradient goes through the first layer of the block as well
     assert flops.backward == 2 * LINEAR + ATTENTION / 2 + 2 * ATTENTION
     net.blocks[-1].norm1.requires_grad_(False)
-    less = counted(lambda: net(torch.randn(1, 3, SIZE, SIZE)).sum().backward())
+    less = count_flops(lambda: net(torch.randn(1, 3, SIZE, SIZE)).sum().backward())
     assert flops.backward - less.backward == 2 * N * 3 * D**2
 
 
 def test_what_is_computed_again_counts_as_forward() -> None:
     net, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
-    once = counted(lambda: net(x).sum().backward())
-    twice = counted(lambda: checkpoint(net, x, use_reentrant=False).sum().backward())
+    once = count_flops(lambda: net(x).sum().backward())
+    twice = count_flops(lambda: checkpoint(net, x, use_reentrant=False).sum().backward())
     assert (once.forward, once.backward) == (2 * 512, 3 * 512)  # no gradient of x
     assert (twice.forward, twice.backward) == (3 * 512, 3 * 512)  # the second layer's answer is not needed again
 
@@ -99,17 +99,17 @@ def test_what_is_computed_again_counts_as_forward() -> None:
 @pytest.mark.parametrize("kind", LOSSES)
 def test_tiled_losses_are_counted_though_they_work_in_place(kind: str) -> None:
     image, text = (F.normalize(torch.randn(48, 16), dim=1).requires_grad_() for _ in range(2))
-    flops = counted(lambda: LOSSES[kind](image, text, torch.tensor(5.0), torch.tensor(0.0)).total.backward())
+    flops = count_flops(lambda: LOSSES[kind](image, text, torch.tensor(5.0), torch.tensor(0.0)).total.backward())
     assert flops == (2 * 48 * 48 * 16, 3 * 2 * 48 * 48 * 16, ())  # logits; logits again, and two gradients of them
 
 
 def test_convolutions_in_groups_are_not_counted_once_a_group() -> None:
     conv, x = nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.randn(2, 8, 10, 10, requires_grad=True)
     one = 2 * 2 * 100 * 8 * 9
-    assert counted(lambda: conv(x).sum().backward())[:2] == (one, 2 * one)
+    assert count_flops(lambda: conv(x).sum().backward())[:2] == (one, 2 * one)
     back, y = nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2), torch.randn(3, 6, 5, 5, requires_grad=True)
     one = 2 * 3 * 25 * 6 * 2 * 4
-    assert counted(lambda: back(y).sum().backward())[:2] == (one, 2 * one)
+    assert count_flops(lambda: back(y).sum().backward())[:2] == (one, 2 * one)
 
 
 def test_products_by_hand() -> None:
@@ -130,21 +130,21 @@ def test_products_by_hand() -> None:
     ):
         for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
             with mode():
-                assert counted(product) == (flops, 0, ()), (flops, mode)
+                assert count_flops(product) == (flops, 0, ()), (flops, mode)
 
 
 def test_as_pytorch_counts_where_it_is_right() -> None:
     net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10)), torch.randn(2, 3, 8, 8)
     with FlopCounterMode(display=False) as theirs:
         net(x).sum().backward()
-    assert sum(counted(lambda: net(x).sum().backward())[:2]) == theirs.get_total_flops()
+    assert sum(count_flops(lambda: net(x).sum().backward())[:2]) == theirs.get_total_flops()
 
 
 def test_what_has_no_formula_is_named() -> None:
-    flops = counted(lambda: nn.LSTM(4, 4)(torch.ones(3, 2, 4)))
+    flops = count_flops(lambda: nn.LSTM(4, 4)(torch.ones(3, 2, 4)))
     assert len(flops.left_out) == 1 and "rnn" in flops.left_out[0] and flops.forward == 0
     quiet = nn.Sequential(nn.LayerNorm(4), nn.GELU(), nn.Softmax(-1), nn.Upsample(scale_factor=2, mode="linear"))
-    assert counted(lambda: quiet(torch.ones(1, 4, 4))) == (0, 0, ())
+    assert count_flops(lambda: quiet(torch.ones(1, 4, 4))) == (0, 0, ())
 
 
 # --- a count that leaves no trace ------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Toy(nn.Module):
     def embed_image(self, inputs: Pixels) -> Tensor:
         return F.normalize(self.image(inputs.values), dim=-1)
 
-    def embed_text(self, inputs: Pooled) -> Tensor:
+    def embed_text(self, inputs: PooledFeatures) -> Tensor:
         return F.normalize(self.text(inputs.values), dim=-1)
 
     def scale_and_bias(self) -> tuple[Tensor, None]:
@@ -204,14 +204,16 @@ class Stream:
             image, text = torch.randn(8, 3, 1, 2, generator=generator), torch.randn(8, 5, generator=generator)
             rows = torch.arange(8)
             if index >= start:
-                yield Batch(tuple(map(str, rows)), Pixels(image), Pooled(text), torch.stack([rows, rows], 1))
+                yield Batch(tuple(map(str, rows)), Pixels(image), PooledFeatures(text), torch.stack([rows, rows], 1))
 
 
-def ledger() -> Ledger:
-    return Ledger(CPU, {"model": {"total": 9, "trained": 3}})
+def ledger() -> CostLedger:
+    return CostLedger(CPU, {"model": {"total": 9, "trained": 3}})
 
 
-def fitted(book: Ledger | None, batches: int = 2, **changes: object) -> tuple[dict[str, Tensor], list[dict], Tensor]:
+def fitted(
+    book: CostLedger | None, batches: int = 2, **changes: object
+) -> tuple[dict[str, Tensor], list[dict], Tensor]:
     """What a run of one epoch leaves: tensors, log, and where the generator is."""
     settings = TrainSettings(batch=8, epochs=1, lr=0.02, precision="float32", log_every=1, keep="last")
     model, rows = Toy(), []
@@ -264,7 +266,7 @@ class Clock:
 
 def test_every_second_is_of_one_stage() -> None:
     clock = Clock()
-    book = Ledger(CPU, {"model": {"total": 9, "trained": 3}}, clock=clock)
+    book = CostLedger(CPU, {"model": {"total": 9, "trained": 3}}, clock=clock)
 
     def lasts(seconds: float) -> None:
         clock.now += seconds
@@ -286,15 +288,15 @@ def test_every_second_is_of_one_stage() -> None:
     assert seconds == {"features": 18, "training": 164, "evaluation": 8, "saving": 64, "rest": 1}
 
 
-def session(**changes: object) -> Session:
+def session(**changes: object) -> CostSession:
     facts = dict(first_step=0, steps=10, pairs=80, pairs_per_second=4.0, step_seconds=20.0, seconds={"training": 21.0})
     facts |= dict(peak_bytes=100, peak="so", energy_kwh=0.5, energy="so", machine={"cpu": "x"})
-    return Session(**{**facts, **changes})  # type: ignore[arg-type]
+    return CostSession(**{**facts, **changes})  # type: ignore[arg-type]
 
 
 def test_sessions_add_up_and_what_one_cannot_tell_none_can() -> None:
     one, two = session(), session(first_step=10, steps=30, pairs_per_second=2.0, peak_bytes=300, energy_kwh=0.25)
-    cost = Cost({"model": {"total": 9, "trained": 3}}, Work(80, 160, 8, 8, ()), {}, 7, (one, two))
+    cost = RunCost({"model": {"total": 9, "trained": 3}}, StepFlops(80, 160, 8, 8, ()), {}, 7, (one, two))
     assert (cost.peak_bytes, cost.energy_kwh, cost.seconds) == (300, 0.75, {"training": 42.0})
     assert cost.pairs_per_second == 2.0, "most of the steps were that slow"
     assert (cost.forward_flops, cost.backward_flops) == (10, 20)
@@ -304,15 +306,17 @@ def test_sessions_add_up_and_what_one_cannot_tell_none_can() -> None:
         **dict(forward_flops_per_pair=10, backward_flops_per_pair=20, peak_bytes=300, pairs_per_second=2.0),
         **dict(seconds={"training": 42.0}, energy_kwh=0.75),
     }
-    lost = Cost(cost.parameters, None, {"text": Once(5, "all")}, None, (one, session(peak_bytes=None, energy_kwh=None)))
+    lost = RunCost(
+        cost.parameters, None, {"text": FrozenFlops(5, "all")}, None, (one, session(peak_bytes=None, energy_kwh=None))
+    )
     assert lost.peak_bytes is lost.energy_kwh is lost.forward_flops is None
     assert str(lost) == "peak not measured, 4 pairs/s, 42 s"
     for each in (cost, lost):
-        assert Cost.of(json.loads(each.to_json())) == each
+        assert RunCost.of(json.loads(each.to_json())) == each
 
 
 def test_prefixes() -> None:
-    said = [scaled(value, "B") for value in (0, 84, 999.6, 1234, 12.34e9, 999.96e6, 2.5e13)]
+    said = [format_si(value, "B") for value in (0, 84, 999.6, 1234, 12.34e9, 999.96e6, 2.5e13)]
     assert said == ["0 B", "84 B", "1.00 kB", "1.23 kB", "12.3 GB", "1.00 GB", "25.0 TB"]
 
 
@@ -337,23 +341,23 @@ def test_the_peak_is_that_of_training_above_what_was_there() -> None:
 
 
 def test_where_no_peak_can_be_set_back_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meters, "_SET_BACK", tmp_path / "missing" / "clear_refs")
-    peak = Peak(CPU)
+    monkeypatch.setattr(meters, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    peak = PeakMemoryMeter(CPU)
     peak.begin()
     peak.end()
     assert peak.reading.value is None and "does not let the peak of a process be set back" in peak.reading.how
-    assert Peak(torch.device("mps")).reading.how == "not measured: PyTorch tells no peak for mps"
+    assert PeakMemoryMeter(torch.device("mps")).reading.how == "not measured: PyTorch tells no peak for mps"
 
 
 @LINUX
 def test_a_peak_of_nothing_is_none() -> None:
-    assert Peak(CPU).reading == (None, "not measured: nothing was trained")
+    assert PeakMemoryMeter(CPU).reading == (None, "not measured: nothing was trained")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_peak_of_a_gpu_is_that_of_its_tensors() -> None:
-    peak, mb = Peak(torch.device("cuda")), 2**20
+    peak, mb = PeakMemoryMeter(torch.device("cuda")), 2**20
     there = torch.ones(8 * mb // 4, device="cuda")
     torch.ones(256 * mb // 4, device="cuda")
     peak.begin()
@@ -385,7 +389,7 @@ def test_codecarbon_measures_without_a_file_a_word_or_a_connection(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CODECARBON_EMISSIONS_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("CODECARBON_OUTPUT_METHODS", "csv,api")
-    energy = Energy()
+    energy = EnergyMeter()
     assert energy.reading.value is None
     energy.start()
     matrix = torch.randn(400, 400)
@@ -415,7 +419,7 @@ def test_codecarbon_measures_without_a_file_a_word_or_a_connection(
     ],
 )
 def test_what_was_measured_and_what_estimated(part: str, said: str) -> None:
-    assert meters._spoken(part) == said
+    assert meters._describe_part(part) == said
 
 
 # --- a run and its cost ----------------------------------------------------------------------------------------------
@@ -448,7 +452,7 @@ def test_a_run_on_frozen_towers_says_what_a_step_takes_and_what_was_taken_once(
     assert all(only.seconds[stage] > 0 for stage in ("features", "training", "evaluation", "saving", "counting"))
     assert only.pairs_per_second and only.seconds["training"] > only.step_seconds > 0
     card = (tmp_path / "run" / "README.md").read_text()
-    assert f"| {scaled(work.forward / 16, 'FLOP')} / {scaled(work.backward / 16, 'FLOP')} |" in card
+    assert f"| {format_si(work.forward / 16, 'FLOP')} / {format_si(work.backward / 16, 'FLOP')} |" in card
     assert "| frozen and kept: all of file:" in card and "| energy |" in card and "None" not in card
 
 
@@ -465,13 +469,13 @@ def test_the_trunk_counts_in_every_step_where_it_is_not_kept(towers: Path, pairs
     assert 1 < different <= 16 and different == int(different)
 
 
-class StopAt(Silent):
+class StopAt(SilentReporter):
     """Presses Ctrl-C after a step."""
 
     def __init__(self, step: int) -> None:
         self.at = step
 
-    def step(self, progress: Progress) -> None:
+    def step(self, progress: TrainProgress) -> None:
         if progress.step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -479,7 +483,7 @@ class StopAt(Silent):
 def test_a_stopped_run_and_its_resumption_add_up(towers: Path, pairs: Path, tmp_path: Path) -> None:
     made = recipe(towers, pairs, "head.noise=0.5")
     whole, folder = run(made, tmp_path / "whole").cost, tmp_path / "run"
-    main_job.align(made, folder, say=str, reporter=StopAt(4))
+    main_job.train_recipe(made, folder, say=str, reporter=StopAt(4))
     first = read_cost(folder)
     assert [each.steps for each in first.sessions] == [4] and first.delta_bytes
     again = main_job.Recipe.model_validate({**made.to_dict(), "train": read_recipe(folder)["train"]})
@@ -495,7 +499,7 @@ def test_a_stopped_run_and_its_resumption_add_up(towers: Path, pairs: Path, tmp_
 
 
 def read_recipe(folder: Path) -> dict:
-    return main_job.Run(folder).recipe()
+    return main_job.RunFolder(folder).recipe()
 
 
 def test_a_killed_run_leaves_whole_books_and_goes_on_with_them(
@@ -524,7 +528,7 @@ def test_a_killed_run_leaves_whole_books_and_goes_on_with_them(
 
 def test_a_run_from_before_there_were_books_goes_on(towers: Path, pairs: Path, tmp_path: Path) -> None:
     made, folder = recipe(towers, pairs), tmp_path / "run"
-    main_job.align(made, folder, say=str, reporter=StopAt(4))
+    main_job.train_recipe(made, folder, say=str, reporter=StopAt(4))
     (folder / "cost.json").unlink()
     again = main_job.Recipe.model_validate({**made.to_dict(), "train": read_recipe(folder)["train"]})
     cost = run(again, folder, resume=True).cost
@@ -542,11 +546,11 @@ def test_books_that_are_missing_or_damaged(tmp_path: Path) -> None:
 
 
 def test_a_sweep_reads_the_seconds_of_training_and_evaluation(tmp_path: Path) -> None:
-    assert seconds_of(tmp_path) is None, "nobody wrote them down"
+    assert read_training_seconds(tmp_path) is None, "nobody wrote them down"
     stages = {"features": 1.0, "training": 2.0, "evaluation": 4.0, "saving": 8.0}
-    cost = Cost({"model": {"total": 9, "trained": 3}}, None, {}, None, (session(seconds=stages),) * 2)
+    cost = RunCost({"model": {"total": 9, "trained": 3}}, None, {}, None, (session(seconds=stages),) * 2)
     (tmp_path / "cost.json").write_text(cost.to_json())
-    assert seconds_of(tmp_path) == 12.0
+    assert read_training_seconds(tmp_path) == 12.0
 
 
 def test_the_command_says_it_in_a_line(
@@ -566,9 +570,9 @@ def test_the_first_log_line_has_no_counting_in_it(
     towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counting is made to last; no rate in the log, and no rate of the books, may notice."""
-    count = Ledger.count
+    count = CostLedger.count
 
-    def slow(self: Ledger, *given: object) -> None:
+    def slow(self: CostLedger, *given: object) -> None:
         with self.stage("counting"):
             if self._work is None:
                 import time
@@ -576,7 +580,7 @@ def test_the_first_log_line_has_no_counting_in_it(
                 time.sleep(1.5)
         count(self, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Ledger, "count", slow)
+    monkeypatch.setattr(CostLedger, "count", slow)
     cost = run(recipe(towers, pairs, "train.log_every=1"), tmp_path / "run").cost
     rates = [row["pairs_per_second"] for row in lines(tmp_path / "run" / "log.jsonl") if row["event"] == "step"]
     assert cost.seconds["counting"] > 1.5 > cost.sessions[0].step_seconds
@@ -588,11 +592,11 @@ def test_a_state_that_was_never_saved_has_no_books(
 ) -> None:
     """A run that fails before its first saving does not block its name."""
 
-    def failing(self: main_job.Run, state: TrainState) -> None:
+    def failing(self: main_job.RunFolder, state: TrainState) -> None:
         raise UserError("no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(main_job.Run, "save_state", failing)
+        patch.setattr(main_job.RunFolder, "save_state", failing)
         with pytest.raises(UserError, match="no space"):
             run(recipe(towers, pairs), tmp_path / "run")
     assert not (tmp_path / "run" / "cost.json").exists()

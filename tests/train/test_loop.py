@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from clasp.training import loop, step
 from clasp.training import optimizer as optim
-from clasp.training.interrupt import Interruption
-from clasp.training.loop import Fitted, Position, TrainSettings, TrainState, fit
+from clasp.training.interrupt import GracefulStop
+from clasp.training.loop import FitResult, TrainPosition, TrainSettings, TrainState, fit
 from clasp.training.settings import LrFactors
-from clasp.types import Batch, Embeddings, LossParts, Pooled, Skipped, UserError
+from clasp.types import Batch, Embeddings, LossParts, PooledFeatures, SkippedSample, UserError
 
 PAIRS, BATCH, STEPS_AN_EPOCH = 24, 8, 3
 SETTINGS = TrainSettings(batch=BATCH, epochs=4, lr=0.02, precision="float32", log_every=2, evaluate_every=1)
@@ -53,10 +53,10 @@ class Toy(nn.Module):
     def embed(self, tower: nn.ModuleDict, values: Tensor) -> Tensor:
         return F.normalize(tower["head"](F.dropout(tower["trunk"](values).relu(), 0.3, self.training)), dim=-1)
 
-    def embed_image(self, inputs: Pooled) -> Tensor:
+    def embed_image(self, inputs: PooledFeatures) -> Tensor:
         return self.embed(self.image, inputs.values)
 
-    def embed_text(self, inputs: Pooled) -> Tensor:
+    def embed_text(self, inputs: PooledFeatures) -> Tensor:
         return self.embed(self.text, inputs.values)
 
     def scale_and_bias(self) -> tuple[Tensor, None]:
@@ -91,7 +91,7 @@ class Stream:
 
     def rows(self, rows: Tensor) -> Batch:
         groups, ids = torch.stack([rows, rows], dim=1), tuple(str(row) for row in rows.tolist())
-        return Batch(ids, Pooled(self.images[rows]), Pooled(self.texts[rows]), groups)
+        return Batch(ids, PooledFeatures(self.images[rows]), PooledFeatures(self.texts[rows]), groups)
 
 
 def kill(signal_number: int, at: int) -> Callable[[int], None]:
@@ -137,7 +137,9 @@ def accuracy(model: Toy) -> dict[str, float]:
 Lines = list[dict[str, Any]]
 
 
-def run(settings: TrainSettings = SETTINGS, stream: Stream | None = None, **options: Any) -> tuple[Toy, Fitted, Lines]:
+def run(
+    settings: TrainSettings = SETTINGS, stream: Stream | None = None, **options: Any
+) -> tuple[Toy, FitResult, Lines]:
     model, lines = Toy(), Lines()
     fitted = fit(model, stream or Stream(), contrast, settings, log=lines.append, **options)
     return model, fitted, lines
@@ -154,7 +156,7 @@ def test_learns_and_only_the_selection_moves() -> None:
     moved = {name for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
     assert moved == model.selection
     assert 1.949 < model.log_scale.item() < 2.011, "after_step must clamp the scale"
-    assert fitted.position == Position(60, 0, 180) and fitted.pairs == 180 * BATCH and not fitted.interrupted
+    assert fitted.position == TrainPosition(60, 0, 180) and fitted.pairs == 180 * BATCH and not fitted.interrupted
 
 
 def test_equals_the_obvious_loop() -> None:
@@ -239,7 +241,7 @@ def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, ke
     assert same(weights(whole), weights(rest))
     assert same(states[-1].tensors(), saved[-1].tensors()) and states[-1].facts() == saved[-1].facts()
     assert (fitted.held, fitted.metrics) == (finished.held, finished.metrics)
-    assert fitted.held == (Position(1, 3, 6) if keep == "best" else Position(4, 0, 12))
+    assert fitted.held == (TrainPosition(1, 3, 6) if keep == "best" else TrainPosition(4, 0, 12))
 
     again, nothing, _ = run(settings, kinds=kinds, start=saved[-1], **scored(iter(())))
     assert nothing.pairs == 0 and same(weights(again), weights(whole)), "a finished run goes on to the same end"
@@ -248,7 +250,7 @@ def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, ke
 def test_handlers_come_back_and_sigterm_stops_too() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     _, fitted, _ = run(stream=Stream(before=kill(signal.SIGTERM, 4)))
-    assert fitted.interrupted and fitted.position == Position(1, 2, 5)
+    assert fitted.interrupted and fitted.position == TrainPosition(1, 2, 5)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -268,7 +270,7 @@ def test_second_signal_raises_at_once() -> None:
 
 def test_a_forked_process_ends_on_sigterm_and_leaves_ctrl_c_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[int] = []
-    with Interruption() as stop:
+    with GracefulStop() as stop:
         monkeypatch.setattr(os, "getpid", lambda: -1)
         monkeypatch.setattr(os, "kill", lambda process, number: killed.append(number))
         signal.raise_signal(signal.SIGINT)
@@ -279,7 +281,7 @@ def test_a_forked_process_ends_on_sigterm_and_leaves_ctrl_c_to_its_parent(monkey
 
 
 def test_a_thread_trains_without_touching_signals() -> None:
-    results: list[Fitted] = []
+    results: list[FitResult] = []
     thread = threading.Thread(target=lambda: results.append(run()[1]))
     thread.start()
     thread.join()
@@ -295,7 +297,7 @@ def test_state_of_another_run_is_refused() -> None:
 
 
 def test_saves_by_the_clock() -> None:
-    saved: list[Position] = []
+    saved: list[TrainPosition] = []
     run(SETTINGS.model_copy(update={"save_every_minutes": 1e-9}), save=lambda state: saved.append(state.position))
     assert [position.step for position in saved] == [*range(1, 13), 12]
 
@@ -338,7 +340,7 @@ def test_a_step_that_is_not_finite_is_not_taken(poison: str, message: str) -> No
 def test_best_is_restored_last_is_left_and_nan_never_wins() -> None:
     seen: list[dict[str, Tensor]] = []
 
-    def train(keep: str, *scores: float) -> tuple[Toy, Fitted, Lines]:
+    def train(keep: str, *scores: float) -> tuple[Toy, FitResult, Lines]:
         model, lines, left = Toy(), Lines(), iter(scores)
         seen.clear()
 
@@ -362,7 +364,7 @@ def test_best_is_restored_last_is_left_and_nan_never_wins() -> None:
 def test_the_start_may_be_the_best_there_is() -> None:
     scores = iter([0.9, 0.1, 0.2, 0.3, 0.4])
     model, fitted, _ = run(SETTINGS, evaluate=lambda: {"score": next(scores)}, primary="score")
-    assert same(weights(model), weights(Toy())) and fitted.held == Position(0, 0, 0)
+    assert same(weights(model), weights(Toy())) and fitted.held == TrainPosition(0, 0, 0)
 
 
 def test_evaluates_every_so_many_epochs_and_after_the_last() -> None:
@@ -383,7 +385,9 @@ def test_log_lines_are_json_and_follow_the_schedule() -> None:
     steps = [line for line in lines if line["event"] == "step"]
     assert [line["step"] for line in steps] == [5, 10, 12] and [line["epoch"] for line in steps] == [2, 4, 4]
     for line in steps:
-        assert line["lr"] == pytest.approx(0.02 * optim.warmup_cosine(line["step"] - 1, optim.Course(12, 4, 1, 0.0)))
+        assert line["lr"] == pytest.approx(
+            0.02 * optim.warmup_cosine(line["step"] - 1, optim.ScheduleContext(12, 4, 1, 0.0))
+        )
         assert 0 <= line["data_seconds_share"] <= 1 and line["pairs_per_second"] > 0
         assert math.exp(1.949) < line["scale"] < math.exp(2.011) and line["gradient_norm"] > 0
 
@@ -395,7 +399,7 @@ def test_skipped_samples_are_named_once_and_short_batches_pass() -> None:
         def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
             for index, batch in enumerate(super().epoch(number, start), start):
                 keep = {0: 8, 1: 7, 2: 1}[index]
-                lost = tuple(Skipped(f"bad {index}.{n}", "truncated") for n in range(8 - keep))
+                lost = tuple(SkippedSample(f"bad {index}.{n}", "truncated") for n in range(8 - keep))
                 rows = torch.tensor([int(name) for name in batch.ids[:keep]])
                 yield replace(self.rows(rows), skipped=lost)
 
@@ -409,10 +413,10 @@ def test_skipped_samples_are_named_once_and_short_batches_pass() -> None:
             said.append(line)
 
     model, fitted, lines = run(stream=Holes(), reporter=Ear())
-    assert fitted.position == Position(4, 0, 12) and fitted.pairs == 4 * (8 + 7)
-    assert len(fitted.skipped) == 8 and fitted.skipped[0] == Skipped("bad 1.0", "truncated")
+    assert fitted.position == TrainPosition(4, 0, 12) and fitted.pairs == 4 * (8 + 7)
+    assert len(fitted.skipped) == 8 and fitted.skipped[0] == SkippedSample("bad 1.0", "truncated")
     steps = [line for line in lines if line["event"] == "step"]
-    named = [Skipped(line["id"], line["reason"]) for line in lines if line["event"] == "skipped"]
+    named = [SkippedSample(line["id"], line["reason"]) for line in lines if line["event"] == "skipped"]
     assert tuple(named) == fitted.skipped and steps[-1]["skipped"] == 8
     spoken = [line for line in said if line.startswith(("skipped", "more"))]
     assert spoken[0] == "skipped bad 1.0: truncated" and len(spoken) == 6 and spoken[-1].startswith("more samples")
@@ -489,9 +493,9 @@ def test_what_can_only_be_our_mistake() -> None:
         run(evaluate=lambda: {"score": 1.0})
     with pytest.raises(AssertionError, match=r"'best' is none of the metrics \['score'\]"):
         run(evaluate=lambda: {"score": 1.0}, primary="best")
-    with pytest.raises(AssertionError, match="choose"):
+    with pytest.raises(AssertionError, match="plan_training"):
         run(TrainSettings())
-    assert set(loop.__all__) >= {"fit", "choose", "TrainSettings"}
+    assert set(loop.__all__) >= {"fit", "plan_training", "TrainSettings"}
 
 
 @pytest.mark.gpu

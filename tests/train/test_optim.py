@@ -31,7 +31,7 @@ from clasp.types import UserError
     ],
 )
 def test_matrices_decay_by_name_and_shape(name: str, shape: tuple[int, ...], expected: bool) -> None:
-    assert optim.DECAYS["matrices"](name, shape) is expected
+    assert optim.DECAY_FILTERS["matrices"](name, shape) is expected
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,12 @@ def test_matrices_decay_by_name_and_shape(name: str, shape: tuple[int, ...], exp
     ],
 )
 def test_lilt_spares_flat_vectors_and_biases_only(name: str, shape: tuple[int, ...], expected: bool) -> None:
-    assert optim.DECAYS["lilt"](name, shape) is expected
+    assert optim.DECAY_FILTERS["lilt"](name, shape) is expected
 
 
 def test_every_choice_of_the_settings_is_there() -> None:
     fields = TrainSettings.model_fields
-    assert set(optim.DECAYS) == set(get_args(fields["decay"].annotation))
+    assert set(optim.DECAY_FILTERS) == set(get_args(fields["decay"].annotation))
     assert set(optim.SCHEDULES) == set(get_args(fields["schedule"].annotation))
 
 
@@ -67,9 +67,9 @@ SELECTION = frozenset({"tower.weight", "tower.bias", "head.weight", "head.bias"}
 
 
 def test_groups_hold_the_selection_once_each_with_its_factor() -> None:
-    weights = optim.selected(dict(toy().named_parameters()), SELECTION)
+    weights = optim.select_parameters(dict(toy().named_parameters()), SELECTION)
     factors = {"tower.weight": 0.5, "tower.bias": 0.25, "frozen.weight": 9.0}
-    groups = optim.groups(weights, weight_decay=0.1, lr_factors=factors)
+    groups = optim.build_parameter_groups(weights, weight_decay=0.1, lr_factors=factors)
     assert sorted(name for group in groups for name in group.names) == sorted(SELECTION)
     found = {name: (group.weight_decay, group.lr_factor) for group in groups for name in group.names}
     assert found == {
@@ -86,15 +86,17 @@ def test_groups_hold_the_selection_once_each_with_its_factor() -> None:
 def test_selection_must_be_what_gets_gradients() -> None:
     named = dict(toy().named_parameters())
     with pytest.raises(AssertionError, match=r"disagree on \['head.bias'\]"):
-        optim.selected(named, SELECTION - {"head.bias"})
+        optim.select_parameters(named, SELECTION - {"head.bias"})
     with pytest.raises(AssertionError, match="not in the model"):
-        optim.selected(named, SELECTION | {"nothing"})
+        optim.select_parameters(named, SELECTION | {"nothing"})
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
-    weights = optim.selected(dict(model.named_parameters()), SELECTION)
-    groups = optim.groups(weights, weight_decay=0.1, lr_factors={"tower.weight": 0.5, "tower.bias": 0.5})
-    return optim.adamw(groups, lr=0.1, betas=(0.9, 0.99), eps=0.0, device=torch.device("cpu"))
+    weights = optim.select_parameters(dict(model.named_parameters()), SELECTION)
+    groups = optim.build_parameter_groups(
+        weights, weight_decay=0.1, lr_factors={"tower.weight": 0.5, "tower.bias": 0.5}
+    )
+    return optim.build_adamw(groups, lr=0.1, betas=(0.9, 0.99), eps=0.0, device=torch.device("cpu"))
 
 
 def test_first_step_is_lr_times_factor_plus_decay() -> None:
@@ -116,8 +118,8 @@ def test_first_step_is_lr_times_factor_plus_decay() -> None:
 def test_lilt_decay_of_a_scale_moves_it_though_its_gradient_is_zero() -> None:
     scale = nn.Parameter(torch.tensor(2.0))
     for decay, expected in (("lilt", 2.0 * (1 - 0.2 * 0.1)), ("matrices", 2.0)):
-        groups = optim.groups({"log_scale": scale}, weight_decay=0.1, decay=decay)
-        optimizer = optim.adamw(groups, lr=0.2, betas=(0.9, 0.99), eps=1e-8, device=torch.device("cpu"))
+        groups = optim.build_parameter_groups({"log_scale": scale}, weight_decay=0.1, decay=decay)
+        optimizer = optim.build_adamw(groups, lr=0.2, betas=(0.9, 0.99), eps=1e-8, device=torch.device("cpu"))
         scale.data.fill_(2.0)
         scale.grad = torch.tensor(0.0)
         optimizer.step()
@@ -125,7 +127,7 @@ def test_lilt_decay_of_a_scale_moves_it_though_its_gradient_is_zero() -> None:
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
-    return optim.SCHEDULES["cosine"](step, optim.Course(steps, 1, warmup, floor))
+    return optim.SCHEDULES["cosine"](step, optim.ScheduleContext(steps, 1, warmup, floor))
 
 
 def test_warmup_and_cosine_by_hand() -> None:
@@ -141,7 +143,7 @@ def test_warmup_and_cosine_by_hand() -> None:
 
 def lilt(step: int, epochs: int = 15, steps_an_epoch: int = 1155) -> float:
     """LilT's learning rate, in units of 1e-5: lr 1e-4 with floor 0.1, on COCO unless said otherwise."""
-    return 10 * optim.SCHEDULES["lilt"](step, optim.Course(epochs * steps_an_epoch, epochs, 7, 0.1))
+    return 10 * optim.SCHEDULES["lilt"](step, optim.ScheduleContext(epochs * steps_an_epoch, epochs, 7, 0.1))
 
 
 def test_lilt_climbs_ten_stairs_and_holds_to_the_end_of_the_epoch() -> None:
@@ -177,17 +179,17 @@ def test_state_returns_to_its_names_bitwise() -> None:
     model, other = toy(), toy()
     optimizer, another = optimizer_of(model), optimizer_of(other)
     stepped(model, optimizer, 1)
-    weights = optim.selected(dict(model.named_parameters()), SELECTION)
-    saved = {key: tensor.clone() for key, tensor in optim.state(optimizer, weights).items()}
+    weights = optim.select_parameters(dict(model.named_parameters()), SELECTION)
+    saved = {key: tensor.clone() for key, tensor in optim.optimizer_state(optimizer, weights).items()}
     assert sorted(saved) == sorted(f"{name}/{slot}" for name in SELECTION for slot in ("exp_avg", "exp_avg_sq", "step"))
     other.load_state_dict(model.state_dict())
     # the order of the tensors must not matter, only their names
     shuffled = dict(sorted(saved.items(), reverse=True))
-    optim.restore(another, optim.selected(dict(other.named_parameters()), SELECTION), shuffled)
+    optim.load_optimizer_state(another, optim.select_parameters(dict(other.named_parameters()), SELECTION), shuffled)
     stepped(model, optimizer, 2)
     stepped(other, another, 2)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), other.parameters(), strict=True))
-    untouched = optim.state(optimizer, weights)["head.weight/step"]
+    untouched = optim.optimizer_state(optimizer, weights)["head.weight/step"]
     assert untouched.item() == 2.0 and shuffled["head.weight/step"].item() == 1.0, "restored state must be a copy"
 
 
@@ -200,12 +202,12 @@ def test_state_returns_with_the_strides_of_its_parameter() -> None:
         parameter.grad = gradient.clone()
         optimizer.step()
 
-    first = optim.adamw(optim.groups({"kernel": kernel}, weight_decay=0.0), **options)
+    first = optim.build_adamw(optim.build_parameter_groups({"kernel": kernel}, weight_decay=0.0), **options)
     stepped(first, kernel, gradients[0])
-    written = {name: t.contiguous().clone() for name, t in optim.state(first, {"kernel": kernel}).items()}
+    written = {name: t.contiguous().clone() for name, t in optim.optimizer_state(first, {"kernel": kernel}).items()}
     copy = nn.Parameter(kernel.detach().clone())
-    second = optim.adamw(optim.groups({"kernel": copy}, weight_decay=0.0), **options)
-    optim.restore(second, {"kernel": copy}, written)
+    second = optim.build_adamw(optim.build_parameter_groups({"kernel": copy}, weight_decay=0.0), **options)
+    optim.load_optimizer_state(second, {"kernel": copy}, written)
     stepped(first, kernel, gradients[1])
     stepped(second, copy, gradients[1])
     assert torch.equal(kernel, copy)
@@ -213,9 +215,9 @@ def test_state_returns_with_the_strides_of_its_parameter() -> None:
 
 def test_state_of_another_selection_is_refused() -> None:
     model = toy()
-    weights = optim.selected(dict(model.named_parameters()), SELECTION)
+    weights = optim.select_parameters(dict(model.named_parameters()), SELECTION)
     with pytest.raises(UserError, match=r"'other.weight', which this recipe does not train"):
-        optim.restore(optimizer_of(model), weights, {"other.weight/exp_avg": torch.zeros(1)})
+        optim.load_optimizer_state(optimizer_of(model), weights, {"other.weight/exp_avg": torch.zeros(1)})
 
 
 def test_fused_equals_plain_to_rounding() -> None:

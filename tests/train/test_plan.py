@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from clasp.training.settings import LrFactors, TrainSettings, choose
+from clasp.training.settings import LrFactors, TrainSettings, plan_training
 from clasp.types import UserError
 
 
@@ -22,14 +22,14 @@ from clasp.types import UserError
     ],
 )
 def test_auto(pairs: int, batch: int, epochs: int, steps: int) -> None:
-    plan = choose(TrainSettings(), pairs)
+    plan = plan_training(TrainSettings(), pairs)
     assert (plan.batch, plan.epochs, plan.steps) == (batch, epochs, steps)
 
 
 def test_auto_keeps_its_promises_at_every_size() -> None:
     seen = 0
     for pairs in [*range(8, 3000, 7), *(10**power for power in range(4, 8))]:
-        plan = choose(TrainSettings(), pairs)
+        plan = plan_training(TrainSettings(), pairs)
         assert plan.batch & (plan.batch - 1) == 0 and 2 <= plan.batch <= min(1024, pairs / 4)
         assert plan.steps == plan.epochs * (pairs // plan.batch) >= 300
         assert plan.batch * 2 > min(1024, pairs / 4), "no larger power of two would do"
@@ -38,23 +38,23 @@ def test_auto_keeps_its_promises_at_every_size() -> None:
 
 
 def test_what_is_set_is_kept_and_the_reason_says_so() -> None:
-    plan = choose(TrainSettings(batch=20, epochs=3), 50)
+    plan = plan_training(TrainSettings(batch=20, epochs=3), 50)
     assert (plan.batch, plan.epochs, plan.steps) == (20, 3, 6)
     assert plan.reason == "50 pairs: batch 20 is set and 3 epochs are set, 6 steps in all"
-    resolved = choose(TrainSettings(epochs=3), 4_000, largest=100)
+    resolved = plan_training(TrainSettings(epochs=3), 4_000, largest=100)
     assert resolved.reason == (
         "4,000 pairs: batch 64 is the largest power of two that is at most 100 and 3 epochs are set, 186 steps in all"
     )
     settings = resolved.resolved(TrainSettings(epochs=3, lr=0.5))
     assert (settings.batch, settings.epochs, settings.lr) == (64, 3, 0.5)
-    assert "50 epochs give at least 300 steps" in choose(TrainSettings(), 50).reason
+    assert "50 epochs give at least 300 steps" in plan_training(TrainSettings(), 50).reason
 
 
 def test_mistakes() -> None:
     with pytest.raises(UserError, match=r"train.batch = 512 is more than the 50 pairs to train on; at most 50"):
-        choose(TrainSettings(batch=512), 50)
+        plan_training(TrainSettings(batch=512), 50)
     with pytest.raises(UserError, match="at least two pairs to tell apart, and there is 1"):
-        choose(TrainSettings(), 1)
+        plan_training(TrainSettings(), 1)
     for wrong in [{"batch": 1}, {"batch": "many"}, {"lr": float("nan")}, {"betas": (0.9, 1.0)}, {"learning_rate": 1}]:
         with pytest.raises(ValidationError):
             TrainSettings.model_validate(wrong)

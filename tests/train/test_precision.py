@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clasp.training import precision
-from clasp.training.precision import detect, fastest_product, resolve
+from clasp.training.precision import detect_precision, resolve_precision, time_matmul
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_probe(monkeypatch: pytest.MonkeyPatch, speed: float, expected: str, siz
         asked.append((size, seconds))
         return seconds
 
-    monkeypatch.setattr(precision, "fastest_product", product)
+    monkeypatch.setattr(precision, "time_matmul", product)
     found = precision._probe()
     assert found.precision == expected and f"{sizes[-1]} × {sizes[-1]}" in found.reason
     assert sorted({size for size, _ in asked}) == sizes
@@ -34,12 +34,12 @@ def test_probe(monkeypatch: pytest.MonkeyPatch, speed: float, expected: str, siz
 
 
 def test_this_machine_is_asked_once_and_truly() -> None:
-    found = detect(torch.device("cpu"))
-    assert detect(torch.device("cpu")) is found and "float32" in found.reason
-    assert fastest_product(torch.float32, 8) > 0
+    found = detect_precision(torch.device("cpu"))
+    assert detect_precision(torch.device("cpu")) is found and "float32" in found.reason
+    assert time_matmul(torch.float32, 8) > 0
 
 
 def test_the_recipe_has_the_last_word_and_other_devices_stay_in_float32() -> None:
-    assert resolve("bfloat16", torch.device("cpu")) == ("bfloat16", "set by the recipe")
-    assert resolve("auto", torch.device("cpu")) == detect(torch.device("cpu"))
-    assert resolve("auto", torch.device("meta")).precision == "float32"
+    assert resolve_precision("bfloat16", torch.device("cpu")) == ("bfloat16", "set by the recipe")
+    assert resolve_precision("auto", torch.device("cpu")) == detect_precision(torch.device("cpu"))
+    assert resolve_precision("auto", torch.device("meta")).precision == "float32"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from clasp.training.trackers.console import Bar, Lines, Meter, Progress, to_stderr
+from clasp.training.trackers.console import BarReporter, LineReporter, ThroughputMeter, TrainProgress, stderr_reporter
 
 
 class Clock:
@@ -19,13 +19,15 @@ class Clock:
         return self.now
 
 
-def at(step: int) -> Progress:
-    return Progress(step, 9, 1, 3, loss=2.5, pairs_per_second=1234.5, seconds_left=3725.2, data_seconds_share=0.125)
+def at(step: int) -> TrainProgress:
+    return TrainProgress(
+        step, 9, 1, 3, loss=2.5, pairs_per_second=1234.5, seconds_left=3725.2, data_seconds_share=0.125
+    )
 
 
 def test_a_line_every_ten_seconds_and_at_the_end() -> None:
     clock, said = Clock(), list[str]()
-    lines = Lines(said.append, clock=clock)
+    lines = LineReporter(said.append, clock=clock)
     lines.start(9)
     for step in range(1, 10):
         clock.now += 4.0
@@ -38,7 +40,7 @@ def test_a_line_every_ten_seconds_and_at_the_end() -> None:
 
 def test_bar_draws_and_keeps_notes() -> None:
     stream = io.StringIO()
-    bar = Bar(Console(file=stream, force_terminal=True, width=140))
+    bar = BarReporter(Console(file=stream, force_terminal=True, width=140))
     bar.start(9)
     bar.step(at(4))
     bar.note("skipped [a]: truncated")
@@ -47,8 +49,8 @@ def test_bar_draws_and_keeps_notes() -> None:
 
 
 def test_lines_where_standard_error_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = to_stderr()
-    assert isinstance(reporter, Lines)
+    reporter = stderr_reporter()
+    assert isinstance(reporter, LineReporter)
     reporter.note("hello")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "hello\n")
@@ -62,7 +64,7 @@ def test_meter_by_hand() -> None:
             clock.now += 1.0  # one second of data
             yield number
 
-    meter = Meter(window=2, clock=clock)
+    meter = ThroughputMeter(window=2, clock=clock)
     for number in meter.fetching(slow()):
         clock.now += 3.0  # three seconds of work
         meter.stepped(pairs=8, loss=float(number))

@@ -21,11 +21,11 @@ from clasp.models.transformer.blocks import Attention, Block
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
 from clasp.types import UserError
 
-Run = Callable[[], Any]
+_ForwardCall = Callable[[], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Inside:
+class Activations:
     """States ``[B N D]`` of every token in one run of a net, padding and prompts among them, by layer.
 
     ``norm1`` and ``norm2`` are what these norms gave, ``attention`` is what the attention gave, before it is scaled and
@@ -40,7 +40,7 @@ class Inside:
     final: Float[Tensor, "B N D"]
 
 
-def inside(net: nn.Module, run: Run) -> Inside:
+def capture_activations(net: nn.Module, run: _ForwardCall) -> Activations:
     """The states of ``net`` while ``run`` runs it, as they are, so with what autograd keeps where it is on.
 
     Layers that ``run`` leaves out, as a tower does that goes on from its trunk, are left out too. A tower runs its net
@@ -58,17 +58,17 @@ def inside(net: nn.Module, run: Run) -> Inside:
         for point, part in (("norm1", block.norm1), ("attention", block.attn), ("norm2", block.norm2)):
             handles.append(part.register_forward_hook(kept_as(point, layer)))
     handles.append(net.get_submodule("norm").register_forward_hook(kept_as("final", 0)))
-    with _removed_after(handles):
+    with _removing_hooks(handles):
         run()
-    once = _once(found)
+    once = _single_calls(found)
 
     def by_layer(point: str) -> dict[int, Tensor]:
         return {layer: states for (name, layer), states in once.items() if name == point}
 
-    return Inside(by_layer("norm1"), by_layer("attention"), by_layer("norm2"), once["final", 0])
+    return Activations(by_layer("norm1"), by_layer("attention"), by_layer("norm2"), once["final", 0])
 
 
-def attention_maps(net: nn.Module, run: Run) -> dict[int, Float[Tensor, "B H N N"]]:
+def attention_maps(net: nn.Module, run: _ForwardCall) -> dict[int, Float[Tensor, "B H N N"]]:
     """By layer, the weights by which each token (rows, which sum to 1) mixes the values of all, while ``run`` runs.
 
     They take memory in the square of the tokens, and a second product of queries and keys. Raises ``UserError`` for a
@@ -83,9 +83,9 @@ def attention_maps(net: nn.Module, run: Run) -> dict[int, Float[Tensor, "B H N N
 
         return before
 
-    with _removed_after([block.attn.register_forward_pre_hook(mapped(n)) for n, block in _blocks(net).items()]):
+    with _removing_hooks([block.attn.register_forward_pre_hook(mapped(n)) for n, block in _blocks(net).items()]):
         run()
-    return {layer: maps for (_, layer), maps in _once(found).items()}
+    return {layer: maps for (_, layer), maps in _single_calls(found).items()}
 
 
 # --- how -------------------------------------------------------------------------------------------------------------
@@ -105,14 +105,14 @@ def _blocks(net: nn.Module) -> dict[int, Block]:
     return found
 
 
-def _once(found: dict[tuple[str, int], list[Tensor]]) -> dict[tuple[str, int], Tensor]:
+def _single_calls(found: dict[tuple[str, int], list[Tensor]]) -> dict[tuple[str, int], Tensor]:
     runs = {len(each) for each in found.values()}
     assert runs == {1}, f"the net was to run once and ran {max(runs, default=0)} times"
     return {at: each[0] for at, each in found.items()}
 
 
 @contextmanager
-def _removed_after(handles: list[RemovableHandle]) -> Iterator[None]:
+def _removing_hooks(handles: list[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:

@@ -21,9 +21,9 @@ from clasp.models.dual_encoder import DualEncoder
 from clasp.models.transformer.encoders import ImageTransformer
 from clasp.types import Batch, Loss, Pixels, Tokens, UserError
 
-WHOLE = "all"
+WHOLE_LAYER = "all"
 # by how the path in a block begins; the first that fits
-PARTS = {
+_PART_BY_PREFIX = {
     "attn.q_norm.": "qk_norm",
     "attn.k_norm.": "qk_norm",
     "attn.": "attention",
@@ -35,8 +35,8 @@ PARTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """Of the weights of one part of one layer, or of all that is shared in it (``WHOLE``)."""
+class GradientAgreement:
+    """Of the weights of one part of one layer, or of all that is shared in it (``WHOLE_LAYER``)."""
 
     layer: int
     """counted from 0 as the sharing policy counts, a stem being layer 0"""
@@ -49,7 +49,7 @@ class Agreement:
     """norm of that through the text view"""
 
 
-def gradient_agreement(model: DualEncoder, batch: Batch, loss: Loss) -> list[Agreement]:
+def gradient_agreement(model: DualEncoder, batch: Batch, loss: Loss) -> list[GradientAgreement]:
     """A row for each layer with shared weights, all of them together and then part by part, lowest layer first.
 
     Frozen weights count too: what they would be asked for tells whether it is good to share them. Nothing is left on
@@ -59,36 +59,38 @@ def gradient_agreement(model: DualEncoder, batch: Batch, loss: Loss) -> list[Agr
     """
     if not (isinstance(batch.image, Pixels) and isinstance(batch.text, Tokens)):
         raise UserError("gradients go through both towers from pixels and tokens on; set data.features = 'off'")
-    groups = _shared(model)
+    groups = _shared_parameters(model)
     weights = [weight for group in groups.values() for weight in group]
     if not weights:
         raise UserError(f"{model.name} holds no layer in common, so no two gradients meet; see [share] of a recipe")
-    with torch.enable_grad(), _asking(weights), _at_rest(model):
+    with torch.enable_grad(), _requiring_gradients(weights), _restored_buffers(model):
         sides = model.embed_image(batch.image), model.embed_text(batch.text)
         image, text = (side.detach().requires_grad_() for side in sides)
         scale, bias = (None if each is None else each.detach() for each in model.scale_and_bias())
         assert scale is not None
         total = loss(image, text, scale, bias, groups=batch.groups).total
         through_image, through_text = (
-            _through(side, slope, weights)
+            _gradients_through(side, slope, weights)
             for side, slope in zip(sides, torch.autograd.grad(total, (image, text)), strict=True)
         )
     place = {id(weight): number for number, weight in enumerate(weights)}
     rows = []
     for layer in sorted({layer for layer, _ in groups}):
         parts = {part: held for (at, part), held in groups.items() if at == layer}
-        parts = {WHOLE: [weight for held in parts.values() for weight in held], **parts}
+        parts = {WHOLE_LAYER: [weight for held in parts.values() for weight in held], **parts}
         for part, held in parts.items():
             numbers = [place[id(weight)] for weight in held]
-            one, other = (_vector([side[number] for number in numbers]) for side in (through_image, through_text))
-            rows.append(Agreement(layer, part, _cosine(one, other), float(one.norm()), float(other.norm())))
+            one, other = (
+                _flatten_tensors([side[number] for number in numbers]) for side in (through_image, through_text)
+            )
+            rows.append(GradientAgreement(layer, part, _cosine(one, other), float(one.norm()), float(other.norm())))
     return rows
 
 
 # --- how -------------------------------------------------------------------------------------------------------------
 
 
-def _shared(model: DualEncoder) -> dict[tuple[int, str], list[nn.Parameter]]:
+def _shared_parameters(model: DualEncoder) -> dict[tuple[int, str], list[nn.Parameter]]:
     """Parameters that both towers' blocks hold, by layer and part."""
     net, text = model.image.net, {id(parameter) for parameter in model.text.net.parameters()}
     if not isinstance(net, ImageTransformer):
@@ -97,13 +99,13 @@ def _shared(model: DualEncoder) -> dict[tuple[int, str], list[nn.Parameter]]:
     for layer, block in enumerate(net.blocks, net.settings.first_layer):
         for name, parameter in block.named_parameters():
             if id(parameter) in text:
-                part = next(part for begin, part in PARTS.items() if name.startswith(begin))
+                part = next(part for begin, part in _PART_BY_PREFIX.items() if name.startswith(begin))
                 found.setdefault((layer, part), []).append(parameter)
     return found
 
 
 @contextmanager
-def _asking(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+def _requiring_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     """All of them want gradients inside; after, those that did before."""
     before = [weight.requires_grad for weight in weights]
     try:
@@ -116,7 +118,7 @@ def _asking(weights: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _at_rest(model: DualEncoder) -> Iterator[None]:
+def _restored_buffers(model: DualEncoder) -> Iterator[None]:
     """What a forward pass moves by itself (statistics of BatchNorm, a scale that is held in its range) is put back."""
     moved = [*model.moving.values(), *([] if model.temperature is None else [model.temperature])]
     before = [tensor.detach().clone() for tensor in moved]
@@ -128,11 +130,11 @@ def _at_rest(model: DualEncoder) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-def _through(side: Tensor, slope: Tensor, weights: Sequence[nn.Parameter]) -> list[Tensor]:
+def _gradients_through(side: Tensor, slope: Tensor, weights: Sequence[nn.Parameter]) -> list[Tensor]:
     return [*torch.autograd.grad(side, weights, slope, materialize_grads=True)]
 
 
-def _vector(tensors: Sequence[Tensor]) -> Tensor:
+def _flatten_tensors(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten().double() for tensor in tensors])
 
 

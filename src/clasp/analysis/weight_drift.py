@@ -1,6 +1,6 @@
 """How far the weights of a tower are from those of its base, part by part.
 
-In go a tuned tower and its base, out comes a ``Part`` for what lies below the blocks, for each block and for what
+In go a tuned tower and its base, out comes a ``PartDrift`` for what lies below the blocks, for each block and for what
 follows them. New parts have no base to be measured by, so they are told apart by their share of a part's parameters.
 """
 
@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from clasp.analysis.similarity import relative_change
-from clasp.analysis.weight_interpolation import base_name
-from clasp.models.structure import anatomy
+from clasp.analysis.weight_interpolation import base_parameter_name
+from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
 
-INPUT, OUTPUT, WHOLE = "input", "output", "all"
+INPUT_PART, OUTPUT_PART, ALL_PARTS = "input", "output", "all"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PartDrift:
     """A part of a tower. ``block`` is its number from 1, 0 for what lies below the blocks or after them."""
 
     title: str
@@ -40,17 +40,17 @@ class Part:
         return new / (new + old) if new else 0.0
 
 
-def parts_of(tower: Tower, base: Tower) -> list[Part]:
+def measure_drift(tower: Tower, base: Tower) -> list[PartDrift]:
     """The parts of a tower from its input to its output. A learned pooling is new in its output."""
-    anatomy_ = anatomy(tower.net)
-    blocks = {block.path: Part(f"block {number}", number) for number, block in enumerate(anatomy_.blocks, 1)}
-    first, last = Part(INPUT, 0), Part(OUTPUT, 0)
+    anatomy_ = find_structure(tower.net)
+    blocks = {block.path: PartDrift(f"block {number}", number) for number, block in enumerate(anatomy_.blocks, 1)}
+    first, last = PartDrift(INPUT_PART, 0), PartDrift(OUTPUT_PART, 0)
     there = dict(base.net.named_parameters())
     for name, parameter in tower.net.named_parameters():
         inside = next((part for path, part in blocks.items() if name.startswith(f"{path}.")), None)
         after = any(name.startswith(f"{path}.") for path in anatomy_.tail)
         part = inside or (last if after else first)
-        own = there.pop(base_name(name), None)
+        own = there.pop(base_parameter_name(name), None)
         if own is None:
             part.new.append(parameter.detach())
         else:
@@ -62,9 +62,9 @@ def parts_of(tower: Tower, base: Tower) -> list[Part]:
     return [first, *blocks.values(), last]
 
 
-def whole(parts: list[Part]) -> Part:
+def merge_drift(parts: list[PartDrift]) -> PartDrift:
     """All parts as one."""
-    gathered = Part(WHOLE, 0)
+    gathered = PartDrift(ALL_PARTS, 0)
     for part in parts:
         gathered.before.extend(part.before)
         gathered.after.extend(part.after)

@@ -1,9 +1,10 @@
 """The straight way between a base and what was made of it: every tuned weight of a tower, part of the way along.
 
-In go a tuned tower and its base, out come the reasons why there is no such way, or a ``Way`` that moves the tower in
-place. WiSE-FT (Wortsman et al., CVPR 2022, equation 1) interpolates all weights of a fully tuned CLIP; ours walks the
-same line for methods that add to the base: an adapter's up-projection and one factor of a low-rank product are scaled,
-in which what the method adds is linear. Unusual: at 0 the tower answers as its base and at 1 as it was, bit by bit.
+In go a tuned tower and its base, out come the reasons why there is no such way, or a ``WeightInterpolation`` that moves
+the tower in place. WiSE-FT (Wortsman et al., CVPR 2022, equation 1) interpolates all weights of a fully tuned CLIP;
+ours walks the same line for methods that add to the base: an adapter's up-projection and one factor of a low-rank
+product are scaled, in which what the method adds is linear. Unusual: at 0 the tower answers as its base and at 1 as it
+was, bit by bit.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from clasp.models.pooling import Adapter
-from clasp.models.structure import anatomy
+from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
-from clasp.models.tuning.prompts import Prompts
+from clasp.models.tuning.prompts import PromptTokens
 
 # What peft's parameters are, by the part of their name that says it: factors of what is added to a weight, of which one
 # goes from nothing to itself while the others stay; or a factor on the output, which starts from one. And the gates of
 # a parallel branch, which is added as well.
-FACTORS: dict[str, Literal["from nothing", "stays", "from one"]] = {
+_PEFT_FACTORS: dict[str, Literal["from nothing", "stays", "from one"]] = {
     "lora_A": "stays", "lora_B": "from nothing",
     "hada_w1_a": "from nothing", "hada_w1_b": "stays", "hada_w2_a": "stays", "hada_w2_b": "stays",
     "lokr_w1": "from nothing", "lokr_w1_a": "from nothing", "lokr_w1_b": "stays",
@@ -33,11 +34,11 @@ FACTORS: dict[str, Literal["from nothing", "stays", "from one"]] = {
     "gamma": "from nothing",
 }  # fmt: skip
 # dora also changes the lengths of columns, in which the weight is not linear
-NOT_STRAIGHT = {"lora_magnitude_vector": "dora", "oft_R": "oft", "hra_u": "hra"}
+_NONLINEAR_METHODS = {"lora_magnitude_vector": "dora", "oft_R": "oft", "hra_u": "hra"}
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class _ParameterPath:
     """One parameter, and where it goes from and to."""
 
     parameter: nn.Parameter
@@ -45,11 +46,11 @@ class Move:
     end: Tensor
 
 
-class Way:
-    """From the base (0) to the tuned tower (1). ``obstacles`` must have found nothing."""
+class WeightInterpolation:
+    """From the base (0) to the tuned tower (1). ``interpolation_obstacles`` must have found nothing."""
 
     def __init__(self, tower: Tower, base: Tower):
-        self._moves = list(_moves(tower, base))
+        self._moves = list(_parameter_paths(tower, base))
 
     @property
     def empty(self) -> bool:
@@ -71,40 +72,40 @@ class Way:
             move.parameter.copy_(torch.lerp(move.start, move.end, alpha))  # exact at both ends
 
 
-def base_name(name: str) -> str:
+def base_parameter_name(name: str) -> str:
     """What the base calls a parameter that peft has wrapped."""
     return name.replace(".base_layer.", ".")
 
 
-def obstacles(tower: Tower, base: Tower) -> list[str]:
+def interpolation_obstacles(tower: Tower, base: Tower) -> list[str]:
     """Why there is no straight way from ``base`` to ``tower``; empty where there is one."""
-    more = len(anatomy(tower.net).blocks) - len(anatomy(base.net).blocks)
+    more = len(find_structure(tower.net).blocks) - len(find_structure(base.net).blocks)
     if more:
         return [f"{more} appended block{'s' if more > 1 else ''}"]
     if tower.moving:
         return ["running statistics of BatchNorm"]
-    if any(isinstance(module, Prompts) for module in tower.net.modules()):
+    if any(isinstance(module, PromptTokens) for module in tower.net.modules()):
         return ["prompts"]
     found: dict[str, None] = {}
-    for name in _added(tower, base):
+    for name in _added_parameters(tower, base):
         parts = name.split(".")
-        method = next((NOT_STRAIGHT[part] for part in parts if part in NOT_STRAIGHT), None)
-        known = _in_adapter(tower, name) or parts[0] == "parallel" or any(part in FACTORS for part in parts)
+        method = next((_NONLINEAR_METHODS[part] for part in parts if part in _NONLINEAR_METHODS), None)
+        known = _in_adapter(tower, name) or parts[0] == "parallel" or any(part in _PEFT_FACTORS for part in parts)
         if method or not known:
             found[method or name] = None
     return list(found)
 
 
-def _added(tower: Tower, base: Tower) -> list[str]:
+def _added_parameters(tower: Tower, base: Tower) -> list[str]:
     there = {name for name, _ in base.net.named_parameters()}
-    return [name for name, _ in tower.net.named_parameters() if base_name(name) not in there]
+    return [name for name, _ in tower.net.named_parameters() if base_parameter_name(name) not in there]
 
 
 def _in_adapter(tower: Tower, name: str) -> bool:
     return any(name.startswith(f"{path}.") for path, m in tower.net.named_modules() if isinstance(m, Adapter))
 
 
-def _moves(tower: Tower, base: Tower) -> Iterator[Move]:
+def _parameter_paths(tower: Tower, base: Tower) -> Iterator[_ParameterPath]:
     there, ups = dict(base.net.named_parameters()), set[int]()
     for module in tower.net.modules():
         if isinstance(module, Adapter):
@@ -113,11 +114,11 @@ def _moves(tower: Tower, base: Tower) -> Iterator[Move]:
         if not parameter.requires_grad:
             continue
         end = parameter.detach().clone()
-        if (own := there.get(base_name(name))) is not None:
-            yield Move(parameter, own.detach().clone(), end)
+        if (own := there.get(base_parameter_name(name))) is not None:
+            yield _ParameterPath(parameter, own.detach().clone(), end)
             continue
-        kind = next((FACTORS[part] for part in name.split(".") if part in FACTORS), "stays")
+        kind = next((_PEFT_FACTORS[part] for part in name.split(".") if part in _PEFT_FACTORS), "stays")
         if id(parameter) in ups or kind == "from nothing":
-            yield Move(parameter, torch.zeros_like(end), end)
+            yield _ParameterPath(parameter, torch.zeros_like(end), end)
         elif kind == "from one":
-            yield Move(parameter, torch.ones_like(end), end)
+            yield _ParameterPath(parameter, torch.ones_like(end), end)

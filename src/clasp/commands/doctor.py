@@ -1,10 +1,10 @@
 """What is odd about the pairs of a recipe, and what training will take, before any of it.
 
-In goes a recipe, out come ``Section``s as they are found: findings for people, the same as facts for programs. Unusual:
-the parts that training has are asked, and stopped short of computing: the pairs as it will split them, the plan it
-will make, and the reader of inputs, which writes down what it would keep. So a recipe that training would refuse is
-refused here in the same words. Weights are loaded, after the pairs have been told about, since a cache is known by
-their hash; but nothing goes through a tower, except one blank input where its trunk ends at a block.
+In goes a recipe, out come ``CheckReport``s as they are found: findings for people, the same as facts for programs.
+Unusual: the parts that training has are asked, and stopped short of computing: the pairs as it will split them, the
+plan it will make, and the reader of inputs, which writes down what it would keep. So a recipe that training would
+refuse is refused here in the same words. Weights are loaded, after the pairs have been told about, since a cache is
+known by their hash; but nothing goes through a tower, except one blank input where its trunk ends at a block.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from clasp.commands.dry_run import Forecast
-from clasp.commands.train import cache_folder, inputs_of, planned, training_pairs
-from clasp.config.build import Assembled, assemble, build
+from clasp.commands.dry_run import DryRunFeatureSource
+from clasp.commands.train import build_feature_source, cache_folder, open_training_pairs, plan_run
+from clasp.config.build import ModelAndPreprocessing, build_model, build_model_and_preprocessing
 from clasp.config.recipe import Recipe
-from clasp.data.checks import Finding, Section, of_captions, of_images, of_pairs
+from clasp.data.checks import CheckReport, Finding, check_captions, check_images, check_pairs
 from clasp.data.pairs import Pairs
-from clasp.data.readers import Listing
-from clasp.evaluation.from_pairs import validation
-from clasp.evaluation.tasks import ZeroShot
-from clasp.models.features import Bar, Inputs, no_bar
-from clasp.models.frozen import Trunk, Whole
-from clasp.models.structure import anatomy
+from clasp.data.readers import PairIndex
+from clasp.evaluation.from_pairs import validation_task
+from clasp.evaluation.tasks import ZeroShotTask
+from clasp.models.features import FeatureSource, ProgressFactory, no_progress_bar
+from clasp.models.frozen import FrozenPrefix, FrozenTower
+from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
 from clasp.types import UserError
 
 
-def diagnose(recipe: Recipe, *, bar: Bar = no_bar) -> Iterator[Section]:
+def diagnose(recipe: Recipe, *, bar: ProgressFactory = no_progress_bar) -> Iterator[CheckReport]:
     """Look at everything, what is cheap first. Raises ``UserError`` where training would, in its words."""
-    train, val = training_pairs(recipe)
-    yield of_pairs(train, val)
-    yield of_counts(recipe)
-    listing = Listing(train)
-    parts = assemble(recipe, lambda: listing.texts)
-    yield of_captions(listing, parts.tokenizer)
-    yield of_images(train, val, parts.transform, recipe.data.max_bad_fraction, bar)
-    forecast = inputs_of(parts, recipe, kind=Forecast)
-    yield of_towers(parts, recipe, forecast)
-    yield of_features(parts, recipe, forecast, train, val, listing)
-    plan = planned(recipe, train, forecast)
-    yield Section("steps", asdict(plan), [Finding("ok", "steps", plan.reason)])
+    train, val = open_training_pairs(recipe)
+    yield check_pairs(train, val)
+    yield check_parameters(recipe)
+    listing = PairIndex(train)
+    parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
+    yield check_captions(listing, parts.tokenizer)
+    yield check_images(train, val, parts.transform, recipe.data.max_bad_fraction, bar)
+    forecast = build_feature_source(parts, recipe, kind=DryRunFeatureSource)
+    yield check_towers(parts, recipe, forecast)
+    yield check_feature_cache(parts, recipe, forecast, train, val, listing)
+    plan = plan_run(recipe, train, forecast)
+    yield CheckReport("steps", asdict(plan), [Finding("ok", "steps", plan.reason)])
 
 
-def stops(sections: Sequence[Section]) -> None:
+def raise_on_stop(sections: Sequence[CheckReport]) -> None:
     """Raises ``UserError`` with the first finding that would stop training."""
     for section in sections:
         for finding in section.findings:
@@ -57,31 +57,31 @@ def stops(sections: Sequence[Section]) -> None:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def of_counts(recipe: Recipe) -> Section:
+def check_parameters(recipe: Recipe) -> CheckReport:
     """Who trains."""
-    counts = build(recipe, meta=True).counts()
-    made = Section("trains", {name: asdict(count) for name, count in counts.items()})
+    counts = build_model(recipe, meta=True).counts()
+    made = CheckReport("trains", {name: asdict(count) for name, count in counts.items()})
     whole = counts.pop("model")
     parts = ", ".join(f"{name} {count.trained:,}" for name, count in counts.items())
     made.say("ok", f"{whole.trained:,} of {whole.total:,} parameters ({whole.percent:.2f} %): {parts}")
     return made
 
 
-def of_towers(parts: Assembled, recipe: Recipe, inputs: Inputs) -> Section:
+def check_towers(parts: ModelAndPreprocessing, recipe: Recipe, inputs: FeatureSource) -> CheckReport:
     """Up to where each tower stays as it is."""
-    made = Section("towers", {})
+    made = CheckReport("towers", {})
     for tower, part in ((parts.model.image, inputs.image_part), (parts.model.text, inputs.text_part)):
-        blocks = len(anatomy(tower.net).blocks)
+        blocks = len(find_structure(tower.net).blocks)
         frozen = blocks if tower.wholly_frozen else tower.frozen_blocks
         facts = {"tower": tower.name, "blocks": blocks, "frozen_blocks": frozen, "wholly_frozen": tower.wholly_frozen}
         made.facts[tower.modality] = facts
-        made.say("ok", f"{tower.modality} {tower.name}: {_boundary(tower, part, frozen, blocks)}")
+        made.say("ok", f"{tower.modality} {tower.name}: {_describe_boundary(tower, part, frozen, blocks)}")
     if recipe.data.augment and not recipe.data.views and inputs.image_part:
         made.say("look", "the frozen part of the image tower runs in every step: data.augment is on, data.views is 0")
     return made
 
 
-def _boundary(tower: Tower, part: Whole | Trunk | None, frozen: int, blocks: int) -> str:
+def _describe_boundary(tower: Tower, part: FrozenTower | FrozenPrefix | None, frozen: int, blocks: int) -> str:
     if not frozen and not tower.wholly_frozen:
         return f"trains from the first of its {blocks} blocks on"
     text = "wholly frozen" if tower.wholly_frozen else f"the first {frozen} of {blocks} blocks are frozen"
@@ -90,19 +90,24 @@ def _boundary(tower: Tower, part: Whole | Trunk | None, frozen: int, blocks: int
     return text
 
 
-def of_features(
-    parts: Assembled, recipe: Recipe, forecast: Forecast, train: Pairs, val: Pairs, listing: Listing
-) -> Section:
+def check_feature_cache(
+    parts: ModelAndPreprocessing,
+    recipe: Recipe,
+    forecast: DryRunFeatureSource,
+    train: Pairs,
+    val: Pairs,
+    listing: PairIndex,
+) -> CheckReport:
     """What the frozen parts say once and for all: how much of it, and whether it is there."""
     free = forecast.free_bytes()
     forecast.image_side(train, recipe.data.augment)
     forecast.text_side(listing)
     if parts.model.image_head.standardize is not None:
         forecast.image_side(train, None)  # heads start from the plain pictures
-    question = validation(train, val, forecast)
-    if isinstance(question, ZeroShot):
+    question = validation_task(train, val, forecast)
+    if isinstance(question, ZeroShotTask):
         forecast.text_features(question.question.classes)
-    made = Section("features", {"free_bytes": free, "kept": []})
+    made = CheckReport("features", {"free_bytes": free, "kept": []})
     for keeping in forecast.noted:
         facts = {**asdict(keeping), "file": str(keeping.file) if keeping.file else None}
         made.facts["kept"].append({key: value for key, value in facts.items() if key != "key"})

@@ -13,10 +13,10 @@ import platform
 # them page by page; the second is how much freed memory at the top of the heap is kept for the next who asks.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more
-_KEPT = (2 << 30) - 1
+_TRIM_THRESHOLD_BYTES = (2 << 30) - 1
 
 
-def settle() -> None:
+def configure_environment() -> None:
     """Let waiting threads sleep, and keep freed memory for the next tensor. Environment variables that are set stay.
 
     Two processes that spin while they wait slow each other ten times on two cores. Without the second, a forward pass
@@ -28,4 +28,4 @@ def settle() -> None:
     if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)

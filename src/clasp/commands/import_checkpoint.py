@@ -18,23 +18,26 @@ from pathlib import Path
 
 from clasp.convert.importers.lilt import import_lilt
 from clasp.convert.importers.msclip import import_msclip
-from clasp.convert.importers.run_writer import Told, Wanted
-from clasp.training.run_folder import Run, room_for
+from clasp.convert.importers.run_writer import ImportOptions, ImportReport
+from clasp.training.run_folder import RunFolder, translate_disk_errors
 from clasp.types import UserError
 
 # each takes the checkpoint, the run to write (its folder is not there yet) and what is wanted of it
-IMPORTERS: dict[str, Callable[[Path, Run, Wanted], Told]] = {"lilt": import_lilt, "msclip": import_msclip}
+IMPORTERS: dict[str, Callable[[Path, RunFolder, ImportOptions], ImportReport]] = {
+    "lilt": import_lilt,
+    "msclip": import_msclip,
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Imported:
+class ImportResult:
     """What came of a checkpoint."""
 
     run: Path
-    told: Told
+    told: ImportReport
 
 
-def import_checkpoint(kind: str, checkpoint: Path, run: Path, wanted: Wanted) -> Imported:
+def import_checkpoint(kind: str, checkpoint: Path, run: Path, wanted: ImportOptions) -> ImportResult:
     """Make ``run`` of ``checkpoint``; ``kind`` is a key of ``IMPORTERS``.
 
     Raises ``UserError``, and then leaves nothing on the disk.
@@ -46,15 +49,15 @@ def import_checkpoint(kind: str, checkpoint: Path, run: Path, wanted: Wanted) ->
     if run.exists() and not (run.is_dir() and not any(run.iterdir())):
         raise UserError(f"{run} is there already; choose another folder with -o, or delete it")
     near_by = next(folder for folder in run.absolute().parents if folder.is_dir())
-    with room_for(run), tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=near_by) as room:
-        staged = Run(Path(room) / run.name)
+    with translate_disk_errors(run), tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=near_by) as room:
+        staged = RunFolder(Path(room) / run.name)
         told = IMPORTERS[kind](checkpoint, staged, wanted)
         facts = {"kind": kind, "file": checkpoint.name, "sha256": _sha256(checkpoint), **told.facts}
         staged.write("imported.json", json.dumps(facts, indent=1, default=str))
-        staged.write("README.md", _card(run, checkpoint, told))
+        staged.write("README.md", _readme(run, checkpoint, told))
         run.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staged.path, run)
-    return Imported(run, told)
+    return ImportResult(run, told)
 
 
 def _sha256(path: Path) -> str:
@@ -62,7 +65,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _card(run: Path, checkpoint: Path, told: Told) -> str:
+def _readme(run: Path, checkpoint: Path, told: ImportReport) -> str:
     """The text of the run's ``README.md``."""
     counts = [f"{part}: {c.trained:,} of {c.total:,} parameters train" for part, c in told.counts.items()]
     lines = "\n".join(f"- {line}" for line in (*told.lines, *counts))

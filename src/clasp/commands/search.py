@@ -8,20 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from clasp.commands.train import open_as_trained
+from clasp.commands.train import open_pairs_for_recipe
 from clasp.config.build import load
-from clasp.config.recipe import from_dict
-from clasp.data.pairs import folder_images
-from clasp.models.features import Bar, no_bar
+from clasp.config.recipe import recipe_from_dict
+from clasp.data.pairs import list_images
+from clasp.models.features import ProgressFactory, no_progress_bar
 from clasp.report.contact_sheet import contact_sheet
-from clasp.search.engine import Engine, Indexed
+from clasp.search.engine import IndexReport, SearchEngine
 from clasp.search.flat_store import FlatStore
-from clasp.training.run_folder import Run
+from clasp.training.run_folder import RunFolder
 from clasp.types import Hit, UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """The answer to a search: what was asked, the hits, best first, and the picture of them."""
 
     query: str
@@ -29,32 +29,32 @@ class Found:
     sheet: Path
 
 
-def index_into(run: Path, source: str, *, bar: Bar = no_bar) -> Indexed:
+def index_images(run: Path, source: str, *, bar: ProgressFactory = no_progress_bar) -> IndexReport:
     """Embed the images of a folder, or of pairs, into the run's store. What is there unchanged is not read again."""
-    recipe = from_dict(Run(run).recipe(), str(run))
-    items = folder_images(source) if Path(source).is_dir() else open_as_trained(source, recipe)
+    recipe = recipe_from_dict(RunFolder(run).recipe(), str(run))
+    items = list_images(source) if Path(source).is_dir() else open_pairs_for_recipe(source, recipe)
     model = load(run)
     store = FlatStore(run / "index")
     try:
         with bar(f"images of {source}") as progress:
-            return Engine.anew(model, store).index(items, progress)
+            return SearchEngine.anew(model, store).index(items, progress)
     finally:
         store.close()
 
 
-def look_for(run: Path, words: str | None, image: Path | None, k: int, sheet: Path | None = None) -> Found:
+def search_images(run: Path, words: str | None, image: Path | None, k: int, sheet: Path | None = None) -> SearchResult:
     """Search the run's store by words, by a picture, or by both, and draw the hits.
 
     Raises ``UserError`` when nothing is asked, nothing is indexed, or the drawing cannot be written.
     """
     if words is None and image is None:
         raise UserError('say what to look for: clasp search RUN "words", or --image FILE, or both')
-    Run(run).recipe()
+    RunFolder(run).recipe()
     if not (run / "index").is_dir():
         raise UserError(f"{run} has no index yet; make one with: clasp index {run} FOLDER")
     store = FlatStore(run / "index")
     try:
-        engine = Engine(load(run), store)
+        engine = SearchEngine(load(run), store)
         hits = engine.search(text=words, image=image, k=k)
         query = " + ".join(part for part in (words, f"picture {image}" if image else None) if part)
         path = sheet or run / "search.png"
@@ -62,6 +62,6 @@ def look_for(run: Path, words: str | None, image: Path | None, k: int, sheet: Pa
             contact_sheet(engine.sheet([(query, hits)]), path)
         except OSError as error:
             raise UserError(f"the picture of the hits, {path}, cannot be written: {error.strerror or error}") from None
-        return Found(query, hits, path)
+        return SearchResult(query, hits, path)
     finally:
         store.close()

@@ -17,46 +17,46 @@ from typing import TypeVar
 
 from accelerate import PartialState
 
-from clasp.commands.dry_run import work_once
-from clasp.config.build import Assembled, assemble
+from clasp.commands.dry_run import count_frozen_flops
+from clasp.config.build import ModelAndPreprocessing, build_model_and_preprocessing
 from clasp.config.recipe import Recipe
 from clasp.data.formats.rows import DEFAULT_COLUMNS
-from clasp.data.loader import Batches, log_skipped
-from clasp.data.pairs import Columns, Pairs, open_pairs, split
-from clasp.data.readers import Listing, LiveImages
-from clasp.evaluation.from_pairs import languages_of, validation
-from clasp.evaluation.tasks import Result
+from clasp.data.loader import PairLoader, log_skipped
+from clasp.data.pairs import ColumnNames, Pairs, open_pairs, split_by_group
+from clasp.data.readers import LiveImageReader, PairIndex
+from clasp.evaluation.from_pairs import caption_languages, validation_task
+from clasp.evaluation.tasks import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import Bar, Inputs, Say, no_bar
-from clasp.report.model_card import card
-from clasp.training.attention_kernel import attending, choose_attention
-from clasp.training.cost.ledger import FILE as COST
-from clasp.training.cost.ledger import Cost, Ledger, read_cost
-from clasp.training.initialize import start_heads, start_low_rank
-from clasp.training.loop import Fitted, choose, fit
-from clasp.training.losses import loss_of
-from clasp.training.precision import resolve
-from clasp.training.run_folder import Run
-from clasp.training.settings import LARGEST_BATCH, Plan, TrainSettings
+from clasp.models.features import FeatureSource, MessageCallback, ProgressFactory, no_progress_bar
+from clasp.report.model_card import render_model_card
+from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
+from clasp.training.cost.ledger import COST_FILE as COST
+from clasp.training.cost.ledger import CostLedger, RunCost, read_cost
+from clasp.training.initialize import initialize_heads, initialize_low_rank
+from clasp.training.loop import FitResult, fit, plan_training
+from clasp.training.losses import build_loss
+from clasp.training.precision import resolve_precision
+from clasp.training.run_folder import RunFolder
+from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan, TrainSettings
 from clasp.training.state import TrainState
-from clasp.training.trackers.console import Reporter, Silent
-from clasp.types import Pair, Skipped, UserError
+from clasp.training.trackers.console import Reporter, SilentReporter
+from clasp.types import Pair, SkippedSample, UserError
 
-LARGEST_LIVE_BATCH = 128  # where a tower is run in every step, its activations have to fit
+_MAX_LIVE_BATCH_SIZE = 128  # where a tower is run in every step, its activations have to fit
 
-Opened = tuple[Pairs, Pairs]  # to train on, to validate on
-Reads = TypeVar("Reads", bound=Inputs)
+TrainValPairs = tuple[Pairs, Pairs]  # to train on, to validate on
+_FeatureSourceT = TypeVar("_FeatureSourceT", bound=FeatureSource)
 
 
 @dataclass(frozen=True, slots=True)
-class Aligned:
+class TrainResult:
     """What came of a run."""
 
     run: Path
-    fitted: Fitted
-    results: list[Result]
+    fitted: FitResult
+    results: list[EvaluationResult]
     delta_bytes: int
-    cost: Cost
+    cost: RunCost
 
 
 def cache_folder() -> Path:
@@ -64,53 +64,55 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CLASP_CACHE") or Path.home() / ".cache" / "clasp")
 
 
-def align(
+def train_recipe(
     recipe: Recipe,
     run: Path,
     *,
-    say: Say,
-    bar: Bar = no_bar,
+    say: MessageCallback,
+    bar: ProgressFactory = no_progress_bar,
     reporter: Reporter | None = None,
     resume: bool = False,
-    pairs: Opened | None = None,
-    parts: Assembled | None = None,
-) -> Aligned:
+    pairs: TrainValPairs | None = None,
+    parts: ModelAndPreprocessing | None = None,
+) -> TrainResult:
     """Train a recipe into the folder ``run``; with ``resume``, go on where it stopped.
 
     ``pairs`` and ``parts`` are the recipe's own, from whoever has them in memory; the model is trained in place.
     Raises ``UserError`` for anything the user can mend, as early as it can be known.
     """
-    folder = Run(run)
+    folder = RunFolder(run)
     start = folder.read_state() if resume else folder.refuse_taken()
-    train, val = pairs or training_pairs(recipe)
-    parts = parts or assemble(recipe, lambda: Listing(train).texts)
+    train, val = pairs or open_training_pairs(recipe)
+    parts = parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
     if start is not None:  # as it was then, whatever the libraries would make of its recipe today
         parts = replace(parts, tokenizer=folder.read().tokenizer)
     parts.model.to(PartialState().device).eval()
     if recipe.train.recompute == "blocks":
         for tower in (parts.model.image, parts.model.text):
             tower.recompute_blocks()
-    report = lambda skipped: folder.append("log.jsonl", map(_unread, skipped))  # noqa: E731
+    report = lambda skipped: folder.append("log.jsonl", map(_skipped_event, skipped))  # noqa: E731
     ledger = _ledger(folder, parts.model, start)
-    inputs = inputs_of(parts, recipe, bar=ledger.timed(bar), say=say, report=report)
-    plan = planned(recipe, train, inputs)
+    inputs = build_feature_source(parts, recipe, bar=ledger.timed(bar), say=say, report=report)
+    plan = plan_run(recipe, train, inputs)
     say(plan.reason)
-    settled = recipe.model_copy(update={"train": _with_kernel(plan.resolved(recipe.train), parts.model)})
-    listing = Listing(train)
-    content = content_hash(listing, val)
+    settled = recipe.model_copy(update={"train": _resolve_attention_kernel(plan.resolved(recipe.train), parts.model)})
+    listing = PairIndex(train)
+    content = hash_pairs(listing, val)
     if start is None:
         folder.start(settled.to_toml(), parts.model, parts.transform, parts.tokenizer, pairs=content)
     else:
-        _refuse_changes(folder, settled, parts.model, content)
+        _require_unchanged(folder, settled, parts.model, content)
     assert settled.train.attention != "auto"
-    with ledger, attending(settled.train.attention):
-        done = _train(settled, folder, parts.model, inputs, train, val, listing, reporter or Silent(), start, ledger)
+    with ledger, use_attention_kernel(settled.train.attention):
+        done = _train(
+            settled, folder, parts.model, inputs, train, val, listing, reporter or SilentReporter(), start, ledger
+        )
     if not done.fitted.interrupted:
         folder.finish()
     return done
 
 
-def training_pairs(recipe: Recipe) -> Opened:
+def open_training_pairs(recipe: Recipe) -> TrainValPairs:
     """The pairs to train on and to validate on, filtered by language. Raises ``UserError``."""
     data = recipe.data
     if data.train is None:
@@ -120,25 +122,25 @@ def training_pairs(recipe: Recipe) -> Opened:
     pairs = _open(data.train, recipe)
     if data.val is not None:
         return pairs, _open(data.val, recipe)
-    return split(pairs, data.val_fraction)
+    return split_by_group(pairs, data.val_fraction)
 
 
-def planned(recipe: Recipe, train: Pairs, inputs: Inputs) -> Plan:
+def plan_run(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> TrainPlan:
     """Batch, epochs and steps of a run. Raises ``UserError`` for a batch of more, or of too few to take parts of."""
-    plan = choose(recipe.train, samples(train, recipe), largest=_largest_batch(inputs, recipe))
+    plan = plan_training(recipe.train, count_samples_per_epoch(train, recipe), largest=_largest_batch(inputs, recipe))
     recipe.loss.refuse_fewer(plan.batch)
     return plan
 
 
-def inputs_of(
-    parts: Assembled,
+def build_feature_source(
+    parts: ModelAndPreprocessing,
     recipe: Recipe,
     *,
-    kind: type[Reads] = Inputs,
-    bar: Bar = no_bar,
-    say: Say = lambda line: None,
-    report: Callable[[Iterable[Skipped]], None] = log_skipped,
-) -> Reads:
+    kind: type[_FeatureSourceT] = FeatureSource,
+    bar: ProgressFactory = no_progress_bar,
+    say: MessageCallback = lambda line: None,
+    report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
+) -> _FeatureSourceT:
     """The reader of pairs for a model that has just been built from a recipe."""
     return kind(
         image=parts.model.image,
@@ -157,53 +159,55 @@ def inputs_of(
     )
 
 
-def _ledger(folder: Run, model: DualEncoder, start: TrainState | None) -> Ledger:
+def _ledger(folder: RunFolder, model: DualEncoder, start: TrainState | None) -> CostLedger:
     """The ledger of this session; a run that goes on may be one whose costs were not kept before."""
     parts = {name: {"total": count.total, "trained": count.trained} for name, count in model.counts().items()}
     device = next(model.parameters()).device
     if start is None:
-        return Ledger(device, parts)
+        return CostLedger(device, parts)
     earlier = read_cost(folder.path) if (folder.path / COST).exists() else None
-    return Ledger(device, parts, first_step=start.position.step, earlier=earlier)
+    return CostLedger(device, parts, first_step=start.position.step, earlier=earlier)
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def _with_kernel(settings: TrainSettings, model: DualEncoder) -> TrainSettings:
+def _resolve_attention_kernel(settings: TrainSettings, model: DualEncoder) -> TrainSettings:
     """The settings with the attention kernel chosen; written down with them, since a run goes on as it began."""
     device = next(model.parameters()).device
-    kernel = choose_attention(settings.attention, resolve(settings.precision, device).precision, device)
+    kernel = choose_attention_kernel(
+        settings.attention, resolve_precision(settings.precision, device).precision, device
+    )
     return settings.model_copy(update={"attention": kernel.attention})
 
 
 def _train(
     recipe: Recipe,
-    folder: Run,
+    folder: RunFolder,
     model: DualEncoder,
-    inputs: Inputs,
+    inputs: FeatureSource,
     train: Pairs,
     val: Pairs,
-    listing: Listing,
+    listing: PairIndex,
     reporter: Reporter,
     start: TrainState | None,
-    ledger: Ledger,
-) -> Aligned:
+    ledger: CostLedger,
+) -> TrainResult:
     settings = recipe.train
     image_side, text_side = inputs.image_side(train, recipe.data.augment), inputs.text_side(listing)
-    task = validation(train, val, inputs)
+    task = validation_task(train, val, inputs)
     assert settings.batch != "auto"
-    batches = Batches(
+    batches = PairLoader(
         listing,
         image_side,
         text_side,
         batch=settings.batch,
         seed=settings.seed,
-        workers=settings.workers if isinstance(image_side, LiveImages) else 0,
+        workers=settings.workers if isinstance(image_side, LiveImageReader) else 0,
         captions=recipe.data.captions,
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
-    ledger.once = ledger.within("counting", work_once)(inputs, image_side, text_side, listing.texts)
+    ledger.once = ledger.within("counting", count_frozen_flops)(inputs, image_side, text_side, listing.texts)
 
     def save(state: TrainState) -> None:
         folder.save_state(state)
@@ -211,14 +215,14 @@ def _train(
 
     with closing(batches), ledger.stage("training"):
         if start is None:
-            start_heads(model, inputs, train, listing, recipe.head, batches.tally)
-            start_low_rank(model, batches, loss_of(recipe.loss), recipe.tune, settings)
+            initialize_heads(model, inputs, train, listing, recipe.head, batches.tally)
+            initialize_low_rank(model, batches, build_loss(recipe.loss), recipe.tune, settings)
         else:
             batches.tally.add(start.skipped)
         fitted = fit(
             model,
             batches,
-            loss_of(recipe.loss),
+            build_loss(recipe.loss),
             settings,
             log=lambda row: folder.append("log.jsonl", [row]),
             evaluate=ledger.within("evaluation", lambda: task(model)),
@@ -234,12 +238,14 @@ def _train(
     folder.append("results.jsonl", [asdict(row) for row in results])
     cost = ledger.cost(delta_bytes)
     folder.write(COST, cost.to_json())
-    folder.write("README.md", card(recipe, model, folder.path, fitted, results, cost, len(train), len(val)))
-    return Aligned(folder.path, fitted, results, delta_bytes, cost)
+    folder.write(
+        "README.md", render_model_card(recipe, model, folder.path, fitted, results, cost, len(train), len(val))
+    )
+    return TrainResult(folder.path, fitted, results, delta_bytes, cost)
 
 
-def open_as_trained(
-    source: str, recipe: Recipe, *, columns: Columns = DEFAULT_COLUMNS, image_root: str | None = None
+def open_pairs_for_recipe(
+    source: str, recipe: Recipe, *, columns: ColumnNames = DEFAULT_COLUMNS, image_root: str | None = None
 ) -> Pairs:
     """Pairs for a model that is trained: those of its recipe are read as they were then, where nothing else is said."""
     data = recipe.data
@@ -250,12 +256,12 @@ def open_as_trained(
 
 def _open(source: str, recipe: Recipe) -> Pairs:
     data = recipe.data
-    pairs = open_as_trained(source, recipe)
+    pairs = open_pairs_for_recipe(source, recipe)
     if not data.languages:
         return pairs
-    kept = [pair for pair in (_spoken_in(pair, data.languages) for pair in pairs) if pair.captions]
+    kept = [pair for pair in (_keep_languages(pair, data.languages) for pair in pairs) if pair.captions]
     if not kept:
-        found = languages_of(pairs)
+        found = caption_languages(pairs)
         raise UserError(
             f"zero pairs: no caption of {source} is in {', '.join(data.languages)} (data.languages); "
             f"its captions are in {', '.join(found) or 'languages it does not name'}"
@@ -263,23 +269,23 @@ def _open(source: str, recipe: Recipe) -> Pairs:
     return Pairs(source, [kept])
 
 
-def _spoken_in(pair: Pair, languages: Sequence[str]) -> Pair:
+def _keep_languages(pair: Pair, languages: Sequence[str]) -> Pair:
     return replace(pair, captions=tuple(caption for caption in pair.captions if caption.language in languages))
 
 
-def samples(pairs: Pairs, recipe: Recipe) -> int:
+def count_samples_per_epoch(pairs: Pairs, recipe: Recipe) -> int:
     """How many samples an epoch has."""
     if recipe.data.captions == "draw":
         return len(pairs)
     return sum(len(pairs[number].captions) for number in range(len(pairs)))
 
 
-def _largest_batch(inputs: Inputs, recipe: Recipe) -> int:
+def _largest_batch(inputs: FeatureSource, recipe: Recipe) -> int:
     live = not inputs.all_pooled or (recipe.data.augment is not None and not recipe.data.views)
-    return LARGEST_LIVE_BATCH if live else LARGEST_BATCH
+    return _MAX_LIVE_BATCH_SIZE if live else MAX_AUTO_BATCH_SIZE
 
 
-def content_hash(listing: Listing, val: Pairs) -> str:
+def hash_pairs(listing: PairIndex, val: Pairs) -> str:
     """A hash of the ids and captions of a run's pairs: other ones would come in another order."""
     digest = hashlib.sha256(json.dumps([listing.ids, listing.texts, [pair.id for pair in val]]).encode())
     for column in (listing.group, listing.first, listing.caption):
@@ -287,7 +293,7 @@ def content_hash(listing: Listing, val: Pairs) -> str:
     return digest.hexdigest()
 
 
-def _refuse_changes(folder: Run, recipe: Recipe, model: DualEncoder, content: str) -> None:
+def _require_unchanged(folder: RunFolder, recipe: Recipe, model: DualEncoder, content: str) -> None:
     """A run goes on with its own recipe, towers and pairs, or not at all: it would end as no run ever would."""
     facts = folder.read()
     folder.refuse_other_bases(model)
@@ -299,5 +305,5 @@ def _refuse_changes(folder: Run, recipe: Recipe, model: DualEncoder, content: st
         )
 
 
-def _unread(sample: Skipped) -> dict[str, str]:
+def _skipped_event(sample: SkippedSample) -> dict[str, str]:
     return {"event": "skipped", **sample._asdict()}

@@ -13,25 +13,25 @@ from typing import Any
 
 import torch
 
-from clasp.config.recipe import Recipe, from_dict
-from clasp.data.bpe import learned_pieces
+from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.data.bpe import train_bpe
 from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Base, ImageSettings, TextSettings
+from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.inference import Model
-from clasp.models.sharing.backbones import share_bases
-from clasp.models.sharing.policy import Sharing
-from clasp.models.sharing.tie import tie
+from clasp.models.inference import EmbeddingModel
+from clasp.models.sharing.backbones import share_backbones
+from clasp.models.sharing.policy import SharingPlan
+from clasp.models.sharing.tie import tie_parameters
 from clasp.models.tower import Tower
-from clasp.models.zoo.registry import open_base
-from clasp.models.zoo.single_trunk import on_one_trunk
+from clasp.models.zoo.registry import load_backbone
+from clasp.models.zoo.single_trunk import build_single_trunk
 from clasp.training import run_folder
 from clasp.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Assembled:
+class ModelAndPreprocessing:
     """A model and what stands before its towers."""
 
     model: DualEncoder
@@ -39,27 +39,31 @@ class Assembled:
     tokenizer: Tokenizer
 
 
-def build(recipe: Recipe, *, meta: bool = False) -> DualEncoder:
+def build_model(recipe: Recipe, *, meta: bool = False) -> DualEncoder:
     """The model of a recipe, with its selection made. ``meta=True``: shapes only, nothing loaded.
 
     Raises ``UserError`` for a tower that cannot be opened, a method that matches nothing, and when nothing trains.
     """
-    return _model(recipe, *_bases(recipe, meta=meta))
+    return _tuned_model(recipe, *_open_backbones(recipe, meta=meta))
 
 
-def assemble(recipe: Recipe, captions: Callable[[], Iterable[str]] | None = None) -> Assembled:
+def build_model_and_preprocessing(
+    recipe: Recipe, captions: Callable[[], Iterable[str]] | None = None
+) -> ModelAndPreprocessing:
     """The model of a recipe with its weights, its image transform and its tokenizer. Raises ``UserError`` as above.
 
     ``captions`` gives those to train on, from which ``text.vocabulary = "pairs"`` is learned; nothing else asks.
     """
-    image, text, sharing = _bases(recipe, meta=False)
+    image, text, sharing = _open_backbones(recipe, meta=False)
     assert image.transform is not None and text.tokenizer is not None
     names = ("size", "resize", "ground", "mean", "std")
     changes: dict[str, Any] = {name: value for name, value in recipe.image if name in names and value is not None}
     if recipe.image.resize in ("squash", "pad"):
         changes["crop_fraction"] = 1.0  # the whole picture is shown
     transform = replace(image.transform, **changes)
-    tokenizer = (_learned(recipe, captions) if recipe.text.vocabulary == "pairs" else text.tokenizer()).with_settings(
+    tokenizer = (
+        _learn_tokenizer(recipe, captions) if recipe.text.vocabulary == "pairs" else text.tokenizer()
+    ).with_settings(
         prefix=recipe.text.prefix,
         max_tokens=recipe.text.max_tokens,
         clean=recipe.text.clean,
@@ -67,65 +71,68 @@ def assemble(recipe: Recipe, captions: Callable[[], Iterable[str]] | None = None
         overlong=recipe.text.overlong,
     )
     _check_end_token(recipe, text, tokenizer)
-    return Assembled(_model(recipe, image, text, sharing), transform, tokenizer)
+    return ModelAndPreprocessing(_tuned_model(recipe, image, text, sharing), transform, tokenizer)
 
 
-def under_other_heads(parts: Assembled, recipe: Recipe) -> Assembled:
-    """What ``assemble(recipe)`` gives, bitwise, around the towers of ``parts``, which are those of ``recipe`` and as
-    they were loaded: nothing in them trained or trains."""
+def rebuild_heads(parts: ModelAndPreprocessing, recipe: Recipe) -> ModelAndPreprocessing:
+    """What ``build_model_and_preprocessing(recipe)`` gives, bitwise, around the towers of ``parts``, which are those
+    of ``recipe`` and as they were loaded: nothing in them trained or trains."""
     image, text = parts.model.image, parts.model.text
     assert image.wholly_frozen and text.wholly_frozen and image.pooling is None and text.pooling is None
-    model = _between(image, text, recipe)
+    model = _dual_encoder(image, text, recipe)
     _select(model, recipe, set())
     model.sharing = parts.model.sharing
     return replace(parts, model=model)
 
 
-def load(run: str | Path, *, device: str = "cpu") -> Model:
+def load(run: str | Path, *, device: str = "cpu") -> EmbeddingModel:
     """The model of a run folder, in evaluation mode.
 
     Rebuilds the bases from where the recipe found them and refuses weights that are not the ones trained on, by name
     and hash; then puts the delta in. Bitwise the model that was saved. Raises ``UserError``.
     """
-    folder = run_folder.Run(run)
+    folder = run_folder.RunFolder(run)
     facts = folder.read()
-    recipe = from_dict(facts.recipe, str(folder.path / "recipe.toml"))
-    parts = Assembled(build(recipe), facts.transform, facts.tokenizer)
+    recipe = recipe_from_dict(facts.recipe, str(folder.path / "recipe.toml"))
+    parts = ModelAndPreprocessing(build_model(recipe), facts.transform, facts.tokenizer)
     folder.restore(parts.model)
-    return Model(parts.model.to(device).eval(), parts.transform, parts.tokenizer, device=device)
+    return EmbeddingModel(parts.model.to(device).eval(), parts.transform, parts.tokenizer, device=device)
 
 
-def with_fresh_heads(model: DualEncoder, recipe: Recipe) -> DualEncoder:
+def with_untrained_heads(model: DualEncoder, recipe: Recipe) -> DualEncoder:
     """The same towers under heads that nobody has trained: what a result is to be compared with."""
-    return _between(model.image, model.text, recipe).eval()
+    return _dual_encoder(model.image, model.text, recipe).eval()
 
 
-def _bases(recipe: Recipe, *, meta: bool) -> tuple[Base, Base, Sharing | None]:
+def _open_backbones(recipe: Recipe, *, meta: bool) -> tuple[Backbone, Backbone, SharingPlan | None]:
     """Both bases, holding in common what the recipe says; nets that nobody trained start from its seed."""
     seed = recipe.train.seed
-    image, text = open_base(recipe.image, meta=meta, seed=seed), open_base(recipe.text, meta=meta, seed=seed + 1)
+    image, text = (
+        load_backbone(recipe.image, meta=meta, seed=seed),
+        load_backbone(recipe.text, meta=meta, seed=seed + 1),
+    )
     if recipe.share is None:
         return image, text, None
     policy, trunk = recipe.share.policy, recipe.share.of_trunk
     if trunk is None:
-        return image, text, share_bases(image, text, policy, seed=seed + 2)
+        return image, text, share_backbones(image, text, policy, seed=seed + 2)
     own = next((base.name for base in (image, text) if base.from_seed), None)
     if own is not None:
         raise UserError(
             f"share.trunk = {trunk.trunk!r} runs both modalities through a pre-trained tower, and {own} is none; leave "
             "share.trunk out, or write another tower"
         )
-    made = on_one_trunk(image, text, trunk, policy, seed=seed + 2)
+    made = build_single_trunk(image, text, trunk, policy, seed=seed + 2)
     return replace(made.image, new=made.image_new), replace(made.text, new=made.text_new), made.sharing
 
 
-def _learned(recipe: Recipe, captions: Callable[[], Iterable[str]] | None) -> Tokenizer:
+def _learn_tokenizer(recipe: Recipe, captions: Callable[[], Iterable[str]] | None) -> Tokenizer:
     assert captions is not None, "whoever assembles a recipe to train it has the captions"
     assert recipe.text.net is not None
-    return Tokenizer(learned_pieces(captions(), recipe.text.net.vocabulary), max_tokens=recipe.text.net.context)
+    return Tokenizer(train_bpe(captions(), recipe.text.net.vocabulary), max_tokens=recipe.text.net.context)
 
 
-def _model(recipe: Recipe, image: Base, text: Base, sharing: Sharing | None) -> DualEncoder:
+def _tuned_model(recipe: Recipe, image: Backbone, text: Backbone, sharing: SharingPlan | None) -> DualEncoder:
     seed = recipe.train.seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # a learned pooling starts at random
@@ -133,7 +140,7 @@ def _model(recipe: Recipe, image: Base, text: Base, sharing: Sharing | None) -> 
             "image": _tower(image, recipe.image),
             "text": _tower(text, recipe.text),
         }
-    model = _between(towers["image"], towers["text"], recipe)
+    model = _dual_encoder(towers["image"], towers["text"], recipe)
     selection: set[str] = set()
     for number, (name, tower) in enumerate(towers.items(), 1):
         methods = recipe.tune.image if name == "image" else recipe.tune.text
@@ -141,11 +148,11 @@ def _model(recipe: Recipe, image: Base, text: Base, sharing: Sharing | None) -> 
         selection |= {f"{name}.net.{parameter}" for parameter in tower.new}
     _select(model, recipe, selection)
     model.sharing = sharing
-    _refuse_pieces(recipe, model)
+    _check_micro_batch(recipe, model)
     return model
 
 
-def _between(image: Tower, text: Tower, recipe: Recipe) -> DualEncoder:
+def _dual_encoder(image: Tower, text: Tower, recipe: Recipe) -> DualEncoder:
     loss, seed = recipe.loss, recipe.train.seed
     model = DualEncoder(image, text, recipe.head, loss=loss.kind, logits=loss, seed=seed)
     if recipe.share is not None and recipe.share.head == "shared":
@@ -154,7 +161,7 @@ def _between(image: Tower, text: Tower, recipe: Recipe) -> DualEncoder:
                 f"share.head = 'shared': the image tower is {image.width} wide and the text tower {text.width}; one "
                 "head is for equal widths"
             )
-        tie(model.image_head, model.text_head)
+        tie_parameters(model.image_head, model.text_head)
     return model
 
 
@@ -168,7 +175,7 @@ def _select(model: DualEncoder, recipe: Recipe, in_towers: set[str]) -> None:
     model.select(selection)
 
 
-def _refuse_pieces(recipe: Recipe, model: DualEncoder) -> None:
+def _check_micro_batch(recipe: Recipe, model: DualEncoder) -> None:
     """A batch worked through in pieces has no statistics of its own, and would move them twice for each."""
     pieces, batch = recipe.train.micro_batch, recipe.train.batch
     if model.moving and pieces != "auto" and (batch == "auto" or pieces < batch):
@@ -178,7 +185,7 @@ def _refuse_pieces(recipe: Recipe, model: DualEncoder) -> None:
         )
 
 
-def _tower(base: Base, settings: ImageSettings | TextSettings) -> Tower:
+def _tower(base: Backbone, settings: ImageTowerSettings | TextTowerSettings) -> Tower:
     return Tower(
         base,
         pool=settings.pool,
@@ -188,7 +195,7 @@ def _tower(base: Base, settings: ImageSettings | TextSettings) -> Tower:
     )
 
 
-def _check_end_token(recipe: Recipe, text: Base, tokenizer: Tokenizer) -> None:
+def _check_end_token(recipe: Recipe, text: Backbone, tokenizer: Tokenizer) -> None:
     if (recipe.text.pool or text.pool) == "eos":
         ends = {row[-1] for row in tokenizer.encode(["a", "two words"])}
         if len(ends) != 1:

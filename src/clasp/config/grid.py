@@ -1,6 +1,6 @@
 """A grid of settings as recipes: every combination of the values given for some keys.
 
-In go a recipe, overrides and texts such as ``train.lr=1e-3,3e-3``; out come ``Combination``s, each a checked recipe
+In go a recipe, overrides and texts such as ``train.lr=1e-3,3e-3``; out come ``GridPoint``s, each a checked recipe
 with a name for its run. Unusual: a name is made of its own values only, so it stays when others are added to the grid.
 """
 
@@ -17,12 +17,12 @@ from typing import Any
 from clasp.config.recipe import Recipe, read_recipe
 from clasp.types import UserError
 
-LONGEST_NAME = 120  # file systems allow 255 bytes
+_MAX_NAME_LENGTH = 120  # file systems allow 255 bytes
 _OPEN, _CLOSED = "[{(", "]})"
 
 
 @dataclass(frozen=True, slots=True)
-class Combination:
+class GridPoint:
     """One point of the grid: the name of its run, what the grid sets, and the recipe that this makes."""
 
     name: str
@@ -33,15 +33,15 @@ class Combination:
         return " ".join(self.settings)
 
 
-def combinations(source: str, overrides: Sequence[str], grid: Sequence[str]) -> list[Combination]:
+def expand_grid(source: str, overrides: Sequence[str], grid: Sequence[str]) -> list[GridPoint]:
     """Every combination as a checked recipe, the last key changing fastest. Raises ``UserError``."""
     axes = dict(parse_axis(text) for text in grid)
     counts = Counter([text.partition("=")[0].strip() for text in (*grid, *overrides)])
     twice = [key for key in axes if counts[key] > 1]
     if twice:
         raise UserError(f"{twice[0]} is set twice: a key stands in one --grid, and nowhere else")
-    settings = [tuple(f"{key}={value}" for key, value in zip(axes, values, strict=True)) for values in _every(axes)]
-    made: list[Combination] = []
+    settings = [tuple(f"{key}={value}" for key, value in zip(axes, values, strict=True)) for values in _product(axes)]
+    made: list[GridPoint] = []
     for name, chosen in zip(_names(axes), settings, strict=True):
         with_these = f"with {' '.join(chosen)}"
         try:
@@ -51,9 +51,9 @@ def combinations(source: str, overrides: Sequence[str], grid: Sequence[str]) -> 
         same = next((other for other in made if other.recipe == recipe), None)
         if same:
             raise UserError(f"{with_these}: this is the same recipe as with {same}")
-        if made and _validated_on(recipe) != _validated_on(made[0].recipe):
+        if made and _validation_data(recipe) != _validation_data(made[0].recipe):
             raise UserError(f"{with_these}: other pairs would be validated on than before; such runs cannot be ranked")
-        made.append(Combination(name, chosen, recipe))
+        made.append(GridPoint(name, chosen, recipe))
     return made
 
 
@@ -88,7 +88,7 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
     return key.strip(), values
 
 
-def _every(axes: dict[str, list[str]]) -> list[tuple[str, ...]]:
+def _product(axes: dict[str, list[str]]) -> list[tuple[str, ...]]:
     return list(itertools.product(*axes.values()))
 
 
@@ -97,13 +97,15 @@ def _names(axes: dict[str, list[str]]) -> list[str]:
     last = Counter(key.rpartition(".")[2] for key in axes)
     titles = [short if last[short := key.rpartition(".")[2]] == 1 else key for key in axes]
     names = []
-    for values in _every(axes):
+    for values in _product(axes):
         plain = [re.sub(r"[^\w.+-]+", "-", re.sub(r"[\"'\[\]{}\s]", "", value)).strip("-") for value in values]
         names.append(",".join(f"{title}={value}" for title, value in zip(titles, plain, strict=True)))
     often = Counter(names)
     return [
-        name if often[name] == 1 and len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{_short_hash(values)}"
-        for name, values in zip(names, _every(axes), strict=True)
+        name
+        if often[name] == 1 and len(name) <= _MAX_NAME_LENGTH
+        else f"{name[:_MAX_NAME_LENGTH]}-{_short_hash(values)}"
+        for name, values in zip(names, _product(axes), strict=True)
     ]
 
 
@@ -111,7 +113,7 @@ def _short_hash(values: Sequence[str]) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:6]
 
 
-def _validated_on(recipe: Recipe) -> tuple[Any, ...]:
+def _validation_data(recipe: Recipe) -> tuple[Any, ...]:
     data = recipe.data
     asked = data.val or (data.train, data.val_fraction)
     return (asked, data.image_root, data.columns, data.languages)

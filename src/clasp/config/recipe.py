@@ -18,15 +18,15 @@ from typing import Any, Literal, get_args, get_type_hints
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from clasp.data.feature_cache.dtypes import Name as StorageName
+from clasp.data.feature_cache.dtypes import StorageDtype as StorageName
 from clasp.data.images import Augment
-from clasp.data.pairs import Columns
-from clasp.models.backbone import ImageSettings, TextSettings
+from clasp.data.pairs import ColumnNames
+from clasp.models.backbone import ImageTowerSettings, TextTowerSettings
 from clasp.models.dual_encoder import LogitSettings
 from clasp.models.heads import HeadSettings
 from clasp.models.sharing.policy import SharingSettings
-from clasp.models.sharing.trunk_views import TRUNK_PARTS, TrunkSettings
-from clasp.models.tuning.spec import parse
+from clasp.models.sharing.trunk_views import DEFAULT_TRUNK_PARTS, SingleTrunkSettings
+from clasp.models.tuning.spec import parse_tuning_spec
 from clasp.training.losses import LossSettings
 from clasp.training.settings import TrainSettings
 from clasp.types import UserError
@@ -64,14 +64,14 @@ class ShareSettings(SharingSettings):
     @classmethod
     def _blocks_of_a_trunk(cls, said: Any) -> Any:
         """On a trunk, attention and feed-forward parts are shared where nothing else is said of them."""
-        return {**TRUNK_PARTS, **said} if isinstance(said, dict) and said.get("trunk") is not None else said
+        return {**DEFAULT_TRUNK_PARTS, **said} if isinstance(said, dict) and said.get("trunk") is not None else said
 
     @property
-    def of_trunk(self) -> TrunkSettings | None:
+    def of_trunk(self) -> SingleTrunkSettings | None:
         """The settings of the trunk, where there is one."""
         if self.trunk is None:
             return None
-        return TrunkSettings(trunk=self.trunk, embedding=self.embedding, patch=self.patch, context=self.context)
+        return SingleTrunkSettings(trunk=self.trunk, embedding=self.embedding, patch=self.patch, context=self.context)
 
     @property
     def policy(self) -> SharingSettings:
@@ -79,7 +79,7 @@ class ShareSettings(SharingSettings):
         return SharingSettings(**self.model_dump(include=set(SharingSettings.model_fields)))
 
 
-class LossAndLogits(LogitSettings, LossSettings):
+class LossSectionSettings(LogitSettings, LossSettings):
     """``[loss]``: a loss, and the logits that it is taken of."""
 
 
@@ -96,7 +96,7 @@ class DataSettings(BaseModel):
     """Share of the groups set aside when ``val`` is left out"""
     image_root: str | None = None
     """Folder that relative image paths start from; the folder of the file where left out"""
-    columns: Columns = Columns()
+    columns: ColumnNames = ColumnNames()
     """Names of the columns; each format's usual ones where left out"""
     languages: list[str] = []
     """Keep captions in these languages only; all where empty"""
@@ -123,18 +123,18 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    image: ImageSettings
-    text: TextSettings
+    image: ImageTowerSettings
+    text: TextTowerSettings
     share: ShareSettings | None = None
     tune: TuneSettings = TuneSettings()
     head: HeadSettings = HeadSettings()
-    loss: LossAndLogits = LossAndLogits()
+    loss: LossSectionSettings = LossSectionSettings()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
 
     def changed(self, overrides: Sequence[str]) -> Recipe:
         """This recipe with dotted overrides applied."""
-        return from_dict(_overridden(self.to_dict(), overrides), "the overrides")
+        return recipe_from_dict(_apply_overrides(self.to_dict(), overrides), "the overrides")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those left out."""
@@ -150,18 +150,18 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises ``UserError`` naming the nearest valid key or value.
     """
-    given, chain = _with_what_it_extends(_find(source, Path()), str(source))
-    return from_dict(_overridden(given, overrides), chain)
+    given, chain = _read_with_extends(_find(source, Path()), str(source))
+    return recipe_from_dict(_apply_overrides(given, overrides), chain)
 
 
-def from_dict(given: dict[str, Any], source: str) -> Recipe:
+def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
     """Check a recipe given as nested dictionaries; ``source`` is named in errors."""
     try:
         recipe = Recipe.model_validate(given)
     except ValidationError as error:
-        raise UserError(f"{source}: {_plainly(error)}") from None
+        raise UserError(f"{source}: {_explain(error)}") from None
     for spec in (*recipe.tune.image, *recipe.tune.text):
-        parse(spec)
+        parse_tuning_spec(spec)
     if recipe.head.start == "cca" and not (recipe.head.kind == "linear" and recipe.head.standardize):
         raise UserError(f"{source}: head.start = 'cca' needs head.kind = 'linear' and head.standardize = true")
     if recipe.head.standardize and recipe.tune.head == "none":
@@ -178,7 +178,7 @@ def from_dict(given: dict[str, Any], source: str) -> Recipe:
     return recipe
 
 
-def shipped() -> dict[str, Path]:
+def builtin_recipes() -> dict[str, Path]:
     """The recipes that come with clasp, by name."""
     package = Path(__file__).parents[1]
     folder = next((f for f in (package / "recipes", package.parents[1] / "recipes") if f.is_dir()), None)
@@ -191,7 +191,7 @@ def _find(source: str | Path, folder: Path) -> Path:
     path = folder / source
     if path.is_file():
         return path
-    own = shipped()
+    own = builtin_recipes()
     name = str(source).removesuffix(".toml").removeprefix("recipes/")
     if name in own:
         return own[name]
@@ -200,7 +200,7 @@ def _find(source: str | Path, folder: Path) -> Path:
     raise UserError(f"no recipe {str(source)!r}: neither a file nor one of these; {hint}{', '.join(own)}")
 
 
-def _with_what_it_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
+def _read_with_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
     """A file as nested dictionaries, over those of what it extends, and the chain of files in words.
 
     ``above`` are the files that extend this one. Raises ``UserError`` naming the chain.
@@ -223,20 +223,20 @@ def _with_what_it_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) 
         found = _find(name, path.parent)
     except UserError as error:
         raise UserError(f"{chain}: {error}") from None
-    below, chain = _with_what_it_extends(found, chain, (*above, path.resolve()))
-    return _merged(below, given), chain
+    below, chain = _read_with_extends(found, chain, (*above, path.resolve()))
+    return _merge(below, given), chain
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Sections key by key; of any other value that both have, the one above."""
     merged = {**below, **above}
     for key in below.keys() & above.keys():
         if isinstance(below[key], dict) and isinstance(above[key], dict):
-            merged[key] = _merged(below[key], above[key])
+            merged[key] = _merge(below[key], above[key])
     return merged
 
 
-def _overridden(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def _apply_overrides(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """``train.batch=512`` and the like, put into nested dictionaries. Values read as TOML; a bare word is a string."""
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in given.items()}
     for override in overrides:
@@ -249,28 +249,28 @@ def _overridden(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 raise UserError(f"override {override!r}: {part} is a value, not a section")
-        place[last] = _value(key.strip(), text)
+        place[last] = _parse_value(key.strip(), text)
     return result
 
 
-def _value(key: str, text: str) -> Any:
+def _parse_value(key: str, text: str) -> Any:
     """What stands behind the equals sign; for a setting that is a text, ``2024`` is a folder's name and no number."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-    is_text = known_keys().get(key) in (str, str | None)
+    is_text = recipe_keys().get(key) in (str, str | None)
     return text if is_text and not isinstance(value, str) else value
 
 
 # --- errors a person can act on --------------------------------------------------------------------------------------
 
 
-def _plainly(error: ValidationError) -> str:
+def _explain(error: ValidationError) -> str:
     """The first mistake of a validation, with the nearest valid names."""
     first = error.errors()[0]
     key, kind, given = _key(first), first["type"], first["input"]
-    keys = [*known_keys(), "extends"]
+    keys = [*recipe_keys(), "extends"]
     section = ".".join(part for part in key.split(".")[:-1] if not part.isdigit())  # items of a list have like keys
     if key == "extends":
         return "extends stands at the beginning of a recipe file, and nowhere else"
@@ -289,11 +289,11 @@ def _plainly(error: ValidationError) -> str:
         return f"{key}: {first['msg'].removeprefix('Value error, ')}"
     if kind == "list_type":
         return f"{key} = {given!r} should be a list: [{given!r}]"
-    said = dict.fromkeys(_wanted(each) for each in error.errors() if _key(each) == key)
+    said = dict.fromkeys(_expected(each) for each in error.errors() if _key(each) == key)
     return f"{key} = {given!r} should {' or '.join(said)}"
 
 
-def _wanted(error: Any) -> str:
+def _expected(error: Any) -> str:
     """What pydantic would have liked, as the end of a sentence about the value."""
     if error["type"] == "literal_error":
         return f"be {error['ctx']['expected']}"
@@ -303,7 +303,7 @@ def _wanted(error: Any) -> str:
 
 def _key(error: Any) -> str:
     """The dotted key. pydantic names the branch of a union in the location; people do not."""
-    known, key = known_keys(), ""
+    known, key = recipe_keys(), ""
     for part in error["loc"]:
         longer = f"{key}.{part}".removeprefix(".")
         if (
@@ -315,7 +315,7 @@ def _key(error: Any) -> str:
     return key
 
 
-def known_keys() -> dict[str, Any]:
+def recipe_keys() -> dict[str, Any]:
     """Every dotted key of a recipe with its type; a section has none."""
     return dict(_keys(Recipe, ""))
 

@@ -17,11 +17,11 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from clasp.types import UserError
 
-Box = tuple[float, float, float, float]
-Colour = tuple[int, int, int]
+CropBox = tuple[float, float, float, float]
+RGBColor = tuple[int, int, int]
 
 
-class Chance(NamedTuple):
+class RandAugmentParams(NamedTuple):
     """The luck of one RandAugment operation, each number uniform in [0, 1)."""
 
     which: float
@@ -29,7 +29,7 @@ class Chance(NamedTuple):
     sign: float
 
 
-class Draw(NamedTuple):
+class AugmentParams(NamedTuple):
     """The luck of one augmented image, each number uniform in [0, 1). Always all drawn, in this order."""
 
     area: float
@@ -43,7 +43,7 @@ class Draw(NamedTuple):
     grayscale: float
     brightness: float
     contrast: float
-    operations: tuple[Chance, ...] = ()
+    operations: tuple[RandAugmentParams, ...] = ()
     """Drawn last, as many as are asked for."""
 
 
@@ -72,7 +72,7 @@ class Augment:
     """Greatest relative change of contrast either way."""
     randaugment: tuple[int, int] = (0, 0)
     """How many of RandAugment's operations are drawn, and their magnitude from 1 to 10; (0, 0) is off, LilT has
-    (2, 7). After all other changes; see ``randaugmented``."""
+    (2, 7). After all other changes; see ``apply_randaugment``."""
 
     def __post_init__(self) -> None:
         for name, (low, high), top in (("crop_scale", self.crop_scale, 1.0), ("aspect", self.aspect, math.inf)):
@@ -83,20 +83,20 @@ class Augment:
             if not 0 <= asdict(self)[name] <= limit:
                 raise UserError(f"augment {name} = {asdict(self)[name]} is not between 0 and {limit}")
         operations, magnitude = self.randaugment
-        if self.randaugment != (0, 0) and not (operations >= 1 and 1 <= magnitude <= STRONGEST):
+        if self.randaugment != (0, 0) and not (operations >= 1 and 1 <= magnitude <= _MAX_MAGNITUDE):
             raise UserError(
                 f"augment randaugment = ({operations}, {magnitude}) is neither (0, 0), for off, nor at least one "
-                f"operation and a magnitude from 1 to {STRONGEST}"
+                f"operation and a magnitude from 1 to {_MAX_MAGNITUDE}"
             )
 
-    def draw(self, seed: int) -> Draw:
+    def draw(self, seed: int) -> AugmentParams:
         """The luck that belongs to a seed."""
         luck = random.Random(seed)
-        numbers: dict[str, Any] = {name: luck.random() for name in Draw._fields[:-1]}
-        chances = (Chance(luck.random(), luck.random(), luck.random()) for _ in range(self.randaugment[0]))
-        return Draw(**numbers, operations=tuple(chances))
+        numbers: dict[str, Any] = {name: luck.random() for name in AugmentParams._fields[:-1]}
+        chances = (RandAugmentParams(luck.random(), luck.random(), luck.random()) for _ in range(self.randaugment[0]))
+        return AugmentParams(**numbers, operations=tuple(chances))
 
-    def crop(self, box: Box, draw: Draw) -> Box:
+    def crop(self, box: CropBox, draw: AugmentParams) -> CropBox:
         """A box inside ``box``, of the drawn area, aspect and place."""
         left, top, right, bottom = box
         area = self.crop_scale[0] + draw.area * (self.crop_scale[1] - self.crop_scale[0])
@@ -107,7 +107,7 @@ class Augment:
         top += draw.top * (bottom - top - high)
         return left, top, left + wide, top + high
 
-    def alter(self, picture: Image.Image, ground: Colour, draw: Draw) -> Image.Image:
+    def alter(self, picture: Image.Image, ground: RGBColor, draw: AugmentParams) -> Image.Image:
         """The resized picture, turned, shifted, flipped and recoloured as drawn."""
         angle = self.rotate * (2 * draw.rotate - 1)
         across, down = (round(self.shift * (2 * luck - 1) * picture.width) for luck in (draw.across, draw.down))
@@ -121,51 +121,51 @@ class Augment:
             picture = ImageEnhance.Brightness(picture).enhance(1 + self.brightness * (2 * draw.brightness - 1))
         if self.contrast:
             picture = ImageEnhance.Contrast(picture).enhance(1 + self.contrast * (2 * draw.contrast - 1))
-        return randaugmented(picture, self.randaugment[1], draw.operations)
+        return apply_randaugment(picture, self.randaugment[1], draw.operations)
 
 
 # --- RandAugment ---------------------------------------------------------------------------------------------------
 
-STRONGEST = 10  # the magnitude at which an operation does the most it ever does
-_APPLIED = 0.5  # probability of a drawn operation
-_GREY = (128, 128, 128)  # what a moved picture uncovers
+_MAX_MAGNITUDE = 10  # the magnitude at which an operation does the most it ever does
+_APPLY_PROBABILITY = 0.5  # probability of a drawn operation
+_FILL_COLOR = (128, 128, 128)  # what a moved picture uncovers
 
 # What each does at the strongest. Brightness and sharpness do not go either way: their factor is 0.1 + 1.8 times the
 # strength, so that magnitude 5 leaves the picture as it is and less takes away.
-_SHEAR = 0.3  # pixels a row, or a column
-_SHIFT = 10 / 256  # of the side
-_TURN = 30.0  # degrees, positive against the clock
+_MAX_SHEAR = 0.3  # pixels a row, or a column
+_MAX_TRANSLATION = 10 / 256  # of the side
+_MAX_ROTATION = 30.0  # degrees, positive against the clock
 
 
-def _factor(strength: float) -> float:
+def _enhance_factor(strength: float) -> float:
     return 0.1 + 1.8 * abs(strength)
 
 
-def _moved(
+def _affine(
     picture: Image.Image, *, across: float = 0.0, down: float = 0.0, shear_x: float = 0.0, shear_y: float = 0.0
 ) -> Image.Image:
     """Shifted by so many pixels, or each row (column) by so many pixels more than the one before."""
     back = (1, -shear_x, -across, -shear_y, 1, -down)  # from a place in the outcome to where it was
     affine, smooth = Image.Transform.AFFINE, Image.Resampling.BILINEAR
-    return picture.transform(picture.size, affine, back, smooth, fillcolor=_GREY)
+    return picture.transform(picture.size, affine, back, smooth, fillcolor=_FILL_COLOR)
 
 
 # each takes a picture and the strength, from -1 to 1
-OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+RANDAUGMENT_OPS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "identity": lambda picture, s: picture,
     "autocontrast": lambda picture, s: ImageOps.autocontrast(picture),
     "equalize": lambda picture, s: ImageOps.equalize(picture),
-    "brightness": lambda picture, s: ImageEnhance.Brightness(picture).enhance(_factor(s)),
-    "sharpness": lambda picture, s: ImageEnhance.Sharpness(picture).enhance(_factor(s)),
-    "shear_x": lambda picture, s: _moved(picture, shear_x=_SHEAR * s),
-    "shear_y": lambda picture, s: _moved(picture, shear_y=_SHEAR * s),
-    "translate_x": lambda picture, s: _moved(picture, across=_SHIFT * s * picture.width),
-    "translate_y": lambda picture, s: _moved(picture, down=_SHIFT * s * picture.height),
-    "rotate": lambda picture, s: picture.rotate(_TURN * s, Image.Resampling.BILINEAR, fillcolor=_GREY),
+    "brightness": lambda picture, s: ImageEnhance.Brightness(picture).enhance(_enhance_factor(s)),
+    "sharpness": lambda picture, s: ImageEnhance.Sharpness(picture).enhance(_enhance_factor(s)),
+    "shear_x": lambda picture, s: _affine(picture, shear_x=_MAX_SHEAR * s),
+    "shear_y": lambda picture, s: _affine(picture, shear_y=_MAX_SHEAR * s),
+    "translate_x": lambda picture, s: _affine(picture, across=_MAX_TRANSLATION * s * picture.width),
+    "translate_y": lambda picture, s: _affine(picture, down=_MAX_TRANSLATION * s * picture.height),
+    "rotate": lambda picture, s: picture.rotate(_MAX_ROTATION * s, Image.Resampling.BILINEAR, fillcolor=_FILL_COLOR),
 }
 
 
-def randaugmented(picture: Image.Image, magnitude: int, chances: tuple[Chance, ...]) -> Image.Image:
+def apply_randaugment(picture: Image.Image, magnitude: int, chances: tuple[RandAugmentParams, ...]) -> Image.Image:
     """RandAugment (Cubuk et al., NeurIPS 2020): operations with equal chances, one after the other, at one magnitude.
 
     ALBEF's ten operations and ranges (Li et al., NeurIPS 2021), which leave colours out for the captions' sake; LilT
@@ -175,7 +175,7 @@ def randaugmented(picture: Image.Image, magnitude: int, chances: tuple[Chance, .
     which at LilT's 256 pixels comes to its 10 pixels at the strongest.
     """
     for which, whether, sign in chances:
-        if whether < _APPLIED:
-            operation = list(OPERATIONS.values())[int(which * len(OPERATIONS))]
-            picture = operation(picture, math.copysign(magnitude / STRONGEST, sign - 0.5))
+        if whether < _APPLY_PROBABILITY:
+            operation = list(RANDAUGMENT_OPS.values())[int(which * len(RANDAUGMENT_OPS))]
+            picture = operation(picture, math.copysign(magnitude / _MAX_MAGNITUDE, sign - 0.5))
     return picture

@@ -1,6 +1,6 @@
 """What may be odd about pairs: findings for people, and the same as facts for programs.
 
-In go the pairs of both parts, a tokenizer, an image transform; out come ``Section``s. Unusual: of many images and
+In go the pairs of both parts, a tokenizer, an image transform; out come ``CheckReport``s. Unusual: of many images and
 captions a sample is looked at, evenly spread, and each finding says so.
 """
 
@@ -16,25 +16,29 @@ from typing import Any, Literal
 import numpy as np
 
 from clasp.data.images import Augment, ImageTransform
-from clasp.data.loader import Tally
+from clasp.data.loader import BadSampleLimit
 from clasp.data.pairs import Pairs
-from clasp.data.readers import Listing, LiveImages
+from clasp.data.readers import LiveImageReader, PairIndex
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.features import Bar
-from clasp.types import Pair, Skipped, UserError
+from clasp.models.features import ProgressFactory
+from clasp.types import Pair, SkippedSample, UserError
 
-HASHED, DECODED, TOKENISED = 5_000, 500, 50_000  # of more than these a sample is looked at
-FEW_TO_VALIDATE = 100  # the 95 % interval of a recall over fewer is some ten points to either side
-NO_LIMIT = 1_000_000  # tokens
+HASH_SAMPLE_SIZE, DECODE_SAMPLE_SIZE, TOKENIZE_SAMPLE_SIZE = (
+    5_000,
+    500,
+    50_000,
+)  # of more than these a sample is looked at
+_MIN_VAL_PAIRS = 100  # the 95 % interval of a recall over fewer is some ten points to either side
+_NO_TOKEN_LIMIT = 1_000_000  # tokens
 
-Level = Literal["ok", "look", "stop"]
+Severity = Literal["ok", "look", "stop"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """``ok``: as it should be; ``look``: training will run, and may not do what was meant; ``stop``: it would stop."""
 
-    level: Level
+    level: Severity
     about: str
     text: str
 
@@ -43,27 +47,27 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class CheckReport:
     """One subject: plain values, and what to say of them."""
 
     about: str
     facts: dict[str, Any]
     findings: list[Finding] = field(default_factory=list)
 
-    def say(self, level: Level, text: str) -> None:
+    def say(self, level: Severity, text: str) -> None:
         """Add a finding."""
         self.findings.append(Finding(level, self.about, text))
 
 
-def of_pairs(train: Pairs, val: Pairs) -> Section:
+def check_pairs(train: Pairs, val: Pairs) -> CheckReport:
     """How many pairs and captions, in which languages."""
     spoken = Counter(caption.language for pairs in (train, val) for pair in pairs for caption in pair.captions)
     captions, unnamed = spoken.total(), spoken.pop("", 0)
     languages = dict(spoken.most_common())
     facts = {"train": len(train), "val": len(val), "captions": captions, "languages": languages}
-    made = Section("pairs", {**facts, "captions_without_language": unnamed})
+    made = CheckReport("pairs", {**facts, "captions_without_language": unnamed})
     made.say("ok", f"{len(train):,} to train on, {len(val):,} to validate on; {captions:,} captions")
-    if len(val) < FEW_TO_VALIDATE:
+    if len(val) < _MIN_VAL_PAIRS:
         made.say("look", f"only {len(val)} to validate on: intervals will be wide")
     named = ", ".join(f"{name} {count:,}" for name, count in list(languages.items())[:10])
     more = f" and {len(languages) - 10} more" if len(languages) > 10 else ""
@@ -75,18 +79,18 @@ def of_pairs(train: Pairs, val: Pairs) -> Section:
     return made
 
 
-def of_captions(listing: Listing, tokenizer: Tokenizer) -> Section:
+def check_captions(listing: PairIndex, tokenizer: Tokenizer) -> CheckReport:
     """How often captions repeat, and how long the different ones are, beside what the text tower reads of them."""
     often = np.bincount(listing.caption)
     repeated, top = float(often[often > 1].sum() / often.sum()), int(often.argmax())
-    some = [listing.texts[number] for number in _spread(len(listing.texts), TOKENISED)]
-    lengths = np.array([len(ids) for ids in tokenizer.with_settings(max_tokens=NO_LIMIT).encode(some)])
+    some = [listing.texts[number] for number in _evenly_spaced(len(listing.texts), TOKENIZE_SAMPLE_SIZE)]
+    lengths = np.array([len(ids) for ids in tokenizer.with_settings(max_tokens=_NO_TOKEN_LIMIT).encode(some)])
     cut, longest = float((lengths > tokenizer.max_tokens).mean()), int(lengths.max())
     p50, p95 = (int(np.percentile(lengths, part, method="higher")) for part in (50, 95))
     facts = {"different": len(often), "repeated_share": repeated, "looked_at": len(some)}
     facts |= {"most_frequent": listing.texts[top], "most_frequent_count": int(often[top])}
     facts |= {"tokens": {"p50": p50, "p95": p95, "max": longest}, "max_tokens": tokenizer.max_tokens, "cut_share": cut}
-    made = Section("captions", facts)
+    made = CheckReport("captions", facts)
     different = f"{len(often):,} different ones to train on"
     if repeated:
         different += f"; {100 * repeated:.0f} % of all captions have their equal, most often "
@@ -95,12 +99,12 @@ def of_captions(listing: Listing, tokenizer: Tokenizer) -> Section:
     read = f"half have up to {p50} tokens, 95 % up to {p95}, the longest {longest}"
     if cut:
         read += f"; {100 * cut:.1f} % are cut at text.max_tokens = {tokenizer.max_tokens}"
-    made.say("look" if cut >= 0.01 else "ok", read + _of_sample(len(some), len(often)))
+    made.say("look" if cut >= 0.01 else "ok", read + _sample_note(len(some), len(often)))
     return made
 
 
 @dataclass(frozen=True)
-class _Measuring(Augment):
+class _SizeRecorder(Augment):
     """Changes nothing, and keeps the width and height of what it was shown."""
 
     sizes: list[tuple[float, float]] = field(default_factory=list)
@@ -110,13 +114,15 @@ class _Measuring(Augment):
         return box
 
 
-def of_images(train: Pairs, val: Pairs, transform: ImageTransform, max_bad_fraction: float, bar: Bar) -> Section:
+def check_images(
+    train: Pairs, val: Pairs, transform: ImageTransform, max_bad_fraction: float, bar: ProgressFactory
+) -> CheckReport:
     """Which of a sample cannot be read, how large they are, and which are the same byte for byte."""
-    measuring = _Measuring()
+    measuring = _SizeRecorder()
     # squashed, all of a picture is shown, so the box is its size
-    reader = LiveImages(replace(transform, resize="squash", crop_fraction=1.0), measuring)
-    some = _Some((train, val), DECODED)
-    tallies = [Tally(len(pairs), max_bad_fraction) for pairs in (train, val)]
+    reader = LiveImageReader(replace(transform, resize="squash", crop_fraction=1.0), measuring)
+    some = _SampledPairs((train, val), DECODE_SAMPLE_SIZE)
+    tallies = [BadSampleLimit(len(pairs), max_bad_fraction) for pairs in (train, val)]
     skipped, stop = [], None
     with bar("images looked at") as progress:
         for done, (part, pair) in enumerate(some, 1):
@@ -127,15 +133,17 @@ def of_images(train: Pairs, val: Pairs, transform: ImageTransform, max_bad_fract
             except UserError as error:
                 stop = str(error)
             progress(done, len(some))
-    made = Section("images", {"looked_at": len(some), "unreadable": [sample._asdict() for sample in skipped]})
-    _say_unreadable(made, skipped, stop, len(some), len(train) + len(val))
+    made = CheckReport("images", {"looked_at": len(some), "unreadable": [sample._asdict() for sample in skipped]})
+    _check_readable(made, skipped, stop, len(some), len(train) + len(val))
     if measuring.sizes:
-        _say_sizes(made, np.array(measuring.sizes), transform.size)
-    _say_duplicates(made, train, val)
+        _check_sizes(made, np.array(measuring.sizes), transform.size)
+    _check_duplicates(made, train, val)
     return made
 
 
-def _say_unreadable(made: Section, skipped: Sequence[Skipped], stop: str | None, looked_at: int, count: int) -> None:
+def _check_readable(
+    made: CheckReport, skipped: Sequence[SkippedSample], stop: str | None, looked_at: int, count: int
+) -> None:
     of = f"of {looked_at:,} looked at{'' if looked_at == count else f' (there are {count:,})'}"
     named = ", ".join(f"{name} ({reason})" for name, reason in skipped[:3])
     if stop:
@@ -146,7 +154,7 @@ def _say_unreadable(made: Section, skipped: Sequence[Skipped], stop: str | None,
         made.say("ok", f"all {of} can be read")
 
 
-def _say_sizes(made: Section, sizes: np.ndarray, size: int) -> None:
+def _check_sizes(made: CheckReport, sizes: np.ndarray, size: int) -> None:
     shorter = sizes.min(axis=1)
     low, middle = (int(np.percentile(shorter, part, method="lower")) for part in (5, 50))
     small = float((shorter < size).mean())
@@ -158,12 +166,12 @@ def _say_sizes(made: Section, sizes: np.ndarray, size: int) -> None:
         made.say("ok", text)
 
 
-def _say_duplicates(made: Section, train: Pairs, val: Pairs) -> None:
+def _check_duplicates(made: CheckReport, train: Pairs, val: Pairs) -> None:
     """Equal bytes in different groups are taken for different things: false negatives, and answers known beforehand."""
     seen: defaultdict[bytes, dict[str, str]] = defaultdict(dict)
     trained: set[bytes] = set()
     hashed, shared, count = 0, 0, len(train) + len(val)
-    for part, pair in _Some((train, val), HASHED):
+    for part, pair in _SampledPairs((train, val), HASH_SAMPLE_SIZE):
         with suppress(OSError, UserError):  # told of as unreadable
             digest = hashlib.sha256(pair.image.read()).digest()
             seen[digest].setdefault(pair.group, pair.id)
@@ -177,14 +185,14 @@ def _say_duplicates(made: Section, train: Pairs, val: Pairs) -> None:
     if same:
         text = f"{made.facts['duplicates']} are byte for byte the picture of another group, such as {same[0][1]} and "
         text += f"{same[0][0]}; give them one group"
-        made.say("look", text + _of_sample(hashed, count))
+        made.say("look", text + _sample_note(hashed, count))
     else:
-        made.say("ok", "no two of different groups are the same byte for byte" + _of_sample(hashed, count))
+        made.say("ok", "no two of different groups are the same byte for byte" + _sample_note(hashed, count))
     if shared:
-        made.say("look", f"{shared} to validate on are also trained on" + _of_sample(hashed, count))
+        made.say("look", f"{shared} to validate on are also trained on" + _sample_note(hashed, count))
 
 
-class _Some(Sequence[tuple[int, Pair]]):
+class _SampledPairs(Sequence[tuple[int, Pair]]):
     """At most about ``most`` pairs of both parts, evenly spread, each with the number of its part; read when asked."""
 
     def __init__(self, parts: Sequence[Pairs], most: int) -> None:
@@ -193,7 +201,7 @@ class _Some(Sequence[tuple[int, Pair]]):
         self._chosen = [
             (number, row)
             for number, pairs in enumerate(parts)
-            for row in _spread(len(pairs), -(-most * len(pairs) // count))
+            for row in _evenly_spaced(len(pairs), -(-most * len(pairs) // count))
         ]
 
     def __len__(self) -> int:
@@ -204,10 +212,10 @@ class _Some(Sequence[tuple[int, Pair]]):
         return number, self._parts[number][row]
 
 
-def _spread(count: int, most: int) -> list[int]:
+def _evenly_spaced(count: int, most: int) -> list[int]:
     """At most ``most`` of the numbers below ``count``, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64)).tolist()
 
 
-def _of_sample(looked_at: int, count: int) -> str:
+def _sample_note(looked_at: int, count: int) -> str:
     return "" if looked_at >= count else f" (of {looked_at:,} looked at)"

@@ -8,12 +8,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clasp.types import Pixels, Pooled, States, Tokens
+from clasp.types import HiddenStates, Pixels, PooledFeatures, Tokens
 
-Inputs = TypeVar("Inputs", bound=Pixels | Tokens | States | Pooled)
+_TowerInput = TypeVar("_TowerInput", bound=Pixels | Tokens | HiddenStates | PooledFeatures)
 
 
-def on_device(inputs: Inputs, device: torch.device | str) -> Inputs:
+def to_device(inputs: _TowerInput, device: torch.device | str) -> _TowerInput:
     """The same inputs with their tensors on ``device``; tensors that are there already are not copied."""
     named = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
     return replace(inputs, **{n: t.to(device, non_blocking=True) for n, t in named.items() if isinstance(t, Tensor)})

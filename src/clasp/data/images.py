@@ -24,12 +24,12 @@ from jaxtyping import Float
 from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from clasp.data.augment import Augment, Box, Colour, Draw
+from clasp.data.augment import Augment, AugmentParams, CropBox, RGBColor
 from clasp.types import UserError
 
-__all__ = ["Augment", "Colour", "ImageError", "ImageTransform", "Interpolation", "Resize", "thumbnail"]
+__all__ = ["Augment", "ImageError", "ImageTransform", "Interpolation", "RGBColor", "ResizeMode", "thumbnail"]
 
-Resize = Literal["crop", "squash", "pad"]
+ResizeMode = Literal["crop", "squash", "pad"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
 
 _RESAMPLING = {
@@ -37,7 +37,7 @@ _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_UPRIGHT = {  # the EXIF orientation -> what brings the picture upright
+_EXIF_TRANSPOSE = {  # the EXIF orientation -> what brings the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -46,8 +46,8 @@ _UPRIGHT = {  # the EXIF orientation -> what brings the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_GAP = 1.0  # a JPEG is decoded at the smallest scale that leaves this many times the pixels asked for
-_DECODING = 1  # part of every fingerprint: raise it when the same bytes become other pixels
+_REDUCING_GAP = 1.0  # a JPEG is decoded at the smallest scale that leaves this many times the pixels asked for
+_DECODER_VERSION = 1  # part of every fingerprint: raise it when the same bytes become other pixels
 
 
 class ImageError(ValueError):
@@ -67,11 +67,11 @@ class ImageTransform:
     """Of RGB in [0, 1]."""
     std: tuple[float, float, float]
     """Of RGB in [0, 1]."""
-    resize: Resize = "crop"
+    resize: ResizeMode = "crop"
     """``crop``: the centre square. ``squash``: the whole, its aspect lost. ``pad``: the whole, fitted on the ground."""
     interpolation: Interpolation = "bicubic"
     """Always with antialiasing."""
-    ground: Colour = (255, 255, 255)
+    ground: RGBColor = (255, 255, 255)
     """RGB behind transparent pixels, and around the picture where it does not reach."""
     crop_fraction: float = 1.0
     """Only for ``crop``: side of the crop as a fraction of the shorter side (timm's ``crop_pct``)."""
@@ -117,9 +117,9 @@ class ImageTransform:
     @property
     def fingerprint(self) -> str:
         """Changes when the same bytes could become other pixels: sha256 over the settings."""
-        return hashlib.sha256(json.dumps([_DECODING, self.to_dict()], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([_DECODER_VERSION, self.to_dict()], sort_keys=True).encode()).hexdigest()
 
-    def _box(self, width: int, height: int) -> Box:
+    def _box(self, width: int, height: int) -> CropBox:
         """The part of an upright picture that is shown, in its pixels."""
         if self.resize != "crop":
             return 0.0, 0.0, float(width), float(height)
@@ -132,10 +132,10 @@ class ImageTransform:
         return left * across, top * down, (left + self.size) * across, (top + self.size) * down
 
     def _fitted(
-        self, image: bytes | str | Path | Image.Image, augment: Augment | None, draw: Draw | None
+        self, image: bytes | str | Path | Image.Image, augment: Augment | None, draw: AugmentParams | None
     ) -> Image.Image:
         """Decoded and resized to the square, RGB."""
-        with _opened(image) as picture:
+        with _open_image(image) as picture:
             turn = _orientation(picture)
             width, height = picture.size[::-1] if turn >= 5 else picture.size
             box = self._box(width, height)
@@ -147,10 +147,10 @@ class ImageTransform:
                 target = (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale)))
             reduced = 1
             if not isinstance(image, Image.Image):  # a caller's own picture is not to be changed
-                reduced = _reduce(picture, min((box[2] - box[0]) / target[0], (box[3] - box[1]) / target[1]))
-            picture = _flat(picture, self.ground)
-        if turn in _UPRIGHT:
-            picture = picture.transpose(_UPRIGHT[turn])
+                reduced = _draft_jpeg(picture, min((box[2] - box[0]) / target[0], (box[3] - box[1]) / target[1]))
+            picture = _to_opaque(picture, self.ground)
+        if turn in _EXIF_TRANSPOSE:
+            picture = picture.transpose(_EXIF_TRANSPOSE[turn])
         left, top, right, bottom = (edge / reduced for edge in box)
         box = (left, top, min(right, picture.width), min(bottom, picture.height))
         picture = picture.resize(target, _RESAMPLING[self.interpolation], box=box, reducing_gap=3.0).convert("RGB")
@@ -169,7 +169,7 @@ class ImageTransform:
 
 
 def _check_choices(settings: Mapping[str, Any]) -> None:
-    for name, choices in (("resize", get_args(Resize)), ("interpolation", get_args(Interpolation))):
+    for name, choices in (("resize", get_args(ResizeMode)), ("interpolation", get_args(Interpolation))):
         if settings.get(name, choices[0]) not in choices:
             raise UserError(f"image {name} = {settings[name]!r} is not one of {', '.join(choices)}")
 
@@ -183,7 +183,7 @@ def thumbnail(image: bytes, side: int) -> Image.Image:
 
 
 @contextmanager
-def _opened(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image]:
+def _open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image]:
     """The picture, not yet decoded; whatever goes wrong with it becomes an ``ImageError``."""
     try:
         if isinstance(image, Image.Image):
@@ -210,9 +210,9 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _reduce(picture: Image.Image, shrink: float) -> int:
+def _draft_jpeg(picture: Image.Image, shrink: float) -> int:
     """Let a JPEG that will shrink be decoded at 1/2, 1/4 or 1/8; returns that divisor, 1 for all else."""
-    divisor = max((d for d in (1, 2, 4, 8) if d * _GAP <= shrink), default=1)
+    divisor = max((d for d in (1, 2, 4, 8) if d * _REDUCING_GAP <= shrink), default=1)
     if divisor == 1 or not isinstance(picture, JpegImagePlugin.JpegImageFile):
         return 1
     full = picture.width
@@ -220,7 +220,7 @@ def _reduce(picture: Image.Image, shrink: float) -> int:
     return round(full / drafted[1][2]) if drafted else 1
 
 
-def _flat(picture: Image.Image, ground: Colour) -> Image.Image:
+def _to_opaque(picture: Image.Image, ground: RGBColor) -> Image.Image:
     """Decoded, 8 bits, opaque: RGB, or L (three times cheaper to resize)."""
     picture.load()
     if picture.mode.startswith("I"):

@@ -21,19 +21,19 @@ import torch
 from jaxtyping import Int
 
 from clasp.data.images import ImageTransform
-from clasp.data.readers import ImageSide, Listing, LiveImages, Picks, TextSide
+from clasp.data.readers import ImageReader, LiveImageReader, PairIndex, SampleIndices, TextReader
 from clasp.data.tokenizer import Tokenizer
-from clasp.data.workers import Stream
-from clasp.types import Batch, Pair, Pixels, Skipped, Source, Tokens, UserError
+from clasp.data.workers import WorkerPool
+from clasp.types import Batch, ImageSource, Pair, Pixels, SkippedSample, Tokens, UserError
 
-Captions = Literal["draw", "all"]
-T = TypeVar("T")
+CaptionMode = Literal["draw", "all"]
+_T = TypeVar("_T")
 
 _ORDER, _CAPTION, _AUGMENT = range(3)  # what a stream of random numbers is for
 _log = logging.getLogger(__name__)
 
 
-def draws(key: Sequence[int], count: int) -> Int[np.ndarray, " n"]:
+def philox_integers(key: Sequence[int], count: int) -> Int[np.ndarray, " n"]:
     """``count`` random numbers in [0, 2^63); the i-th depends on ``key`` (non-negative) and i only, not on ``count``.
 
     Philox (Salmon et al., SC 2011) read raw, which numpy keeps stable between versions, as it does not its
@@ -44,14 +44,14 @@ def draws(key: Sequence[int], count: int) -> Int[np.ndarray, " n"]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class _BatchReader:
     """Picks to a ``Batch``; runs in a worker where there are any."""
 
     pairs: Sequence[Pair]
-    image: ImageSide
-    text: TextSide
+    image: ImageReader
+    text: TextReader
 
-    def __call__(self, picks: Picks) -> Batch:
+    def __call__(self, picks: SampleIndices) -> Batch:
         read = functools.cache(self.pairs.__getitem__)
         image = self.image(picks, read)
         if image.skipped:
@@ -59,23 +59,23 @@ class _Reader:
         text = self.text(picks, read)
         numbers = picks.pair.tolist()
         groups: list[Hashable]
-        if isinstance(self.pairs, Listing):
+        if isinstance(self.pairs, PairIndex):
             ids = tuple([self.pairs.ids[number] for number in numbers])
             groups = self.pairs.group[picks.pair].tolist()
         else:
             ids = tuple([read(number).id for number in numbers])
             groups = [read(number).group for number in numbers]
-        columns = torch.tensor([_local(groups), _local(text.texts)], dtype=torch.int64)
+        columns = torch.tensor([_factorize(groups), _factorize(text.texts)], dtype=torch.int64)
         return Batch(ids, image.inputs, text.inputs, columns.T.contiguous(), image.skipped)
 
 
-def _local(keys: Sequence[Hashable]) -> list[int]:
+def _factorize(keys: Sequence[Hashable]) -> list[int]:
     """Equal keys to equal numbers, counted from 0 in order of appearance."""
     seen: dict[Hashable, int] = {}
     return [seen.setdefault(key, len(seen)) for key in keys]
 
 
-class Tally:
+class BadSampleLimit:
     """Counts the distinct samples that cannot be read, and stops the run when they are too many.
 
     ``found`` maps their ids to the reasons, in the order met. A few (3) are always allowed, all never.
@@ -86,7 +86,7 @@ class Tally:
         self._total = total
         self._fraction = max_bad_fraction
 
-    def add(self, skipped: Iterable[Skipped]) -> None:
+    def add(self, skipped: Iterable[SkippedSample]) -> None:
         """Raises ``UserError`` with the list when there are more than ``max(3, max_bad_fraction * total)``."""
         before = len(self.found)
         self.found.update(skipped)
@@ -100,37 +100,37 @@ class Tally:
             )
 
 
-class Batches:
+class PairLoader:
     """Shuffled batches of pairs; ``epoch(n)`` gives the n-th shuffle of ``seed``, ``len`` the batches in each.
 
     ``captions="draw"`` takes one caption of each pair, drawn anew every epoch; ``"all"`` makes every caption a
     sample. The last short batch is left out when ``drop_last``. Skipped samples are named in ``Batch.skipped`` and
     counted in ``tally``. Raises ``UserError`` when ``drop_last`` would leave nothing (a batch larger than the data),
-    and while reading as ``Tally`` and ``Stream`` do. One epoch at a time.
+    and while reading as ``BadSampleLimit`` and ``WorkerPool`` do. One epoch at a time.
     """
 
     def __init__(
         self,
         pairs: Sequence[Pair],
-        image: ImageSide,
-        text: TextSide,
+        image: ImageReader,
+        text: TextReader,
         *,
         batch: int,
         seed: int,
         workers: int = 0,
-        captions: Captions = "draw",
+        captions: CaptionMode = "draw",
         max_bad_fraction: float = 0.02,
         drop_last: bool = True,
         timeout_seconds: float = 300.0,
     ) -> None:
-        if captions == "all" and not isinstance(pairs, Listing):
-            pairs = Listing(pairs)
+        if captions == "all" and not isinstance(pairs, PairIndex):
+            pairs = PairIndex(pairs)
         self._pairs = pairs
-        self._captions: Captions = captions
+        self._captions: CaptionMode = captions
         self._batch = batch
         self._seed = seed
         self._drop_last = drop_last
-        if isinstance(pairs, Listing) and captions == "all":
+        if isinstance(pairs, PairIndex) and captions == "all":
             self.samples = int(pairs.first[-1])
         else:
             self.samples = len(pairs)
@@ -138,8 +138,8 @@ class Batches:
             raise UserError("there are no pairs to make batches of")
         if batch < 1 or (drop_last and batch > self.samples):
             raise UserError(f"batch = {batch}, and there are {self.samples} samples: a batch holds 1 to {self.samples}")
-        self.tally = Tally(len(pairs), max_bad_fraction)
-        self._stream = Stream(_Reader(pairs, image, text), workers=workers, timeout_seconds=timeout_seconds)
+        self.tally = BadSampleLimit(len(pairs), max_bad_fraction)
+        self._stream = WorkerPool(_BatchReader(pairs, image, text), workers=workers, timeout_seconds=timeout_seconds)
 
     def __len__(self) -> int:
         return self.samples // self._batch if self._drop_last else -(-self.samples // self._batch)
@@ -155,16 +155,16 @@ class Batches:
         """End the workers, if there are any."""
         self._stream.close()
 
-    def _picks(self, epoch: int, start: int) -> Iterator[Picks]:
+    def _picks(self, epoch: int, start: int) -> Iterator[SampleIndices]:
         # sorting random numbers shuffles; the sort is stable, so the order is the same on every machine
-        order = np.argsort(draws((self._seed, epoch, _ORDER), self.samples), kind="stable")
-        seeds = draws((self._seed, epoch, _AUGMENT), self.samples)[order]
+        order = np.argsort(philox_integers((self._seed, epoch, _ORDER), self.samples), kind="stable")
+        seeds = philox_integers((self._seed, epoch, _AUGMENT), self.samples)[order]
         if self._captions == "all":
-            assert isinstance(self._pairs, Listing)
+            assert isinstance(self._pairs, PairIndex)
             pair = np.searchsorted(self._pairs.first, order, side="right") - 1
-            picks = Picks(pair, order - self._pairs.first[pair], seeds)
+            picks = SampleIndices(pair, order - self._pairs.first[pair], seeds)
         else:
-            picks = Picks(order, draws((self._seed, epoch, _CAPTION), self.samples)[order], seeds)
+            picks = SampleIndices(order, philox_integers((self._seed, epoch, _CAPTION), self.samples)[order], seeds)
         for number in range(start, len(self)):
             yield picks[number * self._batch : (number + 1) * self._batch]
 
@@ -172,13 +172,13 @@ class Batches:
 # --- images or texts alone -------------------------------------------------------------------------------------------
 
 
-def log_skipped(skipped: Iterable[Skipped]) -> None:
+def log_skipped(skipped: Iterable[SkippedSample]) -> None:
     """Names each in the log."""
     for name, reason in skipped:
         _log.warning("skipped %s: %s", name, reason)
 
 
-def images_at_once(size: int, device: torch.device | str) -> int:
+def inference_batch_size(size: int, device: torch.device | str) -> int:
     """How many images of ``size`` pixels a side go through a tower at once, where nothing trains.
 
     On a processor few enough that one layer's activations fit in its cache and in blocks that are used again
@@ -188,29 +188,29 @@ def images_at_once(size: int, device: torch.device | str) -> int:
     return max(1, 300_000 // size**2) if torch.device(device).type == "cpu" else 128
 
 
-def image_batches(
-    sources: Sequence[tuple[str, Source]],
+def iter_image_batches(
+    sources: Sequence[tuple[str, ImageSource]],
     transform: ImageTransform,
     batch: int,
     *,
     workers: int = 0,
-    report: Callable[[Iterable[Skipped]], None] = log_skipped,
+    report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
 ) -> Iterator[tuple[list[str], Pixels]]:
     """Images in the order given, each batch with the ids of those that could be read; the others go to ``report``.
 
-    A batch of which nothing could be read is left out. ``Tally(len(sources), fraction).add`` as ``report`` stops
-    when too many are bad.
+    A batch of which nothing could be read is left out. ``BadSampleLimit(len(sources), fraction).add`` as ``report``
+    stops when too many are bad.
     """
     images = [(name, source, 0) for name, source in sources]
     chunks = list(_chunks(images, batch))
-    with closing(Stream(LiveImages(transform).decode, workers=workers)) as stream:
+    with closing(WorkerPool(LiveImageReader(transform).decode, workers=workers)) as stream:
         for chunk, rows in zip(chunks, stream(chunks), strict=True):
             report(rows.skipped)
             if rows.kept:
                 yield [chunk[place][0] for place in rows.kept], rows.inputs
 
 
-def text_batches(texts: Sequence[str], tokenizer: Tokenizer, tokens: int) -> Iterator[tuple[list[int], Tokens]]:
+def iter_text_batches(texts: Sequence[str], tokenizer: Tokenizer, tokens: int) -> Iterator[tuple[list[int], Tokens]]:
     """All texts, longest first, so that little is padding and the largest batch is met first.
 
     A batch has at most ``tokens`` tokens, padding included, and at least one text. Each comes with the places of its
@@ -225,6 +225,6 @@ def text_batches(texts: Sequence[str], tokenizer: Tokenizer, tokens: int) -> Ite
         start += len(places)
 
 
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]

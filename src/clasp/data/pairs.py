@@ -18,30 +18,39 @@ from typing import Protocol, SupportsIndex, overload, runtime_checkable
 
 import numpy as np
 
-from clasp.data.formats.base import Format, Opening
-from clasp.data.formats.folders import Folder, open_folder, stem_of
-from clasp.data.formats.index_cache import unpacked
-from clasp.data.formats.parquet import CellSource, open_parquet
-from clasp.data.formats.rows import DEFAULT_COLUMNS, Columns
-from clasp.data.formats.samples import IMAGE_SUFFIXES, kinds, open_shard
+from clasp.data.formats.base import OpenedSource, SourceSpec
+from clasp.data.formats.folders import FolderFiles, open_folder, split_file_name
+from clasp.data.formats.index_cache import unpack_gzip
+from clasp.data.formats.parquet import ParquetSource, open_parquet
+from clasp.data.formats.rows import DEFAULT_COLUMNS, ColumnNames
+from clasp.data.formats.samples import IMAGE_SUFFIXES, count_suffixes, open_webdataset
 from clasp.data.formats.sources import FileSource, TarSource
 from clasp.data.formats.tables import open_table
-from clasp.types import Pair, Source, UserError
+from clasp.types import ImageSource, Pair, UserError
 
-__all__ = ["CellSource", "Columns", "FileSource", "Pairs", "TarSource", "folder_images", "open_pairs", "split"]
+__all__ = [
+    "ColumnNames",
+    "FileSource",
+    "Pairs",
+    "ParquetSource",
+    "TarSource",
+    "list_images",
+    "open_pairs",
+    "split_by_group",
+]
 
-OPENERS: dict[str, Callable[[Opening], Format]] = {
+_OPENERS: dict[str, Callable[[SourceSpec], OpenedSource]] = {
     ".csv": open_table,
     ".tsv": open_table,
     ".jsonl": open_table,
     ".json": open_table,
     ".parquet": open_parquet,
-    ".tar": open_shard,
+    ".tar": open_webdataset,
 }
 
 
 @runtime_checkable
-class Rows(Protocol):
+class _PairSequence(Protocol):
     """A list of ``Pair``s will do."""
 
     def __len__(self) -> int: ...
@@ -56,7 +65,7 @@ class Pairs(Sequence[Pair]):
     their pairs, in that order (all of them by default). A slice is again a ``Pairs``.
     """
 
-    def __init__(self, name: str, parts: Sequence[Rows], rows: np.ndarray | None = None):
+    def __init__(self, name: str, parts: Sequence[_PairSequence], rows: np.ndarray | None = None):
         self.name = name
         self._parts = tuple(parts)
         self._ends = np.cumsum([len(part) for part in self._parts])
@@ -103,7 +112,7 @@ class Pairs(Sequence[Pair]):
 def open_pairs(
     source: str | Path,
     *,
-    columns: Columns = DEFAULT_COLUMNS,
+    columns: ColumnNames = DEFAULT_COLUMNS,
     image_root: str | Path | None = None,
     cache: Path | None = None,
 ) -> Pairs:
@@ -115,27 +124,27 @@ def open_pairs(
     An id is the id column's value, else the image's path or the tar member's key; should those of several sources be
     the same, each is prefixed by its source (``a.tar::key``).
     """
-    names = expand(str(source))
+    names = expand_source(str(source))
     paths = [Path(name).expanduser() for name in names]
     for name, path in zip(names, paths, strict=True):
         if not name:
             raise UserError(f"{str(source)!r} names no source; name a folder or a file")
         if not path.exists():
             raise UserError(_missing(path, paths))
-    return Pairs(str(source), _told_apart(paths, [_open(path, columns, image_root, cache) for path in paths]))
+    return Pairs(str(source), _with_unique_ids(paths, [_open(path, columns, image_root, cache) for path in paths]))
 
 
-def _open(path: Path, columns: Columns, image_root: str | Path | None, cache: Path | None) -> Format:
+def _open(path: Path, columns: ColumnNames, image_root: str | Path | None, cache: Path | None) -> OpenedSource:
     root = os.path.abspath(os.path.expanduser(image_root or path.parent))
     try:
         if path.is_dir():
-            return open_folder(Opening(path, path, columns, root, cache))
+            return open_folder(SourceSpec(path, path, columns, root, cache))
         suffix = path.with_name(path.name.removesuffix(".gz")).suffix.lower()
-        if suffix not in OPENERS:
-            known = ", ".join(OPENERS)
+        if suffix not in _OPENERS:
+            known = ", ".join(_OPENERS)
             raise UserError(f"{path} is of no kind clasp can open: a folder, or {known} (or one of these .gz)")
-        file = unpacked(path, cache) if path.suffix == ".gz" else path
-        return OPENERS[suffix](Opening(path, file, columns, root, cache))
+        file = unpack_gzip(path, cache) if path.suffix == ".gz" else path
+        return _OPENERS[suffix](SourceSpec(path, file, columns, root, cache))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: a text beside it is not UTF-8: {error}") from None
     except OSError as error:
@@ -152,13 +161,13 @@ def _missing(path: Path, paths: list[Path]) -> str:
     return f"{path} does not exist{more}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _told_apart(paths: list[Path], parts: list[Format]) -> list[Format]:
+def _with_unique_ids(paths: list[Path], parts: list[OpenedSource]) -> list[OpenedSource]:
     """Makes ids and groups of several sources distinct where they would be the same by accident."""
     if len(parts) == 1:
         return parts
     whole = [str(path.absolute()) for path in paths]
-    names = _below(os.path.commonpath([os.path.dirname(path) for path in whole]), whole)
-    roots = _below(os.path.commonpath([part.root for part in parts]), [part.root for part in parts])
+    names = _relative_paths(os.path.commonpath([os.path.dirname(path) for path in whole]), whole)
+    roots = _relative_paths(os.path.commonpath([part.root for part in parts]), [part.root for part in parts])
     hashes, counts = np.unique(np.concatenate([part.hashes for part in parts]), return_counts=True)
     repeated = hashes[counts > 1]
     id_prefixes = [f"{name}::" if len(repeated) else "" for name in names]
@@ -174,14 +183,14 @@ def _told_apart(paths: list[Path], parts: list[Format]) -> list[Format]:
     return parts
 
 
-def _below(folder: str, paths: list[str]) -> list[str]:
+def _relative_paths(folder: str, paths: list[str]) -> list[str]:
     return [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
 
 
-def expand(source: str) -> list[str]:
+def expand_source(source: str) -> list[str]:
     """``a::b`` and ``x-{000..012}.tar`` and ``{train,val}.csv``, spelt out in order."""
     if "::" in source:
-        return [name for part in source.split("::") for name in expand(part)]
+        return [name for part in source.split("::") for name in expand_source(part)]
     braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", source)
     if braces is None:
         return [source]
@@ -193,10 +202,10 @@ def expand(source: str) -> list[str]:
         if not choices:
             raise UserError(f"{source}: {braces.group()} counts down; the first number must not be above the last")
     before, after = source[: braces.start()], source[braces.end() :]
-    return [name for choice in choices for name in expand(before + choice + after)]
+    return [name for choice in choices for name in expand_source(before + choice + after)]
 
 
-def split(pairs: Pairs, fraction: float, *, salt: str = "clasp") -> tuple[Pairs, Pairs]:
+def split_by_group(pairs: Pairs, fraction: float, *, salt: str = "clasp") -> tuple[Pairs, Pairs]:
     """Training and validation pairs: about ``fraction`` of the groups go to validation, by a hash of the group alone.
 
     A group never lies on both sides, and stays on its side when other pairs come or go. Neither side is empty.
@@ -204,7 +213,7 @@ def split(pairs: Pairs, fraction: float, *, salt: str = "clasp") -> tuple[Pairs,
     """
     if not 0 < fraction < 1:
         raise UserError(f"the fraction for validation must lie between 0 and 1, not {fraction}")
-    groups = np.array([_uniform(pair.group, salt) for pair in pairs])
+    groups = np.array([_hash_fraction(pair.group, salt) for pair in pairs])
     held = groups < fraction
     if len(np.unique(groups)) < 2:
         raise UserError(f"{pairs.name}: all {len(pairs)} pairs are one group, so none can be split off for validation")
@@ -215,20 +224,22 @@ def split(pairs: Pairs, fraction: float, *, salt: str = "clasp") -> tuple[Pairs,
     return pairs.subset(np.flatnonzero(~held)), pairs.subset(np.flatnonzero(held))
 
 
-def _uniform(group: str, salt: str) -> float:
+def _hash_fraction(group: str, salt: str) -> float:
     """A number in [0, 1) from a text."""
     digest = hashlib.sha256(f"{salt}\0{group}".encode("utf-8", "surrogatepass")).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
 
 
-def folder_images(path: str | Path) -> list[tuple[str, Source]]:
+def list_images(path: str | Path) -> list[tuple[str, ImageSource]]:
     """The images at any depth of a folder, without captions; the id is the path relative to it."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise UserError(f"{path} is not a folder" if path.exists() else _missing(path, [path]))
-    folder = Folder.of(path)
+    folder = FolderFiles.of(path)
     names = list(folder.names)
-    rows = [row for row, name in enumerate(names) if stem_of(name)[1].lower() in IMAGE_SUFFIXES]
+    rows = [row for row, name in enumerate(names) if split_file_name(name)[1].lower() in IMAGE_SUFFIXES]
     if not rows:
-        raise UserError(f"{path} has no images: looked for .{', .'.join(IMAGE_SUFFIXES)}; found {kinds(names)}")
+        raise UserError(
+            f"{path} has no images: looked for .{', .'.join(IMAGE_SUFFIXES)}; found {count_suffixes(names)}"
+        )
     return [(names[row], folder.source(row)) for row in rows]

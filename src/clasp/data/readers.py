@@ -1,7 +1,7 @@
 """The two sides of a batch, exchangeable one by one: some picks in, their images or their captions out.
 
 A pick is one sample with everything random about it decided. The live sides read images and captions each time; the
-cached ones in ``features`` look up rows, with the same picks. Also ``Listing``: what a side or a batch must know of
+cached ones in ``features`` look up rows, with the same picks. Also ``PairIndex``: what a side or a batch must know of
 its pairs when it may not read them. Unusual: an image that cannot be read leaves its batch and is named, never
 replaced; captions are then fetched for the rest only.
 """
@@ -18,11 +18,11 @@ from jaxtyping import Int
 
 from clasp.data.images import Augment, ImageError, ImageTransform
 from clasp.data.tokenizer import Tokenizer
-from clasp.types import ImageInput, Pair, Pixels, Skipped, Source, TextInput, UserError
+from clasp.types import ImageInput, ImageSource, Pair, Pixels, SkippedSample, TextInput, UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Picks:
+class SampleIndices:
     """Some samples, everything random about them decided: three aligned columns."""
 
     pair: Int[np.ndarray, " n"]
@@ -35,11 +35,11 @@ class Picks:
     def __len__(self) -> int:
         return len(self.pair)
 
-    def __getitem__(self, part: slice | list[int]) -> Picks:
-        return Picks(self.pair[part], self.draw[part], self.seed[part])
+    def __getitem__(self, part: slice | list[int]) -> SampleIndices:
+        return SampleIndices(self.pair[part], self.draw[part], self.seed[part])
 
 
-class Listing(Sequence[Pair]):
+class PairIndex(Sequence[Pair]):
     """Pairs whose ids, groups and captions are held in memory: all of them are read once, here.
 
     For replaying cached features, where even reading a line of JSON would be most of the time, and for
@@ -73,23 +73,23 @@ class Listing(Sequence[Pair]):
     def __getitem__(self, number: Any) -> Any:
         return self._pairs[number]
 
-    def caption_of(self, picks: Picks) -> Int[np.ndarray, " n"]:
+    def caption_of(self, picks: SampleIndices) -> Int[np.ndarray, " n"]:
         """Where in ``texts`` the picked captions are."""
         first = self.first[picks.pair]
         return self.caption[first + picks.draw % (self.first[picks.pair + 1] - first)]
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRows:
+class ImageBatch:
     """The images of some picks that could be had: ``kept`` are their places among the picks, in order."""
 
     inputs: ImageInput
     kept: list[int]
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[SkippedSample, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class TextRows:
+class TextBatch:
     """The captions of some picks; ``texts`` says which are the same, by any value that is equal then."""
 
     inputs: TextInput
@@ -97,32 +97,32 @@ class TextRows:
 
 
 @runtime_checkable
-class ImageSide(Protocol):
+class ImageReader(Protocol):
     """Picks to images. ``read`` gives the pair of a number; a pair is read at most once a batch, if at all."""
 
-    def __call__(self, picks: Picks, read: Callable[[int], Pair]) -> ImageRows: ...
+    def __call__(self, picks: SampleIndices, read: Callable[[int], Pair]) -> ImageBatch: ...
 
 
 @runtime_checkable
-class TextSide(Protocol):
+class TextReader(Protocol):
     """Picks to captions; ``read`` as for the images."""
 
-    def __call__(self, picks: Picks, read: Callable[[int], Pair]) -> TextRows: ...
+    def __call__(self, picks: SampleIndices, read: Callable[[int], Pair]) -> TextBatch: ...
 
 
 @dataclass(frozen=True, slots=True)
-class LiveImages:
+class LiveImageReader:
     """Images read, decoded and (where ``augment`` is given) augmented anew each time."""
 
     transform: ImageTransform
     augment: Augment | None = None
 
-    def __call__(self, picks: Picks, read: Callable[[int], Pair]) -> ImageRows:
+    def __call__(self, picks: SampleIndices, read: Callable[[int], Pair]) -> ImageBatch:
         pairs = [read(number) for number in picks.pair.tolist()]
         seeds = picks.seed.tolist()
         return self.decode([(pair.id, pair.image, seed) for pair, seed in zip(pairs, seeds, strict=True)])
 
-    def decode(self, images: Sequence[tuple[str, Source, int]]) -> ImageRows:
+    def decode(self, images: Sequence[tuple[str, ImageSource, int]]) -> ImageBatch:
         """Images given as id, source and seed. What cannot be read is left out and named."""
         values, kept, skipped = [], [], []
         for place, (name, source, seed) in enumerate(images):
@@ -134,22 +134,22 @@ class LiveImages:
                     values.append(self.transform.augmented(encoded, self.augment, seed))
                 kept.append(place)
             except (ImageError, OSError, UserError) as error:  # a source says with UserError that a file is gone
-                skipped.append(Skipped(name, " ".join(str(error).split()) or type(error).__name__))
+                skipped.append(SkippedSample(name, " ".join(str(error).split()) or type(error).__name__))
         side = self.transform.size
         pixels = torch.stack(values) if values else torch.empty(0, 3, side, side)
-        return ImageRows(Pixels(pixels), kept, tuple(skipped))
+        return ImageBatch(Pixels(pixels), kept, tuple(skipped))
 
 
 @dataclass(frozen=True, slots=True)
-class LiveTexts:
+class LiveTextReader:
     """Captions tokenised each time, padded to the longest of the batch; those that repeat are held once."""
 
     tokenizer: Tokenizer
 
-    def __call__(self, picks: Picks, read: Callable[[int], Pair]) -> TextRows:
+    def __call__(self, picks: SampleIndices, read: Callable[[int], Pair]) -> TextBatch:
         captions = [read(number).captions for number in picks.pair.tolist()]
         texts = [all_[draw % len(all_)].text for all_, draw in zip(captions, picks.draw.tolist(), strict=True)]
         places: dict[str, int] = {}
         rows = [places.setdefault(text, len(places)) for text in texts]
         tokens = self.tokenizer(list(places))
-        return TextRows(tokens if len(places) == len(texts) else replace(tokens, rows=torch.tensor(rows)), texts)
+        return TextBatch(tokens if len(places) == len(texts) else replace(tokens, rows=torch.tensor(rows)), texts)

@@ -23,9 +23,9 @@ import torch
 
 from clasp.types import Tokens, UserError
 
-Template = Literal["tower", "cls"]
-Clean = Literal["none", "lilt"]
-Overlong = Literal["cut", "lost"]
+_Template = Literal["tower", "cls"]
+_Clean = Literal["none", "lilt"]
+Truncation = Literal["cut", "lost"]
 
 _BACKEND_FILE = "tokenizer.json"
 _SETTINGS_FILE = "clasp_tokenizer.json"
@@ -39,7 +39,7 @@ def _lilt_clean(text: str) -> str:
     return " ".join(text.split(" ")[:30])
 
 
-CLEANERS: dict[str, Callable[[str], str]] = {"none": lambda text: text, "lilt": _lilt_clean}
+CAPTION_CLEANERS: dict[str, Callable[[str], str]] = {"none": lambda text: text, "lilt": _lilt_clean}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +52,12 @@ class TokenizerSettings:
     """Longest sequence, the tower's special tokens included."""
     pad_id: int = 0
     """Fills the places the mask hides; any id will do unless the tower counts positions by it, as RoBERTa does."""
-    clean: Clean = "none"
-    """A key of ``CLEANERS``."""
-    template: Template = "tower"
+    clean: _Clean = "none"
+    """A key of ``CAPTION_CLEANERS``."""
+    template: _Template = "tower"
     """``tower``: special tokens as the tower's authors put them. ``cls``: the first of them only, as LilT's
     ``[CLS] words`` without ``[SEP]``."""
-    overlong: Overlong = "cut"
+    overlong: Truncation = "cut"
     """What is left of a text of more than ``max_tokens``. ``cut``: its first words, and its end token. ``lost``: its
     first token alone. So MS-CLIP's released code reads it, which cuts the end token off and then takes the largest id,
     that of the start token, for the end."""
@@ -67,7 +67,7 @@ class TokenizerSettings:
 
 
 def _check_choices(settings: Mapping[str, Any]) -> None:
-    known = {"clean": tuple(CLEANERS), "template": get_args(Template), "overlong": get_args(Overlong)}
+    known = {"clean": tuple(CAPTION_CLEANERS), "template": get_args(_Template), "overlong": get_args(Truncation)}
     for name, choices in known.items():
         if settings.get(name, choices[0]) not in choices:
             raise UserError(f"{name} = {settings[name]!r} is not one of {', '.join(choices)}")
@@ -87,9 +87,9 @@ class Tokenizer:
         prefix: str = "",
         max_tokens: int = 64,
         pad_id: int = 0,
-        clean: Clean = "none",
-        template: Template = "tower",
-        overlong: Overlong = "cut",
+        clean: _Clean = "none",
+        template: _Template = "tower",
+        overlong: Truncation = "cut",
     ) -> None:
         self.settings = TokenizerSettings(
             prefix=prefix, max_tokens=max_tokens, pad_id=pad_id, clean=clean, template=template, overlong=overlong
@@ -134,7 +134,7 @@ class Tokenizer:
 
         Raises ``UserError`` when a text has no token at all: there would be nothing to pool.
         """
-        clean, prefix = CLEANERS[self.settings.clean], self.settings.prefix
+        clean, prefix = CAPTION_CLEANERS[self.settings.clean], self.settings.prefix
         encodings = self._backend.encode_batch_fast(
             [prefix + clean(text) for text in texts], add_special_tokens=self.settings.template == "tower"
         )
@@ -179,8 +179,8 @@ class Tokenizer:
         *,
         prefix: str | None = None,
         max_tokens: int | None = None,
-        clean: Clean | None = None,
-        template: Template | None = None,
+        clean: _Clean | None = None,
+        template: _Template | None = None,
     ) -> Tokenizer:
         """Read what ``save`` wrote, or a plain hub folder.
 

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from clasp.types import UserError
 
-_LOOK_SECONDS = 5.0  # while waiting, how often to look whether the workers live: a forkserver's are not our children
+_POLL_SECONDS = 5.0  # while waiting, how often to look whether the workers live: a forkserver's are not our children
 
 
-class _Asks:
+class _RequestDataset:
     """Both halves of a DataLoader: what is asked, which changes every epoch, and the answer to one ask.
 
     A ``UserError`` travels as a value, since a worker's exceptions arrive with their traceback in the message.
@@ -44,7 +44,7 @@ class _Asks:
         return {"_read": self._read, "asks": ()}
 
 
-class Stream:
+class WorkerPool:
     """``read`` applied to one ask after another, in order: here, or ahead of time in worker processes.
 
     Workers are started at the first use and live until ``close``. One pass at a time. Raises ``UserError`` when a
@@ -52,7 +52,7 @@ class Stream:
     """
 
     def __init__(self, read: Callable[[Any], Any], *, workers: int = 0, timeout_seconds: float = 300.0) -> None:
-        self._asks = _Asks(read)
+        self._asks = _RequestDataset(read)
         self._workers = workers
         self._timeout_seconds = timeout_seconds
         self._loader: DataLoader[Any] | None = None
@@ -115,17 +115,17 @@ class Stream:
             self._asks,  # pyright: ignore[reportArgumentType]  # all a map-style dataset needs is __getitem__
             sampler=self._asks,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=self._workers,
             persistent_workers=True,
             multiprocessing_context=context,
             worker_init_fn=_start_worker,
-            timeout=min(_LOOK_SECONDS, self._timeout_seconds),
+            timeout=min(_POLL_SECONDS, self._timeout_seconds),
             generator=torch.Generator(),  # else each pass would take a number from the global generator
         )
 
 
-def _as_it_is(answer: Any) -> Any:
+def _identity(answer: Any) -> Any:
     return answer
 
 

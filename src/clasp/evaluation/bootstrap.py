@@ -1,9 +1,9 @@
 """How far a metric would move if other examples had been drawn: the percentile bootstrap over groups.
 
 In: a value for each query and the group (cluster) it belongs to. Out: the metric recomputed on resampled groups
-(``replicates``) and the interval between two of their percentiles. Unusual: whole groups are drawn, since queries that
-share an image are not independent; and several samples are resampled by the same draws, so that the replicates of
-several languages may be averaged into those of their macro mean.
+(``bootstrap_replicates``) and the interval between two of their percentiles. Unusual: whole groups are drawn, since
+queries that share an image are not independent; and several samples are resampled by the same draws, so that the
+replicates of several languages may be averaged into those of their macro mean.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-DRAWN_AT_ONCE = 1 << 20  # groups drawn before they are used, over all resamples of a chunk; bounds the memory
+DRAWS_PER_CHUNK = 1 << 20  # groups drawn before they are used, over all resamples of a chunk; bounds the memory
 
 
-class Interval(NamedTuple):
+class ConfidenceInterval(NamedTuple):
     """The ends of a confidence interval, in the unit of the metric."""
 
     low: float
     high: float
 
 
-class Sample(NamedTuple):
+class GroupedScores(NamedTuple):
     """What some metrics were computed from.
 
     ``values``: a column per metric; the metric is the mean of its column. ``groups``: the group of each query, from 0.
@@ -37,8 +37,8 @@ class Sample(NamedTuple):
     cells: Int[Tensor, " q"] | None = None
 
 
-def replicates(
-    samples: Sequence[Sample], *, universe: int, resamples: int = 1000, seed: int = 0
+def bootstrap_replicates(
+    samples: Sequence[GroupedScores], *, universe: int, resamples: int = 1000, seed: int = 0
 ) -> list[Float[Tensor, "resamples M"]]:
     """The metrics of each sample on resampled data: ``universe`` groups drawn with replacement, ``resamples`` times.
 
@@ -46,12 +46,15 @@ def replicates(
     no query may be drawn too, as when a language names only some of the images. A cell that a resample misses is
     left out of the mean of that resample; with no cell left it is NaN. Time: resamples x (groups + queries).
     """
-    sparse = [_by_cell(sample, universe) for sample in samples]
-    chunks = [[_mean_of_cells(weights, cells) for cells in sparse] for weights in _draws(universe, resamples, seed)]
+    sparse = [_sums_by_class(sample, universe) for sample in samples]
+    chunks = [
+        [_mean_over_classes(weights, cells) for cells in sparse]
+        for weights in _resampling_weights(universe, resamples, seed)
+    ]
     return [torch.cat(of_sample) for of_sample in zip(*chunks, strict=True)]
 
 
-def _by_cell(sample: Sample, universe: int) -> list[tuple[Int[Tensor, " _"], Float[Tensor, "_ columns"]]]:
+def _sums_by_class(sample: GroupedScores, universe: int) -> list[tuple[Int[Tensor, " _"], Float[Tensor, "_ columns"]]]:
     """For each cell, its groups, and per group the sums of the values and (last column) the number of queries."""
     cells = torch.zeros_like(sample.groups) if sample.cells is None else sample.cells
     pairs, which, count = (cells * universe + sample.groups).unique(return_inverse=True, return_counts=True)
@@ -61,7 +64,7 @@ def _by_cell(sample: Sample, universe: int) -> list[tuple[Int[Tensor, " _"], Flo
     return list(zip((pairs % universe).split(widths), sums.split(widths), strict=True))
 
 
-def _mean_of_cells(
+def _mean_over_classes(
     weights: Float[Tensor, "rows universe"], cells: list[tuple[Int[Tensor, " _"], Float[Tensor, "_ columns"]]]
 ) -> Float[Tensor, "rows M"]:
     total, seen = torch.zeros(()), torch.zeros(())
@@ -73,19 +76,19 @@ def _mean_of_cells(
     return total / seen
 
 
-def _draws(universe: int, resamples: int, seed: int) -> Iterator[Float[Tensor, "rows universe"]]:
+def _resampling_weights(universe: int, resamples: int, seed: int) -> Iterator[Float[Tensor, "rows universe"]]:
     """How often each group was drawn, a row a resample, in chunks."""
     generator = torch.Generator().manual_seed(seed)
-    step = max(1, DRAWN_AT_ONCE // universe)
+    step = max(1, DRAWS_PER_CHUNK // universe)
     for start in range(0, resamples, step):
         drawn = torch.randint(universe, (min(step, resamples - start), universe), generator=generator)
         yield torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
 
 
-def percentile_intervals(replicates: Float[Tensor, "resamples M"], level: float = 0.95) -> list[Interval]:
+def percentile_intervals(replicates: Float[Tensor, "resamples M"], level: float = 0.95) -> list[ConfidenceInterval]:
     """The central part of the replicates that holds the fraction ``level`` of them, one interval a metric.
 
     Percentile intervals are somewhat too narrow where there are few groups: with 10 groups by about a fifth.
     """
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    return [Interval(*pair) for pair in replicates.nanquantile(ends, dim=0).T.tolist()]
+    return [ConfidenceInterval(*pair) for pair in replicates.nanquantile(ends, dim=0).T.tolist()]

@@ -1,10 +1,10 @@
 """Where the right answer stands among all answers, and the metrics that follow from it.
 
 In: embeddings and an integer label for each query and each gallery item; equal labels are positives of each other.
-Out: ``standings``, three counts a query, and from them recall@k, ranks and accuracies. Pure; scores are never held for
-more than a chunk of queries. Unusual: a tie is decided by chance. Every number is the expected value under a random
-order of the tied items, with several positives too, so that a model that says the same of everything scores
-exactly what guessing scores (counting strictly better scores only would call it perfect).
+Out: ``rank_counts``, three counts a query, and from them recall@k, ranks and accuracies. Pure; scores are never held
+for more than a chunk of queries. Unusual: a tie is decided by chance. Every number is the expected value under a random
+order of the tied items, with several positives too, so that a model that says the same of everything scores exactly
+what guessing scores (counting strictly better scores only would call it perfect).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from clasp.types import UserError
 
 # Two scores are tied when they differ by less than this fraction of the largest score that the norms allow: eight
 # units in the last place of float32, just above what rounding does to the score of one and the same pair.
-TIE = 1e-6
+TIE_TOLERANCE = 1e-6
 
-LARGEST_GALLERY = 1 << 24  # above it, a count held in float32 is no longer exact
+_MAX_GALLERY_SIZE = 1 << 24  # above it, a count held in float32 is no longer exact
 
 
-class Standings(NamedTuple):
+class RankCounts(NamedTuple):
     """For each query: how many items beat its best positive, and how many share its score (with it: at least one)."""
 
     better: Int[Tensor, " q"]
@@ -33,14 +33,14 @@ class Standings(NamedTuple):
 
 
 @torch.no_grad()
-def standings(
+def rank_counts(
     queries: Float[Tensor, "q E"],
     gallery: Float[Tensor, "n E"],
     query_labels: Int[Tensor, " q"],
     gallery_labels: Int[Tensor, " n"],
     *,
     scores_at_once: int = 1 << 22,
-) -> Standings:
+) -> RankCounts:
     """Compare every query with the whole gallery by dot product.
 
     Memory beyond the arguments: twice ``scores_at_once`` numbers, and the positives of as many scores. Time: one
@@ -52,7 +52,7 @@ def standings(
     """
     precise = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
     queries, gallery = queries.to(precise), gallery.to(precise)
-    tie = TIE * _largest_scores(queries, gallery)
+    tie = TIE_TOLERANCE * _score_bounds(queries, gallery)
     places = _Positives(query_labels, gallery_labels)
     chunks = []
     step = max(1, scores_at_once // len(gallery))
@@ -62,8 +62,8 @@ def standings(
             rows = slice(start, start + step)
             scores, room = buffers[:, : len(queries[rows])]
             torch.mm(queries[rows], gallery.T, out=scores)
-            chunks.append(_count(scores, tie[rows], *places.among(scores, rows), room))
-    return Standings(*(torch.cat(column) for column in zip(*chunks, strict=True)))
+            chunks.append(_count_ranks(scores, tie[rows], *places.among(scores, rows), room))
+    return RankCounts(*(torch.cat(column) for column in zip(*chunks, strict=True)))
 
 
 class _Positives:
@@ -87,13 +87,13 @@ class _Positives:
         return row, scores[row, self.order[self.first[rows][row] + within]]
 
 
-def _count(
+def _count_ranks(
     scores: Float[Tensor, "rows n"],
     tie: Float[Tensor, " rows"],
     row: Int[Tensor, " positives"],
     positive: Float[Tensor, " positives"],
     room: Float[Tensor, "rows n"],
-) -> Standings:
+) -> RankCounts:
     best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, row, positive, "amax")
     low = best - tie
 
@@ -101,13 +101,13 @@ def _count(
     better = torch.gt(scores, (best + tie)[:, None], out=room).sum(dim=1).long()
     tied = torch.ge(scores, low[:, None], out=room).sum(dim=1).long() - better
     tied_positives = torch.zeros_like(tied).index_add(0, row, (positive >= low[row]).long())
-    return Standings(better, tied - tied_positives, tied_positives)
+    return RankCounts(better, tied - tied_positives, tied_positives)
 
 
-def _largest_scores(queries: Float[Tensor, "q E"], gallery: Float[Tensor, "n E"]) -> Float[Tensor, " q"]:
+def _score_bounds(queries: Float[Tensor, "q E"], gallery: Float[Tensor, "n E"]) -> Float[Tensor, " q"]:
     """The bound |query| max |item| on each query's scores; where it is finite, no score is NaN or overflows."""
-    if not len(queries) or not 0 < len(gallery) <= LARGEST_GALLERY:
-        raise UserError(f"cannot rank {len(queries)} queries in a gallery of {len(gallery)} (1 to {LARGEST_GALLERY})")
+    if not len(queries) or not 0 < len(gallery) <= _MAX_GALLERY_SIZE:
+        raise UserError(f"cannot rank {len(queries)} queries in a gallery of {len(gallery)} (1 to {_MAX_GALLERY_SIZE})")
     largest = queries.norm(dim=1) * gallery.norm(dim=1).max()
     if not largest.isfinite().all():
         broken = [
@@ -118,13 +118,13 @@ def _largest_scores(queries: Float[Tensor, "q E"], gallery: Float[Tensor, "n E"]
     return largest
 
 
-def chance(query_labels: Int[Tensor, " q"], gallery_labels: Int[Tensor, " n"]) -> Standings:
+def chance_rank_counts(query_labels: Int[Tensor, " q"], gallery_labels: Int[Tensor, " n"]) -> RankCounts:
     """The standings of guessing: everything tied, as collapsed embeddings would have it."""
     count = _Positives(query_labels, gallery_labels).count
-    return Standings(torch.zeros_like(count), len(gallery_labels) - count, count)
+    return RankCounts(torch.zeros_like(count), len(gallery_labels) - count, count)
 
 
-def found(standings: Standings, k: int) -> Float[Tensor, " q"]:
+def hit_at_k(standings: RankCounts, k: int) -> Float[Tensor, " q"]:
     """For each query, the probability that a positive is among the first ``k``; 0 or 1 where nothing is tied.
 
     A block of tied items has max(0, k - better) places in the top k; that all of them go to negatives has the
@@ -141,12 +141,12 @@ def found(standings: Standings, k: int) -> Float[Tensor, " q"]:
     return 1 - missed
 
 
-def recall(standings: Standings, k: int) -> float:
+def recall_at_k(standings: RankCounts, k: int) -> float:
     """Expected fraction of queries with a positive among the first ``k``."""
-    return found(standings, k).mean().item()
+    return hit_at_k(standings, k).mean().item()
 
 
-def ranks(standings: Standings) -> Float[Tensor, " q"]:
+def expected_ranks(standings: RankCounts) -> Float[Tensor, " q"]:
     """Expected rank of the first positive of each query, from 1.
 
     In a random order of n tied negatives and p positives, n / (p + 1) negatives come before the first positive.
@@ -154,9 +154,9 @@ def ranks(standings: Standings) -> Float[Tensor, " q"]:
     return standings.better + 1 + standings.tied_negatives.double() / (standings.tied_positives + 1)
 
 
-def median_rank(standings: Standings) -> float:
+def median_rank(standings: RankCounts) -> float:
     """Median of the expected ranks; of an even number of queries, the mean of the middle two."""
-    return ranks(standings).quantile(0.5).item()
+    return expected_ranks(standings).quantile(0.5).item()
 
 
 def mean_per_class(values: Float[Tensor, " q"], classes: Int[Tensor, " q"]) -> float:

@@ -1,6 +1,6 @@
 """The same questions put to two states of a tower, before and after: their means, and how far apart they are.
 
-In: what each query scored before and after (``Comparison``). Out: rows of results whose metrics are ``before``,
+In: what each query scored before and after (``PairedScores``). Out: rows of results whose metrics are ``before``,
 ``after`` and ``change``. Unusual: the change has an interval of its own. Both states answered the same queries, so the
 same draws of groups are taken of both; the two intervals may overlap where the change is certain.
 """
@@ -14,15 +14,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clasp.evaluation.bootstrap import Interval, Sample, percentile_intervals, replicates
-from clasp.evaluation.tasks import Result
+from clasp.evaluation.bootstrap import ConfidenceInterval, GroupedScores, bootstrap_replicates, percentile_intervals
+from clasp.evaluation.tasks import EvaluationResult
 
-STATES = ("before", "after", "change")
-WORDS = {"recall@": "R@", "image_knn": "image: k-NN", "image_linear": "image: linear probe", "/": ", ", "_": " "}
+_STATES = ("before", "after", "change")
+_LABEL_REPLACEMENTS = {
+    "recall@": "R@",
+    "image_knn": "image: k-NN",
+    "image_linear": "image: linear probe",
+    "/": ", ",
+    "_": " ",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class PairedScores:
     """One probe on one set of queries: what each of them scored in both states, between 0 and 1.
 
     ``groups`` holds the group of each query, the unit that is resampled; ``chance`` is what guessing scores.
@@ -37,28 +43,34 @@ class Comparison:
     seconds: float = 0.0
 
 
-def compare(data: str, comparisons: Sequence[Comparison], *, resamples: int = 1000, seed: int = 0) -> list[Result]:
+def paired_results(
+    data: str, comparisons: Sequence[PairedScores], *, resamples: int = 1000, seed: int = 0
+) -> list[EvaluationResult]:
     """A row for each comparison, task by task; after several languages of a task, their mean, ``macro:SET``.
 
     ``chance`` is that of ``before`` and ``after``; the change that guessing shows is 0.
     """
     columns = [torch.stack([c.before, c.after, c.after - c.before], dim=1) for c in comparisons]
     drawn = _resampled(columns, [c.groups for c in comparisons], resamples, seed)
-    rows: list[Result] = []
+    rows: list[EvaluationResult] = []
     for task in dict.fromkeys(c.task for c in comparisons):
         of_task = [number for number, c in enumerate(comparisons) if c.task == task]
         for number in of_task:
-            rows.append(_row(data, [comparisons[number]], [columns[number]], [drawn[number]]))
+            rows.append(_paired_result(data, [comparisons[number]], [columns[number]], [drawn[number]]))
         named = [number for number in of_task if comparisons[number].language]
         if len(named) > 1:
             members, values = [comparisons[n] for n in named], [columns[n] for n in named]
-            rows.append(_row(data, members, values, [drawn[n] for n in named], language=f"macro:{_set_of(task)}"))
+            rows.append(
+                _paired_result(
+                    data, members, values, [drawn[n] for n in named], language=f"macro:{_language_set(task)}"
+                )
+            )
     return rows
 
 
-def mean_and_interval(
+def bootstrap_mean(
     parts: Sequence[tuple[Float[Tensor, " _"], tuple[str, ...]]], *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, Interval]:
+) -> tuple[float, ConfidenceInterval]:
     """The mean over parts of the mean of each part's values, and its 95 % interval over the groups of all of them."""
     columns = [values[:, None] for values, _ in parts]
     drawn = _resampled(columns, [groups for _, groups in parts], resamples, seed)
@@ -66,35 +78,35 @@ def mean_and_interval(
     return mean, percentile_intervals(torch.stack(drawn).nanmean(dim=0))[0]
 
 
-def in_words(result: Result) -> str:
+def result_label(result: EvaluationResult) -> str:
     """What a row is about, for a table or a figure: ``text R@1, never trained: zu``."""
     task = result.task.partition("/")[2]
-    for written, said in WORDS.items():
+    for written, said in _LABEL_REPLACEMENTS.items():
         task = task.replace(written, said)
     if result.language.startswith("macro:"):
         return f"{task}: mean"
     return f"{task}: {result.language}" if result.language else task
 
 
-def _row(
+def _paired_result(
     data: str,
-    comparisons: Sequence[Comparison],
+    comparisons: Sequence[PairedScores],
     columns: Sequence[Float[Tensor, "_ 3"]],
     drawn: Sequence[Float[Tensor, "resamples 3"]],
     language: str | None = None,
-) -> Result:
+) -> EvaluationResult:
     first, count = comparisons[0], len(comparisons)
     values = torch.stack([column.double().mean(dim=0) for column in columns]).mean(dim=0)
     intervals = percentile_intervals(torch.stack(list(drawn)).nanmean(dim=0))
     chance = sum(c.chance for c in comparisons) / count
-    return Result(
+    return EvaluationResult(
         task=first.task,
         data=data,
         language=first.language if language is None else language,
-        metrics=dict(zip(STATES, values.tolist(), strict=True)),
+        metrics=dict(zip(_STATES, values.tolist(), strict=True)),
         chance={"before": chance, "after": chance, "change": 0.0},
         n=sum(len(c.groups) for c in comparisons),
-        interval=dict(zip(STATES, intervals, strict=True)),
+        interval=dict(zip(_STATES, intervals, strict=True)),
         seconds=sum(c.seconds for c in comparisons),
     )
 
@@ -103,15 +115,17 @@ def _resampled(
     columns: Sequence[Float[Tensor, "_ M"]], groups: Sequence[tuple[str, ...]], resamples: int, seed: int
 ) -> list[Float[Tensor, "resamples M"]]:
     number = {group: place for place, group in enumerate(sorted({g for each in groups for g in each}))}
-    samples = [Sample(values, _numbered(each, number)) for values, each in zip(columns, groups, strict=True)]
-    return replicates(samples, universe=len(number), resamples=resamples, seed=seed)
+    samples = [
+        GroupedScores(values, _group_numbers(each, number)) for values, each in zip(columns, groups, strict=True)
+    ]
+    return bootstrap_replicates(samples, universe=len(number), resamples=resamples, seed=seed)
 
 
-def _numbered(groups: Iterable[str], number: dict[str, int]) -> Int[Tensor, " q"]:
+def _group_numbers(groups: Iterable[str], number: dict[str, int]) -> Int[Tensor, " q"]:
     return torch.tensor([number[group] for group in groups])
 
 
-def _set_of(task: str) -> str:
+def _language_set(task: str) -> str:
     """The set of languages that a task is about is its last part, where it has three; else all there are."""
     parts = task.split("/")
     return parts[2] if len(parts) > 2 else "all"

@@ -15,22 +15,22 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clasp.evaluation.metrics import TIE
+from clasp.evaluation.metrics import TIE_TOLERANCE
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # values of C, the inverse of the penalty on standardised features
-HELD_OUT = 4  # one group in so many of each class chooses among them
-MOST_STEPS = 500
+_DEFAULT_NEIGHBOURS, _DEFAULT_TEMPERATURE = 20, 0.07
+_C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # values of C, the inverse of the penalty on standardised features
+HELD_OUT_EVERY = 4  # one group in so many of each class chooses among them
+_MAX_ITERATIONS = 500
 
 
-def knn(
+def knn_probe(
     fit: Float[Tensor, "n D"],
     fit_labels: Int[Tensor, " n"],
     asked: Float[Tensor, "q D"],
     asked_labels: Int[Tensor, " q"],
     *,
-    k: int = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
+    k: int = _DEFAULT_NEIGHBOURS,
+    temperature: float = _DEFAULT_TEMPERATURE,
     scores_at_once: int = 1 << 22,
 ) -> Float[Tensor, " q"]:
     """Whether the ``k`` nearest of the fit set, by cosine, vote for the right class; each weighs exp(cosine / T).
@@ -45,17 +45,17 @@ def knn(
     for rows in torch.arange(len(asked)).split(max(1, scores_at_once // len(fit))):
         scores = asked[rows] @ fit.T
         last = scores.topk(k, dim=1).values[:, -1:]
-        nearer, level = scores > last + TIE, (scores - last).abs() <= TIE
+        nearer, level = scores > last + TIE_TOLERANCE, (scores - last).abs() <= TIE_TOLERANCE
         places = (k - nearer.sum(dim=1, keepdim=True)).double() / level.sum(dim=1, keepdim=True)
         weights = (scores.double() / temperature).exp() * torch.where(level, places, nearer.double())
         votes = weights.new_zeros(len(rows), classes).index_add(1, fit_labels, weights)
-        first = votes >= votes.amax(dim=1, keepdim=True) * (1 - TIE / temperature)
+        first = votes >= votes.amax(dim=1, keepdim=True) * (1 - TIE_TOLERANCE / temperature)
         of_right = first.gather(1, asked_labels[rows][:, None])[:, 0]
         right.append(of_right.double() / first.sum(dim=1))
     return torch.cat(right)
 
 
-def linear(
+def linear_probe(
     fit: Float[Tensor, "n D"],
     fit_labels: Int[Tensor, " n"],
     fit_groups: Int[Tensor, " n"],
@@ -65,21 +65,23 @@ def linear(
     """Whether logistic regression on the fit set names the right class.
 
     L-BFGS on features standardised by the fit set, as linear probes of CLIP are (Radford et al., 2021, appendix A.3);
-    theirs sweeps 96 strengths of the penalty on a validation set, ours the five of ``STRENGTHS`` on every fourth group
+    theirs sweeps 96 strengths of the penalty on a validation set, ours the five of ``_C_GRID`` on every fourth group
     of each class of the fit set, and then fits to all of it. Without a class of four groups, C is the middle one.
     """
     deviation, mean = torch.std_mean(fit.double(), dim=0, correction=0)
     scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / deviation, 0.0)  # a constant feature says nothing
     fit, asked = ((features.double() - mean) * scale for features in (fit, asked))
-    held = _held_out(fit_labels, fit_groups)
-    strength = STRENGTHS[len(STRENGTHS) // 2]
+    held = _held_out_mask(fit_labels, fit_groups)
+    strength = _C_GRID[len(_C_GRID) // 2]
     if held.any():
         inside, outside = (fit[~held], fit_labels[~held]), (fit[held], fit_labels[held])
-        strength = max(STRENGTHS, key=lambda c: float(_right(*inside, *outside, c).mean()))
-    return _right(fit, fit_labels, asked, asked_labels, strength)
+        strength = max(_C_GRID, key=lambda c: float(_logistic_regression_correct(*inside, *outside, c).mean()))
+    return _logistic_regression_correct(fit, fit_labels, asked, asked_labels, strength)
 
 
-def _right(fit: Tensor, fit_labels: Tensor, asked: Tensor, asked_labels: Tensor, c: float) -> Float[Tensor, " q"]:
+def _logistic_regression_correct(
+    fit: Tensor, fit_labels: Tensor, asked: Tensor, asked_labels: Tensor, c: float
+) -> Float[Tensor, " q"]:
     # inside: it takes a second to import, and most evaluations need none of it
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -87,22 +89,22 @@ def _right(fit: Tensor, fit_labels: Tensor, asked: Tensor, asked_labels: Tensor,
     with warnings.catch_warnings():
         # a weak penalty on separable classes has its optimum far away; what was reached is judged like the others
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=c, max_iter=MOST_STEPS).fit(fit.numpy(), fit_labels.numpy())
+        model = LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(fit.numpy(), fit_labels.numpy())
     return (torch.from_numpy(model.predict(asked.numpy())) == asked_labels).double()
 
 
-def _held_out(labels: Int[Tensor, " n"], groups: Int[Tensor, " n"]) -> Tensor:
+def _held_out_mask(labels: Int[Tensor, " n"], groups: Int[Tensor, " n"]) -> Tensor:
     """Every fourth group of each class, from the fourth on: no class loses all it has, no group is on both sides."""
     seen: dict[int, set[int]] = {}
     held: dict[int, bool] = {}
     for label, group in sorted(set(zip(labels.tolist(), groups.tolist(), strict=True))):
         before = seen.setdefault(label, set())
-        held.setdefault(group, len(before) % HELD_OUT == HELD_OUT - 1)
+        held.setdefault(group, len(before) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
         before.add(group)
     return torch.tensor([held[group] for group in groups.tolist()], dtype=torch.bool)
 
 
-def most_frequent(fit_labels: Int[Tensor, " n"], asked_labels: Int[Tensor, " q"]) -> float:
+def majority_class_accuracy(fit_labels: Int[Tensor, " n"], asked_labels: Int[Tensor, " q"]) -> float:
     """What is right by always naming the class that the fit set has most of; with several such, one of them by chance.
 
     The score of guessing for both probes: with as many of each class it is one over the number of classes.

@@ -1,10 +1,10 @@
 """The two questions one can put to embedded images: which of these classes is it, and which caption goes with it.
 
-In: an encoder, images already embedded, and texts as streams that can be read again (``Texts``: each call yields chunks
-of ids and inputs, in any order). Out: an ``Answer`` per direction, with a value for every query, so that means and
-intervals over any part of them can follow. Unusual: what belongs together is told by name (an image's class; the
-group of an image and of a caption), never by position; and what can be checked without reading a stream is checked when
-the question is made. Knows protocols only; the one file read here is a class list.
+In: an encoder, images already embedded, and texts as streams that can be read again (``TextBatches``: each call yields
+chunks of ids and inputs, in any order). Out: an ``QueryScores`` per direction, with a value for every query, so that
+means and intervals over any part of them can follow. Unusual: what belongs together is told by name (an image's class;
+the group of an image and of a caption), never by position; and what can be checked without reading a stream is checked
+when the question is made. Knows protocols only; the one file read here is a class list.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from torch import Tensor
 from clasp.evaluation import metrics
 from clasp.types import Encoder, ImageInput, TextInput, UserError
 
-Images = Callable[[], Iterable[tuple[Sequence[str], ImageInput]]]
-Texts = Callable[[], Iterable[tuple[Sequence[str], TextInput]]]
+ImageBatches = Callable[[], Iterable[tuple[Sequence[str], ImageInput]]]
+TextBatches = Callable[[], Iterable[tuple[Sequence[str], TextInput]]]
 # From texts to chunks for the text tower. The ids of a chunk are its texts themselves, so any order will do.
-Reader = Callable[[Sequence[str]], Iterable[tuple[Sequence[str], TextInput]]]
-Direction = Literal["image_to_text", "text_to_image"]
+TextBatcher = Callable[[Sequence[str]], Iterable[tuple[Sequence[str], TextInput]]]
+RetrievalDirection = Literal["image_to_text", "text_to_image"]
 
-RECALL_AT = (1, 5, 10)
-PLACEHOLDER = re.compile(r"\{c?\}")  # {} as in CLIP's templates, {c} as in CLIP_benchmark's
+_RECALL_KS = (1, 5, 10)
+_PLACEHOLDER = re.compile(r"\{c?\}")  # {} as in CLIP's templates, {c} as in CLIP_benchmark's
 
-Input = TypeVar("Input")
+_InputT = TypeVar("_InputT")
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
+class EmbeddingTable:
     """Unit vectors and whose they are; float32, on the CPU."""
 
     ids: tuple[str, ...]
     vectors: Float[Tensor, "n E"]
 
 
-def embed(
-    chunks: Iterable[tuple[Sequence[str], Input]], encode: Callable[[Input], Float[Tensor, "B E"]], what: str
-) -> Embedded:
+def embed_batches(
+    chunks: Iterable[tuple[Sequence[str], _InputT]], encode: Callable[[_InputT], Float[Tensor, "B E"]], what: str
+) -> EmbeddingTable:
     """Run a stream through one side of an encoder, without gradients. ``what`` names the items in errors.
 
     Raises:
@@ -63,14 +63,14 @@ def embed(
     if not ids:
         raise UserError(f"there are no {what}s to evaluate on")
     _refuse_repeats(ids, f"{what} ids")
-    return Embedded(tuple(ids), torch.cat(vectors))
+    return EmbeddingTable(tuple(ids), torch.cat(vectors))
 
 
 # --- answers -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Mean:
+class MeanMetric:
     """A metric that is a mean: over queries or, where ``cells`` are given, over the means of the cells."""
 
     values: Float[Tensor, " q"]
@@ -84,7 +84,7 @@ class Mean:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class QueryScores:
     """What a question found out, in one direction (``part``; empty where there is only one).
 
     ``groups`` holds the cluster of each query: the unit that is resampled for intervals. ``chance`` is what guessing
@@ -93,7 +93,7 @@ class Answer:
 
     part: str
     groups: tuple[str, ...]
-    means: Mapping[str, Mean]
+    means: Mapping[str, MeanMetric]
     medians: Mapping[str, float]
     chance: Mapping[str, float]
 
@@ -106,7 +106,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classes:
+class ZeroShotQueries:
     """Zero-shot classification (CLIP, section 3.1): the class whose text is nearest to the image.
 
     A class's vector is the mean of the unit vectors of its prompts, made unit length again (prompt ensembling).
@@ -126,7 +126,7 @@ class Classes:
     labels: Mapping[str, str | None]
     classes: Sequence[str]
     templates: Sequence[str]
-    read: Reader
+    read: TextBatcher
     groups: Mapping[str, str] | None = None
     parts: tuple[str, ...] = field(default=("",), init=False)
     names: tuple[str, ...] = field(default=("top1", "top5", "mean_per_class"), init=False)
@@ -138,7 +138,7 @@ class Classes:
         if not self.templates:
             raise UserError("classification needs at least one prompt template, such as 'a photo of a {}.'")
         for template in self.templates:
-            if not PLACEHOLDER.search(template):
+            if not _PLACEHOLDER.search(template):
                 raise UserError(f"the template {template!r} has no place for the class name: write {{}} or {{c}} there")
         known = set(self.classes)
         for image, label in self.labels.items():
@@ -149,45 +149,45 @@ class Classes:
                     f"nearest: {', '.join(map(repr, nearest))}"
                 )
 
-    def ask(self, encoder: Encoder, images: Embedded) -> list[Answer]:
+    def ask(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
         """Top-1 and top-5 accuracy over images, and the mean over classes of top-1 accuracy."""
-        _require(images.ids, self.labels, "image", "label")
+        _require_known(images.ids, self.labels, "image", "label")
         number = {name: index for index, name in enumerate(self.classes)}
         asked = [(row, id, label) for row, id in enumerate(images.ids) if (label := self.labels[id]) is not None]
         if not asked:
             raise UserError("no image is labelled with one of the classes")
         rows, ids, labels = zip(*asked, strict=True)
         if self.groups is not None:
-            _require(ids, self.groups, "image", "group")
+            _require_known(ids, self.groups, "image", "group")
         numbers = torch.tensor([number[label] for label in labels])
         candidates = torch.arange(len(self.classes))
 
-        def measure(standings: metrics.Standings) -> dict[str, Mean]:
-            first = metrics.found(standings, 1)
-            found = Mean(first), Mean(metrics.found(standings, 5)), Mean(first, cells=numbers)
+        def measure(standings: metrics.RankCounts) -> dict[str, MeanMetric]:
+            first = metrics.hit_at_k(standings, 1)
+            found = MeanMetric(first), MeanMetric(metrics.hit_at_k(standings, 5)), MeanMetric(first, cells=numbers)
             return dict(zip(self.names, found, strict=True))
 
         vectors = self.class_vectors(encoder)
-        means = measure(metrics.standings(images.vectors[list(rows)], vectors, numbers, candidates))
-        chance = measure(metrics.chance(numbers, candidates))
+        means = measure(metrics.rank_counts(images.vectors[list(rows)], vectors, numbers, candidates))
+        chance = measure(metrics.chance_rank_counts(numbers, candidates))
         groups = ids if self.groups is None else tuple(self.groups[id] for id in ids)
-        return [Answer("", groups, means, {}, {name: mean.value() for name, mean in chance.items()})]
+        return [QueryScores("", groups, means, {}, {name: mean.value() for name, mean in chance.items()})]
 
     def class_vectors(self, encoder: Encoder) -> Float[Tensor, "C E"]:
         """The ensembled unit vector of every class, in the order of ``classes``."""
-        prompts = [[_prompt(template, name) for template in self.templates] for name in self.classes]
+        prompts = [[_fill_template(template, name) for template in self.templates] for name in self.classes]
         distinct = list(dict.fromkeys(prompt for of_class in prompts for prompt in of_class))
-        texts = embed(self.read(distinct), encoder.embed_text, "prompt")
+        texts = embed_batches(self.read(distinct), encoder.embed_text, "prompt")
         row = {text: index for index, text in enumerate(texts.ids)}
         rows = torch.tensor([[row[prompt] for prompt in of_class] for of_class in prompts])
         return F.normalize(F.embedding_bag(rows, texts.vectors, mode="mean"), dim=1)
 
 
-def _prompt(template: str, name: str) -> str:
-    return PLACEHOLDER.sub(lambda _: name, template)  # a function, since a name may hold a backslash
+def _fill_template(template: str, name: str) -> str:
+    return _PLACEHOLDER.sub(lambda _: name, template)  # a function, since a name may hold a backslash
 
 
-def class_list(path: Path) -> list[str]:
+def read_class_names(path: Path) -> list[str]:
     """The class names of a UTF-8 text file, one a line; empty lines are passed over.
 
     Raises:
@@ -208,7 +208,7 @@ def class_list(path: Path) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captions:
+class RetrievalQueries:
     """Retrieval: an image and a caption belong together when their groups are equal.
 
     Recall@k asks for one of the right answers among the first k, as in CLIP papers (5 captions an image, either will
@@ -227,21 +227,21 @@ class Captions:
 
     image_groups: Mapping[str, str]
     text_groups: Mapping[str, str]
-    texts: Texts
-    parts: tuple[Direction, ...] = ("image_to_text", "text_to_image")
+    texts: TextBatches
+    parts: tuple[RetrievalDirection, ...] = ("image_to_text", "text_to_image")
     names: tuple[str, ...] = field(
-        default=(*(f"recall@{k}" for k in RECALL_AT), "mean_recall", "median_rank"), init=False
+        default=(*(f"recall@{k}" for k in _RECALL_KS), "mean_recall", "median_rank"), init=False
     )
 
     def __post_init__(self) -> None:
         _check_directions(self.parts)
         _require_overlap(self.image_groups.values(), self.text_groups.values())
 
-    def ask(self, encoder: Encoder, images: Embedded) -> list[Answer]:
+    def ask(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
         """Recall at 1, 5 and 10, their mean, and the median rank of the first right answer; in each direction."""
-        texts = embed(self.texts(), encoder.embed_text, "caption")
-        _require(images.ids, self.image_groups, "image", "group")
-        _require(texts.ids, self.text_groups, "caption", "group")
+        texts = embed_batches(self.texts(), encoder.embed_text, "caption")
+        _require_known(images.ids, self.image_groups, "image", "group")
+        _require_known(texts.ids, self.text_groups, "caption", "group")
         image_groups = [self.image_groups[id] for id in images.ids]
         text_groups = [self.text_groups[id] for id in texts.ids]
         _require_overlap(image_groups, text_groups)
@@ -253,36 +253,36 @@ class Captions:
 
     def _one_way(
         self,
-        part: Direction,
+        part: RetrievalDirection,
         queries: Float[Tensor, "q E"],
         query_groups: Sequence[str],
         gallery: Float[Tensor, "n E"],
         gallery_groups: Sequence[str],
-    ) -> Answer:
+    ) -> QueryScores:
         number = {group: index for index, group in enumerate(dict.fromkeys(gallery_groups))}
         asked = [row for row, group in enumerate(query_groups) if group in number]
         groups = tuple(query_groups[row] for row in asked)
         labels = torch.tensor([number[group] for group in groups])
         candidates = torch.tensor([number[group] for group in gallery_groups])
-        standings = metrics.standings(queries[asked], gallery, labels, candidates)
-        guess = metrics.chance(labels, candidates)
-        chance = {name: mean.value() for name, mean in _recalls(guess).items()}
-        return Answer(
+        standings = metrics.rank_counts(queries[asked], gallery, labels, candidates)
+        guess = metrics.chance_rank_counts(labels, candidates)
+        chance = {name: mean.value() for name, mean in _recall_metrics(guess).items()}
+        return QueryScores(
             part,
             groups,
-            _recalls(standings),
+            _recall_metrics(standings),
             {"median_rank": metrics.median_rank(standings)},
             chance | {"median_rank": metrics.median_rank(guess)},
         )
 
 
-def _recalls(standings: metrics.Standings) -> dict[str, Mean]:
-    found = {f"recall@{k}": metrics.found(standings, k) for k in RECALL_AT}
+def _recall_metrics(standings: metrics.RankCounts) -> dict[str, MeanMetric]:
+    found = {f"recall@{k}": metrics.hit_at_k(standings, k) for k in _RECALL_KS}
     found["mean_recall"] = torch.stack(list(found.values())).mean(dim=0)
-    return {name: Mean(values) for name, values in found.items()}
+    return {name: MeanMetric(values) for name, values in found.items()}
 
 
-Question = Classes | Captions
+EvaluationQueries = ZeroShotQueries | RetrievalQueries
 
 
 # --- mistakes, each in one line ------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ Question = Classes | Captions
 def _refuse_repeats(names: Sequence[str], where: str) -> None:
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise UserError(f"{where} hold these more than once: {_some(repeated)}")
+        raise UserError(f"{where} hold these more than once: {_quote_first(repeated)}")
 
 
 def _check_classes(names: Sequence[str], where: str) -> None:
@@ -307,21 +307,21 @@ def _check_directions(parts: Sequence[str]) -> None:
         raise UserError(f"retrieval directions {list(parts)}: give one or both of {', '.join(known)}")
 
 
-def _require(ids: Sequence[str], known: Mapping[str, object], what: str, lacking: str) -> None:
+def _require_known(ids: Sequence[str], known: Mapping[str, object], what: str, lacking: str) -> None:
     missing = [id for id in ids if id not in known]
     if missing:
-        raise UserError(f"{len(missing)} of {len(ids)} {what}s have no {lacking}: {_some(missing)}")
+        raise UserError(f"{len(missing)} of {len(ids)} {what}s have no {lacking}: {_quote_first(missing)}")
 
 
 def _require_overlap(image_groups: Iterable[str], text_groups: Iterable[str]) -> None:
     images, texts = set(image_groups), set(text_groups)
     if not images & texts:
         raise UserError(
-            f"no image has a caption: no group is common to images ({_some(sorted(images)) or 'none'}) "
-            f"and captions ({_some(sorted(texts)) or 'none'})"
+            f"no image has a caption: no group is common to images ({_quote_first(sorted(images)) or 'none'}) "
+            f"and captions ({_quote_first(sorted(texts)) or 'none'})"
         )
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def _quote_first(names: Sequence[str], most: int = 5) -> str:
     listed = ", ".join(map(repr, names[:most]))
     return listed if len(names) <= most else f"{listed} and {len(names) - most} more"

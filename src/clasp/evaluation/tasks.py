@@ -19,15 +19,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clasp.evaluation.bootstrap import Interval, Sample, percentile_intervals, replicates
-from clasp.evaluation.queries import Answer, Captions, Classes, Images, Question, embed
+from clasp.evaluation.bootstrap import ConfidenceInterval, GroupedScores, bootstrap_replicates, percentile_intervals
+from clasp.evaluation.queries import (
+    EvaluationQueries,
+    ImageBatches,
+    QueryScores,
+    RetrievalQueries,
+    ZeroShotQueries,
+    embed_batches,
+)
 from clasp.types import Encoder, UserError
 
-Asked = TypeVar("Asked", Classes, Captions)
+_QueriesT = TypeVar("_QueriesT", ZeroShotQueries, RetrievalQueries)
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class EvaluationResult:
     """One line of ``results.jsonl``.
 
     ``task`` is the task's name and, for a direction of retrieval, that direction (``retrieval/image_to_text``);
@@ -43,17 +50,17 @@ class Result:
     metrics: dict[str, float]
     chance: dict[str, float]
     n: int
-    interval: dict[str, Interval]
+    interval: dict[str, ConfidenceInterval]
     seconds: float
 
 
 @dataclass(kw_only=True)
-class _OneQuestion(Generic[Asked]):
+class _SingleTask(Generic[_QueriesT]):
     """What zero-shot and retrieval have in common: one question about the images."""
 
     data: str
-    images: Images
-    question: Asked
+    images: ImageBatches
+    question: _QueriesT
     language: str = ""
     name: str
     primary: str
@@ -61,20 +68,20 @@ class _OneQuestion(Generic[Asked]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_primary(self.primary, _names(self.question))
+        _check_primary(self.primary, _metric_names(self.question))
 
-    def results(self, encoder: Encoder) -> list[Result]:
+    def results(self, encoder: Encoder) -> list[EvaluationResult]:
         """A row per direction, then one for their mean; one row where the question has no directions."""
-        answered = _ask(encoder, self.data, self.images, {self.language: self.question}, self.resamples, self.seed)
+        answered = _evaluate(encoder, self.data, self.images, {self.language: self.question}, self.resamples, self.seed)
         return [row.result(self.name, self.data) for row in answered]
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """The numbers by name."""
-        return _flat(_ask(encoder, self.data, self.images, {"": self.question}))
+        return _flatten(_evaluate(encoder, self.data, self.images, {"": self.question}))
 
 
 @dataclass(kw_only=True)
-class ZeroShot(_OneQuestion[Classes]):
+class ZeroShotTask(_SingleTask[ZeroShotQueries]):
     """Classify images by class names alone. Numbers: ``top1``, ``top5``, ``mean_per_class``."""
 
     name: str = "zeroshot"
@@ -82,7 +89,7 @@ class ZeroShot(_OneQuestion[Classes]):
 
 
 @dataclass(kw_only=True)
-class Retrieval(_OneQuestion[Captions]):
+class RetrievalTask(_SingleTask[RetrievalQueries]):
     """Find captions by image and images by caption.
 
     Numbers: ``recall@1``, ``@5``, ``@10``, ``mean_recall`` and ``median_rank``, under ``image_to_text/`` and
@@ -94,7 +101,7 @@ class Retrieval(_OneQuestion[Captions]):
 
 
 @dataclass(kw_only=True)
-class Multilingual:
+class MultilingualTask:
     """One question per language about the same images, and the macro means over named sets of languages.
 
     Numbers: those of the question under ``LANGUAGE/`` and ``macro:SET/``; a macro mean gives each language the same
@@ -102,8 +109,8 @@ class Multilingual:
     """
 
     data: str
-    images: Images
-    questions: Mapping[str, Question]
+    images: ImageBatches
+    questions: Mapping[str, EvaluationQueries]
     primary: str
     sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     name: str = "multilingual"
@@ -113,16 +120,18 @@ class Multilingual:
     def __post_init__(self) -> None:
         if not self.questions:
             raise UserError(f"{self.name} on {self.data}: there is no language to ask in")
-        names = [f"{language}/{name}" for language, question in self.questions.items() for name in _names(question)]
+        names = [
+            f"{language}/{name}" for language, question in self.questions.items() for name in _metric_names(question)
+        ]
         for title, languages in self.sets.items():
             asked = self._languages(title, languages)
-            kinds = {_names(question) for question in asked}
+            kinds = {_metric_names(question) for question in asked}
             if len(kinds) > 1:
                 raise UserError(f"the set {title!r} mixes questions with different metrics; ask one kind of question")
-            names += [f"{_macro(title)}/{name}" for name in kinds.pop()]
+            names += [f"{_macro_name(title)}/{name}" for name in kinds.pop()]
         _check_primary(self.primary, names)
 
-    def _languages(self, title: str, languages: Sequence[str]) -> list[Question]:
+    def _languages(self, title: str, languages: Sequence[str]) -> list[EvaluationQueries]:
         if not languages or len(set(languages)) < len(languages):
             raise UserError(f"the set {title!r} must name at least one language, and each once: {list(languages)}")
         for language in languages:
@@ -130,23 +139,23 @@ class Multilingual:
                 raise UserError(f"the set {title!r} names {language!r}; {_nearest(language, list(self.questions))}")
         return [self.questions[language] for language in languages]
 
-    def results(self, encoder: Encoder) -> list[Result]:
+    def results(self, encoder: Encoder) -> list[EvaluationResult]:
         """The rows of every language, then those of every set."""
-        rows = _ask(encoder, self.data, self.images, self.questions, self.resamples, self.seed)
+        rows = _evaluate(encoder, self.data, self.images, self.questions, self.resamples, self.seed)
         return [row.result(self.name, self.data) for row in self._with_macros(rows)]
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """The numbers by name."""
-        return _flat(self._with_macros(_ask(encoder, self.data, self.images, self.questions)))
+        return _flatten(self._with_macros(_evaluate(encoder, self.data, self.images, self.questions)))
 
-    def _with_macros(self, rows: list[_Row]) -> list[_Row]:
+    def _with_macros(self, rows: list[_PartialResult]) -> list[_PartialResult]:
         macros = []
         for title, languages in self.sets.items():
             members = [row for row in rows if row.language in set(languages)]
             for part in dict.fromkeys(row.part for row in members):
                 of_part = [row for row in members if row.part == part]
                 own = sum(row.own_seconds for row in of_part)
-                macros.append(_mean(of_part, _macro(title), part, own))
+                macros.append(_mean_result(of_part, _macro_name(title), part, own))
         return rows + macros
 
 
@@ -154,7 +163,7 @@ class Multilingual:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _PartialResult:
     """A result in the making: with its bootstrap replicates, so that means of rows have intervals too."""
 
     language: str
@@ -166,10 +175,10 @@ class _Row:
     shared_seconds: float
     own_seconds: float
 
-    def result(self, task: str, data: str) -> Result:
+    def result(self, task: str, data: str) -> EvaluationResult:
         columns = list(self.replicates.values())
         intervals = percentile_intervals(torch.stack(columns, dim=1)) if columns else []
-        return Result(
+        return EvaluationResult(
             task=f"{task}/{self.part}" if self.part else task,
             data=data,
             language=self.language,
@@ -181,30 +190,30 @@ class _Row:
         )
 
 
-def _ask(
+def _evaluate(
     encoder: Encoder,
     data: str,
-    images: Images,
-    questions: Mapping[str, Question],
+    images: ImageBatches,
+    questions: Mapping[str, EvaluationQueries],
     resamples: int = 0,
     seed: int = 0,
-) -> list[_Row]:
+) -> list[_PartialResult]:
     """Embed the images, ask in every language, then resample the groups that all languages have in common."""
     start = time.perf_counter()
-    with _told_of(data):
-        embedded = embed(images(), encoder.embed_image, "image")
+    with _locate_errors(data):
+        embedded = embed_batches(images(), encoder.embed_image, "image")
     shared = time.perf_counter() - start
-    asked: list[tuple[str, list[Answer], float]] = []
+    asked: list[tuple[str, list[QueryScores], float]] = []
     for language, question in questions.items():
         start = time.perf_counter()
-        with _told_of(f"{data} in {language!r}" if language else data):
+        with _locate_errors(f"{data} in {language!r}" if language else data):
             answers = question.ask(encoder, embedded)
         asked.append((language, answers, time.perf_counter() - start))
     made = iter(_replicates([answer for _, answers, _ in asked for answer in answers], resamples, seed))
     rows = []
     for language, answers, own in asked:
         parts = [
-            _Row(
+            _PartialResult(
                 language=language,
                 part=answer.part,
                 metrics=answer.metrics(),
@@ -218,12 +227,12 @@ def _ask(
         ]
         rows += parts
         if len(parts) > 1:
-            rows.append(_mean(parts, language, "", own))
+            rows.append(_mean_result(parts, language, "", own))
     return rows
 
 
 @contextmanager
-def _told_of(where: str) -> Iterator[None]:
+def _locate_errors(where: str) -> Iterator[None]:
     """Mistakes inside are told with the place where they were found."""
     try:
         yield
@@ -231,7 +240,9 @@ def _told_of(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from None
 
 
-def _replicates(answers: Sequence[Answer], resamples: int, seed: int) -> list[dict[str, Float[Tensor, " resamples"]]]:
+def _replicates(
+    answers: Sequence[QueryScores], resamples: int, seed: int
+) -> list[dict[str, Float[Tensor, " resamples"]]]:
     """For each answer the replicates of its means, all on the same draws of groups."""
     made: list[dict[str, Tensor]] = [{} for _ in answers]
     if not resamples:
@@ -244,18 +255,18 @@ def _replicates(answers: Sequence[Answer], resamples: int, seed: int) -> list[di
         plain = tuple(name for name, mean in answer.means.items() if mean.cells is None)
         for names in (plain, *((name,) for name in answer.means if name not in plain)):
             values = torch.stack([answer.means[name].values for name in names], dim=1)
-            samples.append(Sample(values, groups, answer.means[names[0]].cells))
+            samples.append(GroupedScores(values, groups, answer.means[names[0]].cells))
             whose.append((into, names))
-    drawn = replicates(samples, universe=len(number), resamples=resamples, seed=seed)
+    drawn = bootstrap_replicates(samples, universe=len(number), resamples=resamples, seed=seed)
     for (into, names), columns in zip(whose, drawn, strict=True):
         into.update(zip(names, columns.T, strict=True))
     return made
 
 
-def _mean(rows: Sequence[_Row], language: str, part: str, own_seconds: float) -> _Row:
+def _mean_result(rows: Sequence[_PartialResult], language: str, part: str, own_seconds: float) -> _PartialResult:
     """The plain mean of rows that have the same metrics, replicate by replicate."""
     first = rows[0]
-    return _Row(
+    return _PartialResult(
         language=language,
         part=part,
         metrics={name: sum(row.metrics[name] for row in rows) / len(rows) for name in first.metrics},
@@ -269,7 +280,7 @@ def _mean(rows: Sequence[_Row], language: str, part: str, own_seconds: float) ->
     )
 
 
-def _flat(rows: Sequence[_Row]) -> dict[str, float]:
+def _flatten(rows: Sequence[_PartialResult]) -> dict[str, float]:
     return {
         "/".join(filter(None, (row.language, row.part, name))): value
         for row in rows
@@ -277,13 +288,13 @@ def _flat(rows: Sequence[_Row]) -> dict[str, float]:
     }
 
 
-def _names(question: Question) -> tuple[str, ...]:
+def _metric_names(question: EvaluationQueries) -> tuple[str, ...]:
     """The numbers of one question, by part and name, and their means over the parts where there are several."""
     parts = question.parts if len(question.parts) == 1 else (*question.parts, "")
     return tuple("/".join(filter(None, (part, name))) for part in parts for name in question.names)
 
 
-def _macro(title: str) -> str:
+def _macro_name(title: str) -> str:
     return f"macro:{title}"
 
 

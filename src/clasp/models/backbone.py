@@ -1,4 +1,4 @@
-"""What a tower is made from: an encoder as it came (``Base``), and the settings of a recipe that shape it.
+"""What a tower is made from: an encoder as it came (``Backbone``), and the settings of a recipe that shape it.
 
 Data only. ``nn.foreign`` makes bases, ``nn.towers`` makes a tower of one.
 """
@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
-from clasp.data.tokenizer import Overlong, Tokenizer
+from clasp.data.tokenizer import Tokenizer, Truncation
 from clasp.models.transformer.encoders import ImageTransformerSettings, TextTransformerSettings
 
-Pool = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention"]
-_Mean = Annotated[float, Field(ge=0, le=1)]
-_Std = Annotated[float, Field(gt=0, le=1)]
+PoolingMode = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention"]
+_PixelMean = Annotated[float, Field(ge=0, le=1)]
+_PixelStd = Annotated[float, Field(gt=0, le=1)]
 
 
 class _TowerSettings(BaseModel):
@@ -27,7 +27,7 @@ class _TowerSettings(BaseModel):
     tower: str
     """Where the weights come from: hf: | timm: | pip: | file: | deit: | package.module:factory; or own:image and
     own:text, nets of ours that start from train.seed"""
-    pool: Pool | None = None
+    pool: PoolingMode | None = None
     """States to one vector; the tower's own authors' choice where left out"""
     layer: int | None = None
     """Read the states after this many blocks (negative from the end); the blocks above are dropped"""
@@ -37,7 +37,7 @@ class _TowerSettings(BaseModel):
     """Dropout inside the tower while training; LilT has it on, also in frozen towers"""
 
 
-class ImageSettings(_TowerSettings):
+class ImageTowerSettings(_TowerSettings):
     """``[image]`` of a recipe."""
 
     net: ImageTransformerSettings | None = None
@@ -48,13 +48,13 @@ class ImageSettings(_TowerSettings):
     """What happens to pictures that are not square"""
     ground: tuple[int, int, int] = (255, 255, 255)
     """Colour under transparent pixels, 0-255"""
-    mean: tuple[_Mean, _Mean, _Mean] | None = None
+    mean: tuple[_PixelMean, _PixelMean, _PixelMean] | None = None
     """Subtracted from the pixels, RGB in [0, 1]; the tower's own where left out"""
-    std: tuple[_Std, _Std, _Std] | None = None
+    std: tuple[_PixelStd, _PixelStd, _PixelStd] | None = None
     """What the pixels are then divided by; the tower's own where left out"""
 
 
-class TextSettings(_TowerSettings):
+class TextTowerSettings(_TowerSettings):
     """``[text]`` of a recipe."""
 
     net: TextTransformerSettings | None = None
@@ -65,7 +65,7 @@ class TextSettings(_TowerSettings):
     """Put before every caption; the tower's own where left out"""
     max_tokens: int | None = Field(default=None, ge=4, le=32768)
     """Longer captions are cut, keeping their end token"""
-    overlong: Overlong = "cut"
+    overlong: Truncation = "cut"
     """What is left of a longer caption. ``lost``: its start token, as in MS-CLIP's released code, to which all of them
     are the same caption; only for what was trained so"""
     clean: Literal["none", "lilt"] = "none"
@@ -77,7 +77,7 @@ class TextSettings(_TowerSettings):
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class Backbone:
     """An encoder as it came, before anything of ours: the weights a delta stands on."""
 
     name: str

@@ -19,15 +19,15 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from clasp.models.heads import Head, HeadSettings
-from clasp.models.sharing.policy import Sharing
-from clasp.models.sharing.tie import LowRankLinear, aliases
+from clasp.models.heads import HeadSettings, ProjectionHead
+from clasp.models.sharing.policy import SharingPlan
+from clasp.models.sharing.tie import LowRankLinear, parameter_aliases
 from clasp.models.structure import is_norm
-from clasp.models.tower import Tower, tensor_hashes
-from clasp.models.tuning.spec import freeze
-from clasp.types import Batch, Embeddings, ImageInput, Pixels, Pooled, TextInput, Tokens, UserError
+from clasp.models.tower import Tower, hash_tensors
+from clasp.models.tuning.spec import freeze_except
+from clasp.types import Batch, Embeddings, ImageInput, Pixels, PooledFeatures, TextInput, Tokens, UserError
 
-Kind = Literal["scale", "head", "norm", "new", "tower", "shared"]
+ParameterKind = Literal["scale", "head", "norm", "new", "tower", "shared"]
 
 
 class LogitSettings(BaseModel):
@@ -56,7 +56,7 @@ class LogitSettings(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class ParameterCount:
     """Parameters of one part."""
 
     total: int
@@ -95,29 +95,33 @@ class DualEncoder(nn.Module):
         device = next(image.parameters()).device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.image_head = Head(image.width, head).to(device)
-            self.text_head = Head(text.width, head).to(device)
+            self.image_head = ProjectionHead(image.width, head).to(device)
+            self.text_head = ProjectionHead(text.width, head).to(device)
         logits = logits or LogitSettings()
-        start, *limits = (_stored(logits.scale, scale) for scale in (logits.scale_start, *logits.scale_range))
+        start, *limits = (
+            _scale_to_parameter(logits.scale, scale) for scale in (logits.scale_start, *logits.scale_range)
+        )
         scale = nn.Parameter(torch.tensor(start, device=device))
         self.log_scale, self.temperature = (scale, None) if logits.scale == "log" else (None, scale)
         self._limits = sorted(limits)  # of that parameter; a temperature falls as its scale rises
         # SigLIP (Zhai et al., ICCV 2023) needs a bias against the many negatives; InfoNCE cannot see one
         self.bias = nn.Parameter(torch.tensor(-10.0, device=device)) if loss == "sigmoid" else None
-        self.sharing: Sharing | None = None  # the policy, for people; what is shared is a fact about the parameters
+        self.sharing: SharingPlan | None = None  # the policy, for people; what is shared is a fact about the parameters
         self.selection: frozenset[str] = frozenset()
         self.select(())
 
     def select(self, names: Iterable[str]) -> None:
         """Make ``names`` the selection and freeze everything else; any name of what is shared will do."""
-        first = aliases(self)
+        first = parameter_aliases(self)
         self.selection = frozenset(first.get(name, name) for name in names)
-        freeze(self, self.selection)
+        freeze_except(self, self.selection)
 
     @property
     def shared_names(self) -> set[str]:
         """Parameters that both towers hold, by their first names; not what one of them holds twice, as T5 does."""
-        return {first for name, first in aliases(self).items() if (name[:5], first[:6]) == ("text.", "image.")}
+        return {
+            first for name, first in parameter_aliases(self).items() if (name[:5], first[:6]) == ("text.", "image.")
+        }
 
     @property
     def new_names(self) -> dict[str, set[str]]:
@@ -130,7 +134,7 @@ class DualEncoder(nn.Module):
         }
 
     @property
-    def kinds(self) -> dict[str, Kind]:
+    def kinds(self) -> dict[str, ParameterKind]:
         """What each parameter of the selection is, by name: the keys of ``train.lr_factors``.
 
         ``scale`` and ``head`` as in ``new_names``. Inside a tower, ``new`` is what its base does not have (bottlenecks,
@@ -138,7 +142,7 @@ class DualEncoder(nn.Module):
         and what nobody has trained beside a pre-trained trunk; of the base, ``shared`` is what both towers hold, else
         ``norm`` or the rest, ``tower``.
         """
-        kinds: dict[str, Kind] = dict.fromkeys(self.new_names["heads"], "head")
+        kinds: dict[str, ParameterKind] = dict.fromkeys(self.new_names["heads"], "head")
         kinds.update(dict.fromkeys(self.new_names["scale"], "scale"))
         shared = self.shared_names
         for side, tower in (("image", self.image), ("text", self.text)):
@@ -149,12 +153,12 @@ class DualEncoder(nn.Module):
             for name, p in tower.net.named_parameters():
                 plain = name.replace(".base_layer.", ".")  # peft renames the weights that it wraps
                 is_new = plain not in tower.hashes or plain in tower.new or id(p) in differences
-                kind: Kind = "new" if is_new else "norm" if id(p) in norms else "tower"
+                kind: ParameterKind = "new" if is_new else "norm" if id(p) in norms else "tower"
                 full = f"{side}.net.{name}"
                 kinds[full] = "shared" if full in shared and kind != "new" else kind
         return {name: kinds[name] for name, _ in self.named_parameters() if name in self.selection}
 
-    def counts(self) -> dict[str, Count]:
+    def counts(self) -> dict[str, ParameterCount]:
         """Parameters in all and trained: for the whole (``model``), per tower, for the heads and for the scale.
 
         What both towers hold is counted once, as ``shared``, and not in theirs; there is no such part without any.
@@ -165,11 +169,13 @@ class DualEncoder(nn.Module):
         def part_of(name: str) -> str:
             return next((part for part, names in parts.items() if name in names), name.partition(".")[0])
 
-        def count(part: str | None) -> Count:
+        def count(part: str | None) -> ParameterCount:
             chosen = [(n, p) for n, p in self.named_parameters() if part is None or part_of(n) == part]
             trained = [p for n, p in chosen if n in self.selection]
             total = sum(p.numel() for _, p in chosen)
-            return Count(total, sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained))
+            return ParameterCount(
+                total, sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
+            )
 
         order = ("image", "text", *(["shared"] if shared else []), "heads", "scale")
         return {"model": count(None), **{part: count(part) for part in order}}
@@ -191,19 +197,19 @@ class DualEncoder(nn.Module):
         ours = self.selection.union(*self.new_names.values())
         tensors = {name: p.detach() for name, p in self.named_parameters() if name in ours}
         tensors |= self.moving
-        hashes = sorted(tensor_hashes(tensors).items())
+        hashes = sorted(hash_tensors(tensors).items())
         return hashlib.sha256(repr((self.image.fingerprint, self.text.fingerprint, hashes)).encode()).hexdigest()
 
     # --- encoding ------------------------------------------------------------------------------------------------
 
     def embed_image(self, inputs: ImageInput) -> Float[Tensor, "B E"]:
         """Images (or what the frozen image tower said of them) to unit vectors."""
-        pooled = inputs.values if isinstance(inputs, Pooled) else self.image.pooled(inputs)
+        pooled = inputs.values if isinstance(inputs, PooledFeatures) else self.image.pooled(inputs)
         return F.normalize(self.image_head(pooled).float(), dim=-1)
 
     def embed_text(self, inputs: TextInput) -> Float[Tensor, "B E"]:
         """Captions (or what the frozen text tower said of them) to unit vectors."""
-        pooled = inputs.values if isinstance(inputs, Pooled) else self.text.pooled(inputs)
+        pooled = inputs.values if isinstance(inputs, PooledFeatures) else self.text.pooled(inputs)
         return F.normalize(self.text_head(pooled).float(), dim=-1)
 
     def encode_image(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B E"]:
@@ -234,7 +240,7 @@ class DualEncoder(nn.Module):
             self.log_scale.clamp_(*self._limits)
 
 
-def _stored(form: Literal["log", "divisor"], scale: float) -> float:
+def _scale_to_parameter(form: Literal["log", "divisor"], scale: float) -> float:
     """A scale as the parameter that is learned; 0 and inf stand for no limit."""
     if form == "log":
         return math.log(scale) if scale else -math.inf

@@ -2,7 +2,7 @@
 
 The one place that decides between the two, from the selection alone, for training and for evaluation alike. In go pairs
 and a model with its transform and tokenizer, out come the sides of a batch and the streams that evaluations read; or,
-before any of it is computed, what would be kept (``Keeping``).
+before any of it is computed, what would be kept (``CachePlan``).
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from clasp.data.device import on_device
-from clasp.data.feature_cache.dtypes import Name as StorageName
+from clasp.data.device import to_device
+from clasp.data.feature_cache.dtypes import StorageDtype as StorageName
 from clasp.data.feature_cache.features import (
-    ENCODED_AT_ONCE,
-    CachedImages,
-    CachedTexts,
-    Features,
-    Progress,
-    Texts,
-    bytes_of_images,
-    bytes_of_texts,
+    TOKENS_PER_FORWARD,
+    CachedFeatures,
+    CachedImageReader,
+    CachedTextReader,
+    DistinctTexts,
+    ProgressCallback,
+    image_cache_bytes,
+    image_cache_key,
     image_features,
-    key_of_images,
-    key_of_texts,
+    text_cache_bytes,
+    text_cache_key,
     text_features,
 )
 from clasp.data.images import Augment, ImageTransform
-from clasp.data.loader import Tally, image_batches, images_at_once, log_skipped, text_batches
+from clasp.data.loader import BadSampleLimit, inference_batch_size, iter_image_batches, iter_text_batches, log_skipped
 from clasp.data.pairs import Pairs
-from clasp.data.readers import ImageSide, Listing, LiveImages, LiveTexts, TextSide
+from clasp.data.readers import ImageReader, LiveImageReader, LiveTextReader, PairIndex, TextReader
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.frozen import Trunk, Whole, frozen_part
+from clasp.models.frozen import FrozenPrefix, FrozenTower, find_frozen_part
 from clasp.models.tower import Tower
-from clasp.types import ImageInput, Pixels, Skipped, TextInput
+from clasp.types import ImageInput, Pixels, SkippedSample, TextInput
 
-FeatureChoice = Literal["auto", "off"] | StorageName
+FeatureCacheMode = Literal["auto", "off"] | StorageName
 
-SHARE_OF_DISK = 0.25  # of what is free, which "auto" may fill with the states of a trunk
-AT_ONCE = 256  # cached inputs of an evaluation in one call of what is left of a tower
+_MAX_DISK_FRACTION = 0.25  # of what is free, which "auto" may fill with the states of a trunk
+_CACHED_BATCH_SIZE = 256  # cached inputs of an evaluation in one call of what is left of a tower
 
-Bar = Callable[[str], AbstractContextManager[Progress]]
-Say = Callable[[str], None]
+ProgressFactory = Callable[[str], AbstractContextManager[ProgressCallback]]
+MessageCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Keeping:
+class CachePlan:
     """What keeping some features means. ``bytes`` are those of their rows on disk; ``storage`` is how they are written,
     ``None`` where they would take too much and are computed anew each time; ``file`` has them, where they are there."""
 
@@ -71,12 +71,12 @@ class Keeping:
         return self.bytes if self.storage and not self.file else 0
 
 
-def no_bar(title: str) -> AbstractContextManager[Progress]:
+def no_progress_bar(title: str) -> AbstractContextManager[ProgressCallback]:
     """Nobody is watching."""
     return nullcontext(lambda done, total: None)
 
 
-class Inputs:
+class FeatureSource:
     """Reads pairs for one model.
 
     ``features`` decides whether what a tower's frozen part says is computed once and kept under ``cache``, and how it
@@ -92,11 +92,11 @@ class Inputs:
         text: Tower,
         transform: ImageTransform,
         tokenizer: Tokenizer,
-        features: FeatureChoice,
+        features: FeatureCacheMode,
         cache: Path,
-        bar: Bar = no_bar,
-        say: Say = lambda line: None,
-        report: Callable[[Iterable[Skipped]], None] = log_skipped,
+        bar: ProgressFactory = no_progress_bar,
+        say: MessageCallback = lambda line: None,
+        report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
         workers: int = 0,
         views: int = 0,
         seed: int = 0,
@@ -105,18 +105,18 @@ class Inputs:
         self.image, self.text = image, text
         self.transform, self.tokenizer = transform, tokenizer
         on = features != "off"
-        self.image_part = frozen_part(image, transform.size) if on else None
-        self.text_part = frozen_part(text, 0) if on else None
-        self._features: FeatureChoice = features
+        self.image_part = find_frozen_part(image, transform.size) if on else None
+        self.text_part = find_frozen_part(text, 0) if on else None
+        self._features: FeatureCacheMode = features
         self._cache, self._bar, self._say, self._report = cache, bar, say, report
         self._workers, self._views, self._seed, self._max_bad = workers, views, seed, max_bad_fraction
         self._told: set[str] = set()
-        self._ahead: list[tuple[dict[str, int], Features]] = []
+        self._ahead: list[tuple[dict[str, int], CachedFeatures]] = []
 
     @property
     def all_pooled(self) -> bool:
         """Whether both towers are wholly frozen: all that is left of them are vectors, which cost nothing."""
-        return isinstance(self.image_part, Whole) and isinstance(self.text_part, Whole)
+        return isinstance(self.image_part, FrozenTower) and isinstance(self.text_part, FrozenTower)
 
     @cached_property
     def _device(self) -> torch.device:
@@ -124,20 +124,20 @@ class Inputs:
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def image_side(self, pairs: Pairs, augment: Augment | None) -> ImageSide:
+    def image_side(self, pairs: Pairs, augment: Augment | None) -> ImageReader:
         """The image side of training batches. Augmented images are read anew, unless ``views`` of them are kept."""
         if augment is None or self._views:
             features = self.image_features(pairs, augment)
             if features is not None:
-                return CachedImages(features, pairs)
-        return LiveImages(self.transform, augment)
+                return CachedImageReader(features, pairs)
+        return LiveImageReader(self.transform, augment)
 
-    def text_side(self, listing: Listing) -> TextSide:
+    def text_side(self, listing: PairIndex) -> TextReader:
         """The text side of training batches."""
         features = self.text_features(listing.texts)
-        return LiveTexts(self.tokenizer) if features is None else CachedTexts(features, listing)
+        return LiveTextReader(self.tokenizer) if features is None else CachedTextReader(features, listing)
 
-    def image_features(self, pairs: Pairs, augment: Augment | None = None) -> Features | None:
+    def image_features(self, pairs: Pairs, augment: Augment | None = None) -> CachedFeatures | None:
         """What the image tower's frozen part says of every image, computed at most once; ``None`` to read them live."""
         part, keeping = self.image_part, self.keeping_of_images(pairs, augment)
         if part is None or keeping is None or (storage := self._agreed(part, keeping)) is None:
@@ -148,7 +148,7 @@ class Inputs:
                 part,
                 pairs,
                 self.transform,
-                batch=images_at_once(self.transform.size, self._device),
+                batch=inference_batch_size(self.transform.size, self._device),
                 cache=self._cache,
                 progress=progress,
                 augment=augment if views > 1 else None,
@@ -160,7 +160,7 @@ class Inputs:
                 storage=storage,
             )
 
-    def text_features(self, texts: Sequence[str]) -> Features | None:
+    def text_features(self, texts: Sequence[str]) -> CachedFeatures | None:
         """What the text tower's frozen part says of every text, computed at most once; ``None`` to read them live."""
         part = self.text_part
         if part is None:
@@ -192,24 +192,24 @@ class Inputs:
 
     # --- what is kept --------------------------------------------------------------------------------------------
 
-    def keeping_of_images(self, pairs: Pairs, augment: Augment | None = None) -> Keeping | None:
+    def keeping_of_images(self, pairs: Pairs, augment: Augment | None = None) -> CachePlan | None:
         """What ``image_features`` would keep, before it does; ``None`` where no part of the tower is frozen."""
         part, views = self.image_part, self._views_of(augment)
         if part is None:
             return None
-        key = key_of_images(part, pairs, self.transform, augment, views=views, seed=self._seed)
+        key = image_cache_key(part, pairs, self.transform, augment, views=views, seed=self._seed)
         return self._keeping(
-            part, "images", len(pairs), key, lambda name: bytes_of_images(part, len(pairs), views, name)
+            part, "images", len(pairs), key, lambda name: image_cache_bytes(part, len(pairs), views, name)
         )
 
-    def keeping_of_texts(self, texts: Sequence[str]) -> Keeping | None:
+    def keeping_of_texts(self, texts: Sequence[str]) -> CachePlan | None:
         """What ``text_features`` would keep, before it does; ``None`` where no part of the tower is frozen."""
         part = self.text_part
         if part is None:
             return None
-        asked = Texts(texts)
-        key = key_of_texts(part, self.tokenizer, asked)
-        takes = lambda name: bytes_of_texts(part, self.tokenizer, asked.different, name)  # noqa: E731
+        asked = DistinctTexts(texts)
+        key = text_cache_key(part, self.tokenizer, asked)
+        takes = lambda name: text_cache_bytes(part, self.tokenizer, asked.different, name)  # noqa: E731
         return self._keeping(part, "captions", len(asked.different), key, takes)
 
     def free_bytes(self) -> int:
@@ -221,24 +221,24 @@ class Inputs:
 
     def _keeping(
         self,
-        part: Whole | Trunk,
+        part: FrozenTower | FrozenPrefix,
         what: Literal["images", "captions"],
         count: int,
         key: dict[str, Any],
         takes: Callable[[StorageName], int],
-    ) -> Keeping:
-        name: StorageName = "float32" if isinstance(part, Whole) else "float16"
+    ) -> CachePlan:
+        name: StorageName = "float32" if isinstance(part, FrozenTower) else "float16"
         if self._features != "auto" and self._features != "off":
             name = self._features
         key, size = {**key, "storage": name}, takes(name)
-        file = _held(self._cache / "features", key)
-        may_be_live = self._features == "auto" and isinstance(part, Trunk) and file is None
-        live = may_be_live and size > SHARE_OF_DISK * self.free_bytes()
-        return Keeping(what, count, None if live else name, size, file, key)
+        file = _find_cache_file(self._cache / "features", key)
+        may_be_live = self._features == "auto" and isinstance(part, FrozenPrefix) and file is None
+        live = may_be_live and size > _MAX_DISK_FRACTION * self.free_bytes()
+        return CachePlan(what, count, None if live else name, size, file, key)
 
-    def _agreed(self, part: Whole | Trunk, keeping: Keeping) -> StorageName | None:
+    def _agreed(self, part: FrozenTower | FrozenPrefix, keeping: CachePlan) -> StorageName | None:
         """How they are kept, if they are; says so of the states of a trunk, where that was for us to choose."""
-        if self._features == "auto" and isinstance(part, Trunk):
+        if self._features == "auto" and isinstance(part, FrozenPrefix):
             size = f"{keeping.bytes:,} bytes of {self.free_bytes():,} that are free on disk"
             how = "computed once and kept" if keeping.storage else "computed anew each time"
             self._say(f"states of {keeping.what} after {part.depth} blocks of {part.tower.name} are {how}: {size}")
@@ -250,16 +250,16 @@ class Inputs:
         """A stream of the images of ``pairs`` with their ids, to be read as often as one likes."""
         features = self.image_features(pairs)
         if features is None:
-            tally = Tally(len(pairs), self._max_bad)
+            tally = BadSampleLimit(len(pairs), self._max_bad)
             return lambda: self._live_images(pairs, tally)
         self._tell(features.skipped.values())
         ids = [pairs[number].id for number in range(len(pairs))]
         readable = [number for number in range(len(pairs)) if number not in features.skipped]
 
         def cached() -> Iterable[tuple[Sequence[str], ImageInput]]:
-            for part in _chunks(readable, AT_ONCE):
+            for part in _chunks(readable, _CACHED_BATCH_SIZE):
                 inputs = features.read(np.array(part, dtype=np.int64))
-                yield [ids[number] for number in part], on_device(inputs, self._device)
+                yield [ids[number] for number in part], to_device(inputs, self._device)
 
         return cached
 
@@ -271,31 +271,31 @@ class Inputs:
         """A stream of texts that are their own ids (prompts of a zero-shot question)."""
         return self._read_texts(list(texts), list(texts))
 
-    def _tell(self, skipped: Iterable[Skipped]) -> None:
+    def _tell(self, skipped: Iterable[SkippedSample]) -> None:
         new = [sample for sample in skipped if sample.id not in self._told]
         self._told.update(sample.id for sample in new)
         self._report(new)
 
-    def _live_images(self, pairs: Pairs, tally: Tally) -> Iterable[tuple[Sequence[str], Pixels]]:
+    def _live_images(self, pairs: Pairs, tally: BadSampleLimit) -> Iterable[tuple[Sequence[str], Pixels]]:
         sources = [(pair.id, pair.image) for pair in pairs]
 
-        def report(skipped: Iterable[Skipped]) -> None:
+        def report(skipped: Iterable[SkippedSample]) -> None:
             self._tell(skipped)
             tally.add(skipped)
 
-        few = images_at_once(self.transform.size, self._device)
-        for ids, pixels in image_batches(sources, self.transform, few, workers=self._workers, report=report):
-            yield ids, on_device(pixels, self._device)
+        few = inference_batch_size(self.transform.size, self._device)
+        for ids, pixels in iter_image_batches(sources, self.transform, few, workers=self._workers, report=report):
+            yield ids, to_device(pixels, self._device)
 
     def _read_texts(self, ids: list[str], texts: list[str]) -> Iterable[tuple[Sequence[str], TextInput]]:
         features = self.text_features(texts)
         if features is None:
-            for places, tokens in text_batches(texts, self.tokenizer, ENCODED_AT_ONCE):
-                yield [ids[n] for n in places], on_device(tokens, self._device)
+            for places, tokens in iter_text_batches(texts, self.tokenizer, TOKENS_PER_FORWARD):
+                yield [ids[n] for n in places], to_device(tokens, self._device)
         else:
-            for part in _chunks(range(len(ids)), AT_ONCE):
+            for part in _chunks(range(len(ids)), _CACHED_BATCH_SIZE):
                 inputs = features.read(np.array(part, dtype=np.int64))
-                yield [ids[n] for n in part], on_device(inputs, self._device)
+                yield [ids[n] for n in part], to_device(inputs, self._device)
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterable[Sequence[int]]:
@@ -303,7 +303,7 @@ def _chunks(items: Sequence[int], size: int) -> Iterable[Sequence[int]]:
         yield items[start : start + size]
 
 
-def _held(folder: Path, key: Mapping[str, Any]) -> Path | None:
+def _find_cache_file(folder: Path, key: Mapping[str, Any]) -> Path | None:
     """The whole file of features whose ``.json`` has this key."""
     wanted = json.loads(json.dumps(key)).items()  # as it is read back: no tuples
     for about in sorted(folder.glob("*.json")):

@@ -1,7 +1,8 @@
 """The frozen part of a tower, as the feature cache asks for it: all of it with its pooling, or its trunk.
 
 In goes a tower whose selection is made, out comes what may be computed once
-(``clasp.data.feature_cache.features.Frozen``), or nothing where every weight trains or dropout makes each answer another.
+(``clasp.data.feature_cache.features.FrozenPart``), or nothing where every weight trains or dropout makes each answer
+another.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from functools import cached_property
 import torch
 
 from clasp.models.tower import Tower
-from clasp.types import Pixels, Pooled, States, Tokens
+from clasp.types import HiddenStates, Pixels, PooledFeatures, Tokens
 
 
 @dataclass(frozen=True)
-class Whole:
+class FrozenTower:
     """A tower in which nothing trains: its inputs to one vector each."""
 
     tower: Tower
@@ -31,12 +32,12 @@ class Whole:
     def width(self) -> int:
         return self.tower.width
 
-    def __call__(self, inputs: Pixels | Tokens) -> Pooled:
-        return Pooled(self.tower.pooled(inputs))
+    def __call__(self, inputs: Pixels | Tokens) -> PooledFeatures:
+        return PooledFeatures(self.tower.pooled(inputs))
 
 
 @dataclass(frozen=True)
-class Trunk:
+class FrozenPrefix:
     """The blocks of a tower below everything that trains: inputs to states after the last of them.
 
     ``size`` is the side in pixels of the images it will read.
@@ -70,14 +71,14 @@ class Trunk:
             _, tokens, width = self(blank).values.shape
         return tokens, width
 
-    def __call__(self, inputs: Pixels | Tokens) -> States:
+    def __call__(self, inputs: Pixels | Tokens) -> HiddenStates:
         return self.tower.trunk(inputs, self.depth)
 
 
-def frozen_part(tower: Tower, size: int) -> Whole | Trunk | None:
+def find_frozen_part(tower: Tower, size: int) -> FrozenTower | FrozenPrefix | None:
     """What of a tower may be computed once, for images of ``size`` pixels a side; ``None`` where nothing may."""
     if tower.dropout:
         return None
     if tower.wholly_frozen:
-        return Whole(tower)
-    return Trunk(tower, depth, size) if (depth := tower.frozen_blocks) else None
+        return FrozenTower(tower)
+    return FrozenPrefix(tower, depth, size) if (depth := tower.frozen_blocks) else None

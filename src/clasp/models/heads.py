@@ -72,7 +72,7 @@ class Standardize(nn.Module):
         return x * self.scale + self.shift
 
 
-class Noise(nn.Module):
+class GaussianNoise(nn.Module):
     """Gaussian noise while training, nothing otherwise."""
 
     def __init__(self, deviation: float):
@@ -107,7 +107,7 @@ class GatedLinear(nn.Module):
         return self.out(F.silu(self.gate(x)) * self.up(x))
 
 
-class Head(nn.Module):
+class ProjectionHead(nn.Module):
     """A pooled vector to the joint space, before normalisation."""
 
     def __init__(self, width: int, settings: HeadSettings):
@@ -118,7 +118,7 @@ class Head(nn.Module):
                 f"head.kind = 'none' joins pooled vectors as they are: width {width} is not head.width = {out}"
             )
         self.standardize = Standardize(width) if settings.standardize else None
-        self.noise, self.dropout = Noise(settings.noise), nn.Dropout(settings.dropout)
+        self.noise, self.dropout = GaussianNoise(settings.noise), nn.Dropout(settings.dropout)
         self.map: nn.Module = {
             "linear": lambda: nn.Linear(width, out, bias=settings.bias),
             "mlp": lambda: LinearWithMLP(width, hidden, out),

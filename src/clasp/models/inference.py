@@ -1,7 +1,7 @@
 """Files and strings to unit vectors: an encoder with the eyes and ears that belong to it.
 
-``Model`` joins an ``Encoder`` to the image transform and the tokenizer of its towers, so that whoever asks for an
-embedding cannot use the wrong ones. In go paths, bytes, pictures or strings, out come rows in the same order.
+``EmbeddingModel`` joins an ``Encoder`` to the image transform and the tokenizer of its towers, so that whoever asks for
+an embedding cannot use the wrong ones. In go paths, bytes, pictures or strings, out come rows in the same order.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clasp.data.device import on_device
-from clasp.data.feature_cache.features import Progress
+from clasp.data.device import to_device
+from clasp.data.feature_cache.features import ProgressCallback
 from clasp.data.images import ImageError, ImageTransform
-from clasp.data.loader import images_at_once, text_batches
+from clasp.data.loader import inference_batch_size, iter_text_batches
 from clasp.data.tokenizer import Tokenizer
 from clasp.types import Encoder, Pixels, UserError
 
@@ -26,7 +26,7 @@ def no_progress(done: int, total: int) -> None:
     """Nobody is watching."""
 
 
-class Model:
+class EmbeddingModel:
     """An aligned model, ready to use: what ``clasp.load`` returns."""
 
     def __init__(self, encoder: Encoder, transform: ImageTransform, tokenizer: Tokenizer, *, device: str = "cpu"):
@@ -40,7 +40,7 @@ class Model:
         """Changes with anything that an embedding depends on."""
         return ":".join((self.encoder.fingerprint, self.transform.fingerprint, self.tokenizer.fingerprint))
 
-    def encode_image(self, images: Sequence[Any], *, progress: Progress = no_progress) -> Float[Tensor, "n E"]:
+    def encode_image(self, images: Sequence[Any], *, progress: ProgressCallback = no_progress) -> Float[Tensor, "n E"]:
         """Paths, encoded bytes or PIL pictures to unit vectors, as many at once as suit the machine.
 
         Raises ``UserError`` naming the image that cannot be read, and for one image that is not in a list.
@@ -48,7 +48,7 @@ class Model:
         if isinstance(images, str | bytes | Path):
             what = "bytes" if isinstance(images, bytes) else repr(str(images))
             raise UserError(f"encode_image takes a list of images, not {what} alone")
-        rows, few = [], images_at_once(self.transform.size, self.device)
+        rows, few = [], inference_batch_size(self.transform.size, self.device)
         for start in range(0, len(images), few):
             part = [self._pixels(image, start + place) for place, image in enumerate(images[start : start + few])]
             rows.append(self.encode_pixels(torch.stack(part)))
@@ -57,13 +57,13 @@ class Model:
 
     def encode_pixels(self, pixels: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n E"]:
         """Images that ``transform`` has read to unit vectors, as many at once as suit the machine."""
-        few = images_at_once(self.transform.size, self.device)
+        few = inference_batch_size(self.transform.size, self.device)
         with torch.inference_mode():
-            parts = (on_device(Pixels(part), self.device) for part in pixels.split(few))
+            parts = (to_device(Pixels(part), self.device) for part in pixels.split(few))
             return torch.cat([self.encoder.embed_image(part).cpu() for part in parts])
 
     def encode_text(
-        self, texts: Sequence[str], *, tokens: int = 4096, progress: Progress = no_progress
+        self, texts: Sequence[str], *, tokens: int = 4096, progress: ProgressCallback = no_progress
     ) -> Float[Tensor, "n E"]:
         """Strings to unit vectors; sorted by length inside, so that short ones are never padded to long ones.
 
@@ -75,8 +75,8 @@ class Model:
             raise UserError(f"encode_text takes a list of strings, not the string {texts!r}")
         rows: dict[int, Tensor] = {}
         with torch.inference_mode():
-            for indices, part in text_batches(texts, self.tokenizer, tokens):
-                embedded = self.encoder.embed_text(on_device(part, self.device)).cpu()
+            for indices, part in iter_text_batches(texts, self.tokenizer, tokens):
+                embedded = self.encoder.embed_text(to_device(part, self.device)).cpu()
                 rows.update(zip(indices, embedded, strict=True))
                 progress(len(rows), len(texts))
         return torch.stack([rows[i] for i in range(len(texts))]) if rows else torch.empty(0, 0)

@@ -11,29 +11,29 @@ from itertools import pairwise
 from jaxtyping import Int
 from torch import Tensor
 
-from clasp.types import States, Tokens
+from clasp.types import HiddenStates, Tokens
 
 # What calling a net once more costs, in tokens that could have been computed meanwhile; see benchmarks/lengths.py.
-TOKENS_A_CALL = {"cpu": 128}
-TOKENS_A_CALL_ELSEWHERE = 16_384
+TOKENS_PER_CALL = {"cpu": 128}
+_DEFAULT_TOKENS_PER_CALL = 16_384
 
 
-def by_length(inputs: Tokens | States) -> tuple[list[Tokens | States], Int[Tensor, " U"] | None]:
+def split_by_length(inputs: Tokens | HiddenStates) -> tuple[list[Tokens | HiddenStates], Int[Tensor, " U"] | None]:
     """Parts of the rows of ``inputs``, longest first, each cut to its own longest; and each row's place among them.
 
     The places are ``None`` where one part is best, which then is ``inputs`` with its ``rows`` left out.
     """
     lengths = inputs.mask.sum(dim=1)
     listed = sorted(lengths.tolist(), reverse=True)
-    bounds = cheapest_parts(listed, TOKENS_A_CALL.get(lengths.device.type, TOKENS_A_CALL_ELSEWHERE))
+    bounds = optimal_bucket_bounds(listed, TOKENS_PER_CALL.get(lengths.device.type, _DEFAULT_TOKENS_PER_CALL))
     if len(bounds) == 2:
         return [replace(inputs, rows=None)], None
     order = lengths.argsort(descending=True, stable=True)
-    parts = [_taken(inputs, order[start:end], listed[start]) for start, end in pairwise(bounds)]
+    parts = [_select_rows(inputs, order[start:end], listed[start]) for start, end in pairwise(bounds)]
     return parts, order.argsort()
 
 
-def cheapest_parts(lengths: list[int], call: int) -> list[int]:
+def optimal_bucket_bounds(lengths: list[int], call: int) -> list[int]:
     """Where to cut ``lengths`` (falling) so that the sum over parts of rows times longest, plus ``call``, is least.
 
     Returns the bounds of the parts, 0 and ``len(lengths)`` among them. Parts begin where the length falls: between
@@ -53,7 +53,7 @@ def cheapest_parts(lengths: list[int], call: int) -> list[int]:
     return bounds[::-1]
 
 
-def _taken(inputs: Tokens | States, rows: Int[Tensor, " part"], longest: int) -> Tokens | States:
+def _select_rows(inputs: Tokens | HiddenStates, rows: Int[Tensor, " part"], longest: int) -> Tokens | HiddenStates:
     mask = inputs.mask[rows, :longest]
     if isinstance(inputs, Tokens):
         return Tokens(inputs.ids[rows, :longest], mask)

@@ -4,7 +4,7 @@ In go a foreign net, its anatomy and a call that runs it; out come the states af
 the net says when those states are put back. Unusual: nothing is asked of how a family calls its blocks. To stop, a hook
 on the block below the cut leaves the net by an exception; to go on, the net runs on a blank input with the blocks below
 the cut handing it through and the last of them giving out the states, so masks, positions and final norms are the
-net's own. ``frozen_blocks`` reads from a selection how deep a cut can lie.
+net's own. ``count_frozen_blocks`` reads from a selection how deep a cut can lie.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clasp.models.structure import Anatomy
+from clasp.models.structure import ModelStructure
 
 
-def frozen_blocks(parts: Anatomy, trained: Iterable[str]) -> int:
+def count_frozen_blocks(parts: ModelStructure, trained: Iterable[str]) -> int:
     """How many blocks from the bottom have nothing trained in or before them; ``trained`` are names in the net.
 
     All of them when only the tail trains (the final norm), none when something outside blocks and tail does.
@@ -34,30 +34,38 @@ def frozen_blocks(parts: Anatomy, trained: Iterable[str]) -> int:
     return depth
 
 
-def states_after(net: nn.Module, parts: Anatomy, depth: int, run: Callable[[], Any]) -> Float[Tensor, "B N D"]:
+def states_after_block(
+    net: nn.Module, parts: ModelStructure, depth: int, run: Callable[[], Any]
+) -> Float[Tensor, "B N D"]:
     """What block number ``depth`` (counted from 1) gives out while ``run`` runs the net; the net stops there."""
-    handle = net.get_submodule(parts.blocks[depth - 1].path).register_forward_hook(_leave)
+    handle = net.get_submodule(parts.blocks[depth - 1].path).register_forward_hook(_stop_forward)
     try:
         run()
-    except _Reached as reached:
+    except _StopForward as reached:
         return as_tokens(reached.states)
     finally:
         handle.remove()
     raise AssertionError(f"{parts.family} never ran block {depth}")
 
 
-def going_on(
-    net: nn.Module, parts: Anatomy, depth: int, states: Float[Tensor, "B N D"], run: Callable[[], Any], *, gives: type
+def resume_from(
+    net: nn.Module,
+    parts: ModelStructure,
+    depth: int,
+    states: Float[Tensor, "B N D"],
+    run: Callable[[], Any],
+    *,
+    gives: type,
 ) -> Any:
     """What ``run`` returns when the first ``depth`` blocks are not computed but left ``states``.
 
-    ``gives`` is what ``blocks_give`` said of the net.
+    ``gives`` is what ``block_output_type`` said of the net.
     """
-    with _standing_in(net, parts, depth, states, gives):
+    with _replaced_blocks(net, parts, depth, states, gives):
         return run()
 
 
-def blocks_give(net: nn.Module, parts: Anatomy, run: Callable[[], Any]) -> type | None:
+def block_output_type(net: nn.Module, parts: ModelStructure, run: Callable[[], Any]) -> type | None:
     """What the blocks hand on while ``run`` runs the net: ``Tensor`` (their states), or a ``tuple`` of that alone.
 
     ``None`` where they hand on more, as T5's do with their position biases: such a net cannot be cut.
@@ -77,7 +85,7 @@ def blocks_give(net: nn.Module, parts: Anatomy, run: Callable[[], Any]) -> type 
     return given.pop() if len(given) == 1 else None
 
 
-def states_of(output: Any) -> Tensor:
+def block_states(output: Any) -> Tensor:
     """The states in what a block gave out: alone, or first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
@@ -87,7 +95,7 @@ def as_tokens(states: Tensor) -> Tensor:
     return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
 
 
-class _Reached(Exception):
+class _StopForward(Exception):
     """The cut, with the states there. An exception is the one way out of a net of which nothing else is known."""
 
     def __init__(self, states: Tensor):
@@ -95,12 +103,12 @@ class _Reached(Exception):
         self.states = states
 
 
-def _leave(module: nn.Module, args: tuple, output: Any) -> None:
-    raise _Reached(states_of(output))
+def _stop_forward(module: nn.Module, args: tuple, output: Any) -> None:
+    raise _StopForward(block_states(output))
 
 
 @contextmanager
-def _standing_in(net: nn.Module, parts: Anatomy, depth: int, states: Tensor, gives: type) -> Iterator[None]:
+def _replaced_blocks(net: nn.Module, parts: ModelStructure, depth: int, states: Tensor, gives: type) -> Iterator[None]:
     """Blocks below the cut hand on what they get, the last of them ``states``; their own ``forward`` comes back after.
 
     An attribute of the instance shadows the method of its class, and modules, names and hooks all stay in place.
@@ -128,7 +136,7 @@ def _standing_in(net: nn.Module, parts: Anatomy, depth: int, states: Tensor, giv
             del vars(block)["forward"]
 
 
-def _as_maps(states: Float[Tensor, "B N D"], parts: Anatomy) -> Float[Tensor, "B D side side"]:
+def _as_maps(states: Float[Tensor, "B N D"], parts: ModelStructure) -> Float[Tensor, "B D side side"]:
     """Tokens in row-major order as the square maps that they were."""
     side = math.isqrt(states.shape[1])
     assert side * side == states.shape[1], f"{states.shape[1]} tokens are no square map"

@@ -36,7 +36,7 @@ class VisionTransformer(ImageTransformer):
         )
 
 
-def resize_positions(table: Float[Tensor, "1 rows D"], grid: int, extra_rows: int) -> Float[Tensor, "1 new_rows D"]:
+def resize_pos_embed(table: Float[Tensor, "1 rows D"], grid: int, extra_rows: int) -> Float[Tensor, "1 new_rows D"]:
     """A square position table at another grid: bicubic, no antialiasing; extra rows are kept in front."""
     extra, patches = table[:, :extra_rows], table[:, extra_rows:]
     side = round(patches.shape[1] ** 0.5)
@@ -79,7 +79,7 @@ class Adapter(nn.Module):
 # --- pooling: states [B N D] and the mask of real tokens -> one vector a row ------------------------------------------
 
 
-def pool_first(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D"]:
+def pool_cls(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D"]:
     """The class token."""
     return states[:, 0].contiguous()  # a view would keep all tokens in memory
 
@@ -98,7 +98,7 @@ def pool_last(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix:
 
 def pool_cls_mean(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D2"]:
     """Class token and mean of the patches, side by side (DINOv2's linear evaluation)."""
-    return torch.cat((pool_first(states, mask, prefix), pool_mean(states, mask, prefix)), dim=1)
+    return torch.cat((pool_cls(states, mask, prefix), pool_mean(states, mask, prefix)), dim=1)
 
 
 def pool_mean_max(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D2"]:
@@ -107,8 +107,8 @@ def pool_mean_max(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], pre
     return torch.cat((pool_mean(states, mask, prefix), hidden.amax(1)), dim=1)
 
 
-POOLS = {
-    "cls": pool_first,
+POOLING_FUNCTIONS = {
+    "cls": pool_cls,
     "mean": pool_mean,
     "last": pool_last,
     "eos": pool_last,  # a tower refuses "eos" unless its tokenizer ends every text with its end token

@@ -1,10 +1,10 @@
 """Where the blocks, norms and branches of any model are.
 
-In goes a foreign module, out comes an ``Anatomy``: its blocks in order, the attention and MLP parts of each block, the
-places where a branch begins and ends, and what follows the last block. Families we know are rows of ``LAYOUTS``, keyed
-by the name of the class; any other model is read by its structure, and what was looked for is said when that fails.
-Norms are told by what they are (a leaf of a type named a norm, whose parameters are all vectors), never by the name
-they have in their parent: RMSNorm and a norm called ``ln_3`` are found, and a layer scale is none.
+In goes a foreign module, out comes an ``ModelStructure``: its blocks in order, the attention and MLP parts of each
+block, the places where a branch begins and ends, and what follows the last block. Families we know are rows of
+``FAMILY_LAYOUTS``, keyed by the name of the class; any other model is read by its structure, and what was looked for is
+said when that fails. Norms are told by what they are (a leaf of a type named a norm, whose parameters are all vectors),
+never by the name they have in their parent: RMSNorm and a norm called ``ln_3`` are found, and a layer scale is none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clasp.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class FamilyLayout:
     """Where a family keeps its parts. Paths are dotted; ``*`` stands for one index.
 
     ``begins`` and ``ends`` name, for each residual branch of a block, the module whose input is the branch's input and
@@ -44,8 +44,8 @@ class Layout:
     """modules that bring something from outside into the states; ``*`` is the number of the block it stands before"""
 
 
-def _vit(**changes) -> Layout:
-    return Layout(
+def _vit(**changes) -> FamilyLayout:
+    return FamilyLayout(
         blocks="layers.*",
         attention="attention",
         mlp=("mlp",),
@@ -55,8 +55,8 @@ def _vit(**changes) -> Layout:
     )
 
 
-def _dino(blocks: str, norm: str) -> Layout:
-    return Layout(
+def _dino(blocks: str, norm: str) -> FamilyLayout:
+    return FamilyLayout(
         blocks=blocks,
         attention="attention",
         mlp=("mlp",),
@@ -67,8 +67,8 @@ def _dino(blocks: str, norm: str) -> Layout:
     )
 
 
-def _clip(tail: str, **changes) -> Layout:
-    return Layout(
+def _clip(tail: str, **changes) -> FamilyLayout:
+    return FamilyLayout(
         blocks="encoder.layers.*",
         attention="self_attn",
         mlp=("mlp",),
@@ -79,7 +79,7 @@ def _clip(tail: str, **changes) -> Layout:
     )
 
 
-_BERT = Layout(
+_BERT = FamilyLayout(
     blocks="encoder.layer.*",
     attention="attention",
     mlp=("intermediate", "output"),
@@ -87,7 +87,7 @@ _BERT = Layout(
     ends=("attention.output.dropout", "output.dropout"),
     unused=("pooler",),
 )
-_LLAMA = Layout(
+_LLAMA = FamilyLayout(
     blocks="layers.*",
     attention="self_attn",
     mlp=("mlp",),
@@ -95,7 +95,7 @@ _LLAMA = Layout(
     ends=("self_attn.o_proj", "mlp.down_proj"),
     tail=("norm",),
 )
-_TIMM_VIT = Layout(
+_TIMM_VIT = FamilyLayout(
     blocks="blocks.*",
     attention="attn",
     mlp=("mlp",),
@@ -105,9 +105,9 @@ _TIMM_VIT = Layout(
     pooled_norm="fc_norm",
     unused=("head",),
 )
-_OUR_VIT = replace(_TIMM_VIT, joins="parallel.laterals.*")  # nn.nets, which keeps timm's names
+_NATIVE_VIT = replace(_TIMM_VIT, joins="parallel.laterals.*")  # nn.nets, which keeps timm's names
 
-LAYOUTS: dict[str, Layout] = {
+FAMILY_LAYOUTS: dict[str, FamilyLayout] = {
     "ViTModel": _vit(),
     "DeiTModel": _vit(),
     "BeitModel": _vit(unused=(), pooled_norm="pooler.layernorm"),
@@ -117,7 +117,7 @@ LAYOUTS: dict[str, Layout] = {
     "CLIPTextModel": _clip("final_layer_norm"),
     "SiglipVisionModel": _clip("post_layernorm", unused=("head",)),
     "SiglipTextModel": _clip("final_layer_norm", unused=("head",)),
-    "ConvNextModel": Layout(
+    "ConvNextModel": FamilyLayout(
         blocks="encoder.stages.*.layers.*",
         attention=None,
         mlp=("pwconv1", "pwconv2"),
@@ -125,7 +125,7 @@ LAYOUTS: dict[str, Layout] = {
         ends=("pwconv2",),
         pooled_norm="layernorm",
     ),
-    "EfficientNetModel": Layout(
+    "EfficientNetModel": FamilyLayout(
         blocks="encoder.blocks.*",
         attention=None,
         mlp=(),
@@ -134,7 +134,7 @@ LAYOUTS: dict[str, Layout] = {
         tail=("encoder.top_conv", "encoder.top_bn"),
         channels_first=True,
     ),
-    "EfficientNet": Layout(  # efficientnet_lite_pytorch
+    "EfficientNet": FamilyLayout(  # efficientnet_lite_pytorch
         blocks="_blocks.*",
         attention=None,
         mlp=(),
@@ -144,12 +144,12 @@ LAYOUTS: dict[str, Layout] = {
         unused=("_fc",),
         channels_first=True,
     ),
-    "VisionTransformer": _OUR_VIT,  # timm's, and our DeiT
-    "ImageTransformer": _OUR_VIT,
-    "TextTransformer": _OUR_VIT,
+    "VisionTransformer": _NATIVE_VIT,  # timm's, and our DeiT
+    "ImageTransformer": _NATIVE_VIT,
+    "TextTransformer": _NATIVE_VIT,
     "Eva": _TIMM_VIT,
     "Beit": _TIMM_VIT,
-    "ConvNeXt": Layout(  # timm's
+    "ConvNeXt": FamilyLayout(  # timm's
         blocks="stages.*.blocks.*",
         attention=None,
         mlp=("mlp",),
@@ -162,7 +162,7 @@ LAYOUTS: dict[str, Layout] = {
     "XLMRobertaModel": _BERT,
     "ElectraModel": _BERT,
     "CamembertModel": _BERT,
-    "MPNetModel": Layout(
+    "MPNetModel": FamilyLayout(
         blocks="encoder.layer.*",
         attention="attention",
         mlp=("intermediate", "output"),
@@ -170,14 +170,14 @@ LAYOUTS: dict[str, Layout] = {
         ends=("attention.attn.o", "output.dropout"),
         unused=("pooler",),
     ),
-    "DistilBertModel": Layout(
+    "DistilBertModel": FamilyLayout(
         blocks="transformer.layer.*",
         attention="attention",
         mlp=("ffn",),
         begins=("attention", "ffn"),
         ends=("attention.out_lin", "ffn"),
     ),
-    "ModernBertModel": Layout(
+    "ModernBertModel": FamilyLayout(
         blocks="layers.*",
         attention="attn",
         mlp=("mlp",),
@@ -185,7 +185,7 @@ LAYOUTS: dict[str, Layout] = {
         ends=("attn.Wo", "mlp.Wo"),
         tail=("final_norm",),
     ),
-    "T5EncoderModel": Layout(
+    "T5EncoderModel": FamilyLayout(
         blocks="encoder.block.*",
         attention="layer.0.SelfAttention",
         mlp=("layer.1.DenseReluDense",),
@@ -202,7 +202,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class BlockStructure:
     """One block: its dotted path in the net and the paths of its parts."""
 
     path: str
@@ -213,11 +213,11 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Anatomy:
+class ModelStructure:
     """A net laid open. All paths are dotted and relative to the net."""
 
     family: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockStructure, ...]
     tail: tuple[str, ...]
     pooled_norm: str | None
     prefix_tokens: int
@@ -226,34 +226,34 @@ class Anatomy:
     """the fewest blocks below a cut: those above it must need nothing but the states"""
 
 
-def anatomy(net: nn.Module) -> Anatomy:
+def find_structure(net: nn.Module) -> ModelStructure:
     """Read the anatomy of ``net``: by its family where we know it, by its structure elsewhere.
 
     Raises ``UserError`` that says what was looked for when no stack of blocks is found.
     """
     family = type(net).__name__
     modules = dict(net.named_modules())
-    layout = _layout(net, modules) or _layout_by_structure(net)
+    layout = _family_layout(net, modules) or _layout_by_structure(net)
     blocks = tuple(
-        Block(
+        BlockStructure(
             path=path,
             attention=f"{path}.{layout.attention}" if layout.attention else None,
-            mlp=_inside(modules, path, layout.mlp),
-            begins=_inside(modules, path, layout.begins),
-            ends=_inside(modules, path, layout.ends),
+            mlp=_existing_paths(modules, path, layout.mlp),
+            begins=_existing_paths(modules, path, layout.begins),
+            ends=_existing_paths(modules, path, layout.ends),
         )
-        for path in _matching(modules, layout.blocks)
+        for path in _matching_paths(modules, layout.blocks)
     )
     pooled_norm = layout.pooled_norm if layout.pooled_norm in modules else None
     tail = tuple(path for path in dict.fromkeys((*layout.tail, pooled_norm)) if path in modules)
-    joins = [int(path.rpartition(".")[2]) for path in _matching(modules, layout.joins)] if layout.joins else []
+    joins = [int(path.rpartition(".")[2]) for path in _matching_paths(modules, layout.joins)] if layout.joins else []
     lowest_cut = 1 + max(joins, default=0)
-    return Anatomy(family, blocks, tail, pooled_norm, _prefix_tokens(net), layout.channels_first, lowest_cut)
+    return ModelStructure(family, blocks, tail, pooled_norm, _prefix_tokens(net), layout.channels_first, lowest_cut)
 
 
-def unused(net: nn.Module) -> tuple[str, ...]:
+def find_unused_modules(net: nn.Module) -> tuple[str, ...]:
     """Paths of parameters and modules of ``net`` that never take part in encoding."""
-    layout = _layout(net, dict(net.named_modules()))
+    layout = _family_layout(net, dict(net.named_modules()))
     return layout.unused if layout else ()
 
 
@@ -272,19 +272,19 @@ def is_bias(name: str, ndim: int) -> bool:
     return ndim == 1 and (leaf == "bias" or leaf.endswith("_bias"))
 
 
-def _matching(modules: dict[str, nn.Module], pattern: str) -> Iterator[str]:
+def _matching_paths(modules: dict[str, nn.Module], pattern: str) -> Iterator[str]:
     expression = re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"\Z")
     return (name for name in modules if expression.match(name))
 
 
-def _inside(modules: dict[str, nn.Module], block: str, parts: tuple[str, ...]) -> tuple[str, ...]:
+def _existing_paths(modules: dict[str, nn.Module], block: str, parts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{block}.{part}" for part in parts if f"{block}.{part}" in modules)
 
 
-def _layout(net: nn.Module, modules: dict[str, nn.Module]) -> Layout | None:
+def _family_layout(net: nn.Module, modules: dict[str, nn.Module]) -> FamilyLayout | None:
     """The row of the net's class; none where another library's class has the same name and other insides."""
-    layout = LAYOUTS.get(type(net).__name__)
-    first = next(_matching(modules, layout.blocks), None) if layout else None
+    layout = FAMILY_LAYOUTS.get(type(net).__name__)
+    first = next(_matching_paths(modules, layout.blocks), None) if layout else None
     if layout is None or first is None:
         return None
     block = modules[first]
@@ -303,7 +303,7 @@ def _prefix_tokens(net: nn.Module) -> int:
     return sum(p.shape[1] if p.ndim == 3 else 1 for p in tokens)
 
 
-def _layout_by_structure(net: nn.Module) -> Layout:
+def _layout_by_structure(net: nn.Module) -> FamilyLayout:
     """The stack of like modules that holds the most parameters is the blocks; parts are told by their types' names."""
     stacks: list[tuple[int, str, nn.Module]] = []
     for name, module in net.named_modules():
@@ -316,7 +316,7 @@ def _layout_by_structure(net: nn.Module) -> Layout:
     if not stacks:
         raise UserError(
             f"{type(net).__name__}: no blocks found; looked for a ModuleList or Sequential of two or more modules of "
-            f"one type that have parts of their own. Families known by name: {', '.join(sorted(LAYOUTS))}"
+            f"one type that have parts of their own. Families known by name: {', '.join(sorted(FAMILY_LAYOUTS))}"
         )
     _, path, block = max(stacks, key=lambda stack: stack[0])
 
@@ -333,7 +333,7 @@ def _layout_by_structure(net: nn.Module) -> Layout:
     attention, mlp = part("attn", "attention"), part("mlp", "ffn", "feedforward", "feed_forward")
     top = [name for name, _ in net.named_children()]
     container = path.split(".")[0]
-    return Layout(
+    return FamilyLayout(
         blocks=f"{path}.*" if path else "*",
         attention=attention,
         mlp=(mlp,) if mlp else (),

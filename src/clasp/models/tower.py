@@ -1,10 +1,11 @@
 """A tower: any encoder, seen as states and one pooled vector.
 
-In goes a ``Base`` (a foreign module and what its authors did to its inputs) and a few settings; out comes a module with
-``forward -> states [B N D]`` and ``pooled -> [B Dp]``; both also go on from ``States``, where its ``trunk`` stopped.
-Unusual: a tower stays in evaluation mode while it trains unless ``dropout`` is asked for, and running statistics of
-BatchNorm do not move: a frozen tower must answer the same twice. They do where a net began from a seed and the norm
-trains: they are then ``moving``, a part of what training changes.
+In goes a ``Backbone`` (a foreign module and what its authors did to its inputs) and a few settings; out comes a module
+with
+``forward -> states [B N D]`` and ``pooled -> [B Dp]``; both also go on from ``HiddenStates``, where its ``trunk``
+stopped. Unusual: a tower stays in evaluation mode while it trains unless ``dropout`` is asked for, and running
+statistics of BatchNorm do not move: a frozen tower must answer the same twice. They do where a net began from a seed
+and the norm trains: they are then ``moving``, a part of what training changes.
 """
 
 from __future__ import annotations
@@ -20,15 +21,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clasp.data.images import ImageTransform
-from clasp.models.backbone import Base, Pool
-from clasp.models.length_buckets import by_length
-from clasp.models.partial_forward import as_tokens, blocks_give, frozen_blocks, going_on, states_after, states_of
-from clasp.models.pooling import POOLS, AttentionPool
-from clasp.models.structure import anatomy, is_norm, unused
+from clasp.models.backbone import Backbone, PoolingMode
+from clasp.models.length_buckets import split_by_length
+from clasp.models.partial_forward import (
+    as_tokens,
+    block_output_type,
+    block_states,
+    count_frozen_blocks,
+    resume_from,
+    states_after_block,
+)
+from clasp.models.pooling import POOLING_FUNCTIONS, AttentionPool
+from clasp.models.structure import find_structure, find_unused_modules, is_norm
 from clasp.models.transformer.encoders import ImageTransformer
-from clasp.models.tuning.depth import truncate
-from clasp.models.tuning.spec import tune
-from clasp.types import Pixels, States, Tokens, UserError
+from clasp.models.tuning.depth import truncate_blocks
+from clasp.models.tuning.spec import apply_tuning
+from clasp.types import HiddenStates, Pixels, Tokens, UserError
 
 
 class Tower(nn.Module):
@@ -40,7 +48,7 @@ class Tower(nn.Module):
 
     def __init__(
         self,
-        base: Base,
+        base: Backbone,
         *,
         pool: str | None = None,
         layer: int | None = None,
@@ -50,27 +58,27 @@ class Tower(nn.Module):
         super().__init__()
         self.name, self.modality, self.version = base.name, base.modality, base.version
         self.net = base.net
-        for path in unused(self.net):
-            _drop(self.net, path)
-        _forget_past(self.net)
+        for path in find_unused_modules(self.net):
+            _drop_module(self.net, path)
+        _disable_kv_cache(self.net)
         if layer is not None:
-            truncate(self.net, layer)
-        self.hashes = tensor_hashes(self.net.state_dict())
+            truncate_blocks(self.net, layer)
+        self.hashes = hash_tensors(self.net.state_dict())
         self._read, self._from_seed = base.read, base.from_seed
         self.new = base.new
         self.dropout = dropout
-        self._parts = anatomy(self.net)
+        self._parts = find_structure(self.net)
         if self._parts.channels_first:
             # measured: two to four times faster on CPUs
             nn.utils.convert_conv2d_weight_memory_format(self.net, torch.channels_last)
         self._pool = pool or base.pool
-        if self._pool not in get_args(Pool):
-            raise UserError(f"pool = {self._pool!r} of {base.name} is none of {', '.join(get_args(Pool))}")
+        if self._pool not in get_args(PoolingMode):
+            raise UserError(f"pool = {self._pool!r} of {base.name} is none of {', '.join(get_args(PoolingMode))}")
         if self._pool in ("cls", "cls+mean") and base.modality == "image" and not self._parts.prefix_tokens:
             raise UserError(f"pool = {self._pool!r}: {base.name} has no class token; choose mean or attention")
         self._more = self._numbered(more_layers)
         self.pooling: AttentionPool | None = None
-        self._size = _own_size(self.net, base.transform)
+        self._size = _native_image_size(self.net, base.transform)
         states = self._width_of_states()
         if self._pool == "attention":
             self.pooling = AttentionPool(states).to(self._device)
@@ -87,8 +95,8 @@ class Tower(nn.Module):
 
     def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
         """Apply a tuning spec; returns names relative to the tower. A learned pooling is not part of it."""
-        names = {f"net.{name}" for name in tune(self.net, specs, seed=seed)}
-        self._parts = anatomy(self.net)  # there may be new blocks
+        names = {f"net.{name}" for name in apply_tuning(self.net, specs, seed=seed)}
+        self._parts = find_structure(self.net)  # there may be new blocks
         return names
 
     def recompute_blocks(self) -> None:
@@ -99,23 +107,23 @@ class Tower(nn.Module):
         """
         for block in self._parts.blocks[self.frozen_blocks :]:
             module = self.net.get_submodule(block.path)
-            vars(module)["forward"] = _Recomputed(module)
+            vars(module)["forward"] = _CheckpointedForward(module)
 
-    def forward(self, inputs: Pixels | Tokens | States) -> Float[Tensor, "U N D"]:
+    def forward(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "U N D"]:
         """States after the last block and the final norm; of each different caption once."""
         if isinstance(inputs, Tokens):
             return self.net(input_ids=inputs.ids, attention_mask=inputs.mask.long()).last_hidden_state
-        if isinstance(inputs, States):
+        if isinstance(inputs, HiddenStates):
             blank, gives = self._blank(inputs), self._blocks_give
             assert gives is not None, f"{self.name} cannot be cut"
             lowest = self._parts.lowest_cut
             assert inputs.depth >= lowest, f"{self.name} cannot be cut above block {inputs.depth}, but above {lowest}"
             values = inputs.values.to(next(self.net.parameters()).dtype)  # they may be kept in half precision
-            return going_on(self.net, self._parts, inputs.depth, values, lambda: self(blank), gives=gives)
+            return resume_from(self.net, self._parts, inputs.depth, values, lambda: self(blank), gives=gives)
         pixels = inputs.values
         if self._parts.channels_first:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return as_tokens(self._read(self.net, pixels) if self._read else _read_pixels(self.net, pixels))
+        return as_tokens(self._read(self.net, pixels) if self._read else _forward_pixels(self.net, pixels))
 
     # --- the trunk -----------------------------------------------------------------------------------------------
 
@@ -131,27 +139,27 @@ class Tower(nn.Module):
         0 also where the net hands more from block to block than its states, and cannot be cut, or not so low.
         """
         trained = [name for name, parameter in self.net.named_parameters() if parameter.requires_grad]
-        depth = min([frozen_blocks(self._parts, trained), *self._more])
+        depth = min([count_frozen_blocks(self._parts, trained), *self._more])
         return depth if depth >= self._parts.lowest_cut and self._blocks_give else 0
 
     @cached_property
     def _blocks_give(self) -> type | None:
         with torch.no_grad():
-            return blocks_give(self.net, self._parts, lambda: self(self._smallest_input()))
+            return block_output_type(self.net, self._parts, lambda: self(self._smallest_input()))
 
-    def trunk(self, inputs: Pixels | Tokens, depth: int) -> States:
+    def trunk(self, inputs: Pixels | Tokens, depth: int) -> HiddenStates:
         """The states after the first ``depth`` blocks, ``1 <= depth <= frozen_blocks``, to go on from later."""
         assert 1 <= depth <= len(self._parts.blocks), f"{self.name} has {len(self._parts.blocks)} blocks, not {depth}"
-        values = states_after(self.net, self._parts, depth, lambda: self(inputs))
+        values = states_after_block(self.net, self._parts, depth, lambda: self(inputs))
         if isinstance(inputs, Tokens):
-            return States(values, inputs.mask, depth, 0, inputs.rows)
-        return States(values, _all_real(values), depth, inputs.values.shape[-1])
+            return HiddenStates(values, inputs.mask, depth, 0, inputs.rows)
+        return HiddenStates(values, _full_mask(values), depth, inputs.values.shape[-1])
 
     def trunk_fingerprint(self, depth: int) -> str:
         """Of everything that states after ``depth`` blocks depend on."""
         return _hash(sorted(self.hashes.items()), "states", depth)
 
-    def _blank(self, states: States) -> Pixels | Tokens:
+    def _blank(self, states: HiddenStates) -> Pixels | Tokens:
         """An input of the shape that left ``states``; one image does, since only captions differ in their masks."""
         if self.modality == "text":
             return Tokens(torch.zeros_like(states.mask, dtype=torch.long), states.mask)
@@ -170,23 +178,23 @@ class Tower(nn.Module):
             vectors = norm(vectors.unflatten(1, (-1, states.shape[2]))).flatten(1)
         return vectors
 
-    def pooled(self, inputs: Pixels | Tokens | States) -> Float[Tensor, "B Dp"]:
+    def pooled(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "B Dp"]:
         """Inputs to one vector a row.
 
         Captions go through the net in parts of like length, so that little of the work is done on padding.
         """
         if isinstance(inputs, Pixels):
             return self._pooled(inputs)
-        parts, back = by_length(inputs)
+        parts, back = split_by_length(inputs)
         vectors = torch.cat([self._pooled(part) for part in parts])
         order = back if inputs.rows is None else inputs.rows if back is None else back[inputs.rows]
         return vectors if order is None else vectors[order]
 
-    def _pooled(self, inputs: Pixels | Tokens | States) -> Float[Tensor, "U Dp"]:
+    def _pooled(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "U Dp"]:
         outputs: list[Tensor] = []
         blocks = [self.net.get_submodule(self._parts.blocks[number - 1].path) for number in self._more]
         hooks = [
-            block.register_forward_hook(lambda _, __, output: outputs.append(states_of(output))) for block in blocks
+            block.register_forward_hook(lambda _, __, output: outputs.append(block_states(output))) for block in blocks
         ]
         try:
             states = self(inputs)
@@ -195,7 +203,7 @@ class Tower(nn.Module):
                 hook.remove()
         seen = [states, *(as_tokens(early) for early in outputs)]  # lower maps of a CNN have more places
         text = None if isinstance(inputs, Pixels) or self.modality == "image" else inputs.mask
-        mask = [_all_real(each) if text is None else text for each in seen]
+        mask = [_full_mask(each) if text is None else text for each in seen]
         return torch.cat([self.pool(states, mask[0]), *map(self._pool_plainly, seen[1:], mask[1:])], dim=1)
 
     def train(self, mode: bool = True) -> Tower:
@@ -218,7 +226,7 @@ class Tower(nn.Module):
         return self._from_seed and any(parameter.requires_grad for parameter in norm.parameters())
 
     def _pool_plainly(self, states: Float[Tensor, "U N D"], mask: Bool[Tensor, "U N"]) -> Float[Tensor, "U Dp"]:
-        return POOLS[self._pool](states, mask, self._parts.prefix_tokens if self.modality == "image" else 0)
+        return POOLING_FUNCTIONS[self._pool](states, mask, self._parts.prefix_tokens if self.modality == "image" else 0)
 
     def _numbered(self, layers: Sequence[int]) -> list[int]:
         """``more_layers`` counted from 1, lowest first."""
@@ -271,11 +279,11 @@ def _hash(*facts: Any) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _all_real(states: Float[Tensor, "U N D"]) -> Bool[Tensor, "U N"]:
+def _full_mask(states: Float[Tensor, "U N D"]) -> Bool[Tensor, "U N"]:
     return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
 
-class _Recomputed:
+class _CheckpointedForward:
     """The forward pass of a block, computed again in the backward pass where there will be one.
 
     An object, so that the copy of a tower computes the blocks of the copy.
@@ -293,7 +301,7 @@ class _Recomputed:
         return forward(*args, **options)
 
 
-def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Sixteen hexadecimal digits of the sha256 of each tensor (none on the meta device)."""
     hashes = {}
     for name, tensor in tensors.items():
@@ -303,23 +311,23 @@ def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return hashes
 
 
-def _read_pixels(net: nn.Module, pixels: Tensor) -> Tensor:
+def _forward_pixels(net: nn.Module, pixels: Tensor) -> Tensor:
     kind = type(net).__name__
-    if kind in _OWN_READERS:
-        return _OWN_READERS[kind](net, pixels)
-    resizes = {"interpolate_pos_encoding": True} if kind in _RESIZE_ON_REQUEST else {}
+    if kind in _FORWARD_BY_CLASS:
+        return _FORWARD_BY_CLASS[kind](net, pixels)
+    resizes = {"interpolate_pos_encoding": True} if kind in _INTERPOLATES_ON_REQUEST else {}
     return net(pixel_values=pixels, **resizes).last_hidden_state
 
 
-_OWN_READERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+_FORWARD_BY_CLASS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "EfficientNet": lambda net, pixels: net.extract_features(pixels),
     "ImageTransformer": lambda net, pixels: net(pixels),
     "VisionTransformer": lambda net, pixels: net(pixels),
 }
-_RESIZE_ON_REQUEST = ("ViTModel", "DeiTModel", "CLIPVisionModel", "SiglipVisionModel")
+_INTERPOLATES_ON_REQUEST = ("ViTModel", "DeiTModel", "CLIPVisionModel", "SiglipVisionModel")
 
 
-def _own_size(net: nn.Module, transform: ImageTransform | None) -> int:
+def _native_image_size(net: nn.Module, transform: ImageTransform | None) -> int:
     """A picture size the net accepts: its configured one, else the transform's, else 64 pixels."""
     from transformers import PreTrainedModel
 
@@ -331,7 +339,7 @@ def _own_size(net: nn.Module, transform: ImageTransform | None) -> int:
     return transform.size if transform is not None else 64
 
 
-def _drop(net: nn.Module, path: str) -> None:
+def _drop_module(net: nn.Module, path: str) -> None:
     """Take an unused part out: a module then hands its input on, and models check for a parameter that is ``None``."""
     owner_path, _, name = path.rpartition(".")
     owner = net.get_submodule(owner_path)
@@ -341,7 +349,7 @@ def _drop(net: nn.Module, path: str) -> None:
         setattr(owner, name, None)
 
 
-def _forget_past(net: nn.Module) -> None:
+def _disable_kv_cache(net: nn.Module) -> None:
     """A decoder would keep keys and values for a next token that never comes."""
     from transformers import PreTrainedModel
 

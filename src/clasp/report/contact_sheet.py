@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from clasp.data.images import Colour, ImageError, thumbnail
+from clasp.data.images import ImageError, RGBColor, thumbnail
 from clasp.types import UserError
 
 
-class Tile(NamedTuple):
+class Thumbnail(NamedTuple):
     """One thumbnail: the encoded image (``None`` draws an empty place), its label, and whether it is a right answer."""
 
     image: bytes | None
@@ -31,14 +31,14 @@ class Tile(NamedTuple):
 
 
 class SheetRow(NamedTuple):
-    """A title, its tiles (anything of the form of ``Tile``), and a note in grey after the title."""
+    """A title, its tiles (anything of the form of ``Thumbnail``), and a note in grey after the title."""
 
     title: str
     tiles: Sequence[tuple[bytes | None, str, bool | None]]
     note: str = ""
 
 
-class Sheet(NamedTuple):
+class ContactSheet(NamedTuple):
     """What was drawn: where, how large in pixels, with which fonts, and the scripts that no font had."""
 
     path: Path
@@ -65,14 +65,14 @@ _SHAPED = frozenset(
 )
 
 
-def contact_sheet(rows: Sequence[SheetRow], path: str | Path, *, fonts: str | Path | None = None) -> Sheet:
+def contact_sheet(rows: Sequence[SheetRow], path: str | Path, *, fonts: str | Path | None = None) -> ContactSheet:
     """Draw rows of thumbnails with titles and labels into one PNG, right answers framed in green.
 
     Text may be in any script. Each stretch of it is drawn with the first font that has its letters, out of the folder
     ``fonts``, the system's and Pillow's own; where none has, the name of the script stands in brackets instead, and
-    ``Sheet.missing`` names it. An unreadable image is an empty tile that says so.
+    ``ContactSheet.missing`` names it. An unreadable image is an empty tile that says so.
     """
-    pen = _Pen(Path(fonts) if fonts is not None else None)
+    pen = _TextRenderer(Path(fonts) if fonts is not None else None)
     columns = min(_COLUMNS, max([4, *(len(row.tiles) for row in rows)]))
     width = 2 * _MARGIN + columns * (_SIDE + _SPACE) - _SPACE
     heights = [38 + _STEP * math.ceil(len(row.tiles) / columns) + 22 for row in rows]
@@ -86,15 +86,15 @@ def contact_sheet(rows: Sequence[SheetRow], path: str | Path, *, fonts: str | Pa
         pen.write(page, (end + 14, top + 20), note, size, _QUIET, max(0, aside - 14))
         for place, tile in enumerate(row.tiles):
             down, across = divmod(place, columns)
-            _draw_tile(page, pen, (_MARGIN + across * (_SIDE + _SPACE), top + 38 + down * _STEP), Tile(*tile))
+            _draw_tile(page, pen, (_MARGIN + across * (_SIDE + _SPACE), top + 38 + down * _STEP), Thumbnail(*tile))
         top += height
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path, "PNG")
-    return Sheet(path, *page.size, tuple(sorted(pen.used)), tuple(sorted(pen.missing)))
+    return ContactSheet(path, *page.size, tuple(sorted(pen.used)), tuple(sorted(pen.missing)))
 
 
-def _draw_tile(page: Image.Image, pen: _Pen, place: tuple[int, int], tile: Tile) -> None:
+def _draw_tile(page: Image.Image, pen: _TextRenderer, place: tuple[int, int], tile: Thumbnail) -> None:
     """A rounded picture in its frame, the label centred below."""
     left, top = place
     picture, says = Image.new("RGB", (_SIDE, _SIDE), _EMPTY), "no image"
@@ -120,14 +120,14 @@ def _rounded(line: int) -> Image.Image:
     return fine.resize((_SIDE, _SIDE), Image.Resampling.BOX)
 
 
-class _Run(NamedTuple):
+class _FontRun(NamedTuple):
     """A stretch of text in one font; ``None`` is the font that Pillow brings, which has little more than ASCII."""
 
     font: Path | None
     text: str
 
 
-class _Pen:
+class _TextRenderer:
     """Writes text in whatever fonts have its letters, and remembers which it used and what none had."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -146,7 +146,7 @@ class _Pen:
         start: tuple[int, int],
         text: str,
         size: int,
-        ink: Colour,
+        ink: RGBColor,
         room: int,
         *,
         align: float = 0.0,
@@ -166,7 +166,7 @@ class _Pen:
 
     def draws(self, text: str) -> bool:
         """Whether every letter of the text is in some font."""
-        return all(any(_has(font, letter) for font in self._fonts) for letter in _letters(text))
+        return all(any(_has_glyphs(font, letter) for font in self._fonts) for letter in _graphemes(text))
 
     def width(self, text: str, size: int) -> int:
         """What ``write`` would take without a limit, pixels."""
@@ -176,8 +176,8 @@ class _Pen:
         """The letters with their marks; those that no font has give way to the name of their script, said once."""
         letters: list[str] = []
         said = ""  # the script that the text stands in for just now, spaces aside
-        for letter in _letters(text):
-            if any(_has(font, letter) for font in self._fonts):
+        for letter in _graphemes(text):
+            if any(_has_glyphs(font, letter) for font in self._fonts):
                 letters.append(letter)
                 said = said if letter == " " else ""
                 continue
@@ -195,7 +195,7 @@ class _Pen:
             self.missing.add(said or script)
         return letters
 
-    def _fitting(self, letters: list[str], size: int, room: int) -> list[_Run]:
+    def _fitting(self, letters: list[str], size: int, room: int) -> list[_FontRun]:
         """All of the text, or as much of it and an ellipsis as fits into ``room`` pixels."""
         runs = self._runs(letters)
         if _width(runs, size) <= room:
@@ -203,27 +203,27 @@ class _Pen:
         # of a caption the beginning is kept, of a path or an id the end, which tells more
         path_like = " " not in letters and not set("/._0123456789").isdisjoint(letters)
 
-        def cut(n: int) -> list[_Run]:
+        def cut(n: int) -> list[_FontRun]:
             return self._runs(["…", *letters[len(letters) - n :]] if path_like else [*letters[:n], "…"])
 
         fits = bisect_right(range(len(letters)), room, key=lambda n: _width(cut(n), size)) - 1
         return cut(fits) if fits >= 0 else []
 
-    def _runs(self, letters: Sequence[str]) -> list[_Run]:
+    def _runs(self, letters: Sequence[str]) -> list[_FontRun]:
         """One run if one font has every letter, else a change of font wherever it must be."""
-        whole = list(islice((font for font in self._fonts if all(_has(font, letter) for letter in letters)), 1))
-        runs: list[_Run] = []
+        whole = list(islice((font for font in self._fonts if all(_has_glyphs(font, letter) for letter in letters)), 1))
+        runs: list[_FontRun] = []
         for letter in letters:
             candidates = [*whole, *(run.font for run in runs[-1:]), *self._fonts]
-            font = next(font for font in candidates if _has(font, letter))
+            font = next(font for font in candidates if _has_glyphs(font, letter))
             if runs and runs[-1].font == font:
-                runs[-1] = _Run(font, runs[-1].text + letter)
+                runs[-1] = _FontRun(font, runs[-1].text + letter)
             else:
-                runs.append(_Run(font, letter))
+                runs.append(_FontRun(font, letter))
         return runs
 
 
-def _letters(text: str) -> list[str]:
+def _graphemes(text: str) -> list[str]:
     """Each character with the marks and joiners that follow it; one space for any white space."""
     letters: list[str] = []
     for character in " ".join(text.split()):
@@ -256,7 +256,7 @@ def _rank(font: Path) -> tuple[int, int, str]:
     return family, len(stem), stem
 
 
-def _width(runs: Sequence[_Run], size: int) -> float:
+def _width(runs: Sequence[_FontRun], size: int) -> float:
     return math.fsum(_font(run.font, size).getlength(run.text) for run in runs)
 
 
@@ -276,7 +276,7 @@ def _glyph(font: Path | None, character: str) -> bytes:
 
 
 @cache
-def _has(font: Path | None, letter: str) -> bool:
+def _has_glyphs(font: Path | None, letter: str) -> bool:
     """Whether the font has every character of a letter and, where the script needs it, they can be joined."""
     for character in letter:
         kind = unicodedata.category(character)

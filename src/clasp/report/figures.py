@@ -11,20 +11,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clasp.evaluation.paired import in_words
-from clasp.evaluation.tasks import Result
+from clasp.evaluation.paired import result_label
+from clasp.evaluation.tasks import EvaluationResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = {"image": "#0072B2", "text": "#D55E00"}
-MARKS = {"image": "o", "text": "s"}
-GREY = "#666666"
-MOST_PROBES = 30  # rows that can still be read; beyond them only means over languages are drawn
-INCHES_A_PROBE, INCHES_A_PANEL = 0.3, 2.7
-LEAST_DRIFT = 0.1  # axes of drift show at least this much, so that rounding does not look like a fall
-STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"}
-IN_WORDS = {
+_COLOURS = {"image": "#0072B2", "text": "#D55E00"}
+_MARKERS = {"image": "o", "text": "s"}
+_GREY = "#666666"
+_MAX_PROBES = 30  # rows that can still be read; beyond them only means over languages are drawn
+_INCHES_PER_PROBE, _INCHES_PER_PANEL = 0.3, 2.7
+_MIN_DRIFT_RANGE = 0.1  # axes of drift show at least this much, so that rounding does not look like a fall
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+}
+_METRIC_LABELS = {
     "zeroshot_top1": "zero-shot accuracy",
     "retrieval_mean_recall": "image–text retrieval, mean recall",
     "image_knn": "image: k-NN",
@@ -33,7 +38,7 @@ IN_WORDS = {
 }
 
 
-def draw_kept(results: Sequence[Result], path: Path, *, title: str) -> None:
+def draw_retention(results: Sequence[EvaluationResult], path: Path, *, title: str) -> None:
     """What the towers still know (rows of ``clasp eval RUN kept``): the probes before and after, the drift of each
     block and, where there is one, the way between base and tuned weights."""
     # inside: it takes half a second to import, and most evaluations draw nothing
@@ -41,13 +46,13 @@ def draw_kept(results: Sequence[Result], path: Path, *, title: str) -> None:
     from matplotlib.figure import Figure
 
     probes = [result for result in results if "change" in result.metrics]
-    if len(probes) > MOST_PROBES:
+    if len(probes) > _MAX_PROBES:
         means = {result.task for result in probes if result.language.startswith("macro:")}
         probes = [result for result in probes if result.task not in means or result.language.startswith("macro:")]
     way = [result for result in results if "alpha" in result.metrics]
     panels = 3 if way else 2
-    height = max(INCHES_A_PANEL * panels, 1.6 + INCHES_A_PROBE * len(probes))
-    with rc_context(STYLE):
+    height = max(_INCHES_PER_PANEL * panels, 1.6 + _INCHES_PER_PROBE * len(probes))
+    with rc_context(_STYLE):
         figure = Figure(figsize=(11, height), layout="constrained")
         figure.suptitle(title, fontweight="bold")
         grid = figure.add_gridspec(panels, 2, width_ratios=(1.15, 1))
@@ -55,40 +60,42 @@ def draw_kept(results: Sequence[Result], path: Path, *, title: str) -> None:
         _draw_drift(figure.add_subplot(grid[0, 1]), results, "weights")
         _draw_drift(figure.add_subplot(grid[1, 1]), results, "cka")
         if way:
-            _draw_way(figure.add_subplot(grid[2, 1]), way)
+            _draw_interpolation(figure.add_subplot(grid[2, 1]), way)
         figure.savefig(path, dpi=150)
 
 
-def _draw_probes(axes: Axes, probes: Sequence[Result], height: float) -> None:
+def _draw_probes(axes: Axes, probes: Sequence[EvaluationResult], height: float) -> None:
     """A line for each probe: an open mark before, a full one after, each with its interval, and a bar for guessing.
 
     ``height``: inches of the whole figure.
     """
     for row, result in enumerate(probes):
         side = _side(result)
-        for name, lift, face in (("before", -0.13, "white"), ("after", 0.13, COLOURS[side])):
+        for name, lift, face in (("before", -0.13, "white"), ("after", 0.13, _COLOURS[side])):
             value, interval = 100 * result.metrics[name], result.interval[name]
-            axes.plot([100 * interval.low, 100 * interval.high], [row + lift] * 2, color=COLOURS[side], lw=1, zorder=1)
-            axes.plot(value, row + lift, MARKS[side], color=COLOURS[side], markerfacecolor=face, markersize=6, zorder=2)
-        axes.plot(100 * result.chance["before"], row, "|", color=GREY, markersize=12, zorder=0)
-    axes.set_yticks(range(len(probes)), [in_words(result) for result in probes])
+            axes.plot([100 * interval.low, 100 * interval.high], [row + lift] * 2, color=_COLOURS[side], lw=1, zorder=1)
+            axes.plot(
+                value, row + lift, _MARKERS[side], color=_COLOURS[side], markerfacecolor=face, markersize=6, zorder=2
+            )
+        axes.plot(100 * result.chance["before"], row, "|", color=_GREY, markersize=12, zorder=0)
+    axes.set_yticks(range(len(probes)), [result_label(result) for result in probes])
     axes.set_ylim(len(probes) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("right answers, per cent (lines: 95 % intervals)")
     axes.set_title("What is known")
     axes.grid(axis="x", alpha=0.3)
-    for label, mark, face in (("before alignment", "o", "white"), ("after", "o", GREY), ("guessing", "|", GREY)):
-        axes.plot([], [], mark, color=GREY, markerfacecolor=face, label=label)
+    for label, mark, face in (("before alignment", "o", "white"), ("after", "o", _GREY), ("guessing", "|", _GREY)):
+        axes.plot([], [], mark, color=_GREY, markerfacecolor=face, label=label)
     below = -0.75 / height  # inches under the axes, where it covers no mark
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=3, frameon=False, borderaxespad=0)
 
 
-def _draw_drift(axes: Axes, results: Sequence[Result], measure: str) -> None:
+def _draw_drift(axes: Axes, results: Sequence[EvaluationResult], measure: str) -> None:
     """A line for each tower over its blocks; ``weights`` also of what lies below them, at 0."""
     from matplotlib.ticker import MaxNLocator
 
     factor = {"weights": 100, "cka": 1}[measure]
-    for side in COLOURS:
+    for side in _COLOURS:
         points = []
         for result in results:
             part = result.task.removeprefix(f"kept/{side}_drift/")
@@ -96,7 +103,9 @@ def _draw_drift(axes: Axes, results: Sequence[Result], measure: str) -> None:
             if place is not None and measure in result.metrics:
                 points.append((place, factor * result.metrics[measure]))
         places, values = zip(*points, strict=True) if points else ((), ())
-        axes.plot(places, values, f"{MARKS[side]}-", color=COLOURS[side], label=f"{side} tower", markersize=4, lw=1.2)
+        axes.plot(
+            places, values, f"{_MARKERS[side]}-", color=_COLOURS[side], label=f"{side} tower", markersize=4, lw=1.2
+        )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -104,46 +113,46 @@ def _draw_drift(axes: Axes, results: Sequence[Result], measure: str) -> None:
         axes.set_title("Change of the base's weights")
         axes.set_xlabel("block (0: what lies below the blocks)")
         axes.set_ylabel("relative norm, per cent")
-        axes.set_ylim(0, max(axes.get_ylim()[1], LEAST_DRIFT))
+        axes.set_ylim(0, max(axes.get_ylim()[1], _MIN_DRIFT_RANGE))
     else:
         axes.set_title("Likeness of states before and after")
         axes.set_xlabel("block")
         axes.set_ylabel("linear CKA")
-        axes.set_ylim(min(axes.get_ylim()[0], 1 - LEAST_DRIFT), 1 + LEAST_DRIFT / 5)
+        axes.set_ylim(min(axes.get_ylim()[0], 1 - _MIN_DRIFT_RANGE), 1 + _MIN_DRIFT_RANGE / 5)
 
 
-def _draw_way(axes: Axes, way: Sequence[Result]) -> None:
+def _draw_interpolation(axes: Axes, way: Sequence[EvaluationResult]) -> None:
     """From the base (0) to the run (1): alignment to the right, what is kept upwards."""
     names = [name for name in way[0].metrics if name != "alpha"]
     aligned, kept = names[0], names[1:]
     for name in kept:
         side = "image" if name.startswith("image") else "text"
         across, up = ([100 * result.metrics[each] for result in way] for each in (aligned, name))
-        bounds = [[_reach(result, name, end) for result in way] for end in ("low", "high")]
+        bounds = [[_error_bar(result, name, end) for result in way] for end in ("low", "high")]
         axes.errorbar(
-            across, up, yerr=bounds, fmt=f"{MARKS[side]}-", color=COLOURS[side], ecolor=f"{COLOURS[side]}55",
-            label=IN_WORDS[name], markersize=5, lw=1.2,
+            across, up, yerr=bounds, fmt=f"{_MARKERS[side]}-", color=_COLOURS[side], ecolor=f"{_COLOURS[side]}55",
+            label=_METRIC_LABELS[name], markersize=5, lw=1.2,
         )  # fmt: skip
         for result, x, y in zip(way, across, up, strict=True) if name == kept[0] else ():
             alpha = result.metrics["alpha"]
             words = {0.0: "0 (base)", 1.0: "1 (run)"}.get(alpha, f"{alpha:g}")
-            axes.annotate(words, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7.5, color=GREY)
+            axes.annotate(words, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7.5, color=_GREY)
     low, high = axes.get_ylim()
     axes.set_ylim(max(0, low), high + 0.3 * (high - low))  # room for the legend
     axes.set_title("Between the base (0) and the run (1)")
-    axes.set_xlabel(f"{IN_WORDS[aligned]}, per cent")
+    axes.set_xlabel(f"{_METRIC_LABELS[aligned]}, per cent")
     axes.set_ylabel("kept, per cent")
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="upper center", ncols=2)
 
 
-def _reach(result: Result, name: str, end: str) -> float:
+def _error_bar(result: EvaluationResult, name: str, end: str) -> float:
     """From a value to an end of its interval, in per cent."""
     interval = result.interval[name]
     bound = {"low": interval.low, "high": interval.high}[end]
     return 100 * abs(bound - result.metrics[name])
 
 
-def _side(result: Result) -> str:
+def _side(result: EvaluationResult) -> str:
     return "image" if result.task.startswith("kept/image") else "text"

@@ -1,7 +1,7 @@
 """The runs of a sweep side by side: lines of ``sweep.jsonl``, a table for people, and which run to use.
 
-In go run folders that are finished, out come ``Row``s and their order. Reads files and no model. Unusual: what decides
-is read from the validation that a run ended with, whatever it was asked later.
+In go run folders that are finished, out come ``SweepRow``s and their order. Reads files and no model. Unusual: what
+decides is read from the validation that a run ended with, whatever it was asked later.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from clasp.evaluation.tasks import Multilingual, Retrieval, ZeroShot
-from clasp.report.model_card import TITLES, number
-from clasp.training.cost.ledger import FILE as COST
+from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
+from clasp.report.model_card import METRIC_TITLES, format_metric
+from clasp.training.cost.ledger import COST_FILE as COST
 from clasp.training.cost.ledger import read_cost
 from clasp.types import UserError
 
-PRIMARY = {ZeroShot.name: ZeroShot.primary, Retrieval.name: Retrieval.primary, Multilingual.name: Retrieval.primary}
+_PRIMARY_METRICS = {
+    ZeroShotTask.name: ZeroShotTask.primary,
+    RetrievalTask.name: RetrievalTask.primary,
+    MultilingualTask.name: RetrievalTask.primary,
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SweepRow:
     """A line of ``sweep.jsonl``. ``overrides`` make the run's recipe; the last of them, ``settings``, are the grid's.
     ``value`` is the metric that decides, with its 95 % interval where it has one, over ``n`` queries; ``chance`` is
     what guessing scores. ``seconds`` are of training, with its evaluations; ``None`` where they are not known.
@@ -43,7 +47,7 @@ class Row:
     error: str = ""
 
     @classmethod
-    def of(cls, line: dict[str, Any]) -> Row:
+    def of(cls, line: dict[str, Any]) -> SweepRow:
         """The inverse of ``dataclasses.asdict``, by way of JSON."""
         interval = line["interval"] and tuple(line["interval"])
         settings, overrides = tuple(line["settings"]), tuple(line["overrides"])
@@ -60,22 +64,22 @@ class Row:
         name, seconds = self.metric.rpartition("/")[2], "" if self.seconds is None else f"{self.seconds:,.1f}"
         if self.value is None:
             return [" ".join(self.settings), f"{self.state}: {self.error}".removesuffix(": "), "", "", seconds]
-        between = f" ({'–'.join(number(name, end) for end in self.interval)})" if self.interval else ""
-        guess = "" if self.chance is None else number(name, self.chance)
-        return [" ".join(self.settings), number(name, self.value) + between, guess, f"{self.n:,}", seconds]
+        between = f" ({'–'.join(format_metric(name, end) for end in self.interval)})" if self.interval else ""
+        guess = "" if self.chance is None else format_metric(name, self.chance)
+        return [" ".join(self.settings), format_metric(name, self.value) + between, guess, f"{self.n:,}", seconds]
 
 
 @dataclass(frozen=True, slots=True)
-class Swept:
+class SweepResult:
     """What came of a sweep: the rows of the runs that were tried, best first, and whether it was stopped."""
 
     folder: Path
-    rows: list[Row]
+    rows: list[SweepRow]
     stopped: bool
     combinations: int
 
     @property
-    def finished(self) -> list[Row]:
+    def finished(self) -> list[SweepRow]:
         """Best first."""
         return [row for row in self.rows if row.state == "finished"]
 
@@ -83,7 +87,13 @@ class Swept:
     def columns(self) -> tuple[str, ...]:
         """Titles of the cells of a row."""
         metrics = dict.fromkeys(row.metric.rpartition("/")[2] for row in self.finished)
-        return ("set", ", ".join(TITLES.get(name, name.replace("_", " ")) for name in metrics), "guessing", "n", "s")
+        return (
+            "set",
+            ", ".join(METRIC_TITLES.get(name, name.replace("_", " ")) for name in metrics),
+            "guessing",
+            "n",
+            "s",
+        )
 
     @property
     def cells(self) -> list[list[str]]:
@@ -105,14 +115,14 @@ class Swept:
 # --- from and to disk ------------------------------------------------------------------------------------------------
 
 
-def finished(row: Row) -> Row:
+def read_finished_row(row: SweepRow) -> SweepRow:
     """The row of a finished run, read from its results: the first are those of its validation."""
     lines = (Path(row.run) / "results.jsonl").read_text(encoding="utf-8").splitlines()
     for result in map(json.loads, lines):
-        if result["task"] in PRIMARY and (
-            result["task"] != Multilingual.name or result["language"].startswith("macro:")
+        if result["task"] in _PRIMARY_METRICS and (
+            result["task"] != MultilingualTask.name or result["language"].startswith("macro:")
         ):
-            name = PRIMARY[result["task"]]
+            name = _PRIMARY_METRICS[result["task"]]
             return replace(
                 row,
                 state="finished",
@@ -121,12 +131,12 @@ def finished(row: Row) -> Row:
                 interval=tuple(result["interval"][name]) if name in result["interval"] else None,
                 chance=result["chance"].get(name),
                 n=result["n"],
-                seconds=seconds_of(Path(row.run)),
+                seconds=read_training_seconds(Path(row.run)),
             )
     raise UserError(f"{row.run} has no validation in its results.jsonl")
 
 
-def seconds_of(run: Path) -> float | None:
+def read_training_seconds(run: Path) -> float | None:
     """What a run took to train and to be evaluated, in all its sessions; ``None`` where nobody wrote it down."""
     if not (run / COST).exists():
         return None
@@ -134,26 +144,26 @@ def seconds_of(run: Path) -> float | None:
     return spent["training"] + spent["evaluation"]
 
 
-def rank(row: Row) -> tuple[int, float]:
+def ranking_key(row: SweepRow) -> tuple[int, float]:
     """What rows are sorted by: the highest value first, runs without one last."""
     if row.value is None:
         return (2, 0.0)
     return (1, 0.0) if math.isnan(row.value) else (0, -row.value)
 
 
-def read_rows(folder: Path) -> dict[str, Row]:
+def read_sweep_rows(folder: Path) -> dict[str, SweepRow]:
     """The rows of an earlier part of this sweep, by run."""
     file = folder / "sweep.jsonl"
     if not file.exists():
         return {}
     try:
-        rows = [Row.of(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [SweepRow.of(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error}); delete it: the runs themselves are kept") from None
     return {row.run: row for row in rows}
 
 
-def write_rows(folder: Path, rows: Iterable[Row]) -> None:
+def write_sweep_rows(folder: Path, rows: Iterable[SweepRow]) -> None:
     """``sweep.jsonl``, whole: written beside its place and renamed."""
     part = folder / "sweep.jsonl.part"
     folder.mkdir(parents=True, exist_ok=True)

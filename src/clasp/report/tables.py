@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clasp.evaluation.paired import in_words
-from clasp.evaluation.tasks import Result
+from clasp.evaluation.paired import result_label
+from clasp.evaluation.tasks import EvaluationResult
 
-UNMOVED = "the base's weights as they were"
+_UNCHANGED = "the base's weights as they were"
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class AnnotatedTable:
     """Columns, rows of as many cells, and lines to stand below them."""
 
     columns: tuple[str, ...]
@@ -20,31 +20,35 @@ class Table:
     notes: list[str]
 
 
-def kept_table(results: Sequence[Result]) -> Table:
+def retention_table(results: Sequence[EvaluationResult]) -> AnnotatedTable:
     """The rows of ``clasp eval RUN kept`` in which a probe is compared, in per cent; a line on the drift of each tower.
 
     The drift of each part, and the points between base and tuned weights, are in the figure and in ``results.jsonl``.
     """
     rows = [
-        [in_words(result), *(_with_interval(result, state) for state in ("before", "after", "change")), _guess(result)]
+        [
+            result_label(result),
+            *(_with_interval(result, state) for state in ("before", "after", "change")),
+            _chance(result),
+        ]
         for result in results
         if "change" in result.metrics
     ]
     notes = ["per cent, with 95 % intervals; that of the change is of the same queries before and after"]
     notes += [_drift(results, side) for side in ("image", "text")]
-    return Table(("kept", "before", "after", "change", "guessing"), rows, notes)
+    return AnnotatedTable(("kept", "before", "after", "change", "guessing"), rows, notes)
 
 
-def _with_interval(result: Result, state: str) -> str:
+def _with_interval(result: EvaluationResult, state: str) -> str:
     value, interval, sign = result.metrics[state], result.interval[state], "+" if state == "change" else ""
     return f"{100 * value:{sign}.1f} ({100 * interval.low:{sign}.1f} to {100 * interval.high:{sign}.1f})"
 
 
-def _guess(result: Result) -> str:
+def _chance(result: EvaluationResult) -> str:
     return f"{100 * result.chance['before']:.1f}"
 
 
-def _drift(results: Sequence[Result], side: str) -> str:
+def _drift(results: Sequence[EvaluationResult], side: str) -> str:
     """One line on how far a tower is from its base, and which block most."""
     parts = {
         result.task.rpartition("/")[2]: result.metrics
@@ -58,7 +62,7 @@ def _drift(results: Sequence[Result], side: str) -> str:
         most = max(moved, key=lambda title: moved[title])
         line += f"weights moved by {_percent(whole['weights'])} of their norm, most in {most} ({_percent(moved[most])})"
     else:
-        line += UNMOVED
+        line += _UNCHANGED
     if whole["new"]:
         line += f"; {_percent(whole['new'])} of its parameters are new"
     return line + (f"; CKA of what it says {whole['cka']:.3f}" if "cka" in whole else "")

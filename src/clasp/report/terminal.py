@@ -15,14 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from clasp.evaluation.tasks import Result
-from clasp.models.dual_encoder import Count
-from clasp.models.features import Progress
-from clasp.models.sharing.policy import Sharing
-from clasp.report.model_card import grids
-from clasp.report.tables import kept_table
+from clasp.evaluation.tasks import EvaluationResult
+from clasp.models.dual_encoder import ParameterCount
+from clasp.models.features import ProgressCallback
+from clasp.models.sharing.policy import SharingPlan
+from clasp.report.model_card import result_tables
+from clasp.report.tables import retention_table
 
-PARTS = {
+_PART_TITLES = {
     "model": "whole model",
     "image": "image tower",
     "text": "text tower",
@@ -32,13 +32,13 @@ PARTS = {
 }
 
 
-def say(line: str) -> None:
+def print_status(line: str) -> None:
     """A remark on standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Progress]:
+def progress_bar(title: str) -> Iterator[ProgressCallback]:
     """A bar that appears with the first call of the progress function it gives; plain lines where nobody watches."""
     if sys.stderr.isatty():
         columns = (
@@ -58,12 +58,12 @@ def bar(title: str) -> Iterator[Progress]:
         now = time.monotonic()
         if done == total or now - last >= 10:
             last = now
-            say(f"{title}: {done:,} of {total:,}, {done / max(now - started, 1e-9):,.0f}/s")
+            print_status(f"{title}: {done:,} of {total:,}, {done / max(now - started, 1e-9):,.0f}/s")
 
     yield line
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
     """A table on standard output: the first column to the left, numbers to the right."""
     made = Table(title=title, title_justify="left", title_style="bold", caption=note or None, caption_justify="left")
     for number, column in enumerate(columns):
@@ -74,30 +74,36 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], not
     Console(width=width, highlight=False).print(made)
 
 
-def counts_table(counts: dict[str, Count], sharing: Sharing | None = None) -> None:
+def print_parameter_counts(counts: dict[str, ParameterCount], sharing: SharingPlan | None = None) -> None:
     """Who trains; and what both towers hold in common, layer by layer."""
     rows = [
-        [PARTS[part], f"{count.total:,}", f"{count.trained:,}", f"{count.percent:.2f}", megabytes(count.delta_bytes)]
+        [
+            _PART_TITLES[part],
+            f"{count.total:,}",
+            f"{count.trained:,}",
+            f"{count.percent:.2f}",
+            format_megabytes(count.delta_bytes),
+        ]
         for part, count in counts.items()
     ]
-    table("parameters", ("part", "in all", "trained", "%", "delta"), rows)
+    print_table("parameters", ("part", "in all", "trained", "%", "delta"), rows)
     if sharing is not None:
         print(f"\nwhat the two nets share\n{sharing}")
 
 
-def results_table(title: str, results: Sequence[Result]) -> None:
+def print_results(title: str, results: Sequence[EvaluationResult]) -> None:
     """Results with their intervals, and what guessing scores: a table for each task.
 
     What towers still know is laid out by what it was before and is after.
     """
     if any(result.task.startswith("kept/") for result in results):
-        made = kept_table(results)
-        return table(title, made.columns, made.rows, "\n".join(made.notes))
-    for grid in grids(results):
+        made = retention_table(results)
+        return print_table(title, made.columns, made.rows, "\n".join(made.notes))
+    for grid in result_tables(results):
         note = "per cent, with 95 % intervals; guessing: the same metrics in the same order"
-        table(title, grid.columns, grid.rows, note)
+        print_table(title, grid.columns, grid.rows, note)
 
 
-def megabytes(count: int) -> str:
+def format_megabytes(count: int) -> str:
     """Bytes as megabytes (10^6)."""
     return f"{count / 1e6:,.1f} MB"

@@ -1,9 +1,9 @@
 """A corpus that can be asked: images into a store once, and out again by words, by an image, or by both.
 
-In: a ``Model``, a store, and pairs or the images of a folder. Out: what ``index`` did, and hits that say where to find
-their image. Unusual: an image is known by the sha256 of its bytes. What is in the store is not encoded again when it is
-renamed, moved or copied, and a file of unchanged size and time is not even read. Each batch is kept before the next is
-encoded, so an interrupted ``index`` goes on where it stopped.
+In: a ``EmbeddingModel``, a store, and pairs or the images of a folder. Out: what ``index`` did, and hits that say where
+to find their image. Unusual: an image is known by the sha256 of its bytes. What is in the store is not encoded again
+when it is renamed, moved or copied, and a file of unchanged size and time is not even read. Each batch is kept before
+the next is encoded, so an interrupted ``index`` goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clasp.data.images import ImageError
-from clasp.data.pairs import CellSource
-from clasp.models.inference import Model, Progress, no_progress
-from clasp.report.contact_sheet import SheetRow, Tile
-from clasp.search.entries import Known, entries_of, meta_of, source_from_dict
-from clasp.types import Hit, Pair, Skipped, Source, Store, UserError
+from clasp.data.pairs import ParquetSource
+from clasp.models.inference import EmbeddingModel, ProgressCallback, no_progress
+from clasp.report.contact_sheet import SheetRow, Thumbnail
+from clasp.search.entries import StoredEntries, build_entries, entry_metadata, source_from_dict
+from clasp.types import Hit, ImageSource, Pair, SkippedSample, Store, UserError
 
 _log = logging.getLogger(__name__)
 
 
 @runtime_checkable
-class Catalogue(Store, Protocol):
+class UpdatableStore(Store, Protocol):
     """What a store must offer beyond searching, so that nothing is encoded twice or asked of another's vectors."""
 
     @property
@@ -62,14 +62,14 @@ class Catalogue(Store, Protocol):
 
 
 @dataclass(frozen=True)
-class Indexed:
-    """What ``Engine.index`` did; one image is one entry, however many pairs it has."""
+class IndexReport:
+    """What ``SearchEngine.index`` did; one image is one entry, however many pairs it has."""
 
     added: int
     """Images that are new, or changed since."""
     unchanged: int
     """Images that were there already, the same bytes under the same id."""
-    skipped: list[Skipped]
+    skipped: list[SkippedSample]
     """Images that could not be read, each named."""
     seconds: float
     encoded: int
@@ -77,19 +77,21 @@ class Indexed:
 
     def __str__(self) -> str:
         if not self.added:
-            said = f"nothing to encode: {_images(self.unchanged)} unchanged"
+            said = f"nothing to encode: {_count_images(self.unchanged)} unchanged"
         else:
-            said = f"{_images(self.added)} added, {self.encoded} of them encoded; {self.unchanged} unchanged"
+            said = f"{_count_images(self.added)} added, {self.encoded} of them encoded; {self.unchanged} unchanged"
         if self.skipped:
             named = ", ".join(f"{name} ({reason})" for name, reason in self.skipped[:3])
             said += f"; {len(self.skipped)} skipped: {named}{', ...' if len(self.skipped) > 3 else ''}"
         return f"{said}; {self.seconds:.1f} seconds"
 
 
-class Engine:
+class SearchEngine:
     """A model and the store of what it has seen. ``UserError`` when the store holds another model's embeddings."""
 
-    def __init__(self, model: Model, store: Catalogue, *, batch: int = 64, threads: int | None = None) -> None:
+    def __init__(
+        self, model: EmbeddingModel, store: UpdatableStore, *, batch: int = 64, threads: int | None = None
+    ) -> None:
         self.model = model
         self.store = store
         self._batch = batch
@@ -98,7 +100,7 @@ class Engine:
         store.claim(model.fingerprint, model.encoder.name)
 
     @classmethod
-    def anew(cls, model: Model, store: Catalogue) -> Engine:
+    def anew(cls, model: EmbeddingModel, store: UpdatableStore) -> SearchEngine:
         """For indexing: another model's embeddings, of no use to this one, are dropped first, and the log says so."""
         if store.count() and store.model != model.fingerprint:
             _log.warning("%d embeddings were made with another model and are dropped", store.count())
@@ -107,7 +109,9 @@ class Engine:
 
     # --- images in ---------------------------------------------------------------------------------------------------
 
-    def index(self, items: Sequence[Pair] | Sequence[tuple[str, Source]], progress: Progress = no_progress) -> Indexed:
+    def index(
+        self, items: Sequence[Pair] | Sequence[tuple[str, ImageSource]], progress: ProgressCallback = no_progress
+    ) -> IndexReport:
         """Put images into the store: pairs, or what ``folder_images`` found.
 
         Pairs of one image become one entry, under the first of their ids in alphabetical order, with all captions. A
@@ -116,19 +120,19 @@ class Engine:
         can be.
         """
         started = time.monotonic()
-        known = Known(self.store.scan())
-        entries = entries_of(items, known)
+        known = StoredEntries(self.store.scan())
+        entries = build_entries(items, known)
         if not entries:
             raise UserError("nothing to index: looked for pairs or images, and was given none")
         superseded = known.superseded(entries)
         work = [entry for entry in entries if not known.has(entry)]
         added, encoded, done = 0, 0, len(entries) - len(work)
-        skipped: list[Skipped] = []
+        skipped: list[SkippedSample] = []
         progress(done, len(entries))
         with closing(self._ahead(work, known)) as batches:
             for batch in batches:
-                reads = [read for read in batch if isinstance(read, _Read)]
-                failures = [read for read in batch if isinstance(read, _Failed)]
+                reads = [read for read in batch if isinstance(read, _ReadImage)]
+                failures = [read for read in batch if isinstance(read, _FailedImage)]
                 added += sum(known.holder(read.sha256, read.pair.id) != read.pair.id for read in reads)
                 encoded += self._keep(reads, known)
                 self._skip(failures, known)
@@ -136,18 +140,20 @@ class Engine:
                 done += len(batch)
                 progress(done, len(entries))
         if len(skipped) == len(entries):
-            raise UserError(f"none of {_images(len(entries))} can be read; the first: {': '.join(skipped[0])}")
+            raise UserError(f"none of {_count_images(len(entries))} can be read; the first: {': '.join(skipped[0])}")
         lost = {name for name, _ in skipped}
         stale = [old for old, new in superseded.items() if new not in lost]
         if stale:
             self.store.delete(stale)
         unchanged = len(entries) - added - len(skipped)
-        return Indexed(added, unchanged, skipped, time.monotonic() - started, encoded)
+        return IndexReport(added, unchanged, skipped, time.monotonic() - started, encoded)
 
-    def _ahead(self, work: Sequence[Pair], known: Known) -> Generator[list[_Read | _Failed], None, None]:
+    def _ahead(
+        self, work: Sequence[Pair], known: StoredEntries
+    ) -> Generator[list[_ReadImage | _FailedImage], None, None]:
         """Batches read and decoded in threads, each while the one before it is encoded."""
         pool = ThreadPoolExecutor(self._threads, "clasp-index")
-        pending: deque[list[Future[_Read | _Failed]]] = deque()
+        pending: deque[list[Future[_ReadImage | _FailedImage]]] = deque()
         try:
             for start in range(0, len(work), self._batch):
                 pending.append([pool.submit(self._read, pair, known) for pair in work[start : start + self._batch]])
@@ -158,23 +164,23 @@ class Engine:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _read(self, pair: Pair, known: Known) -> _Read | _Failed:
+    def _read(self, pair: Pair, known: StoredEntries) -> _ReadImage | _FailedImage:
         """One image, in a thread: not read if it is as it was, not decoded if its bytes are known."""
         version, sha256 = pair.image.version, known.as_it_was(pair)
         try:
             if sha256:
-                return _Read(pair, version, sha256, b"", None)
+                return _ReadImage(pair, version, sha256, b"", None)
             # a table keeps one stretch of rows at a time: threads that took turns would have it read again and again
-            with self._table if isinstance(pair.image, CellSource) else nullcontext():
+            with self._table if isinstance(pair.image, ParquetSource) else nullcontext():
                 data = pair.image.read()
             sha256 = hashlib.sha256(data).hexdigest()
             pixels = self.model.transform(data) if known.holder(sha256, pair.id) is None else None
-            return _Read(pair, version, sha256, data if pixels is None else b"", pixels)
+            return _ReadImage(pair, version, sha256, data if pixels is None else b"", pixels)
         except (OSError, ValueError) as error:  # the disk; a tar or table that changed; an image that is not one
             reason = " ".join(str(error).split()) or type(error).__name__
-            return _Failed(Skipped(pair.id, reason), isinstance(error, ImageError))
+            return _FailedImage(SkippedSample(pair.id, reason), isinstance(error, ImageError))
 
-    def _keep(self, reads: Sequence[_Read], known: Known) -> int:
+    def _keep(self, reads: Sequence[_ReadImage], known: StoredEntries) -> int:
         """Store a batch; returns how many images had to be encoded."""
         if not reads:
             return 0
@@ -190,13 +196,16 @@ class Engine:
         vectors = dict(zip(held, self.store.vectors(list(held.values())), strict=True))
         if new:
             vectors.update(zip(new, self.model.encode_pixels(torch.stack(list(new.values()))), strict=True))
-        ids, meta = [read.pair.id for read in reads], [meta_of(read.pair, read.version, read.sha256) for read in reads]
+        ids, meta = (
+            [read.pair.id for read in reads],
+            [entry_metadata(read.pair, read.version, read.sha256) for read in reads],
+        )
         self.store.add(ids, torch.stack([vectors[read.sha256] for read in reads]), meta)
         for name, about in zip(ids, meta, strict=True):
             known.note(name, about)
         return len(new)
 
-    def _skip(self, failures: Sequence[_Failed], known: Known) -> None:
+    def _skip(self, failures: Sequence[_FailedImage], known: StoredEntries) -> None:
         """Name them; what has become something else than an image is no longer to be found as the image it was."""
         for failed in failures:
             _log.warning("skipped %s: %s", *failed.skipped)
@@ -265,17 +274,17 @@ class Engine:
             tiles = []
             for hit in hits:
                 try:
-                    encoded = Engine.read_image(hit)
+                    encoded = SearchEngine.read_image(hit)
                 except UserError:
                     encoded = None
-                tiles.append(Tile(encoded, label(hit), good(title, hit)))
+                tiles.append(Thumbnail(encoded, label(hit), good(title, hit)))
             note = f"cosine {hits[0].score:.2f} to {hits[-1].score:.2f}" if hits else ""
             rows.append(SheetRow(title, tiles, note))
         return rows
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
+class _ReadImage:
     """An image to be kept, known by its hash. ``data`` is what was read but not decoded, ``pixels`` what was."""
 
     pair: Pair
@@ -286,12 +295,12 @@ class _Read:
 
 
 @dataclass(frozen=True, slots=True)
-class _Failed:
+class _FailedImage:
     """An image to be skipped; ``damaged`` if its bytes could be read and are no image."""
 
-    skipped: Skipped
+    skipped: SkippedSample
     damaged: bool
 
 
-def _images(count: int) -> str:
+def _count_images(count: int) -> str:
     return f"{count} image" if count == 1 else f"{count} images"

@@ -13,31 +13,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-from clasp.data.pairs import CellSource, FileSource, TarSource
-from clasp.types import Pair, Source, UserError
+from clasp.data.pairs import FileSource, ParquetSource, TarSource
+from clasp.types import ImageSource, Pair, UserError
 
-SOURCES: dict[str, type[FileSource] | type[TarSource] | type[CellSource]] = {
+_SOURCE_TYPES: dict[str, type[FileSource] | type[TarSource] | type[ParquetSource]] = {
     "file": FileSource,
     "tar": TarSource,
-    "cell": CellSource,
+    "cell": ParquetSource,
 }
 
 
-def source_to_dict(source: Source) -> dict[str, Any] | None:
+def source_to_dict(source: ImageSource) -> dict[str, Any] | None:
     """A source as plain data; ``None`` for one of a foreign class, which cannot be read again from another process."""
-    for kind, known in SOURCES.items():
+    for kind, known in _SOURCE_TYPES.items():
         if isinstance(source, known):
             return {"kind": kind, **asdict(source)}
     return None
 
 
-def source_from_dict(said: Mapping[str, Any]) -> Source:
+def source_from_dict(said: Mapping[str, Any]) -> ImageSource:
     """The reverse of ``source_to_dict``."""
     fields = dict(said)
-    return SOURCES[fields.pop("kind")](**fields)
+    return _SOURCE_TYPES[fields.pop("kind")](**fields)
 
 
-def meta_of(pair: Pair, version: str, sha256: str) -> dict[str, Any]:
+def entry_metadata(pair: Pair, version: str, sha256: str) -> dict[str, Any]:
     """The metadata of an image whose bytes were read when it had this version."""
     return {
         "name": pair.image.name,
@@ -51,7 +51,7 @@ def meta_of(pair: Pair, version: str, sha256: str) -> dict[str, Any]:
     }
 
 
-class _Held(NamedTuple):
+class _StoredEntry(NamedTuple):
     """What the store says of one id; ``said`` is a hash of all of it."""
 
     name: str
@@ -61,11 +61,11 @@ class _Held(NamedTuple):
     said: int
 
 
-class Known:
+class StoredEntries:
     """What a store holds: by id, by the bytes of the image, and by its place. Takes some 600 bytes an entry."""
 
     def __init__(self, scanned: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, _StoredEntry] = {}
         self._encoded: dict[str, str] = {}  # sha256 -> an id
         self._places: dict[str, str] = {}  # source name -> id
         for name, meta in scanned:
@@ -78,7 +78,7 @@ class Known:
         """The store now says this of an id."""
         self.forget(name)
         is_file = (meta["source"] or {}).get("kind") == "file"
-        held = _Held(meta["name"], meta["version"], meta["sha256"], is_file, _hash(meta))
+        held = _StoredEntry(meta["name"], meta["version"], meta["sha256"], is_file, _hash(meta))
         self._held[name] = held
         self._encoded[held.sha256] = name
         self._places[held.name] = name
@@ -98,14 +98,14 @@ class Known:
     def has(self, pair: Pair) -> bool:
         """Whether there is nothing to do: the image is as it was, and so is all that is said of it."""
         sha256 = self.as_it_was(pair)
-        return bool(sha256) and _hash(meta_of(pair, pair.image.version, sha256)) == self._held[pair.id].said
+        return bool(sha256) and _hash(entry_metadata(pair, pair.image.version, sha256)) == self._held[pair.id].said
 
     def holder(self, sha256: str, name: str) -> str | None:
         """An id that has the vector of these bytes: ``name`` itself where it can be."""
         held = self._held.get(name)
         return name if held is not None and held.sha256 == sha256 else self._encoded.get(sha256)
 
-    def elsewhere(self, name: str, source: Source) -> bool:
+    def elsewhere(self, name: str, source: ImageSource) -> bool:
         """Whether this id is that of another image, which is still where it was."""
         held = self._held.get(name)
         if held is None or held.name == source.name:
@@ -123,13 +123,13 @@ def _hash(meta: Mapping[str, Any]) -> int:
     return hash(json.dumps(meta, sort_keys=True))
 
 
-def entries_of(items: Sequence[Pair] | Sequence[tuple[str, Source]], known: Known) -> list[Pair]:
+def build_entries(items: Sequence[Pair] | Sequence[tuple[str, ImageSource]], known: StoredEntries) -> list[Pair]:
     """One pair for each image, in the order of their first; see ``Engine.index`` for their ids."""
     entries: dict[str, Pair] = {}
     for item in items:
         pair = item if isinstance(item, Pair) else _folder_image(*item, known)
         twin = entries.get(pair.image.name)
-        entries[pair.image.name] = pair if twin is None else _joined(twin, pair)
+        entries[pair.image.name] = pair if twin is None else _merge_pairs(twin, pair)
     owners: dict[str, str] = {}
     for entry in entries.values():
         if owners.setdefault(entry.id, entry.image.name) != entry.image.name:
@@ -137,11 +137,11 @@ def entries_of(items: Sequence[Pair] | Sequence[tuple[str, Source]], known: Know
     return list(entries.values())
 
 
-def _folder_image(name: str, source: Source, known: Known) -> Pair:
+def _folder_image(name: str, source: ImageSource, known: StoredEntries) -> Pair:
     name = source.name if known.elsewhere(name, source) else name
     return Pair(name, source, (), name)
 
 
-def _joined(one: Pair, two: Pair) -> Pair:
+def _merge_pairs(one: Pair, two: Pair) -> Pair:
     captions = tuple(dict.fromkeys((*one.captions, *two.captions)))
     return replace(min(one, two, key=lambda pair: pair.id), captions=captions)

@@ -24,24 +24,24 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from clasp.search.manifest import (
-    MAKE_ANEW,
-    SUFFIXES,
-    Log,
+    REBUILD_HINT,
+    STORE_SUFFIXES,
     Manifest,
-    append,
-    deletion_line,
-    lock,
-    read_log,
+    RowLog,
+    encode_deletion,
+    encode_row,
+    lock_store,
     read_manifest,
-    row_line,
+    read_row_log,
+    write_at,
     write_manifest,
 )
 from clasp.types import Hit, UserError
 
-Where = Callable[[Mapping[str, Any]], bool]
+_MetadataFilter = Callable[[Mapping[str, Any]], bool]
 
-_ROWS = 1 << 14  # of the matrix, held at once
-_SCORES = 1 << 24  # held at once; or as many as there are rows, if those are more
+_ROWS_AT_ONCE = 1 << 14  # of the matrix, held at once
+_SCORES_AT_ONCE = 1 << 24  # held at once; or as many as there are rows, if those are more
 
 
 class FlatStore:
@@ -71,8 +71,8 @@ class FlatStore:
             self._manifest = replace(held, model=model, name=name)
         elif held.model != model:
             raise UserError(
-                f"{self.folder} was made with the model {_called(held.name, held.model)}, not {_called(name, model)}; "
-                "to make it anew type: clasp index RUN FOLDER"
+                f"{self.folder} was made with the model {_model_label(held.name, held.model)}, "
+                f"not {_model_label(name, model)}; to make it anew type: clasp index RUN FOLDER"
             )
 
     def count(self) -> int:
@@ -103,7 +103,7 @@ class FlatStore:
         """The unit vectors kept under these ids, each of which must be here."""
         return torch.from_numpy(self._vectors[[self._log.row[name] for name in ids]])
 
-    def search(self, queries: Float[Tensor, "q E"], k: int, where: Where | None = None) -> list[list[Hit]]:
+    def search(self, queries: Float[Tensor, "q E"], k: int, where: _MetadataFilter | None = None) -> list[list[Hit]]:
         """The ``k`` nearest of each query by cosine, best first, or as many as there are.
 
         ``where`` looks at metadata; it is asked only of rows that are hits if it agrees.
@@ -114,8 +114,8 @@ class FlatStore:
         if queries.shape[1] != self._manifest.width:
             raise UserError(f"{self.folder} holds vectors {self._manifest.width} wide; the query is {queries.shape[1]}")
         exact = queries.detach().cpu().double().numpy()
-        exact = exact / _lengths(exact, [f"query {number}" for number in range(len(exact))])[:, None]
-        step = max(1, _SCORES // len(self._vectors))
+        exact = exact / _row_norms(exact, [f"query {number}" for number in range(len(exact))])[:, None]
+        step = max(1, _SCORES_AT_ONCE // len(self._vectors))
         found: list[list[Hit]] = []
         for start in range(0, len(exact), step):
             part = exact[start : start + step]
@@ -125,7 +125,11 @@ class FlatStore:
         return found
 
     def _nearest(
-        self, query: Float64[np.ndarray, " E"], scores: Float32[np.ndarray, " rows"], k: int, where: Where | None
+        self,
+        query: Float64[np.ndarray, " E"],
+        scores: Float32[np.ndarray, " rows"],
+        k: int,
+        where: _MetadataFilter | None,
     ) -> list[Hit]:
         """The hits of one query.
 
@@ -134,7 +138,7 @@ class FlatStore:
         """
         margin = 4 * len(query) * float(np.finfo(np.float32).eps)
         floor, rows = -np.inf, []
-        for row in _best_first(scores, 2 * k + 64):
+        for row in _rows_by_score(scores, 2 * k + 64):
             if not scores[row] > floor:  # dead rows have -inf
                 break
             if where is None or where(self._meta(row)):
@@ -142,8 +146,8 @@ class FlatStore:
                 if len(rows) == k:
                     floor = scores[row] - margin
         cosines: list[float] = []
-        for start in range(0, len(rows), _ROWS):
-            some = self._vectors[rows[start : start + _ROWS]].astype(np.float64)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            some = self._vectors[rows[start : start + _ROWS_AT_ONCE]].astype(np.float64)
             cosine = (some * query).sum(axis=1) / np.sqrt((some * some).sum(axis=1))
             cosines += np.clip(cosine, -1, 1).tolist()
         ids = self._log.ids
@@ -164,14 +168,14 @@ class FlatStore:
         if not ids:
             return
         values = vectors.detach().cpu().float().numpy()
-        values = (values / _lengths(values, ids)[:, None]).astype("<f4")
-        lines = [row_line(name, about) for name, about in zip(ids, meta, strict=True)]
+        values = (values / _row_norms(values, ids)[:, None]).astype("<f4")
+        lines = [encode_row(name, about) for name, about in zip(ids, meta, strict=True)]
         self._begin()
         base, log = self._manifest, self._log
         old = log
         if not self.count():  # nothing here is worth keeping, its width included
             base = replace(base, generation=base.generation + 1, width=values.shape[1], rows=0, log_bytes=0)
-            log = Log()
+            log = RowLog()
         if values.shape[1] != base.width:
             raise UserError(f"{self.folder} holds vectors {base.width} wide; these are {values.shape[1]}")
         new, end = self._appended(base, values, lines), base.log_bytes
@@ -188,7 +192,7 @@ class FlatStore:
         known = [name for name in dict.fromkeys(ids) if name in self._log.row]
         if known:
             nothing = np.empty((0, self._manifest.width), "<f4")
-            new = self._appended(self._manifest, nothing, [deletion_line(name) for name in known])
+            new = self._appended(self._manifest, nothing, [encode_deletion(name) for name in known])
             for name in known:
                 self._log.drop(name)
             self._become(new, self._log)
@@ -200,7 +204,7 @@ class FlatStore:
         new = Manifest(generation=self._manifest.generation + 1)
         with self._disk("empty it"):
             write_manifest(self.folder, new)
-        self._become(new, Log())
+        self._become(new, RowLog())
         self._sweep()
 
     def _appended(self, base: Manifest, values: Float32[np.ndarray, "n E"], lines: Sequence[bytes]) -> Manifest:
@@ -212,7 +216,7 @@ class FlatStore:
         with self._disk(f"write {len(lines)} entries"):
             try:
                 for (path, end), pieces in zip(ends.items(), ([values.data], lines), strict=True):
-                    append(path, end, pieces)
+                    write_at(path, end, pieces)
                 write_manifest(self.folder, new)
             except OSError:
                 for path, end in ends.items():
@@ -223,16 +227,18 @@ class FlatStore:
 
     def _compact(self) -> None:
         """Copy the living rows, in their order, into files of the next generation."""
-        rows, log, end = sorted(self._log.row.values()), Log(), 0
+        rows, log, end = sorted(self._log.row.values()), RowLog(), 0
         spans = [self._log.span(row) for row in rows]
         for row, span in zip(rows, spans, strict=True):
             start, end = end, end + span.stop - span.start
             log.put(self._log.ids[row], start, end)
         new = replace(self._manifest, generation=self._manifest.generation + 1, rows=len(rows), log_bytes=end)
-        values = (self._vectors[rows[start : start + _ROWS]].data for start in range(0, len(rows), _ROWS))
+        values = (
+            self._vectors[rows[start : start + _ROWS_AT_ONCE]].data for start in range(0, len(rows), _ROWS_AT_ONCE)
+        )
         with self._disk("tidy up"):
-            append(new.path(self.folder, "vectors"), 0, values)
-            append(new.path(self.folder, "rows"), 0, (self._lines[span].data for span in spans))
+            write_at(new.path(self.folder, "vectors"), 0, values)
+            write_at(new.path(self.folder, "rows"), 0, (self._lines[span].data for span in spans))
             write_manifest(self.folder, new)
         self._become(new, log)
         self._sweep()
@@ -242,7 +248,7 @@ class FlatStore:
         if self._release is None:
             with self._disk("write to it"):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._release = weakref.finalize(self, os.close, lock(self.folder))
+                self._release = weakref.finalize(self, os.close, lock_store(self.folder))
         held, written = self._manifest, read_manifest(self.folder)
         if replace(held, model="", name="") != replace(written, model="", name=""):
             self._load()
@@ -250,7 +256,7 @@ class FlatStore:
 
     def _sweep(self) -> None:
         """Remove files of other generations; a reader that has them mapped keeps them."""
-        for kind, suffix in SUFFIXES.items():
+        for kind, suffix in STORE_SUFFIXES.items():
             for path in self.folder.glob(f"{kind}-*{suffix}"):
                 if path != self._manifest.path(self.folder, kind):
                     path.unlink(missing_ok=True)
@@ -270,15 +276,15 @@ class FlatStore:
         manifest = read_manifest(self.folder)
         while True:
             try:
-                self._become(manifest, read_log(self.folder, manifest))
+                self._become(manifest, read_row_log(self.folder, manifest))
                 return
             except FileNotFoundError as error:
                 newer = read_manifest(self.folder)
                 if newer == manifest:  # else a writer tidied up between our two looks
-                    raise UserError(f"{error.filename} is missing; {MAKE_ANEW}") from None
+                    raise UserError(f"{error.filename} is missing; {REBUILD_HINT}") from None
                 manifest = newer
 
-    def _become(self, manifest: Manifest, log: Log) -> None:
+    def _become(self, manifest: Manifest, log: RowLog) -> None:
         """Map what the manifest names."""
         vectors: np.ndarray = np.empty((0, manifest.width), "<f4")
         lines: np.ndarray = np.empty(0, np.uint8)
@@ -286,7 +292,7 @@ class FlatStore:
             path, shape = manifest.path(self.folder, "vectors"), (manifest.rows, manifest.width)
             size, needed = path.stat().st_size, 4 * manifest.rows * manifest.width
             if size < needed:
-                raise UserError(f"{path} is cut short: {size} bytes, not {needed}; {MAKE_ANEW}")
+                raise UserError(f"{path} is cut short: {size} bytes, not {needed}; {REBUILD_HINT}")
             vectors = np.memmap(path, "<f4", "r", shape=shape)
             lines = np.memmap(manifest.path(self.folder, "rows"), np.uint8, "r", shape=(manifest.log_bytes,))
         self._manifest, self._log = manifest, log
@@ -296,7 +302,7 @@ class FlatStore:
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _lengths(values: np.ndarray, names: Sequence[str]) -> Float64[np.ndarray, " n"]:
+def _row_norms(values: np.ndarray, names: Sequence[str]) -> Float64[np.ndarray, " n"]:
     """Of each row; ``UserError`` naming the first that has no direction."""
     lengths = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64))
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
@@ -305,7 +311,7 @@ def _lengths(values: np.ndarray, names: Sequence[str]) -> Float64[np.ndarray, " 
     return lengths
 
 
-def _best_first(scores: Float32[np.ndarray, " rows"], some: int) -> Iterator[int]:
+def _rows_by_score(scores: Float32[np.ndarray, " rows"], some: int) -> Iterator[int]:
     """Row numbers by falling score: ``some`` of them, then sixteen times as many, so that few asked for cost little."""
     cut = np.float32(np.inf)
     while cut > -np.inf:
@@ -316,5 +322,5 @@ def _best_first(scores: Float32[np.ndarray, " rows"], some: int) -> Iterator[int
         some *= 16
 
 
-def _called(name: str, fingerprint: str) -> str:
+def _model_label(name: str, fingerprint: str) -> str:
     return f"{name} ({fingerprint[:12]})" if name else fingerprint[:12] or "of an unknown name"

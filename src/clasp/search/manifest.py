@@ -1,6 +1,6 @@
 """How a store lies in its folder: a manifest of what counts, a log of JSON lines, and plain writes that can be undone.
 
-In: a folder. Out: the ``Manifest`` and the ``Log`` it names, or one line saying what is wrong with them.
+In: a folder. Out: the ``Manifest`` and the ``RowLog`` it names, or one line saying what is wrong with them.
 Unusual: the other files only grow, and of them counts what ``manifest.json`` names, which is written last, by renaming:
 a kill leaves at most a tail that nobody reads and the next write cuts off. A line of the log is
 ``{"id": ..., "meta": {...}}`` or ``{"id": ..., "deleted": true}``; of one id, the last line holds.
@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 from clasp.types import UserError
 
-Kind = Literal["vectors", "rows"]
+_FileKind = Literal["vectors", "rows"]
 
-SUFFIXES: dict[Kind, str] = {"vectors": ".f32", "rows": ".jsonl"}
-MAKE_ANEW = "delete the folder and type: clasp index RUN FOLDER"
+STORE_SUFFIXES: dict[_FileKind, str] = {"vectors": ".f32", "rows": ".jsonl"}
+REBUILD_HINT = "delete the folder and type: clasp index RUN FOLDER"
 _MANIFEST, _LOCK = "manifest.json", "lock"
 _JSON = json.JSONDecoder()
 _ID, _DELETED = '{"id": ', ', "deleted": true}'
@@ -41,12 +41,12 @@ class Manifest:
     name: str = ""
     format: int = 1
 
-    def path(self, folder: Path, kind: Kind) -> Path:
+    def path(self, folder: Path, kind: _FileKind) -> Path:
         """The file of this generation."""
-        return folder / f"{kind}-{self.generation}{SUFFIXES[kind]}"
+        return folder / f"{kind}-{self.generation}{STORE_SUFFIXES[kind]}"
 
 
-class Log:
+class RowLog:
     """What the lines come to: the id of each row, the newest row of each id, and the rows that are dead."""
 
     def __init__(self) -> None:
@@ -90,21 +90,21 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{folder} is a file, not the folder of a store") from None
     except (ValueError, TypeError):
         known = ", ".join(field.name for field in fields(Manifest))
-        raise UserError(f"{path} is damaged or of another clasp (it should give {known}); {MAKE_ANEW}") from None
+        raise UserError(f"{path} is damaged or of another clasp (it should give {known}); {REBUILD_HINT}") from None
     return manifest
 
 
 def _refuse_foreign(folder: Path) -> None:
     """A folder without manifest is a new store if it is empty, or holds what a kill before the first one leaves."""
-    ours = (_MANIFEST, _LOCK, *(f"{kind}-" for kind in SUFFIXES))
+    ours = (_MANIFEST, _LOCK, *(f"{kind}-" for kind in STORE_SUFFIXES))
     others = [entry for entry in sorted(os.listdir(folder)) if not entry.startswith(ours)] if folder.exists() else []
     if others:
         raise UserError(f"{folder} is not a store: it has no {_MANIFEST}, but {', '.join(others[:3])}")
 
 
-def read_log(folder: Path, manifest: Manifest) -> Log:
+def read_row_log(folder: Path, manifest: Manifest) -> RowLog:
     """What the lines that count come to. Metadata is not parsed here, only when it is asked for."""
-    log, end = Log(), 0
+    log, end = RowLog(), 0
     if not manifest.log_bytes:
         return log
     path = manifest.path(folder, "rows")
@@ -117,26 +117,26 @@ def read_log(folder: Path, manifest: Manifest) -> Log:
                 text = line.decode("utf-8", "surrogatepass")
                 name, stop = _JSON.raw_decode(text, len(_ID))
             except ValueError:
-                raise UserError(f"{path} is damaged at byte {start}; {MAKE_ANEW}") from None
+                raise UserError(f"{path} is damaged at byte {start}; {REBUILD_HINT}") from None
             if text.startswith(_DELETED, stop):
                 log.drop(name)
             else:
                 log.put(name, start, end)
     if end != manifest.log_bytes or len(log.ids) != manifest.rows:
         counts = f"{len(log.ids)} rows in {end} bytes, not {manifest.rows} in {manifest.log_bytes}"
-        raise UserError(f"{path} is cut short or not of this store: {counts}; {MAKE_ANEW}")
+        raise UserError(f"{path} is cut short or not of this store: {counts}; {REBUILD_HINT}")
     return log
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def row_line(name: str, meta: Mapping[str, Any]) -> bytes:
+def encode_row(name: str, meta: Mapping[str, Any]) -> bytes:
     """The line that adds a row."""
     return _line({"id": name, "meta": dict(meta)})
 
 
-def deletion_line(name: str) -> bytes:
+def encode_deletion(name: str) -> bytes:
     """The line that makes an id forgotten."""
     return _line({"id": name, "deleted": True})
 
@@ -148,7 +148,7 @@ def _line(record: dict[str, Any]) -> bytes:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """From here on, this is what counts."""
     part = folder / f"{_MANIFEST}.part"
-    append(part, 0, [(json.dumps(asdict(manifest), indent=2) + "\n").encode()])
+    write_at(part, 0, [(json.dumps(asdict(manifest), indent=2) + "\n").encode()])
     os.replace(part, folder / _MANIFEST)
     with contextlib.suppress(OSError):  # not every file system can; and it counts already
         directory = os.open(folder, os.O_RDONLY)
@@ -158,7 +158,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             os.close(directory)
 
 
-def append(path: Path, at: int, pieces: Iterable[bytes | memoryview]) -> None:
+def write_at(path: Path, at: int, pieces: Iterable[bytes | memoryview]) -> None:
     """Make the file ``at`` bytes long, then write. Not through a map, where a full disk would be a bus error."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         file.seek(at)
@@ -169,7 +169,7 @@ def append(path: Path, at: int, pieces: Iterable[bytes | memoryview]) -> None:
         os.fsync(file.fileno())
 
 
-def lock(folder: Path) -> int:
+def lock_store(folder: Path) -> int:
     """A descriptor that holds the folder's lock until it is closed, if only by the death of the process."""
     import fcntl  # not on every system; reading needs no lock
 

@@ -20,32 +20,34 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clasp.training.precision import Precision
 
-Attention = Literal["fused", "plain"]
+AttentionKernel = Literal["fused", "plain"]
 
 # Plain products hold a map of N x N for each head: a gain smaller than this is not worth their memory.
-WORTHWHILE = 1.1
-SHAPE = (16, 6, 50, 64)  # pairs, heads, tokens, width of a head: a ViT-S/14 at 98 pixels
-REPEATS = 5
+_MIN_SPEEDUP = 1.1
+_BENCHMARK_SHAPE = (16, 6, 50, 64)  # pairs, heads, tokens, width of a head: a ViT-S/14 at 98 pixels
+_REPEATS = 5
 
 
-class Kernel(NamedTuple):
+class KernelChoice(NamedTuple):
     """A kernel and why it was chosen."""
 
-    attention: Attention
+    attention: AttentionKernel
     reason: str
 
 
-def choose_attention(choice: Attention | Literal["auto"], precision: Precision, device: torch.device) -> Kernel:
+def choose_attention_kernel(
+    choice: AttentionKernel | Literal["auto"], precision: Precision, device: torch.device
+) -> KernelChoice:
     """The recipe's word where it has one, else the faster of the two, measured once per process."""
     if choice != "auto":
-        return Kernel(choice, "set by the recipe")
+        return KernelChoice(choice, "set by the recipe")
     if precision == "float32" or device.type != "cpu":
-        return Kernel("fused", f"never slower in {precision} on {device.type}")
-    return _measured()
+        return KernelChoice("fused", f"never slower in {precision} on {device.type}")
+    return _faster_kernel()
 
 
 @contextmanager
-def attending(attention: Attention) -> Iterator[None]:
+def use_attention_kernel(attention: AttentionKernel) -> Iterator[None]:
     """Everything inside attends by this kernel."""
     if attention == "fused":  # whatever PyTorch would choose
         yield
@@ -55,23 +57,23 @@ def attending(attention: Attention) -> Iterator[None]:
 
 
 @cache
-def _measured() -> Kernel:
-    fused, plain = (fastest(partial(_forward_and_backward, name)) for name in ("fused", "plain"))
+def _faster_kernel() -> KernelChoice:
+    fused, plain = (time_call(partial(_forward_and_backward, name)) for name in ("fused", "plain"))
     said = f"plain products run at {fused / plain:.2g} times the speed of the fused kernel in bfloat16 on this CPU"
-    return Kernel("plain" if fused >= WORTHWHILE * plain else "fused", said)
+    return KernelChoice("plain" if fused >= _MIN_SPEEDUP * plain else "fused", said)
 
 
-def fastest(run: Callable[[], None]) -> float:
+def time_call(run: Callable[[], None]) -> float:
     """Seconds of the least disturbed of a few runs; the first, which prepares kernels, does not count."""
     seconds = []
-    for _ in range(REPEATS + 1):
+    for _ in range(_REPEATS + 1):
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)
     return max(min(seconds[1:]), 1e-9)
 
 
-def _forward_and_backward(attention: Attention) -> None:
-    q, k, v = (torch.ones(SHAPE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    with attending(attention):
+def _forward_and_backward(attention: AttentionKernel) -> None:
+    q, k, v = (torch.ones(_BENCHMARK_SHAPE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    with use_attention_kernel(attention):
         F.scaled_dot_product_attention(q, k, v).sum().backward()

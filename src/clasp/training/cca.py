@@ -20,7 +20,7 @@ from clasp.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Maps:
+class CCAProjections:
     """Two matrices into one space, strongest direction first."""
 
     image: Float[Tensor, "E Di"]
@@ -34,7 +34,7 @@ def cca(
     *,
     ridge: tuple[float, float],
     power: float = 1.0,
-) -> Maps:
+) -> CCAProjections:
     """The maps of aligned batches of standardised features, ``width`` directions of them.
 
     Memory is that of the covariances; arithmetic in float64. Raises ``UserError`` when ``width`` is more than the
@@ -54,7 +54,7 @@ def cca(
     )
     u, correlations, v = torch.linalg.svd(whiten_image @ (image_text / count) @ whiten_text.T, full_matrices=False)
     weight = correlations[:width].clamp(min=0) ** power
-    return Maps(
+    return CCAProjections(
         image=(weight[:, None] * (u.T[:width] @ whiten_image)).float(),
         text=(weight[:, None] * (v[:width] @ whiten_text)).float(),
         correlations=correlations[:width].float(),

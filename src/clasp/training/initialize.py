@@ -16,37 +16,42 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from clasp.config.recipe import TuneSettings
-from clasp.data.device import on_device
-from clasp.data.loader import Batches, Tally
+from clasp.data.device import to_device
+from clasp.data.loader import BadSampleLimit, PairLoader
 from clasp.data.pairs import Pairs
-from clasp.data.readers import Listing, Picks
+from clasp.data.readers import PairIndex, SampleIndices
 from clasp.models.dual_encoder import DualEncoder, HeadSettings
-from clasp.models.features import Inputs
+from clasp.models.features import FeatureSource
 from clasp.models.tower import Tower
-from clasp.models.tuning.peft_methods import start_from_gradient, wrapped_weight
-from clasp.models.tuning.spec import freeze, from_gradient
+from clasp.models.tuning.peft_methods import initialize_lora_from_gradient, wrapped_weight_name
+from clasp.models.tuning.spec import freeze_except, gradient_initialized_layers
 from clasp.training import grad_cache
 from clasp.training.cca import cca
-from clasp.training.precision import resolve
+from clasp.training.precision import resolve_precision
 from clasp.training.settings import TrainSettings
 from clasp.training.step import seed_generators, step_seed
-from clasp.types import Batch, ImageInput, Loss, Pooled, TextInput, UserError
+from clasp.types import Batch, ImageInput, Loss, PooledFeatures, TextInput, UserError
 
 # captions, with their images, whose mean and deviation are taken for those of all; rows of a cache cost nothing
-LOOKED_AT_CACHED, LOOKED_AT_LIVE = 65_536, 2_048
+_MAX_CAPTIONS_CACHED, _MAX_CAPTIONS_LIVE = 65_536, 2_048
 GRADIENT_BATCHES = 4  # whose gradient gives low-rank updates their directions: as much work as so many steps
 
 
-def start_heads(
-    model: DualEncoder, inputs: Inputs, pairs: Pairs, listing: Listing, settings: HeadSettings, tally: Tally
+def initialize_heads(
+    model: DualEncoder,
+    inputs: FeatureSource,
+    pairs: Pairs,
+    listing: PairIndex,
+    settings: HeadSettings,
+    tally: BadSampleLimit,
 ) -> None:
     """Let the heads start from the training pairs, as the settings say; images that cannot be read go to ``tally``."""
     image, text = model.image_head.standardize, model.text_head.standardize
     if image is None or text is None:
         return
-    pooled = _PooledRows(model, inputs, pairs, listing, tally)
-    most = LOOKED_AT_CACHED if inputs.all_pooled else LOOKED_AT_LIVE
-    some = zip(*pooled.every_caption(_spread(listing, most)), strict=True)
+    pooled = _PooledFeatures(model, inputs, pairs, listing, tally)
+    most = _MAX_CAPTIONS_CACHED if inputs.all_pooled else _MAX_CAPTIONS_LIVE
+    some = zip(*pooled.every_caption(_evenly_spaced(listing, most)), strict=True)
     for standardize, parts in zip((image, text), some, strict=True):
         standardize.start_from(torch.cat(parts))
     if settings.start == "cca":
@@ -60,8 +65,8 @@ def start_heads(
                 head.map.bias.zero_()
 
 
-def start_low_rank(
-    model: DualEncoder, batches: Batches, loss: Loss, tuned: TuneSettings, settings: TrainSettings
+def initialize_low_rank(
+    model: DualEncoder, batches: PairLoader, loss: Loss, tuned: TuneSettings, settings: TrainSettings
 ) -> None:
     """Let the low-rank updates that ask for it (``start="gradient"``) start along the gradient of what they update.
 
@@ -72,35 +77,35 @@ def start_low_rank(
     """
     names = {id(p): name for name, p in model.named_parameters()}  # of what both towers share, one name
     layers = {
-        names[id(tower.net.get_parameter(wrapped_weight(path)))]: (tower.net, path)
+        names[id(tower.net.get_parameter(wrapped_weight_name(path)))]: (tower.net, path)
         for tower, specs in ((model.image, tuned.image), (model.text, tuned.text))
-        for path in from_gradient(tower.net, specs)
+        for path in gradient_initialized_layers(tower.net, specs)
     }
     if not layers:
         return
     for name, gradient in _gradients(model, layers, batches, loss, settings).items():
-        start_from_gradient(*layers[name], gradient)
+        initialize_lora_from_gradient(*layers[name], gradient)
 
 
 def _gradients(
-    model: DualEncoder, names: Iterable[str], batches: Batches, loss: Loss, settings: TrainSettings
+    model: DualEncoder, names: Iterable[str], batches: PairLoader, loss: Loss, settings: TrainSettings
 ) -> dict[str, Tensor]:
     """The gradient of parameters that are frozen otherwise, summed over a few batches."""
     device = next(model.parameters()).device
 
-    def seed(side: grad_cache.SideName, piece: int) -> None:
+    def seed(side: grad_cache.Modality, piece: int) -> None:
         seed_generators(step_seed(settings.seed, 0, "start", side, piece), device)
 
-    work = grad_cache.Work(model, device, resolve(settings.precision, device).precision, seed)
+    work = grad_cache.MicroBatchEmbedder(model, device, resolve_precision(settings.precision, device).precision, seed)
     micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
     selection, wanted = model.selection, {name: model.get_parameter(name) for name in names}
-    freeze(model, wanted)
+    freeze_except(model, wanted)
     model.train()
     try:
         told_apart = (batch for batch in batches.epoch(0) if len(batch.ids) > 1)
         for batch in islice(told_apart, GRADIENT_BATCHES):
-            micro_batch = micro_batch or _pieces(work, batch)
-            grad_cache.gradients(work, batch, loss, micro_batch)
+            micro_batch = micro_batch or _choose_micro_batch(work, batch)
+            grad_cache.backward_in_micro_batches(work, batch, loss, micro_batch)
         found = {name: p.grad for name, p in wanted.items() if p.grad is not None}
     finally:
         for p in wanted.values():
@@ -116,20 +121,22 @@ def _gradients(
     return found
 
 
-def _pieces(work: grad_cache.Work, batch: Batch) -> int:
-    return grad_cache.choose(work, batch, len(batch.ids)).micro_batch
+def _choose_micro_batch(work: grad_cache.MicroBatchEmbedder, batch: Batch) -> int:
+    return grad_cache.choose_micro_batch(work, batch, len(batch.ids)).micro_batch
 
 
-def _spread(listing: Listing, most: int) -> Int[np.ndarray, " n"]:
+def _evenly_spaced(listing: PairIndex, most: int) -> Int[np.ndarray, " n"]:
     """Pairs evenly spread over all, with at most about ``most`` captions."""
     count = max(1, min(len(listing), most * len(listing) // int(listing.first[-1])))
     return np.unique(np.linspace(0, len(listing) - 1, count).astype(np.int64))
 
 
-class _PooledRows:
+class _PooledFeatures:
     """Both towers' pooled output for chosen pairs."""
 
-    def __init__(self, model: DualEncoder, inputs: Inputs, pairs: Pairs, listing: Listing, tally: Tally):
+    def __init__(
+        self, model: DualEncoder, inputs: FeatureSource, pairs: Pairs, listing: PairIndex, tally: BadSampleLimit
+    ):
         self.model, self.listing, self.tally = model, listing, tally
         self.image, self.text = inputs.image_side(pairs, None), inputs.text_side(listing)
 
@@ -148,12 +155,12 @@ class _PooledRows:
         images, texts = [], []
         for start in range(0, len(numbers), 256):
             part = numbers[start : start + 256]
-            picks = Picks(part, np.full(len(part), draw), np.zeros(len(part), dtype=np.int64))
+            picks = SampleIndices(part, np.full(len(part), draw), np.zeros(len(part), dtype=np.int64))
             seen = self.image(picks, self.listing.__getitem__)
             self.tally.add(seen.skipped)
             if seen.kept:
-                images.append(_pooled(self.model.image, seen.inputs))
-                texts.append(_pooled(self.model.text, self.text(picks[seen.kept], self.listing.__getitem__).inputs))
+                images.append(_pool(self.model.image, seen.inputs))
+                texts.append(_pool(self.model.text, self.text(picks[seen.kept], self.listing.__getitem__).inputs))
         if not images:
             device = next(self.model.parameters()).device
             image, text = self.model.image, self.model.text
@@ -162,6 +169,6 @@ class _PooledRows:
 
 
 @torch.no_grad()
-def _pooled(tower: Tower, inputs: ImageInput | TextInput) -> Float[Tensor, "B D"]:
-    moved = on_device(inputs, next(tower.parameters()).device)
-    return moved.values if isinstance(moved, Pooled) else tower.pooled(moved)
+def _pool(tower: Tower, inputs: ImageInput | TextInput) -> Float[Tensor, "B D"]:
+    moved = to_device(inputs, next(tower.parameters()).device)
+    return moved.values if isinstance(moved, PooledFeatures) else tower.pooled(moved)

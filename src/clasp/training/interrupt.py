@@ -15,10 +15,10 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interruption:
+class GracefulStop:
     """Whether somebody has asked the run to stop."""
 
     def __init__(self) -> None:
@@ -26,9 +26,9 @@ class Interruption:
         self._process = os.getpid()
         self._previous: dict[signal.Signals, Callable[..., Any] | int | None] = {}
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._heard) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._heard) for number in _SIGNALS}
         return self
 
     def __exit__(

@@ -1,7 +1,7 @@
 """The training loop on one screen: fetch, encode, loss, step, log, evaluate, save.
 
 In: a model that turns a batch into embeddings, a stream of batches, a loss, settings. Out: the model trained in place,
-and ``Fitted``; on the way dicts to ``log``, states to ``save``, a bar to ``reporter``.
+and ``FitResult``; on the way dicts to ``log``, states to ``save``, a bar to ``reporter``.
 Unusual: it knows protocols only. A run that stops after any step and goes on from the state saved there ends in the
 same bits as one that never stopped, since the position is the whole of the random state (``train.state``); on a GPU,
 as far as its kernels repeat themselves.
@@ -16,21 +16,31 @@ from typing import Protocol, runtime_checkable
 
 from accelerate import Accelerator
 
-from clasp.training.cost.ledger import Ledger
-from clasp.training.interrupt import Interruption
-from clasp.training.precision import Numbers, resolve
-from clasp.training.settings import Plan, TrainSettings, choose
-from clasp.training.state import Best, Fitted, Position, TrainState
+from clasp.training.cost.ledger import CostLedger
+from clasp.training.interrupt import GracefulStop
+from clasp.training.precision import PrecisionChoice, resolve_precision
+from clasp.training.settings import TrainPlan, TrainSettings, plan_training
+from clasp.training.state import BestEvaluation, FitResult, TrainPosition, TrainState
 from clasp.training.step import Stepper, Trainable
-from clasp.training.trackers.console import Reporter, Silent
-from clasp.training.trackers.jsonl import Journal, Log
+from clasp.training.trackers.console import Reporter, SilentReporter
+from clasp.training.trackers.jsonl import LogFunction, RunLogger
 from clasp.types import Batch, Loss
 
-__all__ = ["BatchStream", "Fitted", "Plan", "Position", "TrainSettings", "TrainState", "Trainable", "choose", "fit"]
+__all__ = [
+    "BatchStream",
+    "FitResult",
+    "TrainPlan",
+    "TrainPosition",
+    "TrainSettings",
+    "TrainState",
+    "Trainable",
+    "fit",
+    "plan_training",
+]
 
-EVALUATIONS_A_RUN = 10
+_EVALUATIONS_PER_RUN = 10
 
-Evaluate = Callable[[], Mapping[str, float]]
+_EvaluateFunction = Callable[[], Mapping[str, float]]
 
 
 @runtime_checkable
@@ -52,15 +62,15 @@ def fit(
     loss: Loss,
     settings: TrainSettings,
     *,
-    log: Log,
-    evaluate: Evaluate | None = None,
+    log: LogFunction,
+    evaluate: _EvaluateFunction | None = None,
     primary: str = "",
     save: Callable[[TrainState], None] | None = None,
     start: TrainState | None = None,
     kinds: Mapping[str, str] = {},
     reporter: Reporter | None = None,
-    ledger: Ledger | None = None,
-) -> Fitted:
+    ledger: CostLedger | None = None,
+) -> FitResult:
     """Trains the selection in place; leaves the model in eval mode, on the device that it was trained on.
 
     ``log`` gets JSON dicts told apart by ``event``: start, pieces, step, skipped, evaluation, stop. ``evaluate`` is
@@ -71,27 +81,31 @@ def fit(
     Raises UserError when the loss or its gradient is not finite, before the step that would have spoilt the weights,
     and when ``start`` is of a run that trains something else.
     """
-    assert settings.epochs != "auto", "resolve the settings with train.plan.choose first"
+    assert settings.epochs != "auto", "resolve the settings with plan_training first"
     epochs, steps = settings.epochs, settings.epochs * len(batches)
     began = saved = time.monotonic()
     # Autocast is ours to apply (train.step): accelerate allows one precision in the life of a process, and its
     # `prepare` would leave a wrapper on the model's forward. It brings the device, and later the other processes.
     accelerator = Accelerator(mixed_precision="no")
     device = accelerator.device
-    numbers = Numbers(start.precision, "as before the stop") if start else resolve(settings.precision, device)
-    stepper = Stepper(model, loss, settings, accelerator, numbers.precision, steps=steps, kinds=kinds, start=start)
-    at = start.position if start else Position()
-    skipped = start.skipped if start else ()
-    journal = Journal(
-        log, reporter or Silent(), steps=steps, epochs=epochs, log_every=settings.log_every, skipped=skipped
+    numbers = (
+        PrecisionChoice(start.precision, "as before the stop")
+        if start
+        else resolve_precision(settings.precision, device)
     )
-    judge = Judge(stepper, journal, evaluate, primary, settings, epochs, start.best if start else None)
+    stepper = Stepper(model, loss, settings, accelerator, numbers.precision, steps=steps, kinds=kinds, start=start)
+    at = start.position if start else TrainPosition()
+    skipped = start.skipped if start else ()
+    journal = RunLogger(
+        log, reporter or SilentReporter(), steps=steps, epochs=epochs, log_every=settings.log_every, skipped=skipped
+    )
+    judge = BestCheckpoint(stepper, journal, evaluate, primary, settings, epochs, start.best if start else None)
 
     def state() -> TrainState:
         weights, memory, skipped = stepper.selection(), stepper.memory(), tuple(journal.skipped.values())
         return TrainState(at, numbers.precision, weights, memory, judge.best, skipped, stepper.micro_batch)
 
-    with Interruption() as stop, journal:
+    with GracefulStop() as stop, journal:
         line = f"computing in {numbers.precision} on {device.type}: {numbers.reason}"
         journal.event("start", line, step=at.step, steps=steps, epochs=epochs, device=str(device), **numbers._asdict())
         model.train()
@@ -101,7 +115,7 @@ def fit(
             for batch in journal.fetching(batches.epoch(at.epoch, start=at.step_in_epoch)):
                 journal.read(batch)
                 if len(batch.ids) > 1:  # fewer have nothing to be told apart from
-                    _learn(stepper, journal, ledger, batch, at)
+                    _train_step(stepper, journal, ledger, batch, at)
                 at = at.next_step()
                 if save and time.monotonic() - saved >= 60 * settings.save_every_minutes:
                     save(state())
@@ -116,7 +130,7 @@ def fit(
             save(state())
         model.train(False)
         held = judge.stopped(at, stop.requested) if stop.requested else judge.finished(at)
-    return Fitted(
+    return FitResult(
         position=at,
         held=held,
         interrupted=stop.requested is not None,
@@ -128,7 +142,9 @@ def fit(
     )
 
 
-def _learn(stepper: Stepper, journal: Journal, ledger: Ledger | None, batch: Batch, at: Position) -> None:
+def _train_step(
+    stepper: Stepper, journal: RunLogger, ledger: CostLedger | None, batch: Batch, at: TrainPosition
+) -> None:
     """One step, told to the journal and to the ledger."""
     if stepper.micro_batch is None:
         choice = stepper.choose_micro_batch(batch)
@@ -139,38 +155,38 @@ def _learn(stepper: Stepper, journal: Journal, ledger: Ledger | None, batch: Bat
         ledger.count(stepper, batch, at.step)
 
 
-class Judge:
+class BestCheckpoint:
     """Evaluates before the first step and at ends of epochs; keeps a copy of the selection of the best so far."""
 
     def __init__(
         self,
         stepper: Stepper,
-        journal: Journal,
-        evaluate: Evaluate | None,
+        journal: RunLogger,
+        evaluate: _EvaluateFunction | None,
         primary: str,
         settings: TrainSettings,
         epochs: int,
-        best: Best | None,
+        best: BestEvaluation | None,
     ):
         assert evaluate is None or primary or settings.keep == "last", "which metric decides?"
         self.stepper, self.journal, self.evaluate, self.primary = stepper, journal, evaluate, primary
         self.keep, self.epochs, self.best = settings.keep, epochs, best
-        auto = -(-epochs // EVALUATIONS_A_RUN)
+        auto = -(-epochs // _EVALUATIONS_PER_RUN)
         self.every = auto if settings.evaluate_every == "auto" else settings.evaluate_every
         self.metrics: Mapping[str, float] = {}
 
-    def before_the_first_step(self, at: Position) -> None:
+    def before_the_first_step(self, at: TrainPosition) -> None:
         """Heads that start from a closed form may be the best there will be; others show where they came from."""
         if self.evaluate is not None:
             self._ask("start", at, 0)
 
-    def end_of_epoch(self, at: Position) -> None:
+    def end_of_epoch(self, at: TrainPosition) -> None:
         """Evaluates if it is time; the model comes back in train mode."""
         done = at.epoch + 1
         if self.evaluate is not None and (done % self.every == 0 or done == self.epochs):
             self._ask(f"epoch {done}", at, done)
 
-    def _ask(self, when: str, at: Position, done: int) -> None:
+    def _ask(self, when: str, at: TrainPosition, done: int) -> None:
         assert self.evaluate is not None
         self.stepper.model.train(False)
         self.metrics = metrics = dict(self.evaluate())
@@ -180,7 +196,7 @@ class Judge:
         line = f"{when}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
         better = self.keep == "best" and self.beats_best(metrics)
         if better:
-            self.best = Best(at, metrics, self.stepper.selection(copied=True))
+            self.best = BestEvaluation(at, metrics, self.stepper.selection(copied=True))
             line += "; the best so far"
         self.journal.event("evaluation", line, step=at.step, epoch=done, best=better, metrics=metrics)
 
@@ -192,7 +208,7 @@ class Judge:
         new, old = metrics[self.primary], self.best.metrics[self.primary]
         return new > old or (math.isnan(old) and not math.isnan(new))
 
-    def finished(self, at: Position) -> Position:
+    def finished(self, at: TrainPosition) -> TrainPosition:
         """Ends a run that has done all its epochs, with the weights to keep; returns where they are from."""
         held = at
         line = f"done after {at.step} steps; these are the weights of the last"
@@ -204,7 +220,7 @@ class Judge:
         self.journal.event("stop", line, step=at.step, interrupted=False, held_step=held.step, metrics=self.metrics)
         return held
 
-    def stopped(self, at: Position, signal: str) -> Position:
+    def stopped(self, at: TrainPosition, signal: str) -> TrainPosition:
         """Ends a run that was told to stop, with the weights as they stand."""
         self.metrics = {}
         line = f"stopped by {signal} after {at.step} of {self.stepper.steps} steps"

@@ -1,6 +1,6 @@
 """Memory, measured: what is free, and what a piece of work keeps for its backward pass.
 
-In: a device; or some work, done inside ``Kept``. Out: bytes.
+In: a device; or some work, done inside ``ActivationMemory``. Out: bytes.
 Unusual: nothing is estimated from the shape of a model. The autograd engine is asked what it keeps, and the operating
 system what it has left, within the limit that a container may have set.
 """
@@ -20,13 +20,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 # The limit on the processes of this container, what they use, and the line of the statistics that says how much of that
 # is only a copy of files: control groups in their second and in their first version.
-_GROUPS = (
+_CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
-class Kept:
+class ActivationMemory:
     """A context that counts the ``bytes`` kept for the backward pass of what runs inside: the most at one time.
 
     ``weights`` are there anyway and do not count. What a tensor is cut from counts whole, since it is kept whole, and
@@ -37,26 +37,26 @@ class Kept:
         self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
         self._holders: Counter[int] = Counter()  # of the storage at an address, which is another's once it is let go
         self._now = 0
-        self._hooks: Any = saved_tensors_hooks(self._hold, _Held.get)
+        self._hooks: Any = saved_tensors_hooks(self._hold, _SavedTensor.get)
         self.bytes = 0
 
-    def _hold(self, tensor: Tensor) -> _Held:
+    def _hold(self, tensor: Tensor) -> _SavedTensor:
         storage = tensor.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
         if address in self._weights:
-            return _Held(tensor, lambda: None)
+            return _SavedTensor(tensor, lambda: None)
         self._holders[address] += 1
         if self._holders[address] == 1:
             self._now += size
             self.bytes = max(self.bytes, self._now)
-        return _Held(tensor, lambda: self._let_go(address, size))
+        return _SavedTensor(tensor, lambda: self._let_go(address, size))
 
     def _let_go(self, address: int, size: int) -> None:
         self._holders[address] -= 1
         if not self._holders[address]:
             self._now -= size
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> ActivationMemory:
         self._hooks.__enter__()
         return self
 
@@ -64,7 +64,7 @@ class Kept:
         self._hooks.__exit__(*error)
 
 
-class _Held:
+class _SavedTensor:
     """What the autograd engine keeps in place of a tensor, and says when it no longer does."""
 
     def __init__(self, tensor: Tensor, let_go: Callable[[], None]):
@@ -86,15 +86,15 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _free_here(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+    return _free_host_bytes(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
 
 
-def _free_here(meminfo: Path, groups: Path) -> int | None:
+def _free_host_bytes(meminfo: Path, groups: Path) -> int | None:
     """Of the machine or of this container, whichever has less left; a Mac tells only how much there is in all."""
     if not meminfo.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if sys.platform == "darwin" else None
     found = [1024 * _number(meminfo, "MemAvailable:")]
-    for limit, used, files in _GROUPS:
+    for limit, used, files in _CGROUP_FILES:
         if (groups / limit).exists() and (most := (groups / limit).read_text().strip()) != "max":
             statistics = (groups / limit).with_name("memory.stat")
             found.append(int(most) - int((groups / used).read_text()) + _number(statistics, files))

@@ -18,74 +18,74 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from clasp.types import Pixels, Pooled, States, Tokens
+from clasp.types import HiddenStates, Pixels, PooledFeatures, Tokens
 
-Inputs = Pixels | Tokens | States | Pooled
-Form = TypeVar("Form", bound=Inputs)
+TowerInput = Pixels | Tokens | HiddenStates | PooledFeatures
+_InputT = TypeVar("_InputT", bound=TowerInput)
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class MicroBatches:
     """Pieces, their first rows with the end of the last (``marks``), and the place in them of each pair's row.
 
     ``places`` is ``None`` where the rows of the pieces, one after another, are those of the pairs.
     """
 
-    pieces: tuple[Inputs, ...]
+    pieces: tuple[TowerInput, ...]
     marks: tuple[int, ...]
     places: Int[Tensor, " B"] | None
 
 
-def cut(inputs: Inputs, most: int) -> Cut:
+def split_micro_batches(inputs: TowerInput, most: int) -> MicroBatches:
     """Pieces of at most ``most`` rows of pixels or of the longest captions; pooled vectors stay in one piece."""
-    if isinstance(inputs, Pooled):  # only a head reads them
-        return Cut((inputs,), (0, len(inputs.values)), None)
+    if isinstance(inputs, PooledFeatures):  # only a head reads them
+        return MicroBatches((inputs,), (0, len(inputs.values)), None)
     if isinstance(inputs, Pixels):
-        marks = _marks([1] * len(inputs.values), most)
-        return Cut(tuple(Pixels(inputs.values[some]) for some in _slices(marks)), marks, None)
+        marks = _offsets([1] * len(inputs.values), most)
+        return MicroBatches(tuple(Pixels(inputs.values[some]) for some in _slices(marks)), marks, None)
     ends = _ends(inputs)
     order = ends.argsort(stable=True)
-    marks = _marks(ends[order].tolist(), most)
+    marks = _offsets(ends[order].tolist(), most)
     places = order.argsort()
     if inputs.rows is not None:
         places = places[inputs.rows]
-    return Cut(tuple(take(inputs, order[some]) for some in _slices(marks)), marks, places)
+    return MicroBatches(tuple(take_rows(inputs, order[some]) for some in _slices(marks)), marks, places)
 
 
-def take(inputs: Form, rows: Int[Tensor, " few"]) -> Form:
+def take_rows(inputs: _InputT, rows: Int[Tensor, " few"]) -> _InputT:
     """Some rows of a side, as narrow as the longest of them; where they repeat, some of the different ones."""
-    if isinstance(inputs, Tokens | States):
+    if isinstance(inputs, Tokens | HiddenStates):
         inputs = replace(inputs, rows=None)
-    some = _changed(inputs, lambda tensor: tensor[rows])
-    if isinstance(some, Tokens | States):
+    some = _map_tensors(inputs, lambda tensor: tensor[rows])
+    if isinstance(some, Tokens | HiddenStates):
         width = int(_ends(some).max())
-        some = _changed(some, lambda tensor: tensor[:, :width])
+        some = _map_tensors(some, lambda tensor: tensor[:, :width])
     return some
 
 
-def longest(inputs: Inputs, count: int) -> Int[Tensor, " few"]:
+def longest_rows(inputs: TowerInput, count: int) -> Int[Tensor, " few"]:
     """The longest ``count`` rows of a side, longest first; the first ones where all are of one length."""
-    if isinstance(inputs, Tokens | States):
+    if isinstance(inputs, Tokens | HiddenStates):
         return _ends(inputs).argsort(descending=True, stable=True)[:count]
     return torch.arange(min(count, len(inputs.values)), device=inputs.values.device)
 
 
-def different(inputs: Inputs) -> int:
+def count_unique_rows(inputs: TowerInput) -> int:
     """Rows that a side has to be embedded for: those that repeat count once."""
     return len(inputs.ids) if isinstance(inputs, Tokens) else len(inputs.values)
 
 
-def _changed(inputs: Form, change: Callable[[Tensor], Tensor]) -> Form:
+def _map_tensors(inputs: _InputT, change: Callable[[Tensor], Tensor]) -> _InputT:
     named = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
     return replace(inputs, **{name: change(value) for name, value in named.items() if isinstance(value, Tensor)})
 
 
-def _ends(inputs: Tokens | States) -> Int[Tensor, " rows"]:
+def _ends(inputs: Tokens | HiddenStates) -> Int[Tensor, " rows"]:
     """Where the real tokens of each row end: padding on the left is not cut off."""
     return (inputs.mask * torch.arange(1, inputs.mask.shape[1] + 1, device=inputs.mask.device)).amax(1)
 
 
-def _marks(ends: Sequence[int], most: int) -> tuple[int, ...]:
+def _offsets(ends: Sequence[int], most: int) -> tuple[int, ...]:
     """Where pieces begin in rows of rising length, taken from the longest down, and where the last one ends."""
     marks, room = [len(ends)], most * ends[-1]
     while (stop := marks[-1]) > 0:

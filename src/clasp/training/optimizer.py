@@ -1,8 +1,8 @@
 """The optimizer: what it holds, how far each step goes, and its state by name.
 
 In: a model with a selection. Out: AdamW over the selection and nothing else; the learning-rate factor of a step.
-``DECAYS`` and ``SCHEDULES`` are what ``train.decay`` and ``train.schedule`` choose from: clasp's own, and papers'.
-Unusual: groups are made from names and shapes alone, so a foreign tower needs no help; the state goes out and
+``DECAY_FILTERS`` and ``SCHEDULES`` are what ``train.decay`` and ``train.schedule`` choose from: clasp's own, and
+papers'. Unusual: groups are made from names and shapes alone, so a foreign tower needs no help; the state goes out and
 comes back as tensors named after their parameters, never as a pickle or by position.
 """
 
@@ -19,13 +19,13 @@ from torch.optim import AdamW
 from clasp.types import UserError
 
 # Where PyTorch's fused AdamW is a compiled kernel (the CPU since 2.4).
-FUSED_DEVICES = ("cpu", "cuda")
+_FUSED_DEVICES = ("cpu", "cuda")
 # LilT's warm-up: stairs, optimizer steps on each, and the factor of the first.
-STAIRS, STAIR_STEPS, FIRST_STAIR = 10, 100, 0.1
+_LILT_WARMUP_STAIRS, _LILT_STEPS_PER_STAIR, _LILT_FIRST_FACTOR = 10, 100, 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ParameterGroup:
     """Parameters that share weight decay and a factor on the learning rate."""
 
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ class Group:
     lr_factor: float
 
 
-def selected(named: Mapping[str, nn.Parameter], selection: frozenset[str]) -> dict[str, nn.Parameter]:
+def select_parameters(named: Mapping[str, nn.Parameter], selection: frozenset[str]) -> dict[str, nn.Parameter]:
     """The selection out of a model's ``named_parameters``, in their order; what gets gradients must be just these."""
     assert selection, "the selection is empty: nothing would train"
     assert selection <= named.keys(), f"selected, but not in the model: {sorted(selection - named.keys())[:5]}"
@@ -71,37 +71,40 @@ def decays_as_msclip(name: str, shape: Sequence[int]) -> bool:
     return decays_matrices(name, shape) and not {"token_embed", "pos_embed"} & set(name.split("."))
 
 
-DECAYS: dict[str, Callable[[str, Sequence[int]], bool]] = {
+DECAY_FILTERS: dict[str, Callable[[str, Sequence[int]], bool]] = {
     "matrices": decays_matrices,
     "lilt": decays_as_lilt,
     "msclip": decays_as_msclip,
 }
 
 
-def groups(
+def build_parameter_groups(
     parameters: Mapping[str, nn.Parameter],
     *,
     weight_decay: float,
     decay: str = "matrices",
     other_decays: Mapping[str, float] = {},
     lr_factors: Mapping[str, float] = {},
-) -> list[Group]:
+) -> list[ParameterGroup]:
     """Parameters by (decay, learning-rate factor), in a stable order.
 
-    ``decay`` is a key of ``DECAYS``. ``other_decays`` has the weight decay by name where it is not ``weight_decay``;
+    ``decay`` is a key of ``DECAY_FILTERS``. ``other_decays`` has the weight decay by name where it is not
+    ``weight_decay``;
     ``lr_factors`` has the factor on the learning rate by name, 1 where it has none.
     """
     gathered: dict[tuple[float, float], list[str]] = {}
     for name, parameter in parameters.items():
-        own = other_decays.get(name, weight_decay) if DECAYS[decay](name, parameter.shape) else 0.0
+        own = other_decays.get(name, weight_decay) if DECAY_FILTERS[decay](name, parameter.shape) else 0.0
         gathered.setdefault((own, lr_factors.get(name, 1.0)), []).append(name)
     return [
-        Group(tuple(names), tuple(parameters[name] for name in names), own, factor)
+        ParameterGroup(tuple(names), tuple(parameters[name] for name in names), own, factor)
         for (own, factor), names in gathered.items()
     ]
 
 
-def adamw(groups: Sequence[Group], *, lr: float, betas: tuple[float, float], eps: float, device: torch.device) -> AdamW:
+def build_adamw(
+    groups: Sequence[ParameterGroup], *, lr: float, betas: tuple[float, float], eps: float, device: torch.device
+) -> AdamW:
     """AdamW (Loshchilov and Hutter, ICLR 2019) over the groups; fused where PyTorch has a kernel for the device."""
     options = [
         {
@@ -112,7 +115,7 @@ def adamw(groups: Sequence[Group], *, lr: float, betas: tuple[float, float], eps
         }
         for group in groups
     ]
-    return AdamW(options, lr=lr, betas=betas, eps=eps, fused=device.type in FUSED_DEVICES)
+    return AdamW(options, lr=lr, betas=betas, eps=eps, fused=device.type in _FUSED_DEVICES)
 
 
 def set_lr(optimizer: AdamW, lr: float) -> None:
@@ -122,7 +125,7 @@ def set_lr(optimizer: AdamW, lr: float) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class ScheduleContext:
     """What a schedule has to know of a run: its steps and epochs, steps of warm-up, lowest factor."""
 
     steps: int
@@ -131,7 +134,7 @@ class Course:
     floor: float
 
 
-def warmup_cosine(step: int, course: Course) -> float:
+def warmup_cosine(step: int, course: ScheduleContext) -> float:
     """Factor on the learning rate for step ``step`` (from 0).
 
     Rises in equal stairs to 1 over the warm-up, the first step already moving; then half a cosine towards the floor,
@@ -142,7 +145,7 @@ def warmup_cosine(step: int, course: Course) -> float:
     return _cosine(min(1.0, (step - course.warmup) / max(1, course.steps - course.warmup)), course.floor)
 
 
-def lilt_stairs(step: int, course: Course) -> float:
+def lilt_schedule(step: int, course: ScheduleContext) -> float:
     """LilT's factor on the learning rate for step ``step`` (from 0): stairs in epoch 0, then one value an epoch.
 
     Stair s is 0.1 + 0.09 s; the next one begins after step 100 (s + 1), so the first is 101 steps long, as in the
@@ -152,8 +155,8 @@ def lilt_stairs(step: int, course: Course) -> float:
     """
     epoch = step // (course.steps // course.epochs)
     if epoch == 0:
-        stair = min(STAIRS, max(0, step - 1) // STAIR_STEPS)
-        return FIRST_STAIR + (1.0 - FIRST_STAIR) * stair / STAIRS
+        stair = min(_LILT_WARMUP_STAIRS, max(0, step - 1) // _LILT_STEPS_PER_STAIR)
+        return _LILT_FIRST_FACTOR + (1.0 - _LILT_FIRST_FACTOR) * stair / _LILT_WARMUP_STAIRS
     return _cosine(epoch / course.epochs, course.floor)
 
 
@@ -161,10 +164,10 @@ def _cosine(progress: float, floor: float) -> float:
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-SCHEDULES: dict[str, Callable[[int, Course], float]] = {"cosine": warmup_cosine, "lilt": lilt_stairs}
+SCHEDULES: dict[str, Callable[[int, ScheduleContext], float]] = {"cosine": warmup_cosine, "lilt": lilt_schedule}
 
 
-def state(optimizer: AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def optimizer_state(optimizer: AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The optimizer's memory as ``NAME/exp_avg``, ``NAME/exp_avg_sq``, ``NAME/step``; not copied."""
     return {
         f"{name}/{key}": value
@@ -173,8 +176,11 @@ def state(optimizer: AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str,
     }
 
 
-def restore(optimizer: AdamW, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Puts ``state`` back, copied, on the parameters' devices; a name that is not trained here is a UserError."""
+def load_optimizer_state(
+    optimizer: AdamW, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Puts ``optimizer_state`` back, copied, on the parameters' devices; a name that is not trained here is a
+    UserError."""
     remembered: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, slot = key.rpartition("/")
@@ -182,14 +188,14 @@ def restore(optimizer: AdamW, parameters: Mapping[str, nn.Parameter], tensors: M
     if strange := sorted(remembered.keys() - parameters.keys()):
         raise UserError(f"the saved optimizer state has {strange[0]!r}, which this recipe does not train")
     for name, slots in remembered.items():
-        remembered[name] = {slot: _laid_out_as(parameters[name], tensor) for slot, tensor in slots.items()}
+        remembered[name] = {slot: _copy_with_strides_of(parameters[name], tensor) for slot, tensor in slots.items()}
     names = {parameter: name for name, parameter in parameters.items()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     numbered = {number: remembered[name] for number, name in enumerate(order) if name in remembered}
     optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _laid_out_as(parameter: Tensor, remembered: Tensor) -> Tensor:
+def _copy_with_strides_of(parameter: Tensor, remembered: Tensor) -> Tensor:
     """A copy with the parameter's strides: the fused step walks through both side by side, whatever their strides."""
     if remembered.shape != parameter.shape:  # the number of steps
         return remembered.detach().clone()

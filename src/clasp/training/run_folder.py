@@ -29,14 +29,14 @@ from clasp.models.tower import Tower
 from clasp.training.state import TrainState
 from clasp.types import UserError
 
-FORMAT = 1
-OWN_FOLDER = "{run}"  # stands for the run's folder in the towers of its recipe, so that a run can be moved
+_FORMAT = 1
+RUN_PLACEHOLDER = "{run}"  # stands for the run's folder in the towers of its recipe, so that a run can be moved
 # there before anything is trained; towers/ in a run whose towers came with it
-STARTED = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl", "towers")
+_INITIAL_FILES = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl", "towers")
 
 
 @dataclass(frozen=True, slots=True)
-class RunFacts:
+class RunMetadata:
     """What a run folder says before any weights are read."""
 
     recipe: dict[str, Any]
@@ -45,7 +45,7 @@ class RunFacts:
     base: dict[str, Any]
 
 
-class Run:
+class RunFolder:
     """One run folder. Making the object touches nothing."""
 
     def __init__(self, path: str | Path):
@@ -65,7 +65,7 @@ class Run:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; {other}")
         there = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
-        foreign = [name for name in there if name.removesuffix(".part") not in STARTED]
+        foreign = [name for name in there if name.removesuffix(".part") not in _INITIAL_FILES]
         if foreign:
             raise UserError(f"{self.path} holds something else than a run ({', '.join(foreign[:3])}); {other}")
 
@@ -83,29 +83,29 @@ class Run:
         Raises ``UserError`` for a folder that is taken. What is left of a run that never trained is written over.
         """
         self.refuse_taken()
-        with room_for(self.path):
+        with translate_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "log.jsonl").unlink(missing_ok=True)
             _write(self.path / "recipe.toml", recipe_toml)
             _write(self.path / "transform.json", json.dumps(transform.to_dict(), indent=2))
             tokenizer.save(self.path / "tokenizer")
             about = {tower.modality: self._about(tower) for tower in (model.image, model.text)}
-            base = {"format": FORMAT, **about, "pairs": pairs}
+            base = {"format": _FORMAT, **about, "pairs": pairs}
             _write(self.path / "base.json", json.dumps(base, indent=1))
 
     def _about(self, tower: Tower) -> dict[str, Any]:
-        name = tower.name.replace(f"{self.path}/", f"{OWN_FOLDER}/")
+        name = tower.name.replace(f"{self.path}/", f"{RUN_PLACEHOLDER}/")
         return {"tower": name, "version": tower.version, "fingerprint": tower.fingerprint, "tensors": tower.hashes}
 
     def save(self, model: DualEncoder) -> int:
         """Write the delta; returns its bytes on disk."""
-        with room_for(self.path):
-            _write_tensors(self.path / "delta.safetensors", model.delta(), {"format": str(FORMAT)})
+        with translate_disk_errors(self.path):
+            _write_tensors(self.path / "delta.safetensors", model.delta(), {"format": str(_FORMAT)})
         return (self.path / "delta.safetensors").stat().st_size
 
     def save_state(self, state: TrainState) -> None:
         """Write what going on exactly needs beyond the delta; ``state/`` may be deleted when a run is finished."""
-        with room_for(self.path):
+        with translate_disk_errors(self.path):
             (self.path / "state").mkdir(exist_ok=True)
             # one file, so that a kill never pairs new tensors with an old position
             facts = {"facts": json.dumps(state.facts())}
@@ -117,13 +117,13 @@ class Run:
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to ``log.jsonl`` or ``results.jsonl``."""
-        with room_for(self.path), open(self.path / name, "a", encoding="utf-8") as file:
+        with translate_disk_errors(self.path), open(self.path / name, "a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run, such as its card."""
-        with room_for(self.path):
+        with translate_disk_errors(self.path):
             _write(self.path / name, text)
 
     # --- reading -------------------------------------------------------------------------------------------------
@@ -147,10 +147,10 @@ class Run:
         for side in ("image", "text"):
             match recipe.get(side):
                 case {"tower": str(tower), **rest}:
-                    filled[side] = {"tower": tower.replace(OWN_FOLDER, str(self.path)), **rest}
+                    filled[side] = {"tower": tower.replace(RUN_PLACEHOLDER, str(self.path)), **rest}
         return filled
 
-    def read(self) -> RunFacts:
+    def read(self) -> RunMetadata:
         """Everything but tensors. Raises ``UserError`` when the folder is not a run."""
         recipe = self.recipe()
         try:
@@ -158,13 +158,13 @@ class Run:
             transform = ImageTransform.from_dict(json.loads((self.path / "transform.json").read_text(encoding="utf-8")))
         except ValueError as error:
             raise UserError(f"{self.path} is damaged: {error}") from None
-        return RunFacts(recipe, transform, Tokenizer.from_folder(self.path / "tokenizer"), base)
+        return RunMetadata(recipe, transform, Tokenizer.from_folder(self.path / "tokenizer"), base)
 
     def refuse_other_bases(self, model: DualEncoder) -> None:
         """``UserError`` unless the towers of ``model`` hold the weights that this run was trained on."""
         base = json.loads((self.path / "base.json").read_text(encoding="utf-8"))
         for tower in (model.image, model.text):
-            _refuse_other_weights(self.path, tower, base[tower.modality])
+            _require_same_weights(self.path, tower, base[tower.modality])
 
     def restore(self, model: DualEncoder) -> None:
         """Check the bases of ``model`` and put the delta in. Every tensor is accounted for.
@@ -205,7 +205,7 @@ class Run:
             raise UserError(f"{path} is damaged: {error}") from None
 
 
-def _refuse_other_weights(run: Path, tower: Tower, then: dict[str, Any]) -> None:
+def _require_same_weights(run: Path, tower: Tower, then: dict[str, Any]) -> None:
     if tower.fingerprint == then["fingerprint"]:
         return
     names = sorted(set(tower.hashes) | set(then["tensors"]))
@@ -221,18 +221,18 @@ def _refuse_other_weights(run: Path, tower: Tower, then: dict[str, Any]) -> None
 
 
 def _write(path: Path, text: str) -> None:
-    with _in_place(path) as part:
+    with _atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     rows = {name: tensor.contiguous() for name, tensor in tensors.items()}  # a CNN's are kept channels last
-    with _in_place(path) as part:
+    with _atomic_write(path) as part:
         safetensors.torch.save_file(rows, part, metadata)
 
 
 @contextmanager
-def _in_place(path: Path) -> Iterator[Path]:
+def _atomic_write(path: Path) -> Iterator[Path]:
     """A file to write beside ``path``, which takes its place when all went well."""
     part = path.with_name(path.name + ".part")
     try:
@@ -243,7 +243,7 @@ def _in_place(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def room_for(path: Path) -> Iterator[None]:
+def translate_disk_errors(path: Path) -> Iterator[None]:
     """Turns a full disk into one line; what was there before is still there."""
     try:
         yield

@@ -1,9 +1,8 @@
 """The settings of training, and what they come to for a given number of pairs.
 
-In: ``TrainSettings`` as the recipe has them, and the number of training pairs. Out: ``Plan``, with batch and epochs
-as numbers and the reason as a sentence.
-Unusual: "auto" looks at the number of pairs only. Whoever knows that a step must fit into memory (towers that train, a
-small machine) says so with ``largest``.
+In: ``TrainSettings`` as the recipe has them, and the number of training pairs. Out: ``TrainPlan``, with batch and
+epochs as numbers and the reason as a sentence. Unusual: "auto" looks at the number of pairs only. Whoever knows that a
+step must fit into memory (towers that train, a small machine) says so with ``largest``.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from clasp.training.attention_kernel import Attention
+from clasp.training.attention_kernel import AttentionKernel
 from clasp.training.precision import Precision
 from clasp.types import UserError
 
-Auto = Literal["auto"]
+_Auto = Literal["auto"]
 
-LARGEST_BATCH = 1024
+MAX_AUTO_BATCH_SIZE = 1024
 # Heads on frozen towers have settled after 180 to 400 steps on 3,300 images (batch 1,024); fewer cost quality.
-FEWEST_STEPS = 300
+_MIN_AUTO_STEPS = 300
 # LilT trains 15 epochs on 0.6 M pairs; beyond 100,000 pairs epochs shrink with the square root of the data,
 # so that the pairs seen still grow with it.
-MOST_EPOCHS_OF_MANY = 15
-MANY_PAIRS = 100_000
+_DEFAULT_EPOCHS = 15
+_LARGE_DATA_SET_PAIRS = 100_000
 
 
 class LrFactors(BaseModel):
@@ -51,19 +50,19 @@ class LrFactors(BaseModel):
 
 
 class TrainSettings(BaseModel):
-    """How to train. ``choose`` replaces "auto" in ``batch`` and ``epochs``."""
+    """How to train. ``plan_training`` replaces "auto" in ``batch`` and ``epochs``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    batch: Annotated[int, Field(gt=1)] | Auto = "auto"
+    batch: Annotated[int, Field(gt=1)] | _Auto = "auto"
     """Pairs in a step; the negatives of a pair are the others of its batch."""
-    micro_batch: Annotated[int, Field(gt=0)] | Auto = "auto"
+    micro_batch: Annotated[int, Field(gt=0)] | _Auto = "auto"
     """Pairs whose activations are in memory at a time: a larger batch is worked through in pieces, with the gradient
     of one piece. "auto": the whole batch, or as many as fit, measured when training begins."""
     recompute: Literal["none", "blocks"] = "none"
     """What the backward pass computes again, to keep less in memory: the insides of the blocks from the first that
     trains."""
-    epochs: Annotated[int, Field(gt=0)] | Auto = "auto"
+    epochs: Annotated[int, Field(gt=0)] | _Auto = "auto"
     """Times that every pair is seen."""
     lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Highest learning rate, reached at the end of the warm-up."""
@@ -89,13 +88,13 @@ class TrainSettings(BaseModel):
     """Added to AdamW's denominator."""
     clip_norm: Annotated[float, Field(gt=0)] | Literal["none"] = 1.0
     """Longest gradient, as the norm over the selection; a longer one is shortened to it."""
-    precision: Precision | Auto = "auto"
+    precision: Precision | _Auto = "auto"
     """Numbers to compute in; weights stay float32. "auto" asks the machine."""
-    attention: Attention | Auto = "auto"
+    attention: AttentionKernel | _Auto = "auto"
     """The kernel that attends: PyTorch's fused one, or plain products. "auto" measures where the two differ."""
     seed: int = Field(default=0, ge=0)
     """Of the order of pairs, captions drawn, augmentation, dropout and noise."""
-    evaluate_every: Annotated[int, Field(gt=0)] | Auto = "auto"
+    evaluate_every: Annotated[int, Field(gt=0)] | _Auto = "auto"
     """Epochs between evaluations; the last epoch always ends with one. "auto": about ten in a run."""
     keep: Literal["best", "last"] = "best"
     """The weights to end with: those of the best evaluation, or of the last step."""
@@ -118,7 +117,7 @@ class TrainSettings(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TrainPlan:
     """What a run will do: pairs in a step, epochs, steps in all, and why."""
 
     batch: int
@@ -131,7 +130,7 @@ class Plan:
         return settings.model_copy(update={"batch": self.batch, "epochs": self.epochs})
 
 
-def choose(settings: TrainSettings, pairs: int, *, largest: int = LARGEST_BATCH) -> Plan:
+def plan_training(settings: TrainSettings, pairs: int, *, largest: int = MAX_AUTO_BATCH_SIZE) -> TrainPlan:
     """Batch and epochs for so many training pairs; what the recipe sets is kept.
 
     "auto" batch: the largest power of two that is at most a quarter of the pairs and at most ``largest``, so that an
@@ -154,13 +153,13 @@ def choose(settings: TrainSettings, pairs: int, *, largest: int = LARGEST_BATCH)
         reasons.append(f"batch {batch:,} is set")
     steps_an_epoch = pairs // batch
     if settings.epochs == "auto":
-        usual = max(2, round(MOST_EPOCHS_OF_MANY * min(1.0, (MANY_PAIRS / pairs) ** 0.5)))
-        enough = -(-FEWEST_STEPS // steps_an_epoch)
+        usual = max(2, round(_DEFAULT_EPOCHS * min(1.0, (_LARGE_DATA_SET_PAIRS / pairs) ** 0.5)))
+        enough = -(-_MIN_AUTO_STEPS // steps_an_epoch)
         epochs = max(usual, enough)
-        why = f"give at least {FEWEST_STEPS} steps" if enough > usual else "are usual for so many pairs"
+        why = f"give at least {_MIN_AUTO_STEPS} steps" if enough > usual else "are usual for so many pairs"
         reasons.append(f"{epochs:,} epochs {why}")
     else:
         epochs = settings.epochs
         reasons.append(f"{epochs:,} epochs are set" if epochs > 1 else "1 epoch is set")
     steps = epochs * steps_an_epoch
-    return Plan(batch, epochs, steps, f"{pairs:,} pairs: {' and '.join(reasons)}, {steps:,} steps in all")
+    return TrainPlan(batch, epochs, steps, f"{pairs:,} pairs: {' and '.join(reasons)}, {steps:,} steps in all")

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from clasp.training.precision import Precision
-from clasp.types import Skipped
+from clasp.types import SkippedSample
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class TrainPosition:
     """The next step: its epoch, its number in the epoch, its number in the run; all from 0.
 
     ``step_in_epoch`` equal to the length of the epoch means that only the evaluation at its end is to do.
@@ -29,18 +29,18 @@ class Position:
     step_in_epoch: int = 0
     step: int = 0
 
-    def next_step(self) -> Position:
-        return Position(self.epoch, self.step_in_epoch + 1, self.step + 1)
+    def next_step(self) -> TrainPosition:
+        return TrainPosition(self.epoch, self.step_in_epoch + 1, self.step + 1)
 
-    def next_epoch(self) -> Position:
-        return Position(self.epoch + 1, 0, self.step)
+    def next_epoch(self) -> TrainPosition:
+        return TrainPosition(self.epoch + 1, 0, self.step)
 
 
 @dataclass(frozen=True, slots=True)
-class Best:
+class BestEvaluation:
     """The evaluation that has gone best so far, and a copy of the selection at that moment (on the CPU)."""
 
-    position: Position
+    position: TrainPosition
     metrics: Mapping[str, float]
     weights: Mapping[str, Tensor]
 
@@ -54,12 +54,12 @@ class TrainState:
     them again might come out differently.
     """
 
-    position: Position
+    position: TrainPosition
     precision: Precision
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    best: Best | None = None
-    skipped: tuple[Skipped, ...] = ()
+    best: BestEvaluation | None = None
+    skipped: tuple[SkippedSample, ...] = ()
     micro_batch: int | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -69,9 +69,9 @@ class TrainState:
 
     def facts(self) -> dict[str, Any]:
         """Everything else, as JSON values."""
-        best = {"position": _numbers(self.best.position), "metrics": dict(self.best.metrics)} if self.best else None
+        best = {"position": _as_list(self.best.position), "metrics": dict(self.best.metrics)} if self.best else None
         return {
-            "position": _numbers(self.position),
+            "position": _as_list(self.position),
             "precision": self.precision,
             "micro_batch": self.micro_batch,
             "best": best,
@@ -87,22 +87,22 @@ class TrainState:
             parts[part][name] = tensor
         best = facts["best"]
         return cls(
-            position=Position(*facts["position"]),
+            position=TrainPosition(*facts["position"]),
             precision=facts["precision"],
             weights=parts["weights"],
             optimizer=parts["optimizer"],
-            best=Best(Position(*best["position"]), best["metrics"], parts["best"]) if best else None,
-            skipped=tuple(Skipped(*sample) for sample in facts["skipped"]),
+            best=BestEvaluation(TrainPosition(*best["position"]), best["metrics"], parts["best"]) if best else None,
+            skipped=tuple(SkippedSample(*sample) for sample in facts["skipped"]),
             micro_batch=facts["micro_batch"],
         )
 
 
-def _numbers(position: Position) -> list[int]:
+def _as_list(position: TrainPosition) -> list[int]:
     return [position.epoch, position.step_in_epoch, position.step]
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class FitResult:
     """What became of a call to ``fit``.
 
     The model holds the weights of ``held``: the best evaluation's, or the last step's; ``metrics`` are what the
@@ -110,11 +110,11 @@ class Fitted:
     is where to go on. ``pairs`` and ``seconds`` count this call only, ``seconds`` with evaluation and saving.
     """
 
-    position: Position
-    held: Position
+    position: TrainPosition
+    held: TrainPosition
     interrupted: bool
     metrics: Mapping[str, float]
     precision: Precision
     pairs: int
     seconds: float
-    skipped: tuple[Skipped, ...] = field(default=())
+    skipped: tuple[SkippedSample, ...] = field(default=())

@@ -1,7 +1,8 @@
 """One training step: embed a batch, measure the loss, move the selected weights.
 
-In: a model, a loss, settings, a batch and the number of the step. Out: ``Stepped``, numbers for the log; weights moved.
-Unusual: randomness is drawn from (seed, step) alone, so a step does not care what ran before it. A batch of more than
+In: a model, a loss, settings, a batch and the number of the step. Out: ``StepResult``, numbers for the log; weights
+moved. Unusual: randomness is drawn from (seed, step) alone, so a step does not care what ran before it. A batch of more
+than
 ``micro_batch`` pairs is worked through in pieces (``train.bigbatch``), to the same gradient. A loss or gradient that is
 not finite stops the run before it reaches the weights.
 """
@@ -18,10 +19,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from clasp.data.device import on_device
+from clasp.data.device import to_device
 from clasp.training import grad_cache
 from clasp.training import optimizer as optim
-from clasp.training.grad_cache import Choice, Embedder, Measured, precise
+from clasp.training.grad_cache import Embedder, LossAndScale, MicroBatchChoice, at_least_float32
 from clasp.training.precision import Precision
 from clasp.training.settings import TrainSettings
 from clasp.training.state import TrainState
@@ -52,7 +53,7 @@ class Trainable(Embedder, Protocol):
     def to(self, device: torch.device) -> Any: ...
 
 
-class Stepped(NamedTuple):
+class StepResult(NamedTuple):
     """What a step was like; ``gradient_norm`` is that before clipping."""
 
     loss: float
@@ -89,22 +90,22 @@ class Stepper:
         self.micro_batch = before if settings.micro_batch == "auto" else settings.micro_batch
         assert settings.epochs != "auto", "resolve the settings with train.plan.choose first"
         warmup = round(settings.warmup_fraction * steps)
-        self.course = optim.Course(steps, settings.epochs, warmup, settings.lr_floor)
+        self.course = optim.ScheduleContext(steps, settings.epochs, warmup, settings.lr_floor)
         self.longest = math.inf if settings.clip_norm == "none" else settings.clip_norm
         model.to(accelerator.device)
-        self.weights = optim.selected(dict(model.named_parameters()), model.selection)
+        self.weights = optim.select_parameters(dict(model.named_parameters()), model.selection)
         factors = settings.lr_factors.model_dump()
         apart = settings.weight_decay_shared
         assert kinds or (set(factors.values()) == {1.0} and apart is None), "these need the kinds of the parameters"
         assert not kinds or kinds.keys() >= self.weights.keys(), "a parameter that trains is of no kind"
-        groups = optim.groups(
+        groups = optim.build_parameter_groups(
             self.weights,
             weight_decay=settings.weight_decay,
             decay=settings.decay,
             other_decays={} if apart is None else {name: apart for name, kind in kinds.items() if kind == "shared"},
             lr_factors={name: factors[kind] for name, kind in kinds.items()},
         )
-        self.optimizer = optim.adamw(
+        self.optimizer = optim.build_adamw(
             groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, device=accelerator.device
         )
         if model.moving and self.micro_batch is None:
@@ -112,9 +113,9 @@ class Stepper:
             self.micro_batch = settings.batch  # statistics are those of whole batches, and measuring would move them
         if start:
             self.put(start.weights)
-            optim.restore(self.optimizer, self.weights, start.optimizer)
+            optim.load_optimizer_state(self.optimizer, self.weights, start.optimizer)
 
-    def step(self, batch: Batch, number: int) -> Stepped:
+    def step(self, batch: Batch, number: int) -> StepResult:
         """Takes step ``number`` (from 0). Raises UserError, with the weights as they were, if it would spoil them."""
         lr = self.settings.lr * optim.SCHEDULES[self.settings.schedule](number, self.course)
         optim.set_lr(self.optimizer, lr)
@@ -129,37 +130,43 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.after_step()
-        return Stepped(loss, lr, scale, gradient_norm)
+        return StepResult(loss, lr, scale, gradient_norm)
 
-    def gradients(self, batch: Batch, number: int) -> Measured:
+    def gradients(self, batch: Batch, number: int) -> LossAndScale:
         """Leaves the gradient of the batch's loss on the weights; the loss is taken in float32 at any precision."""
         if self.micro_batch is not None and len(batch.ids) > self.micro_batch:
-            return grad_cache.gradients(self._work(number), batch, self.loss, self.micro_batch)
+            return grad_cache.backward_in_micro_batches(self._work(number), batch, self.loss, self.micro_batch)
         device = self.accelerator.device
         seed_generators(step_seed(self.settings.seed, number), device)
-        image, text = on_device(batch.image, device), on_device(batch.text, device)
+        image, text = to_device(batch.image, device), to_device(batch.text, device)
         batch = replace(batch, image=image, text=text, groups=batch.groups.to(device, non_blocking=True))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             out = self.model(batch)
-        bias = None if out.bias is None else precise(out.bias)
-        parts = self.loss(precise(out.image), precise(out.text), precise(out.scale), bias, groups=batch.groups)
+        bias = None if out.bias is None else at_least_float32(out.bias)
+        parts = self.loss(
+            at_least_float32(out.image),
+            at_least_float32(out.text),
+            at_least_float32(out.scale),
+            bias,
+            groups=batch.groups,
+        )
         self.accelerator.backward(parts.total)
-        return Measured(parts.total.detach(), out.scale.detach().float())
+        return LossAndScale(parts.total.detach(), out.scale.detach().float())
 
-    def choose_micro_batch(self, batch: Batch) -> Choice:
+    def choose_micro_batch(self, batch: Batch) -> MicroBatchChoice:
         """Measures how many pairs fit in memory at a time, and keeps to it from now on."""
         pairs = max(len(batch.ids), 0 if self.settings.batch == "auto" else self.settings.batch)
-        choice = grad_cache.choose(self._work(0), batch, pairs)
+        choice = grad_cache.choose_micro_batch(self._work(0), batch, pairs)
         self.micro_batch = choice.micro_batch
         return choice
 
-    def _work(self, number: int) -> grad_cache.Work:
+    def _work(self, number: int) -> grad_cache.MicroBatchEmbedder:
         device = self.accelerator.device
 
         def seed(side: str, piece: int) -> None:
             seed_generators(step_seed(self.settings.seed, number, side, piece), device)
 
-        return grad_cache.Work(self.model, device, self.precision, seed)
+        return grad_cache.MicroBatchEmbedder(self.model, device, self.precision, seed)
 
     def selection(self, *, copied: bool = False) -> dict[str, Tensor]:
         """The trained weights by name, and the statistics that move: the live tensors, or a copy on the CPU."""
@@ -168,7 +175,7 @@ class Stepper:
 
     def memory(self) -> dict[str, Tensor]:
         """What the optimizer remembers, by name; not copied."""
-        return optim.state(self.optimizer, self.weights)
+        return optim.optimizer_state(self.optimizer, self.weights)
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Copies weights into the model; they must be of the same names and shapes, else UserError."""

@@ -12,36 +12,42 @@ from typing import Any
 
 from torch import Tensor
 
-from clasp.config.recipe import read_recipe, shipped
-from clasp.convert.importers.lilt_checkpoint import GREATEST, LEAST, Lilt, Modality, read_lilt
-from clasp.convert.importers.lilt_flags import Tuned, notes, switches_of, tuned
-from clasp.convert.importers.run_writer import Told, Wanted, tokenizer_for, write_run
+from clasp.config.recipe import builtin_recipes, read_recipe
+from clasp.convert.importers.lilt_checkpoint import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    LiltCheckpoint,
+    Modality,
+    read_lilt_checkpoint,
+)
+from clasp.convert.importers.lilt_flags import LiltTuning, explain_lilt_tuning, infer_lilt_tuning, lilt_flags
+from clasp.convert.importers.run_writer import ImportOptions, ImportReport, load_matching_tokenizer, write_run
 from clasp.data.images import ImageTransform
-from clasp.models.pooling import resize_positions
+from clasp.models.pooling import resize_pos_embed
 from clasp.models.transformer.encoders import ImageTransformerSettings
-from clasp.models.zoo.folder import BertSettings, save_bert, save_image_net
-from clasp.training.run_folder import OWN_FOLDER, Run
+from clasp.models.zoo.folder import BertSettings, save_bert, save_image_encoder
+from clasp.training.run_folder import RUN_PLACEHOLDER, RunFolder
 from clasp.types import UserError
 
-PAPER = "lilt/paper"
-Tunings = Mapping[Modality, Tuned]
+_RECIPE = "lilt/paper"
+_Tunings = Mapping[Modality, LiltTuning]
 
 
-def import_lilt(checkpoint: Path, run: Run, wanted: Wanted) -> Told:
+def import_lilt(checkpoint: Path, run: RunFolder, wanted: ImportOptions) -> ImportReport:
     """Write the run. Raises ``UserError`` for a file that is no such checkpoint, or does not tell enough."""
     if wanted.lateral_layers:
         raise UserError("--lateral is of MS-CLIP's parallel branch; LilT's towers have none")
-    lilt = read_lilt(checkpoint, {"image": wanted.image_heads, "text": wanted.text_heads})
+    lilt = read_lilt_checkpoint(checkpoint, {"image": wanted.image_heads, "text": wanted.text_heads})
     image, text = lilt.sides["image"].settings, lilt.sides["text"].settings
     assert isinstance(image, ImageTransformerSettings) and isinstance(text, BertSettings)
     size = _size(image, wanted.size)
-    tunings: Tunings = {modality: tuned(lilt, modality) for modality in lilt.sides}
+    tunings: _Tunings = {modality: infer_lilt_tuning(lilt, modality) for modality in lilt.sides}
     recipe = _recipe(lilt, tunings, size, text.positions)
-    named, tokenizer = tokenizer_for(text.vocabulary, wanted.tokenizer)
+    named, tokenizer = load_matching_tokenizer(text.vocabulary, wanted.tokenizer)
     plain = {modality: side.plain(tunings[modality].appended) for modality, side in lilt.sides.items()}
     ids = save_bert(*plain["text"], tokenizer, run.path / "towers" / "text")
     seen = ImageTransform(image.size, tuple(recipe["image"]["mean"]), tuple(recipe["image"]["std"]), "squash")
-    save_image_net(*plain["image"], seen, run.path / "towers" / "image")
+    save_image_encoder(*plain["image"], seen, run.path / "towers" / "image")
     model, delta_bytes = write_run(run, recipe, _tensors(lilt, size))
     lines = [
         f"{checkpoint.name}: LilT{'' if lilt.epoch is None else f', epoch {lilt.epoch}'}",
@@ -50,16 +56,17 @@ def import_lilt(checkpoint: Path, run: Run, wanted: Wanted) -> Told:
         f"text tower: layers {text.layers}, width {text.width}, heads {text.heads}, {text.vocabulary:,} words, "
         f"{text.positions} positions; tokenizer {named}",
         f"joint space: width {recipe['head']['width']}",
-        *_about_tuning(lilt, tunings),
+        *_describe_tuning(lilt, tunings),
     ]
     if ids < text.vocabulary:
         lines.append(f"{named} has {ids:,} words, and the tower {text.vocabulary:,}: is it the tokenizer it had?")
-    if not LEAST <= (temperature := float(lilt.temperature)) <= GREATEST:
+    if not MIN_TEMPERATURE <= (temperature := float(lilt.temperature)) <= MAX_TEMPERATURE:
         lines.append(
-            f"the temperature {temperature:.4g} is clamped to [{LEAST}, {GREATEST}], as before each of its uses"
+            f"the temperature {temperature:.4g} is clamped to [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}], "
+            "as before each of its uses"
         )
     facts = {"epoch": lilt.epoch, "temperature": temperature, "config": lilt.config}
-    return Told(lines, facts, model.counts(), delta_bytes)
+    return ImportReport(lines, facts, model.counts(), delta_bytes)
 
 
 def _size(image: ImageTransformerSettings, wanted: int | None) -> int:
@@ -70,40 +77,40 @@ def _size(image: ImageTransformerSettings, wanted: int | None) -> int:
     return size
 
 
-def _recipe(lilt: Lilt, tunings: Tunings, size: int, positions: int) -> dict[str, Any]:
+def _recipe(lilt: LiltCheckpoint, tunings: _Tunings, size: int, positions: int) -> dict[str, Any]:
     """The paper's recipe on the towers of this file, training what trained in it."""
-    recipe = read_recipe(PAPER).to_dict()
-    recipe["image"] |= {"tower": f"file:{OWN_FOLDER}/towers/image", "size": size}
-    recipe["text"] |= {"tower": f"file:{OWN_FOLDER}/towers/text"}
+    recipe = read_recipe(_RECIPE).to_dict()
+    recipe["image"] |= {"tower": f"file:{RUN_PLACEHOLDER}/towers/image", "size": size}
+    recipe["text"] |= {"tower": f"file:{RUN_PLACEHOLDER}/towers/text"}
     recipe["text"]["max_tokens"] = min(recipe["text"]["max_tokens"], positions)
     recipe["tune"] |= {modality: each.methods for modality, each in tunings.items()}
     recipe["head"]["width"] = len(lilt.heads["image"]["bias"])
     return recipe
 
 
-def _tensors(lilt: Lilt, size: int) -> dict[str, Tensor]:
+def _tensors(lilt: LiltCheckpoint, size: int) -> dict[str, Tensor]:
     """Every parameter of the model, by its name there; positions resized (bicubic) to images of ``size`` pixels."""
-    tensors = {"temperature": lilt.temperature.clamp(LEAST, GREATEST)}
+    tensors = {"temperature": lilt.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)}
     for modality, side in lilt.sides.items():
         tensors |= {f"{modality}.net.{name}": tensor for name, tensor in side.tensors.items()}
         tensors |= {f"{modality}_head.map.{name}": tensor for name, tensor in lilt.heads[modality].items()}
     image = lilt.sides["image"].settings
     assert isinstance(image, ImageTransformerSettings)
     table = tensors["image.net.pos_embed"]
-    tensors["image.net.pos_embed"] = resize_positions(table, size // image.patch, int(image.class_position))
+    tensors["image.net.pos_embed"] = resize_pos_embed(table, size // image.patch, int(image.class_position))
     return tensors
 
 
-def _about_tuning(lilt: Lilt, tunings: Tunings) -> list[str]:
+def _describe_tuning(lilt: LiltCheckpoint, tunings: _Tunings) -> list[str]:
     """Which recipe it is, what trains, and what a person should know of how that was found out."""
     methods = {modality: set(each.methods) for modality, each in tunings.items()}
-    names = sorted((name for name in shipped() if name.startswith("lilt/")), key=len)
+    names = sorted((name for name in builtin_recipes() if name.startswith("lilt/")), key=len)
     tunes = {name: read_recipe(name).tune for name in names}
     alike = next((n for n in names if {"image": set(tunes[n].image), "text": set(tunes[n].text)} == methods), None)
-    source = "keys" if switches_of(lilt) is None else "config"
+    source = "keys" if lilt_flags(lilt) is None else "config"
     return [
         f"recipe, by its {source}: {f'that of {alike}' if alike else 'none of the ones that come with clasp'}",
         *(f"trains in the {modality} tower: {', '.join(each.methods)}" for modality, each in tunings.items()),
         *(note for each in tunings.values() for note in each.notes),
-        *notes(lilt, sum(len(each.trained) for each in tunings.values())),
+        *explain_lilt_tuning(lilt, sum(len(each.trained) for each in tunings.values())),
     ]

@@ -1,8 +1,8 @@
 """A checkpoint of LilT as its authors' code saves it, laid open: sizes from shapes, every key under our name.
 
-In goes a ``.pth`` (the released dictionary, or the bare weights), out comes a ``Lilt``: two towers, two heads, the
-temperature, and what else the file tells. What trained is ``switches``' business.
-Unusual: the names that a file must have are those of our own nets, so every key has its place or the file is refused.
+In goes a ``.pth`` (the released dictionary, or the bare weights), out comes a ``LiltCheckpoint``: two towers, two
+heads, the temperature, and what else the file tells. What trained is ``switches``' business. Unusual: the names that a
+file must have are those of our own nets, so every key has its place or the file is refused.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from clasp.convert.importers.safe_pickle import read_pickle
+from clasp.convert.importers.safe_pickle import safe_load_pickle
 from clasp.models.transformer.encoders import ImageTransformerSettings
-from clasp.models.tuning.spec import tune
-from clasp.models.zoo.folder import BertSettings, Settings, shapes_of
+from clasp.models.tuning.spec import apply_tuning
+from clasp.models.zoo.folder import BertSettings, EncoderSettings, build_on_meta
 from clasp.types import UserError
 
 Modality = Literal["image", "text"]
-TOWERS: dict[Modality, str] = {"image": "visual_encoder.", "text": "text_encoder."}
-HEADS: dict[Modality, str] = {"image": "vision_proj.", "text": "text_proj."}
-BLOCKS: dict[Modality, str] = {"image": "blocks.", "text": "encoder.layer."}
-ADAPTERS: dict[Modality, tuple[str, str]] = {  # inside a block, in the order of our adapter1 and adapter2
+LILT_TOWER_PREFIXES: dict[Modality, str] = {"image": "visual_encoder.", "text": "text_encoder."}
+LILT_HEAD_PREFIXES: dict[Modality, str] = {"image": "vision_proj.", "text": "text_proj."}
+LILT_BLOCK_PREFIXES: dict[Modality, str] = {"image": "blocks.", "text": "encoder.layer."}
+_ADAPTER_NAMES: dict[Modality, tuple[str, str]] = {  # inside a block, in the order of our adapter1 and adapter2
     "image": ("adapter1", "adapter2"),
     "text": ("attention.output.adapter", "output.adapter"),
 }
-PLACES: dict[Modality, str] = {"image": "input", "text": "output"}  # of a branch, where the adapters stand
-CONSTANT = "text_encoder.embeddings.position_ids"  # 0, 1, 2, …: a buffer that is saved no more
-LEAST, GREATEST = 0.001, 0.5  # the temperature is clamped to this before each use
-HEAD_WIDTH = 64  # of the attention, in every tower of the paper
+_ADAPTER_PLACES: dict[Modality, str] = {"image": "input", "text": "output"}  # of a branch, where the adapters stand
+_POSITION_IDS = "text_encoder.embeddings.position_ids"  # 0, 1, 2, …: a buffer that is saved no more
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # the temperature is clamped to this before each use
+_ATTENTION_HEAD_WIDTH = 64  # of the attention, in every tower of the paper
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class LiltTower:
     """One tower of the file."""
 
     modality: Modality
-    settings: Settings
+    settings: EncoderSettings
     """of its net, all its blocks counted"""
     reduction: int | None
     """of its adapters; none where it has none"""
@@ -53,15 +53,15 @@ class Side:
     def plain(self, appended: int) -> tuple[Any, dict[str, Tensor]]:
         """Settings and tensors of the tower without its adapters and without its last ``appended`` blocks."""
         settings = self.settings.model_copy(update={"layers": self.settings.layers - appended})
-        return settings, {name: self.tensors[name] for name, _ in shapes_of(settings).named_parameters()}
+        return settings, {name: self.tensors[name] for name, _ in build_on_meta(settings).named_parameters()}
 
 
 @dataclass(frozen=True, slots=True)
-class Lilt:
+class LiltCheckpoint:
     """All that a checkpoint holds."""
 
     path: Path
-    sides: Mapping[Modality, Side]
+    sides: Mapping[Modality, LiltTower]
     heads: Mapping[Modality, Mapping[str, Tensor]]
     """``weight [E D]`` and ``bias [E]``"""
     temperature: Tensor
@@ -72,52 +72,61 @@ class Lilt:
     """tensors; none where the file has no optimizer"""
 
 
-def read_lilt(path: Path, heads: Mapping[Modality, int | None]) -> Lilt:
+def read_lilt_checkpoint(path: Path, heads: Mapping[Modality, int | None]) -> LiltCheckpoint:
     """Open a checkpoint. ``heads`` of the attention are needed where a tower is no whole number of 64-wide ones.
 
-    Raises ``UserError`` for a file that is no checkpoint, holds what ``lay_open`` refuses, or
+    Raises ``UserError`` for a file that is no checkpoint, holds what ``parse_lilt_checkpoint`` refuses, or
     numbers that are not finite.
     """
-    found = read_pickle(path)
-    lilt = lay_open(path, found, heads)
-    if odd := [key for key, tensor in _weights(path, _released(path, found)).items() if not tensor.isfinite().all()]:
+    found = safe_load_pickle(path)
+    lilt = parse_lilt_checkpoint(path, found, heads)
+    if odd := [
+        key
+        for key, tensor in _state_dict(path, _as_released_format(path, found)).items()
+        if not tensor.isfinite().all()
+    ]:
         raise UserError(f"{path} is damaged: {_listed(odd)} has numbers that are not finite")
     return lilt
 
 
-def lay_open(path: Path, found: Any, heads: Mapping[Modality, int | None]) -> Lilt:
+def parse_lilt_checkpoint(path: Path, found: Any, heads: Mapping[Modality, int | None]) -> LiltCheckpoint:
     """What was found in the file ``path``, by our names.
 
     Raises ``UserError`` where that is no checkpoint and, in one line, for every key too many, lacking, or of another
     shape than the rest of the file asks for.
     """
-    found = _released(path, found)
-    model = _weights(path, found)
-    sizes: dict[Modality, Settings] = {
+    found = _as_released_format(path, found)
+    model = _state_dict(path, found)
+    sizes: dict[Modality, EncoderSettings] = {
         "image": _image_sizes(path, model, heads["image"]),
         "text": _text_sizes(path, model, heads["text"]),
     }
-    reductions = {modality: _reduction(path, model, modality, sizes[modality].width) for modality in TOWERS}
-    names = {modality: _names(modality, sizes[modality], reductions[modality]) for modality in TOWERS}
-    joint = _shape(path, model, f"{HEADS['image']}weight", 2)[0]
+    reductions = {
+        modality: _reduction(path, model, modality, sizes[modality].width) for modality in LILT_TOWER_PREFIXES
+    }
+    names = {modality: _name_map(modality, sizes[modality], reductions[modality]) for modality in LILT_TOWER_PREFIXES}
+    joint = _shape(path, model, f"{LILT_HEAD_PREFIXES['image']}weight", 2)[0]
     wanted: dict[str, tuple[int, ...]] = {"temp": ()}
-    for modality, head in HEADS.items():
+    for modality, head in LILT_HEAD_PREFIXES.items():
         wanted |= {f"{head}weight": (joint, sizes[modality].width), f"{head}bias": (joint,)}
-        wanted |= {f"{TOWERS[modality]}{theirs}": shape for theirs, shape in names[modality].values()}
-    _account(path, model, wanted)
+        wanted |= {f"{LILT_TOWER_PREFIXES[modality]}{theirs}": shape for theirs, shape in names[modality].values()}
+    _check_keys_and_shapes(path, model, wanted)
 
-    def side(modality: Modality) -> Side:
+    def side(modality: Modality) -> LiltTower:
         theirs = {ours: key for ours, (key, _) in names[modality].items()}
-        tensors = {ours: model[f"{TOWERS[modality]}{key}"].float() for ours, key in theirs.items()}
-        return Side(modality, sizes[modality], reductions[modality], tensors, theirs)
+        tensors = {ours: model[f"{LILT_TOWER_PREFIXES[modality]}{key}"].float() for ours, key in theirs.items()}
+        return LiltTower(modality, sizes[modality], reductions[modality], tensors, theirs)
 
     config, epoch, optimizer = (found.get(name) for name in ("config", "epoch", "optimizer"))
     groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
     trained = [group.get("params") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
-    return Lilt(
+    return LiltCheckpoint(
         path,
-        {modality: side(modality) for modality in TOWERS},
-        {m: {name: model[f"{head}{name}"].float() for name in ("weight", "bias")} for m, head in HEADS.items()},
+        {modality: side(modality) for modality in LILT_TOWER_PREFIXES},
+        {
+            m: {name: model[f"{head}{name}"].float() for name in ("weight", "bias")}
+            for m, head in LILT_HEAD_PREFIXES.items()
+        },
         model["temp"].float(),
         config if isinstance(config, dict) else None,
         epoch if isinstance(epoch, int) else None,
@@ -125,15 +134,15 @@ def lay_open(path: Path, found: Any, heads: Mapping[Modality, int | None]) -> Li
     )
 
 
-def adapters(modality: Modality, reduction: int) -> str:
+def lilt_adapter_method(modality: Modality, reduction: int) -> str:
     """LilT's bottlenecks, as a method of a tuning spec."""
-    return f"adapters(reduction={reduction}, place='{PLACES[modality]}', start='random')"
+    return f"adapters(reduction={reduction}, place='{_ADAPTER_PLACES[modality]}', start='random')"
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def _released(path: Path, found: Any) -> dict[str, Any]:
+def _as_released_format(path: Path, found: Any) -> dict[str, Any]:
     """The dictionary in the file; bare weights are put where the released format has them."""
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(found).__name__}, not a dictionary")
@@ -148,24 +157,24 @@ def _released(path: Path, found: Any) -> dict[str, Any]:
     return found
 
 
-def _weights(path: Path, found: Mapping[str, Any]) -> dict[str, Tensor]:
+def _state_dict(path: Path, found: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors by name, without the ``module.`` that training on several GPUs puts before them."""
     model = {str(key): value for key, value in found["model"].items()}
     if all(key.startswith("module.") for key in model):
         model = {key.removeprefix("module."): value for key, value in model.items()}
-    model.pop(CONSTANT, None)
+    model.pop(_POSITION_IDS, None)
     odd = [key for key, value in model.items() if not isinstance(value, Tensor) or not value.is_floating_point()]
     if odd:
         raise UserError(f"{path} is not a LilT checkpoint: {_listed(odd)} of its model is no tensor of real numbers")
-    if not any(key.startswith(tuple(TOWERS.values())) for key in model):
-        towers = " or ".join(TOWERS.values())
+    if not any(key.startswith(tuple(LILT_TOWER_PREFIXES.values())) for key in model):
+        towers = " or ".join(LILT_TOWER_PREFIXES.values())
         raise UserError(
             f"{path} is not a LilT checkpoint: no key begins with {towers}; it has {_listed(model) or 'none'}"
         )
     return model
 
 
-def _account(path: Path, model: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def _check_keys_and_shapes(path: Path, model: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """``UserError`` unless the file has these names and shapes and no others."""
     left = [key for key in model if key not in wanted]
     lacking = [key for key in wanted if key not in model]
@@ -188,7 +197,7 @@ def _listed(words: Iterable[str], most: int = 6) -> str:
 
 
 def _image_sizes(path: Path, model: Mapping[str, Tensor], heads: int | None) -> ImageTransformerSettings:
-    tower = TOWERS["image"]
+    tower = LILT_TOWER_PREFIXES["image"]
     width, _, patch, _ = _shape(path, model, f"{tower}patch_embed.proj.weight", 4)
     rows = _shape(path, model, f"{tower}pos_embed", 3)[1]
     grid = math.isqrt(rows)
@@ -211,7 +220,7 @@ def _image_sizes(path: Path, model: Mapping[str, Tensor], heads: int | None) -> 
 
 
 def _text_sizes(path: Path, model: Mapping[str, Tensor], heads: int | None) -> BertSettings:
-    tower = TOWERS["text"]
+    tower = LILT_TOWER_PREFIXES["text"]
     vocabulary, width = _shape(path, model, f"{tower}embeddings.word_embeddings.weight", 2)
     return BertSettings(
         width=width,
@@ -232,7 +241,7 @@ def _shape(path: Path, model: Mapping[str, Tensor], key: str, axes: int) -> tupl
 
 
 def _layers(path: Path, model: Mapping[str, Tensor], modality: Modality) -> int:
-    start = f"{TOWERS[modality]}{BLOCKS[modality]}"
+    start = f"{LILT_TOWER_PREFIXES[modality]}{LILT_BLOCK_PREFIXES[modality]}"
     count = len({match[0] for key in model if (match := re.match(rf"{re.escape(start)}\d+\.", key))})
     if not count:
         raise UserError(f"{path} is not a LilT checkpoint: it lacks {start}0")
@@ -240,12 +249,12 @@ def _layers(path: Path, model: Mapping[str, Tensor], modality: Modality) -> int:
 
 
 def _heads(path: Path, modality: Modality, width: int, given: int | None) -> int:
-    if given is None and width % HEAD_WIDTH:
+    if given is None and width % _ATTENTION_HEAD_WIDTH:
         raise UserError(
             f"{path}: its {modality} tower is {width} wide, and shapes do not tell how many attention heads it has; "
             f"say so with --{modality}-heads N"
         )
-    heads = width // HEAD_WIDTH if given is None else given
+    heads = width // _ATTENTION_HEAD_WIDTH if given is None else given
     if heads < 1 or width % heads:
         raise UserError(f"--{modality}-heads {heads}: does not divide {width}, the width of the {modality} tower")
     return heads
@@ -253,7 +262,7 @@ def _heads(path: Path, modality: Modality, width: int, given: int | None) -> int
 
 def _reduction(path: Path, model: Mapping[str, Tensor], modality: Modality, width: int) -> int | None:
     """The number by which adapters divide their width; none where the tower has no adapters."""
-    start = TOWERS[modality]
+    start = LILT_TOWER_PREFIXES[modality]
     key = next((key for key in model if key.startswith(start) and key.endswith(".down_sampler.weight")), None)
     if key is None:
         return None
@@ -267,16 +276,18 @@ def _reduction(path: Path, model: Mapping[str, Tensor], modality: Modality, widt
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def _names(modality: Modality, sizes: Settings, reduction: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _name_map(
+    modality: Modality, sizes: EncoderSettings, reduction: int | None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What such a tower has: by our names, the authors' names and the shapes."""
-    net = shapes_of(sizes)
+    net = build_on_meta(sizes)
     if reduction:
-        tune(net, [adapters(modality, reduction)], seed=0)
-    return {name: (_theirs(modality, name), tuple(p.shape)) for name, p in net.named_parameters()}
+        apply_tuning(net, [lilt_adapter_method(modality, reduction)], seed=0)
+    return {name: (_original_name(modality, name), tuple(p.shape)) for name, p in net.named_parameters()}
 
 
-def _theirs(modality: Modality, name: str) -> str:
-    for number, adapter in enumerate(ADAPTERS[modality], 1):
+def _original_name(modality: Modality, name: str) -> str:
+    for number, adapter in enumerate(_ADAPTER_NAMES[modality], 1):
         name = name.replace(f".adapter{number}.down.", f".{adapter}.down_sampler.")
         name = name.replace(f".adapter{number}.up.", f".{adapter}.up_sampler.")
     return name

@@ -1,8 +1,8 @@
 """LilT's switches, read as a tuning spec: what trained when a checkpoint was made.
 
-In goes a ``Lilt``, out comes, for each tower, a list of methods whose selection is what the authors' code left
-unfrozen, and what had to be assumed. Unusual: that code unlocks by substrings of its own names, one switch after the
-other, so this is done as it does it, on its names; then the fewest methods of ours are sought that select the same.
+In goes a ``LiltCheckpoint``, out comes, for each tower, a list of methods whose selection is what the authors' code
+left unfrozen, and what had to be assumed. Unusual: that code unlocks by substrings of its own names, one switch after
+the other, so this is done as it does it, on its names; then the fewest methods of ours are sought that select the same.
 What LilT adds to a tower (adapters, an appended layer) is always in the selection: no other file has it.
 """
 
@@ -17,14 +17,20 @@ from typing import Any
 
 from torch import nn
 
-from clasp.convert.importers.lilt_checkpoint import BLOCKS, Lilt, Modality, Side, adapters
-from clasp.models.tuning.spec import tune
-from clasp.models.zoo.folder import shapes_of
+from clasp.convert.importers.lilt_checkpoint import (
+    LILT_BLOCK_PREFIXES,
+    LiltCheckpoint,
+    LiltTower,
+    Modality,
+    lilt_adapter_method,
+)
+from clasp.models.tuning.spec import apply_tuning
+from clasp.models.zoo.folder import build_on_meta
 from clasp.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class _TowerFlags:
     """What the authors' code looks for in the names of a tower."""
 
     freeze: str
@@ -42,8 +48,8 @@ class Words:
     """widths and blocks of the paper's towers, for a file without switches"""
 
 
-WORDS: dict[Modality, Words] = {
-    "image": Words(
+_TOWER_FLAGS: dict[Modality, _TowerFlags] = {
+    "image": _TowerFlags(
         freeze="freeze_vision_encoder",
         only="vision_only",
         norms="norm",
@@ -53,7 +59,7 @@ WORDS: dict[Modality, Words] = {
         always="visual_encoder",
         depths=((192, 12), (384, 12), (768, 12), (1024, 24)),
     ),
-    "text": Words(
+    "text": _TowerFlags(
         freeze="freeze_text_encoder",
         only="language_only",
         norms="LayerNorm",
@@ -64,13 +70,22 @@ WORDS: dict[Modality, Words] = {
         depths=((128, 2), (512, 4), (768, 12), (1024, 24)),
     ),
 }
-APPENDED = "deep(1, init='random')"
+APPENDED_BLOCK_METHOD = "deep(1, init='random')"
 # tried alone and together, the fewest first; the last two are for the text tower, where LilT's words go further
-METHODS = ("norms", "biases", "last(1)", "mlp", "attention", "match('*.dense.*')", "match('*.attention.*')", "full")
+_CANDIDATE_METHODS = (
+    "norms",
+    "biases",
+    "last(1)",
+    "mlp",
+    "attention",
+    "match('*.dense.*')",
+    "match('*.attention.*')",
+    "full",
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class LiltTuning:
     """What trains in one tower."""
 
     methods: list[str]
@@ -81,30 +96,30 @@ class Tuned:
     notes: list[str]
 
 
-def tuned(lilt: Lilt, modality: Modality) -> Tuned:
+def infer_lilt_tuning(lilt: LiltCheckpoint, modality: Modality) -> LiltTuning:
     """Read one tower. Raises ``UserError`` for a switch with a value that LilT does not know."""
-    side, switches = lilt.sides[modality], switches_of(lilt)
-    appended = _appended(side, switches)
-    trained = _assumed(side, appended) if switches is None else _trained(side, switches)
-    net = shapes_of(side.plain(appended)[0])
-    structure = [APPENDED] if appended else []
-    structure += [adapters(modality, side.reduction)] if side.reduction else []
-    added = tune(net, structure or ["none"], seed=0)
-    methods = structure + _methods(net, trained, added)
+    side, switches = lilt.sides[modality], lilt_flags(lilt)
+    appended = _appended_blocks(side, switches)
+    trained = _trained_by_default(side, appended) if switches is None else _trained_by_flags(side, switches)
+    net = build_on_meta(side.plain(appended)[0])
+    structure = [APPENDED_BLOCK_METHOD] if appended else []
+    structure += [lilt_adapter_method(modality, side.reduction)] if side.reduction else []
+    added = apply_tuning(net, structure or ["none"], seed=0)
+    methods = structure + _fewest_methods(net, trained, added)
     notes = []
     if idle := len(added - trained):
         notes.append(f"{idle} tensors of the {modality} tower were frozen; no plain tower has them, so they train here")
-    return Tuned(methods or ["none"], appended, frozenset(trained), notes)
+    return LiltTuning(methods or ["none"], appended, frozenset(trained), notes)
 
 
-def notes(lilt: Lilt, in_towers: int) -> list[str]:
+def explain_lilt_tuning(lilt: LiltCheckpoint, in_towers: int) -> list[str]:
     """What a person should know of how this was found out; ``in_towers`` tensors of both are taken to have trained."""
-    said, switches = [], switches_of(lilt)
-    heads_frozen = switches is not None and _flag(switches, "freeze_proj")
+    said, switches = [], lilt_flags(lilt)
+    heads_frozen = switches is not None and _is_set(switches, "freeze_proj")
     trained = in_towers + 1 + (0 if heads_frozen else 4)  # the temperature always does
     if switches is None:
         said.append("the file has no switches; adapters, appended layers and all norms are taken to have trained")
-    elif _flag(switches, "unlock_random"):
+    elif _is_set(switches, "unlock_random"):
         said.append("unlock_random: which layers were drawn to train is not in the file, so they are frozen here")
     if heads_frozen:
         said.append("freeze_proj: the heads were frozen; no tower has them, so they train here")
@@ -113,36 +128,36 @@ def notes(lilt: Lilt, in_towers: int) -> list[str]:
     return said
 
 
-def switches_of(lilt: Lilt) -> Mapping[str, Any] | None:
+def lilt_flags(lilt: LiltCheckpoint) -> Mapping[str, Any] | None:
     """The configuration, where it says what trained."""
     config = lilt.config
-    return config if config is not None and {words.freeze for words in WORDS.values()} <= config.keys() else None
+    return config if config is not None and {words.freeze for words in _TOWER_FLAGS.values()} <= config.keys() else None
 
 
 # --- the switches ----------------------------------------------------------------------------------------------------
 
 
-def _flag(switches: Mapping[str, Any], name: str) -> bool:
+def _is_set(switches: Mapping[str, Any], name: str) -> bool:
     value = switches.get(name) or False
     if not isinstance(value, bool):
         raise UserError(f"the checkpoint's config has {name} = {value!r}; LilT knows true and false")
     return value
 
 
-def _covers(switches: Mapping[str, Any], name: str, words: Words) -> bool:
+def _applies_to(switches: Mapping[str, Any], name: str, words: _TowerFlags) -> bool:
     """Whether a switch of either or both towers is on for this one."""
-    value, known = switches.get(name) or False, [each.only for each in WORDS.values()]
+    value, known = switches.get(name) or False, [each.only for each in _TOWER_FLAGS.values()]
     if not isinstance(value, bool) and value not in known:
         raise UserError(f"the checkpoint's config has {name} = {value!r}; LilT knows true, false, {', '.join(known)}")
     return value is True or value == words.only
 
 
-def _appended(side: Side, switches: Mapping[str, Any] | None) -> int:
+def _appended_blocks(side: LiltTower, switches: Mapping[str, Any] | None) -> int:
     """How many of the blocks were appended: the switches say it, without them the sizes of the paper's towers do."""
-    words = WORDS[side.modality]
+    words = _TOWER_FLAGS[side.modality]
     if switches is None:
         return int((side.settings.width, side.settings.layers - 1) in words.depths)
-    if not _flag(switches, "adapter_append") or side.settings.layers < 2:
+    if not _is_set(switches, "adapter_append") or side.settings.layers < 2:
         return 0
     if side.modality == "text":
         return int(switches.get("pretrained_text") is not False)  # else the authors' code forgets the setting
@@ -150,19 +165,19 @@ def _appended(side: Side, switches: Mapping[str, Any] | None) -> int:
     return int(not dino or side.settings.layers == 13)
 
 
-def _trained(side: Side, switches: Mapping[str, Any]) -> set[str]:
+def _trained_by_flags(side: LiltTower, switches: Mapping[str, Any]) -> set[str]:
     """Our names of what the authors' code leaves unfrozen, switch by switch, in its order."""
-    words = WORDS[side.modality]
-    last = f"{BLOCKS[side.modality]}{side.settings.layers - 1}."
+    words = _TOWER_FLAGS[side.modality]
+    last = f"{LILT_BLOCK_PREFIXES[side.modality]}{side.settings.layers - 1}."
 
     def unlocks(name: str) -> bool:
         return (
-            not _flag(switches, words.freeze)
-            or (_covers(switches, "unlock_layernorm", words) and words.norms in name)
-            or (_covers(switches, "bitfit", words) and "bias" in name)
-            or (_flag(switches, "unlock_dense") and words.dense in name)
-            or (_flag(switches, "unlock_attn") and words.attention in name)
-            or (_flag(switches, "add_adapter") and name.startswith((last, words.tail)))
+            not _is_set(switches, words.freeze)
+            or (_applies_to(switches, "unlock_layernorm", words) and words.norms in name)
+            or (_applies_to(switches, "bitfit", words) and "bias" in name)
+            or (_is_set(switches, "unlock_dense") and words.dense in name)
+            or (_is_set(switches, "unlock_attn") and words.attention in name)
+            or (_is_set(switches, "add_adapter") and name.startswith((last, words.tail)))
             or "adapter" in name
         )
 
@@ -170,14 +185,14 @@ def _trained(side: Side, switches: Mapping[str, Any]) -> set[str]:
     again = again.get(words.always) or [] if isinstance(again, dict) else again
     if not isinstance(again, list):
         raise UserError(f"always_freeze is no table of lists of blocks in the checkpoint's config, but {again!r}")
-    frozen = tuple(f"{BLOCKS[side.modality]}{block}." for block in again)
+    frozen = tuple(f"{LILT_BLOCK_PREFIXES[side.modality]}{block}." for block in again)
     return {ours for ours, name in side.theirs.items() if unlocks(name) and not name.startswith(frozen)}
 
 
-def _assumed(side: Side, appended: int) -> set[str]:
+def _trained_by_default(side: LiltTower, appended: int) -> set[str]:
     """What LilT's two recipes train: norms, and what was added."""
-    words = WORDS[side.modality]
-    starts = (f"{BLOCKS[side.modality]}{side.settings.layers - 1}.", words.tail) if appended else ()
+    words = _TOWER_FLAGS[side.modality]
+    starts = (f"{LILT_BLOCK_PREFIXES[side.modality]}{side.settings.layers - 1}.", words.tail) if appended else ()
     return {
         ours
         for ours, name in side.theirs.items()
@@ -188,11 +203,11 @@ def _assumed(side: Side, appended: int) -> set[str]:
 # --- methods ---------------------------------------------------------------------------------------------------------
 
 
-def _methods(net: nn.Module, trained: set[str], added: set[str]) -> list[str]:
+def _fewest_methods(net: nn.Module, trained: set[str], added: set[str]) -> list[str]:
     """The fewest methods that select ``trained``; ``added`` are selected already. ``net`` has them in it."""
     names = {name for name, _ in net.named_parameters()}
     wanted = trained | added
-    selections = {method: selected for method in METHODS if (selected := _selected(net, method)) <= wanted}
+    selections = {method: selected for method in _CANDIDATE_METHODS if (selected := _selected(net, method)) <= wanted}
     for count in range(len(selections) + 1):
         for methods in combinations(selections, count):
             if added.union(*(selections[method] for method in methods)) == wanted:
@@ -207,6 +222,6 @@ def _methods(net: nn.Module, trained: set[str], added: set[str]) -> list[str]:
 
 def _selected(net: nn.Module, method: str) -> set[str]:
     if not method.startswith("match"):
-        return tune(net, [method], seed=0)
+        return apply_tuning(net, [method], seed=0)
     pattern = method.removeprefix("match('").removesuffix("')")
     return set(fnmatch.filter([name for name, _ in net.named_parameters()], pattern))

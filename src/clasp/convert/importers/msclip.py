@@ -13,33 +13,33 @@ from typing import Any
 from torch import Tensor
 
 from clasp.config.recipe import read_recipe
-from clasp.convert.importers.msclip_checkpoint import LATERAL_LAYERS, MSCLIP, read_msclip
-from clasp.convert.importers.run_writer import Told, Wanted, tokenizer_for, write_run
-from clasp.convert.importers.safe_pickle import read_pickle
-from clasp.data.bpe import CLIP_PIECES
+from clasp.convert.importers.msclip_checkpoint import MSCLIP_LATERAL_LAYERS, MSCLIPCheckpoint, parse_msclip_state_dict
+from clasp.convert.importers.run_writer import ImportOptions, ImportReport, load_matching_tokenizer, write_run
+from clasp.convert.importers.safe_pickle import safe_load_pickle
+from clasp.data.bpe import CLIP_VOCAB_SIZE
 from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.sharing.policy import SharingSettings
-from clasp.models.zoo.folder import save_pair
-from clasp.models.zoo.from_scratch import IMAGENET_MEAN, IMAGENET_STD, clip_tokenizer
-from clasp.training.run_folder import OWN_FOLDER, Run
+from clasp.models.zoo.folder import save_tied_encoders
+from clasp.models.zoo.from_scratch import IMAGENET_MEAN, IMAGENET_STD, load_clip_tokenizer
+from clasp.training.run_folder import RUN_PLACEHOLDER, RunFolder
 from clasp.types import UserError
 
-PAPER = "msclip/msclip-b32"
-USUAL_SIZE = 224
+_RECIPE = "msclip/msclip-b32"
+_DEFAULT_SIZE = 224
 
 
-def import_msclip(checkpoint: Path, run: Run, wanted: Wanted) -> Told:
+def import_msclip(checkpoint: Path, run: RunFolder, wanted: ImportOptions) -> ImportReport:
     """Write the run. Raises ``UserError`` for a file that is no such state dict, or does not tell enough."""
     tensors = _state_dict(checkpoint)
     if wanted.text_heads not in (None, wanted.image_heads):
         raise UserError(f"--text-heads {wanted.text_heads}: both nets of MS-CLIP have those of --image-heads")
     try:
-        model = read_msclip(
+        model = parse_msclip_state_dict(
             tensors,
             heads=wanted.image_heads,
-            lateral_layers=wanted.lateral_layers or LATERAL_LAYERS,
-            size=wanted.size or USUAL_SIZE,
+            lateral_layers=wanted.lateral_layers or MSCLIP_LATERAL_LAYERS,
+            size=wanted.size or _DEFAULT_SIZE,
         )
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from None
@@ -51,7 +51,7 @@ def import_msclip(checkpoint: Path, run: Run, wanted: Wanted) -> Told:
     named, tokenizer = _tokenizer(text.vocabulary, wanted.tokenizer)
     tokenizer = tokenizer.with_settings(max_tokens=text.context)
     transform = ImageTransform(image.size, IMAGENET_MEAN, IMAGENET_STD)
-    ids = save_pair(model.pair, transform, tokenizer, run.path / "towers")
+    ids = save_tied_encoders(model.pair, transform, tokenizer, run.path / "towers")
     encoder, delta_bytes = write_run(run, _recipe(model, wanted), _tensors(model))
     branch = "" if image.branch is None else f", a parallel branch before layers {_listed(image.branch.before)}"
     lines = [
@@ -61,18 +61,18 @@ def import_msclip(checkpoint: Path, run: Run, wanted: Wanted) -> Told:
         f"text net: layers {text.layers}, width {text.width}, heads {text.heads}, {text.vocabulary:,} words, "
         f"{text.context} positions; tokenizer {named}",
         f"joint space: width {len(model.image_head)}",
-        *_about_sharing(model.pair.policy),
+        *_describe_sharing(model.pair.policy),
         f"captions of more than {text.context} tokens "
         + ("keep their end token" if wanted.overlong == "cut" else "are all alike, as in the released code"),
     ]
     if ids < text.vocabulary:
         lines.append(f"{named} has {ids:,} words, and the net {text.vocabulary:,}: is it the tokenizer it had?")
-    return Told(lines, {"log_scale": float(model.log_scale)}, encoder.counts(), delta_bytes)
+    return ImportReport(lines, {"log_scale": float(model.log_scale)}, encoder.counts(), delta_bytes)
 
 
 def _state_dict(checkpoint: Path) -> dict[str, Tensor]:
     """The tensors in a file, without the ``module.`` that training on several GPUs puts before their names."""
-    found = read_pickle(checkpoint)
+    found = safe_load_pickle(checkpoint)
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         has = f"it has {', '.join(map(str, list(found)[:4]))}" if isinstance(found, dict) else "it has a list"
         hint = "; is it LilT's? then: clasp import lilt" if isinstance(found, dict) and "model" in found else ""
@@ -82,16 +82,16 @@ def _state_dict(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _tokenizer(vocabulary: int, wanted: str | None) -> tuple[str, Tokenizer]:
-    if wanted is None and vocabulary == CLIP_PIECES:
-        return "CLIP's", clip_tokenizer(CLIP_PIECES)  # as long as the net has room is said later
-    return tokenizer_for(vocabulary, wanted)
+    if wanted is None and vocabulary == CLIP_VOCAB_SIZE:
+        return "CLIP's", load_clip_tokenizer(CLIP_VOCAB_SIZE)  # as long as the net has room is said later
+    return load_matching_tokenizer(vocabulary, wanted)
 
 
-def _recipe(model: MSCLIP, wanted: Wanted) -> dict[str, Any]:
+def _recipe(model: MSCLIPCheckpoint, wanted: ImportOptions) -> dict[str, Any]:
     """The paper's recipe around the nets of this file; the heads and the scale train."""
-    recipe = read_recipe(PAPER).to_dict()
+    recipe = read_recipe(_RECIPE).to_dict()
     pool = {"image": "cls", "text": "last"}
-    recipe |= {side: {"tower": f"file:{OWN_FOLDER}/towers", "pool": pool[side]} for side in pool}
+    recipe |= {side: {"tower": f"file:{RUN_PLACEHOLDER}/towers", "pool": pool[side]} for side in pool}
     recipe["text"]["overlong"] = wanted.overlong
     recipe["share"] = model.pair.policy.model_dump(mode="json", exclude_none=True)
     recipe["tune"] = {"image": ["none"], "text": ["none"], "head": "full", "scale": "full"}
@@ -99,14 +99,14 @@ def _recipe(model: MSCLIP, wanted: Wanted) -> dict[str, Any]:
     return recipe
 
 
-def _tensors(model: MSCLIP) -> dict[str, Tensor]:
+def _tensors(model: MSCLIPCheckpoint) -> dict[str, Tensor]:
     """Every parameter of the model, by its first name there."""
     nets = {name.replace(".", ".net.", 1): p.detach() for name, p in model.pair.named_parameters()}
     heads = {"image_head.map.weight": model.image_head, "text_head.map.weight": model.text_head}
     return {**nets, **heads, "log_scale": model.log_scale}
 
 
-def _about_sharing(policy: SharingSettings) -> list[str]:
+def _describe_sharing(policy: SharingSettings) -> list[str]:
     """Which layers share what, a line for each stretch."""
     lines = []
     for stretch in (policy, *policy.also):

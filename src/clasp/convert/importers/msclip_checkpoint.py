@@ -1,9 +1,9 @@
 """MS-CLIP's state dict as our nets, and back: the 521 names of the released models and every point of the spectrum.
 
-In goes a bare dictionary of tensors, out comes an ``MSCLIP``: a pair of nets, two heads, a log scale. Sizes are read
-from shapes, and who shares what from which tensors are one. Every key has its place or the file is refused. Unusual:
-the number of heads, the layers that a branch joins and, with a stem alone, the size of the pictures leave no trace in
-the weights and are arguments. Pictures are normalised with ImageNet's mean and deviation.
+In goes a bare dictionary of tensors, out comes an ``MSCLIPCheckpoint``: a pair of nets, two heads, a log scale. Sizes
+are read from shapes, and who shares what from which tensors are one. Every key has its place or the file is refused.
+Unusual: the number of heads, the layers that a branch joins and, with a stem alone, the size of the pictures leave no
+trace in the weights and are arguments. Pictures are normalised with ImageNet's mean and deviation.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from pydantic import ValidationError
 from torch import Tensor
 
-from clasp.convert.importers.msclip_names import IMAGE, TEXT, names_of
-from clasp.models.sharing.policy import SharingSettings, StretchSettings
-from clasp.models.sharing.tie import Pair
+from clasp.convert.importers.msclip_names import MSCLIP_IMAGE_PREFIX, MSCLIP_TEXT_PREFIX, msclip_name_map
+from clasp.models.sharing.policy import SharingOverride, SharingSettings
+from clasp.models.sharing.tie import TiedEncoders
 from clasp.models.transformer.encoders import (
     ImageTransformer,
     ImageTransformerSettings,
@@ -31,11 +31,11 @@ from clasp.models.transformer.encoders import (
 )
 from clasp.types import Tokens, UserError
 
-HEAD_WIDTH = 64
-LATERAL_LAYERS = (2, 4, 6, 8, 10)
-Twice = tuple[Tensor | None, Tensor | None]  # under its image name and its text name
+_ATTENTION_HEAD_WIDTH = 64
+MSCLIP_LATERAL_LAYERS = (2, 4, 6, 8, 10)
+_TensorPair = tuple[Tensor | None, Tensor | None]  # under its image name and its text name
 # the parts of a block that can be one tensor in both nets, by the name they have in our policy
-PARTS = {
+_PART_TENSORS = {
     "attention": ("attn.in_proj_weight", "attn.in_proj_bias"),
     "o": ("attn.out_proj.weight", "attn.out_proj.bias"),
     "ffn": ("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
@@ -45,22 +45,22 @@ PARTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class MSCLIP:
+class MSCLIPCheckpoint:
     """A released model as ours; the matrices are those of ``nn.Linear`` without a bias."""
 
-    pair: Pair
+    pair: TiedEncoders
     image_head: Float[Tensor, "E D"]
     text_head: Float[Tensor, "E F"]
     log_scale: Float[Tensor, ""]
 
 
-def read_msclip(
+def parse_msclip_state_dict(
     tensors: Mapping[str, Tensor],
     *,
     heads: int | None = None,
-    lateral_layers: Sequence[int] = LATERAL_LAYERS,
+    lateral_layers: Sequence[int] = MSCLIP_LATERAL_LAYERS,
     size: int = 224,
-) -> MSCLIP:
+) -> MSCLIPCheckpoint:
     """The model in a state dict, in float32 and evaluation mode.
 
     ``heads`` is that of both nets; 64 channels each where left out. ``size`` counts only for a model with a stem and no
@@ -68,46 +68,46 @@ def read_msclip(
     that is shared in half.
     """
     image, text = _image_settings(tensors, heads, lateral_layers, size), _text_settings(tensors, heads)
-    pair = Pair(ImageTransformer(image), TextTransformer(text), _policy(tensors, image, text), seed=0)
-    names, ours = names_of(image, text), _every_tensor(pair)
+    pair = TiedEncoders(ImageTransformer(image), TextTransformer(text), _infer_sharing(tensors, image, text), seed=0)
+    names, ours = msclip_name_map(image, text), _named_tensors(pair)
     for what, odd in (("lacks", names.keys() - tensors.keys()), ("also has", tensors.keys() - names.keys())):
         if odd:
-            raise UserError(f"not an MS-CLIP state dict: it {what} {_first(odd)}")
+            raise UserError(f"not an MS-CLIP state dict: it {what} {_first_of(odd)}")
     joint = tensors["visual.proj"].shape[-1]
     heads_and_scale = {"image_head": (image.width, joint), "text_head": (text.width, joint), "log_scale": ()}
     for theirs, name in names.items():
-        wanted = _without_batch(ours[name]).shape if name in ours else heads_and_scale[name]
-        _refuse_shape(theirs, tensors[theirs], wanted)
+        wanted = _squeeze_batch(ours[name]).shape if name in ours else heads_and_scale[name]
+        _check_shape(theirs, tensors[theirs], wanted)
         if not tensors[theirs].is_meta and not tensors[theirs].isfinite().all():
             raise UserError(f"the state dict is damaged: {theirs} has numbers that are not finite")
         if theirs.endswith("running_var") and not tensors[theirs].is_meta and (tensors[theirs] < 0).any():
             raise UserError(f"the state dict is damaged: {theirs} has variances below zero")
         if name in ours:
-            _without_batch(ours[name]).copy_(tensors[theirs])
+            _squeeze_batch(ours[name]).copy_(tensors[theirs])
     image_head, text_head = (tensors[key].float().T.contiguous() for key in ("visual.proj", "text_projection"))
-    return MSCLIP(pair.eval(), image_head, text_head, tensors["logit_scale"].float().clone())
+    return MSCLIPCheckpoint(pair.eval(), image_head, text_head, tensors["logit_scale"].float().clone())
 
 
-def write_msclip(model: MSCLIP) -> dict[str, Tensor]:
-    """The state dict that ``read_msclip`` reads; what is shared has two names and one storage.
+def to_msclip_state_dict(model: MSCLIPCheckpoint) -> dict[str, Tensor]:
+    """The state dict that ``parse_msclip_state_dict`` reads; what is shared has two names and one storage.
 
     Raises ``UserError`` for parts that the layout has no names for.
     """
     pair = model.pair
     ours: dict[str, Tensor] = {
-        **_every_tensor(pair),
+        **_named_tensors(pair),
         "image_head": model.image_head.T,
         "text_head": model.text_head.T,
         "log_scale": model.log_scale,
     }
-    names = names_of(pair.image.settings, pair.text.settings)
+    names = msclip_name_map(pair.image.settings, pair.text.settings)
     for what, odd in (("no name for", ours.keys() - names.values()), ("more:", set(names.values()) - ours.keys())):
         if odd:
-            raise UserError(f"these nets do not fit MS-CLIP's layout, which has {what} {_first(odd)}")
-    return {theirs: _without_batch(ours[name]) for theirs, name in names.items()}
+            raise UserError(f"these nets do not fit MS-CLIP's layout, which has {what} {_first_of(odd)}")
+    return {theirs: _squeeze_batch(ours[name]) for theirs, name in names.items()}
 
 
-def as_released(ids: Int[Tensor, "B N"]) -> Tokens:
+def to_msclip_tokens(ids: Int[Tensor, "B N"]) -> Tokens:
     """Token ids as the released code reads them: a text ends at the first place of its largest id.
 
     That is the end token; of a text cut without one, it is the start token, so that all such texts are embedded alike.
@@ -126,14 +126,14 @@ def _image_settings(
     grid = math.isqrt(rows - 1)
     if grid * grid != rows - 1:
         raise UserError(f"not an MS-CLIP state dict: visual.positional_embedding has {rows} rows, no square and one")
-    stem = f"{IMAGE}resblocks.0.conv1.weight" in tensors
-    laterals = _count(tensors, f"{IMAGE}parallel_lateral_adapter.")
+    stem = f"{MSCLIP_IMAGE_PREFIX}resblocks.0.conv1.weight" in tensors
+    laterals = _count(tensors, f"{MSCLIP_IMAGE_PREFIX}parallel_lateral_adapter.")
     if laterals not in (0, len(lateral_layers)):
         raise UserError(
             f"the branch joins before {laterals} layers, and {len(lateral_layers)} are named; say which with "
             "--lateral, such as 2,4,6,8,10"
         )
-    layers = _count(tensors, f"{IMAGE}resblocks.")
+    layers = _count(tensors, f"{MSCLIP_IMAGE_PREFIX}resblocks.")
     if laterals and not stem <= lateral_layers[0] <= lateral_layers[-1] < layers:
         raise UserError(
             f"the branch cannot join before layers {', '.join(map(str, lateral_layers))} of {layers}; say {laterals} "
@@ -142,12 +142,15 @@ def _image_settings(
     if not stem:
         patch = _shape(tensors, "visual.conv1.weight", 4)[-1]
     elif laterals:  # the first stage of the branch halves the picture
-        patch = 2 * _shape(tensors, f"{IMAGE}parallel_lateral_adapter.0.top2bottom_dw_conv.conv.weight", 4)[-1]
+        patch = (
+            2
+            * _shape(tensors, f"{MSCLIP_IMAGE_PREFIX}parallel_lateral_adapter.0.top2bottom_dw_conv.conv.weight", 4)[-1]
+        )
     else:
         patch = size // grid
-    return _checked(
+    return _validated(
         ImageTransformerSettings,
-        **_block_settings(tensors, IMAGE, width, heads),
+        **_block_settings(tensors, MSCLIP_IMAGE_PREFIX, width, heads),
         size=patch * grid,
         patch=patch,
         stem="batch" if stem else None,
@@ -160,9 +163,9 @@ def _image_settings(
 def _text_settings(tensors: Mapping[str, Tensor], heads: int | None) -> TextTransformerSettings:
     vocabulary, width = _shape(tensors, "token_embedding.weight", 2)
     context, _ = _shape(tensors, "positional_embedding", 2)
-    return _checked(
+    return _validated(
         TextTransformerSettings,
-        **_block_settings(tensors, TEXT, width, heads),
+        **_block_settings(tensors, MSCLIP_TEXT_PREFIX, width, heads),
         vocabulary=vocabulary,
         context=context,
         attention="causal",
@@ -175,14 +178,14 @@ def _block_settings(tensors: Mapping[str, Tensor], net: str, width: int, heads: 
     if heads is not None and width % heads:
         raise UserError(f"--image-heads {heads} does not divide the width of {width}")
     hidden, _ = _shape(tensors, f"{net}resblocks.{layers - 1}.mlp.c_fc.weight", 2)
-    if heads is None and width % HEAD_WIDTH:
+    if heads is None and width % _ATTENTION_HEAD_WIDTH:
         raise UserError(
-            f"the state dict is {width} wide, which is no multiple of {HEAD_WIDTH}; say how many heads it has with "
-            "--image-heads"
+            f"the state dict is {width} wide, which is no multiple of {_ATTENTION_HEAD_WIDTH}; "
+            "say how many heads it has with --image-heads"
         )
     return {
         "width": width,
-        "heads": heads or width // HEAD_WIDTH,
+        "heads": heads or width // _ATTENTION_HEAD_WIDTH,
         "hidden": None if hidden == 4 * width else hidden,
         "layers": layers,
         "activation": "quick-gelu",
@@ -191,7 +194,7 @@ def _block_settings(tensors: Mapping[str, Tensor], net: str, width: int, heads: 
     }
 
 
-def _checked(kind: type, **settings: Any) -> Any:
+def _validated(kind: type, **settings: Any) -> Any:
     try:
         return kind(**settings)
     except ValidationError as error:
@@ -217,55 +220,65 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
 # --- who shares what -------------------------------------------------------------------------------------------------
 
 
-def _policy(
+def _infer_sharing(
     tensors: Mapping[str, Tensor], image: ImageTransformerSettings, text: TextTransformerSettings
 ) -> SharingSettings:
     """Read from which tensors are one in both nets: by storage, or by value where a file has lost its aliases."""
     layers = range(image.first_layer, min(image.layers, text.layers))
-    twice = [name for names in PARTS.values() for name in names]
-    keys = [f"{net}resblocks.{layer}.{name}" for layer in layers for name in twice for net in (IMAGE, TEXT)]
+    twice = [name for names in _PART_TENSORS.values() for name in names]
+    keys = [
+        f"{net}resblocks.{layer}.{name}"
+        for layer in layers
+        for name in twice
+        for net in (MSCLIP_IMAGE_PREFIX, MSCLIP_TEXT_PREFIX)
+    ]
     if lacking := [key for key in keys if key not in tensors]:
-        raise UserError(f"not an MS-CLIP state dict: it lacks {_first(lacking)}")
-    kept = {(layer, part): _in_both(tensors, layer, names) for layer in layers for part, names in PARTS.items()}
-    aliased = any(_one_storage(*both) for pairs in kept.values() for both in pairs)
+        raise UserError(f"not an MS-CLIP state dict: it lacks {_first_of(lacking)}")
+    kept = {
+        (layer, part): _tensor_pairs(tensors, layer, names) for layer in layers for part, names in _PART_TENSORS.items()
+    }
+    aliased = any(_same_storage(*both) for pairs in kept.values() for both in pairs)
     shared = [
-        (layer, [part for part in PARTS if _is_shared(layer, part, kept[layer, part], aliased)]) for layer in layers
+        (layer, [part for part in _PART_TENSORS if _is_shared(layer, part, kept[layer, part], aliased)])
+        for layer in layers
     ]
     stretches = []
     for parts, group in groupby(shared, key=lambda item: item[1]):
         numbers = [layer for layer, _ in group]
         if parts:
-            choices = {part: "shared" if part in parts else "separate" for part in PARTS}
+            choices = {part: "shared" if part in parts else "separate" for part in _PART_TENSORS}
             stretches.append({"layers": f"{numbers[0]}:{numbers[-1] + 1}", **choices})
     if not stretches:
         return SharingSettings()
-    return SharingSettings(**stretches[0], also=tuple(StretchSettings(**stretch) for stretch in stretches[1:]))
+    return SharingSettings(**stretches[0], also=tuple(SharingOverride(**stretch) for stretch in stretches[1:]))
 
 
-def _in_both(tensors: Mapping[str, Tensor], layer: int, names: Sequence[str]) -> list[Twice]:
+def _tensor_pairs(tensors: Mapping[str, Tensor], layer: int, names: Sequence[str]) -> list[_TensorPair]:
     keys = [f"resblocks.{layer}.{name}" for name in names]
-    return [(tensors.get(IMAGE + key), tensors.get(TEXT + key)) for key in keys]
+    return [(tensors.get(MSCLIP_IMAGE_PREFIX + key), tensors.get(MSCLIP_TEXT_PREFIX + key)) for key in keys]
 
 
-def _is_shared(layer: int, part: str, pairs: list[Twice], aliased: bool) -> bool:
-    same = [_one_storage(*both) if aliased else _equal(*both) for both in pairs]
+def _is_shared(layer: int, part: str, pairs: list[_TensorPair], aliased: bool) -> bool:
+    same = [_same_storage(*both) if aliased else _equal(*both) for both in pairs]
     # two matrices that were never one may have equal vectors beside them, such as biases that are all zero
     if not aliased:
-        _refuse_nearly_one(layer, [name for name, one in zip(PARTS[part], same, strict=True) if not one], pairs, part)
+        _refuse_near_equal(
+            layer, [name for name, one in zip(_PART_TENSORS[part], same, strict=True) if not one], pairs, part
+        )
     matrices = [one for one, (tensor, _) in zip(same, pairs, strict=True) if tensor is not None and tensor.ndim > 1]
     if all(same):
         return True
     if any(same) if aliased else any(matrices):
-        which = PARTS[part][same.index(False)]
+        which = _PART_TENSORS[part][same.index(False)]
         raise UserError(
             f"layer {layer} of the state dict shares a part in half: {which} is not one tensor in both nets"
         )
     return False
 
 
-def _refuse_nearly_one(layer: int, names: list[str], pairs: list[Twice], part: str) -> None:
+def _refuse_near_equal(layer: int, names: list[str], pairs: list[_TensorPair], part: str) -> None:
     """Matrices that differ in a hundredth were one: two that trained apart differ in as much as they are."""
-    for name, (one, other) in zip(PARTS[part], pairs, strict=True):
+    for name, (one, other) in zip(_PART_TENSORS[part], pairs, strict=True):
         if name not in names or one is None or other is None or one.ndim < 2 or one.shape != other.shape:
             continue
         if (one - other).norm() < 0.01 * one.norm():
@@ -275,7 +288,7 @@ def _refuse_nearly_one(layer: int, names: list[str], pairs: list[Twice], part: s
             )
 
 
-def _one_storage(one: Tensor | None, other: Tensor | None) -> bool:
+def _same_storage(one: Tensor | None, other: Tensor | None) -> bool:
     return one is not None and other is not None and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
@@ -286,22 +299,22 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _every_tensor(pair: Pair) -> dict[str, Tensor]:
+def _named_tensors(pair: TiedEncoders) -> dict[str, Tensor]:
     """Parameters under each of their names, and buffers."""
     parameters = {name: p.detach() for name, p in pair.named_parameters(remove_duplicate=False)}
     return {**parameters, **dict(pair.named_buffers())}
 
 
-def _without_batch(tensor: Tensor) -> Tensor:
+def _squeeze_batch(tensor: Tensor) -> Tensor:
     """The class token ``[1 1 D]`` and positions ``[1 N D]`` have no axis for the batch there."""
     return tensor.squeeze((0, 1)) if tensor.ndim == 3 else tensor
 
 
-def _refuse_shape(key: str, tensor: Tensor, wanted: Sequence[int]) -> None:
+def _check_shape(key: str, tensor: Tensor, wanted: Sequence[int]) -> None:
     if tuple(tensor.shape) != tuple(wanted):
         raise UserError(f"not an MS-CLIP state dict: {key} is {tuple(tensor.shape)}, and {tuple(wanted)} would fit")
 
 
-def _first(keys: Iterable[str]) -> str:
+def _first_of(keys: Iterable[str]) -> str:
     first, *more = sorted(keys)
     return f"{first!r} and {len(more)} more" if more else repr(first)

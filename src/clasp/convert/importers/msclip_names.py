@@ -11,61 +11,64 @@ from collections.abc import Iterator
 
 from clasp.models.transformer.encoders import ImageTransformerSettings, TextTransformerSettings
 
-IMAGE, TEXT = "visual.transformer.", "transformer."  # how the names of either net's blocks begin
-Names = Iterator[tuple[str, str]]
+MSCLIP_IMAGE_PREFIX, MSCLIP_TEXT_PREFIX = (
+    "visual.transformer.",
+    "transformer.",
+)  # how the names of either net's blocks begin
+_NamePairs = Iterator[tuple[str, str]]
 
 
-def names_of(image: ImageTransformerSettings, text: TextTransformerSettings) -> dict[str, str]:
+def msclip_name_map(image: ImageTransformerSettings, text: TextTransformerSettings) -> dict[str, str]:
     """Every name of theirs with ours, for nets of these settings."""
     return dict(
         [
             ("visual.class_embedding", "image.cls_token"),
             ("visual.positional_embedding", "image.pos_embed"),
             ("visual.proj", "image_head"),
-            *_both("visual.ln_pre", "image.norm_pre"),
-            *_both("visual.ln_post", "image.norm"),
+            *_weight_and_bias("visual.ln_pre", "image.norm_pre"),
+            *_weight_and_bias("visual.ln_post", "image.norm"),
             ("token_embedding.weight", "text.token_embed.weight"),
             ("positional_embedding", "text.pos_embed"),
             ("text_projection", "text_head"),
-            *_both("ln_final", "text.norm"),
+            *_weight_and_bias("ln_final", "text.norm"),
             ("logit_scale", "log_scale"),
             *(_patch_names() if image.stem is None else _stem_names()),
-            *_block_names(IMAGE, "image.", range(image.first_layer, image.layers), image.first_layer),
-            *_block_names(TEXT, "text.", range(text.layers), 0),
+            *_block_names(MSCLIP_IMAGE_PREFIX, "image.", range(image.first_layer, image.layers), image.first_layer),
+            *_block_names(MSCLIP_TEXT_PREFIX, "text.", range(text.layers), 0),
             *(_branch_names(image) if image.branch is not None else ()),
         ]
     )
 
 
-def _both(theirs: str, ours: str) -> Names:
+def _weight_and_bias(theirs: str, ours: str) -> _NamePairs:
     for leaf in ("weight", "bias"):
         yield f"{theirs}.{leaf}", f"{ours}.{leaf}"
 
 
-def _conv_norm(conv: str, norm: str, ours: str) -> Names:
+def _conv_norm(conv: str, norm: str, ours: str) -> _NamePairs:
     yield f"{conv}.weight", f"{ours}.conv.weight"
     for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
         yield f"{norm}.{leaf}", f"{ours}.norm.{leaf}"
 
 
-def _block_names(theirs: str, ours: str, layers: range, first: int) -> Names:
+def _block_names(theirs: str, ours: str, layers: range, first: int) -> _NamePairs:
     for layer in layers:
         block, own = f"{theirs}resblocks.{layer}", f"{ours}blocks.{layer - first}"
         yield f"{block}.attn.in_proj_weight", f"{own}.attn.qkv.weight"
         yield f"{block}.attn.in_proj_bias", f"{own}.attn.qkv.bias"
-        yield from _both(f"{block}.attn.out_proj", f"{own}.attn.proj")
-        yield from _both(f"{block}.mlp.c_fc", f"{own}.mlp.fc1")
-        yield from _both(f"{block}.mlp.c_proj", f"{own}.mlp.fc2")
-        yield from _both(f"{block}.ln_1", f"{own}.norm1")
-        yield from _both(f"{block}.ln_2", f"{own}.norm2")
+        yield from _weight_and_bias(f"{block}.attn.out_proj", f"{own}.attn.proj")
+        yield from _weight_and_bias(f"{block}.mlp.c_fc", f"{own}.mlp.fc1")
+        yield from _weight_and_bias(f"{block}.mlp.c_proj", f"{own}.mlp.fc2")
+        yield from _weight_and_bias(f"{block}.ln_1", f"{own}.norm1")
+        yield from _weight_and_bias(f"{block}.ln_2", f"{own}.norm2")
 
 
-def _patch_names() -> Names:
+def _patch_names() -> _NamePairs:
     yield "visual.conv1.weight", "image.patch_embed.proj.weight"
 
 
-def _stem_names() -> Names:
-    stem, ours = f"{IMAGE}resblocks.0", "image.patch_embed"
+def _stem_names() -> _NamePairs:
+    stem, ours = f"{MSCLIP_IMAGE_PREFIX}resblocks.0", "image.patch_embed"
     yield from _conv_norm(f"{stem}.conv1", f"{stem}.bn1", f"{ours}.first")
     for number in range(4):
         stage, own = f"{stem}.resnet_stage.conv_{number}", f"{ours}.stages.{number}"
@@ -74,9 +77,9 @@ def _stem_names() -> Names:
     yield f"{stem}.last_conv.weight", f"{ours}.last.weight"
 
 
-def _branch_names(image: ImageTransformerSettings) -> Names:
+def _branch_names(image: ImageTransformerSettings) -> _NamePairs:
     assert image.branch is not None
-    branch, ours = f"{IMAGE}parallel_branch_v", "image.parallel"
+    branch, ours = f"{MSCLIP_IMAGE_PREFIX}parallel_branch_v", "image.parallel"
     for number, layer in enumerate(image.branch.before):
         if number == 0:
             yield from _conv_norm(f"{branch}.0.conv", f"{branch}.0.bn", f"{ours}.stages.0.main")
@@ -85,11 +88,11 @@ def _branch_names(image: ImageTransformerSettings) -> Names:
             for at, part in enumerate(("reduce", "spatial", "expand"), 1):
                 yield from _conv_norm(f"{stage}.conv{at}", f"{stage}.bn{at}", f"{own}.{part}")
             yield from _conv_norm(f"{stage}.residual_conv", f"{stage}.residual_bn", f"{own}.shortcut")
-        adapter = f"{IMAGE}parallel_lateral_adapter.{number}"
+        adapter = f"{MSCLIP_IMAGE_PREFIX}parallel_lateral_adapter.{number}"
         lateral = f"{ours}.laterals.{layer - image.first_layer}"
         yield from _conv_norm(
             f"{adapter}.top2bottom_dw_conv.conv", f"{adapter}.top2bottom_dw_conv.bn", f"{lateral}.top"
         )
         yield f"{adapter}.top2bottom_pw_conv.conv.weight", f"{lateral}.widen.weight"
         yield from _conv_norm(f"{adapter}.bottom_dw_conv.conv", f"{adapter}.bottom_dw_conv.bn", f"{lateral}.bottom")
-        yield from _both(f"{adapter}.ln_adapt", f"{lateral}.norm")
+        yield from _weight_and_bias(f"{adapter}.ln_adapt", f"{lateral}.norm")

@@ -15,23 +15,23 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from clasp.config.build import assemble
-from clasp.config.recipe import from_dict
-from clasp.data.tokenizer import Overlong, Tokenizer
-from clasp.models.backbone import TextSettings
-from clasp.models.dual_encoder import Count, DualEncoder
-from clasp.models.zoo.pip_packages import PACKAGED
-from clasp.models.zoo.registry import open_base
-from clasp.training.run_folder import Run
+from clasp.config.build import build_model_and_preprocessing
+from clasp.config.recipe import recipe_from_dict
+from clasp.data.tokenizer import Tokenizer, Truncation
+from clasp.models.backbone import TextTowerSettings
+from clasp.models.dual_encoder import DualEncoder, ParameterCount
+from clasp.models.zoo.pip_packages import PIP_TOWERS
+from clasp.models.zoo.registry import load_backbone
+from clasp.training.run_folder import RunFolder
 from clasp.types import UserError
 
 # words of the BERTs that papers take; MiniLM has the uncased one's, word for word, and comes in a package
-UNCASED, UNCASED_HERE = "hf:google-bert/bert-base-uncased", "minilm-l6"
-USUAL_TOKENIZERS = {30_522: UNCASED, 119_547: "hf:google-bert/bert-base-multilingual-cased"}
+_BERT_UNCASED, BERT_UNCASED_PIP = "hf:google-bert/bert-base-uncased", "minilm-l6"
+_DEFAULT_TOKENIZERS = {30_522: _BERT_UNCASED, 119_547: "hf:google-bert/bert-base-multilingual-cased"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class ImportOptions:
     """What a person says of a checkpoint that its file does not."""
 
     tokenizer: str | None = None
@@ -43,41 +43,41 @@ class Wanted:
     text_heads: int | None = None
     lateral_layers: tuple[int, ...] | None = None
     """Layers that MS-CLIP's branch joins; those of the released models where left out"""
-    overlong: Overlong = "cut"
+    overlong: Truncation = "cut"
     """What is left of a caption that is too long for a text net of MS-CLIP"""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ImportReport:
     """What an importer tells of the run that it wrote."""
 
     lines: list[str]
     """what was found and what was assumed, for a person"""
     facts: Mapping[str, Any]
     """settings of the checkpoint, to be kept in the run"""
-    counts: dict[str, Count]
+    counts: dict[str, ParameterCount]
     delta_bytes: int
 
 
-def asked(*, lateral: str | None, overlong: str, **others: Any) -> Wanted:
-    """What was typed, as ``Wanted``. Raises ``UserError`` for what does not read."""
+def parse_import_options(*, lateral: str | None, overlong: str, **others: Any) -> ImportOptions:
+    """What was typed, as ``ImportOptions``. Raises ``UserError`` for what does not read."""
     try:
         layers = None if lateral is None else tuple(int(layer) for layer in lateral.split(","))
     except ValueError:
         raise UserError(f"--lateral {lateral!r} is not a list of layers, such as 2,4,6,8,10") from None
-    readings: dict[str, Overlong] = {reading: reading for reading in get_args(Overlong)}
+    readings: dict[str, Truncation] = {reading: reading for reading in get_args(Truncation)}
     if overlong not in readings:
         raise UserError(f"--overlong {overlong!r} is none of {', '.join(readings)}")
-    return Wanted(lateral_layers=layers, overlong=readings[overlong], **others)
+    return ImportOptions(lateral_layers=layers, overlong=readings[overlong], **others)
 
 
-def write_run(run: Run, recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[DualEncoder, int]:
+def write_run(run: RunFolder, recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[DualEncoder, int]:
     """Write the run of a recipe (``{run}`` not filled in), its towers being there; also gives the bytes of its delta.
 
     ``tensors`` has every parameter of the model by name.
     """
-    settled = from_dict(dict(recipe), "the checkpoint's recipe")
-    parts = assemble(from_dict(run.at_home(settled.to_dict()), "the checkpoint's recipe"))
+    settled = recipe_from_dict(dict(recipe), "the checkpoint's recipe")
+    parts = build_model_and_preprocessing(recipe_from_dict(run.at_home(settled.to_dict()), "the checkpoint's recipe"))
     parameters = dict(parts.model.named_parameters())
     assert parameters.keys() == tensors.keys(), sorted(parameters.keys() ^ tensors.keys())[:3]
     with torch.no_grad():
@@ -89,14 +89,14 @@ def write_run(run: Run, recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return parts.model, run.save(parts.model)
 
 
-def tokenizer_for(vocabulary: int, wanted: str | None) -> tuple[str, Tokenizer]:
+def load_matching_tokenizer(vocabulary: int, wanted: str | None) -> tuple[str, Tokenizer]:
     """The tokenizer asked for, or the usual one for so many words, and what it is called. Raises ``UserError``."""
-    named = wanted or _usual_tokenizer(vocabulary)
+    named = wanted or _default_tokenizer(vocabulary)
     folder = Path(named.removeprefix("file:")).expanduser()
     if named.startswith("file:") and not (folder / "config.json").is_file():
         return named, Tokenizer.from_folder(folder)
     try:
-        opened = open_base(TextSettings(tower=named), meta=True).tokenizer
+        opened = load_backbone(TextTowerSettings(tower=named), meta=True).tokenizer
         assert opened is not None
         return named, opened()
     except UserError as error:
@@ -105,12 +105,12 @@ def tokenizer_for(vocabulary: int, wanted: str | None) -> tuple[str, Tokenizer]:
         ) from None
 
 
-def _usual_tokenizer(vocabulary: int) -> str:
-    if vocabulary not in USUAL_TOKENIZERS:
+def _default_tokenizer(vocabulary: int) -> str:
+    if vocabulary not in _DEFAULT_TOKENIZERS:
         raise UserError(
             f"the checkpoint has no tokenizer, and {vocabulary:,} words are no usual tower's; choose one with "
             "--tokenizer pip:NAME, hf:NAME or file:FOLDER"
         )
-    named = USUAL_TOKENIZERS[vocabulary]
-    here = any(each.name == PACKAGED[UNCASED_HERE].package for each in importlib.metadata.distributions())
-    return f"pip:{UNCASED_HERE}" if named == UNCASED and here else named
+    named = _DEFAULT_TOKENIZERS[vocabulary]
+    here = any(each.name == PIP_TOWERS[BERT_UNCASED_PIP].package for each in importlib.metadata.distributions())
+    return f"pip:{BERT_UNCASED_PIP}" if named == _BERT_UNCASED and here else named

@@ -28,17 +28,17 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from clasp.data.feature_cache.dtypes import STORAGES, Name, Storage
+from clasp.data.feature_cache.dtypes import DTYPE_CODECS, DtypeCodec, StorageDtype
 from clasp.types import UserError
 
 _FORMAT = 2  # raise it when the same key could mean other values
-_PROBED = 64  # rows whose hash tells a foreign or half-written file from ours without reading all of it
-SECONDS_BETWEEN_MARKS = 5.0
+_PROBE_ROWS = 64  # rows whose hash tells a foreign or half-written file from ours without reading all of it
+SECONDS_BETWEEN_SAVES = 5.0
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class CachedArray:
     """Rows on disk; ``about`` is their ``.json``: key, shape, storage, seconds, and the notes of their writer."""
 
     path: Path
@@ -58,15 +58,15 @@ class Kept:
         return self._storage.unpack(self.stored[rows])
 
     @cached_property
-    def _storage(self) -> Storage:
-        return STORAGES[self.about["storage"]]
+    def _storage(self) -> DtypeCodec:
+        return DTYPE_CODECS[self.about["storage"]]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process maps the file again; pickling the map would copy all of it
-        return _mapped, (self.path, self.about)
+        return _open_mapped, (self.path, self.about)
 
 
-class Part(NamedTuple):
+class PartialFile(NamedTuple):
     """A file that is being written."""
 
     path: Path
@@ -83,13 +83,13 @@ class Part(NamedTuple):
         self.progress.unlink(missing_ok=True)
 
 
-class Writer:
+class ArrayWriter:
     """The rows of a file while it is written. ``notes`` go into its ``.json``; what is not written is zero.
 
     ``done`` is as far as an earlier build came, in the units of its ``mark``: 0 for a new file.
     """
 
-    def __init__(self, part: Part, shape: tuple[int, int], storage: Storage, key: Mapping[str, Any]) -> None:
+    def __init__(self, part: PartialFile, shape: tuple[int, int], storage: DtypeCodec, key: Mapping[str, Any]) -> None:
         self._part, self._storage, self._key = part, storage, key
         columns = shape[1] + storage.more_columns
         self._row_bytes = columns * storage.dtype.itemsize
@@ -119,7 +119,7 @@ class Writer:
 
     def mark(self, done: int) -> None:
         """Say how far the build has come; every few seconds this is put on disk, after the rows."""
-        if time.monotonic() - self._marked >= SECONDS_BETWEEN_MARKS:
+        if time.monotonic() - self._marked >= SECONDS_BETWEEN_SAVES:
             self._part.file.flush()
             os.fsync(self._part.file.fileno())
             new = self._part.path.with_suffix(".new")
@@ -136,14 +136,14 @@ class Writer:
         return 0, {}
 
 
-def cached(
+def load_or_compute(
     folder: Path,
     key: Mapping[str, Any],
     shape: tuple[int, int],
-    fill: Callable[[Writer], None],
+    fill: Callable[[ArrayWriter], None],
     *,
-    storage: Name = "float32",
-) -> Kept:
+    storage: StorageDtype = "float32",
+) -> CachedArray:
     """The rows of ``key`` (plain data); ``fill`` is called to write them if ``folder`` does not hold them whole.
 
     ``shape`` is rows and numbers in a row. Raises ``UserError`` when ``folder`` cannot be written to or has no space
@@ -151,61 +151,63 @@ def cached(
     """
     assert shape[0] * shape[1] > 0, f"nothing to keep: {shape}"
     key = json.loads(json.dumps({**key, "shape": shape, "storage": storage}))  # as it will be read back: no tuples
-    path = place_of(folder, key)
-    with suppress(_Missing):
+    path = _cache_path(folder, key)
+    with suppress(_CacheMiss):
         return _read(path, key)
-    with _locked(path, STORAGES[storage].bytes_of(*shape)) as part:
-        with suppress(_Missing):
+    with _locked(path, DTYPE_CODECS[storage].bytes_of(*shape)) as part:
+        with suppress(_CacheMiss):
             return _read(path, key)  # another process has just written it
-        _write(part, path, key, fill)
+        _compute_and_write(part, path, key, fill)
     return _read(path, key)
 
 
-def place_of(folder: Path, key: Mapping[str, Any]) -> Path:
+def _cache_path(folder: Path, key: Mapping[str, Any]) -> Path:
     """Where the rows of a key are kept."""
     return folder / f"{hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:32]}.npy"
 
 
-class _Missing(Exception):
+class _CacheMiss(Exception):
     """There is no whole file of ours."""
 
 
-def _read(path: Path, key: Mapping[str, Any]) -> Kept:
+def _read(path: Path, key: Mapping[str, Any]) -> CachedArray:
     if not path.exists():
-        raise _Missing
+        raise _CacheMiss
     try:
-        kept = _mapped(path, json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+        kept = _open_mapped(path, json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
         rows, width = key["shape"]
-        storage = STORAGES[key["storage"]]
+        storage = DTYPE_CODECS[key["storage"]]
         same = kept.about["key"] == key and kept.stored.shape == (rows, width + storage.more_columns)
         if not (same and kept.stored.dtype == storage.dtype and kept.about["probe"] == _probe(kept.stored)):
             raise ValueError("these are not the values that were written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         _log.warning("%s: cut short or damaged (%s); computing it again", path, error)
-        raise _Missing from error
+        raise _CacheMiss from error
     return kept
 
 
-def _mapped(path: Path, about: Mapping[str, Any]) -> Kept:
-    return Kept(path, np.lib.format.open_memmap(path, mode="r"), about)
+def _open_mapped(path: Path, about: Mapping[str, Any]) -> CachedArray:
+    return CachedArray(path, np.lib.format.open_memmap(path, mode="r"), about)
 
 
 def _probe(stored: np.ndarray) -> str:
     """A hash of some rows, evenly spaced."""
-    rows = np.linspace(0, len(stored) - 1, _PROBED).astype(np.int64)
+    rows = np.linspace(0, len(stored) - 1, _PROBE_ROWS).astype(np.int64)
     return hashlib.sha256(np.ascontiguousarray(stored[rows]).tobytes()).hexdigest()
 
 
-def _write(part: Part, path: Path, key: Mapping[str, Any], fill: Callable[[Writer], None]) -> None:
+def _compute_and_write(
+    part: PartialFile, path: Path, key: Mapping[str, Any], fill: Callable[[ArrayWriter], None]
+) -> None:
     """Fill the part and rename it, its ``.json`` after it. What is there stays when ``fill`` is interrupted."""
-    storage, shape = STORAGES[key["storage"]], tuple(key["shape"])
+    storage, shape = DTYPE_CODECS[key["storage"]], tuple(key["shape"])
     size = storage.bytes_of(*shape)
     started = time.monotonic()
     try:
         there = os.fstat(part.file.fileno()).st_blocks * 512  # of a part that is gone on with
         if shutil.disk_usage(path.parent).free < size - there:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        writer = Writer(part, shape, storage, key)
+        writer = ArrayWriter(part, shape, storage, key)
         fill(writer)
         part.file.flush()
         os.fsync(part.file.fileno())
@@ -222,11 +224,11 @@ def _write(part: Part, path: Path, key: Mapping[str, Any], fill: Callable[[Write
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         part.remove()
-        raise _refused(path.parent, size, error) from error
+        raise _disk_error(path.parent, size, error) from error
 
 
 @contextmanager
-def _locked(path: Path, size: int) -> Iterator[Part]:
+def _locked(path: Path, size: int) -> Iterator[PartialFile]:
     """The part of ``path``, ours alone until we leave. A process that dies gives its lock back."""
     name = path.with_suffix(".part")
     while True:
@@ -234,7 +236,7 @@ def _locked(path: Path, size: int) -> Iterator[Part]:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise _refused(path.parent, size, error) from error
+            raise _disk_error(path.parent, size, error) from error
         with open(descriptor, "r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -244,12 +246,12 @@ def _locked(path: Path, size: int) -> Iterator[Part]:
             if not (name.exists() and os.fstat(file.fileno()).st_ino == name.stat().st_ino):
                 continue  # it was renamed while we waited: look again
             try:
-                yield Part(name, file)
+                yield PartialFile(name, file)
             finally:
                 if path.exists():
-                    Part(name, file).remove()
+                    PartialFile(name, file).remove()
             return
 
 
-def _refused(folder: Path, size: int, error: OSError) -> UserError:
+def _disk_error(folder: Path, size: int, error: OSError) -> UserError:
     return UserError(f"cannot keep {size:,} bytes in {folder}: {error.strerror}")

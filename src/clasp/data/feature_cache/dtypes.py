@@ -18,11 +18,11 @@ from torch import Tensor
 
 from clasp.types import UserError
 
-Name = Literal["float32", "float16", "bfloat16", "int8"]
+StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
-class Storage:
+class DtypeCodec:
     """One way: the type in the file, how many of them a row of ``D`` numbers takes, and the two directions."""
 
     dtype: np.dtype
@@ -35,7 +35,7 @@ class Storage:
         return rows * (width + self.more_columns) * self.dtype.itemsize
 
 
-def _pack_half(values: Float[Tensor, "n D"]) -> Shaped[np.ndarray, "n D"]:
+def _pack_float16(values: Float[Tensor, "n D"]) -> Shaped[np.ndarray, "n D"]:
     if bool((values.abs() > torch.finfo(torch.float16).max).any()):
         raise UserError(
             f"the states of a frozen trunk reach {float(values.abs().nan_to_num().max()):.3g}, which float16 cannot "
@@ -44,25 +44,25 @@ def _pack_half(values: Float[Tensor, "n D"]) -> Shaped[np.ndarray, "n D"]:
     return values.half().numpy()
 
 
-def _pack_bytes(values: Float[Tensor, "n D"]) -> Shaped[np.ndarray, "n columns"]:
+def _pack_int8(values: Float[Tensor, "n D"]) -> Shaped[np.ndarray, "n columns"]:
     scales = values.abs().amax(dim=1, keepdim=True) / 127
     whole = (values / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().nan_to_num().to(torch.int8)
     return np.concatenate((whole.numpy(), scales.numpy().view(np.int8)), axis=1)
 
 
-def _unpack_bytes(stored: Shaped[np.ndarray, "... columns"]) -> Float[Tensor, "... D"]:
+def _unpack_int8(stored: Shaped[np.ndarray, "... columns"]) -> Float[Tensor, "... D"]:
     scales = np.ascontiguousarray(stored[..., -4:]).view(np.float32)
     return torch.from_numpy(stored[..., :-4]).float() * torch.from_numpy(scales)
 
 
-STORAGES: dict[Name, Storage] = {
-    "float32": Storage(np.dtype("<f4"), 0, lambda values: values.numpy(), torch.from_numpy),
-    "float16": Storage(np.dtype("<f2"), 0, _pack_half, torch.from_numpy),
-    "bfloat16": Storage(
+DTYPE_CODECS: dict[StorageDtype, DtypeCodec] = {
+    "float32": DtypeCodec(np.dtype("<f4"), 0, lambda values: values.numpy(), torch.from_numpy),
+    "float16": DtypeCodec(np.dtype("<f2"), 0, _pack_float16, torch.from_numpy),
+    "bfloat16": DtypeCodec(
         np.dtype("<i2"),
         0,
         lambda values: values.bfloat16().view(torch.int16).numpy(),
         lambda stored: torch.from_numpy(stored).view(torch.bfloat16),
     ),
-    "int8": Storage(np.dtype("i1"), 4, _pack_bytes, _unpack_bytes),
+    "int8": DtypeCodec(np.dtype("i1"), 4, _pack_int8, _unpack_int8),
 }

@@ -7,26 +7,26 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt64
 
-from clasp.data.formats.rows import Columns
+from clasp.data.formats.rows import ColumnNames
 from clasp.types import Pair
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class SourceSpec:
     """One source about to be opened."""
 
     path: Path
     """As the user knows it."""
     file: Path
     """What is read: ``path``, or what was inside it when that is a ``.gz``."""
-    columns: Columns
+    columns: ColumnNames
     root: str
     """The folder image paths are relative to; absolute."""
     cache: Path | None
 
 
 @runtime_checkable
-class Format(Protocol):
+class OpenedSource(Protocol):
     """A source that has been opened: its pairs by row number, and the hashes of their ids."""
 
     @property
@@ -41,6 +41,6 @@ class Format(Protocol):
 
     def __getitem__(self, row: int, /) -> Pair: ...
 
-    def prefixed(self, id_prefix: str, path_prefix: str) -> "Format":
+    def prefixed(self, id_prefix: str, path_prefix: str) -> "OpenedSource":
         """The same, among other sources: what goes before ids, and before image paths that stand for a group."""
         ...

@@ -16,29 +16,38 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32, UInt64
 
-from clasp.data.formats.base import Opening
+from clasp.data.formats.base import SourceSpec
 from clasp.data.formats.ids import hash64
-from clasp.data.formats.name_table import Names
-from clasp.data.formats.samples import IMAGE, JSON, LABEL, TEXT, Samples, gather, hidden, open_samples
+from clasp.data.formats.name_table import NameTable
+from clasp.data.formats.samples import (
+    IMAGE_COLUMN,
+    JSON_COLUMN,
+    LABEL_COLUMN,
+    TEXT_COLUMN,
+    SampleTable,
+    group_by_key,
+    is_hidden,
+    open_samples,
+)
 from clasp.data.formats.sources import FileSource
 from clasp.types import Caption, Pair, UserError
 
 
 @dataclass(frozen=True, eq=False)
-class Folder:
+class FolderFiles:
     """The files below a folder in the order of their names, without hidden ones; links to folders are not followed."""
 
     path: str
-    names: Names
+    names: NameTable
 
     @classmethod
-    def of(cls, path: Path) -> "Folder":
+    def of(cls, path: Path) -> "FolderFiles":
         found = []
         for folder, inner, files in os.walk(path):
             inner.sort()
             at = Path(folder).relative_to(path)
-            found += [name for file in sorted(files) if not hidden(name := (at / file).as_posix())]
-        return cls(str(path.absolute()), Names.of(found))
+            found += [name for file in sorted(files) if not is_hidden(name := (at / file).as_posix())]
+        return cls(str(path.absolute()), NameTable.of(found))
 
     def source(self, row: int) -> FileSource:
         return FileSource(os.path.join(self.path, self.names[row]))
@@ -59,7 +68,7 @@ class ClassFolders:
     which class it is (``class``, and its number ``label``).
     """
 
-    folder: Folder
+    folder: FolderFiles
     images: Int32[np.ndarray, " pairs"]
     classes: tuple[str, ...]
     hashes: UInt64[np.ndarray, " pairs"]
@@ -77,7 +86,7 @@ class ClassFolders:
         member = int(self.images[row])
         name = self.folder.names[member]
         home = name.partition("/")[0]
-        caption = words(home)
+        caption = caption_from_folder(home)
         meta = {"label": bisect_left(self.classes, home), "class": caption}
         id, group = self.id_prefix + name, self.path_prefix + name
         return Pair(id, self.folder.source(member), (Caption(caption),), group, meta)
@@ -86,14 +95,14 @@ class ClassFolders:
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
-def open_folder(opening: Opening) -> Samples | ClassFolders:
+def open_folder(opening: SourceSpec) -> SampleTable | ClassFolders:
     """Decides by the rule above; ``UserError`` where it decides nothing."""
-    folder = Folder.of(opening.path)
-    parts = gather(folder.names, stem_of, opening.path)
-    captioned = (parts[:, [TEXT, JSON]] >= 0).any(axis=1)
-    images = parts[:, IMAGE]
+    folder = FolderFiles.of(opening.path)
+    parts = group_by_key(folder.names, split_file_name, opening.path)
+    captioned = (parts[:, [TEXT_COLUMN, JSON_COLUMN]] >= 0).any(axis=1)
+    images = parts[:, IMAGE_COLUMN]
     if captioned.all():
-        beside = parts[:, [TEXT, JSON, LABEL]]
+        beside = parts[:, [TEXT_COLUMN, JSON_COLUMN, LABEL_COLUMN]]
         key = ("folder", str(opening.path.resolve()), folder.stamp(beside[beside >= 0].tolist()))
         return open_samples(opening, folder, lambda: parts, str, key)
     bare = folder.names[int(images[~captioned][0])]
@@ -113,21 +122,21 @@ def open_folder(opening: Opening) -> Samples | ClassFolders:
     return _class_folders(folder, images)
 
 
-def _class_folders(folder: Folder, images: np.ndarray) -> ClassFolders:
+def _class_folders(folder: FolderFiles, images: np.ndarray) -> ClassFolders:
     names = [folder.names[int(image)] for image in images]
     classes = tuple(sorted({name.partition("/")[0] for name in names}))
     for name in classes:
-        if not words(name):
+        if not caption_from_folder(name):
             raise UserError(f"{folder.path}: the folder {name!r} names no class, so its images have an empty caption")
     return ClassFolders(folder, images, classes, np.array([hash64(name) for name in names], np.uint64))
 
 
-def words(folder: str) -> str:
+def caption_from_folder(folder: str) -> str:
     """The name of a folder as a caption."""
     return " ".join(folder.replace("_", " ").replace("-", " ").split())
 
 
-def stem_of(name: str) -> tuple[str, str]:
+def split_file_name(name: str) -> tuple[str, str]:
     """Key and suffix of a file in a folder: the name is cut at its last dot."""
     stem, suffix = os.path.splitext(name)
     return stem, suffix.removeprefix(".")

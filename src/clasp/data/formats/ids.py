@@ -12,8 +12,8 @@ from array import array
 import numpy as np
 from jaxtyping import UInt32, UInt64
 
-from clasp.data.formats.base import Format
-from clasp.data.formats.rows import CaptionCheck, Row
+from clasp.data.formats.base import OpenedSource
+from clasp.data.formats.rows import CaptionCheck, PairRow
 from clasp.types import UserError
 
 
@@ -23,14 +23,14 @@ def image_id(image: str, root: str) -> str:
     return os.path.relpath(path, root) if path.startswith(root.rstrip(os.sep) + os.sep) else path
 
 
-class Survey:
+class IdCollector:
     """One pass over the rows of a table whose images are told by path: what ids and groups need to know of all."""
 
     def __init__(self, name: str):
         self.captions = CaptionCheck(name)
         self.ids, self.images, self.texts = array("Q"), array("Q"), array("Q")
 
-    def add(self, where: str, row: Row, image: str) -> None:
+    def add(self, where: str, row: PairRow, image: str) -> None:
         self.captions.see(where, row.captions)
         self.ids.append(hash64(row.id) if row.id else 0)
         self.images.append(hash64(image))
@@ -40,11 +40,13 @@ class Survey:
         """``twins``: 0 for the only row of its image, else which of them it is. ``hashes``: of the ids."""
         self.captions.finish()
         ids, images, texts = (np.array(values, np.uint64) for values in (self.ids, self.images, self.texts))
-        twins = twins_of(images, texts)
+        twins = number_duplicates(images, texts)
         return {"twins": twins, "hashes": np.where(ids != 0, ids, images + twins * np.uint64(0x9E3779B97F4A7C15))}
 
 
-def twins_of(images: UInt64[np.ndarray, " rows"], texts: UInt64[np.ndarray, " rows"]) -> UInt32[np.ndarray, " rows"]:
+def number_duplicates(
+    images: UInt64[np.ndarray, " rows"], texts: UInt64[np.ndarray, " rows"]
+) -> UInt32[np.ndarray, " rows"]:
     """Rows with equal ``images`` are numbered from 1 by rising ``texts``; a row alone with its image is 0."""
     order = np.lexsort((texts, images))
     first = np.diff(images[order], prepend=~images[order[:1]]) != 0
@@ -56,7 +58,7 @@ def twins_of(images: UInt64[np.ndarray, " rows"], texts: UInt64[np.ndarray, " ro
     return twins
 
 
-def refuse_repeats(name: str, opened: Format) -> None:
+def require_unique_ids(name: str, opened: OpenedSource) -> None:
     """``UserError`` when two pairs of one source have the same id."""
     order = np.argsort(opened.hashes, kind="stable")
     ordered = opened.hashes[order]

@@ -23,18 +23,18 @@ import numpy as np
 
 from clasp.types import UserError
 
-LAYOUT = "2"  # of the arrays; counting it up makes every older index be built again
+_INDEX_VERSION = "2"  # of the arrays; counting it up makes every older index be built again
 
-Arrays = dict[str, np.ndarray]
+IndexArrays = dict[str, np.ndarray]
 
 
-def stamp_of(path: str | Path) -> str:
+def file_stamp(path: str | Path) -> str:
     """Size in bytes and time in nanoseconds of a file: changes when its bytes may have changed."""
     status = os.stat(path)
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def remembered(cache: Path | None, key: tuple[str, ...], build: Callable[[], Arrays]) -> Arrays:
+def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callable[[], IndexArrays]) -> IndexArrays:
     """The arrays of ``build()``, from the cache folder when they were built before under the same key.
 
     ``key`` names the format, the source by its resolved path, and everything else that the arrays depend on.
@@ -42,25 +42,25 @@ def remembered(cache: Path | None, key: tuple[str, ...], build: Callable[[], Arr
     assert len(key) > 1, "a key without its source would give one source's arrays to another"
     if cache is None:
         return build()
-    file = cache / f"index-{_digest(LAYOUT, *key)}.npz"
+    file = cache / f"index-{_digest(_INDEX_VERSION, *key)}.npz"
     if file.exists():
         with np.load(file, allow_pickle=False) as saved:
             return dict(saved)
     arrays = build()
-    with _whole(file) as part, part.open("wb") as handle:
+    with _atomic_write(file) as part, part.open("wb") as handle:
         np.savez(handle, **arrays)  # pyright: ignore[reportArgumentType]
     return arrays
 
 
-def unpacked(path: Path, cache: Path | None) -> Path:
+def unpack_gzip(path: Path, cache: Path | None) -> Path:
     """The file inside ``path`` (a ``.gz``), unpacked once; it keeps the time of ``path``, as gunzip does."""
     status = path.stat()
-    key = _digest(str(path.resolve()), stamp_of(path))
-    file = (cache or _scratch()) / f"unpacked-{key}-{path.name.removesuffix('.gz')}"
+    key = _digest(str(path.resolve()), file_stamp(path))
+    file = (cache or _scratch_folder()) / f"unpacked-{key}-{path.name.removesuffix('.gz')}"
     if file.exists():
         return file
     try:
-        with _whole(file) as part:
+        with _atomic_write(file) as part:
             with gzip.open(path, "rb") as packed, part.open("wb") as plain:
                 shutil.copyfileobj(packed, plain, 1 << 20)
             os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -76,7 +76,7 @@ def unpacked(path: Path, cache: Path | None) -> Path:
 
 
 @contextmanager
-def _whole(file: Path) -> Iterator[Path]:
+def _atomic_write(file: Path) -> Iterator[Path]:
     """A path to write to that becomes ``file`` only when the block ends well."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
@@ -88,7 +88,7 @@ def _whole(file: Path) -> Iterator[Path]:
 
 
 @functools.cache
-def _scratch() -> Path:
+def _scratch_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="clasp-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -12,14 +12,14 @@ from jaxtyping import Int64, UInt8
 
 
 @dataclass(frozen=True, eq=False)
-class Names:
+class NameTable:
     """Texts by number."""
 
     letters: UInt8[np.ndarray, " bytes"]
     ends: Int64[np.ndarray, " names"]
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> "Names":
+    def of(cls, texts: Iterable[str]) -> "NameTable":
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
         letters = np.frombuffer(b"".join(encoded), np.uint8)
         return cls(letters, np.cumsum([len(text) for text in encoded], dtype=np.int64))

@@ -16,21 +16,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import UInt32, UInt64
 
-from clasp.data.formats.base import Opening
-from clasp.data.formats.ids import Survey, refuse_repeats
-from clasp.data.formats.index_cache import Arrays, remembered, stamp_of
-from clasp.data.formats.rows import Columns, Row, RowReader, require
+from clasp.data.formats.base import SourceSpec
+from clasp.data.formats.ids import IdCollector, require_unique_ids
+from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_build_index
+from clasp.data.formats.rows import ColumnNames, PairRow, RowReader, require_columns
 from clasp.data.formats.sources import FileSource
-from clasp.data.formats.tables import path_of, path_pair
+from clasp.data.formats.tables import pair_from_row, require_image_id
 from clasp.types import Pair, UserError
 
-DEFAULT = Columns(image="image", caption="caption", id="id", language="language", group="group")
+_DEFAULT_COLUMNS = ColumnNames(image="image", caption="caption", id="id", language="language", group="group")
 
-Kind = Literal["path", "bytes", "struct"]
+_ImageColumnKind = Literal["path", "bytes", "struct"]
 
 
 @dataclass(frozen=True, slots=True)
-class CellSource:
+class ParquetSource:
     """The image in one cell; where a {bytes, path} cell has no bytes, the file at its path below ``root``."""
 
     path: str
@@ -48,7 +48,7 @@ class CellSource:
         return f"{self.stamp}@{self.row}"
 
     def read(self) -> bytes:
-        cell = _cells(_image_group, self.path, self.stamp, (self.column,), self.row)[self.column]
+        cell = _read_cells(_read_image_group, self.path, self.stamp, (self.column,), self.row)[self.column]
         if isinstance(cell, dict):
             if cell["bytes"] is None and cell.get("path"):
                 return FileSource(os.path.join(self.root, cell["path"])).read()
@@ -65,7 +65,7 @@ class ParquetTable:
     name: str
     file: str
     stamp: str
-    kind: Kind
+    kind: _ImageColumnKind
     light: tuple[str, ...]
     """The columns that hold no image bytes."""
     reader: RowReader
@@ -79,71 +79,73 @@ class ParquetTable:
         return len(self.twins)
 
     def __getitem__(self, row: int, /) -> Pair:
-        record = _cells(_light_group, self.file, self.stamp, self.light, row)
-        said = _said(record, self.kind, self.reader, f"{self.name} row {row}")
+        record = _read_cells(_read_non_image_group, self.file, self.stamp, self.light, row)
+        said = _read_row(record, self.kind, self.reader, f"{self.name} row {row}")
         twin = int(self.twins[row])
         if self.kind == "path":
-            return path_pair(said, twin, self.root, self.id_prefix, self.path_prefix)
+            return pair_from_row(said, twin, self.root, self.id_prefix, self.path_prefix)
         id = said.id or f"{self.id_prefix}{_cell_id(said, row)}{f'#{twin}' if twin else ''}"
-        source = CellSource(self.file, self.stamp, self.reader.columns.image, row, self.root)
+        source = ParquetSource(self.file, self.stamp, self.reader.columns.image, row, self.root)
         return Pair(id, source, said.captions, said.group or id, said.meta)
 
     def prefixed(self, id_prefix: str, path_prefix: str) -> "ParquetTable":
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
-def open_parquet(opening: Opening) -> ParquetTable:
+def open_parquet(opening: SourceSpec) -> ParquetTable:
     """Reads the columns that hold no images once, checking every row."""
-    name, stamp, file = str(opening.path), stamp_of(opening.file), str(opening.file.absolute())
-    reader = RowReader.of(opening.columns, DEFAULT)
+    name, stamp, file = str(opening.path), file_stamp(opening.file), str(opening.file.absolute())
+    reader = RowReader.of(opening.columns, _DEFAULT_COLUMNS)
     try:
         table = pq.ParquetFile(file)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{name} is not a whole parquet file: {error}") from None
     schema = table.schema_arrow
-    require(reader.required, schema.names, name)
+    require_columns(reader.required, schema.names, name)
     image = reader.columns.image
-    kind = _kind(schema.field(image).type, f"{name} column {image!r}")
+    kind = _image_column_kind(schema.field(image).type, f"{name} column {image!r}")
     # "binary" in the name of a type is how nested image bytes are found as well
     light = tuple(field.name for field in schema if "binary" not in str(field.type))
     if kind == "struct" and schema.field(image).type.get_field_index("path") >= 0:
         light += (f"{image}.path",)
 
-    def build() -> Arrays:
-        survey, row = Survey(name), 0
+    def build() -> IndexArrays:
+        survey, row = IdCollector(name), 0
         wanted = [column for column in light if column.removesuffix(".path") in reader.columns.named]
         for batch in table.iter_batches(batch_size=4096, columns=wanted, use_threads=False):
             for record in batch.to_pylist():
                 where = f"{name} row {row}"
-                said = _said(record, kind, reader, where)
-                survey.add(where, said, path_of(said, where, opening.root) if kind == "path" else _cell_id(said, row))
+                said = _read_row(record, kind, reader, where)
+                survey.add(
+                    where, said, require_image_id(said, where, opening.root) if kind == "path" else _cell_id(said, row)
+                )
                 row += 1
         if not row:
             raise UserError(f"{name} has no pairs: looked for rows, found none")
         return survey.finish()
 
     key = ("parquet", str(opening.path.resolve()), stamp, opening.root, repr(reader))
-    arrays = remembered(opening.cache, key, build)
+    arrays = load_or_build_index(opening.cache, key, build)
     opened = ParquetTable(
         name, file, stamp, kind, light, reader, opening.root, twins=arrays["twins"], hashes=arrays["hashes"]
     )
-    refuse_repeats(name, opened)
+    require_unique_ids(name, opened)
     return opened
 
 
-def _said(record: dict[str, Any], kind: Kind, reader: RowReader, where: str) -> Row:
+def _read_row(record: dict[str, Any], kind: _ImageColumnKind, reader: RowReader, where: str) -> PairRow:
     if kind != "path":  # bytes were not read; of a struct, at most its path was
         record.setdefault(reader.columns.image, None)
     return reader(record, where)
 
 
-def _cell_id(said: Row, row: int) -> str:
+def _cell_id(said: PairRow, row: int) -> str:
     """The path in a {bytes, path} cell, else the row's number: a table whose rows may move wants an id column."""
     path = said.image["path"] if isinstance(said.image, dict) else None
     return os.path.normpath(path) if path else f"row-{row}"
 
 
-def _kind(type: pa.DataType, where: str) -> Kind:
+def _image_column_kind(type: pa.DataType, where: str) -> _ImageColumnKind:
     if pa.types.is_dictionary(type):
         type = type.value_type
     if pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type):
@@ -155,10 +157,12 @@ def _kind(type: pa.DataType, where: str) -> Kind:
     raise UserError(f"{where} holds {type}; images may be paths (string), bytes (binary) or {{bytes, path}}")
 
 
-GroupReader = Callable[[str, str, int, tuple[str, ...], int], pa.Table]
+_RowGroupReader = Callable[[str, str, int, tuple[str, ...], int], pa.Table]
 
 
-def _cells(read_group: GroupReader, path: str, stamp: str, columns: tuple[str, ...], row: int) -> dict[str, Any]:
+def _read_cells(
+    read_group: _RowGroupReader, path: str, stamp: str, columns: tuple[str, ...], row: int
+) -> dict[str, Any]:
     """One row of these columns, by way of the row groups that ``read_group`` keeps."""
     process = os.getpid()  # a forked worker opens its own
     ends = _parquet(path, stamp, process).ends
@@ -176,7 +180,7 @@ class _Parquet:
 @functools.lru_cache(maxsize=64)
 def _parquet(path: str, stamp: str, process: int) -> _Parquet:
     try:
-        if stamp_of(path) != stamp:
+        if file_stamp(path) != stamp:
             raise UserError(f"{path} was changed after it was opened; open the pairs again")
         file = pq.ParquetFile(path)
     except OSError as error:
@@ -192,5 +196,5 @@ def _read_group(path: str, stamp: str, process: int, columns: tuple[str, ...], g
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-_light_group = functools.lru_cache(maxsize=16)(_read_group)
-_image_group = functools.lru_cache(maxsize=1)(_read_group)
+_read_non_image_group = functools.lru_cache(maxsize=16)(_read_group)
+_read_image_group = functools.lru_cache(maxsize=1)(_read_group)

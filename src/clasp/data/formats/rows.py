@@ -1,7 +1,7 @@
 """What one row says: a line of a table, a JSON object.
 
-Goes in: a row as a mapping, and the names of its columns. Comes out: a ``Row``, its captions as ``Caption``s.
-Unusual: captions come in four forms (see ``Columns.caption``). An empty one is not dropped but counted, so that a
+Goes in: a row as a mapping, and the names of its columns. Comes out: a ``PairRow``, its captions as ``Caption``s.
+Unusual: captions come in four forms (see ``ColumnNames.caption``). An empty one is not dropped but counted, so that a
 source is refused as a whole when it is opened, with the number of such rows.
 """
 
@@ -14,7 +14,7 @@ from clasp.types import Caption, UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Columns:
+class ColumnNames:
     """The columns of a table, or the keys of a JSON object, that carry a meaning; empty: the format's own name.
 
     A name given here must be in every row; of the formats' own names only image and caption must.
@@ -37,20 +37,20 @@ class Columns:
         """The names given, in the order of the fields."""
         return tuple(name for name in self._all if name)
 
-    def over(self, default: "Columns") -> "Columns":
+    def over(self, default: "ColumnNames") -> "ColumnNames":
         """These names, and the default's where none is given."""
         names = [own or other for own, other in zip(self._all, default._all, strict=True)]
-        return Columns(**{field.name: name for field, name in zip(fields(self), names, strict=True)})
+        return ColumnNames(**{field.name: name for field, name in zip(fields(self), names, strict=True)})
 
     @property
     def _all(self) -> tuple[str, ...]:
         return (self.image, self.caption, self.id, self.language, self.group)
 
 
-DEFAULT_COLUMNS = Columns()
+DEFAULT_COLUMNS = ColumnNames()
 
 
-class Row(NamedTuple):
+class PairRow(NamedTuple):
     """A row, read: ``id`` and ``group`` are empty where it gives none."""
 
     image: Any
@@ -64,30 +64,30 @@ class Row(NamedTuple):
 class RowReader:
     """Reads the rows of one table."""
 
-    columns: Columns
+    columns: ColumnNames
     required: tuple[str, ...]
     spoken_for: tuple[str, ...]
     """What does not go to ``meta``."""
 
     @classmethod
-    def of(cls, asked: Columns, default: Columns) -> "RowReader":
+    def of(cls, asked: ColumnNames, default: ColumnNames) -> "RowReader":
         columns = asked.over(default)
         return cls(columns, tuple(dict.fromkeys((columns.image, columns.caption, *asked.named))), columns.named)
 
-    def __call__(self, record: Mapping[str, Any], where: str) -> Row:
-        require(self.required, record, where)
+    def __call__(self, record: Mapping[str, Any], where: str) -> PairRow:
+        require_columns(self.required, record, where)
         columns = self.columns
-        language = text_of(record.get(columns.language))
-        return Row(
+        language = as_text(record.get(columns.language))
+        return PairRow(
             image=record[columns.image],
-            captions=captions_of(record[columns.caption], language, where),
-            id=text_of(record.get(columns.id)),
-            group=text_of(record.get(columns.group)),
+            captions=parse_captions(record[columns.caption], language, where),
+            id=as_text(record.get(columns.id)),
+            group=as_text(record.get(columns.group)),
             meta={key: value for key, value in record.items() if key not in self.spoken_for},
         )
 
 
-def require(names: Iterable[str], have: Collection[str], where: str) -> None:
+def require_columns(names: Iterable[str], have: Collection[str], where: str) -> None:
     """``UserError`` for the first name that is missing, with the names there are and the nearest of them."""
     for name in names:
         if name not in have:
@@ -100,13 +100,13 @@ def require(names: Iterable[str], have: Collection[str], where: str) -> None:
             )
 
 
-def text_of(value: Any) -> str:
+def as_text(value: Any) -> str:
     """An id, a group or a language as text; empty for none."""
     return "" if value is None else str(value).strip()
 
 
-def captions_of(value: Any, language: str, where: str) -> tuple[Caption, ...]:
-    """The captions in any of the forms a row may give them in (see ``Columns.caption``), stripped.
+def parse_captions(value: Any, language: str, where: str) -> tuple[Caption, ...]:
+    """The captions in any of the forms a row may give them in (see ``ColumnNames.caption``), stripped.
 
     An empty text stays, as an empty caption, so that it can be counted; a language with null is left out.
     """
@@ -116,12 +116,12 @@ def captions_of(value: Any, language: str, where: str) -> tuple[Caption, ...]:
         return (Caption(value.strip(), language),)
     if isinstance(value, Mapping):
         if "text" in value and value.keys() <= {"text", "language"}:
-            return captions_of(value["text"], text_of(value.get("language")) or language, where)
-        return tuple(caption for tag, texts in value.items() for caption in captions_of(texts, tag, where))
+            return parse_captions(value["text"], as_text(value.get("language")) or language, where)
+        return tuple(caption for tag, texts in value.items() for caption in parse_captions(texts, tag, where))
     if isinstance(value, tuple) and len(value) == 2:  # an entry of a parquet map; JSON has no tuples
-        return captions_of(value[1], value[0], where)
+        return parse_captions(value[1], value[0], where)
     if isinstance(value, list):
-        return tuple(caption for item in value for caption in captions_of(item, language, where))
+        return tuple(caption for item in value for caption in parse_captions(item, language, where))
     raise UserError(f"{where}: a caption must be a text, a list of texts or {{language: text}}, not {value!r}")
 
 

@@ -16,42 +16,46 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, UInt64
 
-from clasp.data.formats.base import Opening
-from clasp.data.formats.ids import hash64, refuse_repeats
-from clasp.data.formats.index_cache import Arrays, remembered
-from clasp.data.formats.name_table import Names
-from clasp.data.formats.rows import CaptionCheck, Columns, captions_of, require, text_of
+from clasp.data.formats.base import SourceSpec
+from clasp.data.formats.ids import hash64, require_unique_ids
+from clasp.data.formats.index_cache import IndexArrays, load_or_build_index
+from clasp.data.formats.name_table import NameTable
+from clasp.data.formats.rows import CaptionCheck, ColumnNames, as_text, parse_captions, require_columns
 from clasp.data.formats.tar import open_tar
-from clasp.types import Caption, Pair, Source, UserError
+from clasp.types import Caption, ImageSource, Pair, UserError
 
 IMAGE_SUFFIXES = tuple("jpg jpeg jfif png webp gif bmp tif tiff avif jp2 ppm pgm".split())
-IMAGE, TEXT, JSON, LABEL = range(4)  # the columns of ``Samples.parts``
-PARTS = dict.fromkeys(IMAGE_SUFFIXES, IMAGE) | {"txt": TEXT, "json": JSON, "cls": LABEL}
-CAPTION_KEYS = ("captions", "caption", "text")
-CLASS_NAMES = "classnames.txt"
+IMAGE_COLUMN, TEXT_COLUMN, JSON_COLUMN, LABEL_COLUMN = range(4)  # the columns of ``SampleTable.parts``
+_SUFFIX_COLUMNS = dict.fromkeys(IMAGE_SUFFIXES, IMAGE_COLUMN) | {
+    "txt": TEXT_COLUMN,
+    "json": JSON_COLUMN,
+    "cls": LABEL_COLUMN,
+}
+_CAPTION_KEYS = ("captions", "caption", "text")
+_CLASS_NAMES_FILE = "classnames.txt"
 
 
 @runtime_checkable
-class Members(Protocol):
+class FileCollection(Protocol):
     """Files by number, in a folder or a tar."""
 
     @property
-    def names(self) -> Names: ...
+    def names(self) -> NameTable: ...
 
-    def source(self, row: int) -> Source: ...
+    def source(self, row: int) -> ImageSource: ...
 
 
 @dataclass(frozen=True, eq=False)
-class Samples:
+class SampleTable:
     """The samples of an opened folder or tar; a ``Format``."""
 
     name: str
-    members: Members
+    members: FileCollection
     call: Callable[[str], str]
     """The id of a sample from the name of its image."""
     parts: Int32[np.ndarray, "pairs 4"]
     """Which member is the image, text, json and class number of a sample; -1 for none."""
-    columns: Columns
+    columns: ColumnNames
     """Keys of the json; none of them is asked for by default, and ``image`` means nothing here."""
     classes: tuple[str, ...]
     root: str
@@ -64,23 +68,23 @@ class Samples:
     def __getitem__(self, row: int, /) -> Pair:
         image, text, json_, label = self.parts[row].tolist()
         record, about = self._record(json_, image), self._class(label)
-        key = self.columns.caption or next((key for key in CAPTION_KEYS if key in record), "")
+        key = self.columns.caption or next((key for key in _CAPTION_KEYS if key in record), "")
         language = self.columns.language or "language"
-        captions = self._captions(record.get(key), text_of(record.get(language)), text, image)
+        captions = self._captions(record.get(key), as_text(record.get(language)), text, image)
         if not captions and "class" in about:
             captions = (Caption(about["class"]),)
-        id = text_of(record.get(self.columns.id)) or self.id_prefix + self.call(self.members.names[image])
-        group = text_of(record.get(self.columns.group)) or id
+        id = as_text(record.get(self.columns.id)) or self.id_prefix + self.call(self.members.names[image])
+        group = as_text(record.get(self.columns.group)) or id
         spoken_for = (key, language, self.columns.id, self.columns.group)
         meta = about | {name: value for name, value in record.items() if name not in spoken_for}
         return Pair(id, self.members.source(image), captions, group, meta)
 
-    def prefixed(self, id_prefix: str, path_prefix: str) -> "Samples":
+    def prefixed(self, id_prefix: str, path_prefix: str) -> "SampleTable":
         return replace(self, id_prefix=id_prefix)
 
     def _captions(self, said: Any, language: str, text: int, image: int) -> tuple[Caption, ...]:
         """Those of the json, then that of the txt unless it is among them."""
-        captions = captions_of(said, language, self._path(image))
+        captions = parse_captions(said, language, self._path(image))
         if text < 0:
             return captions
         more = Caption(self._text(text).strip(), language)
@@ -99,7 +103,7 @@ class Samples:
             raise UserError(f"{self._path(member)} is not JSON: {error}") from None
         if not isinstance(record, dict):
             raise UserError(f"{self._path(member)} must hold an object such as {{'captions': ['a dog']}}")
-        require(named, record, self._path(member))
+        require_columns(named, record, self._path(member))
         return record
 
     def _class(self, member: int) -> dict[str, Any]:
@@ -107,7 +111,7 @@ class Samples:
             return {}
         text = self._text(member).strip()
         if not text.isdecimal() or (self.classes and int(text) >= len(self.classes)):
-            few = f" below {len(self.classes)}, as {CLASS_NAMES} has so many lines" if self.classes else ""
+            few = f" below {len(self.classes)}, as {_CLASS_NAMES_FILE} has so many lines" if self.classes else ""
             raise UserError(f"{self._path(member)} must hold a class number{few}, not {text!r}")
         return {"label": int(text)} | ({"class": self.classes[int(text)]} if self.classes else {})
 
@@ -121,55 +125,57 @@ class Samples:
         return self.members.source(member).name
 
 
-def open_shard(opening: Opening) -> Samples:
+def open_webdataset(opening: SourceSpec) -> SampleTable:
     """A webdataset tar: all members whose names agree up to the first dot are one sample."""
     tar = open_tar(opening.path, opening.file, opening.cache)
     key = ("samples", str(opening.path.resolve()), tar.stamp)
-    return open_samples(opening, tar, lambda: gather(tar.names, member_key, opening.path), call_member, key)
+    return open_samples(opening, tar, lambda: group_by_key(tar.names, split_member_name, opening.path), member_id, key)
 
 
 def open_samples(
-    opening: Opening,
-    members: Members,
+    opening: SourceSpec,
+    members: FileCollection,
     find: Callable[[], Int32[np.ndarray, "pairs 4"]],
     call: Callable[[str], str],
     key: tuple[str, ...],
-) -> Samples:
+) -> SampleTable:
     """Samples whose captions have all been read once; ``find`` says which members make a sample."""
     name, beside = str(opening.path), opening.path if opening.path.is_dir() else opening.path.parent
-    named = beside / CLASS_NAMES
+    named = beside / _CLASS_NAMES_FILE
     classes = tuple(named.read_text("utf-8").splitlines()) if named.is_file() else ()
 
-    def samples(parts: np.ndarray, hashes: np.ndarray) -> Samples:
+    def samples(parts: np.ndarray, hashes: np.ndarray) -> SampleTable:
         root = str(opening.path.absolute())
-        return Samples(name, members, call, parts, opening.columns, classes, root, hashes)
+        return SampleTable(name, members, call, parts, opening.columns, classes, root, hashes)
 
-    def build() -> Arrays:
+    def build() -> IndexArrays:
         parts = find()
         draft = samples(parts, np.zeros(len(parts), np.uint64))
         check = CaptionCheck(name)
         ids = []
         for row in range(len(parts)):
             pair = draft[row]
-            looked = f"{pair.image.name} (looked in its .txt, and for {', '.join(CAPTION_KEYS)} in its .json)"
+            looked = f"{pair.image.name} (looked in its .txt, and for {', '.join(_CAPTION_KEYS)} in its .json)"
             check.see(looked, pair.captions)
             ids.append(hash64(pair.id))
         check.finish()
         return {"parts": parts, "hashes": np.array(ids, np.uint64)}
 
-    opened = samples(**remembered(opening.cache, (*key, repr(opening.columns), repr(classes)), build))
-    refuse_repeats(name, opened)
+    opened = samples(**load_or_build_index(opening.cache, (*key, repr(opening.columns), repr(classes)), build))
+    require_unique_ids(name, opened)
     return opened
 
 
-def gather(names: Names, split: Callable[[str], tuple[str, str]], where: Path) -> Int32[np.ndarray, "pairs 4"]:
+def group_by_key(
+    names: NameTable, split: Callable[[str], tuple[str, str]], where: Path
+) -> Int32[np.ndarray, "pairs 4"]:
     """The samples among files, in the order of their first file; files that are part of no sample are left out."""
     rows: dict[str, int] = {}
     parts: list[list[int]] = []
     for number, name in enumerate(names):
         key, suffix = split(name)
-        part = PARTS.get(suffix.lower())
-        if part is None or hidden(name):
+        part = _SUFFIX_COLUMNS.get(suffix.lower())
+        if part is None or is_hidden(name):
             continue
         row = rows.setdefault(key, len(parts))
         if row == len(parts):
@@ -178,31 +184,31 @@ def gather(names: Names, split: Callable[[str], tuple[str, str]], where: Path) -
             other = names[parts[row][part]]
             raise UserError(f"{where}: {other!r} and {name!r} claim one place in one sample; rename or remove one")
         parts[row][part] = number
-    found = np.array([sample for sample in parts if sample[IMAGE] >= 0], np.int32).reshape(-1, 4)
+    found = np.array([sample for sample in parts if sample[IMAGE_COLUMN] >= 0], np.int32).reshape(-1, 4)
     if not len(found):
         looked = f"images (.{', .'.join(IMAGE_SUFFIXES)}) with a .txt or .json of the same name"
-        raise UserError(f"{where} has no pairs: looked for {looked}; found {kinds(names)}")
+        raise UserError(f"{where} has no pairs: looked for {looked}; found {count_suffixes(names)}")
     return found
 
 
-def kinds(names: Iterable[str]) -> str:
+def count_suffixes(names: Iterable[str]) -> str:
     """What files there are, by suffix, the commonest first."""
-    counts = Counter(PurePosixPath(name).suffix or "files without suffix" for name in names if not hidden(name))
+    counts = Counter(PurePosixPath(name).suffix or "files without suffix" for name in names if not is_hidden(name))
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common(6)) or "nothing"
 
 
-def hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Files that systems leave behind: .DS_Store, ._cat.jpg, __MACOSX/..."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def member_key(name: str) -> tuple[str, str]:
+def split_member_name(name: str) -> tuple[str, str]:
     """Key and suffix as webdataset has them: the name is cut at the first dot of its last part."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix
 
 
-def call_member(name: str) -> str:
+def member_id(name: str) -> str:
     """The id of a sample in a tar: its key."""
-    return member_key(name)[0]
+    return split_member_name(name)[0]

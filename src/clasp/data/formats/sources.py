@@ -10,7 +10,7 @@ import os
 import weakref
 from dataclasses import dataclass
 
-from clasp.data.formats.index_cache import stamp_of
+from clasp.data.formats.index_cache import file_stamp
 from clasp.types import UserError
 
 
@@ -27,7 +27,7 @@ class FileSource:
     @property
     def version(self) -> str:
         try:
-            return stamp_of(self.path)
+            return file_stamp(self.path)
         except OSError:
             return "missing"
 
@@ -54,18 +54,18 @@ class TarSource:
         return f"{self.stamp}@{self.offset}+{self.size}"
 
     def read(self) -> bytes:
-        return read_stretch(self.path, self.stamp, self.offset, self.size)
+        return read_range(self.path, self.stamp, self.offset, self.size)
 
 
-def read_stretch(path: str, stamp: str, offset: int, size: int) -> bytes:
+def read_range(path: str, stamp: str, offset: int, size: int) -> bytes:
     """``size`` bytes from ``offset`` on of a file that had this stamp when it was indexed."""
-    data = os.pread(_opened(path, stamp).descriptor, size, offset)
+    data = os.pread(_open_descriptor(path, stamp).descriptor, size, offset)
     if len(data) < size:
         raise UserError(f"{path} is truncated: it ends at byte {offset + len(data)}, before {offset + size}")
     return data
 
 
-class _Opened:
+class _FileDescriptor:
     """A descriptor that is closed with its last user."""
 
     def __init__(self, path: str):
@@ -74,10 +74,10 @@ class _Opened:
 
 
 @functools.lru_cache(maxsize=128)
-def _opened(path: str, stamp: str) -> _Opened:
+def _open_descriptor(path: str, stamp: str) -> _FileDescriptor:
     try:
-        if stamp_of(path) != stamp:
+        if file_stamp(path) != stamp:
             raise UserError(f"{path} was changed after it was opened; open the pairs again")
-        return _Opened(path)
+        return _FileDescriptor(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

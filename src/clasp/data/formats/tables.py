@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Int64, UInt32, UInt64
 
-from clasp.data.formats.base import Opening
-from clasp.data.formats.ids import Survey, image_id, refuse_repeats
-from clasp.data.formats.index_cache import Arrays, remembered, stamp_of
-from clasp.data.formats.rows import Row, RowReader
-from clasp.data.formats.sources import FileSource, read_stretch
-from clasp.data.formats.text_rows import SYNTAXES, Syntax
+from clasp.data.formats.base import SourceSpec
+from clasp.data.formats.ids import IdCollector, image_id, require_unique_ids
+from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_build_index
+from clasp.data.formats.rows import PairRow, RowReader
+from clasp.data.formats.sources import FileSource, read_range
+from clasp.data.formats.text_rows import TEXT_ROW_FORMATS, TextRowFormat
 from clasp.types import Pair, UserError
 
 
@@ -27,7 +27,7 @@ class TextTable:
     name: str
     file: str
     stamp: str
-    syntax: Syntax
+    syntax: TextRowFormat
     reader: RowReader
     root: str
     starts: Int64[np.ndarray, " pairs"]
@@ -42,15 +42,15 @@ class TextTable:
 
     def __getitem__(self, row: int, /) -> Pair:
         start, stop = int(self.starts[row]), int(self.stops[row])
-        record = self.syntax.parse(read_stretch(self.file, self.stamp, start, stop - start))
+        record = self.syntax.parse(read_range(self.file, self.stamp, start, stop - start))
         said = self.reader(record, f"{self.name} row {row + 1}")
-        return path_pair(said, int(self.twins[row]), self.root, self.id_prefix, self.path_prefix)
+        return pair_from_row(said, int(self.twins[row]), self.root, self.id_prefix, self.path_prefix)
 
     def prefixed(self, id_prefix: str, path_prefix: str) -> "TextTable":
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
-def path_pair(said: Row, twin: int, root: str, id_prefix: str, path_prefix: str) -> Pair:
+def pair_from_row(said: PairRow, twin: int, root: str, id_prefix: str, path_prefix: str) -> Pair:
     """The pair of a row whose image is a path: rows of one image are one group unless the table says otherwise."""
     image = image_id(said.image, root)
     id = said.id or f"{id_prefix}{image}{f'#{twin}' if twin else ''}"
@@ -58,26 +58,26 @@ def path_pair(said: Row, twin: int, root: str, id_prefix: str, path_prefix: str)
     return Pair(id, source, said.captions, said.group or path_prefix + image, said.meta)
 
 
-def path_of(said: Row, where: str, root: str) -> str:
+def require_image_id(said: PairRow, where: str, root: str) -> str:
     """The id of the image a row names, or a ``UserError`` when it names none."""
     if not isinstance(said.image, str) or not said.image.strip():
         raise UserError(f"{where} names no image: a path is wanted, not {said.image!r}")
     return image_id(said.image, root)
 
 
-def open_table(opening: Opening) -> TextTable:
+def open_table(opening: SourceSpec) -> TextTable:
     """Reads a .csv, .tsv, .jsonl or .json once, from end to end, checking every row but no image."""
-    name, stamp = str(opening.path), stamp_of(opening.file)
+    name, stamp = str(opening.path), file_stamp(opening.file)
     kind = opening.path.with_name(opening.path.name.removesuffix(".gz")).suffix.lower()
-    syntax = SYNTAXES[kind](opening)
+    syntax = TEXT_ROW_FORMATS[kind](opening)
     reader = RowReader.of(opening.columns, syntax.default)
 
-    def build() -> Arrays:
-        survey, starts, stops = Survey(name), array("q"), array("q")
+    def build() -> IndexArrays:
+        survey, starts, stops = IdCollector(name), array("q"), array("q")
         with opening.file.open("rb") as file:
             for start, stop, where, record in syntax.entries(file):
                 said = reader(record, where)
-                survey.add(where, said, path_of(said, where, opening.root))
+                survey.add(where, said, require_image_id(said, where, opening.root))
                 starts.append(start)
                 stops.append(stop)
         if not starts:
@@ -85,7 +85,7 @@ def open_table(opening: Opening) -> TextTable:
         return {"starts": np.array(starts, np.int64), "stops": np.array(stops, np.int64), **survey.finish()}
 
     key = ("table", kind, str(opening.path.resolve()), stamp, opening.root, repr(reader))
-    arrays = remembered(opening.cache, key, build)
+    arrays = load_or_build_index(opening.cache, key, build)
     table = TextTable(
         name,
         str(opening.file.absolute()),
@@ -98,5 +98,5 @@ def open_table(opening: Opening) -> TextTable:
         twins=arrays["twins"],
         hashes=arrays["hashes"],
     )
-    refuse_repeats(name, table)
+    require_unique_ids(name, table)
     return table

@@ -15,21 +15,21 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from clasp.data.formats.index_cache import Arrays, remembered, stamp_of
-from clasp.data.formats.name_table import Names
+from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_build_index
+from clasp.data.formats.name_table import NameTable
 from clasp.data.formats.sources import TarSource
 from clasp.types import UserError
 
 
 @dataclass(frozen=True, eq=False)
-class Tar:
+class TarFiles:
     """The plain files of a tar, in its order."""
 
     path: str
     """As the user knows it; a ``.tar.gz`` may have been unpacked to ``file``."""
     file: str
     stamp: str
-    names: Names
+    names: NameTable
     offsets: Int64[np.ndarray, " members"]
     sizes: Int64[np.ndarray, " members"]
 
@@ -38,21 +38,21 @@ class Tar:
         return TarSource(name, self.file, self.stamp, int(self.offsets[row]), int(self.sizes[row]))
 
 
-def open_tar(path: Path, file: Path, cache: Path | None) -> Tar:
+def open_tar(path: Path, file: Path, cache: Path | None) -> TarFiles:
     """The index of ``file`` (known to the user as ``path``). ``UserError`` when the tar is cut short or damaged."""
-    stamp = stamp_of(file)
-    arrays = remembered(cache, ("tar", str(path.resolve()), stamp), lambda: _scan(path, file))
-    names = Names(arrays["letters"], arrays["ends"])
-    return Tar(str(path), str(file.absolute()), stamp, names, arrays["offsets"], arrays["sizes"])
+    stamp = file_stamp(file)
+    arrays = load_or_build_index(cache, ("tar", str(path.resolve()), stamp), lambda: _scan(path, file))
+    names = NameTable(arrays["letters"], arrays["ends"])
+    return TarFiles(str(path), str(file.absolute()), stamp, names, arrays["offsets"], arrays["sizes"])
 
 
-def _scan(path: Path, file: Path) -> Arrays:
+def _scan(path: Path, file: Path) -> IndexArrays:
     names: list[str] = []
     offsets, sizes = array("q"), array("q")
     links: dict[int, str] = {}
     length, end = os.path.getsize(file), 0
     with suppress(tarfile.TarError), tarfile.open(file, "r:") as tar:  # _check_end says what a TarError was about
-        while member := _next(tar):
+        while member := _next_member(tar):
             name = member.name.removeprefix("./")
             if member.issym() or member.issparse():
                 raise UserError(f"{path}: member {name!r} is a link or sparse; write the tar anew with whole files")
@@ -71,7 +71,7 @@ def _scan(path: Path, file: Path) -> Arrays:
         if name not in rows:
             raise UserError(f"{path}: member {names[row]!r} is a link to {name!r}, which is not in the tar")
         offsets[row], sizes[row] = offsets[rows[name]], sizes[rows[name]]
-    packed = Names.of(names)
+    packed = NameTable.of(names)
     return {
         "letters": packed.letters,
         "ends": packed.ends,
@@ -80,7 +80,7 @@ def _scan(path: Path, file: Path) -> Arrays:
     }
 
 
-def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else it keeps every member it has seen
     try:
         return tar.next()

@@ -1,8 +1,8 @@
 """How a text file is cut into rows: JSON lines, a JSON list, comma- or tab-separated cells.
 
-Goes in: a file open for reading bytes. Comes out: one ``Entry`` a row, with the bytes it takes, so that it can be read
-again alone. Unusual: where quoted cells hold line breaks the ranges are exact, since the csv reader itself says which
-lines a row took; a quote that is never closed, or a row of too many cells, is an error and not swallowed.
+Goes in: a file open for reading bytes. Comes out: one ``LocatedRow`` a row, with the bytes it takes, so that it can be
+read again alone. Unusual: where quoted cells hold line breaks the ranges are exact, since the csv reader itself says
+which lines a row took; a quote that is never closed, or a row of too many cells, is an error and not swallowed.
 """
 
 import csv
@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from clasp.data.formats.base import Opening
-from clasp.data.formats.rows import Columns
+from clasp.data.formats.base import SourceSpec
+from clasp.data.formats.rows import ColumnNames
 from clasp.types import UserError
 
 
-class Entry(NamedTuple):
+class LocatedRow(NamedTuple):
     """One row and the bytes it takes: from ``start`` up to, not including, ``stop``."""
 
     start: int
@@ -26,13 +26,13 @@ class Entry(NamedTuple):
 
 
 @runtime_checkable
-class Syntax(Protocol):
+class TextRowFormat(Protocol):
     """How a file is cut into rows."""
 
-    default: ClassVar[Columns]
+    default: ClassVar[ColumnNames]
     wanted: ClassVar[str]
 
-    def entries(self, file: BinaryIO) -> Iterator[Entry]: ...
+    def entries(self, file: BinaryIO) -> Iterator[LocatedRow]: ...
 
     def parse(self, data: bytes) -> dict[str, Any]:
         """The bytes of one entry, once more."""
@@ -44,10 +44,10 @@ class JsonLines:
     """One JSON object a line; blank lines are skipped."""
 
     name: str
-    default: ClassVar = Columns(image="image", caption="caption", id="id", language="language", group="group")
+    default: ClassVar = ColumnNames(image="image", caption="caption", id="id", language="language", group="group")
     wanted: ClassVar = "one JSON object a line"
 
-    def entries(self, file: BinaryIO) -> Iterator[Entry]:
+    def entries(self, file: BinaryIO) -> Iterator[LocatedRow]:
         stop = 0
         for number, line in enumerate(file, 1):
             start, stop = stop, stop + len(line)
@@ -60,7 +60,7 @@ class JsonLines:
                 raise UserError(f"{where} is not JSON: {error}") from None
             if not isinstance(record, dict):
                 raise UserError(f"{where} must be a JSON object such as {{'image': 'a.jpg', 'caption': 'a dog'}}")
-            yield Entry(start, stop, where, record)
+            yield LocatedRow(start, stop, where, record)
 
     def parse(self, data: bytes) -> dict[str, Any]:
         return json.loads(data)
@@ -74,21 +74,21 @@ class JsonList:
     """
 
     name: str
-    default: ClassVar = Columns(image="image", caption="caption", id="id", language="language", group="image_id")
+    default: ClassVar = ColumnNames(image="image", caption="caption", id="id", language="language", group="image_id")
     wanted: ClassVar = "a list of objects {image, image_id, caption}"
 
-    def entries(self, file: BinaryIO) -> Iterator[Entry]:
+    def entries(self, file: BinaryIO) -> Iterator[LocatedRow]:
         try:
             yield from self._objects(file.read().decode())
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"{self.name} is not JSON: {error}") from None
 
-    def _objects(self, text: str) -> Iterator[Entry]:
+    def _objects(self, text: str) -> Iterator[LocatedRow]:
         decoder = json.JSONDecoder()
-        at = _skip(text, 0, "\ufeff \t\r\n")
+        at = _skip_blanks(text, 0, "\ufeff \t\r\n")
         if text[at : at + 1] != "[":
             raise UserError(f"{self.name} must hold {self.wanted}; one object a line is .jsonl")
-        at = _skip(text, at + 1)
+        at = _skip_blanks(text, at + 1)
         number, seen, stop = 0, 0, 0  # the first ``seen`` characters are ``stop`` bytes
         while text[at : at + 1] != "]":
             record, end = decoder.raw_decode(text, at)
@@ -98,10 +98,10 @@ class JsonList:
                 raise UserError(f"{where} must be an object such as {{'image': 'a.jpg', 'caption': 'a dog'}}")
             start = stop + len(text[seen:at].encode())
             seen, stop = end, start + len(text[at:end].encode())
-            yield Entry(start, stop, where, record)
-            at = _skip(text, end)
+            yield LocatedRow(start, stop, where, record)
+            at = _skip_blanks(text, end)
             if text[at : at + 1] == ",":
-                at = _skip(text, at + 1)
+                at = _skip_blanks(text, at + 1)
             elif text[at : at + 1] != "]":
                 raise json.JSONDecodeError("',' or ']' is wanted after an entry", text, at)
         if text[at + 1 :].strip():
@@ -112,27 +112,27 @@ class JsonList:
 
 
 @dataclass(frozen=True)
-class Delimited:
+class DelimitedRows:
     """Cells between commas or tabs, quoted with ``"`` where needed, below a line of column names; UTF-8."""
 
     name: str
     delimiter: str
     header: tuple[str, ...]
-    default: ClassVar = Columns(image="filepath", caption="title", id="id", language="language", group="group")
+    default: ClassVar = ColumnNames(image="filepath", caption="title", id="id", language="language", group="group")
     wanted: ClassVar = "rows below a line of column names"
 
     @classmethod
-    def of(cls, opening: Opening, delimiter: str) -> "Delimited":
+    def of(cls, opening: SourceSpec, delimiter: str) -> "DelimitedRows":
         with opening.file.open("rb") as file:
-            header = next(_cells(file, delimiter, str(opening.path)), ((), 0, 0, ""))[0]
+            header = next(_split_cells(file, delimiter, str(opening.path)), ((), 0, 0, ""))[0]
         if not header:
             raise UserError(f"{opening.path} is empty; looked for {cls.wanted}")
         if len(set(header)) < len(header):
             raise UserError(f"{opening.path} has two columns of one name: {', '.join(map(repr, header))}")
         return cls(str(opening.path), delimiter, header)
 
-    def entries(self, file: BinaryIO) -> Iterator[Entry]:
-        rows = _cells(file, self.delimiter, self.name)
+    def entries(self, file: BinaryIO) -> Iterator[LocatedRow]:
+        rows = _split_cells(file, self.delimiter, self.name)
         next(rows)
         for cells, start, stop, where in rows:
             if len(cells) != len(self.header):
@@ -140,14 +140,14 @@ class Delimited:
                     f"{where} has {len(cells)} cells and the first line has {len(self.header)}; "
                     f"a cell that holds {self.delimiter!r} must be in double quotes"
                 )
-            yield Entry(start, stop, where, dict(zip(self.header, cells, strict=True)))
+            yield LocatedRow(start, stop, where, dict(zip(self.header, cells, strict=True)))
 
     def parse(self, data: bytes) -> dict[str, Any]:
         cells = next(csv.reader([data.decode()], delimiter=self.delimiter, strict=True))
         return dict(zip(self.header, cells, strict=True))
 
 
-def _cells(file: BinaryIO, delimiter: str, name: str) -> Iterator[tuple[tuple[str, ...], int, int, str]]:
+def _split_cells(file: BinaryIO, delimiter: str, name: str) -> Iterator[tuple[tuple[str, ...], int, int, str]]:
     """Rows as cells, with the bytes and the first line each took; empty lines are skipped."""
     taken = 0
 
@@ -173,16 +173,16 @@ def _cells(file: BinaryIO, delimiter: str, name: str) -> Iterator[tuple[tuple[st
             yield tuple(cells), start, taken, where
 
 
-def _skip(text: str, at: int, blank: str = " \t\r\n") -> int:
+def _skip_blanks(text: str, at: int, blank: str = " \t\r\n") -> int:
     """The first place from ``at`` on that holds none of ``blank``."""
     while at < len(text) and text[at] in blank:
         at += 1
     return at
 
 
-SYNTAXES: dict[str, Callable[[Opening], Syntax]] = {
-    ".csv": lambda opening: Delimited.of(opening, ","),
-    ".tsv": lambda opening: Delimited.of(opening, "\t"),
+TEXT_ROW_FORMATS: dict[str, Callable[[SourceSpec], TextRowFormat]] = {
+    ".csv": lambda opening: DelimitedRows.of(opening, ","),
+    ".tsv": lambda opening: DelimitedRows.of(opening, "\t"),
     ".jsonl": lambda opening: JsonLines(str(opening.path)),
     ".json": lambda opening: JsonList(str(opening.path)),
 }

@@ -20,21 +20,21 @@ from typing import Any
 
 # Half of each kind is never trained on. Fixed before any result was seen: the low-resource ones so that both halves are
 # about equally hard for the text tower alone and span several scripts.
-TRAINED = ("en", "de", "fr", "es", "ru", "tr", "ar", "hi", "ja", "zh")
-TRAINED_LOW = ("sw", "yo", "ig", "cy", "eu", "km", "my", "si", "so", "mn")
-QUICK_TRAINED = ("en", "sw", "km")
-HELD_LOW = ("am", "zu", "ha", "gd", "lo", "qu")
-HELD = ("it", "pt", "nl", "sv", "pl", "cs", "uk", "el", "he", "fa", "bn", "ta", "vi", "th", "id", "ko")
-KEYWORDS_IN = ("en", "de", "fr", "es")
+TRAINED_LANGUAGES = ("en", "de", "fr", "es", "ru", "tr", "ar", "hi", "ja", "zh")
+TRAINED_LOW_RESOURCE = ("sw", "yo", "ig", "cy", "eu", "km", "my", "si", "so", "mn")
+QUICK_TRAINED_LANGUAGES = ("en", "sw", "km")
+HELD_OUT_LOW_RESOURCE = ("am", "zu", "ha", "gd", "lo", "qu")
+HELD_OUT_LANGUAGES = ("it", "pt", "nl", "sv", "pl", "cs", "uk", "el", "he", "fa", "bn", "ta", "vi", "th", "id", "ko")
+_KEYWORD_LANGUAGES = ("en", "de", "fr", "es")
 """Languages whose training captions also come with keywords"""
 
-STYLES = ("noto", "twemoji", "fluent3d")
-SPLITS = ("train", "val", "test")
+_STYLES = ("noto", "twemoji", "fluent3d")
+_SPLITS = ("train", "val", "test")
 _VERSION = "3"
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class EmojiSample:
     """Where the unpacked sample is."""
 
     folder: Path
@@ -48,29 +48,29 @@ class Sample:
         return self.folder / "questions.jsonl"
 
 
-def unpack(cache: Path, *, quick: bool) -> Sample:
+def unpack_emoji_sample(cache: Path, *, quick: bool) -> EmojiSample:
     """Unpack the sample once; ``quick``: one drawing style and three languages."""
     folder = cache / "demo" / f"{_VERSION}{'-quick' if quick else ''}"
     if (folder / "ready").exists():
-        return Sample(folder)
+        return EmojiSample(folder)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    styles = STYLES[:1] if quick else STYLES
-    trained = QUICK_TRAINED if quick else (*TRAINED, *TRAINED_LOW)
+    styles = _STYLES[:1] if quick else _STYLES
+    trained = QUICK_TRAINED_LANGUAGES if quick else (*TRAINED_LANGUAGES, *TRAINED_LOW_RESOURCE)
     with as_file(files("clasp.data.samples") / "files") as data:
         _unpack_images(data, part, styles)
         concepts = _concepts(data)
-    for split in SPLITS:
+    for split in _SPLITS:
         chosen = [concept for concept in concepts if concept["split"] == split]
-        keywords = KEYWORDS_IN if split == "train" else ()
-        _write(part / f"{split}.jsonl", _rows(chosen, styles, trained, keywords, part))
+        keywords = _KEYWORD_LANGUAGES if split == "train" else ()
+        _write(part / f"{split}.jsonl", _records(chosen, styles, trained, keywords, part))
         if split == "test":
-            _write(part / "questions.jsonl", _rows(chosen, styles, list(chosen[0]["locales"]), (), part))
+            _write(part / "questions.jsonl", _records(chosen, styles, list(chosen[0]["locales"]), (), part))
     (part / "ready").touch()
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-    return Sample(folder)
+    return EmojiSample(folder)
 
 
 def _unpack_images(data: Path, folder: Path, styles: Sequence[str]) -> None:
@@ -90,7 +90,7 @@ def _concepts(data: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def _rows(
+def _records(
     concepts: Sequence[dict[str, Any]],
     styles: Sequence[str],
     languages: Sequence[str],

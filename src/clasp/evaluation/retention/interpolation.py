@@ -11,67 +11,77 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from clasp.analysis.weight_interpolation import Way, obstacles
-from clasp.data.device import on_device
-from clasp.evaluation.paired import mean_and_interval
-from clasp.evaluation.queries import Captions, Classes
-from clasp.evaluation.retention.features import Heard, Hearing
-from clasp.evaluation.retention.plan import Probes
-from clasp.evaluation.tasks import Multilingual, Result, ZeroShot
+from clasp.analysis.weight_interpolation import WeightInterpolation, interpolation_obstacles
+from clasp.data.device import to_device
+from clasp.evaluation.paired import bootstrap_mean
+from clasp.evaluation.queries import RetrievalQueries, ZeroShotQueries
+from clasp.evaluation.retention.features import ModelFeatures, ProbeFeatureExtractor
+from clasp.evaluation.retention.plan import RetentionPlan
+from clasp.evaluation.tasks import EvaluationResult, MultilingualTask, ZeroShotTask
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import Say
-from clasp.types import Pooled
+from clasp.models.features import MessageCallback
+from clasp.types import PooledFeatures
 
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TEMPLATE = "a photo of a {}."
-ALL = "macro:all"
+_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+PROMPT_TEMPLATE = "a photo of a {}."
+_MACRO_ALL = "macro:all"
 
-Read = Callable[[Sequence[str], Sequence[str]], list[tuple[Sequence[str], Pooled]]]
+_TextBatcher = Callable[[Sequence[str], Sequence[str]], list[tuple[Sequence[str], PooledFeatures]]]
 
 
-class Alignment(NamedTuple):
+class _AlignmentScore(NamedTuple):
     """A measure of alignment: what it is called here, what its metric is called in the result, and the result."""
 
     name: str
     metric: str
-    result: Result
+    result: EvaluationResult
 
 
-def between_rows(asked: Probes, hearing: Hearing, before: Heard, after: Heard, say: Say) -> list[Result]:
-    """A row for each of ``ALPHAS``; none where there is no straight way, and a line says why."""
+def interpolation_results(
+    asked: RetentionPlan,
+    hearing: ProbeFeatureExtractor,
+    before: ModelFeatures,
+    after: ModelFeatures,
+    say: MessageCallback,
+) -> list[EvaluationResult]:
+    """A row for each of ``_ALPHAS``; none where there is no straight way, and a line says why."""
     model, base = hearing.model, hearing.base
     towers = ((model.image, base.image), (model.text, base.text))
-    if reasons := [f"{tower.modality}: {reason}" for tower, own in towers for reason in obstacles(tower, own)]:
+    if reasons := [
+        f"{tower.modality}: {reason}" for tower, own in towers for reason in interpolation_obstacles(tower, own)
+    ]:
         say(f"no way between base and tuned weights is drawn, since it is not straight: {', '.join(reasons)}")
         return []
-    ways = [way for tower, own in towers if not (way := Way(tower, own)).empty]
+    ways = [way for tower, own in towers if not (way := WeightInterpolation(tower, own)).empty]
     if not ways:
         say("no way between base and tuned weights is drawn: nothing inside the towers was tuned")
         return []
     ends = {0.0: before, 1.0: after}
     rows = []
-    for alpha in ALPHAS:
+    for alpha in _ALPHAS:
         start = time.perf_counter()
         heard = ends[alpha] if alpha in ends else hearing.between(ways, alpha, before)
-        rows.append(_point(asked, model, heard, alpha, start))
+        rows.append(_result_at(asked, model, heard, alpha, start))
     return rows
 
 
-def _point(asked: Probes, model: DualEncoder, heard: Heard, alpha: float, start: float) -> Result:
-    name, metric, aligned = _alignment(asked, model, heard)
+def _result_at(
+    asked: RetentionPlan, model: DualEncoder, heard: ModelFeatures, alpha: float, start: float
+) -> EvaluationResult:
+    name, metric, aligned = _alignment_score(asked, model, heard)
     metrics, chance = {"alpha": alpha, name: aligned.metrics[metric]}, {name: aligned.chance[metric]}
     interval = {name: aligned.interval[metric]}
     if asked.image is not None:
         scores = asked.image.ask("image_knn", heard.to_fit, heard.image)
-        metrics["image_knn"], interval["image_knn"] = mean_and_interval([(scores.values, scores.groups)])
+        metrics["image_knn"], interval["image_knn"] = bootstrap_mean([(scores.values, scores.groups)])
         chance["image_knn"] = scores.chance
     if asked.text:
         chosen = [probe for probe in asked.text if probe.kind == asked.text[0].kind]  # across languages, where possible
         each = [probe.ask(heard.text, 1) for probe in chosen]
         what = f"{chosen[0].kind}_recall@1"
-        metrics[what], interval[what] = mean_and_interval([(scores.values, scores.groups) for scores in each])
+        metrics[what], interval[what] = bootstrap_mean([(scores.values, scores.groups) for scores in each])
         chance[what] = sum(scores.chance for scores in each) / len(each)
-    return Result(
+    return EvaluationResult(
         task="kept/interpolation",
         data=asked.data,
         language="",
@@ -83,45 +93,51 @@ def _point(asked: Probes, model: DualEncoder, heard: Heard, alpha: float, start:
     )
 
 
-def _alignment(asked: Probes, model: DualEncoder, heard: Heard) -> Alignment:
+def _alignment_score(asked: RetentionPlan, model: DualEncoder, heard: ModelFeatures) -> _AlignmentScore:
     """How well images and texts meet under the run's heads: zero-shot accuracy where there are classes, else the mean
     recall of retrieval, over all languages."""
     device = next(model.parameters()).device
     row = {text: place for place, text in enumerate(heard.text.ids)}
 
-    def images() -> list[tuple[Sequence[str], Pooled]]:
-        return [(heard.image.ids, on_device(Pooled(heard.image.pooled), device))]
+    def images() -> list[tuple[Sequence[str], PooledFeatures]]:
+        return [(heard.image.ids, to_device(PooledFeatures(heard.image.pooled), device))]
 
-    def read(ids: Sequence[str], texts: Sequence[str]) -> list[tuple[Sequence[str], Pooled]]:
-        return [(ids, on_device(Pooled(heard.text.pooled[[row[text] for text in texts]]), device))]
+    def read(ids: Sequence[str], texts: Sequence[str]) -> list[tuple[Sequence[str], PooledFeatures]]:
+        return [(ids, to_device(PooledFeatures(heard.text.pooled[[row[text] for text in texts]]), device))]
 
     groups = {pair.id: pair.group for pair in asked.pairs}
     if asked.label:
-        classes = Classes(
+        classes = ZeroShotQueries(
             labels={pair.id: str(pair.meta[asked.label]) for pair in asked.pairs},
             classes=asked.classes,
-            templates=[TEMPLATE],
+            templates=[PROMPT_TEMPLATE],
             read=lambda prompts: read(prompts, prompts),
             groups=groups,
         )
-        results = ZeroShot(data=asked.data, images=images, question=classes).results(model)
-        return Alignment("zeroshot_top1", "top1", results[0])
-    questions = {language: _captions(asked, language, groups, read) for language in asked.languages or [""]}
-    task = Multilingual(
-        data=asked.data, images=images, questions=questions, primary=f"{ALL}/mean_recall", sets={"all": list(questions)}
+        results = ZeroShotTask(data=asked.data, images=images, question=classes).results(model)
+        return _AlignmentScore("zeroshot_top1", "top1", results[0])
+    questions = {language: _retrieval_queries(asked, language, groups, read) for language in asked.languages or [""]}
+    task = MultilingualTask(
+        data=asked.data,
+        images=images,
+        questions=questions,
+        primary=f"{_MACRO_ALL}/mean_recall",
+        sets={"all": list(questions)},
     )
-    both_ways = (each for each in task.results(model) if each.language == ALL and "/" not in each.task)
-    return Alignment("retrieval_mean_recall", "mean_recall", next(both_ways))
+    both_ways = (each for each in task.results(model) if each.language == _MACRO_ALL and "/" not in each.task)
+    return _AlignmentScore("retrieval_mean_recall", "mean_recall", next(both_ways))
 
 
-def _captions(asked: Probes, language: str, groups: Mapping[str, str], read: Read) -> Captions:
+def _retrieval_queries(
+    asked: RetentionPlan, language: str, groups: Mapping[str, str], read: _TextBatcher
+) -> RetrievalQueries:
     texts = {
         f"{pair.group}|{caption.text}": (caption.text, pair.group)
         for pair in asked.pairs
         for caption in pair.captions
         if caption.language == language
     }
-    return Captions(
+    return RetrievalQueries(
         image_groups=groups,
         text_groups={key: group for key, (_, group) in texts.items()},
         texts=lambda: read(list(texts), [text for text, _ in texts.values()]),

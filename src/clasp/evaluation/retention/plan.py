@@ -1,8 +1,8 @@
 """What a run can be asked with some pairs: which probes they allow, in which languages, and on what to fit.
 
-In go a recipe, pairs and options, out comes ``Probes``; no image is read and no tower run, so that every mistake is
-told at once, and what the pairs do not allow is said in a line. Unusual: which languages a run was trained on is what
-its recipe names, else what its training pairs name, else unknown; it is never guessed from the towers.
+In go a recipe, pairs and options, out comes ``RetentionPlan``; no image is read and no tower run, so that every mistake
+is told at once, and what the pairs do not allow is said in a line. Unusual: which languages a run was trained on is
+what its recipe names, else what its training pairs name, else unknown; it is never guessed from the towers.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from clasp.commands.train import open_as_trained
+from clasp.commands.train import open_pairs_for_recipe
 from clasp.config.recipe import Recipe
-from clasp.data.pairs import Columns, Pairs
-from clasp.evaluation.from_pairs import languages_of
-from clasp.evaluation.retention.probes import ImageProbe, TextProbe, has_labels, image_probe, text_probes
-from clasp.models.features import Say
+from clasp.data.pairs import ColumnNames, Pairs
+from clasp.evaluation.from_pairs import caption_languages
+from clasp.evaluation.retention.probes import ImageProbe, TextProbe, has_labels, make_image_probe, make_text_probes
+from clasp.models.features import MessageCallback
 from clasp.types import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probes:
+class RetentionPlan:
     """What is asked of the towers of a run. ``label`` is the column of the classes, where there are any."""
 
     data: str
@@ -43,31 +43,33 @@ class Probes:
         return sorted({c.text for pair in self.pairs for c in pair.captions if c.language in wanted})
 
 
-def what_to_ask(run: str, recipe: Recipe, pairs: Pairs, options: Mapping[str, str], say: Say) -> Probes:
+def plan_probes(
+    run: str, recipe: Recipe, pairs: Pairs, options: Mapping[str, str], say: MessageCallback
+) -> RetentionPlan:
     """The probes that the pairs allow; says which are left out. Raises ``UserError`` where there are none."""
-    pairs = _listed(pairs)
+    pairs = _in_memory(pairs)
     data, label, anchor = options["data"], options.get("label"), options.get("anchor", "en")
     labelled = has_labels(pairs, label, data)
     label = label or "class"
     if "fit" in options and not labelled:
         raise UserError(f"fit={options['fit']}: {data} has no column {label!r} with classes; name another with label=")
-    fit = _opened(options["fit"], recipe, options) if "fit" in options else None
-    there = languages_of(pairs)
+    fit = _open_fit_pairs(options["fit"], recipe, options) if "fit" in options else None
+    there = caption_languages(pairs)
     wanted = options["languages"].split(",") if "languages" in options else there
     odd = [language for language in (*wanted, *([anchor] if "anchor" in options else [])) if language not in there]
     if odd:
         raise UserError(f"no caption of {data} is in {', '.join(odd)}; it has {', '.join(there) or 'none it names'}")
     trained = trained_languages(recipe) if there else None
-    text = text_probes(pairs, sorted(set(wanted)), anchor, trained, data)
+    text = make_text_probes(pairs, sorted(set(wanted)), anchor, trained, data)
     if not labelled and not text:
         raise UserError(
             f"nothing to probe in {data}: no column {label!r} (name another with label=), no captions in {anchor!r} "
             "and another language, and no two pairs with several captions in one"
         )
-    image = image_probe(pairs, fit, label, data, options.get("fit", "")) if labelled else None
-    _tell(image, text, trained, run, pairs, data, say)
+    image = make_image_probe(pairs, fit, label, data, options.get("fit", "")) if labelled else None
+    _report_skipped(image, text, trained, run, pairs, data, say)
     asked = [language for language in there if language in wanted or language == anchor]
-    return Probes(
+    return RetentionPlan(
         data=data, pairs=pairs, fit=fit, label=label if labelled else None, image=image, text=text, languages=asked
     )
 
@@ -79,29 +81,29 @@ def trained_languages(recipe: Recipe) -> set[str] | None:
     if recipe.data.train is None:
         return None
     try:
-        return set(languages_of(open_as_trained(recipe.data.train, recipe))) or None
+        return set(caption_languages(open_pairs_for_recipe(recipe.data.train, recipe))) or None
     except UserError:
         return None
 
 
-def _opened(source: str, recipe: Recipe, options: Mapping[str, str]) -> Pairs:
-    columns = Columns(image=options.get("image", ""), caption=options.get("caption", ""))
-    return _listed(open_as_trained(source, recipe, columns=columns, image_root=options.get("image_root")))
+def _open_fit_pairs(source: str, recipe: Recipe, options: Mapping[str, str]) -> Pairs:
+    columns = ColumnNames(image=options.get("image", ""), caption=options.get("caption", ""))
+    return _in_memory(open_pairs_for_recipe(source, recipe, columns=columns, image_root=options.get("image_root")))
 
 
-def _listed(pairs: Pairs) -> Pairs:
+def _in_memory(pairs: Pairs) -> Pairs:
     """The same pairs in memory: they are gone through many times, and a row of a table is read anew each time."""
     return Pairs(pairs.name, [list(pairs)])
 
 
-def _tell(
+def _report_skipped(
     image: ImageProbe | None,
     text: Sequence[TextProbe],
     trained: set[str] | None,
     run: str,
     pairs: Pairs,
     data: str,
-    say: Say,
+    say: MessageCallback,
 ) -> None:
     """What is left out, and why."""
     if image is None:

@@ -1,9 +1,9 @@
 """Pairs made into the questions that are put to one tower alone: what its features tell of labels, and of captions.
 
-In go pairs and options, out come an ``ImageProbe`` and ``TextProbe``s, which are asked of what a tower ``Said``.
-Nothing is computed before, so that whatever cannot be asked is known at once. Unusual: what is asked of captions is
-read off the pairs. Where they name languages, each language asks for the caption of the same group in the anchor
-language; where a group has several captions in one language, each of them asks for the others.
+In go pairs and options, out come an ``ImageProbe`` and ``TextProbe``s, which are asked of what a tower
+``TowerFeatures``. Nothing is computed before, so that whatever cannot be asked is known at once. Unusual: what is asked
+of captions is read off the pairs. Where they name languages, each language asks for the caption of the same group in
+the anchor language; where a group has several captions in one language, each of them asks for the others.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clasp.analysis.tower_features import Said
-from clasp.data.pairs import Pairs, split
+from clasp.analysis.tower_features import TowerFeatures
+from clasp.data.pairs import Pairs, split_by_group
 from clasp.evaluation import metrics, probes
 from clasp.types import Pair, UserError
 
-FIT_SHARE = 0.5  # of the groups, where the pairs to fit on are not given
-RECALL_AT = (1, 5)
+_FIT_FRACTION = 0.5  # of the groups, where the pairs to fit on are not given
+TEXT_RECALL_KS = (1, 5)
 IMAGE_PROBES = ("image_knn", "image_linear")
 
-Text = tuple[str, str]  # a caption and its group
+_GroupedCaption = tuple[str, str]  # a caption and its group
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class ProbeScores:
     """What each query scored, between 0 and 1, the group it is of, and what guessing scores on average."""
 
     values: Float[Tensor, " q"]
@@ -53,18 +53,18 @@ class ImageProbe:
     classes: tuple[str, ...]
     left_out: int
 
-    def ask(self, name: str, fit: Said, images: Said) -> Scores:
+    def ask(self, name: str, fit: TowerFeatures, images: TowerFeatures) -> ProbeScores:
         """Put one of ``IMAGE_PROBES`` to what a tower said of the images to fit on and of those asked about."""
-        known, asked = _readable(self.fit, fit), _readable(self.asked, images)
+        known, asked = _with_features(self.fit, fit), _with_features(self.asked, images)
         features = fit.of([pair.id for pair in known]), images.of([pair.id for pair in asked])
         labels = self._labels(known), self._labels(asked)
         if name == "image_knn":
-            right = probes.knn(features[0], labels[0], features[1], labels[1])
+            right = probes.knn_probe(features[0], labels[0], features[1], labels[1])
         else:
             number = {group: place for place, group in enumerate(sorted({pair.group for pair in known}))}
             groups = torch.tensor([number[pair.group] for pair in known])
-            right = probes.linear(features[0], labels[0], groups, features[1], labels[1])
-        return Scores(right, tuple(pair.group for pair in asked), probes.most_frequent(*labels))
+            right = probes.linear_probe(features[0], labels[0], groups, features[1], labels[1])
+        return ProbeScores(right, tuple(pair.group for pair in asked), probes.majority_class_accuracy(*labels))
 
     def _labels(self, pairs: Iterable[Pair]) -> Int[Tensor, " n"]:
         number = {name: place for place, name in enumerate(self.classes)}
@@ -84,7 +84,7 @@ def has_labels(pairs: Sequence[Pair], label: str | None, data: str) -> bool:
     return not lacking
 
 
-def image_probe(pairs: Pairs, fit: Pairs | None, label: str, data: str, fit_name: str) -> ImageProbe:
+def make_image_probe(pairs: Pairs, fit: Pairs | None, label: str, data: str, fit_name: str) -> ImageProbe:
     """Fit on ``fit`` or, where there is none, on the half of ``pairs`` that a hash of their group chooses.
 
     Raises ``UserError`` for fewer than two classes, for a fit set that lacks classes or shares images with ``pairs``.
@@ -93,24 +93,27 @@ def image_probe(pairs: Pairs, fit: Pairs | None, label: str, data: str, fit_name
     if len(classes) < 2:
         raise UserError(f"{data}: {label!r} is {next(iter(classes))!r} for all {len(pairs)} images; give two classes")
     if fit is None:
-        return _halves(pairs, label, data)
+        return _split_in_half(pairs, label, data)
     if not has_labels(fit, label, fit_name):
         raise UserError(f"{fit_name} has no column {label!r}, in which {data} has its classes")
     known = {str(pair.meta[label]) for pair in fit}
     if lacking := sorted(classes - known):
         raise UserError(
-            f"fit={fit_name} has no image of {len(lacking)} of the {len(classes)} classes: {_some(lacking)}"
+            f"fit={fit_name} has no image of {len(lacking)} of the {len(classes)} classes: "
+            f"{_quote_first_names(lacking)}"
         )
     seen = {(pair.image.name, pair.image.version) for pair in fit}
     if twice := [pair.id for pair in pairs if (pair.image.name, pair.image.version) in seen]:
-        raise UserError(f"{len(twice)} of {len(pairs)} images of {data} are in fit={fit_name} too: {_some(twice)}")
+        raise UserError(
+            f"{len(twice)} of {len(pairs)} images of {data} are in fit={fit_name} too: {_quote_first_names(twice)}"
+        )
     return ImageProbe(fit, pairs, label, tuple(sorted(known)), 0)
 
 
-def _halves(pairs: Pairs, label: str, data: str) -> ImageProbe:
+def _split_in_half(pairs: Pairs, label: str, data: str) -> ImageProbe:
     if len({pair.group for pair in pairs}) < 2:
         raise UserError(f"{data} is all one group, so none of it can be set aside to fit on; give fit=PAIRS")
-    fit, asked = split(pairs, 1 - FIT_SHARE, salt="kept")
+    fit, asked = split_by_group(pairs, 1 - _FIT_FRACTION, salt="kept")
     known = {str(pair.meta[label]) for pair in fit}
     answerable = [pair for pair in asked if str(pair.meta[label]) in known]
     if len(known) < 2 or not answerable:
@@ -122,11 +125,11 @@ def _halves(pairs: Pairs, label: str, data: str) -> ImageProbe:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class CaptionSearch:
     """Captions that ask, and captions among which one of the same group is to be found."""
 
-    queries: tuple[Text, ...]
-    gallery: tuple[Text, ...]
+    queries: tuple[_GroupedCaption, ...]
+    gallery: tuple[_GroupedCaption, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,22 +143,22 @@ class TextProbe:
     kind: Literal["text", "captions"]
     languages: Literal["trained", "never_trained", ""]
     language: str
-    turns: tuple[Turn, ...]
+    turns: tuple[CaptionSearch, ...]
 
-    def ask(self, said: Said, k: int) -> Scores:
+    def ask(self, said: TowerFeatures, k: int) -> ProbeScores:
         """For each query, whether one of its group is among the first ``k`` by cosine."""
         row = {text: place for place, text in enumerate(said.ids)}
         unit = F.normalize(said.plain, dim=1)
         values, chance = [], []
         for turn in self.turns:
             queries, gallery = (unit[[row[text] for text, _ in side]] for side in (turn.queries, turn.gallery))
-            values.append(metrics.found(metrics.standings(queries, gallery, *_numbers(turn)), k))
-            chance.append(metrics.found(metrics.chance(*_numbers(turn)), k))
+            values.append(metrics.hit_at_k(metrics.rank_counts(queries, gallery, *_group_labels(turn)), k))
+            chance.append(metrics.hit_at_k(metrics.chance_rank_counts(*_group_labels(turn)), k))
         groups = tuple(group for turn in self.turns for _, group in turn.queries)
-        return Scores(torch.cat(values), groups, torch.cat(chance).mean().item())
+        return ProbeScores(torch.cat(values), groups, torch.cat(chance).mean().item())
 
 
-def text_probes(
+def make_text_probes(
     pairs: Sequence[Pair], languages: Sequence[str], anchor: str, trained: AbstractSet[str] | None, data: str
 ) -> list[TextProbe]:
     """What can be asked of captions in ``languages``, those trained on first. Captions that name no language are asked
@@ -163,7 +166,7 @@ def text_probes(
 
     Raises ``UserError`` where captions are in two languages and none is the anchor.
     """
-    by_language = _captions(pairs)
+    by_language = _captions_by_language(pairs)
     named = sorted(by_language.keys() - {""})
     if anchor not in named and len(named) > 1:
         raise UserError(
@@ -172,15 +175,15 @@ def text_probes(
     others = [language for language in languages if language != anchor]
     probes = []
     for language in others if anchor in by_language else []:
-        if turn := _asked_across(by_language[language], by_language[anchor]):
-            probes.append(TextProbe("text", _set_of(language, trained), language, (turn,)))
+        if turn := _cross_language_search(by_language[language], by_language[anchor]):
+            probes.append(TextProbe("text", _training_status(language, trained), language, (turn,)))
     for language in languages or [""]:
-        if turns := _asked_within(by_language.get(language, {})):
-            probes.append(TextProbe("captions", _set_of(language, trained), language, turns))
+        if turns := _within_language_searches(by_language.get(language, {})):
+            probes.append(TextProbe("captions", _training_status(language, trained), language, turns))
     return sorted(probes, key=lambda probe: (probe.kind != "text", probe.languages != "trained", probe.language))
 
 
-def _captions(pairs: Iterable[Pair]) -> dict[str, dict[str, list[str]]]:
+def _captions_by_language(pairs: Iterable[Pair]) -> dict[str, dict[str, list[str]]]:
     """Language to group to its different captions, in the order of the pairs."""
     found: dict[str, dict[str, dict[str, None]]] = {}
     for pair in pairs:
@@ -189,13 +192,15 @@ def _captions(pairs: Iterable[Pair]) -> dict[str, dict[str, list[str]]]:
     return {language: {group: list(texts) for group, texts in of.items()} for language, of in found.items()}
 
 
-def _asked_across(asked: Mapping[str, Sequence[str]], anchor: Mapping[str, Sequence[str]]) -> Turn | None:
+def _cross_language_search(
+    asked: Mapping[str, Sequence[str]], anchor: Mapping[str, Sequence[str]]
+) -> CaptionSearch | None:
     queries = tuple((text, group) for group, texts in asked.items() if group in anchor for text in texts)
     gallery = tuple((text, group) for group, texts in anchor.items() for text in texts)
-    return Turn(queries, gallery) if queries and len(anchor) > 1 else None
+    return CaptionSearch(queries, gallery) if queries and len(anchor) > 1 else None
 
 
-def _asked_within(captions: Mapping[str, Sequence[str]]) -> tuple[Turn, ...]:
+def _within_language_searches(captions: Mapping[str, Sequence[str]]) -> tuple[CaptionSearch, ...]:
     """The n-th captions of all groups ask among the others, for each n: every caption asks once, and none finds itself.
 
     Groups with one caption stay in the gallery and are not asked.
@@ -212,27 +217,27 @@ def _asked_within(captions: Mapping[str, Sequence[str]]) -> tuple[Turn, ...]:
             for place, text in enumerate(texts)
             if place != n or len(texts) == 1
         )
-        turns.append(Turn(queries, gallery))
+        turns.append(CaptionSearch(queries, gallery))
     return tuple(turns)
 
 
-def _set_of(language: str, trained: AbstractSet[str] | None) -> Literal["trained", "never_trained", ""]:
+def _training_status(language: str, trained: AbstractSet[str] | None) -> Literal["trained", "never_trained", ""]:
     if trained is None or not language:
         return ""
     return "trained" if language in trained else "never_trained"
 
 
-def _readable(pairs: Sequence[Pair], said: Said) -> list[Pair]:
+def _with_features(pairs: Sequence[Pair], said: TowerFeatures) -> list[Pair]:
     there = set(said.ids)
     return [pair for pair in pairs if pair.id in there]
 
 
-def _numbers(turn: Turn) -> tuple[Int[Tensor, " q"], Int[Tensor, " n"]]:
+def _group_labels(turn: CaptionSearch) -> tuple[Int[Tensor, " q"], Int[Tensor, " n"]]:
     number = {group: place for place, group in enumerate(dict.fromkeys(group for _, group in turn.gallery))}
     queries, gallery = ([number[group] for _, group in side] for side in (turn.queries, turn.gallery))
     return torch.tensor(queries), torch.tensor(gallery)
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def _quote_first_names(names: Sequence[str], most: int = 5) -> str:
     listed = ", ".join(map(repr, names[:most]))
     return listed if len(names) <= most else f"{listed} and {len(names) - most} more"

@@ -15,38 +15,38 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from clasp.analysis.similarity import linear_cka
-from clasp.analysis.tower_features import Said
-from clasp.analysis.weight_drift import OUTPUT, WHOLE, Part, parts_of, whole
-from clasp.config.build import build
+from clasp.analysis.tower_features import TowerFeatures
+from clasp.analysis.weight_drift import ALL_PARTS, OUTPUT_PART, PartDrift, measure_drift, merge_drift
+from clasp.config.build import build_model
 from clasp.config.recipe import Recipe
 from clasp.data.pairs import Pairs
-from clasp.evaluation.paired import Comparison, compare
-from clasp.evaluation.retention.features import Heard, Hearing
-from clasp.evaluation.retention.interpolation import TEMPLATE, between_rows
-from clasp.evaluation.retention.plan import Probes, what_to_ask
-from clasp.evaluation.retention.probes import IMAGE_PROBES, RECALL_AT, Scores
-from clasp.evaluation.tasks import Result
+from clasp.evaluation.paired import PairedScores, paired_results
+from clasp.evaluation.retention.features import ModelFeatures, ProbeFeatureExtractor
+from clasp.evaluation.retention.interpolation import PROMPT_TEMPLATE, interpolation_results
+from clasp.evaluation.retention.plan import RetentionPlan, plan_probes
+from clasp.evaluation.retention.probes import IMAGE_PROBES, TEXT_RECALL_KS, ProbeScores
+from clasp.evaluation.tasks import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import Bar, Inputs, Say
+from clasp.models.features import FeatureSource, MessageCallback, ProgressFactory
 from clasp.models.tower import Tower
-from clasp.report.figures import draw_kept
+from clasp.report.figures import draw_retention
 from clasp.types import UserError
 
-OPTIONS = ("data", "fit", "label", "anchor", "languages", "image", "caption", "image_root")
-FIGURE = "kept.png"
+RETENTION_OPTIONS = ("data", "fit", "label", "anchor", "languages", "image", "caption", "image_root")
+_FIGURE = "kept.png"
 
 
-def kept(
+def evaluate_retention(
     run: Path,
     recipe: Recipe,
     model: DualEncoder,
     pairs: Pairs,
-    inputs: Inputs,
+    inputs: FeatureSource,
     options: Mapping[str, str],
     *,
-    say: Say,
-    bar: Bar,
-) -> list[Result]:
+    say: MessageCallback,
+    bar: ProgressFactory,
+) -> list[EvaluationResult]:
     """All rows, and the figure in ``run``.
 
     ``options``: ``data`` (as it was named), ``fit`` (pairs to fit the image probes on; half of ``data`` if left out),
@@ -58,41 +58,43 @@ def kept(
             f"{run.name} was imported, and a checkpoint has its towers only as they became: there is no before that "
             "kept could compare with; ask it of a run that clasp trained"
         )
-    asked = what_to_ask(run.name, recipe, pairs, options, say)
-    base = _untouched(recipe, model)
-    hearing = Hearing(
+    asked = plan_probes(run.name, recipe, pairs, options, say)
+    base = _build_base_model(recipe, model)
+    hearing = ProbeFeatureExtractor(
         model=model,
         base=base,
         inputs=inputs,
         pairs=asked.pairs,
         fit=asked.fit,
         captions=asked.captions,
-        prompts=[TEMPLATE.replace("{}", name) for name in asked.classes],
+        prompts=[PROMPT_TEMPLATE.replace("{}", name) for name in asked.classes],
         bar=bar,
     )
     start = time.perf_counter()
     before = hearing.before()
     after = hearing.after(before)
     seconds = time.perf_counter() - start
-    rows = [*_image_rows(asked, before, after, seconds), *_text_rows(asked, before, after, seconds)]
-    rows += _drift_rows(asked.data, model.image, base.image, before.image, after.image, seconds)
-    rows += _drift_rows(asked.data, model.text, base.text, before.text, after.text, seconds)
-    rows += between_rows(asked, hearing, before, after, say)
-    draw_kept(rows, run / FIGURE, title=f"What the towers of {run.name} still know")
-    say(f"figure: {run / FIGURE}")
+    rows = [*_image_results(asked, before, after, seconds), *_text_results(asked, before, after, seconds)]
+    rows += _drift_results(asked.data, model.image, base.image, before.image, after.image, seconds)
+    rows += _drift_results(asked.data, model.text, base.text, before.text, after.text, seconds)
+    rows += interpolation_results(asked, hearing, before, after, say)
+    draw_retention(rows, run / _FIGURE, title=f"What the towers of {run.name} still know")
+    say(f"figure: {run / _FIGURE}")
     return rows
 
 
-def _untouched(recipe: Recipe, model: DualEncoder) -> DualEncoder:
+def _build_base_model(recipe: Recipe, model: DualEncoder) -> DualEncoder:
     """The towers of a recipe as they came, on the device of ``model``."""
     tune = recipe.tune.model_copy(update={"image": ["none"], "text": ["none"], "head": "full"})
-    return build(recipe.model_copy(update={"tune": tune})).to(next(model.parameters()).device).eval()
+    return build_model(recipe.model_copy(update={"tune": tune})).to(next(model.parameters()).device).eval()
 
 
 # --- the probes ------------------------------------------------------------------------------------------------------
 
 
-def _image_rows(asked: Probes, before: Heard, after: Heard, seconds: float) -> list[Result]:
+def _image_results(
+    asked: RetentionPlan, before: ModelFeatures, after: ModelFeatures, seconds: float
+) -> list[EvaluationResult]:
     if asked.image is None:
         return []
     comparisons = []
@@ -100,24 +102,26 @@ def _image_rows(asked: Probes, before: Heard, after: Heard, seconds: float) -> l
         start = time.perf_counter()
         then = asked.image.ask(name, before.to_fit, before.image)
         now = then if after.image is before.image else asked.image.ask(name, after.to_fit, after.image)
-        comparisons.append(_compared(f"kept/{name}", "", then, now, seconds + time.perf_counter() - start))
-    return compare(asked.data, comparisons)
+        comparisons.append(_paired_scores(f"kept/{name}", "", then, now, seconds + time.perf_counter() - start))
+    return paired_results(asked.data, comparisons)
 
 
-def _text_rows(asked: Probes, before: Heard, after: Heard, seconds: float) -> list[Result]:
+def _text_results(
+    asked: RetentionPlan, before: ModelFeatures, after: ModelFeatures, seconds: float
+) -> list[EvaluationResult]:
     comparisons = []
-    for k in RECALL_AT:
+    for k in TEXT_RECALL_KS:
         for probe in asked.text:
             start = time.perf_counter()
             then = probe.ask(before.text, k)
             now = then if after.text is before.text else probe.ask(after.text, k)
             task = f"kept/{probe.kind}_recall@{k}" + (f"/{probe.languages}" if probe.languages else "")
-            comparisons.append(_compared(task, probe.language, then, now, seconds + time.perf_counter() - start))
-    return compare(asked.data, comparisons) if comparisons else []
+            comparisons.append(_paired_scores(task, probe.language, then, now, seconds + time.perf_counter() - start))
+    return paired_results(asked.data, comparisons) if comparisons else []
 
 
-def _compared(task: str, language: str, then: Scores, now: Scores, seconds: float) -> Comparison:
-    return Comparison(
+def _paired_scores(task: str, language: str, then: ProbeScores, now: ProbeScores, seconds: float) -> PairedScores:
+    return PairedScores(
         task=task,
         language=language,
         groups=then.groups,
@@ -131,19 +135,21 @@ def _compared(task: str, language: str, then: Scores, now: Scores, seconds: floa
 # --- drift -----------------------------------------------------------------------------------------------------------
 
 
-def _drift_rows(data: str, tower: Tower, base: Tower, before: Said, after: Said, seconds: float) -> list[Result]:
+def _drift_results(
+    data: str, tower: Tower, base: Tower, before: TowerFeatures, after: TowerFeatures, seconds: float
+) -> list[EvaluationResult]:
     """A row for each part of a tower, then one for all of it; what a part cannot have is not in its metrics.
 
     ``weights``: relative norm of the change of the base's weights. ``new``: share of the part's parameters that the
     base has not. ``cka``: linear CKA of the part's mean states before and after; of the output, of the pooled vectors.
     """
-    parts = parts_of(tower, base)
+    parts = measure_drift(tower, base)
     rows = []
-    for part in (*parts, whole(parts)):
+    for part in (*parts, merge_drift(parts)):
         cka = _cka(part, tower, before, after)
         measured = {"weights": part.change, "new": part.new_fraction, "cka": cka}
         rows.append(
-            Result(
+            EvaluationResult(
                 task=f"kept/{tower.modality}_drift/{part.title}",
                 data=data,
                 language="",
@@ -157,10 +163,10 @@ def _drift_rows(data: str, tower: Tower, base: Tower, before: Said, after: Said,
     return rows
 
 
-def _cka(part: Part, tower: Tower, before: Said, after: Said) -> float:
+def _cka(part: PartDrift, tower: Tower, before: TowerFeatures, after: TowerFeatures) -> float:
     """NaN where a part has no states of its own, or the base has none to compare them with."""
     assert before.sample == after.sample
-    if part.title in (OUTPUT, WHOLE):
+    if part.title in (OUTPUT_PART, ALL_PARTS):
         return 1.0 if after is before else linear_cka(before.of(before.sample), after.of(after.sample))
     if part.block in after.blocks:
         there = part.block in before.blocks

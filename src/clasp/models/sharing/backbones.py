@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from clasp.models.backbone import Base
-from clasp.models.sharing.policy import Sharing, SharingSettings
-from clasp.models.sharing.tie import share
+from clasp.models.backbone import Backbone
+from clasp.models.sharing.policy import SharingPlan, SharingSettings
+from clasp.models.sharing.tie import share_weights
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
 from clasp.types import UserError
 
 
-def share_bases(image: Base, text: Base, policy: SharingSettings, *, seed: int) -> Sharing | None:
+def share_backbones(image: Backbone, text: Backbone, policy: SharingSettings, *, seed: int) -> SharingPlan | None:
     """Make two bases hold in common what ``policy`` says; low-rank differences start from ``seed``.
 
     ``None`` where nets are not ours and nothing in them is to be shared; a shared head is no part of a net.
@@ -33,7 +33,9 @@ def share_bases(image: Base, text: Base, policy: SharingSettings, *, seed: int) 
     before = dict(text.net.named_parameters())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sharing = share(image.net, text.net, policy, keep="text" if image.from_seed and not text.from_seed else "image")
+        sharing = share_weights(
+            image.net, text.net, policy, keep="text" if image.from_seed and not text.from_seed else "image"
+        )
     if not (image.from_seed or text.from_seed):
         after = dict(text.net.named_parameters())
         for name, weight in before.items():

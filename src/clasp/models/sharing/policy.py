@@ -1,9 +1,9 @@
 """The sharing policy: which parts of which layers two nets hold in common.
 
-In go the settings of ``[share]``, out comes a ``Sharing``: for each layer and part how it is kept, which prints itself
-as a table. One definition has CLIP (nothing shared), MS-CLIP (attention and feed-forward), SharedCLIP (all of it, the
-final norm and the head), separate ends (Uni-X) and separate feed-forward parts (VLMo) as its values. Nothing here
-touches a weight; ``nn.shared`` does.
+In go the settings of ``[share]``, out comes a ``SharingPlan``: for each layer and part how it is kept, which prints
+itself as a table. One definition has CLIP (nothing shared), MS-CLIP (attention and feed-forward), SharedCLIP (all of
+it, the final norm and the head), separate ends (Uni-X) and separate feed-forward parts (VLMo) as its values. Nothing
+here touches a weight; ``nn.shared`` does.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from clasp.types import UserError
 
-ATTENTION = ("q", "k", "v", "o")  # the parts that ``attention`` speaks of
-PARTS = (*ATTENTION, "qk_norm", "ffn", "norm1", "norm2", "layer_scale")
+ATTENTION_PARTS = ("q", "k", "v", "o")  # the parts that ``attention`` speaks of
+SHAREABLE_PARTS = (*ATTENTION_PARTS, "qk_norm", "ffn", "norm1", "norm2", "layer_scale")
 _RANGE = re.compile(r"\s*(?:(-?\d+)|(-?\d+)?\s*:\s*(-?\d+)?)\s*")
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRankSharing:
     """Shared, and a difference of this rank for each modality."""
 
     rank: int
@@ -32,11 +32,11 @@ class LowRank:
         return f"low-rank {self.rank}"
 
 
-Plain = Literal["shared", "separate"]
-How = Plain | LowRank
+SharedOrSeparate = Literal["shared", "separate"]
+SharingMode = SharedOrSeparate | LowRankSharing
 
 
-def _matrix(value: Any) -> Any:
+def _check_matrix_sharing(value: Any) -> Any:
     if value in ("shared", "separate"):
         return value
     if value == "low-rank" or value in ({}, {"low-rank": None}):
@@ -49,90 +49,90 @@ def _matrix(value: Any) -> Any:
     return value
 
 
-def _vector(value: Any) -> Any:
+def _check_vector_sharing(value: Any) -> Any:
     if isinstance(value, dict) or value == "low-rank":
         raise ValueError("a vector has no rank; write 'shared' or 'separate'")
     return value
 
 
-def _readable(value: Any) -> Any:
+def _check_layer_range(value: Any) -> Any:
     if not isinstance(value, str) or not _RANGE.fullmatch(value) or not value.strip():
         raise ValueError(f"{value!r} is not a range of layers; write '1:', ':4', '4:8', '-6:' or '5'")
     return value
 
 
 # what a recipe says, and what it reads back as
-MatrixChoice = Annotated[str | dict[str, int], BeforeValidator(_matrix)]
-VectorChoice = Annotated[Plain, BeforeValidator(_vector)]
-Layers = Annotated[str, BeforeValidator(_readable)]
+_MatrixSharing = Annotated[str | dict[str, int], BeforeValidator(_check_matrix_sharing)]
+_VectorSharing = Annotated[SharedOrSeparate, BeforeValidator(_check_vector_sharing)]
+_LayerRange = Annotated[str, BeforeValidator(_check_layer_range)]
 
 
-class _PartSettings(BaseModel):
+class _PartSharingSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    attention: MatrixChoice = "separate"
+    attention: _MatrixSharing = "separate"
     """Queries, keys, values and output of the attention: shared, separate, or {low-rank = r}: shared, with a difference
     of rank r for each modality"""
-    q: MatrixChoice | None = None
+    q: _MatrixSharing | None = None
     """The queries alone; as ``attention`` where left out. Where q, k and v have low rank alike, one difference of that
     rank serves the three: the matrices into it are one"""
-    k: MatrixChoice | None = None
+    k: _MatrixSharing | None = None
     """The keys alone"""
-    v: MatrixChoice | None = None
+    v: _MatrixSharing | None = None
     """The values alone"""
-    o: MatrixChoice | None = None
+    o: _MatrixSharing | None = None
     """The output projection alone"""
-    ffn: MatrixChoice = "separate"
+    ffn: _MatrixSharing = "separate"
     """The feed-forward part: shared, separate, or {low-rank = r}"""
-    qk_norm: VectorChoice = "separate"
+    qk_norm: _VectorSharing = "separate"
     """The norms of queries and keys, where the blocks have them"""
-    norm1: VectorChoice = "separate"
+    norm1: _VectorSharing = "separate"
     """The norm before the attention"""
-    norm2: VectorChoice = "separate"
+    norm2: _VectorSharing = "separate"
     """The norm before the feed-forward part"""
-    layer_scale: VectorChoice = "separate"
+    layer_scale: _VectorSharing = "separate"
     """The layer scale, where the blocks have one"""
 
-    def kept(self) -> dict[str, How]:
-        """How each of ``PARTS`` is kept."""
+    def kept(self) -> dict[str, SharingMode]:
+        """How each of ``SHAREABLE_PARTS`` is kept."""
         whole = {part: self.attention if choice is None else choice for part, choice in self._apart().items()}
         vectors = {"qk_norm": self.qk_norm, "norm1": self.norm1, "norm2": self.norm2, "layer_scale": self.layer_scale}
         said = {**whole, "ffn": self.ffn, **vectors}
-        return {part: _how(said[part]) for part in PARTS}
+        return {part: _sharing_mode(said[part]) for part in SHAREABLE_PARTS}
 
     def _apart(self) -> dict[str, Any]:
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
 
 
-class StretchSettings(_PartSettings):
+class SharingOverride(_PartSharingSettings):
     """Some layers of ``[share]``, and how their parts are kept."""
 
-    layers: Layers
+    layers: _LayerRange
     """Which: '1:', ':4', '4:8', '-6:' or '5'; counted from 0"""
 
 
-class SharingSettings(_PartSettings):
+class SharingSettings(_PartSharingSettings):
     """``[share]`` of a recipe: what the image net and the text net hold in common. Nothing, where nothing is said."""
 
-    layers: Layers | None = None
+    layers: _LayerRange | None = None
     """The layers that this speaks of, counted from 0; where left out, all that ``also`` does not name. In all others
     nothing is shared"""
-    also: tuple[StretchSettings, ...] = ()
+    also: tuple[SharingOverride, ...] = ()
     """Further layers with parts kept in other ways"""
-    final_norm: VectorChoice = "separate"
+    final_norm: _VectorSharing = "separate"
     """The norm after the last block"""
-    head: VectorChoice = "separate"
+    head: _VectorSharing = "separate"
     """The projection to the joint space"""
 
-    def over(self, layers: int) -> Sharing:
+    def over(self, layers: int) -> SharingPlan:
         """This policy for nets of so many layers. Raises ``UserError`` for layers that do not exist or come twice."""
-        rows: dict[int, dict[str, How]] = {}
+        rows: dict[int, dict[str, SharingMode]] = {}
         said_by: dict[int, str] = {}
         for stretch in (*self.also, self):
             if stretch.layers is None:
                 numbers = [number for number in range(layers) if number not in rows]
             else:
-                numbers = _numbers(stretch.layers, layers)
+                numbers = _layers_in_range(stretch.layers, layers)
             for number in numbers:
                 if number in rows:
                     raise UserError(
@@ -140,24 +140,24 @@ class SharingSettings(_PartSettings):
                         "layer is in one range"
                     )
                 rows[number], said_by[number] = stretch.kept(), stretch.layers or "all others"
-        nothing = StretchSettings(layers=":").kept()
-        return Sharing(tuple(rows.get(number, nothing) for number in range(layers)), self.final_norm, self.head)
+        nothing = SharingOverride(layers=":").kept()
+        return SharingPlan(tuple(rows.get(number, nothing) for number in range(layers)), self.final_norm, self.head)
 
 
 @dataclass(frozen=True)
-class Sharing:
+class SharingPlan:
     """A policy layer by layer. ``absent`` names the parts that the blocks do not have, which are then not printed."""
 
-    layers: tuple[dict[str, How], ...]
-    final_norm: Plain
-    head: Plain
+    layers: tuple[dict[str, SharingMode], ...]
+    final_norm: SharedOrSeparate
+    head: SharedOrSeparate
     absent: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         """A table: layers by parts, like layers in one row."""
-        columns = [part for part in PARTS if part not in self.absent]
-        if all(len({row[part] for part in ATTENTION}) == 1 for row in self.layers):
-            columns = ["attention", *(part for part in columns if part not in ATTENTION)]
+        columns = [part for part in SHAREABLE_PARTS if part not in self.absent]
+        if all(len({row[part] for part in ATTENTION_PARTS}) == 1 for row in self.layers):
+            columns = ["attention", *(part for part in columns if part not in ATTENTION_PARTS)]
         table = [["layer", *columns]]
         for _, group in groupby(enumerate(self.layers), key=lambda numbered: numbered[1]):
             (first, row), *more = group
@@ -168,11 +168,11 @@ class Sharing:
         return "\n".join([*lines, f"final norm: {self.final_norm}; head: {self.head}"])
 
 
-def _how(choice: Any) -> How:
-    return LowRank(choice["low-rank"]) if isinstance(choice, dict) else choice
+def _sharing_mode(choice: Any) -> SharingMode:
+    return LowRankSharing(choice["low-rank"]) if isinstance(choice, dict) else choice
 
 
-def _numbers(text: str, layers: int) -> range:
+def _layers_in_range(text: str, layers: int) -> range:
     """The layers that a range names; every one of them exists."""
     found = _RANGE.fullmatch(text)
     assert found is not None, "checked when the settings were read"

@@ -3,7 +3,7 @@
 In go an image net, a text net and a policy; the nets come out holding the same parameter objects where the policy says
 shared. Modules stay each net's own, parameters are what is shared: hooks, peft's wraps and a cut belong to one modality
 and would otherwise fire for both. Nobody above can tell: ``named_parameters`` of whatever holds both nets counts each
-tensor once, under the name it has in the net that comes first, and ``aliases`` says which other names it has.
+tensor once, under the name it has in the net that comes first, and ``parameter_aliases`` says which other names it has.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clasp.models.sharing.policy import ATTENTION, How, LowRank, Sharing, SharingSettings
+from clasp.models.sharing.policy import ATTENTION_PARTS, LowRankSharing, SharingMode, SharingPlan, SharingSettings
 from clasp.models.transformer.blocks import Block, BlockSettings
-from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, initialise
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, init_weights
 from clasp.types import UserError
 
 # settings of the two nets that must be equal where a part is shared
-MUST_AGREE: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(ATTENTION, ("width", "heads")),
+_REQUIRED_EQUAL: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(ATTENTION_PARTS, ("width", "heads")),
     "qk_norm": ("width", "heads", "norm"),
     "ffn": ("width", "hidden", "activation"),
     "norm1": ("width", "norm", "order"),
@@ -56,7 +56,7 @@ class LowRankLinear(nn.Module):
         return self.shared(x) + F.linear(F.linear(x, self.down), self.up)
 
 
-class Apart(nn.Module):
+class SplitQKV(nn.Module):
     """Queries, keys and values by three linear maps where one packed map stood, so that each can be shared alone."""
 
     def __init__(self, packed: nn.Linear):
@@ -70,7 +70,7 @@ class Apart(nn.Module):
         return torch.cat([part(x) for part in self.children()], dim=-1)
 
 
-class Pair(nn.Module):
+class TiedEncoders(nn.Module):
     """An image net and a text net under one policy. Takes both over.
 
     Its state dict holds each tensor once, under its first name, and loads from such a one. ``keep`` is the net whose
@@ -91,36 +91,39 @@ class Pair(nn.Module):
         self.image, self.text, self.policy = image, text, policy
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.sharing = share(image, text, policy, keep=keep)
-        self.register_state_dict_post_hook(_once)
-        self.register_load_state_dict_pre_hook(_under_every_name)
+            self.sharing = share_weights(image, text, policy, keep=keep)
+        self.register_state_dict_post_hook(_drop_aliases)
+        self.register_load_state_dict_pre_hook(_restore_aliases)
 
 
-def from_scratch(image: ImageTransformer, text: TextTransformer, policy: SharingSettings, *, seed: int) -> Pair:
-    """A pair whose every weight starts from ``seed``, as ``initialise`` says."""
-    initialise(image, seed=seed)
-    initialise(text, seed=seed + 1)
-    return Pair(image, text, policy, seed=seed + 2)
+def tied_from_scratch(
+    image: ImageTransformer, text: TextTransformer, policy: SharingSettings, *, seed: int
+) -> TiedEncoders:
+    """A pair whose every weight starts from ``seed``, as ``init_weights`` says."""
+    init_weights(image, seed=seed)
+    init_weights(text, seed=seed + 1)
+    return TiedEncoders(image, text, policy, seed=seed + 2)
 
 
-def share(
+def share_weights(
     image: ImageTransformer, text: TextTransformer, policy: SharingSettings, *, keep: Literal["image", "text"] = "image"
-) -> Sharing:
+) -> SharingPlan:
     """Make two nets hold the same parameters where ``policy`` says so, in place; returns the policy layer by layer.
 
     Layers are counted from 0 in both nets; a stem is layer 0 of the image net, and is never shared. Heads are no part
-    of a net: ``tie`` them where ``Sharing.head`` says shared. Raises ``UserError`` where the nets cannot share a part.
+    of a net: ``tie_parameters`` them where ``SharingPlan.head`` says shared. Raises ``UserError`` where the nets cannot
+    share a part.
     """
     first = image.settings.first_layer
     sharing = policy.over(max(first + len(image.blocks), len(text.blocks)))
-    both: list[tuple[Mapping[str, How], Block, Block]] = []
+    both: list[tuple[Mapping[str, SharingMode], Block, Block]] = []
     for number, row in enumerate(sharing.layers):
         if set(row.values()) == {"separate"}:
             continue
-        ours, theirs = _at(image.blocks, number - first), _at(text.blocks, number)
+        ours, theirs = _block_at(image.blocks, number - first), _block_at(text.blocks, number)
         if ours is None or theirs is None:
-            raise UserError(_no_layer(number, ours is None, first))
-        _refuse(number, row, image.settings, text.settings)
+            raise UserError(_missing_layer_message(number, ours is None, first))
+        _check_shareable(number, row, image.settings, text.settings)
         both.append((row, ours, theirs))
     if sharing.final_norm == "shared":
         for net, settings in (("image", image.settings), ("text", text.settings)):
@@ -128,14 +131,14 @@ def share(
                 raise UserError(
                     f"share.final_norm = 'shared': the blocks of the {net} net end with a norm, and no other"
                 )
-        _refuse_unlike("share.final_norm = 'shared'", "norm1", image.settings, text.settings)
-        tie(*((image.norm, text.norm) if keep == "image" else (text.norm, image.norm)))
+        _check_equal_settings("share.final_norm = 'shared'", "norm1", image.settings, text.settings)
+        tie_parameters(*((image.norm, text.norm) if keep == "image" else (text.norm, image.norm)))
     for row, ours, theirs in both:
         _share_block(row, *((ours, theirs) if keep == "image" else (theirs, ours)))
     return replace(sharing, absent=frozenset(_absent_parts(image.settings) & _absent_parts(text.settings)))
 
 
-def tie(giver: nn.Module, taker: nn.Module) -> None:
+def tie_parameters(giver: nn.Module, taker: nn.Module) -> None:
     """Make every parameter of ``taker`` the same object as that of ``giver``; both have the same names and shapes."""
     given = dict(giver.named_parameters())
     shapes = {name: p.shape for name, p in taker.named_parameters()}
@@ -145,7 +148,7 @@ def tie(giver: nn.Module, taker: nn.Module) -> None:
         setattr(taker.get_submodule(owner), leaf, parameter)
 
 
-def aliases(module: nn.Module) -> dict[str, str]:
+def parameter_aliases(module: nn.Module) -> dict[str, str]:
     """Every further name of a parameter, with its first name: the one that ``named_parameters`` gives."""
     first: dict[int, str] = {}
     names = module.named_parameters(remove_duplicate=False)
@@ -155,7 +158,7 @@ def aliases(module: nn.Module) -> dict[str, str]:
 # --- how -------------------------------------------------------------------------------------------------------------
 
 
-def _at(blocks: nn.ModuleList, number: int) -> Block | None:
+def _block_at(blocks: nn.ModuleList, number: int) -> Block | None:
     if not 0 <= number < len(blocks):
         return None
     block = blocks[number]
@@ -163,33 +166,33 @@ def _at(blocks: nn.ModuleList, number: int) -> Block | None:
     return block
 
 
-def _no_layer(number: int, in_image: bool, first: int) -> str:
+def _missing_layer_message(number: int, in_image: bool, first: int) -> str:
     if in_image and number < first:
         return f"share: layer {number} of the image net is its stem, which no text can share; write layers = '{first}:'"
     net = "image" if in_image else "text"
     return f"share: there is no layer {number} in the {net} net to share; write share.layers = ':{number}'"
 
 
-def _refuse(number: int, row: Mapping[str, How], image: BlockSettings, text: BlockSettings) -> None:
+def _check_shareable(number: int, row: Mapping[str, SharingMode], image: BlockSettings, text: BlockSettings) -> None:
     """``UserError`` unless every part that is to be shared is in both nets, and of one shape and kind."""
     for part, how in row.items():
         if how == "separate":
             continue
-        cannot = f"share: layer {number} cannot share {_spelt(part)}"
+        cannot = f"share: layer {number} cannot share {_part_name(part)}"
         for net, settings in (("image", image), ("text", text)):
             if part in _absent_parts(settings):
                 raise UserError(f"{cannot}: the blocks of the {net} net have none")
-        _refuse_unlike(cannot, part, image, text)
+        _check_equal_settings(cannot, part, image, text)
 
 
-def _refuse_unlike(cannot: str, part: str, image: BlockSettings, text: BlockSettings) -> None:
-    for fact in MUST_AGREE[part]:
-        one, other = _fact(image, fact), _fact(text, fact)
+def _check_equal_settings(cannot: str, part: str, image: BlockSettings, text: BlockSettings) -> None:
+    for fact in _REQUIRED_EQUAL[part]:
+        one, other = _setting(image, fact), _setting(text, fact)
         if one != other:
             raise UserError(f"{cannot}: {fact} is {one} in the image net and {other} in the text net")
 
 
-def _fact(settings: BlockSettings, name: str) -> Any:
+def _setting(settings: BlockSettings, name: str) -> Any:
     return settings.inner_width if name == "hidden" else settings.model_dump()[name]
 
 
@@ -198,17 +201,17 @@ def _absent_parts(settings: BlockSettings) -> set[str]:
     return {part for part, has in there.items() if not has}
 
 
-def _spelt(part: str) -> str:
-    return f"{part} of the attention" if part in ATTENTION else part
+def _part_name(part: str) -> str:
+    return f"{part} of the attention" if part in ATTENTION_PARTS else part
 
 
-def _share_block(row: Mapping[str, How], giver: Block, taker: Block) -> None:
+def _share_block(row: Mapping[str, SharingMode], giver: Block, taker: Block) -> None:
     if len({row[part] for part in "qkv"}) == 1:
         _share_linear(row["q"], giver.attn, taker.attn, "qkv")
     else:
         for attention in (giver.attn, taker.attn):
             assert isinstance(attention.qkv, nn.Linear)
-            attention.qkv = Apart(attention.qkv)
+            attention.qkv = SplitQKV(attention.qkv)
         for part in "qkv":
             _share_linear(row[part], giver.attn.qkv, taker.attn.qkv, part)
     _share_linear(row["o"], giver.attn, taker.attn, "proj")
@@ -217,19 +220,19 @@ def _share_block(row: Mapping[str, How], giver: Block, taker: Block) -> None:
     for part, norms in {"norm1": ["norm1"], "norm2": ["norm2"], "qk_norm": ["attn.q_norm", "attn.k_norm"]}.items():
         if row[part] == "shared":
             for path in norms:
-                tie(giver.get_submodule(path), taker.get_submodule(path))
+                tie_parameters(giver.get_submodule(path), taker.get_submodule(path))
     if row["layer_scale"] == "shared":
         taker.gamma_1, taker.gamma_2 = giver.gamma_1, giver.gamma_2
 
 
-def _share_linear(how: How, giver: nn.Module, taker: nn.Module, name: str) -> None:
+def _share_linear(how: SharingMode, giver: nn.Module, taker: nn.Module, name: str) -> None:
     """``name`` is a linear map in both."""
     if how == "separate":
         return
     one, other = giver.get_submodule(name), taker.get_submodule(name)
     assert isinstance(one, nn.Linear) and isinstance(other, nn.Linear)
-    tie(one, other)
-    if isinstance(how, LowRank):
+    tie_parameters(one, other)
+    if isinstance(how, LowRankSharing):
         if how.rank * (one.in_features + one.out_features) >= one.weight.numel():
             raise UserError(
                 f"share: low-rank = {how.rank} has more weights than the {one.in_features} x {one.out_features} matrix "
@@ -239,12 +242,12 @@ def _share_linear(how: How, giver: nn.Module, taker: nn.Module, name: str) -> No
         setattr(taker, name, LowRankLinear(other, how.rank))
 
 
-def _once(pair: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in aliases(pair):
+def _drop_aliases(pair: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in parameter_aliases(pair):
         del state[prefix + name]
 
 
-def _under_every_name(pair: nn.Module, state: dict[str, Any], prefix: str, *more: Any) -> None:
-    for name, first in aliases(pair).items():
+def _restore_aliases(pair: nn.Module, state: dict[str, Any], prefix: str, *more: Any) -> None:
+    for name, first in parameter_aliases(pair).items():
         if prefix + first in state:
             state[prefix + name] = state[prefix + first]

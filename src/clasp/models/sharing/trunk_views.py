@@ -1,7 +1,7 @@
 """A second modality through a pre-trained trunk: a net of its own embeddings and norms around the trunk's blocks.
 
 In go the trunk, a net of one modality, and what the embeddings of the other start from; out comes a net of that other
-modality, a ``View``, whose blocks and norms start as copies of the trunk's: ``nn.shared`` then makes one of what a
+modality, a ``TrunkView``, whose blocks and norms start as copies of the trunk's: ``nn.shared`` then makes one of what a
 policy shares. Unusual: a pre-trained table of tokens stays as it is, and a linear map brings it into the trunk; a patch
 embedding is linear itself, so it takes the map in. Either way states enter the trunk at the size that its blocks know.
 """
@@ -26,17 +26,17 @@ from clasp.models.transformer.encoders import (
     ImageTransformerSettings,
     TextTransformer,
     TextTransformerSettings,
-    initialise,
+    init_weights,
 )
 from clasp.types import UserError
 
 # what both views hold where a recipe says nothing else: all of a block but its norms and scales
-TRUNK_PARTS: dict[str, Any] = {"attention": "shared", "ffn": "shared"}
-TRUNK_POLICY = SharingSettings(**TRUNK_PARTS)
-_SAMPLED = 4096  # rows of a table that say how large its rows are
+DEFAULT_TRUNK_PARTS: dict[str, Any] = {"attention": "shared", "ffn": "shared"}
+DEFAULT_TRUNK_POLICY = SharingSettings(**DEFAULT_TRUNK_PARTS)
+_SAMPLED_ROWS = 4096  # rows of a table that say how large its rows are
 
 
-class TrunkSettings(BaseModel):
+class SingleTrunkSettings(BaseModel):
     """One pre-trained trunk that both modalities run through: the part of ``[share]`` beside the policy."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,7 +52,7 @@ class TrunkSettings(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class RandomTokenEmbedding:
     """Tokens that start from nothing."""
 
     vocabulary: int
@@ -60,7 +60,7 @@ class Words:
 
 
 @dataclass(frozen=True, slots=True)
-class Patches:
+class RandomPatchEmbedding:
     """Patches that start from nothing; both in pixels a side."""
 
     size: int
@@ -68,14 +68,14 @@ class Patches:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class TrunkView:
     """A net beside the trunk, and the names of its parameters that no pre-trained net has: they have to train."""
 
     net: ImageTransformer | TextTransformer
     new: frozenset[str]
 
 
-def text_view(trunk: ImageTransformer, tokens: TextTransformer | Words, *, seed: int) -> View:
+def build_text_view(trunk: ImageTransformer, tokens: TextTransformer | RandomTokenEmbedding, *, seed: int) -> TrunkView:
     """Text through the blocks of an image net, read in both directions as those blocks are.
 
     ``tokens`` of a pre-trained net: its table, which the view then holds and which is to stay frozen; its positions;
@@ -86,32 +86,34 @@ def text_view(trunk: ImageTransformer, tokens: TextTransformer | Words, *, seed:
         raise UserError("share.trunk = 'image': the image net begins with a stem, which no text can pass")
     pretrained = tokens if isinstance(tokens, TextTransformer) else None
     settings = TextTransformerSettings(
-        **_of_the_trunk(trunk),
+        **_trunk_settings(trunk),
         vocabulary=tokens.settings.vocabulary if isinstance(tokens, TextTransformer) else tokens.vocabulary,
         context=tokens.settings.context if isinstance(tokens, TextTransformer) else tokens.context,
         token_width=None if pretrained is None else pretrained.token_embed.embedding_dim,
         attention="bidirectional",
     )
-    net = _started(trunk, settings, seed)
+    net = _initialized_view(trunk, settings, seed)
     assert isinstance(net, TextTransformer)
     own = [net.pos_embed, net.token_embed.weight]
     if pretrained is not None:
         net.token_embed = pretrained.token_embed
-        into = _into(pretrained.settings.width, settings.width, pretrained.pos_embed, seed)
+        into = _width_map(pretrained.settings.width, settings.width, pretrained.pos_embed, seed)
         net.pos_embed = nn.Parameter(pretrained.pos_embed.detach() @ into.T)
         if isinstance(pretrained.token_map, nn.Linear):
             into = into @ pretrained.token_map.weight.detach()
         assert isinstance(net.token_map, nn.Linear)
         net.token_map.weight = nn.Parameter(into)
         own = [net.pos_embed, net.token_map.weight]
-    return _at_the_size_of(trunk, net, own)
+    return _rescaled_view(trunk, net, own)
 
 
-def image_view(trunk: TextTransformer, patches: ImageTransformer | Patches, *, seed: int) -> View:
+def build_image_view(
+    trunk: TextTransformer, patches: ImageTransformer | RandomPatchEmbedding, *, seed: int
+) -> TrunkView:
     """Images through the blocks of a text net, each patch seeing all, with a class token of their own.
 
     ``patches`` of a pre-trained net: its patch embedding, class token and positions, brought to the trunk's width by a
-    map as in ``text_view``, which becomes part of them; all of them are to train. Raises ``UserError`` for a
+    map as in ``build_text_view``, which becomes part of them; all of them are to train. Raises ``UserError`` for a
     pre-trained net that begins with a stem.
     """
     pretrained = patches if isinstance(patches, ImageTransformer) else None
@@ -119,17 +121,17 @@ def image_view(trunk: TextTransformer, patches: ImageTransformer | Patches, *, s
         raise UserError("share.trunk = 'text': the image net begins with a stem; write share.embedding = 'random'")
     given = patches.settings if isinstance(patches, ImageTransformer) else patches
     settings = ImageTransformerSettings(
-        **_of_the_trunk(trunk),
+        **_trunk_settings(trunk),
         size=given.size,
         patch=given.patch,
         patch_bias=True if pretrained is None else pretrained.settings.patch_bias,
         class_position=True if pretrained is None else pretrained.settings.class_position,
     )
-    net = _started(trunk, settings, seed)
+    net = _initialized_view(trunk, settings, seed)
     assert isinstance(net, ImageTransformer)
     kernel, bias = _patch_weights(net)
     if pretrained is not None:
-        into = _into(pretrained.settings.width, settings.width, pretrained.pos_embed, seed)
+        into = _width_map(pretrained.settings.width, settings.width, pretrained.pos_embed, seed)
         theirs, their_bias = _patch_weights(pretrained)
         with torch.no_grad():
             kernel.copy_(torch.einsum("de,echw->dchw", into, theirs))
@@ -137,19 +139,19 @@ def image_view(trunk: TextTransformer, patches: ImageTransformer | Patches, *, s
             net.pos_embed.copy_(pretrained.pos_embed @ into.T)
             if bias is not None and their_bias is not None:
                 bias.copy_(into @ their_bias)
-    return _at_the_size_of(trunk, net, [net.cls_token, net.pos_embed, kernel, *([] if bias is None else [bias])])
+    return _rescaled_view(trunk, net, [net.cls_token, net.pos_embed, kernel, *([] if bias is None else [bias])])
 
 
 # --- how -------------------------------------------------------------------------------------------------------------
 
 
-def _of_the_trunk(trunk: ImageTransformer | TextTransformer) -> dict[str, Any]:
+def _trunk_settings(trunk: ImageTransformer | TextTransformer) -> dict[str, Any]:
     """Settings of the view that are the trunk's."""
     blocks = trunk.settings.model_dump(include=set(BlockSettings.model_fields))
     return {**blocks, "layers": len(trunk.blocks), "entry_norm": trunk.settings.entry_norm}
 
 
-def _started(
+def _initialized_view(
     trunk: ImageTransformer | TextTransformer, settings: ImageTransformerSettings | TextTransformerSettings, seed: int
 ) -> ImageTransformer | TextTransformer:
     """The view with embeddings from ``seed`` and the trunk's blocks and norms, in evaluation mode."""
@@ -157,13 +159,13 @@ def _started(
         net = (
             ImageTransformer(settings) if isinstance(settings, ImageTransformerSettings) else TextTransformer(settings)
         )
-    initialise(net, seed=seed)
+    init_weights(net, seed=seed)
     for part in ("norm_pre", "blocks", "norm"):
         net.get_submodule(part).load_state_dict(trunk.get_submodule(part).state_dict())
     return net.to(trunk.pos_embed.dtype).eval()
 
 
-def _into(narrow: int, wide: int, like: Tensor, seed: int) -> Float[Tensor, "wide narrow"]:
+def _width_map(narrow: int, wide: int, like: Tensor, seed: int) -> Float[Tensor, "wide narrow"]:
     """A map between widths that keeps lengths (shortens them on average where it leads to fewer dimensions)."""
     if narrow == wide:
         return torch.eye(wide, dtype=like.dtype, device=like.device)
@@ -173,27 +175,27 @@ def _into(narrow: int, wide: int, like: Tensor, seed: int) -> Float[Tensor, "wid
     return into
 
 
-def _at_the_size_of(
+def _rescaled_view(
     trunk: ImageTransformer | TextTransformer, net: ImageTransformer | TextTransformer, own: Sequence[Tensor]
-) -> View:
+) -> TrunkView:
     """Scale the view's ``own`` embeddings so that its states enter the blocks as large as the trunk's."""
     if not trunk.pos_embed.is_meta:
-        factor = _size(trunk) / _size(net)
+        factor = _embedding_rms(trunk) / _embedding_rms(net)
         with torch.no_grad():
             for parameter in own:
                 parameter.mul_(factor)
     held = {id(parameter) for parameter in own}
-    return View(net, frozenset(name for name, parameter in net.named_parameters() if id(parameter) in held))
+    return TrunkView(net, frozenset(name for name, parameter in net.named_parameters() if id(parameter) in held))
 
 
 @torch.no_grad()
-def _size(net: ImageTransformer | TextTransformer) -> float:
+def _embedding_rms(net: ImageTransformer | TextTransformer) -> float:
     """Root mean square of what an embedding gives before any norm, positions included.
 
     Of pixels it is that of white noise: measured on DINOv2 ViT-S/14, 0.18 where photographs give 0.15.
     """
     if isinstance(net, TextTransformer):
-        rows = net.token_embed.weight[:: max(1, net.token_embed.num_embeddings // _SAMPLED)]
+        rows = net.token_embed.weight[:: max(1, net.token_embed.num_embeddings // _SAMPLED_ROWS)]
         squares = net.token_map(rows).square().mean()
     else:
         kernel, bias = _patch_weights(net)

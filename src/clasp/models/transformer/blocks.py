@@ -30,9 +30,9 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick-gelu": quick_gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick-gelu": quick_gelu}
 # both take their statistics in float32 whatever the states are in
-NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+_NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "layer": lambda width, eps: nn.LayerNorm(width, eps=eps),
     "rms": lambda width, eps: RMSNorm(width, eps=eps),
 }
@@ -76,7 +76,7 @@ class BlockSettings(BaseModel):
 
     def make_norm(self, width: int) -> nn.Module:
         """A norm of this kind over the last axis, which is ``width`` long."""
-        return NORMS[self.norm](width, self.eps)
+        return _NORMS[self.norm](width, self.eps)
 
 
 def attend(
@@ -91,11 +91,11 @@ def attend(
     if causal:
         # padding stands at the end, so no real token sees it and no mask is needed
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    seen = None if mask is None else _over_keys(mask, k.shape[2])
+    seen = None if mask is None else _key_mask(mask, k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
-def _over_keys(mask: Bool[Tensor, "B _"], keys: int) -> Bool[Tensor, "B 1 1 M"]:
+def _key_mask(mask: Bool[Tensor, "B _"], keys: int) -> Bool[Tensor, "B 1 1 M"]:
     """The mask for every head and query. Tokens put in front of those it speaks of (prompts) are real."""
     return F.pad(mask, (keys - mask.shape[1], 0), value=True)[:, None, None]
 
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         if self.causal:
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         else:
-            hidden = torch.zeros_like(scores, dtype=torch.bool) if mask is None else ~_over_keys(mask, k.shape[2])
+            hidden = torch.zeros_like(scores, dtype=torch.bool) if mask is None else ~_key_mask(mask, k.shape[2])
         return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
 
     def _split(self, x: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +142,7 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1: nn.Module = nn.Linear(settings.width, settings.inner_width)
         self.fc2: nn.Module = nn.Linear(settings.inner_width, settings.width)
-        self._act = ACTIVATIONS[settings.activation]
+        self._act = _ACTIVATIONS[settings.activation]
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         return self.fc2(self._act(self.fc1(x)))
@@ -169,11 +169,11 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B _"] | None = None) -> Float[Tensor, "B N D"]:
         if self.order == "post":
-            x = self.norm1(x + _scaled(self.attn(x, mask), self.gamma_1))
-            return self.norm2(x + _scaled(self.mlp(x), self.gamma_2))
-        x = x + _scaled(self.attn(self.norm1(x), mask), self.gamma_1)
-        return x + _scaled(self.mlp(self.norm2(x)), self.gamma_2)
+            x = self.norm1(x + _apply_layer_scale(self.attn(x, mask), self.gamma_1))
+            return self.norm2(x + _apply_layer_scale(self.mlp(x), self.gamma_2))
+        x = x + _apply_layer_scale(self.attn(self.norm1(x), mask), self.gamma_1)
+        return x + _apply_layer_scale(self.mlp(self.norm2(x)), self.gamma_2)
 
 
-def _scaled(added: Float[Tensor, "B N D"], gamma: Float[Tensor, " D"] | None) -> Float[Tensor, "B N D"]:
+def _apply_layer_scale(added: Float[Tensor, "B N D"], gamma: Float[Tensor, " D"] | None) -> Float[Tensor, "B N D"]:
     return added if gamma is None else gamma * added

@@ -18,15 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 ConvNormKind = Literal["batch", "group"]
-CONV_NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+_CONV_NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "batch": lambda channels, eps: nn.BatchNorm2d(channels, eps=eps),
     "group": lambda channels, eps: nn.GroupNorm(1, channels, eps=eps),  # of the whole map; keeps no statistics
 }
-STEM_EPS, BOTTLENECK_EPS = 1e-5, 1e-6  # the bottlenecks of the released branch differ from its other norms
+_STEM_EPS, _BOTTLENECK_EPS = 1e-5, 1e-6  # the bottlenecks of the released branch differ from its other norms
 STEM_STAGES = 4
 
 
-class BranchSettings(BaseModel):
+class ParallelBranchSettings(BaseModel):
     """A parallel branch of convolutions beside the blocks of an image net."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,7 +37,7 @@ class BranchSettings(BaseModel):
     """Layers before which it joins the tokens, counted from 0, a stem being layer 0"""
 
     @model_validator(mode="after")
-    def _rising(self) -> BranchSettings:
+    def _rising(self) -> ParallelBranchSettings:
         if list(self.before) != sorted(set(self.before)) or self.before[0] < 0:
             raise ValueError(f"before = {list(self.before)} is not a rising list of layers, such as [2, 4, 6, 8, 10]")
         return self
@@ -51,7 +51,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=bias)
 
     def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D"]:
-        return as_rows(self.proj(pixels))
+        return maps_to_tokens(self.proj(pixels))
 
 
 class ConvNorm(nn.Module):
@@ -67,11 +67,11 @@ class ConvNorm(nn.Module):
         padding: int = 0,
         groups: int = 1,
         norm: ConvNormKind,
-        eps: float = STEM_EPS,
+        eps: float = _STEM_EPS,
     ):
         super().__init__()
         self.conv = nn.Conv2d(channels, out, kernel, stride, padding, groups=groups, bias=False)
-        self.norm = CONV_NORMS[norm](out, eps)
+        self.norm = _CONV_NORMS[norm](out, eps)
 
     def forward(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
         return self.norm(self.conv(x))
@@ -99,7 +99,7 @@ class ConvStem(nn.Module):
     def __init__(self, patch: int, width: int, norm: ConvNormKind):
         super().__init__()
         widths = [width >> STEM_STAGES, *(width >> (STEM_STAGES - 1 - number) for number in range(STEM_STAGES))]
-        first, *strides = halvings(patch, STEM_STAGES + 1)
+        first, *strides = halving_strides(patch, STEM_STAGES + 1)
         self.first = ConvNorm(3, widths[0], kernel=3, padding=1, stride=first, norm=norm)
         self.stages = nn.ModuleList(
             StemStage(widths[number], widths[number + 1], stride, norm) for number, stride in enumerate(strides)
@@ -110,10 +110,10 @@ class ConvStem(nn.Module):
         x = F.relu(self.first(pixels))
         for stage in self.stages:
             x = stage(x)
-        return as_rows(self.last(x))
+        return maps_to_tokens(self.last(x))
 
 
-class FirstStage(nn.Module):
+class BranchStem(nn.Module):
     """Stage 0 of a branch: ``relu(conv3x3(pixels))`` with a norm."""
 
     def __init__(self, out: int, stride: int, norm: ConvNormKind):
@@ -129,17 +129,17 @@ class Bottleneck(nn.Module):
 
     def __init__(self, channels: int, out: int, stride: int, norm: ConvNormKind):
         super().__init__()
-        self.reduce = ConvNorm(channels, out // 2, kernel=1, norm=norm, eps=BOTTLENECK_EPS)
-        self.spatial = ConvNorm(out // 2, out // 2, kernel=3, padding=1, stride=stride, norm=norm, eps=BOTTLENECK_EPS)
-        self.expand = ConvNorm(out // 2, out, kernel=1, norm=norm, eps=BOTTLENECK_EPS)
-        self.shortcut = ConvNorm(channels, out, kernel=1, stride=stride, norm=norm, eps=BOTTLENECK_EPS)
+        self.reduce = ConvNorm(channels, out // 2, kernel=1, norm=norm, eps=_BOTTLENECK_EPS)
+        self.spatial = ConvNorm(out // 2, out // 2, kernel=3, padding=1, stride=stride, norm=norm, eps=_BOTTLENECK_EPS)
+        self.expand = ConvNorm(out // 2, out, kernel=1, norm=norm, eps=_BOTTLENECK_EPS)
+        self.shortcut = ConvNorm(channels, out, kernel=1, stride=stride, norm=norm, eps=_BOTTLENECK_EPS)
 
     def forward(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
         inside = F.relu(self.spatial(F.relu(self.reduce(x))))
         return F.relu(self.expand(inside) + self.shortcut(x))
 
 
-class PlacesToPatches(ConvNorm):
+class DepthwisePatchConv(ConvNorm):
     """A depthwise convolution whose ``kernel`` is its stride, and a norm: the maps at the size of the patches.
 
     Nothing overlaps, so it is also one product of each channel's places with its weights, 2 to 14 times as fast in
@@ -172,7 +172,7 @@ class LateralAdapter(nn.Module):
 
     def __init__(self, width: int, channels: int, kernel: int, state_norm: nn.Module):
         super().__init__()
-        self.top = PlacesToPatches(channels, kernel, "batch")
+        self.top = DepthwisePatchConv(channels, kernel, "batch")
         self.widen = nn.Conv2d(channels, width, 1, bias=False)
         self.bottom = ConvNorm(width, width, kernel=3, padding=1, groups=width, norm="batch")
         self.norm = state_norm
@@ -181,11 +181,11 @@ class LateralAdapter(nn.Module):
         self, states: Float[Tensor, "B N D"], maps: Float[Tensor, "B _ height width"]
     ) -> Float[Tensor, "B N D"]:
         top = self.widen(self.top(maps))
-        front, patches = patches_as_map(states, top)
-        return self.norm(torch.cat((front + front, as_rows(self.bottom(patches) + top)), dim=1))
+        front, patches = split_patch_map(states, top)
+        return self.norm(torch.cat((front + front, maps_to_tokens(self.bottom(patches) + top)), dim=1))
 
 
-class GatedLateral(nn.Module):
+class GatedLateralAdapter(nn.Module):
     """Where our branch joins: ``patches + gamma * (bottom(patches) + top(maps))``, ``gamma`` zero at the start.
 
     The class token is left alone. Nothing is normed over the batch. The gate is ours for MS-CLIP's branch, after the
@@ -194,7 +194,7 @@ class GatedLateral(nn.Module):
 
     def __init__(self, width: int, channels: int, kernel: int):
         super().__init__()
-        self.top = PlacesToPatches(channels, kernel, "group")
+        self.top = DepthwisePatchConv(channels, kernel, "group")
         self.widen = nn.Conv2d(channels, width, 1, bias=False)
         self.bottom = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
         self.gamma = nn.Parameter(torch.zeros(width))
@@ -203,8 +203,10 @@ class GatedLateral(nn.Module):
         self, states: Float[Tensor, "B N D"], maps: Float[Tensor, "B _ height width"]
     ) -> Float[Tensor, "B N D"]:
         top = self.widen(self.top(maps))
-        front, patches = patches_as_map(states, top)
-        return torch.cat((front, states[:, front.shape[1] :] + self.gamma * as_rows(self.bottom(patches) + top)), dim=1)
+        front, patches = split_patch_map(states, top)
+        return torch.cat(
+            (front, states[:, front.shape[1] :] + self.gamma * maps_to_tokens(self.bottom(patches) + top)), dim=1
+        )
 
 
 class ParallelBranch(nn.Module):
@@ -216,7 +218,7 @@ class ParallelBranch(nn.Module):
 
     def __init__(
         self,
-        settings: BranchSettings,
+        settings: ParallelBranchSettings,
         *,
         patch: int,
         width: int,
@@ -226,9 +228,9 @@ class ParallelBranch(nn.Module):
         super().__init__()
         norm: ConvNormKind = "batch" if settings.kind == "paper" else "group"
         widths = [width >> number for number in reversed(range(len(before)))]
-        strides = halvings(patch, len(before))
+        strides = halving_strides(patch, len(before))
         self.stage_at = {number: stage for stage, number in enumerate(before)}
-        self.stages = nn.ModuleList([FirstStage(widths[0], strides[0], norm)])
+        self.stages = nn.ModuleList([BranchStem(widths[0], strides[0], norm)])
         self.stages.extend(
             Bottleneck(widths[number - 1], widths[number], strides[number], norm) for number in range(1, len(before))
         )
@@ -239,7 +241,7 @@ class ParallelBranch(nn.Module):
             self.laterals[str(number)] = (
                 LateralAdapter(width, channels, patch // size, state_norm(width))
                 if settings.kind == "paper"
-                else GatedLateral(width, channels, patch // size)
+                else GatedLateralAdapter(width, channels, patch // size)
             )
 
     def forward(
@@ -250,19 +252,19 @@ class ParallelBranch(nn.Module):
         return self.laterals[str(number)](states, maps), maps
 
 
-def halvings(patch: int, count: int) -> list[int]:
+def halving_strides(patch: int, count: int) -> list[int]:
     """Strides of ``count`` convolutions: 2 until a place stands for ``patch`` pixels (a power of 2), then 1."""
     halved = patch.bit_length() - 1
     assert patch == 1 << halved, f"{patch} is no power of 2; settings refuse it"
     return [2 if number < halved else 1 for number in range(count)]
 
 
-def as_rows(maps: Float[Tensor, "B D height width"]) -> Float[Tensor, "B N D"]:
+def maps_to_tokens(maps: Float[Tensor, "B D height width"]) -> Float[Tensor, "B N D"]:
     """Feature maps as tokens, in row-major order."""
     return maps.flatten(2).transpose(1, 2)
 
 
-def patches_as_map(
+def split_patch_map(
     states: Float[Tensor, "B N D"], like: Float[Tensor, "B D height width"]
 ) -> tuple[Float[Tensor, "B _ D"], Float[Tensor, "B D height width"]]:
     """What stands before the patches, and the patches laid out as the maps ``like``."""

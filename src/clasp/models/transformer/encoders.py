@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from clasp.models.transformer.blocks import Attention, Block, BlockSettings
 from clasp.models.transformer.convolutions import (
     STEM_STAGES,
-    BranchSettings,
     ConvNormKind,
     ConvStem,
     ParallelBranch,
+    ParallelBranchSettings,
     PatchEmbed,
 )
 from clasp.types import UserError
@@ -38,7 +38,7 @@ class ImageTransformerSettings(BlockSettings):
     """Blocks; a stem stands in place of the first"""
     stem: ConvNormKind | None = None
     """Early specialisation: convolutions in place of patches and layer 0, with this kind of norm"""
-    branch: BranchSettings | None = None
+    branch: ParallelBranchSettings | None = None
     """A parallel branch of convolutions that joins the tokens before some layers"""
     patch_bias: bool = True
     """Whether the patch embedding has a bias"""
@@ -100,7 +100,7 @@ class ImageTransformer(nn.Module):
         )
         self.norm_pre = settings.make_norm(width) if settings.entry_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(settings, causal=False) for _ in range(first, settings.layers))
-        self.parallel = None if settings.branch is None else _branch(settings, settings.branch)
+        self.parallel = None if settings.branch is None else _make_parallel_branch(settings, settings.branch)
         self.norm = _final_norm(settings)
 
     def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "_ N D"]:
@@ -118,7 +118,7 @@ class ImageTransformer(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def add_branch(self, branch: BranchSettings, *, seed: int) -> set[str]:
+    def add_branch(self, branch: ParallelBranchSettings, *, seed: int) -> set[str]:
         """Put a branch beside the blocks of a net that is there already; returns the names of its parameters.
 
         A gated branch changes no output until its gates move. Raises ``UserError`` where it does not fit the net.
@@ -131,12 +131,12 @@ class ImageTransformer(nn.Module):
         except ValidationError as error:
             raise UserError(f"branch: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
         with torch.device(self.cls_token.device):
-            self.parallel = _branch(self.settings, branch).to(self.cls_token.dtype).train(self.training)
-        initialise(self.parallel, seed=seed)
+            self.parallel = _make_parallel_branch(self.settings, branch).to(self.cls_token.dtype).train(self.training)
+        init_weights(self.parallel, seed=seed)
         return {f"parallel.{name}" for name, _ in self.parallel.named_parameters()}
 
 
-def _branch(settings: ImageTransformerSettings, branch: BranchSettings) -> ParallelBranch:
+def _make_parallel_branch(settings: ImageTransformerSettings, branch: ParallelBranchSettings) -> ParallelBranch:
     before = [layer - settings.first_layer for layer in branch.before]
     return ParallelBranch(
         branch, patch=settings.patch, width=settings.width, before=before, state_norm=settings.make_norm
@@ -168,7 +168,7 @@ class TextTransformerSettings(BlockSettings):
 
 
 @dataclass(slots=True)
-class TextStates:
+class TextTransformerOutput:
     """What a text net gives, spelt as ``transformers`` spells it."""
 
     last_hidden_state: Float[Tensor, "B N D"]
@@ -193,7 +193,7 @@ class TextTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(settings, causal=causal) for _ in range(settings.layers))
         self.norm = _final_norm(settings)
 
-    def forward(self, input_ids: Int[Tensor, "B N"], attention_mask: Int[Tensor, "B N"]) -> TextStates:
+    def forward(self, input_ids: Int[Tensor, "B N"], attention_mask: Int[Tensor, "B N"]) -> TextTransformerOutput:
         """States of every token. Raises ``UserError`` for captions longer than there are positions."""
         longest, context = input_ids.shape[1], self.settings.context
         if longest > context:
@@ -205,10 +205,10 @@ class TextTransformer(nn.Module):
         mask = attention_mask.bool()
         for block in self.blocks:
             x = block(x, mask)
-        return TextStates(self.norm(x))
+        return TextTransformerOutput(self.norm(x))
 
 
-def initialise(module: nn.Module, *, seed: int) -> None:
+def init_weights(module: nn.Module, *, seed: int) -> None:
     """Start from ``seed`` as MS-CLIP does: matrices and kernels truncated N(0, 0.02), packed queries, keys and values
     Xavier-uniform, biases zero, positions N(0, 1/sqrt(D)) for images and N(0, 0.02) for text. Nothing on meta tensors.
 

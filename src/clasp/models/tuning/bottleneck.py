@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from clasp.models.pooling import Adapter
-from clasp.models.structure import Anatomy, Block, is_norm
+from clasp.models.structure import BlockStructure, ModelStructure, is_norm
 from clasp.types import UserError
 
-PLACES = ("output", "input")
-STARTS = ("identity", "random")
+ADAPTER_PLACES = ("output", "input")
+ADAPTER_INITS = ("identity", "random")
 
 
 def insert_adapters(
-    net: nn.Module, parts: Anatomy, blocks: Iterable[Block], *, reduction: int, place: str, start: str
+    net: nn.Module, parts: ModelStructure, blocks: Iterable[BlockStructure], *, reduction: int, place: str, start: str
 ) -> set[str]:
     """Put a bottleneck at every residual branch of ``blocks``, at the branch's ``input`` or its ``output``.
 
@@ -41,14 +41,14 @@ def insert_adapters(
         owner = net.get_submodule(block.path)
         for number, path in enumerate(places, 1):
             module = net.get_submodule(path)
-            width = _width(net, path, module, place)
+            width = _branch_width(net, path, module, place)
             with torch.device(next(module.parameters(), next(owner.parameters())).device):
-                adapter = Adapter(width, max(1, width // reduction), start, _is_map(module, parts, place))
+                adapter = Adapter(width, max(1, width // reduction), start, _is_channels_first(module, parts, place))
             name = f"adapter{number}"
             if name in dict(owner.named_children()):
                 raise UserError(f"adapters: {block.path} is given adapters twice; let the block ranges not overlap")
             owner.add_module(name, adapter)
-            _attach(module, adapter, place)
+            _register_adapter_hook(module, adapter, place)
             names |= {f"{block.path}.{name}.{p}" for p, _ in adapter.named_parameters()}
     return names
 
@@ -56,14 +56,14 @@ def insert_adapters(
 # --- how -------------------------------------------------------------------------------------------------------------
 
 
-def _attach(module: nn.Module, adapter: Adapter, place: str) -> None:
+def _register_adapter_hook(module: nn.Module, adapter: Adapter, place: str) -> None:
     if place == "input":
-        module.register_forward_pre_hook(_BeforeBranch(adapter), with_kwargs=True)
+        module.register_forward_pre_hook(_AdaptBranchInput(adapter), with_kwargs=True)
     else:
-        module.register_forward_hook(_AfterBranch(adapter))
+        module.register_forward_hook(_AdaptBranchOutput(adapter))
 
 
-class _BeforeBranch:
+class _AdaptBranchInput:
     """A hook that is an object, so that copying a tower copies what its hooks point to."""
 
     def __init__(self, adapter: Adapter):
@@ -75,7 +75,7 @@ class _BeforeBranch:
         return args, {**kwargs, "hidden_states": self.adapter(kwargs["hidden_states"])}
 
 
-class _AfterBranch:
+class _AdaptBranchOutput:
     def __init__(self, adapter: Adapter):
         self.adapter = adapter
 
@@ -85,14 +85,14 @@ class _AfterBranch:
         return self.adapter(output)
 
 
-def _is_map(module: nn.Module, parts: Anatomy, place: str) -> bool:
+def _is_channels_first(module: nn.Module, parts: ModelStructure, place: str) -> bool:
     """Whether ``B D height width`` flows into (or out of) the module: its first (or last) layer is a convolution."""
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     edge = layers[:1] if place == "input" else layers[-1:]
     return parts.channels_first or any(isinstance(layer, nn.Conv2d) for layer in edge)
 
 
-def _width(net: nn.Module, path: str, module: nn.Module, place: str) -> int:
+def _branch_width(net: nn.Module, path: str, module: nn.Module, place: str) -> int:
     """Channels that flow into (or out of) the module: read from it, or from the nearest weights around it."""
     while True:
         width = _width_in(module) if place == "input" else _width_out(module)

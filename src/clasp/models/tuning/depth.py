@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from torch import nn
 
-from clasp.models.structure import Anatomy, anatomy, is_bias, is_norm
+from clasp.models.structure import ModelStructure, find_structure, is_bias, is_norm
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
 from clasp.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DEEP_STARTS = ("copy", "random")
+DEEP_INITS = ("copy", "random")
 
 
-def append_blocks(net: nn.Module, parts: Anatomy, count: int, start: str) -> set[str]:
+def append_blocks(net: nn.Module, parts: ModelStructure, count: int, start: str) -> set[str]:
     """Append ``count`` blocks above the last one: copies of it, or fresh ones of the same shape (LilT's deep adapter).
 
     The paper starts them at random; a copy keeps the states near what the final norm and the pooling expect. Returns
@@ -34,7 +34,7 @@ def append_blocks(net: nn.Module, parts: Anatomy, count: int, start: str) -> set
         raise UserError(
             f"deep: {parts.family} keeps its blocks in a {type(container).__name__}; a block cannot be appended"
         )
-    if not _keeps_width(block):
+    if not _preserves_shape(block):
         raise UserError(
             f"deep: the last block of {parts.family} changes the width of its input, so a copy cannot stand above it; "
             "use last(n) or adapters instead"
@@ -43,19 +43,19 @@ def append_blocks(net: nn.Module, parts: Anatomy, count: int, start: str) -> set
     for number in range(int(index) + 1, int(index) + 1 + count):
         new = copy.deepcopy(block)
         if start == "random":
-            _start_afresh(new, _layer_scale(net))
+            _reinitialize_block(new, _initial_layer_scale(net))
         container.append(new)
         names |= {f"{container_path}.{number}.{name}" for name, _ in new.named_parameters()}
-    _tell_config(net, len(container))
+    _update_config_depth(net, len(container))
     return names
 
 
-def truncate(net: nn.Module, layer: int) -> None:
+def truncate_blocks(net: nn.Module, layer: int) -> None:
     """Keep the first ``layer`` blocks (negative counts from the end); what follows the last block stays.
 
     Raises ``UserError`` when there are not so many blocks, or when their widths differ.
     """
-    parts = anatomy(net)
+    parts = find_structure(net)
     container_path = parts.blocks[-1].path.rpartition(".")[0]
     container = net.get_submodule(container_path)
     keep = layer if layer > 0 else len(parts.blocks) + layer
@@ -71,13 +71,13 @@ def truncate(net: nn.Module, layer: int) -> None:
     if isinstance(net, ImageTransformer) and net.parallel is not None and max(net.parallel.stage_at) >= keep:
         raise UserError(f"layer = {layer}: the parallel branch joins above that; choose {len(parts.blocks)}")
     del stack[keep:]
-    _tell_config(net, keep)
+    _update_config_depth(net, keep)
 
 
 # --- how -------------------------------------------------------------------------------------------------------------
 
 
-def _keeps_width(block: nn.Module) -> bool:
+def _preserves_shape(block: nn.Module) -> bool:
     convolutions = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
     if not convolutions or any(isinstance(m, nn.Linear) for m in block.modules()):
         return True
@@ -85,16 +85,16 @@ def _keeps_width(block: nn.Module) -> bool:
     return strides and convolutions[0].in_channels == convolutions[-1].out_channels
 
 
-def _layer_scale(net: nn.Module) -> float:
+def _initial_layer_scale(net: nn.Module) -> float:
     """What a layer scale starts from: what the family's settings say, else what LilT's large tower does (DeiT-III)."""
     if isinstance(net, ImageTransformer | TextTransformer):
         said = net.settings.layer_scale
     else:
-        said = net.config.to_dict().get("layerscale_value") if _is_hugging(net) else None
+        said = net.config.to_dict().get("layerscale_value") if _is_transformers_model(net) else None
     return 1e-4 if said is None else said
 
 
-def _start_afresh(block: nn.Module, layer_scale: float) -> None:
+def _reinitialize_block(block: nn.Module, layer_scale: float) -> None:
     """Linear, convolution and embedding weights N(0, 0.02), biases zero, norms one: BERT's and ViT's own start.
 
     Vectors that are neither bias nor of a norm scale a branch, and start from ``layer_scale``.
@@ -113,9 +113,9 @@ def _start_afresh(block: nn.Module, layer_scale: float) -> None:
                     nn.init.constant_(p, layer_scale)
 
 
-def _tell_config(net: nn.Module, blocks: int) -> None:
+def _update_config_depth(net: nn.Module, blocks: int) -> None:
     """``transformers`` models read their depth from their configuration while running."""
-    if not _is_hugging(net):
+    if not _is_transformers_model(net):
         return
     config = net.config.to_dict()
     if "num_hidden_layers" in config:
@@ -125,7 +125,7 @@ def _tell_config(net: nn.Module, blocks: int) -> None:
         net.config.layer_types = (kinds + kinds[-1:] * blocks)[:blocks]
 
 
-def _is_hugging(net: nn.Module) -> TypeGuard[PreTrainedModel]:
+def _is_transformers_model(net: nn.Module) -> TypeGuard[PreTrainedModel]:
     from transformers import PreTrainedModel
 
     return isinstance(net, PreTrainedModel)

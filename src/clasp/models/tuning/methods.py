@@ -1,7 +1,7 @@
 """The methods of a tuning spec, a row each: what it puts into a tower, and the names of what then trains.
 
-In goes a net and one parsed method (``Tuning``), out come names. Methods that put parts in are run first, in a fixed
-order; those that only read names come after. ``clasp.models.tuning.spec`` parses specs and runs their methods.
+In goes a net and one parsed method (``TuningSpec``), out come names. Methods that put parts in are run first, in a
+fixed order; those that only read names come after. ``clasp.models.tuning.spec`` parses specs and runs their methods.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from clasp.models.structure import Block, anatomy, is_bias, is_norm
-from clasp.models.transformer.convolutions import BranchSettings
+from clasp.models.structure import BlockStructure, find_structure, is_bias, is_norm
+from clasp.models.transformer.convolutions import ParallelBranchSettings
 from clasp.models.transformer.encoders import ImageTransformer
 from clasp.models.tuning import peft_methods
-from clasp.models.tuning.bottleneck import PLACES, STARTS, insert_adapters
-from clasp.models.tuning.depth import DEEP_STARTS, append_blocks
+from clasp.models.tuning.bottleneck import ADAPTER_INITS, ADAPTER_PLACES, insert_adapters
+from clasp.models.tuning.depth import DEEP_INITS, append_blocks
 from clasp.models.tuning.prompts import insert_prompts
 from clasp.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
+class TuningSpec:
     """One method of a tuning spec, parsed: ``adapters(reduction=4, blocks="6:")``; ``spec`` is how it was written."""
 
     spec: str
@@ -35,86 +35,86 @@ class Tuning:
     blocks: slice | None = None
 
 
-def wrapped_by(net: nn.Module, tuning: Tuning) -> list[str]:
+def layers_wrapped_by(net: nn.Module, tuning: TuningSpec) -> list[str]:
     """Paths of the layers that are wrapped where a method of peft looks: after it ran, by itself."""
-    roots = _roots(net, tuning)
-    return sorted(path for path in peft_methods.wrapped(net) if _at_or_below(path, roots))
+    roots = _peft_roots(net, tuning)
+    return sorted(path for path in peft_methods.wrapped_layers(net) if _at_or_below(path, roots))
 
 
 # --- the methods -----------------------------------------------------------------------------------------------------
 
 
-def _full(net: nn.Module, tuning: Tuning) -> set[str]:
+def _full(net: nn.Module, tuning: TuningSpec) -> set[str]:
     if tuning.blocks is None:
         return {name for name, _ in net.named_parameters()}
-    return _below(net, (block.path for block in _blocks(net, tuning)))
+    return _parameters_under(net, (block.path for block in _selected_blocks(net, tuning)))
 
 
-def _none(net: nn.Module, tuning: Tuning) -> set[str]:
+def _none(net: nn.Module, tuning: TuningSpec) -> set[str]:
     return set()
 
 
-def _norms(net: nn.Module, tuning: Tuning) -> set[str]:
+def _norms(net: nn.Module, tuning: TuningSpec) -> set[str]:
     norms = (name for name, module in net.named_modules() if is_norm(module))
-    return _within(net, _below(net, norms), tuning)
+    return _restrict_to_blocks(net, _parameters_under(net, norms), tuning)
 
 
-def _biases(net: nn.Module, tuning: Tuning) -> set[str]:
-    return _within(net, {name for name, p in net.named_parameters() if is_bias(name, p.ndim)}, tuning)
+def _biases(net: nn.Module, tuning: TuningSpec) -> set[str]:
+    return _restrict_to_blocks(net, {name for name, p in net.named_parameters() if is_bias(name, p.ndim)}, tuning)
 
 
-def _attention(net: nn.Module, tuning: Tuning) -> set[str]:
-    return _weights(net, [b.attention for b in _blocks(net, tuning) if b.attention])
+def _attention(net: nn.Module, tuning: TuningSpec) -> set[str]:
+    return _parameters_without_norms(net, [b.attention for b in _selected_blocks(net, tuning) if b.attention])
 
 
-def _mlp(net: nn.Module, tuning: Tuning) -> set[str]:
-    return _weights(net, [path for b in _blocks(net, tuning) for path in b.mlp])
+def _mlp(net: nn.Module, tuning: TuningSpec) -> set[str]:
+    return _parameters_without_norms(net, [path for b in _selected_blocks(net, tuning) for path in b.mlp])
 
 
-def _last(net: nn.Module, tuning: Tuning) -> set[str]:
-    parts, n = anatomy(net), tuning.options["n"]
+def _last(net: nn.Module, tuning: TuningSpec) -> set[str]:
+    parts, n = find_structure(net), tuning.options["n"]
     if n > len(parts.blocks):
         raise UserError(f"tuning last({n}): {parts.family} has {len(parts.blocks)} blocks")
-    return _below(net, (*(b.path for b in parts.blocks[-n:]), *parts.tail))
+    return _parameters_under(net, (*(b.path for b in parts.blocks[-n:]), *parts.tail))
 
 
-def _deep(net: nn.Module, tuning: Tuning) -> set[str]:
-    parts = anatomy(net)
+def _deep(net: nn.Module, tuning: TuningSpec) -> set[str]:
+    parts = find_structure(net)
     new = append_blocks(net, parts, tuning.options["n"], tuning.options["init"])
-    return new | _below(net, parts.tail)
+    return new | _parameters_under(net, parts.tail)
 
 
-def _adapters(net: nn.Module, tuning: Tuning) -> set[str]:
-    parts = anatomy(net)
-    return insert_adapters(net, parts, _blocks(net, tuning), **tuning.options)
+def _adapters(net: nn.Module, tuning: TuningSpec) -> set[str]:
+    parts = find_structure(net)
+    return insert_adapters(net, parts, _selected_blocks(net, tuning), **tuning.options)
 
 
-def _peft(net: nn.Module, tuning: Tuning) -> set[str]:
-    if taken := wrapped_by(net, tuning):
+def _peft(net: nn.Module, tuning: TuningSpec) -> set[str]:
+    if taken := layers_wrapped_by(net, tuning):
         raise UserError(
             f"tuning {tuning.spec!r}: {taken[0]} is wrapped by another method already; let their blocks or targets "
             "not overlap"
         )
-    roots = _roots(net, tuning)
+    roots = _peft_roots(net, tuning)
     targets = [name for name, module in net.named_modules() if _at_or_below(name, roots) and _is_linear(module)]
     if not targets:
         return set()
-    options = {key: value for key, value in tuning.options.items() if key not in METHODS[tuning.method].defaults}
+    options = {key: value for key, value in tuning.options.items() if key not in TUNING_METHODS[tuning.method].defaults}
     return peft_methods.inject_peft(net, tuning.method, targets, options)
 
 
-def _match(net: nn.Module, tuning: Tuning) -> set[str]:
+def _match(net: nn.Module, tuning: TuningSpec) -> set[str]:
     pattern = tuning.options["pattern"]
     if not isinstance(pattern, str):
         raise UserError("tuning match: say which names, for example match('encoder.layer.*.dense.*')")
     return {name for name, _ in net.named_parameters() if fnmatch.fnmatchcase(name, pattern)}
 
 
-def _prompts(net: nn.Module, tuning: Tuning) -> set[str]:
-    return insert_prompts(net, anatomy(net), tuning.options["n"])
+def _prompts(net: nn.Module, tuning: TuningSpec) -> set[str]:
+    return insert_prompts(net, find_structure(net), tuning.options["n"])
 
 
-def _branch(net: nn.Module, tuning: Tuning) -> set[str]:
+def _conv_branch(net: nn.Module, tuning: TuningSpec) -> set[str]:
     if not isinstance(net, ImageTransformer):
         raise UserError(
             f"tuning {tuning.spec!r}: a branch of convolutions stands beside the blocks of our own image nets alone "
@@ -123,7 +123,7 @@ def _branch(net: nn.Module, tuning: Tuning) -> set[str]:
     layers = net.settings.layers
     before = tuning.options["before"] or tuple(range(2, layers, 2))[:5] or (layers - 1,)  # of 12 layers, the paper's
     try:
-        settings = BranchSettings(kind="gated", before=before)
+        settings = ParallelBranchSettings(kind="gated", before=before)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"tuning {tuning.spec!r}: before = {before!r}: {reason}") from None
@@ -133,39 +133,40 @@ def _branch(net: nn.Module, tuning: Tuning) -> set[str]:
 # --- reading the net -------------------------------------------------------------------------------------------------
 
 
-def _blocks(net: nn.Module, tuning: Tuning) -> tuple[Block, ...]:
-    blocks = anatomy(net).blocks
+def _selected_blocks(net: nn.Module, tuning: TuningSpec) -> tuple[BlockStructure, ...]:
+    blocks = find_structure(net).blocks
     if tuning.blocks is None:
         return blocks
     for end in (tuning.blocks.start, tuning.blocks.stop):
         if end is not None and not -len(blocks) <= end <= len(blocks):
             raise UserError(
-                f"tuning {tuning.spec!r}: {anatomy(net).family} has blocks 0 to {len(blocks) - 1}, and {end} is none"
+                f"tuning {tuning.spec!r}: {find_structure(net).family} has blocks 0 to {len(blocks) - 1}, "
+                f"and {end} is none"
             )
     return blocks[tuning.blocks]
 
 
-def _below(net: nn.Module, paths: Iterable[str]) -> set[str]:
+def _parameters_under(net: nn.Module, paths: Iterable[str]) -> set[str]:
     heads = tuple(f"{path}." for path in paths)
     return {name for name, _ in net.named_parameters() if name.startswith(heads)} if heads else set()
 
 
-def _within(net: nn.Module, names: set[str], tuning: Tuning) -> set[str]:
+def _restrict_to_blocks(net: nn.Module, names: set[str], tuning: TuningSpec) -> set[str]:
     """All of ``names``, or those inside the chosen blocks where a block range is given."""
     if tuning.blocks is None:
         return names
-    return names & _below(net, (block.path for block in _blocks(net, tuning)))
+    return names & _parameters_under(net, (block.path for block in _selected_blocks(net, tuning)))
 
 
-def _weights(net: nn.Module, paths: list[str]) -> set[str]:
+def _parameters_without_norms(net: nn.Module, paths: list[str]) -> set[str]:
     """Parameters below ``paths`` that are not norms': BERT keeps its norms inside its attention and output modules."""
-    norms = _below(net, (name for name, module in net.named_modules() if is_norm(module)))
-    return _below(net, paths) - norms
+    norms = _parameters_under(net, (name for name, module in net.named_modules() if is_norm(module)))
+    return _parameters_under(net, paths) - norms
 
 
-def _roots(net: nn.Module, tuning: Tuning) -> list[str]:
+def _peft_roots(net: nn.Module, tuning: TuningSpec) -> list[str]:
     """The attention, MLP or all of the chosen blocks, where peft looks for linear layers and 1x1 convolutions."""
-    blocks, targets = _blocks(net, tuning), tuning.options["targets"]
+    blocks, targets = _selected_blocks(net, tuning), tuning.options["targets"]
     if targets == "auto":
         targets = "attention" if any(b.attention for b in blocks) else "all"
     return {
@@ -189,10 +190,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
-    """A row of ``METHODS``: how names are selected, what was looked for, and the options with their defaults."""
+class TuningMethod:
+    """A row of ``TUNING_METHODS``: how names are selected, what was looked for, and the options with their defaults."""
 
-    select: Callable[[nn.Module, Tuning], set[str]]
+    select: Callable[[nn.Module, TuningSpec], set[str]]
     looks_for: str
     rank: int = 9
     """structure is changed in this order, then names are read; peft before bottlenecks, so that one at a branch's end
@@ -222,36 +223,36 @@ class Method:
 
 _PEFT_DEFAULTS = {"targets": "auto"}
 _LORA_DEFAULTS = {**_PEFT_DEFAULTS, "start": "random"}
-_PEFT_CHOICES = {"targets": ("auto", "attention", "mlp", "all"), "start": peft_methods.LORA_STARTS}
+_PEFT_CHOICES = {"targets": ("auto", "attention", "mlp", "all"), "start": peft_methods.LORA_INITS}
 
-METHODS: dict[str, Method] = {
-    "full": Method(_full, "it has no parameters"),
-    "none": Method(_none, ""),
-    "norms": Method(_norms, "looked for LayerNorm, RMSNorm, GroupNorm and BatchNorm modules with weights"),
-    "biases": Method(_biases, "looked for vectors named bias or ..._bias"),
-    "attention": Method(_attention, "looked for an attention module in its blocks; it has none"),
-    "mlp": Method(_mlp, "looked for a feed-forward module in its blocks; it has none"),
-    "last": Method(_last, "looked for its last blocks", defaults={"n": 1}),
-    "deep": Method(_deep, "", rank=1, defaults={"n": 1, "init": "copy"}, choices={"init": DEEP_STARTS}),
-    "adapters": Method(
+TUNING_METHODS: dict[str, TuningMethod] = {
+    "full": TuningMethod(_full, "it has no parameters"),
+    "none": TuningMethod(_none, ""),
+    "norms": TuningMethod(_norms, "looked for LayerNorm, RMSNorm, GroupNorm and BatchNorm modules with weights"),
+    "biases": TuningMethod(_biases, "looked for vectors named bias or ..._bias"),
+    "attention": TuningMethod(_attention, "looked for an attention module in its blocks; it has none"),
+    "mlp": TuningMethod(_mlp, "looked for a feed-forward module in its blocks; it has none"),
+    "last": TuningMethod(_last, "looked for its last blocks", defaults={"n": 1}),
+    "deep": TuningMethod(_deep, "", rank=1, defaults={"n": 1, "init": "copy"}, choices={"init": DEEP_INITS}),
+    "adapters": TuningMethod(
         _adapters,
         "looked for blocks in the range given",
         rank=3,
         defaults={"reduction": 4, "place": "output", "start": "identity"},
-        choices={"place": PLACES, "start": STARTS},
+        choices={"place": ADAPTER_PLACES, "start": ADAPTER_INITS},
     ),
     **{
-        name: Method(
+        name: TuningMethod(
             _peft,
             "looked for linear layers (or 1x1 convolutions) in its blocks",
             rank=2,
-            defaults=_LORA_DEFAULTS if name in peft_methods.LORA else _PEFT_DEFAULTS,
+            defaults=_LORA_DEFAULTS if name in peft_methods.LORA_METHODS else _PEFT_DEFAULTS,
             choices=_PEFT_CHOICES,
             open=True,
         )
-        for name in peft_methods.PEFT
+        for name in peft_methods.PEFT_METHODS
     },
-    "prompts": Method(_prompts, "", rank=4, defaults={"n": 8}),
-    "branch": Method(_branch, "", rank=5, defaults={"before": None}),
-    "match": Method(_match, "no parameter has such a name", defaults={"pattern": None}),
+    "prompts": TuningMethod(_prompts, "", rank=4, defaults={"n": 8}),
+    "branch": TuningMethod(_conv_branch, "", rank=5, defaults={"before": None}),
+    "match": TuningMethod(_match, "no parameter has such a name", defaults={"pattern": None}),
 }

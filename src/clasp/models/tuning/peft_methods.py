@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from clasp.types import UserError
 
-PEFT = ("lora", "dora", "rslora", "ia3", "loha", "lokr", "oft", "hra")
-LORA = ("lora", "dora", "rslora")  # an update B A, in which A can start from the gradient
-LORA_STARTS = ("random", "gradient")
-_ADAPTER = "default"  # peft's own name for what it puts in
+PEFT_METHODS = ("lora", "dora", "rslora", "ia3", "loha", "lokr", "oft", "hra")
+LORA_METHODS = ("lora", "dora", "rslora")  # an update B A, in which A can start from the gradient
+LORA_INITS = ("random", "gradient")
+_PEFT_ADAPTER_NAME = "default"  # peft's own name for what it puts in
 
 
 def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[str, Any]) -> set[str]:
@@ -36,29 +36,29 @@ def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[s
     from peft import inject_adapter_in_model
 
     for path in targets:
-        _padding_as_numbers(net.get_submodule(path))
+        _make_padding_numeric(net.get_submodule(path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of merging and saving, which clasp does itself
-        inject_adapter_in_model(config, net, _ADAPTER)
+        inject_adapter_in_model(config, net, _PEFT_ADAPTER_NAME)
     if method == "oft":
-        _tell_maps_from_convolutions(net.get_submodule(path) for path in targets)
+        _fix_oft_for_channels_last(net.get_submodule(path) for path in targets)
     return {name for name, p in net.named_parameters() if id(p) not in before}
 
 
-def wrapped(net: nn.Module) -> set[str]:
+def wrapped_layers(net: nn.Module) -> set[str]:
     """Paths of the layers that a peft method has wrapped."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {path for path, module in net.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def wrapped_weight(path: str) -> str:
+def wrapped_weight_name(path: str) -> str:
     """The name of the base's weight in the wrapped layer ``path``."""
     return f"{path}.base_layer.weight"
 
 
 @torch.no_grad()
-def start_from_gradient(net: nn.Module, path: str, gradient: Float[Tensor, "out in *ones"]) -> None:
+def initialize_lora_from_gradient(net: nn.Module, path: str, gradient: Float[Tensor, "out in *ones"]) -> None:
     """Let A of the low-rank update at ``path`` start along the gradient of the weight that it updates.
 
     With B = 0 the first step moves B by the gradient times A transposed, hence the weight by the gradient projected
@@ -68,7 +68,7 @@ def start_from_gradient(net: nn.Module, path: str, gradient: Float[Tensor, "out 
     weights that a delta stands on, bit by bit, and the model begins as what it was. ``gradient`` is of a linear layer
     or a 1x1 convolution; a rank above its own keeps the rest of A as it was drawn.
     """
-    start = net.get_parameter(f"{path}.lora_A.{_ADAPTER}.weight")
+    start = net.get_parameter(f"{path}.lora_A.{_PEFT_ADAPTER_NAME}.weight")
     directions = _top_right_singular_vectors(gradient.flatten(1), len(start))
     drawn = start[: len(directions)]
     length = drawn.norm() / len(directions) ** 0.5
@@ -78,7 +78,7 @@ def start_from_gradient(net: nn.Module, path: str, gradient: Float[Tensor, "out 
 # --- how -------------------------------------------------------------------------------------------------------------
 
 
-def _padding_as_numbers(module: nn.Module) -> None:
+def _make_padding_numeric(module: nn.Module) -> None:
     """``same`` and ``valid`` pad a 1x1 convolution by nothing; peft's HRA reads the first letter of the word."""
     if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
         module.padding = (0, 0)
@@ -92,21 +92,21 @@ def _top_right_singular_vectors(matrix: Float[Tensor, "out in"], count: int) -> 
     return torch.linalg.svd(matrix.float(), full_matrices=False).Vh[:count]
 
 
-def _tell_maps_from_convolutions(layers: Iterable[nn.Module]) -> None:
+def _fix_oft_for_channels_last(layers: Iterable[nn.Module]) -> None:
     """peft's OFT takes any four axes for a convolution's; the linear layers of ConvNeXt read ``B height width D``."""
     from peft.tuners.oft.layer import OFTRotationModule
 
     for module in chain.from_iterable(layer.modules() for layer in layers):
         if isinstance(module, OFTRotationModule) and module.kernel_size == (0, 0):
-            module.register_forward_pre_hook(_with_a_fifth_axis)
-            module.register_forward_hook(_without_a_fifth_axis)
+            module.register_forward_pre_hook(_add_axis)
+            module.register_forward_hook(_remove_axis)
 
 
-def _with_a_fifth_axis(module: nn.Module, args: tuple) -> tuple:
+def _add_axis(module: nn.Module, args: tuple) -> tuple:
     return (args[0][None] if args[0].ndim == 4 else args[0], *args[1:])
 
 
-def _without_a_fifth_axis(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _remove_axis(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return output[0] if output.ndim == 5 else output
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clasp.models.structure import Anatomy, is_norm
+from clasp.models.structure import ModelStructure, is_norm
 from clasp.types import UserError
 
 
-def insert_prompts(net: nn.Module, parts: Anatomy, count: int) -> set[str]:
+def insert_prompts(net: nn.Module, parts: ModelStructure, count: int) -> set[str]:
     """Let ``net`` see ``count`` learned tokens, and nobody outside it: the states come out as if they were not there.
 
     In a text tower they stand before the first token, in an image tower between class token and patches. Raises
@@ -34,18 +34,18 @@ def insert_prompts(net: nn.Module, parts: Anatomy, count: int) -> set[str]:
         if "inputs_embeds" not in inspect.signature(net.forward).parameters:
             raise UserError(f"prompts: {parts.family} takes token ids only, so learned tokens cannot be put in front")
         width = next(net.get_input_embeddings().parameters()).shape[1]
-        prompts = Prompts(count, width, 0, device)
-        net.register_forward_pre_hook(_PromptTokens(prompts), with_kwargs=True)
+        prompts = PromptTokens(count, width, 0, device)
+        net.register_forward_pre_hook(_PrependToTokens(prompts), with_kwargs=True)
     else:
         width = next(p.numel() for m in first.modules() if is_norm(m) for p in m.parameters())
-        prompts = Prompts(count, width, parts.prefix_tokens, device)
-        first.register_forward_pre_hook(_PromptStates(prompts))
+        prompts = PromptTokens(count, width, parts.prefix_tokens, device)
+        first.register_forward_pre_hook(_InsertIntoStates(prompts))
     net.add_module("prompts", prompts)
-    net.register_forward_hook(_WithoutPrompts(prompts))
+    net.register_forward_hook(_RemovePrompts(prompts))
     return {"prompts.tokens"}
 
 
-class Prompts(nn.Module):
+class PromptTokens(nn.Module):
     """Learned tokens that stand before the first real token or patch (VPT-shallow, Jia et al., ECCV 2022)."""
 
     def __init__(self, count: int, width: int, at: int, device: torch.device):
@@ -66,10 +66,10 @@ class Prompts(nn.Module):
 # --- how -------------------------------------------------------------------------------------------------------------
 
 
-class _PromptTokens:
+class _PrependToTokens:
     """Text: embed the ids ourselves, set the prompts in front and let the mask cover them."""
 
-    def __init__(self, prompts: Prompts):
+    def __init__(self, prompts: PromptTokens):
         self.prompts = prompts
 
     def __call__(self, net: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -79,18 +79,18 @@ class _PromptTokens:
         return args, {**kwargs, "inputs_embeds": embedded, "attention_mask": torch.cat((front, mask), dim=1)}
 
 
-class _PromptStates:
+class _InsertIntoStates:
     """Images: the states that enter the first block."""
 
-    def __init__(self, prompts: Prompts):
+    def __init__(self, prompts: PromptTokens):
         self.prompts = prompts
 
     def __call__(self, block: nn.Module, args: tuple) -> tuple:
         return (self.prompts.insert(args[0]), *args[1:])
 
 
-class _WithoutPrompts:
-    def __init__(self, prompts: Prompts):
+class _RemovePrompts:
+    def __init__(self, prompts: PromptTokens):
         self.prompts = prompts
 
     def __call__(self, net: nn.Module, args: tuple, output: Any) -> Any:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from clasp.models.tuning.methods import METHODS, Tuning, wrapped_by
-from clasp.models.tuning.peft_methods import LORA
+from clasp.models.tuning.methods import TUNING_METHODS, TuningSpec, layers_wrapped_by
+from clasp.models.tuning.peft_methods import LORA_METHODS
 from clasp.types import UserError
 
 
-def parse(spec: str) -> Tuning:
+def parse_tuning_spec(spec: str) -> TuningSpec:
     """Read one method: a name, or a name with options in brackets as in a Python call.
 
     Raises ``UserError`` for an unknown method or option, naming the nearest valid ones.
@@ -36,11 +36,11 @@ def parse(spec: str) -> Tuning:
         raise UserError(
             f"tuning {spec!r} does not read as a method; write it as norms or adapters(reduction=4)"
         ) from None
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
+    if name not in TUNING_METHODS:
+        near = difflib.get_close_matches(name, TUNING_METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"tuning {spec!r}: unknown method {name!r}{hint}; methods: {', '.join(METHODS)}")
-    method = METHODS[name]
+        raise UserError(f"tuning {spec!r}: unknown method {name!r}{hint}; methods: {', '.join(TUNING_METHODS)}")
+    method = TUNING_METHODS[name]
     if len(positional) > len(method.order):
         raise UserError(f"tuning {spec!r}: {name} takes {method.takes}")
     options.update(zip(method.order, positional, strict=False))
@@ -50,10 +50,10 @@ def parse(spec: str) -> Tuning:
         raise UserError(f"tuning {spec!r}: {name} has no option {unknown[0]!r}; it takes {method.takes}")
     for key, value in options.items():
         method.check(spec, key, value)
-    return Tuning(spec, name, {**method.defaults, **options}, _block_range(spec, blocks))
+    return TuningSpec(spec, name, {**method.defaults, **options}, _block_range(spec, blocks))
 
 
-def tune(net: nn.Module, specs: Sequence[str], *, seed: int) -> set[str]:
+def apply_tuning(net: nn.Module, specs: Sequence[str], *, seed: int) -> set[str]:
     """Insert what the specs ask for into ``net`` and return the names of the parameters that train.
 
     Structure comes first, in a fixed order (appended blocks, peft, bottlenecks, prompts), so that the order in which a
@@ -61,14 +61,14 @@ def tune(net: nn.Module, specs: Sequence[str], *, seed: int) -> set[str]:
     New parts start from ``seed``. Raises ``UserError`` when a method matches nothing, and when two of them would put
     a part in the same place.
     """
-    tunings = [parse(spec) for spec in specs]
+    tunings = [parse_tuning_spec(spec) for spec in specs]
     if len(tunings) > 1 and any(t.method == "none" for t in tunings):
         raise UserError(f"tuning {list(specs)}: none stands alone; leave it out to train something")
     chosen: set[int] = set()  # by identity: peft renames what it wraps, and keeps the parameters themselves
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for tuning in sorted(tunings, key=_place_in_order):
-            method = METHODS[tuning.method]
+        for tuning in sorted(tunings, key=_application_order):
+            method = TUNING_METHODS[tuning.method]
             found = method.select(net, tuning)
             if not found and tuning.method != "none":
                 raise UserError(f"tuning {tuning.spec!r} matches nothing in {type(net).__name__}: {method.looks_for}")
@@ -76,17 +76,17 @@ def tune(net: nn.Module, specs: Sequence[str], *, seed: int) -> set[str]:
     return {name for name, p in net.named_parameters() if id(p) in chosen}
 
 
-def from_gradient(net: nn.Module, specs: Sequence[str]) -> list[str]:
+def gradient_initialized_layers(net: nn.Module, specs: Sequence[str]) -> list[str]:
     """Paths of the layers of a tuned net whose low-rank update is to start from the gradient (``start="gradient"``).
 
     ``specs`` are those the net was tuned with. Nothing is remembered of it: no two methods wrap one layer, so what is
     wrapped where a method looks was wrapped by it.
     """
-    asking = [t for t in map(parse, specs) if t.method in LORA and t.options["start"] == "gradient"]
-    return [path for tuning in asking for path in wrapped_by(net, tuning)]
+    asking = [t for t in map(parse_tuning_spec, specs) if t.method in LORA_METHODS and t.options["start"] == "gradient"]
+    return [path for tuning in asking for path in layers_wrapped_by(net, tuning)]
 
 
-def freeze(module: nn.Module, selection: Iterable[str]) -> None:
+def freeze_except(module: nn.Module, selection: Iterable[str]) -> None:
     """Give gradients to the selection and to nothing else. Names that do not exist are a bug of ours."""
     chosen = set(selection)
     missing = chosen - {name for name, _ in module.named_parameters()}
@@ -98,10 +98,10 @@ def freeze(module: nn.Module, selection: Iterable[str]) -> None:
 # --- how -------------------------------------------------------------------------------------------------------------
 
 
-def _place_in_order(tuning: Tuning) -> tuple:
+def _application_order(tuning: TuningSpec) -> tuple:
     """Structure first; methods of one place in an order of their own, so that what they draw is not up to the list."""
     options = sorted(tuning.options.items())
-    return METHODS[tuning.method].rank, tuning.method, repr(tuning.blocks), repr(options)
+    return TUNING_METHODS[tuning.method].rank, tuning.method, repr(tuning.blocks), repr(options)
 
 
 def _block_range(spec: str, blocks: Any) -> slice | None:

@@ -1,9 +1,10 @@
 """Towers as folders, so that the weights in a paper's file can stand behind ``file:FOLDER`` like any others.
 
 In go settings and tensors, out comes a folder: a BERT as ``transformers`` reads it, or an image net of ``nn.nets`` or a
-pair of nets, which has a ``config.json`` of ours (``model_type`` is a key of ``OWN``; settings, transform) and is
-opened here, as a ``Base``. Unusual: a folder keeps the position table it was given; a tower asked for at another image
-size gets it resized. Of a pair, what both nets hold is written once, and either net can be opened without the other.
+pair of nets, which has a ``config.json`` of ours (``model_type`` is a key of ``NATIVE_LOADERS``; settings, transform)
+and is opened here, as a ``Backbone``. Unusual: a folder keeps the position table it was given; a tower asked for at
+another image size gets it resized. Of a pair, what both nets hold is written once, and either net can be opened without
+the other.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Base, ImageSettings, TextSettings
-from clasp.models.pooling import resize_positions
-from clasp.models.sharing.tie import Pair, aliases
+from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.pooling import resize_pos_embed
+from clasp.models.sharing.tie import TiedEncoders, parameter_aliases
 from clasp.models.transformer.encoders import (
     ImageTransformer,
     ImageTransformerSettings,
@@ -35,8 +36,8 @@ from clasp.models.transformer.encoders import (
 )
 from clasp.types import UserError
 
-IMAGE_NET, PAIR = "clasp_image", "clasp_pair"
-TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
+_IMAGE_MODEL_TYPE, _TIED_MODEL_TYPE = "clasp_image", "clasp_pair"
+_TOKEN_TYPES_KEY = "embeddings.token_type_embeddings.weight"
 
 
 class BertSettings(BaseModel):
@@ -67,10 +68,10 @@ class BertSettings(BaseModel):
         )
 
 
-Settings = ImageTransformerSettings | TextTransformerSettings | BertSettings
+EncoderSettings = ImageTransformerSettings | TextTransformerSettings | BertSettings
 
 
-def shapes_of(settings: Settings) -> nn.Module:
+def build_on_meta(settings: EncoderSettings) -> nn.Module:
     """The net of these settings, on the meta device; a BERT without token types."""
     with torch.device("meta"):
         if isinstance(settings, ImageTransformerSettings):
@@ -84,16 +85,20 @@ def shapes_of(settings: Settings) -> nn.Module:
     return net
 
 
-def save_image_net(
+def save_image_encoder(
     settings: ImageTransformerSettings, tensors: Mapping[str, Tensor], transform: ImageTransform, folder: Path
 ) -> None:
     """Write an ``ImageTransformer`` of these tensors, which are all that it has, under its names."""
     _save_tensors(settings, tensors, folder)
-    config = {"model_type": IMAGE_NET, "net": settings.model_dump(mode="json"), "transform": transform.to_dict()}
+    config = {
+        "model_type": _IMAGE_MODEL_TYPE,
+        "net": settings.model_dump(mode="json"),
+        "transform": transform.to_dict(),
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def save_pair(pair: Pair, transform: ImageTransform, tokenizer: Tokenizer, folder: Path) -> int:
+def save_tied_encoders(pair: TiedEncoders, transform: ImageTransform, tokenizer: Tokenizer, folder: Path) -> int:
     """Write both nets of a pair, the transform and the tokenizer; returns how many ids that has.
 
     What both nets hold is written once. Only whole parts may be shared: nothing else has the names of a plain net.
@@ -103,14 +108,14 @@ def save_pair(pair: Pair, transform: ImageTransform, tokenizer: Tokenizer, folde
     settings = {side: net.settings for side, net in nets.items()}
     for side, net in nets.items():
         assert {name: tensor.shape for name, tensor in net.state_dict().items()} == _shapes(settings[side])
-    _, ids = _words(tokenizer, pair.text.settings.vocabulary, folder)
+    _, ids = _save_tokenizer(tokenizer, pair.text.settings.vocabulary, folder)
     tensors = {name: tensor.contiguous() for name, tensor in pair.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = {
-        "model_type": PAIR,
+        "model_type": _TIED_MODEL_TYPE,
         "image": settings["image"].model_dump(mode="json"),
         "text": settings["text"].model_dump(mode="json"),
-        "same": aliases(pair),
+        "same": parameter_aliases(pair),
         "transform": transform.to_dict(),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -122,15 +127,15 @@ def save_bert(settings: BertSettings, tensors: Mapping[str, Tensor], tokenizer: 
 
     Its token types are zeros, which add nothing. Raises ``UserError`` for a tokenizer with an id beyond the table.
     """
-    backend, ids = _words(tokenizer, settings.vocabulary, folder)
-    _save_tensors(settings, tensors, folder, {TOKEN_TYPES: torch.zeros(2, settings.width)})
+    backend, ids = _save_tokenizer(tokenizer, settings.vocabulary, folder)
+    _save_tensors(settings, tensors, folder, {_TOKEN_TYPES_KEY: torch.zeros(2, settings.width)})
     said = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": backend.id_to_token(tokenizer.pad_id)}
     (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
     settings.config(tokenizer.pad_id).save_pretrained(folder)
     return ids
 
 
-def _words(tokenizer: Tokenizer, rows: int, folder: Path) -> tuple[tokenizers.Tokenizer, int]:
+def _save_tokenizer(tokenizer: Tokenizer, rows: int, folder: Path) -> tuple[tokenizers.Tokenizer, int]:
     """Writes a tokenizer; its backend, and how many ids it has. Raises ``UserError`` for one beyond the rows."""
     tokenizer.save(folder)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -143,7 +148,7 @@ def _words(tokenizer: Tokenizer, rows: int, folder: Path) -> tuple[tokenizers.To
 
 
 def _save_tensors(
-    settings: Settings, tensors: Mapping[str, Tensor], folder: Path, more: Mapping[str, Tensor] = {}
+    settings: EncoderSettings, tensors: Mapping[str, Tensor], folder: Path, more: Mapping[str, Tensor] = {}
 ) -> None:
     assert {name: t.shape for name, t in tensors.items()} == _shapes(settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,47 +156,52 @@ def _save_tensors(
     save_file(written, folder / "model.safetensors", {"format": "pt"})
 
 
-def _shapes(settings: Settings) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in shapes_of(settings).state_dict().items()}
+def _shapes(settings: EncoderSettings) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in build_on_meta(settings).state_dict().items()}
 
 
-def kind_of(folder: Path) -> str:
+def read_model_type(folder: Path) -> str:
     """The ``model_type`` that a folder's ``config.json`` names; empty where it names none."""
     try:
-        return str(_config(folder).get("model_type", ""))
+        return str(_read_config(folder).get("model_type", ""))
     except UserError:
         return ""  # whoever opens the folder says what is wrong with it
 
 
-def open_own(folder: Path, settings: ImageSettings | TextSettings, meta: bool) -> Base:
-    """The tower in a folder whose ``kind_of`` is a key of ``OWN``. Raises ``UserError`` for what does not fit."""
-    return OWN[kind_of(folder)](folder, settings, meta)
+def load_native_backbone(folder: Path, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> Backbone:
+    """The tower in a folder whose ``read_model_type`` is a key of ``NATIVE_LOADERS``. Raises ``UserError`` for what
+    does not fit."""
+    return NATIVE_LOADERS[read_model_type(folder)](folder, settings, meta)
 
 
-def _open_image_net(folder: Path, settings: ImageSettings | TextSettings, meta: bool) -> Base:
-    if not isinstance(settings, ImageSettings):
+def _load_image_encoder(folder: Path, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> Backbone:
+    if not isinstance(settings, ImageTowerSettings):
         raise UserError(f"[text] tower = {settings.tower!r} is a tower for images")
-    config = _config(folder)
-    saved = _settings(ImageTransformerSettings, config, "net", folder, settings.tower)
-    return _image_base(folder, settings, saved, config, meta, lambda tensors: tensors)
+    config = _read_config(folder)
+    saved = _read_settings(ImageTransformerSettings, config, "net", folder, settings.tower)
+    return _image_backbone(folder, settings, saved, config, meta, lambda tensors: tensors)
 
 
-def _open_pair(folder: Path, settings: ImageSettings | TextSettings, meta: bool) -> Base:
-    config = _config(folder)
-    if isinstance(settings, ImageSettings):
-        saved = _settings(ImageTransformerSettings, config, "image", folder, settings.tower)
-        return _image_base(folder, settings, saved, config, meta, lambda tensors: _of("image", tensors, config))
-    words = _settings(TextTransformerSettings, config, "text", folder, settings.tower)
-    net = shapes_of(words)
+def _load_tied_encoder(folder: Path, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> Backbone:
+    config = _read_config(folder)
+    if isinstance(settings, ImageTowerSettings):
+        saved = _read_settings(ImageTransformerSettings, config, "image", folder, settings.tower)
+        return _image_backbone(
+            folder, settings, saved, config, meta, lambda tensors: _tensors_of_encoder("image", tensors, config)
+        )
+    words = _read_settings(TextTransformerSettings, config, "text", folder, settings.tower)
+    net = build_on_meta(words)
     if not meta:
-        tensors = _tensors(folder, words, settings.tower, lambda tensors: _of("text", tensors, config))
+        tensors = _read_tensors(
+            folder, words, settings.tower, lambda tensors: _tensors_of_encoder("text", tensors, config)
+        )
         net.load_state_dict(tensors, assign=True)
     pool = "last" if words.attention == "causal" else "mean"
     tokenizer = partial(Tokenizer.from_folder, folder)
-    return Base(settings.tower, "text", net, f"a {PAIR} folder", pool, tokenizer=tokenizer)
+    return Backbone(settings.tower, "text", net, f"a {_TIED_MODEL_TYPE} folder", pool, tokenizer=tokenizer)
 
 
-def _of(side: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _tensors_of_encoder(side: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """What belongs to one net of a pair, under the names that it has there."""
     same = {name: tensors[first] for name, first in dict(config.get("same", {})).items() if first in tensors}
     start = f"{side}."
@@ -199,14 +209,14 @@ def _of(side: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     return {name.removeprefix(start): tensor for name, tensor in every.items() if name.startswith(start)}
 
 
-def _image_base(
+def _image_backbone(
     folder: Path,
-    settings: ImageSettings,
+    settings: ImageTowerSettings,
     saved: ImageTransformerSettings,
     config: Mapping[str, Any],
     meta: bool,
     ours: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-) -> Base:
+) -> Backbone:
     """``ours`` picks the net's tensors out of the file's."""
     try:
         transform = ImageTransform.from_dict(config["transform"])
@@ -216,22 +226,24 @@ def _image_base(
     if size % patch:
         near = max(patch, round(size / patch) * patch)
         raise UserError(f"size = {size}: {settings.tower} cuts images into {patch} px patches; take {near}")
-    net = shapes_of(saved.model_copy(update={"size": size}))
+    net = build_on_meta(saved.model_copy(update={"size": size}))
     if not meta:
-        tensors = _tensors(folder, saved, settings.tower, ours)
-        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], size // patch, int(saved.class_position))
+        tensors = _read_tensors(folder, saved, settings.tower, ours)
+        tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], size // patch, int(saved.class_position))
         net.load_state_dict(tensors, assign=True)
-    return Base(settings.tower, "image", net, f"a {config['model_type']} folder", "cls", replace(transform, size=size))
+    return Backbone(
+        settings.tower, "image", net, f"a {config['model_type']} folder", "cls", replace(transform, size=size)
+    )
 
 
-OWN: dict[str, Callable[[Path, ImageSettings | TextSettings, bool], Base]] = {
-    IMAGE_NET: _open_image_net,
-    PAIR: _open_pair,
+NATIVE_LOADERS: dict[str, Callable[[Path, ImageTowerSettings | TextTowerSettings, bool], Backbone]] = {
+    _IMAGE_MODEL_TYPE: _load_image_encoder,
+    _TIED_MODEL_TYPE: _load_tied_encoder,
 }
-Net = TypeVar("Net", ImageTransformerSettings, TextTransformerSettings)
+_SettingsT = TypeVar("_SettingsT", ImageTransformerSettings, TextTransformerSettings)
 
 
-def _settings(kind: type[Net], config: Mapping[str, Any], key: str, folder: Path, tower: str) -> Net:
+def _read_settings(kind: type[_SettingsT], config: Mapping[str, Any], key: str, folder: Path, tower: str) -> _SettingsT:
     try:
         return kind.model_validate(config[key])
     except (KeyError, ValueError) as error:
@@ -243,8 +255,8 @@ def _damaged(folder: Path, tower: str, error: Exception) -> UserError:
     return UserError(f"tower = {tower!r}: {folder / 'config.json'} is damaged: {reason}")
 
 
-def _tensors(
-    folder: Path, settings: Settings, tower: str, ours: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+def _read_tensors(
+    folder: Path, settings: EncoderSettings, tower: str, ours: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """The folder's weights, each with the name and shape that the settings give it."""
     path = folder / "model.safetensors"
@@ -263,7 +275,7 @@ def _tensors(
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 """Nets of ours that nobody has trained yet: ``tower = "own:image"`` and ``tower = "own:text"``.
 
-In go the settings of ``[image.net]`` or ``[text.net]`` and a seed, out comes a ``Base`` whose weights were drawn from
-it, the same each time, since a delta stands on them. The text net reads CLIP's word pieces, whose file comes in a pip
-package, or pieces learned from the captions that it will be trained on: these are made by who has them.
+In go the settings of ``[image.net]`` or ``[text.net]`` and a seed, out comes a ``Backbone`` whose weights were drawn
+from it, the same each time, since a delta stands on them. The text net reads CLIP's word pieces, whose file comes in a
+pip package, or pieces learned from the captions that it will be trained on: these are made by who has them.
 """
 
 from __future__ import annotations
@@ -13,76 +13,78 @@ from functools import partial
 import torch
 from torch import nn
 
-from clasp.data.bpe import CLIP_PIECES, clip_pieces
+from clasp.data.bpe import CLIP_VOCAB_SIZE, load_clip_bpe
 from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Base, ImageSettings, TextSettings
-from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, TextTransformerSettings, initialise
+from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, TextTransformerSettings, init_weights
 from clasp.models.zoo.installed_file import InstalledFile
 from clasp.types import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # bpe_simple_vocab_16e6 (MIT), byte for byte that of openai/CLIP
-CLIP_PACKAGE, CLIP_VERSION = "open_clip_torch", "3.3.0"
-CLIP_FILE = InstalledFile(
+_CLIP_PACKAGE, _CLIP_VERSION = "open_clip_torch", "3.3.0"
+_CLIP_FILE = InstalledFile(
     "open_clip/bpe_simple_vocab_16e6.txt.gz", "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 )
 
 
-def seeded_base(settings: ImageSettings | TextSettings, *, seed: int, meta: bool) -> Base:
+def create_backbone_from_scratch(
+    settings: ImageTowerSettings | TextTowerSettings, *, seed: int, meta: bool
+) -> Backbone:
     """The net that the settings describe. Raises ``UserError`` for a tower that they do not fit."""
-    side = "image" if isinstance(settings, ImageSettings) else "text"
+    side = "image" if isinstance(settings, ImageTowerSettings) else "text"
     if settings.tower != f"own:{side}":
         raise UserError(f"[{side}] tower = {settings.tower!r}: a net of ours is own:{side} there")
     if settings.net is None:
         raise UserError(
             f"[{side}] tower = {settings.tower!r} needs a section [{side}.net] with width, heads, layers, …"
         )
-    if isinstance(settings, TextSettings):
-        _refuse_other_lengths(settings, settings.net)
-        net = _drawn(partial(TextTransformer, settings.net), seed, meta)
+    if isinstance(settings, TextTowerSettings):
+        _check_text_net(settings, settings.net)
+        net = _initialized(partial(TextTransformer, settings.net), seed, meta)
         pool = "eos" if settings.net.attention == "causal" else "mean"
-        tokenizer = partial(clip_tokenizer, settings.net.context)
-        return Base(settings.tower, "text", net, _version(seed), pool, tokenizer=tokenizer, from_seed=True)
+        tokenizer = partial(load_clip_tokenizer, settings.net.context)
+        return Backbone(settings.tower, "text", net, _version(seed), pool, tokenizer=tokenizer, from_seed=True)
     size = settings.net.size
     if settings.size not in (None, size):
         raise UserError(
             f"image.size = {settings.size}: the net of [image.net] is for {size} px; set image.net.size instead"
         )
-    net = _drawn(partial(ImageTransformer, settings.net), seed, meta)
+    net = _initialized(partial(ImageTransformer, settings.net), seed, meta)
     transform = ImageTransform(size, IMAGENET_MEAN, IMAGENET_STD)
-    return Base(settings.tower, "image", net, _version(seed), "cls", transform, from_seed=True)
+    return Backbone(settings.tower, "image", net, _version(seed), "cls", transform, from_seed=True)
 
 
-def clip_tokenizer(max_tokens: int) -> Tokenizer:
+def load_clip_tokenizer(max_tokens: int) -> Tokenizer:
     """CLIP's tokenizer, its file checked. Raises ``UserError`` where its package is not installed."""
     return Tokenizer(
-        clip_pieces(CLIP_FILE.find("text.vocabulary = 'clip'", CLIP_PACKAGE, CLIP_VERSION)), max_tokens=max_tokens
+        load_clip_bpe(_CLIP_FILE.find("text.vocabulary = 'clip'", _CLIP_PACKAGE, _CLIP_VERSION)), max_tokens=max_tokens
     )
 
 
-def refuse_without_net(settings: ImageSettings | TextSettings) -> None:
+def refuse_net_settings(settings: ImageTowerSettings | TextTowerSettings) -> None:
     """``UserError`` where a tower that brings its net with it is told what its net is like, or how it reads."""
-    side = "image" if isinstance(settings, ImageSettings) else "text"
+    side = "image" if isinstance(settings, ImageTowerSettings) else "text"
     odd = f"[{side}.net]" if settings.net is not None else ""
-    if isinstance(settings, TextSettings) and settings.vocabulary is not None:
+    if isinstance(settings, TextTowerSettings) and settings.vocabulary is not None:
         odd = f"text.vocabulary = {settings.vocabulary!r}"
     if odd:
         raise UserError(f"{odd} is for tower = 'own:{side}'; {settings.tower!r} brings its own")
 
 
-def _drawn(make: Callable[[], nn.Module], seed: int, meta: bool) -> nn.Module:
+def _initialized(make: Callable[[], nn.Module], seed: int, meta: bool) -> nn.Module:
     with torch.device("meta" if meta else "cpu"), torch.random.fork_rng(devices=[]):
         net = make()
-    initialise(net, seed=seed)
+    init_weights(net, seed=seed)
     return net.eval()
 
 
-def _refuse_other_lengths(settings: TextSettings, net: TextTransformerSettings) -> None:
-    if settings.vocabulary != "pairs" and net.vocabulary != CLIP_PIECES:
+def _check_text_net(settings: TextTowerSettings, net: TextTransformerSettings) -> None:
+    if settings.vocabulary != "pairs" and net.vocabulary != CLIP_VOCAB_SIZE:
         raise UserError(
-            f"text.net.vocabulary = {net.vocabulary}: CLIP has {CLIP_PIECES} word pieces; write that, or learn others "
-            "with text.vocabulary = 'pairs'"
+            f"text.net.vocabulary = {net.vocabulary}: CLIP has {CLIP_VOCAB_SIZE} word pieces; write that, "
+            "or learn others with text.vocabulary = 'pairs'"
         )
     if settings.max_tokens is not None and settings.max_tokens > net.context:
         raise UserError(

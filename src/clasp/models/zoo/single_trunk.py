@@ -13,33 +13,46 @@ from typing import Any
 import torch
 from torch import nn
 
-from clasp.models.backbone import Base
-from clasp.models.sharing.policy import Sharing, SharingSettings
-from clasp.models.sharing.tie import LowRankLinear, share
-from clasp.models.sharing.trunk_views import TRUNK_POLICY, Patches, TrunkSettings, View, Words, image_view, text_view
+from clasp.models.backbone import Backbone
+from clasp.models.sharing.policy import SharingPlan, SharingSettings
+from clasp.models.sharing.tie import LowRankLinear, share_weights
+from clasp.models.sharing.trunk_views import (
+    DEFAULT_TRUNK_POLICY,
+    RandomPatchEmbedding,
+    RandomTokenEmbedding,
+    SingleTrunkSettings,
+    TrunkView,
+    build_image_view,
+    build_text_view,
+)
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
-from clasp.models.zoo.to_native import adopt
+from clasp.models.zoo.to_native import to_native
 from clasp.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class OneTrunk:
+class SingleTrunkBackbones:
     """Two bases that hold weights in common.
 
     ``image_new`` and ``text_new`` name the parameters of either net that no pre-trained net has (embeddings of the
     other modality, low-rank differences): whatever is tuned, they have to train. ``sharing`` prints as a table.
     """
 
-    image: Base
-    text: Base
+    image: Backbone
+    text: Backbone
     image_new: frozenset[str]
     text_new: frozenset[str]
-    sharing: Sharing
+    sharing: SharingPlan
 
 
-def on_one_trunk(
-    image: Base, text: Base, settings: TrunkSettings, policy: SharingSettings = TRUNK_POLICY, *, seed: int
-) -> OneTrunk:
+def build_single_trunk(
+    image: Backbone,
+    text: Backbone,
+    settings: SingleTrunkSettings,
+    policy: SharingSettings = DEFAULT_TRUNK_POLICY,
+    *,
+    seed: int,
+) -> SingleTrunkBackbones:
     """Let both modalities run through the trunk of one, taking both bases over.
 
     Everything starts as it does in the trunk, norms and layer scale that the policy keeps apart too. On the meta device
@@ -47,40 +60,40 @@ def on_one_trunk(
     fit the trunk, and for an embedding that the other tower does not have.
     """
     if settings.trunk == "image":
-        image, other = adopt(image), text
+        image, other = to_native(image), text
         assert isinstance(image.net, ImageTransformer)
-        view = text_view(image.net, _tokens(text, settings), seed=seed)
-        text = _through(view, text, image)
+        view = build_text_view(image.net, _token_embedding_source(text, settings), seed=seed)
+        text = _replace_net(view, text, image)
     else:
-        text, other = adopt(text), image
+        text, other = to_native(text), image
         assert isinstance(text.net, TextTransformer)
-        view = image_view(text.net, _patches(image, settings), seed=seed)
-        image = _through(view, image, text)
+        view = build_image_view(text.net, _patch_embedding_source(image, settings), seed=seed)
+        image = _replace_net(view, image, text)
     assert isinstance(image.net, ImageTransformer) and isinstance(text.net, TextTransformer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # low-rank differences start at random
-        sharing = share(image.net, text.net, policy, keep=settings.trunk)
-    new = {side.modality: _differences(side.net) for side in (image, text)}
+        sharing = share_weights(image.net, text.net, policy, keep=settings.trunk)
+    new = {side.modality: _low_rank_parameters(side.net) for side in (image, text)}
     new[other.modality] |= view.new
-    return OneTrunk(image, text, new["image"], new["text"], sharing)
+    return SingleTrunkBackbones(image, text, new["image"], new["text"], sharing)
 
 
-def _through(view: View, other: Base, trunk: Base) -> Base:
+def _replace_net(view: TrunkView, other: Backbone, trunk: Backbone) -> Backbone:
     version = f"embeddings of {other.version}, through {trunk.name} ({trunk.version})"
     return replace(other, net=view.net, version=version, read=None)
 
 
-def _tokens(text: Base, settings: TrunkSettings) -> TextTransformer | Words:
+def _token_embedding_source(text: Backbone, settings: SingleTrunkSettings) -> TextTransformer | RandomTokenEmbedding:
     if settings.embedding == "random":
-        return Words(_vocabulary(text), settings.context)
-    net = _adopted_for_its_embedding(text).net
+        return RandomTokenEmbedding(_vocabulary_size(text), settings.context)
+    net = _to_native_for_embedding(text).net
     assert isinstance(net, TextTransformer)
     return net
 
 
-def _patches(image: Base, settings: TrunkSettings) -> ImageTransformer | Patches:
+def _patch_embedding_source(image: Backbone, settings: SingleTrunkSettings) -> ImageTransformer | RandomPatchEmbedding:
     if settings.embedding == "tower":
-        net = _adopted_for_its_embedding(image).net
+        net = _to_native_for_embedding(image).net
         assert isinstance(net, ImageTransformer)
         return net
     size = image.net.size if isinstance(image.net, ImageTransformer) else image.transform and image.transform.size
@@ -88,17 +101,17 @@ def _patches(image: Base, settings: TrunkSettings) -> ImageTransformer | Patches
         raise UserError(f"share.embedding = 'random': {image.name} does not say how large its pictures are")
     if size % settings.patch:
         raise UserError(f"share.patch = {settings.patch} does not divide the {size} px of {image.name}'s pictures")
-    return Patches(size, settings.patch)
+    return RandomPatchEmbedding(size, settings.patch)
 
 
-def _adopted_for_its_embedding(base: Base) -> Base:
+def _to_native_for_embedding(base: Backbone) -> Backbone:
     try:
-        return adopt(base)
+        return to_native(base)
     except UserError as error:
         raise UserError(f"{error}; or write share.embedding = 'random'") from None
 
 
-def _vocabulary(text: Base) -> int:
+def _vocabulary_size(text: Backbone) -> int:
     from transformers import PreTrainedModel
 
     if isinstance(text.net, TextTransformer):
@@ -109,6 +122,6 @@ def _vocabulary(text: Base) -> int:
     raise UserError(f"share.embedding = 'random': {text.name} does not say how many tokens its tokenizer has")
 
 
-def _differences(net: nn.Module) -> frozenset[str]:
+def _low_rank_parameters(net: nn.Module) -> frozenset[str]:
     found = (path for path, module in net.named_modules() if isinstance(module, LowRankLinear))
     return frozenset(f"{path}.{leaf}" for path in found for leaf in ("down", "up"))

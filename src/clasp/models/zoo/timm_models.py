@@ -1,8 +1,9 @@
 """Image towers from timm, with its hub weights or with weights from a file.
 
-In: a name from timm's list. Out: a ``Base`` that reads states from ``forward_features``. Unusual: the net is made with
-the classifier that its weights have, since timm checks names only then, and loses it afterwards; and what stands after
-the states is found on meta tensors, whatever timm calls it in this family, and dropped. Importing this needs timm.
+In: a name from timm's list. Out: a ``Backbone`` that reads states from ``forward_features``. Unusual: the net is made
+with the classifier that its weights have, since timm checks names only then, and loses it afterwards; and what stands
+after the states is found on meta tensors, whatever timm calls it in this family, and dropped. Importing this needs
+timm.
 """
 
 # pyright: reportMissingImports=false
@@ -22,14 +23,14 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
-from clasp.models.backbone import Base, ImageSettings
-from clasp.models.structure import LAYOUTS
-from clasp.models.zoo.huggingface import said_plainly
+from clasp.models.backbone import Backbone, ImageTowerSettings
+from clasp.models.structure import FAMILY_LAYOUTS
+from clasp.models.zoo.huggingface import translate_hub_errors
 from clasp.types import UserError
 
 
-def timm_base(name: str, settings: ImageSettings, meta: bool) -> Base:
-    """The tower ``NAME`` or ``NAME@FILE``; see ``clasp.models.zoo.registry.open_base``."""
+def load_timm_backbone(name: str, settings: ImageTowerSettings, meta: bool) -> Backbone:
+    """The tower ``NAME`` or ``NAME@FILE``; see ``clasp.models.zoo.registry.load_backbone``."""
     name, _, file = name.partition("@")
     family = name.partition(".")[0]
     if not timm.is_model(family):
@@ -37,8 +38,8 @@ def timm_base(name: str, settings: ImageSettings, meta: bool) -> Base:
         raise UserError(f"tower = {settings.tower!r}: timm has no model {name!r}; nearest: {', '.join(near) or 'none'}")
     if file and not Path(file).is_file():
         raise UserError(f"tower = {settings.tower!r}: there is no file {file}")
-    with said_plainly(settings.tower):
-        own = _weights(name, file) if file and not meta else {}
+    with translate_hub_errors(settings.tower):
+        own = _checkpoint_options(name, file) if file and not meta else {}
         cfg = timm.get_pretrained_cfg(name)
         if settings.size and cfg is not None and cfg.fixed_input_size:
             own["img_size"] = settings.size
@@ -46,13 +47,13 @@ def timm_base(name: str, settings: ImageSettings, meta: bool) -> Base:
             net: Any = timm.create_model(name, pretrained=not meta, **own).eval()
             net.reset_classifier(0)
     facts = resolve_model_data_config(net)
-    transform = _transform(facts, settings)
-    _drop_beyond_states(net, transform.size)
+    transform = _read_transform(facts, settings)
+    _drop_unused_parameters(net, transform.size)
     pool = "cls" if vars(net).get("global_pool") == "token" else "mean"
-    return Base(settings.tower, "image", net, f"timm {timm.__version__}", pool, transform, read=_states)
+    return Backbone(settings.tower, "image", net, f"timm {timm.__version__}", pool, transform, read=_states)
 
 
-def _weights(name: str, file: str) -> dict[str, Any]:
+def _checkpoint_options(name: str, file: str) -> dict[str, Any]:
     """What makes timm load ``file`` strictly: the number of classes that its classifier has."""
     cfg = timm.get_pretrained_cfg(name)
     classifier = cfg.classifier if cfg is not None else None
@@ -63,7 +64,7 @@ def _weights(name: str, file: str) -> dict[str, Any]:
     return {"num_classes": classes, "pretrained_cfg_overlay": overlay}
 
 
-def _transform(facts: dict[str, Any], settings: ImageSettings) -> ImageTransform:
+def _read_transform(facts: dict[str, Any], settings: ImageTowerSettings) -> ImageTransform:
     squash = facts["crop_mode"] == "squash"
     return ImageTransform(
         settings.size or facts["input_size"][-1],
@@ -93,7 +94,7 @@ class _Features(nn.Module):
         return _states(self.net, pixels)
 
 
-def _drop_beyond_states(net: nn.Module, size: int) -> None:
+def _drop_unused_parameters(net: nn.Module, size: int) -> None:
     """Take out every parameter that no state depends on: attention pooling, a last convolution, masks.
 
     A norm of the pooled vector stays where the family is known to have one.
@@ -103,17 +104,17 @@ def _drop_beyond_states(net: nn.Module, size: int) -> None:
     buffers = {name: b.to("meta") for name, b in features.named_buffers()}
     pixels = torch.empty(1, 3, size, size, device="meta")
     torch.func.functional_call(features, {**shadows, **buffers}, (pixels,)).sum().backward()
-    layout = LAYOUTS.get(type(net).__name__)
+    layout = FAMILY_LAYOUTS.get(type(net).__name__)
     norm = layout.pooled_norm if layout is not None else None
     for name in (name.removeprefix("net.") for name, shadow in shadows.items() if shadow.grad is None):
         owner, _, leaf = name.rpartition(".")
         if owner != norm:
             setattr(net.get_submodule(owner), leaf, None)
     if norm in dict(net.named_modules()):
-        _over_vectors(net, norm)
+        _norm_over_vectors(net, norm)
 
 
-def _over_vectors(net: nn.Module, path: str) -> None:
+def _norm_over_vectors(net: nn.Module, path: str) -> None:
     """A norm of maps that stands after pooling, as the same norm of vectors; its parameters are the same objects."""
     theirs: Any = net.get_submodule(path)
     if isinstance(theirs, LayerNorm2d):

@@ -1,6 +1,7 @@
 """Pre-trained transformers of other libraries as nets of our own: ViT, DINOv2 and the BERT family.
 
-In goes a ``Base`` whose net is one of ``FAMILIES``, out comes the same ``Base`` with an ``ImageTransformer`` or a
+In goes a ``Backbone`` whose net is one of ``WEIGHT_MAPPINGS``, out comes the same ``Backbone`` with an
+``ImageTransformer`` or a
 ``TextTransformer`` that says the same (measured: 1e-5). Every parameter has its place or the net is refused. Unusual:
 two tables become one where that is exact: BERT's token type 0 is added to each position, and RoBERTa's positions lose
 the rows below the first that a token has. An image net is made for one size, and its position table resized to it.
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clasp.models.backbone import Base
-from clasp.models.pooling import resize_positions
-from clasp.models.structure import unused
+from clasp.models.backbone import Backbone
+from clasp.models.pooling import resize_pos_embed
+from clasp.models.structure import find_unused_modules
 from clasp.models.transformer.blocks import BlockSettings
 from clasp.models.transformer.encoders import (
     ImageTransformer,
@@ -29,26 +30,26 @@ from clasp.models.transformer.encoders import (
 from clasp.types import UserError
 
 _ACTIVATION_NAMES = {"gelu": "gelu", "quick_gelu": "quick-gelu"}
-_Leaves = tuple[str, ...]
-_BOTH: _Leaves = ("weight", "bias")
+_LeafNames = tuple[str, ...]
+_WEIGHT_AND_BIAS: _LeafNames = ("weight", "bias")
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class WeightMapping:
     """Where a family keeps the parts of a block (``blocks`` with the number, then a path), and how it is read."""
 
     blocks: str
     qkv: tuple[str, str, str]
     parts: Mapping[str, str]
     """of our block, by our path: modules with a weight and a bias"""
-    read: Callable[[Base, _Source], ImageTransformer | TextTransformer]
+    read: Callable[[Backbone, _ForeignWeights], ImageTransformer | TextTransformer]
     gammas: tuple[str, ...] = ()
     """the two vectors of the layer scale"""
     post: bool = False
     """whether norms come after the sums"""
 
 
-def adopt(base: Base) -> Base:
+def to_native(base: Backbone) -> Backbone:
     """The same tower with a net of our own. A net that is one already stays; any other is taken over.
 
     An image net is made for the size of the base's transform, or of its configuration. There is no dropout in our nets.
@@ -57,24 +58,24 @@ def adopt(base: Base) -> Base:
     if isinstance(base.net, ImageTransformer | TextTransformer):
         return base
     name = type(base.net).__name__
-    if name not in FAMILIES:
-        raise _refused(base, OTHERS.get(name, "are not known here"))
+    if name not in WEIGHT_MAPPINGS:
+        raise _unsupported(base, _UNSUPPORTED.get(name, "are not known here"))
     if base.read is not None:
-        raise _refused(base, "are read in a way of their own")
-    source = _Source(base)
-    net = FAMILIES[name].read(base, source)
+        raise _unsupported(base, "are read in a way of their own")
+    source = _ForeignWeights(base)
+    net = WEIGHT_MAPPINGS[name].read(base, source)
     source.finish()
     return replace(base, net=net.eval())
 
 
-class _Source:
+class _ForeignWeights:
     """The tensors of a foreign net, each given out once."""
 
-    def __init__(self, base: Base):
+    def __init__(self, base: Backbone):
         from transformers import PreTrainedModel
 
-        self.base, self.family = base, FAMILIES[type(base.net).__name__]
-        spare = tuple(f"{path}." for path in unused(base.net))
+        self.base, self.family = base, WEIGHT_MAPPINGS[type(base.net).__name__]
+        spare = tuple(f"{path}." for path in find_unused_modules(base.net))
         tensors = {name: p.detach() for name, p in base.net.named_parameters()}
         self._left = {name: tensor for name, tensor in tensors.items() if not f"{name}.".startswith(spare)}
         assert isinstance(base.net, PreTrainedModel), "other libraries have other names"
@@ -82,7 +83,7 @@ class _Source:
 
     def take(self, name: str) -> Tensor:
         if name not in self._left:
-            raise _refused(self.base, f"lack {name!r}")
+            raise _unsupported(self.base, f"lack {name!r}")
         return self._left.pop(name)
 
     def take_if_there(self, name: str) -> Tensor | None:
@@ -91,7 +92,7 @@ class _Source:
     def finish(self) -> None:
         if self._left:
             first, *more = sorted(self._left)
-            raise _refused(self.base, f"also have {first!r}{f' and {len(more)} more' if more else ''}")
+            raise _unsupported(self.base, f"also have {first!r}{f' and {len(more)} more' if more else ''}")
 
     def blocks(self) -> dict[str, Tensor]:
         """The tensors of all blocks by our names."""
@@ -105,7 +106,7 @@ class _Source:
     def _block(self, number: int) -> dict[str, Tensor]:
         theirs, ours = self.family.blocks.format(number), f"blocks.{number}"
         found: dict[str, Tensor] = {}
-        for leaf in _BOTH:
+        for leaf in _WEIGHT_AND_BIAS:
             found[f"{ours}.attn.qkv.{leaf}"] = torch.cat([self.take(f"{theirs}.{q}.{leaf}") for q in self.family.qkv])
             for path, part in self.family.parts.items():
                 found[f"{ours}.{path}.{leaf}"] = self.take(f"{theirs}.{part}.{leaf}")
@@ -118,9 +119,9 @@ class _Source:
         hidden, width = blocks["blocks.0.mlp.fc1.weight"].shape
         activation, packed = self.config["hidden_act"], blocks["blocks.0.attn.qkv.weight"].shape[0]
         if activation not in _ACTIVATION_NAMES:
-            raise _refused(self.base, f"have the activation {activation!r}, ours {' or '.join(_ACTIVATION_NAMES)}")
+            raise _unsupported(self.base, f"have the activation {activation!r}, ours {' or '.join(_ACTIVATION_NAMES)}")
         if packed != 3 * width:
-            raise _refused(self.base, f"have heads that are {packed // 3} wide together, not {width}")
+            raise _unsupported(self.base, f"have heads that are {packed // 3} wide together, not {width}")
         return BlockSettings(
             width=width,
             heads=self.config["num_attention_heads"],
@@ -132,20 +133,22 @@ class _Source:
         ).model_dump()
 
 
-def _both(theirs: str, ours: str, source: _Source) -> dict[str, Tensor]:
-    return {f"{ours}.{leaf}": source.take(f"{theirs}.{leaf}") for leaf in _BOTH}
+def _weight_and_bias(theirs: str, ours: str, source: _ForeignWeights) -> dict[str, Tensor]:
+    return {f"{ours}.{leaf}": source.take(f"{theirs}.{leaf}") for leaf in _WEIGHT_AND_BIAS}
 
 
-def _image(base: Base, source: _Source) -> ImageTransformer:
+def _to_native_image(base: Backbone, source: _ForeignWeights) -> ImageTransformer:
     if source.config.get("use_swiglu_ffn"):
-        raise _refused(base, _GATED)
+        raise _unsupported(base, _GATED)
     blocks = source.blocks()
-    kernel, bias = (source.take(f"embeddings.patch_embeddings.projection.{leaf}") for leaf in _BOTH)
+    kernel, bias = (source.take(f"embeddings.patch_embeddings.projection.{leaf}") for leaf in _WEIGHT_AND_BIAS)
     positions = source.take("embeddings.position_embeddings")
     patch, grid = kernel.shape[-1], math.isqrt(positions.shape[1] - 1)
     if tuple(kernel.shape[1:]) != (3, patch, patch) or grid * grid != positions.shape[1] - 1:
-        raise _refused(base, f"come after patches of shape {tuple(kernel.shape[1:])} with {positions.shape[1]} places")
-    size = _size(base, source)
+        raise _unsupported(
+            base, f"come after patches of shape {tuple(kernel.shape[1:])} with {positions.shape[1]} places"
+        )
+    size = _image_size(base, source)
     if size % patch:
         near = max(patch, round(size / patch) * patch)
         raise UserError(f"size = {size}: {base.name} cuts images into {patch} px patches; take {near}")
@@ -153,26 +156,26 @@ def _image(base: Base, source: _Source) -> ImageTransformer:
     tensors = {
         **blocks,
         "cls_token": source.take("embeddings.cls_token"),
-        "pos_embed": resize_positions(positions, size // patch, 1),
+        "pos_embed": resize_pos_embed(positions, size // patch, 1),
         "patch_embed.proj.weight": kernel,
         "patch_embed.proj.bias": bias,
-        **_both("layernorm", "norm", source),
+        **_weight_and_bias("layernorm", "norm", source),
     }
     with torch.device("meta"):
         net = ImageTransformer(settings)
-    return _holding(net, tensors)
+    return _load_weights(net, tensors)
 
 
-def _size(base: Base, source: _Source) -> int:
+def _image_size(base: Backbone, source: _ForeignWeights) -> int:
     if base.transform is not None:
         return base.transform.size
     size = source.config["image_size"]
     return size if isinstance(size, int) else size[0]
 
 
-def _text(base: Base, source: _Source) -> TextTransformer:
+def _to_native_text(base: Backbone, source: _ForeignWeights) -> TextTransformer:
     if source.config["is_decoder"]:
-        raise _refused(base, "are a decoder's")
+        raise _unsupported(base, "are a decoder's")
     blocks = source.blocks()
     words, positions = (source.take(f"embeddings.{kind}_embeddings.weight") for kind in ("word", "position"))
     positions = positions[_first_position(base.net) :]
@@ -191,11 +194,11 @@ def _text(base: Base, source: _Source) -> TextTransformer:
         **blocks,
         "token_embed.weight": words,
         "pos_embed": positions[None],
-        **_both("embeddings.LayerNorm", "norm_pre", source),
+        **_weight_and_bias("embeddings.LayerNorm", "norm_pre", source),
     }
     with torch.device("meta"):
         net = TextTransformer(settings)
-    return _holding(net, tensors)
+    return _load_weights(net, tensors)
 
 
 def _first_position(net: nn.Module) -> int:
@@ -205,19 +208,19 @@ def _first_position(net: nn.Module) -> int:
     return 0 if table.padding_idx is None else table.padding_idx + 1
 
 
-def _holding(net: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _load_weights(net: Any, tensors: Mapping[str, Tensor]) -> Any:
     net.load_state_dict(dict(tensors), assign=True)
     return net
 
 
-def _refused(base: Base, reason: str) -> UserError:
+def _unsupported(base: Backbone, reason: str) -> UserError:
     return UserError(
         f"tower = {base.name!r}: the blocks of {type(base.net).__name__} {reason}; clasp makes its own nets of "
-        f"{', '.join(FAMILIES)}"
+        f"{', '.join(WEIGHT_MAPPINGS)}"
     )
 
 
-_BERT = Family(
+_BERT = WeightMapping(
     blocks="encoder.layer.{}",
     qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
     parts={
@@ -227,31 +230,31 @@ _BERT = Family(
         "mlp.fc2": "output.dense",
         "norm2": "output.LayerNorm",
     },
-    read=_text,
+    read=_to_native_text,
     post=True,
 )
 _QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 _MLP = {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 
-FAMILIES: dict[str, Family] = {
-    "ViTModel": Family(  # DeiT without distillation too
+WEIGHT_MAPPINGS: dict[str, WeightMapping] = {
+    "ViTModel": WeightMapping(  # DeiT without distillation too
         blocks="layers.{}",
         qkv=_QKV,
         parts={**_MLP, "norm1": "layernorm_before", "norm2": "layernorm_after"},
-        read=_image,
+        read=_to_native_image,
     ),
-    "Dinov2Model": Family(
+    "Dinov2Model": WeightMapping(
         blocks="encoder.layer.{}",
         qkv=_QKV,
         parts={**_MLP, "norm1": "norm1", "norm2": "norm2"},
-        read=_image,
+        read=_to_native_image,
         gammas=("layer_scale1.lambda1", "layer_scale2.lambda1"),
     ),
     **dict.fromkeys(("BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel"), _BERT),
 }
 _ROTARY, _GATED = "turn queries and keys by their positions", "gate what they feed forward"
 # why others do not fit, where we know
-OTHERS = {
+_UNSUPPORTED = {
     **dict.fromkeys(("EfficientNet", "EfficientNetModel", "ConvNextModel", "ConvNeXt"), "are convolutions"),
     **dict.fromkeys(("BeitModel", "MPNetModel", "T5EncoderModel", "MT5EncoderModel"), "have relative positions"),
     **dict.fromkeys(("DINOv3ViTModel", "ModernBertModel"), _ROTARY),

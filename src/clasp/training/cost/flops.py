@@ -22,7 +22,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 _ATEN = torch.ops.aten
 
-COUNTED = "products, convolutions and fused attention, a multiply-add as 2; no norms, activations, softmax, optimizer"
+FLOPS_CONVENTION = (
+    "products, convolutions and fused attention, a multiply-add as 2; no norms, activations, softmax, optimizer"
+)
 
 # Words in the names of operations that take products. One that has such a word and no formula is named as left out.
 _PRODUCTS = frozenset(
@@ -42,19 +44,19 @@ class Flops(NamedTuple):
     left_out: tuple[str, ...] = ()
 
 
-def flops_of(run: Callable[[], Any]) -> int:
+def count_total_flops(run: Callable[[], Any]) -> int:
     """Both passes of something together."""
-    flops = counted(run)
+    flops = count_flops(run)
     return flops.forward + flops.backward
 
 
-def macs_of(run: Callable[[], Any]) -> int:
+def count_macs(run: Callable[[], Any]) -> int:
     """Multiply-accumulates of a forward pass, which papers count; best of a net on the meta device."""
     with torch.no_grad():
-        return counted(run).forward // 2
+        return count_flops(run).forward // 2
 
 
-def counted(run: Callable[[], Any]) -> Flops:
+def count_flops(run: Callable[[], Any]) -> Flops:
     """Runs something, and counts."""
     with _Counter() as counter:
         run()

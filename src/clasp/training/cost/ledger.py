@@ -1,6 +1,6 @@
-"""What a run cost: the ``cost.json`` of its folder, and the ``Ledger`` that is kept while it runs.
+"""What a run cost: the ``cost.json`` of its folder, and the ``CostLedger`` that is kept while it runs.
 
-In: the stages of a run, its steps, one batch to count on. Out: ``Cost``: parameters, FLOPs of a pair, peak memory,
+In: the stages of a run, its steps, one batch to count on. Out: ``RunCost``: parameters, FLOPs of a pair, peak memory,
 pairs a second, seconds of each stage, energy, bytes of the delta, the machine; ``read_cost`` gives it back.
 Unusual: each start of a run is a session of its own, and a run costs the sum of them; what a killed one did after its
 last saving is in none. FLOPs are counted by computing the gradient of the first batch once more, right after its step
@@ -21,20 +21,20 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
-from clasp.training.cost.flops import COUNTED, counted
-from clasp.training.cost.meters import Energy, Peak, machine
-from clasp.training.step import Stepped, Stepper
+from clasp.training.cost.flops import FLOPS_CONVENTION, count_flops
+from clasp.training.cost.meters import EnergyMeter, PeakMemoryMeter, describe_machine
+from clasp.training.step import Stepper, StepResult
 from clasp.types import Batch, UserError
 
-FILE, FORMAT = "cost.json", 1
+COST_FILE, _FORMAT = "cost.json", 1
 
 Stage = Literal["features", "training", "evaluation", "saving", "counting"]
-Given = ParamSpec("Given")
-Answer = TypeVar("Answer")
+_Params = ParamSpec("_Params")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Once:
+class FrozenFlops:
     """What the frozen part of a tower takes for one input, where it is computed once and kept."""
 
     flops: int
@@ -42,7 +42,7 @@ class Once:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class StepFlops:
     """FLOPs of one step over ``pairs`` pairs, worked through ``micro_batch`` at a time.
 
     ``forward`` has what is computed again for the backward pass. ``left_out`` are operations without a formula.
@@ -53,11 +53,11 @@ class Work:
     pairs: int
     micro_batch: int
     left_out: tuple[str, ...]
-    counted: str = COUNTED
+    counted: str = FLOPS_CONVENTION
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class CostSession:
     """What one start of a run cost, up to its end, its stop or its last saving.
 
     ``steps`` from ``first_step`` (from 0) on. ``pairs_per_second`` is the median over the steps, without the wait for
@@ -79,7 +79,7 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class RunCost:
     """What a run cost so far. ``parameters`` in all and trained, by part, the whole being ``model``.
 
     ``work`` is ``None`` before a first step. ``once`` has the towers whose frozen part is kept, by modality: what it
@@ -87,10 +87,10 @@ class Cost:
     """
 
     parameters: Mapping[str, Mapping[str, int]]
-    work: Work | None
-    once: Mapping[str, Once]
+    work: StepFlops | None
+    once: Mapping[str, FrozenFlops]
     delta_bytes: int | None
-    sessions: tuple[Session, ...]
+    sessions: tuple[CostSession, ...]
 
     @property
     def forward_flops(self) -> float | None:
@@ -135,8 +135,8 @@ class Cost:
         work = None if self.work is None else (self.work.forward + self.work.backward) / self.work.pairs
         rate = self.pairs_per_second
         said = [
-            "" if work is None else f"{scaled(work, 'FLOP')} a pair",
-            "peak not measured" if self.peak_bytes is None else f"peak {scaled(self.peak_bytes, 'B')}",
+            "" if work is None else f"{format_si(work, 'FLOP')} a pair",
+            "peak not measured" if self.peak_bytes is None else f"peak {format_si(self.peak_bytes, 'B')}",
             "" if rate is None else f"{rate:,.3g} pairs/s" if rate < 100 else f"{rate:,.0f} pairs/s",
             f"{sum(self.seconds.values()):,.0f} s",
             "" if self.energy_kwh is None else f"{1000 * self.energy_kwh:.3g} Wh",
@@ -160,36 +160,38 @@ class Cost:
             "energy_kwh": self.energy_kwh,
             "delta_bytes": self.delta_bytes,
         }
-        return {"format": FORMAT, "sum": together, **asdict(self)}
+        return {"format": _FORMAT, "sum": together, **asdict(self)}
 
     def to_json(self) -> str:
         """The text of ``cost.json``."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> Cost:
+    def of(cls, facts: Mapping[str, Any]) -> RunCost:
         """The inverse of ``to_dict``, by way of JSON."""
         return cls(
             facts["parameters"],
-            None if facts["work"] is None else Work(**{**facts["work"], "left_out": tuple(facts["work"]["left_out"])}),
-            {side: Once(**once) for side, once in facts["once"].items()},
+            None
+            if facts["work"] is None
+            else StepFlops(**{**facts["work"], "left_out": tuple(facts["work"]["left_out"])}),
+            {side: FrozenFlops(**once) for side, once in facts["once"].items()},
             facts["delta_bytes"],
-            tuple(Session(**session) for session in facts["sessions"]),
+            tuple(CostSession(**session) for session in facts["sessions"]),
         )
 
 
-def read_cost(run: str | Path) -> Cost:
+def read_cost(run: str | Path) -> RunCost:
     """What a run cost. Raises ``UserError`` where it has not been written down, or is damaged."""
-    file = Path(run) / FILE
+    file = Path(run) / COST_FILE
     if not file.exists():
-        raise UserError(f"{run} has no {FILE}: no run, or one that was trained before costs were kept")
+        raise UserError(f"{run} has no {COST_FILE}: no run, or one that was trained before costs were kept")
     try:
-        return Cost.of(json.loads(file.read_text(encoding="utf-8")))
+        return RunCost.of(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error!r}); delete it: nothing else of the run depends on it") from None
 
 
-def scaled(value: float | int, unit: str) -> str:
+def format_si(value: float | int, unit: str) -> str:
     """Three digits and the prefix that goes with them: ``12.3 GFLOP``, ``84 B``."""
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * size:
@@ -197,7 +199,7 @@ def scaled(value: float | int, unit: str) -> str:
     return f"{value:.0f} {unit}"
 
 
-class Ledger:
+class CostLedger:
     """Keeps the costs of one session of a run on ``device``; as a context it lasts as long as the session.
 
     ``earlier`` is what the sessions before it cost, ``first_step`` where this one goes on.
@@ -209,10 +211,10 @@ class Ledger:
         parameters: Mapping[str, Mapping[str, int]],
         *,
         first_step: int = 0,
-        earlier: Cost | None = None,
+        earlier: RunCost | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.once: Mapping[str, Once] = {}
+        self.once: Mapping[str, FrozenFlops] = {}
         self._device, self._parameters, self._first_step, self._clock = device, parameters, first_step, clock
         self._work = earlier.work if earlier else None
         self._earlier = earlier.sessions if earlier else ()
@@ -220,9 +222,9 @@ class Ledger:
         self._stages: list[Stage] = []
         self._began = self._turned = clock()
         self._rates, self._pairs, self._step_seconds = array("d"), 0, 0.0
-        self._peak, self._energy, self._precision = Peak(device), Energy(), ""
+        self._peak, self._energy, self._precision = PeakMemoryMeter(device), EnergyMeter(), ""
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> CostLedger:
         self._energy.start()
         self._began = self._clock()
         return self
@@ -252,20 +254,20 @@ class Ledger:
             if outer == "training":
                 self._peak.begin()
 
-    def within(self, name: Stage, call: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    def within(self, name: Stage, call: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
         """The same function, its calls being of a stage."""
 
-        def called(*given: Given.args, **options: Given.kwargs) -> Answer:
+        def called(*given: _Params.args, **options: _Params.kwargs) -> _Result:
             with self.stage(name):
                 return call(*given, **options)
 
         return called
 
-    def timed(self, bar: Callable[[str], AbstractContextManager[Answer]]) -> Callable[[str], Any]:
+    def timed(self, bar: Callable[[str], AbstractContextManager[_Result]]) -> Callable[[str], Any]:
         """The same bar, under which features are computed."""
 
         @contextmanager
-        def shown(title: str) -> Iterator[Answer]:
+        def shown(title: str) -> Iterator[_Result]:
             with self.stage("features"), bar(title) as progress:
                 yield progress
 
@@ -280,7 +282,7 @@ class Ledger:
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def take(self, stepper: Stepper, batch: Batch, number: int) -> Stepped:
+    def take(self, stepper: Stepper, batch: Batch, number: int) -> StepResult:
         """Takes step ``number``, and its time."""
         began = self._clock()
         done = stepper.step(batch, number)
@@ -301,23 +303,23 @@ class Ledger:
             return
         with self.stage("counting"):
             weights = stepper.selection(copied=True)
-            flops = counted(lambda: stepper.gradients(batch, number))
+            flops = count_flops(lambda: stepper.gradients(batch, number))
             stepper.optimizer.zero_grad()
             stepper.put(weights)
         pairs = len(batch.ids)
-        self._work = Work(
+        self._work = StepFlops(
             flops.forward, flops.backward, pairs, min(stepper.micro_batch or pairs, pairs), flops.left_out
         )
 
     # --- what came of it -----------------------------------------------------------------------------------------
 
-    def cost(self, delta_bytes: int | None = None) -> Cost:
+    def cost(self, delta_bytes: int | None = None) -> RunCost:
         """Of this session up to now and of those before it."""
         self._turn()
         wall = self._clock() - self._began
         seconds = {**self._seconds, "rest": max(0.0, wall - sum(self._seconds.values()))}
         peak, energy = self._peak.reading, self._energy.reading
-        session = Session(
+        session = CostSession(
             first_step=self._first_step,
             steps=len(self._rates),
             pairs=self._pairs,
@@ -328,6 +330,6 @@ class Ledger:
             peak=peak.how,
             energy_kwh=energy.value,
             energy=energy.how,
-            machine=machine(self._device, self._precision),
+            machine=describe_machine(self._device, self._precision),
         )
-        return Cost(self._parameters, self._work, self.once, delta_bytes, (*self._earlier, session))
+        return RunCost(self._parameters, self._work, self.once, delta_bytes, (*self._earlier, session))

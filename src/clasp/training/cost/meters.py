@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-INSTALL = 'pip install "clasp-vl[energy]"'
+_INSTALL_HINT = 'pip install "clasp-vl[energy]"'
 
-_COUNTS_ITS_MEMORY = ("cuda", "xpu")  # kinds of device whose allocator tells a peak that can be set back
-_STATUS, _SET_BACK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_DEVICES_WITH_PEAK = ("cuda", "xpu")  # kinds of device whose allocator tells a peak that can be set back
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-class Reading(NamedTuple):
+class Measurement(NamedTuple):
     """A number, or ``None``, and how it was come by."""
 
     value: float | None
@@ -34,7 +34,7 @@ class Reading(NamedTuple):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-class Peak:
+class PeakMemoryMeter:
     """The highest memory between each ``begin`` and its ``end``, in bytes.
 
     On a GPU that of PyTorch's tensors there, weights and all. On a CPU the resident size of this process beyond what it
@@ -43,7 +43,7 @@ class Peak:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._on_gpu = device.type in _COUNTS_ITS_MEMORY
+        self._on_gpu = device.type in _DEVICES_WITH_PEAK
         self._why_not = "" if self._on_gpu else _why_no_peak(device)
         self._before: int | None = None
         self._highest: int | None = None
@@ -55,8 +55,8 @@ class Peak:
         if self._on_gpu:
             torch.get_device_module(self.device).reset_peak_memory_stats(self.device)
             return
-        _give_back_freed()
-        _SET_BACK.write_text("5")
+        _trim_heap()
+        _CLEAR_REFS.write_text("5")
         if self._before is None:
             self._before = _status("VmRSS:")
 
@@ -72,13 +72,15 @@ class Peak:
         self._highest = max(self._highest or 0, highest)
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> Measurement:
         """The highest of all that was between a ``begin`` and its ``end``."""
         if self._why_not or self._highest is None:
-            return Reading(None, self._why_not or "not measured: nothing was trained")
+            return Measurement(None, self._why_not or "not measured: nothing was trained")
         if self._on_gpu:
-            return Reading(self._highest, f"PyTorch's tensors on {self.device.type} while training, weights and all")
-        return Reading(
+            return Measurement(
+                self._highest, f"PyTorch's tensors on {self.device.type} while training, weights and all"
+            )
+        return Measurement(
             self._highest,
             "this process while training, resident, above what it was before; with mapped files, without data workers",
         )
@@ -89,9 +91,9 @@ def _why_no_peak(device: torch.device) -> str:
     if device.type != "cpu":
         return f"not measured: PyTorch tells no peak for {device.type}"
     try:
-        _SET_BACK.write_text("5")
+        _CLEAR_REFS.write_text("5")
     except OSError:
-        return f"not measured: this system does not let the peak of a process be set back ({_SET_BACK})"
+        return f"not measured: this system does not let the peak of a process be set back ({_CLEAR_REFS})"
     return ""
 
 
@@ -101,7 +103,7 @@ def _status(name: str) -> int:
     return next(1024 * int(line[1]) for line in lines if line[0] == name)
 
 
-def _give_back_freed() -> None:
+def _trim_heap() -> None:
     """Hands memory that was freed back to the system: of what evaluation took, training would else seem to hold it."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
@@ -121,12 +123,12 @@ _MEASURED = {
 _ESTIMATED = {"CPU": "estimated from its load and TDP", "RAM": "estimated from its size"}
 
 
-class Energy:
+class EnergyMeter:
     """kWh of this process since ``start``, by codecarbon where that is installed. ``stop`` ends its threads."""
 
     def __init__(self) -> None:
         self._tracker: Any = None
-        self._last = _Last()
+        self._last = _LastEnergy()
         self._why_not = "not measured: nothing has begun"
 
     def start(self) -> None:
@@ -134,7 +136,7 @@ class Energy:
         try:
             codecarbon = import_module("codecarbon")
         except ImportError as error:
-            self._why_not = f"not measured: {error}; {INSTALL}"
+            self._why_not = f"not measured: {error}; {_INSTALL_HINT}"
             return
         logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # it speaks before it looks at its log_level
         self._tracker = codecarbon.OfflineEmissionsTracker(
@@ -158,20 +160,20 @@ class Energy:
             self._tracker = None
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> Measurement:
         """Up to now, or to ``stop``: kWh, and for each part of the machine whether they were measured."""
         if self._tracker is not None:
             self._tracker.flush()
             # the one thing that codecarbon tells only inside
             self._last.parts = [part.description() for part in self._tracker._hardware]
         if self._last.energy is None:
-            return Reading(None, self._why_not)
+            return Measurement(None, self._why_not)
         version = importlib.metadata.version("codecarbon")
-        said = "; ".join(_spoken(part) for part in self._last.parts)
-        return Reading(self._last.energy.energy_consumed, f"codecarbon {version}, of this process: {said}")
+        said = "; ".join(_describe_part(part) for part in self._last.parts)
+        return Measurement(self._last.energy.energy_consumed, f"codecarbon {version}, of this process: {said}")
 
 
-class _Last:
+class _LastEnergy:
     """Takes what codecarbon gives out, in place of a file."""
 
     energy: Any = None
@@ -190,7 +192,7 @@ class _Last:
         pass
 
 
-def _spoken(part: str) -> str:
+def _describe_part(part: str) -> str:
     """A part of the machine as codecarbon describes it, and where its power comes from."""
     kind = part.partition("(")[0]
     for word, how in _MEASURED.items():
@@ -202,7 +204,7 @@ def _spoken(part: str) -> str:
 # --- which machine ---------------------------------------------------------------------------------------------------
 
 
-def machine(device: torch.device, precision: str) -> dict[str, Any]:
+def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
     """What the figures of a run belong to. ``cores`` are those that this process may use, ``threads`` PyTorch's."""
     return {
         "cpu": _processor(),

@@ -1,7 +1,7 @@
 """Embeddings of a batch to a number."""
 
-from clasp.training.losses.contrastive import LOSSES, info_nce, sigmoid
-from clasp.training.losses.distributed import Ring
-from clasp.training.losses.settings import LossSettings, loss_of
+from clasp.training.losses.contrastive import LOSSES, info_nce, sigmoid_loss
+from clasp.training.losses.distributed import ProcessRing
+from clasp.training.losses.settings import LossSettings, build_loss
 
-__all__ = ["LOSSES", "LossSettings", "Ring", "info_nce", "loss_of", "sigmoid"]
+__all__ = ["LOSSES", "LossSettings", "ProcessRing", "build_loss", "info_nce", "sigmoid_loss"]

@@ -3,8 +3,8 @@
 One signature (``clasp.types.Loss``). ``scale`` is the exponential of the learned log scale, so a positive number.
 Unusual: the B x B logits never exist. They are made in tiles, once forward and once more backward, so memory is
 O(B tile) for a third more arithmetic. A row may have several positives, told by ``groups``; a batch may lie on several
-processes (``Ring``); and logits are float32 or better whatever the autocast state, because a bfloat16 logit of 100 is
-only known to half a unit.
+processes (``ProcessRing``); and logits are float32 or better whatever the autocast state, because a bfloat16 logit of
+100 is only known to half a unit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clasp.training.losses.distributed import Ring
-from clasp.training.losses.tiles import LogSums, kinship, tiles
+from clasp.training.losses.distributed import ProcessRing
+from clasp.training.losses.tiles import RunningLogSumExp, dense_group_ids, iterate_logit_tiles
 from clasp.types import Loss, LossParts
 
 
@@ -28,7 +28,7 @@ def info_nce(
     bias: Float[Tensor, ""] | None = None,
     *,
     groups: Int[Tensor, "B 2"] | None = None,
-    ring: Ring | None = None,
+    ring: ProcessRing | None = None,
 ) -> LossParts:
     """Symmetric cross-entropy over the batch (CLIP, Radford et al. 2021, figure 3).
 
@@ -38,24 +38,24 @@ def info_nce(
     losses of batches that repeat captions more or less are not comparable. ``bias`` is the same for every logit and
     cancels in the softmax. ``ring``: these rows are one process's part of a batch.
     """
-    ring = ring or Ring()
+    ring = ring or ProcessRing()
     with torch.autocast(image.device.type, enabled=False):
-        image, text = _precise(image, text)
-        parts = _InfoNCE.apply(scale * image, text, _kinship(groups, text, ring), ring)
+        image, text = _at_least_float32(image, text)
+        parts = _InfoNCE.apply(scale * image, text, _batch_group_ids(groups, text, ring), ring)
     if bias is not None:  # its gradient is zero, not missing
         parts = [part + 0 * bias for part in parts]
     image_to_text, text_to_image = parts
     return LossParts((image_to_text + text_to_image) / 2, image_to_text, text_to_image)
 
 
-def sigmoid(
+def sigmoid_loss(
     image: Float[Tensor, "B E"],
     text: Float[Tensor, "B E"],
     scale: Float[Tensor, ""],
     bias: Float[Tensor, ""] | None = None,
     *,
     groups: Int[Tensor, "B 2"] | None = None,
-    ring: Ring | None = None,
+    ring: ProcessRing | None = None,
 ) -> LossParts:
     """Every pair of the batch is a yes or no question (SigLIP, Zhai et al. 2023, eq. 1).
 
@@ -64,15 +64,15 @@ def sigmoid(
     A pair is asked once, whichever way one looks at it: the two directions and the total are the same number.
     ``ring``: these rows are one process's part of a batch.
     """
-    ring = ring or Ring()
+    ring = ring or ProcessRing()
     with torch.autocast(image.device.type, enabled=False):
-        image, text = _precise(image, text)
+        image, text = _at_least_float32(image, text)
         bias = image.new_zeros(()) if bias is None else bias.to(image.dtype)
-        total = _Sigmoid.apply(scale * image, text, bias, _kinship(groups, text, ring), ring)
+        total = _Sigmoid.apply(scale * image, text, bias, _batch_group_ids(groups, text, ring), ring)
     return LossParts(total, total, total)
 
 
-LOSSES: dict[str, Loss] = {"infonce": info_nce, "sigmoid": sigmoid}
+LOSSES: dict[str, Loss] = {"infonce": info_nce, "sigmoid": sigmoid_loss}
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -83,15 +83,15 @@ class _InfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, kin: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, image: Tensor, text: Tensor, kin: Tensor, ring: ProcessRing) -> tuple[Tensor, Tensor]:
         rows, batch = len(image), len(image) * ring.size
         own = ring.part(ring.rank, rows)
-        row, column = LogSums.empty(image, rows), LogSums.empty(image, batch)
+        row, column = RunningLogSumExp.empty(image, rows), RunningLogSumExp.empty(image, batch)
         counts, row_right, column_right = image.new_zeros(rows), image.new_zeros(rows), image.new_zeros(batch)
         for rank, visitor in ring.visitors(text):
             part = ring.part(rank, rows)
             column_here, right_here = column.part(part), column_right[part]
-            for r, c, logits, positive, spare in tiles(image, visitor, kin[:, own], kin[:, part]):
+            for r, c, logits, positive, spare in iterate_logit_tiles(image, visitor, kin[:, own], kin[:, part]):
                 counts[r] += positive.sum(1)
                 positive.mul_(logits)
                 row_right[r] += positive.sum(1)
@@ -100,7 +100,7 @@ class _InfoNCE(torch.autograd.Function):
                 column_here.part(c).absorb(logits, 0, out=logits)
         counts = ring.gathered(counts)  # being positives is mutual, so a column has as many as its row
         top = ring.highest(column.top.clone())
-        column = LogSums(top, ring.summed(column.total * (column.top - top).exp()))
+        column = RunningLogSumExp(top, ring.summed(column.total * (column.top - top).exp()))
         ctx.save_for_backward(image, text, kin, counts, *row, *column)
         ctx.ring = ring
         image_to_text = (row.top - row_right / counts[own] + row.total.log()).sum()
@@ -111,7 +111,7 @@ class _InfoNCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, to_text: Tensor, to_image: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         image, text, kin, counts, *sums = ctx.saved_tensors
-        row, column, ring, rows = LogSums(*sums[:2]), LogSums(*sums[2:]), ctx.ring, len(image)
+        row, column, ring, rows = RunningLogSumExp(*sums[:2]), RunningLogSumExp(*sums[2:]), ctx.ring, len(image)
         own = ring.part(ring.rank, rows)
         to_text, to_image = to_text / len(counts), to_image / len(counts)
         row_push, row_pull = (to_text / row.total)[:, None], (to_text / counts[own])[:, None]
@@ -121,7 +121,7 @@ class _InfoNCE(torch.autograd.Function):
             for rank, visitor in ring.visitors(text):
                 part = ring.part(rank, rows)
                 tops, push, pull = column.top[part], column_push[part], column_pull[part]
-                for r, c, logits, positive, slope in tiles(image, visitor, kin[:, own], kin[:, part]):
+                for r, c, logits, positive, slope in iterate_logit_tiles(image, visitor, kin[:, own], kin[:, part]):
                     torch.sub(logits, row.top[r, None], out=slope).exp_().mul_(row_push[r])
                     slope.addcmul_(logits.sub_(tops[c]).exp_(), push[c])
                     slope.addcmul_(torch.add(row_pull[r], pull[c], out=logits), positive, value=-1)
@@ -135,11 +135,13 @@ class _Sigmoid(torch.autograd.Function):
     """The sum over pairs of softplus(-z logit), divided by B, of image embeddings that carry the scale."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, bias: Tensor, kin: Tensor, ring: Ring) -> Tensor:
+    def forward(ctx: Any, image: Tensor, text: Tensor, bias: Tensor, kin: Tensor, ring: ProcessRing) -> Tensor:
         rows = len(image)
         own, sums = ring.part(ring.rank, rows), []
         for rank, visitor in ring.visitors(text):
-            for _, _, logits, positive, spare in tiles(image, visitor, kin[:, own], kin[:, ring.part(rank, rows)]):
+            for _, _, logits, positive, spare in iterate_logit_tiles(
+                image, visitor, kin[:, own], kin[:, ring.part(rank, rows)]
+            ):
                 wrong = logits.add_(bias).mul_(positive.mul_(-2).add_(1))
                 # softplus(a) = log(1 + exp(-|a|)) + max(a, 0)
                 sums.append(torch.abs(wrong, out=spare).neg_().exp_().log1p_().sum() + wrong.clamp_(min=0).sum())
@@ -157,7 +159,7 @@ class _Sigmoid(torch.autograd.Function):
         with torch.autocast(image.device.type, enabled=False):
             for rank, visitor in ring.visitors(text):
                 part = ring.part(rank, rows)
-                for r, c, logits, positive, _ in tiles(image, visitor, kin[:, own], kin[:, part]):
+                for r, c, logits, positive, _ in iterate_logit_tiles(image, visitor, kin[:, own], kin[:, part]):
                     sign = positive.mul_(-2).add_(1)
                     slope = logits.add_(bias).mul_(sign).sigmoid_().mul_(sign)
                     for_bias.append(slope.sum())
@@ -168,13 +170,15 @@ class _Sigmoid(torch.autograd.Function):
         return for_image.mul_(each), for_text.mul_(each), torch.stack(for_bias).sum() * each, None, None
 
 
-def _kinship(groups: Int[Tensor, "B 2"] | None, rows: Tensor, ring: Ring) -> Float[Tensor, "kinds total"]:
+def _batch_group_ids(
+    groups: Int[Tensor, "B 2"] | None, rows: Tensor, ring: ProcessRing
+) -> Float[Tensor, "kinds total"]:
     """That of the whole batch; without groups, everyone's place in it."""
     if groups is None:
         return torch.arange(len(rows) * ring.size, device=rows.device, dtype=rows.dtype)[None]
-    return kinship(ring.gathered(groups), rows.dtype)
+    return dense_group_ids(ring.gathered(groups), rows.dtype)
 
 
-def _precise(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+def _at_least_float32(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
     return image.to(dtype), text.to(dtype)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Ring:
-    """Processes that hold equal parts of one batch, told apart by rank: ``Ring.of(group)``.
+class ProcessRing:
+    """Processes that hold equal parts of one batch, told apart by rank: ``ProcessRing.of(group)``.
 
     Given to a loss, the batch is that of all processes in the order of their ranks. Every process calls the loss with
     its own rows and groups (equally many rows, groups numbered alike everywhere), and every process calls backward on
@@ -32,7 +32,7 @@ class Ring:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None = None) -> Ring:
+    def of(cls, group: dist.ProcessGroup | None = None) -> ProcessRing:
         """The processes of a group that this one is in; by default all there are."""
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
@@ -77,7 +77,7 @@ class Ring:
             dist.all_reduce(tensor, how, group=self.group)
         return tensor
 
-    def _send(self, tensor: Tensor, tag: int) -> _Travel:
+    def _send(self, tensor: Tensor, tag: int) -> _Transfer:
         """Starts a tensor on its way; tags keep visitors and what goes with them apart."""
         following, previous = ((self.rank + step) % self.size for step in (1, -1))
         if self.group is not None:  # peers are named by their rank among all processes
@@ -85,11 +85,11 @@ class Ring:
         arriving = torch.empty_like(tensor)
         send = dist.P2POp(dist.isend, tensor, following, self.group, tag)
         receive = dist.P2POp(dist.irecv, arriving, previous, self.group, tag)
-        return _Travel(arriving, dist.batch_isend_irecv([send, receive]))
+        return _Transfer(arriving, dist.batch_isend_irecv([send, receive]))
 
 
 @dataclass(frozen=True)
-class _Travel:
+class _Transfer:
     """What is under way from the previous process, and to the next."""
 
     arriving: Tensor

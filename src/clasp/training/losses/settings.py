@@ -43,16 +43,16 @@ class LossSettings(BaseModel):
             )
 
 
-def loss_of(settings: LossSettings) -> Loss:
+def build_loss(settings: LossSettings) -> Loss:
     """The loss that the settings ask for."""
     loss = LOSSES[settings.kind]
     if settings.positives == "diagonal":
-        loss = Diagonal(loss)
-    return loss if settings.negatives == "all" else WithinParts(loss, settings.negatives)
+        loss = DiagonalPositives(loss)
+    return loss if settings.negatives == "all" else SubBatchNegatives(loss, settings.negatives)
 
 
 @dataclass(frozen=True, slots=True)
-class Diagonal:
+class DiagonalPositives:
     """A loss that is not told of groups: the one positive of a row is its own pair."""
 
     loss: Loss
@@ -70,7 +70,7 @@ class Diagonal:
 
 
 @dataclass(frozen=True, slots=True)
-class WithinParts:
+class SubBatchNegatives:
     """A loss whose negatives come from a part of the batch only: consecutive pairs, at most ``most`` of them.
 
     What several devices compute that do not gather each other's embeddings; the mean over pairs of the parts' losses.

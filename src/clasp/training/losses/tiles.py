@@ -19,12 +19,12 @@ from torch import Tensor
 # Rows and columns of a tile. CPU: for forward and backward at B = 4096 and 8192, E = 512, one and two threads (medians
 # of three alternating runs), 512, 1024 and 2048 take the same time within noise, and 256 up to a tenth longer. Three
 # buffers of 1024 are 12 MB, which a shared cache still holds.
-TILE_CPU = 1024
+TILE_SIZE_CPU = 1024
 # Elsewhere a tile must fill the device: at 4096 a matmul has 1024 blocks of 128 x 128. Reasoned, not yet measured.
-TILE_ELSEWHERE = 4096
+TILE_SIZE_GPU = 4096
 
 
-class Tile(NamedTuple):
+class LogitTile(NamedTuple):
     """A piece of the logits. All three tensors may be written to; the next tile overwrites them."""
 
     rows: slice
@@ -35,14 +35,14 @@ class Tile(NamedTuple):
     spare: Float[Tensor, "r c"]
 
 
-def tiles(
+def iterate_logit_tiles(
     image: Float[Tensor, "rows E"],
     text: Float[Tensor, "columns E"],
     row_kin: Float[Tensor, "kinds rows"],
     column_kin: Float[Tensor, "kinds columns"],
-) -> Iterator[Tile]:
-    """All tiles of image @ text.T, with the positives that ``kinship`` tells."""
-    size = TILE_CPU if image.device.type == "cpu" else TILE_ELSEWHERE
+) -> Iterator[LogitTile]:
+    """All tiles of image @ text.T, with the positives that ``dense_group_ids`` tells."""
+    size = TILE_SIZE_CPU if image.device.type == "cpu" else TILE_SIZE_GPU
     room = image.new_empty(3, min(size, len(image)) * min(size, len(text)))
     for top in range(0, len(image), size):
         rows = slice(top, top + size)
@@ -53,28 +53,28 @@ def tiles(
             torch.eq(row_kin[0, rows, None], column_kin[0, columns], out=positive)
             for ours, theirs in zip(row_kin[1:, rows], column_kin[1:, columns], strict=True):
                 torch.maximum(positive, torch.eq(ours[:, None], theirs, out=spare), out=positive)
-            yield Tile(rows, columns, torch.mm(x, y.T, out=logits), positive, spare)
+            yield LogitTile(rows, columns, torch.mm(x, y.T, out=logits), positive, spare)
 
 
-def kinship(groups: Int[Tensor, "B kinds"], dtype: torch.dtype) -> Float[Tensor, "kinds B"]:
+def dense_group_ids(groups: Int[Tensor, "B kinds"], dtype: torch.dtype) -> Float[Tensor, "kinds B"]:
     """Groups numbered from 0 in each column, as floats: exact up to 2**24 rows. Equal in one column is positive."""
     ordered, order = groups.sort(dim=0)
     number = F.pad((ordered[1:] != ordered[:-1]).cumsum(0), (0, 0, 1, 0))
     return torch.empty_like(number).scatter_(0, order, number).T.to(dtype).contiguous()
 
 
-class LogSums(NamedTuple):
+class RunningLogSumExp(NamedTuple):
     """Running log-sum-exps as exp(top) * total: logits differ by up to twice the scale, so no fixed top will do."""
 
     top: Float[Tensor, " B"]
     total: Float[Tensor, " B"]
 
     @classmethod
-    def empty(cls, like: Tensor, length: int) -> LogSums:
+    def empty(cls, like: Tensor, length: int) -> RunningLogSumExp:
         return cls(like.new_full((length,), -torch.inf), like.new_zeros(length))
 
-    def part(self, where: slice) -> LogSums:
-        return LogSums(self.top[where], self.total[where])
+    def part(self, where: slice) -> RunningLogSumExp:
+        return RunningLogSumExp(self.top[where], self.total[where])
 
     def absorb(self, logits: Float[Tensor, "r c"], dim: int, *, out: Float[Tensor, "r c"]) -> None:
         """Takes in logits along ``dim``; ``out`` is overwritten and may be the logits."""

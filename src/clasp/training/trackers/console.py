@@ -1,8 +1,8 @@
 """What a person sees while a run goes on: loss, pairs a second, time left, the share of time spent on data.
 
-In: the loop's ``Progress`` after every step, and single lines. Out: a bar on a terminal, elsewhere a plain line about
-every ten seconds; all on standard error, since standard output belongs to results.
-Unusual: ``Meter`` is the only clock of the loop; evaluation and saving are in none of its rates.
+In: the loop's ``TrainProgress`` after every step, and single lines. Out: a bar on a terminal, elsewhere a plain line
+about every ten seconds; all on standard error, since standard output belongs to results. Unusual: ``ThroughputMeter``
+is the only clock of the loop; evaluation and saving are in none of its rates.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 
-class Progress(NamedTuple):
+class TrainProgress(NamedTuple):
     """One step done: ``step`` of ``steps`` in the run, ``epoch`` of ``epochs``, both counted from 1."""
 
     step: int
@@ -48,7 +48,7 @@ class Reporter(Protocol):
 
     def start(self, steps: int) -> None: ...
 
-    def step(self, progress: Progress) -> None: ...
+    def step(self, progress: TrainProgress) -> None: ...
 
     def note(self, line: str) -> None:
         """A line that stays: an evaluation, a sample that could not be read, a reason."""
@@ -57,13 +57,13 @@ class Reporter(Protocol):
     def stop(self) -> None: ...
 
 
-class Silent:
+class SilentReporter:
     """Shows nothing."""
 
     def start(self, steps: int) -> None:
         pass
 
-    def step(self, progress: Progress) -> None:
+    def step(self, progress: TrainProgress) -> None:
         pass
 
     def note(self, line: str) -> None:
@@ -73,7 +73,7 @@ class Silent:
         pass
 
 
-class Lines:
+class LineReporter:
     """Plain lines for files and pipes: one after ``every_seconds``, and one for the last step."""
 
     def __init__(
@@ -90,7 +90,7 @@ class Lines:
     def start(self, steps: int) -> None:
         self._last = self.clock()
 
-    def step(self, progress: Progress) -> None:
+    def step(self, progress: TrainProgress) -> None:
         if self.clock() - self._last >= self.every_seconds or progress.step == progress.steps:
             self.say(str(progress))
             self._last = self.clock()
@@ -102,7 +102,7 @@ class Lines:
         pass
 
 
-class Bar:
+class BarReporter:
     """A bar that is drawn over itself, with notes above it."""
 
     def __init__(self, console: Console):
@@ -114,7 +114,7 @@ class Bar:
         self._rich.update(self._task, total=steps, description="first step", visible=True)
         self._rich.start()
 
-    def step(self, progress: Progress) -> None:
+    def step(self, progress: TrainProgress) -> None:
         self._rich.update(self._task, completed=progress.step, description=str(progress))
 
     def note(self, line: str) -> None:
@@ -124,25 +124,25 @@ class Bar:
         self._rich.stop()
 
 
-def to_stderr() -> Reporter:
+def stderr_reporter() -> Reporter:
     """A bar where standard error is a terminal, else lines."""
     if sys.stderr.isatty():
-        return Bar(Console(stderr=True))
-    return Lines(lambda line: print(line, file=sys.stderr, flush=True))
+        return BarReporter(Console(stderr=True))
+    return LineReporter(lambda line: print(line, file=sys.stderr, flush=True))
 
 
-class Meter:
+class ThroughputMeter:
     """Times the fetching of batches and the steps between; rates over the last steps and since the last reading."""
 
     def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter):
         self.clock = clock
         self.pairs = 0
-        self._recent: deque[Span] = deque(maxlen=window)
-        self._unread: list[Span] = []
+        self._recent: deque[_StepTiming] = deque(maxlen=window)
+        self._unread: list[_StepTiming] = []
         self._data_seconds = 0.0
         self._fetched = 0.0
 
-    def fetching(self, batches: Iterator[Item]) -> Iterator[Item]:
+    def fetching(self, batches: Iterator[_Item]) -> Iterator[_Item]:
         """The same items, each with the time that it took to come."""
         while True:
             asked = self.clock()
@@ -156,21 +156,21 @@ class Meter:
 
     def stepped(self, pairs: int, loss: float) -> None:
         """Ends the step that began when its batch came."""
-        span = Span(pairs, loss, self._data_seconds, self._data_seconds + self.clock() - self._fetched)
+        span = _StepTiming(pairs, loss, self._data_seconds, self._data_seconds + self.clock() - self._fetched)
         self.pairs += pairs
         self._recent.append(span)
         self._unread.append(span)
 
-    def recent(self) -> Rates:
-        return _rates(self._recent)
+    def recent(self) -> StepAverages:
+        return _average(self._recent)
 
-    def read(self) -> Rates:
+    def read(self) -> StepAverages:
         """Rates since the last reading."""
-        rates, self._unread = _rates(self._unread), []
+        rates, self._unread = _average(self._unread), []
         return rates
 
 
-class Span(NamedTuple):
+class _StepTiming(NamedTuple):
     """One step: its pairs, its loss, the seconds it waited for data, all its seconds."""
 
     pairs: int
@@ -179,7 +179,7 @@ class Span(NamedTuple):
     seconds: float
 
 
-class Rates(NamedTuple):
+class StepAverages(NamedTuple):
     """Means over some steps."""
 
     loss: float
@@ -188,9 +188,9 @@ class Rates(NamedTuple):
     data_seconds_share: float
 
 
-def _rates(spans: deque[Span] | list[Span]) -> Rates:
+def _average(spans: deque[_StepTiming] | list[_StepTiming]) -> StepAverages:
     seconds = max(sum(span.seconds for span in spans), 1e-9)
-    return Rates(
+    return StepAverages(
         loss=sum(span.loss for span in spans) / len(spans),
         pairs_per_second=sum(span.pairs for span in spans) / seconds,
         seconds_per_step=seconds / len(spans),

@@ -12,29 +12,36 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from clasp.training.state import Position
-from clasp.training.step import Stepped
-from clasp.training.trackers.console import Meter, Progress, Reporter
-from clasp.types import Batch, Skipped
+from clasp.training.state import TrainPosition
+from clasp.training.step import StepResult
+from clasp.training.trackers.console import Reporter, ThroughputMeter, TrainProgress
+from clasp.types import Batch, SkippedSample
 
-SAMPLES_ON_SCREEN = 5
+_MAX_SKIPPED_SHOWN = 5
 
-Log = Callable[[dict[str, Any]], None]
+LogFunction = Callable[[dict[str, Any]], None]
 
 
-class Journal:
+class RunLogger:
     """Keeps the log of one run; as a context it starts and stops the bar, and leaves no step unlogged."""
 
     def __init__(
-        self, log: Log, reporter: Reporter, *, steps: int, epochs: int, log_every: int, skipped: Sequence[Skipped]
+        self,
+        log: LogFunction,
+        reporter: Reporter,
+        *,
+        steps: int,
+        epochs: int,
+        log_every: int,
+        skipped: Sequence[SkippedSample],
     ):
         self.log, self.reporter = log, reporter
         self.steps, self.epochs, self.log_every = steps, epochs, log_every
-        self.meter = Meter()
+        self.meter = ThroughputMeter()
         self.skipped = {sample.id: sample for sample in skipped}
-        self._last: tuple[Position, Stepped] | None = None
+        self._last: tuple[TrainPosition, StepResult] | None = None
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> RunLogger:
         self.reporter.start(self.steps)
         return self
 
@@ -56,14 +63,14 @@ class Journal:
             if sample.id not in self.skipped:
                 self._skip(sample)
 
-    def stepped(self, at: Position, batch: Batch, step: Stepped) -> None:
+    def stepped(self, at: TrainPosition, batch: Batch, step: StepResult) -> None:
         """Takes down the step that was taken at a position."""
         self.meter.stepped(len(batch.ids), step.loss)
         self._last = (at, step)
         done = at.step + 1
         rates = self.meter.recent()
         self.reporter.step(
-            Progress(
+            TrainProgress(
                 step=done,
                 steps=self.steps,
                 epoch=at.epoch + 1,
@@ -77,12 +84,12 @@ class Journal:
         if done % self.log_every == 0 or done == self.steps:
             self.flush()
 
-    def _skip(self, sample: Skipped) -> None:
+    def _skip(self, sample: SkippedSample) -> None:
         self.skipped[sample.id] = sample
         self.log({"event": "skipped", "id": sample.id, "reason": sample.reason})
-        if len(self.skipped) <= SAMPLES_ON_SCREEN:
+        if len(self.skipped) <= _MAX_SKIPPED_SHOWN:
             self.reporter.note(f"skipped {sample.id}: {sample.reason}")
-        elif len(self.skipped) == SAMPLES_ON_SCREEN + 1:
+        elif len(self.skipped) == _MAX_SKIPPED_SHOWN + 1:
             self.reporter.note("more samples are skipped; the log names them all")
 
     def flush(self) -> None:
