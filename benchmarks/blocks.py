@@ -29,7 +29,7 @@ def compare(work: str, spec: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as cache:
         made = {
             features: material.Ours(
-                recipe.changed([f"data.features={features}"]),
+                recipe.with_overrides([f"data.features={features}"]),
                 material.pairs(PAIRS),
                 batch=BATCH,
                 cache=Path(cache),

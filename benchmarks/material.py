@@ -46,7 +46,7 @@ def recipe(*changes: str) -> Recipe:
         "text": {"tower": "pip:minilm-l6"},
         "head": {"kind": "linear", "width": WIDTH},
     }
-    return recipe_from_dict(towers, "the benchmarks").changed(changes)
+    return recipe_from_dict(towers, "the benchmarks").with_overrides(changes)
 
 
 def parts(recipe: Recipe) -> ModelAndPreprocessing:
@@ -143,11 +143,11 @@ class Ours:
             text=self.model.text,
             transform=self.parts.transform,
             tokenizer=self.parts.tokenizer,
-            features=self.recipe.data.features,
-            cache=self.cache,
+            feature_cache=self.recipe.data.features,
+            cache_folder=self.cache,
         )
         return PairLoader(
-            self.listing, inputs.image_side(self.pairs, None), inputs.text_side(self.listing), batch=self.batch, seed=0
+            self.listing, inputs.image_reader(self.pairs, None), inputs.text_reader(self.listing), batch_size=self.batch, seed=0
         )
 
     @cached_property

@@ -89,14 +89,14 @@ def embedded(model: DualEncoder, seen: Seen) -> EmbeddingTable:
 
 def zero_shot(model: DualEncoder, seen: Seen, question: ZeroShotQueries) -> dict[str, Answer]:
     """``top1`` and ``top5`` over images."""
-    found = question.ask(model, embedded(model, seen))[0]
+    found = question.score(model, embedded(model, seen))[0]
     return {name: answer(found.means[name].values, found.groups, found.chance[name]) for name in ("top1", "top5")}
 
 
 def log_likelihood(model: DualEncoder, seen: Seen, question: ZeroShotQueries) -> float:
     """Mean log of the probability of the right class, at the temperature under which it is greatest: moves with every
     photo, where accuracy counts only those that change sides."""
-    images, classes = embedded(model, seen), question.class_vectors(model)
+    images, classes = embedded(model, seen), question.class_embeddings(model)
     right = torch.tensor([list(question.classes).index(str(question.labels[name])) for name in images.ids])
     cosines = images.vectors @ classes.T
     return max(-F.cross_entropy(scale * cosines, right).item() for scale in (5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 50.0))
@@ -107,10 +107,10 @@ def retrieval(
 ) -> dict[str, Answer]:
     """``PART/recall@k`` over images or captions."""
     return {
-        "/".join(filter(None, (found.part, f"recall@{k}"))): answer(
+        "/".join(filter(None, (found.direction, f"recall@{k}"))): answer(
             found.means[f"recall@{k}"].values, found.groups, found.chance[f"recall@{k}"]
         )
-        for found in question.ask(model, embedded(model, seen))
+        for found in question.score(model, embedded(model, seen))
         for k in at
     }
 

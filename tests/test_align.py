@@ -114,7 +114,7 @@ def test_loads_bitwise_and_repeats_itself(way: str, towers: Path, pairs: Path, t
         tmp_path / "one" / "delta.safetensors"
     ).read_bytes()
     if way == "heads":
-        run(made.changed(["train.seed=2"]), tmp_path / "three")
+        run(made.with_overrides(["train.seed=2"]), tmp_path / "three")
         assert not same(delta(tmp_path / "three"), tensors)
 
 
@@ -283,7 +283,7 @@ def test_a_run_goes_on_with_what_it_was_started_with_only(change: str, pairs: Pa
         spoil(towers / "text")
         wanted = "other weights of the text tower"
     else:
-        again, wanted = again.changed(["train.lr=0.5"]), "another recipe"
+        again, wanted = again.with_overrides(["train.lr=0.5"]), "another recipe"
     with pytest.raises(UserError, match=wanted):
         run(again, folder, resume=True)
 
@@ -402,8 +402,8 @@ def first_epoch(made: Recipe) -> list[tuple[str, ...]]:
     train, _ = main_job.open_training_pairs(made)
     inputs = main_job.build_feature_source(main_job.build_model_and_preprocessing(made), made)
     listing = main_job.PairIndex(train)
-    sides = inputs.image_side(train, None), inputs.text_side(listing)
-    batches = main_job.PairLoader(listing, *sides, batch=made.train.batch, seed=made.train.seed)
+    sides = inputs.image_reader(train, None), inputs.text_reader(listing)
+    batches = main_job.PairLoader(listing, *sides, batch_size=made.train.batch, seed=made.train.seed)
     return [batch.ids for batch in batches.epoch(0)]
 
 

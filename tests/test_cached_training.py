@@ -54,15 +54,15 @@ def pairs(tmp_path: Path) -> Path:
 
 
 def trained(made: Recipe, folder: Path) -> dict[str, torch.Tensor]:
-    run(made.changed(["train.keep=last", "train.epochs=2"]), folder)
+    run(made.with_overrides(["train.keep=last", "train.epochs=2"]), folder)
     return delta(folder)
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_cached_is_live_to_float32_rounding(boundary: str, towers: Path, pairs: Path, tmp_path: Path):
     made = recipe(towers, pairs, *BOUNDARIES[boundary])
-    live = trained(made.changed(["data.features=off"]), tmp_path / "live")
-    cached = trained(made.changed(["data.features=float32"]), tmp_path / "cached")
+    live = trained(made.with_overrides(["data.features=off"]), tmp_path / "live")
+    cached = trained(made.with_overrides(["data.features=float32"]), tmp_path / "cached")
     assert live.keys() == cached.keys()
     for name, tensor in live.items():
         if name.endswith(("k_proj.bias", "key.bias")):
@@ -78,8 +78,8 @@ def base_of(towers: Path) -> Backbone:
 @pytest.mark.parametrize(("storage", "far"), [("float16", 2e-3), ("bfloat16", 2e-2), ("int8", 2e-2)])
 def test_what_a_smaller_storage_moves(storage: str, far: float, towers: Path, pairs: Path, tmp_path: Path, cache: Path):
     made = recipe(towers, pairs, *BOUNDARIES["top blocks"])
-    exact = trained(made.changed(["data.features=float32"]), tmp_path / "exact")
-    close = trained(made.changed([f"data.features={storage}"]), tmp_path / "close")
+    exact = trained(made.with_overrides(["data.features=float32"]), tmp_path / "exact")
+    close = trained(made.with_overrides([f"data.features={storage}"]), tmp_path / "close")
     moved = {name: (tensor - close[name]).norm() / tensor.norm() for name, tensor in exact.items()}
     assert 0 < max(moved.values()) and float(np.median(list(moved.values()))) < far
     sizes = sorted({path.stat().st_size for path in (cache / "features").glob("*.npy")})
@@ -96,7 +96,7 @@ def test_the_trunk_runs_once(boundary: str, towers: Path, pairs: Path, tmp_path:
     assert len(TOYS) <= images <= len(TOYS) + 8
     few, different = CAPTION_SAMPLE_SIZE + 4, len({toy.caption for toy in TOYS})
     assert few < different and captions <= 2 * different + few
-    run(made.changed(["train.lr=1e-3"]), tmp_path / "two")
+    run(made.with_overrides(["train.lr=1e-3"]), tmp_path / "two")
     assert rows["image"] - images <= 8 and rows["text"] - captions <= few, "a second run finds them"
 
 
@@ -106,7 +106,7 @@ def counted_rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     def watched(self: Tower, *args, **kwargs):
         init(self, *args, **kwargs)
-        first = self.net.get_submodule(self._parts.blocks[0].path)
+        first = self.net.get_submodule(self._structure.blocks[0].path)
         inner = next(module for module in first.modules() if isinstance(module, nn.Linear))
 
         def count(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -147,7 +147,7 @@ def test_kept_views_of_augmented_images(part: list[str], towers: Path, pairs: Pa
     run(made, tmp_path / "views")
     train = 36
     assert rows["image"] <= 4 * train + len(TOYS) + 40, "four views of each, the plain ones for validation and start"
-    one, other = delta(tmp_path / "views"), trained(made.changed(["data.views=0"]), tmp_path / "anew")
+    one, other = delta(tmp_path / "views"), trained(made.with_overrides(["data.views=0"]), tmp_path / "anew")
     assert one.keys() == other.keys()
 
 

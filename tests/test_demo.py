@@ -82,7 +82,7 @@ def test_shuffled_pairs_stay_at_chance(told: story.DemoResult, tmp_path: Path):
     for row, caption in zip(rows, captions[shift:] + captions[:shift], strict=True):
         row["caption"], row["image"] = caption, str(sample.folder / row["image"])
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    recipe = story.demo_recipe(sample, quick=True).changed(
+    recipe = story.demo_recipe(sample, quick=True).with_overrides(
         [f"data.train={tmp_path / 'train.jsonl'}", "train.keep=last"]
     )
     train_recipe(recipe, tmp_path / "shuffled", say=lambda line: None)

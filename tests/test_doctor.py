@@ -108,7 +108,7 @@ def test_what_is_there_is_there_for_these_pairs_only(towers: Path, tmp_path: Pat
     kept = told(made)["features"].facts["kept"]
     there = [each["what"] for each in kept if each["file"]]
     assert there.count("images") == 2 and there.count("captions") == 1, "one part has another caption"
-    other = told(made.changed(["image.resize=pad", "text.prefix='the '"]))["features"].facts["kept"]
+    other = told(made.with_overrides(["image.resize=pad", "text.prefix='the '"]))["features"].facts["kept"]
     assert not [each for each in other if each["file"]]
 
 
@@ -152,7 +152,7 @@ def test_captions_are_measured_as_the_tower_reads_them(towers: Path, tmp_path: P
     cut = sum(length > 8 for length in lengths) / len(lengths)
     assert section.facts["cut_share"] == pytest.approx(cut) and cut > 0.1
     assert f"{100 * cut:.1f} % are cut at text.max_tokens = 8" in levels(section)["look"]
-    assert "cut" not in str(levels(told(made.changed(["text.max_tokens=64"]))["captions"]))
+    assert "cut" not in str(levels(told(made.with_overrides(["text.max_tokens=64"]))["captions"]))
 
 
 def test_captions_that_repeat_are_counted(towers: Path, tmp_path: Path) -> None:

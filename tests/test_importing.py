@@ -150,7 +150,7 @@ def test_bare_weights_half_precision_and_a_prefix(words: str, tmp_path: Path) ->
     whole = import_checkpoint("lilt", LWA, tmp_path / "whole", ImportOptions(tokenizer=words))
     bare = changed(LWA, tmp_path / "bare.pth", lambda found: {f"module.{k}": v for k, v in found["model"].items()})
     alone = import_checkpoint("lilt", bare, tmp_path / "bare", ImportOptions(tokenizer=words))
-    assert any("no switches" in line for line in alone.told.lines) and "by its keys" in " ".join(alone.told.lines)
+    assert any("no switches" in line for line in alone.report.lines) and "by its keys" in " ".join(alone.report.lines)
     one, other = load(whole.run), load(alone.run)
     assert torch.equal(one.encode_text(["w5 w6"]), other.encode_text(["w5 w6"]))
     assert one.encoder.fingerprint == other.encoder.fingerprint
@@ -213,7 +213,7 @@ def _put(found: dict[str, Any], key: str, tensor: torch.Tensor) -> None:
 def test_an_optimizer_of_another_make_is_passed_over(words: str, tmp_path: Path) -> None:
     for odd in ([{}], [3], "adamw"):
         file = changed(LWA, tmp_path / "odd.pth", lambda found, odd=odd: found.update(optimizer={"param_groups": odd}))
-        assert import_checkpoint("lilt", file, tmp_path / f"run {odd}", ImportOptions(tokenizer=words)).told.counts
+        assert import_checkpoint("lilt", file, tmp_path / f"run {odd}", ImportOptions(tokenizer=words)).report.counts
 
 
 def _less(found: dict[str, Any], key: str) -> None:

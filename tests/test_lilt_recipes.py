@@ -64,7 +64,7 @@ def test_a_row_as_it_trains(row: str, text_tower: Path, tmp_path: Path):
     """Names, totals, gradients, the optimizer's groups, what moves and what is saved, on real weights."""
     given = tiny(text_tower, *tuned(row))
     parts = build_model_and_preprocessing(given)
-    model, counts, golden = parts.model, parts.model.counts(), COUNTS["tiny_tiny"][row]
+    model, counts, golden = parts.model, parts.model.parameter_counts(), COUNTS["tiny_tiny"][row]
     assert (counts["model"].total, counts["model"].trained) == (golden["total"], golden["trained"])
     for ours, theirs in (("image", "vision"), ("text", "text")):
         assert (counts[ours].total, counts[ours].trained) == (golden[f"{theirs}_total"], golden[f"{theirs}_trained"])
@@ -74,11 +74,11 @@ def test_a_row_as_it_trains(row: str, text_tower: Path, tmp_path: Path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     settings = given.train.model_copy(update={"micro_batch": 2})
-    stepper = Stepper(model, build_loss(given.loss), settings, accelerator, "float32", steps=15, kinds=model.kinds)
+    stepper = Stepper(model, build_loss(given.loss), settings, accelerator, "float32", steps=15, kinds=model.parameter_kinds)
     pixels = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     batch = Batch(("a", "b"), Pixels(pixels), parts.tokenizer(CAPTIONS), torch.tensor([[0, 0], [1, 1]]))
     model.train()
-    stepper.gradients(batch, 0)
+    stepper.backward(batch, 0)
     learned = {name for name, p in model.named_parameters() if p.grad is not None}
     stepper.optimizer.step()
     names = {id(p): name for name, p in model.named_parameters()}
@@ -88,7 +88,7 @@ def test_a_row_as_it_trains(row: str, text_tower: Path, tmp_path: Path):
     saved.save(model)
     assert learned == model.selection
     assert len(held) == len(set(held)) and set(held) == model.selection
-    assert set(model.kinds) == model.selection
+    assert set(model.parameter_kinds) == model.selection
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == model.selection
     assert set(safetensors.torch.load_file(tmp_path / "run" / "delta.safetensors")) == model.selection
 
@@ -103,7 +103,7 @@ def test_a_file_is_its_row(name: str):
     towers, row = FILES[name]
     assert (given.image.tower, given.text.tower) == TOWERS[towers]
     assert (given.tune.image, given.tune.text) == TUNED[row][:2]
-    counts, golden = build_model(given, meta=True).counts(), COUNTS[towers][row]
+    counts, golden = build_model(given, meta=True).parameter_counts(), COUNTS[towers][row]
     assert (counts["model"].total, counts["model"].trained) == (golden["total"], golden["trained"])
     comment = builtin_recipes()[f"lilt/{name}"].read_text().splitlines()[:3]
     assert all(line.startswith("# ") for line in comment)
@@ -123,10 +123,10 @@ def test_every_file_is_here_and_differs_from_the_paper_in_towers_and_tuning_only
 
 def test_deltas_are_as_small_as_the_paper_has_them():
     """Of the bytes of the two towers: layerwise adapters at most 8 %, norms at most 0.5 %."""
-    towers = build_model(read_recipe("lilt/clip"), meta=True).counts()
+    towers = build_model(read_recipe("lilt/clip"), meta=True).parameter_counts()
     base = 4 * (towers["image"].total + towers["text"].total)
     for name, most in (("lwa", 0.08), ("da", 0.08), ("layernorm", 0.005)):
-        assert build_model(read_recipe(f"lilt/{name}"), meta=True).counts()["model"].delta_bytes <= most * base
+        assert build_model(read_recipe(f"lilt/{name}"), meta=True).parameter_counts()["model"].delta_bytes <= most * base
 
 
 # --- the quirks ------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_pixels_and_tokens_are_the_papers(text_tower: Path):
 def test_a_mean_of_ones_own_is_for_any_tower():
     given = toy_recipe("toyfactories:vit", "toyfactories:bert", ["none"])
     assert build_model_and_preprocessing(given).transform.mean == (0.5, 0.4, 0.3)
-    changed = build_model_and_preprocessing(given.changed(["image.mean=[0.1, 0.2, 0.3]"])).transform
+    changed = build_model_and_preprocessing(given.with_overrides(["image.mean=[0.1, 0.2, 0.3]"])).transform
     assert (changed.mean, changed.std) == ((0.1, 0.2, 0.3), (0.2, 0.3, 0.4))
 
 
@@ -219,8 +219,8 @@ def test_a_run_of_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def kinds_of(tuning: list[str], **changes: dict) -> dict[str, str]:
     model = build_model_and_preprocessing(toy_recipe("toyfactories:vit", "toyfactories:bert", tuning, **changes)).model
-    assert set(model.kinds) == model.selection
-    return model.kinds
+    assert set(model.parameter_kinds) == model.selection
+    return model.parameter_kinds
 
 
 def test_kinds_of_what_a_recipe_adds():
@@ -251,6 +251,6 @@ def test_kinds_of_what_peft_wraps():
 
 
 def test_a_learned_pooling_is_of_the_heads():
-    given = toy_recipe("toyfactories:vit", "toyfactories:bert", ["none"]).changed(["image.pool=attention"])
-    kinds = build_model_and_preprocessing(given).model.kinds
+    given = toy_recipe("toyfactories:vit", "toyfactories:bert", ["none"]).with_overrides(["image.pool=attention"])
+    kinds = build_model_and_preprocessing(given).model.parameter_kinds
     assert kinds["image.pooling.query"] == "head" and set(kinds.values()) == {"head", "scale"}

@@ -46,7 +46,7 @@ def work(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
     answers = {}
     pair = dist.new_group([1, 2])
-    for size, ring in ((3, ProcessRing.of()), (2, ProcessRing.of(pair) if rank else None)):
+    for size, ring in ((3, ProcessRing.from_group()), (2, ProcessRing.from_group(pair) if rank else None)):
         if ring is None:
             continue
         own = slice(ring.rank * ROWS, (ring.rank + 1) * ROWS)

@@ -101,10 +101,10 @@ def test_parts_that_are_none(value):
 
 
 def test_parts_larger_than_the_batch_are_refused():
-    LossSettings(negatives=64).refuse_fewer(64)
-    LossSettings().refuse_fewer(2)
+    LossSettings(negatives=64).require_batch_size(64)
+    LossSettings().require_batch_size(2)
     with pytest.raises(UserError, match=r"loss.negatives = 64 is more than the 32 pairs .*; at most 32, or 'all'"):
-        LossSettings(negatives=64).refuse_fewer(32)
+        LossSettings(negatives=64).require_batch_size(32)
 
 
 # --- positives -------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def model(**logits) -> DualEncoder:
     made = DualEncoder(
         Tower(base("vit")), Tower(base("bert")), HEAD, loss="infonce", seed=0, logits=LogitSettings(**logits)
     )
-    made.select(made.new_names["scale"])
+    made.select(made.new_parameter_names["scale"])
     return made
 
 
@@ -179,7 +179,7 @@ LILT = {"scale": "divisor", "scale_range": (2, 1000)}
 def test_a_temperature_divides():
     made = model(**LILT)
     assert made.log_scale is None and made.temperature.item() == pytest.approx(0.07)
-    assert made.delta().keys() == made.new_names["scale"] == {"temperature"}
+    assert made.delta().keys() == made.new_parameter_names["scale"] == {"temperature"}
     scale, _ = made.scale_and_bias()
     assert scale.item() == pytest.approx(1 / 0.07)
     scale.backward()

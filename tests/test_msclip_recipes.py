@@ -47,7 +47,7 @@ def test_every_row_of_the_paper_is_here():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_parameters_and_macs_to_the_unit(name: str):
-    model, counts = row(name), row(name).counts()
+    model, counts = row(name), row(name).parameter_counts()
     image, text = model.image.net, model.text.net
     total = counts.pop("model")
     with torch.device("meta"):
@@ -69,4 +69,4 @@ def test_the_sharing_is_told():
         "1-11   shared     shared    separate  separate\n"
         "final norm: separate; head: separate"
     )
-    assert "shared" not in row("clip_b32_text512").counts()
+    assert "shared" not in row("clip_b32_text512").parameter_counts()

@@ -73,7 +73,7 @@ def test_from_disk(saved: dict[str, Path], tmp_path: Path, pair: tuple[str, str]
     """Counted from a configuration, opened from a folder."""
     image, text = (f"hf:{saved[name]}" for name in pair)
     parts = train_save_load(recipe(image, text, ["norms", "lora(rank=2, targets='all')"]), tmp_path / "run", CAPTIONS)
-    assert set().union(*parts.model.new_names.values()) <= parts.model.selection
+    assert set().union(*parts.model.new_parameter_names.values()) <= parts.model.selection
     for side in SIDES:
         assert any(name.startswith(f"{side}.net.") and "lora_" in name for name in parts.model.selection)
 
@@ -107,13 +107,13 @@ def test_combined_methods_come_back_too(saved: dict[str, Path], tmp_path: Path, 
         tuned,
         loss={"kind": "sigmoid"},
         head={"kind": "mlp", "width": 16, "standardize": True},
-    ).changed(["image.pool=attention", "text.layer=1"])
+    ).with_overrides(["image.pool=attention", "text.layer=1"])
     train_save_load(given, tmp_path / "run", CAPTIONS)
 
 
 def test_what_stays_frozen_is_not_saved_yet_comes_back(saved: dict[str, Path], tmp_path: Path):
     """New parts that do not train are made again from the seed."""
-    given = recipe(f"hf:{saved['vit']}", f"hf:{saved['bert']}", ["norms"]).changed(["tune.head=none"])
+    given = recipe(f"hf:{saved['vit']}", f"hf:{saved['bert']}", ["norms"]).with_overrides(["tune.head=none"])
     parts = train_save_load(given, tmp_path / "run", CAPTIONS)
     assert not any("head" in name for name in parts.model.delta())
 
@@ -121,13 +121,13 @@ def test_what_stays_frozen_is_not_saved_yet_comes_back(saved: dict[str, Path], t
 def test_efficientnet_and_e5(tmp_path: Path):
     """The packaged pair of the demo, with its real weights; not loaded again, since e5 alone is 470 MB."""
     given = recipe("pip:efficientnet-lite0", "pip:multilingual-e5-small", ["norms", "lora(rank=2)"])
-    given = given.changed(["""tune.image=["norms", "lora(rank=2, targets='all')"]""", "image.size=64"])
+    given = given.with_overrides(["""tune.image=["norms", "lora(rank=2, targets='all')"]""", "image.size=64"])
     captions = ["ein Hund im Schnee", "mbwa", "a cat on a mat, asleep", "दो बिल्लियाँ"]
     parts = train_save_count(given, tmp_path / "run", captions)
     kinds = {part for name in parts.model.selection for part in name.split(".")}
     assert {"lora_A", "lora_B", "_bn1", "LayerNorm", "image_head", "text_head", "log_scale"} <= kinds
     assert parts.tokenizer.settings.prefix == "query: "
-    assert parts.model.counts()["model"].percent < 7
+    assert parts.model.parameter_counts()["model"].percent < 7
 
 
 # --- another base ----------------------------------------------------------------------------------------------------
@@ -146,10 +146,10 @@ def test_another_base_is_refused_by_name_and_hash(tmp_path: Path):
     with pytest.raises(UserError) as caught:
         load(tmp_path / "run")
     says = str(caught.value)
-    total = len(parts.model.text.hashes)
+    total = len(parts.model.text.weight_hashes)
     assert f"other weights of the text tower hf:{tmp_path / 'bert'}" in says
     assert f"1 of {total} tensors differ ({name} is " in says
-    assert f"was {parts.model.text.hashes[name]}" in says and "\n" not in says
+    assert f"was {parts.model.text.weight_hashes[name]}" in says and "\n" not in says
 
 
 def test_another_model_in_the_same_place_is_refused(tmp_path: Path):
@@ -166,6 +166,6 @@ def test_another_model_in_the_same_place_is_refused(tmp_path: Path):
 def test_a_cropping_tower_can_be_shown_the_whole_picture(tmp_path: Path, resize: str):
     save("vit", tmp_path / "vit", size={"shortest_edge": 36}, crop_size=32, do_center_crop=True)
     save("bert", tmp_path / "bert")
-    given = recipe(f"hf:{tmp_path / 'vit'}", f"hf:{tmp_path / 'bert'}", ["none"]).changed([f"image.resize={resize}"])
+    given = recipe(f"hf:{tmp_path / 'vit'}", f"hf:{tmp_path / 'bert'}", ["none"]).with_overrides([f"image.resize={resize}"])
     transform = build_model_and_preprocessing(given).transform
     assert (transform.resize, transform.crop_fraction, transform.size) == (resize, 1.0, 32)

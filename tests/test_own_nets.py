@@ -56,7 +56,7 @@ def recipe(pairs: Path, *changes: str) -> Recipe:
         "data": {"train": str(pairs), "val_fraction": 0.25},
         "train": {"batch": 12, "epochs": 2, "precision": "float32", "weight_decay_shared": 0.2, "decay": "msclip"},
     }
-    return recipe_from_dict(given, "toy").changed(changes)
+    return recipe_from_dict(given, "toy").with_overrides(changes)
 
 
 def refused(words: str, call: Callable[[], object]) -> None:
@@ -100,7 +100,7 @@ def test_a_run_is_loaded_and_gone_on_with_bitwise(convolutions: str, pairs: Path
     moved = {name for name, _ in model.encoder.named_buffers() if name in statistics}
     assert statistics == moved and bool(moved) == (convolutions == "the paper's")
     steps = {int(one[name]) for name in moved if name.endswith("num_batches_tracked")}
-    assert steps <= {whole.fitted.held.step}, "once in each step"
+    assert steps <= {whole.fitted.weights_position.step}, "once in each step"
     assert "0      separate" in (tmp_path / "whole" / "README.md").read_text() or not stem
     with torch.no_grad():
         same = model.encode_text(["a red circle"])
@@ -110,13 +110,13 @@ def test_a_run_is_loaded_and_gone_on_with_bitwise(convolutions: str, pairs: Path
 def test_the_same_seed_gives_the_same_bases(pairs: Path) -> None:
     one, other, third = (build_model(recipe(pairs, f"train.seed={seed}")) for seed in (3, 3, 4))
     assert one.fingerprint == other.fingerprint != third.fingerprint
-    assert build_model(recipe(pairs), meta=True).counts() == build_model(recipe(pairs)).counts()
+    assert build_model(recipe(pairs), meta=True).parameter_counts() == build_model(recipe(pairs)).parameter_counts()
 
 
 def test_shared_weights_decay_and_learn_apart(pairs: Path) -> None:
     made = recipe(pairs, "train.lr_factors.shared=0.5", 'share.ffn={"low-rank" = 2}')
     model = build_model(made)
-    kinds = model.kinds
+    kinds = model.parameter_kinds
     assert kinds["image.net.blocks.0.mlp.fc1.down"] == kinds["text.net.blocks.0.mlp.fc1.up"] == "new"
     assert kinds["image.net.blocks.0.mlp.fc1.shared.weight"] == "shared"
     from accelerate import Accelerator
@@ -149,7 +149,7 @@ def test_a_frozen_part_is_kept_and_trains_the_same(pairs: Path, tmp_path: Path) 
     """The lower blocks of both nets stay as they were drawn; what they say is computed once, to float32."""
     made = recipe(pairs, "tune.image=['last']", "tune.text=['last']")
     for features in ("float32", "off"):
-        run(made.changed([f"data.features={features}"]), tmp_path / features)
+        run(made.with_overrides([f"data.features={features}"]), tmp_path / features)
     kept, live = delta(tmp_path / "float32"), delta(tmp_path / "off")
     assert kept.keys() == live.keys() and {n.split(".")[3] for n in kept if "blocks" in n} == {"2"}
     for name in kept:
@@ -159,9 +159,9 @@ def test_a_frozen_part_is_kept_and_trains_the_same(pairs: Path, tmp_path: Path) 
 
 def test_what_one_tower_trains_of_both_trains(pairs: Path) -> None:
     model = build_model(recipe(pairs, "tune.text=['none']"))
-    assert model.text.net.blocks[0].attn.qkv.weight.requires_grad and not model.text.wholly_frozen
+    assert model.text.net.blocks[0].attn.qkv.weight.requires_grad and not model.text.fully_frozen
     assert not model.text.net.blocks[0].norm1.weight.requires_grad
-    assert model.counts()["text"].trained == 0 and model.counts()["shared"].percent == 100
+    assert model.parameter_counts()["text"].trained == 0 and model.parameter_counts()["shared"].percent == 100
 
 
 def test_one_pre_trained_trunk_for_both(pairs: Path, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_only_nets_of_ours_share_parts(pairs: Path) -> None:
 
 def test_pieces_of_a_batch_are_no_trouble_without_statistics(pairs: Path, tmp_path: Path) -> None:
     made = recipe(pairs, *CONVOLUTIONS["without statistics"], "share.layers=1:", "train.epochs=1")
-    run(made.changed(["train.micro_batch=5"]), tmp_path / "pieces")
+    run(made.with_overrides(["train.micro_batch=5"]), tmp_path / "pieces")
     run(made, tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "delta.safetensors") for name in ("pieces", "whole"))
     for name in one:

@@ -20,7 +20,7 @@ def test_every_golden_row_is_here():
 def test_counts(towers: str, row: str):
     image, text = TOWERS[towers]
     given = read_recipe("lilt/paper", [f"image.tower={image}", f"text.tower={text}", *tuned(row)])
-    counts = build_model(given, meta=True).counts()
+    counts = build_model(given, meta=True).parameter_counts()
     golden = COUNTS[towers][row]
     assert counts["model"].total == golden["total"]
     assert counts["model"].trained == golden["trained"]

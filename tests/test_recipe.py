@@ -224,11 +224,11 @@ def test_a_folder_may_be_called_like_a_number(small: Path, name: str) -> None:
 
 def test_changed_leaves_the_recipe_alone(small: Path) -> None:
     recipe = read_recipe(small, ["data.columns.image=a"])
-    changed = recipe.changed(["data.columns.image=b", "train.seed=7"])
+    changed = recipe.with_overrides(["data.columns.image=b", "train.seed=7"])
     assert (recipe.data.columns.image, recipe.train.seed) == ("a", 0)
     assert (changed.data.columns.image, changed.train.seed) == ("b", 7)
     with pytest.raises(UserError, match="the overrides: unknown key"):
-        recipe.changed(["train.sede=1"])
+        recipe.with_overrides(["train.sede=1"])
 
 
 @pytest.mark.parametrize("name", sorted(builtin_recipes()))

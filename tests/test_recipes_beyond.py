@@ -33,7 +33,7 @@ SAME_AS_ADAPTERS = ("beyond/positives", "beyond/rates", "beyond/sigmoid")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_builds_on_shapes_alone(name: str):
-    counts = build_model(read_recipe(name), meta=True).counts()
+    counts = build_model(read_recipe(name), meta=True).parameter_counts()
     of = "beyond/adapters" if name in SAME_AS_ADAPTERS else name
     if of in OURS:
         assert (counts["image"].trained, counts["text"].trained) == OURS[of]

@@ -65,13 +65,13 @@ def ready(towers: Path, pairs: Path, *overrides: str, method: str = "lora", star
     parts = build_model_and_preprocessing(made)
     parts.model.eval()
     if made.train.recompute == "blocks":
-        parts.model.image.recompute_blocks()
-        parts.model.text.recompute_blocks()
+        parts.model.image.enable_activation_checkpointing()
+        parts.model.text.enable_activation_checkpointing()
     train, _ = open_training_pairs(made)
     inputs, listing = build_feature_source(parts, made), PairIndex(train)
-    sides = inputs.image_side(train, None), inputs.text_side(listing)
+    sides = inputs.image_reader(train, None), inputs.text_reader(listing)
     assert made.train.batch != "auto"
-    batches = PairLoader(listing, *sides, batch=made.train.batch, seed=made.train.seed)
+    batches = PairLoader(listing, *sides, batch_size=made.train.batch, seed=made.train.seed)
     return Ready(parts.model, batches, build_loss(made.loss), made)
 
 

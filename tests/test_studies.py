@@ -201,7 +201,7 @@ def test_costs_are_those_of_what_trains(photos: Photos):
         recipe = row.recipe(photos.recipe, 1e-3, 0)
         parts = build_model_and_preprocessing(recipe)
         found[name] = costs.counted(parts, recipe, pairs)
-        model = parts.model.counts()["model"]
+        model = parts.model.parameter_counts()["model"]
         assert found[name]["fixed_bytes"] == 4 * (model.total + 3 * model.trained)
     assert found["full"]["flops"] > found["norms"]["flops"] > found["heads"]["flops"] > found["heads"]["flops_forward"]
     assert found["full"]["kept_bytes"] > found["norms"]["kept_bytes"] > found["heads"]["kept_bytes"]

@@ -175,9 +175,9 @@ def test_rows_say_it_all_and_are_ranked(toml: str, tmp_path: Path) -> None:
         )
         assert row.overrides == ("train.seed=3", *row.settings) and row.seconds > 0
         assert row.metric == "retrieval/mean_recall" and row.state == "finished"
-    written = [SweepRow.of(line) for line in lines(done.folder / "sweep.jsonl")]
+    written = [SweepRow.from_dict(line) for line in lines(done.folder / "sweep.jsonl")]
     assert [Path(row.run).name for row in written] == NAMES and sorted(written, key=ranking_key) == done.rows
-    assert done.verdict()[0].startswith(f"best: {done.rows[0].run}")
+    assert done.summary_lines()[0].startswith(f"best: {done.rows[0].run}")
     assert done.columns == ("set", "mean recall", "guessing", "n", "s") and len(done.cells[0]) == 5
 
 
@@ -354,7 +354,7 @@ def test_rows_without_a_number_come_last() -> None:
 
 def test_the_verdict_counts_those_that_cannot_be_told_apart() -> None:
     rows = [_row("a", 0.5, low=0.35), _row("b", 0.4), _row("c", 0.3), _row("d", None)]
-    lines = SweepResult(Path("runs"), rows, False, 4).verdict()
+    lines = SweepResult(Path("runs"), rows, False, 4).summary_lines()
     assert lines[0] == "best: a; 1 of the 2 others lie within its interval" and "flattered" in lines[1]
-    assert SweepResult(Path("runs"), rows[:1], False, 1).verdict() == ["best: a"]
+    assert SweepResult(Path("runs"), rows[:1], False, 1).summary_lines() == ["best: a"]
     assert rows[0].cells() == ["x=a", "50.0 (35.0–100.0)", "10.0", "30", "1.0"]

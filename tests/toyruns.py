@@ -66,7 +66,7 @@ def recipe(towers: Path, train: str | Path, *overrides: str) -> Recipe:
         "data": {"train": str(train), "val_fraction": 0.25},
         "train": {"batch": 16, "epochs": 3, "lr": 3e-3, "precision": "float32", "seed": 1, "log_every": 2},
     }
-    return recipe_from_dict(given, "toy").changed(overrides)
+    return recipe_from_dict(given, "toy").with_overrides(overrides)
 
 
 def run(made: Recipe, folder: Path, *, resume: bool = False) -> TrainResult:

@@ -77,7 +77,7 @@ def test_pooled_output_is_timms_own(
     base = opened(name, file, size=size)
     assert (base.modality, base.pool, base.version) == ("image", pool, f"timm {timm.__version__}")
     tower, given = Tower(base), pixels(size)
-    assert (tower.width, tower._parts.prefix_tokens) == (width, prefix)
+    assert (tower.width, tower._structure.prefix_tokens) == (width, prefix)
     sized = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
     theirs = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **sized).eval()
     with torch.no_grad():
@@ -134,7 +134,7 @@ TUNED = [
 @pytest.mark.parametrize(("name", "tuned"), TUNED, ids=str)
 def test_one_selection_four_uses(weights: Callable[[str], Path], tmp_path: Path, name: str, tuned: list[str]):
     text = f"file:{save('bert', tmp_path / 'bert')}"
-    given = recipe(f"timm:{name}@{weights(name)}", text, tuned).changed(["image.size=64", 'tune.text=["none"]'])
+    given = recipe(f"timm:{name}@{weights(name)}", text, tuned).with_overrides(["image.size=64", 'tune.text=["none"]'])
     parts = train_save_load(given, tmp_path / "run", CAPTIONS)
     inside = {n for n in parts.model.selection if n.startswith("image.net.")}
     assert bool(inside) == (tuned != ["none"])

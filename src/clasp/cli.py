@@ -60,7 +60,7 @@ def params(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_jso
     from clasp.report.terminal import print_parameter_counts
 
     model = build_model(read_recipe(recipe, overrides or ()), meta=True)
-    counts = model.counts()
+    counts = model.parameter_counts()
     if as_json:
         facts = {part: {**asdict(count), "percent": round(count.percent, 4)} for part, count in counts.items()}
         _print_json({**facts.pop("model"), **facts})
@@ -180,7 +180,7 @@ def import_(
         lateral=lateral,
         overlong=overlong,
     )
-    told = import_checkpoint(kind, checkpoint, run, wanted).told
+    told = import_checkpoint(kind, checkpoint, run, wanted).report
     for line in told.lines:
         print_status(line)
     print_parameter_counts(told.counts)
@@ -284,7 +284,7 @@ def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Pat
         return print_status("stopped and saved; go on by typing the same again")
     if not done.finished:
         raise UserError(f"no run of {done.folder} finished; the first: {done.rows[0].error}")
-    for line in done.verdict():
+    for line in done.summary_lines():
         print_status(line)
     best = shlex.quote(done.finished[0].run)
     print_status(

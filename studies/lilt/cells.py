@@ -79,12 +79,12 @@ class Row:
 
     def recipe(self, common: Recipe, rate: float, seed: int) -> Recipe:
         """Its recipe at one of its learning rates."""
-        made = common.changed((*self.changes, f"train.seed={seed}"))
+        made = common.with_overrides((*self.changes, f"train.seed={seed}"))
         if made.tune.image == made.tune.text == ["none"]:
-            return made.changed([f"train.lr={rate!r}"])
+            return made.with_overrides([f"train.lr={rate!r}"])
         kept = made.train.lr / rate  # heads and scale stay at the common rate
         factors = [f"train.lr_factors.{kind}={kept!r}" for kind in ("head", "scale")]
-        return made.changed([f"train.lr={rate!r}", *factors])
+        return made.with_overrides([f"train.lr={rate!r}", *factors])
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Runner:
             **{"row": cell.row.name, "world": cell.world, "rate": cell.rate, "pairs": cell.pairs, "seed": cell.seed},
             "purpose": cell.purpose,
             "recipe": recipe.to_dict(),
-            "counts": {part: asdict(count) for part, count in parts.model.counts().items()},
+            "counts": {part: asdict(count) for part, count in parts.model.parameter_counts().items()},
         }
         if cell.purpose == "count":
             record |= costs.counted(parts, recipe, self.world.pairs(cell.pairs, cell.seed)[0])
@@ -177,10 +177,10 @@ class Runner:
     def _start(self, cell: Cell, recipe: Recipe, parts: ModelAndPreprocessing) -> Start:
         """Of the untouched towers once for all rows; where they say something else than these, of the row's own."""
         if cell.row.start == "own":
-            return self.world.start(parts, build_feature_source(parts, recipe.changed(["data.features=off"])), None)
+            return self.world.start(parts, build_feature_source(parts, recipe.with_overrides(["data.features=off"])), None)
         towers = json.dumps([recipe.to_dict()["image"], recipe.to_dict()["text"]], sort_keys=True)
         if towers not in self._bases:
-            untouched = recipe.changed(['tune.image=["none"]', 'tune.text=["none"]', "train.seed=0"])
+            untouched = recipe.with_overrides(['tune.image=["none"]', 'tune.text=["none"]', "train.seed=0"])
             base = build_model_and_preprocessing(untouched)
             self._bases = {towers: (base, build_feature_source(base, untouched))}  # one at a time: towers are large
         if cell.row.start == "all":

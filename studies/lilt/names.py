@@ -119,7 +119,7 @@ class Names:
             image_groups={pair.id: pair.group for pair in pairs},
             text_groups={concept: concept for concept in names},
             texts=lambda: [(list(names), pooled)],
-            parts=("image_to_text",),
+            directions=("image_to_text",),
         )
 
     # --- the files -----------------------------------------------------------------------------------------------

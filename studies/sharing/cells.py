@@ -43,7 +43,7 @@ def run(cell: Cell, world: World, results: Results) -> Record:
         **{"row": cell.row.name, "rate": cell.rate, "steps": cell.steps, "seed": cell.seed, "purpose": cell.purpose},
         "recipe": recipe.to_dict(),
         "different_pairs": world.different,
-        "counts": {part: asdict(count) for part, count in model.counts().items()},
+        "counts": {part: asdict(count) for part, count in model.parameter_counts().items()},
         "macs": macs(model, parts.transform.size),
         "pairs_per_second": session.pairs_per_second,
         "losses": [round(line["loss"], 4) for line in log if line["event"] == "step"],

@@ -65,7 +65,7 @@ class World:
             image_groups={pair.id: str(pair.group) for pair in drawings},
             text_groups={concept: concept for concept in names},
             texts=inputs.texts(names),
-            parts=("image_to_text",),
+            directions=("image_to_text",),
         )
         named = retrieval(model, images_seen(model, inputs, drawings), question)
         return {"photos/top1": found["top1"]} | {

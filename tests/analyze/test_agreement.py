@@ -89,8 +89,8 @@ def test_beside_two_plain_backward_passes(loss: str):
             torch.cat([g.flatten() for n, g in grads.items() if n.startswith(begins)]) for grads in (image, text)
         )
         assert row.cosine == pytest.approx(cosine(one, other), abs=1e-5)
-        assert row.image == pytest.approx(float(one.norm()), rel=1e-4)
-        assert row.text == pytest.approx(float(other.norm()), rel=1e-4)
+        assert row.image_norm == pytest.approx(float(one.norm()), rel=1e-4)
+        assert row.text_norm == pytest.approx(float(other.norm()), rel=1e-4)
 
 
 def test_both_ways_are_the_gradient_of_training():
@@ -132,7 +132,7 @@ def test_two_views_that_are_one_agree_and_disagree_as_they_must(by: float, cosin
     assert {row.layer for row in rows} == {0, 1, 2}
     for row in rows:
         assert row.cosine == pytest.approx(cosine, abs=1e-6)
-        assert row.text == pytest.approx(abs(by) * row.image, rel=1e-5)
+        assert row.text_norm == pytest.approx(abs(by) * row.image_norm, rel=1e-5)
 
 
 def test_frozen_weights_are_asked_too_and_stay_frozen():
@@ -167,7 +167,7 @@ def test_layers_are_counted_as_the_policy_counts():
     rows = gradient_agreement(made, batch(), LOSSES["infonce"])
     assert [(row.layer, row.part) for row in rows] == [(1, WHOLE_LAYER), (1, "ffn"), (2, WHOLE_LAYER), (2, "ffn")]
     whole, ffn = rows[:2]
-    assert (whole.cosine, whole.image, whole.text) == (ffn.cosine, ffn.image, ffn.text)
+    assert (whole.cosine, whole.image_norm, whole.text_norm) == (ffn.cosine, ffn.image_norm, ffn.text_norm)
 
 
 def test_only_the_shared_part_of_a_low_rank_difference_is_asked():
@@ -181,7 +181,7 @@ def test_only_the_shared_part_of_a_low_rank_difference_is_asked():
 def test_a_gradient_of_nothing_has_no_direction():
     made = model(SHARED)
     for row in gradient_agreement(made, batch(), lambda image, text, *more, **groups: weighed(image, text, 0.0)):
-        assert math.isnan(row.cosine) and row.text == 0 and row.image > 0
+        assert math.isnan(row.cosine) and row.text_norm == 0 and row.image_norm > 0
 
 
 def test_what_cannot_be_asked_is_refused():

@@ -148,7 +148,7 @@ def test_layers_below_a_cut_are_left_out():
     with torch.no_grad():
         freeze_except(tower, [])
         assert tower.frozen_blocks == 2  # the first who asks makes the net run
-        left = tower.trunk(read, 1)
+        left = tower.prefix_states(read, 1)
         assert [*capture_activations(tower.net, lambda: tower(left)).norm1] == [1]
 
 

@@ -140,16 +140,16 @@ def test_which_whether_and_sign() -> None:
 
 
 def test_all_ten_come_equally_often_and_half_are_applied() -> None:
-    drawn = [chance for seed in range(2000) for chance in Augment(randaugment=(2, 7)).draw(seed).operations]
-    often = Counter(int(chance.which * len(RANDAUGMENT_OPS)) for chance in drawn)
+    drawn = [chance for seed in range(2000) for chance in Augment(randaugment=(2, 7)).sample_params(seed).operations]
+    often = Counter(int(chance.operation * len(RANDAUGMENT_OPS)) for chance in drawn)
     assert len(drawn) == 4000 and sorted(often) == list(range(10))
     assert 320 < min(often.values()) and max(often.values()) < 480
-    assert 1880 < sum(chance.whether < 0.5 for chance in drawn) < 2120
+    assert 1880 < sum(chance.application < 0.5 for chance in drawn) < 2120
     assert 1880 < sum(chance.sign < 0.5 for chance in drawn) < 2120
 
 
 def test_the_seed_decides_and_changes_no_other_luck() -> None:
-    plain, more = Augment().draw(7), Augment(randaugment=(2, 7)).draw(7)
+    plain, more = Augment().sample_params(7), Augment(randaugment=(2, 7)).sample_params(7)
     luck = random.Random(7)
     numbers = [luck.random() for _ in range(17)]
     assert list(plain[:-1]) == list(more[:-1]) == numbers[:11], "as it was drawn before there was RandAugment"
@@ -161,9 +161,9 @@ def test_the_seed_decides_and_changes_no_other_luck() -> None:
     for seed in range(40):
         one, other = TRANSFORM.augmented(picture, off, seed), TRANSFORM.augmented(picture, on, seed)
         assert torch.equal(other, TRANSFORM.augmented(picture, on, seed))
-        chance = on.draw(seed).operations[0]
+        chance = on.sample_params(seed).operations[0]
         alike = torch.equal(one, other)
-        assert alike or chance.whether < 0.5, "what is not applied leaves all else as it was"
+        assert alike or chance.application < 0.5, "what is not applied leaves all else as it was"
         same += alike
     assert 12 <= same <= 32, "half are not applied, and a tenth of the rest is the identity"
 

@@ -79,7 +79,7 @@ def test_an_epoch_is_a_shuffle_and_another_epoch_another():
 
 
 def test_every_order_is_equally_likely():
-    stream = PairLoader(small_pairs(3), no_images, LiveTextReader(word_tokenizer()), batch=3, seed=0)
+    stream = PairLoader(small_pairs(3), no_images, LiveTextReader(word_tokenizer()), batch_size=3, seed=0)
     orders = Counter(next(stream.epoch(epoch)).ids for epoch in range(600))
     assert len(orders) == 6 and min(orders.values()) > 60  # 100 expected; 60 is 4.4 deviations below
 
@@ -99,7 +99,7 @@ def test_rows_are_what_the_slow_way_gives():
 
 def test_a_drawn_caption_changes_with_the_epoch_and_all_come_up():
     pairs = [Pair("0", small_pairs(1)[0].image, tuple(Caption(f"w{i}") for i in range(4)), "0")]
-    stream = PairLoader(pairs, no_images, LiveTextReader(word_tokenizer()), batch=1, seed=3)
+    stream = PairLoader(pairs, no_images, LiveTextReader(word_tokenizer()), batch_size=1, seed=3)
     seen = Counter(int(tokens(batch).ids) for epoch in range(200) for batch in stream.epoch(epoch))
     assert len(seen) == 4 and min(seen.values()) > 25  # 50 expected; 25 is 4.1 deviations below
 
@@ -108,7 +108,7 @@ def test_all_captions_are_samples():
     pairs = small_pairs(7)
     stream = batches(pairs, captions="all", batch=5, drop_last=False)
     captions = sum(len(pair.captions) for pair in pairs)
-    assert stream.samples == captions and len(stream) == -(-captions // 5)
+    assert stream.num_samples == captions and len(stream) == -(-captions // 5)
     tokenizer = word_tokenizer()
     expected = Counter((p.id, tuple(tokenizer.encode([c.text])[0])) for p in pairs for c in p.captions)
     got = Counter(
@@ -144,7 +144,7 @@ def test_the_number_of_workers_changes_nothing():
     # an epoch that was left is no trouble for the next, and workers start in the middle of one too
     assert same(next(there.epoch(2)), next(here.epoch(2)))
     assert same(next(there.epoch(3, start=2)), next(here.epoch(3, start=2)))
-    assert here.tally.found == there.tally.found
+    assert here.bad_samples.found == there.bad_samples.found
     assert torch.equal(before, torch.get_rng_state()), "loading must not disturb the dropout of the main process"
     there.close()
 
@@ -212,7 +212,7 @@ def test_a_bad_sample_leaves_its_batch_and_is_named(tmp_path: Path):
     named = {skipped.id: skipped.reason for batch in got for skipped in batch.skipped}
     assert set(named) == {"pair 3", "gone"}
     assert "not an image" in named["pair 3"] and "gone.png" in named["gone"]
-    assert stream.tally.found == named
+    assert stream.bad_samples.found == named
     assert sum(len(batch.ids) for batch in got) == 10
     for batch in got:
         assert len(batch.ids) + len(batch.skipped) == 4
@@ -220,7 +220,7 @@ def test_a_bad_sample_leaves_its_batch_and_is_named(tmp_path: Path):
             len(set(batch.ids)) == len(pixels(batch)) == len(tokens(batch).ids) == len(batch.groups) == len(batch.ids)
         )
     list(stream.epoch(1))
-    assert stream.tally.found == named, "met again, not counted again"
+    assert stream.bad_samples.found == named, "met again, not counted again"
 
 
 def test_pairs_on_disk_in_workers_with_a_file_that_went_away(tmp_path: Path):
@@ -233,8 +233,8 @@ def test_pairs_on_disk_in_workers_with_a_file_that_went_away(tmp_path: Path):
     for one, two in zip(here.epoch(0), there.epoch(0), strict=True):
         assert same(one, two)
     there.close()
-    assert there.tally.found == here.tally.found and set(there.tally.found) == {"2.png", "5.png"}
-    assert "5.png cannot be read: No such file" in there.tally.found["5.png"]
+    assert there.bad_samples.found == here.bad_samples.found and set(there.bad_samples.found) == {"2.png", "5.png"}
+    assert "5.png cannot be read: No such file" in there.bad_samples.found["5.png"]
 
 
 def test_a_batch_may_be_empty_and_keeps_its_place():
@@ -319,7 +319,7 @@ def test_one_pass_at_a_time():
 def test_images_come_in_order_with_the_ids_of_those_that_could_be_read(workers):
     pairs = small_pairs(7, damaged={1, 4, 5})
     bad: list[SkippedSample] = []
-    got = list(iter_image_batches([(p.id, p.image) for p in pairs], TRANSFORM, 2, workers=workers, report=bad.extend))
+    got = list(iter_image_batches([(p.id, p.image) for p in pairs], TRANSFORM, 2, workers=workers, on_skipped=bad.extend))
     assert [ids for ids, _ in got] == [["pair 0"], ["pair 2", "pair 3"], ["pair 6"]]
     assert [name for name, _ in bad] == ["pair 1", "pair 4", "pair 5"]
     assert torch.equal(got[1][1].values[1], TRANSFORM(pairs[3].image.read()))
@@ -347,7 +347,7 @@ def test_a_listing_holds_what_its_pairs_say():
     listing = PairIndex(pairs)
     assert listing.ids == [pair.id for pair in pairs] and listing.group.tolist() == [0, 0, 1, 1, 2]
     for number, pair in enumerate(pairs):
-        codes = listing.caption[listing.first[number] : listing.first[number + 1]]
+        codes = listing.caption[listing.caption_offsets[number] : listing.caption_offsets[number + 1]]
         assert [listing.texts[code] for code in codes] == [caption.text for caption in pair.captions]
     assert len(set(listing.texts)) == len(listing.texts)
     assert pickle.loads(pickle.dumps(listing)).ids == listing.ids

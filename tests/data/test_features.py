@@ -86,11 +86,11 @@ def small_pairs(count: int, **settings) -> Pairs:
 
 
 def images(tower: ImageTower, pairs: Pairs, cache: Path, **settings) -> CachedFeatures:
-    return image_features(tower, pairs, TRANSFORM, cache=cache, **{"batch": 4, **settings})
+    return image_features(tower, pairs, TRANSFORM, cache_folder=cache, **{"batch": 4, **settings})
 
 
 def texts(tower: TextTower, said: Sequence[str], cache: Path, **settings) -> CachedFeatures:
-    return text_features(tower, word_tokenizer(), said, cache=cache, **settings)
+    return text_features(tower, word_tokenizer(), said, cache_folder=cache, **settings)
 
 
 def pooled(batch_side) -> Tensor:
@@ -112,7 +112,7 @@ def test_image_features_are_what_the_tower_says(tmp_path: Path):
     with torch.no_grad():
         live = [
             tower.pooled(inputs)
-            for _, inputs in iter_image_batches([(p.id, p.image) for p in pairs], TRANSFORM, batch=4)
+            for _, inputs in iter_image_batches([(p.id, p.image) for p in pairs], TRANSFORM, batch_size=4)
         ]
     assert torch.equal(pooled(features.read(np.arange(10))), torch.cat(live)), "same shapes, same bits"
     assert (len(features), features.views, features.kept.width) == (10, 1, 5) and features.skipped == {}
@@ -243,7 +243,7 @@ def test_replay_equals_encoding_live_whichever_side_is_cached(tmp_path: Path, ca
                 assert torch.equal(one.groups, two.groups)
                 for expected, got in zip(embedded(one), embedded(two), strict=True):
                     assert torch.allclose(expected, got, atol=1e-6)
-        assert set(replay.tally.found) == {"pair 3", "pair 11"}
+        assert set(replay.bad_samples.found) == {"pair 3", "pair 11"}
 
 
 def test_replay_is_bitwise_where_the_batches_have_the_same_shape(tmp_path: Path):
@@ -251,9 +251,9 @@ def test_replay_is_bitwise_where_the_batches_have_the_same_shape(tmp_path: Path)
     listing, image, text = sides(pairs, tmp_path)
     tower = ImageTower()
     live = next(
-        PairLoader(pairs, LiveImageReader(TRANSFORM), LiveTextReader(word_tokenizer()), batch=4, seed=0).epoch(0)
+        PairLoader(pairs, LiveImageReader(TRANSFORM), LiveTextReader(word_tokenizer()), batch_size=4, seed=0).epoch(0)
     )
-    cached = next(PairLoader(listing, image, text, batch=4, seed=0).epoch(0))
+    cached = next(PairLoader(listing, image, text, batch_size=4, seed=0).epoch(0))
     assert isinstance(live.image, Pixels)
     with torch.no_grad():
         assert torch.equal(tower.pooled(live.image), pooled(cached.image))
@@ -262,7 +262,7 @@ def test_replay_is_bitwise_where_the_batches_have_the_same_shape(tmp_path: Path)
 def test_replay_reads_neither_images_nor_pairs(tmp_path: Path):
     in_memory = pairs_of(8)
     listing, image, text = sides(Pairs("small", [in_memory]), tmp_path)
-    stream = PairLoader(listing, image, text, batch=4, seed=0)
+    stream = PairLoader(listing, image, text, batch_size=4, seed=0)
     del in_memory[:]
     assert [len(batch.ids) for batch in stream.epoch(0)] == [4, 4]
 
@@ -270,7 +270,7 @@ def test_replay_reads_neither_images_nor_pairs(tmp_path: Path):
 def test_views_take_turns(tmp_path: Path):
     pairs = small_pairs(4)
     features = images(ImageTower(), pairs, tmp_path, views=3, augment=AUGMENT)
-    stream = PairLoader(pairs, CachedImageReader(features, pairs), LiveTextReader(word_tokenizer()), batch=4, seed=0)
+    stream = PairLoader(pairs, CachedImageReader(features, pairs), LiveTextReader(word_tokenizer()), batch_size=4, seed=0)
     number = {pair.id: at for at, pair in enumerate(pairs)}
     seen = set()
     for epoch in range(30):
@@ -284,8 +284,8 @@ def test_views_take_turns(tmp_path: Path):
 def test_replay_in_workers(tmp_path: Path):
     pairs = small_pairs(8)
     _, image, text = sides(pairs, tmp_path)
-    here = PairLoader(pairs, LiveImageReader(TRANSFORM), text, batch=4, seed=0)
-    there = PairLoader(pairs, LiveImageReader(TRANSFORM), text, batch=4, seed=0, workers=1)
+    here = PairLoader(pairs, LiveImageReader(TRANSFORM), text, batch_size=4, seed=0)
+    there = PairLoader(pairs, LiveImageReader(TRANSFORM), text, batch_size=4, seed=0, workers=1)
     for one, two in zip(here.epoch(0), there.epoch(0), strict=True):
         assert one.ids == two.ids and torch.equal(pooled(one.text), pooled(two.text))
     there.close()
@@ -324,7 +324,7 @@ def test_replay_is_fast(tmp_path: Path):
     kept = load_or_compute(tmp_path, key, (5000, 128), lambda writer: writer.notes.update(skipped=[], depth=0))
     image = CachedImageReader(CachedFeatures(kept, np.arange(5000), np.arange(5001)), pairs)
     text = CachedTextReader(texts(TextTower(), listing.texts, tmp_path), listing)
-    stream = PairLoader(listing, image, text, batch=256, seed=0)
+    stream = PairLoader(listing, image, text, batch_size=256, seed=0)
     started = time.process_time()  # not the clock on the wall: the machine may be busy
     rows = sum(len(batch.ids) for epoch in range(4) for batch in stream.epoch(epoch))
     assert rows / (time.process_time() - started) > 20_000
@@ -482,7 +482,7 @@ def test_each_storage_keeps_rows_to_its_rounding(tmp_path: Path, storage, error:
     largest = values.abs().amax(dim=1)[torch.from_numpy(rows)][..., None]
     assert ((got - values[torch.from_numpy(rows)]).abs() <= error * largest).all()
     sizes = {"float32": 96, "float16": 48, "bfloat16": 48, "int8": 28}
-    assert kept.about["bytes"] == 50 * sizes[storage] == kept.stored.nbytes
+    assert kept.metadata["bytes"] == 50 * sizes[storage] == kept.stored.nbytes
 
 
 def test_rows_that_were_never_read_stay_nan_in_every_storage(tmp_path: Path):
@@ -513,6 +513,6 @@ def test_what_is_skipped_is_known_after_reading_back(tmp_path: Path):
         list(again.skipped) == [6] and isinstance(again.skipped[6], SkippedSample) and again.skipped[6].id == "pair 6"
     )
     batch = next(
-        PairLoader(pairs, CachedImageReader(again, pairs), LiveTextReader(word_tokenizer()), batch=10, seed=0).epoch(0)
+        PairLoader(pairs, CachedImageReader(again, pairs), LiveTextReader(word_tokenizer()), batch_size=10, seed=0).epoch(0)
     )
     assert len(batch.ids) == 9 and not pooled(batch.image).isnan().any() and batch.skipped[0].id == "pair 6"

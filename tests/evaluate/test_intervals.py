@@ -37,21 +37,21 @@ def slow_replicates(sample, universe, resamples, seed):
 @pytest.mark.parametrize("cells", [None, 1, 3])
 def test_replicates_equal_an_explicit_loop(cells):
     samples = [random_sample(0, 30, 8, cells=cells), random_sample(1, 12, 8, columns=1, cells=cells)]
-    for sample, got in zip(samples, bootstrap_replicates(samples, universe=8, resamples=40, seed=5), strict=True):
+    for sample, got in zip(samples, bootstrap_replicates(samples, group_count=8, resamples=40, seed=5), strict=True):
         torch.testing.assert_close(got, slow_replicates(sample, 8, 40, 5), rtol=1e-12, atol=0)
 
 
 def test_chunks_of_draws_are_seamless(monkeypatch):
     sample = random_sample(0, 50, 20)
-    (whole,) = bootstrap_replicates([sample], universe=20, resamples=33)
+    (whole,) = bootstrap_replicates([sample], group_count=20, resamples=33)
     monkeypatch.setattr("clasp.evaluation.bootstrap.DRAWS_PER_CHUNK", 100)
-    (pieces,) = bootstrap_replicates([sample], universe=20, resamples=33)
+    (pieces,) = bootstrap_replicates([sample], group_count=20, resamples=33)
     assert torch.equal(whole, pieces)
 
 
 def test_width_is_that_of_theory():
     values = (torch.rand(400, 1, generator=torch.Generator().manual_seed(0)) < 0.3).double()
-    (made,) = bootstrap_replicates([GroupedScores(values, torch.arange(400))], universe=400, resamples=4000)
+    (made,) = bootstrap_replicates([GroupedScores(values, torch.arange(400))], group_count=400, resamples=4000)
     (interval,) = percentile_intervals(made)
     error = math.sqrt(values.mean().item() * (1 - values.mean().item()) / 400)
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.1)
@@ -63,12 +63,12 @@ def test_copies_within_a_group_add_no_certainty():
     groups = torch.arange(50)
     once, fourfold = bootstrap_replicates(
         [GroupedScores(values, groups), GroupedScores(values.repeat(4, 1), groups.repeat(4))],
-        universe=50,
+        group_count=50,
         resamples=200,
     )
     torch.testing.assert_close(once, fourfold)
     (apart,) = bootstrap_replicates(
-        [GroupedScores(values.repeat(4, 1), torch.arange(200))], universe=200, resamples=200
+        [GroupedScores(values.repeat(4, 1), torch.arange(200))], group_count=200, resamples=200
     )
     assert apart.std() < 0.6 * once.std()
 
@@ -79,7 +79,7 @@ def test_a_mean_over_languages_keeps_what_they_have_in_common():
     groups = torch.arange(60)
     first, same, opposite = bootstrap_replicates(
         [GroupedScores(values, groups), GroupedScores(values, groups), GroupedScores(1 - values, groups)],
-        universe=60,
+        group_count=60,
         resamples=300,
     )
     torch.testing.assert_close((first + same) / 2, first)
@@ -87,7 +87,7 @@ def test_a_mean_over_languages_keeps_what_they_have_in_common():
 
 
 def test_a_resample_without_any_query_is_left_out():
-    (made,) = bootstrap_replicates([GroupedScores(torch.ones(1, 1), torch.tensor([2]))], universe=3, resamples=100)
+    (made,) = bootstrap_replicates([GroupedScores(torch.ones(1, 1), torch.tensor([2]))], group_count=3, resamples=100)
     assert made.isnan().any() and not made.isnan().all()
     assert percentile_intervals(made) == [(1, 1)]
 
@@ -95,7 +95,7 @@ def test_a_resample_without_any_query_is_left_out():
 def test_seeds_repeat_and_differ():
     sample = random_sample(0, 30, 30)
     first, again, other = (
-        bootstrap_replicates([sample], universe=30, resamples=50, seed=seed)[0] for seed in (1, 1, 2)
+        bootstrap_replicates([sample], group_count=30, resamples=50, seed=seed)[0] for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

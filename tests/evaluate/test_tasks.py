@@ -91,7 +91,7 @@ def classes(labels, **changes):
 def zeroshot(seen, labels, **changes):
     """``seen``: image id to what it looks like."""
     images = stream({id: AXES[animal] for id, animal in seen.items()})
-    return ZeroShotTask(data="zoo", images=images, question=classes(labels, **changes))
+    return ZeroShotTask(data="zoo", images=images, queries=classes(labels, **changes))
 
 
 # --- zero-shot -----------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_top5_is_more_than_top1():
     question = ZeroShotQueries(
         labels={str(i): names[i] for i in range(10)}, classes=names, templates=["{}"], read=reader(meaning)
     )
-    numbers = ZeroShotTask(data="kinds", images=stream(images), question=question)(Mirror())
+    numbers = ZeroShotTask(data="kinds", images=stream(images), queries=question)(Mirror())
     assert (numbers["top1"], numbers["top5"]) == (0, 1)
 
 
@@ -146,7 +146,7 @@ def test_prompts_are_ensembled_as_unit_vectors():
     question = ZeroShotQueries(
         labels={"1": "cat"}, classes=["cat", "dog"], templates=["big {}", "small {}"], read=reader(meaning)
     )
-    vectors = question.class_vectors(Mirror())
+    vectors = question.class_embeddings(Mirror())
     torch.testing.assert_close(vectors, torch.stack([F.normalize(AXES["cat"] + AXES["fox"], dim=0), AXES["dog"]]))
 
 
@@ -158,7 +158,7 @@ def test_class_names_enter_prompts_as_they_are():
         return stream(dict.fromkeys(texts, torch.ones(2)))()
 
     names = [r"a\1b", "{}", "100%"]
-    ZeroShotQueries(labels={}, classes=names, templates=["the {c} of {x}", "{}"], read=read).class_vectors(Mirror())
+    ZeroShotQueries(labels={}, classes=names, templates=["the {c} of {x}", "{}"], read=read).class_embeddings(Mirror())
     assert asked == [r"the a\1b of {x}", r"a\1b", "the {} of {x}", "{}", "the 100% of {x}", "100%"]
 
 
@@ -205,7 +205,7 @@ def test_mistakes_in_images_are_told():
     with pytest.raises(UserError, match="1 of 1 images have no group: '1'"):
         zeroshot({"1": "cat"}, {"1": "cat"}, groups={})(Mirror())
     with pytest.raises(UserError, match="no metric 'top11'; nearest of 3: top1"):
-        ZeroShotTask(data="zoo", images=stream({}), question=classes({}), primary="top11")
+        ZeroShotTask(data="zoo", images=stream({}), queries=classes({}), primary="top11")
 
 
 def test_one_id_twice_is_refused():
@@ -241,7 +241,7 @@ def retrieval(images, texts, image_meaning=AXES, text_meaning=AXES, **changes):
         texts=stream(caption_vectors(texts, text_meaning), chunk=3),
         **changes,
     )
-    return RetrievalTask(data="zoo", images=stream(caption_vectors(images, image_meaning)), question=question)
+    return RetrievalTask(data="zoo", images=stream(caption_vectors(images, image_meaning)), queries=question)
 
 
 def test_retrieval_by_hand():
@@ -335,11 +335,11 @@ def test_mistakes_in_captions_are_told():
     with pytest.raises(UserError, match="one or both of image_to_text, text_to_image"):
         retrieval({"i": "cat"}, {"t": "cat"}, parts=())
     with pytest.raises(UserError, match="there is no metric 'mean_recal'; nearest of 15: mean_recall"):
-        question = retrieval({"i": "cat"}, {"t": "cat"}).question
-        RetrievalTask(data="zoo", images=stream(AXES), question=question, primary="mean_recal")
+        question = retrieval({"i": "cat"}, {"t": "cat"}).queries
+        RetrievalTask(data="zoo", images=stream(AXES), queries=question, primary="mean_recal")
     question = RetrievalQueries(image_groups={"i": "cat"}, text_groups={"t": "cat"}, texts=stream({"u": AXES["cat"]}))
     with pytest.raises(UserError, match="1 of 1 captions have no group: 'u'"):
-        RetrievalTask(data="zoo", images=stream({"i": AXES["cat"]}), question=question)(Mirror())
+        RetrievalTask(data="zoo", images=stream({"i": AXES["cat"]}), queries=question)(Mirror())
 
 
 # --- multilingual --------------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def multilingual(readings, images=None, primary="macro:all/image_to_text/recall@
     }
     settings = {"sets": {"all": list(readings)}, "primary": primary}
     return MultilingualTask(
-        data="zoo", images=stream(caption_vectors(images, AXES)), questions=questions, **(settings | changes)
+        data="zoo", images=stream(caption_vectors(images, AXES)), queries=questions, **(settings | changes)
     )
 
 
@@ -415,7 +415,7 @@ def test_classes_can_be_asked_in_many_languages():
     task = MultilingualTask(
         data="zoo",
         images=stream(caption_vectors(images, AXES)),
-        questions=questions,
+        queries=questions,
         sets={"all": ["en", "de"]},
         primary="macro:all/top1",
     )
@@ -451,13 +451,13 @@ def test_mistakes_in_languages_are_told():
         multilingual({})
     with pytest.raises(UserError, match="there is no metric 'macro:high/recall@1'"):
         multilingual(READINGS, primary="macro:high/recall@1")
-    mixed = {**multilingual(READINGS).questions, "xx": classes({})}
+    mixed = {**multilingual(READINGS).queries, "xx": classes({})}
     with pytest.raises(UserError, match="the set 'all' mixes questions"):
-        MultilingualTask(data="zoo", images=stream(AXES), questions=mixed, sets={"all": list(mixed)}, primary="xx/top1")
+        MultilingualTask(data="zoo", images=stream(AXES), queries=mixed, sets={"all": list(mixed)}, primary="xx/top1")
     unread = RetrievalQueries(image_groups={"cat0": "cat"}, text_groups={"t": "cat"}, texts=stream({}))
     with pytest.raises(UserError, match="zoo in 'so': there are no captions to evaluate on"):
         MultilingualTask(
-            data="zoo", images=stream({"cat0": AXES["cat"]}), questions={"so": unread}, primary="so/recall@1"
+            data="zoo", images=stream({"cat0": AXES["cat"]}), queries={"so": unread}, primary="so/recall@1"
         )(Mirror())
 
 

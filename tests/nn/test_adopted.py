@@ -57,7 +57,7 @@ def something(of: Backbone) -> Pixels | Tokens:
 def every_state(tower: Tower, read: Pixels | Tokens) -> list[Tensor]:
     """After each block and at the end, on real tokens."""
     depths = range(1, len(find_structure(tower.net).blocks) + 1)
-    states = [*(tower.trunk(read, depth).values for depth in depths), tower(read)]
+    states = [*(tower.prefix_states(read, depth).values for depth in depths), tower(read)]
     return states if isinstance(read, Pixels) else [each * read.mask[..., None] for each in states]
 
 

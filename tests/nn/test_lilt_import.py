@@ -63,10 +63,10 @@ class Case:
     def theirs(self) -> dict[str, str]:
         """The names of the model's parameters to the authors'."""
         names = {"temperature": "temp"}
-        for modality, side in self.lilt.sides.items():
+        for modality, side in self.lilt.towers.items():
             names |= {
                 f"{modality}.net.{ours}": f"{LILT_TOWER_PREFIXES[modality]}{theirs}"
-                for ours, theirs in side.theirs.items()
+                for ours, theirs in side.original_names.items()
             }
             names |= {
                 f"{modality}_head.map.{part}": f"{LILT_HEAD_PREFIXES[modality]}{part}" for part in ("weight", "bias")
@@ -128,7 +128,7 @@ def test_every_recorded_output(case: Case):
 
 
 def test_what_trains_to_the_name_and_to_the_unit(case: Case):
-    counts, params = case.model.counts(), case.golden["params"]
+    counts, params = case.model.parameter_counts(), case.golden["params"]
     assert {case.theirs[name] for name in case.model.selection} == set(case.golden["trainable_names"])
     assert (counts["model"].total, counts["model"].trained) == (params["total"], params["trainable"])
     assert counts["image"].trained == params["vision_trainable"]
@@ -153,7 +153,7 @@ def test_every_recorded_gradient(case: Case):
 def test_every_tensor_of_the_file_is_in_the_run(case: Case):
     """Bit for bit; the temperature as it is used."""
     parameters = dict(case.model.named_parameters())
-    for modality, side in case.lilt.sides.items():
+    for modality, side in case.lilt.towers.items():
         for name, tensor in side.tensors.items():
             assert torch.equal(parameters[f"{modality}.net.{name}"], tensor), name
         for part, tensor in case.lilt.heads[modality].items():
@@ -186,7 +186,7 @@ def test_the_recipe_is_the_papers(case: Case):
 
 def test_sizes_are_those_of_the_net(case: Case):
     arch = case.golden["arch"]
-    image, text = case.lilt.sides["image"].settings, case.lilt.sides["text"].settings
+    image, text = case.lilt.towers["image"].settings, case.lilt.towers["text"].settings
     assert isinstance(image, ImageTransformerSettings) and isinstance(text, BertSettings)
     vision = arch["vision"]
     assert (image.size, image.patch, image.width) == (arch["image_size"], arch["patch_size"], vision["width"])
@@ -204,7 +204,7 @@ def test_sizes_are_those_of_the_net(case: Case):
         vocabulary=words["vocab_size"],
         positions=words["max_positions"],
     )
-    assert all(side.reduction == arch["adapter_reduction_factor"] for side in case.lilt.sides.values())
+    assert all(side.reduction == arch["adapter_reduction_factor"] for side in case.lilt.towers.values())
 
 
 def _batch(case: Case) -> Batch:
@@ -272,7 +272,7 @@ def test_import_at_another_size(tmp_path: Path, name: str):
     file, wanted = GOLDEN / f"{name}.checkpoint.pth", ImportOptions(tokenizer=f"file:{tmp_path / 'words'}", size=96)
     model = load(import_checkpoint("lilt", file, tmp_path / "run", wanted).run)
     assert model.transform.size == 96 and isinstance(model.encoder, DualEncoder)
-    side = read_lilt_checkpoint(file, BY_WIDTH).sides["image"]
+    side = read_lilt_checkpoint(file, BY_WIDTH).towers["image"]
     table, extra = side.tensors["pos_embed"], int(name == "lilt_lwa_ln")
     parameters = dict(model.encoder.named_parameters())
     assert torch.equal(parameters["image.net.pos_embed"], resize_pos_embed(table, 6, extra))
@@ -334,9 +334,9 @@ def _theirs(modality: str, name: str) -> str:
 
 def _selected(lilt: LiltCheckpoint, modality: str, each: LiltTuning) -> dict[str, int]:
     """The authors' names of what the methods select on the plain tower, with their sizes."""
-    net = build_on_meta(lilt.sides[modality].plain(each.appended)[0])
+    net = build_on_meta(lilt.towers[modality].base_tower(each.appended_blocks)[0])
     names = apply_tuning(net, each.methods, seed=0)
-    theirs = lilt.sides[modality].theirs
+    theirs = lilt.towers[modality].original_names
     return {f"{LILT_TOWER_PREFIXES[modality]}{theirs[n]}": p.numel() for n, p in net.named_parameters() if n in names}
 
 
@@ -344,7 +344,7 @@ def _selected(lilt: LiltCheckpoint, modality: str, each: LiltTuning) -> dict[str
 def test_trained_names_are_the_references(name: str):
     lilt, recipe = made(NAMES[name]["switches"]), NAMES[name]
     found = {"temp", *(f"{head}{part}" for head in LILT_HEAD_PREFIXES.values() for part in ("weight", "bias"))}
-    tunings = {modality: infer_lilt_tuning(lilt, modality) for modality in lilt.sides}
+    tunings = {modality: infer_lilt_tuning(lilt, modality) for modality in lilt.towers}
     for modality, each in tunings.items():
         found |= _selected(lilt, modality, each).keys()
         assert not each.notes
@@ -374,7 +374,7 @@ def test_a_text_tower_that_was_not_pretrained_has_nothing_added():
     da = made({**DA, "pretrained_text": False}, text="plain")
     assert infer_lilt_tuning(da, "image").methods == [APPENDED_BLOCK_METHOD, "norms"]
     text = infer_lilt_tuning(da, "text")
-    assert (set(text.methods), text.appended) == ({"last(1)", "norms"}, 0)
+    assert (set(text.methods), text.appended_blocks) == ({"last(1)", "norms"}, 0)
 
 
 def test_dino_has_no_adapters_though_the_config_says_so():
@@ -383,7 +383,7 @@ def test_dino_has_no_adapters_though_the_config_says_so():
     assert infer_lilt_tuning(lilt, "text").methods == [lilt_adapter_method("text", 4), "norms"]
     deep = made({**DA, "vision_encoder": "base_dino"}, image="plain")
     image = infer_lilt_tuning(deep, "image")
-    assert (set(image.methods), image.appended) == ({"last(1)", "norms"}, 0)
+    assert (set(image.methods), image.appended_blocks) == ({"last(1)", "norms"}, 0)
 
 
 def test_blocks_that_were_frozen_again_stay_out_of_the_selection():
@@ -408,11 +408,11 @@ def test_without_switches_norms_and_what_was_added_are_taken_to_have_trained():
         lwa = parse_lilt_checkpoint(Path("tiny.pth"), {"model": _model(made(LWA)), "config": config}, BY_WIDTH)
         assert infer_lilt_tuning(lwa, "image").methods == [lilt_adapter_method("image", 4), "norms"]
         da = parse_lilt_checkpoint(Path("tiny.pth"), {"model": _model(made(DA)), "config": config}, BY_WIDTH)
-        assert [infer_lilt_tuning(da, modality).methods for modality in da.sides] == [
+        assert [infer_lilt_tuning(da, modality).methods for modality in da.towers] == [
             [APPENDED_BLOCK_METHOD, "norms"]
         ] * 2
         plain = parse_lilt_checkpoint(Path("tiny.pth"), {"model": _model(made({})), "config": config}, BY_WIDTH)
-        assert [infer_lilt_tuning(plain, modality).methods for modality in plain.sides] == [["norms"]] * 2
+        assert [infer_lilt_tuning(plain, modality).methods for modality in plain.towers] == [["norms"]] * 2
         assert "no switches" in explain_lilt_tuning(plain, 0)[0]
 
 
@@ -429,9 +429,9 @@ def test_what_the_switches_cannot_tell_is_said():
 def _model(lilt: LiltCheckpoint) -> dict[str, torch.Tensor]:
     """The weights alone, by the authors' names."""
     model = {"temp": lilt.temperature}
-    for modality, side in lilt.sides.items():
+    for modality, side in lilt.towers.items():
         model |= {
-            f"{LILT_TOWER_PREFIXES[modality]}{side.theirs[name]}": tensor for name, tensor in side.tensors.items()
+            f"{LILT_TOWER_PREFIXES[modality]}{side.original_names[name]}": tensor for name, tensor in side.tensors.items()
         }
         model |= {f"{LILT_HEAD_PREFIXES[modality]}{part}": tensor for part, tensor in lilt.heads[modality].items()}
     return model

@@ -34,7 +34,7 @@ def stream(name: str) -> list[tuple[list[str], Pixels | Tokens]]:
 def block_outputs(tower: Tower, batch: Pixels | Tokens) -> list[torch.Tensor]:
     """What each block gives out."""
     outputs: list[torch.Tensor] = []
-    blocks = [tower.net.get_submodule(block.path) for block in tower._parts.blocks]
+    blocks = [tower.net.get_submodule(block.path) for block in tower._structure.blocks]
     hooks = [b.register_forward_hook(lambda _, __, output: outputs.append(block_states(output))) for b in blocks]
     tower.pooled(batch)
     for hook in hooks:
@@ -45,7 +45,7 @@ def block_outputs(tower: Tower, batch: Pixels | Tokens) -> list[torch.Tensor]:
 @torch.no_grad()
 def slow_means(tower: Tower, name: str) -> list[torch.Tensor]:
     """Each input alone, without padding: the mean of what each block gives out."""
-    rows: list[list[torch.Tensor]] = [[] for _ in tower._parts.blocks]
+    rows: list[list[torch.Tensor]] = [[] for _ in tower._structure.blocks]
     for _, batch in stream(name):
         for n in range(len(batch.values if isinstance(batch, Pixels) else batch.ids)):
             if isinstance(batch, Pixels):
@@ -62,13 +62,13 @@ def slow_means(tower: Tower, name: str) -> list[torch.Tensor]:
 def test_one_pass_gives_vectors_and_block_means(name: str):
     tower = Tower(base(name))
     said = extract_tower_features(tower, stream(name), [f"{n}" for n in range(ROWS)])
-    assert said.ids == said.sample == tuple(f"{n}" for n in range(ROWS))
+    assert said.ids == said.block_ids == tuple(f"{n}" for n in range(ROWS))
     with torch.no_grad():
         alone = torch.cat([tower.pooled(batch) for _, batch in stream(name)])
-    assert torch.equal(said.pooled, alone) and torch.equal(said.plain, alone)
+    assert torch.equal(said.pooled, alone) and torch.equal(said.plain_pooled, alone)
     for number, means in enumerate(slow_means(tower, name), 1):
-        torch.testing.assert_close(said.blocks[number], means, rtol=1e-4, atol=1e-5)
-    assert list(said.blocks) == list(range(1, len(tower._parts.blocks) + 1))
+        torch.testing.assert_close(said.block_means[number], means, rtol=1e-4, atol=1e-5)
+    assert list(said.block_means) == list(range(1, len(tower._structure.blocks) + 1))
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
@@ -78,9 +78,9 @@ def test_block_means_are_of_the_sample_alone(name: str):
         extract_tower_features(tower, stream(name), [f"{n}" for n in range(ROWS)]),
         extract_tower_features(tower, stream(name), ["5", "2"]),
     )
-    assert some.sample == ("2", "5")
-    assert torch.equal(some.blocks[1], everything.blocks[1][[2, 5]])
-    assert torch.equal(some.of(["5", "0"]), everything.plain[[5, 0]])
+    assert some.block_ids == ("2", "5")
+    assert torch.equal(some.block_means[1], everything.block_means[1][[2, 5]])
+    assert torch.equal(some.rows_of(["5", "0"]), everything.plain_pooled[[5, 0]])
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
@@ -91,7 +91,7 @@ def test_prompts_are_no_part_of_the_mean(name: str):
     at = {"vit": 1, "bert": 0}[name]  # after the class token, or in front
     row = block_outputs(tower, stream(name)[0][1])[0][0]
     rest = torch.cat((row[:at], row[at + 3 :]))
-    torch.testing.assert_close(said.blocks[1][0], rest.mean(dim=0))
+    torch.testing.assert_close(said.block_means[1][0], rest.mean(dim=0))
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
@@ -99,17 +99,17 @@ def test_states_of_a_trunk_say_the_same_without_the_blocks_below(name: str):
     tower = Tower(base(name)).requires_grad_(False)
     live = extract_tower_features(tower, stream(name), ["0", "5"])
     with torch.no_grad():
-        cached = [(ids, Tower(base(name)).trunk(batch, 1)) for ids, batch in stream(name)]
+        cached = [(ids, Tower(base(name)).prefix_states(batch, 1)) for ids, batch in stream(name)]
     said = extract_tower_features(tower, cached, ["0", "5"])
-    assert list(said.blocks) == [2]
-    torch.testing.assert_close(said.blocks[2], live.blocks[2], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(said.plain, live.plain, rtol=1e-4, atol=1e-5)
+    assert list(said.block_means) == [2]
+    torch.testing.assert_close(said.block_means[2], live.block_means[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(said.plain_pooled, live.plain_pooled, rtol=1e-4, atol=1e-5)
 
 
 def test_pooled_features_are_kept_as_they_are():
     values = torch.randn(3, 5)
     said = extract_tower_features(Tower(base("vit")), [(["a", "b", "c"], PooledFeatures(values))], ["c"])
-    assert torch.equal(said.pooled, values) and said.sample == ("c",) and not said.blocks
+    assert torch.equal(said.pooled, values) and said.block_ids == ("c",) and not said.block_means
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
@@ -119,8 +119,8 @@ def test_what_a_learned_pooling_adds_is_left_out(name: str):
     with torch.no_grad():
         tower.pooling.query.normal_()
     said = extract_tower_features(tower, stream(name))
-    assert not torch.allclose(said.pooled, said.plain)
-    assert torch.equal(said.plain, extract_tower_features(Tower(base(name), pool="mean"), stream(name)).plain)
+    assert not torch.allclose(said.pooled, said.plain_pooled)
+    assert torch.equal(said.plain_pooled, extract_tower_features(Tower(base(name), pool="mean"), stream(name)).plain_pooled)
 
 
 def test_whoever_watches_hears_how_many_are_done():

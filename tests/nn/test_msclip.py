@@ -65,9 +65,9 @@ def refused(call: Callable[[], Any]) -> str:
 
 def features(model: MSCLIPCheckpoint, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     tokens = to_msclip_tokens(ids)
-    states = model.pair.text(tokens.ids, tokens.mask.long()).last_hidden_state
+    states = model.encoders.text(tokens.ids, tokens.mask.long()).last_hidden_state
     last = states[torch.arange(len(ids)), tokens.mask.sum(1) - 1]
-    return model.pair.image(pixels)[:, 0] @ model.image_head.T, last @ model.text_head.T
+    return model.encoders.image(pixels)[:, 0] @ model.image_head.T, last @ model.text_head.T
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,8 +99,8 @@ def test_outputs_are_those_recorded(name: str):
 def test_a_dual_encoder_of_two_towers_says_what_was_recorded(name: str):
     model, inputs, said = read(name), golden(name)["inputs"], golden(name)["outputs"]
     towers = [
-        Tower(Backbone(name, "image", model.pair.image, "0", "cls")),
-        Tower(Backbone(name, "text", model.pair.text, "0", "last")),
+        Tower(Backbone(name, "image", model.encoders.image, "0", "cls")),
+        Tower(Backbone(name, "text", model.encoders.text, "0", "last")),
     ]
     encoder = DualEncoder(*towers, HeadSettings(width=len(model.image_head)), loss="infonce", seed=0).eval()
     with torch.no_grad():
@@ -124,11 +124,11 @@ def test_attention_maps_are_those_recorded(name: str):
     def keep(side: str):
         return lambda attn, args: maps.__setitem__(side, attn.map(*args))
 
-    for side, net in (("image", model.pair.image), ("text", model.pair.text)):
+    for side, net in (("image", model.encoders.image), ("text", model.encoders.text)):
         net.blocks[-1].attn.register_forward_pre_hook(keep(side))
     with torch.no_grad():
-        model.pair.image(inputs["pixel_values"][:1])
-        model.pair.text(inputs["input_ids"][:1], torch.ones_like(inputs["input_ids"][:1]))
+        model.encoders.image(inputs["pixel_values"][:1])
+        model.encoders.text(inputs["input_ids"][:1], torch.ones_like(inputs["input_ids"][:1]))
     for side, found in maps.items():
         torch.testing.assert_close(found[0], said[f"attention_last_layer_{side}_0"], atol=1e-5, rtol=0)
     assert len(maps) == 2
@@ -138,20 +138,20 @@ def test_attention_maps_are_those_recorded(name: str):
 def test_gradients_are_those_recorded(name: str):
     model, recorded = read(name), golden(name)
     heads = {key: nn.Parameter(getattr(model, key)) for key in ("image_head", "text_head", "log_scale")}
-    model = MSCLIPCheckpoint(model.pair, **heads)
+    model = MSCLIPCheckpoint(model.encoders, **heads)
     image, text = features(model, recorded["inputs"]["pixel_values"], recorded["inputs"]["input_ids"])
     logits = model.log_scale.exp() * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
     numbers = torch.arange(len(logits))
     ((F.cross_entropy(logits, numbers) + F.cross_entropy(logits.T, numbers)) / 2).backward()
-    ours = {**dict(model.pair.named_parameters(remove_duplicate=False)), **heads}
-    names = msclip_name_map(model.pair.image.settings, model.pair.text.settings)
+    ours = {**dict(model.encoders.named_parameters(remove_duplicate=False)), **heads}
+    names = msclip_name_map(model.encoders.image.settings, model.encoders.text.settings)
 
     def gradient(theirs: str) -> Tensor:
         grad = ours[names[theirs]].grad
         assert grad is not None, theirs
         return grad.T if names[theirs].endswith("_head") else grad
 
-    assert {names[theirs] for theirs in recorded["grad_norms"]} >= {n for n, _ in model.pair.named_parameters()}
+    assert {names[theirs] for theirs in recorded["grad_norms"]} >= {n for n, _ in model.encoders.named_parameters()}
     for theirs, norm in recorded["grad_norms"].items():
         assert gradient(theirs).norm().item() == pytest.approx(float(norm), rel=1e-3, abs=1e-6), theirs
     for theirs, wanted in recorded["grads"].items():
@@ -179,7 +179,7 @@ def groups(state: dict[str, Tensor]) -> set[frozenset[str]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_counts_are_those_recorded(name: str):
     model, counted = read(name), golden(name)["params"]
-    pair, state = model.pair, to_msclip_state_dict(model)
+    pair, state = model.encoders, to_msclip_state_dict(model)
     shared = [p for p in pair.text.parameters() if any(p is q for q in pair.image.parameters())]
     heads = model.image_head.numel() + model.text_head.numel()
     trained = sum(p.numel() for p in pair.parameters()) + heads + 1
@@ -197,21 +197,21 @@ def test_counts_are_those_recorded(name: str):
 
 
 def test_the_policy_is_read_from_the_file():
-    assert str(read("msclip_s_b32").pair.sharing) == (
+    assert str(read("msclip_s_b32").encoders.sharing) == (
         "layer  attention  ffn       norm1     norm2\n"
         "0      separate   separate  separate  separate\n"
         "1-11   shared     shared    separate  separate\n"
         "final norm: separate; head: separate"
     )
-    assert read("msclip_share_last6").pair.sharing.layers[5]["ffn"] == "separate"
-    assert read("msclip_share_last6").pair.sharing.layers[6]["ffn"] == "shared"
+    assert read("msclip_share_last6").encoders.sharing.layers[5]["ffn"] == "separate"
+    assert read("msclip_share_last6").encoders.sharing.layers[6]["ffn"] == "shared"
 
 
 def test_a_file_that_lost_its_aliases_reads_the_same():
     given = {key: tensor.clone() for key, tensor in tensors("msclip_share_last6").items()}
     model, ours = read("msclip_share_last6", given), read("msclip_share_last6")
-    assert str(model.pair.sharing) == str(ours.pair.sharing)
-    assert all(torch.equal(a, b) for a, b in zip(model.pair.parameters(), ours.pair.parameters(), strict=True))
+    assert str(model.encoders.sharing) == str(ours.encoders.sharing)
+    assert all(torch.equal(a, b) for a, b in zip(model.encoders.parameters(), ours.encoders.parameters(), strict=True))
 
 
 def test_a_copy_that_is_damaged_is_no_other_architecture():
@@ -266,7 +266,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
 
 def test_parts_that_the_layout_has_no_names_for_are_refused():
     model = read("msclip_plain")
-    image, text = ImageTransformer(model.pair.image.settings), TextTransformer(model.pair.text.settings)
+    image, text = ImageTransformer(model.encoders.image.settings), TextTransformer(model.encoders.text.settings)
     other = TiedEncoders(image, text, SharingSettings(layers="2", ffn={"low-rank": 4}), seed=0)
     said = refused(
         lambda: to_msclip_state_dict(MSCLIPCheckpoint(other, model.image_head, model.text_head, model.log_scale))
@@ -357,8 +357,8 @@ def test_every_row_of_the_spectrum_goes_there_and_back(name: str):
     heads = torch.randn(8, image.settings.width), torch.randn(8, text.settings.width)
     state = to_msclip_state_dict(MSCLIPCheckpoint(pair, *heads, torch.tensor(1.0)))
     again = parse_msclip_state_dict(state, heads=4)
-    assert again.pair.image.settings == image.settings
-    assert again.pair.sharing.layers == pair.sharing.layers
+    assert again.encoders.image.settings == image.settings
+    assert again.encoders.sharing.layers == pair.sharing.layers
     back = to_msclip_state_dict(again)
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
 

@@ -236,7 +236,7 @@ def test_a_stem_gives_as_many_tokens_as_patches(stem: str, patch: int):
 def test_a_branch_fits_any_patch(kind: str, patch: int, before: tuple[int, ...]):
     net = image_net(size=64, patch=patch, branch={"kind": kind, "before": before})
     assert net(torch.randn(2, 3, 64, 64)).shape == (2, (64 // patch) ** 2 + 1, 32)
-    assert find_structure(net).lowest_cut == max(before) + 1
+    assert find_structure(net).min_prefix_blocks == max(before) + 1
     net(torch.randn(2, 3, 64, 64)).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
 
@@ -271,7 +271,7 @@ def test_a_gated_branch_changes_nothing_until_its_gates_move(deit: bool):
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         before = net(pixels)
-    names = net.add_branch(ParallelBranchSettings(kind="gated", before=(1, 3)), seed=0)
+    names = net.add_parallel_branch(ParallelBranchSettings(kind="gated", before=(1, 3)), seed=0)
     assert names == {name for name, _ in net.named_parameters() if name.startswith("parallel.")}
     with torch.no_grad():
         assert torch.equal(net(pixels), before)
@@ -293,7 +293,7 @@ def test_a_gated_branch_changes_nothing_until_its_gates_move(deit: bool):
 def test_the_product_of_places_is_the_convolution(kernel: int):
     part = DepthwisePatchConv(6, kernel, "group").double()
     maps = torch.randn(3, 6, 8, 4, dtype=torch.float64, requires_grad=True)
-    fast, slow = part.product(maps), part.conv(maps)
+    fast, slow = part.conv_as_matmul(maps), part.conv(maps)
     torch.testing.assert_close(fast, slow)
     grads = [torch.autograd.grad(out.square().sum(), [maps, part.conv.weight]) for out in (fast, slow)]
     for one, other in zip(*grads, strict=True):
@@ -326,11 +326,11 @@ def test_layers_above_which_a_branch_joins_are_kept():
 def test_a_branch_that_does_not_fit_is_refused():
     net = image_net(patch=8)
     with pytest.raises(UserError, match="there are blocks at layers 0 to 3"):
-        net.add_branch(ParallelBranchSettings(kind="gated", before=(2, 4)), seed=0)
+        net.add_parallel_branch(ParallelBranchSettings(kind="gated", before=(2, 4)), seed=0)
     assert net.parallel is None and net.settings.branch is None
-    net.add_branch(ParallelBranchSettings(kind="gated", before=(1,)), seed=0)
+    net.add_parallel_branch(ParallelBranchSettings(kind="gated", before=(1,)), seed=0)
     with pytest.raises(UserError, match="has a branch already"):
-        net.add_branch(ParallelBranchSettings(kind="gated", before=(2,)), seed=0)
+        net.add_parallel_branch(ParallelBranchSettings(kind="gated", before=(2,)), seed=0)
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_shapes_alone(trunk: str, image: str, text: str, embedding: str):
         assert there == {name: p.shape for name, p in both(made)[side].named_parameters()}
         assert all(p.is_meta for p in both(shapes)[side].parameters())
     model = encoder(shapes, {})
-    assert model.counts()["model"] == encoder(made, {}).counts()["model"]
+    assert model.parameter_counts()["model"] == encoder(made, {}).parameter_counts()["model"]
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def encoder(made: SingleTrunkBackbones, tuned: dict[str, list[str]], **head: Any
     """As a recipe would: heads, scale and what is new train, and what is tuned."""
     towers = {"image": Tower(made.image), "text": Tower(made.text)}
     model = DualEncoder(towers["image"], towers["text"], HeadSettings(width=16, **head), loss="infonce", seed=0)
-    chosen = set().union(*model.new_names.values())
+    chosen = set().union(*model.new_parameter_names.values())
     for number, (side, new) in enumerate((("image", made.image_new), ("text", made.text_new))):
         chosen |= {f"{side}.net.{name}" for name in new}
         chosen |= {f"{side}.{name}" for name in towers[side].tune(tuned.get(side, ["none"]), seed=number)}
@@ -354,9 +354,9 @@ def test_adapters_and_norms_on_both_views_of_a_frozen_trunk(trunk: str, image: s
     assert len(shared) == 2 * 8 and not shared & model.selection, "attention and feed-forward parts stay frozen"
     assert {name.split(".")[0] for name in model.selection if "adapter1" in name} == {*SIDES}
     assert step(model) == model.selection
-    counts = model.counts()["model"]
+    counts = model.parameter_counts()["model"]
     parameters = {id(p): p.numel() for tower in (model.image, model.text) for p in tower.parameters()}
-    rest = model.new_names["heads"] | model.new_names["scale"]
+    rest = model.new_parameter_names["heads"] | model.new_parameter_names["scale"]
     assert counts.total == sum(parameters.values()) + sum(model.get_parameter(name).numel() for name in rest)
     safetensors.torch.save_file(model.delta(), tmp_path / "delta.safetensors")
     stored = safetensors.torch.load_file(tmp_path / "delta.safetensors")
@@ -424,7 +424,7 @@ def test_either_view_can_be_cut(trunk: str, image: str, text: str, depth: int):
         assert part is not None and part.depth == (depth if depth < 2 else 0)
         with torch.no_grad():
             whole = tower(given)
-            left = tower.trunk(given, depth)
+            left = tower.prefix_states(given, depth)
             assert isinstance(left, HiddenStates) and torch.equal(tower(left), whole)
             torch.testing.assert_close(tower.pooled(left), tower.pooled(given))
     view = Tower(made.text if trunk == "image" else made.image)
@@ -436,9 +436,9 @@ def test_the_cut_trunk_of_one_view_stays_while_the_other_trains():
     made = one_trunk("image", "dinov2", "bert")
     model = encoder(made, {"image": ["norms(blocks='1:')"], "text": ["adapters", "norms"]})
     assert model.image.frozen_blocks == 1 and model.text.frozen_blocks == 0
-    left = model.image.trunk(PIXELS, 1)
+    left = model.image.prefix_states(PIXELS, 1)
     step(model)
-    assert torch.equal(model.image.trunk(PIXELS, 1).values, left.values)
+    assert torch.equal(model.image.prefix_states(PIXELS, 1).values, left.values)
 
 
 def test_a_real_trunk_counted():
@@ -449,7 +449,7 @@ def test_a_real_trunk_counted():
     alone = sum(p.numel() for p in to_native(load_pip_backbone("minilm-l6")).net.parameters())
     made = build_single_trunk(image, text, SingleTrunkSettings(trunk="text", embedding="random", patch=16), seed=0)
     model = encoder(made, BOTTLENECKS)
-    counts = model.counts()["model"]
+    counts = model.parameter_counts()["model"]
     own = sum(p.numel() for name, p in made.image.net.named_parameters() if name in made.image_new)
     assert own == 384 * (3 * 16 * 16 + 1 + 16 + 1 + 1)
     norms = 2 * 384 * (1 + 2 * 6)

@@ -136,7 +136,7 @@ def refused(call: Callable[[], Any], *wanted: str) -> None:
 )
 def test_a_policy_prints_itself(policy: dict[str, Any], table: str):
     settings = SharingSettings(**policy)
-    assert str(settings.over(4)).splitlines() == [line.strip() for line in table.strip().splitlines()]
+    assert str(settings.resolve(4)).splitlines() == [line.strip() for line in table.strip().splitlines()]
     assert SharingSettings(**settings.model_dump(mode="json", exclude_none=True)) == settings
 
 
@@ -168,12 +168,12 @@ def test_settings_without_sense_are_refused(policy: dict[str, Any], wanted: str)
 
 @pytest.mark.parametrize("layers", ["2:5", "4", "-5:", "3:3", "-1:2", "4:"])
 def test_layers_that_do_not_exist_are_refused(layers: str):
-    refused(lambda: SharingSettings(layers=layers, **BOTH).over(4), f"layers = {layers!r}", "there are layers 0 to 3")
+    refused(lambda: SharingSettings(layers=layers, **BOTH).resolve(4), f"layers = {layers!r}", "there are layers 0 to 3")
 
 
 def test_layers_named_twice_are_refused():
     twice = SharingSettings(layers="1:", **BOTH, also=[{"layers": ":2", "ffn": "shared"}])
-    refused(lambda: twice.over(4), "'1:' and ':2' both speak of layer 1")
+    refused(lambda: twice.resolve(4), "'1:' and ':2' both speak of layer 1")
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def encoder(made: TiedEncoders, image: list[str], text: list[str], **head: Any) 
     """A dual encoder on both views, its selection made under first names."""
     sides = dict(zip(("image", "text"), towers(made), strict=True))
     model = DualEncoder(sides["image"], sides["text"], HeadSettings(width=16, **head), loss="infonce", seed=0)
-    chosen = set().union(*model.new_names.values())
+    chosen = set().union(*model.new_parameter_names.values())
     for number, (side, methods) in enumerate((("image", image), ("text", text))):
         chosen |= {f"{side}.{name}" for name in sides[side].tune(methods, seed=number)}
     known = parameter_aliases(model)
@@ -391,7 +391,7 @@ def test_one_step_on_shared_weights_and_a_delta_that_holds_each_once(name: str, 
         known = parameter_aliases(model)
         model.select({known.get(name, name) for name in model.selection})
     heads = numbers(nn.ModuleList([model.image_head, model.text_head]))
-    assert model.counts()["model"].total == model.counts()["model"].trained == weights + heads + 1
+    assert model.parameter_counts()["model"].total == model.parameter_counts()["model"].trained == weights + heads + 1
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     out = model.train()(batch())
@@ -485,7 +485,7 @@ def test_the_trunk_of_a_view_can_be_kept(stem: str | None):
         with torch.no_grad():
             whole = tower(given)
             for depth in range(1, tower.frozen_blocks + 1):
-                assert torch.equal(tower(tower.trunk(given, depth)), whole), depth
+                assert torch.equal(tower(tower.prefix_states(given, depth)), whole), depth
         assert tower.frozen_blocks == 2
         part = find_frozen_part(tower, 32)
         assert part is not None and part.depth == 2
@@ -502,15 +502,15 @@ def test_a_view_is_cut_only_above_its_branch():
             assert tower.frozen_blocks == frozen
         whole = tower(Pixels(pictures()))
         for depth in (3, 4):
-            assert torch.equal(tower(tower.trunk(Pixels(pictures()), depth)), whole)
+            assert torch.equal(tower(tower.prefix_states(Pixels(pictures()), depth)), whole)
         with pytest.raises(AssertionError, match="cannot be cut above block 2"):
-            tower(tower.trunk(Pixels(pictures()), 2))
+            tower(tower.prefix_states(Pixels(pictures()), 2))
 
 
 def test_what_one_tower_trains_is_no_trunk_of_the_other():
     """The image tower is told to train nothing, and holds weights that the text tower trains."""
     model = encoder(pair(layers="2:", **BOTH), ["none"], ["mlp"])
-    assert model.image.frozen_blocks == 2 and not model.image.wholly_frozen
+    assert model.image.frozen_blocks == 2 and not model.image.fully_frozen
     assert {name.split(".")[0] for name in model.selection if ".blocks.3." in name} == {"image"}
 
 

@@ -32,7 +32,7 @@ def test_going_on_from_the_trunk_is_the_whole_tower_bitwise(name: str):
     with torch.no_grad():
         whole = tower(read)
         for depth in range(1, blocks(tower) + 1):
-            left = tower.trunk(read, depth)
+            left = tower.prefix_states(read, depth)
             assert (left.depth, left.size) == (depth, 32 if name in IMAGE_NETS else 0)
             assert torch.equal(tower(left), whole), depth
             assert torch.equal(tower(read), whole), "the net is as it was"
@@ -53,7 +53,7 @@ def test_the_gradient_from_the_cut_is_that_of_the_whole(name: str, method: str):
     assert depth == blocks(tower) - 1
     read = inputs(name, rows=4)
     gradients = []
-    for given in (read, tower.trunk(read, depth)):
+    for given in (read, tower.prefix_states(read, depth)):
         tower.zero_grad()
         tower.pooled(given).square().sum().backward()
         gradients.append({n: p.grad for n, p in tower.named_parameters() if p.grad is not None})
@@ -68,7 +68,7 @@ def test_nothing_below_the_cut_is_kept_for_backward(name: str):
     tower = Tower(base(name))
     freeze_except(tower, tower.tune(["last(1)"], seed=0))
     read = inputs(name)
-    left = tower.trunk(read, tower.frozen_blocks)
+    left = tower.prefix_states(read, tower.frozen_blocks)
     assert not left.values.requires_grad
     assert kept_bytes(tower, read) == pytest.approx(kept_bytes(tower, left), rel=0.01)  # masks and other crumbs
     freeze_except(tower, tower.tune(["full"], seed=0))
@@ -93,7 +93,7 @@ def test_the_cut_lies_below_everything_that_trains(method: str, depth: int):
     tower = Tower(base("vit"))
     freeze_except(tower, tower.tune([method], seed=0))
     assert tower.frozen_blocks == depth
-    assert tower.wholly_frozen == (method == "none")
+    assert tower.fully_frozen == (method == "none")
 
 
 def test_a_net_that_hands_on_more_than_states_is_not_cut():
@@ -104,9 +104,9 @@ def test_a_net_that_hands_on_more_than_states_is_not_cut():
 
 def test_what_states_depend_on_has_its_own_fingerprint():
     one, other = Tower(base("vit")), Tower(base("deit"))
-    prints = {tower.trunk_fingerprint(depth) for tower in (one, other) for depth in (1, 2)}
+    prints = {tower.prefix_fingerprint(depth) for tower in (one, other) for depth in (1, 2)}
     assert len(prints) == 4
-    assert Tower(base("vit"), pool="cls").trunk_fingerprint(1) in prints, "pooling comes after the trunk"
+    assert Tower(base("vit"), pool="cls").prefix_fingerprint(1) in prints, "pooling comes after the trunk"
 
 
 # --- more layers -----------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_what_states_depend_on_has_its_own_fingerprint():
 
 @pytest.mark.parametrize("name", [*IMAGE_NETS, *TEXT_NETS])
 def test_more_layers_stand_beside_the_last(name: str):
-    one, more = Tower(base(name)), Tower(base(name), more_layers=[1])
+    one, more = Tower(base(name)), Tower(base(name), extra_layers=[1])
     read = inputs(name)
     with torch.no_grad():
         last, both = one.pooled(read), more.pooled(read)
@@ -123,19 +123,19 @@ def test_more_layers_stand_beside_the_last(name: str):
     if name == "t5":
         return
     with torch.no_grad():
-        early = one.trunk(read, 1)
+        early = one.prefix_states(read, 1)
     expected = (early.values * early.mask[..., None]).sum(1) / early.mask.sum(1)[:, None]
     if name in TEXT_NETS:
         torch.testing.assert_close(both[:, one.width :], expected)
     freeze_except(more, [])
     assert more.frozen_blocks == 1, "the first block's states are read"
     with torch.no_grad():
-        torch.testing.assert_close(more.pooled(more.trunk(read, 1)), both)
+        torch.testing.assert_close(more.pooled(more.prefix_states(read, 1)), both)
 
 
 def test_more_layers_that_are_not_there():
     with pytest.raises(UserError, match=r"more_layers = \[2\]: vit has 2 blocks .* choose from 1 to 1, or -1 to -1"):
-        Tower(base("vit"), more_layers=[2])
+        Tower(base("vit"), extra_layers=[2])
 
 
 # --- captions of like length -----------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_states_are_cut_to_their_lengths_too(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("clasp.models.length_buckets.TOKENS_PER_CALL", {"cpu": 0})
     tower, read = Tower(base("bert")), inputs("bert", rows=4)
     freeze_except(tower, tower.tune(["last(1)"], seed=0))
-    left = tower.trunk(read, 1)
+    left = tower.prefix_states(read, 1)
     parts, back = split_by_length(replace(left, rows=torch.tensor([0, 0])))
     assert [part.values.shape[:2] for part in parts] == [(2, 7), (2, 4)] and back is not None
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_a_net_that_trains_is_called_as_often(monkeypatch: pytest.MonkeyPatch):
 def test_blocks_keep_their_own_forward():
     tower = Tower(base("vit"))
     freeze_except(tower, [])
-    left = tower.trunk(inputs("vit"), 1)
+    left = tower.prefix_states(inputs("vit"), 1)
     with pytest.raises(RuntimeError):
         tower(replace(left, values=left.values[..., :5]))
     assert not any("forward" in vars(module) for module in tower.net.modules() if isinstance(module, nn.Module))

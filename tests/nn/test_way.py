@@ -62,7 +62,7 @@ def test_both_ends_are_exact(name: str, spec: str):
     at_rest = said(tower, name)
     assert interpolation_obstacles(tower, own) == []
     way = WeightInterpolation(tower, own)
-    assert not way.empty
+    assert not way.is_identity
     with way.at(0.0):
         assert torch.equal(said(tower, name), said(own, name))
     with way.at(0.5):
@@ -118,7 +118,7 @@ def _adds(module: torch.nn.Module) -> bool:
 
 
 def test_nothing_tuned_is_no_way_to_go():
-    assert WeightInterpolation(tuned("vit", "none"), Tower(base("vit"))).empty
+    assert WeightInterpolation(tuned("vit", "none"), Tower(base("vit"))).is_identity
 
 
 @pytest.mark.parametrize(("spec", "reason"), WITHOUT.items())

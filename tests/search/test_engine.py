@@ -428,9 +428,9 @@ def test_another_models_store_is_refused_or_made_anew(
         SearchEngine(other, store)
     assert "clasp index RUN FOLDER" in str(caught.value)
     with caplog.at_level(logging.WARNING):
-        assert counts(SearchEngine.anew(other, store).index(list_images(photos))) == (3, 0, 0, 3)
+        assert counts(SearchEngine.for_indexing(other, store).index(list_images(photos))) == (3, 0, 0, 3)
     assert "3 embeddings were made with another model" in caplog.text
-    assert counts(SearchEngine.anew(other, store).index(list_images(photos))) == (0, 3, 0, 0)
+    assert counts(SearchEngine.for_indexing(other, store).index(list_images(photos))) == (0, 3, 0, 0)
     store.close()
     assert FlatStore(photos.with_name("store")).model == other.fingerprint
 
@@ -450,15 +450,15 @@ def test_a_sheet_shows_hits_and_leaves_a_place_for_what_has_gone(engine: SearchE
     engine.index(list_images(photos))
     hits = engine.search("red")
     (photos / "deep" / "blue.png").unlink()
-    (row,) = engine.sheet([("red", hits)], good=lambda title, hit: title in hit.id)
+    (row,) = engine.contact_sheet_rows([("red", hits)], is_correct=lambda title, hit: title in hit.id)
     assert row.title == "red"
     assert row.note == f"cosine {hits[0].score:.2f} to {hits[-1].score:.2f}"
     images = {label: (image, good) for image, label, good in row.tiles}
     assert images["red.png"] == ((photos / "red.png").read_bytes(), True)
     assert images["deep/blue.png"] == (None, False)
-    sheet = contact_sheet([row, *engine.sheet([("nothing", [])])], photos / "sheet.png")
+    sheet = contact_sheet([row, *engine.contact_sheet_rows([("nothing", [])])], photos / "sheet.png")
     assert sheet.path.stat().st_size > 0
-    (captioned,) = engine.sheet([("red", hits)], label=lambda hit: f"{hit.score:.1f}")
+    (captioned,) = engine.contact_sheet_rows([("red", hits)], label=lambda hit: f"{hit.score:.1f}")
     assert captioned.tiles[0][1] == "1.0"
 
 
@@ -472,7 +472,7 @@ def test_an_image_that_changed_is_not_shown_as_the_one_that_was_found(engine: Se
     for name in ("red.png", f"{toys(3)[0].key}"):
         with pytest.raises(UserError, match="has changed since"):
             engine.read_image(hits[name])
-        assert engine.sheet([("red", [hits[name]])])[0].tiles[0][0] is None
+        assert engine.contact_sheet_rows([("red", [hits[name]])])[0].tiles[0][0] is None
 
 
 @pytest.mark.parametrize("alone", ["a.png", b"a"])

@@ -113,7 +113,7 @@ def whole(work: MicroBatchEmbedder, batch: Batch, loss: Loss, micro_batch: int) 
     for name, inputs in (("image", batch.image), ("text", batch.text)):
         cut = micro_batches.split_micro_batches(inputs, micro_batch)
         rows = torch.cat([work.embed(name, number, piece) for number, piece in enumerate(cut.pieces)])
-        sides.append(rows if cut.places is None else rows[cut.places])
+        sides.append(rows if cut.row_of_pair is None else rows[cut.row_of_pair])
     loss(*sides, *work.model.scale_and_bias(), groups=batch.groups).total.backward()
 
 
@@ -210,11 +210,11 @@ def run(**options: Any) -> tuple[dict[str, Tensor], list[TrainState], list[dict[
 
     def save(state: TrainState) -> None:  # as a checkpoint does: copied out, and read back
         tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
-        states.append(TrainState.of(json.loads(json.dumps(state.facts())), tensors))
+        states.append(TrainState.from_tensors(json.loads(json.dumps(state.metadata())), tensors))
 
     start = options.pop("start", None)
     settings = TrainSettings(batch=11, epochs=1, precision="float32", save_every_minutes=1e-9, **options)
-    fit(model, Stream(), LOSSES["sigmoid"], settings, log=lines.append, save=save, start=start)
+    fit(model, Stream(), LOSSES["sigmoid"], settings, log=lines.append, save=save, resume_state=start)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, states, lines
 
 
@@ -331,19 +331,19 @@ def test_pieces_are_narrow_hold_no_more_tokens_and_lead_back() -> None:
     widths = [piece.ids.shape[1] for piece in cut.pieces]
     assert widths == sorted(widths) and widths[-1] == 9
     assert all(piece.ids.numel() <= 3 * 9 and piece.mask[:, -1].any() for piece in cut.pieces)
-    assert cut.marks == (0, *torch.tensor([len(piece.ids) for piece in cut.pieces]).cumsum(0).tolist())
+    assert cut.offsets == (0, *torch.tensor([len(piece.ids) for piece in cut.pieces]).cumsum(0).tolist())
     padded = torch.cat([F.pad(piece.ids * piece.mask, (0, 9 - piece.ids.shape[1])) for piece in cut.pieces])
-    assert cut.places is not None
-    assert torch.equal(padded[cut.places], (text.ids * text.mask)[rows])
+    assert cut.row_of_pair is not None
+    assert torch.equal(padded[cut.row_of_pair], (text.ids * text.mask)[rows])
 
 
 def test_states_are_cut_as_captions_are_and_left_padding_is_kept() -> None:
     mask = torch.arange(9) < UNEVEN[:, None]
     states = HiddenStates(torch.randn(11, 9, 4), mask, depth=2, size=0)
     cut = micro_batches.split_micro_batches(states, 4)
-    assert cut.places is not None and all(isinstance(p, HiddenStates) and p.depth == 2 for p in cut.pieces)
+    assert cut.row_of_pair is not None and all(isinstance(p, HiddenStates) and p.depth == 2 for p in cut.pieces)
     firsts = torch.cat([piece.values[:, 0] for piece in cut.pieces])
-    assert torch.equal(firsts[cut.places], states.values[:, 0])
+    assert torch.equal(firsts[cut.row_of_pair], states.values[:, 0])
     left = micro_batches.split_micro_batches(HiddenStates(states.values, mask.flip(1), 2, 0), 4)
     assert all(piece.values.shape[1] == 9 for piece in left.pieces if isinstance(piece, HiddenStates))
 
@@ -378,8 +378,8 @@ def most_bytes(pairs: int, micro_batch: int, *, recompute: bool = False) -> int:
     """Of one batch: weights and their gradients are there before, the batch too."""
     model, batch = Two().train(), batch_of(pairs, dtype=torch.float32)
     if recompute:
-        model.image.recompute_blocks()
-        model.text.recompute_blocks()
+        model.image.enable_activation_checkpointing()
+        model.text.enable_activation_checkpointing()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     assert isinstance(batch.image, Pixels) and isinstance(batch.text, Tokens)
@@ -463,8 +463,8 @@ def test_free_memory_heeds_the_limit_of_a_container(tmp_path: Path) -> None:
 def test_recomputed_blocks_have_the_same_gradient_and_keep_less() -> None:
     model, batch = Two().double().train(), batch_of()
     again = copy.deepcopy(model)
-    again.image.recompute_blocks()
-    again.text.recompute_blocks()
+    again.image.enable_activation_checkpointing()
+    again.text.enable_activation_checkpointing()
     again = copy.deepcopy(again)  # a copy computes its own blocks
     found, bytes_kept = [], []
     for each in (model, again):
@@ -484,8 +484,8 @@ def test_recomputed_blocks_have_the_same_gradient_and_keep_less() -> None:
 def test_recomputing_and_pieces_go_together() -> None:
     model, batch = Two().double().train(), batch_of()
     plain = gradients_of(model, lambda: grad_cache.backward_in_micro_batches(work(model), batch, LOSSES["infonce"], 4))
-    model.image.recompute_blocks()
-    model.text.recompute_blocks()
+    model.image.enable_activation_checkpointing()
+    model.text.enable_activation_checkpointing()
     ours = gradients_of(model, lambda: grad_cache.backward_in_micro_batches(work(model), batch, LOSSES["infonce"], 4))
     agree(plain, ours, rtol=1e-12, atol=1e-12)
     assert most_bytes(16, 8, recompute=True) < 0.8 * most_bytes(16, 8)
@@ -495,5 +495,5 @@ def test_frozen_blocks_are_not_recomputed() -> None:
     tower = Tower(base("vit"))
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(".layers.1." in name)
-    tower.recompute_blocks()
+    tower.enable_activation_checkpointing()
     assert ["forward" in vars(tower.net.get_submodule(f"layers.{n}")) for n in (0, 1)] == [False, True]

@@ -273,12 +273,12 @@ def test_every_second_is_of_one_stage() -> None:
 
     with book:
         lasts(1)
-        book.within("features", lasts)(2)
+        book.timed_as("features", lasts)(2)
         with book.stage("training"):
             lasts(4)
             with book.stage("evaluation"):
                 lasts(8)
-                book.within("features", lasts)(16)
+                book.timed_as("features", lasts)(16)
             lasts(32)
             with pytest.raises(ZeroDivisionError), book.stage("saving"):
                 lasts(64)
@@ -312,7 +312,7 @@ def test_sessions_add_up_and_what_one_cannot_tell_none_can() -> None:
     assert lost.peak_bytes is lost.energy_kwh is lost.forward_flops is None
     assert str(lost) == "peak not measured, 4 pairs/s, 42 s"
     for each in (cost, lost):
-        assert RunCost.of(json.loads(each.to_json())) == each
+        assert RunCost.from_dict(json.loads(each.to_json())) == each
 
 
 def test_prefixes() -> None:
@@ -343,15 +343,15 @@ def test_the_peak_is_that_of_training_above_what_was_there() -> None:
 def test_where_no_peak_can_be_set_back_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meters, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
     peak = PeakMemoryMeter(CPU)
-    peak.begin()
-    peak.end()
-    assert peak.reading.value is None and "does not let the peak of a process be set back" in peak.reading.how
-    assert PeakMemoryMeter(torch.device("mps")).reading.how == "not measured: PyTorch tells no peak for mps"
+    peak.start()
+    peak.stop()
+    assert peak.measurement.value is None and "does not let the peak of a process be set back" in peak.measurement.method
+    assert PeakMemoryMeter(torch.device("mps")).measurement.method == "not measured: PyTorch tells no peak for mps"
 
 
 @LINUX
 def test_a_peak_of_nothing_is_none() -> None:
-    assert PeakMemoryMeter(CPU).reading == (None, "not measured: nothing was trained")
+    assert PeakMemoryMeter(CPU).measurement == (None, "not measured: nothing was trained")
 
 
 @pytest.mark.gpu
@@ -360,10 +360,10 @@ def test_the_peak_of_a_gpu_is_that_of_its_tensors() -> None:
     peak, mb = PeakMemoryMeter(torch.device("cuda")), 2**20
     there = torch.ones(8 * mb // 4, device="cuda")
     torch.ones(256 * mb // 4, device="cuda")
-    peak.begin()
+    peak.start()
     torch.ones(64 * mb // 4, device="cuda")
-    peak.end()
-    assert peak.reading.value == torch.cuda.memory_allocated() + 64 * mb and len(there)
+    peak.stop()
+    assert peak.measurement.value == torch.cuda.memory_allocated() + 64 * mb and len(there)
 
 
 # --- energy ----------------------------------------------------------------------------------------------------------
@@ -390,19 +390,19 @@ def test_codecarbon_measures_without_a_file_a_word_or_a_connection(
     monkeypatch.setenv("CODECARBON_EMISSIONS_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("CODECARBON_OUTPUT_METHODS", "csv,api")
     energy = EnergyMeter()
-    assert energy.reading.value is None
+    assert energy.measurement.value is None
     energy.start()
     matrix = torch.randn(400, 400)
     for _ in range(40):
         matrix = F.normalize(matrix @ matrix)
-    first = energy.reading
+    first = energy.measurement
     for _ in range(40):
         matrix = F.normalize(matrix @ matrix)
     energy.stop()
-    last = energy.reading
+    last = energy.measurement
     assert first.value is not None and last.value is not None and 0 < first.value < last.value < 1e-3
-    assert "of this process: " in last.how and "RAM estimated from its size" in last.how
-    assert "CPU estimated from its load and TDP" in last.how or "CPU measured by RAPL" in last.how
+    assert "of this process: " in last.method and "RAM estimated from its size" in last.method
+    assert "CPU estimated from its load and TDP" in last.method or "CPU measured by RAPL" in last.method
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
 
@@ -570,7 +570,7 @@ def test_the_first_log_line_has_no_counting_in_it(
     towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counting is made to last; no rate in the log, and no rate of the books, may notice."""
-    count = CostLedger.count
+    count = CostLedger.count_step_flops
 
     def slow(self: CostLedger, *given: object) -> None:
         with self.stage("counting"):

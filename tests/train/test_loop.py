@@ -124,7 +124,7 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 def frozen_in_time(state: TrainState) -> TrainState:
     """What a checkpoint does: tensors copied out, facts through JSON, and read back."""
     tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    return TrainState.of(json.loads(json.dumps(state.facts())), tensors)
+    return TrainState.from_tensors(json.loads(json.dumps(state.metadata())), tensors)
 
 
 def accuracy(model: Toy) -> dict[str, float]:
@@ -239,9 +239,9 @@ def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, ke
         **scored(iter(scores[1 + stop_at // STEPS_AN_EPOCH :])),
     )
     assert same(weights(whole), weights(rest))
-    assert same(states[-1].tensors(), saved[-1].tensors()) and states[-1].facts() == saved[-1].facts()
-    assert (fitted.held, fitted.metrics) == (finished.held, finished.metrics)
-    assert fitted.held == (TrainPosition(1, 3, 6) if keep == "best" else TrainPosition(4, 0, 12))
+    assert same(states[-1].tensors(), saved[-1].tensors()) and states[-1].metadata() == saved[-1].metadata()
+    assert (fitted.weights_position, fitted.metrics) == (finished.weights_position, finished.metrics)
+    assert fitted.weights_position == (TrainPosition(1, 3, 6) if keep == "best" else TrainPosition(4, 0, 12))
 
     again, nothing, _ = run(settings, kinds=kinds, start=saved[-1], **scored(iter(())))
     assert nothing.pairs == 0 and same(weights(again), weights(whole)), "a finished run goes on to the same end"
@@ -364,7 +364,7 @@ def test_best_is_restored_last_is_left_and_nan_never_wins() -> None:
 def test_the_start_may_be_the_best_there_is() -> None:
     scores = iter([0.9, 0.1, 0.2, 0.3, 0.4])
     model, fitted, _ = run(SETTINGS, evaluate=lambda: {"score": next(scores)}, primary="score")
-    assert same(weights(model), weights(Toy())) and fitted.held == TrainPosition(0, 0, 0)
+    assert same(weights(model), weights(Toy())) and fitted.weights_position == TrainPosition(0, 0, 0)
 
 
 def test_evaluates_every_so_many_epochs_and_after_the_last() -> None:

@@ -118,7 +118,7 @@ def test_first_step_is_lr_times_factor_plus_decay() -> None:
 def test_lilt_decay_of_a_scale_moves_it_though_its_gradient_is_zero() -> None:
     scale = nn.Parameter(torch.tensor(2.0))
     for decay, expected in (("lilt", 2.0 * (1 - 0.2 * 0.1)), ("matrices", 2.0)):
-        groups = optim.build_parameter_groups({"log_scale": scale}, weight_decay=0.1, decay=decay)
+        groups = optim.build_parameter_groups({"log_scale": scale}, weight_decay=0.1, decay_filter=decay)
         optimizer = optim.build_adamw(groups, lr=0.2, betas=(0.9, 0.99), eps=1e-8, device=torch.device("cpu"))
         scale.data.fill_(2.0)
         scale.grad = torch.tensor(0.0)

@@ -23,25 +23,25 @@ from clasp.types import UserError
 )
 def test_auto(pairs: int, batch: int, epochs: int, steps: int) -> None:
     plan = plan_training(TrainSettings(), pairs)
-    assert (plan.batch, plan.epochs, plan.steps) == (batch, epochs, steps)
+    assert (plan.batch_size, plan.epochs, plan.steps) == (batch, epochs, steps)
 
 
 def test_auto_keeps_its_promises_at_every_size() -> None:
     seen = 0
     for pairs in [*range(8, 3000, 7), *(10**power for power in range(4, 8))]:
         plan = plan_training(TrainSettings(), pairs)
-        assert plan.batch & (plan.batch - 1) == 0 and 2 <= plan.batch <= min(1024, pairs / 4)
-        assert plan.steps == plan.epochs * (pairs // plan.batch) >= 300
-        assert plan.batch * 2 > min(1024, pairs / 4), "no larger power of two would do"
+        assert plan.batch_size & (plan.batch_size - 1) == 0 and 2 <= plan.batch_size <= min(1024, pairs / 4)
+        assert plan.steps == plan.epochs * (pairs // plan.batch_size) >= 300
+        assert plan.batch_size * 2 > min(1024, pairs / 4), "no larger power of two would do"
         assert plan.epochs * pairs > 0.6 * seen, "more data is never trained on much less"
         seen = plan.epochs * pairs
 
 
 def test_what_is_set_is_kept_and_the_reason_says_so() -> None:
     plan = plan_training(TrainSettings(batch=20, epochs=3), 50)
-    assert (plan.batch, plan.epochs, plan.steps) == (20, 3, 6)
+    assert (plan.batch_size, plan.epochs, plan.steps) == (20, 3, 6)
     assert plan.reason == "50 pairs: batch 20 is set and 3 epochs are set, 6 steps in all"
-    resolved = plan_training(TrainSettings(epochs=3), 4_000, largest=100)
+    resolved = plan_training(TrainSettings(epochs=3), 4_000, max_batch_size=100)
     assert resolved.reason == (
         "4,000 pairs: batch 64 is the largest power of two that is at most 100 and 3 epochs are set, 186 steps in all"
     )

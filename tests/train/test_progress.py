@@ -65,15 +65,15 @@ def test_meter_by_hand() -> None:
             yield number
 
     meter = ThroughputMeter(window=2, clock=clock)
-    for number in meter.fetching(slow()):
+    for number in meter.time_batches(slow()):
         clock.now += 3.0  # three seconds of work
-        meter.stepped(pairs=8, loss=float(number))
+        meter.end_step(pairs=8, loss=float(number))
         clock.now += 100.0  # saving, evaluation: nobody's
-    rates = meter.read()
+    rates = meter.averages_since_last()
     assert (rates.loss, rates.pairs_per_second, rates.seconds_per_step, rates.data_seconds_share) == (
         1.0,
         2.0,
         4.0,
         0.25,
     )
-    assert meter.recent().loss == 1.5 and meter.pairs == 24
+    assert meter.recent_averages().loss == 1.5 and meter.pairs == 24

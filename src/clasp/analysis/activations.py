@@ -40,10 +40,10 @@ class Activations:
     final: Float[Tensor, "B N D"]
 
 
-def capture_activations(net: nn.Module, run: _ForwardCall) -> Activations:
-    """The states of ``net`` while ``run`` runs it, as they are, so with what autograd keeps where it is on.
+def capture_activations(net: nn.Module, forward: _ForwardCall) -> Activations:
+    """The states of ``net`` while ``forward`` runs it, as they are, so with what autograd keeps where it is on.
 
-    Layers that ``run`` leaves out, as a tower does that goes on from its trunk, are left out too. A tower runs its net
+    Layers that ``forward`` leaves out, as a tower does that goes on from its trunk, are left out too. A tower runs its net
     once for ``tower(inputs)``, for ``tower.pooled`` of captions as often as it takes, and once more where it is first
     asked for its ``frozen_blocks``. Raises ``UserError`` for a
     net that is not ours.
@@ -59,7 +59,7 @@ def capture_activations(net: nn.Module, run: _ForwardCall) -> Activations:
             handles.append(part.register_forward_hook(kept_as(point, layer)))
     handles.append(net.get_submodule("norm").register_forward_hook(kept_as("final", 0)))
     with _removing_hooks(handles):
-        run()
+        forward()
     once = _single_calls(found)
 
     def by_layer(point: str) -> dict[int, Tensor]:
@@ -68,8 +68,8 @@ def capture_activations(net: nn.Module, run: _ForwardCall) -> Activations:
     return Activations(by_layer("norm1"), by_layer("attention"), by_layer("norm2"), once["final", 0])
 
 
-def attention_maps(net: nn.Module, run: _ForwardCall) -> dict[int, Float[Tensor, "B H N N"]]:
-    """By layer, the weights by which each token (rows, which sum to 1) mixes the values of all, while ``run`` runs.
+def attention_maps(net: nn.Module, forward: _ForwardCall) -> dict[int, Float[Tensor, "B H N N"]]:
+    """By layer, the weights by which each token (rows, which sum to 1) mixes the values of all, while ``forward`` runs.
 
     They take memory in the square of the tokens, and a second product of queries and keys. Raises ``UserError`` for a
     net that is not ours.
@@ -79,12 +79,12 @@ def attention_maps(net: nn.Module, run: _ForwardCall) -> dict[int, Float[Tensor,
     def mapped(layer: int) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             assert isinstance(module, Attention)
-            found.setdefault(("map", layer), []).append(module.map(*args))
+            found.setdefault(("map", layer), []).append(module.attention_weights(*args))
 
         return before
 
     with _removing_hooks([block.attn.register_forward_pre_hook(mapped(n)) for n, block in _blocks(net).items()]):
-        run()
+        forward()
     return {layer: maps for (_, layer), maps in _single_calls(found).items()}
 
 

@@ -43,9 +43,9 @@ class GradientAgreement:
     part: str
     cosine: float
     """of the two gradients; NaN where one of them is zero"""
-    image: float
+    image_norm: float
     """norm of the gradient through the image view"""
-    text: float
+    text_norm: float
     """norm of that through the text view"""
 
 

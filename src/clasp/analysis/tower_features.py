@@ -28,30 +28,30 @@ from clasp.types import HiddenStates, ImageInput, Pixels, PooledFeatures, TextIn
 class TowerFeatures:
     """What a tower said of ``ids``.
 
-    ``pooled``: what the heads read. ``plain``: the same vectors without anything learned in their pooling. ``blocks``:
-    of the inputs in ``sample``, the mean over real tokens of the states after each block that was run, by its number
+    ``pooled``: what the heads read. ``plain_pooled``: the same vectors without anything learned in their pooling. ``block_means``:
+    of the inputs in ``block_ids``, the mean over real tokens of the states after each block that was run, by its number
     from 1; the blocks below cached states are not run.
     """
 
     ids: tuple[str, ...]
     pooled: Float[Tensor, "n D"]
-    plain: Float[Tensor, "n P"]
-    sample: tuple[str, ...]
-    blocks: dict[int, Float[Tensor, "m _"]]
+    plain_pooled: Float[Tensor, "n P"]
+    block_ids: tuple[str, ...]
+    block_means: dict[int, Float[Tensor, "m _"]]
 
-    def of(self, ids: Sequence[str]) -> Float[Tensor, "_ P"]:
-        """``plain`` of these ids, in this order."""
+    def rows_of(self, ids: Sequence[str]) -> Float[Tensor, "_ P"]:
+        """``plain_pooled`` of these ids, in this order."""
         place = {id: row for row, id in enumerate(self.ids)}
-        return self.plain[[place[id] for id in ids]]
+        return self.plain_pooled[[place[id] for id in ids]]
 
 
 def extract_tower_features(
     tower: Tower,
     stream: Iterable[tuple[Sequence[str], ImageInput | TextInput]],
-    sample: Collection[str] = (),
-    heard: Callable[[int], None] = lambda done: None,
+    block_ids: Collection[str] = (),
+    progress: Callable[[int], None] = lambda done: None,
 ) -> TowerFeatures:
-    """Run a stream through a tower once; ``heard`` is told how many inputs are done. What is pooled already is kept."""
+    """Run a stream through a tower once; ``progress`` is told how many inputs are done. What is pooled already is kept."""
     ids: list[str] = []
     rows: dict[str, list[Tensor]] = {"pooled": [], "plain": []}
     chosen: list[str] = []
@@ -63,14 +63,14 @@ def extract_tower_features(
                 means: dict[int, Tensor] = {}
             else:
                 pooled, plain, means = _batch_features(tower, inputs)
-            wanted = [row for row, name in enumerate(names) if name in sample]
+            wanted = [row for row, name in enumerate(names) if name in block_ids]
             chosen += [names[row] for row in wanted]
             for number, states in means.items():
                 blocks.setdefault(number, []).append(states[wanted].float().cpu())
             ids += names
             rows["pooled"].append(pooled.float().cpu())
             rows["plain"].append(plain.float().cpu())
-            heard(len(ids))
+            progress(len(ids))
     joined = {number: torch.cat(parts) for number, parts in sorted(blocks.items())}
     return TowerFeatures(tuple(ids), torch.cat(rows["pooled"]), torch.cat(rows["plain"]), tuple(chosen), joined)
 

@@ -50,25 +50,25 @@ class WeightInterpolation:
     """From the base (0) to the tuned tower (1). ``interpolation_obstacles`` must have found nothing."""
 
     def __init__(self, tower: Tower, base: Tower):
-        self._moves = list(_parameter_paths(tower, base))
+        self._paths = list(_parameter_paths(tower, base))
 
     @property
-    def empty(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether nothing in the tower was tuned."""
-        return not self._moves
+        return not self._paths
 
     @contextmanager
     def at(self, alpha: float) -> Iterator[None]:
         """The tower of which this is the way stands at ``alpha`` inside, and is as it was after."""
         try:
-            self._go(alpha)
+            self._set_alpha(alpha)
             yield
         finally:
-            self._go(1.0)
+            self._set_alpha(1.0)
 
     @torch.no_grad()
-    def _go(self, alpha: float) -> None:
-        for move in self._moves:
+    def _set_alpha(self, alpha: float) -> None:
+        for move in self._paths:
             move.parameter.copy_(torch.lerp(move.start, move.end, alpha))  # exact at both ends
 
 

@@ -69,7 +69,7 @@ def run_demo(out: Path, *, quick: bool = False) -> DemoResult:
     _train_once(recipe, out)
     model = load(out)
     assert isinstance(model.encoder, DualEncoder)
-    print_parameter_counts(model.encoder.counts())
+    print_parameter_counts(model.encoder.parameter_counts())
     inputs = build_feature_source(
         ModelAndPreprocessing(model.encoder, model.transform, model.tokenizer), recipe, bar=progress_bar
     )
@@ -93,14 +93,14 @@ def demo_recipe(sample: EmojiSample, *, quick: bool) -> Recipe:
 
 def build_demo_task(sample: EmojiSample, inputs: FeatureSource, *, quick: bool) -> MultilingualTask:
     """Image to text among the names of the 138 test concepts, per language and per set of languages."""
-    pairs = open_pairs(sample.questions())
+    pairs = open_pairs(sample.multilingual_test())
     sets = _QUICK_LANGUAGE_SETS if quick else _LANGUAGE_SETS
     languages = sorted({language for members in sets.values() for language in members})
-    inputs.read_ahead(c.text for pair in pairs for c in pair.captions if c.language in languages)
+    inputs.precompute_texts(c.text for pair in pairs for c in pair.captions if c.language in languages)
     questions = {language: language_queries(pairs, language, inputs, ["image_to_text"]) for language in languages}
     primary = f"macro:{next(iter(sets))}/image_to_text/recall@5"
     images = inputs.images(pairs)
-    return MultilingualTask(data="demo test concepts", images=images, questions=questions, primary=primary, sets=sets)
+    return MultilingualTask(data="demo test concepts", images=images, queries=questions, primary=primary, sets=sets)
 
 
 def print_demo_results(results: Sequence[EvaluationResult], untrained: Mapping[str, float], *, quick: bool) -> None:
@@ -140,19 +140,19 @@ def _train_once(recipe: Recipe, out: Path) -> None:
 
 def _search(model: EmbeddingModel, out: Path, sample: EmojiSample) -> Path:
     """Names of concepts never seen, in eight languages, against all pictures of the test concepts."""
-    pairs = open_pairs(sample.questions())
+    pairs = open_pairs(sample.multilingual_test())
     names = {(c.language, pair.group): c.text for pair in pairs for c in pair.captions}
     english = {pair.group: names["en", pair.group] for pair in pairs}
     store = FlatStore(out / "index")
     try:
-        engine = SearchEngine.anew(model, store)
+        engine = SearchEngine.for_indexing(model, store)
         with progress_bar("pictures into the index") as progress:
             engine.index(pairs, progress)
         rows = []
         for language, concept in DEMO_QUERIES:
             words = names[language, concept]
             hits = engine.search(text=words, k=8)
-            found = engine.sheet([(words, hits)], good=lambda _, hit, concept=concept: hit.meta["group"] == concept)
+            found = engine.contact_sheet_rows([(words, hits)], is_correct=lambda _, hit, concept=concept: hit.meta["group"] == concept)
             untrained = "" if language in {*TRAINED_LANGUAGES, *TRAINED_LOW_RESOURCE} else ", never trained on"
             rows += [row._replace(note=f"{english[concept]} ({language}{untrained})") for row in found]
         contact_sheet(rows, out / "searches.png")

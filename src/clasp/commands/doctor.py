@@ -59,32 +59,32 @@ def raise_on_stop(sections: Sequence[CheckReport]) -> None:
 
 def check_parameters(recipe: Recipe) -> CheckReport:
     """Who trains."""
-    counts = build_model(recipe, meta=True).counts()
+    counts = build_model(recipe, meta=True).parameter_counts()
     made = CheckReport("trains", {name: asdict(count) for name, count in counts.items()})
     whole = counts.pop("model")
     parts = ", ".join(f"{name} {count.trained:,}" for name, count in counts.items())
-    made.say("ok", f"{whole.trained:,} of {whole.total:,} parameters ({whole.percent:.2f} %): {parts}")
+    made.add_finding("ok", f"{whole.trained:,} of {whole.total:,} parameters ({whole.percent:.2f} %): {parts}")
     return made
 
 
 def check_towers(parts: ModelAndPreprocessing, recipe: Recipe, inputs: FeatureSource) -> CheckReport:
     """Up to where each tower stays as it is."""
     made = CheckReport("towers", {})
-    for tower, part in ((parts.model.image, inputs.image_part), (parts.model.text, inputs.text_part)):
+    for tower, part in ((parts.model.image, inputs.frozen_image_part), (parts.model.text, inputs.frozen_text_part)):
         blocks = len(find_structure(tower.net).blocks)
-        frozen = blocks if tower.wholly_frozen else tower.frozen_blocks
-        facts = {"tower": tower.name, "blocks": blocks, "frozen_blocks": frozen, "wholly_frozen": tower.wholly_frozen}
+        frozen = blocks if tower.fully_frozen else tower.frozen_blocks
+        facts = {"tower": tower.name, "blocks": blocks, "frozen_blocks": frozen, "wholly_frozen": tower.fully_frozen}
         made.facts[tower.modality] = facts
-        made.say("ok", f"{tower.modality} {tower.name}: {_describe_boundary(tower, part, frozen, blocks)}")
-    if recipe.data.augment and not recipe.data.views and inputs.image_part:
-        made.say("look", "the frozen part of the image tower runs in every step: data.augment is on, data.views is 0")
+        made.add_finding("ok", f"{tower.modality} {tower.name}: {_describe_boundary(tower, part, frozen, blocks)}")
+    if recipe.data.augment and not recipe.data.views and inputs.frozen_image_part:
+        made.add_finding("look", "the frozen part of the image tower runs in every step: data.augment is on, data.views is 0")
     return made
 
 
 def _describe_boundary(tower: Tower, part: FrozenTower | FrozenPrefix | None, frozen: int, blocks: int) -> str:
-    if not frozen and not tower.wholly_frozen:
+    if not frozen and not tower.fully_frozen:
         return f"trains from the first of its {blocks} blocks on"
-    text = "wholly frozen" if tower.wholly_frozen else f"the first {frozen} of {blocks} blocks are frozen"
+    text = "wholly frozen" if tower.fully_frozen else f"the first {frozen} of {blocks} blocks are frozen"
     if part is None:
         text += ", and run in every step: " + ("dropout is on" if tower.dropout else "data.features = 'off'")
     return text
@@ -100,30 +100,30 @@ def check_feature_cache(
 ) -> CheckReport:
     """What the frozen parts say once and for all: how much of it, and whether it is there."""
     free = forecast.free_bytes()
-    forecast.image_side(train, recipe.data.augment)
-    forecast.text_side(listing)
+    forecast.image_reader(train, recipe.data.augment)
+    forecast.text_reader(listing)
     if parts.model.image_head.standardize is not None:
-        forecast.image_side(train, None)  # heads start from the plain pictures
+        forecast.image_reader(train, None)  # heads start from the plain pictures
     question = validation_task(train, val, forecast)
     if isinstance(question, ZeroShotTask):
-        forecast.text_features(question.question.classes)
+        forecast.text_features(question.queries.classes)
     made = CheckReport("features", {"free_bytes": free, "kept": []})
-    for keeping in forecast.noted:
+    for keeping in forecast.plans:
         facts = {**asdict(keeping), "file": str(keeping.file) if keeping.file else None}
         made.facts["kept"].append({key: value for key, value in facts.items() if key != "key"})
         text = f"{keeping.count:,} {keeping.what}: {keeping.bytes:,} bytes"
         if keeping.storage is None:
-            made.say("look", f"{text} of states, too many to keep: computed anew each time")
+            made.add_finding("look", f"{text} of states, too many to keep: computed anew each time")
         else:
-            made.say("ok", f"{text} in {keeping.storage}, {'there already' if keeping.file else 'to be computed once'}")
-        free -= keeping.more_bytes
+            made.add_finding("ok", f"{text} in {keeping.storage}, {'there already' if keeping.file else 'to be computed once'}")
+        free -= keeping.bytes_to_write
         if free < 0:
             folder = cache_folder() / "features"
-            made.say("stop", f"cannot keep {keeping.bytes:,} bytes in {folder}: {os.strerror(errno.ENOSPC)}")
+            made.add_finding("stop", f"cannot keep {keeping.bytes:,} bytes in {folder}: {os.strerror(errno.ENOSPC)}")
             return made
-    if forecast.noted:
-        more = sum(keeping.more_bytes for keeping in forecast.noted)
-        made.say("ok", f"{more:,} bytes to be written, of {made.facts['free_bytes']:,} that are free on disk")
+    if forecast.plans:
+        more = sum(keeping.bytes_to_write for keeping in forecast.plans)
+        made.add_finding("ok", f"{more:,} bytes to be written, of {made.facts['free_bytes']:,} that are free on disk")
     else:
-        made.say("ok", "nothing is kept: no part of a tower answers the same twice")
+        made.add_finding("ok", "nothing is kept: no part of a tower answers the same twice")
     return made

@@ -27,23 +27,23 @@ CAPTION_SAMPLE_SIZE = 16  # of all lengths, each by itself: what one takes is ne
 
 
 class DryRunFeatureSource(FeatureSource):
-    """``noted`` has what would be kept, each file once, in the order it would be computed."""
+    """``plans`` has what would be kept, each file once, in the order it would be computed."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.noted: list[CachePlan] = []
+        self.plans: list[CachePlan] = []
         self._read: list[set[str]] = []
 
     def image_features(self, pairs: Pairs, augment: Augment | None = None) -> None:
-        self._note(self.keeping_of_images(pairs, augment))
+        self._add_plan(self.image_cache_plan(pairs, augment))
 
     def text_features(self, texts: Sequence[str]) -> None:
         if any(earlier.issuperset(texts) for earlier in self._read):
             return  # these are found among what was read before
-        keeping = self.keeping_of_texts(texts)
+        keeping = self.text_cache_plan(texts)
         if keeping is not None and keeping.storage is not None:
             self._read.append(set(texts))
-        self._note(keeping)
+        self._add_plan(keeping)
 
     def texts(self, texts: Mapping[str, str]) -> Any:
         self.text_features(list(texts.values()))
@@ -51,11 +51,11 @@ class DryRunFeatureSource(FeatureSource):
 
     def free_bytes(self) -> int:
         """As it will be when what was noted is there."""
-        return super().free_bytes() - sum(keeping.more_bytes for keeping in self.noted)
+        return super().free_bytes() - sum(keeping.bytes_to_write for keeping in self.plans)
 
-    def _note(self, keeping: CachePlan | None) -> None:
-        if keeping is not None and all(keeping.key != other.key for other in self.noted):
-            self.noted.append(keeping)
+    def _add_plan(self, keeping: CachePlan | None) -> None:
+        if keeping is not None and all(keeping.key != other.key for other in self.plans):
+            self.plans.append(keeping)
 
 
 def count_frozen_flops(
@@ -67,14 +67,14 @@ def count_frozen_flops(
     step and is counted there.
     """
     made = {}
-    if inputs.image_part is not None and not isinstance(image_side, LiveImageReader):
+    if inputs.frozen_image_part is not None and not isinstance(image_side, LiveImageReader):
         size = inputs.transform.size
-        made["image"] = _frozen_flops_of(inputs.image_part, [Pixels(torch.zeros(1, 3, size, size))], "an image")
-    if inputs.text_part is not None and not isinstance(text_side, LiveTextReader):
+        made["image"] = _frozen_flops_of(inputs.frozen_image_part, [Pixels(torch.zeros(1, 3, size, size))], "an image")
+    if inputs.frozen_text_part is not None and not isinstance(text_side, LiveTextReader):
         different = sorted(set(texts), key=len)
         some = different[:: -(-len(different) // CAPTION_SAMPLE_SIZE)]
         what = f"a caption, the mean of {len(some)} of all lengths"
-        made["text"] = _frozen_flops_of(inputs.text_part, [inputs.tokenizer([caption]) for caption in some], what)
+        made["text"] = _frozen_flops_of(inputs.frozen_text_part, [inputs.tokenizer([caption]) for caption in some], what)
     return made
 
 

@@ -87,10 +87,10 @@ def evaluate_run(
     return results
 
 
-def run_zeroshot(asked: TaskContext) -> list[EvaluationResult]:
+def run_zeroshot(context: TaskContext) -> list[EvaluationResult]:
     """``data``: class folders, or pairs with their class in ``class`` or another column (``label=``); ``classes``: a
     file with one class a line; ``templates``: a file with one a line, or one template with ``{}``."""
-    pairs, options = asked.pairs, asked.options
+    pairs, options = context.pairs, context.options
     label = options.get("label", "class")
     for pair in pairs:
         if label not in pair.meta:
@@ -104,39 +104,39 @@ def run_zeroshot(asked: TaskContext) -> list[EvaluationResult]:
         else sorted({str(p.meta[label]) for p in pairs})
     )
     templates = _read_templates(options.get("templates", "a photo of a {}."))
-    task = zeroshot_task(pairs, asked.inputs, classes=classes, templates=templates, data=options["data"], label=label)
-    return task.results(asked.model)
+    task = zeroshot_task(pairs, context.inputs, classes=classes, templates=templates, data=options["data"], label=label)
+    return task.results(context.model)
 
 
-def run_retrieval(asked: TaskContext) -> list[EvaluationResult]:
+def run_retrieval(context: TaskContext) -> list[EvaluationResult]:
     """``data``: pairs; all their captions are asked, in both directions."""
-    return retrieval_task(asked.pairs, asked.inputs, data=asked.options["data"]).results(asked.model)
+    return retrieval_task(context.pairs, context.inputs, data=context.options["data"]).results(context.model)
 
 
-def run_multilingual(asked: TaskContext) -> list[EvaluationResult]:
+def run_multilingual(context: TaskContext) -> list[EvaluationResult]:
     """``data``: pairs whose captions name their language; ``languages``: some of them, separated by commas."""
-    pairs, options = asked.pairs, asked.options
+    pairs, options = context.pairs, context.options
     spoken = caption_languages(pairs)
     wanted = options["languages"].split(",") if "languages" in options else spoken
     odd = [language for language in wanted if language not in spoken]
     if odd or not spoken:
         lacking = ", ".join(odd) or "a language it names"
         raise UserError(f"no caption of {options['data']} is in {lacking}; it has {', '.join(spoken) or 'none'}")
-    return multilingual_task(pairs, asked.inputs, languages=wanted, data=options["data"]).results(asked.model)
+    return multilingual_task(pairs, context.inputs, languages=wanted, data=options["data"]).results(context.model)
 
 
-def run_retention(asked: TaskContext) -> list[EvaluationResult]:
+def run_retention(context: TaskContext) -> list[EvaluationResult]:
     """``data``: pairs with a class, or with captions in several languages, or with several captions; see
     ``evaluate_retention``."""
     return evaluate_retention(
-        asked.run,
-        asked.recipe,
-        asked.model,
-        asked.pairs,
-        asked.inputs,
-        asked.options,
-        say=asked.say,
-        bar=asked.bar,
+        context.run,
+        context.recipe,
+        context.model,
+        context.pairs,
+        context.inputs,
+        context.options,
+        say=context.say,
+        bar=context.bar,
     )
 
 

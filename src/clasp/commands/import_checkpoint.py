@@ -34,10 +34,10 @@ class ImportResult:
     """What came of a checkpoint."""
 
     run: Path
-    told: ImportReport
+    report: ImportReport
 
 
-def import_checkpoint(kind: str, checkpoint: Path, run: Path, wanted: ImportOptions) -> ImportResult:
+def import_checkpoint(kind: str, checkpoint: Path, run: Path, options: ImportOptions) -> ImportResult:
     """Make ``run`` of ``checkpoint``; ``kind`` is a key of ``IMPORTERS``.
 
     Raises ``UserError``, and then leaves nothing on the disk.
@@ -51,7 +51,7 @@ def import_checkpoint(kind: str, checkpoint: Path, run: Path, wanted: ImportOpti
     near_by = next(folder for folder in run.absolute().parents if folder.is_dir())
     with translate_disk_errors(run), tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=near_by) as room:
         staged = RunFolder(Path(room) / run.name)
-        told = IMPORTERS[kind](checkpoint, staged, wanted)
+        told = IMPORTERS[kind](checkpoint, staged, options)
         facts = {"kind": kind, "file": checkpoint.name, "sha256": _sha256(checkpoint), **told.facts}
         staged.write("imported.json", json.dumps(facts, indent=1, default=str))
         staged.write("README.md", _readme(run, checkpoint, told))

@@ -37,17 +37,17 @@ def index_images(run: Path, source: str, *, bar: ProgressFactory = no_progress_b
     store = FlatStore(run / "index")
     try:
         with bar(f"images of {source}") as progress:
-            return SearchEngine.anew(model, store).index(items, progress)
+            return SearchEngine.for_indexing(model, store).index(items, progress)
     finally:
         store.close()
 
 
-def search_images(run: Path, words: str | None, image: Path | None, k: int, sheet: Path | None = None) -> SearchResult:
+def search_images(run: Path, text: str | None, image: Path | None, k: int, sheet: Path | None = None) -> SearchResult:
     """Search the run's store by words, by a picture, or by both, and draw the hits.
 
     Raises ``UserError`` when nothing is asked, nothing is indexed, or the drawing cannot be written.
     """
-    if words is None and image is None:
+    if text is None and image is None:
         raise UserError('say what to look for: clasp search RUN "words", or --image FILE, or both')
     RunFolder(run).recipe()
     if not (run / "index").is_dir():
@@ -55,11 +55,11 @@ def search_images(run: Path, words: str | None, image: Path | None, k: int, shee
     store = FlatStore(run / "index")
     try:
         engine = SearchEngine(load(run), store)
-        hits = engine.search(text=words, image=image, k=k)
-        query = " + ".join(part for part in (words, f"picture {image}" if image else None) if part)
+        hits = engine.search(text=text, image=image, k=k)
+        query = " + ".join(part for part in (text, f"picture {image}" if image else None) if part)
         path = sheet or run / "search.png"
         try:
-            contact_sheet(engine.sheet([(query, hits)]), path)
+            contact_sheet(engine.contact_sheet_rows([(query, hits)]), path)
         except OSError as error:
             raise UserError(f"the picture of the hits, {path}, cannot be written: {error.strerror or error}") from None
         return SearchResult(query, hits, path)

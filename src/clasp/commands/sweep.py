@@ -55,7 +55,7 @@ def sweep(
     desk = _SharedObjects()
     desk.check(made)
     new = [SweepRow(one.name, (*overrides, *one.settings), one.settings, "stopped") for one in made]
-    folder = _choose_folder(runs, name or f"{Path(source).stem}-sweep", made, new[0].sweep, desk, numbered=name is None)
+    folder = _choose_folder(runs, name or f"{Path(source).stem}-sweep", made, new[0].sweep_key, desk, numbered=name is None)
     known, rows = read_sweep_rows(folder), []
     for place, (one, row) in enumerate(zip(made, new, strict=True), 1):
         run = folder / one.name
@@ -105,7 +105,7 @@ class _SharedObjects:
             self._pairs[key] = open_training_pairs(recipe)
         return self._pairs[key]
 
-    def content(self, recipe: Recipe) -> str:
+    def pairs_hash(self, recipe: Recipe) -> str:
         """The hash of the pairs of a recipe, as a run keeps it."""
         key = _pairs_key(recipe)
         if key not in self._content:
@@ -130,7 +130,7 @@ def _towers_unchanged(parts: ModelAndPreprocessing, then: Recipe, now: Recipe) -
     own = any(settings.net is not None for settings in (now.image, now.text))  # drawn from a seed, or words of the data
     if one != other or (own and (then.train.seed, _pairs_key(then)) != (now.train.seed, _pairs_key(now))):
         return False
-    return all(tower.wholly_frozen and tower.pooling is None for tower in (parts.model.image, parts.model.text))
+    return all(tower.fully_frozen and tower.pooling is None for tower in (parts.model.image, parts.model.text))
 
 
 def _pairs_key(recipe: Recipe) -> str:
@@ -203,14 +203,14 @@ def _conflict(folder: Path, made: Sequence[GridPoint], sweep: tuple[Any, ...], d
         return f"{folder} is a file"
     if (folder / "recipe.toml").exists():
         return f"{folder} holds a run, and no sweep"
-    if any(row.sweep != sweep for row in read_sweep_rows(folder).values()):
+    if any(row.sweep_key != sweep for row in read_sweep_rows(folder).values()):
         return f"{folder} holds another sweep"
     for one in made:
         run = folder / one.name
         trained = (run / "delta.safetensors").exists() or (run / "state").exists()
         if trained and not _matches_recipe(run, one.recipe):
             return f"{run} holds a run with other settings"
-        if trained and json.loads((run / "base.json").read_text("utf-8"))["pairs"] != desk.content(one.recipe):
+        if trained and json.loads((run / "base.json").read_text("utf-8"))["pairs"] != desk.pairs_hash(one.recipe):
             return f"{run} holds a run on pairs of {one.recipe.data.train} that have changed since"
     return None
 

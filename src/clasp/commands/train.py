@@ -81,7 +81,7 @@ def train_recipe(
     Raises ``UserError`` for anything the user can mend, as early as it can be known.
     """
     folder = RunFolder(run)
-    start = folder.read_state() if resume else folder.refuse_taken()
+    start = folder.read_state() if resume else folder.require_free()
     train, val = pairs or open_training_pairs(recipe)
     parts = parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
     if start is not None:  # as it was then, whatever the libraries would make of its recipe today
@@ -89,10 +89,10 @@ def train_recipe(
     parts.model.to(PartialState().device).eval()
     if recipe.train.recompute == "blocks":
         for tower in (parts.model.image, parts.model.text):
-            tower.recompute_blocks()
+            tower.enable_activation_checkpointing()
     report = lambda skipped: folder.append("log.jsonl", map(_skipped_event, skipped))  # noqa: E731
     ledger = _ledger(folder, parts.model, start)
-    inputs = build_feature_source(parts, recipe, bar=ledger.timed(bar), say=say, report=report)
+    inputs = build_feature_source(parts, recipe, bar=ledger.time_features(bar), say=say, report=report)
     plan = plan_run(recipe, train, inputs)
     say(plan.reason)
     settled = recipe.model_copy(update={"train": _resolve_attention_kernel(plan.resolved(recipe.train), parts.model)})
@@ -127,8 +127,8 @@ def open_training_pairs(recipe: Recipe) -> TrainValPairs:
 
 def plan_run(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> TrainPlan:
     """Batch, epochs and steps of a run. Raises ``UserError`` for a batch of more, or of too few to take parts of."""
-    plan = plan_training(recipe.train, count_samples_per_epoch(train, recipe), largest=_largest_batch(inputs, recipe))
-    recipe.loss.refuse_fewer(plan.batch)
+    plan = plan_training(recipe.train, count_samples_per_epoch(train, recipe), max_batch_size=_largest_batch(inputs, recipe))
+    recipe.loss.require_batch_size(plan.batch_size)
     return plan
 
 
@@ -147,26 +147,26 @@ def build_feature_source(
         text=parts.model.text,
         transform=parts.transform,
         tokenizer=parts.tokenizer,
-        features=recipe.data.features,
-        cache=cache_folder(),
+        feature_cache=recipe.data.features,
+        cache_folder=cache_folder(),
         bar=bar,
-        say=say,
-        report=report,
+        notify=say,
+        on_skipped=report,
         workers=recipe.train.workers,
-        views=recipe.data.views,
+        cached_augmentations=recipe.data.views,
         seed=recipe.train.seed,
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
 
 
-def _ledger(folder: RunFolder, model: DualEncoder, start: TrainState | None) -> CostLedger:
+def _ledger(folder: RunFolder, model: DualEncoder, resume_state: TrainState | None) -> CostLedger:
     """The ledger of this session; a run that goes on may be one whose costs were not kept before."""
-    parts = {name: {"total": count.total, "trained": count.trained} for name, count in model.counts().items()}
+    parts = {name: {"total": count.total, "trained": count.trained} for name, count in model.parameter_counts().items()}
     device = next(model.parameters()).device
-    if start is None:
+    if resume_state is None:
         return CostLedger(device, parts)
     earlier = read_cost(folder.path) if (folder.path / COST).exists() else None
-    return CostLedger(device, parts, first_step=start.position.step, earlier=earlier)
+    return CostLedger(device, parts, first_step=resume_state.position.step, earlier=earlier)
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
@@ -190,51 +190,51 @@ def _train(
     val: Pairs,
     listing: PairIndex,
     reporter: Reporter,
-    start: TrainState | None,
+    resume_state: TrainState | None,
     ledger: CostLedger,
 ) -> TrainResult:
     settings = recipe.train
-    image_side, text_side = inputs.image_side(train, recipe.data.augment), inputs.text_side(listing)
+    image_side, text_side = inputs.image_reader(train, recipe.data.augment), inputs.text_reader(listing)
     task = validation_task(train, val, inputs)
     assert settings.batch != "auto"
     batches = PairLoader(
         listing,
         image_side,
         text_side,
-        batch=settings.batch,
+        batch_size=settings.batch,
         seed=settings.seed,
         workers=settings.workers if isinstance(image_side, LiveImageReader) else 0,
         captions=recipe.data.captions,
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
-    ledger.once = ledger.within("counting", count_frozen_flops)(inputs, image_side, text_side, listing.texts)
+    ledger.once = ledger.timed_as("counting", count_frozen_flops)(inputs, image_side, text_side, listing.texts)
 
     def save(state: TrainState) -> None:
         folder.save_state(state)
         folder.write(COST, ledger.cost().to_json())
 
     with closing(batches), ledger.stage("training"):
-        if start is None:
-            initialize_heads(model, inputs, train, listing, recipe.head, batches.tally)
+        if resume_state is None:
+            initialize_heads(model, inputs, train, listing, recipe.head, batches.bad_samples)
             initialize_low_rank(model, batches, build_loss(recipe.loss), recipe.tune, settings)
         else:
-            batches.tally.add(start.skipped)
+            batches.bad_samples.add(resume_state.skipped)
         fitted = fit(
             model,
             batches,
             build_loss(recipe.loss),
             settings,
             log=lambda row: folder.append("log.jsonl", [row]),
-            evaluate=ledger.within("evaluation", lambda: task(model)),
+            evaluate=ledger.timed_as("evaluation", lambda: task(model)),
             primary=task.primary,
-            save=ledger.within("saving", save),
-            start=start,
-            kinds=model.kinds,
+            save=ledger.timed_as("saving", save),
+            resume_state=resume_state,
+            kinds=model.parameter_kinds,
             reporter=reporter,
             ledger=ledger,
         )
     delta_bytes = folder.save(model)
-    results = [] if fitted.interrupted else ledger.within("evaluation", task.results)(model)
+    results = [] if fitted.interrupted else ledger.timed_as("evaluation", task.results)(model)
     folder.append("results.jsonl", [asdict(row) for row in results])
     cost = ledger.cost(delta_bytes)
     folder.write(COST, cost.to_json())
@@ -281,14 +281,14 @@ def count_samples_per_epoch(pairs: Pairs, recipe: Recipe) -> int:
 
 
 def _largest_batch(inputs: FeatureSource, recipe: Recipe) -> int:
-    live = not inputs.all_pooled or (recipe.data.augment is not None and not recipe.data.views)
+    live = not inputs.both_towers_frozen or (recipe.data.augment is not None and not recipe.data.views)
     return _MAX_LIVE_BATCH_SIZE if live else MAX_AUTO_BATCH_SIZE
 
 
 def hash_pairs(listing: PairIndex, val: Pairs) -> str:
     """A hash of the ids and captions of a run's pairs: other ones would come in another order."""
     digest = hashlib.sha256(json.dumps([listing.ids, listing.texts, [pair.id for pair in val]]).encode())
-    for column in (listing.group, listing.first, listing.caption):
+    for column in (listing.group, listing.caption_offsets, listing.caption):
         digest.update(column.tobytes())
     return digest.hexdigest()
 
@@ -296,7 +296,7 @@ def hash_pairs(listing: PairIndex, val: Pairs) -> str:
 def _require_unchanged(folder: RunFolder, recipe: Recipe, model: DualEncoder, content: str) -> None:
     """A run goes on with its own recipe, towers and pairs, or not at all: it would end as no run ever would."""
     facts = folder.read()
-    folder.refuse_other_bases(model)
+    folder.require_same_bases(model)
     if facts.recipe != recipe.to_dict():
         raise UserError(f"{folder.path} was started with another recipe; a run goes on with its own only")
     if facts.base.get("pairs") != content:

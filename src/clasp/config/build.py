@@ -78,7 +78,7 @@ def rebuild_heads(parts: ModelAndPreprocessing, recipe: Recipe) -> ModelAndPrepr
     """What ``build_model_and_preprocessing(recipe)`` gives, bitwise, around the towers of ``parts``, which are those
     of ``recipe`` and as they were loaded: nothing in them trained or trains."""
     image, text = parts.model.image, parts.model.text
-    assert image.wholly_frozen and text.wholly_frozen and image.pooling is None and text.pooling is None
+    assert image.fully_frozen and text.fully_frozen and image.pooling is None and text.pooling is None
     model = _dual_encoder(image, text, recipe)
     _select(model, recipe, set())
     model.sharing = parts.model.sharing
@@ -95,7 +95,7 @@ def load(run: str | Path, *, device: str = "cpu") -> EmbeddingModel:
     facts = folder.read()
     recipe = recipe_from_dict(facts.recipe, str(folder.path / "recipe.toml"))
     parts = ModelAndPreprocessing(build_model(recipe), facts.transform, facts.tokenizer)
-    folder.restore(parts.model)
+    folder.load_delta(parts.model)
     return EmbeddingModel(parts.model.to(device).eval(), parts.transform, parts.tokenizer, device=device)
 
 
@@ -113,7 +113,7 @@ def _open_backbones(recipe: Recipe, *, meta: bool) -> tuple[Backbone, Backbone, 
     )
     if recipe.share is None:
         return image, text, None
-    policy, trunk = recipe.share.policy, recipe.share.of_trunk
+    policy, trunk = recipe.share.policy, recipe.share.trunk_settings
     if trunk is None:
         return image, text, share_backbones(image, text, policy, seed=seed + 2)
     own = next((base.name for base in (image, text) if base.from_seed), None)
@@ -145,7 +145,7 @@ def _tuned_model(recipe: Recipe, image: Backbone, text: Backbone, sharing: Shari
     for number, (name, tower) in enumerate(towers.items(), 1):
         methods = recipe.tune.image if name == "image" else recipe.tune.text
         selection |= {f"{name}.{parameter}" for parameter in tower.tune(methods, seed=seed + number)}
-        selection |= {f"{name}.net.{parameter}" for parameter in tower.new}
+        selection |= {f"{name}.net.{parameter}" for parameter in tower.new_parameters}
     _select(model, recipe, selection)
     model.sharing = sharing
     _check_micro_batch(recipe, model)
@@ -169,7 +169,7 @@ def _select(model: DualEncoder, recipe: Recipe, in_towers: set[str]) -> None:
     selection = set(in_towers)
     for part, choice in (("heads", recipe.tune.head), ("scale", recipe.tune.scale)):
         if choice == "full":
-            selection |= model.new_names[part]
+            selection |= model.new_parameter_names[part]
     if not selection:
         raise UserError("nothing trains: tune.image, tune.text, tune.head and tune.scale are all none")
     model.select(selection)
@@ -190,7 +190,7 @@ def _tower(base: Backbone, settings: ImageTowerSettings | TextTowerSettings) -> 
         base,
         pool=settings.pool,
         layer=settings.layer,
-        more_layers=settings.more_layers,
+        extra_layers=settings.more_layers,
         dropout=settings.dropout,
     )
 

@@ -62,12 +62,12 @@ class ShareSettings(SharingSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _blocks_of_a_trunk(cls, said: Any) -> Any:
+    def _default_trunk_sharing(cls, said: Any) -> Any:
         """On a trunk, attention and feed-forward parts are shared where nothing else is said of them."""
         return {**DEFAULT_TRUNK_PARTS, **said} if isinstance(said, dict) and said.get("trunk") is not None else said
 
     @property
-    def of_trunk(self) -> SingleTrunkSettings | None:
+    def trunk_settings(self) -> SingleTrunkSettings | None:
         """The settings of the trunk, where there is one."""
         if self.trunk is None:
             return None
@@ -114,7 +114,7 @@ class DataSettings(BaseModel):
 
     @field_validator("augment")
     @classmethod
-    def _none_that_changes_nothing(cls, augment: Augment | None) -> Augment | None:
+    def _drop_identity_augment(cls, augment: Augment | None) -> Augment | None:
         return None if augment == Augment() else augment
 
 
@@ -132,7 +132,7 @@ class Recipe(BaseModel):
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
 
-    def changed(self, overrides: Sequence[str]) -> Recipe:
+    def with_overrides(self, overrides: Sequence[str]) -> Recipe:
         """This recipe with dotted overrides applied."""
         return recipe_from_dict(_apply_overrides(self.to_dict(), overrides), "the overrides")
 
@@ -174,7 +174,7 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
         said = "weight_decay_shared" if recipe.train.weight_decay_shared is not None else "lr_factors.shared"
         raise UserError(f"{source}: train.{said} is for what two nets share, and there is no [share]")
     if recipe.train.batch != "auto":
-        recipe.loss.refuse_fewer(recipe.train.batch)
+        recipe.loss.require_batch_size(recipe.train.batch)
     return recipe
 
 

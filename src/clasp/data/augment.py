@@ -24,8 +24,8 @@ RGBColor = tuple[int, int, int]
 class RandAugmentParams(NamedTuple):
     """The luck of one RandAugment operation, each number uniform in [0, 1)."""
 
-    which: float
-    whether: float
+    operation: float
+    application: float
     sign: float
 
 
@@ -38,8 +38,8 @@ class AugmentParams(NamedTuple):
     top: float
     flip: float
     rotate: float
-    across: float
-    down: float
+    translate_x: float
+    translate_y: float
     grayscale: float
     brightness: float
     contrast: float
@@ -89,39 +89,39 @@ class Augment:
                 f"operation and a magnitude from 1 to {_MAX_MAGNITUDE}"
             )
 
-    def draw(self, seed: int) -> AugmentParams:
+    def sample_params(self, seed: int) -> AugmentParams:
         """The luck that belongs to a seed."""
         luck = random.Random(seed)
         numbers: dict[str, Any] = {name: luck.random() for name in AugmentParams._fields[:-1]}
         chances = (RandAugmentParams(luck.random(), luck.random(), luck.random()) for _ in range(self.randaugment[0]))
         return AugmentParams(**numbers, operations=tuple(chances))
 
-    def crop(self, box: CropBox, draw: AugmentParams) -> CropBox:
+    def crop(self, box: CropBox, params: AugmentParams) -> CropBox:
         """A box inside ``box``, of the drawn area, aspect and place."""
         left, top, right, bottom = box
-        area = self.crop_scale[0] + draw.area * (self.crop_scale[1] - self.crop_scale[0])
-        aspect = self.aspect[0] * (self.aspect[1] / self.aspect[0]) ** draw.aspect
+        area = self.crop_scale[0] + params.area * (self.crop_scale[1] - self.crop_scale[0])
+        aspect = self.aspect[0] * (self.aspect[1] / self.aspect[0]) ** params.aspect
         wide = (right - left) * min(1.0, math.sqrt(area * aspect))
         high = (bottom - top) * min(1.0, math.sqrt(area / aspect))
-        left += draw.left * (right - left - wide)
-        top += draw.top * (bottom - top - high)
+        left += params.left * (right - left - wide)
+        top += params.top * (bottom - top - high)
         return left, top, left + wide, top + high
 
-    def alter(self, picture: Image.Image, ground: RGBColor, draw: AugmentParams) -> Image.Image:
+    def apply(self, picture: Image.Image, ground: RGBColor, params: AugmentParams) -> Image.Image:
         """The resized picture, turned, shifted, flipped and recoloured as drawn."""
-        angle = self.rotate * (2 * draw.rotate - 1)
-        across, down = (round(self.shift * (2 * luck - 1) * picture.width) for luck in (draw.across, draw.down))
+        angle = self.rotate * (2 * params.rotate - 1)
+        across, down = (round(self.shift * (2 * luck - 1) * picture.width) for luck in (params.translate_x, params.translate_y))
         if self.rotate or self.shift:
             picture = picture.rotate(angle, Image.Resampling.BICUBIC, translate=(across, down), fillcolor=ground)
-        if draw.flip < self.flip:
+        if params.flip < self.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if draw.grayscale < self.grayscale:
+        if params.grayscale < self.grayscale:
             picture = picture.convert("L").convert("RGB")
         if self.brightness:
-            picture = ImageEnhance.Brightness(picture).enhance(1 + self.brightness * (2 * draw.brightness - 1))
+            picture = ImageEnhance.Brightness(picture).enhance(1 + self.brightness * (2 * params.brightness - 1))
         if self.contrast:
-            picture = ImageEnhance.Contrast(picture).enhance(1 + self.contrast * (2 * draw.contrast - 1))
-        return apply_randaugment(picture, self.randaugment[1], draw.operations)
+            picture = ImageEnhance.Contrast(picture).enhance(1 + self.contrast * (2 * params.contrast - 1))
+        return apply_randaugment(picture, self.randaugment[1], params.operations)
 
 
 # --- RandAugment ---------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ RANDAUGMENT_OPS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 }
 
 
-def apply_randaugment(picture: Image.Image, magnitude: int, chances: tuple[RandAugmentParams, ...]) -> Image.Image:
+def apply_randaugment(picture: Image.Image, magnitude: int, params: tuple[RandAugmentParams, ...]) -> Image.Image:
     """RandAugment (Cubuk et al., NeurIPS 2020): operations with equal chances, one after the other, at one magnitude.
 
     ALBEF's ten operations and ranges (Li et al., NeurIPS 2021), which leave colours out for the captions' sake; LilT
@@ -174,7 +174,7 @@ def apply_randaugment(picture: Image.Image, magnitude: int, chances: tuple[RandA
     edge of a shear lie up to half a pixel elsewhere, and levels are rounded otherwise. Shifts are a part of the side,
     which at LilT's 256 pixels comes to its 10 pixels at the strongest.
     """
-    for which, whether, sign in chances:
+    for which, whether, sign in params:
         if whether < _APPLY_PROBABILITY:
             operation = list(RANDAUGMENT_OPS.values())[int(which * len(RANDAUGMENT_OPS))]
             picture = operation(picture, math.copysign(magnitude / _MAX_MAGNITUDE, sign - 0.5))

@@ -42,23 +42,23 @@ def load_clip_bpe(merges: Path) -> Tokenizer:
     return _add_special_tokens(backend)
 
 
-def train_bpe(captions: Iterable[str], count: int) -> Tokenizer:
-    """At most ``count`` pieces that make these captions short, the same from the same captions in any order.
+def train_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+    """At most ``vocab_size`` pieces that make these captions short, the same from the same captions in any order.
 
     Sennrich et al. (ACL 2016) over bytes, as GPT-2 has it; the two marks come first. Few captions give fewer pieces.
     Raises ``UserError`` for a count that has no room for every byte.
     """
     letters = _byte_alphabet()
-    if count < len(letters) + len(_SPECIAL_TOKENS):
+    if vocab_size < len(letters) + len(_SPECIAL_TOKENS):
         raise UserError(
-            f"text.net.vocabulary = {count}: learned word pieces begin with {len(letters)} bytes and "
+            f"text.net.vocabulary = {vocab_size}: learned word pieces begin with {len(letters)} bytes and "
             f"{len(_SPECIAL_TOKENS)} marks, so take at least {len(letters) + len(_SPECIAL_TOKENS)}"
         )
     backend = Tokenizer(models.BPE())
     backend.normalizer = _normalizer()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=count, special_tokens=list(_SPECIAL_TOKENS), initial_alphabet=letters, show_progress=False
+        vocab_size=vocab_size, special_tokens=list(_SPECIAL_TOKENS), initial_alphabet=letters, show_progress=False
     )
     backend.train_from_iterator(captions, trainer)
     return _add_special_tokens(backend)

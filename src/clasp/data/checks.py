@@ -54,7 +54,7 @@ class CheckReport:
     facts: dict[str, Any]
     findings: list[Finding] = field(default_factory=list)
 
-    def say(self, level: Severity, text: str) -> None:
+    def add_finding(self, level: Severity, text: str) -> None:
         """Add a finding."""
         self.findings.append(Finding(level, self.about, text))
 
@@ -66,16 +66,16 @@ def check_pairs(train: Pairs, val: Pairs) -> CheckReport:
     languages = dict(spoken.most_common())
     facts = {"train": len(train), "val": len(val), "captions": captions, "languages": languages}
     made = CheckReport("pairs", {**facts, "captions_without_language": unnamed})
-    made.say("ok", f"{len(train):,} to train on, {len(val):,} to validate on; {captions:,} captions")
+    made.add_finding("ok", f"{len(train):,} to train on, {len(val):,} to validate on; {captions:,} captions")
     if len(val) < _MIN_VAL_PAIRS:
-        made.say("look", f"only {len(val)} to validate on: intervals will be wide")
+        made.add_finding("look", f"only {len(val)} to validate on: intervals will be wide")
     named = ", ".join(f"{name} {count:,}" for name, count in list(languages.items())[:10])
     more = f" and {len(languages) - 10} more" if len(languages) > 10 else ""
     if not languages:
-        made.say("ok", "captions name no language")
+        made.add_finding("ok", "captions name no language")
     else:
         lacking = f"; {unnamed:,} captions name none" if unnamed else ""
-        made.say("look" if unnamed else "ok", f"languages: {named}{more}{lacking}")
+        made.add_finding("look" if unnamed else "ok", f"languages: {named}{more}{lacking}")
     return made
 
 
@@ -95,11 +95,11 @@ def check_captions(listing: PairIndex, tokenizer: Tokenizer) -> CheckReport:
     if repeated:
         different += f"; {100 * repeated:.0f} % of all captions have their equal, most often "
         different += f"{listing.texts[top][:60]!r} ({often[top]:,} times), which counts as a right answer"
-    made.say("look" if repeated > 0.5 else "ok", different)
+    made.add_finding("look" if repeated > 0.5 else "ok", different)
     read = f"half have up to {p50} tokens, 95 % up to {p95}, the longest {longest}"
     if cut:
         read += f"; {100 * cut:.1f} % are cut at text.max_tokens = {tokenizer.max_tokens}"
-    made.say("look" if cut >= 0.01 else "ok", read + _sample_note(len(some), len(often)))
+    made.add_finding("look" if cut >= 0.01 else "ok", read + _sample_note(len(some), len(often)))
     return made
 
 
@@ -109,7 +109,7 @@ class _SizeRecorder(Augment):
 
     sizes: list[tuple[float, float]] = field(default_factory=list)
 
-    def crop(self, box: Any, draw: Any) -> Any:
+    def crop(self, box: Any, params: Any) -> Any:
         self.sizes.append((box[2] - box[0], box[3] - box[1]))
         return box
 
@@ -147,11 +147,11 @@ def _check_readable(
     of = f"of {looked_at:,} looked at{'' if looked_at == count else f' (there are {count:,})'}"
     named = ", ".join(f"{name} ({reason})" for name, reason in skipped[:3])
     if stop:
-        made.say("stop", stop)
+        made.add_finding("stop", stop)
     elif skipped:
-        made.say("look", f"{len(skipped)} {of} cannot be read and will be left out: {named}")
+        made.add_finding("look", f"{len(skipped)} {of} cannot be read and will be left out: {named}")
     else:
-        made.say("ok", f"all {of} can be read")
+        made.add_finding("ok", f"all {of} can be read")
 
 
 def _check_sizes(made: CheckReport, sizes: np.ndarray, size: int) -> None:
@@ -161,9 +161,9 @@ def _check_sizes(made: CheckReport, sizes: np.ndarray, size: int) -> None:
     made.facts["shorter_side"] = {"p5": low, "p50": middle, "enlarged_share": small, "tower": size}
     text = f"their shorter side is {middle} px in the middle, and the tower sees {size} px"
     if small > 0.1:
-        made.say("look", f"{text}; {100 * small:.0f} % are smaller and will be enlarged")
+        made.add_finding("look", f"{text}; {100 * small:.0f} % are smaller and will be enlarged")
     else:
-        made.say("ok", text)
+        made.add_finding("ok", text)
 
 
 def _check_duplicates(made: CheckReport, train: Pairs, val: Pairs) -> None:
@@ -185,11 +185,11 @@ def _check_duplicates(made: CheckReport, train: Pairs, val: Pairs) -> None:
     if same:
         text = f"{made.facts['duplicates']} are byte for byte the picture of another group, such as {same[0][1]} and "
         text += f"{same[0][0]}; give them one group"
-        made.say("look", text + _sample_note(hashed, count))
+        made.add_finding("look", text + _sample_note(hashed, count))
     else:
-        made.say("ok", "no two of different groups are the same byte for byte" + _sample_note(hashed, count))
+        made.add_finding("ok", "no two of different groups are the same byte for byte" + _sample_note(hashed, count))
     if shared:
-        made.say("look", f"{shared} to validate on are also trained on" + _sample_note(hashed, count))
+        made.add_finding("look", f"{shared} to validate on are also trained on" + _sample_note(hashed, count))
 
 
 class _SampledPairs(Sequence[tuple[int, Pair]]):

@@ -87,14 +87,14 @@ class ImageTransform:
 
     def __call__(self, image: bytes | str | Path | Image.Image) -> Float[Tensor, "3 height width"]:
         """The normalised image. Raises ``ImageError``."""
-        return self._normalised(self._fitted(image, None, None))
+        return self._normalise(self._decode_resized(image, None, None))
 
     def augmented(
         self, image: bytes | str | Path | Image.Image, augment: Augment, seed: int
     ) -> Float[Tensor, "3 height width"]:
         """The same with random changes, which depend on ``seed`` alone. Raises ``ImageError``."""
-        draw = augment.draw(seed)
-        return self._normalised(augment.alter(self._fitted(image, augment, draw), self.ground, draw))
+        draw = augment.sample_params(seed)
+        return self._normalise(augment.apply(self._decode_resized(image, augment, draw), self.ground, draw))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON has them."""
@@ -119,7 +119,7 @@ class ImageTransform:
         """Changes when the same bytes could become other pixels: sha256 over the settings."""
         return hashlib.sha256(json.dumps([_DECODER_VERSION, self.to_dict()], sort_keys=True).encode()).hexdigest()
 
-    def _box(self, width: int, height: int) -> CropBox:
+    def _crop_box(self, width: int, height: int) -> CropBox:
         """The part of an upright picture that is shown, in its pixels."""
         if self.resize != "crop":
             return 0.0, 0.0, float(width), float(height)
@@ -131,14 +131,14 @@ class ImageTransform:
         across, down = width / wide, height / high
         return left * across, top * down, (left + self.size) * across, (top + self.size) * down
 
-    def _fitted(
+    def _decode_resized(
         self, image: bytes | str | Path | Image.Image, augment: Augment | None, draw: AugmentParams | None
     ) -> Image.Image:
         """Decoded and resized to the square, RGB."""
         with _open_image(image) as picture:
             turn = _orientation(picture)
             width, height = picture.size[::-1] if turn >= 5 else picture.size
-            box = self._box(width, height)
+            box = self._crop_box(width, height)
             if augment is not None and draw is not None:
                 box = augment.crop(box, draw)
             target = (self.size, self.size)
@@ -160,7 +160,7 @@ class ImageTransform:
             return page
         return picture
 
-    def _normalised(self, picture: Image.Image) -> Float[Tensor, "3 height width"]:
+    def _normalise(self, picture: Image.Image) -> Float[Tensor, "3 height width"]:
         """``(x / 255 - mean) / std`` in float32, each step rounded once."""
         # turned while still bytes, a quarter of the memory to walk across
         values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float()
@@ -176,7 +176,7 @@ def _check_choices(settings: Mapping[str, Any]) -> None:
 
 def thumbnail(image: bytes, side: int) -> Image.Image:
     """The whole picture fitted into a white square of ``side`` pixels, as a Pillow picture. Raises ``ImageError``."""
-    return ImageTransform(side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "pad")._fitted(image, None, None)
+    return ImageTransform(side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "pad")._decode_resized(image, None, None)
 
 
 # --- decoding ------------------------------------------------------------------------------------------------------

@@ -105,17 +105,17 @@ class PairLoader:
 
     ``captions="draw"`` takes one caption of each pair, drawn anew every epoch; ``"all"`` makes every caption a
     sample. The last short batch is left out when ``drop_last``. Skipped samples are named in ``Batch.skipped`` and
-    counted in ``tally``. Raises ``UserError`` when ``drop_last`` would leave nothing (a batch larger than the data),
+    counted in ``bad_samples``. Raises ``UserError`` when ``drop_last`` would leave nothing (a batch larger than the data),
     and while reading as ``BadSampleLimit`` and ``WorkerPool`` do. One epoch at a time.
     """
 
     def __init__(
         self,
         pairs: Sequence[Pair],
-        image: ImageReader,
-        text: TextReader,
+        image_reader: ImageReader,
+        text_reader: TextReader,
         *,
-        batch: int,
+        batch_size: int,
         seed: int,
         workers: int = 0,
         captions: CaptionMode = "draw",
@@ -127,44 +127,44 @@ class PairLoader:
             pairs = PairIndex(pairs)
         self._pairs = pairs
         self._captions: CaptionMode = captions
-        self._batch = batch
+        self._batch = batch_size
         self._seed = seed
         self._drop_last = drop_last
         if isinstance(pairs, PairIndex) and captions == "all":
-            self.samples = int(pairs.first[-1])
+            self.num_samples = int(pairs.caption_offsets[-1])
         else:
-            self.samples = len(pairs)
-        if self.samples == 0:
+            self.num_samples = len(pairs)
+        if self.num_samples == 0:
             raise UserError("there are no pairs to make batches of")
-        if batch < 1 or (drop_last and batch > self.samples):
-            raise UserError(f"batch = {batch}, and there are {self.samples} samples: a batch holds 1 to {self.samples}")
-        self.tally = BadSampleLimit(len(pairs), max_bad_fraction)
-        self._stream = WorkerPool(_BatchReader(pairs, image, text), workers=workers, timeout_seconds=timeout_seconds)
+        if batch_size < 1 or (drop_last and batch_size > self.num_samples):
+            raise UserError(f"batch = {batch_size}, and there are {self.num_samples} samples: a batch holds 1 to {self.num_samples}")
+        self.bad_samples = BadSampleLimit(len(pairs), max_bad_fraction)
+        self._stream = WorkerPool(_BatchReader(pairs, image_reader, text_reader), workers=workers, timeout_seconds=timeout_seconds)
 
     def __len__(self) -> int:
-        return self.samples // self._batch if self._drop_last else -(-self.samples // self._batch)
+        return self.num_samples // self._batch if self._drop_last else -(-self.num_samples // self._batch)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``number`` from batch ``start`` on; those before it are not read."""
         assert 0 <= start <= len(self), f"epoch {number} has {len(self)} batches; {start} is not one of them"
-        for batch in self._stream(self._picks(number, start)):
-            self.tally.add(batch.skipped)
+        for batch in self._stream(self._sample_indices(number, start)):
+            self.bad_samples.add(batch.skipped)
             yield batch
 
     def close(self) -> None:
         """End the workers, if there are any."""
         self._stream.close()
 
-    def _picks(self, epoch: int, start: int) -> Iterator[SampleIndices]:
+    def _sample_indices(self, epoch: int, start: int) -> Iterator[SampleIndices]:
         # sorting random numbers shuffles; the sort is stable, so the order is the same on every machine
-        order = np.argsort(philox_integers((self._seed, epoch, _ORDER), self.samples), kind="stable")
-        seeds = philox_integers((self._seed, epoch, _AUGMENT), self.samples)[order]
+        order = np.argsort(philox_integers((self._seed, epoch, _ORDER), self.num_samples), kind="stable")
+        seeds = philox_integers((self._seed, epoch, _AUGMENT), self.num_samples)[order]
         if self._captions == "all":
             assert isinstance(self._pairs, PairIndex)
-            pair = np.searchsorted(self._pairs.first, order, side="right") - 1
-            picks = SampleIndices(pair, order - self._pairs.first[pair], seeds)
+            pair = np.searchsorted(self._pairs.caption_offsets, order, side="right") - 1
+            picks = SampleIndices(pair, order - self._pairs.caption_offsets[pair], seeds)
         else:
-            picks = SampleIndices(order, philox_integers((self._seed, epoch, _CAPTION), self.samples)[order], seeds)
+            picks = SampleIndices(order, philox_integers((self._seed, epoch, _CAPTION), self.num_samples)[order], seeds)
         for number in range(start, len(self)):
             yield picks[number * self._batch : (number + 1) * self._batch]
 
@@ -191,36 +191,36 @@ def inference_batch_size(size: int, device: torch.device | str) -> int:
 def iter_image_batches(
     sources: Sequence[tuple[str, ImageSource]],
     transform: ImageTransform,
-    batch: int,
+    batch_size: int,
     *,
     workers: int = 0,
-    report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
+    on_skipped: Callable[[Iterable[SkippedSample]], None] = log_skipped,
 ) -> Iterator[tuple[list[str], Pixels]]:
-    """Images in the order given, each batch with the ids of those that could be read; the others go to ``report``.
+    """Images in the order given, each batch with the ids of those that could be read; the others go to ``on_skipped``.
 
-    A batch of which nothing could be read is left out. ``BadSampleLimit(len(sources), fraction).add`` as ``report``
+    A batch of which nothing could be read is left out. ``BadSampleLimit(len(sources), fraction).add`` as ``on_skipped``
     stops when too many are bad.
     """
     images = [(name, source, 0) for name, source in sources]
-    chunks = list(_chunks(images, batch))
+    chunks = list(_chunks(images, batch_size))
     with closing(WorkerPool(LiveImageReader(transform).decode, workers=workers)) as stream:
         for chunk, rows in zip(chunks, stream(chunks), strict=True):
-            report(rows.skipped)
+            on_skipped(rows.skipped)
             if rows.kept:
                 yield [chunk[place][0] for place in rows.kept], rows.inputs
 
 
-def iter_text_batches(texts: Sequence[str], tokenizer: Tokenizer, tokens: int) -> Iterator[tuple[list[int], Tokens]]:
+def iter_text_batches(texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int) -> Iterator[tuple[list[int], Tokens]]:
     """All texts, longest first, so that little is padding and the largest batch is met first.
 
-    A batch has at most ``tokens`` tokens, padding included, and at least one text. Each comes with the places of its
+    A batch has at most ``max_tokens`` tokens, padding included, and at least one text. Each comes with the places of its
     rows in ``texts``. Every text is tokenised before the first batch.
     """
     ids = tokenizer.encode(texts)
     order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
     start = 0
     while start < len(order):
-        places = order[start : start + max(1, tokens // len(ids[order[start]]))]
+        places = order[start : start + max(1, max_tokens // len(ids[order[start]]))]
         yield places, tokenizer.pad([ids[place] for place in places])
         start += len(places)
 

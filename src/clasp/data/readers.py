@@ -27,8 +27,8 @@ class SampleIndices:
 
     pair: Int[np.ndarray, " n"]
     """Number of the pair."""
-    draw: Int[np.ndarray, " n"]
-    """Chooses the caption: the one numbered ``draw`` modulo the captions of the pair."""
+    caption_draw: Int[np.ndarray, " n"]
+    """Chooses the caption: the one numbered ``caption_draw`` modulo the captions of the pair."""
     seed: Int[np.ndarray, " n"]
     """Of the augmentation; with cached views, chooses the view."""
 
@@ -36,7 +36,7 @@ class SampleIndices:
         return len(self.pair)
 
     def __getitem__(self, part: slice | list[int]) -> SampleIndices:
-        return SampleIndices(self.pair[part], self.draw[part], self.seed[part])
+        return SampleIndices(self.pair[part], self.caption_draw[part], self.seed[part])
 
 
 class PairIndex(Sequence[Pair]):
@@ -60,8 +60,8 @@ class PairIndex(Sequence[Pair]):
             first.append(len(caption))
         self.group = np.array(group, dtype=np.int64)
         """Of each pair: equal numbers, one group."""
-        self.first = np.array(first, dtype=np.int64)
-        """Captions of pair i are numbered ``first[i]`` to ``first[i + 1]``."""
+        self.caption_offsets = np.array(first, dtype=np.int64)
+        """Captions of pair i are numbered ``caption_offsets[i]`` to ``caption_offsets[i + 1]``."""
         self.caption = np.array(caption, dtype=np.int64)
         """Of each caption: its place in ``texts``."""
         self.texts = list(texts)
@@ -73,10 +73,10 @@ class PairIndex(Sequence[Pair]):
     def __getitem__(self, number: Any) -> Any:
         return self._pairs[number]
 
-    def caption_of(self, picks: SampleIndices) -> Int[np.ndarray, " n"]:
+    def text_indices(self, picks: SampleIndices) -> Int[np.ndarray, " n"]:
         """Where in ``texts`` the picked captions are."""
-        first = self.first[picks.pair]
-        return self.caption[first + picks.draw % (self.first[picks.pair + 1] - first)]
+        first = self.caption_offsets[picks.pair]
+        return self.caption[first + picks.caption_draw % (self.caption_offsets[picks.pair + 1] - first)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +100,14 @@ class TextBatch:
 class ImageReader(Protocol):
     """Picks to images. ``read`` gives the pair of a number; a pair is read at most once a batch, if at all."""
 
-    def __call__(self, picks: SampleIndices, read: Callable[[int], Pair]) -> ImageBatch: ...
+    def __call__(self, indices: SampleIndices, get_pair: Callable[[int], Pair]) -> ImageBatch: ...
 
 
 @runtime_checkable
 class TextReader(Protocol):
     """Picks to captions; ``read`` as for the images."""
 
-    def __call__(self, picks: SampleIndices, read: Callable[[int], Pair]) -> TextBatch: ...
+    def __call__(self, indices: SampleIndices, get_pair: Callable[[int], Pair]) -> TextBatch: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +117,9 @@ class LiveImageReader:
     transform: ImageTransform
     augment: Augment | None = None
 
-    def __call__(self, picks: SampleIndices, read: Callable[[int], Pair]) -> ImageBatch:
-        pairs = [read(number) for number in picks.pair.tolist()]
-        seeds = picks.seed.tolist()
+    def __call__(self, indices: SampleIndices, get_pair: Callable[[int], Pair]) -> ImageBatch:
+        pairs = [get_pair(number) for number in indices.pair.tolist()]
+        seeds = indices.seed.tolist()
         return self.decode([(pair.id, pair.image, seed) for pair, seed in zip(pairs, seeds, strict=True)])
 
     def decode(self, images: Sequence[tuple[str, ImageSource, int]]) -> ImageBatch:
@@ -146,9 +146,9 @@ class LiveTextReader:
 
     tokenizer: Tokenizer
 
-    def __call__(self, picks: SampleIndices, read: Callable[[int], Pair]) -> TextBatch:
-        captions = [read(number).captions for number in picks.pair.tolist()]
-        texts = [all_[draw % len(all_)].text for all_, draw in zip(captions, picks.draw.tolist(), strict=True)]
+    def __call__(self, indices: SampleIndices, get_pair: Callable[[int], Pair]) -> TextBatch:
+        captions = [get_pair(number).captions for number in indices.pair.tolist()]
+        texts = [all_[draw % len(all_)].text for all_, draw in zip(captions, indices.caption_draw.tolist(), strict=True)]
         places: dict[str, int] = {}
         rows = [places.setdefault(text, len(places)) for text in texts]
         tokens = self.tokenizer(list(places))

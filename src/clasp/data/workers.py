@@ -29,10 +29,10 @@ class _RequestDataset:
 
     def __init__(self, read: Callable[[Any], Any]) -> None:
         self._read = read
-        self.asks: Iterable[Any] = ()
+        self.requests: Iterable[Any] = ()
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.asks)
+        return iter(self.requests)
 
     def __getitem__(self, ask: Any) -> Any:
         try:
@@ -52,18 +52,18 @@ class WorkerPool:
     """
 
     def __init__(self, read: Callable[[Any], Any], *, workers: int = 0, timeout_seconds: float = 300.0) -> None:
-        self._asks = _RequestDataset(read)
+        self._dataset = _RequestDataset(read)
         self._workers = workers
         self._timeout_seconds = timeout_seconds
         self._loader: DataLoader[Any] | None = None
         self._pass = 0
         self._finished = True
 
-    def __call__(self, asks: Iterable[Any]) -> Iterator[Any]:
-        """The answers to ``asks``."""
+    def __call__(self, requests: Iterable[Any]) -> Iterator[Any]:
+        """The answers to ``requests``."""
         self._pass += 1
         this = self._pass
-        for answer in self._here(asks) if self._workers == 0 else self._there(asks):
+        for answer in self._map_in_process(requests) if self._workers == 0 else self._map_in_workers(requests):
             assert this == self._pass, "a newer pass over this stream has begun"
             if isinstance(answer, UserError):
                 raise answer
@@ -73,15 +73,15 @@ class WorkerPool:
         """End the workers, if there are any; a later pass starts new ones."""
         self._loader = None
 
-    def _here(self, asks: Iterable[Any]) -> Iterator[Any]:
-        return map(self._asks.__getitem__, asks)
+    def _map_in_process(self, asks: Iterable[Any]) -> Iterator[Any]:
+        return map(self._dataset.__getitem__, asks)
 
-    def _there(self, asks: Iterable[Any]) -> Iterator[Any]:
+    def _map_in_workers(self, asks: Iterable[Any]) -> Iterator[Any]:
         if not self._finished:
             self.close()  # workers busy with a pass that was left could not say when they are ready for this one
         if self._loader is None:
-            self._loader = self._started()
-        self._asks.asks = asks
+            self._loader = self._start_loader()
+        self._dataset.requests = asks
         self._finished = False
         answers = iter(self._loader)
         heard = time.monotonic()
@@ -106,14 +106,14 @@ class WorkerPool:
             yield answer
             heard = time.monotonic()
 
-    def _started(self) -> DataLoader[Any]:
+    def _start_loader(self) -> DataLoader[Any]:
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context = multiprocessing.get_context(kind)
         if kind == "forkserver":
             context.set_forkserver_preload(["clasp.data.readers"])  # imported once, not by each worker
         return DataLoader(
-            self._asks,  # pyright: ignore[reportArgumentType]  # all a map-style dataset needs is __getitem__
-            sampler=self._asks,
+            self._dataset,  # pyright: ignore[reportArgumentType]  # all a map-style dataset needs is __getitem__
+            sampler=self._dataset,
             batch_size=None,
             collate_fn=_identity,
             num_workers=self._workers,

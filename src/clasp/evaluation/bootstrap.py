@@ -29,46 +29,46 @@ class GroupedScores(NamedTuple):
     """What some metrics were computed from.
 
     ``values``: a column per metric; the metric is the mean of its column. ``groups``: the group of each query, from 0.
-    ``cells``: where given, the metrics are means over cells of the mean in the cell (mean accuracy per class).
+    ``classes``: where given, the metrics are means over cells of the mean in the cell (mean accuracy per class).
     """
 
     values: Float[Tensor, "q M"]
     groups: Int[Tensor, " q"]
-    cells: Int[Tensor, " q"] | None = None
+    classes: Int[Tensor, " q"] | None = None
 
 
 def bootstrap_replicates(
-    samples: Sequence[GroupedScores], *, universe: int, resamples: int = 1000, seed: int = 0
+    samples: Sequence[GroupedScores], *, group_count: int, resamples: int = 1000, seed: int = 0
 ) -> list[Float[Tensor, "resamples M"]]:
-    """The metrics of each sample on resampled data: ``universe`` groups drawn with replacement, ``resamples`` times.
+    """The metrics of each sample on resampled data: ``group_count`` groups drawn with replacement, ``resamples`` times.
 
     The draws are common to all samples: row r of every result stands on the same groups. Groups of which a sample has
     no query may be drawn too, as when a language names only some of the images. A cell that a resample misses is
     left out of the mean of that resample; with no cell left it is NaN. Time: resamples x (groups + queries).
     """
-    sparse = [_sums_by_class(sample, universe) for sample in samples]
+    sparse = [_sums_by_class(sample, group_count) for sample in samples]
     chunks = [
         [_mean_over_classes(weights, cells) for cells in sparse]
-        for weights in _resampling_weights(universe, resamples, seed)
+        for weights in _resampling_weights(group_count, resamples, seed)
     ]
     return [torch.cat(of_sample) for of_sample in zip(*chunks, strict=True)]
 
 
-def _sums_by_class(sample: GroupedScores, universe: int) -> list[tuple[Int[Tensor, " _"], Float[Tensor, "_ columns"]]]:
+def _sums_by_class(sample: GroupedScores, group_count: int) -> list[tuple[Int[Tensor, " _"], Float[Tensor, "_ columns"]]]:
     """For each cell, its groups, and per group the sums of the values and (last column) the number of queries."""
-    cells = torch.zeros_like(sample.groups) if sample.cells is None else sample.cells
-    pairs, which, count = (cells * universe + sample.groups).unique(return_inverse=True, return_counts=True)
+    cells = torch.zeros_like(sample.groups) if sample.classes is None else sample.classes
+    pairs, which, count = (cells * group_count + sample.groups).unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(pairs), sample.values.shape[1], dtype=torch.float64)
     sums = torch.cat([sums.index_add(0, which, sample.values.double()), count.double()[:, None]], dim=1)
-    widths = torch.div(pairs, universe, rounding_mode="floor").unique_consecutive(return_counts=True)[1].tolist()
-    return list(zip((pairs % universe).split(widths), sums.split(widths), strict=True))
+    widths = torch.div(pairs, group_count, rounding_mode="floor").unique_consecutive(return_counts=True)[1].tolist()
+    return list(zip((pairs % group_count).split(widths), sums.split(widths), strict=True))
 
 
 def _mean_over_classes(
-    weights: Float[Tensor, "rows universe"], cells: list[tuple[Int[Tensor, " _"], Float[Tensor, "_ columns"]]]
+    weights: Float[Tensor, "rows universe"], class_sums: list[tuple[Int[Tensor, " _"], Float[Tensor, "_ columns"]]]
 ) -> Float[Tensor, "rows M"]:
     total, seen = torch.zeros(()), torch.zeros(())
-    for groups, sums in cells:
+    for groups, sums in class_sums:
         drawn = weights[:, groups] @ sums
         queries = drawn[:, -1:]
         total = total + drawn[:, :-1] / queries.clamp(min=1)
@@ -76,12 +76,12 @@ def _mean_over_classes(
     return total / seen
 
 
-def _resampling_weights(universe: int, resamples: int, seed: int) -> Iterator[Float[Tensor, "rows universe"]]:
+def _resampling_weights(group_count: int, resamples: int, seed: int) -> Iterator[Float[Tensor, "rows universe"]]:
     """How often each group was drawn, a row a resample, in chunks."""
     generator = torch.Generator().manual_seed(seed)
-    step = max(1, DRAWS_PER_CHUNK // universe)
+    step = max(1, DRAWS_PER_CHUNK // group_count)
     for start in range(0, resamples, step):
-        drawn = torch.randint(universe, (min(step, resamples - start), universe), generator=generator)
+        drawn = torch.randint(group_count, (min(step, resamples - start), group_count), generator=generator)
         yield torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
 
 

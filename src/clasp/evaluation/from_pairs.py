@@ -48,7 +48,7 @@ def zeroshot_task(
     """Which class an image is: that in ``label`` of its pair's meta."""
     labels = {pair.id: str(pair.meta[label]) for pair in pairs}
     question = ZeroShotQueries(labels=labels, classes=classes, templates=templates, read=inputs.read)
-    return ZeroShotTask(data=data, images=inputs.images(pairs), question=question)
+    return ZeroShotTask(data=data, images=inputs.images(pairs), queries=question)
 
 
 def retrieval_task(pairs: Pairs, inputs: FeatureSource, *, data: str) -> RetrievalTask:
@@ -60,23 +60,23 @@ def retrieval_task(pairs: Pairs, inputs: FeatureSource, *, data: str) -> Retriev
         text_groups={key: group for key, (_, group) in captions.items()},
         texts=inputs.texts({key: text for key, (text, _) in captions.items()}),
     )
-    return RetrievalTask(data=data, images=inputs.images(pairs), question=question)
+    return RetrievalTask(data=data, images=inputs.images(pairs), queries=question)
 
 
 def multilingual_task(pairs: Pairs, inputs: FeatureSource, *, languages: Sequence[str], data: str) -> MultilingualTask:
     """Retrieval in each language, and the mean over them."""
-    inputs.read_ahead(caption.text for pair in pairs for caption in pair.captions if caption.language in languages)
+    inputs.precompute_texts(caption.text for pair in pairs for caption in pair.captions if caption.language in languages)
     return MultilingualTask(
         data=data,
         images=inputs.images(pairs),
-        questions={language: language_queries(pairs, language, inputs) for language in languages},
+        queries={language: language_queries(pairs, language, inputs) for language in languages},
         primary="macro:all/mean_recall",
         sets={"all": languages},
     )
 
 
 def language_queries(
-    pairs: Sequence[Pair], language: str, inputs: FeatureSource, parts: Sequence[RetrievalDirection] = _BOTH_DIRECTIONS
+    pairs: Sequence[Pair], language: str, inputs: FeatureSource, directions: Sequence[RetrievalDirection] = _BOTH_DIRECTIONS
 ) -> RetrievalQueries:
     """The captions of ``pairs`` in one language, each distinct caption of a group once."""
     texts: dict[str, tuple[str, str]] = {}
@@ -88,7 +88,7 @@ def language_queries(
         image_groups={pair.id: pair.group for pair in pairs},
         text_groups={key: group for key, (_, group) in texts.items()},
         texts=inputs.texts({key: text for key, (text, _) in texts.items()}),
-        parts=tuple(parts),
+        directions=tuple(directions),
     )
 
 

@@ -92,14 +92,14 @@ def _count_ranks(
     tie: Float[Tensor, " rows"],
     row: Int[Tensor, " positives"],
     positive: Float[Tensor, " positives"],
-    room: Float[Tensor, "rows n"],
+    buffer: Float[Tensor, "rows n"],
 ) -> RankCounts:
     best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, row, positive, "amax")
     low = best - tie
 
     # Comparing into floats and summing those takes a fifth of the time of summing booleans (CPU, torch 2.13).
-    better = torch.gt(scores, (best + tie)[:, None], out=room).sum(dim=1).long()
-    tied = torch.ge(scores, low[:, None], out=room).sum(dim=1).long() - better
+    better = torch.gt(scores, (best + tie)[:, None], out=buffer).sum(dim=1).long()
+    tied = torch.ge(scores, low[:, None], out=buffer).sum(dim=1).long() - better
     tied_positives = torch.zeros_like(tied).index_add(0, row, (positive >= low[row]).long())
     return RankCounts(better, tied - tied_positives, tied_positives)
 
@@ -124,7 +124,7 @@ def chance_rank_counts(query_labels: Int[Tensor, " q"], gallery_labels: Int[Tens
     return RankCounts(torch.zeros_like(count), len(gallery_labels) - count, count)
 
 
-def hit_at_k(standings: RankCounts, k: int) -> Float[Tensor, " q"]:
+def hit_at_k(counts: RankCounts, k: int) -> Float[Tensor, " q"]:
     """For each query, the probability that a positive is among the first ``k``; 0 or 1 where nothing is tied.
 
     A block of tied items has max(0, k - better) places in the top k; that all of them go to negatives has the
@@ -133,7 +133,7 @@ def hit_at_k(standings: RankCounts, k: int) -> Float[Tensor, " q"]:
     """
     if k < 1:
         raise UserError(f"k is {k}; it must be at least 1")
-    better, negatives, positives = (count.double() for count in standings)
+    better, negatives, positives = (count.double() for count in counts)
     missed = torch.ones_like(better)
     for place in range(k):
         to_negative = (negatives - place).clamp(min=0) / (negatives + positives - place).clamp(min=1)
@@ -141,22 +141,22 @@ def hit_at_k(standings: RankCounts, k: int) -> Float[Tensor, " q"]:
     return 1 - missed
 
 
-def recall_at_k(standings: RankCounts, k: int) -> float:
+def recall_at_k(counts: RankCounts, k: int) -> float:
     """Expected fraction of queries with a positive among the first ``k``."""
-    return hit_at_k(standings, k).mean().item()
+    return hit_at_k(counts, k).mean().item()
 
 
-def expected_ranks(standings: RankCounts) -> Float[Tensor, " q"]:
+def expected_ranks(counts: RankCounts) -> Float[Tensor, " q"]:
     """Expected rank of the first positive of each query, from 1.
 
     In a random order of n tied negatives and p positives, n / (p + 1) negatives come before the first positive.
     """
-    return standings.better + 1 + standings.tied_negatives.double() / (standings.tied_positives + 1)
+    return counts.better + 1 + counts.tied_negatives.double() / (counts.tied_positives + 1)
 
 
-def median_rank(standings: RankCounts) -> float:
+def median_rank(counts: RankCounts) -> float:
     """Median of the expected ranks; of an even number of queries, the mean of the middle two."""
-    return expected_ranks(standings).quantile(0.5).item()
+    return expected_ranks(counts).quantile(0.5).item()
 
 
 def mean_per_class(values: Float[Tensor, " q"], classes: Int[Tensor, " q"]) -> float:

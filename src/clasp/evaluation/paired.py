@@ -44,22 +44,22 @@ class PairedScores:
 
 
 def paired_results(
-    data: str, comparisons: Sequence[PairedScores], *, resamples: int = 1000, seed: int = 0
+    data: str, paired_scores: Sequence[PairedScores], *, resamples: int = 1000, seed: int = 0
 ) -> list[EvaluationResult]:
     """A row for each comparison, task by task; after several languages of a task, their mean, ``macro:SET``.
 
     ``chance`` is that of ``before`` and ``after``; the change that guessing shows is 0.
     """
-    columns = [torch.stack([c.before, c.after, c.after - c.before], dim=1) for c in comparisons]
-    drawn = _resampled(columns, [c.groups for c in comparisons], resamples, seed)
+    columns = [torch.stack([c.before, c.after, c.after - c.before], dim=1) for c in paired_scores]
+    drawn = _resampled(columns, [c.groups for c in paired_scores], resamples, seed)
     rows: list[EvaluationResult] = []
-    for task in dict.fromkeys(c.task for c in comparisons):
-        of_task = [number for number, c in enumerate(comparisons) if c.task == task]
+    for task in dict.fromkeys(c.task for c in paired_scores):
+        of_task = [number for number, c in enumerate(paired_scores) if c.task == task]
         for number in of_task:
-            rows.append(_paired_result(data, [comparisons[number]], [columns[number]], [drawn[number]]))
-        named = [number for number in of_task if comparisons[number].language]
+            rows.append(_paired_result(data, [paired_scores[number]], [columns[number]], [drawn[number]]))
+        named = [number for number in of_task if paired_scores[number].language]
         if len(named) > 1:
-            members, values = [comparisons[n] for n in named], [columns[n] for n in named]
+            members, values = [paired_scores[n] for n in named], [columns[n] for n in named]
             rows.append(
                 _paired_result(
                     data, members, values, [drawn[n] for n in named], language=f"macro:{_language_set(task)}"
@@ -69,11 +69,11 @@ def paired_results(
 
 
 def bootstrap_mean(
-    parts: Sequence[tuple[Float[Tensor, " _"], tuple[str, ...]]], *, resamples: int = 1000, seed: int = 0
+    samples: Sequence[tuple[Float[Tensor, " _"], tuple[str, ...]]], *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, ConfidenceInterval]:
     """The mean over parts of the mean of each part's values, and its 95 % interval over the groups of all of them."""
-    columns = [values[:, None] for values, _ in parts]
-    drawn = _resampled(columns, [groups for _, groups in parts], resamples, seed)
+    columns = [values[:, None] for values, _ in samples]
+    drawn = _resampled(columns, [groups for _, groups in samples], resamples, seed)
     mean = sum(column.mean().item() for column in columns) / len(columns)
     return mean, percentile_intervals(torch.stack(drawn).nanmean(dim=0))[0]
 
@@ -90,24 +90,24 @@ def result_label(result: EvaluationResult) -> str:
 
 def _paired_result(
     data: str,
-    comparisons: Sequence[PairedScores],
+    paired_scores: Sequence[PairedScores],
     columns: Sequence[Float[Tensor, "_ 3"]],
-    drawn: Sequence[Float[Tensor, "resamples 3"]],
+    replicates: Sequence[Float[Tensor, "resamples 3"]],
     language: str | None = None,
 ) -> EvaluationResult:
-    first, count = comparisons[0], len(comparisons)
+    first, count = paired_scores[0], len(paired_scores)
     values = torch.stack([column.double().mean(dim=0) for column in columns]).mean(dim=0)
-    intervals = percentile_intervals(torch.stack(list(drawn)).nanmean(dim=0))
-    chance = sum(c.chance for c in comparisons) / count
+    intervals = percentile_intervals(torch.stack(list(replicates)).nanmean(dim=0))
+    chance = sum(c.chance for c in paired_scores) / count
     return EvaluationResult(
         task=first.task,
         data=data,
         language=first.language if language is None else language,
         metrics=dict(zip(_STATES, values.tolist(), strict=True)),
         chance={"before": chance, "after": chance, "change": 0.0},
-        n=sum(len(c.groups) for c in comparisons),
+        n=sum(len(c.groups) for c in paired_scores),
         interval=dict(zip(_STATES, intervals, strict=True)),
-        seconds=sum(c.seconds for c in comparisons),
+        seconds=sum(c.seconds for c in paired_scores),
     )
 
 
@@ -118,7 +118,7 @@ def _resampled(
     samples = [
         GroupedScores(values, _group_numbers(each, number)) for values, each in zip(columns, groups, strict=True)
     ]
-    return bootstrap_replicates(samples, universe=len(number), resamples=resamples, seed=seed)
+    return bootstrap_replicates(samples, group_count=len(number), resamples=resamples, seed=seed)
 
 
 def _group_numbers(groups: Iterable[str], number: dict[str, int]) -> Int[Tensor, " q"]:

@@ -26,8 +26,8 @@ _MAX_ITERATIONS = 500
 def knn_probe(
     fit: Float[Tensor, "n D"],
     fit_labels: Int[Tensor, " n"],
-    asked: Float[Tensor, "q D"],
-    asked_labels: Int[Tensor, " q"],
+    queries: Float[Tensor, "q D"],
+    query_labels: Int[Tensor, " q"],
     *,
     k: int = _DEFAULT_NEIGHBOURS,
     temperature: float = _DEFAULT_TEMPERATURE,
@@ -39,18 +39,18 @@ def knn_probe(
     shares the last places among neighbours that are equally near, and a tied vote among its classes. Where there are
     fewer than ``k``, all vote. Memory: a few times ``scores_at_once`` numbers.
     """
-    fit, asked = (F.normalize(features.float(), dim=1) for features in (fit, asked))
-    k, classes = min(k, len(fit)), int(torch.cat([fit_labels, asked_labels]).max()) + 1
+    fit, queries = (F.normalize(features.float(), dim=1) for features in (fit, queries))
+    k, classes = min(k, len(fit)), int(torch.cat([fit_labels, query_labels]).max()) + 1
     right = []
-    for rows in torch.arange(len(asked)).split(max(1, scores_at_once // len(fit))):
-        scores = asked[rows] @ fit.T
+    for rows in torch.arange(len(queries)).split(max(1, scores_at_once // len(fit))):
+        scores = queries[rows] @ fit.T
         last = scores.topk(k, dim=1).values[:, -1:]
         nearer, level = scores > last + TIE_TOLERANCE, (scores - last).abs() <= TIE_TOLERANCE
         places = (k - nearer.sum(dim=1, keepdim=True)).double() / level.sum(dim=1, keepdim=True)
         weights = (scores.double() / temperature).exp() * torch.where(level, places, nearer.double())
         votes = weights.new_zeros(len(rows), classes).index_add(1, fit_labels, weights)
         first = votes >= votes.amax(dim=1, keepdim=True) * (1 - TIE_TOLERANCE / temperature)
-        of_right = first.gather(1, asked_labels[rows][:, None])[:, 0]
+        of_right = first.gather(1, query_labels[rows][:, None])[:, 0]
         right.append(of_right.double() / first.sum(dim=1))
     return torch.cat(right)
 
@@ -59,8 +59,8 @@ def linear_probe(
     fit: Float[Tensor, "n D"],
     fit_labels: Int[Tensor, " n"],
     fit_groups: Int[Tensor, " n"],
-    asked: Float[Tensor, "q D"],
-    asked_labels: Int[Tensor, " q"],
+    queries: Float[Tensor, "q D"],
+    query_labels: Int[Tensor, " q"],
 ) -> Float[Tensor, " q"]:
     """Whether logistic regression on the fit set names the right class.
 
@@ -70,17 +70,17 @@ def linear_probe(
     """
     deviation, mean = torch.std_mean(fit.double(), dim=0, correction=0)
     scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / deviation, 0.0)  # a constant feature says nothing
-    fit, asked = ((features.double() - mean) * scale for features in (fit, asked))
+    fit, queries = ((features.double() - mean) * scale for features in (fit, queries))
     held = _held_out_mask(fit_labels, fit_groups)
     strength = _C_GRID[len(_C_GRID) // 2]
     if held.any():
         inside, outside = (fit[~held], fit_labels[~held]), (fit[held], fit_labels[held])
         strength = max(_C_GRID, key=lambda c: float(_logistic_regression_correct(*inside, *outside, c).mean()))
-    return _logistic_regression_correct(fit, fit_labels, asked, asked_labels, strength)
+    return _logistic_regression_correct(fit, fit_labels, queries, query_labels, strength)
 
 
 def _logistic_regression_correct(
-    fit: Tensor, fit_labels: Tensor, asked: Tensor, asked_labels: Tensor, c: float
+    fit: Tensor, fit_labels: Tensor, queries: Tensor, query_labels: Tensor, c: float
 ) -> Float[Tensor, " q"]:
     # inside: it takes a second to import, and most evaluations need none of it
     from sklearn.exceptions import ConvergenceWarning
@@ -90,7 +90,7 @@ def _logistic_regression_correct(
         # a weak penalty on separable classes has its optimum far away; what was reached is judged like the others
         warnings.simplefilter("ignore", ConvergenceWarning)
         model = LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(fit.numpy(), fit_labels.numpy())
-    return (torch.from_numpy(model.predict(asked.numpy())) == asked_labels).double()
+    return (torch.from_numpy(model.predict(queries.numpy())) == query_labels).double()
 
 
 def _held_out_mask(labels: Int[Tensor, " n"], groups: Int[Tensor, " n"]) -> Tensor:
@@ -104,11 +104,11 @@ def _held_out_mask(labels: Int[Tensor, " n"], groups: Int[Tensor, " n"]) -> Tens
     return torch.tensor([held[group] for group in groups.tolist()], dtype=torch.bool)
 
 
-def majority_class_accuracy(fit_labels: Int[Tensor, " n"], asked_labels: Int[Tensor, " q"]) -> float:
+def majority_class_accuracy(fit_labels: Int[Tensor, " n"], query_labels: Int[Tensor, " q"]) -> float:
     """What is right by always naming the class that the fit set has most of; with several such, one of them by chance.
 
     The score of guessing for both probes: with as many of each class it is one over the number of classes.
     """
-    counts = torch.bincount(fit_labels, minlength=int(asked_labels.max()) + 1)
+    counts = torch.bincount(fit_labels, minlength=int(query_labels.max()) + 1)
     most = counts == counts.max()
-    return (most[asked_labels].double() / most.sum()).mean().item()
+    return (most[query_labels].double() / most.sum()).mean().item()

@@ -46,9 +46,9 @@ class EmbeddingTable:
 
 
 def embed_batches(
-    chunks: Iterable[tuple[Sequence[str], _InputT]], encode: Callable[[_InputT], Float[Tensor, "B E"]], what: str
+    chunks: Iterable[tuple[Sequence[str], _InputT]], encode: Callable[[_InputT], Float[Tensor, "B E"]], item_name: str
 ) -> EmbeddingTable:
-    """Run a stream through one side of an encoder, without gradients. ``what`` names the items in errors.
+    """Run a stream through one side of an encoder, without gradients. ``item_name`` names the items in errors.
 
     Raises:
         UserError: nothing in the stream, or one id twice.
@@ -61,8 +61,8 @@ def embed_batches(
             vectors.append(encode(inputs).float().cpu())
             assert len(vectors[-1]) == len(names), f"{len(names)} ids for {len(vectors[-1])} embeddings"
     if not ids:
-        raise UserError(f"there are no {what}s to evaluate on")
-    _refuse_repeats(ids, f"{what} ids")
+        raise UserError(f"there are no {item_name}s to evaluate on")
+    _refuse_repeats(ids, f"{item_name} ids")
     return EmbeddingTable(tuple(ids), torch.cat(vectors))
 
 
@@ -85,13 +85,13 @@ class MeanMetric:
 
 @dataclass(frozen=True, slots=True)
 class QueryScores:
-    """What a question found out, in one direction (``part``; empty where there is only one).
+    """What a question found out, in one direction (``direction``; empty where there is only one).
 
     ``groups`` holds the cluster of each query: the unit that is resampled for intervals. ``chance`` is what guessing
     would score on each metric.
     """
 
-    part: str
+    direction: str
     groups: tuple[str, ...]
     means: Mapping[str, MeanMetric]
     medians: Mapping[str, float]
@@ -128,8 +128,8 @@ class ZeroShotQueries:
     templates: Sequence[str]
     read: TextBatcher
     groups: Mapping[str, str] | None = None
-    parts: tuple[str, ...] = field(default=("",), init=False)
-    names: tuple[str, ...] = field(default=("top1", "top5", "mean_per_class"), init=False)
+    directions: tuple[str, ...] = field(default=("",), init=False)
+    metric_names: tuple[str, ...] = field(default=("top1", "top5", "mean_per_class"), init=False)
 
     def __post_init__(self) -> None:
         _check_classes(self.classes, "the classes")
@@ -149,7 +149,7 @@ class ZeroShotQueries:
                     f"nearest: {', '.join(map(repr, nearest))}"
                 )
 
-    def ask(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
+    def score(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
         """Top-1 and top-5 accuracy over images, and the mean over classes of top-1 accuracy."""
         _require_known(images.ids, self.labels, "image", "label")
         number = {name: index for index, name in enumerate(self.classes)}
@@ -165,15 +165,15 @@ class ZeroShotQueries:
         def measure(standings: metrics.RankCounts) -> dict[str, MeanMetric]:
             first = metrics.hit_at_k(standings, 1)
             found = MeanMetric(first), MeanMetric(metrics.hit_at_k(standings, 5)), MeanMetric(first, cells=numbers)
-            return dict(zip(self.names, found, strict=True))
+            return dict(zip(self.metric_names, found, strict=True))
 
-        vectors = self.class_vectors(encoder)
+        vectors = self.class_embeddings(encoder)
         means = measure(metrics.rank_counts(images.vectors[list(rows)], vectors, numbers, candidates))
         chance = measure(metrics.chance_rank_counts(numbers, candidates))
         groups = ids if self.groups is None else tuple(self.groups[id] for id in ids)
         return [QueryScores("", groups, means, {}, {name: mean.value() for name, mean in chance.items()})]
 
-    def class_vectors(self, encoder: Encoder) -> Float[Tensor, "C E"]:
+    def class_embeddings(self, encoder: Encoder) -> Float[Tensor, "C E"]:
         """The ensembled unit vector of every class, in the order of ``classes``."""
         prompts = [[_fill_template(template, name) for template in self.templates] for name in self.classes]
         distinct = list(dict.fromkeys(prompt for of_class in prompts for prompt in of_class))
@@ -228,16 +228,16 @@ class RetrievalQueries:
     image_groups: Mapping[str, str]
     text_groups: Mapping[str, str]
     texts: TextBatches
-    parts: tuple[RetrievalDirection, ...] = ("image_to_text", "text_to_image")
-    names: tuple[str, ...] = field(
+    directions: tuple[RetrievalDirection, ...] = ("image_to_text", "text_to_image")
+    metric_names: tuple[str, ...] = field(
         default=(*(f"recall@{k}" for k in _RECALL_KS), "mean_recall", "median_rank"), init=False
     )
 
     def __post_init__(self) -> None:
-        _check_directions(self.parts)
+        _check_directions(self.directions)
         _require_overlap(self.image_groups.values(), self.text_groups.values())
 
-    def ask(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
+    def score(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
         """Recall at 1, 5 and 10, their mean, and the median rank of the first right answer; in each direction."""
         texts = embed_batches(self.texts(), encoder.embed_text, "caption")
         _require_known(images.ids, self.image_groups, "image", "group")
@@ -249,9 +249,9 @@ class RetrievalQueries:
             "image_to_text": (images.vectors, image_groups, texts.vectors, text_groups),
             "text_to_image": (texts.vectors, text_groups, images.vectors, image_groups),
         }
-        return [self._one_way(part, *sides[part]) for part in self.parts]
+        return [self._score_direction(part, *sides[part]) for part in self.directions]
 
-    def _one_way(
+    def _score_direction(
         self,
         part: RetrievalDirection,
         queries: Float[Tensor, "q E"],

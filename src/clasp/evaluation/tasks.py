@@ -60,7 +60,7 @@ class _SingleTask(Generic[_QueriesT]):
 
     data: str
     images: ImageBatches
-    question: _QueriesT
+    queries: _QueriesT
     language: str = ""
     name: str
     primary: str
@@ -68,16 +68,16 @@ class _SingleTask(Generic[_QueriesT]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_primary(self.primary, _metric_names(self.question))
+        _check_primary(self.primary, _metric_names(self.queries))
 
     def results(self, encoder: Encoder) -> list[EvaluationResult]:
         """A row per direction, then one for their mean; one row where the question has no directions."""
-        answered = _evaluate(encoder, self.data, self.images, {self.language: self.question}, self.resamples, self.seed)
-        return [row.result(self.name, self.data) for row in answered]
+        answered = _evaluate(encoder, self.data, self.images, {self.language: self.queries}, self.resamples, self.seed)
+        return [row.finish(self.name, self.data) for row in answered]
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """The numbers by name."""
-        return _flatten(_evaluate(encoder, self.data, self.images, {"": self.question}))
+        return _flatten(_evaluate(encoder, self.data, self.images, {"": self.queries}))
 
 
 @dataclass(kw_only=True)
@@ -110,7 +110,7 @@ class MultilingualTask:
 
     data: str
     images: ImageBatches
-    questions: Mapping[str, EvaluationQueries]
+    queries: Mapping[str, EvaluationQueries]
     primary: str
     sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     name: str = "multilingual"
@@ -118,10 +118,10 @@ class MultilingualTask:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.questions:
+        if not self.queries:
             raise UserError(f"{self.name} on {self.data}: there is no language to ask in")
         names = [
-            f"{language}/{name}" for language, question in self.questions.items() for name in _metric_names(question)
+            f"{language}/{name}" for language, question in self.queries.items() for name in _metric_names(question)
         ]
         for title, languages in self.sets.items():
             asked = self._languages(title, languages)
@@ -135,25 +135,25 @@ class MultilingualTask:
         if not languages or len(set(languages)) < len(languages):
             raise UserError(f"the set {title!r} must name at least one language, and each once: {list(languages)}")
         for language in languages:
-            if language not in self.questions:
-                raise UserError(f"the set {title!r} names {language!r}; {_nearest(language, list(self.questions))}")
-        return [self.questions[language] for language in languages]
+            if language not in self.queries:
+                raise UserError(f"the set {title!r} names {language!r}; {_nearest(language, list(self.queries))}")
+        return [self.queries[language] for language in languages]
 
     def results(self, encoder: Encoder) -> list[EvaluationResult]:
         """The rows of every language, then those of every set."""
-        rows = _evaluate(encoder, self.data, self.images, self.questions, self.resamples, self.seed)
-        return [row.result(self.name, self.data) for row in self._with_macros(rows)]
+        rows = _evaluate(encoder, self.data, self.images, self.queries, self.resamples, self.seed)
+        return [row.finish(self.name, self.data) for row in self._with_macros(rows)]
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """The numbers by name."""
-        return _flatten(self._with_macros(_evaluate(encoder, self.data, self.images, self.questions)))
+        return _flatten(self._with_macros(_evaluate(encoder, self.data, self.images, self.queries)))
 
     def _with_macros(self, rows: list[_PartialResult]) -> list[_PartialResult]:
         macros = []
         for title, languages in self.sets.items():
             members = [row for row in rows if row.language in set(languages)]
-            for part in dict.fromkeys(row.part for row in members):
-                of_part = [row for row in members if row.part == part]
+            for part in dict.fromkeys(row.direction for row in members):
+                of_part = [row for row in members if row.direction == part]
                 own = sum(row.own_seconds for row in of_part)
                 macros.append(_mean_result(of_part, _macro_name(title), part, own))
         return rows + macros
@@ -167,7 +167,7 @@ class _PartialResult:
     """A result in the making: with its bootstrap replicates, so that means of rows have intervals too."""
 
     language: str
-    part: str
+    direction: str
     metrics: dict[str, float]
     chance: dict[str, float]
     n: int
@@ -175,11 +175,11 @@ class _PartialResult:
     shared_seconds: float
     own_seconds: float
 
-    def result(self, task: str, data: str) -> EvaluationResult:
+    def finish(self, task: str, data: str) -> EvaluationResult:
         columns = list(self.replicates.values())
         intervals = percentile_intervals(torch.stack(columns, dim=1)) if columns else []
         return EvaluationResult(
-            task=f"{task}/{self.part}" if self.part else task,
+            task=f"{task}/{self.direction}" if self.direction else task,
             data=data,
             language=self.language,
             metrics=self.metrics,
@@ -194,7 +194,7 @@ def _evaluate(
     encoder: Encoder,
     data: str,
     images: ImageBatches,
-    questions: Mapping[str, EvaluationQueries],
+    queries: Mapping[str, EvaluationQueries],
     resamples: int = 0,
     seed: int = 0,
 ) -> list[_PartialResult]:
@@ -204,10 +204,10 @@ def _evaluate(
         embedded = embed_batches(images(), encoder.embed_image, "image")
     shared = time.perf_counter() - start
     asked: list[tuple[str, list[QueryScores], float]] = []
-    for language, question in questions.items():
+    for language, question in queries.items():
         start = time.perf_counter()
         with _locate_errors(f"{data} in {language!r}" if language else data):
-            answers = question.ask(encoder, embedded)
+            answers = question.score(encoder, embedded)
         asked.append((language, answers, time.perf_counter() - start))
     made = iter(_replicates([answer for _, answers, _ in asked for answer in answers], resamples, seed))
     rows = []
@@ -215,7 +215,7 @@ def _evaluate(
         parts = [
             _PartialResult(
                 language=language,
-                part=answer.part,
+                direction=answer.direction,
                 metrics=answer.metrics(),
                 chance=dict(answer.chance),
                 n=len(answer.groups),
@@ -241,23 +241,23 @@ def _locate_errors(where: str) -> Iterator[None]:
 
 
 def _replicates(
-    answers: Sequence[QueryScores], resamples: int, seed: int
+    scores: Sequence[QueryScores], resamples: int, seed: int
 ) -> list[dict[str, Float[Tensor, " resamples"]]]:
     """For each answer the replicates of its means, all on the same draws of groups."""
-    made: list[dict[str, Tensor]] = [{} for _ in answers]
+    made: list[dict[str, Tensor]] = [{} for _ in scores]
     if not resamples:
         return made
     # Sorted, so that intervals do not depend on the order in which images were read.
-    number = {group: index for index, group in enumerate(sorted({g for answer in answers for g in answer.groups}))}
+    number = {group: index for index, group in enumerate(sorted({g for answer in scores for g in answer.groups}))}
     samples, whose = [], []
-    for answer, into in zip(answers, made, strict=True):
+    for answer, into in zip(scores, made, strict=True):
         groups = torch.tensor([number[group] for group in answer.groups])
         plain = tuple(name for name, mean in answer.means.items() if mean.cells is None)
         for names in (plain, *((name,) for name in answer.means if name not in plain)):
             values = torch.stack([answer.means[name].values for name in names], dim=1)
             samples.append(GroupedScores(values, groups, answer.means[names[0]].cells))
             whose.append((into, names))
-    drawn = bootstrap_replicates(samples, universe=len(number), resamples=resamples, seed=seed)
+    drawn = bootstrap_replicates(samples, group_count=len(number), resamples=resamples, seed=seed)
     for (into, names), columns in zip(whose, drawn, strict=True):
         into.update(zip(names, columns.T, strict=True))
     return made
@@ -268,7 +268,7 @@ def _mean_result(rows: Sequence[_PartialResult], language: str, part: str, own_s
     first = rows[0]
     return _PartialResult(
         language=language,
-        part=part,
+        direction=part,
         metrics={name: sum(row.metrics[name] for row in rows) / len(rows) for name in first.metrics},
         chance={name: sum(row.chance[name] for row in rows) / len(rows) for name in first.chance},
         n=sum(row.n for row in rows),
@@ -282,7 +282,7 @@ def _mean_result(rows: Sequence[_PartialResult], language: str, part: str, own_s
 
 def _flatten(rows: Sequence[_PartialResult]) -> dict[str, float]:
     return {
-        "/".join(filter(None, (row.language, row.part, name))): value
+        "/".join(filter(None, (row.language, row.direction, name))): value
         for row in rows
         for name, value in row.metrics.items()
     }
@@ -290,8 +290,8 @@ def _flatten(rows: Sequence[_PartialResult]) -> dict[str, float]:
 
 def _metric_names(question: EvaluationQueries) -> tuple[str, ...]:
     """The numbers of one question, by part and name, and their means over the parts where there are several."""
-    parts = question.parts if len(question.parts) == 1 else (*question.parts, "")
-    return tuple("/".join(filter(None, (part, name))) for part in parts for name in question.names)
+    parts = question.directions if len(question.directions) == 1 else (*question.directions, "")
+    return tuple("/".join(filter(None, (part, name))) for part in parts for name in question.metric_names)
 
 
 def _macro_name(title: str) -> str:

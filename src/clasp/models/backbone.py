@@ -93,9 +93,9 @@ class Backbone:
     """image towers: size, mean and std as the weights were trained"""
     tokenizer: Callable[[], Tokenizer] | None = None
     """text towers; a callable, since counting parameters needs none"""
-    read: Callable[[nn.Module, Any], Tensor] | None = None
+    forward_features: Callable[[nn.Module, Any], Tensor] | None = None
     """inputs to states, where calling the net does not give them: ``(net, pixels)`` to ``[B N D]`` or ``[B D h w]``"""
     from_seed: bool = False
     """whether its weights were drawn and never trained; statistics of BatchNorm are then worth nothing yet"""
-    new: frozenset[str] = frozenset()
+    new_parameters: frozenset[str] = frozenset()
     """parameters of a pre-trained net that nobody has trained, such as embeddings of another modality"""

@@ -117,14 +117,14 @@ class DualEncoder(nn.Module):
         freeze_except(self, self.selection)
 
     @property
-    def shared_names(self) -> set[str]:
+    def shared_parameter_names(self) -> set[str]:
         """Parameters that both towers hold, by their first names; not what one of them holds twice, as T5 does."""
         return {
             first for name, first in parameter_aliases(self).items() if (name[:5], first[:6]) == ("text.", "image.")
         }
 
     @property
-    def new_names(self) -> dict[str, set[str]]:
+    def new_parameter_names(self) -> dict[str, set[str]]:
         """Parameters that no base has, by part: the heads (with a learned pooling) and the scale (with its bias)."""
         heads = ("image_head.", "text_head.", "image.pooling.", "text.pooling.")
         names = [name for name, _ in self.named_parameters()]
@@ -134,37 +134,37 @@ class DualEncoder(nn.Module):
         }
 
     @property
-    def kinds(self) -> dict[str, ParameterKind]:
+    def parameter_kinds(self) -> dict[str, ParameterKind]:
         """What each parameter of the selection is, by name: the keys of ``train.lr_factors``.
 
-        ``scale`` and ``head`` as in ``new_names``. Inside a tower, ``new`` is what its base does not have (bottlenecks,
+        ``scale`` and ``head`` as in ``new_parameter_names``. Inside a tower, ``new`` is what its base does not have (bottlenecks,
         appended blocks with their norms, low-rank factors, prompts), the low-rank differences between what is shared,
         and what nobody has trained beside a pre-trained trunk; of the base, ``shared`` is what both towers hold, else
         ``norm`` or the rest, ``tower``.
         """
-        kinds: dict[str, ParameterKind] = dict.fromkeys(self.new_names["heads"], "head")
-        kinds.update(dict.fromkeys(self.new_names["scale"], "scale"))
-        shared = self.shared_names
+        kinds: dict[str, ParameterKind] = dict.fromkeys(self.new_parameter_names["heads"], "head")
+        kinds.update(dict.fromkeys(self.new_parameter_names["scale"], "scale"))
+        shared = self.shared_parameter_names
         for side, tower in (("image", self.image), ("text", self.text)):
-            assert tower.hashes, "what is new is told from the weights of the base, and shapes have none"
+            assert tower.weight_hashes, "what is new is told from the weights of the base, and shapes have none"
             modules = list(tower.net.modules())
             norms = {id(p) for module in modules if is_norm(module) for p in module.parameters()}
-            differences = {id(p) for module in modules if isinstance(module, LowRankLinear) for p in module.own}
+            differences = {id(p) for module in modules if isinstance(module, LowRankLinear) for p in module.low_rank_parameters}
             for name, p in tower.net.named_parameters():
                 plain = name.replace(".base_layer.", ".")  # peft renames the weights that it wraps
-                is_new = plain not in tower.hashes or plain in tower.new or id(p) in differences
+                is_new = plain not in tower.weight_hashes or plain in tower.new_parameters or id(p) in differences
                 kind: ParameterKind = "new" if is_new else "norm" if id(p) in norms else "tower"
                 full = f"{side}.net.{name}"
                 kinds[full] = "shared" if full in shared and kind != "new" else kind
         return {name: kinds[name] for name, _ in self.named_parameters() if name in self.selection}
 
-    def counts(self) -> dict[str, ParameterCount]:
+    def parameter_counts(self) -> dict[str, ParameterCount]:
         """Parameters in all and trained: for the whole (``model``), per tower, for the heads and for the scale.
 
         What both towers hold is counted once, as ``shared``, and not in theirs; there is no such part without any.
         """
-        shared = self.shared_names
-        parts = {**self.new_names, **({"shared": shared} if shared else {})}
+        shared = self.shared_parameter_names
+        parts = {**self.new_parameter_names, **({"shared": shared} if shared else {})}
 
         def part_of(name: str) -> str:
             return next((part for part, names in parts.items() if name in names), name.partition(".")[0])
@@ -194,7 +194,7 @@ class DualEncoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Of everything an embedding depends on: both bases, the delta, and what is new though it does not train."""
-        ours = self.selection.union(*self.new_names.values())
+        ours = self.selection.union(*self.new_parameter_names.values())
         tensors = {name: p.detach() for name, p in self.named_parameters() if name in ours}
         tensors |= self.moving
         hashes = sorted(hash_tensors(tensors).items())

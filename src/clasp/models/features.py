@@ -66,7 +66,7 @@ class CachePlan:
     key: Mapping[str, Any]
 
     @property
-    def more_bytes(self) -> int:
+    def bytes_to_write(self) -> int:
         """That are still to be written."""
         return self.bytes if self.storage and not self.file else 0
 
@@ -79,9 +79,9 @@ def no_progress_bar(title: str) -> AbstractContextManager[ProgressCallback]:
 class FeatureSource:
     """Reads pairs for one model.
 
-    ``features`` decides whether what a tower's frozen part says is computed once and kept under ``cache``, and how it
+    ``feature_cache`` decides whether what a tower's frozen part says is computed once and kept under ``cache_folder``, and how it
     is written: "auto" keeps the vectors of a wholly frozen tower in float32, and the states of a trunk in float16 where
-    they fill at most a quarter of the free disk. ``say`` hears what is kept, or why not; ``report`` hears of images
+    they fill at most a quarter of the free disk. ``notify`` hears what is kept, or why not; ``on_skipped`` hears of images
     that an evaluation could not read, once of each.
     """
 
@@ -92,31 +92,31 @@ class FeatureSource:
         text: Tower,
         transform: ImageTransform,
         tokenizer: Tokenizer,
-        features: FeatureCacheMode,
-        cache: Path,
+        feature_cache: FeatureCacheMode,
+        cache_folder: Path,
         bar: ProgressFactory = no_progress_bar,
-        say: MessageCallback = lambda line: None,
-        report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
+        notify: MessageCallback = lambda line: None,
+        on_skipped: Callable[[Iterable[SkippedSample]], None] = log_skipped,
         workers: int = 0,
-        views: int = 0,
+        cached_augmentations: int = 0,
         seed: int = 0,
         max_bad_fraction: float = 0.02,
     ):
         self.image, self.text = image, text
         self.transform, self.tokenizer = transform, tokenizer
-        on = features != "off"
-        self.image_part = find_frozen_part(image, transform.size) if on else None
-        self.text_part = find_frozen_part(text, 0) if on else None
-        self._features: FeatureCacheMode = features
-        self._cache, self._bar, self._say, self._report = cache, bar, say, report
-        self._workers, self._views, self._seed, self._max_bad = workers, views, seed, max_bad_fraction
-        self._told: set[str] = set()
-        self._ahead: list[tuple[dict[str, int], CachedFeatures]] = []
+        on = feature_cache != "off"
+        self.frozen_image_part = find_frozen_part(image, transform.size) if on else None
+        self.frozen_text_part = find_frozen_part(text, 0) if on else None
+        self._features: FeatureCacheMode = feature_cache
+        self._cache, self._bar, self._notify, self._report = cache_folder, bar, notify, on_skipped
+        self._workers, self._views, self._seed, self._max_bad = workers, cached_augmentations, seed, max_bad_fraction
+        self._reported: set[str] = set()
+        self._precomputed: list[tuple[dict[str, int], CachedFeatures]] = []
 
     @property
-    def all_pooled(self) -> bool:
+    def both_towers_frozen(self) -> bool:
         """Whether both towers are wholly frozen: all that is left of them are vectors, which cost nothing."""
-        return isinstance(self.image_part, FrozenTower) and isinstance(self.text_part, FrozenTower)
+        return isinstance(self.frozen_image_part, FrozenTower) and isinstance(self.frozen_text_part, FrozenTower)
 
     @cached_property
     def _device(self) -> torch.device:
@@ -124,7 +124,7 @@ class FeatureSource:
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def image_side(self, pairs: Pairs, augment: Augment | None) -> ImageReader:
+    def image_reader(self, pairs: Pairs, augment: Augment | None) -> ImageReader:
         """The image side of training batches. Augmented images are read anew, unless ``views`` of them are kept."""
         if augment is None or self._views:
             features = self.image_features(pairs, augment)
@@ -132,15 +132,15 @@ class FeatureSource:
                 return CachedImageReader(features, pairs)
         return LiveImageReader(self.transform, augment)
 
-    def text_side(self, listing: PairIndex) -> TextReader:
+    def text_reader(self, listing: PairIndex) -> TextReader:
         """The text side of training batches."""
         features = self.text_features(listing.texts)
         return LiveTextReader(self.tokenizer) if features is None else CachedTextReader(features, listing)
 
     def image_features(self, pairs: Pairs, augment: Augment | None = None) -> CachedFeatures | None:
         """What the image tower's frozen part says of every image, computed at most once; ``None`` to read them live."""
-        part, keeping = self.image_part, self.keeping_of_images(pairs, augment)
-        if part is None or keeping is None or (storage := self._agreed(part, keeping)) is None:
+        part, keeping = self.frozen_image_part, self.image_cache_plan(pairs, augment)
+        if part is None or keeping is None or (storage := self._storage_for(part, keeping)) is None:
             return None
         views = self._views_of(augment)
         with self._bar(f"images of {Path(pairs.name).name} through {self.image.name}") as progress:
@@ -148,8 +148,8 @@ class FeatureSource:
                 part,
                 pairs,
                 self.transform,
-                batch=inference_batch_size(self.transform.size, self._device),
-                cache=self._cache,
+                batch_size=inference_batch_size(self.transform.size, self._device),
+                cache_folder=self._cache,
                 progress=progress,
                 augment=augment if views > 1 else None,
                 views=views,
@@ -162,29 +162,29 @@ class FeatureSource:
 
     def text_features(self, texts: Sequence[str]) -> CachedFeatures | None:
         """What the text tower's frozen part says of every text, computed at most once; ``None`` to read them live."""
-        part = self.text_part
+        part = self.frozen_text_part
         if part is None:
             return None
-        for entries, features in self._ahead:
+        for entries, features in self._precomputed:
             if all(text in entries for text in texts):
                 return replace(features, entry=np.array([entries[text] for text in texts], dtype=np.int64))
-        keeping = self.keeping_of_texts(texts)
-        if keeping is None or (storage := self._agreed(part, keeping)) is None:
+        keeping = self.text_cache_plan(texts)
+        if keeping is None or (storage := self._storage_for(part, keeping)) is None:
             return None
         with self._bar(f"captions through {self.text.name}") as progress:
             features = text_features(
                 part,
                 self.tokenizer,
                 texts,
-                cache=self._cache,
+                cache_folder=self._cache,
                 progress=progress,
                 device=self._device,
                 storage=storage,
             )
-        self._ahead.append((dict(zip(texts, features.entry.tolist(), strict=True)), features))
+        self._precomputed.append((dict(zip(texts, features.entry.tolist(), strict=True)), features))
         return features
 
-    def read_ahead(self, texts: Iterable[str]) -> None:
+    def precompute_texts(self, texts: Iterable[str]) -> None:
         """Put the texts of many small questions through a frozen text tower at once; the questions then find them."""
         different = sorted(set(texts))
         if different:
@@ -192,25 +192,25 @@ class FeatureSource:
 
     # --- what is kept --------------------------------------------------------------------------------------------
 
-    def keeping_of_images(self, pairs: Pairs, augment: Augment | None = None) -> CachePlan | None:
+    def image_cache_plan(self, pairs: Pairs, augment: Augment | None = None) -> CachePlan | None:
         """What ``image_features`` would keep, before it does; ``None`` where no part of the tower is frozen."""
-        part, views = self.image_part, self._views_of(augment)
+        part, views = self.frozen_image_part, self._views_of(augment)
         if part is None:
             return None
         key = image_cache_key(part, pairs, self.transform, augment, views=views, seed=self._seed)
-        return self._keeping(
+        return self._cache_plan(
             part, "images", len(pairs), key, lambda name: image_cache_bytes(part, len(pairs), views, name)
         )
 
-    def keeping_of_texts(self, texts: Sequence[str]) -> CachePlan | None:
+    def text_cache_plan(self, texts: Sequence[str]) -> CachePlan | None:
         """What ``text_features`` would keep, before it does; ``None`` where no part of the tower is frozen."""
-        part = self.text_part
+        part = self.frozen_text_part
         if part is None:
             return None
         asked = DistinctTexts(texts)
         key = text_cache_key(part, self.tokenizer, asked)
-        takes = lambda name: text_cache_bytes(part, self.tokenizer, asked.different, name)  # noqa: E731
-        return self._keeping(part, "captions", len(asked.different), key, takes)
+        takes = lambda name: text_cache_bytes(part, self.tokenizer, asked.distinct, name)  # noqa: E731
+        return self._cache_plan(part, "captions", len(asked.distinct), key, takes)
 
     def free_bytes(self) -> int:
         """What is free where features are kept."""
@@ -219,29 +219,29 @@ class FeatureSource:
     def _views_of(self, augment: Augment | None) -> int:
         return 1 + (self._views if augment else 0)
 
-    def _keeping(
+    def _cache_plan(
         self,
         part: FrozenTower | FrozenPrefix,
         what: Literal["images", "captions"],
         count: int,
         key: dict[str, Any],
-        takes: Callable[[StorageName], int],
+        bytes_for: Callable[[StorageName], int],
     ) -> CachePlan:
         name: StorageName = "float32" if isinstance(part, FrozenTower) else "float16"
         if self._features != "auto" and self._features != "off":
             name = self._features
-        key, size = {**key, "storage": name}, takes(name)
+        key, size = {**key, "storage": name}, bytes_for(name)
         file = _find_cache_file(self._cache / "features", key)
         may_be_live = self._features == "auto" and isinstance(part, FrozenPrefix) and file is None
         live = may_be_live and size > _MAX_DISK_FRACTION * self.free_bytes()
         return CachePlan(what, count, None if live else name, size, file, key)
 
-    def _agreed(self, part: FrozenTower | FrozenPrefix, keeping: CachePlan) -> StorageName | None:
+    def _storage_for(self, part: FrozenTower | FrozenPrefix, keeping: CachePlan) -> StorageName | None:
         """How they are kept, if they are; says so of the states of a trunk, where that was for us to choose."""
         if self._features == "auto" and isinstance(part, FrozenPrefix):
             size = f"{keeping.bytes:,} bytes of {self.free_bytes():,} that are free on disk"
             how = "computed once and kept" if keeping.storage else "computed anew each time"
-            self._say(f"states of {keeping.what} after {part.depth} blocks of {part.tower.name} are {how}: {size}")
+            self._notify(f"states of {keeping.what} after {part.depth} blocks of {part.tower.name} are {how}: {size}")
         return keeping.storage
 
     # --- evaluation ----------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class FeatureSource:
         if features is None:
             tally = BadSampleLimit(len(pairs), self._max_bad)
             return lambda: self._live_images(pairs, tally)
-        self._tell(features.skipped.values())
+        self._report_new(features.skipped.values())
         ids = [pairs[number].id for number in range(len(pairs))]
         readable = [number for number in range(len(pairs)) if number not in features.skipped]
 
@@ -271,20 +271,20 @@ class FeatureSource:
         """A stream of texts that are their own ids (prompts of a zero-shot question)."""
         return self._read_texts(list(texts), list(texts))
 
-    def _tell(self, skipped: Iterable[SkippedSample]) -> None:
-        new = [sample for sample in skipped if sample.id not in self._told]
-        self._told.update(sample.id for sample in new)
+    def _report_new(self, skipped: Iterable[SkippedSample]) -> None:
+        new = [sample for sample in skipped if sample.id not in self._reported]
+        self._reported.update(sample.id for sample in new)
         self._report(new)
 
     def _live_images(self, pairs: Pairs, tally: BadSampleLimit) -> Iterable[tuple[Sequence[str], Pixels]]:
         sources = [(pair.id, pair.image) for pair in pairs]
 
         def report(skipped: Iterable[SkippedSample]) -> None:
-            self._tell(skipped)
+            self._report_new(skipped)
             tally.add(skipped)
 
         few = inference_batch_size(self.transform.size, self._device)
-        for ids, pixels in iter_image_batches(sources, self.transform, few, workers=self._workers, report=report):
+        for ids, pixels in iter_image_batches(sources, self.transform, few, workers=self._workers, on_skipped=report):
             yield ids, to_device(pixels, self._device)
 
     def _read_texts(self, ids: list[str], texts: list[str]) -> Iterable[tuple[Sequence[str], TextInput]]:

@@ -49,7 +49,7 @@ class FrozenPrefix:
 
     @property
     def fingerprint(self) -> str:
-        return self.tower.trunk_fingerprint(self.depth)
+        return self.tower.prefix_fingerprint(self.depth)
 
     @property
     def tokens(self) -> int:
@@ -72,13 +72,13 @@ class FrozenPrefix:
         return tokens, width
 
     def __call__(self, inputs: Pixels | Tokens) -> HiddenStates:
-        return self.tower.trunk(inputs, self.depth)
+        return self.tower.prefix_states(inputs, self.depth)
 
 
 def find_frozen_part(tower: Tower, size: int) -> FrozenTower | FrozenPrefix | None:
     """What of a tower may be computed once, for images of ``size`` pixels a side; ``None`` where nothing may."""
     if tower.dropout:
         return None
-    if tower.wholly_frozen:
+    if tower.fully_frozen:
         return FrozenTower(tower)
     return FrozenPrefix(tower, depth, size) if (depth := tower.frozen_blocks) else None

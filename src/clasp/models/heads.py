@@ -53,14 +53,14 @@ class HeadSettings(BaseModel):
 
 
 class Standardize(nn.Module):
-    """``x * scale + shift`` per feature, starting from data (``start_from``; Kingma & Dhariwal, 2018, section 3.1)."""
+    """``x * scale + shift`` per feature, starting from data (``fit``; Kingma & Dhariwal, 2018, section 3.1)."""
 
     def __init__(self, width: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
         self.shift = nn.Parameter(torch.zeros(width))
 
-    def start_from(self, features: Float[Tensor, "n D"]) -> None:
+    def fit(self, features: Float[Tensor, "n D"]) -> None:
         """Make ``features`` come out with mean 0 and deviation 1. Constant features stay small."""
         deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
         scale = 1 / deviation.clamp(min=1e-3 * float(deviation.median()) + 1e-12)

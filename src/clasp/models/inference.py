@@ -63,11 +63,11 @@ class EmbeddingModel:
             return torch.cat([self.encoder.embed_image(part).cpu() for part in parts])
 
     def encode_text(
-        self, texts: Sequence[str], *, tokens: int = 4096, progress: ProgressCallback = no_progress
+        self, texts: Sequence[str], *, tokens_per_batch: int = 4096, progress: ProgressCallback = no_progress
     ) -> Float[Tensor, "n E"]:
         """Strings to unit vectors; sorted by length inside, so that short ones are never padded to long ones.
 
-        ``tokens``: how many of them go through the tower at once.
+        ``tokens_per_batch``: how many of them go through the tower at once.
 
         Raises ``UserError`` for one string that is not in a list.
         """
@@ -75,7 +75,7 @@ class EmbeddingModel:
             raise UserError(f"encode_text takes a list of strings, not the string {texts!r}")
         rows: dict[int, Tensor] = {}
         with torch.inference_mode():
-            for indices, part in iter_text_batches(texts, self.tokenizer, tokens):
+            for indices, part in iter_text_batches(texts, self.tokenizer, tokens_per_batch):
                 embedded = self.encoder.embed_text(to_device(part, self.device)).cpu()
                 rows.update(zip(indices, embedded, strict=True))
                 progress(len(rows), len(texts))

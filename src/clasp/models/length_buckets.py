@@ -33,8 +33,8 @@ def split_by_length(inputs: Tokens | HiddenStates) -> tuple[list[Tokens | Hidden
     return parts, order.argsort()
 
 
-def optimal_bucket_bounds(lengths: list[int], call: int) -> list[int]:
-    """Where to cut ``lengths`` (falling) so that the sum over parts of rows times longest, plus ``call``, is least.
+def optimal_bucket_bounds(lengths: list[int], call_cost: int) -> list[int]:
+    """Where to cut ``lengths`` (falling) so that the sum over parts of rows times longest, plus ``call_cost``, is least.
 
     Returns the bounds of the parts, 0 and ``len(lengths)`` among them. Parts begin where the length falls: between
     equal rows no cut can pay.
@@ -42,7 +42,7 @@ def optimal_bucket_bounds(lengths: list[int], call: int) -> list[int]:
     falls = [0, *(n for n in range(1, len(lengths)) if lengths[n] < lengths[n - 1]), len(lengths)]
     least, begins = [0], [0]
     for end in range(1, len(falls)):
-        costs = [least[at] + (falls[end] - falls[at]) * lengths[falls[at]] + call for at in range(end)]
+        costs = [least[at] + (falls[end] - falls[at]) * lengths[falls[at]] + call_cost for at in range(end)]
         best = min(range(end), key=costs.__getitem__)
         least.append(costs[best])
         begins.append(best)

@@ -21,51 +21,51 @@ from torch import Tensor, nn
 from clasp.models.structure import ModelStructure
 
 
-def count_frozen_blocks(parts: ModelStructure, trained: Iterable[str]) -> int:
+def count_frozen_blocks(structure: ModelStructure, trained: Iterable[str]) -> int:
     """How many blocks from the bottom have nothing trained in or before them; ``trained`` are names in the net.
 
     All of them when only the tail trains (the final norm), none when something outside blocks and tail does.
     """
-    depth = len(parts.blocks)
+    depth = len(structure.blocks)
     for name in trained:
-        at = (number for number, block in enumerate(parts.blocks) if name.startswith(f"{block.path}."))
-        in_tail = any(name.startswith(f"{path}.") for path in parts.tail)
-        depth = min(depth, next(at, len(parts.blocks) if in_tail else 0))
+        at = (number for number, block in enumerate(structure.blocks) if name.startswith(f"{block.path}."))
+        in_tail = any(name.startswith(f"{path}.") for path in structure.tail)
+        depth = min(depth, next(at, len(structure.blocks) if in_tail else 0))
     return depth
 
 
 def states_after_block(
-    net: nn.Module, parts: ModelStructure, depth: int, run: Callable[[], Any]
+    net: nn.Module, structure: ModelStructure, depth: int, run: Callable[[], Any]
 ) -> Float[Tensor, "B N D"]:
     """What block number ``depth`` (counted from 1) gives out while ``run`` runs the net; the net stops there."""
-    handle = net.get_submodule(parts.blocks[depth - 1].path).register_forward_hook(_stop_forward)
+    handle = net.get_submodule(structure.blocks[depth - 1].path).register_forward_hook(_stop_forward)
     try:
         run()
     except _StopForward as reached:
         return as_tokens(reached.states)
     finally:
         handle.remove()
-    raise AssertionError(f"{parts.family} never ran block {depth}")
+    raise AssertionError(f"{structure.family} never ran block {depth}")
 
 
 def resume_from(
     net: nn.Module,
-    parts: ModelStructure,
+    structure: ModelStructure,
     depth: int,
     states: Float[Tensor, "B N D"],
     run: Callable[[], Any],
     *,
-    gives: type,
+    output_type: type,
 ) -> Any:
     """What ``run`` returns when the first ``depth`` blocks are not computed but left ``states``.
 
-    ``gives`` is what ``block_output_type`` said of the net.
+    ``output_type`` is what ``block_output_type`` said of the net.
     """
-    with _replaced_blocks(net, parts, depth, states, gives):
+    with _replaced_blocks(net, structure, depth, states, output_type):
         return run()
 
 
-def block_output_type(net: nn.Module, parts: ModelStructure, run: Callable[[], Any]) -> type | None:
+def block_output_type(net: nn.Module, structure: ModelStructure, run: Callable[[], Any]) -> type | None:
     """What the blocks hand on while ``run`` runs the net: ``Tensor`` (their states), or a ``tuple`` of that alone.
 
     ``None`` where they hand on more, as T5's do with their position biases: such a net cannot be cut.
@@ -76,7 +76,7 @@ def block_output_type(net: nn.Module, parts: ModelStructure, run: Callable[[], A
         alone = isinstance(output, Tensor) or (isinstance(output, tuple) and len(output) == 1)
         given.add((Tensor if isinstance(output, Tensor) else tuple) if alone else None)
 
-    handles = [net.get_submodule(block.path).register_forward_hook(look) for block in parts.blocks]
+    handles = [net.get_submodule(block.path).register_forward_hook(look) for block in structure.blocks]
     try:
         run()
     finally:
@@ -108,24 +108,24 @@ def _stop_forward(module: nn.Module, args: tuple, output: Any) -> None:
 
 
 @contextmanager
-def _replaced_blocks(net: nn.Module, parts: ModelStructure, depth: int, states: Tensor, gives: type) -> Iterator[None]:
+def _replaced_blocks(net: nn.Module, structure: ModelStructure, depth: int, states: Tensor, output_type: type) -> Iterator[None]:
     """Blocks below the cut hand on what they get, the last of them ``states``; their own ``forward`` comes back after.
 
     An attribute of the instance shadows the method of its class, and modules, names and hooks all stay in place.
     """
-    blocks = [net.get_submodule(block.path) for block in parts.blocks[:depth]]
+    blocks = [net.get_submodule(block.path) for block in structure.blocks[:depth]]
 
     def came_in(args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return args[0] if args else kwargs["hidden_states"]
 
     def wrapped(out: Tensor) -> Any:
-        return (out,) if gives is tuple else out
+        return (out,) if output_type is tuple else out
 
     def hand_on(*args: Any, **kwargs: Any) -> Any:
         return wrapped(came_in(args, kwargs))
 
     def give_out(*args: Any, **kwargs: Any) -> Any:
-        return wrapped(_as_maps(states, parts) if came_in(args, kwargs).ndim == 4 else states)
+        return wrapped(_as_maps(states, structure) if came_in(args, kwargs).ndim == 4 else states)
 
     for block in blocks:
         vars(block)["forward"] = give_out if block is blocks[-1] else hand_on
@@ -136,9 +136,9 @@ def _replaced_blocks(net: nn.Module, parts: ModelStructure, depth: int, states: 
             del vars(block)["forward"]
 
 
-def _as_maps(states: Float[Tensor, "B N D"], parts: ModelStructure) -> Float[Tensor, "B D side side"]:
+def _as_maps(states: Float[Tensor, "B N D"], structure: ModelStructure) -> Float[Tensor, "B D side side"]:
     """Tokens in row-major order as the square maps that they were."""
     side = math.isqrt(states.shape[1])
     assert side * side == states.shape[1], f"{states.shape[1]} tokens are no square map"
-    layout = torch.channels_last if parts.channels_first else torch.contiguous_format
+    layout = torch.channels_last if structure.channels_first else torch.contiguous_format
     return states.transpose(1, 2).unflatten(2, (side, side)).contiguous(memory_format=layout)

@@ -54,7 +54,7 @@ class Adapter(nn.Module):
     paper's N(0, 0.02) with zero biases. Works on the last axis, or on axis 1 of feature maps (``channels_first``).
     """
 
-    def __init__(self, width: int, hidden: int, start: str, channels_first: bool):
+    def __init__(self, width: int, hidden: int, init: str, channels_first: bool):
         super().__init__()
         self.channels_first = channels_first
         self.down = nn.Linear(width, hidden)
@@ -64,7 +64,7 @@ class Adapter(nn.Module):
         nn.init.trunc_normal_(self.down.weight, std=0.02)
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
-        if start == "identity":
+        if init == "identity":
             nn.init.zeros_(self.up.weight)
         else:
             nn.init.trunc_normal_(self.up.weight, std=0.02)

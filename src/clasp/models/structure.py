@@ -23,15 +23,15 @@ from clasp.types import UserError
 class FamilyLayout:
     """Where a family keeps its parts. Paths are dotted; ``*`` stands for one index.
 
-    ``begins`` and ``ends`` name, for each residual branch of a block, the module whose input is the branch's input and
+    ``branch_inputs`` and ``branch_outputs`` name, for each residual branch of a block, the module whose input is the branch's input and
     the module whose output is the branch's output (before the residual sum).
     """
 
     blocks: str
     attention: str | None
     mlp: tuple[str, ...]
-    begins: tuple[str, ...]
-    ends: tuple[str, ...]
+    branch_inputs: tuple[str, ...]
+    branch_outputs: tuple[str, ...]
     tail: tuple[str, ...] = ()
     """what follows the last block: the final norm; trained together with the last blocks"""
     pooled_norm: str | None = None
@@ -40,7 +40,7 @@ class FamilyLayout:
     """parameters and modules that never take part in encoding; dropped when a tower is built"""
     channels_first: bool = False
     """branches carry ``B D height width`` maps"""
-    joins: str | None = None
+    laterals: str | None = None
     """modules that bring something from outside into the states; ``*`` is the number of the block it stands before"""
 
 
@@ -49,8 +49,8 @@ def _vit(**changes) -> FamilyLayout:
         blocks="layers.*",
         attention="attention",
         mlp=("mlp",),
-        begins=("layernorm_before", "layernorm_after"),
-        ends=("attention.o_proj", "mlp.fc2"),
+        branch_inputs=("layernorm_before", "layernorm_after"),
+        branch_outputs=("attention.o_proj", "mlp.fc2"),
         **{"tail": ("layernorm",), "unused": ("pooler",), **changes},
     )
 
@@ -60,8 +60,8 @@ def _dino(blocks: str, norm: str) -> FamilyLayout:
         blocks=blocks,
         attention="attention",
         mlp=("mlp",),
-        begins=("norm1", "norm2"),
-        ends=("layer_scale1", "layer_scale2"),
+        branch_inputs=("norm1", "norm2"),
+        branch_outputs=("layer_scale1", "layer_scale2"),
         tail=(norm,),
         unused=("embeddings.mask_token",),
     )
@@ -72,8 +72,8 @@ def _clip(tail: str, **changes) -> FamilyLayout:
         blocks="encoder.layers.*",
         attention="self_attn",
         mlp=("mlp",),
-        begins=("layer_norm1", "layer_norm2"),
-        ends=("self_attn.out_proj", "mlp.fc2"),
+        branch_inputs=("layer_norm1", "layer_norm2"),
+        branch_outputs=("self_attn.out_proj", "mlp.fc2"),
         tail=(tail,),
         **changes,
     )
@@ -83,24 +83,24 @@ _BERT = FamilyLayout(
     blocks="encoder.layer.*",
     attention="attention",
     mlp=("intermediate", "output"),
-    begins=("attention.self", "intermediate"),
-    ends=("attention.output.dropout", "output.dropout"),
+    branch_inputs=("attention.self", "intermediate"),
+    branch_outputs=("attention.output.dropout", "output.dropout"),
     unused=("pooler",),
 )
 _LLAMA = FamilyLayout(
     blocks="layers.*",
     attention="self_attn",
     mlp=("mlp",),
-    begins=("input_layernorm", "post_attention_layernorm"),
-    ends=("self_attn.o_proj", "mlp.down_proj"),
+    branch_inputs=("input_layernorm", "post_attention_layernorm"),
+    branch_outputs=("self_attn.o_proj", "mlp.down_proj"),
     tail=("norm",),
 )
 _TIMM_VIT = FamilyLayout(
     blocks="blocks.*",
     attention="attn",
     mlp=("mlp",),
-    begins=("norm1", "norm2"),
-    ends=("attn.proj", "mlp.fc2"),
+    branch_inputs=("norm1", "norm2"),
+    branch_outputs=("attn.proj", "mlp.fc2"),
     tail=("norm",),
     pooled_norm="fc_norm",
     unused=("head",),
@@ -121,16 +121,16 @@ FAMILY_LAYOUTS: dict[str, FamilyLayout] = {
         blocks="encoder.stages.*.layers.*",
         attention=None,
         mlp=("pwconv1", "pwconv2"),
-        begins=("dwconv",),
-        ends=("pwconv2",),
+        branch_inputs=("dwconv",),
+        branch_outputs=("pwconv2",),
         pooled_norm="layernorm",
     ),
     "EfficientNetModel": FamilyLayout(
         blocks="encoder.blocks.*",
         attention=None,
         mlp=(),
-        begins=(),
-        ends=("projection.project_bn",),
+        branch_inputs=(),
+        branch_outputs=("projection.project_bn",),
         tail=("encoder.top_conv", "encoder.top_bn"),
         channels_first=True,
     ),
@@ -138,8 +138,8 @@ FAMILY_LAYOUTS: dict[str, FamilyLayout] = {
         blocks="_blocks.*",
         attention=None,
         mlp=(),
-        begins=(),
-        ends=("_bn2",),
+        branch_inputs=(),
+        branch_outputs=("_bn2",),
         tail=("_conv_head", "_bn1"),
         unused=("_fc",),
         channels_first=True,
@@ -153,8 +153,8 @@ FAMILY_LAYOUTS: dict[str, FamilyLayout] = {
         blocks="stages.*.blocks.*",
         attention=None,
         mlp=("mlp",),
-        begins=("conv_dw",),
-        ends=("mlp",),
+        branch_inputs=("conv_dw",),
+        branch_outputs=("mlp",),
         pooled_norm="head.norm",
     ),
     "BertModel": _BERT,
@@ -166,31 +166,31 @@ FAMILY_LAYOUTS: dict[str, FamilyLayout] = {
         blocks="encoder.layer.*",
         attention="attention",
         mlp=("intermediate", "output"),
-        begins=("attention.attn", "intermediate"),
-        ends=("attention.attn.o", "output.dropout"),
+        branch_inputs=("attention.attn", "intermediate"),
+        branch_outputs=("attention.attn.o", "output.dropout"),
         unused=("pooler",),
     ),
     "DistilBertModel": FamilyLayout(
         blocks="transformer.layer.*",
         attention="attention",
         mlp=("ffn",),
-        begins=("attention", "ffn"),
-        ends=("attention.out_lin", "ffn"),
+        branch_inputs=("attention", "ffn"),
+        branch_outputs=("attention.out_lin", "ffn"),
     ),
     "ModernBertModel": FamilyLayout(
         blocks="layers.*",
         attention="attn",
         mlp=("mlp",),
-        begins=("attn_norm", "mlp_norm"),
-        ends=("attn.Wo", "mlp.Wo"),
+        branch_inputs=("attn_norm", "mlp_norm"),
+        branch_outputs=("attn.Wo", "mlp.Wo"),
         tail=("final_norm",),
     ),
     "T5EncoderModel": FamilyLayout(
         blocks="encoder.block.*",
         attention="layer.0.SelfAttention",
         mlp=("layer.1.DenseReluDense",),
-        begins=("layer.0.layer_norm", "layer.1.layer_norm"),
-        ends=("layer.0.dropout", "layer.1.dropout"),
+        branch_inputs=("layer.0.layer_norm", "layer.1.layer_norm"),
+        branch_outputs=("layer.0.dropout", "layer.1.dropout"),
         tail=("encoder.final_layer_norm",),
     ),
     "LlamaModel": _LLAMA,
@@ -208,8 +208,8 @@ class BlockStructure:
     path: str
     attention: str | None
     mlp: tuple[str, ...]
-    begins: tuple[str, ...]
-    ends: tuple[str, ...]
+    branch_inputs: tuple[str, ...]
+    branch_outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,7 @@ class ModelStructure:
     pooled_norm: str | None
     prefix_tokens: int
     channels_first: bool
-    lowest_cut: int
+    min_prefix_blocks: int
     """the fewest blocks below a cut: those above it must need nothing but the states"""
 
 
@@ -239,14 +239,14 @@ def find_structure(net: nn.Module) -> ModelStructure:
             path=path,
             attention=f"{path}.{layout.attention}" if layout.attention else None,
             mlp=_existing_paths(modules, path, layout.mlp),
-            begins=_existing_paths(modules, path, layout.begins),
-            ends=_existing_paths(modules, path, layout.ends),
+            branch_inputs=_existing_paths(modules, path, layout.branch_inputs),
+            branch_outputs=_existing_paths(modules, path, layout.branch_outputs),
         )
         for path in _matching_paths(modules, layout.blocks)
     )
     pooled_norm = layout.pooled_norm if layout.pooled_norm in modules else None
     tail = tuple(path for path in dict.fromkeys((*layout.tail, pooled_norm)) if path in modules)
-    joins = [int(path.rpartition(".")[2]) for path in _matching_paths(modules, layout.joins)] if layout.joins else []
+    joins = [int(path.rpartition(".")[2]) for path in _matching_paths(modules, layout.laterals)] if layout.laterals else []
     lowest_cut = 1 + max(joins, default=0)
     return ModelStructure(family, blocks, tail, pooled_norm, _prefix_tokens(net), layout.channels_first, lowest_cut)
 
@@ -337,7 +337,7 @@ def _layout_by_structure(net: nn.Module) -> FamilyLayout:
         blocks=f"{path}.*" if path else "*",
         attention=attention,
         mlp=(mlp,) if mlp else (),
-        begins=(),
-        ends=tuple(p for p in (attention, mlp) if p),
+        branch_inputs=(),
+        branch_outputs=tuple(p for p in (attention, mlp) if p),
         tail=tuple(name for name in top[top.index(container) + 1 :] if is_norm(net.get_submodule(name))),
     )

@@ -48,42 +48,42 @@ class Tower(nn.Module):
 
     def __init__(
         self,
-        base: Backbone,
+        backbone: Backbone,
         *,
         pool: str | None = None,
         layer: int | None = None,
-        more_layers: Sequence[int] = (),
+        extra_layers: Sequence[int] = (),
         dropout: bool = False,
     ):
         super().__init__()
-        self.name, self.modality, self.version = base.name, base.modality, base.version
-        self.net = base.net
+        self.name, self.modality, self.version = backbone.name, backbone.modality, backbone.version
+        self.net = backbone.net
         for path in find_unused_modules(self.net):
             _drop_module(self.net, path)
         _disable_kv_cache(self.net)
         if layer is not None:
             truncate_blocks(self.net, layer)
-        self.hashes = hash_tensors(self.net.state_dict())
-        self._read, self._from_seed = base.read, base.from_seed
-        self.new = base.new
+        self.weight_hashes = hash_tensors(self.net.state_dict())
+        self._forward_features, self._from_seed = backbone.forward_features, backbone.from_seed
+        self.new_parameters = backbone.new_parameters
         self.dropout = dropout
-        self._parts = find_structure(self.net)
-        if self._parts.channels_first:
+        self._structure = find_structure(self.net)
+        if self._structure.channels_first:
             # measured: two to four times faster on CPUs
             nn.utils.convert_conv2d_weight_memory_format(self.net, torch.channels_last)
-        self._pool = pool or base.pool
+        self._pool = pool or backbone.pool
         if self._pool not in get_args(PoolingMode):
-            raise UserError(f"pool = {self._pool!r} of {base.name} is none of {', '.join(get_args(PoolingMode))}")
-        if self._pool in ("cls", "cls+mean") and base.modality == "image" and not self._parts.prefix_tokens:
-            raise UserError(f"pool = {self._pool!r}: {base.name} has no class token; choose mean or attention")
-        self._more = self._numbered(more_layers)
+            raise UserError(f"pool = {self._pool!r} of {backbone.name} is none of {', '.join(get_args(PoolingMode))}")
+        if self._pool in ("cls", "cls+mean") and backbone.modality == "image" and not self._structure.prefix_tokens:
+            raise UserError(f"pool = {self._pool!r}: {backbone.name} has no class token; choose mean or attention")
+        self._extra_layers = self._resolve_extra_layers(extra_layers)
         self.pooling: AttentionPool | None = None
-        self._size = _native_image_size(self.net, base.transform)
-        states = self._width_of_states()
+        self._size = _native_image_size(self.net, backbone.transform)
+        states = self._states_width()
         if self._pool == "attention":
             self.pooling = AttentionPool(states).to(self._device)
         self.width = 2 * states if "+" in self._pool else states  # two poolings side by side
-        if self._more:
+        if self._extra_layers:
             with torch.no_grad():
                 self.width = self.pooled(self._smallest_input()).shape[1]
         self.eval()
@@ -91,21 +91,21 @@ class Tower(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Of the base weights and how they are pooled; what trains does not enter."""
-        return _hash(sorted(self.hashes.items()), self._pool, self._more)
+        return _hash(sorted(self.weight_hashes.items()), self._pool, self._extra_layers)
 
     def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
         """Apply a tuning spec; returns names relative to the tower. A learned pooling is not part of it."""
         names = {f"net.{name}" for name in apply_tuning(self.net, specs, seed=seed)}
-        self._parts = find_structure(self.net)  # there may be new blocks
+        self._structure = find_structure(self.net)  # there may be new blocks
         return names
 
-    def recompute_blocks(self) -> None:
+    def enable_activation_checkpointing(self) -> None:
         """Keep of each block above the trunk its input only, and compute the rest again in the backward pass.
 
         Costs a second forward pass of the blocks that a gradient goes through (Chen et al., 2016, "Training deep nets
         with sublinear memory cost"); dropout draws the same again. To be called once it is known what trains.
         """
-        for block in self._parts.blocks[self.frozen_blocks :]:
+        for block in self._structure.blocks[self.frozen_blocks :]:
             module = self.net.get_submodule(block.path)
             vars(module)["forward"] = _CheckpointedForward(module)
 
@@ -114,21 +114,21 @@ class Tower(nn.Module):
         if isinstance(inputs, Tokens):
             return self.net(input_ids=inputs.ids, attention_mask=inputs.mask.long()).last_hidden_state
         if isinstance(inputs, HiddenStates):
-            blank, gives = self._blank(inputs), self._blocks_give
+            blank, gives = self._blank_input(inputs), self._block_output_type
             assert gives is not None, f"{self.name} cannot be cut"
-            lowest = self._parts.lowest_cut
+            lowest = self._structure.min_prefix_blocks
             assert inputs.depth >= lowest, f"{self.name} cannot be cut above block {inputs.depth}, but above {lowest}"
             values = inputs.values.to(next(self.net.parameters()).dtype)  # they may be kept in half precision
-            return resume_from(self.net, self._parts, inputs.depth, values, lambda: self(blank), gives=gives)
+            return resume_from(self.net, self._structure, inputs.depth, values, lambda: self(blank), output_type=gives)
         pixels = inputs.values
-        if self._parts.channels_first:
+        if self._structure.channels_first:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return as_tokens(self._read(self.net, pixels) if self._read else _forward_pixels(self.net, pixels))
+        return as_tokens(self._forward_features(self.net, pixels) if self._forward_features else _forward_pixels(self.net, pixels))
 
     # --- the trunk -----------------------------------------------------------------------------------------------
 
     @property
-    def wholly_frozen(self) -> bool:
+    def fully_frozen(self) -> bool:
         """Whether nothing in the tower trains, a learned pooling included: its pooled output is then fixed."""
         return not any(parameter.requires_grad for parameter in self.parameters())
 
@@ -139,27 +139,27 @@ class Tower(nn.Module):
         0 also where the net hands more from block to block than its states, and cannot be cut, or not so low.
         """
         trained = [name for name, parameter in self.net.named_parameters() if parameter.requires_grad]
-        depth = min([count_frozen_blocks(self._parts, trained), *self._more])
-        return depth if depth >= self._parts.lowest_cut and self._blocks_give else 0
+        depth = min([count_frozen_blocks(self._structure, trained), *self._extra_layers])
+        return depth if depth >= self._structure.min_prefix_blocks and self._block_output_type else 0
 
     @cached_property
-    def _blocks_give(self) -> type | None:
+    def _block_output_type(self) -> type | None:
         with torch.no_grad():
-            return block_output_type(self.net, self._parts, lambda: self(self._smallest_input()))
+            return block_output_type(self.net, self._structure, lambda: self(self._smallest_input()))
 
-    def trunk(self, inputs: Pixels | Tokens, depth: int) -> HiddenStates:
+    def prefix_states(self, inputs: Pixels | Tokens, depth: int) -> HiddenStates:
         """The states after the first ``depth`` blocks, ``1 <= depth <= frozen_blocks``, to go on from later."""
-        assert 1 <= depth <= len(self._parts.blocks), f"{self.name} has {len(self._parts.blocks)} blocks, not {depth}"
-        values = states_after_block(self.net, self._parts, depth, lambda: self(inputs))
+        assert 1 <= depth <= len(self._structure.blocks), f"{self.name} has {len(self._structure.blocks)} blocks, not {depth}"
+        values = states_after_block(self.net, self._structure, depth, lambda: self(inputs))
         if isinstance(inputs, Tokens):
             return HiddenStates(values, inputs.mask, depth, 0, inputs.rows)
         return HiddenStates(values, _full_mask(values), depth, inputs.values.shape[-1])
 
-    def trunk_fingerprint(self, depth: int) -> str:
+    def prefix_fingerprint(self, depth: int) -> str:
         """Of everything that states after ``depth`` blocks depend on."""
-        return _hash(sorted(self.hashes.items()), "states", depth)
+        return _hash(sorted(self.weight_hashes.items()), "states", depth)
 
-    def _blank(self, states: HiddenStates) -> Pixels | Tokens:
+    def _blank_input(self, states: HiddenStates) -> Pixels | Tokens:
         """An input of the shape that left ``states``; one image does, since only captions differ in their masks."""
         if self.modality == "text":
             return Tokens(torch.zeros_like(states.mask, dtype=torch.long), states.mask)
@@ -172,9 +172,9 @@ class Tower(nn.Module):
         if self.pooling is not None:
             vectors = self.pooling(states, mask)
         else:
-            vectors = self._pool_plainly(states, mask)
-        if self._parts.pooled_norm:
-            norm = self.net.get_submodule(self._parts.pooled_norm)
+            vectors = self._pool_without_weights(states, mask)
+        if self._structure.pooled_norm:
+            norm = self.net.get_submodule(self._structure.pooled_norm)
             vectors = norm(vectors.unflatten(1, (-1, states.shape[2]))).flatten(1)
         return vectors
 
@@ -192,7 +192,7 @@ class Tower(nn.Module):
 
     def _pooled(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "U Dp"]:
         outputs: list[Tensor] = []
-        blocks = [self.net.get_submodule(self._parts.blocks[number - 1].path) for number in self._more]
+        blocks = [self.net.get_submodule(self._structure.blocks[number - 1].path) for number in self._extra_layers]
         hooks = [
             block.register_forward_hook(lambda _, __, output: outputs.append(block_states(output))) for block in blocks
         ]
@@ -204,33 +204,33 @@ class Tower(nn.Module):
         seen = [states, *(as_tokens(early) for early in outputs)]  # lower maps of a CNN have more places
         text = None if isinstance(inputs, Pixels) or self.modality == "image" else inputs.mask
         mask = [_full_mask(each) if text is None else text for each in seen]
-        return torch.cat([self.pool(states, mask[0]), *map(self._pool_plainly, seen[1:], mask[1:])], dim=1)
+        return torch.cat([self.pool(states, mask[0]), *map(self._pool_without_weights, seen[1:], mask[1:])], dim=1)
 
     def train(self, mode: bool = True) -> Tower:
         """Evaluation mode always, unless dropout is wanted; BatchNorm trains where its statistics are ``moving``."""
         super().train(mode and self.dropout)
         for norm in self._batch_norms().values():
-            norm.train(mode and self._moves(norm))
+            norm.train(mode and self._updates_statistics(norm))
         return self
 
     @property
     def moving(self) -> dict[str, Tensor]:
         """Running statistics that move in training, by name: of norms that train, in a net that began from a seed."""
-        moving = {path: norm for path, norm in self._batch_norms().items() if self._moves(norm)}
+        moving = {path: norm for path, norm in self._batch_norms().items() if self._updates_statistics(norm)}
         return {f"{path}.{name}": buffer for path, norm in moving.items() for name, buffer in norm.named_buffers()}
 
     def _batch_norms(self) -> dict[str, nn.Module]:
         return {name: m for name, m in self.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
 
-    def _moves(self, norm: nn.Module) -> bool:
+    def _updates_statistics(self, norm: nn.Module) -> bool:
         return self._from_seed and any(parameter.requires_grad for parameter in norm.parameters())
 
-    def _pool_plainly(self, states: Float[Tensor, "U N D"], mask: Bool[Tensor, "U N"]) -> Float[Tensor, "U Dp"]:
-        return POOLING_FUNCTIONS[self._pool](states, mask, self._parts.prefix_tokens if self.modality == "image" else 0)
+    def _pool_without_weights(self, states: Float[Tensor, "U N D"], mask: Bool[Tensor, "U N"]) -> Float[Tensor, "U Dp"]:
+        return POOLING_FUNCTIONS[self._pool](states, mask, self._structure.prefix_tokens if self.modality == "image" else 0)
 
-    def _numbered(self, layers: Sequence[int]) -> list[int]:
+    def _resolve_extra_layers(self, layers: Sequence[int]) -> list[int]:
         """``more_layers`` counted from 1, lowest first."""
-        count = len(self._parts.blocks)
+        count = len(self._structure.blocks)
         numbers = sorted({layer if layer > 0 else count + layer for layer in layers})
         if numbers and not 1 <= numbers[0] <= numbers[-1] < count:
             raise UserError(
@@ -253,22 +253,22 @@ class Tower(nn.Module):
             return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
         return Pixels(torch.zeros(1, 3, self._size, self._size, device=self._device))
 
-    def _width_of_states(self) -> int:
+    def _states_width(self) -> int:
         """Width ``D`` of the states, by running the smallest input through the net (on meta tensors: shapes only).
 
         There the net is asked first: a forward pass of shapes costs half a second, and decoders look at values.
         """
-        told = self._told_width() if self._device.type == "meta" else None
+        told = self._declared_width() if self._device.type == "meta" else None
         if told is not None:
             return told
         with torch.no_grad():
             return self(self._smallest_input()).shape[-1]
 
-    def _told_width(self) -> int | None:
+    def _declared_width(self) -> int | None:
         """Width of the states as the final norm or a ``transformers`` configuration has it."""
         from transformers import PreTrainedModel
 
-        if self._parts.tail and is_norm(last := self.net.get_submodule(self._parts.tail[-1])):
+        if self._structure.tail and is_norm(last := self.net.get_submodule(self._structure.tail[-1])):
             return next(last.parameters()).numel()
         return (
             self.net.config.hidden_size if self.modality == "text" and isinstance(self.net, PreTrainedModel) else None

@@ -27,7 +27,7 @@ class Thumbnail(NamedTuple):
 
     image: bytes | None
     label: str
-    good: bool | None = None
+    correct: bool | None = None
 
 
 class SheetRow(NamedTuple):
@@ -106,9 +106,9 @@ def _draw_tile(page: Image.Image, pen: _TextRenderer, place: tuple[int, int], ti
         except ImageError:
             says = "unreadable"
     page.paste(picture, place, _rounded(0))
-    page.paste(_GOOD if tile.good else _LINE, place, _rounded(3 if tile.good else 1))
+    page.paste(_GOOD if tile.correct else _LINE, place, _rounded(3 if tile.correct else 1))
     pen.write(page, (left, top + _SIDE // 2 + 4), says, 12, _QUIET, _SIDE, align=0.5)
-    pen.write(page, (left, top + _SIDE + 18), tile.label, 13, _INK if tile.good else _QUIET, _SIDE, align=0.5)
+    pen.write(page, (left, top + _SIDE + 18), tile.label, 13, _INK if tile.correct else _QUIET, _SIDE, align=0.5)
 
 
 @cache

@@ -29,7 +29,7 @@ _PRIMARY_METRICS = {
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
-    """A line of ``sweep.jsonl``. ``overrides`` make the run's recipe; the last of them, ``settings``, are the grid's.
+    """A line of ``sweep_key.jsonl``. ``overrides`` make the run's recipe; the last of them, ``settings``, are the grid's.
     ``value`` is the metric that decides, with its 95 % interval where it has one, over ``n`` queries; ``chance`` is
     what guessing scores. ``seconds`` are of training, with its evaluations; ``None`` where they are not known.
     ``error`` is why a run failed. What else a run cost, ``clasp.training.cost.ledger.read_cost`` tells."""
@@ -47,14 +47,14 @@ class SweepRow:
     error: str = ""
 
     @classmethod
-    def of(cls, line: dict[str, Any]) -> SweepRow:
+    def from_dict(cls, line: dict[str, Any]) -> SweepRow:
         """The inverse of ``dataclasses.asdict``, by way of JSON."""
         interval = line["interval"] and tuple(line["interval"])
         settings, overrides = tuple(line["settings"]), tuple(line["overrides"])
         return cls(**{**line, "overrides": overrides, "settings": settings, "interval": interval})
 
     @property
-    def sweep(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def sweep_key(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What the runs of one sweep have in common: all other overrides, and the keys of the grid."""
         fixed = self.overrides[: len(self.overrides) - len(self.settings)]
         return tuple(sorted(fixed)), tuple(text.partition("=")[0] for text in self.settings)
@@ -100,7 +100,7 @@ class SweepResult:
         """The table, best first."""
         return [row.cells() for row in self.rows]
 
-    def verdict(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """Which run to use, and how sure that is. Needs a run that finished."""
         best, *others = self.finished
         lines = [f"best: {best.run}"]
@@ -157,7 +157,7 @@ def read_sweep_rows(folder: Path) -> dict[str, SweepRow]:
     if not file.exists():
         return {}
     try:
-        rows = [SweepRow.of(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [SweepRow.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error}); delete it: the runs themselves are kept") from None
     return {row.run: row for row in rows}

@@ -75,7 +75,7 @@ def render_model_card(
     val_pairs: int,
 ) -> str:
     """The text of the run's ``README.md``."""
-    counts = model.counts()
+    counts = model.parameter_counts()
     state = "Stopped before its end; `clasp resume` goes on." if fitted.interrupted else "Trained to its end."
     parts = [[name, f"{c.total:,}", f"{c.trained:,}", f"{c.percent:.2f}"] for name, c in counts.items()]
     tables = "\n\n".join(_markdown_table(grid.columns, grid.rows) for grid in result_tables(results))

@@ -96,11 +96,11 @@ class SearchEngine:
         self.store = store
         self._batch = batch
         self._threads = threads or min(4, os.cpu_count() or 1)
-        self._table = threading.Lock()
+        self._table_lock = threading.Lock()
         store.claim(model.fingerprint, model.encoder.name)
 
     @classmethod
-    def anew(cls, model: EmbeddingModel, store: UpdatableStore) -> SearchEngine:
+    def for_indexing(cls, model: EmbeddingModel, store: UpdatableStore) -> SearchEngine:
         """For indexing: another model's embeddings, of no use to this one, are dropped first, and the log says so."""
         if store.count() and store.model != model.fingerprint:
             _log.warning("%d embeddings were made with another model and are dropped", store.count())
@@ -125,16 +125,16 @@ class SearchEngine:
         if not entries:
             raise UserError("nothing to index: looked for pairs or images, and was given none")
         superseded = known.superseded(entries)
-        work = [entry for entry in entries if not known.has(entry)]
+        work = [entry for entry in entries if not known.is_unchanged(entry)]
         added, encoded, done = 0, 0, len(entries) - len(work)
         skipped: list[SkippedSample] = []
         progress(done, len(entries))
-        with closing(self._ahead(work, known)) as batches:
+        with closing(self._prefetch(work, known)) as batches:
             for batch in batches:
                 reads = [read for read in batch if isinstance(read, _ReadImage)]
                 failures = [read for read in batch if isinstance(read, _FailedImage)]
-                added += sum(known.holder(read.sha256, read.pair.id) != read.pair.id for read in reads)
-                encoded += self._keep(reads, known)
+                added += sum(known.id_of_bytes(read.sha256, read.pair.id) != read.pair.id for read in reads)
+                encoded += self._store_batch(reads, known)
                 self._skip(failures, known)
                 skipped += [failed.skipped for failed in failures]
                 done += len(batch)
@@ -148,7 +148,7 @@ class SearchEngine:
         unchanged = len(entries) - added - len(skipped)
         return IndexReport(added, unchanged, skipped, time.monotonic() - started, encoded)
 
-    def _ahead(
+    def _prefetch(
         self, work: Sequence[Pair], known: StoredEntries
     ) -> Generator[list[_ReadImage | _FailedImage], None, None]:
         """Batches read and decoded in threads, each while the one before it is encoded."""
@@ -166,28 +166,28 @@ class SearchEngine:
 
     def _read(self, pair: Pair, known: StoredEntries) -> _ReadImage | _FailedImage:
         """One image, in a thread: not read if it is as it was, not decoded if its bytes are known."""
-        version, sha256 = pair.image.version, known.as_it_was(pair)
+        version, sha256 = pair.image.version, known.unchanged_sha256(pair)
         try:
             if sha256:
                 return _ReadImage(pair, version, sha256, b"", None)
             # a table keeps one stretch of rows at a time: threads that took turns would have it read again and again
-            with self._table if isinstance(pair.image, ParquetSource) else nullcontext():
+            with self._table_lock if isinstance(pair.image, ParquetSource) else nullcontext():
                 data = pair.image.read()
             sha256 = hashlib.sha256(data).hexdigest()
-            pixels = self.model.transform(data) if known.holder(sha256, pair.id) is None else None
+            pixels = self.model.transform(data) if known.id_of_bytes(sha256, pair.id) is None else None
             return _ReadImage(pair, version, sha256, data if pixels is None else b"", pixels)
         except (OSError, ValueError) as error:  # the disk; a tar or table that changed; an image that is not one
             reason = " ".join(str(error).split()) or type(error).__name__
             return _FailedImage(SkippedSample(pair.id, reason), isinstance(error, ImageError))
 
-    def _keep(self, reads: Sequence[_ReadImage], known: StoredEntries) -> int:
+    def _store_batch(self, reads: Sequence[_ReadImage], known: StoredEntries) -> int:
         """Store a batch; returns how many images had to be encoded."""
         if not reads:
             return 0
         new: dict[str, Tensor] = {}
         held: dict[str, str] = {}
         for read in reads:
-            holder = known.holder(read.sha256, read.pair.id)
+            holder = known.id_of_bytes(read.sha256, read.pair.id)
             if holder is not None:
                 held[read.sha256] = holder
             elif read.sha256 not in new:
@@ -202,7 +202,7 @@ class SearchEngine:
         )
         self.store.add(ids, torch.stack([vectors[read.sha256] for read in reads]), meta)
         for name, about in zip(ids, meta, strict=True):
-            known.note(name, about)
+            known.record(name, about)
         return len(new)
 
     def _skip(self, failures: Sequence[_FailedImage], known: StoredEntries) -> None:
@@ -213,7 +213,7 @@ class SearchEngine:
         if damaged:
             self.store.delete(damaged)
         for name in damaged:
-            known.forget(name)
+            known.remove(name)
 
     # --- hits out ----------------------------------------------------------------------------------------------------
 
@@ -258,15 +258,15 @@ class SearchEngine:
         return data
 
     @staticmethod
-    def sheet(
+    def contact_sheet_rows(
         searches: Sequence[tuple[str, Sequence[Hit]]],
         *,
         label: Callable[[Hit], str] = lambda hit: hit.id,
-        good: Callable[[str, Hit], bool | None] = lambda title, hit: None,
+        is_correct: Callable[[str, Hit], bool | None] = lambda title, hit: None,
     ) -> list[SheetRow]:
         """Titles with their hits, as rows of ``clasp.report.contact_sheet.contact_sheet``.
 
-        ``good`` says of a title and a hit whether it is a right answer. An image that has gone or changed is an empty
+        ``is_correct`` says of a title and a hit whether it is a right answer. An image that has gone or changed is an empty
         place with its label.
         """
         rows = []
@@ -277,7 +277,7 @@ class SearchEngine:
                     encoded = SearchEngine.read_image(hit)
                 except UserError:
                     encoded = None
-                tiles.append(Thumbnail(encoded, label(hit), good(title, hit)))
+                tiles.append(Thumbnail(encoded, label(hit), is_correct(title, hit)))
             note = f"cosine {hits[0].score:.2f} to {hits[-1].score:.2f}" if hits else ""
             rows.append(SheetRow(title, tiles, note))
         return rows

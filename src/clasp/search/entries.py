@@ -52,13 +52,13 @@ def entry_metadata(pair: Pair, version: str, sha256: str) -> dict[str, Any]:
 
 
 class _StoredEntry(NamedTuple):
-    """What the store says of one id; ``said`` is a hash of all of it."""
+    """What the store says of one id; ``meta_hash`` is a hash of all of it."""
 
     name: str
     version: str
     sha256: str
     is_file: bool
-    said: int
+    meta_hash: int
 
 
 class StoredEntries:
@@ -69,43 +69,43 @@ class StoredEntries:
         self._encoded: dict[str, str] = {}  # sha256 -> an id
         self._places: dict[str, str] = {}  # source name -> id
         for name, meta in scanned:
-            self.note(name, meta)
+            self.record(name, meta)
 
     def __contains__(self, name: str) -> bool:
         return name in self._held
 
-    def note(self, name: str, meta: Mapping[str, Any]) -> None:
+    def record(self, name: str, meta: Mapping[str, Any]) -> None:
         """The store now says this of an id."""
-        self.forget(name)
+        self.remove(name)
         is_file = (meta["source"] or {}).get("kind") == "file"
         held = _StoredEntry(meta["name"], meta["version"], meta["sha256"], is_file, _hash(meta))
         self._held[name] = held
         self._encoded[held.sha256] = name
         self._places[held.name] = name
 
-    def forget(self, name: str) -> None:
+    def remove(self, name: str) -> None:
         """The store no longer has this id."""
         held = self._held.pop(name, None)
         if held is not None and self._encoded.get(held.sha256) == name:
             del self._encoded[held.sha256]
 
-    def as_it_was(self, pair: Pair) -> str:
+    def unchanged_sha256(self, pair: Pair) -> str:
         """The sha256 of an image that is under this id, unmoved and of the same version; else nothing."""
         held = self._held.get(pair.id)
         same = held is not None and (held.name, held.version) == (pair.image.name, pair.image.version)
         return held.sha256 if held is not None and same else ""
 
-    def has(self, pair: Pair) -> bool:
+    def is_unchanged(self, pair: Pair) -> bool:
         """Whether there is nothing to do: the image is as it was, and so is all that is said of it."""
-        sha256 = self.as_it_was(pair)
-        return bool(sha256) and _hash(entry_metadata(pair, pair.image.version, sha256)) == self._held[pair.id].said
+        sha256 = self.unchanged_sha256(pair)
+        return bool(sha256) and _hash(entry_metadata(pair, pair.image.version, sha256)) == self._held[pair.id].meta_hash
 
-    def holder(self, sha256: str, name: str) -> str | None:
+    def id_of_bytes(self, sha256: str, name: str) -> str | None:
         """An id that has the vector of these bytes: ``name`` itself where it can be."""
         held = self._held.get(name)
         return name if held is not None and held.sha256 == sha256 else self._encoded.get(sha256)
 
-    def elsewhere(self, name: str, source: ImageSource) -> bool:
+    def is_other_image(self, name: str, source: ImageSource) -> bool:
         """Whether this id is that of another image, which is still where it was."""
         held = self._held.get(name)
         if held is None or held.name == source.name:
@@ -138,7 +138,7 @@ def build_entries(items: Sequence[Pair] | Sequence[tuple[str, ImageSource]], kno
 
 
 def _folder_image(name: str, source: ImageSource, known: StoredEntries) -> Pair:
-    name = source.name if known.elsewhere(name, source) else name
+    name = source.name if known.is_other_image(name, source) else name
     return Pair(name, source, (), name)
 
 

@@ -53,7 +53,7 @@ class FlatStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
-        self._release: Callable[[], Any] | None = None
+        self._release_lock: Callable[[], Any] | None = None
         self._load()
 
     def __repr__(self) -> str:
@@ -81,16 +81,16 @@ class FlatStore:
 
     def close(self) -> None:
         """Take back the space of dead rows, if this process wrote, and let others write."""
-        if self._release is None:
+        if self._release_lock is None:
             return
         try:
-            if self._log.dead:
+            if self._log.dead_rows:
                 self._compact()
         except UserError:
-            self._sweep()  # no room to tidy up in: the store is whole as it is
+            self._delete_old_generations()  # no room to tidy up in: the store is whole as it is
         finally:
-            self._release()
-            self._release = None
+            self._release_lock()
+            self._release_lock = None
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class FlatStore:
         for start in range(0, len(exact), step):
             part = exact[start : start + step]
             scores = part.astype(np.float32) @ self._vectors.T  # reads the map as it goes, copies nothing
-            scores[:, self._log.dead] = -np.inf
+            scores[:, self._log.dead_rows] = -np.inf
             found += [self._nearest(query, line, k, where) for query, line in zip(part, scores, strict=True)]
         return found
 
@@ -170,7 +170,7 @@ class FlatStore:
         values = vectors.detach().cpu().float().numpy()
         values = (values / _row_norms(values, ids)[:, None]).astype("<f4")
         lines = [encode_row(name, about) for name, about in zip(ids, meta, strict=True)]
-        self._begin()
+        self._begin_write()
         base, log = self._manifest, self._log
         old = log
         if not self.count():  # nothing here is worth keeping, its width included
@@ -178,42 +178,42 @@ class FlatStore:
             log = RowLog()
         if values.shape[1] != base.width:
             raise UserError(f"{self.folder} holds vectors {base.width} wide; these are {values.shape[1]}")
-        new, end = self._appended(base, values, lines), base.log_bytes
+        new, end = self._append_rows(base, values, lines), base.log_bytes
         for name, line in zip(ids, lines, strict=True):
             start, end = end, end + len(line)
-            log.put(name, start, end)
-        self._become(new, log)
+            log.add(name, start, end)
+        self._map_files(new, log)
         if log is not old:
-            self._sweep()
+            self._delete_old_generations()
 
     def delete(self, ids: Iterable[str]) -> int:
         """Forget these ids; those that are not here are passed over. Returns how many were."""
-        self._begin()
+        self._begin_write()
         known = [name for name in dict.fromkeys(ids) if name in self._log.row]
         if known:
             nothing = np.empty((0, self._manifest.width), "<f4")
-            new = self._appended(self._manifest, nothing, [encode_deletion(name) for name in known])
+            new = self._append_rows(self._manifest, nothing, [encode_deletion(name) for name in known])
             for name in known:
                 self._log.drop(name)
-            self._become(new, self._log)
+            self._map_files(new, self._log)
         return len(known)
 
     def clear(self) -> None:
         """Forget everything, and whose vectors these were."""
-        self._begin()
+        self._begin_write()
         new = Manifest(generation=self._manifest.generation + 1)
-        with self._disk("empty it"):
+        with self._disk_errors("empty it"):
             write_manifest(self.folder, new)
-        self._become(new, RowLog())
-        self._sweep()
+        self._map_files(new, RowLog())
+        self._delete_old_generations()
 
-    def _appended(self, base: Manifest, values: Float32[np.ndarray, "n E"], lines: Sequence[bytes]) -> Manifest:
+    def _append_rows(self, base: Manifest, values: Float32[np.ndarray, "n E"], lines: Sequence[bytes]) -> Manifest:
         """Write after what ``base`` says there is; what there is now."""
         size = base.log_bytes + sum(map(len, lines))
         new = replace(base, rows=base.rows + len(values), log_bytes=size)
         ends = {base.path(self.folder, "vectors"): 4 * base.width * base.rows}
         ends[base.path(self.folder, "rows")] = base.log_bytes
-        with self._disk(f"write {len(lines)} entries"):
+        with self._disk_errors(f"write {len(lines)} entries"):
             try:
                 for (path, end), pieces in zip(ends.items(), ([values.data], lines), strict=True):
                     write_at(path, end, pieces)
@@ -231,30 +231,30 @@ class FlatStore:
         spans = [self._log.span(row) for row in rows]
         for row, span in zip(rows, spans, strict=True):
             start, end = end, end + span.stop - span.start
-            log.put(self._log.ids[row], start, end)
+            log.add(self._log.ids[row], start, end)
         new = replace(self._manifest, generation=self._manifest.generation + 1, rows=len(rows), log_bytes=end)
         values = (
             self._vectors[rows[start : start + _ROWS_AT_ONCE]].data for start in range(0, len(rows), _ROWS_AT_ONCE)
         )
-        with self._disk("tidy up"):
+        with self._disk_errors("tidy up"):
             write_at(new.path(self.folder, "vectors"), 0, values)
             write_at(new.path(self.folder, "rows"), 0, (self._lines[span].data for span in spans))
             write_manifest(self.folder, new)
-        self._become(new, log)
-        self._sweep()
+        self._map_files(new, log)
+        self._delete_old_generations()
 
-    def _begin(self) -> None:
+    def _begin_write(self) -> None:
         """Be the one that writes; see what another has written since we looked."""
-        if self._release is None:
-            with self._disk("write to it"):
+        if self._release_lock is None:
+            with self._disk_errors("write to it"):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._release = weakref.finalize(self, os.close, lock_store(self.folder))
+                self._release_lock = weakref.finalize(self, os.close, lock_store(self.folder))
         held, written = self._manifest, read_manifest(self.folder)
         if replace(held, model="", name="") != replace(written, model="", name=""):
             self._load()
             self.claim(held.model, held.name)
 
-    def _sweep(self) -> None:
+    def _delete_old_generations(self) -> None:
         """Remove files of other generations; a reader that has them mapped keeps them."""
         for kind, suffix in STORE_SUFFIXES.items():
             for path in self.folder.glob(f"{kind}-*{suffix}"):
@@ -262,7 +262,7 @@ class FlatStore:
                     path.unlink(missing_ok=True)
 
     @contextmanager
-    def _disk(self, intent: str) -> Iterator[None]:
+    def _disk_errors(self, intent: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -276,7 +276,7 @@ class FlatStore:
         manifest = read_manifest(self.folder)
         while True:
             try:
-                self._become(manifest, read_row_log(self.folder, manifest))
+                self._map_files(manifest, read_row_log(self.folder, manifest))
                 return
             except FileNotFoundError as error:
                 newer = read_manifest(self.folder)
@@ -284,7 +284,7 @@ class FlatStore:
                     raise UserError(f"{error.filename} is missing; {REBUILD_HINT}") from None
                 manifest = newer
 
-    def _become(self, manifest: Manifest, log: RowLog) -> None:
+    def _map_files(self, manifest: Manifest, log: RowLog) -> None:
         """Map what the manifest names."""
         vectors: np.ndarray = np.empty((0, manifest.width), "<f4")
         lines: np.ndarray = np.empty(0, np.uint8)

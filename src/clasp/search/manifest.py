@@ -52,10 +52,10 @@ class RowLog:
     def __init__(self) -> None:
         self.ids: list[str] = []
         self.row: dict[str, int] = {}
-        self.dead: list[int] = []
+        self.dead_rows: list[int] = []
         self._spans = array("q")
 
-    def put(self, name: str, start: int, end: int) -> None:
+    def add(self, name: str, start: int, end: int) -> None:
         """The next row is called ``name``; its line is at these bytes."""
         self.drop(name)
         self.row[name] = len(self.ids)
@@ -65,7 +65,7 @@ class RowLog:
     def drop(self, name: str) -> None:
         """The row of this id, if there is one, is dead."""
         if name in self.row:
-            self.dead.append(self.row.pop(name))
+            self.dead_rows.append(self.row.pop(name))
 
     def span(self, row: int) -> slice:
         """Where in the file the line of a row is, bytes."""
@@ -121,7 +121,7 @@ def read_row_log(folder: Path, manifest: Manifest) -> RowLog:
             if text.startswith(_DELETED, stop):
                 log.drop(name)
             else:
-                log.put(name, start, end)
+                log.add(name, start, end)
     if end != manifest.log_bytes or len(log.ids) != manifest.rows:
         counts = f"{len(log.ids)} rows in {end} bytes, not {manifest.rows} in {manifest.log_bytes}"
         raise UserError(f"{path} is cut short or not of this store: {counts}; {REBUILD_HINT}")

@@ -91,98 +91,98 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def backward_in_micro_batches(work: MicroBatchEmbedder, batch: Batch, loss: Loss, micro_batch: int) -> LossAndScale:
+def backward_in_micro_batches(embedder: MicroBatchEmbedder, batch: Batch, loss: Loss, micro_batch: int) -> LossAndScale:
     """Leaves the gradient of the batch's loss on the weights, with the activations of ``micro_batch`` pairs at a time.
 
     The batch need not be on the device. Raises UserError when a tower draws randomness that a seed does not repeat.
     """
     image, text = (
-        CachedEmbeddings("image", work, batch.image, micro_batch),
-        CachedEmbeddings("text", work, batch.text, micro_batch),
+        CachedEmbeddings("image", embedder, batch.image, micro_batch),
+        CachedEmbeddings("text", embedder, batch.text, micro_batch),
     )
-    scale, bias = work.model.scale_and_bias()
-    groups = batch.groups.to(work.device, non_blocking=True)
+    scale, bias = embedder.model.scale_and_bias()
+    groups = batch.groups.to(embedder.device, non_blocking=True)
     parts = loss(
-        image.of_pairs(),
-        text.of_pairs(),
+        image.in_pair_order(),
+        text.in_pair_order(),
         at_least_float32(scale),
         None if bias is None else at_least_float32(bias),
         groups=groups,
     )
     torch.autograd.backward(parts.total)
     for side in (image, text):  # those of both that hold memory go first
-        side.backward_kept()
+        side.backward_cached_graphs()
     for side in (image, text):
-        side.backward_again()
+        side.backward_recomputed()
     return LossAndScale(parts.total.detach(), scale.detach().float())
 
 
 class CachedEmbeddings:
     """The embeddings of one side: made in pieces, given to the loss as if they came from nowhere, and followed back."""
 
-    def __init__(self, name: Modality, work: MicroBatchEmbedder, inputs: micro_batches.TowerInput, micro_batch: int):
+    def __init__(self, name: Modality, embedder: MicroBatchEmbedder, inputs: micro_batches.TowerInput, micro_batch: int):
         self.name: Modality = name
-        self.work, self.cut = work, micro_batches.split_micro_batches(inputs, micro_batch)
-        others = list(range(len(self.cut.pieces) - 1))
-        with ActivationMemory(work.weights()) as kept:
+        self.embedder, self.micro_batches = embedder, micro_batches.split_micro_batches(inputs, micro_batch)
+        others = list(range(len(self.micro_batches.pieces) - 1))
+        with ActivationMemory(embedder.weights()) as kept:
             last = self._embed(len(others))
         small = last.requires_grad and kept.bytes <= _SMALL_GRAPH_RATIO * last.nbytes
         with torch.set_grad_enabled(small):
             embeddings = [*(self._embed(number) for number in others), last]
         self.graphs = dict(enumerate(embeddings)) if small else {len(others): last}
-        self.again = [] if small or not last.requires_grad else others
+        self.recomputed = [] if small or not last.requires_grad else others
         self.leaf = torch.cat(embeddings).detach().requires_grad_(last.requires_grad)
 
-    def of_pairs(self) -> Float[Tensor, "B E"]:
+    def in_pair_order(self) -> Float[Tensor, "B E"]:
         """The embeddings in the order of the pairs."""
-        places = self.cut.places
+        places = self.micro_batches.row_of_pair
         return self.leaf if places is None else self.leaf.index_select(0, places.to(self.leaf.device))
 
-    def backward_kept(self) -> None:
+    def backward_cached_graphs(self) -> None:
         """Follows the loss's gradient through the graphs that were kept, and lets go of them."""
         while self.graphs:
             number, embeddings = self.graphs.popitem()
-            self._follow(number, embeddings)
+            self._backward_through(number, embeddings)
 
-    def backward_again(self) -> None:
+    def backward_recomputed(self) -> None:
         """Embeds the other pieces once more and follows the loss's gradient through them."""
         moves = []
-        for number in self.again:
+        for number in self.recomputed:
             embeddings = self._embed(number)
             moves.append((embeddings.detach() - self.leaf.detach()[self._rows(number)]).norm(dim=1).amax())
-            self._follow(number, embeddings)
+            self._backward_through(number, embeddings)
         if moves and (farthest := float(torch.stack(moves).amax())) > _MAX_REPEAT_DISTANCE:
             raise UserError(
                 f"the {self.name} tower draws random numbers of its own: embedded twice from one seed, a row moved by "
                 f"{farthest:.2g}; its batches cannot be cut into pieces, so set train.micro_batch to the whole batch"
             )
 
-    def _follow(self, number: int, embeddings: Float[Tensor, "rows E"]) -> None:
+    def _backward_through(self, number: int, embeddings: Float[Tensor, "rows E"]) -> None:
         if self.leaf.grad is not None:
             torch.autograd.backward(embeddings, self.leaf.grad[self._rows(number)])
 
     def _embed(self, number: int) -> Float[Tensor, "rows E"]:
-        return self.work.embed(self.name, number, self.cut.pieces[number])
+        return self.embedder.embed(self.name, number, self.micro_batches.pieces[number])
 
     def _rows(self, number: int) -> slice:
-        return slice(self.cut.marks[number], self.cut.marks[number + 1])
+        return slice(self.micro_batches.offsets[number], self.micro_batches.offsets[number + 1])
 
 
-def choose_micro_batch(work: MicroBatchEmbedder, batch: Batch, pairs: int) -> MicroBatchChoice:
+def choose_micro_batch(embedder: MicroBatchEmbedder, batch: Batch, pairs: int) -> MicroBatchChoice:
     """How many of the ``pairs`` of every batch to work through at a time: all, or the largest power of two that fits.
 
     Measured on a few pairs of a batch, with its longest captions: what one more pair keeps for the backward pass,
     against half of the memory that is free once gradients and the optimizer's memory are there too.
     """
     image, text = (
-        _activation_bytes_per_row(work, "image", batch.image),
-        _activation_bytes_per_row(work, "text", batch.text),
+        _activation_bytes_per_row(embedder, "image", batch.image),
+        _activation_bytes_per_row(embedder, "text", batch.text),
     )
     rows = [pairs * micro_batches.count_unique_rows(inputs) // len(batch.ids) for inputs in (batch.image, batch.text)]
-    free = free_bytes(work.device)
+    free = free_bytes(embedder.device)
     if free is None:
         return MicroBatchChoice(pairs, f"{pairs:,} pairs in one piece: how much memory is free is not told here")
-    trained = sum(weight.nbytes for weight in work.weights() if weight.requires_grad)
+    trained = sum(weight.nbytes for weight in embedder.weights() if weight.requires_grad)
     room = int(_MEMORY_FRACTION * (free - 3 * trained))  # a gradient and AdamW's two memories
     keeps = f"a pair keeps {_format_bytes(image + text)} for the backward pass"
     if rows[0] * image + rows[1] * text <= room:
@@ -198,14 +198,14 @@ def choose_micro_batch(work: MicroBatchEmbedder, batch: Batch, pairs: int) -> Mi
     )
 
 
-def _activation_bytes_per_row(work: MicroBatchEmbedder, side: Modality, inputs: micro_batches.TowerInput) -> int:
+def _activation_bytes_per_row(embedder: MicroBatchEmbedder, side: Modality, inputs: micro_batches.TowerInput) -> int:
     """Bytes that one more row keeps for the backward pass, from the difference that a few rows make."""
     rows = micro_batches.longest_rows(inputs, 4)
     few = len(rows) // 2
 
     def kept_by(count: int) -> int:
-        with ActivationMemory(work.weights()) as kept:
-            work.embed(side, 0, micro_batches.take_rows(inputs, rows[:count]))
+        with ActivationMemory(embedder.weights()) as kept:
+            embedder.embed(side, 0, micro_batches.take_rows(inputs, rows[:count]))
         return kept.bytes
 
     return (kept_by(len(rows)) - (kept_by(few) if few else 0)) // (len(rows) - few)

@@ -50,10 +50,10 @@ def initialize_heads(
     if image is None or text is None:
         return
     pooled = _PooledFeatures(model, inputs, pairs, listing, tally)
-    most = _MAX_CAPTIONS_CACHED if inputs.all_pooled else _MAX_CAPTIONS_LIVE
+    most = _MAX_CAPTIONS_CACHED if inputs.both_towers_frozen else _MAX_CAPTIONS_LIVE
     some = zip(*pooled.every_caption(_evenly_spaced(listing, most)), strict=True)
     for standardize, parts in zip((image, text), some, strict=True):
-        standardize.start_from(torch.cat(parts))
+        standardize.fit(torch.cat(parts))
     if settings.start == "cca":
         with torch.no_grad():
             whole = np.arange(len(pairs))
@@ -127,7 +127,7 @@ def _choose_micro_batch(work: grad_cache.MicroBatchEmbedder, batch: Batch) -> in
 
 def _evenly_spaced(listing: PairIndex, most: int) -> Int[np.ndarray, " n"]:
     """Pairs evenly spread over all, with at most about ``most`` captions."""
-    count = max(1, min(len(listing), most * len(listing) // int(listing.first[-1])))
+    count = max(1, min(len(listing), most * len(listing) // int(listing.caption_offsets[-1])))
     return np.unique(np.linspace(0, len(listing) - 1, count).astype(np.int64))
 
 
@@ -138,13 +138,13 @@ class _PooledFeatures:
         self, model: DualEncoder, inputs: FeatureSource, pairs: Pairs, listing: PairIndex, tally: BadSampleLimit
     ):
         self.model, self.listing, self.tally = model, listing, tally
-        self.image, self.text = inputs.image_side(pairs, None), inputs.text_side(listing)
+        self.image, self.text = inputs.image_reader(pairs, None), inputs.text_reader(listing)
 
     def every_caption(
         self, pairs: Int[np.ndarray, " n"]
     ) -> Iterator[tuple[Float[Tensor, "m Di"], Float[Tensor, "m Dt"]]]:
         """Each caption of these pairs once, with its image."""
-        captions = np.diff(self.listing.first)[pairs]
+        captions = np.diff(self.listing.caption_offsets)[pairs]
         for draw in range(int(captions.max())):
             numbers = pairs[captions > draw]
             for part in np.array_split(numbers, -(-len(numbers) // 4096)):

@@ -66,7 +66,7 @@ def fit(
     evaluate: _EvaluateFunction | None = None,
     primary: str = "",
     save: Callable[[TrainState], None] | None = None,
-    start: TrainState | None = None,
+    resume_state: TrainState | None = None,
     kinds: Mapping[str, str] = {},
     reporter: Reporter | None = None,
     ledger: CostLedger | None = None,
@@ -76,10 +76,10 @@ def fit(
     ``log`` gets JSON dicts told apart by ``event``: start, pieces, step, skipped, evaluation, stop. ``evaluate`` is
     called with the model in eval mode; ``primary`` names the metric in its answer that decides, greater being
     better. ``save`` gets the state every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the end; a run that is
-    given it as ``start`` goes on there. ``kinds`` has the kind of each parameter that trains, a key of ``lr_factors``;
+    given it as ``resume_state`` goes on there. ``kinds`` has the kind of each parameter that trains, a key of ``lr_factors``;
     where it is empty, all have one learning rate. ``ledger`` is told of every step.
     Raises UserError when the loss or its gradient is not finite, before the step that would have spoilt the weights,
-    and when ``start`` is of a run that trains something else.
+    and when ``resume_state`` is of a run that trains something else.
     """
     assert settings.epochs != "auto", "resolve the settings with plan_training first"
     epochs, steps = settings.epochs, settings.epochs * len(batches)
@@ -89,31 +89,31 @@ def fit(
     accelerator = Accelerator(mixed_precision="no")
     device = accelerator.device
     numbers = (
-        PrecisionChoice(start.precision, "as before the stop")
-        if start
+        PrecisionChoice(resume_state.precision, "as before the stop")
+        if resume_state
         else resolve_precision(settings.precision, device)
     )
-    stepper = Stepper(model, loss, settings, accelerator, numbers.precision, steps=steps, kinds=kinds, start=start)
-    at = start.position if start else TrainPosition()
-    skipped = start.skipped if start else ()
+    stepper = Stepper(model, loss, settings, accelerator, numbers.precision, steps=steps, kinds=kinds, resume_state=resume_state)
+    at = resume_state.position if resume_state else TrainPosition()
+    skipped = resume_state.skipped if resume_state else ()
     journal = RunLogger(
         log, reporter or SilentReporter(), steps=steps, epochs=epochs, log_every=settings.log_every, skipped=skipped
     )
-    judge = BestCheckpoint(stepper, journal, evaluate, primary, settings, epochs, start.best if start else None)
+    judge = BestCheckpoint(stepper, journal, evaluate, primary, settings, epochs, resume_state.best if resume_state else None)
 
     def state() -> TrainState:
-        weights, memory, skipped = stepper.selection(), stepper.memory(), tuple(journal.skipped.values())
+        weights, memory, skipped = stepper.selected_weights(), stepper.optimizer_state(), tuple(journal.skipped.values())
         return TrainState(at, numbers.precision, weights, memory, judge.best, skipped, stepper.micro_batch)
 
     with GracefulStop() as stop, journal:
         line = f"computing in {numbers.precision} on {device.type}: {numbers.reason}"
-        journal.event("start", line, step=at.step, steps=steps, epochs=epochs, device=str(device), **numbers._asdict())
+        journal.log_event("start", line, step=at.step, steps=steps, epochs=epochs, device=str(device), **numbers._asdict())
         model.train()
-        if start is None:
-            judge.before_the_first_step(at)
+        if resume_state is None:
+            judge.evaluate_initial(at)
         while at.epoch < epochs and not stop.requested:
-            for batch in journal.fetching(batches.epoch(at.epoch, start=at.step_in_epoch)):
-                journal.read(batch)
+            for batch in journal.time_batches(batches.epoch(at.epoch, start=at.step_in_epoch)):
+                journal.log_skipped(batch)
                 if len(batch.ids) > 1:  # fewer have nothing to be told apart from
                     _train_step(stepper, journal, ledger, batch, at)
                 at = at.next_step()
@@ -124,15 +124,15 @@ def fit(
                     break
             else:
                 assert at.step_in_epoch == len(batches), f"the epoch had {at.step_in_epoch} of {len(batches)} batches"
-                judge.end_of_epoch(at)
+                judge.evaluate_epoch(at)
                 at = at.next_epoch()
         if save:
             save(state())
         model.train(False)
-        held = judge.stopped(at, stop.requested) if stop.requested else judge.finished(at)
+        held = judge.interrupt(at, stop.requested) if stop.requested else judge.finish(at)
     return FitResult(
         position=at,
-        held=held,
+        weights_position=held,
         interrupted=stop.requested is not None,
         metrics=judge.metrics,
         precision=numbers.precision,
@@ -143,16 +143,16 @@ def fit(
 
 
 def _train_step(
-    stepper: Stepper, journal: RunLogger, ledger: CostLedger | None, batch: Batch, at: TrainPosition
+    stepper: Stepper, logger: RunLogger, ledger: CostLedger | None, batch: Batch, at: TrainPosition
 ) -> None:
     """One step, told to the journal and to the ledger."""
     if stepper.micro_batch is None:
         choice = stepper.choose_micro_batch(batch)
-        journal.event("pieces", choice.reason, step=at.step, micro_batch=choice.micro_batch)
-    took = ledger.take(stepper, batch, at.step) if ledger else stepper.step(batch, at.step)
-    journal.stepped(at, batch, took)
+        logger.log_event("pieces", choice.reason, step=at.step, micro_batch=choice.micro_batch)
+    took = ledger.time_step(stepper, batch, at.step) if ledger else stepper.step(batch, at.step)
+    logger.log_step(at, batch, took)
     if ledger:
-        ledger.count(stepper, batch, at.step)
+        ledger.count_step_flops(stepper, batch, at.step)
 
 
 class BestCheckpoint:
@@ -161,7 +161,7 @@ class BestCheckpoint:
     def __init__(
         self,
         stepper: Stepper,
-        journal: RunLogger,
+        logger: RunLogger,
         evaluate: _EvaluateFunction | None,
         primary: str,
         settings: TrainSettings,
@@ -169,24 +169,24 @@ class BestCheckpoint:
         best: BestEvaluation | None,
     ):
         assert evaluate is None or primary or settings.keep == "last", "which metric decides?"
-        self.stepper, self.journal, self.evaluate, self.primary = stepper, journal, evaluate, primary
+        self.stepper, self.logger, self.evaluate, self.primary = stepper, logger, evaluate, primary
         self.keep, self.epochs, self.best = settings.keep, epochs, best
         auto = -(-epochs // _EVALUATIONS_PER_RUN)
-        self.every = auto if settings.evaluate_every == "auto" else settings.evaluate_every
+        self.eval_interval_epochs = auto if settings.evaluate_every == "auto" else settings.evaluate_every
         self.metrics: Mapping[str, float] = {}
 
-    def before_the_first_step(self, at: TrainPosition) -> None:
+    def evaluate_initial(self, at: TrainPosition) -> None:
         """Heads that start from a closed form may be the best there will be; others show where they came from."""
         if self.evaluate is not None:
-            self._ask("start", at, 0)
+            self._evaluate("start", at, 0)
 
-    def end_of_epoch(self, at: TrainPosition) -> None:
+    def evaluate_epoch(self, at: TrainPosition) -> None:
         """Evaluates if it is time; the model comes back in train mode."""
         done = at.epoch + 1
-        if self.evaluate is not None and (done % self.every == 0 or done == self.epochs):
-            self._ask(f"epoch {done}", at, done)
+        if self.evaluate is not None and (done % self.eval_interval_epochs == 0 or done == self.epochs):
+            self._evaluate(f"epoch {done}", at, done)
 
-    def _ask(self, when: str, at: TrainPosition, done: int) -> None:
+    def _evaluate(self, when: str, at: TrainPosition, done: int) -> None:
         assert self.evaluate is not None
         self.stepper.model.train(False)
         self.metrics = metrics = dict(self.evaluate())
@@ -194,13 +194,13 @@ class BestCheckpoint:
         # a task with directions or languages gives dozens of numbers; the log has them all
         shown = {name: value for name, value in metrics.items() if name == self.primary or "/" not in name}
         line = f"{when}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        better = self.keep == "best" and self.beats_best(metrics)
+        better = self.keep == "best" and self.is_improvement(metrics)
         if better:
-            self.best = BestEvaluation(at, metrics, self.stepper.selection(copied=True))
+            self.best = BestEvaluation(at, metrics, self.stepper.selected_weights(copied=True))
             line += "; the best so far"
-        self.journal.event("evaluation", line, step=at.step, epoch=done, best=better, metrics=metrics)
+        self.logger.log_event("evaluation", line, step=at.step, epoch=done, best=better, metrics=metrics)
 
-    def beats_best(self, metrics: Mapping[str, float]) -> bool:
+    def is_improvement(self, metrics: Mapping[str, float]) -> bool:
         """Whether the deciding metric is the highest so far; one that is not a number is lower than any."""
         assert self.primary in metrics, f"primary={self.primary!r} is none of the metrics {sorted(metrics)}"
         if self.best is None:
@@ -208,21 +208,21 @@ class BestCheckpoint:
         new, old = metrics[self.primary], self.best.metrics[self.primary]
         return new > old or (math.isnan(old) and not math.isnan(new))
 
-    def finished(self, at: TrainPosition) -> TrainPosition:
+    def finish(self, at: TrainPosition) -> TrainPosition:
         """Ends a run that has done all its epochs, with the weights to keep; returns where they are from."""
         held = at
         line = f"done after {at.step} steps; these are the weights of the last"
         if self.best is not None:
-            self.stepper.put(self.best.weights)
+            self.stepper.load_weights(self.best.weights)
             held, self.metrics = self.best.position, self.best.metrics
             kept = "these are the weights of the last" if held.step == at.step else f"back to those of step {held.step}"
             line = f"done after {at.step} steps; {kept}, best by {self.primary} ({self.metrics[self.primary]:.4g})"
-        self.journal.event("stop", line, step=at.step, interrupted=False, held_step=held.step, metrics=self.metrics)
+        self.logger.log_event("stop", line, step=at.step, interrupted=False, held_step=held.step, metrics=self.metrics)
         return held
 
-    def stopped(self, at: TrainPosition, signal: str) -> TrainPosition:
+    def interrupt(self, at: TrainPosition, signal: str) -> TrainPosition:
         """Ends a run that was told to stop, with the weights as they stand."""
         self.metrics = {}
         line = f"stopped by {signal} after {at.step} of {self.stepper.steps} steps"
-        self.journal.event("stop", line, step=at.step, interrupted=True, held_step=at.step, metrics={})
+        self.logger.log_event("stop", line, step=at.step, interrupted=True, held_step=at.step, metrics={})
         return at

@@ -37,10 +37,10 @@ class ActivationMemory:
         self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
         self._holders: Counter[int] = Counter()  # of the storage at an address, which is another's once it is let go
         self._now = 0
-        self._hooks: Any = saved_tensors_hooks(self._hold, _SavedTensor.get)
+        self._hooks: Any = saved_tensors_hooks(self._pack, _SavedTensor.get)
         self.bytes = 0
 
-    def _hold(self, tensor: Tensor) -> _SavedTensor:
+    def _pack(self, tensor: Tensor) -> _SavedTensor:
         storage = tensor.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
         if address in self._weights:
@@ -49,9 +49,9 @@ class ActivationMemory:
         if self._holders[address] == 1:
             self._now += size
             self.bytes = max(self.bytes, self._now)
-        return _SavedTensor(tensor, lambda: self._let_go(address, size))
+        return _SavedTensor(tensor, lambda: self._release(address, size))
 
-    def _let_go(self, address: int, size: int) -> None:
+    def _release(self, address: int, size: int) -> None:
         self._holders[address] -= 1
         if not self._holders[address]:
             self._now -= size

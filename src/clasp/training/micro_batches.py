@@ -26,26 +26,26 @@ _InputT = TypeVar("_InputT", bound=TowerInput)
 
 @dataclass(frozen=True, slots=True)
 class MicroBatches:
-    """Pieces, their first rows with the end of the last (``marks``), and the place in them of each pair's row.
+    """Pieces, their first rows with the end of the last (``offsets``), and the place in them of each pair's row.
 
-    ``places`` is ``None`` where the rows of the pieces, one after another, are those of the pairs.
+    ``row_of_pair`` is ``None`` where the rows of the pieces, one after another, are those of the pairs.
     """
 
     pieces: tuple[TowerInput, ...]
-    marks: tuple[int, ...]
-    places: Int[Tensor, " B"] | None
+    offsets: tuple[int, ...]
+    row_of_pair: Int[Tensor, " B"] | None
 
 
-def split_micro_batches(inputs: TowerInput, most: int) -> MicroBatches:
-    """Pieces of at most ``most`` rows of pixels or of the longest captions; pooled vectors stay in one piece."""
+def split_micro_batches(inputs: TowerInput, micro_batch: int) -> MicroBatches:
+    """Pieces of at most ``micro_batch`` rows of pixels or of the longest captions; pooled vectors stay in one piece."""
     if isinstance(inputs, PooledFeatures):  # only a head reads them
         return MicroBatches((inputs,), (0, len(inputs.values)), None)
     if isinstance(inputs, Pixels):
-        marks = _offsets([1] * len(inputs.values), most)
+        marks = _offsets([1] * len(inputs.values), micro_batch)
         return MicroBatches(tuple(Pixels(inputs.values[some]) for some in _slices(marks)), marks, None)
     ends = _ends(inputs)
     order = ends.argsort(stable=True)
-    marks = _offsets(ends[order].tolist(), most)
+    marks = _offsets(ends[order].tolist(), micro_batch)
     places = order.argsort()
     if inputs.rows is not None:
         places = places[inputs.rows]

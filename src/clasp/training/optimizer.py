@@ -82,19 +82,19 @@ def build_parameter_groups(
     parameters: Mapping[str, nn.Parameter],
     *,
     weight_decay: float,
-    decay: str = "matrices",
-    other_decays: Mapping[str, float] = {},
+    decay_filter: str = "matrices",
+    weight_decay_overrides: Mapping[str, float] = {},
     lr_factors: Mapping[str, float] = {},
 ) -> list[ParameterGroup]:
     """Parameters by (decay, learning-rate factor), in a stable order.
 
-    ``decay`` is a key of ``DECAY_FILTERS``. ``other_decays`` has the weight decay by name where it is not
+    ``decay_filter`` is a key of ``DECAY_FILTERS``. ``weight_decay_overrides`` has the weight decay by name where it is not
     ``weight_decay``;
     ``lr_factors`` has the factor on the learning rate by name, 1 where it has none.
     """
     gathered: dict[tuple[float, float], list[str]] = {}
     for name, parameter in parameters.items():
-        own = other_decays.get(name, weight_decay) if DECAY_FILTERS[decay](name, parameter.shape) else 0.0
+        own = weight_decay_overrides.get(name, weight_decay) if DECAY_FILTERS[decay_filter](name, parameter.shape) else 0.0
         gathered.setdefault((own, lr_factors.get(name, 1.0)), []).append(name)
     return [
         ParameterGroup(tuple(names), tuple(parameters[name] for name in names), own, factor)
@@ -130,22 +130,22 @@ class ScheduleContext:
 
     steps: int
     epochs: int
-    warmup: int
-    floor: float
+    warmup_steps: int
+    min_lr_ratio: float
 
 
-def warmup_cosine(step: int, course: ScheduleContext) -> float:
+def warmup_cosine(step: int, context: ScheduleContext) -> float:
     """Factor on the learning rate for step ``step`` (from 0).
 
     Rises in equal stairs to 1 over the warm-up, the first step already moving; then half a cosine towards the floor,
     which it would reach after the last step, so that the last step still moves.
     """
-    if step < course.warmup:
-        return (step + 1) / course.warmup
-    return _cosine(min(1.0, (step - course.warmup) / max(1, course.steps - course.warmup)), course.floor)
+    if step < context.warmup_steps:
+        return (step + 1) / context.warmup_steps
+    return _cosine(min(1.0, (step - context.warmup_steps) / max(1, context.steps - context.warmup_steps)), context.min_lr_ratio)
 
 
-def lilt_schedule(step: int, course: ScheduleContext) -> float:
+def lilt_schedule(step: int, context: ScheduleContext) -> float:
     """LilT's factor on the learning rate for step ``step`` (from 0): stairs in epoch 0, then one value an epoch.
 
     Stair s is 0.1 + 0.09 s; the next one begins after step 100 (s + 1), so the first is 101 steps long, as in the
@@ -153,15 +153,15 @@ def lilt_schedule(step: int, course: ScheduleContext) -> float:
     floor + (1 - floor) / 2 * (1 + cos(pi e / epochs)), whatever epoch 0 came to. Its warm-up is fixed: the course's
     is not looked at.
     """
-    epoch = step // (course.steps // course.epochs)
+    epoch = step // (context.steps // context.epochs)
     if epoch == 0:
         stair = min(_LILT_WARMUP_STAIRS, max(0, step - 1) // _LILT_STEPS_PER_STAIR)
         return _LILT_FIRST_FACTOR + (1.0 - _LILT_FIRST_FACTOR) * stair / _LILT_WARMUP_STAIRS
-    return _cosine(epoch / course.epochs, course.floor)
+    return _cosine(epoch / context.epochs, context.min_lr_ratio)
 
 
-def _cosine(progress: float, floor: float) -> float:
-    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+def _cosine(progress: float, min_lr_ratio: float) -> float:
+    return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 SCHEDULES: dict[str, Callable[[int, ScheduleContext], float]] = {"cosine": warmup_cosine, "lilt": lilt_schedule}

@@ -53,7 +53,7 @@ class RunFolder:
 
     # --- writing -------------------------------------------------------------------------------------------------
 
-    def refuse_taken(self) -> None:
+    def require_free(self) -> None:
         """``UserError`` unless a run may begin here: nothing is here, or a run that ended before it had trained."""
         other = "choose another name with --name, or delete it"
         if (self.path / "state").exists():
@@ -82,20 +82,20 @@ class RunFolder:
 
         Raises ``UserError`` for a folder that is taken. What is left of a run that never trained is written over.
         """
-        self.refuse_taken()
+        self.require_free()
         with translate_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "log.jsonl").unlink(missing_ok=True)
             _write(self.path / "recipe.toml", recipe_toml)
             _write(self.path / "transform.json", json.dumps(transform.to_dict(), indent=2))
             tokenizer.save(self.path / "tokenizer")
-            about = {tower.modality: self._about(tower) for tower in (model.image, model.text)}
+            about = {tower.modality: self._base_entry(tower) for tower in (model.image, model.text)}
             base = {"format": _FORMAT, **about, "pairs": pairs}
             _write(self.path / "base.json", json.dumps(base, indent=1))
 
-    def _about(self, tower: Tower) -> dict[str, Any]:
+    def _base_entry(self, tower: Tower) -> dict[str, Any]:
         name = tower.name.replace(f"{self.path}/", f"{RUN_PLACEHOLDER}/")
-        return {"tower": name, "version": tower.version, "fingerprint": tower.fingerprint, "tensors": tower.hashes}
+        return {"tower": name, "version": tower.version, "fingerprint": tower.fingerprint, "tensors": tower.weight_hashes}
 
     def save(self, model: DualEncoder) -> int:
         """Write the delta; returns its bytes on disk."""
@@ -108,7 +108,7 @@ class RunFolder:
         with translate_disk_errors(self.path):
             (self.path / "state").mkdir(exist_ok=True)
             # one file, so that a kill never pairs new tensors with an old position
-            facts = {"facts": json.dumps(state.facts())}
+            facts = {"facts": json.dumps(state.metadata())}
             _write_tensors(self.path / "state" / "state.safetensors", state.tensors(), facts)
 
     def finish(self) -> None:
@@ -137,11 +137,11 @@ class RunFolder:
         if missing:
             raise UserError(f"{self.path} is not a run folder: it has no {', '.join(missing)}")
         try:
-            return self.at_home(tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8")))
+            return self.resolve_placeholder(tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8")))
         except ValueError as error:
             raise UserError(f"{self.path / 'recipe.toml'} is damaged: {error}") from None
 
-    def at_home(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    def resolve_placeholder(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         """A recipe's sections with this run's folder for ``{run}`` in the towers: what lies in the run goes with it."""
         filled = dict(recipe)
         for side in ("image", "text"):
@@ -160,18 +160,18 @@ class RunFolder:
             raise UserError(f"{self.path} is damaged: {error}") from None
         return RunMetadata(recipe, transform, Tokenizer.from_folder(self.path / "tokenizer"), base)
 
-    def refuse_other_bases(self, model: DualEncoder) -> None:
+    def require_same_bases(self, model: DualEncoder) -> None:
         """``UserError`` unless the towers of ``model`` hold the weights that this run was trained on."""
         base = json.loads((self.path / "base.json").read_text(encoding="utf-8"))
         for tower in (model.image, model.text):
             _require_same_weights(self.path, tower, base[tower.modality])
 
-    def restore(self, model: DualEncoder) -> None:
+    def load_delta(self, model: DualEncoder) -> None:
         """Check the bases of ``model`` and put the delta in. Every tensor is accounted for.
 
         Raises ``UserError`` for other bases, and for a delta that is not there, is damaged or does not fit.
         """
-        self.refuse_other_bases(model)
+        self.require_same_bases(model)
         path = self.path / "delta.safetensors"
         if not path.exists():
             raise UserError(f"{self.path} was never trained: it has no delta.safetensors")
@@ -200,23 +200,23 @@ class RunFolder:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-                return TrainState.of(json.loads(file.metadata()["facts"]), tensors)
+                return TrainState.from_tensors(json.loads(file.metadata()["facts"]), tensors)
         except safetensors.SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
 
 
-def _require_same_weights(run: Path, tower: Tower, then: dict[str, Any]) -> None:
-    if tower.fingerprint == then["fingerprint"]:
+def _require_same_weights(run: Path, tower: Tower, recorded: dict[str, Any]) -> None:
+    if tower.fingerprint == recorded["fingerprint"]:
         return
-    names = sorted(set(tower.hashes) | set(then["tensors"]))
-    differ = [name for name in names if tower.hashes.get(name) != then["tensors"].get(name)]
+    names = sorted(set(tower.weight_hashes) | set(recorded["tensors"]))
+    differ = [name for name in names if tower.weight_hashes.get(name) != recorded["tensors"].get(name)]
     first = (
-        f"{differ[0]} is {tower.hashes.get(differ[0])}, was {then['tensors'].get(differ[0])}" if differ else "pooling"
+        f"{differ[0]} is {tower.weight_hashes.get(differ[0])}, was {recorded['tensors'].get(differ[0])}" if differ else "pooling"
     )
     raise UserError(
-        f"{run} was trained on other weights of the {tower.modality} tower {then['tower']} ({then['version']}): "
+        f"{run} was trained on other weights of the {tower.modality} tower {recorded['tower']} ({recorded['version']}): "
         f"{len(differ)} of {len(names)} tensors differ ({first}); fingerprint {tower.fingerprint[:12]}, "
-        f"was {then['fingerprint'][:12]}"
+        f"was {recorded['fingerprint'][:12]}"
     )
 
 

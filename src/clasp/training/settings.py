@@ -120,20 +120,20 @@ class TrainSettings(BaseModel):
 class TrainPlan:
     """What a run will do: pairs in a step, epochs, steps in all, and why."""
 
-    batch: int
+    batch_size: int
     epochs: int
     steps: int
     reason: str
 
     def resolved(self, settings: TrainSettings) -> TrainSettings:
         """The settings with nothing left to choose about batch and epochs."""
-        return settings.model_copy(update={"batch": self.batch, "epochs": self.epochs})
+        return settings.model_copy(update={"batch": self.batch_size, "epochs": self.epochs})
 
 
-def plan_training(settings: TrainSettings, pairs: int, *, largest: int = MAX_AUTO_BATCH_SIZE) -> TrainPlan:
+def plan_training(settings: TrainSettings, pairs: int, *, max_batch_size: int = MAX_AUTO_BATCH_SIZE) -> TrainPlan:
     """Batch and epochs for so many training pairs; what the recipe sets is kept.
 
-    "auto" batch: the largest power of two that is at most a quarter of the pairs and at most ``largest``, so that an
+    "auto" batch: the largest power of two that is at most a quarter of the pairs and at most ``max_batch_size``, so that an
     epoch has several steps and batches differ. "auto" epochs: 15, fewer past 100,000 pairs, more where that would
     be fewer than 300 steps. A last batch that is not full is left out of every epoch.
     Raises UserError for fewer than two pairs, or a set batch of more than there are.
@@ -142,9 +142,9 @@ def plan_training(settings: TrainSettings, pairs: int, *, largest: int = MAX_AUT
         raise UserError(f"training needs at least two pairs to tell apart, and there {'is 1' if pairs else 'are 0'}")
     reasons = []
     if settings.batch == "auto":
-        room = max(2, min(pairs // 4, largest))
+        room = max(2, min(pairs // 4, max_batch_size))
         batch = 1 << (room.bit_length() - 1)
-        limit = f"at most {largest:,}" if room == largest else "at most a quarter of the pairs"
+        limit = f"at most {max_batch_size:,}" if room == max_batch_size else "at most a quarter of the pairs"
         reasons.append(f"batch {batch:,} is the largest power of two that is {limit}")
     elif settings.batch > pairs:
         raise UserError(f"train.batch = {settings.batch} is more than the {pairs} pairs to train on; at most {pairs}")

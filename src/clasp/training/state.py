@@ -67,7 +67,7 @@ class TrainState:
         parts = {"weights": self.weights, "optimizer": self.optimizer, "best": self.best.weights if self.best else {}}
         return {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Everything else, as JSON values."""
         best = {"position": _as_list(self.best.position), "metrics": dict(self.best.metrics)} if self.best else None
         return {
@@ -79,21 +79,21 @@ class TrainState:
         }
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainState:
-        """The inverse of ``facts`` and ``tensors``."""
+    def from_tensors(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainState:
+        """The inverse of ``metadata`` and ``tensors``."""
         parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "best": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
-        best = facts["best"]
+        best = metadata["best"]
         return cls(
-            position=TrainPosition(*facts["position"]),
-            precision=facts["precision"],
+            position=TrainPosition(*metadata["position"]),
+            precision=metadata["precision"],
             weights=parts["weights"],
             optimizer=parts["optimizer"],
             best=BestEvaluation(TrainPosition(*best["position"]), best["metrics"], parts["best"]) if best else None,
-            skipped=tuple(SkippedSample(*sample) for sample in facts["skipped"]),
-            micro_batch=facts["micro_batch"],
+            skipped=tuple(SkippedSample(*sample) for sample in metadata["skipped"]),
+            micro_batch=metadata["micro_batch"],
         )
 
 
@@ -105,13 +105,13 @@ def _as_list(position: TrainPosition) -> list[int]:
 class FitResult:
     """What became of a call to ``fit``.
 
-    The model holds the weights of ``held``: the best evaluation's, or the last step's; ``metrics`` are what the
+    The model holds the weights of ``weights_position``: the best evaluation's, or the last step's; ``metrics`` are what the
     evaluation said of them (empty when it was not asked). ``interrupted`` runs hold the last step's, and ``position``
     is where to go on. ``pairs`` and ``seconds`` count this call only, ``seconds`` with evaluation and saving.
     """
 
     position: TrainPosition
-    held: TrainPosition
+    weights_position: TrainPosition
     interrupted: bool
     metrics: Mapping[str, float]
     precision: Precision

@@ -67,8 +67,8 @@ class Stepper:
 
     ``kinds`` has the kind of each of them, for ``lr_factors`` and the decay of what is shared; where it is empty all
     have the same learning rate.
-    ``start`` is where a run goes on. ``micro_batch`` is ``None`` until it is known: set by the recipe, brought by
-    ``start``, or chosen.
+    ``resume_state`` is where a run goes on. ``micro_batch`` is ``None`` until it is known: set by the recipe, brought by
+    ``resume_state``, or chosen.
     """
 
     def __init__(
@@ -81,17 +81,17 @@ class Stepper:
         *,
         steps: int,
         kinds: Mapping[str, str],
-        start: TrainState | None = None,
+        resume_state: TrainState | None = None,
     ):
         self.model, self.loss, self.settings, self.steps = model, loss, settings, steps
         self.accelerator = accelerator
         self.precision: Precision = precision
-        before = start.micro_batch if start else None
+        before = resume_state.micro_batch if resume_state else None
         self.micro_batch = before if settings.micro_batch == "auto" else settings.micro_batch
         assert settings.epochs != "auto", "resolve the settings with train.plan.choose first"
         warmup = round(settings.warmup_fraction * steps)
-        self.course = optim.ScheduleContext(steps, settings.epochs, warmup, settings.lr_floor)
-        self.longest = math.inf if settings.clip_norm == "none" else settings.clip_norm
+        self.schedule_context = optim.ScheduleContext(steps, settings.epochs, warmup, settings.lr_floor)
+        self.max_norm = math.inf if settings.clip_norm == "none" else settings.clip_norm
         model.to(accelerator.device)
         self.weights = optim.select_parameters(dict(model.named_parameters()), model.selection)
         factors = settings.lr_factors.model_dump()
@@ -101,8 +101,8 @@ class Stepper:
         groups = optim.build_parameter_groups(
             self.weights,
             weight_decay=settings.weight_decay,
-            decay=settings.decay,
-            other_decays={} if apart is None else {name: apart for name, kind in kinds.items() if kind == "shared"},
+            decay_filter=settings.decay,
+            weight_decay_overrides={} if apart is None else {name: apart for name, kind in kinds.items() if kind == "shared"},
             lr_factors={name: factors[kind] for name, kind in kinds.items()},
         )
         self.optimizer = optim.build_adamw(
@@ -111,31 +111,31 @@ class Stepper:
         if model.moving and self.micro_batch is None:
             assert settings.batch != "auto", "resolve the settings with train.plan.choose first"
             self.micro_batch = settings.batch  # statistics are those of whole batches, and measuring would move them
-        if start:
-            self.put(start.weights)
-            optim.load_optimizer_state(self.optimizer, self.weights, start.optimizer)
+        if resume_state:
+            self.load_weights(resume_state.weights)
+            optim.load_optimizer_state(self.optimizer, self.weights, resume_state.optimizer)
 
     def step(self, batch: Batch, number: int) -> StepResult:
         """Takes step ``number`` (from 0). Raises UserError, with the weights as they were, if it would spoil them."""
-        lr = self.settings.lr * optim.SCHEDULES[self.settings.schedule](number, self.course)
+        lr = self.settings.lr * optim.SCHEDULES[self.settings.schedule](number, self.schedule_context)
         optim.set_lr(self.optimizer, lr)
-        measured = self.gradients(batch, number)
-        norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self.longest)
+        measured = self.backward(batch, number)
+        norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self.max_norm)
         assert norm is not None
         # the one moment of a step in which a GPU is waited for
         loss, scale, gradient_norm = torch.stack([measured.loss, measured.scale, norm.float()]).tolist()
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             self.optimizer.zero_grad()
-            raise UserError(self.advice(loss, number, lr))
+            raise UserError(self.divergence_message(loss, number, lr))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.after_step()
         return StepResult(loss, lr, scale, gradient_norm)
 
-    def gradients(self, batch: Batch, number: int) -> LossAndScale:
+    def backward(self, batch: Batch, number: int) -> LossAndScale:
         """Leaves the gradient of the batch's loss on the weights; the loss is taken in float32 at any precision."""
         if self.micro_batch is not None and len(batch.ids) > self.micro_batch:
-            return grad_cache.backward_in_micro_batches(self._work(number), batch, self.loss, self.micro_batch)
+            return grad_cache.backward_in_micro_batches(self._micro_batch_embedder(number), batch, self.loss, self.micro_batch)
         device = self.accelerator.device
         seed_generators(step_seed(self.settings.seed, number), device)
         image, text = to_device(batch.image, device), to_device(batch.text, device)
@@ -156,11 +156,11 @@ class Stepper:
     def choose_micro_batch(self, batch: Batch) -> MicroBatchChoice:
         """Measures how many pairs fit in memory at a time, and keeps to it from now on."""
         pairs = max(len(batch.ids), 0 if self.settings.batch == "auto" else self.settings.batch)
-        choice = grad_cache.choose_micro_batch(self._work(0), batch, pairs)
+        choice = grad_cache.choose_micro_batch(self._micro_batch_embedder(0), batch, pairs)
         self.micro_batch = choice.micro_batch
         return choice
 
-    def _work(self, number: int) -> grad_cache.MicroBatchEmbedder:
+    def _micro_batch_embedder(self, number: int) -> grad_cache.MicroBatchEmbedder:
         device = self.accelerator.device
 
         def seed(side: str, piece: int) -> None:
@@ -168,18 +168,18 @@ class Stepper:
 
         return grad_cache.MicroBatchEmbedder(self.model, device, self.precision, seed)
 
-    def selection(self, *, copied: bool = False) -> dict[str, Tensor]:
+    def selected_weights(self, *, copied: bool = False) -> dict[str, Tensor]:
         """The trained weights by name, and the statistics that move: the live tensors, or a copy on the CPU."""
         live = {name: parameter.detach() for name, parameter in self.weights.items()} | dict(self.model.moving)
         return {name: tensor.to("cpu", copy=True) for name, tensor in live.items()} if copied else live
 
-    def memory(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         """What the optimizer remembers, by name; not copied."""
         return optim.optimizer_state(self.optimizer, self.weights)
 
-    def put(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copies weights into the model; they must be of the same names and shapes, else UserError."""
-        live = self.selection()
+        live = self.selected_weights()
         ours = {name: tuple(tensor.shape) for name, tensor in live.items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if different := sorted(dict(ours.items() ^ theirs.items())):
@@ -191,7 +191,7 @@ class Stepper:
             for name, tensor in live.items():
                 tensor.copy_(weights[name])
 
-    def advice(self, loss: float, number: int, lr: float) -> str:
+    def divergence_message(self, loss: float, number: int, lr: float) -> str:
         """What to say when step ``number`` must not be taken."""
         what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         tries = [f"train.lr={self.settings.lr / 3:.1g}"]

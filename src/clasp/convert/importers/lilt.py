@@ -33,18 +33,18 @@ _RECIPE = "lilt/paper"
 _Tunings = Mapping[Modality, LiltTuning]
 
 
-def import_lilt(checkpoint: Path, run: RunFolder, wanted: ImportOptions) -> ImportReport:
+def import_lilt(checkpoint: Path, run: RunFolder, options: ImportOptions) -> ImportReport:
     """Write the run. Raises ``UserError`` for a file that is no such checkpoint, or does not tell enough."""
-    if wanted.lateral_layers:
+    if options.lateral_layers:
         raise UserError("--lateral is of MS-CLIP's parallel branch; LilT's towers have none")
-    lilt = read_lilt_checkpoint(checkpoint, {"image": wanted.image_heads, "text": wanted.text_heads})
-    image, text = lilt.sides["image"].settings, lilt.sides["text"].settings
+    lilt = read_lilt_checkpoint(checkpoint, {"image": options.image_heads, "text": options.text_heads})
+    image, text = lilt.towers["image"].settings, lilt.towers["text"].settings
     assert isinstance(image, ImageTransformerSettings) and isinstance(text, BertSettings)
-    size = _size(image, wanted.size)
-    tunings: _Tunings = {modality: infer_lilt_tuning(lilt, modality) for modality in lilt.sides}
+    size = _size(image, options.size)
+    tunings: _Tunings = {modality: infer_lilt_tuning(lilt, modality) for modality in lilt.towers}
     recipe = _recipe(lilt, tunings, size, text.positions)
-    named, tokenizer = load_matching_tokenizer(text.vocabulary, wanted.tokenizer)
-    plain = {modality: side.plain(tunings[modality].appended) for modality, side in lilt.sides.items()}
+    named, tokenizer = load_matching_tokenizer(text.vocabulary, options.tokenizer)
+    plain = {modality: side.base_tower(tunings[modality].appended_blocks) for modality, side in lilt.towers.items()}
     ids = save_bert(*plain["text"], tokenizer, run.path / "towers" / "text")
     seen = ImageTransform(image.size, tuple(recipe["image"]["mean"]), tuple(recipe["image"]["std"]), "squash")
     save_image_encoder(*plain["image"], seen, run.path / "towers" / "image")
@@ -66,7 +66,7 @@ def import_lilt(checkpoint: Path, run: RunFolder, wanted: ImportOptions) -> Impo
             "as before each of its uses"
         )
     facts = {"epoch": lilt.epoch, "temperature": temperature, "config": lilt.config}
-    return ImportReport(lines, facts, model.counts(), delta_bytes)
+    return ImportReport(lines, facts, model.parameter_counts(), delta_bytes)
 
 
 def _size(image: ImageTransformerSettings, wanted: int | None) -> int:
@@ -91,10 +91,10 @@ def _recipe(lilt: LiltCheckpoint, tunings: _Tunings, size: int, positions: int) 
 def _tensors(lilt: LiltCheckpoint, size: int) -> dict[str, Tensor]:
     """Every parameter of the model, by its name there; positions resized (bicubic) to images of ``size`` pixels."""
     tensors = {"temperature": lilt.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)}
-    for modality, side in lilt.sides.items():
+    for modality, side in lilt.towers.items():
         tensors |= {f"{modality}.net.{name}": tensor for name, tensor in side.tensors.items()}
         tensors |= {f"{modality}_head.map.{name}": tensor for name, tensor in lilt.heads[modality].items()}
-    image = lilt.sides["image"].settings
+    image = lilt.towers["image"].settings
     assert isinstance(image, ImageTransformerSettings)
     table = tensors["image.net.pos_embed"]
     tensors["image.net.pos_embed"] = resize_pos_embed(table, size // image.patch, int(image.class_position))

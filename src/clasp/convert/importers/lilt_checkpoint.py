@@ -47,12 +47,12 @@ class LiltTower:
     """of its adapters; none where it has none"""
     tensors: Mapping[str, Tensor]
     """by our names, with its adapters and all its blocks"""
-    theirs: Mapping[str, str]
+    original_names: Mapping[str, str]
     """our names to the authors', without the name of the tower"""
 
-    def plain(self, appended: int) -> tuple[Any, dict[str, Tensor]]:
-        """Settings and tensors of the tower without its adapters and without its last ``appended`` blocks."""
-        settings = self.settings.model_copy(update={"layers": self.settings.layers - appended})
+    def base_tower(self, appended_blocks: int) -> tuple[Any, dict[str, Tensor]]:
+        """Settings and tensors of the tower without its adapters and without its last ``appended_blocks`` blocks."""
+        settings = self.settings.model_copy(update={"layers": self.settings.layers - appended_blocks})
         return settings, {name: self.tensors[name] for name, _ in build_on_meta(settings).named_parameters()}
 
 
@@ -61,14 +61,14 @@ class LiltCheckpoint:
     """All that a checkpoint holds."""
 
     path: Path
-    sides: Mapping[Modality, LiltTower]
+    towers: Mapping[Modality, LiltTower]
     heads: Mapping[Modality, Mapping[str, Tensor]]
     """``weight [E D]`` and ``bias [E]``"""
     temperature: Tensor
     """the divisor of the cosines, as it was stored"""
     config: Mapping[str, Any] | None
     epoch: int | None
-    optimizer_held: int | None
+    optimizer_tensors: int | None
     """tensors; none where the file has no optimizer"""
 
 

@@ -33,41 +33,41 @@ from clasp.types import UserError
 class _TowerFlags:
     """What the authors' code looks for in the names of a tower."""
 
-    freeze: str
+    freeze_flag: str
     """the switch that freezes the tower"""
-    only: str
+    only_value: str
     """the value of a switch that means this tower alone"""
     norms: str
     dense: str
     attention: str
-    tail: str
+    extra_prefix: str
     """beginning of what trains together with the last block; "-" for nothing"""
-    always: str
+    always_freeze_key: str
     """key of ``always_freeze``"""
-    depths: tuple[tuple[int, int], ...]
+    paper_sizes: tuple[tuple[int, int], ...]
     """widths and blocks of the paper's towers, for a file without switches"""
 
 
 _TOWER_FLAGS: dict[Modality, _TowerFlags] = {
     "image": _TowerFlags(
-        freeze="freeze_vision_encoder",
-        only="vision_only",
+        freeze_flag="freeze_vision_encoder",
+        only_value="vision_only",
         norms="norm",
         dense="mlp",
         attention="attn",
-        tail="norm.",
-        always="visual_encoder",
-        depths=((192, 12), (384, 12), (768, 12), (1024, 24)),
+        extra_prefix="norm.",
+        always_freeze_key="visual_encoder",
+        paper_sizes=((192, 12), (384, 12), (768, 12), (1024, 24)),
     ),
     "text": _TowerFlags(
-        freeze="freeze_text_encoder",
-        only="language_only",
+        freeze_flag="freeze_text_encoder",
+        only_value="language_only",
         norms="LayerNorm",
         dense="dense",
         attention="attention",
-        tail="-",
-        always="text_encoder",
-        depths=((128, 2), (512, 4), (768, 12), (1024, 24)),
+        extra_prefix="-",
+        always_freeze_key="text_encoder",
+        paper_sizes=((128, 2), (512, 4), (768, 12), (1024, 24)),
     ),
 }
 APPENDED_BLOCK_METHOD = "deep(1, init='random')"
@@ -89,7 +89,7 @@ class LiltTuning:
     """What trains in one tower."""
 
     methods: list[str]
-    appended: int
+    appended_blocks: int
     """blocks that are not of the plain tower"""
     trained: frozenset[str]
     """our names of what trained when the file was made"""
@@ -98,10 +98,10 @@ class LiltTuning:
 
 def infer_lilt_tuning(lilt: LiltCheckpoint, modality: Modality) -> LiltTuning:
     """Read one tower. Raises ``UserError`` for a switch with a value that LilT does not know."""
-    side, switches = lilt.sides[modality], lilt_flags(lilt)
+    side, switches = lilt.towers[modality], lilt_flags(lilt)
     appended = _appended_blocks(side, switches)
     trained = _trained_by_default(side, appended) if switches is None else _trained_by_flags(side, switches)
-    net = build_on_meta(side.plain(appended)[0])
+    net = build_on_meta(side.base_tower(appended)[0])
     structure = [APPENDED_BLOCK_METHOD] if appended else []
     structure += [lilt_adapter_method(modality, side.reduction)] if side.reduction else []
     added = apply_tuning(net, structure or ["none"], seed=0)
@@ -123,15 +123,15 @@ def explain_lilt_tuning(lilt: LiltCheckpoint, in_towers: int) -> list[str]:
         said.append("unlock_random: which layers were drawn to train is not in the file, so they are frozen here")
     if heads_frozen:
         said.append("freeze_proj: the heads were frozen; no tower has them, so they train here")
-    if lilt.optimizer_held not in (None, trained):
-        said.append(f"its optimizer held {lilt.optimizer_held} tensors, and {trained} are taken to have trained")
+    if lilt.optimizer_tensors not in (None, trained):
+        said.append(f"its optimizer held {lilt.optimizer_tensors} tensors, and {trained} are taken to have trained")
     return said
 
 
 def lilt_flags(lilt: LiltCheckpoint) -> Mapping[str, Any] | None:
     """The configuration, where it says what trained."""
     config = lilt.config
-    return config if config is not None and {words.freeze for words in _TOWER_FLAGS.values()} <= config.keys() else None
+    return config if config is not None and {words.freeze_flag for words in _TOWER_FLAGS.values()} <= config.keys() else None
 
 
 # --- the switches ----------------------------------------------------------------------------------------------------
@@ -144,19 +144,19 @@ def _is_set(switches: Mapping[str, Any], name: str) -> bool:
     return value
 
 
-def _applies_to(switches: Mapping[str, Any], name: str, words: _TowerFlags) -> bool:
+def _applies_to(switches: Mapping[str, Any], name: str, flags: _TowerFlags) -> bool:
     """Whether a switch of either or both towers is on for this one."""
-    value, known = switches.get(name) or False, [each.only for each in _TOWER_FLAGS.values()]
+    value, known = switches.get(name) or False, [each.only_value for each in _TOWER_FLAGS.values()]
     if not isinstance(value, bool) and value not in known:
         raise UserError(f"the checkpoint's config has {name} = {value!r}; LilT knows true, false, {', '.join(known)}")
-    return value is True or value == words.only
+    return value is True or value == flags.only_value
 
 
 def _appended_blocks(side: LiltTower, switches: Mapping[str, Any] | None) -> int:
     """How many of the blocks were appended: the switches say it, without them the sizes of the paper's towers do."""
     words = _TOWER_FLAGS[side.modality]
     if switches is None:
-        return int((side.settings.width, side.settings.layers - 1) in words.depths)
+        return int((side.settings.width, side.settings.layers - 1) in words.paper_sizes)
     if not _is_set(switches, "adapter_append") or side.settings.layers < 2:
         return 0
     if side.modality == "text":
@@ -165,37 +165,37 @@ def _appended_blocks(side: LiltTower, switches: Mapping[str, Any] | None) -> int
     return int(not dino or side.settings.layers == 13)
 
 
-def _trained_by_flags(side: LiltTower, switches: Mapping[str, Any]) -> set[str]:
+def _trained_by_flags(side: LiltTower, flags: Mapping[str, Any]) -> set[str]:
     """Our names of what the authors' code leaves unfrozen, switch by switch, in its order."""
     words = _TOWER_FLAGS[side.modality]
     last = f"{LILT_BLOCK_PREFIXES[side.modality]}{side.settings.layers - 1}."
 
     def unlocks(name: str) -> bool:
         return (
-            not _is_set(switches, words.freeze)
-            or (_applies_to(switches, "unlock_layernorm", words) and words.norms in name)
-            or (_applies_to(switches, "bitfit", words) and "bias" in name)
-            or (_is_set(switches, "unlock_dense") and words.dense in name)
-            or (_is_set(switches, "unlock_attn") and words.attention in name)
-            or (_is_set(switches, "add_adapter") and name.startswith((last, words.tail)))
+            not _is_set(flags, words.freeze_flag)
+            or (_applies_to(flags, "unlock_layernorm", words) and words.norms in name)
+            or (_applies_to(flags, "bitfit", words) and "bias" in name)
+            or (_is_set(flags, "unlock_dense") and words.dense in name)
+            or (_is_set(flags, "unlock_attn") and words.attention in name)
+            or (_is_set(flags, "add_adapter") and name.startswith((last, words.extra_prefix)))
             or "adapter" in name
         )
 
-    again = switches.get("always_freeze") or {}
-    again = again.get(words.always) or [] if isinstance(again, dict) else again
+    again = flags.get("always_freeze") or {}
+    again = again.get(words.always_freeze_key) or [] if isinstance(again, dict) else again
     if not isinstance(again, list):
         raise UserError(f"always_freeze is no table of lists of blocks in the checkpoint's config, but {again!r}")
     frozen = tuple(f"{LILT_BLOCK_PREFIXES[side.modality]}{block}." for block in again)
-    return {ours for ours, name in side.theirs.items() if unlocks(name) and not name.startswith(frozen)}
+    return {ours for ours, name in side.original_names.items() if unlocks(name) and not name.startswith(frozen)}
 
 
 def _trained_by_default(side: LiltTower, appended: int) -> set[str]:
     """What LilT's two recipes train: norms, and what was added."""
     words = _TOWER_FLAGS[side.modality]
-    starts = (f"{LILT_BLOCK_PREFIXES[side.modality]}{side.settings.layers - 1}.", words.tail) if appended else ()
+    starts = (f"{LILT_BLOCK_PREFIXES[side.modality]}{side.settings.layers - 1}.", words.extra_prefix) if appended else ()
     return {
         ours
-        for ours, name in side.theirs.items()
+        for ours, name in side.original_names.items()
         if words.norms in name or "adapter" in name or name.startswith(starts)
     }
 

@@ -29,30 +29,30 @@ _RECIPE = "msclip/msclip-b32"
 _DEFAULT_SIZE = 224
 
 
-def import_msclip(checkpoint: Path, run: RunFolder, wanted: ImportOptions) -> ImportReport:
+def import_msclip(checkpoint: Path, run: RunFolder, options: ImportOptions) -> ImportReport:
     """Write the run. Raises ``UserError`` for a file that is no such state dict, or does not tell enough."""
     tensors = _state_dict(checkpoint)
-    if wanted.text_heads not in (None, wanted.image_heads):
-        raise UserError(f"--text-heads {wanted.text_heads}: both nets of MS-CLIP have those of --image-heads")
+    if options.text_heads not in (None, options.image_heads):
+        raise UserError(f"--text-heads {options.text_heads}: both nets of MS-CLIP have those of --image-heads")
     try:
         model = parse_msclip_state_dict(
             tensors,
-            heads=wanted.image_heads,
-            lateral_layers=wanted.lateral_layers or MSCLIP_LATERAL_LAYERS,
-            size=wanted.size or _DEFAULT_SIZE,
+            heads=options.image_heads,
+            lateral_layers=options.lateral_layers or MSCLIP_LATERAL_LAYERS,
+            size=options.size or _DEFAULT_SIZE,
         )
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from None
-    image, text = model.pair.image.settings, model.pair.text.settings
-    if wanted.lateral_layers and image.branch is None:
-        raise UserError(f"--lateral {_listed(wanted.lateral_layers)}: {checkpoint} has no parallel branch")
-    if wanted.size not in (None, image.size):
-        raise UserError(f"--size {wanted.size}: this model was trained on {image.size} px")
-    named, tokenizer = _tokenizer(text.vocabulary, wanted.tokenizer)
+    image, text = model.encoders.image.settings, model.encoders.text.settings
+    if options.lateral_layers and image.branch is None:
+        raise UserError(f"--lateral {_listed(options.lateral_layers)}: {checkpoint} has no parallel branch")
+    if options.size not in (None, image.size):
+        raise UserError(f"--size {options.size}: this model was trained on {image.size} px")
+    named, tokenizer = _tokenizer(text.vocabulary, options.tokenizer)
     tokenizer = tokenizer.with_settings(max_tokens=text.context)
     transform = ImageTransform(image.size, IMAGENET_MEAN, IMAGENET_STD)
-    ids = save_tied_encoders(model.pair, transform, tokenizer, run.path / "towers")
-    encoder, delta_bytes = write_run(run, _recipe(model, wanted), _tensors(model))
+    ids = save_tied_encoders(model.encoders, transform, tokenizer, run.path / "towers")
+    encoder, delta_bytes = write_run(run, _recipe(model, options), _tensors(model))
     branch = "" if image.branch is None else f", a parallel branch before layers {_listed(image.branch.before)}"
     lines = [
         f"{checkpoint.name}: MS-CLIP, {len(tensors)} names",
@@ -61,13 +61,13 @@ def import_msclip(checkpoint: Path, run: RunFolder, wanted: ImportOptions) -> Im
         f"text net: layers {text.layers}, width {text.width}, heads {text.heads}, {text.vocabulary:,} words, "
         f"{text.context} positions; tokenizer {named}",
         f"joint space: width {len(model.image_head)}",
-        *_describe_sharing(model.pair.policy),
+        *_describe_sharing(model.encoders.policy),
         f"captions of more than {text.context} tokens "
-        + ("keep their end token" if wanted.overlong == "cut" else "are all alike, as in the released code"),
+        + ("keep their end token" if options.truncation == "cut" else "are all alike, as in the released code"),
     ]
     if ids < text.vocabulary:
         lines.append(f"{named} has {ids:,} words, and the net {text.vocabulary:,}: is it the tokenizer it had?")
-    return ImportReport(lines, {"log_scale": float(model.log_scale)}, encoder.counts(), delta_bytes)
+    return ImportReport(lines, {"log_scale": float(model.log_scale)}, encoder.parameter_counts(), delta_bytes)
 
 
 def _state_dict(checkpoint: Path) -> dict[str, Tensor]:
@@ -87,13 +87,13 @@ def _tokenizer(vocabulary: int, wanted: str | None) -> tuple[str, Tokenizer]:
     return load_matching_tokenizer(vocabulary, wanted)
 
 
-def _recipe(model: MSCLIPCheckpoint, wanted: ImportOptions) -> dict[str, Any]:
+def _recipe(model: MSCLIPCheckpoint, options: ImportOptions) -> dict[str, Any]:
     """The paper's recipe around the nets of this file; the heads and the scale train."""
     recipe = read_recipe(_RECIPE).to_dict()
     pool = {"image": "cls", "text": "last"}
     recipe |= {side: {"tower": f"file:{RUN_PLACEHOLDER}/towers", "pool": pool[side]} for side in pool}
-    recipe["text"]["overlong"] = wanted.overlong
-    recipe["share"] = model.pair.policy.model_dump(mode="json", exclude_none=True)
+    recipe["text"]["overlong"] = options.truncation
+    recipe["share"] = model.encoders.policy.model_dump(mode="json", exclude_none=True)
     recipe["tune"] = {"image": ["none"], "text": ["none"], "head": "full", "scale": "full"}
     recipe["head"]["width"] = len(model.image_head)
     return recipe
@@ -101,7 +101,7 @@ def _recipe(model: MSCLIPCheckpoint, wanted: ImportOptions) -> dict[str, Any]:
 
 def _tensors(model: MSCLIPCheckpoint) -> dict[str, Tensor]:
     """Every parameter of the model, by its first name there."""
-    nets = {name.replace(".", ".net.", 1): p.detach() for name, p in model.pair.named_parameters()}
+    nets = {name.replace(".", ".net.", 1): p.detach() for name, p in model.encoders.named_parameters()}
     heads = {"image_head.map.weight": model.image_head, "text_head.map.weight": model.text_head}
     return {**nets, **heads, "log_scale": model.log_scale}
 
@@ -110,7 +110,7 @@ def _describe_sharing(policy: SharingSettings) -> list[str]:
     """Which layers share what, a line for each stretch."""
     lines = []
     for stretch in (policy, *policy.also):
-        parts = [part for part, how in stretch.kept().items() if how == "shared"]
+        parts = [part for part, how in stretch.part_modes().items() if how == "shared"]
         if parts:
             lines.append(f"layers {stretch.layers} share {', '.join(parts)}")
     return lines or ["the two nets share nothing"]

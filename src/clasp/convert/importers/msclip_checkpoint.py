@@ -48,7 +48,7 @@ _PART_TENSORS = {
 class MSCLIPCheckpoint:
     """A released model as ours; the matrices are those of ``nn.Linear`` without a bias."""
 
-    pair: TiedEncoders
+    encoders: TiedEncoders
     image_head: Float[Tensor, "E D"]
     text_head: Float[Tensor, "E F"]
     log_scale: Float[Tensor, ""]
@@ -93,7 +93,7 @@ def to_msclip_state_dict(model: MSCLIPCheckpoint) -> dict[str, Tensor]:
 
     Raises ``UserError`` for parts that the layout has no names for.
     """
-    pair = model.pair
+    pair = model.encoders
     ours: dict[str, Tensor] = {
         **_named_tensors(pair),
         "image_head": model.image_head.T,

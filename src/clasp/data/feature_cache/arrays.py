@@ -39,11 +39,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class CachedArray:
-    """Rows on disk; ``about`` is their ``.json``: key, shape, storage, seconds, and the notes of their writer."""
+    """Rows on disk; ``metadata`` is their ``.json``: key, shape, storage, seconds, and the notes of their writer."""
 
     path: Path
     stored: Shaped[np.ndarray, "rows columns"]
-    about: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -51,7 +51,7 @@ class CachedArray:
     @property
     def width(self) -> int:
         """``D``: numbers in a row."""
-        return self.about["width"]
+        return self.metadata["width"]
 
     def take(self, rows: Int[np.ndarray, "*shape"]) -> Float[Tensor, "*shape D"]:
         """A copy of these rows in memory, in the type they are kept in (int8 as float32)."""
@@ -59,11 +59,11 @@ class CachedArray:
 
     @cached_property
     def _storage(self) -> DtypeCodec:
-        return DTYPE_CODECS[self.about["storage"]]
+        return DTYPE_CODECS[self.metadata["storage"]]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process maps the file again; pickling the map would copy all of it
-        return _open_mapped, (self.path, self.about)
+        return _open_mapped, (self.path, self.metadata)
 
 
 class PartialFile(NamedTuple):
@@ -86,12 +86,12 @@ class PartialFile(NamedTuple):
 class ArrayWriter:
     """The rows of a file while it is written. ``notes`` go into its ``.json``; what is not written is zero.
 
-    ``done`` is as far as an earlier build came, in the units of its ``mark``: 0 for a new file.
+    ``done`` is as far as an earlier build came, in the units of its ``save_progress``: 0 for a new file.
     """
 
     def __init__(self, part: PartialFile, shape: tuple[int, int], storage: DtypeCodec, key: Mapping[str, Any]) -> None:
         self._part, self._storage, self._key = part, storage, key
-        columns = shape[1] + storage.more_columns
+        columns = shape[1] + storage.extra_columns
         self._row_bytes = columns * storage.dtype.itemsize
         header = {"descr": np.lib.format.dtype_to_descr(storage.dtype), "fortran_order": False}
         part.file.seek(0)
@@ -99,9 +99,9 @@ class ArrayWriter:
         np.lib.format.write_array_header_1_0(part.file, {**header, "shape": (shape[0], columns)})
         self._start = part.file.tell()
         whole = self._start + shape[0] * self._row_bytes
-        self.done, self.notes = self._so_far() if before == whole else (0, {})
+        self.done, self.notes = self._resume_state() if before == whole else (0, {})
         part.file.truncate(whole)
-        self._marked = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def write(self, rows: Int[np.ndarray, " n"], values: Float[Tensor, "n D"]) -> None:
         """``values`` at ``rows``.
@@ -117,17 +117,17 @@ class ArrayWriter:
             self._part.file.write(packed[start:end].data)
             start = end
 
-    def mark(self, done: int) -> None:
+    def save_progress(self, done: int) -> None:
         """Say how far the build has come; every few seconds this is put on disk, after the rows."""
-        if time.monotonic() - self._marked >= SECONDS_BETWEEN_SAVES:
+        if time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES:
             self._part.file.flush()
             os.fsync(self._part.file.fileno())
             new = self._part.path.with_suffix(".new")
             new.write_text(json.dumps({"key": self._key, "done": done, "notes": self.notes}), encoding="utf-8")
             os.replace(new, self._part.progress)
-            self._marked = time.monotonic()
+            self._saved_at = time.monotonic()
 
-    def _so_far(self) -> tuple[int, dict[str, Any]]:
+    def _resume_state(self) -> tuple[int, dict[str, Any]]:
         with suppress(OSError, ValueError, KeyError):
             progress = json.loads(self._part.progress.read_text(encoding="utf-8"))
             if progress["key"] == self._key:
@@ -154,7 +154,7 @@ def load_or_compute(
     path = _cache_path(folder, key)
     with suppress(_CacheMiss):
         return _read(path, key)
-    with _locked(path, DTYPE_CODECS[storage].bytes_of(*shape)) as part:
+    with _locked(path, DTYPE_CODECS[storage].num_bytes(*shape)) as part:
         with suppress(_CacheMiss):
             return _read(path, key)  # another process has just written it
         _compute_and_write(part, path, key, fill)
@@ -177,8 +177,8 @@ def _read(path: Path, key: Mapping[str, Any]) -> CachedArray:
         kept = _open_mapped(path, json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
         rows, width = key["shape"]
         storage = DTYPE_CODECS[key["storage"]]
-        same = kept.about["key"] == key and kept.stored.shape == (rows, width + storage.more_columns)
-        if not (same and kept.stored.dtype == storage.dtype and kept.about["probe"] == _probe(kept.stored)):
+        same = kept.metadata["key"] == key and kept.stored.shape == (rows, width + storage.extra_columns)
+        if not (same and kept.stored.dtype == storage.dtype and kept.metadata["probe"] == _probe(kept.stored)):
             raise ValueError("these are not the values that were written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         _log.warning("%s: cut short or damaged (%s); computing it again", path, error)
@@ -201,7 +201,7 @@ def _compute_and_write(
 ) -> None:
     """Fill the part and rename it, its ``.json`` after it. What is there stays when ``fill`` is interrupted."""
     storage, shape = DTYPE_CODECS[key["storage"]], tuple(key["shape"])
-    size = storage.bytes_of(*shape)
+    size = storage.num_bytes(*shape)
     started = time.monotonic()
     try:
         there = os.fstat(part.file.fileno()).st_blocks * 512  # of a part that is gone on with

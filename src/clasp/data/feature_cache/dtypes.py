@@ -26,13 +26,13 @@ class DtypeCodec:
     """One way: the type in the file, how many of them a row of ``D`` numbers takes, and the two directions."""
 
     dtype: np.dtype
-    more_columns: int
+    extra_columns: int
     pack: Callable[[Float[Tensor, "n D"]], Shaped[np.ndarray, "n columns"]]
     unpack: Callable[[Shaped[np.ndarray, "... columns"]], Float[Tensor, "... D"]]
 
-    def bytes_of(self, rows: int, width: int) -> int:
+    def num_bytes(self, rows: int, width: int) -> int:
         """What ``rows`` rows of ``width`` numbers take."""
-        return rows * (width + self.more_columns) * self.dtype.itemsize
+        return rows * (width + self.extra_columns) * self.dtype.itemsize
 
 
 def _pack_float16(values: Float[Tensor, "n D"]) -> Shaped[np.ndarray, "n D"]:

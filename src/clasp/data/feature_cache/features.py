@@ -75,7 +75,7 @@ class CachedFeatures:
     """Of each entry the rows of its views, view 0 being the plain one. Its ``about`` is what the ``.json`` says."""
     entry: Int[np.ndarray, " items"]
     """Which entry each item is."""
-    first: Int[np.ndarray, " bounds"]
+    offsets: Int[np.ndarray, " bounds"]
     """Where the rows of each view of each entry begin, and where the last ones end."""
     views: int = 1
     """How many times each item was encoded."""
@@ -86,38 +86,38 @@ class CachedFeatures:
     @cached_property
     def skipped(self) -> dict[int, SkippedSample]:
         """Item -> why it has no features."""
-        return {item: SkippedSample(name, reason) for item, name, reason in self.kept.about["skipped"]}
+        return {item: SkippedSample(name, reason) for item, name, reason in self.kept.metadata["skipped"]}
 
     def read(
         self, items: Int[np.ndarray, " B"], view: Int[np.ndarray, " B"] | int = 0
     ) -> PooledFeatures | HiddenStates:
         """A copy in memory of what was said of ``items``, each in its ``view``; captions padded to the longest."""
         at = self.entry[items] * self.views + view
-        depth = self.kept.about["depth"]
+        depth = self.kept.metadata["depth"]
         if depth == 0:
-            return PooledFeatures(self.kept.take(self.first[at]).float())
-        lengths = self.first[at + 1] - self.first[at]
+            return PooledFeatures(self.kept.take(self.offsets[at]).float())
+        lengths = self.offsets[at + 1] - self.offsets[at]
         place = np.arange(int(lengths.max()))
         mask = place < lengths[:, None]
         # padding repeats the last real token: no mask lets anything see it
-        rows = self.first[at][:, None] + np.minimum(place, lengths[:, None] - 1)
-        return HiddenStates(self.kept.take(rows), torch.from_numpy(mask), depth, self.kept.about["size"])
+        rows = self.offsets[at][:, None] + np.minimum(place, lengths[:, None] - 1)
+        return HiddenStates(self.kept.take(rows), torch.from_numpy(mask), depth, self.kept.metadata["size"])
 
 
 # --- by what features are known --------------------------------------------------------------------------------------
 
 
 class DistinctTexts:
-    """Which ``entry`` each text is among the ``different`` ones, and the ``version`` of these.
+    """Which ``entry`` each text is among the ``distinct`` ones, and the ``version`` of these.
 
     They are sorted, so that their order in the data is of no account.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self.different = sorted(set(texts))
-        entry = {text: number for number, text in enumerate(self.different)}
+        self.distinct = sorted(set(texts))
+        entry = {text: number for number, text in enumerate(self.distinct)}
         self.entry = np.array([entry[text] for text in texts], dtype=np.int64)
-        self.version = hashlib.sha256(json.dumps(self.different).encode()).hexdigest()
+        self.version = hashlib.sha256(json.dumps(self.distinct).encode()).hexdigest()
 
 
 def image_cache_key(
@@ -145,16 +145,16 @@ class CachedImageReader:
     """
 
     def __init__(self, features: CachedFeatures, pairs: Pairs) -> None:
-        if features.kept.about["key"].get("pairs") != pairs.version:
+        if features.kept.metadata["key"].get("pairs") != pairs.version:
             raise ValueError(f"{features.kept.path} holds features of other pairs than these")
         self._features = features
 
-    def __call__(self, picks: SampleIndices, read: Callable[[int], Pair]) -> ImageBatch:
-        features, numbers = self._features, picks.pair.tolist()
+    def __call__(self, indices: SampleIndices, get_pair: Callable[[int], Pair]) -> ImageBatch:
+        features, numbers = self._features, indices.pair.tolist()
         skipped = tuple(features.skipped[number] for number in numbers if number in features.skipped)
         kept = [place for place, number in enumerate(numbers) if number not in features.skipped]
-        picks = picks[kept] if skipped else picks
-        return ImageBatch(features.read(picks.pair, picks.seed % features.views), kept, skipped)
+        indices = indices[kept] if skipped else indices
+        return ImageBatch(features.read(indices.pair, indices.seed % features.views), kept, skipped)
 
 
 class CachedTextReader:
@@ -165,15 +165,15 @@ class CachedTextReader:
 
     def __init__(self, features: CachedFeatures, listing: PairIndex) -> None:
         texts = DistinctTexts(listing.texts)
-        if features.kept.about["key"].get("texts") != texts.version:
+        if features.kept.metadata["key"].get("texts") != texts.version:
             raise ValueError(f"{features.kept.path} holds features of other texts than these")
         # its own index: the texts may have been asked for in another order
         self._features = replace(features, entry=texts.entry)
         self._listing = listing
 
-    def __call__(self, picks: SampleIndices, read: Callable[[int], Pair]) -> TextBatch:
-        texts = self._listing.caption_of(picks)
-        if self._features.kept.about["depth"] == 0:
+    def __call__(self, indices: SampleIndices, get_pair: Callable[[int], Pair]) -> TextBatch:
+        texts = self._listing.text_indices(indices)
+        if self._features.kept.metadata["depth"] == 0:
             return TextBatch(self._features.read(texts), texts.tolist())
         different, rows = np.unique(texts, return_inverse=True)  # blocks are still to be run: once for each
         states = self._features.read(different)
@@ -189,8 +189,8 @@ def image_features(
     pairs: Pairs,
     transform: ImageTransform,
     *,
-    batch: int,
-    cache: Path,
+    batch_size: int,
+    cache_folder: Path,
     progress: ProgressCallback | None = None,
     augment: Augment | None = None,
     views: int = 1,
@@ -218,7 +218,7 @@ def image_features(
         }
         tally.add(skipped.values())
         sides = [LiveImageReader(transform), *[LiveImageReader(transform, augment)] * (views - 1)]
-        asks, done = _view_batches(count, batch, views, seed, start=writer.done), writer.done
+        asks, done = _view_batches(count, batch_size, views, seed, start=writer.done), writer.done
         with closing(WorkerPool(_ViewReader(pairs, sides), workers=workers)) as stream:
             for (view, picks), images in zip(asks, stream(asks), strict=True):
                 tally.add(images.skipped)
@@ -233,13 +233,13 @@ def image_features(
                 writer.write(at.reshape(-1), values.flatten(0, 1))
                 done += len(picks)
                 writer.notes["skipped"] = [[number, *skipped[number]] for number in sorted(skipped)]
-                writer.mark(done)
+                writer.save_progress(done)
                 if progress is not None:
                     progress(done, count * views)
 
     shape = (count * views * rows, part.width)
     with torch.inference_mode():
-        kept = load_or_compute(cache / "features", key, shape, fill, storage=storage)
+        kept = load_or_compute(cache_folder / "features", key, shape, fill, storage=storage)
     return CachedFeatures(kept, np.arange(count), np.arange(count * views + 1) * rows, views)
 
 
@@ -248,7 +248,7 @@ def text_features(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
-    cache: Path,
+    cache_folder: Path,
     progress: ProgressCallback | None = None,
     device: str | torch.device = "cpu",
     storage: StorageDtype = "float32",
@@ -259,35 +259,35 @@ def text_features(
     the tower is. Raises ``UserError`` when the disk is full.
     """
     asked = DistinctTexts(texts)
-    count = len(asked.different)
+    count = len(asked.distinct)
     key = text_cache_key(part, tokenizer, asked)
     if part.depth == 0:
         first = np.arange(count + 1)
     else:
-        first = np.cumsum([0, *map(len, tokenizer.encode(asked.different))])
+        first = np.cumsum([0, *map(len, tokenizer.encode(asked.distinct))])
 
     def fill(writer: ArrayWriter) -> None:
         writer.notes = {"skipped": [], "depth": part.depth, "size": 0}
         done = 0
-        for places, tokens in iter_text_batches(asked.different, tokenizer, TOKENS_PER_FORWARD):
+        for places, tokens in iter_text_batches(asked.distinct, tokenizer, TOKENS_PER_FORWARD):
             done += len(places)
             if done <= writer.done:
                 continue
             values = _rows_on_cpu(part(Tokens(tokens.ids.to(device), tokens.mask.to(device))), tokens.mask)
             at = [np.arange(first[place], first[place + 1]) for place in places]
             writer.write(np.concatenate(at), values)
-            writer.mark(done)
+            writer.save_progress(done)
             if progress is not None:
                 progress(done, count)
 
     with torch.inference_mode():
-        kept = load_or_compute(cache / "features", key, (int(first[-1]), part.width), fill, storage=storage)
+        kept = load_or_compute(cache_folder / "features", key, (int(first[-1]), part.width), fill, storage=storage)
     return CachedFeatures(kept, asked.entry, first)
 
 
 def image_cache_bytes(part: FrozenPart[Pixels], count: int, views: int, storage: StorageDtype) -> int:
     """What ``image_features`` of ``count`` images will take on disk."""
-    return DTYPE_CODECS[storage].bytes_of(count * views * part.tokens, part.width)
+    return DTYPE_CODECS[storage].num_bytes(count * views * part.tokens, part.width)
 
 
 def text_cache_bytes(
@@ -296,13 +296,13 @@ def text_cache_bytes(
     """What ``text_features`` of ``texts`` will take on disk."""
     different = sorted(set(texts))
     rows = len(different) if part.depth == 0 else sum(map(len, tokenizer.encode(different)))
-    return DTYPE_CODECS[storage].bytes_of(rows, part.width)
+    return DTYPE_CODECS[storage].num_bytes(rows, part.width)
 
 
-def _rows_on_cpu(said: HiddenStates | PooledFeatures, mask: Tensor | None = None) -> Float[Tensor, "rows D"]:
+def _rows_on_cpu(features: HiddenStates | PooledFeatures, mask: Tensor | None = None) -> Float[Tensor, "rows D"]:
     """What a part said, one row a token or a vector; only the tokens in ``mask``, where one is given."""
-    values = said.values.float().cpu()
-    if isinstance(said, PooledFeatures):
+    values = features.values.float().cpu()
+    if isinstance(features, PooledFeatures):
         return values
     return values.flatten(0, 1) if mask is None else values[mask]
 

@@ -95,28 +95,28 @@ class ClassFolders:
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
-def open_folder(opening: SourceSpec) -> SampleTable | ClassFolders:
+def open_folder(spec: SourceSpec) -> SampleTable | ClassFolders:
     """Decides by the rule above; ``UserError`` where it decides nothing."""
-    folder = FolderFiles.of(opening.path)
-    parts = group_by_key(folder.names, split_file_name, opening.path)
+    folder = FolderFiles.of(spec.path)
+    parts = group_by_key(folder.names, split_file_name, spec.path)
     captioned = (parts[:, [TEXT_COLUMN, JSON_COLUMN]] >= 0).any(axis=1)
     images = parts[:, IMAGE_COLUMN]
     if captioned.all():
         beside = parts[:, [TEXT_COLUMN, JSON_COLUMN, LABEL_COLUMN]]
-        key = ("folder", str(opening.path.resolve()), folder.stamp(beside[beside >= 0].tolist()))
-        return open_samples(opening, folder, lambda: parts, str, key)
+        key = ("folder", str(spec.path.resolve()), folder.stamp(beside[beside >= 0].tolist()))
+        return open_samples(spec, folder, lambda: parts, str, key)
     bare = folder.names[int(images[~captioned][0])]
     missing = f"{(~captioned).sum()} of {len(images)} images have no .txt or .json of their name beside them"
     if captioned.any():
         raise UserError(
-            f"{opening.path} mixes images with and without captions: {missing} ({bare}); either all have one, "
+            f"{spec.path} mixes images with and without captions: {missing} ({bare}); either all have one, "
             "or none has and each lies in a folder named for its class"
         )
     depths = np.array([folder.names[int(image)].count("/") for image in images])
     if (depths != 1).any():
         odd = folder.names[int(images[depths != 1][0])]
         raise UserError(
-            f"{opening.path} has no captions: {missing}, and not all lie one level down in a folder named for their "
+            f"{spec.path} has no captions: {missing}, and not all lie one level down in a folder named for their "
             f"class ({odd})"
         )
     return _class_folders(folder, images)

@@ -31,7 +31,7 @@ class IdCollector:
         self.ids, self.images, self.texts = array("Q"), array("Q"), array("Q")
 
     def add(self, where: str, row: PairRow, image: str) -> None:
-        self.captions.see(where, row.captions)
+        self.captions.add(where, row.captions)
         self.ids.append(hash64(row.id) if row.id else 0)
         self.images.append(hash64(image))
         self.texts.append(hash64(repr(row.captions)))

@@ -66,7 +66,7 @@ class ParquetTable:
     file: str
     stamp: str
     kind: _ImageColumnKind
-    light: tuple[str, ...]
+    non_image_columns: tuple[str, ...]
     """The columns that hold no image bytes."""
     reader: RowReader
     root: str
@@ -79,7 +79,7 @@ class ParquetTable:
         return len(self.twins)
 
     def __getitem__(self, row: int, /) -> Pair:
-        record = _read_cells(_read_non_image_group, self.file, self.stamp, self.light, row)
+        record = _read_cells(_read_non_image_group, self.file, self.stamp, self.non_image_columns, row)
         said = _read_row(record, self.kind, self.reader, f"{self.name} row {row}")
         twin = int(self.twins[row])
         if self.kind == "path":
@@ -92,10 +92,10 @@ class ParquetTable:
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
-def open_parquet(opening: SourceSpec) -> ParquetTable:
+def open_parquet(spec: SourceSpec) -> ParquetTable:
     """Reads the columns that hold no images once, checking every row."""
-    name, stamp, file = str(opening.path), file_stamp(opening.file), str(opening.file.absolute())
-    reader = RowReader.of(opening.columns, _DEFAULT_COLUMNS)
+    name, stamp, file = str(spec.path), file_stamp(spec.file), str(spec.file.absolute())
+    reader = RowReader.of(spec.columns, _DEFAULT_COLUMNS)
     try:
         table = pq.ParquetFile(file)
     except (pa.ArrowInvalid, OSError) as error:
@@ -117,17 +117,17 @@ def open_parquet(opening: SourceSpec) -> ParquetTable:
                 where = f"{name} row {row}"
                 said = _read_row(record, kind, reader, where)
                 survey.add(
-                    where, said, require_image_id(said, where, opening.root) if kind == "path" else _cell_id(said, row)
+                    where, said, require_image_id(said, where, spec.root) if kind == "path" else _cell_id(said, row)
                 )
                 row += 1
         if not row:
             raise UserError(f"{name} has no pairs: looked for rows, found none")
         return survey.finish()
 
-    key = ("parquet", str(opening.path.resolve()), stamp, opening.root, repr(reader))
-    arrays = load_or_build_index(opening.cache, key, build)
+    key = ("parquet", str(spec.path.resolve()), stamp, spec.root, repr(reader))
+    arrays = load_or_build_index(spec.cache, key, build)
     opened = ParquetTable(
-        name, file, stamp, kind, light, reader, opening.root, twins=arrays["twins"], hashes=arrays["hashes"]
+        name, file, stamp, kind, light, reader, spec.root, twins=arrays["twins"], hashes=arrays["hashes"]
     )
     require_unique_ids(name, opened)
     return opened

@@ -37,7 +37,7 @@ class ColumnNames:
         """The names given, in the order of the fields."""
         return tuple(name for name in self._all if name)
 
-    def over(self, default: "ColumnNames") -> "ColumnNames":
+    def with_defaults(self, default: "ColumnNames") -> "ColumnNames":
         """These names, and the default's where none is given."""
         names = [own or other for own, other in zip(self._all, default._all, strict=True)]
         return ColumnNames(**{field.name: name for field, name in zip(fields(self), names, strict=True)})
@@ -66,12 +66,12 @@ class RowReader:
 
     columns: ColumnNames
     required: tuple[str, ...]
-    spoken_for: tuple[str, ...]
+    used_columns: tuple[str, ...]
     """What does not go to ``meta``."""
 
     @classmethod
     def of(cls, asked: ColumnNames, default: ColumnNames) -> "RowReader":
-        columns = asked.over(default)
+        columns = asked.with_defaults(default)
         return cls(columns, tuple(dict.fromkeys((columns.image, columns.caption, *asked.named))), columns.named)
 
     def __call__(self, record: Mapping[str, Any], where: str) -> PairRow:
@@ -83,7 +83,7 @@ class RowReader:
             captions=parse_captions(record[columns.caption], language, where),
             id=as_text(record.get(columns.id)),
             group=as_text(record.get(columns.group)),
-            meta={key: value for key, value in record.items() if key not in self.spoken_for},
+            meta={key: value for key, value in record.items() if key not in self.used_columns},
         )
 
 
@@ -131,7 +131,7 @@ class CaptionCheck:
     def __init__(self, name: str):
         self.name, self.seen, self.empty, self.first = name, 0, 0, ""
 
-    def see(self, where: str, captions: tuple[Caption, ...]) -> None:
+    def add(self, where: str, captions: tuple[Caption, ...]) -> None:
         self.seen += 1
         if not captions or not all(caption.text for caption in captions):
             self.empty += 1

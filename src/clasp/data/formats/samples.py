@@ -51,7 +51,7 @@ class SampleTable:
 
     name: str
     members: FileCollection
-    call: Callable[[str], str]
+    id_of: Callable[[str], str]
     """The id of a sample from the name of its image."""
     parts: Int32[np.ndarray, "pairs 4"]
     """Which member is the image, text, json and class number of a sample; -1 for none."""
@@ -70,10 +70,10 @@ class SampleTable:
         record, about = self._record(json_, image), self._class(label)
         key = self.columns.caption or next((key for key in _CAPTION_KEYS if key in record), "")
         language = self.columns.language or "language"
-        captions = self._captions(record.get(key), as_text(record.get(language)), text, image)
+        captions = self._captions_from(record.get(key), as_text(record.get(language)), text, image)
         if not captions and "class" in about:
             captions = (Caption(about["class"]),)
-        id = as_text(record.get(self.columns.id)) or self.id_prefix + self.call(self.members.names[image])
+        id = as_text(record.get(self.columns.id)) or self.id_prefix + self.id_of(self.members.names[image])
         group = as_text(record.get(self.columns.group)) or id
         spoken_for = (key, language, self.columns.id, self.columns.group)
         meta = about | {name: value for name, value in record.items() if name not in spoken_for}
@@ -82,7 +82,7 @@ class SampleTable:
     def prefixed(self, id_prefix: str, path_prefix: str) -> "SampleTable":
         return replace(self, id_prefix=id_prefix)
 
-    def _captions(self, said: Any, language: str, text: int, image: int) -> tuple[Caption, ...]:
+    def _captions_from(self, said: Any, language: str, text: int, image: int) -> tuple[Caption, ...]:
         """Those of the json, then that of the txt unless it is among them."""
         captions = parse_captions(said, language, self._path(image))
         if text < 0:
@@ -125,55 +125,55 @@ class SampleTable:
         return self.members.source(member).name
 
 
-def open_webdataset(opening: SourceSpec) -> SampleTable:
+def open_webdataset(spec: SourceSpec) -> SampleTable:
     """A webdataset tar: all members whose names agree up to the first dot are one sample."""
-    tar = open_tar(opening.path, opening.file, opening.cache)
-    key = ("samples", str(opening.path.resolve()), tar.stamp)
-    return open_samples(opening, tar, lambda: group_by_key(tar.names, split_member_name, opening.path), member_id, key)
+    tar = open_tar(spec.path, spec.file, spec.cache)
+    key = ("samples", str(spec.path.resolve()), tar.stamp)
+    return open_samples(spec, tar, lambda: group_by_key(tar.names, split_member_name, spec.path), member_id, key)
 
 
 def open_samples(
-    opening: SourceSpec,
+    spec: SourceSpec,
     members: FileCollection,
-    find: Callable[[], Int32[np.ndarray, "pairs 4"]],
-    call: Callable[[str], str],
+    group: Callable[[], Int32[np.ndarray, "pairs 4"]],
+    id_of: Callable[[str], str],
     key: tuple[str, ...],
 ) -> SampleTable:
-    """Samples whose captions have all been read once; ``find`` says which members make a sample."""
-    name, beside = str(opening.path), opening.path if opening.path.is_dir() else opening.path.parent
+    """Samples whose captions have all been read once; ``group`` says which members make a sample."""
+    name, beside = str(spec.path), spec.path if spec.path.is_dir() else spec.path.parent
     named = beside / _CLASS_NAMES_FILE
     classes = tuple(named.read_text("utf-8").splitlines()) if named.is_file() else ()
 
     def samples(parts: np.ndarray, hashes: np.ndarray) -> SampleTable:
-        root = str(opening.path.absolute())
-        return SampleTable(name, members, call, parts, opening.columns, classes, root, hashes)
+        root = str(spec.path.absolute())
+        return SampleTable(name, members, id_of, parts, spec.columns, classes, root, hashes)
 
     def build() -> IndexArrays:
-        parts = find()
+        parts = group()
         draft = samples(parts, np.zeros(len(parts), np.uint64))
         check = CaptionCheck(name)
         ids = []
         for row in range(len(parts)):
             pair = draft[row]
             looked = f"{pair.image.name} (looked in its .txt, and for {', '.join(_CAPTION_KEYS)} in its .json)"
-            check.see(looked, pair.captions)
+            check.add(looked, pair.captions)
             ids.append(hash64(pair.id))
         check.finish()
         return {"parts": parts, "hashes": np.array(ids, np.uint64)}
 
-    opened = samples(**load_or_build_index(opening.cache, (*key, repr(opening.columns), repr(classes)), build))
+    opened = samples(**load_or_build_index(spec.cache, (*key, repr(spec.columns), repr(classes)), build))
     require_unique_ids(name, opened)
     return opened
 
 
 def group_by_key(
-    names: NameTable, split: Callable[[str], tuple[str, str]], where: Path
+    names: NameTable, split_name: Callable[[str], tuple[str, str]], where: Path
 ) -> Int32[np.ndarray, "pairs 4"]:
     """The samples among files, in the order of their first file; files that are part of no sample are left out."""
     rows: dict[str, int] = {}
     parts: list[list[int]] = []
     for number, name in enumerate(names):
-        key, suffix = split(name)
+        key, suffix = split_name(name)
         part = _SUFFIX_COLUMNS.get(suffix.lower())
         if part is None or is_hidden(name):
             continue

@@ -27,7 +27,7 @@ class TextTable:
     name: str
     file: str
     stamp: str
-    syntax: TextRowFormat
+    row_format: TextRowFormat
     reader: RowReader
     root: str
     starts: Int64[np.ndarray, " pairs"]
@@ -42,7 +42,7 @@ class TextTable:
 
     def __getitem__(self, row: int, /) -> Pair:
         start, stop = int(self.starts[row]), int(self.stops[row])
-        record = self.syntax.parse(read_range(self.file, self.stamp, start, stop - start))
+        record = self.row_format.parse(read_range(self.file, self.stamp, start, stop - start))
         said = self.reader(record, f"{self.name} row {row + 1}")
         return pair_from_row(said, int(self.twins[row]), self.root, self.id_prefix, self.path_prefix)
 
@@ -50,49 +50,49 @@ class TextTable:
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
-def pair_from_row(said: PairRow, twin: int, root: str, id_prefix: str, path_prefix: str) -> Pair:
+def pair_from_row(row: PairRow, twin: int, root: str, id_prefix: str, path_prefix: str) -> Pair:
     """The pair of a row whose image is a path: rows of one image are one group unless the table says otherwise."""
-    image = image_id(said.image, root)
-    id = said.id or f"{id_prefix}{image}{f'#{twin}' if twin else ''}"
-    source = FileSource(os.path.join(root, said.image))
-    return Pair(id, source, said.captions, said.group or path_prefix + image, said.meta)
+    image = image_id(row.image, root)
+    id = row.id or f"{id_prefix}{image}{f'#{twin}' if twin else ''}"
+    source = FileSource(os.path.join(root, row.image))
+    return Pair(id, source, row.captions, row.group or path_prefix + image, row.meta)
 
 
-def require_image_id(said: PairRow, where: str, root: str) -> str:
+def require_image_id(row: PairRow, where: str, root: str) -> str:
     """The id of the image a row names, or a ``UserError`` when it names none."""
-    if not isinstance(said.image, str) or not said.image.strip():
-        raise UserError(f"{where} names no image: a path is wanted, not {said.image!r}")
-    return image_id(said.image, root)
+    if not isinstance(row.image, str) or not row.image.strip():
+        raise UserError(f"{where} names no image: a path is wanted, not {row.image!r}")
+    return image_id(row.image, root)
 
 
-def open_table(opening: SourceSpec) -> TextTable:
+def open_table(spec: SourceSpec) -> TextTable:
     """Reads a .csv, .tsv, .jsonl or .json once, from end to end, checking every row but no image."""
-    name, stamp = str(opening.path), file_stamp(opening.file)
-    kind = opening.path.with_name(opening.path.name.removesuffix(".gz")).suffix.lower()
-    syntax = TEXT_ROW_FORMATS[kind](opening)
-    reader = RowReader.of(opening.columns, syntax.default)
+    name, stamp = str(spec.path), file_stamp(spec.file)
+    kind = spec.path.with_name(spec.path.name.removesuffix(".gz")).suffix.lower()
+    syntax = TEXT_ROW_FORMATS[kind](spec)
+    reader = RowReader.of(spec.columns, syntax.default)
 
     def build() -> IndexArrays:
         survey, starts, stops = IdCollector(name), array("q"), array("q")
-        with opening.file.open("rb") as file:
-            for start, stop, where, record in syntax.entries(file):
+        with spec.file.open("rb") as file:
+            for start, stop, where, record in syntax.iter_rows(file):
                 said = reader(record, where)
-                survey.add(where, said, require_image_id(said, where, opening.root))
+                survey.add(where, said, require_image_id(said, where, spec.root))
                 starts.append(start)
                 stops.append(stop)
         if not starts:
-            raise UserError(f"{name} has no pairs: looked for {syntax.wanted}, found none")
+            raise UserError(f"{name} has no pairs: looked for {syntax.expected}, found none")
         return {"starts": np.array(starts, np.int64), "stops": np.array(stops, np.int64), **survey.finish()}
 
-    key = ("table", kind, str(opening.path.resolve()), stamp, opening.root, repr(reader))
-    arrays = load_or_build_index(opening.cache, key, build)
+    key = ("table", kind, str(spec.path.resolve()), stamp, spec.root, repr(reader))
+    arrays = load_or_build_index(spec.cache, key, build)
     table = TextTable(
         name,
-        str(opening.file.absolute()),
+        str(spec.file.absolute()),
         stamp,
         syntax,
         reader,
-        opening.root,
+        spec.root,
         starts=arrays["starts"],
         stops=arrays["stops"],
         twins=arrays["twins"],

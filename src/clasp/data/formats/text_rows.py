@@ -30,9 +30,9 @@ class TextRowFormat(Protocol):
     """How a file is cut into rows."""
 
     default: ClassVar[ColumnNames]
-    wanted: ClassVar[str]
+    expected: ClassVar[str]
 
-    def entries(self, file: BinaryIO) -> Iterator[LocatedRow]: ...
+    def iter_rows(self, file: BinaryIO) -> Iterator[LocatedRow]: ...
 
     def parse(self, data: bytes) -> dict[str, Any]:
         """The bytes of one entry, once more."""
@@ -45,7 +45,7 @@ class JsonLines:
 
     name: str
     default: ClassVar = ColumnNames(image="image", caption="caption", id="id", language="language", group="group")
-    wanted: ClassVar = "one JSON object a line"
+    expected: ClassVar = "one JSON object a line"
 
     def entries(self, file: BinaryIO) -> Iterator[LocatedRow]:
         stop = 0
@@ -75,7 +75,7 @@ class JsonList:
 
     name: str
     default: ClassVar = ColumnNames(image="image", caption="caption", id="id", language="language", group="image_id")
-    wanted: ClassVar = "a list of objects {image, image_id, caption}"
+    expected: ClassVar = "a list of objects {image, image_id, caption}"
 
     def entries(self, file: BinaryIO) -> Iterator[LocatedRow]:
         try:
@@ -87,7 +87,7 @@ class JsonList:
         decoder = json.JSONDecoder()
         at = _skip_blanks(text, 0, "\ufeff \t\r\n")
         if text[at : at + 1] != "[":
-            raise UserError(f"{self.name} must hold {self.wanted}; one object a line is .jsonl")
+            raise UserError(f"{self.name} must hold {self.expected}; one object a line is .jsonl")
         at = _skip_blanks(text, at + 1)
         number, seen, stop = 0, 0, 0  # the first ``seen`` characters are ``stop`` bytes
         while text[at : at + 1] != "]":
@@ -119,14 +119,14 @@ class DelimitedRows:
     delimiter: str
     header: tuple[str, ...]
     default: ClassVar = ColumnNames(image="filepath", caption="title", id="id", language="language", group="group")
-    wanted: ClassVar = "rows below a line of column names"
+    expected: ClassVar = "rows below a line of column names"
 
     @classmethod
     def of(cls, opening: SourceSpec, delimiter: str) -> "DelimitedRows":
         with opening.file.open("rb") as file:
             header = next(_split_cells(file, delimiter, str(opening.path)), ((), 0, 0, ""))[0]
         if not header:
-            raise UserError(f"{opening.path} is empty; looked for {cls.wanted}")
+            raise UserError(f"{opening.path} is empty; looked for {cls.expected}")
         if len(set(header)) < len(header):
             raise UserError(f"{opening.path} has two columns of one name: {', '.join(map(repr, header))}")
         return cls(str(opening.path), delimiter, header)

@@ -43,7 +43,7 @@ class EmojiSample:
         """The ``.jsonl`` of a split: captions in the trained languages."""
         return self.folder / f"{split}.jsonl"
 
-    def questions(self) -> Path:
+    def multilingual_test(self) -> Path:
         """The test split with its names in all 42 languages."""
         return self.folder / "questions.jsonl"
 

@@ -35,7 +35,7 @@ class ModelFeatures:
     text: TowerFeatures
 
     @property
-    def to_fit(self) -> TowerFeatures:
+    def fit_features(self) -> TowerFeatures:
         """Of the images that probes are fitted on: further ones, or a part of ``image``."""
         return self.fit or self.image
 
@@ -62,36 +62,36 @@ class ProbeFeatureExtractor:
         """The towers as they came. A learned pooling is the run's: no base has one."""
         self.base.image.pooling, self.base.text.pooling = self.model.image.pooling, self.model.text.pooling
         model = self.model
-        image = self._image(model.image if model.image.wholly_frozen else self.base.image, "before")
-        return ModelFeatures(*image, self._text(model.text if model.text.wholly_frozen else self.base.text, "before"))
+        image = self._image_features(model.image if model.image.fully_frozen else self.base.image, "before")
+        return ModelFeatures(*image, self._text_features(model.text if model.text.fully_frozen else self.base.text, "before"))
 
     def after(self, before: ModelFeatures) -> ModelFeatures:
         """The run's towers; what nothing trained in said it ``before``."""
-        return self._moved("after", before)
+        return self._at_state("after", before)
 
-    def between(self, ways: Sequence[WeightInterpolation], alpha: float, before: ModelFeatures) -> ModelFeatures:
+    def interpolated(self, interpolations: Sequence[WeightInterpolation], alpha: float, before: ModelFeatures) -> ModelFeatures:
         """The run's towers, each of them ``alpha`` of the way from its base."""
         with ExitStack() as stack:
-            for way in ways:
+            for way in interpolations:
                 stack.enter_context(way.at(alpha))
-            return self._moved(f"at {alpha:g}", before)
+            return self._at_state(f"at {alpha:g}", before)
 
-    def _moved(self, state: str, before: ModelFeatures) -> ModelFeatures:
+    def _at_state(self, state: str, before: ModelFeatures) -> ModelFeatures:
         image, text = self.model.image, self.model.text
-        of_images = (before.image, before.fit) if image.wholly_frozen else self._image(image, state)
-        return ModelFeatures(*of_images, before.text if text.wholly_frozen else self._text(text, state))
+        of_images = (before.image, before.fit) if image.fully_frozen else self._image_features(image, state)
+        return ModelFeatures(*of_images, before.text if text.fully_frozen else self._text_features(text, state))
 
-    def _image(self, tower: Tower, state: str) -> tuple[TowerFeatures, TowerFeatures | None]:
+    def _image_features(self, tower: Tower, state: str) -> tuple[TowerFeatures, TowerFeatures | None]:
         ids = [pair.id for pair in self.pairs]
-        said = self._hear(tower, self._stream(self.pairs), ids, hashed_subset(ids, _MAX_COMPARED), f"images, {state}")
+        said = self._extract(tower, self._stream(self.pairs), ids, hashed_subset(ids, _MAX_COMPARED), f"images, {state}")
         if self.fit is None:
             return said, None
         ids = [pair.id for pair in self.fit]
-        return said, self._hear(tower, self._stream(self.fit), ids, frozenset(), f"images to fit on, {state}")
+        return said, self._extract(tower, self._stream(self.fit), ids, frozenset(), f"images to fit on, {state}")
 
-    def _text(self, tower: Tower, state: str) -> TowerFeatures:
+    def _text_features(self, tower: Tower, state: str) -> TowerFeatures:
         texts = sorted({*self.captions, *self.prompts})
-        return self._hear(
+        return self._extract(
             tower, self.inputs.read(texts), texts, hashed_subset(self.captions, _MAX_COMPARED), f"captions, {state}"
         )
 
@@ -101,7 +101,7 @@ class ProbeFeatureExtractor:
             self._streams[id(pairs)] = self.inputs.images(pairs)
         return self._streams[id(pairs)]()
 
-    def _hear(
+    def _extract(
         self,
         tower: Tower,
         stream: _ImageBatchStream | Iterable[tuple[Sequence[str], TextInput]],
@@ -113,10 +113,10 @@ class ProbeFeatureExtractor:
             return extract_tower_features(tower, stream, sample, lambda done: progress(done, len(ids)))
 
 
-def hashed_subset(ids: Iterable[str], most: int) -> frozenset[str]:
+def hashed_subset(ids: Iterable[str], limit: int) -> frozenset[str]:
     """At most so many of the ids, by a hash of each: the same whatever their order."""
 
     def rank(id: str) -> bytes:
         return hashlib.sha256(id.encode("utf-8", "surrogatepass")).digest()
 
-    return frozenset(sorted(set(ids), key=rank)[:most])
+    return frozenset(sorted(set(ids), key=rank)[:limit])

@@ -38,21 +38,21 @@ class _AlignmentScore(NamedTuple):
 
 
 def interpolation_results(
-    asked: RetentionPlan,
-    hearing: ProbeFeatureExtractor,
+    plan: RetentionPlan,
+    extractor: ProbeFeatureExtractor,
     before: ModelFeatures,
     after: ModelFeatures,
     say: MessageCallback,
 ) -> list[EvaluationResult]:
     """A row for each of ``_ALPHAS``; none where there is no straight way, and a line says why."""
-    model, base = hearing.model, hearing.base
+    model, base = extractor.model, extractor.base
     towers = ((model.image, base.image), (model.text, base.text))
     if reasons := [
         f"{tower.modality}: {reason}" for tower, own in towers for reason in interpolation_obstacles(tower, own)
     ]:
         say(f"no way between base and tuned weights is drawn, since it is not straight: {', '.join(reasons)}")
         return []
-    ways = [way for tower, own in towers if not (way := WeightInterpolation(tower, own)).empty]
+    ways = [way for tower, own in towers if not (way := WeightInterpolation(tower, own)).is_identity]
     if not ways:
         say("no way between base and tuned weights is drawn: nothing inside the towers was tuned")
         return []
@@ -60,30 +60,30 @@ def interpolation_results(
     rows = []
     for alpha in _ALPHAS:
         start = time.perf_counter()
-        heard = ends[alpha] if alpha in ends else hearing.between(ways, alpha, before)
-        rows.append(_result_at(asked, model, heard, alpha, start))
+        heard = ends[alpha] if alpha in ends else extractor.interpolated(ways, alpha, before)
+        rows.append(_result_at(plan, model, heard, alpha, start))
     return rows
 
 
 def _result_at(
-    asked: RetentionPlan, model: DualEncoder, heard: ModelFeatures, alpha: float, start: float
+    plan: RetentionPlan, model: DualEncoder, features: ModelFeatures, alpha: float, start: float
 ) -> EvaluationResult:
-    name, metric, aligned = _alignment_score(asked, model, heard)
+    name, metric, aligned = _alignment_score(plan, model, features)
     metrics, chance = {"alpha": alpha, name: aligned.metrics[metric]}, {name: aligned.chance[metric]}
     interval = {name: aligned.interval[metric]}
-    if asked.image is not None:
-        scores = asked.image.ask("image_knn", heard.to_fit, heard.image)
+    if plan.image is not None:
+        scores = plan.image.score("image_knn", features.fit_features, features.image)
         metrics["image_knn"], interval["image_knn"] = bootstrap_mean([(scores.values, scores.groups)])
         chance["image_knn"] = scores.chance
-    if asked.text:
-        chosen = [probe for probe in asked.text if probe.kind == asked.text[0].kind]  # across languages, where possible
-        each = [probe.ask(heard.text, 1) for probe in chosen]
+    if plan.text:
+        chosen = [probe for probe in plan.text if probe.kind == plan.text[0].kind]  # across languages, where possible
+        each = [probe.score(features.text, 1) for probe in chosen]
         what = f"{chosen[0].kind}_recall@1"
         metrics[what], interval[what] = bootstrap_mean([(scores.values, scores.groups) for scores in each])
         chance[what] = sum(scores.chance for scores in each) / len(each)
     return EvaluationResult(
         task="kept/interpolation",
-        data=asked.data,
+        data=plan.data,
         language="",
         metrics=metrics,
         chance=chance,
@@ -93,34 +93,34 @@ def _result_at(
     )
 
 
-def _alignment_score(asked: RetentionPlan, model: DualEncoder, heard: ModelFeatures) -> _AlignmentScore:
+def _alignment_score(plan: RetentionPlan, model: DualEncoder, features: ModelFeatures) -> _AlignmentScore:
     """How well images and texts meet under the run's heads: zero-shot accuracy where there are classes, else the mean
     recall of retrieval, over all languages."""
     device = next(model.parameters()).device
-    row = {text: place for place, text in enumerate(heard.text.ids)}
+    row = {text: place for place, text in enumerate(features.text.ids)}
 
     def images() -> list[tuple[Sequence[str], PooledFeatures]]:
-        return [(heard.image.ids, to_device(PooledFeatures(heard.image.pooled), device))]
+        return [(features.image.ids, to_device(PooledFeatures(features.image.pooled), device))]
 
     def read(ids: Sequence[str], texts: Sequence[str]) -> list[tuple[Sequence[str], PooledFeatures]]:
-        return [(ids, to_device(PooledFeatures(heard.text.pooled[[row[text] for text in texts]]), device))]
+        return [(ids, to_device(PooledFeatures(features.text.pooled[[row[text] for text in texts]]), device))]
 
-    groups = {pair.id: pair.group for pair in asked.pairs}
-    if asked.label:
+    groups = {pair.id: pair.group for pair in plan.pairs}
+    if plan.label:
         classes = ZeroShotQueries(
-            labels={pair.id: str(pair.meta[asked.label]) for pair in asked.pairs},
-            classes=asked.classes,
+            labels={pair.id: str(pair.meta[plan.label]) for pair in plan.pairs},
+            classes=plan.classes,
             templates=[PROMPT_TEMPLATE],
             read=lambda prompts: read(prompts, prompts),
             groups=groups,
         )
-        results = ZeroShotTask(data=asked.data, images=images, question=classes).results(model)
+        results = ZeroShotTask(data=plan.data, images=images, queries=classes).results(model)
         return _AlignmentScore("zeroshot_top1", "top1", results[0])
-    questions = {language: _retrieval_queries(asked, language, groups, read) for language in asked.languages or [""]}
+    questions = {language: _retrieval_queries(plan, language, groups, read) for language in plan.languages or [""]}
     task = MultilingualTask(
-        data=asked.data,
+        data=plan.data,
         images=images,
-        questions=questions,
+        queries=questions,
         primary=f"{_MACRO_ALL}/mean_recall",
         sets={"all": list(questions)},
     )
@@ -129,11 +129,11 @@ def _alignment_score(asked: RetentionPlan, model: DualEncoder, heard: ModelFeatu
 
 
 def _retrieval_queries(
-    asked: RetentionPlan, language: str, groups: Mapping[str, str], read: _TextBatcher
+    plan: RetentionPlan, language: str, groups: Mapping[str, str], read: _TextBatcher
 ) -> RetrievalQueries:
     texts = {
         f"{pair.group}|{caption.text}": (caption.text, pair.group)
-        for pair in asked.pairs
+        for pair in plan.pairs
         for caption in pair.captions
         if caption.language == language
     }

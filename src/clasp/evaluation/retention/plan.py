@@ -109,8 +109,8 @@ def _report_skipped(
     if image is None:
         has = ", ".join(map(str, pairs[0].meta)) or "none"
         say(f"the image tower is not probed: {data} has no column 'class'; label= one of: {has}")
-    elif image.left_out:
-        say(f"{image.left_out} images are not asked about: the half to fit on has none of their class; fit= helps")
+    elif image.skipped:
+        say(f"{image.skipped} images are not asked about: the half to fit on has none of their class; fit= helps")
     if not text:
         say(f"the text tower is not probed: {data} has no captions in two languages, nor several in one for an image")
     elif trained is None and text[0].language:

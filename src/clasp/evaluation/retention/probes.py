@@ -44,19 +44,19 @@ class ProbeScores:
 
 @dataclass(frozen=True, slots=True)
 class ImageProbe:
-    """Images with a class: those to fit on and those asked about. ``left_out`` of the latter have a class that only
+    """Images with a class: those to fit on and those asked about. ``skipped`` of the latter have a class that only
     they have."""
 
     fit: Sequence[Pair]
-    asked: Sequence[Pair]
+    queries: Sequence[Pair]
     label: str
     classes: tuple[str, ...]
-    left_out: int
+    skipped: int
 
-    def ask(self, name: str, fit: TowerFeatures, images: TowerFeatures) -> ProbeScores:
+    def score(self, name: str, fit: TowerFeatures, queries: TowerFeatures) -> ProbeScores:
         """Put one of ``IMAGE_PROBES`` to what a tower said of the images to fit on and of those asked about."""
-        known, asked = _with_features(self.fit, fit), _with_features(self.asked, images)
-        features = fit.of([pair.id for pair in known]), images.of([pair.id for pair in asked])
+        known, asked = _with_features(self.fit, fit), _with_features(self.queries, queries)
+        features = fit.rows_of([pair.id for pair in known]), queries.rows_of([pair.id for pair in asked])
         labels = self._labels(known), self._labels(asked)
         if name == "image_knn":
             right = probes.knn_probe(features[0], labels[0], features[1], labels[1])
@@ -136,25 +136,25 @@ class CaptionSearch:
 class TextProbe:
     """Captions in one language asked for captions of the same group, in one or several turns.
 
-    ``kind``: ``text`` for captions in the anchor language, ``captions`` for others in the same. ``languages``: the set
+    ``kind``: ``text`` for captions in the anchor language, ``captions`` for others in the same. ``language_set``: the set
     that ``language`` belongs to; empty where that is unknown.
     """
 
     kind: Literal["text", "captions"]
-    languages: Literal["trained", "never_trained", ""]
+    language_set: Literal["trained", "never_trained", ""]
     language: str
-    turns: tuple[CaptionSearch, ...]
+    searches: tuple[CaptionSearch, ...]
 
-    def ask(self, said: TowerFeatures, k: int) -> ProbeScores:
+    def score(self, features: TowerFeatures, k: int) -> ProbeScores:
         """For each query, whether one of its group is among the first ``k`` by cosine."""
-        row = {text: place for place, text in enumerate(said.ids)}
-        unit = F.normalize(said.plain, dim=1)
+        row = {text: place for place, text in enumerate(features.ids)}
+        unit = F.normalize(features.plain_pooled, dim=1)
         values, chance = [], []
-        for turn in self.turns:
+        for turn in self.searches:
             queries, gallery = (unit[[row[text] for text, _ in side]] for side in (turn.queries, turn.gallery))
             values.append(metrics.hit_at_k(metrics.rank_counts(queries, gallery, *_group_labels(turn)), k))
             chance.append(metrics.hit_at_k(metrics.chance_rank_counts(*_group_labels(turn)), k))
-        groups = tuple(group for turn in self.turns for _, group in turn.queries)
+        groups = tuple(group for turn in self.searches for _, group in turn.queries)
         return ProbeScores(torch.cat(values), groups, torch.cat(chance).mean().item())
 
 
@@ -180,7 +180,7 @@ def make_text_probes(
     for language in languages or [""]:
         if turns := _within_language_searches(by_language.get(language, {})):
             probes.append(TextProbe("captions", _training_status(language, trained), language, turns))
-    return sorted(probes, key=lambda probe: (probe.kind != "text", probe.languages != "trained", probe.language))
+    return sorted(probes, key=lambda probe: (probe.kind != "text", probe.language_set != "trained", probe.language))
 
 
 def _captions_by_language(pairs: Iterable[Pair]) -> dict[str, dict[str, list[str]]]:
@@ -193,9 +193,9 @@ def _captions_by_language(pairs: Iterable[Pair]) -> dict[str, dict[str, list[str
 
 
 def _cross_language_search(
-    asked: Mapping[str, Sequence[str]], anchor: Mapping[str, Sequence[str]]
+    asking: Mapping[str, Sequence[str]], anchor: Mapping[str, Sequence[str]]
 ) -> CaptionSearch | None:
-    queries = tuple((text, group) for group, texts in asked.items() if group in anchor for text in texts)
+    queries = tuple((text, group) for group, texts in asking.items() if group in anchor for text in texts)
     gallery = tuple((text, group) for group, texts in anchor.items() for text in texts)
     return CaptionSearch(queries, gallery) if queries and len(anchor) > 1 else None
 
@@ -227,14 +227,14 @@ def _training_status(language: str, trained: AbstractSet[str] | None) -> Literal
     return "trained" if language in trained else "never_trained"
 
 
-def _with_features(pairs: Sequence[Pair], said: TowerFeatures) -> list[Pair]:
-    there = set(said.ids)
+def _with_features(pairs: Sequence[Pair], features: TowerFeatures) -> list[Pair]:
+    there = set(features.ids)
     return [pair for pair in pairs if pair.id in there]
 
 
-def _group_labels(turn: CaptionSearch) -> tuple[Int[Tensor, " q"], Int[Tensor, " n"]]:
-    number = {group: place for place, group in enumerate(dict.fromkeys(group for _, group in turn.gallery))}
-    queries, gallery = ([number[group] for _, group in side] for side in (turn.queries, turn.gallery))
+def _group_labels(search: CaptionSearch) -> tuple[Int[Tensor, " q"], Int[Tensor, " n"]]:
+    number = {group: place for place, group in enumerate(dict.fromkeys(group for _, group in search.gallery))}
+    queries, gallery = ([number[group] for _, group in side] for side in (search.queries, search.gallery))
     return torch.tensor(queries), torch.tensor(gallery)
 
 

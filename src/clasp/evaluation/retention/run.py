@@ -93,41 +93,41 @@ def _build_base_model(recipe: Recipe, model: DualEncoder) -> DualEncoder:
 
 
 def _image_results(
-    asked: RetentionPlan, before: ModelFeatures, after: ModelFeatures, seconds: float
+    plan: RetentionPlan, before: ModelFeatures, after: ModelFeatures, seconds: float
 ) -> list[EvaluationResult]:
-    if asked.image is None:
+    if plan.image is None:
         return []
     comparisons = []
     for name in IMAGE_PROBES:
         start = time.perf_counter()
-        then = asked.image.ask(name, before.to_fit, before.image)
-        now = then if after.image is before.image else asked.image.ask(name, after.to_fit, after.image)
+        then = plan.image.score(name, before.fit_features, before.image)
+        now = then if after.image is before.image else plan.image.score(name, after.fit_features, after.image)
         comparisons.append(_paired_scores(f"kept/{name}", "", then, now, seconds + time.perf_counter() - start))
-    return paired_results(asked.data, comparisons)
+    return paired_results(plan.data, comparisons)
 
 
 def _text_results(
-    asked: RetentionPlan, before: ModelFeatures, after: ModelFeatures, seconds: float
+    plan: RetentionPlan, before: ModelFeatures, after: ModelFeatures, seconds: float
 ) -> list[EvaluationResult]:
     comparisons = []
     for k in TEXT_RECALL_KS:
-        for probe in asked.text:
+        for probe in plan.text:
             start = time.perf_counter()
-            then = probe.ask(before.text, k)
-            now = then if after.text is before.text else probe.ask(after.text, k)
-            task = f"kept/{probe.kind}_recall@{k}" + (f"/{probe.languages}" if probe.languages else "")
+            then = probe.score(before.text, k)
+            now = then if after.text is before.text else probe.score(after.text, k)
+            task = f"kept/{probe.kind}_recall@{k}" + (f"/{probe.language_set}" if probe.language_set else "")
             comparisons.append(_paired_scores(task, probe.language, then, now, seconds + time.perf_counter() - start))
-    return paired_results(asked.data, comparisons) if comparisons else []
+    return paired_results(plan.data, comparisons) if comparisons else []
 
 
-def _paired_scores(task: str, language: str, then: ProbeScores, now: ProbeScores, seconds: float) -> PairedScores:
+def _paired_scores(task: str, language: str, before: ProbeScores, after: ProbeScores, seconds: float) -> PairedScores:
     return PairedScores(
         task=task,
         language=language,
-        groups=then.groups,
-        before=then.values,
-        after=now.values,
-        chance=then.chance,
+        groups=before.groups,
+        before=before.values,
+        after=after.values,
+        chance=before.chance,
         seconds=seconds,
     )
 
@@ -155,7 +155,7 @@ def _drift_results(
                 language="",
                 metrics={name: value for name, value in measured.items() if math.isfinite(value)},
                 chance={},
-                n=len(after.sample),
+                n=len(after.block_ids),
                 interval={},
                 seconds=seconds,
             )
@@ -165,11 +165,11 @@ def _drift_results(
 
 def _cka(part: PartDrift, tower: Tower, before: TowerFeatures, after: TowerFeatures) -> float:
     """NaN where a part has no states of its own, or the base has none to compare them with."""
-    assert before.sample == after.sample
+    assert before.block_ids == after.block_ids
     if part.title in (OUTPUT_PART, ALL_PARTS):
-        return 1.0 if after is before else linear_cka(before.of(before.sample), after.of(after.sample))
-    if part.block in after.blocks:
-        there = part.block in before.blocks
-        return linear_cka(before.blocks[part.block], after.blocks[part.block]) if there else math.nan
+        return 1.0 if after is before else linear_cka(before.rows_of(before.block_ids), after.rows_of(after.block_ids))
+    if part.block in after.block_means:
+        there = part.block in before.block_means
+        return linear_cka(before.block_means[part.block], after.block_means[part.block]) if there else math.nan
     # not heard: it lies below the block at which both states of the tower went on from the same trunk
     return 1.0 if part.block else math.nan

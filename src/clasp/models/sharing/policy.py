@@ -93,14 +93,14 @@ class _PartSharingSettings(BaseModel):
     layer_scale: _VectorSharing = "separate"
     """The layer scale, where the blocks have one"""
 
-    def kept(self) -> dict[str, SharingMode]:
+    def part_modes(self) -> dict[str, SharingMode]:
         """How each of ``SHAREABLE_PARTS`` is kept."""
-        whole = {part: self.attention if choice is None else choice for part, choice in self._apart().items()}
+        whole = {part: self.attention if choice is None else choice for part, choice in self._projection_choices().items()}
         vectors = {"qk_norm": self.qk_norm, "norm1": self.norm1, "norm2": self.norm2, "layer_scale": self.layer_scale}
         said = {**whole, "ffn": self.ffn, **vectors}
         return {part: _sharing_mode(said[part]) for part in SHAREABLE_PARTS}
 
-    def _apart(self) -> dict[str, Any]:
+    def _projection_choices(self) -> dict[str, Any]:
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
 
 
@@ -124,7 +124,7 @@ class SharingSettings(_PartSharingSettings):
     head: _VectorSharing = "separate"
     """The projection to the joint space"""
 
-    def over(self, layers: int) -> SharingPlan:
+    def resolve(self, layers: int) -> SharingPlan:
         """This policy for nets of so many layers. Raises ``UserError`` for layers that do not exist or come twice."""
         rows: dict[int, dict[str, SharingMode]] = {}
         said_by: dict[int, str] = {}
@@ -139,23 +139,23 @@ class SharingSettings(_PartSharingSettings):
                         f"share.layers = {stretch.layers!r} and {said_by[number]!r} both speak of layer {number}; each "
                         "layer is in one range"
                     )
-                rows[number], said_by[number] = stretch.kept(), stretch.layers or "all others"
-        nothing = SharingOverride(layers=":").kept()
+                rows[number], said_by[number] = stretch.part_modes(), stretch.layers or "all others"
+        nothing = SharingOverride(layers=":").part_modes()
         return SharingPlan(tuple(rows.get(number, nothing) for number in range(layers)), self.final_norm, self.head)
 
 
 @dataclass(frozen=True)
 class SharingPlan:
-    """A policy layer by layer. ``absent`` names the parts that the blocks do not have, which are then not printed."""
+    """A policy layer by layer. ``absent_parts`` names the parts that the blocks do not have, which are then not printed."""
 
     layers: tuple[dict[str, SharingMode], ...]
     final_norm: SharedOrSeparate
     head: SharedOrSeparate
-    absent: frozenset[str] = frozenset()
+    absent_parts: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         """A table: layers by parts, like layers in one row."""
-        columns = [part for part in SHAREABLE_PARTS if part not in self.absent]
+        columns = [part for part in SHAREABLE_PARTS if part not in self.absent_parts]
         if all(len({row[part] for part in ATTENTION_PARTS}) == 1 for row in self.layers):
             columns = ["attention", *(part for part in columns if part not in ATTENTION_PARTS)]
         table = [["layer", *columns]]

@@ -48,7 +48,7 @@ class LowRankLinear(nn.Module):
             nn.init.normal_(self.down, std=shared.in_features**-0.5)
 
     @property
-    def own(self) -> tuple[nn.Parameter, nn.Parameter]:
+    def low_rank_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
         """What no other net holds."""
         return self.down, self.up
 
@@ -115,7 +115,7 @@ def share_weights(
     share a part.
     """
     first = image.settings.first_layer
-    sharing = policy.over(max(first + len(image.blocks), len(text.blocks)))
+    sharing = policy.resolve(max(first + len(image.blocks), len(text.blocks)))
     both: list[tuple[Mapping[str, SharingMode], Block, Block]] = []
     for number, row in enumerate(sharing.layers):
         if set(row.values()) == {"separate"}:
@@ -138,14 +138,14 @@ def share_weights(
     return replace(sharing, absent=frozenset(_absent_parts(image.settings) & _absent_parts(text.settings)))
 
 
-def tie_parameters(giver: nn.Module, taker: nn.Module) -> None:
-    """Make every parameter of ``taker`` the same object as that of ``giver``; both have the same names and shapes."""
-    given = dict(giver.named_parameters())
-    shapes = {name: p.shape for name, p in taker.named_parameters()}
+def tie_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Make every parameter of ``target`` the same object as that of ``source``; both have the same names and shapes."""
+    given = dict(source.named_parameters())
+    shapes = {name: p.shape for name, p in target.named_parameters()}
     assert shapes == {name: p.shape for name, p in given.items()}, "only like modules can hold the same parameters"
     for name, parameter in given.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(taker.get_submodule(owner), leaf, parameter)
+        setattr(target.get_submodule(owner), leaf, parameter)
 
 
 def parameter_aliases(module: nn.Module) -> dict[str, str]:
@@ -193,7 +193,7 @@ def _check_equal_settings(cannot: str, part: str, image: BlockSettings, text: Bl
 
 
 def _setting(settings: BlockSettings, name: str) -> Any:
-    return settings.inner_width if name == "hidden" else settings.model_dump()[name]
+    return settings.mlp_width if name == "hidden" else settings.model_dump()[name]
 
 
 def _absent_parts(settings: BlockSettings) -> set[str]:
@@ -205,41 +205,41 @@ def _part_name(part: str) -> str:
     return f"{part} of the attention" if part in ATTENTION_PARTS else part
 
 
-def _share_block(row: Mapping[str, SharingMode], giver: Block, taker: Block) -> None:
+def _share_block(row: Mapping[str, SharingMode], source: Block, target: Block) -> None:
     if len({row[part] for part in "qkv"}) == 1:
-        _share_linear(row["q"], giver.attn, taker.attn, "qkv")
+        _share_linear(row["q"], source.attn, target.attn, "qkv")
     else:
-        for attention in (giver.attn, taker.attn):
+        for attention in (source.attn, target.attn):
             assert isinstance(attention.qkv, nn.Linear)
             attention.qkv = SplitQKV(attention.qkv)
         for part in "qkv":
-            _share_linear(row[part], giver.attn.qkv, taker.attn.qkv, part)
-    _share_linear(row["o"], giver.attn, taker.attn, "proj")
+            _share_linear(row[part], source.attn.qkv, target.attn.qkv, part)
+    _share_linear(row["o"], source.attn, target.attn, "proj")
     for name in ("fc1", "fc2"):
-        _share_linear(row["ffn"], giver.mlp, taker.mlp, name)
+        _share_linear(row["ffn"], source.mlp, target.mlp, name)
     for part, norms in {"norm1": ["norm1"], "norm2": ["norm2"], "qk_norm": ["attn.q_norm", "attn.k_norm"]}.items():
         if row[part] == "shared":
             for path in norms:
-                tie_parameters(giver.get_submodule(path), taker.get_submodule(path))
+                tie_parameters(source.get_submodule(path), target.get_submodule(path))
     if row["layer_scale"] == "shared":
-        taker.gamma_1, taker.gamma_2 = giver.gamma_1, giver.gamma_2
+        target.gamma_1, target.gamma_2 = source.gamma_1, source.gamma_2
 
 
-def _share_linear(how: SharingMode, giver: nn.Module, taker: nn.Module, name: str) -> None:
+def _share_linear(mode: SharingMode, source: nn.Module, target: nn.Module, name: str) -> None:
     """``name`` is a linear map in both."""
-    if how == "separate":
+    if mode == "separate":
         return
-    one, other = giver.get_submodule(name), taker.get_submodule(name)
+    one, other = source.get_submodule(name), target.get_submodule(name)
     assert isinstance(one, nn.Linear) and isinstance(other, nn.Linear)
     tie_parameters(one, other)
-    if isinstance(how, LowRankSharing):
-        if how.rank * (one.in_features + one.out_features) >= one.weight.numel():
+    if isinstance(mode, LowRankSharing):
+        if mode.rank * (one.in_features + one.out_features) >= one.weight.numel():
             raise UserError(
-                f"share: low-rank = {how.rank} has more weights than the {one.in_features} x {one.out_features} matrix "
+                f"share: low-rank = {mode.rank} has more weights than the {one.in_features} x {one.out_features} matrix "
                 "that it differs from; write 'separate'"
             )
-        setattr(giver, name, LowRankLinear(one, how.rank))
-        setattr(taker, name, LowRankLinear(other, how.rank))
+        setattr(source, name, LowRankLinear(one, mode.rank))
+        setattr(target, name, LowRankLinear(other, mode.rank))
 
 
 def _drop_aliases(pair: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -72,7 +72,7 @@ class TrunkView:
     """A net beside the trunk, and the names of its parameters that no pre-trained net has: they have to train."""
 
     net: ImageTransformer | TextTransformer
-    new: frozenset[str]
+    new_parameters: frozenset[str]
 
 
 def build_text_view(trunk: ImageTransformer, tokens: TextTransformer | RandomTokenEmbedding, *, seed: int) -> TrunkView:
@@ -176,15 +176,15 @@ def _width_map(narrow: int, wide: int, like: Tensor, seed: int) -> Float[Tensor,
 
 
 def _rescaled_view(
-    trunk: ImageTransformer | TextTransformer, net: ImageTransformer | TextTransformer, own: Sequence[Tensor]
+    trunk: ImageTransformer | TextTransformer, net: ImageTransformer | TextTransformer, new_parameters: Sequence[Tensor]
 ) -> TrunkView:
-    """Scale the view's ``own`` embeddings so that its states enter the blocks as large as the trunk's."""
+    """Scale the view's ``new_parameters`` embeddings so that its states enter the blocks as large as the trunk's."""
     if not trunk.pos_embed.is_meta:
         factor = _embedding_rms(trunk) / _embedding_rms(net)
         with torch.no_grad():
-            for parameter in own:
+            for parameter in new_parameters:
                 parameter.mul_(factor)
-    held = {id(parameter) for parameter in own}
+    held = {id(parameter) for parameter in new_parameters}
     return TrunkView(net, frozenset(name for name, parameter in net.named_parameters() if id(parameter) in held))
 
 

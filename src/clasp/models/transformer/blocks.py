@@ -70,7 +70,7 @@ class BlockSettings(BaseModel):
         return self
 
     @property
-    def inner_width(self) -> int:
+    def mlp_width(self) -> int:
         """Width inside the feed-forward part."""
         return self.hidden or 4 * self.width
 
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         q, k, v = self._split(x)
         return self.proj(attend(q, k, v, mask, causal=self.causal).transpose(1, 2).reshape(B, N, D))
 
-    def map(self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B _"] | None = None) -> Float[Tensor, "B H N N"]:
+    def attention_weights(self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B _"] | None = None) -> Float[Tensor, "B H N N"]:
         """The weights by which ``forward`` mixes values, from the same inputs: queries by keys, rows sum to 1."""
         q, k, _ = self._split(x)
         scores = q @ k.mT / q.shape[-1] ** 0.5
@@ -140,8 +140,8 @@ class MLP(nn.Module):
 
     def __init__(self, settings: BlockSettings):
         super().__init__()
-        self.fc1: nn.Module = nn.Linear(settings.width, settings.inner_width)
-        self.fc2: nn.Module = nn.Linear(settings.inner_width, settings.width)
+        self.fc1: nn.Module = nn.Linear(settings.width, settings.mlp_width)
+        self.fc2: nn.Module = nn.Linear(settings.mlp_width, settings.width)
         self._act = _ACTIVATIONS[settings.activation]
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:

@@ -151,9 +151,9 @@ class DepthwisePatchConv(ConvNorm):
 
     def forward(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
         whole = x.is_meta or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type))
-        return self.norm(self.conv(x) if whole else self.product(x))
+        return self.norm(self.conv(x) if whole else self.conv_as_matmul(x))
 
-    def product(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
+    def conv_as_matmul(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
         """What ``conv`` gives."""
         kernel = self.conv.kernel_size[0]
         places = x.unflatten(3, (-1, kernel)).unflatten(2, (-1, kernel))
@@ -229,7 +229,7 @@ class ParallelBranch(nn.Module):
         norm: ConvNormKind = "batch" if settings.kind == "paper" else "group"
         widths = [width >> number for number in reversed(range(len(before)))]
         strides = halving_strides(patch, len(before))
-        self.stage_at = {number: stage for stage, number in enumerate(before)}
+        self.stage_by_block = {number: stage for stage, number in enumerate(before)}
         self.stages = nn.ModuleList([BranchStem(widths[0], strides[0], norm)])
         self.stages.extend(
             Bottleneck(widths[number - 1], widths[number], strides[number], norm) for number in range(1, len(before))
@@ -247,8 +247,8 @@ class ParallelBranch(nn.Module):
     def forward(
         self, number: int, states: Float[Tensor, "B N D"], maps: Float[Tensor, "B _ height width"]
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B _ _ _"]]:
-        """What enters block ``number``, one of ``stage_at``, and the maps of its stage; the first one reads pixels."""
-        maps = self.stages[self.stage_at[number]](maps)
+        """What enters block ``number``, one of ``stage_by_block``, and the maps of its stage; the first one reads pixels."""
+        maps = self.stages[self.stage_by_block[number]](maps)
         return self.laterals[str(number)](states, maps), maps
 
 
@@ -265,9 +265,9 @@ def maps_to_tokens(maps: Float[Tensor, "B D height width"]) -> Float[Tensor, "B 
 
 
 def split_patch_map(
-    states: Float[Tensor, "B N D"], like: Float[Tensor, "B D height width"]
+    states: Float[Tensor, "B N D"], maps: Float[Tensor, "B D height width"]
 ) -> tuple[Float[Tensor, "B _ D"], Float[Tensor, "B D height width"]]:
-    """What stands before the patches, and the patches laid out as the maps ``like``."""
-    count = like.shape[2] * like.shape[3]
-    patches = states[:, -count:].transpose(1, 2).unflatten(2, like.shape[2:])
+    """What stands before the patches, and the patches laid out as the maps ``maps``."""
+    count = maps.shape[2] * maps.shape[3]
+    patches = states[:, -count:].transpose(1, 2).unflatten(2, maps.shape[2:])
     return states[:, :-count], patches

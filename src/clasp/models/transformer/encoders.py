@@ -113,12 +113,12 @@ class ImageTransformer(nn.Module):
             x = torch.cat((cls, x + self.pos_embed), dim=1)
         x, maps = self.norm_pre(x), pixels
         for number, block in enumerate(self.blocks):
-            if self.parallel is not None and number in self.parallel.stage_at:
+            if self.parallel is not None and number in self.parallel.stage_by_block:
                 x, maps = self.parallel(number, x, maps)
             x = block(x)
         return self.norm(x)
 
-    def add_branch(self, branch: ParallelBranchSettings, *, seed: int) -> set[str]:
+    def add_parallel_branch(self, branch: ParallelBranchSettings, *, seed: int) -> set[str]:
         """Put a branch beside the blocks of a net that is there already; returns the names of its parameters.
 
         A gated branch changes no output until its gates move. Raises ``UserError`` where it does not fit the net.

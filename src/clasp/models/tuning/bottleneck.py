@@ -21,7 +21,7 @@ ADAPTER_INITS = ("identity", "random")
 
 
 def insert_adapters(
-    net: nn.Module, parts: ModelStructure, blocks: Iterable[BlockStructure], *, reduction: int, place: str, start: str
+    net: nn.Module, structure: ModelStructure, blocks: Iterable[BlockStructure], *, reduction: int, place: str, init: str
 ) -> set[str]:
     """Put a bottleneck at every residual branch of ``blocks``, at the branch's ``input`` or its ``output``.
 
@@ -31,11 +31,11 @@ def insert_adapters(
     """
     names: set[str] = set()
     for block in blocks:
-        places = block.begins if place == "input" else block.ends
+        places = block.branch_inputs if place == "input" else block.branch_outputs
         if not places:
             what = "the module a branch begins with" if place == "input" else "its attention and MLP modules"
             raise UserError(
-                f"adapters(place={place!r}): {parts.family} has no known branch {place} in {block.path}; "
+                f"adapters(place={place!r}): {structure.family} has no known branch {place} in {block.path}; "
                 f"looked for {what}"
             )
         owner = net.get_submodule(block.path)
@@ -43,7 +43,7 @@ def insert_adapters(
             module = net.get_submodule(path)
             width = _branch_width(net, path, module, place)
             with torch.device(next(module.parameters(), next(owner.parameters())).device):
-                adapter = Adapter(width, max(1, width // reduction), start, _is_channels_first(module, parts, place))
+                adapter = Adapter(width, max(1, width // reduction), init, _is_channels_first(module, structure, place))
             name = f"adapter{number}"
             if name in dict(owner.named_children()):
                 raise UserError(f"adapters: {block.path} is given adapters twice; let the block ranges not overlap")
@@ -85,11 +85,11 @@ class _AdaptBranchOutput:
         return self.adapter(output)
 
 
-def _is_channels_first(module: nn.Module, parts: ModelStructure, place: str) -> bool:
+def _is_channels_first(module: nn.Module, structure: ModelStructure, place: str) -> bool:
     """Whether ``B D height width`` flows into (or out of) the module: its first (or last) layer is a convolution."""
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     edge = layers[:1] if place == "input" else layers[-1:]
-    return parts.channels_first or any(isinstance(layer, nn.Conv2d) for layer in edge)
+    return structure.channels_first or any(isinstance(layer, nn.Conv2d) for layer in edge)
 
 
 def _branch_width(net: nn.Module, path: str, module: nn.Module, place: str) -> int:

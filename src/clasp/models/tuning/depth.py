@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 DEEP_INITS = ("copy", "random")
 
 
-def append_blocks(net: nn.Module, parts: ModelStructure, count: int, start: str) -> set[str]:
+def append_blocks(net: nn.Module, structure: ModelStructure, count: int, init: str) -> set[str]:
     """Append ``count`` blocks above the last one: copies of it, or fresh ones of the same shape (LilT's deep adapter).
 
     The paper starts them at random; a copy keeps the states near what the final norm and the pooling expect. Returns
     the names of the new blocks' parameters. Raises ``UserError`` for a net above whose last block none can stand.
     """
-    last = parts.blocks[-1].path
+    last = structure.blocks[-1].path
     container_path, _, index = last.rpartition(".")
     container, block = net.get_submodule(container_path), net.get_submodule(last)
     if not isinstance(container, nn.ModuleList | nn.Sequential):
         raise UserError(
-            f"deep: {parts.family} keeps its blocks in a {type(container).__name__}; a block cannot be appended"
+            f"deep: {structure.family} keeps its blocks in a {type(container).__name__}; a block cannot be appended"
         )
     if not _preserves_shape(block):
         raise UserError(
-            f"deep: the last block of {parts.family} changes the width of its input, so a copy cannot stand above it; "
+            f"deep: the last block of {structure.family} changes the width of its input, so a copy cannot stand above it; "
             "use last(n) or adapters instead"
         )
     names: set[str] = set()
     for number in range(int(index) + 1, int(index) + 1 + count):
         new = copy.deepcopy(block)
-        if start == "random":
+        if init == "random":
             _reinitialize_block(new, _initial_layer_scale(net))
         container.append(new)
         names |= {f"{container_path}.{number}.{name}" for name, _ in new.named_parameters()}
@@ -68,7 +68,7 @@ def truncate_blocks(net: nn.Module, layer: int) -> None:
         raise UserError(
             f"layer = {layer}: {parts.family} has {len(parts.blocks)} blocks; choose 1 to {len(parts.blocks)}"
         )
-    if isinstance(net, ImageTransformer) and net.parallel is not None and max(net.parallel.stage_at) >= keep:
+    if isinstance(net, ImageTransformer) and net.parallel is not None and max(net.parallel.stage_by_block) >= keep:
         raise UserError(f"layer = {layer}: the parallel branch joins above that; choose {len(parts.blocks)}")
     del stack[keep:]
     _update_config_depth(net, keep)

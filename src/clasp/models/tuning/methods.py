@@ -127,7 +127,7 @@ def _conv_branch(net: nn.Module, tuning: TuningSpec) -> set[str]:
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"tuning {tuning.spec!r}: before = {before!r}: {reason}") from None
-    return net.add_branch(settings, seed=int(torch.randint(1 << 31, ())))
+    return net.add_parallel_branch(settings, seed=int(torch.randint(1 << 31, ())))
 
 
 # --- reading the net -------------------------------------------------------------------------------------------------
@@ -194,29 +194,29 @@ class TuningMethod:
     """A row of ``TUNING_METHODS``: how names are selected, what was looked for, and the options with their defaults."""
 
     select: Callable[[nn.Module, TuningSpec], set[str]]
-    looks_for: str
-    rank: int = 9
+    no_match_hint: str
+    stage: int = 9
     """structure is changed in this order, then names are read; peft before bottlenecks, so that one at a branch's end
     also sees what is added to its last layer"""
     defaults: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, tuple] = field(default_factory=dict)
-    open: bool = False
+    passes_to_peft: bool = False
     """further options belong to peft, which checks them"""
 
     @property
-    def order(self) -> list[str]:
+    def positional_options(self) -> list[str]:
         return list(self.defaults)
 
     @property
-    def takes(self) -> str:
+    def options_text(self) -> str:
         """Its options, for a person."""
-        return ", ".join((*self.defaults, "blocks", *(("and peft's own",) if self.open else ())))
+        return ", ".join((*self.defaults, "blocks", *(("and peft's own",) if self.passes_to_peft else ())))
 
-    def check(self, spec: str, key: str, value: Any) -> None:
+    def validate_option(self, spec: str, key: str, value: Any) -> None:
         """One option's value, or a ``UserError`` that names the valid ones."""
         if key in self.choices and value not in self.choices[key]:
             raise UserError(f"tuning {spec!r}: {key} is one of {', '.join(map(str, self.choices[key]))}, not {value!r}")
-        counts = isinstance(self.defaults.get(key), int) or (self.open and key == "rank")
+        counts = isinstance(self.defaults.get(key), int) or (self.passes_to_peft and key == "rank")
         if counts and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f"tuning {spec!r}: {key} is a whole number from 1, not {value!r}")
 
@@ -233,11 +233,11 @@ TUNING_METHODS: dict[str, TuningMethod] = {
     "attention": TuningMethod(_attention, "looked for an attention module in its blocks; it has none"),
     "mlp": TuningMethod(_mlp, "looked for a feed-forward module in its blocks; it has none"),
     "last": TuningMethod(_last, "looked for its last blocks", defaults={"n": 1}),
-    "deep": TuningMethod(_deep, "", rank=1, defaults={"n": 1, "init": "copy"}, choices={"init": DEEP_INITS}),
+    "deep": TuningMethod(_deep, "", stage=1, defaults={"n": 1, "init": "copy"}, choices={"init": DEEP_INITS}),
     "adapters": TuningMethod(
         _adapters,
         "looked for blocks in the range given",
-        rank=3,
+        stage=3,
         defaults={"reduction": 4, "place": "output", "start": "identity"},
         choices={"place": ADAPTER_PLACES, "start": ADAPTER_INITS},
     ),
@@ -245,14 +245,14 @@ TUNING_METHODS: dict[str, TuningMethod] = {
         name: TuningMethod(
             _peft,
             "looked for linear layers (or 1x1 convolutions) in its blocks",
-            rank=2,
+            stage=2,
             defaults=_LORA_DEFAULTS if name in peft_methods.LORA_METHODS else _PEFT_DEFAULTS,
             choices=_PEFT_CHOICES,
-            open=True,
+            passes_to_peft=True,
         )
         for name in peft_methods.PEFT_METHODS
     },
-    "prompts": TuningMethod(_prompts, "", rank=4, defaults={"n": 8}),
-    "branch": TuningMethod(_conv_branch, "", rank=5, defaults={"before": None}),
+    "prompts": TuningMethod(_prompts, "", stage=4, defaults={"n": 8}),
+    "branch": TuningMethod(_conv_branch, "", stage=5, defaults={"before": None}),
     "match": TuningMethod(_match, "no parameter has such a name", defaults={"pattern": None}),
 }

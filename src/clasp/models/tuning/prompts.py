@@ -16,7 +16,7 @@ from clasp.models.structure import ModelStructure, is_norm
 from clasp.types import UserError
 
 
-def insert_prompts(net: nn.Module, parts: ModelStructure, count: int) -> set[str]:
+def insert_prompts(net: nn.Module, structure: ModelStructure, count: int) -> set[str]:
     """Let ``net`` see ``count`` learned tokens, and nobody outside it: the states come out as if they were not there.
 
     In a text tower they stand before the first token, in an image tower between class token and patches. Raises
@@ -24,21 +24,21 @@ def insert_prompts(net: nn.Module, parts: ModelStructure, count: int) -> set[str
     """
     from transformers import PreTrainedModel
 
-    if not any(block.attention for block in parts.blocks):
-        raise UserError(f"prompts: {parts.family} has no attention, so extra tokens would meet nobody")
+    if not any(block.attention for block in structure.blocks):
+        raise UserError(f"prompts: {structure.family} has no attention, so extra tokens would meet nobody")
     if "prompts" in dict(net.named_children()):
         raise UserError("prompts: given twice; ask for all of them at once, as in prompts(8)")
-    first = net.get_submodule(parts.blocks[0].path)
+    first = net.get_submodule(structure.blocks[0].path)
     device = next(first.parameters()).device
     if isinstance(net, PreTrainedModel) and net.main_input_name == "input_ids":
         if "inputs_embeds" not in inspect.signature(net.forward).parameters:
-            raise UserError(f"prompts: {parts.family} takes token ids only, so learned tokens cannot be put in front")
+            raise UserError(f"prompts: {structure.family} takes token ids only, so learned tokens cannot be put in front")
         width = next(net.get_input_embeddings().parameters()).shape[1]
         prompts = PromptTokens(count, width, 0, device)
         net.register_forward_pre_hook(_PrependToTokens(prompts), with_kwargs=True)
     else:
         width = next(p.numel() for m in first.modules() if is_norm(m) for p in m.parameters())
-        prompts = PromptTokens(count, width, parts.prefix_tokens, device)
+        prompts = PromptTokens(count, width, structure.prefix_tokens, device)
         first.register_forward_pre_hook(_InsertIntoStates(prompts))
     net.add_module("prompts", prompts)
     net.register_forward_hook(_RemovePrompts(prompts))
@@ -48,19 +48,19 @@ def insert_prompts(net: nn.Module, parts: ModelStructure, count: int) -> set[str
 class PromptTokens(nn.Module):
     """Learned tokens that stand before the first real token or patch (VPT-shallow, Jia et al., ECCV 2022)."""
 
-    def __init__(self, count: int, width: int, at: int, device: torch.device):
+    def __init__(self, count: int, width: int, position: int, device: torch.device):
         super().__init__()
-        self.at = at
+        self.position = position
         self.tokens = nn.Parameter(torch.empty(count, width, device=device).normal_(std=0.02))
 
     def insert(self, states: Tensor) -> Tensor:
         """Put the prompts into ``states [B N D]``."""
         prompts = self.tokens.to(states.dtype).expand(len(states), -1, -1)
-        return torch.cat((states[:, : self.at], prompts, states[:, self.at :]), dim=1)
+        return torch.cat((states[:, : self.position], prompts, states[:, self.position :]), dim=1)
 
     def remove(self, states: Tensor) -> Tensor:
         """Take them out again."""
-        return torch.cat((states[:, : self.at], states[:, self.at + len(self.tokens) :]), dim=1)
+        return torch.cat((states[:, : self.position], states[:, self.position + len(self.tokens) :]), dim=1)
 
 
 # --- how -------------------------------------------------------------------------------------------------------------

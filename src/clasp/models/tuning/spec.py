@@ -41,15 +41,15 @@ def parse_tuning_spec(spec: str) -> TuningSpec:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"tuning {spec!r}: unknown method {name!r}{hint}; methods: {', '.join(TUNING_METHODS)}")
     method = TUNING_METHODS[name]
-    if len(positional) > len(method.order):
-        raise UserError(f"tuning {spec!r}: {name} takes {method.takes}")
-    options.update(zip(method.order, positional, strict=False))
+    if len(positional) > len(method.positional_options):
+        raise UserError(f"tuning {spec!r}: {name} takes {method.options_text}")
+    options.update(zip(method.positional_options, positional, strict=False))
     blocks = options.pop("blocks", None)
-    unknown = [] if method.open else [key for key in options if key not in method.defaults]
+    unknown = [] if method.passes_to_peft else [key for key in options if key not in method.defaults]
     if unknown:
-        raise UserError(f"tuning {spec!r}: {name} has no option {unknown[0]!r}; it takes {method.takes}")
+        raise UserError(f"tuning {spec!r}: {name} has no option {unknown[0]!r}; it takes {method.options_text}")
     for key, value in options.items():
-        method.check(spec, key, value)
+        method.validate_option(spec, key, value)
     return TuningSpec(spec, name, {**method.defaults, **options}, _block_range(spec, blocks))
 
 
@@ -71,7 +71,7 @@ def apply_tuning(net: nn.Module, specs: Sequence[str], *, seed: int) -> set[str]
             method = TUNING_METHODS[tuning.method]
             found = method.select(net, tuning)
             if not found and tuning.method != "none":
-                raise UserError(f"tuning {tuning.spec!r} matches nothing in {type(net).__name__}: {method.looks_for}")
+                raise UserError(f"tuning {tuning.spec!r} matches nothing in {type(net).__name__}: {method.no_match_hint}")
             chosen |= {id(p) for name, p in net.named_parameters() if name in found}
     return {name for name, p in net.named_parameters() if id(p) in chosen}
 
@@ -101,7 +101,7 @@ def freeze_except(module: nn.Module, selection: Iterable[str]) -> None:
 def _application_order(tuning: TuningSpec) -> tuple:
     """Structure first; methods of one place in an order of their own, so that what they draw is not up to the list."""
     options = sorted(tuning.options.items())
-    return TUNING_METHODS[tuning.method].rank, tuning.method, repr(tuning.blocks), repr(options)
+    return TUNING_METHODS[tuning.method].stage, tuning.method, repr(tuning.blocks), repr(options)
 
 
 def _block_range(spec: str, blocks: Any) -> slice | None:

@@ -98,24 +98,24 @@ def save_image_encoder(
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def save_tied_encoders(pair: TiedEncoders, transform: ImageTransform, tokenizer: Tokenizer, folder: Path) -> int:
+def save_tied_encoders(encoders: TiedEncoders, transform: ImageTransform, tokenizer: Tokenizer, folder: Path) -> int:
     """Write both nets of a pair, the transform and the tokenizer; returns how many ids that has.
 
     What both nets hold is written once. Only whole parts may be shared: nothing else has the names of a plain net.
     Raises ``UserError`` for a tokenizer with an id beyond the table.
     """
-    nets = {"image": pair.image, "text": pair.text}
+    nets = {"image": encoders.image, "text": encoders.text}
     settings = {side: net.settings for side, net in nets.items()}
     for side, net in nets.items():
         assert {name: tensor.shape for name, tensor in net.state_dict().items()} == _shapes(settings[side])
-    _, ids = _save_tokenizer(tokenizer, pair.text.settings.vocabulary, folder)
-    tensors = {name: tensor.contiguous() for name, tensor in pair.state_dict().items()}
+    _, ids = _save_tokenizer(tokenizer, encoders.text.settings.vocabulary, folder)
+    tensors = {name: tensor.contiguous() for name, tensor in encoders.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = {
         "model_type": _TIED_MODEL_TYPE,
         "image": settings["image"].model_dump(mode="json"),
         "text": settings["text"].model_dump(mode="json"),
-        "same": parameter_aliases(pair),
+        "same": parameter_aliases(encoders),
         "transform": transform.to_dict(),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -215,9 +215,9 @@ def _image_backbone(
     saved: ImageTransformerSettings,
     config: Mapping[str, Any],
     meta: bool,
-    ours: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    select: Callable[[dict[str, Tensor]], dict[str, Tensor]],
 ) -> Backbone:
-    """``ours`` picks the net's tensors out of the file's."""
+    """``select`` picks the net's tensors out of the file's."""
     try:
         transform = ImageTransform.from_dict(config["transform"])
     except (KeyError, AttributeError, TypeError, ValueError) as error:
@@ -228,7 +228,7 @@ def _image_backbone(
         raise UserError(f"size = {size}: {settings.tower} cuts images into {patch} px patches; take {near}")
     net = build_on_meta(saved.model_copy(update={"size": size}))
     if not meta:
-        tensors = _read_tensors(folder, saved, settings.tower, ours)
+        tensors = _read_tensors(folder, saved, settings.tower, select)
         tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], size // patch, int(saved.class_position))
         net.load_state_dict(tensors, assign=True)
     return Backbone(
@@ -256,12 +256,12 @@ def _damaged(folder: Path, tower: str, error: Exception) -> UserError:
 
 
 def _read_tensors(
-    folder: Path, settings: EncoderSettings, tower: str, ours: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    folder: Path, settings: EncoderSettings, tower: str, select: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """The folder's weights, each with the name and shape that the settings give it."""
     path = folder / "model.safetensors"
     try:
-        tensors = ours(load_file(path))
+        tensors = select(load_file(path))
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"tower = {tower!r}: {path} cannot be read: {error}") from None
     wanted, found = _shapes(settings), {name: tensor.shape for name, tensor in tensors.items()}

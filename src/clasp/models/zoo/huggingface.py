@@ -50,8 +50,8 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
 class _SubEncoder(NamedTuple):
     """The class of the encoder inside a larger model, and where that model's configuration keeps its part."""
 
-    kind: str
-    config: str | None = None
+    class_name: str
+    config_key: str | None = None
 
 
 # families whose AutoModel would be the whole of a dual encoder, or an encoder with a decoder
@@ -166,8 +166,8 @@ def _build_on_meta(config: Any, settings: ImageTowerSettings | TextTowerSettings
     half, facts = _SUB_ENCODERS.get((config.model_type, wanted)), config.to_dict()
     with torch.device("meta"):
         if half is not None:
-            own = config if half.config is None else vars(config)[half.config]
-            return getattr(transformers, half.kind)(own).eval()
+            own = config if half.config_key is None else vars(config)[half.config_key]
+            return getattr(transformers, half.class_name)(own).eval()
         several = {"vision_config", "text_config", "audio_config"} & facts.keys()
         if several or facts.get("is_encoder_decoder"):
             holds = "several encoders" if several else "an encoder with a decoder"

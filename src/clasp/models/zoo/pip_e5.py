@@ -59,37 +59,37 @@ class _BinaryReader:
 
     def __init__(self, path: Path) -> None:
         self.raw = path.read_bytes()
-        self.at = 0
+        self.offset = 0
 
-    def take(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from("<" + layout, self.raw, self.at)
-        self.at += struct.calcsize("<" + layout)
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        values = struct.unpack_from("<" + layout, self.raw, self.offset)
+        self.offset += struct.calcsize("<" + layout)
         return values
 
     def array(self, dtype: str, count: int) -> np.ndarray:
-        values = np.frombuffer(self.raw, dtype, count, self.at)
-        self.at += values.nbytes
+        values = np.frombuffer(self.raw, dtype, count, self.offset)
+        self.offset += values.nbytes
         return values
 
-    def header(self) -> None:
+    def check_header(self) -> None:
         magic, version, *sizes, _epsilon, block = _HEADER.unpack_from(self.raw)
         assert (magic, version, block) == (b"E5S1", 1, _BLOCK), (magic, version, block)
         assert sizes == [_WIDTH, 12, 12, _MLP_WIDTH, 250037, 512, 2], sizes
-        self.at = _HEADER.size
+        self.offset = _HEADER.size
 
 
 def read_e5_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of the file in float32, by its name in ``BertModel(add_pooling_layer=False)``."""
     file = _BinaryReader(path)
-    file.header()
-    pieces, *_special, blob_bytes = file.take("5iQ")
-    file.at += 4 * (pieces + 1) + 4 * pieces + blob_bytes
-    _characters, map_bytes = file.take("iI")
-    file.at += map_bytes
+    file.check_header()
+    pieces, *_special, blob_bytes = file.unpack("5iQ")
+    file.offset += 4 * (pieces + 1) + 4 * pieces + blob_bytes
+    _characters, map_bytes = file.unpack("iI")
+    file.offset += map_bytes
     tensors = {}
-    for _ in range(file.take("i")[0]):
-        name = bytes(file.array("u1", file.take("H")[0])).decode()
-        kind, _count, start, size = file.take("BIQQ")
+    for _ in range(file.unpack("i")[0]):
+        name = bytes(file.array("u1", file.unpack("H")[0])).decode()
+        kind, _count, start, size = file.unpack("BIQQ")
         stored = np.frombuffer(file.raw, np.uint8, size, start)
         values = {0: _read_float32, 1: _dequantize_q4}[kind](stored)
         if name.endswith(_MATRICES):
@@ -106,8 +106,8 @@ def read_e5_tokenizer(path: Path) -> tokenizers.Tokenizer:
     Hangul by single letters: here they join, as in SentencePiece.
     """
     file = _BinaryReader(path)
-    file.header()
-    count, bos, eos, pad, unk, blob_bytes = file.take("5iQ")
+    file.check_header()
+    count, bos, eos, pad, unk, blob_bytes = file.unpack("5iQ")
     ends = file.array("<u4", count + 1).tolist()
     # few enough digits that a tokenizer.json gives back the same numbers, and with them the same fingerprint
     scores = np.round(file.array("<f4", count).astype(np.float64), 8).tolist()

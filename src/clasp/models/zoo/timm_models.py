@@ -50,7 +50,7 @@ def load_timm_backbone(name: str, settings: ImageTowerSettings, meta: bool) -> B
     transform = _read_transform(facts, settings)
     _drop_unused_parameters(net, transform.size)
     pool = "cls" if vars(net).get("global_pool") == "token" else "mean"
-    return Backbone(settings.tower, "image", net, f"timm {timm.__version__}", pool, transform, read=_states)
+    return Backbone(settings.tower, "image", net, f"timm {timm.__version__}", pool, transform, forward_features=_states)
 
 
 def _checkpoint_options(name: str, file: str) -> dict[str, Any]:

@@ -43,9 +43,9 @@ class WeightMapping:
     parts: Mapping[str, str]
     """of our block, by our path: modules with a weight and a bias"""
     read: Callable[[Backbone, _ForeignWeights], ImageTransformer | TextTransformer]
-    gammas: tuple[str, ...] = ()
+    layer_scales: tuple[str, ...] = ()
     """the two vectors of the layer scale"""
-    post: bool = False
+    post_norm: bool = False
     """whether norms come after the sums"""
 
 
@@ -60,11 +60,11 @@ def to_native(base: Backbone) -> Backbone:
     name = type(base.net).__name__
     if name not in WEIGHT_MAPPINGS:
         raise _unsupported(base, _UNSUPPORTED.get(name, "are not known here"))
-    if base.read is not None:
+    if base.forward_features is not None:
         raise _unsupported(base, "are read in a way of their own")
     source = _ForeignWeights(base)
     net = WEIGHT_MAPPINGS[name].read(base, source)
-    source.finish()
+    source.require_all_used()
     return replace(base, net=net.eval())
 
 
@@ -86,20 +86,20 @@ class _ForeignWeights:
             raise _unsupported(self.base, f"lack {name!r}")
         return self._left.pop(name)
 
-    def take_if_there(self, name: str) -> Tensor | None:
+    def take_optional(self, name: str) -> Tensor | None:
         return self._left.pop(name, None)
 
-    def finish(self) -> None:
+    def require_all_used(self) -> None:
         if self._left:
             first, *more = sorted(self._left)
             raise _unsupported(self.base, f"also have {first!r}{f' and {len(more)} more' if more else ''}")
 
     def blocks(self) -> dict[str, Tensor]:
         """The tensors of all blocks by our names."""
-        numbers = range(self.count())
+        numbers = range(self.block_count())
         return {name: tensor for number in numbers for name, tensor in self._block(number).items()}
 
-    def count(self) -> int:
+    def block_count(self) -> int:
         """How many blocks there are: a tower may have been cut to its first ones."""
         return int(self.config["num_hidden_layers"])
 
@@ -110,11 +110,11 @@ class _ForeignWeights:
             found[f"{ours}.attn.qkv.{leaf}"] = torch.cat([self.take(f"{theirs}.{q}.{leaf}") for q in self.family.qkv])
             for path, part in self.family.parts.items():
                 found[f"{ours}.{path}.{leaf}"] = self.take(f"{theirs}.{part}.{leaf}")
-        for name, gamma in zip(("gamma_1", "gamma_2"), self.family.gammas, strict=False):
+        for name, gamma in zip(("gamma_1", "gamma_2"), self.family.layer_scales, strict=False):
             found[f"{ours}.{name}"] = self.take(f"{theirs}.{gamma}")
         return found
 
-    def settings(self, blocks: Mapping[str, Tensor]) -> dict[str, Any]:
+    def block_settings(self, blocks: Mapping[str, Tensor]) -> dict[str, Any]:
         """Those of ``BlockSettings``, from shapes where they tell and from the configuration elsewhere."""
         hidden, width = blocks["blocks.0.mlp.fc1.weight"].shape
         activation, packed = self.config["hidden_act"], blocks["blocks.0.attn.qkv.weight"].shape[0]
@@ -127,9 +127,9 @@ class _ForeignWeights:
             heads=self.config["num_attention_heads"],
             hidden=hidden,
             activation=_ACTIVATION_NAMES[activation],  # type: ignore[arg-type]
-            order="post" if self.family.post else "pre",
+            order="post" if self.family.post_norm else "pre",
             eps=self.config["layer_norm_eps"],
-            layer_scale=1.0 if self.family.gammas else None,  # what it starts from, which is overwritten
+            layer_scale=1.0 if self.family.layer_scales else None,  # what it starts from, which is overwritten
         ).model_dump()
 
 
@@ -152,7 +152,7 @@ def _to_native_image(base: Backbone, source: _ForeignWeights) -> ImageTransforme
     if size % patch:
         near = max(patch, round(size / patch) * patch)
         raise UserError(f"size = {size}: {base.name} cuts images into {patch} px patches; take {near}")
-    settings = ImageTransformerSettings(**source.settings(blocks), size=size, patch=patch, layers=source.count())
+    settings = ImageTransformerSettings(**source.block_settings(blocks), size=size, patch=patch, layers=source.block_count())
     tensors = {
         **blocks,
         "cls_token": source.take("embeddings.cls_token"),
@@ -179,14 +179,14 @@ def _to_native_text(base: Backbone, source: _ForeignWeights) -> TextTransformer:
     blocks = source.blocks()
     words, positions = (source.take(f"embeddings.{kind}_embeddings.weight") for kind in ("word", "position"))
     positions = positions[_first_position(base.net) :]
-    types = source.take_if_there("embeddings.token_type_embeddings.weight")
+    types = source.take_optional("embeddings.token_type_embeddings.weight")
     if types is not None:  # a tower's text is of type 0 throughout
         positions = positions + types[0]
     settings = TextTransformerSettings(
-        **source.settings(blocks),
+        **source.block_settings(blocks),
         vocabulary=len(words),
         context=len(positions),
-        layers=source.count(),
+        layers=source.block_count(),
         attention="bidirectional",
         entry_norm=True,
     )
@@ -231,7 +231,7 @@ _BERT = WeightMapping(
         "norm2": "output.LayerNorm",
     },
     read=_to_native_text,
-    post=True,
+    post_norm=True,
 )
 _QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 _MLP = {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
@@ -248,7 +248,7 @@ WEIGHT_MAPPINGS: dict[str, WeightMapping] = {
         qkv=_QKV,
         parts={**_MLP, "norm1": "norm1", "norm2": "norm2"},
         read=_to_native_image,
-        gammas=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+        layer_scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
     ),
     **dict.fromkeys(("BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel"), _BERT),
 }

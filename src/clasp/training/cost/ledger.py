@@ -167,7 +167,7 @@ class RunCost:
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> RunCost:
+    def from_dict(cls, facts: Mapping[str, Any]) -> RunCost:
         """The inverse of ``to_dict``, by way of JSON."""
         return cls(
             facts["parameters"],
@@ -186,7 +186,7 @@ def read_cost(run: str | Path) -> RunCost:
     if not file.exists():
         raise UserError(f"{run} has no {COST_FILE}: no run, or one that was trained before costs were kept")
     try:
-        return RunCost.of(json.loads(file.read_text(encoding="utf-8")))
+        return RunCost.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({error!r}); delete it: nothing else of the run depends on it") from None
 
@@ -220,7 +220,7 @@ class CostLedger:
         self._earlier = earlier.sessions if earlier else ()
         self._seconds: dict[str, float] = {"features": 0.0, "training": 0.0, "evaluation": 0.0}
         self._stages: list[Stage] = []
-        self._began = self._turned = clock()
+        self._began = self._charged_until = clock()
         self._rates, self._pairs, self._step_seconds = array("d"), 0, 0.0
         self._peak, self._energy, self._precision = PeakMemoryMeter(device), EnergyMeter(), ""
 
@@ -238,23 +238,23 @@ class CostLedger:
     def stage(self, name: Stage) -> Iterator[None]:
         """What runs inside is of this stage, unless it is of another one inside; memory is looked at in training."""
         outer = self._stages[-1] if self._stages else None
-        self._turn()
+        self._charge_stage()
         if outer == "training":
-            self._peak.end()
+            self._peak.stop()
         self._stages.append(name)
         if name == "training":
-            self._peak.begin()
+            self._peak.start()
         try:
             yield
         finally:
-            self._turn()
+            self._charge_stage()
             if name == "training":
-                self._peak.end()
+                self._peak.stop()
             self._stages.pop()
             if outer == "training":
-                self._peak.begin()
+                self._peak.start()
 
-    def within(self, name: Stage, call: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
+    def timed_as(self, name: Stage, call: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
         """The same function, its calls being of a stage."""
 
         def called(*given: _Params.args, **options: _Params.kwargs) -> _Result:
@@ -263,7 +263,7 @@ class CostLedger:
 
         return called
 
-    def timed(self, bar: Callable[[str], AbstractContextManager[_Result]]) -> Callable[[str], Any]:
+    def time_features(self, bar: Callable[[str], AbstractContextManager[_Result]]) -> Callable[[str], Any]:
         """The same bar, under which features are computed."""
 
         @contextmanager
@@ -273,16 +273,16 @@ class CostLedger:
 
         return shown
 
-    def _turn(self) -> None:
+    def _charge_stage(self) -> None:
         now = self._clock()
         if self._stages:
             stage = self._stages[-1]
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._turned
-        self._turned = now
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._charged_until
+        self._charged_until = now
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def take(self, stepper: Stepper, batch: Batch, number: int) -> StepResult:
+    def time_step(self, stepper: Stepper, batch: Batch, number: int) -> StepResult:
         """Takes step ``number``, and its time."""
         began = self._clock()
         done = stepper.step(batch, number)
@@ -293,7 +293,7 @@ class CostLedger:
         self._precision = stepper.precision
         return done
 
-    def count(self, stepper: Stepper, batch: Batch, number: int) -> None:
+    def count_step_flops(self, stepper: Stepper, batch: Batch, number: int) -> None:
         """Counts the FLOPs of step ``number``, which has just been taken, unless they are known of an earlier one.
 
         The gradient is computed once more and let go of. Seeded and drawn from as in the step, generators end where
@@ -302,10 +302,10 @@ class CostLedger:
         if self._work is not None:
             return
         with self.stage("counting"):
-            weights = stepper.selection(copied=True)
-            flops = count_flops(lambda: stepper.gradients(batch, number))
+            weights = stepper.selected_weights(copied=True)
+            flops = count_flops(lambda: stepper.backward(batch, number))
             stepper.optimizer.zero_grad()
-            stepper.put(weights)
+            stepper.load_weights(weights)
         pairs = len(batch.ids)
         self._work = StepFlops(
             flops.forward, flops.backward, pairs, min(stepper.micro_batch or pairs, pairs), flops.left_out
@@ -315,10 +315,10 @@ class CostLedger:
 
     def cost(self, delta_bytes: int | None = None) -> RunCost:
         """Of this session up to now and of those before it."""
-        self._turn()
+        self._charge_stage()
         wall = self._clock() - self._began
         seconds = {**self._seconds, "rest": max(0.0, wall - sum(self._seconds.values()))}
-        peak, energy = self._peak.reading, self._energy.reading
+        peak, energy = self._peak.measurement, self._energy.measurement
         session = CostSession(
             first_step=self._first_step,
             steps=len(self._rates),
@@ -327,9 +327,9 @@ class CostLedger:
             step_seconds=self._step_seconds,
             seconds=seconds,
             peak_bytes=None if peak.value is None else int(peak.value),
-            peak=peak.how,
+            peak=peak.method,
             energy_kwh=energy.value,
-            energy=energy.how,
+            energy=energy.method,
             machine=describe_machine(self._device, self._precision),
         )
         return RunCost(self._parameters, self._work, self.once, delta_bytes, (*self._earlier, session))

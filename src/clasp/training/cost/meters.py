@@ -28,17 +28,17 @@ class Measurement(NamedTuple):
     """A number, or ``None``, and how it was come by."""
 
     value: float | None
-    how: str
+    method: str
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
 class PeakMemoryMeter:
-    """The highest memory between each ``begin`` and its ``end``, in bytes.
+    """The highest memory between each ``start`` and its ``stop``, in bytes.
 
     On a GPU that of PyTorch's tensors there, weights and all. On a CPU the resident size of this process beyond what it
-    was at the first ``begin``; pages of files that are mapped into memory (kept features) count while they are there.
+    was at the first ``start``; pages of files that are mapped into memory (kept features) count while they are there.
     """
 
     def __init__(self, device: torch.device):
@@ -48,7 +48,7 @@ class PeakMemoryMeter:
         self._before: int | None = None
         self._highest: int | None = None
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Sets the peak back to what there is now."""
         if self._why_not:
             return
@@ -60,7 +60,7 @@ class PeakMemoryMeter:
         if self._before is None:
             self._before = _status("VmRSS:")
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Reads it."""
         if self._why_not:
             return
@@ -72,8 +72,8 @@ class PeakMemoryMeter:
         self._highest = max(self._highest or 0, highest)
 
     @property
-    def reading(self) -> Measurement:
-        """The highest of all that was between a ``begin`` and its ``end``."""
+    def measurement(self) -> Measurement:
+        """The highest of all that was between a ``start`` and its ``stop``."""
         if self._why_not or self._highest is None:
             return Measurement(None, self._why_not or "not measured: nothing was trained")
         if self._on_gpu:
@@ -160,7 +160,7 @@ class EnergyMeter:
             self._tracker = None
 
     @property
-    def reading(self) -> Measurement:
+    def measurement(self) -> Measurement:
         """Up to now, or to ``stop``: kWh, and for each part of the machine whether they were measured."""
         if self._tracker is not None:
             self._tracker.flush()

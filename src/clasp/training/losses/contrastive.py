@@ -85,27 +85,27 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, kin: Tensor, ring: ProcessRing) -> tuple[Tensor, Tensor]:
         rows, batch = len(image), len(image) * ring.size
-        own = ring.part(ring.rank, rows)
+        own = ring.rows_of(ring.rank, rows)
         row, column = RunningLogSumExp.empty(image, rows), RunningLogSumExp.empty(image, batch)
         counts, row_right, column_right = image.new_zeros(rows), image.new_zeros(rows), image.new_zeros(batch)
-        for rank, visitor in ring.visitors(text):
-            part = ring.part(rank, rows)
-            column_here, right_here = column.part(part), column_right[part]
+        for rank, visitor in ring.exchange(text):
+            part = ring.rows_of(rank, rows)
+            column_here, right_here = column.view(part), column_right[part]
             for r, c, logits, positive, spare in iterate_logit_tiles(image, visitor, kin[:, own], kin[:, part]):
                 counts[r] += positive.sum(1)
                 positive.mul_(logits)
                 row_right[r] += positive.sum(1)
                 right_here[c] += positive.sum(0)
-                row.part(r).absorb(logits, 1, out=spare)
-                column_here.part(c).absorb(logits, 0, out=logits)
-        counts = ring.gathered(counts)  # being positives is mutual, so a column has as many as its row
-        top = ring.highest(column.top.clone())
-        column = RunningLogSumExp(top, ring.summed(column.total * (column.top - top).exp()))
+                row.view(r).update(logits, 1, out=spare)
+                column_here.view(c).update(logits, 0, out=logits)
+        counts = ring.all_gather(counts)  # being positives is mutual, so a column has as many as its row
+        top = ring.all_reduce_max(column.top.clone())
+        column = RunningLogSumExp(top, ring.all_reduce_sum(column.total * (column.top - top).exp()))
         ctx.save_for_backward(image, text, kin, counts, *row, *column)
         ctx.ring = ring
         image_to_text = (row.top - row_right / counts[own] + row.total.log()).sum()
-        text_to_image = (column.top - ring.summed(column_right) / counts + column.total.log()).sum()
-        return ring.summed(image_to_text) / batch, text_to_image / batch
+        text_to_image = (column.top - ring.all_reduce_sum(column_right) / counts + column.total.log()).sum()
+        return ring.all_reduce_sum(image_to_text) / batch, text_to_image / batch
 
     @staticmethod
     @once_differentiable
@@ -137,17 +137,17 @@ class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, bias: Tensor, kin: Tensor, ring: ProcessRing) -> Tensor:
         rows = len(image)
-        own, sums = ring.part(ring.rank, rows), []
-        for rank, visitor in ring.visitors(text):
+        own, sums = ring.rows_of(ring.rank, rows), []
+        for rank, visitor in ring.exchange(text):
             for _, _, logits, positive, spare in iterate_logit_tiles(
-                image, visitor, kin[:, own], kin[:, ring.part(rank, rows)]
+                image, visitor, kin[:, own], kin[:, ring.rows_of(rank, rows)]
             ):
                 wrong = logits.add_(bias).mul_(positive.mul_(-2).add_(1))
                 # softplus(a) = log(1 + exp(-|a|)) + max(a, 0)
                 sums.append(torch.abs(wrong, out=spare).neg_().exp_().log1p_().sum() + wrong.clamp_(min=0).sum())
         ctx.save_for_backward(image, text, bias, kin)
         ctx.ring = ring
-        return ring.summed(torch.stack(sums).sum()) / (rows * ring.size)
+        return ring.all_reduce_sum(torch.stack(sums).sum()) / (rows * ring.size)
 
     @staticmethod
     @once_differentiable
@@ -176,7 +176,7 @@ def _batch_group_ids(
     """That of the whole batch; without groups, everyone's place in it."""
     if groups is None:
         return torch.arange(len(rows) * ring.size, device=rows.device, dtype=rows.dtype)[None]
-    return dense_group_ids(ring.gathered(groups), rows.dtype)
+    return dense_group_ids(ring.all_gather(groups), rows.dtype)
 
 
 def _at_least_float32(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,31 +32,31 @@ class ProcessRing:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None = None) -> ProcessRing:
+    def from_group(cls, group: dist.ProcessGroup | None = None) -> ProcessRing:
         """The processes of a group that this one is in; by default all there are."""
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
-    def part(self, rank: int, rows: int) -> slice:
+    def rows_of(self, rank: int, rows: int) -> slice:
         """Where a process's rows lie in the whole batch."""
         return slice(rank * rows, (rank + 1) * rows)
 
-    def visitors(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def exchange(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Every process's tensor, with its rank; the own one first. The next travels while one is looked at."""
         visitor = own.contiguous()
         for step in range(self.size):
             travel = self._send(visitor, tag=0) if step + 1 < self.size else None
             yield (self.rank - step) % self.size, visitor
             if travel is not None:
-                visitor = travel.arrived()
+                visitor = travel.wait()
 
-    def passed_on(self, tensor: Tensor) -> Tensor:
+    def send_to_next(self, tensor: Tensor) -> Tensor:
         """Hands a tensor to the next process and returns what the previous one hands over.
 
         Called once per visitor, it brings a tensor that goes with a visitor home with its last call.
         """
-        return tensor if self.size == 1 else self._send(tensor.contiguous(), tag=1).arrived()
+        return tensor if self.size == 1 else self._send(tensor.contiguous(), tag=1).wait()
 
-    def gathered(self, rows: Tensor) -> Tensor:
+    def all_gather(self, rows: Tensor) -> Tensor:
         """The rows of all processes; for small things."""
         if self.size == 1:
             return rows
@@ -64,15 +64,15 @@ class ProcessRing:
         dist.all_gather(parts, rows.contiguous(), group=self.group)
         return torch.cat(parts)
 
-    def summed(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over processes, in place."""
-        return self._reduced(tensor, dist.ReduceOp.SUM)
+        return self._all_reduce(tensor, dist.ReduceOp.SUM)
 
-    def highest(self, tensor: Tensor) -> Tensor:
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
         """The largest over processes, in place."""
-        return self._reduced(tensor, dist.ReduceOp.MAX)
+        return self._all_reduce(tensor, dist.ReduceOp.MAX)
 
-    def _reduced(self, tensor: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+    def _all_reduce(self, tensor: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         if self.size > 1:
             dist.all_reduce(tensor, how, group=self.group)
         return tensor
@@ -95,7 +95,7 @@ class _Transfer:
     arriving: Tensor
     works: list[dist.Work]
 
-    def arrived(self) -> Tensor:
+    def wait(self) -> Tensor:
         for work in self.works:
             work.wait()
         return self.arriving

@@ -34,7 +34,7 @@ class LossSettings(BaseModel):
     over the parts (LilT: 128, the pairs on one of four devices). Where the batch is no multiple of it, the parts are as
     few as will do, alike in size but for one pair, and each counts by its pairs"""
 
-    def refuse_fewer(self, batch: int) -> None:
+    def require_batch_size(self, batch: int) -> None:
         """``UserError`` for parts that are larger than the batch: they would cut nothing."""
         if self.negatives != "all" and self.negatives > batch:
             raise UserError(
@@ -71,13 +71,13 @@ class DiagonalPositives:
 
 @dataclass(frozen=True, slots=True)
 class SubBatchNegatives:
-    """A loss whose negatives come from a part of the batch only: consecutive pairs, at most ``most`` of them.
+    """A loss whose negatives come from a part of the batch only: consecutive pairs, at most ``max_pairs`` of them.
 
     What several devices compute that do not gather each other's embeddings; the mean over pairs of the parts' losses.
     """
 
     loss: Loss
-    most: int
+    max_pairs: int
 
     def __call__(
         self,
@@ -88,7 +88,7 @@ class SubBatchNegatives:
         *,
         groups: Int[Tensor, "B 2"] | None = None,
     ) -> LossParts:
-        count = -(-len(image) // self.most)
+        count = -(-len(image) // self.max_pairs)
         sides = zip(image.tensor_split(count), text.tensor_split(count), strict=True)
         of_part = [None] * count if groups is None else groups.tensor_split(count)
         losses = []

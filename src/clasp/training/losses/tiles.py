@@ -32,14 +32,14 @@ class LogitTile(NamedTuple):
     logits: Float[Tensor, "r c"]
     positive: Float[Tensor, "r c"]
     """1 for positives, 0 for the others"""
-    spare: Float[Tensor, "r c"]
+    scratch: Float[Tensor, "r c"]
 
 
 def iterate_logit_tiles(
     image: Float[Tensor, "rows E"],
     text: Float[Tensor, "columns E"],
-    row_kin: Float[Tensor, "kinds rows"],
-    column_kin: Float[Tensor, "kinds columns"],
+    row_groups: Float[Tensor, "kinds rows"],
+    column_groups: Float[Tensor, "kinds columns"],
 ) -> Iterator[LogitTile]:
     """All tiles of image @ text.T, with the positives that ``dense_group_ids`` tells."""
     size = TILE_SIZE_CPU if image.device.type == "cpu" else TILE_SIZE_GPU
@@ -50,8 +50,8 @@ def iterate_logit_tiles(
             columns = slice(left, left + size)
             x, y = image[rows], text[columns]
             logits, positive, spare = room[:, : len(x) * len(y)].view(3, len(x), len(y)).unbind()
-            torch.eq(row_kin[0, rows, None], column_kin[0, columns], out=positive)
-            for ours, theirs in zip(row_kin[1:, rows], column_kin[1:, columns], strict=True):
+            torch.eq(row_groups[0, rows, None], column_groups[0, columns], out=positive)
+            for ours, theirs in zip(row_groups[1:, rows], column_groups[1:, columns], strict=True):
                 torch.maximum(positive, torch.eq(ours[:, None], theirs, out=spare), out=positive)
             yield LogitTile(rows, columns, torch.mm(x, y.T, out=logits), positive, spare)
 
@@ -73,10 +73,10 @@ class RunningLogSumExp(NamedTuple):
     def empty(cls, like: Tensor, length: int) -> RunningLogSumExp:
         return cls(like.new_full((length,), -torch.inf), like.new_zeros(length))
 
-    def part(self, where: slice) -> RunningLogSumExp:
+    def view(self, where: slice) -> RunningLogSumExp:
         return RunningLogSumExp(self.top[where], self.total[where])
 
-    def absorb(self, logits: Float[Tensor, "r c"], dim: int, *, out: Float[Tensor, "r c"]) -> None:
+    def update(self, logits: Float[Tensor, "r c"], dim: int, *, out: Float[Tensor, "r c"]) -> None:
         """Takes in logits along ``dim``; ``out`` is overwritten and may be the logits."""
         top = torch.maximum(self.top, logits.amax(dim))
         torch.sub(logits, top.unsqueeze(dim), out=out).exp_()

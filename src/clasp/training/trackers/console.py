@@ -78,11 +78,11 @@ class LineReporter:
 
     def __init__(
         self,
-        say: Callable[[str], None],
+        write_line: Callable[[str], None],
         every_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.say = say
+        self.write_line = write_line
         self.every_seconds = every_seconds
         self.clock = clock
         self._last = clock()
@@ -92,11 +92,11 @@ class LineReporter:
 
     def step(self, progress: TrainProgress) -> None:
         if self.clock() - self._last >= self.every_seconds or progress.step == progress.steps:
-            self.say(str(progress))
+            self.write_line(str(progress))
             self._last = self.clock()
 
     def note(self, line: str) -> None:
-        self.say(line)
+        self.write_line(line)
 
     def stop(self) -> None:
         pass
@@ -142,7 +142,7 @@ class ThroughputMeter:
         self._data_seconds = 0.0
         self._fetched = 0.0
 
-    def fetching(self, batches: Iterator[_Item]) -> Iterator[_Item]:
+    def time_batches(self, batches: Iterator[_Item]) -> Iterator[_Item]:
         """The same items, each with the time that it took to come."""
         while True:
             asked = self.clock()
@@ -154,17 +154,17 @@ class ThroughputMeter:
             self._data_seconds = self._fetched - asked
             yield item
 
-    def stepped(self, pairs: int, loss: float) -> None:
+    def end_step(self, pairs: int, loss: float) -> None:
         """Ends the step that began when its batch came."""
         span = _StepTiming(pairs, loss, self._data_seconds, self._data_seconds + self.clock() - self._fetched)
         self.pairs += pairs
         self._recent.append(span)
         self._unread.append(span)
 
-    def recent(self) -> StepAverages:
+    def recent_averages(self) -> StepAverages:
         return _average(self._recent)
 
-    def read(self) -> StepAverages:
+    def averages_since_last(self) -> StepAverages:
         """Rates since the last reading."""
         rates, self._unread = _average(self._unread), []
         return rates

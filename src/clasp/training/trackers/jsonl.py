@@ -53,22 +53,22 @@ class RunLogger:
         finally:
             self.reporter.stop()
 
-    def fetching(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def time_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, timed."""
-        return self.meter.fetching(batches)
+        return self.meter.time_batches(batches)
 
-    def read(self, batch: Batch) -> None:
+    def log_skipped(self, batch: Batch) -> None:
         """Names the samples that the batch had to leave out."""
         for sample in batch.skipped:
             if sample.id not in self.skipped:
-                self._skip(sample)
+                self._log_skipped_sample(sample)
 
-    def stepped(self, at: TrainPosition, batch: Batch, step: StepResult) -> None:
+    def log_step(self, at: TrainPosition, batch: Batch, step: StepResult) -> None:
         """Takes down the step that was taken at a position."""
-        self.meter.stepped(len(batch.ids), step.loss)
+        self.meter.end_step(len(batch.ids), step.loss)
         self._last = (at, step)
         done = at.step + 1
-        rates = self.meter.recent()
+        rates = self.meter.recent_averages()
         self.reporter.step(
             TrainProgress(
                 step=done,
@@ -84,7 +84,7 @@ class RunLogger:
         if done % self.log_every == 0 or done == self.steps:
             self.flush()
 
-    def _skip(self, sample: SkippedSample) -> None:
+    def _log_skipped_sample(self, sample: SkippedSample) -> None:
         self.skipped[sample.id] = sample
         self.log({"event": "skipped", "id": sample.id, "reason": sample.reason})
         if len(self.skipped) <= _MAX_SKIPPED_SHOWN:
@@ -97,7 +97,7 @@ class RunLogger:
         if self._last is None:
             return
         (at, step), self._last = self._last, None
-        rates = self.meter.read()
+        rates = self.meter.averages_since_last()
         self.log(
             {
                 "event": "step",
@@ -113,7 +113,7 @@ class RunLogger:
             }
         )
 
-    def event(self, event: str, line: str, **facts: Any) -> None:
+    def log_event(self, event: str, line: str, **facts: Any) -> None:
         """Logs something other than a step and says ``line`` of it."""
         self.flush()
         self.log({"event": event, **facts})
