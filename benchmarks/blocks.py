@@ -1,7 +1,7 @@
 """A deep adapter, or the top two blocks, in both towers: epochs after the first, with and without the feature cache.
 
-Both sides are clasp, as ``data.features`` makes them: without the cache pictures are decoded and the frozen blocks are
-run in every step. The arithmetic of both is counted, which says how much a cache can give at most.
+Both sides are clasp, as ``data.feature_cache`` makes them: without the cache pictures are decoded and the frozen blocks
+are run in every step. The arithmetic of both is counted, which says how much a cache can give at most.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def compare(work: str, spec: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as cache:
         made = {
             features: material.Ours(
-                recipe.with_overrides([f"data.features={features}"]),
+                recipe.with_overrides([f"data.feature_cache={features}"]),
                 material.pairs(PAIRS),
                 batch=BATCH,
                 cache=Path(cache),
@@ -49,7 +49,7 @@ def compare(work: str, spec: str) -> list[Row]:
         profile = harness.profiled(made["float16"].epoch)
     most = flops["off"] / flops["float16"]
     bound = f"arithmetic: without the cache a step counts {most:.2f} times the FLOPs; {profile}"
-    name = "the same, data.features=off"
+    name = "the same, data.feature_cache=off"
     note = f"batch {BATCH}; states kept in float16; {most:.2f} × the FLOPs without"
     return [Row(work, "pairs/s", rates["cached"], name, rates["off"], TARGET, "higher", note, bound)]
 

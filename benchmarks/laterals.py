@@ -30,7 +30,10 @@ def main() -> None:
     for pictures, channels, places, kernel in WORK:
         maps = torch.randn(pictures, channels, places, places)
         ours = DepthwisePatchConv(channels, kernel, "batch")
-        ways: dict[str, Callable[[Tensor], Tensor]] = {"one product": ours.conv_as_matmul, "convolution": _convolution(ours)}
+        ways: dict[str, Callable[[Tensor], Tensor]] = {
+            "one product": ours.conv_as_matmul,
+            "convolution": _convolution(ours),
+        }
         for kind in (torch.float32, torch.bfloat16):
             taken: dict[str, list[float]] = {name: [] for name in ways}
             for repeat in range(REPEATS + 1):

@@ -122,7 +122,7 @@ class Ours:
         self.recipe, self.pairs, self.batch, self.cache = recipe, pairs, batch, cache
         self.parts = parts(recipe)
         self.model = self.parts.model
-        self.settings = TrainSettings(batch=batch, micro_batch=batch, epochs=1, precision="float32")
+        self.settings = TrainSettings(batch_size=batch, micro_batch=batch, epochs=1, precision="float32")
         self.listing = PairIndex(pairs)
         self.stepper = Stepper(
             self.model,
@@ -143,11 +143,15 @@ class Ours:
             text=self.model.text,
             transform=self.parts.transform,
             tokenizer=self.parts.tokenizer,
-            feature_cache=self.recipe.data.features,
+            feature_cache=self.recipe.data.feature_cache,
             cache_folder=self.cache,
         )
         return PairLoader(
-            self.listing, inputs.image_reader(self.pairs, None), inputs.text_reader(self.listing), batch_size=self.batch, seed=0
+            self.listing,
+            inputs.image_reader(self.pairs, None),
+            inputs.text_reader(self.listing),
+            batch_size=self.batch,
+            seed=0,
         )
 
     @cached_property

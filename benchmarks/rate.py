@@ -28,7 +28,7 @@ def rows() -> Sequence[Row]:
 
 
 def compare(work: str, spec: str) -> list[Row]:
-    recipe = material.recipe(f'tune.image=["{spec}"]', f'tune.text=["{spec}"]', "data.features=off")
+    recipe = material.recipe(f'tune.image=["{spec}"]', f'tune.text=["{spec}"]', "data.feature_cache=off")
     left, right = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
 
     def products() -> int:

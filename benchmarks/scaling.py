@@ -97,7 +97,7 @@ def with_blocks() -> Growth:
 
 
 def step_of(changes: list[str], batch: int, size: int) -> Point:
-    recipe = material.recipe(*changes, "data.features=off")
+    recipe = material.recipe(*changes, "data.feature_cache=off")
     ours = material.Ours(recipe, material.pairs(batch), batch=batch, cache=Path(tempfile.gettempdir()))
     given = next(iter(ours.batches.epoch(0)))
 

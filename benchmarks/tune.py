@@ -36,7 +36,7 @@ ATTENTION = {"query", "key", "value", "attention.output.dense", "q_proj", "k_pro
 
 
 def ours(kind: str, batch: int = BATCH) -> material.Ours:
-    recipe = material.recipe(f"tune.image={SPECS[kind]}", f"tune.text={SPECS[kind]}", "data.features=off")
+    recipe = material.recipe(f"tune.image={SPECS[kind]}", f"tune.text={SPECS[kind]}", "data.feature_cache=off")
     return material.Ours(recipe, material.pairs(batch), batch=batch, cache=Path(tempfile.gettempdir()))
 
 

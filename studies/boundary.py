@@ -36,8 +36,8 @@ ROWS: dict[str, list[str]] = {
     "lora r=8, top 2": ["tune.text=[\"lora(rank=8, blocks='-2:')\"]"],
     "adapters + norms (LwA), top 2": ["tune.text=[\"adapters(blocks='-2:')\", \"norms(blocks='-2:')\"]"],
     "last block": ['tune.text=["last(1)"]'],
-    "lora r=8, top 2, kept in float32": ["tune.text=[\"lora(rank=8, blocks='-2:')\"]", "data.features=float32"],
-    "lora r=8, top 2, kept in int8": ["tune.text=[\"lora(rank=8, blocks='-2:')\"]", "data.features=int8"],
+    "lora r=8, top 2, kept in float32": ["tune.text=[\"lora(rank=8, blocks='-2:')\"]", "data.feature_cache=float32"],
+    "lora r=8, top 2, kept in int8": ["tune.text=[\"lora(rank=8, blocks='-2:')\"]", "data.feature_cache=int8"],
 }
 
 
@@ -73,8 +73,8 @@ def _pairs(folder: Path) -> tuple[Path, Path]:
 
 def _cell(name: str, seed: int, train: Path, val: Path, folder: Path) -> float:
     """R@5 in per cent of one row with one seed."""
-    settings = [f"data.train={train}", f"data.val={val}", "image.size=128", "image.more_layers=[]"]
-    settings += ["train.batch=128", "train.epochs=4", "train.lr=3e-4", f"train.seed={seed}", "train.keep=last"]
+    settings = [f"data.train={train}", f"data.val={val}", "image.size=128", "image.extra_layers=[]"]
+    settings += ["train.batch_size=128", "train.epochs=4", "train.lr=3e-4", f"train.seed={seed}", "train.select=last"]
     done = train_recipe(read_recipe("demo", [*settings, *ROWS[name]]), folder / f"{name}-{seed}", say=lambda line: None)
     macro = next(r for r in done.results if r.language == "macro:all" and r.task.endswith("image_to_text"))
     print(f"{name}, seed {seed}: R@5 {100 * macro.metrics['recall@5']:.1f}", flush=True)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 Record = dict[str, Any]
+RENAMED = {"train": {"batch_size": "batch", "select": "keep"}}
+"""Recipe keys by section, and what they were called when the first records were written"""
 
 
 class Results:
@@ -35,6 +37,14 @@ class Results:
         with (self.folder / f"{claim}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._by_key[record["key"]] = record
+
+
+def as_recorded(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with the key names of the first records, so that the key of a cell outlives a renaming."""
+    recorded = dict(recipe)
+    for section in recipe.keys() & RENAMED.keys():
+        recorded[section] = {RENAMED[section].get(name, name): value for name, value in recipe[section].items()}
+    return recorded
 
 
 def _lines(file: Path) -> Iterator[Record]:

@@ -40,7 +40,7 @@ DEEP = "deep(1, init='random')"
 
 
 def lwa(place: str, reduction: int = 4) -> str:
-    return f"adapters(reduction={reduction}, place='{place}', start='random')"
+    return f"adapters(reduction={reduction}, place='{place}', init='random')"
 
 
 LWA = (lwa("input"), lwa("output"))

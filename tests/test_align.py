@@ -71,12 +71,12 @@ def models(monkeypatch: pytest.MonkeyPatch) -> list:
 
 WAYS = {
     "heads": ["head.noise=0.5", "head.dropout=0.3"],
-    "closed form": ["head.start=cca", "head.ridge=[0.1, 0.1]", "head.noise=0.5", "data.captions=all"],
+    "closed form": ["head.init=cca", "head.ridge=[0.1, 0.1]", "head.noise=0.5", "data.captions=all"],
     "glu, sigmoid": ["head.kind=glu", "head.standardize=false", "loss.kind=sigmoid"],
     "learned pooling": ["image.pool=attention"],
     "learned pooling that is not trained": ["image.pool=attention", "head.standardize=false", "tune.head=none"],
     "low rank": ['tune.image=["lora(rank=2)"]', 'tune.text=["lora(rank=2)"]'],
-    "adapters, norms": ['tune.image=["adapters(reduction=4)","norms"]', "tune.text=[\"adapters(start='random')\"]"],
+    "adapters, norms": ['tune.image=["adapters(reduction=4)","norms"]', "tune.text=[\"adapters(init='random')\"]"],
     "everything": ['tune.image=["full"]', 'tune.text=["full"]', "data.augment.rotate=10", "train.lr_factors.tower=0.1"],
     "a whole CNN": ["image.tower=pip:efficientnet-lite0", "image.size=32", "image.pool=mean", 'tune.image=["full"]'],
     "dropout inside": ["image.dropout=true", 'tune.text=["deep(n=1)"]', "text.dropout=true"],
@@ -88,7 +88,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_loads_bitwise_and_repeats_itself(way: str, towers: Path, pairs: Path, tmp_path: Path, models: list) -> None:
-    made = recipe(towers, pairs, *WAYS[way], "train.keep=last")
+    made = recipe(towers, pairs, *WAYS[way], "train.select=last")
     done = run(made, tmp_path / "one")
     assert {path.name for path in (tmp_path / "one").iterdir()} == DESIGNED
     assert done.delta_bytes == (tmp_path / "one" / "delta.safetensors").stat().st_size
@@ -120,10 +120,10 @@ def test_loads_bitwise_and_repeats_itself(way: str, towers: Path, pairs: Path, t
 
 def test_the_folder_says_what_was_done(towers: Path, pairs: Path, tmp_path: Path) -> None:
     said = []
-    made = recipe(towers, pairs, "train.batch=auto", "train.epochs=5")
+    made = recipe(towers, pairs, "train.batch_size=auto", "train.epochs=5")
     done = main_job.train_recipe(made, tmp_path / "run", say=said.append)
     settled = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
-    assert settled["train"]["batch"] == 8 and "batch 8 is the largest" in said[0]
+    assert settled["train"]["batch_size"] == 8 and "batch 8 is the largest" in said[0]
     base = json.loads((tmp_path / "run" / "base.json").read_text())
     assert base["image"]["tower"] == f"file:{towers / 'image'}" and len(base["text"]["fingerprint"]) == 64
     results = lines(tmp_path / "run" / "results.jsonl")
@@ -155,12 +155,12 @@ def test_frozen_towers_are_asked_once(
     assert asked["image"] == len(TOYS) and len(captions) <= asked["text"] <= 2 * len(captions)
     files = {path: path.stat().st_mtime_ns for path in (cache / "features").iterdir()}
     asked.update(image=0, text=0)
-    run(recipe(towers, pairs, "train.epochs=5", "head.start=cca"), tmp_path / "two")
+    run(recipe(towers, pairs, "train.epochs=5", "head.init=cca"), tmp_path / "two")
     assert asked == {"image": 0, "text": 0}
     assert files == {path: path.stat().st_mtime_ns for path in (cache / "features").iterdir()}
 
 
-@pytest.mark.parametrize("setting", ["data.features=off", "data.augment.flip=0.5", "image.dropout=true"])
+@pytest.mark.parametrize("setting", ["data.feature_cache=off", "data.augment.flip=0.5", "image.dropout=true"])
 def test_but_in_every_step_where_they_would_say_something_else(
     setting: str, towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +184,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 # --- it learns -------------------------------------------------------------------------------------------------------
 
-LONG = ("train.epochs=30", "train.lr=1e-2", "train.batch=64")
+LONG = ("train.epochs=30", "train.lr=1e-2", "train.batch_size=64")
 
 
 def test_heads_learn_the_toy_world_and_shuffled_captions_teach_nothing(towers: Path, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ class StopAt(SilentReporter):
     ],
 )
 def test_resumed_equals_never_stopped(way: str, step: int, towers: Path, pairs: Path, tmp_path: Path) -> None:
-    made = recipe(towers, pairs, *WAYS[way], "train.batch=14", f"train.keep={'best' if step == 4 else 'last'}")
+    made = recipe(towers, pairs, *WAYS[way], "train.batch_size=14", f"train.select={'best' if step == 4 else 'last'}")
     whole = run(made, tmp_path / "whole")
     assert whole.fitted.position.step >= step
     folder = tmp_path / "stopped"
@@ -354,7 +354,7 @@ def test_a_run_that_failed_before_it_trained_does_not_block_its_name(towers: Pat
 @pytest.mark.parametrize("features", ["auto", "off"])
 def test_a_corrupt_sample_is_skipped_counted_and_named(features: str, towers: Path, tmp_path: Path) -> None:
     folder = write_folder(TOYS, tmp_path / "pairs")
-    made = recipe(towers, folder, f"data.features={features}", "train.epochs=4", "train.batch=46")
+    made = recipe(towers, folder, f"data.feature_cache={features}", "train.epochs=4", "train.batch_size=46")
     train, val = main_job.open_training_pairs(made)
     bad = [train[0].id, train[7].id, val[0].id]
     (folder / bad[0]).write_bytes((folder / bad[0]).read_bytes()[:60])
@@ -375,7 +375,7 @@ def test_a_corrupt_sample_is_skipped_counted_and_named(features: str, towers: Pa
 @pytest.mark.parametrize("where", ["train", "val"])
 def test_past_the_share_a_run_stops_with_the_list(features: str, where: str, towers: Path, tmp_path: Path) -> None:
     folder = write_folder(TOYS, tmp_path / "pairs")
-    made = recipe(towers, folder, f"data.features={features}", "train.batch=16", "data.val_fraction=0.4")
+    made = recipe(towers, folder, f"data.feature_cache={features}", "train.batch_size=16", "data.val_fraction=0.4")
     some = main_job.open_training_pairs(made)[where == "val"]
     for pair in some[:4]:
         (folder / pair.id).write_bytes(b"no picture")
@@ -387,7 +387,7 @@ def test_past_the_share_a_run_stops_with_the_list(features: str, where: str, tow
 def test_the_count_goes_on_after_a_stop(towers: Path, tmp_path: Path) -> None:
     """Three of one run may be bad; two before a stop and two after are too many."""
     folder = write_folder(TOYS, tmp_path / "pairs")
-    made = recipe(towers, folder, "data.features=off", "head.standardize=false", "train.batch=4")
+    made = recipe(towers, folder, "data.feature_cache=off", "head.standardize=false", "train.batch_size=4")
     epoch = [id for batch in first_epoch(made) for id in batch]
     for name in (*epoch[:2], *epoch[-3:-1]):
         (folder / name).write_bytes(b"no picture")
@@ -403,7 +403,7 @@ def first_epoch(made: Recipe) -> list[tuple[str, ...]]:
     inputs = main_job.build_feature_source(main_job.build_model_and_preprocessing(made), made)
     listing = main_job.PairIndex(train)
     sides = inputs.image_reader(train, None), inputs.text_reader(listing)
-    batches = main_job.PairLoader(listing, *sides, batch_size=made.train.batch, seed=made.train.seed)
+    batches = main_job.PairLoader(listing, *sides, batch_size=made.train.batch_size, seed=made.train.seed)
     return [batch.ids for batch in batches.epoch(0)]
 
 
@@ -445,7 +445,7 @@ def test_every_caption_is_a_sample_of_its_own(towers: Path, tmp_path: Path) -> N
     write_images(TOYS, tmp_path)
     rows = [{"image": f"images/{t.key}.png", "caption": [t.caption, t.shape, t.colour]} for t in TOYS]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = recipe(towers, tmp_path / "pairs.jsonl", "data.captions=all", "train.batch=16", "head.start=cca")
+    made = recipe(towers, tmp_path / "pairs.jsonl", "data.captions=all", "train.batch_size=16", "head.init=cca")
     done = run(made, tmp_path / "run")
     train, _ = main_job.open_training_pairs(made)
     assert done.fitted.position.step == 3 * (3 * len(train) // 16)

@@ -33,7 +33,7 @@ BOUNDARIES = {
     "low rank below a head only": ['tune.image=["none"]', "tune.text=[\"lora(rank=2, blocks='1:')\"]"],
     "heads": [],
     "a learned pooling": ["image.pool=attention"],
-    "a layer below": ["image.more_layers=[1]", 'tune.image=["last(1)"]'],
+    "a layer below": ["image.extra_layers=[1]", 'tune.image=["last(1)"]'],
 }
 
 
@@ -54,15 +54,15 @@ def pairs(tmp_path: Path) -> Path:
 
 
 def trained(made: Recipe, folder: Path) -> dict[str, torch.Tensor]:
-    run(made.with_overrides(["train.keep=last", "train.epochs=2"]), folder)
+    run(made.with_overrides(["train.select=last", "train.epochs=2"]), folder)
     return delta(folder)
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_cached_is_live_to_float32_rounding(boundary: str, towers: Path, pairs: Path, tmp_path: Path):
     made = recipe(towers, pairs, *BOUNDARIES[boundary])
-    live = trained(made.with_overrides(["data.features=off"]), tmp_path / "live")
-    cached = trained(made.with_overrides(["data.features=float32"]), tmp_path / "cached")
+    live = trained(made.with_overrides(["data.feature_cache=off"]), tmp_path / "live")
+    cached = trained(made.with_overrides(["data.feature_cache=float32"]), tmp_path / "cached")
     assert live.keys() == cached.keys()
     for name, tensor in live.items():
         if name.endswith(("k_proj.bias", "key.bias")):
@@ -78,8 +78,8 @@ def base_of(towers: Path) -> Backbone:
 @pytest.mark.parametrize(("storage", "far"), [("float16", 2e-3), ("bfloat16", 2e-2), ("int8", 2e-2)])
 def test_what_a_smaller_storage_moves(storage: str, far: float, towers: Path, pairs: Path, tmp_path: Path, cache: Path):
     made = recipe(towers, pairs, *BOUNDARIES["top blocks"])
-    exact = trained(made.with_overrides(["data.features=float32"]), tmp_path / "exact")
-    close = trained(made.with_overrides([f"data.features={storage}"]), tmp_path / "close")
+    exact = trained(made.with_overrides(["data.feature_cache=float32"]), tmp_path / "exact")
+    close = trained(made.with_overrides([f"data.feature_cache={storage}"]), tmp_path / "close")
     moved = {name: (tensor - close[name]).norm() / tensor.norm() for name, tensor in exact.items()}
     assert 0 < max(moved.values()) and float(np.median(list(moved.values()))) < far
     sizes = sorted({path.stat().st_size for path in (cache / "features").glob("*.npy")})
@@ -89,7 +89,7 @@ def test_what_a_smaller_storage_moves(storage: str, far: float, towers: Path, pa
 @pytest.mark.parametrize("boundary", ["top blocks", "deep", "heads"])
 def test_the_trunk_runs_once(boundary: str, towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = counted_rows(monkeypatch)
-    made = recipe(towers, pairs, *BOUNDARIES[boundary], "train.epochs=5", "data.features=float16")
+    made = recipe(towers, pairs, *BOUNDARIES[boundary], "train.epochs=5", "data.feature_cache=float16")
     run(made, tmp_path / "one")
     images, captions = rows["image"], rows["text"]
     # the images once, a probe or two for shapes; captions once in training and once in validation, some to be counted
@@ -143,11 +143,14 @@ def test_kept_states_are_announced_with_their_size(towers: Path, pairs: Path, tm
 @pytest.mark.parametrize("part", [[], ['tune.image=["last(1)"]']])
 def test_kept_views_of_augmented_images(part: list[str], towers: Path, pairs: Path, tmp_path: Path, monkeypatch):
     rows = counted_rows(monkeypatch)
-    made = recipe(towers, pairs, *part, "data.augment.rotate=10", "data.views=3", "train.epochs=6")
+    made = recipe(towers, pairs, *part, "data.augment.rotate=10", "data.cached_augmentations=3", "train.epochs=6")
     run(made, tmp_path / "views")
     train = 36
     assert rows["image"] <= 4 * train + len(TOYS) + 40, "four views of each, the plain ones for validation and start"
-    one, other = delta(tmp_path / "views"), trained(made.with_overrides(["data.views=0"]), tmp_path / "anew")
+    one, other = (
+        delta(tmp_path / "views"),
+        trained(made.with_overrides(["data.cached_augmentations=0"]), tmp_path / "anew"),
+    )
     assert one.keys() == other.keys()
 
 

@@ -47,7 +47,7 @@ def test_finds_what_it_never_saw(told: story.DemoResult):
 
 def test_draws_and_keeps(told: story.DemoResult):
     assert told.picture.read_bytes().startswith(b"\x89PNG")
-    counts = load(told.run).encoder.counts()
+    counts = load(told.run).encoder.parameter_counts()
     assert counts["model"].percent < 7
     languages = [json.loads(line)["language"] for line in (told.run / "results.jsonl").read_text().splitlines()]
     assert "macro:trained" in languages
@@ -83,7 +83,7 @@ def test_shuffled_pairs_stay_at_chance(told: story.DemoResult, tmp_path: Path):
         row["caption"], row["image"] = caption, str(sample.folder / row["image"])
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = story.demo_recipe(sample, quick=True).with_overrides(
-        [f"data.train={tmp_path / 'train.jsonl'}", "train.keep=last"]
+        [f"data.train={tmp_path / 'train.jsonl'}", "train.select=last"]
     )
     train_recipe(recipe, tmp_path / "shuffled", say=lambda line: None)
     model = load(tmp_path / "shuffled")

@@ -51,18 +51,18 @@ WAYS = {
     "languages": (lambda toys, folder: spoken(folder), []),
     "plain heads": (write_csv, ["head.standardize=false", "data.captions=all"]),
     "top block of the text tower": (write_csv, ['tune.text=["last(1)"]']),
-    "both, in int8": (write_csv, ['tune.text=["last(1)"]', 'tune.image=["last(1)"]', "data.features=int8"]),
-    "views": (write_csv, ["data.augment.rotate=10", "data.views=2"]),
+    "both, in int8": (write_csv, ['tune.text=["last(1)"]', 'tune.image=["last(1)"]', "data.feature_cache=int8"]),
+    "views": (write_csv, ["data.augment.rotate=10", "data.cached_augmentations=2"]),
     "augmented anew": (write_csv, ["data.augment.rotate=10", "head.standardize=false"]),
     "low rank": (write_csv, ['tune.image=["lora(rank=2)"]', 'tune.text=["lora(rank=2)"]']),
-    "off": (write_csv, ["data.features=off"]),
+    "off": (write_csv, ["data.feature_cache=off"]),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_its_numbers_are_those_of_the_run(way: str, towers: Path, tmp_path: Path, cache: Path) -> None:
     write, changes = WAYS[way]
-    made = recipe(towers, write(TOYS, tmp_path), "train.batch=auto", "train.epochs=2", *changes)
+    made = recipe(towers, write(TOYS, tmp_path), "train.batch_size=auto", "train.epochs=2", *changes)
     before = told(made)
     assert not (cache / "features").exists()
     run(made, tmp_path / "run")
@@ -81,7 +81,7 @@ def test_its_numbers_are_those_of_the_run(way: str, towers: Path, tmp_path: Path
 
     settled = lines(tmp_path / "run" / "log.jsonl")[-1], main_job.RunFolder(tmp_path / "run").recipe()["train"]
     steps = before["steps"].facts
-    assert (steps["steps"], steps["batch"]) == (settled[0]["step"], settled[1]["batch"])
+    assert (steps["steps"], steps["batch_size"]) == (settled[0]["step"], settled[1]["batch_size"])
     trained = before["trains"].facts["model"]
     tensors = delta(tmp_path / "run").values()
     assert trained["trained"] == sum(t.numel() for t in tensors)
@@ -118,7 +118,7 @@ def test_it_runs_no_tower(towers: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     made = recipe(towers, write_csv(TOYS, tmp_path))
     monkeypatch.setattr(Tower, "pooled", run_all)
-    monkeypatch.setattr(Tower, "trunk", run_all)
+    monkeypatch.setattr(Tower, "prefix_states", run_all)
     told(made)
 
 
@@ -311,9 +311,9 @@ def test_lines_for_people_and_one_object_for_programs(
     "change, wanted",
     [
         ("data.train=pears.csv", "pears.csv does not exist"),
-        ("train.batch=1000", "train.batch = 1000 is more than"),
+        ("train.batch_size=1000", "train.batch_size = 1000 is more than"),
         ("tune.text=[\"match('x')\"]", "matches nothing"),
-        ("train.bacth=4", "did you mean train.batch"),
+        ("train.bacth=4", "did you mean train.batch_size"),
         ("pictures that are none", "images cannot be read"),
     ],
 )

@@ -131,7 +131,7 @@ def test_towers_that_nothing_trained_in_know_exactly_what_they_did(world: World)
 def test_the_same_holds_where_nothing_is_cached(world: World):
     """Both towers run, once, on live inputs, and say the same of themselves."""
     cached = by_task(world.ask(*HEADS).results)
-    live = by_task(world.ask(*HEADS, "data.features=off").results)
+    live = by_task(world.ask(*HEADS, "data.feature_cache=off").results)
     assert cached.keys() == live.keys()
     for key, result in live.items():
         assert result.metrics == pytest.approx(cached[key].metrics, abs=0.03)

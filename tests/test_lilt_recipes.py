@@ -23,7 +23,7 @@ from toyruns import delta, lines, run, save_towers
 
 # recipe: its towers and its row of the golden file
 FILES = {
-    "paper": ("base_base", "projections"),
+    "base": ("base_base", "projections"),
     "clip": ("base_base", "clip_full"),
     "lit": ("base_base", "lit"),
     "heads": ("base_base", "projections"),
@@ -53,7 +53,7 @@ def text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(text_tower: Path, *overrides: str) -> Recipe:
     """The paper's recipe on its tiny towers, for batches of two."""
     towers = ["image.tower=liltpaper:image", f"text.tower=file:{text_tower}"]
-    return read_recipe("lilt/paper", [*towers, "train.batch=2", "loss.negatives=2", *overrides])
+    return read_recipe("lilt/base", [*towers, "train.batch_size=2", "loss.negatives=2", *overrides])
 
 
 # --- as they train ---------------------------------------------------------------------------------------------------
@@ -74,7 +74,9 @@ def test_a_row_as_it_trains(row: str, text_tower: Path, tmp_path: Path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     settings = given.train.model_copy(update={"micro_batch": 2})
-    stepper = Stepper(model, build_loss(given.loss), settings, accelerator, "float32", steps=15, kinds=model.parameter_kinds)
+    stepper = Stepper(
+        model, build_loss(given.loss), settings, accelerator, "float32", steps=15, kinds=model.parameter_kinds
+    )
     pixels = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     batch = Batch(("a", "b"), Pixels(pixels), parts.tokenizer(CAPTIONS), torch.tensor([[0, 0], [1, 1]]))
     model.train()
@@ -113,7 +115,7 @@ def test_a_file_is_its_row(name: str):
 def test_every_file_is_here_and_differs_from_the_paper_in_towers_and_tuning_only():
     names = {name.removeprefix("lilt/") for name in builtin_recipes() if name.startswith("lilt/")}
     assert set(FILES) <= names
-    paper = read_recipe("lilt/paper")
+    paper = read_recipe("lilt/base")
     for name in FILES:
         given = read_recipe(f"lilt/{name}")
         image = given.image.model_copy(update={"tower": paper.image.tower})
@@ -126,7 +128,9 @@ def test_deltas_are_as_small_as_the_paper_has_them():
     towers = build_model(read_recipe("lilt/clip"), meta=True).parameter_counts()
     base = 4 * (towers["image"].total + towers["text"].total)
     for name, most in (("lwa", 0.08), ("da", 0.08), ("layernorm", 0.005)):
-        assert build_model(read_recipe(f"lilt/{name}"), meta=True).parameter_counts()["model"].delta_bytes <= most * base
+        assert (
+            build_model(read_recipe(f"lilt/{name}"), meta=True).parameter_counts()["model"].delta_bytes <= most * base
+        )
 
 
 # --- the quirks ------------------------------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ def test_deltas_are_as_small_as_the_paper_has_them():
 
 def test_the_settings_of_the_paper():
     """Facts of the released code, and none of its quirks anywhere else."""
-    paper = read_recipe("lilt/paper")
+    paper = read_recipe("lilt/base")
     plain = recipe_from_dict({"image": {"tower": "pip:x"}, "text": {"tower": "pip:y"}}, "plain")
     quirks = {
         "image.mean": (0.48145466, 0.4578275, 0.40821073),
@@ -145,10 +149,10 @@ def test_the_settings_of_the_paper():
         "text.clean": "lilt",
         "loss.positives": "diagonal",
         "loss.negatives": 128,
-        "loss.scale": "divisor",
+        "loss.scale": "temperature",
         "loss.scale_range": (2, 1000),
         "train.schedule": "lilt",
-        "train.decay": "lilt",
+        "train.decay_filter": "lilt",
     }
     for key, value in quirks.items():
         section, name = key.split(".")
@@ -158,10 +162,10 @@ def test_the_settings_of_the_paper():
             if not other.startswith(("lilt/", "msclip/")):  # the other paper has some of them too
                 assert getattr(getattr(read_recipe(other), section), name) != value, (other, key)
     train, augment = paper.train, paper.data.augment
-    assert (train.batch, train.epochs, train.lr, train.weight_decay) == (512, 15, 1e-4, 0.02)
-    assert (train.betas, train.eps, train.clip_norm, train.lr_floor) == ((0.9, 0.999), 1e-8, "none", 0.1)
-    assert (train.precision, train.keep, paper.data.captions) == ("float32", "last", "all")
-    assert 1 / paper.loss.scale_start == 0.07 and paper.head.width == 256 and paper.head.kind == "linear"
+    assert (train.batch_size, train.epochs, train.lr, train.weight_decay) == (512, 15, 1e-4, 0.02)
+    assert (train.betas, train.eps, train.clip_norm, train.min_lr_ratio) == ((0.9, 0.999), 1e-8, "none", 0.1)
+    assert (train.precision, train.select, paper.data.captions) == ("float32", "last", "all")
+    assert 1 / paper.loss.init_logit_scale == 0.07 and paper.head.width == 256 and paper.head.kind == "linear"
     assert (paper.image.size, paper.image.resize, paper.text.max_tokens) == (256, "squash", 25)
     assert augment is not None and (augment.crop_scale, augment.flip) == ((0.2, 1), 0.5)
     assert augment.randaugment == (2, 7)
@@ -198,7 +202,7 @@ def test_a_run_of_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             f"text.tower=file:{towers / 'text'}",
             "head.width=16",
             f"data.train={pairs}",
-            "train.batch=16",
+            "train.batch_size=16",
             "train.epochs=2",
             "train.log_every=1",
             "loss.negatives=8",
@@ -224,7 +228,7 @@ def kinds_of(tuning: list[str], **changes: dict) -> dict[str, str]:
 
 
 def test_kinds_of_what_a_recipe_adds():
-    kinds = kinds_of(["adapters", "norms", "deep(1)"], loss={"kind": "sigmoid", "scale": "divisor"})
+    kinds = kinds_of(["adapters", "norms", "deep(1)"], loss={"kind": "sigmoid", "scale": "temperature"})
     assert kinds["temperature"] == kinds["bias"] == "scale"
     assert kinds["image_head.map.weight"] == kinds["text_head.map.bias"] == "head"
     assert kinds["image.net.layers.0.adapter1.down.weight"] == "new"

@@ -159,7 +159,7 @@ def test_a_scale_is_clips_unless_said_otherwise():
 
 
 def test_a_log_scale_without_limits_as_ms_clip_has_it():
-    made = model(scale_start=math.e, scale_range=(0, math.inf))
+    made = model(init_logit_scale=math.e, scale_range=(0, math.inf))
     assert made.log_scale.item() == pytest.approx(1)
     put(made.log_scale, 9.0)
     made.after_step()
@@ -173,7 +173,7 @@ def test_a_log_scale_with_a_floor():
     assert made.log_scale.item() == 0
 
 
-LILT = {"scale": "divisor", "scale_range": (2, 1000)}
+LILT = {"scale": "temperature", "scale_range": (2, 1000)}
 
 
 def test_a_temperature_divides():
@@ -223,10 +223,10 @@ def test_a_temperature_beyond_its_range_gives_the_reference_its_loss_and_gradien
         ({"scale_range": (5, 1)}, r"scale_range = \[5, 1\] is not a least and a greatest"),
         ({"scale_range": (-1, 5)}, "greater than or equal to 0"),
         ({"scale_range": (0, math.nan)}, "greater than or equal to 0"),
-        ({"scale_start": 500}, r"scale_start = 500 is outside scale_range = \[0, 100\]"),
-        ({"scale_start": 0}, "greater than 0"),
-        ({"scale_start": math.inf, "scale_range": (0, math.inf)}, "finite"),
-        ({"scale": "divisor", "scale_range": (0, math.inf)}, "needs a greatest scale"),
+        ({"init_logit_scale": 500}, r"init_logit_scale = 500 is outside scale_range = \[0, 100\]"),
+        ({"init_logit_scale": 0}, "greater than 0"),
+        ({"init_logit_scale": math.inf, "scale_range": (0, math.inf)}, "finite"),
+        ({"scale": "temperature", "scale_range": (0, math.inf)}, "needs a greatest scale"),
     ],
 )
 def test_scales_that_cannot_be(wrong: dict, says: str):

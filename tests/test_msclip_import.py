@@ -65,7 +65,7 @@ def imported(name: str, folder: Path, **wanted: Any) -> Path:
 def test_a_loaded_run_says_what_was_recorded(name: str, tmp_path: Path):
     recorded = golden(name)
     inputs, said, vocabulary = recorded["inputs"], recorded["outputs"], recorded["config"]["text"]["vocab_size"]
-    model = load(imported(name, tmp_path, overlong="lost"))
+    model = load(imported(name, tmp_path, truncation="drop_eos"))
     texts = [spelt(row, vocabulary) for row in inputs["input_ids"]]
     for row, ids in zip(inputs["input_ids"], model.tokenizer.encode(texts), strict=True):
         assert row[: len(ids)].tolist() == ids
@@ -109,7 +109,7 @@ def test_each_tensor_is_written_once(name: str, tmp_path: Path):
     assert len(nets) + len(delta) == params["distinct_tensors"]
     assert sum(t.numel() for t in (*nets.values(), *delta.values())) == params["trainable"] + params["buffers"]
     assert {key for key in delta} == {"image_head.map.weight", "text_head.map.weight", "log_scale"}
-    counts = load(run).encoder.counts()
+    counts = load(run).encoder.parameter_counts()
     assert counts["model"].total == params["trainable"] and counts["shared"].total == params["tied_elements"]
 
 
@@ -143,7 +143,7 @@ def test_the_verb_and_all_that_comes_after(tmp_path: Path, monkeypatch: Any, cap
     # both nets as they were trained, and now the text net's norms train too
     recipe = (tmp_path / "moved" / "recipe.toml").read_text().replace("{run}", "moved")
     (tmp_path / "more.toml").write_text(recipe)
-    changes = ("tune.text=['norms']", f"data.train={pairs}", "train.batch=4", "train.epochs=1")
+    changes = ("tune.text=['norms']", f"data.train={pairs}", "train.batch_size=4", "train.epochs=1")
     code, _, err = typed("train", "more.toml", *changes, "--name", "more")
     assert code == 0, err
     delta = load_file(tmp_path / "runs" / "more" / "delta.safetensors")
@@ -174,8 +174,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
     )
     branch = ImportOptions(image_heads=2, lateral_layers=(1, 2))
     refused("--lateral 1, 2: ", lambda: import_checkpoint("msclip", file, run, branch))
-    refused("not a list of layers", lambda: parse_import_options(lateral="2;3", overlong="cut"))
-    refused("none of cut, lost", lambda: parse_import_options(lateral=None, overlong="kept"))
+    refused("not a list of layers", lambda: parse_import_options(lateral="2;3", truncation="keep_eos"))
+    refused("none of keep_eos, drop_eos", lambda: parse_import_options(lateral=None, truncation="kept"))
     given = tmp_path / "prefixed.pth"
     torch.save({f"module.{key}": tensor for key, tensor in torch.load(file, weights_only=True).items()}, given)
     made = import_checkpoint("msclip", given, run, ImportOptions(image_heads=2, tokenizer=tokenizer)).run

@@ -166,6 +166,8 @@ def test_another_model_in_the_same_place_is_refused(tmp_path: Path):
 def test_a_cropping_tower_can_be_shown_the_whole_picture(tmp_path: Path, resize: str):
     save("vit", tmp_path / "vit", size={"shortest_edge": 36}, crop_size=32, do_center_crop=True)
     save("bert", tmp_path / "bert")
-    given = recipe(f"hf:{tmp_path / 'vit'}", f"hf:{tmp_path / 'bert'}", ["none"]).with_overrides([f"image.resize={resize}"])
+    given = recipe(f"hf:{tmp_path / 'vit'}", f"hf:{tmp_path / 'bert'}", ["none"]).with_overrides(
+        [f"image.resize={resize}"]
+    )
     transform = build_model_and_preprocessing(given).transform
     assert (transform.resize, transform.crop_fraction, transform.size) == (resize, 1.0, 32)

@@ -54,7 +54,13 @@ def recipe(pairs: Path, *changes: str) -> Recipe:
         "tune": {"image": ["full"], "text": ["full"]},
         "head": {"width": 16, "bias": False},
         "data": {"train": str(pairs), "val_fraction": 0.25},
-        "train": {"batch": 12, "epochs": 2, "precision": "float32", "weight_decay_shared": 0.2, "decay": "msclip"},
+        "train": {
+            "batch_size": 12,
+            "epochs": 2,
+            "precision": "float32",
+            "weight_decay_shared": 0.2,
+            "decay_filter": "msclip",
+        },
     }
     return recipe_from_dict(given, "toy").with_overrides(changes)
 
@@ -95,7 +101,7 @@ def test_a_run_is_loaded_and_gone_on_with_bitwise(convolutions: str, pairs: Path
     parameters = dict(model.encoder.named_parameters())
     statistics = one.keys() - parameters.keys()
     assert parameters.keys() <= one.keys(), "everything trains"
-    assert sum(one[name].numel() for name in parameters) == model.encoder.counts()["model"].total
+    assert sum(one[name].numel() for name in parameters) == model.encoder.parameter_counts()["model"].total
     assert whole.delta_bytes - sum(t.nbytes for t in one.values()) < 40_000, "names and shapes, and no tensor twice"
     moved = {name for name, _ in model.encoder.named_buffers() if name in statistics}
     assert statistics == moved and bool(moved) == (convolutions == "the paper's")
@@ -142,14 +148,14 @@ def test_one_head_for_both_is_one_tensor(pairs: Path, tmp_path: Path) -> None:
     assert "image_head.map.weight" in saved and "text_head.map.weight" not in saved
     model = clasp.load(tmp_path / "run").encoder
     assert model.text_head.map.weight is model.image_head.map.weight
-    assert model.counts()["heads"].total == 32 * 16
+    assert model.parameter_counts()["heads"].total == 32 * 16
 
 
 def test_a_frozen_part_is_kept_and_trains_the_same(pairs: Path, tmp_path: Path) -> None:
     """The lower blocks of both nets stay as they were drawn; what they say is computed once, to float32."""
     made = recipe(pairs, "tune.image=['last']", "tune.text=['last']")
     for features in ("float32", "off"):
-        run(made.with_overrides([f"data.features={features}"]), tmp_path / features)
+        run(made.with_overrides([f"data.feature_cache={features}"]), tmp_path / features)
     kept, live = delta(tmp_path / "float32"), delta(tmp_path / "off")
     assert kept.keys() == live.keys() and {n.split(".")[3] for n in kept if "blocks" in n} == {"2"}
     for name in kept:
@@ -169,12 +175,12 @@ def test_one_pre_trained_trunk_for_both(pairs: Path, tmp_path: Path) -> None:
     made = toy_recipe(towers, pairs, "head.standardize=false", "share.trunk=image", "train.epochs=1")
     done = run(made, tmp_path / "run")
     model = clasp.load(tmp_path / "run").encoder
-    counts = model.counts()
+    counts = model.parameter_counts()
     assert counts["image"].trained == counts["shared"].trained == 0 < counts["text"].trained
     saved = delta(tmp_path / "run")
     assert {name.partition(".")[0] for name in saved} == {"image_head", "text_head", "log_scale", "text"}
     assert sum(t.numel() for t in saved.values()) == counts["model"].trained
-    assert all(model.kinds[name] == "new" for name in saved if name.startswith("text."))
+    assert all(model.parameter_kinds[name] == "new" for name in saved if name.startswith("text."))
     assert done.delta_bytes < 4 * counts["model"].trained + 10_000
     assert "shared" in (tmp_path / "run" / "README.md").read_text()
     refused("own:image is none", lambda: build_model(recipe(pairs, "share.trunk=image"), meta=True))
@@ -215,7 +221,10 @@ def test_clips_word_pieces() -> None:
     ]
     long = tokenizer.encode(["cat " * 200])[0]
     assert len(long) == 77 and long[-1] == 49407
-    assert tokenizer.with_settings(overlong="lost").encode(["cat " * 200, "cat"]) == [[49406], [49406, 2368, 49407]]
+    assert tokenizer.with_settings(truncation="drop_eos").encode(["cat " * 200, "cat"]) == [
+        [49406],
+        [49406, 2368, 49407],
+    ]
 
 
 def test_learned_word_pieces_are_a_fact_about_the_captions() -> None:
@@ -249,7 +258,10 @@ def test_learned_word_pieces_are_a_fact_about_the_captions() -> None:
         (["share.head=shared", "head.bias=true", "head.standardize=true"], "is of one tower's features"),
         ([*CONVOLUTIONS["the paper's"], "share.layers=1:", "train.micro_batch=4"], "statistics of whole batches"),
         (["share.atention=shared"], "did you mean"),
-        (['share.also=[{layers="1", atention="shared"}]'], "unknown key 'share.also.0.atention'; did you mean"),
+        (
+            ['share.overrides=[{layers="1", atention="shared"}]'],
+            "unknown key 'share.overrides.0.atention'; did you mean",
+        ),
         (["image.net.with=3"], "unknown key 'image.net.with'"),
         (["image.tower=own"], "has no scheme"),
     ],
@@ -263,7 +275,7 @@ def test_only_nets_of_ours_share_parts(pairs: Path) -> None:
         "image.tower=pip:efficientnet-lite0",
         "text.tower=pip:multilingual-e5-small",
         "head.standardize=false",
-        "head.start=random",
+        "head.init=random",
     ]
     shares = read_recipe("start", [*towers, "share.attention=shared"])
     refused("pip:efficientnet-lite0 is no net of ours", lambda: build_model(shares, meta=True))

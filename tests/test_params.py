@@ -19,7 +19,7 @@ def test_every_golden_row_is_here():
 @pytest.mark.parametrize(("towers", "row"), ROWS)
 def test_counts(towers: str, row: str):
     image, text = TOWERS[towers]
-    given = read_recipe("lilt/paper", [f"image.tower={image}", f"text.tower={text}", *tuned(row)])
+    given = read_recipe("lilt/base", [f"image.tower={image}", f"text.tower={text}", *tuned(row)])
     counts = build_model(given, meta=True).parameter_counts()
     golden = COUNTS[towers][row]
     assert counts["model"].total == golden["total"]

@@ -23,21 +23,21 @@ tower = "pip:multilingual-e5-small"
 WRONG_OVERRIDES = {
     # unknown keys, with the nearest
     "trian.batch=3": ["unknown key 'trian'", "did you mean train?"],
-    "train.bacth=3": ["unknown key 'train.bacth'", "did you mean train.batch"],
+    "train.bacth=3": ["unknown key 'train.bacth'", "did you mean train.batch_size"],
     "train.val=x": ["unknown key 'train.val'", "did you mean data.val"],
     "train.learning_rate=3": ["unknown key 'train.learning_rate'", "valid keys", "train.lr,", "train.seed"],
     "zzz=1": ["unknown key 'zzz'", "image, text, share, tune, head, loss, data, train"],
     "data.columns.imgae=x": ["unknown key 'data.columns.imgae'", "did you mean data.columns.image"],
-    "data.augment.flipp=0.5": ["unknown key 'data.augment.flipp'", "did you mean data.augment.flip?"],
+    "data.augment.flipp=0.5": ["unknown key 'data.augment.flipp'", "did you mean data.augment.flip"],
     "extend=lilt/clip": ["unknown key 'extend'", "did you mean extends?"],
     "extends=lilt/clip": ["extends stands at the beginning of a recipe file"],
     # wrong values
-    "train.batch=big": ["train.batch = 'big'", "integer", "'auto'"],
-    "train.batch=1": ["train.batch = 1", "greater than 1", "'auto'"],
+    "train.batch_size=big": ["train.batch_size = 'big'", "integer", "'auto'"],
+    "train.batch_size=1": ["train.batch_size = 1", "greater than 1", "'auto'"],
     "train.clip_norm=-1": ["train.clip_norm = -1", "greater than 0", "'none'"],
     "train.lr=nan": ["train.lr = nan", "finite"],
     "train.betas=[0.9, 2]": ["train.betas = 2", "less than 1"],
-    "image.ground=[1, 2]": ["image.ground", "too few"],
+    "image.background=[1, 2]": ["image.background", "too few"],
     "image.size=4": ["image.size = 4", "greater than or equal to 8"],
     "image.pool=middle": ["image.pool = 'middle'", "'cls'", "'attention'"],
     "image.mean=[0.5, 0.5]": ["image.mean", "too few"],
@@ -47,10 +47,10 @@ WRONG_OVERRIDES = {
     "loss.negatives=1": ["loss.negatives = 1", "greater than 1", "'all'"],
     "loss.negatives=few": ["loss.negatives = 'few'", "integer", "'all'"],
     "loss.positives=all": ["loss.positives = 'all'", "'groups'", "'diagonal'"],
-    "loss.scale=exp": ["loss.scale = 'exp'", "'log'", "'divisor'"],
+    "loss.scale=exp": ["loss.scale = 'exp'", "'log'", "'temperature'"],
     "loss.scale_range=[100, 1]": ["loss: scale_range = [100, 1] is not a least and a greatest"],
-    "loss.scale_start=101": ["loss: scale_start = 101 is outside scale_range = [0, 100]"],
-    "loss.scale_start=inf": ["loss.scale_start = inf", "finite"],
+    "loss.init_logit_scale=101": ["loss: init_logit_scale = 101 is outside scale_range = [0, 100]"],
+    "loss.init_logit_scale=inf": ["loss.init_logit_scale = inf", "finite"],
     "head.standardize=maybe": ["head.standardize = 'maybe'", "boolean"],
     "data.augment.flip=1.5": ["data.augment", "flip = 1.5", "between 0 and 1"],
     "tune.image=norms": ["tune.image = 'norms'", "['norms']"],
@@ -65,9 +65,9 @@ WRONG_OVERRIDES = {
     "tune.text=[\"norms(blocks='a:b')\"]": ["blocks='a:b'", "'6:'"],
     'tune.text=["norms("]': ["'norms('", "adapters(reduction=4)"],
     # what does not go together
-    "head.start=cca": ["head.start = 'cca'", "head.standardize = true"],
+    "head.init=cca": ["head.init = 'cca'", "head.standardize = true"],
     # overrides that are none
-    "nope": ["'nope'", "key=value", "train.batch=512"],
+    "nope": ["'nope'", "key=value", "train.batch_size=512"],
     "=3": ["'=3'", "key=value"],
     "image.tower.x=3": ["image.tower.x=3", "tower is a value, not a section"],
 }
@@ -117,12 +117,12 @@ def test_a_file_that_is_no_text_is_not_toml(tmp_path: Path) -> None:
 def test_a_file_says_only_what_it_has_otherwise(tmp_path: Path) -> None:
     """Sections are merged to any depth; values and lists are the file's own; overrides come last."""
     (tmp_path / "below").mkdir()
-    bottom = SMALL + "[tune]\nimage = ['norms', 'biases']\n[train]\nbatch = 8\nlr = 0.1\n"
+    bottom = SMALL + "[tune]\nimage = ['norms', 'biases']\n[train]\nbatch_size = 8\nlr = 0.1\n"
     _written(tmp_path / "below", bottom + "[data.augment]\nflip = 0.5\nrotate = 3.0\n")
-    (tmp_path / "middle.toml").write_text("extends = 'below/one.toml'\n[train]\nbatch = 16\n[head]\nwidth = 7\n")
+    (tmp_path / "middle.toml").write_text("extends = 'below/one.toml'\n[train]\nbatch_size = 16\n[head]\nwidth = 7\n")
     top = "extends = 'middle.toml'\n[tune]\nimage = ['mlp']\n[data.augment]\nrotate = 4.0\n[text]\npool = 'cls'\n"
     made = read_recipe(_written(tmp_path, top), ["train.epochs=2", "head.width=9"])
-    assert (made.train.batch, made.train.lr, made.train.epochs, made.head.width) == (16, 0.1, 2, 9)
+    assert (made.train.batch_size, made.train.lr, made.train.epochs, made.head.width) == (16, 0.1, 2, 9)
     assert made.tune.image == ["mlp"] and made.data.augment == Augment(flip=0.5, rotate=4.0)
     assert (made.text.tower, made.text.pool) == ("pip:multilingual-e5-small", "cls")
     assert "extends" not in made.to_dict()
@@ -150,9 +150,12 @@ def test_a_file_beside_it_comes_before_clasps_own(tmp_path: Path) -> None:
         ("extends = 'broken.toml'", r"broken.toml is not a TOML file"),
         (
             "extends = 'lilt/lwa'\n[train]\nbacth = 3",
-            r"lilt/lwa extends lilt/paper: unknown key 'train.bacth'; did you",
+            r"lilt/lwa extends lilt/base: unknown key 'train.bacth'; did you",
         ),
-        ("extends = 'odd.toml'", r"one.toml extends odd.toml: unknown key 'train.bacth'; did you mean train.batch"),
+        (
+            "extends = 'odd.toml'",
+            r"one.toml extends odd.toml: unknown key 'train.bacth'; did you mean train.batch_size",
+        ),
         (SMALL + "extends = 'lilt/lwa'", r"unknown key 'text.extends'; did you mean extends\?"),
     ],
 )
@@ -172,10 +175,12 @@ def test_what_a_file_below_augments_can_be_taken_back() -> None:
 
 
 def test_parts_of_a_batch_fit_into_it(small: Path) -> None:
-    assert read_recipe(small, ["loss.negatives=32", "train.batch=32"]).loss.negatives == 32
-    assert read_recipe(small, ["loss.negatives=32"]).train.batch == "auto", "then it is asked when there are pairs"
-    with pytest.raises(UserError, match=r"loss.negatives = 33 is more than the 32 pairs of a batch \(train.batch\)"):
-        read_recipe(small, ["loss.negatives=33", "train.batch=32"])
+    assert read_recipe(small, ["loss.negatives=32", "train.batch_size=32"]).loss.negatives == 32
+    assert read_recipe(small, ["loss.negatives=32"]).train.batch_size == "auto", "then it is asked when there are pairs"
+    with pytest.raises(
+        UserError, match=r"loss.negatives = 33 is more than the 32 pairs of a batch \(train.batch_size\)"
+    ):
+        read_recipe(small, ["loss.negatives=33", "train.batch_size=32"])
 
 
 # --- names, overrides, TOML ------------------------------------------------------------------------------------------
@@ -194,24 +199,24 @@ def test_overrides_read_as_toml_and_bare_words_as_strings(small: Path) -> None:
     changed = read_recipe(
         small,
         [
-            "train.batch=512",
+            "train.batch_size=512",
             "train.epochs=auto",
             "train.lr=3e-4",
             "head.standardize=true",
             'tune.image=["norms", "lora(rank=8)"]',
-            "image.ground=[0, 0, 0]",
+            "image.background=[0, 0, 0]",
             "text.prefix=query: ",
             "data.train=/pictures/a b=c.csv",
             'data.val="quoted"',
             "data.languages=['sw', 'yo']",
             "data.columns.caption=title",
             "data.augment.flip=0.5",
-            "train.batch=256",
+            "train.batch_size=256",
         ],
     )
-    assert changed.train.batch == 256 and changed.train.epochs == "auto" and changed.train.lr == 3e-4
+    assert changed.train.batch_size == 256 and changed.train.epochs == "auto" and changed.train.lr == 3e-4
     assert changed.head.standardize is True and changed.tune.image == ["norms", "lora(rank=8)"]
-    assert changed.image.ground == (0, 0, 0) and changed.text.prefix == "query: "
+    assert changed.image.background == (0, 0, 0) and changed.text.prefix == "query: "
     assert changed.data.train == "/pictures/a b=c.csv" and changed.data.val == "quoted"
     assert changed.data.languages == ["sw", "yo"]
     assert changed.data.columns == ColumnNames(caption="title") and changed.data.augment == Augment(flip=0.5)
@@ -240,14 +245,14 @@ def test_shipped_recipes_read_and_go_through_toml_unchanged(name: str) -> None:
 
 def test_a_trunk_shares_its_blocks_where_nothing_else_is_said_of_them() -> None:
     def kept(*said: str) -> tuple:
-        recipe = read_recipe("beyond/adapters", ["share.trunk=text", *said])
+        recipe = read_recipe("peft/adapters", ["share.trunk=text", *said])
         assert recipe.to_dict()["share"]["attention"] == recipe.share.attention
         return recipe.share.policy.attention, recipe.share.policy.ffn, recipe.share.policy.layers
 
     assert kept() == ("shared", "shared", None)
     assert kept("share.norm1=shared", "share.layers=2:") == ("shared", "shared", "2:")
     assert kept("share.attention=separate") == ("separate", "shared", None)
-    assert read_recipe("beyond/adapters").share is None
+    assert read_recipe("peft/adapters").share is None
 
 
 def test_every_kind_of_value_goes_through_toml_unchanged(small: Path) -> None:
@@ -269,7 +274,7 @@ def test_every_kind_of_value_goes_through_toml_unchanged(small: Path) -> None:
 
 
 def test_there_are_the_recipes_that_the_documents_name() -> None:
-    lilt = {f"lilt/{name}" for name in ("paper", "clip", "lit", "heads", "layernorm", "bitfit", "last", "da", "lwa")}
+    lilt = {f"lilt/{name}" for name in ("base", "clip", "lit", "heads", "layernorm", "bitfit", "last", "da", "lwa")}
     assert {"start", "demo", *lilt} <= set(builtin_recipes())
 
 

@@ -16,29 +16,29 @@ from toyruns import delta, lines, run, save_image_tower, save_text_tower
 
 NAMES = sorted(name for name in builtin_recipes() if name.startswith(("beyond/", "top/")))
 OURS = {  # in the towers, image and text; heads and scale train besides
-    "beyond/towers": (0, 0),
+    "peft/towers": (0, 0),
     # two bottlenecks of 384 to 96 and two norms in each of 12 blocks; the norm behind, or before, all of them
-    "beyond/adapters": (12 * 2 * (2 * 384 * 96 + 96 + 384) + 25 * 2 * 384,) * 2,
+    "peft/adapters": (12 * 2 * (2 * 384 * 96 + 96 + 384) + 25 * 2 * 384,) * 2,
     # DINOv2's block has two layer scales; its tail is the final norm
-    "beyond/deep": (12 * 384**2 + 13 * 384 + 4 * 384, 12 * 384**2 + 13 * 384),
+    "peft/deep": (12 * 384**2 + 13 * 384 + 4 * 384, 12 * 384**2 + 13 * 384),
     # four layers of attention in each block, 384 wide both ways
-    "beyond/lora": ((6 * 4 + 6 * 12) * 4 * 768, (12 + 6 * 4 + 5 * 12) * 4 * 768),
-    "beyond/dora": (12 * 4 * (8 * 768 + 384),) * 2,
-    "top/lora": (4 * 8 * 4 * 768,) * 2,
-    "top/lwa": (4 * 2 * (2 * 384 * 96 + 96 + 384) + 8 * 2 * 384,) * 2,
+    "peft/lora": ((6 * 4 + 6 * 12) * 4 * 768, (12 + 6 * 4 + 5 * 12) * 4 * 768),
+    "peft/dora": (12 * 4 * (8 * 768 + 384),) * 2,
+    "partial/lora": (4 * 8 * 4 * 768,) * 2,
+    "partial/lwa": (4 * 2 * (2 * 384 * 96 + 96 + 384) + 8 * 2 * 384,) * 2,
 }
-PAGE = "beyond/towers"
-SAME_AS_ADAPTERS = ("beyond/positives", "beyond/rates", "beyond/sigmoid")
+PAGE = "peft/towers"
+SAME_AS_ADAPTERS = ("peft/positives", "peft/rates", "peft/sigmoid")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_builds_on_shapes_alone(name: str):
     counts = build_model(read_recipe(name), meta=True).parameter_counts()
-    of = "beyond/adapters" if name in SAME_AS_ADAPTERS else name
+    of = "peft/adapters" if name in SAME_AS_ADAPTERS else name
     if of in OURS:
         assert (counts["image"].trained, counts["text"].trained) == OURS[of]
     assert counts["model"].percent < 7, "LilT's budget"
-    assert counts["scale"].trained == (2 if name == "beyond/sigmoid" else 1)
+    assert counts["scale"].trained == (2 if name == "peft/sigmoid" else 1)
     if name != PAGE:
         model = counts["model"]
         assert f"# {model.trained:,} parameters train ({model.percent:.2f} %)." in builtin_recipes()[name].read_text()
@@ -46,10 +46,10 @@ def test_builds_on_shapes_alone(name: str):
 
 
 def test_they_set_what_they_say():
-    heads = {name: build_model(read_recipe(f"beyond/{name}"), meta=True).image_head.map for name in ("glu", "mlp")}
+    heads = {name: build_model(read_recipe(f"peft/{name}"), meta=True).image_head.map for name in ("glu", "mlp")}
     assert isinstance(heads["glu"], GatedLinear) and isinstance(heads["mlp"], LinearWithMLP)
-    sigmoid, rates, positives = (read_recipe(f"beyond/{name}") for name in ("sigmoid", "rates", "positives"))
-    assert sigmoid.loss.kind == "sigmoid" and sigmoid.train.batch == 4096 and sigmoid.train.micro_batch == "auto"
+    sigmoid, rates, positives = (read_recipe(f"peft/{name}") for name in ("sigmoid", "rates", "positives"))
+    assert sigmoid.loss.kind == "sigmoid" and sigmoid.train.batch_size == 4096 and sigmoid.train.micro_batch == "auto"
     assert sigmoid.loss.negatives == "all", "every image meets every caption"
     factors = rates.train.lr_factors
     assert factors.head > factors.new > factors.norm, "what is new moves faster than what is to be kept"
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["beyond/lora", "beyond/positives", "beyond/rates", "beyond/sigmoid"])
+@pytest.mark.parametrize("name", ["peft/lora", "peft/positives", "peft/rates", "peft/sigmoid"])
 def test_trains(name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CLASP_CACHE", str(folder / "cache"))
     made = read_recipe(
@@ -87,9 +87,9 @@ def test_trains(name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
             f"image.tower=file:{folder / 'image'}",
             f"text.tower=file:{folder / 'text'}",
             f"data.train={folder / 'pairs' / 'pairs.csv'}",
-            "train.batch=16",
+            "train.batch_size=16",
             "train.epochs=2",
-            "train.keep=last",
+            "train.select=last",
             "train.precision=float32",
         ],
     )

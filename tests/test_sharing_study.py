@@ -32,7 +32,7 @@ from studies.sharing.world import World
 from clasp.config.build import build_model
 from toystudies import write_drawings, write_photos
 
-FEW = ("train.batch=16", "image.net.layers=2", "text.net.layers=2", "text.net.vocabulary=300", "train.keep=last")
+FEW = ("train.batch_size=16", "image.net.layers=2", "text.net.layers=2", "text.net.vocabulary=300", "train.select=last")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,10 @@ def test_every_row_can_be_built(row):
 
 
 def test_rows_of_equal_parameters_have_them():
-    total = {row.name: build_model(Cell(row, 1e-3, 1, 0).recipe, meta=True).parameter_counts()["model"].total for row in SCRATCH}
+    total = {
+        row.name: build_model(Cell(row, 1e-3, 1, 0).recipe, meta=True).parameter_counts()["model"].total
+        for row in SCRATCH
+    }
     assert total["nothing shared, as many parameters as MS-CLIP"] == pytest.approx(total[MSCLIP.name], rel=0.06)
     assert total["MS-CLIP, as many parameters as CLIP"] == pytest.approx(total[NOTHING.name], rel=0.06)
 

@@ -60,18 +60,18 @@ class Ready(NamedTuple):
 
 
 def ready(towers: Path, pairs: Path, *overrides: str, method: str = "lora", start: str = "gradient") -> Ready:
-    spec = f"[\"{method}(rank={RANK}, blocks='1:', start='{start}')\"]"
+    spec = f"[\"{method}(rank={RANK}, blocks='1:', init='{start}')\"]"
     made = recipe(towers, pairs, f"tune.image={spec}", f"tune.text={spec}", "head.standardize=false", *overrides)
     parts = build_model_and_preprocessing(made)
     parts.model.eval()
-    if made.train.recompute == "blocks":
+    if made.train.activation_checkpointing == "blocks":
         parts.model.image.enable_activation_checkpointing()
         parts.model.text.enable_activation_checkpointing()
     train, _ = open_training_pairs(made)
     inputs, listing = build_feature_source(parts, made), PairIndex(train)
     sides = inputs.image_reader(train, None), inputs.text_reader(listing)
-    assert made.train.batch != "auto"
-    batches = PairLoader(listing, *sides, batch_size=made.train.batch, seed=made.train.seed)
+    assert made.train.batch_size != "auto"
+    batches = PairLoader(listing, *sides, batch_size=made.train.batch_size, seed=made.train.seed)
     return Ready(parts.model, batches, build_loss(made.loss), made)
 
 
@@ -130,8 +130,8 @@ def test_the_model_begins_as_what_it_was(towers: Path, pairs: Path):
 
 WAYS = {
     "in pieces": ["train.micro_batch=5"],
-    "from kept states": ["data.features=float32"],
-    "in blocks computed twice": ["train.recompute=blocks"],
+    "from kept states": ["data.feature_cache=float32"],
+    "in blocks computed twice": ["train.activation_checkpointing=blocks"],
     "in bfloat16": ["train.precision=bfloat16"],
 }
 
@@ -139,8 +139,8 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_directions(way: str, towers: Path, pairs: Path):
     """However the gradient is computed: as from live inputs in one piece."""
-    plain = ready(towers, pairs, "data.features=off")
-    other = ready(towers, pairs, "data.features=off", *WAYS[way])
+    plain = ready(towers, pairs, "data.feature_cache=off")
+    other = ready(towers, pairs, "data.feature_cache=off", *WAYS[way])
     assert isinstance(next(other.batches.epoch(0)).image, HiddenStates) == (way == "from kept states")
     one, two = plain.start(), other.start()
     for name in (name for name in one if name.endswith("lora_A.default.weight")):
@@ -153,7 +153,7 @@ def test_only_those_that_ask(towers: Path, pairs: Path):
     random = ready(towers, pairs, start="random")
     before = {name: p.detach().clone() for name, p in random.model.named_parameters()}
     assert all(torch.equal(p, before[name]) for name, p in random.start().items())
-    spec = "[\"lora(rank=1, blocks=':1')\", \"lora(rank=2, blocks='1:', start='gradient')\"]"
+    spec = "[\"lora(rank=1, blocks=':1')\", \"lora(rank=2, blocks='1:', init='gradient')\"]"
     given = ready(towers, pairs, f"tune.image={spec}", 'tune.text=["norms"]')
     before = {name: p.detach().clone() for name, p in given.model.named_parameters()}
     moved = {name for name, p in given.start().items() if not torch.equal(p, before[name])}
@@ -175,7 +175,7 @@ def test_a_gradient_that_is_not_finite_is_refused(towers: Path, pairs: Path):
 
 def lowered_by_one_step(start: str, seed: int, towers: Path, pairs: Path) -> float:
     """How much lower the loss on other batches is after one step of the low-rank updates alone."""
-    given = ready(towers, pairs, f"train.seed={seed}", "train.batch=32", start=start)
+    given = ready(towers, pairs, f"train.seed={seed}", "train.batch_size=32", start=start)
     given.start()
     model = given.model
     model.select([name for name in model.selection if "lora_" in name])
@@ -218,10 +218,10 @@ class StopAt(SilentReporter):
 
 
 RUNS = {
-    "live": ["data.features=off", "head.noise=0.3"],
-    "from kept states": ["train.keep=last"],
+    "live": ["data.feature_cache=off", "head.noise=0.3"],
+    "from kept states": ["train.select=last"],
     "dora, sigmoid": [
-        'tune.image=["dora(rank=2, start=\'gradient\')", "norms"]',
+        'tune.image=["dora(rank=2, init=\'gradient\')", "norms"]',
         "loss.kind=sigmoid",
         "head.standardize=false",
     ],
@@ -232,7 +232,7 @@ RUNS = {
 def test_a_run_repeats_itself_stops_and_goes_on(
     way: str, towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    spec = "[\"lora(rank=2, blocks='1:', start='gradient')\"]"
+    spec = "[\"lora(rank=2, blocks='1:', init='gradient')\"]"
     made = recipe(towers, pairs, f"tune.image={spec}", f"tune.text={spec}", *RUNS[way])
     run(made, tmp_path / "one")
     run(made, tmp_path / "two")

@@ -67,7 +67,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "image": {"tower": f"file:{folder / 'image'}"},
         "text": {"tower": f"file:{folder / 'text'}"},
         "head": {"width": 16},
-        "train": {"batch": 16, "epochs": 1, "lr": 1e-4, "precision": "float32", "keep": "last", "log_every": 1},
+        "train": {"batch_size": 16, "epochs": 1, "lr": 1e-4, "precision": "float32", "select": "last", "log_every": 1},
     }
     file = folder / "common.toml"
     file.write_text(tomlkit.dumps(recipe), encoding="utf-8")
@@ -176,7 +176,7 @@ def test_pairs_of_a_seed_are_nested_and_differ_between_seeds(photos: Photos):
 
 def test_heads_start_where_clasp_would_start_them(photos: Photos):
     first = drawn(photos._train, 60, 0)
-    plain, own = (read_recipe(photos.file, changes) for changes in ([], ["head.standardize=true", "head.start=cca"]))
+    plain, own = (read_recipe(photos.file, changes) for changes in ([], ["head.standardize=true", "head.init=cca"]))
     ours, theirs = build_model_and_preprocessing(plain), build_model_and_preprocessing(own)
     inputs = build_feature_source(ours, plain)
     rows = photos._rows(ours, inputs, first)

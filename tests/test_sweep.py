@@ -120,7 +120,7 @@ MISTAKES = {
     "the same twice": (["train.lr=0.001,1e-3"], "train.lr=1e-3: this is the same recipe as with train.lr=0.001"),
     "other questions": (["data.val_fraction=0.2,0.3"], "validated on"),
     "matches nothing": (['tune.text=["norms"],["match(\'x\')"]'], "with tune.text=.*matches nothing"),
-    "too large a batch": (["train.batch=8,1000"], "with train.batch=1000: .* is more than the"),
+    "too large a batch": (["train.batch_size=8,1000"], "with train.batch_size=1000: .* is more than the"),
     "no such tower": (["image.tower=file:{towers}/image,file:void"], "with image.tower=file:void: .*no folder void"),
     "no such data": (["data.train={pairs},pears.csv", "data.val={pairs}"], "pears.csv does not exist"),
 }
@@ -307,9 +307,9 @@ def test_a_recipe_that_was_edited_makes_other_runs(toml: str, tmp_path: Path) ->
 
 
 def test_what_auto_has_become_is_no_other_setting(toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = swept(toml, tmp_path / "runs", "train.batch=auto", grid=GRID[:1])
+    done = swept(toml, tmp_path / "runs", "train.batch_size=auto", grid=GRID[:1])
     monkeypatch.setattr(sweeping, "train_recipe", None)
-    assert swept(toml, tmp_path / "runs", "train.batch=auto", grid=GRID[:1]) == done
+    assert swept(toml, tmp_path / "runs", "train.batch_size=auto", grid=GRID[:1]) == done
 
 
 # --- runs that fail --------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from toytowers import NETS
 
-BRANCH = "branch(before=(1,))"
+BRANCH = "conv_branch(before=(1,))"
 METHODS = (
     "full", "none", "norms", "biases", "attention", "mlp", "last(1)", "adapters", "adapters(place='input')",
     "deep(1)", "deep(1, init='random')", "lora(rank=2)", "lora(rank=2, targets='all')", "prompts(3)", "match('*.1.*')",

@@ -64,7 +64,7 @@ def recipe(towers: Path, train: str | Path, *overrides: str) -> Recipe:
         "text": {"tower": f"file:{towers / 'text'}"},
         "head": {"width": 16, "standardize": True},
         "data": {"train": str(train), "val_fraction": 0.25},
-        "train": {"batch": 16, "epochs": 3, "lr": 3e-3, "precision": "float32", "seed": 1, "log_every": 2},
+        "train": {"batch_size": 16, "epochs": 3, "lr": 3e-3, "precision": "float32", "seed": 1, "log_every": 2},
     }
     return recipe_from_dict(given, "toy").with_overrides(overrides)
 

@@ -81,7 +81,7 @@ TEXT_NETS = {
     "own-bert": lambda: _own(
         TextTransformer(
             TextTransformerSettings(
-                **_OWN_TEXT, order="post", entry_norm=True, attention="bidirectional", token_width=16
+                **_OWN_TEXT, norm_position="post", entry_norm=True, attention="bidirectional", token_width=16
             )
         )
     ),

@@ -35,7 +35,7 @@ _RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A TOML file, or one of clasp's own: start, lilt/lwa, …")
 ]
 _OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. train.batch=512")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. train.batch_size=512")
 ]
 _RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 _JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
@@ -163,9 +163,12 @@ def import_(
     lateral: Annotated[
         str | None, typer.Option("--lateral", help="msclip: layers that the branch joins; 2,4,6,8,10 if left out.")
     ] = None,
-    overlong: Annotated[
-        str, typer.Option("--overlong", help="msclip: cut | lost, which is how the released code reads long captions.")
-    ] = "cut",
+    truncation: Annotated[
+        str,
+        typer.Option(
+            "--truncation", help="msclip: keep_eos | drop_eos, which is how the released code reads long captions."
+        ),
+    ] = "keep_eos",
 ) -> None:
     """Make a run of a checkpoint that another paper's code left. Nothing in the file is run."""
     from clasp.commands.import_checkpoint import import_checkpoint
@@ -178,7 +181,7 @@ def import_(
         image_heads=image_heads,
         text_heads=text_heads,
         lateral=lateral,
-        overlong=overlong,
+        truncation=truncation,
     )
     told = import_checkpoint(kind, checkpoint, run, wanted).report
     for line in told.lines:

@@ -20,7 +20,7 @@ from typing import Literal, Protocol, runtime_checkable
 from studies.asking import Answer
 from studies.lilt import costs
 from studies.lilt.starts import Start
-from studies.records import Record, Results, machine
+from studies.records import Record, Results, as_recorded, machine
 
 from clasp.commands.train import build_feature_source, train_recipe
 from clasp.config.build import ModelAndPreprocessing, build_model_and_preprocessing
@@ -104,8 +104,9 @@ class Cell:
 
     def key(self, common: Path) -> str:
         """Of everything that decides its numbers, but for versions of software; ``common`` is the recipe's file."""
-        recipe = [tomllib.loads(common.read_text(encoding="utf-8")), self.row.changes, self.row.start, self.rate]
-        facts = [WRITTEN, self.world, recipe, self.pairs, self.seed, self.purpose]
+        recipe = as_recorded(tomllib.loads(common.read_text(encoding="utf-8")))
+        row = [recipe, self.row.changes, self.row.start, self.rate]
+        facts = [WRITTEN, self.world, row, self.pairs, self.seed, self.purpose]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
@@ -177,7 +178,9 @@ class Runner:
     def _start(self, cell: Cell, recipe: Recipe, parts: ModelAndPreprocessing) -> Start:
         """Of the untouched towers once for all rows; where they say something else than these, of the row's own."""
         if cell.row.start == "own":
-            return self.world.start(parts, build_feature_source(parts, recipe.with_overrides(["data.features=off"])), None)
+            return self.world.start(
+                parts, build_feature_source(parts, recipe.with_overrides(["data.feature_cache=off"])), None
+            )
         towers = json.dumps([recipe.to_dict()["image"], recipe.to_dict()["text"]], sort_keys=True)
         if towers not in self._bases:
             untouched = recipe.with_overrides(['tune.image=["none"]', 'tune.text=["none"]', "train.seed=0"])

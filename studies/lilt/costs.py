@@ -25,7 +25,7 @@ ADAM = 3  # numbers beside each weight that trains: its gradient, and the optimi
 def counted(parts: ModelAndPreprocessing, recipe: Recipe, pairs: Pairs) -> dict[str, Any]:
     """One step on all of ``pairs``. ``flops`` and ``kept_bytes`` (for the backward pass) are of a pair, the latter from
     a whole batch; ``fixed_bytes`` are the weights, and for those that train gradient and optimizer."""
-    model, recipe = parts.model, recipe.with_overrides(["data.features=off"])
+    model, recipe = parts.model, recipe.with_overrides(["data.feature_cache=off"])
     inputs, listing = build_feature_source(parts, recipe), PairIndex(pairs)
     sides = inputs.image_reader(pairs, None), inputs.text_reader(listing)
     batch = next(PairLoader(listing, *sides, batch_size=len(pairs), seed=0).epoch(0))

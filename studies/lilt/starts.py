@@ -1,7 +1,7 @@
 """Where the heads of every row start: in closed form, from what the towers say before anything trains.
 
 In: towers and pairs. Out: plain linear heads put into a model, and a scale. Clasp can do the same at the beginning of a
-run (``head.start = "cca"``), but would run both towers over the pairs in every cell; here it is done once for all rows
+run (``head.init = "cca"``), but would run both towers over the pairs in every cell; here it is done once for all rows
 that start from the same function.
 """
 

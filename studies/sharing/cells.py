@@ -29,7 +29,7 @@ TOKENS = 8  # of a caption whose arithmetic is counted, about the mean of the pa
 def run(cell: Cell, world: World, results: Results) -> Record:
     """Train, ask (where that is the purpose), write down."""
     recipe = cell.recipe
-    pairs = world.pairs(cell.steps * int(recipe.train.batch), cell.seed)
+    pairs = world.pairs(cell.steps * int(recipe.train.batch_size), cell.seed)
     parts = build_model_and_preprocessing(recipe, lambda: PairIndex(pairs[0]).texts)
     with tempfile.TemporaryDirectory() as folder:
         done = train_recipe(recipe, Path(folder) / "run", say=lambda line: None, pairs=pairs, parts=parts)

@@ -125,9 +125,9 @@ def _sizes(cell: Cell, known: Sequence[Record]) -> dict[str, object]:
     different = known[0]["different_pairs"] if known else None
     return {
         **{key: net[key] for key in ("layers", "width", "size", "patch")},
-        **{"steps": cell.steps, "batch": train["batch"], "precision": train["precision"]},
+        **{"steps": cell.steps, "batch": train["batch_size"], "precision": train["precision"]},
         "pairs": f"{different:,}" if different else "–",
-        "turns": f"{cell.steps * train['batch'] / different:.0f}" if different else "–",
+        "turns": f"{cell.steps * train['batch_size'] / different:.0f}" if different else "–",
     }
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from studies.records import Record
+from studies.records import Record, as_recorded
 
 from clasp.config.recipe import Recipe, read_recipe
 
@@ -108,7 +108,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Of everything that decides its numbers, but for versions of software."""
-        recipe = [tomllib.loads(self.row.file.read_text(encoding="utf-8")), self.row.changes]
+        recipe = [as_recorded(tomllib.loads(self.row.file.read_text(encoding="utf-8"))), self.row.changes]
         facts = [WRITTEN, recipe, self.rate, self.steps, self.seed, self.purpose]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -189,5 +189,5 @@ def test_what_cannot_be_asked_is_refused():
         gradient_agreement(model(SharingSettings()), batch(), LOSSES["infonce"])
     given = batch()
     cached = Batch(given.ids, PooledFeatures(torch.zeros(5, 32)), given.text, given.groups)
-    with pytest.raises(UserError, match=r"data\.features = 'off'"):
+    with pytest.raises(UserError, match=r"data\.feature_cache = 'off'"):
         gradient_agreement(model(SHARED), cached, LOSSES["infonce"])

@@ -34,14 +34,14 @@ def walked(tower: Tower, read: Pixels | Tokens) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {"norm1": [], "attention": [], "norm2": [], "map": []}
     for block in net.blocks:
         gammas = [1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2)]
-        if block.order == "pre":
+        if block.norm_position == "pre":
             norm1 = block.norm1(x)
-            attention, seen = block.attn(norm1, mask), block.attn.map(norm1, mask)
+            attention, seen = block.attn(norm1, mask), block.attn.attention_weights(norm1, mask)
             x = x + gammas[0] * attention
             norm2 = block.norm2(x)
             x = x + gammas[1] * block.mlp(norm2)
         else:
-            attention, seen = block.attn(x, mask), block.attn.map(x, mask)
+            attention, seen = block.attn(x, mask), block.attn.attention_weights(x, mask)
             norm1 = block.norm1(x + gammas[0] * attention)
             x = norm2 = block.norm2(norm1 + gammas[1] * block.mlp(norm1))
         for point, states in (("norm1", norm1), ("attention", attention), ("norm2", norm2), ("map", seen)):

@@ -26,7 +26,7 @@ FIRST_DRAWS = [129745503399974868, 2377483205311176162, 4349422948805191298]
 
 
 def batches(pairs: Sequence[Pair], **settings) -> PairLoader:
-    settings = {"batch": 4, "seed": 3} | settings
+    settings = {"batch_size": 4, "seed": 3} | settings
     augment = settings.pop("augment", None)
     return PairLoader(pairs, LiveImageReader(TRANSFORM, augment), LiveTextReader(word_tokenizer()), **settings)
 
@@ -88,7 +88,7 @@ def test_rows_are_what_the_slow_way_gives():
     pairs = small_pairs(10)
     by_id = {pair.id: pair for pair in pairs}
     tokenizer = word_tokenizer()
-    for batch in batches(pairs, batch=5).epoch(2):
+    for batch in batches(pairs, batch_size=5).epoch(2):
         for row, id_ in enumerate(batch.ids):
             pair = by_id[id_]
             assert torch.equal(pixels(batch)[row], TRANSFORM(pair.image.read()))
@@ -106,7 +106,7 @@ def test_a_drawn_caption_changes_with_the_epoch_and_all_come_up():
 
 def test_all_captions_are_samples():
     pairs = small_pairs(7)
-    stream = batches(pairs, captions="all", batch=5, drop_last=False)
+    stream = batches(pairs, captions="all", batch_size=5, drop_last=False)
     captions = sum(len(pair.captions) for pair in pairs)
     assert stream.num_samples == captions and len(stream) == -(-captions // 5)
     tokenizer = word_tokenizer()
@@ -133,7 +133,7 @@ def test_augmentation_differs_between_epochs_and_repeats_with_the_seed():
 
 def test_the_number_of_workers_changes_nothing():
     pairs = small_pairs(14, damaged={5})
-    settings = {"augment": AUGMENT, "batch": 4}
+    settings = {"augment": AUGMENT, "batch_size": 4}
     torch.manual_seed(0)
     before = torch.get_rng_state()
     here, there = batches(pairs, **settings), batches(pairs, **settings, workers=2)
@@ -174,7 +174,7 @@ def test_groups_number_the_group_and_the_exact_caption():
         return Pair(str(number), small_pairs(1)[0].image, (Caption(caption),), group)
 
     pairs = [pair(0, "a cat", "x"), pair(1, "a cat", "y"), pair(2, "A cat", "x"), pair(3, "dog", "z")]
-    batch = next(batches(pairs, batch=4).epoch(0))
+    batch = next(batches(pairs, batch_size=4).epoch(0))
     rows = {int(id_): row.tolist() for id_, row in zip(batch.ids, batch.groups, strict=True)}
     assert rows[0][0] == rows[2][0] and len({rows[number][0] for number in (0, 1, 3)}) == 3
     assert rows[0][1] == rows[1][1] and len({rows[number][1] for number in (0, 2, 3)}) == 3
@@ -185,20 +185,20 @@ def test_groups_number_the_group_and_the_exact_caption():
 
 def test_a_batch_larger_than_the_data_is_an_error_that_names_both():
     with pytest.raises(UserError, match="batch = 64, and there are 5 samples"):
-        batches(small_pairs(5), batch=64)
+        batches(small_pairs(5), batch_size=64)
     with pytest.raises(UserError, match="batch = 0"):
-        batches(small_pairs(5), batch=0)
+        batches(small_pairs(5), batch_size=0)
     with pytest.raises(UserError, match="no pairs"):
-        batches([], batch=1, drop_last=False)
+        batches([], batch_size=1, drop_last=False)
 
 
 def test_the_short_batch_at_the_end_is_dropped_or_kept():
     pairs = small_pairs(10)
     assert [len(batch.ids) for batch in batches(pairs).epoch(0)] == [4, 4]
     assert [len(batch.ids) for batch in batches(pairs, drop_last=False).epoch(0)] == [4, 4, 2]
-    assert [len(batch.ids) for batch in batches(pairs, batch=10).epoch(0)] == [10]
+    assert [len(batch.ids) for batch in batches(pairs, batch_size=10).epoch(0)] == [10]
     # whoever keeps short batches may have one alone
-    assert [len(batch.ids) for batch in batches(pairs, batch=64, drop_last=False).epoch(0)] == [10]
+    assert [len(batch.ids) for batch in batches(pairs, batch_size=64, drop_last=False).epoch(0)] == [10]
 
 
 # --- bad samples -----------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_pairs_on_disk_in_workers_with_a_file_that_went_away(tmp_path: Path):
 def test_a_batch_may_be_empty_and_keeps_its_place():
     pairs = small_pairs(6, damaged={0, 1})
     for seed in range(100):
-        got = list(batches(pairs, batch=2, seed=seed).epoch(0))
+        got = list(batches(pairs, batch_size=2, seed=seed).epoch(0))
         assert len(got) == 3
         empty = [batch for batch in got if not batch.ids]
         if empty:
@@ -286,7 +286,7 @@ def refuse(ask: int) -> int:
 
 def test_a_worker_that_hangs_becomes_an_error():
     pairs = [Pair(str(number), SlowSource(), (Caption("a"),), str(number)) for number in range(2)]
-    stream = batches(pairs, batch=1, workers=1, timeout_seconds=1.0)
+    stream = batches(pairs, batch_size=1, workers=1, timeout_seconds=1.0)
     with pytest.raises(UserError, match=r"workers = 1: .*timed out.*workers = 0"):
         next(stream.epoch(0))
 
@@ -319,7 +319,9 @@ def test_one_pass_at_a_time():
 def test_images_come_in_order_with_the_ids_of_those_that_could_be_read(workers):
     pairs = small_pairs(7, damaged={1, 4, 5})
     bad: list[SkippedSample] = []
-    got = list(iter_image_batches([(p.id, p.image) for p in pairs], TRANSFORM, 2, workers=workers, on_skipped=bad.extend))
+    got = list(
+        iter_image_batches([(p.id, p.image) for p in pairs], TRANSFORM, 2, workers=workers, on_skipped=bad.extend)
+    )
     assert [ids for ids, _ in got] == [["pair 0"], ["pair 2", "pair 3"], ["pair 6"]]
     assert [name for name, _ in bad] == ["pair 1", "pair 4", "pair 5"]
     assert torch.equal(got[1][1].values[1], TRANSFORM(pairs[3].image.read()))

@@ -86,7 +86,7 @@ def small_pairs(count: int, **settings) -> Pairs:
 
 
 def images(tower: ImageTower, pairs: Pairs, cache: Path, **settings) -> CachedFeatures:
-    return image_features(tower, pairs, TRANSFORM, cache_folder=cache, **{"batch": 4, **settings})
+    return image_features(tower, pairs, TRANSFORM, cache_folder=cache, **{"batch_size": 4, **settings})
 
 
 def texts(tower: TextTower, said: Sequence[str], cache: Path, **settings) -> CachedFeatures:
@@ -124,7 +124,7 @@ def test_a_second_call_computes_nothing(tmp_path: Path):
     first = images(tower, pairs, tmp_path, progress=lambda *at: done.append(at))
     assert done == [(4, 10), (8, 10), (10, 10)] and tower.calls == [4, 4, 2]
     stamp = the_file(tmp_path).stat().st_mtime_ns
-    second = images(tower, pairs, tmp_path, progress=lambda *at: done.append(at), batch=3)
+    second = images(tower, pairs, tmp_path, progress=lambda *at: done.append(at), batch_size=3)
     assert len(done) == len(tower.calls) == 3 and the_file(tmp_path).stat().st_mtime_ns == stamp
     assert np.array_equal(first.kept.stored, second.kept.stored)
 
@@ -153,7 +153,7 @@ def test_whatever_decides_the_values_has_its_own_file(tmp_path: Path):
     texts(TextTower(), ["a", "a cat"], tmp_path)
     assert len(list((tmp_path / "features").glob("*.npy"))) == 9
     # these decide nothing
-    images(ImageTower(), pairs, tmp_path, batch=2, augment=AUGMENT, seed=9)
+    images(ImageTower(), pairs, tmp_path, batch_size=2, augment=AUGMENT, seed=9)
     texts(TextTower(), ["a cat", "a", "a"], tmp_path)
     assert len(list((tmp_path / "features").glob("*.npy"))) == 9
 
@@ -215,7 +215,7 @@ def sides(pairs: Pairs, cache: Path):
     return listing, image, text
 
 
-@pytest.mark.parametrize("captions", ["draw", "all"])
+@pytest.mark.parametrize("captions", ["sample", "all"])
 def test_replay_equals_encoding_live_whichever_side_is_cached(tmp_path: Path, captions):
     pairs = small_pairs(30, damaged={3, 11})
     listing, cached_image, cached_text = sides(pairs, tmp_path)
@@ -228,7 +228,7 @@ def test_replay_equals_encoding_live_whichever_side_is_cached(tmp_path: Path, ca
             text = batch.text.values if isinstance(batch.text, PooledFeatures) else text_tower.pooled(batch.text)
         return image, text
 
-    settings = {"batch": 6, "seed": 1, "captions": captions}
+    settings = {"batch_size": 6, "seed": 1, "captions": captions}
     live = PairLoader(pairs, live_image, live_text, **settings)
     replays = [
         PairLoader(listing, cached_image, cached_text, **settings),
@@ -270,7 +270,9 @@ def test_replay_reads_neither_images_nor_pairs(tmp_path: Path):
 def test_views_take_turns(tmp_path: Path):
     pairs = small_pairs(4)
     features = images(ImageTower(), pairs, tmp_path, views=3, augment=AUGMENT)
-    stream = PairLoader(pairs, CachedImageReader(features, pairs), LiveTextReader(word_tokenizer()), batch_size=4, seed=0)
+    stream = PairLoader(
+        pairs, CachedImageReader(features, pairs), LiveTextReader(word_tokenizer()), batch_size=4, seed=0
+    )
     number = {pair.id: at for at, pair in enumerate(pairs)}
     seen = set()
     for epoch in range(30):
@@ -306,7 +308,7 @@ def test_features_of_other_pairs_or_texts_are_refused(tmp_path: Path):
     said = [caption.text for pair in reversed(pairs) for caption in pair.captions] * 2
     one = CachedTextReader(texts(TextTower(), said, tmp_path), listing)
     two = CachedTextReader(texts(TextTower(), listing.texts, tmp_path), listing)
-    settings = {"batch": 6, "seed": 0}
+    settings = {"batch_size": 6, "seed": 0}
     for a, b in zip(
         PairLoader(listing, CachedImageReader(features, pairs), one, **settings).epoch(0),
         PairLoader(listing, CachedImageReader(features, pairs), two, **settings).epoch(0),
@@ -494,7 +496,9 @@ def test_rows_that_were_never_read_stay_nan_in_every_storage(tmp_path: Path):
 
 def test_what_half_precision_cannot_hold_is_an_error(tmp_path: Path):
     values = torch.tensor([[1.0, 70000.0]])
-    with pytest.raises(UserError, match=r"reach 7e\+04, which float16 cannot hold; set data.features = 'bfloat16'"):
+    with pytest.raises(
+        UserError, match=r"reach 7e\+04, which float16 cannot hold; set data.feature_cache = 'bfloat16'"
+    ):
         load_or_compute(tmp_path, {}, (1, 2), lambda w: w.write(np.arange(1), values), storage="float16")
     assert list(tmp_path.iterdir()) == []
 
@@ -513,6 +517,8 @@ def test_what_is_skipped_is_known_after_reading_back(tmp_path: Path):
         list(again.skipped) == [6] and isinstance(again.skipped[6], SkippedSample) and again.skipped[6].id == "pair 6"
     )
     batch = next(
-        PairLoader(pairs, CachedImageReader(again, pairs), LiveTextReader(word_tokenizer()), batch_size=10, seed=0).epoch(0)
+        PairLoader(
+            pairs, CachedImageReader(again, pairs), LiveTextReader(word_tokenizer()), batch_size=10, seed=0
+        ).epoch(0)
     )
     assert len(batch.ids) == 9 and not pooled(batch.image).isnan().any() and batch.skipped[0].id == "pair 6"

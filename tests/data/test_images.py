@@ -118,7 +118,7 @@ def test_alpha_shows_the_ground() -> None:
     values = np.zeros((1, 3, 4), dtype=np.uint8)
     values[0] = [(200, 100, 0, 255), (200, 100, 0, 0), (200, 100, 0, 51)]  # opaque, clear, one fifth
     want = np.array([[(200, 100, 0), (10, 20, 30), (48, 36, 24)]])
-    transform = plain(3, resize="pad", ground=(10, 20, 30))
+    transform = plain(3, resize="pad", background=(10, 20, 30))
     out = levels(transform(encoded(Image.fromarray(values))))
     assert np.abs(out[1:2].astype(int) - want).max() <= 1
     np.testing.assert_array_equal(out[[0, 2]], np.full((2, 3, 3), (10, 20, 30)))
@@ -134,7 +134,7 @@ def test_grey_with_alpha() -> None:
 def test_palette_with_a_clear_colour(clear: int | bytes) -> None:
     picture = Image.fromarray(np.array([[0, 1], [1, 2]], dtype=np.uint8)).convert("P")
     picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    out = levels(plain(2, ground=(9, 9, 9))(encoded(picture, transparency=clear)))
+    out = levels(plain(2, background=(9, 9, 9))(encoded(picture, transparency=clear)))
     np.testing.assert_array_equal(out, [[RED, (9, 9, 9)], [(9, 9, 9), BLUE]])
 
 
@@ -266,7 +266,7 @@ def test_squash_shows_all_of_it_and_pad_keeps_its_shape() -> None:
     squashed = levels(plain(8, resize="squash", interpolation="bilinear")(picture))
     np.testing.assert_array_equal(squashed[:, 0], [BLUE] * 8)
     np.testing.assert_array_equal(squashed[:, 7], [RED] * 8)
-    padded = levels(plain(8, resize="pad", ground=(1, 2, 3))(picture))
+    padded = levels(plain(8, resize="pad", background=(1, 2, 3))(picture))
     np.testing.assert_array_equal(padded[[0, 1, 6, 7]], np.full((4, 8, 3), (1, 2, 3)))
     np.testing.assert_array_equal(padded[2:6, 7], [RED] * 4)
     cropped = levels(plain(8)(picture))
@@ -439,7 +439,7 @@ def test_settings_round_trip_and_fingerprint() -> None:
         ImageTransform(224, MEAN, ONE),
         ImageTransform(224, MEAN, STD, resize="pad"),
         ImageTransform(224, MEAN, STD, interpolation="bilinear"),
-        ImageTransform(224, MEAN, STD, ground=(0, 0, 0)),
+        ImageTransform(224, MEAN, STD, background=(0, 0, 0)),
         ImageTransform(224, MEAN, STD, crop_fraction=0.875),
     ]
     assert len({transform.fingerprint for transform in [base, *others]}) == 8

@@ -25,7 +25,7 @@ def slow_replicates(sample, universe, resamples, seed):
     rows = []
     for drawn in torch.randint(universe, (resamples, universe), generator=generator).tolist():
         queries = [q for group in drawn for q, of in enumerate(sample.groups.tolist()) if of == group]
-        cells = [0 if sample.cells is None else sample.cells[q].item() for q in queries]
+        cells = [0 if sample.classes is None else sample.classes[q].item() for q in queries]
         means = [
             sample.values[[q for q, of in zip(queries, cells, strict=True) if of == cell]].double().mean(dim=0)
             for cell in sorted(set(cells))

@@ -333,7 +333,7 @@ def test_mistakes_in_captions_are_told():
     with pytest.raises(UserError, match=r"no group is common to images \('dog'\) and captions \('cat'\)"):
         retrieval({"i": "dog"}, {"t": "cat"})
     with pytest.raises(UserError, match="one or both of image_to_text, text_to_image"):
-        retrieval({"i": "cat"}, {"t": "cat"}, parts=())
+        retrieval({"i": "cat"}, {"t": "cat"}, directions=())
     with pytest.raises(UserError, match="there is no metric 'mean_recal'; nearest of 15: mean_recall"):
         question = retrieval({"i": "cat"}, {"t": "cat"}).queries
         RetrievalTask(data="zoo", images=stream(AXES), queries=question, primary="mean_recal")

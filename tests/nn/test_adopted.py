@@ -79,7 +79,7 @@ def test_every_state_is_that_of_the_source(name: str):
 def test_an_adapter_is_put_where_the_source_has_it(name: str, place: str):
     """A post-norm block norms after the sum, so an adapter at a branch's input is behind the norm before it."""
     theirs, ours = Tower(made(name)), Tower(to_native(made(name)))
-    words = [f"adapters(place={place!r}, start='random')"]
+    words = [f"adapters(place={place!r}, init='random')"]
     added, here = (adapters_of(each, words) for each in (theirs, ours))
     assert len(added) == len(here) > 0
     with torch.no_grad():

@@ -173,11 +173,11 @@ def test_every_tensor_of_the_file_is_in_the_run(case: Case):
 
 
 def test_the_recipe_is_the_papers(case: Case):
-    recipe, paper = recipe_from_dict(RunFolder(case.run).recipe(), "run"), read_recipe("lilt/paper")
+    recipe, paper = recipe_from_dict(RunFolder(case.run).recipe(), "run"), read_recipe("lilt/base")
     assert recipe.image.model_copy(update={"tower": paper.image.tower, "size": paper.image.size}) == paper.image
     assert recipe.text.model_copy(update={"tower": paper.text.tower}) == paper.text
     assert (recipe.loss, recipe.train, recipe.data) == (paper.loss, paper.train, paper.data)
-    assert (recipe.loss.scale, recipe.loss.scale_range) == ("divisor", (2, 1000))
+    assert (recipe.loss.scale, recipe.loss.scale_range) == ("temperature", (2, 1000))
     assert recipe.head.width == case.golden["arch"]["embed_dim"]
     method = {"da_ln": "lilt/da", "lwa_ln": "lilt/lwa", "lwa_ln_bitfit": "lilt/lwa-bitfit"}
     known = read_recipe(method[case.golden["recipe"]["name"]]).tune
@@ -431,7 +431,8 @@ def _model(lilt: LiltCheckpoint) -> dict[str, torch.Tensor]:
     model = {"temp": lilt.temperature}
     for modality, side in lilt.towers.items():
         model |= {
-            f"{LILT_TOWER_PREFIXES[modality]}{side.original_names[name]}": tensor for name, tensor in side.tensors.items()
+            f"{LILT_TOWER_PREFIXES[modality]}{side.original_names[name]}": tensor
+            for name, tensor in side.tensors.items()
         }
         model |= {f"{LILT_HEAD_PREFIXES[modality]}{part}": tensor for part, tensor in lilt.heads[modality].items()}
     return model

@@ -120,7 +120,9 @@ def test_what_a_learned_pooling_adds_is_left_out(name: str):
         tower.pooling.query.normal_()
     said = extract_tower_features(tower, stream(name))
     assert not torch.allclose(said.pooled, said.plain_pooled)
-    assert torch.equal(said.plain_pooled, extract_tower_features(Tower(base(name), pool="mean"), stream(name)).plain_pooled)
+    assert torch.equal(
+        said.plain_pooled, extract_tower_features(Tower(base(name), pool="mean"), stream(name)).plain_pooled
+    )
 
 
 def test_whoever_watches_hears_how_many_are_done():

@@ -122,7 +122,7 @@ def test_two_in_one_place_are_refused(name: str, methods: list[str], says: str):
 
 def test_which_layers_start_from_the_gradient():
     net = base("bert").net
-    methods = ["norms", "ia3(targets='mlp')", "lora(blocks='1:', start='gradient')", "dora(blocks=':1')"]
+    methods = ["norms", "ia3(targets='mlp')", "lora(blocks='1:', init='gradient')", "dora(blocks=':1')"]
     apply_tuning(net, methods, seed=0)
     found = gradient_initialized_layers(net, methods)
     assert len(found) == 4 and all(path.startswith("encoder.layer.1.attention.") for path in found)
@@ -134,7 +134,7 @@ def test_which_layers_start_from_the_gradient():
 def test_a_takes_the_largest_directions_at_its_own_length(method: str):
     """Of a gradient made by hand: 5 along the sum of inputs 0 and 1, 3 along input 7, 1 along input 2."""
     net = base("vit").net
-    apply_tuning(net, [f"{method}(rank=2, start='gradient')"], seed=0)
+    apply_tuning(net, [f"{method}(rank=2, init='gradient')"], seed=0)
     path = "layers.1.attention.q_proj"
     a = net.get_parameter(f"{path}.lora_A.default.weight")
     drawn, rest = a.detach().clone(), {n: p.detach().clone() for n, p in net.named_parameters() if p is not a}
@@ -150,7 +150,7 @@ def test_a_takes_the_largest_directions_at_its_own_length(method: str):
 
 def test_a_rank_above_that_of_the_gradient_keeps_what_it_drew():
     net = base("convnext").net
-    apply_tuning(net, ["lora(rank=40, start='gradient')"], seed=0)
+    apply_tuning(net, ["lora(rank=40, init='gradient')"], seed=0)
     path = next(path for path in sorted(wrapped_layers(net)) if path.endswith("pwconv1"))
     a = net.get_parameter(f"{path}.lora_A.default.weight")
     drawn, width = a.detach().clone(), a.shape[1]
@@ -162,7 +162,7 @@ def test_a_rank_above_that_of_the_gradient_keeps_what_it_drew():
 
 def test_a_convolution_starts_so_too():
     net = base("efficientnet").net
-    apply_tuning(net, ["lora(rank=2, targets='all', start='gradient')"], seed=0)
+    apply_tuning(net, ["lora(rank=2, targets='all', init='gradient')"], seed=0)
     path = next(path for path in sorted(wrapped_layers(net)) if "project_conv" in path)
     a = net.get_parameter(f"{path}.lora_A.default.weight")
     gradient = torch.zeros_like(net.get_parameter(f"{path}.base_layer.weight"))

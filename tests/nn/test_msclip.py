@@ -122,7 +122,7 @@ def test_attention_maps_are_those_recorded(name: str):
     maps = {}
 
     def keep(side: str):
-        return lambda attn, args: maps.__setitem__(side, attn.map(*args))
+        return lambda attn, args: maps.__setitem__(side, attn.attention_weights(*args))
 
     for side, net in (("image", model.encoders.image), ("text", model.encoders.text)):
         net.blocks[-1].attn.register_forward_pre_hook(keep(side))

@@ -89,7 +89,13 @@ def attention_slowly(x: Tensor, block: Block, settings: BlockSettings, seen: Cal
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize(
     "extras",
-    [{}, {"qk_norm": True}, {"layer_scale": 0.1}, {"activation": "quick-gelu"}, {"order": "post", "layer_scale": 0.1}],
+    [
+        {},
+        {"qk_norm": True},
+        {"layer_scale": 0.1},
+        {"activation": "quick-gelu"},
+        {"norm_position": "post", "layer_scale": 0.1},
+    ],
 )
 @pytest.mark.parametrize("way", ["all", "masked", "causal"])
 def test_the_block_beside_an_obvious_version(norm: str, extras: dict[str, Any], way: str):
@@ -105,7 +111,7 @@ def test_the_block_beside_an_obvious_version(norm: str, extras: dict[str, Any], 
                 "masked": lambda n, m, row=row: bool(MASK[row, m]),
                 "causal": lambda n, m: m <= n,
             }[way]
-            pre, post = settings.order == "pre", settings.order == "post"
+            pre, post = settings.norm_position == "pre", settings.norm_position == "post"
             one = norm_slowly(x[row], block.norm1, norm, 1e-3) if pre else x[row]
             attended = attention_slowly(one, block, settings, seen)
             slow = x[row] + (attended if block.gamma_1 is None else attended * block.gamma_1)
@@ -125,7 +131,7 @@ def test_the_map_is_what_mixes_the_values(causal: bool):
     x = torch.randn(2, 5, 12)
     mask = None if causal else MASK
     with torch.no_grad():
-        weights = attn.map(x, mask)
+        weights = attn.attention_weights(x, mask)
         values = attn.qkv(x)[..., 24:].view(2, 5, 3, 4).transpose(1, 2)
         mixed = (weights @ values).transpose(1, 2).reshape(2, 5, 12)
         torch.testing.assert_close(attn.proj(mixed), attn(x, mask), atol=1e-6, rtol=1e-5)
@@ -176,7 +182,7 @@ def test_the_two_ways_to_read_differ_in_what_comes_later():
 
 @pytest.mark.parametrize("kind", [image_net, text_net])
 def test_after_blocks_that_end_with_a_norm_there_is_no_other(kind: Callable[..., Any]):
-    net = kind(order="post", entry_norm=True)
+    net = kind(norm_position="post", entry_norm=True)
     assert isinstance(net.norm, nn.Identity) and not list(net.norm.parameters())
     assert [name for name, _ in net.named_parameters()] == [
         name for name, _ in kind(entry_norm=True).named_parameters() if not name.startswith("norm.")

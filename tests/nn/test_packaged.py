@@ -429,7 +429,7 @@ def test_a_wrong_tokenizer_file_is_refused_too(monkeypatch: pytest.MonkeyPatch) 
     entry = PIP_TOWERS["multilingual-e5-small"]
     file = entry.weights._replace(sha256="0" * 64)
     side = dataclasses.replace(entry.input_spec, file=file)
-    monkeypatch.setitem(PIP_TOWERS, "multilingual-e5-small", dataclasses.replace(entry, side=side))
+    monkeypatch.setitem(PIP_TOWERS, "multilingual-e5-small", dataclasses.replace(entry, input_spec=side))
     tokenizer = load_pip_backbone("multilingual-e5-small", meta=True).tokenizer
     assert tokenizer is not None
     with pytest.raises(UserError, match="expected sha256 0000"):

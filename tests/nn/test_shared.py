@@ -113,7 +113,7 @@ def refused(call: Callable[[], Any], *wanted: str) -> None:
                 "k": "separate",
                 "head": "shared",
                 "final_norm": "shared",
-                "also": [{"layers": "-1:", "norm1": "shared"}],
+                "overrides": [{"layers": "-1:", "norm1": "shared"}],
             },
             """
             layer  q         k         v         o         qk_norm   ffn       norm1     norm2     layer_scale
@@ -124,7 +124,7 @@ def refused(call: Callable[[], Any], *wanted: str) -> None:
             """,
         ),
         (  # what ``also`` does not name is the rest
-            {**BOTH, "also": [{"layers": ":2", "ffn": "shared"}]},
+            {**BOTH, "overrides": [{"layers": ":2", "ffn": "shared"}]},
             """
             layer  attention  qk_norm   ffn     norm1     norm2     layer_scale
             0-1    separate   separate  shared  separate  separate  separate
@@ -156,7 +156,7 @@ def test_parts_that_blocks_do_not_have_are_not_printed():
         ({"q": "both"}, "'both' is none of 'shared', 'separate'"),
         ({"norm1": {"low-rank": 4}}, "a vector has no rank"),
         ({"layers": "1-3"}, "'1-3' is not a range of layers; write '1:'"),
-        ({"also": [{"ffn": "shared"}]}, "Field required"),
+        ({"overrides": [{"ffn": "shared"}]}, "Field required"),
         ({"atention": "shared"}, "Extra inputs are not permitted"),
     ],
 )
@@ -168,11 +168,13 @@ def test_settings_without_sense_are_refused(policy: dict[str, Any], wanted: str)
 
 @pytest.mark.parametrize("layers", ["2:5", "4", "-5:", "3:3", "-1:2", "4:"])
 def test_layers_that_do_not_exist_are_refused(layers: str):
-    refused(lambda: SharingSettings(layers=layers, **BOTH).resolve(4), f"layers = {layers!r}", "there are layers 0 to 3")
+    refused(
+        lambda: SharingSettings(layers=layers, **BOTH).resolve(4), f"layers = {layers!r}", "there are layers 0 to 3"
+    )
 
 
 def test_layers_named_twice_are_refused():
-    twice = SharingSettings(layers="1:", **BOTH, also=[{"layers": ":2", "ffn": "shared"}])
+    twice = SharingSettings(layers="1:", **BOTH, overrides=[{"layers": ":2", "ffn": "shared"}])
     refused(lambda: twice.resolve(4), "'1:' and ':2' both speak of layer 1")
 
 
@@ -186,8 +188,18 @@ def test_layers_named_twice_are_refused():
         ({}, {"hidden": 64}, {"ffn": "shared"}, ["hidden is 128 in the image net and 64"]),
         ({}, {"activation": "quick-gelu"}, {"ffn": "shared"}, ["activation is gelu"]),
         ({}, {"norm": "rms"}, {"norm1": "shared"}, ["norm is layer in the image net and rms"]),
-        ({}, {"order": "post"}, {"norm2": "shared"}, ["cannot share norm2", "order is pre in the image net and post"]),
-        ({}, {"order": "post"}, {"final_norm": "shared"}, ["blocks of the text net end with a norm, and no other"]),
+        (
+            {},
+            {"norm_position": "post"},
+            {"norm2": "shared"},
+            ["cannot share norm2", "norm_position is pre in the image net and post"],
+        ),
+        (
+            {},
+            {"norm_position": "post"},
+            {"final_norm": "shared"},
+            ["blocks of the text net end with a norm, and no other"],
+        ),
         ({}, {}, {"layer_scale": "shared"}, ["cannot share layer_scale", "blocks of the image net have none"]),
         ({"qk_norm": True}, {}, {"qk_norm": "shared"}, ["cannot share qk_norm", "blocks of the text net have none"]),
         ({"stem": "batch"}, {}, BOTH, ["layer 0 of the image net is its stem", "write layers = '1:'"]),
@@ -223,7 +235,7 @@ POLICIES: dict[str, tuple[dict[str, Any], int]] = {  # with the weights that bot
         4 * (BLOCK_WEIGHTS["attention"] + BLOCK_WEIGHTS["ffn"]),
     ),
     "mixed": (
-        {"layers": "2", **BOTH, "also": [{"layers": "3", "norm1": "shared", "o": {"low-rank": 2}}]},
+        {"layers": "2", **BOTH, "overrides": [{"layers": "3", "norm1": "shared", "o": {"low-rank": 2}}]},
         BLOCK_WEIGHTS["attention"] + BLOCK_WEIGHTS["ffn"] + 64 + 32 * 32 + 32,
     ),
 }

@@ -11,8 +11,8 @@ from clasp.types import UserError
 from toymethods import CANNOT, METHODS, OTHER_PEFT
 from toytowers import IMAGE_NETS, NETS, base, inputs
 
-START_AS_IDENTITY = ("full", "none", "norms", "biases", "attention", "mlp", "last", "adapters", "branch", "lora", *(
-    "dora", "rslora", "ia3", "loha", "lokr", "oft", "hra",
+START_AS_IDENTITY = ("full", "none", "norms", "biases", "attention", "mlp", "last", "adapters", "conv_branch", *(
+    "lora", "dora", "rslora", "ia3", "loha", "lokr", "oft", "hra",
 ))  # fmt: skip
 ROWS = [(t, m) for t in NETS for m in METHODS] + [(t, m) for t in ("vit", "llama") for m in OTHER_PEFT]
 
@@ -92,7 +92,7 @@ def test_combined_methods_do_not_depend_on_order():
 def test_adapters_can_start_as_the_paper_has_them():
     tower = Tower(base("vit"))
     before = tower.pooled(inputs("vit"))
-    tower.tune(["adapters(start='random', place='input')"], seed=0)
+    tower.tune(["adapters(init='random', place='input')"], seed=0)
     assert not torch.allclose(tower.pooled(inputs("vit")), before)
 
 

@@ -13,10 +13,10 @@ from clasp.models.tower import Tower
 from clasp.models.tuning.spec import freeze_except
 from toytowers import base, inputs
 
-BRANCHED = ("deit3", "branch(before=(1,))")
+BRANCHED = ("deit3", "conv_branch(before=(1,))")
 TOWERS = ("vit", "convnext", "efficientnet", "bert", "llama")
 WITH_A_WAY = (
-    "full", "norms", "biases", "attention", "mlp", "last(1)", "match('*.1.*')", "adapters", "adapters(start='random')",
+    "full", "norms", "biases", "attention", "mlp", "last(1)", "match('*.1.*')", "adapters", "adapters(init='random')",
     "adapters(place='input')", "lora(rank=2)", "lora(rank=2, targets='all')", "rslora(rank=2)", "ia3", "loha(rank=2)",
     "lokr(rank=2)",
 )  # fmt: skip

@@ -213,7 +213,7 @@ def run(**options: Any) -> tuple[dict[str, Tensor], list[TrainState], list[dict[
         states.append(TrainState.from_tensors(json.loads(json.dumps(state.metadata())), tensors))
 
     start = options.pop("start", None)
-    settings = TrainSettings(batch=11, epochs=1, precision="float32", save_every_minutes=1e-9, **options)
+    settings = TrainSettings(batch_size=11, epochs=1, precision="float32", save_every_minutes=1e-9, **options)
     fit(model, Stream(), LOSSES["sigmoid"], settings, log=lines.append, save=save, resume_state=start)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, states, lines
 

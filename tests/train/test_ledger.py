@@ -215,7 +215,7 @@ def fitted(
     book: CostLedger | None, batches: int = 2, **changes: object
 ) -> tuple[dict[str, Tensor], list[dict], Tensor]:
     """What a run of one epoch leaves: tensors, log, and where the generator is."""
-    settings = TrainSettings(batch=8, epochs=1, lr=0.02, precision="float32", log_every=1, keep="last")
+    settings = TrainSettings(batch_size=8, epochs=1, lr=0.02, precision="float32", log_every=1, select="last")
     model, rows = Toy(), []
     torch.manual_seed(7)
     fit(model, Stream(batches), LOSSES["infonce"], settings.model_copy(update=changes), log=rows.append, ledger=book)
@@ -345,7 +345,9 @@ def test_where_no_peak_can_be_set_back_none_is_given(tmp_path: Path, monkeypatch
     peak = PeakMemoryMeter(CPU)
     peak.start()
     peak.stop()
-    assert peak.measurement.value is None and "does not let the peak of a process be set back" in peak.measurement.method
+    assert (
+        peak.measurement.value is None and "does not let the peak of a process be set back" in peak.measurement.method
+    )
     assert PeakMemoryMeter(torch.device("mps")).measurement.method == "not measured: PyTorch tells no peak for mps"
 
 
@@ -459,7 +461,7 @@ def test_a_run_on_frozen_towers_says_what_a_step_takes_and_what_was_taken_once(
 def test_the_trunk_counts_in_every_step_where_it_is_not_kept(towers: Path, pairs: Path, tmp_path: Path) -> None:
     top = ['tune.image=["last(1)"]', "train.epochs=1"]
     kept = run(recipe(towers, pairs, *top), tmp_path / "kept").cost
-    live = run(recipe(towers, pairs, *top, "data.features=off"), tmp_path / "live").cost
+    live = run(recipe(towers, pairs, *top, "data.feature_cache=off"), tmp_path / "live").cost
     assert kept.work and live.work and set(kept.once) == {"image", "text"} and not live.once
     assert kept.once["image"].flops == IMAGE + TRUNK_BLOCK and "blocks 1 to 1 of" in kept.once["image"].what
     assert kept.work.backward == live.work.backward
@@ -580,7 +582,7 @@ def test_the_first_log_line_has_no_counting_in_it(
                 time.sleep(1.5)
         count(self, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(CostLedger, "count", slow)
+    monkeypatch.setattr(CostLedger, "count_step_flops", slow)
     cost = run(recipe(towers, pairs, "train.log_every=1"), tmp_path / "run").cost
     rates = [row["pairs_per_second"] for row in lines(tmp_path / "run" / "log.jsonl") if row["event"] == "step"]
     assert cost.seconds["counting"] > 1.5 > cost.sessions[0].step_seconds

@@ -24,7 +24,7 @@ from clasp.training.settings import LrFactors
 from clasp.types import Batch, Embeddings, LossParts, PooledFeatures, SkippedSample, UserError
 
 PAIRS, BATCH, STEPS_AN_EPOCH = 24, 8, 3
-SETTINGS = TrainSettings(batch=BATCH, epochs=4, lr=0.02, precision="float32", log_every=2, evaluate_every=1)
+SETTINGS = TrainSettings(batch_size=BATCH, epochs=4, lr=0.02, precision="float32", log_every=2, evaluate_every=1)
 
 
 KINDS = {
@@ -193,7 +193,7 @@ def test_evaluation_cannot_disturb_training() -> None:
         return {"luck": torch.rand(1).item()}
 
     quiet = weights(run()[0])
-    noisy = run(SETTINGS.model_copy(update={"keep": "last"}), evaluate=evaluate, primary="luck")[0]
+    noisy = run(SETTINGS.model_copy(update={"select": "last"}), evaluate=evaluate, primary="luck")[0]
     assert same(quiet, weights(noisy))
 
 
@@ -204,9 +204,14 @@ def test_evaluation_cannot_disturb_training() -> None:
 @pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize("way", ["own", "lilt"])
 def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, keep: str, way: str) -> None:
-    settings, kinds = SETTINGS.model_copy(update={"keep": keep}), dict[str, str]()
+    settings, kinds = SETTINGS.model_copy(update={"select": keep}), dict[str, str]()
     if way == "lilt":
-        changes = {"schedule": "lilt", "decay": "lilt", "lr_floor": 0.1, "lr_factors": LrFactors(tower=0.3, scale=2.0)}
+        changes = {
+            "schedule": "lilt",
+            "decay_filter": "lilt",
+            "min_lr_ratio": 0.1,
+            "lr_factors": LrFactors(tower=0.3, scale=2.0),
+        }
         settings, kinds = settings.model_copy(update=changes), KINDS
     scores = [0.0, 0.1, 0.5, 0.4, 0.2]  # before the first step, then by epoch: the best in the second
 
@@ -234,7 +239,7 @@ def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, ke
     rest, finished, _ = run(
         settings,
         kinds=kinds,
-        start=saved[0],
+        resume_state=saved[0],
         save=lambda state: saved.append(frozen_in_time(state)),
         **scored(iter(scores[1 + stop_at // STEPS_AN_EPOCH :])),
     )
@@ -243,7 +248,7 @@ def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, ke
     assert (fitted.weights_position, fitted.metrics) == (finished.weights_position, finished.metrics)
     assert fitted.weights_position == (TrainPosition(1, 3, 6) if keep == "best" else TrainPosition(4, 0, 12))
 
-    again, nothing, _ = run(settings, kinds=kinds, start=saved[-1], **scored(iter(())))
+    again, nothing, _ = run(settings, kinds=kinds, resume_state=saved[-1], **scored(iter(())))
     assert nothing.pairs == 0 and same(weights(again), weights(whole)), "a finished run goes on to the same end"
 
 
@@ -293,7 +298,7 @@ def test_state_of_another_run_is_refused() -> None:
     run(save=lambda state: saved.append(frozen_in_time(state)))
     fewer = {name: tensor for name, tensor in saved[0].weights.items() if name != "log_scale"}
     with pytest.raises(UserError, match="'log_scale' is missing there and"):
-        run(start=replace(saved[0], weights=fewer))
+        run(resume_state=replace(saved[0], weights=fewer))
 
 
 def test_saves_by_the_clock() -> None:
@@ -349,7 +354,7 @@ def test_best_is_restored_last_is_left_and_nan_never_wins() -> None:
             seen.append(weights(model))
             return {"other": 1.0, "score": next(left)}
 
-        settings = SETTINGS.model_copy(update={"keep": keep})
+        settings = SETTINGS.model_copy(update={"select": keep})
         fitted = fit(model, Stream(), contrast, settings, log=lines.append, evaluate=evaluate, primary="score")
         return model, fitted, lines
 
@@ -437,11 +442,11 @@ def test_lr_factors_slow_their_kind_only() -> None:
 
 
 def test_lilt_settings_reach_the_steps() -> None:
-    settings = SETTINGS.model_copy(update={"schedule": "lilt", "lr_floor": 0.1, "log_every": 1})
+    settings = SETTINGS.model_copy(update={"schedule": "lilt", "min_lr_ratio": 0.1, "log_every": 1})
     rates = [line["lr"] / 0.02 for line in run(settings)[2] if line["event"] == "step"]
     assert rates == pytest.approx([rate for rate in (0.1, 0.8682, 0.55, 0.2318) for _ in range(3)], rel=1e-4)
     slow = SETTINGS.model_copy(update={"lr": 1e-3})  # so that the scale stays clear of its bounds
-    one, other = (weights(run(slow.model_copy(update={"decay": decay}))[0]) for decay in ("matrices", "lilt"))
+    one, other = (weights(run(slow.model_copy(update={"decay_filter": decay}))[0]) for decay in ("matrices", "lilt"))
     assert {name for name in one if not torch.equal(one[name], other[name])} >= {"log_scale"}
     assert other["log_scale"] < one["log_scale"] < 2.0
 

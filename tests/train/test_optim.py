@@ -53,7 +53,7 @@ def test_lilt_spares_flat_vectors_and_biases_only(name: str, shape: tuple[int, .
 
 def test_every_choice_of_the_settings_is_there() -> None:
     fields = TrainSettings.model_fields
-    assert set(optim.DECAY_FILTERS) == set(get_args(fields["decay"].annotation))
+    assert set(optim.DECAY_FILTERS) == set(get_args(fields["decay_filter"].annotation))
     assert set(optim.SCHEDULES) == set(get_args(fields["schedule"].annotation))
 
 

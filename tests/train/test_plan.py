@@ -38,7 +38,7 @@ def test_auto_keeps_its_promises_at_every_size() -> None:
 
 
 def test_what_is_set_is_kept_and_the_reason_says_so() -> None:
-    plan = plan_training(TrainSettings(batch=20, epochs=3), 50)
+    plan = plan_training(TrainSettings(batch_size=20, epochs=3), 50)
     assert (plan.batch_size, plan.epochs, plan.steps) == (20, 3, 6)
     assert plan.reason == "50 pairs: batch 20 is set and 3 epochs are set, 6 steps in all"
     resolved = plan_training(TrainSettings(epochs=3), 4_000, max_batch_size=100)
@@ -46,19 +46,30 @@ def test_what_is_set_is_kept_and_the_reason_says_so() -> None:
         "4,000 pairs: batch 64 is the largest power of two that is at most 100 and 3 epochs are set, 186 steps in all"
     )
     settings = resolved.resolved(TrainSettings(epochs=3, lr=0.5))
-    assert (settings.batch, settings.epochs, settings.lr) == (64, 3, 0.5)
+    assert (settings.batch_size, settings.epochs, settings.lr) == (64, 3, 0.5)
     assert "50 epochs give at least 300 steps" in plan_training(TrainSettings(), 50).reason
 
 
 def test_mistakes() -> None:
-    with pytest.raises(UserError, match=r"train.batch = 512 is more than the 50 pairs to train on; at most 50"):
-        plan_training(TrainSettings(batch=512), 50)
+    with pytest.raises(UserError, match=r"train.batch_size = 512 is more than the 50 pairs to train on; at most 50"):
+        plan_training(TrainSettings(batch_size=512), 50)
     with pytest.raises(UserError, match="at least two pairs to tell apart, and there is 1"):
         plan_training(TrainSettings(), 1)
-    for wrong in [{"batch": 1}, {"batch": "many"}, {"lr": float("nan")}, {"betas": (0.9, 1.0)}, {"learning_rate": 1}]:
+    for wrong in [
+        {"batch_size": 1},
+        {"batch_size": "many"},
+        {"lr": float("nan")},
+        {"betas": (0.9, 1.0)},
+        {"learning_rate": 1},
+    ]:
         with pytest.raises(ValidationError):
             TrainSettings.model_validate(wrong)
-    for wrong in [{"lr_factors": {"head": 0}}, {"lr_factors": {"heads": 1}}, {"schedule": "linear"}, {"decay": "all"}]:
+    for wrong in [
+        {"lr_factors": {"head": 0}},
+        {"lr_factors": {"heads": 1}},
+        {"schedule": "linear"},
+        {"decay_filter": "all"},
+    ]:
         with pytest.raises(ValidationError):
             TrainSettings.model_validate(wrong)
 

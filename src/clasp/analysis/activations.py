@@ -3,7 +3,7 @@
 In go a net and a call that runs it once; out come its states by layer, or the weights by which its attention mixes.
 Layers are counted from 0 as the sharing policy counts them, a stem being layer 0. Unusual: nothing of this is in the
 nets. Hooks stand there while the call runs and at no other time, and maps are computed once more beside the attention,
-which keeps none (``Attention.map``).
+which keeps none (``Attention.attention_weights``).
 """
 
 from __future__ import annotations
@@ -43,10 +43,9 @@ class Activations:
 def capture_activations(net: nn.Module, forward: _ForwardCall) -> Activations:
     """The states of ``net`` while ``forward`` runs it, as they are, so with what autograd keeps where it is on.
 
-    Layers that ``forward`` leaves out, as a tower does that goes on from its trunk, are left out too. A tower runs its net
-    once for ``tower(inputs)``, for ``tower.pooled`` of captions as often as it takes, and once more where it is first
-    asked for its ``frozen_blocks``. Raises ``UserError`` for a
-    net that is not ours.
+    Layers that ``forward`` leaves out, as a tower does that goes on from its trunk, are left out too. A tower runs its
+    net once for ``tower(inputs)``, for ``tower.pooled`` of captions as often as it takes, and once more where it is
+    first asked for its ``frozen_blocks``. Raises ``UserError`` for a net that is not ours.
     """
     found: dict[tuple[str, int], list[Tensor]] = {}
 

@@ -58,7 +58,7 @@ def gradient_agreement(model: DualEncoder, batch: Batch, loss: Loss) -> list[Gra
     a batch of cached features.
     """
     if not (isinstance(batch.image, Pixels) and isinstance(batch.text, Tokens)):
-        raise UserError("gradients go through both towers from pixels and tokens on; set data.features = 'off'")
+        raise UserError("gradients go through both towers from pixels and tokens on; set data.feature_cache = 'off'")
     groups = _shared_parameters(model)
     weights = [weight for group in groups.values() for weight in group]
     if not weights:

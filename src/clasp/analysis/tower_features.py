@@ -28,9 +28,9 @@ from clasp.types import HiddenStates, ImageInput, Pixels, PooledFeatures, TextIn
 class TowerFeatures:
     """What a tower said of ``ids``.
 
-    ``pooled``: what the heads read. ``plain_pooled``: the same vectors without anything learned in their pooling. ``block_means``:
-    of the inputs in ``block_ids``, the mean over real tokens of the states after each block that was run, by its number
-    from 1; the blocks below cached states are not run.
+    ``pooled``: what the heads read. ``plain_pooled``: the same vectors without anything learned in their pooling.
+    ``block_means``: of the inputs in ``block_ids``, the mean over real tokens of the states after each block that was
+    run, by its number from 1; the blocks below cached states are not run.
     """
 
     ids: tuple[str, ...]
@@ -51,7 +51,8 @@ def extract_tower_features(
     block_ids: Collection[str] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> TowerFeatures:
-    """Run a stream through a tower once; ``progress`` is told how many inputs are done. What is pooled already is kept."""
+    """Run a stream through a tower once; ``progress`` is told how many inputs are done. What is pooled already is
+    kept."""
     ids: list[str] = []
     rows: dict[str, list[Tensor]] = {"pooled": [], "plain": []}
     chosen: list[str] = []

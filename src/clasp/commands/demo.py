@@ -152,7 +152,9 @@ def _search(model: EmbeddingModel, out: Path, sample: EmojiSample) -> Path:
         for language, concept in DEMO_QUERIES:
             words = names[language, concept]
             hits = engine.search(text=words, k=8)
-            found = engine.contact_sheet_rows([(words, hits)], is_correct=lambda _, hit, concept=concept: hit.meta["group"] == concept)
+            found = engine.contact_sheet_rows(
+                [(words, hits)], is_correct=lambda _, hit, concept=concept: hit.meta["group"] == concept
+            )
             untrained = "" if language in {*TRAINED_LANGUAGES, *TRAINED_LOW_RESOURCE} else ", never trained on"
             rows += [row._replace(note=f"{english[concept]} ({language}{untrained})") for row in found]
         contact_sheet(rows, out / "searches.png")

@@ -76,8 +76,11 @@ def check_towers(parts: ModelAndPreprocessing, recipe: Recipe, inputs: FeatureSo
         facts = {"tower": tower.name, "blocks": blocks, "frozen_blocks": frozen, "wholly_frozen": tower.fully_frozen}
         made.facts[tower.modality] = facts
         made.add_finding("ok", f"{tower.modality} {tower.name}: {_describe_boundary(tower, part, frozen, blocks)}")
-    if recipe.data.augment and not recipe.data.views and inputs.frozen_image_part:
-        made.add_finding("look", "the frozen part of the image tower runs in every step: data.augment is on, data.views is 0")
+    if recipe.data.augment and not recipe.data.cached_augmentations and inputs.frozen_image_part:
+        made.add_finding(
+            "look",
+            "the frozen part of the image tower runs in every step: data.augment is on, data.cached_augmentations is 0",
+        )
     return made
 
 
@@ -86,7 +89,7 @@ def _describe_boundary(tower: Tower, part: FrozenTower | FrozenPrefix | None, fr
         return f"trains from the first of its {blocks} blocks on"
     text = "wholly frozen" if tower.fully_frozen else f"the first {frozen} of {blocks} blocks are frozen"
     if part is None:
-        text += ", and run in every step: " + ("dropout is on" if tower.dropout else "data.features = 'off'")
+        text += ", and run in every step: " + ("dropout is on" if tower.dropout else "data.feature_cache = 'off'")
     return text
 
 
@@ -115,7 +118,9 @@ def check_feature_cache(
         if keeping.storage is None:
             made.add_finding("look", f"{text} of states, too many to keep: computed anew each time")
         else:
-            made.add_finding("ok", f"{text} in {keeping.storage}, {'there already' if keeping.file else 'to be computed once'}")
+            made.add_finding(
+                "ok", f"{text} in {keeping.storage}, {'there already' if keeping.file else 'to be computed once'}"
+            )
         free -= keeping.bytes_to_write
         if free < 0:
             folder = cache_folder() / "features"

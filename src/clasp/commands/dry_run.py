@@ -74,7 +74,9 @@ def count_frozen_flops(
         different = sorted(set(texts), key=len)
         some = different[:: -(-len(different) // CAPTION_SAMPLE_SIZE)]
         what = f"a caption, the mean of {len(some)} of all lengths"
-        made["text"] = _frozen_flops_of(inputs.frozen_text_part, [inputs.tokenizer([caption]) for caption in some], what)
+        made["text"] = _frozen_flops_of(
+            inputs.frozen_text_part, [inputs.tokenizer([caption]) for caption in some], what
+        )
     return made
 
 

@@ -55,7 +55,9 @@ def sweep(
     desk = _SharedObjects()
     desk.check(made)
     new = [SweepRow(one.name, (*overrides, *one.settings), one.settings, "stopped") for one in made]
-    folder = _choose_folder(runs, name or f"{Path(source).stem}-sweep", made, new[0].sweep_key, desk, numbered=name is None)
+    folder = _choose_folder(
+        runs, name or f"{Path(source).stem}-sweep", made, new[0].sweep_key, desk, numbered=name is None
+    )
     known, rows = read_sweep_rows(folder), []
     for place, (one, row) in enumerate(zip(made, new, strict=True), 1):
         run = folder / one.name

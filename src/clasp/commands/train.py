@@ -87,7 +87,7 @@ def train_recipe(
     if start is not None:  # as it was then, whatever the libraries would make of its recipe today
         parts = replace(parts, tokenizer=folder.read().tokenizer)
     parts.model.to(PartialState().device).eval()
-    if recipe.train.recompute == "blocks":
+    if recipe.train.activation_checkpointing == "blocks":
         for tower in (parts.model.image, parts.model.text):
             tower.enable_activation_checkpointing()
     report = lambda skipped: folder.append("log.jsonl", map(_skipped_event, skipped))  # noqa: E731
@@ -127,7 +127,9 @@ def open_training_pairs(recipe: Recipe) -> TrainValPairs:
 
 def plan_run(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> TrainPlan:
     """Batch, epochs and steps of a run. Raises ``UserError`` for a batch of more, or of too few to take parts of."""
-    plan = plan_training(recipe.train, count_samples_per_epoch(train, recipe), max_batch_size=_largest_batch(inputs, recipe))
+    plan = plan_training(
+        recipe.train, count_samples_per_epoch(train, recipe), max_batch_size=_largest_batch(inputs, recipe)
+    )
     recipe.loss.require_batch_size(plan.batch_size)
     return plan
 
@@ -147,13 +149,13 @@ def build_feature_source(
         text=parts.model.text,
         transform=parts.transform,
         tokenizer=parts.tokenizer,
-        feature_cache=recipe.data.features,
+        feature_cache=recipe.data.feature_cache,
         cache_folder=cache_folder(),
         bar=bar,
         notify=say,
         on_skipped=report,
         workers=recipe.train.workers,
-        cached_augmentations=recipe.data.views,
+        cached_augmentations=recipe.data.cached_augmentations,
         seed=recipe.train.seed,
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
@@ -196,12 +198,12 @@ def _train(
     settings = recipe.train
     image_side, text_side = inputs.image_reader(train, recipe.data.augment), inputs.text_reader(listing)
     task = validation_task(train, val, inputs)
-    assert settings.batch != "auto"
+    assert settings.batch_size != "auto"
     batches = PairLoader(
         listing,
         image_side,
         text_side,
-        batch_size=settings.batch,
+        batch_size=settings.batch_size,
         seed=settings.seed,
         workers=settings.workers if isinstance(image_side, LiveImageReader) else 0,
         captions=recipe.data.captions,
@@ -275,13 +277,13 @@ def _keep_languages(pair: Pair, languages: Sequence[str]) -> Pair:
 
 def count_samples_per_epoch(pairs: Pairs, recipe: Recipe) -> int:
     """How many samples an epoch has."""
-    if recipe.data.captions == "draw":
+    if recipe.data.captions == "sample":
         return len(pairs)
     return sum(len(pairs[number].captions) for number in range(len(pairs)))
 
 
 def _largest_batch(inputs: FeatureSource, recipe: Recipe) -> int:
-    live = not inputs.both_towers_frozen or (recipe.data.augment is not None and not recipe.data.views)
+    live = not inputs.both_towers_frozen or (recipe.data.augment is not None and not recipe.data.cached_augmentations)
     return _MAX_LIVE_BATCH_SIZE if live else MAX_AUTO_BATCH_SIZE
 
 

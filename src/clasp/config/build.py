@@ -56,7 +56,7 @@ def build_model_and_preprocessing(
     """
     image, text, sharing = _open_backbones(recipe, meta=False)
     assert image.transform is not None and text.tokenizer is not None
-    names = ("size", "resize", "ground", "mean", "std")
+    names = ("size", "resize", "background", "mean", "std")
     changes: dict[str, Any] = {name: value for name, value in recipe.image if name in names and value is not None}
     if recipe.image.resize in ("squash", "pad"):
         changes["crop_fraction"] = 1.0  # the whole picture is shown
@@ -68,7 +68,7 @@ def build_model_and_preprocessing(
         max_tokens=recipe.text.max_tokens,
         clean=recipe.text.clean,
         template=recipe.text.template,
-        overlong=recipe.text.overlong,
+        truncation=recipe.text.truncation,
     )
     _check_end_token(recipe, text, tokenizer)
     return ModelAndPreprocessing(_tuned_model(recipe, image, text, sharing), transform, tokenizer)
@@ -123,7 +123,8 @@ def _open_backbones(recipe: Recipe, *, meta: bool) -> tuple[Backbone, Backbone, 
             "share.trunk out, or write another tower"
         )
     made = build_single_trunk(image, text, trunk, policy, seed=seed + 2)
-    return replace(made.image, new=made.image_new), replace(made.text, new=made.text_new), made.sharing
+    image = replace(made.image, new_parameters=made.image_new)
+    return image, replace(made.text, new_parameters=made.text_new), made.sharing
 
 
 def _learn_tokenizer(recipe: Recipe, captions: Callable[[], Iterable[str]] | None) -> Tokenizer:
@@ -177,7 +178,7 @@ def _select(model: DualEncoder, recipe: Recipe, in_towers: set[str]) -> None:
 
 def _check_micro_batch(recipe: Recipe, model: DualEncoder) -> None:
     """A batch worked through in pieces has no statistics of its own, and would move them twice for each."""
-    pieces, batch = recipe.train.micro_batch, recipe.train.batch
+    pieces, batch = recipe.train.micro_batch, recipe.train.batch_size
     if model.moving and pieces != "auto" and (batch == "auto" or pieces < batch):
         raise UserError(
             f"train.micro_batch = {pieces}: BatchNorm in {recipe.image.tower} takes its statistics of whole batches; "
@@ -190,7 +191,7 @@ def _tower(base: Backbone, settings: ImageTowerSettings | TextTowerSettings) -> 
         base,
         pool=settings.pool,
         layer=settings.layer,
-        extra_layers=settings.more_layers,
+        extra_layers=settings.extra_layers,
         dropout=settings.dropout,
     )
 

@@ -1,9 +1,9 @@
 """A run as data: one TOML file, changed by dotted overrides, checked whole before anything is computed.
 
-In goes a file (or a name from ``recipes/``) and strings such as ``train.batch=512``; out comes a frozen ``Recipe``.
-A file may begin with ``extends = "lilt/lwa"`` and then says only what it has otherwise; the recipe that comes out is
-whole. Each section's settings live beside what they configure; here they are only put together. An unknown key or value
-is one error that names the nearest valid ones.
+In goes a file (or a name from ``recipes/``) and strings such as ``train.batch_size=512``; out comes a frozen
+``Recipe``. A file may begin with ``extends = "lilt/lwa"`` and then says only what it has otherwise; the recipe that
+comes out is whole. Each section's settings live beside what they configure; here they are only put together. An unknown
+key or value is one error that names the nearest valid ones.
 """
 
 from __future__ import annotations
@@ -30,6 +30,26 @@ from clasp.models.tuning.spec import parse_tuning_spec
 from clasp.training.losses import LossSettings
 from clasp.training.settings import TrainSettings
 from clasp.types import UserError
+
+RENAMED_KEYS = {
+    "data.features": "data.feature_cache",
+    "data.views": "data.cached_augmentations",
+    "head.start": "head.init",
+    "image.ground": "image.background",
+    "image.more_layers": "image.extra_layers",
+    "image.net.order": "image.net.norm_position",
+    "loss.scale_start": "loss.init_logit_scale",
+    "share.also": "share.overrides",
+    "text.more_layers": "text.extra_layers",
+    "text.net.order": "text.net.norm_position",
+    "text.overlong": "text.truncation",
+    "train.batch": "train.batch_size",
+    "train.decay": "train.decay_filter",
+    "train.keep": "train.select",
+    "train.lr_floor": "train.min_lr_ratio",
+    "train.recompute": "train.activation_checkpointing",
+}
+"""Keys that recipes had before version 0.2; an error names the new one"""
 
 
 class TuneSettings(BaseModel):
@@ -100,14 +120,14 @@ class DataSettings(BaseModel):
     """Names of the columns; each format's usual ones where left out"""
     languages: list[str] = []
     """Keep captions in these languages only; all where empty"""
-    captions: Literal["draw", "all"] = "draw"
-    """draw: one caption of each pair in each epoch; all: every caption is a sample of its own"""
+    captions: Literal["sample", "all"] = "sample"
+    """sample: one caption of each pair in each epoch; all: every caption is a sample of its own"""
     augment: Augment | None = None
     """Changes to training images; the defaults of each field change nothing, so that ``{}`` is none at all"""
-    features: Literal["auto", "off"] | StorageName = "auto"
+    feature_cache: Literal["auto", "off"] | StorageName = "auto"
     """What the frozen part of a tower says is computed once and kept: auto, off, or how its numbers are written
     (float32, float16, bfloat16, int8)"""
-    views: int = Field(default=0, ge=0, le=1000)
+    cached_augmentations: int = Field(default=0, ge=0, le=1000)
     """Augmented views of each image to keep for a frozen part, beside the plain one; 0 augments anew each time"""
     max_bad_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of unreadable samples past which the run stops"""
@@ -162,8 +182,8 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
         raise UserError(f"{source}: {_explain(error)}") from None
     for spec in (*recipe.tune.image, *recipe.tune.text):
         parse_tuning_spec(spec)
-    if recipe.head.start == "cca" and not (recipe.head.kind == "linear" and recipe.head.standardize):
-        raise UserError(f"{source}: head.start = 'cca' needs head.kind = 'linear' and head.standardize = true")
+    if recipe.head.init == "cca" and not (recipe.head.kind == "linear" and recipe.head.standardize):
+        raise UserError(f"{source}: head.init = 'cca' needs head.kind = 'linear' and head.standardize = true")
     if recipe.head.standardize and recipe.tune.head == "none":
         raise UserError(f"{source}: head.standardize = true fits the heads to the data, which needs tune.head = 'full'")
     if recipe.share is not None and recipe.share.head == "shared" and recipe.head.standardize:
@@ -173,8 +193,8 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
     if recipe.share is None and (recipe.train.weight_decay_shared is not None or recipe.train.lr_factors.shared != 1):
         said = "weight_decay_shared" if recipe.train.weight_decay_shared is not None else "lr_factors.shared"
         raise UserError(f"{source}: train.{said} is for what two nets share, and there is no [share]")
-    if recipe.train.batch != "auto":
-        recipe.loss.require_batch_size(recipe.train.batch)
+    if recipe.train.batch_size != "auto":
+        recipe.loss.require_batch_size(recipe.train.batch_size)
     return recipe
 
 
@@ -237,12 +257,13 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_overrides(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``train.batch=512`` and the like, put into nested dictionaries. Values read as TOML; a bare word is a string."""
+    """``train.batch_size=512`` and the like, put into nested dictionaries. Values read as TOML; a bare word is a
+    string."""
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in given.items()}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"override {override!r} is not key=value, such as train.batch=512")
+            raise UserError(f"override {override!r} is not key=value, such as train.batch_size=512")
         *path, last = key.strip().split(".")
         place = result
         for part in path:
@@ -277,7 +298,9 @@ def _explain(error: ValidationError) -> str:
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         beside = [name for name in keys if name.rpartition(".")[0] == section]
         elsewhere = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
-        near = elsewhere[:2] or difflib.get_close_matches(key, beside, n=2, cutoff=0.8)
+        if key in RENAMED_KEYS:
+            return f"unknown key {key!r}; it is {RENAMED_KEYS[key]} now"
+        near = elsewhere[:2] or difflib.get_close_matches(key, beside, n=2, cutoff=0.7)
         valid = f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(beside)}"
         return f"unknown key {key!r}; {valid}"
     if kind == "missing":

@@ -110,7 +110,9 @@ class Augment:
     def apply(self, picture: Image.Image, ground: RGBColor, params: AugmentParams) -> Image.Image:
         """The resized picture, turned, shifted, flipped and recoloured as drawn."""
         angle = self.rotate * (2 * params.rotate - 1)
-        across, down = (round(self.shift * (2 * luck - 1) * picture.width) for luck in (params.translate_x, params.translate_y))
+        across, down = (
+            round(self.shift * (2 * luck - 1) * picture.width) for luck in (params.translate_x, params.translate_y)
+        )
         if self.rotate or self.shift:
             picture = picture.rotate(angle, Image.Resampling.BICUBIC, translate=(across, down), fillcolor=ground)
         if params.flip < self.flip:

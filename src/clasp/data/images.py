@@ -71,7 +71,7 @@ class ImageTransform:
     """``crop``: the centre square. ``squash``: the whole, its aspect lost. ``pad``: the whole, fitted on the ground."""
     interpolation: Interpolation = "bicubic"
     """Always with antialiasing."""
-    ground: RGBColor = (255, 255, 255)
+    background: RGBColor = (255, 255, 255)
     """RGB behind transparent pixels, and around the picture where it does not reach."""
     crop_fraction: float = 1.0
     """Only for ``crop``: side of the crop as a fraction of the shorter side (timm's ``crop_pct``)."""
@@ -80,8 +80,8 @@ class ImageTransform:
         _check_choices(asdict(self))
         if self.size < 1 or min(self.std) <= 0:
             raise UserError(f"image size = {self.size} and std = {self.std} must be positive")
-        if not 0 <= min(self.ground) <= max(self.ground) <= 255:
-            raise UserError(f"image ground = {self.ground} is not three numbers from 0 to 255")
+        if not 0 <= min(self.background) <= max(self.background) <= 255:
+            raise UserError(f"image ground = {self.background} is not three numbers from 0 to 255")
         if not (0 < self.crop_fraction <= 1 and (self.resize == "crop" or self.crop_fraction == 1)):
             raise UserError(f"image crop_fraction = {self.crop_fraction} is not in (0, 1], or resize is not 'crop'")
 
@@ -94,7 +94,7 @@ class ImageTransform:
     ) -> Float[Tensor, "3 height width"]:
         """The same with random changes, which depend on ``seed`` alone. Raises ``ImageError``."""
         draw = augment.sample_params(seed)
-        return self._normalise(augment.apply(self._decode_resized(image, augment, draw), self.ground, draw))
+        return self._normalise(augment.apply(self._decode_resized(image, augment, draw), self.background, draw))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON has them."""
@@ -148,14 +148,14 @@ class ImageTransform:
             reduced = 1
             if not isinstance(image, Image.Image):  # a caller's own picture is not to be changed
                 reduced = _draft_jpeg(picture, min((box[2] - box[0]) / target[0], (box[3] - box[1]) / target[1]))
-            picture = _to_opaque(picture, self.ground)
+            picture = _to_opaque(picture, self.background)
         if turn in _EXIF_TRANSPOSE:
             picture = picture.transpose(_EXIF_TRANSPOSE[turn])
         left, top, right, bottom = (edge / reduced for edge in box)
         box = (left, top, min(right, picture.width), min(bottom, picture.height))
         picture = picture.resize(target, _RESAMPLING[self.interpolation], box=box, reducing_gap=3.0).convert("RGB")
         if target != (self.size, self.size):
-            page = Image.new("RGB", (self.size, self.size), self.ground)
+            page = Image.new("RGB", (self.size, self.size), self.background)
             page.paste(picture, ((self.size - target[0]) // 2, (self.size - target[1]) // 2))
             return page
         return picture

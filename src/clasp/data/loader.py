@@ -26,7 +26,7 @@ from clasp.data.tokenizer import Tokenizer
 from clasp.data.workers import WorkerPool
 from clasp.types import Batch, ImageSource, Pair, Pixels, SkippedSample, Tokens, UserError
 
-CaptionMode = Literal["draw", "all"]
+CaptionMode = Literal["sample", "all"]
 _T = TypeVar("_T")
 
 _ORDER, _CAPTION, _AUGMENT = range(3)  # what a stream of random numbers is for
@@ -103,10 +103,10 @@ class BadSampleLimit:
 class PairLoader:
     """Shuffled batches of pairs; ``epoch(n)`` gives the n-th shuffle of ``seed``, ``len`` the batches in each.
 
-    ``captions="draw"`` takes one caption of each pair, drawn anew every epoch; ``"all"`` makes every caption a
+    ``captions="sample"`` takes one caption of each pair, drawn anew every epoch; ``"all"`` makes every caption a
     sample. The last short batch is left out when ``drop_last``. Skipped samples are named in ``Batch.skipped`` and
-    counted in ``bad_samples``. Raises ``UserError`` when ``drop_last`` would leave nothing (a batch larger than the data),
-    and while reading as ``BadSampleLimit`` and ``WorkerPool`` do. One epoch at a time.
+    counted in ``bad_samples``. Raises ``UserError`` when ``drop_last`` would leave nothing (a batch larger than the
+    data), and while reading as ``BadSampleLimit`` and ``WorkerPool`` do. One epoch at a time.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class PairLoader:
         batch_size: int,
         seed: int,
         workers: int = 0,
-        captions: CaptionMode = "draw",
+        captions: CaptionMode = "sample",
         max_bad_fraction: float = 0.02,
         drop_last: bool = True,
         timeout_seconds: float = 300.0,
@@ -137,9 +137,13 @@ class PairLoader:
         if self.num_samples == 0:
             raise UserError("there are no pairs to make batches of")
         if batch_size < 1 or (drop_last and batch_size > self.num_samples):
-            raise UserError(f"batch = {batch_size}, and there are {self.num_samples} samples: a batch holds 1 to {self.num_samples}")
+            raise UserError(
+                f"batch = {batch_size}, and there are {self.num_samples} samples: a batch holds 1 to {self.num_samples}"
+            )
         self.bad_samples = BadSampleLimit(len(pairs), max_bad_fraction)
-        self._stream = WorkerPool(_BatchReader(pairs, image_reader, text_reader), workers=workers, timeout_seconds=timeout_seconds)
+        self._stream = WorkerPool(
+            _BatchReader(pairs, image_reader, text_reader), workers=workers, timeout_seconds=timeout_seconds
+        )
 
     def __len__(self) -> int:
         return self.num_samples // self._batch if self._drop_last else -(-self.num_samples // self._batch)
@@ -210,11 +214,13 @@ def iter_image_batches(
                 yield [chunk[place][0] for place in rows.kept], rows.inputs
 
 
-def iter_text_batches(texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int) -> Iterator[tuple[list[int], Tokens]]:
+def iter_text_batches(
+    texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int
+) -> Iterator[tuple[list[int], Tokens]]:
     """All texts, longest first, so that little is padding and the largest batch is met first.
 
-    A batch has at most ``max_tokens`` tokens, padding included, and at least one text. Each comes with the places of its
-    rows in ``texts``. Every text is tokenised before the first batch.
+    A batch has at most ``max_tokens`` tokens, padding included, and at least one text. Each comes with the places of
+    its rows in ``texts``. Every text is tokenised before the first batch.
     """
     ids = tokenizer.encode(texts)
     order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))

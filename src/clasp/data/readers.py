@@ -148,7 +148,9 @@ class LiveTextReader:
 
     def __call__(self, indices: SampleIndices, get_pair: Callable[[int], Pair]) -> TextBatch:
         captions = [get_pair(number).captions for number in indices.pair.tolist()]
-        texts = [all_[draw % len(all_)].text for all_, draw in zip(captions, indices.caption_draw.tolist(), strict=True)]
+        texts = [
+            all_[draw % len(all_)].text for all_, draw in zip(captions, indices.caption_draw.tolist(), strict=True)
+        ]
         places: dict[str, int] = {}
         rows = [places.setdefault(text, len(places)) for text in texts]
         tokens = self.tokenizer(list(places))

@@ -25,7 +25,7 @@ from clasp.types import Tokens, UserError
 
 _Template = Literal["tower", "cls"]
 _Clean = Literal["none", "lilt"]
-Truncation = Literal["cut", "lost"]
+Truncation = Literal["keep_eos", "drop_eos"]
 
 _BACKEND_FILE = "tokenizer.json"
 _SETTINGS_FILE = "clasp_tokenizer.json"
@@ -57,17 +57,17 @@ class TokenizerSettings:
     template: _Template = "tower"
     """``tower``: special tokens as the tower's authors put them. ``cls``: the first of them only, as LilT's
     ``[CLS] words`` without ``[SEP]``."""
-    overlong: Truncation = "cut"
-    """What is left of a text of more than ``max_tokens``. ``cut``: its first words, and its end token. ``lost``: its
-    first token alone. So MS-CLIP's released code reads it, which cuts the end token off and then takes the largest id,
-    that of the start token, for the end."""
+    truncation: Truncation = "keep_eos"
+    """What is left of a text of more than ``max_tokens``. ``keep_eos``: its first words, and its end token.
+    ``drop_eos``: its first token alone. So MS-CLIP's released code reads it, which cuts the end token off and then
+    takes the largest id, that of the start token, for the end."""
 
     def __post_init__(self) -> None:
         _check_choices(asdict(self))
 
 
 def _check_choices(settings: Mapping[str, Any]) -> None:
-    known = {"clean": tuple(CAPTION_CLEANERS), "template": get_args(_Template), "overlong": get_args(Truncation)}
+    known = {"clean": tuple(CAPTION_CLEANERS), "template": get_args(_Template), "truncation": get_args(Truncation)}
     for name, choices in known.items():
         if settings.get(name, choices[0]) not in choices:
             raise UserError(f"{name} = {settings[name]!r} is not one of {', '.join(choices)}")
@@ -89,10 +89,10 @@ class Tokenizer:
         pad_id: int = 0,
         clean: _Clean = "none",
         template: _Template = "tower",
-        overlong: Truncation = "cut",
+        truncation: Truncation = "keep_eos",
     ) -> None:
         self.settings = TokenizerSettings(
-            prefix=prefix, max_tokens=max_tokens, pad_id=pad_id, clean=clean, template=template, overlong=overlong
+            prefix=prefix, max_tokens=max_tokens, pad_id=pad_id, clean=clean, template=template, truncation=truncation
         )
         self._backend = backend
         special = backend.num_special_tokens_to_add(is_pair=False)
@@ -105,7 +105,7 @@ class Tokenizer:
             raise UserError(f"max_tokens = {max_tokens} leaves no room for words beside {special} special tokens")
         backend.no_padding()
         # counts the special tokens as part of the length only when it adds them itself
-        if overlong == "cut":
+        if truncation == "keep_eos":
             backend.enable_truncation(max_tokens - len(self._head), direction="right")
         else:
             backend.no_truncation()
@@ -139,7 +139,7 @@ class Tokenizer:
             [prefix + clean(text) for text in texts], add_special_tokens=self.settings.template == "tower"
         )
         ids = [self._head + encoding.ids for encoding in encodings]
-        if self.settings.overlong == "lost":
+        if self.settings.truncation == "drop_eos":
             ids = [row if len(row) <= self.max_tokens else row[:1] for row in ids]
         for text, row in zip(texts, ids, strict=True):
             if not row:
@@ -159,8 +159,8 @@ class Tokenizer:
         """Changes when the same text could become other ids: sha256 over the backend and the settings."""
         digest = hashlib.sha256(self._backend.to_str().encode())
         settings = asdict(self.settings)
-        if self.settings.overlong == "cut":  # what was kept before there was a choice stays good
-            del settings["overlong"]
+        if self.settings.truncation == "keep_eos":  # what was kept before there was a choice stays good
+            del settings["truncation"]
         digest.update(json.dumps(settings, sort_keys=True).encode())
         return digest.hexdigest()
 

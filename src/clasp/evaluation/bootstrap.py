@@ -54,7 +54,9 @@ def bootstrap_replicates(
     return [torch.cat(of_sample) for of_sample in zip(*chunks, strict=True)]
 
 
-def _sums_by_class(sample: GroupedScores, group_count: int) -> list[tuple[Int[Tensor, " _"], Float[Tensor, "_ columns"]]]:
+def _sums_by_class(
+    sample: GroupedScores, group_count: int
+) -> list[tuple[Int[Tensor, " _"], Float[Tensor, "_ columns"]]]:
     """For each cell, its groups, and per group the sums of the values and (last column) the number of queries."""
     cells = torch.zeros_like(sample.groups) if sample.classes is None else sample.classes
     pairs, which, count = (cells * group_count + sample.groups).unique(return_inverse=True, return_counts=True)

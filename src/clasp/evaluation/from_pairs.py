@@ -65,7 +65,9 @@ def retrieval_task(pairs: Pairs, inputs: FeatureSource, *, data: str) -> Retriev
 
 def multilingual_task(pairs: Pairs, inputs: FeatureSource, *, languages: Sequence[str], data: str) -> MultilingualTask:
     """Retrieval in each language, and the mean over them."""
-    inputs.precompute_texts(caption.text for pair in pairs for caption in pair.captions if caption.language in languages)
+    inputs.precompute_texts(
+        caption.text for pair in pairs for caption in pair.captions if caption.language in languages
+    )
     return MultilingualTask(
         data=data,
         images=inputs.images(pairs),
@@ -76,7 +78,10 @@ def multilingual_task(pairs: Pairs, inputs: FeatureSource, *, languages: Sequenc
 
 
 def language_queries(
-    pairs: Sequence[Pair], language: str, inputs: FeatureSource, directions: Sequence[RetrievalDirection] = _BOTH_DIRECTIONS
+    pairs: Sequence[Pair],
+    language: str,
+    inputs: FeatureSource,
+    directions: Sequence[RetrievalDirection] = _BOTH_DIRECTIONS,
 ) -> RetrievalQueries:
     """The captions of ``pairs`` in one language, each distinct caption of a group once."""
     texts: dict[str, tuple[str, str]] = {}

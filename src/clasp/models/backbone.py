@@ -31,7 +31,7 @@ class _TowerSettings(BaseModel):
     """States to one vector; the tower's own authors' choice where left out"""
     layer: int | None = None
     """Read the states after this many blocks (negative from the end); the blocks above are dropped"""
-    more_layers: list[int] = []
+    extra_layers: list[int] = []
     """Pool the states after these blocks as well (counted as in ``layer``), side by side with the last ones"""
     dropout: bool = False
     """Dropout inside the tower while training; LilT has it on, also in frozen towers"""
@@ -46,7 +46,7 @@ class ImageTowerSettings(_TowerSettings):
     """Pixels a side that the tower sees; its own where left out"""
     resize: Literal["crop", "squash", "pad"] | None = None
     """What happens to pictures that are not square"""
-    ground: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[int, int, int] = (255, 255, 255)
     """Colour under transparent pixels, 0-255"""
     mean: tuple[_PixelMean, _PixelMean, _PixelMean] | None = None
     """Subtracted from the pixels, RGB in [0, 1]; the tower's own where left out"""
@@ -65,7 +65,7 @@ class TextTowerSettings(_TowerSettings):
     """Put before every caption; the tower's own where left out"""
     max_tokens: int | None = Field(default=None, ge=4, le=32768)
     """Longer captions are cut, keeping their end token"""
-    overlong: Truncation = "cut"
+    truncation: Truncation = "keep_eos"
     """What is left of a longer caption. ``lost``: its start token, as in MS-CLIP's released code, to which all of them
     are the same caption; only for what was trained so"""
     clean: Literal["none", "lilt"] = "none"

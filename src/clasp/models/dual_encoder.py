@@ -35,10 +35,11 @@ class LogitSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    scale: Literal["log", "divisor"] = "log"
-    """What is learned. ``log``: the logarithm of the scale, put back into range after each step. ``divisor``: LilT's
-    temperature, which divides; it is clamped in place before each use, and its gradient is that at the clamped value"""
-    scale_start: float = Field(default=1 / 0.07, gt=0, allow_inf_nan=False)
+    scale: Literal["log", "temperature"] = "log"
+    """What is learned. ``log``: the logarithm of the scale, put back into range after each step. ``temperature``:
+    LilT's temperature, which divides; it is clamped in place before each use, and its gradient is that at the
+    clamped value"""
+    init_logit_scale: float = Field(default=1 / 0.07, gt=0, allow_inf_nan=False)
     """The scale before the first step"""
     scale_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 100.0)
     """Least and greatest scale; 0 and inf leave that side open"""
@@ -48,10 +49,12 @@ class LogitSettings(BaseModel):
         least, greatest = self.scale_range
         if not least < greatest:
             raise UserError(f"scale_range = [{least:g}, {greatest:g}] is not a least and a greatest scale")
-        if not least <= self.scale_start <= greatest:
-            raise UserError(f"scale_start = {self.scale_start:g} is outside scale_range = [{least:g}, {greatest:g}]")
-        if self.scale == "divisor" and greatest == math.inf:
-            raise UserError("scale = 'divisor' needs a greatest scale in scale_range: nothing is divided by 0")
+        if not least <= self.init_logit_scale <= greatest:
+            raise UserError(
+                f"init_logit_scale = {self.init_logit_scale:g} is outside scale_range = [{least:g}, {greatest:g}]"
+            )
+        if self.scale == "temperature" and greatest == math.inf:
+            raise UserError("scale = 'temperature' needs a greatest scale in scale_range: nothing is divided by 0")
         return self
 
 
@@ -99,7 +102,7 @@ class DualEncoder(nn.Module):
             self.text_head = ProjectionHead(text.width, head).to(device)
         logits = logits or LogitSettings()
         start, *limits = (
-            _scale_to_parameter(logits.scale, scale) for scale in (logits.scale_start, *logits.scale_range)
+            _scale_to_parameter(logits.scale, scale) for scale in (logits.init_logit_scale, *logits.scale_range)
         )
         scale = nn.Parameter(torch.tensor(start, device=device))
         self.log_scale, self.temperature = (scale, None) if logits.scale == "log" else (None, scale)
@@ -137,9 +140,10 @@ class DualEncoder(nn.Module):
     def parameter_kinds(self) -> dict[str, ParameterKind]:
         """What each parameter of the selection is, by name: the keys of ``train.lr_factors``.
 
-        ``scale`` and ``head`` as in ``new_parameter_names``. Inside a tower, ``new`` is what its base does not have (bottlenecks,
-        appended blocks with their norms, low-rank factors, prompts), the low-rank differences between what is shared,
-        and what nobody has trained beside a pre-trained trunk; of the base, ``shared`` is what both towers hold, else
+        ``scale`` and ``head`` as in ``new_parameter_names``. Inside a tower, ``new`` is what its base does not have
+        (bottlenecks, appended blocks with their norms, low-rank factors, prompts), the low-rank differences between
+        what is shared, and what nobody has trained beside a pre-trained trunk; of the base, ``shared`` is what both
+        towers hold, else
         ``norm`` or the rest, ``tower``.
         """
         kinds: dict[str, ParameterKind] = dict.fromkeys(self.new_parameter_names["heads"], "head")
@@ -149,7 +153,9 @@ class DualEncoder(nn.Module):
             assert tower.weight_hashes, "what is new is told from the weights of the base, and shapes have none"
             modules = list(tower.net.modules())
             norms = {id(p) for module in modules if is_norm(module) for p in module.parameters()}
-            differences = {id(p) for module in modules if isinstance(module, LowRankLinear) for p in module.low_rank_parameters}
+            differences = {
+                id(p) for module in modules if isinstance(module, LowRankLinear) for p in module.low_rank_parameters
+            }
             for name, p in tower.net.named_parameters():
                 plain = name.replace(".base_layer.", ".")  # peft renames the weights that it wraps
                 is_new = plain not in tower.weight_hashes or plain in tower.new_parameters or id(p) in differences
@@ -240,7 +246,7 @@ class DualEncoder(nn.Module):
             self.log_scale.clamp_(*self._limits)
 
 
-def _scale_to_parameter(form: Literal["log", "divisor"], scale: float) -> float:
+def _scale_to_parameter(form: Literal["log", "temperature"], scale: float) -> float:
     """A scale as the parameter that is learned; 0 and inf stand for no limit."""
     if form == "log":
         return math.log(scale) if scale else -math.inf

@@ -79,10 +79,10 @@ def no_progress_bar(title: str) -> AbstractContextManager[ProgressCallback]:
 class FeatureSource:
     """Reads pairs for one model.
 
-    ``feature_cache`` decides whether what a tower's frozen part says is computed once and kept under ``cache_folder``, and how it
-    is written: "auto" keeps the vectors of a wholly frozen tower in float32, and the states of a trunk in float16 where
-    they fill at most a quarter of the free disk. ``notify`` hears what is kept, or why not; ``on_skipped`` hears of images
-    that an evaluation could not read, once of each.
+    ``feature_cache`` decides whether what a tower's frozen part says is computed once and kept under ``cache_folder``,
+    and how it is written: "auto" keeps the vectors of a wholly frozen tower in float32, and the states of a trunk in
+    float16 where they fill at most a quarter of the free disk. ``notify`` hears what is kept, or why not;
+    ``on_skipped`` hears of images that an evaluation could not read, once of each.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class HeadSettings(BaseModel):
     """Whether a linear head has a bias; CLIP's and MS-CLIP's have none"""
     standardize: bool = False
     """Shift and scale each feature, starting from the training pairs' mean and deviation (Glow's ActNorm)"""
-    start: Literal["random", "cca"] = "random"
+    init: Literal["random", "cca"] = "random"
     """``cca``: linear heads start where canonical correlation has them in closed form; needs ``standardize`` and frozen
     towers"""
     ridge: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
@@ -47,7 +47,7 @@ class HeadSettings(BaseModel):
     def _bias_of_a_linear_map(self) -> HeadSettings:
         if not self.bias and self.kind != "linear":
             raise ValueError(f"bias = false is for kind = 'linear'; here kind = {self.kind!r}")
-        if not self.bias and self.start == "cca":
+        if not self.bias and self.init == "cca":
             raise ValueError("start = 'cca' needs the bias that bias = false leaves out")
         return self
 

@@ -34,7 +34,8 @@ def split_by_length(inputs: Tokens | HiddenStates) -> tuple[list[Tokens | Hidden
 
 
 def optimal_bucket_bounds(lengths: list[int], call_cost: int) -> list[int]:
-    """Where to cut ``lengths`` (falling) so that the sum over parts of rows times longest, plus ``call_cost``, is least.
+    """Where to cut ``lengths`` (falling) so that the sum over parts of rows times longest, plus ``call_cost``, is
+    least.
 
     Returns the bounds of the parts, 0 and ``len(lengths)`` among them. Parts begin where the length falls: between
     equal rows no cut can pay.

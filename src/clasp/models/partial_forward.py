@@ -108,7 +108,9 @@ def _stop_forward(module: nn.Module, args: tuple, output: Any) -> None:
 
 
 @contextmanager
-def _replaced_blocks(net: nn.Module, structure: ModelStructure, depth: int, states: Tensor, output_type: type) -> Iterator[None]:
+def _replaced_blocks(
+    net: nn.Module, structure: ModelStructure, depth: int, states: Tensor, output_type: type
+) -> Iterator[None]:
     """Blocks below the cut hand on what they get, the last of them ``states``; their own ``forward`` comes back after.
 
     An attribute of the instance shadows the method of its class, and modules, names and hooks all stay in place.

@@ -50,7 +50,7 @@ def resize_pos_embed(table: Float[Tensor, "1 rows D"], grid: int, extra_rows: in
 class Adapter(nn.Module):
     """Bottleneck adapter: ``x + up(gelu(down(x)))`` (Houlsby et al., ICML 2019; LilT section 3).
 
-    ``start="identity"`` zeroes ``up``, so a tower is unchanged when adapters are inserted; ``start="random"`` is the
+    ``init="identity"`` zeroes ``up``, so a tower is unchanged when adapters are inserted; ``init="random"`` is the
     paper's N(0, 0.02) with zero biases. Works on the last axis, or on axis 1 of feature maps (``channels_first``).
     """
 

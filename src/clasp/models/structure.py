@@ -23,8 +23,8 @@ from clasp.types import UserError
 class FamilyLayout:
     """Where a family keeps its parts. Paths are dotted; ``*`` stands for one index.
 
-    ``branch_inputs`` and ``branch_outputs`` name, for each residual branch of a block, the module whose input is the branch's input and
-    the module whose output is the branch's output (before the residual sum).
+    ``branch_inputs`` and ``branch_outputs`` name, for each residual branch of a block, the module whose input is the
+    branch's input and the module whose output is the branch's output (before the residual sum).
     """
 
     blocks: str
@@ -105,7 +105,7 @@ _TIMM_VIT = FamilyLayout(
     pooled_norm="fc_norm",
     unused=("head",),
 )
-_NATIVE_VIT = replace(_TIMM_VIT, joins="parallel.laterals.*")  # nn.nets, which keeps timm's names
+_NATIVE_VIT = replace(_TIMM_VIT, laterals="parallel.laterals.*")  # nn.nets, which keeps timm's names
 
 FAMILY_LAYOUTS: dict[str, FamilyLayout] = {
     "ViTModel": _vit(),
@@ -246,8 +246,10 @@ def find_structure(net: nn.Module) -> ModelStructure:
     )
     pooled_norm = layout.pooled_norm if layout.pooled_norm in modules else None
     tail = tuple(path for path in dict.fromkeys((*layout.tail, pooled_norm)) if path in modules)
-    joins = [int(path.rpartition(".")[2]) for path in _matching_paths(modules, layout.laterals)] if layout.laterals else []
-    lowest_cut = 1 + max(joins, default=0)
+    lateral_layers = (
+        [int(path.rpartition(".")[2]) for path in _matching_paths(modules, layout.laterals)] if layout.laterals else []
+    )
+    lowest_cut = 1 + max(lateral_layers, default=0)
     return ModelStructure(family, blocks, tail, pooled_norm, _prefix_tokens(net), layout.channels_first, lowest_cut)
 
 
@@ -288,8 +290,8 @@ def _family_layout(net: nn.Module, modules: dict[str, nn.Module]) -> FamilyLayou
     if layout is None or first is None:
         return None
     block = modules[first]
-    if isinstance(block, OurBlock) and block.order == "post":  # its norms end the branches instead
-        return replace(layout, begins=("attn", "mlp"))
+    if isinstance(block, OurBlock) and block.norm_position == "post":  # its norms end the branches instead
+        return replace(layout, branch_inputs=("attn", "mlp"))
     return layout
 
 

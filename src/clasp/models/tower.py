@@ -123,7 +123,9 @@ class Tower(nn.Module):
         pixels = inputs.values
         if self._structure.channels_first:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return as_tokens(self._forward_features(self.net, pixels) if self._forward_features else _forward_pixels(self.net, pixels))
+        return as_tokens(
+            self._forward_features(self.net, pixels) if self._forward_features else _forward_pixels(self.net, pixels)
+        )
 
     # --- the trunk -----------------------------------------------------------------------------------------------
 
@@ -149,7 +151,9 @@ class Tower(nn.Module):
 
     def prefix_states(self, inputs: Pixels | Tokens, depth: int) -> HiddenStates:
         """The states after the first ``depth`` blocks, ``1 <= depth <= frozen_blocks``, to go on from later."""
-        assert 1 <= depth <= len(self._structure.blocks), f"{self.name} has {len(self._structure.blocks)} blocks, not {depth}"
+        assert 1 <= depth <= len(self._structure.blocks), (
+            f"{self.name} has {len(self._structure.blocks)} blocks, not {depth}"
+        )
         values = states_after_block(self.net, self._structure, depth, lambda: self(inputs))
         if isinstance(inputs, Tokens):
             return HiddenStates(values, inputs.mask, depth, 0, inputs.rows)
@@ -226,19 +230,21 @@ class Tower(nn.Module):
         return self._from_seed and any(parameter.requires_grad for parameter in norm.parameters())
 
     def _pool_without_weights(self, states: Float[Tensor, "U N D"], mask: Bool[Tensor, "U N"]) -> Float[Tensor, "U Dp"]:
-        return POOLING_FUNCTIONS[self._pool](states, mask, self._structure.prefix_tokens if self.modality == "image" else 0)
+        return POOLING_FUNCTIONS[self._pool](
+            states, mask, self._structure.prefix_tokens if self.modality == "image" else 0
+        )
 
     def _resolve_extra_layers(self, layers: Sequence[int]) -> list[int]:
-        """``more_layers`` counted from 1, lowest first."""
+        """``extra_layers`` counted from 1, lowest first."""
         count = len(self._structure.blocks)
         numbers = sorted({layer if layer > 0 else count + layer for layer in layers})
         if numbers and not 1 <= numbers[0] <= numbers[-1] < count:
             raise UserError(
-                f"more_layers = {list(layers)}: {self.name} has {count} blocks below its last states; choose from "
+                f"extra_layers = {list(layers)}: {self.name} has {count} blocks below its last states; choose from "
                 f"1 to {count - 1}, or {1 - count} to -1"
             )
         if numbers and self._pool == "attention":
-            raise UserError(f"more_layers = {list(layers)}: pool = 'attention' is learned for the last states only")
+            raise UserError(f"extra_layers = {list(layers)}: pool = 'attention' is learned for the last states only")
         return numbers
 
     # --- what the net is like ------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ _PRIMARY_METRICS = {
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
-    """A line of ``sweep_key.jsonl``. ``overrides`` make the run's recipe; the last of them, ``settings``, are the grid's.
+    """A line of ``sweep_key.jsonl``. ``overrides`` make the run's recipe; the last of them, ``settings``, are the
+    grid's.
     ``value`` is the metric that decides, with its 95 % interval where it has one, over ``n`` queries; ``chance`` is
     what guessing scores. ``seconds`` are of training, with its evaluations; ``None`` where they are not known.
     ``error`` is why a run failed. What else a run cost, ``clasp.training.cost.ledger.read_cost`` tells."""

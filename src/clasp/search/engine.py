@@ -266,8 +266,8 @@ class SearchEngine:
     ) -> list[SheetRow]:
         """Titles with their hits, as rows of ``clasp.report.contact_sheet.contact_sheet``.
 
-        ``is_correct`` says of a title and a hit whether it is a right answer. An image that has gone or changed is an empty
-        place with its label.
+        ``is_correct`` says of a title and a hit whether it is a right answer. An image that has gone or changed is an
+        empty place with its label.
         """
         rows = []
         for title, hits in searches:

@@ -120,7 +120,9 @@ def backward_in_micro_batches(embedder: MicroBatchEmbedder, batch: Batch, loss: 
 class CachedEmbeddings:
     """The embeddings of one side: made in pieces, given to the loss as if they came from nowhere, and followed back."""
 
-    def __init__(self, name: Modality, embedder: MicroBatchEmbedder, inputs: micro_batches.TowerInput, micro_batch: int):
+    def __init__(
+        self, name: Modality, embedder: MicroBatchEmbedder, inputs: micro_batches.TowerInput, micro_batch: int
+    ):
         self.name: Modality = name
         self.embedder, self.micro_batches = embedder, micro_batches.split_micro_batches(inputs, micro_batch)
         others = list(range(len(self.micro_batches.pieces) - 1))

@@ -54,7 +54,7 @@ def initialize_heads(
     some = zip(*pooled.every_caption(_evenly_spaced(listing, most)), strict=True)
     for standardize, parts in zip((image, text), some, strict=True):
         standardize.fit(torch.cat(parts))
-    if settings.start == "cca":
+    if settings.init == "cca":
         with torch.no_grad():
             whole = np.arange(len(pairs))
             every = ((image(images), text(texts)) for images, texts in pooled.every_caption(whole))
@@ -68,7 +68,7 @@ def initialize_heads(
 def initialize_low_rank(
     model: DualEncoder, batches: PairLoader, loss: Loss, tuned: TuneSettings, settings: TrainSettings
 ) -> None:
-    """Let the low-rank updates that ask for it (``start="gradient"``) start along the gradient of what they update.
+    """Let the low-rank updates that ask for it (``init="gradient"``) start along the gradient of what they update.
 
     The gradient is of the real loss over the first batches of the first epoch, in pieces where those do not fit in
     memory; it goes to the wrapped weights of the base, which do not change. See ``nn.lowrank.start_from_gradient``.
@@ -115,8 +115,8 @@ def _gradients(
     for name, gradient in found.items():
         if not gradient.isfinite().all():
             raise UserError(
-                f"the gradient that start='gradient' asks for is not finite at {name}; try train.precision=float32, or "
-                "start='random'"
+                f"the gradient that init='gradient' asks for is not finite at {name}; try train.precision=float32, or "
+                "init='random'"
             )
     return found
 

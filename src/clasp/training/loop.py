@@ -76,10 +76,10 @@ def fit(
     ``log`` gets JSON dicts told apart by ``event``: start, pieces, step, skipped, evaluation, stop. ``evaluate`` is
     called with the model in eval mode; ``primary`` names the metric in its answer that decides, greater being
     better. ``save`` gets the state every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the end; a run that is
-    given it as ``resume_state`` goes on there. ``kinds`` has the kind of each parameter that trains, a key of ``lr_factors``;
-    where it is empty, all have one learning rate. ``ledger`` is told of every step.
-    Raises UserError when the loss or its gradient is not finite, before the step that would have spoilt the weights,
-    and when ``resume_state`` is of a run that trains something else.
+    given it as ``resume_state`` goes on there. ``kinds`` has the kind of each parameter that trains, a key of
+    ``lr_factors``; where it is empty, all have one learning rate. ``ledger`` is told of every step. Raises UserError
+    when the loss or its gradient is not finite, before the step that would have spoilt the weights, and when
+    ``resume_state`` is of a run that trains something else.
     """
     assert settings.epochs != "auto", "resolve the settings with plan_training first"
     epochs, steps = settings.epochs, settings.epochs * len(batches)
@@ -93,21 +93,31 @@ def fit(
         if resume_state
         else resolve_precision(settings.precision, device)
     )
-    stepper = Stepper(model, loss, settings, accelerator, numbers.precision, steps=steps, kinds=kinds, resume_state=resume_state)
+    stepper = Stepper(
+        model, loss, settings, accelerator, numbers.precision, steps=steps, kinds=kinds, resume_state=resume_state
+    )
     at = resume_state.position if resume_state else TrainPosition()
     skipped = resume_state.skipped if resume_state else ()
     journal = RunLogger(
         log, reporter or SilentReporter(), steps=steps, epochs=epochs, log_every=settings.log_every, skipped=skipped
     )
-    judge = BestCheckpoint(stepper, journal, evaluate, primary, settings, epochs, resume_state.best if resume_state else None)
+    judge = BestCheckpoint(
+        stepper, journal, evaluate, primary, settings, epochs, resume_state.best if resume_state else None
+    )
 
     def state() -> TrainState:
-        weights, memory, skipped = stepper.selected_weights(), stepper.optimizer_state(), tuple(journal.skipped.values())
+        weights, memory, skipped = (
+            stepper.selected_weights(),
+            stepper.optimizer_state(),
+            tuple(journal.skipped.values()),
+        )
         return TrainState(at, numbers.precision, weights, memory, judge.best, skipped, stepper.micro_batch)
 
     with GracefulStop() as stop, journal:
         line = f"computing in {numbers.precision} on {device.type}: {numbers.reason}"
-        journal.log_event("start", line, step=at.step, steps=steps, epochs=epochs, device=str(device), **numbers._asdict())
+        journal.log_event(
+            "start", line, step=at.step, steps=steps, epochs=epochs, device=str(device), **numbers._asdict()
+        )
         model.train()
         if resume_state is None:
             judge.evaluate_initial(at)
@@ -168,9 +178,9 @@ class BestCheckpoint:
         epochs: int,
         best: BestEvaluation | None,
     ):
-        assert evaluate is None or primary or settings.keep == "last", "which metric decides?"
+        assert evaluate is None or primary or settings.select == "last", "which metric decides?"
         self.stepper, self.logger, self.evaluate, self.primary = stepper, logger, evaluate, primary
-        self.keep, self.epochs, self.best = settings.keep, epochs, best
+        self.keep, self.epochs, self.best = settings.select, epochs, best
         auto = -(-epochs // _EVALUATIONS_PER_RUN)
         self.eval_interval_epochs = auto if settings.evaluate_every == "auto" else settings.evaluate_every
         self.metrics: Mapping[str, float] = {}

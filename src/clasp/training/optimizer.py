@@ -1,7 +1,7 @@
 """The optimizer: what it holds, how far each step goes, and its state by name.
 
 In: a model with a selection. Out: AdamW over the selection and nothing else; the learning-rate factor of a step.
-``DECAY_FILTERS`` and ``SCHEDULES`` are what ``train.decay`` and ``train.schedule`` choose from: clasp's own, and
+``DECAY_FILTERS`` and ``SCHEDULES`` are what ``train.decay_filter`` and ``train.schedule`` choose from: clasp's own, and
 papers'. Unusual: groups are made from names and shapes alone, so a foreign tower needs no help; the state goes out and
 comes back as tensors named after their parameters, never as a pickle or by position.
 """
@@ -88,13 +88,18 @@ def build_parameter_groups(
 ) -> list[ParameterGroup]:
     """Parameters by (decay, learning-rate factor), in a stable order.
 
-    ``decay_filter`` is a key of ``DECAY_FILTERS``. ``weight_decay_overrides`` has the weight decay by name where it is not
+    ``decay_filter`` is a key of ``DECAY_FILTERS``. ``weight_decay_overrides`` has the weight decay by name where it is
+    not
     ``weight_decay``;
     ``lr_factors`` has the factor on the learning rate by name, 1 where it has none.
     """
     gathered: dict[tuple[float, float], list[str]] = {}
     for name, parameter in parameters.items():
-        own = weight_decay_overrides.get(name, weight_decay) if DECAY_FILTERS[decay_filter](name, parameter.shape) else 0.0
+        own = (
+            weight_decay_overrides.get(name, weight_decay)
+            if DECAY_FILTERS[decay_filter](name, parameter.shape)
+            else 0.0
+        )
         gathered.setdefault((own, lr_factors.get(name, 1.0)), []).append(name)
     return [
         ParameterGroup(tuple(names), tuple(parameters[name] for name in names), own, factor)
@@ -142,7 +147,9 @@ def warmup_cosine(step: int, context: ScheduleContext) -> float:
     """
     if step < context.warmup_steps:
         return (step + 1) / context.warmup_steps
-    return _cosine(min(1.0, (step - context.warmup_steps) / max(1, context.steps - context.warmup_steps)), context.min_lr_ratio)
+    return _cosine(
+        min(1.0, (step - context.warmup_steps) / max(1, context.steps - context.warmup_steps)), context.min_lr_ratio
+    )
 
 
 def lilt_schedule(step: int, context: ScheduleContext) -> float:

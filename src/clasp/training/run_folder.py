@@ -95,7 +95,12 @@ class RunFolder:
 
     def _base_entry(self, tower: Tower) -> dict[str, Any]:
         name = tower.name.replace(f"{self.path}/", f"{RUN_PLACEHOLDER}/")
-        return {"tower": name, "version": tower.version, "fingerprint": tower.fingerprint, "tensors": tower.weight_hashes}
+        return {
+            "tower": name,
+            "version": tower.version,
+            "fingerprint": tower.fingerprint,
+            "tensors": tower.weight_hashes,
+        }
 
     def save(self, model: DualEncoder) -> int:
         """Write the delta; returns its bytes on disk."""
@@ -211,12 +216,14 @@ def _require_same_weights(run: Path, tower: Tower, recorded: dict[str, Any]) -> 
     names = sorted(set(tower.weight_hashes) | set(recorded["tensors"]))
     differ = [name for name in names if tower.weight_hashes.get(name) != recorded["tensors"].get(name)]
     first = (
-        f"{differ[0]} is {tower.weight_hashes.get(differ[0])}, was {recorded['tensors'].get(differ[0])}" if differ else "pooling"
+        f"{differ[0]} is {tower.weight_hashes.get(differ[0])}, was {recorded['tensors'].get(differ[0])}"
+        if differ
+        else "pooling"
     )
     raise UserError(
-        f"{run} was trained on other weights of the {tower.modality} tower {recorded['tower']} ({recorded['version']}): "
-        f"{len(differ)} of {len(names)} tensors differ ({first}); fingerprint {tower.fingerprint[:12]}, "
-        f"was {recorded['fingerprint'][:12]}"
+        f"{run} was trained on other weights of the {tower.modality} tower {recorded['tower']} "
+        f"({recorded['version']}): {len(differ)} of {len(names)} tensors differ ({first}); "
+        f"fingerprint {tower.fingerprint[:12]}, was {recorded['fingerprint'][:12]}"
     )
 
 

@@ -54,12 +54,12 @@ class TrainSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    batch: Annotated[int, Field(gt=1)] | _Auto = "auto"
+    batch_size: Annotated[int, Field(gt=1)] | _Auto = "auto"
     """Pairs in a step; the negatives of a pair are the others of its batch."""
     micro_batch: Annotated[int, Field(gt=0)] | _Auto = "auto"
     """Pairs whose activations are in memory at a time: a larger batch is worked through in pieces, with the gradient
     of one piece. "auto": the whole batch, or as many as fit, measured when training begins."""
-    recompute: Literal["none", "blocks"] = "none"
+    activation_checkpointing: Literal["none", "blocks"] = "none"
     """What the backward pass computes again, to keep less in memory: the insides of the blocks from the first that
     trains."""
     epochs: Annotated[int, Field(gt=0)] | _Auto = "auto"
@@ -71,7 +71,7 @@ class TrainSettings(BaseModel):
     schedule: Literal["cosine", "lilt"] = "cosine"
     """How the learning rate moves: "cosine" falls step by step after the warm-up; "lilt" climbs ten stairs in the
     first 1,000 steps, holds to the end of the first epoch, then falls along the cosine once an epoch."""
-    lr_floor: float = Field(default=0.0, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """The learning rate that the cosine falls towards, as a fraction of ``lr``."""
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
     """Part of all steps in which the learning rate rises; the "lilt" schedule has its own."""
@@ -79,7 +79,7 @@ class TrainSettings(BaseModel):
     """AdamW's decay, per step and unit of learning rate."""
     weight_decay_shared: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """The decay of what both towers hold in common; as ``weight_decay`` where left out."""
-    decay: Literal["matrices", "lilt", "msclip"] = "matrices"
+    decay_filter: Literal["matrices", "lilt", "msclip"] = "matrices"
     """What decays: "matrices" and kernels only; "lilt": all but one-dimensional tensors and biases, so the scale and
     the tables of positions and classes too; "msclip": matrices and kernels, but no table of tokens or positions."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
@@ -96,7 +96,7 @@ class TrainSettings(BaseModel):
     """Of the order of pairs, captions drawn, augmentation, dropout and noise."""
     evaluate_every: Annotated[int, Field(gt=0)] | _Auto = "auto"
     """Epochs between evaluations; the last epoch always ends with one. "auto": about ten in a run."""
-    keep: Literal["best", "last"] = "best"
+    select: Literal["best", "last"] = "best"
     """The weights to end with: those of the best evaluation, or of the last step."""
     log_every: int = Field(default=10, gt=0)
     """Steps between log lines."""
@@ -127,29 +127,31 @@ class TrainPlan:
 
     def resolved(self, settings: TrainSettings) -> TrainSettings:
         """The settings with nothing left to choose about batch and epochs."""
-        return settings.model_copy(update={"batch": self.batch_size, "epochs": self.epochs})
+        return settings.model_copy(update={"batch_size": self.batch_size, "epochs": self.epochs})
 
 
 def plan_training(settings: TrainSettings, pairs: int, *, max_batch_size: int = MAX_AUTO_BATCH_SIZE) -> TrainPlan:
     """Batch and epochs for so many training pairs; what the recipe sets is kept.
 
-    "auto" batch: the largest power of two that is at most a quarter of the pairs and at most ``max_batch_size``, so that an
-    epoch has several steps and batches differ. "auto" epochs: 15, fewer past 100,000 pairs, more where that would
-    be fewer than 300 steps. A last batch that is not full is left out of every epoch.
+    "auto" batch: the largest power of two that is at most a quarter of the pairs and at most ``max_batch_size``, so
+    that an epoch has several steps and batches differ. "auto" epochs: 15, fewer past 100,000 pairs, more where that
+    would be fewer than 300 steps. A last batch that is not full is left out of every epoch.
     Raises UserError for fewer than two pairs, or a set batch of more than there are.
     """
     if pairs < 2:
         raise UserError(f"training needs at least two pairs to tell apart, and there {'is 1' if pairs else 'are 0'}")
     reasons = []
-    if settings.batch == "auto":
+    if settings.batch_size == "auto":
         room = max(2, min(pairs // 4, max_batch_size))
         batch = 1 << (room.bit_length() - 1)
         limit = f"at most {max_batch_size:,}" if room == max_batch_size else "at most a quarter of the pairs"
         reasons.append(f"batch {batch:,} is the largest power of two that is {limit}")
-    elif settings.batch > pairs:
-        raise UserError(f"train.batch = {settings.batch} is more than the {pairs} pairs to train on; at most {pairs}")
+    elif settings.batch_size > pairs:
+        raise UserError(
+            f"train.batch_size = {settings.batch_size} is more than the {pairs} pairs to train on; at most {pairs}"
+        )
     else:
-        batch = settings.batch
+        batch = settings.batch_size
         reasons.append(f"batch {batch:,} is set")
     steps_an_epoch = pairs // batch
     if settings.epochs == "auto":

@@ -105,9 +105,10 @@ def _as_list(position: TrainPosition) -> list[int]:
 class FitResult:
     """What became of a call to ``fit``.
 
-    The model holds the weights of ``weights_position``: the best evaluation's, or the last step's; ``metrics`` are what the
-    evaluation said of them (empty when it was not asked). ``interrupted`` runs hold the last step's, and ``position``
-    is where to go on. ``pairs`` and ``seconds`` count this call only, ``seconds`` with evaluation and saving.
+    The model holds the weights of ``weights_position``: the best evaluation's, or the last step's; ``metrics`` are what
+    the evaluation said of them (empty when it was not asked). ``interrupted`` runs hold the last step's, and
+    ``position`` is where to go on. ``pairs`` and ``seconds`` count this call only, ``seconds`` with evaluation and
+    saving.
     """
 
     position: TrainPosition

@@ -67,7 +67,8 @@ class Stepper:
 
     ``kinds`` has the kind of each of them, for ``lr_factors`` and the decay of what is shared; where it is empty all
     have the same learning rate.
-    ``resume_state`` is where a run goes on. ``micro_batch`` is ``None`` until it is known: set by the recipe, brought by
+    ``resume_state`` is where a run goes on. ``micro_batch`` is ``None`` until it is known: set by the recipe, brought
+    by
     ``resume_state``, or chosen.
     """
 
@@ -90,7 +91,7 @@ class Stepper:
         self.micro_batch = before if settings.micro_batch == "auto" else settings.micro_batch
         assert settings.epochs != "auto", "resolve the settings with train.plan.choose first"
         warmup = round(settings.warmup_fraction * steps)
-        self.schedule_context = optim.ScheduleContext(steps, settings.epochs, warmup, settings.lr_floor)
+        self.schedule_context = optim.ScheduleContext(steps, settings.epochs, warmup, settings.min_lr_ratio)
         self.max_norm = math.inf if settings.clip_norm == "none" else settings.clip_norm
         model.to(accelerator.device)
         self.weights = optim.select_parameters(dict(model.named_parameters()), model.selection)
@@ -101,16 +102,20 @@ class Stepper:
         groups = optim.build_parameter_groups(
             self.weights,
             weight_decay=settings.weight_decay,
-            decay_filter=settings.decay,
-            weight_decay_overrides={} if apart is None else {name: apart for name, kind in kinds.items() if kind == "shared"},
+            decay_filter=settings.decay_filter,
+            weight_decay_overrides={}
+            if apart is None
+            else {name: apart for name, kind in kinds.items() if kind == "shared"},
             lr_factors={name: factors[kind] for name, kind in kinds.items()},
         )
         self.optimizer = optim.build_adamw(
             groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, device=accelerator.device
         )
         if model.moving and self.micro_batch is None:
-            assert settings.batch != "auto", "resolve the settings with train.plan.choose first"
-            self.micro_batch = settings.batch  # statistics are those of whole batches, and measuring would move them
+            assert settings.batch_size != "auto", "resolve the settings with train.plan.choose first"
+            self.micro_batch = (
+                settings.batch_size
+            )  # statistics are those of whole batches, and measuring would move them
         if resume_state:
             self.load_weights(resume_state.weights)
             optim.load_optimizer_state(self.optimizer, self.weights, resume_state.optimizer)
@@ -135,7 +140,9 @@ class Stepper:
     def backward(self, batch: Batch, number: int) -> LossAndScale:
         """Leaves the gradient of the batch's loss on the weights; the loss is taken in float32 at any precision."""
         if self.micro_batch is not None and len(batch.ids) > self.micro_batch:
-            return grad_cache.backward_in_micro_batches(self._micro_batch_embedder(number), batch, self.loss, self.micro_batch)
+            return grad_cache.backward_in_micro_batches(
+                self._micro_batch_embedder(number), batch, self.loss, self.micro_batch
+            )
         device = self.accelerator.device
         seed_generators(step_seed(self.settings.seed, number), device)
         image, text = to_device(batch.image, device), to_device(batch.text, device)
@@ -155,7 +162,7 @@ class Stepper:
 
     def choose_micro_batch(self, batch: Batch) -> MicroBatchChoice:
         """Measures how many pairs fit in memory at a time, and keeps to it from now on."""
-        pairs = max(len(batch.ids), 0 if self.settings.batch == "auto" else self.settings.batch)
+        pairs = max(len(batch.ids), 0 if self.settings.batch_size == "auto" else self.settings.batch_size)
         choice = grad_cache.choose_micro_batch(self._micro_batch_embedder(0), batch, pairs)
         self.micro_batch = choice.micro_batch
         return choice

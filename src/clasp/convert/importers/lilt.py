@@ -29,7 +29,7 @@ from clasp.models.zoo.folder import BertSettings, save_bert, save_image_encoder
 from clasp.training.run_folder import RUN_PLACEHOLDER, RunFolder
 from clasp.types import UserError
 
-_RECIPE = "lilt/paper"
+_RECIPE = "lilt/base"
 _Tunings = Mapping[Modality, LiltTuning]
 
 

@@ -136,7 +136,7 @@ def parse_lilt_checkpoint(path: Path, found: Any, heads: Mapping[Modality, int |
 
 def lilt_adapter_method(modality: Modality, reduction: int) -> str:
     """LilT's bottlenecks, as a method of a tuning spec."""
-    return f"adapters(reduction={reduction}, place='{_ADAPTER_PLACES[modality]}', start='random')"
+    return f"adapters(reduction={reduction}, place='{_ADAPTER_PLACES[modality]}', init='random')"
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

@@ -131,7 +131,11 @@ def explain_lilt_tuning(lilt: LiltCheckpoint, in_towers: int) -> list[str]:
 def lilt_flags(lilt: LiltCheckpoint) -> Mapping[str, Any] | None:
     """The configuration, where it says what trained."""
     config = lilt.config
-    return config if config is not None and {words.freeze_flag for words in _TOWER_FLAGS.values()} <= config.keys() else None
+    return (
+        config
+        if config is not None and {words.freeze_flag for words in _TOWER_FLAGS.values()} <= config.keys()
+        else None
+    )
 
 
 # --- the switches ----------------------------------------------------------------------------------------------------
@@ -192,7 +196,9 @@ def _trained_by_flags(side: LiltTower, flags: Mapping[str, Any]) -> set[str]:
 def _trained_by_default(side: LiltTower, appended: int) -> set[str]:
     """What LilT's two recipes train: norms, and what was added."""
     words = _TOWER_FLAGS[side.modality]
-    starts = (f"{LILT_BLOCK_PREFIXES[side.modality]}{side.settings.layers - 1}.", words.extra_prefix) if appended else ()
+    starts = (
+        (f"{LILT_BLOCK_PREFIXES[side.modality]}{side.settings.layers - 1}.", words.extra_prefix) if appended else ()
+    )
     return {
         ours
         for ours, name in side.original_names.items()

@@ -63,7 +63,7 @@ def import_msclip(checkpoint: Path, run: RunFolder, options: ImportOptions) -> I
         f"joint space: width {len(model.image_head)}",
         *_describe_sharing(model.encoders.policy),
         f"captions of more than {text.context} tokens "
-        + ("keep their end token" if options.truncation == "cut" else "are all alike, as in the released code"),
+        + ("keep their end token" if options.truncation == "keep_eos" else "are all alike, as in the released code"),
     ]
     if ids < text.vocabulary:
         lines.append(f"{named} has {ids:,} words, and the net {text.vocabulary:,}: is it the tokenizer it had?")
@@ -92,7 +92,7 @@ def _recipe(model: MSCLIPCheckpoint, options: ImportOptions) -> dict[str, Any]:
     recipe = read_recipe(_RECIPE).to_dict()
     pool = {"image": "cls", "text": "last"}
     recipe |= {side: {"tower": f"file:{RUN_PLACEHOLDER}/towers", "pool": pool[side]} for side in pool}
-    recipe["text"]["overlong"] = options.truncation
+    recipe["text"]["truncation"] = options.truncation
     recipe["share"] = model.encoders.policy.model_dump(mode="json", exclude_none=True)
     recipe["tune"] = {"image": ["none"], "text": ["none"], "head": "full", "scale": "full"}
     recipe["head"]["width"] = len(model.image_head)
@@ -109,7 +109,7 @@ def _tensors(model: MSCLIPCheckpoint) -> dict[str, Tensor]:
 def _describe_sharing(policy: SharingSettings) -> list[str]:
     """Which layers share what, a line for each stretch."""
     lines = []
-    for stretch in (policy, *policy.also):
+    for stretch in (policy, *policy.overrides):
         parts = [part for part, how in stretch.part_modes().items() if how == "shared"]
         if parts:
             lines.append(f"layers {stretch.layers} share {', '.join(parts)}")

@@ -250,7 +250,7 @@ def _infer_sharing(
             stretches.append({"layers": f"{numbers[0]}:{numbers[-1] + 1}", **choices})
     if not stretches:
         return SharingSettings()
-    return SharingSettings(**stretches[0], also=tuple(SharingOverride(**stretch) for stretch in stretches[1:]))
+    return SharingSettings(**stretches[0], overrides=tuple(SharingOverride(**stretch) for stretch in stretches[1:]))
 
 
 def _tensor_pairs(tensors: Mapping[str, Tensor], layer: int, names: Sequence[str]) -> list[_TensorPair]:

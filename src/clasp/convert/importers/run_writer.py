@@ -43,7 +43,7 @@ class ImportOptions:
     text_heads: int | None = None
     lateral_layers: tuple[int, ...] | None = None
     """Layers that MS-CLIP's branch joins; those of the released models where left out"""
-    truncation: Truncation = "cut"
+    truncation: Truncation = "keep_eos"
     """What is left of a caption that is too long for a text net of MS-CLIP"""
 
 
@@ -59,16 +59,16 @@ class ImportReport:
     delta_bytes: int
 
 
-def parse_import_options(*, lateral: str | None, overlong: str, **others: Any) -> ImportOptions:
+def parse_import_options(*, lateral: str | None, truncation: str, **others: Any) -> ImportOptions:
     """What was typed, as ``ImportOptions``. Raises ``UserError`` for what does not read."""
     try:
         layers = None if lateral is None else tuple(int(layer) for layer in lateral.split(","))
     except ValueError:
         raise UserError(f"--lateral {lateral!r} is not a list of layers, such as 2,4,6,8,10") from None
     readings: dict[str, Truncation] = {reading: reading for reading in get_args(Truncation)}
-    if overlong not in readings:
-        raise UserError(f"--overlong {overlong!r} is none of {', '.join(readings)}")
-    return ImportOptions(lateral_layers=layers, truncation=readings[overlong], **others)
+    if truncation not in readings:
+        raise UserError(f"--truncation {truncation!r} is none of {', '.join(readings)}")
+    return ImportOptions(lateral_layers=layers, truncation=readings[truncation], **others)
 
 
 def write_run(run: RunFolder, recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[DualEncoder, int]:
@@ -77,7 +77,9 @@ def write_run(run: RunFolder, recipe: Mapping[str, Any], tensors: Mapping[str, T
     ``tensors`` has every parameter of the model by name.
     """
     settled = recipe_from_dict(dict(recipe), "the checkpoint's recipe")
-    parts = build_model_and_preprocessing(recipe_from_dict(run.resolve_placeholder(settled.to_dict()), "the checkpoint's recipe"))
+    parts = build_model_and_preprocessing(
+        recipe_from_dict(run.resolve_placeholder(settled.to_dict()), "the checkpoint's recipe")
+    )
     parameters = dict(parts.model.named_parameters())
     assert parameters.keys() == tensors.keys(), sorted(parameters.keys() ^ tensors.keys())[:3]
     with torch.no_grad():

@@ -39,7 +39,7 @@ def _pack_float16(values: Float[Tensor, "n D"]) -> Shaped[np.ndarray, "n D"]:
     if bool((values.abs() > torch.finfo(torch.float16).max).any()):
         raise UserError(
             f"the states of a frozen trunk reach {float(values.abs().nan_to_num().max()):.3g}, which float16 cannot "
-            "hold; set data.features = 'bfloat16' or 'float32'"
+            "hold; set data.feature_cache = 'bfloat16' or 'float32'"
         )
     return values.half().numpy()
 

@@ -47,7 +47,7 @@ class JsonLines:
     default: ClassVar = ColumnNames(image="image", caption="caption", id="id", language="language", group="group")
     expected: ClassVar = "one JSON object a line"
 
-    def entries(self, file: BinaryIO) -> Iterator[LocatedRow]:
+    def iter_rows(self, file: BinaryIO) -> Iterator[LocatedRow]:
         stop = 0
         for number, line in enumerate(file, 1):
             start, stop = stop, stop + len(line)
@@ -77,7 +77,7 @@ class JsonList:
     default: ClassVar = ColumnNames(image="image", caption="caption", id="id", language="language", group="image_id")
     expected: ClassVar = "a list of objects {image, image_id, caption}"
 
-    def entries(self, file: BinaryIO) -> Iterator[LocatedRow]:
+    def iter_rows(self, file: BinaryIO) -> Iterator[LocatedRow]:
         try:
             yield from self._objects(file.read().decode())
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -131,7 +131,7 @@ class DelimitedRows:
             raise UserError(f"{opening.path} has two columns of one name: {', '.join(map(repr, header))}")
         return cls(str(opening.path), delimiter, header)
 
-    def entries(self, file: BinaryIO) -> Iterator[LocatedRow]:
+    def iter_rows(self, file: BinaryIO) -> Iterator[LocatedRow]:
         rows = _split_cells(file, self.delimiter, self.name)
         next(rows)
         for cells, start, stop, where in rows:

@@ -63,13 +63,17 @@ class ProbeFeatureExtractor:
         self.base.image.pooling, self.base.text.pooling = self.model.image.pooling, self.model.text.pooling
         model = self.model
         image = self._image_features(model.image if model.image.fully_frozen else self.base.image, "before")
-        return ModelFeatures(*image, self._text_features(model.text if model.text.fully_frozen else self.base.text, "before"))
+        return ModelFeatures(
+            *image, self._text_features(model.text if model.text.fully_frozen else self.base.text, "before")
+        )
 
     def after(self, before: ModelFeatures) -> ModelFeatures:
         """The run's towers; what nothing trained in said it ``before``."""
         return self._at_state("after", before)
 
-    def interpolated(self, interpolations: Sequence[WeightInterpolation], alpha: float, before: ModelFeatures) -> ModelFeatures:
+    def interpolated(
+        self, interpolations: Sequence[WeightInterpolation], alpha: float, before: ModelFeatures
+    ) -> ModelFeatures:
         """The run's towers, each of them ``alpha`` of the way from its base."""
         with ExitStack() as stack:
             for way in interpolations:
@@ -83,7 +87,9 @@ class ProbeFeatureExtractor:
 
     def _image_features(self, tower: Tower, state: str) -> tuple[TowerFeatures, TowerFeatures | None]:
         ids = [pair.id for pair in self.pairs]
-        said = self._extract(tower, self._stream(self.pairs), ids, hashed_subset(ids, _MAX_COMPARED), f"images, {state}")
+        said = self._extract(
+            tower, self._stream(self.pairs), ids, hashed_subset(ids, _MAX_COMPARED), f"images, {state}"
+        )
         if self.fit is None:
             return said, None
         ids = [pair.id for pair in self.fit]

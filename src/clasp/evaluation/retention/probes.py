@@ -136,8 +136,8 @@ class CaptionSearch:
 class TextProbe:
     """Captions in one language asked for captions of the same group, in one or several turns.
 
-    ``kind``: ``text`` for captions in the anchor language, ``captions`` for others in the same. ``language_set``: the set
-    that ``language`` belongs to; empty where that is unknown.
+    ``kind``: ``text`` for captions in the anchor language, ``captions`` for others in the same. ``language_set``: the
+    set that ``language`` belongs to; empty where that is unknown.
     """
 
     kind: Literal["text", "captions"]

@@ -95,7 +95,9 @@ class _PartSharingSettings(BaseModel):
 
     def part_modes(self) -> dict[str, SharingMode]:
         """How each of ``SHAREABLE_PARTS`` is kept."""
-        whole = {part: self.attention if choice is None else choice for part, choice in self._projection_choices().items()}
+        whole = {
+            part: self.attention if choice is None else choice for part, choice in self._projection_choices().items()
+        }
         vectors = {"qk_norm": self.qk_norm, "norm1": self.norm1, "norm2": self.norm2, "layer_scale": self.layer_scale}
         said = {**whole, "ffn": self.ffn, **vectors}
         return {part: _sharing_mode(said[part]) for part in SHAREABLE_PARTS}
@@ -117,7 +119,7 @@ class SharingSettings(_PartSharingSettings):
     layers: _LayerRange | None = None
     """The layers that this speaks of, counted from 0; where left out, all that ``also`` does not name. In all others
     nothing is shared"""
-    also: tuple[SharingOverride, ...] = ()
+    overrides: tuple[SharingOverride, ...] = ()
     """Further layers with parts kept in other ways"""
     final_norm: _VectorSharing = "separate"
     """The norm after the last block"""
@@ -128,7 +130,7 @@ class SharingSettings(_PartSharingSettings):
         """This policy for nets of so many layers. Raises ``UserError`` for layers that do not exist or come twice."""
         rows: dict[int, dict[str, SharingMode]] = {}
         said_by: dict[int, str] = {}
-        for stretch in (*self.also, self):
+        for stretch in (*self.overrides, self):
             if stretch.layers is None:
                 numbers = [number for number in range(layers) if number not in rows]
             else:
@@ -146,7 +148,8 @@ class SharingSettings(_PartSharingSettings):
 
 @dataclass(frozen=True)
 class SharingPlan:
-    """A policy layer by layer. ``absent_parts`` names the parts that the blocks do not have, which are then not printed."""
+    """A policy layer by layer. ``absent_parts`` names the parts that the blocks do not have, which are then not
+    printed."""
 
     layers: tuple[dict[str, SharingMode], ...]
     final_norm: SharedOrSeparate

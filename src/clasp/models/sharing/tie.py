@@ -27,8 +27,8 @@ _REQUIRED_EQUAL: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ATTENTION_PARTS, ("width", "heads")),
     "qk_norm": ("width", "heads", "norm"),
     "ffn": ("width", "hidden", "activation"),
-    "norm1": ("width", "norm", "order"),
-    "norm2": ("width", "norm", "order"),
+    "norm1": ("width", "norm", "norm_position"),
+    "norm2": ("width", "norm", "norm_position"),
     "layer_scale": ("width",),
 }
 
@@ -127,7 +127,7 @@ def share_weights(
         both.append((row, ours, theirs))
     if sharing.final_norm == "shared":
         for net, settings in (("image", image.settings), ("text", text.settings)):
-            if settings.order == "post":
+            if settings.norm_position == "post":
                 raise UserError(
                     f"share.final_norm = 'shared': the blocks of the {net} net end with a norm, and no other"
                 )
@@ -135,7 +135,7 @@ def share_weights(
         tie_parameters(*((image.norm, text.norm) if keep == "image" else (text.norm, image.norm)))
     for row, ours, theirs in both:
         _share_block(row, *((ours, theirs) if keep == "image" else (theirs, ours)))
-    return replace(sharing, absent=frozenset(_absent_parts(image.settings) & _absent_parts(text.settings)))
+    return replace(sharing, absent_parts=frozenset(_absent_parts(image.settings) & _absent_parts(text.settings)))
 
 
 def tie_parameters(source: nn.Module, target: nn.Module) -> None:
@@ -235,8 +235,8 @@ def _share_linear(mode: SharingMode, source: nn.Module, target: nn.Module, name:
     if isinstance(mode, LowRankSharing):
         if mode.rank * (one.in_features + one.out_features) >= one.weight.numel():
             raise UserError(
-                f"share: low-rank = {mode.rank} has more weights than the {one.in_features} x {one.out_features} matrix "
-                "that it differs from; write 'separate'"
+                f"share: low-rank = {mode.rank} has more weights than the {one.in_features} x {one.out_features} "
+                "matrix that it differs from; write 'separate'"
             )
         setattr(source, name, LowRankLinear(one, mode.rank))
         setattr(target, name, LowRankLinear(other, mode.rank))

@@ -2,8 +2,8 @@
 
 In go states ``[B N D]`` and, where the net reads both ways, a mask of real tokens; out come states. Settings say which
 norm and where it stands, which activation, and whether queries and keys are normed. Names are those of timm and DeiT,
-which papers' checkpoints carry. Unusual: attention never gives out its map; ``Attention.map`` computes it from the same
-inputs, for who asks.
+which papers' checkpoints carry. Unusual: attention never gives out its map; ``Attention.attention_weights`` computes it
+from the same inputs, for who asks.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class BlockSettings(BaseModel):
     """Width inside the feed-forward part; four times ``width`` where left out"""
     activation: Literal["gelu", "quick-gelu"] = "gelu"
     """Inside the feed-forward part"""
-    order: Literal["pre", "post"] = "pre"
+    norm_position: Literal["pre", "post"] = "pre"
     """Where the norms of a block stand. pre: before attention and feed-forward part, and one more after the last block;
     post: after each sum (Vaswani et al., 2017), as BERT has them, and none at the end"""
     norm: Literal["layer", "rms"] = "layer"
@@ -116,7 +116,9 @@ class Attention(nn.Module):
         q, k, v = self._split(x)
         return self.proj(attend(q, k, v, mask, causal=self.causal).transpose(1, 2).reshape(B, N, D))
 
-    def attention_weights(self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B _"] | None = None) -> Float[Tensor, "B H N N"]:
+    def attention_weights(
+        self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B _"] | None = None
+    ) -> Float[Tensor, "B H N N"]:
         """The weights by which ``forward`` mixes values, from the same inputs: queries by keys, rows sum to 1."""
         q, k, _ = self._split(x)
         scores = q @ k.mT / q.shape[-1] ** 0.5
@@ -157,7 +159,7 @@ class Block(nn.Module):
     def __init__(self, settings: BlockSettings, *, causal: bool):
         super().__init__()
         width = settings.width
-        self.order = settings.order
+        self.norm_position = settings.norm_position
         self.norm1 = settings.make_norm(width)
         self.attn = Attention(settings, causal=causal)
         self.norm2 = settings.make_norm(width)
@@ -168,7 +170,7 @@ class Block(nn.Module):
             self.gamma_2 = nn.Parameter(torch.full((width,), settings.layer_scale))
 
     def forward(self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B _"] | None = None) -> Float[Tensor, "B N D"]:
-        if self.order == "post":
+        if self.norm_position == "post":
             x = self.norm1(x + _apply_layer_scale(self.attn(x, mask), self.gamma_1))
             return self.norm2(x + _apply_layer_scale(self.mlp(x), self.gamma_2))
         x = x + _apply_layer_scale(self.attn(self.norm1(x), mask), self.gamma_1)

@@ -247,7 +247,8 @@ class ParallelBranch(nn.Module):
     def forward(
         self, number: int, states: Float[Tensor, "B N D"], maps: Float[Tensor, "B _ height width"]
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B _ _ _"]]:
-        """What enters block ``number``, one of ``stage_by_block``, and the maps of its stage; the first one reads pixels."""
+        """What enters block ``number``, one of ``stage_by_block``, and the maps of its stage; the first one reads
+        pixels."""
         maps = self.stages[self.stage_by_block[number]](maps)
         return self.laterals[str(number)](states, maps), maps
 

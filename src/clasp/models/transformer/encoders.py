@@ -144,7 +144,7 @@ def _make_parallel_branch(settings: ImageTransformerSettings, branch: ParallelBr
 
 
 def _final_norm(settings: BlockSettings) -> nn.Module:
-    return settings.make_norm(settings.width) if settings.order == "pre" else nn.Identity()
+    return settings.make_norm(settings.width) if settings.norm_position == "pre" else nn.Identity()
 
 
 class TextTransformerSettings(BlockSettings):

@@ -21,7 +21,13 @@ ADAPTER_INITS = ("identity", "random")
 
 
 def insert_adapters(
-    net: nn.Module, structure: ModelStructure, blocks: Iterable[BlockStructure], *, reduction: int, place: str, init: str
+    net: nn.Module,
+    structure: ModelStructure,
+    blocks: Iterable[BlockStructure],
+    *,
+    reduction: int,
+    place: str,
+    init: str,
 ) -> set[str]:
     """Put a bottleneck at every residual branch of ``blocks``, at the branch's ``input`` or its ``output``.
 

@@ -36,8 +36,8 @@ def append_blocks(net: nn.Module, structure: ModelStructure, count: int, init: s
         )
     if not _preserves_shape(block):
         raise UserError(
-            f"deep: the last block of {structure.family} changes the width of its input, so a copy cannot stand above it; "
-            "use last(n) or adapters instead"
+            f"deep: the last block of {structure.family} changes the width of its input, so a copy cannot "
+            "stand above it; use last(n) or adapters instead"
         )
     names: set[str] = set()
     for number in range(int(index) + 1, int(index) + 1 + count):

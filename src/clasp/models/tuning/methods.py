@@ -222,8 +222,8 @@ class TuningMethod:
 
 
 _PEFT_DEFAULTS = {"targets": "auto"}
-_LORA_DEFAULTS = {**_PEFT_DEFAULTS, "start": "random"}
-_PEFT_CHOICES = {"targets": ("auto", "attention", "mlp", "all"), "start": peft_methods.LORA_INITS}
+_LORA_DEFAULTS = {**_PEFT_DEFAULTS, "init": "random"}
+_PEFT_CHOICES = {"targets": ("auto", "attention", "mlp", "all"), "init": peft_methods.LORA_INITS}
 
 TUNING_METHODS: dict[str, TuningMethod] = {
     "full": TuningMethod(_full, "it has no parameters"),
@@ -238,8 +238,8 @@ TUNING_METHODS: dict[str, TuningMethod] = {
         _adapters,
         "looked for blocks in the range given",
         stage=3,
-        defaults={"reduction": 4, "place": "output", "start": "identity"},
-        choices={"place": ADAPTER_PLACES, "start": ADAPTER_INITS},
+        defaults={"reduction": 4, "place": "output", "init": "identity"},
+        choices={"place": ADAPTER_PLACES, "init": ADAPTER_INITS},
     ),
     **{
         name: TuningMethod(
@@ -253,6 +253,6 @@ TUNING_METHODS: dict[str, TuningMethod] = {
         for name in peft_methods.PEFT_METHODS
     },
     "prompts": TuningMethod(_prompts, "", stage=4, defaults={"n": 8}),
-    "branch": TuningMethod(_conv_branch, "", stage=5, defaults={"before": None}),
+    "conv_branch": TuningMethod(_conv_branch, "", stage=5, defaults={"before": None}),
     "match": TuningMethod(_match, "no parameter has such a name", defaults={"pattern": None}),
 }

@@ -32,7 +32,9 @@ def insert_prompts(net: nn.Module, structure: ModelStructure, count: int) -> set
     device = next(first.parameters()).device
     if isinstance(net, PreTrainedModel) and net.main_input_name == "input_ids":
         if "inputs_embeds" not in inspect.signature(net.forward).parameters:
-            raise UserError(f"prompts: {structure.family} takes token ids only, so learned tokens cannot be put in front")
+            raise UserError(
+                f"prompts: {structure.family} takes token ids only, so learned tokens cannot be put in front"
+            )
         width = next(net.get_input_embeddings().parameters()).shape[1]
         prompts = PromptTokens(count, width, 0, device)
         net.register_forward_pre_hook(_PrependToTokens(prompts), with_kwargs=True)

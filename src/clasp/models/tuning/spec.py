@@ -71,18 +71,20 @@ def apply_tuning(net: nn.Module, specs: Sequence[str], *, seed: int) -> set[str]
             method = TUNING_METHODS[tuning.method]
             found = method.select(net, tuning)
             if not found and tuning.method != "none":
-                raise UserError(f"tuning {tuning.spec!r} matches nothing in {type(net).__name__}: {method.no_match_hint}")
+                raise UserError(
+                    f"tuning {tuning.spec!r} matches nothing in {type(net).__name__}: {method.no_match_hint}"
+                )
             chosen |= {id(p) for name, p in net.named_parameters() if name in found}
     return {name for name, p in net.named_parameters() if id(p) in chosen}
 
 
 def gradient_initialized_layers(net: nn.Module, specs: Sequence[str]) -> list[str]:
-    """Paths of the layers of a tuned net whose low-rank update is to start from the gradient (``start="gradient"``).
+    """Paths of the layers of a tuned net whose low-rank update is to start from the gradient (``init="gradient"``).
 
     ``specs`` are those the net was tuned with. Nothing is remembered of it: no two methods wrap one layer, so what is
     wrapped where a method looks was wrapped by it.
     """
-    asking = [t for t in map(parse_tuning_spec, specs) if t.method in LORA_METHODS and t.options["start"] == "gradient"]
+    asking = [t for t in map(parse_tuning_spec, specs) if t.method in LORA_METHODS and t.options["init"] == "gradient"]
     return [path for tuning in asking for path in layers_wrapped_by(net, tuning)]
 
 

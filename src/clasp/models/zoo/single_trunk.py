@@ -80,7 +80,7 @@ def build_single_trunk(
 
 def _replace_net(view: TrunkView, other: Backbone, trunk: Backbone) -> Backbone:
     version = f"embeddings of {other.version}, through {trunk.name} ({trunk.version})"
-    return replace(other, net=view.net, version=version, read=None)
+    return replace(other, net=view.net, version=version, forward_features=None)
 
 
 def _token_embedding_source(text: Backbone, settings: SingleTrunkSettings) -> TextTransformer | RandomTokenEmbedding:

@@ -127,7 +127,7 @@ class _ForeignWeights:
             heads=self.config["num_attention_heads"],
             hidden=hidden,
             activation=_ACTIVATION_NAMES[activation],  # type: ignore[arg-type]
-            order="post" if self.family.post_norm else "pre",
+            norm_position="post" if self.family.post_norm else "pre",
             eps=self.config["layer_norm_eps"],
             layer_scale=1.0 if self.family.layer_scales else None,  # what it starts from, which is overwritten
         ).model_dump()
@@ -152,7 +152,9 @@ def _to_native_image(base: Backbone, source: _ForeignWeights) -> ImageTransforme
     if size % patch:
         near = max(patch, round(size / patch) * patch)
         raise UserError(f"size = {size}: {base.name} cuts images into {patch} px patches; take {near}")
-    settings = ImageTransformerSettings(**source.block_settings(blocks), size=size, patch=patch, layers=source.block_count())
+    settings = ImageTransformerSettings(
+        **source.block_settings(blocks), size=size, patch=patch, layers=source.block_count()
+    )
     tensors = {
         **blocks,
         "cls_token": source.take("embeddings.cls_token"),

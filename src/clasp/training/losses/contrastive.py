@@ -112,14 +112,14 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx: Any, to_text: Tensor, to_image: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         image, text, kin, counts, *sums = ctx.saved_tensors
         row, column, ring, rows = RunningLogSumExp(*sums[:2]), RunningLogSumExp(*sums[2:]), ctx.ring, len(image)
-        own = ring.part(ring.rank, rows)
+        own = ring.rows_of(ring.rank, rows)
         to_text, to_image = to_text / len(counts), to_image / len(counts)
         row_push, row_pull = (to_text / row.total)[:, None], (to_text / counts[own])[:, None]
         column_push, column_pull = to_image / column.total, to_image / counts
         for_image, for_text = torch.zeros_like(image), torch.zeros_like(text)
         with torch.autocast(image.device.type, enabled=False):
-            for rank, visitor in ring.visitors(text):
-                part = ring.part(rank, rows)
+            for rank, visitor in ring.exchange(text):
+                part = ring.rows_of(rank, rows)
                 tops, push, pull = column.top[part], column_push[part], column_pull[part]
                 for r, c, logits, positive, slope in iterate_logit_tiles(image, visitor, kin[:, own], kin[:, part]):
                     torch.sub(logits, row.top[r, None], out=slope).exp_().mul_(row_push[r])
@@ -127,7 +127,7 @@ class _InfoNCE(torch.autograd.Function):
                     slope.addcmul_(torch.add(row_pull[r], pull[c], out=logits), positive, value=-1)
                     for_image[r].addmm_(slope, visitor[c])
                     for_text[c].addmm_(slope.T, image[r])
-                for_text = ring.passed_on(for_text)
+                for_text = ring.send_to_next(for_text)
         return for_image, for_text, None, None
 
 
@@ -154,18 +154,18 @@ class _Sigmoid(torch.autograd.Function):
     def backward(ctx: Any, total: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
         image, text, bias, kin = ctx.saved_tensors
         ring, rows = ctx.ring, len(image)
-        own = ring.part(ring.rank, rows)
+        own = ring.rows_of(ring.rank, rows)
         for_image, for_text, for_bias = torch.zeros_like(image), torch.zeros_like(text), []
         with torch.autocast(image.device.type, enabled=False):
-            for rank, visitor in ring.visitors(text):
-                part = ring.part(rank, rows)
+            for rank, visitor in ring.exchange(text):
+                part = ring.rows_of(rank, rows)
                 for r, c, logits, positive, _ in iterate_logit_tiles(image, visitor, kin[:, own], kin[:, part]):
                     sign = positive.mul_(-2).add_(1)
                     slope = logits.add_(bias).mul_(sign).sigmoid_().mul_(sign)
                     for_bias.append(slope.sum())
                     for_image[r].addmm_(slope, visitor[c])
                     for_text[c].addmm_(slope.T, image[r])
-                for_text = ring.passed_on(for_text)
+                for_text = ring.send_to_next(for_text)
         each = total / (rows * ring.size)
         return for_image.mul_(each), for_text.mul_(each), torch.stack(for_bias).sum() * each, None, None
 

@@ -38,7 +38,7 @@ class LossSettings(BaseModel):
         """``UserError`` for parts that are larger than the batch: they would cut nothing."""
         if self.negatives != "all" and self.negatives > batch:
             raise UserError(
-                f"loss.negatives = {self.negatives} is more than the {batch} pairs of a batch (train.batch); "
+                f"loss.negatives = {self.negatives} is more than the {batch} pairs of a batch (train.batch_size); "
                 f"at most {batch}, or 'all'"
             )
 
