@@ -19,8 +19,18 @@ from benchmarks.harness import HEADER, machine, quick
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"
-COMPARED = ("heads", "blocks", "tune", "rate", "lit", "loss", "bigbatch", "encode", "forward")
-KNOWN = ("lengths", "compiled", "scaling")
+COMPARED = (
+    "heads_only",
+    "feature_cache",
+    "tuning_methods",
+    "flops_utilization",
+    "locked_image",
+    "loss",
+    "grad_cache",
+    "encode",
+    "msclip_forward",
+)
+KNOWN = ("length_buckets", "torch_compile", "scaling")
 SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
 
 

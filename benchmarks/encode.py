@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from PIL import Image  # noqa: TID251  # as the peers do
 
-from benchmarks import harness, material, rivals
+from benchmarks import harness, peer_models, sample_data
 from benchmarks.harness import Contestant, Row, Run, sized
-from benchmarks.material import SIZE
 from benchmarks.peers import attempt, imported
+from benchmarks.sample_data import SIZE
 from clasp.config.build import ModelAndPreprocessing
 from clasp.models.inference import EmbeddingModel
 
@@ -32,7 +32,7 @@ Maker = Callable[[ModelAndPreprocessing], Run]
 
 def photos(count: int) -> list[Path]:
     """JPEG files of coloured noise with energy falling as 1/f, as in photographs: they compress and decode alike."""
-    folder = material.WORK / "photos"
+    folder = sample_data.WORK / "photos"
     folder.mkdir(parents=True, exist_ok=True)
     height, width = 480, 640
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1 / width
@@ -54,7 +54,7 @@ def rows() -> Sequence[Row]:
 
 
 def compare(work: str, unit: str, target: float, ours: Maker, peers: dict[str, Maker]) -> list[Row]:
-    parts = material.untouched()
+    parts = sample_data.untouched()
     made = {name: attempt(partial(maker, parts)) for name, maker in peers.items()}
     contestants = [Contestant("clasp", ours(parts))]
     contestants += [Contestant(name, run) for name, run in made.items() if not isinstance(run, str)]
@@ -86,7 +86,7 @@ def our_images(parts: ModelAndPreprocessing) -> Run:
 
 
 def open_clip_images(parts: ModelAndPreprocessing) -> Run:
-    model = rivals.open_clip_model(parts).eval()
+    model = peer_models.open_clip_model(parts).eval()
     transform = parts.transform
     preprocess = imported("open_clip").transform.image_transform(
         SIZE, is_train=False, mean=transform.mean, std=transform.std
@@ -107,14 +107,14 @@ def open_clip_images(parts: ModelAndPreprocessing) -> Run:
 def pipeline_images(parts: ModelAndPreprocessing) -> Run:
     from transformers import pipeline
 
-    folder = str(rivals.saved_image(parts))
+    folder = str(peer_models.saved_image(parts))
     pipe = pipeline("image-feature-extraction", model=folder, image_processor=folder, device="cpu")
     paths = [str(path) for path in photos(IMAGES)]
     return lambda: len(pipe(paths, batch_size=BATCH))
 
 
 def sentence_transformers_images(parts: ModelAndPreprocessing) -> Run:
-    model = _sentence_transformer(str(rivals.saved_image(parts)), "cls")
+    model = _sentence_transformer(str(peer_models.saved_image(parts)), "cls")
     paths = photos(IMAGES)
 
     def run() -> int:
@@ -128,14 +128,14 @@ def sentence_transformers_images(parts: ModelAndPreprocessing) -> Run:
 
 
 def our_captions(parts: ModelAndPreprocessing) -> Run:
-    model, texts = EmbeddingModel(parts.model.eval(), parts.transform, parts.tokenizer), material.captions(CAPTIONS)
+    model, texts = EmbeddingModel(parts.model.eval(), parts.transform, parts.tokenizer), sample_data.captions(CAPTIONS)
     return lambda: len(model.encode_text(texts))
 
 
 def open_clip_captions(parts: ModelAndPreprocessing) -> Run:
-    model = rivals.open_clip_model(parts).eval()
-    tokenizer = imported("open_clip").tokenizer.HFTokenizer(str(rivals.saved_text(parts)))
-    texts = material.captions(CAPTIONS)
+    model = peer_models.open_clip_model(parts).eval()
+    tokenizer = imported("open_clip").tokenizer.HFTokenizer(str(peer_models.saved_text(parts)))
+    texts = sample_data.captions(CAPTIONS)
 
     def run() -> int:
         with torch.no_grad():
@@ -151,14 +151,14 @@ def open_clip_captions(parts: ModelAndPreprocessing) -> Run:
 def pipeline_captions(parts: ModelAndPreprocessing) -> Run:
     from transformers import pipeline
 
-    pipe = pipeline("feature-extraction", model=str(rivals.saved_text(parts)), device="cpu")
-    texts = material.captions(CAPTIONS)
+    pipe = pipeline("feature-extraction", model=str(peer_models.saved_text(parts)), device="cpu")
+    texts = sample_data.captions(CAPTIONS)
     return lambda: len(pipe(texts, batch_size=BATCH, return_tensors=True))
 
 
 def sentence_transformers_captions(parts: ModelAndPreprocessing) -> Run:
-    model = _sentence_transformer(str(rivals.saved_text(parts)), "mean")
-    texts = material.captions(CAPTIONS)
+    model = _sentence_transformer(str(peer_models.saved_text(parts)), "mean")
+    texts = sample_data.captions(CAPTIONS)
     with torch.no_grad():  # the same towers, or no comparison
         right = parts.model.text.pooled(parts.tokenizer(texts[:4]))
     torch.testing.assert_close(torch.from_numpy(model.encode(texts[:4])), right, rtol=1e-3, atol=1e-3)

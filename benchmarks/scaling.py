@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from benchmarks import harness, material
+from benchmarks import harness, sample_data
 from benchmarks.harness import Measured, Row, quick, sized
 from clasp.training.cost.flops import count_total_flops
 from clasp.training.memory import ActivationMemory
@@ -69,7 +69,7 @@ def with_pairs() -> Growth:
 
     def point(count: int) -> Point:
         with tempfile.TemporaryDirectory() as cache:
-            ours = material.Ours(material.recipe(), material.pairs(count), batch=32, cache=Path(cache))
+            ours = sample_data.Ours(sample_data.recipe(), sample_data.pairs(count), batch=32, cache=Path(cache))
             flops, taken = count_total_flops(ours.epoch), harness.seconds(ours.epoch)
             kept = sum(path.stat().st_size for path in Path(cache).rglob("*.npy"))
         return Point(count, taken, flops, kept)
@@ -97,8 +97,8 @@ def with_blocks() -> Growth:
 
 
 def step_of(changes: list[str], batch: int, size: int) -> Point:
-    recipe = material.recipe(*changes, "data.feature_cache=off")
-    ours = material.Ours(recipe, material.pairs(batch), batch=batch, cache=Path(tempfile.gettempdir()))
+    recipe = sample_data.recipe(*changes, "data.feature_cache=off")
+    ours = sample_data.Ours(recipe, sample_data.pairs(batch), batch=batch, cache=Path(tempfile.gettempdir()))
     given = next(iter(ours.batches.epoch(0)))
 
     def run() -> int:
@@ -109,7 +109,7 @@ def step_of(changes: list[str], batch: int, size: int) -> Point:
 
 def with_length() -> Growth:
     """The text tower alone, tuned whole, on captions of so many tokens."""
-    tower = material.parts(material.recipe('tune.text=["full"]')).model.text
+    tower = sample_data.parts(sample_data.recipe('tune.text=["full"]')).model.text
 
     def point(length: int) -> Point:
         ids = torch.full((ROWS, length), 2000)

@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-LONGEST = ("test_demo.py", "test_one_selection.py", "test_align.py", "test_kept.py")
+LONGEST = ("test_demo.py", "test_one_selection.py", "test_train.py", "test_retention.py")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

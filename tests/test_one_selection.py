@@ -14,9 +14,9 @@ import torch
 from clasp.config.build import build_model, build_model_and_preprocessing, load
 from clasp.models.tuning import spec
 from clasp.types import UserError
-from fouruses import CAPTIONS, recipe, train_save_count, train_save_load
-from savedtowers import save
+from selection_checks import CAPTIONS, recipe, train_save_count, train_save_load
 from toymethods import CANNOT, METHODS, OTHER_PEFT, SEVERAL
+from toysavedtowers import save
 from toytowers import IMAGE_NETS, NETS, OURS, TEXT_NETS, base
 
 SIDES = ("image", "text")

@@ -14,7 +14,8 @@ from studies.records import Record, Results
 from studies.sharing import figure, page
 from studies.sharing.__main__ import Part, main
 from studies.sharing.cells import run
-from studies.sharing.rows import (
+from studies.sharing.datasets import World
+from studies.sharing.grid import (
     MSCLIP,
     NOTHING,
     RATES,
@@ -27,7 +28,6 @@ from studies.sharing.rows import (
     chosen,
     to_time,
 )
-from studies.sharing.world import World
 
 from clasp.config.build import build_model
 from toystudies import write_drawings, write_photos

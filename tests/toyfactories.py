@@ -8,7 +8,7 @@ from functools import partial
 from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone
-from savedtowers import words
+from toysavedtowers import words
 from toytowers import NETS, base
 
 TRANSFORM = ImageTransform(32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

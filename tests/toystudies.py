@@ -7,7 +7,7 @@ import json
 import tarfile
 from pathlib import Path
 
-from studies.lilt.names import HELD_OUT, STYLE_TO_ASK, STYLE_TO_CHOOSE, STYLES, TRAINED
+from studies.lilt.emoji_names import HELD_OUT, STYLE_TO_ASK, STYLE_TO_CHOOSE, STYLES, TRAINED
 
 from toydata import Toy, add_member, toys
 

@@ -10,7 +10,7 @@ import transformers as hf
 from torch import nn
 
 from clasp.models.backbone import Backbone
-from clasp.models.pooling import VisionTransformer
+from clasp.models.transformer.deit import VisionTransformer
 from clasp.models.transformer.encoders import (
     ImageTransformer,
     ImageTransformerSettings,

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from clasp.data.images import ImageTransform
 from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
-from clasp.models.pooling import VisionTransformer
 from clasp.models.tower import Tower
+from clasp.models.transformer.deit import VisionTransformer
 from clasp.models.tuning.spec import freeze_except
 from clasp.models.zoo.registry import _load_deit_weights as load_deit
 from clasp.models.zoo.registry import load_backbone
 from clasp.types import Pixels, UserError
-from fouruses import CAPTIONS, recipe, train_save_load
-from savedtowers import save
+from selection_checks import CAPTIONS, recipe, train_save_load
+from toysavedtowers import save
 
 
 @pytest.fixture(scope="session")

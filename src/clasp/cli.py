@@ -124,7 +124,7 @@ def resume(run: _RunArgument) -> None:
 @app.command(name="eval")
 def evaluate(
     run: _RunArgument,
-    task: Annotated[str, typer.Argument(help="zeroshot | retrieval | multilingual | kept")],
+    task: Annotated[str, typer.Argument(help="zeroshot | retrieval | multilingual | retention")],
     options: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data=…, classes=…, templates=…, fit=…, label=…")
     ] = None,
@@ -132,7 +132,7 @@ def evaluate(
 ) -> None:
     """Ask a run a question about some pairs; the answer is also kept in its results.jsonl.
 
-    kept asks what each tower still knows, before and after alignment; its figure is RUN/kept.png.
+    retention asks what each tower still knows, before and after alignment; its figure is RUN/retention.png.
     """
     from clasp.commands.evaluate import evaluate_run
     from clasp.report.terminal import print_results, print_status, progress_bar

@@ -10,8 +10,9 @@ Shape letters, one legend for the project:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -22,6 +23,15 @@ class UserError(ValueError):
 
     The command prints the line alone and exits with code 2; nothing has been computed and nothing is lost.
     """
+
+
+Modality = Literal["image", "text"]
+MessageCallback = Callable[[str], None]
+"""Gets a line that a person should read"""
+ProgressCallback = Callable[[int, int], None]
+"""Gets how many are done, and of how many"""
+ProgressFactory = Callable[[str], AbstractContextManager[ProgressCallback]]
+"""Opens a progress bar with a title"""
 
 
 # --- pairs ---------------------------------------------------------------------------------------------------------
@@ -240,3 +250,8 @@ class Store(Protocol):
     def count(self) -> int: ...
 
     def close(self) -> None: ...
+
+
+def no_progress_bar(title: str) -> AbstractContextManager[ProgressCallback]:
+    """A ``ProgressFactory`` that shows nothing."""
+    return nullcontext(lambda done, total: None)

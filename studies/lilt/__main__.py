@@ -51,10 +51,10 @@ def study(options: argparse.Namespace, home: Path) -> None:
     """Run, and write the page; raises ``UserError`` where the folder of the data is not there."""
     from studies.lilt import figures, pages
     from studies.lilt.cells import Runner
+    from studies.lilt.claim_records import find
     from studies.lilt.claims import CLAIMS, LARGER, SMALL, to_time
-    from studies.lilt.found import find
+    from studies.lilt.datasets import world
     from studies.lilt.speed import run_alone
-    from studies.lilt.worlds import world
     from studies.records import Results
 
     claim, size = CLAIMS[options.claim], LARGER if options.larger else SMALL

@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-from studies.asking import Answer
+from studies.evaluation import Answer
 from studies.lilt import costs
-from studies.lilt.starts import Start
+from studies.lilt.initial_heads import Start
 from studies.records import Record, Results, as_recorded, machine
 
-from clasp.commands.train import build_feature_source, train_recipe
-from clasp.config.build import ModelAndPreprocessing, build_model_and_preprocessing
+from clasp.commands.train import train_recipe
+from clasp.config.build import ModelAndPreprocessing, build_feature_source, build_model_and_preprocessing
 from clasp.config.recipe import Recipe
 from clasp.data.pairs import Pairs
 from clasp.models.dual_encoder import DualEncoder

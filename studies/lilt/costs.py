@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from clasp.commands.train import TrainResult, build_feature_source
-from clasp.config.build import ModelAndPreprocessing
+from clasp.commands.train import TrainResult
+from clasp.config.build import ModelAndPreprocessing, build_feature_source
 from clasp.config.recipe import Recipe
 from clasp.data.loader import PairLoader
 from clasp.data.pairs import Pairs

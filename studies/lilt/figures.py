@@ -15,6 +15,7 @@ matplotlib.use("Agg")  # no window
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from studies.lilt.claim_records import At, Found
 from studies.lilt.claims import (
     BUDGETED,
     CLOSED,
@@ -29,10 +30,9 @@ from studies.lilt.claims import (
     Size,
     half,
 )
-from studies.lilt.found import At, Found
 from studies.lilt.pages import stem
 from studies.lilt.tables import LANGUAGE_SETS, PROBES, TOP5, counted, memory
-from studies.numbers import Measured, Of, difference, itself, measured
+from studies.paired_intervals import Measured, Of, difference, itself, measured
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from studies.formatting import line
+from studies.lilt.claim_records import Found
 from studies.lilt.claims import Claim, Size
-from studies.lilt.found import Found
-from studies.lilt.names import HELD_OUT, TRAINED
+from studies.lilt.emoji_names import HELD_OUT, TRAINED
 from studies.lilt.photos import SMALL, WHOLE
+from studies.lilt.prose import INTERVALS, NAMES, PHOTOS, SAYS, TITLES
 from studies.lilt.tables import TABLES
-from studies.lilt.wording import INTERVALS, NAMES, PHOTOS, SAYS, TITLES
-from studies.telling import line
 
 BEGIN, END = "<!-- written by a person; kept when this page is made again -->", "<!-- end -->"
 

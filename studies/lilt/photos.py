@@ -13,17 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from studies.asking import (
-    Answer,
-    images_seen,
-    log_likelihood,
-    probed,
-    retrieval,
-    sentences,
-    texts_seen,
-    zero_shot,
-)
-from studies.lilt.starts import Rows, Start, closed_form
+from studies.evaluation import Answer, images_seen, log_likelihood, probed, retrieval, sentences, texts_seen, zero_shot
+from studies.lilt.initial_heads import Rows, Start, closed_form
 
 from clasp.config.build import ModelAndPreprocessing
 from clasp.config.recipe import Recipe, read_recipe

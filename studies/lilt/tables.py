@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from studies.formatting import line, told
+from studies.lilt.claim_records import At, Found
 from studies.lilt.claims import (
     BUDGETED,
     CLOSED,
@@ -22,11 +24,9 @@ from studies.lilt.claims import (
     Size,
     half,
 )
-from studies.lilt.found import At, Found
-from studies.lilt.names import HELD_OUT, TRAINED
-from studies.lilt.wording import AS_GOOD, BUDGETS, COULD_SEE, KEPT
-from studies.numbers import Counts, Measured, Of, difference, gained, itself, measured, pairs_to_reach, ratio
-from studies.telling import line, told
+from studies.lilt.emoji_names import HELD_OUT, TRAINED
+from studies.lilt.prose import AS_GOOD, BUDGETS, COULD_SEE, KEPT
+from studies.paired_intervals import Counts, Measured, Of, difference, gained, itself, measured, pairs_to_reach, ratio
 
 TOP5, TOP1 = "zero-shot/tinyimagenet/top5", "zero-shot/tinyimagenet/top1"
 ELSEWHERE = {

@@ -48,8 +48,8 @@ def study(options: argparse.Namespace, home: Path) -> None:
     from studies.records import Results
     from studies.sharing import figure, page
     from studies.sharing.cells import run
-    from studies.sharing.rows import SCRATCH, TRUNKS, Cell, cells, to_time
-    from studies.sharing.world import World
+    from studies.sharing.datasets import World
+    from studies.sharing.grid import SCRATCH, TRUNKS, Cell, cells, to_time
 
     rows = (*SCRATCH, *TRUNKS)
     results = Results(home / "results")

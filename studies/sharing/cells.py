@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from studies.records import Record, Results, machine
-from studies.sharing.rows import Cell
-from studies.sharing.world import World
+from studies.sharing.datasets import World
+from studies.sharing.grid import Cell
 
-from clasp.commands.train import build_feature_source, train_recipe
-from clasp.config.build import build_model_and_preprocessing
+from clasp.commands.train import train_recipe
+from clasp.config.build import build_feature_source, build_model_and_preprocessing
 from clasp.data.readers import PairIndex
 from clasp.models.dual_encoder import DualEncoder
 from clasp.training.cost.flops import count_macs

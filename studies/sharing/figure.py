@@ -13,9 +13,9 @@ import matplotlib
 matplotlib.use("Agg")  # no window
 
 import matplotlib.pyplot as plt
-from studies.numbers import Counts, itself, measured
+from studies.paired_intervals import Counts, itself, measured
+from studies.sharing.grid import SEEDS, Cell, Find, Row, chosen
 from studies.sharing.page import RECALL, TOP1
-from studies.sharing.rows import SEEDS, Cell, Find, Row, chosen
 
 TITLES = {TOP1: "photos: zero-shot top-1, %", RECALL: "drawings in a new style: R@5, %"}
 

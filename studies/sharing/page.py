@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from studies.numbers import SEEN, Counts, Of, difference, itself, measured
+from studies.formatting import line, told
+from studies.paired_intervals import SEEN, Counts, Of, difference, itself, measured
 from studies.records import Record
 from studies.sharing.cells import TOKENS
-from studies.sharing.rows import (
+from studies.sharing.grid import (
     MSCLIP,
     NOTHING,
     SEEDS,
@@ -27,7 +28,6 @@ from studies.sharing.rows import (
     chosen,
     to_time,
 )
-from studies.telling import line, told
 
 BEGIN, END = "<!-- written by a person; kept when this page is made again -->", "<!-- end -->"
 TOP1, RECALL = "photos/top1", "drawings/recall@5"

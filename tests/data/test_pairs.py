@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from bad_inputs import refused
 from clasp.data.formats import parquet, sources
 from clasp.data.pairs import FileSource, Pairs, expand_source, open_pairs, split_by_group
 from clasp.types import Caption, Pair, UserError
-from refusal import refused
 from toydata import WRITERS, Toy, toys, write_csv, write_folder, write_jsonl, write_shards, write_tar
 
 TOYS = toys(13, seed=3)

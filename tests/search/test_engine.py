@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from clasp.commands.search import contact_sheet_rows
 from clasp.data.images import ImageTransform
 from clasp.data.pairs import FileSource, list_images, open_pairs
 from clasp.data.tokenizer import Tokenizer
@@ -450,15 +451,15 @@ def test_a_sheet_shows_hits_and_leaves_a_place_for_what_has_gone(engine: SearchE
     engine.index(list_images(photos))
     hits = engine.search("red")
     (photos / "deep" / "blue.png").unlink()
-    (row,) = engine.contact_sheet_rows([("red", hits)], is_correct=lambda title, hit: title in hit.id)
+    (row,) = contact_sheet_rows([("red", hits)], is_correct=lambda title, hit: title in hit.id)
     assert row.title == "red"
     assert row.note == f"cosine {hits[0].score:.2f} to {hits[-1].score:.2f}"
     images = {label: (image, good) for image, label, good in row.tiles}
     assert images["red.png"] == ((photos / "red.png").read_bytes(), True)
     assert images["deep/blue.png"] == (None, False)
-    sheet = contact_sheet([row, *engine.contact_sheet_rows([("nothing", [])])], photos / "sheet.png")
+    sheet = contact_sheet([row, *contact_sheet_rows([("nothing", [])])], photos / "sheet.png")
     assert sheet.path.stat().st_size > 0
-    (captioned,) = engine.contact_sheet_rows([("red", hits)], label=lambda hit: f"{hit.score:.1f}")
+    (captioned,) = contact_sheet_rows([("red", hits)], label=lambda hit: f"{hit.score:.1f}")
     assert captioned.tiles[0][1] == "1.0"
 
 
@@ -472,7 +473,7 @@ def test_an_image_that_changed_is_not_shown_as_the_one_that_was_found(engine: Se
     for name in ("red.png", f"{toys(3)[0].key}"):
         with pytest.raises(UserError, match="has changed since"):
             engine.read_image(hits[name])
-        assert engine.contact_sheet_rows([("red", [hits[name]])])[0].tiles[0][0] is None
+        assert contact_sheet_rows([("red", [hits[name]])])[0].tiles[0][0] is None
 
 
 @pytest.mark.parametrize("alone", ["a.png", b"a"])

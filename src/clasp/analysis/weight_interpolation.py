@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clasp.models.pooling import Adapter
 from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
+from clasp.models.tuning.bottleneck import Adapter
 from clasp.models.tuning.prompts import PromptTokens
 
 # What peft's parameters are, by the part of their name that says it: factors of what is added to a weight, of which one

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clasp.commands.train import build_feature_source, cache_folder, train_recipe
-from clasp.config.build import ModelAndPreprocessing, load, with_untrained_heads
+from clasp.commands.search import contact_sheet_rows
+from clasp.commands.train import train_recipe
+from clasp.config.build import ModelAndPreprocessing, build_feature_source, load, with_untrained_heads
+from clasp.config.datasets import cache_folder
 from clasp.config.recipe import Recipe, read_recipe
 from clasp.data.pairs import open_pairs
 from clasp.data.samples.emoji import (
@@ -152,7 +154,7 @@ def _search(model: EmbeddingModel, out: Path, sample: EmojiSample) -> Path:
         for language, concept in DEMO_QUERIES:
             words = names[language, concept]
             hits = engine.search(text=words, k=8)
-            found = engine.contact_sheet_rows(
+            found = contact_sheet_rows(
                 [(words, hits)], is_correct=lambda _, hit, concept=concept: hit.meta["group"] == concept
             )
             untrained = "" if language in {*TRAINED_LANGUAGES, *TRAINED_LOW_RESOURCE} else ", never trained on"

@@ -15,19 +15,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from clasp.commands.dry_run import DryRunFeatureSource
-from clasp.commands.train import build_feature_source, cache_folder, open_training_pairs, plan_run
-from clasp.config.build import ModelAndPreprocessing, build_model, build_model_and_preprocessing
+from clasp.config.build import ModelAndPreprocessing, build_feature_source, build_model, build_model_and_preprocessing
+from clasp.config.datasets import cache_folder, open_training_pairs, plan_run
 from clasp.config.recipe import Recipe
 from clasp.data.checks import CheckReport, Finding, check_captions, check_images, check_pairs
 from clasp.data.pairs import Pairs
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.tasks import ZeroShotTask
-from clasp.models.features import FeatureSource, ProgressFactory, no_progress_bar
+from clasp.models.features import FeatureSource
 from clasp.models.frozen import FrozenPrefix, FrozenTower
 from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
-from clasp.types import UserError
+from clasp.types import ProgressFactory, UserError, no_progress_bar
 
 
 def diagnose(recipe: Recipe, *, bar: ProgressFactory = no_progress_bar) -> Iterator[CheckReport]:
@@ -110,10 +110,10 @@ def check_feature_cache(
     question = validation_task(train, val, forecast)
     if isinstance(question, ZeroShotTask):
         forecast.text_features(question.queries.classes)
-    made = CheckReport("features", {"free_bytes": free, "kept": []})
+    made = CheckReport("features", {"free_bytes": free, "feature_cache": []})
     for keeping in forecast.plans:
         facts = {**asdict(keeping), "file": str(keeping.file) if keeping.file else None}
-        made.facts["kept"].append({key: value for key, value in facts.items() if key != "key"})
+        made.facts["feature_cache"].append({key: value for key, value in facts.items() if key != "key"})
         text = f"{keeping.count:,} {keeping.what}: {keeping.bytes:,} bytes"
         if keeping.storage is None:
             made.add_finding("look", f"{text} of states, too many to keep: computed anew each time")

@@ -21,7 +21,7 @@ def configure_environment() -> None:
 
     Two processes that spin while they wait slow each other ten times on two cores. Without the second, a forward pass
     of EfficientNet-Lite0 spends up to half of its time in the kernel, which maps and clears memory for every activation
-    (``benchmarks/settle.py``: 43 ms of processor time an image in batches of 32, 22 with it and in batches of 8).
+    (``benchmarks/allocator.py``: 43 ms of processor time an image in batches of 32, 22 with it and in batches of 8).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by OpenMP when torch is imported
     os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -11,19 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clasp.commands.train import build_feature_source, open_pairs_for_recipe
-from clasp.config.build import ModelAndPreprocessing, load
+from clasp.config.build import ModelAndPreprocessing, build_feature_source, load
+from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import Recipe, recipe_from_dict
-from clasp.data.pairs import ColumnNames, Pairs
-from clasp.evaluation.from_pairs import caption_languages, multilingual_task, retrieval_task, zeroshot_task
+from clasp.data.pairs import ColumnNames, Pairs, caption_languages
+from clasp.evaluation.from_pairs import multilingual_task, retrieval_task, zeroshot_task
 from clasp.evaluation.queries import read_class_names
-from clasp.evaluation.retention.run import RETENTION_OPTIONS as KEPT_OPTIONS
+from clasp.evaluation.retention.run import RETENTION_OPTIONS as RETENTION_OPTIONS
 from clasp.evaluation.retention.run import evaluate_retention
 from clasp.evaluation.tasks import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import FeatureSource, MessageCallback, ProgressFactory, no_progress_bar
+from clasp.models.features import FeatureSource
+from clasp.report.figures import draw_retention
 from clasp.training.run_folder import RunFolder
-from clasp.types import UserError
+from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 TaskOptions = Mapping[str, str]
 
@@ -128,7 +129,7 @@ def run_multilingual(context: TaskContext) -> list[EvaluationResult]:
 def run_retention(context: TaskContext) -> list[EvaluationResult]:
     """``data``: pairs with a class, or with captions in several languages, or with several captions; see
     ``evaluate_retention``."""
-    return evaluate_retention(
+    rows = evaluate_retention(
         context.run,
         context.recipe,
         context.model,
@@ -138,13 +139,17 @@ def run_retention(context: TaskContext) -> list[EvaluationResult]:
         say=context.say,
         bar=context.bar,
     )
+    figure = context.run / "retention.png"
+    draw_retention(rows, figure, title=f"Retention of pre-trained features: {context.run.name}")
+    context.say(f"figure: {figure}")
+    return rows
 
 
 EVALUATION_TASKS: dict[str, tuple[Callable[[TaskContext], list[EvaluationResult]], tuple[str, ...]]] = {
     "zeroshot": (run_zeroshot, ("data", "classes", "templates", "label", "image", "caption", "image_root")),
     "retrieval": (run_retrieval, ("data", "image", "caption", "image_root")),
     "multilingual": (run_multilingual, ("data", "languages", "image", "caption", "image_root")),
-    "kept": (run_retention, KEPT_OPTIONS),
+    "retention": (run_retention, RETENTION_OPTIONS),
 }
 
 

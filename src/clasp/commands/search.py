@@ -5,19 +5,19 @@ The store lies in the run folder (``RUN/index``), since its vectors mean somethi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clasp.commands.train import open_pairs_for_recipe
 from clasp.config.build import load
+from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import recipe_from_dict
 from clasp.data.pairs import list_images
-from clasp.models.features import ProgressFactory, no_progress_bar
-from clasp.report.contact_sheet import contact_sheet
+from clasp.report.contact_sheet import SheetRow, Thumbnail, contact_sheet
 from clasp.search.engine import IndexReport, SearchEngine
 from clasp.search.flat_store import FlatStore
 from clasp.training.run_folder import RunFolder
-from clasp.types import Hit, UserError
+from clasp.types import Hit, ProgressFactory, UserError, no_progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,34 @@ def search_images(run: Path, text: str | None, image: Path | None, k: int, sheet
         query = " + ".join(part for part in (text, f"picture {image}" if image else None) if part)
         path = sheet or run / "search.png"
         try:
-            contact_sheet(engine.contact_sheet_rows([(query, hits)]), path)
+            contact_sheet(contact_sheet_rows([(query, hits)]), path)
         except OSError as error:
             raise UserError(f"the picture of the hits, {path}, cannot be written: {error.strerror or error}") from None
         return SearchResult(query, hits, path)
     finally:
         store.close()
+
+
+def contact_sheet_rows(
+    searches: Sequence[tuple[str, Sequence[Hit]]],
+    *,
+    label: Callable[[Hit], str] = lambda hit: hit.id,
+    is_correct: Callable[[str, Hit], bool | None] = lambda title, hit: None,
+) -> list[SheetRow]:
+    """Titles with their hits, as rows of ``clasp.report.contact_sheet.contact_sheet``.
+
+    ``is_correct`` says of a title and a hit whether it is a right answer. An image that has gone or changed is an
+    empty place with its label.
+    """
+    rows = []
+    for title, hits in searches:
+        tiles = []
+        for hit in hits:
+            try:
+                encoded = SearchEngine.read_image(hit)
+            except UserError:
+                encoded = None
+            tiles.append(Thumbnail(encoded, label(hit), is_correct(title, hit)))
+        note = f"cosine {hits[0].score:.2f} to {hits[-1].score:.2f}" if hits else ""
+        rows.append(SheetRow(title, tiles, note))
+    return rows

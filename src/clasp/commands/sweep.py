@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clasp.commands.train import TrainValPairs, count_samples_per_epoch, hash_pairs, open_training_pairs, train_recipe
+from clasp.commands.train import train_recipe
 from clasp.config.build import ModelAndPreprocessing, build_model, build_model_and_preprocessing, rebuild_heads
+from clasp.config.datasets import TrainValPairs, count_samples_per_epoch, hash_pairs, open_training_pairs
 from clasp.config.grid import GridPoint, expand_grid
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.readers import PairIndex
-from clasp.models.features import MessageCallback, ProgressFactory, no_progress_bar
 from clasp.report.leaderboard import (
     SweepResult,
     SweepRow,
@@ -33,7 +33,7 @@ from clasp.report.leaderboard import (
 from clasp.training.loop import plan_training
 from clasp.training.run_folder import RunFolder
 from clasp.training.trackers.console import Reporter, SilentReporter
-from clasp.types import UserError
+from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 
 def sweep(

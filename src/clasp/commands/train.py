@@ -6,46 +6,41 @@ the run with its card. What a person should know on the way is handed to ``say``
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from accelerate import PartialState
 
-from clasp.commands.dry_run import count_frozen_flops
-from clasp.config.build import ModelAndPreprocessing, build_model_and_preprocessing
+from clasp.config.build import ModelAndPreprocessing, build_feature_source, build_model_and_preprocessing
+from clasp.config.datasets import (
+    TrainValPairs,
+    hash_pairs,
+    open_training_pairs,
+    plan_run,
+)
 from clasp.config.recipe import Recipe
-from clasp.data.formats.rows import DEFAULT_COLUMNS
-from clasp.data.loader import PairLoader, log_skipped
-from clasp.data.pairs import ColumnNames, Pairs, open_pairs, split_by_group
+from clasp.data.loader import PairLoader
+from clasp.data.pairs import Pairs
 from clasp.data.readers import LiveImageReader, PairIndex
-from clasp.evaluation.from_pairs import caption_languages, validation_task
+from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.tasks import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import FeatureSource, MessageCallback, ProgressFactory, no_progress_bar
+from clasp.models.features import FeatureSource
 from clasp.report.model_card import render_model_card
 from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
+from clasp.training.cost.frozen import count_frozen_flops
 from clasp.training.cost.ledger import COST_FILE as COST
 from clasp.training.cost.ledger import CostLedger, RunCost, read_cost
 from clasp.training.initialize import initialize_heads, initialize_low_rank
-from clasp.training.loop import FitResult, fit, plan_training
+from clasp.training.loop import FitResult, fit
 from clasp.training.losses import build_loss
 from clasp.training.precision import resolve_precision
 from clasp.training.run_folder import RunFolder
-from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan, TrainSettings
+from clasp.training.settings import TrainSettings
 from clasp.training.state import TrainState
 from clasp.training.trackers.console import Reporter, SilentReporter
-from clasp.types import Pair, SkippedSample, UserError
-
-_MAX_LIVE_BATCH_SIZE = 128  # where a tower is run in every step, its activations have to fit
-
-TrainValPairs = tuple[Pairs, Pairs]  # to train on, to validate on
-_FeatureSourceT = TypeVar("_FeatureSourceT", bound=FeatureSource)
+from clasp.types import MessageCallback, ProgressFactory, SkippedSample, UserError, no_progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +52,6 @@ class TrainResult:
     results: list[EvaluationResult]
     delta_bytes: int
     cost: RunCost
-
-
-def cache_folder() -> Path:
-    """Where what can be computed again is kept: ``$CLASP_CACHE``, else ``~/.cache/clasp``."""
-    return Path(os.environ.get("CLASP_CACHE") or Path.home() / ".cache" / "clasp")
 
 
 def train_recipe(
@@ -110,55 +100,6 @@ def train_recipe(
     if not done.fitted.interrupted:
         folder.finish()
     return done
-
-
-def open_training_pairs(recipe: Recipe) -> TrainValPairs:
-    """The pairs to train on and to validate on, filtered by language. Raises ``UserError``."""
-    data = recipe.data
-    if data.train is None:
-        raise UserError(
-            "no pairs to train on: set data.train to a folder, a .csv .tsv .jsonl .parquet file or tar shards"
-        )
-    pairs = _open(data.train, recipe)
-    if data.val is not None:
-        return pairs, _open(data.val, recipe)
-    return split_by_group(pairs, data.val_fraction)
-
-
-def plan_run(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> TrainPlan:
-    """Batch, epochs and steps of a run. Raises ``UserError`` for a batch of more, or of too few to take parts of."""
-    plan = plan_training(
-        recipe.train, count_samples_per_epoch(train, recipe), max_batch_size=_largest_batch(inputs, recipe)
-    )
-    recipe.loss.require_batch_size(plan.batch_size)
-    return plan
-
-
-def build_feature_source(
-    parts: ModelAndPreprocessing,
-    recipe: Recipe,
-    *,
-    kind: type[_FeatureSourceT] = FeatureSource,
-    bar: ProgressFactory = no_progress_bar,
-    say: MessageCallback = lambda line: None,
-    report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
-) -> _FeatureSourceT:
-    """The reader of pairs for a model that has just been built from a recipe."""
-    return kind(
-        image=parts.model.image,
-        text=parts.model.text,
-        transform=parts.transform,
-        tokenizer=parts.tokenizer,
-        feature_cache=recipe.data.feature_cache,
-        cache_folder=cache_folder(),
-        bar=bar,
-        notify=say,
-        on_skipped=report,
-        workers=recipe.train.workers,
-        cached_augmentations=recipe.data.cached_augmentations,
-        seed=recipe.train.seed,
-        max_bad_fraction=recipe.data.max_bad_fraction,
-    )
 
 
 def _ledger(folder: RunFolder, model: DualEncoder, resume_state: TrainState | None) -> CostLedger:
@@ -244,55 +185,6 @@ def _train(
         "README.md", render_model_card(recipe, model, folder.path, fitted, results, cost, len(train), len(val))
     )
     return TrainResult(folder.path, fitted, results, delta_bytes, cost)
-
-
-def open_pairs_for_recipe(
-    source: str, recipe: Recipe, *, columns: ColumnNames = DEFAULT_COLUMNS, image_root: str | None = None
-) -> Pairs:
-    """Pairs for a model that is trained: those of its recipe are read as they were then, where nothing else is said."""
-    data = recipe.data
-    if source in (data.train, data.val) and columns == DEFAULT_COLUMNS:
-        columns, image_root = data.columns, image_root or data.image_root
-    return open_pairs(source, columns=columns, image_root=image_root, cache=cache_folder() / "pairs")
-
-
-def _open(source: str, recipe: Recipe) -> Pairs:
-    data = recipe.data
-    pairs = open_pairs_for_recipe(source, recipe)
-    if not data.languages:
-        return pairs
-    kept = [pair for pair in (_keep_languages(pair, data.languages) for pair in pairs) if pair.captions]
-    if not kept:
-        found = caption_languages(pairs)
-        raise UserError(
-            f"zero pairs: no caption of {source} is in {', '.join(data.languages)} (data.languages); "
-            f"its captions are in {', '.join(found) or 'languages it does not name'}"
-        )
-    return Pairs(source, [kept])
-
-
-def _keep_languages(pair: Pair, languages: Sequence[str]) -> Pair:
-    return replace(pair, captions=tuple(caption for caption in pair.captions if caption.language in languages))
-
-
-def count_samples_per_epoch(pairs: Pairs, recipe: Recipe) -> int:
-    """How many samples an epoch has."""
-    if recipe.data.captions == "sample":
-        return len(pairs)
-    return sum(len(pairs[number].captions) for number in range(len(pairs)))
-
-
-def _largest_batch(inputs: FeatureSource, recipe: Recipe) -> int:
-    live = not inputs.both_towers_frozen or (recipe.data.augment is not None and not recipe.data.cached_augmentations)
-    return _MAX_LIVE_BATCH_SIZE if live else MAX_AUTO_BATCH_SIZE
-
-
-def hash_pairs(listing: PairIndex, val: Pairs) -> str:
-    """A hash of the ids and captions of a run's pairs: other ones would come in another order."""
-    digest = hashlib.sha256(json.dumps([listing.ids, listing.texts, [pair.id for pair in val]]).encode())
-    for column in (listing.group, listing.caption_offsets, listing.caption):
-        digest.update(column.tobytes())
-    return digest.hexdigest()
 
 
 def _require_unchanged(folder: RunFolder, recipe: Recipe, model: DualEncoder, content: str) -> None:

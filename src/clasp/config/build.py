@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from clasp.config.datasets import cache_folder
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.bpe import train_bpe
 from clasp.data.images import ImageTransform
+from clasp.data.loader import log_skipped
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
 from clasp.models.dual_encoder import DualEncoder
+from clasp.models.features import FeatureSource
 from clasp.models.inference import EmbeddingModel
 from clasp.models.sharing.backbones import share_backbones
 from clasp.models.sharing.policy import SharingPlan
@@ -27,7 +30,7 @@ from clasp.models.tower import Tower
 from clasp.models.zoo.registry import load_backbone
 from clasp.models.zoo.single_trunk import build_single_trunk
 from clasp.training import run_folder
-from clasp.types import UserError
+from clasp.types import MessageCallback, ProgressFactory, SkippedSample, UserError, no_progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,3 +206,33 @@ def _check_end_token(recipe: Recipe, text: Backbone, tokenizer: Tokenizer) -> No
             raise UserError(
                 f"text.pool = 'eos': the tokenizer of {text.name} ends no text with an end token; use last or mean"
             )
+
+
+_FeatureSourceT = TypeVar("_FeatureSourceT", bound=FeatureSource)
+
+
+def build_feature_source(
+    parts: ModelAndPreprocessing,
+    recipe: Recipe,
+    *,
+    kind: type[_FeatureSourceT] = FeatureSource,
+    bar: ProgressFactory = no_progress_bar,
+    say: MessageCallback = lambda line: None,
+    report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
+) -> _FeatureSourceT:
+    """The reader of pairs for a model that has just been built from a recipe."""
+    return kind(
+        image=parts.model.image,
+        text=parts.model.text,
+        transform=parts.transform,
+        tokenizer=parts.tokenizer,
+        feature_cache=recipe.data.feature_cache,
+        cache_folder=cache_folder(),
+        bar=bar,
+        notify=say,
+        on_skipped=report,
+        workers=recipe.train.workers,
+        cached_augmentations=recipe.data.cached_augmentations,
+        seed=recipe.train.seed,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+    )

@@ -26,6 +26,7 @@ from clasp.models.dual_encoder import LogitSettings
 from clasp.models.heads import HeadSettings
 from clasp.models.sharing.policy import SharingSettings
 from clasp.models.sharing.trunk_views import DEFAULT_TRUNK_PARTS, SingleTrunkSettings
+from clasp.models.tuning.settings import TuneSettings
 from clasp.models.tuning.spec import parse_tuning_spec
 from clasp.training.losses import LossSettings
 from clasp.training.settings import TrainSettings
@@ -50,21 +51,6 @@ RENAMED_KEYS = {
     "train.recompute": "train.activation_checkpointing",
 }
 """Keys that recipes had before version 0.2; an error names the new one"""
-
-
-class TuneSettings(BaseModel):
-    """``[tune]``: what trains, per tower; see ``clasp.models.tuning.spec``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    image: list[str] = Field(default=["none"], min_length=1)
-    """Methods for the image tower"""
-    text: list[str] = Field(default=["none"], min_length=1)
-    """Methods for the text tower"""
-    head: Literal["full", "none"] = "full"
-    """The heads, with a learned pooling where there is one"""
-    scale: Literal["full", "none"] = "full"
-    """The scale and the bias of the logits"""
 
 
 class ShareSettings(SharingSettings):

@@ -20,8 +20,7 @@ from clasp.data.loader import BadSampleLimit
 from clasp.data.pairs import Pairs
 from clasp.data.readers import LiveImageReader, PairIndex
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.features import ProgressFactory
-from clasp.types import Pair, SkippedSample, UserError
+from clasp.types import Pair, ProgressFactory, SkippedSample, UserError
 
 HASH_SAMPLE_SIZE, DECODE_SAMPLE_SIZE, TOKENIZE_SAMPLE_SIZE = (
     5_000,

@@ -47,6 +47,7 @@ _EXIF_TRANSPOSE = {  # the EXIF orientation -> what brings the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 _REDUCING_GAP = 1.0  # a JPEG is decoded at the smallest scale that leaves this many times the pixels asked for
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DECODER_VERSION = 1  # part of every fingerprint: raise it when the same bytes become other pixels
 
 

@@ -243,3 +243,8 @@ def list_images(path: str | Path) -> list[tuple[str, ImageSource]]:
             f"{path} has no images: looked for .{', .'.join(IMAGE_SUFFIXES)}; found {count_suffixes(names)}"
         )
     return [(names[row], folder.source(row)) for row in rows]
+
+
+def caption_languages(pairs: Iterable[Pair]) -> list[str]:
+    """The languages that captions name."""
+    return sorted({caption.language for pair in pairs for caption in pair.captions} - {""})

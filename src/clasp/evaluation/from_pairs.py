@@ -9,9 +9,9 @@ another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from clasp.data.pairs import Pairs
+from clasp.data.pairs import Pairs, caption_languages
 from clasp.evaluation.queries import RetrievalDirection, RetrievalQueries, ZeroShotQueries
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
 from clasp.models.features import FeatureSource
@@ -95,8 +95,3 @@ def language_queries(
         texts=inputs.texts({key: text for key, (text, _) in texts.items()}),
         directions=tuple(directions),
     )
-
-
-def caption_languages(pairs: Iterable[Pair]) -> list[str]:
-    """The languages that captions name."""
-    return sorted({caption.language for pair in pairs for caption in pair.captions} - {""})

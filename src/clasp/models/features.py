@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,6 @@ from clasp.data.feature_cache.features import (
     CachedImageReader,
     CachedTextReader,
     DistinctTexts,
-    ProgressCallback,
     image_cache_bytes,
     image_cache_key,
     image_features,
@@ -42,15 +41,20 @@ from clasp.data.readers import ImageReader, LiveImageReader, LiveTextReader, Pai
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.frozen import FrozenPrefix, FrozenTower, find_frozen_part
 from clasp.models.tower import Tower
-from clasp.types import ImageInput, Pixels, SkippedSample, TextInput
+from clasp.types import (
+    ImageInput,
+    MessageCallback,
+    Pixels,
+    ProgressFactory,
+    SkippedSample,
+    TextInput,
+    no_progress_bar,
+)
 
 FeatureCacheMode = Literal["auto", "off"] | StorageName
 
 _MAX_DISK_FRACTION = 0.25  # of what is free, which "auto" may fill with the states of a trunk
 _CACHED_BATCH_SIZE = 256  # cached inputs of an evaluation in one call of what is left of a tower
-
-ProgressFactory = Callable[[str], AbstractContextManager[ProgressCallback]]
-MessageCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +73,6 @@ class CachePlan:
     def bytes_to_write(self) -> int:
         """That are still to be written."""
         return self.bytes if self.storage and not self.file else 0
-
-
-def no_progress_bar(title: str) -> AbstractContextManager[ProgressCallback]:
-    """Nobody is watching."""
-    return nullcontext(lambda done, total: None)
 
 
 class FeatureSource:

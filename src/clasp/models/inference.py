@@ -15,11 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clasp.data.device import to_device
-from clasp.data.feature_cache.features import ProgressCallback
 from clasp.data.images import ImageError, ImageTransform
 from clasp.data.loader import inference_batch_size, iter_text_batches
 from clasp.data.tokenizer import Tokenizer
-from clasp.types import Encoder, Pixels, UserError
+from clasp.types import Encoder, Pixels, ProgressCallback, UserError
 
 
 def no_progress(done: int, total: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clasp.types import HiddenStates, Tokens
 
-# What calling a net once more costs, in tokens that could have been computed meanwhile; see benchmarks/lengths.py.
+# Cost of one more call of a net, in tokens that could have been computed meanwhile (benchmarks/length_buckets.py)
 TOKENS_PER_CALL = {"cpu": 128}
 _DEFAULT_TOKENS_PER_CALL = 16_384
 

@@ -8,73 +8,8 @@ its names.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-
-from clasp.models.transformer.encoders import ImageTransformer, ImageTransformerSettings
-
-
-class VisionTransformer(ImageTransformer):
-    """ViT as DeiT has it (Touvron et al., ICML 2021); with ``layer_scale``, DeiT-III (ECCV 2022).
-
-    Plain towers add ``N + 1`` positions after the class token is in place; layer-scale towers add ``N`` positions to
-    the patches before it.
-    """
-
-    def __init__(self, *, size: int, patch: int, width: int, blocks: int, heads: int, layer_scale: float | None = None):
-        super().__init__(
-            ImageTransformerSettings(
-                size=size,
-                patch=patch,
-                width=width,
-                layers=blocks,
-                heads=heads,
-                layer_scale=layer_scale,
-                class_position=layer_scale is None,
-            )
-        )
-
-
-def resize_pos_embed(table: Float[Tensor, "1 rows D"], grid: int, extra_rows: int) -> Float[Tensor, "1 new_rows D"]:
-    """A square position table at another grid: bicubic, no antialiasing; extra rows are kept in front."""
-    extra, patches = table[:, :extra_rows], table[:, extra_rows:]
-    side = round(patches.shape[1] ** 0.5)
-    if side == grid:
-        return table
-    square = patches.transpose(1, 2).reshape(1, -1, side, side)
-    resized = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat((extra, resized.flatten(2).transpose(1, 2)), dim=1)
-
-
-class Adapter(nn.Module):
-    """Bottleneck adapter: ``x + up(gelu(down(x)))`` (Houlsby et al., ICML 2019; LilT section 3).
-
-    ``init="identity"`` zeroes ``up``, so a tower is unchanged when adapters are inserted; ``init="random"`` is the
-    paper's N(0, 0.02) with zero biases. Works on the last axis, or on axis 1 of feature maps (``channels_first``).
-    """
-
-    def __init__(self, width: int, hidden: int, init: str, channels_first: bool):
-        super().__init__()
-        self.channels_first = channels_first
-        self.down = nn.Linear(width, hidden)
-        self.up = nn.Linear(hidden, width)
-        if self.up.weight.is_meta:  # only counted; drawing shapes would be most of the time that counting takes
-            return
-        nn.init.trunc_normal_(self.down.weight, std=0.02)
-        nn.init.zeros_(self.down.bias)
-        nn.init.zeros_(self.up.bias)
-        if init == "identity":
-            nn.init.zeros_(self.up.weight)
-        else:
-            nn.init.trunc_normal_(self.up.weight, std=0.02)
-
-    def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
-        if self.channels_first:
-            x = x.movedim(1, -1)
-        x = x + self.up(F.gelu(self.down(x)))
-        return x.movedim(-1, 1) if self.channels_first else x
-
 
 # --- pooling: states [B N D] and the mask of real tokens -> one vector a row ------------------------------------------
 

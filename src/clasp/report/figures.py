@@ -39,7 +39,7 @@ _METRIC_LABELS = {
 
 
 def draw_retention(results: Sequence[EvaluationResult], path: Path, *, title: str) -> None:
-    """What the towers still know (rows of ``clasp eval RUN kept``): the probes before and after, the drift of each
+    """What the towers still know (rows of ``clasp eval RUN retention``): the probes before and after, the drift of each
     block and, where there is one, the way between base and tuned weights."""
     # inside: it takes half a second to import, and most evaluations draw nothing
     from matplotlib import rc_context
@@ -98,7 +98,7 @@ def _draw_drift(axes: Axes, results: Sequence[EvaluationResult], measure: str) -
     for side in _COLOURS:
         points = []
         for result in results:
-            part = result.task.removeprefix(f"kept/{side}_drift/")
+            part = result.task.removeprefix(f"retention/{side}_drift/")
             place = 0 if part == "input" else int(part.removeprefix("block ")) if part.startswith("block ") else None
             if place is not None and measure in result.metrics:
                 points.append((place, factor * result.metrics[measure]))
@@ -155,4 +155,4 @@ def _error_bar(result: EvaluationResult, name: str, end: str) -> float:
 
 
 def _side(result: EvaluationResult) -> str:
-    return "image" if result.task.startswith("kept/image") else "text"
+    return "image" if result.task.startswith("retention/image") else "text"

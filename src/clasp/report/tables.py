@@ -21,7 +21,7 @@ class AnnotatedTable:
 
 
 def retention_table(results: Sequence[EvaluationResult]) -> AnnotatedTable:
-    """The rows of ``clasp eval RUN kept`` in which a probe is compared, in per cent; a line on the drift of each tower.
+    """The rows of ``clasp eval RUN retention`` in which a probe is compared, in per cent; a line on each drift.
 
     The drift of each part, and the points between base and tuned weights, are in the figure and in ``results.jsonl``.
     """
@@ -36,7 +36,7 @@ def retention_table(results: Sequence[EvaluationResult]) -> AnnotatedTable:
     ]
     notes = ["per cent, with 95 % intervals; that of the change is of the same queries before and after"]
     notes += [_drift(results, side) for side in ("image", "text")]
-    return AnnotatedTable(("kept", "before", "after", "change", "guessing"), rows, notes)
+    return AnnotatedTable(("retention", "before", "after", "change", "guessing"), rows, notes)
 
 
 def _with_interval(result: EvaluationResult, state: str) -> str:
@@ -53,7 +53,7 @@ def _drift(results: Sequence[EvaluationResult], side: str) -> str:
     parts = {
         result.task.rpartition("/")[2]: result.metrics
         for result in results
-        if result.task.startswith(f"kept/{side}_drift/")
+        if result.task.startswith(f"retention/{side}_drift/")
     }
     whole = parts["all"]
     moved = {title: m["weights"] for title, m in parts.items() if title != "all" and m.get("weights")}

@@ -17,10 +17,10 @@ from rich.table import Table
 
 from clasp.evaluation.tasks import EvaluationResult
 from clasp.models.dual_encoder import ParameterCount
-from clasp.models.features import ProgressCallback
 from clasp.models.sharing.policy import SharingPlan
 from clasp.report.model_card import result_tables
 from clasp.report.tables import retention_table
+from clasp.types import ProgressCallback
 
 _PART_TITLES = {
     "model": "whole model",
@@ -96,7 +96,7 @@ def print_results(title: str, results: Sequence[EvaluationResult]) -> None:
 
     What towers still know is laid out by what it was before and is after.
     """
-    if any(result.task.startswith("kept/") for result in results):
+    if any(result.task.startswith("retention/") for result in results):
         made = retention_table(results)
         return print_table(title, made.columns, made.rows, "\n".join(made.notes))
     for grid in result_tables(results):

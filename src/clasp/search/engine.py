@@ -28,7 +28,6 @@ from torch import Tensor
 from clasp.data.images import ImageError
 from clasp.data.pairs import ParquetSource
 from clasp.models.inference import EmbeddingModel, ProgressCallback, no_progress
-from clasp.report.contact_sheet import SheetRow, Thumbnail
 from clasp.search.entries import StoredEntries, build_entries, entry_metadata, source_from_dict
 from clasp.types import Hit, ImageSource, Pair, SkippedSample, Store, UserError
 
@@ -256,31 +255,6 @@ class SearchEngine:
         if hashlib.sha256(data).hexdigest() != hit.meta["sha256"]:
             raise UserError(f"{name} has changed since it was indexed; type: clasp index RUN FOLDER")
         return data
-
-    @staticmethod
-    def contact_sheet_rows(
-        searches: Sequence[tuple[str, Sequence[Hit]]],
-        *,
-        label: Callable[[Hit], str] = lambda hit: hit.id,
-        is_correct: Callable[[str, Hit], bool | None] = lambda title, hit: None,
-    ) -> list[SheetRow]:
-        """Titles with their hits, as rows of ``clasp.report.contact_sheet.contact_sheet``.
-
-        ``is_correct`` says of a title and a hit whether it is a right answer. An image that has gone or changed is an
-        empty place with its label.
-        """
-        rows = []
-        for title, hits in searches:
-            tiles = []
-            for hit in hits:
-                try:
-                    encoded = SearchEngine.read_image(hit)
-                except UserError:
-                    encoded = None
-                tiles.append(Thumbnail(encoded, label(hit), is_correct(title, hit)))
-            note = f"cosine {hits[0].score:.2f} to {hits[-1].score:.2f}" if hits else ""
-            rows.append(SheetRow(title, tiles, note))
-        return rows
 
 
 @dataclass(frozen=True, slots=True)

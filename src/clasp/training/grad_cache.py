@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from clasp.data.device import to_device
 from clasp.training import micro_batches
 from clasp.training.memory import ActivationMemory, free_bytes
 from clasp.training.precision import Precision
-from clasp.types import Batch, Loss, UserError
+from clasp.types import Batch, Loss, Modality, UserError
 
 # A graph of no more than so many times the bytes of its embeddings is that of a head; it is kept, not computed again.
 _SMALL_GRAPH_RATIO = 16
@@ -34,7 +34,6 @@ _MAX_REPEAT_DISTANCE = 0.05
 # Of the free memory; the rest is for what a step takes besides the activations that it keeps.
 _MEMORY_FRACTION = 0.5
 
-Modality = Literal["image", "text"]
 SeedMicroBatch = Callable[[Modality, int], None]
 
 

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clasp.config.recipe import TuneSettings
 from clasp.data.device import to_device
 from clasp.data.loader import BadSampleLimit, PairLoader
 from clasp.data.pairs import Pairs
@@ -24,6 +23,7 @@ from clasp.models.dual_encoder import DualEncoder, HeadSettings
 from clasp.models.features import FeatureSource
 from clasp.models.tower import Tower
 from clasp.models.tuning.peft_methods import initialize_lora_from_gradient, wrapped_weight_name
+from clasp.models.tuning.settings import TuneSettings
 from clasp.models.tuning.spec import freeze_except, gradient_initialized_layers
 from clasp.training import grad_cache
 from clasp.training.cca import cca

@@ -23,7 +23,7 @@ from clasp.convert.importers.lilt_checkpoint import (
 from clasp.convert.importers.lilt_flags import LiltTuning, explain_lilt_tuning, infer_lilt_tuning, lilt_flags
 from clasp.convert.importers.run_writer import ImportOptions, ImportReport, load_matching_tokenizer, write_run
 from clasp.data.images import ImageTransform
-from clasp.models.pooling import resize_pos_embed
+from clasp.models.transformer.deit import resize_pos_embed
 from clasp.models.transformer.encoders import ImageTransformerSettings
 from clasp.models.zoo.folder import BertSettings, save_bert, save_image_encoder
 from clasp.training.run_folder import RUN_PLACEHOLDER, RunFolder

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -20,9 +20,8 @@ from clasp.convert.importers.safe_pickle import safe_load_pickle
 from clasp.models.transformer.encoders import ImageTransformerSettings
 from clasp.models.tuning.spec import apply_tuning
 from clasp.models.zoo.folder import BertSettings, EncoderSettings, build_on_meta
-from clasp.types import UserError
+from clasp.types import Modality, UserError
 
-Modality = Literal["image", "text"]
 LILT_TOWER_PREFIXES: dict[Modality, str] = {"image": "visual_encoder.", "text": "text_encoder."}
 LILT_HEAD_PREFIXES: dict[Modality, str] = {"image": "vision_proj.", "text": "text_proj."}
 LILT_BLOCK_PREFIXES: dict[Modality, str] = {"image": "blocks.", "text": "encoder.layer."}

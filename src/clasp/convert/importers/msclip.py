@@ -17,11 +17,11 @@ from clasp.convert.importers.msclip_checkpoint import MSCLIP_LATERAL_LAYERS, MSC
 from clasp.convert.importers.run_writer import ImportOptions, ImportReport, load_matching_tokenizer, write_run
 from clasp.convert.importers.safe_pickle import safe_load_pickle
 from clasp.data.bpe import CLIP_VOCAB_SIZE
-from clasp.data.images import ImageTransform
+from clasp.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.sharing.policy import SharingSettings
 from clasp.models.zoo.folder import save_tied_encoders
-from clasp.models.zoo.from_scratch import IMAGENET_MEAN, IMAGENET_STD, load_clip_tokenizer
+from clasp.models.zoo.from_scratch import load_clip_tokenizer
 from clasp.training.run_folder import RUN_PLACEHOLDER, RunFolder
 from clasp.types import UserError
 

@@ -31,9 +31,8 @@ from clasp.data.pairs import Pairs
 from clasp.data.readers import ImageBatch, LiveImageReader, PairIndex, SampleIndices, TextBatch
 from clasp.data.tokenizer import Tokenizer
 from clasp.data.workers import WorkerPool
-from clasp.types import HiddenStates, Pair, Pixels, PooledFeatures, SkippedSample, Tokens
+from clasp.types import HiddenStates, Pair, Pixels, PooledFeatures, ProgressCallback, SkippedSample, Tokens
 
-ProgressCallback = Callable[[int, int], None]
 _TowerInput_contra = TypeVar("_TowerInput_contra", contravariant=True)
 
 _VIEW_STREAM = 3  # what a stream of random numbers is for; the first three are those of ``batches``

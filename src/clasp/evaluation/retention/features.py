@@ -17,9 +17,9 @@ from clasp.analysis.tower_features import TowerFeatures, extract_tower_features
 from clasp.analysis.weight_interpolation import WeightInterpolation
 from clasp.data.pairs import Pairs
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import FeatureSource, ProgressFactory
+from clasp.models.features import FeatureSource
 from clasp.models.tower import Tower
-from clasp.types import ImageInput, TextInput
+from clasp.types import ImageInput, ProgressFactory, TextInput
 
 _ImageBatchStream = Iterable[tuple[Sequence[str], ImageInput]]
 

@@ -19,8 +19,7 @@ from clasp.evaluation.retention.features import ModelFeatures, ProbeFeatureExtra
 from clasp.evaluation.retention.plan import RetentionPlan
 from clasp.evaluation.tasks import EvaluationResult, MultilingualTask, ZeroShotTask
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import MessageCallback
-from clasp.types import PooledFeatures
+from clasp.types import MessageCallback, PooledFeatures
 
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PROMPT_TEMPLATE = "a photo of a {}."
@@ -82,7 +81,7 @@ def _result_at(
         metrics[what], interval[what] = bootstrap_mean([(scores.values, scores.groups) for scores in each])
         chance[what] = sum(scores.chance for scores in each) / len(each)
     return EvaluationResult(
-        task="kept/interpolation",
+        task="retention/interpolation",
         data=plan.data,
         language="",
         metrics=metrics,

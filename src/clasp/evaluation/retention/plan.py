@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from clasp.commands.train import open_pairs_for_recipe
+from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import Recipe
-from clasp.data.pairs import ColumnNames, Pairs
-from clasp.evaluation.from_pairs import caption_languages
+from clasp.data.pairs import ColumnNames, Pairs, caption_languages
 from clasp.evaluation.retention.probes import ImageProbe, TextProbe, has_labels, make_image_probe, make_text_probes
-from clasp.models.features import MessageCallback
-from clasp.types import UserError
+from clasp.types import MessageCallback, UserError
 
 
 @dataclass(frozen=True, kw_only=True)

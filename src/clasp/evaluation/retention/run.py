@@ -1,10 +1,10 @@
-"""``clasp eval RUN kept``: what the towers of a run still know, each before and after alignment, on the same probes.
+"""``clasp eval RUN retention``: how much of each tower's pre-trained features survives alignment.
 
-In go a run, its model and some pairs; out come rows of results and the figure ``RUN/kept.png``. Rows are of three
+In go a run, its model and some pairs; out come rows of results and the figure ``RUN/retention.png``. Rows are of three
 kinds: probes (``before``, ``after``, ``change``), the drift of each part of a tower (``weights``, ``new``, ``cka``),
-and points on the way from the base to the tuned weights (``kept/interpolation``). Unusual: each tower is run over the
-probes once for each state it is put in, and everything else is read off what it said then; what cannot be asked is left
-out, and one line says so.
+and points on the way from the base to the tuned weights (``retention/interpolation``). Unusual: each tower is run over
+the probes once for each state it is put in, and everything else is read off what it said then; what cannot be asked is
+left out, and one line says so.
 """
 
 from __future__ import annotations
@@ -27,13 +27,11 @@ from clasp.evaluation.retention.plan import RetentionPlan, plan_probes
 from clasp.evaluation.retention.probes import IMAGE_PROBES, TEXT_RECALL_KS, ProbeScores
 from clasp.evaluation.tasks import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import FeatureSource, MessageCallback, ProgressFactory
+from clasp.models.features import FeatureSource
 from clasp.models.tower import Tower
-from clasp.report.figures import draw_retention
-from clasp.types import UserError
+from clasp.types import MessageCallback, ProgressFactory, UserError
 
 RETENTION_OPTIONS = ("data", "fit", "label", "anchor", "languages", "image", "caption", "image_root")
-_FIGURE = "kept.png"
 
 
 def evaluate_retention(
@@ -78,8 +76,6 @@ def evaluate_retention(
     rows += _drift_results(asked.data, model.image, base.image, before.image, after.image, seconds)
     rows += _drift_results(asked.data, model.text, base.text, before.text, after.text, seconds)
     rows += interpolation_results(asked, hearing, before, after, say)
-    draw_retention(rows, run / _FIGURE, title=f"What the towers of {run.name} still know")
-    say(f"figure: {run / _FIGURE}")
     return rows
 
 
@@ -102,7 +98,7 @@ def _image_results(
         start = time.perf_counter()
         then = plan.image.score(name, before.fit_features, before.image)
         now = then if after.image is before.image else plan.image.score(name, after.fit_features, after.image)
-        comparisons.append(_paired_scores(f"kept/{name}", "", then, now, seconds + time.perf_counter() - start))
+        comparisons.append(_paired_scores(f"retention/{name}", "", then, now, seconds + time.perf_counter() - start))
     return paired_results(plan.data, comparisons)
 
 
@@ -115,7 +111,7 @@ def _text_results(
             start = time.perf_counter()
             then = probe.score(before.text, k)
             now = then if after.text is before.text else probe.score(after.text, k)
-            task = f"kept/{probe.kind}_recall@{k}" + (f"/{probe.language_set}" if probe.language_set else "")
+            task = f"retention/{probe.kind}_recall@{k}" + (f"/{probe.language_set}" if probe.language_set else "")
             comparisons.append(_paired_scores(task, probe.language, then, now, seconds + time.perf_counter() - start))
     return paired_results(plan.data, comparisons) if comparisons else []
 
@@ -150,7 +146,7 @@ def _drift_results(
         measured = {"weights": part.change, "new": part.new_fraction, "cka": cka}
         rows.append(
             EvaluationResult(
-                task=f"kept/{tower.modality}_drift/{part.title}",
+                task=f"retention/{tower.modality}_drift/{part.title}",
                 data=data,
                 language="",
                 metrics={name: value for name, value in measured.items() if math.isfinite(value)},

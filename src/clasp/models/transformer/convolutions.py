@@ -143,7 +143,7 @@ class DepthwisePatchConv(ConvNorm):
     """A depthwise convolution whose ``kernel`` is its stride, and a norm: the maps at the size of the patches.
 
     Nothing overlaps, so it is also one product of each channel's places with its weights, 2 to 14 times as fast in
-    bfloat16 on a CPU; in float32 the convolution is faster (``benchmarks/laterals.py``).
+    bfloat16 on a CPU; in float32 the convolution is faster (``benchmarks/conv_branch.py``).
     """
 
     def __init__(self, channels: int, kernel: int, norm: ConvNormKind):

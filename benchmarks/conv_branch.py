@@ -1,0 +1,66 @@
+"""What it saves to bring the maps of MS-CLIP's branch to the size of the patches as one product, not as a convolution.
+
+    python -m benchmarks.conv_branch
+
+Not in ``make bench``, since it compares clasp with itself. Printed: milliseconds of a forward and a backward pass for
+four kernels of ``msclip/msclip-s-b32`` at 32 pictures, and two of a small net at 128, in float32 and bfloat16: the
+median of five, with the lowest and the highest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clasp import configure_environment
+from clasp.models.transformer.convolutions import DepthwisePatchConv
+
+# pictures, channels, places a side, kernel
+WORK = ((32, 48, 112, 16), (32, 96, 56, 8), (32, 192, 28, 4), (32, 384, 14, 2), (128, 48, 32, 8), (128, 96, 16, 4))
+REPEATS = 5
+
+
+def main() -> None:
+    """All of them, each way in turns."""
+    configure_environment()
+    for pictures, channels, places, kernel in WORK:
+        maps = torch.randn(pictures, channels, places, places)
+        ours = DepthwisePatchConv(channels, kernel, "batch")
+        ways: dict[str, Callable[[Tensor], Tensor]] = {
+            "one product": ours.conv_as_matmul,
+            "convolution": _convolution(ours),
+        }
+        for kind in (torch.float32, torch.bfloat16):
+            taken: dict[str, list[float]] = {name: [] for name in ways}
+            for repeat in range(REPEATS + 1):
+                for name, way in ways.items():
+                    seconds = _once(way, maps, kind)
+                    if repeat:  # the first is not counted
+                        taken[name].append(1e3 * seconds)
+            said = "  ".join(
+                f"{name} {sorted(each)[REPEATS // 2]:.1f} ({min(each):.1f} to {max(each):.1f})"
+                for name, each in taken.items()
+            )
+            print(f"{[*maps.shape]} kernel {kernel:2} {str(kind).removeprefix('torch.'):8} ms: {said}", flush=True)
+
+
+def _convolution(ours: DepthwisePatchConv) -> Callable[[Tensor], Tensor]:
+    conv = ours.conv
+    return lambda maps: F.conv2d(maps, conv.weight, stride=conv.stride, groups=conv.groups)
+
+
+def _once(way: Callable[[Tensor], Tensor], maps: Tensor, kind: torch.dtype) -> float:
+    given = maps.to(kind).requires_grad_()
+    began = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+        out = way(given)
+    out.float().square().sum().backward()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""A deep adapter, or the top two blocks, in both towers: epochs after the first, with and without the feature cache.
+
+Both sides are clasp, as ``data.feature_cache`` makes them: without the cache pictures are decoded and the frozen blocks
+are run in every step. The arithmetic of both is counted, which says how much a cache can give at most.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import harness, sample_data
+from benchmarks.harness import Contestant, Row, sized
+from clasp.training.cost.flops import count_total_flops
+
+BATCH = sized(64, 8)
+PAIRS = sized(256, 16)
+TARGET = 5
+TUNED = {"deep adapter (one new block on top)": "deep(1)", "top 2 blocks": "last(2)"}
+
+
+def rows() -> Sequence[Row]:
+    return [row for work, spec in TUNED.items() for row in compare(work, spec)]
+
+
+def compare(work: str, spec: str) -> list[Row]:
+    recipe = sample_data.recipe(f'tune.image=["{spec}"]', f'tune.text=["{spec}"]')
+    with tempfile.TemporaryDirectory() as cache:
+        made = {
+            features: sample_data.Ours(
+                recipe.with_overrides([f"data.feature_cache={features}"]),
+                sample_data.pairs(PAIRS),
+                batch=BATCH,
+                cache=Path(cache),
+            )
+            for features in ("float16", "off")
+        }
+        for ours in made.values():
+            assert len(ours.batches)  # the first epoch's work is done here
+        rates = harness.race(
+            [
+                Contestant("cached", made["float16"].epoch),
+                # one step without the cache is long enough
+                Contestant("off", lambda: made["off"].epoch(most=1)),
+            ]
+        )
+        flops = {name: count_total_flops(lambda ours=ours: ours.epoch(most=1)) for name, ours in made.items()}
+        profile = harness.profiled(made["float16"].epoch)
+    most = flops["off"] / flops["float16"]
+    bound = f"arithmetic: without the cache a step counts {most:.2f} times the FLOPs; {profile}"
+    name = "the same, data.feature_cache=off"
+    note = f"batch {BATCH}; states kept in float16; {most:.2f} × the FLOPs without"
+    return [Row(work, "pairs/s", rates["cached"], name, rates["off"], TARGET, "higher", note, bound)]
+
+
+if __name__ == "__main__":
+    harness.main(rows)

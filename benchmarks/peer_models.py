@@ -1,0 +1,200 @@
+"""The peers' own models of the same two towers: open_clip's, and transformers' dual encoder; and towers as folders.
+
+In go clasp's assembled parts, out come models that hold the same weights. Unusual: that they answer as ours do is
+checked whenever one is made, since a comparison of different towers would say nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers import imported
+from benchmarks.sample_data import SIZE, WIDTH, WORK
+from clasp.config.build import ModelAndPreprocessing
+from clasp.training.memory import ActivationMemory
+from clasp.types import Pixels, Tokens
+
+OPEN_CLIP_LENGTH = 77  # tokens that open_clip pads every caption to
+EXAMPLE_LENGTH = 128  # and that transformers' example script for dual encoders does
+
+
+# --- open_clip -------------------------------------------------------------------------------------------------------
+
+
+def open_clip_model(parts: ModelAndPreprocessing) -> Any:
+    """open_clip's model of a timm ViT and a BERT, holding our weights. Its answers have been compared with ours."""
+    imported("open_clip")
+    from open_clip.model import CustomTextCLIP
+
+    vision = {"timm_model_name": "vit_small_patch14_dinov2", "timm_pool": "token", "image_size": SIZE}
+    text = {"hf_model_name": str(saved_text(parts)), "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
+    model = CustomTextCLIP(WIDTH, vision, text, output_dict=True)
+    model.visual.set_input_size(SIZE)
+    model.visual.trunk.load_state_dict(_as_timm(parts.model.image.net))
+    _compare(parts, lambda pixels: model.visual.trunk(pixels))
+    return model
+
+
+def _as_timm(net: Any) -> dict[str, Tensor]:
+    """Weights of transformers' DINOv2 under timm's names, with positions for our size."""
+    blank = torch.zeros(1, 50, 384)
+    tensors = {
+        "cls_token": net.embeddings.cls_token,
+        "pos_embed": net.embeddings.interpolate_pos_encoding(blank, SIZE, SIZE),
+        "patch_embed.proj.weight": net.embeddings.patch_embeddings.projection.weight,
+        "patch_embed.proj.bias": net.embeddings.patch_embeddings.projection.bias,
+        "norm.weight": net.layernorm.weight,
+        "norm.bias": net.layernorm.bias,
+    }
+    for number, block in enumerate(_layers(net)):
+        linear = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+        query, key, value, out, first, second = linear.values()
+        for kind in ("weight", "bias"):
+            into = f"blocks.{number}."
+            fused = torch.cat([module.get_parameter(kind) for module in (query, key, value)])
+            tensors[f"{into}attn.qkv.{kind}"] = fused
+            for name, module in (
+                ("norm1", block.norm1),
+                ("norm2", block.norm2),
+                ("attn.proj", out),
+                ("mlp.fc1", first),
+                ("mlp.fc2", second),
+            ):
+                tensors[f"{into}{name}.{kind}"] = module.get_parameter(kind)
+        tensors[f"{into}ls1.gamma"] = block.layer_scale1.lambda1
+        tensors[f"{into}ls2.gamma"] = block.layer_scale2.lambda1
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _layers(net: Any) -> list[nn.Module]:
+    return next(list(m) for m in net.modules() if isinstance(m, nn.ModuleList) and len(m) == 12)
+
+
+@torch.no_grad()
+def _compare(parts: ModelAndPreprocessing, trunk: Callable[[Tensor], Tensor]) -> None:
+    """The same towers, or no comparison."""
+    pixels = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(trunk(pixels), parts.model.image.pooled(Pixels(pixels)), rtol=1e-3, atol=1e-3)
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+def dual_encoder(parts: ModelAndPreprocessing) -> Any:
+    """transformers' VisionTextDualEncoder of our towers. It pools captions through BERT's pooler, which is added."""
+    from transformers import BertModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
+
+    text = BertModel(deepcopy(parts.model.text.net.config), add_pooling_layer=True)
+    missing = text.load_state_dict(parts.model.text.net.state_dict(), strict=False).missing_keys
+    assert all(name.startswith("pooler.") for name in missing), missing
+    vision = deepcopy(parts.model.image.net)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision.config, text.config, projection_dim=WIDTH)
+    return VisionTextDualEncoderModel(config, vision_model=vision, text_model=text)
+
+
+# --- folders that any library opens -----------------------------------------------------------------------------------
+
+
+def saved_text(parts: ModelAndPreprocessing) -> Path:
+    """The text tower and its tokenizer as transformers saves them."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = WORK / "text-tower"
+    if not (folder / "ready").exists():
+        parts.model.text.net.save_pretrained(folder)
+        parts.tokenizer.save(folder)
+        special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+        file = str(folder / "tokenizer.json")
+        PreTrainedTokenizerFast(tokenizer_file=file, model_max_length=512, **special).save_pretrained(folder)
+        (folder / "ready").touch()
+    return folder
+
+
+def saved_image(parts: ModelAndPreprocessing) -> Path:
+    """The image tower with what transformers must know of its pixels."""
+    folder = WORK / "image-tower"
+    if not (folder / "ready").exists():
+        parts.model.image.net.save_pretrained(folder)
+        processor = {
+            "image_processor_type": "BitImageProcessor",
+            "do_resize": True,
+            "size": {"shortest_edge": SIZE},
+            "do_center_crop": True,
+            "crop_size": {"height": SIZE, "width": SIZE},
+            "do_rescale": True,
+            "do_normalize": True,
+            "do_convert_rgb": True,
+            "resample": 3,
+            "image_mean": list(parts.transform.mean),
+            "image_std": list(parts.transform.std),
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        (folder / "ready").touch()
+    return folder
+
+
+@torch.no_grad()
+def compare_texts(parts: ModelAndPreprocessing, pooled: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """As for images: a peer's mean of the states must be ours."""
+    ids = torch.randint(1000, 20000, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    ours = parts.model.text.pooled(Tokens(ids, mask.bool()))
+    torch.testing.assert_close(pooled(ids, mask), ours, rtol=1e-3, atol=1e-3)
+
+
+# --- their training step ---------------------------------------------------------------------------------------------
+
+
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Pixels, ids and mask to the loss."""
+
+
+class Rival:
+    """A peer that trains: its model, its loss, AdamW over whatever has gradients."""
+
+    def __init__(self, model: nn.Module, loss: Step, *, fused: bool = False, clip: float | None = None):
+        self.model, self.loss, self.clip = model, loss, clip
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.1, fused=fused)
+
+    def step(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> int:
+        """One step; returns its pairs."""
+        self.optimizer.zero_grad()
+        self.loss(pixels, ids, mask).backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.trained, self.clip)
+        self.optimizer.step()
+        return len(pixels)
+
+    def kept(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> int:
+        """Bytes kept for the backward pass of a step."""
+        with ActivationMemory(self.model.parameters()) as kept:
+            self.loss(pixels, ids, mask)
+        return kept.bytes
+
+
+def open_clip_rival(model: Any) -> Rival:
+    """As ``open_clip_train`` steps: its own loss, no clipping, the mask told by the pad token. Lock towers before."""
+    loss = imported("open_clip").ClipLoss()
+    model.train()
+    return Rival(model, lambda pixels, ids, mask: loss(**model(pixels, ids)))
+
+
+def dual_encoder_rival(model: Any, *, example: bool) -> Rival:
+    """As transformers' example script: its trainer's AdamW, norm of the gradient clipped to 1, dropout on.
+
+    ``example=False``: as well as it can be set up, with a fused AdamW and no dropout.
+    """
+    model.train(example)
+
+    def loss(pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return model(input_ids=ids, attention_mask=mask, pixel_values=pixels, return_loss=True).loss
+
+    return Rival(model, loss, fused=not example, clip=1.0)

@@ -1,0 +1,104 @@
+"""The pairs that a recipe names: opened, filtered by language, split for validation, counted and hashed.
+
+In goes a recipe, out come ``Pairs`` to train on and to validate on. What is worked out about a source is kept in the
+cache folder, so that a second opening is quick.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from clasp.config.recipe import Recipe
+from clasp.data.formats.rows import DEFAULT_COLUMNS
+from clasp.data.pairs import ColumnNames, Pairs, caption_languages, open_pairs, split_by_group
+from clasp.data.readers import PairIndex
+from clasp.models.features import FeatureSource
+from clasp.training.loop import plan_training
+from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan
+from clasp.types import Pair, UserError
+
+TrainValPairs = tuple[Pairs, Pairs]  # to train on, to validate on
+
+
+def cache_folder() -> Path:
+    """Where what can be computed again is kept: ``$CLASP_CACHE``, else ``~/.cache/clasp``."""
+    return Path(os.environ.get("CLASP_CACHE") or Path.home() / ".cache" / "clasp")
+
+
+def open_training_pairs(recipe: Recipe) -> TrainValPairs:
+    """The pairs to train on and to validate on, filtered by language. Raises ``UserError``."""
+    data = recipe.data
+    if data.train is None:
+        raise UserError(
+            "no pairs to train on: set data.train to a folder, a .csv .tsv .jsonl .parquet file or tar shards"
+        )
+    pairs = _open(data.train, recipe)
+    if data.val is not None:
+        return pairs, _open(data.val, recipe)
+    return split_by_group(pairs, data.val_fraction)
+
+
+def open_pairs_for_recipe(
+    source: str, recipe: Recipe, *, columns: ColumnNames = DEFAULT_COLUMNS, image_root: str | None = None
+) -> Pairs:
+    """Pairs for a model that is trained: those of its recipe are read as they were then, where nothing else is said."""
+    data = recipe.data
+    if source in (data.train, data.val) and columns == DEFAULT_COLUMNS:
+        columns, image_root = data.columns, image_root or data.image_root
+    return open_pairs(source, columns=columns, image_root=image_root, cache=cache_folder() / "pairs")
+
+
+def _open(source: str, recipe: Recipe) -> Pairs:
+    data = recipe.data
+    pairs = open_pairs_for_recipe(source, recipe)
+    if not data.languages:
+        return pairs
+    kept = [pair for pair in (_keep_languages(pair, data.languages) for pair in pairs) if pair.captions]
+    if not kept:
+        found = caption_languages(pairs)
+        raise UserError(
+            f"zero pairs: no caption of {source} is in {', '.join(data.languages)} (data.languages); "
+            f"its captions are in {', '.join(found) or 'languages it does not name'}"
+        )
+    return Pairs(source, [kept])
+
+
+def _keep_languages(pair: Pair, languages: Sequence[str]) -> Pair:
+    return replace(pair, captions=tuple(caption for caption in pair.captions if caption.language in languages))
+
+
+def count_samples_per_epoch(pairs: Pairs, recipe: Recipe) -> int:
+    """How many samples an epoch has."""
+    if recipe.data.captions == "sample":
+        return len(pairs)
+    return sum(len(pairs[number].captions) for number in range(len(pairs)))
+
+
+def hash_pairs(listing: PairIndex, val: Pairs) -> str:
+    """A hash of the ids and captions of a run's pairs: other ones would come in another order."""
+    digest = hashlib.sha256(json.dumps([listing.ids, listing.texts, [pair.id for pair in val]]).encode())
+    for column in (listing.group, listing.caption_offsets, listing.caption):
+        digest.update(column.tobytes())
+    return digest.hexdigest()
+
+
+_MAX_LIVE_BATCH_SIZE = 128  # where a tower is run in every step, its activations have to fit
+
+
+def plan_run(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> TrainPlan:
+    """Batch, epochs and steps of a run. Raises ``UserError`` for a batch of more, or of too few to take parts of."""
+    plan = plan_training(
+        recipe.train, count_samples_per_epoch(train, recipe), max_batch_size=_largest_batch(inputs, recipe)
+    )
+    recipe.loss.require_batch_size(plan.batch_size)
+    return plan
+
+
+def _largest_batch(inputs: FeatureSource, recipe: Recipe) -> int:
+    live = not inputs.both_towers_frozen or (recipe.data.augment is not None and not recipe.data.cached_augmentations)
+    return _MAX_LIVE_BATCH_SIZE if live else MAX_AUTO_BATCH_SIZE

@@ -1,0 +1,21 @@
+"""How the tables of studies say a number, and a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from studies.paired_intervals import Measured, Of, difference
+
+
+def told(seen: Measured | None, of: Of, *, short: bool = False) -> str:
+    """Per cent with its interval; a difference has its sign."""
+    if seen is None:
+        return "–"
+    sign = "+" if of is difference else ""
+    value, low, high = (f"{100 * number:{sign}.1f}" for number in (seen.value, seen.low, seen.high))
+    return value if short else f"{value} ({low} to {high})"
+
+
+def line(cells: Iterable[str]) -> str:
+    """Of a table."""
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,26 @@
+"""The two worlds by name, made from the folders that were given."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from studies.lilt.cells import World
+from studies.lilt.emoji_names import Names
+from studies.lilt.photos import SMALL, WHOLE, Photos
+
+from clasp.types import UserError
+
+NOWHERE = Path("nowhere")  # for a page, which reads no data
+
+
+def world(name: str, options: Namespace, *, run: bool) -> World:
+    """``photos`` or ``names``. Raises ``UserError`` where cells are to run and its folder is not there."""
+    option, folder = ("--photos", options.photos) if name == "photos" else ("--emoji", options.emoji)
+    if run and folder is None:
+        raise UserError(f"{options.claim} needs {option} FOLDER")
+    if run and not folder.is_dir():
+        raise UserError(f"{option} {folder} is not a folder")
+    if name == "names":
+        return Names(folder or NOWHERE)
+    return Photos(folder or NOWHERE, WHOLE if options.larger else SMALL)

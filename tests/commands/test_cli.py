@@ -1,0 +1,452 @@
+"""The command as a person meets it: what goes to which stream, exit codes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import safetensors
+
+from clasp import cli
+from clasp.commands import train as main_job
+from clasp.config import datasets
+from clasp.training import run_folder
+from toydata import add_member, toys, write_classes, write_csv, write_folder, write_images
+from toyruns import recipe, run, save_image_tower, save_text_tower, save_towers, spoil
+
+TOYS = toys(48)
+VERBS = ("demo", "params", "doctor", "train", "resume", "eval", "index", "search", "import")
+
+
+@dataclass
+class Said:
+    """What a command left: its exit code and its two streams."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def mistake(self) -> str:
+        """The one line about a mistake of the user's, and nothing else on either stream."""
+        assert self.code == 2, self
+        assert not self.out and self.err.count("\n") == 1 and self.err.startswith("clasp: "), self.err
+        assert "Traceback" not in self.err and "Error" not in self.err, self.err
+        return self.err
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def clasp(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Types a command, in this process."""
+
+    def typed(*words: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["clasp", *map(str, words)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        return Said(code, *capfd.readouterr())
+
+    return typed
+
+
+@dataclass
+class World:
+    """Towers, pairs, a recipe file and a finished run, made once."""
+
+    folder: Path
+    towers: Path
+    pairs: Path
+    toml: Path
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    towers, pairs = save_towers(folder / "towers"), write_csv(TOYS, folder / "pairs")
+    toml = folder / "toy.toml"
+    toml.write_text(recipe(towers, pairs, "train.epochs=1").to_toml())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLASP_CACHE", str(folder / "cache"))
+        run(recipe(towers, pairs, "train.epochs=1"), folder / "run")
+    return World(folder, towers, pairs, toml, folder / "run")
+
+
+@pytest.fixture(autouse=True)
+def cache(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CLASP_CACHE", str(world.folder / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+
+# --- help and params -------------------------------------------------------------------------------------------------
+
+
+def test_help_of_every_verb_needs_nothing_heavy() -> None:
+    """In a process of its own: torch takes seconds to import, which nobody waits for who asks for help."""
+    code = """
+import sys
+from clasp import cli
+for verb in sys.argv[1].split(","):
+    sys.argv = ["clasp", *filter(None, [verb]), "--help"]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        assert not stop.code, (verb, stop.code)
+heavy = {"torch", "numpy", "transformers"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, ",".join(("", *VERBS))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 20, "half a second on a quiet machine"
+    for words in (*VERBS, "RECIPE", "RUN", "KEY=VALUE", "--json", "--image", "--grid"):
+        assert words in done.stdout
+
+
+def test_params_prints_one_object_and_nothing_else(clasp: Command) -> None:
+    said = clasp("params", "lilt/lwa", "--json")
+    assert said.code == 0 and said.err == "" and said.out.count("\n") == 1
+    facts = json.loads(said.out)
+    assert set(facts) == {"total", "trained", "percent", "delta_bytes", "image", "text", "heads", "scale"}
+    parts = [facts[part] for part in ("image", "text", "heads", "scale")]
+    for key in ("total", "trained", "delta_bytes"):
+        assert facts[key] == sum(part[key] for part in parts) > 0
+    assert all(set(part) == {"total", "trained", "percent", "delta_bytes"} for part in parts)
+    assert facts["percent"] == pytest.approx(100 * facts["trained"] / facts["total"], abs=1e-4)
+
+
+def test_params_takes_overrides_and_prints_a_table(clasp: Command) -> None:
+    said = clasp("params", "lilt/heads", 'tune.image=["norms"]')
+    assert said.code == 0 and said.err == ""
+    assert re.search(r"image tower +│ +85,844,736 │ +38,400 │ +0.04 ", said.out), said.out
+
+
+# --- the way from pairs to a search ----------------------------------------------------------------------------------
+
+
+def test_one_folder_one_command_and_what_it_says_to_type_next(clasp: Command, world: World, tmp_path: Path) -> None:
+    folder = write_classes(TOYS, tmp_path / "my pictures")
+    trained = clasp("train", world.toml, f"data.train={folder}", "--runs", tmp_path / "my runs")
+    assert trained.code == 0 and "zeroshot" in trained.out and "top1" in trained.out and "Traceback" not in trained.err
+    last = trained.err.splitlines()[-1]
+    index, search = re.fullmatch(r"index and search with: clasp (.*)  then: clasp (.*)", last).groups()
+    indexed = clasp(*_shell(index))
+    assert indexed.code == 0 and f"{len(TOYS)} images added" in indexed.err and indexed.out == ""
+    assert "nothing to encode" in clasp(*_shell(index)).err
+    found = clasp(*_shell(search.replace("your words", "a red ring")), "-k", "3", "--json")
+    hits = json.loads(found.out)
+    assert found.err == "" and len(hits["hits"]) == 3 and Path(hits["sheet"]).stat().st_size > 1000
+    assert all((folder / hit["id"]).is_file() and Path(hit["meta"]["name"]).is_file() for hit in hits["hits"])
+    assert [hit["score"] for hit in hits["hits"]] == sorted((hit["score"] for hit in hits["hits"]), reverse=True)
+    alike = clasp("search", tmp_path / "my runs" / "toy", "--image", folder / hits["hits"][0]["id"], "-k", "1")
+    assert alike.code == 0 and "1.000" in alike.out and Path(hits["hits"][0]["id"]).name in alike.out.replace("\n", "")
+    again = clasp("train", world.toml, "--runs", tmp_path / "my runs")
+    assert again.code == 0 and "toy-2" in again.err and "recall" not in again.out and "R@10" in again.out
+
+
+def _shell(line: str) -> list[str]:
+    import shlex
+
+    return shlex.split(line)
+
+
+def test_stopped_before_training_keeps_what_was_computed(
+    clasp: Command, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_job, "initialize_heads", interrupted)
+    said = clasp("train", world.toml, "--runs", tmp_path / "runs")
+    assert said.code == 130 and "stopped before training" in said.err and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    "task, options, metric",
+    [
+        ("zeroshot", ["data={classes}"], "top1"),
+        ("zeroshot", ["data={classes}", "templates=the {{c}}"], "mean_per_class"),
+        ("retrieval", ["data={pairs}"], "recall@10"),
+        ("multilingual", ["data={spoken}", "languages=sw,en"], "median_rank"),
+    ],
+)
+def test_eval_answers_and_keeps_the_answer(
+    task: str, options: list[str], metric: str, clasp: Command, world: World, tmp_path: Path
+) -> None:
+    write_images(TOYS, tmp_path)
+    rows = [{"image": f"images/{t.key}.png", "caption": {"en": t.caption, "sw": t.shape}} for t in TOYS]
+    (tmp_path / "spoken.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = {
+        "classes": write_classes(TOYS, tmp_path / "classes"),
+        "pairs": world.pairs,
+        "spoken": tmp_path / "spoken.jsonl",
+    }
+    words = ["eval", world.run, task, *(option.format(**places) for option in options)]
+    said = clasp(*words, "--json")
+    assert said.code == 0, said.err
+    answer = json.loads(said.out)
+    assert answer["task"] == task and all(metric in row["metrics"] for row in answer["results"])
+    kept = [json.loads(line) for line in (world.run / "results.jsonl").read_text().splitlines()]
+    assert kept[-len(answer["results"]) :] == answer["results"]
+    shown = clasp(*words)
+    assert shown.code == 0 and "guessing" in shown.out and shown.out.count("\n") < 30
+
+
+def test_index_reads_what_the_run_was_trained_on_as_it_was_read_then(
+    clasp: Command, world: World, tmp_path: Path
+) -> None:
+    source = write_csv(TOYS, tmp_path)
+    source.write_text(source.read_text().replace("filepath,title", "where,what", 1))
+    columns = ["data.columns.image=where", "data.columns.caption=what"]
+    assert clasp("train", world.toml, f"data.train={source}", *columns, "--name", "own").code == 0
+    assert clasp("index", "runs/own", source).code == 0
+    assert clasp("eval", "runs/own", "retrieval", f"data={source}").code == 0
+    assert clasp("eval", "runs/own", "retrieval", f"data={source}", "caption=where").code == 2
+
+
+def test_a_sweep_prints_a_table_and_the_run_to_use(clasp: Command, world: World, tmp_path: Path) -> None:
+    swept = clasp(
+        "train", world.toml, "--grid", "train.lr=1e-3,1e30", "--grid", "head.kind=linear,mlp", "--name", "two"
+    )
+    assert swept.code == 0 and "runs/two: 4 of 4 runs" in swept.out and "mean recall" in swept.out
+    best, failed = (line for line in swept.out.splitlines() if "kind=linear" in line)
+    assert (
+        re.search(r"train.lr=1e-3 head.kind=linear +│ +[\d.]+ \([\d.]+–[\d.]+\)", best) and "failed: the loss" in failed
+    )
+    run = re.search(r"^best: (\S+);", swept.err, re.MULTILINE)[1]
+    assert clasp("eval", run, "retrieval", f"data={world.pairs}").code == 0
+    again = clasp(
+        "train", world.toml, "--grid", "head.kind=linear,mlp", "--grid", "train.lr=1e-3,2e-3", "--name", "two"
+    )
+    assert "runs/two holds another sweep" in again.mistake
+    none = clasp("train", world.toml, "--grid", "train.lr=1e29,1e30", "--name", "three")
+    assert none.code == 2 and "failed" in none.out
+    assert none.err.splitlines()[-1].startswith("clasp: no run of runs/three finished; the first: the loss is")
+
+
+# --- every mistake is one line ---------------------------------------------------------------------------------------
+
+
+def mistakes(world: World, here: Path) -> dict[str, tuple[list, list[str]]]:
+    """What is typed, and what the line must say."""
+    train = ["train", world.toml, "--name", "new"]
+    write_images(TOYS, here)
+    header = "filepath,title\n"
+    (here / "columns.csv").write_text("filepath,titel\nimages/a.png,a dog\n")
+    (here / "empty.csv").write_text(f"{header}images/{TOYS[0].key}.png,a\nimages/{TOYS[1].key}.png,\n")
+    (here / "torn.tar").write_bytes(_tar()[:3000])
+    (here / "twice.txt").write_text("ring\ncircle\nring\n")
+    (here / "classes.txt").write_text("ring\ncircle\n")
+    (here / "void").mkdir()
+    (here / "broken.toml").write_text("[image\n")
+    classes = write_classes(TOYS, here / "classes")
+    few = write_csv(TOYS[:6], here / "few")
+    return {
+        "missing column": (
+            [*train, "data.train=columns.csv"],
+            ["columns.csv", "no column 'title'", "did you mean 'titel'"],
+        ),
+        "empty caption": ([*train, "data.train=empty.csv"], ["1 of 2 pairs have an empty caption", "line 3"]),
+        "truncated tar": ([*train, "data.train=torn.tar"], ["torn.tar is truncated"]),
+        "zero pairs": ([*train, "data.languages=['sw']"], ["zero pairs", "sw"]),
+        "no pairs there": ([*train, "data.train=void"], ["void"]),
+        "no such data": ([*train, "data.train=pears.csv"], ["pears.csv does not exist"]),
+        "no data": (["train", "start", "--name", "new"], ["data.train"]),
+        "unknown tower": ([*train, "image.tower=pip:efficientnet-lite1"], ["efficientnet-lite1", "efficientnet-lite0"]),
+        "unknown scheme": ([*train, "image.tower=hff:a/b"], ["hff", "did you mean hf:a/b"]),
+        "tower without scheme": ([*train, "image.tower=dinov2"], ["'dinov2' has no scheme"]),
+        "no such folder": ([*train, "text.tower=file:void"], ["file:void", "config.json"]),
+        "no such hub model": ([*train, "text.tower=hf:nobody/nothing"], ["hf:nobody/nothing"]),
+        "no such factory": ([*train, "text.tower=no.such.module:tower"], ["no.such.module"]),
+        "wrong modality": ([*train, "image.tower=pip:minilm-l6"], ["pip:minilm-l6"]),
+        "unknown key": ([*train, "train.bacth=4"], ["unknown key 'train.bacth'", "train.batch_size"]),
+        "unknown key, counting": (["params", "start", "train.bacth=4"], ["did you mean train.batch_size"]),
+        "wrong value": ([*train, "loss.kind=triplet"], ["loss.kind = 'triplet'", "'infonce' or 'sigmoid'"]),
+        "matches nothing": ([*train, "tune.text=[\"match('layer.99.*')\"]"], ["matches nothing in BertModel"]),
+        "matches nothing, counting": (["params", world.toml, "tune.text=[\"match('x')\"]"], ["matches nothing"]),
+        "too many blocks": ([*train, 'tune.text=["last(3)"]'], ["2 blocks"]),
+        "nothing trains": ([*train, "head.standardize=false", "tune.head=none", "tune.scale=none"], ["nothing trains"]),
+        "batch too large": ([*train, "train.batch_size=1000"], ["train.batch_size = 1000 is more than the", "at most"]),
+        "one pair": ([*train, f"data.train={few}", "train.batch_size=64"], ["train.batch_size = 64"]),
+        "heads too wide": ([*train, "head.init=cca", "head.width=64"], ["head.width = 64", "at most 32"]),
+        "no such recipe": (["train", "strat", "data.train=few"], ["no recipe 'strat'", "start"]),
+        "no such recipe file": (["params", "recipes/none.toml"], ["recipes/none.toml"]),
+        "broken recipe": (["params", "broken.toml"], ["broken.toml is not a TOML file"]),
+        "no grid": ([*train, "--grid", "train.lr"], ["'train.lr' is not key=value,value"]),
+        "one of a grid": ([*train, "--grid", "head.kind=mlp,lineer"], ["with head.kind=lineer", "'linear', 'mlp'"]),
+        "nothing to diagnose": (["doctor", world.toml, "data.train=void"], ["void"]),
+        "no override": ([*train, "train.batch_size"], ["'train.batch_size' is not key=value"]),
+        "name that exists": ([*train[:-1], world.run.name, "--runs", world.folder], ["holds a run already", "--name"]),
+        "resume a finished run": (["resume", world.run], ["finished"]),
+        "resume nothing": (["resume", "runs/none"], ["no run at runs/none"]),
+        "resume a folder": (["resume", "void"], ["void is not a run folder"]),
+        "classes twice": (
+            ["eval", world.run, "zeroshot", f"data={classes}", "classes=twice.txt"],
+            ["twice.txt", "'ring'"],
+        ),
+        "classes unlike labels": (
+            ["eval", world.run, "zeroshot", f"data={classes}", "classes=classes.txt"],
+            ["none of the 2"],
+        ),
+        "no class list": (["eval", world.run, "zeroshot", f"data={classes}", "classes=none.txt"], ["none.txt"]),
+        "no place in template": (
+            ["eval", world.run, "zeroshot", f"data={classes}", "templates=a photo"],
+            ["'a photo'", "{}"],
+        ),
+        "no classes": (["eval", world.run, "zeroshot", f"data={world.pairs}"], ["no column 'class'", "label="]),
+        "unknown task": (["eval", world.run, "retreival", "data=x"], ["'retreival'", "did you mean retrieval?"]),
+        "unknown option": (["eval", world.run, "retrieval", "dat=x"], ["'dat=x'", "did you mean data=…?"]),
+        "eval without data": (["eval", world.run, "retrieval"], ["needs data="]),
+        "eval of no run": (["eval", "runs/none", "retrieval", f"data={world.pairs}"], ["no run at runs/none"]),
+        "unknown language": (["eval", world.run, "multilingual", f"data={world.pairs}"], ["no caption of"]),
+        "index of nothing": (["index", world.run, "void"], ["void has no images"]),
+        "index of what is not there": (["index", world.run, "none"], ["none does not exist"]),
+        "index of no run": (["index", "runs/none", "images"], ["no run at runs/none"]),
+        "search without index": (["search", world.run, "words"], ["no index yet", "clasp index"]),
+        "search for nothing": (["search", world.run], ["say what to look for"]),
+        "search in no run": (["search", "runs/none", "words"], ["no run at runs/none"]),
+    }
+
+
+MISTAKES = (
+    "missing column|empty caption|truncated tar|zero pairs|no pairs there|no such data|no data|unknown tower|"
+    "unknown scheme|tower without scheme|no such folder|no such hub model|no such factory|wrong modality|unknown key|"
+    "unknown key, counting|wrong value|matches nothing|matches nothing, counting|too many blocks|nothing trains|"
+    "batch too large|one pair|heads too wide|no such recipe|no such recipe file|broken recipe|"
+    "no grid|one of a grid|nothing to diagnose|no override|"
+    "name that exists|resume a finished run|resume nothing|resume a folder|classes twice|classes unlike labels|"
+    "no class list|no place in template|no classes|unknown task|unknown option|eval without data|eval of no run|"
+    "unknown language|index of nothing|index of what is not there|index of no run|search without index|"
+    "search for nothing|search in no run"
+).split("|")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(mistake: str, clasp: Command, world: World, tmp_path: Path) -> None:
+    words, wanted = mistakes(world, tmp_path)[mistake]
+    said = clasp(*words)
+    after_the_plan = ("heads too wide",)  # told when the towers' widths are known, after a remark on batch and epochs
+    line = said.mistake if mistake not in after_the_plan else said.err.splitlines()[-1]
+    assert said.code == 2 and line.startswith("clasp: ")
+    for part in wanted:
+        assert part in line, line
+    assert not (tmp_path / "runs" / "new" / "delta.safetensors").exists()
+
+
+def test_every_mistake_is_tried(world: World, tmp_path: Path) -> None:
+    assert list(mistakes(world, tmp_path)) == MISTAKES
+
+
+def test_pictures_that_are_none_stop_the_run_with_their_names(clasp: Command, world: World, tmp_path: Path) -> None:
+    folder = write_folder(TOYS, tmp_path / "pairs")
+    for toy in TOYS:
+        (folder / f"{toy.key}.png").write_bytes(b"no picture")
+    said = clasp("train", world.toml, f"data.train={folder}", "--name", "new")
+    lines = said.err.splitlines()
+    assert said.code == 2 and "images cannot be read" in lines[-1] and f"{min(toy.key for toy in TOYS)}.png" in said.err
+    assert len(lines) == 2 and "pairs:" in lines[0], "the plan, then the mistake"
+
+
+def test_one_picture_that_is_none_is_named(clasp: Command, world: World, tmp_path: Path) -> None:
+    folder = write_folder(TOYS, tmp_path / "pairs")
+    made = clasp("train", world.toml, f"data.train={folder}", "--name", "new")
+    assert made.code == 0
+    (folder / "not.png").write_bytes(b"no picture")
+    indexed = clasp("index", "runs/new", folder)
+    assert indexed.code == 0 and "1 skipped" in indexed.err and "not.png" in indexed.err
+    line = clasp("search", "runs/new", "--image", folder / "not.png").mistake
+    assert "not.png" in line
+    assert "none.png" in clasp("search", "runs/new", "--image", tmp_path / "none.png").mistake
+
+
+def test_other_base_weights_are_refused(clasp: Command, tmp_path: Path) -> None:
+    towers = tmp_path / "towers"
+    save_image_tower(towers / "image")
+    save_text_tower(towers / "text")
+    pairs = write_csv(TOYS, tmp_path / "pairs")
+    run(recipe(towers, pairs, "train.epochs=1"), tmp_path / "run")
+    spoil(towers / "text")
+    line = clasp("eval", tmp_path / "run", "retrieval", f"data={pairs}").mistake
+    assert "other weights of the text tower" in line and "1 of " in line
+
+
+# --- no space left ---------------------------------------------------------------------------------------------------
+
+
+def _full(*args: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _full_in_disguise(*args: object, **options: object) -> None:
+    raise Exception("No space left on device (os error 28)")
+
+
+def _full_tensors(*args: object, **options: object) -> None:
+    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    "owner, name, fails",
+    [
+        (run_folder.os, "replace", _full),
+        (run_folder.Tokenizer, "save", _full_in_disguise),
+        (run_folder.safetensors.torch, "save_file", _full_tensors),
+        (main_job.RunFolder, "write", _full),
+    ],
+    ids=["text", "tokenizer", "tensors", "anything else"],
+)
+def test_no_space_left_is_one_line(
+    owner: object, name: str, fails: Callable, clasp: Command, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        said = clasp("train", world.toml, "--name", "new")
+    last = said.err.splitlines()[-1]
+    assert said.code == 2 and "no space left" in last and "Traceback" not in said.err
+    assert not list(Path("runs/new").rglob("*.part"))
+    again = clasp("train", world.toml, "--name", "new")  # where room was found
+    assert again.code == 0 if name in ("replace", "save") else "clasp resume" in again.mistake
+
+
+def test_a_mistake_of_ours_is_no_mistake_of_theirs(
+    clasp: Command, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(datasets, "plan_training", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        clasp("train", world.toml, "--name", "new")
+
+
+def _tar() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for toy in TOYS[:4]:
+            add_member(tar, f"{toy.key}.png", toy.png)
+            add_member(tar, f"{toy.key}.txt", toy.caption.encode())
+    return file.getvalue()

@@ -1,0 +1,339 @@
+"""The doctor says beforehand what a run then does: its numbers are held against what training writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clasp import cli
+from clasp.commands import train as main_job
+from clasp.commands.doctor import diagnose, raise_on_stop
+from clasp.config import datasets
+from clasp.config.build import build_model_and_preprocessing
+from clasp.config.recipe import Recipe
+from clasp.data.checks import CheckReport
+from clasp.models import features as inputs_room
+from clasp.models.tower import Tower
+from clasp.types import UserError
+from toydata import toys, write_classes, write_csv, write_folder, write_images
+from toyruns import delta, lines, recipe, run, save_towers
+
+TOYS = toys(48)
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_towers(tmp_path_factory.mktemp("towers"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CLASP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def spoken(folder: Path) -> Path:
+    """Pairs in two languages, one of which not all are in."""
+    write_images(TOYS, folder)
+    rows = [{"image": f"images/{t.key}.png", "caption": {"en": t.caption, "sw": f"nyekundu {t.shape}"}} for t in TOYS]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pairs.jsonl"
+
+
+WAYS = {
+    "heads": (write_csv, []),
+    "classes": (write_classes, []),
+    "languages": (lambda toys, folder: spoken(folder), []),
+    "plain heads": (write_csv, ["head.standardize=false", "data.captions=all"]),
+    "top block of the text tower": (write_csv, ['tune.text=["last(1)"]']),
+    "both, in int8": (write_csv, ['tune.text=["last(1)"]', 'tune.image=["last(1)"]', "data.feature_cache=int8"]),
+    "views": (write_csv, ["data.augment.rotate=10", "data.cached_augmentations=2"]),
+    "augmented anew": (write_csv, ["data.augment.rotate=10", "head.standardize=false"]),
+    "low rank": (write_csv, ['tune.image=["lora(rank=2)"]', 'tune.text=["lora(rank=2)"]']),
+    "off": (write_csv, ["data.feature_cache=off"]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_its_numbers_are_those_of_the_run(way: str, towers: Path, tmp_path: Path, cache: Path) -> None:
+    write, changes = WAYS[way]
+    made = recipe(towers, write(TOYS, tmp_path), "train.batch_size=auto", "train.epochs=2", *changes)
+    before = told(made)
+    assert not (cache / "features").exists()
+    run(made, tmp_path / "run")
+
+    files = list((cache / "features").glob("*.npy")) if (cache / "features").exists() else []
+    kept = before["features"].facts["feature_cache"]
+    on_disk = sorted(file.stat().st_size - np.load(file, mmap_mode="r").offset for file in files)
+    assert sorted(each["bytes"] for each in kept) == on_disk
+    assert not any(each["file"] for each in kept) and (kept or way in ("low rank", "off"))
+    about = [json.loads(file.with_suffix(".json").read_text()) for file in files]
+    assert sorted(each["storage"] for each in kept) == sorted(each["storage"] for each in about)
+
+    after = told(made)["features"].facts["feature_cache"]
+    assert {each["file"] for each in after} == {str(file) for file in files}
+    assert [each | {"file": None} for each in after] == kept
+
+    settled = lines(tmp_path / "run" / "log.jsonl")[-1], main_job.RunFolder(tmp_path / "run").recipe()["train"]
+    steps = before["steps"].facts
+    assert (steps["steps"], steps["batch_size"]) == (settled[0]["step"], settled[1]["batch_size"])
+    trained = before["trains"].facts["model"]
+    tensors = delta(tmp_path / "run").values()
+    assert trained["trained"] == sum(t.numel() for t in tensors)
+    assert trained["delta_bytes"] == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def told(made: Recipe) -> dict[str, CheckReport]:
+    return {section.about: section for section in diagnose(made)}
+
+
+def levels(section: CheckReport) -> dict[str, str]:
+    """The text of each level, joined."""
+    found: dict[str, str] = {}
+    for finding in section.findings:
+        found[finding.level] = f"{found.get(finding.level, '')}{finding.text}\n"
+    return found
+
+
+def test_what_is_there_is_there_for_these_pairs_only(towers: Path, tmp_path: Path) -> None:
+    pairs = write_csv(TOYS, tmp_path)
+    made = recipe(towers, pairs, "train.epochs=1")
+    run(made, tmp_path / "run")
+    pairs.write_text(pairs.read_text().replace(f"images/{TOYS[0].key}.png,a ", f"images/{TOYS[0].key}.png,the "))
+    kept = told(made)["features"].facts["feature_cache"]
+    there = [each["what"] for each in kept if each["file"]]
+    assert there.count("images") == 2 and there.count("captions") == 1, "one part has another caption"
+    other = told(made.with_overrides(["image.resize=pad", "text.prefix='the '"]))["features"].facts["feature_cache"]
+    assert not [each for each in other if each["file"]]
+
+
+def test_it_runs_no_tower(towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_all(*args):
+        raise AssertionError("a tower ran")
+
+    made = recipe(towers, write_csv(TOYS, tmp_path))
+    monkeypatch.setattr(Tower, "pooled", run_all)
+    monkeypatch.setattr(Tower, "prefix_states", run_all)
+    told(made)
+
+
+# --- pairs and captions ----------------------------------------------------------------------------------------------
+
+
+def test_pairs_and_languages_are_counted(towers: Path, tmp_path: Path) -> None:
+    source = spoken(tmp_path)
+    section = told(recipe(towers, source))["pairs"]
+    train, val = datasets.open_training_pairs(recipe(towers, source))
+    assert section.facts["train"] == len(train) and section.facts["val"] == len(val)
+    assert section.facts["languages"] == {"en": 48, "sw": 48} and section.facts["captions"] == 96
+    assert f"only {len(val)} to validate on" in levels(section)["look"]
+    rows = source.read_text().splitlines()
+    plain = json.loads(rows[0]) | {"caption": "a thing"}
+    source.write_text("\n".join([json.dumps(plain), *rows[1:]]) + "\n")
+    section = told(recipe(towers, source))["pairs"]
+    assert section.facts["captions_without_language"] == 1 and "1 captions name none" in levels(section)["look"]
+
+
+def test_captions_are_measured_as_the_tower_reads_them(towers: Path, tmp_path: Path) -> None:
+    rows = [toy._replace(shape=" ".join([toy.shape] * (number % 12 + 1))) for number, toy in enumerate(TOYS)]
+    made = recipe(towers, write_csv(rows, tmp_path), "text.max_tokens=8")
+    train, _ = datasets.open_training_pairs(made)
+    whole = build_model_and_preprocessing(made).tokenizer.with_settings(max_tokens=1000)
+    texts = sorted({caption.text for pair in train for caption in pair.captions})
+    lengths = sorted(len(whole.encode([text])[0]) for text in texts)
+    section = told(made)["captions"]
+    assert section.facts["tokens"]["max"] == lengths[-1] and section.facts["different"] == len(texts)
+    assert section.facts["tokens"]["p50"] == lengths[(len(lengths) - 1 + 1) // 2]
+    cut = sum(length > 8 for length in lengths) / len(lengths)
+    assert section.facts["cut_share"] == pytest.approx(cut) and cut > 0.1
+    assert f"{100 * cut:.1f} % are cut at text.max_tokens = 8" in levels(section)["look"]
+    assert "cut" not in str(levels(told(made.with_overrides(["text.max_tokens=64"]))["captions"]))
+
+
+def test_captions_that_repeat_are_counted(towers: Path, tmp_path: Path) -> None:
+    made = recipe(towers, write_csv([toy._replace(shape="ring") for toy in TOYS], tmp_path))
+    train, _ = datasets.open_training_pairs(made)
+    texts = [caption.text for pair in train for caption in pair.captions]
+    section = told(made)["captions"]
+    most = max(texts, key=texts.count)
+    assert section.facts["most_frequent_count"] == texts.count(most) > 1
+    repeated = [text for text in texts if texts.count(text) > 1]
+    assert section.facts["repeated_share"] == pytest.approx(len(repeated) / len(texts)) and "look" in levels(section)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_equal_pictures_and_those_on_both_sides_are_found(towers: Path, tmp_path: Path) -> None:
+    folder = write_folder(TOYS, tmp_path / "pairs")
+    made = recipe(towers, folder)
+    train, val = datasets.open_training_pairs(made)
+    assert levels(told(made)["images"]).keys() == {"ok"}
+    shutil.copy(folder / train[0].id, folder / train[5].id)
+    shutil.copy(folder / train[0].id, folder / val[2].id)
+    section = told(made)["images"]
+    assert section.facts["duplicates"] == 2 and section.facts["in_both_parts"] == 1
+    looks = levels(section)["look"]
+    assert "2 are byte for byte" in looks and train[0].id in looks and "1 to validate on are also trained on" in looks
+
+
+def test_rows_of_one_picture_are_no_duplicates(towers: Path, tmp_path: Path) -> None:
+    pairs = write_csv(TOYS, tmp_path)
+    rows = pairs.read_text().splitlines()
+    pairs.write_text("\n".join([*rows, *(f"{row.partition(',')[0]},the thing" for row in rows[1:9])]) + "\n")
+    assert told(recipe(towers, pairs))["images"].facts["duplicates"] == 0
+
+
+def test_pictures_smaller_than_the_tower_sees_are_told(towers: Path, tmp_path: Path) -> None:
+    made = recipe(towers, write_csv(TOYS, tmp_path), "image.size=48")
+    section = told(made)["images"]
+    assert section.facts["shorter_side"] == {"p5": 32, "p50": 32, "enlarged_share": 1.0, "tower": 48}
+    assert "100 % are smaller" in levels(section)["look"]
+
+
+def test_unreadable_pictures_are_named_and_too_many_stop(towers: Path, tmp_path: Path) -> None:
+    folder = write_folder(TOYS, tmp_path / "pairs")
+    made = recipe(towers, folder)
+    train, _ = datasets.open_training_pairs(made)
+    (folder / train[0].id).write_bytes(b"no picture")
+    (folder / train[3].id).unlink()
+    (folder / train[3].id).symlink_to(folder / "gone")
+    section = told(made)["images"]
+    assert {sample["id"] for sample in section.facts["unreadable"]} == {train[0].id, train[3].id}
+    assert f"2 of {len(TOYS)} looked at cannot be read" in levels(section)["look"]
+    for pair in train[5:9]:
+        (folder / pair.id).write_bytes(b"no picture")
+    sections = list(diagnose(made))
+    with pytest.raises(UserError) as foretold:
+        raise_on_stop(sections)
+    with pytest.raises(UserError) as happened:
+        run(made, tmp_path / "run")
+    assert str(foretold.value) == str(happened.value)
+
+
+def test_of_many_a_sample_is_looked_at(towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, most in (("DECODE_SAMPLE_SIZE", 8), ("HASH_SAMPLE_SIZE", 16), ("TOKENIZE_SAMPLE_SIZE", 4)):
+        monkeypatch.setattr(f"clasp.data.checks.{name}", most)
+    sections = told(recipe(towers, write_csv(TOYS, tmp_path)))
+    facts = sections["images"].facts
+    assert 8 <= facts["looked_at"] <= 9 and 16 <= facts["hashed"] <= 17 and sections["captions"].facts["looked_at"] == 4
+    assert "of 4 looked at" in str(sections["captions"].findings) and "(there are 48)" in str(
+        sections["images"].findings
+    )
+
+
+# --- the disk --------------------------------------------------------------------------------------------------------
+
+
+def full(monkeypatch: pytest.MonkeyPatch, folder: Path, free: int) -> None:
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(inputs_room.shutil, "disk_usage", lambda at: usage._replace(free=free))
+
+
+def test_states_that_would_fill_the_disk_are_told(
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    made = recipe(towers, write_csv(TOYS, tmp_path), 'tune.text=["last(1)"]', "train.epochs=1")
+    size = next(each for each in told(made)["features"].facts["feature_cache"] if each["what"] == "captions")["bytes"]
+    full(monkeypatch, tmp_path, 4 * size - 1)
+    kept = told(made)["features"].facts["feature_cache"]
+    assert next(each["storage"] for each in kept if each["what"] == "captions") is None
+    run(made, tmp_path / "run")
+    stored = [json.loads(file.read_text())["storage"] for file in (cache / "features").glob("*.json")]
+    assert sorted(stored) == sorted(each["storage"] for each in kept if each["storage"])
+
+
+def test_states_that_are_there_are_read_however_little_is_free(
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """A sweep fills the disk with what its next run reads."""
+    made = recipe(towers, write_csv(TOYS, tmp_path), 'tune.text=["last(1)"]', "train.epochs=1")
+    run(made, tmp_path / "one")
+    full(monkeypatch, tmp_path, 10)
+    assert all(each["file"] for each in told(made)["features"].facts["feature_cache"])
+    written = sorted((file.name, file.stat().st_mtime_ns) for file in (cache / "features").iterdir())
+    said: list[str] = []
+    main_job.train_recipe(made, tmp_path / "two", say=said.append)
+    assert any("computed once and kept" in line for line in said) and not any("anew" in line for line in said)
+    assert written == sorted((file.name, file.stat().st_mtime_ns) for file in (cache / "features").iterdir())
+
+
+def test_a_full_disk_stops_in_the_words_of_training(
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(towers, write_csv(TOYS, tmp_path), "train.epochs=1")
+    full(monkeypatch, tmp_path, 1000)
+    with pytest.raises(UserError) as foretold:
+        raise_on_stop(list(diagnose(made)))
+    with pytest.raises(UserError) as happened:
+        run(made, tmp_path / "run")
+    assert str(foretold.value) == str(happened.value)
+
+
+# --- as it is typed --------------------------------------------------------------------------------------------------
+
+
+def typed(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> tuple:
+    """Exit code and both streams of ``clasp doctor``."""
+    monkeypatch.setattr(sys, "argv", ["clasp", "doctor", *map(str, words)])
+    capfd.readouterr()
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code
+    return (code, *capfd.readouterr())
+
+
+def test_lines_for_people_and_one_object_for_programs(
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = recipe(towers, write_csv(TOYS, tmp_path))
+    (tmp_path / "toy.toml").write_text(made.to_toml())
+    full(monkeypatch, tmp_path, 10**9)  # others use this disk too
+    code, out, _ = typed(capfd, monkeypatch, tmp_path / "toy.toml")
+    assert code == 0 and {line.partition(" ")[0] for line in out.splitlines()} == {"ok", "look"}
+    code, one, _ = typed(capfd, monkeypatch, tmp_path / "toy.toml", "--json")
+    assert code == 0 and one.count("\n") == 1
+    facts, sections = json.loads(one), list(diagnose(made))
+    assert {about: facts[about] for about in facts if about != "findings"} == {s.about: s.facts for s in sections}
+    findings = [finding for section in sections for finding in section.findings]
+    assert facts["findings"] == [asdict(finding) for finding in findings]
+    assert out.splitlines() == [str(finding) for finding in findings]
+
+
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        ("data.train=pears.csv", "pears.csv does not exist"),
+        ("train.batch_size=1000", "train.batch_size = 1000 is more than"),
+        ("tune.text=[\"match('x')\"]", "matches nothing"),
+        ("train.bacth=4", "did you mean train.batch_size"),
+        ("pictures that are none", "images cannot be read"),
+    ],
+)
+def test_what_would_stop_training_is_one_line_and_exit_code_2(
+    change: str,
+    wanted: str,
+    towers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = write_folder(TOYS, tmp_path / "pairs")
+    (tmp_path / "toy.toml").write_text(recipe(towers, folder).to_toml())
+    if change == "pictures that are none":
+        for image in folder.glob("*.png"):
+            image.write_bytes(b"no picture")
+        change = "train.epochs=1"
+    code, out, err = typed(capfd, monkeypatch, tmp_path / "toy.toml", change, "--json")
+    mistake = [line for line in err.splitlines() if line.startswith("clasp: ")]
+    assert code == 2 and len(mistake) == 1 and wanted in mistake[0] and err.splitlines()[-1] == mistake[0]
+    assert out == "" or "stop" in {finding["level"] for finding in json.loads(out)["findings"]}
+    assert "Traceback" not in err
