@@ -149,40 +149,23 @@ def import_(
     kind: Annotated[str, typer.Argument(help="What saved it: lilt | msclip")],
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The .pth file.")],
     run: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="The run folder to make.")],
-    tokenizer: Annotated[
-        str | None,
-        typer.Option("--tokenizer", help="pip:NAME, hf:NAME or file:FOLDER; by the vocabulary if left out."),
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option("--size", help="Pixels a side of the images, if other than in training.")
-    ] = None,
-    image_heads: Annotated[
-        int | None, typer.Option("--image-heads", min=1, help="Of the attention, where its width does not run_demo.")
-    ] = None,
-    text_heads: Annotated[int | None, typer.Option("--text-heads", min=1, help="The same for the text tower.")] = None,
-    lateral: Annotated[
-        str | None, typer.Option("--lateral", help="msclip: layers that the branch joins; 2,4,6,8,10 if left out.")
-    ] = None,
-    truncation: Annotated[
-        str,
-        typer.Option(
-            "--truncation", help="msclip: keep_eos | drop_eos, which is how the released code reads long captions."
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="tokenizer=…, size=…, image_heads=…, text_heads=…, lateral=2,4,6, truncation=…"
         ),
-    ] = "keep_eos",
+    ] = None,
 ) -> None:
-    """Make a run of a checkpoint that another paper's code left. Nothing in the file is run."""
+    """Convert a checkpoint of the LilT or MS-CLIP code into a run. No code in the file is executed.
+
+    Options are needed only where the file does not tell: tokenizer=pip:NAME, hf:NAME or file:FOLDER; size in pixels;
+    attention heads; the layers that MS-CLIP's branch joins; truncation=keep_eos or drop_eos (the released code's).
+    """
     from clasp.commands.import_checkpoint import import_checkpoint
     from clasp.convert.importers.run_writer import parse_import_options
     from clasp.report.terminal import format_megabytes, print_parameter_counts, print_status
 
-    wanted = parse_import_options(
-        tokenizer=tokenizer,
-        size=size,
-        image_heads=image_heads,
-        text_heads=text_heads,
-        lateral=lateral,
-        truncation=truncation,
-    )
+    wanted = parse_import_options(options or ())
     told = import_checkpoint(kind, checkpoint, run, wanted).report
     for line in told.lines:
         print_status(line)

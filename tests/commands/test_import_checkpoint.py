@@ -82,7 +82,7 @@ def test_an_imported_run_is_a_run_wherever_it_lies(typed: Any, words: str, tmp_p
     monkeypatch.setenv("CLASP_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     file = GOLDEN / "lilt_lwa_ln.checkpoint_omegaconf.pth"
-    code, out, err = typed("import", "lilt", file, "-o", "a/run", "--tokenizer", words)
+    code, out, err = typed("import", "lilt", file, "-o", "a/run", f"tokenizer={words}")
     assert code == 0, err
     for said in ("LilT, epoch 14", "image tower: layers 3, width 128, heads 2, 64 px", "1,000 words"):
         assert said in err
@@ -244,11 +244,11 @@ def test_heads_that_shapes_do_not_tell(words: str, tmp_path: Path) -> None:
 
     file = changed(LWA, tmp_path / "narrow.pth", narrow)
     refused(
-        "say so with --text-heads N",
+        "say so with text_heads=N",
         lambda: import_checkpoint("lilt", file, tmp_path / "x", ImportOptions(tokenizer=words)),
     )
     wrong = ImportOptions(tokenizer=words, text_heads=5)
-    refused("--text-heads 5: does not divide 96", lambda: import_checkpoint("lilt", file, tmp_path / "x", wrong))
+    refused("text_heads=5: does not divide 96", lambda: import_checkpoint("lilt", file, tmp_path / "x", wrong))
     right = ImportOptions(tokenizer=words, text_heads=3)
     model = load(import_checkpoint("lilt", file, tmp_path / "run", right).run)
     assert model.encode_text(["w5"]).shape == (1, 64)
@@ -267,11 +267,11 @@ def test_mistakes_of_the_verb(typed: Any, words: str, tmp_path: Path) -> None:
         ("lilt", tmp_path / "gone.pth", "-o", tmp_path / "run"): "there is no file",
         ("lilt", LWA, "-o", tmp_path / "full"): "is there already; choose another folder with -o",
         ("lilt", LWA, "-o", tmp_path / "run"): "1,000 words are no usual tower's",
-        ("lilt", LWA, "-o", tmp_path / "run", "--tokenizer", words, "--size", "100"): "patches of 16 px; take 96",
-        ("lilt", LWA, "-o", tmp_path / "run", "--tokenizer", "pip:minilm-l6"): "ids up to 30,521",
-        ("lilt", LWA, "-o", tmp_path / "run", "--tokenizer", "minilm-l6"): "has no scheme",
-        ("lilt", LWA, "-o", tmp_path / "run", "--tokenizer", f"file:{tmp_path}"): "no tokenizer.json",
-        ("lilt", LWA, "-o", tmp_path / "full" / "precious.txt" / "run", "--tokenizer", words): "cannot be written",
+        ("lilt", LWA, "-o", tmp_path / "run", f"tokenizer={words}", "size=100"): "patches of 16 px; take 96",
+        ("lilt", LWA, "-o", tmp_path / "run", "tokenizer=pip:minilm-l6"): "ids up to 30,521",
+        ("lilt", LWA, "-o", tmp_path / "run", "tokenizer=minilm-l6"): "has no scheme",
+        ("lilt", LWA, "-o", tmp_path / "run", f"tokenizer=file:{tmp_path}"): "no tokenizer.json",
+        ("lilt", LWA, "-o", tmp_path / "full" / "precious.txt" / "run", f"tokenizer={words}"): "cannot be written",
     }.items():
         code, out, err = typed("import", *given)
         assert code == 2 and not out and err.count("\n") == 1 and says in err, (given, err)

@@ -251,14 +251,14 @@ def test_what_does_not_fit_is_refused_in_one_line():
     assert "layer 3 of the state dict shares a part in half: mlp.c_fc.weight" in refused(
         lambda: read("msclip_s_b32", half)
     )
-    assert "--image-heads 5 does not divide the width of 96" in refused(
+    assert "image_heads=5 does not divide the width of 96" in refused(
         lambda: parse_msclip_state_dict(tensors("msclip_s_b32"), heads=5)
     )
     assert "96 wide, which is no multiple of 64" in refused(lambda: parse_msclip_state_dict(tensors("msclip_s_b32")))
-    assert "joins before 5 layers, and 1 are named; say which with --lateral" in refused(
+    assert "joins before 5 layers, and 1 are named; say which with lateral=" in refused(
         lambda: parse_msclip_state_dict(tensors("msclip_s_b32"), heads=3, lateral_layers=[1])
     )
-    assert "say 5 of 1 to 11 with --lateral" in refused(
+    assert "say 5 of 1 to 11 with lateral=" in refused(
         lambda: parse_msclip_state_dict(tensors("msclip_s_b32"), heads=3, lateral_layers=[0, 1, 2, 3, 4])
     )
     assert "it lacks 'visual.positional_embedding'" in refused(lambda: parse_msclip_state_dict({"a": torch.zeros(1)}))

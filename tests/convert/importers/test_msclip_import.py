@@ -129,7 +129,7 @@ def test_the_verb_and_all_that_comes_after(tmp_path: Path, monkeypatch: Any, cap
         return code, *capfd.readouterr()
 
     tokenizer = words(tmp_path / "words", 512)
-    code, out, err = typed("import", "msclip", file, "-o", "run", "--tokenizer", tokenizer, "--image-heads", 3)
+    code, out, err = typed("import", "msclip", file, "-o", "run", f"tokenizer={tokenizer}", "image_heads=3")
     assert code == 0, err
     assert "layers 1:12 share q, k, v, o, ffn" in err and "a stem in place of layer 0" in err
     assert "1,559,137" in out and "in both towers" in out
@@ -162,8 +162,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
     tokenizer = words(tmp_path / "few", 512)
     for said, wanted in (
         ("512 words are no usual tower's", ImportOptions()),
-        ("--text-heads 4: both nets", ImportOptions(image_heads=2, text_heads=4)),
-        ("--size 32: this model was trained on 64 px", ImportOptions(image_heads=2, size=32)),
+        ("text_heads=4: both nets", ImportOptions(image_heads=2, text_heads=4)),
+        ("size=32: this model was trained on 64 px", ImportOptions(image_heads=2, size=32)),
         ("the word embedding has 512 rows", ImportOptions(image_heads=2, tokenizer=words(tmp_path / "many", 600))),
     ):
         refused(said, lambda wanted=wanted: import_checkpoint("msclip", file, run, wanted))
@@ -173,9 +173,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
         "it has model; is it LilT's?", lambda: import_checkpoint("msclip", tmp_path / "other.pth", run, ImportOptions())
     )
     branch = ImportOptions(image_heads=2, lateral_layers=(1, 2))
-    refused("--lateral 1, 2: ", lambda: import_checkpoint("msclip", file, run, branch))
-    refused("not a list of layers", lambda: parse_import_options(lateral="2;3", truncation="keep_eos"))
-    refused("none of keep_eos, drop_eos", lambda: parse_import_options(lateral=None, truncation="kept"))
+    refused("lateral=1, 2: ", lambda: import_checkpoint("msclip", file, run, branch))
+    refused("lateral=2;3: this is a list of layers", lambda: parse_import_options(["lateral=2;3"]))
+    refused("is one of keep_eos, drop_eos", lambda: parse_import_options(["truncation=kept"]))
+    refused("did you mean size=", lambda: parse_import_options(["sise=3"]))
+    refused("size=big: this is a whole number from 1", lambda: parse_import_options(["size=big"]))
     given = tmp_path / "prefixed.pth"
     torch.save({f"module.{key}": tensor for key, tensor in torch.load(file, weights_only=True).items()}, given)
     made = import_checkpoint("msclip", given, run, ImportOptions(image_heads=2, tokenizer=tokenizer)).run

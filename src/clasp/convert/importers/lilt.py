@@ -36,7 +36,7 @@ _Tunings = Mapping[Modality, LiltTuning]
 def import_lilt(checkpoint: Path, run: RunFolder, options: ImportOptions) -> ImportReport:
     """Write the run. Raises ``UserError`` for a file that is no such checkpoint, or does not tell enough."""
     if options.lateral_layers:
-        raise UserError("--lateral is of MS-CLIP's parallel branch; LilT's towers have none")
+        raise UserError("lateral= is of MS-CLIP's parallel branch; LilT's towers have none")
     lilt = read_lilt_checkpoint(checkpoint, {"image": options.image_heads, "text": options.text_heads})
     image, text = lilt.towers["image"].settings, lilt.towers["text"].settings
     assert isinstance(image, ImageTransformerSettings) and isinstance(text, BertSettings)
@@ -73,7 +73,7 @@ def _size(image: ImageTransformerSettings, wanted: int | None) -> int:
     size = image.size if wanted is None else wanted
     if size < image.patch or size % image.patch:
         near = max(image.patch, round(size / image.patch) * image.patch)
-        raise UserError(f"--size {size}: the tower cuts images into patches of {image.patch} px; take {near}")
+        raise UserError(f"size={size}: the tower cuts images into patches of {image.patch} px; take {near}")
     return size
 
 

@@ -251,11 +251,11 @@ def _heads(path: Path, modality: Modality, width: int, given: int | None) -> int
     if given is None and width % _ATTENTION_HEAD_WIDTH:
         raise UserError(
             f"{path}: its {modality} tower is {width} wide, and shapes do not tell how many attention heads it has; "
-            f"say so with --{modality}-heads N"
+            f"say so with {modality}_heads=N"
         )
     heads = width // _ATTENTION_HEAD_WIDTH if given is None else given
     if heads < 1 or width % heads:
-        raise UserError(f"--{modality}-heads {heads}: does not divide {width}, the width of the {modality} tower")
+        raise UserError(f"{modality}_heads={heads}: does not divide {width}, the width of the {modality} tower")
     return heads
 
 

@@ -33,7 +33,7 @@ def import_msclip(checkpoint: Path, run: RunFolder, options: ImportOptions) -> I
     """Write the run. Raises ``UserError`` for a file that is no such state dict, or does not tell enough."""
     tensors = _state_dict(checkpoint)
     if options.text_heads not in (None, options.image_heads):
-        raise UserError(f"--text-heads {options.text_heads}: both nets of MS-CLIP have those of --image-heads")
+        raise UserError(f"text_heads={options.text_heads}: both nets of MS-CLIP have those of image_heads=")
     try:
         model = parse_msclip_state_dict(
             tensors,
@@ -45,9 +45,9 @@ def import_msclip(checkpoint: Path, run: RunFolder, options: ImportOptions) -> I
         raise UserError(f"{checkpoint}: {error}") from None
     image, text = model.encoders.image.settings, model.encoders.text.settings
     if options.lateral_layers and image.branch is None:
-        raise UserError(f"--lateral {_listed(options.lateral_layers)}: {checkpoint} has no parallel branch")
+        raise UserError(f"lateral={_listed(options.lateral_layers)}: {checkpoint} has no parallel branch")
     if options.size not in (None, image.size):
-        raise UserError(f"--size {options.size}: this model was trained on {image.size} px")
+        raise UserError(f"size={options.size}: this model was trained on {image.size} px")
     named, tokenizer = _tokenizer(text.vocabulary, options.tokenizer)
     tokenizer = tokenizer.with_settings(max_tokens=text.context)
     transform = ImageTransform(image.size, IMAGENET_MEAN, IMAGENET_STD)

@@ -131,13 +131,13 @@ def _image_settings(
     if laterals not in (0, len(lateral_layers)):
         raise UserError(
             f"the branch joins before {laterals} layers, and {len(lateral_layers)} are named; say which with "
-            "--lateral, such as 2,4,6,8,10"
+            "lateral=, such as 2,4,6,8,10"
         )
     layers = _count(tensors, f"{MSCLIP_IMAGE_PREFIX}resblocks.")
     if laterals and not stem <= lateral_layers[0] <= lateral_layers[-1] < layers:
         raise UserError(
             f"the branch cannot join before layers {', '.join(map(str, lateral_layers))} of {layers}; say {laterals} "
-            f"of {int(stem)} to {layers - 1} with --lateral"
+            f"of {int(stem)} to {layers - 1} with lateral="
         )
     if not stem:
         patch = _shape(tensors, "visual.conv1.weight", 4)[-1]
@@ -176,12 +176,12 @@ def _text_settings(tensors: Mapping[str, Tensor], heads: int | None) -> TextTran
 def _block_settings(tensors: Mapping[str, Tensor], net: str, width: int, heads: int | None) -> dict[str, Any]:
     layers = _count(tensors, f"{net}resblocks.")
     if heads is not None and width % heads:
-        raise UserError(f"--image-heads {heads} does not divide the width of {width}")
+        raise UserError(f"image_heads={heads} does not divide the width of {width}")
     hidden, _ = _shape(tensors, f"{net}resblocks.{layers - 1}.mlp.c_fc.weight", 2)
     if heads is None and width % _ATTENTION_HEAD_WIDTH:
         raise UserError(
             f"the state dict is {width} wide, which is no multiple of {_ATTENTION_HEAD_WIDTH}; "
-            "say how many heads it has with --image-heads"
+            "say how many heads it has with image_heads="
         )
     return {
         "width": width,

@@ -6,8 +6,9 @@ Unusual: nothing is taken on trust; a parameter that is not selected must alread
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -59,16 +60,49 @@ class ImportReport:
     delta_bytes: int
 
 
-def parse_import_options(*, lateral: str | None, truncation: str, **others: Any) -> ImportOptions:
-    """What was typed, as ``ImportOptions``. Raises ``UserError`` for what does not read."""
+def parse_import_options(options: Sequence[str]) -> ImportOptions:
+    """``key=value`` as they were typed. Raises ``UserError`` for an unknown key, or a value that does not parse."""
+    read: dict[str, tuple[str, Callable[[str], Any]]] = {
+        "tokenizer": ("tokenizer", str),
+        "size": ("size", _positive),
+        "image_heads": ("image_heads", _positive),
+        "text_heads": ("text_heads", _positive),
+        "lateral": ("lateral_layers", _layers),
+        "truncation": ("truncation", _truncation),
+    }
+    given = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or key not in read:
+            near = difflib.get_close_matches(key, read, n=1)
+            hint = f"did you mean {near[0]}=…? " if near else ""
+            raise UserError(f"import: {option!r} is not an option; {hint}options: {', '.join(read)}")
+        field, parse = read[key]
+        try:
+            given[field] = parse(value)
+        except ValueError as error:
+            raise UserError(f"import: {option}: {error}") from None
+    return ImportOptions(**given)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError("this is a whole number from 1")
+    return int(text)
+
+
+def _layers(text: str) -> tuple[int, ...]:
     try:
-        layers = None if lateral is None else tuple(int(layer) for layer in lateral.split(","))
+        return tuple(int(layer) for layer in text.split(","))
     except ValueError:
-        raise UserError(f"--lateral {lateral!r} is not a list of layers, such as 2,4,6,8,10") from None
-    readings: dict[str, Truncation] = {reading: reading for reading in get_args(Truncation)}
-    if truncation not in readings:
-        raise UserError(f"--truncation {truncation!r} is none of {', '.join(readings)}")
-    return ImportOptions(lateral_layers=layers, truncation=readings[truncation], **others)
+        raise ValueError("this is a list of layers, such as 2,4,6,8,10") from None
+
+
+def _truncation(text: str) -> Truncation:
+    known: dict[str, Truncation] = {choice: choice for choice in get_args(Truncation)}
+    if text not in known:
+        raise ValueError(f"this is one of {', '.join(known)}")
+    return known[text]
 
 
 def write_run(run: RunFolder, recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[DualEncoder, int]:
@@ -102,16 +136,14 @@ def load_matching_tokenizer(vocabulary: int, wanted: str | None) -> tuple[str, T
         assert opened is not None
         return named, opened()
     except UserError as error:
-        raise UserError(
-            f"no tokenizer: {error}; choose one with --tokenizer pip:NAME, hf:NAME or file:FOLDER"
-        ) from None
+        raise UserError(f"no tokenizer: {error}; choose one with tokenizer=pip:NAME, hf:NAME or file:FOLDER") from None
 
 
 def _default_tokenizer(vocabulary: int) -> str:
     if vocabulary not in _DEFAULT_TOKENIZERS:
         raise UserError(
             f"the checkpoint has no tokenizer, and {vocabulary:,} words are no usual tower's; choose one with "
-            "--tokenizer pip:NAME, hf:NAME or file:FOLDER"
+            "tokenizer=pip:NAME, hf:NAME or file:FOLDER"
         )
     named = _DEFAULT_TOKENIZERS[vocabulary]
     here = any(each.name == PIP_TOWERS[BERT_UNCASED_PIP].package for each in importlib.metadata.distributions())
