@@ -28,7 +28,7 @@ ROOMS = {
     "analysis": "CKA, activations, gradient agreement, weight drift",
     "models": "tower, dual_encoder, heads, tuning/, sharing/, transformer/, zoo/, features",
     "data": "pairs, formats/, images, tokenizer, loader, feature_cache/, checks, samples/",
-    "types": "Pair, Batch, shape legend; protocols Encoder, Loss, Evaluator, Store",
+    "types": "Pair, Batch, shape legend; protocols Encoder, Loss, Evaluator, Tracker, Store",
 }
 _GROUPS = {  # fill and stroke by what a floor is for
     "#eef2ff #6366f1": ("cli", "commands"),
