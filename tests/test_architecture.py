@@ -1,16 +1,40 @@
-"""The rules of the house that a machine can check: floors, fences, opening lines, names."""
+"""The rules of the package that a machine can check: floors, fences, names, sizes, and what the documentation names."""
 
 from __future__ import annotations
 
 import ast
+import re
+import runpy
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "src").rglob("*.py"))
+PACKAGE = ROOT / "src" / "clasp"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAX_ROOMS, MAX_LINES, MAX_PARAMETERS = 12, 60, 7
+# third-party packages, and where in src/clasp they may be imported (a folder, or a file without its suffix)
+FENCES = {
+    "PIL": ("data/images", "data/augment", "report/contact_sheet"),
+    "huggingface_hub": ("models/zoo/",),
+    "timm": ("models/zoo/",),
+    "peft": ("models/tuning/peft_methods",),
+    "matplotlib": ("report/",),
+}
+
+
+def place(path: Path) -> str:
+    """A file of the package as the rules name it."""
+    return path.relative_to(PACKAGE).as_posix().removesuffix(".py")
+
+
+# --- floors and fences -----------------------------------------------------------------------------------------------
 
 
 def test_floors_hold():
@@ -26,15 +50,151 @@ def test_fences_and_style_hold():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "src")))
-def test_every_file_says_what_it_is(path: Path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert ast.get_docstring(tree), "a file opens by saying what it is"
-    assert path.stem not in ("utils", "common", "helpers", "misc", "core")
-    internal = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "clasp"]
-    assert not internal, "nothing inside the package imports from its own __init__"
+def imported_packages(tree: ast.AST) -> Iterator[str]:
+    """Top-level names of all that a module imports, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("package", FENCES)
+def test_third_party_packages_stay_behind_their_fence(package: str):
+    users = {place(path) for path, tree in TREES.items() if package in imported_packages(tree)}
+    outside = sorted(user for user in users if not user.startswith(FENCES[package]))
+    assert not outside, f"{package} belongs to {', '.join(FENCES[package])} only"
+    assert users, f"nothing imports {package}: drop its fence"
 
 
 def test_importing_does_nothing_heavy():
     script = "import sys, clasp, clasp.cli; assert not {'transformers', 'peft', 'accelerate', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+# --- files, names, functions -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "src")))
+def test_every_file_opens_with_its_purpose(path: Path):
+    tree = TREES[path]
+    assert ast.get_docstring(tree), "a file opens with a paragraph: what it is, what goes in, what comes out"
+    assert path.stem not in ("utils", "common", "helpers", "misc", "core")
+    internal = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "clasp"]
+    assert not internal, "nothing inside the package imports from its own __init__"
+
+
+def test_the_package_has_few_rooms():
+    entries = {entry.name for entry in PACKAGE.iterdir()} - {"__init__.py", "py.typed", "cli.py", "__pycache__"}
+    assert len(entries) <= MAX_ROOMS, sorted(entries)
+
+
+def defined_names(tree: ast.Module) -> Iterator[str]:
+    """Names that a module defines at its top level; what it imports is another's."""
+    for node in tree.body:
+        match node:
+            case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+                yield node.name
+            case ast.Assign(targets=targets):
+                yield from (part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name))
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                yield name
+
+
+def test_no_public_name_is_defined_twice():
+    homes = defaultdict(set)
+    for path, tree in TREES.items():
+        for name in defined_names(tree):
+            homes[name].add(place(path))
+    twice = {name: sorted(where) for name, where in homes.items() if not name.startswith("_") and len(where) > 1}
+    assert not twice
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{place(path)}.py:{node.lineno} {node.name}", node
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Names of the parameters, without ``self`` and ``cls``."""
+    arguments = function.args
+    named = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    open_ended = [each.arg for each in (arguments.vararg, arguments.kwarg) if each]
+    return [*(named[1:] if named[:1] in (["self"], ["cls"]) else named), *open_ended]
+
+
+def test_functions_are_short():
+    lengths = {title: (node.end_lineno or node.lineno) - node.lineno + 1 for title, node in functions()}
+    assert not {title: lines for title, lines in lengths.items() if lines > MAX_LINES}
+
+
+def test_functions_take_few_parameters():
+    counts = {title: len(parameters(node)) for title, node in functions()}
+    assert not {title: count for title, count in counts.items() if count > MAX_PARAMETERS}
+
+
+# --- the documentation -----------------------------------------------------------------------------------------------
+
+
+def test_the_floors_in_the_readme_are_those_of_the_contract():
+    drawn = runpy.run_path(str(ROOT / "docs" / "floors.py"))
+    text = PAGES[0].read_text(encoding="utf-8")
+    assert drawn["render_readme"](text) == text, "type: python docs/floors.py"
+    picture = drawn["render_svg"](drawn["read_floors"]())
+    assert drawn["PICTURE"].read_text(encoding="utf-8") == picture, "type: python docs/floors.py"
+
+
+PLACEHOLDERS = ("runs", "RUN", "FOLDER", "recipe.toml")  # first parts of paths that a reader makes
+PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)+/?|[\w-]+\.(?:py|toml)")
+
+
+def named_paths(text: str) -> Iterator[str]:
+    """What reads as a path of the repository: words of code, in line and in fenced blocks."""
+    fenced = re.findall(r"^```.*?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    for word in " ".join([*fenced, *inline]).split():
+        word = word.strip("'\"(),;")
+        if PATH.fullmatch(word) and word.split("/")[0] not in PLACEHOLDERS:
+            yield word
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_of_the_pages_exist(page: Path):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    gone = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    roots = (ROOT, PACKAGE, page.parent)
+    for path in named_paths(text):
+        recipe = ROOT / "recipes" / f"{path}.toml"
+        if not recipe.exists() and not any((root / path).exists() for root in roots):
+            gone.append(path)
+    assert not gone
+
+
+def glossary() -> Iterator[tuple[str, str]]:
+    """The term and the code of each row of the glossary's tables."""
+    for line in (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("|") and len(cells) == 3 and cells[0] != "term" and not set(cells[0]) <= set("-:"):
+            yield cells[0], cells[2]
+
+
+def squeezed(text: str) -> str:
+    """Lower case without separators: ``feature cache``, ``feature_cache`` and ``FeatureCache`` are one."""
+    return re.sub(r"[\s_-]", "", text.lower())
+
+
+def test_every_term_of_the_glossary_is_found_in_the_code():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
+    words, prose = set(re.findall(r"\w+", source)), squeezed(source)
+    rows = list(glossary())
+    assert len(rows) > 30, "the glossary has no table of three columns"
+    for term, code in rows:
+        assert squeezed(term) in prose, f"the term {term!r} is nowhere in src/clasp"
+        named = re.findall(r"`([^`]+)`", code)
+        assert named, f"{term}: the last column names no code"
+        for name in named:
+            there = (PACKAGE / name).exists() if "/" in name else set(re.findall(r"[^\W\d]\w*", name)) <= words
+            assert there, f"{term}: {name} is not in src/clasp"

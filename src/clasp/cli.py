@@ -1,8 +1,8 @@
-"""The ``clasp`` command: each verb a few lines that read arguments, call one function and print what came back.
+"""The ``clasp`` command: each verb is a few lines that read arguments, call one function and print its result.
 
-Exit code 0: it worked. 2: a mistake of the user's, told in one line. 1: a mistake of ours, with its traceback.
-Unusual: nothing heavy is imported before a verb needs it, so that help comes at once.
-``--json`` prints one JSON object on standard output; everything else said goes to standard error.
+Exit code 0: success. 2: an error in the user's input, one line. 1: an error in clasp, with its traceback.
+``--json`` prints one JSON object on standard output; progress and log lines go to standard error.
+Note: torch and transformers are imported inside the verbs, so that ``--help`` returns at once.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ from clasp.commands.environment import configure_environment
 configure_environment()  # before a verb imports torch
 
 app = typer.Typer(
-    help="Make a CLIP out of two pre-trained models.",
+    help="Align a pre-trained image encoder and a pre-trained text encoder into a CLIP-style model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
 _RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A TOML file, or one of clasp's own: start, lilt/lwa, …")
+    str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a built-in recipe: start, lilt/lwa, …")
 ]
 _OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. train.batch_size=512")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides of recipe keys, e.g. train.batch_size=512")
 ]
-_RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-_JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+_RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder: output of clasp train or clasp import.")
+]
+_JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller sample: a minute, and worse numbers.")] = False,
-    folder: Annotated[Path, typer.Option("--out", help="Where the run and the picture go.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller sample: takes a minute, lower accuracy.")] = False,
+    folder: Annotated[Path, typer.Option("--out", help="Run folder to write.")] = Path("runs/demo"),
 ) -> None:
-    """The whole story on the sample inside the package: align, evaluate, search, draw."""
+    """Align two packaged towers on the packaged emoji sample, evaluate on held-out concepts, search and draw hits."""
     from clasp.commands.demo import run_demo
 
     run_demo(folder, quick=quick)
@@ -54,7 +56,10 @@ def demo(
 
 @app.command()
 def params(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_json: _JsonOption = False) -> None:
-    """Who trains: parameters in all and trained, per part. Loads no weights and asks no hub."""
+    """Trainable and total parameters per part; builds shapes only, works offline.
+
+    Only an hf: tower that no built-in recipe uses needs its config.json, from the local cache or the hub.
+    """
     from clasp.config.build import build_model
     from clasp.config.recipe import read_recipe
     from clasp.report.terminal import print_parameter_counts
@@ -70,7 +75,10 @@ def params(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_jso
 
 @app.command()
 def doctor(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_json: _JsonOption = False) -> None:
-    """What is odd about the pairs, and what training will cost, before any of it. Exit code 2 if it would stop."""
+    """Check the data; report frozen blocks, feature-cache size and number of steps, without training.
+
+    Exit code 2 if training would stop on this data.
+    """
     from clasp.commands.doctor import diagnose, raise_on_stop
     from clasp.config.recipe import read_recipe
     from clasp.report.terminal import progress_bar
@@ -91,17 +99,17 @@ def train(
     recipe: _RecipeArgument,
     overrides: _OverridesArgument = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="Name of the run; the recipe's and a number if left out.")
+        str | None, typer.Option("--name", help="Name of the run folder. Default: the name of the recipe, numbered.")
     ] = None,
-    runs: Annotated[Path, typer.Option("--runs", help="Folder of the runs.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option("--runs", help="Parent folder of the run folders.")] = Path("runs"),
     grid: Annotated[
         list[str] | None,
-        typer.Option("--grid", metavar="KEY=V,V", help="A run for each value, e.g. train.lr=1e-3,3e-3"),
+        typer.Option("--grid", metavar="KEY=V,V", help="Sweep a key, e.g. train.lr=1e-3,3e-3; repeatable."),
     ] = None,
 ) -> None:
-    """Align two towers on your pairs: writes a run folder and says what to type next.
+    """Train a recipe on image-text pairs and write a run folder: delta, log, validation results, cost, model card.
 
-    With --grid, given once or more, every combination of values is a run; what is frozen is computed once for all.
+    With --grid, one run per combination of values; runs share the feature cache and are ranked by validation.
     """
     from clasp.config.recipe import read_recipe
 
@@ -114,7 +122,7 @@ def train(
 
 @app.command()
 def resume(run: _RunArgument) -> None:
-    """Go on with a run that was stopped, exactly where it was."""
+    """Resume an interrupted run from its saved state: same batches, same weights as without the interruption."""
     from clasp.config.recipe import recipe_from_dict
     from clasp.training.run_folder import RunFolder
 
@@ -126,13 +134,15 @@ def evaluate(
     run: _RunArgument,
     task: Annotated[str, typer.Argument(help="zeroshot | retrieval | multilingual | retention")],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data=…, classes=…, templates=…, fit=…, label=…")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Task options: data=FOLDER, templates=FILE, …"),
     ] = None,
     as_json: _JsonOption = False,
 ) -> None:
-    """Ask a run a question about some pairs; the answer is also kept in its results.jsonl.
+    """Evaluate a run on a data set; metrics with 95 % intervals are printed and appended to RUN/results.jsonl.
 
-    retention asks what each tower still knows, before and after alignment; its figure is RUN/retention.png.
+    retention: k-NN, linear probe and text retrieval on each tower's features, before and after alignment, the change of
+    each block, and linear weight interpolation; the figure is RUN/retention.png.
     """
     from clasp.commands.evaluate import evaluate_run
     from clasp.report.terminal import print_results, print_status, progress_bar
@@ -146,9 +156,9 @@ def evaluate(
 
 @app.command(name="import")
 def import_(
-    kind: Annotated[str, typer.Argument(help="What saved it: lilt | msclip")],
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The .pth file.")],
-    run: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="The run folder to make.")],
+    kind: Annotated[str, typer.Argument(help="Format of the checkpoint: lilt | msclip")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The .pth file; nothing in it is executed.")],
+    run: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Run folder to write.")],
     options: Annotated[
         list[str] | None,
         typer.Argument(
@@ -156,10 +166,11 @@ def import_(
         ),
     ] = None,
 ) -> None:
-    """Convert a checkpoint of the LilT or MS-CLIP code into a run. No code in the file is executed.
+    """Convert a released LilT or MS-CLIP checkpoint into a run folder, without executing its pickle.
 
-    Options are needed only where the file does not tell: tokenizer=pip:NAME, hf:NAME or file:FOLDER; size in pixels;
-    attention heads; the layers that MS-CLIP's branch joins; truncation=keep_eos or drop_eos (the released code's).
+    Options are needed only where the file is ambiguous: tokenizer=pip:NAME, hf:NAME or file:FOLDER (default: by
+    vocabulary size); size=PIXELS; image_heads=N and text_heads=N; for msclip lateral=2,4,6,8,10 (layers with a lateral
+    adapter) and truncation=keep_eos or drop_eos (the released code's).
     """
     from clasp.commands.import_checkpoint import import_checkpoint
     from clasp.convert.importers.run_writer import parse_import_options
@@ -179,10 +190,11 @@ def import_(
 def index(
     run: _RunArgument,
     source: Annotated[
-        str, typer.Argument(metavar="FOLDER|PAIRS", help="A folder of images, or pairs as for training.")
+        str,
+        typer.Argument(metavar="FOLDER|PAIRS", help="A folder of images, or pairs as for clasp train."),
     ],
 ) -> None:
-    """Embed images and keep them to be searched; a second call embeds only what is new."""
+    """Embed images into RUN/index; a second call embeds only new and changed files."""
     from clasp.commands.search import index_images
     from clasp.report.terminal import print_status, progress_bar
 
@@ -194,17 +206,17 @@ def index(
 @app.command()
 def search(
     run: _RunArgument,
-    words: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
+    words: Annotated[str | None, typer.Argument(metavar="WORDS", help="Text query.")] = None,
     image: Annotated[
-        Path | None, typer.Option("--image", help="Look for pictures like this one; with words, for both.")
+        Path | None, typer.Option("--image", help="Image query; with WORDS, the mean of both embeddings.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
     sheet: Annotated[
-        Path | None, typer.Option("--sheet", help="PNG with the hits; in the run folder if left out.")
+        Path | None, typer.Option("--sheet", help="PNG contact sheet of the hits. Default: RUN/search.png.")
     ] = None,
     as_json: _JsonOption = False,
 ) -> None:
-    """Search the indexed images by words, by a picture, or by both."""
+    """Search RUN/index by text, by image, or by both; hits by cosine similarity."""
     from clasp.commands.search import search_images
     from clasp.report.terminal import print_status, print_table
 
@@ -218,7 +230,7 @@ def search(
 
 
 def main() -> None:
-    """The entry point: turns a user's mistake into one line and exit code 2."""
+    """The entry point: turns a ``UserError`` into one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         app()
@@ -244,7 +256,7 @@ def _train(recipe: Any, run: Path, *, resume: bool) -> None:
         done = train_recipe(recipe, run, say=print_status, bar=progress_bar, reporter=stderr_reporter(), resume=resume)
     except KeyboardInterrupt:  # the loop takes Ctrl-C itself, so this was before its first step
         print_status(
-            "stopped before training: type the same again; what a frozen tower has said by now is not computed twice"
+            "stopped before training: run the same command again; features cached so far are not computed twice"
         )
         sys.exit(130)
     typed, source = shlex.quote(str(run)), shlex.quote(recipe.data.train)
