@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clasp.evaluation.queries import RetrievalQueries, ZeroShotQueries, embed_batches, read_class_names
+from clasp.evaluation.embedding_table import embed_batches
+from clasp.evaluation.retrieval import RetrievalQueries
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
+from clasp.evaluation.zeroshot import ZeroShotQueries, read_class_names
 from clasp.types import Evaluator, PooledFeatures, Tokens, UserError
 
 
