@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from clasp.commands.environment import configure_environment
 from clasp.evaluation.registry import describe_tasks, task_names
@@ -38,7 +39,7 @@ _OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. train.batch_size=512")
 ]
 _RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-_TASKS_HELP = "\n\n".join(describe_tasks())
+_TASKS_HELP = escape("\n".join(describe_tasks()))
 _JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 

@@ -20,6 +20,7 @@ from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.task_context import TaskContext
 from clasp.models.dual_encoder import DualEncoder
 from clasp.report.figures import draw_retention
+from clasp.report.terminal import relative_path
 from clasp.training.run_folder import RunFolder
 from clasp.types import MessageCallback, ProgressFactory, no_progress_bar
 
@@ -62,5 +63,5 @@ def evaluate_run(
     if task in TASK_FIGURES:
         figure = folder.path / f"{task}.png"
         TASK_FIGURES[task](results, figure)
-        say(f"figure: {figure}")
+        say(f"figure: {relative_path(figure)}")
     return results

@@ -126,12 +126,12 @@ def result_table(
 
 
 def fold_languages(rows: Sequence[LabelledResult], metric: str) -> LanguageSummary:
-    """All rows, if few are of a language; else those that are of none or of a set, the worst language and the best."""
+    """The rows that are of no language or of a set, then the languages; of many languages the worst and the best."""
     languages = [row for row in rows if row.result.language and macro_set(row.result.language) is None]
-    if len(languages) <= _MAX_LANGUAGES:
-        return LanguageSummary(list(rows), 0)
-    ordered = sorted(languages, key=lambda row: row.result.metrics[metric], reverse="rank" in metric)
     others = [row for row in rows if row not in languages]
+    if len(languages) <= _MAX_LANGUAGES:
+        return LanguageSummary([*others, *languages], 0)
+    ordered = sorted(languages, key=lambda row: row.result.metrics[metric], reverse="rank" in metric)
     worst, best = ordered[0], ordered[-1]
     ends = [worst._replace(label=f"{worst.label} (worst)"), best._replace(label=f"{best.label} (best)")]
     return LanguageSummary([*others, *ends], len(languages) - len(ends))
@@ -169,7 +169,7 @@ def _metrics_main_first(result: EvaluationResult) -> list[str]:
 
 
 def retention_table(results: Sequence[EvaluationResult], more_in: str) -> AnnotatedTable:
-    """The rows of ``clasp eval RUN retention`` in which two states are compared; languages folded; a line on each drift.
+    """The rows of ``clasp eval RUN retention`` that compare two states, languages folded; a line on each tower's drift.
 
     The drift of each part, and the points between base and tuned weights, are in the figure and in ``results.jsonl``.
     """
