@@ -124,7 +124,7 @@ assert not heavy, heavy
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 20, "half a second on a quiet machine"
-    for words in (*VERBS, "RECIPE", "RUN", "KEY=VALUE", "--json", "--image", "--grid"):
+    for words in (*VERBS, "RECIPE", "RUN", "KEY=VALUE", "--json", "--image", "--grid", "retention:", "anchor="):
         assert words in done.stdout
 
 
@@ -263,6 +263,26 @@ def test_a_sweep_prints_a_table_and_the_run_to_use(clasp: Command, world: World,
     none = clasp("train", world.toml, "--grid", "train.lr=1e29,1e30", "--name", "three")
     assert none.code == 2 and "failed" in none.out
     assert none.err.splitlines()[-1].startswith("clasp: no run of runs/three finished; the first: the loss is")
+
+
+def test_what_was_typed_is_shown_as_it_was_typed(clasp: Command, world: World, tmp_path: Path) -> None:
+    run, folder = shutil.copytree(world.run, tmp_path / "run [/b]"), tmp_path / "a [/folder]"
+    write_images(TOYS[:2], tmp_path)
+    (folder / "odd [").mkdir(parents=True)
+    (folder / "broken [").mkdir()
+    for toy, name in zip(TOYS[:2], ("odd [/b] name.png", "esc \x1b[31m\nline.png"), strict=True):
+        shutil.copy(tmp_path / "images" / f"{toy.key}.png", folder / name)
+    (folder / "broken [/x].png").write_bytes(b"no picture")
+    indexed = clasp("index", run, folder)
+    assert indexed.code == 0 and "broken [/x].png" in indexed.err and "'run [/b]'" in indexed.err
+    for words in ("end of [/quote] here", "a red [circle]", "two\nlines\t:cat:"):
+        found = clasp("search", run, words)
+        assert found.code == 0 and found.out.splitlines()[0] == words.replace("\n", r"\n").replace("\t", r"\t")
+        assert "odd [/b] name.png" in found.out and r"esc \x1b[31m\nline.png" in found.out
+        assert "picture of the hits: run [/b]/search.png" in found.err
+        assert "\x1b" not in found.out + found.err and max(map(len, found.out.splitlines())) <= 100
+    assert r"no [/such] \x1b.png" in clasp("search", run, "x", "--image", "no [/such] \x1b.png").mistake
+    assert r"no [/such]\nrun" in clasp("eval", "no [/such]\nrun", "retrieval", "data=x").mistake
 
 
 # --- every mistake is one line ---------------------------------------------------------------------------------------
