@@ -19,7 +19,9 @@ from torch import Tensor
 
 from clasp.data.pairs import Pairs
 from clasp.evaluation import probes
-from clasp.evaluation.queries import EmbeddingTable, RetrievalQueries, ZeroShotQueries
+from clasp.evaluation.embedding_table import EmbeddingTable
+from clasp.evaluation.retrieval import RetrievalQueries
+from clasp.evaluation.zeroshot import ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.models.tower import Tower

@@ -8,7 +8,6 @@ Note: torch and transformers are imported inside the verbs, so that ``--help`` r
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shlex
@@ -19,8 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from clasp.commands.environment import configure_environment
+from clasp.evaluation.registry import describe_tasks, task_names
 
 configure_environment()  # before a verb imports torch
 
@@ -41,6 +42,7 @@ _RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder: output of clasp train or clasp import.")
 ]
 _JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+_TASKS_HELP = escape("\n".join(describe_tasks()))
 
 
 @app.command()
@@ -62,13 +64,13 @@ def params(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_jso
     """
     from clasp.config.build import build_model
     from clasp.config.recipe import read_recipe
-    from clasp.report.terminal import print_parameter_counts
+    from clasp.report.terminal import print_json, print_parameter_counts
 
     model = build_model(read_recipe(recipe, overrides or ()), meta=True)
     counts = model.parameter_counts()
     if as_json:
         facts = {part: {**asdict(count), "percent": round(count.percent, 4)} for part, count in counts.items()}
-        _print_json({**facts.pop("model"), **facts})
+        print_json({**facts.pop("model"), **facts})
     else:
         print_parameter_counts(counts, model.sharing)
 
@@ -81,16 +83,16 @@ def doctor(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_jso
     """
     from clasp.commands.doctor import diagnose, raise_on_stop
     from clasp.config.recipe import read_recipe
-    from clasp.report.terminal import progress_bar
+    from clasp.report.terminal import print_json, print_lines, progress_bar
 
     sections = []
     for section in diagnose(read_recipe(recipe, overrides or ()), bar=progress_bar):
         sections.append(section)
         if not as_json:
-            print(*section.findings, sep="\n", flush=True)
+            print_lines(section.findings)
     if as_json:
         findings = [asdict(finding) for section in sections for finding in section.findings]
-        _print_json({**{section.about: section.facts for section in sections}, "findings": findings})
+        print_json({**{section.about: section.facts for section in sections}, "findings": findings})
     raise_on_stop(sections)
 
 
@@ -129,13 +131,13 @@ def resume(run: _RunArgument) -> None:
     _train(recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml")), run, resume=True)
 
 
-@app.command(name="eval")
+@app.command(name="eval", epilog=_TASKS_HELP)
 def evaluate(
     run: _RunArgument,
-    task: Annotated[str, typer.Argument(help="zeroshot | retrieval | multilingual | retention")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help=task_names())],
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Task options: data=FOLDER, templates=FILE, …"),
+        typer.Argument(metavar="KEY=VALUE", help="Options of the task, listed below."),
     ] = None,
     as_json: _JsonOption = False,
 ) -> None:
@@ -145,13 +147,13 @@ def evaluate(
     each block, and linear weight interpolation; the figure is RUN/retention.png.
     """
     from clasp.commands.evaluate import evaluate_run
-    from clasp.report.terminal import print_results, print_status, progress_bar
+    from clasp.report.terminal import print_json, print_results, print_status, progress_bar, relative_path
 
     results = evaluate_run(run, task, options or (), say=print_status, bar=progress_bar)
     if as_json:
-        _print_json({"run": str(run), "task": task, "results": [asdict(result) for result in results]})
+        print_json({"run": str(run), "task": task, "results": [asdict(result) for result in results]})
     else:
-        print_results(f"{run}: {task}", results)
+        print_results(f"{relative_path(run)}: {task}", results, "results.jsonl in the run folder")
 
 
 @app.command(name="import")
@@ -174,15 +176,16 @@ def import_(
     """
     from clasp.commands.import_checkpoint import import_checkpoint
     from clasp.convert.importers.run_writer import parse_import_options
-    from clasp.report.terminal import format_megabytes, print_parameter_counts, print_status
+    from clasp.report.terminal import format_megabytes, print_parameter_counts, print_status, relative_path
 
     wanted = parse_import_options(options or ())
     told = import_checkpoint(kind, checkpoint, run, wanted).report
     for line in told.lines:
         print_status(line)
     print_parameter_counts(told.counts)
-    typed = shlex.quote(str(run))
-    print_status(f"the run is in {run} (delta {format_megabytes(told.delta_bytes)}, card {run / 'README.md'})")
+    where = relative_path(run)
+    typed = shlex.quote(where)
+    print_status(f"the run is in {where} (delta {format_megabytes(told.delta_bytes)}, card README.md there)")
     print_status(f'index and search with: clasp index {typed} FOLDER  then: clasp search {typed} "your words"')
 
 
@@ -196,11 +199,11 @@ def index(
 ) -> None:
     """Embed images into RUN/index; a second call embeds only new and changed files."""
     from clasp.commands.search import index_images
-    from clasp.report.terminal import print_status, progress_bar
+    from clasp.report.terminal import print_status, progress_bar, relative_path
 
     done = index_images(run, source, bar=progress_bar)
     print_status(str(done))
-    print_status(f'search them with: clasp search {shlex.quote(str(run))} "your words"')
+    print_status(f'search them with: clasp search {shlex.quote(relative_path(run))} "your words"')
 
 
 @app.command()
@@ -218,20 +221,22 @@ def search(
 ) -> None:
     """Search RUN/index by text, by image, or by both; hits by cosine similarity."""
     from clasp.commands.search import search_images
-    from clasp.report.terminal import print_status, print_table
+    from clasp.report.terminal import print_json, print_status, print_table, relative_path
 
     found = search_images(run, words, image, k, sheet)
     if as_json:
-        _print_json({"query": found.query, "hits": [asdict(hit) for hit in found.hits], "sheet": str(found.sheet)})
+        print_json({"query": found.query, "hits": [asdict(hit) for hit in found.hits], "sheet": str(found.sheet)})
         return
-    rows = [[hit.id, f"{hit.score:.3f}", str(hit.meta["name"])] for hit in found.hits]
+    rows = [[hit.id, f"{hit.score:.3f}", relative_path(hit.meta["name"])] for hit in found.hits]
     print_table(found.query, ("id", "cosine", "image"), rows)
-    print_status(f"picture of the hits: {found.sheet}")
+    print_status(f"picture of the hits: {relative_path(found.sheet)}")
 
 
 def main() -> None:
     """The entry point: turns a ``UserError`` into one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         app()
     except BrokenPipeError:
@@ -243,48 +248,65 @@ def main() -> None:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and not isinstance(error, UserError):
             raise
-        print(f"clasp: {f'no space left on the disk ({error})' if full else error}", file=sys.stderr)
+        from clasp.report.terminal import print_error
+
+        print_error(f"no space left on the disk ({error})" if full else str(error))
         sys.exit(2)
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Warnings name files and samples, whose names may hold anything."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        from clasp.report.terminal import printable
+
+        return printable(super().formatMessage(record))
 
 
 def _train(recipe: Any, run: Path, *, resume: bool) -> None:
     from clasp.commands.train import train_recipe
-    from clasp.report.terminal import format_megabytes, print_results, print_status, progress_bar
-    from clasp.training.trackers.console import stderr_reporter
+    from clasp.report.terminal import (
+        format_megabytes,
+        print_results,
+        print_status,
+        progress_bar,
+        relative_path,
+        terminal_reporter,
+    )
 
+    where, reporter = relative_path(run), terminal_reporter()
     try:
-        done = train_recipe(recipe, run, say=print_status, bar=progress_bar, reporter=stderr_reporter(), resume=resume)
+        done = train_recipe(recipe, run, say=print_status, bar=progress_bar, reporter=reporter, resume=resume)
     except KeyboardInterrupt:  # the loop takes Ctrl-C itself, so this was before its first step
         print_status(
             "stopped before training: run the same command again; features cached so far are not computed twice"
         )
         sys.exit(130)
-    typed, source = shlex.quote(str(run)), shlex.quote(recipe.data.train)
+    typed, source = shlex.quote(where), shlex.quote(recipe.data.train)
     if done.fitted.interrupted:
         print_status(f"stopped and saved; go on with: clasp resume {typed}")
         return
-    print_results("validation pairs", done.results)
+    print_results("validation pairs", done.results, "results.jsonl and README.md in the run folder")
     print_status(f"cost: {done.cost}")
-    print_status(f"the run is in {run} (delta {format_megabytes(done.delta_bytes)}, card {run / 'README.md'})")
+    print_status(f"the run is in {where} (delta {format_megabytes(done.delta_bytes)}, card README.md there)")
     print_status(f'index and search with: clasp index {typed} {source}  then: clasp search {typed} "your words"')
 
 
 def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Path, name: str | None) -> None:
     from clasp.commands.sweep import sweep
-    from clasp.report.terminal import print_status, print_table, progress_bar
-    from clasp.training.trackers.console import stderr_reporter
+    from clasp.report.terminal import print_status, print_table, progress_bar, relative_path, terminal_reporter
     from clasp.types import UserError
 
-    done = sweep(source, overrides, grid, runs, name, say=print_status, bar=progress_bar, reporter=stderr_reporter)
-    note = "validation: per cent, with 95 % intervals; s: seconds of training"
-    print_table(f"{done.folder}: {len(done.rows)} of {done.combinations} runs", done.columns, done.cells, note)
+    done = sweep(source, overrides, grid, runs, name, say=print_status, bar=progress_bar, reporter=terminal_reporter)
+    title = f"{relative_path(done.folder)}: {len(done.rows)} of {done.combinations} runs"
+    print_table(title, done.columns, done.cells, done.notes)
     if done.stopped:
         return print_status("stopped and saved; go on by typing the same again")
     if not done.finished:
         raise UserError(f"no run of {done.folder} finished; the first: {done.rows[0].error}")
     for line in done.summary_lines():
         print_status(line)
-    best = shlex.quote(done.finished[0].run)
+    best = shlex.quote(relative_path(done.finished[0].run))
     print_status(
         f'use it next: clasp eval {best} retrieval data=…  or: clasp index {best} FOLDER  then: clasp search {best} "…"'
     )
@@ -292,7 +314,3 @@ def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Pat
 
 def _free_path(runs: Path, stem: str) -> Path:
     return next(path for n in range(1, 10_000) if not (path := runs / (stem if n == 1 else f"{stem}-{n}")).exists())
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, default=str))

@@ -24,7 +24,8 @@ from clasp.config.build import ModelAndPreprocessing
 from clasp.config.recipe import Recipe, read_recipe
 from clasp.data.formats.tar import open_tar
 from clasp.data.pairs import Pairs
-from clasp.evaluation.queries import RetrievalQueries, ZeroShotQueries
+from clasp.evaluation.retrieval import RetrievalQueries
+from clasp.evaluation.zeroshot import ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.types import Caption, ImageSource, Pair, PooledFeatures, UserError

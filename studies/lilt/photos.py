@@ -19,7 +19,8 @@ from studies.lilt.initial_heads import Rows, Start, closed_form
 from clasp.config.build import ModelAndPreprocessing
 from clasp.config.recipe import Recipe, read_recipe
 from clasp.data.pairs import ColumnNames, Pairs, open_pairs
-from clasp.evaluation.queries import RetrievalQueries, ZeroShotQueries
+from clasp.evaluation.retrieval import RetrievalQueries
+from clasp.evaluation.zeroshot import ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.types import PooledFeatures, UserError

@@ -17,7 +17,8 @@ from studies.evaluation import Answer, images_seen, log_likelihood, retrieval, z
 from studies.lilt.emoji_names import STYLE_TO_ASK, STYLE_TO_CHOOSE, STYLES, Names
 
 from clasp.data.pairs import Pairs, open_pairs
-from clasp.evaluation.queries import RetrievalQueries, ZeroShotQueries
+from clasp.evaluation.retrieval import RetrievalQueries
+from clasp.evaluation.zeroshot import ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.types import Caption

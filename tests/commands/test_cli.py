@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -123,7 +124,7 @@ assert not heavy, heavy
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 20, "half a second on a quiet machine"
-    for words in (*VERBS, "RECIPE", "RUN", "KEY=VALUE", "--json", "--image", "--grid"):
+    for words in (*VERBS, "RECIPE", "RUN", "KEY=VALUE", "--json", "--image", "--grid", "retention:", "anchor="):
         assert words in done.stdout
 
 
@@ -165,7 +166,7 @@ def test_one_folder_one_command_and_what_it_says_to_type_next(clasp: Command, wo
     alike = clasp("search", tmp_path / "my runs" / "toy", "--image", folder / hits["hits"][0]["id"], "-k", "1")
     assert alike.code == 0 and "1.000" in alike.out and Path(hits["hits"][0]["id"]).name in alike.out.replace("\n", "")
     again = clasp("train", world.toml, "--runs", tmp_path / "my runs")
-    assert again.code == 0 and "toy-2" in again.err and "recall" not in again.out and "R@10" in again.out
+    assert again.code == 0 and "toy-2" in again.err and "recall@" not in again.out and "R@10" in again.out
 
 
 def _shell(line: str) -> list[str]:
@@ -213,7 +214,24 @@ def test_eval_answers_and_keeps_the_answer(
     kept = [json.loads(line) for line in (world.run / "results.jsonl").read_text().splitlines()]
     assert kept[-len(answer["results"]) :] == answer["results"]
     shown = clasp(*words)
-    assert shown.code == 0 and "guessing" in shown.out and shown.out.count("\n") < 30
+    assert shown.code == 0 and "chance" in shown.out and shown.out.count("\n") < 15
+    assert max(map(len, shown.out.splitlines())) <= 100
+
+
+def test_eval_runs_a_task_from_outside_that_lies_in_the_current_folder(
+    clasp: Command, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(Path(__file__).parents[1] / "toytasks.py", tmp_path / "mytasks.py")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    words = ["eval", world.run, "mytasks:POSITIVE", f"data={world.pairs}"]
+    said = clasp(*words, "axis=3", "--json")
+    (row,) = json.loads(said.out)["results"]
+    assert said.code == 0 and "axis 3" in said.err
+    assert row["task"] == "positive" and 0 <= row["metrics"]["share"] <= 1 and row["n"] == len(TOYS)
+    assert json.loads((world.run / "results.jsonl").read_text().splitlines()[-1]) == row
+    shown = clasp(*words)
+    assert "share" in shown.out and "50.0" in shown.out and "axis 0" in shown.err
+    assert "'axes=1' is not an option; did you mean axis=…? it takes data, axis" in clasp(*words, "axes=1").mistake
 
 
 def test_index_reads_what_the_run_was_trained_on_as_it_was_read_then(
@@ -233,10 +251,9 @@ def test_a_sweep_prints_a_table_and_the_run_to_use(clasp: Command, world: World,
         "train", world.toml, "--grid", "train.lr=1e-3,1e30", "--grid", "head.kind=linear,mlp", "--name", "two"
     )
     assert swept.code == 0 and "runs/two: 4 of 4 runs" in swept.out and "mean recall" in swept.out
-    best, failed = (line for line in swept.out.splitlines() if "kind=linear" in line)
-    assert (
-        re.search(r"train.lr=1e-3 head.kind=linear +│ +[\d.]+ \([\d.]+–[\d.]+\)", best) and "failed: the loss" in failed
-    )
+    best, failed, why, *_ = (line for line in swept.out.splitlines() if "kind=linear" in line)
+    assert re.search(r"train.lr=1e-3 head.kind=linear +│ +[\d.]+ │ +[\d.]+–[\d.]+ │", best)
+    assert "failed" in failed and "train.lr=1e30 head.kind=linear failed: the loss" in why
     run = re.search(r"^best: (\S+);", swept.err, re.MULTILINE)[1]
     assert clasp("eval", run, "retrieval", f"data={world.pairs}").code == 0
     again = clasp(
@@ -246,6 +263,26 @@ def test_a_sweep_prints_a_table_and_the_run_to_use(clasp: Command, world: World,
     none = clasp("train", world.toml, "--grid", "train.lr=1e29,1e30", "--name", "three")
     assert none.code == 2 and "failed" in none.out
     assert none.err.splitlines()[-1].startswith("clasp: no run of runs/three finished; the first: the loss is")
+
+
+def test_what_was_typed_is_shown_as_it_was_typed(clasp: Command, world: World, tmp_path: Path) -> None:
+    run, folder = shutil.copytree(world.run, tmp_path / "run [/b]"), tmp_path / "a [/folder]"
+    write_images(TOYS[:2], tmp_path)
+    (folder / "odd [").mkdir(parents=True)
+    (folder / "broken [").mkdir()
+    for toy, name in zip(TOYS[:2], ("odd [/b] name.png", "esc \x1b[31m\nline.png"), strict=True):
+        shutil.copy(tmp_path / "images" / f"{toy.key}.png", folder / name)
+    (folder / "broken [/x].png").write_bytes(b"no picture")
+    indexed = clasp("index", run, folder)
+    assert indexed.code == 0 and "broken [/x].png" in indexed.err and "'run [/b]'" in indexed.err
+    for words in ("end of [/quote] here", "a red [circle]", "two\nlines\t:cat:"):
+        found = clasp("search", run, words)
+        assert found.code == 0 and found.out.splitlines()[0] == words.replace("\n", r"\n").replace("\t", r"\t")
+        assert "odd [/b] name.png" in found.out and r"esc \x1b[31m\nline.png" in found.out
+        assert "picture of the hits: run [/b]/search.png" in found.err
+        assert "\x1b" not in found.out + found.err and max(map(len, found.out.splitlines())) <= 100
+    assert r"no [/such] \x1b.png" in clasp("search", run, "x", "--image", "no [/such] \x1b.png").mistake
+    assert r"no [/such]\nrun" in clasp("eval", "no [/such]\nrun", "retrieval", "data=x").mistake
 
 
 # --- every mistake is one line ---------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def test_rows_say_it_all_and_are_ranked(toml: str, tmp_path: Path) -> None:
     written = [SweepRow.from_dict(line) for line in lines(done.folder / "sweep.jsonl")]
     assert [Path(row.run).name for row in written] == NAMES and sorted(written, key=ranking_key) == done.rows
     assert done.summary_lines()[0].startswith(f"best: {done.rows[0].run}")
-    assert done.columns == ("set", "mean recall", "guessing", "n", "s") and len(done.cells[0]) == 5
+    assert done.columns == ("set", "mean recall", "95 %", "chance", "n", "s") and len(done.cells[0]) == 6
 
 
 def test_towers_that_train_are_loaded_anew(toml: str, tmp_path: Path, asked: dict[str, int]) -> None:
@@ -319,7 +319,7 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(toml: str, tmp_path: Pat
     done = swept(toml, tmp_path / "runs", grid=("train.lr=1e30,1e-3",))
     assert [row.state for row in done.rows] == ["finished", "failed"] and not done.stopped
     assert "the loss is nan at step" in done.rows[1].error and done.rows[1].value is None
-    assert "failed: the loss is nan" in done.cells[1][1]
+    assert done.cells[1][1] == "failed" and "failed: the loss is nan" in done.notes[1]
     assert [row["state"] for row in lines(done.folder / "sweep.jsonl")] == ["failed", "finished"]
     assert [row.state for row in swept(toml, tmp_path / "runs", grid=("train.lr=1e30,1e-3",)).rows] == [
         "finished",
@@ -357,4 +357,4 @@ def test_the_verdict_counts_those_that_cannot_be_told_apart() -> None:
     lines = SweepResult(Path("runs"), rows, False, 4).summary_lines()
     assert lines[0] == "best: a; 1 of the 2 others lie within its interval" and "flattered" in lines[1]
     assert SweepResult(Path("runs"), rows[:1], False, 1).summary_lines() == ["best: a"]
-    assert rows[0].cells() == ["x=a", "50.0 (35.0–100.0)", "10.0", "30", "1.0"]
+    assert rows[0].cells() == ["x=a", "50.0", "35.0–100.0", "10.0", "30", "1.0"]

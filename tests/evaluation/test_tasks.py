@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clasp.evaluation.queries import RetrievalQueries, ZeroShotQueries, embed_batches, read_class_names
+from clasp.evaluation.embedding_table import embed_batches
+from clasp.evaluation.retrieval import RetrievalQueries
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
+from clasp.evaluation.zeroshot import ZeroShotQueries, read_class_names
 from clasp.types import Evaluator, PooledFeatures, Tokens, UserError
 
 
@@ -452,7 +454,7 @@ def test_mistakes_in_languages_are_told():
     with pytest.raises(UserError, match="there is no metric 'macro:high/recall@1'"):
         multilingual(READINGS, primary="macro:high/recall@1")
     mixed = {**multilingual(READINGS).queries, "xx": classes({})}
-    with pytest.raises(UserError, match="the set 'all' mixes questions"):
+    with pytest.raises(UserError, match="the set 'all' mixes queries"):
         MultilingualTask(data="zoo", images=stream(AXES), queries=mixed, sets={"all": list(mixed)}, primary="xx/top1")
     unread = RetrievalQueries(image_groups={"cat0": "cat"}, text_groups={"t": "cat"}, texts=stream({}))
     with pytest.raises(UserError, match="zoo in 'so': there are no captions to evaluate on"):

@@ -26,16 +26,25 @@ from clasp.data.samples.emoji import (
     unpack_emoji_sample,
 )
 from clasp.evaluation.from_pairs import language_queries
-from clasp.evaluation.tasks import EvaluationResult, MultilingualTask
+from clasp.evaluation.language_sets import macro_set
+from clasp.evaluation.results import EvaluationResult
+from clasp.evaluation.tasks import MultilingualTask
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.models.inference import EmbeddingModel
 from clasp.report.contact_sheet import contact_sheet
-from clasp.report.terminal import print_parameter_counts, print_status, print_table, progress_bar
+from clasp.report.tables import LabelledResult, fold_languages, format_metric, more_note, result_table
+from clasp.report.terminal import (
+    print_parameter_counts,
+    print_status,
+    print_table,
+    progress_bar,
+    relative_path,
+    terminal_reporter,
+)
 from clasp.search.engine import SearchEngine
 from clasp.search.flat_store import FlatStore
 from clasp.training.run_folder import RunFolder
-from clasp.training.trackers.console import stderr_reporter
 
 _LANGUAGE_SETS = {
     "trained": TRAINED_LANGUAGES,
@@ -45,6 +54,7 @@ _LANGUAGE_SETS = {
     "others, never trained": HELD_OUT_LANGUAGES,
 }
 _QUICK_LANGUAGE_SETS = {"trained": QUICK_TRAINED_LANGUAGES, "low-resource, never trained": HELD_OUT_LOW_RESOURCE}
+_DEMO_METRIC = "recall@5"
 # concepts that nothing was trained on, in trained languages and (*) in languages never trained on
 DEMO_QUERIES = (
     ("en", "1f98a"), ("sw", "1f34c"), ("zu", "1f353"), ("vi", "1f42c"),
@@ -81,7 +91,7 @@ def run_demo(out: Path, *, quick: bool = False) -> DemoResult:
     RunFolder(out).append("results.jsonl", [asdict(result) for result in results])
     print_demo_results(results, untrained, quick=quick)
     picture = _search(model, out, sample)
-    print_status(f"eight searches among pictures of things never seen, in eight languages: {picture}")
+    print_status(f"eight searches among pictures of things never seen, in eight languages: {relative_path(picture)}")
     print_status("now your own pictures (cat.jpg beside cat.txt, a folder per class, a .csv, a .jsonl, …):")
     print_status("  clasp train start data.train=FOLDER")
     return DemoResult(out, results, untrained, picture)
@@ -99,42 +109,41 @@ def build_demo_task(sample: EmojiSample, inputs: FeatureSource, *, quick: bool) 
     sets = _QUICK_LANGUAGE_SETS if quick else _LANGUAGE_SETS
     languages = sorted({language for members in sets.values() for language in members})
     inputs.precompute_texts(c.text for pair in pairs for c in pair.captions if c.language in languages)
-    questions = {language: language_queries(pairs, language, inputs, ["image_to_text"]) for language in languages}
-    primary = f"macro:{next(iter(sets))}/image_to_text/recall@5"
+    questions = {language: language_queries(pairs, language, inputs.texts, ["image_to_text"]) for language in languages}
+    primary = f"macro:{next(iter(sets))}/image_to_text/{_DEMO_METRIC}"
     images = inputs.images(pairs)
     return MultilingualTask(data="demo test concepts", images=images, queries=questions, primary=primary, sets=sets)
 
 
 def print_demo_results(results: Sequence[EvaluationResult], untrained: Mapping[str, float], *, quick: bool) -> None:
-    """The tables of the demo on standard output."""
-
-    def row(result: EvaluationResult, title: str) -> list[str]:
-        low, high = result.interval["recall@5"]
-        return [
-            title,
-            f"{100 * result.metrics['recall@1']:.1f}",
-            f"{100 * result.metrics['recall@5']:.1f}",
-            f"{100 * low:.1f} to {100 * high:.1f}",
-            f"{100 * untrained[f'{result.language}/image_to_text/recall@5']:.1f}",
-            f"{100 * result.chance['recall@5']:.1f}",
-        ]
-
-    columns = ("languages", "R@1", "R@5", "95 % interval", "untrained heads", "chance")
-    main = [row(r, "English") for r in results if r.language == "en"]
-    main += [row(r, r.language.removeprefix("macro:")) for r in results if r.language.startswith("macro:")]
-    print_table("naming pictures of concepts never seen: image to text among 138, per cent", columns, main)
+    """The table of the demo on standard output: English, the sets of languages, the worst and the best language."""
     trained = set(_QUICK_LANGUAGE_SETS["trained"]) if quick else {*TRAINED_LANGUAGES, *TRAINED_LOW_RESOURCE}
-    each = [row(r, f"{r.language}{'' if r.language in trained else ' *'}") for r in results if ":" not in r.language]
-    print_table("per language (* never trained on)", columns, each)
+
+    def untrained_heads(result: EvaluationResult) -> str:
+        return format_metric(_DEMO_METRIC, untrained[f"{result.language}/image_to_text/{_DEMO_METRIC}"])
+
+    english = [LabelledResult("English", result) for result in results if result.language == "en"]
+    sets = [LabelledResult(title, each) for each in results if (title := macro_set(each.language))]
+    languages = [
+        LabelledResult(each.language if each.language in trained else f"{each.language}, never trained", each)
+        for each in results
+        if macro_set(each.language) is None
+    ]
+    summary = fold_languages([*sets, *languages], _DEMO_METRIC)
+    beside = {"untrained heads": untrained_heads}
+    table = result_table("languages", [*english, *summary.rows], (_DEMO_METRIC, "recall@1"), beside)
+    notes = [*table.notes, *more_note(summary.left_out, "results.jsonl in the run folder")]
+    title = "naming pictures of concepts never seen: image to text among 138"
+    print_table(title, table.columns, table.rows, notes)
 
 
 def _train_once(recipe: Recipe, out: Path) -> None:
     """Train, go on with a run that was stopped, or leave a finished one as it is."""
     stopped = (out / "state").exists()
     if (out / "delta.safetensors").exists() and not stopped:
-        print_status(f"{out} holds this demo's run already; delete the folder to train again")
+        print_status(f"{relative_path(out)} holds this demo's run already; delete the folder to train again")
     elif train_recipe(
-        recipe, out, say=print_status, bar=progress_bar, reporter=stderr_reporter(), resume=stopped
+        recipe, out, say=print_status, bar=progress_bar, reporter=terminal_reporter(), resume=stopped
     ).fitted.interrupted:
         print_status("stopped and saved; the same command goes on")
         raise SystemExit(130)

@@ -24,7 +24,7 @@ from clasp.data.loader import PairLoader
 from clasp.data.pairs import Pairs
 from clasp.data.readers import LiveImageReader, PairIndex
 from clasp.evaluation.from_pairs import validation_task
-from clasp.evaluation.tasks import EvaluationResult
+from clasp.evaluation.results import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.report.model_card import render_model_card

@@ -1,7 +1,7 @@
 """How far a metric would move if other examples had been drawn: the percentile bootstrap over groups.
 
 In: a value for each query and the group (cluster) it belongs to. Out: the metric recomputed on resampled groups
-(``bootstrap_replicates``) and the interval between two of their percentiles. Unusual: whole groups are drawn, since
+(``bootstrap_replicates``) and the interval between two of their percentiles. Note: whole groups are drawn, since
 queries that share an image are not independent; and several samples are resampled by the same draws, so that the
 replicates of several languages may be averaged into those of their macro mean.
 """
@@ -52,6 +52,15 @@ def bootstrap_replicates(
         for weights in _resampling_weights(group_count, resamples, seed)
     ]
     return [torch.cat(of_sample) for of_sample in zip(*chunks, strict=True)]
+
+
+def number_groups(groups: Sequence[Sequence[str]]) -> tuple[list[Int[Tensor, " _"]], int]:
+    """The groups of several samples as numbers from 0, and how many groups there are in all of them together.
+
+    Numbers follow the sorted names, so that intervals do not depend on the order of reading.
+    """
+    number = {group: place for place, group in enumerate(sorted({group for each in groups for group in each}))}
+    return [torch.tensor([number[group] for group in each]) for each in groups], len(number)
 
 
 def _sums_by_class(

@@ -1,19 +1,21 @@
-"""Pairs made into the questions that are put to a model: which caption, in which language, which class.
+"""Pairs made into evaluation tasks: which captions are the queries, in which language, of which class.
 
-In go pairs and the ``FeatureSource`` of a model, out come evaluations, for validation while training and for ``clasp
-eval`` alike. Unusual: what is asked of a validation part is read off its pairs. Where every caption is the name of a
-class, retrieval would ask which of many equal captions is meant, so these pairs are classified instead; where captions
-are in several languages, each language is asked apart, so that a picture's names in one do not crowd out those in
-another.
+In go pairs and the ``FeatureSource`` of a model, out come tasks, for validation while training and for ``clasp eval``
+alike. Note: the kind of a validation task is read off its pairs. Where every caption is the name of a class, retrieval
+would ask which of many equal captions is meant, so these pairs are classified instead; where captions are in several
+languages, each language has queries of its own, so that names of an image in one do not crowd out those in another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from clasp.data.pairs import Pairs, caption_languages
-from clasp.evaluation.queries import RetrievalDirection, RetrievalQueries, ZeroShotQueries
+from clasp.evaluation.embedding_table import TextBatches
+from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language
+from clasp.evaluation.retrieval import RetrievalDirection, RetrievalQueries
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
+from clasp.evaluation.zeroshot import ZeroShotQueries
 from clasp.models.features import FeatureSource
 from clasp.types import Pair
 
@@ -21,8 +23,11 @@ _BOTH_DIRECTIONS: tuple[RetrievalDirection, ...] = ("image_to_text", "text_to_im
 
 
 def validation_task(train: Pairs, val: Pairs, inputs: FeatureSource) -> RetrievalTask | MultilingualTask | ZeroShotTask:
-    """What decides between the weights of a run: retrieval, the mean of it over several languages, or the class where
-    captions are class names."""
+    """The task whose primary metric selects the weights of a run.
+
+    Retrieval; its mean over the languages, where there are several; zero-shot classification where captions are
+    class names.
+    """
     if not all(_only_class(pair) for pair in val):
         languages = caption_languages(val)
         if len(languages) > 1:
@@ -45,22 +50,22 @@ def zeroshot_task(
     data: str,
     label: str = "class",
 ) -> ZeroShotTask:
-    """Which class an image is: that in ``label`` of its pair's meta."""
+    """Zero-shot classification; the class of an image is that in ``label`` of its pair's meta."""
     labels = {pair.id: str(pair.meta[label]) for pair in pairs}
-    question = ZeroShotQueries(labels=labels, classes=classes, templates=templates, read=inputs.read)
-    return ZeroShotTask(data=data, images=inputs.images(pairs), queries=question)
+    queries = ZeroShotQueries(labels=labels, classes=classes, templates=templates, read=inputs.read)
+    return ZeroShotTask(data=data, images=inputs.images(pairs), queries=queries)
 
 
 def retrieval_task(pairs: Pairs, inputs: FeatureSource, *, data: str) -> RetrievalTask:
     """Captions by image and images by caption, over all captions of ``pairs``."""
     listed = list(pairs)
     captions = {f"{pair.id}#{n}": (text, pair.group) for pair in listed for n, (text, _) in enumerate(pair.captions)}
-    question = RetrievalQueries(
+    queries = RetrievalQueries(
         image_groups={pair.id: pair.group for pair in listed},
         text_groups={key: group for key, (_, group) in captions.items()},
         texts=inputs.texts({key: text for key, (text, _) in captions.items()}),
     )
-    return RetrievalTask(data=data, images=inputs.images(pairs), queries=question)
+    return RetrievalTask(data=data, images=inputs.images(pairs), queries=queries)
 
 
 def multilingual_task(pairs: Pairs, inputs: FeatureSource, *, languages: Sequence[str], data: str) -> MultilingualTask:
@@ -71,19 +76,22 @@ def multilingual_task(pairs: Pairs, inputs: FeatureSource, *, languages: Sequenc
     return MultilingualTask(
         data=data,
         images=inputs.images(pairs),
-        queries={language: language_queries(pairs, language, inputs) for language in languages},
-        primary="macro:all/mean_recall",
-        sets={"all": languages},
+        queries={language: language_queries(pairs, language, inputs.texts) for language in languages},
+        primary=f"{macro_language(ALL_LANGUAGES)}/{RetrievalTask.primary}",
+        sets={ALL_LANGUAGES: languages},
     )
 
 
 def language_queries(
     pairs: Sequence[Pair],
     language: str,
-    inputs: FeatureSource,
+    stream: Callable[[Mapping[str, str]], TextBatches],
     directions: Sequence[RetrievalDirection] = _BOTH_DIRECTIONS,
 ) -> RetrievalQueries:
-    """The captions of ``pairs`` in one language, each distinct caption of a group once."""
+    """Retrieval among the captions of ``pairs`` in one language, each distinct caption of a group once.
+
+    ``stream`` gives text-tower inputs of captions, by id: ``FeatureSource.texts``, or features that are there already.
+    """
     texts: dict[str, tuple[str, str]] = {}
     for pair in pairs:
         for caption in pair.captions:
@@ -92,6 +100,6 @@ def language_queries(
     return RetrievalQueries(
         image_groups={pair.id: pair.group for pair in pairs},
         text_groups={key: group for key, (_, group) in texts.items()},
-        texts=inputs.texts({key: text for key, (text, _) in texts.items()}),
+        texts=stream({key: text for key, (text, _) in texts.items()}),
         directions=tuple(directions),
     )

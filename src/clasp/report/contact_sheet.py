@@ -19,6 +19,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont, features
 
 from clasp.data.images import ImageError, RGBColor, thumbnail
+from clasp.report.terminal import printable
 from clasp.types import UserError
 
 
@@ -176,7 +177,7 @@ class _TextRenderer:
         """The letters with their marks; those that no font has give way to the name of their script, said once."""
         letters: list[str] = []
         said = ""  # the script that the text stands in for just now, spaces aside
-        for letter in _graphemes(text):
+        for letter in _graphemes(printable(text)):
             if any(_has_glyphs(font, letter) for font in self._fonts):
                 letters.append(letter)
                 said = said if letter == " " else ""

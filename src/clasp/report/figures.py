@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clasp.evaluation.paired import result_label
-from clasp.evaluation.tasks import EvaluationResult
+from clasp.evaluation.language_sets import macro_set
+from clasp.evaluation.results import EvaluationResult
+from clasp.report.tables import retention_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,23 +39,25 @@ _METRIC_LABELS = {
 }
 
 
-def draw_retention(results: Sequence[EvaluationResult], path: Path, *, title: str) -> None:
-    """What the towers still know (rows of ``clasp eval RUN retention``): the probes before and after, the drift of each
-    block and, where there is one, the way between base and tuned weights."""
+def draw_retention(results: Sequence[EvaluationResult], path: Path) -> None:
+    """Draw the rows of ``clasp eval RUN retention`` into ``path``, a file in the run folder.
+
+    The probes before and after, the drift of each block and, where there are any, the points between base and tuned
+    weights."""
     # inside: it takes half a second to import, and most evaluations draw nothing
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     probes = [result for result in results if "change" in result.metrics]
     if len(probes) > _MAX_PROBES:
-        means = {result.task for result in probes if result.language.startswith("macro:")}
-        probes = [result for result in probes if result.task not in means or result.language.startswith("macro:")]
+        means = {result.task for result in probes if macro_set(result.language)}
+        probes = [result for result in probes if result.task not in means or macro_set(result.language)]
     way = [result for result in results if "alpha" in result.metrics]
     panels = 3 if way else 2
     height = max(_INCHES_PER_PANEL * panels, 1.6 + _INCHES_PER_PROBE * len(probes))
     with rc_context(_STYLE):
         figure = Figure(figsize=(11, height), layout="constrained")
-        figure.suptitle(title, fontweight="bold")
+        figure.suptitle(f"Retention of pre-trained features: {path.absolute().parent.name}", fontweight="bold")
         grid = figure.add_gridspec(panels, 2, width_ratios=(1.15, 1))
         _draw_probes(figure.add_subplot(grid[:, 0]), probes, height)
         _draw_drift(figure.add_subplot(grid[0, 1]), results, "weights")
@@ -78,7 +81,7 @@ def _draw_probes(axes: Axes, probes: Sequence[EvaluationResult], height: float) 
                 value, row + lift, _MARKERS[side], color=_COLOURS[side], markerfacecolor=face, markersize=6, zorder=2
             )
         axes.plot(100 * result.chance["before"], row, "|", color=_GREY, markersize=12, zorder=0)
-    axes.set_yticks(range(len(probes)), [result_label(result) for result in probes])
+    axes.set_yticks(range(len(probes)), [retention_label(result) for result in probes])
     axes.set_ylim(len(probes) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("right answers, per cent (lines: 95 % intervals)")

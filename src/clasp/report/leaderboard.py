@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from clasp.evaluation.language_sets import macro_set
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
-from clasp.report.model_card import METRIC_TITLES, format_metric
+from clasp.report.tables import CHANCE_TITLE, INTERVAL_TITLE, format_interval, format_metric, metric_title
 from clasp.training.cost.ledger import COST_FILE as COST
 from clasp.training.cost.ledger import read_cost
 from clasp.types import UserError
@@ -25,6 +26,7 @@ _PRIMARY_METRICS = {
     RetrievalTask.name: RetrievalTask.primary,
     MultilingualTask.name: RetrievalTask.primary,
 }
+_MAX_ERRORS = 3  # of failed runs that are printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +63,14 @@ class SweepRow:
         return tuple(sorted(fixed)), tuple(text.partition("=")[0] for text in self.settings)
 
     def cells(self) -> list[str]:
-        """The row for people: what was set, the metric, guessing, queries, seconds."""
+        """The row for people: what was set, the metric, its 95 % interval, chance, queries, seconds."""
         name, seconds = self.metric.rpartition("/")[2], "" if self.seconds is None else f"{self.seconds:,.1f}"
         if self.value is None:
-            return [" ".join(self.settings), f"{self.state}: {self.error}".removesuffix(": "), "", "", seconds]
-        between = f" ({'–'.join(format_metric(name, end) for end in self.interval)})" if self.interval else ""
-        guess = "" if self.chance is None else format_metric(name, self.chance)
-        return [" ".join(self.settings), format_metric(name, self.value) + between, guess, f"{self.n:,}", seconds]
+            return [" ".join(self.settings), self.state, "", "", "", seconds]
+        between = format_interval(name, self.interval)
+        chance = "" if self.chance is None else format_metric(name, self.chance)
+        value = format_metric(name, self.value)
+        return [" ".join(self.settings), value, between, chance, f"{self.n:,}", seconds]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +93,9 @@ class SweepResult:
         metrics = dict.fromkeys(row.metric.rpartition("/")[2] for row in self.finished)
         return (
             "set",
-            ", ".join(METRIC_TITLES.get(name, name.replace("_", " ")) for name in metrics),
-            "guessing",
+            ", ".join(map(metric_title, metrics)),
+            INTERVAL_TITLE,
+            CHANCE_TITLE,
             "n",
             "s",
         )
@@ -100,6 +104,13 @@ class SweepResult:
     def cells(self) -> list[list[str]]:
         """The table, best first."""
         return [row.cells() for row in self.rows]
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines below the table: what its columns are, and why runs failed."""
+        failed = [f"{' '.join(row.settings)} failed: {row.error}" for row in self.rows if row.error]
+        more = [f"{len(failed) - _MAX_ERRORS} more failed; sweep.jsonl has why"] if len(failed) > _MAX_ERRORS else []
+        return ["validation, per cent; n: queries; s: seconds of training", *failed[:_MAX_ERRORS], *more]
 
     def summary_lines(self) -> list[str]:
         """Which run to use, and how sure that is. Needs a run that finished."""
@@ -121,7 +132,7 @@ def read_finished_row(row: SweepRow) -> SweepRow:
     lines = (Path(row.run) / "results.jsonl").read_text(encoding="utf-8").splitlines()
     for result in map(json.loads, lines):
         if result["task"] in _PRIMARY_METRICS and (
-            result["task"] != MultilingualTask.name or result["language"].startswith("macro:")
+            result["task"] != MultilingualTask.name or macro_set(result["language"])
         ):
             name = _PRIMARY_METRICS[result["task"]]
             return replace(

@@ -1,67 +1,20 @@
 """The card of a run: what it is, what it was made of, what it can do and cost, how to use it. Markdown, for people.
 
-In goes what the run knows of itself; every number in the card is one of its own results. ``result_tables`` is how
-results are laid out for people, here and in the terminal.
+In goes what the run knows of itself; every number in the card is one of its own results, and none is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from clasp.config.recipe import Recipe
-from clasp.evaluation.tasks import EvaluationResult
+from clasp.evaluation.results import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
+from clasp.report.tables import result_tables
+from clasp.report.terminal import printable
 from clasp.training.cost.ledger import RunCost, format_si
 from clasp.training.state import FitResult
-
-METRIC_TITLES = {"mean_per_class": "mean per class", "median_rank": "median rank"}
-_HIDDEN_METRICS = ("mean_recall",)  # the mean of its neighbours
-
-
-@dataclass(frozen=True, slots=True)
-class ResultTable:
-    """Results of one task: a row each, a column per metric."""
-
-    task: str
-    columns: list[str]
-    rows: list[list[str]]
-
-
-def result_tables(results: Sequence[EvaluationResult]) -> list[ResultTable]:
-    """Results as tables: fractions in per cent with their interval, ranks as they are.
-
-    Where a language was asked in both directions, only their mean is shown.
-    """
-    both = {(result.task, result.language) for result in results if "/" not in result.task}
-    made: dict[tuple[str, tuple[str, ...]], ResultTable] = {}
-    for result in results:
-        task, _, direction = result.task.partition("/")
-        if direction and result.language and (task, result.language) in both:
-            continue
-        names = [name for name in result.metrics if name not in _HIDDEN_METRICS]
-        titles = [METRIC_TITLES.get(name, name.replace("recall@", "R@")) for name in names]
-        grid = made.setdefault((task, tuple(names)), ResultTable(task, [task, *titles, "guessing"], []))
-        is_mean = not direction and any(other.task.startswith(f"{task}/") for other in results)
-        what = (
-            result.language.removeprefix("macro:")
-            or direction.replace("_", " ")
-            or ("both ways" if is_mean else result.data)
-        )
-        guess = [format_metric(name, result.chance[name]) for name in names if name in result.chance]
-        grid.rows.append([what, *(_with_interval(result, name) for name in names), " / ".join(guess)])
-    return list(made.values())
-
-
-def _with_interval(result: EvaluationResult, name: str) -> str:
-    value, interval = format_metric(name, result.metrics[name]), result.interval.get(name)
-    return f"{value} ({format_metric(name, interval.low)}–{format_metric(name, interval.high)})" if interval else value
-
-
-def format_metric(name: str, value: float) -> str:
-    """A rank as it is, a fraction in per cent."""
-    return f"{value:,.1f}" if "rank" in name else f"{100 * value:.1f}"
 
 
 def render_model_card(
@@ -78,8 +31,10 @@ def render_model_card(
     counts = model.parameter_counts()
     state = "Stopped before its end; `clasp resume` goes on." if fitted.interrupted else "Trained to its end."
     parts = [[name, f"{c.total:,}", f"{c.trained:,}", f"{c.percent:.2f}"] for name, c in counts.items()]
-    tables = "\n\n".join(_markdown_table(grid.columns, grid.rows) for grid in result_tables(results))
-    answers = f"\nIn per cent, with 95 % intervals:\n\n{tables}\n" if results else ""
+    tables = result_tables(results)
+    shown = [_markdown_table(table.columns, table.rows) for table in tables]
+    notes = dict.fromkeys(note for table in tables for note in table.notes)
+    answers = "".join(f"\n{block}\n" for block in (*shown, *notes))
     sharing = "" if model.sharing is None else f"\nWhat the two nets share:\n\n```\n{model.sharing}\n```\n"
     skipped = f"\n{len(fitted.skipped)} samples could not be read and were skipped; `log.jsonl` names them.\n"
     return f"""# {run.name}
@@ -136,5 +91,6 @@ def cost_rows(cost: RunCost) -> list[list[str]]:
 
 
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
+    cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in (columns, *rows)]
+    lines = [cells[0], ["---"] * len(columns), *cells[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,14 +1,33 @@
-"""Tables: rows of results in, cells and notes for people out. Plain values; whoever shows them decides how."""
+"""Tables of results for people: rows of results in, cells and notes out, for the terminal and the model card alike.
+
+The main metric comes first, then its 95 % interval and the score of guessing, then the other metrics. Fractions are in
+per cent, ranks as they are. ``result_tables`` has every row; ``summary_tables`` folds the languages of a task to their
+macro means, the worst and the best. Note: plain values; whoever shows a table decides how.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from clasp.evaluation.paired import result_label
-from clasp.evaluation.tasks import EvaluationResult
+from clasp.evaluation.language_sets import macro_set
+from clasp.evaluation.results import EvaluationResult
+from clasp.evaluation.tasks import RetrievalTask, ZeroShotTask
 
-_UNCHANGED = "the base's weights as they were"
+METRIC_TITLES = {"mean_per_class": "mean per class", "median_rank": "median rank", "mean_recall": "mean recall"}
+INTERVAL_TITLE, CHANCE_TITLE = "95 %", "chance"
+_MAIN_METRICS = (RetrievalTask.primary, ZeroShotTask.primary)
+_RESULT_NOTE = "per cent; 95 %: interval of the number before it; chance: that number by guessing"
+_RETENTION_NOTE = "per cent; 95 %: interval of the change, of the same queries before and after; chance: by guessing"
+_MAX_LANGUAGES = 3  # that a summary shows one by one
+_RETENTION_LABELS = {
+    "recall@": "R@",
+    "image_knn": "image: k-NN",
+    "image_linear": "image: linear probe",
+    "/": ", ",
+    "_": " ",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,35 +36,168 @@ class AnnotatedTable:
 
     columns: tuple[str, ...]
     rows: list[list[str]]
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
-def retention_table(results: Sequence[EvaluationResult]) -> AnnotatedTable:
-    """The rows of ``clasp eval RUN retention`` in which a probe is compared, in per cent; a line on each drift.
+class LabelledResult(NamedTuple):
+    """A result and the words its row begins with."""
+
+    label: str
+    result: EvaluationResult
+
+
+class LanguageSummary(NamedTuple):
+    """Rows that stand for many languages, and how many rows were left out."""
+
+    rows: list[LabelledResult]
+    left_out: int
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def format_metric(name: str, value: float) -> str:
+    """A rank as it is, a fraction in per cent."""
+    return f"{value:,.1f}" if "rank" in name else f"{100 * value:.1f}"
+
+
+def format_interval(name: str, interval: Sequence[float] | None) -> str:
+    """Both ends; empty where there is none."""
+    return "–".join(format_metric(name, end) for end in interval) if interval else ""
+
+
+def metric_title(name: str) -> str:
+    """A metric at the head of a column."""
+    return METRIC_TITLES.get(name, name.replace("recall@", "R@").replace("_", " "))
+
+
+def main_metric(result: EvaluationResult) -> str:
+    """The metric that decides between two models: mean recall, top-1 accuracy, or a task's first."""
+    return next((name for name in _MAIN_METRICS if name in result.metrics), next(iter(result.metrics)))
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def result_tables(results: Sequence[EvaluationResult]) -> list[AnnotatedTable]:
+    """A table for each task and kind of metrics, with all rows.
+
+    Of a language with both directions only their mean is shown.
+    """
+    return [result_table(task, rows, _metrics_main_first(rows[0].result)) for task, rows in _labelled_by_task(results)]
+
+
+def summary_tables(results: Sequence[EvaluationResult], more_in: str) -> list[AnnotatedTable]:
+    """The same with languages folded; a note says how many more of them are in ``more_in``."""
+    tables = []
+    for task, rows in _labelled_by_task(results):
+        metrics = _metrics_main_first(rows[0].result)
+        summary = fold_languages(rows, metrics[0])
+        table = result_table(task, summary.rows, metrics)
+        tables.append(AnnotatedTable(table.columns, table.rows, [*table.notes, *more_note(summary.left_out, more_in)]))
+    return tables
+
+
+def result_table(
+    head: str,
+    rows: Sequence[LabelledResult],
+    metrics: Sequence[str],
+    beside: Mapping[str, Callable[[EvaluationResult], str]] | None = None,
+) -> AnnotatedTable:
+    """A row for each result; the first of ``metrics`` is the main one.
+
+    ``beside``: title of a column after those of the main metric to what it holds.
+    """
+    main, *others = metrics
+    beside = beside or {}
+    columns = (head, metric_title(main), INTERVAL_TITLE, CHANCE_TITLE, *beside, *map(metric_title, others))
+    cells = [
+        [
+            label,
+            format_metric(main, result.metrics[main]),
+            format_interval(main, result.interval.get(main)),
+            format_metric(main, result.chance[main]) if main in result.chance else "",
+            *(cell(result) for cell in beside.values()),
+            *(format_metric(name, result.metrics[name]) for name in others),
+        ]
+        for label, result in rows
+    ]
+    return AnnotatedTable(columns, cells, [_RESULT_NOTE])
+
+
+def fold_languages(rows: Sequence[LabelledResult], metric: str) -> LanguageSummary:
+    """The rows that are of no language or of a set, then the languages; of many languages the worst and the best."""
+    languages = [row for row in rows if row.result.language and macro_set(row.result.language) is None]
+    others = [row for row in rows if row not in languages]
+    if len(languages) <= _MAX_LANGUAGES:
+        return LanguageSummary([*others, *languages], 0)
+    ordered = sorted(languages, key=lambda row: row.result.metrics[metric], reverse="rank" in metric)
+    worst, best = ordered[0], ordered[-1]
+    ends = [worst._replace(label=f"{worst.label} (worst)"), best._replace(label=f"{best.label} (best)")]
+    return LanguageSummary([*others, *ends], len(languages) - len(ends))
+
+
+def more_note(count: int, more_in: str) -> list[str]:
+    """The line that says where the rows are that are not shown."""
+    return [f"{count:,} more languages are in {more_in}"] if count else []
+
+
+def _labelled_by_task(results: Sequence[EvaluationResult]) -> list[tuple[str, list[LabelledResult]]]:
+    """The rows of each task in order; those with other metrics than the first apart."""
+    both = {(result.task, result.language) for result in results if "/" not in result.task}
+    kinds: dict[tuple[str, tuple[str, ...]], list[LabelledResult]] = {}
+    for result in results:
+        task, _, direction = result.task.partition("/")
+        if direction and result.language and (task, result.language) in both:
+            continue
+        has_directions = any(other.task.startswith(f"{task}/") for other in results)
+        label = (
+            (macro_set(result.language) or result.language)
+            or direction.replace("_", " ")
+            or ("both directions" if has_directions else result.data)
+        )
+        kinds.setdefault((task, tuple(result.metrics)), []).append(LabelledResult(label, result))
+    return [(task, rows) for (task, _), rows in kinds.items()]
+
+
+def _metrics_main_first(result: EvaluationResult) -> list[str]:
+    main = main_metric(result)
+    return [main, *(name for name in result.metrics if name != main)]
+
+
+# --- retention -------------------------------------------------------------------------------------------------------
+
+
+def retention_table(results: Sequence[EvaluationResult], more_in: str) -> AnnotatedTable:
+    """The rows of ``clasp eval RUN retention`` that compare two states, languages folded; a line on each tower's drift.
 
     The drift of each part, and the points between base and tuned weights, are in the figure and in ``results.jsonl``.
     """
-    rows = [
-        [
-            result_label(result),
-            *(_with_interval(result, state) for state in ("before", "after", "change")),
-            _chance(result),
-        ]
-        for result in results
-        if "change" in result.metrics
-    ]
-    notes = ["per cent, with 95 % intervals; that of the change is of the same queries before and after"]
-    notes += [_drift(results, side) for side in ("image", "text")]
-    return AnnotatedTable(("retention", "before", "after", "change", "guessing"), rows, notes)
+    compared = [LabelledResult(retention_label(each), each) for each in results if "change" in each.metrics]
+    rows, left_out = [], 0
+    for task in dict.fromkeys(row.result.task for row in compared):
+        summary = fold_languages([row for row in compared if row.result.task == task], "change")
+        rows += [_retention_cells(*row) for row in summary.rows]
+        left_out += summary.left_out
+    notes = [_RETENTION_NOTE, *more_note(left_out, more_in), *(_drift(results, side) for side in ("image", "text"))]
+    return AnnotatedTable(("retention", "change", INTERVAL_TITLE, "before", "after", CHANCE_TITLE), rows, notes)
 
 
-def _with_interval(result: EvaluationResult, state: str) -> str:
-    value, interval, sign = result.metrics[state], result.interval[state], "+" if state == "change" else ""
-    return f"{100 * value:{sign}.1f} ({100 * interval.low:{sign}.1f} to {100 * interval.high:{sign}.1f})"
+def retention_label(result: EvaluationResult) -> str:
+    """The words for a row of retention, in a table or a figure: ``text R@1, never trained: zu``."""
+    task = result.task.partition("/")[2]
+    for written, shown in _RETENTION_LABELS.items():
+        task = task.replace(written, shown)
+    if macro_set(result.language) is not None:
+        return f"{task}: mean"
+    return f"{task}: {result.language}" if result.language else task
 
 
-def _chance(result: EvaluationResult) -> str:
-    return f"{100 * result.chance['before']:.1f}"
+def _retention_cells(label: str, result: EvaluationResult) -> list[str]:
+    low, high = result.interval["change"]
+    before, after = (format_metric(state, result.metrics[state]) for state in ("before", "after"))
+    change, between = f"{100 * result.metrics['change']:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return [label, change, between, before, after, format_metric("before", result.chance["before"])]
 
 
 def _drift(results: Sequence[EvaluationResult], side: str) -> str:
@@ -62,12 +214,12 @@ def _drift(results: Sequence[EvaluationResult], side: str) -> str:
         most = max(moved, key=lambda title: moved[title])
         line += f"weights moved by {_percent(whole['weights'])} of their norm, most in {most} ({_percent(moved[most])})"
     else:
-        line += _UNCHANGED
+        line += "the base's weights, unchanged"
     if whole["new"]:
         line += f"; {_percent(whole['new'])} of its parameters are new"
-    return line + (f"; CKA of what it says {whole['cka']:.3f}" if "cka" in whole else "")
+    return line + (f"; CKA with the base {whole['cka']:.3f}" if "cka" in whole else "")
 
 
 def _percent(fraction: float) -> str:
-    """Two digits that matter: drift may be a millionth."""
+    """Two significant digits: drift may be a millionth."""
     return f"{100 * fraction:.2g} %"

@@ -1,26 +1,36 @@
-"""What a person sees in the terminal: bars while something is read, tables at the end. Reads plain values, prints text.
+"""Everything a person sees in the terminal: progress bars, remarks, tables, errors. Reads plain values, prints text.
 
-Progress and remarks go to standard error; tables, the answer to what was asked, go to standard output.
+Progress and remarks go to standard error; tables and findings, the answer to what was asked, go to standard output.
+Note: every text passes through ``printable``, and reaches rich as ``Text``, so that captions, file names and paths are
+shown as they were typed: no markup, no emoji codes, no control characters. Tables fit 100 columns, a row on one line.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
-from clasp.evaluation.tasks import EvaluationResult
+from clasp.evaluation.results import EvaluationResult
 from clasp.models.dual_encoder import ParameterCount
 from clasp.models.sharing.policy import SharingPlan
-from clasp.report.model_card import result_tables
-from clasp.report.tables import retention_table
+from clasp.report.tables import retention_table, summary_tables
+from clasp.training.trackers.console import Reporter, TrainProgress, stderr_reporter
 from clasp.types import ProgressCallback
+
+TABLE_WIDTH = 100  # columns, where standard output is no terminal
 
 _PART_TITLES = {
     "model": "whole model",
@@ -30,11 +40,61 @@ _PART_TITLES = {
     "heads": "heads",
     "scale": "scale",
 }
+# control characters, line and paragraph separators, marks that turn the direction of writing, lone surrogates
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    r"""The text on one line, with what a terminal would act on written as an escape: ``\x1b``, ``\n``, ``\t``."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def relative_path(path: str | Path) -> str:
+    """A path as seen from the current folder; one outside of it as it is."""
+    try:
+        return str(Path(path).absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def format_megabytes(count: int) -> str:
+    """Bytes as megabytes (10^6)."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
 
 
 def print_status(line: str) -> None:
     """A remark on standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
+    _print_line(Console(stderr=True), line)
+
+
+def print_error(line: str) -> None:
+    """A mistake of the user's, in one line on standard error."""
+    _print_line(Console(stderr=True), f"clasp: {line}")
+
+
+def print_lines(lines: Iterable[object]) -> None:
+    """Lines of an answer, on standard output."""
+    for line in lines:
+        _print_line(Console(), str(line))
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    print(_UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def _print_line(console: Console, line: str) -> None:
+    console.print(Text(printable(line)), soft_wrap=True)
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -42,13 +102,13 @@ def progress_bar(title: str) -> Iterator[ProgressCallback]:
     """A bar that appears with the first call of the progress function it gives; plain lines where nobody watches."""
     if sys.stderr.isatty():
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
         with RichProgress(*columns, console=Console(stderr=True), transient=False) as rich:
-            task = rich.add_task(title, visible=False)
+            task = rich.add_task(printable(title), visible=False)
             yield lambda done, total: rich.update(task, completed=done, total=total, visible=True)
         return
     started = last = time.monotonic()
@@ -63,19 +123,79 @@ def progress_bar(title: str) -> Iterator[ProgressCallback]:
     yield line
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
-    """A table on standard output: the first column to the left, numbers to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold", caption=note or None, caption_justify="left")
-    for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        made.add_row(*row)
-    width = None if sys.stdout.isatty() else 120
-    Console(width=width, highlight=False).print(made)
+class PrintableReporter:
+    """A ``Reporter`` whose notes pass through ``printable``: they name samples and files."""
+
+    def __init__(self, inner: Reporter):
+        self._inner = inner
+
+    def start(self, steps: int) -> None:
+        self._inner.start(steps)
+
+    def step(self, progress: TrainProgress) -> None:
+        self._inner.step(progress)
+
+    def note(self, line: str) -> None:
+        self._inner.note(printable(line))
+
+    def stop(self) -> None:
+        self._inner.stop()
+
+
+def terminal_reporter() -> Reporter:
+    """Shows training on standard error."""
+    return PrintableReporter(stderr_reporter())
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
+    """A table on standard output, the first column to the left, numbers to the right; below it the notes.
+
+    A row is one line: where the widest columns do not fit, the middle of their cells gives way to an ellipsis.
+    """
+    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+    grid = [[printable(cell) for cell in row] for row in (columns, *rows)]
+    widths = _fitted_widths(grid, console.width)
+    head, *body = [[Text(_cut_middle(*cell)) for cell in zip(row, widths, strict=True)] for row in grid]
+    table = Table()
+    for number, column in enumerate(head):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in body:
+        table.add_row(*row)
+    console.print(Text(printable(title), style="bold"))
+    console.print(table)
+    for note in notes:
+        console.print(Text(printable(note), style="dim"))
+
+
+def _fitted_widths(grid: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Cells a column, the widest cut until the table fits into ``room``: borders and padding take three a column."""
+    widths = [max(map(cell_len, column)) for column in zip(*grid, strict=True)]
+    while sum(widths) + 3 * len(widths) + 1 > room and max(widths) > 1:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def _cut_middle(text: str, width: int) -> str:
+    """At most ``width`` cells: the beginning and the end of a text that is longer."""
+    if cell_len(text) <= width:
+        return text
+    return f"{_start(text, width // 2)}…{_start(text[::-1], (width - 1) // 2)[::-1]}"
+
+
+def _start(text: str, width: int) -> str:
+    taken = ""
+    for character in text:
+        if cell_len(taken + character) > width:
+            break
+        taken += character
+    return taken
 
 
 def print_parameter_counts(counts: dict[str, ParameterCount], sharing: SharingPlan | None = None) -> None:
-    """Who trains; and what both towers hold in common, layer by layer."""
+    """The trainable parameters; and what both towers hold in common, layer by layer."""
     rows = [
         [
             _PART_TITLES[part],
@@ -88,22 +208,17 @@ def print_parameter_counts(counts: dict[str, ParameterCount], sharing: SharingPl
     ]
     print_table("parameters", ("part", "in all", "trained", "%", "delta"), rows)
     if sharing is not None:
-        print(f"\nwhat the two nets share\n{sharing}")
+        print_lines(["", "shared by both towers", *str(sharing).splitlines()])
 
 
-def print_results(title: str, results: Sequence[EvaluationResult]) -> None:
-    """Results with their intervals, and what guessing scores: a table for each task.
+def print_results(title: str, results: Sequence[EvaluationResult], more_in: str) -> None:
+    """A table for each task: its main metric, 95 % interval and chance first; many languages folded to a summary.
 
-    What towers still know is laid out by what it was before and is after.
+    ``more_in`` names the files in which all rows are.
     """
     if any(result.task.startswith("retention/") for result in results):
-        made = retention_table(results)
-        return print_table(title, made.columns, made.rows, "\n".join(made.notes))
-    for grid in result_tables(results):
-        note = "per cent, with 95 % intervals; guessing: the same metrics in the same order"
-        print_table(title, grid.columns, grid.rows, note)
-
-
-def format_megabytes(count: int) -> str:
-    """Bytes as megabytes (10^6)."""
-    return f"{count / 1e6:,.1f} MB"
+        tables = [retention_table(results, more_in)]
+    else:
+        tables = summary_tables(results, more_in)
+    for table in tables:
+        print_table(title, table.columns, table.rows, table.notes)

@@ -18,7 +18,7 @@ import pytest
 from clasp import cli
 from clasp.commands import evaluate
 from clasp.commands.evaluate import evaluate_run
-from clasp.evaluation.tasks import EvaluationResult
+from clasp.evaluation.results import EvaluationResult
 from clasp.report.figures import draw_retention
 from clasp.types import UserError
 from toydata import Toy, add_member, toys, write_classes, write_csv, write_images
@@ -89,7 +89,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     pairs = write_pairs(TOYS, folder / "pairs", **{"class": lambda toy: toy.shape, "colour": lambda toy: toy.colour})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLASP_CACHE", str(folder / "cache"))
-        patch.setattr(evaluate, "draw_retention", lambda *_, **__: None)  # takes a second; one test draws
+        patch.setitem(evaluate.TASK_FIGURES, "retention", lambda *_: None)  # takes a second; one test draws
         yield World(folder, save_towers(folder / "towers"), pairs, {}, {})
 
 
@@ -332,7 +332,7 @@ def test_unreadable_pictures_are_left_out(world: World, tmp_path: Path):
 
 
 def test_results_and_figure_stay_in_the_run(world: World, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(evaluate, "draw_retention", draw_retention)
+    monkeypatch.setitem(evaluate.TASK_FIGURES, "retention", draw_retention)
     at = world.run("tune.image=full", "tune.text=full")
     before = len(lines(at / "results.jsonl"))
     results = ask(at, f"data={world.pairs}").results
@@ -361,7 +361,7 @@ def test_the_command_prints_one_table_or_one_object(
         return tuple(capfd.readouterr())
 
     out, err = typed()
-    assert out.count("guessing") == 1 and "image: k-NN" in out and "text R@1, never trained: sw" in out
+    assert out.count("chance: by guessing") == 1 and "image: k-NN" in out and "text R@1, never trained: sw" in out
     assert "image tower: weights moved by" in out and "text tower: weights moved by" in out
     assert "retention.png" in err
     out, _ = typed("--json")

@@ -8,24 +8,26 @@ target and under distribution shift; ours has what the towers knew in place of t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from clasp.analysis.weight_interpolation import WeightInterpolation, interpolation_obstacles
 from clasp.data.device import to_device
+from clasp.evaluation.embedding_table import TextBatches
+from clasp.evaluation.from_pairs import language_queries
+from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language
 from clasp.evaluation.paired import bootstrap_mean
-from clasp.evaluation.queries import RetrievalQueries, ZeroShotQueries
+from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.retention.features import ModelFeatures, ProbeFeatureExtractor
 from clasp.evaluation.retention.plan import RetentionPlan
-from clasp.evaluation.tasks import EvaluationResult, MultilingualTask, ZeroShotTask
+from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
+from clasp.evaluation.zeroshot import ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
 from clasp.types import MessageCallback, PooledFeatures
 
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PROMPT_TEMPLATE = "a photo of a {}."
-_MACRO_ALL = "macro:all"
-
-_TextBatcher = Callable[[Sequence[str], Sequence[str]], list[tuple[Sequence[str], PooledFeatures]]]
+_MACRO_ALL = macro_language(ALL_LANGUAGES)
 
 
 class _AlignmentScore(NamedTuple):
@@ -101,43 +103,27 @@ def _alignment_score(plan: RetentionPlan, model: DualEncoder, features: ModelFea
     def images() -> list[tuple[Sequence[str], PooledFeatures]]:
         return [(features.image.ids, to_device(PooledFeatures(features.image.pooled), device))]
 
-    def read(ids: Sequence[str], texts: Sequence[str]) -> list[tuple[Sequence[str], PooledFeatures]]:
-        return [(ids, to_device(PooledFeatures(features.text.pooled[[row[text] for text in texts]]), device))]
+    def texts(by_id: Mapping[str, str]) -> TextBatches:
+        pooled = PooledFeatures(features.text.pooled[[row[text] for text in by_id.values()]])
+        return lambda: [(list(by_id), to_device(pooled, device))]
 
-    groups = {pair.id: pair.group for pair in plan.pairs}
     if plan.label:
         classes = ZeroShotQueries(
             labels={pair.id: str(pair.meta[plan.label]) for pair in plan.pairs},
             classes=plan.classes,
             templates=[PROMPT_TEMPLATE],
-            read=lambda prompts: read(prompts, prompts),
-            groups=groups,
+            read=lambda prompts: texts({prompt: prompt for prompt in prompts})(),
+            groups={pair.id: pair.group for pair in plan.pairs},
         )
         results = ZeroShotTask(data=plan.data, images=images, queries=classes).results(model)
         return _AlignmentScore("zeroshot_top1", "top1", results[0])
-    questions = {language: _retrieval_queries(plan, language, groups, read) for language in plan.languages or [""]}
+    queries = {language: language_queries(plan.pairs, language, texts) for language in plan.languages or [""]}
     task = MultilingualTask(
         data=plan.data,
         images=images,
-        queries=questions,
-        primary=f"{_MACRO_ALL}/mean_recall",
-        sets={"all": list(questions)},
+        queries=queries,
+        primary=f"{_MACRO_ALL}/{RetrievalTask.primary}",
+        sets={ALL_LANGUAGES: list(queries)},
     )
     both_ways = (each for each in task.results(model) if each.language == _MACRO_ALL and "/" not in each.task)
     return _AlignmentScore("retrieval_mean_recall", "mean_recall", next(both_ways))
-
-
-def _retrieval_queries(
-    plan: RetentionPlan, language: str, groups: Mapping[str, str], read: _TextBatcher
-) -> RetrievalQueries:
-    texts = {
-        f"{pair.group}|{caption.text}": (caption.text, pair.group)
-        for pair in plan.pairs
-        for caption in pair.captions
-        if caption.language == language
-    }
-    return RetrievalQueries(
-        image_groups=groups,
-        text_groups={key: group for key, (_, group) in texts.items()},
-        texts=lambda: read(list(texts), [text for text, _ in texts.values()]),
-    )

@@ -1,25 +1,28 @@
-"""What a run can be asked with some pairs: which probes they allow, in which languages, and on what to fit.
+"""The probes that some pairs allow for a run: of which kind, in which languages, and what they are fitted on.
 
-In go a recipe, pairs and options, out comes ``RetentionPlan``; no image is read and no tower run, so that every mistake
-is told at once, and what the pairs do not allow is said in a line. Unusual: which languages a run was trained on is
-what its recipe names, else what its training pairs name, else unknown; it is never guessed from the towers.
+In goes a ``TaskContext``, out comes ``RetentionPlan``; no image is read and no tower run, so that every mistake is told
+at once; one line names each probe that the pairs do not allow. Note: the languages a run was trained on are those its
+recipe names, else those its training pairs name, else unknown; they are never guessed from the towers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import Recipe
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages
+from clasp.evaluation.language_sets import requested_languages, require_languages
 from clasp.evaluation.retention.probes import ImageProbe, TextProbe, has_labels, make_image_probe, make_text_probes
-from clasp.types import MessageCallback, UserError
+from clasp.evaluation.task_context import TaskContext
+from clasp.types import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetentionPlan:
-    """What is asked of the towers of a run. ``label`` is the column of the classes, where there are any."""
+    """The probes of the towers of a run. ``label`` is the column of the classes, where there are any."""
 
     data: str
     pairs: Pairs
@@ -41,22 +44,18 @@ class RetentionPlan:
         return sorted({c.text for pair in self.pairs for c in pair.captions if c.language in wanted})
 
 
-def plan_probes(
-    run: str, recipe: Recipe, pairs: Pairs, options: Mapping[str, str], say: MessageCallback
-) -> RetentionPlan:
-    """The probes that the pairs allow; says which are left out. Raises ``UserError`` where there are none."""
-    pairs = _in_memory(pairs)
-    data, label, anchor = options["data"], options.get("label"), options.get("anchor", "en")
+def plan_probes(context: TaskContext) -> RetentionPlan:
+    """The probes that the pairs allow; those left out are reported. Raises ``UserError`` where there are none."""
+    pairs, recipe, options = _in_memory(context.pairs), context.recipe, context.options
+    data, label, anchor = context.data, options.get("label"), options.get("anchor", "en")
     labelled = has_labels(pairs, label, data)
     label = label or "class"
     if "fit" in options and not labelled:
         raise UserError(f"fit={options['fit']}: {data} has no column {label!r} with classes; name another with label=")
     fit = _open_fit_pairs(options["fit"], recipe, options) if "fit" in options else None
     there = caption_languages(pairs)
-    wanted = options["languages"].split(",") if "languages" in options else there
-    odd = [language for language in (*wanted, *([anchor] if "anchor" in options else [])) if language not in there]
-    if odd:
-        raise UserError(f"no caption of {data} is in {', '.join(odd)}; it has {', '.join(there) or 'none it names'}")
+    wanted = requested_languages(options.get("languages"), there, data)
+    require_languages([anchor] if "anchor" in options else [], there, data)
     trained = trained_languages(recipe) if there else None
     text = make_text_probes(pairs, sorted(set(wanted)), anchor, trained, data)
     if not labelled and not text:
@@ -65,10 +64,10 @@ def plan_probes(
             "and another language, and no two pairs with several captions in one"
         )
     image = make_image_probe(pairs, fit, label, data, options.get("fit", "")) if labelled else None
-    _report_skipped(image, text, trained, run, pairs, data, say)
-    asked = [language for language in there if language in wanted or language == anchor]
+    _report_skipped(context, pairs, image, text, trained)
+    languages = [language for language in there if language in wanted or language == anchor]
     return RetentionPlan(
-        data=data, pairs=pairs, fit=fit, label=label if labelled else None, image=image, text=text, languages=asked
+        data=data, pairs=pairs, fit=fit, label=label if labelled else None, image=image, text=text, languages=languages
     )
 
 
@@ -95,21 +94,20 @@ def _in_memory(pairs: Pairs) -> Pairs:
 
 
 def _report_skipped(
+    context: TaskContext,
+    pairs: Pairs,
     image: ImageProbe | None,
     text: Sequence[TextProbe],
-    trained: set[str] | None,
-    run: str,
-    pairs: Pairs,
-    data: str,
-    say: MessageCallback,
+    trained: AbstractSet[str] | None,
 ) -> None:
     """What is left out, and why."""
+    data, run, say = context.data, context.run.name, context.say
     if image is None:
         has = ", ".join(map(str, pairs[0].meta)) or "none"
         say(f"the image tower is not probed: {data} has no column 'class'; label= one of: {has}")
     elif image.skipped:
-        say(f"{image.skipped} images are not asked about: the half to fit on has none of their class; fit= helps")
+        say(f"{image.skipped} images are not queried: the half to fit on has none of their class; fit= helps")
     if not text:
         say(f"the text tower is not probed: {data} has no captions in two languages, nor several in one for an image")
     elif trained is None and text[0].language:
-        say(f"which languages {run} was trained on is unknown: neither its recipe nor its training pairs say")
+        say(f"which languages {run} was trained on is unknown: neither its recipe nor its training pairs name them")

@@ -21,6 +21,8 @@ from torch import Tensor
 from clasp.analysis.tower_features import TowerFeatures
 from clasp.data.pairs import Pairs, split_by_group
 from clasp.evaluation import metrics, probes
+from clasp.evaluation.language_sets import TrainingStatus, training_status
+from clasp.evaluation.name_checks import quote_first
 from clasp.types import Pair, UserError
 
 _FIT_FRACTION = 0.5  # of the groups, where the pairs to fit on are not given
@@ -99,13 +101,12 @@ def make_image_probe(pairs: Pairs, fit: Pairs | None, label: str, data: str, fit
     known = {str(pair.meta[label]) for pair in fit}
     if lacking := sorted(classes - known):
         raise UserError(
-            f"fit={fit_name} has no image of {len(lacking)} of the {len(classes)} classes: "
-            f"{_quote_first_names(lacking)}"
+            f"fit={fit_name} has no image of {len(lacking)} of the {len(classes)} classes: {quote_first(lacking)}"
         )
     seen = {(pair.image.name, pair.image.version) for pair in fit}
     if twice := [pair.id for pair in pairs if (pair.image.name, pair.image.version) in seen]:
         raise UserError(
-            f"{len(twice)} of {len(pairs)} images of {data} are in fit={fit_name} too: {_quote_first_names(twice)}"
+            f"{len(twice)} of {len(pairs)} images of {data} are in fit={fit_name} too: {quote_first(twice)}"
         )
     return ImageProbe(fit, pairs, label, tuple(sorted(known)), 0)
 
@@ -141,7 +142,7 @@ class TextProbe:
     """
 
     kind: Literal["text", "captions"]
-    language_set: Literal["trained", "never_trained", ""]
+    language_set: TrainingStatus
     language: str
     searches: tuple[CaptionSearch, ...]
 
@@ -176,10 +177,10 @@ def make_text_probes(
     probes = []
     for language in others if anchor in by_language else []:
         if turn := _cross_language_search(by_language[language], by_language[anchor]):
-            probes.append(TextProbe("text", _training_status(language, trained), language, (turn,)))
+            probes.append(TextProbe("text", training_status(language, trained), language, (turn,)))
     for language in languages or [""]:
         if turns := _within_language_searches(by_language.get(language, {})):
-            probes.append(TextProbe("captions", _training_status(language, trained), language, turns))
+            probes.append(TextProbe("captions", training_status(language, trained), language, turns))
     return sorted(probes, key=lambda probe: (probe.kind != "text", probe.language_set != "trained", probe.language))
 
 
@@ -221,12 +222,6 @@ def _within_language_searches(captions: Mapping[str, Sequence[str]]) -> tuple[Ca
     return tuple(turns)
 
 
-def _training_status(language: str, trained: AbstractSet[str] | None) -> Literal["trained", "never_trained", ""]:
-    if trained is None or not language:
-        return ""
-    return "trained" if language in trained else "never_trained"
-
-
 def _with_features(pairs: Sequence[Pair], features: TowerFeatures) -> list[Pair]:
     there = set(features.ids)
     return [pair for pair in pairs if pair.id in there]
@@ -236,8 +231,3 @@ def _group_labels(search: CaptionSearch) -> tuple[Int[Tensor, " q"], Int[Tensor,
     number = {group: place for place, group in enumerate(dict.fromkeys(group for _, group in search.gallery))}
     queries, gallery = ([number[group] for _, group in side] for side in (search.queries, search.gallery))
     return torch.tensor(queries), torch.tensor(gallery)
-
-
-def _quote_first_names(names: Sequence[str], most: int = 5) -> str:
-    listed = ", ".join(map(repr, names[:most]))
-    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"

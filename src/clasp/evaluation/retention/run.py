@@ -1,81 +1,68 @@
 """``clasp eval RUN retention``: how much of each tower's pre-trained features survives alignment.
 
-In go a run, its model and some pairs; out come rows of results and the figure ``RUN/retention.png``. Rows are of three
-kinds: probes (``before``, ``after``, ``change``), the drift of each part of a tower (``weights``, ``new``, ``cka``),
-and points on the way from the base to the tuned weights (``retention/interpolation``). Unusual: each tower is run over
-the probes once for each state it is put in, and everything else is read off what it said then; what cannot be asked is
-left out, and one line says so.
+In goes the ``TaskContext`` of a run and some pairs; out come rows of results. Rows are of three kinds: probes
+(``before``, ``after``, ``change``), the drift of each part of a tower (``weights``, ``new``, ``cka``), and points
+between the base and the tuned weights (``retention/interpolation``). Note: each tower is run over the probes once for
+each state it is put in, and everything else is computed from those features; a probe that the pairs do not allow is
+left out, and one line names it.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 
 from clasp.analysis.similarity import linear_cka
 from clasp.analysis.tower_features import TowerFeatures
 from clasp.analysis.weight_drift import ALL_PARTS, OUTPUT_PART, PartDrift, measure_drift, merge_drift
 from clasp.config.build import build_model
 from clasp.config.recipe import Recipe
-from clasp.data.pairs import Pairs
 from clasp.evaluation.paired import PairedScores, paired_results
+from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.retention.features import ModelFeatures, ProbeFeatureExtractor
 from clasp.evaluation.retention.interpolation import PROMPT_TEMPLATE, interpolation_results
 from clasp.evaluation.retention.plan import RetentionPlan, plan_probes
 from clasp.evaluation.retention.probes import IMAGE_PROBES, TEXT_RECALL_KS, ProbeScores
-from clasp.evaluation.tasks import EvaluationResult
+from clasp.evaluation.task_context import TaskContext
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import FeatureSource
 from clasp.models.tower import Tower
-from clasp.types import MessageCallback, ProgressFactory, UserError
-
-RETENTION_OPTIONS = ("data", "fit", "label", "anchor", "languages", "image", "caption", "image_root")
+from clasp.types import UserError
 
 
-def evaluate_retention(
-    run: Path,
-    recipe: Recipe,
-    model: DualEncoder,
-    pairs: Pairs,
-    inputs: FeatureSource,
-    options: Mapping[str, str],
-    *,
-    say: MessageCallback,
-    bar: ProgressFactory,
-) -> list[EvaluationResult]:
-    """All rows, and the figure in ``run``.
+def evaluate_retention(context: TaskContext) -> list[EvaluationResult]:
+    """All rows of the probes, of drift and of interpolation.
 
-    ``options``: ``data`` (as it was named), ``fit`` (pairs to fit the image probes on; half of ``data`` if left out),
-    ``label`` (column of the class), ``anchor`` (the language that captions are asked for in), ``languages`` (some of
-    them). Raises ``UserError`` before anything is computed.
+    Options: ``fit`` (pairs to fit the image probes on; half of ``data`` if left out), ``label`` (column of the class),
+    ``anchor`` (the language that captions are compared with), ``languages`` (some of them). Raises ``UserError`` before
+    anything is computed.
     """
+    run, model = context.run, context.model
     if (run / "imported.json").exists():
         raise UserError(
-            f"{run.name} was imported, and a checkpoint has its towers only as they became: there is no before that "
-            "kept could compare with; ask it of a run that clasp trained"
+            f"{run.name} was imported, and a checkpoint has its towers only as they became: there are no features "
+            "before alignment to compare with; evaluate retention of a run that clasp trained"
         )
-    asked = plan_probes(run.name, recipe, pairs, options, say)
-    base = _build_base_model(recipe, model)
-    hearing = ProbeFeatureExtractor(
+    plan = plan_probes(context)
+    base = _build_base_model(context.recipe, model)
+    extractor = ProbeFeatureExtractor(
         model=model,
         base=base,
-        inputs=inputs,
-        pairs=asked.pairs,
-        fit=asked.fit,
-        captions=asked.captions,
-        prompts=[PROMPT_TEMPLATE.replace("{}", name) for name in asked.classes],
-        bar=bar,
+        inputs=context.inputs,
+        pairs=plan.pairs,
+        fit=plan.fit,
+        captions=plan.captions,
+        prompts=[PROMPT_TEMPLATE.replace("{}", name) for name in plan.classes],
+        bar=context.bar,
     )
     start = time.perf_counter()
-    before = hearing.before()
-    after = hearing.after(before)
+    before = extractor.before()
+    after = extractor.after(before)
     seconds = time.perf_counter() - start
-    rows = [*_image_results(asked, before, after, seconds), *_text_results(asked, before, after, seconds)]
-    rows += _drift_results(asked.data, model.image, base.image, before.image, after.image, seconds)
-    rows += _drift_results(asked.data, model.text, base.text, before.text, after.text, seconds)
-    rows += interpolation_results(asked, hearing, before, after, say)
+    rows = [*_image_results(plan, before, after, seconds), *_text_results(plan, before, after, seconds)]
+    rows += _drift_results(plan.data, model.image, base.image, before.image, after.image, seconds)
+    rows += _drift_results(plan.data, model.text, base.text, before.text, after.text, seconds)
+    rows += interpolation_results(plan, extractor, before, after, context.say)
     return rows
 
 
@@ -98,7 +85,7 @@ def _image_results(
         start = time.perf_counter()
         then = plan.image.score(name, before.fit_features, before.image)
         now = then if after.image is before.image else plan.image.score(name, after.fit_features, after.image)
-        comparisons.append(_paired_scores(f"retention/{name}", "", then, now, seconds + time.perf_counter() - start))
+        comparisons.append(_paired_scores(f"retention/{name}", then, now, seconds + time.perf_counter() - start))
     return paired_results(plan.data, comparisons)
 
 
@@ -111,15 +98,16 @@ def _text_results(
             start = time.perf_counter()
             then = probe.score(before.text, k)
             now = then if after.text is before.text else probe.score(after.text, k)
-            task = f"retention/{probe.kind}_recall@{k}" + (f"/{probe.language_set}" if probe.language_set else "")
-            comparisons.append(_paired_scores(task, probe.language, then, now, seconds + time.perf_counter() - start))
+            scores = _paired_scores(
+                f"retention/{probe.kind}_recall@{k}", then, now, seconds + time.perf_counter() - start
+            )
+            comparisons.append(replace(scores, language=probe.language, language_set=probe.language_set))
     return paired_results(plan.data, comparisons) if comparisons else []
 
 
-def _paired_scores(task: str, language: str, before: ProbeScores, after: ProbeScores, seconds: float) -> PairedScores:
+def _paired_scores(probe: str, before: ProbeScores, after: ProbeScores, seconds: float) -> PairedScores:
     return PairedScores(
-        task=task,
-        language=language,
+        probe=probe,
         groups=before.groups,
         before=before.values,
         after=after.values,
@@ -167,5 +155,5 @@ def _cka(part: PartDrift, tower: Tower, before: TowerFeatures, after: TowerFeatu
     if part.block in after.block_means:
         there = part.block in before.block_means
         return linear_cka(before.block_means[part.block], after.block_means[part.block]) if there else math.nan
-    # not heard: it lies below the block at which both states of the tower went on from the same trunk
+    # no states: it lies below the block at which both states of the tower went on from the same trunk
     return 1.0 if part.block else math.nan

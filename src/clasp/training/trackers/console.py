@@ -127,7 +127,7 @@ class BarReporter:
 def stderr_reporter() -> Reporter:
     """A bar where standard error is a terminal, else lines."""
     if sys.stderr.isatty():
-        return BarReporter(Console(stderr=True))
+        return BarReporter(Console(stderr=True, emoji=False))
     return LineReporter(lambda line: print(line, file=sys.stderr, flush=True))
 
 

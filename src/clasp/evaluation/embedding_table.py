@@ -1,0 +1,54 @@
+"""A stream of images or texts through one side of an encoder: unit vectors with their ids.
+
+In: an encoder and a stream that can be read again (``ImageBatches``, ``TextBatches``: each call yields chunks of ids
+and inputs, in any order). Out: an ``EmbeddingTable``. Note: vectors are known by id, never by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clasp.evaluation.name_checks import refuse_repeats
+from clasp.types import ImageInput, TextInput, UserError
+
+ImageBatches = Callable[[], Iterable[tuple[Sequence[str], ImageInput]]]
+TextBatches = Callable[[], Iterable[tuple[Sequence[str], TextInput]]]
+# From texts to chunks for the text tower. The ids of a chunk are its texts themselves, so any order will do.
+TextBatcher = Callable[[Sequence[str]], Iterable[tuple[Sequence[str], TextInput]]]
+
+_InputT = TypeVar("_InputT")
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingTable:
+    """Unit vectors and whose they are; float32, on the CPU."""
+
+    ids: tuple[str, ...]
+    vectors: Float[Tensor, "n E"]
+
+
+def embed_batches(
+    chunks: Iterable[tuple[Sequence[str], _InputT]], encode: Callable[[_InputT], Float[Tensor, "B E"]], item_name: str
+) -> EmbeddingTable:
+    """Run a stream through one side of an encoder, without gradients. ``item_name`` names the items in errors.
+
+    Raises:
+        UserError: nothing in the stream, or one id twice.
+    """
+    ids: list[str] = []
+    vectors: list[Tensor] = []
+    with torch.inference_mode():
+        for names, inputs in chunks:
+            ids.extend(names)
+            vectors.append(encode(inputs).float().cpu())
+            assert len(vectors[-1]) == len(names), f"{len(names)} ids for {len(vectors[-1])} embeddings"
+    if not ids:
+        raise UserError(f"there are no {item_name}s to evaluate on")
+    refuse_repeats(ids, f"{item_name} ids")
+    return EmbeddingTable(tuple(ids), torch.cat(vectors))

@@ -1,0 +1,225 @@
+"""The evaluation tasks by name, each with its options: what ``clasp eval RUN TASK key=value …`` can be given.
+
+In goes a name and the options as they were typed, out come the ``TaskEntry`` and its options parsed. A task is one
+function ``(TaskContext) -> list[EvaluationResult]`` and one line in ``EVALUATION_TASKS``; one that is not ours is named
+``package.module:Name``, where ``Name`` is a ``TaskEntry``. Note: nothing heavy is imported before a task runs, since
+the help of ``clasp eval`` is made of this table.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clasp.evaluation.results import EvaluationResult
+    from clasp.evaluation.task_context import TaskContext
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOption:
+    """One ``name=value``. ``default`` is the value of an option that is left out; ``None``: it has no value then."""
+
+    name: str
+    help: str
+    default: str | None = None
+    required: bool = False
+
+
+PAIR_OPTIONS = (
+    TaskOption("data", "a folder of class folders, or pairs (.csv .tsv .jsonl .parquet .tar)", required=True),
+    TaskOption("image", "column of the images"),
+    TaskOption("caption", "column of the captions"),
+    TaskOption("image_root", "folder that image paths start from"),
+)
+"""Those of every task: the pairs it runs on"""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEntry:
+    """A task: the function that runs it, one line about it, and the options it has beside ``PAIR_OPTIONS``."""
+
+    run: Callable[[TaskContext], list[EvaluationResult]]
+    help: str
+    options: tuple[TaskOption, ...] = ()
+
+    @property
+    def all_options(self) -> tuple[TaskOption, ...]:
+        """``data`` first, then the task's own, then those that say how ``data`` is read."""
+        data, *reading = PAIR_OPTIONS
+        return (data, *self.options, *reading)
+
+
+# --- the tasks -------------------------------------------------------------------------------------------------------
+
+
+def run_zeroshot(context: TaskContext) -> list[EvaluationResult]:
+    """Raises ``UserError`` for pairs without a class, a class list or a template that cannot be used."""
+    from clasp.evaluation.from_pairs import zeroshot_task
+    from clasp.evaluation.zeroshot import read_class_names, read_templates
+    from clasp.types import UserError
+
+    pairs, options = context.pairs, context.options
+    label = options["label"]
+    for pair in pairs:
+        if label not in pair.meta:
+            has = ", ".join(map(str, pair.meta)) or "none"
+            raise UserError(f"{pair.id} of {context.data} has no column {label!r} with its class; label= one of: {has}")
+    classes = (
+        read_class_names(options["classes"])
+        if "classes" in options
+        else sorted({str(pair.meta[label]) for pair in pairs})
+    )
+    templates = read_templates(options["templates"])
+    task = zeroshot_task(pairs, context.inputs, classes=classes, templates=templates, data=context.data, label=label)
+    return task.results(context.model)
+
+
+def run_retrieval(context: TaskContext) -> list[EvaluationResult]:
+    """All captions of the pairs, in both directions."""
+    from clasp.evaluation.from_pairs import retrieval_task
+
+    return retrieval_task(context.pairs, context.inputs, data=context.data).results(context.model)
+
+
+def run_multilingual(context: TaskContext) -> list[EvaluationResult]:
+    """Raises ``UserError`` where no caption names its language, or none is in a language that was asked for."""
+    from clasp.data.pairs import caption_languages
+    from clasp.evaluation.from_pairs import multilingual_task
+    from clasp.evaluation.language_sets import requested_languages
+    from clasp.types import UserError
+
+    languages = requested_languages(context.options.get("languages"), caption_languages(context.pairs), context.data)
+    if not languages:
+        raise UserError(f"no caption of {context.data} names its language; evaluate them with: retrieval")
+    task = multilingual_task(context.pairs, context.inputs, languages=languages, data=context.data)
+    return task.results(context.model)
+
+
+def run_retention(context: TaskContext) -> list[EvaluationResult]:
+    """See ``clasp.evaluation.retention.run``."""
+    from clasp.evaluation.retention.run import evaluate_retention
+
+    return evaluate_retention(context)
+
+
+_LABEL_HELP = "column of the class"
+_LANGUAGES_HELP = "some of the languages of the captions, separated by commas; all if left out"
+
+EVALUATION_TASKS: dict[str, TaskEntry] = {
+    "zeroshot": TaskEntry(
+        run_zeroshot,
+        "classify images by class names alone",
+        (
+            TaskOption("classes", "file with one class name a line; the classes of data if left out"),
+            TaskOption("templates", "prompt with {} for the class, or a file with one a line", "a photo of a {}."),
+            TaskOption("label", _LABEL_HELP, "class"),
+        ),
+    ),
+    "retrieval": TaskEntry(run_retrieval, "find captions by image and images by caption"),
+    "multilingual": TaskEntry(
+        run_multilingual, "retrieval in each language, and its mean", (TaskOption("languages", _LANGUAGES_HELP),)
+    ),
+    "retention": TaskEntry(
+        run_retention,
+        "pre-trained features of each tower before and after alignment; figure: RUN/retention.png",
+        (
+            TaskOption("fit", "pairs to fit the image probes on; half of data if left out"),
+            TaskOption("label", f"{_LABEL_HELP}; class if left out"),
+            TaskOption("anchor", "language that captions are compared with; en if left out"),
+            TaskOption("languages", _LANGUAGES_HELP),
+        ),
+    ),
+}
+
+
+# --- by name ---------------------------------------------------------------------------------------------------------
+
+
+def find_task(name: str) -> TaskEntry:
+    """The task of ours with this name, or somebody else's ``package.module:Name``.
+
+    A module may lie in the current folder. Raises ``UserError`` for an unknown name, module or object, and for an
+    object that is not a ``TaskEntry``; errors inside the module stay as they are.
+    """
+    from clasp.types import UserError
+
+    if name in EVALUATION_TASKS:
+        return EVALUATION_TASKS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        near = get_close_matches(name, EVALUATION_TASKS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        known = ", ".join((*EVALUATION_TASKS, "package.module:Name"))
+        raise UserError(f"unknown task {name!r}; {hint}tasks: {known}")
+    names = vars(_import_module(name, module))
+    if isinstance(entry := names.get(attribute), TaskEntry):
+        return entry
+    entries = [key for key, value in names.items() if isinstance(value, TaskEntry)]
+    what = "no such name" if attribute not in names else f"a {type(names[attribute]).__name__}"
+    raise UserError(
+        f"task {name!r}: {attribute!r} is {what} in {module}; it must be a clasp.evaluation.registry.TaskEntry; "
+        f"there: {', '.join(entries) or 'none'}"
+    )
+
+
+def _import_module(name: str, module: str) -> object:
+    from clasp.types import UserError
+
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # after everything that is installed, which it may not hide
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and lacks another
+        raise UserError(f"task {name!r}: {error}; it is looked for in the current folder and on PYTHONPATH") from None
+    except (ValueError, TypeError):
+        raise UserError(f"task {name!r} is not package.module:Name") from None
+
+
+def parse_task_options(name: str, entry: TaskEntry, typed: Sequence[str]) -> dict[str, str]:
+    """Option to value, of what was typed and of defaults. Raises ``UserError``: unknown, twice, or a required one left
+    out."""
+    from clasp.types import UserError
+
+    known = {option.name: option for option in entry.all_options}
+    given: dict[str, str] = {}
+    for text in typed:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}=…? " if near else ""
+            raise UserError(f"{name}: {text!r} is not an option; {hint}it takes {', '.join(known)}")
+        if key in given:
+            raise UserError(f"{name}: {key}= is given twice, {given[key]!r} and {value!r}")
+        given[key] = value
+    for option in known.values():
+        if option.required and not given.get(option.name):
+            raise UserError(f"{name} needs {option.name}=, {option.help}; options: {', '.join(known)}")
+    defaults = {key: option.default for key, option in known.items() if option.default is not None}
+    return defaults | given
+
+
+def task_names() -> str:
+    """All names, for help."""
+    return " | ".join((*EVALUATION_TASKS, "package.module:Name"))
+
+
+def describe_tasks() -> list[str]:
+    """Every task and its options, a line each, for help."""
+    lines = []
+    for name, entry in EVALUATION_TASKS.items():
+        lines.append(f"{name}: {entry.help}")
+        lines += [_describe_option(option) for option in entry.options]
+    return [*lines, "every task:", *map(_describe_option, PAIR_OPTIONS)]
+
+
+def _describe_option(option: TaskOption) -> str:
+    default = "" if option.default is None else f" (default: {option.default})"
+    return f"  {option.name}=  {option.help}{default}{' (required)' if option.required else ''}"

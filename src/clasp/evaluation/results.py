@@ -1,0 +1,86 @@
+"""A result: one line of ``results.jsonl``, and the same in the making, with its bootstrap replicates.
+
+In: metrics and their replicates. Out: ``EvaluationResult`` with 95 % intervals. Note: replicates are kept until the
+end, so that a mean over results (both directions, a set of languages) has an interval of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clasp.evaluation.bootstrap import ConfidenceInterval, percentile_intervals
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """One line of ``results.jsonl``.
+
+    ``task`` is the task's name and, for a direction of retrieval, that direction (``retrieval/image_to_text``);
+    without one, a retrieval row is the mean of both. ``language`` is empty where there is none, ``macro:SET`` for the
+    mean over a set of languages. ``metrics`` and ``chance`` (the score of guessing) are fractions, ranks count from 1.
+    ``n``: number of queries. ``interval``: 95 %, for all but medians. ``seconds``: wall time of embedding the images
+    and of this row; what rows have in common counts in each. ``dataclasses.asdict`` of it is JSON.
+    """
+
+    task: str
+    data: str
+    language: str
+    metrics: dict[str, float]
+    chance: dict[str, float]
+    n: int
+    interval: dict[str, ConfidenceInterval]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PartialResult:
+    """A result in the making: with its bootstrap replicates. ``direction`` is empty where a task has none."""
+
+    language: str
+    direction: str
+    metrics: dict[str, float]
+    chance: dict[str, float]
+    n: int
+    replicates: dict[str, Float[Tensor, " resamples"]]
+    shared_seconds: float
+    own_seconds: float
+
+    def finish(self, task: str, data: str) -> EvaluationResult:
+        """The row that is kept, with intervals in place of replicates."""
+        columns = list(self.replicates.values())
+        intervals = percentile_intervals(torch.stack(columns, dim=1)) if columns else []
+        return EvaluationResult(
+            task=f"{task}/{self.direction}" if self.direction else task,
+            data=data,
+            language=self.language,
+            metrics=self.metrics,
+            chance=self.chance,
+            n=self.n,
+            interval=dict(zip(self.replicates, intervals, strict=True)),
+            seconds=self.shared_seconds + self.own_seconds,
+        )
+
+
+def mean_result(
+    results: Sequence[PartialResult], *, language: str, direction: str, own_seconds: float
+) -> PartialResult:
+    """The plain mean of results that have the same metrics, replicate by replicate."""
+    first, count = results[0], len(results)
+    return PartialResult(
+        language=language,
+        direction=direction,
+        metrics={name: sum(result.metrics[name] for result in results) / count for name in first.metrics},
+        chance={name: sum(result.chance[name] for result in results) / count for name in first.chance},
+        n=sum(result.n for result in results),
+        replicates={
+            name: torch.stack([result.replicates[name] for result in results]).nanmean(dim=0)
+            for name in first.replicates
+        },
+        shared_seconds=first.shared_seconds,
+        own_seconds=own_seconds,
+    )

@@ -1,0 +1,141 @@
+"""Zero-shot classification: the class whose prompts are nearest to an image.
+
+In: an encoder, embedded images, class names with prompt templates. Out: one ``QueryScores`` with a value for every
+image. Note: the class of an image is looked up by the image's id; what can be checked without reading a stream is
+checked when the queries are made. The one file read here is a class list.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from clasp.evaluation import metrics
+from clasp.evaluation.embedding_table import EmbeddingTable, TextBatcher, embed_batches
+from clasp.evaluation.name_checks import refuse_repeats, require_known
+from clasp.evaluation.query_scores import MeanMetric, QueryScores
+from clasp.types import Encoder, UserError
+
+_PLACEHOLDER = re.compile(r"\{c?\}")  # {} as in CLIP's templates, {c} as in CLIP_benchmark's
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotQueries:
+    """Zero-shot classification (CLIP, section 3.1): the class whose text is nearest to the image.
+
+    A class's vector is the mean of the unit vectors of its prompts, made unit length again (prompt ensembling).
+
+    Attributes:
+        labels: image id to class name; None for an image that is not asked about (its class has no name here).
+        classes: the class names, as they are put into the prompts.
+        templates: texts with the placeholder ``{}`` or ``{c}``.
+        read: makes text-tower inputs of prompts.
+        groups: image id to cluster, for intervals; without it every image is its own.
+
+    Raises:
+        UserError: a class named twice, an empty name, fewer than two classes, no template, a template without
+            placeholder, a label that is not a class. When asked: an image without label.
+    """
+
+    labels: Mapping[str, str | None]
+    classes: Sequence[str]
+    templates: Sequence[str]
+    read: TextBatcher
+    groups: Mapping[str, str] | None = None
+    directions: tuple[str, ...] = field(default=("",), init=False)
+    metric_names: tuple[str, ...] = field(default=("top1", "top5", "mean_per_class"), init=False)
+
+    def __post_init__(self) -> None:
+        _check_class_names(self.classes, "the classes")
+        if len(self.classes) < 2:
+            raise UserError(f"classification needs at least two classes; there is only {list(self.classes)}")
+        if not self.templates:
+            raise UserError("classification needs at least one prompt template, such as 'a photo of a {}.'")
+        for template in self.templates:
+            if not _PLACEHOLDER.search(template):
+                raise UserError(f"the template {template!r} has no place for the class name: write {{}} or {{c}} there")
+        known = set(self.classes)
+        for image, label in self.labels.items():
+            if label is not None and label not in known:
+                nearest = get_close_matches(label, self.classes, n=3, cutoff=0.0)
+                raise UserError(
+                    f"image {image!r} is labelled {label!r}, which is none of the {len(known)} classes; "
+                    f"nearest: {', '.join(map(repr, nearest))}"
+                )
+
+    def score(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
+        """Top-1 and top-5 accuracy over images, and the mean over classes of top-1 accuracy."""
+        require_known(images.ids, self.labels, "image", "label")
+        number = {name: index for index, name in enumerate(self.classes)}
+        asked = [(row, id, label) for row, id in enumerate(images.ids) if (label := self.labels[id]) is not None]
+        if not asked:
+            raise UserError("no image is labelled with one of the classes")
+        rows, ids, labels = zip(*asked, strict=True)
+        if self.groups is not None:
+            require_known(ids, self.groups, "image", "group")
+        numbers = torch.tensor([number[label] for label in labels])
+        candidates = torch.arange(len(self.classes))
+
+        def measure(standings: metrics.RankCounts) -> dict[str, MeanMetric]:
+            first = metrics.hit_at_k(standings, 1)
+            found = MeanMetric(first), MeanMetric(metrics.hit_at_k(standings, 5)), MeanMetric(first, cells=numbers)
+            return dict(zip(self.metric_names, found, strict=True))
+
+        vectors = self.class_embeddings(encoder)
+        means = measure(metrics.rank_counts(images.vectors[list(rows)], vectors, numbers, candidates))
+        chance = measure(metrics.chance_rank_counts(numbers, candidates))
+        groups = ids if self.groups is None else tuple(self.groups[id] for id in ids)
+        return [QueryScores("", groups, means, {}, {name: mean.value() for name, mean in chance.items()})]
+
+    def class_embeddings(self, encoder: Encoder) -> Float[Tensor, "C E"]:
+        """The ensembled unit vector of every class, in the order of ``classes``."""
+        prompts = [[_fill_template(template, name) for template in self.templates] for name in self.classes]
+        distinct = list(dict.fromkeys(prompt for of_class in prompts for prompt in of_class))
+        texts = embed_batches(self.read(distinct), encoder.embed_text, "prompt")
+        row = {text: index for index, text in enumerate(texts.ids)}
+        rows = torch.tensor([[row[prompt] for prompt in of_class] for of_class in prompts])
+        return F.normalize(F.embedding_bag(rows, texts.vectors, mode="mean"), dim=1)
+
+
+def _fill_template(template: str, name: str) -> str:
+    return _PLACEHOLDER.sub(lambda _: name, template)  # a function, since a name may hold a backslash
+
+
+def read_templates(given: str) -> list[str]:
+    """The templates of a UTF-8 text file, one a line, or the one that was given in place of a file's name."""
+    if os.path.isfile(given):
+        return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [given]
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """The class names of a UTF-8 text file, one a line; empty lines are passed over.
+
+    Raises:
+        UserError: no such file, not text, no names in it, or a name twice.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the class list {str(path)!r}: {error}") from None
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise UserError(f"the class list {str(path)!r} is empty: it must hold one class name a line")
+    _check_class_names(names, f"the class list {str(path)!r}")
+    return names
+
+
+def _check_class_names(names: Sequence[str], where: str) -> None:
+    stripped = [name.strip() for name in names]
+    if "" in stripped:
+        raise UserError(f"{where} hold an empty name, at position {stripped.index('')} of {len(names)}, counted from 0")
+    refuse_repeats(stripped, where)

@@ -1,0 +1,145 @@
+"""Tables of results: the main metric first, languages folded in the terminal and whole in the card, 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+
+from clasp.commands.demo import _LANGUAGE_SETS, print_demo_results
+from clasp.report.leaderboard import SweepResult, SweepRow
+from clasp.report.tables import result_tables, retention_label, retention_table, summary_tables
+from clasp.report.terminal import print_results, print_table
+from toyresults import LANGUAGES, multilingual, result, retention
+
+LONG = "/data/a-very-long-folder/with-another-inside/" * 3 + "pairs.jsonl"
+WIDE = "写真と説明文の組" * 12
+
+
+def rows_of(title: str) -> list[str]:
+    """The first cell of every row of the only table with such a title."""
+    (table,) = [table for table in summary_tables(multilingual(), "results.jsonl") if table.columns[0] == title]
+    return [row[0] for row in table.rows]
+
+
+def test_the_main_metric_comes_first_with_its_interval_and_chance():
+    (table,) = result_tables(
+        [result("retrieval/image_to_text"), result("retrieval/text_to_image"), result("retrieval")]
+    )
+    assert table.columns == ("retrieval", "mean recall", "95 %", "chance", "R@1", "R@5", "R@10", "median rank")
+    assert table.rows[2] == ["both directions", "50.0", "40.0–100.0", "10.0", "50.0", "50.0", "50.0", "12,345.5"]
+    (zeroshot,) = result_tables([result("zeroshot", metrics=("top1", "top5", "mean_per_class"))])
+    assert zeroshot.columns[:5] == ("zeroshot", "top1", "95 %", "chance", "top5")
+    (outside,) = result_tables([result("positive", metrics=("own_share",))])
+    assert outside.columns == ("positive", "own share", "95 %", "chance")
+
+
+def test_many_languages_are_folded_to_means_worst_and_best():
+    assert rows_of("multilingual") == [
+        "all",
+        "low-resource, never trained on before",
+        f"{LANGUAGES[0]} (worst)",
+        f"{LANGUAGES[-1]} (best)",
+    ]
+    (table,) = summary_tables(multilingual(), "results.jsonl")
+    assert table.notes[-1] == "76 more languages are in results.jsonl"
+
+
+def test_few_languages_are_all_shown():
+    few = [row for row in multilingual() if row.language in (*LANGUAGES[:3], "macro:all")]
+    (table,) = summary_tables(few, "results.jsonl")
+    assert [row[0] for row in table.rows] == ["all", *LANGUAGES[:3]] and len(table.notes) == 1
+
+
+def test_the_card_keeps_all_rows():
+    (table,) = result_tables(multilingual())
+    assert [row[0] for row in table.rows[:78]] == LANGUAGES and len(table.rows) == 80
+
+
+def test_retention_is_folded_task_by_task():
+    table = retention_table(retention(), "results.jsonl")
+    assert table.columns == ("retention", "change", "95 %", "before", "after", "chance")
+    assert [row[0] for row in table.rows] == [
+        "image: k-NN",
+        "image: linear probe",
+        "captions R@1, trained: mean",
+        f"captions R@1, trained: {LANGUAGES[29]} (worst)",
+        f"captions R@1, trained: {LANGUAGES[0]} (best)",
+        "captions R@1, never trained: mean",
+        f"captions R@1, never trained: {LANGUAGES[29]} (worst)",
+        f"captions R@1, never trained: {LANGUAGES[0]} (best)",
+    ]
+    assert table.rows[2][1:] == ["-15.0", "-25.0 to -5.0", "60.0", "45.0", "10.0"]
+    assert "56 more languages are in results.jsonl" in table.notes
+    assert "image tower: weights moved by 5 % of their norm, most in block 1 (10 %)" in table.notes[2]
+
+
+def test_rows_of_retention_in_words():
+    labels = {
+        ("image_knn", ""): "image: k-NN",
+        ("text_recall@5/never_trained", "zu"): "text R@5, never trained: zu",
+        ("text_recall@5/never_trained", "macro:never_trained"): "text R@5, never trained: mean",
+        ("captions_recall@1", ""): "captions R@1",
+    }
+    for (probe, language), label in labels.items():
+        assert retention_label(result(f"retention/{probe}", language)) == label
+
+
+# --- on a hundred columns --------------------------------------------------------------------------------------------
+
+
+def _demo() -> None:
+    sets = {f"macro:{title}" for title in _LANGUAGE_SETS}
+    languages = sorted({language for members in _LANGUAGE_SETS.values() for language in members})
+    rows = [result("multilingual/image_to_text", language) for language in (*languages, *sorted(sets))]
+    untrained = {f"{row.language}/image_to_text/recall@5": 0.04 for row in rows}
+    print_demo_results(rows, untrained, quick=False)
+
+
+def _sweep() -> None:
+    settings = tuple(f"train.setting_{number}={number}e-3" for number in range(6))
+    finished = SweepRow(
+        "a", settings, settings, "finished", "retrieval/mean_recall", 0.5, (0.4, 1.0), 0.1, 123456, 1234.5
+    )
+    failed = SweepRow("b", settings, settings, "failed", error=f"the loss is nan at step 3 of {LONG}")
+    done = SweepResult(Path("runs"), [finished, failed, failed, failed, failed], False, 5)
+    print_table(f"{LONG}: 2 runs", done.columns, done.cells, done.notes)
+
+
+def _search() -> None:
+    rows = [[f"{place}/{name}", "0.123", name] for place, name in enumerate((LONG, WIDE, "short.png"))]
+    print_table("words " * 40, ("id", "cosine", "image"), rows)
+
+
+PRINTED: dict[str, tuple[Callable[[], None], int]] = {
+    "retrieval": (lambda: print_results(LONG, [result("retrieval", data=LONG)], "results.jsonl"), 1),
+    "zeroshot": (lambda: print_results(WIDE, [result("zeroshot", metrics=("top1", "top5"), data=WIDE)], "here"), 1),
+    "multilingual": (lambda: print_results("run", multilingual(), "results.jsonl"), 4),
+    "retention": (lambda: print_results("run", retention(), "results.jsonl"), 8),
+    "outside": (
+        lambda: print_results("run", [result("t" * 60, metrics=[f"metric {n} of a long name" for n in range(3)])], "x"),
+        1,
+    ),
+    "demo": (_demo, 8),
+    "sweep": (_sweep, 5),
+    "search": (_search, 3),
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_tables_fit_a_hundred_columns_and_a_row_is_one_line(name: str, capsys: pytest.CaptureFixture[str]):
+    show, rows = PRINTED[name]
+    show()
+    out = capsys.readouterr().out
+    assert max(cell_len(line) for line in out.splitlines()) <= 100, out
+    assert sum(line.startswith("│") for line in out.splitlines()) == rows, out
+    assert sum(line.startswith("┃") for line in out.splitlines()) == 1, "titles of columns are on one line"
+
+
+def test_numbers_are_whole_where_names_are_cut(capsys: pytest.CaptureFixture[str]):
+    PRINTED["retrieval"][0]()
+    out = capsys.readouterr().out
+    for number in ("40.0–100.0", "12,345.5", "mean recall", "median rank", "/data", "s.jsonl"):
+        assert number in out
