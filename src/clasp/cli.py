@@ -113,12 +113,18 @@ def train(
 
 
 @app.command()
-def resume(run: _RunArgument) -> None:
+def resume(
+    run: _RunArgument,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Nothing but train.trackers can change.")
+    ] = None,
+) -> None:
     """Go on with a run that was stopped, exactly where it was."""
     from clasp.config.recipe import recipe_from_dict
     from clasp.training.run_folder import RunFolder
 
-    _train(recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml")), run, resume=True)
+    made = recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml")).with_overrides(overrides or ())
+    _train(made, run, resume=True)
 
 
 @app.command(name="eval")
@@ -276,11 +282,13 @@ def _train(recipe: Any, run: Path, *, resume: bool) -> None:
 
 def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Path, name: str | None) -> None:
     from clasp.commands.sweep import sweep
+    from clasp.config.grid import GridSpec
     from clasp.report.terminal import print_status, print_table, progress_bar
     from clasp.training.trackers.console import stderr_reporter
     from clasp.types import UserError
 
-    done = sweep(source, overrides, grid, runs, name, say=print_status, bar=progress_bar, reporter=stderr_reporter)
+    made = GridSpec(source, overrides, grid)
+    done = sweep(made, runs, name, say=print_status, bar=progress_bar, reporter=stderr_reporter)
     note = "validation: per cent, with 95 % intervals; s: seconds of training"
     print_table(f"{done.folder}: {len(done.rows)} of {done.combinations} runs", done.columns, done.cells, note)
     if done.stopped:

@@ -20,6 +20,7 @@ from clasp.commands import train as main_job
 from clasp.config import build, datasets
 from clasp.config.build import build_model
 from clasp.config.recipe import Recipe
+from clasp.data.loader import PairLoader
 from clasp.models.tower import Tower
 from clasp.training.state import TrainState
 from clasp.training.trackers.console import SilentReporter, TrainProgress
@@ -404,7 +405,7 @@ def first_epoch(made: Recipe) -> list[tuple[str, ...]]:
     inputs = build.build_feature_source(main_job.build_model_and_preprocessing(made), made)
     listing = main_job.PairIndex(train)
     sides = inputs.image_reader(train, None), inputs.text_reader(listing)
-    batches = main_job.PairLoader(listing, *sides, batch_size=made.train.batch_size, seed=made.train.seed)
+    batches = PairLoader(listing, *sides, batch_size=made.train.batch_size, seed=made.train.seed)
     return [batch.ids for batch in batches.epoch(0)]
 
 

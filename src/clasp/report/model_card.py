@@ -64,39 +64,44 @@ def format_metric(name: str, value: float) -> str:
     return f"{value:,.1f}" if "rank" in name else f"{100 * value:.1f}"
 
 
-def render_model_card(
-    recipe: Recipe,
-    model: DualEncoder,
-    run: Path,
-    fitted: FitResult,
-    results: Sequence[EvaluationResult],
-    cost: RunCost,
-    train_pairs: int,
-    val_pairs: int,
-) -> str:
-    """The text of the run's ``README.md``."""
-    counts = model.parameter_counts()
-    state = "Stopped before its end; `clasp resume` goes on." if fitted.interrupted else "Trained to its end."
-    parts = [[name, f"{c.total:,}", f"{c.trained:,}", f"{c.percent:.2f}"] for name, c in counts.items()]
-    tables = "\n\n".join(_markdown_table(grid.columns, grid.rows) for grid in result_tables(results))
-    answers = f"\nIn per cent, with 95 % intervals:\n\n{tables}\n" if results else ""
-    sharing = "" if model.sharing is None else f"\nWhat the two nets share:\n\n```\n{model.sharing}\n```\n"
-    skipped = f"\n{len(fitted.skipped)} samples could not be read and were skipped; `log.jsonl` names them.\n"
-    return f"""# {run.name}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What the card of a run is made of; ``train_pairs`` and ``val_pairs`` count them."""
+
+    recipe: Recipe
+    model: DualEncoder
+    run: Path
+    fitted: FitResult
+    results: Sequence[EvaluationResult]
+    cost: RunCost
+    train_pairs: int
+    val_pairs: int
+
+    def render(self) -> str:
+        """The text of the run's ``README.md``."""
+        recipe, fitted, sharing = self.recipe, self.fitted, self.model.sharing
+        state = "Stopped before its end; `clasp resume` goes on." if fitted.interrupted else "Trained to its end."
+        counts = self.model.parameter_counts()
+        parts = [[name, f"{c.total:,}", f"{c.trained:,}", f"{c.percent:.2f}"] for name, c in counts.items()]
+        tables = "\n\n".join(_markdown_table(grid.columns, grid.rows) for grid in result_tables(self.results))
+        answers = f"\nIn per cent, with 95 % intervals:\n\n{tables}\n" if self.results else ""
+        shared = "" if sharing is None else f"\nWhat the two nets share:\n\n```\n{sharing}\n```\n"
+        skipped = f"\n{len(fitted.skipped)} samples could not be read and were skipped; `log.jsonl` names them.\n"
+        return f"""# {self.run.name}
 
 An image–text model aligned with clasp: `{recipe.image.tower}` and `{recipe.text.tower}` in one space of
 {recipe.head.width} dimensions. {state}
 
 {_markdown_table(["part", "parameters", "trained", "%"], parts)}
-{sharing}
-Trained on {train_pairs:,} pairs of `{recipe.data.train}`, validated on {val_pairs:,} others;
+{shared}
+Trained on {self.train_pairs:,} pairs of `{recipe.data.train}`, validated on {self.val_pairs:,} others;
 {fitted.pairs:,} pairs seen in {fitted.seconds:.0f} s, in {fitted.precision}, seed {recipe.train.seed}.
 {skipped if fitted.skipped else ""}{answers}
-{_markdown_table(["cost", ""], cost_rows(cost))}
+{_markdown_table(["cost", ""], cost_rows(self.cost))}
 
 ```python
 import clasp
-model = clasp.load("{run}")
+model = clasp.load("{self.run}")
 images = model.encode_image(["a.jpg"])
 texts = model.encode_text(["a caption"])
 model.similarity(images, texts)
