@@ -42,7 +42,7 @@ def find_trackers(names: Sequence[str]) -> dict[str, TrackerFactory]:
     """The class of each tracker. Raises ``UserError`` for one that is unknown or whose package is not installed."""
     check_tracker_names(names)
     for name in names:
-        if name in TRACKERS and find_spec(name) is None:
+        if name in TRACKERS and not _is_installed(name):
             raise UserError(f"train.trackers: {name} is not installed; type: pip install 'clasp-vl[{name}]'")
     return {name: _import_tracker(TRACKERS.get(name, name)) for name in names}
 
@@ -65,6 +65,11 @@ def open_trackers(
             )
         made[name] = tracker
     return TrackerGroup(JsonLinesTracker(append), made, say, run.step)
+
+
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None  # without: a folder of that name, such as wandb writes
 
 
 def _import_tracker(name: str) -> TrackerFactory:
