@@ -312,6 +312,15 @@ def test_what_auto_has_become_is_no_other_setting(toml: str, tmp_path: Path, mon
     assert swept(toml, tmp_path / "runs", "train.batch_size=auto", grid=GRID[:1]) == done
 
 
+def test_other_trackers_make_no_other_runs(toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = swept(toml, tmp_path / "runs", grid=GRID[:1], name="mine")
+    monkeypatch.setattr(sweeping, "train_recipe", None)
+    again = swept(toml, tmp_path / "runs", 'train.trackers=["toytrackers:Diary"]', grid=GRID[:1], name="mine")
+    assert again.folder == done.folder and [row.value for row in again.rows] == [row.value for row in done.rows]
+    with pytest.raises(UserError, match=r"with train.lr=1e-3: train.trackers: .*No module named 'nowhere'"):
+        swept(toml, tmp_path / "runs", 'train.trackers=["nowhere:Name"]', grid=GRID[:1], name="other")
+
+
 # --- runs that fail --------------------------------------------------------------------------------------------------
 
 

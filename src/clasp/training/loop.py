@@ -134,7 +134,7 @@ def fit(
 def _train_step(
     stepper: Stepper, logger: RunLogger, ledger: CostLedger | None, batch: Batch, at: TrainPosition
 ) -> None:
-    """One step, told to the journal and to the ledger."""
+    """Takes one step, logs it, and counts its FLOPs where there is a ledger."""
     if stepper.micro_batch is None:
         choice = stepper.choose_micro_batch(batch)
         logger.log_event("pieces", choice.reason, at.step, micro_batch=choice.micro_batch)
@@ -180,7 +180,7 @@ def _open_session(
 
 
 class _Session:
-    """One call of ``fit``: what takes steps, what records them, what judges them, and when the state was saved."""
+    """One call of ``fit``: its stepper, its logger, its best checkpoint, and when the state was last saved."""
 
     def __init__(
         self,
