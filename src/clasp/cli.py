@@ -123,12 +123,18 @@ def train(
 
 
 @app.command()
-def resume(run: _RunArgument) -> None:
+def resume(
+    run: _RunArgument,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Nothing but train.trackers can change.")
+    ] = None,
+) -> None:
     """Resume an interrupted run from its saved state: same batches, same weights as without the interruption."""
     from clasp.config.recipe import recipe_from_dict
     from clasp.training.run_folder import RunFolder
 
-    _train(recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml")), run, resume=True)
+    made = recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml")).with_overrides(overrides or ())
+    _train(made, run, resume=True)
 
 
 @app.command(name="eval", epilog=_TASKS_HELP)
@@ -294,10 +300,12 @@ def _train(recipe: Any, run: Path, *, resume: bool) -> None:
 
 def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Path, name: str | None) -> None:
     from clasp.commands.sweep import sweep
+    from clasp.config.grid import GridSpec
     from clasp.report.terminal import print_status, print_table, progress_bar, relative_path, terminal_reporter
     from clasp.types import UserError
 
-    done = sweep(source, overrides, grid, runs, name, say=print_status, bar=progress_bar, reporter=terminal_reporter)
+    made = GridSpec(source, overrides, grid)
+    done = sweep(made, runs, name, say=print_status, bar=progress_bar, reporter=terminal_reporter)
     title = f"{relative_path(done.folder)}: {len(done.rows)} of {done.combinations} runs"
     print_table(title, done.columns, done.cells, done.notes)
     if done.stopped:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -221,6 +222,36 @@ class Evaluator(Protocol):
     def primary(self) -> str: ...
 
     def __call__(self, encoder: Encoder) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedRun:
+    """The run that a tracker is made for: its folder, whose name is the run's, and the steps done when it goes on
+    (0 for a run that begins)."""
+
+    folder: Path
+    step: int = 0
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Records the numbers of a run; ``TrackedRun`` is all that a class of trackers is called with.
+
+    Names with a slash are metrics (``train/loss``, ``validation/recall@1``); those without describe the ``event`` that
+    they came with. ``config`` comes first and once, ``finish`` last.
+    """
+
+    def config(self, recipe: dict[str, Any]) -> None:
+        """Starts the record; an exception here ends the run before any compute."""
+        ...
+
+    def log(self, metrics: Mapping[str, float | str | int], step: int) -> None:
+        """Records metrics after ``step`` steps of training."""
+        ...
+
+    def finish(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Records the final results, as in ``results.jsonl``, and ends the record; none where the run was stopped."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from studies.lilt import costs
 from studies.lilt.initial_heads import Start
 from studies.records import Record, Results, as_recorded, machine
 
+from clasp.commands.run_context import Preloaded
 from clasp.commands.train import train_recipe
 from clasp.config.build import ModelAndPreprocessing, build_feature_source, build_model_and_preprocessing
 from clasp.config.recipe import Recipe
@@ -155,7 +156,7 @@ class Runner:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             began = time.perf_counter()
             pairs = self.world.pairs(cell.pairs, cell.seed)
-            done = train_recipe(recipe, Path(folder) / "run", say=_nobody, pairs=pairs, parts=parts)
+            done = train_recipe(recipe, Path(folder) / "run", say=_nobody, preloaded=Preloaded(pairs, parts))
             if done.fitted.interrupted:
                 raise KeyboardInterrupt  # clasp saves a run that is told to stop; a cell starts anew
             trained = time.perf_counter() - began

@@ -17,6 +17,7 @@ from studies.records import Record, Results, machine
 from studies.sharing.datasets import World
 from studies.sharing.grid import Cell
 
+from clasp.commands.run_context import Preloaded
 from clasp.commands.train import train_recipe
 from clasp.config.build import build_feature_source, build_model_and_preprocessing
 from clasp.data.readers import PairIndex
@@ -32,7 +33,7 @@ def run(cell: Cell, world: World, results: Results) -> Record:
     pairs = world.pairs(cell.steps * int(recipe.train.batch_size), cell.seed)
     parts = build_model_and_preprocessing(recipe, lambda: PairIndex(pairs[0]).texts)
     with tempfile.TemporaryDirectory() as folder:
-        done = train_recipe(recipe, Path(folder) / "run", say=lambda line: None, pairs=pairs, parts=parts)
+        done = train_recipe(recipe, Path(folder) / "run", say=lambda line: None, preloaded=Preloaded(pairs, parts))
         if done.fitted.interrupted:
             raise KeyboardInterrupt  # clasp saves a run that is told to stop; a cell starts anew
         log = [json.loads(line) for line in (done.run / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -20,7 +20,7 @@ import pytest
 import safetensors
 
 from clasp import cli
-from clasp.commands import train as main_job
+from clasp.commands import fit_run
 from clasp.config import datasets
 from clasp.training import run_folder
 from toydata import add_member, toys, write_classes, write_csv, write_folder, write_images
@@ -181,7 +181,7 @@ def test_stopped_before_training_keeps_what_was_computed(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_job, "initialize_heads", interrupted)
+    monkeypatch.setattr(fit_run, "initialize_heads", interrupted)
     said = clasp("train", world.toml, "--runs", tmp_path / "runs")
     assert said.code == 130 and "stopped before training" in said.err and "Traceback" not in said.err
 
@@ -452,7 +452,7 @@ def _full_tensors(*args: object, **options: object) -> None:
         (run_folder.os, "replace", _full),
         (run_folder.Tokenizer, "save", _full_in_disguise),
         (run_folder.safetensors.torch, "save_file", _full_tensors),
-        (main_job.RunFolder, "write", _full),
+        (run_folder.RunFolder, "write", _full),
     ],
     ids=["text", "tokenizer", "tensors", "anything else"],
 )

@@ -13,7 +13,7 @@ import pytest
 from clasp.commands import sweep as sweeping
 from clasp.commands.sweep import sweep
 from clasp.config import build as assembling
-from clasp.config.grid import expand_grid, parse_axis
+from clasp.config.grid import GridSpec, expand_grid, parse_axis
 from clasp.models import features as inputs_room
 from clasp.models.tower import Tower
 from clasp.report.leaderboard import SweepResult, SweepRow, ranking_key
@@ -65,7 +65,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def swept(toml: str, folder: Path, *overrides: str, grid: tuple[str, ...] = GRID, **more) -> SweepResult:
-    return sweep(toml, overrides, grid, folder, say=str, **more)
+    return sweep(GridSpec(toml, overrides, grid), folder, say=str, **more)
 
 
 # --- the grid --------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_a_stopped_sweep_goes_on_when_typed_again(toml: str, tmp_path: Path, ask
     written, seconds = first.stat().st_mtime_ns, stopped.rows[1].seconds
     asked.update(image=0, text=0)
     said: list[str] = []
-    done = sweep(toml, [], grid, tmp_path / "runs", say=said.append)
+    done = sweep(GridSpec(toml, [], grid), tmp_path / "runs", say=said.append)
     assert done.folder == stopped.folder and not done.stopped and len(done.finished) == 3
     assert asked["image"] == asked["text"] == 0 and first.stat().st_mtime_ns == written
     assert next(line for line in said if line.startswith("run ")) == "run 2 of 3: train.lr=3e-3"
@@ -310,6 +310,15 @@ def test_what_auto_has_become_is_no_other_setting(toml: str, tmp_path: Path, mon
     done = swept(toml, tmp_path / "runs", "train.batch_size=auto", grid=GRID[:1])
     monkeypatch.setattr(sweeping, "train_recipe", None)
     assert swept(toml, tmp_path / "runs", "train.batch_size=auto", grid=GRID[:1]) == done
+
+
+def test_other_trackers_make_no_other_runs(toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = swept(toml, tmp_path / "runs", grid=GRID[:1], name="mine")
+    monkeypatch.setattr(sweeping, "train_recipe", None)
+    again = swept(toml, tmp_path / "runs", 'train.trackers=["toytrackers:Diary"]', grid=GRID[:1], name="mine")
+    assert again.folder == done.folder and [row.value for row in again.rows] == [row.value for row in done.rows]
+    with pytest.raises(UserError, match=r"with train.lr=1e-3: train.trackers: .*No module named 'nowhere'"):
+        swept(toml, tmp_path / "runs", 'train.trackers=["nowhere:Name"]', grid=GRID[:1], name="other")
 
 
 # --- runs that fail --------------------------------------------------------------------------------------------------

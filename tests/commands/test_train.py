@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 import clasp
+from clasp import cli
 from clasp.commands import train as main_job
 from clasp.config import build, datasets
 from clasp.config.build import build_model
 from clasp.config.recipe import Recipe
+from clasp.data.loader import PairLoader
 from clasp.models.tower import Tower
 from clasp.training.state import TrainState
+from clasp.training.trackers import registry
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
 from toydata import draw, toys, write_classes, write_csv, write_folder, write_images, write_tar
@@ -318,6 +322,80 @@ def written(folder: Path) -> Recipe:
     return main_job.Recipe.model_validate(tomllib.loads((folder / "recipe.toml").read_text()))
 
 
+# --- trackers --------------------------------------------------------------------------------------------------------
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of ``clasp`` followed by some words."""
+    monkeypatch.setattr(sys, "argv", ["clasp", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def test_a_tracker_from_outside_gets_every_number(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(towers, pairs, "head.noise=0.5")
+    (tmp_path / "toy.toml").write_text(made.to_toml())
+    folder = tmp_path / "runs" / "one"
+    named = 'train.trackers=["toytrackers:Diary"]'
+    assert not typed(
+        monkeypatch, "train", str(tmp_path / "toy.toml"), named, "--runs", str(folder.parent), "--name", "one"
+    )
+    (first, config, step), *logged, (last, results, _) = lines(folder / "diary.jsonl")
+    assert (first, config, step) == ("config", tomllib.loads((folder / "recipe.toml").read_text()), 0)
+    assert (last, results) == ("finish", lines(folder / "results.jsonl"))
+    said = [(metrics, step) for _, metrics, step in logged]
+    assert [row["event"] for row in lines(folder / "log.jsonl")] == [
+        m["event"] for m, _ in said if m["event"] != "cost"
+    ]
+    losses = [row["loss"] for row in lines(folder / "log.jsonl") if row["event"] == "step"]
+    assert [metrics["train/loss"] for metrics, _ in said if "train/loss" in metrics] == losses
+    asked = [row["metrics"] for row in lines(folder / "log.jsonl") if row["event"] == "evaluation"]
+    assert [m["validation/recall@1"] for m, _ in said if "validation/recall@1" in m] == [m["recall@1"] for m in asked]
+    assert all(not isinstance(value, dict | list) for metrics, _ in said for value in metrics.values())
+    cost = json.loads((folder / "cost.json").read_text())["sum"]
+    assert said[-1][0]["cost/delta_bytes"] == cost["delta_bytes"] and said[-1][1] == cost["steps"]
+    run(made, tmp_path / "two")
+    assert same(delta(folder), delta(tmp_path / "two")), "whatever a tracker draws"
+
+
+def test_a_run_goes_on_with_other_trackers_and_nothing_else_changed(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made, folder = recipe(towers, pairs, 'train.trackers=["toytrackers:Unreachable"]'), tmp_path / "run"
+    whole = run(made, tmp_path / "whole")
+    assert whole.results, "a tracker that fails on the way ends nothing"
+    main_job.train_recipe(made, folder, say=str, reporter=StopAt(4))
+    assert lines(folder / "diary.jsonl")[-1][0] == "log" and (folder / "state").exists()
+    assert typed(monkeypatch, "resume", str(folder), "train.lr=0.5") == 2
+    assert "was started with another recipe" in capfd.readouterr().err
+    assert not typed(monkeypatch, "resume", str(folder), 'train.trackers=["toytrackers:Diary"]')
+    diary = lines(folder / "diary.jsonl")
+    assert [step for what, _, step in diary if what == "config"] == [0, 4] and diary[-1][0] == "finish"
+    assert same(delta(folder), delta(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("wandb", "pip install 'clasp-vl[wandb]'"),
+        ("toytrackers:None", "has no class 'None'"),
+        ("toytrackers:NeverThere", "cannot start"),
+    ],
+)
+def test_a_tracker_that_cannot_be_is_refused_before_any_compute(
+    name: str, words: str, towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "find_spec", lambda package: None)
+    asked = counted(monkeypatch)
+    with pytest.raises(UserError) as error:
+        run(recipe(towers, pairs, f'train.trackers=["{name}"]'), tmp_path / "run")
+    assert words in str(error.value) and "\n" not in str(error.value) and asked == {"image": 0, "text": 0}
+    run(recipe(towers, pairs, "train.epochs=1"), tmp_path / "run")  # its name is not blocked
+
+
 # --- names that are taken --------------------------------------------------------------------------------------------
 
 
@@ -404,7 +482,7 @@ def first_epoch(made: Recipe) -> list[tuple[str, ...]]:
     inputs = build.build_feature_source(main_job.build_model_and_preprocessing(made), made)
     listing = main_job.PairIndex(train)
     sides = inputs.image_reader(train, None), inputs.text_reader(listing)
-    batches = main_job.PairLoader(listing, *sides, batch_size=made.train.batch_size, seed=made.train.seed)
+    batches = PairLoader(listing, *sides, batch_size=made.train.batch_size, seed=made.train.seed)
     return [batch.ids for batch in batches.epoch(0)]
 
 

@@ -26,6 +26,7 @@ from clasp.training.memory import ActivationMemory
 from clasp.training.step import seed_generators, step_seed
 from clasp.types import Batch, Embeddings, HiddenStates, Loss, LossParts, Pixels, PooledFeatures, Tokens, UserError
 from toytowers import base
+from toytrackers import callbacks
 
 CPU = torch.device("cpu")
 HEAD = HeadSettings(kind="mlp", width=8, noise=0.1, dropout=0.1)
@@ -214,7 +215,7 @@ def run(**options: Any) -> tuple[dict[str, Tensor], list[TrainState], list[dict[
 
     start = options.pop("start", None)
     settings = TrainSettings(batch_size=11, epochs=1, precision="float32", save_every_minutes=1e-9, **options)
-    fit(model, Stream(), LOSSES["sigmoid"], settings, log=lines.append, save=save, resume_state=start)
+    fit(model, Stream(), LOSSES["sigmoid"], settings, callbacks(lines, save=save), resume_state=start)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, states, lines
 
 

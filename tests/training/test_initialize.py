@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clasp.commands import fit_run
 from clasp.commands import train as main_job
 from clasp.config.build import build_feature_source, build_model_and_preprocessing, load
 from clasp.config.datasets import open_training_pairs
@@ -240,7 +241,7 @@ def test_a_run_repeats_itself_stops_and_goes_on(
     assert (tmp_path / "two" / "delta.safetensors").read_bytes() == whole
     stopped = main_job.train_recipe(made, tmp_path / "stopped", say=str, reporter=StopAt(4))
     assert stopped.fitted.interrupted
-    monkeypatch.setattr(main_job, "initialize_low_rank", refuse_to_be_called)
+    monkeypatch.setattr(fit_run, "initialize_low_rank", refuse_to_be_called)
     run(stopped_recipe(tmp_path / "stopped"), tmp_path / "stopped", resume=True)
     assert (tmp_path / "stopped" / "delta.safetensors").read_bytes() == whole
     loaded = dict(load(tmp_path / "one").encoder.named_parameters())

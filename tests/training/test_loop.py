@@ -22,6 +22,7 @@ from clasp.training.interrupt import GracefulStop
 from clasp.training.loop import FitResult, TrainPosition, TrainSettings, TrainState, fit
 from clasp.training.settings import LrFactors
 from clasp.types import Batch, Embeddings, LossParts, PooledFeatures, SkippedSample, UserError
+from toytrackers import callbacks
 
 PAIRS, BATCH, STEPS_AN_EPOCH = 24, 8, 3
 SETTINGS = TrainSettings(batch_size=BATCH, epochs=4, lr=0.02, precision="float32", log_every=2, evaluate_every=1)
@@ -141,7 +142,8 @@ def run(
     settings: TrainSettings = SETTINGS, stream: Stream | None = None, **options: Any
 ) -> tuple[Toy, FitResult, Lines]:
     model, lines = Toy(), Lines()
-    fitted = fit(model, stream or Stream(), contrast, settings, log=lines.append, **options)
+    whole = {name: options.pop(name) for name in ("kinds", "resume_state") if name in options}
+    fitted = fit(model, stream or Stream(), contrast, settings, callbacks(lines, **options), **whole)
     return model, fitted, lines
 
 
@@ -332,7 +334,7 @@ def test_a_step_that_is_not_finite_is_not_taken(poison: str, message: str) -> No
     model, lines, saved = Toy(), Lines(), list[TrainState]()
     message = rf"{message} at step 5 of 12 \(lr 0.017\).*nothing was overwritten; try train.lr=0.007"
     with pytest.raises(UserError, match=message):
-        fit(model, Stream(), poisoned, SETTINGS, log=lines.append, save=saved.append)
+        fit(model, Stream(), poisoned, SETTINGS, callbacks(lines, save=saved.append))
     assert saved == [], "what was saved before stays as it was"
     assert lines[-1]["event"] == "step" and lines[-1]["step"] == 4, "the steps before it are logged"
     good, fitted, _ = run(stream=Stream(before=kill(signal.SIGINT, 3)))
@@ -355,7 +357,7 @@ def test_best_is_restored_last_is_left_and_nan_never_wins() -> None:
             return {"other": 1.0, "score": next(left)}
 
         settings = SETTINGS.model_copy(update={"select": keep})
-        fitted = fit(model, Stream(), contrast, settings, log=lines.append, evaluate=evaluate, primary="score")
+        fitted = fit(model, Stream(), contrast, settings, callbacks(lines, evaluate=evaluate, primary="score"))
         return model, fitted, lines
 
     model, fitted, lines = train("best", math.nan, math.nan, 0.5, 0.5, 0.1)
@@ -461,7 +463,7 @@ def test_advice_leaves_out_a_warm_up_that_is_not_to_be_set() -> None:
     for schedule, expected in (("cosine", True), ("lilt", False)):
         with pytest.raises(UserError) as told:
             settings = SETTINGS.model_copy(update={"schedule": schedule})
-            fit(Toy(), Stream(), broken, settings, log=lambda line: None)
+            fit(Toy(), Stream(), broken, settings, callbacks([]))
         assert ("train.warmup_fraction" in str(told.value)) is expected
 
 
@@ -477,7 +479,7 @@ def test_bfloat16_reaches_the_layers_and_not_the_weights_or_the_loss() -> None:
     model = Toy()
     model.image["head"].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     settings = SETTINGS.model_copy(update={"precision": "bfloat16", "epochs": 1})
-    fitted = fit(model, Stream(), contrast, settings, log=lambda line: None)
+    fitted = fit(model, Stream(), contrast, settings, callbacks([]))
     assert set(seen) == {torch.bfloat16} and fitted.precision == "bfloat16"
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert type(model).forward is Toy.forward and "forward" not in vars(model), "nothing is left wrapped"

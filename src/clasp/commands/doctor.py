@@ -27,11 +27,13 @@ from clasp.models.features import FeatureSource
 from clasp.models.frozen import FrozenPrefix, FrozenTower
 from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
+from clasp.training.trackers.registry import find_trackers
 from clasp.types import ProgressFactory, UserError, no_progress_bar
 
 
 def diagnose(recipe: Recipe, *, bar: ProgressFactory = no_progress_bar) -> Iterator[CheckReport]:
     """Look at everything, what is cheap first. Raises ``UserError`` where training would, in its words."""
+    find_trackers(recipe.train.trackers)
     train, val = open_training_pairs(recipe)
     yield check_pairs(train, val)
     yield check_parameters(recipe)

@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from clasp.commands.run_context import Preloaded
 from clasp.commands.train import train_recipe
 from clasp.config.build import ModelAndPreprocessing, build_model, build_model_and_preprocessing, rebuild_heads
 from clasp.config.datasets import TrainValPairs, count_samples_per_epoch, hash_pairs, open_training_pairs
-from clasp.config.grid import GridPoint, expand_grid
+from clasp.config.grid import GridPoint, GridSpec
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.readers import PairIndex
 from clasp.report.leaderboard import (
@@ -33,13 +34,12 @@ from clasp.report.leaderboard import (
 from clasp.training.loop import plan_training
 from clasp.training.run_folder import RunFolder
 from clasp.training.trackers.console import Reporter, SilentReporter
+from clasp.training.trackers.registry import find_trackers
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 
 def sweep(
-    source: str,
-    overrides: Sequence[str],
-    grid: Sequence[str],
+    grid: GridSpec,
     runs: Path,
     name: str | None = None,
     *,
@@ -51,12 +51,12 @@ def sweep(
 
     Raises ``UserError`` for a mistake in any of them, before anything is computed. One that fails later is a row.
     """
-    made = expand_grid(source, overrides, grid)
+    made = grid.expand()
     desk = _SharedObjects()
     desk.check(made)
-    new = [SweepRow(one.name, (*overrides, *one.settings), one.settings, "stopped") for one in made]
+    new = [SweepRow(one.name, (*grid.overrides, *one.settings), one.settings, "stopped") for one in made]
     folder = _choose_folder(
-        runs, name or f"{Path(source).stem}-sweep", made, new[0].sweep_key, desk, numbered=name is None
+        runs, name or f"{Path(grid.source).stem}-sweep", made, new[0].sweep_key, desk, numbered=name is None
     )
     known, rows = read_sweep_rows(folder), []
     for place, (one, row) in enumerate(zip(made, new, strict=True), 1):
@@ -88,10 +88,11 @@ class _SharedObjects:
         self._last: tuple[ModelAndPreprocessing, Recipe] | None = None
 
     def check(self, made: Sequence[GridPoint]) -> None:
-        """Find what a recipe alone cannot tell: towers, methods, pairs, batches. Loads no weights."""
+        """Find what a recipe alone cannot tell: trackers, towers, methods, pairs, batches. Loads no weights."""
         counted = set()
         for one in made:
             try:
+                find_trackers(one.recipe.train.trackers)
                 parts = one.recipe.model_dump_json(include={"image", "text", "share", "tune", "head", "loss"})
                 if parts not in counted:
                     build_model(one.recipe, meta=True)
@@ -157,8 +158,8 @@ def _train(
     try:
         if resume:
             recipe = recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml"))
-        shared = {"pairs": desk.pairs(recipe), "parts": desk.parts(recipe)}
-        done = train_recipe(recipe, run, say=say, bar=bar, reporter=reporter, resume=resume, **shared)
+        shared = Preloaded(desk.pairs(recipe), desk.parts(recipe))
+        done = train_recipe(recipe, run, say=say, bar=bar, reporter=reporter, resume=resume, preloaded=shared)
     except KeyboardInterrupt:
         return replace(row, seconds=read_training_seconds(run))
     except UserError as error:
@@ -220,11 +221,9 @@ def _conflict(folder: Path, made: Sequence[GridPoint], sweep: tuple[Any, ...], d
 def _matches_recipe(run: Path, recipe: Recipe) -> bool:
     """Whether a run was made of this recipe: as it was written, but for what "auto" has become."""
     try:
-        written = recipe_from_dict(RunFolder(run).recipe(), str(run)).to_dict()
+        written = recipe_from_dict(RunFolder(run).recipe(), str(run))
     except UserError:
         return False
-    wanted = recipe.to_dict()
-    wanted["train"] = {
-        key: written["train"].get(key) if value == "auto" else value for key, value in wanted["train"].items()
-    }
-    return wanted == written
+    settings = recipe.train.model_dump()
+    auto = {key: written.train.model_dump()[key] for key, value in settings.items() if value == "auto"}
+    return not recipe.model_copy(update={"train": recipe.train.model_copy(update=auto)}).differs_from(written.to_dict())

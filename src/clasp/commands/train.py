@@ -6,41 +6,27 @@ the run with its card. What a person should know on the way is handed to ``say``
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from accelerate import PartialState
 
+from clasp.commands.fit_run import fit_run, open_batches
+from clasp.commands.run_context import Preloaded, RunContext, open_ledger, resolve_recipe
 from clasp.config.build import ModelAndPreprocessing, build_feature_source, build_model_and_preprocessing
-from clasp.config.datasets import (
-    TrainValPairs,
-    hash_pairs,
-    open_training_pairs,
-    plan_run,
-)
+from clasp.config.datasets import open_training_pairs, plan_run
 from clasp.config.recipe import Recipe
-from clasp.data.loader import PairLoader
-from clasp.data.pairs import Pairs
-from clasp.data.readers import LiveImageReader, PairIndex
+from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.results import EvaluationResult
-from clasp.models.dual_encoder import DualEncoder
-from clasp.models.features import FeatureSource
-from clasp.report.model_card import render_model_card
-from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
-from clasp.training.cost.frozen import count_frozen_flops
-from clasp.training.cost.ledger import COST_FILE as COST
-from clasp.training.cost.ledger import CostLedger, RunCost, read_cost
-from clasp.training.initialize import initialize_heads, initialize_low_rank
-from clasp.training.loop import FitResult, fit
-from clasp.training.losses import build_loss
-from clasp.training.precision import resolve_precision
+from clasp.report.model_card import ModelCard
+from clasp.training.cost.ledger import COST_FILE, RunCost
 from clasp.training.run_folder import RunFolder
-from clasp.training.settings import TrainSettings
-from clasp.training.state import TrainState
+from clasp.training.state import FitResult, TrainState
 from clasp.training.trackers.console import Reporter, SilentReporter
-from clasp.types import MessageCallback, ProgressFactory, SkippedSample, UserError, no_progress_bar
+from clasp.training.trackers.registry import find_trackers, open_trackers
+from clasp.types import MessageCallback, ProgressFactory, TrackedRun, no_progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,142 +48,80 @@ def train_recipe(
     bar: ProgressFactory = no_progress_bar,
     reporter: Reporter | None = None,
     resume: bool = False,
-    pairs: TrainValPairs | None = None,
-    parts: ModelAndPreprocessing | None = None,
+    preloaded: Preloaded | None = None,
 ) -> TrainResult:
     """Train a recipe into the folder ``run``; with ``resume``, go on where it stopped.
 
-    ``pairs`` and ``parts`` are the recipe's own, from whoever has them in memory; the model is trained in place.
     Raises ``UserError`` for anything the user can mend, as early as it can be known.
     """
-    folder = RunFolder(run)
-    start = folder.read_state() if resume else folder.require_free()
-    train, val = pairs or open_training_pairs(recipe)
-    parts = parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
-    if start is not None:  # as it was then, whatever the libraries would make of its recipe today
-        parts = replace(parts, tokenizer=folder.read().tokenizer)
-    parts.model.to(PartialState().device).eval()
-    if recipe.train.activation_checkpointing == "blocks":
-        for tower in (parts.model.image, parts.model.text):
-            tower.enable_activation_checkpointing()
-    report = lambda skipped: folder.append("log.jsonl", map(_skipped_event, skipped))  # noqa: E731
-    ledger = _ledger(folder, parts.model, start)
-    inputs = build_feature_source(parts, recipe, bar=ledger.time_features(bar), say=say, report=report)
+    folder, tracker_classes = RunFolder(run), find_trackers(recipe.train.trackers)
+    state = folder.read_state() if resume else folder.require_free()
+    loaded = preloaded or Preloaded()
+    train, val = loaded.pairs or open_training_pairs(recipe)
+    parts = loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
+    parts = _prepare(parts, recipe, folder, state)
+    tracker = open_trackers(tracker_classes, TrackedRun(run, state.position.step if state else 0), folder.append, say)
+    ledger = open_ledger(folder, parts.model, state)
+    inputs = build_feature_source(parts, recipe, bar=ledger.time_features(bar), say=say, report=tracker.log_skipped)
     plan = plan_run(recipe, train, inputs)
     say(plan.reason)
-    settled = recipe.model_copy(update={"train": _resolve_attention_kernel(plan.resolved(recipe.train), parts.model)})
-    listing = PairIndex(train)
-    content = hash_pairs(listing, val)
-    if start is None:
-        folder.start(settled.to_toml(), parts.model, parts.transform, parts.tokenizer, pairs=content)
-    else:
-        _require_unchanged(folder, settled, parts.model, content)
-    assert settled.train.attention != "auto"
-    with ledger, use_attention_kernel(settled.train.attention):
-        done = _train(
-            settled, folder, parts.model, inputs, train, val, listing, reporter or SilentReporter(), start, ledger
-        )
-    if not done.fitted.interrupted:
+    context = RunContext(
+        folder=folder,
+        recipe=resolve_recipe(recipe, plan, parts.model),
+        parts=parts,
+        inputs=inputs,
+        train=train,
+        val=val,
+        listing=PairIndex(train),
+        state=state,
+        ledger=ledger,
+        tracker=tracker,
+        reporter=reporter or SilentReporter(),
+    )
+    context.start_or_resume()
+    with ledger, tracker, context.attention_kernel():
+        tracker.config(context.recipe.to_dict())
+        batches = open_batches(context)
+        task = validation_task(train, val, inputs)
+        fitted = fit_run(context, batches, task)
+        delta_bytes = folder.save(context.model)
+        results = [] if fitted.interrupted else ledger.timed_as("evaluation", task.results)(context.model)
+        cost = ledger.cost(delta_bytes)
+        _write(context, fitted, results, cost)
+    if not fitted.interrupted:
         folder.finish()
-    return done
-
-
-def _ledger(folder: RunFolder, model: DualEncoder, resume_state: TrainState | None) -> CostLedger:
-    """The ledger of this session; a run that goes on may be one whose costs were not kept before."""
-    parts = {name: {"total": count.total, "trained": count.trained} for name, count in model.parameter_counts().items()}
-    device = next(model.parameters()).device
-    if resume_state is None:
-        return CostLedger(device, parts)
-    earlier = read_cost(folder.path) if (folder.path / COST).exists() else None
-    return CostLedger(device, parts, first_step=resume_state.position.step, earlier=earlier)
+    return TrainResult(folder.path, fitted, results, delta_bytes, cost)
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def _resolve_attention_kernel(settings: TrainSettings, model: DualEncoder) -> TrainSettings:
-    """The settings with the attention kernel chosen; written down with them, since a run goes on as it began."""
-    device = next(model.parameters()).device
-    kernel = choose_attention_kernel(
-        settings.attention, resolve_precision(settings.precision, device).precision, device
+def _prepare(
+    parts: ModelAndPreprocessing, recipe: Recipe, folder: RunFolder, state: TrainState | None
+) -> ModelAndPreprocessing:
+    """The model on its device, with what a run that goes on has kept."""
+    if state is not None:  # as it was then, whatever the libraries would make of its recipe today
+        parts = replace(parts, tokenizer=folder.read().tokenizer)
+    parts.model.to(PartialState().device).eval()
+    if recipe.train.activation_checkpointing == "blocks":
+        for tower in (parts.model.image, parts.model.text):
+            tower.enable_activation_checkpointing()
+    return parts
+
+
+def _write(context: RunContext, fitted: FitResult, results: Sequence[EvaluationResult], cost: RunCost) -> None:
+    """Costs and card to the folder; costs and results to the tracker, which ends."""
+    context.folder.write(COST_FILE, cost.to_json())
+    card = ModelCard(
+        recipe=context.recipe,
+        model=context.model,
+        run=context.folder.path,
+        fitted=fitted,
+        results=results,
+        cost=cost,
+        train_pairs=len(context.train),
+        val_pairs=len(context.val),
     )
-    return settings.model_copy(update={"attention": kernel.attention})
-
-
-def _train(
-    recipe: Recipe,
-    folder: RunFolder,
-    model: DualEncoder,
-    inputs: FeatureSource,
-    train: Pairs,
-    val: Pairs,
-    listing: PairIndex,
-    reporter: Reporter,
-    resume_state: TrainState | None,
-    ledger: CostLedger,
-) -> TrainResult:
-    settings = recipe.train
-    image_side, text_side = inputs.image_reader(train, recipe.data.augment), inputs.text_reader(listing)
-    task = validation_task(train, val, inputs)
-    assert settings.batch_size != "auto"
-    batches = PairLoader(
-        listing,
-        image_side,
-        text_side,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        workers=settings.workers if isinstance(image_side, LiveImageReader) else 0,
-        captions=recipe.data.captions,
-        max_bad_fraction=recipe.data.max_bad_fraction,
-    )
-    ledger.once = ledger.timed_as("counting", count_frozen_flops)(inputs, image_side, text_side, listing.texts)
-
-    def save(state: TrainState) -> None:
-        folder.save_state(state)
-        folder.write(COST, ledger.cost().to_json())
-
-    with closing(batches), ledger.stage("training"):
-        if resume_state is None:
-            initialize_heads(model, inputs, train, listing, recipe.head, batches.bad_samples)
-            initialize_low_rank(model, batches, build_loss(recipe.loss), recipe.tune, settings)
-        else:
-            batches.bad_samples.add(resume_state.skipped)
-        fitted = fit(
-            model,
-            batches,
-            build_loss(recipe.loss),
-            settings,
-            log=lambda row: folder.append("log.jsonl", [row]),
-            evaluate=ledger.timed_as("evaluation", lambda: task(model)),
-            primary=task.primary,
-            save=ledger.timed_as("saving", save),
-            resume_state=resume_state,
-            kinds=model.parameter_kinds,
-            reporter=reporter,
-            ledger=ledger,
-        )
-    delta_bytes = folder.save(model)
-    results = [] if fitted.interrupted else ledger.timed_as("evaluation", task.results)(model)
-    folder.append("results.jsonl", [asdict(row) for row in results])
-    cost = ledger.cost(delta_bytes)
-    folder.write(COST, cost.to_json())
-    folder.write(
-        "README.md", render_model_card(recipe, model, folder.path, fitted, results, cost, len(train), len(val))
-    )
-    return TrainResult(folder.path, fitted, results, delta_bytes, cost)
-
-
-def _require_unchanged(folder: RunFolder, recipe: Recipe, model: DualEncoder, content: str) -> None:
-    """A run goes on with its own recipe, towers and pairs, or not at all: it would end as no run ever would."""
-    facts = folder.read()
-    folder.require_same_bases(model)
-    if facts.recipe != recipe.to_dict():
-        raise UserError(f"{folder.path} was started with another recipe; a run goes on with its own only")
-    if facts.base.get("pairs") != content:
-        raise UserError(
-            f"{folder.path} cannot go on: the pairs of {recipe.data.train} have changed since it was stopped"
-        )
-
-
-def _skipped_event(sample: SkippedSample) -> dict[str, str]:
-    return {"event": "skipped", **sample._asdict()}
+    context.folder.write("README.md", card.render())
+    context.tracker.log({"event": "cost", **cost.metrics()}, fitted.position.step)
+    context.tracker.finish([asdict(row) for row in results])

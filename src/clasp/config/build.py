@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -47,7 +47,7 @@ def build_model(recipe: Recipe, *, meta: bool = False) -> DualEncoder:
 
     Raises ``UserError`` for a tower that cannot be opened, a method that matches nothing, and when nothing trains.
     """
-    return _tuned_model(recipe, *_open_backbones(recipe, meta=meta))
+    return _assemble(recipe, _open_backbones(recipe, meta=meta))
 
 
 def build_model_and_preprocessing(
@@ -55,26 +55,22 @@ def build_model_and_preprocessing(
 ) -> ModelAndPreprocessing:
     """The model of a recipe with its weights, its image transform and its tokenizer. Raises ``UserError`` as above.
 
-    ``captions`` gives those to train on, from which ``text.vocabulary = "pairs"`` is learned; nothing else asks.
+    ``captions`` gives those to train on, from which ``text.vocabulary = "pairs"`` is learned, and serves nothing else.
     """
-    image, text, sharing = _open_backbones(recipe, meta=False)
-    assert image.transform is not None and text.tokenizer is not None
-    names = ("size", "resize", "background", "mean", "std")
-    changes: dict[str, Any] = {name: value for name, value in recipe.image if name in names and value is not None}
-    if recipe.image.resize in ("squash", "pad"):
-        changes["crop_fraction"] = 1.0  # the whole picture is shown
-    transform = replace(image.transform, **changes)
-    tokenizer = (
-        _learn_tokenizer(recipe, captions) if recipe.text.vocabulary == "pairs" else text.tokenizer()
-    ).with_settings(
-        prefix=recipe.text.prefix,
-        max_tokens=recipe.text.max_tokens,
-        clean=recipe.text.clean,
-        template=recipe.text.template,
-        truncation=recipe.text.truncation,
-    )
-    _check_end_token(recipe, text, tokenizer)
-    return ModelAndPreprocessing(_tuned_model(recipe, image, text, sharing), transform, tokenizer)
+    backbones = _open_backbones(recipe, meta=False)
+    transform, tokenizer = _transform(recipe, backbones.image), _tokenizer(recipe, backbones.text, captions)
+    return ModelAndPreprocessing(_assemble(recipe, backbones), transform, tokenizer)
+
+
+def _assemble(recipe: Recipe, backbones: _Backbones) -> DualEncoder:
+    """The walk down, once: backbones, towers, heads, tuning, selection."""
+    image, text = _build_towers(recipe, backbones)
+    model = _add_heads(recipe, image, text)
+    tuned = _tune_towers(recipe, model)
+    _select(recipe, model, tuned)
+    model.sharing = backbones.sharing
+    _check_micro_batch(recipe, model)
+    return model
 
 
 def rebuild_heads(parts: ModelAndPreprocessing, recipe: Recipe) -> ModelAndPreprocessing:
@@ -82,8 +78,8 @@ def rebuild_heads(parts: ModelAndPreprocessing, recipe: Recipe) -> ModelAndPrepr
     of ``recipe`` and as they were loaded: nothing in them trained or trains."""
     image, text = parts.model.image, parts.model.text
     assert image.fully_frozen and text.fully_frozen and image.pooling is None and text.pooling is None
-    model = _dual_encoder(image, text, recipe)
-    _select(model, recipe, set())
+    model = _add_heads(recipe, image, text)
+    _select(recipe, model, set())
     model.sharing = parts.model.sharing
     return replace(parts, model=model)
 
@@ -104,21 +100,30 @@ def load(run: str | Path, *, device: str = "cpu") -> EmbeddingModel:
 
 def with_untrained_heads(model: DualEncoder, recipe: Recipe) -> DualEncoder:
     """The same towers under heads that nobody has trained: what a result is to be compared with."""
-    return _dual_encoder(model.image, model.text, recipe).eval()
+    return _add_heads(recipe, model.image, model.text).eval()
 
 
-def _open_backbones(recipe: Recipe, *, meta: bool) -> tuple[Backbone, Backbone, SharingPlan | None]:
+# --- the walk down ---------------------------------------------------------------------------------------------------
+
+
+class _Backbones(NamedTuple):
+    """The bases of both towers, and what they hold in common."""
+
+    image: Backbone
+    text: Backbone
+    sharing: SharingPlan | None
+
+
+def _open_backbones(recipe: Recipe, *, meta: bool) -> _Backbones:
     """Both bases, holding in common what the recipe says; nets that nobody trained start from its seed."""
     seed = recipe.train.seed
-    image, text = (
-        load_backbone(recipe.image, meta=meta, seed=seed),
-        load_backbone(recipe.text, meta=meta, seed=seed + 1),
-    )
+    image = load_backbone(recipe.image, meta=meta, seed=seed)
+    text = load_backbone(recipe.text, meta=meta, seed=seed + 1)
     if recipe.share is None:
-        return image, text, None
+        return _Backbones(image, text, None)
     policy, trunk = recipe.share.policy, recipe.share.trunk_settings
     if trunk is None:
-        return image, text, share_backbones(image, text, policy, seed=seed + 2)
+        return _Backbones(image, text, share_backbones(image, text, policy, seed=seed + 2))
     own = next((base.name for base in (image, text) if base.from_seed), None)
     if own is not None:
         raise UserError(
@@ -127,36 +132,28 @@ def _open_backbones(recipe: Recipe, *, meta: bool) -> tuple[Backbone, Backbone, 
         )
     made = build_single_trunk(image, text, trunk, policy, seed=seed + 2)
     image = replace(made.image, new_parameters=made.image_new)
-    return image, replace(made.text, new_parameters=made.text_new), made.sharing
+    return _Backbones(image, replace(made.text, new_parameters=made.text_new), made.sharing)
 
 
-def _learn_tokenizer(recipe: Recipe, captions: Callable[[], Iterable[str]] | None) -> Tokenizer:
-    assert captions is not None, "whoever assembles a recipe to train it has the captions"
-    assert recipe.text.net is not None
-    return Tokenizer(train_bpe(captions(), recipe.text.net.vocabulary), max_tokens=recipe.text.net.context)
-
-
-def _tuned_model(recipe: Recipe, image: Backbone, text: Backbone, sharing: SharingPlan | None) -> DualEncoder:
-    seed = recipe.train.seed
+def _build_towers(recipe: Recipe, backbones: _Backbones) -> tuple[Tower, Tower]:
+    """Both towers around their bases; a learned pooling starts at random, from the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # a learned pooling starts at random
-        towers = {
-            "image": _tower(image, recipe.image),
-            "text": _tower(text, recipe.text),
-        }
-    model = _dual_encoder(towers["image"], towers["text"], recipe)
-    selection: set[str] = set()
-    for number, (name, tower) in enumerate(towers.items(), 1):
-        methods = recipe.tune.image if name == "image" else recipe.tune.text
-        selection |= {f"{name}.{parameter}" for parameter in tower.tune(methods, seed=seed + number)}
-        selection |= {f"{name}.net.{parameter}" for parameter in tower.new_parameters}
-    _select(model, recipe, selection)
-    model.sharing = sharing
-    _check_micro_batch(recipe, model)
-    return model
+        torch.manual_seed(recipe.train.seed)
+        return _tower(backbones.image, recipe.image), _tower(backbones.text, recipe.text)
 
 
-def _dual_encoder(image: Tower, text: Tower, recipe: Recipe) -> DualEncoder:
+def _tower(base: Backbone, settings: ImageTowerSettings | TextTowerSettings) -> Tower:
+    return Tower(
+        base,
+        pool=settings.pool,
+        layer=settings.layer,
+        extra_layers=settings.extra_layers,
+        dropout=settings.dropout,
+    )
+
+
+def _add_heads(recipe: Recipe, image: Tower, text: Tower) -> DualEncoder:
+    """Both towers under heads that nobody has trained."""
     loss, seed = recipe.loss, recipe.train.seed
     model = DualEncoder(image, text, recipe.head, loss=loss.kind, logits=loss, seed=seed)
     if recipe.share is not None and recipe.share.head == "shared":
@@ -169,7 +166,18 @@ def _dual_encoder(image: Tower, text: Tower, recipe: Recipe) -> DualEncoder:
     return model
 
 
-def _select(model: DualEncoder, recipe: Recipe, in_towers: set[str]) -> None:
+def _tune_towers(recipe: Recipe, model: DualEncoder) -> set[str]:
+    """Inserts what the tuning specs add; returns the names of the parameters of the towers that train."""
+    selection: set[str] = set()
+    sides = (("image", model.image, recipe.tune.image), ("text", model.text, recipe.tune.text))
+    for number, (name, tower, methods) in enumerate(sides, 1):
+        selection |= {f"{name}.{parameter}" for parameter in tower.tune(methods, seed=recipe.train.seed + number)}
+        selection |= {f"{name}.net.{parameter}" for parameter in tower.new_parameters}
+    return selection
+
+
+def _select(recipe: Recipe, model: DualEncoder, in_towers: set[str]) -> None:
+    """Makes the selection: what trains in the towers, with heads and scale as the recipe says."""
     selection = set(in_towers)
     for part, choice in (("heads", recipe.tune.head), ("scale", recipe.tune.scale)):
         if choice == "full":
@@ -189,14 +197,36 @@ def _check_micro_batch(recipe: Recipe, model: DualEncoder) -> None:
         )
 
 
-def _tower(base: Backbone, settings: ImageTowerSettings | TextTowerSettings) -> Tower:
-    return Tower(
-        base,
-        pool=settings.pool,
-        layer=settings.layer,
-        extra_layers=settings.extra_layers,
-        dropout=settings.dropout,
+# --- what stands before the towers -----------------------------------------------------------------------------------
+
+
+def _transform(recipe: Recipe, image: Backbone) -> ImageTransform:
+    assert image.transform is not None
+    names = ("size", "resize", "background", "mean", "std")
+    changes: dict[str, Any] = {name: value for name, value in recipe.image if name in names and value is not None}
+    if recipe.image.resize in ("squash", "pad"):
+        changes["crop_fraction"] = 1.0  # the whole picture is shown
+    return replace(image.transform, **changes)
+
+
+def _tokenizer(recipe: Recipe, text: Backbone, captions: Callable[[], Iterable[str]] | None) -> Tokenizer:
+    assert text.tokenizer is not None
+    learned = recipe.text.vocabulary == "pairs"
+    tokenizer = (_learn_tokenizer(recipe, captions) if learned else text.tokenizer()).with_settings(
+        prefix=recipe.text.prefix,
+        max_tokens=recipe.text.max_tokens,
+        clean=recipe.text.clean,
+        template=recipe.text.template,
+        truncation=recipe.text.truncation,
     )
+    _check_end_token(recipe, text, tokenizer)
+    return tokenizer
+
+
+def _learn_tokenizer(recipe: Recipe, captions: Callable[[], Iterable[str]] | None) -> Tokenizer:
+    assert captions is not None, "whoever assembles a recipe to train it has the captions"
+    assert recipe.text.net is not None
+    return Tokenizer(train_bpe(captions(), recipe.text.net.vocabulary), max_tokens=recipe.text.net.context)
 
 
 def _check_end_token(recipe: Recipe, text: Backbone, tokenizer: Tokenizer) -> None:

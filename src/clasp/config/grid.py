@@ -22,6 +22,19 @@ _OPEN, _CLOSED = "[{(", "]})"
 
 
 @dataclass(frozen=True, slots=True)
+class GridSpec:
+    """What was typed: a recipe, overrides, and ``key=value,value`` for each axis of the grid."""
+
+    source: str
+    overrides: Sequence[str]
+    axes: Sequence[str]
+
+    def expand(self) -> list[GridPoint]:
+        """As ``expand_grid``."""
+        return expand_grid(self.source, self.overrides, self.axes)
+
+
+@dataclass(frozen=True, slots=True)
 class GridPoint:
     """One point of the grid: the name of its run, what the grid sets, and the recipe that this makes."""
 

@@ -30,6 +30,7 @@ from clasp.models.tuning.settings import TuneSettings
 from clasp.models.tuning.spec import parse_tuning_spec
 from clasp.training.losses import LossSettings
 from clasp.training.settings import TrainSettings
+from clasp.training.trackers.registry import check_tracker_names
 from clasp.types import UserError
 
 RENAMED_KEYS = {
@@ -146,6 +147,14 @@ class Recipe(BaseModel):
         """Plain values, without those left out."""
         return self.model_dump(mode="json", exclude_none=True)
 
+    def differs_from(self, other: dict[str, Any]) -> bool:
+        """Whether a recipe as ``to_dict`` gives it may end in other numbers; trackers change none."""
+        ours, theirs = self.to_dict(), dict(other)
+        theirs["train"] = dict(theirs.get("train", {}))
+        for settings in (ours["train"], theirs["train"]):
+            settings.pop("trackers", None)
+        return ours != theirs
+
     def to_toml(self) -> str:
         """The recipe as a file that reads back equal."""
         return tomlkit.dumps(self.to_dict())
@@ -168,6 +177,7 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
         raise UserError(f"{source}: {_explain(error)}") from None
     for spec in (*recipe.tune.image, *recipe.tune.text):
         parse_tuning_spec(spec)
+    check_tracker_names(recipe.train.trackers)
     if recipe.head.init == "cca" and not (recipe.head.kind == "linear" and recipe.head.standardize):
         raise UserError(f"{source}: head.init = 'cca' needs head.kind = 'linear' and head.standardize = true")
     if recipe.head.standardize and recipe.tune.head == "none":

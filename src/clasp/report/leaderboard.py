@@ -58,8 +58,9 @@ class SweepRow:
 
     @property
     def sweep_key(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What the runs of one sweep have in common: all other overrides, and the keys of the grid."""
-        fixed = self.overrides[: len(self.overrides) - len(self.settings)]
+        """What the runs of one sweep have in common: all other overrides but trackers, and the keys of the grid."""
+        others = self.overrides[: len(self.overrides) - len(self.settings)]
+        fixed = [text for text in others if text.partition("=")[0].strip() != "train.trackers"]
         return tuple(sorted(fixed)), tuple(text.partition("=")[0] for text in self.settings)
 
     def cells(self) -> list[str]:

@@ -6,6 +6,7 @@ In goes what the run knows of itself; every number in the card is one of its own
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from clasp.config.recipe import Recipe
@@ -17,41 +18,46 @@ from clasp.training.cost.ledger import RunCost, format_si
 from clasp.training.state import FitResult
 
 
-def render_model_card(
-    recipe: Recipe,
-    model: DualEncoder,
-    run: Path,
-    fitted: FitResult,
-    results: Sequence[EvaluationResult],
-    cost: RunCost,
-    train_pairs: int,
-    val_pairs: int,
-) -> str:
-    """The text of the run's ``README.md``."""
-    counts = model.parameter_counts()
-    state = "Stopped before its end; `clasp resume` goes on." if fitted.interrupted else "Trained to its end."
-    parts = [[name, f"{c.total:,}", f"{c.trained:,}", f"{c.percent:.2f}"] for name, c in counts.items()]
-    tables = result_tables(results)
-    shown = [_markdown_table(table.columns, table.rows) for table in tables]
-    notes = dict.fromkeys(note for table in tables for note in table.notes)
-    answers = "".join(f"\n{block}\n" for block in (*shown, *notes))
-    sharing = "" if model.sharing is None else f"\nWhat the two nets share:\n\n```\n{model.sharing}\n```\n"
-    skipped = f"\n{len(fitted.skipped)} samples could not be read and were skipped; `log.jsonl` names them.\n"
-    return f"""# {run.name}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What the card of a run is made of; ``train_pairs`` and ``val_pairs`` count them."""
+
+    recipe: Recipe
+    model: DualEncoder
+    run: Path
+    fitted: FitResult
+    results: Sequence[EvaluationResult]
+    cost: RunCost
+    train_pairs: int
+    val_pairs: int
+
+    def render(self) -> str:
+        """The text of the run's ``README.md``."""
+        recipe, fitted, sharing = self.recipe, self.fitted, self.model.sharing
+        state = "Stopped before its end; `clasp resume` goes on." if fitted.interrupted else "Trained to its end."
+        counts = self.model.parameter_counts()
+        parts = [[name, f"{c.total:,}", f"{c.trained:,}", f"{c.percent:.2f}"] for name, c in counts.items()]
+        tables = result_tables(self.results)
+        shown = [_markdown_table(table.columns, table.rows) for table in tables]
+        notes = dict.fromkeys(note for table in tables for note in table.notes)
+        answers = "".join(f"\n{block}\n" for block in (*shown, *notes))
+        shared = "" if sharing is None else f"\nWhat the two nets share:\n\n```\n{sharing}\n```\n"
+        skipped = f"\n{len(fitted.skipped)} samples could not be read and were skipped; `log.jsonl` names them.\n"
+        return f"""# {self.run.name}
 
 An image–text model aligned with clasp: `{recipe.image.tower}` and `{recipe.text.tower}` in one space of
 {recipe.head.width} dimensions. {state}
 
 {_markdown_table(["part", "parameters", "trained", "%"], parts)}
-{sharing}
-Trained on {train_pairs:,} pairs of `{recipe.data.train}`, validated on {val_pairs:,} others;
+{shared}
+Trained on {self.train_pairs:,} pairs of `{recipe.data.train}`, validated on {self.val_pairs:,} others;
 {fitted.pairs:,} pairs seen in {fitted.seconds:.0f} s, in {fitted.precision}, seed {recipe.train.seed}.
 {skipped if fitted.skipped else ""}{answers}
-{_markdown_table(["cost", ""], cost_rows(cost))}
+{_markdown_table(["cost", ""], cost_rows(self.cost))}
 
 ```python
 import clasp
-model = clasp.load("{run}")
+model = clasp.load("{self.run}")
 images = model.encode_image(["a.jpg"])
 texts = model.encode_text(["a caption"])
 model.similarity(images, texts)

@@ -1,9 +1,9 @@
 """The training loop on one screen: fetch, encode, loss, step, log, evaluate, save.
 
-In: a model that turns a batch into embeddings, a stream of batches, a loss, settings. Out: the model trained in place,
-and ``FitResult``; on the way dicts to ``log``, states to ``save``, a bar to ``reporter``.
-Unusual: it knows protocols only. A run that stops after any step and goes on from the state saved there ends in the
-same bits as one that never stopped, since the position is the whole of the random state (``train.state``); on a GPU,
+In: a model that turns a batch into embeddings, a stream of batches, a loss, settings, callbacks. Out: the model trained
+in place, and ``FitResult``; on the way metrics to the tracker, states to ``save``, progress to the reporter.
+Note: it knows protocols only. A run that stops after any step and goes on from the state saved there ends in the
+same bits as one that never stopped, since the position is the whole of the random state (``training.state``); on a GPU,
 as far as its kernels repeat themselves.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from accelerate import Accelerator
@@ -23,11 +24,12 @@ from clasp.training.settings import TrainPlan, TrainSettings, plan_training
 from clasp.training.state import BestEvaluation, FitResult, TrainPosition, TrainState
 from clasp.training.step import Stepper, Trainable
 from clasp.training.trackers.console import Reporter, SilentReporter
-from clasp.training.trackers.jsonl import LogFunction, RunLogger
-from clasp.types import Batch, Loss
+from clasp.training.trackers.run_logger import RunLogger
+from clasp.types import Batch, Loss, Tracker
 
 __all__ = [
     "BatchStream",
+    "FitCallbacks",
     "FitResult",
     "TrainPlan",
     "TrainPosition",
@@ -41,6 +43,7 @@ __all__ = [
 _EVALUATIONS_PER_RUN = 10
 
 _EvaluateFunction = Callable[[], Mapping[str, float]]
+_SaveFunction = Callable[[TrainState], None]
 
 
 @runtime_checkable
@@ -56,88 +59,64 @@ class BatchStream(Protocol):
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitCallbacks:
+    """What the loop calls on its way.
+
+    ``tracker`` gets the events start, pieces, step, skipped, evaluation and stop. ``evaluate`` is called with the model
+    in eval mode; ``primary`` names the metric in its answer that decides, greater being better. ``save`` gets the state
+    every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the end. ``ledger`` times and counts every step.
+    """
+
+    tracker: Tracker
+    reporter: Reporter = field(default_factory=SilentReporter)
+    evaluate: _EvaluateFunction | None = None
+    primary: str = ""
+    save: _SaveFunction | None = None
+    ledger: CostLedger | None = None
+
+
 def fit(
     model: Trainable,
     batches: BatchStream,
     loss: Loss,
     settings: TrainSettings,
+    callbacks: FitCallbacks,
     *,
-    log: LogFunction,
-    evaluate: _EvaluateFunction | None = None,
-    primary: str = "",
-    save: Callable[[TrainState], None] | None = None,
-    resume_state: TrainState | None = None,
     kinds: Mapping[str, str] = {},
-    reporter: Reporter | None = None,
-    ledger: CostLedger | None = None,
+    resume_state: TrainState | None = None,
 ) -> FitResult:
     """Trains the selection in place; leaves the model in eval mode, on the device that it was trained on.
 
-    ``log`` gets JSON dicts told apart by ``event``: start, pieces, step, skipped, evaluation, stop. ``evaluate`` is
-    called with the model in eval mode; ``primary`` names the metric in its answer that decides, greater being
-    better. ``save`` gets the state every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the end; a run that is
-    given it as ``resume_state`` goes on there. ``kinds`` has the kind of each parameter that trains, a key of
-    ``lr_factors``; where it is empty, all have one learning rate. ``ledger`` is told of every step. Raises UserError
-    when the loss or its gradient is not finite, before the step that would have spoilt the weights, and when
-    ``resume_state`` is of a run that trains something else.
+    ``kinds`` has the kind of each parameter that trains, a key of ``lr_factors``; where it is empty, all have one
+    learning rate. A run that is given a saved state as ``resume_state`` goes on there. Raises UserError when the loss
+    or its gradient is not finite, before the step that would have spoilt the weights, and when ``resume_state`` is of a
+    run that trains something else.
     """
     assert settings.epochs != "auto", "resolve the settings with plan_training first"
-    epochs, steps = settings.epochs, settings.epochs * len(batches)
-    began = saved = time.monotonic()
-    # Autocast is ours to apply (train.step): accelerate allows one precision in the life of a process, and its
-    # `prepare` would leave a wrapper on the model's forward. It brings the device, and later the other processes.
-    accelerator = Accelerator(mixed_precision="no")
-    device = accelerator.device
-    numbers = (
-        PrecisionChoice(resume_state.precision, "as before the stop")
-        if resume_state
-        else resolve_precision(settings.precision, device)
-    )
-    stepper = Stepper(
-        model, loss, settings, accelerator, numbers.precision, steps=steps, kinds=kinds, resume_state=resume_state
-    )
+    began = time.monotonic()
+    session = _open_session(model, loss, settings, callbacks, settings.epochs * len(batches), kinds, resume_state)
+    journal, judge = session.journal, session.judge
     at = resume_state.position if resume_state else TrainPosition()
-    skipped = resume_state.skipped if resume_state else ()
-    journal = RunLogger(
-        log, reporter or SilentReporter(), steps=steps, epochs=epochs, log_every=settings.log_every, skipped=skipped
-    )
-    judge = BestCheckpoint(
-        stepper, journal, evaluate, primary, settings, epochs, resume_state.best if resume_state else None
-    )
-
-    def state() -> TrainState:
-        weights, memory, skipped = (
-            stepper.selected_weights(),
-            stepper.optimizer_state(),
-            tuple(journal.skipped.values()),
-        )
-        return TrainState(at, numbers.precision, weights, memory, judge.best, skipped, stepper.micro_batch)
-
     with GracefulStop() as stop, journal:
-        line = f"computing in {numbers.precision} on {device.type}: {numbers.reason}"
-        journal.log_event(
-            "start", line, step=at.step, steps=steps, epochs=epochs, device=str(device), **numbers._asdict()
-        )
+        session.log_start(at)
         model.train()
         if resume_state is None:
             judge.evaluate_initial(at)
-        while at.epoch < epochs and not stop.requested:
+        while at.epoch < settings.epochs and not stop.requested:
             for batch in journal.time_batches(batches.epoch(at.epoch, start=at.step_in_epoch)):
-                journal.log_skipped(batch)
+                journal.log_skipped(batch, at.step)
                 if len(batch.ids) > 1:  # fewer have nothing to be told apart from
-                    _train_step(stepper, journal, ledger, batch, at)
+                    _train_step(session.stepper, journal, callbacks.ledger, batch, at)
                 at = at.next_step()
-                if save and time.monotonic() - saved >= 60 * settings.save_every_minutes:
-                    save(state())
-                    saved = time.monotonic()
+                session.save_if_due(at)
                 if stop.requested:
                     break
             else:
                 assert at.step_in_epoch == len(batches), f"the epoch had {at.step_in_epoch} of {len(batches)} batches"
                 judge.evaluate_epoch(at)
                 at = at.next_epoch()
-        if save:
-            save(state())
+        session.save(at)
         model.train(False)
         held = judge.interrupt(at, stop.requested) if stop.requested else judge.finish(at)
     return FitResult(
@@ -145,7 +124,7 @@ def fit(
         weights_position=held,
         interrupted=stop.requested is not None,
         metrics=judge.metrics,
-        precision=numbers.precision,
+        precision=session.numbers.precision,
         pairs=journal.meter.pairs,
         seconds=time.monotonic() - began,
         skipped=tuple(journal.skipped.values()),
@@ -155,14 +134,93 @@ def fit(
 def _train_step(
     stepper: Stepper, logger: RunLogger, ledger: CostLedger | None, batch: Batch, at: TrainPosition
 ) -> None:
-    """One step, told to the journal and to the ledger."""
+    """Takes one step, logs it, and counts its FLOPs where there is a ledger."""
     if stepper.micro_batch is None:
         choice = stepper.choose_micro_batch(batch)
-        logger.log_event("pieces", choice.reason, step=at.step, micro_batch=choice.micro_batch)
+        logger.log_event("pieces", choice.reason, at.step, micro_batch=choice.micro_batch)
     took = ledger.time_step(stepper, batch, at.step) if ledger else stepper.step(batch, at.step)
     logger.log_step(at, batch, took)
     if ledger:
         ledger.count_step_flops(stepper, batch, at.step)
+
+
+def _open_session(
+    model: Trainable,
+    loss: Loss,
+    settings: TrainSettings,
+    callbacks: FitCallbacks,
+    steps: int,
+    kinds: Mapping[str, str],
+    resume_state: TrainState | None,
+) -> _Session:
+    """What one call of ``fit`` works with: from the beginning, or as it was when ``resume_state`` was saved."""
+    # Autocast is ours to apply (training.step): accelerate allows one precision in the life of a process, and its
+    # `prepare` would leave a wrapper on the model's forward. It brings the device, and later the other processes.
+    accelerator = Accelerator(mixed_precision="no")
+    numbers = (
+        PrecisionChoice(resume_state.precision, "as before the stop")
+        if resume_state
+        else resolve_precision(settings.precision, accelerator.device)
+    )
+    stepper = Stepper(model, loss, settings, accelerator, numbers.precision, steps=steps, kinds=kinds)
+    if resume_state:
+        stepper.restore(resume_state)
+    assert settings.epochs != "auto"
+    journal = RunLogger(
+        callbacks.tracker,
+        callbacks.reporter,
+        steps=steps,
+        epochs=settings.epochs,
+        log_every=settings.log_every,
+        skipped=resume_state.skipped if resume_state else (),
+    )
+    best = resume_state.best if resume_state else None
+    judge = BestCheckpoint(stepper, journal, callbacks.evaluate, callbacks.primary, settings, settings.epochs, best)
+    return _Session(stepper, journal, judge, numbers, callbacks.save)
+
+
+class _Session:
+    """One call of ``fit``: its stepper, its logger, its best checkpoint, and when the state was last saved."""
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        journal: RunLogger,
+        judge: BestCheckpoint,
+        numbers: PrecisionChoice,
+        save: _SaveFunction | None,
+    ):
+        self.stepper, self.journal, self.judge, self.numbers = stepper, journal, judge, numbers
+        self._save, self._saved = save, time.monotonic()
+
+    def log_start(self, at: TrainPosition) -> None:
+        device, numbers = self.stepper.accelerator.device, self.numbers
+        self.journal.log_event(
+            "start",
+            f"computing in {numbers.precision} on {device.type}: {numbers.reason}",
+            at.step,
+            steps=self.journal.steps,
+            epochs=self.journal.epochs,
+            device=str(device),
+            **numbers._asdict(),
+        )
+
+    def save_if_due(self, at: TrainPosition) -> None:
+        """Saves when the last saving is ``save_every_minutes`` ago."""
+        if time.monotonic() - self._saved >= 60 * self.stepper.settings.save_every_minutes:
+            self.save(at)
+
+    def save(self, at: TrainPosition) -> None:
+        """Hands on all that going on exactly from ``at`` needs."""
+        if self._save is None:
+            return
+        stepper = self.stepper
+        weights, memory = stepper.selected_weights(), stepper.optimizer_state()
+        skipped = tuple(self.journal.skipped.values())
+        self._save(
+            TrainState(at, self.numbers.precision, weights, memory, self.judge.best, skipped, stepper.micro_batch)
+        )
+        self._saved = time.monotonic()
 
 
 class BestCheckpoint:
@@ -208,7 +266,8 @@ class BestCheckpoint:
         if better:
             self.best = BestEvaluation(at, metrics, self.stepper.selected_weights(copied=True))
             line += "; the best so far"
-        self.logger.log_event("evaluation", line, step=at.step, epoch=done, best=better, metrics=metrics)
+        named = {f"validation/{name}": value for name, value in metrics.items()}
+        self.logger.log_event("evaluation", line, at.step, named, epoch=done, best=better)
 
     def is_improvement(self, metrics: Mapping[str, float]) -> bool:
         """Whether the deciding metric is the highest so far; one that is not a number is lower than any."""
@@ -227,12 +286,13 @@ class BestCheckpoint:
             held, self.metrics = self.best.position, self.best.metrics
             kept = "these are the weights of the last" if held.step == at.step else f"back to those of step {held.step}"
             line = f"done after {at.step} steps; {kept}, best by {self.primary} ({self.metrics[self.primary]:.4g})"
-        self.logger.log_event("stop", line, step=at.step, interrupted=False, held_step=held.step, metrics=self.metrics)
+        named = {f"selected/{name}": value for name, value in self.metrics.items()}
+        self.logger.log_event("stop", line, at.step, named, interrupted=False, held_step=held.step)
         return held
 
     def interrupt(self, at: TrainPosition, signal: str) -> TrainPosition:
         """Ends a run that was told to stop, with the weights as they stand."""
         self.metrics = {}
         line = f"stopped by {signal} after {at.step} of {self.stepper.steps} steps"
-        self.logger.log_event("stop", line, step=at.step, interrupted=True, held_step=at.step, metrics={})
+        self.logger.log_event("stop", line, at.step, interrupted=True, held_step=at.step)
         return at

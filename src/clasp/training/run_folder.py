@@ -31,8 +31,9 @@ from clasp.types import UserError
 
 _FORMAT = 1
 RUN_PLACEHOLDER = "{run}"  # stands for the run's folder in the towers of its recipe, so that a run can be moved
-# there before anything is trained; towers/ in a run whose towers came with it
+# there before anything is trained; towers/ in a run whose towers came with it, tracker files where a recipe names one
 _INITIAL_FILES = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl", "towers")
+_TRACKER_FILES = ("trackers.json", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; {other}")
         there = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
-        foreign = [name for name in there if name.removesuffix(".part") not in _INITIAL_FILES]
+        foreign = [name for name in there if name.removesuffix(".part") not in (*_INITIAL_FILES, *_TRACKER_FILES)]
         if foreign:
             raise UserError(f"{self.path} holds something else than a run ({', '.join(foreign[:3])}); {other}")
 
@@ -85,7 +86,9 @@ class RunFolder:
         self.require_free()
         with translate_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "log.jsonl").unlink(missing_ok=True)
+            for name in ("log.jsonl", "trackers.json"):
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
             _write(self.path / "recipe.toml", recipe_toml)
             _write(self.path / "transform.json", json.dumps(transform.to_dict(), indent=2))
             tokenizer.save(self.path / "tokenizer")

@@ -104,6 +104,9 @@ class TrainSettings(BaseModel):
     """Minutes between savings of the state to go on from."""
     workers: int = Field(default=0, ge=0)
     """Processes that read and decode; with 0 the main one does."""
+    trackers: list[str] = []
+    """Where the numbers of the run go beside its folder: tensorboard, wandb, mlflow, trackio, or package.module:Name.
+    A run may go on with others."""
 
     @model_validator(mode="after")
     def _one_warmup(self) -> TrainSettings:

@@ -1,8 +1,8 @@
 """Where a training run stands: enough to go on as if it had never stopped.
 
 In: the loop's position, weights, optimizer memory and best weights so far. Out: the same as named tensors and JSON
-facts, which ``train.checkpoint`` writes, and back.
-Unusual: no random state is kept. The loop draws its randomness for each step from (seed, step), and the batches
+facts, which ``RunFolder.save_state`` writes, and back.
+Note: no random state is kept. The loop draws its randomness for each step from (seed, step), and the batches
 theirs from (seed, epoch, index), so the position says it all.
 """
 

@@ -1,10 +1,9 @@
 """One training step: embed a batch, measure the loss, move the selected weights.
 
 In: a model, a loss, settings, a batch and the number of the step. Out: ``StepResult``, numbers for the log; weights
-moved. Unusual: randomness is drawn from (seed, step) alone, so a step does not care what ran before it. A batch of more
-than
-``micro_batch`` pairs is worked through in pieces (``train.bigbatch``), to the same gradient. A loss or gradient that is
-not finite stops the run before it reaches the weights.
+moved. Note: randomness is drawn from (seed, step) alone, so a step does not depend on what ran before it. A batch of
+more than ``micro_batch`` pairs is worked through in pieces (``training.grad_cache``), to the same gradient. A loss or
+gradient that is not finite stops the run before it reaches the weights.
 """
 
 from __future__ import annotations
@@ -67,9 +66,7 @@ class Stepper:
 
     ``kinds`` has the kind of each of them, for ``lr_factors`` and the decay of what is shared; where it is empty all
     have the same learning rate.
-    ``resume_state`` is where a run goes on. ``micro_batch`` is ``None`` until it is known: set by the recipe, brought
-    by
-    ``resume_state``, or chosen.
+    ``micro_batch`` is ``None`` until it is known: set by the recipe, restored with the state of a run, or chosen.
     """
 
     def __init__(
@@ -82,43 +79,51 @@ class Stepper:
         *,
         steps: int,
         kinds: Mapping[str, str],
-        resume_state: TrainState | None = None,
     ):
         self.model, self.loss, self.settings, self.steps = model, loss, settings, steps
         self.accelerator = accelerator
         self.precision: Precision = precision
-        before = resume_state.micro_batch if resume_state else None
-        self.micro_batch = before if settings.micro_batch == "auto" else settings.micro_batch
-        assert settings.epochs != "auto", "resolve the settings with train.plan.choose first"
+        self.micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
+        assert settings.epochs != "auto", "resolve the settings with plan_training first"
         warmup = round(settings.warmup_fraction * steps)
         self.schedule_context = optim.ScheduleContext(steps, settings.epochs, warmup, settings.min_lr_ratio)
         self.max_norm = math.inf if settings.clip_norm == "none" else settings.clip_norm
         model.to(accelerator.device)
         self.weights = optim.select_parameters(dict(model.named_parameters()), model.selection)
-        factors = settings.lr_factors.model_dump()
-        apart = settings.weight_decay_shared
-        assert kinds or (set(factors.values()) == {1.0} and apart is None), "these need the kinds of the parameters"
-        assert not kinds or kinds.keys() >= self.weights.keys(), "a parameter that trains is of no kind"
-        groups = optim.build_parameter_groups(
-            self.weights,
-            weight_decay=settings.weight_decay,
-            decay_filter=settings.decay_filter,
-            weight_decay_overrides={}
-            if apart is None
-            else {name: apart for name, kind in kinds.items() if kind == "shared"},
-            lr_factors={name: factors[kind] for name, kind in kinds.items()},
-        )
         self.optimizer = optim.build_adamw(
-            groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, device=accelerator.device
+            self._parameter_groups(kinds),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            device=accelerator.device,
         )
         if model.moving and self.micro_batch is None:
-            assert settings.batch_size != "auto", "resolve the settings with train.plan.choose first"
-            self.micro_batch = (
-                settings.batch_size
-            )  # statistics are those of whole batches, and measuring would move them
-        if resume_state:
-            self.load_weights(resume_state.weights)
-            optim.load_optimizer_state(self.optimizer, self.weights, resume_state.optimizer)
+            assert settings.batch_size != "auto", "resolve the settings with plan_training first"
+            self.micro_batch = settings.batch_size  # statistics are of whole batches, and measuring would move them
+
+    def _parameter_groups(self, kinds: Mapping[str, str]) -> list[optim.ParameterGroup]:
+        """The weights by decay and learning rate, as the optimizer takes them."""
+        factors, apart = self.settings.lr_factors.model_dump(), self.settings.weight_decay_shared
+        assert kinds or (set(factors.values()) == {1.0} and apart is None), "these need the kinds of the parameters"
+        assert not kinds or kinds.keys() >= self.weights.keys(), "a parameter that trains is of no kind"
+        shared = [name for name, kind in kinds.items() if kind == "shared"]
+        return optim.build_parameter_groups(
+            self.weights,
+            weight_decay=self.settings.weight_decay,
+            decay_filter=self.settings.decay_filter,
+            weight_decay_overrides={} if apart is None else dict.fromkeys(shared, apart),
+            lr_factors={name: factors[kind] for name, kind in kinds.items()},
+        )
+
+    def restore(self, state: TrainState) -> None:
+        """Goes on from the weights, the optimizer and the micro-batch of a saved state.
+
+        Raises ``UserError`` for the state of a run that trains something else.
+        """
+        if self.settings.micro_batch == "auto" and state.micro_batch is not None:
+            self.micro_batch = state.micro_batch
+        self.load_weights(state.weights)
+        optim.load_optimizer_state(self.optimizer, self.weights, state.optimizer)
 
     def step(self, batch: Batch, number: int) -> StepResult:
         """Takes step ``number`` (from 0). Raises UserError, with the weights as they were, if it would spoil them."""

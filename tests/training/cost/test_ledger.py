@@ -32,6 +32,7 @@ from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import Batch, Embeddings, Pixels, PooledFeatures, UserError
 from toydata import toys, write_csv
 from toyruns import delta, lines, recipe, run, save_towers
+from toytrackers import callbacks
 
 TOYS = toys(64)
 CPU = torch.device("cpu")
@@ -218,7 +219,7 @@ def fitted(
     settings = TrainSettings(batch_size=8, epochs=1, lr=0.02, precision="float32", log_every=1, select="last")
     model, rows = Toy(), []
     torch.manual_seed(7)
-    fit(model, Stream(batches), LOSSES["infonce"], settings.model_copy(update=changes), log=rows.append, ledger=book)
+    fit(model, Stream(batches), LOSSES["infonce"], settings.model_copy(update=changes), callbacks(rows, ledger=book))
     return {**model.state_dict()}, rows, torch.get_rng_state()
 
 

@@ -162,6 +162,12 @@ class RunCost:
         }
         return {"format": _FORMAT, "sum": together, **asdict(self)}
 
+    def metrics(self) -> dict[str, float | int]:
+        """The sums that are known, as a tracker gets them: ``cost/peak_bytes``, ``cost/seconds/training``."""
+        sums = self.to_dict()["sum"]
+        stages = {f"seconds/{stage}": spent for stage, spent in sums.pop("seconds").items()}
+        return {f"cost/{name}": value for name, value in {**sums, **stages}.items() if value is not None}
+
     def to_json(self) -> str:
         """The text of ``cost.json``."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)

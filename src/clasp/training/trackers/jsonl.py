@@ -1,120 +1,47 @@
-"""What a run says while it goes on: numbers to the log, lines and a bar to a person.
+"""The tracker that every run has: events to ``log.jsonl``, final results to ``results.jsonl``.
 
-In: every step taken, and single events. Out: JSON dicts to ``log``, told apart by ``event``, and the same news to a
-``Reporter``. Steps and epochs are counted from 1, as people do.
-Unusual: a sample that could not be read is named once in a run, however many epochs come past it; the log has them all,
-the screen the first few.
+In: what the loop logs, with flat names. Out: JSON lines in the run folder, told apart by ``event``. Note: the
+validation metrics of a row stand together under ``metrics``, without their prefix; costs are left to ``cost.json``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from clasp.training.state import TrainPosition
-from clasp.training.step import StepResult
-from clasp.training.trackers.console import Reporter, ThroughputMeter, TrainProgress
-from clasp.types import Batch, SkippedSample
+LOG_FILE, RESULTS_FILE = "log.jsonl", "results.jsonl"
 
-_MAX_SKIPPED_SHOWN = 5
+AppendFunction = Callable[[str, Iterable[Mapping[str, Any]]], None]
+"""Adds rows to a file of the run: ``RunFolder.append``"""
 
-LogFunction = Callable[[dict[str, Any]], None]
+_METRIC_PREFIX = {"evaluation": "validation/", "stop": "selected/"}  # by event
 
 
-class RunLogger:
-    """Keeps the log of one run; as a context it starts and stops the bar, and leaves no step unlogged."""
+class JsonLinesTracker:
+    """Writes a run's record to its folder."""
 
-    def __init__(
-        self,
-        log: LogFunction,
-        reporter: Reporter,
-        *,
-        steps: int,
-        epochs: int,
-        log_every: int,
-        skipped: Sequence[SkippedSample],
-    ):
-        self.log, self.reporter = log, reporter
-        self.steps, self.epochs, self.log_every = steps, epochs, log_every
-        self.meter = ThroughputMeter()
-        self.skipped = {sample.id: sample for sample in skipped}
-        self._last: tuple[TrainPosition, StepResult] | None = None
+    def __init__(self, append: AppendFunction):
+        self._append = append
 
-    def __enter__(self) -> RunLogger:
-        self.reporter.start(self.steps)
-        return self
+    def config(self, recipe: dict[str, Any]) -> None:
+        """Writes nothing: ``recipe.toml`` has it."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.flush()
-        finally:
-            self.reporter.stop()
-
-    def time_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, timed."""
-        return self.meter.time_batches(batches)
-
-    def log_skipped(self, batch: Batch) -> None:
-        """Names the samples that the batch had to leave out."""
-        for sample in batch.skipped:
-            if sample.id not in self.skipped:
-                self._log_skipped_sample(sample)
-
-    def log_step(self, at: TrainPosition, batch: Batch, step: StepResult) -> None:
-        """Takes down the step that was taken at a position."""
-        self.meter.end_step(len(batch.ids), step.loss)
-        self._last = (at, step)
-        done = at.step + 1
-        rates = self.meter.recent_averages()
-        self.reporter.step(
-            TrainProgress(
-                step=done,
-                steps=self.steps,
-                epoch=at.epoch + 1,
-                epochs=self.epochs,
-                loss=rates.loss,
-                pairs_per_second=rates.pairs_per_second,
-                seconds_left=(self.steps - done) * rates.seconds_per_step,
-                data_seconds_share=rates.data_seconds_share,
-            )
-        )
-        if done % self.log_every == 0 or done == self.steps:
-            self.flush()
-
-    def _log_skipped_sample(self, sample: SkippedSample) -> None:
-        self.skipped[sample.id] = sample
-        self.log({"event": "skipped", "id": sample.id, "reason": sample.reason})
-        if len(self.skipped) <= _MAX_SKIPPED_SHOWN:
-            self.reporter.note(f"skipped {sample.id}: {sample.reason}")
-        elif len(self.skipped) == _MAX_SKIPPED_SHOWN + 1:
-            self.reporter.note("more samples are skipped; the log names them all")
-
-    def flush(self) -> None:
-        """Logs the steps since the last line, if there are any: loss and rates are means over them."""
-        if self._last is None:
+    def log(self, metrics: Mapping[str, float | str | int], step: int) -> None:
+        """Adds a line to ``log.jsonl``."""
+        event = metrics["event"]
+        if event == "cost":
             return
-        (at, step), self._last = self._last, None
-        rates = self.meter.averages_since_last()
-        self.log(
-            {
-                "event": "step",
-                "step": at.step + 1,
-                "epoch": at.epoch + 1,
-                "loss": rates.loss,
-                "lr": step.lr,
-                "scale": step.scale,
-                "gradient_norm": step.gradient_norm,
-                "pairs_per_second": rates.pairs_per_second,
-                "data_seconds_share": rates.data_seconds_share,
-                "skipped": len(self.skipped),
+        row: dict[str, Any] = {"event": event} if event == "skipped" else {"event": event, "step": step}
+        prefix = _METRIC_PREFIX.get(str(event))
+        if prefix is None:
+            row |= {name.removeprefix("train/"): value for name, value in metrics.items()}
+        else:
+            row |= {name: value for name, value in metrics.items() if not name.startswith(prefix)}
+            row["metrics"] = {
+                name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)
             }
-        )
+        self._append(LOG_FILE, [row])
 
-    def log_event(self, event: str, line: str, **facts: Any) -> None:
-        """Logs something other than a step and says ``line`` of it."""
-        self.flush()
-        self.log({"event": event, **facts})
-        self.reporter.note(line)
+    def finish(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Adds a line to ``results.jsonl`` for each result."""
+        self._append(RESULTS_FILE, results)

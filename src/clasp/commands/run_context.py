@@ -1,0 +1,100 @@
+"""What a training job works with: the objects of a recipe, opened once, and the run folder that they are written to.
+
+In: a folder, a recipe, and what was opened for it. Out: ``RunContext``, begun in its folder or checked against what the
+folder was begun with. Note: a run goes on with its own recipe, towers and pairs only; its trackers may be others.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from clasp.config.build import ModelAndPreprocessing
+from clasp.config.datasets import TrainValPairs, hash_pairs
+from clasp.config.recipe import Recipe
+from clasp.data.pairs import Pairs
+from clasp.data.readers import PairIndex
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.features import FeatureSource
+from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
+from clasp.training.cost.ledger import COST_FILE, CostLedger, read_cost
+from clasp.training.precision import resolve_precision
+from clasp.training.run_folder import RunFolder
+from clasp.training.settings import TrainPlan
+from clasp.training.state import TrainState
+from clasp.training.trackers.console import Reporter
+from clasp.training.trackers.group import TrackerGroup
+from clasp.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Preloaded:
+    """What somebody has in memory of a recipe: its pairs, and its model, which is trained in place."""
+
+    pairs: TrainValPairs | None = None
+    parts: ModelAndPreprocessing | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContext:
+    """A run, opened. ``recipe`` is resolved: nothing in ``train`` is "auto" that a run must keep. ``state`` is where a
+    run goes on, ``None`` for one that begins. ``listing`` indexes the captions of ``train``."""
+
+    folder: RunFolder
+    recipe: Recipe
+    parts: ModelAndPreprocessing
+    inputs: FeatureSource
+    train: Pairs
+    val: Pairs
+    listing: PairIndex
+    state: TrainState | None
+    ledger: CostLedger
+    tracker: TrackerGroup
+    reporter: Reporter
+
+    @property
+    def model(self) -> DualEncoder:
+        """The model that is trained."""
+        return self.parts.model
+
+    def attention_kernel(self) -> AbstractContextManager[None]:
+        """The attention kernel of the run, for as long as the context lasts."""
+        kernel = self.recipe.train.attention
+        assert kernel != "auto", "resolve the recipe first"
+        return use_attention_kernel(kernel)
+
+    def start_or_resume(self) -> None:
+        """Writes what training does not change; or, of a run that goes on, checks it. Raises ``UserError``."""
+        content = hash_pairs(self.listing, self.val)
+        if self.state is None:
+            parts = self.parts
+            self.folder.start(self.recipe.to_toml(), parts.model, parts.transform, parts.tokenizer, pairs=content)
+            return
+        facts = self.folder.read()
+        self.folder.require_same_bases(self.model)
+        if self.recipe.differs_from(facts.recipe):
+            raise UserError(f"{self.folder.path} was started with another recipe; a run goes on with its own only")
+        if facts.base.get("pairs") != content:
+            raise UserError(
+                f"{self.folder.path} cannot go on: the pairs of {self.recipe.data.train} have changed since it was "
+                "stopped"
+            )
+
+
+def open_ledger(folder: RunFolder, model: DualEncoder, state: TrainState | None) -> CostLedger:
+    """The ledger of this session; a run that goes on may be one whose costs were not kept before."""
+    parts = {name: {"total": count.total, "trained": count.trained} for name, count in model.parameter_counts().items()}
+    device = next(model.parameters()).device
+    if state is None:
+        return CostLedger(device, parts)
+    earlier = read_cost(folder.path) if (folder.path / COST_FILE).exists() else None
+    return CostLedger(device, parts, first_step=state.position.step, earlier=earlier)
+
+
+def resolve_recipe(recipe: Recipe, plan: TrainPlan, model: DualEncoder) -> Recipe:
+    """The recipe as a run keeps it, since it goes on as it began: batch, epochs and attention kernel chosen."""
+    device = next(model.parameters()).device
+    settings = plan.resolved(recipe.train)
+    precision = resolve_precision(settings.precision, device).precision
+    kernel = choose_attention_kernel(settings.attention, precision, device)
+    return recipe.model_copy(update={"train": settings.model_copy(update={"attention": kernel.attention})})
