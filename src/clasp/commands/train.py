@@ -137,20 +137,18 @@ def _train(
     ledger: CostLedger,
 ) -> TrainResult:
     settings = recipe.train
-    image_side, text_side = inputs.image_reader(train, recipe.data.augment), inputs.text_reader(listing)
+    sides = inputs.batch_reader(train, listing, recipe.data.augment)
     task = validation_task(train, val, inputs)
     assert settings.batch_size != "auto"
     batches = PairLoader(
-        listing,
-        image_side,
-        text_side,
+        sides,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        workers=settings.workers if isinstance(image_side, LiveImageReader) else 0,
+        workers=settings.workers if isinstance(sides.image, LiveImageReader) else 0,
         captions=recipe.data.captions,
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
-    ledger.once = ledger.timed_as("counting", count_frozen_flops)(inputs, image_side, text_side, listing.texts)
+    ledger.once = ledger.timed_as("counting", count_frozen_flops)(inputs, sides, listing.texts)
 
     def save(state: TrainState) -> None:
         folder.save_state(state)
@@ -158,7 +156,9 @@ def _train(
 
     with closing(batches), ledger.stage("training"):
         if resume_state is None:
-            initialize_heads(model, inputs, train, listing, recipe.head, batches.bad_samples)
+            if recipe.head.standardize:  # heads start from the plain images
+                plain = sides if recipe.data.augment is None else replace(sides, image=inputs.image_reader(train, None))
+                initialize_heads(model, plain, recipe.head, batches.bad_samples)
             initialize_low_rank(model, batches, build_loss(recipe.loss), recipe.tune, settings)
         else:
             batches.bad_samples.add(resume_state.skipped)
