@@ -138,6 +138,8 @@ def test_kept_states_are_announced_with_their_size(towers: Path, pairs: Path, tm
     assert size % image == 0 and size // image < len(TOYS), "of the training pairs"
     files = [path for path in (cache / "features").glob("*.npy") if path.stat().st_size - 128 == size]
     assert len(files) == 1, "and so large is its file"
+    lines = [line.partition(" bytes of ")[0] for line in said if line.startswith("states of images")]
+    assert len(lines) == len(set(lines)), "both sides of a batch are built once, and the heads start from them"
 
 
 @pytest.mark.parametrize("part", [[], ['tune.image=["last(1)"]']])
