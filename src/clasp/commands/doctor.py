@@ -107,24 +107,24 @@ def plan_run_features(
 def check_feature_cache(plans: Sequence[CachePlan], free: int) -> CheckReport:
     """What of the frozen parts is computed once: how many bytes, and whether they are there. ``free`` are bytes."""
     made = CheckReport("features", {"free_bytes": free, "feature_cache": []})
-    for keeping in plans:
-        facts = {**asdict(keeping), "file": str(keeping.file) if keeping.file else None}
+    for plan in plans:
+        facts = {**asdict(plan), "file": str(plan.file) if plan.file else None}
         made.facts["feature_cache"].append({key: value for key, value in facts.items() if key != "key"})
-        text = f"{keeping.count:,} {keeping.what}: {keeping.bytes:,} bytes"
-        if keeping.storage is None:
+        text = f"{plan.count:,} {plan.what}: {plan.bytes:,} bytes"
+        if plan.storage is None:
             made.add_finding("look", f"{text} of states, too many to keep: computed anew each time")
         else:
             made.add_finding(
-                "ok", f"{text} in {keeping.storage}, {'there already' if keeping.file else 'to be computed once'}"
+                "ok", f"{text} in {plan.storage}, {'there already' if plan.file else 'to be computed once'}"
             )
-        free -= keeping.bytes_to_write
+        free -= plan.bytes_to_write
         if free < 0:
             folder = cache_folder() / "features"
-            made.add_finding("stop", f"cannot keep {keeping.bytes:,} bytes in {folder}: {os.strerror(errno.ENOSPC)}")
+            made.add_finding("stop", f"cannot keep {plan.bytes:,} bytes in {folder}: {os.strerror(errno.ENOSPC)}")
             return made
     if plans:
-        more = sum(keeping.bytes_to_write for keeping in plans)
+        more = sum(plan.bytes_to_write for plan in plans)
         made.add_finding("ok", f"{more:,} bytes to be written, of {made.facts['free_bytes']:,} that are free on disk")
     else:
-        made.add_finding("ok", "nothing is kept: no part of a tower answers the same twice")
+        made.add_finding("ok", "nothing is cached: no part of a tower is frozen, or the feature cache is off")
     return made
