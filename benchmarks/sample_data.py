@@ -26,6 +26,8 @@ from clasp.data.loader import PairLoader
 from clasp.data.pairs import Pairs, open_pairs
 from clasp.data.readers import PairIndex
 from clasp.data.samples.emoji import unpack_emoji_sample
+from clasp.models.cache_policy import CachePolicy
+from clasp.models.feature_settings import FeatureSettings
 from clasp.models.features import FeatureSource
 from clasp.training.losses import build_loss
 from clasp.training.memory import ActivationMemory
@@ -139,20 +141,13 @@ class Ours:
     def read(self) -> PairLoader:
         """The batches of the run; what of the towers is frozen is computed here, where it has not been before."""
         inputs = FeatureSource(
-            image=self.model.image,
-            text=self.model.text,
+            self.model.image,
+            self.model.text,
             transform=self.parts.transform,
             tokenizer=self.parts.tokenizer,
-            feature_cache=self.recipe.data.feature_cache,
-            cache_folder=self.cache,
+            settings=FeatureSettings(CachePolicy(self.cache, self.recipe.data.feature_cache)),
         )
-        return PairLoader(
-            self.listing,
-            inputs.image_reader(self.pairs, None),
-            inputs.text_reader(self.listing),
-            batch_size=self.batch,
-            seed=0,
-        )
+        return PairLoader(inputs.batch_reader(self.pairs, self.listing, None), batch_size=self.batch, seed=0)
 
     @cached_property
     def batches(self) -> PairLoader:

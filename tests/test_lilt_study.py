@@ -180,9 +180,8 @@ def test_heads_start_where_clasp_would_start_them(photos: Photos):
     inputs = build_feature_source(ours, plain)
     rows = photos._rows(ours, inputs, first)
     closed_form(rows, rows, width=16, ridge=(1.0, 1.0)).put(ours.model)
-    initialize_heads(
-        theirs.model, build_feature_source(theirs, own), first, PairIndex(first), own.head, BadSampleLimit(60, 0.0)
-    )
+    sides = build_feature_source(theirs, own).batch_reader(first, PairIndex(first), None)
+    initialize_heads(theirs.model, sides, own.head, BadSampleLimit(60, 0.0))
     seen = images_seen(ours.model, inputs, first).pooled
     with torch.no_grad():
         torch.testing.assert_close(

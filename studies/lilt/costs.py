@@ -27,8 +27,8 @@ def counted(parts: ModelAndPreprocessing, recipe: Recipe, pairs: Pairs) -> dict[
     a whole batch; ``fixed_bytes`` are the weights, and for those that train gradient and optimizer."""
     model, recipe = parts.model, recipe.with_overrides(["data.feature_cache=off"])
     inputs, listing = build_feature_source(parts, recipe), PairIndex(pairs)
-    sides = inputs.image_reader(pairs, None), inputs.text_reader(listing)
-    batch = next(PairLoader(listing, *sides, batch_size=len(pairs), seed=0).epoch(0))
+    sides = inputs.batch_reader(pairs, listing, None)
+    batch = next(PairLoader(sides, batch_size=len(pairs), seed=0).epoch(0))
 
     def step() -> None:
         seen = model(batch)

@@ -18,7 +18,7 @@ from clasp.config import datasets
 from clasp.config.build import build_model_and_preprocessing
 from clasp.config.recipe import Recipe
 from clasp.data.checks import CheckReport
-from clasp.models import features as inputs_room
+from clasp.models import cache_policy
 from clasp.models.tower import Tower
 from clasp.types import UserError
 from toydata import toys, write_classes, write_csv, write_folder, write_images
@@ -233,7 +233,7 @@ def test_of_many_a_sample_is_looked_at(towers: Path, tmp_path: Path, monkeypatch
 
 def full(monkeypatch: pytest.MonkeyPatch, folder: Path, free: int) -> None:
     usage = shutil.disk_usage(folder)
-    monkeypatch.setattr(inputs_room.shutil, "disk_usage", lambda at: usage._replace(free=free))
+    monkeypatch.setattr(cache_policy.shutil, "disk_usage", lambda at: usage._replace(free=free))
 
 
 def test_states_that_would_fill_the_disk_are_told(

@@ -14,7 +14,7 @@ from clasp.commands import sweep as sweeping
 from clasp.commands.sweep import sweep
 from clasp.config import build as assembling
 from clasp.config.grid import GridSpec, expand_grid, parse_axis
-from clasp.models import features as inputs_room
+from clasp.models import text_side
 from clasp.models.tower import Tower
 from clasp.report.leaderboard import SweepResult, SweepRow, ranking_key
 from clasp.training.trackers.console import SilentReporter, TrainProgress
@@ -256,7 +256,7 @@ def test_ctrl_c_before_the_first_step_loses_nothing(toml: str, tmp_path: Path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(inputs_room, "text_features", pressed)
+        patch.setattr(text_side, "text_features", pressed)
         stopped = swept(toml, tmp_path / "runs", grid=GRID[1:])
     assert stopped.stopped and [row.state for row in stopped.rows] == ["stopped"]
     done = swept(toml, tmp_path / "runs", grid=GRID[1:])

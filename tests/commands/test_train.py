@@ -481,8 +481,8 @@ def first_epoch(made: Recipe) -> list[tuple[str, ...]]:
     train, _ = datasets.open_training_pairs(made)
     inputs = build.build_feature_source(main_job.build_model_and_preprocessing(made), made)
     listing = main_job.PairIndex(train)
-    sides = inputs.image_reader(train, None), inputs.text_reader(listing)
-    batches = PairLoader(listing, *sides, batch_size=made.train.batch_size, seed=made.train.seed)
+    sides = inputs.batch_reader(train, listing, None)
+    batches = PairLoader(sides, batch_size=made.train.batch_size, seed=made.train.seed)
     return [batch.ids for batch in batches.epoch(0)]
 
 

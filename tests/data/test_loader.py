@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from clasp.data.images import Augment
-from clasp.data.loader import BadSampleLimit, PairLoader, iter_image_batches, iter_text_batches, philox_integers
+from clasp.data.loader import (
+    BadSampleLimit,
+    BatchReader,
+    PairLoader,
+    iter_image_batches,
+    iter_text_batches,
+    philox_integers,
+)
 from clasp.data.pairs import open_pairs
 from clasp.data.readers import ImageBatch, LiveImageReader, LiveTextReader, PairIndex, SampleIndices
 from clasp.data.workers import WorkerPool
@@ -28,7 +35,11 @@ FIRST_DRAWS = [129745503399974868, 2377483205311176162, 4349422948805191298]
 def batches(pairs: Sequence[Pair], **settings) -> PairLoader:
     settings = {"batch_size": 4, "seed": 3} | settings
     augment = settings.pop("augment", None)
-    return PairLoader(pairs, LiveImageReader(TRANSFORM, augment), LiveTextReader(word_tokenizer()), **settings)
+    return PairLoader(live_reader(pairs, augment), **settings)
+
+
+def live_reader(pairs: Sequence[Pair], augment: Augment | None = None) -> BatchReader:
+    return BatchReader(pairs, LiveImageReader(TRANSFORM, augment), LiveTextReader(word_tokenizer()))
 
 
 def no_images(picks: SampleIndices, read: Callable[[int], Pair]) -> ImageBatch:
@@ -79,7 +90,7 @@ def test_an_epoch_is_a_shuffle_and_another_epoch_another():
 
 
 def test_every_order_is_equally_likely():
-    stream = PairLoader(small_pairs(3), no_images, LiveTextReader(word_tokenizer()), batch_size=3, seed=0)
+    stream = PairLoader(BatchReader(small_pairs(3), no_images, LiveTextReader(word_tokenizer())), batch_size=3, seed=0)
     orders = Counter(next(stream.epoch(epoch)).ids for epoch in range(600))
     assert len(orders) == 6 and min(orders.values()) > 60  # 100 expected; 60 is 4.4 deviations below
 
@@ -99,7 +110,7 @@ def test_rows_are_what_the_slow_way_gives():
 
 def test_a_drawn_caption_changes_with_the_epoch_and_all_come_up():
     pairs = [Pair("0", small_pairs(1)[0].image, tuple(Caption(f"w{i}") for i in range(4)), "0")]
-    stream = PairLoader(pairs, no_images, LiveTextReader(word_tokenizer()), batch_size=1, seed=3)
+    stream = PairLoader(BatchReader(pairs, no_images, LiveTextReader(word_tokenizer())), batch_size=1, seed=3)
     seen = Counter(int(tokens(batch).ids) for epoch in range(200) for batch in stream.epoch(epoch))
     assert len(seen) == 4 and min(seen.values()) > 25  # 50 expected; 25 is 4.1 deviations below
 
@@ -286,9 +297,10 @@ def refuse(ask: int) -> int:
 
 def test_a_worker_that_hangs_becomes_an_error():
     pairs = [Pair(str(number), SlowSource(), (Caption("a"),), str(number)) for number in range(2)]
-    stream = batches(pairs, batch_size=1, workers=1, timeout_seconds=1.0)
+    stream = WorkerPool(live_reader(pairs), workers=1, timeout_seconds=1.0)
+    one = SampleIndices(*np.zeros((3, 1), dtype=np.int64))
     with pytest.raises(UserError, match=r"workers = 1: .*timed out.*workers = 0"):
-        next(stream.epoch(0))
+        next(stream([one, one]))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from torch import nn
 
 from clasp.commands.train import train_recipe
 from clasp.config.recipe import Recipe
-from clasp.models import features as inputs_room
+from clasp.models import cache_policy
 from clasp.models.backbone import Backbone, ImageTowerSettings
 from clasp.models.tower import Tower
 from clasp.models.zoo.registry import load_backbone
@@ -122,7 +122,7 @@ def test_states_that_would_fill_the_disk_are_computed_anew(
     towers: Path, pairs: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(inputs_room.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    monkeypatch.setattr(cache_policy.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     said: list[str] = []
     train_recipe(recipe(towers, pairs, *BOUNDARIES["top blocks"], "train.epochs=1"), tmp_path / "run", say=said.append)
     assert any("computed anew each time" in line and "1,000 that are free" in line for line in said), said
@@ -138,6 +138,8 @@ def test_kept_states_are_announced_with_their_size(towers: Path, pairs: Path, tm
     assert size % image == 0 and size // image < len(TOYS), "of the training pairs"
     files = [path for path in (cache / "features").glob("*.npy") if path.stat().st_size - 128 == size]
     assert len(files) == 1, "and so large is its file"
+    lines = [line.partition(" bytes of ")[0] for line in said if line.startswith("states of images")]
+    assert len(lines) == len(set(lines)), "both sides of a batch are built once, and the heads start from them"
 
 
 @pytest.mark.parametrize("part", [[], ['tune.image=["last(1)"]']])

@@ -70,9 +70,9 @@ def ready(towers: Path, pairs: Path, *overrides: str, method: str = "lora", star
         parts.model.text.enable_activation_checkpointing()
     train, _ = open_training_pairs(made)
     inputs, listing = build_feature_source(parts, made), PairIndex(train)
-    sides = inputs.image_reader(train, None), inputs.text_reader(listing)
+    sides = inputs.batch_reader(train, listing, None)
     assert made.train.batch_size != "auto"
-    batches = PairLoader(listing, *sides, batch_size=made.train.batch_size, seed=made.train.seed)
+    batches = PairLoader(sides, batch_size=made.train.batch_size, seed=made.train.seed)
     return Ready(parts.model, batches, build_loss(made.loss), made)
 
 

@@ -1,10 +1,10 @@
 """What is odd about the pairs of a recipe, and what training will take, before any of it.
 
 In goes a recipe, out come ``CheckReport``s as they are found: findings for people, the same as facts for programs.
-Unusual: the parts that training has are asked, and stopped short of computing: the pairs as it will split them, the
-plan it will make, and the reader of inputs, which writes down what it would keep. So a recipe that training would
-refuse is refused here in the same words. Weights are loaded, after the pairs have been told about, since a cache is
-known by their hash; but nothing goes through a tower, except one blank input where its trunk ends at a block.
+Note: these are the pairs as training will split them, the plan it will make and what it will cache (``plan_features``),
+so a recipe that training would refuse is refused here in the same words. Weights are loaded, after the pairs have been
+reported, since a cache is known by their hash; but nothing goes through a tower, except one blank input where its trunk
+ends at a block.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from clasp.commands.dry_run import DryRunFeatureSource
 from clasp.config.build import ModelAndPreprocessing, build_feature_source, build_model, build_model_and_preprocessing
 from clasp.config.datasets import cache_folder, open_training_pairs, plan_run
 from clasp.config.recipe import Recipe
 from clasp.data.checks import CheckReport, Finding, check_captions, check_images, check_pairs
 from clasp.data.pairs import Pairs
 from clasp.data.readers import PairIndex
-from clasp.evaluation.from_pairs import validation_task
-from clasp.evaluation.tasks import ZeroShotTask
+from clasp.evaluation.from_pairs import validation_texts
+from clasp.models.cache_policy import CachePlan, plan_features
 from clasp.models.features import FeatureSource
 from clasp.models.frozen import FrozenPrefix, FrozenTower
 from clasp.models.structure import find_structure
@@ -41,10 +40,10 @@ def diagnose(recipe: Recipe, *, bar: ProgressFactory = no_progress_bar) -> Itera
     parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
     yield check_captions(listing, parts.tokenizer)
     yield check_images(train, val, parts.transform, recipe.data.max_bad_fraction, bar)
-    forecast = build_feature_source(parts, recipe, kind=DryRunFeatureSource)
-    yield check_towers(parts, recipe, forecast)
-    yield check_feature_cache(parts, recipe, forecast, train, val, listing)
-    plan = plan_run(recipe, train, forecast)
+    inputs = build_feature_source(parts, recipe)
+    yield check_towers(parts, recipe, inputs)
+    yield check_feature_cache(plan_run_features(recipe, inputs, train, val, listing), inputs.cache.free_bytes())
+    plan = plan_run(recipe, train, inputs)
     yield CheckReport("steps", asdict(plan), [Finding("ok", "steps", plan.reason)])
 
 
@@ -95,42 +94,39 @@ def _describe_boundary(tower: Tower, part: FrozenTower | FrozenPrefix | None, fr
     return text
 
 
-def check_feature_cache(
-    parts: ModelAndPreprocessing,
-    recipe: Recipe,
-    forecast: DryRunFeatureSource,
-    train: Pairs,
-    val: Pairs,
-    listing: PairIndex,
-) -> CheckReport:
-    """What the frozen parts say once and for all: how much of it, and whether it is there."""
-    free = forecast.free_bytes()
-    forecast.image_reader(train, recipe.data.augment)
-    forecast.text_reader(listing)
-    if parts.model.image_head.standardize is not None:
-        forecast.image_reader(train, None)  # heads start from the plain pictures
-    question = validation_task(train, val, forecast)
-    if isinstance(question, ZeroShotTask):
-        forecast.text_features(question.queries.classes)
+def plan_run_features(
+    recipe: Recipe, inputs: FeatureSource, train: Pairs, val: Pairs, listing: PairIndex
+) -> list[CachePlan]:
+    """What a run of the recipe caches; ``listing`` is of ``train``."""
+    requests = [inputs.image.request(train, recipe.data.augment), inputs.text.request(listing.texts)]
+    if recipe.head.standardize:
+        requests.append(inputs.image.request(train))  # heads start from the plain images
+    requests += [inputs.text.request(texts) for texts in validation_texts(train, val)]
+    requests.append(inputs.image.request(val))
+    return plan_features([request for request in requests if request is not None], inputs.cache)
+
+
+def check_feature_cache(plans: Sequence[CachePlan], free: int) -> CheckReport:
+    """What of the frozen parts is computed once: how many bytes, and whether they are there. ``free`` are bytes."""
     made = CheckReport("features", {"free_bytes": free, "feature_cache": []})
-    for keeping in forecast.plans:
-        facts = {**asdict(keeping), "file": str(keeping.file) if keeping.file else None}
+    for plan in plans:
+        facts = {**asdict(plan), "file": str(plan.file) if plan.file else None}
         made.facts["feature_cache"].append({key: value for key, value in facts.items() if key != "key"})
-        text = f"{keeping.count:,} {keeping.what}: {keeping.bytes:,} bytes"
-        if keeping.storage is None:
+        text = f"{plan.count:,} {plan.what}: {plan.bytes:,} bytes"
+        if plan.storage is None:
             made.add_finding("look", f"{text} of states, too many to keep: computed anew each time")
         else:
             made.add_finding(
-                "ok", f"{text} in {keeping.storage}, {'there already' if keeping.file else 'to be computed once'}"
+                "ok", f"{text} in {plan.storage}, {'there already' if plan.file else 'to be computed once'}"
             )
-        free -= keeping.bytes_to_write
+        free -= plan.bytes_to_write
         if free < 0:
             folder = cache_folder() / "features"
-            made.add_finding("stop", f"cannot keep {keeping.bytes:,} bytes in {folder}: {os.strerror(errno.ENOSPC)}")
+            made.add_finding("stop", f"cannot keep {plan.bytes:,} bytes in {folder}: {os.strerror(errno.ENOSPC)}")
             return made
-    if forecast.plans:
-        more = sum(keeping.bytes_to_write for keeping in forecast.plans)
+    if plans:
+        more = sum(plan.bytes_to_write for plan in plans)
         made.add_finding("ok", f"{more:,} bytes to be written, of {made.facts['free_bytes']:,} that are free on disk")
     else:
-        made.add_finding("ok", "nothing is kept: no part of a tower answers the same twice")
+        made.add_finding("ok", "nothing is cached: no part of a tower is frozen, or the feature cache is off")
     return made

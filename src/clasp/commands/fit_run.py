@@ -7,9 +7,10 @@ the way states and costs to the run folder, metrics to the tracker.
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 
 from clasp.commands.run_context import RunContext
-from clasp.data.loader import PairLoader
+from clasp.data.loader import BatchReader, PairLoader
 from clasp.data.readers import LiveImageReader
 from clasp.training.cost.frozen import count_frozen_flops
 from clasp.training.cost.ledger import COST_FILE
@@ -20,27 +21,23 @@ from clasp.training.state import FitResult, TrainState
 from clasp.types import Evaluator
 
 
-def open_batches(context: RunContext) -> PairLoader:
-    """The batches of the training pairs; what of the towers is frozen is computed here, unless it is in the cache."""
-    recipe, listing = context.recipe, context.listing
-    image_side = context.inputs.image_reader(context.train, recipe.data.augment)
-    text_side = context.inputs.text_reader(listing)
+def open_batches(context: RunContext, sides: BatchReader) -> PairLoader:
+    """The batches of the training pairs, each side read by its reader."""
+    recipe = context.recipe
     count = context.ledger.timed_as("counting", count_frozen_flops)
-    context.ledger.once = count(context.inputs, image_side, text_side, listing.texts)
+    context.ledger.once = count(context.inputs, sides, context.listing.texts)
     assert recipe.train.batch_size != "auto"
     return PairLoader(
-        listing,
-        image_side,
-        text_side,
+        sides,
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
-        workers=recipe.train.workers if isinstance(image_side, LiveImageReader) else 0,
+        workers=recipe.train.workers if isinstance(sides.image, LiveImageReader) else 0,
         captions=recipe.data.captions,
         max_bad_fraction=recipe.data.max_bad_fraction,
     )
 
 
-def fit_run(context: RunContext, batches: PairLoader, task: Evaluator) -> FitResult:
+def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, task: Evaluator) -> FitResult:
     """Initialises what training starts from, or restores it; runs the loop; closes the batches."""
     recipe, ledger, model, loss = context.recipe, context.ledger, context.model, build_loss(context.recipe.loss)
 
@@ -58,7 +55,8 @@ def fit_run(context: RunContext, batches: PairLoader, task: Evaluator) -> FitRes
     )
     with closing(batches), ledger.stage("training"):
         if context.state is None:
-            initialize_heads(model, context.inputs, context.train, context.listing, recipe.head, batches.bad_samples)
+            if recipe.head.standardize:
+                initialize_heads(model, _plain(context, sides), recipe.head, batches.bad_samples)
             initialize_low_rank(model, batches, loss, recipe.tune, recipe.train)
         else:
             batches.bad_samples.add(context.state.skipped)
@@ -71,3 +69,10 @@ def fit_run(context: RunContext, batches: PairLoader, task: Evaluator) -> FitRes
             kinds=model.parameter_kinds,
             resume_state=context.state,
         )
+
+
+def _plain(context: RunContext, sides: BatchReader) -> BatchReader:
+    """The readers without augmentation, from which heads are initialised."""
+    if context.recipe.data.augment is None:
+        return sides
+    return replace(sides, image=context.inputs.image_reader(context.train, None))

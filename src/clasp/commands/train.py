@@ -81,9 +81,10 @@ def train_recipe(
     context.start_or_resume()
     with ledger, tracker, context.attention_kernel():
         tracker.config(context.recipe.to_dict())
-        batches = open_batches(context)
+        sides = inputs.batch_reader(train, context.listing, recipe.data.augment)  # fills the feature cache
+        batches = open_batches(context, sides)
         task = validation_task(train, val, inputs)
-        fitted = fit_run(context, batches, task)
+        fitted = fit_run(context, sides, batches, task)
         delta_bytes = folder.save(context.model)
         results = [] if fitted.interrupted else ledger.timed_as("evaluation", task.results)(context.model)
         cost = ledger.cost(delta_bytes)

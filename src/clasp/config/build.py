@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +20,9 @@ from clasp.data.images import ImageTransform
 from clasp.data.loader import log_skipped
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.cache_policy import CachePolicy
 from clasp.models.dual_encoder import DualEncoder
+from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings
 from clasp.models.features import FeatureSource
 from clasp.models.inference import EmbeddingModel
 from clasp.models.sharing.backbones import share_backbones
@@ -238,31 +240,27 @@ def _check_end_token(recipe: Recipe, text: Backbone, tokenizer: Tokenizer) -> No
             )
 
 
-_FeatureSourceT = TypeVar("_FeatureSourceT", bound=FeatureSource)
-
-
 def build_feature_source(
     parts: ModelAndPreprocessing,
     recipe: Recipe,
     *,
-    kind: type[_FeatureSourceT] = FeatureSource,
     bar: ProgressFactory = no_progress_bar,
     say: MessageCallback = lambda line: None,
     report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
-) -> _FeatureSourceT:
+) -> FeatureSource:
     """The reader of pairs for a model that has just been built from a recipe."""
-    return kind(
-        image=parts.model.image,
-        text=parts.model.text,
-        transform=parts.transform,
-        tokenizer=parts.tokenizer,
-        feature_cache=recipe.data.feature_cache,
-        cache_folder=cache_folder(),
-        bar=bar,
-        notify=say,
-        on_skipped=report,
+    settings = FeatureSettings(
+        cache=CachePolicy(cache_folder(), recipe.data.feature_cache),
         workers=recipe.train.workers,
         cached_augmentations=recipe.data.cached_augmentations,
         seed=recipe.train.seed,
         max_bad_fraction=recipe.data.max_bad_fraction,
+    )
+    return FeatureSource(
+        parts.model.image,
+        parts.model.text,
+        transform=parts.transform,
+        tokenizer=parts.tokenizer,
+        settings=settings,
+        callbacks=FeatureCallbacks(bar=bar, notify=say, on_skipped=report),
     )

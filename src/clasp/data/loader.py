@@ -2,9 +2,9 @@
 
 Order, caption and augmentation of a sample are read off a counter-based generator at (seed, epoch, index), in this
 process, before anything is loaded: no number of workers can change them, and starting at batch k reads nothing before
-it. The two sides of a batch, live or cached, are parts handed in (``sides``, ``features``). Unusual: what cannot be
-read leaves its batch, which may become short and even empty but is never dropped or filled up; so batch k of an epoch
-always means the same samples.
+it. The two sides of a batch, live or cached, are parts handed in (``BatchReader``). Note: what cannot be read leaves
+its batch, which may become short and even empty but is never dropped or filled up; so batch k of an epoch always means
+the same samples.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -44,8 +44,8 @@ def philox_integers(key: Sequence[int], count: int) -> Int[np.ndarray, " n"]:
 
 
 @dataclass(frozen=True, slots=True)
-class _BatchReader:
-    """Picks to a ``Batch``; runs in a worker where there are any."""
+class BatchReader:
+    """Both sides of training batches: samples to a ``Batch``. Runs in a worker where there are any."""
 
     pairs: Sequence[Pair]
     image: ImageReader
@@ -101,7 +101,7 @@ class BadSampleLimit:
 
 
 class PairLoader:
-    """Shuffled batches of pairs; ``epoch(n)`` gives the n-th shuffle of ``seed``, ``len`` the batches in each.
+    """Shuffled batches of ``reader``; ``epoch(n)`` gives the n-th shuffle of ``seed``, ``len`` the batches in each.
 
     ``captions="sample"`` takes one caption of each pair, drawn anew every epoch; ``"all"`` makes every caption a
     sample. The last short batch is left out when ``drop_last``. Skipped samples are named in ``Batch.skipped`` and
@@ -111,9 +111,7 @@ class PairLoader:
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
-        image_reader: ImageReader,
-        text_reader: TextReader,
+        reader: BatchReader,
         *,
         batch_size: int,
         seed: int,
@@ -121,10 +119,10 @@ class PairLoader:
         captions: CaptionMode = "sample",
         max_bad_fraction: float = 0.02,
         drop_last: bool = True,
-        timeout_seconds: float = 300.0,
     ) -> None:
-        if captions == "all" and not isinstance(pairs, PairIndex):
-            pairs = PairIndex(pairs)
+        if captions == "all" and not isinstance(reader.pairs, PairIndex):
+            reader = replace(reader, pairs=PairIndex(reader.pairs))
+        pairs = reader.pairs
         self._pairs = pairs
         self._captions: CaptionMode = captions
         self._batch = batch_size
@@ -141,9 +139,7 @@ class PairLoader:
                 f"batch = {batch_size}, and there are {self.num_samples} samples: a batch holds 1 to {self.num_samples}"
             )
         self.bad_samples = BadSampleLimit(len(pairs), max_bad_fraction)
-        self._stream = WorkerPool(
-            _BatchReader(pairs, image_reader, text_reader), workers=workers, timeout_seconds=timeout_seconds
-        )
+        self._stream = WorkerPool(reader, workers=workers)
 
     def __len__(self) -> int:
         return self.num_samples // self._batch if self._drop_last else -(-self.num_samples // self._batch)

@@ -33,8 +33,22 @@ def validation_task(train: Pairs, val: Pairs, inputs: FeatureSource) -> Retrieva
         if len(languages) > 1:
             return multilingual_task(val, inputs, languages=languages, data="validation")
         return retrieval_task(val, inputs, data="validation")
-    classes = sorted({caption.text for pairs in (train, val) for pair in pairs for caption in pair.captions})
-    return zeroshot_task(val, inputs, classes=classes, templates=["{}"], data="validation")
+    return zeroshot_task(val, inputs, classes=_class_names(train, val), templates=["{}"], data="validation")
+
+
+def validation_texts(train: Pairs, val: Pairs) -> list[list[str]]:
+    """The texts that ``validation_task`` reads, one list for each time that it reads some."""
+    if all(_only_class(pair) for pair in val):
+        return [_class_names(train, val)]
+    captions, languages = [caption for pair in val for caption in pair.captions], caption_languages(val)
+    if len(languages) < 2:
+        return [[text for text, _ in captions]]
+    each = [[text for text, language in captions if language == one] for one in languages]
+    return [[text for text, language in captions if language in languages], *each]
+
+
+def _class_names(train: Pairs, val: Pairs) -> list[str]:
+    return sorted({caption.text for pairs in (train, val) for pair in pairs for caption in pair.captions})
 
 
 def _only_class(pair: Pair) -> bool:

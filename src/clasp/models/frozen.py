@@ -1,7 +1,7 @@
-"""The frozen part of a tower, as the feature cache asks for it: all of it with its pooling, or its trunk.
+"""The frozen part of a tower, as the feature cache takes it: all of it with its pooling, or its trunk.
 
 In goes a tower whose selection is made, out comes what may be computed once
-(``clasp.data.feature_cache.features.FrozenPart``), or nothing where every weight trains or dropout makes each answer
+(``clasp.data.feature_cache.requests.FrozenPart``), or nothing where every weight trains or dropout makes each output
 another.
 """
 

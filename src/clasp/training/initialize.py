@@ -16,11 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from clasp.data.device import to_device
-from clasp.data.loader import BadSampleLimit, PairLoader
-from clasp.data.pairs import Pairs
+from clasp.data.feature_cache.replay import CachedImageReader, CachedTextReader
+from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
 from clasp.data.readers import PairIndex, SampleIndices
 from clasp.models.dual_encoder import DualEncoder, HeadSettings
-from clasp.models.features import FeatureSource
 from clasp.models.tower import Tower
 from clasp.models.tuning.peft_methods import initialize_lora_from_gradient, wrapped_weight_name
 from clasp.models.tuning.settings import TuneSettings
@@ -37,26 +36,23 @@ _MAX_CAPTIONS_CACHED, _MAX_CAPTIONS_LIVE = 65_536, 2_048
 GRADIENT_BATCHES = 4  # whose gradient gives low-rank updates their directions: as much work as so many steps
 
 
-def initialize_heads(
-    model: DualEncoder,
-    inputs: FeatureSource,
-    pairs: Pairs,
-    listing: PairIndex,
-    settings: HeadSettings,
-    tally: BadSampleLimit,
-) -> None:
-    """Let the heads start from the training pairs, as the settings say; images that cannot be read go to ``tally``."""
+def initialize_heads(model: DualEncoder, sides: BatchReader, settings: HeadSettings, tally: BadSampleLimit) -> None:
+    """Let the heads start from the training pairs, as the settings say; images that cannot be read go to ``tally``.
+
+    ``sides`` read the plain images, and their pairs are a ``PairIndex``.
+    """
     image, text = model.image_head.standardize, model.text_head.standardize
     if image is None or text is None:
         return
-    pooled = _PooledFeatures(model, inputs, pairs, listing, tally)
-    most = _MAX_CAPTIONS_CACHED if inputs.both_towers_frozen else _MAX_CAPTIONS_LIVE
-    some = zip(*pooled.every_caption(_evenly_spaced(listing, most)), strict=True)
+    assert isinstance(sides.pairs, PairIndex)
+    pooled = _PooledFeatures(model, sides, sides.pairs, tally)
+    most = _MAX_CAPTIONS_CACHED if _reads_vectors(sides) else _MAX_CAPTIONS_LIVE
+    some = zip(*pooled.every_caption(_evenly_spaced(sides.pairs, most)), strict=True)
     for standardize, parts in zip((image, text), some, strict=True):
         standardize.fit(torch.cat(parts))
     if settings.init == "cca":
         with torch.no_grad():
-            whole = np.arange(len(pairs))
+            whole = np.arange(len(sides.pairs))
             every = ((image(images), text(texts)) for images, texts in pooled.every_caption(whole))
             maps = cca(every, settings.width, ridge=settings.ridge)
             for head, weight in ((model.image_head, maps.image), (model.text_head, maps.text)):
@@ -125,6 +121,13 @@ def _choose_micro_batch(work: grad_cache.MicroBatchEmbedder, batch: Batch) -> in
     return grad_cache.choose_micro_batch(work, batch, len(batch.ids)).micro_batch
 
 
+def _reads_vectors(sides: BatchReader) -> bool:
+    """Whether both sides are cached vectors of wholly frozen towers."""
+    return (isinstance(sides.image, CachedImageReader) and sides.image.features.pooled) and (
+        isinstance(sides.text, CachedTextReader) and sides.text.features.pooled
+    )
+
+
 def _evenly_spaced(listing: PairIndex, most: int) -> Int[np.ndarray, " n"]:
     """Pairs evenly spread over all, with at most about ``most`` captions."""
     count = max(1, min(len(listing), most * len(listing) // int(listing.caption_offsets[-1])))
@@ -134,11 +137,8 @@ def _evenly_spaced(listing: PairIndex, most: int) -> Int[np.ndarray, " n"]:
 class _PooledFeatures:
     """Both towers' pooled output for chosen pairs."""
 
-    def __init__(
-        self, model: DualEncoder, inputs: FeatureSource, pairs: Pairs, listing: PairIndex, tally: BadSampleLimit
-    ):
-        self.model, self.listing, self.tally = model, listing, tally
-        self.image, self.text = inputs.image_reader(pairs, None), inputs.text_reader(listing)
+    def __init__(self, model: DualEncoder, sides: BatchReader, listing: PairIndex, tally: BadSampleLimit):
+        self.model, self.sides, self.listing, self.tally = model, sides, listing, tally
 
     def every_caption(
         self, pairs: Int[np.ndarray, " n"]
@@ -156,11 +156,11 @@ class _PooledFeatures:
         for start in range(0, len(numbers), 256):
             part = numbers[start : start + 256]
             picks = SampleIndices(part, np.full(len(part), draw), np.zeros(len(part), dtype=np.int64))
-            seen = self.image(picks, self.listing.__getitem__)
+            seen = self.sides.image(picks, self.listing.__getitem__)
             self.tally.add(seen.skipped)
             if seen.kept:
                 images.append(_pool(self.model.image, seen.inputs))
-                texts.append(_pool(self.model.text, self.text(picks[seen.kept], self.listing.__getitem__).inputs))
+                texts.append(_pool(self.model.text, self.sides.text(picks[seen.kept], self.listing.__getitem__).inputs))
         if not images:
             device = next(self.model.parameters()).device
             image, text = self.model.image, self.model.text

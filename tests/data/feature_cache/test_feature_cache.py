@@ -19,15 +19,11 @@ from torch import Tensor, nn
 
 from clasp.data.feature_cache import arrays as cache_module
 from clasp.data.feature_cache.arrays import ArrayWriter, load_or_compute
-from clasp.data.feature_cache.features import (
-    CachedFeatures,
-    CachedImageReader,
-    CachedTextReader,
-    image_features,
-    text_features,
-)
+from clasp.data.feature_cache.features import ImageReadSettings, image_features, text_features
+from clasp.data.feature_cache.replay import CachedFeatures, CachedImageReader, CachedTextReader
+from clasp.data.feature_cache.requests import ImageFeatureRequest, TextFeatureRequest
 from clasp.data.images import Augment
-from clasp.data.loader import PairLoader, iter_image_batches, philox_integers
+from clasp.data.loader import BatchReader, PairLoader, iter_image_batches, philox_integers
 from clasp.data.pairs import Pairs
 from clasp.data.readers import LiveImageReader, LiveTextReader, PairIndex
 from clasp.types import Batch, Pair, Pixels, PooledFeatures, SkippedSample, Tokens, UserError
@@ -85,12 +81,17 @@ def small_pairs(count: int, **settings) -> Pairs:
     return Pairs("small", [pairs_of(count, **settings)])
 
 
-def images(tower: ImageTower, pairs: Pairs, cache: Path, **settings) -> CachedFeatures:
-    return image_features(tower, pairs, TRANSFORM, cache_folder=cache, **{"batch_size": 4, **settings})
+def images(
+    tower: ImageTower, pairs: Pairs, cache: Path, *, batch_size: int = 4, workers: int = 0, progress=None, **views
+) -> CachedFeatures:
+    reading = ImageReadSettings(batch_size=batch_size, workers=workers)
+    return image_features(
+        ImageFeatureRequest(tower, pairs, TRANSFORM, **views), reading, cache_folder=cache, progress=progress
+    )
 
 
 def texts(tower: TextTower, said: Sequence[str], cache: Path, **settings) -> CachedFeatures:
-    return text_features(tower, word_tokenizer(), said, cache_folder=cache, **settings)
+    return text_features(TextFeatureRequest(tower, word_tokenizer(), said), cache_folder=cache, **settings)
 
 
 def pooled(batch_side) -> Tensor:
@@ -229,12 +230,12 @@ def test_replay_equals_encoding_live_whichever_side_is_cached(tmp_path: Path, ca
         return image, text
 
     settings = {"batch_size": 6, "seed": 1, "captions": captions}
-    live = PairLoader(pairs, live_image, live_text, **settings)
+    live = PairLoader(BatchReader(pairs, live_image, live_text), **settings)
     replays = [
-        PairLoader(listing, cached_image, cached_text, **settings),
-        PairLoader(pairs, cached_image, cached_text, **settings),
-        PairLoader(pairs, cached_image, live_text, **settings),
-        PairLoader(pairs, live_image, cached_text, **settings),
+        PairLoader(BatchReader(listing, cached_image, cached_text), **settings),
+        PairLoader(BatchReader(pairs, cached_image, cached_text), **settings),
+        PairLoader(BatchReader(pairs, cached_image, live_text), **settings),
+        PairLoader(BatchReader(pairs, live_image, cached_text), **settings),
     ]
     for replay in replays:
         for epoch in (0, 5):
@@ -251,9 +252,11 @@ def test_replay_is_bitwise_where_the_batches_have_the_same_shape(tmp_path: Path)
     listing, image, text = sides(pairs, tmp_path)
     tower = ImageTower()
     live = next(
-        PairLoader(pairs, LiveImageReader(TRANSFORM), LiveTextReader(word_tokenizer()), batch_size=4, seed=0).epoch(0)
+        PairLoader(
+            BatchReader(pairs, LiveImageReader(TRANSFORM), LiveTextReader(word_tokenizer())), batch_size=4, seed=0
+        ).epoch(0)
     )
-    cached = next(PairLoader(listing, image, text, batch_size=4, seed=0).epoch(0))
+    cached = next(PairLoader(BatchReader(listing, image, text), batch_size=4, seed=0).epoch(0))
     assert isinstance(live.image, Pixels)
     with torch.no_grad():
         assert torch.equal(tower.pooled(live.image), pooled(cached.image))
@@ -262,7 +265,7 @@ def test_replay_is_bitwise_where_the_batches_have_the_same_shape(tmp_path: Path)
 def test_replay_reads_neither_images_nor_pairs(tmp_path: Path):
     in_memory = pairs_of(8)
     listing, image, text = sides(Pairs("small", [in_memory]), tmp_path)
-    stream = PairLoader(listing, image, text, batch_size=4, seed=0)
+    stream = PairLoader(BatchReader(listing, image, text), batch_size=4, seed=0)
     del in_memory[:]
     assert [len(batch.ids) for batch in stream.epoch(0)] == [4, 4]
 
@@ -271,7 +274,7 @@ def test_views_take_turns(tmp_path: Path):
     pairs = small_pairs(4)
     features = images(ImageTower(), pairs, tmp_path, views=3, augment=AUGMENT)
     stream = PairLoader(
-        pairs, CachedImageReader(features, pairs), LiveTextReader(word_tokenizer()), batch_size=4, seed=0
+        BatchReader(pairs, CachedImageReader(features, pairs), LiveTextReader(word_tokenizer())), batch_size=4, seed=0
     )
     number = {pair.id: at for at, pair in enumerate(pairs)}
     seen = set()
@@ -286,8 +289,8 @@ def test_views_take_turns(tmp_path: Path):
 def test_replay_in_workers(tmp_path: Path):
     pairs = small_pairs(8)
     _, image, text = sides(pairs, tmp_path)
-    here = PairLoader(pairs, LiveImageReader(TRANSFORM), text, batch_size=4, seed=0)
-    there = PairLoader(pairs, LiveImageReader(TRANSFORM), text, batch_size=4, seed=0, workers=1)
+    here = PairLoader(BatchReader(pairs, LiveImageReader(TRANSFORM), text), batch_size=4, seed=0)
+    there = PairLoader(BatchReader(pairs, LiveImageReader(TRANSFORM), text), batch_size=4, seed=0, workers=1)
     for one, two in zip(here.epoch(0), there.epoch(0), strict=True):
         assert one.ids == two.ids and torch.equal(pooled(one.text), pooled(two.text))
     there.close()
@@ -310,8 +313,8 @@ def test_features_of_other_pairs_or_texts_are_refused(tmp_path: Path):
     two = CachedTextReader(texts(TextTower(), listing.texts, tmp_path), listing)
     settings = {"batch_size": 6, "seed": 0}
     for a, b in zip(
-        PairLoader(listing, CachedImageReader(features, pairs), one, **settings).epoch(0),
-        PairLoader(listing, CachedImageReader(features, pairs), two, **settings).epoch(0),
+        PairLoader(BatchReader(listing, CachedImageReader(features, pairs), one), **settings).epoch(0),
+        PairLoader(BatchReader(listing, CachedImageReader(features, pairs), two), **settings).epoch(0),
         strict=True,
     ):
         assert torch.equal(pooled(a.text), pooled(b.text))
@@ -326,7 +329,7 @@ def test_replay_is_fast(tmp_path: Path):
     kept = load_or_compute(tmp_path, key, (5000, 128), lambda writer: writer.notes.update(skipped=[], depth=0))
     image = CachedImageReader(CachedFeatures(kept, np.arange(5000), np.arange(5001)), pairs)
     text = CachedTextReader(texts(TextTower(), listing.texts, tmp_path), listing)
-    stream = PairLoader(listing, image, text, batch_size=256, seed=0)
+    stream = PairLoader(BatchReader(listing, image, text), batch_size=256, seed=0)
     started = time.process_time()  # not the clock on the wall: the machine may be busy
     rows = sum(len(batch.ids) for epoch in range(4) for batch in stream.epoch(epoch))
     assert rows / (time.process_time() - started) > 20_000
@@ -518,7 +521,7 @@ def test_what_is_skipped_is_known_after_reading_back(tmp_path: Path):
     )
     batch = next(
         PairLoader(
-            pairs, CachedImageReader(again, pairs), LiveTextReader(word_tokenizer()), batch_size=10, seed=0
+            BatchReader(pairs, CachedImageReader(again, pairs), LiveTextReader(word_tokenizer())), batch_size=10, seed=0
         ).epoch(0)
     )
     assert len(batch.ids) == 9 and not pooled(batch.image).isnan().any() and batch.skipped[0].id == "pair 6"

@@ -1,6 +1,6 @@
 """FLOPs of the frozen part of each tower where its output is read from the feature cache: paid once, not in each step.
 
-In go a feature source and the two readers of training batches; out comes ``FrozenFlops`` by side, for the cost ledger.
+In go a feature source and both sides of training batches; out comes ``FrozenFlops`` by side, for the cost ledger.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from clasp.data.device import to_device
-from clasp.data.readers import ImageReader, LiveImageReader, LiveTextReader, TextReader
+from clasp.data.loader import BatchReader
+from clasp.data.readers import LiveImageReader, LiveTextReader
 from clasp.models.features import FeatureSource
 from clasp.models.frozen import FrozenPrefix, FrozenTower
 from clasp.training.cost.flops import count_flops
@@ -20,19 +21,17 @@ from clasp.types import Pixels, Tokens
 CAPTION_SAMPLE_SIZE = 16  # of all lengths, each by itself: what one takes is nearly a straight line of its tokens
 
 
-def count_frozen_flops(
-    inputs: FeatureSource, image_side: ImageReader, text_side: TextReader, texts: Sequence[str]
-) -> dict[str, FrozenFlops]:
-    """FLOPs of the frozen part of each tower that is read from what was kept, for an image or for a caption.
+def count_frozen_flops(inputs: FeatureSource, sides: BatchReader, texts: Sequence[str]) -> dict[str, FrozenFlops]:
+    """FLOPs of the frozen part of each tower whose output is cached, for an image or for a caption.
 
     A blank image goes through it, and some of the captions; where a side is read live, its frozen part runs in every
     step and is counted there.
     """
     made = {}
-    if inputs.frozen_image_part is not None and not isinstance(image_side, LiveImageReader):
+    if inputs.frozen_image_part is not None and not isinstance(sides.image, LiveImageReader):
         size = inputs.transform.size
         made["image"] = _frozen_flops_of(inputs.frozen_image_part, [Pixels(torch.zeros(1, 3, size, size))], "an image")
-    if inputs.frozen_text_part is not None and not isinstance(text_side, LiveTextReader):
+    if inputs.frozen_text_part is not None and not isinstance(sides.text, LiveTextReader):
         different = sorted(set(texts), key=len)
         some = different[:: -(-len(different) // CAPTION_SAMPLE_SIZE)]
         what = f"a caption, the mean of {len(some)} of all lengths"

@@ -1,0 +1,150 @@
+"""What a frozen part of a tower would read, and the key under which its output is cached.
+
+In: a frozen part (``FrozenPart``) with images or texts. Out: the key of their features (all that decides them but the
+storage dtype), how many there are, and their bytes on disk. Note: nothing is computed here and no image is read; texts
+are tokenised where the part stops at a block, since a caption then takes a row a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+from clasp.data.feature_cache.dtypes import DTYPE_CODECS, StorageDtype
+from clasp.data.images import Augment, ImageTransform
+from clasp.data.pairs import Pairs
+from clasp.data.tokenizer import Tokenizer
+from clasp.types import HiddenStates, Pixels, PooledFeatures, Tokens
+
+_TowerInput_contra = TypeVar("_TowerInput_contra", contravariant=True)
+
+
+@runtime_checkable
+class FrozenPart(Protocol[_TowerInput_contra]):
+    """The part of a tower that does not train: its trunk up to a block, or all of it and its pooling."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the output could change: with the weights, the pooling, the block."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """How many blocks it runs; 0 when it is the whole tower, which pools."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """``D`` of its output."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Rows that an image takes: ``N`` of its states, or 1 where it pools. A caption has its own length."""
+        ...
+
+    def __call__(self, inputs: _TowerInput_contra) -> HiddenStates | PooledFeatures: ...
+
+
+class DistinctTexts:
+    """Which ``entry`` each text is among the ``distinct`` ones, and the ``version`` of these.
+
+    They are sorted, so that their order in the data is of no account.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.distinct = sorted(set(texts))
+        entry = {text: number for number, text in enumerate(self.distinct)}
+        self.entry = np.array([entry[text] for text in texts], dtype=np.int64)
+        self.version = hashlib.sha256(json.dumps(self.distinct).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFeatureRequest:
+    """The images of ``pairs`` through ``part``: each in ``views`` views, the plain one and then augmented ones."""
+
+    what: ClassVar[Literal["images"]] = "images"
+    part: FrozenPart[Pixels]
+    pairs: Pairs
+    transform: ImageTransform
+    augment: Augment | None = None
+    views: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.views == 1 or self.augment is not None, "further views need an augmentation"
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """Changes with whatever could change one of the features. The plain view has no seed."""
+        key = {"what": "images", "part": self.part.fingerprint, "transform": self.transform.fingerprint}
+        key |= {"pairs": self.pairs.version, "views": self.views}
+        if self.augment is None or self.views == 1:
+            return key
+        return key | {"augment": asdict(self.augment), "seed": self.seed}
+
+    @property
+    def count(self) -> int:
+        """How many images."""
+        return len(self.pairs)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all views of all images."""
+        return self.count * self.views * self.part.tokens
+
+    def num_bytes(self, storage: StorageDtype) -> int:
+        """Bytes of the features on disk."""
+        return DTYPE_CODECS[storage].num_bytes(self.rows, self.part.width)
+
+
+@dataclass(frozen=True, eq=False)
+class TextFeatureRequest:
+    """``texts`` through ``part``, each distinct one once."""
+
+    what: ClassVar[Literal["captions"]] = "captions"
+    part: FrozenPart[Tokens]
+    tokenizer: Tokenizer
+    texts: Sequence[str]
+
+    @cached_property
+    def index(self) -> DistinctTexts:
+        """The distinct texts."""
+        return DistinctTexts(self.texts)
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """Changes with whatever could change one of the features; the order of the texts is no part of it."""
+        key = {"what": "texts", "part": self.part.fingerprint, "tokenizer": self.tokenizer.fingerprint}
+        return key | {"texts": self.index.version}
+
+    @property
+    def count(self) -> int:
+        """How many distinct texts."""
+        return len(self.index.distinct)
+
+    @cached_property
+    def offsets(self) -> Int[np.ndarray, " bounds"]:
+        """Where the rows of each distinct text begin, and where the last ones end."""
+        if self.part.depth == 0:
+            return np.arange(self.count + 1)
+        return np.cumsum([0, *map(len, self.tokenizer.encode(self.index.distinct))])
+
+    @property
+    def rows(self) -> int:
+        """Rows of all distinct texts."""
+        return int(self.offsets[-1])
+
+    def num_bytes(self, storage: StorageDtype) -> int:
+        """Bytes of the features on disk."""
+        return DTYPE_CODECS[storage].num_bytes(self.rows, self.part.width)
+
+
+FeatureRequest = ImageFeatureRequest | TextFeatureRequest

@@ -1,0 +1,101 @@
+"""Whether the output of a tower's frozen part is cached, in which dtype, and what that takes on disk.
+
+In: requests (``FeatureRequest``) and the setting ``data.feature_cache``. Out: a ``CachePlan`` for each, before anything
+is computed. "off" caches nothing, a dtype caches everything in it, and "auto" caches the vectors of a wholly frozen
+tower in float32, and states after a block in float16 where they fill at most a quarter of the free disk. Note: what is
+there already is read however little is free.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clasp.data.feature_cache.dtypes import StorageDtype
+from clasp.data.feature_cache.requests import FeatureRequest, TextFeatureRequest
+
+FeatureCacheMode = Literal["auto", "off"] | StorageDtype
+
+_MAX_DISK_FRACTION = 0.25  # of the free bytes, which "auto" may fill with states
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """What caching some features means. ``bytes`` are those of their rows on disk; ``storage`` is their dtype there,
+    ``None`` where they would take too much and are computed in every epoch; ``file`` has them, where it exists."""
+
+    what: Literal["images", "captions"]
+    count: int
+    storage: StorageDtype | None
+    bytes: int
+    file: Path | None
+    key: Mapping[str, Any]
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes that are still to be written."""
+        return self.bytes if self.storage and not self.file else 0
+
+
+@dataclass(frozen=True, slots=True)
+class CachePolicy:
+    """The cache folder, and what may be written there."""
+
+    folder: Path
+    mode: FeatureCacheMode = "auto"
+
+    def free_bytes(self) -> int:
+        """Free bytes on the disk of the cache folder."""
+        return shutil.disk_usage(next(at for at in (self.folder, *self.folder.parents) if at.exists())).free
+
+    def weighs_size(self, request: FeatureRequest) -> bool:
+        """Whether the size decides: states after a block, where no dtype was chosen."""
+        return self.mode == "auto" and request.part.depth > 0
+
+    def plan(self, request: FeatureRequest, *, reserved_bytes: int = 0) -> CachePlan:
+        """What caching these features means, when ``reserved_bytes`` of the free ones are spoken for."""
+        assert self.mode != "off", "nothing is cached, so there is nothing to plan"
+        storage: StorageDtype = self.mode if self.mode != "auto" else "float16" if request.part.depth else "float32"
+        key, size = {**request.key, "storage": storage}, request.num_bytes(storage)
+        file = _find_cache_file(self.folder / "features", key)
+        too_large = (
+            self.weighs_size(request)
+            and file is None
+            and size > _MAX_DISK_FRACTION * (self.free_bytes() - reserved_bytes)
+        )
+        return CachePlan(request.what, request.count, None if too_large else storage, size, file, key)
+
+
+def plan_features(requests: Iterable[FeatureRequest], policy: CachePolicy) -> list[CachePlan]:
+    """What caching ``requests``, one after the other, would come to: each file once, in the order of computing.
+
+    Nothing is computed or written. Texts that are all among those of an earlier request are found there, and what an
+    earlier request writes is no longer free for a later one.
+    """
+    plans: list[CachePlan] = []
+    cached_texts: list[set[str]] = []
+    for request in requests:
+        if isinstance(request, TextFeatureRequest) and any(texts.issuperset(request.texts) for texts in cached_texts):
+            continue
+        plan = policy.plan(request, reserved_bytes=sum(earlier.bytes_to_write for earlier in plans))
+        if isinstance(request, TextFeatureRequest) and plan.storage is not None:
+            cached_texts.append(set(request.texts))
+        if all(plan.key != earlier.key for earlier in plans):
+            plans.append(plan)
+    return plans
+
+
+def _find_cache_file(folder: Path, key: Mapping[str, Any]) -> Path | None:
+    """The whole file of features whose ``.json`` has this key."""
+    wanted = json.loads(json.dumps(key)).items()  # as it is read back: no tuples
+    for about in sorted(folder.glob("*.json")):
+        with suppress(OSError, ValueError, KeyError, AttributeError):  # not ours, damaged, or just being replaced
+            if wanted <= json.loads(about.read_text(encoding="utf-8"))["key"].items():
+                if (file := about.with_suffix(".npy")).exists():
+                    return file
+    return None

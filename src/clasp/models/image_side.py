@@ -1,0 +1,117 @@
+"""The images of a model's inputs: live pixels, or the cached output of the image tower's frozen part.
+
+In: an image tower with its transform, and pairs. Out: the image side of training batches (``reader``), a stream for
+evaluations (``stream``), or what would be cached (``request``). Note: an image that an evaluation cannot read is
+reported once, however many streams meet it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clasp.data.device import to_device
+from clasp.data.feature_cache.features import ImageReadSettings, image_features
+from clasp.data.feature_cache.replay import CachedFeatures, CachedImageReader
+from clasp.data.feature_cache.requests import ImageFeatureRequest
+from clasp.data.images import Augment, ImageTransform
+from clasp.data.loader import BadSampleLimit, inference_batch_size, iter_image_batches
+from clasp.data.pairs import Pairs
+from clasp.data.readers import ImageReader, LiveImageReader
+from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings, choose_storage
+from clasp.models.frozen import find_frozen_part
+from clasp.models.tower import Tower
+from clasp.types import ImageInput, Pixels, SkippedSample
+
+ImageStream = Iterable[tuple[Sequence[str], ImageInput]]
+"""Batches of images with their ids"""
+
+_CACHED_BATCH_SIZE = 256  # cached images of an evaluation in one call of the rest of a tower
+
+
+class ImageSide:
+    """Reads the images of pairs for one tower."""
+
+    def __init__(
+        self, tower: Tower, transform: ImageTransform, settings: FeatureSettings, callbacks: FeatureCallbacks
+    ) -> None:
+        self.transform = transform
+        self.frozen_part = find_frozen_part(tower, transform.size) if settings.cache.mode != "off" else None
+        self._tower, self._settings, self._callbacks = tower, settings, callbacks
+        self._reported: set[str] = set()
+
+    def request(self, pairs: Pairs, augment: Augment | None = None) -> ImageFeatureRequest | None:
+        """What would be cached of these images; ``None`` where they are read live whatever the policy: no part of the
+        tower is frozen, or they are augmented anew each time."""
+        settings = self._settings
+        if self.frozen_part is None or (augment is not None and settings.cached_augmentations == 0):
+            return None
+        views = 1 if augment is None else 1 + settings.cached_augmentations
+        return ImageFeatureRequest(self.frozen_part, pairs, self.transform, augment, views, settings.seed)
+
+    def features(self, pairs: Pairs, augment: Augment | None = None) -> CachedFeatures | None:
+        """The frozen part's output for every image, computed at most once; ``None`` to read them live."""
+        request = self.request(pairs, augment)
+        if request is None:
+            return None
+        policy, name = self._settings.cache, self._tower.name
+        storage = choose_storage(request, policy, name, self._callbacks.notify)
+        if storage is None:
+            return None
+        reading = ImageReadSettings(self._batch_size, self._settings.workers, self._settings.max_bad_fraction)
+        with self._callbacks.bar(f"images of {Path(pairs.name).name} through {name}") as progress:
+            return image_features(
+                request, reading, cache_folder=policy.folder, storage=storage, device=self._device, progress=progress
+            )
+
+    def reader(self, pairs: Pairs, augment: Augment | None) -> ImageReader:
+        """The image side of training batches."""
+        features = self.features(pairs, augment)
+        return LiveImageReader(self.transform, augment) if features is None else CachedImageReader(features, pairs)
+
+    def stream(self, pairs: Pairs) -> Callable[[], ImageStream]:
+        """The images of ``pairs`` in order, to be read as often as one likes."""
+        features = self.features(pairs)
+        if features is None:
+            tally = BadSampleLimit(len(pairs), self._settings.max_bad_fraction)
+            return lambda: self._live(pairs, tally)
+        self._report(features.skipped.values())
+        ids = [pairs[number].id for number in range(len(pairs))]
+        readable = [number for number in range(len(pairs)) if number not in features.skipped]
+        return lambda: self._cached(features, ids, readable)
+
+    def _cached(self, features: CachedFeatures, ids: Sequence[str], readable: Sequence[int]) -> ImageStream:
+        for start in range(0, len(readable), _CACHED_BATCH_SIZE):
+            some = readable[start : start + _CACHED_BATCH_SIZE]
+            inputs = features.read(np.array(some, dtype=np.int64))
+            yield [ids[number] for number in some], to_device(inputs, self._device)
+
+    def _live(self, pairs: Pairs, tally: BadSampleLimit) -> Iterable[tuple[Sequence[str], Pixels]]:
+        sources = [(pair.id, pair.image) for pair in pairs]
+
+        def report(skipped: Iterable[SkippedSample]) -> None:
+            self._report(skipped)
+            tally.add(skipped)
+
+        workers = self._settings.workers
+        for ids, pixels in iter_image_batches(
+            sources, self.transform, self._batch_size, workers=workers, on_skipped=report
+        ):
+            yield ids, to_device(pixels, self._device)
+
+    def _report(self, skipped: Iterable[SkippedSample]) -> None:
+        new = [sample for sample in skipped if sample.id not in self._reported]
+        self._reported.update(sample.id for sample in new)
+        self._callbacks.on_skipped(new)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return next(self._tower.parameters()).device
+
+    @property
+    def _batch_size(self) -> int:
+        return inference_batch_size(self.transform.size, self._device)

@@ -1,0 +1,86 @@
+"""The texts of a model's inputs: live tokens, or the cached output of the text tower's frozen part.
+
+In: a text tower with its tokenizer, and texts. Out: the text side of training batches (``reader``), a stream for
+evaluations (``stream``), or what would be cached (``request``). Note: texts that are all among those of an earlier
+request are taken from it, so many small requests can be computed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from clasp.data.device import to_device
+from clasp.data.feature_cache.features import TOKENS_PER_FORWARD, text_features
+from clasp.data.feature_cache.replay import CachedFeatures, CachedTextReader
+from clasp.data.feature_cache.requests import TextFeatureRequest
+from clasp.data.loader import iter_text_batches
+from clasp.data.readers import LiveTextReader, PairIndex, TextReader
+from clasp.data.tokenizer import Tokenizer
+from clasp.models.cache_policy import CachePolicy
+from clasp.models.feature_settings import FeatureCallbacks, choose_storage
+from clasp.models.frozen import find_frozen_part
+from clasp.models.tower import Tower
+from clasp.types import TextInput
+
+TextStream = Iterable[tuple[Sequence[str], TextInput]]
+"""Batches of texts with their ids"""
+
+_CACHED_BATCH_SIZE = 256  # cached texts of an evaluation in one call of the rest of a tower
+
+
+class TextSide:
+    """Reads texts for one tower."""
+
+    def __init__(self, tower: Tower, tokenizer: Tokenizer, policy: CachePolicy, callbacks: FeatureCallbacks) -> None:
+        self.tokenizer = tokenizer
+        self.frozen_part = find_frozen_part(tower, 0) if policy.mode != "off" else None
+        self._tower, self._policy, self._callbacks = tower, policy, callbacks
+        self._cached: list[tuple[dict[str, int], CachedFeatures]] = []
+
+    def request(self, texts: Sequence[str]) -> TextFeatureRequest | None:
+        """What would be cached of these texts; ``None`` where no part of the tower is frozen."""
+        return None if self.frozen_part is None else TextFeatureRequest(self.frozen_part, self.tokenizer, texts)
+
+    def features(self, texts: Sequence[str]) -> CachedFeatures | None:
+        """The frozen part's output for every text, computed at most once; ``None`` to read them live."""
+        request = self.request(texts)
+        if request is None:
+            return None
+        for entries, features in self._cached:
+            if all(text in entries for text in texts):
+                return replace(features, entry=np.array([entries[text] for text in texts], dtype=np.int64))
+        storage = choose_storage(request, self._policy, self._tower.name, self._callbacks.notify)
+        if storage is None:
+            return None
+        with self._callbacks.bar(f"captions through {self._tower.name}") as progress:
+            features = text_features(
+                request, cache_folder=self._policy.folder, storage=storage, device=self._device, progress=progress
+            )
+        self._cached.append((dict(zip(texts, features.entry.tolist(), strict=True)), features))
+        return features
+
+    def reader(self, listing: PairIndex) -> TextReader:
+        """The text side of training batches."""
+        features = self.features(listing.texts)
+        return LiveTextReader(self.tokenizer) if features is None else CachedTextReader(features, listing)
+
+    def stream(self, ids: Sequence[str], texts: Sequence[str]) -> TextStream:
+        """``texts``, each with its id: in order from the cache, longest first where they are read live."""
+        features = self.features(texts)
+        if features is None:
+            for places, tokens in iter_text_batches(texts, self.tokenizer, TOKENS_PER_FORWARD):
+                yield [ids[place] for place in places], to_device(tokens, self._device)
+            return
+        for start in range(0, len(ids), _CACHED_BATCH_SIZE):
+            some = range(len(ids))[start : start + _CACHED_BATCH_SIZE]
+            inputs = features.read(np.array(some, dtype=np.int64))
+            yield [ids[place] for place in some], to_device(inputs, self._device)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return next(self._tower.parameters()).device
