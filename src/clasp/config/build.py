@@ -30,6 +30,7 @@ from clasp.models.tower import Tower
 from clasp.models.zoo.registry import load_backbone
 from clasp.models.zoo.single_trunk import build_single_trunk
 from clasp.training import run_folder
+from clasp.training.losses import find_loss
 from clasp.types import MessageCallback, ProgressFactory, SkippedSample, UserError, no_progress_bar
 
 
@@ -157,8 +158,14 @@ def _tuned_model(recipe: Recipe, image: Backbone, text: Backbone, sharing: Shari
 
 
 def _dual_encoder(image: Tower, text: Tower, recipe: Recipe) -> DualEncoder:
-    loss, seed = recipe.loss, recipe.train.seed
-    model = DualEncoder(image, text, recipe.head, loss=loss.kind, logits=loss, seed=seed)
+    model = DualEncoder(
+        image,
+        text,
+        recipe.head,
+        seed=recipe.train.seed,
+        logits=recipe.loss,
+        init_logit_bias=find_loss(recipe.loss.kind).init_logit_bias,
+    )
     if recipe.share is not None and recipe.share.head == "shared":
         if image.width != text.width:
             raise UserError(

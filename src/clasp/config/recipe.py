@@ -295,7 +295,8 @@ def _explain(error: ValidationError) -> str:
         inside = [name for name in keys if name.startswith(f"{key}.")]
         return f"{key} = {given!r}: this is a section; its keys are {', '.join(inside)}"
     if kind == "value_error":
-        return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+        said = first["msg"].removeprefix("Value error, ")
+        return said if said.startswith(f"{key} = ") else f"{key}: {said}"
     if kind == "list_type":
         return f"{key} = {given!r} should be a list: [{given!r}]"
     said = dict.fromkeys(_expected(each) for each in error.errors() if _key(each) == key)
