@@ -25,8 +25,8 @@ class _TowerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tower: str
-    """Where the weights come from: hf: | timm: | pip: | file: | deit: | package.module:factory; or own:image and
-    own:text, nets of ours that start from train.seed"""
+    """Where the weights come from: a scheme of ``clasp.models.zoo.registry.TOWER_SOURCES`` and a name (hf: | timm: |
+    pip: | file: | deit: | own:, nets of ours that start from train.seed), or package.module:factory"""
     pool: PoolingMode | None = None
     """States to one vector; the tower's own authors' choice where left out"""
     layer: int | None = None
