@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from clasp.data.images import ImageTransform
-from clasp.data.tokenizer import Tokenizer, Truncation
+from clasp.data.images import ImageTransform, ResizeMode
+from clasp.data.tokenizer import CaptionCleaning, SpecialTokenTemplate, Tokenizer, Truncation
 from clasp.models.transformer.encoders import ImageTransformerSettings, TextTransformerSettings
 
 PoolingMode = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention"]
@@ -44,7 +44,7 @@ class ImageTowerSettings(_TowerSettings):
     """What the net of tower = "own:image" is like"""
     size: int | None = Field(default=None, ge=8, le=4096)
     """Pixels a side that the tower sees; its own where left out"""
-    resize: Literal["crop", "squash", "pad"] | None = None
+    resize: ResizeMode | None = None
     """What happens to pictures that are not square"""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour under transparent pixels, 0-255"""
@@ -68,9 +68,9 @@ class TextTowerSettings(_TowerSettings):
     truncation: Truncation = "keep_eos"
     """What is left of a longer caption. ``lost``: its start token, as in MS-CLIP's released code, to which all of them
     are the same caption; only for what was trained so"""
-    clean: Literal["none", "lilt"] = "none"
+    clean: CaptionCleaning = "none"
     """Cleaning of captions; ``lilt`` is the paper's"""
-    template: Literal["tower", "cls"] = "tower"
+    template: SpecialTokenTemplate = "tower"
     """Special tokens; ``cls`` is LilT's class token without an end token"""
     token_types: bool = True
     """LilT leaves BERT's token-type embedding out"""
