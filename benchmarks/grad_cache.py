@@ -46,7 +46,7 @@ def model() -> DualEncoder:
         Tower(Backbone("small ViT", "image", image, "", "cls")),
         Tower(Backbone("small BERT", "text", text, "", "mean")),
     )
-    made = DualEncoder(*towers, HeadSettings(width=256), loss="infonce", seed=0)
+    made = DualEncoder(*towers, HeadSettings(width=256), seed=0)
     names = {name for tower in ("image", "text") for name in (f"{tower}.net.", f"{tower}_head.")}
     made.select(name for name, _ in made.named_parameters() if name.startswith(tuple(names)))
     with torch.no_grad():

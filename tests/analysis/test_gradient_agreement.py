@@ -40,7 +40,7 @@ def model(policy: SharingSettings, loss: str = "infonce", **image: Any) -> DualE
         Tower(Backbone("views", "image", pair.image, "0", "cls")),
         Tower(Backbone("views", "text", pair.text, "0", "last")),
     )
-    made = DualEncoder(*towers, HeadSettings(width=16), loss=loss, seed=0)
+    made = DualEncoder(*towers, HeadSettings(width=16), seed=0, init_logit_bias=LOSSES[loss].init_logit_bias)
     made.select(name for name, _ in made.named_parameters())
     return made
 
@@ -126,7 +126,7 @@ def test_two_views_that_are_one_agree_and_disagree_as_they_must(by: float, cosin
     twin = Blind(Backbone("views", "image", one.net, "0", "cls"))
     assert isinstance(given.image, Pixels)
     twin.seen = given.image
-    both = DualEncoder(one, twin, HeadSettings(width=16), loss="infonce", seed=0)
+    both = DualEncoder(one, twin, HeadSettings(width=16), seed=0)
     both.text_head = both.image_head
     rows = gradient_agreement(both, given, lambda image, text, *more, **groups: weighed(image, text, by))
     assert {row.layer for row in rows} == {0, 1, 2}

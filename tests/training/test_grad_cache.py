@@ -165,7 +165,7 @@ def test_without_randomness_the_gradient_of_the_batch_as_it_is(kind: str, repeat
 
 
 def test_the_model_itself_in_float32() -> None:
-    model = DualEncoder(Tower(base("vit")), Tower(base("bert")), HEAD, loss="sigmoid", seed=0)
+    model = DualEncoder(Tower(base("vit")), Tower(base("bert")), HEAD, seed=0, init_logit_bias=-10.0)
     model.select(name for name, _ in model.named_parameters())
     batch = batch_of(dtype=torch.float32)
 

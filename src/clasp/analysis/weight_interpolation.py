@@ -3,7 +3,8 @@
 In go a tuned tower and its base, out come the reasons why there is no such way, or a ``WeightInterpolation`` that moves
 the tower in place. WiSE-FT (Wortsman et al., CVPR 2022, equation 1) interpolates all weights of a fully tuned CLIP;
 ours walks the same line for methods that add to the base: an adapter's up-projection and one factor of a low-rank
-product are scaled, in which what the method adds is linear. Unusual: at 0 the tower answers as its base and at 1 as it
+product are scaled, in which what the method adds is linear; the row of a method in ``TUNING_METHODS`` has which. Note:
+at 0 the tower answers as its base and at 1 as it
 was, bit by bit.
 """
 
@@ -12,29 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
-from clasp.models.tuning.bottleneck import Adapter
-from clasp.models.tuning.prompts import PromptTokens
-
-# What peft's parameters are, by the part of their name that says it: factors of what is added to a weight, of which one
-# goes from nothing to itself while the others stay; or a factor on the output, which starts from one. And the gates of
-# a parallel branch, which is added as well.
-_PEFT_FACTORS: dict[str, Literal["from nothing", "stays", "from one"]] = {
-    "lora_A": "stays", "lora_B": "from nothing",
-    "hada_w1_a": "from nothing", "hada_w1_b": "stays", "hada_w2_a": "stays", "hada_w2_b": "stays",
-    "lokr_w1": "from nothing", "lokr_w1_a": "from nothing", "lokr_w1_b": "stays",
-    "lokr_w2": "stays", "lokr_w2_a": "stays", "lokr_w2_b": "stays", "lokr_t2": "stays",
-    "ia3_l": "from one",
-    "gamma": "from nothing",
-}  # fmt: skip
-# dora also changes the lengths of columns, in which the weight is not linear
-_NONLINEAR_METHODS = {"lora_magnitude_vector": "dora", "oft_R": "oft", "hra_u": "hra"}
+from clasp.models.tuning.spec import weight_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +69,11 @@ def interpolation_obstacles(tower: Tower, base: Tower) -> list[str]:
         return [f"{more} appended block{'s' if more > 1 else ''}"]
     if tower.moving:
         return ["running statistics of BatchNorm"]
-    if any(isinstance(module, PromptTokens) for module in tower.net.modules()):
-        return ["prompts"]
     found: dict[str, None] = {}
     for name in _added_parameters(tower, base):
-        parts = name.split(".")
-        method = next((_NONLINEAR_METHODS[part] for part in parts if part in _NONLINEAR_METHODS), None)
-        known = _in_adapter(tower, name) or parts[0] == "parallel" or any(part in _PEFT_FACTORS for part in parts)
-        if method or not known:
-            found[method or name] = None
+        method, path = weight_path(tower.tunings, name) or (name, "nonlinear")
+        if path == "nonlinear":
+            found[method] = None
     return list(found)
 
 
@@ -101,15 +82,8 @@ def _added_parameters(tower: Tower, base: Tower) -> list[str]:
     return [name for name, _ in tower.net.named_parameters() if base_parameter_name(name) not in there]
 
 
-def _in_adapter(tower: Tower, name: str) -> bool:
-    return any(name.startswith(f"{path}.") for path, m in tower.net.named_modules() if isinstance(m, Adapter))
-
-
 def _parameter_paths(tower: Tower, base: Tower) -> Iterator[_ParameterPath]:
-    there, ups = dict(base.net.named_parameters()), set[int]()
-    for module in tower.net.modules():
-        if isinstance(module, Adapter):
-            ups |= {id(parameter) for parameter in module.up.parameters()}
+    there = dict(base.net.named_parameters())
     for name, parameter in tower.net.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -117,8 +91,8 @@ def _parameter_paths(tower: Tower, base: Tower) -> Iterator[_ParameterPath]:
         if (own := there.get(base_parameter_name(name))) is not None:
             yield _ParameterPath(parameter, own.detach().clone(), end)
             continue
-        kind = next((_PEFT_FACTORS[part] for part in name.split(".") if part in _PEFT_FACTORS), "stays")
-        if id(parameter) in ups or kind == "from nothing":
+        _, path = weight_path(tower.tunings, name) or (name, "constant")
+        if path == "from zero":
             yield _ParameterPath(parameter, torch.zeros_like(end), end)
-        elif kind == "from one":
+        elif path == "from one":
             yield _ParameterPath(parameter, torch.ones_like(end), end)

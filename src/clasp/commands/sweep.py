@@ -137,7 +137,9 @@ def _towers_unchanged(parts: ModelAndPreprocessing, then: Recipe, now: Recipe) -
 
 
 def _pairs_key(recipe: Recipe) -> str:
-    return recipe.data.model_dump_json(include={"train", "val", "val_fraction", "image_root", "columns", "languages"})
+    return recipe.data.model_dump_json(
+        include={"train", "val", "format", "val_fraction", "image_root", "columns", "languages"}
+    )
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------

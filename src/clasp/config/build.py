@@ -32,6 +32,7 @@ from clasp.models.tower import Tower
 from clasp.models.zoo.registry import load_backbone
 from clasp.models.zoo.single_trunk import build_single_trunk
 from clasp.training import run_folder
+from clasp.training.losses import find_loss
 from clasp.types import MessageCallback, ProgressFactory, SkippedSample, UserError, no_progress_bar
 
 
@@ -156,8 +157,14 @@ def _tower(base: Backbone, settings: ImageTowerSettings | TextTowerSettings) -> 
 
 def _add_heads(recipe: Recipe, image: Tower, text: Tower) -> DualEncoder:
     """Both towers under heads that nobody has trained."""
-    loss, seed = recipe.loss, recipe.train.seed
-    model = DualEncoder(image, text, recipe.head, loss=loss.kind, logits=loss, seed=seed)
+    model = DualEncoder(
+        image,
+        text,
+        recipe.head,
+        seed=recipe.train.seed,
+        logits=recipe.loss,
+        init_logit_bias=find_loss(recipe.loss.kind).init_logit_bias,
+    )
     if recipe.share is not None and recipe.share.head == "shared":
         if image.width != text.width:
             raise UserError(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clasp.config.recipe import Recipe
 from clasp.data.formats.rows import DEFAULT_COLUMNS
-from clasp.data.pairs import ColumnNames, Pairs, caption_languages, open_pairs, split_by_group
+from clasp.data.pairs import ColumnNames, Pairs, caption_languages, describe_pair_formats, open_pairs, split_by_group
 from clasp.data.readers import PairIndex
 from clasp.models.features import FeatureSource
 from clasp.training.loop import plan_training
@@ -34,9 +34,7 @@ def open_training_pairs(recipe: Recipe) -> TrainValPairs:
     """The pairs to train on and to validate on, filtered by language. Raises ``UserError``."""
     data = recipe.data
     if data.train is None:
-        raise UserError(
-            "no pairs to train on: set data.train to a folder, a .csv .tsv .jsonl .parquet file or tar shards"
-        )
+        raise UserError(f"no pairs to train on: set data.train to {describe_pair_formats()}")
     pairs = _open(data.train, recipe)
     if data.val is not None:
         return pairs, _open(data.val, recipe)
@@ -48,9 +46,10 @@ def open_pairs_for_recipe(
 ) -> Pairs:
     """Pairs for a model that is trained: those of its recipe are read as they were then, where nothing else is said."""
     data = recipe.data
+    format = data.format if source in (data.train, data.val) else None
     if source in (data.train, data.val) and columns == DEFAULT_COLUMNS:
         columns, image_root = data.columns, image_root or data.image_root
-    return open_pairs(source, columns=columns, image_root=image_root, cache=cache_folder() / "pairs")
+    return open_pairs(source, format=format, columns=columns, image_root=image_root, cache=cache_folder() / "pairs")
 
 
 def _open(source: str, recipe: Recipe) -> Pairs:

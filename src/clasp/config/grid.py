@@ -129,4 +129,4 @@ def _short_hash(values: Sequence[str]) -> str:
 def _validation_data(recipe: Recipe) -> tuple[Any, ...]:
     data = recipe.data
     asked = data.val or (data.train, data.val_fraction)
-    return (asked, data.image_root, data.columns, data.languages)
+    return (asked, data.format, data.image_root, data.columns, data.languages)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from clasp.data.feature_cache.dtypes import StorageDtype as StorageName
 from clasp.data.images import Augment
-from clasp.data.pairs import ColumnNames
+from clasp.data.pairs import ColumnNames, find_pair_format
 from clasp.models.backbone import ImageTowerSettings, TextTowerSettings
 from clasp.models.dual_encoder import LogitSettings
 from clasp.models.heads import HeadSettings
@@ -96,9 +96,12 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     train: str | None = None
-    """A folder, a .csv .tsv .jsonl .parquet .json file, or tar shards"""
+    """A folder, a file of a suffix in ``clasp.data.pairs.PAIR_FORMATS`` (.csv .jsonl .parquet …), or tar shards"""
     val: str | None = None
     """Pairs to validate on; where left out, a part of ``train`` is set aside by a stable hash of each pair's group"""
+    format: str | None = None
+    """What opens ``train`` and ``val``: a key of ``PAIR_FORMATS``, or ``package.module:Name`` for a function from a
+    ``SourceSpec`` to an ``OpenedSource`` (``clasp.data.formats.base``); by folder or suffix where left out"""
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the groups set aside when ``val`` is left out"""
     image_root: str | None = None
@@ -118,6 +121,13 @@ class DataSettings(BaseModel):
     """Augmented views of each image to keep for a frozen part, beside the plain one; 0 augments anew each time"""
     max_bad_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of unreadable samples past which the run stops"""
+
+    @field_validator("format")
+    @classmethod
+    def _require_known_format(cls, name: str | None) -> str | None:
+        if name is not None:
+            find_pair_format(name)
+        return name
 
     @field_validator("augment")
     @classmethod
@@ -305,7 +315,8 @@ def _explain(error: ValidationError) -> str:
         inside = [name for name in keys if name.startswith(f"{key}.")]
         return f"{key} = {given!r}: this is a section; its keys are {', '.join(inside)}"
     if kind == "value_error":
-        return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+        said = first["msg"].removeprefix("Value error, ")
+        return said if said.startswith(f"{key} = ") else f"{key}: {said}"
     if kind == "list_type":
         return f"{key} = {given!r} should be a list: [{given!r}]"
     said = dict.fromkeys(_expected(each) for each in error.errors() if _key(each) == key)

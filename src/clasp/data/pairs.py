@@ -2,8 +2,9 @@
 
 Goes in: a source (a folder, .csv, .tsv, .jsonl, .parquet, LilT's .json, webdataset tars; several joined by ``::``).
 Comes out: ``Pairs``, a sequence of ``Pair``: random access, constant memory, stable ids, cheap to hand to workers.
-Unusual: when a source is opened all captions are checked and no image is; an image is read when its pair is asked.
-Tars are read through an index of offsets, so that order is exact and a shuffle is over all of them.
+``PAIR_FORMATS`` has a row for each form. Note: when a source is opened all captions are checked and no image is; an
+image is read when its pair is asked. Tars are read through an index of offsets, so that order is exact and a shuffle is
+over all of them.
 """
 
 import difflib
@@ -11,14 +12,14 @@ import hashlib
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol, SupportsIndex, overload, runtime_checkable
 
 import numpy as np
 
-from clasp.data.formats.base import OpenedSource, SourceSpec
+from clasp.data.formats.base import OpenedSource, PairFormat, SourceSpec
 from clasp.data.formats.folders import FolderFiles, open_folder, split_file_name
 from clasp.data.formats.index_cache import unpack_gzip
 from clasp.data.formats.parquet import ParquetSource, open_parquet
@@ -26,6 +27,8 @@ from clasp.data.formats.rows import DEFAULT_COLUMNS, ColumnNames
 from clasp.data.formats.samples import IMAGE_SUFFIXES, count_suffixes, open_webdataset
 from clasp.data.formats.sources import FileSource, TarSource
 from clasp.data.formats.tables import open_table
+from clasp.data.formats.text_rows import DelimitedRows, JsonLines, JsonList
+from clasp.data.plugins import load_named
 from clasp.types import ImageSource, Pair, UserError
 
 __all__ = [
@@ -39,14 +42,27 @@ __all__ = [
     "split_by_group",
 ]
 
-_OPENERS: dict[str, Callable[[SourceSpec], OpenedSource]] = {
-    ".csv": open_table,
-    ".tsv": open_table,
-    ".jsonl": open_table,
-    ".json": open_table,
+_FOLDER = "folder"
+PAIR_FORMATS: dict[str, PairFormat] = {
+    _FOLDER: open_folder,
+    ".csv": partial(open_table, row_format=partial(DelimitedRows.of, delimiter=",")),
+    ".tsv": partial(open_table, row_format=partial(DelimitedRows.of, delimiter="\t")),
+    ".jsonl": partial(open_table, row_format=JsonLines.of),
+    ".json": partial(open_table, row_format=JsonList.of),
     ".parquet": open_parquet,
     ".tar": open_webdataset,
 }
+"""A folder, or the suffix of a file (before ``.gz``), to what opens it"""
+
+
+def find_pair_format(name: str) -> PairFormat:
+    """The row of ``PAIR_FORMATS``, or the function that ``package.module:Name`` names. Raises ``UserError``."""
+    return load_named(name, PAIR_FORMATS, "data.format")
+
+
+def describe_pair_formats() -> str:
+    """What pairs may lie in, for a person."""
+    return f"a folder, or {', '.join(name for name in PAIR_FORMATS if name != _FOLDER)} (or one of these .gz)"
 
 
 @runtime_checkable
@@ -112,6 +128,7 @@ class Pairs(Sequence[Pair]):
 def open_pairs(
     source: str | Path,
     *,
+    format: str | None = None,
     columns: ColumnNames = DEFAULT_COLUMNS,
     image_root: str | Path | None = None,
     cache: Path | None = None,
@@ -119,6 +136,7 @@ def open_pairs(
     """Opens pairs and checks every caption; ``UserError`` in one line for whatever is wrong.
 
     ``source`` may be several, ``a.tar::b.csv`` or ``shards-{000..012}.tar``; a file of any kind may be a ``.gz``.
+    ``format`` names what opens all of them (``find_pair_format``); where left out, a folder or the file's suffix does.
     ``image_root`` is the folder that image paths in tables are relative to; by default the table's own.
     With a ``cache`` folder an index is built, and a ``.gz`` unpacked, only once for a file of this path, size and time.
     An id is the id column's value, else the image's path or the tar member's key; should those of several sources be
@@ -131,24 +149,33 @@ def open_pairs(
             raise UserError(f"{str(source)!r} names no source; name a folder or a file")
         if not path.exists():
             raise UserError(_missing(path, paths))
-    return Pairs(str(source), _with_unique_ids(paths, [_open(path, columns, image_root, cache) for path in paths]))
+    names = [format or _format_of(path) for path in paths]
+    opened = [_open(path, name, columns, image_root, cache) for path, name in zip(paths, names, strict=True)]
+    return Pairs(str(source), _with_unique_ids(paths, opened))
 
 
-def _open(path: Path, columns: ColumnNames, image_root: str | Path | None, cache: Path | None) -> OpenedSource:
+def _format_of(path: Path) -> str:
+    name = _FOLDER if path.is_dir() else path.with_name(path.name.removesuffix(".gz")).suffix.lower()
+    if name not in PAIR_FORMATS:
+        raise UserError(f"{path} is of no kind clasp can open: {describe_pair_formats()}")
+    return name
+
+
+def _open(
+    path: Path, format: str, columns: ColumnNames, image_root: str | Path | None, cache: Path | None
+) -> OpenedSource:
     root = os.path.abspath(os.path.expanduser(image_root or path.parent))
+    open_source = find_pair_format(format)
     try:
-        if path.is_dir():
-            return open_folder(SourceSpec(path, path, columns, root, cache))
-        suffix = path.with_name(path.name.removesuffix(".gz")).suffix.lower()
-        if suffix not in _OPENERS:
-            known = ", ".join(_OPENERS)
-            raise UserError(f"{path} is of no kind clasp can open: a folder, or {known} (or one of these .gz)")
-        file = unpack_gzip(path, cache) if path.suffix == ".gz" else path
-        return _OPENERS[suffix](SourceSpec(path, file, columns, root, cache))
+        file = unpack_gzip(path, cache) if path.suffix == ".gz" and path.is_file() else path
+        opened = open_source(SourceSpec(path, file, columns, root, cache, format))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: a text beside it is not UTF-8: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {error.strerror or error}") from None
+    if not isinstance(opened, OpenedSource):
+        raise UserError(f"data.format = {format!r} gave a {type(opened).__name__}; it must give an OpenedSource")
+    return opened
 
 
 def _missing(path: Path, paths: list[Path]) -> str:

@@ -23,8 +23,8 @@ import torch
 
 from clasp.types import Tokens, UserError
 
-_Template = Literal["tower", "cls"]
-_Clean = Literal["none", "lilt"]
+SpecialTokenTemplate = Literal["tower", "cls"]
+CaptionCleaning = Literal["none", "lilt"]
 Truncation = Literal["keep_eos", "drop_eos"]
 
 _BACKEND_FILE = "tokenizer.json"
@@ -52,9 +52,9 @@ class TokenizerSettings:
     """Longest sequence, the tower's special tokens included."""
     pad_id: int = 0
     """Fills the places the mask hides; any id will do unless the tower counts positions by it, as RoBERTa does."""
-    clean: _Clean = "none"
+    clean: CaptionCleaning = "none"
     """A key of ``CAPTION_CLEANERS``."""
-    template: _Template = "tower"
+    template: SpecialTokenTemplate = "tower"
     """``tower``: special tokens as the tower's authors put them. ``cls``: the first of them only, as LilT's
     ``[CLS] words`` without ``[SEP]``."""
     truncation: Truncation = "keep_eos"
@@ -67,7 +67,11 @@ class TokenizerSettings:
 
 
 def _check_choices(settings: Mapping[str, Any]) -> None:
-    known = {"clean": tuple(CAPTION_CLEANERS), "template": get_args(_Template), "truncation": get_args(Truncation)}
+    known = {
+        "clean": tuple(CAPTION_CLEANERS),
+        "template": get_args(SpecialTokenTemplate),
+        "truncation": get_args(Truncation),
+    }
     for name, choices in known.items():
         if settings.get(name, choices[0]) not in choices:
             raise UserError(f"{name} = {settings[name]!r} is not one of {', '.join(choices)}")
@@ -87,8 +91,8 @@ class Tokenizer:
         prefix: str = "",
         max_tokens: int = 64,
         pad_id: int = 0,
-        clean: _Clean = "none",
-        template: _Template = "tower",
+        clean: CaptionCleaning = "none",
+        template: SpecialTokenTemplate = "tower",
         truncation: Truncation = "keep_eos",
     ) -> None:
         self.settings = TokenizerSettings(
@@ -179,8 +183,8 @@ class Tokenizer:
         *,
         prefix: str | None = None,
         max_tokens: int | None = None,
-        clean: _Clean | None = None,
-        template: _Template | None = None,
+        clean: CaptionCleaning | None = None,
+        template: SpecialTokenTemplate | None = None,
     ) -> Tokenizer:
         """Read what ``save`` wrote, or a plain hub folder.
 

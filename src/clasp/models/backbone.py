@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from clasp.data.images import ImageTransform
-from clasp.data.tokenizer import Tokenizer, Truncation
+from clasp.data.images import ImageTransform, ResizeMode
+from clasp.data.tokenizer import CaptionCleaning, SpecialTokenTemplate, Tokenizer, Truncation
 from clasp.models.transformer.encoders import ImageTransformerSettings, TextTransformerSettings
 
 PoolingMode = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention"]
@@ -25,8 +25,8 @@ class _TowerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tower: str
-    """Where the weights come from: hf: | timm: | pip: | file: | deit: | package.module:factory; or own:image and
-    own:text, nets of ours that start from train.seed"""
+    """Where the weights come from: a scheme of ``clasp.models.zoo.registry.TOWER_SOURCES`` and a name (hf: | timm: |
+    pip: | file: | deit: | own:, nets of ours that start from train.seed), or package.module:factory"""
     pool: PoolingMode | None = None
     """States to one vector; the tower's own authors' choice where left out"""
     layer: int | None = None
@@ -44,7 +44,7 @@ class ImageTowerSettings(_TowerSettings):
     """What the net of tower = "own:image" is like"""
     size: int | None = Field(default=None, ge=8, le=4096)
     """Pixels a side that the tower sees; its own where left out"""
-    resize: Literal["crop", "squash", "pad"] | None = None
+    resize: ResizeMode | None = None
     """What happens to pictures that are not square"""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour under transparent pixels, 0-255"""
@@ -68,9 +68,9 @@ class TextTowerSettings(_TowerSettings):
     truncation: Truncation = "keep_eos"
     """What is left of a longer caption. ``lost``: its start token, as in MS-CLIP's released code, to which all of them
     are the same caption; only for what was trained so"""
-    clean: Literal["none", "lilt"] = "none"
+    clean: CaptionCleaning = "none"
     """Cleaning of captions; ``lilt`` is the paper's"""
-    template: Literal["tower", "cls"] = "tower"
+    template: SpecialTokenTemplate = "tower"
     """Special tokens; ``cls`` is LilT's class token without an end token"""
     token_types: bool = True
     """LilT leaves BERT's token-type embedding out"""

@@ -76,7 +76,8 @@ class DualEncoder(nn.Module):
     """Two towers aligned in one space; an ``Encoder``.
 
     ``selection`` names the parameters that train: it alone decides what gets gradients, what the optimizer holds, what
-    the delta saves and what is counted.
+    the delta saves and what is counted. ``init_logit_bias`` is where the bias of the logits starts; ``None``: there is
+    none.
     """
 
     log_scale: nn.Parameter | None
@@ -88,9 +89,9 @@ class DualEncoder(nn.Module):
         text: Tower,
         head: HeadSettings,
         *,
-        loss: str,
         seed: int,
         logits: LogitSettings | None = None,
+        init_logit_bias: float | None = None,
     ):
         super().__init__()
         self.name = f"{image.name} + {text.name}"
@@ -107,8 +108,9 @@ class DualEncoder(nn.Module):
         scale = nn.Parameter(torch.tensor(start, device=device))
         self.log_scale, self.temperature = (scale, None) if logits.scale == "log" else (None, scale)
         self._limits = sorted(limits)  # of that parameter; a temperature falls as its scale rises
-        # SigLIP (Zhai et al., ICCV 2023) needs a bias against the many negatives; InfoNCE cannot see one
-        self.bias = nn.Parameter(torch.tensor(-10.0, device=device)) if loss == "sigmoid" else None
+        self.bias: nn.Parameter | None = None
+        if init_logit_bias is not None:
+            self.bias = nn.Parameter(torch.tensor(float(init_logit_bias), device=device))
         self.sharing: SharingPlan | None = None  # the policy, for people; what is shared is a fact about the parameters
         self.selection: frozenset[str] = frozenset()
         self.select(())
@@ -227,7 +229,7 @@ class DualEncoder(nn.Module):
         return self.embed_text(Tokens(tokens, mask))
 
     def scale_and_bias(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
-        """What makes logits of cosines: the scale (not its logarithm) and, for the sigmoid loss, the bias."""
+        """What makes logits of cosines: the scale (not its logarithm) and, where the loss reads one, the bias."""
         if self.temperature is not None:
             with torch.no_grad():  # in place, so that the gradient is taken there and is not cut off
                 self.temperature.clamp_(*self._limits)

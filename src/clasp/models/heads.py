@@ -7,6 +7,7 @@ common; that is up to who makes them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -42,6 +43,11 @@ class HeadSettings(BaseModel):
     """Deviation of the Gaussian noise added to the features while training"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the features dropped while training"""
+
+    @property
+    def hidden_width(self) -> int:
+        """Width of the hidden layer of mlp and glu."""
+        return self.hidden or 2 * self.width
 
     @model_validator(mode="after")
     def _bias_of_a_linear_map(self) -> HeadSettings:
@@ -107,24 +113,31 @@ class GatedLinear(nn.Module):
         return self.out(F.silu(self.gate(x)) * self.up(x))
 
 
+def _identity(width: int, settings: HeadSettings) -> nn.Module:
+    if width != settings.width:
+        raise UserError(
+            f"head.kind = 'none' joins pooled vectors as they are: width {width} is not head.width = {settings.width}"
+        )
+    return nn.Identity()
+
+
+HEAD_MAPS: dict[str, Callable[[int, HeadSettings], nn.Module]] = {
+    "linear": lambda width, settings: nn.Linear(width, settings.width, bias=settings.bias),
+    "mlp": lambda width, settings: LinearWithMLP(width, settings.hidden_width, settings.width),
+    "glu": lambda width, settings: GatedLinear(width, settings.hidden_width, settings.width),
+    "none": _identity,
+}
+"""``head.kind`` to a module from a pooled vector of some width to the joint space"""
+
+
 class ProjectionHead(nn.Module):
     """A pooled vector to the joint space, before normalisation."""
 
     def __init__(self, width: int, settings: HeadSettings):
         super().__init__()
-        out, hidden = settings.width, settings.hidden or 2 * settings.width
-        if settings.kind == "none" and width != out:
-            raise UserError(
-                f"head.kind = 'none' joins pooled vectors as they are: width {width} is not head.width = {out}"
-            )
         self.standardize = Standardize(width) if settings.standardize else None
         self.noise, self.dropout = GaussianNoise(settings.noise), nn.Dropout(settings.dropout)
-        self.map: nn.Module = {
-            "linear": lambda: nn.Linear(width, out, bias=settings.bias),
-            "mlp": lambda: LinearWithMLP(width, hidden, out),
-            "glu": lambda: GatedLinear(width, hidden, out),
-            "none": nn.Identity,
-        }[settings.kind]()
+        self.map: nn.Module = HEAD_MAPS[settings.kind](width, settings)
 
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
         if self.standardize is not None:

@@ -35,7 +35,7 @@ from clasp.models.pooling import POOLING_FUNCTIONS, AttentionPool
 from clasp.models.structure import find_structure, find_unused_modules, is_norm
 from clasp.models.transformer.encoders import ImageTransformer
 from clasp.models.tuning.depth import truncate_blocks
-from clasp.models.tuning.spec import apply_tuning
+from clasp.models.tuning.spec import TuningSpec, apply_tuning, parse_tuning_spec
 from clasp.types import HiddenStates, Pixels, Tokens, UserError
 
 
@@ -66,6 +66,7 @@ class Tower(nn.Module):
         self.weight_hashes = hash_tensors(self.net.state_dict())
         self._forward_features, self._from_seed = backbone.forward_features, backbone.from_seed
         self.new_parameters = backbone.new_parameters
+        self.tunings: tuple[TuningSpec, ...] = ()
         self.dropout = dropout
         self._structure = find_structure(self.net)
         if self._structure.channels_first:
@@ -96,6 +97,7 @@ class Tower(nn.Module):
     def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
         """Apply a tuning spec; returns names relative to the tower. A learned pooling is not part of it."""
         names = {f"net.{name}" for name in apply_tuning(self.net, specs, seed=seed)}
+        self.tunings += tuple(map(parse_tuning_spec, specs))
         self._structure = find_structure(self.net)  # there may be new blocks
         return names
 

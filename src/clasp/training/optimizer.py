@@ -1,9 +1,9 @@
 """The optimizer: what it holds, how far each step goes, and its state by name.
 
 In: a model with a selection. Out: AdamW over the selection and nothing else; the learning-rate factor of a step.
-``DECAY_FILTERS`` and ``SCHEDULES`` are what ``train.decay_filter`` and ``train.schedule`` choose from: clasp's own, and
-papers'. Unusual: groups are made from names and shapes alone, so a foreign tower needs no help; the state goes out and
-comes back as tensors named after their parameters, never as a pickle or by position.
+``DECAY_FILTERS`` and ``SCHEDULES`` are what ``train.decay_filter`` and ``train.schedule`` choose from, beside
+``package.module:Name``. Note: groups are made from names and shapes alone, so a foreign tower needs no help; the state
+goes out and comes back as tensors named after their parameters, never as a pickle or by position.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from clasp.data.plugins import load_named
 from clasp.types import UserError
 
 # Where PyTorch's fused AdamW is a compiled kernel (the CPU since 2.4).
@@ -71,11 +72,18 @@ def decays_as_msclip(name: str, shape: Sequence[int]) -> bool:
     return decays_matrices(name, shape) and not {"token_embed", "pos_embed"} & set(name.split("."))
 
 
-DECAY_FILTERS: dict[str, Callable[[str, Sequence[int]], bool]] = {
+DecayFilter = Callable[[str, Sequence[int]], bool]
+"""Name and shape of a parameter to whether weight decay applies to it"""
+DECAY_FILTERS: dict[str, DecayFilter] = {
     "matrices": decays_matrices,
     "lilt": decays_as_lilt,
     "msclip": decays_as_msclip,
 }
+
+
+def find_decay_filter(name: str) -> DecayFilter:
+    """The row of ``DECAY_FILTERS``, or the function that ``package.module:Name`` names. Raises ``UserError``."""
+    return load_named(name, DECAY_FILTERS, "train.decay_filter")
 
 
 def build_parameter_groups(
@@ -88,18 +96,13 @@ def build_parameter_groups(
 ) -> list[ParameterGroup]:
     """Parameters by (decay, learning-rate factor), in a stable order.
 
-    ``decay_filter`` is a key of ``DECAY_FILTERS``. ``weight_decay_overrides`` has the weight decay by name where it is
-    not
-    ``weight_decay``;
-    ``lr_factors`` has the factor on the learning rate by name, 1 where it has none.
+    ``decay_filter`` is as ``find_decay_filter`` has it. ``weight_decay_overrides`` has the weight decay by name where
+    it is not ``weight_decay``; ``lr_factors`` has the factor on the learning rate by name, 1 where it has none.
     """
+    decays = find_decay_filter(decay_filter)
     gathered: dict[tuple[float, float], list[str]] = {}
     for name, parameter in parameters.items():
-        own = (
-            weight_decay_overrides.get(name, weight_decay)
-            if DECAY_FILTERS[decay_filter](name, parameter.shape)
-            else 0.0
-        )
+        own = weight_decay_overrides.get(name, weight_decay) if decays(name, parameter.shape) else 0.0
         gathered.setdefault((own, lr_factors.get(name, 1.0)), []).append(name)
     return [
         ParameterGroup(tuple(names), tuple(parameters[name] for name in names), own, factor)
@@ -171,7 +174,33 @@ def _cosine(progress: float, min_lr_ratio: float) -> float:
     return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-SCHEDULES: dict[str, Callable[[int, ScheduleContext], float]] = {"cosine": warmup_cosine, "lilt": lilt_schedule}
+@dataclass(frozen=True, slots=True)
+class LrSchedule:
+    """A row of ``SCHEDULES``: step (from 0) to a factor on the learning rate.
+
+    ``reads_warmup=False``: it has a warm-up of its own, and ``train.warmup_fraction`` cannot be set beside it.
+    """
+
+    factor: Callable[[int, ScheduleContext], float]
+    reads_warmup: bool = True
+
+    def __call__(self, step: int, context: ScheduleContext) -> float:
+        return self.factor(step, context)
+
+
+SCHEDULES: dict[str, LrSchedule] = {
+    "cosine": LrSchedule(warmup_cosine),
+    "lilt": LrSchedule(lilt_schedule, reads_warmup=False),
+}
+
+
+def find_schedule(name: str) -> LrSchedule:
+    """The row of ``SCHEDULES``, or the function or ``LrSchedule`` that ``package.module:Name`` names.
+
+    Raises ``UserError`` for an unknown one.
+    """
+    found = load_named(name, SCHEDULES, "train.schedule")
+    return found if isinstance(found, LrSchedule) else LrSchedule(found)
 
 
 def optimizer_state(optimizer: AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The settings of training, and what they come to for a given number of pairs.
 
 In: ``TrainSettings`` as the recipe has them, and the number of training pairs. Out: ``TrainPlan``, with batch and
-epochs as numbers and the reason as a sentence. Unusual: "auto" looks at the number of pairs only. Whoever knows that a
+epochs as numbers and the reason as a sentence. Note: "auto" looks at the number of pairs only. Whoever knows that a
 step must fit into memory (towers that train, a small machine) says so with ``largest``.
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from clasp.data.plugins import list_choices
 from clasp.training.attention_kernel import AttentionKernel
+from clasp.training.optimizer import SCHEDULES, find_decay_filter, find_schedule
 from clasp.training.precision import Precision
 from clasp.types import UserError
 
@@ -68,20 +70,22 @@ class TrainSettings(BaseModel):
     """Highest learning rate, reached at the end of the warm-up."""
     lr_factors: LrFactors = LrFactors()
     """Factors on ``lr``, by kind of parameter."""
-    schedule: Literal["cosine", "lilt"] = "cosine"
-    """How the learning rate moves: "cosine" falls step by step after the warm-up; "lilt" climbs ten stairs in the
-    first 1,000 steps, holds to the end of the first epoch, then falls along the cosine once an epoch."""
+    schedule: str = "cosine"
+    """How the learning rate moves, a key of ``SCHEDULES`` or ``package.module:Name``: "cosine" falls
+    step by step after the warm-up; "lilt" climbs ten stairs in the first 1,000 steps, holds to the end of the first
+    epoch, then falls along the cosine once an epoch."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """The learning rate that the cosine falls towards, as a fraction of ``lr``."""
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Part of all steps in which the learning rate rises; the "lilt" schedule has its own."""
+    """Part of all steps in which the learning rate rises; a schedule may have its own, as "lilt" does."""
     weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """AdamW's decay, per step and unit of learning rate."""
     weight_decay_shared: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """The decay of what both towers hold in common; as ``weight_decay`` where left out."""
-    decay_filter: Literal["matrices", "lilt", "msclip"] = "matrices"
-    """What decays: "matrices" and kernels only; "lilt": all but one-dimensional tensors and biases, so the scale and
-    the tables of positions and classes too; "msclip": matrices and kernels, but no table of tokens or positions."""
+    decay_filter: str = "matrices"
+    """What decays, a key of ``DECAY_FILTERS`` or ``package.module:Name``: "matrices" and kernels only; "lilt": all but
+    one-dimensional tensors and biases, so the scale and the tables of positions and classes too; "msclip": matrices and
+    kernels, but no table of tokens or positions."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     """AdamW's memory of the gradient and of its square, as fractions kept at each step."""
     eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
@@ -108,13 +112,26 @@ class TrainSettings(BaseModel):
     """Where the numbers of the run go beside its folder: tensorboard, wandb, mlflow, trackio, or package.module:Name.
     A run may go on with others."""
 
+    @field_validator("schedule")
+    @classmethod
+    def _require_known_schedule(cls, name: str) -> str:
+        find_schedule(name)
+        return name
+
+    @field_validator("decay_filter")
+    @classmethod
+    def _require_known_decay_filter(cls, name: str) -> str:
+        find_decay_filter(name)
+        return name
+
     @model_validator(mode="after")
     def _one_warmup(self) -> TrainSettings:
         own = TrainSettings.model_fields["warmup_fraction"].default
-        if self.schedule == "lilt" and self.warmup_fraction != own:
+        if self.warmup_fraction != own and not find_schedule(self.schedule).reads_warmup:
+            others = {name: row for name, row in SCHEDULES.items() if row.reads_warmup}
             raise ValueError(
-                f"schedule = 'lilt' has its own warm-up; leave warmup_fraction = {self.warmup_fraction:g} out, or set "
-                "schedule = 'cosine'"
+                f"schedule = {self.schedule!r} has its own warm-up; leave warmup_fraction = {self.warmup_fraction:g} "
+                f"out, or set schedule = {list_choices(others)}"
             )
         return self
 

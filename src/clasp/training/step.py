@@ -86,6 +86,7 @@ class Stepper:
         self.micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
         assert settings.epochs != "auto", "resolve the settings with plan_training first"
         warmup = round(settings.warmup_fraction * steps)
+        self.schedule = optim.find_schedule(settings.schedule)
         self.schedule_context = optim.ScheduleContext(steps, settings.epochs, warmup, settings.min_lr_ratio)
         self.max_norm = math.inf if settings.clip_norm == "none" else settings.clip_norm
         model.to(accelerator.device)
@@ -127,7 +128,7 @@ class Stepper:
 
     def step(self, batch: Batch, number: int) -> StepResult:
         """Takes step ``number`` (from 0). Raises UserError, with the weights as they were, if it would spoil them."""
-        lr = self.settings.lr * optim.SCHEDULES[self.settings.schedule](number, self.schedule_context)
+        lr = self.settings.lr * self.schedule(number, self.schedule_context)
         optim.set_lr(self.optimizer, lr)
         measured = self.backward(batch, number)
         norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self.max_norm)
@@ -207,7 +208,7 @@ class Stepper:
         """What to say when step ``number`` must not be taken."""
         what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         tries = [f"train.lr={self.settings.lr / 3:.1g}"]
-        if self.settings.schedule == "cosine":  # the other has its own warm-up
+        if self.schedule.reads_warmup:
             tries.append("a longer train.warmup_fraction")
         if self.precision == "bfloat16":
             tries.append("train.precision=float32")

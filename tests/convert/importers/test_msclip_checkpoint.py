@@ -102,7 +102,7 @@ def test_a_dual_encoder_of_two_towers_says_what_was_recorded(name: str):
         Tower(Backbone(name, "image", model.encoders.image, "0", "cls")),
         Tower(Backbone(name, "text", model.encoders.text, "0", "last")),
     ]
-    encoder = DualEncoder(*towers, HeadSettings(width=len(model.image_head)), loss="infonce", seed=0).eval()
+    encoder = DualEncoder(*towers, HeadSettings(width=len(model.image_head)), seed=0).eval()
     with torch.no_grad():
         for head, matrix in ((encoder.image_head, model.image_head), (encoder.text_head, model.text_head)):
             head.map.get_parameter("weight").copy_(matrix)

@@ -297,3 +297,11 @@ def test_parquet_that_is_none_or_holds_no_images(tmp_path: Path):
     refused(file, "column 'image' holds double", "paths (string), bytes (binary)")
     pq.write_table(pa.table({"image": ["a"], "caption": ["a"]}).slice(0, 0), file)
     refused(file, "has no pairs")
+
+
+def test_images_of_two_columns_are_of_two_versions(tmp_path: Path):
+    """A feature cache stands on the version, and rows without an id column have one id in both readings."""
+    cells = {"image": [toy.png for toy in toys(3)], "other": [toy.png for toy in toys(3, seed=1)]}
+    pq.write_table(pa.table({**cells, "caption": ["a", "b", "c"]}), tmp_path / "pairs.parquet")
+    one, other = (open_pairs(tmp_path / "pairs.parquet", columns=ColumnNames(image=name)) for name in cells)
+    assert [pair.id for pair in one] == [pair.id for pair in other] and one.version != other.version

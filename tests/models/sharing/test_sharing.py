@@ -379,7 +379,7 @@ def towers(made: TiedEncoders) -> tuple[Tower, Tower]:
 def encoder(made: TiedEncoders, image: list[str], text: list[str], **head: Any) -> DualEncoder:
     """A dual encoder on both views, its selection made under first names."""
     sides = dict(zip(("image", "text"), towers(made), strict=True))
-    model = DualEncoder(sides["image"], sides["text"], HeadSettings(width=16, **head), loss="infonce", seed=0)
+    model = DualEncoder(sides["image"], sides["text"], HeadSettings(width=16, **head), seed=0)
     chosen = set().union(*model.new_parameter_names.values())
     for number, (side, methods) in enumerate((("image", image), ("text", text))):
         chosen |= {f"{side}.{name}" for name in sides[side].tune(methods, seed=number)}

@@ -314,7 +314,7 @@ def test_views_of_nets_alone():
 def encoder(made: SingleTrunkBackbones, tuned: dict[str, list[str]], **head: Any) -> DualEncoder:
     """As a recipe would: heads, scale and what is new train, and what is tuned."""
     towers = {"image": Tower(made.image), "text": Tower(made.text)}
-    model = DualEncoder(towers["image"], towers["text"], HeadSettings(width=16, **head), loss="infonce", seed=0)
+    model = DualEncoder(towers["image"], towers["text"], HeadSettings(width=16, **head), seed=0)
     chosen = set().union(*model.new_parameter_names.values())
     for number, (side, new) in enumerate((("image", made.image_new), ("text", made.text_new))):
         chosen |= {f"{side}.net.{name}" for name in new}

@@ -1,5 +1,11 @@
-"""The contract between ``clasp.data.pairs`` and the formats: a source about to be opened, and one that is open."""
+"""The contract between ``clasp.data.pairs`` and the formats: a source about to be opened, and one that is open.
 
+A format is a function from a ``SourceSpec`` to an ``OpenedSource``. What it keeps in the cache folder is keyed by
+everything that it depends on, ``SourceSpec.format`` included; the ``version`` of an image likewise, since feature
+caches stand on it.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -23,6 +29,8 @@ class SourceSpec:
     root: str
     """The folder image paths are relative to; absolute."""
     cache: Path | None
+    format: str
+    """The name of the format: a key of ``PAIR_FORMATS``, or ``package.module:Name``."""
 
 
 @runtime_checkable
@@ -44,3 +52,7 @@ class OpenedSource(Protocol):
     def prefixed(self, id_prefix: str, path_prefix: str) -> "OpenedSource":
         """The same, among other sources: what goes before ids, and before image paths that stand for a group."""
         ...
+
+
+PairFormat = Callable[[SourceSpec], OpenedSource]
+"""Opens a source and checks every caption; ``UserError`` in one line for whatever is wrong"""

@@ -1,7 +1,7 @@
 """Parquet tables: image paths, image bytes, or the {bytes, path} cells of Hugging Face's datasets.
 
 Goes in: a file. Comes out: its rows as pairs; image bytes are read only when a source is asked for them.
-Unusual: a row group is the least parquet can read, so the last ones are kept (16 without images, one with). Read in
+Note: a row group is the least parquet can read, so the last ones are kept (16 without images, one with). Read in
 random order, a file of images wants row groups of a few hundred rows at most. Rows are counted from 0 here.
 """
 
@@ -45,7 +45,7 @@ class ParquetSource:
 
     @property
     def version(self) -> str:
-        return f"{self.stamp}@{self.row}"
+        return f"{self.stamp}@{self.row}/{self.column}"
 
     def read(self) -> bytes:
         cell = _read_cells(_read_image_group, self.path, self.stamp, (self.column,), self.row)[self.column]
@@ -124,7 +124,7 @@ def open_parquet(spec: SourceSpec) -> ParquetTable:
             raise UserError(f"{name} has no pairs: looked for rows, found none")
         return survey.finish()
 
-    key = ("parquet", str(spec.path.resolve()), stamp, spec.root, repr(reader))
+    key = ("parquet", spec.format, str(spec.path.resolve()), stamp, spec.root, repr(reader))
     arrays = load_or_build_index(spec.cache, key, build)
     opened = ParquetTable(
         name, file, stamp, kind, light, reader, spec.root, twins=arrays["twins"], hashes=arrays["hashes"]

@@ -161,7 +161,7 @@ def open_samples(
         check.finish()
         return {"parts": parts, "hashes": np.array(ids, np.uint64)}
 
-    opened = samples(**load_or_build_index(spec.cache, (*key, repr(spec.columns), repr(classes)), build))
+    opened = samples(**load_or_build_index(spec.cache, (*key, spec.format, repr(spec.columns), repr(classes)), build))
     require_unique_ids(name, opened)
     return opened
 

@@ -1,11 +1,12 @@
 """Tables in text files: .csv and .tsv, .jsonl, and LilT's .json list.
 
 Goes in: a file. Comes out: its rows as pairs, read one at a time from the bytes each takes.
-Unusual: the file is read once to find and check all rows; afterwards a row costs 28 bytes of memory, whatever it says.
+Note: the file is read once to find and check all rows; afterwards a row costs 28 bytes of memory, whatever it says.
 """
 
 import os
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from clasp.data.formats.ids import IdCollector, image_id, require_unique_ids
 from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_build_index
 from clasp.data.formats.rows import PairRow, RowReader
 from clasp.data.formats.sources import FileSource, read_range
-from clasp.data.formats.text_rows import TEXT_ROW_FORMATS, TextRowFormat
+from clasp.data.formats.text_rows import TextRowFormat
 from clasp.types import Pair, UserError
 
 
@@ -65,11 +66,10 @@ def require_image_id(row: PairRow, where: str, root: str) -> str:
     return image_id(row.image, root)
 
 
-def open_table(spec: SourceSpec) -> TextTable:
-    """Reads a .csv, .tsv, .jsonl or .json once, from end to end, checking every row but no image."""
+def open_table(spec: SourceSpec, row_format: Callable[[SourceSpec], TextRowFormat]) -> TextTable:
+    """Reads a text file once, from end to end, checking every row but no image; ``row_format`` cuts it into rows."""
     name, stamp = str(spec.path), file_stamp(spec.file)
-    kind = spec.path.with_name(spec.path.name.removesuffix(".gz")).suffix.lower()
-    syntax = TEXT_ROW_FORMATS[kind](spec)
+    syntax = row_format(spec)
     reader = RowReader.of(spec.columns, syntax.default)
 
     def build() -> IndexArrays:
@@ -84,7 +84,7 @@ def open_table(spec: SourceSpec) -> TextTable:
             raise UserError(f"{name} has no pairs: looked for {syntax.expected}, found none")
         return {"starts": np.array(starts, np.int64), "stops": np.array(stops, np.int64), **survey.finish()}
 
-    key = ("table", kind, str(spec.path.resolve()), stamp, spec.root, repr(reader))
+    key = ("table", spec.format, str(spec.path.resolve()), stamp, spec.root, repr(reader))
     arrays = load_or_build_index(spec.cache, key, build)
     table = TextTable(
         name,

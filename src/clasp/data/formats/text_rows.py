@@ -1,13 +1,13 @@
 """How a text file is cut into rows: JSON lines, a JSON list, comma- or tab-separated cells.
 
 Goes in: a file open for reading bytes. Comes out: one ``LocatedRow`` a row, with the bytes it takes, so that it can be
-read again alone. Unusual: where quoted cells hold line breaks the ranges are exact, since the csv reader itself says
+read again alone. Note: where quoted cells hold line breaks the ranges are exact, since the csv reader itself says
 which lines a row took; a quote that is never closed, or a row of too many cells, is an error and not swallowed.
 """
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -47,6 +47,10 @@ class JsonLines:
     default: ClassVar = ColumnNames(image="image", caption="caption", id="id", language="language", group="group")
     expected: ClassVar = "one JSON object a line"
 
+    @classmethod
+    def of(cls, opening: SourceSpec) -> "JsonLines":
+        return cls(str(opening.path))
+
     def iter_rows(self, file: BinaryIO) -> Iterator[LocatedRow]:
         stop = 0
         for number, line in enumerate(file, 1):
@@ -76,6 +80,10 @@ class JsonList:
     name: str
     default: ClassVar = ColumnNames(image="image", caption="caption", id="id", language="language", group="image_id")
     expected: ClassVar = "a list of objects {image, image_id, caption}"
+
+    @classmethod
+    def of(cls, opening: SourceSpec) -> "JsonList":
+        return cls(str(opening.path))
 
     def iter_rows(self, file: BinaryIO) -> Iterator[LocatedRow]:
         try:
@@ -178,11 +186,3 @@ def _skip_blanks(text: str, at: int, blank: str = " \t\r\n") -> int:
     while at < len(text) and text[at] in blank:
         at += 1
     return at
-
-
-TEXT_ROW_FORMATS: dict[str, Callable[[SourceSpec], TextRowFormat]] = {
-    ".csv": lambda opening: DelimitedRows.of(opening, ","),
-    ".tsv": lambda opening: DelimitedRows.of(opening, "\t"),
-    ".jsonl": lambda opening: JsonLines(str(opening.path)),
-    ".json": lambda opening: JsonList(str(opening.path)),
-}

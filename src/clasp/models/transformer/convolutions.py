@@ -55,7 +55,10 @@ class PatchEmbed(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution without a bias, and a norm of its channels."""
+    """A convolution without a bias, and a norm of its channels.
+
+    A kernel as wide as its stride is not padded; any other is, by half of it, so that a stride of 1 keeps the size.
+    """
 
     def __init__(
         self,
@@ -64,12 +67,12 @@ class ConvNorm(nn.Module):
         *,
         kernel: int,
         stride: int = 1,
-        padding: int = 0,
         groups: int = 1,
         norm: ConvNormKind,
         eps: float = _STEM_EPS,
     ):
         super().__init__()
+        padding = 0 if kernel == stride else kernel // 2
         self.conv = nn.Conv2d(channels, out, kernel, stride, padding, groups=groups, bias=False)
         self.norm = _CONV_NORMS[norm](out, eps)
 
@@ -82,7 +85,7 @@ class StemStage(nn.Module):
 
     def __init__(self, channels: int, out: int, stride: int, norm: ConvNormKind):
         super().__init__()
-        self.main = ConvNorm(channels, out, kernel=3, padding=1, stride=stride, norm=norm)
+        self.main = ConvNorm(channels, out, kernel=3, stride=stride, norm=norm)
         self.shortcut = ConvNorm(channels, out, kernel=1, stride=stride, norm=norm)
 
     def forward(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
@@ -100,7 +103,7 @@ class ConvStem(nn.Module):
         super().__init__()
         widths = [width >> STEM_STAGES, *(width >> (STEM_STAGES - 1 - number) for number in range(STEM_STAGES))]
         first, *strides = halving_strides(patch, STEM_STAGES + 1)
-        self.first = ConvNorm(3, widths[0], kernel=3, padding=1, stride=first, norm=norm)
+        self.first = ConvNorm(3, widths[0], kernel=3, stride=first, norm=norm)
         self.stages = nn.ModuleList(
             StemStage(widths[number], widths[number + 1], stride, norm) for number, stride in enumerate(strides)
         )
@@ -118,7 +121,7 @@ class BranchStem(nn.Module):
 
     def __init__(self, out: int, stride: int, norm: ConvNormKind):
         super().__init__()
-        self.main = ConvNorm(3, out, kernel=3, padding=1, stride=stride, norm=norm)
+        self.main = ConvNorm(3, out, kernel=3, stride=stride, norm=norm)
 
     def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B _ _ _"]:
         return F.relu(self.main(pixels))
@@ -130,7 +133,7 @@ class Bottleneck(nn.Module):
     def __init__(self, channels: int, out: int, stride: int, norm: ConvNormKind):
         super().__init__()
         self.reduce = ConvNorm(channels, out // 2, kernel=1, norm=norm, eps=_BOTTLENECK_EPS)
-        self.spatial = ConvNorm(out // 2, out // 2, kernel=3, padding=1, stride=stride, norm=norm, eps=_BOTTLENECK_EPS)
+        self.spatial = ConvNorm(out // 2, out // 2, kernel=3, stride=stride, norm=norm, eps=_BOTTLENECK_EPS)
         self.expand = ConvNorm(out // 2, out, kernel=1, norm=norm, eps=_BOTTLENECK_EPS)
         self.shortcut = ConvNorm(channels, out, kernel=1, stride=stride, norm=norm, eps=_BOTTLENECK_EPS)
 
@@ -174,7 +177,7 @@ class LateralAdapter(nn.Module):
         super().__init__()
         self.top = DepthwisePatchConv(channels, kernel, "batch")
         self.widen = nn.Conv2d(channels, width, 1, bias=False)
-        self.bottom = ConvNorm(width, width, kernel=3, padding=1, groups=width, norm="batch")
+        self.bottom = ConvNorm(width, width, kernel=3, groups=width, norm="batch")
         self.norm = state_norm
 
     def forward(

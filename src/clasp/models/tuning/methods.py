@@ -1,13 +1,14 @@
 """The methods of a tuning spec, a row each: what it puts into a tower, and the names of what then trains.
 
 In goes a net and one parsed method (``TuningSpec``), out come names. Methods that put parts in are run first, in a
-fixed order; those that only read names come after. ``clasp.models.tuning.spec`` parses specs and runs their methods.
+fixed order; those that only read names come after. What is special about a method stands in its row, and other modules
+read it there. ``clasp.models.tuning.spec`` parses specs and runs their methods.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from clasp.data.plugins import load_named
 from clasp.models.structure import BlockStructure, find_structure, is_bias, is_norm
 from clasp.models.transformer.convolutions import ParallelBranchSettings
 from clasp.models.transformer.encoders import ImageTransformer
 from clasp.models.tuning import peft_methods
 from clasp.models.tuning.bottleneck import ADAPTER_INITS, ADAPTER_PLACES, insert_adapters
 from clasp.models.tuning.depth import DEEP_INITS, append_blocks
+from clasp.models.tuning.peft_methods import WeightPath
 from clasp.models.tuning.prompts import insert_prompts
 from clasp.types import UserError
 
@@ -99,7 +102,8 @@ def _peft(net: nn.Module, tuning: TuningSpec) -> set[str]:
     targets = [name for name, module in net.named_modules() if _at_or_below(name, roots) and _is_linear(module)]
     if not targets:
         return set()
-    options = {key: value for key, value in tuning.options.items() if key not in TUNING_METHODS[tuning.method].defaults}
+    ours = TUNING_METHODS[tuning.method].defaults
+    options = {key: value for key, value in tuning.options.items() if key not in ours}
     return peft_methods.inject_peft(net, tuning.method, targets, options)
 
 
@@ -194,7 +198,7 @@ class TuningMethod:
     """A row of ``TUNING_METHODS``: how names are selected, what was looked for, and the options with their defaults."""
 
     select: Callable[[nn.Module, TuningSpec], set[str]]
-    no_match_hint: str
+    no_match_hint: str = "it has no parameter for this method"
     stage: int = 9
     """structure is changed in this order, then names are read; peft before bottlenecks, so that one at a branch's end
     also sees what is added to its last layer"""
@@ -202,6 +206,13 @@ class TuningMethod:
     choices: dict[str, tuple] = field(default_factory=dict)
     passes_to_peft: bool = False
     """further options belong to peft, which checks them"""
+    added_parameters: Mapping[str, WeightPath] = field(default_factory=dict)
+    """patterns of the names of parameters that it adds (``*`` also matches dots; the first that matches counts), to how
+    they are interpolated with the base; one that no pattern matches cannot be"""
+    gradient_init: bool = False
+    """whether it wraps layers with an update B A in which A can start from the gradient (``init="gradient"``)"""
+    trains_nothing: bool = False
+    """that is what it is for; it stands alone"""
 
     @property
     def positional_options(self) -> list[str]:
@@ -222,12 +233,11 @@ class TuningMethod:
 
 
 _PEFT_DEFAULTS = {"targets": "auto"}
-_LORA_DEFAULTS = {**_PEFT_DEFAULTS, "init": "random"}
 _PEFT_CHOICES = {"targets": ("auto", "attention", "mlp", "all"), "init": peft_methods.LORA_INITS}
 
 TUNING_METHODS: dict[str, TuningMethod] = {
     "full": TuningMethod(_full, "it has no parameters"),
-    "none": TuningMethod(_none, ""),
+    "none": TuningMethod(_none, trains_nothing=True),
     "norms": TuningMethod(_norms, "looked for LayerNorm, RMSNorm, GroupNorm and BatchNorm modules with weights"),
     "biases": TuningMethod(_biases, "looked for vectors named bias or ..._bias"),
     "attention": TuningMethod(_attention, "looked for an attention module in its blocks; it has none"),
@@ -240,19 +250,37 @@ TUNING_METHODS: dict[str, TuningMethod] = {
         stage=3,
         defaults={"reduction": 4, "place": "output", "init": "identity"},
         choices={"place": ADAPTER_PLACES, "init": ADAPTER_INITS},
+        added_parameters={"*.adapter*.up.*": "from zero", "*.adapter*.down.*": "constant"},
     ),
     **{
         name: TuningMethod(
             _peft,
             "looked for linear layers (or 1x1 convolutions) in its blocks",
             stage=2,
-            defaults=_LORA_DEFAULTS if name in peft_methods.LORA_METHODS else _PEFT_DEFAULTS,
+            defaults={**_PEFT_DEFAULTS, "init": "random"} if row.gradient_init else _PEFT_DEFAULTS,
             choices=_PEFT_CHOICES,
             passes_to_peft=True,
+            added_parameters=row.added_parameters,
+            gradient_init=row.gradient_init,
         )
-        for name in peft_methods.PEFT_METHODS
+        for name, row in peft_methods.PEFT_METHODS.items()
     },
-    "prompts": TuningMethod(_prompts, "", stage=4, defaults={"n": 8}),
-    "conv_branch": TuningMethod(_conv_branch, "", stage=5, defaults={"before": None}),
+    "prompts": TuningMethod(_prompts, "", stage=4, defaults={"n": 8}, added_parameters={"prompts.*": "nonlinear"}),
+    "conv_branch": TuningMethod(
+        _conv_branch,
+        "",
+        stage=5,
+        defaults={"before": None},
+        added_parameters={"parallel.*.gamma": "from zero", "parallel.*": "constant"},
+    ),
     "match": TuningMethod(_match, "no parameter has such a name", defaults={"pattern": None}),
 }
+
+
+def find_tuning_method(name: str, spec: str) -> TuningMethod:
+    """The row of ``TUNING_METHODS``, or the function or ``TuningMethod`` that ``package.module:Name`` names.
+
+    A function gets the net and the ``TuningSpec`` and returns the names that train. Raises ``UserError``.
+    """
+    found = load_named(name, TUNING_METHODS, f"tuning {spec!r}: method")
+    return found if isinstance(found, TuningMethod) else TuningMethod(found)

@@ -2,16 +2,17 @@
 
 In go a net and the paths of its layers, out come the names of the parameters that are new; they appear as peft gives
 them (``…q_proj.lora_A.default.weight``), and the wrapped base as ``…q_proj.base_layer.weight``. Every method goes in
-under peft's one adapter name, so several of them, on different layers, keep those names. Here too: a start of LoRA's A
-from the gradient of the wrapped weight. The only module that imports peft.
+under peft's one adapter name, so several of them, on different layers, keep those names. ``PEFT_METHODS`` has a row for
+each. Here too: a start of LoRA's A from the gradient of the wrapped weight. The only module that imports peft.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,10 +20,30 @@ from torch import Tensor, nn
 
 from clasp.types import UserError
 
-PEFT_METHODS = ("lora", "dora", "rslora", "ia3", "loha", "lokr", "oft", "hra")
-LORA_METHODS = ("lora", "dora", "rslora")  # an update B A, in which A can start from the gradient
 LORA_INITS = ("random", "gradient")
 _PEFT_ADAPTER_NAME = "default"  # peft's own name for what it puts in
+
+WeightPath = Literal["from zero", "constant", "from one", "nonlinear"]
+"""How a parameter that a method adds moves on the straight way from the base to the tuned tower: from zero or from one
+to itself, not at all, or there is no such way since the tower's weights are not linear in it"""
+
+
+@dataclass(frozen=True, slots=True)
+class PeftMethod:
+    """A row of ``PEFT_METHODS``: peft's configuration for it, and what is special about it."""
+
+    config: str
+    """Name of the class in peft"""
+    defaults: Callable[[int | None], dict[str, Any]]
+    """The rank that a recipe gives, or ``None``, to options under peft's names"""
+    added_parameters: Mapping[str, WeightPath]
+    """As ``TuningMethod`` has them"""
+    renamed_options: Mapping[str, str] = field(default_factory=lambda: {"rank": "r"})
+    """Options as papers spell them, to peft's names"""
+    gradient_init: bool = False
+    """Whether it adds an update B A in which A can start from the gradient (``init="gradient"``)"""
+    finish: Callable[[Iterable[nn.Module]], None] | None = None
+    """What is done to the wrapped layers at the end"""
 
 
 def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[str, Any]) -> set[str]:
@@ -32,6 +53,7 @@ def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[s
     they are. Raises ``UserError`` for an option that the method does not have.
     """
     before = {id(p) for p in net.parameters()}
+    row = PEFT_METHODS[method]
     config = _peft_config(method, targets, options)
     from peft import inject_adapter_in_model
 
@@ -40,8 +62,8 @@ def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of merging and saving, which clasp does itself
         inject_adapter_in_model(config, net, _PEFT_ADAPTER_NAME)
-    if method == "oft":
-        _fix_oft_for_channels_last(net.get_submodule(path) for path in targets)
+    if row.finish is not None:
+        row.finish(net.get_submodule(path) for path in targets)
     return {name for name, p in net.named_parameters() if id(p) not in before}
 
 
@@ -111,23 +133,68 @@ def _remove_axis(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
 
 
 def _peft_config(method: str, targets: list[str], options: dict[str, Any]) -> Any:
-    """peft's configuration; where left out, ``rank`` is 8 and ``alpha`` twice the rank (LoHa and LoKr: the rank)."""
     import peft
 
-    rank = options.get("rank", 8)
-    lora = {"r": rank, "lora_alpha": 2 * rank}
-    kind, spelt, start = {
-        "lora": (peft.LoraConfig, {"rank": "r", "alpha": "lora_alpha"}, lora),
-        "dora": (peft.LoraConfig, {"rank": "r", "alpha": "lora_alpha"}, {**lora, "use_dora": True}),
-        "rslora": (peft.LoraConfig, {"rank": "r", "alpha": "lora_alpha"}, {**lora, "use_rslora": True}),
-        "ia3": (peft.IA3Config, {}, {"feedforward_modules": []}),
-        "loha": (peft.LoHaConfig, {"rank": "r"}, {"r": rank, "alpha": rank}),
-        "lokr": (peft.LoKrConfig, {"rank": "r"}, {"r": rank, "alpha": rank}),
-        "oft": (peft.OFTConfig, {"rank": "r"}, {"r": 0, "oft_block_size": 0 if "rank" in options else 4}),
-        "hra": (peft.HRAConfig, {"rank": "r"}, {"r": rank}),
-    }[method]
-    given = {spelt.get(key, key): value for key, value in options.items()}
+    row = PEFT_METHODS[method]
+    kind = vars(peft)[row.config]
+    given = {row.renamed_options.get(key, key): value for key, value in options.items()}
     try:
-        return kind(target_modules=targets, **{**start, **given})
+        return kind(target_modules=targets, **{**row.defaults(options.get("rank")), **given})
     except TypeError as error:
         raise UserError(f"{method}: peft's {kind.__name__} does not take {sorted(options)} ({error})") from None
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+_DEFAULT_RANK = 8
+
+
+def _lora(*, added: Mapping[str, WeightPath] = {}, **options: Any) -> PeftMethod:
+    """An update B A; where left out, ``alpha`` is twice the rank."""
+
+    def defaults(rank: int | None) -> dict[str, Any]:
+        r = rank or _DEFAULT_RANK
+        return {"r": r, "lora_alpha": 2 * r, **options}
+
+    return PeftMethod(
+        "LoraConfig",
+        defaults,
+        {"*.lora_A.*": "constant", "*.lora_B.*": "from zero", **added},
+        renamed_options={"rank": "r", "alpha": "lora_alpha"},
+        gradient_init=True,
+    )
+
+
+def _rank_and_alpha(rank: int | None) -> dict[str, Any]:
+    return {"r": rank or _DEFAULT_RANK, "alpha": rank or _DEFAULT_RANK}
+
+
+PEFT_METHODS: dict[str, PeftMethod] = {
+    "lora": _lora(),
+    # it also changes the lengths of columns, in which the weight is not linear
+    "dora": _lora(use_dora=True, added={"*.lora_magnitude_vector.*": "nonlinear"}),
+    "rslora": _lora(use_rslora=True),
+    "ia3": PeftMethod(
+        "IA3Config", lambda rank: {"feedforward_modules": []}, {"*.ia3_l.*": "from one"}, renamed_options={}
+    ),
+    "loha": PeftMethod(
+        "LoHaConfig",
+        _rank_and_alpha,
+        {"*.hada_w1_a.*": "from zero", **dict.fromkeys(("*.hada_w1_b.*", "*.hada_w2_[ab].*"), "constant")},
+    ),
+    "lokr": PeftMethod(
+        "LoKrConfig",
+        _rank_and_alpha,
+        {
+            **dict.fromkeys(("*.lokr_w1.*", "*.lokr_w1_a.*"), "from zero"),
+            **dict.fromkeys(("*.lokr_w1_b.*", "*.lokr_w2.*", "*.lokr_w2_[ab].*", "*.lokr_t2.*"), "constant"),
+        },
+    ),
+    "oft": PeftMethod(
+        "OFTConfig",
+        lambda rank: {"r": 0, "oft_block_size": 4 if rank is None else 0},
+        {"*.oft_R.*": "nonlinear"},
+        finish=_fix_oft_for_channels_last,
+    ),
+    "hra": PeftMethod("HRAConfig", lambda rank: {"r": rank or _DEFAULT_RANK}, {"*.hra_u.*": "nonlinear"}),
+}

@@ -8,39 +8,38 @@ are of it. A method that matches nothing is an error, never a silent no-op.
 from __future__ import annotations
 
 import ast
-import difflib
+import fnmatch
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from clasp.models.tuning.methods import TUNING_METHODS, TuningSpec, layers_wrapped_by
-from clasp.models.tuning.peft_methods import LORA_METHODS
+from clasp.models.tuning.methods import TuningMethod, TuningSpec, find_tuning_method, layers_wrapped_by
+from clasp.models.tuning.peft_methods import WeightPath
 from clasp.types import UserError
 
 
 def parse_tuning_spec(spec: str) -> TuningSpec:
     """Read one method: a name, or a name with options in brackets as in a Python call.
 
-    Raises ``UserError`` for an unknown method or option, naming the nearest valid ones.
+    A name is a key of ``TUNING_METHODS`` or ``package.module:Name``. Raises ``UserError`` for an unknown method or
+    option, naming the nearest valid ones.
     """
+    outside = re.match(r"[\w.]+:\w+", spec.strip())
     try:
-        tree = ast.parse(spec.strip(), mode="eval").body
+        tree = ast.parse(f"_{spec.strip()[outside.end() :]}" if outside else spec.strip(), mode="eval").body
         call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
         assert isinstance(call.func, ast.Name)
-        name = call.func.id
+        name = outside.group() if outside else call.func.id
         positional = [ast.literal_eval(argument) for argument in call.args]
         options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, AssertionError):
         raise UserError(
             f"tuning {spec!r} does not read as a method; write it as norms or adapters(reduction=4)"
         ) from None
-    if name not in TUNING_METHODS:
-        near = difflib.get_close_matches(name, TUNING_METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"tuning {spec!r}: unknown method {name!r}{hint}; methods: {', '.join(TUNING_METHODS)}")
-    method = TUNING_METHODS[name]
+    method = find_tuning_method(name, spec)
     if len(positional) > len(method.positional_options):
         raise UserError(f"tuning {spec!r}: {name} takes {method.options_text}")
     options.update(zip(method.positional_options, positional, strict=False))
@@ -62,15 +61,16 @@ def apply_tuning(net: nn.Module, specs: Sequence[str], *, seed: int) -> set[str]
     a part in the same place.
     """
     tunings = [parse_tuning_spec(spec) for spec in specs]
-    if len(tunings) > 1 and any(t.method == "none" for t in tunings):
-        raise UserError(f"tuning {list(specs)}: none stands alone; leave it out to train something")
+    idle = [t.method for t in tunings if _row(t).trains_nothing]
+    if len(tunings) > 1 and idle:
+        raise UserError(f"tuning {list(specs)}: {idle[0]} stands alone; leave it out to train something")
     chosen: set[int] = set()  # by identity: peft renames what it wraps, and keeps the parameters themselves
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for tuning in sorted(tunings, key=_application_order):
-            method = TUNING_METHODS[tuning.method]
+            method = _row(tuning)
             found = method.select(net, tuning)
-            if not found and tuning.method != "none":
+            if not found and not method.trains_nothing:
                 raise UserError(
                     f"tuning {tuning.spec!r} matches nothing in {type(net).__name__}: {method.no_match_hint}"
                 )
@@ -84,8 +84,18 @@ def gradient_initialized_layers(net: nn.Module, specs: Sequence[str]) -> list[st
     ``specs`` are those the net was tuned with. Nothing is remembered of it: no two methods wrap one layer, so what is
     wrapped where a method looks was wrapped by it.
     """
-    asking = [t for t in map(parse_tuning_spec, specs) if t.method in LORA_METHODS and t.options["init"] == "gradient"]
+    asking = [t for t in map(parse_tuning_spec, specs) if _row(t).gradient_init and t.options["init"] == "gradient"]
     return [path for tuning in asking for path in layers_wrapped_by(net, tuning)]
+
+
+def weight_path(tunings: Iterable[TuningSpec], name: str) -> tuple[str, WeightPath] | None:
+    """The method among ``tunings`` that added the parameter ``name`` to a net, and how it is interpolated with the
+    base; ``None`` where none of their rows has it."""
+    for tuning in tunings:
+        for pattern, path in _row(tuning).added_parameters.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return tuning.method, path
+    return None
 
 
 def freeze_except(module: nn.Module, selection: Iterable[str]) -> None:
@@ -103,7 +113,11 @@ def freeze_except(module: nn.Module, selection: Iterable[str]) -> None:
 def _application_order(tuning: TuningSpec) -> tuple:
     """Structure first; methods of one place in an order of their own, so that what they draw is not up to the list."""
     options = sorted(tuning.options.items())
-    return TUNING_METHODS[tuning.method].stage, tuning.method, repr(tuning.blocks), repr(options)
+    return _row(tuning).stage, tuning.method, repr(tuning.blocks), repr(options)
+
+
+def _row(tuning: TuningSpec) -> TuningMethod:
+    return find_tuning_method(tuning.method, tuning.spec)
 
 
 def _block_range(spec: str, blocks: Any) -> slice | None:

@@ -2,23 +2,23 @@
 
 In goes what a recipe says of a tower, out comes a ``Backbone``. With ``meta=True`` nothing is downloaded or read but a
 configuration, and the shapes of the paper's towers are known here, so that parameters can be counted anywhere.
-Unusual: a weight that the checkpoint lacks is an error, never a silent random tensor.
+``TOWER_SOURCES`` has a row for each scheme. Note: a weight that the checkpoint lacks is an error, never a silent random
+tensor.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
-import importlib
-import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from clasp.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
+from clasp.data.plugins import import_named, is_module
 from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
 from clasp.models.transformer.deit import VisionTransformer, resize_pos_embed
 from clasp.models.zoo.folder import NATIVE_LOADERS, load_native_backbone, read_model_type
@@ -38,6 +38,26 @@ DEIT_VARIANTS: dict[str, tuple[int, int, int, float | None, str]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load: shapes only (``meta``), and the ``seed`` of a net that nobody trained."""
+
+    meta: bool
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TowerSource:
+    """A row of ``TOWER_SOURCES``: what loads ``SCHEME:REST``, given ``REST``, and a ``REST`` to show in errors.
+
+    ``reads_net_settings``: it makes the net that ``[image.net]`` or ``[text.net]`` describes; others refuse these.
+    """
+
+    load: Callable[[str, _TowerSettings, LoadOptions], Backbone]
+    example: str
+    reads_net_settings: bool = False
+
+
 def load_backbone(settings: _TowerSettings, *, meta: bool = False, seed: int = 0) -> Backbone:
     """The base that a recipe's ``[image]`` or ``[text]`` names; ``seed`` is what a net starts from that nobody trained.
 
@@ -45,35 +65,43 @@ def load_backbone(settings: _TowerSettings, *, meta: bool = False, seed: int = 0
     """
     scheme, colon, rest = settings.tower.partition(":")
     if not colon or not scheme or not rest:
-        raise UserError(f"tower = {settings.tower!r} has no scheme; write one of {', '.join(_SPEC_EXAMPLES)}")
-    if scheme == _FROM_SCRATCH_SCHEME:
-        return create_backbone_from_scratch(settings, seed=seed, meta=meta)
-    refuse_net_settings(settings)
-    if scheme in _SCHEMES:
-        return _SCHEMES[scheme](rest, settings, meta)
-    if "." in scheme or importlib.util.find_spec(scheme) is not None:
-        return _load_from_factory(settings, scheme, rest, meta)
-    near = difflib.get_close_matches(scheme, [*_SCHEMES, _FROM_SCRATCH_SCHEME], n=1)
+        raise UserError(f"tower = {settings.tower!r} has no scheme; write one of {_examples()}")
+    source = TOWER_SOURCES.get(scheme)
+    if source is None or not source.reads_net_settings:
+        refuse_net_settings(settings)
+    if source is not None:
+        return source.load(rest, settings, LoadOptions(meta, seed))
+    if "." in scheme or is_module(scheme):
+        return _load_from_factory(settings, meta)
+    near = difflib.get_close_matches(scheme, TOWER_SOURCES, n=1)
     hint = f"did you mean {near[0]}:{rest}? " if near else ""
     raise UserError(
         f"tower = {settings.tower!r}: {scheme!r} is neither a scheme nor a module that Python finds; {hint}"
-        f"write one of {', '.join(_SPEC_EXAMPLES)}"
+        f"write one of {_examples()}"
     )
+
+
+def _examples() -> str:
+    return ", ".join((*(f"{scheme}:{row.example}" for scheme, row in TOWER_SOURCES.items()), "package.module:factory"))
 
 
 # --- the schemes -----------------------------------------------------------------------------------------------------
 
 
-def _load_pip(name: str, settings: _TowerSettings, meta: bool) -> Backbone:
+def _load_pip(name: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
     size = settings.size if isinstance(settings, ImageTowerSettings) else None
-    return _check_modality(load_pip_backbone(name, size=size, meta=meta), settings)
+    return _check_modality(load_pip_backbone(name, size=size, meta=options.meta), settings)
 
 
-def _load_huggingface(name: str, settings: _TowerSettings, meta: bool) -> Backbone:
-    return load_transformers_backbone(name, settings, meta)
+def _load_huggingface(name: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
+    return load_transformers_backbone(name, settings, options.meta)
 
 
-def _load_folder(path: str, settings: _TowerSettings, meta: bool) -> Backbone:
+def _create_from_scratch(name: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
+    return create_backbone_from_scratch(settings, seed=options.seed, meta=options.meta)
+
+
+def _load_folder(path: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         hint = "; {run} is the run's own folder, in the recipe.toml of a run" if "{run}" in path else ""
@@ -83,11 +111,11 @@ def _load_folder(path: str, settings: _TowerSettings, meta: bool) -> Backbone:
             f"tower = {settings.tower!r}: {folder} has no config.json, as transformers' save_pretrained writes it"
         )
     if read_model_type(folder) in NATIVE_LOADERS:
-        return load_native_backbone(folder, settings, meta)
-    return load_transformers_backbone(str(folder), settings, meta)
+        return load_native_backbone(folder, settings, options.meta)
+    return load_transformers_backbone(str(folder), settings, options.meta)
 
 
-def _load_deit_backbone(name: str, settings: _TowerSettings, meta: bool) -> Backbone:
+def _load_deit_backbone(name: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
     if name not in DEIT_VARIANTS:
         raise UserError(f"tower = {settings.tower!r}: deit is one of {', '.join(DEIT_VARIANTS)}")
     if not isinstance(settings, ImageTowerSettings):
@@ -98,16 +126,16 @@ def _load_deit_backbone(name: str, settings: _TowerSettings, meta: bool) -> Back
         raise UserError(
             f"size = {size}: {settings.tower} cuts images into 16 px patches; take {max(16, round(size / 16) * 16)}"
         )
-    with torch.device("meta" if meta else "cpu"):
+    with torch.device("meta" if options.meta else "cpu"):
         net = VisionTransformer(size=size, patch=16, width=width, blocks=blocks, heads=heads, layer_scale=layer_scale)
-    if not meta:
+    if not options.meta:
         with translate_hub_errors(settings.tower):
             _load_deit_weights(net, repository)
     transform = ImageTransform(size, IMAGENET_MEAN, IMAGENET_STD, crop_fraction=0.9)
     return Backbone(settings.tower, "image", net.eval(), repository, "cls", transform)
 
 
-def _load_timm(name: str, settings: _TowerSettings, meta: bool) -> Backbone:
+def _load_timm(name: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
     """``timm:NAME`` with its hub weights, or ``timm:NAME@FILE`` with weights from a file of one's own."""
     try:
         from clasp.models.zoo.timm_models import load_timm_backbone
@@ -117,25 +145,17 @@ def _load_timm(name: str, settings: _TowerSettings, meta: bool) -> Backbone:
         raise UserError(f"tower = {settings.tower!r}: timm cannot be imported ({error})") from None
     if not isinstance(settings, ImageTowerSettings):
         raise UserError(f"[text] tower = {settings.tower!r} is a tower for images; timm has no other")
-    return load_timm_backbone(name, settings, meta)
+    return load_timm_backbone(name, settings, options.meta)
 
 
-_SCHEMES: dict[str, Callable[[str, _TowerSettings, bool], Backbone]] = {
-    "hf": _load_huggingface,
-    "timm": _load_timm,
-    "pip": _load_pip,
-    "file": _load_folder,
-    "deit": _load_deit_backbone,
+TOWER_SOURCES: dict[str, TowerSource] = {
+    "hf": TowerSource(_load_huggingface, "facebook/dinov2-small"),
+    "timm": TowerSource(_load_timm, "NAME"),
+    "pip": TowerSource(_load_pip, next(iter(PIP_TOWERS))),
+    "file": TowerSource(_load_folder, "FOLDER"),
+    "deit": TowerSource(_load_deit_backbone, next(iter(DEIT_VARIANTS))),
+    "own": TowerSource(_create_from_scratch, "image", reads_net_settings=True),
 }
-_FROM_SCRATCH_SCHEME = "own"  # the one that needs a seed
-_SPEC_EXAMPLES = (
-    "hf:facebook/dinov2-small",
-    "timm:NAME",
-    f"pip:{next(iter(PIP_TOWERS))}",
-    "file:FOLDER",
-    "own:image",
-    "package.module:factory",
-)
 
 
 def _load_deit_weights(net: VisionTransformer, repository: str) -> None:
@@ -151,17 +171,9 @@ def _load_deit_weights(net: VisionTransformer, repository: str) -> None:
     net.load_state_dict(tensors)
 
 
-def _load_from_factory(settings: _TowerSettings, module: str, name: str, meta: bool) -> Backbone:
-    """What ``name()`` in ``module`` gives; errors inside the user's own code stay as they are."""
-    try:
-        names = vars(importlib.import_module(module))
-    except ModuleNotFoundError as error:
-        raise UserError(f"tower = {settings.tower!r}: {error}; is its folder on PYTHONPATH?") from None
-    factory = names.get(name)
-    if not callable(factory):
-        near = difflib.get_close_matches(name, (key for key, value in names.items() if callable(value)), n=3)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UserError(f"tower = {settings.tower!r}: {module} has no function {name!r}{hint}")
+def _load_from_factory(settings: _TowerSettings, meta: bool) -> Backbone:
+    """What the factory ``package.module:factory`` gives; errors inside the user's own code stay as they are."""
+    factory, name = import_named(settings.tower, "tower"), settings.tower.partition(":")[2]
     base = factory()
     if not isinstance(base, Backbone):
         raise UserError(

@@ -120,21 +120,12 @@ def _outer(added: Tensor, one: Tensor, other: Tensor, *rest: Any, out_val: Any =
     return 2 * one.numel() * other.numel()
 
 
-def _convolution_backward(
-    gradient: Tensor,
-    inputs: Tensor,
-    weight: Tensor,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    wanted: list[bool],
-    out_val: Any = None,
-) -> int:
-    """The gradients of inputs and of weights each pair every place with every weight, as the forward pass does."""
+def _convolution_backward(gradient: Tensor, inputs: Tensor, weight: Tensor, *rest: Any, out_val: Any = None) -> int:
+    """The gradients of inputs and of weights each pair every place with every weight, as the forward pass does.
+
+    ``rest`` is bias, stride, padding, dilation, transposed, output padding, groups and which gradients are wanted.
+    """
+    *_, transposed, _, _, wanted = rest
     places = inputs.shape[2:] if transposed else gradient.shape[2:]
     return sum(wanted[:2]) * 2 * len(inputs) * prod(places) * weight.numel()
 

@@ -1,14 +1,16 @@
 """Contrastive losses: embeddings of a batch in, a number and its two directions out.
 
-One signature (``clasp.types.Loss``). ``scale`` is the exponential of the learned log scale, so a positive number.
-Unusual: the B x B logits never exist. They are made in tiles, once forward and once more backward, so memory is
-O(B tile) for a third more arithmetic. A row may have several positives, told by ``groups``; a batch may lie on several
-processes (``ProcessRing``); and logits are float32 or better whatever the autocast state, because a bfloat16 logit of
-100 is only known to half a unit.
+One signature (``clasp.types.Loss``); ``LOSSES`` has a row for each. ``scale`` is the exponential of the learned log
+scale, so a positive number. Note: the B x B logits never exist. They are made in tiles, once forward and once more
+backward, so memory is O(B tile) for a third more arithmetic. A row may have several positives, told by ``groups``; a
+batch may lie on several processes (``ProcessRing``); and logits are float32 or better whatever the autocast state,
+because a bfloat16 logit of 100 is only known to half a unit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clasp.data.plugins import load_named
 from clasp.training.losses.distributed import ProcessRing
 from clasp.training.losses.tiles import RunningLogSumExp, dense_group_ids, iterate_logit_tiles
-from clasp.types import Loss, LossParts
+from clasp.types import LossParts
 
 
 def info_nce(
@@ -72,7 +75,41 @@ def sigmoid_loss(
     return LossParts(total, total, total)
 
 
-LOSSES: dict[str, Loss] = {"infonce": info_nce, "sigmoid": sigmoid_loss}
+@dataclass(frozen=True, slots=True)
+class LossMethod:
+    """A row of ``LOSSES``, a ``Loss`` itself: the function, and where the bias of the logits starts.
+
+    ``init_logit_bias=None``: the logits have no bias, and the function is called with ``bias=None``.
+    """
+
+    function: Callable[..., LossParts]
+    init_logit_bias: float | None = None
+
+    def __call__(
+        self,
+        image: Float[Tensor, "B E"],
+        text: Float[Tensor, "B E"],
+        scale: Float[Tensor, ""],
+        bias: Float[Tensor, ""] | None = None,
+        **options: Any,
+    ) -> LossParts:
+        return self.function(image, text, scale, bias, **options)
+
+
+LOSSES: dict[str, LossMethod] = {
+    "infonce": LossMethod(info_nce),
+    # against the many negatives (Zhai et al., ICCV 2023, section 3.2); InfoNCE cannot see a bias
+    "sigmoid": LossMethod(sigmoid_loss, init_logit_bias=-10.0),
+}
+
+
+def find_loss(kind: str) -> LossMethod:
+    """The row of ``LOSSES``, or the function or ``LossMethod`` that ``package.module:Name`` names.
+
+    Raises ``UserError`` for an unknown one.
+    """
+    found = load_named(kind, LOSSES, "loss.kind")
+    return found if isinstance(found, LossMethod) else LossMethod(found)
 
 
 class _InfoNCE(torch.autograd.Function):

@@ -12,10 +12,10 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from clasp.training.losses.contrastive import LOSSES
+from clasp.training.losses.contrastive import find_loss
 from clasp.types import Loss, LossParts, UserError
 
 
@@ -24,8 +24,8 @@ class LossSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["infonce", "sigmoid"] = "infonce"
-    """A key of ``clasp.training.losses.LOSSES``"""
+    kind: str = "infonce"
+    """A key of ``clasp.training.losses.LOSSES``, or ``package.module:Name`` for a function or ``LossMethod``"""
     positives: Literal["groups", "diagonal"] = "groups"
     """``groups``: a pair's positives are all pairs of its group or of its caption's text; ``diagonal``: itself alone,
     so that another caption of the same image is a negative (LilT)"""
@@ -33,6 +33,12 @@ class LossSettings(BaseModel):
     """``all``: those in the whole batch. A number: those in a part of the batch, of so many pairs; the loss is the mean
     over the parts (LilT: 128, the pairs on one of four devices). Where the batch is no multiple of it, the parts are as
     few as will do, alike in size but for one pair, and each counts by its pairs"""
+
+    @field_validator("kind")
+    @classmethod
+    def _require_known_loss(cls, kind: str) -> str:
+        find_loss(kind)
+        return kind
 
     def require_batch_size(self, batch: int) -> None:
         """``UserError`` for parts that are larger than the batch: they would cut nothing."""
@@ -45,7 +51,7 @@ class LossSettings(BaseModel):
 
 def build_loss(settings: LossSettings) -> Loss:
     """The loss that the settings ask for."""
-    loss = LOSSES[settings.kind]
+    loss: Loss = find_loss(settings.kind)
     if settings.positives == "diagonal":
         loss = DiagonalPositives(loss)
     return loss if settings.negatives == "all" else SubBatchNegatives(loss, settings.negatives)
