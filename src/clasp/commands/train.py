@@ -21,7 +21,7 @@ from clasp.config.datasets import (
 )
 from clasp.config.recipe import Recipe
 from clasp.data.loader import PairLoader
-from clasp.data.pairs import Pairs
+from clasp.data.pairs import Pairs, skipped_lines
 from clasp.data.readers import LiveImageReader, PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.tasks import EvaluationResult
@@ -73,6 +73,8 @@ def train_recipe(
     folder = RunFolder(run)
     start = folder.read_state() if resume else folder.require_free()
     train, val = pairs or open_training_pairs(recipe)
+    for line in skipped_lines(train, val):
+        say(line)
     parts = parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
     if start is not None:  # as it was then, whatever the libraries would make of its recipe today
         parts = replace(parts, tokenizer=folder.read().tokenizer)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from clasp.config.recipe import Recipe
 from clasp.data.formats.rows import DEFAULT_COLUMNS
+from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages, open_pairs, split_by_group
 from clasp.data.readers import PairIndex
 from clasp.models.features import FeatureSource
@@ -58,14 +59,21 @@ def _open(source: str, recipe: Recipe) -> Pairs:
     pairs = open_pairs_for_recipe(source, recipe)
     if not data.languages:
         return pairs
-    kept = [pair for pair in (_keep_languages(pair, data.languages) for pair in pairs) if pair.captions]
+    kept: list[Pair] = []
+    dropped: list[tuple[str, str]] = []
+    for pair in pairs:
+        chosen = _keep_languages(pair, data.languages)
+        if chosen.captions:
+            kept.append(chosen)
+        else:
+            dropped.append((f"pair without a caption in {', '.join(data.languages)}", pair.id))
     if not kept:
         found = caption_languages(pairs)
         raise UserError(
             f"zero pairs: no caption of {source} is in {', '.join(data.languages)} (data.languages); "
             f"its captions are in {', '.join(found) or 'languages it does not name'}"
         )
-    return Pairs(source, [kept])
+    return Pairs(source, [kept], skipped_files=pairs.skipped_files + SkippedFiles.of(dropped))
 
 
 def _keep_languages(pair: Pair, languages: Sequence[str]) -> Pair:

@@ -1,7 +1,7 @@
 """Tables in text files: .csv and .tsv, .jsonl, and LilT's .json list.
 
 Goes in: a file. Comes out: its rows as pairs, read one at a time from the bytes each takes.
-Unusual: the file is read once to find and check all rows; afterwards a row costs 28 bytes of memory, whatever it says.
+Note: the file is read once to find and check all rows; afterwards a row costs 28 bytes of memory, whatever it says.
 """
 
 import os
@@ -14,8 +14,9 @@ from jaxtyping import Int64, UInt32, UInt64
 from clasp.data.formats.base import SourceSpec
 from clasp.data.formats.ids import IdCollector, image_id, require_unique_ids
 from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_build_index
-from clasp.data.formats.rows import PairRow, RowReader
+from clasp.data.formats.rows import PairRow, RowReader, shorten
 from clasp.data.formats.sources import FileSource, read_range
+from clasp.data.formats.text_encoding import plain_text
 from clasp.data.formats.text_rows import TEXT_ROW_FORMATS, TextRowFormat
 from clasp.types import Pair, UserError
 
@@ -61,15 +62,22 @@ def pair_from_row(row: PairRow, twin: int, root: str, id_prefix: str, path_prefi
 def require_image_id(row: PairRow, where: str, root: str) -> str:
     """The id of the image a row names, or a ``UserError`` when it names none."""
     if not isinstance(row.image, str) or not row.image.strip():
-        raise UserError(f"{where} names no image: a path is wanted, not {row.image!r}")
+        raise UserError(f"{where} names no image: a path is wanted, not {shorten(row.image)}")
+    try:
+        possible = b"\0" not in os.fsencode(row.image)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise UserError(f"{where} names no image: {shorten(row.image)} can be no file name")
     return image_id(row.image, root)
 
 
 def open_table(spec: SourceSpec) -> TextTable:
     """Reads a .csv, .tsv, .jsonl or .json once, from end to end, checking every row but no image."""
-    name, stamp = str(spec.path), file_stamp(spec.file)
     kind = spec.path.with_name(spec.path.name.removesuffix(".gz")).suffix.lower()
+    spec = replace(spec, file=plain_text(spec.path, spec.file, spec.cache))
     syntax = TEXT_ROW_FORMATS[kind](spec)
+    name, stamp = str(spec.path), file_stamp(spec.file)
     reader = RowReader.of(spec.columns, syntax.default)
 
     def build() -> IndexArrays:
