@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -599,10 +600,90 @@ def test_an_image_that_changed_is_not_shown_as_the_one_that_was_found(engine: Se
         assert contact_sheet_rows([("red", [hits[name]])])[0].tiles[0][0] is None
 
 
-@pytest.mark.parametrize("alone", ["a.png", b"a"])
-def test_one_image_is_no_list_of_images(alone: Any):
-    with pytest.raises(UserError, match="takes a list of images"):
-        model().encode_image(alone)
+ARRAY = np.zeros((4, 4, 3), np.uint8)
+PICTURE = Image.new("RGB", (4, 4))
+
+
+@pytest.mark.parametrize(
+    "alone, wanted",
+    [
+        ("a.png", "'a.png' alone"),
+        (b"a", "1 bytes alone"),
+        (Path("a.png"), "a.png"),
+        (PICTURE, "PIL.Image.Image"),
+        (None, "None alone"),
+        (5, "of type int: 5 alone"),
+        ({"a.png": 1}, "of type dict"),
+        ({"a.png"}, "of type set"),
+        (ARRAY, r"an array \(numpy.ndarray of shape \(4, 4, 3\), uint8\); PIL.Image.fromarray makes"),
+        (torch.zeros(2, 3, 4, 4), r"an array \(torch.Tensor of shape \(2, 3, 4, 4\), torch.float32\)"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_image_is_no_list_of_images(alone: Any, wanted: str):
+    for encode, what in ((model().encode_image, "images"), (model().encode_text, "strings")):
+        with pytest.raises(UserError, match=f"takes a list of {what}, not .*{wanted}") as error:
+            encode(alone)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, 5, 1.5, True, ["red"], (b"a",), {"a": 1}, ARRAY, torch.zeros(3)],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_wrong_argument_among_good_ones_is_named(wrong: Any):
+    with pytest.raises(UserError, match=r"encode_text: text 1 is .*; it takes strings") as error:
+        model().encode_text(["red", wrong])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"encode_image: image 1 is .*; it takes a path, encoded bytes or a PIL image"):
+        model().encode_image([PICTURE, wrong])
+
+
+def test_text_that_is_not_unicode_is_named():
+    with pytest.raises(UserError, match=r"encode_text: text 1: .*'half \\ud83d'.* lone surrogate") as error:
+        model().encode_text(["red", "half \ud83d"])
+    str(error.value).encode()
+    with pytest.raises(UserError, match="encode_text: text 0 is 1 bytes"):
+        model().encode_text([b"a"])
+
+
+def test_lists_of_every_kind_and_of_nothing():
+    encoder = model()
+    red = encoder.encode_text(["red"])
+    for texts in (("red",), np.array(["red"]), np.array(["red"], object), (text for text in ["red"])):
+        assert torch.equal(encoder.encode_text(texts), red)
+    assert encoder.encode_text([]).shape == encoder.encode_image([]).shape == (0, 3)
+    assert encoder.similarity(encoder.encode_image([]), red).shape == (0, 1)
+    assert encoder.similarity(encoder.encode_image([PICTURE]), encoder.encode_text([])).shape == (1, 0)
+
+
+def test_similarity_takes_embeddings_only():
+    red = model().encode_text(["red"])
+    for wrong in (None, [0.5], np.zeros((1, 3)), red[0]):
+        with pytest.raises(UserError, match=r"similarity: texts is .*; it takes embeddings"):
+            model().similarity(red, wrong)
+    with pytest.raises(UserError, match="images are 3 wide and texts 2"):
+        model().similarity(red, red[:, :2])
+
+
+@pytest.mark.parametrize(
+    "asked, wanted",
+    [
+        ({"text": 5}, "words as one string, not 5"),
+        ({"text": ["red"]}, "words as one string"),
+        ({"text": "\u200b"}, "which are none"),
+        ({"text": "\ud83d"}, "lone surrogate"),
+        ({"image": ARRAY}, "an array"),
+        ({"text": "red", "k": "3"}, "k = '3'"),
+        ({"text": "red", "k": 2.5}, "k = 2.5"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_a_search_are_named(asked: Any, wanted: str, engine: SearchEngine, photos: Path):
+    engine.index(list_images(photos))
+    with pytest.raises(UserError, match=wanted):
+        engine.search(**asked)
 
 
 def test_sources_as_plain_data(tmp_path: Path):

@@ -52,6 +52,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DECODER_VERSION = 2  # part of every fingerprint: raise it when the same bytes become other pixels
 
 
+IMAGE_FORMS = "a path, encoded bytes or a PIL image"
+
+
 class ImageError(ValueError):
     """Bytes that are not a picture we can use; the message says why."""
 
@@ -184,9 +187,16 @@ def thumbnail(image: bytes, side: int) -> Image.Image:
 # --- decoding ------------------------------------------------------------------------------------------------------
 
 
+def is_image_form(value: Any) -> bool:
+    """Whether a value is one of ``IMAGE_FORMS``, readable or not."""
+    return isinstance(value, str | bytes | Path | Image.Image)
+
+
 @contextmanager
 def _open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image]:
     """The picture, not yet decoded; whatever goes wrong with it becomes an ``ImageError``."""
+    if not is_image_form(image):
+        raise ImageError(f"{type(image).__name__} is no image: {IMAGE_FORMS} is wanted")
     try:
         if isinstance(image, Image.Image):
             yield image

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clasp.data.formats.rows import is_blank, shorten
 from clasp.data.formats.skipped_files import SkippedFiles, escape_name
 from clasp.data.images import ImageError
 from clasp.data.pairs import ParquetSource
@@ -265,9 +266,9 @@ class SearchEngine:
 
     def search(
         self,
-        text: str | None = None,
+        text: str | Any = None,
         image: Any = None,
-        k: int = 10,
+        k: int | Any = 10,
         where: Callable[[Mapping[str, Any]], bool] | None = None,
     ) -> list[Hit]:
         """The ``k`` images nearest to words, to an image (path, bytes or picture), or to the mean of both.
@@ -277,10 +278,12 @@ class SearchEngine:
         """
         if text is None and image is None:
             raise UserError("search takes words, an image, or both; it was given neither")
-        if text is not None and not text.strip():
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"search takes words as one string, not {shorten(text)}")
+        if text is not None and is_blank(text):
             raise UserError(f"search was given the words {text!r}, which are none")
-        if k < 1:
-            raise UserError(f"k = {k}: a search returns at least 1 image")
+        if not isinstance(k, int) or k < 1:
+            raise UserError(f"k = {k!r}: a search returns at least 1 image")
         if not self.store.count():
             raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")
         queries = [] if text is None else [self.model.encode_text([text])]
