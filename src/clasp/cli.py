@@ -8,6 +8,7 @@ Unusual: nothing heavy is imported before a verb needs it, so that help comes at
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -236,6 +237,8 @@ def search(
 
 def main() -> None:
     """The entry point: turns a user's mistake into one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is not UTF-8 is printed escaped, as to sys.stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         app()

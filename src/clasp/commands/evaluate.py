@@ -6,6 +6,7 @@ In goes what was typed after ``clasp eval RUN TASK``; out come results, which ar
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -90,7 +91,7 @@ def evaluate_run(
 
 def run_zeroshot(context: TaskContext) -> list[EvaluationResult]:
     """``data``: class folders, or pairs with their class in ``class`` or another column (``label=``); ``classes``: a
-    file with one class a line; ``templates``: a file with one a line, or one template with ``{}``."""
+    file with one class a line; ``templates``: a file with one a line, a JSON list, or one template with ``{}``."""
     pairs, options = context.pairs, context.options
     label = options.get("label", "class")
     for pair in pairs:
@@ -168,6 +169,15 @@ def _parse_options(task: str, options: Sequence[str], known: Sequence[str]) -> d
 
 
 def _read_templates(given: str) -> list[str]:
+    text = given.strip()
+    if text.startswith(('["', "['")) or (text.startswith("[") and text.endswith("]")):
+        try:
+            templates = json.loads(given)
+        except ValueError as error:
+            raise UserError(f"templates={given} is not a JSON list: {error}") from None
+        if not templates or not all(isinstance(template, str) and template.strip() for template in templates):
+            raise UserError(f'templates={given} must be a list of texts such as ["a photo of a {{}}.", "a {{}}."]')
+        return templates
     if os.path.isfile(given):
         return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
     return [given]

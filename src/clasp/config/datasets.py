@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from clasp.config.recipe import Recipe
 from clasp.data.formats.rows import DEFAULT_COLUMNS
-from clasp.data.formats.skipped_files import SkippedFiles
+from clasp.data.formats.skipped_files import SkippedFiles, escape_name
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages, open_pairs, split_by_group
 from clasp.data.readers import PairIndex
 from clasp.models.features import FeatureSource
@@ -38,6 +39,12 @@ def open_training_pairs(recipe: Recipe) -> TrainValPairs:
         raise UserError(
             "no pairs to train on: set data.train to a folder, a .csv .tsv .jsonl .parquet file or tar shards"
         )
+    for key, source in (("data.train", data.train), ("data.val", data.val)):
+        if source is not None and not source.isascii() and re.search("[\ud800-\udfff]", source):
+            raise UserError(
+                f"{key} = {escape_name(source)} is not valid Unicode, which the recipe of a run must be; rename it, or "
+                "give a link to it"
+            )
     pairs = _open(data.train, recipe)
     if data.val is not None:
         return pairs, _open(data.val, recipe)

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -361,6 +362,15 @@ def test_a_file_name_that_is_not_utf8_may_be_an_image(tmp_path: Path):
     (tmp_path / name).write_bytes(b"x")
     pair = open_pairs(jsonl_ascii(tmp_path / "a.jsonl", {"image": name, "caption": "a"}))[0]
     assert pair.id == name and pair.image.read() == b"x"
+
+
+@pytest.mark.parametrize("told, there", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_path_whose_accents_are_encoded_in_another_way_is_found(told: str, there: str, tmp_path: Path):
+    said, name = (unicodedata.normalize(form, "été/é.jpg") for form in (told, there))  # pyright: ignore[reportArgumentType]
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(b"x")
+    pair = open_pairs(jsonl(tmp_path / "a.jsonl", {"image": said, "caption": "summer"}))[0]
+    assert pair.id == said and pair.image.read() == b"x" and pair.image.version != "missing"
 
 
 # --- separators, encodings, line ends --------------------------------------------------------------------------------
