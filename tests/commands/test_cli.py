@@ -106,7 +106,6 @@ def test_help_of_every_verb_needs_nothing_heavy() -> None:
     code = """
 import sys
 from clasp import cli
-from clasp.commands import evaluate as tasks_by_name
 for verb in sys.argv[1].split(","):
     sys.argv = ["clasp", *filter(None, [verb]), "--help"]
     try:
