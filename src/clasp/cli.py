@@ -8,6 +8,7 @@ Note: torch and transformers are imported inside the verbs, so that ``--help`` r
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import shlex
@@ -243,6 +244,8 @@ def main() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is not UTF-8 is printed escaped, as to sys.stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except BrokenPipeError:

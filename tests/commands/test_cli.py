@@ -22,7 +22,9 @@ import safetensors
 from clasp import cli
 from clasp.commands import fit_run
 from clasp.config import datasets
+from clasp.evaluation.zeroshot import read_templates
 from clasp.training import run_folder
+from clasp.types import UserError
 from toydata import add_member, toys, write_classes, write_csv, write_folder, write_images
 from toyruns import recipe, run, save_image_tower, save_text_tower, save_towers, spoil
 
@@ -418,6 +420,66 @@ def test_one_picture_that_is_none_is_named(clasp: Command, world: World, tmp_pat
     line = clasp("search", "runs/new", "--image", folder / "not.png").mistake
     assert "not.png" in line
     assert "none.png" in clasp("search", "runs/new", "--image", tmp_path / "none.png").mistake
+
+
+def test_a_picture_whose_name_is_not_utf8_is_named_wherever_it_is_written(
+    clasp: Command, world: World, tmp_path: Path
+) -> None:
+    folder = write_folder(TOYS, tmp_path / "pairs")
+    odd = "caf\udce9"  # the bytes b"caf\xe9"
+    (folder / f"{odd}.png").write_bytes(b"no picture")
+    (folder / f"{odd}.txt").write_text("a picture that is none")
+    (folder / f"good-{odd}.png").write_bytes(TOYS[0].png)
+    (folder / f"good-{odd}.txt").write_text(TOYS[0].caption)
+    made = clasp("train", world.toml, f"data.train={folder}", "--name", "new")
+    assert made.code == 0, made.err
+    log = [json.loads(line) for line in Path("runs/new/log.jsonl").read_text("utf-8").splitlines()]
+    assert f"{odd}.png" in [row["id"] for row in log if row["event"] == "skipped"]
+    for name in ("README.md", "results.jsonl", "recipe.toml"):
+        Path("runs/new", name).read_text("utf-8")
+    indexed = clasp("index", "runs/new", folder)
+    assert indexed.code == 0 and "caf\\udce9.png" in indexed.err
+    for extra in ([], ["--json"]):
+        found = clasp("search", "runs/new", TOYS[0].caption, "-k", "80", *extra)
+        assert found.code == 0 and "good-caf\\udce9.png" in found.out
+    assert f"good-{odd}.png" in [hit["id"] for hit in json.loads(found.out)["hits"]]
+    assert clasp("doctor", world.toml, f"data.train={folder}").code == 0
+    assert clasp("eval", "runs/new", "retrieval", f"data={folder}", "--json").code == 0
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / f"{odd}.png").write_bytes(b"no picture")
+    assert "the first: caf\\udce9.png" in clasp("index", "runs/new", only).err
+    assert "caf\\udce9.png" in clasp("search", "runs/new", "--image", only / f"{odd}.png").mistake
+
+
+def test_a_source_whose_path_is_not_utf8_is_refused_before_training(
+    clasp: Command, world: World, tmp_path: Path
+) -> None:
+    folder = write_folder(TOYS, tmp_path / "caf\udce9")
+    line = clasp("train", world.toml, f"data.train={folder}", "--name", "new").mistake
+    assert "caf\\udce9" in line and "not valid Unicode" in line
+
+
+def test_templates_may_be_a_json_list(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("a {}\n\nthe {}\n")
+    for given in ('["a {}", "the {}"]', ' ["a {}", "the {}"] ', str(tmp_path / "lines.txt")):
+        assert read_templates(given) == ["a {}", "the {}"]
+    for single in ("a [{}]", "[photo] a {}"):
+        assert read_templates(single) == [single]
+    for wrong in ("[]", "[1]", '[""]', "['a {}']", '["a {}"'):
+        with pytest.raises(UserError, match="templates="):
+            read_templates(wrong)
+
+
+def test_what_is_passed_over_is_told_by_train_and_index(clasp: Command, world: World, tmp_path: Path) -> None:
+    folder = write_folder(TOYS, tmp_path / "pairs")
+    (folder / "new.heic").write_bytes(b"x")
+    (folder / "new.txt").write_text("a picture of a format that is not read")
+    line = f"{folder}: passed over 1 × image of a format that is not read (.heic) (new.heic)"
+    made = clasp("train", world.toml, f"data.train={folder}", "--name", "new")
+    assert made.err.splitlines().count(line) == 1
+    assert f"look  pairs: {line}" in clasp("doctor", world.toml, f"data.train={folder}").out
+    assert line.partition(": ")[2] in clasp("index", "runs/new", folder).err
 
 
 def test_other_base_weights_are_refused(clasp: Command, tmp_path: Path) -> None:

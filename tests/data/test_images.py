@@ -109,6 +109,95 @@ def test_exif_orientation_of_a_reduced_jpeg(orientation: int) -> None:
     assert np.abs(corners.astype(int) - TWO_BY_TWO).max() <= 3
 
 
+# every container that Pillow writes an orientation into, and whether its pixels come back as they were
+CONTAINERS = {"PNG": 0, "TIFF": 0, "JPEG": 3, "MPO": 3, "WEBP": 4, "AVIF": 4}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("form", CONTAINERS)
+def test_every_container_is_upright_once(form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    high, wide = (32, 48) if orientation < 5 else (48, 32)
+    data = encoded(Image.fromarray(np.kron(STORED[orientation], np.ones((high, wide, 1), np.uint8))), form, exif=exif)
+    for resize in ("crop", "pad", "squash"):
+        corners = levels(plain(32, resize=resize)(data))[[10, 10, 21, 21], [4, 27, 4, 27]].reshape(2, 2, 3)
+        assert np.abs(corners.astype(int) - TWO_BY_TWO).max() <= CONTAINERS[form], resize
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.load()  # a caller's own, decoded already
+        corners = levels(plain(32)(picture))[[10, 10, 21, 21], [4, 27, 4, 27]].reshape(2, 2, 3)
+    assert np.abs(corners.astype(int) - TWO_BY_TWO).max() <= CONTAINERS[form]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_no_container_that_can_hold_an_orientation_is_left_out_of_the_table() -> None:
+    Image.init()
+    holding = set()
+    for form in Image.SAVE:
+        exif = Image.Exif()  # AVIF takes it out
+        exif[0x0112] = 6
+        try:
+            data = encoded(Image.new("RGB", (64, 32)), form, exif=exif)
+            with Image.open(io.BytesIO(data)) as picture:
+                holding |= {form} if picture.getexif().get(0x0112) else set()
+        except (OSError, ValueError, RuntimeError):  # no writer, no such mode, nothing Pillow reads again
+            continue
+    assert holding == set(CONTAINERS)
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_tiff_is_upright_however_it_is_compressed_and_however_many_pages(orientation: int, compression: str) -> None:
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation]))
+    tags = {0x0112: orientation}
+    for pages in ([], [stored]):
+        data = encoded(stored, "TIFF", compression=compression, tiffinfo=tags, save_all=True, append_images=pages)
+        np.testing.assert_array_equal(levels(plain(2)(data)), TWO_BY_TWO)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
+def test_an_orientation_that_is_none_changes_nothing(form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = photo(48, 32)
+    stored, bare = encoded(picture, form, exif=exif), encoded(picture, form)
+    assert torch.equal(plain(8)(stored), plain(8)(bare))
+
+
+QUARTERS = np.kron(TWO_BY_TWO, np.ones((8, 8, 1), np.uint8))
+GREYS = np.repeat(np.array([[76, 150], [25, 255]])[..., None], 3, axis=2)
+MODES = {
+    "RGB": ("PNG", "TIFF", "BMP", "PPM", "TGA", "JPEG2000"),
+    "RGBA": ("PNG", "TIFF", "TGA", "JPEG2000"),
+    "P": ("PNG", "GIF", "BMP", "TIFF"),
+    "PA": ("TIFF",),
+    "CMYK": ("TIFF", "JPEG2000"),
+    "YCbCr": ("TIFF",),
+    "L": ("PNG", "TIFF", "GIF", "BMP"),
+    "LA": ("PNG", "TIFF", "TGA"),
+    "I;16": ("PNG", "TIFF", "PPM"),
+}
+
+
+@pytest.mark.parametrize("mode, form", [(mode, form) for mode, forms in MODES.items() for form in forms])
+def test_every_mode_shows_the_same_picture(mode: str, form: str) -> None:
+    if mode == "I;16":
+        grey = np.asarray(Image.fromarray(QUARTERS).convert("L")).astype(np.uint16) * 257
+        picture = Image.fromarray(grey)
+    else:
+        picture = Image.fromarray(QUARTERS).convert(mode)
+    out = levels(plain(4)(encoded(picture, form))).astype(int)[[0, 0, 3, 3], [0, 3, 0, 3]].reshape(2, 2, 3)
+    assert np.abs(out - (GREYS if mode in ("L", "LA", "I;16") else TWO_BY_TWO)).max() <= 1
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "AVIF", "TIFF"])
+def test_of_a_moving_picture_the_first_frame_is_read(form: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE)]
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+    assert np.abs(levels(plain(1)(data)).astype(int) - RED).max() <= 4
+
+
 def test_damaged_exif_does_not_lose_the_picture() -> None:
     data = encoded(Image.fromarray(TWO_BY_TWO), exif=b"Exif\0\0not a TIFF header at all")
     np.testing.assert_array_equal(levels(plain(2)(data)), TWO_BY_TWO)
@@ -164,7 +253,18 @@ def test_one_bit() -> None:
     np.testing.assert_array_equal(levels(plain(2)(encoded(picture)))[..., 1], [[0, 255], [255, 0]])
 
 
-@pytest.mark.parametrize("values", [np.float32([[0.5]]), np.int32([[70000]])], ids=["float", "32 bits"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.float32([[0.5]]),
+        np.int32([[70000]]),
+        np.int32([[0, 255]]),
+        np.int32([[-1, 40000]]),
+        np.int32([[0, 4095]]),
+        np.uint16([[0, 255]]),
+    ],
+    ids=["float", "32 bits", "8 in 32 bits", "negative", "12 in 32 bits", "8 in 16 bits"],
+)
 def test_pixels_of_unknown_range_are_refused(values: np.ndarray) -> None:
     with pytest.raises(ImageError, match="range is not known"):
         plain(1)(encoded(Image.fromarray(values), "TIFF"))
@@ -223,10 +323,17 @@ def test_flipped_bytes_never_raise_anything_else() -> None:
     assert raised > 20
 
 
+@pytest.mark.parametrize("form", ["TIFF", "PNG"])
+def test_a_black_or_dark_picture_of_a_known_range_is_read(form: str) -> None:
+    assert plain(1)(encoded(Image.fromarray(np.zeros((2, 2), np.uint16)), form)).max() == 0
+    dark = b"P5 2 2 1000\n" + np.full((2, 2), 200, ">u2").tobytes()
+    assert float(plain(1)(dark)[0, 0, 0]) == pytest.approx(0.2, abs=0.003)
+
+
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no such file"):
         plain(2)(tmp_path / "none.png")
-    with pytest.raises(ImageError):
+    with pytest.raises(ImageError, match="Is a directory"):
         plain(2)(tmp_path)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -154,6 +156,7 @@ def test_where_chooses_by_metadata(engine: SearchEngine, tmp_path: Path):
         "name": path,
         "source": {"kind": "file", "path": path},
         "version": FileSource(path).version,
+        "origins": [],
         "captions": [{"text": "a green", "language": "sw"}, {"text": "green", "language": ""}],
         "languages": ["sw"],
         "group": "all",
@@ -299,6 +302,127 @@ def test_pairs_of_every_form_can_be_found_and_read_again(tmp_path: Path, form: s
         assert hits[0].meta["captions"][0]["text"].startswith(f"a {toy.colour}")
     assert counts(engine.index(pairs)) == (0, 12, 0, 0)
     assert seen(engine) == 0
+
+
+# --- an index follows its sources ------------------------------------------------------------------------------------
+
+
+def test_what_a_folder_no_longer_has_is_dropped_and_told(engine: SearchEngine, photos: Path):
+    engine.index(list_images(photos))
+    (photos / "red.png").unlink()
+    done = engine.index(list_images(photos))
+    assert (counts(done), done.removed, done.renamed) == ((0, 2, 0, 0), 1, 0)
+    assert "nothing to encode: 2 images unchanged; 1 removed, which the source no longer has" in str(done)
+    assert all_ids(engine) == {"deep/green.png", "deep/blue.png"}
+    (photos / "deep" / "blue.png").rename(photos / "azure.png")
+    done = engine.index(list_images(photos))
+    assert (done.removed, done.renamed, done.encoded) == (0, 1, 0) and "; 1 renamed" in str(done)
+    assert all_ids(engine) == {"deep/green.png", "azure.png"}
+    assert ids(engine.search("blue", k=1)) == ["azure.png"]
+    assert engine.index(list_images(photos)).removed == 0
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_what_pairs_no_longer_have_is_dropped(engine: SearchEngine, tmp_path: Path, form: str):
+    drawings = toys(6)
+    engine.index(open_pairs(WRITERS[form](drawings, tmp_path / "pairs")))
+    other = open_pairs(write_csv(drawings[:2], tmp_path / "other"))
+    engine.index(other)
+    everything = engine.store.count()
+    shutil.rmtree(tmp_path / "pairs")
+    fewer = open_pairs(WRITERS[form](drawings[1:4], tmp_path / "pairs"))
+    done = engine.index(fewer)
+    assert done.removed + done.renamed == everything - engine.store.count() >= 3
+    names = {meta["name"] for _, meta in engine.store.scan()}
+    assert names == {pair.image.name for pairs in (fewer, other) for pair in pairs}
+    again = engine.index(fewer)
+    assert (again.added, again.removed, again.renamed) == (0, 0, 0)
+
+
+def test_only_the_source_that_is_indexed_loses_entries(engine: SearchEngine, photos: Path):
+    scans = photos.with_name("scans")
+    scans.mkdir()
+    for name in ("black", "yellow"):
+        (scans / f"{name}.png").write_bytes(png(COLOURS[name]))
+    engine.index(list_images(photos))
+    assert engine.index(list_images(scans)).removed == 0
+    (photos / "red.png").unlink()
+    (scans / "black.png").unlink()
+    assert engine.index(list_images(scans)).removed == 1
+    assert all_ids(engine) == {"red.png", "deep/green.png", "deep/blue.png", "yellow.png"}
+    assert engine.index(list_images(photos)).removed == 1
+    assert all_ids(engine) == {"deep/green.png", "deep/blue.png", "yellow.png"}
+
+
+def test_an_image_of_two_sources_goes_with_the_last_of_them_or_with_its_file(engine: SearchEngine, photos: Path):
+    table = photos / "pairs.csv"
+    table.write_text("filepath,title\nred.png,a red\ndeep/green.png,a green\n")
+    engine.index(list_images(photos))
+    engine.index(open_pairs(table))
+    table.write_text("filepath,title\ndeep/green.png,a green\n")
+    assert engine.index(open_pairs(table)).removed == 0  # the folder has it still
+    assert "red.png" in all_ids(engine)
+    red = next(meta for name, meta in engine.store.scan() if name == "red.png")
+    assert red["origins"] == [os.path.realpath(photos)]
+    (photos / "deep" / "green.png").unlink()  # gone for both, whatever the table tells
+    assert engine.index(list_images(photos)).removed == 1
+    assert all_ids(engine) == {"red.png", "deep/blue.png"}
+
+
+def test_a_table_joined_with_another_is_still_the_same_table(engine: SearchEngine, tmp_path: Path):
+    one, two = write_csv(toys(4), tmp_path / "one"), write_csv(toys(3, seed=1), tmp_path / "two")
+    engine.index(open_pairs(f"{one}::{two}"))
+    one.write_text("".join(one.read_text().splitlines(keepends=True)[:3]))
+    done = engine.index(open_pairs(one))
+    assert (done.unchanged, done.removed, engine.store.count()) == (2, 2, 5)
+
+
+def test_a_choice_of_pairs_drops_nothing(engine: SearchEngine, tmp_path: Path):
+    pairs = open_pairs(write_csv(toys(6), tmp_path))
+    engine.index(pairs)
+    assert engine.index(pairs[:2]).removed == engine.index(pairs.subset([4])).removed == 0
+    assert engine.index(list(pairs[:1])).removed == 0 and engine.store.count() == 6
+
+
+def test_two_tables_with_the_same_ids_are_both_kept(engine: SearchEngine, tmp_path: Path):
+    for name, colour in (("one", "red"), ("two", "blue")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(png(COLOURS[colour]))
+        (tmp_path / name / "pairs.csv").write_text(f"filepath,title,id\na.png,a {colour},7\n")
+        engine.index(open_pairs(tmp_path / name / "pairs.csv"))
+    assert all_ids(engine) == {"7", str(tmp_path / "two" / "a.png")}
+    assert ids(engine.search("red", k=1)) == ["7"]
+
+
+def test_entries_of_an_index_without_origins_follow_their_folder(engine: SearchEngine, photos: Path):
+    engine.index(list(list_images(photos)))  # a plain list: as an older clasp indexed
+    assert all(not meta["origins"] for _, meta in engine.store.scan())
+    (photos / "red.png").unlink()
+    done = engine.index(list_images(photos))
+    assert (counts(done), done.removed) == ((0, 2, 0, 0), 1)
+    assert all_ids(engine) == {"deep/green.png", "deep/blue.png"}
+
+
+def test_a_folder_named_by_a_link_is_the_same_folder(engine: SearchEngine, photos: Path):
+    engine.index(list_images(photos))
+    link = photos.with_name("link")
+    link.symlink_to(photos)
+    assert counts(engine.index(list_images(link))) == (0, 3, 0, 0)
+    assert all_ids(engine) == {"red.png", "deep/green.png", "deep/blue.png"}
+
+
+def test_an_image_out_of_reach_is_not_taken_for_removed(
+    engine: SearchEngine, photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    engine.index(list_images(photos))
+    touch(photos / "red.png")
+
+    def denied(source: FileSource) -> bytes:
+        raise UserError(f"{source.path} cannot be read: Permission denied")
+
+    monkeypatch.setattr(FileSource, "read", denied)
+    done = engine.index(list_images(photos))
+    assert (len(done.skipped), done.removed, engine.store.count()) == (1, 0, 3)
 
 
 def test_progress_counts_every_image(engine: SearchEngine, photos: Path):
@@ -476,10 +600,90 @@ def test_an_image_that_changed_is_not_shown_as_the_one_that_was_found(engine: Se
         assert contact_sheet_rows([("red", [hits[name]])])[0].tiles[0][0] is None
 
 
-@pytest.mark.parametrize("alone", ["a.png", b"a"])
-def test_one_image_is_no_list_of_images(alone: Any):
-    with pytest.raises(UserError, match="takes a list of images"):
-        model().encode_image(alone)
+ARRAY = np.zeros((4, 4, 3), np.uint8)
+PICTURE = Image.new("RGB", (4, 4))
+
+
+@pytest.mark.parametrize(
+    "alone, wanted",
+    [
+        ("a.png", "'a.png' alone"),
+        (b"a", "1 bytes alone"),
+        (Path("a.png"), "a.png"),
+        (PICTURE, "PIL.Image.Image"),
+        (None, "None alone"),
+        (5, "of type int: 5 alone"),
+        ({"a.png": 1}, "of type dict"),
+        ({"a.png"}, "of type set"),
+        (ARRAY, r"an array \(numpy.ndarray of shape \(4, 4, 3\), uint8\); PIL.Image.fromarray makes"),
+        (torch.zeros(2, 3, 4, 4), r"an array \(torch.Tensor of shape \(2, 3, 4, 4\), torch.float32\)"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_one_image_is_no_list_of_images(alone: Any, wanted: str):
+    for encode, what in ((model().encode_image, "images"), (model().encode_text, "strings")):
+        with pytest.raises(UserError, match=f"takes a list of {what}, not .*{wanted}") as error:
+            encode(alone)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, 5, 1.5, True, ["red"], (b"a",), {"a": 1}, ARRAY, torch.zeros(3)],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_wrong_argument_among_good_ones_is_named(wrong: Any):
+    with pytest.raises(UserError, match=r"encode_text: text 1 is .*; it takes strings") as error:
+        model().encode_text(["red", wrong])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"encode_image: image 1 is .*; it takes a path, encoded bytes or a PIL image"):
+        model().encode_image([PICTURE, wrong])
+
+
+def test_text_that_is_not_unicode_is_named():
+    with pytest.raises(UserError, match=r"encode_text: text 1: .*'half \\ud83d'.* lone surrogate") as error:
+        model().encode_text(["red", "half \ud83d"])
+    str(error.value).encode()
+    with pytest.raises(UserError, match="encode_text: text 0 is 1 bytes"):
+        model().encode_text([b"a"])
+
+
+def test_lists_of_every_kind_and_of_nothing():
+    encoder = model()
+    red = encoder.encode_text(["red"])
+    for texts in (("red",), np.array(["red"]), np.array(["red"], object), (text for text in ["red"])):
+        assert torch.equal(encoder.encode_text(texts), red)
+    assert encoder.encode_text([]).shape == encoder.encode_image([]).shape == (0, 3)
+    assert encoder.similarity(encoder.encode_image([]), red).shape == (0, 1)
+    assert encoder.similarity(encoder.encode_image([PICTURE]), encoder.encode_text([])).shape == (1, 0)
+
+
+def test_similarity_takes_embeddings_only():
+    red = model().encode_text(["red"])
+    for wrong in (None, [0.5], np.zeros((1, 3)), red[0]):
+        with pytest.raises(UserError, match=r"similarity: texts is .*; it takes embeddings"):
+            model().similarity(red, wrong)
+    with pytest.raises(UserError, match="images are 3 wide and texts 2"):
+        model().similarity(red, red[:, :2])
+
+
+@pytest.mark.parametrize(
+    "asked, wanted",
+    [
+        ({"text": 5}, "words as one string, not 5"),
+        ({"text": ["red"]}, "words as one string"),
+        ({"text": "\u200b"}, "which are none"),
+        ({"text": "\ud83d"}, "lone surrogate"),
+        ({"image": ARRAY}, "an array"),
+        ({"text": "red", "k": "3"}, "k = '3'"),
+        ({"text": "red", "k": 2.5}, "k = 2.5"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_a_search_are_named(asked: Any, wanted: str, engine: SearchEngine, photos: Path):
+    engine.index(list_images(photos))
+    with pytest.raises(UserError, match=wanted):
+        engine.search(**asked)
 
 
 def test_sources_as_plain_data(tmp_path: Path):

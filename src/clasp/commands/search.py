@@ -6,7 +6,7 @@ The store lies in the run folder (``RUN/index``), since its vectors mean somethi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clasp.config.build import load
@@ -37,7 +37,8 @@ def index_images(run: Path, source: str, *, bar: ProgressFactory = no_progress_b
     store = FlatStore(run / "index")
     try:
         with bar(f"images of {source}") as progress:
-            return SearchEngine.for_indexing(model, store).index(items, progress)
+            done = SearchEngine.for_indexing(model, store).index(items, progress)
+            return replace(done, skipped_files=items.skipped_files)
     finally:
         store.close()
 

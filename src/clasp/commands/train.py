@@ -17,6 +17,7 @@ from clasp.commands.run_context import Preloaded, RunContext, open_ledger, resol
 from clasp.config.build import ModelAndPreprocessing, build_feature_source, build_model_and_preprocessing
 from clasp.config.datasets import open_training_pairs, plan_run
 from clasp.config.recipe import Recipe
+from clasp.data.pairs import skipped_lines
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.results import EvaluationResult
@@ -58,6 +59,8 @@ def train_recipe(
     state = folder.read_state() if resume else folder.require_free()
     loaded = preloaded or Preloaded()
     train, val = loaded.pairs or open_training_pairs(recipe)
+    for line in skipped_lines(train, val):
+        say(line)
     parts = loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
     parts = _prepare(parts, recipe, folder, state)
     tracker = open_trackers(tracker_classes, TrackedRun(run, state.position.step if state else 0), folder.append, say)

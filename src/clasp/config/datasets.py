@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from clasp.config.recipe import Recipe
 from clasp.data.formats.rows import DEFAULT_COLUMNS
+from clasp.data.formats.skipped_files import SkippedFiles, escape_name
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages, describe_pair_formats, open_pairs, split_by_group
 from clasp.data.readers import PairIndex
 from clasp.models.features import FeatureSource
@@ -35,6 +37,12 @@ def open_training_pairs(recipe: Recipe) -> TrainValPairs:
     data = recipe.data
     if data.train is None:
         raise UserError(f"no pairs to train on: set data.train to {describe_pair_formats()}")
+    for key, source in (("data.train", data.train), ("data.val", data.val)):
+        if source is not None and not source.isascii() and re.search("[\ud800-\udfff]", source):
+            raise UserError(
+                f"{key} = {escape_name(source)} is not valid Unicode, which the recipe of a run must be; rename it, or "
+                "give a link to it"
+            )
     pairs = _open(data.train, recipe)
     if data.val is not None:
         return pairs, _open(data.val, recipe)
@@ -57,14 +65,21 @@ def _open(source: str, recipe: Recipe) -> Pairs:
     pairs = open_pairs_for_recipe(source, recipe)
     if not data.languages:
         return pairs
-    kept = [pair for pair in (_keep_languages(pair, data.languages) for pair in pairs) if pair.captions]
+    kept: list[Pair] = []
+    dropped: list[tuple[str, str]] = []
+    for pair in pairs:
+        chosen = _keep_languages(pair, data.languages)
+        if chosen.captions:
+            kept.append(chosen)
+        else:
+            dropped.append((f"pair without a caption in {', '.join(data.languages)}", pair.id))
     if not kept:
         found = caption_languages(pairs)
         raise UserError(
             f"zero pairs: no caption of {source} is in {', '.join(data.languages)} (data.languages); "
             f"its captions are in {', '.join(found) or 'languages it does not name'}"
         )
-    return Pairs(source, [kept])
+    return Pairs(source, [kept], skipped_files=pairs.skipped_files + SkippedFiles.of(dropped))
 
 
 def _keep_languages(pair: Pair, languages: Sequence[str]) -> Pair:

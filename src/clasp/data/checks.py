@@ -1,6 +1,6 @@
 """What may be odd about pairs: findings for people, and the same as facts for programs.
 
-In go the pairs of both parts, a tokenizer, an image transform; out come ``CheckReport``s. Unusual: of many images and
+In go the pairs of both parts, a tokenizer, an image transform; out come ``CheckReport``s. Note: of many images and
 captions a sample is looked at, evenly spread, and each finding says so.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from clasp.data.images import Augment, ImageTransform
 from clasp.data.loader import BadSampleLimit
-from clasp.data.pairs import Pairs
+from clasp.data.pairs import Pairs, skipped_lines
 from clasp.data.readers import LiveImageReader, PairIndex
 from clasp.data.tokenizer import Tokenizer
 from clasp.types import Pair, ProgressFactory, SkippedSample, UserError
@@ -65,6 +65,9 @@ def check_pairs(train: Pairs, val: Pairs) -> CheckReport:
     languages = dict(spoken.most_common())
     facts = {"train": len(train), "val": len(val), "captions": captions, "languages": languages}
     made = CheckReport("pairs", {**facts, "captions_without_language": unnamed})
+    made.facts["skipped_files"] = {pairs.name: pairs.skipped_files.counts for pairs in (train, val)}
+    for line in skipped_lines(train, val):
+        made.add_finding("look", line)
     made.add_finding("ok", f"{len(train):,} to train on, {len(val):,} to validate on; {captions:,} captions")
     if len(val) < _MIN_VAL_PAIRS:
         made.add_finding("look", f"only {len(val)} to validate on: intervals will be wide")

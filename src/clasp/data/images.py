@@ -2,8 +2,8 @@
 
 In: the bytes of one image (or a path, or a Pillow image). Out: ``Float[Tensor, "3 height width"]``, normalised as the
 image tower wants it. Every kind of picture becomes upright RGB on a ground; what cannot be read raises ``ImageError``.
-Unusual: crop and resize are one call on a box, so no full-size copy is made, and a JPEG that will shrink is decoded
-at reduced scale. With ``augment`` and ``sheets`` all that touches Pillow.
+Note: crop and resize are one call on a box, so no full-size copy is made, and a JPEG that will shrink is decoded at
+reduced scale. With ``augment`` and ``contact_sheet`` all that touches Pillow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from clasp.data.augment import Augment, AugmentParams, CropBox, RGBColor
@@ -46,9 +46,13 @@ _EXIF_TRANSPOSE = {  # the EXIF orientation -> what brings the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_GREYS = {"I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32}  # integer modes of more than 8 bits: bits
 _REDUCING_GAP = 1.0  # a JPEG is decoded at the smallest scale that leaves this many times the pixels asked for
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_DECODER_VERSION = 1  # part of every fingerprint: raise it when the same bytes become other pixels
+_DECODER_VERSION = 2  # part of every fingerprint: raise it when the same bytes become other pixels
+
+
+IMAGE_FORMS = "a path, encoded bytes or a PIL image"
 
 
 class ImageError(ValueError):
@@ -183,9 +187,16 @@ def thumbnail(image: bytes, side: int) -> Image.Image:
 # --- decoding ------------------------------------------------------------------------------------------------------
 
 
+def is_image_form(value: Any) -> bool:
+    """Whether a value is one of ``IMAGE_FORMS``, readable or not."""
+    return isinstance(value, str | bytes | Path | Image.Image)
+
+
 @contextmanager
 def _open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image]:
     """The picture, not yet decoded; whatever goes wrong with it becomes an ``ImageError``."""
+    if not is_image_form(image):
+        raise ImageError(f"{type(image).__name__} is no image: {IMAGE_FORMS} is wanted")
     try:
         if isinstance(image, Image.Image):
             yield image
@@ -196,6 +207,8 @@ def _open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image
         raise
     except FileNotFoundError as error:
         raise ImageError(f"no such file: {image}") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise ImageError(f"cannot be read: {error.strerror}") from error
     except UnidentifiedImageError as error:
         raise ImageError("not an image, or of a format that Pillow cannot read") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -205,10 +218,17 @@ def _open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image
 
 
 def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation that is still to be undone, 1 to 8; read before decoding.
+
+    Pillow undoes that of a TIFF while it decodes, and of no other container, so a TIFF is decoded first.
+    """
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        picture.load()
     try:
-        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+        orientation = int(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a picture is not lost because the notes about it are damaged
         return 1
+    return orientation if orientation in _EXIF_TRANSPOSE else 1
 
 
 def _draft_jpeg(picture: Image.Image, shrink: float) -> int:
@@ -224,11 +244,10 @@ def _draft_jpeg(picture: Image.Image, shrink: float) -> int:
 def _to_opaque(picture: Image.Image, ground: RGBColor) -> Image.Image:
     """Decoded, 8 bits, opaque: RGB, or L (three times cheaper to resize)."""
     picture.load()
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture)
-        if values.min() < 0 or values.max() > 65535:
-            raise ImageError("32-bit integer pixels, whose range is not known; save it with 8 or 16 bits")
-        return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    if picture.mode in _GREYS:
+        # Pillow stretches the levels of a PGM to 16 bits, whatever its own largest is
+        bits = 16 if picture.format == "PPM" else _GREYS[picture.mode]
+        return _grey_from_integers(np.asarray(picture), bits)
     if picture.mode == "F":
         raise ImageError("floating-point pixels, whose range is not known; save it with 8 or 16 bits")
     if picture.has_transparency_data:
@@ -239,3 +258,18 @@ def _to_opaque(picture: Image.Image, ground: RGBColor) -> Image.Image:
     if picture.mode == "1":
         return picture.convert("L")
     return picture if picture.mode in ("RGB", "L") else picture.convert("RGB")
+
+
+def _grey_from_integers(values: np.ndarray, bits: int) -> Image.Image:
+    """Grey levels 0 to 65535 as 8 bits. Raises ``ImageError`` where that is not plainly their range.
+
+    Levels up to 255 are an 8-bit picture in a wider file, which would come out black; 32 bits have no range of their
+    own, so their levels must need 16 bits.
+    """
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535 or 0 < high <= 255 or (bits == 32 and 0 < high < 32768):
+        raise ImageError(
+            f"{bits}-bit integer pixels from {low} to {high}, whose range is not known; save it with 8 bits, or with "
+            "16 and levels up to 65535"
+        )
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))

@@ -4,7 +4,7 @@ Goes in: a source (a folder, .csv, .tsv, .jsonl, .parquet, LilT's .json, webdata
 Comes out: ``Pairs``, a sequence of ``Pair``: random access, constant memory, stable ids, cheap to hand to workers.
 ``PAIR_FORMATS`` has a row for each form. Note: when a source is opened all captions are checked and no image is; an
 image is read when its pair is asked. Tars are read through an index of offsets, so that order is exact and a shuffle is
-over all of them.
+over all of them. Files that became part of no pair are counted by reason in ``Pairs.skipped_files``.
 """
 
 import difflib
@@ -13,9 +13,10 @@ import operator
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol, SupportsIndex, overload, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, overload, runtime_checkable
 
 import numpy as np
 
@@ -24,7 +25,8 @@ from clasp.data.formats.folders import FolderFiles, open_folder, split_file_name
 from clasp.data.formats.index_cache import unpack_gzip
 from clasp.data.formats.parquet import ParquetSource, open_parquet
 from clasp.data.formats.rows import DEFAULT_COLUMNS, ColumnNames
-from clasp.data.formats.samples import IMAGE_SUFFIXES, count_suffixes, open_webdataset
+from clasp.data.formats.samples import IMAGE_SUFFIXES, count_suffixes, is_unread_image, open_webdataset
+from clasp.data.formats.skipped_files import ReportsSkipped, SkippedFiles
 from clasp.data.formats.sources import FileSource, TarSource
 from clasp.data.formats.tables import open_table
 from clasp.data.formats.text_rows import DelimitedRows, JsonLines, JsonList
@@ -34,6 +36,7 @@ from clasp.types import ImageSource, Pair, UserError
 __all__ = [
     "ColumnNames",
     "FileSource",
+    "FolderImages",
     "Pairs",
     "ParquetSource",
     "TarSource",
@@ -65,6 +68,9 @@ def describe_pair_formats() -> str:
     return f"a folder, or {', '.join(name for name in PAIR_FORMATS if name != _FOLDER)} (or one of these .gz)"
 
 
+_CAPTION_SUFFIXES = ("txt", "json", "cls")  # beside images that are listed alone
+
+
 @runtime_checkable
 class _PairSequence(Protocol):
     """A list of ``Pair``s will do."""
@@ -81,8 +87,21 @@ class Pairs(Sequence[Pair]):
     their pairs, in that order (all of them by default). A slice is again a ``Pairs``.
     """
 
-    def __init__(self, name: str, parts: Sequence[_PairSequence], rows: np.ndarray | None = None):
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[_PairSequence],
+        rows: np.ndarray | None = None,
+        *,
+        skipped_files: SkippedFiles | None = None,
+        origins: Sequence[str] = (),
+    ):
+        assert len(origins) in (0, len(parts)), f"{len(origins)} origins of {len(parts)} parts"
         self.name = name
+        self.skipped_files = skipped_files or SkippedFiles()
+        """What was passed over when the source was opened."""
+        self.origins = tuple(origins)
+        """The path of each part, where these are all pairs of a source; empty for a choice of them."""
         self._parts = tuple(parts)
         self._ends = np.cumsum([len(part) for part in self._parts])
         self._rows = np.arange(self._ends[-1]) if rows is None else rows
@@ -103,15 +122,22 @@ class Pairs(Sequence[Pair]):
     def __getitem__(self, index: slice) -> "Pairs": ...
     def __getitem__(self, index: SupportsIndex | slice) -> "Pair | Pairs":
         if isinstance(index, slice):
-            return Pairs(self.name, self._parts, self._rows[index])
+            return Pairs(self.name, self._parts, self._rows[index], skipped_files=self.skipped_files)
         row = int(self._rows[operator.index(index)])
-        part = int(np.searchsorted(self._ends, row, side="right"))
+        part = self._part(row)
         return self._parts[part][row - (int(self._ends[part - 1]) if part else 0)]
+
+    def _part(self, row: int) -> int:
+        return int(np.searchsorted(self._ends, row, side="right"))
+
+    def origin(self, index: int) -> str:
+        """The path of the part that a pair comes from; only where there are ``origins``."""
+        return self.origins[self._part(int(self._rows[index]))]
 
     def subset(self, indices: Iterable[SupportsIndex]) -> "Pairs":
         """The pairs at these places, in this order."""
         chosen = np.fromiter((operator.index(index) for index in indices), np.int64)
-        return Pairs(self.name, self._parts, self._rows[chosen])
+        return Pairs(self.name, self._parts, self._rows[chosen], skipped_files=self.skipped_files)
 
     @cached_property
     def version(self) -> str:
@@ -151,7 +177,9 @@ def open_pairs(
             raise UserError(_missing(path, paths))
     names = [format or _format_of(path) for path in paths]
     opened = [_open(path, name, columns, image_root, cache) for path, name in zip(paths, names, strict=True)]
-    return Pairs(str(source), _with_unique_ids(paths, opened))
+    parts = _with_unique_ids(paths, opened)
+    skipped = sum((part.skipped_files for part in parts if isinstance(part, ReportsSkipped)), SkippedFiles())
+    return Pairs(str(source), parts, skipped_files=skipped, origins=[os.path.realpath(path) for path in paths])
 
 
 def _format_of(path: Path) -> str:
@@ -170,7 +198,7 @@ def _open(
         file = unpack_gzip(path, cache) if path.suffix == ".gz" and path.is_file() else path
         opened = open_source(SourceSpec(path, file, columns, root, cache, format))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: a text beside it is not UTF-8: {error}") from None
+        raise UserError(f"{path}: a text in it or beside it is not UTF-8: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {error.strerror or error}") from None
     if not isinstance(opened, OpenedSource):
@@ -257,19 +285,54 @@ def _hash_fraction(group: str, salt: str) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
 
 
-def list_images(path: str | Path) -> list[tuple[str, ImageSource]]:
-    """The images at any depth of a folder, without captions; the id is the path relative to it."""
+@dataclass(frozen=True)
+class FolderImages(Sequence[tuple[str, ImageSource]]):
+    """The images of a folder: id, which is the path relative to it, and source."""
+
+    origin: str
+    """The folder."""
+    images: tuple[tuple[str, ImageSource], ...]
+    skipped_files: SkippedFiles
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[tuple[str, ImageSource]]:
+        return iter(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.images[index]
+
+
+def list_images(path: str | Path) -> FolderImages:
+    """The images at any depth of a folder; what else lies there, captions excepted, is counted by reason."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise UserError(f"{path} is not a folder" if path.exists() else _missing(path, [path]))
     folder = FolderFiles.of(path)
-    names = list(folder.names)
-    rows = [row for row, name in enumerate(names) if split_file_name(name)[1].lower() in IMAGE_SUFFIXES]
+    rows, others = [], []
+    for row, name in enumerate(folder.names):
+        suffix = split_file_name(name)[1].lower()
+        if suffix in IMAGE_SUFFIXES:
+            rows.append(row)
+        elif is_unread_image(name):
+            others.append((f"image of a format that is not read (.{suffix})", name))
+        elif suffix not in _CAPTION_SUFFIXES:
+            others.append((f"file that is no image ({f'.{suffix}' if suffix else 'no suffix'})", name))
+    skipped = folder.skipped_files + SkippedFiles.of(others)
     if not rows:
-        raise UserError(
-            f"{path} has no images: looked for .{', .'.join(IMAGE_SUFFIXES)}; found {count_suffixes(names)}"
-        )
-    return [(names[row], folder.source(row)) for row in rows]
+        found = f"found {count_suffixes(folder.names)}{f'; {skipped}' if skipped else ''}"
+        raise UserError(f"{path} has no images: looked for .{', .'.join(IMAGE_SUFFIXES)}; {found}")
+    return FolderImages(os.path.realpath(path), tuple((folder.names[row], folder.source(row)) for row in rows), skipped)
+
+
+def skipped_lines(*opened: Pairs) -> list[str]:
+    """For each source that passed files over, the line that tells of them."""
+    return [
+        f"{name}: {skipped}"
+        for name, skipped in {pairs.name: pairs.skipped_files for pairs in opened}.items()
+        if skipped
+    ]
 
 
 def caption_languages(pairs: Iterable[Pair]) -> list[str]:

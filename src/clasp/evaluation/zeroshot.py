@@ -7,6 +7,7 @@ checked when the queries are made. The one file read here is a class list.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -111,7 +112,16 @@ def _fill_template(template: str, name: str) -> str:
 
 
 def read_templates(given: str) -> list[str]:
-    """The templates of a UTF-8 text file, one a line, or the one that was given in place of a file's name."""
+    """A JSON list of templates, those of a UTF-8 text file (one a line), or the one template itself."""
+    text = given.strip()
+    if text.startswith(('["', "['")) or (text.startswith("[") and text.endswith("]")):
+        try:
+            templates = json.loads(given)
+        except ValueError as error:
+            raise UserError(f"templates={given} is not a JSON list: {error}") from None
+        if not templates or not all(isinstance(template, str) and template.strip() for template in templates):
+            raise UserError(f'templates={given} must be a list of texts such as ["a photo of a {{}}.", "a {{}}."]')
+        return templates
     if os.path.isfile(given):
         return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
     return [given]

@@ -1,9 +1,10 @@
 """A corpus that can be asked: images into a store once, and out again by words, by an image, or by both.
 
 In: a ``EmbeddingModel``, a store, and pairs or the images of a folder. Out: what ``index`` did, and hits that say where
-to find their image. Unusual: an image is known by the sha256 of its bytes. What is in the store is not encoded again
+to find their image. Note: an image is known by the sha256 of its bytes. What is in the store is not encoded again
 when it is renamed, moved or copied, and a file of unchanged size and time is not even read. Each batch is kept before
-the next is encoded, so an interrupted ``index`` goes on where it stopped.
+the next is encoded, so an interrupted ``index`` goes on where it stopped. An entry remembers the folder, table or tar
+it came from, and is dropped when that is indexed again without it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,11 +26,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clasp.data.formats.rows import is_blank, shorten
+from clasp.data.formats.skipped_files import SkippedFiles, escape_name
 from clasp.data.images import ImageError
 from clasp.data.pairs import ParquetSource
 from clasp.models.inference import EmbeddingModel, ProgressCallback, no_progress
-from clasp.search.entries import StoredEntries, build_entries, entry_metadata, source_from_dict
-from clasp.types import Hit, ImageSource, Pair, SkippedSample, Store, UserError
+from clasp.search.entries import (
+    IndexEntry,
+    IndexItems,
+    StoredEntries,
+    build_entries,
+    listed_origins,
+    source_from_dict,
+)
+from clasp.types import Hit, SkippedSample, Store, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +83,12 @@ class IndexReport:
     seconds: float
     encoded: int
     """Images the model was run on: less than ``added`` where the same bytes were known under another name."""
+    removed: int = 0
+    """Entries dropped, since the source they came from no longer has their image."""
+    renamed: int = 0
+    """Entries dropped likewise, whose image is now under another id."""
+    skipped_files: SkippedFiles = field(default_factory=SkippedFiles)
+    """What the source passed over when it was opened."""
 
     def __str__(self) -> str:
         if not self.added:
@@ -80,8 +96,14 @@ class IndexReport:
         else:
             said = f"{_count_images(self.added)} added, {self.encoded} of them encoded; {self.unchanged} unchanged"
         if self.skipped:
-            named = ", ".join(f"{name} ({reason})" for name, reason in self.skipped[:3])
+            named = ", ".join(f"{escape_name(name)} ({reason})" for name, reason in self.skipped[:3])
             said += f"; {len(self.skipped)} skipped: {named}{', ...' if len(self.skipped) > 3 else ''}"
+        if self.removed:
+            said += f"; {self.removed} removed, which the source no longer has"
+        if self.renamed:
+            said += f"; {self.renamed} renamed"
+        if self.skipped_files:
+            said += f"; {self.skipped_files}"
         return f"{said}; {self.seconds:.1f} seconds"
 
 
@@ -108,15 +130,14 @@ class SearchEngine:
 
     # --- images in ---------------------------------------------------------------------------------------------------
 
-    def index(
-        self, items: Sequence[Pair] | Sequence[tuple[str, ImageSource]], progress: ProgressCallback = no_progress
-    ) -> IndexReport:
-        """Put images into the store: pairs, or what ``folder_images`` found.
+    def index(self, items: IndexItems, progress: ProgressCallback = no_progress) -> IndexReport:
+        """Put images into the store: pairs, or what ``list_images`` found.
 
-        Pairs of one image become one entry, under the first of their ids in alphabetical order, with all captions. A
-        pair's id that is in the store is replaced; a folder's image whose relative path there stands for a file of
-        another folder goes by its full path. Images that cannot be read are skipped and named; ``UserError`` if none
-        can be.
+        Pairs of one image become one entry, under the first of their ids in alphabetical order, with all captions. An
+        image whose id there stands for the image of another source goes by its full name; in a plain list of pairs the
+        ids are meant as they are, and what is there is replaced. Of the folder, tables and tars that ``items`` are, the
+        entries that are no longer in them are dropped; those of other sources stay. Images that cannot be read are
+        skipped and named; ``UserError`` if none can be.
         """
         started = time.monotonic()
         known = StoredEntries(self.store.scan())
@@ -132,30 +153,58 @@ class SearchEngine:
             for batch in batches:
                 reads = [read for read in batch if isinstance(read, _ReadImage)]
                 failures = [read for read in batch if isinstance(read, _FailedImage)]
-                added += sum(known.id_of_bytes(read.sha256, read.pair.id) != read.pair.id for read in reads)
+                added += sum(known.id_of_bytes(read.sha256, read.id) != read.id for read in reads)
                 encoded += self._store_batch(reads, known)
                 self._skip(failures, known)
                 skipped += [failed.skipped for failed in failures]
                 done += len(batch)
                 progress(done, len(entries))
         if len(skipped) == len(entries):
-            raise UserError(f"none of {_count_images(len(entries))} can be read; the first: {': '.join(skipped[0])}")
+            first = f"{escape_name(skipped[0].id)}: {skipped[0].reason}"
+            raise UserError(f"none of {_count_images(len(entries))} can be read; the first: {first}")
         lost = {name for name, _ in skipped}
         stale = [old for old, new in superseded.items() if new not in lost]
+        ids = frozenset(entry.pair.id for entry in entries)
+        replaced = sum(not known.has_bytes_of(old, ids) for old in stale)  # its place is another image's
         if stale:
-            self.store.delete(stale)
+            self._drop(stale, known)
+        removed, renamed = self._follow(ids, listed_origins(items), known, kept=superseded)
         unchanged = len(entries) - added - len(skipped)
-        return IndexReport(added, unchanged, skipped, time.monotonic() - started, encoded)
+        return IndexReport(added, unchanged, skipped, time.monotonic() - started, encoded, replaced + removed, renamed)
+
+    def _follow(
+        self, ids: frozenset[str], origins: frozenset[str], known: StoredEntries, kept: Collection[str]
+    ) -> tuple[int, int]:
+        """Drop what these origins, which now have ``ids``, no longer have, except ``kept``.
+
+        Returns how many were removed, and how many renamed.
+        """
+        gone, shared = known.departed(ids | frozenset(kept), origins)
+        renamed = sum(known.has_bytes_of(name, ids) for name in gone)
+        if gone:
+            self._drop(gone, known)
+        if shared:  # another origin has them still: only that they were in these is forgotten
+            wanted = set(shared)
+            meta = {name: dict(about) for name, about in self.store.scan() if name in wanted}
+            for about in meta.values():
+                about["origins"] = sorted(set(about["origins"]) - origins)
+            self.store.add(list(meta), self.store.vectors(list(meta)), list(meta.values()))
+        return len(gone) - renamed, renamed
+
+    def _drop(self, ids: Sequence[str], known: StoredEntries) -> None:
+        self.store.delete(ids)
+        for name in ids:
+            known.remove(name)
 
     def _prefetch(
-        self, work: Sequence[Pair], known: StoredEntries
+        self, work: Sequence[IndexEntry], known: StoredEntries
     ) -> Generator[list[_ReadImage | _FailedImage], None, None]:
         """Batches read and decoded in threads, each while the one before it is encoded."""
         pool = ThreadPoolExecutor(self._threads, "clasp-index")
         pending: deque[list[Future[_ReadImage | _FailedImage]]] = deque()
         try:
             for start in range(0, len(work), self._batch):
-                pending.append([pool.submit(self._read, pair, known) for pair in work[start : start + self._batch]])
+                pending.append([pool.submit(self._read, entry, known) for entry in work[start : start + self._batch]])
                 if len(pending) == 2:
                     yield [future.result() for future in pending.popleft()]
             for futures in pending:
@@ -163,18 +212,19 @@ class SearchEngine:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _read(self, pair: Pair, known: StoredEntries) -> _ReadImage | _FailedImage:
+    def _read(self, entry: IndexEntry, known: StoredEntries) -> _ReadImage | _FailedImage:
         """One image, in a thread: not read if it is as it was, not decoded if its bytes are known."""
+        pair = entry.pair
         version, sha256 = pair.image.version, known.unchanged_sha256(pair)
         try:
             if sha256:
-                return _ReadImage(pair, version, sha256, b"", None)
+                return _ReadImage(entry, version, sha256, b"", None)
             # a table keeps one stretch of rows at a time: threads that took turns would have it read again and again
             with self._table_lock if isinstance(pair.image, ParquetSource) else nullcontext():
                 data = pair.image.read()
             sha256 = hashlib.sha256(data).hexdigest()
             pixels = self.model.transform(data) if known.id_of_bytes(sha256, pair.id) is None else None
-            return _ReadImage(pair, version, sha256, data if pixels is None else b"", pixels)
+            return _ReadImage(entry, version, sha256, data if pixels is None else b"", pixels)
         except (OSError, ValueError) as error:  # the disk; a tar or table that changed; an image that is not one
             reason = " ".join(str(error).split()) or type(error).__name__
             return _FailedImage(SkippedSample(pair.id, reason), isinstance(error, ImageError))
@@ -186,7 +236,7 @@ class SearchEngine:
         new: dict[str, Tensor] = {}
         held: dict[str, str] = {}
         for read in reads:
-            holder = known.id_of_bytes(read.sha256, read.pair.id)
+            holder = known.id_of_bytes(read.sha256, read.id)
             if holder is not None:
                 held[read.sha256] = holder
             elif read.sha256 not in new:
@@ -196,8 +246,8 @@ class SearchEngine:
         if new:
             vectors.update(zip(new, self.model.encode_pixels(torch.stack(list(new.values()))), strict=True))
         ids, meta = (
-            [read.pair.id for read in reads],
-            [entry_metadata(read.pair, read.version, read.sha256) for read in reads],
+            [read.id for read in reads],
+            [known.metadata(read.entry, read.version, read.sha256) for read in reads],
         )
         self.store.add(ids, torch.stack([vectors[read.sha256] for read in reads]), meta)
         for name, about in zip(ids, meta, strict=True):
@@ -207,20 +257,18 @@ class SearchEngine:
     def _skip(self, failures: Sequence[_FailedImage], known: StoredEntries) -> None:
         """Name them; what has become something else than an image is no longer to be found as the image it was."""
         for failed in failures:
-            _log.warning("skipped %s: %s", *failed.skipped)
+            _log.warning("skipped %s: %s", escape_name(failed.skipped.id), failed.skipped.reason)
         damaged = [failed.skipped.id for failed in failures if failed.damaged and failed.skipped.id in known]
         if damaged:
-            self.store.delete(damaged)
-        for name in damaged:
-            known.remove(name)
+            self._drop(damaged, known)
 
     # --- hits out ----------------------------------------------------------------------------------------------------
 
     def search(
         self,
-        text: str | None = None,
+        text: str | Any = None,
         image: Any = None,
-        k: int = 10,
+        k: int | Any = 10,
         where: Callable[[Mapping[str, Any]], bool] | None = None,
     ) -> list[Hit]:
         """The ``k`` images nearest to words, to an image (path, bytes or picture), or to the mean of both.
@@ -230,10 +278,12 @@ class SearchEngine:
         """
         if text is None and image is None:
             raise UserError("search takes words, an image, or both; it was given neither")
-        if text is not None and not text.strip():
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"search takes words as one string, not {shorten(text)}")
+        if text is not None and is_blank(text):
             raise UserError(f"search was given the words {text!r}, which are none")
-        if k < 1:
-            raise UserError(f"k = {k}: a search returns at least 1 image")
+        if not isinstance(k, int) or k < 1:
+            raise UserError(f"k = {k!r}: a search returns at least 1 image")
         if not self.store.count():
             raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")
         queries = [] if text is None else [self.model.encode_text([text])]
@@ -261,11 +311,16 @@ class SearchEngine:
 class _ReadImage:
     """An image to be kept, known by its hash. ``data`` is what was read but not decoded, ``pixels`` what was."""
 
-    pair: Pair
+    entry: IndexEntry
     version: str
     sha256: str
     data: bytes
     pixels: Float[Tensor, "3 height width"] | None
+
+    @property
+    def id(self) -> str:
+        """Of the entry."""
+        return self.entry.pair.id
 
 
 @dataclass(frozen=True, slots=True)

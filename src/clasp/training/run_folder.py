@@ -125,7 +125,11 @@ class RunFolder:
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to ``log.jsonl`` or ``results.jsonl``."""
-        with translate_disk_errors(self.path), open(self.path / name, "a", encoding="utf-8") as file:
+        # a lone surrogate, from a file name that is not UTF-8, becomes the escape that JSON has for it
+        with (
+            translate_disk_errors(self.path),
+            open(self.path / name, "a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

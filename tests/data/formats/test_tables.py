@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,244 @@ def test_text_that_is_not_utf8_is_refused_with_the_place(tmp_path: Path):
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_bytes('[{"caption": "Hündchen"}]'.encode("latin-1"))
         refused(tmp_path / name, name, "is not JSON")
+
+
+INVISIBLE = ["\u200b", " \u200d\ufeff ", "\u3164", "\u00ad\u2060", "\u2800", "\ufe0f", "\x01", "\U000e0001"]
+
+
+@pytest.mark.parametrize("text", INVISIBLE, ids=ascii)
+def test_captions_that_show_nothing_are_empty(text: str, tmp_path: Path):
+    good = {"image": "a.jpg", "caption": "a dog"}
+    refused(jsonl(tmp_path / "pairs.jsonl", good, good | {"caption": text}), "1 of 2 pairs have an empty", "line 2")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"x")
+    (folder / "a.txt").write_text(text, "utf-8")
+    refused(folder, "1 of 1 pairs have an empty caption")
+
+
+@pytest.mark.parametrize("text", ["🐈", "❤\ufe0f", "ك\u200cت", "ถ", "。", "~"])
+def test_captions_that_show_something_are_none_of_these(text: str, tmp_path: Path):
+    assert open_pairs(jsonl(tmp_path / "a.jsonl", {"image": "a.jpg", "caption": text}))[0].captions[0].text == text
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_cell_that_is_a_json_list_or_object_is_several_captions(kind: str, tmp_path: Path):
+    rows = [
+        {"image": "a.jpg", "caption": '["a cat", "a red cat"]', "language": '["en", "fr"]'},
+        {"image": "b.jpg", "caption": ' {"en": ["a dog"], "sw": "mbwa"} ', "language": ""},
+        {"image": "c.jpg", "caption": "[sic] a cat [of sorts]", "language": "en"},
+    ]
+    file = tmp_path / f"pairs.{kind}"
+    if kind == "jsonl":
+        jsonl(file, *rows)
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        with file.open("w", encoding="utf-8", newline="") as handle:
+            writer = csv.DictWriter(handle, rows[0], delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    a, b, c = open_pairs(file, columns=ColumnNames(image="image", caption="caption"))
+    assert a.captions == (Caption("a cat", "en"), Caption("a red cat", "fr"))
+    assert b.captions == (Caption("a dog", "en"), Caption("mbwa", "sw"))
+    assert c.captions == (Caption("[sic] a cat [of sorts]", "en"),)
+
+
+@pytest.mark.parametrize("cell", ["['a cat', 'a red cat']", "['a cat' 'a red cat']", '["a cat", "a red cat",]'])
+def test_a_cell_that_only_looks_like_a_list_is_refused(cell: str, tmp_path: Path):
+    rows = {"image": "a.jpg", "caption": cell}
+    refused(jsonl(tmp_path / "a.jsonl", rows), "line 1", "looks like a list and is not JSON", '["a dog", "a puppy"]')
+
+
+def test_parallel_lists_of_captions_and_languages_are_zipped(tmp_path: Path):
+    row = {"image": "a.jpg", "caption": ["a dog", "ein Hund", "mbwa"], "language": ["en", "de", None]}
+    wanted = (Caption("a dog", "en"), Caption("ein Hund", "de"), Caption("mbwa"))
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    for file in (jsonl(tmp_path / "a.jsonl", row), tmp_path / "a.parquet", tmp_path / "a.json"):
+        assert open_pairs(file)[0].captions == wanted
+    one = jsonl(tmp_path / "one.jsonl", {"image": "a.jpg", "caption": "a dog", "language": ["en"]})
+    assert open_pairs(one)[0].captions == (Caption("a dog", "en"),)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "folder" / "a.json").write_text(json.dumps({"captions": row["caption"], "language": row["language"]}))
+    assert open_pairs(tmp_path / "folder")[0].captions == wanted
+
+
+WRONG_TYPES = [
+    ({"caption": ["a", "b"], "language": ["en"]}, "1 languages are given for 2 captions"),
+    ({"caption": {"en": "a"}, "language": ["en"]}, "1 languages are given for 1 captions"),
+    ({"language": 5}, "a language must be a text"),
+    ({"language": {"code": "en"}}, "a language must be a text"),
+    ({"caption": [{"text": "a", "language": 5}]}, "a language must be a text"),
+    ({"id": ["a"]}, "'id' must be a text or a whole number, not ['a']"),
+    ({"id": 1.5}, "'id' must be a text or a whole number, not 1.5"),
+    ({"id": True}, "'id' must be a text or a whole number, not True"),
+    ({"group": {"name": "dog"}}, "'group' must be a text or a whole number"),
+    ({"group": float("nan")}, "'group' must be a text or a whole number, not nan"),
+    ({"caption": True}, "a caption must be a text"),
+    ({"image": ["a.jpg"]}, "a path is wanted"),
+    ({"image": "a\0.jpg"}, "can be no file name"),
+]
+
+
+@pytest.mark.parametrize("changed, wanted", WRONG_TYPES, ids=lambda value: repr(value)[:40])
+def test_a_value_of_the_wrong_type_is_never_made_a_text(changed: dict, wanted: str, tmp_path: Path):
+    good = {"image": "a.jpg", "caption": "a dog", "id": "a", "language": "en", "group": "dog"}
+    refused(jsonl(tmp_path / "a.jsonl", good, good | changed), "line 2", wanted)
+    (tmp_path / "a.json").write_text(json.dumps([good, good | changed]))
+    refused(tmp_path / "a.json", "entry 2", wanted) if "group" not in changed else None
+
+
+@pytest.mark.parametrize("type", [pa.float64(), pa.bool_(), pa.date32(), pa.binary()], ids=str)
+@pytest.mark.parametrize("column", ["id", "group", "language", "caption"])
+def test_a_parquet_column_of_the_wrong_type_is_refused(column: str, type: pa.DataType, tmp_path: Path):
+    cell = {pa.binary(): b"x", pa.bool_(): True}.get(type, 1)
+    cells = {"image": ["a.jpg"], "caption": ["a dog"], column: pa.array([cell], type)}
+    pq.write_table(pa.table(cells), tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", column)
+
+
+def test_whole_numbers_are_ids_and_groups(tmp_path: Path):
+    file = jsonl(tmp_path / "a.jsonl", {"image": "a.jpg", "caption": "a", "id": 7, "group": 8})
+    assert (open_pairs(file)[0].id, open_pairs(file)[0].group) == ("7", "8")
+
+
+def test_two_columns_or_keys_of_one_name_are_refused(tmp_path: Path):
+    names = ["image", "caption", "caption"]
+    table = pa.Table.from_arrays([pa.array([text]) for text in ("a.jpg", "one", "two")], names)
+    pq.write_table(table, tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", "two columns of one name: 'caption'")
+    twice = '{"image": "a.jpg", "caption": "one", "caption": "two"}'
+    (tmp_path / "a.jsonl").write_text(twice)
+    refused(tmp_path / "a.jsonl", "line 1", "the key 'caption' is given twice")
+    (tmp_path / "a.json").write_text(f"[{twice}]")
+    refused(tmp_path / "a.json", "the key 'caption' is given twice")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "folder" / "a.json").write_text(twice)
+    refused(tmp_path / "folder", "the key 'caption' is given twice")
+
+
+@pytest.mark.parametrize("column", ["caption", "id", "group", "language", "image"])
+@pytest.mark.parametrize("text", ["half \ud83d", "\udc00"], ids=ascii)
+def test_half_a_character_is_named_with_its_row(column: str, text: str, tmp_path: Path):
+    good = {"image": "a.jpg", "caption": "a dog", "id": "a", "language": "en", "group": "dog"}
+    lines = json.dumps(good) + "\n" + json.dumps(good | {column: text})
+    (tmp_path / "a.jsonl").write_text(lines)
+    refused(tmp_path / "a.jsonl", "line 2", "can be no file name" if column == "image" else "lone surrogate").encode()
+    (tmp_path / "a.json").write_text(f"[{lines.replace(chr(10), ',')}]")
+    if column != "group":
+        refused(tmp_path / "a.json", "entry 2").encode()
+    for wrapped in ([text], {"en": text}, [{"text": text}]) if column == "caption" else ():
+        refused(jsonl_ascii(tmp_path / "b.jsonl", good | {"caption": wrapped}), "line 1", "lone surrogate").encode()
+
+
+def jsonl_ascii(file: Path, row: object) -> Path:
+    file.write_text(json.dumps(row))
+    return file
+
+
+def test_a_file_name_that_is_not_utf8_may_be_an_image(tmp_path: Path):
+    name = "caf\udce9.jpg"  # as Python tells the bytes b"caf\xe9.jpg"
+    (tmp_path / name).write_bytes(b"x")
+    pair = open_pairs(jsonl_ascii(tmp_path / "a.jsonl", {"image": name, "caption": "a"}))[0]
+    assert pair.id == name and pair.image.read() == b"x"
+
+
+@pytest.mark.parametrize("told, there", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_path_whose_accents_are_encoded_in_another_way_is_found(told: str, there: str, tmp_path: Path):
+    said, name = (unicodedata.normalize(form, "été/é.jpg") for form in (told, there))  # pyright: ignore[reportArgumentType]
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(b"x")
+    pair = open_pairs(jsonl(tmp_path / "a.jsonl", {"image": said, "caption": "summer"}))[0]
+    assert pair.id == said and pair.image.read() == b"x" and pair.image.version != "missing"
+
+
+# --- separators, encodings, line ends --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+@pytest.mark.parametrize("quoted", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_the_separator_is_found(kind: str, separator: str, quoted: int, tmp_path: Path):
+    file = tmp_path / f"pairs.{kind}"
+    with file.open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.writer(handle, delimiter=separator, quoting=quoted)
+        writer.writerows([["filepath", "title"], *([f"{n}.jpg", cell] for n, cell in enumerate(CELLS))])
+    for _ in range(2):
+        pairs = open_pairs(file, cache=tmp_path / "cache")
+        assert [pair.captions[0].text for pair in pairs] == [cell.strip() for cell in CELLS]
+
+
+def test_where_no_separator_gives_the_columns_those_there_are_are_named(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("file;titel\na.jpg;a dog\n")
+    refused(tmp_path / "a.csv", "no column 'filepath'", "'file', 'titel'")
+    (tmp_path / "b.csv").write_text("filepath;title\na.jpg;a dog; a cat\n")
+    refused(tmp_path / "b.csv", "line 2 has 3 cells", "cut at ';'")
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"], ids=ascii)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])
+def test_encodings_with_a_mark_and_line_ends_of_every_system_are_read(
+    kind: str, encoding: str, newline: str, tmp_path: Path
+):
+    captions = ["ein Hündchen", "ถนน", "🐈 cat"]
+    if kind == "csv":
+        lines = ["filepath,title", *(f"{n}.jpg,{caption}" for n, caption in enumerate(captions))]
+    else:
+        rows = [{"image": f"{n}.jpg", "caption": caption} for n, caption in enumerate(captions)]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        lines = lines if kind == "jsonl" else ["[", *[f"{line}," for line in lines[:-1]], lines[-1], "]"]
+    mark = "\ufeff" if encoding.endswith(("le", "be")) else ""
+    file = tmp_path / f"pairs.{kind}"
+    file.write_bytes((mark + newline.join(lines) + newline).encode(encoding))
+    for _ in range(2):
+        pairs = open_pairs(file, cache=tmp_path / "cache")
+        assert [pair.captions[0].text for pair in reversed(pairs)] == captions[::-1]
+    packed = tmp_path / f"packed.{kind}.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    assert [pair.captions[0].text for pair in open_pairs(packed)] == captions
+
+
+def test_a_copy_follows_its_file(tmp_path: Path):
+    file = tmp_path / "a.csv"
+    for text in ("one", "two, three".replace(",", " and")):
+        file.write_bytes(f"filepath,title\na.jpg,{text}\n".encode("utf-16"))
+        assert open_pairs(file, cache=tmp_path / "cache")[0].captions == (Caption(text),)
+
+
+@pytest.mark.parametrize(
+    "data, wanted",
+    [
+        ("filepath,title\na.jpg,a\n".encode("utf-16-le"), "zero bytes"),
+        ("filepath,title\na.jpg,a\n".encode("utf-16")[:-1], "not UTF-16 text"),
+        (b"filepath,title\na.jpg," + b"x" * 131_073, "line 2 cannot be read as cells: a cell is longer than 131,072"),
+        (
+            b'filepath,title\na.jpg,"never closed\n',
+            "line 2 cannot be read as cells: unexpected end of data; is a double",
+        ),
+        (
+            b'filepath,title\na.jpg,"never closed\n' + b"b.jpg,b\n" * 20_000,
+            "longer than 131,072 characters; is a double",
+        ),
+        (b'filepath,"title\na.jpg,a\n', "line 1 cannot be read as cells"),
+    ],
+    ids=["no mark", "cut", "long cell", "open quote", "open quote in a long file", "open quote in the header"],
+)
+def test_what_cannot_be_cut_into_cells_is_one_line(data: bytes, wanted: str, tmp_path: Path):
+    (tmp_path / "a.csv").write_bytes(data)
+    refused(tmp_path / "a.csv", wanted)
+
+
+def test_a_cell_of_the_longest_allowed_is_read(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("filepath,title\na.jpg," + "x" * 131_072)
+    assert len(open_pairs(tmp_path / "a.csv")[0].captions[0].text) == 131_072
 
 
 # --- ids -------------------------------------------------------------------------------------------------------------

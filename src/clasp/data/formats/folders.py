@@ -19,6 +19,7 @@ from jaxtyping import Int32, UInt64
 from clasp.data.formats.base import SourceSpec
 from clasp.data.formats.ids import hash64
 from clasp.data.formats.name_table import NameTable
+from clasp.data.formats.rows import is_blank, require_unicode
 from clasp.data.formats.samples import (
     IMAGE_COLUMN,
     JSON_COLUMN,
@@ -29,6 +30,7 @@ from clasp.data.formats.samples import (
     is_hidden,
     open_samples,
 )
+from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.formats.sources import FileSource
 from clasp.types import Caption, Pair, UserError
 
@@ -39,15 +41,24 @@ class FolderFiles:
 
     path: str
     names: NameTable
+    skipped_files: SkippedFiles
+    """Folders that were not looked into."""
 
     @classmethod
     def of(cls, path: Path) -> "FolderFiles":
-        found = []
-        for folder, inner, files in os.walk(path):
-            inner.sort()
+        found: list[str] = []
+        shut: list[tuple[str, str]] = []
+
+        def cannot_read(error: OSError) -> None:
+            shut.append(("folder that cannot be read", Path(error.filename).relative_to(path).as_posix()))
+
+        for folder, inner, files in os.walk(path, onerror=cannot_read):
             at = Path(folder).relative_to(path)
+            inner[:] = sorted(name for name in inner if not is_hidden(name))
+            linked = [name for name in inner if os.path.islink(os.path.join(folder, name))]
+            shut += [("link to a folder, which is not followed", (at / name).as_posix()) for name in linked]
             found += [name for file in sorted(files) if not is_hidden(name := (at / file).as_posix())]
-        return cls(str(path.absolute()), NameTable.of(found))
+        return cls(str(path.absolute()), NameTable.of(found), SkippedFiles.of(shut))
 
     def source(self, row: int) -> FileSource:
         return FileSource(os.path.join(self.path, self.names[row]))
@@ -72,6 +83,7 @@ class ClassFolders:
     images: Int32[np.ndarray, " pairs"]
     classes: tuple[str, ...]
     hashes: UInt64[np.ndarray, " pairs"]
+    skipped_files: SkippedFiles
     id_prefix: str = ""
     path_prefix: str = ""
 
@@ -98,13 +110,13 @@ class ClassFolders:
 def open_folder(spec: SourceSpec) -> SampleTable | ClassFolders:
     """Decides by the rule above; ``UserError`` where it decides nothing."""
     folder = FolderFiles.of(spec.path)
-    parts = group_by_key(folder.names, split_file_name, spec.path)
+    parts, skipped = grouped = group_by_key(folder.names, split_file_name, spec.path, folder.skipped_files)
     captioned = (parts[:, [TEXT_COLUMN, JSON_COLUMN]] >= 0).any(axis=1)
     images = parts[:, IMAGE_COLUMN]
     if captioned.all():
         beside = parts[:, [TEXT_COLUMN, JSON_COLUMN, LABEL_COLUMN]]
         key = ("folder", str(spec.path.resolve()), folder.stamp(beside[beside >= 0].tolist()))
-        return open_samples(spec, folder, lambda: parts, str, key)
+        return open_samples(spec, folder, lambda: grouped, str, key)
     bare = folder.names[int(images[~captioned][0])]
     missing = f"{(~captioned).sum()} of {len(images)} images have no .txt or .json of their name beside them"
     if captioned.any():
@@ -119,16 +131,17 @@ def open_folder(spec: SourceSpec) -> SampleTable | ClassFolders:
             f"{spec.path} has no captions: {missing}, and not all lie one level down in a folder named for their "
             f"class ({odd})"
         )
-    return _class_folders(folder, images)
+    return _class_folders(folder, images, skipped)
 
 
-def _class_folders(folder: FolderFiles, images: np.ndarray) -> ClassFolders:
+def _class_folders(folder: FolderFiles, images: np.ndarray, skipped: SkippedFiles) -> ClassFolders:
     names = [folder.names[int(image)] for image in images]
     classes = tuple(sorted({name.partition("/")[0] for name in names}))
     for name in classes:
-        if not caption_from_folder(name):
+        require_unicode(name, f"{folder.path}: the folder {name!r}, whose name is the caption of its images")
+        if is_blank(caption_from_folder(name)):
             raise UserError(f"{folder.path}: the folder {name!r} names no class, so its images have an empty caption")
-    return ClassFolders(folder, images, classes, np.array([hash64(name) for name in names], np.uint64))
+    return ClassFolders(folder, images, classes, np.array([hash64(name) for name in names], np.uint64), skipped)
 
 
 def caption_from_folder(folder: str) -> str:

@@ -1,7 +1,7 @@
 """What is worked out once about a file: its index, and the unpacked form of a ``.gz``.
 
 Goes in: a file, and the cache folder the caller names (or none). Comes out: arrays, or the path of the unpacked file.
-Unusual: an index is kept only in a cache folder the caller gave; a ``.gz`` must be unpacked somewhere to allow random
+Note: an index is kept only in a cache folder the caller gave; a ``.gz`` must be unpacked somewhere to allow random
 access, so without a cache folder it goes to a scratch folder that is removed when the process ends.
 Everything is keyed by path, size and time of the file, and written whole or not at all.
 """
@@ -23,7 +23,7 @@ import numpy as np
 
 from clasp.types import UserError
 
-_INDEX_VERSION = "2"  # of the arrays; counting it up makes every older index be built again
+_INDEX_VERSION = "3"  # of the arrays; counting it up makes every older index be built again
 
 IndexArrays = dict[str, np.ndarray]
 
@@ -55,23 +55,32 @@ def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callabl
 def unpack_gzip(path: Path, cache: Path | None) -> Path:
     """The file inside ``path`` (a ``.gz``), unpacked once; it keeps the time of ``path``, as gunzip does."""
     status = path.stat()
-    key = _digest(str(path.resolve()), file_stamp(path))
-    file = (cache or _scratch_folder()) / f"unpacked-{key}-{path.name.removesuffix('.gz')}"
-    if file.exists():
-        return file
+
+    def unpack(part: Path) -> None:
+        with gzip.open(path, "rb") as packed, part.open("wb") as plain:
+            shutil.copyfileobj(packed, plain, 1 << 20)
+        os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))
+
     try:
-        with _atomic_write(file) as part:
-            with gzip.open(path, "rb") as packed, part.open("wb") as plain:
-                shutil.copyfileobj(packed, plain, 1 << 20)
-            os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))
+        return derived_file(path, "unpacked", cache, unpack)
     except EOFError:
         raise UserError(f"{path} is truncated: its compressed data ends early, at byte {status.st_size}") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be unpacked: {error}") from None
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"no space left in {file.parent} to unpack {path}") from None
-        raise
+
+
+def derived_file(path: Path, how: str, cache: Path | None, write: Callable[[Path], None]) -> Path:
+    """What ``write`` makes of ``path``, in the cache folder; made once for a file of this path, size and time."""
+    key = _digest(str(path.resolve()), file_stamp(path))
+    file = (cache or _scratch_folder()) / f"{how}-{key}-{path.name.removesuffix('.gz')}"
+    if not file.exists():
+        try:
+            with _atomic_write(file) as part:
+                write(part)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UserError(f"no space left in {file.parent} to unpack {path}") from None
+            raise
     return file
 
 

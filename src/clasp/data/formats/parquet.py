@@ -102,6 +102,9 @@ def open_parquet(spec: SourceSpec) -> ParquetTable:
         raise UserError(f"{name} is not a whole parquet file: {error}") from None
     schema = table.schema_arrow
     require_columns(reader.required, schema.names, name)
+    twice = [column for column in schema.names if schema.names.count(column) > 1]
+    if twice:
+        raise UserError(f"{name} has two columns of one name: {twice[0]!r} among {', '.join(map(repr, schema.names))}")
     image = reader.columns.image
     kind = _image_column_kind(schema.field(image).type, f"{name} column {image!r}")
     # "binary" in the name of a type is how nested image bytes are found as well
@@ -109,11 +112,15 @@ def open_parquet(spec: SourceSpec) -> ParquetTable:
     if kind == "struct" and schema.field(image).type.get_field_index("path") >= 0:
         light += (f"{image}.path",)
 
+    for column in reader.columns.named:
+        if column != image and column in schema.names and column not in light:
+            raise UserError(f"{name} column {column!r} holds {schema.field(column).type}; a text is wanted")
+
     def build() -> IndexArrays:
         survey, row = IdCollector(name), 0
         wanted = [column for column in light if column.removesuffix(".path") in reader.columns.named]
         for batch in table.iter_batches(batch_size=4096, columns=wanted, use_threads=False):
-            for record in batch.to_pylist():
+            for record in _records(batch, name, row):
                 where = f"{name} row {row}"
                 said = _read_row(record, kind, reader, where)
                 survey.add(
@@ -131,6 +138,14 @@ def open_parquet(spec: SourceSpec) -> ParquetTable:
     )
     require_unique_ids(name, opened)
     return opened
+
+
+def _records(batch: pa.RecordBatch, name: str, first: int) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        last = first + batch.num_rows - 1
+        raise UserError(f"{name} rows {first} to {last} hold text that is not UTF-8: {error.reason}") from None
 
 
 def _read_row(record: dict[str, Any], kind: _ImageColumnKind, reader: RowReader, where: str) -> PairRow:
@@ -168,7 +183,10 @@ def _read_cells(
     ends = _parquet(path, stamp, process).ends
     group = int(np.searchsorted(ends, row, side="right"))
     before = int(ends[group - 1]) if group else 0
-    return read_group(path, stamp, process, columns, group).slice(row - before, 1).to_pylist()[0]
+    try:
+        return read_group(path, stamp, process, columns, group).slice(row - before, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} row {row} holds text that is not UTF-8: {error.reason}") from None
 
 
 @dataclass(frozen=True, eq=False)

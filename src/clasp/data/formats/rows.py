@@ -1,11 +1,15 @@
 """What one row says: a line of a table, a JSON object.
 
 Goes in: a row as a mapping, and the names of its columns. Comes out: a ``PairRow``, its captions as ``Caption``s.
-Unusual: captions come in four forms (see ``ColumnNames.caption``). An empty one is not dropped but counted, so that a
-source is refused as a whole when it is opened, with the number of such rows.
+Note: captions come in four forms (see ``ColumnNames.caption``). An empty one is not dropped but counted, so that a
+source is refused as a whole when it is opened, with the number of such rows. A value of another type than its column
+wants is refused and never turned into a text.
 """
 
 import difflib
+import json
+import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -28,7 +32,7 @@ class ColumnNames:
     id: str = ""
     """What the pair is called; unique (``id``)."""
     language: str = ""
-    """The language of captions that do not tell theirs (``language``)."""
+    """The language of captions that do not tell theirs, or a list of as many as there are captions (``language``)."""
     group: str = ""
     """Pairs of one group show the same thing (``group``; in LilT's lists ``image_id``)."""
 
@@ -77,12 +81,11 @@ class RowReader:
     def __call__(self, record: Mapping[str, Any], where: str) -> PairRow:
         require_columns(self.required, record, where)
         columns = self.columns
-        language = as_text(record.get(columns.language))
         return PairRow(
             image=record[columns.image],
-            captions=parse_captions(record[columns.caption], language, where),
-            id=as_text(record.get(columns.id)),
-            group=as_text(record.get(columns.group)),
+            captions=parse_captions(record[columns.caption], record.get(columns.language), where),
+            id=as_text(record.get(columns.id), where, columns.id),
+            group=as_text(record.get(columns.group), where, columns.group),
             meta={key: value for key, value in record.items() if key not in self.used_columns},
         )
 
@@ -100,29 +103,114 @@ def require_columns(names: Iterable[str], have: Collection[str], where: str) -> 
             )
 
 
-def as_text(value: Any) -> str:
-    """An id, a group or a language as text; empty for none."""
-    return "" if value is None else str(value).strip()
+def load_json(text: str | bytes) -> Any:
+    """A JSON document; ``ValueError`` where it is none, or an object has one key twice."""
+    return json.loads(text, object_pairs_hook=unique_keys)
 
 
-def parse_captions(value: Any, language: str, where: str) -> tuple[Caption, ...]:
+def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The hook of ``json`` that refuses an object with one key twice, of which the last would win."""
+    record = dict(items)
+    if len(record) < len(items):
+        keys = [key for key, _ in items]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return record
+
+
+def as_text(value: Any, where: str, column: str) -> str:
+    """An id or a group as text; empty for none. ``UserError`` for what is neither a text nor a whole number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _as_string(value, where, f"{column!r} must be a text or a whole number")
+
+
+def _as_language(value: Any, where: str) -> str:
+    """A language as text; empty for none."""
+    return _as_string(value, where, "a language must be a text, or a list of as many as there are captions")
+
+
+def _as_string(value: Any, where: str, rule: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {rule}, not {shorten(value)}")
+    return require_unicode(value, where).strip()
+
+
+def shorten(value: Any) -> str:
+    """The ``repr`` of a value, cut to what fits into a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def require_unicode(text: str, where: str) -> str:
+    """The text; ``UserError`` where it holds half a character, which no file, tokenizer or terminal can take."""
+    if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
+        raise UserError(
+            f"{where}: the text {shorten(text)} is not valid Unicode: character {half.start() + 1} is a lone surrogate"
+        )
+    return text
+
+
+def parse_captions(value: Any, language: Any, where: str) -> tuple[Caption, ...]:
     """The captions in any of the forms a row may give them in (see ``ColumnNames.caption``), stripped.
 
-    An empty text stays, as an empty caption, so that it can be counted; a language with null is left out.
+    ``language`` is that of all, or a list of one for each. An empty text stays, as an empty caption, so that it can be
+    counted; a language with null is left out.
     """
+    value, language = _parse_cell(value, where), _parse_cell(language, where)
     if value is None:
         return ()
+    if isinstance(language, list):
+        texts = value if isinstance(value, list) else [value]
+        if isinstance(value, Mapping) or len(texts) != len(language):
+            raise UserError(
+                f"{where}: {len(language)} languages are given for {len(texts)} captions; give as many, or one for all"
+            )
+        zipped = zip(texts, language, strict=True)
+        return tuple(caption for text, tag in zipped for caption in parse_captions(text, tag, where))
+    tag = _as_language(language, where)
     if isinstance(value, str):
-        return (Caption(value.strip(), language),)
+        return (Caption(require_unicode(value, where).strip(), tag),)
     if isinstance(value, Mapping):
         if "text" in value and value.keys() <= {"text", "language"}:
-            return parse_captions(value["text"], as_text(value.get("language")) or language, where)
-        return tuple(caption for tag, texts in value.items() for caption in parse_captions(texts, tag, where))
+            own = value.get("language")
+            return parse_captions(value["text"], own if own else tag, where)
+        return tuple(caption for own, texts in value.items() for caption in parse_captions(texts, own, where))
     if isinstance(value, tuple) and len(value) == 2:  # an entry of a parquet map; JSON has no tuples
         return parse_captions(value[1], value[0], where)
     if isinstance(value, list):
-        return tuple(caption for item in value for caption in parse_captions(item, language, where))
-    raise UserError(f"{where}: a caption must be a text, a list of texts or {{language: text}}, not {value!r}")
+        return tuple(caption for item in value for caption in parse_captions(item, tag, where))
+    raise UserError(f"{where}: a caption must be a text, a list of texts or {{language: text}}, not {shorten(value)}")
+
+
+_LIST_LIKE = re.compile(r"""\s*(\[\s*["'].*["'],?\s*\]|\{\s*["'].*["'\]]\s*\}|\[\s*\]|\{\s*\})\s*""", re.DOTALL)
+
+
+def _parse_cell(value: Any, where: str) -> Any:
+    """A text that is a JSON list or object, as cells of tables hold them, as that; anything else as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{") or not _LIST_LIKE.fullmatch(value):
+        return value
+    try:
+        return load_json(value)
+    except ValueError:
+        raise UserError(
+            f'{where}: {shorten(value)} looks like a list and is not JSON; several are written ["a dog", "a puppy"]'
+        ) from None
+
+
+# letters and symbols to Unicode, and nothing to the eye: Hangul fillers, the blank of Braille, joiners, selectors
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: empty, or of spaces, control characters and invisible ones such as U+200B only."""
+    if text.isascii():
+        return not any("!" <= character <= "~" for character in text)
+    hidden = ("Cc", "Cf", "Zs", "Zl", "Zp")
+    return all(unicodedata.category(character) in hidden for character in _INVISIBLE.sub("", text))
 
 
 class CaptionCheck:
@@ -133,7 +221,7 @@ class CaptionCheck:
 
     def add(self, where: str, captions: tuple[Caption, ...]) -> None:
         self.seen += 1
-        if not captions or not all(caption.text for caption in captions):
+        if not captions or any(is_blank(caption.text) for caption in captions):
             self.empty += 1
             self.first = self.first or where
 

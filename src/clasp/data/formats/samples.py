@@ -3,15 +3,16 @@
 Goes in: a webdataset tar, or a folder, which is the same unpacked. Comes out: its samples as pairs.
 ``txt`` is one caption. ``json`` may hold captions (``captions``, else ``caption``, else ``text``) and meta (the rest).
 ``cls`` is a class number, ``meta["label"]``, named in ``meta["class"]`` where a ``classnames.txt`` lies beside the tar.
-Unusual: a sample without caption whose class has a name is captioned by it.
+Note: a sample without caption whose class has a name is captioned by it. Files that are part of no sample are counted
+by reason. Names that differ only in how their accents are encoded (NFC, NFD) belong together.
 """
 
-import json
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, UInt64
@@ -20,11 +21,23 @@ from clasp.data.formats.base import SourceSpec
 from clasp.data.formats.ids import hash64, require_unique_ids
 from clasp.data.formats.index_cache import IndexArrays, load_or_build_index
 from clasp.data.formats.name_table import NameTable
-from clasp.data.formats.rows import CaptionCheck, ColumnNames, as_text, parse_captions, require_columns
+from clasp.data.formats.rows import (
+    CaptionCheck,
+    ColumnNames,
+    as_text,
+    load_json,
+    parse_captions,
+    require_columns,
+)
+from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.formats.tar import open_tar
 from clasp.types import Caption, ImageSource, Pair, UserError
 
 IMAGE_SUFFIXES = tuple("jpg jpeg jfif png webp gif bmp tif tiff avif jp2 ppm pgm".split())
+UNREAD_IMAGE_SUFFIXES = frozenset(
+    "heic heif hif avifs jxl jxr ico cur icns svg eps ps ai psd psb xcf tga dds exr hdr pfm pbm pnm jpe j2k jpx jpf "
+    "raw dng cr2 cr3 nef arw orf rw2 raf dcm dicom nii".split()
+)
 IMAGE_COLUMN, TEXT_COLUMN, JSON_COLUMN, LABEL_COLUMN = range(4)  # the columns of ``SampleTable.parts``
 _SUFFIX_COLUMNS = dict.fromkeys(IMAGE_SUFFIXES, IMAGE_COLUMN) | {
     "txt": TEXT_COLUMN,
@@ -33,6 +46,7 @@ _SUFFIX_COLUMNS = dict.fromkeys(IMAGE_SUFFIXES, IMAGE_COLUMN) | {
 }
 _CAPTION_KEYS = ("captions", "caption", "text")
 _CLASS_NAMES_FILE = "classnames.txt"
+_LEFT_BEHIND = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 @runtime_checkable
@@ -60,6 +74,7 @@ class SampleTable:
     classes: tuple[str, ...]
     root: str
     hashes: UInt64[np.ndarray, " pairs"]
+    skipped_files: SkippedFiles
     id_prefix: str = ""
 
     def __len__(self) -> int:
@@ -70,11 +85,13 @@ class SampleTable:
         record, about = self._record(json_, image), self._class(label)
         key = self.columns.caption or next((key for key in _CAPTION_KEYS if key in record), "")
         language = self.columns.language or "language"
-        captions = self._captions_from(record.get(key), as_text(record.get(language)), text, image)
+        captions = self._captions_from(record.get(key), record.get(language), text, image)
         if not captions and "class" in about:
             captions = (Caption(about["class"]),)
-        id = as_text(record.get(self.columns.id)) or self.id_prefix + self.id_of(self.members.names[image])
-        group = as_text(record.get(self.columns.group)) or id
+        where, columns = self._path(image), self.columns
+        id = as_text(record.get(columns.id), where, columns.id)
+        id = id or self.id_prefix + self.id_of(self.members.names[image])
+        group = as_text(record.get(columns.group), where, columns.group) or id
         spoken_for = (key, language, self.columns.id, self.columns.group)
         meta = about | {name: value for name, value in record.items() if name not in spoken_for}
         return Pair(id, self.members.source(image), captions, group, meta)
@@ -82,13 +99,16 @@ class SampleTable:
     def prefixed(self, id_prefix: str, path_prefix: str) -> "SampleTable":
         return replace(self, id_prefix=id_prefix)
 
-    def _captions_from(self, said: Any, language: str, text: int, image: int) -> tuple[Caption, ...]:
+    def _captions_from(self, said: Any, language: Any, text: int, image: int) -> tuple[Caption, ...]:
         """Those of the json, then that of the txt unless it is among them."""
-        captions = parse_captions(said, language, self._path(image))
+        where = self._path(image)
+        captions = parse_captions(said, language, where)
         if text < 0:
             return captions
-        more = Caption(self._text(text).strip(), language)
-        return captions if any(more.text == caption.text for caption in captions) else (*captions, more)
+        # a list of languages is that of the json's captions
+        more = parse_captions(self._text(text), None if isinstance(language, list) and captions else language, where)
+        known = {caption.text for caption in captions}
+        return (*captions, *(caption for caption in more if caption.text not in known))
 
     def _record(self, member: int, image: int) -> dict[str, Any]:
         asked = (self.columns.caption, self.columns.id, self.columns.language, self.columns.group)
@@ -98,8 +118,10 @@ class SampleTable:
                 raise UserError(f"{self._path(image)} has no .json beside it, which should give {', '.join(named)}")
             return {}
         try:
-            record = json.loads(self._text(member))
-        except json.JSONDecodeError as error:
+            record = load_json(self._text(member))
+        except UserError:
+            raise
+        except ValueError as error:
             raise UserError(f"{self._path(member)} is not JSON: {error}") from None
         if not isinstance(record, dict):
             raise UserError(f"{self._path(member)} must hold an object such as {{'captions': ['a dog']}}")
@@ -125,17 +147,26 @@ class SampleTable:
         return self.members.source(member).name
 
 
+class GroupedFiles(NamedTuple):
+    """Files as samples, and those that are part of none."""
+
+    parts: Int32[np.ndarray, "pairs 4"]
+    skipped: SkippedFiles
+
+
 def open_webdataset(spec: SourceSpec) -> SampleTable:
     """A webdataset tar: all members whose names agree up to the first dot are one sample."""
     tar = open_tar(spec.path, spec.file, spec.cache)
     key = ("samples", str(spec.path.resolve()), tar.stamp)
-    return open_samples(spec, tar, lambda: group_by_key(tar.names, split_member_name, spec.path), member_id, key)
+    return open_samples(
+        spec, tar, lambda: group_by_key(tar.names, split_member_name, spec.path, tar.skipped_files), member_id, key
+    )
 
 
 def open_samples(
     spec: SourceSpec,
     members: FileCollection,
-    group: Callable[[], Int32[np.ndarray, "pairs 4"]],
+    group: Callable[[], GroupedFiles],
     id_of: Callable[[str], str],
     key: tuple[str, ...],
 ) -> SampleTable:
@@ -144,13 +175,15 @@ def open_samples(
     named = beside / _CLASS_NAMES_FILE
     classes = tuple(named.read_text("utf-8").splitlines()) if named.is_file() else ()
 
-    def samples(parts: np.ndarray, hashes: np.ndarray) -> SampleTable:
+    def samples(parts: np.ndarray, hashes: np.ndarray, skipped: np.ndarray) -> SampleTable:
         root = str(spec.path.absolute())
-        return SampleTable(name, members, id_of, parts, spec.columns, classes, root, hashes)
+        passed_over = SkippedFiles.from_array(skipped)
+        return SampleTable(name, members, id_of, parts, spec.columns, classes, root, hashes, passed_over)
 
     def build() -> IndexArrays:
-        parts = group()
-        draft = samples(parts, np.zeros(len(parts), np.uint64))
+        parts, passed_over = group()
+        skipped = passed_over.to_array()
+        draft = samples(parts, np.zeros(len(parts), np.uint64), skipped)
         check = CaptionCheck(name)
         ids = []
         for row in range(len(parts)):
@@ -159,7 +192,7 @@ def open_samples(
             check.add(looked, pair.captions)
             ids.append(hash64(pair.id))
         check.finish()
-        return {"parts": parts, "hashes": np.array(ids, np.uint64)}
+        return {"parts": parts, "hashes": np.array(ids, np.uint64), "skipped": skipped}
 
     opened = samples(**load_or_build_index(spec.cache, (*key, spec.format, repr(spec.columns), repr(classes)), build))
     require_unique_ids(name, opened)
@@ -167,28 +200,68 @@ def open_samples(
 
 
 def group_by_key(
-    names: NameTable, split_name: Callable[[str], tuple[str, str]], where: Path
-) -> Int32[np.ndarray, "pairs 4"]:
-    """The samples among files, in the order of their first file; files that are part of no sample are left out."""
-    rows: dict[str, int] = {}
-    parts: list[list[int]] = []
+    names: NameTable, split_name: Callable[[str], tuple[str, str]], where: Path, skipped: SkippedFiles
+) -> GroupedFiles:
+    """The samples among files, in the order of their first file, and the files that are part of none.
+
+    ``skipped`` is what was passed over when the files were listed. ``UserError`` when there is no sample.
+    """
+    samples: dict[str, list[int]] = {}
+    others: list[tuple[str, str]] = []
     for number, name in enumerate(names):
+        if is_hidden(name) or name == _CLASS_NAMES_FILE:
+            continue
         key, suffix = split_name(name)
         part = _SUFFIX_COLUMNS.get(suffix.lower())
-        if part is None or is_hidden(name):
+        if part is None:
+            others.append((key, name))
             continue
-        row = rows.setdefault(key, len(parts))
-        if row == len(parts):
-            parts.append([-1] * 4)
-        if parts[row][part] >= 0:
-            other = names[parts[row][part]]
+        sample = samples.setdefault(key, [-1] * 4)
+        if sample[part] >= 0:
+            other = names[sample[part]]
             raise UserError(f"{where}: {other!r} and {name!r} claim one place in one sample; rename or remove one")
-        parts[row][part] = number
-    found = np.array([sample for sample in parts if sample[IMAGE_COLUMN] >= 0], np.int32).reshape(-1, 4)
-    if not len(found):
+        sample[part] = number
+    _join_encodings(samples)
+    unread = {key for key, name in others if is_unread_image(name)}
+    found = [(_skip_reason(name, split_name), name) for _, name in others]
+    for key, sample in samples.items():
+        if sample[IMAGE_COLUMN] < 0 and key not in unread:  # that of an image not read is counted with its image
+            found.append(("caption or label without an image of its name", names[max(sample)]))
+    skipped += SkippedFiles.of(found)
+    parts = [sample for sample in samples.values() if sample[IMAGE_COLUMN] >= 0]
+    if not parts:
         looked = f"images (.{', .'.join(IMAGE_SUFFIXES)}) with a .txt or .json of the same name"
-        raise UserError(f"{where} has no pairs: looked for {looked}; found {count_suffixes(names)}")
-    return found
+        why = f"; {skipped}" if skipped else ""
+        raise UserError(f"{where} has no pairs: looked for {looked}; found {count_suffixes(names)}{why}")
+    return GroupedFiles(np.array(parts, np.int32).reshape(-1, 4), skipped)
+
+
+def _join_encodings(samples: dict[str, list[int]]) -> None:
+    """Captions whose image has the same name in another encoding of its accents become that image's."""
+    homes: dict[str, str] = {}
+    for key, sample in samples.items():
+        if sample[IMAGE_COLUMN] >= 0 and not key.isascii():
+            homes[unicodedata.normalize("NFC", key)] = key
+    orphans = [key for key, sample in samples.items() if sample[IMAGE_COLUMN] < 0 and not key.isascii()]
+    for key in orphans:
+        home = samples.get(homes.get(unicodedata.normalize("NFC", key), ""))
+        if home is not None and all(mine < 0 or theirs < 0 for mine, theirs in zip(samples[key], home, strict=True)):
+            home[:] = map(max, home, samples.pop(key))
+
+
+def is_unread_image(name: str) -> bool:
+    """Whether a file is an image, by its name, of a format that is not read."""
+    return PurePosixPath(name).suffix.lower().removeprefix(".") in UNREAD_IMAGE_SUFFIXES
+
+
+def _skip_reason(name: str, split_name: Callable[[str], tuple[str, str]]) -> str:
+    """Why a file is part of no sample."""
+    last = PurePosixPath(name).suffix.lower()
+    if is_unread_image(name):
+        return f"image of a format that is not read ({last})"
+    if "." in split_name(name)[1] and last.removeprefix(".") in _SUFFIX_COLUMNS:
+        return "name with several dots, which in a tar ends at the first"
+    return f"file that is neither image nor caption ({last or 'no suffix'})"
 
 
 def count_suffixes(names: Iterable[str]) -> str:
@@ -198,8 +271,8 @@ def count_suffixes(names: Iterable[str]) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Files that systems leave behind: .DS_Store, ._cat.jpg, __MACOSX/..."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    """Files that systems leave behind: .DS_Store, ._cat.jpg, __MACOSX/..., Thumbs.db."""
+    return any(part.startswith(".") or part in _LEFT_BEHIND for part in name.split("/"))
 
 
 def split_member_name(name: str) -> tuple[str, str]:

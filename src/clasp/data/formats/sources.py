@@ -1,12 +1,13 @@
 """Where the bytes of an image are: a file, or a stretch of a tar.
 
 Goes in: places, as plain data. Comes out: bytes, when asked, and never before.
-Unusual: open files are kept per process and read by position (``pread``), which neither moves nor shares a cursor, so
+Note: open files are kept per process and read by position (``pread``), which neither moves nor shares a cursor, so
 sources may be used from several threads and from forked or spawned workers, and pickle as a few strings. POSIX only.
 """
 
 import functools
 import os
+import unicodedata
 import weakref
 from dataclasses import dataclass
 
@@ -16,7 +17,10 @@ from clasp.types import UserError
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """A file of its own. Whether it exists is found out when it is read (``UserError`` when it does not)."""
+    """A file of its own. Whether it exists is found out when it is read (``UserError`` when it does not).
+
+    A name with accents is also found in the other of their encodings (NFC, NFD), as file systems change them.
+    """
 
     path: str
 
@@ -27,16 +31,24 @@ class FileSource:
     @property
     def version(self) -> str:
         try:
-            return file_stamp(self.path)
+            return file_stamp(_on_disk(self.path))
         except OSError:
             return "missing"
 
     def read(self) -> bytes:
         try:
-            with open(self.path, "rb") as file:
+            with open(_on_disk(self.path), "rb") as file:
                 return file.read()
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
+
+
+def _on_disk(path: str) -> str:
+    """The path, or the same in another encoding of its accents where only that exists."""
+    if path.isascii() or os.path.exists(path):
+        return path
+    others = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+    return next((other for other in others if os.path.exists(other)), path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from jaxtyping import Int64, UInt32, UInt64
 from clasp.data.formats.base import SourceSpec
 from clasp.data.formats.ids import IdCollector, image_id, require_unique_ids
 from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_build_index
-from clasp.data.formats.rows import PairRow, RowReader
+from clasp.data.formats.rows import PairRow, RowReader, shorten
 from clasp.data.formats.sources import FileSource, read_range
+from clasp.data.formats.text_encoding import plain_text
 from clasp.data.formats.text_rows import TextRowFormat
 from clasp.types import Pair, UserError
 
@@ -62,12 +63,19 @@ def pair_from_row(row: PairRow, twin: int, root: str, id_prefix: str, path_prefi
 def require_image_id(row: PairRow, where: str, root: str) -> str:
     """The id of the image a row names, or a ``UserError`` when it names none."""
     if not isinstance(row.image, str) or not row.image.strip():
-        raise UserError(f"{where} names no image: a path is wanted, not {row.image!r}")
+        raise UserError(f"{where} names no image: a path is wanted, not {shorten(row.image)}")
+    try:
+        possible = b"\0" not in os.fsencode(row.image)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise UserError(f"{where} names no image: {shorten(row.image)} can be no file name")
     return image_id(row.image, root)
 
 
 def open_table(spec: SourceSpec, row_format: Callable[[SourceSpec], TextRowFormat]) -> TextTable:
     """Reads a text file once, from end to end, checking every row but no image; ``row_format`` cuts it into rows."""
+    spec = replace(spec, file=plain_text(spec.path, spec.file, spec.cache))
     name, stamp = str(spec.path), file_stamp(spec.file)
     syntax = row_format(spec)
     reader = RowReader.of(spec.columns, syntax.default)

@@ -1,7 +1,7 @@
 """A tar as an array of files: where each member lies, found by one walk over the headers.
 
 Goes in: an uncompressed tar. Comes out: names, offsets and sizes of its plain files, from which members are read in any
-order. Unusual: ``tarfile`` finds the members (PAX and GNU long names, hard links), but takes a damaged header for the
+order. Note: ``tarfile`` finds the members (PAX and GNU long names, hard links), but takes a damaged header for the
 end. Here the end is checked as well, so that a tar cut or damaged anywhere is refused, with the place.
 """
 
@@ -17,6 +17,7 @@ from jaxtyping import Int64
 
 from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_build_index
 from clasp.data.formats.name_table import NameTable
+from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.formats.sources import TarSource
 from clasp.types import UserError
 
@@ -32,6 +33,7 @@ class TarFiles:
     names: NameTable
     offsets: Int64[np.ndarray, " members"]
     sizes: Int64[np.ndarray, " members"]
+    skipped_files: SkippedFiles
 
     def source(self, row: int) -> TarSource:
         name = f"{self.path}::{self.names[row]}"
@@ -43,11 +45,13 @@ def open_tar(path: Path, file: Path, cache: Path | None) -> TarFiles:
     stamp = file_stamp(file)
     arrays = load_or_build_index(cache, ("tar", str(path.resolve()), stamp), lambda: _scan(path, file))
     names = NameTable(arrays["letters"], arrays["ends"])
-    return TarFiles(str(path), str(file.absolute()), stamp, names, arrays["offsets"], arrays["sizes"])
+    skipped = SkippedFiles.from_array(arrays["skipped"])
+    return TarFiles(str(path), str(file.absolute()), stamp, names, arrays["offsets"], arrays["sizes"], skipped)
 
 
 def _scan(path: Path, file: Path) -> IndexArrays:
     names: list[str] = []
+    devices: list[tuple[str, str]] = []
     offsets, sizes = array("q"), array("q")
     links: dict[int, str] = {}
     length, end = os.path.getsize(file), 0
@@ -64,6 +68,8 @@ def _scan(path: Path, file: Path) -> IndexArrays:
                 names.append(name)
                 offsets.append(member.offset_data)
                 sizes.append(member.size)
+            elif not member.isdir():
+                devices.append(("member that is no file", name))
         end = tar.offset
     _check_end(path, file, end, names)
     rows = {name: row for row, name in enumerate(names)} if links else {}
@@ -77,6 +83,7 @@ def _scan(path: Path, file: Path) -> IndexArrays:
         "ends": packed.ends,
         "offsets": np.array(offsets, np.int64),
         "sizes": np.array(sizes, np.int64),
+        "skipped": SkippedFiles.of(devices).to_array(),
     }
 
 

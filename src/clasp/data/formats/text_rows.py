@@ -2,7 +2,8 @@
 
 Goes in: a file open for reading bytes. Comes out: one ``LocatedRow`` a row, with the bytes it takes, so that it can be
 read again alone. Note: where quoted cells hold line breaks the ranges are exact, since the csv reader itself says
-which lines a row took; a quote that is never closed, or a row of too many cells, is an error and not swallowed.
+which lines a row took; a quote that is never closed, or a row of too many cells, is an error and not swallowed. The
+separator of cells is the first of ``_SEPARATORS``, its format's own before all, under which the columns are there.
 """
 
 import csv
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from clasp.data.formats.base import SourceSpec
-from clasp.data.formats.rows import ColumnNames
+from clasp.data.formats.rows import ColumnNames, RowReader, load_json, unique_keys
 from clasp.types import UserError
 
 
@@ -59,7 +60,7 @@ class JsonLines:
                 continue
             where = f"{self.name} line {number}"
             try:
-                record = json.loads(line)
+                record = load_json(line)
             except ValueError as error:
                 raise UserError(f"{where} is not JSON: {error}") from None
             if not isinstance(record, dict):
@@ -67,7 +68,7 @@ class JsonLines:
             yield LocatedRow(start, stop, where, record)
 
     def parse(self, data: bytes) -> dict[str, Any]:
-        return json.loads(data)
+        return load_json(data)
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,13 @@ class JsonList:
     def iter_rows(self, file: BinaryIO) -> Iterator[LocatedRow]:
         try:
             yield from self._objects(file.read().decode())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except UserError:
+            raise
+        except ValueError as error:
             raise UserError(f"{self.name} is not JSON: {error}") from None
 
     def _objects(self, text: str) -> Iterator[LocatedRow]:
-        decoder = json.JSONDecoder()
+        decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
         at = _skip_blanks(text, 0, "\ufeff \t\r\n")
         if text[at : at + 1] != "[":
             raise UserError(f"{self.name} must hold {self.expected}; one object a line is .jsonl")
@@ -116,7 +119,7 @@ class JsonList:
             raise json.JSONDecodeError("something follows the list", text, at + 1)
 
     def parse(self, data: bytes) -> dict[str, Any]:
-        return json.loads(data)
+        return load_json(data)
 
 
 @dataclass(frozen=True)
@@ -131,13 +134,20 @@ class DelimitedRows:
 
     @classmethod
     def of(cls, opening: SourceSpec, delimiter: str) -> "DelimitedRows":
-        with opening.file.open("rb") as file:
-            header = next(_split_cells(file, delimiter, str(opening.path)), ((), 0, 0, ""))[0]
+        name = str(opening.path)
+        headers, errors = _headers(opening, name, delimiter)
+        required = RowReader.of(opening.columns, cls.default).required
+        fitting = [separator for separator, header in headers.items() if set(required) <= set(header)]
+        if delimiter in errors and not fitting:
+            raise errors[delimiter]
+        widest = max(headers, key=lambda separator: len(headers[separator]))  # the first of equals
+        delimiter = fitting[0] if fitting else widest
+        header = headers[delimiter]
         if not header:
-            raise UserError(f"{opening.path} is empty; looked for {cls.expected}")
+            raise UserError(f"{name} is empty; looked for {cls.expected}")
         if len(set(header)) < len(header):
             raise UserError(f"{opening.path} has two columns of one name: {', '.join(map(repr, header))}")
-        return cls(str(opening.path), delimiter, header)
+        return cls(name, delimiter, header)
 
     def iter_rows(self, file: BinaryIO) -> Iterator[LocatedRow]:
         rows = _split_cells(file, self.delimiter, self.name)
@@ -145,14 +155,30 @@ class DelimitedRows:
         for cells, start, stop, where in rows:
             if len(cells) != len(self.header):
                 raise UserError(
-                    f"{where} has {len(cells)} cells and the first line has {len(self.header)}; "
-                    f"a cell that holds {self.delimiter!r} must be in double quotes"
+                    f"{where} has {len(cells)} cells and the first line has {len(self.header)}, cut at "
+                    f"{self.delimiter!r}; a cell that holds {self.delimiter!r} must be in double quotes"
                 )
             yield LocatedRow(start, stop, where, dict(zip(self.header, cells, strict=True)))
 
     def parse(self, data: bytes) -> dict[str, Any]:
         cells = next(csv.reader([data.decode()], delimiter=self.delimiter, strict=True))
         return dict(zip(self.header, cells, strict=True))
+
+
+_SEPARATORS = (",", "\t", ";", "|")
+
+
+def _headers(opening: SourceSpec, name: str, own: str) -> tuple[dict[str, tuple[str, ...]], dict[str, UserError]]:
+    """By separator, that of the format first: the first line as cells, or what is wrong with it."""
+    headers: dict[str, tuple[str, ...]] = {}
+    errors: dict[str, UserError] = {}
+    for separator in dict.fromkeys((own, *_SEPARATORS)):
+        try:
+            with opening.file.open("rb") as file:
+                headers[separator] = next(_split_cells(file, separator, name), ((), 0, 0, ""))[0]
+        except UserError as error:
+            errors[separator] = error
+    return headers, errors
 
 
 def _split_cells(file: BinaryIO, delimiter: str, name: str) -> Iterator[tuple[tuple[str, ...], int, int, str]]:
@@ -176,9 +202,15 @@ def _split_cells(file: BinaryIO, delimiter: str, name: str) -> Iterator[tuple[tu
         except UnicodeDecodeError as error:
             raise UserError(f"{where} is not UTF-8 text: {error.reason} {error.object[error.start]:#x}") from None
         except csv.Error as error:
-            raise UserError(f"{where} cannot be read as cells: {error}") from None
+            raise UserError(f"{where} cannot be read as cells: {_cell_error(error)}") from None
         if cells:
             yield tuple(cells), start, taken, where
+
+
+def _cell_error(error: csv.Error) -> str:
+    if "field limit" in str(error):
+        return f"a cell is longer than {csv.field_size_limit():,} characters; is a double quote never closed?"
+    return f"{error}; is a double quote never closed?" if "end of data" in str(error) else str(error)
 
 
 def _skip_blanks(text: str, at: int, blank: str = " \t\r\n") -> int:
