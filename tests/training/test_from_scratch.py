@@ -278,7 +278,7 @@ def test_only_nets_of_ours_share_parts(pairs: Path) -> None:
         "head.init=random",
     ]
     shares = read_recipe("start", [*towers, "share.attention=shared"])
-    refused("pip:efficientnet-lite0 is no net of ours", lambda: build_model(shares, meta=True))
+    refused("pip:efficientnet-lite0 is not a native encoder", lambda: build_model(shares, meta=True))
     refused(
         "one head is for equal widths",
         lambda: build_model(read_recipe("start", [*towers, "share.head=shared"]), meta=True),
