@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
         ("512 words are no usual tower's", ImportOptions()),
         ("text_heads=4: both nets", ImportOptions(image_heads=2, text_heads=4)),
         ("size=32: this model was trained on 64 px", ImportOptions(image_heads=2, size=32)),
-        ("the word embedding has 512 rows", ImportOptions(image_heads=2, tokenizer=words(tmp_path / "many", 600))),
+        ("the embedding has 512 rows", ImportOptions(image_heads=2, tokenizer=words(tmp_path / "many", 600))),
     ):
         refused(said, lambda wanted=wanted: import_checkpoint("msclip", file, run, wanted))
         assert not run.exists()
