@@ -218,7 +218,7 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
     return 1 + max((int(found[1]) for found in numbered if found), default=-1)
 
 
-# --- sharing -------------------------------------------------------------------------------------------------------
+# --- sharing ---------------------------------------------------------------------------------------------------------
 
 
 def _infer_sharing(

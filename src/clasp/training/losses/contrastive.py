@@ -88,11 +88,11 @@ class _InfoNCE(torch.autograd.Function):
         local = ring.rows_of(ring.rank, rows)
         row, column = RunningLogSumExp.empty(image, rows), RunningLogSumExp.empty(image, batch)
         counts, row_positive, column_positive = image.new_zeros(rows), image.new_zeros(rows), image.new_zeros(batch)
-        for rank, block in ring.exchange(text):
+        for rank, chunk in ring.exchange(text):
             part = ring.rows_of(rank, rows)
             column_here, positive_here = column.view(part), column_positive[part]
             for r, c, logits, positive, scratch in iterate_logit_tiles(
-                image, block, group_ids[:, local], group_ids[:, part]
+                image, chunk, group_ids[:, local], group_ids[:, part]
             ):
                 counts[r] += positive.sum(1)
                 positive.mul_(logits)
@@ -120,16 +120,16 @@ class _InfoNCE(torch.autograd.Function):
         column_softmax, column_target = to_image / column.total, to_image / counts
         grad_image, grad_text = torch.zeros_like(image), torch.zeros_like(text)
         with torch.autocast(image.device.type, enabled=False):
-            for rank, block in ring.exchange(text):
+            for rank, chunk in ring.exchange(text):
                 part = ring.rows_of(rank, rows)
                 tops, softmax, target = column.top[part], column_softmax[part], column_target[part]
                 for r, c, logits, positive, grad in iterate_logit_tiles(
-                    image, block, group_ids[:, local], group_ids[:, part]
+                    image, chunk, group_ids[:, local], group_ids[:, part]
                 ):
                     torch.sub(logits, row.top[r, None], out=grad).exp_().mul_(row_softmax[r])
                     grad.addcmul_(logits.sub_(tops[c]).exp_(), softmax[c])
                     grad.addcmul_(torch.add(row_target[r], target[c], out=logits), positive, value=-1)
-                    grad_image[r].addmm_(grad, block[c])
+                    grad_image[r].addmm_(grad, chunk[c])
                     grad_text[c].addmm_(grad.T, image[r])
                 grad_text = ring.send_to_next(grad_text)
         return grad_image, grad_text, None, None
@@ -142,9 +142,9 @@ class _Sigmoid(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, text: Tensor, bias: Tensor, group_ids: Tensor, ring: ProcessRing) -> Tensor:
         rows = len(image)
         local, sums = ring.rows_of(ring.rank, rows), []
-        for rank, block in ring.exchange(text):
+        for rank, chunk in ring.exchange(text):
             for _, _, logits, positive, scratch in iterate_logit_tiles(
-                image, block, group_ids[:, local], group_ids[:, ring.rows_of(rank, rows)]
+                image, chunk, group_ids[:, local], group_ids[:, ring.rows_of(rank, rows)]
             ):
                 wrong = logits.add_(bias).mul_(positive.mul_(-2).add_(1))
                 # softplus(a) = log(1 + exp(-|a|)) + max(a, 0)
@@ -161,15 +161,15 @@ class _Sigmoid(torch.autograd.Function):
         local = ring.rows_of(ring.rank, rows)
         grad_image, grad_text, grad_bias = torch.zeros_like(image), torch.zeros_like(text), []
         with torch.autocast(image.device.type, enabled=False):
-            for rank, block in ring.exchange(text):
+            for rank, chunk in ring.exchange(text):
                 part = ring.rows_of(rank, rows)
                 for r, c, logits, positive, _ in iterate_logit_tiles(
-                    image, block, group_ids[:, local], group_ids[:, part]
+                    image, chunk, group_ids[:, local], group_ids[:, part]
                 ):
                     sign = positive.mul_(-2).add_(1)
                     grad = logits.add_(bias).mul_(sign).sigmoid_().mul_(sign)
                     grad_bias.append(grad.sum())
-                    grad_image[r].addmm_(grad, block[c])
+                    grad_image[r].addmm_(grad, chunk[c])
                     grad_text[c].addmm_(grad.T, image[r])
                 grad_text = ring.send_to_next(grad_text)
         each = total / (rows * ring.size)

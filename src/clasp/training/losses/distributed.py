@@ -43,17 +43,17 @@ class ProcessRing:
     def exchange(self, local: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yields every process's rank and tensor, starting with ``local``; the next one is received during each
         iteration."""
-        block = local.contiguous()
+        chunk = local.contiguous()
         for step in range(self.size):
-            transfer = self._send(block, tag=0) if step + 1 < self.size else None
-            yield (self.rank - step) % self.size, block
+            transfer = self._send(chunk, tag=0) if step + 1 < self.size else None
+            yield (self.rank - step) % self.size, chunk
             if transfer is not None:
-                block = transfer.wait()
+                chunk = transfer.wait()
 
     def send_to_next(self, tensor: Tensor) -> Tensor:
         """Sends a tensor to the next process and returns the one received from the previous.
 
-        Called once per iteration of ``exchange``, it returns a tensor that accompanies a block to the block's owner.
+        Called once per iteration of ``exchange``, it returns a tensor that accompanies a chunk to the chunk's owner.
         """
         return tensor if self.size == 1 else self._send(tensor.contiguous(), tag=1).wait()
 
@@ -79,7 +79,7 @@ class ProcessRing:
         return tensor
 
     def _send(self, tensor: Tensor, tag: int) -> _Transfer:
-        """Starts a non-blocking exchange with both neighbours; tags separate blocks from what accompanies them."""
+        """Starts a non-blocking exchange with both neighbours; tags separate chunks from what accompanies them."""
         following, previous = ((self.rank + step) % self.size for step in (1, -1))
         if self.group is not None:  # P2POp takes global ranks
             following, previous = (dist.get_global_rank(self.group, rank) for rank in (following, previous))
