@@ -18,10 +18,10 @@ if sys.argv[1] == "settled":
     import clasp
     clasp.configure_environment()
 import torch
-from clasp.models.zoo.pip_packages import packaged
+from clasp.models.zoo.pip_packages import load_pip_backbone
 from clasp.models.tower import Tower
 from clasp.types import Pixels
-tower = Tower(packaged("efficientnet-lite0", size=192))
+tower = Tower(load_pip_backbone("efficientnet-lite0", size=192))
 def spent():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime, used.ru_stime

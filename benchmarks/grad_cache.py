@@ -137,8 +137,8 @@ def rows() -> Sequence[Row]:
 
 
 def memory() -> Row:
-    mine = harness.peak_elsewhere("bigbatch", "clasp")
-    other = attempt(partial(harness.peak_elsewhere, "bigbatch", "peer"))
+    mine = harness.peak_elsewhere("grad_cache", "clasp")
+    other = attempt(partial(harness.peak_elsewhere, "grad_cache", "peer"))
     work = f"{WORK}: memory above the inputs"
     ours = Measured("", (mine.grown,))
     if isinstance(other, str):

@@ -94,7 +94,7 @@ def plain_image(model: Any, pixels: Float[Tensor, "B 3 height width"]) -> Float[
     x = torch.cat((net.cls_token.expand(len(x), -1, -1), x), dim=1) + net.pos_embed
     x, maps = net.norm_pre(x), pixels
     for number, block in enumerate(net.blocks):
-        if net.parallel is not None and number in net.parallel.stage_at:
+        if net.parallel is not None and number in net.parallel.stage_by_block:
             x, maps = net.parallel(number, x, maps)
         x = plain_block(block, x, None)
     return F.normalize(model.image_head(net.norm(x)[:, 0]), dim=-1)

@@ -100,10 +100,10 @@ def speed(kind: str) -> list[Row]:
 
 
 def memory(kind: str) -> list[Row]:
-    mine = harness.peak_elsewhere("tune", f"clasp-{kind}")
+    mine = harness.peak_elsewhere("tuning_methods", f"clasp-{kind}")
     found = []
     for setup, name in SETUPS.items():
-        theirs = attempt(partial(harness.peak_elsewhere, "tune", f"{setup}-{kind}"))
+        theirs = attempt(partial(harness.peak_elsewhere, "tuning_methods", f"{setup}-{kind}"))
         note, sizes = str(theirs), (None, None)
         if isinstance(theirs, Peak):
             note = f"batch {BATCH_OF_MEMORY}; above what was there before: {mine.grown:,.0f} and {theirs.grown:,.0f}"
