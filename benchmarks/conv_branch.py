@@ -27,8 +27,8 @@ REPEATS = 5
 def main() -> None:
     """All shapes, alternating between the implementations."""
     configure_environment()
-    for pictures, channels, places, kernel in WORK:
-        maps = torch.randn(pictures, channels, places, places)
+    for images, channels, side, kernel in WORK:
+        maps = torch.randn(images, channels, side, side)
         ours = DepthwisePatchConv(channels, kernel, "batch")
         ways: dict[str, Callable[[Tensor], Tensor]] = {
             "one product": ours.conv_as_matmul,
@@ -41,11 +41,11 @@ def main() -> None:
                     seconds = _once(way, maps, kind)
                     if repeat:  # skip the warm-up
                         taken[name].append(1e3 * seconds)
-            said = "  ".join(
+            summary = "  ".join(
                 f"{name} {sorted(each)[REPEATS // 2]:.1f} ({min(each):.1f} to {max(each):.1f})"
                 for name, each in taken.items()
             )
-            print(f"{[*maps.shape]} kernel {kernel:2} {str(kind).removeprefix('torch.'):8} ms: {said}", flush=True)
+            print(f"{[*maps.shape]} kernel {kernel:2} {str(kind).removeprefix('torch.'):8} ms: {summary}", flush=True)
 
 
 def _convolution(ours: DepthwisePatchConv) -> Callable[[Tensor], Tensor]:

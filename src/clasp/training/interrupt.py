@@ -49,4 +49,4 @@ class GracefulStop:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
         # os.write: a handler may run while a lock is held, such as that of a progress bar
-        os.write(2, b"\nstopping after this step and saving; press again to stop immediately\n")
+        os.write(2, b"\nstopping after this step and saving; a second signal stops immediately\n")

@@ -186,10 +186,10 @@ def _check_keys_and_shapes(path: Path, model: Mapping[str, Tensor], wanted: Mapp
         raise UserError(f"{path} is not a LilT checkpoint that clasp can read: {'; '.join(problems)}")
 
 
-def _listed(words: Iterable[str], most: int = 6) -> str:
-    words = list(words)
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more
+def _listed(items: Iterable[str], most: int = 6) -> str:
+    items = list(items)
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
 
 
 # --- sizes from shapes -----------------------------------------------------------------------------------------------

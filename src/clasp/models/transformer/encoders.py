@@ -58,9 +58,7 @@ class ImageTransformerSettings(BlockSettings):
         module = "a stem" if self.stem else "a parallel branch"
         widest = 1 << (STEM_STAGES + 1)
         if self.patch & (self.patch - 1) or not 2 <= self.patch <= widest:
-            raise ValueError(
-                f"patch = {self.patch}: {module} halves pictures, so patch is one of 2, 4, 8, 16, {widest}"
-            )
+            raise ValueError(f"patch = {self.patch}: {module} halves images, so patch is one of 2, 4, 8, 16, {widest}")
         if self.width % 16:
             raise ValueError(f"width = {self.width}: {module} begins with a sixteenth of it, so 16 divides it")
         if self.branch is not None and not self.first_layer <= self.branch.before[0] <= self.branch.before[-1] < (
