@@ -156,7 +156,7 @@ def test_a_net_that_runs_twice_is_a_mistake_of_ours():
     tower, read = Tower(base("own-image")), given("own-image")
     with pytest.raises(AssertionError, match="once, not 2 times"):
         capture_activations(tower.net, lambda: [tower(read), tower(read)])
-    with pytest.raises(AssertionError, match="ran 0 times"):
+    with pytest.raises(AssertionError, match="once, not 0 times"):
         attention_maps(tower.net, lambda: None)
 
 
