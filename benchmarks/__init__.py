@@ -1,1 +1,1 @@
-"""How fast clasp is and how much memory it takes, against what one would use instead; see README.md here."""
+"""Benchmarks of clasp's speed and memory against alternatives; see README.md here."""

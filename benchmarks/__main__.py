@@ -1,7 +1,7 @@
-"""``make bench``: every benchmark, one after another, each in a process of its own; then results.json and README.md.
+"""``make bench``: runs every benchmark in its own process; then writes results.json and README.md.
 
-A script that fails is named in the table with what it said last. With ``CLASP_BENCH=quick`` sizes are tiny, the numbers
-say nothing, and neither file is written.
+A failing script is reported in the table with the last line of its error output. With ``CLASP_BENCH=quick`` sizes are
+tiny, the numbers are meaningless, and neither file is written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_P
 def main() -> None:
     began = time.monotonic()
     done: dict[str, Any] = {}
-    for script in (*COMPARED, *KNOWN):  # written after each: what is stopped has measured something
+    for script in (*COMPARED, *KNOWN):  # written after each script, so that an interrupted run has partial results
         done[script] = run(script)
         results = {"machine": machine(), "minutes": round((time.monotonic() - began) / 60, 1), "scripts": done}
         if not quick():
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def write(results: dict[str, Any]) -> None:
-    """To ``results.json``, and as a table into ``README.md``."""
+    """Write ``results.json``, and the table in ``README.md``."""
     (HERE / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     readme = HERE / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
@@ -55,7 +55,7 @@ def write(results: dict[str, Any]) -> None:
 
 
 def run(script: str) -> dict[str, Any]:
-    """A script's rows, the seconds that it took, and what it said last where it failed."""
+    """A script's rows, its duration in seconds, and the last line of its error output if it failed."""
     print(f"{script} ...", file=sys.stderr, flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -65,8 +65,8 @@ def run(script: str) -> dict[str, Any]:
             command, env={**SURROUNDINGS, **os.environ}, stderr=subprocess.PIPE, text=True, check=False
         )
         found = json.loads(path.read_text()) if path.exists() else {"rows": [], "cells": []}
-    said = [line for line in done.stderr.splitlines() if line.strip()]
-    error = (said or [f"ended with {done.returncode}"])[-1] if done.returncode else None
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    error = (errors or [f"ended with {done.returncode}"])[-1] if done.returncode else None
     return {"seconds": round(time.monotonic() - began), "error": error, **found}
 
 

@@ -1,10 +1,10 @@
-"""What ``clasp.configure_environment`` and small batches save: processor time an image of EfficientNet-Lite0, in two
+"""The effect of ``clasp.configure_environment`` and batch size: CPU time per image of EfficientNet-Lite0, in two
 processes.
 
-    python -m benchmarks.allocator
+python -m benchmarks.allocator
 
-Not in ``make bench``, since it compares clasp with itself. Printed: milliseconds of processor time an image at 192 px,
-and how many of them are spent in the kernel, for batches of 8, 16 and 32.
+Not in ``make bench``, since it compares clasp with itself. Prints milliseconds of CPU time per image at 192 px, and how
+many of them are spent in the kernel, for batches of 8, 16 and 32.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if sys.argv[1] == "settled":
     import clasp
     clasp.configure_environment()
 import torch
-from clasp.models.zoo.pip_packages import packaged
+from clasp.models.zoo.pip_packages import load_pip_backbone
 from clasp.models.tower import Tower
 from clasp.types import Pixels
-tower = Tower(packaged("efficientnet-lite0", size=192))
+tower = Tower(load_pip_backbone("efficientnet-lite0", size=192))
 def spent():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime, used.ru_stime
@@ -38,7 +38,7 @@ with torch.inference_mode():
 
 
 def main() -> None:
-    """Twice each, in turns."""
+    """Each mode twice, alternating."""
     for mode in ("plain", "settled") * 2:
         subprocess.run([sys.executable, "-c", PROGRAM, mode], check=True)
 

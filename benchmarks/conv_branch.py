@@ -1,10 +1,10 @@
-"""What it saves to bring the maps of MS-CLIP's branch to the size of the patches as one product, not as a convolution.
+"""The speed-up from computing the patch-sized convolutions of MS-CLIP's parallel branch as a matrix product.
 
     python -m benchmarks.conv_branch
 
-Not in ``make bench``, since it compares clasp with itself. Printed: milliseconds of a forward and a backward pass for
-four kernels of ``msclip/msclip-s-b32`` at 32 pictures, and two of a small net at 128, in float32 and bfloat16: the
-median of five, with the lowest and the highest.
+Not in ``make bench``, since it compares clasp with itself. Prints milliseconds of a forward and a backward pass for
+four kernels of ``msclip/msclip-s-b32`` at 32 images, and two of a small encoder at 128, in float32 and bfloat16: the
+median of five, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 from clasp import configure_environment
 from clasp.models.transformer.convolutions import DepthwisePatchConv
 
-# pictures, channels, places a side, kernel
+# images, channels, side of the feature map, kernel
 WORK = ((32, 48, 112, 16), (32, 96, 56, 8), (32, 192, 28, 4), (32, 384, 14, 2), (128, 48, 32, 8), (128, 96, 16, 4))
 REPEATS = 5
 
 
 def main() -> None:
-    """All of them, each way in turns."""
+    """All shapes, alternating between the implementations."""
     configure_environment()
-    for pictures, channels, places, kernel in WORK:
-        maps = torch.randn(pictures, channels, places, places)
+    for images, channels, side, kernel in WORK:
+        maps = torch.randn(images, channels, side, side)
         ours = DepthwisePatchConv(channels, kernel, "batch")
         ways: dict[str, Callable[[Tensor], Tensor]] = {
             "one product": ours.conv_as_matmul,
@@ -39,13 +39,13 @@ def main() -> None:
             for repeat in range(REPEATS + 1):
                 for name, way in ways.items():
                     seconds = _once(way, maps, kind)
-                    if repeat:  # the first is not counted
+                    if repeat:  # skip the warm-up
                         taken[name].append(1e3 * seconds)
-            said = "  ".join(
+            summary = "  ".join(
                 f"{name} {sorted(each)[REPEATS // 2]:.1f} ({min(each):.1f} to {max(each):.1f})"
                 for name, each in taken.items()
             )
-            print(f"{[*maps.shape]} kernel {kernel:2} {str(kind).removeprefix('torch.'):8} ms: {said}", flush=True)
+            print(f"{[*maps.shape]} kernel {kernel:2} {str(kind).removeprefix('torch.'):8} ms: {summary}", flush=True)
 
 
 def _convolution(ours: DepthwisePatchConv) -> Callable[[Tensor], Tensor]:

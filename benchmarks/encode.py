@@ -1,8 +1,8 @@
-"""Encoding pictures and captions: clasp against open_clip, sentence-transformers and transformers' pipelines.
+"""Encoding images and captions: clasp against open_clip, sentence-transformers and transformers' pipelines.
 
-The same two towers with the same weights everywhere. Pictures are JPEG files of 640 x 480 whose spectrum is that of
-photographs, and reading, decoding and resizing them is part of the work; captions are those of the demo's sample. Each
-peer is called as its own documentation calls it.
+The same two towers with the same weights everywhere. Images are JPEG files of 640 x 480 with the spectrum of
+photographs, and reading, decoding and resizing them is included; captions are those of the demo's sample. Each peer is
+called as in its own documentation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Maker = Callable[[ModelAndPreprocessing], Run]
 
 
 def photos(count: int) -> list[Path]:
-    """JPEG files of coloured noise with energy falling as 1/f, as in photographs: they compress and decode alike."""
+    """JPEG files of 1/f noise, the spectrum of photographs, so that they compress and decode like photographs."""
     folder = sample_data.WORK / "photos"
     folder.mkdir(parents=True, exist_ok=True)
     height, width = 480, 640
@@ -159,7 +159,7 @@ def pipeline_captions(parts: ModelAndPreprocessing) -> Run:
 def sentence_transformers_captions(parts: ModelAndPreprocessing) -> Run:
     model = _sentence_transformer(str(peer_models.saved_text(parts)), "mean")
     texts = sample_data.captions(CAPTIONS)
-    with torch.no_grad():  # the same towers, or no comparison
+    with torch.no_grad():  # verify that the towers are equal
         right = parts.model.text.pooled(parts.tokenizer(texts[:4]))
     torch.testing.assert_close(torch.from_numpy(model.encode(texts[:4])), right, rtol=1e-3, atol=1e-3)
     return lambda: len(model.encode(texts, batch_size=BATCH))

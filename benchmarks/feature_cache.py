@@ -1,7 +1,7 @@
 """A deep adapter, or the top two blocks, in both towers: epochs after the first, with and without the feature cache.
 
-Both sides are clasp, as ``data.feature_cache`` makes them: without the cache pictures are decoded and the frozen blocks
-are run in every step. The arithmetic of both is counted, which says how much a cache can give at most.
+Both sides are clasp, with and without ``data.feature_cache``: without it, images are decoded and the frozen blocks are
+run in every step. The FLOPs of both are counted, which gives the maximum speed-up of a cache.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def compare(work: str, spec: str) -> list[Row]:
             for features in ("float16", "off")
         }
         for ours in made.values():
-            assert len(ours.batches)  # the first epoch's work is done here
+            assert len(ours.batches)  # fills the cache
         rates = harness.race(
             [
                 Contestant("cached", made["float16"].epoch),
-                # one step without the cache is long enough
+                # one step without the cache is enough
                 Contestant("off", lambda: made["off"].epoch(most=1)),
             ]
         )

@@ -1,8 +1,8 @@
-"""The training step itself against the machine: arithmetic a second of a step that tunes both towers whole.
+"""FLOPs utilisation of the training step: FLOP/s of a step that tunes both towers fully, against the machine's.
 
-The FLOPs of a step are counted, not estimated, and its rate is compared with that of large square products of float32
-matrices measured in turns with it. What is not a product (norms, GELU, softmax, the optimizer) costs time and counts
-nothing, so 100 % cannot be reached.
+The FLOPs of a step are counted, not estimated, and its rate is compared with that of large square float32 matrix
+products measured in alternation with it. Other operations (norms, GELU, softmax, the optimizer) take time and count no
+FLOPs, so 100 % cannot be reached.
 """
 
 from __future__ import annotations

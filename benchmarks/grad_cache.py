@@ -1,8 +1,9 @@
-"""A batch of 4,096 from pieces of 64, against sentence-transformers' CachedMultipleNegativesRankingLoss.
+"""Gradient caching with batch 4,096 and micro-batches of 64, against CachedMultipleNegativesRankingLoss.
 
-Both sides run the very same small towers and the same symmetric loss on the same batch; captions are of real lengths.
-Shown are time, peak memory in a process each, and how far each gradient is from that of one piece (at a batch that fits
-in one). sentence-transformers pads what it is given to one length and cuts the padding of each piece.
+Both sides run the same small towers and the same symmetric loss on the same batch; captions have realistic lengths.
+Reported are time, peak memory in separate processes, and the distance of each gradient from that of an unsplit batch
+(at a size that fits in memory). sentence-transformers pads its input to one length and trims the padding of each
+micro-batch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from clasp.training.losses import info_nce
 from clasp.types import Batch, Pixels, Tokens
 
 BATCH = sized(4096, 64)
-SMALL = sized(256, 32)  # for the gradient of one piece
+SMALL = sized(256, 32)  # for the gradient of the unsplit batch
 PIECE = sized(64, 8)
 SIZE, WIDTH, BLOCKS = 32, 192, 4
 SCALE = 20.0
@@ -35,7 +36,7 @@ WORK = f"batch {BATCH:,} from pieces of {PIECE}"
 
 
 def model() -> DualEncoder:
-    """A ViT of 17 tokens and a BERT, four blocks each of width 192, every weight of the towers and heads trained."""
+    """A ViT of 17 tokens and a BERT, four blocks of width 192 each; all weights of towers and heads are trained."""
     from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
@@ -58,7 +59,7 @@ def pairs(count: int) -> Batch:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(count, 3, SIZE, SIZE, generator=generator)
     tokens = sample_data.untouched().tokenizer(sample_data.captions(count))
-    sample_data.untouched.cache_clear()  # its memory is nobody's here
+    sample_data.untouched.cache_clear()  # free its memory
     groups = torch.arange(count)[:, None].expand(count, 2).contiguous()
     return Batch(tuple(map(str, range(count))), Pixels(pixels), tokens, groups)
 
@@ -77,7 +78,7 @@ def one_piece(model: DualEncoder, batch: Batch) -> None:
 
 
 def peer(model: DualEncoder) -> Any:
-    """Their loss over a SentenceTransformer of one module, which asks the tower that its input is for."""
+    """Their loss over a SentenceTransformer of one module, which dispatches to the tower of its input."""
     imported("sentence_transformers")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules.module import Module
@@ -136,8 +137,8 @@ def rows() -> Sequence[Row]:
 
 
 def memory() -> Row:
-    mine = harness.peak_elsewhere("bigbatch", "clasp")
-    other = attempt(partial(harness.peak_elsewhere, "bigbatch", "peer"))
+    mine = harness.peak_elsewhere("grad_cache", "clasp")
+    other = attempt(partial(harness.peak_elsewhere, "grad_cache", "peer"))
     work = f"{WORK}: memory above the inputs"
     ours = Measured("", (mine.grown,))
     if isinstance(other, str):
@@ -146,7 +147,7 @@ def memory() -> Row:
 
 
 def exactness(mine: DualEncoder, other: DualEncoder, loss: Any) -> Row:
-    """Farthest that a weight's gradient is from that of one piece, in parts of its norm."""
+    """Maximum relative distance of a weight's gradient from that of the unsplit batch."""
     batch = pairs(SMALL)
     whole = deepcopy(mine)
     one_piece(whole, batch)
@@ -164,7 +165,9 @@ def farthest(model: DualEncoder, whole: DualEncoder) -> float:
     found = []
     largest = max(float(p.grad.norm()) for p in whole.parameters() if p.grad is not None)
     for ours, right in zip(model.parameters(), whole.parameters(), strict=True):
-        if right.grad is not None and float(right.grad.norm()) > 1e-6 * largest:  # keys' biases have none but rounding
+        if (
+            right.grad is not None and float(right.grad.norm()) > 1e-6 * largest
+        ):  # key biases have no gradient except rounding
             assert ours.grad is not None
             found.append(float((ours.grad - right.grad).norm() / right.grad.norm()))
     return max(found)

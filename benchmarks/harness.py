@@ -1,9 +1,9 @@
-"""What every benchmark does the same way: take turns, measure, say what came of it.
+"""The benchmark harness: alternating runs, measurement, tables.
 
-In go contestants (a name and something to run that says how much it did). Out come medians over repeats with the lowest
-and the highest, the peak memory of a piece of work in a process of its own, and rows of one table.
-Unusual: contestants take turns in one process, so a machine that slows down slows all of them; a peer that cannot run
-is a row with its reason; and where a target is missed the row says where our time goes, by the profiler.
+Input: contestants (a name and a callable that returns how much it processed). Output: medians over repeats with minimum
+and maximum, the peak memory of some work in its own process, and rows of a table. Note: contestants alternate in one
+process, so a slowdown of the machine affects all of them; a peer that cannot run is a row with its reason; and where a
+target is missed, the row contains a profile of our time.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ REPEATS = 3
 PACKAGES = ("torch", "clasp-vl", "transformers", "peft", "timm", "open_clip_torch", "sentence-transformers")
 
 Run = Callable[[], int]
-"""Does its work once and returns how much that was: pairs, images, captions, steps."""
+"""Runs its work once and returns how much was processed: pairs, images, captions, steps."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Someone who does the work: a name for the table, and the work."""
+    """One implementation: its name in the table, and its work."""
 
     name: str
     run: Run
@@ -47,7 +47,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Measured:
-    """One number per repeat, in the unit that the row names."""
+    """One number per repeat, in the row's unit."""
 
     name: str
     values: tuple[float, ...]
@@ -65,8 +65,8 @@ class Measured:
 class Row:
     """One line of the table.
 
-    ``ratio`` is ours to theirs. ``theirs`` is ``None`` where a peer could not run, and ``note`` then says why.
-    ``bound`` says what bounds us, and is printed where the target is missed. Rows without a target are for information.
+    ``ratio`` is ours to theirs. ``theirs`` is ``None`` where a peer could not run, and ``note`` is then the reason.
+    ``bound`` is our bottleneck, printed where the target is missed. Rows without a target are for information.
     """
 
     work: str
@@ -96,7 +96,7 @@ class Row:
     def cells(self) -> list[str]:
         sign = "≥" if self.better == "higher" else "≤"
         ratio = "" if self.ratio is None else f"{self.ratio:.2f}" if self.ratio >= 0.1 else f"{self.ratio:.3f}"
-        said = [self.note, f"bound by: {self.bound}" if self.verdict == "**missed**" and self.bound else ""]
+        notes = [self.note, f"bound by: {self.bound}" if self.verdict == "**missed**" and self.bound else ""]
         return [
             self.work,
             self.unit,
@@ -106,7 +106,7 @@ class Row:
             ratio,
             "" if self.target is None else f"{sign} {self.target:g}",
             self.verdict,
-            "; ".join(part for part in said if part),
+            "; ".join(part for part in notes if part),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,17 +123,17 @@ def table(rows: Sequence[Row], header: Sequence[str] = HEADER) -> str:
 
 
 def spoken(value: float) -> str:
-    """Three digits, and thousands apart."""
+    """Three significant digits, with thousands separators."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def quick() -> bool:
-    """Whether only the scripts are tried out, at sizes that say nothing (``CLASP_BENCH=quick``)."""
+    """Whether scripts are only tested, at meaningless sizes (``CLASP_BENCH=quick``)."""
     return os.environ.get("CLASP_BENCH") == "quick"
 
 
 def sized(full: int, tiny: int) -> int:
-    """A size, or a tiny one where the scripts are only tried out."""
+    """``full``, or ``tiny`` in quick mode."""
     return tiny if quick() else full
 
 
@@ -141,12 +141,12 @@ def sized(full: int, tiny: int) -> int:
 
 
 def race(contestants: Sequence[Contestant], *, repeats: int = REPEATS, warm: bool = True) -> dict[str, Measured]:
-    """How much each does a second: all take turns, once without the clock, then ``repeats`` times with it."""
+    """Throughput of each per second: alternating runs, one warm-up and ``repeats`` timed ones."""
     for contestant in contestants if warm else ():
         contestant.run()
     rates: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for number in range(repeats):
-        turn = number % len(contestants)  # whoever comes first finds a cooler machine
+        turn = number % len(contestants)  # rotate the order: the first finds a cooler machine
         for contestant in (*contestants[turn:], *contestants[:turn]):
             gc.collect()
             began = time.perf_counter()
@@ -157,7 +157,7 @@ def race(contestants: Sequence[Contestant], *, repeats: int = REPEATS, warm: boo
 
 
 def seconds(run: Callable[[], Any], *, repeats: int = REPEATS) -> Measured:
-    """How long something takes, once it has been done before."""
+    """Duration in seconds, after one warm-up."""
     run()
     values = []
     for _ in range(repeats):
@@ -169,14 +169,14 @@ def seconds(run: Callable[[], Any], *, repeats: int = REPEATS) -> Measured:
 
 
 def products_a_second(size: int = 2048) -> Measured:
-    """Arithmetic of this machine in square products of float32 matrices, in GFLOP a second."""
+    """Throughput of this machine on square float32 matrix products, GFLOP/s."""
     left, right = torch.randn(size, size), torch.randn(size, size)
     taken = seconds(lambda: torch.mm(left, right), repeats=9)
     return Measured("matrix products", tuple(2e-9 * size**3 / each for each in taken.values))
 
 
 def profiled(run: Run, count: int = 4) -> str:
-    """Where the time of some work goes: the operations that take most, with their shares."""
+    """The operations with the largest share of the time, by the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
@@ -190,7 +190,7 @@ def profiled(run: Run, count: int = 4) -> str:
 
 @dataclass(frozen=True)
 class Peak:
-    """Memory of a piece of work, in MB: of its process in all, and beyond what was there before; kept for backward."""
+    """Peak memory of some work, MB: of its process in total, beyond the initial usage, and saved for backward."""
 
     process: float
     grown: float
@@ -198,9 +198,9 @@ class Peak:
 
 
 def peak_of(work: Callable[[], Any]) -> Peak:
-    """The peak of the resident memory while ``work`` runs in this process.
+    """The peak resident memory while ``work`` runs in this process.
 
-    Linux tells a peak that can be set back; elsewhere there is only that of the whole life of the process.
+    Linux has a resettable peak; elsewhere it is that of the whole lifetime of the process.
     """
     gc.collect()
     with suppress(OSError, AttributeError):
@@ -214,7 +214,8 @@ def peak_of(work: Callable[[], Any]) -> Peak:
 
 
 def peak_elsewhere(script: str, name: str) -> Peak:
-    """The peak of a named piece of a script's work, in a process of its own. ``RuntimeError`` says why it failed."""
+    """The peak of a named work of a script, in its own process. Raises ``RuntimeError`` with the reason of a
+    failure."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{script}", "--peak", name],
         capture_output=True,
@@ -227,11 +228,11 @@ def peak_elsewhere(script: str, name: str) -> Peak:
 
 
 def _reason(code: int, errors: str) -> str:
-    """Why a process ended: what it said last, or the signal that ended it."""
+    """Why a process ended: the last line of its error output, or the signal."""
     if code == -9:
         return "the process was killed: not enough memory"
-    said = [line for line in errors.splitlines() if line.strip()]
-    return said[-1] if said else f"the process ended with {code}"
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return lines[-1] if lines else f"the process ended with {code}"
 
 
 def _status(name: str) -> float:
@@ -249,12 +250,13 @@ def _status(name: str) -> float:
 
 
 def main(rows: Callable[[], Sequence[Row]], peaks: Mapping[str, Callable[[], Peak]] | None = None) -> None:
-    """The command of a script: its rows as a table, with ``--json`` also to a file; ``--peak`` one peak, in JSON."""
+    """The command line of a script: prints its table, ``--json`` also writes a file; ``--peak`` prints one peak as
+    JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", choices=sorted(peaks or {}))
     given = parser.parse_args()
-    repair_torchvision()  # before anything of a peer, or of transformers, looks for it
+    repair_torchvision()  # before a peer or transformers imports it
     if given.peak:
         assert peaks is not None
         print(json.dumps(asdict(peaks[given.peak]())))
@@ -268,7 +270,7 @@ def main(rows: Callable[[], Sequence[Row]], peaks: Mapping[str, Callable[[], Pea
 
 
 def machine() -> dict[str, Any]:
-    """What a result belongs to: the processor, memory, threads, versions, the day."""
+    """The machine of a result: processor, memory, threads, versions, date."""
     versions = {}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -1,7 +1,8 @@
-"""Heads only, epochs after the first: clasp replays what the frozen towers said, the peers encode every pair again.
+"""Heads only, epochs after the first: clasp reads cached features of the frozen towers, the peers encode every pair
+again.
 
 Peers get pixels and token ids from memory, captions padded to the longest of the batch only; clasp's time includes
-looking its features up and putting its batches together.
+looking up features and assembling batches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What one more call of a text tower costs, in tokens: ``TOKENS_PER_CALL`` of ``clasp.models.length_buckets``.
+"""The overhead of one more call of a text tower, in tokens: ``TOKENS_PER_CALL`` of ``clasp.models.length_buckets``.
 
-A batch of captions is run in one call and in 2, 4 ... calls, all captions of one length, so that the tokens are the
-same and the calls are not. The time is a line in both; its slope by calls over its slope by tokens is the answer.
+A batch of captions of equal length is run in 1, 2, 4 ... calls, so that the number of tokens is constant and the number
+of calls is not. Time is modelled as linear in both; the ratio of the slopes by calls and by tokens is the answer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""LiT (image tower locked, text tower tuned whole), the first epoch: clasp against open_clip with ``--lock-image``.
+"""LiT (image tower frozen, text tower fully tuned), the first epoch: clasp against open_clip with ``--lock-image``.
 
-The first epoch is where a cache has nothing to give yet: clasp encodes every image once for it, which open_clip does
-too, in its steps. clasp's time includes reading and decoding the pictures; open_clip has its pixels in memory.
+In the first epoch the feature cache is empty: clasp encodes every image once to fill it, as open_clip does in its
+steps. clasp's time includes reading and decoding the images; open_clip has its pixels in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def rows() -> Sequence[Row]:
     ours = sample_data.Ours(recipe, sample_data.pairs(PAIRS), batch=BATCH, cache=Path())
 
     def first_epoch() -> int:
-        with tempfile.TemporaryDirectory() as cache:  # nothing is there yet
+        with tempfile.TemporaryDirectory() as cache:  # an empty cache
             ours.cache = Path(cache)
             return ours.epoch(ours.read())
 

@@ -1,8 +1,8 @@
-"""InfoNCE of a large batch, E = 512, forward and backward: time and memory against naive and open_clip's loss.
+"""InfoNCE of a large batch, E = 512, forward and backward: time and memory against a naive loss and open_clip's.
 
-Naive makes the B x B logits once, open_clip's local loss twice; clasp makes them in tiles, twice, so its arithmetic is
-4/3 of naive's. Each peak is measured in a process of its own. Where naive does not fit in memory it is not run, and
-the largest batch at which it does is shown beside.
+The naive loss computes the B x B logits once, open_clip's local loss twice; clasp computes them in tiles, twice, so its
+FLOPs are 4/3 of the naive ones. Each peak is measured in its own process. Where the naive loss does not fit in memory,
+its peak is extrapolated from the largest batch at which it does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WIDTH = 512
 LARGEST = sized(32768, 1024)
 TIMED = [sized(8192, 256), sized(16384, 512)]
 SLOWER, SMALLER = 1.4, 1 / 20
-MATRICES = 5  # B x B float32 matrices that naive is given room for; it was seen to hold 4.1
+MATRICES = 5  # B x B float32 matrices allowed for the naive loss; measured: 4.1
 LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -44,13 +44,13 @@ def open_clip() -> LossOf:
 
 
 def inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit vectors and a scale, with gradients already there: what everyone has."""
+    """Unit vectors and a scale, with gradients already allocated: common to all contestants."""
     generator = torch.Generator().manual_seed(0)
     sides = [F.normalize(torch.randn(batch, WIDTH, generator=generator), dim=1) for _ in range(2)]
     given = (sides[0], sides[1], torch.tensor(50.0))
     for tensor in given:
         tensor.requires_grad_()
-        tensor.grad = torch.full_like(tensor, 1e-9)  # written, so that it counts as held before
+        tensor.grad = torch.full_like(tensor, 1e-9)  # written, so that it counts as initial usage
     return given
 
 
@@ -83,7 +83,7 @@ def times(batch: int) -> list[Row]:
 
 
 def memory() -> list[Row]:
-    """Peaks above what the process held before; the inputs and their gradients are there already."""
+    """Peaks beyond the initial usage, which includes the inputs and their gradients."""
     at = TIMED[-1]
     ours, theirs = peak_at("clasp", at), {name: peak_at(name, at) for name in ("naive", "open_clip")}
     found = [compare(at, ours, name, peak, None) for name, peak in theirs.items()]
@@ -114,7 +114,7 @@ def compare(batch: int, ours: Peak | str, name: str, theirs: Peak | str, target:
 
 
 def peak(loss: LossOf, batch: int) -> Peak:
-    run(loss, inputs(64))  # threads and kernels are there
+    run(loss, inputs(64))  # warm-up
     return harness.peak_of(partial(run, loss, inputs(batch)))
 
 

@@ -1,9 +1,10 @@
-"""The forward pass of MS-CLIP-S and CLIP, ViT-B/32: clasp against the plain way on the same weights and inputs.
+"""The forward pass of MS-CLIP-S and CLIP, ViT-B/32: clasp against a plain implementation with the same weights and
+inputs.
 
-Random weights, and captions from all over the demo's sample in CLIP's word pieces (14 on average; Flickr8k has 15). The
-plain way is that of the released code: attention as two products with the map between them, an added mask, and 77
-tokens for every caption. Clasp has PyTorch's attention, and captions as long as they are. Both give the same embeddings
-to 1e-5, or nothing is timed. Images and captions take their turns apart; a row for both adds up their times.
+Random weights, and captions sampled from the demo's data in CLIP's vocabulary (14 tokens on average; Flickr8k has 15).
+The plain implementation is that of the released code: attention as two products with an explicit map, an additive mask,
+and 77 tokens for every caption. Clasp uses PyTorch's attention, and unpadded captions. Both give the same embeddings to
+1e-5, or nothing is timed. Images and captions are timed separately; a row for both adds their times.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from clasp.training.cost.flops import count_macs
 
 RECIPES = ("msclip/msclip-s-b32", "msclip/clip-b32")
 BATCH = sized(32, 2)
-CAPTIONS = 1_114  # as many as the sample has
+CAPTIONS = 1_114  # the size of the sample
 CONTEXT = 77
 TARGET = 1.5
 SAME = 1e-5
@@ -51,7 +52,7 @@ def compare(name: str) -> list[Row]:
         (PLAIN, "captions"): lambda: plain_text(model, whole, ends),
     }
     with torch.inference_mode():
-        for part in PARTS:  # the same embeddings, or no comparison
+        for part in PARTS:  # verify that the embeddings are equal
             torch.testing.assert_close(work["clasp", part](), work[PLAIN, part](), rtol=0, atol=SAME)
         rates = harness.race([Contestant(f"{who}: {part}", _counted(run)) for (who, part), run in work.items()])
         macs = {key: count_macs(run) for key, run in work.items()}
@@ -69,13 +70,13 @@ def compare(name: str) -> list[Row]:
 
 
 def _spread(mask: Tensor) -> str:
-    """Lengths of captions for a person: from, to, mean."""
+    """Caption lengths as text: minimum, maximum, mean."""
     lengths = mask.sum(dim=1)
     return f"{int(lengths.min())} to {int(lengths.max())} (mean {float(lengths.float().mean()):.0f})"
 
 
 def _together(rates: Sequence[Measured]) -> Measured:
-    """Of work done one after the other, repeat by repeat: the times add up."""
+    """The combined rate of consecutive work, repeat by repeat: the times add up."""
     values = zip(*(rate.values for rate in rates), strict=True)
     return Measured("", tuple(1 / sum(1 / each for each in repeat) for repeat in values))
 
@@ -84,7 +85,7 @@ def _counted(run: Callable[[], Tensor]) -> Callable[[], int]:
     return lambda: len(run())
 
 
-# --- the plain way ---------------------------------------------------------------------------------------------------
+# --- plain implementation --------------------------------------------------------------------------------------------
 
 
 def plain_image(model: Any, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B E"]:
@@ -93,7 +94,7 @@ def plain_image(model: Any, pixels: Float[Tensor, "B 3 height width"]) -> Float[
     x = torch.cat((net.cls_token.expand(len(x), -1, -1), x), dim=1) + net.pos_embed
     x, maps = net.norm_pre(x), pixels
     for number, block in enumerate(net.blocks):
-        if net.parallel is not None and number in net.parallel.stage_at:
+        if net.parallel is not None and number in net.parallel.stage_by_block:
             x, maps = net.parallel(number, x, maps)
         x = plain_block(block, x, None)
     return F.normalize(model.image_head(net.norm(x)[:, 0]), dim=-1)
@@ -114,7 +115,7 @@ def plain_block(block: Any, x: Float[Tensor, "B N D"], unseen: Tensor | None) ->
 
 
 def plain_attention(attn: Any, x: Float[Tensor, "B N D"], unseen: Tensor | None) -> Float[Tensor, "B N D"]:
-    """Queries, keys and values head by head, as PyTorch's own multi-head attention has them where it gives its map."""
+    """Explicit attention by head, as in ``nn.MultiheadAttention`` with ``need_weights=True``."""
     B, N, D = x.shape
     heads, width = attn.heads, D // attn.heads
     q, k, v = (part.reshape(B, N, heads, width).transpose(1, 2) for part in attn.qkv(x).chunk(3, dim=-1))

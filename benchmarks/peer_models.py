@@ -1,7 +1,7 @@
-"""The peers' own models of the same two towers: open_clip's, and transformers' dual encoder; and towers as folders.
+"""The peers' models of the same two towers: open_clip's, and transformers' dual encoder; and towers saved as folders.
 
-In go clasp's assembled parts, out come models that hold the same weights. Unusual: that they answer as ours do is
-checked whenever one is made, since a comparison of different towers would say nothing.
+Input: clasp's assembled parts. Output: models with the same weights. Note: equality of their outputs with ours is
+checked whenever one is built, since a comparison of different towers would be meaningless.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from clasp.training.memory import ActivationMemory
 from clasp.types import Pixels, Tokens
 
 OPEN_CLIP_LENGTH = 77  # tokens that open_clip pads every caption to
-EXAMPLE_LENGTH = 128  # and that transformers' example script for dual encoders does
+EXAMPLE_LENGTH = 128  # and that transformers' example script for dual encoders pads to
 
 
 # --- open_clip -------------------------------------------------------------------------------------------------------
 
 
 def open_clip_model(parts: ModelAndPreprocessing) -> Any:
-    """open_clip's model of a timm ViT and a BERT, holding our weights. Its answers have been compared with ours."""
+    """open_clip's model of a timm ViT and a BERT, with our weights. Its outputs are checked against ours."""
     imported("open_clip")
     from open_clip.model import CustomTextCLIP
 
@@ -43,7 +43,7 @@ def open_clip_model(parts: ModelAndPreprocessing) -> Any:
 
 
 def _as_timm(net: Any) -> dict[str, Tensor]:
-    """Weights of transformers' DINOv2 under timm's names, with positions for our size."""
+    """Weights of transformers' DINOv2 under timm's names, with positions for our image size."""
     blank = torch.zeros(1, 50, 384)
     tensors = {
         "cls_token": net.embeddings.cls_token,
@@ -79,7 +79,7 @@ def _layers(net: Any) -> list[nn.Module]:
 
 @torch.no_grad()
 def _compare(parts: ModelAndPreprocessing, trunk: Callable[[Tensor], Tensor]) -> None:
-    """The same towers, or no comparison."""
+    """Checks that the outputs are equal to ours."""
     pixels = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(trunk(pixels), parts.model.image.pooled(Pixels(pixels)), rtol=1e-3, atol=1e-3)
 
@@ -88,7 +88,7 @@ def _compare(parts: ModelAndPreprocessing, trunk: Callable[[Tensor], Tensor]) ->
 
 
 def dual_encoder(parts: ModelAndPreprocessing) -> Any:
-    """transformers' VisionTextDualEncoder of our towers. It pools captions through BERT's pooler, which is added."""
+    """transformers' VisionTextDualEncoder of our towers. It pools captions by BERT's pooler, which is added."""
     from transformers import BertModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
     text = BertModel(deepcopy(parts.model.text.net.config), add_pooling_layer=True)
@@ -99,11 +99,11 @@ def dual_encoder(parts: ModelAndPreprocessing) -> Any:
     return VisionTextDualEncoderModel(config, vision_model=vision, text_model=text)
 
 
-# --- folders that any library opens -----------------------------------------------------------------------------------
+# --- saved towers ----------------------------------------------------------------------------------------------------
 
 
 def saved_text(parts: ModelAndPreprocessing) -> Path:
-    """The text tower and its tokenizer as transformers saves them."""
+    """The text tower and its tokenizer in transformers' format."""
     from transformers import PreTrainedTokenizerFast
 
     folder = WORK / "text-tower"
@@ -118,7 +118,7 @@ def saved_text(parts: ModelAndPreprocessing) -> Path:
 
 
 def saved_image(parts: ModelAndPreprocessing) -> Path:
-    """The image tower with what transformers must know of its pixels."""
+    """The image tower with transformers' preprocessor config."""
     folder = WORK / "image-tower"
     if not (folder / "ready").exists():
         parts.model.image.net.save_pretrained(folder)
@@ -142,7 +142,7 @@ def saved_image(parts: ModelAndPreprocessing) -> Path:
 
 @torch.no_grad()
 def compare_texts(parts: ModelAndPreprocessing, pooled: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """As for images: a peer's mean of the states must be ours."""
+    """Checks that a peer's mean-pooled states are equal to ours."""
     ids = torch.randint(1000, 20000, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     ours = parts.model.text.pooled(Tokens(ids, mask.bool()))
@@ -157,7 +157,7 @@ Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Rival:
-    """A peer that trains: its model, its loss, AdamW over whatever has gradients."""
+    """A peer's training step: its model, its loss, AdamW over its trainable parameters."""
 
     def __init__(self, model: nn.Module, loss: Step, *, fused: bool = False, clip: float | None = None):
         self.model, self.loss, self.clip = model, loss, clip
@@ -174,23 +174,23 @@ class Rival:
         return len(pixels)
 
     def kept(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> int:
-        """Bytes kept for the backward pass of a step."""
+        """Activation memory of a step, bytes."""
         with ActivationMemory(self.model.parameters()) as kept:
             self.loss(pixels, ids, mask)
         return kept.bytes
 
 
 def open_clip_rival(model: Any) -> Rival:
-    """As ``open_clip_train`` steps: its own loss, no clipping, the mask told by the pad token. Lock towers before."""
+    """As in ``open_clip_train``: its loss, no clipping, the mask from the pad token. Lock towers before."""
     loss = imported("open_clip").ClipLoss()
     model.train()
     return Rival(model, lambda pixels, ids, mask: loss(**model(pixels, ids)))
 
 
 def dual_encoder_rival(model: Any, *, example: bool) -> Rival:
-    """As transformers' example script: its trainer's AdamW, norm of the gradient clipped to 1, dropout on.
+    """As in transformers' example script: its trainer's AdamW, gradient norm clipped to 1, dropout on.
 
-    ``example=False``: as well as it can be set up, with a fused AdamW and no dropout.
+    ``example=False``: the fastest configuration, with fused AdamW and no dropout.
     """
     model.train(example)
 

@@ -1,8 +1,8 @@
-"""Other people's libraries, imported where they can be.
+"""Imports of the peer libraries, where they are available.
 
-Unusual: torchvision, which open_clip and timm import and hardly use, may have no build for this torch; then importing
-it fails on two operators that it describes, and so does whatever of transformers looks whether it is there. They are
-declared here first, with nothing behind them.
+Note: torchvision, which open_clip and timm import but hardly use, may have no build for this torch version; importing
+it then fails on two operators without implementation, and so does any check for it in transformers. They are declared
+here first, without implementation.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Peer = TypeVar("Peer")
 
 @cache
 def repair_torchvision() -> Library:
-    """Declares what torchvision's compiled half would; to be called before anything imports it."""
-    operators = Library("torchvision", "DEF")  # the operators go when it does
+    """Declares the operators of torchvision's compiled extension; call before anything imports it."""
+    operators = Library("torchvision", "DEF")  # the operators live as long as this object
     for name in ("nms", "qnms"):
         operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return operators
 
 
 def imported(name: str) -> Any:
-    """A peer's module. Raises whatever its import does."""
+    """Import a peer's module. Raises whatever the import raises."""
     repair_torchvision()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -38,9 +38,9 @@ def imported(name: str) -> Any:
 
 
 def attempt(make: Callable[[], Peer]) -> Peer | str:
-    """What ``make`` gives, or why it cannot: a peer that does not run is told of, not left out."""
+    """The result of ``make``, or why it failed: a peer that does not run is reported, not omitted."""
     try:
         return make()
     except Exception as error:
-        said = str(error).strip().splitlines() or [""]
-        return f"cannot run here: {type(error).__name__}: {said[0][:200]}"
+        lines = str(error).strip().splitlines() or [""]
+        return f"cannot run here: {type(error).__name__}: {lines[0][:200]}"

@@ -1,9 +1,9 @@
-"""What all contestants work on: two towers with real weights, and real pictures and captions.
+"""The common workload of all contestants: two towers with real weights, and real images and captions.
 
 The towers come inside pip packages: a DINOv2 ViT-S/14 at 98 px (50 tokens) and all-MiniLM-L6. The pairs are those of
-the demo's sample: one drawing of each concept, its English name and keywords (captions of 4 to 40 tokens).
-Out come clasp's own parts (``Ours``: batches, model and step, as ``clasp train`` puts them together) and the same pairs
-as plain tensors for the peers, who thereby need not decode anything.
+the demo's sample: one drawing of each concept, its English name and keywords (captions of 4 to 40 tokens). Output:
+clasp's own parts (``Ours``: batches, model and step, as in ``clasp train``) and the same pairs as plain tensors for the
+peers, which therefore need not decode anything.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from clasp.types import Batch
 SIZE = 98
 WIDTH = 256  # of the joint space
 
-WORK = Path(tempfile.gettempdir()) / "clasp-benchmarks"  # what is unpacked once and shared between the scripts
+WORK = Path(tempfile.gettempdir()) / "clasp-benchmarks"  # unpacked once and shared between the scripts
 
 
 def recipe(*changes: str) -> Recipe:
@@ -58,7 +58,7 @@ def parts(recipe: Recipe) -> ModelAndPreprocessing:
 
 @cache
 def untouched() -> ModelAndPreprocessing:
-    """The two towers as they came, nothing inserted: for peers to copy. ``harness.peak_of`` must not find them."""
+    """The two base towers, for peers to copy. Clear this cache before ``harness.peak_of``."""
     return parts(recipe())
 
 
@@ -74,21 +74,21 @@ def _rows() -> list[dict[str, str]]:
 
 
 def pairs(count: int) -> Pairs:
-    """The first ``count`` pairs (at most 1,114) as clasp opens them."""
+    """The first ``count`` pairs (at most 1,114), opened by clasp."""
     path = WORK / f"pairs-{count}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in _rows()[:count]), encoding="utf-8")
     return open_pairs(path)
 
 
 def captions(count: int) -> list[str]:
-    """Captions with keywords; past the 1,114 there are, they go on with a number behind, so that none repeats."""
+    """Captions with keywords; beyond the 1,114 available, with a number appended, so that all are unique."""
     texts = [row["caption"] for row in _rows()]
     return [texts[n % len(texts)] + (f" {n // len(texts)}" if n >= len(texts) else "") for n in range(count)]
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Pairs in memory, as anyone reads them: normalised pixels, and captions as lists of token ids."""
+    """Pairs in memory, library-independent: normalised pixels, and captions as lists of token ids."""
 
     pixels: Float[Tensor, "n 3 98 98"]
     ids: list[list[int]]
@@ -97,27 +97,28 @@ class Plain:
         self, rows: Sequence[int], length: int | None = None
     ) -> tuple[Int[Tensor, "rows length"], Int[Tensor, "rows length"]]:
         """Ids and mask of some captions, padded to the longest of them or to a fixed length."""
-        some = [self.ids[row] for row in rows]
-        longest = length or max(map(len, some))
-        ids, mask = torch.zeros(2, len(some), longest, dtype=torch.long)
-        for place, each in enumerate(some):
-            each = each[:longest]
-            ids[place, : len(each)] = torch.tensor(each)
-            mask[place, : len(each)] = 1
+        captions = [self.ids[row] for row in rows]
+        longest = length or max(map(len, captions))
+        ids, mask = torch.zeros(2, len(captions), longest, dtype=torch.long)
+        for row, caption in enumerate(captions):
+            caption = caption[:longest]
+            ids[row, : len(caption)] = torch.tensor(caption)
+            mask[row, : len(caption)] = 1
         return ids, mask
 
 
 def plain(assembled: ModelAndPreprocessing, count: int) -> Plain:
-    """The first ``count`` pairs through clasp's own transform and tokenizer, which no peer then spends time on."""
+    """The first ``count`` pairs, preprocessed by clasp's transform and tokenizer outside the peers' timing."""
     chosen = _rows()[:count]
     pixels = torch.stack([assembled.transform(Path(row["image"]).read_bytes()) for row in chosen])
     return Plain(pixels, assembled.tokenizer.encode([row["caption"] for row in chosen]))
 
 
 class Ours:
-    """clasp as ``clasp train`` puts it together, without its log and its evaluations.
+    """clasp as in ``clasp train``, without logging and evaluation.
 
-    ``cache`` is where features are kept. Epoch after epoch the optimizer goes on, with the learning rate of a long run.
+    ``cache`` is the folder of the feature cache. The optimizer state is kept over epochs, with the schedule of a long
+    run.
     """
 
     def __init__(self, recipe: Recipe, pairs: Pairs, *, batch: int, cache: Path):
@@ -125,7 +126,7 @@ class Ours:
         self.parts = parts(recipe)
         self.model = self.parts.model
         self.settings = TrainSettings(batch_size=batch, micro_batch=batch, epochs=1, precision="float32")
-        self.listing = PairIndex(pairs)
+        self.index = PairIndex(pairs)
         self.stepper = Stepper(
             self.model,
             build_loss(recipe.loss),
@@ -139,7 +140,7 @@ class Ours:
         self.model.train()
 
     def read(self) -> PairLoader:
-        """The batches of the run; what of the towers is frozen is computed here, where it has not been before."""
+        """The batches of the run; features of frozen parts are computed here if they are not cached."""
         inputs = FeatureSource(
             self.model.image,
             self.model.text,
@@ -147,7 +148,7 @@ class Ours:
             tokenizer=self.parts.tokenizer,
             settings=FeatureSettings(CachePolicy(self.cache, self.recipe.data.feature_cache)),
         )
-        return PairLoader(inputs.batch_reader(self.pairs, self.listing, None), batch_size=self.batch, seed=0)
+        return PairLoader(inputs.batch_reader(self.pairs, self.index, None), batch_size=self.batch, seed=0)
 
     @cached_property
     def batches(self) -> PairLoader:
@@ -160,7 +161,7 @@ class Ours:
         return len(batch.ids)
 
     def epoch(self, batches: PairLoader | None = None, most: int | None = None) -> int:
-        """An epoch, or its first ``most`` steps; returns the pairs seen."""
+        """An epoch, or its first ``most`` steps; returns the number of pairs."""
         self.epochs += 1
         seen = 0
         for number, batch in enumerate((batches or self.batches).epoch(self.epochs)):
@@ -170,7 +171,7 @@ class Ours:
         return seen
 
     def kept(self, batch: Batch) -> int:
-        """Bytes kept for the backward pass of a step."""
+        """Activation memory of a step, bytes."""
         with ActivationMemory(self.model.parameters()) as kept:
             out = self.model(batch)
             self.stepper.loss(out.image, out.text, out.scale, out.bias, groups=batch.groups)

@@ -1,8 +1,8 @@
-"""How time and memory grow with pairs, batch, blocks trained and tokens, against the line that arithmetic expects.
+"""Scaling of time and memory with pairs, batch, trained blocks and tokens, against the expected linear growth.
 
-Drawn to ``scaling.png``. The expected time is the FLOPs counted at each point at the rate of the largest one; the
-expected memory is what the largest keeps for each pair, block or token, times how many there are. Where points lie
-above the line, something costs time or bytes and no arithmetic: calls, small products, batches being put together.
+Plotted to ``scaling.png``. The expected time is the FLOPs counted at each point at the FLOP rate of the largest one;
+the expected memory is that of the largest per pair, block or token. Points above the line show overhead without FLOPs:
+calls, small products, batch assembly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROWS = sized(32, 4)
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured at one size: seconds, FLOPs counted, bytes."""
+    """The measurements at one size: seconds, FLOPs, bytes."""
 
     size: int
     seconds: Measured
@@ -41,7 +41,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Growth:
-    """One curve: along what, of what, and its points by rising size."""
+    """One curve: its axis, its work, and its points by rising size."""
 
     along: str
     work: str
@@ -65,7 +65,7 @@ def rows() -> Sequence[Row]:
 
 
 def with_pairs() -> Growth:
-    """Heads only: an epoch from the cache, and the bytes of the cache."""
+    """Heads only: an epoch from the feature cache, and the size of the cache."""
 
     def point(count: int) -> Point:
         with tempfile.TemporaryDirectory() as cache:
@@ -78,7 +78,7 @@ def with_pairs() -> Growth:
 
 
 def with_batch() -> Growth:
-    """Both towers tuned whole: a step, and what it keeps for the backward pass."""
+    """Both towers fully tuned: a step, and its activation memory."""
 
     def point(size: int) -> Point:
         return step_of(['tune.image=["full"]', 'tune.text=["full"]'], size, size)
@@ -108,7 +108,7 @@ def step_of(changes: list[str], batch: int, size: int) -> Point:
 
 
 def with_length() -> Growth:
-    """The text tower alone, tuned whole, on captions of so many tokens."""
+    """The text tower alone, fully tuned, by caption length."""
     tower = sample_data.parts(sample_data.recipe('tune.text=["full"]')).model.text
 
     def point(length: int) -> Point:
@@ -128,7 +128,7 @@ def with_length() -> Growth:
 
 
 def of_time(curve: Growth) -> Row:
-    """The point farthest from the one that the line was drawn through."""
+    """The time at the smallest size, farthest from the largest, from which the expectation is extrapolated."""
     first, note = curve.points[0], f"{curve.along} {[point.size for point in curve.points]}"
     expected = Measured("", (curve.expected_seconds()[0],))
     work = f"{curve.work}: time at {curve.along} = {first.size}"
@@ -143,7 +143,7 @@ def of_memory(curve: Growth) -> Row:
 
 
 def draw(curves: Sequence[Growth], path: Path) -> None:
-    """One column a curve, time above memory; dots are measured, lines expected."""
+    """One column per curve, time above memory; dots are measured, lines expected."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""What ``torch.compile`` would give a training step, block by block: the reason why clasp does not compile.
+"""The speed-up of ``torch.compile`` on a training step, block by block: the reason why clasp does not compile.
 
-Both passes of DINOv2 ViT-S/14 at 98 px, eager and with every block compiled for its shape, take turns. What the
-compiler takes before the first step is told beside it. A machine without a C++ compiler cannot run it.
+Forward and backward of DINOv2 ViT-S/14 at 98 px, eager and with every block compiled for its shape, in alternation. The
+compile time before the first step is reported. A machine without a C++ compiler cannot run it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Low-rank tuning, and adapters with norms, in both towers, on captions of real lengths: pairs a second and memory.
+"""LoRA, and adapters with norms, in both towers, on captions of realistic lengths: pairs per second and memory.
 
-Against VisionTextDualEncoder with peft, as its example script sets it up (captions padded to 128, dropout on) and as
-well as it can be (padded to the longest of the batch, no dropout, fused AdamW). Both sides tune the same layers.
-Unusual: peft has no bottleneck adapters, so adapters with norms are set against low-rank tuning with norms.
+Against VisionTextDualEncoder with peft, as in its example script (captions padded to 128, dropout on) and in the
+fastest configuration (padded to the longest of the batch, no dropout, fused AdamW). Both sides tune the same layers.
+Note: peft has no bottleneck adapters, so adapters with norms are compared with LoRA and norms.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def ours(kind: str, batch: int = BATCH) -> sample_data.Ours:
 
 
 def rival(kind: str, setup: str) -> Rival:
-    """The dual encoder with low-rank weights beside the layers that ours have them, and for ``lwa`` its norms free."""
+    """The dual encoder with LoRA on the same layers as ours, and for ``lwa`` with trainable norms."""
     from peft import LoraConfig, get_peft_model  # noqa: TID251  # it is the peer here
 
     model = peer_models.dual_encoder(sample_data.untouched())
@@ -56,7 +56,7 @@ def rival(kind: str, setup: str) -> Rival:
 
 
 def same_layers(mine: sample_data.Ours, theirs: Rival) -> None:
-    """As many low-rank layers on either side, or no comparison."""
+    """Checks that both sides have equally many LoRA layers."""
     counts = [
         sum(name.endswith(("lora_A", "lora_A.default", "lora_A.default.weight")) for name, _ in net.named_parameters())
         for net in (mine.model, theirs.model)
@@ -65,7 +65,7 @@ def same_layers(mine: sample_data.Ours, theirs: Rival) -> None:
 
 
 def batch_of(setup: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels, ids and mask, padded as the setup has it."""
+    """Pixels, ids and mask, padded as in the setup."""
     plain = sample_data.plain(sample_data.untouched(), count)
     return plain.pixels, *plain.tokens(range(count), EXAMPLE_LENGTH if setup == "example" else None)
 
@@ -100,10 +100,10 @@ def speed(kind: str) -> list[Row]:
 
 
 def memory(kind: str) -> list[Row]:
-    mine = harness.peak_elsewhere("tune", f"clasp-{kind}")
+    mine = harness.peak_elsewhere("tuning_methods", f"clasp-{kind}")
     found = []
     for setup, name in SETUPS.items():
-        theirs = attempt(partial(harness.peak_elsewhere, "tune", f"{setup}-{kind}"))
+        theirs = attempt(partial(harness.peak_elsewhere, "tuning_methods", f"{setup}-{kind}"))
         note, sizes = str(theirs), (None, None)
         if isinstance(theirs, Peak):
             note = f"batch {BATCH_OF_MEMORY}; above what was there before: {mine.grown:,.0f} and {theirs.grown:,.0f}"
@@ -135,7 +135,7 @@ def peak_of_ours(kind: str) -> Peak:
 
 def peak_of_rival(kind: str, setup: str) -> Peak:
     theirs, batch = rival(kind, setup), batch_of(setup, BATCH_OF_MEMORY)
-    sample_data.untouched.cache_clear()  # they have their own copy
+    sample_data.untouched.cache_clear()  # the peer has its own copy
     peak = harness.peak_of(partial(theirs.step, *batch))
     return replace(peak, kept=1e-6 * theirs.kept(*batch))
 

@@ -1,9 +1,8 @@
-"""What cells ask of a model, and how an answer is written: how many queries of each group were answered right.
+"""Evaluation of a cell: the metrics of a model, stored as the number of correctly answered queries of each group.
 
-In: a model, the ``FeatureSource`` that read for it, pairs. Out: ``Answer``s, JSON that keeps what was right query by
-query, so that differences between rows can be taken on the same photos later. Every tower runs once over an image or a
-text, however many questions follow. Groups are told in a fixed order (sorted by id), which pairs the answers of all
-cells.
+Input: a model, the ``FeatureSource`` of its inputs, pairs. Output: ``Answer``s, JSON that stores correctness query by
+query, so that rows can later be compared on the same photos. Each tower runs once over an image or a text, for all
+metrics. Groups are in a fixed order (sorted by id), which aligns the answers of all cells.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from clasp.models.tower import Tower
 from clasp.types import ImageInput, PooledFeatures, TextInput
 
 Answer = dict[str, Any]
-"""``mean``, ``chance``, ``right`` (a hexadecimal digit a group: its queries answered right), ``asked`` (queries in a
-group: one number, or such digits)"""
+"""``mean``, ``chance``, ``right`` (a hexadecimal digit per group: its correct queries), ``asked`` (queries per group:
+one number, or such digits)"""
 
 
 def answer(values: Float[Tensor, " q"], groups: Sequence[str], chance: float) -> Answer:
-    """Queries scored 0 or 1 (a tie between) with their groups, of at most 15 queries each."""
+    """Queries scored 0 or 1 (ties in between) by groups of at most 15 queries."""
     right: dict[str, int] = dict.fromkeys(sorted(groups), 0)
     asked = dict(right)
     for value, group in zip(values.tolist(), groups, strict=True):
@@ -52,7 +51,7 @@ def answer(values: Float[Tensor, " q"], groups: Sequence[str], chance: float) ->
 
 @dataclass(frozen=True)
 class Seen:
-    """Pooled output of a tower by id."""
+    """Pooled features of a tower by id."""
 
     ids: tuple[str, ...]
     pooled: Float[Tensor, "n D"]
@@ -63,12 +62,12 @@ class Seen:
 
 
 def images_seen(model: DualEncoder, inputs: FeatureSource, pairs: Pairs) -> Seen:
-    """The images of pairs through the image tower."""
+    """Image features of pairs."""
     return _seen(model.image, inputs.images(pairs)())
 
 
 def texts_seen(model: DualEncoder, inputs: FeatureSource, texts: Iterable[str]) -> Seen:
-    """Different texts through the text tower; each is its own id."""
+    """Text features of unique texts; the text is the id."""
     return _seen(model.text, inputs.read(sorted(set(texts))))
 
 
@@ -83,21 +82,21 @@ def _seen(tower: Tower, chunks: Iterable[tuple[Sequence[str], ImageInput | TextI
 
 
 def embedded(model: DualEncoder, seen: Seen) -> EmbeddingTable:
-    """Images in the joint space."""
+    """Image embeddings."""
     device = next(model.parameters()).device
     with torch.inference_mode():
         return EmbeddingTable(seen.ids, model.embed_image(PooledFeatures(seen.pooled.to(device))).cpu())
 
 
 def zero_shot(model: DualEncoder, seen: Seen, question: ZeroShotQueries) -> dict[str, Answer]:
-    """``top1`` and ``top5`` over images."""
+    """Zero-shot ``top1`` and ``top5`` over images."""
     found = question.score(model, embedded(model, seen))[0]
     return {name: answer(found.means[name].values, found.groups, found.chance[name]) for name in ("top1", "top5")}
 
 
 def log_likelihood(model: DualEncoder, seen: Seen, question: ZeroShotQueries) -> float:
-    """Mean log of the probability of the right class, at the temperature under which it is greatest: moves with every
-    photo, where accuracy counts only those that change sides."""
+    """Mean log-likelihood of the correct class, maximised over the temperature; more sensitive than accuracy, which
+    only changes with the argmax."""
     images, classes = embedded(model, seen), question.class_embeddings(model)
     right = torch.tensor([list(question.classes).index(str(question.labels[name])) for name in images.ids])
     cosines = images.vectors @ classes.T
@@ -118,7 +117,7 @@ def retrieval(
 
 
 def probed(fit: Seen, fit_labels: dict[str, int], asked: Seen, labels: dict[str, int]) -> dict[str, Answer]:
-    """``knn`` and ``linear``: whether an image tower's pooled output tells the classes apart."""
+    """``knn`` and ``linear`` probe accuracy on the pooled features of an image tower."""
     known, wanted = (torch.tensor([of[name] for name in seen.ids]) for seen, of in ((fit, fit_labels), (asked, labels)))
     chance = probes.majority_class_accuracy(known, wanted)
     found = {
@@ -129,7 +128,7 @@ def probed(fit: Seen, fit_labels: dict[str, int], asked: Seen, labels: dict[str,
 
 
 def sentences(seen: Seen, photo: dict[str, str]) -> Answer:
-    """Whether the nearest of the other captions, by cosine of the text tower's pooled output, is of the same photo."""
+    """Whether the nearest other caption, by cosine of pooled text features, belongs to the same photo."""
     vectors = F.normalize(seen.pooled, dim=1)
     cosines = vectors @ vectors.T
     cosines.fill_diagonal_(-2)

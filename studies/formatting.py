@@ -1,4 +1,4 @@
-"""How the tables of studies say a number, and a line."""
+"""Formatting of numbers and lines in the tables of studies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from studies.paired_intervals import Measured, Of, difference
 
 
 def told(seen: Measured | None, of: Of, *, short: bool = False) -> str:
-    """Per cent with its interval; a difference has its sign."""
+    """Per cent with its interval; differences are signed."""
     if seen is None:
         return "–"
     sign = "+" if of is difference else ""
@@ -17,5 +17,5 @@ def told(seen: Measured | None, of: Of, *, short: bool = False) -> str:
 
 
 def line(cells: Iterable[str]) -> str:
-    """Of a table."""
+    """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"

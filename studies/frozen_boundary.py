@@ -1,10 +1,10 @@
-"""What a higher frozen boundary costs in quality (tuning all blocks, the top 4, the top 2), and half precision.
+"""The quality cost of a higher frozen boundary (tuning all blocks, the top 4, the top 2), and of half precision.
 
-Goes in: nothing (the sample inside the package). Comes out: a table, printed and written to ``frozen_boundary.md``. The
-text tower is multilingual-e5-small; the image tower is EfficientNet-Lite0, locked, its vectors kept. Heads start from
-the closed form, so every row is what tuning inside the text tower adds to it. One drawing style trains, captions are
-names in four languages; the validation concepts are asked for in the same languages (image to text, R@5, macro over
-them).
+Input: none (the sample inside the package). Output: a table, printed and written to ``frozen_boundary.md``. The text
+tower is multilingual-e5-small; the image tower is EfficientNet-Lite0, frozen, its features cached. Heads start from
+closed-form CCA, so every row shows what tuning inside the text tower adds to it. Training data is one drawing style
+with names in four languages as captions; evaluation is on the validation concepts in the same languages (image to text,
+R@5, macro over them).
 
     python studies/frozen_boundary.py [--seeds 2]
 """
@@ -26,7 +26,7 @@ from clasp.config.datasets import cache_folder
 from clasp.config.recipe import read_recipe
 from clasp.data.samples.emoji import unpack_emoji_sample
 
-IN_WORDS = "In words:"  # what a person has read in the table stays below it
+IN_WORDS = "In words:"  # the hand-written interpretation below the table is preserved
 LANGUAGES = ("en", "sw", "cy", "am")
 ROWS: dict[str, list[str]] = {
     "heads": [],
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _pairs(folder: Path) -> tuple[Path, Path]:
-    """One style to train on; every style of the validation concepts, their names only."""
+    """Training pairs of one style; validation pairs of every style, with names only."""
     sample = unpack_emoji_sample(cache_folder(), quick=False)
     files = []
     for split in ("train", "val"):
@@ -74,7 +74,7 @@ def _pairs(folder: Path) -> tuple[Path, Path]:
 
 
 def _cell(name: str, seed: int, train: Path, val: Path, folder: Path) -> float:
-    """R@5 in per cent of one row with one seed."""
+    """R@5, per cent, of one row with one seed."""
     settings = [f"data.train={train}", f"data.val={val}", "image.size=128", "image.extra_layers=[]"]
     settings += ["train.batch_size=128", "train.epochs=4", "train.lr=3e-4", f"train.seed={seed}", "train.select=last"]
     done = train_recipe(read_recipe("demo", [*settings, *ROWS[name]]), folder / f"{name}-{seed}", say=lambda line: None)

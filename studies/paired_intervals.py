@@ -1,8 +1,9 @@
-"""From answers to numbers with intervals: means over seeds, differences and ratios of rows on the same photos.
+"""Paired bootstrap intervals: means over seeds, differences and ratios of rows on the same photos.
 
-In: the answers of some cells. Out: a ``Measured`` for each comparison. Unusual: groups (photos, concepts) and seeds are
-resampled together, and by the same draws for both rows of a comparison, so that what makes a photo hard for both does
-not widen the interval of their difference. With three seeds the spread over seeds is known roughly; it is in there.
+Input: the answers of some cells. Output: a ``Measured`` for each comparison. Note: groups (photos, concepts) and seeds
+are resampled together, with the same resamples for both rows of a comparison, so that the difficulty of a photo for
+both does not widen the interval of their difference. The variance over seeds is included; with three seeds it is a
+rough estimate.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from jaxtyping import Float
 from studies.evaluation import Answer
 
 Of = Callable[..., float]
-"""What is made of the means of some rows: ``itself``, ``difference``, ..."""
+"""A statistic of the means of some rows: ``itself``, ``difference``, ..."""
 
 RESAMPLES = 2000
-SEEN = 2.8  # standard errors of a difference that a study finds in four cases of five, at the 5 % level: 1.96 + 0.84
+SEEN = 2.8  # detectable difference in standard errors, with power 0.8 at the 5 % level: 1.96 + 0.84
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A number, its 95 % interval, its standard error, and the share of resamples in which it is a number at all."""
+    """A number, its 95 % interval, its standard error, and the fraction of resamples in which it is finite."""
 
     value: float
     low: float
@@ -34,7 +35,7 @@ class Measured:
 
     @property
     def could_see(self) -> float:
-        """The least difference that would have been found in four cases of five."""
+        """The minimum detectable difference, with power 0.8."""
         return SEEN * self.error
 
 
@@ -43,25 +44,25 @@ Table = Float[np.ndarray, "seeds groups"]
 
 @dataclass(frozen=True)
 class Counts:
-    """Queries answered ``right`` and ``asked``, by seed and group."""
+    """Numbers of correct (``right``) and of all queries (``asked``), by seed and group."""
 
     right: Table
     asked: Table
 
     @classmethod
     def of(cls, answers: Sequence[Answer]) -> Counts:
-        """Answers to one question, a seed each."""
+        """Counts from the answers on one metric, one per seed."""
         right = np.array([_digits(each["right"]) for each in answers])
         asked = [_digits(each["asked"]) if isinstance(each["asked"], str) else each["asked"] for each in answers]
         return cls(right, np.array([np.broadcast_to(row, right.shape[1]) for row in asked], dtype=float))
 
     def __add__(self, other: Counts) -> Counts:
-        """Of two questions about the same groups (languages): their queries together."""
+        """Counts of several metrics over the same groups (languages), their queries pooled."""
         return Counts(self.right + other.right, self.asked + other.asked)
 
     @property
     def mean(self) -> float:
-        """The share answered right, over all seeds."""
+        """The fraction of correct queries over all seeds."""
         return float(self.right.sum() / self.asked.sum())
 
 
@@ -70,7 +71,7 @@ def _digits(text: str) -> Float[np.ndarray, " groups"]:
 
 
 class Draws:
-    """Resamples of seeds and groups, the same for every row that is measured with them."""
+    """Bootstrap resamples of seeds and groups, shared by all rows measured with them."""
 
     def __init__(self, seeds: int, groups: int, *, resamples: int = RESAMPLES):
         generator = np.random.Generator(np.random.PCG64(0))
@@ -78,13 +79,13 @@ class Draws:
         self.groups = generator.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(float)
 
     def means(self, counts: Counts) -> Float[np.ndarray, " resamples"]:
-        """The share of queries answered right, on every resample."""
+        """The fraction of correct queries in every resample."""
         right, asked = (((self.seeds @ table) * self.groups).sum(axis=1) for table in (counts.right, counts.asked))
         return right / asked
 
 
 def measured(rows: Sequence[Counts], of: Callable[..., Any]) -> Measured:
-    """``of`` the means of some rows that answered the same question with the same seeds."""
+    """The statistic ``of`` the means of some rows on the same metric and seeds."""
     draws = Draws(*rows[0].right.shape)
     with np.errstate(divide="ignore", invalid="ignore"):
         resampled = np.asarray(of(*(draws.means(row) for row in rows)), dtype=float)
@@ -102,25 +103,25 @@ def itself(row: float) -> float:
 
 
 def difference(row: float, other: float) -> float:
-    """How much more of the queries a row answers right."""
+    """The difference of two means."""
     return row - other
 
 
 def ratio(row: float, other: float) -> float:
-    """A row as a share of another."""
+    """The ratio of two means."""
     return row / other
 
 
 def gained(row: float, full: float, start: float) -> float:
-    """The share of what full training adds to a start that a row adds to it."""
+    """A row's improvement over a start as a fraction of that of full training."""
     return (row - start) / (full - start)
 
 
 def pairs_to_reach(rungs: Sequence[int]) -> Callable[..., Any]:
-    """Of a mean to reach and a row's means at so many pairs: at how many pairs the row first has it.
+    """The number of pairs at which a row first reaches a given mean, from its means at several numbers of pairs.
 
-    Between two rungs on a straight line over the logarithm of pairs; the first rung where already that is enough, NaN
-    where none is. Takes numbers or arrays of resamples.
+    Interpolates linearly over the logarithm of pairs; the first number of pairs if that suffices, NaN if none does.
+    Takes numbers or arrays of resamples.
     """
 
     def of(target: Any, *means: Any) -> Any:

@@ -1,7 +1,7 @@
-"""What studies write down: one line of JSON a cell, in a folder, and the machine that a number may depend on.
+"""Records of studies: one line of JSON per cell, in a folder, with the machine that a number may depend on.
 
-In: records, each with the key of its cell. Out: the same, found by key. Unusual: whatever is there is never run again,
-so a study may be stopped at any time; a last line that was cut short by a stop is passed over.
+Input: records, each with the key of its cell. Output: the same, by key. Note: a recorded cell is never run again, so a
+study may be interrupted at any time; a truncated last line is skipped.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 
 Record = dict[str, Any]
 RENAMED = {"train": {"batch_size": "batch", "select": "keep"}}
-"""Recipe keys by section, and what they were called when the first records were written"""
+"""Recipe keys by section, and their names when the first records were written"""
 
 
 class Results:
-    """Lines of JSON in a folder, a file a claim; all are read, whichever claim asks."""
+    """JSON lines in a folder, one file per claim; the files of all claims are read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -32,7 +32,7 @@ class Results:
         return self._by_key.get(key)
 
     def add(self, claim: str, record: Record) -> None:
-        """Write it at the end of the claim's file, whole or not at all after a stop."""
+        """Append the record to the claim's file, atomically with respect to interruption."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{claim}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -40,7 +40,7 @@ class Results:
 
 
 def as_recorded(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe with the key names of the first records, so that the key of a cell outlives a renaming."""
+    """A recipe with the key names of the first records, so that cell keys survive renamings."""
     recorded = dict(recipe)
     for section in recipe.keys() & RENAMED.keys():
         recorded[section] = {RENAMED[section].get(name, name): value for name, value in recipe[section].items()}
@@ -48,14 +48,14 @@ def as_recorded(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(file: Path) -> Iterator[Record]:
-    """The objects of a file; a last line that was cut short by a stop is passed over."""
+    """The objects of a file; a truncated last line is skipped."""
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.endswith("}"):
             yield json.loads(line)
 
 
 def machine() -> dict[str, Any]:
-    """What a number may depend on, and no name of any machine."""
+    """Hardware and software that a number may depend on; no host name."""
     packages = ("torch", "transformers", "peft", "numpy")
     return {
         "python": platform.python_version(),

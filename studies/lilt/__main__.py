@@ -1,9 +1,8 @@
-"""``python -m studies.lilt CLAIM``: run what is missing of a claim's cells, then make its page and its figure.
+"""``python -m studies.lilt CLAIM``: run the missing cells of a claim, then write its page and its figure.
 
-In: a claim and the folder of its data. Out: lines in ``results/``, and ``CLAIM.md`` and ``CLAIM.png`` made from them.
-A study may be stopped at any time, and goes on with the next cell that is not there. Unusual: what is timed
-(``--speed``) is apart from what is asked, each row in a process of its own; run it when the machine has nothing else
-to do.
+Input: a claim and the folder of its data. Output: lines in ``results/``, and ``CLAIM.md`` and ``CLAIM.png`` made from
+them. A study may be interrupted at any time, and resumes with the next missing cell. Note: timing (``--speed``) is
+separate from evaluation, each row in its own process; run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 from clasp.commands.environment import configure_environment
 
 configure_environment()  # before torch is imported
-# NumPy's own threads spin while they wait; beside those of torch the linear probes then take ten times as long.
+# NumPy's BLAS threads busy-wait; beside torch's threads they make the linear probes ten times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 HERE = Path(__file__).parent
@@ -48,7 +47,7 @@ def main(given: Sequence[str] | None = None, home: Path = HERE) -> None:
 
 
 def study(options: argparse.Namespace, home: Path) -> None:
-    """Run, and write the page; raises ``UserError`` where the folder of the data is not there."""
+    """Run, and write the page; raises ``UserError`` where the data folder does not exist."""
     from studies.lilt import figures, pages
     from studies.lilt.cells import Runner
     from studies.lilt.claim_records import find

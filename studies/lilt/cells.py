@@ -1,8 +1,8 @@
-"""Cells: one row of a study's table with one seed, trained and asked, and written down as one line of JSON.
+"""Cells: one row of a study's table with one seed, trained, evaluated and recorded as one line of JSON.
 
-In: a ``Cell`` and its world (which pairs train, where heads start, what is asked). Out: a ``Record``, appended to the
-results of its claim. Unusual: a cell is known by a key over everything that decides it, so whatever is there is never
-run again, by whichever claim it was needed first; and a cell whose definition has changed is another cell.
+Input: a ``Cell`` and its world (training pairs, initial heads, metrics). Output: a ``Record``, appended to the results
+of its claim. Note: a cell is identified by a key over everything that determines it, so a recorded cell is never run
+again, whichever claim needed it first; and a cell whose definition has changed is a different cell.
 """
 
 from __future__ import annotations
@@ -30,47 +30,48 @@ from clasp.data.pairs import Pairs
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 
-WRITTEN = 2  # part of every key: raise it when the same cell would be asked other things
+WRITTEN = 2  # part of every key: increment when the evaluation of a cell changes
 
 
 @runtime_checkable
 class World(Protocol):
-    """What cells are about: pairs, starts, answers."""
+    """The data of cells: training pairs, initial heads, evaluation."""
 
     @property
     def file(self) -> Path:
-        """The recipe that all rows have in common, as it is written"""
+        """The common recipe of all rows, as a file"""
         ...
 
     @property
     def recipe(self) -> Recipe:
-        """and as it is read."""
+        """The common recipe, parsed."""
         ...
 
     def pairs(self, count: int, seed: int) -> tuple[Pairs, Pairs]:
-        """To train on, and a few that the run is asked about at its end."""
+        """Training pairs, and a few for the validation at the end of the run."""
         ...
 
     def start(self, parts: ModelAndPreprocessing, inputs: FeatureSource, more: Pairs | None) -> Start:
-        """Heads for the towers in ``parts``, from pairs that do not train, and ``more`` where given."""
+        """Closed-form heads for the towers in ``parts``, from pairs outside the training set, and ``more`` if given."""
         ...
 
     def validate(self, model: DualEncoder, inputs: FeatureSource) -> float:
-        """What learning rates are chosen by; more is better."""
+        """The validation metric that selects learning rates; higher is better."""
         ...
 
     def ask(self, model: DualEncoder, inputs: FeatureSource) -> dict[str, Answer]:
-        """What tables and figures are made from."""
+        """The answers that tables and figures are made from."""
         ...
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: what is changed in the common recipe, and the learning rates to choose from.
+    """A row of a table: overrides of the common recipe, and the candidate learning rates.
 
-    ``changes``: overrides of the recipe. ``rates``: of what trains in the towers or, in a row where nothing does, of
-    the heads. ``start``: heads start from what the ``base`` towers say; from what its own do (``own``), where they say
-    something else than their bases; or from its training pairs as well (``all``).
+    ``changes``: overrides of the recipe. ``rates``: learning rates of the trainable parameters in the towers or, in a
+    row with frozen towers, of the heads. ``start``: the features from which the heads are initialised: those of the
+    ``base`` towers; of its tuned towers (``own``), where their initial features differ; or of its training pairs as
+    well (``all``).
     """
 
     name: str
@@ -79,21 +80,21 @@ class Row:
     start: Literal["base", "own", "all"] = "base"
 
     def recipe(self, common: Recipe, rate: float, seed: int) -> Recipe:
-        """Its recipe at one of its learning rates."""
+        """The recipe of the row at one of its learning rates."""
         made = common.with_overrides((*self.changes, f"train.seed={seed}"))
         if made.tune.image == made.tune.text == ["none"]:
             return made.with_overrides([f"train.lr={rate!r}"])
-        kept = made.train.lr / rate  # heads and scale stay at the common rate
+        kept = made.train.lr / rate  # heads and logit scale keep the common learning rate
         factors = [f"train.lr_factors.{kind}={kept!r}" for kind in ("head", "scale")]
         return made.with_overrides([f"train.lr={rate!r}", *factors])
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row, its learning rate, how many pairs it sees, and a seed.
+    """A row with its learning rate, number of training pairs and seed.
 
-    ``purpose``: to be asked (``ask``; with seed 0 also on validation data, which chooses the learning rate), to count
-    arithmetic and memory of a step (``count``), or to be timed, alone in a process on an idle machine (``speed``).
+    ``purpose``: evaluation (``ask``; with seed 0 also on validation data, which selects the learning rate), counting
+    FLOPs and memory of a step (``count``), or timing, alone in a process on an idle machine (``speed``).
     """
 
     world: str
@@ -104,7 +105,8 @@ class Cell:
     purpose: Literal["ask", "count", "speed"]
 
     def key(self, common: Path) -> str:
-        """Of everything that decides its numbers, but for versions of software; ``common`` is the recipe's file."""
+        """Key over everything that determines the cell's numbers except software versions; ``common`` is the recipe
+        file."""
         recipe = as_recorded(tomllib.loads(common.read_text(encoding="utf-8")))
         row = [recipe, self.row.changes, self.row.start, self.rate]
         facts = [WRITTEN, self.world, row, self.pairs, self.seed, self.purpose]
@@ -115,7 +117,7 @@ class Cell:
 
 
 class Runner:
-    """Runs the cells of one world; keeps the untouched towers, and where heads start from them, in memory."""
+    """Runs the cells of one world; caches the base towers, and the heads initialised from them, in memory."""
 
     def __init__(self, name: str, world: World, results: Results, folder: Path | None = None):
         self.name, self.world, self.results = name, world, results
@@ -124,16 +126,16 @@ class Runner:
         self._starts: dict[str, Start] = {}
 
     def record(self, cell: Cell) -> Record | None:
-        """What is known of a cell."""
+        """The record of a cell, if there is one."""
         return self.results.get(cell.key(self.world.file))
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
-        """Those not run yet, in their order, each once."""
+        """The cells without a record, in order, without duplicates."""
         left = {cell.key(self.world.file): cell for cell in cells}
         return [cell for key, cell in left.items() if self.results.get(key) is None]
 
     def run(self, claim: str, cell: Cell) -> Record:
-        """Do what the cell is for, and write it down."""
+        """Run the cell for its purpose, and record it."""
         recipe = cell.row.recipe(self.world.recipe, cell.rate, cell.seed)
         parts = build_model_and_preprocessing(recipe)
         record: Record = {
@@ -158,7 +160,7 @@ class Runner:
             pairs = self.world.pairs(cell.pairs, cell.seed)
             done = train_recipe(recipe, Path(folder) / "run", say=_nobody, preloaded=Preloaded(pairs, parts))
             if done.fitted.interrupted:
-                raise KeyboardInterrupt  # clasp saves a run that is told to stop; a cell starts anew
+                raise KeyboardInterrupt  # clasp saves an interrupted run; a cell always starts from scratch
             trained = time.perf_counter() - began
             log = [json.loads(line) for line in (done.run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         record: Record = {
@@ -177,7 +179,7 @@ class Runner:
         return record
 
     def _start(self, cell: Cell, recipe: Recipe, parts: ModelAndPreprocessing) -> Start:
-        """Of the untouched towers once for all rows; where they say something else than these, of the row's own."""
+        """Heads from the base towers, once for all rows; from the row's own towers where their features differ."""
         if cell.row.start == "own":
             return self.world.start(
                 parts, build_feature_source(parts, recipe.with_overrides(["data.feature_cache=off"])), None
@@ -186,7 +188,7 @@ class Runner:
         if towers not in self._bases:
             untouched = recipe.with_overrides(['tune.image=["none"]', 'tune.text=["none"]', "train.seed=0"])
             base = build_model_and_preprocessing(untouched)
-            self._bases = {towers: (base, build_feature_source(base, untouched))}  # one at a time: towers are large
+            self._bases = {towers: (base, build_feature_source(base, untouched))}  # one at a time, to save memory
         if cell.row.start == "all":
             return self.world.start(*self._bases[towers], self.world.pairs(cell.pairs, cell.seed)[0])
         if towers not in self._starts:
@@ -195,4 +197,4 @@ class Runner:
 
 
 def _nobody(line: str) -> None:
-    """Nobody listens."""
+    """A reporter that ignores all events."""

@@ -1,7 +1,7 @@
-"""What is known of a claim: its records by row and number of pairs, and what is missing.
+"""The records of a claim by row and number of pairs, and which are missing.
 
-In: a claim, the size of the study, the records there are. Out: counts for ``numbers``, always of the seeds that all of
-the rows compared have, so that a table can be made from a study that is not complete.
+Input: a claim, the size of the study, its records. Output: counts for ``paired_intervals``, always of the seeds that
+all compared rows have, so that a table can be made from an incomplete study.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from studies.paired_intervals import Counts
 from studies.records import Record
 
 At = tuple[str, int]
-"""A row's name, and the pairs it was trained on"""
+"""A row's name, and its number of training pairs"""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Learning rates ``tried`` for a row, with their validation, and the one chosen, if it is yet."""
+    """The learning rates ``tried`` for a row, with their validation metric, and the selected one, if known."""
 
     row: str
     tried: dict[float, float]
@@ -29,42 +29,42 @@ class Choice:
 
 @dataclass(frozen=True)
 class Found:
-    """Of one claim."""
+    """The records of one claim."""
 
     asked: dict[At, dict[int, Record]]
-    """By seed"""
+    """Records by seed"""
     costs: dict[str, Record]
-    """What was counted of a row, by its name"""
+    """FLOPs and memory of a row, by its name"""
     speeds: dict[str, Record]
-    """What was timed of a row, by its name"""
+    """Timings of a row, by its name"""
     missing: list[Cell]
     rates: list[Choice]
-    """Of the rows that choose a learning rate"""
+    """Learning rates of the rows that select one"""
 
     def seeds(self, rows: Sequence[At]) -> list[int]:
-        """Those that all of some rows have."""
+        """The seeds that all of some rows have."""
         return sorted(set.intersection(*(set(self.asked.get(row, {})) for row in rows)))
 
     def counts(self, rows: Sequence[At], name: str) -> list[Counts] | None:
-        """Of one answer; ``None`` where the rows have no seed in common."""
+        """Counts of one answer; ``None`` where the rows have no common seed."""
         seeds = self.seeds(rows)
         if not seeds:
             return None
         return [Counts.of([self.asked[row][seed]["answers"][name] for seed in seeds]) for row in rows]
 
     def afforded(self, row: Row, size: Size) -> At | None:
-        """A row on the pairs that the budget of claim 5 pays for, where that has been counted."""
+        """A row at the number of pairs within the budget of claim 5, where FLOPs have been counted."""
         pairs = affordable(self.costs.get(FULL.name), self.costs.get(row.name), size)
         return None if pairs is None else (row.name, pairs)
 
     def trained(self, at: At) -> tuple[int, int]:
-        """Parameters that train, and all."""
+        """Trainable and total parameters."""
         count = next(iter(self.asked[at].values()))["counts"]["model"]
         return count["trained"], count["total"]
 
 
 def find(claim: Claim, size: Size, runner: Runner, timed: Sequence[Cell]) -> Found:
-    """Everything there is; ``timed`` are the cells that are run on an idle machine."""
+    """All records of a claim; ``timed`` are the cells run on an idle machine."""
     cells = list(claim.cells(size, runner.record))
     rows = {cell.row.name: cell.row for cell in cells if cell.purpose == "ask" and len(cell.row.rates) > 1}
     rates = {name: _rates(row, claim, size, runner) for name, row in rows.items()}

@@ -1,8 +1,8 @@
-"""The claims: which rows, with which learning rates, on how many pairs, and in which order their cells are run.
+"""The claims: their rows, learning rates, numbers of pairs, and the order in which their cells are run.
 
-In: the size of the study, and what is known so far. Out: the cells of a claim. Unusual: cells come in an order, and
-some only when others are there: the cells that choose a row's learning rate stand before those that are asked. The
-same cell may be of several claims; it is run once.
+Input: the size of the study, and the records so far. Output: the cells of a claim. Note: cells are ordered, and some
+depend on others: those that select a row's learning rate come before those that use it. A cell may belong to several
+claims; it is run once.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Find = Callable[[Cell], Record | None]
 
 @dataclass(frozen=True)
 class Size:
-    """How large a study is."""
+    """The size of a study."""
 
     name: str
     photos: int
-    """Pairs of photos that a cell trains on, where nothing else is said"""
+    """Default number of photo pairs to train on"""
     names: int
-    """Pairs of drawings and names"""
+    """Number of drawing-name pairs to train on"""
     ladder: tuple[int, ...]
-    """Of claim 3: fewer and more pairs"""
+    """Claim 3: fewer and more pairs"""
     budget: int
-    """Of claim 5: pairs on which the whole towers can be trained in full"""
+    """Claim 5: budget, as the number of pairs of full training of the whole towers"""
 
     def pairs(self, world: str) -> int:
-        """Of a cell in this world."""
+        """Number of training pairs of a cell in this world."""
         return self.photos if world == "photos" else self.names
 
 
@@ -45,7 +45,7 @@ LARGER = Size("larger", photos=3840, names=2176, ladder=(480, 960, 1920, 3840), 
 
 
 def both(methods: str) -> tuple[str, ...]:
-    """The same tuning of both towers; ``methods`` as they stand in a recipe's list."""
+    """A row with the same tuning of both towers; ``methods`` as in a recipe's list."""
     return (f"tune.image=[{methods}]", f"tune.text=[{methods}]")
 
 
@@ -73,7 +73,7 @@ METHODS = (
 
 
 def half(row: Row) -> Row:
-    """The same on towers of half as many blocks, at the learning rate of the whole ones: it chooses none itself."""
+    """The same row on towers with half the blocks, at the learning rate selected for the whole ones."""
     halved = ("image.layer=6", "text.layer=3")
     return replace(row, name=f"{row.name}, half the blocks", changes=(*row.changes, *halved), rates=row.rates[:1])
 
@@ -86,10 +86,10 @@ TRIES = 4
 
 
 def to_choose(row: Row, world: str, size: Size, find: Find) -> tuple[list[Cell], float | None]:
-    """Cells that choose a row's learning rate, with seed 0, as far as can be told; and the rate, once it is chosen.
+    """The cells that select a row's learning rate, with seed 0, as far as known; and the rate, once it is selected.
 
-    The row's own rates come first; while the best is the lowest or the highest of those tried, the next beyond it.
-    What is asked of these cells on test data decides nothing; that of the chosen one is the row's answer with seed 0.
+    The row's candidate rates come first; while the best is the lowest or the highest tried, the next beyond it. The
+    test results of these cells are not used for selection; those of the selected one are the row's results with seed 0.
     """
     cells = [Cell(world, row, rate, size.pairs(world), 0, "ask") for rate in row.rates]
     if len(cells) == 1:
@@ -106,20 +106,20 @@ def to_choose(row: Row, world: str, size: Size, find: Find) -> tuple[list[Cell],
 
 
 def _beyond(best: float, known: Collection[float]) -> float | None:
-    """The rung next to the best rate, where that is the first or the last of those known."""
+    """The next candidate beyond the best rate, if that is the lowest or the highest tried."""
     at = min(range(len(LADDER)), key=lambda rung: abs(LADDER[rung] / best - 1))
     step = -1 if best == min(known) else 1 if best == max(known) else 0
     return LADDER[at + step] if step and 0 <= at + step < len(LADDER) else None
 
 
 def chosen(row: Row, world: str, size: Size, find: Find) -> float | None:
-    """A row's learning rate; ``None`` before it can be told."""
+    """A row's learning rate; ``None`` before it is selected."""
     return to_choose(row, world, size, find)[1]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One of the paper's. ``cells`` are all that can be told now, in the order to run them."""
+    """A claim of the paper. ``cells`` returns all that are determined so far, in the order to run them."""
 
     name: str
     world: str
@@ -127,7 +127,7 @@ class Claim:
 
 
 def of_methods(size: Size, find: Find) -> Iterator[Cell]:
-    """Learning rate and seed 0 of every row, then seed 1, then seed 2."""
+    """Learning rate selection and seed 0 of every row, then seed 1, then seed 2."""
     yield from compared(METHODS, "photos", size, find)
 
 
@@ -143,7 +143,7 @@ def compared(rows: Sequence[Row], world: str, size: Size, find: Find) -> Iterato
 
 
 def of_scales(size: Size, find: Find) -> Iterator[Cell]:
-    """Full, layerwise and heads on fewer and on more pairs; then full and layerwise on towers of half the blocks."""
+    """Full, layerwise and heads on fewer and on more pairs; then full and layerwise on towers with half the blocks."""
     for seed in range(SEEDS):
         for row in (FULL, LAYERWISE, HEADS):
             for pairs in size.ladder:
@@ -171,12 +171,12 @@ def of_languages(size: Size, find: Find) -> Iterator[Cell]:
 
 
 BUDGETED = ((half(FULL), FULL), (LAYERWISE, LAYERWISE), (TOP, TOP), (FULL, FULL), (half(LAYERWISE), LAYERWISE))
-"""Rows of claim 5, each with the row whose learning rate it has."""
+"""Rows of claim 5, each with the row whose learning rate it uses."""
 
 
 def of_budgets(size: Size, find: Find) -> Iterator[Cell]:
-    """As many pairs of each row as take the arithmetic of full training of the whole towers on ``budget`` pairs; then
-    the pairs of claim 3, for how many are needed to be as good."""
+    """Each row on the number of pairs with the FLOPs of full training of the whole towers on ``budget`` pairs; then the
+    numbers of pairs of claim 3, to find how many are needed for equal quality."""
     yield from (counting(row) for row, _ in BUDGETED)
     for seed in range(SEEDS):
         for row, rates in BUDGETED:
@@ -189,12 +189,12 @@ def of_budgets(size: Size, find: Find) -> Iterator[Cell]:
 
 
 def counting(row: Row) -> Cell:
-    """The cell that counts the arithmetic and the memory of a row."""
+    """The cell that counts the FLOPs and memory of a row."""
     return Cell("photos", row, row.rates[0], 64, 0, "count")
 
 
 def affordable(full: Record | None, own: Record | None, size: Size) -> int | None:
-    """Pairs that the budget of claim 5 pays for, in whole batches of 64; ``None`` before it is counted for full
+    """Number of pairs within the budget of claim 5, in whole batches of 64; ``None`` before FLOPs are counted for full
     training of the whole towers and for the row itself."""
     if full is None or own is None:
         return None
@@ -202,13 +202,13 @@ def affordable(full: Record | None, own: Record | None, size: Size) -> int | Non
 
 
 def to_time(claim: Claim) -> list[Cell]:
-    """The rows of a claim that are timed on an idle machine, six steps each; speed does not depend on the rate."""
+    """The cells of a claim to be timed on an idle machine, six steps each; speed does not depend on the rate."""
     rows = {"claim1": METHODS, "claim4": LANGUAGES, "claim5": tuple(row for row, _ in BUDGETED)}.get(claim.name, ())
     return [Cell(claim.world, row, row.rates[0], 6 * 64, 0, "speed") for row in rows]
 
 
 def at_rates_of(row: Row, rates: Row, size: Size, find: Find, pairs: int, seed: int) -> Iterator[Cell]:
-    """A cell at the learning rate that another row chose; before it has, the cells that choose it."""
+    """A cell at the learning rate selected by another row; before that, the cells that select it."""
     to_try, rate = to_choose(rates, "photos", size, find)
     if rate is None:
         yield from to_try

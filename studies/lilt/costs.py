@@ -1,8 +1,8 @@
-"""What a row costs: its arithmetic and memory, counted anywhere; its speed and peak, timed on an idle machine.
+"""The cost of a row: FLOPs and memory, counted on any machine; speed and peak memory, timed on an idle machine.
 
-In: a model with its recipe and pairs, or a run that has ended. Out: numbers for a record. Unusual: arithmetic is that
-of a first epoch, in which nothing is kept yet: what the frozen part of a tower says is computed once for every pair,
-and belongs to what the pair costs.
+Input: a model with its recipe and pairs, or a finished run. Output: numbers for a record. Note: FLOPs are those of the
+first epoch, with an empty feature cache: the features of frozen parts are computed once per pair, and count towards the
+cost of the pair.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from clasp.training.cost.flops import count_flops as counted_flops
 from clasp.training.losses.contrastive import info_nce
 from clasp.training.memory import ActivationMemory
 
-ADAM = 3  # numbers beside each weight that trains: its gradient, and the optimizer's two
+ADAM = 3  # values per trainable parameter: its gradient, and AdamW's two moments
 
 
 def counted(parts: ModelAndPreprocessing, recipe: Recipe, pairs: Pairs) -> dict[str, Any]:
-    """One step on all of ``pairs``. ``flops`` and ``kept_bytes`` (for the backward pass) are of a pair, the latter from
-    a whole batch; ``fixed_bytes`` are the weights, and for those that train gradient and optimizer."""
+    """One step on all of ``pairs``. ``flops`` and ``kept_bytes`` (saved activations) are per pair, the latter from a
+    whole batch; ``fixed_bytes`` are the weights, and gradients and optimizer state of the trainable ones."""
     model, recipe = parts.model, recipe.with_overrides(["data.feature_cache=off"])
     inputs, listing = build_feature_source(parts, recipe), PairIndex(pairs)
     sides = inputs.batch_reader(pairs, listing, None)
@@ -49,7 +49,7 @@ def counted(parts: ModelAndPreprocessing, recipe: Recipe, pairs: Pairs) -> dict[
 
 
 def timed(done: TrainResult) -> dict[str, Any]:
-    """What the ledger of a run says: pairs a second of its median step, its peak beyond what was there before."""
+    """From the cost ledger of a run: pairs per second of the median step, peak memory beyond the initial usage."""
     session = done.cost.sessions[-1]
     return {
         "pairs_per_second": session.pairs_per_second,

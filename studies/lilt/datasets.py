@@ -1,4 +1,4 @@
-"""The two worlds by name, made from the folders that were given."""
+"""The two worlds by name, opened from the given folders."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from studies.lilt.photos import SMALL, WHOLE, Photos
 
 from clasp.types import UserError
 
-NOWHERE = Path("nowhere")  # for a page, which reads no data
+NOWHERE = Path("nowhere")  # for a page, which needs no data
 
 
 def world(name: str, options: Namespace, *, run: bool) -> World:
-    """``photos`` or ``names``. Raises ``UserError`` where cells are to run and its folder is not there."""
+    """``photos`` or ``names``. Raises ``UserError`` where cells are to be run and its folder does not exist."""
     option, folder = ("--photos", options.photos) if name == "photos" else ("--emoji", options.emoji)
     if run and folder is None:
         raise UserError(f"{options.claim} needs {option} FOLDER")

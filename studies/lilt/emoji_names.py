@@ -1,9 +1,9 @@
-"""The world of claim 4: drawings of concepts and their names in many languages, several of which are never trained.
+"""The world of claim 4: drawings of concepts and their names in many languages, several of which are held out.
 
-In: the folder of the emoji corpus (its README says what is in it). Out: pairs, starts and answers for ``cells``.
-Unusual: a query is a drawing, and the candidates are the names of the test concepts in one language, each language
-asked apart. Concepts, not drawings, are resampled: three drawings of a concept are not three observations. Learning
-rates are chosen on the validation concepts in the validation style, in the trained languages.
+Input: the folder of the emoji corpus (described in its README). Output: pairs, initial heads and answers for ``cells``.
+Note: a query is a drawing, and the candidates are the names of the test concepts in one language, each language
+evaluated separately. Concepts, not drawings, are resampled: three drawings of a concept are not three independent
+observations. Learning rates are selected on the validation concepts in the validation style, in the trained languages.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from clasp.types import Caption, ImageSource, Pair, PooledFeatures, UserError
 
 TRAINED = {"rich": ("en", "de", "es", "ru", "hi", "zh"), "poor": ("sw", "am")}
 HELD_OUT = {"rich": ("fr", "tr", "ja"), "poor": ("cy", "yo", "zu", "km", "so")}
-"""Languages with much text on the web, and with little."""
+"""High-resource and low-resource languages, by amount of text on the web."""
 STYLES, STYLE_TO_CHOOSE, STYLE_TO_ASK = ("noto", "twemoji", "fluent3d"), "emojione", "openmoji"
-START = 3  # every third training concept is one that heads start from
+START = 3  # every third training concept is used to initialise heads
 
 
 FILE = Path(__file__).with_name("emoji_names.toml")
@@ -50,13 +50,13 @@ class Names:
 
     @property
     def recipe(self) -> Recipe:
-        """What all rows have in common."""
+        """The common recipe of all rows."""
         return read_recipe(self.file)
 
-    # --- what trains ---------------------------------------------------------------------------------------------
+    # --- training ------------------------------------------------------------------------------------------------
 
     def pairs(self, count: int, seed: int) -> tuple[Pairs, Pairs]:
-        """To train on, a drawing with its names in the trained languages, of which one is drawn; and a few more."""
+        """Training pairs: drawings with their names in the trained languages, one sampled; and a few for validation."""
         few = self.drawings(self.concepts("val")[:32], [STYLE_TO_CHOOSE], ["en"])
         return drawn(self._to_train, count, seed), few
 
@@ -66,7 +66,7 @@ class Names:
         return self.drawings(concepts, STYLES, _languages(TRAINED))
 
     def start(self, parts: ModelAndPreprocessing, inputs: FeatureSource, more: Pairs | None) -> Start:
-        """Heads in closed form from concepts that do not train, and ``more`` where given; every caption counts."""
+        """Closed-form heads from concepts outside the training set, and ``more`` if given; all captions are used."""
         languages = _languages(TRAINED)
         rows = self._rows(parts, inputs, self.drawings(self.concepts("train")[::START], STYLES, languages))
         if more is not None:
@@ -81,10 +81,10 @@ class Names:
         captions = tuple(text for _, text in said)
         return Rows(images.of(name for name, _ in said), texts.of(captions), captions)
 
-    # --- what is asked -------------------------------------------------------------------------------------------
+    # --- evaluation ----------------------------------------------------------------------------------------------
 
     def validate(self, model: DualEncoder, inputs: FeatureSource) -> float:
-        """What chooses learning rates: how likely the right name is, mean over the trained languages."""
+        """The learning rate selection metric: log-likelihood of the correct name, mean over the trained languages."""
         concepts = self.concepts("val")
         pairs = self.drawings(concepts, [STYLE_TO_CHOOSE], ["en"])
         seen = images_seen(model, inputs, pairs)
@@ -93,7 +93,7 @@ class Names:
         found = []
         for language in _languages(TRAINED):
             names = {concept["concept"]: name_in(concept, language) for concept in known}
-            classes = list(dict.fromkeys(names.values()))  # two concepts may have one name
+            classes = list(dict.fromkeys(names.values()))  # two concepts may have the same name
             labels = {pair.id: names[pair.group] for pair in pairs}
             question = ZeroShotQueries(labels=labels, classes=classes, templates=["{}"], read=inputs.read)
             found.append(log_likelihood(model, seen, question))
@@ -123,7 +123,7 @@ class Names:
             directions=("image_to_text",),
         )
 
-    # --- the files -----------------------------------------------------------------------------------------------
+    # --- files ---------------------------------------------------------------------------------------------------
 
     @cached_property
     def _all(self) -> list[dict[str, Any]]:
@@ -138,7 +138,7 @@ class Names:
         return [one for one in self._all if one["core"] and one["split"] == split]
 
     def drawings(self, concepts: Iterable[dict[str, Any]], styles: Sequence[str], languages: Sequence[str]) -> Pairs:
-        """A pair for each drawing there is; the drawings of a concept are one group."""
+        """A pair for each drawing; the drawings of a concept are one group."""
         pairs = [
             Pair(f"{style}_{concept}", drawing, captions, concept)
             for one in concepts
@@ -166,5 +166,5 @@ def _languages(sets: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def name_in(concept: dict[str, Any], language: str) -> str:
-    """What a concept is called."""
+    """The names of a concept."""
     return concept["locales"][language]["name"]

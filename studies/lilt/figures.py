@@ -1,6 +1,6 @@
 """The figure of each claim, from the same counts as its table.
 
-In: what is ``Found``. Out: a PNG beside the page. Bars are 95 % intervals over photos (concepts) and seeds.
+Input: a ``Found``. Output: a PNG next to the page. Bars are 95 % intervals over photos (concepts) and seeds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no window
+matplotlib.use("Agg")  # headless
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.righ
 
 
 def draw(claim: Claim, size: Size, found: Found, folder: Path) -> Path | None:
-    """Put the figure into the folder; none while nothing has been asked."""
+    """Write the figure into the folder; none before anything has been evaluated."""
     if not found.asked:
         return None
     figure = FIGURES[claim.name](found, size)

@@ -1,8 +1,8 @@
-"""Where the heads of every row start: in closed form, from what the towers say before anything trains.
+"""Initial heads of all rows: closed-form CCA on the features of the base towers.
 
-In: towers and pairs. Out: plain linear heads put into a model, and a scale. Clasp can do the same at the beginning of a
-run (``head.init = "cca"``), but would run both towers over the pairs in every cell; here it is done once for all rows
-that start from the same function.
+Input: towers and pairs. Output: linear heads written into a model, and a logit scale. Clasp can do the same at the
+start of a run (``head.init = "cca"``), but would run both towers over the pairs in every cell; here it is done once for
+all rows with the same initial features.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from clasp.models.dual_encoder import DualEncoder
 from clasp.training.cca import cca
 from clasp.training.losses.contrastive import info_nce
 
-SCALES = tuple(10 * 10 ** (step / 8) for step in range(9))  # 10 to 100, the most that a scale may be
+SCALES = tuple(10 * 10 ** (step / 8) for step in range(9))  # 10 to 100, the maximum logit scale
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Aligned pooled vectors of pairs, one caption each, and what the captions say."""
+    """Aligned pooled features of pairs, one caption each, and the captions' texts."""
 
     image: Float[Tensor, "n Di"]
     text: Float[Tensor, "n Dt"]
     caption: tuple[str, ...]
 
     def and_those_of(self, other: Rows) -> Rows:
-        """These and more."""
+        """The concatenation with another."""
         image, text = torch.cat([self.image, other.image]), torch.cat([self.text, other.text])
         return Rows(image, text, self.caption + other.caption)
 
 
 @dataclass(frozen=True)
 class Start:
-    """Weight and bias of both heads, and the logarithm of the scale."""
+    """Weight and bias of both heads, and the log of the logit scale."""
 
     image: tuple[Tensor, Tensor]
     text: tuple[Tensor, Tensor]
     log_scale: Tensor
 
     def put(self, model: DualEncoder) -> None:
-        """Let a model with linear heads begin here."""
+        """Copy into a model with linear heads."""
         with torch.no_grad():
             for head, (weight, bias) in ((model.image_head, self.image), (model.text_head, self.text)):
                 assert isinstance(head.map, nn.Linear) and head.standardize is None
@@ -55,9 +55,9 @@ class Start:
 
 
 def closed_form(pairs: Rows, held: Rows, *, width: int, ridge: tuple[float, float]) -> Start:
-    """Canonical correlation of standardised features, folded into two linear maps.
+    """CCA of standardised features, folded into two linear layers.
 
-    ``held`` are pairs that do not train: of ``SCALES`` the one is taken under which their InfoNCE loss is least.
+    ``held`` are held-out pairs: the logit scale is the one of ``SCALES`` with their lowest InfoNCE loss.
     """
     stretched = [_standard(pairs.image), _standard(pairs.text)]
     apply = [(pairs.image * stretched[0][0] + stretched[0][1], pairs.text * stretched[1][0] + stretched[1][1])]
@@ -72,14 +72,14 @@ def closed_form(pairs: Rows, held: Rows, *, width: int, ridge: tuple[float, floa
 
 
 def _standard(x: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
-    """``scale`` and ``shift`` under which each feature has mean 0 and deviation 1, as clasp's heads have them."""
+    """The ``scale`` and ``shift`` that standardise each feature, as in ``models.heads.Standardize``."""
     deviation, mean = torch.std_mean(x.double(), dim=0, correction=0)
     scale = 1 / deviation.clamp(min=1e-3 * float(deviation.median()) + 1e-12)
     return scale.float(), (-mean * scale).float()
 
 
 def _loss(image: Float[Tensor, "n E"], text: Float[Tensor, "n E"], caption: tuple[str, ...], scale: float) -> float:
-    """Mean InfoNCE over parts of 64, as many as in a batch; captions that say the same are no negatives."""
+    """Mean InfoNCE over batches of 64; equal captions are not negatives of each other."""
     parts = torch.arange(len(image)).split(64)
     total = 0.0
     number = {text: place for place, text in enumerate(dict.fromkeys(caption))}

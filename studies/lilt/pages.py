@@ -1,7 +1,7 @@
-"""The page of each claim: what it says, what was done, its table, and a place for what follows from it.
+"""The page of each claim: the claim, the method, its table, and a hand-written conclusion.
 
-In: what is ``Found``. Out: ``CLAIM.md``. Unusual: the paragraph between the marks is written by a person, and is kept
-when the page is made again.
+Input: a ``Found``. Output: ``CLAIM.md``. Note: the paragraph between the markers is hand-written, and preserved when
+the page is regenerated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def stem(claim: Claim, size: Size) -> str:
 
 
 def write(claim: Claim, size: Size, found: Found, folder: Path) -> Path:
-    """Put the page into the folder."""
+    """Write the page into the folder."""
     file = folder / f"{stem(claim, size)}.md"
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     file.write_text(page(claim, size, found, before), encoding="utf-8")
@@ -34,7 +34,7 @@ def write(claim: Claim, size: Size, found: Found, folder: Path) -> Path:
 
 
 def page(claim: Claim, size: Size, found: Found, before: str) -> str:
-    """The whole of it; ``before`` is the page as it stands."""
+    """The whole page; ``before`` is the existing page."""
     folder = "--emoji FOLDER" if claim.world == "names" else "--photos FOLDER"
     larger = " --larger" if size.name == "larger" else ""
     parts = [

@@ -1,9 +1,9 @@
-"""The world of claims 1, 2, 3 and 5: small photos, which of them train, and what is asked of a model that was trained.
+"""The world of claims 1, 2, 3 and 5: small photos, their training splits, and the evaluation of a trained model.
 
-In: the folder of the photos (webdataset shards; its README says what they are). Out: pairs, starts and answers for
-``cells``. Unusual: training photos lie on three sides. Heads start from one, towers and heads train on the second, the
-third chooses learning rates. So the towers meet photos that the heads do not know by heart, and the first gradients
-say something. Each seed draws its own photos to train on.
+Input: the folder of the photos (webdataset shards, described in its README). Output: pairs, initial heads and answers
+for ``cells``. Note: training photos are in three disjoint splits. Heads are initialised on the first, towers and heads
+are trained on the second, learning rates are selected on the third. So the heads have not been fitted to the training
+photos, and the first gradients are informative. Each seed samples its own training photos.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.types import PooledFeatures, UserError
 
-EVERY = 2  # of the classes, every second is in the study: twice as many photos of each in a short run
+EVERY = 2  # every second class is in the study: twice as many photos per class in a short run
 
 
 def drawn(pairs: Pairs, count: int, seed: int) -> Pairs:
-    """``count`` of the pairs, drawn for a seed; fewer are always among the more."""
+    """``count`` pairs sampled with a seed; smaller samples are subsets of larger ones."""
     if count > len(pairs):
         raise UserError(f"{pairs.name}: {count} pairs are asked for, and there are {len(pairs)}")
     return pairs.subset(np.random.Generator(np.random.PCG64(seed)).permutation(len(pairs))[:count])
@@ -40,14 +40,14 @@ FILE = Path(__file__).with_name("photos.toml")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many of each are asked about."""
+    """Numbers of photos to evaluate on."""
 
     held: int
     test: int
     objects: int
     objects_to_fit: int
     scenes: int
-    """Photos whose captions are compared with each other; those of Flickr8k's small validation part come first."""
+    """Photos whose captions are compared with each other; those of Flickr8k's small validation split come first."""
 
 
 SMALL = Sizes(held=480, test=1200, objects=500, objects_to_fit=300, scenes=200)
@@ -56,7 +56,7 @@ WHOLE = Sizes(held=1000, test=1200, objects=1000, objects_to_fit=2000, scenes=90
 
 @dataclass(frozen=True)
 class Photos:
-    """Half the classes of Tiny-ImageNet (trained on, and asked about); CIFAR-10 and Flickr8k (asked about only)."""
+    """Half the classes of Tiny-ImageNet (training and evaluation); CIFAR-10 and Flickr8k (evaluation only)."""
 
     folder: Path
     sizes: Sizes = SMALL
@@ -65,17 +65,17 @@ class Photos:
 
     @property
     def recipe(self) -> Recipe:
-        """What all rows have in common."""
+        """The common recipe of all rows."""
         return read_recipe(self.file)
 
-    # --- what trains ---------------------------------------------------------------------------------------------
+    # --- training ------------------------------------------------------------------------------------------------
 
     def pairs(self, count: int, seed: int) -> tuple[Pairs, Pairs]:
-        """To train on; and a few that a run is asked about at its end, which decides nothing here."""
+        """Training pairs; and a few for the validation at the end of the run, which is not used here."""
         return drawn(self._train, count, seed), self._held[:64]
 
     def start(self, parts: ModelAndPreprocessing, inputs: FeatureSource, more: Pairs | None) -> Start:
-        """Heads in closed form for the towers in ``parts``, from pairs that never train, and ``more`` where given."""
+        """Closed-form heads for the towers in ``parts``, from pairs outside the training set, and ``more`` if given."""
         rows = self._rows(parts, inputs, self._first)
         if more is not None:
             rows = rows.and_those_of(self._rows(parts, inputs, more))
@@ -87,15 +87,15 @@ class Photos:
         images, texts = images_seen(parts.model, inputs, pairs), texts_seen(parts.model, inputs, said)
         return Rows(images.of(pair.id for pair in pairs), texts.of(said), tuple(said))
 
-    # --- what is asked -------------------------------------------------------------------------------------------
+    # --- evaluation ----------------------------------------------------------------------------------------------
 
     def validate(self, model: DualEncoder, inputs: FeatureSource) -> float:
-        """What chooses learning rates: how likely the right class is on photos held out of training."""
+        """The learning rate selection metric: log-likelihood of the correct class on held-out photos."""
         held = self._held[: self.sizes.held]
         return log_likelihood(model, images_seen(model, inputs, held), self._classes("tinyimagenet", held, inputs))
 
     def ask(self, model: DualEncoder, inputs: FeatureSource) -> dict[str, Answer]:
-        """By name, ``zero-shot/tinyimagenet/top5`` and the like."""
+        """Answers by name, such as ``zero-shot/tinyimagenet/top5``."""
         test, objects = self._test[: self.sizes.test], self._objects[: self.sizes.objects]
         answers = {}
         for name, pairs in (("tinyimagenet", test), ("cifar10", objects)):
@@ -134,7 +134,7 @@ class Photos:
             read=inputs.read,
         )
 
-    # --- the files -----------------------------------------------------------------------------------------------
+    # --- files ---------------------------------------------------------------------------------------------------
 
     def _lines(self, name: str, file: str) -> list[str]:
         lines = (self.folder / name / file).read_text(encoding="utf-8").splitlines()
@@ -144,24 +144,24 @@ class Photos:
         return open_pairs(f"{self.folder}/{name}")
 
     def _tiny(self, name: str) -> Pairs:
-        """Of the classes in the study; photos of one class are one group, so that none is another's negative."""
+        """Pairs of the classes in the study; photos of one class are one group, so that they are not negatives."""
         pairs = open_pairs(f"{self.folder}/tinyimagenet/{name}", columns=ColumnNames(group="wnid"))
         classes = set(self._lines("tinyimagenet", "classnames.txt")[::EVERY])
         return pairs.subset(row for row in range(len(pairs)) if pairs[row].meta["class"] in classes)
 
     @cached_property
     def _train(self) -> Pairs:
-        """Training photos that train; a caption is a template around a name of the class."""
+        """Training pairs; a caption is a template with a name of the class."""
         return self._tiny("tinyimagenet-train-{00..03}.tar")
 
     @cached_property
     def _held(self) -> Pairs:
-        """Training photos on which settings are chosen."""
+        """Held-out training photos for selecting hyperparameters."""
         return self._tiny("tinyimagenet-train-04.tar")
 
     @cached_property
     def _first(self) -> Pairs:
-        """Training photos that heads start from."""
+        """Training photos for initialising heads."""
         return self._tiny("tinyimagenet-train-05.tar")
 
     @cached_property

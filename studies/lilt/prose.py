@@ -1,4 +1,4 @@
-"""What the pages say that is no number: the claims, and what was done in the studies of them. Texts only."""
+"""The texts of the pages that contain no results: the claims, and the methods of their studies."""
 
 TITLES = {
     "claim1": "Claim 1: less than 7 % of the parameters is enough",

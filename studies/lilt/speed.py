@@ -1,6 +1,6 @@
-"""Rows timed: a few steps of each, in a process of its own, so that no row has the memory or the caches of another.
+"""Timing of rows: a few steps of each, in its own process, so that no row shares memory or caches with another.
 
-In: a cell to time. Out: its record. The machine should have nothing else to do.
+Input: a cell to time. Output: its record. The machine should be otherwise idle.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from studies.records import Record, Results
 
 
 def run_alone(claim: Claim, cell: Cell, runner: Runner) -> Record:
-    """``Runner.run`` in a fresh process, which writes the record; known here too afterwards."""
+    """``Runner.run`` in a new process, which writes the record; it is then also loaded in this one."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
         process.submit(_run, claim.name, cell, runner.name, runner.world, runner.results.folder).result()
     runner.results = Results(runner.results.folder)

@@ -1,7 +1,7 @@
-"""The table of each claim, as lines of Markdown, and what difference it could have shown at all.
+"""The table of each claim, as lines of Markdown, and its minimum detectable difference.
 
-In: what is ``Found``. Out: lines. Unusual: rows are compared on the seeds that both have, so that tables of a study
-that is not complete are right as far as they go.
+Input: a ``Found``. Output: lines. Note: rows are compared on the seeds that both have, so that the tables of an
+incomplete study are correct for the records so far.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def methods(found: Found, size: Size) -> list[str]:
 
 
 def kept(found: Found, size: Size) -> list[str]:
-    """Claim 2: what the towers knew, before and after."""
+    """Claim 2: retention of the towers, before and after."""
     against = [f"{title} against full" for title in PROBES.values()]
     table = _Table(found, ["trained", "seeds", *(f"{title} % (change)" for title in PROBES.values()), *against])
     full, heads = (FULL.name, size.photos), (HEADS.name, size.photos)
@@ -102,7 +102,7 @@ def scales(found: Found, size: Size) -> list[str]:
 
 
 def languages(found: Found, size: Size) -> list[str]:
-    """Claim 4: trained languages and others, rich and poor."""
+    """Claim 4: trained and held-out languages, high- and low-resource."""
     lines: list[str] = []
     full = (NAMES_FULL.name, size.names)
     for cell, what in (("T4", "new concepts in a new style"), ("T3", "new concepts in the trained styles")):
@@ -133,7 +133,7 @@ def _each_language(found: Found, size: Size) -> list[str]:
 
 
 def budgets(found: Found, size: Size) -> list[str]:
-    """Claim 5: the same arithmetic spent on different rows; and what it takes to be as good."""
+    """Claim 5: different rows at equal FLOPs; and the cost of equal quality."""
     titles = ["towers and what trains", "trained", "MFLOPs a pair", "pairs", "seeds", "top-5 %", "against the smaller"]
     table = _Table(found, [*titles, "memory of a step, MB", "pairs/s", "peak MB"])
     small = found.afforded(half(FULL), size)
@@ -150,7 +150,7 @@ def budgets(found: Found, size: Size) -> list[str]:
 
 
 def _as_good(found: Found, size: Size) -> list[str]:
-    """Pairs, arithmetic and time of full and layerwise tuning of the whole towers until a certain quality."""
+    """Pairs, FLOPs and time of full and layerwise tuning of the whole towers to reach a given quality."""
     goal = (FULL.name, size.photos)
     table = _Table(found, ["whole towers", "seeds", "pairs", "GFLOPs", "seconds"])
     for row in (FULL, LAYERWISE):
@@ -164,7 +164,7 @@ def _as_good(found: Found, size: Size) -> list[str]:
 
 
 def _pairs(seen: Measured | None, each: float | None) -> str:
-    """A number of pairs, times something of each; where a tenth of the resamples never get there, no end is told."""
+    """A number of pairs times a cost per pair; without an upper end where a tenth of the resamples never reach it."""
     if seen is None or each is None:
         return "–"
     value, low, high = (f"{number * each:,.0f}" for number in (seen.value, seen.low, seen.high))
@@ -186,7 +186,7 @@ TABLES: dict[str, Callable[[Found, Size], list[str]]] = {
 
 
 class _Table:
-    """A table in the making; remembers the least certain of the differences it has told."""
+    """A table builder; records the largest standard error of its differences."""
 
     def __init__(self, found: Found, titles: Sequence[str]):
         self.lines = [line(titles), line(["---"] * len(titles))]
@@ -211,13 +211,13 @@ class _Table:
         self.add("" if unless else told(self.measured(rows, name, of), of))
 
     def against(self, at: At, other: At, *names: str) -> None:
-        """The difference of two rows, where they are two."""
+        """The difference of two rows; none of a row and itself."""
         seen = self.measured([at, other], names, difference) if at != other else None
         self.add("" if at == other else told(seen, difference))
         self._least = max(self._least, seen.could_see if seen else 0.0)
 
     def scale(self, pairs: str, towers: str, full: At, layerwise: At, heads: At) -> None:
-        """A line of claim 3."""
+        """A line of the table of claim 3."""
         self.begin(pairs, towers, self.seeds(full, layerwise))
         for at in (full, layerwise, heads):
             self.tell([at], TOP5, unless=not at[0])
@@ -228,13 +228,13 @@ class _Table:
 
 
 def counted(found: Found, rows: Sequence[At], names: Sequence[str]) -> list[Counts] | None:
-    """Counts of some rows, over several questions about the same groups together."""
+    """Counts of some rows, pooled over several metrics on the same groups."""
     each = [counts for name in names if (counts := found.counts(rows, name)) is not None]
     return [sum((counts[row] for counts in each[1:]), each[0][row]) for row in range(len(rows))] if each else None
 
 
 def memory(cost: dict) -> float:
-    """Bytes of a step with a batch of 64, from what was counted of a row."""
+    """Memory of a step with a batch of 64, bytes, from the counted costs of a row."""
     return cost["fixed_bytes"] + 64 * cost["kept_bytes"]
 
 

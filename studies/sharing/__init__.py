@@ -1,1 +1,1 @@
-"""What two modalities may share, trained from scratch and on a pre-trained trunk: ``python -m studies.sharing``."""
+"""Weight sharing between two modalities, from scratch and on a pre-trained trunk: ``python -m studies.sharing``."""

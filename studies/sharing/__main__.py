@@ -1,8 +1,8 @@
-"""``python -m studies.sharing``: run the cells that are missing, then make the page and its figure.
+"""``python -m studies.sharing``: run the missing cells, then write the page and its figure.
 
-In: the folders of the photos and of the emoji corpus. Out: lines in ``results/``, README.md and sharing.png. It may be
-stopped at any time, and goes on with the next cell that is not there. ``--speed`` times a few steps of every row
-instead: on a machine that has nothing else to do.
+Input: the folders of the photos and of the emoji corpus. Output: lines in ``results/``, README.md and sharing.png. It
+may be interrupted at any time, and resumes with the next missing cell. ``--speed`` times a few steps of every row
+instead: on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(given: Sequence[str] | None = None, home: Path = HERE) -> None:
 
 
 def study(options: argparse.Namespace, home: Path) -> None:
-    """Run, and write the page; raises ``UserError`` where the folder of the data is not there."""
+    """Run, and write the page; raises ``UserError`` where the data folder does not exist."""
     from studies.records import Results
     from studies.sharing import figure, page
     from studies.sharing.cells import run
@@ -62,7 +62,7 @@ def study(options: argparse.Namespace, home: Path) -> None:
             _refuse_missing(name, getattr(options, name))
         world, began = World(options.photos, options.emoji), time.monotonic()
         while time.monotonic() - began < 60 * options.minutes:
-            results = Results(home / "results")  # read anew: other parts write too
+            results = Results(home / "results")  # read again: other processes write too
             wanted = to_time(rows) if options.speed else cells(rows, find)
             left = [cell for cell in wanted if find(cell) is None and options.part.takes(cell.key)]
             if not left:
@@ -77,14 +77,14 @@ def study(options: argparse.Namespace, home: Path) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """Which cells a process takes where several run the study side by side: every ``of``-th by their keys."""
+    """The cells of one of several parallel processes: every ``of``-th by key."""
 
     number: int
     of: int
 
     @classmethod
     def read(cls, text: str) -> Part:
-        """From ``1/2``; raises argparse's error for what is no such thing."""
+        """Parse ``1/2``; raises argparse's error otherwise."""
         number, _, of = text.partition("/")
         if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
             raise argparse.ArgumentTypeError(f"{text!r} is not a part, such as 1/2: the first of two")

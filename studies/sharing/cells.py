@@ -1,7 +1,7 @@
-"""A cell, run: trained by ``clasp.commands.train``, asked, and written down with what it counts and how fast it was.
+"""Runs a cell: trained by ``clasp.commands.train``, evaluated, and recorded with its FLOPs and speed.
 
-In: a ``Cell`` and the ``World``. Out: its record, one line in ``results``. Pairs a second are those of the run's median
-step; of a cell that is to be timed they are the answer, and the machine should have nothing else to do.
+Input: a ``Cell`` and the ``World``. Output: its record, one line in ``results``. Pairs per second are those of the
+run's median step; for a timing cell they are the result, and the machine should be otherwise idle.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from clasp.data.readers import PairIndex
 from clasp.models.dual_encoder import DualEncoder
 from clasp.training.cost.flops import count_macs
 
-TOKENS = 8  # of a caption whose arithmetic is counted, about the mean of the pairs
+TOKENS = 8  # caption length for counting FLOPs, about the mean of the pairs
 
 
 def run(cell: Cell, world: World, results: Results) -> Record:
-    """Train, ask (where that is the purpose), write down."""
+    """Train, evaluate (if that is the purpose) and record."""
     recipe = cell.recipe
     pairs = world.pairs(cell.steps * int(recipe.train.batch_size), cell.seed)
     parts = build_model_and_preprocessing(recipe, lambda: PairIndex(pairs[0]).texts)
     with tempfile.TemporaryDirectory() as folder:
         done = train_recipe(recipe, Path(folder) / "run", say=lambda line: None, preloaded=Preloaded(pairs, parts))
         if done.fitted.interrupted:
-            raise KeyboardInterrupt  # clasp saves a run that is told to stop; a cell starts anew
+            raise KeyboardInterrupt  # clasp saves an interrupted run; a cell always starts from scratch
         log = [json.loads(line) for line in (done.run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     session, model, inputs = done.cost.sessions[-1], parts.model.eval(), build_feature_source(parts, recipe)
     began = time.perf_counter()

@@ -1,9 +1,10 @@
-"""What the rows train on and are asked: small photos of ten classes, and drawings with their English names.
+"""Training and evaluation data of the rows: small photos of ten classes, and drawings with their English names.
 
-In: the folders of the photos and of the emoji corpus. Out: pairs and answers. Unusual: a cell sees each pair as often
-as its steps need, in an order drawn for its seed, and calls that one epoch; so steps can be set to the unit. Drawings
-are asked about in a style that never trains; their concepts do train, since nets from scratch know no others. Few
-classes and few concepts, seen often: with more of both, all rows stay at chance for as long as two cores can wait.
+Input: the folders of the photos and of the emoji corpus. Output: pairs and answers. Note: a cell repeats each pair as
+often as its steps need, in an order drawn from its seed, as a single epoch, so that the number of steps is exact.
+Drawings are evaluated in a held-out style; their concepts are trained on, since encoders trained from scratch have no
+other knowledge. Few classes and concepts, repeated often: with more of either, all rows stay at chance within the
+compute of two cores.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.types import Caption
 
-EVERY = 3  # of the concepts that the corpus trains on, every third is in the study
+EVERY = 3  # every third training concept of the corpus is in the study
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,24 @@ class World:
     photos: Path
     emoji: Path
     held: int = 300
-    """Training photos that choose learning rates instead"""
+    """Training photos held out for learning rate selection"""
 
     def pairs(self, count: int, seed: int) -> tuple[Pairs, Pairs]:
-        """To train on: as many as asked for, every pair of the corpus once before any comes again; and a few more."""
+        """``count`` training pairs, each pair of the corpus once before any repeats; and a few for validation."""
         every, rng = self._train, np.random.Generator(np.random.PCG64(seed))
         turns = [rng.permutation(len(every)) for _ in range(-(-count // len(every)))]
         return every.subset(np.concatenate(turns)[:count]), self._photos[: self.held][:64]
 
     @property
     def different(self) -> int:
-        """Pairs there are to train on."""
+        """Number of unique training pairs."""
         return len(self._train)
 
-    # --- what is asked -------------------------------------------------------------------------------------------
+    # --- evaluation ----------------------------------------------------------------------------------------------
 
     def validate(self, model: DualEncoder, inputs: FeatureSource) -> float:
-        """How likely the right class is on held-out photos, and the right name on drawings in another style; more is
-        better, and both count alike."""
+        """Selection metric: log-likelihood of the correct class on held-out photos and of the correct name on drawings
+        in a held-out style, equally weighted; higher is better."""
         held, drawings = self._photos[: self.held], self._drawings([STYLE_TO_CHOOSE])
         names = {pair.id: pair.captions[0].text for pair in drawings}
         named = ZeroShotQueries(labels=names, classes=sorted(set(names.values())), templates=["{}"], read=inputs.read)
@@ -58,7 +59,7 @@ class World:
         return sum(log_likelihood(model, images_seen(model, inputs, pairs), question) for pairs, question in asked)
 
     def ask(self, model: DualEncoder, inputs: FeatureSource) -> dict[str, Answer]:
-        """``photos/top1``, ``drawings/recall@1`` and ``drawings/recall@5`` (a drawing asks for its name)."""
+        """``photos/top1``, ``drawings/recall@1`` and ``drawings/recall@5`` (drawing to name)."""
         test, drawings = self._test, self._drawings([STYLE_TO_ASK])
         found = zero_shot(model, images_seen(model, inputs, test), self._classes(test, inputs))
         names = {str(pair.group): pair.captions[0].text for pair in drawings}
@@ -79,7 +80,7 @@ class World:
             labels=labels, classes=self._lines("classnames.txt"), templates=self._templates, read=inputs.read
         )
 
-    # --- the files -----------------------------------------------------------------------------------------------
+    # --- files ---------------------------------------------------------------------------------------------------
 
     def _lines(self, file: str) -> list[str]:
         lines = (self.photos / "cifar10" / file).read_text(encoding="utf-8").splitlines()
@@ -98,7 +99,8 @@ class World:
 
     @cached_property
     def _photos(self) -> Pairs:
-        """Training photos, in every template a caption; those of a class are one group, none another's negative."""
+        """Training photos with one caption per template; photos of a class are one group, so that they are not
+        negatives."""
         pairs = []
         for pair in open_pairs(f"{self.photos}/cifar10/cifar10-train.tar"):
             name = str(pair.meta["class"])

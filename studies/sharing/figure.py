@@ -1,6 +1,6 @@
 """The figure of the study: quality against parameters, from the same counts as the table.
 
-In: the rows, and what is known of their cells. Out: sharing.png. Bars are 95 % intervals over photos and seeds.
+Input: the rows and the records of their cells. Output: sharing.png. Bars are 95 % intervals over photos and seeds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # no window
+matplotlib.use("Agg")  # headless
 
 import matplotlib.pyplot as plt
 from studies.paired_intervals import Counts, itself, measured
@@ -21,7 +21,7 @@ TITLES = {TOP1: "photos: zero-shot top-1, %", RECALL: "drawings in a new style: 
 
 
 def draw(rows: Sequence[Row], find: Find, home: Path) -> Path | None:
-    """Put the figure into the folder; none before the rows from scratch have a learning rate."""
+    """Write the figure into the folder; none before the rows from scratch have a learning rate."""
     rate = chosen("scratch", find)
     if rate is None:
         return None

@@ -1,9 +1,9 @@
-"""The rows of the study, and its cells: a row with one seed at one learning rate, for so many steps.
+"""The rows of the study, and its cells: a row with one seed at one learning rate, for a number of steps.
 
-In: nothing, or what is known so far. Out: cells in the order to run them. Unusual: every row trains on the same pairs
-for the same steps; a row whose forward pass takes other arithmetic than MS-CLIP's is also run for as many steps as
-take MS-CLIP's arithmetic. One learning rate serves all rows from scratch: the one under which nothing shared and
-MS-CLIP do best together on validation data.
+Input: none, or the records so far. Output: cells in the order to run them. Note: every row trains on the same pairs for
+the same steps; a row whose forward FLOPs differ from MS-CLIP's is also run for the number of steps with MS-CLIP's
+training FLOPs. One learning rate is used for all rows from scratch: the best on validation data for nothing shared and
+MS-CLIP together.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from studies.records import Record, as_recorded
 from clasp.config.recipe import Recipe, read_recipe
 
 HERE = Path(__file__).parent
-WRITTEN = 1  # part of every key: raise it when the same cell would be asked other things
+WRITTEN = 1  # part of every key: increment when the evaluation of a cell changes
 SEEDS = (0, 1, 2)
 STEPS = 320
 TRUNK_STEPS = 40
 TIMED_STEPS = 30
-ALIKE = 0.02  # arithmetic that differs by less is the same
+ALIKE = 0.02  # relative FLOP differences below this count as equal
 
 Find = Callable[["Cell"], Record | None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: what is changed in the recipe of its group (``scratch.toml`` or ``trunk.toml``)."""
+    """A line of the table: overrides of the recipe of its group (``scratch.toml`` or ``trunk.toml``)."""
 
     name: str
     changes: tuple[str, ...] = ()
@@ -41,12 +41,12 @@ class Row:
 
     @property
     def file(self) -> Path:
-        """The recipe that its group has in common."""
+        """The common recipe of its group."""
         return HERE / f"{self.group}.toml"
 
     @property
     def steps(self) -> int:
-        """Of its cells, where nothing is said of arithmetic."""
+        """Default number of steps."""
         return STEPS if self.group == "scratch" else TRUNK_STEPS
 
 
@@ -86,12 +86,12 @@ TRUNKS = (
 )
 RATES = {"scratch": (5e-4, 1e-3, 2e-3), "trunk": (3e-4, 1e-3, 3e-3)}
 TRIED = {"scratch": (NOTHING, MSCLIP), "trunk": TRUNKS[:2]}
-"""Rows whose validation chooses the learning rate of their group"""
+"""Rows whose validation metric selects the learning rate of their group"""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row with one seed, trained for ``steps`` at a learning ``rate``, to be asked; or a few steps, to be timed."""
+    """A row with one seed, trained for ``steps`` at a learning ``rate`` and evaluated; or a few steps for timing."""
 
     row: Row
     rate: float
@@ -101,13 +101,13 @@ class Cell:
 
     @property
     def recipe(self) -> Recipe:
-        """Of its run."""
+        """The recipe of its run."""
         changes = (*self.row.changes, f"train.lr={self.rate!r}", f"train.seed={self.seed}")
         return read_recipe(str(self.row.file), changes)
 
     @property
     def key(self) -> str:
-        """Of everything that decides its numbers, but for versions of software."""
+        """Key over everything that determines its numbers except software versions."""
         recipe = [as_recorded(tomllib.loads(self.row.file.read_text(encoding="utf-8"))), self.row.changes]
         facts = [WRITTEN, recipe, self.rate, self.steps, self.seed, self.purpose]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -122,12 +122,12 @@ def to_time(rows: Sequence[Row]) -> list[Cell]:
 
 
 def to_choose(group: str) -> list[Cell]:
-    """Cells whose validation chooses the learning rate of a group, with seed 0."""
+    """Cells whose validation metric selects the learning rate of a group, with seed 0."""
     return [Cell(row, rate, row.steps, 0) for rate in RATES[group] for row in TRIED[group]]
 
 
 def chosen(group: str, find: Find) -> float | None:
-    """The rate of a group; ``None`` before it can be told."""
+    """The learning rate of a group; ``None`` before it is selected."""
     cells = to_choose(group)
     known = [find(cell) for cell in cells]
     if None in known:
@@ -140,7 +140,7 @@ def chosen(group: str, find: Find) -> float | None:
 
 
 def cells(rows: Sequence[Row], find: Find, *, seeds: Sequence[int] = SEEDS) -> Iterator[Cell]:
-    """Those that choose a learning rate; then every row with seed 0, then with the others; as far as can be told."""
+    """Learning rate selection, then every row with seed 0, then the other seeds; as far as determined."""
     for group in dict.fromkeys(row.group for row in rows):
         yield from to_choose(group)
         rate = chosen(group, find)
@@ -156,7 +156,7 @@ def cells(rows: Sequence[Row], find: Find, *, seeds: Sequence[int] = SEEDS) -> I
 
 
 def at_equal_arithmetic(cell: Cell, rate: float, find: Find) -> Cell | None:
-    """The same for as many steps as take MS-CLIP's arithmetic; ``None`` where that is as many, or not known yet."""
+    """The cell for the steps with MS-CLIP's FLOPs; ``None`` where these are equal, or not known yet."""
     if cell.row.group != "scratch":
         return None
     own, theirs = find(replace(cell, seed=0)), find(Cell(MSCLIP, rate, MSCLIP.steps, 0))

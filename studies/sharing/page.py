@@ -1,8 +1,8 @@
-"""The page of the study: what was done, the tables, and a place for what follows from them.
+"""The page of the study: the method, the tables, and a hand-written conclusion.
 
-In: the rows, and what is known of their cells. Out: README.md. Unusual: the paragraphs between the marks are written by
-a person, and are kept when the page is made again. Rows are compared on the seeds that both have, so the tables of a
-study that is not complete are right as far as they go.
+Input: the rows and the records of their cells. Output: README.md. Note: the paragraphs between the markers are
+hand-written, and preserved when the page is regenerated. Rows are compared on the seeds that both have, so the tables
+of an incomplete study are correct for the records so far.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ Intervals are 95 %, from a bootstrap over photos (drawings) and seeds together, 
 
 
 def write(rows: Sequence[Row], find: Find, home: Path) -> Path:
-    """Put the page into the folder."""
+    """Write the page into the folder."""
     file = home / "README.md"
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     kept = re.search(re.escape(BEGIN) + r"\n(.*?)\n?" + re.escape(END), before, re.S)
@@ -119,7 +119,7 @@ def write(rows: Sequence[Row], find: Find, home: Path) -> Path:
 
 
 def _sizes(cell: Cell, known: Sequence[Record]) -> dict[str, object]:
-    """Of a row from scratch, and of what it saw."""
+    """Sizes of a row from scratch and of its training data, for the page."""
     recipe = cell.recipe.to_dict()
     net, train = recipe["image"]["net"], recipe["train"]
     different = known[0]["different_pairs"] if known else None
@@ -140,7 +140,7 @@ By = dict[str, dict[int, Record]]
 
 
 def _same(rows: Sequence[Row], find: Find) -> By:
-    """Of every row, at its group's learning rate and steps."""
+    """Records of every row, at its group's learning rate and steps."""
     found: By = {}
     for row in rows:
         rate = chosen(row.group, find)
@@ -151,7 +151,7 @@ def _same(rows: Sequence[Row], find: Find) -> By:
 
 
 def _equal(rows: Sequence[Row], find: Find) -> By:
-    """Of MS-CLIP, and of the rows that were run again for as much arithmetic as it has."""
+    """Records of MS-CLIP, and of the rows that were run again at its FLOPs."""
     rate = chosen("scratch", find)
     found = {name: records for name, records in _same(rows, find).items() if name == MSCLIP.name}
     for row in rows if rate is not None else ():

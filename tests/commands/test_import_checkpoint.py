@@ -84,9 +84,9 @@ def test_an_imported_run_is_a_run_wherever_it_lies(typed: Any, words: str, tmp_p
     file = GOLDEN / "lilt_lwa_ln.checkpoint_omegaconf.pth"
     code, out, err = typed("import", "lilt", file, "-o", "a/run", f"tokenizer={words}")
     assert code == 0, err
-    for said in ("LilT, epoch 14", "image tower: layers 3, width 128, heads 2, 64 px", "1,000 words"):
+    for said in ("LilT, epoch 14", "image tower: layers 3, width 128, heads 2, 64 px", "1,000 tokens"):
         assert said in err
-    assert "recipe, by its config: that of lilt/lwa\n" in err
+    assert "recipe, by its config: lilt/lwa\n" in err
     assert "103,105" in out and "1,386,177" in out
     assert "clasp index a/run FOLDER" in err
     assert not any(path.name.startswith(".") for path in tmp_path.rglob("*")), "nothing is left beside the run"
@@ -150,7 +150,7 @@ def test_bare_weights_half_precision_and_a_prefix(words: str, tmp_path: Path) ->
     whole = import_checkpoint("lilt", LWA, tmp_path / "whole", ImportOptions(tokenizer=words))
     bare = changed(LWA, tmp_path / "bare.pth", lambda found: {f"module.{k}": v for k, v in found["model"].items()})
     alone = import_checkpoint("lilt", bare, tmp_path / "bare", ImportOptions(tokenizer=words))
-    assert any("no switches" in line for line in alone.report.lines) and "by its keys" in " ".join(alone.report.lines)
+    assert any("no flags" in line for line in alone.report.lines) and "by its keys" in " ".join(alone.report.lines)
     one, other = load(whole.run), load(alone.run)
     assert torch.equal(one.encode_text(["w5 w6"]), other.encode_text(["w5 w6"]))
     assert one.encoder.fingerprint == other.encoder.fingerprint
@@ -170,8 +170,8 @@ def test_every_key_is_accounted_for(words: str, tmp_path: Path) -> None:
 
     file = changed(LWA, tmp_path / "odd.pth", spoil)
     line = refused("odd.pth", lambda: import_checkpoint("lilt", file, tmp_path / "run", ImportOptions(tokenizer=words)))
-    assert "nothing takes visual_encoder.head.weight, text_encoder.pooler.dense.bias" in line
-    assert "it lacks vision_proj.bias, text_encoder.encoder.layer.1.output.adapter.up_sampler.bias" in line
+    assert "unexpected keys visual_encoder.head.weight, text_encoder.pooler.dense.bias" in line
+    assert "missing keys vision_proj.bias, text_encoder.encoder.layer.1.output.adapter.up_sampler.bias" in line
     assert "visual_encoder.norm.weight is (64,) and not (128,)" in line
     assert not (tmp_path / "run").exists()
 
@@ -186,13 +186,13 @@ def test_every_key_is_accounted_for(words: str, tmp_path: Path) -> None:
         (lambda found: {"model": [1]}, "its model is a list"),
         (lambda found: _put(found, "text_proj.bias", torch.ones(64, dtype=torch.int32)), "no tensor of real numbers"),
         (lambda found: {"model": {"visual_encoder.x": 3}}, "is no tensor"),
-        (lambda found: _less(found, "visual_encoder.patch_embed.proj.weight"), "sizes are read off visual_encoder"),
-        (lambda found: _less(found, "text_encoder.encoder.layer.0.intermediate.dense.weight"), "that is not there"),
+        (lambda found: _less(found, "visual_encoder.patch_embed.proj.weight"), "sizes are read from visual_encoder"),
+        (lambda found: _less(found, "text_encoder.encoder.layer.0.intermediate.dense.weight"), "which is missing"),
         (lambda found: _put(found, "visual_encoder.pos_embed", torch.zeros(1, 19, 128)), "has 19 rows"),
         (lambda found: _put(found, "vision_proj.weight", torch.zeros(32, 128)), "text_proj.weight is (64, 128)"),
-        (lambda found: _drop(found, "visual_encoder.blocks"), "it lacks visual_encoder.blocks.0"),
-        (lambda found: _put(found, "visual_encoder.blocks.999999999.norm1.bias", torch.zeros(128)), "nothing takes"),
-        (lambda found: _put(found, _DOWN, torch.zeros(100, 128)), "has 100 rows, which is no part of"),
+        (lambda found: _drop(found, "visual_encoder.blocks"), "visual_encoder.blocks.0 is missing"),
+        (lambda found: _put(found, "visual_encoder.blocks.999999999.norm1.bias", torch.zeros(128)), "unexpected keys"),
+        (lambda found: _put(found, _DOWN, torch.zeros(100, 128)), "has 100 rows, which is no fraction of"),
         (lambda found: _put(found, "text_proj.bias", torch.full((64,), torch.nan)), "that are not finite"),
         (lambda found: _put(found, "temp", torch.zeros(1).expand(10**6)), "has more numbers than the file"),
         (lambda found: found.update(epoch=torch.Size([3])), "it holds a Size where a setting should be"),
@@ -244,7 +244,7 @@ def test_heads_that_shapes_do_not_tell(words: str, tmp_path: Path) -> None:
 
     file = changed(LWA, tmp_path / "narrow.pth", narrow)
     refused(
-        "say so with text_heads=N",
+        "set text_heads=N",
         lambda: import_checkpoint("lilt", file, tmp_path / "x", ImportOptions(tokenizer=words)),
     )
     wrong = ImportOptions(tokenizer=words, text_heads=5)
@@ -266,7 +266,7 @@ def test_mistakes_of_the_verb(typed: Any, words: str, tmp_path: Path) -> None:
         ("lit", LWA, "-o", tmp_path / "run"): "did you mean lilt? kinds: lilt",
         ("lilt", tmp_path / "gone.pth", "-o", tmp_path / "run"): "there is no file",
         ("lilt", LWA, "-o", tmp_path / "full"): "is there already; choose another folder with -o",
-        ("lilt", LWA, "-o", tmp_path / "run"): "1,000 words are no usual tower's",
+        ("lilt", LWA, "-o", tmp_path / "run"): "no default one has 1,000 tokens",
         ("lilt", LWA, "-o", tmp_path / "run", f"tokenizer={words}", "size=100"): "patches of 16 px; take 96",
         ("lilt", LWA, "-o", tmp_path / "run", "tokenizer=pip:minilm-l6"): "ids up to 30,521",
         ("lilt", LWA, "-o", tmp_path / "run", "tokenizer=minilm-l6"): "has no scheme",
@@ -388,7 +388,7 @@ def test_what_is_allowed_elsewhere_in_the_process_is_not_allowed_here(trap: type
     torch.save({"model": {}, "config": Runs(trap.spring)}, tmp_path / "hostile.pth")
     before = set(serialization.get_safe_globals())
     with serialization.safe_globals([trap.spring]):
-        refused("asks for trapdoor.spring", lambda: safe_load_pickle(tmp_path / "hostile.pth"))
+        refused("refers to trapdoor.spring", lambda: safe_load_pickle(tmp_path / "hostile.pth"))
         assert trap.spring in serialization.get_safe_globals() and not (tmp_path / "mark").exists()
     assert set(serialization.get_safe_globals()) == before
 
@@ -440,7 +440,7 @@ def test_stand_ins_become_plain_values(omega: Callable[..., Any], tmp_path: Path
     torch.save({"config": kinds}, tmp_path / "file.pth")
     refused("a class where a setting should be", lambda: safe_load_pickle(tmp_path / "file.pth"))
     torch.save({"config": {(1, 2): 3}}, tmp_path / "file.pth")
-    refused("by something else than a word", lambda: safe_load_pickle(tmp_path / "file.pth"))
+    refused("a key in it is not a string or number", lambda: safe_load_pickle(tmp_path / "file.pth"))
     round_and_round = omega("dictconfig.DictConfig", _content={})
     round_and_round._content["again"] = round_and_round
     torch.save({"config": round_and_round}, tmp_path / "file.pth")

@@ -118,7 +118,7 @@ MISTAKES = {
     "a key twice": (["train.lr=1,2", "train.lr=3,4"], "train.lr is set twice"),
     "a key beside an override": (["train.epochs=1,2"], "train.epochs is set twice"),
     "the same twice": (["train.lr=0.001,1e-3"], "train.lr=1e-3: this is the same recipe as with train.lr=0.001"),
-    "other questions": (["data.val_fraction=0.2,0.3"], "validated on"),
+    "other questions": (["data.val_fraction=0.2,0.3"], "validation pairs differ"),
     "matches nothing": (['tune.text=["norms"],["match(\'x\')"]'], "with tune.text=.*matches nothing"),
     "too large a batch": (["train.batch_size=8,1000"], "with train.batch_size=1000: .* is more than the"),
     "no such tower": (["image.tower=file:{towers}/image,file:void"], "with image.tower=file:void: .*no folder void"),
@@ -364,6 +364,6 @@ def test_rows_without_a_number_come_last() -> None:
 def test_the_verdict_counts_those_that_cannot_be_told_apart() -> None:
     rows = [_row("a", 0.5, low=0.35), _row("b", 0.4), _row("c", 0.3), _row("d", None)]
     lines = SweepResult(Path("runs"), rows, False, 4).summary_lines()
-    assert lines[0] == "best: a; 1 of the 2 others lie within its interval" and "flattered" in lines[1]
+    assert lines[0] == "best: a; 1 of the 2 others lie within its interval" and "biased upwards" in lines[1]
     assert SweepResult(Path("runs"), rows[:1], False, 1).summary_lines() == ["best: a"]
     assert rows[0].cells() == ["x=a", "50.0", "35.0–100.0", "10.0", "30", "1.0"]

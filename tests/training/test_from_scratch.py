@@ -250,7 +250,7 @@ def test_learned_word_pieces_are_a_fact_about_the_captions() -> None:
         (["image.net.stem=group"], "layer 0 of the image net is its stem"),
         (["text.tower=pip:multilingual-e5-small"], "text.vocabulary = 'pairs' is for tower = 'own:text'"),
         (["image.tower=pip:efficientnet-lite0"], "[image.net] is for tower = 'own:image'"),
-        (["image.tower=own:text"], "a net of ours is own:image there"),
+        (["image.tower=own:text"], "a native encoder is own:image there"),
         (["image.size=64"], "set image.net.size instead"),
         (["text.max_tokens=40"], "has 16 positions"),
         (["text.vocabulary=clip"], "CLIP has 49408 word pieces"),
@@ -278,7 +278,7 @@ def test_only_nets_of_ours_share_parts(pairs: Path) -> None:
         "head.init=random",
     ]
     shares = read_recipe("start", [*towers, "share.attention=shared"])
-    refused("pip:efficientnet-lite0 is no net of ours", lambda: build_model(shares, meta=True))
+    refused("pip:efficientnet-lite0 is not a native encoder", lambda: build_model(shares, meta=True))
     refused(
         "one head is for equal widths",
         lambda: build_model(read_recipe("start", [*towers, "share.head=shared"]), meta=True),

@@ -1,9 +1,10 @@
-"""What goes on inside a net of ours while it runs: states at the points that MS-CLIP's authors probe, attention maps.
+"""Captures activations of a native encoder during a forward pass: hidden states at MS-CLIP's probe points, attention
+maps.
 
-In go a net and a call that runs it once; out come its states by layer, or the weights by which its attention mixes.
-Layers are counted from 0 as the sharing policy counts them, a stem being layer 0. Unusual: nothing of this is in the
-nets. Hooks stand there while the call runs and at no other time, and maps are computed once more beside the attention,
-which keeps none (``Attention.attention_weights``).
+Input: an encoder and a callable that runs it once. Output: its hidden states by layer, or its attention weights. Layers
+are counted from 0 as in the sharing policy, a stem being layer 0. Note: the encoders contain no code for this. Forward
+hooks are registered only while the callable runs, and attention maps are recomputed beside the attention, which does
+not store them (``Attention.attention_weights``).
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ _ForwardCall = Callable[[], Any]
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """States ``[B N D]`` of every token in one run of a net, padding and prompts among them, by layer.
+    """Hidden states ``[B N D]`` of every token of one forward pass, padding and prompts included, by layer.
 
-    ``norm1`` and ``norm2`` are what these norms gave, ``attention`` is what the attention gave, before it is scaled and
-    added; with what was put there by tuning. ``final`` is what the net gave, after its final norm where it has one. In
-    blocks that begin with their norms, norm 1 reads first, and norm 2 after the attention was added; in blocks that end
-    with them, norm 1 reads the sum with the attention and norm 2 that with the feed-forward part.
+    ``norm1`` and ``norm2`` are the outputs of these norms, ``attention`` that of the attention before layer scale and
+    residual sum; modules inserted by tuning are included. ``final`` is the output of the encoder, after the final norm
+    if any. In pre-norm blocks ``norm1`` reads the block's input and ``norm2`` the sum with the attention; in post-norm
+    blocks ``norm1`` reads the sum with the attention and ``norm2`` the sum with the feed-forward part.
     """
 
     norm1: dict[int, Float[Tensor, "B N D"]]
@@ -41,22 +42,22 @@ class Activations:
 
 
 def capture_activations(net: nn.Module, forward: _ForwardCall) -> Activations:
-    """The states of ``net`` while ``forward`` runs it, as they are, so with what autograd keeps where it is on.
+    """The hidden states of ``net`` while ``forward`` runs it; not detached from the autograd graph.
 
-    Layers that ``forward`` leaves out, as a tower does that goes on from its trunk, are left out too. A tower runs its
-    net once for ``tower(inputs)``, for ``tower.pooled`` of captions as often as it takes, and once more where it is
-    first asked for its ``frozen_blocks``. Raises ``UserError`` for a net that is not ours.
+    Layers that ``forward`` skips, as after a cached frozen prefix, are missing. A tower runs its encoder once for
+    ``tower(inputs)``, once per length bucket for ``tower.pooled`` of captions, and once more at the first access of
+    ``frozen_blocks``. Raises ``UserError`` for an encoder that is not native.
     """
     found: dict[tuple[str, int], list[Tensor]] = {}
 
-    def kept_as(point: str, layer: int) -> Callable[..., None]:
+    def recorder(point: str, layer: int) -> Callable[..., None]:
         return lambda module, args, output: found.setdefault((point, layer), []).append(output)
 
     handles = []
     for layer, block in _blocks(net).items():
         for point, part in (("norm1", block.norm1), ("attention", block.attn), ("norm2", block.norm2)):
-            handles.append(part.register_forward_hook(kept_as(point, layer)))
-    handles.append(net.get_submodule("norm").register_forward_hook(kept_as("final", 0)))
+            handles.append(part.register_forward_hook(recorder(point, layer)))
+    handles.append(net.get_submodule("norm").register_forward_hook(recorder("final", 0)))
     with _removing_hooks(handles):
         forward()
     once = _single_calls(found)
@@ -68,21 +69,21 @@ def capture_activations(net: nn.Module, forward: _ForwardCall) -> Activations:
 
 
 def attention_maps(net: nn.Module, forward: _ForwardCall) -> dict[int, Float[Tensor, "B H N N"]]:
-    """By layer, the weights by which each token (rows, which sum to 1) mixes the values of all, while ``forward`` runs.
+    """The attention weights by layer, queries (rows, which sum to 1) by keys, while ``forward`` runs.
 
-    They take memory in the square of the tokens, and a second product of queries and keys. Raises ``UserError`` for a
-    net that is not ours.
+    Memory is quadratic in the number of tokens, and queries and keys are multiplied a second time. Raises ``UserError``
+    for an encoder that is not native.
     """
     found: dict[tuple[str, int], list[Tensor]] = {}
 
-    def mapped(layer: int) -> Callable[..., None]:
+    def map_recorder(layer: int) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             assert isinstance(module, Attention)
             found.setdefault(("map", layer), []).append(module.attention_weights(*args))
 
         return before
 
-    with _removing_hooks([block.attn.register_forward_pre_hook(mapped(n)) for n, block in _blocks(net).items()]):
+    with _removing_hooks([block.attn.register_forward_pre_hook(map_recorder(n)) for n, block in _blocks(net).items()]):
         forward()
     return {layer: maps for (_, layer), maps in _single_calls(found).items()}
 
@@ -93,8 +94,8 @@ def attention_maps(net: nn.Module, forward: _ForwardCall) -> dict[int, Float[Ten
 def _blocks(net: nn.Module) -> dict[int, Block]:
     if not isinstance(net, ImageTransformer | TextTransformer):
         raise UserError(
-            f"{type(net).__name__} is no net of ours, and only of them it is known what goes on inside; "
-            "nn.foreign.adopted.adopt makes one of a ViT, a DINOv2 or a BERT"
+            f"{type(net).__name__} is not a native encoder, and only those can be probed; "
+            "clasp.models.zoo.to_native.to_native converts a ViT, a DINOv2 or a BERT"
         )
     first = net.settings.first_layer if isinstance(net, ImageTransformer) else 0
     found: dict[int, Block] = {}
@@ -105,9 +106,9 @@ def _blocks(net: nn.Module) -> dict[int, Block]:
 
 
 def _single_calls(found: dict[tuple[str, int], list[Tensor]]) -> dict[tuple[str, int], Tensor]:
-    runs = {len(each) for each in found.values()}
-    assert runs == {1}, f"the net was to run once and ran {max(runs, default=0)} times"
-    return {at: each[0] for at, each in found.items()}
+    runs = {len(outputs) for outputs in found.values()}
+    assert runs == {1}, f"forward must run the net once, not {max(runs, default=0)} times"
+    return {point: outputs[0] for point, outputs in found.items()}
 
 
 @contextmanager

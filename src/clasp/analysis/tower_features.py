@@ -1,8 +1,8 @@
-"""What a tower says of a stream of inputs: its pooled vectors and, of some of them, the mean state after each block.
+"""Extracts the features of a tower over a stream of inputs: pooled vectors and, for some inputs, mean states per block.
 
-In: a tower and a stream as evaluations read it, live inputs or cached states alike. Out: ``TowerFeatures``, on the CPU.
-Unusual: everything comes of one pass through the tower, by hooks on its blocks. Where pooling is learned, no base has
-it, so what the tower itself knows is told by the mean of its states (``plain``), tuned or not.
+Input: a tower and an evaluation stream, of live inputs or cached features. Output: ``TowerFeatures``, on the CPU. Note:
+everything comes from one pass through the tower, by forward hooks on its blocks. A learned pooling has no counterpart
+in the base model, so representations are also pooled by their mean (``plain_pooled``), tuned or not.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from clasp.types import HiddenStates, ImageInput, Pixels, PooledFeatures, TextIn
 
 @dataclass(frozen=True, slots=True)
 class TowerFeatures:
-    """What a tower said of ``ids``.
+    """The features of the inputs ``ids``.
 
-    ``pooled``: what the heads read. ``plain_pooled``: the same vectors without anything learned in their pooling.
-    ``block_means``: of the inputs in ``block_ids``, the mean over real tokens of the states after each block that was
-    run, by its number from 1; the blocks below cached states are not run.
+    ``pooled``: the input of the heads. ``plain_pooled``: the same without learned pooling. ``block_means``: for the
+    inputs ``block_ids``, the mean over real tokens of the hidden states after each block that was run, by block number
+    from 1; the blocks below cached states are not run.
     """
 
     ids: tuple[str, ...]
@@ -41,8 +41,8 @@ class TowerFeatures:
 
     def rows_of(self, ids: Sequence[str]) -> Float[Tensor, "_ P"]:
         """``plain_pooled`` of these ids, in this order."""
-        place = {id: row for row, id in enumerate(self.ids)}
-        return self.plain_pooled[[place[id] for id in ids]]
+        index = {id: row for row, id in enumerate(self.ids)}
+        return self.plain_pooled[[index[id] for id in ids]]
 
 
 def extract_tower_features(
@@ -51,8 +51,8 @@ def extract_tower_features(
     block_ids: Collection[str] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> TowerFeatures:
-    """Run a stream through a tower once; ``progress`` is told how many inputs are done. What is pooled already is
-    kept."""
+    """Run a stream through a tower once; ``progress`` is called with the number of inputs done. Pooled inputs pass
+    through unchanged."""
     ids: list[str] = []
     rows: dict[str, list[Tensor]] = {"pooled": [], "plain": []}
     chosen: list[str] = []
@@ -79,18 +79,18 @@ def extract_tower_features(
 def _batch_features(tower: Tower, inputs: Pixels | ImageInput | TextInput) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """Pooled vectors, plainly pooled vectors and block means of a batch.
 
-    The tower would cut captions into parts of like length by itself; here it gets each part alone, so that the hooks
-    see the rows that the mask is about.
+    The tower would split captions into length buckets itself; here it is called on one bucket at a time, so that the
+    rows in the hooks are those of the mask.
     """
     assert not isinstance(inputs, PooledFeatures)
     if isinstance(inputs, HiddenStates):
-        trunk = tower.frozen_blocks  # the first who asks makes the net run, which no hook shall hear
-        assert inputs.depth <= trunk, f"states after block {inputs.depth} of {tower.name}, whose trunk has {trunk}"
+        frozen = tower.frozen_blocks  # its first access runs the encoder: do it before hooks are registered
+        assert inputs.depth <= frozen, f"states after block {inputs.depth} of {tower.name} with {frozen} frozen blocks"
     if isinstance(inputs, Pixels):
-        parts, back = [inputs], None
+        parts, order = [inputs], None
     else:
-        assert inputs.rows is None, "a stream of an evaluation holds each text once"
-        parts, back = split_by_length(inputs)
+        assert inputs.rows is None, "an evaluation stream contains each text once"
+        parts, order = split_by_length(inputs)
     pooled: list[Tensor] = []
     plain: list[Tensor] = []
     means: dict[int, list[Tensor]] = {}
@@ -101,7 +101,7 @@ def _batch_features(tower: Tower, inputs: Pixels | ImageInput | TextInput) -> tu
         plain.append(vectors[1])
 
     def joined(rows: list[Tensor]) -> Tensor:
-        return torch.cat(rows) if back is None else torch.cat(rows)[back]
+        return torch.cat(rows) if order is None else torch.cat(rows)[order]
 
     return joined(pooled), joined(plain), {number: joined(rows) for number, rows in means.items()}
 
@@ -130,12 +130,13 @@ def _token_mask(
 def _record_block_means(
     tower: Tower, part: Pixels | ImageInput | TextInput, into: dict[int, list[Tensor]]
 ) -> Iterator[None]:
-    """While the tower runs, put each block's mean state into ``into``; those below cached states are not run."""
+    """While the tower runs, append each block's mean hidden state to ``into``; blocks below cached states are not
+    run."""
     children = dict(tower.net.named_children())
     prompts = prompts if isinstance(prompts := children.get("prompts"), PromptTokens) else None
     depth = part.depth if isinstance(part, HiddenStates) else 0
 
-    def keep(number: int, output: object) -> None:
+    def record(number: int, output: object) -> None:
         states = as_tokens(block_states(output))
         states = states if prompts is None else prompts.remove(states)
         mask = _token_mask(tower, part, states)
@@ -144,7 +145,7 @@ def _record_block_means(
         into.setdefault(number, []).append((states * weight).sum(1) / weight.sum(1))
 
     hooks = [
-        tower.net.get_submodule(block.path).register_forward_hook(lambda _, __, output, n=number: keep(n, output))
+        tower.net.get_submodule(block.path).register_forward_hook(lambda _, __, output, n=number: record(n, output))
         for number, block in enumerate(find_structure(tower.net).blocks, 1)
         if number > depth
     ]

@@ -1,8 +1,8 @@
-"""A checkpoint that another paper's code left becomes a run, to be evaluated, indexed and searched like any other.
+"""Imports a checkpoint of another paper's code as a run, to be evaluated, indexed and searched like any other.
 
-In go a kind, a file and a folder that is not there yet; out comes the run. What a plain tower has lies in its
-``towers/``, which its recipe calls ``file:{run}/towers/…``; what was added or trained is its delta.
-Unusual: a run is made beside its place and moved there when it is whole.
+Input: a kind, a file and a run folder that does not exist yet. Output: the run. The base towers are in its ``towers/``,
+which its recipe refers to as ``file:{run}/towers/…``; added or trained parameters are its delta. Note: the run is
+written to a temporary folder next to its destination and moved there when it is complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clasp.convert.importers.run_writer import ImportOptions, ImportReport
 from clasp.training.run_folder import RunFolder, translate_disk_errors
 from clasp.types import UserError
 
-# each takes the checkpoint, the run to write (its folder is not there yet) and what is wanted of it
+# each takes the checkpoint, the run to write (its folder does not exist yet) and the options
 IMPORTERS: dict[str, Callable[[Path, RunFolder, ImportOptions], ImportReport]] = {
     "lilt": import_lilt,
     "msclip": import_msclip,
@@ -31,16 +31,16 @@ IMPORTERS: dict[str, Callable[[Path, RunFolder, ImportOptions], ImportReport]] =
 
 @dataclass(frozen=True, slots=True)
 class ImportResult:
-    """What came of a checkpoint."""
+    """The imported run and the importer's report."""
 
     run: Path
     report: ImportReport
 
 
 def import_checkpoint(kind: str, checkpoint: Path, run: Path, options: ImportOptions) -> ImportResult:
-    """Make ``run`` of ``checkpoint``; ``kind`` is a key of ``IMPORTERS``.
+    """Import ``checkpoint`` as ``run``; ``kind`` is a key of ``IMPORTERS``.
 
-    Raises ``UserError``, and then leaves nothing on the disk.
+    Raises ``UserError``, and then leaves nothing on disk.
     """
     if kind not in IMPORTERS:
         near = difflib.get_close_matches(kind, IMPORTERS, n=1)
@@ -48,16 +48,16 @@ def import_checkpoint(kind: str, checkpoint: Path, run: Path, options: ImportOpt
         raise UserError(f"unknown kind of checkpoint {kind!r}; {hint}kinds: {', '.join(IMPORTERS)}")
     if run.exists() and not (run.is_dir() and not any(run.iterdir())):
         raise UserError(f"{run} is there already; choose another folder with -o, or delete it")
-    near_by = next(folder for folder in run.absolute().parents if folder.is_dir())
-    with translate_disk_errors(run), tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=near_by) as room:
-        staged = RunFolder(Path(room) / run.name)
-        told = IMPORTERS[kind](checkpoint, staged, options)
-        facts = {"kind": kind, "file": checkpoint.name, "sha256": _sha256(checkpoint), **told.facts}
+    parent = next(folder for folder in run.absolute().parents if folder.is_dir())
+    with translate_disk_errors(run), tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=parent) as temporary:
+        staged = RunFolder(Path(temporary) / run.name)
+        report = IMPORTERS[kind](checkpoint, staged, options)
+        facts = {"kind": kind, "file": checkpoint.name, "sha256": _sha256(checkpoint), **report.facts}
         staged.write("imported.json", json.dumps(facts, indent=1, default=str))
-        staged.write("README.md", _readme(run, checkpoint, told))
+        staged.write("README.md", _readme(run, checkpoint, report))
         run.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staged.path, run)
-    return ImportResult(run, told)
+    return ImportResult(run, report)
 
 
 def _sha256(path: Path) -> str:
@@ -65,10 +65,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _readme(run: Path, checkpoint: Path, told: ImportReport) -> str:
+def _readme(run: Path, checkpoint: Path, report: ImportReport) -> str:
     """The text of the run's ``README.md``."""
-    counts = [f"{part}: {c.trained:,} of {c.total:,} parameters train" for part, c in told.counts.items()]
-    lines = "\n".join(f"- {line}" for line in (*told.lines, *counts))
+    counts = [f"{part}: {c.trained:,} of {c.total:,} parameters train" for part, c in report.counts.items()]
+    lines = "\n".join(f"- {line}" for line in (*report.lines, *counts))
     return f"""# {run.name}
 
 An image–text model imported with clasp from `{checkpoint.name}`.

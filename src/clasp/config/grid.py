@@ -1,7 +1,7 @@
-"""A grid of settings as recipes: every combination of the values given for some keys.
+"""A grid over settings: every combination of the values given for some keys, as recipes.
 
-In go a recipe, overrides and texts such as ``train.lr=1e-3,3e-3``; out come ``GridPoint``s, each a checked recipe
-with a name for its run. Unusual: a name is made of its own values only, so it stays when others are added to the grid.
+Input: a recipe, overrides and axes such as ``train.lr=1e-3,3e-3``. Output: ``GridPoint``s, each a validated recipe with
+a name for its run. Note: a name depends on its own values only, so it is stable when values are added to the grid.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class GridSpec:
 
 @dataclass(frozen=True, slots=True)
 class GridPoint:
-    """One point of the grid: the name of its run, what the grid sets, and the recipe that this makes."""
+    """One point of the grid: the name of its run, the grid's settings, and the resulting recipe."""
 
     name: str
     settings: tuple[str, ...]
@@ -47,33 +47,35 @@ class GridPoint:
 
 
 def expand_grid(source: str, overrides: Sequence[str], grid: Sequence[str]) -> list[GridPoint]:
-    """Every combination as a checked recipe, the last key changing fastest. Raises ``UserError``."""
+    """Every combination as a validated recipe, the last key changing fastest. Raises ``UserError``."""
     axes = dict(parse_axis(text) for text in grid)
     counts = Counter([text.partition("=")[0].strip() for text in (*grid, *overrides)])
-    twice = [key for key in axes if counts[key] > 1]
-    if twice:
-        raise UserError(f"{twice[0]} is set twice: a key stands in one --grid, and nowhere else")
+    repeated = [key for key in axes if counts[key] > 1]
+    if repeated:
+        raise UserError(f"{repeated[0]} is set twice: a key stands in one --grid, and nowhere else")
     settings = [tuple(f"{key}={value}" for key, value in zip(axes, values, strict=True)) for values in _product(axes)]
-    made: list[GridPoint] = []
+    points: list[GridPoint] = []
     for name, chosen in zip(_names(axes), settings, strict=True):
-        with_these = f"with {' '.join(chosen)}"
+        prefix = f"with {' '.join(chosen)}"
         try:
             recipe = read_recipe(source, [*overrides, *chosen])
         except UserError as error:
-            raise UserError(f"{with_these}: {error}") from None
-        same = next((other for other in made if other.recipe == recipe), None)
+            raise UserError(f"{prefix}: {error}") from None
+        same = next((other for other in points if other.recipe == recipe), None)
         if same:
-            raise UserError(f"{with_these}: this is the same recipe as with {same}")
-        if made and _validation_data(recipe) != _validation_data(made[0].recipe):
-            raise UserError(f"{with_these}: other pairs would be validated on than before; such runs cannot be ranked")
-        made.append(GridPoint(name, chosen, recipe))
-    return made
+            raise UserError(f"{prefix}: this is the same recipe as with {same}")
+        if points and _validation_data(recipe) != _validation_data(points[0].recipe):
+            raise UserError(
+                f"{prefix}: the validation pairs differ from those of the other runs; such runs cannot be ranked"
+            )
+        points.append(GridPoint(name, chosen, recipe))
+    return points
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
-    """``train.lr=1e-3,3e-3``: a key and its values, each written as behind ``key=`` anywhere else.
+    """Parse ``train.lr=1e-3,3e-3``: a key and its values, each in the syntax of an override.
 
-    Commas separate, except inside brackets or quotes: ``tune.text=["norms"],["lora(rank=8)"]`` has two values.
+    Commas separate values, except inside brackets or quotes: ``tune.text=["norms"],["lora(rank=8)"]`` has two values.
     """
     key, equals, rest = text.partition("=")
     if not equals or not key.strip() or not rest.strip():
@@ -128,5 +130,5 @@ def _short_hash(values: Sequence[str]) -> str:
 
 def _validation_data(recipe: Recipe) -> tuple[Any, ...]:
     data = recipe.data
-    asked = data.val or (data.train, data.val_fraction)
-    return (asked, data.format, data.image_root, data.columns, data.languages)
+    source = data.val or (data.train, data.val_fraction)
+    return (source, data.format, data.image_root, data.columns, data.languages)

@@ -1,1 +1,1 @@
-"""Checkpoints of other code in, and models for other code out."""
+"""Import of checkpoints of other code, and export to formats of other code."""

@@ -1,8 +1,9 @@
-"""Random changes of a training image: crop, turn, flip, recolour, and RandAugment as ALBEF and LilT have it.
+"""Augmentation of training images: crop, rotation, shift, flip, colour, and RandAugment as in ALBEF and LilT.
 
-In: settings (``data.augment``), a seed, a picture. Out: the box to crop, and the resized picture changed.
-Unusual: all luck is drawn beforehand, from the seed alone and in a fixed order, whichever settings are on; what one
-setting draws does not depend on the others. With ``images`` and ``sheets`` all that touches Pillow.
+Input: settings (``[data.augment]``), a seed, an image. Output: the crop box, and the augmented resized image. Note: all
+random numbers are drawn beforehand, from the seed alone and in a fixed order, whichever settings are on, so that no
+setting's draw depends on another. One of the three modules that import Pillow, with ``data.images`` and
+``report.contact_sheet``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ RGBColor = tuple[int, int, int]
 
 
 class RandAugmentParams(NamedTuple):
-    """The luck of one RandAugment operation, each number uniform in [0, 1)."""
+    """The random numbers of one RandAugment operation, each uniform in [0, 1)."""
 
     operation: float
     application: float
@@ -30,7 +31,7 @@ class RandAugmentParams(NamedTuple):
 
 
 class AugmentParams(NamedTuple):
-    """The luck of one augmented image, each number uniform in [0, 1). Always all drawn, in this order."""
+    """The random numbers of one augmented image, each uniform in [0, 1); all are always drawn, in this order."""
 
     area: float
     aspect: float
@@ -44,35 +45,35 @@ class AugmentParams(NamedTuple):
     brightness: float
     contrast: float
     operations: tuple[RandAugmentParams, ...] = ()
-    """Drawn last, as many as are asked for."""
+    """Drawn last; their number depends on ``randaugment``."""
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of a training image. The defaults change nothing, so no caption becomes false.
+    """Augmentation settings. The defaults change nothing, so that no caption becomes false.
 
-    Captions speak of left and right, of letters and of colours: flips and colour changes are for data that does not.
+    Captions mention left and right, text and colours: flips and colour changes are for data without such captions.
     """
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
-    """Least and greatest area of the crop, as a fraction of what the plain transform shows."""
+    """Minimum and maximum area of the crop, as a fraction of the area of the plain transform."""
     aspect: tuple[float, float] = (1.0, 1.0)
-    """Least and greatest width / height of that crop, relative to the plain one; drawn log-uniformly."""
+    """Minimum and maximum aspect ratio (width / height) of the crop, relative to the plain one; log-uniform."""
     flip: float = 0.0
-    """Probability of a left-right flip."""
+    """Probability of a horizontal flip."""
     rotate: float = 0.0
-    """Greatest rotation either way, degrees; the corners show the ground."""
+    """Maximum rotation either way, degrees; corners are filled with the background."""
     shift: float = 0.0
-    """Greatest shift in either axis, fraction of the side; what is uncovered shows the ground."""
+    """Maximum shift along either axis, fraction of the side; uncovered areas are filled with the background."""
     grayscale: float = 0.0
-    """Probability of losing the colours."""
+    """Probability of conversion to greyscale."""
     brightness: float = 0.0
-    """Greatest relative change of brightness either way."""
+    """Maximum relative change of brightness either way."""
     contrast: float = 0.0
-    """Greatest relative change of contrast either way."""
+    """Maximum relative change of contrast either way."""
     randaugment: tuple[int, int] = (0, 0)
-    """How many of RandAugment's operations are drawn, and their magnitude from 1 to 10; (0, 0) is off, LilT has
-    (2, 7). After all other changes; see ``apply_randaugment``."""
+    """Number of RandAugment operations and their magnitude from 1 to 10; (0, 0) is off, LilT has (2, 7). Applied after
+    all other changes; see ``apply_randaugment``."""
 
     def __post_init__(self) -> None:
         for name, (low, high), top in (("crop_scale", self.crop_scale, 1.0), ("aspect", self.aspect, math.inf)):
@@ -90,28 +91,28 @@ class Augment:
             )
 
     def sample_params(self, seed: int) -> AugmentParams:
-        """The luck that belongs to a seed."""
-        luck = random.Random(seed)
-        numbers: dict[str, Any] = {name: luck.random() for name in AugmentParams._fields[:-1]}
-        chances = (RandAugmentParams(luck.random(), luck.random(), luck.random()) for _ in range(self.randaugment[0]))
-        return AugmentParams(**numbers, operations=tuple(chances))
+        """The random numbers of a seed."""
+        rng = random.Random(seed)
+        numbers: dict[str, Any] = {name: rng.random() for name in AugmentParams._fields[:-1]}
+        operations = (RandAugmentParams(rng.random(), rng.random(), rng.random()) for _ in range(self.randaugment[0]))
+        return AugmentParams(**numbers, operations=tuple(operations))
 
     def crop(self, box: CropBox, params: AugmentParams) -> CropBox:
-        """A box inside ``box``, of the drawn area, aspect and place."""
+        """The random crop inside ``box``: area, aspect ratio and position from ``params``."""
         left, top, right, bottom = box
         area = self.crop_scale[0] + params.area * (self.crop_scale[1] - self.crop_scale[0])
         aspect = self.aspect[0] * (self.aspect[1] / self.aspect[0]) ** params.aspect
-        wide = (right - left) * min(1.0, math.sqrt(area * aspect))
-        high = (bottom - top) * min(1.0, math.sqrt(area / aspect))
-        left += params.left * (right - left - wide)
-        top += params.top * (bottom - top - high)
-        return left, top, left + wide, top + high
+        width = (right - left) * min(1.0, math.sqrt(area * aspect))
+        height = (bottom - top) * min(1.0, math.sqrt(area / aspect))
+        left += params.left * (right - left - width)
+        top += params.top * (bottom - top - height)
+        return left, top, left + width, top + height
 
     def apply(self, picture: Image.Image, ground: RGBColor, params: AugmentParams) -> Image.Image:
-        """The resized picture, turned, shifted, flipped and recoloured as drawn."""
+        """The resized image, rotated, shifted, flipped and recoloured; ``ground`` fills uncovered areas."""
         angle = self.rotate * (2 * params.rotate - 1)
         across, down = (
-            round(self.shift * (2 * luck - 1) * picture.width) for luck in (params.translate_x, params.translate_y)
+            round(self.shift * (2 * number - 1) * picture.width) for number in (params.translate_x, params.translate_y)
         )
         if self.rotate or self.shift:
             picture = picture.rotate(angle, Image.Resampling.BICUBIC, translate=(across, down), fillcolor=ground)
@@ -128,15 +129,15 @@ class Augment:
 
 # --- RandAugment ---------------------------------------------------------------------------------------------------
 
-_MAX_MAGNITUDE = 10  # the magnitude at which an operation does the most it ever does
-_APPLY_PROBABILITY = 0.5  # probability of a drawn operation
-_FILL_COLOR = (128, 128, 128)  # what a moved picture uncovers
+_MAX_MAGNITUDE = 10  # the magnitude of the strongest effect
+_APPLY_PROBABILITY = 0.5  # probability that a drawn operation is applied
+_FILL_COLOR = (128, 128, 128)  # fills uncovered areas
 
-# What each does at the strongest. Brightness and sharpness do not go either way: their factor is 0.1 + 1.8 times the
-# strength, so that magnitude 5 leaves the picture as it is and less takes away.
-_MAX_SHEAR = 0.3  # pixels a row, or a column
+# Maxima of the operations. Brightness and sharpness are not symmetric: their factor is 0.1 + 1.8 times the strength, so
+# that magnitude 5 is the identity and less reduces them.
+_MAX_SHEAR = 0.3  # pixels per row, or per column
 _MAX_TRANSLATION = 10 / 256  # of the side
-_MAX_ROTATION = 30.0  # degrees, positive against the clock
+_MAX_ROTATION = 30.0  # degrees, positive is counter-clockwise
 
 
 def _enhance_factor(strength: float) -> float:
@@ -146,13 +147,13 @@ def _enhance_factor(strength: float) -> float:
 def _affine(
     picture: Image.Image, *, across: float = 0.0, down: float = 0.0, shear_x: float = 0.0, shear_y: float = 0.0
 ) -> Image.Image:
-    """Shifted by so many pixels, or each row (column) by so many pixels more than the one before."""
-    back = (1, -shear_x, -across, -shear_y, 1, -down)  # from a place in the outcome to where it was
+    """Translation in pixels, or a shear: each row (column) is shifted by so many pixels more than the one before."""
+    inverse = (1, -shear_x, -across, -shear_y, 1, -down)  # from output to input coordinates
     affine, smooth = Image.Transform.AFFINE, Image.Resampling.BILINEAR
-    return picture.transform(picture.size, affine, back, smooth, fillcolor=_FILL_COLOR)
+    return picture.transform(picture.size, affine, inverse, smooth, fillcolor=_FILL_COLOR)
 
 
-# each takes a picture and the strength, from -1 to 1
+# each takes an image and a strength from -1 to 1
 RANDAUGMENT_OPS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "identity": lambda picture, s: picture,
     "autocontrast": lambda picture, s: ImageOps.autocontrast(picture),
@@ -168,16 +169,16 @@ RANDAUGMENT_OPS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 
 
 def apply_randaugment(picture: Image.Image, magnitude: int, params: tuple[RandAugmentParams, ...]) -> Image.Image:
-    """RandAugment (Cubuk et al., NeurIPS 2020): operations with equal chances, one after the other, at one magnitude.
+    """RandAugment (Cubuk et al., NeurIPS 2020): uniformly drawn operations, applied in sequence at one magnitude.
 
-    ALBEF's ten operations and ranges (Li et al., NeurIPS 2021), which leave colours out for the captions' sake; LilT
-    took them over, two of magnitude 7. Each is drawn from all ten anew and applied with probability 0.5; shears,
-    shifts and turns go either way. Ours are Pillow's filters in place of OpenCV's: the centre of a turn and the fixed
-    edge of a shear lie up to half a pixel elsewhere, and levels are rounded otherwise. Shifts are a part of the side,
-    which at LilT's 256 pixels comes to its 10 pixels at the strongest.
+    ALBEF's ten operations and ranges (Li et al., NeurIPS 2021), which exclude colour changes because of the captions;
+    LilT uses them, two of magnitude 7. Each is drawn from all ten independently and applied with probability 0.5;
+    shears, shifts and rotations go either way. Ours uses Pillow's filters instead of OpenCV's: the centre of a rotation
+    and the fixed edge of a shear differ by up to half a pixel, and levels are rounded differently. Shifts are relative
+    to the side; at LilT's 256 pixels the maximum is its 10 pixels.
     """
-    for which, whether, sign in params:
-        if whether < _APPLY_PROBABILITY:
+    for which, application, sign in params:
+        if application < _APPLY_PROBABILITY:
             operation = list(RANDAUGMENT_OPS.values())[int(which * len(RANDAUGMENT_OPS))]
             picture = operation(picture, math.copysign(magnitude / _MAX_MAGNITUDE, sign - 0.5))
     return picture

@@ -1,4 +1,4 @@
-"""Inputs of a tower, on the device of the tower."""
+"""Moves tower inputs to a device."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ _TowerInput = TypeVar("_TowerInput", bound=Pixels | Tokens | HiddenStates | Pool
 
 
 def to_device(inputs: _TowerInput, device: torch.device | str) -> _TowerInput:
-    """The same inputs with their tensors on ``device``; tensors that are there already are not copied."""
+    """The inputs with their tensors on ``device``; tensors already on it are not copied."""
     named = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
     return replace(inputs, **{n: t.to(device, non_blocking=True) for n, t in named.items() if isinstance(t, Tensor)})

@@ -1,9 +1,9 @@
-"""The two sides of a batch, exchangeable one by one: some picks in, their images or their captions out.
+"""Readers of the two modalities of a batch: sample indices in, their images or captions out.
 
-A pick is one sample with everything random about it decided. The live sides read images and captions each time; the
-cached ones in ``features`` look up rows, with the same picks. Also ``PairIndex``: what a side or a batch must know of
-its pairs when it may not read them. Unusual: an image that cannot be read leaves its batch and is named, never
-replaced; captions are then fetched for the rest only.
+``SampleIndices`` fixes everything random about a sample. The live readers load images and captions each time; the
+cached ones in ``data.feature_cache`` look up rows by the same indices. Also ``PairIndex``: the metadata of all pairs in
+memory, for readers that must not read the pairs. Note: an image that cannot be read is dropped from its batch and
+reported, never replaced; captions are then read for the rest only.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from clasp.types import ImageInput, ImageSource, Pair, Pixels, SkippedSample, Te
 
 @dataclass(frozen=True, slots=True)
 class SampleIndices:
-    """Some samples, everything random about them decided: three aligned columns."""
+    """Some samples with all their random choices: three aligned columns."""
 
     pair: Int[np.ndarray, " n"]
-    """Number of the pair."""
+    """Index of the pair."""
     caption_draw: Int[np.ndarray, " n"]
-    """Chooses the caption: the one numbered ``caption_draw`` modulo the captions of the pair."""
+    """Selects the caption: number ``caption_draw`` modulo the captions of the pair."""
     seed: Int[np.ndarray, " n"]
-    """Of the augmentation; with cached views, chooses the view."""
+    """Seed of the augmentation; with cached views, selects the view."""
 
     def __len__(self) -> int:
         return len(self.pair)
@@ -40,10 +40,10 @@ class SampleIndices:
 
 
 class PairIndex(Sequence[Pair]):
-    """Pairs whose ids, groups and captions are held in memory: all of them are read once, here.
+    """Pairs with their ids, groups and captions indexed in memory: all pairs are read once, on construction.
 
-    For replaying cached features, where even reading a line of JSON would be most of the time, and for
-    ``captions="all"``. Takes some hundred bytes a pair, so live images with drawn captions do without.
+    For cached features, where even parsing a line of JSON would dominate the time, and for ``captions="all"``. Takes
+    some hundred bytes per pair, so it is not used for live images with sampled captions.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -59,13 +59,13 @@ class PairIndex(Sequence[Pair]):
             caption.extend(texts.setdefault(text, len(texts)) for text, _ in pair.captions)
             first.append(len(caption))
         self.group = np.array(group, dtype=np.int64)
-        """Of each pair: equal numbers, one group."""
+        """Group id of each pair."""
         self.caption_offsets = np.array(first, dtype=np.int64)
         """Captions of pair i are numbered ``caption_offsets[i]`` to ``caption_offsets[i + 1]``."""
         self.caption = np.array(caption, dtype=np.int64)
-        """Of each caption: its place in ``texts``."""
+        """Index in ``texts`` of each caption."""
         self.texts = list(texts)
-        """Every different caption once, in the order of the pairs."""
+        """The unique captions, in the order of the pairs."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,14 +74,14 @@ class PairIndex(Sequence[Pair]):
         return self._pairs[number]
 
     def text_indices(self, picks: SampleIndices) -> Int[np.ndarray, " n"]:
-        """Where in ``texts`` the picked captions are."""
+        """Index in ``texts`` of the selected captions."""
         first = self.caption_offsets[picks.pair]
         return self.caption[first + picks.caption_draw % (self.caption_offsets[picks.pair + 1] - first)]
 
 
 @dataclass(frozen=True, slots=True)
 class ImageBatch:
-    """The images of some picks that could be had: ``kept`` are their places among the picks, in order."""
+    """The images of some samples that could be read: ``kept`` are their positions among the samples, in order."""
 
     inputs: ImageInput
     kept: list[int]
@@ -90,7 +90,7 @@ class ImageBatch:
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
-    """The captions of some picks; ``texts`` says which are the same, by any value that is equal then."""
+    """The captions of some samples; ``texts`` are keys that are equal for equal captions."""
 
     inputs: TextInput
     texts: Sequence[Hashable]
@@ -98,21 +98,22 @@ class TextBatch:
 
 @runtime_checkable
 class ImageReader(Protocol):
-    """Picks to images. ``read`` gives the pair of a number; a pair is read at most once a batch, if at all."""
+    """Sample indices to images. ``get_pair`` returns the pair of an index; it is called at most once per pair and
+    batch."""
 
     def __call__(self, indices: SampleIndices, get_pair: Callable[[int], Pair]) -> ImageBatch: ...
 
 
 @runtime_checkable
 class TextReader(Protocol):
-    """Picks to captions; ``read`` as for the images."""
+    """Sample indices to captions; ``get_pair`` as for images."""
 
     def __call__(self, indices: SampleIndices, get_pair: Callable[[int], Pair]) -> TextBatch: ...
 
 
 @dataclass(frozen=True, slots=True)
 class LiveImageReader:
-    """Images read, decoded and (where ``augment`` is given) augmented anew each time."""
+    """Reads, decodes and (with ``augment``) augments images each time."""
 
     transform: ImageTransform
     augment: Augment | None = None
@@ -123,26 +124,26 @@ class LiveImageReader:
         return self.decode([(pair.id, pair.image, seed) for pair, seed in zip(pairs, seeds, strict=True)])
 
     def decode(self, images: Sequence[tuple[str, ImageSource, int]]) -> ImageBatch:
-        """Images given as id, source and seed. What cannot be read is left out and named."""
+        """Decode images given as id, source and seed. Unreadable ones are skipped and reported."""
         values, kept, skipped = [], [], []
-        for place, (name, source, seed) in enumerate(images):
+        for position, (name, source, seed) in enumerate(images):
             try:
                 encoded = source.read()
                 if self.augment is None:
                     values.append(self.transform(encoded))
                 else:
                     values.append(self.transform.augmented(encoded, self.augment, seed))
-                kept.append(place)
-            except (ImageError, OSError, UserError) as error:  # a source says with UserError that a file is gone
+                kept.append(position)
+            except (ImageError, OSError, UserError) as error:  # a source raises UserError for a missing file
                 skipped.append(SkippedSample(name, " ".join(str(error).split()) or type(error).__name__))
-        side = self.transform.size
-        pixels = torch.stack(values) if values else torch.empty(0, 3, side, side)
+        size = self.transform.size
+        pixels = torch.stack(values) if values else torch.empty(0, 3, size, size)
         return ImageBatch(Pixels(pixels), kept, tuple(skipped))
 
 
 @dataclass(frozen=True, slots=True)
 class LiveTextReader:
-    """Captions tokenised each time, padded to the longest of the batch; those that repeat are held once."""
+    """Tokenises captions each time, padded to the longest of the batch; repeated captions are tokenised once."""
 
     tokenizer: Tokenizer
 
@@ -151,7 +152,7 @@ class LiveTextReader:
         texts = [
             all_[draw % len(all_)].text for all_, draw in zip(captions, indices.caption_draw.tolist(), strict=True)
         ]
-        places: dict[str, int] = {}
-        rows = [places.setdefault(text, len(places)) for text in texts]
-        tokens = self.tokenizer(list(places))
-        return TextBatch(tokens if len(places) == len(texts) else replace(tokens, rows=torch.tensor(rows)), texts)
+        unique: dict[str, int] = {}
+        rows = [unique.setdefault(text, len(unique)) for text in texts]
+        tokens = self.tokenizer(list(unique))
+        return TextBatch(tokens if len(unique) == len(texts) else replace(tokens, rows=torch.tensor(rows)), texts)

@@ -1,8 +1,8 @@
-"""One function over many inputs, in order: in this process, or ahead of time in worker processes.
+"""An ordered map of one function over many requests, in this process or prefetched in worker processes.
 
-A thin use of torch's DataLoader for what it does well: answers through shared memory, workers that end when the main
-process does, a time limit. What is asked is decided by the caller, so the number of workers changes nothing but
-speed. Unusual: workers are never forked from a process with threads, and a dead or silent one is one clear line.
+Built on torch's DataLoader for shared-memory transfer, workers that end with the main process, and timeouts. The caller
+decides the requests, so the number of workers affects nothing but speed. Note: workers are never forked from a process
+with threads, and a dead or hanging worker is a one-line ``UserError``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from torch.utils.data import DataLoader
 
 from clasp.types import UserError
 
-_POLL_SECONDS = 5.0  # while waiting, how often to look whether the workers live: a forkserver's are not our children
+_POLL_SECONDS = (
+    5.0  # how often to check that workers are alive while waiting: a forkserver's are not our child processes
+)
 
 
 class _RequestDataset:
-    """Both halves of a DataLoader: what is asked, which changes every epoch, and the answer to one ask.
+    """Sampler and dataset of a DataLoader: the requests, which change every epoch, and the result of one request.
 
-    A ``UserError`` travels as a value, since a worker's exceptions arrive with their traceback in the message.
+    A ``UserError`` is returned as a value, since a worker's exceptions arrive with their traceback in the message.
     """
 
     def __init__(self, read: Callable[[Any], Any]) -> None:
@@ -34,21 +36,21 @@ class _RequestDataset:
     def __iter__(self) -> Iterator[Any]:
         return iter(self.requests)
 
-    def __getitem__(self, ask: Any) -> Any:
+    def __getitem__(self, request: Any) -> Any:
         try:
-            return self._read(ask)
+            return self._read(request)
         except UserError as error:
             return error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_read": self._read, "asks": ()}
+        return {"_read": self._read, "requests": ()}
 
 
 class WorkerPool:
-    """``read`` applied to one ask after another, in order: here, or ahead of time in worker processes.
+    """Applies ``read`` to requests, in order: in this process, or prefetched in worker processes.
 
     Workers are started at the first use and live until ``close``. One pass at a time. Raises ``UserError`` when a
-    worker dies (noticed within seconds) or nothing arrives for ``timeout_seconds``.
+    worker dies (detected within seconds) or no result arrives for ``timeout_seconds``.
     """
 
     def __init__(self, read: Callable[[Any], Any], *, workers: int = 0, timeout_seconds: float = 300.0) -> None:
@@ -60,51 +62,51 @@ class WorkerPool:
         self._finished = True
 
     def __call__(self, requests: Iterable[Any]) -> Iterator[Any]:
-        """The answers to ``requests``."""
+        """The results of ``requests``, in order."""
         self._pass += 1
-        this = self._pass
-        for answer in self._map_in_process(requests) if self._workers == 0 else self._map_in_workers(requests):
-            assert this == self._pass, "a newer pass over this stream has begun"
-            if isinstance(answer, UserError):
-                raise answer
-            yield answer
+        current = self._pass
+        for result in self._map_in_process(requests) if self._workers == 0 else self._map_in_workers(requests):
+            assert current == self._pass, "a newer pass over this stream has begun"
+            if isinstance(result, UserError):
+                raise result
+            yield result
 
     def close(self) -> None:
-        """End the workers, if there are any; a later pass starts new ones."""
+        """Ends the workers, if any; a later pass starts new ones."""
         self._loader = None
 
-    def _map_in_process(self, asks: Iterable[Any]) -> Iterator[Any]:
-        return map(self._dataset.__getitem__, asks)
+    def _map_in_process(self, requests: Iterable[Any]) -> Iterator[Any]:
+        return map(self._dataset.__getitem__, requests)
 
-    def _map_in_workers(self, asks: Iterable[Any]) -> Iterator[Any]:
+    def _map_in_workers(self, requests: Iterable[Any]) -> Iterator[Any]:
         if not self._finished:
-            self.close()  # workers busy with a pass that was left could not say when they are ready for this one
+            self.close()  # workers may still be busy with an abandoned pass
         if self._loader is None:
             self._loader = self._start_loader()
-        self._dataset.requests = asks
+        self._dataset.requests = requests
         self._finished = False
-        answers = iter(self._loader)
-        heard = time.monotonic()
+        results = iter(self._loader)
+        last_result = time.monotonic()
         while True:
             try:
-                answer = next(answers)
+                result = next(results)
             except StopIteration:
                 self._finished = True
                 return
             except RuntimeError as error:
-                said = str(error)
-                if said.startswith("DataLoader timed out") and time.monotonic() - heard < self._timeout_seconds:
-                    continue  # all workers live; go on waiting
+                message, waited = str(error), time.monotonic() - last_result
+                if message.startswith("DataLoader timed out") and waited < self._timeout_seconds:
+                    continue  # all workers are alive
                 self.close()
-                if not said.startswith("DataLoader "):
+                if not message.startswith("DataLoader "):
                     raise
-                waited = f"nothing came for {time.monotonic() - heard:.0f} seconds ({' '.join(said.split())})"
+                reason = f"nothing came for {waited:.0f} seconds ({' '.join(message.split())})"
                 raise UserError(
-                    f"workers = {self._workers}: {waited}; with workers = 0 the main process reads and shows what is "
+                    f"workers = {self._workers}: {reason}; with workers = 0 the main process reads and shows what is "
                     "slow or fails (a script that has workers needs `if __name__ == '__main__':`)"
                 ) from error
-            yield answer
-            heard = time.monotonic()
+            yield result
+            last_result = time.monotonic()
 
     def _start_loader(self) -> DataLoader[Any]:
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -121,14 +123,14 @@ class WorkerPool:
             multiprocessing_context=context,
             worker_init_fn=_start_worker,
             timeout=min(_POLL_SECONDS, self._timeout_seconds),
-            generator=torch.Generator(),  # else each pass would take a number from the global generator
+            generator=torch.Generator(),  # otherwise each pass would draw from the global generator
         )
 
 
-def _identity(answer: Any) -> Any:
-    return answer
+def _identity(result: Any) -> Any:
+    return result
 
 
 def _start_worker(number: int) -> None:
-    # Ctrl-C is the main process's affair: it ends the workers once it has saved
+    # Ctrl-C is handled by the main process, which ends the workers after saving
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,8 +1,8 @@
-"""The frozen part of a tower, as the feature cache takes it: all of it with its pooling, or its trunk.
+"""The frozen part of a tower, for the feature cache: the whole tower with its pooling, or its frozen prefix.
 
-In goes a tower whose selection is made, out comes what may be computed once
-(``clasp.data.feature_cache.requests.FrozenPart``), or nothing where every weight trains or dropout makes each output
-another.
+Input: a tower whose trainable parameters are selected. Output: the part whose outputs can be cached
+(``clasp.data.feature_cache.requests.FrozenPart``), or ``None`` where every block trains or dropout makes the outputs
+random.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from clasp.types import HiddenStates, Pixels, PooledFeatures, Tokens
 
 @dataclass(frozen=True)
 class FrozenTower:
-    """A tower in which nothing trains: its inputs to one vector each."""
+    """A tower without trainable parameters: inputs to pooled vectors."""
 
     tower: Tower
     depth: int = 0
@@ -38,9 +38,9 @@ class FrozenTower:
 
 @dataclass(frozen=True)
 class FrozenPrefix:
-    """The blocks of a tower below everything that trains: inputs to states after the last of them.
+    """The frozen prefix of a tower: inputs to the hidden states after its last block, ``depth``.
 
-    ``size`` is the side in pixels of the images it will read.
+    ``size`` is the side of the input images, pixels.
     """
 
     tower: Tower
@@ -76,7 +76,7 @@ class FrozenPrefix:
 
 
 def find_frozen_part(tower: Tower, size: int) -> FrozenTower | FrozenPrefix | None:
-    """What of a tower may be computed once, for images of ``size`` pixels a side; ``None`` where nothing may."""
+    """The part of a tower that can be cached, for images of ``size`` pixels a side; ``None`` where nothing can."""
     if tower.dropout:
         return None
     if tower.fully_frozen:

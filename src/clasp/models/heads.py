@@ -1,8 +1,8 @@
-"""Heads: from the pooled vector of a tower to the joint space.
+"""Projection heads: from the pooled vector of a tower to the joint embedding space.
 
-In go settings and a width, out comes a module, vectors in and vectors out. Linear as in CLIP, or one of three that keep
-a linear path or gate it; a feature may be shifted, scaled, noised and dropped before. Two towers may hold one head in
-common; that is up to who makes them.
+Input: settings and the tower's width. Output: a module ``[B D] -> [B E]``. Linear as in CLIP, an MLP beside a linear
+map, a gated layer, or none; features may be standardised, noised and dropped out before. Two towers may share one head;
+that is decided by the caller.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from clasp.types import UserError
 
 
 class HeadSettings(BaseModel):
-    """``[head]`` of a recipe: from a tower's pooled vector to the joint space, the same for both towers."""
+    """``[head]`` of a recipe: the projection head, with the same settings for both towers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["linear", "mlp", "glu", "none"] = "linear"
-    """``mlp``: a hidden layer beside the linear map; ``glu``: a gated layer (SAIL); ``none`` joins equal widths"""
+    """``mlp``: a hidden layer beside the linear map; ``glu``: a gated layer (SAIL); ``none``: identity, for equal
+    widths"""
     width: int = Field(default=512, ge=1)
     """E, the width of the joint space"""
     hidden: int | None = Field(default=None, ge=1)
-    """Width of the hidden layer of mlp and glu; twice ``width`` where left out"""
+    """Hidden width of mlp and glu; by default twice ``width``"""
     bias: bool = True
-    """Whether a linear head has a bias; CLIP's and MS-CLIP's have none"""
+    """Whether a linear head has a bias; not in CLIP and MS-CLIP"""
     standardize: bool = False
-    """Shift and scale each feature, starting from the training pairs' mean and deviation (Glow's ActNorm)"""
+    """A learned shift and factor per feature, initialised to standardise the training pairs (Glow's ActNorm)"""
     init: Literal["random", "cca"] = "random"
-    """``cca``: linear heads start where canonical correlation has them in closed form; needs ``standardize`` and frozen
-    towers"""
+    """``cca``: linear heads are initialised in closed form by canonical correlation analysis; needs ``standardize`` and
+    frozen towers"""
     ridge: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
-    """Ridges of that closed form, image and text, in units of a feature's variance"""
+    """Ridge penalties of the CCA, image and text, in units of a feature's variance"""
     noise: float = Field(default=0.0, ge=0)
-    """Deviation of the Gaussian noise added to the features while training"""
+    """Standard deviation of the Gaussian noise added to the features during training"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the features dropped while training"""
+    """Dropout probability of the features"""
 
     @property
     def hidden_width(self) -> int:
@@ -54,12 +55,13 @@ class HeadSettings(BaseModel):
         if not self.bias and self.kind != "linear":
             raise ValueError(f"bias = false is for kind = 'linear'; here kind = {self.kind!r}")
         if not self.bias and self.init == "cca":
-            raise ValueError("start = 'cca' needs the bias that bias = false leaves out")
+            raise ValueError("init = 'cca' needs a bias; here bias = false")
         return self
 
 
 class Standardize(nn.Module):
-    """``x * scale + shift`` per feature, starting from data (``fit``; Kingma & Dhariwal, 2018, section 3.1)."""
+    """``x * scale + shift`` per feature, data-dependent initialisation by ``fit`` (Kingma & Dhariwal, 2018, section
+    3.1)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -67,19 +69,19 @@ class Standardize(nn.Module):
         self.shift = nn.Parameter(torch.zeros(width))
 
     def fit(self, features: Float[Tensor, "n D"]) -> None:
-        """Make ``features`` come out with mean 0 and deviation 1. Constant features stay small."""
+        """Initialise so that ``features`` map to mean 0 and deviation 1; near-constant features are not blown up."""
         deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
-        scale = 1 / deviation.clamp(min=1e-3 * float(deviation.median()) + 1e-12)
+        factor = 1 / deviation.clamp(min=1e-3 * float(deviation.median()) + 1e-12)
         with torch.no_grad():
-            self.scale.copy_(scale)
-            self.shift.copy_(-mean * scale)
+            self.scale.copy_(factor)
+            self.shift.copy_(-mean * factor)
 
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         return x * self.scale + self.shift
 
 
 class GaussianNoise(nn.Module):
-    """Gaussian noise while training, nothing otherwise."""
+    """Adds Gaussian noise in training mode; the identity in eval mode."""
 
     def __init__(self, deviation: float):
         super().__init__()
@@ -90,7 +92,7 @@ class GaussianNoise(nn.Module):
 
 
 class LinearWithMLP(nn.Module):
-    """``linear(x) + out(gelu(inner(x)))``; starts as the linear map alone."""
+    """``linear(x) + out(gelu(inner(x)))``; ``out`` starts at zero, so that it starts as the linear map."""
 
     def __init__(self, width: int, hidden: int, out: int):
         super().__init__()
@@ -103,7 +105,7 @@ class LinearWithMLP(nn.Module):
 
 
 class GatedLinear(nn.Module):
-    """``out(silu(gate(x)) * up(x))``: the gated head of SAIL (Zhang et al., CVPR 2025), with SiLU for its ReLU6."""
+    """``out(silu(gate(x)) * up(x))``: the gated head of SAIL (Zhang et al., CVPR 2025), with SiLU instead of ReLU6."""
 
     def __init__(self, width: int, hidden: int, out: int):
         super().__init__()
@@ -116,7 +118,8 @@ class GatedLinear(nn.Module):
 def _identity(width: int, settings: HeadSettings) -> nn.Module:
     if width != settings.width:
         raise UserError(
-            f"head.kind = 'none' joins pooled vectors as they are: width {width} is not head.width = {settings.width}"
+            f"head.kind = 'none' does not project pooled vectors: their width {width} is not "
+            f"head.width = {settings.width}"
         )
     return nn.Identity()
 
@@ -131,7 +134,7 @@ HEAD_MAPS: dict[str, Callable[[int, HeadSettings], nn.Module]] = {
 
 
 class ProjectionHead(nn.Module):
-    """A pooled vector to the joint space, before normalisation."""
+    """A pooled vector to the joint space, before L2 normalisation."""
 
     def __init__(self, width: int, settings: HeadSettings):
         super().__init__()

@@ -1,8 +1,8 @@
-"""A page for people: rows of thumbnails with titles and labels, as one PNG, in any script that the fonts have.
+"""A contact sheet: rows of thumbnails with titles and labels, as one PNG, in any script that the fonts cover.
 
-In go titles and encoded images, out comes a file and what was drawn with which fonts. Unusual: each stretch of text is
-drawn with the first font that has its letters, and a script that no font has is named in brackets, not drawn as boxes.
-With ``images`` and ``augment`` all that touches Pillow.
+Input: titles and encoded images. Output: a file and a summary of what was drawn with which fonts. Note: each run of
+text is drawn with the first font that has its glyphs, and a script that no font covers is named in brackets instead of
+drawn as boxes. One of the three modules that import Pillow, with ``data.images`` and ``data.augment``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from clasp.types import UserError
 
 
 class Thumbnail(NamedTuple):
-    """One thumbnail: the encoded image (``None`` draws an empty place), its label, and whether it is a right answer."""
+    """One thumbnail: the encoded image (``None`` draws an empty tile), its label, and whether it is a correct
+    result."""
 
     image: bytes | None
     label: str
@@ -32,7 +33,7 @@ class Thumbnail(NamedTuple):
 
 
 class SheetRow(NamedTuple):
-    """A title, its tiles (anything of the form of ``Thumbnail``), and a note in grey after the title."""
+    """A title, its tiles (tuples like ``Thumbnail``), and a note in grey after the title."""
 
     title: str
     tiles: Sequence[tuple[bytes | None, str, bool | None]]
@@ -40,7 +41,7 @@ class SheetRow(NamedTuple):
 
 
 class ContactSheet(NamedTuple):
-    """What was drawn: where, how large in pixels, with which fonts, and the scripts that no font had."""
+    """The result: path, size in pixels, the fonts used, and the scripts that no font covers."""
 
     path: Path
     width: int
@@ -50,16 +51,16 @@ class ContactSheet(NamedTuple):
 
 
 _SIDE, _SPACE, _STEP, _MARGIN = 128, 16, 164, 32  # pixels: tile, gap, tile with its label, border
-_COLUMNS = 10  # tiles in a line, at most
+_COLUMNS = 10  # maximum tiles per line
 _INK, _QUIET, _LINE, _GOOD, _EMPTY = (31, 35, 40), (101, 109, 118), (216, 222, 228), (31, 136, 61), (246, 248, 250)
 _FONT_FOLDERS = (
     "~/.local/share/fonts", "~/.fonts", "/usr/local/share/fonts", "/usr/share/fonts",
     "~/Library/Fonts", "/Library/Fonts", "/System/Library/Fonts",
     "~/AppData/Local/Microsoft/Windows/Fonts", "C:/Windows/Fonts",
 )  # fmt: skip
-_FAMILIES = ("notosans", "dejavusans", "segoeui", "arialunicode")  # wide and quiet: tried before all others
+_FAMILIES = ("notosans", "dejavusans", "segoeui", "arialunicode")  # wide coverage: tried before all others
 _STYLES = "bold black heavy medium light thin italic oblique mono condensed serif math symbol emoji display".split()
-# written from right to left, or with letters that change their shape or place: wrong unless Pillow has Raqm
+# right-to-left or with contextual shaping: rendered wrongly unless Pillow has Raqm
 _SHAPED = frozenset(
     "ARABIC HEBREW SYRIAC THAANA NKO DEVANAGARI BENGALI GURMUKHI GUJARATI ORIYA TAMIL TELUGU KANNADA MALAYALAM SINHALA "
     "THAI LAO TIBETAN MYANMAR KHMER MONGOLIAN BALINESE JAVANESE".split()
@@ -67,13 +68,13 @@ _SHAPED = frozenset(
 
 
 def contact_sheet(rows: Sequence[SheetRow], path: str | Path, *, fonts: str | Path | None = None) -> ContactSheet:
-    """Draw rows of thumbnails with titles and labels into one PNG, right answers framed in green.
+    """Draw rows of thumbnails with titles and labels into one PNG, correct results framed in green.
 
-    Text may be in any script. Each stretch of it is drawn with the first font that has its letters, out of the folder
-    ``fonts``, the system's and Pillow's own; where none has, the name of the script stands in brackets instead, and
-    ``ContactSheet.missing`` names it. An unreadable image is an empty tile that says so.
+    Text may be in any script. Each run of it is drawn with the first font that has its glyphs, from the folder
+    ``fonts``, the system's and Pillow's; without one, the name of the script is drawn in brackets and added to
+    ``ContactSheet.missing``. An unreadable image is an empty tile labelled "unreadable".
     """
-    pen = _TextRenderer(Path(fonts) if fonts is not None else None)
+    renderer = _TextRenderer(Path(fonts) if fonts is not None else None)
     columns = min(_COLUMNS, max([4, *(len(row.tiles) for row in rows)]))
     width = 2 * _MARGIN + columns * (_SIDE + _SPACE) - _SPACE
     heights = [38 + _STEP * math.ceil(len(row.tiles) / columns) + 22 for row in rows]
@@ -82,39 +83,39 @@ def contact_sheet(rows: Sequence[SheetRow], path: str | Path, *, fonts: str | Pa
     for row, height in zip(rows, heights, strict=True):
         room = width - 2 * _MARGIN
         note, size = row.note if row.tiles else f"{row.note}   nothing found".strip(), 14
-        aside = min(pen.width(note, size) + 14, room // 2) if note else 0
-        end = pen.write(page, (_MARGIN, top + 20), row.title, 20, _INK, room - aside)
-        pen.write(page, (end + 14, top + 20), note, size, _QUIET, max(0, aside - 14))
-        for place, tile in enumerate(row.tiles):
-            down, across = divmod(place, columns)
-            _draw_tile(page, pen, (_MARGIN + across * (_SIDE + _SPACE), top + 38 + down * _STEP), Thumbnail(*tile))
+        note_width = min(renderer.width(note, size) + 14, room // 2) if note else 0
+        end = renderer.write(page, (_MARGIN, top + 20), row.title, 20, _INK, room - note_width)
+        renderer.write(page, (end + 14, top + 20), note, size, _QUIET, max(0, note_width - 14))
+        for index, tile in enumerate(row.tiles):
+            down, across = divmod(index, columns)
+            _draw_tile(page, renderer, (_MARGIN + across * (_SIDE + _SPACE), top + 38 + down * _STEP), Thumbnail(*tile))
         top += height
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path, "PNG")
-    return ContactSheet(path, *page.size, tuple(sorted(pen.used)), tuple(sorted(pen.missing)))
+    return ContactSheet(path, *page.size, tuple(sorted(renderer.used)), tuple(sorted(renderer.missing)))
 
 
-def _draw_tile(page: Image.Image, pen: _TextRenderer, place: tuple[int, int], tile: Thumbnail) -> None:
-    """A rounded picture in its frame, the label centred below."""
+def _draw_tile(page: Image.Image, renderer: _TextRenderer, place: tuple[int, int], tile: Thumbnail) -> None:
+    """A rounded thumbnail in its frame, the label centred below."""
     left, top = place
-    picture, says = Image.new("RGB", (_SIDE, _SIDE), _EMPTY), "no image"
+    picture, message = Image.new("RGB", (_SIDE, _SIDE), _EMPTY), "no image"
     if tile.image is not None:
         try:
             fitted = thumbnail(tile.image, _SIDE - 12)
-            picture, says = Image.new("RGB", (_SIDE, _SIDE), (255, 255, 255)), ""
+            picture, message = Image.new("RGB", (_SIDE, _SIDE), (255, 255, 255)), ""
             picture.paste(fitted, (6, 6))
         except ImageError:
-            says = "unreadable"
+            message = "unreadable"
     page.paste(picture, place, _rounded(0))
     page.paste(_GOOD if tile.correct else _LINE, place, _rounded(3 if tile.correct else 1))
-    pen.write(page, (left, top + _SIDE // 2 + 4), says, 12, _QUIET, _SIDE, align=0.5)
-    pen.write(page, (left, top + _SIDE + 18), tile.label, 13, _INK if tile.correct else _QUIET, _SIDE, align=0.5)
+    renderer.write(page, (left, top + _SIDE // 2 + 4), message, 12, _QUIET, _SIDE, align=0.5)
+    renderer.write(page, (left, top + _SIDE + 18), tile.label, 13, _INK if tile.correct else _QUIET, _SIDE, align=0.5)
 
 
 @cache
 def _rounded(line: int) -> Image.Image:
-    """A smooth mask of a tile: filled for ``line`` 0, else its outline of so many pixels."""
+    """An antialiased mask of a tile: filled for ``line`` 0, else an outline of ``line`` pixels."""
     fine = Image.new("L", (4 * _SIDE, 4 * _SIDE))
     edge = (0, 0, 4 * _SIDE - 1, 4 * _SIDE - 1)
     ImageDraw.Draw(fine).rounded_rectangle(edge, 48, None if line else 255, 255, 4 * line)
@@ -122,22 +123,22 @@ def _rounded(line: int) -> Image.Image:
 
 
 class _FontRun(NamedTuple):
-    """A stretch of text in one font; ``None`` is the font that Pillow brings, which has little more than ASCII."""
+    """A run of text in one font; ``None`` is Pillow's built-in font, which has little more than ASCII."""
 
     font: Path | None
     text: str
 
 
 class _TextRenderer:
-    """Writes text in whatever fonts have its letters, and remembers which it used and what none had."""
+    """Draws text with font fallback; records the fonts used and the scripts without one."""
 
     def __init__(self, folder: Path | None) -> None:
-        own = _font_files([folder]) if folder is not None else []
-        if folder is not None and not own:
+        given = _font_files([folder]) if folder is not None else []
+        if folder is not None and not given:
             raise UserError(f"no font (.ttf, .otf, .ttc) in {folder}")
         system = _font_files([Path(name).expanduser() for name in _FONT_FOLDERS])
         wide = [font for font in system if _rank(font)[0] < len(_FAMILIES)]
-        self._fonts = [*own, *wide, None, *(font for font in system if font not in wide)]
+        self._fonts = [*given, *wide, None, *(font for font in system if font not in wide)]
         self.used: set[str] = set()
         self.missing: set[str] = set()
 
@@ -152,9 +153,9 @@ class _TextRenderer:
         *,
         align: float = 0.0,
     ) -> int:
-        """Write on the baseline through ``start``, cut to ``room`` pixels; returns where the text ends.
+        """Draw on the baseline through ``start``, truncated to ``room`` pixels; returns the x at which the text ends.
 
-        ``align`` is the share of the spare room that is left before the text: 0.5 centres it.
+        ``align`` is the fraction of the free space left of the text: 0.5 centres it.
         """
         runs = self._fitting(self._drawable(text), size, room)
         x, y = start[0] + align * (room - _width(runs, size)), start[1]
@@ -166,42 +167,42 @@ class _TextRenderer:
         return math.ceil(x)
 
     def draws(self, text: str) -> bool:
-        """Whether every letter of the text is in some font."""
+        """Whether every grapheme of the text is in some font."""
         return all(any(_has_glyphs(font, letter) for font in self._fonts) for letter in _graphemes(text))
 
     def width(self, text: str, size: int) -> int:
-        """What ``write`` would take without a limit, pixels."""
+        """The untruncated width of a text, pixels."""
         return math.ceil(_width(self._runs(self._drawable(text)), size))
 
     def _drawable(self, text: str) -> list[str]:
-        """The letters with their marks; those that no font has give way to the name of their script, said once."""
+        """The graphemes; those that no font has are replaced by the name of their script, once per run."""
         letters: list[str] = []
-        said = ""  # the script that the text stands in for just now, spaces aside
+        replaced = ""  # the script of the current replaced run, spaces aside
         for letter in _graphemes(printable(text)):
             if any(_has_glyphs(font, letter) for font in self._fonts):
                 letters.append(letter)
-                said = said if letter == " " else ""
+                replaced = replaced if letter == " " else ""
                 continue
             script = _script(letter)
             bare = unicodedata.normalize("NFD", letter)[0]
             if script == "Latin" and bare.isascii():
                 letters.append(bare)
-                said = ""
-            elif said and script in (said, "symbol"):  # more of the same, or its punctuation
+                replaced = ""
+            elif replaced and script in (replaced, "symbol"):  # the same run, or its punctuation
                 while letters[-1] == " ":
                     letters.pop()
             else:
                 letters.append(f"[{script}]")
-                said = script
-            self.missing.add(said or script)
+                replaced = script
+            self.missing.add(replaced or script)
         return letters
 
     def _fitting(self, letters: list[str], size: int, room: int) -> list[_FontRun]:
-        """All of the text, or as much of it and an ellipsis as fits into ``room`` pixels."""
+        """The text, truncated with an ellipsis to fit into ``room`` pixels."""
         runs = self._runs(letters)
         if _width(runs, size) <= room:
             return runs
-        # of a caption the beginning is kept, of a path or an id the end, which tells more
+        # a caption keeps its beginning, a path or an id its end, which is more informative
         path_like = " " not in letters and not set("/._0123456789").isdisjoint(letters)
 
         def cut(n: int) -> list[_FontRun]:
@@ -211,7 +212,7 @@ class _TextRenderer:
         return cut(fits) if fits >= 0 else []
 
     def _runs(self, letters: Sequence[str]) -> list[_FontRun]:
-        """One run if one font has every letter, else a change of font wherever it must be."""
+        """A single run if one font has every grapheme, else as few changes of font as possible."""
         whole = list(islice((font for font in self._fonts if all(_has_glyphs(font, letter) for letter in letters)), 1))
         runs: list[_FontRun] = []
         for letter in letters:
@@ -225,7 +226,7 @@ class _TextRenderer:
 
 
 def _graphemes(text: str) -> list[str]:
-    """Each character with the marks and joiners that follow it; one space for any white space."""
+    """Each character with its combining marks and joiners; white space is collapsed to single spaces."""
     letters: list[str] = []
     for character in " ".join(text.split()):
         if letters and unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf"):
@@ -236,7 +237,7 @@ def _graphemes(text: str) -> list[str]:
 
 
 def _script(letter: str) -> str:
-    """``Ethiopic``, ``Khmer``, ``CJK`` ...; ``symbol`` for what belongs to no script."""
+    """``Ethiopic``, ``Khmer``, ``CJK`` ...; ``symbol`` for characters of no script."""
     if unicodedata.category(letter[0])[0] not in "LM":
         return "symbol"
     word = unicodedata.name(letter[0], "symbol").split()[0]
@@ -244,7 +245,7 @@ def _script(letter: str) -> str:
 
 
 def _font_files(folders: Sequence[Path]) -> list[Path]:
-    """The upright regular fonts below the folders, those of many letters first."""
+    """The upright regular fonts below the folders, those with wide coverage first."""
     files = [file for folder in folders if folder.is_dir() for file in folder.rglob("*")]
     fonts = [file for file in files if file.suffix.lower() in (".ttf", ".otf", ".ttc")]
     plain = [file for file in fonts if not any(style in file.stem.lower() for style in _STYLES)]
@@ -261,7 +262,7 @@ def _width(runs: Sequence[_FontRun], size: int) -> float:
     return math.fsum(_font(run.font, size).getlength(run.text) for run in runs)
 
 
-@lru_cache(maxsize=128)  # an open font is an open file
+@lru_cache(maxsize=128)  # limits the number of open files
 def _font(font: Path | None, size: int, layout: ImageFont.Layout | None = None) -> ImageFont.FreeTypeFont:
     found = ImageFont.load_default(size) if font is None else ImageFont.truetype(font, size, layout_engine=layout)
     assert isinstance(found, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
@@ -270,7 +271,7 @@ def _font(font: Path | None, size: int, layout: ImageFont.Layout | None = None) 
 
 @cache
 def _glyph(font: Path | None, character: str) -> bytes:
-    """One character as drawn by itself, without the dotted circle that shaping puts under a lone mark."""
+    """One character rendered alone, without the dotted circle that shaping adds to a lone mark."""
     cell = Image.new("L", (48, 40))
     ImageDraw.Draw(cell).text((16, 28), character, 255, _font(font, 16, ImageFont.Layout.BASIC), anchor="ls")
     return cell.tobytes()
@@ -278,7 +279,7 @@ def _glyph(font: Path | None, character: str) -> bytes:
 
 @cache
 def _has_glyphs(font: Path | None, letter: str) -> bool:
-    """Whether the font has every character of a letter and, where the script needs it, they can be joined."""
+    """Whether the font has every character of a grapheme and, if the script needs shaping, Raqm is available."""
     for character in letter:
         kind = unicodedata.category(character)
         if kind in ("Zs", "Cf"):
@@ -286,8 +287,8 @@ def _has_glyphs(font: Path | None, letter: str) -> bool:
         if kind in ("Cc", "Cs") or (_script(character).upper() in _SHAPED and not features.check("raqm")):
             return False
         try:
-            if _glyph(font, character) == _glyph(font, "\U0010ffff"):  # what a font draws for what it lacks
+            if _glyph(font, character) == _glyph(font, "\U0010ffff"):  # the glyph for missing characters
                 return False
-        except OSError:  # a damaged font, or one of fixed-size pictures
+        except OSError:  # a damaged font, or a bitmap font
             return False
     return True

@@ -1,7 +1,7 @@
-"""The runs of a sweep side by side: lines of ``sweep.jsonl``, a table for people, and which run to use.
+"""The leaderboard of a sweep: rows of ``sweep.jsonl``, a table, and the best run.
 
-In go run folders that are finished, out come ``SweepRow``s and their order. Reads files and no model. Unusual: what
-decides is read from the validation that a run ended with, whatever it was asked later.
+Input: folders of finished runs. Output: ``SweepRow``s and their ranking. Reads files and no model. Note: the ranking
+metric is that of the validation at the end of training, whatever the run was evaluated on later.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ _MAX_ERRORS = 3  # of failed runs that are printed
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
-    """A line of ``sweep_key.jsonl``. ``overrides`` make the run's recipe; the last of them, ``settings``, are the
-    grid's.
-    ``value`` is the metric that decides, with its 95 % interval where it has one, over ``n`` queries; ``chance`` is
-    what guessing scores. ``seconds`` are of training, with its evaluations; ``None`` where they are not known.
-    ``error`` is why a run failed. What else a run cost, ``clasp.training.cost.ledger.read_cost`` tells."""
+    """A line of ``sweep.jsonl``. ``overrides`` are those of the run's recipe; the last of them, ``settings``, are the
+    grid's. ``value`` is the ranking metric, with its 95 % interval if it has one, over ``n`` queries; ``chance`` is the
+    value at chance. ``seconds`` is the time of training and its evaluations; ``None`` if unknown. ``error`` is why a
+    run failed. For other costs of a run see ``clasp.training.cost.ledger.read_cost``."""
 
     run: str
     overrides: tuple[str, ...]
@@ -76,7 +75,7 @@ class SweepRow:
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """What came of a sweep: the rows of the runs that were tried, best first, and whether it was stopped."""
+    """The result of a sweep: the rows of its runs, best first, and whether it was stopped."""
 
     folder: Path
     rows: list[SweepRow]
@@ -85,12 +84,12 @@ class SweepResult:
 
     @property
     def finished(self) -> list[SweepRow]:
-        """Best first."""
+        """The rows of finished runs, best first."""
         return [row for row in self.rows if row.state == "finished"]
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Titles of the cells of a row."""
+        """Titles of the columns."""
         metrics = dict.fromkeys(row.metric.rpartition("/")[2] for row in self.finished)
         return (
             "set",
@@ -114,14 +113,16 @@ class SweepResult:
         return ["validation, per cent; n: queries; s: seconds of training", *failed[:_MAX_ERRORS], *more]
 
     def summary_lines(self) -> list[str]:
-        """Which run to use, and how sure that is. Needs a run that finished."""
+        """The best run, and how certain the ranking is. Requires a finished run."""
         best, *others = self.finished
         lines = [f"best: {best.run}"]
         close = [row for row in others if best.interval and row.value is not None and row.value >= best.interval[0]]
         if close:
             lines[0] += f"; {len(close)} of the {len(others)} others lie within its interval"
         if others:
-            lines.append("the best of several on the same pairs is flattered by the choice: ask it about others")
+            lines.append(
+                "the best of several on the same pairs is biased upwards by the selection: evaluate it on other pairs"
+            )
         return lines
 
 
@@ -129,7 +130,7 @@ class SweepResult:
 
 
 def read_finished_row(row: SweepRow) -> SweepRow:
-    """The row of a finished run, read from its results: the first are those of its validation."""
+    """The row of a finished run, from its ``results.jsonl``, which starts with the results of its validation."""
     lines = (Path(row.run) / "results.jsonl").read_text(encoding="utf-8").splitlines()
     for result in map(json.loads, lines):
         if result["task"] in _PRIMARY_METRICS and (
@@ -150,34 +151,34 @@ def read_finished_row(row: SweepRow) -> SweepRow:
 
 
 def read_training_seconds(run: Path) -> float | None:
-    """What a run took to train and to be evaluated, in all its sessions; ``None`` where nobody wrote it down."""
+    """Seconds of training and evaluation over all sessions of a run; ``None`` where they were not recorded."""
     if not (run / COST).exists():
         return None
-    spent = read_cost(run).seconds
-    return spent["training"] + spent["evaluation"]
+    seconds = read_cost(run).seconds
+    return seconds["training"] + seconds["evaluation"]
 
 
 def ranking_key(row: SweepRow) -> tuple[int, float]:
-    """What rows are sorted by: the highest value first, runs without one last."""
+    """Sort key: the highest value first, runs without a value last."""
     if row.value is None:
         return (2, 0.0)
     return (1, 0.0) if math.isnan(row.value) else (0, -row.value)
 
 
 def read_sweep_rows(folder: Path) -> dict[str, SweepRow]:
-    """The rows of an earlier part of this sweep, by run."""
+    """The rows of an earlier session of this sweep, by run."""
     file = folder / "sweep.jsonl"
     if not file.exists():
         return {}
     try:
         rows = [SweepRow.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} is damaged ({error}); delete it: the runs themselves are kept") from None
+        raise UserError(f"{file} is damaged ({error}); delete it: the runs themselves are not affected") from None
     return {row.run: row for row in rows}
 
 
 def write_sweep_rows(folder: Path, rows: Iterable[SweepRow]) -> None:
-    """``sweep.jsonl``, whole: written beside its place and renamed."""
+    """Write ``sweep.jsonl`` atomically: to a temporary file, which is then renamed."""
     part = folder / "sweep.jsonl.part"
     folder.mkdir(parents=True, exist_ok=True)
     part.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

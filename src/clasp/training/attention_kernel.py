@@ -1,9 +1,9 @@
-"""Which kernel attends: PyTorch's fused one, or plain products and a softmax.
+"""Chooses the attention kernel: PyTorch's fused one, or plain matrix products and a softmax.
 
-In: the recipe's choice, the precision and the device. Out: the kernel's name and the reason as a sentence; a context in
-which every ``scaled_dot_product_attention``, in whatever net, uses it.
-Unusual: measured only where the two are known to differ. In float32 on a CPU they take the same time, and on a GPU the
-fused one wins; in bfloat16 on some CPUs plain products are twice as fast at the lengths that towers see.
+Input: the recipe's setting, the precision and the device. Output: the kernel's name and the reason as a sentence; a
+context in which every ``scaled_dot_product_attention`` uses it. Note: measured only where the two are known to differ.
+In float32 on a CPU they take the same time, and on a GPU the fused one is faster; in bfloat16 on some CPUs plain
+products are twice as fast at the sequence lengths of towers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from clasp.training.precision import Precision
 
 AttentionKernel = Literal["fused", "plain"]
 
-# Plain products hold a map of N x N for each head: a gain smaller than this is not worth their memory.
+# Plain products store an N x N map for each head: a smaller speed-up than this is not worth the memory.
 _MIN_SPEEDUP = 1.1
-_BENCHMARK_SHAPE = (16, 6, 50, 64)  # pairs, heads, tokens, width of a head: a ViT-S/14 at 98 pixels
+_BENCHMARK_SHAPE = (16, 6, 50, 64)  # batch, heads, tokens, head width: a ViT-S/14 at 98 pixels
 _REPEATS = 5
 
 
 class KernelChoice(NamedTuple):
-    """A kernel and why it was chosen."""
+    """A kernel and the reason for it."""
 
     attention: AttentionKernel
     reason: str
@@ -38,7 +38,7 @@ class KernelChoice(NamedTuple):
 def choose_attention_kernel(
     choice: AttentionKernel | Literal["auto"], precision: Precision, device: torch.device
 ) -> KernelChoice:
-    """The recipe's word where it has one, else the faster of the two, measured once per process."""
+    """The recipe's kernel; for "auto" the faster of the two, measured once per process."""
     if choice != "auto":
         return KernelChoice(choice, "set by the recipe")
     if precision == "float32" or device.type != "cpu":
@@ -48,8 +48,8 @@ def choose_attention_kernel(
 
 @contextmanager
 def use_attention_kernel(attention: AttentionKernel) -> Iterator[None]:
-    """Everything inside attends by this kernel."""
-    if attention == "fused":  # whatever PyTorch would choose
+    """Context in which ``scaled_dot_product_attention`` uses this kernel."""
+    if attention == "fused":  # PyTorch's default choice
         yield
     else:
         with sdpa_kernel(SDPBackend.MATH):
@@ -59,12 +59,12 @@ def use_attention_kernel(attention: AttentionKernel) -> Iterator[None]:
 @cache
 def _faster_kernel() -> KernelChoice:
     fused, plain = (time_call(partial(_forward_and_backward, name)) for name in ("fused", "plain"))
-    said = f"plain products run at {fused / plain:.2g} times the speed of the fused kernel in bfloat16 on this CPU"
-    return KernelChoice("plain" if fused >= _MIN_SPEEDUP * plain else "fused", said)
+    reason = f"plain products run at {fused / plain:.2g} times the speed of the fused kernel in bfloat16 on this CPU"
+    return KernelChoice("plain" if fused >= _MIN_SPEEDUP * plain else "fused", reason)
 
 
 def time_call(run: Callable[[], None]) -> float:
-    """Seconds of the least disturbed of a few runs; the first, which prepares kernels, does not count."""
+    """Seconds of the fastest of a few runs, after a warm-up run."""
     seconds = []
     for _ in range(_REPEATS + 1):
         started = time.perf_counter()

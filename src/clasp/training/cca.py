@@ -1,10 +1,10 @@
-"""Two linear heads in closed form: regularised canonical correlation of what frozen towers say of the same pairs.
+"""Two linear heads in closed form: regularised canonical correlation analysis (CCA) of the features of frozen towers.
 
-In go standardised features of the pairs, out come the two maps whose images correlate most; a second on a laptop where
-gradient steps take a minute, and no learning rate or seed. The ridge is the variance of the noise it stands for: the
-least-squares optimum under Gaussian noise of deviation s on both sides is the same as adding s² to both covariances.
-Source: Hotelling (1936); Vinod (1976) for the ridge. Weighting directions by a power of their correlation follows
-Gong et al. (IJCV 2014, section 3.4), who use 4 where 1 did best here (``dev/LOG.md``).
+Input: standardised features of the pairs. Output: the two projections with maximal correlation; a second on a laptop
+where gradient steps take a minute, without learning rate or seed. The ridge equals the variance of a noise: the
+least-squares optimum under Gaussian noise of deviation s on both sides is that of adding s² to both covariances.
+Source: Hotelling (1936); Vinod (1976) for the ridge. Weighting directions by a power of their correlation follows Gong
+et al. (IJCV 2014, section 3.4), who use 4 where 1 was best here (``dev/LOG.md``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from clasp.types import UserError
 
 @dataclass(frozen=True, slots=True)
 class CCAProjections:
-    """Two matrices into one space, strongest direction first."""
+    """Two projection matrices into one space, by falling correlation."""
 
     image: Float[Tensor, "E Di"]
     text: Float[Tensor, "E Dt"]
@@ -35,10 +35,10 @@ def cca(
     ridge: tuple[float, float],
     power: float = 1.0,
 ) -> CCAProjections:
-    """The maps of aligned batches of standardised features, ``width`` directions of them.
+    """CCA of aligned batches of standardised features, ``width`` directions.
 
-    Memory is that of the covariances; arithmetic in float64. Raises ``UserError`` when ``width`` is more than the
-    narrower side has directions. ``ridge`` (image, text) must be positive where there are fewer pairs than features.
+    Memory is that of the covariances; arithmetic in float64. Raises ``UserError`` when ``width`` exceeds the width of
+    the narrower features. ``ridge`` (image, text) must be positive where there are fewer pairs than features.
     """
     image_image = image_text = text_text = torch.zeros(())
     count = 0
@@ -50,7 +50,7 @@ def cca(
     if width > narrower:
         raise UserError(f"head.width = {width}: the closed form has at most {narrower} directions for these towers")
     whiten_image, whiten_text = (
-        _whitening(moments / count, own) for moments, own in ((image_image, ridge[0]), (text_text, ridge[1]))
+        _whitening(moments / count, penalty) for moments, penalty in ((image_image, ridge[0]), (text_text, ridge[1]))
     )
     u, correlations, v = torch.linalg.svd(whiten_image @ (image_text / count) @ whiten_text.T, full_matrices=False)
     weight = correlations[:width].clamp(min=0) ** power

@@ -1,12 +1,12 @@
-"""The exact gradient of a batch whose activations do not fit in memory, by gradient caching.
+"""Gradient caching (GradCache): the exact gradient of a contrastive batch whose activations do not fit in memory.
 
-In: a model that embeds either side by itself, a batch and a loss. Out: the gradient on the weights, as if the batch had
-been worked through whole; and ``choose_micro_batch``, how large a piece may be on this machine.
-After GradCache (Gao et al., RepL4NLP 2021, section 3): embed in pieces without a graph, take the loss once over all
-embeddings, then embed each piece again and hand on its part of the gradient. Unusual, and how ours differs: no state of
-a generator is kept, since every piece has a seed of its own; the two sides are cut independently (``train.pieces``);
-the last piece of either side, and all pieces of a side on which little more than a head trains, keep their graph and
-are not computed again; and a tower that answers differently the second time is caught.
+Input: a model that embeds the modalities separately, a batch and a loss. Output: the gradient on the weights, equal to
+that of the whole batch; and ``choose_micro_batch``, the micro-batch size for this machine. After GradCache (Gao et al.,
+RepL4NLP 2021, section 3): embed micro-batches without a graph, compute the loss once over all embeddings, then embed
+each micro-batch again and backpropagate its part of the gradient. Note, and how ours differs: no RNG state is saved,
+since every micro-batch has its own seed; the modalities are split independently (``training.micro_batches``); the last
+micro-batch of either modality, and all of a modality in which little more than a head is trained, keep their graph and
+are not recomputed; and a tower that is not deterministic given the seed is detected.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from clasp.training.memory import ActivationMemory, free_bytes
 from clasp.training.precision import Precision
 from clasp.types import Batch, Loss, Modality, UserError
 
-# A graph of no more than so many times the bytes of its embeddings is that of a head; it is kept, not computed again.
+# Up to this ratio of graph bytes to embedding bytes, the graph is that of a head; it is kept, not recomputed.
 _SMALL_GRAPH_RATIO = 16
-# Farthest that an embedding, a unit vector, may move between its two computations. The same kernels give the same bits;
-# where others are chosen without a graph, rounding moves it by 1e-2 at most (bfloat16). Another draw of dropout at 0.1
-# moved every row of a small BERT by 0.12 or more.
+# Maximum distance of an embedding, a unit vector, between its two computations. The same kernels give the same bits;
+# where other kernels are chosen without a graph, rounding moves it by at most 1e-2 (bfloat16). A different dropout mask
+# at 0.1 moved every row of a small BERT by 0.12 or more.
 _MAX_REPEAT_DISTANCE = 0.05
-# Of the free memory; the rest is for what a step takes besides the activations that it keeps.
+# Fraction of the free memory for saved activations; the rest is for everything else in a step.
 _MEMORY_FRACTION = 0.5
 
 SeedMicroBatch = Callable[[Modality, int], None]
@@ -39,7 +39,7 @@ SeedMicroBatch = Callable[[Modality, int], None]
 
 @runtime_checkable
 class Embedder(Protocol):
-    """A module that embeds images and captions apart from each other."""
+    """A module that embeds images and captions separately."""
 
     def embed_image(self, inputs: Any) -> Float[Tensor, "rows E"]: ...
 
@@ -51,14 +51,14 @@ class Embedder(Protocol):
 
 
 class LossAndScale(NamedTuple):
-    """The loss of a batch, whose gradient is now on the weights, and the scale of its logits."""
+    """The loss of a batch, whose gradient is on the weights, and the logit scale."""
 
     loss: Tensor
     scale: Tensor
 
 
 class MicroBatchChoice(NamedTuple):
-    """Pairs in a piece, and why."""
+    """Pairs per micro-batch and the reason."""
 
     micro_batch: int
     reason: str
@@ -66,7 +66,7 @@ class MicroBatchChoice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchEmbedder:
-    """Where and in which numbers a model embeds, and how the random draws of a piece of a side are seeded."""
+    """A model with its device, precision and the seeding of a micro-batch of a modality."""
 
     model: Embedder
     device: torch.device
@@ -74,10 +74,11 @@ class MicroBatchEmbedder:
     seed: SeedMicroBatch
 
     def embed(self, side: Modality, number: int, inputs: micro_batches.TowerInput) -> Float[Tensor, "rows E"]:
-        """Piece ``number`` of a side, with a graph where one is being kept; the same answer whenever it is asked."""
+        """Embed micro-batch ``number`` of a modality, with a graph in grad mode; deterministic, as it is seeded
+        first."""
         self.seed(side, number)
         embed = self.model.embed_image if side == "image" else self.model.embed_text
-        # one context a piece: weights cast without a graph must not be met again where there is one
+        # one autocast context per call: its cache must not reuse weights cast without a graph where one is recorded
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             return at_least_float32(embed(to_device(inputs, self.device)))
 
@@ -86,14 +87,14 @@ class MicroBatchEmbedder:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """In float32, or better where it is."""
+    """Promoted to at least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def backward_in_micro_batches(embedder: MicroBatchEmbedder, batch: Batch, loss: Loss, micro_batch: int) -> LossAndScale:
-    """Leaves the gradient of the batch's loss on the weights, with the activations of ``micro_batch`` pairs at a time.
+    """Adds the gradient of the batch's loss to the weights, with the activations of ``micro_batch`` pairs at a time.
 
-    The batch need not be on the device. Raises UserError when a tower draws randomness that a seed does not repeat.
+    The batch need not be on the device. Raises ``UserError`` for a tower whose randomness the seed does not control.
     """
     image, text = (
         CachedEmbeddings("image", embedder, batch.image, micro_batch),
@@ -109,7 +110,7 @@ def backward_in_micro_batches(embedder: MicroBatchEmbedder, batch: Batch, loss: 
         groups=groups,
     )
     torch.autograd.backward(parts.total)
-    for side in (image, text):  # those of both that hold memory go first
+    for side in (image, text):  # free the graphs of both before recomputing
         side.backward_cached_graphs()
     for side in (image, text):
         side.backward_recomputed()
@@ -117,7 +118,8 @@ def backward_in_micro_batches(embedder: MicroBatchEmbedder, batch: Batch, loss: 
 
 
 class CachedEmbeddings:
-    """The embeddings of one side: made in pieces, given to the loss as if they came from nowhere, and followed back."""
+    """The embeddings of one modality: computed in micro-batches, a leaf tensor for the loss, then backpropagated
+    through."""
 
     def __init__(
         self, name: Modality, embedder: MicroBatchEmbedder, inputs: micro_batches.TowerInput, micro_batch: int
@@ -125,9 +127,9 @@ class CachedEmbeddings:
         self.name: Modality = name
         self.embedder, self.micro_batches = embedder, micro_batches.split_micro_batches(inputs, micro_batch)
         others = list(range(len(self.micro_batches.pieces) - 1))
-        with ActivationMemory(embedder.weights()) as kept:
+        with ActivationMemory(embedder.weights()) as saved:
             last = self._embed(len(others))
-        small = last.requires_grad and kept.bytes <= _SMALL_GRAPH_RATIO * last.nbytes
+        small = last.requires_grad and saved.bytes <= _SMALL_GRAPH_RATIO * last.nbytes
         with torch.set_grad_enabled(small):
             embeddings = [*(self._embed(number) for number in others), last]
         self.graphs = dict(enumerate(embeddings)) if small else {len(others): last}
@@ -136,26 +138,26 @@ class CachedEmbeddings:
 
     def in_pair_order(self) -> Float[Tensor, "B E"]:
         """The embeddings in the order of the pairs."""
-        places = self.micro_batches.row_of_pair
-        return self.leaf if places is None else self.leaf.index_select(0, places.to(self.leaf.device))
+        rows = self.micro_batches.row_of_pair
+        return self.leaf if rows is None else self.leaf.index_select(0, rows.to(self.leaf.device))
 
     def backward_cached_graphs(self) -> None:
-        """Follows the loss's gradient through the graphs that were kept, and lets go of them."""
+        """Backpropagates the loss's gradient through the graphs that were kept, and frees them."""
         while self.graphs:
             number, embeddings = self.graphs.popitem()
             self._backward_through(number, embeddings)
 
     def backward_recomputed(self) -> None:
-        """Embeds the other pieces once more and follows the loss's gradient through them."""
-        moves = []
+        """Embeds the other micro-batches again and backpropagates the loss's gradient through them."""
+        distances = []
         for number in self.recomputed:
             embeddings = self._embed(number)
-            moves.append((embeddings.detach() - self.leaf.detach()[self._rows(number)]).norm(dim=1).amax())
+            distances.append((embeddings.detach() - self.leaf.detach()[self._rows(number)]).norm(dim=1).amax())
             self._backward_through(number, embeddings)
-        if moves and (farthest := float(torch.stack(moves).amax())) > _MAX_REPEAT_DISTANCE:
+        if distances and (farthest := float(torch.stack(distances).amax())) > _MAX_REPEAT_DISTANCE:
             raise UserError(
                 f"the {self.name} tower draws random numbers of its own: embedded twice from one seed, a row moved by "
-                f"{farthest:.2g}; its batches cannot be cut into pieces, so set train.micro_batch to the whole batch"
+                f"{farthest:.2g}; its batches cannot be split, so set train.micro_batch to the whole batch"
             )
 
     def _backward_through(self, number: int, embeddings: Float[Tensor, "rows E"]) -> None:
@@ -170,10 +172,10 @@ class CachedEmbeddings:
 
 
 def choose_micro_batch(embedder: MicroBatchEmbedder, batch: Batch, pairs: int) -> MicroBatchChoice:
-    """How many of the ``pairs`` of every batch to work through at a time: all, or the largest power of two that fits.
+    """The micro-batch size for batches of ``pairs``: all, or the largest power of two that fits in memory.
 
-    Measured on a few pairs of a batch, with its longest captions: what one more pair keeps for the backward pass,
-    against half of the memory that is free once gradients and the optimizer's memory are there too.
+    Measured on a few pairs of a batch, with its longest captions: the activation memory of one more pair, against half
+    of the memory that is free after gradients and optimizer state.
     """
     image, text = (
         _activation_bytes_per_row(embedder, "image", batch.image),
@@ -182,9 +184,9 @@ def choose_micro_batch(embedder: MicroBatchEmbedder, batch: Batch, pairs: int) -
     rows = [pairs * micro_batches.count_unique_rows(inputs) // len(batch.ids) for inputs in (batch.image, batch.text)]
     free = free_bytes(embedder.device)
     if free is None:
-        return MicroBatchChoice(pairs, f"{pairs:,} pairs in one piece: how much memory is free is not told here")
+        return MicroBatchChoice(pairs, f"{pairs:,} pairs in one piece: the free memory of this device is unknown")
     trained = sum(weight.nbytes for weight in embedder.weights() if weight.requires_grad)
-    room = int(_MEMORY_FRACTION * (free - 3 * trained))  # a gradient and AdamW's two memories
+    room = int(_MEMORY_FRACTION * (free - 3 * trained))  # a gradient and AdamW's two moments
     keeps = f"a pair keeps {_format_bytes(image + text)} for the backward pass"
     if rows[0] * image + rows[1] * text <= room:
         return MicroBatchChoice(
@@ -200,16 +202,16 @@ def choose_micro_batch(embedder: MicroBatchEmbedder, batch: Batch, pairs: int) -
 
 
 def _activation_bytes_per_row(embedder: MicroBatchEmbedder, side: Modality, inputs: micro_batches.TowerInput) -> int:
-    """Bytes that one more row keeps for the backward pass, from the difference that a few rows make."""
+    """Activation memory of one more row, from the difference between 4 rows and 2."""
     rows = micro_batches.longest_rows(inputs, 4)
     few = len(rows) // 2
 
-    def kept_by(count: int) -> int:
-        with ActivationMemory(embedder.weights()) as kept:
+    def saved_by(count: int) -> int:
+        with ActivationMemory(embedder.weights()) as saved:
             embedder.embed(side, 0, micro_batches.take_rows(inputs, rows[:count]))
-        return kept.bytes
+        return saved.bytes
 
-    return (kept_by(len(rows)) - (kept_by(few) if few else 0)) // (len(rows) - few)
+    return (saved_by(len(rows)) - (saved_by(few) if few else 0)) // (len(rows) - few)
 
 
 def _format_bytes(count: int) -> str:

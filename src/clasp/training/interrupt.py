@@ -1,9 +1,10 @@
-"""Ctrl-C and SIGTERM as a wish to stop, which the loop grants at the next step.
+"""Graceful interruption: Ctrl-C and SIGTERM become a stop request that the training loop honours after the current
+step.
 
-In: a ``with`` block in the main thread. Out: ``requested``, the name of the signal once one has come.
-Unusual: a second signal raises KeyboardInterrupt at once. Handlers are put back afterwards; outside the main thread
-Python allows none, and the block does nothing. A process forked inside the block (a data worker) inherits the
-handlers; there SIGTERM ends it as usual and Ctrl-C is left to the parent.
+Input: a ``with`` block in the main thread. Output: ``requested``, the name of the signal once one has arrived. Note: a
+second signal raises KeyboardInterrupt immediately. Previous handlers are restored afterwards; outside the main thread
+Python allows no handlers, and the block does nothing. A process forked inside the block (a data worker) inherits the
+handlers; there SIGTERM terminates it as usual and Ctrl-C is left to the parent.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class GracefulStop:
-    """Whether somebody has asked the run to stop."""
+    """Context manager that records a stop request by signal."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -47,5 +48,5 @@ class GracefulStop:
         if self.requested is not None:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
-        # A plain write: a handler may run in the middle of anything, a progress bar's lock included.
-        os.write(2, b"\nstopping after this step and saving; once more stops at once\n")
+        # os.write: a handler may run while a lock is held, such as that of a progress bar
+        os.write(2, b"\nstopping after this step and saving; a second signal stops immediately\n")

@@ -1,8 +1,8 @@
-"""Memory, measured: what is free, and what a piece of work keeps for its backward pass.
+"""Memory measurements: free memory of a device, and activation memory saved for the backward pass.
 
-In: a device; or some work, done inside ``ActivationMemory``. Out: bytes.
-Unusual: nothing is estimated from the shape of a model. The autograd engine is asked what it keeps, and the operating
-system what it has left, within the limit that a container may have set.
+Input: a device; or code run inside ``ActivationMemory``. Output: bytes. Note: nothing is estimated from model shapes.
+Activation memory is counted by autograd's saved-tensor hooks, free memory is read from the operating system, within a
+container's cgroup limit.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-# The limit on the processes of this container, what they use, and the line of the statistics that says how much of that
-# is only a copy of files: control groups in their second and in their first version.
+# Memory limit of this container, its usage, and the entry of memory.stat for the reclaimable page cache in it: cgroups
+# v2 and v1.
 _CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
@@ -27,15 +27,17 @@ _CGROUP_FILES = (
 
 
 class ActivationMemory:
-    """A context that counts the ``bytes`` kept for the backward pass of what runs inside: the most at one time.
+    """A context that measures ``bytes``, the peak of the tensors saved for the backward pass of what runs inside.
 
-    ``weights`` are there anyway and do not count. What a tensor is cut from counts whole, since it is kept whole, and
-    once however many tensors are cut from it.
+    ``weights`` do not count. A view counts with its whole storage, since that is kept alive, and each storage counts
+    once.
     """
 
     def __init__(self, weights: Iterable[Tensor]):
         self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
-        self._holders: Counter[int] = Counter()  # of the storage at an address, which is another's once it is let go
+        self._holders: Counter[int] = (
+            Counter()
+        )  # saved tensors by storage address; an address is reused once its storage is freed
         self._now = 0
         self._hooks: Any = saved_tensors_hooks(self._pack, _SavedTensor.get)
         self.bytes = 0
@@ -65,23 +67,25 @@ class ActivationMemory:
 
 
 class _SavedTensor:
-    """What the autograd engine keeps in place of a tensor, and says when it no longer does."""
+    """The object that autograd saves in place of a tensor; calls ``on_release`` when it is dropped."""
 
-    def __init__(self, tensor: Tensor, let_go: Callable[[], None]):
-        self._tensor = tensor.detach()  # an output kept as it is would hold its own graph, and neither be freed
-        self._let_go = let_go
+    def __init__(self, tensor: Tensor, on_release: Callable[[], None]):
+        self._tensor = (
+            tensor.detach()
+        )  # a saved output would otherwise reference its own graph: a cycle that is not freed
+        self._on_release = on_release
 
     def get(self) -> Tensor:
         return self._tensor
 
     def __del__(self) -> None:
-        self._let_go()
+        self._on_release()
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that a computation on a device may still take; ``None`` where nothing tells.
+    """Free memory of a device in bytes; ``None`` where it cannot be determined.
 
-    What PyTorch holds in reserve on a GPU counts as free. On anything but a GPU with memory of its own, the machine's.
+    On CUDA, PyTorch's reserved but unallocated memory counts as free. For other devices, the host's free memory.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -90,18 +94,18 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _free_host_bytes(meminfo: Path, groups: Path) -> int | None:
-    """Of the machine or of this container, whichever has less left; a Mac tells only how much there is in all."""
+    """Free bytes of the machine or of this container, whichever is less; on macOS the total memory."""
     if not meminfo.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if sys.platform == "darwin" else None
     found = [1024 * _number(meminfo, "MemAvailable:")]
-    for limit, used, files in _CGROUP_FILES:
+    for limit, used, cache in _CGROUP_FILES:
         if (groups / limit).exists() and (most := (groups / limit).read_text().strip()) != "max":
             statistics = (groups / limit).with_name("memory.stat")
-            found.append(int(most) - int((groups / used).read_text()) + _number(statistics, files))
+            found.append(int(most) - int((groups / used).read_text()) + _number(statistics, cache))
     return max(0, min(found))
 
 
 def _number(path: Path, name: str) -> int:
-    """The number on the line of a file that begins with a name; 0 where there is none."""
+    """The number on the line of a file that starts with ``name``; 0 where there is none."""
     lines = (line.split() for line in path.read_text().splitlines())
     return next((int(line[1]) for line in lines if line[0] == name), 0)

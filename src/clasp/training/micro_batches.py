@@ -1,10 +1,10 @@
-"""One side of a batch, cut into pieces that are embedded one after another.
+"""Splits one modality of a batch into micro-batches, which are embedded one after another.
 
-In: the images or the captions of a batch, in any of the forms that a tower or a head reads. Out: pieces of the same
-form, each as narrow as its longest row, and the order that puts their rows back beside their pairs.
-Unusual: captions are sorted by length, so that short ones are not padded to the longest of the batch, and a piece of
-short ones takes more of them: no more tokens, padding and all, than a piece of the longest has. What repeats (``rows``
-of the inputs) is in one piece only.
+Input: the images or the captions of a batch, in any input type of a tower or head. Output: micro-batches of the same
+type, each truncated to its longest row, and the index that restores the order of the pairs. Note: captions are sorted
+by length, so that short ones are not padded to the longest of the batch, and a micro-batch of short ones has more rows:
+its padded tokens are at most those of a micro-batch of the longest. Repeated rows (``rows`` of the inputs) are embedded
+once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _InputT = TypeVar("_InputT", bound=TowerInput)
 
 @dataclass(frozen=True, slots=True)
 class MicroBatches:
-    """Pieces, their first rows with the end of the last (``offsets``), and the place in them of each pair's row.
+    """The micro-batches, the offsets of their rows (the total included), and the row of each pair in them.
 
-    ``row_of_pair`` is ``None`` where the rows of the pieces, one after another, are those of the pairs.
+    ``row_of_pair`` is ``None`` where the concatenated rows are in the order of the pairs.
     """
 
     pieces: tuple[TowerInput, ...]
@@ -37,41 +37,42 @@ class MicroBatches:
 
 
 def split_micro_batches(inputs: TowerInput, micro_batch: int) -> MicroBatches:
-    """Pieces of at most ``micro_batch`` rows of pixels or of the longest captions; pooled vectors stay in one piece."""
-    if isinstance(inputs, PooledFeatures):  # only a head reads them
+    """Micro-batches of at most ``micro_batch`` rows of pixels or of the longest captions; pooled vectors are not
+    split."""
+    if isinstance(inputs, PooledFeatures):  # only a head runs on them
         return MicroBatches((inputs,), (0, len(inputs.values)), None)
     if isinstance(inputs, Pixels):
-        marks = _offsets([1] * len(inputs.values), micro_batch)
-        return MicroBatches(tuple(Pixels(inputs.values[some]) for some in _slices(marks)), marks, None)
+        offsets = _offsets([1] * len(inputs.values), micro_batch)
+        return MicroBatches(tuple(Pixels(inputs.values[rows]) for rows in _slices(offsets)), offsets, None)
     ends = _ends(inputs)
     order = ends.argsort(stable=True)
-    marks = _offsets(ends[order].tolist(), micro_batch)
-    places = order.argsort()
+    offsets = _offsets(ends[order].tolist(), micro_batch)
+    row_of_pair = order.argsort()
     if inputs.rows is not None:
-        places = places[inputs.rows]
-    return MicroBatches(tuple(take_rows(inputs, order[some]) for some in _slices(marks)), marks, places)
+        row_of_pair = row_of_pair[inputs.rows]
+    return MicroBatches(tuple(take_rows(inputs, order[rows]) for rows in _slices(offsets)), offsets, row_of_pair)
 
 
 def take_rows(inputs: _InputT, rows: Int[Tensor, " few"]) -> _InputT:
-    """Some rows of a side, as narrow as the longest of them; where they repeat, some of the different ones."""
+    """Some rows of the inputs, truncated to the longest of them; ``rows`` counts repeated inputs once."""
     if isinstance(inputs, Tokens | HiddenStates):
         inputs = replace(inputs, rows=None)
-    some = _map_tensors(inputs, lambda tensor: tensor[rows])
-    if isinstance(some, Tokens | HiddenStates):
-        width = int(_ends(some).max())
-        some = _map_tensors(some, lambda tensor: tensor[:, :width])
-    return some
+    taken = _map_tensors(inputs, lambda tensor: tensor[rows])
+    if isinstance(taken, Tokens | HiddenStates):
+        longest = int(_ends(taken).max())
+        taken = _map_tensors(taken, lambda tensor: tensor[:, :longest])
+    return taken
 
 
 def longest_rows(inputs: TowerInput, count: int) -> Int[Tensor, " few"]:
-    """The longest ``count`` rows of a side, longest first; the first ones where all are of one length."""
+    """The longest ``count`` rows, longest first; the first ``count`` rows of inputs without length."""
     if isinstance(inputs, Tokens | HiddenStates):
         return _ends(inputs).argsort(descending=True, stable=True)[:count]
     return torch.arange(min(count, len(inputs.values)), device=inputs.values.device)
 
 
 def count_unique_rows(inputs: TowerInput) -> int:
-    """Rows that a side has to be embedded for: those that repeat count once."""
+    """Number of rows to embed: repeated rows count once."""
     return len(inputs.ids) if isinstance(inputs, Tokens) else len(inputs.values)
 
 
@@ -81,18 +82,18 @@ def _map_tensors(inputs: _InputT, change: Callable[[Tensor], Tensor]) -> _InputT
 
 
 def _ends(inputs: Tokens | HiddenStates) -> Int[Tensor, " rows"]:
-    """Where the real tokens of each row end: padding on the left is not cut off."""
+    """The end of the real tokens of each row; left padding is included."""
     return (inputs.mask * torch.arange(1, inputs.mask.shape[1] + 1, device=inputs.mask.device)).amax(1)
 
 
 def _offsets(ends: Sequence[int], most: int) -> tuple[int, ...]:
-    """Where pieces begin in rows of rising length, taken from the longest down, and where the last one ends."""
-    marks, room = [len(ends)], most * ends[-1]
-    while (stop := marks[-1]) > 0:
-        # the last of a piece is its longest, and says how wide all of it is
-        marks.append(max(0, stop - max(1, room // max(1, ends[stop - 1]))))
-    return tuple(reversed(marks))
+    """Offsets of micro-batches in rows of rising length, filled from the longest down."""
+    offsets, tokens = [len(ends)], most * ends[-1]
+    while (stop := offsets[-1]) > 0:
+        # the last row of a micro-batch is its longest, to which all its rows are padded
+        offsets.append(max(0, stop - max(1, tokens // max(1, ends[stop - 1]))))
+    return tuple(reversed(offsets))
 
 
-def _slices(marks: Sequence[int]) -> list[slice]:
-    return [slice(start, stop) for start, stop in pairwise(marks)]
+def _slices(offsets: Sequence[int]) -> list[slice]:
+    return [slice(start, stop) for start, stop in pairwise(offsets)]

@@ -1,9 +1,8 @@
-"""Where a training run stands: enough to go on as if it had never stopped.
+"""The state of a training run: everything needed for an exact resume.
 
-In: the loop's position, weights, optimizer memory and best weights so far. Out: the same as named tensors and JSON
-facts, which ``RunFolder.save_state`` writes, and back.
-Note: no random state is kept. The loop draws its randomness for each step from (seed, step), and the batches
-theirs from (seed, epoch, index), so the position says it all.
+Input: the loop's position, weights, optimizer state and best weights so far. Output: named tensors and JSON metadata,
+which ``RunFolder.save_state`` writes, and back. Note: no RNG state is saved. The loop seeds each step from (seed,
+step), and the batches are derived from (seed, epoch, index), so the position determines all randomness.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from clasp.types import SkippedSample
 
 @dataclass(frozen=True, slots=True)
 class TrainPosition:
-    """The next step: its epoch, its number in the epoch, its number in the run; all from 0.
+    """The next step: its epoch, its number in the epoch and in the run; all from 0.
 
-    ``step_in_epoch`` equal to the length of the epoch means that only the evaluation at its end is to do.
+    ``step_in_epoch`` equal to the epoch's number of steps means that only its final evaluation remains.
     """
 
     epoch: int = 0
@@ -38,7 +37,7 @@ class TrainPosition:
 
 @dataclass(frozen=True, slots=True)
 class BestEvaluation:
-    """The evaluation that has gone best so far, and a copy of the selection at that moment (on the CPU)."""
+    """The best evaluation so far, and a CPU copy of the trained parameters at that step."""
 
     position: TrainPosition
     metrics: Mapping[str, float]
@@ -47,11 +46,11 @@ class BestEvaluation:
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """All that the loop needs to go on exactly.
+    """Everything that the loop needs for an exact resume.
 
     ``weights`` and ``optimizer`` are the live tensors, not copies: write them before returning to the loop.
-    ``precision`` and ``micro_batch`` (pairs in a piece, ``None`` before the first step) are kept because measuring
-    them again might come out differently.
+    ``precision`` and ``micro_batch`` (pairs per micro-batch, ``None`` before the first step) are saved because
+    measuring them again might give other values.
     """
 
     position: TrainPosition
@@ -63,12 +62,12 @@ class TrainState:
     micro_batch: int | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor under one flat name: ``weights/NAME``, ``optimizer/NAME/SLOT``, ``best/NAME``."""
+        """All tensors under flat names: ``weights/NAME``, ``optimizer/NAME/SLOT``, ``best/NAME``."""
         parts = {"weights": self.weights, "optimizer": self.optimizer, "best": self.best.weights if self.best else {}}
         return {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
 
     def metadata(self) -> dict[str, Any]:
-        """Everything else, as JSON values."""
+        """Everything but the tensors, as JSON values."""
         best = {"position": _as_list(self.best.position), "metrics": dict(self.best.metrics)} if self.best else None
         return {
             "position": _as_list(self.position),
@@ -103,12 +102,11 @@ def _as_list(position: TrainPosition) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """What became of a call to ``fit``.
+    """The result of a call to ``fit``.
 
-    The model holds the weights of ``weights_position``: the best evaluation's, or the last step's; ``metrics`` are what
-    the evaluation said of them (empty when it was not asked). ``interrupted`` runs hold the last step's, and
-    ``position`` is where to go on. ``pairs`` and ``seconds`` count this call only, ``seconds`` with evaluation and
-    saving.
+    The model has the weights of ``weights_position``: the best evaluation's, or the last step's; ``metrics`` are those
+    of their evaluation (empty without one). ``interrupted`` runs have the last step's, and ``position`` is where to
+    resume. ``pairs`` and ``seconds`` count this call only, ``seconds`` including evaluation and saving.
     """
 
     position: TrainPosition

@@ -413,7 +413,7 @@ def test_without_switches_norms_and_what_was_added_are_taken_to_have_trained():
         ] * 2
         plain = parse_lilt_checkpoint(Path("tiny.pth"), {"model": _model(made({})), "config": config}, BY_WIDTH)
         assert [infer_lilt_tuning(plain, modality).methods for modality in plain.towers] == [["norms"]] * 2
-        assert "no switches" in explain_lilt_tuning(plain, 0)[0]
+        assert "no flags" in explain_lilt_tuning(plain, 0)[0]
 
 
 def test_what_the_switches_cannot_tell_is_said():
@@ -421,8 +421,8 @@ def test_what_the_switches_cannot_tell_is_said():
     lilt = made({**LWA, "freeze_proj": True}, optimizer={"param_groups": [{"params": list(range(7))}]})
     said = explain_lilt_tuning(lilt, 6)
     assert len(said) == 1 and "heads were frozen" in said[0], said
-    assert "held 7 tensors, and 9 are" in explain_lilt_tuning(lilt, 8)[1]
-    with pytest.raises(UserError, match="unlock_layernorm = 'both'; LilT knows true, false, vision_only"):
+    assert "has 7 tensors, but 9 are" in explain_lilt_tuning(lilt, 8)[1]
+    with pytest.raises(UserError, match="unlock_layernorm = 'both'; LilT has true, false, vision_only"):
         infer_lilt_tuning(made({**FROZEN, "unlock_layernorm": "both"}), "image")
 
 

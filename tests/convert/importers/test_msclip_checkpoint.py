@@ -246,19 +246,19 @@ def test_what_does_not_fit_is_refused_in_one_line():
     more = {**tensors("msclip_plain"), "module.extra": torch.zeros(1), "z": torch.zeros(1)}
     assert "also has 'module.extra' and 1 more" in refused(lambda: read("msclip_plain", more))
     bent = {**tensors("msclip_plain"), "visual.ln_pre.bias": torch.zeros(3)}
-    assert "visual.ln_pre.bias is (3,), and (128,) would fit" in refused(lambda: read("msclip_plain", bent))
+    assert "visual.ln_pre.bias is (3,), not (128,)" in refused(lambda: read("msclip_plain", bent))
     half = {**tensors("msclip_s_b32"), f"{block}.mlp.c_fc.weight": torch.randn(384, 96)}
-    assert "layer 3 of the state dict shares a part in half: mlp.c_fc.weight" in refused(
+    assert "layer 3 of the state dict shares ffn only partly: mlp.c_fc.weight" in refused(
         lambda: read("msclip_s_b32", half)
     )
     assert "image_heads=5 does not divide the width of 96" in refused(
         lambda: parse_msclip_state_dict(tensors("msclip_s_b32"), heads=5)
     )
-    assert "96 wide, which is no multiple of 64" in refused(lambda: parse_msclip_state_dict(tensors("msclip_s_b32")))
-    assert "joins before 5 layers, and 1 are named; say which with lateral=" in refused(
+    assert "96 wide, which is not a multiple of 64" in refused(lambda: parse_msclip_state_dict(tensors("msclip_s_b32")))
+    assert "joins before 5 layers, and 1 are given; set lateral=" in refused(
         lambda: parse_msclip_state_dict(tensors("msclip_s_b32"), heads=3, lateral_layers=[1])
     )
-    assert "say 5 of 1 to 11 with lateral=" in refused(
+    assert "set lateral= to 5 layers of 1 to 11" in refused(
         lambda: parse_msclip_state_dict(tensors("msclip_s_b32"), heads=3, lateral_layers=[0, 1, 2, 3, 4])
     )
     assert "it lacks 'visual.positional_embedding'" in refused(lambda: parse_msclip_state_dict({"a": torch.zeros(1)}))

@@ -161,10 +161,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
     file, run = GOLDEN / "msclip_plain.state_dict.pth", tmp_path / "run"
     tokenizer = words(tmp_path / "few", 512)
     for said, wanted in (
-        ("512 words are no usual tower's", ImportOptions()),
+        ("no default one has 512 tokens", ImportOptions()),
         ("text_heads=4: both nets", ImportOptions(image_heads=2, text_heads=4)),
         ("size=32: this model was trained on 64 px", ImportOptions(image_heads=2, size=32)),
-        ("the word embedding has 512 rows", ImportOptions(image_heads=2, tokenizer=words(tmp_path / "many", 600))),
+        ("the embedding has 512 rows", ImportOptions(image_heads=2, tokenizer=words(tmp_path / "many", 600))),
     ):
         refused(said, lambda wanted=wanted: import_checkpoint("msclip", file, run, wanted))
         assert not run.exists()
@@ -174,10 +174,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
     )
     branch = ImportOptions(image_heads=2, lateral_layers=(1, 2))
     refused("lateral=1, 2: ", lambda: import_checkpoint("msclip", file, run, branch))
-    refused("lateral=2;3: this is a list of layers", lambda: parse_import_options(["lateral=2;3"]))
-    refused("is one of keep_eos, drop_eos", lambda: parse_import_options(["truncation=kept"]))
+    refused("lateral=2;3: must be a list of layers", lambda: parse_import_options(["lateral=2;3"]))
+    refused("must be one of keep_eos, drop_eos", lambda: parse_import_options(["truncation=kept"]))
     refused("did you mean size=", lambda: parse_import_options(["sise=3"]))
-    refused("size=big: this is a whole number from 1", lambda: parse_import_options(["size=big"]))
+    refused("size=big: must be a whole number from 1", lambda: parse_import_options(["size=big"]))
     given = tmp_path / "prefixed.pth"
     torch.save({f"module.{key}": tensor for key, tensor in torch.load(file, weights_only=True).items()}, given)
     made = import_checkpoint("msclip", given, run, ImportOptions(image_heads=2, tokenizer=tokenizer)).run

@@ -175,7 +175,7 @@ def test_layers_that_do_not_exist_are_refused(layers: str):
 
 def test_layers_named_twice_are_refused():
     twice = SharingSettings(layers="1:", **BOTH, overrides=[{"layers": ":2", "ffn": "shared"}])
-    refused(lambda: twice.resolve(4), "'1:' and ':2' both speak of layer 1")
+    refused(lambda: twice.resolve(4), "'1:' and ':2' both contain layer 1")
 
 
 @pytest.mark.parametrize(

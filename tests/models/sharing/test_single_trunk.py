@@ -203,7 +203,7 @@ def test_an_embedding_may_start_from_nothing(trunk: str, image: str, text: str):
     """A tower that does not fit still says what its pictures or tokens are."""
     with pytest.raises(UserError) as error:
         one_trunk(trunk, image, text)
-    refused(error, "clasp makes its own nets of ViTModel", "or write share.embedding = 'random'")
+    refused(error, "clasp converts ViTModel", "or write share.embedding = 'random'")
     one, two, other = (
         build_single_trunk(
             opened(image),
@@ -260,7 +260,7 @@ def own_image(**more: Any) -> Backbone:
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError) as error:
         one_trunk("image", "convnext", "bert")
-    refused(error, "tower = 'convnext'", "are convolutions", "ViTModel")
+    refused(error, "tower = 'convnext'", "are convolutional", "ViTModel")
     with pytest.raises(UserError) as error:
         one_trunk("text", "vit", "t5")
     refused(error, "tower = 't5'", "relative positions")
@@ -272,7 +272,7 @@ def test_what_cannot_be_is_refused():
     refused(error, "begins with a stem; write share.embedding = 'random'")
     with pytest.raises(UserError) as error:
         one_trunk("text", "vit", "bert", embedding="random", patch=5)
-    refused(error, "share.patch = 5 does not divide the 32 px of vit's pictures")
+    refused(error, "share.patch = 5 does not divide the 32 px of vit's images")
     with pytest.raises(UserError) as error:
         one_trunk("image", "vit", "bert", SharingSettings(layer_scale="shared"))
     refused(error, "cannot share layer_scale: the blocks of the image net have none")

@@ -344,8 +344,8 @@ def test_a_branch_that_does_not_fit_is_refused():
     [
         ({"heads": 5}, "heads = 5 does not divide width = 32"),
         ({"patch": 7}, "patch = 7 does not divide size = 32"),
-        ({"size": 42, "patch": 14, "stem": "batch"}, "patch = 14: a stem halves pictures"),
-        ({"size": 64, "patch": 64, "branch": {"before": (1,)}}, "patch = 64: a parallel branch halves pictures"),
+        ({"size": 42, "patch": 14, "stem": "batch"}, "patch = 14: a stem halves images"),
+        ({"size": 64, "patch": 64, "branch": {"before": (1,)}}, "patch = 64: a parallel branch halves images"),
         ({"width": 24, "stem": "batch"}, "so 16 divides it"),
         ({"stem": "batch", "branch": {"before": (0, 2)}}, "there are blocks at layers 1 to 3"),
         ({"branch": {"before": (3, 2)}}, "is not a rising list of layers"),

@@ -159,11 +159,11 @@ def test_without_token_types():
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        *[("convnext", "ConvNextModel are convolutions"), ("efficientnet", "are convolutions")],
+        *[("convnext", "ConvNextModel are convolutional"), ("efficientnet", "are convolutional")],
         *[("t5", "T5EncoderModel have relative positions"), ("beit", "relative"), ("mpnet", "relative")],
-        *[("dinov3", "turn queries and keys by their positions"), ("modernbert", "turn queries and keys")],
-        *[("llama", "and gate what they feed forward"), ("qwen3", "and gate"), ("deit", "a distillation token")],
-        *[("clip-image", "CLIPVisionModel are not known here"), ("distilbert", "DistilBertModel are not known here")],
+        *[("dinov3", "have rotary positions"), ("modernbert", "have rotary positions")],
+        *[("llama", "and have a gated feed-forward"), ("qwen3", "and have a gated"), ("deit", "a distillation token")],
+        *[("clip-image", "CLIPVisionModel are not supported"), ("distilbert", "DistilBertModel are not supported")],
     ],
 )
 def test_families_that_do_not_fit_are_refused_by_name(name: str, why: str):
@@ -184,17 +184,17 @@ def test_families_that_do_not_fit_are_refused_by_name(name: str, why: str):
                     use_swiglu_ffn=True,
                 )
             ),
-            "gate what they feed forward",
+            "have a gated feed-forward",
         ),
-        (lambda: hf.BertModel(hf.BertConfig(**TEXT, hidden_act="relu")), "have the activation 'relu', ours gelu or"),
-        (lambda: hf.BertModel(hf.BertConfig(**TEXT, is_decoder=True)), "are a decoder's"),
+        (lambda: hf.BertModel(hf.BertConfig(**TEXT, hidden_act="relu")), "have activation 'relu', not gelu or"),
+        (lambda: hf.BertModel(hf.BertConfig(**TEXT, is_decoder=True)), "are those of a decoder"),
         (
             lambda: hf.ViTModel(hf.ViTConfig(**SIZES, image_size=32, patch_size=8, qkv_bias=False)),
             "lack 'layers.0.attention.q_proj.bias'",
         ),
         (
             lambda: hf.ViTModel(hf.ViTConfig(**SIZES, image_size=32, patch_size=8, num_channels=1)),
-            "come after patches of shape (1, 8, 8)",
+            "follow patches of shape (1, 8, 8)",
         ),
         (
             lambda: hf.BertModel(hf.BertConfig(**TEXT, is_decoder=False, add_cross_attention=False)).apply(_more),

@@ -1,1 +1,1 @@
-"""Checkpoints of other people's code as runs: a module for each kind."""
+"""Importers: a module for each kind of checkpoint, which becomes a run."""

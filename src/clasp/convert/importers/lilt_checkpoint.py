@@ -1,8 +1,8 @@
-"""A checkpoint of LilT as its authors' code saves it, laid open: sizes from shapes, every key under our name.
+"""Parser of a LilT checkpoint as saved by the authors' code: sizes from shapes, every key mapped to our name.
 
-In goes a ``.pth`` (the released dictionary, or the bare weights), out comes a ``LiltCheckpoint``: two towers, two
-heads, the temperature, and what else the file tells. What trained is ``switches``' business. Unusual: the names that a
-file must have are those of our own nets, so every key has its place or the file is refused.
+Input: a ``.pth`` (the released dictionary, or a bare state dict). Output: a ``LiltCheckpoint``: two towers, two heads,
+the temperature, and the rest of the file's contents. Which parameters were trained is inferred in ``lilt_flags``. Note:
+the expected names are derived from our encoders, so every key is mapped or the file is refused.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _ADAPTER_NAMES: dict[Modality, tuple[str, str]] = {  # inside a block, in the or
     "image": ("adapter1", "adapter2"),
     "text": ("attention.output.adapter", "output.adapter"),
 }
-_ADAPTER_PLACES: dict[Modality, str] = {"image": "input", "text": "output"}  # of a branch, where the adapters stand
-_POSITION_IDS = "text_encoder.embeddings.position_ids"  # 0, 1, 2, …: a buffer that is saved no more
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # the temperature is clamped to this before each use
-_ATTENTION_HEAD_WIDTH = 64  # of the attention, in every tower of the paper
+_ADAPTER_PLACES: dict[Modality, str] = {"image": "input", "text": "output"}  # of a residual branch
+_POSITION_IDS = "text_encoder.embeddings.position_ids"  # 0, 1, 2, …: a buffer that current versions do not save
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # the temperature is clamped to this range before each use
+_ATTENTION_HEAD_WIDTH = 64  # in every tower of the paper
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,13 @@ class LiltTower:
 
     modality: Modality
     settings: EncoderSettings
-    """of its net, all its blocks counted"""
+    """of its encoder, appended blocks included"""
     reduction: int | None
-    """of its adapters; none where it has none"""
+    """reduction factor of its adapters; ``None`` without adapters"""
     tensors: Mapping[str, Tensor]
-    """by our names, with its adapters and all its blocks"""
+    """by our names, adapters and appended blocks included"""
     original_names: Mapping[str, str]
-    """our names to the authors', without the name of the tower"""
+    """our names to the authors', without the tower's prefix"""
 
     def base_tower(self, appended_blocks: int) -> tuple[Any, dict[str, Tensor]]:
         """Settings and tensors of the tower without its adapters and without its last ``appended_blocks`` blocks."""
@@ -57,25 +57,25 @@ class LiltTower:
 
 @dataclass(frozen=True, slots=True)
 class LiltCheckpoint:
-    """All that a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     path: Path
     towers: Mapping[Modality, LiltTower]
     heads: Mapping[Modality, Mapping[str, Tensor]]
     """``weight [E D]`` and ``bias [E]``"""
     temperature: Tensor
-    """the divisor of the cosines, as it was stored"""
+    """the divisor of the cosine similarities, not clamped"""
     config: Mapping[str, Any] | None
     epoch: int | None
     optimizer_tensors: int | None
-    """tensors; none where the file has no optimizer"""
+    """number of tensors in the optimizer; ``None`` without one"""
 
 
 def read_lilt_checkpoint(path: Path, heads: Mapping[Modality, int | None]) -> LiltCheckpoint:
-    """Open a checkpoint. ``heads`` of the attention are needed where a tower is no whole number of 64-wide ones.
+    """Load a checkpoint. ``heads``, the attention heads, is needed where a tower's width is not a multiple of 64.
 
-    Raises ``UserError`` for a file that is no checkpoint, holds what ``parse_lilt_checkpoint`` refuses, or
-    numbers that are not finite.
+    Raises ``UserError`` for a file that is not a checkpoint, that ``parse_lilt_checkpoint`` refuses, or that contains
+    non-finite numbers.
     """
     found = safe_load_pickle(path)
     lilt = parse_lilt_checkpoint(path, found, heads)
@@ -89,10 +89,10 @@ def read_lilt_checkpoint(path: Path, heads: Mapping[Modality, int | None]) -> Li
 
 
 def parse_lilt_checkpoint(path: Path, found: Any, heads: Mapping[Modality, int | None]) -> LiltCheckpoint:
-    """What was found in the file ``path``, by our names.
+    """Parse ``found``, the contents of the file ``path``.
 
-    Raises ``UserError`` where that is no checkpoint and, in one line, for every key too many, lacking, or of another
-    shape than the rest of the file asks for.
+    Raises ``UserError`` where it is not a checkpoint and, in one line, for all unexpected or missing keys and for
+    shapes that do not match the rest of the file.
     """
     found = _as_released_format(path, found)
     model = _state_dict(path, found)
@@ -134,7 +134,7 @@ def parse_lilt_checkpoint(path: Path, found: Any, heads: Mapping[Modality, int |
 
 
 def lilt_adapter_method(modality: Modality, reduction: int) -> str:
-    """LilT's bottlenecks, as a method of a tuning spec."""
+    """LilT's adapters as a method of a tuning spec."""
     return f"adapters(reduction={reduction}, place='{_ADAPTER_PLACES[modality]}', init='random')"
 
 
@@ -142,7 +142,7 @@ def lilt_adapter_method(modality: Modality, reduction: int) -> str:
 
 
 def _as_released_format(path: Path, found: Any) -> dict[str, Any]:
-    """The dictionary in the file; bare weights are put where the released format has them."""
+    """The dictionary in the file; a bare state dict is put under ``model``, as in the released format."""
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(found).__name__}, not a dictionary")
     if found and all(isinstance(value, Tensor) for value in found.values()):
@@ -157,7 +157,7 @@ def _as_released_format(path: Path, found: Any) -> dict[str, Any]:
 
 
 def _state_dict(path: Path, found: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors by name, without the ``module.`` that training on several GPUs puts before them."""
+    """The tensors by name, without the ``module.`` prefix of DistributedDataParallel."""
     model = {str(key): value for key, value in found["model"].items()}
     if all(key.startswith("module.") for key in model):
         model = {key.removeprefix("module."): value for key, value in model.items()}
@@ -174,22 +174,22 @@ def _state_dict(path: Path, found: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_keys_and_shapes(path: Path, model: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """``UserError`` unless the file has these names and shapes and no others."""
-    left = [key for key in model if key not in wanted]
-    lacking = [key for key in wanted if key not in model]
+    """Raises ``UserError`` unless the file has exactly these names and shapes."""
+    unexpected = [key for key in model if key not in wanted]
+    missing = [key for key in wanted if key not in model]
     shapes = {key: tuple(tensor.shape) for key, tensor in model.items() if key in wanted}
     misshapen = [f"{key} is {shape} and not {wanted[key]}" for key, shape in shapes.items() if shape != wanted[key]]
-    said = [f"nothing takes {_listed(left)}"] if left else []
-    said += [f"it lacks {_listed(lacking)}"] if lacking else []
-    said += misshapen and [_listed(misshapen)]
-    if said:
-        raise UserError(f"{path} is not a LilT checkpoint as clasp knows them: {'; '.join(said)}")
+    problems = [f"unexpected keys {_listed(unexpected)}"] if unexpected else []
+    problems += [f"missing keys {_listed(missing)}"] if missing else []
+    problems += misshapen and [_listed(misshapen)]
+    if problems:
+        raise UserError(f"{path} is not a LilT checkpoint that clasp can read: {'; '.join(problems)}")
 
 
-def _listed(words: Iterable[str], most: int = 6) -> str:
-    words = list(words)
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more
+def _listed(items: Iterable[str], most: int = 6) -> str:
+    items = list(items)
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
 
 
 # --- sizes from shapes -----------------------------------------------------------------------------------------------
@@ -234,8 +234,8 @@ def _text_sizes(path: Path, model: Mapping[str, Tensor], heads: int | None) -> B
 def _shape(path: Path, model: Mapping[str, Tensor], key: str, axes: int) -> tuple[int, ...]:
     shape = tuple(model[key].shape) if key in model else ()
     if len(shape) != axes or 0 in shape:
-        said = f"it is {shape}" if key in model else "that is not there"
-        raise UserError(f"{path} is not a LilT checkpoint: sizes are read off {key}, and {said}")
+        problem = f"has shape {shape}" if key in model else "is missing"
+        raise UserError(f"{path} is not a LilT checkpoint: sizes are read from {key}, which {problem}")
     return shape
 
 
@@ -243,15 +243,15 @@ def _layers(path: Path, model: Mapping[str, Tensor], modality: Modality) -> int:
     start = f"{LILT_TOWER_PREFIXES[modality]}{LILT_BLOCK_PREFIXES[modality]}"
     count = len({match[0] for key in model if (match := re.match(rf"{re.escape(start)}\d+\.", key))})
     if not count:
-        raise UserError(f"{path} is not a LilT checkpoint: it lacks {start}0")
+        raise UserError(f"{path} is not a LilT checkpoint: {start}0 is missing")
     return count
 
 
 def _heads(path: Path, modality: Modality, width: int, given: int | None) -> int:
     if given is None and width % _ATTENTION_HEAD_WIDTH:
         raise UserError(
-            f"{path}: its {modality} tower is {width} wide, and shapes do not tell how many attention heads it has; "
-            f"say so with {modality}_heads=N"
+            f"{path}: its {modality} tower is {width} wide, and the number of attention heads does not follow from its "
+            f"shapes; set {modality}_heads=N"
         )
     heads = width // _ATTENTION_HEAD_WIDTH if given is None else given
     if heads < 1 or width % heads:
@@ -260,7 +260,7 @@ def _heads(path: Path, modality: Modality, width: int, given: int | None) -> int
 
 
 def _reduction(path: Path, model: Mapping[str, Tensor], modality: Modality, width: int) -> int | None:
-    """The number by which adapters divide their width; none where the tower has no adapters."""
+    """The reduction factor of the adapters; ``None`` where the tower has none."""
     start = LILT_TOWER_PREFIXES[modality]
     key = next((key for key in model if key.startswith(start) and key.endswith(".down_sampler.weight")), None)
     if key is None:
@@ -268,7 +268,7 @@ def _reduction(path: Path, model: Mapping[str, Tensor], modality: Modality, widt
     hidden = _shape(path, model, key, 2)[0]
     reduction = next((number for number in range(1, width + 1) if width // number == hidden), None)
     if reduction is None:
-        raise UserError(f"{path}: {key} has {hidden} rows, which is no part of the tower's width, {width}")
+        raise UserError(f"{path}: {key} has {hidden} rows, which is no fraction of the tower's width, {width}")
     return reduction
 
 
@@ -278,7 +278,7 @@ def _reduction(path: Path, model: Mapping[str, Tensor], modality: Modality, widt
 def _name_map(
     modality: Modality, sizes: EncoderSettings, reduction: int | None
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What such a tower has: by our names, the authors' names and the shapes."""
+    """Expected parameters of such a tower: our names to the authors' names and the shapes."""
     net = build_on_meta(sizes)
     if reduction:
         apply_tuning(net, [lilt_adapter_method(modality, reduction)], seed=0)

@@ -1,8 +1,8 @@
-"""A checkpoint of MS-CLIP (You et al., ECCV 2022) becomes a run, with the paper's recipe.
+"""Imports a checkpoint of MS-CLIP (You et al., ECCV 2022) as a run, with the paper's recipe.
 
-In goes the state dict as released, of any point of the spectrum; out come both nets in one folder of the run, what they
-share written once, and a delta with the two heads and the scale. Unusual: the nets are as they were trained, so only
-the heads and the scale train on; other words in ``[tune]`` make a new run that trains more.
+Input: the released state dict, of any sharing variant. Output: both encoders in one folder of the run, shared
+parameters stored once, and a delta with the two heads and the logit scale. Note: the encoders are imported frozen, so
+only the heads and the logit scale are trainable; overriding ``[tune]`` makes a new run that trains more.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DEFAULT_SIZE = 224
 
 
 def import_msclip(checkpoint: Path, run: RunFolder, options: ImportOptions) -> ImportReport:
-    """Write the run. Raises ``UserError`` for a file that is no such state dict, or does not tell enough."""
+    """Write the run. Raises ``UserError`` for a file that is not an MS-CLIP state dict, or needs more options."""
     tensors = _state_dict(checkpoint)
     if options.text_heads not in (None, options.image_heads):
         raise UserError(f"text_heads={options.text_heads}: both nets of MS-CLIP have those of image_heads=")
@@ -48,7 +48,7 @@ def import_msclip(checkpoint: Path, run: RunFolder, options: ImportOptions) -> I
         raise UserError(f"lateral={_listed(options.lateral_layers)}: {checkpoint} has no parallel branch")
     if options.size not in (None, image.size):
         raise UserError(f"size={options.size}: this model was trained on {image.size} px")
-    named, tokenizer = _tokenizer(text.vocabulary, options.tokenizer)
+    tokenizer_name, tokenizer = _tokenizer(text.vocabulary, options.tokenizer)
     tokenizer = tokenizer.with_settings(max_tokens=text.context)
     transform = ImageTransform(image.size, IMAGENET_MEAN, IMAGENET_STD)
     ids = save_tied_encoders(model.encoders, transform, tokenizer, run.path / "towers")
@@ -58,37 +58,43 @@ def import_msclip(checkpoint: Path, run: RunFolder, options: ImportOptions) -> I
         f"{checkpoint.name}: MS-CLIP, {len(tensors)} names",
         f"image net: layers {image.layers}, width {image.width}, heads {image.heads}, {image.size} px in patches of "
         f"{image.patch}{', a stem in place of layer 0' if image.stem else ''}{branch}",
-        f"text net: layers {text.layers}, width {text.width}, heads {text.heads}, {text.vocabulary:,} words, "
-        f"{text.context} positions; tokenizer {named}",
+        f"text net: layers {text.layers}, width {text.width}, heads {text.heads}, {text.vocabulary:,} tokens, "
+        f"{text.context} positions; tokenizer {tokenizer_name}",
         f"joint space: width {len(model.image_head)}",
         *_describe_sharing(model.encoders.policy),
         f"captions of more than {text.context} tokens "
-        + ("keep their end token" if options.truncation == "keep_eos" else "are all alike, as in the released code"),
+        + (
+            "keep their end token"
+            if options.truncation == "keep_eos"
+            else "have one embedding, as in the released code"
+        ),
     ]
     if ids < text.vocabulary:
-        lines.append(f"{named} has {ids:,} words, and the net {text.vocabulary:,}: is it the tokenizer it had?")
+        lines.append(
+            f"{tokenizer_name} has {ids:,} tokens, but the net {text.vocabulary:,}: is it the right tokenizer?"
+        )
     return ImportReport(lines, {"log_scale": float(model.log_scale)}, encoder.parameter_counts(), delta_bytes)
 
 
 def _state_dict(checkpoint: Path) -> dict[str, Tensor]:
-    """The tensors in a file, without the ``module.`` that training on several GPUs puts before their names."""
+    """The tensors in a file by name, without the ``module.`` prefix of DistributedDataParallel."""
     found = safe_load_pickle(checkpoint)
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        has = f"it has {', '.join(map(str, list(found)[:4]))}" if isinstance(found, dict) else "it has a list"
+        contents = f"it has {', '.join(map(str, list(found)[:4]))}" if isinstance(found, dict) else "it has a list"
         hint = "; is it LilT's? then: clasp import lilt" if isinstance(found, dict) and "model" in found else ""
-        raise UserError(f"{checkpoint} is no bare state dict, as MS-CLIP's is released: {has}{hint}")
+        raise UserError(f"{checkpoint} is no bare state dict, as MS-CLIP's is released: {contents}{hint}")
     prefix = "module." if all(str(key).startswith("module.") for key in found) else ""
     return {str(key).removeprefix(prefix): tensor for key, tensor in found.items()}
 
 
 def _tokenizer(vocabulary: int, wanted: str | None) -> tuple[str, Tokenizer]:
     if wanted is None and vocabulary == CLIP_VOCAB_SIZE:
-        return "CLIP's", load_clip_tokenizer(CLIP_VOCAB_SIZE)  # as long as the net has room is said later
+        return "CLIP's", load_clip_tokenizer(CLIP_VOCAB_SIZE)  # max_tokens is set by the caller
     return load_matching_tokenizer(vocabulary, wanted)
 
 
 def _recipe(model: MSCLIPCheckpoint, options: ImportOptions) -> dict[str, Any]:
-    """The paper's recipe around the nets of this file; the heads and the scale train."""
+    """The paper's recipe around the encoders of this file; the heads and the logit scale train."""
     recipe = read_recipe(_RECIPE).to_dict()
     pool = {"image": "cls", "text": "last"}
     recipe |= {side: {"tower": f"file:{RUN_PLACEHOLDER}/towers", "pool": pool[side]} for side in pool}
@@ -100,19 +106,19 @@ def _recipe(model: MSCLIPCheckpoint, options: ImportOptions) -> dict[str, Any]:
 
 
 def _tensors(model: MSCLIPCheckpoint) -> dict[str, Tensor]:
-    """Every parameter of the model, by its first name there."""
+    """Every parameter of the model, by its first name."""
     nets = {name.replace(".", ".net.", 1): p.detach() for name, p in model.encoders.named_parameters()}
     heads = {"image_head.map.weight": model.image_head, "text_head.map.weight": model.text_head}
     return {**nets, **heads, "log_scale": model.log_scale}
 
 
 def _describe_sharing(policy: SharingSettings) -> list[str]:
-    """Which layers share what, a line for each stretch."""
+    """The shared parts, one line for each range of layers."""
     lines = []
-    for stretch in (policy, *policy.overrides):
-        parts = [part for part, how in stretch.part_modes().items() if how == "shared"]
+    for section in (policy, *policy.overrides):
+        parts = [part for part, mode in section.part_modes().items() if mode == "shared"]
         if parts:
-            lines.append(f"layers {stretch.layers} share {', '.join(parts)}")
+            lines.append(f"layers {section.layers} share {', '.join(parts)}")
     return lines or ["the two nets share nothing"]
 
 

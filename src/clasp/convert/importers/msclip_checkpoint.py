@@ -1,9 +1,10 @@
-"""MS-CLIP's state dict as our nets, and back: the 521 names of the released models and every point of the spectrum.
+"""Conversion between MS-CLIP's state dict and our encoders: the 521 names of the released models and all sharing
+variants.
 
-In goes a bare dictionary of tensors, out comes an ``MSCLIPCheckpoint``: a pair of nets, two heads, a log scale. Sizes
-are read from shapes, and who shares what from which tensors are one. Every key has its place or the file is refused.
-Unusual: the number of heads, the layers that a branch joins and, with a stem alone, the size of the pictures leave no
-trace in the weights and are arguments. Pictures are normalised with ImageNet's mean and deviation.
+Input: a bare state dict. Output: an ``MSCLIPCheckpoint``: a pair of encoders, two heads, a log scale. Sizes are read
+from shapes, and the sharing policy from which tensors are identical. Every key is mapped or the file is refused. Note:
+the number of heads, the layers of the parallel branch and, with a stem alone, the image size leave no trace in the
+weights and are arguments. Images are normalised with ImageNet's mean and deviation.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from clasp.types import Tokens, UserError
 
 _ATTENTION_HEAD_WIDTH = 64
 MSCLIP_LATERAL_LAYERS = (2, 4, 6, 8, 10)
-_TensorPair = tuple[Tensor | None, Tensor | None]  # under its image name and its text name
-# the parts of a block that can be one tensor in both nets, by the name they have in our policy
+_TensorPair = tuple[Tensor | None, Tensor | None]  # (image, text)
+# parts of a block that may be shared: our policy's name to MS-CLIP's parameter names
 _PART_TENSORS = {
     "attention": ("attn.in_proj_weight", "attn.in_proj_bias"),
     "o": ("attn.out_proj.weight", "attn.out_proj.bias"),
@@ -46,7 +47,7 @@ _PART_TENSORS = {
 
 @dataclass(frozen=True, slots=True)
 class MSCLIPCheckpoint:
-    """A released model as ours; the matrices are those of ``nn.Linear`` without a bias."""
+    """A released model as native encoders; the heads are weights of ``nn.Linear`` without bias."""
 
     encoders: TiedEncoders
     image_head: Float[Tensor, "E D"]
@@ -61,18 +62,18 @@ def parse_msclip_state_dict(
     lateral_layers: Sequence[int] = MSCLIP_LATERAL_LAYERS,
     size: int = 224,
 ) -> MSCLIPCheckpoint:
-    """The model in a state dict, in float32 and evaluation mode.
+    """The model of a state dict, in float32 and eval mode.
 
-    ``heads`` is that of both nets; 64 channels each where left out. ``size`` counts only for a model with a stem and no
-    branch. Raises ``UserError`` for keys too many or lacking, for shapes that do not fit, and for a part of a layer
-    that is shared in half.
+    ``heads`` is that of both encoders, by default one per 64 channels. ``size`` is used only for a model with a stem
+    and no parallel branch. Raises ``UserError`` for unexpected or missing keys, for shapes that do not match, and for a
+    part of a layer that is only partly shared.
     """
     image, text = _image_settings(tensors, heads, lateral_layers, size), _text_settings(tensors, heads)
     pair = TiedEncoders(ImageTransformer(image), TextTransformer(text), _infer_sharing(tensors, image, text), seed=0)
     names, ours = msclip_name_map(image, text), _named_tensors(pair)
-    for what, odd in (("lacks", names.keys() - tensors.keys()), ("also has", tensors.keys() - names.keys())):
-        if odd:
-            raise UserError(f"not an MS-CLIP state dict: it {what} {_first_of(odd)}")
+    for problem, keys in (("lacks", names.keys() - tensors.keys()), ("also has", tensors.keys() - names.keys())):
+        if keys:
+            raise UserError(f"not an MS-CLIP state dict: it {problem} {_first_of(keys)}")
     joint = tensors["visual.proj"].shape[-1]
     heads_and_scale = {"image_head": (image.width, joint), "text_head": (text.width, joint), "log_scale": ()}
     for theirs, name in names.items():
@@ -89,9 +90,9 @@ def parse_msclip_state_dict(
 
 
 def to_msclip_state_dict(model: MSCLIPCheckpoint) -> dict[str, Tensor]:
-    """The state dict that ``parse_msclip_state_dict`` reads; what is shared has two names and one storage.
+    """The state dict that ``parse_msclip_state_dict`` reads; a shared tensor has two names and one storage.
 
-    Raises ``UserError`` for parts that the layout has no names for.
+    Raises ``UserError`` for parameters that MS-CLIP's layout does not have.
     """
     pair = model.encoders
     ours: dict[str, Tensor] = {
@@ -101,17 +102,17 @@ def to_msclip_state_dict(model: MSCLIPCheckpoint) -> dict[str, Tensor]:
         "log_scale": model.log_scale,
     }
     names = msclip_name_map(pair.image.settings, pair.text.settings)
-    for what, odd in (("no name for", ours.keys() - names.values()), ("more:", set(names.values()) - ours.keys())):
-        if odd:
-            raise UserError(f"these nets do not fit MS-CLIP's layout, which has {what} {_first_of(odd)}")
+    for problem, keys in (("no name for", ours.keys() - names.values()), ("more:", set(names.values()) - ours.keys())):
+        if keys:
+            raise UserError(f"these nets do not fit MS-CLIP's layout, which has {problem} {_first_of(keys)}")
     return {theirs: _squeeze_batch(ours[name]) for theirs, name in names.items()}
 
 
 def to_msclip_tokens(ids: Int[Tensor, "B N"]) -> Tokens:
-    """Token ids as the released code reads them: a text ends at the first place of its largest id.
+    """Token ids with the mask of the released code: a text ends at the first position of its largest id.
 
-    That is the end token; of a text cut without one, it is the start token, so that all such texts are embedded alike.
-    Only who wants the recorded numbers of such texts wants this: ``data.text`` keeps the end token.
+    That is the end token; of a text truncated without one it is the start token, so that all such texts have the same
+    embedding. Needed only to reproduce the released code on such texts: ``data.tokenizer`` keeps the end token.
     """
     return Tokens(ids, torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True))
 
@@ -130,18 +131,18 @@ def _image_settings(
     laterals = _count(tensors, f"{MSCLIP_IMAGE_PREFIX}parallel_lateral_adapter.")
     if laterals not in (0, len(lateral_layers)):
         raise UserError(
-            f"the branch joins before {laterals} layers, and {len(lateral_layers)} are named; say which with "
+            f"the branch joins before {laterals} layers, and {len(lateral_layers)} are given; set "
             "lateral=, such as 2,4,6,8,10"
         )
     layers = _count(tensors, f"{MSCLIP_IMAGE_PREFIX}resblocks.")
     if laterals and not stem <= lateral_layers[0] <= lateral_layers[-1] < layers:
         raise UserError(
-            f"the branch cannot join before layers {', '.join(map(str, lateral_layers))} of {layers}; say {laterals} "
-            f"of {int(stem)} to {layers - 1} with lateral="
+            f"the branch cannot join before layers {', '.join(map(str, lateral_layers))} of {layers}; set lateral= to "
+            f"{laterals} layers of {int(stem)} to {layers - 1}"
         )
     if not stem:
         patch = _shape(tensors, "visual.conv1.weight", 4)[-1]
-    elif laterals:  # the first stage of the branch halves the picture
+    elif laterals:  # the first stage of the branch halves the image
         patch = (
             2
             * _shape(tensors, f"{MSCLIP_IMAGE_PREFIX}parallel_lateral_adapter.0.top2bottom_dw_conv.conv.weight", 4)[-1]
@@ -180,8 +181,8 @@ def _block_settings(tensors: Mapping[str, Tensor], net: str, width: int, heads: 
     hidden, _ = _shape(tensors, f"{net}resblocks.{layers - 1}.mlp.c_fc.weight", 2)
     if heads is None and width % _ATTENTION_HEAD_WIDTH:
         raise UserError(
-            f"the state dict is {width} wide, which is no multiple of {_ATTENTION_HEAD_WIDTH}; "
-            "say how many heads it has with image_heads="
+            f"the state dict is {width} wide, which is not a multiple of {_ATTENTION_HEAD_WIDTH}; "
+            "set image_heads= to the number of its heads"
         )
     return {
         "width": width,
@@ -199,7 +200,7 @@ def _validated(kind: type, **settings: Any) -> Any:
         return kind(**settings)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"the state dict is of no MS-CLIP that can be: {reason}") from None
+        raise UserError(f"the state dict is not of a valid MS-CLIP: {reason}") from None
 
 
 def _shape(tensors: Mapping[str, Tensor], key: str, axes: int) -> tuple[int, ...]:
@@ -207,50 +208,50 @@ def _shape(tensors: Mapping[str, Tensor], key: str, axes: int) -> tuple[int, ...
         raise UserError(f"not an MS-CLIP state dict: it lacks {key!r}")
     shape = tuple(tensors[key].shape)
     if len(shape) != axes:
-        raise UserError(f"not an MS-CLIP state dict: {key} is of shape {shape}")
+        raise UserError(f"not an MS-CLIP state dict: {key} has shape {shape}")
     return shape
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbers stand behind ``prefix``: one more than the largest."""
+    """Number of layers below ``prefix``: one more than the largest number."""
     numbered = (re.match(rf"{re.escape(prefix)}(\d+)\.", key) for key in tensors)
     return 1 + max((int(found[1]) for found in numbered if found), default=-1)
 
 
-# --- who shares what -------------------------------------------------------------------------------------------------
+# --- sharing ---------------------------------------------------------------------------------------------------------
 
 
 def _infer_sharing(
     tensors: Mapping[str, Tensor], image: ImageTransformerSettings, text: TextTransformerSettings
 ) -> SharingSettings:
-    """Read from which tensors are one in both nets: by storage, or by value where a file has lost its aliases."""
+    """The policy, from the tensors that both encoders share: by storage, or by value where no storage is shared."""
     layers = range(image.first_layer, min(image.layers, text.layers))
-    twice = [name for names in _PART_TENSORS.values() for name in names]
+    shareable = [name for names in _PART_TENSORS.values() for name in names]
     keys = [
         f"{net}resblocks.{layer}.{name}"
         for layer in layers
-        for name in twice
+        for name in shareable
         for net in (MSCLIP_IMAGE_PREFIX, MSCLIP_TEXT_PREFIX)
     ]
-    if lacking := [key for key in keys if key not in tensors]:
-        raise UserError(f"not an MS-CLIP state dict: it lacks {_first_of(lacking)}")
-    kept = {
+    if missing := [key for key in keys if key not in tensors]:
+        raise UserError(f"not an MS-CLIP state dict: it lacks {_first_of(missing)}")
+    pairs_of = {
         (layer, part): _tensor_pairs(tensors, layer, names) for layer in layers for part, names in _PART_TENSORS.items()
     }
-    aliased = any(_same_storage(*both) for pairs in kept.values() for both in pairs)
+    aliased = any(_same_storage(*both) for pairs in pairs_of.values() for both in pairs)
     shared = [
-        (layer, [part for part in _PART_TENSORS if _is_shared(layer, part, kept[layer, part], aliased)])
+        (layer, [part for part in _PART_TENSORS if _is_shared(layer, part, pairs_of[layer, part], aliased)])
         for layer in layers
     ]
-    stretches = []
+    ranges = []
     for parts, group in groupby(shared, key=lambda item: item[1]):
         numbers = [layer for layer, _ in group]
         if parts:
             choices = {part: "shared" if part in parts else "separate" for part in _PART_TENSORS}
-            stretches.append({"layers": f"{numbers[0]}:{numbers[-1] + 1}", **choices})
-    if not stretches:
+            ranges.append({"layers": f"{numbers[0]}:{numbers[-1] + 1}", **choices})
+    if not ranges:
         return SharingSettings()
-    return SharingSettings(**stretches[0], overrides=tuple(SharingOverride(**stretch) for stretch in stretches[1:]))
+    return SharingSettings(**ranges[0], overrides=tuple(SharingOverride(**section) for section in ranges[1:]))
 
 
 def _tensor_pairs(tensors: Mapping[str, Tensor], layer: int, names: Sequence[str]) -> list[_TensorPair]:
@@ -260,7 +261,7 @@ def _tensor_pairs(tensors: Mapping[str, Tensor], layer: int, names: Sequence[str
 
 def _is_shared(layer: int, part: str, pairs: list[_TensorPair], aliased: bool) -> bool:
     same = [_same_storage(*both) if aliased else _equal(*both) for both in pairs]
-    # two matrices that were never one may have equal vectors beside them, such as biases that are all zero
+    # separate matrices may have equal vectors beside them, such as biases that are all zero
     if not aliased:
         _refuse_near_equal(
             layer, [name for name, one in zip(_PART_TENSORS[part], same, strict=True) if not one], pairs, part
@@ -271,13 +272,16 @@ def _is_shared(layer: int, part: str, pairs: list[_TensorPair], aliased: bool) -
     if any(same) if aliased else any(matrices):
         which = _PART_TENSORS[part][same.index(False)]
         raise UserError(
-            f"layer {layer} of the state dict shares a part in half: {which} is not one tensor in both nets"
+            f"layer {layer} of the state dict shares {part} only partly: {which} differs between the two nets"
         )
     return False
 
 
 def _refuse_near_equal(layer: int, names: list[str], pairs: list[_TensorPair], part: str) -> None:
-    """Matrices that differ in a hundredth were one: two that trained apart differ in as much as they are."""
+    """Raises ``UserError`` for matrices whose relative difference is below 1 %: a shared one of which a copy is
+    damaged.
+
+    Separately trained matrices differ by about their norm."""
     for name, (one, other) in zip(_PART_TENSORS[part], pairs, strict=True):
         if name not in names or one is None or other is None or one.ndim < 2 or one.shape != other.shape:
             continue
@@ -300,19 +304,19 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _named_tensors(pair: TiedEncoders) -> dict[str, Tensor]:
-    """Parameters under each of their names, and buffers."""
+    """Parameters under each of their names, aliases included, and buffers."""
     parameters = {name: p.detach() for name, p in pair.named_parameters(remove_duplicate=False)}
     return {**parameters, **dict(pair.named_buffers())}
 
 
 def _squeeze_batch(tensor: Tensor) -> Tensor:
-    """The class token ``[1 1 D]`` and positions ``[1 N D]`` have no axis for the batch there."""
+    """MS-CLIP's layout has no batch axis in the class token ``[1 1 D]`` and positions ``[1 N D]``."""
     return tensor.squeeze((0, 1)) if tensor.ndim == 3 else tensor
 
 
 def _check_shape(key: str, tensor: Tensor, wanted: Sequence[int]) -> None:
     if tuple(tensor.shape) != tuple(wanted):
-        raise UserError(f"not an MS-CLIP state dict: {key} is {tuple(tensor.shape)}, and {tuple(wanted)} would fit")
+        raise UserError(f"not an MS-CLIP state dict: {key} is {tuple(tensor.shape)}, not {tuple(wanted)}")
 
 
 def _first_of(keys: Iterable[str]) -> str:

@@ -1,8 +1,9 @@
-"""The names of MS-CLIP's state dict beside ours.
+"""The parameter names of MS-CLIP's state dict and ours.
 
-In go the settings of two nets, out comes every name that the released code has for such a model, with the name of the
-same tensor in a ``Pair`` (``image.…``, ``text.…``), or ``image_head``, ``text_head`` and ``log_scale``. A shared tensor
-has two names on either side. Unusual: theirs counts a stem as block 0, so our blocks above one are a number lower.
+Input: the settings of two encoders. Output: a map from every name in the released state dict of such a model to the
+name of the same tensor in a ``TiedEncoders`` (``image.…``, ``text.…``), or ``image_head``, ``text_head`` and
+``log_scale``. A shared tensor has two names on either side. Note: MS-CLIP counts a stem as block 0, so our block
+numbers after a stem are lower by one.
 """
 
 from __future__ import annotations
@@ -11,15 +12,13 @@ from collections.abc import Iterator
 
 from clasp.models.transformer.encoders import ImageTransformerSettings, TextTransformerSettings
 
-MSCLIP_IMAGE_PREFIX, MSCLIP_TEXT_PREFIX = (
-    "visual.transformer.",
-    "transformer.",
-)  # how the names of either net's blocks begin
+# prefixes of the names of either encoder's blocks
+MSCLIP_IMAGE_PREFIX, MSCLIP_TEXT_PREFIX = "visual.transformer.", "transformer."
 _NamePairs = Iterator[tuple[str, str]]
 
 
 def msclip_name_map(image: ImageTransformerSettings, text: TextTransformerSettings) -> dict[str, str]:
-    """Every name of theirs with ours, for nets of these settings."""
+    """MS-CLIP name to our name, for encoders of these settings."""
     return dict(
         [
             ("visual.class_embedding", "image.cls_token"),
@@ -53,14 +52,14 @@ def _conv_norm(conv: str, norm: str, ours: str) -> _NamePairs:
 
 def _block_names(theirs: str, ours: str, layers: range, first: int) -> _NamePairs:
     for layer in layers:
-        block, own = f"{theirs}resblocks.{layer}", f"{ours}blocks.{layer - first}"
-        yield f"{block}.attn.in_proj_weight", f"{own}.attn.qkv.weight"
-        yield f"{block}.attn.in_proj_bias", f"{own}.attn.qkv.bias"
-        yield from _weight_and_bias(f"{block}.attn.out_proj", f"{own}.attn.proj")
-        yield from _weight_and_bias(f"{block}.mlp.c_fc", f"{own}.mlp.fc1")
-        yield from _weight_and_bias(f"{block}.mlp.c_proj", f"{own}.mlp.fc2")
-        yield from _weight_and_bias(f"{block}.ln_1", f"{own}.norm1")
-        yield from _weight_and_bias(f"{block}.ln_2", f"{own}.norm2")
+        block, native = f"{theirs}resblocks.{layer}", f"{ours}blocks.{layer - first}"
+        yield f"{block}.attn.in_proj_weight", f"{native}.attn.qkv.weight"
+        yield f"{block}.attn.in_proj_bias", f"{native}.attn.qkv.bias"
+        yield from _weight_and_bias(f"{block}.attn.out_proj", f"{native}.attn.proj")
+        yield from _weight_and_bias(f"{block}.mlp.c_fc", f"{native}.mlp.fc1")
+        yield from _weight_and_bias(f"{block}.mlp.c_proj", f"{native}.mlp.fc2")
+        yield from _weight_and_bias(f"{block}.ln_1", f"{native}.norm1")
+        yield from _weight_and_bias(f"{block}.ln_2", f"{native}.norm2")
 
 
 def _patch_names() -> _NamePairs:
@@ -71,9 +70,9 @@ def _stem_names() -> _NamePairs:
     stem, ours = f"{MSCLIP_IMAGE_PREFIX}resblocks.0", "image.patch_embed"
     yield from _conv_norm(f"{stem}.conv1", f"{stem}.bn1", f"{ours}.first")
     for number in range(4):
-        stage, own = f"{stem}.resnet_stage.conv_{number}", f"{ours}.stages.{number}"
-        yield from _conv_norm(f"{stage}.conv1", f"{stage}.bn1", f"{own}.main")
-        yield from _conv_norm(f"{stage}.downsample.0", f"{stage}.downsample.1", f"{own}.shortcut")
+        stage, native = f"{stem}.resnet_stage.conv_{number}", f"{ours}.stages.{number}"
+        yield from _conv_norm(f"{stage}.conv1", f"{stage}.bn1", f"{native}.main")
+        yield from _conv_norm(f"{stage}.downsample.0", f"{stage}.downsample.1", f"{native}.shortcut")
     yield f"{stem}.last_conv.weight", f"{ours}.last.weight"
 
 
@@ -84,10 +83,10 @@ def _branch_names(image: ImageTransformerSettings) -> _NamePairs:
         if number == 0:
             yield from _conv_norm(f"{branch}.0.conv", f"{branch}.0.bn", f"{ours}.stages.0.main")
         else:
-            stage, own = f"{branch}.{number}.resnet_stage.conv_0", f"{ours}.stages.{number}"
+            stage, native = f"{branch}.{number}.resnet_stage.conv_0", f"{ours}.stages.{number}"
             for at, part in enumerate(("reduce", "spatial", "expand"), 1):
-                yield from _conv_norm(f"{stage}.conv{at}", f"{stage}.bn{at}", f"{own}.{part}")
-            yield from _conv_norm(f"{stage}.residual_conv", f"{stage}.residual_bn", f"{own}.shortcut")
+                yield from _conv_norm(f"{stage}.conv{at}", f"{stage}.bn{at}", f"{native}.{part}")
+            yield from _conv_norm(f"{stage}.residual_conv", f"{stage}.residual_bn", f"{native}.shortcut")
         adapter = f"{MSCLIP_IMAGE_PREFIX}parallel_lateral_adapter.{number}"
         lateral = f"{ours}.laterals.{layer - image.first_layer}"
         yield from _conv_norm(

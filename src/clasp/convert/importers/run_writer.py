@@ -1,7 +1,7 @@
-"""What every importer needs: what a person may ask, a run made of towers and tensors, a tokenizer for so many words.
+"""What all importers share: the import options, writing a run from towers and tensors, and the choice of a tokenizer.
 
-In go a recipe whose towers lie in the run already and a tensor for every parameter, out comes the run with its delta.
-Unusual: nothing is taken on trust; a parameter that is not selected must already be what the checkpoint has.
+Input: a recipe whose towers are already in the run folder, and a tensor for every parameter. Output: the run with its
+delta. Note: everything is verified; a parameter outside the selection must already equal the checkpoint's.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ from clasp.models.zoo.registry import load_backbone
 from clasp.training.run_folder import RunFolder
 from clasp.types import UserError
 
-# words of the BERTs that papers take; MiniLM has the uncased one's, word for word, and comes in a package
+# by vocabulary size, for the papers' BERTs; MiniLM has exactly the vocabulary of the uncased one, in a pip package
 _BERT_UNCASED, BERT_UNCASED_PIP = "hf:google-bert/bert-base-uncased", "minilm-l6"
 _DEFAULT_TOKENIZERS = {30_522: _BERT_UNCASED, 119_547: "hf:google-bert/bert-base-multilingual-cased"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportOptions:
-    """What a person says of a checkpoint that its file does not."""
+    """Settings of a checkpoint that its file does not contain."""
 
     tokenizer: str | None = None
-    """``pip:NAME``, ``hf:NAME`` or ``file:FOLDER``; the usual one for so many words where left out"""
+    """``pip:NAME``, ``hf:NAME`` or ``file:FOLDER``; by default the usual one for the vocabulary size"""
     size: int | None = None
-    """Pixels a side of the images; those of the file's positions where left out"""
+    """Image side in pixels; by default that of the checkpoint's position embedding"""
     image_heads: int | None = None
-    """Heads of the attention; told by the width where left out"""
+    """Attention heads; by default one per 64 channels"""
     text_heads: int | None = None
     lateral_layers: tuple[int, ...] | None = None
-    """Layers that MS-CLIP's branch joins; those of the released models where left out"""
+    """Layers before which MS-CLIP's parallel branch is added; by default those of the released models"""
     truncation: Truncation = "keep_eos"
-    """What is left of a caption that is too long for a text net of MS-CLIP"""
+    """Truncation of captions longer than the context of an MS-CLIP text encoder"""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What an importer tells of the run that it wrote."""
+    """What an importer reports of the run that it wrote."""
 
     lines: list[str]
-    """what was found and what was assumed, for a person"""
+    """what was found and what was assumed, human-readable"""
     facts: Mapping[str, Any]
-    """settings of the checkpoint, to be kept in the run"""
+    """settings of the checkpoint, saved in the run"""
     counts: dict[str, ParameterCount]
     delta_bytes: int
 
 
 def parse_import_options(options: Sequence[str]) -> ImportOptions:
-    """``key=value`` as they were typed. Raises ``UserError`` for an unknown key, or a value that does not parse."""
-    read: dict[str, tuple[str, Callable[[str], Any]]] = {
+    """Parse ``key=value`` options. Raises ``UserError`` for an unknown key, or a value that does not parse."""
+    parsers: dict[str, tuple[str, Callable[[str], Any]]] = {
         "tokenizer": ("tokenizer", str),
         "size": ("size", _positive),
         "image_heads": ("image_heads", _positive),
@@ -73,11 +73,11 @@ def parse_import_options(options: Sequence[str]) -> ImportOptions:
     given = {}
     for option in options:
         key, equals, value = option.partition("=")
-        if not equals or key not in read:
-            near = difflib.get_close_matches(key, read, n=1)
+        if not equals or key not in parsers:
+            near = difflib.get_close_matches(key, parsers, n=1)
             hint = f"did you mean {near[0]}=…? " if near else ""
-            raise UserError(f"import: {option!r} is not an option; {hint}options: {', '.join(read)}")
-        field, parse = read[key]
+            raise UserError(f"import: {option!r} is not an option; {hint}options: {', '.join(parsers)}")
+        field, parse = parsers[key]
         try:
             given[field] = parse(value)
         except ValueError as error:
@@ -87,7 +87,7 @@ def parse_import_options(options: Sequence[str]) -> ImportOptions:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError("this is a whole number from 1")
+        raise ValueError("must be a whole number from 1")
     return int(text)
 
 
@@ -95,24 +95,25 @@ def _layers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(layer) for layer in text.split(","))
     except ValueError:
-        raise ValueError("this is a list of layers, such as 2,4,6,8,10") from None
+        raise ValueError("must be a list of layers, such as 2,4,6,8,10") from None
 
 
 def _truncation(text: str) -> Truncation:
     known: dict[str, Truncation] = {choice: choice for choice in get_args(Truncation)}
     if text not in known:
-        raise ValueError(f"this is one of {', '.join(known)}")
+        raise ValueError(f"must be one of {', '.join(known)}")
     return known[text]
 
 
 def write_run(run: RunFolder, recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[DualEncoder, int]:
-    """Write the run of a recipe (``{run}`` not filled in), its towers being there; also gives the bytes of its delta.
+    """Write the run of a recipe (``{run}`` unresolved), whose towers are in the folder; returns the model and delta
+    bytes.
 
     ``tensors`` has every parameter of the model by name.
     """
-    settled = recipe_from_dict(dict(recipe), "the checkpoint's recipe")
+    validated = recipe_from_dict(dict(recipe), "the checkpoint's recipe")
     parts = build_model_and_preprocessing(
-        recipe_from_dict(run.resolve_placeholder(settled.to_dict()), "the checkpoint's recipe")
+        recipe_from_dict(run.resolve_placeholder(validated.to_dict()), "the checkpoint's recipe")
     )
     parameters = dict(parts.model.named_parameters())
     assert parameters.keys() == tensors.keys(), sorted(parameters.keys() ^ tensors.keys())[:3]
@@ -120,21 +121,21 @@ def write_run(run: RunFolder, recipe: Mapping[str, Any], tensors: Mapping[str, T
         for name, parameter in parameters.items():
             if name in parts.model.selection:
                 parameter.copy_(tensors[name])
-            assert torch.equal(parameter, tensors[name]), f"{name} is in no delta, and the tower has another"
-    run.start(settled.to_toml(), parts.model, parts.transform, parts.tokenizer, pairs=None)
+            assert torch.equal(parameter, tensors[name]), f"{name} is not in the delta and differs in the tower"
+    run.start(validated.to_toml(), parts.model, parts.transform, parts.tokenizer, pairs=None)
     return parts.model, run.save(parts.model)
 
 
 def load_matching_tokenizer(vocabulary: int, wanted: str | None) -> tuple[str, Tokenizer]:
-    """The tokenizer asked for, or the usual one for so many words, and what it is called. Raises ``UserError``."""
-    named = wanted or _default_tokenizer(vocabulary)
-    folder = Path(named.removeprefix("file:")).expanduser()
-    if named.startswith("file:") and not (folder / "config.json").is_file():
-        return named, Tokenizer.from_folder(folder)
+    """The name and the tokenizer requested, or the usual one for a vocabulary size. Raises ``UserError``."""
+    name = wanted or _default_tokenizer(vocabulary)
+    folder = Path(name.removeprefix("file:")).expanduser()
+    if name.startswith("file:") and not (folder / "config.json").is_file():
+        return name, Tokenizer.from_folder(folder)
     try:
-        opened = load_backbone(TextTowerSettings(tower=named), meta=True).tokenizer
-        assert opened is not None
-        return named, opened()
+        load_tokenizer = load_backbone(TextTowerSettings(tower=name), meta=True).tokenizer
+        assert load_tokenizer is not None
+        return name, load_tokenizer()
     except UserError as error:
         raise UserError(f"no tokenizer: {error}; choose one with tokenizer=pip:NAME, hf:NAME or file:FOLDER") from None
 
@@ -142,9 +143,9 @@ def load_matching_tokenizer(vocabulary: int, wanted: str | None) -> tuple[str, T
 def _default_tokenizer(vocabulary: int) -> str:
     if vocabulary not in _DEFAULT_TOKENIZERS:
         raise UserError(
-            f"the checkpoint has no tokenizer, and {vocabulary:,} words are no usual tower's; choose one with "
+            f"the checkpoint has no tokenizer, and no default one has {vocabulary:,} tokens; choose one with "
             "tokenizer=pip:NAME, hf:NAME or file:FOLDER"
         )
-    named = _DEFAULT_TOKENIZERS[vocabulary]
-    here = any(each.name == PIP_TOWERS[BERT_UNCASED_PIP].package for each in importlib.metadata.distributions())
-    return f"pip:{BERT_UNCASED_PIP}" if named == _BERT_UNCASED and here else named
+    name = _DEFAULT_TOKENIZERS[vocabulary]
+    installed = any(each.name == PIP_TOWERS[BERT_UNCASED_PIP].package for each in importlib.metadata.distributions())
+    return f"pip:{BERT_UNCASED_PIP}" if name == _BERT_UNCASED and installed else name

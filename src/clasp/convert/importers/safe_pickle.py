@@ -1,9 +1,9 @@
-"""Other people's ``.pth`` files, read without running anything that is in them.
+"""Loads third-party ``.pth`` files without executing code from them.
 
-In: a file that ``torch.save`` wrote. Out: plain dictionaries, lists, numbers, strings and tensors. Unusual: papers keep
-their settings in such files as OmegaConf objects, which a safe load refuses. Each class that such an object is made of
-is answered here by an inert stand-in that keeps the state it is handed and does nothing; the stand-ins then become
-plain values. So omegaconf need not be installed, and neither its code nor anything else that a file names is run.
+Input: a file written by ``torch.save``. Output: plain dictionaries, lists, numbers, strings and tensors. Note: papers
+store their settings in such files as OmegaConf objects, which ``weights_only=True`` refuses. Each class of such an
+object is replaced by an inert stub that only stores its state; the stubs are then converted to plain values. So
+omegaconf need not be installed, and neither its code nor any other code named in the file is run.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import serialization
 
 from clasp.types import UserError
 
-_MAX_VALUES, _MAX_DEPTH = 100_000, 100  # a file can share and nest its settings without end; a paper has a hundred
+_MAX_VALUES, _MAX_DEPTH = 100_000, 100  # limits for maliciously shared or nested values; a paper has about a hundred
 
 
 class _Stub:
-    """Stands for an object of a class that we will not run: it keeps its state, and that is all."""
+    """Stub for an object of a class whose code must not run: it only stores its state."""
 
     def __new__(cls, *args: Any) -> _Stub:
         self = super().__new__(cls)
@@ -37,20 +37,20 @@ class _Stub:
 
 
 class _OmegaConfContainer(_Stub):
-    """omegaconf's ``DictConfig``, ``ListConfig`` and ``UnionNode``: plain in ``_content``."""
+    """omegaconf's ``DictConfig``, ``ListConfig`` and ``UnionNode``: the plain value is in ``_content``."""
 
 
 class _OmegaConfNode(_Stub):
-    """One setting of omegaconf's: plain in ``_val``."""
+    """A value node of omegaconf: the plain value is in ``_val``."""
 
 
 def _empty_dict(*kind: Any) -> dict:
-    """Stands for ``defaultdict(kind)``, in which omegaconf keeps what it has computed."""
+    """Stub for ``defaultdict(kind)``, omegaconf's cache of resolved values."""
     return {}
 
 
 _NODE_TYPES = ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")
-# kinds of values that omegaconf notes beside each setting; none of them is ever called
+# value types that omegaconf stores with each setting; none of them is ever called
 _TYPE_NAMES = ("typing.Any", *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")))
 _STUBS: list[Callable | tuple[Callable, str]] = [
     (_OmegaConfContainer, "omegaconf.dictconfig.DictConfig"),
@@ -64,9 +64,9 @@ _STUBS: list[Callable | tuple[Callable, str]] = [
 
 
 def safe_load_pickle(path: Path) -> Any:
-    """What ``torch.save`` wrote into ``path``; tensors on the CPU, mapped from the file where its format allows.
+    """Load what ``torch.save`` wrote to ``path``; tensors on the CPU, memory-mapped where the format allows.
 
-    Raises ``UserError`` for a file that cannot be read, is damaged, or names anything that would have to be run.
+    Raises ``UserError`` for a file that cannot be read, is damaged, or refers to code outside the allow-list.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}")
@@ -76,14 +76,14 @@ def safe_load_pickle(path: Path) -> Any:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except MemoryError:
         raise
-    except Exception as error:  # the unpickler fails with whatever a damaged or hostile file makes of it
+    except Exception as error:  # a damaged or hostile file can raise any exception
         raise UserError(f"{path} {_reason(error)}") from None
     return _PlainValues(path).value(found, 0)
 
 
 @contextmanager
 def _only_stubs_allowed() -> Iterator[None]:
-    """Beside torch's own safe list, the stand-ins count and nothing that was allowed elsewhere in the process."""
+    """Allow the stubs, torch's own safe globals, and nothing that was allowed elsewhere in the process."""
     before = serialization.get_safe_globals()
     serialization.clear_safe_globals()
     try:
@@ -97,22 +97,22 @@ def _only_stubs_allowed() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror}"
-    named = re.search(r"GLOBAL (\S+)", str(error))
-    if named:
-        return f"asks for {named[1]}, which no checkpoint needs; the file is refused, and nothing in it was run"
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    if match:
+        return f"refers to {match[1]}, which no checkpoint needs; the file is refused, and nothing in it was run"
     return "is not a checkpoint as torch.save writes it, or it is damaged"
 
 
 class _PlainValues:
-    """Turns what was read from ``path`` into plain values, stand-ins and all."""
+    """Converts the contents of ``path``, stubs included, to plain values."""
 
     def __init__(self, path: Path):
-        self.path, self.left = path, _MAX_VALUES
+        self.path, self.remaining = path, _MAX_VALUES
 
     def value(self, found: Any, depth: int) -> Any:
-        """The plain value of ``found``, which lies ``depth`` containers deep."""
-        self.left -= 1
-        if self.left < 0 or depth > _MAX_DEPTH:
+        """The plain value of ``found``, nested ``depth`` containers deep."""
+        self.remaining -= 1
+        if self.remaining < 0 or depth > _MAX_DEPTH:
             raise UserError(f"{self.path} is not a checkpoint: its values are shared or nested without end")
         match found:
             case _OmegaConfContainer():
@@ -124,7 +124,7 @@ class _PlainValues:
             case dict() if all(isinstance(key, str | int | float | None) for key in found):
                 return {key: self.value(item, depth + 1) for key, item in found.items()}
             case dict():
-                raise UserError(f"{self.path} is not a checkpoint: it names a value by something else than a word")
+                raise UserError(f"{self.path} is not a checkpoint: a key in it is not a string or number")
             case torch.Tensor() if found.numel() * found.element_size() > found.untyped_storage().nbytes():
                 raise UserError(f"{self.path} is not a checkpoint: a tensor in it has more numbers than the file")
             case torch.Tensor() | str() | bytes() | bool() | int() | float() | None:

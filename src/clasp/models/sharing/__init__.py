@@ -1,1 +1,1 @@
-"""Weights that both towers hold in common."""
+"""Weight sharing between the two towers."""

@@ -1,8 +1,8 @@
-"""What ``[share]`` of a recipe means for two bases: which of them gives, and what cannot be shared.
+"""Applies the ``[share]`` policy of a recipe to two backbones.
 
-In go two bases and the policy, out comes the policy layer by layer; the nets hold the same parameters afterwards.
-A trained net gives its weights to one that nobody has trained. Two trained ones share only what is equal in both, as in
-a pair that was trained so: weights would be lost otherwise.
+Input: two backbones and the policy. Output: the policy resolved layer by layer; the encoders then hold the same
+parameter objects. Note: a pre-trained encoder gives its weights to one initialised from a seed; two pre-trained ones
+may share only parameters that are already equal, as after shared training, since weights would be lost otherwise.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from clasp.types import UserError
 
 
 def share_backbones(image: Backbone, text: Backbone, policy: SharingSettings, *, seed: int) -> SharingPlan | None:
-    """Make two bases hold in common what ``policy`` says; low-rank differences start from ``seed``.
+    """Share weights of two backbones according to ``policy``; low-rank updates are initialised from ``seed``.
 
-    ``None`` where nets are not ours and nothing in them is to be shared; a shared head is no part of a net.
-    Raises ``UserError`` for such nets otherwise, for parts that do not fit, and for weights that would be lost.
+    Returns ``None`` where a backbone is not a native encoder and the policy shares nothing in them (a shared head does
+    not count). Raises ``UserError`` where the policy needs native encoders, for parts that do not fit, and for weights
+    that would be lost.
     """
     if not (isinstance(image.net, ImageTransformer) and isinstance(text.net, TextTransformer)):
         if policy.model_copy(update={"head": "separate"}) == SharingSettings():
             return None
         odd = text.name if isinstance(image.net, ImageTransformer) else image.name
         raise UserError(
-            f"[share]: {odd} is no net of ours, and only they hold parts in common: write image.tower = 'own:image' "
+            f"[share]: {odd} is not a native encoder, and only those share weights: write image.tower = 'own:image' "
             "and text.tower = 'own:text', or set share.trunk; share.head is for any two"
         )
     before = dict(text.net.named_parameters())
@@ -41,7 +42,7 @@ def share_backbones(image: Backbone, text: Backbone, policy: SharingSettings, *,
         for name, weight in before.items():
             if name not in after or not (weight is after[name] or weight.is_meta or torch.equal(weight, after[name])):
                 raise UserError(
-                    f"[share]: {image.name} and {text.name} are both trained, and {name} is not the same in both; they "
-                    "share only what is equal, or nothing"
+                    f"[share]: {image.name} and {text.name} are both pre-trained, and {name} differs between them; two "
+                    "pre-trained towers share only equal parameters, or nothing"
                 )
     return sharing

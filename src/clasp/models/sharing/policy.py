@@ -1,9 +1,9 @@
-"""The sharing policy: which parts of which layers two nets hold in common.
+"""The sharing policy: which parts of which layers two encoders share.
 
-In go the settings of ``[share]``, out comes a ``SharingPlan``: for each layer and part how it is kept, which prints
-itself as a table. One definition has CLIP (nothing shared), MS-CLIP (attention and feed-forward), SharedCLIP (all of
-it, the final norm and the head), separate ends (Uni-X) and separate feed-forward parts (VLMo) as its values. Nothing
-here touches a weight; ``nn.shared`` does.
+Input: the settings of ``[share]``. Output: a ``SharingPlan``, the sharing mode of each part of each layer, which prints
+as a table. CLIP (nothing shared), MS-CLIP (attention and feed-forward), SharedCLIP (everything, with the final norm and
+the head), separate first and last layers (Uni-X) and separate feed-forward parts (VLMo) are values of it. No weight is
+touched here; ``models.sharing.tie`` applies the plan.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from clasp.types import UserError
 
-ATTENTION_PARTS = ("q", "k", "v", "o")  # the parts that ``attention`` speaks of
+ATTENTION_PARTS = ("q", "k", "v", "o")  # the parts that ``attention`` sets
 SHAREABLE_PARTS = (*ATTENTION_PARTS, "qk_norm", "ffn", "norm1", "norm2", "layer_scale")
 _RANGE = re.compile(r"\s*(?:(-?\d+)|(-?\d+)?\s*:\s*(-?\d+)?)\s*")
 
 
 @dataclass(frozen=True, slots=True)
 class LowRankSharing:
-    """Shared, and a difference of this rank for each modality."""
+    """Shared, with a low-rank update of this rank for each modality."""
 
     rank: int
 
@@ -61,7 +61,7 @@ def _check_layer_range(value: Any) -> Any:
     return value
 
 
-# what a recipe says, and what it reads back as
+# as written in a recipe and in the resolved recipe
 _MatrixSharing = Annotated[str | dict[str, int], BeforeValidator(_check_matrix_sharing)]
 _VectorSharing = Annotated[SharedOrSeparate, BeforeValidator(_check_vector_sharing)]
 _LayerRange = Annotated[str, BeforeValidator(_check_layer_range)]
@@ -71,21 +71,21 @@ class _PartSharingSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     attention: _MatrixSharing = "separate"
-    """Queries, keys, values and output of the attention: shared, separate, or {low-rank = r}: shared, with a difference
-    of rank r for each modality"""
+    """Query, key, value and output projections of the attention: shared, separate, or {low-rank = r}: shared, with an
+    update of rank r for each modality"""
     q: _MatrixSharing | None = None
-    """The queries alone; as ``attention`` where left out. Where q, k and v have low rank alike, one difference of that
-    rank serves the three: the matrices into it are one"""
+    """The query projection; ``attention`` by default. Where q, k and v have the same low rank, the packed projection
+    gets one update of that rank, with one down-projection for the three"""
     k: _MatrixSharing | None = None
-    """The keys alone"""
+    """The key projection; ``attention`` by default"""
     v: _MatrixSharing | None = None
-    """The values alone"""
+    """The value projection; ``attention`` by default"""
     o: _MatrixSharing | None = None
-    """The output projection alone"""
+    """The output projection; ``attention`` by default"""
     ffn: _MatrixSharing = "separate"
     """The feed-forward part: shared, separate, or {low-rank = r}"""
     qk_norm: _VectorSharing = "separate"
-    """The norms of queries and keys, where the blocks have them"""
+    """The query and key norms, where the blocks have them"""
     norm1: _VectorSharing = "separate"
     """The norm before the attention"""
     norm2: _VectorSharing = "separate"
@@ -94,61 +94,61 @@ class _PartSharingSettings(BaseModel):
     """The layer scale, where the blocks have one"""
 
     def part_modes(self) -> dict[str, SharingMode]:
-        """How each of ``SHAREABLE_PARTS`` is kept."""
-        whole = {
+        """The sharing mode of each of ``SHAREABLE_PARTS``."""
+        projections = {
             part: self.attention if choice is None else choice for part, choice in self._projection_choices().items()
         }
         vectors = {"qk_norm": self.qk_norm, "norm1": self.norm1, "norm2": self.norm2, "layer_scale": self.layer_scale}
-        said = {**whole, "ffn": self.ffn, **vectors}
-        return {part: _sharing_mode(said[part]) for part in SHAREABLE_PARTS}
+        choices = {**projections, "ffn": self.ffn, **vectors}
+        return {part: _sharing_mode(choices[part]) for part in SHAREABLE_PARTS}
 
     def _projection_choices(self) -> dict[str, Any]:
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
 
 
 class SharingOverride(_PartSharingSettings):
-    """Some layers of ``[share]``, and how their parts are kept."""
+    """A range of layers with sharing modes that differ from ``[share]``."""
 
     layers: _LayerRange
-    """Which: '1:', ':4', '4:8', '-6:' or '5'; counted from 0"""
+    """Range of layers: '1:', ':4', '4:8', '-6:' or '5'; counted from 0"""
 
 
 class SharingSettings(_PartSharingSettings):
-    """``[share]`` of a recipe: what the image net and the text net hold in common. Nothing, where nothing is said."""
+    """``[share]`` of a recipe: what the image encoder and the text encoder share. Nothing by default."""
 
     layers: _LayerRange | None = None
-    """The layers that this speaks of, counted from 0; where left out, all that ``also`` does not name. In all others
-    nothing is shared"""
+    """The layers that these settings apply to, counted from 0; by default all that ``overrides`` does not name. All
+    other layers share nothing"""
     overrides: tuple[SharingOverride, ...] = ()
-    """Further layers with parts kept in other ways"""
+    """Further ranges of layers, with other sharing modes"""
     final_norm: _VectorSharing = "separate"
     """The norm after the last block"""
     head: _VectorSharing = "separate"
-    """The projection to the joint space"""
+    """The projection head"""
 
     def resolve(self, layers: int) -> SharingPlan:
-        """This policy for nets of so many layers. Raises ``UserError`` for layers that do not exist or come twice."""
+        """This policy for encoders of ``layers`` layers. Raises ``UserError`` for missing or overlapping layers."""
         rows: dict[int, dict[str, SharingMode]] = {}
-        said_by: dict[int, str] = {}
-        for stretch in (*self.overrides, self):
-            if stretch.layers is None:
+        range_of: dict[int, str] = {}
+        for section in (*self.overrides, self):
+            if section.layers is None:
                 numbers = [number for number in range(layers) if number not in rows]
             else:
-                numbers = _layers_in_range(stretch.layers, layers)
+                numbers = _layers_in_range(section.layers, layers)
             for number in numbers:
                 if number in rows:
                     raise UserError(
-                        f"share.layers = {stretch.layers!r} and {said_by[number]!r} both speak of layer {number}; each "
-                        "layer is in one range"
+                        f"share.layers = {section.layers!r} and {range_of[number]!r} both contain layer {number}; "
+                        "ranges must not overlap"
                     )
-                rows[number], said_by[number] = stretch.part_modes(), stretch.layers or "all others"
+                rows[number], range_of[number] = section.part_modes(), section.layers or "all others"
         nothing = SharingOverride(layers=":").part_modes()
         return SharingPlan(tuple(rows.get(number, nothing) for number in range(layers)), self.final_norm, self.head)
 
 
 @dataclass(frozen=True)
 class SharingPlan:
-    """A policy layer by layer. ``absent_parts`` names the parts that the blocks do not have, which are then not
+    """A policy resolved layer by layer. ``absent_parts`` are the parts that the blocks do not have; they are not
     printed."""
 
     layers: tuple[dict[str, SharingMode], ...]
@@ -157,7 +157,7 @@ class SharingPlan:
     absent_parts: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        """A table: layers by parts, like layers in one row."""
+        """A table of layers by parts; consecutive equal layers are one row."""
         columns = [part for part in SHAREABLE_PARTS if part not in self.absent_parts]
         if all(len({row[part] for part in ATTENTION_PARTS}) == 1 for row in self.layers):
             columns = ["attention", *(part for part in columns if part not in ATTENTION_PARTS)]
@@ -176,9 +176,9 @@ def _sharing_mode(choice: Any) -> SharingMode:
 
 
 def _layers_in_range(text: str, layers: int) -> range:
-    """The layers that a range names; every one of them exists."""
+    """The layers of a range. Raises ``UserError`` unless all of them exist."""
     found = _RANGE.fullmatch(text)
-    assert found is not None, "checked when the settings were read"
+    assert found is not None, "validated with the settings"
     single, start, stop = (None if end is None else int(end) for end in found.groups())
     if single is not None:
         start, stop = single, single + 1 or None

@@ -1,9 +1,9 @@
-"""Two nets that hold weights in common: one trunk, two views.
+"""Weight tying between an image encoder and a text encoder.
 
-In go an image net, a text net and a policy; the nets come out holding the same parameter objects where the policy says
-shared. Modules stay each net's own, parameters are what is shared: hooks, peft's wraps and a cut belong to one modality
-and would otherwise fire for both. Nobody above can tell: ``named_parameters`` of whatever holds both nets counts each
-tensor once, under the name it has in the net that comes first, and ``parameter_aliases`` says which other names it has.
+Input: two native encoders and a policy. Output: the same encoders, holding the same parameter objects wherever the
+policy says shared. Note: modules stay separate and parameters are shared, since hooks, PEFT wrappers and a truncated
+forward belong to one modality and would otherwise act on both. ``named_parameters`` of a module that contains both
+encoders yields each tensor once, under its name in the first encoder; ``parameter_aliases`` gives its other names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clasp.models.transformer.blocks import Block, BlockSettings
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, init_weights
 from clasp.types import UserError
 
-# settings of the two nets that must be equal where a part is shared
+# settings that must be equal in both encoders for a part to be shared
 _REQUIRED_EQUAL: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ATTENTION_PARTS, ("width", "heads")),
     "qk_norm": ("width", "heads", "norm"),
@@ -34,9 +34,9 @@ _REQUIRED_EQUAL: dict[str, tuple[str, ...]] = {
 
 
 class LowRankLinear(nn.Module):
-    """``x W + b + (x A) B``: a linear map that others hold too, and a difference of low rank that is this net's own.
+    """``x W + b + (x A) B``: a shared linear layer and a low-rank update that belongs to one encoder.
 
-    ``B`` starts at zero, so the difference starts as none (LoRA, Hu et al., ICLR 2022, without its factor).
+    ``B`` starts at zero, so the update starts at zero (LoRA, Hu et al., ICLR 2022, without its scaling factor).
     """
 
     def __init__(self, shared: nn.Linear, rank: int):
@@ -49,7 +49,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def low_rank_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """What no other net holds."""
+        """The parameters that are not shared."""
         return self.down, self.up
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch _"]:
@@ -57,7 +57,7 @@ class LowRankLinear(nn.Module):
 
 
 class SplitQKV(nn.Module):
-    """Queries, keys and values by three linear maps where one packed map stood, so that each can be shared alone."""
+    """A packed QKV projection split into three linear layers, so that each can be shared separately."""
 
     def __init__(self, packed: nn.Linear):
         super().__init__()
@@ -71,11 +71,11 @@ class SplitQKV(nn.Module):
 
 
 class TiedEncoders(nn.Module):
-    """An image net and a text net under one policy. Takes both over.
+    """An image encoder and a text encoder tied by one policy; both are modified in place.
 
-    Its state dict holds each tensor once, under its first name, and loads from such a one. ``keep`` is the net whose
-    weights both have afterwards where they are shared: the one that is trained already. Low-rank differences start from
-    ``seed``. Raises ``UserError`` for a policy that does not fit the nets.
+    Its state dict holds each tensor once, under its first name, and it loads from such a state dict. ``keep`` is the
+    encoder whose weights become the shared ones: the pre-trained one. Low-rank updates are initialised from ``seed``.
+    Raises ``UserError`` for a policy that does not fit the encoders.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TiedEncoders(nn.Module):
 def tied_from_scratch(
     image: ImageTransformer, text: TextTransformer, policy: SharingSettings, *, seed: int
 ) -> TiedEncoders:
-    """A pair whose every weight starts from ``seed``, as ``init_weights`` says."""
+    """Tied encoders with every weight initialised from ``seed`` by ``init_weights``."""
     init_weights(image, seed=seed)
     init_weights(text, seed=seed + 1)
     return TiedEncoders(image, text, policy, seed=seed + 2)
@@ -108,23 +108,23 @@ def tied_from_scratch(
 def share_weights(
     image: ImageTransformer, text: TextTransformer, policy: SharingSettings, *, keep: Literal["image", "text"] = "image"
 ) -> SharingPlan:
-    """Make two nets hold the same parameters where ``policy`` says so, in place; returns the policy layer by layer.
+    """Tie the parameters of two encoders in place according to ``policy``; returns the resolved policy.
 
-    Layers are counted from 0 in both nets; a stem is layer 0 of the image net, and is never shared. Heads are no part
-    of a net: ``tie_parameters`` them where ``SharingPlan.head`` says shared. Raises ``UserError`` where the nets cannot
-    share a part.
+    Layers are counted from 0 in both encoders; a stem is layer 0 of the image encoder and is never shared. Heads are
+    not part of an encoder: apply ``tie_parameters`` to them where ``SharingPlan.head`` is shared. Raises ``UserError``
+    where a part cannot be shared.
     """
     first = image.settings.first_layer
     sharing = policy.resolve(max(first + len(image.blocks), len(text.blocks)))
-    both: list[tuple[Mapping[str, SharingMode], Block, Block]] = []
+    tied: list[tuple[Mapping[str, SharingMode], Block, Block]] = []
     for number, row in enumerate(sharing.layers):
         if set(row.values()) == {"separate"}:
             continue
-        ours, theirs = _block_at(image.blocks, number - first), _block_at(text.blocks, number)
-        if ours is None or theirs is None:
-            raise UserError(_missing_layer_message(number, ours is None, first))
+        image_block, text_block = _block_at(image.blocks, number - first), _block_at(text.blocks, number)
+        if image_block is None or text_block is None:
+            raise UserError(_missing_layer_message(number, image_block is None, first))
         _check_shareable(number, row, image.settings, text.settings)
-        both.append((row, ours, theirs))
+        tied.append((row, image_block, text_block))
     if sharing.final_norm == "shared":
         for net, settings in (("image", image.settings), ("text", text.settings)):
             if settings.norm_position == "post":
@@ -133,23 +133,23 @@ def share_weights(
                 )
         _check_equal_settings("share.final_norm = 'shared'", "norm1", image.settings, text.settings)
         tie_parameters(*((image.norm, text.norm) if keep == "image" else (text.norm, image.norm)))
-    for row, ours, theirs in both:
-        _share_block(row, *((ours, theirs) if keep == "image" else (theirs, ours)))
+    for row, image_block, text_block in tied:
+        _share_block(row, *((image_block, text_block) if keep == "image" else (text_block, image_block)))
     return replace(sharing, absent_parts=frozenset(_absent_parts(image.settings) & _absent_parts(text.settings)))
 
 
 def tie_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Make every parameter of ``target`` the same object as that of ``source``; both have the same names and shapes."""
-    given = dict(source.named_parameters())
+    """Make every parameter of ``target`` the same object as in ``source``; names and shapes must be equal."""
+    parameters = dict(source.named_parameters())
     shapes = {name: p.shape for name, p in target.named_parameters()}
-    assert shapes == {name: p.shape for name, p in given.items()}, "only like modules can hold the same parameters"
-    for name, parameter in given.items():
+    assert shapes == {name: p.shape for name, p in parameters.items()}, "only modules of equal shapes can be tied"
+    for name, parameter in parameters.items():
         owner, _, leaf = name.rpartition(".")
         setattr(target.get_submodule(owner), leaf, parameter)
 
 
 def parameter_aliases(module: nn.Module) -> dict[str, str]:
-    """Every further name of a parameter, with its first name: the one that ``named_parameters`` gives."""
+    """Every further name of a shared parameter, mapped to its first name: the one in ``named_parameters``."""
     first: dict[int, str] = {}
     names = module.named_parameters(remove_duplicate=False)
     return {name: known for name, p in names if (known := first.setdefault(id(p), name)) != name}
@@ -174,9 +174,9 @@ def _missing_layer_message(number: int, in_image: bool, first: int) -> str:
 
 
 def _check_shareable(number: int, row: Mapping[str, SharingMode], image: BlockSettings, text: BlockSettings) -> None:
-    """``UserError`` unless every part that is to be shared is in both nets, and of one shape and kind."""
-    for part, how in row.items():
-        if how == "separate":
+    """Raises ``UserError`` unless every part to be shared exists in both encoders, with equal shape and kind."""
+    for part, mode in row.items():
+        if mode == "separate":
             continue
         cannot = f"share: layer {number} cannot share {_part_name(part)}"
         for net, settings in (("image", image), ("text", text)):
@@ -186,10 +186,10 @@ def _check_shareable(number: int, row: Mapping[str, SharingMode], image: BlockSe
 
 
 def _check_equal_settings(cannot: str, part: str, image: BlockSettings, text: BlockSettings) -> None:
-    for fact in _REQUIRED_EQUAL[part]:
-        one, other = _setting(image, fact), _setting(text, fact)
+    for name in _REQUIRED_EQUAL[part]:
+        one, other = _setting(image, name), _setting(text, name)
         if one != other:
-            raise UserError(f"{cannot}: {fact} is {one} in the image net and {other} in the text net")
+            raise UserError(f"{cannot}: {name} is {one} in the image net and {other} in the text net")
 
 
 def _setting(settings: BlockSettings, name: str) -> Any:
@@ -197,8 +197,8 @@ def _setting(settings: BlockSettings, name: str) -> Any:
 
 
 def _absent_parts(settings: BlockSettings) -> set[str]:
-    there = {"qk_norm": settings.qk_norm, "layer_scale": settings.layer_scale is not None}
-    return {part for part, has in there.items() if not has}
+    present = {"qk_norm": settings.qk_norm, "layer_scale": settings.layer_scale is not None}
+    return {part for part, exists in present.items() if not exists}
 
 
 def _part_name(part: str) -> str:
@@ -226,7 +226,7 @@ def _share_block(row: Mapping[str, SharingMode], source: Block, target: Block) -
 
 
 def _share_linear(mode: SharingMode, source: nn.Module, target: nn.Module, name: str) -> None:
-    """``name`` is a linear map in both."""
+    """Tie the linear layer ``name`` of both modules."""
     if mode == "separate":
         return
     one, other = source.get_submodule(name), target.get_submodule(name)

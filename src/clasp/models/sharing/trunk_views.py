@@ -1,9 +1,9 @@
-"""A second modality through a pre-trained trunk: a net of its own embeddings and norms around the trunk's blocks.
+"""The second modality of a single pre-trained trunk: an encoder with embeddings of its modality and the trunk's blocks.
 
-In go the trunk, a net of one modality, and what the embeddings of the other start from; out comes a net of that other
-modality, a ``TrunkView``, whose blocks and norms start as copies of the trunk's: ``nn.shared`` then makes one of what a
-policy shares. Unusual: a pre-trained table of tokens stays as it is, and a linear map brings it into the trunk; a patch
-embedding is linear itself, so it takes the map in. Either way states enter the trunk at the size that its blocks know.
+Input: the trunk (a native encoder of one modality) and the source of the other modality's embeddings. Output: a
+``TrunkView``, an encoder whose blocks and norms start as copies of the trunk's; ``models.sharing.tie`` then ties what
+the policy shares. Note: a pre-trained token table stays frozen and a linear map projects it to the trunk's width; a
+patch embedding is linear, so the map is folded into it. States enter the blocks with the magnitude of the trunk's.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from clasp.models.transformer.encoders import (
 )
 from clasp.types import UserError
 
-# what both views hold where a recipe says nothing else: all of a block but its norms and scales
+# the default policy: all of a block is shared except its norms and layer scales
 DEFAULT_TRUNK_PARTS: dict[str, Any] = {"attention": "shared", "ffn": "shared"}
 DEFAULT_TRUNK_POLICY = SharingSettings(**DEFAULT_TRUNK_PARTS)
-_SAMPLED_ROWS = 4096  # rows of a table that say how large its rows are
+_SAMPLED_ROWS = 4096  # rows of the token table from which its RMS is estimated
 
 
 class SingleTrunkSettings(BaseModel):
-    """One pre-trained trunk that both modalities run through: the part of ``[share]`` beside the policy."""
+    """A single pre-trained trunk for both modalities: the keys of ``[share]`` besides the policy."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     trunk: Literal["image", "text"]
-    """Whose pre-trained blocks both modalities run through"""
+    """The modality whose pre-trained blocks are the trunk"""
     embedding: Literal["tower", "random"] = "tower"
-    """What the patches or tokens of the other modality start from: its own pre-trained tower, or nothing"""
+    """Initialisation of the other modality's patch or token embedding: from its pre-trained tower, or random"""
     patch: int = Field(default=16, ge=1)
-    """Pixels a side of a patch, where images start from nothing"""
+    """Side of a patch in pixels, for a random patch embedding"""
     context: int = Field(default=77, ge=1)
-    """Tokens of the longest caption, where text starts from nothing"""
+    """Maximum caption length in tokens, for a random token embedding"""
 
 
 @dataclass(frozen=True, slots=True)
 class RandomTokenEmbedding:
-    """Tokens that start from nothing."""
+    """A randomly initialised token embedding."""
 
     vocabulary: int
     context: int
@@ -61,7 +61,7 @@ class RandomTokenEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class RandomPatchEmbedding:
-    """Patches that start from nothing; both in pixels a side."""
+    """A randomly initialised patch embedding; both sides in pixels."""
 
     size: int
     patch: int
@@ -69,18 +69,20 @@ class RandomPatchEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class TrunkView:
-    """A net beside the trunk, and the names of its parameters that no pre-trained net has: they have to train."""
+    """The encoder of the second modality, and the names of its new parameters, which no pre-trained model has and which
+    therefore must be trained."""
 
     net: ImageTransformer | TextTransformer
     new_parameters: frozenset[str]
 
 
 def build_text_view(trunk: ImageTransformer, tokens: TextTransformer | RandomTokenEmbedding, *, seed: int) -> TrunkView:
-    """Text through the blocks of an image net, read in both directions as those blocks are.
+    """A text encoder on the blocks of an image encoder, with bidirectional attention as in those blocks.
 
-    ``tokens`` of a pre-trained net: its table, which the view then holds and which is to stay frozen; its positions;
-    and a map that starts as the identity where widths are equal and else as orthonormal directions drawn from ``seed``,
-    both scaled so that tokens enter as large as patches do. Raises ``UserError`` for a trunk that begins with a stem.
+    With a pre-trained text encoder as ``tokens``: its token table, which the view holds and which is to stay frozen;
+    its positions; and a map that starts as the identity for equal widths, else as an orthonormal matrix drawn from
+    ``seed``. Positions and map are scaled so that tokens have the RMS of the trunk's patches. Raises ``UserError`` for
+    a trunk with a stem.
     """
     if trunk.settings.stem is not None:
         raise UserError("share.trunk = 'image': the image net begins with a stem, which no text can pass")
@@ -94,36 +96,36 @@ def build_text_view(trunk: ImageTransformer, tokens: TextTransformer | RandomTok
     )
     net = _initialized_view(trunk, settings, seed)
     assert isinstance(net, TextTransformer)
-    own = [net.pos_embed, net.token_embed.weight]
+    new = [net.pos_embed, net.token_embed.weight]
     if pretrained is not None:
         net.token_embed = pretrained.token_embed
-        into = _width_map(pretrained.settings.width, settings.width, pretrained.pos_embed, seed)
-        net.pos_embed = nn.Parameter(pretrained.pos_embed.detach() @ into.T)
+        projection = _width_map(pretrained.settings.width, settings.width, pretrained.pos_embed, seed)
+        net.pos_embed = nn.Parameter(pretrained.pos_embed.detach() @ projection.T)
         if isinstance(pretrained.token_map, nn.Linear):
-            into = into @ pretrained.token_map.weight.detach()
+            projection = projection @ pretrained.token_map.weight.detach()
         assert isinstance(net.token_map, nn.Linear)
-        net.token_map.weight = nn.Parameter(into)
-        own = [net.pos_embed, net.token_map.weight]
-    return _rescaled_view(trunk, net, own)
+        net.token_map.weight = nn.Parameter(projection)
+        new = [net.pos_embed, net.token_map.weight]
+    return _rescaled_view(trunk, net, new)
 
 
 def build_image_view(
     trunk: TextTransformer, patches: ImageTransformer | RandomPatchEmbedding, *, seed: int
 ) -> TrunkView:
-    """Images through the blocks of a text net, each patch seeing all, with a class token of their own.
+    """An image encoder on the blocks of a text encoder, with bidirectional attention and a class token.
 
-    ``patches`` of a pre-trained net: its patch embedding, class token and positions, brought to the trunk's width by a
-    map as in ``build_text_view``, which becomes part of them; all of them are to train. Raises ``UserError`` for a
-    pre-trained net that begins with a stem.
+    With a pre-trained image encoder as ``patches``: its patch embedding, class token and positions, projected to the
+    trunk's width by a map as in ``build_text_view``, which is folded into them; all of them are to be trained. Raises
+    ``UserError`` for a pre-trained encoder with a stem.
     """
     pretrained = patches if isinstance(patches, ImageTransformer) else None
     if pretrained is not None and pretrained.settings.stem is not None:
         raise UserError("share.trunk = 'text': the image net begins with a stem; write share.embedding = 'random'")
-    given = patches.settings if isinstance(patches, ImageTransformer) else patches
+    source = patches.settings if isinstance(patches, ImageTransformer) else patches
     settings = ImageTransformerSettings(
         **_trunk_settings(trunk),
-        size=given.size,
-        patch=given.patch,
+        size=source.size,
+        patch=source.patch,
         patch_bias=True if pretrained is None else pretrained.settings.patch_bias,
         class_position=True if pretrained is None else pretrained.settings.class_position,
     )
@@ -131,14 +133,14 @@ def build_image_view(
     assert isinstance(net, ImageTransformer)
     kernel, bias = _patch_weights(net)
     if pretrained is not None:
-        into = _width_map(pretrained.settings.width, settings.width, pretrained.pos_embed, seed)
-        theirs, their_bias = _patch_weights(pretrained)
+        projection = _width_map(pretrained.settings.width, settings.width, pretrained.pos_embed, seed)
+        source_kernel, source_bias = _patch_weights(pretrained)
         with torch.no_grad():
-            kernel.copy_(torch.einsum("de,echw->dchw", into, theirs))
-            net.cls_token.copy_(pretrained.cls_token @ into.T)
-            net.pos_embed.copy_(pretrained.pos_embed @ into.T)
-            if bias is not None and their_bias is not None:
-                bias.copy_(into @ their_bias)
+            kernel.copy_(torch.einsum("de,echw->dchw", projection, source_kernel))
+            net.cls_token.copy_(pretrained.cls_token @ projection.T)
+            net.pos_embed.copy_(pretrained.pos_embed @ projection.T)
+            if bias is not None and source_bias is not None:
+                bias.copy_(projection @ source_bias)
     return _rescaled_view(trunk, net, [net.cls_token, net.pos_embed, kernel, *([] if bias is None else [bias])])
 
 
@@ -146,7 +148,7 @@ def build_image_view(
 
 
 def _trunk_settings(trunk: ImageTransformer | TextTransformer) -> dict[str, Any]:
-    """Settings of the view that are the trunk's."""
+    """The settings that the view takes from the trunk."""
     blocks = trunk.settings.model_dump(include=set(BlockSettings.model_fields))
     return {**blocks, "layers": len(trunk.blocks), "entry_norm": trunk.settings.entry_norm}
 
@@ -154,7 +156,7 @@ def _trunk_settings(trunk: ImageTransformer | TextTransformer) -> dict[str, Any]
 def _initialized_view(
     trunk: ImageTransformer | TextTransformer, settings: ImageTransformerSettings | TextTransformerSettings, seed: int
 ) -> ImageTransformer | TextTransformer:
-    """The view with embeddings from ``seed`` and the trunk's blocks and norms, in evaluation mode."""
+    """The view with embeddings initialised from ``seed`` and copies of the trunk's blocks and norms, in eval mode."""
     with torch.random.fork_rng(devices=[]), torch.device(trunk.pos_embed.device):
         net = (
             ImageTransformer(settings) if isinstance(settings, ImageTransformerSettings) else TextTransformer(settings)
@@ -166,33 +168,33 @@ def _initialized_view(
 
 
 def _width_map(narrow: int, wide: int, like: Tensor, seed: int) -> Float[Tensor, "wide narrow"]:
-    """A map between widths that keeps lengths (shortens them on average where it leads to fewer dimensions)."""
+    """An orthonormal map between widths: norm-preserving upwards, shrinking norms on average downwards."""
     if narrow == wide:
         return torch.eye(wide, dtype=like.dtype, device=like.device)
-    into = torch.empty(wide, narrow, dtype=like.dtype, device=like.device)
-    if not into.is_meta:
-        nn.init.orthogonal_(into, generator=torch.Generator(like.device).manual_seed(seed))
-    return into
+    projection = torch.empty(wide, narrow, dtype=like.dtype, device=like.device)
+    if not projection.is_meta:
+        nn.init.orthogonal_(projection, generator=torch.Generator(like.device).manual_seed(seed))
+    return projection
 
 
 def _rescaled_view(
     trunk: ImageTransformer | TextTransformer, net: ImageTransformer | TextTransformer, new_parameters: Sequence[Tensor]
 ) -> TrunkView:
-    """Scale the view's ``new_parameters`` embeddings so that its states enter the blocks as large as the trunk's."""
+    """Scale the ``new_parameters`` of the view so that its embeddings have the RMS of the trunk's."""
     if not trunk.pos_embed.is_meta:
         factor = _embedding_rms(trunk) / _embedding_rms(net)
         with torch.no_grad():
             for parameter in new_parameters:
                 parameter.mul_(factor)
-    held = {id(parameter) for parameter in new_parameters}
-    return TrunkView(net, frozenset(name for name, parameter in net.named_parameters() if id(parameter) in held))
+    new = {id(parameter) for parameter in new_parameters}
+    return TrunkView(net, frozenset(name for name, parameter in net.named_parameters() if id(parameter) in new))
 
 
 @torch.no_grad()
 def _embedding_rms(net: ImageTransformer | TextTransformer) -> float:
-    """Root mean square of what an embedding gives before any norm, positions included.
+    """Root mean square of the embedding output before any norm, positions included.
 
-    Of pixels it is that of white noise: measured on DINOv2 ViT-S/14, 0.18 where photographs give 0.15.
+    For images it is computed for white-noise pixels: on DINOv2 ViT-S/14, 0.18 where photographs give 0.15 (measured).
     """
     if isinstance(net, TextTransformer):
         rows = net.token_embed.weight[:: max(1, net.token_embed.num_embeddings // _SAMPLED_ROWS)]
@@ -204,5 +206,5 @@ def _embedding_rms(net: ImageTransformer | TextTransformer) -> float:
 
 
 def _patch_weights(net: ImageTransformer) -> tuple[Tensor, Tensor | None]:
-    assert isinstance(net.patch_embed, PatchEmbed), "stems were refused"
+    assert isinstance(net.patch_embed, PatchEmbed), "encoders with a stem were refused before"
     return net.patch_embed.proj.weight, net.patch_embed.proj.bias

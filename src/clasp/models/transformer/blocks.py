@@ -1,9 +1,9 @@
-"""The one transformer block of our own nets: attention, feed-forward, a norm with each, layer scale where wanted.
+"""The transformer block of the native encoders: attention, feed-forward, a norm with each, optional layer scale.
 
-In go states ``[B N D]`` and, where the net reads both ways, a mask of real tokens; out come states. Settings say which
-norm and where it stands, which activation, and whether queries and keys are normed. Names are those of timm and DeiT,
-which papers' checkpoints carry. Unusual: attention never gives out its map; ``Attention.attention_weights`` computes it
-from the same inputs, for who asks.
+Input: states ``[B N D]`` and, for bidirectional attention, a mask that is true on real tokens. Output: states. The
+settings choose the norm and its position, the activation, and QK normalisation. Parameter names follow timm and DeiT,
+as the papers' checkpoints do. Note: attention never returns its map; ``Attention.attention_weights`` computes it from
+the same inputs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """As PyTorch's, which under autocast would have its weights in another precision than its input, and warn."""
+    """``nn.RMSNorm`` in the dtype of its weights: under autocast PyTorch's has weights and input in different dtypes,
+    and warns."""
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick-gelu": quick_gelu}
-# both take their statistics in float32 whatever the states are in
+# both compute their statistics in float32, whatever the dtype of the states
 _NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "layer": lambda width, eps: nn.LayerNorm(width, eps=eps),
     "rms": lambda width, eps: RMSNorm(width, eps=eps),
@@ -39,29 +40,29 @@ _NORMS: dict[str, Callable[[int, float], nn.Module]] = {
 
 
 class BlockSettings(BaseModel):
-    """What the blocks of a net are like."""
+    """Hyperparameters of the blocks of an encoder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     width: int = Field(ge=1)
     """D, the width of the states"""
     heads: int = Field(ge=1)
-    """Attention heads; they divide ``width``"""
+    """Attention heads; must divide ``width``"""
     hidden: int | None = Field(default=None, ge=1)
     """Width inside the feed-forward part; four times ``width`` where left out"""
     activation: Literal["gelu", "quick-gelu"] = "gelu"
     """Inside the feed-forward part"""
     norm_position: Literal["pre", "post"] = "pre"
-    """Where the norms of a block stand. pre: before attention and feed-forward part, and one more after the last block;
-    post: after each sum (Vaswani et al., 2017), as BERT has them, and none at the end"""
+    """pre: norms before attention and feed-forward, and a final norm after the last block; post: norms after each
+    residual sum (Vaswani et al., 2017), as in BERT, and no final norm"""
     norm: Literal["layer", "rms"] = "layer"
-    """Of the whole net: LayerNorm, or RMSNorm (Zhang and Sennrich, 2019)"""
+    """The norm used throughout the encoder: LayerNorm, or RMSNorm (Zhang and Sennrich, 2019)"""
     eps: float = Field(default=1e-6, gt=0)
-    """Added to the variance in every norm of states"""
+    """Epsilon of every norm"""
     qk_norm: bool = False
-    """Norm the queries and keys of each head (Henry et al., 2020), which bounds the attention logits"""
+    """Normalise the queries and keys of each head (Henry et al., 2020), which bounds the attention logits"""
     layer_scale: float | None = None
-    """Start of a learned factor on each channel of what a block adds (Touvron et al., 2021); DeiT-III has 1e-4"""
+    """Initial value of the per-channel layer scale on each residual branch (Touvron et al., 2021); 1e-4 in DeiT-III"""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> BlockSettings:
@@ -75,7 +76,7 @@ class BlockSettings(BaseModel):
         return self.hidden or 4 * self.width
 
     def make_norm(self, width: int) -> nn.Module:
-        """A norm of this kind over the last axis, which is ``width`` long."""
+        """A norm of this kind over a last axis of length ``width``."""
         return _NORMS[self.norm](width, self.eps)
 
 
@@ -87,21 +88,21 @@ def attend(
     *,
     causal: bool,
 ) -> Float[Tensor, "B H N d"]:
-    """Scaled dot-product attention: the one place where a kernel is chosen. ``mask`` is true on keys to be seen."""
+    """Scaled dot-product attention: the only call of the attention kernel. ``mask`` is true on keys to attend to."""
     if causal:
-        # padding stands at the end, so no real token sees it and no mask is needed
+        # padding is on the right, so no real token attends to it and no mask is needed
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    seen = None if mask is None else _key_mask(mask, k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    key_mask = None if mask is None else _key_mask(mask, k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
 
 
 def _key_mask(mask: Bool[Tensor, "B _"], keys: int) -> Bool[Tensor, "B 1 1 M"]:
-    """The mask for every head and query. Tokens put in front of those it speaks of (prompts) are real."""
+    """The mask broadcast over heads and queries. Tokens prepended to the masked ones (prompts) count as real."""
     return F.pad(mask, (keys - mask.shape[1], 0), value=True)[:, None, None]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one packed projection, rows ordered query, key, value."""
+    """Multi-head self-attention with one packed QKV projection, rows ordered query, key, value."""
 
     def __init__(self, settings: BlockSettings, *, causal: bool):
         super().__init__()
@@ -119,14 +120,14 @@ class Attention(nn.Module):
     def attention_weights(
         self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B _"] | None = None
     ) -> Float[Tensor, "B H N N"]:
-        """The weights by which ``forward`` mixes values, from the same inputs: queries by keys, rows sum to 1."""
+        """The attention weights of ``forward`` for the same inputs: queries by keys, rows sum to 1."""
         q, k, _ = self._split(x)
         scores = q @ k.mT / q.shape[-1] ** 0.5
         if self.causal:
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+            masked = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         else:
-            hidden = torch.zeros_like(scores, dtype=torch.bool) if mask is None else ~_key_mask(mask, k.shape[2])
-        return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+            masked = torch.zeros_like(scores, dtype=torch.bool) if mask is None else ~_key_mask(mask, k.shape[2])
+        return scores.masked_fill(masked, -torch.inf).softmax(dim=-1)
 
     def _split(self, x: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each ``[B H N d]``."""
@@ -151,9 +152,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """``x += gamma_1 * attn(norm1(x)); x += gamma_2 * mlp(norm2(x))``, the factors where there is a layer scale.
+    """Pre-norm: ``x += gamma_1 * attn(norm1(x)); x += gamma_2 * mlp(norm2(x))``, the factors only with layer scale.
 
-    In the order "post", ``x = norm1(x + gamma_1 * attn(x)); x = norm2(x + gamma_2 * mlp(x))``.
+    Post-norm: ``x = norm1(x + gamma_1 * attn(x)); x = norm2(x + gamma_2 * mlp(x))``.
     """
 
     def __init__(self, settings: BlockSettings, *, causal: bool):

@@ -1,7 +1,7 @@
-"""The vision transformer of DeiT and DeiT-III, and its position table at other sizes.
+"""The vision transformer of DeiT and DeiT-III, and interpolation of its position embedding to other image sizes.
 
-Here because the towers of the LilT paper include DeiT-III (layer scale, positions on patches only), which
-``transformers`` does not have, and because papers' checkpoints carry its names.
+The towers of the LilT paper include DeiT-III (layer scale, positions on patches only), which ``transformers`` does not
+have, and the papers' checkpoints use these parameter names.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from clasp.models.transformer.encoders import ImageTransformer, ImageTransformer
 
 
 class VisionTransformer(ImageTransformer):
-    """ViT as DeiT has it (Touvron et al., ICML 2021); with ``layer_scale``, DeiT-III (ECCV 2022).
+    """The ViT of DeiT (Touvron et al., ICML 2021); with ``layer_scale``, of DeiT-III (ECCV 2022).
 
-    Plain towers add ``N + 1`` positions after the class token is in place; layer-scale towers add ``N`` positions to
-    the patches before it.
+    Without layer scale, ``N + 1`` positions are added after the class token is prepended; with it, ``N`` positions are
+    added to the patches before.
     """
 
     def __init__(self, *, size: int, patch: int, width: int, blocks: int, heads: int, layer_scale: float | None = None):
@@ -36,7 +36,8 @@ class VisionTransformer(ImageTransformer):
 
 
 def resize_pos_embed(table: Float[Tensor, "1 rows D"], grid: int, extra_rows: int) -> Float[Tensor, "1 new_rows D"]:
-    """A square position table at another grid: bicubic, no antialiasing; extra rows are kept in front."""
+    """Resize a square position embedding to a ``grid`` x ``grid`` one: bicubic, no antialiasing. The first
+    ``extra_rows`` rows (class token) are not resized."""
     extra, patches = table[:, :extra_rows], table[:, extra_rows:]
     side = round(patches.shape[1] ** 0.5)
     if side == grid:

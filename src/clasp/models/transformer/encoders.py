@@ -1,8 +1,9 @@
-"""Our own nets: an image transformer and a text transformer of one kind of block.
+"""The native encoders: an image transformer and a text transformer built from the same block.
 
-In go pixels or token ids, out come states; no file, no other model. Settings say what a net is like, so that ViT, DeiT,
-CLIP and MS-CLIP are values of them. Names are timm's, which papers' checkpoints carry. A convolutional stem, or a
-parallel branch, comes from ``nn.convolutions``; what two nets have in common is decided by ``nn.shared``.
+Input: pixels or token ids. Output: hidden states; no other model or file is read. Settings describe the architecture,
+so that ViT, DeiT, CLIP and MS-CLIP are values of them. Parameter names follow timm, as the papers' checkpoints do. The
+convolutional stem and the parallel branch come from ``models.transformer.convolutions``; which weights two encoders
+share is decided in ``models.sharing``.
 """
 
 from __future__ import annotations
@@ -28,24 +29,25 @@ from clasp.types import UserError
 
 
 class ImageTransformerSettings(BlockSettings):
-    """An image net: its pictures, its layers, and what is there for images only."""
+    """Architecture of an image encoder: input size, layers, and the image-only modules."""
 
     size: int = Field(ge=1)
-    """Pixels a side"""
+    """Side of the input image, pixels"""
     patch: int = Field(ge=1)
-    """Pixels a side of one token"""
+    """Side of one patch, pixels"""
     layers: int = Field(ge=1)
-    """Blocks; a stem stands in place of the first"""
+    """Blocks; a stem replaces the first"""
     stem: ConvNormKind | None = None
-    """Early specialisation: convolutions in place of patches and layer 0, with this kind of norm"""
+    """Early specialisation (MS-CLIP): convolutions in place of the patch embedding and layer 0, with this kind of
+    norm"""
     branch: ParallelBranchSettings | None = None
-    """A parallel branch of convolutions that joins the tokens before some layers"""
+    """A parallel convolutional branch, added to the tokens before some layers"""
     patch_bias: bool = True
     """Whether the patch embedding has a bias"""
     class_position: bool = True
-    """Whether the class token has a position of its own; DeiT-III's has none"""
+    """Whether the class token has a position embedding; not in DeiT-III"""
     entry_norm: bool = False
-    """A norm before the first block, as CLIP has it"""
+    """A norm before the first block, as in CLIP"""
 
     @model_validator(mode="after")
     def _fits(self) -> ImageTransformerSettings:
@@ -53,12 +55,12 @@ class ImageTransformerSettings(BlockSettings):
             raise ValueError(f"patch = {self.patch} does not divide size = {self.size}")
         if self.stem is None and self.branch is None:
             return self
-        what = "a stem" if self.stem else "a parallel branch"
+        module = "a stem" if self.stem else "a parallel branch"
         widest = 1 << (STEM_STAGES + 1)
         if self.patch & (self.patch - 1) or not 2 <= self.patch <= widest:
-            raise ValueError(f"patch = {self.patch}: {what} halves pictures, so patch is one of 2, 4, 8, 16, {widest}")
+            raise ValueError(f"patch = {self.patch}: {module} halves images, so patch is one of 2, 4, 8, 16, {widest}")
         if self.width % 16:
-            raise ValueError(f"width = {self.width}: {what} begins with a sixteenth of it, so 16 divides it")
+            raise ValueError(f"width = {self.width}: {module} begins with a sixteenth of it, so 16 divides it")
         if self.branch is not None and not self.first_layer <= self.branch.before[0] <= self.branch.before[-1] < (
             self.layers
         ):
@@ -70,20 +72,20 @@ class ImageTransformerSettings(BlockSettings):
 
     @property
     def first_layer(self) -> int:
-        """The layer that is the first block: 1 where a stem is layer 0."""
+        """Layer number of the first block: 1 with a stem (which is layer 0), else 0."""
         return 0 if self.stem is None else 1
 
     @property
     def patches(self) -> int:
-        """Tokens of a picture, without the class token."""
+        """Patch tokens of an image, without the class token."""
         return (self.size // self.patch) ** 2
 
 
 class ImageTransformer(nn.Module):
-    """Pixels to all tokens after the final norm, class token first.
+    """Pixels to the states of all tokens after the final norm, class token first.
 
-    Patches (or a stem), class token, learned positions, entry norm where wanted, blocks, final norm (none after blocks
-    that end with one). With DeiT settings the vision transformer of Touvron et al. (ICML 2021); with CLIP's, that of
+    Patch embedding (or stem), class token, learned positions, optional entry norm, blocks, final norm (none with
+    post-norm blocks). With DeiT settings the vision transformer of Touvron et al. (ICML 2021); with CLIP's, that of
     Radford et al. (ICML 2021).
     """
 
@@ -104,7 +106,8 @@ class ImageTransformer(nn.Module):
         self.norm = _final_norm(settings)
 
     def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "_ N D"]:
-        # as many rows as pixels, but for a net that goes on from given states (nn.trunk)
+        # x has as many rows as pixels, except where a partial forward continues from cached states
+        # (models.partial_forward)
         x = self.patch_embed(pixels)
         cls = self.cls_token.expand(len(x), -1, -1)
         if self.settings.class_position:
@@ -119,14 +122,15 @@ class ImageTransformer(nn.Module):
         return self.norm(x)
 
     def add_parallel_branch(self, branch: ParallelBranchSettings, *, seed: int) -> set[str]:
-        """Put a branch beside the blocks of a net that is there already; returns the names of its parameters.
+        """Add a parallel branch to an existing encoder, initialised from ``seed``; returns its parameter names.
 
-        A gated branch changes no output until its gates move. Raises ``UserError`` where it does not fit the net.
+        A gated branch leaves the output unchanged until its gates are trained. Raises ``UserError`` where it does not
+        fit.
         """
         if self.parallel is not None:
             raise UserError(f"branch.kind = {branch.kind!r}: the net has a branch already")
         try:
-            # model_copy would not check anything
+            # model_copy would not validate
             self.settings = ImageTransformerSettings(**{**self.settings.model_dump(), "branch": branch.model_dump()})
         except ValidationError as error:
             raise UserError(f"branch: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
@@ -148,53 +152,54 @@ def _final_norm(settings: BlockSettings) -> nn.Module:
 
 
 class TextTransformerSettings(BlockSettings):
-    """A text net: its tokens, its layers, and which way it reads."""
+    """Architecture of a text encoder: vocabulary, context, layers and attention."""
 
     vocabulary: int = Field(ge=1)
-    """Token ids"""
+    """Number of token ids"""
     context: int = Field(ge=1)
-    """Tokens of the longest caption"""
+    """Maximum caption length, tokens"""
     layers: int = Field(ge=1)
     """Blocks"""
     token_width: int | None = Field(default=None, ge=1)
-    """Width of the token embedding, which a linear map then brings to ``width`` (ALBERT, Lan et al., 2020); where left
-    out, it is as wide as the states and there is no map"""
+    """Width of the token embedding if factorised: a linear map projects it to ``width`` (ALBERT, Lan et al., 2020); by
+    default ``width``, without a map"""
     attention: Literal["causal", "bidirectional"] = "causal"
-    """causal: a token sees those before it, and padding must stand at the end; bidirectional: all real ones"""
+    """causal: a token attends to itself and those before it, padding must be on the right; bidirectional: a token
+    attends to all real tokens"""
     entry_norm: bool = False
-    """A norm before the first block; MS-CLIP has it for images only"""
+    """A norm before the first block; in MS-CLIP for images only"""
     token_std: float = Field(default=0.02, gt=0)
-    """Deviation of the token embedding at the start; MS-CLIP has 1"""
+    """Standard deviation of the token embedding at initialisation; 1 in MS-CLIP"""
 
 
 @dataclass(slots=True)
 class TextTransformerOutput:
-    """What a text net gives, spelt as ``transformers`` spells it."""
+    """Output of a text encoder; the field name is that of ``transformers``."""
 
     last_hidden_state: Float[Tensor, "B N D"]
 
 
 class TextTransformer(nn.Module):
-    """Token ids to states after the final norm: tokens, learned positions, entry norm where wanted, blocks, final norm.
+    """Token ids to states after the final norm: token embedding, learned positions, optional entry norm, blocks, norm.
 
-    With CLIP's settings the text transformer of Radford et al. (ICML 2021), without its projection; in the order "post"
-    with an entry norm, BERT (Devlin et al., 2019), which has no final norm.
+    With CLIP's settings the text transformer of Radford et al. (ICML 2021), without its projection; post-norm with an
+    entry norm, BERT (Devlin et al., 2019), which has no final norm.
     """
 
     def __init__(self, settings: TextTransformerSettings):
         super().__init__()
         self.settings = settings
         causal = settings.attention == "causal"
-        narrow = settings.token_width
-        self.token_embed = nn.Embedding(settings.vocabulary, narrow or settings.width)
-        self.token_map = nn.Linear(narrow, settings.width, bias=False) if narrow else nn.Identity()
+        token_width = settings.token_width
+        self.token_embed = nn.Embedding(settings.vocabulary, token_width or settings.width)
+        self.token_map = nn.Linear(token_width, settings.width, bias=False) if token_width else nn.Identity()
         self.pos_embed = nn.Parameter(torch.zeros(1, settings.context, settings.width))
         self.norm_pre = settings.make_norm(settings.width) if settings.entry_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(settings, causal=causal) for _ in range(settings.layers))
         self.norm = _final_norm(settings)
 
     def forward(self, input_ids: Int[Tensor, "B N"], attention_mask: Int[Tensor, "B N"]) -> TextTransformerOutput:
-        """States of every token. Raises ``UserError`` for captions longer than there are positions."""
+        """States of every token. Raises ``UserError`` for captions longer than the context."""
         longest, context = input_ids.shape[1], self.settings.context
         if longest > context:
             raise UserError(
@@ -209,11 +214,11 @@ class TextTransformer(nn.Module):
 
 
 def init_weights(module: nn.Module, *, seed: int) -> None:
-    """Start from ``seed`` as MS-CLIP does: matrices and kernels truncated N(0, 0.02), packed queries, keys and values
-    Xavier-uniform, biases zero, positions N(0, 1/sqrt(D)) for images and N(0, 0.02) for text. Nothing on meta tensors.
+    """Initialise from ``seed`` as MS-CLIP does: matrices and kernels truncated N(0, 0.02), packed QKV Xavier-uniform,
+    biases zero, positions N(0, 1/sqrt(D)) for images and N(0, 0.02) for text. Meta tensors are left as they are.
 
-    Ours differs in the token embedding, which starts as the settings of the net say: 0.02 where MS-CLIP has 1. A map
-    after it gives states of that deviation too.
+    Ours differs in the token embedding, whose deviation is ``token_std``: 0.02 by default, 1 in MS-CLIP. A token map
+    preserves that deviation.
     """
     if next(module.parameters()).is_meta:
         return

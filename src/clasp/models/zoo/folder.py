@@ -1,10 +1,10 @@
-"""Towers as folders, so that the weights in a paper's file can stand behind ``file:FOLDER`` like any others.
+"""Towers as folders, so that weights from a paper's checkpoint can be used as ``tower = "file:FOLDER"``.
 
-In go settings and tensors, out comes a folder: a BERT as ``transformers`` reads it, or an image net of ``nn.nets`` or a
-pair of nets, which has a ``config.json`` of ours (``model_type`` is a key of ``NATIVE_LOADERS``; settings, transform)
-and is opened here, as a ``Backbone``. Unusual: a folder keeps the position table it was given; a tower asked for at
-another image size gets it resized. Of a pair, what both nets hold is written once, and either net can be opened without
-the other.
+Input: settings and tensors. Output: a folder: a BERT in ``transformers``' format, or a native image encoder or a tied
+pair of encoders with a ``config.json`` of our format (``model_type`` is a key of ``NATIVE_LOADERS``; settings,
+transform), which is also loaded here, as a ``Backbone``. Note: a folder stores the original position embedding; loading
+at another image size interpolates it. Parameters shared by a pair are stored once, and either encoder can be loaded
+alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _TOKEN_TYPES_KEY = "embeddings.token_type_embeddings.weight"
 
 
 class BertSettings(BaseModel):
-    """A BERT without token types and pooler: absolute positions, exact GELU, norms with 1e-12."""
+    """A BERT without token types and pooler: absolute positions, exact GELU, norm epsilon 1e-12."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,7 +53,7 @@ class BertSettings(BaseModel):
     positions: PositiveInt
 
     def config(self, pad_id: int = 0) -> Any:
-        """As ``transformers`` has it."""
+        """The ``transformers`` configuration."""
         from transformers import BertConfig
 
         return BertConfig(
@@ -72,7 +72,7 @@ EncoderSettings = ImageTransformerSettings | TextTransformerSettings | BertSetti
 
 
 def build_on_meta(settings: EncoderSettings) -> nn.Module:
-    """The net of these settings, on the meta device; a BERT without token types."""
+    """The encoder of these settings on the meta device; a BERT has no token type embedding."""
     with torch.device("meta"):
         if isinstance(settings, ImageTransformerSettings):
             return ImageTransformer(settings).eval()
@@ -88,7 +88,7 @@ def build_on_meta(settings: EncoderSettings) -> nn.Module:
 def save_image_encoder(
     settings: ImageTransformerSettings, tensors: Mapping[str, Tensor], transform: ImageTransform, folder: Path
 ) -> None:
-    """Write an ``ImageTransformer`` of these tensors, which are all that it has, under its names."""
+    """Save an ``ImageTransformer``; ``tensors`` is its complete state dict."""
     _save_tensors(settings, tensors, folder)
     config = {
         "model_type": _IMAGE_MODEL_TYPE,
@@ -99,10 +99,10 @@ def save_image_encoder(
 
 
 def save_tied_encoders(encoders: TiedEncoders, transform: ImageTransform, tokenizer: Tokenizer, folder: Path) -> int:
-    """Write both nets of a pair, the transform and the tokenizer; returns how many ids that has.
+    """Save a tied pair of encoders, the transform and the tokenizer; returns the tokenizer's vocabulary size.
 
-    What both nets hold is written once. Only whole parts may be shared: nothing else has the names of a plain net.
-    Raises ``UserError`` for a tokenizer with an id beyond the table.
+    Shared parameters are stored once. Only whole parts may be shared, since low-rank sharing changes parameter names.
+    Raises ``UserError`` for a tokenizer with an id beyond the token embedding.
     """
     nets = {"image": encoders.image, "text": encoders.text}
     settings = {side: net.settings for side, net in nets.items()}
@@ -123,26 +123,29 @@ def save_tied_encoders(encoders: TiedEncoders, transform: ImageTransform, tokeni
 
 
 def save_bert(settings: BertSettings, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, folder: Path) -> int:
-    """Write a BERT of these tensors as ``transformers`` reads it; returns how many ids its tokenizer has.
+    """Save a BERT in ``transformers``' format; returns the tokenizer's vocabulary size.
 
-    Its token types are zeros, which add nothing. Raises ``UserError`` for a tokenizer with an id beyond the table.
+    Its token type embedding is zero. Raises ``UserError`` for a tokenizer with an id beyond the token embedding.
     """
     backend, ids = _save_tokenizer(tokenizer, settings.vocabulary, folder)
     _save_tensors(settings, tensors, folder, {_TOKEN_TYPES_KEY: torch.zeros(2, settings.width)})
-    said = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": backend.id_to_token(tokenizer.pad_id)}
-    (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": backend.id_to_token(tokenizer.pad_id),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2), encoding="utf-8")
     settings.config(tokenizer.pad_id).save_pretrained(folder)
     return ids
 
 
 def _save_tokenizer(tokenizer: Tokenizer, rows: int, folder: Path) -> tuple[tokenizers.Tokenizer, int]:
-    """Writes a tokenizer; its backend, and how many ids it has. Raises ``UserError`` for one beyond the rows."""
+    """Save a tokenizer; returns its backend and vocabulary size. Raises ``UserError`` for an id of ``rows`` or more."""
     tokenizer.save(folder)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = set(backend.get_vocab(with_added_tokens=True).values())
     if max(ids) >= rows:
         raise UserError(
-            f"the tokenizer has ids up to {max(ids):,}, and the word embedding has {rows:,} rows: it is another tower's"
+            f"the tokenizer has ids up to {max(ids):,}, but the embedding has {rows:,} rows: it is another tower's"
         )
     return backend, len(ids)
 
@@ -161,16 +164,16 @@ def _shapes(settings: EncoderSettings) -> dict[str, torch.Size]:
 
 
 def read_model_type(folder: Path) -> str:
-    """The ``model_type`` that a folder's ``config.json`` names; empty where it names none."""
+    """The ``model_type`` in a folder's ``config.json``; empty where there is none."""
     try:
         return str(_read_config(folder).get("model_type", ""))
     except UserError:
-        return ""  # whoever opens the folder says what is wrong with it
+        return ""  # reported when the folder is loaded
 
 
 def load_native_backbone(folder: Path, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> Backbone:
-    """The tower in a folder whose ``read_model_type`` is a key of ``NATIVE_LOADERS``. Raises ``UserError`` for what
-    does not fit."""
+    """Load the tower of a folder whose ``read_model_type`` is a key of ``NATIVE_LOADERS``. Raises ``UserError`` for a
+    damaged folder and for settings that do not fit."""
     return NATIVE_LOADERS[read_model_type(folder)](folder, settings, meta)
 
 
@@ -189,24 +192,24 @@ def _load_tied_encoder(folder: Path, settings: ImageTowerSettings | TextTowerSet
         return _image_backbone(
             folder, settings, saved, config, meta, lambda tensors: _tensors_of_encoder("image", tensors, config)
         )
-    words = _read_settings(TextTransformerSettings, config, "text", folder, settings.tower)
-    net = build_on_meta(words)
+    saved = _read_settings(TextTransformerSettings, config, "text", folder, settings.tower)
+    net = build_on_meta(saved)
     if not meta:
         tensors = _read_tensors(
-            folder, words, settings.tower, lambda tensors: _tensors_of_encoder("text", tensors, config)
+            folder, saved, settings.tower, lambda tensors: _tensors_of_encoder("text", tensors, config)
         )
         net.load_state_dict(tensors, assign=True)
-    pool = "last" if words.attention == "causal" else "mean"
+    pool = "last" if saved.attention == "causal" else "mean"
     tokenizer = partial(Tokenizer.from_folder, folder)
     return Backbone(settings.tower, "text", net, f"a {_TIED_MODEL_TYPE} folder", pool, tokenizer=tokenizer)
 
 
 def _tensors_of_encoder(side: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What belongs to one net of a pair, under the names that it has there."""
-    same = {name: tensors[first] for name, first in dict(config.get("same", {})).items() if first in tensors}
-    start = f"{side}."
-    every = {**tensors, **same}
-    return {name.removeprefix(start): tensor for name, tensor in every.items() if name.startswith(start)}
+    """The tensors of one encoder of a pair, aliases resolved, under its parameter names."""
+    aliases = {name: tensors[first] for name, first in dict(config.get("same", {})).items() if first in tensors}
+    prefix = f"{side}."
+    named = {**tensors, **aliases}
+    return {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
 
 
 def _image_backbone(
@@ -217,7 +220,7 @@ def _image_backbone(
     meta: bool,
     select: Callable[[dict[str, Tensor]], dict[str, Tensor]],
 ) -> Backbone:
-    """``select`` picks the net's tensors out of the file's."""
+    """``select`` returns the encoder's tensors from those of the file."""
     try:
         transform = ImageTransform.from_dict(config["transform"])
     except (KeyError, AttributeError, TypeError, ValueError) as error:
@@ -258,20 +261,20 @@ def _damaged(folder: Path, tower: str, error: Exception) -> UserError:
 def _read_tensors(
     folder: Path, settings: EncoderSettings, tower: str, select: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The folder's weights, each with the name and shape that the settings give it."""
+    """The weights of a folder, in float32. Raises ``UserError`` unless names and shapes are those of ``settings``."""
     path = folder / "model.safetensors"
     try:
         tensors = select(load_file(path))
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"tower = {tower!r}: {path} cannot be read: {error}") from None
-    wanted, found = _shapes(settings), {name: tensor.shape for name, tensor in tensors.items()}
-    odd = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+    expected, found = _shapes(settings), {name: tensor.shape for name, tensor in tensors.items()}
+    odd = sorted(name for name in expected | found if expected.get(name) != found.get(name))
     if odd:
-        said = " and ".join(
+        difference = " and ".join(
             f"{'absent' if shape is None else tuple(shape)} in {where}"
-            for shape, where in ((found.get(odd[0]), path.name), (wanted.get(odd[0]), "the net of config.json"))
+            for shape, where in ((found.get(odd[0]), path.name), (expected.get(odd[0]), "the net of config.json"))
         )
-        raise UserError(f"tower = {tower!r}: {folder} is damaged: {len(odd)} tensors differ; {odd[0]} is {said}")
+        raise UserError(f"tower = {tower!r}: {folder} is damaged: {len(odd)} tensors differ; {odd[0]} is {difference}")
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 

@@ -1,8 +1,8 @@
-"""Nets of ours that nobody has trained yet: ``tower = "own:image"`` and ``tower = "own:text"``.
+"""Native encoders trained from scratch: ``tower = "own:image"`` and ``tower = "own:text"``.
 
-In go the settings of ``[image.net]`` or ``[text.net]`` and a seed, out comes a ``Backbone`` whose weights were drawn
-from it, the same each time, since a delta stands on them. The text net reads CLIP's word pieces, whose file comes in a
-pip package, or pieces learned from the captions that it will be trained on: these are made by who has them.
+Input: the settings of ``[image.net]`` or ``[text.net]`` and a seed. Output: a ``Backbone`` with randomly initialised
+weights, deterministic in the seed, since a delta depends on its base weights. The text encoder uses CLIP's BPE
+vocabulary, whose file comes in a pip package, or one learned from the training captions, which the caller provides.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _CLIP_FILE = InstalledFile(
 def create_backbone_from_scratch(
     settings: ImageTowerSettings | TextTowerSettings, *, seed: int, meta: bool
 ) -> Backbone:
-    """The net that the settings describe. Raises ``UserError`` for a tower that they do not fit."""
+    """The encoder of these settings, initialised from ``seed``. Raises ``UserError`` for settings that do not fit."""
     side = "image" if isinstance(settings, ImageTowerSettings) else "text"
     if settings.tower != f"own:{side}":
-        raise UserError(f"[{side}] tower = {settings.tower!r}: a net of ours is own:{side} there")
+        raise UserError(f"[{side}] tower = {settings.tower!r}: a native encoder is own:{side} there")
     if settings.net is None:
         raise UserError(
             f"[{side}] tower = {settings.tower!r} needs a section [{side}.net] with width, heads, layers, …"
@@ -56,20 +56,20 @@ def create_backbone_from_scratch(
 
 
 def load_clip_tokenizer(max_tokens: int) -> Tokenizer:
-    """CLIP's tokenizer, its file checked. Raises ``UserError`` where its package is not installed."""
+    """CLIP's tokenizer, its file verified. Raises ``UserError`` where its package is not installed."""
     return Tokenizer(
         load_clip_bpe(_CLIP_FILE.find("text.vocabulary = 'clip'", _CLIP_PACKAGE, _CLIP_VERSION)), max_tokens=max_tokens
     )
 
 
 def refuse_net_settings(settings: ImageTowerSettings | TextTowerSettings) -> None:
-    """``UserError`` where a tower that brings its net with it is told what its net is like, or how it reads."""
+    """Raises ``UserError`` where a pre-trained tower has settings that only apply to training from scratch."""
     side = "image" if isinstance(settings, ImageTowerSettings) else "text"
     odd = f"[{side}.net]" if settings.net is not None else ""
     if isinstance(settings, TextTowerSettings) and settings.vocabulary is not None:
         odd = f"text.vocabulary = {settings.vocabulary!r}"
     if odd:
-        raise UserError(f"{odd} is for tower = 'own:{side}'; {settings.tower!r} brings its own")
+        raise UserError(f"{odd} is for tower = 'own:{side}'; {settings.tower!r} comes with its own")
 
 
 def _initialized(make: Callable[[], nn.Module], seed: int, meta: bool) -> nn.Module:

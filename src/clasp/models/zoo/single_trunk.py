@@ -1,8 +1,8 @@
-"""Two bases on one pre-trained trunk: what ``[share] trunk`` of a recipe asks for.
+"""Two backbones on a single pre-trained trunk: ``[share] trunk`` of a recipe.
 
-In go the bases of both modalities as they came, the settings and a policy; out come the bases that towers are made of:
-the trunk's as a net of our own, the other's a view of the same blocks, sharing parameters as the policy says. Of the
-other tower nothing stays but its tokenizer or transform, its pooling, and what its embeddings start from.
+Input: the backbones of both modalities, the settings and a policy. Output: the backbones that the towers are built
+from: the trunk's as a native encoder, the other a view of the same blocks, with parameters shared by the policy. Of the
+other tower only its tokenizer or transform, its pooling and the initialisation of its embeddings are used.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from clasp.types import UserError
 
 @dataclass(frozen=True, slots=True)
 class SingleTrunkBackbones:
-    """Two bases that hold weights in common.
+    """Two backbones with shared weights.
 
-    ``image_new`` and ``text_new`` name the parameters of either net that no pre-trained net has (embeddings of the
-    other modality, low-rank differences): whatever is tuned, they have to train. ``sharing`` prints as a table.
+    ``image_new`` and ``text_new`` name the parameters of either encoder that no pre-trained model has (embeddings of
+    the other modality, low-rank updates): they are trained whatever the tuning. ``sharing`` prints as a table.
     """
 
     image: Backbone
@@ -53,11 +53,11 @@ def build_single_trunk(
     *,
     seed: int,
 ) -> SingleTrunkBackbones:
-    """Let both modalities run through the trunk of one, taking both bases over.
+    """Build both encoders on the trunk of one modality; both backbones are modified in place.
 
-    Everything starts as it does in the trunk, norms and layer scale that the policy keeps apart too. On the meta device
-    there are shapes alone. Raises ``UserError`` for a trunk that does not fit our blocks, for a policy that does not
-    fit the trunk, and for an embedding that the other tower does not have.
+    All parts of the blocks start as in the trunk, including norms and layer scales that the policy does not share. Also
+    works on the meta device. Raises ``UserError`` for a trunk that cannot be converted to a native encoder, for a
+    policy that does not fit the trunk, and for an embedding that the other tower does not have.
     """
     if settings.trunk == "image":
         image, other = to_native(image), text
@@ -71,7 +71,7 @@ def build_single_trunk(
         image = _replace_net(view, image, text)
     assert isinstance(image.net, ImageTransformer) and isinstance(text.net, TextTransformer)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # low-rank differences start at random
+        torch.manual_seed(seed)  # low-rank updates are initialised at random
         sharing = share_weights(image.net, text.net, policy, keep=settings.trunk)
     new = {side.modality: _low_rank_parameters(side.net) for side in (image, text)}
     new[other.modality] |= view.new_parameters
@@ -98,9 +98,9 @@ def _patch_embedding_source(image: Backbone, settings: SingleTrunkSettings) -> I
         return net
     size = image.net.size if isinstance(image.net, ImageTransformer) else image.transform and image.transform.size
     if size is None:
-        raise UserError(f"share.embedding = 'random': {image.name} does not say how large its pictures are")
+        raise UserError(f"share.embedding = 'random': {image.name} has no known image size")
     if size % settings.patch:
-        raise UserError(f"share.patch = {settings.patch} does not divide the {size} px of {image.name}'s pictures")
+        raise UserError(f"share.patch = {settings.patch} does not divide the {size} px of {image.name}'s images")
     return RandomPatchEmbedding(size, settings.patch)
 
 
@@ -119,7 +119,7 @@ def _vocabulary_size(text: Backbone) -> int:
     if isinstance(text.net, PreTrainedModel):
         table: Any = text.net.get_input_embeddings()
         return table.num_embeddings
-    raise UserError(f"share.embedding = 'random': {text.name} does not say how many tokens its tokenizer has")
+    raise UserError(f"share.embedding = 'random': {text.name} has no known vocabulary size")
 
 
 def _low_rank_parameters(net: nn.Module) -> frozenset[str]:

@@ -1,10 +1,10 @@
-"""Pre-trained transformers of other libraries as nets of our own: ViT, DINOv2 and the BERT family.
+"""Converts pre-trained transformers of other libraries to native encoders: ViT, DINOv2 and the BERT family.
 
-In goes a ``Backbone`` whose net is one of ``WEIGHT_MAPPINGS``, out comes the same ``Backbone`` with an
-``ImageTransformer`` or a
-``TextTransformer`` that says the same (measured: 1e-5). Every parameter has its place or the net is refused. Unusual:
-two tables become one where that is exact: BERT's token type 0 is added to each position, and RoBERTa's positions lose
-the rows below the first that a token has. An image net is made for one size, and its position table resized to it.
+Input: a ``Backbone`` whose model class is in ``WEIGHT_MAPPINGS``. Output: the same ``Backbone`` with an
+``ImageTransformer`` or a ``TextTransformer`` of equal output (measured: 1e-5). A model with unmapped parameters is
+refused. Note: two tables are merged where that is exact: BERT's token type 0 is added to each position, and RoBERTa's
+positions lose the rows below that of the first token. An image encoder is built for one size, and its position
+embedding interpolated to it.
 """
 
 from __future__ import annotations
@@ -36,32 +36,34 @@ _WEIGHT_AND_BIAS: _LeafNames = ("weight", "bias")
 
 @dataclass(frozen=True, slots=True)
 class WeightMapping:
-    """Where a family keeps the parts of a block (``blocks`` with the number, then a path), and how it is read."""
+    """Parameter names of a model family: the path of a block (``blocks``, formatted with its number), then of its
+    parts."""
 
     blocks: str
     qkv: tuple[str, str, str]
     parts: Mapping[str, str]
-    """of our block, by our path: modules with a weight and a bias"""
+    """native module path to the family's; modules with a weight and a bias"""
     read: Callable[[Backbone, _ForeignWeights], ImageTransformer | TextTransformer]
     layer_scales: tuple[str, ...] = ()
-    """the two vectors of the layer scale"""
+    """the two layer scale vectors"""
     post_norm: bool = False
-    """whether norms come after the sums"""
+    """whether norms follow the residual sums"""
 
 
 def to_native(base: Backbone) -> Backbone:
-    """The same tower with a net of our own. A net that is one already stays; any other is taken over.
+    """The same tower as a native encoder; a native encoder is returned unchanged.
 
-    An image net is made for the size of the base's transform, or of its configuration. There is no dropout in our nets.
-    Raises ``UserError`` for a family that does not fit, naming those that do, and for parts that ours do not have.
+    An image encoder is built for the image size of the backbone's transform, else of its configuration. Native encoders
+    have no dropout. Raises ``UserError`` for an unsupported family, naming the supported ones, and for parts that
+    native encoders do not have.
     """
     if isinstance(base.net, ImageTransformer | TextTransformer):
         return base
     name = type(base.net).__name__
     if name not in WEIGHT_MAPPINGS:
-        raise _unsupported(base, _UNSUPPORTED.get(name, "are not known here"))
+        raise _unsupported(base, _UNSUPPORTED.get(name, "are not supported"))
     if base.forward_features is not None:
-        raise _unsupported(base, "are read in a way of their own")
+        raise _unsupported(base, "have a custom forward pass")
     source = _ForeignWeights(base)
     net = WEIGHT_MAPPINGS[name].read(base, source)
     source.require_all_used()
@@ -69,59 +71,59 @@ def to_native(base: Backbone) -> Backbone:
 
 
 class _ForeignWeights:
-    """The tensors of a foreign net, each given out once."""
+    """The tensors of a model to be converted; each is taken once."""
 
     def __init__(self, base: Backbone):
         from transformers import PreTrainedModel
 
         self.base, self.family = base, WEIGHT_MAPPINGS[type(base.net).__name__]
-        spare = tuple(f"{path}." for path in find_unused_modules(base.net))
+        unused = tuple(f"{path}." for path in find_unused_modules(base.net))
         tensors = {name: p.detach() for name, p in base.net.named_parameters()}
-        self._left = {name: tensor for name, tensor in tensors.items() if not f"{name}.".startswith(spare)}
-        assert isinstance(base.net, PreTrainedModel), "other libraries have other names"
+        self._remaining = {name: tensor for name, tensor in tensors.items() if not f"{name}.".startswith(unused)}
+        assert isinstance(base.net, PreTrainedModel), "only transformers models have these names"
         self.config: dict[str, Any] = base.net.config.to_dict()
 
     def take(self, name: str) -> Tensor:
-        if name not in self._left:
+        if name not in self._remaining:
             raise _unsupported(self.base, f"lack {name!r}")
-        return self._left.pop(name)
+        return self._remaining.pop(name)
 
     def take_optional(self, name: str) -> Tensor | None:
-        return self._left.pop(name, None)
+        return self._remaining.pop(name, None)
 
     def require_all_used(self) -> None:
-        if self._left:
-            first, *more = sorted(self._left)
+        if self._remaining:
+            first, *more = sorted(self._remaining)
             raise _unsupported(self.base, f"also have {first!r}{f' and {len(more)} more' if more else ''}")
 
     def blocks(self) -> dict[str, Tensor]:
-        """The tensors of all blocks by our names."""
+        """The tensors of all blocks under native names."""
         numbers = range(self.block_count())
         return {name: tensor for number in numbers for name, tensor in self._block(number).items()}
 
     def block_count(self) -> int:
-        """How many blocks there are: a tower may have been cut to its first ones."""
+        """Number of blocks: a tower may have been truncated to its first ones."""
         return int(self.config["num_hidden_layers"])
 
     def _block(self, number: int) -> dict[str, Tensor]:
-        theirs, ours = self.family.blocks.format(number), f"blocks.{number}"
+        source, native = self.family.blocks.format(number), f"blocks.{number}"
         found: dict[str, Tensor] = {}
         for leaf in _WEIGHT_AND_BIAS:
-            found[f"{ours}.attn.qkv.{leaf}"] = torch.cat([self.take(f"{theirs}.{q}.{leaf}") for q in self.family.qkv])
+            found[f"{native}.attn.qkv.{leaf}"] = torch.cat([self.take(f"{source}.{q}.{leaf}") for q in self.family.qkv])
             for path, part in self.family.parts.items():
-                found[f"{ours}.{path}.{leaf}"] = self.take(f"{theirs}.{part}.{leaf}")
+                found[f"{native}.{path}.{leaf}"] = self.take(f"{source}.{part}.{leaf}")
         for name, gamma in zip(("gamma_1", "gamma_2"), self.family.layer_scales, strict=False):
-            found[f"{ours}.{name}"] = self.take(f"{theirs}.{gamma}")
+            found[f"{native}.{name}"] = self.take(f"{source}.{gamma}")
         return found
 
     def block_settings(self, blocks: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Those of ``BlockSettings``, from shapes where they tell and from the configuration elsewhere."""
+        """The fields of ``BlockSettings``, from shapes where possible and from the configuration otherwise."""
         hidden, width = blocks["blocks.0.mlp.fc1.weight"].shape
         activation, packed = self.config["hidden_act"], blocks["blocks.0.attn.qkv.weight"].shape[0]
         if activation not in _ACTIVATION_NAMES:
-            raise _unsupported(self.base, f"have the activation {activation!r}, ours {' or '.join(_ACTIVATION_NAMES)}")
+            raise _unsupported(self.base, f"have activation {activation!r}, not {' or '.join(_ACTIVATION_NAMES)}")
         if packed != 3 * width:
-            raise _unsupported(self.base, f"have heads that are {packed // 3} wide together, not {width}")
+            raise _unsupported(self.base, f"have an attention width of {packed // 3}, not {width}")
         return BlockSettings(
             width=width,
             heads=self.config["num_attention_heads"],
@@ -129,12 +131,12 @@ class _ForeignWeights:
             activation=_ACTIVATION_NAMES[activation],  # type: ignore[arg-type]
             norm_position="post" if self.family.post_norm else "pre",
             eps=self.config["layer_norm_eps"],
-            layer_scale=1.0 if self.family.layer_scales else None,  # what it starts from, which is overwritten
+            layer_scale=1.0 if self.family.layer_scales else None,  # initial value, overwritten by the weights
         ).model_dump()
 
 
-def _weight_and_bias(theirs: str, ours: str, source: _ForeignWeights) -> dict[str, Tensor]:
-    return {f"{ours}.{leaf}": source.take(f"{theirs}.{leaf}") for leaf in _WEIGHT_AND_BIAS}
+def _weight_and_bias(path: str, native: str, source: _ForeignWeights) -> dict[str, Tensor]:
+    return {f"{native}.{leaf}": source.take(f"{path}.{leaf}") for leaf in _WEIGHT_AND_BIAS}
 
 
 def _to_native_image(base: Backbone, source: _ForeignWeights) -> ImageTransformer:
@@ -146,7 +148,7 @@ def _to_native_image(base: Backbone, source: _ForeignWeights) -> ImageTransforme
     patch, grid = kernel.shape[-1], math.isqrt(positions.shape[1] - 1)
     if tuple(kernel.shape[1:]) != (3, patch, patch) or grid * grid != positions.shape[1] - 1:
         raise _unsupported(
-            base, f"come after patches of shape {tuple(kernel.shape[1:])} with {positions.shape[1]} places"
+            base, f"follow patches of shape {tuple(kernel.shape[1:])} with {positions.shape[1]} positions"
         )
     size = _image_size(base, source)
     if size % patch:
@@ -177,16 +179,16 @@ def _image_size(base: Backbone, source: _ForeignWeights) -> int:
 
 def _to_native_text(base: Backbone, source: _ForeignWeights) -> TextTransformer:
     if source.config["is_decoder"]:
-        raise _unsupported(base, "are a decoder's")
+        raise _unsupported(base, "are those of a decoder")
     blocks = source.blocks()
-    words, positions = (source.take(f"embeddings.{kind}_embeddings.weight") for kind in ("word", "position"))
+    tokens, positions = (source.take(f"embeddings.{kind}_embeddings.weight") for kind in ("word", "position"))
     positions = positions[_first_position(base.net) :]
     types = source.take_optional("embeddings.token_type_embeddings.weight")
-    if types is not None:  # a tower's text is of type 0 throughout
+    if types is not None:  # all text of a tower has token type 0
         positions = positions + types[0]
     settings = TextTransformerSettings(
         **source.block_settings(blocks),
-        vocabulary=len(words),
+        vocabulary=len(tokens),
         context=len(positions),
         layers=source.block_count(),
         attention="bidirectional",
@@ -194,7 +196,7 @@ def _to_native_text(base: Backbone, source: _ForeignWeights) -> TextTransformer:
     )
     tensors = {
         **blocks,
-        "token_embed.weight": words,
+        "token_embed.weight": tokens,
         "pos_embed": positions[None],
         **_weight_and_bias("embeddings.LayerNorm", "norm_pre", source),
     }
@@ -204,7 +206,7 @@ def _to_native_text(base: Backbone, source: _ForeignWeights) -> TextTransformer:
 
 
 def _first_position(net: nn.Module) -> int:
-    """The row of the first token: RoBERTa and its kin count positions from the padding id on."""
+    """The position row of the first token: RoBERTa models count positions from the padding id on."""
     table = net.get_submodule("embeddings.position_embeddings")
     assert isinstance(table, nn.Embedding)
     return 0 if table.padding_idx is None else table.padding_idx + 1
@@ -217,7 +219,7 @@ def _load_weights(net: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _unsupported(base: Backbone, reason: str) -> UserError:
     return UserError(
-        f"tower = {base.name!r}: the blocks of {type(base.net).__name__} {reason}; clasp makes its own nets of "
+        f"tower = {base.name!r}: the blocks of {type(base.net).__name__} {reason}; clasp converts "
         f"{', '.join(WEIGHT_MAPPINGS)}"
     )
 
@@ -254,14 +256,14 @@ WEIGHT_MAPPINGS: dict[str, WeightMapping] = {
     ),
     **dict.fromkeys(("BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel"), _BERT),
 }
-_ROTARY, _GATED = "turn queries and keys by their positions", "gate what they feed forward"
-# why others do not fit, where we know
+_ROTARY, _GATED = "have rotary positions", "have a gated feed-forward"
+# reasons why other families are not supported
 _UNSUPPORTED = {
-    **dict.fromkeys(("EfficientNet", "EfficientNetModel", "ConvNextModel", "ConvNeXt"), "are convolutions"),
+    **dict.fromkeys(("EfficientNet", "EfficientNetModel", "ConvNextModel", "ConvNeXt"), "are convolutional"),
     **dict.fromkeys(("BeitModel", "MPNetModel", "T5EncoderModel", "MT5EncoderModel"), "have relative positions"),
     **dict.fromkeys(("DINOv3ViTModel", "ModernBertModel"), _ROTARY),
     **dict.fromkeys(
         ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "GemmaModel"), f"{_ROTARY} and {_GATED}"
     ),
-    "DeiTModel": "see a distillation token beside the class token",
+    "DeiTModel": "have a distillation token beside the class token",
 }

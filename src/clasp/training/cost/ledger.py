@@ -1,10 +1,10 @@
-"""What a run cost: the ``cost.json`` of its folder, and the ``CostLedger`` that is kept while it runs.
+"""Cost accounting of a run: ``cost.json`` in its folder, and the ``CostLedger`` that measures it during training.
 
-In: the stages of a run, its steps, one batch to count on. Out: ``RunCost``: parameters, FLOPs of a pair, peak memory,
-pairs a second, seconds of each stage, energy, bytes of the delta, the machine; ``read_cost`` gives it back.
-Unusual: each start of a run is a session of its own, and a run costs the sum of them; what a killed one did after its
-last saving is in none. FLOPs are counted by computing the gradient of the first batch once more, right after its step
-was taken and outside of every clock: nothing of it is kept, so a run ends in the same bits with a ledger and without.
+Input: the stages and steps of a run, and one batch to count FLOPs on. Output: ``RunCost``: parameters, FLOPs per pair,
+peak memory, pairs per second, seconds by stage, energy, delta bytes, machine; ``read_cost`` reads it back. Note: each
+start of a run is a session, and a run costs the sum of its sessions; work of a killed session after its last checkpoint
+is lost. FLOPs are counted by recomputing the gradient of the first batch right after its step, outside all timers; the
+result is discarded, so a run is bitwise the same with and without a ledger.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class FrozenFlops:
-    """What the frozen part of a tower takes for one input, where it is computed once and kept."""
+    """FLOPs of the frozen part of a tower for one input, where its features are cached."""
 
     flops: int
     what: str
@@ -43,9 +43,9 @@ class FrozenFlops:
 
 @dataclass(frozen=True, slots=True)
 class StepFlops:
-    """FLOPs of one step over ``pairs`` pairs, worked through ``micro_batch`` at a time.
+    """FLOPs of one step over ``pairs`` pairs in micro-batches of ``micro_batch``.
 
-    ``forward`` has what is computed again for the backward pass. ``left_out`` are operations without a formula.
+    ``forward`` includes recomputation for the backward pass. ``left_out`` are operations without a FLOP formula.
     """
 
     forward: int
@@ -58,11 +58,11 @@ class StepFlops:
 
 @dataclass(frozen=True, slots=True)
 class CostSession:
-    """What one start of a run cost, up to its end, its stop or its last saving.
+    """The cost of one start of a run, up to its end, its interruption or its last checkpoint.
 
-    ``steps`` from ``first_step`` (from 0) on. ``pairs_per_second`` is the median over the steps, without the wait for
-    data; ``step_seconds`` are those of the steps alone. ``seconds`` are by stage, each of one stage only, and ``rest``
-    is what no stage has. ``peak`` and ``energy`` say how the numbers were come by, or why there are none.
+    ``steps`` counts from ``first_step`` (0-based). ``pairs_per_second`` is the median over the steps, without waiting
+    for data; ``step_seconds`` is the time of the steps alone. ``seconds`` is by stage, without overlap; ``rest`` is the
+    time outside all stages. ``peak`` and ``energy`` describe the measurement, or why there is none.
     """
 
     first_step: int
@@ -80,10 +80,10 @@ class CostSession:
 
 @dataclass(frozen=True, slots=True)
 class RunCost:
-    """What a run cost so far. ``parameters`` in all and trained, by part, the whole being ``model``.
+    """The cost of a run so far. ``parameters``: total and trained, by part; the whole is ``model``.
 
-    ``work`` is ``None`` before a first step. ``once`` has the towers whose frozen part is kept, by modality: what it
-    takes is not in ``work``. ``delta_bytes`` is ``None`` while there is no delta.
+    ``work`` is ``None`` before the first step. ``once`` has the towers with cached features, by modality: their cost is
+    not included in ``work``. ``delta_bytes`` is ``None`` while there is no delta.
     """
 
     parameters: Mapping[str, Mapping[str, int]]
@@ -94,59 +94,59 @@ class RunCost:
 
     @property
     def forward_flops(self) -> float | None:
-        """Of a pair, in a training step."""
+        """FLOPs per pair in a training step."""
         return None if self.work is None else self.work.forward / self.work.pairs
 
     @property
     def backward_flops(self) -> float | None:
-        """Of a pair, in a training step."""
+        """FLOPs per pair in a training step."""
         return None if self.work is None else self.work.backward / self.work.pairs
 
     @property
     def peak_bytes(self) -> int | None:
-        """The highest of all sessions; ``None`` where one of them could not tell."""
+        """The maximum over sessions; ``None`` where it was not measured in one of them."""
         peaks = [session.peak_bytes for session in self.sessions]
         return None if None in peaks else max((peak for peak in peaks if peak is not None), default=None)
 
     @property
     def energy_kwh(self) -> float | None:
-        """The sum of all sessions; ``None`` where one of them could not tell."""
+        """The sum over sessions; ``None`` where it was not measured in one of them."""
         spent = [session.energy_kwh for session in self.sessions]
         return None if None in spent or not spent else sum(kwh for kwh in spent if kwh is not None)
 
     @property
     def pairs_per_second(self) -> float | None:
-        """The median of its session; of several sessions the one in which half of all steps have been slower."""
-        known = [(each.pairs_per_second, each.steps) for each in self.sessions if each.pairs_per_second is not None]
-        left = sum(steps for _, steps in known) / 2
-        for rate, steps in sorted(known):
-            left -= steps
-            if left <= 0:
+        """The median over sessions, weighted by their steps."""
+        measured = [(one.pairs_per_second, one.steps) for one in self.sessions if one.pairs_per_second is not None]
+        remaining = sum(steps for _, steps in measured) / 2
+        for rate, steps in sorted(measured):
+            remaining -= steps
+            if remaining <= 0:
                 return rate
         return None
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By stage, the sum of all sessions."""
+        """Seconds by stage, summed over sessions."""
         stages = dict.fromkeys(stage for session in self.sessions for stage in session.seconds)
         return {stage: sum(session.seconds.get(stage, 0.0) for session in self.sessions) for stage in stages}
 
     def __str__(self) -> str:
         work = None if self.work is None else (self.work.forward + self.work.backward) / self.work.pairs
         rate = self.pairs_per_second
-        said = [
+        parts = [
             "" if work is None else f"{format_si(work, 'FLOP')} a pair",
             "peak not measured" if self.peak_bytes is None else f"peak {format_si(self.peak_bytes, 'B')}",
             "" if rate is None else f"{rate:,.3g} pairs/s" if rate < 100 else f"{rate:,.0f} pairs/s",
             f"{sum(self.seconds.values()):,.0f} s",
             "" if self.energy_kwh is None else f"{1000 * self.energy_kwh:.3g} Wh",
         ]
-        return ", ".join(filter(None, said))
+        return ", ".join(filter(None, parts))
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``cost.json`` has it: ``sum`` is made of the rest, for whoever reads the file alone."""
+        """The contents of ``cost.json``; ``sum`` is derived from the rest, for readers of the file alone."""
         whole = self.parameters["model"]
-        together = {
+        summary = {
             "sessions": len(self.sessions),
             "steps": sum(session.steps for session in self.sessions),
             "pairs": sum(session.pairs for session in self.sessions),
@@ -160,7 +160,7 @@ class RunCost:
             "energy_kwh": self.energy_kwh,
             "delta_bytes": self.delta_bytes,
         }
-        return {"format": _FORMAT, "sum": together, **asdict(self)}
+        return {"format": _FORMAT, "sum": summary, **asdict(self)}
 
     def metrics(self) -> dict[str, float | int]:
         """The sums that are known, as a tracker gets them: ``cost/peak_bytes``, ``cost/seconds/training``."""
@@ -187,10 +187,10 @@ class RunCost:
 
 
 def read_cost(run: str | Path) -> RunCost:
-    """What a run cost. Raises ``UserError`` where it has not been written down, or is damaged."""
+    """The cost of a run. Raises ``UserError`` where ``cost.json`` is missing or damaged."""
     file = Path(run) / COST_FILE
     if not file.exists():
-        raise UserError(f"{run} has no {COST_FILE}: no run, or one that was trained before costs were kept")
+        raise UserError(f"{run} has no {COST_FILE}: it is no run, or was trained before costs were recorded")
     try:
         return RunCost.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
@@ -198,7 +198,7 @@ def read_cost(run: str | Path) -> RunCost:
 
 
 def format_si(value: float | int, unit: str) -> str:
-    """Three digits and the prefix that goes with them: ``12.3 GFLOP``, ``84 B``."""
+    """Three significant digits with an SI prefix: ``12.3 GFLOP``, ``84 B``."""
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * size:
             return f"{value / size:#.3g}".rstrip(".") + f" {prefix}{unit}"
@@ -206,9 +206,9 @@ def format_si(value: float | int, unit: str) -> str:
 
 
 class CostLedger:
-    """Keeps the costs of one session of a run on ``device``; as a context it lasts as long as the session.
+    """Measures the cost of one session of a run on ``device``; a context manager around the session.
 
-    ``earlier`` is what the sessions before it cost, ``first_step`` where this one goes on.
+    ``earlier`` is the cost of previous sessions, ``first_step`` the step at which this one resumes.
     """
 
     def __init__(
@@ -226,13 +226,13 @@ class CostLedger:
         self._earlier = earlier.sessions if earlier else ()
         self._seconds: dict[str, float] = {"features": 0.0, "training": 0.0, "evaluation": 0.0}
         self._stages: list[Stage] = []
-        self._began = self._charged_until = clock()
+        self._started = self._charged_until = clock()
         self._rates, self._pairs, self._step_seconds = array("d"), 0, 0.0
         self._peak, self._energy, self._precision = PeakMemoryMeter(device), EnergyMeter(), ""
 
     def __enter__(self) -> CostLedger:
         self._energy.start()
-        self._began = self._clock()
+        self._started = self._clock()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -242,7 +242,7 @@ class CostLedger:
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
-        """What runs inside is of this stage, unless it is of another one inside; memory is looked at in training."""
+        """Attributes time inside to this stage, except that of nested stages; peak memory is measured in training."""
         outer = self._stages[-1] if self._stages else None
         self._charge_stage()
         if outer == "training":
@@ -261,23 +261,23 @@ class CostLedger:
                 self._peak.start()
 
     def timed_as(self, name: Stage, call: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
-        """The same function, its calls being of a stage."""
+        """The same function, its calls attributed to a stage."""
 
-        def called(*given: _Params.args, **options: _Params.kwargs) -> _Result:
+        def timed(*args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
             with self.stage(name):
-                return call(*given, **options)
+                return call(*args, **kwargs)
 
-        return called
+        return timed
 
     def time_features(self, bar: Callable[[str], AbstractContextManager[_Result]]) -> Callable[[str], Any]:
-        """The same bar, under which features are computed."""
+        """The same progress bar, the time inside attributed to features."""
 
         @contextmanager
-        def shown(title: str) -> Iterator[_Result]:
+        def timed(title: str) -> Iterator[_Result]:
             with self.stage("features"), bar(title) as progress:
                 yield progress
 
-        return shown
+        return timed
 
     def _charge_stage(self) -> None:
         now = self._clock()
@@ -289,21 +289,21 @@ class CostLedger:
     # --- steps ---------------------------------------------------------------------------------------------------
 
     def time_step(self, stepper: Stepper, batch: Batch, number: int) -> StepResult:
-        """Takes step ``number``, and its time."""
-        began = self._clock()
-        done = stepper.step(batch, number)
-        seconds = max(self._clock() - began, 1e-9)
+        """Runs and times step ``number``."""
+        started = self._clock()
+        result = stepper.step(batch, number)
+        seconds = max(self._clock() - started, 1e-9)
         self._rates.append(len(batch.ids) / seconds)
         self._pairs += len(batch.ids)
         self._step_seconds += seconds
         self._precision = stepper.precision
-        return done
+        return result
 
     def count_step_flops(self, stepper: Stepper, batch: Batch, number: int) -> None:
-        """Counts the FLOPs of step ``number``, which has just been taken, unless they are known of an earlier one.
+        """Counts the FLOPs of step ``number``, which has just been run, unless they were counted before.
 
-        The gradient is computed once more and let go of. Seeded and drawn from as in the step, generators end where
-        they were; weights are put back, since a forward pass may put a temperature into its bounds.
+        The gradient is recomputed and discarded. RNGs are seeded and used as in the step, so they end in the same
+        state; weights are restored, since a forward pass may clamp a temperature.
         """
         if self._work is not None:
             return
@@ -317,12 +317,12 @@ class CostLedger:
             flops.forward, flops.backward, pairs, min(stepper.micro_batch or pairs, pairs), flops.left_out
         )
 
-    # --- what came of it -----------------------------------------------------------------------------------------
+    # --- result --------------------------------------------------------------------------------------------------
 
     def cost(self, delta_bytes: int | None = None) -> RunCost:
-        """Of this session up to now and of those before it."""
+        """The cost of this session so far and of the earlier ones."""
         self._charge_stage()
-        wall = self._clock() - self._began
+        wall = self._clock() - self._started
         seconds = {**self._seconds, "rest": max(0.0, wall - sum(self._seconds.values()))}
         peak, energy = self._peak.measurement, self._energy.measurement
         session = CostSession(

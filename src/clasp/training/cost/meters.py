@@ -1,8 +1,8 @@
-"""What is read off the machine while a run goes on: its peak memory, its energy, and which machine it is.
+"""Hardware meters: peak memory, energy, and a description of the machine.
 
-In: a device. Out: numbers with a sentence each on how they were come by, or ``None`` with the reason why not.
-Unusual: nothing is guessed. A peak that cannot be set back is no peak of this run; energy is what codecarbon says
-(the extra ``energy``; offline, no files), with what of it was measured and what is codecarbon's own estimate.
+Input: a device. Output: numbers, each with a sentence on how it was measured, or ``None`` with the reason. Note:
+nothing is guessed. A peak that cannot be reset is not reported as that of this run; energy is codecarbon's figure (the
+extra ``energy``; offline, no files), with which parts of it were measured and which are codecarbon's estimates.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 
 _INSTALL_HINT = 'pip install "clasp-vl[energy]"'
 
-_DEVICES_WITH_PEAK = ("cuda", "xpu")  # kinds of device whose allocator tells a peak that can be set back
+_DEVICES_WITH_PEAK = ("cuda", "xpu")  # device types whose allocator has a resettable peak
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Measurement(NamedTuple):
-    """A number, or ``None``, and how it was come by."""
+    """A number, or ``None``, and how it was measured."""
 
     value: float | None
     method: str
@@ -35,10 +35,10 @@ class Measurement(NamedTuple):
 
 
 class PeakMemoryMeter:
-    """The highest memory between each ``start`` and its ``stop``, in bytes.
+    """Peak memory between each ``start`` and its ``stop``, in bytes.
 
-    On a GPU that of PyTorch's tensors there, weights and all. On a CPU the resident size of this process beyond what it
-    was at the first ``start``; pages of files that are mapped into memory (kept features) count while they are there.
+    On a GPU, of PyTorch's tensors, weights included. On a CPU, the resident set size of this process beyond that at the
+    first ``start``; resident pages of memory-mapped files (cached features) count.
     """
 
     def __init__(self, device: torch.device):
@@ -49,7 +49,7 @@ class PeakMemoryMeter:
         self._highest: int | None = None
 
     def start(self) -> None:
-        """Sets the peak back to what there is now."""
+        """Resets the peak to the current usage."""
         if self._why_not:
             return
         if self._on_gpu:
@@ -61,19 +61,19 @@ class PeakMemoryMeter:
             self._before = _status("VmRSS:")
 
     def stop(self) -> None:
-        """Reads it."""
+        """Reads the peak."""
         if self._why_not:
             return
         if self._on_gpu:
             highest = torch.get_device_module(self.device).max_memory_allocated(self.device)
         else:
-            assert self._before is not None, "end comes after begin"
+            assert self._before is not None, "stop is called after start"
             highest = _status("VmHWM:") - self._before
         self._highest = max(self._highest or 0, highest)
 
     @property
     def measurement(self) -> Measurement:
-        """The highest of all that was between a ``start`` and its ``stop``."""
+        """The maximum over all intervals between ``start`` and ``stop``."""
         if self._why_not or self._highest is None:
             return Measurement(None, self._why_not or "not measured: nothing was trained")
         if self._on_gpu:
@@ -87,7 +87,7 @@ class PeakMemoryMeter:
 
 
 def _why_no_peak(device: torch.device) -> str:
-    """Why no peak can be measured for work on a device that does not count; empty where one can."""
+    """Why no peak can be measured on a device without allocator statistics; empty where it can."""
     if device.type != "cpu":
         return f"not measured: PyTorch tells no peak for {device.type}"
     try:
@@ -98,20 +98,20 @@ def _why_no_peak(device: torch.device) -> str:
 
 
 def _status(name: str) -> int:
-    """Bytes on a line of the status of this process."""
+    """Bytes of an entry of this process's ``/proc`` status."""
     lines = (line.split() for line in _STATUS.read_text().splitlines())
     return next(1024 * int(line[1]) for line in lines if line[0] == name)
 
 
 def _trim_heap() -> None:
-    """Hands memory that was freed back to the system: of what evaluation took, training would else seem to hold it."""
+    """Returns freed memory to the system, so that memory used by evaluation is not attributed to training."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 # --- energy ----------------------------------------------------------------------------------------------------------
 
-# What codecarbon's descriptions of the parts of a machine say about where their power comes from.
+# Source of the power figure, by a substring of codecarbon's description of a hardware part.
 _MEASURED = {
     "Intel Rapl": "measured by RAPL (the whole package)",
     "Windows Emi": "measured by RAPL (the whole package)",
@@ -124,7 +124,7 @@ _ESTIMATED = {"CPU": "estimated from its load and TDP", "RAM": "estimated from i
 
 
 class EnergyMeter:
-    """kWh of this process since ``start``, by codecarbon where that is installed. ``stop`` ends its threads."""
+    """Energy of this process since ``start`` in kWh, by codecarbon if installed. ``stop`` ends its threads."""
 
     def __init__(self) -> None:
         self._tracker: Any = None
@@ -132,18 +132,19 @@ class EnergyMeter:
         self._why_not = "not measured: nothing has begun"
 
     def start(self) -> None:
-        """Begins to measure; the first time in a process, codecarbon looks at the machine for some two seconds."""
+        """Starts measuring; the first call in a process takes about two seconds, in which codecarbon inspects the
+        machine."""
         try:
             codecarbon = import_module("codecarbon")
         except ImportError as error:
             self._why_not = f"not measured: {error}; {_INSTALL_HINT}"
             return
-        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # it speaks before it looks at its log_level
+        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # it logs before it applies its log_level
         self._tracker = codecarbon.OfflineEmissionsTracker(
             tracking_mode="process",
             output_methods=[],
             output_handlers=[self._last],
-            # a user's configuration must not send anything anywhere, nor ask for the carbon of a place
+            # overrides a user's configuration: no network access for emissions or carbon intensity
             emissions_endpoint=False,
             electricitymaps_api_token="",
             force_carbon_intensity_g_co2e_kwh=0,
@@ -161,20 +162,20 @@ class EnergyMeter:
 
     @property
     def measurement(self) -> Measurement:
-        """Up to now, or to ``stop``: kWh, and for each part of the machine whether they were measured."""
+        """kWh up to now, or to ``stop``, and for each hardware part whether they were measured."""
         if self._tracker is not None:
             self._tracker.flush()
-            # the one thing that codecarbon tells only inside
+            # only available from a private attribute of codecarbon
             self._last.parts = [part.description() for part in self._tracker._hardware]
         if self._last.energy is None:
             return Measurement(None, self._why_not)
         version = importlib.metadata.version("codecarbon")
-        said = "; ".join(_describe_part(part) for part in self._last.parts)
-        return Measurement(self._last.energy.energy_consumed, f"codecarbon {version}, of this process: {said}")
+        sources = "; ".join(_describe_part(part) for part in self._last.parts)
+        return Measurement(self._last.energy.energy_consumed, f"codecarbon {version}, of this process: {sources}")
 
 
 class _LastEnergy:
-    """Takes what codecarbon gives out, in place of a file."""
+    """An output handler of codecarbon that stores the last figure."""
 
     energy: Any = None
     parts: tuple[str, ...] | list[str] = ()
@@ -193,19 +194,19 @@ class _LastEnergy:
 
 
 def _describe_part(part: str) -> str:
-    """A part of the machine as codecarbon describes it, and where its power comes from."""
+    """A hardware part as described by codecarbon, and the source of its power figure."""
     kind = part.partition("(")[0]
-    for word, how in _MEASURED.items():
+    for word, source in _MEASURED.items():
         if word in part:
-            return f"{kind} {how}"
+            return f"{kind} {source}"
     return f"{kind} {_ESTIMATED.get(kind, f'as codecarbon has it ({part})')}"
 
 
-# --- which machine ---------------------------------------------------------------------------------------------------
+# --- machine ---------------------------------------------------------------------------------------------------------
 
 
 def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
-    """What the figures of a run belong to. ``cores`` are those that this process may use, ``threads`` PyTorch's."""
+    """The machine of a measurement. ``cores``: those this process may use; ``threads``: PyTorch's."""
     return {
         "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)) if platform.system() == "Linux" else os.cpu_count(),

@@ -1,10 +1,10 @@
-"""Contrastive losses: embeddings of a batch in, a number and its two directions out.
+"""Contrastive losses: InfoNCE and the pairwise sigmoid loss, over the embeddings of a batch.
 
-One signature (``clasp.types.Loss``); ``LOSSES`` has a row for each. ``scale`` is the exponential of the learned log
-scale, so a positive number. Note: the B x B logits never exist. They are made in tiles, once forward and once more
-backward, so memory is O(B tile) for a third more arithmetic. A row may have several positives, told by ``groups``; a
-batch may lie on several processes (``ProcessRing``); and logits are float32 or better whatever the autocast state,
-because a bfloat16 logit of 100 is only known to half a unit.
+One signature (``clasp.types.Loss``); ``LOSSES`` has a row for each. ``scale`` is the logit scale, the exponential of
+the learned log scale. Note: the B x B logits are never materialised. They are computed in tiles, once forward and once
+more backward, so memory is O(B tile) for a third more arithmetic. A row may have several positives, given by
+``groups``; a batch may be distributed over processes (``ProcessRing``); and logits are at least float32 whatever the
+autocast state, because a bfloat16 logit of 100 has a resolution of half a unit.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def info_nce(
 ) -> LossParts:
     """Symmetric cross-entropy over the batch (CLIP, Radford et al. 2021, figure 3).
 
-    The target of a row is uniform over its positives, the rows that agree with it in either column of ``groups``: the
-    loss of a row is the log of the sum of its exponentiated logits minus the *mean* logit of its positives. Without
-    ``groups`` the one positive is the diagonal. With m positives the smallest value of a row is log m, not 0, so
-    losses of batches that repeat captions more or less are not comparable. ``bias`` is the same for every logit and
-    cancels in the softmax. ``ring``: these rows are one process's part of a batch.
+    The target of a row is uniform over its positives, the rows equal to it in either column of ``groups``: the loss of
+    a row is the log-sum-exp of its logits minus the *mean* logit of its positives. Without ``groups`` the diagonal is
+    the only positive. With m positives the minimum of a row is log m, not 0, so losses of batches with different
+    numbers of repeated captions are not comparable. ``bias`` is equal for all logits and cancels in the softmax.
+    ``ring``: the rows are this process's part of a distributed batch.
     """
     ring = ring or ProcessRing()
     with torch.autocast(image.device.type, enabled=False):
@@ -60,12 +60,12 @@ def sigmoid_loss(
     groups: Int[Tensor, "B 2"] | None = None,
     ring: ProcessRing | None = None,
 ) -> LossParts:
-    """Every pair of the batch is a yes or no question (SigLIP, Zhai et al. 2023, eq. 1).
+    """Binary cross-entropy over all image-text pairs of the batch (SigLIP, Zhai et al. 2023, eq. 1).
 
     Minus the sum over all B x B pairs of log sigmoid(z (scale x.y + bias)), divided by B; z is 1 for positives and -1
-    for all others. Ours differs in that z is 1 for every pair that agrees in ``groups``, not on the diagonal only.
-    A pair is asked once, whichever way one looks at it: the two directions and the total are the same number.
-    ``ring``: these rows are one process's part of a batch.
+    for negatives. Ours differs in that z is 1 for every pair that is equal in ``groups``, not on the diagonal only. The
+    loss is symmetric: both directions and the total are the same number. ``ring``: the rows are this process's part of
+    a distributed batch.
     """
     ring = ring or ProcessRing()
     with torch.autocast(image.device.type, enabled=False):
@@ -113,104 +113,110 @@ def find_loss(kind: str) -> LossMethod:
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Both directions, of image embeddings that carry the scale; keeps sums per row and column instead of logits.
+    """Both directions, of image embeddings multiplied by the scale; saves sums per row and column instead of logits.
 
-    Backward takes a probability as exp(logit - top) / total, not as exp(logit - log-sum-exp): the latter is off by the
-    rounding of a number as large as the scale.
+    Backward computes a probability as exp(logit - top) / total, not as exp(logit - log-sum-exp): the latter has the
+    rounding error of a number as large as the scale.
     """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, kin: Tensor, ring: ProcessRing) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, image: Tensor, text: Tensor, group_ids: Tensor, ring: ProcessRing) -> tuple[Tensor, Tensor]:
         rows, batch = len(image), len(image) * ring.size
-        own = ring.rows_of(ring.rank, rows)
+        local = ring.rows_of(ring.rank, rows)
         row, column = RunningLogSumExp.empty(image, rows), RunningLogSumExp.empty(image, batch)
-        counts, row_right, column_right = image.new_zeros(rows), image.new_zeros(rows), image.new_zeros(batch)
-        for rank, visitor in ring.exchange(text):
+        counts, row_positive, column_positive = image.new_zeros(rows), image.new_zeros(rows), image.new_zeros(batch)
+        for rank, chunk in ring.exchange(text):
             part = ring.rows_of(rank, rows)
-            column_here, right_here = column.view(part), column_right[part]
-            for r, c, logits, positive, spare in iterate_logit_tiles(image, visitor, kin[:, own], kin[:, part]):
+            column_here, positive_here = column.view(part), column_positive[part]
+            for r, c, logits, positive, scratch in iterate_logit_tiles(
+                image, chunk, group_ids[:, local], group_ids[:, part]
+            ):
                 counts[r] += positive.sum(1)
                 positive.mul_(logits)
-                row_right[r] += positive.sum(1)
-                right_here[c] += positive.sum(0)
-                row.view(r).update(logits, 1, out=spare)
+                row_positive[r] += positive.sum(1)
+                positive_here[c] += positive.sum(0)
+                row.view(r).update(logits, 1, out=scratch)
                 column_here.view(c).update(logits, 0, out=logits)
-        counts = ring.all_gather(counts)  # being positives is mutual, so a column has as many as its row
+        counts = ring.all_gather(counts)  # positives are symmetric, so a column has as many as its row
         top = ring.all_reduce_max(column.top.clone())
         column = RunningLogSumExp(top, ring.all_reduce_sum(column.total * (column.top - top).exp()))
-        ctx.save_for_backward(image, text, kin, counts, *row, *column)
+        ctx.save_for_backward(image, text, group_ids, counts, *row, *column)
         ctx.ring = ring
-        image_to_text = (row.top - row_right / counts[own] + row.total.log()).sum()
-        text_to_image = (column.top - ring.all_reduce_sum(column_right) / counts + column.total.log()).sum()
+        image_to_text = (row.top - row_positive / counts[local] + row.total.log()).sum()
+        text_to_image = (column.top - ring.all_reduce_sum(column_positive) / counts + column.total.log()).sum()
         return ring.all_reduce_sum(image_to_text) / batch, text_to_image / batch
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_text: Tensor, to_image: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        image, text, kin, counts, *sums = ctx.saved_tensors
+        image, text, group_ids, counts, *sums = ctx.saved_tensors
         row, column, ring, rows = RunningLogSumExp(*sums[:2]), RunningLogSumExp(*sums[2:]), ctx.ring, len(image)
-        own = ring.rows_of(ring.rank, rows)
+        local = ring.rows_of(ring.rank, rows)
         to_text, to_image = to_text / len(counts), to_image / len(counts)
-        row_push, row_pull = (to_text / row.total)[:, None], (to_text / counts[own])[:, None]
-        column_push, column_pull = to_image / column.total, to_image / counts
-        for_image, for_text = torch.zeros_like(image), torch.zeros_like(text)
+        row_softmax, row_target = (to_text / row.total)[:, None], (to_text / counts[local])[:, None]
+        column_softmax, column_target = to_image / column.total, to_image / counts
+        grad_image, grad_text = torch.zeros_like(image), torch.zeros_like(text)
         with torch.autocast(image.device.type, enabled=False):
-            for rank, visitor in ring.exchange(text):
+            for rank, chunk in ring.exchange(text):
                 part = ring.rows_of(rank, rows)
-                tops, push, pull = column.top[part], column_push[part], column_pull[part]
-                for r, c, logits, positive, slope in iterate_logit_tiles(image, visitor, kin[:, own], kin[:, part]):
-                    torch.sub(logits, row.top[r, None], out=slope).exp_().mul_(row_push[r])
-                    slope.addcmul_(logits.sub_(tops[c]).exp_(), push[c])
-                    slope.addcmul_(torch.add(row_pull[r], pull[c], out=logits), positive, value=-1)
-                    for_image[r].addmm_(slope, visitor[c])
-                    for_text[c].addmm_(slope.T, image[r])
-                for_text = ring.send_to_next(for_text)
-        return for_image, for_text, None, None
+                tops, softmax, target = column.top[part], column_softmax[part], column_target[part]
+                for r, c, logits, positive, grad in iterate_logit_tiles(
+                    image, chunk, group_ids[:, local], group_ids[:, part]
+                ):
+                    torch.sub(logits, row.top[r, None], out=grad).exp_().mul_(row_softmax[r])
+                    grad.addcmul_(logits.sub_(tops[c]).exp_(), softmax[c])
+                    grad.addcmul_(torch.add(row_target[r], target[c], out=logits), positive, value=-1)
+                    grad_image[r].addmm_(grad, chunk[c])
+                    grad_text[c].addmm_(grad.T, image[r])
+                grad_text = ring.send_to_next(grad_text)
+        return grad_image, grad_text, None, None
 
 
 class _Sigmoid(torch.autograd.Function):
-    """The sum over pairs of softplus(-z logit), divided by B, of image embeddings that carry the scale."""
+    """The sum over pairs of softplus(-z logit), divided by B, of image embeddings multiplied by the scale."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, bias: Tensor, kin: Tensor, ring: ProcessRing) -> Tensor:
+    def forward(ctx: Any, image: Tensor, text: Tensor, bias: Tensor, group_ids: Tensor, ring: ProcessRing) -> Tensor:
         rows = len(image)
-        own, sums = ring.rows_of(ring.rank, rows), []
-        for rank, visitor in ring.exchange(text):
-            for _, _, logits, positive, spare in iterate_logit_tiles(
-                image, visitor, kin[:, own], kin[:, ring.rows_of(rank, rows)]
+        local, sums = ring.rows_of(ring.rank, rows), []
+        for rank, chunk in ring.exchange(text):
+            for _, _, logits, positive, scratch in iterate_logit_tiles(
+                image, chunk, group_ids[:, local], group_ids[:, ring.rows_of(rank, rows)]
             ):
                 wrong = logits.add_(bias).mul_(positive.mul_(-2).add_(1))
                 # softplus(a) = log(1 + exp(-|a|)) + max(a, 0)
-                sums.append(torch.abs(wrong, out=spare).neg_().exp_().log1p_().sum() + wrong.clamp_(min=0).sum())
-        ctx.save_for_backward(image, text, bias, kin)
+                sums.append(torch.abs(wrong, out=scratch).neg_().exp_().log1p_().sum() + wrong.clamp_(min=0).sum())
+        ctx.save_for_backward(image, text, bias, group_ids)
         ctx.ring = ring
         return ring.all_reduce_sum(torch.stack(sums).sum()) / (rows * ring.size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, total: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
-        image, text, bias, kin = ctx.saved_tensors
+        image, text, bias, group_ids = ctx.saved_tensors
         ring, rows = ctx.ring, len(image)
-        own = ring.rows_of(ring.rank, rows)
-        for_image, for_text, for_bias = torch.zeros_like(image), torch.zeros_like(text), []
+        local = ring.rows_of(ring.rank, rows)
+        grad_image, grad_text, grad_bias = torch.zeros_like(image), torch.zeros_like(text), []
         with torch.autocast(image.device.type, enabled=False):
-            for rank, visitor in ring.exchange(text):
+            for rank, chunk in ring.exchange(text):
                 part = ring.rows_of(rank, rows)
-                for r, c, logits, positive, _ in iterate_logit_tiles(image, visitor, kin[:, own], kin[:, part]):
+                for r, c, logits, positive, _ in iterate_logit_tiles(
+                    image, chunk, group_ids[:, local], group_ids[:, part]
+                ):
                     sign = positive.mul_(-2).add_(1)
-                    slope = logits.add_(bias).mul_(sign).sigmoid_().mul_(sign)
-                    for_bias.append(slope.sum())
-                    for_image[r].addmm_(slope, visitor[c])
-                    for_text[c].addmm_(slope.T, image[r])
-                for_text = ring.send_to_next(for_text)
+                    grad = logits.add_(bias).mul_(sign).sigmoid_().mul_(sign)
+                    grad_bias.append(grad.sum())
+                    grad_image[r].addmm_(grad, chunk[c])
+                    grad_text[c].addmm_(grad.T, image[r])
+                grad_text = ring.send_to_next(grad_text)
         each = total / (rows * ring.size)
-        return for_image.mul_(each), for_text.mul_(each), torch.stack(for_bias).sum() * each, None, None
+        return grad_image.mul_(each), grad_text.mul_(each), torch.stack(grad_bias).sum() * each, None, None
 
 
 def _batch_group_ids(
     groups: Int[Tensor, "B 2"] | None, rows: Tensor, ring: ProcessRing
 ) -> Float[Tensor, "kinds total"]:
-    """That of the whole batch; without groups, everyone's place in it."""
+    """Group ids of the whole batch; without groups, the row numbers."""
     if groups is None:
         return torch.arange(len(rows) * ring.size, device=rows.device, dtype=rows.dtype)[None]
     return dense_group_ids(ring.all_gather(groups), rows.dtype)
