@@ -29,8 +29,18 @@ def foreign_states(
         output = _forward_tokens(net, inputs)
     else:
         output = _forward_pixels(net, inputs.values)
-    if isinstance(output, Tensor):
-        return output
+    if not isinstance(output, Tensor):
+        output = _states_of(name, output)
+    if not 2 <= output.ndim <= 4 or (isinstance(inputs, Tokens) and output.ndim != 3):
+        wanted = "[B N D], maps [B D h w] or vectors [B D]" if isinstance(inputs, Pixels) else "[B N D]"
+        raise UserError(
+            f"tower = {name!r}: its net returns a tensor of shape {list(output.shape)}, not states {wanted}; give its "
+            "clasp.Backbone a forward_features that does"
+        )
+    return output
+
+
+def _states_of(name: str, output: Any) -> Tensor:
     try:
         return output.last_hidden_state
     except AttributeError:

@@ -185,8 +185,11 @@ class Tower(nn.Module):
                 if gives is None or self._device.type == "meta":
                     return gives
                 depth = max(1, self._structure.min_prefix_blocks)
-                cut = states_after_block(self.net, self._structure, depth, lambda: self(given))
-                resumed = resume_from(self.net, self._structure, depth, cut, lambda: self(given), output_type=gives)
+                cut = self.prefix_states(given, depth)
+                blank = self._blank_input(cut)
+                resumed = resume_from(
+                    self.net, self._structure, depth, cut.values, lambda: self(blank), output_type=gives
+                )
                 return gives if relative_difference(resumed, self(given)) <= 1e-3 else None
         except FORWARD_ERRORS:
             return None
@@ -348,11 +351,11 @@ class Tower(nn.Module):
                 f"({first_line(error)}); a net that is called in another way needs a forward_features in its "
                 "clasp.Backbone"
             ) from error
-        if states.ndim != 3 or (isinstance(inputs, Tokens) and states.shape[:2] != inputs.ids.shape):
-            wanted = "[B D h w], [B N D] or [B D]" if isinstance(inputs, Pixels) else f"{list(inputs.ids.shape)} + [D]"
+        if isinstance(inputs, Tokens) and states.shape[:2] != inputs.ids.shape:
             raise UserError(
-                f"tower = {self.name!r}: {self._structure.family} returns a tensor of shape {list(states.shape)}, not "
-                f"states {wanted}; give its clasp.Backbone a forward_features that does"
+                f"tower = {self.name!r}: {self._structure.family} returns a tensor of shape {list(states.shape)} for "
+                f"{inputs.ids.shape[1]} tokens, not a state of each; give its clasp.Backbone a forward_features that "
+                "does"
             )
         return states
 

@@ -218,7 +218,7 @@ def _build_on_meta(config: Any, settings: ImageTowerSettings | TextTowerSettings
     with torch.device("meta"):
         if half is not None:
             own = config if half.config_key is None else vars(config)[half.config_key]
-            return getattr(transformers, half.class_name)(own).eval()
+            return _all_on_meta(getattr(transformers, half.class_name)(own))
         several = {"vision_config", "text_config", "audio_config"} & facts.keys()
         if several or facts.get("is_encoder_decoder"):
             holds = "several encoders" if several else "an encoder with a decoder"
@@ -232,6 +232,15 @@ def _build_on_meta(config: Any, settings: ImageTowerSettings | TextTowerSettings
     if reads != wanted:
         what = f"a tower for {reads}s" if reads else f"a model of {net.main_input_name}"
         raise UserError(f"[{wanted}] tower = {settings.tower!r} is {what} ({config.model_type})")
+    return _all_on_meta(net)
+
+
+def _all_on_meta(net: Any) -> Any:
+    """In evaluation mode, with the parameters that XLNet makes in the way of old torch, on the processor."""
+    for module in net.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                setattr(module, name, nn.Parameter(parameter.to("meta")))
     return net.eval()
 
 
