@@ -63,6 +63,24 @@ def native_image_size(net: nn.Module, transform: ImageTransform | None) -> int:
     return size if isinstance(size, int) else size[0]
 
 
+def drop_module(net: nn.Module, path: str) -> None:
+    """Take an unused part out: a module then hands its input on, and models check for a parameter that is ``None``."""
+    owner_path, _, name = path.rpartition(".")
+    owner = net.get_submodule(owner_path)
+    if name in dict(owner.named_children()):
+        setattr(owner, name, nn.Identity())
+    elif name in dict(owner.named_parameters(recurse=False)):
+        setattr(owner, name, None)
+
+
+def disable_kv_cache(net: nn.Module) -> None:
+    """A decoder would keep keys and values for a next token that never comes."""
+    from transformers import PreTrainedModel
+
+    if isinstance(net, PreTrainedModel) and "use_cache" in net.config.to_dict():
+        net.config.use_cache = False
+
+
 # --- how -------------------------------------------------------------------------------------------------------------
 
 

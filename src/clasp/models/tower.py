@@ -10,20 +10,19 @@ and the norm trains: they are then ``moving``, a part of what training changes.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
-from typing import Any, get_args
+from collections.abc import Sequence
+from functools import cached_property
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from clasp.models.activation_checkpointing import CheckpointedForward
 from clasp.models.backbone import Backbone, Pooler, PoolingMode
 from clasp.models.family_layouts import FAMILY_LAYOUTS
-from clasp.models.foreign_forward import foreign_states, native_image_size
+from clasp.models.foreign_forward import disable_kv_cache, drop_module, foreign_states, native_image_size
 from clasp.models.length_buckets import split_by_length
 from clasp.models.partial_forward import (
     as_tokens,
@@ -47,6 +46,7 @@ from clasp.models.probe import (
 from clasp.models.structure import find_structure, find_unused_modules, is_norm
 from clasp.models.tuning.depth import truncate_blocks
 from clasp.models.tuning.spec import apply_tuning
+from clasp.models.weight_hashes import hash_tensors, hash_values
 from clasp.types import HiddenStates, Pixels, Tokens, UserError
 
 _log = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ class Tower(nn.Module):
         own = backbone.pooler.module if backbone.pooler is not None else None
         unused = {*find_unused_modules(self.net), *([own] if own else [])}
         for path in sorted(unused - {own if self._pooler is not None else None}):
-            _drop_module(self.net, path)
-        _disable_kv_cache(self.net)
+            drop_module(self.net, path)
+        disable_kv_cache(self.net)
         if layer is not None:
             truncate_blocks(self.net, layer)
         self.weight_hashes = hash_tensors(self.net.state_dict())
@@ -103,7 +103,7 @@ class Tower(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Of the base weights and how they are pooled; what trains does not enter."""
-        return _hash(sorted(self.weight_hashes.items()), self._pool, self._extra_layers)
+        return hash_values(sorted(self.weight_hashes.items()), self._pool, self._extra_layers)
 
     def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
         """Apply a tuning spec; returns names relative to the tower. A learned pooling is not part of it."""
@@ -143,7 +143,7 @@ class Tower(nn.Module):
         """
         for block in self._structure.blocks[self.frozen_blocks :]:
             module = self.net.get_submodule(block.path)
-            vars(module)["forward"] = _CheckpointedForward(module)
+            vars(module)["forward"] = CheckpointedForward(module)
 
     def forward(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "U N D"]:
         """States after the last block and the final norm; of each different caption once."""
@@ -206,7 +206,7 @@ class Tower(nn.Module):
 
     def prefix_fingerprint(self, depth: int) -> str:
         """Of everything that states after ``depth`` blocks depend on."""
-        return _hash(sorted(self.weight_hashes.items()), "states", depth)
+        return hash_values(sorted(self.weight_hashes.items()), "states", depth)
 
     def _blank_input(self, states: HiddenStates) -> Pixels | Tokens:
         """An input of the shape that left ``states``; one image does, since only captions differ in their masks."""
@@ -370,55 +370,5 @@ class Tower(nn.Module):
         )
 
 
-def _hash(*facts: Any) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
 def _full_mask(states: Float[Tensor, "U N D"]) -> Bool[Tensor, "U N"]:
     return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-
-
-class _CheckpointedForward:
-    """The forward pass of a block, computed again in the backward pass where there will be one.
-
-    An object, so that the copy of a tower computes the blocks of the copy.
-    """
-
-    def __init__(self, block: nn.Module):
-        self.block = block
-        self.trains = any(parameter.requires_grad for parameter in block.parameters())
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        forward = partial(type(self.block).forward, self.block)
-        given = (*args, *options.values())
-        if torch.is_grad_enabled() and (self.trains or any(isinstance(x, Tensor) and x.requires_grad for x in given)):
-            return checkpoint(forward, *args, use_reentrant=False, **options)
-        return forward(*args, **options)
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Sixteen hexadecimal digits of the sha256 of each tensor (none on the meta device)."""
-    hashes = {}
-    for name, tensor in tensors.items():
-        if not tensor.is_meta:
-            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            hashes[name] = hashlib.sha256(data).hexdigest()[:16]
-    return hashes
-
-
-def _drop_module(net: nn.Module, path: str) -> None:
-    """Take an unused part out: a module then hands its input on, and models check for a parameter that is ``None``."""
-    owner_path, _, name = path.rpartition(".")
-    owner = net.get_submodule(owner_path)
-    if name in dict(owner.named_children()):
-        setattr(owner, name, nn.Identity())
-    elif name in dict(owner.named_parameters(recurse=False)):
-        setattr(owner, name, None)
-
-
-def _disable_kv_cache(net: nn.Module) -> None:
-    """A decoder would keep keys and values for a next token that never comes."""
-    from transformers import PreTrainedModel
-
-    if isinstance(net, PreTrainedModel) and "use_cache" in net.config.to_dict():
-        net.config.use_cache = False
