@@ -40,10 +40,15 @@ def save(name: str, folder: Path, **preprocessor: Any) -> Path:
     """Write the tower; ``preprocessor`` is put over ``PREPROCESSOR``."""
     net(name).save_pretrained(folder)
     if name in IMAGE_NETS or name in WHOLE:
-        (folder / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSOR, **preprocessor}))
+        save_preprocessor(folder, **preprocessor)
     if name not in IMAGE_NETS:
         save_tokenizer(folder, template="<s> $A" if name == "llama" else "<s> $A </s>")
     return folder
+
+
+def save_preprocessor(folder: Path, **changes: Any) -> None:
+    """``preprocessor_config.json``; ``changes`` are put over ``PREPROCESSOR``."""
+    (folder / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSOR, **changes}))
 
 
 def save_tokenizer(folder: Path, *, template: str) -> None:

@@ -26,6 +26,7 @@ from clasp.types import Tokens, UserError
 SpecialTokenTemplate = Literal["tower", "cls"]
 CaptionCleaning = Literal["none", "lilt"]
 Truncation = Literal["keep_eos", "drop_eos"]
+_Padding = Literal["longest", "max_tokens"]
 
 _BACKEND_FILE = "tokenizer.json"
 _SETTINGS_FILE = "clasp_tokenizer.json"
@@ -61,6 +62,9 @@ class TokenizerSettings:
     """What is left of a text of more than ``max_tokens``. ``keep_eos``: its first words, and its end token.
     ``drop_eos``: its first token alone. So MS-CLIP's released code reads it, which cuts the end token off and then
     takes the largest id, that of the start token, for the end."""
+    padding: _Padding = "longest"
+    """How far rows are filled up. ``longest``: to the longest of the batch, hidden by the mask. ``max_tokens``: every
+    text to ``max_tokens``, and the padding is read like words, as SigLIP's authors do."""
 
     def __post_init__(self) -> None:
         _check_choices(asdict(self))
@@ -71,6 +75,7 @@ def _check_choices(settings: Mapping[str, Any]) -> None:
         "clean": tuple(CAPTION_CLEANERS),
         "template": get_args(SpecialTokenTemplate),
         "truncation": get_args(Truncation),
+        "padding": get_args(_Padding),
     }
     for name, choices in known.items():
         if settings.get(name, choices[0]) not in choices:
@@ -94,9 +99,16 @@ class Tokenizer:
         clean: CaptionCleaning = "none",
         template: SpecialTokenTemplate = "tower",
         truncation: Truncation = "keep_eos",
+        padding: _Padding = "longest",
     ) -> None:
         self.settings = TokenizerSettings(
-            prefix=prefix, max_tokens=max_tokens, pad_id=pad_id, clean=clean, template=template, truncation=truncation
+            prefix=prefix,
+            max_tokens=max_tokens,
+            pad_id=pad_id,
+            clean=clean,
+            template=template,
+            truncation=truncation,
+            padding=padding,
         )
         self._backend = backend
         special = backend.num_special_tokens_to_add(is_pair=False)
@@ -151,7 +163,9 @@ class Tokenizer:
         return ids
 
     def pad(self, ids: Sequence[Sequence[int]]) -> Tokens:
-        """Rows of different lengths to one ``Tokens``, as wide as the longest row."""
+        """Rows of different lengths to one ``Tokens``, as wide as the longest row, or as ``padding`` has it."""
+        if self.settings.padding == "max_tokens":
+            ids = [[*row, *[self.pad_id] * (self.max_tokens - len(row))] for row in ids]
         lengths = np.array([len(row) for row in ids], dtype=np.int64)
         mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
         padded = np.full(mask.shape, self.pad_id, dtype=np.int64)
@@ -165,6 +179,8 @@ class Tokenizer:
         settings = asdict(self.settings)
         if self.settings.truncation == "keep_eos":  # what was kept before there was a choice stays good
             del settings["truncation"]
+        if self.settings.padding == "longest":
+            del settings["padding"]
         digest.update(json.dumps(settings, sort_keys=True).encode())
         return digest.hexdigest()
 

@@ -16,7 +16,7 @@ from clasp.data.images import ImageTransform, ResizeMode
 from clasp.data.tokenizer import CaptionCleaning, SpecialTokenTemplate, Tokenizer, Truncation
 from clasp.models.transformer.encoders import ImageTransformerSettings, TextTransformerSettings
 
-PoolingMode = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention"]
+PoolingMode = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention", "pooler"]
 _PixelMean = Annotated[float, Field(ge=0, le=1)]
 _PixelStd = Annotated[float, Field(gt=0, le=1)]
 
@@ -28,7 +28,8 @@ class _TowerSettings(BaseModel):
     """Where the weights come from: a scheme of ``clasp.models.zoo.registry.TOWER_SOURCES`` and a name (hf: | timm: |
     pip: | file: | deit: | own:, nets of ours that start from train.seed), or package.module:factory"""
     pool: PoolingMode | None = None
-    """States to one vector; the tower's own authors' choice where left out"""
+    """States to one vector; the tower's own authors' choice where left out. pooler: the layers that its authors pool
+    with, such as SigLIP's attention head"""
     layer: int | None = None
     """Read the states after this many blocks (negative from the end); the blocks above are dropped"""
     extra_layers: list[int] = []
@@ -77,6 +78,16 @@ class TextTowerSettings(_TowerSettings):
 
 
 @dataclass(frozen=True, slots=True)
+class Pooler:
+    """The pooling of a tower's authors, where layers of the net are part of it: ``pool = "pooler"``."""
+
+    reads: Literal["states", "prefix", "cls", "mean", "last", "cls+mean"]
+    """what the module reads: all states, or these pooled without weights; ``prefix``: the mean of the class tokens"""
+    module: str | None
+    """path of the module in the net, ``[B N D]`` or ``[B D]`` to ``[B Dp]``; none where there is nothing more"""
+
+
+@dataclass(frozen=True, slots=True)
 class Backbone:
     """An encoder as it came, before anything of ours: the weights a delta stands on."""
 
@@ -94,8 +105,11 @@ class Backbone:
     tokenizer: Callable[[], Tokenizer] | None = None
     """text towers; a callable, since counting parameters needs none"""
     forward_features: Callable[[nn.Module, Any], Tensor] | None = None
-    """inputs to states, where calling the net does not give them: ``(net, pixels)`` to ``[B N D]`` or ``[B D h w]``"""
+    """inputs to states, where calling the net does not give them: ``(net, pixels)`` to ``[B N D]`` or ``[B D h w]``,
+    ``(net, Tokens)`` to ``[B N D]``"""
     from_seed: bool = False
     """whether its weights were drawn and never trained; statistics of BatchNorm are then worth nothing yet"""
     new_parameters: frozenset[str] = frozenset()
     """parameters of a pre-trained net that nobody has trained, such as embeddings of another modality"""
+    pooler: Pooler | None = None
+    """what ``pool = "pooler"`` is; its module is dropped where another pooling is chosen"""

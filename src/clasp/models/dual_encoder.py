@@ -23,8 +23,9 @@ from clasp.models.heads import HeadSettings, ProjectionHead
 from clasp.models.sharing.policy import SharingPlan
 from clasp.models.sharing.tie import LowRankLinear, parameter_aliases
 from clasp.models.structure import is_norm
-from clasp.models.tower import Tower, hash_tensors
+from clasp.models.tower import Tower
 from clasp.models.tuning.spec import freeze_except
+from clasp.models.weight_hashes import hash_tensors
 from clasp.types import Batch, Embeddings, ImageInput, Pixels, PooledFeatures, TextInput, Tokens, UserError
 
 ParameterKind = Literal["scale", "head", "norm", "new", "tower", "shared"]

@@ -91,7 +91,9 @@ def block_states(output: Any) -> Tensor:
 
 
 def as_tokens(states: Tensor) -> Tensor:
-    """Feature maps ``[B D h w]`` as tokens in row-major order; tokens stay as they are."""
+    """Feature maps ``[B D h w]`` as tokens in row-major order, a vector a row as one token; tokens stay as they are."""
+    if states.ndim == 2:
+        return states[:, None]
     return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
 
 

@@ -1,6 +1,6 @@
 """Where the blocks, norms and branches of any model are.
 
-In goes a foreign module, out comes an ``ModelStructure``: its blocks in order, the attention and MLP parts of each
+In goes a foreign module, out comes a ``ModelStructure``: its blocks in order, the attention and MLP parts of each
 block, the places where a branch begins and ends, and what follows the last block. Families we know are rows of
 ``FAMILY_LAYOUTS``, keyed by the name of the class; any other model is read by its structure, and what was looked for is
 said when that fails. Norms are told by what they are (a leaf of a type named a norm, whose parameters are all vectors),
@@ -15,190 +15,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from clasp.models.family_layouts import BERT_LAYOUT, FAMILY_LAYOUTS, FamilyLayout
 from clasp.models.transformer.blocks import Block as OurBlock
 from clasp.types import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class FamilyLayout:
-    """Where a family keeps its parts. Paths are dotted; ``*`` stands for one index.
-
-    ``branch_inputs`` and ``branch_outputs`` name, for each residual branch of a block, the module whose input is the
-    branch's input and the module whose output is the branch's output (before the residual sum).
-    """
-
-    blocks: str
-    attention: str | None
-    mlp: tuple[str, ...]
-    branch_inputs: tuple[str, ...]
-    branch_outputs: tuple[str, ...]
-    tail: tuple[str, ...] = ()
-    """what follows the last block: the final norm; trained together with the last blocks"""
-    pooled_norm: str | None = None
-    """a norm that the family applies to the pooled vector, not to the states"""
-    unused: tuple[str, ...] = ()
-    """parameters and modules that never take part in encoding; dropped when a tower is built"""
-    channels_first: bool = False
-    """branches carry ``B D height width`` maps"""
-    laterals: str | None = None
-    """modules that bring something from outside into the states; ``*`` is the number of the block it stands before"""
-
-
-def _vit(**changes) -> FamilyLayout:
-    return FamilyLayout(
-        blocks="layers.*",
-        attention="attention",
-        mlp=("mlp",),
-        branch_inputs=("layernorm_before", "layernorm_after"),
-        branch_outputs=("attention.o_proj", "mlp.fc2"),
-        **{"tail": ("layernorm",), "unused": ("pooler",), **changes},
-    )
-
-
-def _dino(blocks: str, norm: str) -> FamilyLayout:
-    return FamilyLayout(
-        blocks=blocks,
-        attention="attention",
-        mlp=("mlp",),
-        branch_inputs=("norm1", "norm2"),
-        branch_outputs=("layer_scale1", "layer_scale2"),
-        tail=(norm,),
-        unused=("embeddings.mask_token",),
-    )
-
-
-def _clip(tail: str, **changes) -> FamilyLayout:
-    return FamilyLayout(
-        blocks="encoder.layers.*",
-        attention="self_attn",
-        mlp=("mlp",),
-        branch_inputs=("layer_norm1", "layer_norm2"),
-        branch_outputs=("self_attn.out_proj", "mlp.fc2"),
-        tail=(tail,),
-        **changes,
-    )
-
-
-_BERT = FamilyLayout(
-    blocks="encoder.layer.*",
-    attention="attention",
-    mlp=("intermediate", "output"),
-    branch_inputs=("attention.self", "intermediate"),
-    branch_outputs=("attention.output.dropout", "output.dropout"),
-    unused=("pooler",),
-)
-_LLAMA = FamilyLayout(
-    blocks="layers.*",
-    attention="self_attn",
-    mlp=("mlp",),
-    branch_inputs=("input_layernorm", "post_attention_layernorm"),
-    branch_outputs=("self_attn.o_proj", "mlp.down_proj"),
-    tail=("norm",),
-)
-_TIMM_VIT = FamilyLayout(
-    blocks="blocks.*",
-    attention="attn",
-    mlp=("mlp",),
-    branch_inputs=("norm1", "norm2"),
-    branch_outputs=("attn.proj", "mlp.fc2"),
-    tail=("norm",),
-    pooled_norm="fc_norm",
-    unused=("head",),
-)
-_NATIVE_VIT = replace(_TIMM_VIT, laterals="parallel.laterals.*")  # nn.nets, which keeps timm's names
-
-FAMILY_LAYOUTS: dict[str, FamilyLayout] = {
-    "ViTModel": _vit(),
-    "DeiTModel": _vit(),
-    "BeitModel": _vit(unused=(), pooled_norm="pooler.layernorm"),
-    "Dinov2Model": _dino("encoder.layer.*", "layernorm"),
-    "DINOv3ViTModel": _dino("model.layer.*", "norm"),
-    "CLIPVisionModel": _clip("post_layernorm", pooled_norm="post_layernorm"),
-    "CLIPTextModel": _clip("final_layer_norm"),
-    "SiglipVisionModel": _clip("post_layernorm", unused=("head",)),
-    "SiglipTextModel": _clip("final_layer_norm", unused=("head",)),
-    "ConvNextModel": FamilyLayout(
-        blocks="encoder.stages.*.layers.*",
-        attention=None,
-        mlp=("pwconv1", "pwconv2"),
-        branch_inputs=("dwconv",),
-        branch_outputs=("pwconv2",),
-        pooled_norm="layernorm",
-    ),
-    "EfficientNetModel": FamilyLayout(
-        blocks="encoder.blocks.*",
-        attention=None,
-        mlp=(),
-        branch_inputs=(),
-        branch_outputs=("projection.project_bn",),
-        tail=("encoder.top_conv", "encoder.top_bn"),
-        channels_first=True,
-    ),
-    "EfficientNet": FamilyLayout(  # efficientnet_lite_pytorch
-        blocks="_blocks.*",
-        attention=None,
-        mlp=(),
-        branch_inputs=(),
-        branch_outputs=("_bn2",),
-        tail=("_conv_head", "_bn1"),
-        unused=("_fc",),
-        channels_first=True,
-    ),
-    "VisionTransformer": _NATIVE_VIT,  # timm's, and our DeiT
-    "ImageTransformer": _NATIVE_VIT,
-    "TextTransformer": _NATIVE_VIT,
-    "Eva": _TIMM_VIT,
-    "Beit": _TIMM_VIT,
-    "ConvNeXt": FamilyLayout(  # timm's
-        blocks="stages.*.blocks.*",
-        attention=None,
-        mlp=("mlp",),
-        branch_inputs=("conv_dw",),
-        branch_outputs=("mlp",),
-        pooled_norm="head.norm",
-    ),
-    "BertModel": _BERT,
-    "RobertaModel": _BERT,
-    "XLMRobertaModel": _BERT,
-    "ElectraModel": _BERT,
-    "CamembertModel": _BERT,
-    "MPNetModel": FamilyLayout(
-        blocks="encoder.layer.*",
-        attention="attention",
-        mlp=("intermediate", "output"),
-        branch_inputs=("attention.attn", "intermediate"),
-        branch_outputs=("attention.attn.o", "output.dropout"),
-        unused=("pooler",),
-    ),
-    "DistilBertModel": FamilyLayout(
-        blocks="transformer.layer.*",
-        attention="attention",
-        mlp=("ffn",),
-        branch_inputs=("attention", "ffn"),
-        branch_outputs=("attention.out_lin", "ffn"),
-    ),
-    "ModernBertModel": FamilyLayout(
-        blocks="layers.*",
-        attention="attn",
-        mlp=("mlp",),
-        branch_inputs=("attn_norm", "mlp_norm"),
-        branch_outputs=("attn.Wo", "mlp.Wo"),
-        tail=("final_norm",),
-    ),
-    "T5EncoderModel": FamilyLayout(
-        blocks="encoder.block.*",
-        attention="layer.0.SelfAttention",
-        mlp=("layer.1.DenseReluDense",),
-        branch_inputs=("layer.0.layer_norm", "layer.1.layer_norm"),
-        branch_outputs=("layer.0.dropout", "layer.1.dropout"),
-        tail=("encoder.final_layer_norm",),
-    ),
-    "LlamaModel": _LLAMA,
-    "MistralModel": _LLAMA,
-    "Qwen2Model": _LLAMA,
-    "Qwen3Model": _LLAMA,
-    "GemmaModel": _LLAMA,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +74,10 @@ def find_structure(net: nn.Module) -> ModelStructure:
 
 def find_unused_modules(net: nn.Module) -> tuple[str, ...]:
     """Paths of parameters and modules of ``net`` that never take part in encoding."""
-    layout = _family_layout(net, dict(net.named_modules()))
-    return layout.unused if layout else ()
+    modules = dict(net.named_modules())
+    layout = _family_layout(net, modules)
+    unused = layout.unused if layout else ()
+    return tuple(path for part in unused for path in (_matching_paths(modules, part) if "*" in part else (part,)))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -301,7 +122,11 @@ _PREFIX_TOKENS = ("cls_token", "class_embedding", "dist_token", "distillation_to
 
 def _prefix_tokens(net: nn.Module) -> int:
     """Tokens before the first patch (class, distillation, registers), counted in the parameters that hold them."""
-    tokens = (p for name, p in net.named_parameters() if name.rpartition(".")[2] in _PREFIX_TOKENS)
+    tokens = (
+        p
+        for name, p in net.named_parameters()
+        if name.rpartition(".")[2] in _PREFIX_TOKENS and not name.startswith("head.")  # AIMv2's pools, and is no state
+    )
     return sum(p.shape[1] if p.ndim == 3 else 1 for p in tokens)
 
 
@@ -322,24 +147,39 @@ def _layout_by_structure(net: nn.Module) -> FamilyLayout:
         )
     _, path, block = max(stacks, key=lambda stack: stack[0])
 
-    def part(*words: str) -> str | None:
-        return next(
-            (
-                n
-                for n, m in block.named_children()
-                if any(w in n.lower() or w in type(m).__name__.lower() for w in words)
-            ),
-            None,
-        )
-
-    attention, mlp = part("attn", "attention"), part("mlp", "ffn", "feedforward", "feed_forward")
+    attention, mlp, branch_outputs = _parts_by_name(block)
     top = [name for name, _ in net.named_children()]
     container = path.split(".")[0]
     return FamilyLayout(
         blocks=f"{path}.*" if path else "*",
         attention=attention,
-        mlp=(mlp,) if mlp else (),
+        mlp=mlp,
         branch_inputs=(),
-        branch_outputs=tuple(p for p in (attention, mlp) if p),
+        branch_outputs=branch_outputs,
         tail=tuple(name for name in top[top.index(container) + 1 :] if is_norm(net.get_submodule(name))),
     )
+
+
+def _parts_by_name(block: nn.Module) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
+    """Attention, MLP and branch outputs of a block, told by names of what has weights other than vectors in it.
+
+    A norm or a dropout may be called after the part that it stands behind.
+    """
+    modules = dict(block.named_modules())
+    if modules.keys() >= {*BERT_LAYOUT.branch_outputs, *BERT_LAYOUT.branch_inputs}:
+        return BERT_LAYOUT.attention, BERT_LAYOUT.mlp, BERT_LAYOUT.branch_outputs
+    parts = [(n, m) for n, m in block.named_children() if any(p.ndim >= 2 for p in m.parameters())]
+
+    def part(*words: str) -> str | None:
+        named = (n for n, m in parts if any(w in n.lower() or w in type(m).__name__.lower() for w in words))
+        return next(named, None)
+
+    attention, mlp = part("attn", "attention"), part("mlp", "ffn", "feedforward", "feed_forward")
+    if mlp is not None and mlp != attention:
+        return attention, (mlp,), tuple(p for p in (attention, mlp) if p)
+    pair = next((pair for pair in _MLP_PAIRS if {*pair} <= {n for n, _ in parts}), ())
+    return attention, pair, tuple(p for p in (attention, *pair[-1:]) if p)
+
+
+# two linear maps that are an MLP, in a block that has them side by side with its attention (OPT, torch's own encoder)
+_MLP_PAIRS = (("fc1", "fc2"), ("linear1", "linear2"), ("intermediate", "output"))

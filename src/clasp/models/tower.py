@@ -3,25 +3,26 @@
 In goes a ``Backbone`` (a foreign module and what its authors did to its inputs) and a few settings; out comes a module
 with
 ``forward -> states [B N D]`` and ``pooled -> [B Dp]``; both also go on from ``HiddenStates``, where its ``trunk``
-stopped. Unusual: a tower stays in evaluation mode while it trains unless ``dropout`` is asked for, and running
+stopped. Note: a tower stays in evaluation mode while it trains unless ``dropout`` is asked for, and running
 statistics of BatchNorm do not move: a frozen tower must answer the same twice. They do where a net began from a seed
 and the norm trains: they are then ``moving``, a part of what training changes.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
-from typing import Any, get_args
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from clasp.data.images import ImageTransform
-from clasp.models.backbone import Backbone, PoolingMode
+from clasp.models.activation_checkpointing import CheckpointedForward
+from clasp.models.backbone import Backbone, Pooler, PoolingMode
+from clasp.models.family_layouts import FAMILY_LAYOUTS
+from clasp.models.foreign_forward import disable_kv_cache, drop_module, foreign_states, native_image_size
 from clasp.models.length_buckets import split_by_length
 from clasp.models.partial_forward import (
     as_tokens,
@@ -32,18 +33,30 @@ from clasp.models.partial_forward import (
     states_after_block,
 )
 from clasp.models.pooling import POOLING_FUNCTIONS, AttentionPool
+from clasp.models.probe import (
+    FORWARD_ERRORS,
+    ProbeInputs,
+    check_consistency,
+    first_line,
+    image_probe,
+    parameters_without_gradient,
+    relative_difference,
+    text_probe,
+)
 from clasp.models.structure import find_structure, find_unused_modules, is_norm
-from clasp.models.transformer.encoders import ImageTransformer
 from clasp.models.tuning.depth import truncate_blocks
 from clasp.models.tuning.spec import TuningSpec, apply_tuning, parse_tuning_spec
+from clasp.models.weight_hashes import hash_tensors, hash_values
 from clasp.types import HiddenStates, Pixels, Tokens, UserError
+
+_log = logging.getLogger(__name__)
 
 
 class Tower(nn.Module):
     """An encoder of one modality. ``net`` is the foreign module, ``pooling`` is new when it is learned.
 
     Takes the module over: unused parts are dropped from it. Raises ``UserError`` for a ``pool`` or ``layer`` that the
-    base cannot give.
+    base cannot give, and, where there are weights, for a net whose features depend on more than their own input.
     """
 
     def __init__(
@@ -58,9 +71,13 @@ class Tower(nn.Module):
         super().__init__()
         self.name, self.modality, self.version = backbone.name, backbone.modality, backbone.version
         self.net = backbone.net
-        for path in find_unused_modules(self.net):
-            _drop_module(self.net, path)
-        _disable_kv_cache(self.net)
+        self._pool = pool or backbone.pool
+        self._pooler = backbone.pooler if self._pool == "pooler" else None
+        own = backbone.pooler.module if backbone.pooler is not None else None
+        unused = {*find_unused_modules(self.net), *([own] if own else [])}
+        for path in sorted(unused - {own if self._pooler is not None else None}):
+            drop_module(self.net, path)
+        disable_kv_cache(self.net)
         if layer is not None:
             truncate_blocks(self.net, layer)
         self.weight_hashes = hash_tensors(self.net.state_dict())
@@ -72,34 +89,53 @@ class Tower(nn.Module):
         if self._structure.channels_first:
             # measured: two to four times faster on CPUs
             nn.utils.convert_conv2d_weight_memory_format(self.net, torch.channels_last)
-        self._pool = pool or backbone.pool
         if self._pool not in get_args(PoolingMode):
             raise UserError(f"pool = {self._pool!r} of {backbone.name} is none of {', '.join(get_args(PoolingMode))}")
+        if self._pool == "pooler" and self._pooler is None:
+            raise UserError(f"pool = 'pooler': {backbone.name} brings no layers to pool with; choose another pool")
         if self._pool in ("cls", "cls+mean") and backbone.modality == "image" and not self._structure.prefix_tokens:
             raise UserError(f"pool = {self._pool!r}: {backbone.name} has no class token; choose mean or attention")
         self._extra_layers = self._resolve_extra_layers(extra_layers)
         self.pooling: AttentionPool | None = None
-        self._size = _native_image_size(self.net, backbone.transform)
-        states = self._states_width()
-        if self._pool == "attention":
-            self.pooling = AttentionPool(states).to(self._device)
-        self.width = 2 * states if "+" in self._pool else states  # two poolings side by side
-        if self._extra_layers:
-            with torch.no_grad():
-                self.width = self.pooled(self._smallest_input()).shape[1]
+        self._size = native_image_size(self.net, backbone.transform)
+        self._add_pooling()
         self.eval()
 
     @property
     def fingerprint(self) -> str:
         """Of the base weights and how they are pooled; what trains does not enter."""
-        return _hash(sorted(self.weight_hashes.items()), self._pool, self._extra_layers)
+        return hash_values(sorted(self.weight_hashes.items()), self._pool, self._extra_layers)
 
     def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
         """Apply a tuning spec; returns names relative to the tower. A learned pooling is not part of it."""
         names = {f"net.{name}" for name in apply_tuning(self.net, specs, seed=seed)}
         self.tunings += tuple(map(parse_tuning_spec, specs))
         self._structure = find_structure(self.net)  # there may be new blocks
-        return names
+        unreached = self._without_gradient(names, specs) if names else set()
+        if unreached:
+            if unreached == names:
+                raise UserError(f"tuning {list(specs)}: nothing that it trains takes part in {self._structure.family}")
+            shown = ", ".join(sorted(unreached)[:3])
+            more = f" and {len(unreached) - 3} more" if len(unreached) > 3 else ""
+            _log.warning("%s: %s%s take no part in its output, and stay frozen", self.name, shown, more)
+        return names - unreached
+
+    def _without_gradient(self, names: set[str], specs: Sequence[str]) -> set[str]:
+        """Those of ``names`` that no gradient reaches. On meta tensors only families that are not known are tried."""
+        meta = self._device.type == "meta"
+        if meta and type(self.net).__name__ in FAMILY_LAYOUTS:
+            return set()
+        try:
+            return parameters_without_gradient(
+                self.named_parameters(), names, lambda: self._pooled(self._probe_inputs().alone)
+            )
+        except (*FORWARD_ERRORS, AssertionError) as error:
+            if meta:
+                return set()  # there are nets that look at values
+            raise UserError(
+                f"tuning {list(specs)}: {self._structure.family} does not run with it ({first_line(error)}); choose "
+                "another method, or other blocks or targets"
+            ) from error
 
     def enable_activation_checkpointing(self) -> None:
         """Keep of each block above the trunk its input only, and compute the rest again in the backward pass.
@@ -109,12 +145,10 @@ class Tower(nn.Module):
         """
         for block in self._structure.blocks[self.frozen_blocks :]:
             module = self.net.get_submodule(block.path)
-            vars(module)["forward"] = _CheckpointedForward(module)
+            vars(module)["forward"] = CheckpointedForward(module)
 
     def forward(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "U N D"]:
         """States after the last block and the final norm; of each different caption once."""
-        if isinstance(inputs, Tokens):
-            return self.net(input_ids=inputs.ids, attention_mask=inputs.mask.long()).last_hidden_state
         if isinstance(inputs, HiddenStates):
             blank, gives = self._blank_input(inputs), self._block_output_type
             assert gives is not None, f"{self.name} cannot be cut"
@@ -122,12 +156,9 @@ class Tower(nn.Module):
             assert inputs.depth >= lowest, f"{self.name} cannot be cut above block {inputs.depth}, but above {lowest}"
             values = inputs.values.to(next(self.net.parameters()).dtype)  # they may be kept in half precision
             return resume_from(self.net, self._structure, inputs.depth, values, lambda: self(blank), output_type=gives)
-        pixels = inputs.values
-        if self._structure.channels_first:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return as_tokens(
-            self._forward_features(self.net, pixels) if self._forward_features else _forward_pixels(self.net, pixels)
-        )
+        if isinstance(inputs, Pixels) and self._structure.channels_first:
+            inputs = Pixels(inputs.values.contiguous(memory_format=torch.channels_last))
+        return as_tokens(foreign_states(self.name, self.net, inputs, self._forward_features))
 
     # --- the trunk -----------------------------------------------------------------------------------------------
 
@@ -148,8 +179,22 @@ class Tower(nn.Module):
 
     @cached_property
     def _block_output_type(self) -> type | None:
-        with torch.no_grad():
-            return block_output_type(self.net, self._structure, lambda: self(self._smallest_input()))
+        """What the blocks hand on; none where the net cannot be cut, or comes out other than it was (XLM's blocks)."""
+        given = self._probe_inputs().beside
+        try:
+            with torch.no_grad():
+                gives = block_output_type(self.net, self._structure, lambda: self(given))
+                if gives is None or self._device.type == "meta":
+                    return gives
+                depth = max(1, self._structure.min_prefix_blocks)
+                cut = self.prefix_states(given, depth)
+                blank = self._blank_input(cut)
+                resumed = resume_from(
+                    self.net, self._structure, depth, cut.values, lambda: self(blank), output_type=gives
+                )
+                return gives if relative_difference(resumed, self(given)) <= 1e-3 else None
+        except FORWARD_ERRORS:
+            return None
 
     def prefix_states(self, inputs: Pixels | Tokens, depth: int) -> HiddenStates:
         """The states after the first ``depth`` blocks, ``1 <= depth <= frozen_blocks``, to go on from later."""
@@ -163,7 +208,7 @@ class Tower(nn.Module):
 
     def prefix_fingerprint(self, depth: int) -> str:
         """Of everything that states after ``depth`` blocks depend on."""
-        return _hash(sorted(self.weight_hashes.items()), "states", depth)
+        return hash_values(sorted(self.weight_hashes.items()), "states", depth)
 
     def _blank_input(self, states: HiddenStates) -> Pixels | Tokens:
         """An input of the shape that left ``states``; one image does, since only captions differ in their masks."""
@@ -175,6 +220,8 @@ class Tower(nn.Module):
 
     def pool(self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B Dp"]:
         """One vector a row, by the pooling chosen; ``mask`` is true on real tokens."""
+        if self._pooler is not None:
+            return self._pool_as_authors(self._pooler, states, mask)
         if self.pooling is not None:
             vectors = self.pooling(states, mask)
         else:
@@ -183,6 +230,18 @@ class Tower(nn.Module):
             norm = self.net.get_submodule(self._structure.pooled_norm)
             vectors = norm(vectors.unflatten(1, (-1, states.shape[2]))).flatten(1)
         return vectors
+
+    def _pool_as_authors(
+        self, pooler: Pooler, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"]
+    ) -> Float[Tensor, "B Dp"]:
+        prefix = self._structure.prefix_tokens if self.modality == "image" else 0
+        if pooler.reads == "states":
+            read = states
+        elif pooler.reads == "prefix":
+            read = states[:, :prefix].mean(dim=1)
+        else:
+            read = POOLING_FUNCTIONS[pooler.reads](states, mask, prefix)
+        return self.net.get_submodule(pooler.module)(read) if pooler.module else read
 
     def pooled(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "B Dp"]:
         """Inputs to one vector a row.
@@ -245,8 +304,11 @@ class Tower(nn.Module):
                 f"extra_layers = {list(layers)}: {self.name} has {count} blocks below its last states; choose from "
                 f"1 to {count - 1}, or {1 - count} to -1"
             )
-        if numbers and self._pool == "attention":
-            raise UserError(f"extra_layers = {list(layers)}: pool = 'attention' is learned for the last states only")
+        if numbers and self._pool in ("attention", "pooler"):
+            raise UserError(
+                f"extra_layers = {list(layers)}: pool = {self._pool!r} of {self.name} is for the last states only; "
+                "choose another pool"
+            )
         return numbers
 
     # --- what the net is like ------------------------------------------------------------------------------------
@@ -255,22 +317,49 @@ class Tower(nn.Module):
     def _device(self) -> torch.device:
         return next(self.net.parameters()).device
 
-    def _smallest_input(self) -> Pixels | Tokens:
+    def _probe_inputs(self) -> ProbeInputs:
         if self.modality == "text":
-            ids = torch.zeros(1, 2, dtype=torch.long, device=self._device)
-            return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
-        return Pixels(torch.zeros(1, 3, self._size, self._size, device=self._device))
+            return text_probe(self.net, self._device)
+        return image_probe(self._size, self._device)
 
-    def _states_width(self) -> int:
-        """Width ``D`` of the states, by running the smallest input through the net (on meta tensors: shapes only).
+    @torch.no_grad()
+    def _add_pooling(self) -> None:
+        """Make a learned pooling, set ``width``, and try out whether a feature depends on its own input alone.
 
-        There the net is asked first: a forward pass of shapes costs half a second, and decoders look at values.
+        On meta tensors the net is asked for the width ``D`` of its states first: a forward pass of shapes costs half a
+        second, and decoders look at values.
         """
-        told = self._declared_width() if self._device.type == "meta" else None
-        if told is not None:
-            return told
-        with torch.no_grad():
-            return self(self._smallest_input()).shape[-1]
+        given, meta = self._probe_inputs(), self._device.type == "meta"
+        width = self._declared_width() if meta else None
+        shape = (1, 2 + self._structure.prefix_tokens, width or 0)
+        states = self._first_states(given.alone) if width is None else torch.empty(shape, device="meta")
+        if self._pool == "attention":
+            self.pooling = AttentionPool(states.shape[2]).to(self._device)
+        vectors = self._pooled(given.alone) if self._extra_layers else self.pool(states, _full_mask(states))
+        self.width = vectors.shape[1]
+        if not meta:
+            check_consistency(self.name, self._structure.family, self._pooled, vectors, given)
+
+    def _first_states(self, inputs: Pixels | Tokens) -> Float[Tensor, "U N D"]:
+        """States of the first run of a net, with what is wrong with it in one line."""
+        try:
+            states = self(inputs)
+        except UserError:
+            raise
+        except FORWARD_ERRORS as error:
+            what = f"{self._size} px a side" if isinstance(inputs, Pixels) else f"{inputs.ids.shape[1]} tokens"
+            raise UserError(
+                f"tower = {self.name!r}: {self._structure.family} cannot read an input of {what} "
+                f"({first_line(error)}); a net that is called in another way needs a forward_features in its "
+                "clasp.Backbone"
+            ) from error
+        if isinstance(inputs, Tokens) and states.shape[:2] != inputs.ids.shape:
+            raise UserError(
+                f"tower = {self.name!r}: {self._structure.family} returns a tensor of shape {list(states.shape)} for "
+                f"{inputs.ids.shape[1]} tokens, not a state of each; give its clasp.Backbone a forward_features that "
+                "does"
+            )
+        return states
 
     def _declared_width(self) -> int | None:
         """Width of the states as the final norm or a ``transformers`` configuration has it."""
@@ -283,83 +372,5 @@ class Tower(nn.Module):
         )
 
 
-def _hash(*facts: Any) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
 def _full_mask(states: Float[Tensor, "U N D"]) -> Bool[Tensor, "U N"]:
     return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-
-
-class _CheckpointedForward:
-    """The forward pass of a block, computed again in the backward pass where there will be one.
-
-    An object, so that the copy of a tower computes the blocks of the copy.
-    """
-
-    def __init__(self, block: nn.Module):
-        self.block = block
-        self.trains = any(parameter.requires_grad for parameter in block.parameters())
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        forward = partial(type(self.block).forward, self.block)
-        given = (*args, *options.values())
-        if torch.is_grad_enabled() and (self.trains or any(isinstance(x, Tensor) and x.requires_grad for x in given)):
-            return checkpoint(forward, *args, use_reentrant=False, **options)
-        return forward(*args, **options)
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Sixteen hexadecimal digits of the sha256 of each tensor (none on the meta device)."""
-    hashes = {}
-    for name, tensor in tensors.items():
-        if not tensor.is_meta:
-            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            hashes[name] = hashlib.sha256(data).hexdigest()[:16]
-    return hashes
-
-
-def _forward_pixels(net: nn.Module, pixels: Tensor) -> Tensor:
-    kind = type(net).__name__
-    if kind in _FORWARD_BY_CLASS:
-        return _FORWARD_BY_CLASS[kind](net, pixels)
-    resizes = {"interpolate_pos_encoding": True} if kind in _INTERPOLATES_ON_REQUEST else {}
-    return net(pixel_values=pixels, **resizes).last_hidden_state
-
-
-_FORWARD_BY_CLASS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "EfficientNet": lambda net, pixels: net.extract_features(pixels),
-    "ImageTransformer": lambda net, pixels: net(pixels),
-    "VisionTransformer": lambda net, pixels: net(pixels),
-}
-_INTERPOLATES_ON_REQUEST = ("ViTModel", "DeiTModel", "CLIPVisionModel", "SiglipVisionModel")
-
-
-def _native_image_size(net: nn.Module, transform: ImageTransform | None) -> int:
-    """A picture size the net accepts: its configured one, else the transform's, else 64 pixels."""
-    from transformers import PreTrainedModel
-
-    if isinstance(net, ImageTransformer):
-        return net.size
-    if isinstance(net, PreTrainedModel):
-        size = net.config.to_dict().get("image_size") or 64
-        return size if isinstance(size, int) else size[0]
-    return transform.size if transform is not None else 64
-
-
-def _drop_module(net: nn.Module, path: str) -> None:
-    """Take an unused part out: a module then hands its input on, and models check for a parameter that is ``None``."""
-    owner_path, _, name = path.rpartition(".")
-    owner = net.get_submodule(owner_path)
-    if name in dict(owner.named_children()):
-        setattr(owner, name, nn.Identity())
-    elif name in dict(owner.named_parameters(recurse=False)):
-        setattr(owner, name, None)
-
-
-def _disable_kv_cache(net: nn.Module) -> None:
-    """A decoder would keep keys and values for a next token that never comes."""
-    from transformers import PreTrainedModel
-
-    if isinstance(net, PreTrainedModel) and "use_cache" in net.config.to_dict():
-        net.config.use_cache = False

@@ -59,10 +59,6 @@ def first(out, mask):
     return out.last_hidden_state[:, 0]
 
 
-def patches(out, mask):
-    return out.last_hidden_state.mean(1)
-
-
 def pooler(out, mask):
     return out.pooler_output
 
@@ -74,13 +70,12 @@ POOLED = [
     ("convnext", hf.ConvNextModel, pooler, "mean"),
     ("beit", hf.BeitModel, pooler, "mean"),
     ("clip", hf.CLIPVisionModel, pooler, "cls"),
-    ("siglip", hf.SiglipVisionModel, patches, "mean"),
+    ("siglip", hf.SiglipVisionModel, pooler, "pooler"),
     ("bert", hf.BertModel, mean, "mean"),
     ("xlm-roberta", hf.XLMRobertaModel, mean, "mean"),
     ("llama", hf.LlamaModel, last, "last"),
     ("qwen3", hf.Qwen3Model, last, "last"),
     ("clip", hf.CLIPTextModel, pooler, "eos"),
-    ("siglip", hf.SiglipTextModel, mean, "mean"),
     ("t5", hf.T5EncoderModel, mean, "mean"),
 ]
 
@@ -135,9 +130,9 @@ def test_meta_has_the_same_names_and_shapes(tmp_path: Path, name: str):
         freeze_except(real, names := real.tune(["full"], seed=0))
         real.pooled(read(real.modality)).square().sum().backward()
         assert {n for n, p in real.named_parameters() if p.grad is not None} == names
-        assert not {"pooler", "head", "mask_token"} & {part for n in names for part in n.split(".")} - (
-            {"pooler"} if name == "beit" else set()  # BEiT's pooler is the norm of its pooled vector
-        )
+        # BEiT's pooler is the norm of its pooled vector, SigLIP's head what its authors pool with
+        pooling = {"beit": {"pooler"}, "siglip": {"head"}, "siglip-image": {"head"}}.get(name, set())
+        assert {"pooler", "head", "mask_token"} & {part for n in names for part in n.split(".")} == pooling
 
 
 def test_half_precision_weights_come_as_float32(tmp_path: Path):
@@ -328,8 +323,8 @@ def test_pixels_that_cannot_be_prepared(tmp_path: Path):
     save("vit", tmp_path, size={"height": 384, "width": 128})
     says("wants pictures of size {'height': 384, 'width': 128}", lambda: image(f"file:{tmp_path}"))
     assert image(f"file:{tmp_path}", size=64).transform == ImageTransform(64, MEAN, STD, resize="squash")
-    save("vit", tmp_path, rescale_factor=1 / 127.5)
-    says("scales pixels by 0.0078", lambda: image(f"file:{tmp_path}"))
+    save("vit", tmp_path, do_resize=False)
+    says("do_resize = False: clasp shows squares", lambda: image(f"file:{tmp_path}"))
 
 
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch):

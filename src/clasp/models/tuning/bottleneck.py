@@ -48,7 +48,7 @@ def insert_adapters(
         owner = net.get_submodule(block.path)
         for number, path in enumerate(places, 1):
             module = net.get_submodule(path)
-            width = _branch_width(net, path, module, place)
+            width = _branch_width(net, path, module, place, _norm_width(owner))
             with torch.device(next(module.parameters(), next(owner.parameters())).device):
                 adapter = Adapter(width, max(1, width // reduction), init, _is_channels_first(module, structure, place))
             name = f"adapter{number}"
@@ -99,10 +99,13 @@ def _is_channels_first(module: nn.Module, structure: ModelStructure, place: str)
     return structure.channels_first or any(isinstance(layer, nn.Conv2d) for layer in edge)
 
 
-def _branch_width(net: nn.Module, path: str, module: nn.Module, place: str) -> int:
-    """Channels that flow into (or out of) the module: read from it, or from the nearest weights around it."""
+def _branch_width(net: nn.Module, path: str, module: nn.Module, place: str, states: int | None) -> int:
+    """Channels that flow into (or out of) the module: read from it, or from the nearest weights around it.
+
+    ``states`` is the width of the block's states, where it is known.
+    """
     while True:
-        width = _width_in(module) if place == "input" else _width_out(module)
+        width = _width_in(module) if place == "input" else _width_out(module, states)
         if width:
             return width
         path = path.rpartition(".")[0]  # an Identity or a Dropout: its neighbours know
@@ -120,14 +123,25 @@ def _width_in(module: nn.Module) -> int | None:
     return None
 
 
-def _width_out(module: nn.Module) -> int | None:
-    widths = []
+def _norm_width(block: nn.Module) -> int | None:
+    """Width of a norm that stands in the block itself, hence of its states."""
+    return next((next(m.parameters()).numel() for m in block.children() if is_norm(m)), None)
+
+
+def _width_out(module: nn.Module, states: int | None) -> int | None:
+    """Of the map in it that gives states, else of its last map, else of its last vector.
+
+    A norm beside the maps may be of one head's width (Gemma 3), and the last map need not be written last (Phi 3).
+    """
+    maps, vectors = [], []
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            widths.append(part.out_features)
+            maps.append(part.out_features)
+        elif isinstance(part, nn.Conv1d | nn.Conv2d):
+            maps.append(part.out_channels)
         elif next(part.children(), None) is None:
-            widths += [p.numel() for p in part.parameters() if p.ndim == 1]  # a norm or a layer scale
-    return widths[-1] if widths else None
+            vectors += [p.numel() for p in part.parameters() if p.ndim == 1]  # a norm or a layer scale
+    return states if states in maps else next(reversed(maps or vectors), None)
 
 
 class Adapter(nn.Module):

@@ -118,7 +118,7 @@ def _update_config_depth(net: nn.Module, blocks: int) -> None:
     if not _is_transformers_model(net):
         return
     config = net.config.to_dict()
-    if "num_hidden_layers" in config:
+    if "num_hidden_layers" in {*config, *net.config.attribute_map}:
         net.config.num_hidden_layers = blocks
     kinds = config.get("layer_types")
     if kinds:

@@ -240,8 +240,12 @@ TUNING_METHODS: dict[str, TuningMethod] = {
     "none": TuningMethod(_none, trains_nothing=True),
     "norms": TuningMethod(_norms, "looked for LayerNorm, RMSNorm, GroupNorm and BatchNorm modules with weights"),
     "biases": TuningMethod(_biases, "looked for vectors named bias or ..._bias"),
-    "attention": TuningMethod(_attention, "looked for an attention module in its blocks; it has none"),
-    "mlp": TuningMethod(_mlp, "looked for a feed-forward module in its blocks; it has none"),
+    "attention": TuningMethod(
+        _attention, "looked in its blocks for a module named attn or attention, with linear maps in it"
+    ),
+    "mlp": TuningMethod(
+        _mlp, "looked in its blocks for a module named mlp, ffn or feed_forward, with linear maps in it"
+    ),
     "last": TuningMethod(_last, "looked for its last blocks", defaults={"n": 1}),
     "deep": TuningMethod(_deep, "", stage=1, defaults={"n": 1, "init": "copy"}, choices={"init": DEEP_INITS}),
     "adapters": TuningMethod(

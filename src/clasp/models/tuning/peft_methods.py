@@ -50,7 +50,7 @@ def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[s
     """Wrap the linear layers ``targets`` with a peft method; returns the names of the parameters it added.
 
     ``rank`` and ``alpha`` are spelt as in the papers and handed to peft under its names; other options go to peft as
-    they are. Raises ``UserError`` for an option that the method does not have.
+    they are. Raises ``UserError`` for an option that the method does not have, and for layers that peft refuses.
     """
     before = {id(p) for p in net.parameters()}
     row = PEFT_METHODS[method]
@@ -61,7 +61,16 @@ def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[s
         _make_padding_numeric(net.get_submodule(path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of merging and saving, which clasp does itself
-        inject_adapter_in_model(config, net, _PEFT_ADAPTER_NAME)
+        try:
+            inject_adapter_in_model(config, net, _PEFT_ADAPTER_NAME)
+        except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"tuning {method}: peft cannot wrap the layers of {type(net).__name__} ({reason}); choose other "
+                "targets or another method"
+            ) from error
+    for path in targets:
+        _keep_attributes(net.get_submodule(path))
     if row.finish is not None:
         row.finish(net.get_submodule(path) for path in targets)
     return {name for name, p in net.named_parameters() if id(p) not in before}
@@ -104,6 +113,14 @@ def _make_padding_numeric(module: nn.Module) -> None:
     """``same`` and ``valid`` pad a 1x1 convolution by nothing; peft's HRA reads the first letter of the word."""
     if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
         module.padding = (0, 0)
+
+
+def _keep_attributes(wrapper: nn.Module) -> None:
+    """What a net reads of a layer is there in its wrapper too: MobileNetV2 pads by the stride of its convolutions."""
+    base = wrapper.get_submodule("base_layer")
+    known = {*vars(wrapper), *dir(type(wrapper))}
+    facts = {name: value for name, value in vars(base).items() if not name.startswith("_") and name not in known}
+    vars(wrapper).update(facts)
 
 
 def _top_right_singular_vectors(matrix: Float[Tensor, "out in"], count: int) -> Float[Tensor, "rows in"]:

@@ -1,6 +1,6 @@
 """Any image or text encoder that ``transformers`` can load, from the hub or a folder; also decoder language models.
 
-In: a repository or a folder. Out: a ``Backbone`` in float32, whose every parameter came from the checkpoint. Unusual:
+In: a repository or a folder. Out: a ``Backbone`` in float32, whose every parameter came from the checkpoint. Note:
 ``transformers`` never touches pixels: size, mean and deviation are read from the model's ``preprocessor_config.json``,
 and pictures go through ``clasp.data.images`` as for every other tower. Modality and shapes are checked on meta tensors
 before any weight is read, and whether a text tower reads from left to right is tried out, not looked up.
@@ -8,9 +8,7 @@ before any weight is read, and whether a text tower reads from left to right is 
 
 from __future__ import annotations
 
-import json
 import logging as levels
-import math
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clasp.data.images import ImageTransform, Interpolation
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.backbone import Backbone, ImageTowerSettings, Pooler, TextTowerSettings
 from clasp.models.structure import find_structure, find_unused_modules
+from clasp.models.zoo.preprocessing import Preprocessing, read_preprocessing
+from clasp.models.zoo.sentence_pooling import read_json, read_sentence_pooling
 from clasp.types import UserError
 
 _BERT = {"model_type": "bert", "max_position_embeddings": 512, "type_vocab_size": 2}
@@ -60,26 +59,22 @@ _SUB_ENCODERS: dict[tuple[str, str], _SubEncoder] = {
     ("clip", "text"): _SubEncoder("CLIPTextModel", "text_config"),
     ("siglip", "image"): _SubEncoder("SiglipVisionModel", "vision_config"),
     ("siglip", "text"): _SubEncoder("SiglipTextModel", "text_config"),
+    ("siglip2", "text"): _SubEncoder("Siglip2TextModel", "text_config"),
     ("t5", "text"): _SubEncoder("T5EncoderModel"),
     ("mt5", "text"): _SubEncoder("MT5EncoderModel"),
     ("umt5", "text"): _SubEncoder("UMT5EncoderModel"),
 }
 _MODALITIES = {"pixel_values": "image", "input_ids": "text"}
-# sentence-transformers' names of what it does to the states
-_SENTENCE_TRANSFORMERS_POOLS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "last",
+# families whose authors pool with layers of the net
+_POOLERS = {
+    "SiglipVisionModel": Pooler("states", "head"),
+    "SiglipTextModel": Pooler("last", "head"),
+    "Siglip2TextModel": Pooler("last", "head"),
+    "Aimv2VisionModel": Pooler("states", "head"),
+    "PixioModel": Pooler("prefix", None),
 }
-# Pillow's numbers; nearest, box and hamming have no place beside antialiasing, and bilinear is their neighbour
-_INTERPOLATIONS: dict[int, Interpolation] = {
-    0: "bilinear",
-    1: "lanczos",
-    2: "bilinear",
-    3: "bicubic",
-    4: "bilinear",
-    5: "bilinear",
-}
+_POOLS_PATCHES = ("beit", "data2vec-vision")  # beside a class token
+_PADS_TO_ITS_POSITIONS = ("SiglipTextModel", "Siglip2TextModel")  # and reads the padding like words
 
 
 def load_transformers_backbone(name: str, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> Backbone:
@@ -89,17 +84,71 @@ def load_transformers_backbone(name: str, settings: ImageTowerSettings | TextTow
         net = _load_net(name, config, settings, meta)
         version = vars(config).get("_commit_hash") or f"transformers {config.transformers_version}"
         if isinstance(settings, ImageTowerSettings):
-            # BEiT has a class token that its authors do not pool
-            pool = "cls" if find_structure(net).prefix_tokens and config.model_type != "beit" else "mean"
-            transform = None if meta else _read_transform(name, settings)
-            return Backbone(settings.tower, "image", net, version, pool, transform)
-        longest = _max_positions(net, settings)
-        if not settings.token_types:
-            _drop_token_types(net, settings)
-        pool = "mean" if meta else _text_pool(name, config.model_type, net)
+            return _image_backbone(name, config, net, version, settings, meta)
+        return _text_backbone(name, config, net, version, settings, meta)
+
+
+def _image_backbone(
+    name: str, config: Any, net: nn.Module, version: str, settings: ImageTowerSettings, meta: bool
+) -> Backbone:
+    if config.to_dict().get("num_channels") not in (None, 3):
+        raise UserError(f"tower = {settings.tower!r} reads {config.num_channels} channels, and pictures are RGB here")
+    pooler = _own_pooler(net)
+    pool = "cls" if find_structure(net).prefix_tokens and config.model_type not in _POOLS_PATCHES else "mean"
+    prepared = None if meta else _read_preprocessing(name, settings)
     return Backbone(
-        settings.tower, "text", net, version, pool, tokenizer=lambda: _load_tokenizer(name, settings.tower, longest)
+        settings.tower,
+        "image",
+        net,
+        version,
+        pool if pooler is None else "pooler",
+        None if prepared is None else prepared.transform,
+        forward_features=_forward_bgr if prepared is not None and prepared.bgr else None,
+        pooler=pooler,
     )
+
+
+def _text_backbone(
+    name: str, config: Any, net: nn.Module, version: str, settings: TextTowerSettings, meta: bool
+) -> Backbone:
+    longest = _max_positions(net, settings)
+    if not settings.token_types:
+        _drop_token_types(net, settings)
+    authors = None if meta and name in KNOWN_CONFIGS else read_sentence_pooling(name, net, settings)
+    pooler = authors.pooler if authors is not None else _own_pooler(net)
+    if pooler is not None:
+        pool = "pooler"
+    elif authors is not None:
+        pool = authors.pool
+    else:
+        pool = "eos" if config.model_type in ("clip", "clip_text_model") else _pool_by_direction(net, meta)
+    changes: dict[str, Any] = {} if authors is None else authors.tokenizer_changes
+    if type(net).__name__ in _PADS_TO_ITS_POSITIONS and (settings.pool or pool) == "pooler":
+        if settings.max_tokens not in (None, longest):
+            raise UserError(
+                f"max_tokens = {settings.max_tokens}: {settings.tower} reads every text padded to {longest} tokens and "
+                "pools the last of them; leave max_tokens out, or set text.pool = 'mean'"
+            )
+        changes |= {"max_tokens": longest, "padding": "max_tokens"}
+    return Backbone(
+        settings.tower,
+        "text",
+        net,
+        version,
+        pool,
+        tokenizer=lambda: _load_tokenizer(name, settings.tower, longest, changes),
+        pooler=pooler,
+    )
+
+
+def _own_pooler(net: nn.Module) -> Pooler | None:
+    """The layers that the family's authors pool with, where this checkpoint has them."""
+    pooler = _POOLERS.get(type(net).__name__)
+    return pooler if pooler is None or pooler.module in (None, *dict(net.named_children())) else None
+
+
+def _forward_bgr(net: Any, pixels: Tensor) -> Tensor:
+    return net(pixel_values=pixels.flip(1)).last_hidden_state
 
 
 @contextmanager
@@ -150,7 +199,9 @@ def _load_net(name: str, config: Any, settings: ImageTowerSettings | TextTowerSe
     if meta:
         return shapes
     net, facts = type(shapes).from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    spare = tuple(f"{path}." for path in find_unused_modules(net))
+    pooler = _own_pooler(net) if settings.pool in (None, "pooler") else None
+    used = {pooler.module} if pooler is not None else set()
+    spare = tuple(f"{path}." for path in find_unused_modules(net) if path not in used)
     lacking = sorted(key for key in facts["missing_keys"] if not f"{key}.".startswith(spare))
     if lacking:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
@@ -167,7 +218,7 @@ def _build_on_meta(config: Any, settings: ImageTowerSettings | TextTowerSettings
     with torch.device("meta"):
         if half is not None:
             own = config if half.config_key is None else vars(config)[half.config_key]
-            return getattr(transformers, half.class_name)(own).eval()
+            return _all_on_meta(getattr(transformers, half.class_name)(own))
         several = {"vision_config", "text_config", "audio_config"} & facts.keys()
         if several or facts.get("is_encoder_decoder"):
             holds = "several encoders" if several else "an encoder with a decoder"
@@ -181,18 +232,21 @@ def _build_on_meta(config: Any, settings: ImageTowerSettings | TextTowerSettings
     if reads != wanted:
         what = f"a tower for {reads}s" if reads else f"a model of {net.main_input_name}"
         raise UserError(f"[{wanted}] tower = {settings.tower!r} is {what} ({config.model_type})")
+    return _all_on_meta(net)
+
+
+def _all_on_meta(net: Any) -> Any:
+    """In evaluation mode, with the parameters that XLNet makes in the way of old torch, on the processor."""
+    for module in net.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                setattr(module, name, nn.Parameter(parameter.to("meta")))
     return net.eval()
 
 
-def _text_pool(name: str, family: str, net: nn.Module) -> str:
-    """What its authors say (sentence-transformers' file); else the mean, or the last token where only that saw all."""
-    said = _read_json(name, "1_Pooling/config.json") or {}
-    pools = [pool for key, pool in _SENTENCE_TRANSFORMERS_POOLS.items() if said.get(key)]
-    if len(pools) == 1:
-        return pools[0]
-    if family in ("clip", "clip_text_model"):
-        return "eos"
-    return "last" if _is_causal(net) else "mean"
+def _pool_by_direction(net: nn.Module, meta: bool) -> str:
+    """The mean, or the last token where only that saw all; nothing can be tried out on meta tensors."""
+    return "last" if not meta and _is_causal(net) else "mean"
 
 
 def _is_causal(net: nn.Module) -> bool:
@@ -218,56 +272,9 @@ def _drop_token_types(net: nn.Module, settings: TextTowerSettings) -> None:
 # --- pixels and tokens ---------------------------------------------------------------------------------------------
 
 
-def _read_transform(name: str, settings: ImageTowerSettings) -> ImageTransform:
-    newer = _read_json(name, "processor_config.json") or {}
-    facts = newer.get("image_processor") or _read_json(name, "preprocessor_config.json")
-    if facts is None or not {"image_mean", "image_std", "size"} <= facts.keys():
-        raise UserError(
-            f"tower = {settings.tower!r} has no preprocessor_config.json with image_mean, image_std and size, so its "
-            "pixels cannot be prepared; write a factory that gives a clasp.Backbone with a transform"
-        )
-    if abs(facts.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3 or facts.get("rescale_offset"):
-        by = f"{facts.get('rescale_factor', 1 / 255):.4g}{', less one' if facts.get('rescale_offset') else ''}"
-        raise UserError(f"tower = {settings.tower!r} scales pixels by {by}; clasp knows 1/255 only")
-    mean, std = tuple(facts["image_mean"]), tuple(facts["image_std"])
-    if not facts.get("do_normalize", True):
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    elif facts.get("include_top"):
-        std = tuple(s * s for s in std)  # EfficientNet's processor divides by the deviation twice
-    size, crop = facts["size"], facts.get("crop_size")
-    side, fraction = _square_size(size, settings), 1.0
-    if crop is not None and facts.get("do_center_crop", True):
-        resize, side, fraction = (
-            "crop",
-            _square_size(crop, settings),
-            _crop_fraction(_square_size(crop, settings), side),
-        )
-    elif "crop_pct" in facts:  # ConvNeXt: larger pictures are squashed
-        resize, fraction = ("crop", facts["crop_pct"] or 224 / 256) if side < 384 else ("squash", 1.0)
-    else:
-        resize = "crop" if isinstance(size, dict) and "shortest_edge" in size else "squash"
-    interpolation = _INTERPOLATIONS[facts.get("resample", 3)]
-    return ImageTransform(settings.size or side, mean, std, resize, interpolation, crop_fraction=fraction)
-
-
-def _crop_fraction(side: int, shorter: int) -> float:
-    """A fraction from which the transform gets ``shorter`` back, by ``floor(side / fraction)``."""
-    fraction = min(1.0, side / shorter)
-    return fraction if math.floor(side / fraction) == max(side, shorter) else math.nextafter(fraction, 0)
-
-
-def _square_size(size: int | list[int] | Mapping[str, int], settings: ImageTowerSettings) -> int:
-    """A square's side out of the four ways in which ``preprocessor_config.json`` may have it."""
-    match size:
-        case int():
-            return size
-        case {"shortest_edge": side}:
-            return side
-        case {"height": side, "width": wide} | [side, wide] if side == wide:
-            return side
-    if settings.size is not None:
-        return settings.size
-    raise UserError(f"tower = {settings.tower!r} wants pictures of size {size}; clasp shows squares, so set image.size")
+def _read_preprocessing(name: str, settings: ImageTowerSettings) -> Preprocessing:
+    newer = read_json(name, "processor_config.json") or {}
+    return read_preprocessing(newer.get("image_processor") or read_json(name, "preprocessor_config.json"), settings)
 
 
 def _max_positions(net: nn.Module, settings: TextTowerSettings) -> int | None:
@@ -284,7 +291,7 @@ def _max_positions(net: nn.Module, settings: TextTowerSettings) -> int | None:
     return longest
 
 
-def _load_tokenizer(name: str, tower: str, longest: int | None) -> Tokenizer:
+def _load_tokenizer(name: str, tower: str, longest: int | None, changes: Mapping[str, Any]) -> Tokenizer:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     with translate_hub_errors(tower):
@@ -300,15 +307,5 @@ def _load_tokenizer(name: str, tower: str, longest: int | None) -> Tokenizer:
     if len(theirs) <= len(theirs.all_special_tokens):  # transformers makes an empty one where it finds no file
         raise UserError(f"tower = {tower!r} has no words in its tokenizer: is tokenizer.json missing?")
     pads = [number for number in (theirs.pad_token_id, theirs.eos_token_id, 0) if isinstance(number, int)]
-    return Tokenizer(theirs.backend_tokenizer, pad_id=pads[0], max_tokens=min(64, longest or 64))
-
-
-def _read_json(name: str, file: str) -> dict[str, Any] | None:
-    """A file of the repository or the folder; none where it has no such file."""
-    from transformers.utils.hub import cached_file
-
-    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as stream:
-        return json.load(stream)
+    given = {"pad_id": pads[0], "max_tokens": min(64, longest or 64), **changes}
+    return Tokenizer(theirs.backend_tokenizer, **given)

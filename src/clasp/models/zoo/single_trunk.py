@@ -80,7 +80,10 @@ def build_single_trunk(
 
 def _replace_net(view: TrunkView, other: Backbone, trunk: Backbone) -> Backbone:
     version = f"embeddings of {other.version}, through {trunk.name} ({trunk.version})"
-    return replace(other, net=view.net, version=version, forward_features=None)
+    pool = other.pool
+    if pool == "pooler" and other.pooler is not None:  # its layers stay behind with its net
+        pool = "mean" if other.pooler.reads in ("states", "prefix") else other.pooler.reads
+    return replace(other, net=view.net, version=version, forward_features=None, pool=pool, pooler=None)
 
 
 def _token_embedding_source(text: Backbone, settings: SingleTrunkSettings) -> TextTransformer | RandomTokenEmbedding:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
 from clasp.models.backbone import Backbone, ImageTowerSettings
-from clasp.models.structure import FAMILY_LAYOUTS
+from clasp.models.family_layouts import FAMILY_LAYOUTS
 from clasp.models.zoo.huggingface import translate_hub_errors
 from clasp.types import UserError
 

@@ -1,0 +1,121 @@
+"""The forward pass of a foreign net: pixels or token ids in, its states out.
+
+In goes a net of any library, with what its ``Backbone`` tells of reading states; out come states ``[B N D]``, feature
+maps ``[B D h w]`` or one vector a row. Note: ``transformers`` and nets that spell their arguments as it does are called
+by keyword, all others with pixels, or with ids and mask, in that order.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from clasp.data.images import ImageTransform
+from clasp.models.transformer.encoders import ImageTransformer
+from clasp.types import Pixels, Tokens, UserError
+
+
+def foreign_states(
+    name: str, net: nn.Module, inputs: Pixels | Tokens, forward_features: Callable[[nn.Module, Any], Tensor] | None
+) -> Tensor:
+    """What ``net`` makes of ``inputs``. Raises ``UserError`` for a net that returns something else than states."""
+    given = inputs.values if isinstance(inputs, Pixels) else inputs
+    if forward_features is not None:
+        output: Any = forward_features(net, given)
+    elif isinstance(inputs, Tokens):
+        output = _forward_tokens(net, inputs)
+    else:
+        output = _forward_pixels(net, inputs.values)
+    if not isinstance(output, Tensor):
+        output = _states_of(name, output)
+    if not 2 <= output.ndim <= 4 or (isinstance(inputs, Tokens) and output.ndim != 3):
+        wanted = "[B N D], maps [B D h w] or vectors [B D]" if isinstance(inputs, Pixels) else "[B N D]"
+        raise UserError(
+            f"tower = {name!r}: its net returns a tensor of shape {list(output.shape)}, not states {wanted}; give its "
+            "clasp.Backbone a forward_features that does"
+        )
+    return output
+
+
+def _states_of(name: str, output: Any) -> Tensor:
+    try:
+        return output.last_hidden_state
+    except AttributeError:
+        has = f" of {', '.join(map(str, output))}"[:80] if isinstance(output, dict) else ""
+        raise UserError(
+            f"tower = {name!r}: its net returns a {type(output).__name__}{has}, not states; give its clasp.Backbone a "
+            "forward_features, a function of net and inputs that returns states [B N D] or, for images, maps [B D h w]"
+        ) from None
+
+
+def native_image_size(net: nn.Module, transform: ImageTransform | None) -> int:
+    """A side in pixels that the net accepts: that of its transform, else its configured one, else 64."""
+    from transformers import PreTrainedModel
+
+    if isinstance(net, ImageTransformer):
+        return net.size
+    if transform is not None:
+        return transform.size
+    size = (net.config.to_dict().get("image_size") if isinstance(net, PreTrainedModel) else None) or 64
+    return size if isinstance(size, int) else size[0]
+
+
+def drop_module(net: nn.Module, path: str) -> None:
+    """Take an unused part out: a module then hands its input on, and models check for a parameter that is ``None``."""
+    owner_path, _, name = path.rpartition(".")
+    owner = net.get_submodule(owner_path)
+    if name in dict(owner.named_children()):
+        setattr(owner, name, nn.Identity())
+    elif name in dict(owner.named_parameters(recurse=False)):
+        setattr(owner, name, None)
+
+
+def disable_kv_cache(net: nn.Module) -> None:
+    """A decoder would keep keys and values for a next token that never comes."""
+    from transformers import PreTrainedModel
+
+    if isinstance(net, PreTrainedModel) and "use_cache" in net.config.to_dict():
+        net.config.use_cache = False
+
+
+# --- how -------------------------------------------------------------------------------------------------------------
+
+
+def _forward_tokens(net: nn.Module, tokens: Tokens) -> Any:
+    mask = tokens.mask.long()
+    if _takes(net, "input_ids"):
+        return net(input_ids=tokens.ids, attention_mask=mask)
+    return net(tokens.ids, mask)
+
+
+def _forward_pixels(net: nn.Module, pixels: Tensor) -> Any:
+    kind = type(net).__name__
+    if kind in _FORWARD_BY_CLASS:
+        return _FORWARD_BY_CLASS[kind](net, pixels)
+    resizes = {"interpolate_pos_encoding": True} if kind in _INTERPOLATES_ON_REQUEST else {}
+    return net(pixel_values=pixels, **resizes) if _takes(net, "pixel_values") else net(pixels)
+
+
+def _takes(net: nn.Module, argument: str) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(net, PreTrainedModel) or argument in inspect.signature(net.forward).parameters
+
+
+def _forward_unmasked(net: Any, pixels: Tensor) -> Any:
+    """ViT-MAE hides patches by noise, in evaluation too; with none hidden, noise that rises keeps their order."""
+    net.config.mask_ratio = 0.0
+    _, _, height, width = pixels.shape
+    patches = (height // net.config.patch_size) * (width // net.config.patch_size)
+    order = pixels.new_ones(patches).cumsum(0).expand(len(pixels), -1)
+    return net(pixel_values=pixels, noise=order, interpolate_pos_encoding=True)
+
+
+_FORWARD_BY_CLASS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "EfficientNet": lambda net, pixels: net.extract_features(pixels),
+    "ViTMAEModel": _forward_unmasked,
+}
+_INTERPOLATES_ON_REQUEST = ("ViTModel", "DeiTModel", "CLIPVisionModel", "SiglipVisionModel", "MLCDVisionModel")

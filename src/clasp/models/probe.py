@@ -1,0 +1,149 @@
+"""Trial runs: whether a tower's features depend on nothing but their own input, and what of its weights they reach.
+
+In go a call that encodes and tiny inputs; out comes nothing, or a ``UserError`` that names what differs. Note: one row
+alone and the same row in a padded batch are compared first, and only where they differ is more run, to tell why. What
+a gradient would reach is read from the graph of a forward pass, without a backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clasp.models.transformer.encoders import TextTransformer
+from clasp.types import Pixels, Tokens, UserError
+
+_SHORT, _LONG = 4, 11  # tokens of the text that is probed, and of the one beside it
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # measured: rounding moves a float32 feature by 5e-7
+_LOW_PRECISION_TOLERANCE = 0.05
+_SMALL = 1_000_000  # elements of a parameter whose gradient costs nothing
+FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeInputs:
+    """One row alone, and the inputs in which that row must come out the same. It is the last row of both."""
+
+    alone: Pixels | Tokens
+    beside: Pixels | Tokens
+    """behind another row of the same shape"""
+    padded: Pixels | Tokens
+    """behind another row that is longer; for images as ``beside``"""
+
+
+def image_probe(size: int, device: torch.device) -> ProbeInputs:
+    """Two pictures of noise, ``size`` pixels a side."""
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randn(2, 3, size, size, generator=generator).to(device)
+    return ProbeInputs(Pixels(both[1:]), Pixels(both), Pixels(both))
+
+
+def text_probe(net: nn.Module, device: torch.device) -> ProbeInputs:
+    """Two texts, of 4 and of 11 tokens, or of fewer where the net has fewer positions or words."""
+    rows, positions, pad = _text_limits(net)
+    long = min(_LONG, positions)
+    short = min(_SHORT, max(1, long - 1))
+    ids = (torch.arange(2 * long).reshape(2, long) * 5 + 1) % max(1, min(rows, 60) - 3) + min(3, rows - 1)
+    ids = ids.to(device)
+    full = torch.ones_like(ids, dtype=torch.bool)
+    kept = torch.arange(long, device=device) < torch.tensor([[long], [short]], device=device)
+    return ProbeInputs(
+        alone=Tokens(ids[1:, :short], full[1:, :short]),
+        beside=Tokens(ids[:, :short], full[:, :short]),
+        padded=Tokens(ids.masked_fill(~kept, pad), kept),
+    )
+
+
+def check_consistency(
+    name: str, family: str, encode: Callable[[Pixels | Tokens], Tensor], first: Tensor, given: ProbeInputs
+) -> None:
+    """Whether ``encode`` gives ``first``, what it gave for ``given.alone``, for that row in any company.
+
+    Raises ``UserError`` that says what a feature depends on besides its own input.
+    """
+    if not first.isfinite().all():
+        raise UserError(f"tower = {name!r}: {family} returns numbers that are not finite for an ordinary input")
+    tolerance = _TOLERANCE.get(first.dtype, _LOW_PRECISION_TOLERANCE)
+    if (off := relative_difference(encode(given.padded)[-1:], first)) <= tolerance:
+        return
+    if (again := relative_difference(encode(given.alone), first)) > tolerance:
+        what, off = "returns other features each time for the same input (it draws at random in evaluation too)", again
+    elif (beside := relative_difference(encode(given.beside)[-1:], first)) > tolerance:
+        what, off = "returns features of an input that depend on the others in its batch", beside
+    else:
+        what = "returns features of a caption that depend on its padding, hence on its neighbours (no mask for it)"
+    raise UserError(
+        f"tower = {name!r}: {family} {what}: they differ by {100 * off:.2g} %; choose another tower, or write a "
+        "factory that gives a clasp.Backbone whose forward_features does not"
+    )
+
+
+def relative_difference(values: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected; infinite where shapes differ or numbers are not."""
+    if values.shape != expected.shape:
+        return torch.inf
+    off = (values.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12)
+    return off.item() if off.isfinite() else torch.inf
+
+
+def reached_parameters(output: Tensor) -> set[int]:
+    """Identities of the parameters that a gradient of ``output`` would reach, read from its graph."""
+    found, seen, waiting = set(), set(), [output.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("AccumulateGrad"):
+            found.add(id(node.variable))
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+def parameters_without_gradient(
+    parameters: Iterable[tuple[str, nn.Parameter]], names: set[str], encode: Callable[[], Tensor]
+) -> set[str]:
+    """Those of ``names`` that no gradient of what ``encode`` returns would reach. ``requires_grad`` stays as it was."""
+    every = list(parameters)
+    before = [p.requires_grad for _, p in every]
+    try:
+        for name, p in every:
+            p.requires_grad_(name in names)
+        with torch.enable_grad():
+            output = encode()
+        reached = reached_parameters(output)
+        lowest = next((p for _, p in every if id(p) in reached and p.numel() <= _SMALL), None)
+        if lowest is not None:  # Reformer refuses to go backward in evaluation mode
+            torch.autograd.grad(output.float().sum(), lowest)
+    finally:
+        for (_, p), flag in zip(every, before, strict=True):
+            p.requires_grad_(flag)
+    return {name for name, p in every if name in names and id(p) not in reached}
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line, for a message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+# --- how -------------------------------------------------------------------------------------------------------------
+
+
+def _text_limits(net: nn.Module) -> tuple[int, int, int]:
+    """Word ids, positions and padding id of a text net; few of each where it does not tell."""
+    from transformers import PreTrainedModel
+
+    if isinstance(net, TextTransformer):
+        return net.settings.vocabulary, net.settings.context, 0
+    if not isinstance(net, PreTrainedModel):
+        return 3, _LONG, 0
+    facts = net.config.to_dict()
+    table: Any = net.get_input_embeddings()
+    rows = table.num_embeddings if isinstance(table, nn.Embedding) else facts.get("vocab_size") or 3
+    pad, positions = facts.get("pad_token_id"), facts.get("max_position_embeddings")
+    longest = positions - 2 if isinstance(positions, int) and positions > 4 else _LONG  # RoBERTa leaves two unused
+    return rows, longest, pad if isinstance(pad, int) and 0 <= pad < rows else 0
