@@ -131,7 +131,7 @@ MODES = [
 ]
 
 
-@pytest.mark.parametrize(("mode", "pooled"), MODES, ids=str)
+@pytest.mark.parametrize(("mode", "pooled"), MODES, ids=["cls", "mean", "cls and mean"])
 @pytest.mark.parametrize("dense", [True, False])
 def test_sentence_transformers_pool_project_and_prompt(tmp_path: Path, mode: dict, pooled: Any, dense: bool):
     if dense and len(mode) == 2:
