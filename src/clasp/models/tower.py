@@ -180,19 +180,18 @@ class Tower(nn.Module):
     @cached_property
     def _block_output_type(self) -> type | None:
         """What the blocks hand on; none where the net cannot be cut, or comes out other than it was (XLM's blocks)."""
-        given = self._probe_inputs().beside
+        given, whole = self._probe_inputs().alone, []
         try:
             with torch.no_grad():
-                gives = block_output_type(self.net, self._structure, lambda: self(given))
+                gives = block_output_type(self.net, self._structure, lambda: whole.append(self(given)))
                 if gives is None or self._device.type == "meta":
                     return gives
-                depth = max(1, self._structure.min_prefix_blocks)
-                cut = self.prefix_states(given, depth)
+                cut = self.prefix_states(given, max(1, self._structure.min_prefix_blocks))
                 blank = self._blank_input(cut)
                 resumed = resume_from(
-                    self.net, self._structure, depth, cut.values, lambda: self(blank), output_type=gives
+                    self.net, self._structure, cut.depth, cut.values, lambda: self(blank), output_type=gives
                 )
-                return gives if relative_difference(resumed, self(given)) <= 1e-3 else None
+                return gives if relative_difference(resumed, whole[0]) <= 1e-3 else None
         except FORWARD_ERRORS:
             return None
 
