@@ -223,7 +223,7 @@ def test_a_method_of_peft_has_one_row():
         (tokenizer.CaptionCleaning, tokenizer.CAPTION_CLEANERS),
         (images.Interpolation, images._RESAMPLING),
         (StorageDtype, DTYPE_CODECS),
-        (PoolingMode, {*pooling.POOLING_FUNCTIONS, "attention"}),
+        (PoolingMode, {*pooling.POOLING_FUNCTIONS, "attention", "pooler"}),
         (heads.HeadSettings.model_fields["kind"].annotation, heads.HEAD_MAPS),
         (blocks.BlockSettings.model_fields["activation"].annotation, blocks._ACTIVATIONS),
         (blocks.BlockSettings.model_fields["norm"].annotation, blocks._NORMS),

@@ -286,7 +286,7 @@ def test_only_nets_of_ours_share_parts(pairs: Path) -> None:
     refused("there is no [share]", lambda: read_recipe("start", ["train.weight_decay_shared=0.1"]))
     refused("[image.net]", lambda: build_model(read_recipe("start", ["image.tower=own:image"]), meta=True))
     refused(
-        "begin with 256 bytes",
+        "includes 256 bytes",
         lambda: build_model_and_preprocessing(recipe(pairs, "text.net.vocabulary=100"), lambda: ["a"]),
     )
 

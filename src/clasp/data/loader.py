@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from clasp.data.formats.skipped_files import escape_name
 from clasp.data.images import ImageTransform
 from clasp.data.readers import ImageReader, LiveImageReader, PairIndex, SampleIndices, TextReader
 from clasp.data.tokenizer import Tokenizer
@@ -175,7 +176,7 @@ class PairLoader:
 def log_skipped(skipped: Iterable[SkippedSample]) -> None:
     """Names each in the log."""
     for name, reason in skipped:
-        _log.warning("skipped %s: %s", name, reason)
+        _log.warning("skipped %s: %s", escape_name(name), reason)
 
 
 def inference_batch_size(size: int, device: torch.device | str) -> int:

@@ -41,7 +41,7 @@ def import_named(text: str, key: str, rows: tuple[type, ...] = ()) -> Any:
     Raises ``UserError`` for a module or name that is not there; errors inside the user's own code stay as they are.
     """
     module, _, name = text.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), name)):
+    if not name or not all(part.isidentifier() for part in module.split(".")):
         raise UserError(f"{key} = {text!r} does not read as {OUTSIDE_FORM!r}")
     _append_current_folder()
     try:

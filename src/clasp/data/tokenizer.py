@@ -89,31 +89,14 @@ class Tokenizer:
     on one backend object.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        *,
-        prefix: str = "",
-        max_tokens: int = 64,
-        pad_id: int = 0,
-        clean: CaptionCleaning = "none",
-        template: SpecialTokenTemplate = "tower",
-        truncation: Truncation = "keep_eos",
-        padding: _Padding = "longest",
-    ) -> None:
-        self.settings = TokenizerSettings(
-            prefix=prefix,
-            max_tokens=max_tokens,
-            pad_id=pad_id,
-            clean=clean,
-            template=template,
-            truncation=truncation,
-            padding=padding,
-        )
+    def __init__(self, backend: tokenizers.Tokenizer, **settings: Any) -> None:
+        """``settings`` are fields of ``TokenizerSettings``."""
+        self.settings = TokenizerSettings(**settings)
+        max_tokens = self.settings.max_tokens
         self._backend = backend
         special = backend.num_special_tokens_to_add(is_pair=False)
         self._head: list[int] = []
-        if template == "cls":
+        if self.settings.template == "cls":
             if special == 0:
                 raise UserError("template = 'cls' needs a tokenizer that puts a token first, and this one adds none")
             self._head, special = backend.encode("").ids[:1], 1
@@ -121,7 +104,7 @@ class Tokenizer:
             raise UserError(f"max_tokens = {max_tokens} leaves no room for words beside {special} special tokens")
         backend.no_padding()
         # counts the special tokens as part of the length only when it adds them itself
-        if truncation == "keep_eos":
+        if self.settings.truncation == "keep_eos":
             backend.enable_truncation(max_tokens - len(self._head), direction="right")
         else:
             backend.no_truncation()

@@ -115,10 +115,10 @@ def parameters_without_gradient(
             p.requires_grad_(name in names)
         with torch.enable_grad():
             output = encode()
-        reached = reached_parameters(output)
-        lowest = next((p for _, p in every if id(p) in reached and p.numel() <= _SMALL), None)
-        if lowest is not None:  # Reformer refuses to go backward in evaluation mode
-            torch.autograd.grad(output.float().sum(), lowest)
+            reached = reached_parameters(output)
+            lowest = next((p for _, p in every if id(p) in reached and p.numel() <= _SMALL), None)
+            if lowest is not None:  # Reformer refuses to go backward in evaluation mode
+                torch.autograd.grad(output.float().sum(), lowest)
     finally:
         for (_, p), flag in zip(every, before, strict=True):
             p.requires_grad_(flag)
