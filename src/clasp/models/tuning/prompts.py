@@ -26,7 +26,7 @@ def insert_prompts(net: nn.Module, structure: ModelStructure, count: int) -> set
     from transformers import PreTrainedModel
 
     if not any(block.attention for block in structure.blocks):
-        raise UserError(f"prompts: {structure.family} has no attention, so extra tokens would meet nobody")
+        raise UserError(f"prompts: {structure.family} has no attention, so extra tokens would have no effect")
     if "prompts" in dict(net.named_children()):
         raise UserError("prompts: given twice; ask for all of them at once, as in prompts(8)")
     first = net.get_submodule(structure.blocks[0].path)

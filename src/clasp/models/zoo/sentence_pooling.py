@@ -77,7 +77,7 @@ def read_sentence_pooling(name: str, net: nn.Module, settings: TextTowerSettings
 
 
 def read_json(name: str, file: str) -> dict[str, Any] | None:
-    """A file of the repository or the folder; none where it has no such file."""
+    """A JSON file of the repository or folder; ``None`` where it does not exist."""
     found = _read(name, file)
     if found is not None and not isinstance(found, dict):
         raise UserError(f"{name}: {file} holds no settings")
@@ -130,7 +130,7 @@ def _pool_of(pooling_config: dict[str, Any], settings: TextTowerSettings) -> _Po
 
 
 def _tokenizer_changes(name: str, pooling_config: dict[str, Any], settings: TextTowerSettings) -> dict[str, Any]:
-    """The default prompt as ``prefix``, and ``max_seq_length`` as ``max_tokens`` where it is the shorter limit."""
+    """The default prompt as ``prefix``, and ``max_seq_length`` as ``max_tokens`` where it is below 64."""
     facts = read_json(name, "config_sentence_transformers.json") or {}
     prompt, changes = "", {}
     if (default := facts.get("default_prompt_name")) is not None:
@@ -154,7 +154,7 @@ def _tokenizer_changes(name: str, pooling_config: dict[str, Any], settings: Text
 
 
 def _layer(name: str, kind: str, path: str, net: nn.Module, settings: TextTowerSettings) -> nn.Module | None:
-    """A module of ``modules.json`` behind the pooling, with its weights; on the meta device where the net is."""
+    """A module of ``modules.json`` after the pooling, with its weights; on the meta device where the net is."""
     if kind in ("Normalize", "Dropout"):
         return None
     facts = read_json(name, f"{path}/config.json") or {}
@@ -167,10 +167,10 @@ def _layer(name: str, kind: str, path: str, net: nn.Module, settings: TextTowerS
                 raise UserError(f"tower = {settings.tower!r}: {path} has the activation {activation}, none of {known}")
             linear = nn.Linear(facts["in_features"], facts["out_features"], bias=facts.get("bias", True))
             layer, part = nn.Sequential(linear, _ACTIVATIONS[activation]()), linear
-            begins = "linear."
+            prefix = "linear."
         elif kind == "LayerNorm":
             layer = part = nn.LayerNorm(facts["dimension"])
-            begins = "norm."
+            prefix = "norm."
         else:
             raise UserError(
                 f"tower = {settings.tower!r}: its authors put {kind or 'a module'} ({path}) behind the pooling, which "
@@ -178,7 +178,7 @@ def _layer(name: str, kind: str, path: str, net: nn.Module, settings: TextTowerS
             )
     if not meta:
         tensors = _weights(name, path, settings)
-        part.load_state_dict({key.removeprefix(begins): tensor.float() for key, tensor in tensors.items()})
+        part.load_state_dict({key.removeprefix(prefix): tensor.float() for key, tensor in tensors.items()})
     return layer
 
 

@@ -1,6 +1,6 @@
 """Image towers from timm, with its hub weights or with weights from a file.
 
-Input: a model name of timm. Output: a ``Backbone`` whose hidden states are the output of ``forward_features``. Note: the net
+Input: a model name of timm. Output: a ``Backbone`` whose hidden states are those of ``forward_features``. Note: the net
 is created with the classifier of its checkpoint, since timm checks parameter names only then, and the classifier is
 dropped afterwards; parameters that the hidden states do not depend on are found on the meta device, whatever their name
 in the family, and dropped. Importing this module needs timm.
