@@ -95,9 +95,10 @@ def initialize_lora_from_gradient(net: nn.Module, path: str, gradient: Float[Ten
     With B = 0, the first step changes B by the gradient times A transposed, hence the weight by the gradient projected
     onto the row space of A. The best rank-r rows are the top right singular vectors of the gradient; they are scaled to
     the root mean square norm of the rows of A at random initialisation. After LoRA-GA (Wang, Yu and Li, NeurIPS 2024,
-    section 3, gradient approximation), which also initialises B from the left singular vectors and subtracts the product from the base.
-    Ours does not: base weights are unchanged bit by bit, and so is the initial model. ``gradient`` is that of a linear
-    layer or a 1x1 convolution; rows of A beyond the number of singular vectors keep their random initialisation.
+    section 3, gradient approximation), which also initialises B from the left singular vectors and subtracts the
+    product from the base. Ours does not: base weights are unchanged bit by bit, and so is the initial model.
+    ``gradient`` is that of a linear layer or a 1x1 convolution; rows of A beyond the number of singular vectors keep
+    their random initialisation.
     """
     lora_a = net.get_parameter(f"{path}.lora_A.{_PEFT_ADAPTER_NAME}.weight")
     directions = _top_right_singular_vectors(gradient.flatten(1), len(lora_a))
