@@ -260,7 +260,7 @@ def test_states_that_are_there_are_read_however_little_is_free(
     written = sorted((file.name, file.stat().st_mtime_ns) for file in (cache / "features").iterdir())
     said: list[str] = []
     main_job.train_recipe(made, tmp_path / "two", say=said.append)
-    assert any("computed once and kept" in line for line in said) and not any("anew" in line for line in said)
+    assert any("computed once and cached" in line for line in said) and not any("recomputed" in line for line in said)
     assert written == sorted((file.name, file.stat().st_mtime_ns) for file in (cache / "features").iterdir())
 
 

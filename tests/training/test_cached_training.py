@@ -125,7 +125,7 @@ def test_states_that_would_fill_the_disk_are_computed_anew(
     monkeypatch.setattr(cache_policy.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     said: list[str] = []
     train_recipe(recipe(towers, pairs, *BOUNDARIES["top blocks"], "train.epochs=1"), tmp_path / "run", say=said.append)
-    assert any("computed anew each time" in line and "1,000 that are free" in line for line in said), said
+    assert any("recomputed in every epoch" in line and "1,000 that are free" in line for line in said), said
     assert not list(cache.glob("features/*.npy"))
 
 

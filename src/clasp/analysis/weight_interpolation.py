@@ -1,11 +1,10 @@
-"""The straight way between a base and what was made of it: every tuned weight of a tower, part of the way along.
+"""Linear interpolation between base weights and tuned weights of a tower.
 
-In go a tuned tower and its base, out come the reasons why there is no such way, or a ``WeightInterpolation`` that moves
+Input: a tuned tower and its base. Output: the obstacles to interpolation, or a ``WeightInterpolation``, which changes
 the tower in place. WiSE-FT (Wortsman et al., CVPR 2022, equation 1) interpolates all weights of a fully tuned CLIP;
-ours walks the same line for methods that add to the base: an adapter's up-projection and one factor of a low-rank
-product are scaled, in which what the method adds is linear; the row of a method in ``TUNING_METHODS`` has which. Note:
-at 0 the tower answers as its base and at 1 as it
-was, bit by bit.
+ours applies the same formula to methods that add parameters, by scaling a factor in which the addition is linear: the
+up-projection of an adapter, one factor of a low-rank update (``added_parameters`` in ``TUNING_METHODS``). Note: at 0
+the tower's output equals that of its base, at 1 that of the tuned tower, bit by bit.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from clasp.models.tuning.spec import weight_path
 
 @dataclass(frozen=True, slots=True)
 class _ParameterPath:
-    """One parameter, and where it goes from and to."""
+    """One parameter with its values at 0 (``start``) and at 1 (``end``)."""
 
     parameter: nn.Parameter
     start: Tensor
@@ -32,19 +31,19 @@ class _ParameterPath:
 
 
 class WeightInterpolation:
-    """From the base (0) to the tuned tower (1). ``interpolation_obstacles`` must have found nothing."""
+    """Interpolates from the base (0) to the tuned tower (1). ``interpolation_obstacles`` must be empty."""
 
     def __init__(self, tower: Tower, base: Tower):
         self._paths = list(_parameter_paths(tower, base))
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing in the tower was tuned."""
+        """Whether the tower has no tuned parameter."""
         return not self._paths
 
     @contextmanager
     def at(self, alpha: float) -> Iterator[None]:
-        """The tower of which this is the way stands at ``alpha`` inside, and is as it was after."""
+        """Context in which the tower has the weights at ``alpha`` in [0, 1]; the tuned weights are restored after."""
         try:
             self._set_alpha(alpha)
             yield
@@ -53,17 +52,17 @@ class WeightInterpolation:
 
     @torch.no_grad()
     def _set_alpha(self, alpha: float) -> None:
-        for move in self._paths:
-            move.parameter.copy_(torch.lerp(move.start, move.end, alpha))  # exact at both ends
+        for path in self._paths:
+            path.parameter.copy_(torch.lerp(path.start, path.end, alpha))  # exact at both ends
 
 
 def base_parameter_name(name: str) -> str:
-    """What the base calls a parameter that peft has wrapped."""
+    """The name in the base of a parameter that peft has wrapped."""
     return name.replace(".base_layer.", ".")
 
 
 def interpolation_obstacles(tower: Tower, base: Tower) -> list[str]:
-    """Why there is no straight way from ``base`` to ``tower``; empty where there is one."""
+    """Reasons why ``tower`` cannot be interpolated with ``base``; empty where it can."""
     more = len(find_structure(tower.net).blocks) - len(find_structure(base.net).blocks)
     if more:
         return [f"{more} appended block{'s' if more > 1 else ''}"]
@@ -78,18 +77,18 @@ def interpolation_obstacles(tower: Tower, base: Tower) -> list[str]:
 
 
 def _added_parameters(tower: Tower, base: Tower) -> list[str]:
-    there = {name for name, _ in base.net.named_parameters()}
-    return [name for name, _ in tower.net.named_parameters() if base_parameter_name(name) not in there]
+    base_names = {name for name, _ in base.net.named_parameters()}
+    return [name for name, _ in tower.net.named_parameters() if base_parameter_name(name) not in base_names]
 
 
 def _parameter_paths(tower: Tower, base: Tower) -> Iterator[_ParameterPath]:
-    there = dict(base.net.named_parameters())
+    base_parameters = dict(base.net.named_parameters())
     for name, parameter in tower.net.named_parameters():
         if not parameter.requires_grad:
             continue
         end = parameter.detach().clone()
-        if (own := there.get(base_parameter_name(name))) is not None:
-            yield _ParameterPath(parameter, own.detach().clone(), end)
+        if (start := base_parameters.get(base_parameter_name(name))) is not None:
+            yield _ParameterPath(parameter, start.detach().clone(), end)
             continue
         _, path = weight_path(tower.tunings, name) or (name, "constant")
         if path == "from zero":

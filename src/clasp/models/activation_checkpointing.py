@@ -1,7 +1,7 @@
 """Activation checkpointing of blocks (Chen et al., 2016, "Training deep nets with sublinear memory cost").
 
-In goes a block, out comes what stands in for its ``forward``: it keeps its input only, and computes the rest again in
-the backward pass.
+Input: a block. Output: a replacement for its ``forward`` that saves the block's input only and recomputes its
+activations in the backward pass.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 class CheckpointedForward:
-    """The forward pass of a block, computed again in the backward pass where there will be one.
+    """The forward pass of a block, recomputed in the backward pass where a gradient goes through it.
 
-    An object, so that the copy of a tower computes the blocks of the copy.
+    An object rather than a closure, so that a deep copy of a tower runs the copied blocks.
     """
 
     def __init__(self, block: nn.Module):

@@ -1,9 +1,9 @@
-"""Whether the output of a tower's frozen part is cached, in which dtype, and what that takes on disk.
+"""Whether the output of a frozen tower or frozen prefix is cached, in which dtype, and its size on disk.
 
-In: requests (``FeatureRequest``) and the setting ``data.feature_cache``. Out: a ``CachePlan`` for each, before anything
-is computed. "off" caches nothing, a dtype caches everything in it, and "auto" caches the vectors of a wholly frozen
-tower in float32, and states after a block in float16 where they fill at most a quarter of the free disk. Note: what is
-there already is read however little is free.
+Input: requests (``FeatureRequest``) and the setting ``data.feature_cache``. Output: a ``CachePlan`` for each, before
+anything is computed. "off" caches nothing, a dtype caches everything in it, and "auto" caches the pooled features of a
+frozen tower in float32, and hidden states after a block in float16 where they fill at most a quarter of the free disk.
+Note: features that are cached already are read whatever the free disk space.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from clasp.data.feature_cache.requests import FeatureRequest, TextFeatureRequest
 
 FeatureCacheMode = Literal["auto", "off"] | StorageDtype
 
-_MAX_DISK_FRACTION = 0.25  # of the free bytes, which "auto" may fill with states
+_MAX_DISK_FRACTION = 0.25  # of the free bytes that "auto" may fill with hidden states
 
 
 @dataclass(frozen=True, slots=True)
 class CachePlan:
-    """What caching some features means. ``bytes`` are those of their rows on disk; ``storage`` is their dtype there,
-    ``None`` where they would take too much and are computed in every epoch; ``file`` has them, where it exists."""
+    """How the features of one request are cached. ``bytes`` is the size of their rows on disk; ``storage`` their dtype
+    there, or ``None`` where they are too large and are recomputed in every epoch; ``file`` the existing cache file."""
 
     what: Literal["images", "captions"]
     count: int
@@ -54,11 +54,11 @@ class CachePolicy:
         return shutil.disk_usage(next(at for at in (self.folder, *self.folder.parents) if at.exists())).free
 
     def weighs_size(self, request: FeatureRequest) -> bool:
-        """Whether the size decides: states after a block, where no dtype was chosen."""
+        """Whether caching depends on the size: hidden states after a block, where no dtype was chosen."""
         return self.mode == "auto" and request.part.depth > 0
 
     def plan(self, request: FeatureRequest, *, reserved_bytes: int = 0) -> CachePlan:
-        """What caching these features means, when ``reserved_bytes`` of the free ones are spoken for."""
+        """How these features are cached, when ``reserved_bytes`` of the free bytes are reserved by earlier requests."""
         assert self.mode != "off", "nothing is cached, so there is nothing to plan"
         storage: StorageDtype = self.mode if self.mode != "auto" else "float16" if request.part.depth else "float32"
         key, size = {**request.key, "storage": storage}, request.num_bytes(storage)
@@ -72,10 +72,10 @@ class CachePolicy:
 
 
 def plan_features(requests: Iterable[FeatureRequest], policy: CachePolicy) -> list[CachePlan]:
-    """What caching ``requests``, one after the other, would come to: each file once, in the order of computing.
+    """The plans of ``requests``, cached one after the other: each cache file once, in the order of computation.
 
-    Nothing is computed or written. Texts that are all among those of an earlier request are found there, and what an
-    earlier request writes is no longer free for a later one.
+    Nothing is computed or written. A request whose texts are all among those of an earlier one is left out, and the
+    bytes that an earlier request writes are not free for a later one.
     """
     plans: list[CachePlan] = []
     cached_texts: list[set[str]] = []
@@ -91,10 +91,10 @@ def plan_features(requests: Iterable[FeatureRequest], policy: CachePolicy) -> li
 
 
 def _find_cache_file(folder: Path, key: Mapping[str, Any]) -> Path | None:
-    """The whole file of features whose ``.json`` has this key."""
+    """The complete cache file whose ``.json`` has this key."""
     wanted = json.loads(json.dumps(key)).items()  # as it is read back: no tuples
     for about in sorted(folder.glob("*.json")):
-        with suppress(OSError, ValueError, KeyError, AttributeError):  # not ours, damaged, or just being replaced
+        with suppress(OSError, ValueError, KeyError, AttributeError):  # another file, damaged, or just being replaced
             if wanted <= json.loads(about.read_text(encoding="utf-8"))["key"].items():
                 if (file := about.with_suffix(".npy")).exists():
                     return file

@@ -1,8 +1,8 @@
-"""The dual encoder: two towers, two heads, the scale and the bias of the logits.
+"""The dual encoder: two towers, two projection heads, the logit scale and the logit bias.
 
-In goes a ``Batch`` (pixels and tokens, or what frozen towers already said of them), out come unit vectors in one space.
-It knows nothing of where its towers come from. Two towers may hold weights in common: each is then one parameter, under
-its first name (``nn.shared.aliases``), and everything here counts, trains and saves it once.
+Input: a ``Batch`` (pixels and tokens, or cached features of frozen towers). Output: L2-normalised embeddings ``[B E]``
+in one space. Note: the towers may share weights. A shared weight is one parameter, under its first name
+(``clasp.models.sharing.tie.parameter_aliases``), and is counted, trained and saved once.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ ParameterKind = Literal["scale", "head", "norm", "new", "tower", "shared"]
 
 
 class LogitSettings(BaseModel):
-    """The part of ``[loss]`` that says what makes logits of cosines. The defaults are CLIP's (section 2.5)."""
+    """The part of ``[loss]`` on the logit scale, by which cosines are multiplied. Defaults: CLIP's (section 2.5)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     scale: Literal["log", "temperature"] = "log"
-    """What is learned. ``log``: the logarithm of the scale, put back into range after each step. ``temperature``:
-    LilT's temperature, which divides; it is clamped in place before each use, and its gradient is that at the
-    clamped value"""
+    """The learned parameter. ``log``: the logarithm of the logit scale, clamped to its range after each step.
+    ``temperature``: LilT's temperature, the reciprocal of the scale; it is clamped in place before each use, and its
+    gradient is that at the clamped value"""
     init_logit_scale: float = Field(default=1 / 0.07, gt=0, allow_inf_nan=False)
-    """The scale before the first step"""
+    """Initial logit scale"""
     scale_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 100.0)
-    """Least and greatest scale; 0 and inf leave that side open"""
+    """Least and greatest logit scale; 0 and inf leave that side unbounded"""
 
     @model_validator(mode="after")
     def _in_range(self) -> LogitSettings:
@@ -61,7 +61,7 @@ class LogitSettings(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ParameterCount:
-    """Parameters of one part."""
+    """Parameter counts of one part, and the bytes of its trainable parameters in a delta."""
 
     total: int
     trained: int
@@ -69,16 +69,16 @@ class ParameterCount:
 
     @property
     def percent(self) -> float:
-        """Trained share of the same part, in per cent."""
+        """Trainable parameters of the part, in per cent of its total."""
         return 100 * self.trained / self.total if self.total else 0.0
 
 
 class DualEncoder(nn.Module):
-    """Two towers aligned in one space; an ``Encoder``.
+    """Two towers with projection heads into one embedding space; an ``Encoder``.
 
-    ``selection`` names the parameters that train: it alone decides what gets gradients, what the optimizer holds, what
-    the delta saves and what is counted. ``init_logit_bias`` is where the bias of the logits starts; ``None``: there is
-    none.
+    ``selection`` is the set of names of the trainable parameters: it alone determines which parameters get gradients,
+    are optimised, are saved in the delta and are counted as trained. ``init_logit_bias`` is the initial logit bias;
+    ``None``: the logits have none.
     """
 
     log_scale: nn.Parameter | None
@@ -108,30 +108,30 @@ class DualEncoder(nn.Module):
         )
         scale = nn.Parameter(torch.tensor(start, device=device))
         self.log_scale, self.temperature = (scale, None) if logits.scale == "log" else (None, scale)
-        self._limits = sorted(limits)  # of that parameter; a temperature falls as its scale rises
+        self._limits = sorted(limits)  # of that parameter; a temperature is the reciprocal of its scale
         self.bias: nn.Parameter | None = None
         if init_logit_bias is not None:
             self.bias = nn.Parameter(torch.tensor(float(init_logit_bias), device=device))
-        self.sharing: SharingPlan | None = None  # the policy, for people; what is shared is a fact about the parameters
+        self.sharing: SharingPlan | None = None  # for reports only; weight sharing is read from the parameters
         self.selection: frozenset[str] = frozenset()
         self.select(())
 
     def select(self, names: Iterable[str]) -> None:
-        """Make ``names`` the selection and freeze everything else; any name of what is shared will do."""
+        """Make ``names`` the selection and freeze the rest; a shared parameter may be given by any of its names."""
         first = parameter_aliases(self)
         self.selection = frozenset(first.get(name, name) for name in names)
         freeze_except(self, self.selection)
 
     @property
     def shared_parameter_names(self) -> set[str]:
-        """Parameters that both towers hold, by their first names; not what one of them holds twice, as T5 does."""
+        """First names of the parameters that the two towers share; not those tied within one tower, as in T5."""
         return {
             first for name, first in parameter_aliases(self).items() if (name[:5], first[:6]) == ("text.", "image.")
         }
 
     @property
     def new_parameter_names(self) -> dict[str, set[str]]:
-        """Parameters that no base has, by part: the heads (with a learned pooling) and the scale (with its bias)."""
+        """Parameters outside the backbones: the heads (with a learned pooling), and the logit scale and bias."""
         heads = ("image_head.", "text_head.", "image.pooling.", "text.pooling.")
         names = [name for name, _ in self.named_parameters()]
         return {
@@ -141,19 +141,18 @@ class DualEncoder(nn.Module):
 
     @property
     def parameter_kinds(self) -> dict[str, ParameterKind]:
-        """What each parameter of the selection is, by name: the keys of ``train.lr_factors``.
+        """The kind of each parameter of the selection, by name; the kinds are the keys of ``train.lr_factors``.
 
-        ``scale`` and ``head`` as in ``new_parameter_names``. Inside a tower, ``new`` is what its base does not have
-        (bottlenecks, appended blocks with their norms, low-rank factors, prompts), the low-rank differences between
-        what is shared, and what nobody has trained beside a pre-trained trunk; of the base, ``shared`` is what both
-        towers hold, else
-        ``norm`` or the rest, ``tower``.
+        ``scale`` and ``head`` as in ``new_parameter_names``. Inside a tower, ``new`` are parameters that its backbone
+        does not have (adapters, appended blocks with their norms, low-rank factors, prompts), the low-rank updates of
+        shared weights, and ``Backbone.new_parameters``. Of the backbone's parameters, ``shared`` are those of both
+        towers, ``norm`` those of norms, ``tower`` all others.
         """
         kinds: dict[str, ParameterKind] = dict.fromkeys(self.new_parameter_names["heads"], "head")
         kinds.update(dict.fromkeys(self.new_parameter_names["scale"], "scale"))
         shared = self.shared_parameter_names
         for side, tower in (("image", self.image), ("text", self.text)):
-            assert tower.weight_hashes, "what is new is told from the weights of the base, and shapes have none"
+            assert tower.weight_hashes, "kinds need the weight hashes of the backbone, and meta tensors have none"
             modules = list(tower.net.modules())
             norms = {id(p) for module in modules if is_norm(module) for p in module.parameters()}
             differences = {
@@ -168,9 +167,9 @@ class DualEncoder(nn.Module):
         return {name: kinds[name] for name, _ in self.named_parameters() if name in self.selection}
 
     def parameter_counts(self) -> dict[str, ParameterCount]:
-        """Parameters in all and trained: for the whole (``model``), per tower, for the heads and for the scale.
+        """Total and trained parameters: of the ``model``, of each tower, of the heads and of the logit scale.
 
-        What both towers hold is counted once, as ``shared``, and not in theirs; there is no such part without any.
+        Shared weights are counted once, as ``shared``, and in neither tower; without any, that part is absent.
         """
         shared = self.shared_parameter_names
         parts = {**self.new_parameter_names, **({"shared": shared} if shared else {})}
@@ -191,18 +190,18 @@ class DualEncoder(nn.Module):
 
     @property
     def moving(self) -> dict[str, Tensor]:
-        """Running statistics that training moves beside the selection, by name; see ``Tower.moving``."""
+        """Running statistics that are updated in training, by name; see ``Tower.moving``."""
         towers = {"image": self.image, "text": self.text}
         return {f"{side}.{name}": buffer for side, tower in towers.items() for name, buffer in tower.moving.items()}
 
     def delta(self) -> dict[str, Tensor]:
-        """The trained tensors, by name, and the statistics that moved with them."""
+        """The trained parameters and the updated running statistics, by name."""
         trained = {name: p.detach() for name, p in self.named_parameters() if name in self.selection}
         return {**trained, **self.moving}
 
     @property
     def fingerprint(self) -> str:
-        """Of everything an embedding depends on: both bases, the delta, and what is new though it does not train."""
+        """Hash of all that an embedding depends on: both backbones, the delta, and new parameters that are frozen."""
         ours = self.selection.union(*self.new_parameter_names.values())
         tensors = {name: p.detach() for name, p in self.named_parameters() if name in ours}
         tensors |= self.moving
@@ -212,45 +211,45 @@ class DualEncoder(nn.Module):
     # --- encoding ------------------------------------------------------------------------------------------------
 
     def embed_image(self, inputs: ImageInput) -> Float[Tensor, "B E"]:
-        """Images (or what the frozen image tower said of them) to unit vectors."""
+        """Images, or cached features of the image tower, to L2-normalised embeddings."""
         pooled = inputs.values if isinstance(inputs, PooledFeatures) else self.image.pooled(inputs)
         return F.normalize(self.image_head(pooled).float(), dim=-1)
 
     def embed_text(self, inputs: TextInput) -> Float[Tensor, "B E"]:
-        """Captions (or what the frozen text tower said of them) to unit vectors."""
+        """Captions, or cached features of the text tower, to L2-normalised embeddings."""
         pooled = inputs.values if isinstance(inputs, PooledFeatures) else self.text.pooled(inputs)
         return F.normalize(self.text_head(pooled).float(), dim=-1)
 
     def encode_image(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B E"]:
-        """Normalised pixels to unit vectors."""
+        """Normalised pixels to L2-normalised embeddings."""
         return self.embed_image(Pixels(pixels))
 
     def encode_text(self, tokens: Int[Tensor, "B N"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B E"]:
-        """Token ids to unit vectors; ``mask`` is true on real tokens."""
+        """Token ids to L2-normalised embeddings; ``mask``: the attention mask, true on real tokens."""
         return self.embed_text(Tokens(tokens, mask))
 
     def scale_and_bias(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
-        """What makes logits of cosines: the scale (not its logarithm) and, where the loss reads one, the bias."""
+        """The logit scale (not its logarithm) and, where the loss uses one, the logit bias."""
         if self.temperature is not None:
-            with torch.no_grad():  # in place, so that the gradient is taken there and is not cut off
+            with torch.no_grad():  # in place, so that the gradient is taken at the clamped value, not zeroed
                 self.temperature.clamp_(*self._limits)
             return self.temperature.reciprocal(), self.bias
         assert self.log_scale is not None
         return self.log_scale.exp(), self.bias
 
     def forward(self, batch: Batch) -> Embeddings:
-        """A batch to its embeddings, with the scale and bias of their logits."""
+        """The embeddings of a batch, with the logit scale and the logit bias."""
         return Embeddings(self.embed_image(batch.image), self.embed_text(batch.text), *self.scale_and_bias())
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Put the log scale back into its range; a temperature is, before it is used again."""
+        """Clamp the log scale to its range; a temperature is clamped in ``scale_and_bias``."""
         if self.log_scale is not None:
             self.log_scale.clamp_(*self._limits)
 
 
 def _scale_to_parameter(form: Literal["log", "temperature"], scale: float) -> float:
-    """A scale as the parameter that is learned; 0 and inf stand for no limit."""
+    """A logit scale as the value of the learned parameter; 0 and inf stand for no limit."""
     if form == "log":
         return math.log(scale) if scale else -math.inf
     return 1 / scale if scale else math.inf

@@ -1,7 +1,7 @@
-"""Where families of nets keep their parts: one row a family, keyed by the name of its class.
+"""Module paths of the parts of known model families: one row a family, keyed by class name.
 
-In goes nothing, out come ``FamilyLayout`` rows of dotted paths. Note: another library may have a class of the same
-name; ``clasp.models.structure`` takes a row only where its blocks are there.
+Data only: ``FamilyLayout`` rows of dotted paths. Note: another library may have a class of the same name;
+``clasp.models.structure`` uses a row only where its blocks exist in the net.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class FamilyLayout:
-    """Where a family keeps its parts. Paths are dotted; ``*`` stands for one index.
+    """Module paths of one family's parts. Paths are dotted; ``*`` stands for one index.
 
     ``branch_inputs`` and ``branch_outputs`` name, for each residual branch of a block, the module whose input is the
     branch's input and the module whose output is the branch's output (before the residual sum).
@@ -23,15 +23,15 @@ class FamilyLayout:
     branch_inputs: tuple[str, ...]
     branch_outputs: tuple[str, ...]
     tail: tuple[str, ...] = ()
-    """what follows the last block: the final norm; trained together with the last blocks"""
+    """modules after the last block (the final norm); trained together with the last blocks"""
     pooled_norm: str | None = None
-    """a norm that the family applies to the pooled vector, not to the states"""
+    """a norm that is applied to the pooled vector, not to the hidden states"""
     unused: tuple[str, ...] = ()
     """parameters and modules that never take part in encoding; dropped when a tower is built"""
     channels_first: bool = False
-    """branches carry ``B D height width`` maps"""
+    """branches compute on feature maps ``[B D height width]``"""
     laterals: str | None = None
-    """modules that bring something from outside into the states; ``*`` is the number of the block it stands before"""
+    """modules that add a parallel branch to the hidden states; ``*`` is the index of the block that follows"""
 
 
 def _vit(**changes) -> FamilyLayout:
@@ -103,9 +103,9 @@ _TIMM_VIT = FamilyLayout(
     pooled_norm="fc_norm",
     unused=("head",),
 )
-_NATIVE_VIT = replace(_TIMM_VIT, laterals="parallel.laterals.*")  # nn.nets, which keeps timm's names
+_NATIVE_VIT = replace(_TIMM_VIT, laterals="parallel.laterals.*")  # native encoders have timm's names
 
-# Longformer's second set of maps, for tokens that all others attend to: no token of a caption is one
+# Longformer's projections for global attention; no token of a caption has global attention
 _GLOBAL_ATTENTION = tuple(f"encoder.layer.*.attention.self.{name}_global" for name in ("query", "key", "value"))
 
 FAMILY_LAYOUTS: dict[str, FamilyLayout] = {
@@ -163,7 +163,7 @@ FAMILY_LAYOUTS: dict[str, FamilyLayout] = {
         unused=("_fc",),
         channels_first=True,
     ),
-    "VisionTransformer": _NATIVE_VIT,  # timm's, and our DeiT
+    "VisionTransformer": _NATIVE_VIT,  # timm's, and the native DeiT
     "ImageTransformer": _NATIVE_VIT,
     "TextTransformer": _NATIVE_VIT,
     "Eva": _TIMM_VIT,

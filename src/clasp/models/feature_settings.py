@@ -1,7 +1,7 @@
-"""How the inputs of a model are read, and what a caller is told meanwhile: what the image side and the text side share.
+"""Settings and callbacks of reading a model's inputs, common to the image side and the text side.
 
-In: the values of a recipe and the callbacks of a command. Note: nothing here decides anything; the choice between live
-inputs and the feature cache is ``CachePolicy``'s.
+Input: the values of a recipe and the callbacks of a command. Output: two dataclasses, and the storage dtype of a
+request. Note: whether inputs are read live or from the feature cache is ``CachePolicy``'s decision.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ class FeatureSettings:
 
     cache: CachePolicy
     workers: int = 0
-    """Processes that read and decode images; 0: this one."""
+    """Worker processes that read and decode images; 0: the main process."""
     cached_augmentations: int = 0
-    """Augmented views of each image in the cache, beside the plain one; 0: augmented images are read live."""
+    """Augmented views of each image in the cache, besides the plain one; 0: augmented images are read live."""
     seed: int = 0
-    """Of the augmented views."""
+    """Random seed of the augmented views."""
     max_bad_fraction: float = 0.02
-    """Of all images that may be unreadable."""
+    """Fraction of the images that may be unreadable before an error is raised."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureCallbacks:
-    """``bar`` opens a progress bar while features are computed; ``notify`` gets a line where the size decided whether
-    they are cached; ``on_skipped`` gets the images that an evaluation could not read, each once."""
+    """``bar`` opens a progress bar while features are computed; ``notify`` is called with a line where caching depended
+    on the size; ``on_skipped`` is called with the images that an evaluation could not read, each once."""
 
     bar: ProgressFactory = no_progress_bar
     notify: MessageCallback = lambda line: None
@@ -44,10 +44,10 @@ class FeatureCallbacks:
 def choose_storage(
     request: FeatureRequest, policy: CachePolicy, tower: str, notify: MessageCallback
 ) -> StorageDtype | None:
-    """The dtype in which these features are cached; ``None`` to compute them in every epoch. ``tower`` is its name."""
+    """The dtype in which these features are cached; ``None``: recomputed in every epoch. ``tower``: its name."""
     plan = policy.plan(request)
     if policy.weighs_size(request):
         size = f"{plan.bytes:,} bytes of {policy.free_bytes():,} that are free on disk"
-        how = "computed once and kept" if plan.storage else "computed anew each time"
+        how = "computed once and cached" if plan.storage else "recomputed in every epoch"
         notify(f"states of {plan.what} after {request.part.depth} blocks of {tower} are {how}: {size}")
     return plan.storage

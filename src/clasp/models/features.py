@@ -1,8 +1,7 @@
-"""What a model reads of some pairs: live pixels and tokens, or the cached output of a tower's frozen part.
+"""The inputs of a model: live pixels and tokens, or the cached output of a frozen tower or frozen prefix.
 
-In: a model's towers with their transform and tokenizer, and pairs. Out: both sides of training batches, and the streams
-that evaluations read. Note: only a name for the two sides together (``image``, ``text``); whatever is true of one side
-alone is there.
+Input: a model's towers with their transform and tokenizer, and pairs. Output: both sides of training batches, and
+streams for evaluations. Note: a facade over ``ImageSide`` and ``TextSide``, which implement each side.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from clasp.models.tower import Tower
 
 
 class FeatureSource:
-    """Reads pairs for one model."""
+    """Reads the images and captions of pairs for one model."""
 
     def __init__(
         self,
@@ -50,32 +49,32 @@ class FeatureSource:
 
     @property
     def frozen_image_part(self) -> FrozenTower | FrozenPrefix | None:
-        """What may be computed once of the image tower; ``None`` also where ``data.feature_cache`` is off."""
+        """The cacheable part of the image tower; ``None`` also where ``data.feature_cache`` is off."""
         return self.image.frozen_part
 
     @property
     def frozen_text_part(self) -> FrozenTower | FrozenPrefix | None:
-        """What may be computed once of the text tower; ``None`` also where ``data.feature_cache`` is off."""
+        """The cacheable part of the text tower; ``None`` also where ``data.feature_cache`` is off."""
         return self.text.frozen_part
 
     @property
     def both_towers_frozen(self) -> bool:
-        """Whether both towers are wholly frozen and cached: a batch is then vectors, which cost nothing to read."""
+        """Whether both towers are fully frozen and cached: a batch is then pooled features, at almost no cost."""
         return isinstance(self.frozen_image_part, FrozenTower) and isinstance(self.frozen_text_part, FrozenTower)
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def batch_reader(self, pairs: Pairs, listing: PairIndex, augment: Augment | None) -> BatchReader:
-        """Both sides of training batches; ``listing`` is of ``pairs``."""
-        return BatchReader(listing, self.image_reader(pairs, augment), self.text_reader(listing))
+    def batch_reader(self, pairs: Pairs, index: PairIndex, augment: Augment | None) -> BatchReader:
+        """Both sides of training batches; ``index`` is of ``pairs``."""
+        return BatchReader(index, self.image_reader(pairs, augment), self.text_reader(index))
 
     def image_reader(self, pairs: Pairs, augment: Augment | None) -> ImageReader:
-        """The image side of training batches. Augmented images are read anew, unless views of them are cached."""
+        """The image side of training batches. Augmented images are read live, unless augmented views are cached."""
         return self.image.reader(pairs, augment)
 
-    def text_reader(self, listing: PairIndex) -> TextReader:
+    def text_reader(self, index: PairIndex) -> TextReader:
         """The text side of training batches."""
-        return self.text.reader(listing)
+        return self.text.reader(index)
 
     def image_features(self, pairs: Pairs, augment: Augment | None = None) -> CachedFeatures | None:
         """The output of the image tower's frozen part for every image; ``None`` to read them live."""
@@ -88,11 +87,11 @@ class FeatureSource:
     # --- evaluation ----------------------------------------------------------------------------------------------
 
     def images(self, pairs: Pairs) -> Callable[[], ImageStream]:
-        """A stream of the images of ``pairs`` with their ids, to be read as often as one likes."""
+        """A stream of the images of ``pairs`` with their ids; each call starts it anew."""
         return self.image.stream(pairs)
 
     def texts(self, texts: Mapping[str, str]) -> Callable[[], TextStream]:
-        """A stream of captions, given as id to text, to be read as often as one likes."""
+        """A stream of captions, given as id to text; each call starts it anew."""
         return lambda: self.text.stream(list(texts), list(texts.values()))
 
     def read(self, texts: Sequence[str]) -> TextStream:
@@ -100,7 +99,7 @@ class FeatureSource:
         return self.text.stream(list(texts), list(texts))
 
     def precompute_texts(self, texts: Iterable[str]) -> None:
-        """Put the texts of many small requests through a frozen text tower at once; the requests then find them."""
-        different = sorted(set(texts))
-        if different:
-            self.text.features(different)
+        """Cache the text features of many small requests at once; later requests reuse them."""
+        unique = sorted(set(texts))
+        if unique:
+            self.text.features(unique)

@@ -1,8 +1,8 @@
-"""The forward pass of a foreign net: pixels or token ids in, its states out.
+"""The forward pass of a foreign net: pixels or token ids to hidden states.
 
-In goes a net of any library, with what its ``Backbone`` tells of reading states; out come states ``[B N D]``, feature
-maps ``[B D h w]`` or one vector a row. Note: ``transformers`` and nets that spell their arguments as it does are called
-by keyword, all others with pixels, or with ids and mask, in that order.
+Input: a net of any library, and the ``forward_features`` of its ``Backbone``. Output: hidden states ``[B N D]``,
+feature maps ``[B D h w]`` or vectors ``[B D]``. Note: nets of ``transformers``, and those with its argument names, are
+called by keyword, all others with pixels, or with ids and mask, in that order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from clasp.types import Pixels, Tokens, UserError
 def foreign_states(
     name: str, net: nn.Module, inputs: Pixels | Tokens, forward_features: Callable[[nn.Module, Any], Tensor] | None
 ) -> Tensor:
-    """What ``net`` makes of ``inputs``. Raises ``UserError`` for a net that returns something else than states."""
+    """The hidden states ``[B N D]``, feature maps ``[B D h w]`` or vectors ``[B D]`` of ``inputs``.
+
+    Raises ``UserError`` for a net that returns anything else.
+    """
     given = inputs.values if isinstance(inputs, Pixels) else inputs
     if forward_features is not None:
         output: Any = forward_features(net, given)
@@ -52,7 +55,7 @@ def _states_of(name: str, output: Any) -> Tensor:
 
 
 def native_image_size(net: nn.Module, transform: ImageTransform | None) -> int:
-    """A side in pixels that the net accepts: that of its transform, else its configured one, else 64."""
+    """An input size in pixels that the net accepts: that of its transform, else of its configuration, else 64."""
     from transformers import PreTrainedModel
 
     if isinstance(net, ImageTransformer):
@@ -64,7 +67,7 @@ def native_image_size(net: nn.Module, transform: ImageTransform | None) -> int:
 
 
 def drop_module(net: nn.Module, path: str) -> None:
-    """Take an unused part out: a module then hands its input on, and models check for a parameter that is ``None``."""
+    """Drop an unused part: a module is replaced by ``nn.Identity``, a parameter by ``None``, which models check for."""
     owner_path, _, name = path.rpartition(".")
     owner = net.get_submodule(owner_path)
     if name in dict(owner.named_children()):
@@ -74,7 +77,7 @@ def drop_module(net: nn.Module, path: str) -> None:
 
 
 def disable_kv_cache(net: nn.Module) -> None:
-    """A decoder would keep keys and values for a next token that never comes."""
+    """Switch the key-value cache of a decoder off: no token is generated."""
     from transformers import PreTrainedModel
 
     if isinstance(net, PreTrainedModel) and "use_cache" in net.config.to_dict():
@@ -106,7 +109,7 @@ def _takes(net: nn.Module, argument: str) -> bool:
 
 
 def _forward_unmasked(net: Any, pixels: Tensor) -> Any:
-    """ViT-MAE hides patches by noise, in evaluation too; with none hidden, noise that rises keeps their order."""
+    """ViT-MAE masks patches at random, in evaluation too; mask ratio 0 and increasing noise keep all in their order."""
     net.config.mask_ratio = 0.0
     _, _, height, width = pixels.shape
     patches = (height // net.config.patch_size) * (width // net.config.patch_size)

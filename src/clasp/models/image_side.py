@@ -1,8 +1,8 @@
-"""The images of a model's inputs: live pixels, or the cached output of the image tower's frozen part.
+"""The image side of a model's inputs: live pixels, or the cached output of the frozen image tower or prefix.
 
-In: an image tower with its transform, and pairs. Out: the image side of training batches (``reader``), a stream for
-evaluations (``stream``), or what would be cached (``request``). Note: an image that an evaluation cannot read is
-reported once, however many streams meet it.
+Input: an image tower with its transform, and pairs. Output: the image side of training batches (``reader``), a stream
+for evaluations (``stream``), or the request for the feature cache (``request``). Note: an image that an evaluation
+cannot read is reported once, whatever the number of streams.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from clasp.types import ImageInput, Pixels, SkippedSample
 ImageStream = Iterable[tuple[Sequence[str], ImageInput]]
 """Batches of images with their ids"""
 
-_CACHED_BATCH_SIZE = 256  # cached images of an evaluation in one call of the rest of a tower
+_CACHED_BATCH_SIZE = 256  # cached images per forward pass of the trainable blocks in an evaluation
 
 
 class ImageSide:
@@ -45,8 +45,8 @@ class ImageSide:
         self._reported: set[str] = set()
 
     def request(self, pairs: Pairs, augment: Augment | None = None) -> ImageFeatureRequest | None:
-        """What would be cached of these images; ``None`` where they are read live whatever the policy: no part of the
-        tower is frozen, or they are augmented anew each time."""
+        """The request for the cached features of these images; ``None`` where they are read live under any policy: no
+        prefix of the tower is frozen, or they are augmented in every epoch."""
         settings = self._settings
         if self.frozen_part is None or (augment is not None and settings.cached_augmentations == 0):
             return None
@@ -54,7 +54,7 @@ class ImageSide:
         return ImageFeatureRequest(self.frozen_part, pairs, self.transform, augment, views, settings.seed)
 
     def features(self, pairs: Pairs, augment: Augment | None = None) -> CachedFeatures | None:
-        """The frozen part's output for every image, computed at most once; ``None`` to read them live."""
+        """The cached features of every image, computed at most once; ``None``: images are read live."""
         request = self.request(pairs, augment)
         if request is None:
             return None
@@ -74,7 +74,7 @@ class ImageSide:
         return LiveImageReader(self.transform, augment) if features is None else CachedImageReader(features, pairs)
 
     def stream(self, pairs: Pairs) -> Callable[[], ImageStream]:
-        """The images of ``pairs`` in order, to be read as often as one likes."""
+        """A stream of the images of ``pairs`` in order; each call starts it anew."""
         features = self.features(pairs)
         if features is None:
             tally = BadSampleLimit(len(pairs), self._settings.max_bad_fraction)

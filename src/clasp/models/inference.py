@@ -1,8 +1,8 @@
-"""Files and strings to unit vectors: an encoder with the transform and the tokenizer that belong to it.
+"""Inference: image files and strings to L2-normalised embeddings.
 
-``EmbeddingModel`` joins an ``Encoder`` to the image transform and the tokenizer of its towers, so that whoever asks for
-an embedding cannot use the wrong ones. In go paths, bytes, pictures or strings, out come rows in the same order.
-Note: wrong arguments are named before anything is encoded.
+``EmbeddingModel`` bundles an ``Encoder`` with the image transform and the tokenizer of its towers, so that inputs are
+always preprocessed as the encoder needs. Input: paths, bytes, PIL images or strings. Output: embeddings ``[n E]``, in
+the order of the input. Note: invalid arguments raise before anything is encoded.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from clasp.types import Encoder, Pixels, ProgressCallback, UserError
 
 
 def no_progress(done: int, total: int) -> None:
-    """Nobody is watching."""
+    """A progress callback that does nothing."""
 
 
 class EmbeddingModel:
-    """An aligned model, ready to use: what ``clasp.load`` returns."""
+    """An aligned dual encoder with its preprocessing, as ``clasp.load`` returns it."""
 
     def __init__(self, encoder: Encoder, transform: ImageTransform, tokenizer: Tokenizer, *, device: str = "cpu"):
         self.encoder = encoder
@@ -41,15 +41,16 @@ class EmbeddingModel:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with anything that an embedding depends on."""
+        """Hash of all that an embedding depends on: encoder, image transform and tokenizer."""
         return ":".join((self.encoder.fingerprint, self.transform.fingerprint, self.tokenizer.fingerprint))
 
     def encode_image(
         self, images: Sequence[Any] | Any, *, progress: ProgressCallback = no_progress
     ) -> Float[Tensor, "n E"]:
-        """Paths, encoded bytes or PIL images to unit vectors, as many at once as suit the machine.
+        """Paths, encoded bytes or PIL images to L2-normalised embeddings; the batch size is chosen by device.
 
-        Raises ``UserError`` naming the image that cannot be read, the argument that is none, and what is no list.
+        Raises ``UserError`` for an image that cannot be read, an element that is no image, and an argument that is no
+        list.
         """
         images = _require_list(images, "encode_image", "images")
         for place, image in enumerate(images):
@@ -59,28 +60,28 @@ class EmbeddingModel:
         if not images:
             side = self.transform.size
             return self.encode_pixels(torch.zeros(1, 3, side, side))[:0]
-        rows, few = [], inference_batch_size(self.transform.size, self.device)
-        for start in range(0, len(images), few):
-            part = [self._pixels(image, start + place) for place, image in enumerate(images[start : start + few])]
+        rows, batch_size = [], inference_batch_size(self.transform.size, self.device)
+        for start in range(0, len(images), batch_size):
+            some = images[start : start + batch_size]
+            part = [self._pixels(image, start + place) for place, image in enumerate(some)]
             rows.append(self.encode_pixels(torch.stack(part)))
             progress(start + len(part), len(images))
         return torch.cat(rows)
 
     def encode_pixels(self, pixels: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n E"]:
-        """Images that ``transform`` has read to unit vectors, as many at once as suit the machine."""
-        few = inference_batch_size(self.transform.size, self.device)
+        """Outputs of ``transform`` to L2-normalised embeddings; the batch size is chosen by device."""
+        batch_size = inference_batch_size(self.transform.size, self.device)
         with torch.inference_mode():
-            parts = (to_device(Pixels(part), self.device) for part in pixels.split(few))
+            parts = (to_device(Pixels(part), self.device) for part in pixels.split(batch_size))
             return torch.cat([self.encoder.embed_image(part).cpu() for part in parts])
 
     def encode_text(
         self, texts: Sequence[str] | Any, *, tokens_per_batch: int = 4096, progress: ProgressCallback = no_progress
     ) -> Float[Tensor, "n E"]:
-        """Strings to unit vectors; sorted by length inside, so that short ones are never padded to long ones.
+        """Strings to L2-normalised embeddings; batches are sorted by length, so that padding is small.
 
-        ``tokens_per_batch``: how many of them go through the tower at once.
-
-        Raises ``UserError`` naming the argument that is no string or not valid Unicode, and for what is no list.
+        ``tokens_per_batch``: tokens in one forward pass of the tower. Raises ``UserError`` for an element that is no
+        string or not valid Unicode, and for an argument that is no list.
         """
         texts = _require_list(texts, "encode_text", "strings")
         for place, text in enumerate(texts):
@@ -98,7 +99,7 @@ class EmbeddingModel:
         return torch.stack([rows[i] for i in range(len(texts))])
 
     def similarity(self, images: Float[Tensor, "n E"] | Any, texts: Float[Tensor, "m E"] | Any) -> Float[Tensor, "n m"]:
-        """Cosines of every image with every text. Raises ``UserError`` for what is no embeddings of one width."""
+        """Cosine similarity of every image with every text. Raises ``UserError`` unless both have one width."""
         for name, given in (("images", images), ("texts", texts)):
             if not isinstance(given, Tensor) or given.ndim != 2:
                 raise UserError(f"similarity: {name} is {_describe(given)}; it takes embeddings of images and of texts")
@@ -115,7 +116,7 @@ class EmbeddingModel:
 
 
 def _require_list(given: Any, function: str, what: str) -> list[Any]:
-    """An argument that is to be a list, as one; ``UserError`` for one thing alone, and for what has no order."""
+    """The argument as a list. Raises ``UserError`` for a single element, an array, and collections without order."""
     numbers = isinstance(given, Tensor) or (isinstance(given, np.ndarray) and given.dtype.kind not in "OU")
     alone = is_image_form(given) or isinstance(given, Mapping | AbstractSet) or not isinstance(given, Iterable)
     if numbers or alone:
@@ -131,7 +132,7 @@ def _hint(value: Any) -> str:
 
 
 def _describe(value: Any) -> str:
-    """A wrong argument in a few words: what it is, and how large."""
+    """A short description of an invalid argument: its type, and its shape, size or value."""
     kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
     if isinstance(value, np.ndarray | Tensor):
         return f"an array ({kind} of shape {tuple(value.shape)}, {value.dtype})"

@@ -1,10 +1,10 @@
-"""A net cut between two blocks: run up to the cut, or go on from what the trunk left there.
+"""Partial forward passes: stop after a block of any net, or resume from the hidden states there.
 
-In go a foreign net, its anatomy and a call that runs it; out come the states after its first ``depth`` blocks, or what
-the net says when those states are put back. Unusual: nothing is asked of how a family calls its blocks. To stop, a hook
-on the block below the cut leaves the net by an exception; to go on, the net runs on a blank input with the blocks below
-the cut handing it through and the last of them giving out the states, so masks, positions and final norms are the
-net's own. ``count_frozen_blocks`` reads from a selection how deep a cut can lie.
+Input: a foreign net, its ``ModelStructure`` and a call that runs it. Output: the hidden states ``[B N D]`` after its
+first ``depth`` blocks, or the output of the net resumed from them. Note: this works without knowing how a family calls
+its blocks. To stop, a forward hook raises an exception; to resume, the net runs on a blank input whose lower blocks
+are identities, the last of them returning the cached states, so masks, positions and final norms are computed by the
+net. ``count_frozen_blocks`` gives the depth of the frozen prefix for a selection.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from clasp.models.structure import ModelStructure
 
 
 def count_frozen_blocks(structure: ModelStructure, trained: Iterable[str]) -> int:
-    """How many blocks from the bottom have nothing trained in or before them; ``trained`` are names in the net.
+    """The number of blocks in the frozen prefix; ``trained``: names of trainable parameters, relative to the net.
 
-    All of them when only the tail trains (the final norm), none when something outside blocks and tail does.
+    All blocks when only the tail (the final norm) trains, 0 when a parameter outside blocks and tail does.
     """
     depth = len(structure.blocks)
     for name in trained:
-        at = (number for number, block in enumerate(structure.blocks) if name.startswith(f"{block.path}."))
+        block_index = (i for i, block in enumerate(structure.blocks) if name.startswith(f"{block.path}."))
         in_tail = any(name.startswith(f"{path}.") for path in structure.tail)
-        depth = min(depth, next(at, len(structure.blocks) if in_tail else 0))
+        depth = min(depth, next(block_index, len(structure.blocks) if in_tail else 0))
     return depth
 
 
 def states_after_block(
     net: nn.Module, structure: ModelStructure, depth: int, run: Callable[[], Any]
 ) -> Float[Tensor, "B N D"]:
-    """What block number ``depth`` (counted from 1) gives out while ``run`` runs the net; the net stops there."""
+    """The hidden states after ``depth`` blocks while ``run`` runs the net; the forward pass stops there."""
     handle = net.get_submodule(structure.blocks[depth - 1].path).register_forward_hook(_stop_forward)
     try:
         run()
@@ -57,51 +57,51 @@ def resume_from(
     *,
     output_type: type,
 ) -> Any:
-    """What ``run`` returns when the first ``depth`` blocks are not computed but left ``states``.
+    """The result of ``run`` when the first ``depth`` blocks are skipped and their output is ``states``.
 
-    ``output_type`` is what ``block_output_type`` said of the net.
+    ``output_type`` is the result of ``block_output_type`` for the net.
     """
     with _replaced_blocks(net, structure, depth, states, output_type):
         return run()
 
 
 def block_output_type(net: nn.Module, structure: ModelStructure, run: Callable[[], Any]) -> type | None:
-    """What the blocks hand on while ``run`` runs the net: ``Tensor`` (their states), or a ``tuple`` of that alone.
+    """The output type of the blocks while ``run`` runs the net: ``Tensor`` (their states), or a 1-tuple of it.
 
-    ``None`` where they hand on more, as T5's do with their position biases: such a net cannot be cut.
+    ``None`` where they return more, such as T5's position biases: such a net cannot be resumed between blocks.
     """
-    given: set[type | None] = set()
+    types: set[type | None] = set()
 
-    def look(module: nn.Module, args: tuple, output: Any) -> None:
+    def record(module: nn.Module, args: tuple, output: Any) -> None:
         alone = isinstance(output, Tensor) or (isinstance(output, tuple) and len(output) == 1)
-        given.add((Tensor if isinstance(output, Tensor) else tuple) if alone else None)
+        types.add((Tensor if isinstance(output, Tensor) else tuple) if alone else None)
 
-    handles = [net.get_submodule(block.path).register_forward_hook(look) for block in structure.blocks]
+    handles = [net.get_submodule(block.path).register_forward_hook(record) for block in structure.blocks]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return given.pop() if len(given) == 1 else None
+    return types.pop() if len(types) == 1 else None
 
 
 def block_states(output: Any) -> Tensor:
-    """The states in what a block gave out: alone, or first of a tuple."""
+    """The hidden states in a block's output: the output itself, or the first element of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def as_tokens(states: Tensor) -> Tensor:
-    """Feature maps ``[B D h w]`` as tokens in row-major order, a vector a row as one token; tokens stay as they are."""
+    """Feature maps ``[B D h w]`` as row-major tokens, vectors ``[B D]`` as one token each; tokens are unchanged."""
     if states.ndim == 2:
         return states[:, None]
     return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
 
 
 class _StopForward(Exception):
-    """The cut, with the states there. An exception is the one way out of a net of which nothing else is known."""
+    """Carries the hidden states out of a forward pass; an exception is the one way to stop an arbitrary net."""
 
     def __init__(self, states: Tensor):
-        super().__init__("the cut")
+        super().__init__("forward pass stopped")
         self.states = states
 
 
@@ -113,26 +113,26 @@ def _stop_forward(module: nn.Module, args: tuple, output: Any) -> None:
 def _replaced_blocks(
     net: nn.Module, structure: ModelStructure, depth: int, states: Tensor, output_type: type
 ) -> Iterator[None]:
-    """Blocks below the cut hand on what they get, the last of them ``states``; their own ``forward`` comes back after.
+    """Replace the ``forward`` of the first ``depth`` blocks: identities, the last returning ``states``. Restored after.
 
-    An attribute of the instance shadows the method of its class, and modules, names and hooks all stay in place.
+    An instance attribute shadows the method of the class, so modules, names and hooks are unchanged.
     """
     blocks = [net.get_submodule(block.path) for block in structure.blocks[:depth]]
 
-    def came_in(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def block_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return args[0] if args else kwargs["hidden_states"]
 
     def wrapped(out: Tensor) -> Any:
         return (out,) if output_type is tuple else out
 
-    def hand_on(*args: Any, **kwargs: Any) -> Any:
-        return wrapped(came_in(args, kwargs))
+    def identity(*args: Any, **kwargs: Any) -> Any:
+        return wrapped(block_input(args, kwargs))
 
-    def give_out(*args: Any, **kwargs: Any) -> Any:
-        return wrapped(_as_maps(states, structure) if came_in(args, kwargs).ndim == 4 else states)
+    def return_states(*args: Any, **kwargs: Any) -> Any:
+        return wrapped(_as_maps(states, structure) if block_input(args, kwargs).ndim == 4 else states)
 
     for block in blocks:
-        vars(block)["forward"] = give_out if block is blocks[-1] else hand_on
+        vars(block)["forward"] = return_states if block is blocks[-1] else identity
     try:
         yield
     finally:
@@ -141,7 +141,7 @@ def _replaced_blocks(
 
 
 def _as_maps(states: Float[Tensor, "B N D"], structure: ModelStructure) -> Float[Tensor, "B D side side"]:
-    """Tokens in row-major order as the square maps that they were."""
+    """Row-major tokens back to the square feature maps they came from."""
     side = math.isqrt(states.shape[1])
     assert side * side == states.shape[1], f"{states.shape[1]} tokens are no square map"
     layout = torch.channels_last if structure.channels_first else torch.contiguous_format

@@ -1,8 +1,7 @@
-"""The vision transformer of DeiT, poolings, the bottleneck adapter.
+"""Pooling of hidden states: parameter-free functions (``POOLING_FUNCTIONS``) and a learned attention pooling.
 
-Tensors in, tensors out; no file, no other model. DeiT is here because the towers of the LilT paper include DeiT-III
-(layer scale, positions on patches only), which ``transformers`` does not have, and because papers' checkpoints carry
-its names.
+Input: hidden states ``[B N D]``, the attention mask ``[B N]``, and the number of prefix tokens (class and registers).
+Output: one vector a row, ``[B D]``, or ``[B 2D]`` where two poolings are concatenated.
 """
 
 from __future__ import annotations
@@ -11,12 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-# --- pooling: states [B N D] and the mask of real tokens -> one vector a row ------------------------------------------
-
 
 def pool_cls(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D"]:
     """The class token."""
-    return states[:, 0].contiguous()  # a view would keep all tokens in memory
+    return states[:, 0].contiguous()  # a view would hold all tokens in memory
 
 
 def pool_mean(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D"]:
@@ -32,12 +29,12 @@ def pool_last(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix:
 
 
 def pool_cls_mean(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D2"]:
-    """Class token and mean of the patches, side by side (DINOv2's linear evaluation)."""
+    """Class token and mean of the patches, concatenated (DINOv2's linear evaluation)."""
     return torch.cat((pool_cls(states, mask, prefix), pool_mean(states, mask, prefix)), dim=1)
 
 
 def pool_mean_max(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D2"]:
-    """Mean and maximum of real tokens (or patches), side by side: what is there on the whole, and what at all."""
+    """Mean and maximum over the real tokens (or patches), concatenated."""
     hidden = states[:, prefix:].masked_fill(~mask[:, prefix:, None], -torch.inf)
     return torch.cat((pool_mean(states, mask, prefix), hidden.amax(1)), dim=1)
 
@@ -46,14 +43,14 @@ POOLING_FUNCTIONS = {
     "cls": pool_cls,
     "mean": pool_mean,
     "last": pool_last,
-    "eos": pool_last,  # a tower refuses "eos" unless its tokenizer ends every text with its end token
+    "eos": pool_last,  # valid only where the tokenizer ends every text with its end token
     "cls+mean": pool_cls_mean,
     "mean+max": pool_mean_max,
 }
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends to all real tokens (Lee et al., Set Transformer, ICML 2019); starts at their mean."""
+    """One learned query attends to all real tokens (Lee et al., Set Transformer, ICML 2019); initially their mean."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -1,8 +1,9 @@
-"""Trial runs: whether a tower's features depend on nothing but their own input, and what of its weights they reach.
+"""Probes of a tower: that its features depend on their own input only, and which parameters get a gradient.
 
-In go a call that encodes and tiny inputs; out comes nothing, or a ``UserError`` that names what differs. Note: one row
-alone and the same row in a padded batch are compared first, and only where they differ is more run, to tell why. What
-a gradient would reach is read from the graph of a forward pass, without a backward pass.
+Input: an encoding function and tiny inputs. Output: nothing, or a ``UserError`` that names the cause; or the parameters
+without a gradient. Note: one row alone is compared with the same row in a padded batch, and only where they differ do
+further passes find the cause. Gradient flow is read from the autograd graph of a forward pass; a single
+small gradient is computed, since some nets have no backward pass in evaluation mode.
 """
 
 from __future__ import annotations
@@ -17,53 +18,54 @@ from torch import Tensor, nn
 from clasp.models.transformer.encoders import TextTransformer
 from clasp.types import Pixels, Tokens, UserError
 
-_SHORT, _LONG = 4, 11  # tokens of the text that is probed, and of the one beside it
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # measured: rounding moves a float32 feature by 5e-7
+_SHORT, _LONG = 4, 11  # tokens of the probed text, and of the other row of its batch
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # measured: rounding changes a float32 feature by 5e-7
 _LOW_PRECISION_TOLERANCE = 0.05
-_SMALL = 1_000_000  # elements of a parameter whose gradient costs nothing
+_SMALL = 1_000_000  # elements of a parameter whose gradient is cheap
 FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeInputs:
-    """One row alone, and the inputs in which that row must come out the same. It is the last row of both."""
+    """One row alone, and batches in which its features must be the same; it is the last row of both."""
 
     alone: Pixels | Tokens
     beside: Pixels | Tokens
-    """behind another row of the same shape"""
+    """after another row of the same shape"""
     padded: Pixels | Tokens
-    """behind another row that is longer; for images as ``beside``"""
+    """after a longer row, hence padded; for images the same as ``beside``"""
 
 
 def image_probe(size: int, device: torch.device) -> ProbeInputs:
-    """Two pictures of noise, ``size`` pixels a side."""
+    """Two random images of ``size`` x ``size`` pixels."""
     generator = torch.Generator().manual_seed(0)
     both = torch.randn(2, 3, size, size, generator=generator).to(device)
     return ProbeInputs(Pixels(both[1:]), Pixels(both), Pixels(both))
 
 
 def text_probe(net: nn.Module, device: torch.device) -> ProbeInputs:
-    """Two texts, of 4 and of 11 tokens, or of fewer where the net has fewer positions or words."""
+    """Two texts, of 4 and of 11 tokens, or of fewer where the net has fewer positions."""
     rows, positions, pad = _text_limits(net)
     long = min(_LONG, positions)
     short = min(_SHORT, max(1, long - 1))
     ids = (torch.arange(2 * long).reshape(2, long) * 5 + 1) % max(1, min(rows, 60) - 3) + min(3, rows - 1)
     ids = ids.to(device)
     full = torch.ones_like(ids, dtype=torch.bool)
-    kept = torch.arange(long, device=device) < torch.tensor([[long], [short]], device=device)
+    mask = torch.arange(long, device=device) < torch.tensor([[long], [short]], device=device)
     return ProbeInputs(
         alone=Tokens(ids[1:, :short], full[1:, :short]),
         beside=Tokens(ids[:, :short], full[:, :short]),
-        padded=Tokens(ids.masked_fill(~kept, pad), kept),
+        padded=Tokens(ids.masked_fill(~mask, pad), mask),
     )
 
 
 def check_consistency(
     name: str, family: str, encode: Callable[[Pixels | Tokens], Tensor], first: Tensor, given: ProbeInputs
 ) -> None:
-    """Whether ``encode`` gives ``first``, what it gave for ``given.alone``, for that row in any company.
+    """Check that ``encode`` returns ``first``, the features of ``given.alone``, for that row in every batch.
 
-    Raises ``UserError`` that says what a feature depends on besides its own input.
+    Raises ``UserError`` that names what the features depend on besides their own input: randomness, the other rows of
+    the batch, or padding. Also for features that are not finite.
     """
     if not first.isfinite().all():
         raise UserError(f"tower = {name!r}: {family} returns numbers that are not finite for an ordinary input")
@@ -83,7 +85,7 @@ def check_consistency(
 
 
 def relative_difference(values: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what was expected; infinite where shapes differ or numbers are not."""
+    """Norm of the difference over the norm of ``expected``; infinite where shapes differ or values are not finite."""
     if values.shape != expected.shape:
         return torch.inf
     off = (values.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12)
@@ -91,7 +93,7 @@ def relative_difference(values: Tensor, expected: Tensor) -> float:
 
 
 def reached_parameters(output: Tensor) -> set[int]:
-    """Identities of the parameters that a gradient of ``output`` would reach, read from its graph."""
+    """The ``id`` of each parameter that gets a gradient from ``output``, read from the autograd graph."""
     found, seen, waiting = set(), set(), [output.grad_fn]
     while waiting:
         node: Any = waiting.pop()
@@ -107,7 +109,7 @@ def reached_parameters(output: Tensor) -> set[int]:
 def parameters_without_gradient(
     parameters: Iterable[tuple[str, nn.Parameter]], names: set[str], encode: Callable[[], Tensor]
 ) -> set[str]:
-    """Those of ``names`` that no gradient of what ``encode`` returns would reach. ``requires_grad`` stays as it was."""
+    """Those of ``names`` that get no gradient from the output of ``encode``. ``requires_grad`` is restored after."""
     every = list(parameters)
     before = [p.requires_grad for _, p in every]
     try:
@@ -117,7 +119,7 @@ def parameters_without_gradient(
             output = encode()
             reached = reached_parameters(output)
             lowest = next((p for _, p in every if id(p) in reached and p.numel() <= _SMALL), None)
-            if lowest is not None:  # Reformer refuses to go backward in evaluation mode
+            if lowest is not None:  # Reformer raises in a backward pass in evaluation mode
                 torch.autograd.grad(output.float().sum(), lowest)
     finally:
         for (_, p), flag in zip(every, before, strict=True):
@@ -134,7 +136,7 @@ def first_line(error: Exception) -> str:
 
 
 def _text_limits(net: nn.Module) -> tuple[int, int, int]:
-    """Word ids, positions and padding id of a text net; few of each where it does not tell."""
+    """Vocabulary size, number of positions and padding id of a text net; small defaults where they are not known."""
     from transformers import PreTrainedModel
 
     if isinstance(net, TextTransformer):

@@ -1,10 +1,10 @@
-"""Where the blocks, norms and branches of any model are.
+"""The blocks, norms and residual branches of any model.
 
-In goes a foreign module, out comes a ``ModelStructure``: its blocks in order, the attention and MLP parts of each
-block, the places where a branch begins and ends, and what follows the last block. Families we know are rows of
-``FAMILY_LAYOUTS``, keyed by the name of the class; any other model is read by its structure, and what was looked for is
-said when that fails. Norms are told by what they are (a leaf of a type named a norm, whose parameters are all vectors),
-never by the name they have in their parent: RMSNorm and a norm called ``ln_3`` are found, and a layer scale is none.
+Input: a foreign module. Output: a ``ModelStructure``: its blocks in order, the attention and MLP parts of each block,
+the inputs and outputs of the residual branches, and the modules after the last block. Known families are rows of
+``FAMILY_LAYOUTS``, keyed by class name; the blocks of other models are found by structure. Note: norms are identified
+by type (a leaf of a type named a norm, whose parameters are all vectors), not by their attribute name: RMSNorm and a
+norm called ``ln_3`` are norms, and a layer scale is not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BlockStructure:
 
 @dataclass(frozen=True, slots=True)
 class ModelStructure:
-    """A net laid open. All paths are dotted and relative to the net."""
+    """The parts of a net. All paths are dotted and relative to the net."""
 
     family: str
     blocks: tuple[BlockStructure, ...]
@@ -42,13 +42,13 @@ class ModelStructure:
     prefix_tokens: int
     channels_first: bool
     min_prefix_blocks: int
-    """the fewest blocks below a cut: those above it must need nothing but the states"""
+    """the least depth of a frozen prefix: the blocks above it have no input but the hidden states"""
 
 
 def find_structure(net: nn.Module) -> ModelStructure:
-    """Read the anatomy of ``net``: by its family where we know it, by its structure elsewhere.
+    """The structure of ``net``: from its row in ``FAMILY_LAYOUTS``, else from its module tree.
 
-    Raises ``UserError`` that says what was looked for when no stack of blocks is found.
+    Raises ``UserError`` that describes the modules searched for when no stack of blocks is found.
     """
     family = type(net).__name__
     modules = dict(net.named_modules())
@@ -68,12 +68,12 @@ def find_structure(net: nn.Module) -> ModelStructure:
     lateral_layers = (
         [int(path.rpartition(".")[2]) for path in _matching_paths(modules, layout.laterals)] if layout.laterals else []
     )
-    lowest_cut = 1 + max(lateral_layers, default=0)
-    return ModelStructure(family, blocks, tail, pooled_norm, _prefix_tokens(net), layout.channels_first, lowest_cut)
+    min_blocks = 1 + max(lateral_layers, default=0)
+    return ModelStructure(family, blocks, tail, pooled_norm, _prefix_tokens(net), layout.channels_first, min_blocks)
 
 
 def find_unused_modules(net: nn.Module) -> tuple[str, ...]:
-    """Paths of parameters and modules of ``net`` that never take part in encoding."""
+    """Paths of the parameters and modules of ``net`` that its output does not depend on."""
     modules = dict(net.named_modules())
     layout = _family_layout(net, modules)
     unused = layout.unused if layout else ()
@@ -81,7 +81,7 @@ def find_unused_modules(net: nn.Module) -> tuple[str, ...]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation with weights: a leaf whose parameters are vectors, of a type named a norm."""
+    """Whether a module is a normalisation layer with weights: a leaf of a type named a norm, all parameters vectors."""
     parameters = list(module.parameters(recurse=False))
     leaf = next(module.children(), None) is None
     return (
@@ -90,7 +90,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_bias(name: str, ndim: int) -> bool:
-    """Whether a parameter is an additive bias, by the last part of its name: not a ``relative_position_bias_table``."""
+    """Whether a parameter is an additive bias, by the end of its name; a ``relative_position_bias_table`` is not."""
     leaf = name.rpartition(".")[2]
     return ndim == 1 and (leaf == "bias" or leaf.endswith("_bias"))
 
@@ -105,13 +105,13 @@ def _existing_paths(modules: dict[str, nn.Module], block: str, parts: tuple[str,
 
 
 def _family_layout(net: nn.Module, modules: dict[str, nn.Module]) -> FamilyLayout | None:
-    """The row of the net's class; none where another library's class has the same name and other insides."""
+    """The row of the net's class; ``None`` where a class of another library has the same name and other modules."""
     layout = FAMILY_LAYOUTS.get(type(net).__name__)
     first = next(_matching_paths(modules, layout.blocks), None) if layout else None
     if layout is None or first is None:
         return None
     block = modules[first]
-    if isinstance(block, OurBlock) and block.norm_position == "post":  # its norms end the branches instead
+    if isinstance(block, OurBlock) and block.norm_position == "post":  # norms are at the end of the branches
         return replace(layout, branch_inputs=("attn", "mlp"))
     return layout
 
@@ -121,17 +121,17 @@ _PREFIX_TOKENS = ("cls_token", "class_embedding", "dist_token", "distillation_to
 
 
 def _prefix_tokens(net: nn.Module) -> int:
-    """Tokens before the first patch (class, distillation, registers), counted in the parameters that hold them."""
+    """Number of tokens before the first patch (class, distillation, registers), read from their parameters."""
     tokens = (
         p
         for name, p in net.named_parameters()
-        if name.rpartition(".")[2] in _PREFIX_TOKENS and not name.startswith("head.")  # AIMv2's pools, and is no state
+        if name.rpartition(".")[2] in _PREFIX_TOKENS and not name.startswith("head.")  # AIMv2's is a pooling token
     )
     return sum(p.shape[1] if p.ndim == 3 else 1 for p in tokens)
 
 
 def _layout_by_structure(net: nn.Module) -> FamilyLayout:
-    """The stack of like modules that holds the most parameters is the blocks; parts are told by their types' names."""
+    """Blocks: the stack of modules of one type with the most parameters; their parts are found by name and type."""
     stacks: list[tuple[int, str, nn.Module]] = []
     for name, module in net.named_modules():
         children = list(module.children())
@@ -161,17 +161,17 @@ def _layout_by_structure(net: nn.Module) -> FamilyLayout:
 
 
 def _parts_by_name(block: nn.Module) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
-    """Attention, MLP and branch outputs of a block, told by names of what has weights other than vectors in it.
+    """Attention, MLP and branch outputs of a block, found by the names of children that have weight matrices.
 
-    A norm or a dropout may be called after the part that it stands behind.
+    Children without any are left out: a norm or a dropout may be named after the part that it follows.
     """
     modules = dict(block.named_modules())
     if modules.keys() >= {*BERT_LAYOUT.branch_outputs, *BERT_LAYOUT.branch_inputs}:
         return BERT_LAYOUT.attention, BERT_LAYOUT.mlp, BERT_LAYOUT.branch_outputs
     parts = [(n, m) for n, m in block.named_children() if any(p.ndim >= 2 for p in m.parameters())]
 
-    def part(*words: str) -> str | None:
-        named = (n for n, m in parts if any(w in n.lower() or w in type(m).__name__.lower() for w in words))
+    def part(*keywords: str) -> str | None:
+        named = (n for n, m in parts if any(k in n.lower() or k in type(m).__name__.lower() for k in keywords))
         return next(named, None)
 
     attention, mlp = part("attn", "attention"), part("mlp", "ffn", "feedforward", "feed_forward")
@@ -181,5 +181,5 @@ def _parts_by_name(block: nn.Module) -> tuple[str | None, tuple[str, ...], tuple
     return attention, pair, tuple(p for p in (attention, *pair[-1:]) if p)
 
 
-# two linear maps that are an MLP, in a block that has them side by side with its attention (OPT, torch's own encoder)
+# the two linear layers of an MLP that are direct children of the block (OPT, torch's TransformerEncoderLayer)
 _MLP_PAIRS = (("fc1", "fc2"), ("linear1", "linear2"), ("intermediate", "output"))

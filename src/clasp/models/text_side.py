@@ -1,8 +1,8 @@
-"""The texts of a model's inputs: live tokens, or the cached output of the text tower's frozen part.
+"""The text side of a model's inputs: live tokens, or the cached output of the frozen text tower or prefix.
 
-In: a text tower with its tokenizer, and texts. Out: the text side of training batches (``reader``), a stream for
-evaluations (``stream``), or what would be cached (``request``). Note: texts that are all among those of an earlier
-request are taken from it, so many small requests can be computed at once.
+Input: a text tower with its tokenizer, and texts. Output: the text side of training batches (``reader``), a stream for
+evaluations (``stream``), or the request for the feature cache (``request``). Note: a request whose texts are all among
+those of an earlier one reuses its features, so many small requests can be computed at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from clasp.types import TextInput
 TextStream = Iterable[tuple[Sequence[str], TextInput]]
 """Batches of texts with their ids"""
 
-_CACHED_BATCH_SIZE = 256  # cached texts of an evaluation in one call of the rest of a tower
+_CACHED_BATCH_SIZE = 256  # cached texts per forward pass of the trainable blocks in an evaluation
 
 
 class TextSide:
@@ -43,11 +43,11 @@ class TextSide:
         self._cached: list[tuple[dict[str, int], CachedFeatures]] = []
 
     def request(self, texts: Sequence[str]) -> TextFeatureRequest | None:
-        """What would be cached of these texts; ``None`` where no part of the tower is frozen."""
+        """The request for the cached features of these texts; ``None`` where no prefix of the tower is frozen."""
         return None if self.frozen_part is None else TextFeatureRequest(self.frozen_part, self.tokenizer, texts)
 
     def features(self, texts: Sequence[str]) -> CachedFeatures | None:
-        """The frozen part's output for every text, computed at most once; ``None`` to read them live."""
+        """The cached features of every text, computed at most once; ``None``: texts are tokenized live."""
         request = self.request(texts)
         if request is None:
             return None
@@ -64,10 +64,10 @@ class TextSide:
         self._cached.append((dict(zip(texts, features.entry.tolist(), strict=True)), features))
         return features
 
-    def reader(self, listing: PairIndex) -> TextReader:
+    def reader(self, index: PairIndex) -> TextReader:
         """The text side of training batches."""
-        features = self.features(listing.texts)
-        return LiveTextReader(self.tokenizer) if features is None else CachedTextReader(features, listing)
+        features = self.features(index.texts)
+        return LiveTextReader(self.tokenizer) if features is None else CachedTextReader(features, index)
 
     def stream(self, ids: Sequence[str], texts: Sequence[str]) -> TextStream:
         """``texts``, each with its id: in order from the cache, longest first where they are read live."""

@@ -1,11 +1,10 @@
-"""A tower: any encoder, seen as states and one pooled vector.
+"""A tower: any encoder, as a module with hidden states and a pooled feature.
 
-In goes a ``Backbone`` (a foreign module and what its authors did to its inputs) and a few settings; out comes a module
-with
-``forward -> states [B N D]`` and ``pooled -> [B Dp]``; both also go on from ``HiddenStates``, where its ``trunk``
-stopped. Note: a tower stays in evaluation mode while it trains unless ``dropout`` is asked for, and running
-statistics of BatchNorm do not move: a frozen tower must answer the same twice. They do where a net began from a seed
-and the norm trains: they are then ``moving``, a part of what training changes.
+Input: a ``Backbone`` (a foreign module with its preprocessing) and a few settings. Output: a module with
+``forward -> hidden states [B N D]`` and ``pooled -> [B Dp]``; both also resume from ``HiddenStates``, the output of the
+frozen prefix. Note: a tower is in evaluation mode in training, too, unless ``dropout`` is set, and running statistics
+of BatchNorm are fixed, so that a frozen tower is deterministic. They are updated where the net is randomly initialised
+and the norm trains: they are then in ``moving`` and are saved with the trained parameters.
 """
 
 from __future__ import annotations
@@ -53,10 +52,10 @@ _log = logging.getLogger(__name__)
 
 
 class Tower(nn.Module):
-    """An encoder of one modality. ``net`` is the foreign module, ``pooling`` is new when it is learned.
+    """An encoder of one modality. ``net`` is the backbone's module, ``pooling`` a learned pooling or ``None``.
 
-    Takes the module over: unused parts are dropped from it. Raises ``UserError`` for a ``pool`` or ``layer`` that the
-    base cannot give, and, where there are weights, for a net whose features depend on more than their own input.
+    Modifies the module in place: unused parts are dropped. Raises ``UserError`` for a ``pool`` or ``layer`` that the
+    backbone does not support, and, unless on the meta device, for features that depend on more than their own input.
     """
 
     def __init__(
@@ -73,9 +72,9 @@ class Tower(nn.Module):
         self.net = backbone.net
         self._pool = pool or backbone.pool
         self._pooler = backbone.pooler if self._pool == "pooler" else None
-        own = backbone.pooler.module if backbone.pooler is not None else None
-        unused = {*find_unused_modules(self.net), *([own] if own else [])}
-        for path in sorted(unused - {own if self._pooler is not None else None}):
+        pooler_path = backbone.pooler.module if backbone.pooler is not None else None
+        unused = {*find_unused_modules(self.net), *([pooler_path] if pooler_path else [])}
+        for path in sorted(unused - {pooler_path if self._pooler is not None else None}):
             drop_module(self.net, path)
         disable_kv_cache(self.net)
         if layer is not None:
@@ -103,14 +102,18 @@ class Tower(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Of the base weights and how they are pooled; what trains does not enter."""
+        """Hash of the base weights and the pooling; trained parameters are not part of it."""
         return hash_values(sorted(self.weight_hashes.items()), self._pool, self._extra_layers)
 
     def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
-        """Apply a tuning spec; returns names relative to the tower. A learned pooling is not part of it."""
+        """Apply tuning specs; returns the names of the trainable parameters, relative to the tower.
+
+        A learned pooling is not among them. Parameters without a gradient are left out with a warning; raises
+        ``UserError`` where all of them are, and where the net does not run with the new parts.
+        """
         names = {f"net.{name}" for name in apply_tuning(self.net, specs, seed=seed)}
         self.tunings += tuple(map(parse_tuning_spec, specs))
-        self._structure = find_structure(self.net)  # there may be new blocks
+        self._structure = find_structure(self.net)  # blocks may have been appended
         unreached = self._without_gradient(names, specs) if names else set()
         if unreached:
             if unreached == names:
@@ -121,7 +124,7 @@ class Tower(nn.Module):
         return names - unreached
 
     def _without_gradient(self, names: set[str], specs: Sequence[str]) -> set[str]:
-        """Those of ``names`` that no gradient reaches. On meta tensors only families that are not known are tried."""
+        """Those of ``names`` that get no gradient. On the meta device, known families are not tried."""
         meta = self._device.type == "meta"
         if meta and type(self.net).__name__ in FAMILY_LAYOUTS:
             return set()
@@ -131,47 +134,50 @@ class Tower(nn.Module):
             )
         except (*FORWARD_ERRORS, AssertionError) as error:
             if meta:
-                return set()  # there are nets that look at values
+                return set()  # some nets branch on values
             raise UserError(
                 f"tuning {list(specs)}: {self._structure.family} does not run with it ({first_line(error)}); choose "
                 "another method, or other blocks or targets"
             ) from error
 
     def enable_activation_checkpointing(self) -> None:
-        """Keep of each block above the trunk its input only, and compute the rest again in the backward pass.
+        """Save the input only of each block above the frozen prefix, and recompute its activations when needed.
 
         Costs a second forward pass of the blocks that a gradient goes through (Chen et al., 2016, "Training deep nets
-        with sublinear memory cost"); dropout draws the same again. To be called once it is known what trains.
+        with sublinear memory cost"); dropout masks are the same in both. To be called after the selection is made.
         """
         for block in self._structure.blocks[self.frozen_blocks :]:
             module = self.net.get_submodule(block.path)
             vars(module)["forward"] = CheckpointedForward(module)
 
     def forward(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "U N D"]:
-        """States after the last block and the final norm; of each different caption once."""
+        """Hidden states after the last block and the final norm; U rows, one for each distinct caption."""
         if isinstance(inputs, HiddenStates):
-            blank, gives = self._blank_input(inputs), self._block_output_type
-            assert gives is not None, f"{self.name} cannot be cut"
+            blank, block_type = self._blank_input(inputs), self._block_output_type
+            assert block_type is not None, f"{self.name} cannot be resumed between blocks"
             lowest = self._structure.min_prefix_blocks
-            assert inputs.depth >= lowest, f"{self.name} cannot be cut above block {inputs.depth}, but above {lowest}"
-            values = inputs.values.to(next(self.net.parameters()).dtype)  # they may be kept in half precision
-            return resume_from(self.net, self._structure, inputs.depth, values, lambda: self(blank), output_type=gives)
+            assert inputs.depth >= lowest, f"{self.name} cannot be resumed after block {inputs.depth}, only {lowest} on"
+            values = inputs.values.to(next(self.net.parameters()).dtype)  # they may be cached in half precision
+            return resume_from(
+                self.net, self._structure, inputs.depth, values, lambda: self(blank), output_type=block_type
+            )
         if isinstance(inputs, Pixels) and self._structure.channels_first:
             inputs = Pixels(inputs.values.contiguous(memory_format=torch.channels_last))
         return as_tokens(foreign_states(self.name, self.net, inputs, self._forward_features))
 
-    # --- the trunk -----------------------------------------------------------------------------------------------
+    # --- the frozen prefix ---------------------------------------------------------------------------------------
 
     @property
     def fully_frozen(self) -> bool:
-        """Whether nothing in the tower trains, a learned pooling included: its pooled output is then fixed."""
+        """Whether the tower has no trainable parameter, a learned pooling included: its pooled output is then fixed."""
         return not any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def frozen_blocks(self) -> int:
-        """How many blocks from the bottom are the trunk: they and all before them stay as they are.
+        """The number of blocks in the frozen prefix: the lowest blocks without trainable parameters in or before them.
 
-        0 also where the net hands more from block to block than its states, and cannot be cut, or not so low.
+        0 also where the net cannot be resumed there: its blocks exchange more than the hidden states, or a parallel
+        branch joins above.
         """
         trained = [name for name, parameter in self.net.named_parameters() if parameter.requires_grad]
         depth = min([count_frozen_blocks(self._structure, trained), *self._extra_layers])
@@ -179,24 +185,25 @@ class Tower(nn.Module):
 
     @cached_property
     def _block_output_type(self) -> type | None:
-        """What the blocks hand on; none where the net cannot be cut, or comes out other than it was (XLM's blocks)."""
+        """The output type of the blocks; ``None`` where the net cannot be resumed from them, or gives other states then
+        (XLM)."""
         given, whole = self._probe_inputs().alone, []
         try:
             with torch.no_grad():
-                gives = block_output_type(self.net, self._structure, lambda: whole.append(self(given)))
-                if gives is None or self._device.type == "meta":
-                    return gives
-                cut = self.prefix_states(given, max(1, self._structure.min_prefix_blocks))
-                blank = self._blank_input(cut)
+                block_type = block_output_type(self.net, self._structure, lambda: whole.append(self(given)))
+                if block_type is None or self._device.type == "meta":
+                    return block_type
+                prefix = self.prefix_states(given, max(1, self._structure.min_prefix_blocks))
+                blank = self._blank_input(prefix)
                 resumed = resume_from(
-                    self.net, self._structure, cut.depth, cut.values, lambda: self(blank), output_type=gives
+                    self.net, self._structure, prefix.depth, prefix.values, lambda: self(blank), output_type=block_type
                 )
-                return gives if relative_difference(resumed, whole[0]) <= 1e-3 else None
+                return block_type if relative_difference(resumed, whole[0]) <= 1e-3 else None
         except FORWARD_ERRORS:
             return None
 
     def prefix_states(self, inputs: Pixels | Tokens, depth: int) -> HiddenStates:
-        """The states after the first ``depth`` blocks, ``1 <= depth <= frozen_blocks``, to go on from later."""
+        """The hidden states ``[B N D]`` after the first ``depth`` blocks, ``1 <= depth <= frozen_blocks``."""
         assert 1 <= depth <= len(self._structure.blocks), (
             f"{self.name} has {len(self._structure.blocks)} blocks, not {depth}"
         )
@@ -206,11 +213,11 @@ class Tower(nn.Module):
         return HiddenStates(values, _full_mask(values), depth, inputs.values.shape[-1])
 
     def prefix_fingerprint(self, depth: int) -> str:
-        """Of everything that states after ``depth`` blocks depend on."""
+        """Hash of all that the hidden states after ``depth`` blocks depend on."""
         return hash_values(sorted(self.weight_hashes.items()), "states", depth)
 
     def _blank_input(self, states: HiddenStates) -> Pixels | Tokens:
-        """An input of the shape that left ``states``; one image does, since only captions differ in their masks."""
+        """A blank input of the shape that ``states`` were computed from; one image suffices, as images have no mask."""
         if self.modality == "text":
             return Tokens(torch.zeros_like(states.mask, dtype=torch.long), states.mask)
         return Pixels(torch.zeros(1, 3, states.size, states.size, device=self._device))
@@ -218,7 +225,7 @@ class Tower(nn.Module):
     # --- pooling -------------------------------------------------------------------------------------------------
 
     def pool(self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B Dp"]:
-        """One vector a row, by the pooling chosen; ``mask`` is true on real tokens."""
+        """Pool hidden states to one vector a row; ``mask``: the attention mask, true on real tokens."""
         if self._pooler is not None:
             return self._pool_as_authors(self._pooler, states, mask)
         if self.pooling is not None:
@@ -243,9 +250,9 @@ class Tower(nn.Module):
         return self.net.get_submodule(pooler.module)(read) if pooler.module else read
 
     def pooled(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "B Dp"]:
-        """Inputs to one vector a row.
+        """Inputs to pooled features, one vector a row.
 
-        Captions go through the net in parts of like length, so that little of the work is done on padding.
+        Captions are split into micro-batches of similar length, to reduce padding.
         """
         if isinstance(inputs, Pixels):
             return self._pooled(inputs)
@@ -265,13 +272,14 @@ class Tower(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        seen = [states, *(as_tokens(early) for early in outputs)]  # lower maps of a CNN have more places
+        layers = [states, *(as_tokens(early) for early in outputs)]  # lower feature maps of a CNN are larger
         text = None if isinstance(inputs, Pixels) or self.modality == "image" else inputs.mask
-        mask = [_full_mask(each) if text is None else text for each in seen]
-        return torch.cat([self.pool(states, mask[0]), *map(self._pool_without_weights, seen[1:], mask[1:])], dim=1)
+        mask = [_full_mask(each) if text is None else text for each in layers]
+        return torch.cat([self.pool(states, mask[0]), *map(self._pool_without_weights, layers[1:], mask[1:])], dim=1)
 
     def train(self, mode: bool = True) -> Tower:
-        """Evaluation mode always, unless dropout is wanted; BatchNorm trains where its statistics are ``moving``."""
+        """Always evaluation mode, unless ``dropout`` is set; BatchNorm is in training mode where its statistics are
+        ``moving``."""
         super().train(mode and self.dropout)
         for norm in self._batch_norms().values():
             norm.train(mode and self._updates_statistics(norm))
@@ -279,7 +287,8 @@ class Tower(nn.Module):
 
     @property
     def moving(self) -> dict[str, Tensor]:
-        """Running statistics that move in training, by name: of norms that train, in a net that began from a seed."""
+        """Running statistics that are updated in training, by name: those of trainable norms in a randomly initialised
+        net."""
         moving = {path: norm for path, norm in self._batch_norms().items() if self._updates_statistics(norm)}
         return {f"{path}.{name}": buffer for path, norm in moving.items() for name, buffer in norm.named_buffers()}
 
@@ -310,7 +319,7 @@ class Tower(nn.Module):
             )
         return numbers
 
-    # --- what the net is like ------------------------------------------------------------------------------------
+    # --- probing the net -----------------------------------------------------------------------------------------
 
     @property
     def _device(self) -> torch.device:
@@ -323,10 +332,10 @@ class Tower(nn.Module):
 
     @torch.no_grad()
     def _add_pooling(self) -> None:
-        """Make a learned pooling, set ``width``, and try out whether a feature depends on its own input alone.
+        """Create a learned pooling, set ``width``, and check that a feature depends on its own input only.
 
-        On meta tensors the net is asked for the width ``D`` of its states first: a forward pass of shapes costs half a
-        second, and decoders look at values.
+        On the meta device the width ``D`` of the hidden states is read from the net where it is declared: a forward
+        pass of shapes takes half a second, and decoders branch on values.
         """
         given, meta = self._probe_inputs(), self._device.type == "meta"
         width = self._declared_width() if meta else None
@@ -340,7 +349,7 @@ class Tower(nn.Module):
             check_consistency(self.name, self._structure.family, self._pooled, vectors, given)
 
     def _first_states(self, inputs: Pixels | Tokens) -> Float[Tensor, "U N D"]:
-        """States of the first run of a net, with what is wrong with it in one line."""
+        """Hidden states of the first forward pass; failures are raised as ``UserError``."""
         try:
             states = self(inputs)
         except UserError:
@@ -361,7 +370,7 @@ class Tower(nn.Module):
         return states
 
     def _declared_width(self) -> int | None:
-        """Width of the states as the final norm or a ``transformers`` configuration has it."""
+        """Width of the hidden states according to the final norm or a ``transformers`` configuration."""
         from transformers import PreTrainedModel
 
         if self._structure.tail and is_norm(last := self.net.get_submodule(self._structure.tail[-1])):

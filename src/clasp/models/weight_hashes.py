@@ -1,6 +1,6 @@
-"""Hashes of weights and of settings: what fingerprints are made of.
+"""SHA-256 hashes of weights and of settings, of which fingerprints are made.
 
-In go tensors by name, or plain values; out come hexadecimal digits. Note: tensors on the meta device have none.
+Input: tensors by name, or plain values. Output: hexadecimal digits. Note: tensors on the meta device have no hash.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def hash_values(*values: Any) -> str:
-    """The sha256 of plain values, in hexadecimal digits."""
+    """The SHA-256 of plain values, in hexadecimal digits."""
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Sixteen hexadecimal digits of the sha256 of each tensor (none on the meta device)."""
+    """The first 16 hexadecimal digits of the SHA-256 of each tensor; tensors on the meta device are left out."""
     hashes = {}
     for name, tensor in tensors.items():
         if not tensor.is_meta:

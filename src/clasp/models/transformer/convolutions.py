@@ -1,9 +1,10 @@
-"""What only images get: patches, a convolutional stem (early specialisation), a parallel branch with lateral adapters.
+"""Image-specific modules: patch embedding, convolutional stem (early specialisation), parallel convolutional branch.
 
-In go pixels, out come patch tokens in row-major order, or feature maps that join the tokens before some blocks. Two
-branches: MS-CLIP's (You et al., ECCV 2022), with BatchNorm, whose lateral adapters replace the patches; and ours
-without running statistics, whose gated laterals add to them and start as nothing, so that a trained net may get the
-branch without changing an output. Widths and strides follow from the width of the net and its patch.
+Input: pixels. Output: patch tokens in row-major order, or feature maps that lateral adapters add to the tokens before
+some blocks. There are two branches: MS-CLIP's (You et al., ECCV 2022), with BatchNorm, whose lateral adapters replace
+the patch tokens; and ours, without running statistics, whose gated lateral adapters are residual and zero at
+initialisation, so that the branch can be added to a pre-trained net without changing its output. Note: widths and
+strides follow from the net's width and patch size.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from torch import Tensor, nn
 ConvNormKind = Literal["batch", "group"]
 _CONV_NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "batch": lambda channels, eps: nn.BatchNorm2d(channels, eps=eps),
-    "group": lambda channels, eps: nn.GroupNorm(1, channels, eps=eps),  # of the whole map; keeps no statistics
+    "group": lambda channels, eps: nn.GroupNorm(1, channels, eps=eps),  # over the whole map; no running statistics
 }
 _STEM_EPS, _BOTTLENECK_EPS = 1e-5, 1e-6  # the bottlenecks of the released branch differ from its other norms
 STEM_STAGES = 4
 
 
 class ParallelBranchSettings(BaseModel):
-    """A parallel branch of convolutions beside the blocks of an image net."""
+    """A convolutional branch in parallel to the blocks of an image net."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["paper", "gated"] = "paper"
-    """paper: MS-CLIP's; gated: ours, without BatchNorm, starting as nothing"""
+    """paper: MS-CLIP's; gated: ours, without BatchNorm, zero at initialisation"""
     before: tuple[int, ...] = Field(default=(2, 4, 6, 8, 10), min_length=1, max_length=5)
-    """Layers before which it joins the tokens, counted from 0, a stem being layer 0"""
+    """Layers before which it is added to the tokens, counted from 0; a stem is layer 0"""
 
     @model_validator(mode="after")
     def _rising(self) -> ParallelBranchSettings:
@@ -44,7 +45,7 @@ class ParallelBranchSettings(BaseModel):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one strided convolution, in row-major order."""
+    """Patch embedding by one strided convolution; tokens in row-major order."""
 
     def __init__(self, patch: int, width: int, *, bias: bool):
         super().__init__()
@@ -55,9 +56,9 @@ class PatchEmbed(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution without a bias, and a norm of its channels.
+    """A convolution without a bias, followed by a norm of its channels.
 
-    A kernel as wide as its stride is not padded; any other is, by half of it, so that a stride of 1 keeps the size.
+    Padding is 0 where the kernel equals the stride, else ``kernel // 2``, so that a stride of 1 preserves the size.
     """
 
     def __init__(
@@ -95,8 +96,8 @@ class StemStage(nn.Module):
 class ConvStem(nn.Module):
     """Early specialisation: convolutions in place of patches and of the first block (MS-CLIP).
 
-    The picture is halved until a place stands for ``patch`` pixels, at widths D/16, D/16, D/8 … D; at the end a 1x1
-    convolution without norm or activation.
+    The resolution is halved until a position covers ``patch`` pixels, at widths D/16, D/16, D/8 … D; the last layer is
+    a 1x1 convolution without norm or activation.
     """
 
     def __init__(self, patch: int, width: int, norm: ConvNormKind):
@@ -143,34 +144,34 @@ class Bottleneck(nn.Module):
 
 
 class DepthwisePatchConv(ConvNorm):
-    """A depthwise convolution whose ``kernel`` is its stride, and a norm: the maps at the size of the patches.
+    """A depthwise convolution whose ``kernel`` is its stride, and a norm: from the maps to the patch grid.
 
-    Nothing overlaps, so it is also one product of each channel's places with its weights, 2 to 14 times as fast in
-    bfloat16 on a CPU; in float32 the convolution is faster (``benchmarks/conv_branch.py``).
+    Windows do not overlap, so it is also one matrix product per channel, 2 to 14 times as fast in bfloat16 on a CPU;
+    in float32 the convolution is faster (``benchmarks/conv_branch.py``).
     """
 
     def __init__(self, channels: int, kernel: int, norm: ConvNormKind):
         super().__init__(channels, channels, kernel=kernel, stride=kernel, groups=channels, norm=norm)
 
     def forward(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
-        whole = x.is_meta or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type))
-        return self.norm(self.conv(x) if whole else self.conv_as_matmul(x))
+        use_conv = x.is_meta or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type))
+        return self.norm(self.conv(x) if use_conv else self.conv_as_matmul(x))
 
     def conv_as_matmul(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
-        """What ``conv`` gives."""
+        """The output of ``conv``, as a batched matrix product."""
         kernel = self.conv.kernel_size[0]
-        places = x.unflatten(3, (-1, kernel)).unflatten(2, (-1, kernel))
-        batch, _, rows, _, columns, _ = places.shape
-        places = places.permute(1, 0, 2, 4, 3, 5).flatten(4).flatten(1, 3)
-        maps = torch.bmm(places, self.conv.weight.flatten(1).unsqueeze(2))
+        windows = x.unflatten(3, (-1, kernel)).unflatten(2, (-1, kernel))
+        batch, _, rows, _, columns, _ = windows.shape
+        windows = windows.permute(1, 0, 2, 4, 3, 5).flatten(4).flatten(1, 3)
+        maps = torch.bmm(windows, self.conv.weight.flatten(1).unsqueeze(2))
         return maps.view(-1, batch, rows, columns).transpose(0, 1)
 
 
 class LateralAdapter(nn.Module):
-    """Where MS-CLIP's branch joins: patches become ``bottom(patches) + top(maps)``, then a norm goes over all tokens.
+    """MS-CLIP's lateral adapter: patches become ``bottom(patches) + top(maps)``, then all tokens are normalised.
 
-    There is no identity beside the patches, and what stands before them (the class token) is added to itself: both as
-    released. ``kernel`` is how many places of the maps fall to one patch along a side.
+    The patches have no residual connection, and the tokens before them (the class token) are doubled, both as in the
+    released code. ``kernel``: positions of the maps per patch, along a side.
     """
 
     def __init__(self, width: int, channels: int, kernel: int, state_norm: nn.Module):
@@ -189,10 +190,10 @@ class LateralAdapter(nn.Module):
 
 
 class GatedLateralAdapter(nn.Module):
-    """Where our branch joins: ``patches + gamma * (bottom(patches) + top(maps))``, ``gamma`` zero at the start.
+    """Gated lateral adapter: ``patches + gamma * (bottom(patches) + top(maps))``, ``gamma`` initialised to zero.
 
-    The class token is left alone. Nothing is normed over the batch. The gate is ours for MS-CLIP's branch, after the
-    layer scale of Touvron et al. (ICCV 2021), which starts small and not at zero.
+    The class token is unchanged. There is no normalisation over the batch. The gate is our change to MS-CLIP's branch,
+    after the layer scale of Touvron et al. (ICCV 2021), which is initialised to a small value and not to zero.
     """
 
     def __init__(self, width: int, channels: int, kernel: int):
@@ -213,10 +214,10 @@ class GatedLateralAdapter(nn.Module):
 
 
 class ParallelBranch(nn.Module):
-    """Convolutions over the picture at falling sizes, each stage joining the tokens before one block.
+    """Convolutional stages of decreasing resolution, each added to the tokens before one block.
 
-    ``before`` numbers those blocks in the net's own stack. The last stage is as wide as the net, each below half of
-    that. A stage is computed where it joins.
+    ``before``: indices of those blocks in the net. The last stage is as wide as the net, each stage before it half as
+    wide as the next. A stage is computed right before its block.
     """
 
     def __init__(
@@ -238,7 +239,7 @@ class ParallelBranch(nn.Module):
             Bottleneck(widths[number - 1], widths[number], strides[number], norm) for number in range(1, len(before))
         )
         self.laterals = nn.ModuleDict()
-        size = 1  # pixels that a place of the maps stands for
+        size = 1  # pixels per position of the maps, along a side
         for number, channels, stride in zip(before, widths, strides, strict=True):
             size *= stride
             self.laterals[str(number)] = (
@@ -250,14 +251,14 @@ class ParallelBranch(nn.Module):
     def forward(
         self, number: int, states: Float[Tensor, "B N D"], maps: Float[Tensor, "B _ height width"]
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B _ _ _"]]:
-        """What enters block ``number``, one of ``stage_by_block``, and the maps of its stage; the first one reads
+        """The input of block ``number``, one of ``stage_by_block``, and the maps of its stage; the first stage reads
         pixels."""
         maps = self.stages[self.stage_by_block[number]](maps)
         return self.laterals[str(number)](states, maps), maps
 
 
 def halving_strides(patch: int, count: int) -> list[int]:
-    """Strides of ``count`` convolutions: 2 until a place stands for ``patch`` pixels (a power of 2), then 1."""
+    """Strides of ``count`` convolutions: 2 until a position covers ``patch`` pixels (a power of 2), then 1."""
     halved = patch.bit_length() - 1
     assert patch == 1 << halved, f"{patch} is no power of 2; settings refuse it"
     return [2 if number < halved else 1 for number in range(count)]
@@ -271,7 +272,7 @@ def maps_to_tokens(maps: Float[Tensor, "B D height width"]) -> Float[Tensor, "B 
 def split_patch_map(
     states: Float[Tensor, "B N D"], maps: Float[Tensor, "B D height width"]
 ) -> tuple[Float[Tensor, "B _ D"], Float[Tensor, "B D height width"]]:
-    """What stands before the patches, and the patches laid out as the maps ``maps``."""
+    """The tokens before the patches, and the patches as feature maps of the size of ``maps``."""
     count = maps.shape[2] * maps.shape[3]
     patches = states[:, -count:].transpose(1, 2).unflatten(2, maps.shape[2:])
     return states[:, :-count], patches

@@ -1,7 +1,7 @@
-"""Bottleneck adapters for a tower: small modules at every residual branch of its blocks.
+"""Bottleneck adapters: small modules at every residual branch of a tower's blocks.
 
-In go a net, its anatomy and some blocks, out come the names of the parameters that are new. The bottlenecks are
-children of their block and act through forward hooks, so no parameter of the base changes its name.
+Input: a net, its ``ModelStructure`` and some of its blocks. Output: the names of the new parameters. Note: adapters
+are children of their block and are applied by forward hooks, so that no base parameter is renamed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def insert_adapters(
     place: str,
     init: str,
 ) -> set[str]:
-    """Put a bottleneck at every residual branch of ``blocks``, at the branch's ``input`` or its ``output``.
+    """Insert an adapter at every residual branch of ``blocks``, at the branch's ``input`` or its ``output``.
 
-    LilT (section 3) has them at the input, before the norm, in its image tower and at the output, before the residual
-    sum, in its text tower. ``reduction`` divides the branch's width. Returns the names of the new parameters.
-    Raises ``UserError`` when no such place is known in the net's family, and for a block that has adapters already.
+    LilT (section 3) inserts them at the input, before the norm, in its image tower, and at the output, before the
+    residual sum, in its text tower. The bottleneck is ``width // reduction`` wide. Returns the names of the new
+    parameters. Raises ``UserError`` where the net has no known place of this kind, and for a block that has adapters.
     """
     names: set[str] = set()
     for block in blocks:
@@ -71,7 +71,7 @@ def _register_adapter_hook(module: nn.Module, adapter: Adapter, place: str) -> N
 
 
 class _AdaptBranchInput:
-    """A hook that is an object, so that copying a tower copies what its hooks point to."""
+    """A hook as an object, so that a deep copy of a tower copies the adapters of its hooks."""
 
     def __init__(self, adapter: Adapter):
         self.adapter = adapter
@@ -93,22 +93,22 @@ class _AdaptBranchOutput:
 
 
 def _is_channels_first(module: nn.Module, structure: ModelStructure, place: str) -> bool:
-    """Whether ``B D height width`` flows into (or out of) the module: its first (or last) layer is a convolution."""
+    """Whether the module's input (or output) is ``[B D height width]``: its first (or last) layer is a convolution."""
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     edge = layers[:1] if place == "input" else layers[-1:]
     return structure.channels_first or any(isinstance(layer, nn.Conv2d) for layer in edge)
 
 
 def _branch_width(net: nn.Module, path: str, module: nn.Module, place: str, states: int | None) -> int:
-    """Channels that flow into (or out of) the module: read from it, or from the nearest weights around it.
+    """Width of the module's input (or output), read from its weights, or from those of the nearest enclosing module.
 
-    ``states`` is the width of the block's states, where it is known.
+    ``states`` is the width of the block's hidden states, where it is known.
     """
     while True:
         width = _width_in(module) if place == "input" else _width_out(module, states)
         if width:
             return width
-        path = path.rpartition(".")[0]  # an Identity or a Dropout: its neighbours know
+        path = path.rpartition(".")[0]  # an Identity or a Dropout has no weights; use its parent
         module = net.get_submodule(path)
 
 
@@ -124,31 +124,31 @@ def _width_in(module: nn.Module) -> int | None:
 
 
 def _norm_width(block: nn.Module) -> int | None:
-    """Width of a norm that stands in the block itself, hence of its states."""
+    """Width of a norm that is a direct child of the block, hence of its hidden states."""
     return next((next(m.parameters()).numel() for m in block.children() if is_norm(m)), None)
 
 
 def _width_out(module: nn.Module, states: int | None) -> int | None:
-    """Of the map in it that gives states, else of its last map, else of its last vector.
+    """Output width of the layer as wide as the hidden states, else of the last layer, else of the last vector.
 
-    A norm beside the maps may be of one head's width (Gemma 3), and the last map need not be written last (Phi 3).
+    A norm inside may have the width of one attention head (Gemma 3), and the last layer may be declared first (Phi 3).
     """
-    maps, vectors = [], []
+    layer_widths, vectors = [], []
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            maps.append(part.out_features)
+            layer_widths.append(part.out_features)
         elif isinstance(part, nn.Conv1d | nn.Conv2d):
-            maps.append(part.out_channels)
+            layer_widths.append(part.out_channels)
         elif next(part.children(), None) is None:
             vectors += [p.numel() for p in part.parameters() if p.ndim == 1]  # a norm or a layer scale
-    return states if states in maps else next(reversed(maps or vectors), None)
+    return states if states in layer_widths else next(reversed(layer_widths or vectors), None)
 
 
 class Adapter(nn.Module):
     """Bottleneck adapter: ``x + up(gelu(down(x)))`` (Houlsby et al., ICML 2019; LilT section 3).
 
-    ``init="identity"`` zeroes ``up``, so a tower is unchanged when adapters are inserted; ``init="random"`` is the
-    paper's N(0, 0.02) with zero biases. Works on the last axis, or on axis 1 of feature maps (``channels_first``).
+    ``init="identity"`` zeroes ``up``, so that inserting adapters does not change a tower's output; ``init="random"`` is
+    LilT's N(0, 0.02) with zero biases. Applied to the last axis, or to axis 1 of feature maps (``channels_first``).
     """
 
     def __init__(self, width: int, hidden: int, init: str, channels_first: bool):
@@ -156,7 +156,7 @@ class Adapter(nn.Module):
         self.channels_first = channels_first
         self.down = nn.Linear(width, hidden)
         self.up = nn.Linear(hidden, width)
-        if self.up.weight.is_meta:  # only counted; drawing shapes would be most of the time that counting takes
+        if self.up.weight.is_meta:  # only counted; initialising on meta would take most of the time of counting
             return
         nn.init.trunc_normal_(self.down.weight, std=0.02)
         nn.init.zeros_(self.down.bias)

@@ -1,7 +1,7 @@
-"""How many blocks a net has: append some above the last, or keep the first few.
+"""The depth of a net: append blocks after the last one, or truncate it to the first few.
 
-In goes a net, which is changed in place; appended blocks say which parameters are new. Unusual: ``transformers`` models
-read their depth from their configuration while they run, so it is told.
+Input: a net, which is modified in place. Output: the names of the new parameters, where blocks are appended. Note:
+``transformers`` models read their depth from their configuration in the forward pass, so it is updated, too.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ DEEP_INITS = ("copy", "random")
 
 
 def append_blocks(net: nn.Module, structure: ModelStructure, count: int, init: str) -> set[str]:
-    """Append ``count`` blocks above the last one: copies of it, or fresh ones of the same shape (LilT's deep adapter).
+    """Append ``count`` blocks after the last one: copies of it, or randomly initialised ones (LilT's deep adapter).
 
-    The paper starts them at random; a copy keeps the states near what the final norm and the pooling expect. Returns
-    the names of the new blocks' parameters. Raises ``UserError`` for a net above whose last block none can stand.
+    LilT initialises them at random; copies leave the hidden states close to the input that the final norm and the
+    pooling were trained on. Returns the names of the new blocks' parameters. Raises ``UserError`` where the blocks are
+    in no ``ModuleList`` or ``Sequential``, and where the last one changes the width of its input.
     """
     last = structure.blocks[-1].path
     container_path, _, index = last.rpartition(".")
@@ -51,9 +52,9 @@ def append_blocks(net: nn.Module, structure: ModelStructure, count: int, init: s
 
 
 def truncate_blocks(net: nn.Module, layer: int) -> None:
-    """Keep the first ``layer`` blocks (negative counts from the end); what follows the last block stays.
+    """Keep the first ``layer`` blocks (negative: from the end); the modules after the last block are kept.
 
-    Raises ``UserError`` when there are not so many blocks, or when their widths differ.
+    Raises ``UserError`` when the net has fewer blocks, or when their widths differ.
     """
     parts = find_structure(net)
     container_path = parts.blocks[-1].path.rpartition(".")[0]
@@ -86,18 +87,18 @@ def _preserves_shape(block: nn.Module) -> bool:
 
 
 def _initial_layer_scale(net: nn.Module) -> float:
-    """What a layer scale starts from: what the family's settings say, else what LilT's large tower does (DeiT-III)."""
+    """Initial layer scale: from the net's settings, else 1e-4, as in DeiT-III, LilT's large tower."""
     if isinstance(net, ImageTransformer | TextTransformer):
-        said = net.settings.layer_scale
+        configured = net.settings.layer_scale
     else:
-        said = net.config.to_dict().get("layerscale_value") if _is_transformers_model(net) else None
-    return 1e-4 if said is None else said
+        configured = net.config.to_dict().get("layerscale_value") if _is_transformers_model(net) else None
+    return 1e-4 if configured is None else configured
 
 
 def _reinitialize_block(block: nn.Module, layer_scale: float) -> None:
-    """Linear, convolution and embedding weights N(0, 0.02), biases zero, norms one: BERT's and ViT's own start.
+    """Linear, convolution and embedding weights N(0, 0.02), biases zero, norms one: the initialisation of BERT and ViT.
 
-    Vectors that are neither bias nor of a norm scale a branch, and start from ``layer_scale``.
+    Vectors that are neither a bias nor of a norm are layer scales, and are initialised to ``layer_scale``.
     """
     for module in block.modules():
         if is_norm(module):
@@ -114,7 +115,7 @@ def _reinitialize_block(block: nn.Module, layer_scale: float) -> None:
 
 
 def _update_config_depth(net: nn.Module, blocks: int) -> None:
-    """``transformers`` models read their depth from their configuration while running."""
+    """Set the depth in the configuration of a ``transformers`` model, which its forward pass reads."""
     if not _is_transformers_model(net):
         return
     config = net.config.to_dict()

@@ -1,8 +1,8 @@
-"""The methods of a tuning spec, a row each: what it puts into a tower, and the names of what then trains.
+"""The tuning methods, a row each: the modules a method inserts into a tower, and the parameters that it trains.
 
-In goes a net and one parsed method (``TuningSpec``), out come names. Methods that put parts in are run first, in a
-fixed order; those that only read names come after. What is special about a method stands in its row, and other modules
-read it there. ``clasp.models.tuning.spec`` parses specs and runs their methods.
+Input: a net and one parsed method (``TuningSpec``). Output: names of trainable parameters. Methods that insert modules
+run first, in a fixed order, those that only select names after them. Properties of a method are fields of its row in
+``TUNING_METHODS``, from which other modules read them. ``clasp.models.tuning.spec`` parses specs and runs them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from clasp.types import UserError
 
 @dataclass(frozen=True, slots=True)
 class TuningSpec:
-    """One method of a tuning spec, parsed: ``adapters(reduction=4, blocks="6:")``; ``spec`` is how it was written."""
+    """One parsed tuning method, such as ``adapters(reduction=4, blocks="6:")``; ``spec`` is its source text."""
 
     spec: str
     method: str
@@ -39,7 +39,7 @@ class TuningSpec:
 
 
 def layers_wrapped_by(net: nn.Module, tuning: TuningSpec) -> list[str]:
-    """Paths of the layers that are wrapped where a method of peft looks: after it ran, by itself."""
+    """Paths of the wrapped layers among the targets of a peft method; after it has run, those that it wrapped."""
     roots = _peft_roots(net, tuning)
     return sorted(path for path in peft_methods.wrapped_layers(net) if _at_or_below(path, roots))
 
@@ -93,17 +93,17 @@ def _adapters(net: nn.Module, tuning: TuningSpec) -> set[str]:
 
 
 def _peft(net: nn.Module, tuning: TuningSpec) -> set[str]:
-    if taken := layers_wrapped_by(net, tuning):
+    if wrapped := layers_wrapped_by(net, tuning):
         raise UserError(
-            f"tuning {tuning.spec!r}: {taken[0]} is wrapped by another method already; let their blocks or targets "
+            f"tuning {tuning.spec!r}: {wrapped[0]} is wrapped by another method already; let their blocks or targets "
             "not overlap"
         )
     roots = _peft_roots(net, tuning)
     targets = [name for name, module in net.named_modules() if _at_or_below(name, roots) and _is_linear(module)]
     if not targets:
         return set()
-    ours = TUNING_METHODS[tuning.method].defaults
-    options = {key: value for key, value in tuning.options.items() if key not in ours}
+    clasp_options = TUNING_METHODS[tuning.method].defaults
+    options = {key: value for key, value in tuning.options.items() if key not in clasp_options}
     return peft_methods.inject_peft(net, tuning.method, targets, options)
 
 
@@ -125,7 +125,7 @@ def _conv_branch(net: nn.Module, tuning: TuningSpec) -> set[str]:
             f"(own:, deit:, a tower of share.trunk), and this is a {type(net).__name__}"
         )
     layers = net.settings.layers
-    before = tuning.options["before"] or tuple(range(2, layers, 2))[:5] or (layers - 1,)  # of 12 layers, the paper's
+    before = tuning.options["before"] or tuple(range(2, layers, 2))[:5] or (layers - 1,)  # MS-CLIP's for 12 layers
     try:
         settings = ParallelBranchSettings(kind="gated", before=before)
     except ValidationError as error:
@@ -156,20 +156,20 @@ def _parameters_under(net: nn.Module, paths: Iterable[str]) -> set[str]:
 
 
 def _restrict_to_blocks(net: nn.Module, names: set[str], tuning: TuningSpec) -> set[str]:
-    """All of ``names``, or those inside the chosen blocks where a block range is given."""
+    """``names``, restricted to the selected blocks where a block range is given."""
     if tuning.blocks is None:
         return names
     return names & _parameters_under(net, (block.path for block in _selected_blocks(net, tuning)))
 
 
 def _parameters_without_norms(net: nn.Module, paths: list[str]) -> set[str]:
-    """Parameters below ``paths`` that are not norms': BERT keeps its norms inside its attention and output modules."""
+    """Parameters under ``paths`` except those of norms, which BERT has inside its attention and output modules."""
     norms = _parameters_under(net, (name for name, module in net.named_modules() if is_norm(module)))
     return _parameters_under(net, paths) - norms
 
 
 def _peft_roots(net: nn.Module, tuning: TuningSpec) -> list[str]:
-    """The attention, MLP or all of the chosen blocks, where peft looks for linear layers and 1x1 convolutions."""
+    """Paths of the modules of the selected blocks in which peft wraps linear layers and 1x1 convolutions."""
     blocks, targets = _selected_blocks(net, tuning), tuning.options["targets"]
     if targets == "auto":
         targets = "attention" if any(b.attention for b in blocks) else "all"
@@ -195,24 +195,24 @@ def _is_linear(module: nn.Module) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TuningMethod:
-    """A row of ``TUNING_METHODS``: how names are selected, what was looked for, and the options with their defaults."""
+    """A row of ``TUNING_METHODS``: the function that selects names, an error hint, and options with defaults."""
 
     select: Callable[[nn.Module, TuningSpec], set[str]]
     no_match_hint: str = "it has no parameter for this method"
     stage: int = 9
-    """structure is changed in this order, then names are read; peft before bottlenecks, so that one at a branch's end
-    also sees what is added to its last layer"""
+    """methods run in this order: those that insert modules, then those that select names; peft before adapters, so that
+    the input of an adapter at a branch's output includes the update of the branch's last layer"""
     defaults: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, tuple] = field(default_factory=dict)
     passes_to_peft: bool = False
-    """further options belong to peft, which checks them"""
+    """whether further options are passed to peft, which validates them"""
     added_parameters: Mapping[str, WeightPath] = field(default_factory=dict)
-    """patterns of the names of parameters that it adds (``*`` also matches dots; the first that matches counts), to how
-    they are interpolated with the base; one that no pattern matches cannot be"""
+    """patterns of the names of added parameters (``*`` also matches dots; the first match counts), to how they are
+    interpolated with the base weights; a parameter without a match cannot be interpolated"""
     gradient_init: bool = False
-    """whether it wraps layers with an update B A in which A can start from the gradient (``init="gradient"``)"""
+    """whether it adds a low-rank update B A whose A can be initialised from the gradient (``init="gradient"``)"""
     trains_nothing: bool = False
-    """that is what it is for; it stands alone"""
+    """whether the tower stays frozen; such a method cannot be combined with others"""
 
     @property
     def positional_options(self) -> list[str]:
@@ -220,11 +220,11 @@ class TuningMethod:
 
     @property
     def options_text(self) -> str:
-        """Its options, for a person."""
+        """The names of its options, for error messages."""
         return ", ".join((*self.defaults, "blocks", *(("and peft's own",) if self.passes_to_peft else ())))
 
     def validate_option(self, spec: str, key: str, value: Any) -> None:
-        """One option's value, or a ``UserError`` that names the valid ones."""
+        """Raise ``UserError``, naming the valid choices, for an invalid value of an option."""
         if key in self.choices and value not in self.choices[key]:
             raise UserError(f"tuning {spec!r}: {key} is one of {', '.join(map(str, self.choices[key]))}, not {value!r}")
         counts = isinstance(self.defaults.get(key), int) or (self.passes_to_peft and key == "rank")
@@ -282,9 +282,10 @@ TUNING_METHODS: dict[str, TuningMethod] = {
 
 
 def find_tuning_method(name: str, spec: str) -> TuningMethod:
-    """The row of ``TUNING_METHODS``, or the function or ``TuningMethod`` that ``package.module:Name`` names.
+    """The row of ``TUNING_METHODS``, or the function or ``TuningMethod`` at ``package.module:Name``.
 
-    A function gets the net and the ``TuningSpec`` and returns the names that train. Raises ``UserError``.
+    A function takes the net and the ``TuningSpec`` and returns the names of the trainable parameters. Raises
+    ``UserError`` for an unknown name.
     """
     found = load_named(name, TUNING_METHODS, f"tuning {spec!r}: method")
     return found if isinstance(found, TuningMethod) else TuningMethod(found)

@@ -1,9 +1,9 @@
-"""Low-rank updates and the other methods of peft: linear layers of a tower, wrapped.
+"""LoRA and the other methods of peft: wrapped linear layers of a tower.
 
-In go a net and the paths of its layers, out come the names of the parameters that are new; they appear as peft gives
-them (``…q_proj.lora_A.default.weight``), and the wrapped base as ``…q_proj.base_layer.weight``. Every method goes in
-under peft's one adapter name, so several of them, on different layers, keep those names. ``PEFT_METHODS`` has a row for
-each. Here too: a start of LoRA's A from the gradient of the wrapped weight. The only module that imports peft.
+Input: a net and the paths of its layers. Output: the names of the new parameters, which are peft's
+(``…q_proj.lora_A.default.weight``); a wrapped base weight is ``…q_proj.base_layer.weight``. All methods use one adapter
+name of peft, so that several methods, on different layers, have these names. ``PEFT_METHODS`` has a row for each.
+Also: initialisation of LoRA's A from the gradient of the wrapped weight. Note: the only module that imports peft.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from torch import Tensor, nn
 from clasp.types import UserError
 
 LORA_INITS = ("random", "gradient")
-_PEFT_ADAPTER_NAME = "default"  # peft's own name for what it puts in
+_PEFT_ADAPTER_NAME = "default"  # peft's default adapter name
 
 WeightPath = Literal["from zero", "constant", "from one", "nonlinear"]
-"""How a parameter that a method adds moves on the straight way from the base to the tuned tower: from zero or from one
-to itself, not at all, or there is no such way since the tower's weights are not linear in it"""
+"""How an added parameter is interpolated between the base (0) and the tuned tower (1): linearly from zero or from one,
+held constant, or not at all, since the tower's weights are not linear in it"""
 
 
 @dataclass(frozen=True, slots=True)
 class PeftMethod:
-    """A row of ``PEFT_METHODS``: peft's configuration for it, and what is special about it."""
+    """A row of ``PEFT_METHODS``: peft's configuration class, and the properties of the method."""
 
     config: str
     """Name of the class in peft"""
     defaults: Callable[[int | None], dict[str, Any]]
-    """The rank that a recipe gives, or ``None``, to options under peft's names"""
+    """Maps the rank of a recipe, or ``None``, to default options under peft's names"""
     added_parameters: Mapping[str, WeightPath]
-    """As ``TuningMethod`` has them"""
+    """See ``TuningMethod.added_parameters``"""
     renamed_options: Mapping[str, str] = field(default_factory=lambda: {"rank": "r"})
-    """Options as papers spell them, to peft's names"""
+    """Option names of the papers, to peft's names"""
     gradient_init: bool = False
-    """Whether it adds an update B A in which A can start from the gradient (``init="gradient"``)"""
+    """Whether it adds a low-rank update B A whose A can be initialised from the gradient (``init="gradient"``)"""
     finish: Callable[[Iterable[nn.Module]], None] | None = None
-    """What is done to the wrapped layers at the end"""
+    """Called with the wrapped layers after injection"""
 
 
 def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[str, Any]) -> set[str]:
     """Wrap the linear layers ``targets`` with a peft method; returns the names of the parameters it added.
 
-    ``rank`` and ``alpha`` are spelt as in the papers and handed to peft under its names; other options go to peft as
-    they are. Raises ``UserError`` for an option that the method does not have, and for layers that peft refuses.
+    ``rank`` and ``alpha`` are named as in the papers and are renamed for peft; other options are passed unchanged.
+    Raises ``UserError`` for an option that the method does not have, and for layers that peft cannot wrap.
     """
     before = {id(p) for p in net.parameters()}
     row = PEFT_METHODS[method]
@@ -60,7 +60,7 @@ def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[s
     for path in targets:
         _make_padding_numeric(net.get_submodule(path))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft warns of merging and saving, which clasp does itself
+        warnings.simplefilter("ignore")  # peft warns of merging and saving, which clasp implements
         try:
             inject_adapter_in_model(config, net, _PEFT_ADAPTER_NAME)
         except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
@@ -84,55 +84,56 @@ def wrapped_layers(net: nn.Module) -> set[str]:
 
 
 def wrapped_weight_name(path: str) -> str:
-    """The name of the base's weight in the wrapped layer ``path``."""
+    """The name of the base weight in the wrapped layer ``path``."""
     return f"{path}.base_layer.weight"
 
 
 @torch.no_grad()
 def initialize_lora_from_gradient(net: nn.Module, path: str, gradient: Float[Tensor, "out in *ones"]) -> None:
-    """Let A of the low-rank update at ``path`` start along the gradient of the weight that it updates.
+    """Initialise A of the low-rank update at ``path`` from the gradient of the weight that it updates.
 
-    With B = 0 the first step moves B by the gradient times A transposed, hence the weight by the gradient projected
-    onto the rows of A. The rows that lose least of it are its top right singular vectors; they come in the length that
-    A was drawn with. After LoRA-GA (Wang, Yu and Li, NeurIPS 2024, section 3, gradient approximation), where B starts
-    along the left singular vectors too and the product is subtracted from the base. Ours does not: the base stays the
-    weights that a delta stands on, bit by bit, and the model begins as what it was. ``gradient`` is of a linear layer
-    or a 1x1 convolution; a rank above its own keeps the rest of A as it was drawn.
+    With B = 0, the first step changes B by the gradient times A transposed, hence the weight by the gradient projected
+    onto the row space of A. The best rank-r rows are the top right singular vectors of the gradient; they are scaled to
+    the root mean square norm of the rows of A at random initialisation. After LoRA-GA (Wang, Yu and Li, NeurIPS 2024,
+    section 3, gradient approximation), which also initialises B from the left singular vectors and subtracts the
+    product from the base. Ours does not: base weights are unchanged bit by bit, and so is the initial model.
+    ``gradient`` is that of a linear layer or a 1x1 convolution; rows of A beyond the number of singular vectors keep
+    their random initialisation.
     """
-    start = net.get_parameter(f"{path}.lora_A.{_PEFT_ADAPTER_NAME}.weight")
-    directions = _top_right_singular_vectors(gradient.flatten(1), len(start))
-    drawn = start[: len(directions)]
-    length = drawn.norm() / len(directions) ** 0.5
-    drawn.copy_((length * directions.to(start.dtype)).view_as(drawn))
+    lora_a = net.get_parameter(f"{path}.lora_A.{_PEFT_ADAPTER_NAME}.weight")
+    directions = _top_right_singular_vectors(gradient.flatten(1), len(lora_a))
+    rows = lora_a[: len(directions)]
+    row_norm = rows.norm() / len(directions) ** 0.5
+    rows.copy_((row_norm * directions.to(lora_a.dtype)).view_as(rows))
 
 
 # --- how -------------------------------------------------------------------------------------------------------------
 
 
 def _make_padding_numeric(module: nn.Module) -> None:
-    """``same`` and ``valid`` pad a 1x1 convolution by nothing; peft's HRA reads the first letter of the word."""
+    """``same`` and ``valid`` are padding 0 for a 1x1 convolution; peft's HRA expects numbers."""
     if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
         module.padding = (0, 0)
 
 
 def _keep_attributes(wrapper: nn.Module) -> None:
-    """What a net reads of a layer is there in its wrapper too: MobileNetV2 pads by the stride of its convolutions."""
+    """Copy the layer's attributes to its wrapper: MobileNetV2 reads the stride of its convolutions to pad."""
     base = wrapper.get_submodule("base_layer")
-    known = {*vars(wrapper), *dir(type(wrapper))}
-    facts = {name: value for name, value in vars(base).items() if not name.startswith("_") and name not in known}
-    vars(wrapper).update(facts)
+    existing = {*vars(wrapper), *dir(type(wrapper))}
+    missing = {name: value for name, value in vars(base).items() if not name.startswith("_") and name not in existing}
+    vars(wrapper).update(missing)
 
 
 def _top_right_singular_vectors(matrix: Float[Tensor, "out in"], count: int) -> Float[Tensor, "rows in"]:
-    """At most ``count`` of them, as rows, those of the largest singular values first; fewer where there are fewer.
+    """The right singular vectors of the ``count`` largest singular values, as rows; fewer where the rank is smaller.
 
-    By the whole decomposition (768 x 768: a third of a second on one core), since a randomised one would draw.
+    By the full SVD (768 x 768: a third of a second on one core), since a randomised one would use random numbers.
     """
     return torch.linalg.svd(matrix.float(), full_matrices=False).Vh[:count]
 
 
 def _fix_oft_for_channels_last(layers: Iterable[nn.Module]) -> None:
-    """peft's OFT takes any four axes for a convolution's; the linear layers of ConvNeXt read ``B height width D``."""
+    """peft's OFT treats 4-D inputs as a convolution's; linear layers of ConvNeXt have inputs ``[B height width D]``."""
     from peft.tuners.oft.layer import OFTRotationModule
 
     for module in chain.from_iterable(layer.modules() for layer in layers):
@@ -167,7 +168,7 @@ _DEFAULT_RANK = 8
 
 
 def _lora(*, added: Mapping[str, WeightPath] = {}, **options: Any) -> PeftMethod:
-    """An update B A; where left out, ``alpha`` is twice the rank."""
+    """A low-rank update B A; ``alpha`` is twice the rank by default."""
 
     def defaults(rank: int | None) -> dict[str, Any]:
         r = rank or _DEFAULT_RANK
@@ -188,7 +189,7 @@ def _rank_and_alpha(rank: int | None) -> dict[str, Any]:
 
 PEFT_METHODS: dict[str, PeftMethod] = {
     "lora": _lora(),
-    # it also changes the lengths of columns, in which the weight is not linear
+    # it also learns a magnitude vector, in which the weight is not linear
     "dora": _lora(use_dora=True, added={"*.lora_magnitude_vector.*": "nonlinear"}),
     "rslora": _lora(use_rslora=True),
     "ia3": PeftMethod(

@@ -1,7 +1,7 @@
-"""Learned tokens that a tower sees and nobody outside it does.
+"""Prompt tuning: learned tokens inside a tower, absent from its output.
 
-In go a net and its anatomy, out come the names of the parameters that are new. The tokens are put in and taken out
-by forward hooks, so no parameter of the base changes its name.
+Input: a net and its ``ModelStructure``. Output: the names of the new parameters. Note: the tokens are inserted and
+removed by forward hooks, so that no base parameter is renamed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from clasp.types import UserError
 
 
 def insert_prompts(net: nn.Module, structure: ModelStructure, count: int) -> set[str]:
-    """Let ``net`` see ``count`` learned tokens, and nobody outside it: the states come out as if they were not there.
+    """Add ``count`` learned tokens to the input of ``net``; its hidden states are returned without them.
 
-    In a text tower they stand before the first token, in an image tower between class token and patches. Raises
-    ``UserError`` for a net without attention, and for one that takes token ids only.
+    They are inserted before the first token in a text tower, between class token and patches in an image tower.
+    Returns the names of the new parameters. Raises ``UserError`` for a net without attention, for one that accepts
+    token ids only, and for one that has prompts already.
     """
     from transformers import PreTrainedModel
 
     if not any(block.attention for block in structure.blocks):
-        raise UserError(f"prompts: {structure.family} has no attention, so extra tokens would meet nobody")
+        raise UserError(f"prompts: {structure.family} has no attention, so extra tokens would have no effect")
     if "prompts" in dict(net.named_children()):
         raise UserError("prompts: given twice; ask for all of them at once, as in prompts(8)")
     first = net.get_submodule(structure.blocks[0].path)
@@ -48,7 +49,7 @@ def insert_prompts(net: nn.Module, structure: ModelStructure, count: int) -> set
 
 
 class PromptTokens(nn.Module):
-    """Learned tokens that stand before the first real token or patch (VPT-shallow, Jia et al., ECCV 2022)."""
+    """Learned tokens before the first real token or patch (VPT-shallow, Jia et al., ECCV 2022)."""
 
     def __init__(self, count: int, width: int, position: int, device: torch.device):
         super().__init__()
@@ -56,12 +57,12 @@ class PromptTokens(nn.Module):
         self.tokens = nn.Parameter(torch.empty(count, width, device=device).normal_(std=0.02))
 
     def insert(self, states: Tensor) -> Tensor:
-        """Put the prompts into ``states [B N D]``."""
+        """Insert the prompts into ``states [B N D]``."""
         prompts = self.tokens.to(states.dtype).expand(len(states), -1, -1)
         return torch.cat((states[:, : self.position], prompts, states[:, self.position :]), dim=1)
 
     def remove(self, states: Tensor) -> Tensor:
-        """Take them out again."""
+        """Remove the prompts from ``states``."""
         return torch.cat((states[:, : self.position], states[:, self.position + len(self.tokens) :]), dim=1)
 
 
@@ -69,7 +70,7 @@ class PromptTokens(nn.Module):
 
 
 class _PrependToTokens:
-    """Text: embed the ids ourselves, set the prompts in front and let the mask cover them."""
+    """Text: embed the token ids, prepend the prompts and extend the attention mask."""
 
     def __init__(self, prompts: PromptTokens):
         self.prompts = prompts
@@ -82,7 +83,7 @@ class _PrependToTokens:
 
 
 class _InsertIntoStates:
-    """Images: the states that enter the first block."""
+    """Images: insert the prompts into the input of the first block."""
 
     def __init__(self, prompts: PromptTokens):
         self.prompts = prompts

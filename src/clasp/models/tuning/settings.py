@@ -1,4 +1,4 @@
-"""``[tune]`` of a recipe: what trains in each tower, in the heads and in the scale of the logits."""
+"""``[tune]`` of a recipe: the trainable parameters of each tower, of the projection heads and of the logit scale."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class TuneSettings(BaseModel):
-    """``[tune]``: what trains, per tower; see ``clasp.models.tuning.spec``."""
+    """``[tune]``: the tuning methods of each tower; see ``clasp.models.tuning.spec``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     image: list[str] = Field(default=["none"], min_length=1)
-    """Methods for the image tower"""
+    """Tuning methods of the image tower"""
     text: list[str] = Field(default=["none"], min_length=1)
-    """Methods for the text tower"""
+    """Tuning methods of the text tower"""
     head: Literal["full", "none"] = "full"
-    """The heads, with a learned pooling where there is one"""
+    """Whether the projection heads train, with a learned pooling where there is one"""
     scale: Literal["full", "none"] = "full"
-    """The scale and the bias of the logits"""
+    """Whether the logit scale and the logit bias train"""

@@ -1,8 +1,8 @@
-"""What trains in a tower: a tuning spec becomes one set of parameter names, the selection.
+"""Tuning specs: from a list of methods to one set of names of trainable parameters, the selection.
 
-In goes a net and a list such as ``["adapters(reduction=4)", "norms(blocks='6:')"]``; new parts are inserted, and out
-come names. That set is the only truth: it gets the gradients, the optimizer holds it, the delta saves it, the counts
-are of it. A method that matches nothing is an error, never a silent no-op.
+Input: a net, and a list such as ``["adapters(reduction=4)", "norms(blocks='6:')"]``. Output: names; new modules are
+inserted into the net. The selection alone determines which parameters get gradients, are optimised, are saved in the
+delta and are counted. Note: a method that matches nothing is an error, never a silent no-op.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clasp.types import UserError
 
 
 def parse_tuning_spec(spec: str) -> TuningSpec:
-    """Read one method: a name, or a name with options in brackets as in a Python call.
+    """Parse one method: a name, or a name with options in parentheses, as in a Python call.
 
     A name is a key of ``TUNING_METHODS`` or ``package.module:Name``. Raises ``UserError`` for an unknown method or
     option, naming the nearest valid ones.
@@ -53,12 +53,12 @@ def parse_tuning_spec(spec: str) -> TuningSpec:
 
 
 def apply_tuning(net: nn.Module, specs: Sequence[str], *, seed: int) -> set[str]:
-    """Insert what the specs ask for into ``net`` and return the names of the parameters that train.
+    """Insert the modules of the specs into ``net`` and return the names of the trainable parameters.
 
-    Structure comes first, in a fixed order (appended blocks, peft, bottlenecks, prompts), so that the order in which a
-    recipe lists its methods never matters. A method may be given several times, with other options for other blocks.
-    New parts start from ``seed``. Raises ``UserError`` when a method matches nothing, and when two of them would put
-    a part in the same place.
+    Modules are inserted first, in a fixed order (appended blocks, peft, adapters, prompts), so that the order of the
+    methods in a recipe does not matter. A method may be given several times, with other options for other blocks. New
+    parameters are initialised from ``seed``. Raises ``UserError`` when a method matches nothing, and when two of them
+    would insert a module in the same place.
     """
     tunings = [parse_tuning_spec(spec) for spec in specs]
     idle = [t.method for t in tunings if _row(t).trains_nothing]
@@ -79,18 +79,20 @@ def apply_tuning(net: nn.Module, specs: Sequence[str], *, seed: int) -> set[str]
 
 
 def gradient_initialized_layers(net: nn.Module, specs: Sequence[str]) -> list[str]:
-    """Paths of the layers of a tuned net whose low-rank update is to start from the gradient (``init="gradient"``).
+    """Paths of the layers of a tuned net whose low-rank update is initialised from the gradient (``init="gradient"``).
 
-    ``specs`` are those the net was tuned with. Nothing is remembered of it: no two methods wrap one layer, so what is
-    wrapped where a method looks was wrapped by it.
+    ``specs`` are those the net was tuned with. No state is stored for this: no two methods wrap one layer, so the
+    wrapped layers among a method's targets were wrapped by it.
     """
-    asking = [t for t in map(parse_tuning_spec, specs) if _row(t).gradient_init and t.options["init"] == "gradient"]
-    return [path for tuning in asking for path in layers_wrapped_by(net, tuning)]
+    gradient_inits = [
+        t for t in map(parse_tuning_spec, specs) if _row(t).gradient_init and t.options["init"] == "gradient"
+    ]
+    return [path for tuning in gradient_inits for path in layers_wrapped_by(net, tuning)]
 
 
 def weight_path(tunings: Iterable[TuningSpec], name: str) -> tuple[str, WeightPath] | None:
     """The method among ``tunings`` that added the parameter ``name`` to a net, and how it is interpolated with the
-    base; ``None`` where none of their rows has it."""
+    base; ``None`` where no pattern of their rows matches."""
     for tuning in tunings:
         for pattern, path in _row(tuning).added_parameters.items():
             if fnmatch.fnmatchcase(name, pattern):
@@ -99,7 +101,7 @@ def weight_path(tunings: Iterable[TuningSpec], name: str) -> tuple[str, WeightPa
 
 
 def freeze_except(module: nn.Module, selection: Iterable[str]) -> None:
-    """Give gradients to the selection and to nothing else. Names that do not exist are a bug of ours."""
+    """Set ``requires_grad`` for the selection, and unset it for all other parameters; asserts that all names exist."""
     chosen = set(selection)
     missing = chosen - {name for name, _ in module.named_parameters()}
     assert not missing, f"selected but not there: {sorted(missing)[:3]}"
@@ -111,7 +113,7 @@ def freeze_except(module: nn.Module, selection: Iterable[str]) -> None:
 
 
 def _application_order(tuning: TuningSpec) -> tuple:
-    """Structure first; methods of one place in an order of their own, so that what they draw is not up to the list."""
+    """Inserting methods first; ties are sorted, so that random initialisation does not depend on the list's order."""
     options = sorted(tuning.options.items())
     return _row(tuning).stage, tuning.method, repr(tuning.blocks), repr(options)
 

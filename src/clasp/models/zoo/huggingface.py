@@ -1,9 +1,9 @@
 """Any image or text encoder that ``transformers`` can load, from the hub or a folder; also decoder language models.
 
-In: a repository or a folder. Out: a ``Backbone`` in float32, whose every parameter came from the checkpoint. Note:
-``transformers`` never touches pixels: size, mean and deviation are read from the model's ``preprocessor_config.json``,
-and pictures go through ``clasp.data.images`` as for every other tower. Modality and shapes are checked on meta tensors
-before any weight is read, and whether a text tower reads from left to right is tried out, not looked up.
+Input: a repository or a folder. Output: a ``Backbone`` in float32, all of whose parameters are in the checkpoint. Note:
+images are not preprocessed by ``transformers``: size, mean and deviation are read from ``preprocessor_config.json``,
+and images are transformed by ``clasp.data.images``, as for every other tower. Modality and shapes are checked on the
+meta device before any weight is read. Whether a text tower has causal attention is probed, not looked up.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from clasp.models.zoo.sentence_pooling import read_json, read_sentence_pooling
 from clasp.types import UserError
 
 _BERT = {"model_type": "bert", "max_position_embeddings": 512, "type_vocab_size": 2}
-# text towers of the LilT paper, as their published config.json has them: counting needs no hub
+# text towers of the LilT paper, as in their published config.json: counting needs no hub
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     name: {
         **_BERT,
@@ -47,13 +47,13 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 class _SubEncoder(NamedTuple):
-    """The class of the encoder inside a larger model, and where that model's configuration keeps its part."""
+    """The class of an encoder inside a larger model, and the key of its configuration in that model's."""
 
     class_name: str
     config_key: str | None = None
 
 
-# families whose AutoModel would be the whole of a dual encoder, or an encoder with a decoder
+# families whose AutoModel is a whole dual encoder, or an encoder with a decoder
 _SUB_ENCODERS: dict[tuple[str, str], _SubEncoder] = {
     ("clip", "image"): _SubEncoder("CLIPVisionModel", "vision_config"),
     ("clip", "text"): _SubEncoder("CLIPTextModel", "text_config"),
@@ -65,7 +65,7 @@ _SUB_ENCODERS: dict[tuple[str, str], _SubEncoder] = {
     ("umt5", "text"): _SubEncoder("UMT5EncoderModel"),
 }
 _MODALITIES = {"pixel_values": "image", "input_ids": "text"}
-# families whose authors pool with layers of the net
+# families that pool with layers of the net
 _POOLERS = {
     "SiglipVisionModel": Pooler("states", "head"),
     "SiglipTextModel": Pooler("last", "head"),
@@ -73,12 +73,12 @@ _POOLERS = {
     "Aimv2VisionModel": Pooler("states", "head"),
     "PixioModel": Pooler("prefix", None),
 }
-_POOLS_PATCHES = ("beit", "data2vec-vision")  # beside a class token
-_PADS_TO_ITS_POSITIONS = ("SiglipTextModel", "Siglip2TextModel")  # and reads the padding like words
+_POOLS_PATCHES = ("beit", "data2vec-vision")  # though they have a class token
+_PADS_TO_ITS_POSITIONS = ("SiglipTextModel", "Siglip2TextModel")  # and attends to the padding
 
 
 def load_transformers_backbone(name: str, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> Backbone:
-    """The encoder at ``name`` (a hub repository or a folder); see ``open_base``."""
+    """The encoder at ``name`` (a hub repository or a folder); see ``clasp.models.zoo.registry.load_backbone``."""
     with translate_hub_errors(settings.tower):
         config = _load_config(name, meta)
         net = _load_net(name, config, settings, meta)
@@ -142,7 +142,7 @@ def _text_backbone(
 
 
 def _own_pooler(net: nn.Module) -> Pooler | None:
-    """The layers that the family's authors pool with, where this checkpoint has them."""
+    """The pooling layers of the family, where this checkpoint has them."""
     pooler = _POOLERS.get(type(net).__name__)
     return pooler if pooler is None or pooler.module in (None, *dict(net.named_children())) else None
 
@@ -153,7 +153,7 @@ def _forward_bgr(net: Any, pixels: Tensor) -> Tensor:
 
 @contextmanager
 def translate_hub_errors(tower: str) -> Iterator[None]:
-    """Turn what the hub and its libraries raise into one line, and keep their chatter away."""
+    """Translate errors of the hub and its libraries to one-line ``UserError``, and silence their logs and warnings."""
     from huggingface_hub.utils import logging as hub_logging
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -194,18 +194,18 @@ def _load_config(name: str, meta: bool) -> Any:
 
 
 def _load_net(name: str, config: Any, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> nn.Module:
-    """The encoder with its weights, or on the meta device; no parameter that takes part is left to chance."""
+    """The encoder with its weights, or on the meta device. Raises ``UserError`` for weights that are missing."""
     shapes = _build_on_meta(config, settings)
     if meta:
         return shapes
     net, facts = type(shapes).from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     pooler = _own_pooler(net) if settings.pool in (None, "pooler") else None
     used = {pooler.module} if pooler is not None else set()
-    spare = tuple(f"{path}." for path in find_unused_modules(net) if path not in used)
-    lacking = sorted(key for key in facts["missing_keys"] if not f"{key}.".startswith(spare))
-    if lacking:
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        raise UserError(f"tower = {settings.tower!r}: its weights lack {', '.join(lacking[:3])}{more}")
+    unused = tuple(f"{path}." for path in find_unused_modules(net) if path not in used)
+    missing = sorted(key for key in facts["missing_keys"] if not f"{key}.".startswith(unused))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"tower = {settings.tower!r}: its weights lack {', '.join(missing[:3])}{more}")
     return net.eval()
 
 
@@ -214,11 +214,11 @@ def _build_on_meta(config: Any, settings: ImageTowerSettings | TextTowerSettings
     import transformers
 
     wanted = "image" if isinstance(settings, ImageTowerSettings) else "text"
-    half, facts = _SUB_ENCODERS.get((config.model_type, wanted)), config.to_dict()
+    sub_encoder, facts = _SUB_ENCODERS.get((config.model_type, wanted)), config.to_dict()
     with torch.device("meta"):
-        if half is not None:
-            own = config if half.config_key is None else vars(config)[half.config_key]
-            return _all_on_meta(getattr(transformers, half.class_name)(own))
+        if sub_encoder is not None:
+            sub_config = config if sub_encoder.config_key is None else vars(config)[sub_encoder.config_key]
+            return _all_on_meta(getattr(transformers, sub_encoder.class_name)(sub_config))
         several = {"vision_config", "text_config", "audio_config"} & facts.keys()
         if several or facts.get("is_encoder_decoder"):
             holds = "several encoders" if several else "an encoder with a decoder"
@@ -236,7 +236,7 @@ def _build_on_meta(config: Any, settings: ImageTowerSettings | TextTowerSettings
 
 
 def _all_on_meta(net: Any) -> Any:
-    """In evaluation mode, with the parameters that XLNet makes in the way of old torch, on the processor."""
+    """The net in evaluation mode; parameters that XLNet creates on the CPU (by the legacy constructor) are moved."""
     for module in net.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.is_meta:
@@ -245,19 +245,19 @@ def _all_on_meta(net: Any) -> Any:
 
 
 def _pool_by_direction(net: nn.Module, meta: bool) -> str:
-    """The mean, or the last token where only that saw all; nothing can be tried out on meta tensors."""
+    """``last`` for causal attention, else ``mean``; on the meta device ``mean``, since nothing can be probed there."""
     return "last" if not meta and _is_causal(net) else "mean"
 
 
 def _is_causal(net: nn.Module) -> bool:
-    """Whether the first token's state is blind to the second token: two runs over two tokens."""
+    """Whether attention is causal: the first token's hidden state is independent of the second token."""
     with torch.no_grad():
         first, other = (net(input_ids=torch.tensor([[0, second]])).last_hidden_state[0, 0] for second in (1, 2))
     return torch.equal(first, other)
 
 
 class _NoTokenTypes(nn.Module):
-    """Stands where BERT adds its token-type embedding, and adds nothing."""
+    """Replaces BERT's token-type embedding by zeros."""
 
     def forward(self, token_types: Tensor) -> Tensor:
         return torch.zeros((*token_types.shape, 1), device=token_types.device)
@@ -278,9 +278,9 @@ def _read_preprocessing(name: str, settings: ImageTowerSettings) -> Preprocessin
 
 
 def _max_positions(net: nn.Module, settings: TextTowerSettings) -> int | None:
-    """The longest text, in tokens, that a learned position table has rows for; none where positions are computed."""
+    """The rows of the learned position embedding, in tokens; ``None`` where positions are not learned."""
     rows = [
-        # RoBERTa and its kin count positions from the padding id on
+        # RoBERTa-like models number positions from the padding id + 1
         table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
         for name, table in net.named_modules()
         if isinstance(table, nn.Embedding) and ("position" in name.rpartition(".")[2] or name == "wpe")
@@ -296,16 +296,16 @@ def _load_tokenizer(name: str, tower: str, longest: int | None, changes: Mapping
 
     with translate_hub_errors(tower):
         try:
-            theirs = AutoTokenizer.from_pretrained(name)
-        except Exception as error:  # converters fail with whatever they meet, and tokenizers with bare Exception
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # converters raise arbitrary errors, and tokenizers bare Exception
             raise ValueError(f"its tokenizer: {error}") from error
-    if not isinstance(theirs, PreTrainedTokenizerFast):
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
-            f"tower = {tower!r} has a {type(theirs).__name__}, which has no fast form (tokenizer.json); "
+            f"tower = {tower!r} has a {type(tokenizer).__name__}, which has no fast form (tokenizer.json); "
             "write a factory that gives a clasp.Backbone with a tokenizer"
         )
-    if len(theirs) <= len(theirs.all_special_tokens):  # transformers makes an empty one where it finds no file
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # empty where the file is missing
         raise UserError(f"tower = {tower!r} has no words in its tokenizer: is tokenizer.json missing?")
-    pads = [number for number in (theirs.pad_token_id, theirs.eos_token_id, 0) if isinstance(number, int)]
+    pads = [number for number in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if isinstance(number, int)]
     given = {"pad_id": pads[0], "max_tokens": min(64, longest or 64), **changes}
-    return Tokenizer(theirs.backend_tokenizer, **given)
+    return Tokenizer(tokenizer.backend_tokenizer, **given)

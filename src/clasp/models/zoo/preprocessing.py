@@ -1,9 +1,9 @@
-"""``preprocessor_config.json`` of a model as an ``ImageTransform``, or one line that tells what it cannot be.
+"""From a model's ``preprocessor_config.json`` to an ``ImageTransform``.
 
-In goes what its authors' image processor does, out comes the transform that gives the same pixels. Note: scaling and
-normalisation of any kind are one mean and one deviation; geometry has to be a square. Fields that a processor of
-``transformers`` would not read are passed over, as there; those that change pixels and have no place in a transform
-are refused. Checked against the processors of ``transformers`` themselves, field by field.
+Input: the settings of an image processor of ``transformers``. Output: the transform that returns the same pixels, or a
+``UserError`` that names the unsupported field. Note: rescaling and normalisation become one mean and one standard
+deviation; the output must be square. Fields that the processor ignores are ignored; fields that change pixels and that
+a transform does not have are errors. Tested against the processors of ``transformers``, field by field.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from clasp.data.images import ImageTransform, Interpolation
 from clasp.models.backbone import ImageTowerSettings
 from clasp.types import UserError
 
-# Pillow's numbers; nearest, box and hamming have no place beside antialiasing, and bilinear is their neighbour
+# by Pillow's numbers; nearest, box and hamming, which are not antialiased here, are replaced by bilinear
 _INTERPOLATIONS: dict[int, Interpolation] = {
     0: "bilinear",
     1: "lanczos",
@@ -25,13 +25,13 @@ _INTERPOLATIONS: dict[int, Interpolation] = {
     4: "bilinear",
     5: "bilinear",
 }
-# what a processor may be told to do; the rest that is called do_… changes pixels in a way that a transform has not
+# steps that are supported or do not matter; any other do_… field changes pixels in a way that a transform does not
 _KNOWN_STEPS = {
     "do_resize",
     "do_center_crop",
     "do_rescale",
     "do_normalize",
-    "do_convert_rgb",  # a picture is RGB here in any case
+    "do_convert_rgb",  # images are always converted to RGB
     "do_flip_channel_order",
     "do_reduce_labels",  # of segmentation maps
 }
@@ -39,16 +39,16 @@ _OTHER_GEOMETRY = ("size_divisor", "max_num_patches", "n_clusters")
 
 
 class Preprocessing(NamedTuple):
-    """A transform, and whether the net reads blue first."""
+    """A transform, and whether the net expects BGR channels."""
 
     transform: ImageTransform
     bgr: bool
 
 
 def read_preprocessing(facts: Mapping[str, Any] | None, settings: ImageTowerSettings) -> Preprocessing:
-    """The transform of a processor's settings. Raises ``UserError`` for what a transform cannot do, naming the field.
+    """The transform of a processor's settings. Raises ``UserError`` naming a field that a transform cannot implement.
 
-    ``settings.size``, with ``settings.resize``, stands for a geometry that is not a square.
+    ``settings.size`` and ``settings.resize`` replace a geometry that is not square.
     """
     if facts is None or "size" not in facts:
         raise UserError(
@@ -80,7 +80,7 @@ def read_preprocessing(facts: Mapping[str, Any] | None, settings: ImageTowerSett
 def _mean_and_deviation(
     facts: Mapping[str, Any], settings: ImageTowerSettings, *, flipped: bool
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Of RGB in [0, 1]: what makes ``(x / 255 - mean) / std`` the processor's rescaling and normalisation."""
+    """Mean and standard deviation, RGB in [0, 1], for which ``(x / 255 - mean) / std`` is the processor's output."""
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if facts.get("do_normalize", True):
         lacking = [field for field in ("image_mean", "image_std") if facts.get(field) is None]
@@ -104,7 +104,7 @@ def _mean_and_deviation(
 
 
 def _three(facts: Mapping[str, Any], field: str, settings: ImageTowerSettings) -> tuple[float, float, float]:
-    """A number for each channel; one number alone is for all."""
+    """One value per channel; a single number applies to all three."""
     match facts[field]:
         case bool():
             pass
@@ -127,7 +127,7 @@ def _each(values: tuple[float, float, float], change: Any) -> tuple[float, float
 
 
 def _geometry(facts: Mapping[str, Any], kind: str, settings: ImageTowerSettings) -> tuple[Any, int, float]:
-    """``resize``, side and ``crop_fraction``."""
+    """``resize``, the side in pixels, and ``crop_fraction`` of the transform."""
     chosen = settings.size is not None and settings.resize is not None
     size, crop = facts["size"], facts.get("crop_size")
     crops = crop is not None and facts.get("do_center_crop", True)
@@ -139,11 +139,11 @@ def _geometry(facts: Mapping[str, Any], kind: str, settings: ImageTowerSettings)
         )
     shorter = _square_size(size, settings)
     if not crops:
-        if "crop_pct" in facts:  # ConvNeXt: larger pictures are squashed
+        if "crop_pct" in facts:  # ConvNeXt: from 384 px on, images are squashed
             return ("crop", shorter, facts["crop_pct"] or 224 / 256) if shorter < 384 else ("squash", shorter, 1.0)
         return "crop" if isinstance(size, dict) and "shortest_edge" in size else "squash", shorter, 1.0
     side = _square_size(crop, settings)
-    deit = kind.startswith("DeiT")  # whose authors crop; the port of it squashes first, by an eighth at most
+    deit = kind.startswith("DeiT")  # DeiT's authors crop; its processor in transformers squashes first, by at most 1/8
     if isinstance(size, dict) and "shortest_edge" not in size and shorter != side and not (chosen or deit):
         raise _refused(
             settings, "crop_size", crop, f"it is cut out of a squashed {shorter} px; set image.size and image.resize"
@@ -159,13 +159,13 @@ def _geometry(facts: Mapping[str, Any], kind: str, settings: ImageTowerSettings)
 
 
 def _crop_fraction(side: int, shorter: int) -> float:
-    """A fraction from which the transform gets ``shorter`` back, by ``floor(side / fraction)``."""
+    """The fraction for which the transform's ``floor(side / fraction)`` is ``shorter``."""
     fraction = min(1.0, side / shorter)
     return fraction if math.floor(side / fraction) == max(side, shorter) else math.nextafter(fraction, 0)
 
 
 def _square_size(size: Any, settings: ImageTowerSettings) -> int:
-    """A square's side out of the four ways in which ``preprocessor_config.json`` may have it."""
+    """The side of a square in any of the four forms that ``preprocessor_config.json`` may have."""
     match size:
         case bool():
             pass

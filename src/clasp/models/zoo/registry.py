@@ -1,9 +1,9 @@
-"""Towers from a package, a model hub, a folder, timm or a factory of the user's; those of the LilT paper; our own nets.
+"""Tower sources: pip packages, the Hugging Face hub, folders, timm, user factories, LilT's towers, and native nets.
 
-In goes what a recipe says of a tower, out comes a ``Backbone``. With ``meta=True`` nothing is downloaded or read but a
-configuration, and the shapes of the paper's towers are known here, so that parameters can be counted anywhere.
-``TOWER_SOURCES`` has a row for each scheme. Note: a weight that the checkpoint lacks is an error, never a silent random
-tensor.
+Input: ``[image]`` or ``[text]`` of a recipe. Output: a ``Backbone``. With ``meta=True`` nothing but a configuration is
+downloaded or read, and the shapes of LilT's towers are built in, so that parameters can be counted offline.
+``TOWER_SOURCES`` has a row for each scheme. Note: a weight missing from the checkpoint is an error, never silently
+initialised at random.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from clasp.types import UserError
 
 _TowerSettings = ImageTowerSettings | TextTowerSettings
 
-# image towers of the LilT paper: width, blocks, heads, start of the layer scale, and where timm keeps the weights
+# image towers of the LilT paper: width, blocks, heads, initial layer scale, and the hub repository of timm's weights
 DEIT_VARIANTS: dict[str, tuple[int, int, int, float | None, str]] = {
     "tiny": (192, 12, 3, None, "timm/deit_tiny_patch16_224.fb_in1k"),
     "small": (384, 12, 6, None, "timm/deit_small_patch16_224.fb_in1k"),
@@ -40,7 +40,7 @@ DEIT_VARIANTS: dict[str, tuple[int, int, int, float | None, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How to load: shapes only (``meta``), and the ``seed`` of a net that nobody trained."""
+    """How to load: shapes only (``meta``), and the ``seed`` of a randomly initialised net."""
 
     meta: bool
     seed: int
@@ -48,9 +48,9 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class TowerSource:
-    """A row of ``TOWER_SOURCES``: what loads ``SCHEME:REST``, given ``REST``, and a ``REST`` to show in errors.
+    """A row of ``TOWER_SOURCES``: the loader of ``SCHEME:REST``, called with ``REST``, and an example for errors.
 
-    ``reads_net_settings``: it makes the net that ``[image.net]`` or ``[text.net]`` describes; others refuse these.
+    ``reads_net_settings``: whether ``[image.net]`` and ``[text.net]`` apply; elsewhere they are an error.
     """
 
     load: Callable[[str, _TowerSettings, LoadOptions], Backbone]
@@ -59,9 +59,9 @@ class TowerSource:
 
 
 def load_backbone(settings: _TowerSettings, *, meta: bool = False, seed: int = 0) -> Backbone:
-    """The base that a recipe's ``[image]`` or ``[text]`` names; ``seed`` is what a net starts from that nobody trained.
+    """Load the backbone of ``[image]`` or ``[text]``; ``seed`` initialises a net without pre-trained weights.
 
-    Raises ``UserError`` for an unknown scheme or tower, for one that cannot be reached, and for missing weights.
+    Raises ``UserError`` for an unknown scheme or tower, for one that cannot be loaded, and for missing weights.
     """
     scheme, colon, rest = settings.tower.partition(":")
     if not colon or not scheme or not rest:
@@ -136,7 +136,7 @@ def _load_deit_backbone(name: str, settings: _TowerSettings, options: LoadOption
 
 
 def _load_timm(name: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
-    """``timm:NAME`` with its hub weights, or ``timm:NAME@FILE`` with weights from a file of one's own."""
+    """``timm:NAME`` with its hub weights, or ``timm:NAME@FILE`` with weights from a local file."""
     try:
         from clasp.models.zoo.timm_models import load_timm_backbone
     except ImportError:
@@ -159,7 +159,7 @@ TOWER_SOURCES: dict[str, TowerSource] = {
 
 
 def _load_deit_weights(net: VisionTransformer, repository: str) -> None:
-    """timm's file of DeiT and DeiT-III weights, its classifier left out and its positions resized to ours."""
+    """Load timm's DeiT or DeiT-III weights without the classifier; position embeddings are resized to the net's."""
     from huggingface_hub import hf_hub_download
     from safetensors.torch import load_file
 
@@ -172,18 +172,18 @@ def _load_deit_weights(net: VisionTransformer, repository: str) -> None:
 
 
 def _load_from_factory(settings: _TowerSettings, meta: bool) -> Backbone:
-    """What the factory ``package.module:factory`` gives; errors inside the user's own code stay as they are."""
+    """The backbone that ``package.module:factory`` returns; errors inside the user's code are not translated."""
     factory, name = import_named(settings.tower, "tower"), settings.tower.partition(":")[2]
-    base = factory()
-    if not isinstance(base, Backbone):
+    backbone = factory()
+    if not isinstance(backbone, Backbone):
         raise UserError(
-            f"tower = {settings.tower!r}: {name}() gave a {type(base).__name__}; it must give a clasp.Backbone"
+            f"tower = {settings.tower!r}: {name}() gave a {type(backbone).__name__}; it must give a clasp.Backbone"
         )
-    _check_modality(base, settings)
+    _check_modality(backbone, settings)
     lacking = "transform" if isinstance(settings, ImageTowerSettings) else "tokenizer"
-    if (base.transform if isinstance(settings, ImageTowerSettings) else base.tokenizer) is None:
+    if (backbone.transform if isinstance(settings, ImageTowerSettings) else backbone.tokenizer) is None:
         raise UserError(f"tower = {settings.tower!r}: the clasp.Backbone that {name}() gave has no {lacking}")
-    return replace(base, net=_to_meta(base.net)) if meta else base
+    return replace(backbone, net=_to_meta(backbone.net)) if meta else backbone
 
 
 def _to_meta(net: nn.Module) -> nn.Module:
@@ -192,8 +192,8 @@ def _to_meta(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, {**shapes, **{id(b): b.to("meta") for b in net.buffers()}})
 
 
-def _check_modality(base: Backbone, settings: _TowerSettings) -> Backbone:
+def _check_modality(backbone: Backbone, settings: _TowerSettings) -> Backbone:
     wanted = "image" if isinstance(settings, ImageTowerSettings) else "text"
-    if base.modality != wanted:
-        raise UserError(f"[{wanted}] tower = {settings.tower!r} is a tower for {base.modality}s")
-    return base
+    if backbone.modality != wanted:
+        raise UserError(f"[{wanted}] tower = {settings.tower!r} is a tower for {backbone.modality}s")
+    return backbone

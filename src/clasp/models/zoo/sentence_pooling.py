@@ -1,8 +1,8 @@
-"""What a sentence-transformers folder does around its net: pooling, layers over the pooled vector, a default prompt.
+"""The modules of a sentence-transformers folder around its net: pooling, layers on the pooled vector, default prompt.
 
-In go the files that ``modules.json`` lists, out come a pooling, a ``Pooler`` whose module is put into the net, and
-settings of the tokenizer. Note: normalisation at the end is left to the model, which normalises in any case. What is
-not known is refused where ``text.pool`` is left out; with ``text.pool`` the layers over it are the user's to leave.
+Input: the files that ``modules.json`` lists. Output: a pooling, a ``Pooler`` whose module is added to the net, and
+settings of the tokenizer. Note: a final ``Normalize`` is left out, since the dual encoder normalises its embeddings.
+Unsupported modules are an error where ``text.pool`` is left out; where it is set, the layers on top are not loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _POOLS: dict[frozenset[str], _PoolName] = {
     frozenset({"lasttoken"}): "last",
     frozenset({"cls", "mean"}): "cls+mean",
 }
-_MODES = {  # their names of poolings, in files of before they were one field
+_MODES = {  # pooling flags in older files, before they became the one field pooling_mode
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "lasttoken",
@@ -45,7 +45,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True, slots=True)
 class SentencePooling:
-    """What its authors do to the states, and to the text before it is read."""
+    """The pooling of the hidden states, and the changes to the tokenizer's settings."""
 
     pool: _PoolName
     pooler: Pooler | None
@@ -53,21 +53,21 @@ class SentencePooling:
 
 
 def read_sentence_pooling(name: str, net: nn.Module, settings: TextTowerSettings) -> SentencePooling | None:
-    """What the folder's or repository's files tell, with layers over the pooled vector put into ``net``.
+    """Read the pooling from the files of a folder or repository; layers on the pooled vector are added to ``net``.
 
-    None where it has no such files. Raises ``UserError`` for what cannot be done here.
+    ``None`` where there are no such files. Raises ``UserError`` for unsupported poolings and layers.
     """
     listed = _read_list(name, "modules.json")
     kinds = [(str(module.get("type", "")).rpartition(".")[2], str(module.get("path", ""))) for module in listed]
     where = next((path for kind, path in kinds if kind == "Pooling"), "1_Pooling")
-    said = read_json(name, f"{where}/config.json")
-    if said is None:
+    pooling_config = read_json(name, f"{where}/config.json")
+    if pooling_config is None:
         _refuse_layers(settings, kinds)
         return None
-    changes = _tokenizer_changes(name, said, settings)
+    changes = _tokenizer_changes(name, pooling_config, settings)
     if settings.pool not in (None, "pooler"):
-        return SentencePooling("mean", None, changes)  # the user's own comes before it
-    pool = _pool_of(said, settings)
+        return SentencePooling("mean", None, changes)  # text.pool takes precedence
+    pool = _pool_of(pooling_config, settings)
     after = kinds[[kind for kind, _ in kinds].index("Pooling") + 1 :] if kinds else []
     layers = [layer for kind, path in after if (layer := _layer(name, kind, path, net, settings)) is not None]
     if not layers:
@@ -77,7 +77,7 @@ def read_sentence_pooling(name: str, net: nn.Module, settings: TextTowerSettings
 
 
 def read_json(name: str, file: str) -> dict[str, Any] | None:
-    """A file of the repository or the folder; none where it has no such file."""
+    """A JSON file of the repository or folder; ``None`` where it does not exist."""
     found = _read(name, file)
     if found is not None and not isinstance(found, dict):
         raise UserError(f"{name}: {file} holds no settings")
@@ -115,12 +115,12 @@ def _refuse_layers(settings: TextTowerSettings, kinds: list[tuple[str, str]]) ->
         )
 
 
-def _pool_of(said: dict[str, Any], settings: TextTowerSettings) -> _PoolName:
-    newer = said.get("pooling_mode")
+def _pool_of(pooling_config: dict[str, Any], settings: TextTowerSettings) -> _PoolName:
+    newer = pooling_config.get("pooling_mode")
     if newer is not None:
         modes = frozenset([newer] if isinstance(newer, str) else newer)
     else:
-        modes = frozenset(mode for key, mode in _MODES.items() if said.get(key))
+        modes = frozenset(mode for key, mode in _MODES.items() if pooling_config.get(key))
     if modes not in _POOLS:
         raise UserError(
             f"tower = {settings.tower!r}: its authors pool by {' and '.join(sorted(modes)) or 'nothing known'}, and "
@@ -129,8 +129,8 @@ def _pool_of(said: dict[str, Any], settings: TextTowerSettings) -> _PoolName:
     return _POOLS[modes]
 
 
-def _tokenizer_changes(name: str, said: dict[str, Any], settings: TextTowerSettings) -> dict[str, Any]:
-    """The default prompt as prefix, and the length that the net was made for, where that is the shorter."""
+def _tokenizer_changes(name: str, pooling_config: dict[str, Any], settings: TextTowerSettings) -> dict[str, Any]:
+    """The default prompt as ``prefix``, and ``max_seq_length`` as ``max_tokens`` where it is below 64."""
     facts = read_json(name, "config_sentence_transformers.json") or {}
     prompt, changes = "", {}
     if (default := facts.get("default_prompt_name")) is not None:
@@ -141,7 +141,7 @@ def _tokenizer_changes(name: str, said: dict[str, Any], settings: TextTowerSetti
             )
         prompt = str(prompts[default])
     if prompt and settings.prefix is None:
-        if said.get("include_prompt") is False:
+        if pooling_config.get("include_prompt") is False:
             raise UserError(
                 f"tower = {settings.tower!r}: its default prompt {prompt!r} is read but not pooled, which clasp does "
                 "not do; set text.prefix, to '' for none"
@@ -154,7 +154,7 @@ def _tokenizer_changes(name: str, said: dict[str, Any], settings: TextTowerSetti
 
 
 def _layer(name: str, kind: str, path: str, net: nn.Module, settings: TextTowerSettings) -> nn.Module | None:
-    """A module of ``modules.json`` behind the pooling, with its weights; on the meta device where the net is."""
+    """A module of ``modules.json`` after the pooling, with its weights; on the meta device where the net is."""
     if kind in ("Normalize", "Dropout"):
         return None
     facts = read_json(name, f"{path}/config.json") or {}
@@ -167,10 +167,10 @@ def _layer(name: str, kind: str, path: str, net: nn.Module, settings: TextTowerS
                 raise UserError(f"tower = {settings.tower!r}: {path} has the activation {activation}, none of {known}")
             linear = nn.Linear(facts["in_features"], facts["out_features"], bias=facts.get("bias", True))
             layer, part = nn.Sequential(linear, _ACTIVATIONS[activation]()), linear
-            begins = "linear."
+            prefix = "linear."
         elif kind == "LayerNorm":
             layer = part = nn.LayerNorm(facts["dimension"])
-            begins = "norm."
+            prefix = "norm."
         else:
             raise UserError(
                 f"tower = {settings.tower!r}: its authors put {kind or 'a module'} ({path}) behind the pooling, which "
@@ -178,7 +178,7 @@ def _layer(name: str, kind: str, path: str, net: nn.Module, settings: TextTowerS
             )
     if not meta:
         tensors = _weights(name, path, settings)
-        part.load_state_dict({key.removeprefix(begins): tensor.float() for key, tensor in tensors.items()})
+        part.load_state_dict({key.removeprefix(prefix): tensor.float() for key, tensor in tensors.items()})
     return layer
 
 

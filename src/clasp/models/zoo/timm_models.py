@@ -1,9 +1,9 @@
 """Image towers from timm, with its hub weights or with weights from a file.
 
-In: a name from timm's list. Out: a ``Backbone`` that reads states from ``forward_features``. Unusual: the net is made
-with the classifier that its weights have, since timm checks names only then, and loses it afterwards; and what stands
-after the states is found on meta tensors, whatever timm calls it in this family, and dropped. Importing this needs
-timm.
+Input: a model name of timm. Output: a ``Backbone`` whose hidden states are those of ``forward_features``. Note: the net
+is created with the classifier of its checkpoint, since timm checks parameter names only then, and the classifier is
+dropped afterwards; parameters that the hidden states do not depend on are found on the meta device, whatever their name
+in the family, and dropped. Importing this module needs timm.
 """
 
 # pyright: reportMissingImports=false
@@ -54,7 +54,7 @@ def load_timm_backbone(name: str, settings: ImageTowerSettings, meta: bool) -> B
 
 
 def _checkpoint_options(name: str, file: str) -> dict[str, Any]:
-    """What makes timm load ``file`` strictly: the number of classes that its classifier has."""
+    """Options with which timm loads ``file`` strictly: the number of classes of its classifier."""
     cfg = timm.get_pretrained_cfg(name)
     classifier = cfg.classifier if cfg is not None else None
     first = classifier if isinstance(classifier, str) or classifier is None else classifier[0]
@@ -79,12 +79,12 @@ def _read_transform(facts: dict[str, Any], settings: ImageTowerSettings) -> Imag
 def _states(net: Any, pixels: Float[Tensor, "B 3 height width"]) -> Tensor:
     states = net.forward_features(pixels)
     if states.ndim == 4 and states.shape[-1] == net.num_features != states.shape[1]:
-        return states.flatten(1, 2)  # hierarchical transformers keep the width last
+        return states.flatten(1, 2)  # channels-last maps of hierarchical transformers
     return states
 
 
 class _Features(nn.Module):
-    """``forward_features`` as a forward, which is what can be called with other tensors."""
+    """``forward_features`` as a ``forward``, for ``torch.func.functional_call``."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -95,9 +95,9 @@ class _Features(nn.Module):
 
 
 def _drop_unused_parameters(net: nn.Module, size: int) -> None:
-    """Take out every parameter that no state depends on: attention pooling, a last convolution, masks.
+    """Drop every parameter that the hidden states do not depend on: attention pooling, a last convolution, masks.
 
-    A norm of the pooled vector stays where the family is known to have one.
+    A norm of the pooled vector is retained where the family's layout has one.
     """
     features = _Features(net)
     shadows = {name: p.detach().to("meta").requires_grad_() for name, p in features.named_parameters()}
@@ -115,9 +115,9 @@ def _drop_unused_parameters(net: nn.Module, size: int) -> None:
 
 
 def _norm_over_vectors(net: nn.Module, path: str) -> None:
-    """A norm of maps that stands after pooling, as the same norm of vectors; its parameters are the same objects."""
-    theirs: Any = net.get_submodule(path)
-    if isinstance(theirs, LayerNorm2d):
-        ours = nn.LayerNorm(list(theirs.normalized_shape), theirs.eps, device="meta")
-        ours.weight, ours.bias = theirs.weight, theirs.bias
-        net.set_submodule(path, ours)
+    """Replace a norm of feature maps after pooling by the same norm of vectors, with the same parameter objects."""
+    map_norm: Any = net.get_submodule(path)
+    if isinstance(map_norm, LayerNorm2d):
+        norm = nn.LayerNorm(list(map_norm.normalized_shape), map_norm.eps, device="meta")
+        norm.weight, norm.bias = map_norm.weight, map_norm.bias
+        net.set_submodule(path, norm)
