@@ -1,6 +1,7 @@
-"""Index a run's pictures, and look for some: what the verbs ``index`` and ``search`` do.
+"""The commands ``clasp index`` and ``clasp search``: embed images with the model of a run, and retrieve them.
 
-The store lies in the run folder (``RUN/index``), since its vectors mean something to that run's model only.
+Input: a run folder, and images or a query. Output: an ``IndexReport``, or a ``SearchResult`` with a contact sheet.
+Note: the store is in the run folder (``RUN/index``), since embeddings are comparable only within one model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from clasp.types import Hit, ProgressFactory, UserError, no_progress_bar
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """The answer to a search: what was asked, the hits, best first, and the picture of them."""
+    """The query, the hits, best first, and the path of their contact sheet."""
 
     query: str
     hits: list[Hit]
@@ -30,7 +31,7 @@ class SearchResult:
 
 
 def index_images(run: Path, source: str, *, bar: ProgressFactory = no_progress_bar) -> IndexReport:
-    """Embed the images of a folder, or of pairs, into the run's store. What is there unchanged is not read again."""
+    """Embed the images of a folder, or of pairs, into the run's store. Unchanged images are not read again."""
     recipe = recipe_from_dict(RunFolder(run).recipe(), str(run))
     items = list_images(source) if Path(source).is_dir() else open_pairs_for_recipe(source, recipe)
     model = load(run)
@@ -44,9 +45,9 @@ def index_images(run: Path, source: str, *, bar: ProgressFactory = no_progress_b
 
 
 def search_images(run: Path, text: str | None, image: Path | None, k: int, sheet: Path | None = None) -> SearchResult:
-    """Search the run's store by words, by a picture, or by both, and draw the hits.
+    """Search the run's store by a text, an image, or both, and write a contact sheet of the ``k`` best hits.
 
-    Raises ``UserError`` when nothing is asked, nothing is indexed, or the drawing cannot be written.
+    Raises ``UserError`` when there is no query or no index, or the contact sheet cannot be written.
     """
     if text is None and image is None:
         raise UserError('say what to look for: clasp search RUN "words", or --image FILE, or both')
@@ -74,10 +75,10 @@ def contact_sheet_rows(
     label: Callable[[Hit], str] = lambda hit: hit.id,
     is_correct: Callable[[str, Hit], bool | None] = lambda title, hit: None,
 ) -> list[SheetRow]:
-    """Titles with their hits, as rows of ``clasp.report.contact_sheet.contact_sheet``.
+    """Titles (queries) with their hits, as rows of ``clasp.report.contact_sheet.contact_sheet``.
 
-    ``is_correct`` says of a title and a hit whether it is a right answer. An image that has gone or changed is an
-    empty place with its label.
+    ``is_correct`` returns whether a hit is relevant to a title, or ``None`` if unknown. An image that is gone or has
+    changed is an empty tile with its label.
     """
     rows = []
     for title, hits in searches:

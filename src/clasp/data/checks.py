@@ -1,7 +1,7 @@
-"""What may be odd about pairs: findings for people, and the same as facts for programs.
+"""Data set checks: findings in prose, and the same facts as plain values.
 
-In go the pairs of both parts, a tokenizer, an image transform; out come ``CheckReport``s. Note: of many images and
-captions a sample is looked at, evenly spread, and each finding says so.
+Input: training and validation pairs, a tokenizer, an image transform. Output: a ``CheckReport`` for each subject. Note:
+of many images and captions an evenly spaced sample is checked, and the findings state its size.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ HASH_SAMPLE_SIZE, DECODE_SAMPLE_SIZE, TOKENIZE_SAMPLE_SIZE = (
     5_000,
     500,
     50_000,
-)  # of more than these a sample is looked at
-_MIN_VAL_PAIRS = 100  # the 95 % interval of a recall over fewer is some ten points to either side
+)  # above these counts, a sample is checked
+_MIN_VAL_PAIRS = 100  # below this, the 95 % interval of a recall is about ten points to either side
 _NO_TOKEN_LIMIT = 1_000_000  # tokens
 
 Severity = Literal["ok", "look", "stop"]
@@ -35,7 +35,7 @@ Severity = Literal["ok", "look", "stop"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """``ok``: as it should be; ``look``: training will run, and may not do what was meant; ``stop``: it would stop."""
+    """``ok``; ``look``: training will run, but the data may not be as intended; ``stop``: training would fail."""
 
     level: Severity
     about: str
@@ -47,7 +47,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """One subject: plain values, and what to say of them."""
+    """One subject: facts as plain values, and findings about them."""
 
     about: str
     facts: dict[str, Any]
@@ -59,30 +59,30 @@ class CheckReport:
 
 
 def check_pairs(train: Pairs, val: Pairs) -> CheckReport:
-    """How many pairs and captions, in which languages."""
-    spoken = Counter(caption.language for pairs in (train, val) for pair in pairs for caption in pair.captions)
-    captions, unnamed = spoken.total(), spoken.pop("", 0)
-    languages = dict(spoken.most_common())
+    """Counts of pairs, captions, languages and skipped files."""
+    counts = Counter(caption.language for pairs in (train, val) for pair in pairs for caption in pair.captions)
+    captions, unnamed = counts.total(), counts.pop("", 0)
+    languages = dict(counts.most_common())
     facts = {"train": len(train), "val": len(val), "captions": captions, "languages": languages}
-    made = CheckReport("pairs", {**facts, "captions_without_language": unnamed})
-    made.facts["skipped_files"] = {pairs.name: pairs.skipped_files.counts for pairs in (train, val)}
+    report = CheckReport("pairs", {**facts, "captions_without_language": unnamed})
+    report.facts["skipped_files"] = {pairs.name: pairs.skipped_files.counts for pairs in (train, val)}
     for line in skipped_lines(train, val):
-        made.add_finding("look", line)
-    made.add_finding("ok", f"{len(train):,} to train on, {len(val):,} to validate on; {captions:,} captions")
+        report.add_finding("look", line)
+    report.add_finding("ok", f"{len(train):,} to train on, {len(val):,} to validate on; {captions:,} captions")
     if len(val) < _MIN_VAL_PAIRS:
-        made.add_finding("look", f"only {len(val)} to validate on: intervals will be wide")
+        report.add_finding("look", f"only {len(val)} to validate on: intervals will be wide")
     named = ", ".join(f"{name} {count:,}" for name, count in list(languages.items())[:10])
     more = f" and {len(languages) - 10} more" if len(languages) > 10 else ""
     if not languages:
-        made.add_finding("ok", "captions name no language")
+        report.add_finding("ok", "captions name no language")
     else:
         lacking = f"; {unnamed:,} captions name none" if unnamed else ""
-        made.add_finding("look" if unnamed else "ok", f"languages: {named}{more}{lacking}")
-    return made
+        report.add_finding("look" if unnamed else "ok", f"languages: {named}{more}{lacking}")
+    return report
 
 
 def check_captions(listing: PairIndex, tokenizer: Tokenizer) -> CheckReport:
-    """How often captions repeat, and how long the different ones are, beside what the text tower reads of them."""
+    """How often captions repeat, the token lengths of the distinct ones, and how many are truncated."""
     often = np.bincount(listing.caption)
     repeated, top = float(often[often > 1].sum() / often.sum()), int(often.argmax())
     some = [listing.texts[number] for number in _evenly_spaced(len(listing.texts), TOKENIZE_SAMPLE_SIZE)]
@@ -92,22 +92,22 @@ def check_captions(listing: PairIndex, tokenizer: Tokenizer) -> CheckReport:
     facts = {"different": len(often), "repeated_share": repeated, "looked_at": len(some)}
     facts |= {"most_frequent": listing.texts[top], "most_frequent_count": int(often[top])}
     facts |= {"tokens": {"p50": p50, "p95": p95, "max": longest}, "max_tokens": tokenizer.max_tokens, "cut_share": cut}
-    made = CheckReport("captions", facts)
+    report = CheckReport("captions", facts)
     different = f"{len(often):,} different ones to train on"
     if repeated:
         different += f"; {100 * repeated:.0f} % of all captions have their equal, most often "
         different += f"{listing.texts[top][:60]!r} ({often[top]:,} times), which counts as a right answer"
-    made.add_finding("look" if repeated > 0.5 else "ok", different)
+    report.add_finding("look" if repeated > 0.5 else "ok", different)
     read = f"half have up to {p50} tokens, 95 % up to {p95}, the longest {longest}"
     if cut:
         read += f"; {100 * cut:.1f} % are cut at text.max_tokens = {tokenizer.max_tokens}"
-    made.add_finding("look" if cut >= 0.01 else "ok", read + _sample_note(len(some), len(often)))
-    return made
+    report.add_finding("look" if cut >= 0.01 else "ok", read + _sample_note(len(some), len(often)))
+    return report
 
 
 @dataclass(frozen=True)
 class _SizeRecorder(Augment):
-    """Changes nothing, and keeps the width and height of what it was shown."""
+    """An augmentation that changes nothing and records the width and height of each image."""
 
     sizes: list[tuple[float, float]] = field(default_factory=list)
 
@@ -119,62 +119,62 @@ class _SizeRecorder(Augment):
 def check_images(
     train: Pairs, val: Pairs, transform: ImageTransform, max_bad_fraction: float, bar: ProgressFactory
 ) -> CheckReport:
-    """Which of a sample cannot be read, how large they are, and which are the same byte for byte."""
+    """Unreadable images, image sizes, and byte-identical duplicates, each in a sample."""
     measuring = _SizeRecorder()
-    # squashed, all of a picture is shown, so the box is its size
+    # with "squash" the crop box is the whole image
     reader = LiveImageReader(replace(transform, resize="squash", crop_fraction=1.0), measuring)
     some = _SampledPairs((train, val), DECODE_SAMPLE_SIZE)
-    tallies = [BadSampleLimit(len(pairs), max_bad_fraction) for pairs in (train, val)]
+    limits = [BadSampleLimit(len(pairs), max_bad_fraction) for pairs in (train, val)]
     skipped, stop = [], None
     with bar("images looked at") as progress:
         for done, (part, pair) in enumerate(some, 1):
             bad = reader.decode([(pair.id, pair.image, 0)]).skipped
             skipped += bad
             try:
-                tallies[part].add(bad)
+                limits[part].add(bad)
             except UserError as error:
                 stop = str(error)
             progress(done, len(some))
-    made = CheckReport("images", {"looked_at": len(some), "unreadable": [sample._asdict() for sample in skipped]})
-    _check_readable(made, skipped, stop, len(some), len(train) + len(val))
+    report = CheckReport("images", {"looked_at": len(some), "unreadable": [sample._asdict() for sample in skipped]})
+    _check_readable(report, skipped, stop, len(some), len(train) + len(val))
     if measuring.sizes:
-        _check_sizes(made, np.array(measuring.sizes), transform.size)
-    _check_duplicates(made, train, val)
-    return made
+        _check_sizes(report, np.array(measuring.sizes), transform.size)
+    _check_duplicates(report, train, val)
+    return report
 
 
 def _check_readable(
-    made: CheckReport, skipped: Sequence[SkippedSample], stop: str | None, looked_at: int, count: int
+    report: CheckReport, skipped: Sequence[SkippedSample], stop: str | None, looked_at: int, count: int
 ) -> None:
     of = f"of {looked_at:,} looked at{'' if looked_at == count else f' (there are {count:,})'}"
     named = ", ".join(f"{name} ({reason})" for name, reason in skipped[:3])
     if stop:
-        made.add_finding("stop", stop)
+        report.add_finding("stop", stop)
     elif skipped:
-        made.add_finding("look", f"{len(skipped)} {of} cannot be read and will be left out: {named}")
+        report.add_finding("look", f"{len(skipped)} {of} cannot be read and will be left out: {named}")
     else:
-        made.add_finding("ok", f"all {of} can be read")
+        report.add_finding("ok", f"all {of} can be read")
 
 
-def _check_sizes(made: CheckReport, sizes: np.ndarray, size: int) -> None:
+def _check_sizes(report: CheckReport, sizes: np.ndarray, size: int) -> None:
     shorter = sizes.min(axis=1)
     low, middle = (int(np.percentile(shorter, part, method="lower")) for part in (5, 50))
     small = float((shorter < size).mean())
-    made.facts["shorter_side"] = {"p5": low, "p50": middle, "enlarged_share": small, "tower": size}
+    report.facts["shorter_side"] = {"p5": low, "p50": middle, "enlarged_share": small, "tower": size}
     text = f"their shorter side is {middle} px in the middle, and the tower sees {size} px"
     if small > 0.1:
-        made.add_finding("look", f"{text}; {100 * small:.0f} % are smaller and will be enlarged")
+        report.add_finding("look", f"{text}; {100 * small:.0f} % are smaller and will be enlarged")
     else:
-        made.add_finding("ok", text)
+        report.add_finding("ok", text)
 
 
-def _check_duplicates(made: CheckReport, train: Pairs, val: Pairs) -> None:
-    """Equal bytes in different groups are taken for different things: false negatives, and answers known beforehand."""
+def _check_duplicates(report: CheckReport, train: Pairs, val: Pairs) -> None:
+    """Byte-identical images in different groups (false negatives), and in both training and validation (leakage)."""
     seen: defaultdict[bytes, dict[str, str]] = defaultdict(dict)
     trained: set[bytes] = set()
     hashed, shared, count = 0, 0, len(train) + len(val)
     for part, pair in _SampledPairs((train, val), HASH_SAMPLE_SIZE):
-        with suppress(OSError, UserError):  # told of as unreadable
+        with suppress(OSError, UserError):  # reported as unreadable
             digest = hashlib.sha256(pair.image.read()).digest()
             seen[digest].setdefault(pair.group, pair.id)
             hashed += 1
@@ -183,19 +183,19 @@ def _check_duplicates(made: CheckReport, train: Pairs, val: Pairs) -> None:
             elif digest in trained:
                 shared += 1
     same = [list(ids.values()) for ids in seen.values() if len(ids) > 1]
-    made.facts.update(hashed=hashed, duplicates=sum(len(ids) - 1 for ids in same), in_both_parts=shared)
+    report.facts.update(hashed=hashed, duplicates=sum(len(ids) - 1 for ids in same), in_both_parts=shared)
     if same:
-        text = f"{made.facts['duplicates']} are byte for byte the picture of another group, such as {same[0][1]} and "
+        text = f"{report.facts['duplicates']} are byte for byte the picture of another group, such as {same[0][1]} and "
         text += f"{same[0][0]}; give them one group"
-        made.add_finding("look", text + _sample_note(hashed, count))
+        report.add_finding("look", text + _sample_note(hashed, count))
     else:
-        made.add_finding("ok", "no two of different groups are the same byte for byte" + _sample_note(hashed, count))
+        report.add_finding("ok", "no two of different groups are the same byte for byte" + _sample_note(hashed, count))
     if shared:
-        made.add_finding("look", f"{shared} to validate on are also trained on" + _sample_note(hashed, count))
+        report.add_finding("look", f"{shared} to validate on are also trained on" + _sample_note(hashed, count))
 
 
 class _SampledPairs(Sequence[tuple[int, Pair]]):
-    """At most about ``most`` pairs of both parts, evenly spread, each with the number of its part; read when asked."""
+    """About ``most`` evenly spaced pairs of all parts, each with the number of its part; read lazily."""
 
     def __init__(self, parts: Sequence[Pairs], most: int) -> None:
         count = sum(map(len, parts))
@@ -215,7 +215,7 @@ class _SampledPairs(Sequence[tuple[int, Pair]]):
 
 
 def _evenly_spaced(count: int, most: int) -> list[int]:
-    """At most ``most`` of the numbers below ``count``, evenly spread."""
+    """At most ``most`` of the numbers below ``count``, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64)).tolist()
 
 

@@ -1,9 +1,10 @@
 """Encoded images to pixels: decode, crop, resize, augment, normalise.
 
-In: the bytes of one image (or a path, or a Pillow image). Out: ``Float[Tensor, "3 height width"]``, normalised as the
-image tower wants it. Every kind of picture becomes upright RGB on a ground; what cannot be read raises ``ImageError``.
-Note: crop and resize are one call on a box, so no full-size copy is made, and a JPEG that will shrink is decoded at
-reduced scale. With ``augment`` and ``contact_sheet`` all that touches Pillow.
+Input: the bytes of one image (or a path, or a Pillow image). Output: ``Float[Tensor, "3 height width"]``, normalised
+with the mean and standard deviation of the image tower. Every mode is converted to upright RGB on a background colour;
+an unreadable image raises ``ImageError``. Note: crop and resize are one ``resize`` call with a box, so no full-size
+copy is made, and a JPEG to be downscaled is decoded at reduced scale. Only this file, ``augment`` and ``contact_sheet``
+use Pillow.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_EXIF_TRANSPOSE = {  # the EXIF orientation -> what brings the picture upright
+_EXIF_TRANSPOSE = {  # EXIF orientation -> the transposition that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -46,17 +47,17 @@ _EXIF_TRANSPOSE = {  # the EXIF orientation -> what brings the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_GREYS = {"I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32}  # integer modes of more than 8 bits: bits
-_REDUCING_GAP = 1.0  # a JPEG is decoded at the smallest scale that leaves this many times the pixels asked for
+_GREYS = {"I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32}  # integer modes of more than 8 bits -> bits
+_REDUCING_GAP = 1.0  # a JPEG is decoded at the smallest scale of at least this many times the target size
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_DECODER_VERSION = 2  # part of every fingerprint: raise it when the same bytes become other pixels
+_DECODER_VERSION = 2  # part of every fingerprint: increment it when the same bytes give other pixels
 
 
 IMAGE_FORMS = "a path, encoded bytes or a PIL image"
 
 
 class ImageError(ValueError):
-    """Bytes that are not a picture we can use; the message says why."""
+    """An image that cannot be read or decoded; the message gives the reason."""
 
 
 # --- settings ------------------------------------------------------------------------------------------------------
@@ -64,20 +65,20 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """What stands between the bytes of an image and the image tower: geometry, and its own mean and deviation."""
+    """The preprocessing of an image tower: crop and resize, and normalisation with its mean and deviation."""
 
     size: int
     """Side of the square output, pixels."""
     mean: tuple[float, float, float]
-    """Of RGB in [0, 1]."""
+    """Mean of RGB in [0, 1]."""
     std: tuple[float, float, float]
-    """Of RGB in [0, 1]."""
+    """Standard deviation of RGB in [0, 1]."""
     resize: ResizeMode = "crop"
-    """``crop``: the centre square. ``squash``: the whole, its aspect lost. ``pad``: the whole, fitted on the ground."""
+    """``crop``: centre crop. ``squash``: the whole image, aspect ratio ignored. ``pad``: the whole image, padded."""
     interpolation: Interpolation = "bicubic"
     """Always with antialiasing."""
     background: RGBColor = (255, 255, 255)
-    """RGB behind transparent pixels, and around the picture where it does not reach."""
+    """RGB, 0 to 255, behind transparent pixels and of the padding."""
     crop_fraction: float = 1.0
     """Only for ``crop``: side of the crop as a fraction of the shorter side (timm's ``crop_pct``)."""
 
@@ -91,23 +92,23 @@ class ImageTransform:
             raise UserError(f"image crop_fraction = {self.crop_fraction} is not in (0, 1], or resize is not 'crop'")
 
     def __call__(self, image: bytes | str | Path | Image.Image) -> Float[Tensor, "3 height width"]:
-        """The normalised image. Raises ``ImageError``."""
+        """The normalised image, ``size`` by ``size``. Raises ``ImageError``."""
         return self._normalise(self._decode_resized(image, None, None))
 
     def augmented(
         self, image: bytes | str | Path | Image.Image, augment: Augment, seed: int
     ) -> Float[Tensor, "3 height width"]:
-        """The same with random changes, which depend on ``seed`` alone. Raises ``ImageError``."""
+        """The same with random augmentation, determined by ``seed``. Raises ``ImageError``."""
         draw = augment.sample_params(seed)
         return self._normalise(augment.apply(self._decode_resized(image, augment, draw), self.background, draw))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON has them."""
+        """The settings as plain data for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> ImageTransform:
-        """The reverse of ``to_dict``. Raises ``UserError`` for a setting that is unknown or absent."""
+        """Inverse of ``to_dict``. Raises ``UserError`` for an unknown or missing setting."""
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
@@ -121,14 +122,14 @@ class ImageTransform:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the same bytes could become other pixels: sha256 over the settings."""
+        """sha256 over the settings: changes whenever the same bytes could give other pixels."""
         return hashlib.sha256(json.dumps([_DECODER_VERSION, self.to_dict()], sort_keys=True).encode()).hexdigest()
 
     def _crop_box(self, width: int, height: int) -> CropBox:
-        """The part of an upright picture that is shown, in its pixels."""
+        """The box of the upright image that is resized, in pixels: left, top, right, bottom."""
         if self.resize != "crop":
             return 0.0, 0.0, float(width), float(height)
-        # torchvision's whole-pixel sizes and offsets (Resize, then CenterCrop), carried back to the picture
+        # torchvision's whole-pixel sizes and offsets (Resize, then CenterCrop), mapped back to the image
         shorter = math.floor(self.size / self.crop_fraction)
         longer = int(shorter * max(width, height) / min(width, height))
         wide, high = (shorter, longer) if width <= height else (longer, shorter)
@@ -139,7 +140,7 @@ class ImageTransform:
     def _decode_resized(
         self, image: bytes | str | Path | Image.Image, augment: Augment | None, draw: AugmentParams | None
     ) -> Image.Image:
-        """Decoded and resized to the square, RGB."""
+        """Decoded and resized to ``size`` by ``size``, RGB."""
         with _open_image(image) as picture:
             turn = _orientation(picture)
             width, height = picture.size[::-1] if turn >= 5 else picture.size
@@ -151,7 +152,7 @@ class ImageTransform:
                 scale = self.size / max(box[2] - box[0], box[3] - box[1])
                 target = (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale)))
             reduced = 1
-            if not isinstance(image, Image.Image):  # a caller's own picture is not to be changed
+            if not isinstance(image, Image.Image):  # an image of the caller must not be changed in place
                 reduced = _draft_jpeg(picture, min((box[2] - box[0]) / target[0], (box[3] - box[1]) / target[1]))
             picture = _to_opaque(picture, self.background)
         if turn in _EXIF_TRANSPOSE:
@@ -167,7 +168,7 @@ class ImageTransform:
 
     def _normalise(self, picture: Image.Image) -> Float[Tensor, "3 height width"]:
         """``(x / 255 - mean) / std`` in float32, each step rounded once."""
-        # turned while still bytes, a quarter of the memory to walk across
+        # permuted while still uint8: a quarter of the memory traffic
         values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float()
         mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32).view(2, 3, 1, 1)
         return values.div_(255).sub_(mean).div_(std)
@@ -180,7 +181,7 @@ def _check_choices(settings: Mapping[str, Any]) -> None:
 
 
 def thumbnail(image: bytes, side: int) -> Image.Image:
-    """The whole picture fitted into a white square of ``side`` pixels, as a Pillow picture. Raises ``ImageError``."""
+    """The whole image padded to a white square of ``side`` pixels, as a Pillow image. Raises ``ImageError``."""
     return ImageTransform(side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "pad")._decode_resized(image, None, None)
 
 
@@ -188,13 +189,13 @@ def thumbnail(image: bytes, side: int) -> Image.Image:
 
 
 def is_image_form(value: Any) -> bool:
-    """Whether a value is one of ``IMAGE_FORMS``, readable or not."""
+    """Whether a value is of one of the types of ``IMAGE_FORMS``; does not read it."""
     return isinstance(value, str | bytes | Path | Image.Image)
 
 
 @contextmanager
 def _open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image]:
-    """The picture, not yet decoded; whatever goes wrong with it becomes an ``ImageError``."""
+    """The image, opened but not decoded; errors in the block are raised as ``ImageError``."""
     if not is_image_form(image):
         raise ImageError(f"{type(image).__name__} is no image: {IMAGE_FORMS} is wanted")
     try:
@@ -213,7 +214,7 @@ def _open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image
         raise ImageError("not an image, or of a format that Pillow cannot read") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"too large to be decoded safely: {error}") from error
-    except Exception as error:  # damaged bytes reach Pillow's readers as struct, index, zlib, syntax errors and others
+    except Exception as error:  # for damaged bytes Pillow raises struct, index, zlib, syntax errors and others
         raise ImageError(f"damaged image: {error}") from error
 
 
@@ -226,13 +227,13 @@ def _orientation(picture: Image.Image) -> int:
         picture.load()
     try:
         orientation = int(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a picture is not lost because the notes about it are damaged
+    except Exception:  # damaged EXIF data does not make the image unreadable
         return 1
     return orientation if orientation in _EXIF_TRANSPOSE else 1
 
 
 def _draft_jpeg(picture: Image.Image, shrink: float) -> int:
-    """Let a JPEG that will shrink be decoded at 1/2, 1/4 or 1/8; returns that divisor, 1 for all else."""
+    """Have a JPEG to be downscaled decoded at 1/2, 1/4 or 1/8; returns the divisor, 1 otherwise."""
     divisor = max((d for d in (1, 2, 4, 8) if d * _REDUCING_GAP <= shrink), default=1)
     if divisor == 1 or not isinstance(picture, JpegImagePlugin.JpegImageFile):
         return 1
@@ -245,7 +246,7 @@ def _to_opaque(picture: Image.Image, ground: RGBColor) -> Image.Image:
     """Decoded, 8 bits, opaque: RGB, or L (three times cheaper to resize)."""
     picture.load()
     if picture.mode in _GREYS:
-        # Pillow stretches the levels of a PGM to 16 bits, whatever its own largest is
+        # Pillow rescales the levels of a PGM to 16 bits, whatever its maximum
         bits = 16 if picture.format == "PPM" else _GREYS[picture.mode]
         return _grey_from_integers(np.asarray(picture), bits)
     if picture.mode == "F":
@@ -261,10 +262,10 @@ def _to_opaque(picture: Image.Image, ground: RGBColor) -> Image.Image:
 
 
 def _grey_from_integers(values: np.ndarray, bits: int) -> Image.Image:
-    """Grey levels 0 to 65535 as 8 bits. Raises ``ImageError`` where that is not plainly their range.
+    """Grey levels 0 to 65535 as 8 bits. Raises ``ImageError`` where the range of the levels is ambiguous.
 
-    Levels up to 255 are an 8-bit picture in a wider file, which would come out black; 32 bits have no range of their
-    own, so their levels must need 16 bits.
+    Levels up to 255 are an 8-bit image in a wider file, which would become black; 32-bit files have no standard range,
+    so their levels must need 16 bits.
     """
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535 or 0 < high <= 255 or (bits == 32 and 0 < high < 32768):

@@ -1,10 +1,10 @@
-"""Pairs in, shuffled and collated ``Batch`` out: random access by index, resumable at any batch of any epoch.
+"""The data loader: shuffled, collated batches, deterministic and resumable at any batch of any epoch.
 
-Order, caption and augmentation of a sample are read off a counter-based generator at (seed, epoch, index), in this
-process, before anything is loaded: no number of workers can change them, and starting at batch k reads nothing before
-it. The two sides of a batch, live or cached, are parts handed in (``BatchReader``). Note: what cannot be read leaves
-its batch, which may become short and even empty but is never dropped or filled up; so batch k of an epoch always means
-the same samples.
+Input: pairs with an image reader and a text reader, live or cached (``BatchReader``). Output: ``Batch``es. Order,
+caption and augmentation of a sample come from a counter-based generator at (seed, epoch, index), in the main process:
+they do not depend on the number of workers, and starting at batch k reads nothing before it. Note: an unreadable sample
+is removed from its batch, which may become short or even empty but is never dropped or refilled; so batch k of an epoch
+is always made from the same samples.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from clasp.types import Batch, ImageSource, Pair, Pixels, SkippedSample, Tokens,
 CaptionMode = Literal["sample", "all"]
 _T = TypeVar("_T")
 
-_ORDER, _CAPTION, _AUGMENT = range(3)  # what a stream of random numbers is for
+_ORDER, _CAPTION, _AUGMENT = range(3)  # ids of the random streams
 _log = logging.getLogger(__name__)
 
 
 def philox_integers(key: Sequence[int], count: int) -> Int[np.ndarray, " n"]:
     """``count`` random numbers in [0, 2^63); the i-th depends on ``key`` (non-negative) and i only, not on ``count``.
 
-    Philox (Salmon et al., SC 2011) read raw, which numpy keeps stable between versions, as it does not its
+    The raw output of Philox (Salmon et al., SC 2011), which numpy keeps stable between versions, unlike
     ``permutation`` and ``integers``.
     """
     raw = np.random.Philox(np.random.SeedSequence(list(key))).random_raw(count)
@@ -46,23 +46,23 @@ def philox_integers(key: Sequence[int], count: int) -> Int[np.ndarray, " n"]:
 
 @dataclass(frozen=True, slots=True)
 class BatchReader:
-    """Both sides of training batches: samples to a ``Batch``. Runs in a worker where there are any."""
+    """Samples to a collated ``Batch`` of both modalities. Runs in a worker process if there are workers."""
 
     pairs: Sequence[Pair]
     image: ImageReader
     text: TextReader
 
-    def __call__(self, picks: SampleIndices) -> Batch:
+    def __call__(self, indices: SampleIndices) -> Batch:
         read = functools.cache(self.pairs.__getitem__)
-        image = self.image(picks, read)
+        image = self.image(indices, read)
         if image.skipped:
-            picks = picks[image.kept]
-        text = self.text(picks, read)
-        numbers = picks.pair.tolist()
+            indices = indices[image.kept]
+        text = self.text(indices, read)
+        numbers = indices.pair.tolist()
         groups: list[Hashable]
         if isinstance(self.pairs, PairIndex):
             ids = tuple([self.pairs.ids[number] for number in numbers])
-            groups = self.pairs.group[picks.pair].tolist()
+            groups = self.pairs.group[indices.pair].tolist()
         else:
             ids = tuple([read(number).id for number in numbers])
             groups = [read(number).group for number in numbers]
@@ -71,15 +71,15 @@ class BatchReader:
 
 
 def _factorize(keys: Sequence[Hashable]) -> list[int]:
-    """Equal keys to equal numbers, counted from 0 in order of appearance."""
+    """Integer codes of the keys, numbered from 0 in order of appearance."""
     seen: dict[Hashable, int] = {}
     return [seen.setdefault(key, len(seen)) for key in keys]
 
 
 class BadSampleLimit:
-    """Counts the distinct samples that cannot be read, and stops the run when they are too many.
+    """Counts the distinct unreadable samples, and raises when there are too many.
 
-    ``found`` maps their ids to the reasons, in the order met. A few (3) are always allowed, all never.
+    ``found`` maps their ids to the reasons, in order of discovery. Up to 3 are always allowed, all samples never.
     """
 
     def __init__(self, total: int, max_bad_fraction: float) -> None:
@@ -88,7 +88,7 @@ class BadSampleLimit:
         self._fraction = max_bad_fraction
 
     def add(self, skipped: Iterable[SkippedSample]) -> None:
-        """Raises ``UserError`` with the list when there are more than ``max(3, max_bad_fraction * total)``."""
+        """Raises ``UserError`` listing them when there are more than ``max(3, max_bad_fraction * total)``."""
         before = len(self.found)
         self.found.update(skipped)
         bad = len(self.found)
@@ -102,12 +102,12 @@ class BadSampleLimit:
 
 
 class PairLoader:
-    """Shuffled batches of ``reader``; ``epoch(n)`` gives the n-th shuffle of ``seed``, ``len`` the batches in each.
+    """Shuffled batches of ``reader``; ``epoch(n)`` iterates over epoch n, ``len`` is the number of batches in each.
 
-    ``captions="sample"`` takes one caption of each pair, drawn anew every epoch; ``"all"`` makes every caption a
-    sample. The last short batch is left out when ``drop_last``. Skipped samples are named in ``Batch.skipped`` and
-    counted in ``bad_samples``. Raises ``UserError`` when ``drop_last`` would leave nothing (a batch larger than the
-    data), and while reading as ``BadSampleLimit`` and ``WorkerPool`` do. One epoch at a time.
+    ``captions="sample"`` draws one caption of each pair anew every epoch; with ``"all"`` every caption is a sample.
+    ``drop_last`` drops the last short batch. Skipped samples are listed in ``Batch.skipped`` and counted in
+    ``bad_samples``. Raises ``UserError`` when ``drop_last`` would leave no batch (a batch larger than the data), and
+    while reading as ``BadSampleLimit`` and ``WorkerPool`` do. Iterate over one epoch at a time.
     """
 
     def __init__(
@@ -146,45 +146,47 @@ class PairLoader:
         return self.num_samples // self._batch if self._drop_last else -(-self.num_samples // self._batch)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch ``number`` from batch ``start`` on; those before it are not read."""
+        """The batches of epoch ``number`` from batch ``start`` (from 0) on; earlier ones are not read."""
         assert 0 <= start <= len(self), f"epoch {number} has {len(self)} batches; {start} is not one of them"
         for batch in self._stream(self._sample_indices(number, start)):
             self.bad_samples.add(batch.skipped)
             yield batch
 
     def close(self) -> None:
-        """End the workers, if there are any."""
+        """Stop the worker processes, if there are any."""
         self._stream.close()
 
     def _sample_indices(self, epoch: int, start: int) -> Iterator[SampleIndices]:
-        # sorting random numbers shuffles; the sort is stable, so the order is the same on every machine
+        # shuffle by sorting random numbers; the sort is stable, so the order is the same on every machine
         order = np.argsort(philox_integers((self._seed, epoch, _ORDER), self.num_samples), kind="stable")
         seeds = philox_integers((self._seed, epoch, _AUGMENT), self.num_samples)[order]
         if self._captions == "all":
             assert isinstance(self._pairs, PairIndex)
             pair = np.searchsorted(self._pairs.caption_offsets, order, side="right") - 1
-            picks = SampleIndices(pair, order - self._pairs.caption_offsets[pair], seeds)
+            indices = SampleIndices(pair, order - self._pairs.caption_offsets[pair], seeds)
         else:
-            picks = SampleIndices(order, philox_integers((self._seed, epoch, _CAPTION), self.num_samples)[order], seeds)
+            indices = SampleIndices(
+                order, philox_integers((self._seed, epoch, _CAPTION), self.num_samples)[order], seeds
+            )
         for number in range(start, len(self)):
-            yield picks[number * self._batch : (number + 1) * self._batch]
+            yield indices[number * self._batch : (number + 1) * self._batch]
 
 
 # --- images or texts alone -------------------------------------------------------------------------------------------
 
 
 def log_skipped(skipped: Iterable[SkippedSample]) -> None:
-    """Names each in the log."""
+    """Log a warning for each skipped sample."""
     for name, reason in skipped:
         _log.warning("skipped %s: %s", escape_name(name), reason)
 
 
 def inference_batch_size(size: int, device: torch.device | str) -> int:
-    """How many images of ``size`` pixels a side go through a tower at once, where nothing trains.
+    """Batch size for inference with images of ``size`` by ``size`` pixels.
 
-    On a processor few enough that one layer's activations fit in its cache and in blocks that are used again
-    (``clasp.commands.environment``; measured with EfficientNet-Lite0 at 192 pixels: 8 take three quarters of the time
-    of 32).
+    On a CPU it is small, so that the activations of one layer fit in the processor's cache and in memory blocks that
+    are reused (``clasp.commands.environment``; measured with EfficientNet-Lite0 at 192 pixels: batches of 8 take three
+    quarters of the time of batches of 32).
     """
     return max(1, 300_000 // size**2) if torch.device(device).type == "cpu" else 128
 
@@ -197,10 +199,10 @@ def iter_image_batches(
     workers: int = 0,
     on_skipped: Callable[[Iterable[SkippedSample]], None] = log_skipped,
 ) -> Iterator[tuple[list[str], Pixels]]:
-    """Images in the order given, each batch with the ids of those that could be read; the others go to ``on_skipped``.
+    """Batches of pixels in the order of ``sources``, with the ids of the readable images; others go to ``on_skipped``.
 
-    A batch of which nothing could be read is left out. ``BadSampleLimit(len(sources), fraction).add`` as ``on_skipped``
-    stops when too many are bad.
+    A batch without any readable image is left out. Pass ``BadSampleLimit(len(sources), fraction).add`` as
+    ``on_skipped`` to raise when too many are unreadable.
     """
     images = [(name, source, 0) for name, source in sources]
     chunks = list(_chunks(images, batch_size))
@@ -214,10 +216,10 @@ def iter_image_batches(
 def iter_text_batches(
     texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int
 ) -> Iterator[tuple[list[int], Tokens]]:
-    """All texts, longest first, so that little is padding and the largest batch is met first.
+    """Batches of tokens, longest texts first: little padding, and the largest batch comes first.
 
-    A batch has at most ``max_tokens`` tokens, padding included, and at least one text. Each comes with the places of
-    its rows in ``texts``. Every text is tokenised before the first batch.
+    A batch has at most ``max_tokens`` tokens, padding included, and at least one text. Each comes with the indices of
+    its rows in ``texts``. All texts are tokenised before the first batch.
     """
     ids = tokenizer.encode(texts)
     order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))

@@ -1,10 +1,10 @@
-"""Pairs on disk: images and their captions, by number, in any of the forms people have them in.
+"""Image-caption data sets on disk, as map-style sequences of pairs.
 
-Goes in: a source (a folder, .csv, .tsv, .jsonl, .parquet, LilT's .json, webdataset tars; several joined by ``::``).
-Comes out: ``Pairs``, a sequence of ``Pair``: random access, constant memory, stable ids, cheap to hand to workers.
-``PAIR_FORMATS`` has a row for each form. Note: when a source is opened all captions are checked and no image is; an
-image is read when its pair is asked. Tars are read through an index of offsets, so that order is exact and a shuffle is
-over all of them. Files that became part of no pair are counted by reason in ``Pairs.skipped_files``.
+Input: a source (a folder, .csv, .tsv, .jsonl, .parquet, LilT's .json, webdataset tars; several joined by ``::``).
+Output: ``Pairs``, a sequence of ``Pair``: random access, constant memory, stable ids, cheap to pickle for workers. The
+formats are registered in ``PAIR_FORMATS``. Note: opening a source checks all captions and no image; an image is read
+when its source is. Tars are read through an index of offsets, so the order is exact and shuffling is global. Files that
+belong to no pair are counted by reason in ``Pairs.skipped_files``.
 """
 
 import difflib
@@ -55,25 +55,25 @@ PAIR_FORMATS: dict[str, PairFormat] = {
     ".parquet": open_parquet,
     ".tar": open_webdataset,
 }
-"""A folder, or the suffix of a file (before ``.gz``), to what opens it"""
+"""``folder`` or file suffix (before ``.gz``) -> the function that opens it"""
 
 
 def find_pair_format(name: str) -> PairFormat:
-    """The row of ``PAIR_FORMATS``, or the function that ``package.module:Name`` names. Raises ``UserError``."""
+    """The entry of ``PAIR_FORMATS``, or the function ``package.module:Name``. Raises ``UserError`` if unknown."""
     return load_named(name, PAIR_FORMATS, "data.format")
 
 
 def describe_pair_formats() -> str:
-    """What pairs may lie in, for a person."""
+    """The supported formats, for error messages and help texts."""
     return f"a folder, or {', '.join(name for name in PAIR_FORMATS if name != _FOLDER)} (or one of these .gz)"
 
 
-_CAPTION_SUFFIXES = ("txt", "json", "cls")  # beside images that are listed alone
+_CAPTION_SUFFIXES = ("txt", "json", "cls")  # not reported when only images are listed
 
 
 @runtime_checkable
 class _PairSequence(Protocol):
-    """A list of ``Pair``s will do."""
+    """What ``Pairs`` needs of a part; a list of ``Pair`` qualifies."""
 
     def __len__(self) -> int: ...
 
@@ -81,10 +81,10 @@ class _PairSequence(Protocol):
 
 
 class Pairs(Sequence[Pair]):
-    """Pairs of one or several parts, one after the other.
+    """The concatenated pairs of one or several parts.
 
-    ``name`` is the source as it was given. A part is an opened file or a list of ``Pair``s; ``rows`` chooses among all
-    their pairs, in that order (all of them by default). A slice is again a ``Pairs``.
+    ``name`` is the source as the user gave it. A part is an opened file or a list of ``Pair``; ``rows`` selects from
+    the concatenation, in that order (default: all). A slice is again a ``Pairs``.
     """
 
     def __init__(
@@ -99,9 +99,9 @@ class Pairs(Sequence[Pair]):
         assert len(origins) in (0, len(parts)), f"{len(origins)} origins of {len(parts)} parts"
         self.name = name
         self.skipped_files = skipped_files or SkippedFiles()
-        """What was passed over when the source was opened."""
+        """Files skipped when the source was opened."""
         self.origins = tuple(origins)
-        """The path of each part, where these are all pairs of a source; empty for a choice of them."""
+        """The path of each part, if these are all pairs of a source; empty for a subset."""
         self._parts = tuple(parts)
         self._ends = np.cumsum([len(part) for part in self._parts])
         self._rows = np.arange(self._ends[-1]) if rows is None else rows
@@ -113,7 +113,7 @@ class Pairs(Sequence[Pair]):
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Pair]:
-        # not Sequence's own, which takes an IndexError from inside a part for the end
+        # the default of Sequence would take an IndexError inside a part for the end
         return (self[number] for number in range(len(self)))
 
     @overload
@@ -131,19 +131,19 @@ class Pairs(Sequence[Pair]):
         return int(np.searchsorted(self._ends, row, side="right"))
 
     def origin(self, index: int) -> str:
-        """The path of the part that a pair comes from; only where there are ``origins``."""
+        """The path of the part that a pair comes from; needs ``origins``."""
         return self.origins[self._part(int(self._rows[index]))]
 
     def subset(self, indices: Iterable[SupportsIndex]) -> "Pairs":
-        """The pairs at these places, in this order."""
+        """The pairs at these indices, in this order."""
         chosen = np.fromiter((operator.index(index) for index in indices), np.int64)
         return Pairs(self.name, self._parts, self._rows[chosen], skipped_files=self.skipped_files)
 
     @cached_property
     def version(self) -> str:
-        """sha256 over ids and image versions, in order: what is computed from the images may be kept under it.
+        """sha256 over ids and image versions, in order: a cache key for what is computed from the images.
 
-        Reads no image, but looks at the size and time of every image file.
+        Reads no image, but the size and modification time of every image file.
         """
         digest = hashlib.sha256()
         for pair in self:
@@ -159,14 +159,14 @@ def open_pairs(
     image_root: str | Path | None = None,
     cache: Path | None = None,
 ) -> Pairs:
-    """Opens pairs and checks every caption; ``UserError`` in one line for whatever is wrong.
+    """Open a source and check every caption; ``UserError`` in one line for any problem.
 
-    ``source`` may be several, ``a.tar::b.csv`` or ``shards-{000..012}.tar``; a file of any kind may be a ``.gz``.
-    ``format`` names what opens all of them (``find_pair_format``); where left out, a folder or the file's suffix does.
-    ``image_root`` is the folder that image paths in tables are relative to; by default the table's own.
-    With a ``cache`` folder an index is built, and a ``.gz`` unpacked, only once for a file of this path, size and time.
-    An id is the id column's value, else the image's path or the tar member's key; should those of several sources be
-    the same, each is prefixed by its source (``a.tar::key``).
+    ``source`` may be several, ``a.tar::b.csv`` or ``shards-{000..012}.tar``; files of any format may be ``.gz``.
+    ``format`` is the format of all of them (see ``find_pair_format``); by default it is inferred from the file suffix.
+    ``image_root`` is the folder that image paths in tables are relative to; by default the folder of the table.
+    With a ``cache`` folder, indexing and unpacking of ``.gz`` are done once for a file of this path, size and time.
+    An id is the value of the id column, else the image path or the tar member's key; if ids of several sources collide,
+    each is prefixed with its source (``a.tar::key``).
     """
     names = expand_source(str(source))
     paths = [Path(name).expanduser() for name in names]
@@ -217,7 +217,7 @@ def _missing(path: Path, paths: list[Path]) -> str:
 
 
 def _with_unique_ids(paths: list[Path], parts: list[OpenedSource]) -> list[OpenedSource]:
-    """Makes ids and groups of several sources distinct where they would be the same by accident."""
+    """Prefix the ids and groups of several sources where they would otherwise collide."""
     if len(parts) == 1:
         return parts
     whole = [str(path.absolute()) for path in paths]
@@ -243,7 +243,7 @@ def _relative_paths(folder: str, paths: list[str]) -> list[str]:
 
 
 def expand_source(source: str) -> list[str]:
-    """``a::b`` and ``x-{000..012}.tar`` and ``{train,val}.csv``, spelt out in order."""
+    """Expand ``a::b``, ``x-{000..012}.tar`` and ``{train,val}.csv`` to a list, in order."""
     if "::" in source:
         return [name for part in source.split("::") for name in expand_source(part)]
     braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", source)
@@ -261,36 +261,36 @@ def expand_source(source: str) -> list[str]:
 
 
 def split_by_group(pairs: Pairs, fraction: float, *, salt: str = "clasp") -> tuple[Pairs, Pairs]:
-    """Training and validation pairs: about ``fraction`` of the groups go to validation, by a hash of the group alone.
+    """Split into training and validation pairs: about ``fraction`` of the groups are held out, by a hash of the group.
 
-    A group never lies on both sides, and stays on its side when other pairs come or go. Neither side is empty.
-    ``UserError`` when there is only one group.
+    A group is never on both sides, and does not change sides when pairs are added or removed. Neither side is empty.
+    ``UserError`` for a ``fraction`` outside (0, 1), and when there is only one group.
     """
     if not 0 < fraction < 1:
         raise UserError(f"the fraction for validation must lie between 0 and 1, not {fraction}")
     groups = np.array([_hash_fraction(pair.group, salt) for pair in pairs])
-    held = groups < fraction
+    held_out = groups < fraction
     if len(np.unique(groups)) < 2:
         raise UserError(f"{pairs.name}: all {len(pairs)} pairs are one group, so none can be split off for validation")
-    if not held.any():
-        held = groups == groups.min()
-    if held.all():
-        held = groups < groups.max()
-    return pairs.subset(np.flatnonzero(~held)), pairs.subset(np.flatnonzero(held))
+    if not held_out.any():
+        held_out = groups == groups.min()
+    if held_out.all():
+        held_out = groups < groups.max()
+    return pairs.subset(np.flatnonzero(~held_out)), pairs.subset(np.flatnonzero(held_out))
 
 
 def _hash_fraction(group: str, salt: str) -> float:
-    """A number in [0, 1) from a text."""
+    """A hash of a text, in [0, 1)."""
     digest = hashlib.sha256(f"{salt}\0{group}".encode("utf-8", "surrogatepass")).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
 
 
 @dataclass(frozen=True)
 class FolderImages(Sequence[tuple[str, ImageSource]]):
-    """The images of a folder: id, which is the path relative to it, and source."""
+    """The images of a folder: id (the path relative to the folder) and source."""
 
     origin: str
-    """The folder."""
+    """The path of the folder, links resolved."""
     images: tuple[tuple[str, ImageSource], ...]
     skipped_files: SkippedFiles
 
@@ -305,7 +305,7 @@ class FolderImages(Sequence[tuple[str, ImageSource]]):
 
 
 def list_images(path: str | Path) -> FolderImages:
-    """The images at any depth of a folder; what else lies there, captions excepted, is counted by reason."""
+    """The images of a folder, recursively; other files, except captions, are counted by reason."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise UserError(f"{path} is not a folder" if path.exists() else _missing(path, [path]))
@@ -327,7 +327,7 @@ def list_images(path: str | Path) -> FolderImages:
 
 
 def skipped_lines(*opened: Pairs) -> list[str]:
-    """For each source that passed files over, the line that tells of them."""
+    """A line for each source with skipped files: how many, by reason."""
     return [
         f"{name}: {skipped}"
         for name, skipped in {pairs.name: pairs.skipped_files for pairs in opened}.items()
@@ -336,5 +336,5 @@ def skipped_lines(*opened: Pairs) -> list[str]:
 
 
 def caption_languages(pairs: Iterable[Pair]) -> list[str]:
-    """The languages that captions name."""
+    """The distinct languages of the captions, sorted; untagged captions are ignored."""
     return sorted({caption.language for pair in pairs for caption in pair.captions} - {""})

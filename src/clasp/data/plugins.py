@@ -1,9 +1,9 @@
-"""What a name in a recipe stands for: a row of a table, or ``package.module:Name`` from outside.
+"""Resolve a name in a recipe: a key of a registry, or ``package.module:Name`` for a plugin of the user.
 
-In go the text, the table of the module that owns the kind, and the key that the text stands behind; out comes the row,
-or what the user's module has under that name. A mistake is one line that restates the key and names what is valid.
-Note: a module is looked for on Python's path and then in the current folder, which is appended to the path so that the
-processes that read data find it too.
+Input: the name, the registry (a plain dict), and the recipe key it was given for. Output: the registered entry, or the
+object of the user's module. An unknown name is one line that restates the key and lists the valid names. Note: a module
+is searched on ``sys.path`` and then in the current folder, which is appended to ``sys.path`` so that data worker
+processes find it too.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ OUTSIDE_FORM = "package.module:Name"
 
 
 def load_named(text: str, table: Mapping[str, Any], key: str) -> Any:
-    """The row of ``table`` that ``text`` names; from outside, a function, a class or a row as the table has them.
+    """The entry of ``table`` named ``text``, or a plugin: a function, a class, or an instance of an entry's class.
 
-    Raises ``UserError`` for a name that is in neither; ``key`` is what the line says was set.
+    Raises ``UserError`` for a name that is neither; ``key`` is the recipe key shown in the error.
     """
     if text in table:
         return table[text]
@@ -36,9 +36,9 @@ def load_named(text: str, table: Mapping[str, Any], key: str) -> Any:
 
 
 def import_named(text: str, key: str, rows: tuple[type, ...] = ()) -> Any:
-    """The function, class or instance of ``rows`` that ``package.module:Name`` names.
+    """Import ``package.module:Name``: a function, a class, or an instance of one of the classes ``rows``.
 
-    Raises ``UserError`` for a module or name that is not there; errors inside the user's own code stay as they are.
+    Raises ``UserError`` for a missing module or name; exceptions raised inside the module propagate.
     """
     module, _, name = text.partition(":")
     if not name or not all(part.isidentifier() for part in module.split(".")):
@@ -59,13 +59,13 @@ def import_named(text: str, key: str, rows: tuple[type, ...] = ()) -> Any:
 
 
 def is_module(name: str) -> bool:
-    """Whether Python finds a module of this name (one without a dot), without importing it."""
+    """Whether a top-level module of this name can be imported; does not import it."""
     _append_current_folder()
     return importlib.util.find_spec(name) is not None
 
 
 def list_choices(table: Mapping[str, Any]) -> str:
-    """``'a', 'b' or 'c'``, as the errors of a recipe list what is valid."""
+    """The keys as ``'a', 'b' or 'c'``, for error messages."""
     *others, last = map(repr, table)
     return f"{', '.join(others)} or {last}" if others else last
 

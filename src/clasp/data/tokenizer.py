@@ -1,9 +1,9 @@
-"""Captions to token ids and a mask, through the text tower's own tokenizer.
+"""Captions to token ids and an attention mask, with the native tokenizer of the text tower.
 
-In: strings. Out: ``Tokens`` padded to the longest caption of the batch, never to a constant. A caption that is too
-long loses words, not the tokens its tower expects at the ends. A tokenizer is read from a hub folder
-(``tokenizer.json``) or from what ``save`` wrote. Unusual: the fast ``tokenizers`` backend is used directly, so that
-nothing here needs a model library, and the padding and truncation stored in ``tokenizer.json`` are not obeyed.
+Input: strings. Output: ``Tokens``, padded to the longest caption of the batch by default. Truncation drops words, not
+the special tokens at the ends. A tokenizer is loaded from a hub folder (``tokenizer.json``) or from what ``save``
+wrote. Note: the fast ``tokenizers`` backend is used directly, so no model library is needed, and the padding and
+truncation stored in ``tokenizer.json`` are ignored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SETTINGS_FILE = "clasp_tokenizer.json"
 
 
 def _lilt_clean(text: str) -> str:
-    """LilT's caption cleaning, taken over from ALBEF's ``pre_caption`` with ``max_words=30``."""
+    """LilT's caption cleaning: ALBEF's ``pre_caption`` with ``max_words=30``."""
     text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
     text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
     text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
@@ -45,26 +45,26 @@ CAPTION_CLEANERS: dict[str, Callable[[str], str]] = {"none": lambda text: text, 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
-    """What is ours about a tokenizer; the rest is the tower's ``tokenizer.json``."""
+    """The settings of a ``Tokenizer`` beyond the ``tokenizer.json`` of the tower."""
 
     prefix: str = ""
-    """Put before every caption, after cleaning (``"query: "`` for the e5 family)."""
+    """Prepended to every caption, after cleaning (``"query: "`` for the e5 family)."""
     max_tokens: int = 64
-    """Longest sequence, the tower's special tokens included."""
+    """Maximum sequence length, special tokens included."""
     pad_id: int = 0
-    """Fills the places the mask hides; any id will do unless the tower counts positions by it, as RoBERTa does."""
+    """Id at masked positions; any will do unless the tower derives position ids from it, as RoBERTa does."""
     clean: CaptionCleaning = "none"
     """A key of ``CAPTION_CLEANERS``."""
     template: SpecialTokenTemplate = "tower"
-    """``tower``: special tokens as the tower's authors put them. ``cls``: the first of them only, as LilT's
+    """``tower``: the special tokens of the tower's ``tokenizer.json``. ``cls``: the first of them only, as LilT's
     ``[CLS] words`` without ``[SEP]``."""
     truncation: Truncation = "keep_eos"
-    """What is left of a text of more than ``max_tokens``. ``keep_eos``: its first words, and its end token.
-    ``drop_eos``: its first token alone. So MS-CLIP's released code reads it, which cuts the end token off and then
-    takes the largest id, that of the start token, for the end."""
+    """For texts of more than ``max_tokens``. ``keep_eos``: truncate the words, keep the end token. ``drop_eos``: keep
+    the first token only. The latter equals MS-CLIP's released code, which truncates the end token away and then pools
+    at the largest id, that of the start token."""
     padding: _Padding = "longest"
-    """How far rows are filled up. ``longest``: to the longest of the batch, hidden by the mask. ``max_tokens``: every
-    text to ``max_tokens``, and the padding is read like words, as SigLIP's authors do."""
+    """``longest``: pad to the longest of the batch, masked. ``max_tokens``: pad every text to ``max_tokens``, unmasked,
+    as SigLIP does."""
 
     def __post_init__(self) -> None:
         _check_choices(asdict(self))
@@ -83,10 +83,11 @@ def _check_choices(settings: Mapping[str, Any]) -> None:
 
 
 class Tokenizer:
-    """Captions to ``Tokens``; see the module. Holds no state beyond its settings, and pickles.
+    """Captions to ``Tokens``; see the module. Stateless beyond its settings; can be pickled.
 
-    The backend becomes the tokenizer's own: its padding and truncation are set here, so do not build two tokenizers
-    on one backend object.
+    The constructor sets padding and truncation on the backend in place, so do not build two tokenizers on one backend
+    object. Raises ``UserError`` for ``max_tokens`` that leaves no room beside the special tokens, and for
+    ``template="cls"`` where the backend adds no special token.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, **settings: Any) -> None:
@@ -103,7 +104,7 @@ class Tokenizer:
         if max_tokens <= special:
             raise UserError(f"max_tokens = {max_tokens} leaves no room for words beside {special} special tokens")
         backend.no_padding()
-        # counts the special tokens as part of the length only when it adds them itself
+        # the backend counts special tokens towards the length only when it adds them itself
         if self.settings.truncation == "keep_eos":
             backend.enable_truncation(max_tokens - len(self._head), direction="right")
         else:
@@ -111,27 +112,27 @@ class Tokenizer:
 
     @property
     def max_tokens(self) -> int:
-        """Longest sequence this tokenizer makes, special tokens included."""
+        """Maximum sequence length, special tokens included."""
         return self.settings.max_tokens
 
     @property
     def pad_id(self) -> int:
-        """The id in the places the mask hides."""
+        """Id at masked positions."""
         return self.settings.pad_id
 
     def with_settings(self, **changes: Any) -> Tokenizer:
-        """A tokenizer like this one with some settings changed; ``None`` keeps a setting."""
+        """A copy with some settings changed; ``None`` leaves a setting as it is."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         return Tokenizer(backend, **{**asdict(self.settings), **{k: v for k, v in changes.items() if v is not None}})
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
-        """Token ids ``[B N]`` and mask, ``N`` the longest of these texts and at most ``max_tokens``."""
+        """Token ids ``[B N]`` and mask ``[B N]``; ``N`` as ``padding`` sets it, at most ``max_tokens``."""
         return self.pad(self.encode(texts))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, special tokens included, not padded.
+        """The ids of each text, special tokens included, truncated but not padded.
 
-        Raises ``UserError`` when a text has no token at all: there would be nothing to pool.
+        Raises ``UserError`` for a text without any token, which could not be pooled.
         """
         clean, prefix = CAPTION_CLEANERS[self.settings.clean], self.settings.prefix
         encodings = self._backend.encode_batch_fast(
@@ -146,7 +147,7 @@ class Tokenizer:
         return ids
 
     def pad(self, ids: Sequence[Sequence[int]]) -> Tokens:
-        """Rows of different lengths to one ``Tokens``, as wide as the longest row, or as ``padding`` has it."""
+        """Rows of different lengths to ``Tokens`` ``[B N]``, padded as ``padding`` sets it."""
         if self.settings.padding == "max_tokens":
             ids = [[*row, *[self.pad_id] * (self.max_tokens - len(row))] for row in ids]
         lengths = np.array([len(row) for row in ids], dtype=np.int64)
@@ -157,10 +158,10 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the same text could become other ids: sha256 over the backend and the settings."""
+        """sha256 over the backend and the settings: changes whenever the same text could get other ids."""
         digest = hashlib.sha256(self._backend.to_str().encode())
         settings = asdict(self.settings)
-        if self.settings.truncation == "keep_eos":  # what was kept before there was a choice stays good
+        if self.settings.truncation == "keep_eos":  # so that caches written before the setting existed stay valid
             del settings["truncation"]
         if self.settings.padding == "longest":
             del settings["padding"]
@@ -168,7 +169,7 @@ class Tokenizer:
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write ``tokenizer.json``, which any library reads, and ``clasp_tokenizer.json`` with the settings."""
+        """Write ``tokenizer.json`` (the standard format) and ``clasp_tokenizer.json`` (the settings)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(folder / _BACKEND_FILE))
@@ -185,11 +186,11 @@ class Tokenizer:
         clean: CaptionCleaning | None = None,
         template: SpecialTokenTemplate | None = None,
     ) -> Tokenizer:
-        """Read what ``save`` wrote, or a plain hub folder.
+        """Load from a folder written by ``save``, or from a hub folder.
 
-        A setting given here wins over the saved one, and the saved one over the defaults. In a hub folder the pad id
+        An argument overrides the saved setting, and that the default. In a hub folder the pad id
         comes from ``tokenizer_config.json`` or ``special_tokens_map.json``, else from ``tokenizer.json``, else it is 0.
-        Raises ``UserError`` when the folder holds no readable ``tokenizer.json``.
+        Raises ``UserError`` when the folder has no readable ``tokenizer.json``.
         """
         folder = Path(folder)
         backend = _read_backend(folder)
@@ -229,7 +230,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def _hub_pad_id(folder: Path, backend: tokenizers.Tokenizer) -> int:
-    """The id a hub folder pads with: named in one of two files, as a string or as ``{"content": ...}``."""
+    """The pad id of a hub folder: its token is in one of two files, as a string or as ``{"content": ...}``."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             token = _read_json(folder / name).get("pad_token")

@@ -1,1 +1,1 @@
-"""A corpus that can be asked."""
+"""Image retrieval over an embedding index: stores, entries and the search engine."""

@@ -1,10 +1,10 @@
-"""A corpus that can be asked: images into a store once, and out again by words, by an image, or by both.
+"""Image retrieval: embed images into a store, then search it with a text query, an image query, or both.
 
-In: a ``EmbeddingModel``, a store, and pairs or the images of a folder. Out: what ``index`` did, and hits that say where
-to find their image. Note: an image is known by the sha256 of its bytes. What is in the store is not encoded again
-when it is renamed, moved or copied, and a file of unchanged size and time is not even read. Each batch is kept before
-the next is encoded, so an interrupted ``index`` goes on where it stopped. An entry remembers the folder, table or tar
-it came from, and is dropped when that is indexed again without it.
+Input: an ``EmbeddingModel``, a store, and pairs or the images of a folder. Output: an ``IndexReport``, and hits with
+the source of their image. Note: an image is identified by the sha256 of its bytes. A stored image is not encoded again
+when it is renamed, moved or copied, and a file of unchanged size and modification time is not even read. Each batch is
+stored before the next is encoded, so an interrupted ``index`` resumes where it stopped. An entry records the folder,
+table or tar it came from, and is dropped when that is indexed again without it.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ _log = logging.getLogger(__name__)
 
 @runtime_checkable
 class UpdatableStore(Store, Protocol):
-    """What a store must offer beyond searching, so that nothing is encoded twice or asked of another's vectors."""
+    """A ``Store`` that ``SearchEngine`` can update: it records the model, and returns stored metadata and vectors."""
 
     @property
     def model(self) -> str:
-        """Fingerprint of the model whose vectors these are; empty where nobody has said."""
+        """Fingerprint of the model that computed the vectors; empty if none is recorded."""
         ...
 
     def claim(self, model: str, name: str) -> None:
-        """Say whose vectors are kept here; ``UserError`` if those here are another's."""
+        """Record the model of the vectors; ``UserError`` if the stored ones are another model's."""
         ...
 
     def clear(self) -> None:
-        """Forget everything, and whose vectors these were."""
+        """Delete all entries, and the recorded model."""
         ...
 
     def scan(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -66,7 +66,7 @@ class UpdatableStore(Store, Protocol):
         ...
 
     def vectors(self, ids: Sequence[str]) -> Float[Tensor, "n E"]:
-        """The unit vectors kept under these ids."""
+        """The unit vectors stored under these ids."""
         ...
 
 
@@ -75,40 +75,41 @@ class IndexReport:
     """What ``SearchEngine.index`` did; one image is one entry, however many pairs it has."""
 
     added: int
-    """Images that are new, or changed since."""
+    """Images that are new, or have changed since they were indexed."""
     unchanged: int
-    """Images that were there already, the same bytes under the same id."""
+    """Images already stored, the same bytes under the same id."""
     skipped: list[SkippedSample]
-    """Images that could not be read, each named."""
+    """Images that could not be read: id and reason."""
     seconds: float
+    """Wall-clock time."""
     encoded: int
-    """Images the model was run on: less than ``added`` where the same bytes were known under another name."""
+    """Images the model encoded: fewer than ``added`` where the same bytes were stored under another id."""
     removed: int = 0
-    """Entries dropped, since the source they came from no longer has their image."""
+    """Entries dropped because the source they came from no longer has their image."""
     renamed: int = 0
-    """Entries dropped likewise, whose image is now under another id."""
+    """Entries dropped likewise, whose image is now stored under another id."""
     skipped_files: SkippedFiles = field(default_factory=SkippedFiles)
-    """What the source passed over when it was opened."""
+    """Files the source skipped when it was opened."""
 
     def __str__(self) -> str:
         if not self.added:
-            said = f"nothing to encode: {_count_images(self.unchanged)} unchanged"
+            text = f"nothing to encode: {_count_images(self.unchanged)} unchanged"
         else:
-            said = f"{_count_images(self.added)} added, {self.encoded} of them encoded; {self.unchanged} unchanged"
+            text = f"{_count_images(self.added)} added, {self.encoded} of them encoded; {self.unchanged} unchanged"
         if self.skipped:
             named = ", ".join(f"{escape_name(name)} ({reason})" for name, reason in self.skipped[:3])
-            said += f"; {len(self.skipped)} skipped: {named}{', ...' if len(self.skipped) > 3 else ''}"
+            text += f"; {len(self.skipped)} skipped: {named}{', ...' if len(self.skipped) > 3 else ''}"
         if self.removed:
-            said += f"; {self.removed} removed, which the source no longer has"
+            text += f"; {self.removed} removed, which the source no longer has"
         if self.renamed:
-            said += f"; {self.renamed} renamed"
+            text += f"; {self.renamed} renamed"
         if self.skipped_files:
-            said += f"; {self.skipped_files}"
-        return f"{said}; {self.seconds:.1f} seconds"
+            text += f"; {self.skipped_files}"
+        return f"{text}; {self.seconds:.1f} seconds"
 
 
 class SearchEngine:
-    """A model and the store of what it has seen. ``UserError`` when the store holds another model's embeddings."""
+    """A model and the store of its image embeddings. ``UserError`` when the store holds another model's embeddings."""
 
     def __init__(
         self, model: EmbeddingModel, store: UpdatableStore, *, batch: int = 64, threads: int | None = None
@@ -122,22 +123,22 @@ class SearchEngine:
 
     @classmethod
     def for_indexing(cls, model: EmbeddingModel, store: UpdatableStore) -> SearchEngine:
-        """For indexing: another model's embeddings, of no use to this one, are dropped first, and the log says so."""
+        """An engine for indexing: embeddings of another model are dropped first, with a warning in the log."""
         if store.count() and store.model != model.fingerprint:
             _log.warning("%d embeddings were made with another model and are dropped", store.count())
             store.clear()
         return cls(model, store)
 
-    # --- images in ---------------------------------------------------------------------------------------------------
+    # --- indexing ----------------------------------------------------------------------------------------------------
 
     def index(self, items: IndexItems, progress: ProgressCallback = no_progress) -> IndexReport:
-        """Put images into the store: pairs, or what ``list_images`` found.
+        """Embed images into the store: pairs, or the result of ``list_images``.
 
         Pairs of one image become one entry, under the first of their ids in alphabetical order, with all captions. An
-        image whose id there stands for the image of another source goes by its full name; in a plain list of pairs the
-        ids are meant as they are, and what is there is replaced. Of the folder, tables and tars that ``items`` are, the
-        entries that are no longer in them are dropped; those of other sources stay. Images that cannot be read are
-        skipped and named; ``UserError`` if none can be.
+        image whose id is already taken by an image of another source is stored under its full name; in a plain list of
+        pairs the ids are used as given, and an entry of the same id is replaced. Entries that came from the folder,
+        tables and tars of ``items`` and are no longer in them are dropped; those of other sources stay. Images that
+        cannot be read are skipped and reported; ``UserError`` if none can be read.
         """
         started = time.monotonic()
         known = StoredEntries(self.store.scan())
@@ -165,7 +166,7 @@ class SearchEngine:
         lost = {name for name, _ in skipped}
         stale = [old for old, new in superseded.items() if new not in lost]
         ids = frozenset(entry.pair.id for entry in entries)
-        replaced = sum(not known.has_bytes_of(old, ids) for old in stale)  # its place is another image's
+        replaced = sum(not known.has_bytes_of(old, ids) for old in stale)  # another image is at its path now
         if stale:
             self._drop(stale, known)
         removed, renamed = self._follow(ids, listed_origins(items), known, kept=superseded)
@@ -175,15 +176,15 @@ class SearchEngine:
     def _follow(
         self, ids: frozenset[str], origins: frozenset[str], known: StoredEntries, kept: Collection[str]
     ) -> tuple[int, int]:
-        """Drop what these origins, which now have ``ids``, no longer have, except ``kept``.
+        """Drop the entries of these origins that are not among ``ids``, except ``kept``.
 
-        Returns how many were removed, and how many renamed.
+        Returns the number of removed and of renamed entries.
         """
         gone, shared = known.departed(ids | frozenset(kept), origins)
         renamed = sum(known.has_bytes_of(name, ids) for name in gone)
         if gone:
             self._drop(gone, known)
-        if shared:  # another origin has them still: only that they were in these is forgotten
+        if shared:  # another origin still has them: only these origins are deleted from their metadata
             wanted = set(shared)
             meta = {name: dict(about) for name, about in self.store.scan() if name in wanted}
             for about in meta.values():
@@ -213,13 +214,13 @@ class SearchEngine:
             pool.shutdown(cancel_futures=True)
 
     def _read(self, entry: IndexEntry, known: StoredEntries) -> _ReadImage | _FailedImage:
-        """One image, in a thread: not read if it is as it was, not decoded if its bytes are known."""
+        """One image, in a thread: not read if its file is unchanged, not decoded if its bytes are already stored."""
         pair = entry.pair
         version, sha256 = pair.image.version, known.unchanged_sha256(pair)
         try:
             if sha256:
                 return _ReadImage(entry, version, sha256, b"", None)
-            # a table keeps one stretch of rows at a time: threads that took turns would have it read again and again
+            # a table caches one row group at a time: threads that alternate would read it again and again
             with self._table_lock if isinstance(pair.image, ParquetSource) else nullcontext():
                 data = pair.image.read()
             sha256 = hashlib.sha256(data).hexdigest()
@@ -234,15 +235,15 @@ class SearchEngine:
         if not reads:
             return 0
         new: dict[str, Tensor] = {}
-        held: dict[str, str] = {}
+        stored: dict[str, str] = {}
         for read in reads:
-            holder = known.id_of_bytes(read.sha256, read.id)
-            if holder is not None:
-                held[read.sha256] = holder
+            stored_id = known.id_of_bytes(read.sha256, read.id)
+            if stored_id is not None:
+                stored[read.sha256] = stored_id
             elif read.sha256 not in new:
-                # not decoded though not held: the id that held it has become another image since
+                # not decoded, yet no longer stored: the id of these bytes has been overwritten since
                 new[read.sha256] = self.model.transform(read.data) if read.pixels is None else read.pixels
-        vectors = dict(zip(held, self.store.vectors(list(held.values())), strict=True))
+        vectors = dict(zip(stored, self.store.vectors(list(stored.values())), strict=True))
         if new:
             vectors.update(zip(new, self.model.encode_pixels(torch.stack(list(new.values()))), strict=True))
         ids, meta = (
@@ -255,14 +256,14 @@ class SearchEngine:
         return len(new)
 
     def _skip(self, failures: Sequence[_FailedImage], known: StoredEntries) -> None:
-        """Name them; what has become something else than an image is no longer to be found as the image it was."""
+        """Log them, and drop the stored entries of files that are no longer images."""
         for failed in failures:
             _log.warning("skipped %s: %s", escape_name(failed.skipped.id), failed.skipped.reason)
         damaged = [failed.skipped.id for failed in failures if failed.damaged and failed.skipped.id in known]
         if damaged:
             self._drop(damaged, known)
 
-    # --- hits out ----------------------------------------------------------------------------------------------------
+    # --- searching ---------------------------------------------------------------------------------------------------
 
     def search(
         self,
@@ -271,10 +272,11 @@ class SearchEngine:
         k: int | Any = 10,
         where: Callable[[Mapping[str, Any]], bool] | None = None,
     ) -> list[Hit]:
-        """The ``k`` images nearest to words, to an image (path, bytes or picture), or to the mean of both.
+        """The ``k`` images nearest by cosine to a text, to an image (path, bytes or Pillow image), or to both.
 
-        ``where`` chooses by metadata (see ``corpus``). ``UserError`` for neither words nor image, an image that cannot
-        be read, ``k`` below 1, and an empty store.
+        With both, the query is the mean of the two embeddings, normalised. ``where`` filters by metadata (see
+        ``clasp.search.entries``). ``UserError`` for neither text nor image, an image that cannot be read, ``k`` below
+        1, and an empty store.
         """
         if text is None and image is None:
             raise UserError("search takes words, an image, or both; it was given neither")
@@ -294,12 +296,12 @@ class SearchEngine:
 
     @staticmethod
     def read_image(hit: Hit) -> bytes:
-        """The encoded image of a hit, from where it was indexed; ``UserError`` when it has gone or changed since."""
-        name, said = hit.meta["name"], hit.meta["source"]
-        if said is None:
+        """The encoded image of a hit, read from its source; ``UserError`` when it is gone or has changed since."""
+        name, source = hit.meta["name"], hit.meta["source"]
+        if source is None:
             raise UserError(f"{name} cannot be read again: its source was of a class clasp does not know")
         try:
-            data = source_from_dict(said).read()
+            data = source_from_dict(source).read()
         except (OSError, ValueError) as error:
             raise UserError(f"{name} cannot be read: {error}") from None
         if hashlib.sha256(data).hexdigest() != hit.meta["sha256"]:
@@ -309,7 +311,7 @@ class SearchEngine:
 
 @dataclass(frozen=True, slots=True)
 class _ReadImage:
-    """An image to be kept, known by its hash. ``data`` is what was read but not decoded, ``pixels`` what was."""
+    """An image to be stored, with its hash. ``data``: its bytes if read but not decoded; ``pixels``: if decoded."""
 
     entry: IndexEntry
     version: str
@@ -319,13 +321,13 @@ class _ReadImage:
 
     @property
     def id(self) -> str:
-        """Of the entry."""
+        """Id of the entry."""
         return self.entry.pair.id
 
 
 @dataclass(frozen=True, slots=True)
 class _FailedImage:
-    """An image to be skipped; ``damaged`` if its bytes could be read and are no image."""
+    """An image to be skipped; ``damaged`` if its bytes could be read but not decoded as an image."""
 
     skipped: SkippedSample
     damaged: bool

@@ -1,9 +1,9 @@
-"""Vectors on disk, searched exactly: a float32 matrix with metadata beside it, in a folder that a kill cannot break.
+"""A flat (exhaustive) vector index on disk: a float32 matrix with metadata, in a crash-safe folder.
 
-In: vectors with ids and metadata. Out: the nearest by cosine, all compared, equal cosines in the order of their ids.
-Unusual: writing only appends (see ``manifest``). A replaced or deleted row stays until ``close`` copies the living ones
-into files of the next generation. One process writes at a time; any number read what was there when they opened it.
-The matrix is mapped, not read; what is held is some 300 bytes a row, and the scores of a query.
+Input: vectors with ids and metadata. Output: the exact nearest neighbours by cosine; ties are ordered by id. Note:
+writes only append (see ``manifest``). A replaced or deleted row remains until ``close`` copies the live rows into files
+of the next generation. One process writes at a time; any number may read the state they opened. The matrix is
+memory-mapped, not read; memory is about 300 bytes a row, and the scores of a query.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from clasp.types import Hit, UserError
 
 _MetadataFilter = Callable[[Mapping[str, Any]], bool]
 
-_ROWS_AT_ONCE = 1 << 14  # of the matrix, held at once
-_SCORES_AT_ONCE = 1 << 24  # held at once; or as many as there are rows, if those are more
+_ROWS_AT_ONCE = 1 << 14  # rows of the matrix in memory at once
+_SCORES_AT_ONCE = 1 << 24  # scores in memory at once; at least one query's
 
 
 class FlatStore:
-    """A folder of vectors; a ``Store``. Opening it writes nothing; a folder that is not there is an empty store.
+    """A folder of vectors; a ``Store``. Opening it writes nothing; a folder that does not exist is an empty store.
 
-    ``UserError`` for a folder that holds something else, files that are damaged, and whatever the disk refuses: a
-    write that fails leaves the store as it was.
+    ``UserError`` for a folder that is not a store, for damaged files, and for disk errors: a write that fails leaves
+    the store as it was.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -61,38 +61,38 @@ class FlatStore:
 
     @property
     def model(self) -> str:
-        """Fingerprint of the model whose vectors these are; empty where nobody has said."""
+        """Fingerprint of the model that computed the vectors; empty if none is recorded."""
         return self._manifest.model
 
     def claim(self, model: str, name: str) -> None:
-        """Say whose vectors are kept here; written with the first. ``UserError`` if those here are another model's."""
-        held = self._manifest
+        """Record the model of the vectors, written with the first. ``UserError`` if the stored ones are another's."""
+        current = self._manifest
         if not self.count():
-            self._manifest = replace(held, model=model, name=name)
-        elif held.model != model:
+            self._manifest = replace(current, model=model, name=name)
+        elif current.model != model:
             raise UserError(
-                f"{self.folder} was made with the model {_model_label(held.name, held.model)}, "
+                f"{self.folder} was made with the model {_model_label(current.name, current.model)}, "
                 f"not {_model_label(name, model)}; to make it anew type: clasp index RUN FOLDER"
             )
 
     def count(self) -> int:
-        """How many ids there are."""
+        """Number of ids."""
         return len(self._log.row)
 
     def close(self) -> None:
-        """Take back the space of dead rows, if this process wrote, and let others write."""
+        """Compact the files and release the write lock, if this process wrote."""
         if self._release_lock is None:
             return
         try:
             if self._log.dead_rows:
                 self._compact()
         except UserError:
-            self._delete_old_generations()  # no room to tidy up in: the store is whole as it is
+            self._delete_old_generations()  # no space to compact in; the store is complete without it
         finally:
             self._release_lock()
             self._release_lock = None
 
-    # --- asking ------------------------------------------------------------------------------------------------------
+    # --- reading -----------------------------------------------------------------------------------------------------
 
     def scan(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Every id with its metadata, in the order they were added."""
@@ -100,13 +100,14 @@ class FlatStore:
             yield self._log.ids[row], self._meta(row)
 
     def vectors(self, ids: Sequence[str]) -> Float[Tensor, "n E"]:
-        """The unit vectors kept under these ids, each of which must be here."""
+        """The unit vectors of these ids, each of which must be stored."""
         return torch.from_numpy(self._vectors[[self._log.row[name] for name in ids]])
 
     def search(self, queries: Float[Tensor, "q E"], k: int, where: _MetadataFilter | None = None) -> list[list[Hit]]:
-        """The ``k`` nearest of each query by cosine, best first, or as many as there are.
+        """The ``k`` nearest of each query by cosine, best first; fewer if the store has fewer.
 
-        ``where`` looks at metadata; it is asked only of rows that are hits if it agrees.
+        ``where`` filters by metadata; it is called only for rows that would otherwise be hits. ``UserError`` for
+        queries of another width.
         """
         assert k >= 0, f"k = {k}"
         if not self.count() or k == 0:
@@ -133,8 +134,8 @@ class FlatStore:
     ) -> list[Hit]:
         """The hits of one query.
 
-        A float32 product depends in its last bits on where a row stands in the matrix. So all rows that rounding could
-        have kept from being a hit are compared again, row by row in float64, where equal vectors score equal.
+        The last bits of a float32 product depend on the position of a row in the matrix. So all rows within the
+        rounding error of the k-th score are scored again, row by row in float64, where equal vectors score equal.
         """
         margin = 4 * len(query) * float(np.finfo(np.float32).eps)
         floor, rows = -np.inf, []
@@ -160,9 +161,10 @@ class FlatStore:
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def add(self, ids: Sequence[str], vectors: Float[Tensor, "n E"], meta: Sequence[Mapping[str, Any]]) -> None:
-        """Keep vectors, scaled to unit length, under their ids; an id that is here already is replaced.
+        """Store vectors, normalised to unit length, under their ids; an id that is already stored is replaced.
 
-        All or none. ``meta`` is plain data (JSON). On return it is on the disk.
+        Atomic: all or none; on return the data is on disk. ``meta`` is plain data (JSON). ``UserError`` for vectors of
+        another width, or one that is zero or not finite.
         """
         assert len(ids) == len(vectors) == len(meta), f"{len(ids)} ids, {len(vectors)} vectors, {len(meta)} metadata"
         if not ids:
@@ -173,7 +175,7 @@ class FlatStore:
         self._begin_write()
         base, log = self._manifest, self._log
         old = log
-        if not self.count():  # nothing here is worth keeping, its width included
+        if not self.count():  # an empty store takes any width
             base = replace(base, generation=base.generation + 1, width=values.shape[1], rows=0, log_bytes=0)
             log = RowLog()
         if values.shape[1] != base.width:
@@ -187,7 +189,7 @@ class FlatStore:
             self._delete_old_generations()
 
     def delete(self, ids: Iterable[str]) -> int:
-        """Forget these ids; those that are not here are passed over. Returns how many were."""
+        """Delete these ids, ignoring those that are not stored. Returns how many were deleted."""
         self._begin_write()
         known = [name for name in dict.fromkeys(ids) if name in self._log.row]
         if known:
@@ -199,7 +201,7 @@ class FlatStore:
         return len(known)
 
     def clear(self) -> None:
-        """Forget everything, and whose vectors these were."""
+        """Delete all entries, and the recorded model."""
         self._begin_write()
         new = Manifest(generation=self._manifest.generation + 1)
         with self._disk_errors("empty it"):
@@ -208,7 +210,7 @@ class FlatStore:
         self._delete_old_generations()
 
     def _append_rows(self, base: Manifest, values: Float32[np.ndarray, "n E"], lines: Sequence[bytes]) -> Manifest:
-        """Write after what ``base`` says there is; what there is now."""
+        """Append to the files of ``base``; returns the new manifest."""
         size = base.log_bytes + sum(map(len, lines))
         new = replace(base, rows=base.rows + len(values), log_bytes=size)
         ends = {base.path(self.folder, "vectors"): 4 * base.width * base.rows}
@@ -221,12 +223,12 @@ class FlatStore:
             except OSError:
                 for path, end in ends.items():
                     if path.exists():
-                        os.truncate(path, end)  # give the disk back what it could not take whole
+                        os.truncate(path, end)  # remove a partial write
                 raise
         return new
 
     def _compact(self) -> None:
-        """Copy the living rows, in their order, into files of the next generation."""
+        """Copy the live rows, in their order, into files of the next generation."""
         rows, log, end = sorted(self._log.row.values()), RowLog(), 0
         spans = [self._log.span(row) for row in rows]
         for row, span in zip(rows, spans, strict=True):
@@ -236,7 +238,7 @@ class FlatStore:
         values = (
             self._vectors[rows[start : start + _ROWS_AT_ONCE]].data for start in range(0, len(rows), _ROWS_AT_ONCE)
         )
-        with self._disk_errors("tidy up"):
+        with self._disk_errors("compact it"):
             write_at(new.path(self.folder, "vectors"), 0, values)
             write_at(new.path(self.folder, "rows"), 0, (self._lines[span].data for span in spans))
             write_manifest(self.folder, new)
@@ -244,15 +246,15 @@ class FlatStore:
         self._delete_old_generations()
 
     def _begin_write(self) -> None:
-        """Be the one that writes; see what another has written since we looked."""
+        """Take the write lock, and reload what another process has written since the store was opened."""
         if self._release_lock is None:
             with self._disk_errors("write to it"):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._release_lock = weakref.finalize(self, os.close, lock_store(self.folder))
-        held, written = self._manifest, read_manifest(self.folder)
-        if replace(held, model="", name="") != replace(written, model="", name=""):
+        loaded, written = self._manifest, read_manifest(self.folder)
+        if replace(loaded, model="", name="") != replace(written, model="", name=""):
             self._load()
-            self.claim(held.model, held.name)
+            self.claim(loaded.model, loaded.name)
 
     def _delete_old_generations(self) -> None:
         """Remove files of other generations; a reader that has them mapped keeps them."""
@@ -280,12 +282,12 @@ class FlatStore:
                 return
             except FileNotFoundError as error:
                 newer = read_manifest(self.folder)
-                if newer == manifest:  # else a writer tidied up between our two looks
+                if newer == manifest:  # else a writer compacted the store in between
                     raise UserError(f"{error.filename} is missing; {REBUILD_HINT}") from None
                 manifest = newer
 
     def _map_files(self, manifest: Manifest, log: RowLog) -> None:
-        """Map what the manifest names."""
+        """Memory-map the files of the manifest."""
         vectors: np.ndarray = np.empty((0, manifest.width), "<f4")
         lines: np.ndarray = np.empty(0, np.uint8)
         if manifest.rows:
@@ -299,11 +301,11 @@ class FlatStore:
         self._vectors, self._lines = vectors.view(np.ndarray), lines.view(np.ndarray)
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# --- arithmetic ------------------------------------------------------------------------------------------------------
 
 
 def _row_norms(values: np.ndarray, names: Sequence[str]) -> Float64[np.ndarray, " n"]:
-    """Of each row; ``UserError`` naming the first that has no direction."""
+    """L2 norms of the rows; ``UserError`` naming the first that is zero or not finite."""
     lengths = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64))
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if len(bad):
@@ -312,7 +314,7 @@ def _row_norms(values: np.ndarray, names: Sequence[str]) -> Float64[np.ndarray, 
 
 
 def _rows_by_score(scores: Float32[np.ndarray, " rows"], some: int) -> Iterator[int]:
-    """Row numbers by falling score: ``some`` of them, then sixteen times as many, so that few asked for cost little."""
+    """Row numbers by descending score, sorted lazily: ``some`` of them, then sixteen times as many, and so on."""
     cut = np.float32(np.inf)
     while cut > -np.inf:
         above, place = cut, len(scores) - some

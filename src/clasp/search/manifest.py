@@ -1,9 +1,9 @@
-"""How a store lies in its folder: a manifest of what counts, a log of JSON lines, and plain writes that can be undone.
+"""File layout of a store: a manifest of the valid lengths, an append-only log of JSON lines, and truncating writes.
 
-In: a folder. Out: the ``Manifest`` and the ``RowLog`` it names, or one line saying what is wrong with them.
-Unusual: the other files only grow, and of them counts what ``manifest.json`` names, which is written last, by renaming:
-a kill leaves at most a tail that nobody reads and the next write cuts off. A line of the log is
-``{"id": ..., "meta": {...}}`` or ``{"id": ..., "deleted": true}``; of one id, the last line holds.
+Input: a folder. Output: its ``Manifest`` and ``RowLog``, or one line saying what is wrong with them. Note: the other
+files only grow; valid is the part that ``manifest.json`` records, which is written last, atomically by renaming: a kill
+leaves at most a tail that is not read and that the next write truncates. A line of the log is
+``{"id": ..., "meta": {...}}`` or ``{"id": ..., "deleted": true}``; the last line of an id wins.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ID, _DELETED = '{"id": ', ', "deleted": true}'
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """How much of which files counts. ``model`` is the fingerprint of the model that made the vectors."""
+    """Which files are current and their valid lengths. ``model``: fingerprint of the model of the vectors."""
 
     generation: int = 0
     width: int = 0
@@ -42,12 +42,12 @@ class Manifest:
     format: int = 1
 
     def path(self, folder: Path, kind: _FileKind) -> Path:
-        """The file of this generation."""
+        """The file of this kind, of this generation."""
         return folder / f"{kind}-{self.generation}{STORE_SUFFIXES[kind]}"
 
 
 class RowLog:
-    """What the lines come to: the id of each row, the newest row of each id, and the rows that are dead."""
+    """The parsed log: the id of each row, the newest row of each id, and the dead (replaced or deleted) rows."""
 
     def __init__(self) -> None:
         self.ids: list[str] = []
@@ -56,19 +56,19 @@ class RowLog:
         self._spans = array("q")
 
     def add(self, name: str, start: int, end: int) -> None:
-        """The next row is called ``name``; its line is at these bytes."""
+        """Append a row with the id ``name``, whose line is at these bytes."""
         self.drop(name)
         self.row[name] = len(self.ids)
         self.ids.append(name)
         self._spans.extend((start, end))
 
     def drop(self, name: str) -> None:
-        """The row of this id, if there is one, is dead."""
+        """Mark the row of this id, if there is one, as dead."""
         if name in self.row:
             self.dead_rows.append(self.row.pop(name))
 
     def span(self, row: int) -> slice:
-        """Where in the file the line of a row is, bytes."""
+        """Byte range of the line of a row in the file."""
         return slice(self._spans[2 * row], self._spans[2 * row + 1])
 
 
@@ -76,7 +76,7 @@ class RowLog:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What counts; nothing in a folder that is empty or not there. ``UserError`` for one that holds something else."""
+    """The manifest; an empty one for an empty or missing folder. ``UserError`` for a folder that is not a store."""
     path = folder / _MANIFEST
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """A folder without manifest is a new store if it is empty, or holds what a kill before the first one leaves."""
+    """A folder without manifest is a new store if it is empty, or has only files of an interrupted first write."""
     ours = (_MANIFEST, _LOCK, *(f"{kind}-" for kind in STORE_SUFFIXES))
     others = [entry for entry in sorted(os.listdir(folder)) if not entry.startswith(ours)] if folder.exists() else []
     if others:
@@ -103,7 +103,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def read_row_log(folder: Path, manifest: Manifest) -> RowLog:
-    """What the lines that count come to. Metadata is not parsed here, only when it is asked for."""
+    """Parse the valid lines, ids only; metadata is parsed when it is read. ``UserError`` for a damaged log."""
     log, end = RowLog(), 0
     if not manifest.log_bytes:
         return log
@@ -137,7 +137,7 @@ def encode_row(name: str, meta: Mapping[str, Any]) -> bytes:
 
 
 def encode_deletion(name: str) -> bytes:
-    """The line that makes an id forgotten."""
+    """The line that deletes an id."""
     return _line({"id": name, "deleted": True})
 
 
@@ -146,20 +146,20 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """From here on, this is what counts."""
+    """Replace the manifest atomically; this commits a write."""
     part = folder / f"{_MANIFEST}.part"
     write_at(part, 0, [(json.dumps(asdict(manifest), indent=2) + "\n").encode()])
     os.replace(part, folder / _MANIFEST)
-    with contextlib.suppress(OSError):  # not every file system can; and it counts already
+    with contextlib.suppress(OSError):  # not every file system supports it, and the rename is done
         directory = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(directory)  # else the new name may be lost with the power
+            os.fsync(directory)  # else a power failure may lose the rename
         finally:
             os.close(directory)
 
 
 def write_at(path: Path, at: int, pieces: Iterable[bytes | memoryview]) -> None:
-    """Make the file ``at`` bytes long, then write. Not through a map, where a full disk would be a bus error."""
+    """Truncate the file to ``at`` bytes, then append. Not through a memory map, where a full disk is a bus error."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         file.seek(at)
         file.truncate()
@@ -170,7 +170,7 @@ def write_at(path: Path, at: int, pieces: Iterable[bytes | memoryview]) -> None:
 
 
 def lock_store(folder: Path) -> int:
-    """A descriptor that holds the folder's lock until it is closed, if only by the death of the process."""
+    """A descriptor that holds the write lock of the folder until it is closed or the process ends."""
     import fcntl  # not on every system; reading needs no lock
 
     descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)

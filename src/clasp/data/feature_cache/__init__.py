@@ -1,1 +1,1 @@
-"""Outputs of frozen towers and frozen prefixes, computed once and kept on disk."""
+"""The feature cache: outputs of frozen towers and frozen prefixes, computed once and stored on disk."""

@@ -1,10 +1,9 @@
-"""Rows on disk that are computed once: ``KEY.npy``, memory-mapped, with ``KEY.json`` beside it.
+"""Content-addressed arrays on disk: ``KEY.npy``, memory-mapped, with its metadata in ``KEY.json``.
 
-In: a key, which is everything that decides the values, and a function that writes the rows in an order of its own. Out:
-the rows, from disk if they are there. KEY is a hash of the key; the ``.json`` says what the file is, to people and to
-us. Unusual: what is being written has another name until it is whole, and remembers how far it has come, so a build
-that was killed goes on where it stopped; a second process that wants the same rows waits for the first. What is cut
-short or not ours is computed again, and the log says so. A full disk is found before the computing where it can be.
+Input: a key (everything that determines the values), and a function that writes the rows in any order. Output: the
+rows, read from disk if they are there. KEY is a hash of the key. Note: a file has another name until it is complete,
+and its progress is saved, so an interrupted build resumes; a second process that needs the same rows waits for the
+first. A truncated or damaged file is computed again, with a warning. Free disk space is checked before computing.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from torch import Tensor
 from clasp.data.feature_cache.dtypes import DTYPE_CODECS, DtypeCodec, StorageDtype
 from clasp.types import UserError
 
-_FORMAT = 2  # raise it when the same key could mean other values
-_PROBE_ROWS = 64  # rows whose hash tells a foreign or half-written file from ours without reading all of it
+_FORMAT = 2  # increment it when the same key gives other values
+_PROBE_ROWS = 64  # rows that are hashed to detect damaged files without reading all of them
 SECONDS_BETWEEN_SAVES = 5.0
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class CachedArray:
-    """Rows on disk; ``metadata`` is their ``.json``: key, shape, storage, seconds, and the notes of their writer."""
+    """Rows on disk; ``metadata`` is the ``.json``: key, width, storage, bytes, seconds, and the writer's notes."""
 
     path: Path
     stored: Shaped[np.ndarray, "rows columns"]
@@ -50,11 +49,11 @@ class CachedArray:
 
     @property
     def width(self) -> int:
-        """``D``: numbers in a row."""
+        """``D``, the number of values in a row."""
         return self.metadata["width"]
 
     def take(self, rows: Int[np.ndarray, "*shape"]) -> Float[Tensor, "*shape D"]:
-        """A copy of these rows in memory, in the type they are kept in (int8 as float32)."""
+        """A copy of these rows in memory, in the dtype of the file (int8 is dequantised to float32)."""
         return self._storage.unpack(self.stored[rows])
 
     @cached_property
@@ -62,7 +61,7 @@ class CachedArray:
         return DTYPE_CODECS[self.metadata["storage"]]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a worker process maps the file again; pickling the map would copy all of it
+        # a worker process maps the file again; pickling the memory map would copy all of it
         return _open_mapped, (self.path, self.metadata)
 
 
@@ -74,19 +73,19 @@ class PartialFile(NamedTuple):
 
     @property
     def progress(self) -> Path:
-        """Where it is remembered how far it has come."""
+        """The file with the progress of the build."""
         return self.path.with_suffix(".part.json")
 
     def remove(self) -> None:
-        """The next build starts from nothing."""
+        """Delete it, so that the next build starts from scratch."""
         self.path.unlink(missing_ok=True)
         self.progress.unlink(missing_ok=True)
 
 
 class ArrayWriter:
-    """The rows of a file while it is written. ``notes`` go into its ``.json``; what is not written is zero.
+    """Writes the rows of a file. ``notes`` go into its ``.json``; rows not written are zero.
 
-    ``done`` is as far as an earlier build came, in the units of its ``save_progress``: 0 for a new file.
+    ``done`` is the progress of an interrupted build, as passed to ``save_progress``; 0 for a new file.
     """
 
     def __init__(self, part: PartialFile, shape: tuple[int, int], storage: DtypeCodec, key: Mapping[str, Any]) -> None:
@@ -104,12 +103,12 @@ class ArrayWriter:
         self._saved_at = time.monotonic()
 
     def write(self, rows: Int[np.ndarray, " n"], values: Float[Tensor, "n D"]) -> None:
-        """``values`` at ``rows``.
+        """Write ``values`` at ``rows``.
 
-        These are plain writes, since in a map a full disk would be a bus error.
+        Plain writes, since a full disk would be a bus error in a memory map.
         """
         packed = np.ascontiguousarray(self._storage.pack(values), dtype=self._storage.dtype)
-        # rows that follow one another are written at once
+        # consecutive rows are written together
         ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
         start = 0
         for end in ends:
@@ -118,7 +117,7 @@ class ArrayWriter:
             start = end
 
     def save_progress(self, done: int) -> None:
-        """Say how far the build has come; every few seconds this is put on disk, after the rows."""
+        """Record the progress of the build; written to disk every ``SECONDS_BETWEEN_SAVES``, after the rows."""
         if time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES:
             self._part.file.flush()
             os.fsync(self._part.file.fileno())
@@ -131,7 +130,7 @@ class ArrayWriter:
         with suppress(OSError, ValueError, KeyError):
             progress = json.loads(self._part.progress.read_text(encoding="utf-8"))
             if progress["key"] == self._key:
-                _log.info("%s: going on after %s", self._part.path, progress["done"])
+                _log.info("%s: resuming after %s", self._part.path, progress["done"])
                 return progress["done"], progress["notes"]
         return 0, {}
 
@@ -144,13 +143,12 @@ def load_or_compute(
     *,
     storage: StorageDtype = "float32",
 ) -> CachedArray:
-    """The rows of ``key`` (plain data); ``fill`` is called to write them if ``folder`` does not hold them whole.
+    """The rows of ``key`` (plain data); ``fill`` is called to write them if ``folder`` has no complete file of them.
 
-    ``shape`` is rows and numbers in a row. Raises ``UserError`` when ``folder`` cannot be written to or has no space
-    left.
+    ``shape`` is (rows, values in a row). Raises ``UserError`` when ``folder`` is not writable or has too little space.
     """
-    assert shape[0] * shape[1] > 0, f"nothing to keep: {shape}"
-    key = json.loads(json.dumps({**key, "shape": shape, "storage": storage}))  # as it will be read back: no tuples
+    assert shape[0] * shape[1] > 0, f"nothing to store: {shape}"
+    key = json.loads(json.dumps({**key, "shape": shape, "storage": storage}))  # as JSON reads it back: no tuples
     path = _cache_path(folder, key)
     with suppress(_CacheMiss):
         return _read(path, key)
@@ -162,28 +160,28 @@ def load_or_compute(
 
 
 def _cache_path(folder: Path, key: Mapping[str, Any]) -> Path:
-    """Where the rows of a key are kept."""
+    """The file of the rows of a key."""
     return folder / f"{hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:32]}.npy"
 
 
 class _CacheMiss(Exception):
-    """There is no whole file of ours."""
+    """There is no complete, valid file."""
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> CachedArray:
     if not path.exists():
         raise _CacheMiss
     try:
-        kept = _open_mapped(path, json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+        cached = _open_mapped(path, json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
         rows, width = key["shape"]
         storage = DTYPE_CODECS[key["storage"]]
-        same = kept.metadata["key"] == key and kept.stored.shape == (rows, width + storage.extra_columns)
-        if not (same and kept.stored.dtype == storage.dtype and kept.metadata["probe"] == _probe(kept.stored)):
-            raise ValueError("these are not the values that were written")
+        same = cached.metadata["key"] == key and cached.stored.shape == (rows, width + storage.extra_columns)
+        if not (same and cached.stored.dtype == storage.dtype and cached.metadata["probe"] == _probe(cached.stored)):
+            raise ValueError("key, shape or hash differs")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        _log.warning("%s: cut short or damaged (%s); computing it again", path, error)
+        _log.warning("%s: truncated or damaged (%s); computing it again", path, error)
         raise _CacheMiss from error
-    return kept
+    return cached
 
 
 def _open_mapped(path: Path, about: Mapping[str, Any]) -> CachedArray:
@@ -191,7 +189,7 @@ def _open_mapped(path: Path, about: Mapping[str, Any]) -> CachedArray:
 
 
 def _probe(stored: np.ndarray) -> str:
-    """A hash of some rows, evenly spaced."""
+    """A hash of ``_PROBE_ROWS`` evenly spaced rows."""
     rows = np.linspace(0, len(stored) - 1, _PROBE_ROWS).astype(np.int64)
     return hashlib.sha256(np.ascontiguousarray(stored[rows]).tobytes()).hexdigest()
 
@@ -199,13 +197,13 @@ def _probe(stored: np.ndarray) -> str:
 def _compute_and_write(
     part: PartialFile, path: Path, key: Mapping[str, Any], fill: Callable[[ArrayWriter], None]
 ) -> None:
-    """Fill the part and rename it, its ``.json`` after it. What is there stays when ``fill`` is interrupted."""
+    """Fill the partial file, then rename it, then its ``.json``. If ``fill`` is interrupted, the part is retained."""
     storage, shape = DTYPE_CODECS[key["storage"]], tuple(key["shape"])
     size = storage.num_bytes(*shape)
     started = time.monotonic()
     try:
-        there = os.fstat(part.file.fileno()).st_blocks * 512  # of a part that is gone on with
-        if shutil.disk_usage(path.parent).free < size - there:
+        allocated = os.fstat(part.file.fileno()).st_blocks * 512  # already allocated, when resuming
+        if shutil.disk_usage(path.parent).free < size - allocated:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         writer = ArrayWriter(part, shape, storage, key)
         fill(writer)
@@ -229,7 +227,7 @@ def _compute_and_write(
 
 @contextmanager
 def _locked(path: Path, size: int) -> Iterator[PartialFile]:
-    """The part of ``path``, ours alone until we leave. A process that dies gives its lock back."""
+    """The partial file of ``path``, exclusively locked. The lock is released when the process ends."""
     name = path.with_suffix(".part")
     while True:
         try:
@@ -244,7 +242,7 @@ def _locked(path: Path, size: int) -> Iterator[PartialFile]:
                 _log.warning("another process is computing %s; waiting for it", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not (name.exists() and os.fstat(file.fileno()).st_ino == name.stat().st_ino):
-                continue  # it was renamed while we waited: look again
+                continue  # it was renamed while we waited: open it again
             try:
                 yield PartialFile(name, file)
             finally:

@@ -1,8 +1,8 @@
-"""How rows of numbers are written to disk: float32, float16, bfloat16, or int8 with a scale for each row.
+"""Storage dtypes of the feature cache: float32, float16, bfloat16, or int8 quantised per row.
 
-In go float32 rows, out comes an array that numpy can keep in a file; and back. Unusual: bfloat16, which numpy does not
-know, is kept as its bits; an int8 row carries its scale in four more bytes. A value that a storage cannot hold is an
-error and never becomes an infinity.
+Input: float32 rows. Output: a numpy array for the file; and the inverse. Note: bfloat16, which numpy lacks, is stored
+as int16 bits; an int8 row stores its float32 quantisation step in four more bytes. A value that overflows the dtype is
+an error and never becomes infinite.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 @dataclass(frozen=True, slots=True)
 class DtypeCodec:
-    """One way: the type in the file, how many of them a row of ``D`` numbers takes, and the two directions."""
+    """One storage dtype: the numpy dtype of the file, extra columns beyond ``D``, and the conversions."""
 
     dtype: np.dtype
     extra_columns: int
@@ -31,7 +31,7 @@ class DtypeCodec:
     unpack: Callable[[Shaped[np.ndarray, "... columns"]], Float[Tensor, "... D"]]
 
     def num_bytes(self, rows: int, width: int) -> int:
-        """What ``rows`` rows of ``width`` numbers take."""
+        """Bytes of ``rows`` rows of ``width`` values."""
         return rows * (width + self.extra_columns) * self.dtype.itemsize
 
 
@@ -45,14 +45,14 @@ def _pack_float16(values: Float[Tensor, "n D"]) -> Shaped[np.ndarray, "n D"]:
 
 
 def _pack_int8(values: Float[Tensor, "n D"]) -> Shaped[np.ndarray, "n columns"]:
-    scales = values.abs().amax(dim=1, keepdim=True) / 127
-    whole = (values / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().nan_to_num().to(torch.int8)
-    return np.concatenate((whole.numpy(), scales.numpy().view(np.int8)), axis=1)
+    steps = values.abs().amax(dim=1, keepdim=True) / 127
+    quantised = (values / steps.clamp(min=torch.finfo(torch.float32).tiny)).round().nan_to_num().to(torch.int8)
+    return np.concatenate((quantised.numpy(), steps.numpy().view(np.int8)), axis=1)
 
 
 def _unpack_int8(stored: Shaped[np.ndarray, "... columns"]) -> Float[Tensor, "... D"]:
-    scales = np.ascontiguousarray(stored[..., -4:]).view(np.float32)
-    return torch.from_numpy(stored[..., :-4]).float() * torch.from_numpy(scales)
+    steps = np.ascontiguousarray(stored[..., -4:]).view(np.float32)
+    return torch.from_numpy(stored[..., :-4]).float() * torch.from_numpy(steps)
 
 
 DTYPE_CODECS: dict[StorageDtype, DtypeCodec] = {

@@ -1,9 +1,9 @@
 """The output of the frozen part of a tower, computed once and cached on disk.
 
-In: a request (a frozen part with the images or texts it is to read) and the cache folder. Out: ``CachedFeatures``,
-memory-mapped rows under the key of the request. Note: a caption is encoded once however often it repeats, longest
-first; an image may have several augmented views; an unreadable image has NaN rows and is named in the file; a build
-that was killed goes on where it stopped.
+Input: a request (a frozen part with its images or texts) and the cache folder. Output: ``CachedFeatures``,
+memory-mapped rows under the key of the request. Note: each distinct caption is encoded once, longest first; an image
+may have several augmented views; an unreadable image has NaN rows and is listed in the metadata; an interrupted build
+resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from clasp.data.readers import ImageBatch, LiveImageReader, SampleIndices
 from clasp.data.workers import WorkerPool
 from clasp.types import HiddenStates, Pixels, PooledFeatures, ProgressCallback, SkippedSample, Tokens
 
-_VIEW_STREAM = 3  # what a stream of random numbers is for; the first three are those of ``loader``
-TOKENS_PER_FORWARD = 4096  # tokens of captions in one call of a tower
+_VIEW_STREAM = 3  # id of the random stream; the first three are those of ``loader``
+TOKENS_PER_FORWARD = 4096  # tokens of captions, padding included, in one forward pass
 
 
 @dataclass(frozen=True, slots=True)
 class ImageReadSettings:
-    """How images are read where nothing trains; none of it changes a feature."""
+    """How images are read for inference; does not affect the features."""
 
     batch_size: int
-    """Images in one call of a tower."""
+    """Images in one forward pass."""
     workers: int = 0
-    """Processes that read and decode; 0: this one."""
+    """Worker processes that read and decode; 0: the main process."""
     max_bad_fraction: float = 0.02
-    """Of all images that may be unreadable."""
+    """Fraction of the images that may be unreadable."""
 
 
 def image_features(
@@ -53,10 +53,10 @@ def image_features(
     device: str | torch.device = "cpu",
     progress: ProgressCallback | None = None,
 ) -> CachedFeatures:
-    """The features of every image, entry i those of pair i, in the views of the request.
+    """The features of every image, in all views of the request; entry i is pair i.
 
-    ``progress(done, total)`` counts images times views, and is not called when nothing is computed. ``device`` is
-    where the tower is. Raises ``UserError`` when too many images are unreadable or the disk is full.
+    ``progress(done, total)`` counts images times views, and is not called when nothing is computed. ``device`` is that
+    of the tower. Raises ``UserError`` when too many images are unreadable or the disk is full.
     """
     part, transform, views, count = request.part, request.transform, request.views, request.count
     rows = part.tokens
@@ -64,26 +64,26 @@ def image_features(
 
     def fill(writer: ArrayWriter) -> None:
         writer.notes = {"skipped": [], **writer.notes, "depth": part.depth, "size": transform.size}
-        tally = BadSampleLimit(count, reading.max_bad_fraction)
+        limit = BadSampleLimit(count, reading.max_bad_fraction)
         skipped: dict[int, SkippedSample] = {
             number: SkippedSample(name, why) for number, name, why in writer.notes["skipped"]
         }
-        tally.add(skipped.values())
+        limit.add(skipped.values())
         readers = [LiveImageReader(transform), *[LiveImageReader(transform, request.augment)] * (views - 1)]
-        asks, done = _view_batches(request, reading.batch_size, start=writer.done), writer.done
+        batches, done = _view_batches(request, reading.batch_size, start=writer.done), writer.done
         with closing(WorkerPool(_ViewReader(request.pairs, readers), workers=reading.workers)) as stream:
-            for (view, picks), images in zip(asks, stream(asks), strict=True):
-                tally.add(images.skipped)
-                missing = sorted(set(range(len(picks))) - set(images.kept))
-                skipped.update(zip(picks.pair[missing].tolist(), images.skipped, strict=True))
-                values = torch.full((len(picks), rows, part.width), torch.nan)
+            for (view, indices), images in zip(batches, stream(batches), strict=True):
+                limit.add(images.skipped)
+                missing = sorted(set(range(len(indices))) - set(images.kept))
+                skipped.update(zip(indices.pair[missing].tolist(), images.skipped, strict=True))
+                values = torch.full((len(indices), rows, part.width), torch.nan)
                 if images.kept:
                     values[images.kept] = _rows_on_cpu(part(Pixels(images.inputs.values.to(device)))).unflatten(
                         0, (len(images.kept), rows)
                     )
-                at = (picks.pair * views + view)[:, None] * rows + place
+                at = (indices.pair * views + view)[:, None] * rows + place
                 writer.write(at.reshape(-1), values.flatten(0, 1))
-                done += len(picks)
+                done += len(indices)
                 writer.notes["skipped"] = [[number, *skipped[number]] for number in sorted(skipped)]
                 writer.save_progress(done)
                 if progress is not None:
@@ -91,8 +91,8 @@ def image_features(
 
     shape = (request.rows, part.width)
     with torch.inference_mode():
-        kept = load_or_compute(cache_folder / "features", request.key, shape, fill, storage=storage)
-    return CachedFeatures(kept, np.arange(count), np.arange(count * views + 1) * rows, views)
+        cached = load_or_compute(cache_folder / "features", request.key, shape, fill, storage=storage)
+    return CachedFeatures(cached, np.arange(count), np.arange(count * views + 1) * rows, views)
 
 
 def text_features(
@@ -103,10 +103,10 @@ def text_features(
     device: str | torch.device = "cpu",
     progress: ProgressCallback | None = None,
 ) -> CachedFeatures:
-    """The features of every text; those that repeat are encoded once.
+    """The features of every text; duplicates are encoded once.
 
-    ``progress(done, total)`` counts distinct texts, and is not called when nothing is computed. ``device`` is where
-    the tower is. Raises ``UserError`` when the disk is full.
+    ``progress(done, total)`` counts distinct texts, and is not called when nothing is computed. ``device`` is that of
+    the tower. Raises ``UserError`` when the disk is full.
     """
     part, texts, first = request.part, request.index, request.offsets
 
@@ -126,12 +126,12 @@ def text_features(
 
     shape = (request.rows, part.width)
     with torch.inference_mode():
-        kept = load_or_compute(cache_folder / "features", request.key, shape, fill, storage=storage)
-    return CachedFeatures(kept, texts.entry, first)
+        cached = load_or_compute(cache_folder / "features", request.key, shape, fill, storage=storage)
+    return CachedFeatures(cached, texts.entry, first)
 
 
 def _rows_on_cpu(features: HiddenStates | PooledFeatures, mask: Tensor | None = None) -> Float[Tensor, "rows D"]:
-    """The output of a part, one row a token or a vector; only the tokens in ``mask``, where one is given."""
+    """The output of a part in float32, a row per token or pooled vector; only unmasked tokens if ``mask`` is given."""
     values = features.values.float().cpu()
     if isinstance(features, PooledFeatures):
         return values
@@ -140,20 +140,20 @@ def _rows_on_cpu(features: HiddenStates | PooledFeatures, mask: Tensor | None = 
 
 @dataclass(frozen=True, slots=True)
 class _ViewReader:
-    """One view of some images; runs in a worker where there are any."""
+    """Reads one view of some images; runs in a worker process if there are workers."""
 
     pairs: Pairs
     readers: Sequence[LiveImageReader]
 
-    def __call__(self, ask: tuple[int, SampleIndices]) -> ImageBatch:
-        view, picks = ask
-        return self.readers[view](picks, self.pairs.__getitem__)
+    def __call__(self, request: tuple[int, SampleIndices]) -> ImageBatch:
+        view, indices = request
+        return self.readers[view](indices, self.pairs.__getitem__)
 
 
 def _view_batches(request: ImageFeatureRequest, batch_size: int, *, start: int) -> list[tuple[int, SampleIndices]]:
-    """Every image in every view, a batch at a time; all views of some images, then the next images.
+    """Batches of (view, samples): all views of some images, then of the next images.
 
-    ``start`` images times views are left out: they have been done.
+    The first ``start`` samples (images times views) are left out: an earlier build has done them.
     """
     count, views = request.count, request.views
     order = np.arange(count)
@@ -161,6 +161,6 @@ def _view_batches(request: ImageFeatureRequest, batch_size: int, *, start: int) 
         SampleIndices(order, np.zeros_like(order), philox_integers((request.seed, view, _VIEW_STREAM), count))
         for view in range(views)
     ]
-    asks = [(view, all_[view][at : at + batch_size]) for at in range(0, count, batch_size) for view in range(views)]
-    done = np.cumsum([len(picks) for _, picks in asks])
-    return [ask for ask, end in zip(asks, done, strict=True) if end > start]
+    batches = [(view, all_[view][at : at + batch_size]) for at in range(0, count, batch_size) for view in range(views)]
+    done = np.cumsum([len(indices) for _, indices in batches])
+    return [batch for batch, end in zip(batches, done, strict=True) if end > start]

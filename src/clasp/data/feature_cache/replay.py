@@ -1,9 +1,9 @@
-"""Cached features as one side of a batch.
+"""Cached features in training batches: lookup in place of image decoding and tokenisation.
 
-In: rows on disk (``CachedArray``) and, at replay, samples (``SampleIndices``). Out: ``CachedFeatures``, which item has
-which rows, and the two readers that look rows up in place of reading images and tokenising captions. An item has one
-row where the frozen part pools, a row a token where it stops at a block. Note: an image that could not be read when
-the cache was written is skipped at replay and named.
+Input: rows on disk (``CachedArray``) and, at replay, samples (``SampleIndices``). Output: ``CachedFeatures``, the map
+from items to rows, and the two readers that look them up. An item has one row if the frozen part pools, and a row per
+token if it stops at a block. Note: an image that was unreadable when the cache was written is skipped and reported at
+replay.
 """
 
 from __future__ import annotations
@@ -25,50 +25,50 @@ from clasp.types import HiddenStates, Pair, PooledFeatures, SkippedSample
 
 @dataclass(frozen=True, eq=False)
 class CachedFeatures:
-    """Rows on disk, and which of them belong to which item (pair or text) they were asked for."""
+    """Rows on disk, and the rows of each item (pair or text)."""
 
     kept: CachedArray
-    """Of each entry the rows of its views, view 0 being the plain one. ``metadata`` is the ``.json`` beside them."""
+    """The rows, by entry and then by view; view 0 is not augmented."""
     entry: Int[np.ndarray, " items"]
-    """Which entry each item is."""
+    """The entry of each item."""
     offsets: Int[np.ndarray, " bounds"]
-    """Where the rows of each view of each entry begin, and where the last ones end."""
+    """First row of each view of each entry, and the end of the last."""
     views: int = 1
-    """How many times each item was encoded."""
+    """Number of views of each entry."""
 
     def __len__(self) -> int:
         return len(self.entry)
 
     @property
     def pooled(self) -> bool:
-        """Whether an item is one vector of a whole tower; else it is the states after a block."""
+        """Whether an item is one pooled vector; else it is the hidden states after a block."""
         return self.kept.metadata["depth"] == 0
 
     @cached_property
     def skipped(self) -> dict[int, SkippedSample]:
-        """Item -> why it has no features."""
+        """Item -> the reason it has no features."""
         return {item: SkippedSample(name, reason) for item, name, reason in self.kept.metadata["skipped"]}
 
     def read(
         self, items: Int[np.ndarray, " B"], view: Int[np.ndarray, " B"] | int = 0
     ) -> PooledFeatures | HiddenStates:
-        """A copy in memory of the features of ``items``, each in its ``view``; captions padded to the longest."""
+        """A copy in memory of the features of ``items`` in ``view``; hidden states are padded to the longest."""
         at = self.entry[items] * self.views + view
         if self.pooled:
             return PooledFeatures(self.kept.take(self.offsets[at]).float())
         lengths = self.offsets[at + 1] - self.offsets[at]
         place = np.arange(int(lengths.max()))
         mask = place < lengths[:, None]
-        # padding repeats the last real token: no mask lets anything see it
+        # padding repeats the last real token; it is masked
         rows = self.offsets[at][:, None] + np.minimum(place, lengths[:, None] - 1)
         metadata = self.kept.metadata
         return HiddenStates(self.kept.take(rows), torch.from_numpy(mask), metadata["depth"], metadata["size"])
 
 
 class CachedImageReader:
-    """An image side that looks rows up; the views of an image take turns by the seed of the sample.
+    """An image reader that looks up cached features; the seed of a sample selects its view.
 
-    ``pairs`` are those of the batch. Raises ``ValueError`` when the features are of other pairs.
+    ``pairs`` are those of the loader. Raises ``ValueError`` when the features are of other pairs.
     """
 
     def __init__(self, features: CachedFeatures, pairs: Pairs) -> None:
@@ -85,16 +85,16 @@ class CachedImageReader:
 
 
 class CachedTextReader:
-    """A text side that looks rows up: ``listing`` is of the pairs of the batch.
+    """A text reader that looks up cached features; ``listing`` is the index of the pairs of the loader.
 
-    Raises ``ValueError`` when the features are not of exactly the texts in ``listing``.
+    Raises ``ValueError`` when the features are not of exactly the texts of ``listing``.
     """
 
     def __init__(self, features: CachedFeatures, listing: PairIndex) -> None:
         texts = DistinctTexts(listing.texts)
         if features.kept.metadata["key"].get("texts") != texts.version:
             raise ValueError(f"{features.kept.path} holds features of other texts than these")
-        # its own index: the texts may have been asked for in another order
+        # re-indexed: the texts may be in another order than when they were cached
         self.features = replace(features, entry=texts.entry)
         self._listing = listing
 
@@ -102,7 +102,7 @@ class CachedTextReader:
         texts = self._listing.text_indices(indices)
         if self.features.pooled:
             return TextBatch(self.features.read(texts), texts.tolist())
-        different, rows = np.unique(texts, return_inverse=True)  # blocks are still to be run: once for each
-        states = self.features.read(different)
+        distinct, rows = np.unique(texts, return_inverse=True)  # run the remaining blocks once for each distinct text
+        states = self.features.read(distinct)
         assert isinstance(states, HiddenStates)
         return TextBatch(replace(states, rows=torch.from_numpy(rows)), texts.tolist())

@@ -1,8 +1,8 @@
-"""What a frozen part of a tower would read, and the key under which its output is cached.
+"""Feature requests: the inputs of a frozen part of a tower, and the cache key of its output.
 
-In: a frozen part (``FrozenPart``) with images or texts. Out: the key of their features (all that decides them but the
-storage dtype), how many there are, and their bytes on disk. Note: nothing is computed here and no image is read; texts
-are tokenised where the part stops at a block, since a caption then takes a row a token.
+Input: a frozen part (``FrozenPart``) with images or texts. Output: the key of their features (all that determines them
+but the storage dtype), their count, and their bytes on disk. Note: nothing is encoded here and no image is read; texts
+are tokenised if the part stops at a block, since a caption then takes a row per token.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ _TowerInput_contra = TypeVar("_TowerInput_contra", contravariant=True)
 
 @runtime_checkable
 class FrozenPart(Protocol[_TowerInput_contra]):
-    """The part of a tower that does not train: its trunk up to a block, or all of it and its pooling."""
+    """The frozen part of a tower: its first blocks (a frozen prefix), or the whole tower with pooling."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the output could change: with the weights, the pooling, the block."""
+        """Changes whenever the output could: with the weights, the pooling or the depth."""
         ...
 
     @property
     def depth(self) -> int:
-        """How many blocks it runs; 0 when it is the whole tower, which pools."""
+        """Number of blocks of a frozen prefix; 0 for the whole tower, which pools."""
         ...
 
     @property
     def width(self) -> int:
-        """``D`` of its output."""
+        """``D``, the dimension of its output."""
         ...
 
     @property
     def tokens(self) -> int:
-        """Rows that an image takes: ``N`` of its states, or 1 where it pools. A caption has its own length."""
+        """Rows per image: ``N`` hidden states, or 1 if it pools. A caption has as many as it has tokens."""
         ...
 
     def __call__(self, inputs: _TowerInput_contra) -> HiddenStates | PooledFeatures: ...
 
 
 class DistinctTexts:
-    """Which ``entry`` each text is among the ``distinct`` ones, and the ``version`` of these.
+    """The ``distinct`` texts, the ``entry`` of each text among them, and their ``version`` (a hash).
 
-    They are sorted, so that their order in the data is of no account.
+    The distinct texts are sorted, so their order in the data does not matter.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -68,7 +68,7 @@ class DistinctTexts:
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatureRequest:
-    """The images of ``pairs`` through ``part``: each in ``views`` views, the plain one and then augmented ones."""
+    """The images of ``pairs`` through ``part``, each in ``views`` views: one plain, the others augmented."""
 
     what: ClassVar[Literal["images"]] = "images"
     part: FrozenPart[Pixels]
@@ -83,7 +83,7 @@ class ImageFeatureRequest:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """Changes with whatever could change one of the features. The plain view has no seed."""
+        """Changes whenever a feature could. The plain view does not depend on ``seed``."""
         key = {"what": "images", "part": self.part.fingerprint, "transform": self.transform.fingerprint}
         key |= {"pairs": self.pairs.version, "views": self.views}
         if self.augment is None or self.views == 1:
@@ -92,7 +92,7 @@ class ImageFeatureRequest:
 
     @property
     def count(self) -> int:
-        """How many images."""
+        """Number of images."""
         return len(self.pairs)
 
     @property
@@ -107,7 +107,7 @@ class ImageFeatureRequest:
 
 @dataclass(frozen=True, eq=False)
 class TextFeatureRequest:
-    """``texts`` through ``part``, each distinct one once."""
+    """``texts`` through ``part``, each distinct text once."""
 
     what: ClassVar[Literal["captions"]] = "captions"
     part: FrozenPart[Tokens]
@@ -121,18 +121,18 @@ class TextFeatureRequest:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """Changes with whatever could change one of the features; the order of the texts is no part of it."""
+        """Changes whenever a feature could; does not depend on the order of the texts."""
         key = {"what": "texts", "part": self.part.fingerprint, "tokenizer": self.tokenizer.fingerprint}
         return key | {"texts": self.index.version}
 
     @property
     def count(self) -> int:
-        """How many distinct texts."""
+        """Number of distinct texts."""
         return len(self.index.distinct)
 
     @cached_property
     def offsets(self) -> Int[np.ndarray, " bounds"]:
-        """Where the rows of each distinct text begin, and where the last ones end."""
+        """First row of each distinct text, and the end of the last."""
         if self.part.depth == 0:
             return np.arange(self.count + 1)
         return np.cumsum([0, *map(len, self.tokenizer.encode(self.index.distinct))])

@@ -1,8 +1,8 @@
-"""The contract between ``clasp.data.pairs`` and the formats: a source about to be opened, and one that is open.
+"""The interface between ``clasp.data.pairs`` and the formats.
 
-A format is a function from a ``SourceSpec`` to an ``OpenedSource``. What it keeps in the cache folder is keyed by
-everything that it depends on, ``SourceSpec.format`` included; the ``version`` of an image likewise, since feature
-caches stand on it.
+A format is a function from a ``SourceSpec`` (input) to an ``OpenedSource`` (output). Note: what it stores in the cache
+folder must be keyed by everything that it depends on, ``SourceSpec.format`` included; the ``version`` of an image must
+change with its bytes, since it is part of the key of feature caches.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,15 @@ from clasp.types import Pair
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """One source about to be opened."""
+    """A source to be opened."""
 
     path: Path
-    """As the user knows it."""
+    """The path the user gave."""
     file: Path
-    """What is read: ``path``, or what was inside it when that is a ``.gz``."""
+    """The file to read: ``path``, or its unpacked copy if that is a ``.gz``."""
     columns: ColumnNames
     root: str
-    """The folder image paths are relative to; absolute."""
+    """The folder that image paths are relative to; absolute."""
     cache: Path | None
     format: str
     """The name of the format: a key of ``PAIR_FORMATS``, or ``package.module:Name``."""
@@ -35,14 +35,14 @@ class SourceSpec:
 
 @runtime_checkable
 class OpenedSource(Protocol):
-    """A source that has been opened: its pairs by row number, and the hashes of their ids."""
+    """An opened source: its pairs by row number, and the hashes of their ids."""
 
     @property
     def hashes(self) -> UInt64[np.ndarray, " pairs"]: ...
 
     @property
     def root(self) -> str:
-        """The folder, or tar, in which image paths or keys are unique."""
+        """The folder or tar within which image paths or keys are unique."""
         ...
 
     def __len__(self) -> int: ...
@@ -50,9 +50,9 @@ class OpenedSource(Protocol):
     def __getitem__(self, row: int, /) -> Pair: ...
 
     def prefixed(self, id_prefix: str, path_prefix: str) -> "OpenedSource":
-        """The same, among other sources: what goes before ids, and before image paths that stand for a group."""
+        """A copy with a prefix for ids, and one for image paths used as group; for several sources together."""
         ...
 
 
 PairFormat = Callable[[SourceSpec], OpenedSource]
-"""Opens a source and checks every caption; ``UserError`` in one line for whatever is wrong"""
+"""Opens a source and checks every caption; ``UserError`` in one line for any problem"""

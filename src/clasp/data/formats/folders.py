@@ -1,9 +1,8 @@
-"""A folder of pairs: captions beside the images, or images in folders named for their class.
+"""A folder of pairs: images with caption files of the same name, or images in class folders (ImageFolder layout).
 
-Goes in: a folder. Comes out: its pairs.
-The rule that tells the two apart: when every image, at any depth, has a ``.txt`` or ``.json`` of its name beside it,
-those are the captions; when none has, and every image lies in a folder one level down, that folder names the class.
-Anything in between is refused with an example, since either reading would drop or falsify captions.
+Input: a folder. Output: its pairs. If every image, at any depth, has a ``.txt`` or ``.json`` of its name beside it,
+those are the captions; if none has, and every image is in a folder one level down, that folder is its class. Note:
+anything in between is an error with an example, since either reading would drop or falsify captions.
 """
 
 import hashlib
@@ -37,34 +36,34 @@ from clasp.types import Caption, Pair, UserError
 
 @dataclass(frozen=True, eq=False)
 class FolderFiles:
-    """The files below a folder in the order of their names, without hidden ones; links to folders are not followed."""
+    """The files of a folder, recursively, sorted, without hidden ones; links to folders are not followed."""
 
     path: str
     names: NameTable
     skipped_files: SkippedFiles
-    """Folders that were not looked into."""
+    """Folders that were not read."""
 
     @classmethod
     def of(cls, path: Path) -> "FolderFiles":
         found: list[str] = []
-        shut: list[tuple[str, str]] = []
+        unread: list[tuple[str, str]] = []
 
         def cannot_read(error: OSError) -> None:
-            shut.append(("folder that cannot be read", Path(error.filename).relative_to(path).as_posix()))
+            unread.append(("folder that cannot be read", Path(error.filename).relative_to(path).as_posix()))
 
         for folder, inner, files in os.walk(path, onerror=cannot_read):
             at = Path(folder).relative_to(path)
             inner[:] = sorted(name for name in inner if not is_hidden(name))
             linked = [name for name in inner if os.path.islink(os.path.join(folder, name))]
-            shut += [("link to a folder, which is not followed", (at / name).as_posix()) for name in linked]
+            unread += [("link to a folder, which is not followed", (at / name).as_posix()) for name in linked]
             found += [name for file in sorted(files) if not is_hidden(name := (at / file).as_posix())]
-        return cls(str(path.absolute()), NameTable.of(found), SkippedFiles.of(shut))
+        return cls(str(path.absolute()), NameTable.of(found), SkippedFiles.of(unread))
 
     def source(self, row: int) -> FileSource:
         return FileSource(os.path.join(self.path, self.names[row]))
 
     def stamp(self, rows: Iterable[int]) -> str:
-        """A hash of all names, and of size and time of the files ``rows``."""
+        """A hash of all names, and of size and modification time of the files ``rows``."""
         digest = hashlib.sha256(self.names.letters.tobytes() + self.names.ends.tobytes())
         for row in rows:
             digest.update(f"{self.source(row).version}\0".encode())
@@ -73,10 +72,10 @@ class FolderFiles:
 
 @dataclass(frozen=True, eq=False)
 class ClassFolders:
-    """Images in class folders; a ``Format``. The caption is the folder's name with spaces for ``_`` and ``-``.
+    """Images in class folders; an ``OpenedSource``. The caption is the folder name, ``_`` and ``-`` as spaces.
 
-    Each image is its own group, so that a validation part is split off by image and has all classes; ``meta`` says
-    which class it is (``class``, and its number ``label``).
+    Each image is a group of its own, so that a validation split is by image and can have all classes; ``meta`` has the
+    ``class`` and its number ``label``.
     """
 
     folder: FolderFiles
@@ -97,9 +96,9 @@ class ClassFolders:
     def __getitem__(self, row: int, /) -> Pair:
         member = int(self.images[row])
         name = self.folder.names[member]
-        home = name.partition("/")[0]
-        caption = caption_from_folder(home)
-        meta = {"label": bisect_left(self.classes, home), "class": caption}
+        class_folder = name.partition("/")[0]
+        caption = caption_from_folder(class_folder)
+        meta = {"label": bisect_left(self.classes, class_folder), "class": caption}
         id, group = self.id_prefix + name, self.path_prefix + name
         return Pair(id, self.folder.source(member), (Caption(caption),), group, meta)
 
@@ -108,7 +107,7 @@ class ClassFolders:
 
 
 def open_folder(spec: SourceSpec) -> SampleTable | ClassFolders:
-    """Decides by the rule above; ``UserError`` where it decides nothing."""
+    """Open a folder by the rule of the module; ``UserError`` if neither layout applies."""
     folder = FolderFiles.of(spec.path)
     parts, skipped = grouped = group_by_key(folder.names, split_file_name, spec.path, folder.skipped_files)
     captioned = (parts[:, [TEXT_COLUMN, JSON_COLUMN]] >= 0).any(axis=1)
@@ -150,6 +149,6 @@ def caption_from_folder(folder: str) -> str:
 
 
 def split_file_name(name: str) -> tuple[str, str]:
-    """Key and suffix of a file in a folder: the name is cut at its last dot."""
+    """Key and suffix of a file in a folder: split at the last dot."""
     stem, suffix = os.path.splitext(name)
     return stem, suffix.removeprefix(".")

@@ -1,8 +1,8 @@
-"""Ids of pairs: unique, and independent of the order of the rows and of where the folder lies.
+"""Ids of pairs: unique, and independent of the order of the rows and of the location of the folder.
 
-Goes in: the rows of a table. Comes out: what their ids need to know of all rows, as two arrays.
-Unusual: a row without an id is called by its image's path; rows that share an image are ``path#1``, ``path#2`` by the
-order of their captions' hashes. Only hashes are held while a table is opened: 24 bytes a row.
+Input: the rows of a table. Output: two arrays, the duplicate number and the id hash of each row. Note: the id of a row
+without one is its image path; rows of the same image are ``path#1``, ``path#2``, ordered by the hashes of their
+captions. Only hashes are in memory while a table is opened: 24 bytes a row.
 """
 
 import hashlib
@@ -18,13 +18,13 @@ from clasp.types import UserError
 
 
 def image_id(image: str, root: str) -> str:
-    """An image path that does not change when the whole folder moves: relative to ``root`` where it lies in it."""
+    """The normalised image path, relative to ``root`` if it is inside, so that the folder can be moved."""
     path = os.path.normpath(image)
     return os.path.relpath(path, root) if path.startswith(root.rstrip(os.sep) + os.sep) else path
 
 
 class IdCollector:
-    """One pass over the rows of a table whose images are told by path: what ids and groups need to know of all."""
+    """Collects, in one pass over the rows of a table, the hashes that ids and groups are derived from."""
 
     def __init__(self, name: str):
         self.captions = CaptionCheck(name)
@@ -37,7 +37,7 @@ class IdCollector:
         self.texts.append(hash64(repr(row.captions)))
 
     def finish(self) -> dict[str, np.ndarray]:
-        """``twins``: 0 for the only row of its image, else which of them it is. ``hashes``: of the ids."""
+        """``twins``: 0 for the only row of its image, else its number from 1. ``hashes``: those of the ids."""
         self.captions.finish()
         ids, images, texts = (np.array(values, np.uint64) for values in (self.ids, self.images, self.texts))
         twins = number_duplicates(images, texts)
@@ -47,7 +47,7 @@ class IdCollector:
 def number_duplicates(
     images: UInt64[np.ndarray, " rows"], texts: UInt64[np.ndarray, " rows"]
 ) -> UInt32[np.ndarray, " rows"]:
-    """Rows with equal ``images`` are numbered from 1 by rising ``texts``; a row alone with its image is 0."""
+    """Rows with equal ``images`` are numbered from 1 in ascending order of ``texts``; a unique one is 0."""
     order = np.lexsort((texts, images))
     first = np.diff(images[order], prepend=~images[order[:1]]) != 0
     place = np.arange(len(order))
@@ -64,7 +64,7 @@ def require_unique_ids(name: str, opened: OpenedSource) -> None:
     ordered = opened.hashes[order]
     for place in np.flatnonzero(ordered[1:] == ordered[:-1]):
         a, b = int(order[place]), int(order[place + 1])
-        if opened[a].id == opened[b].id:  # and not only their hashes
+        if opened[a].id == opened[b].id:  # rules out hash collisions
             raise UserError(f"{name}: the id {opened[a].id!r} is given twice, by pairs {a + 1} and {b + 1}")
 
 

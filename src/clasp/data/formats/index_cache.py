@@ -1,9 +1,9 @@
-"""What is worked out once about a file: its index, and the unpacked form of a ``.gz``.
+"""On-disk cache of what is derived from a source file: its index, and the unpacked form of a ``.gz``.
 
-Goes in: a file, and the cache folder the caller names (or none). Comes out: arrays, or the path of the unpacked file.
-Note: an index is kept only in a cache folder the caller gave; a ``.gz`` must be unpacked somewhere to allow random
-access, so without a cache folder it goes to a scratch folder that is removed when the process ends.
-Everything is keyed by path, size and time of the file, and written whole or not at all.
+Input: a file, and a cache folder or none. Output: arrays, or the path of the unpacked file. Note: an index is saved
+only if there is a cache folder; a ``.gz`` must be unpacked for random access, so without a cache folder it goes to a
+temporary folder that is removed when the process ends. Entries are keyed by path, size and modification time of the
+file, and written atomically.
 """
 
 import atexit
@@ -23,21 +23,21 @@ import numpy as np
 
 from clasp.types import UserError
 
-_INDEX_VERSION = "3"  # of the arrays; counting it up makes every older index be built again
+_INDEX_VERSION = "3"  # of the arrays; incrementing it invalidates all saved indices
 
 IndexArrays = dict[str, np.ndarray]
 
 
 def file_stamp(path: str | Path) -> str:
-    """Size in bytes and time in nanoseconds of a file: changes when its bytes may have changed."""
+    """Size (bytes) and modification time (ns) of a file; changes when its bytes may have changed."""
     status = os.stat(path)
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callable[[], IndexArrays]) -> IndexArrays:
-    """The arrays of ``build()``, from the cache folder when they were built before under the same key.
+    """The arrays of ``build()``, loaded from the cache folder if they were saved under the same key.
 
-    ``key`` names the format, the source by its resolved path, and everything else that the arrays depend on.
+    ``key``: the format, the resolved path of the source, and everything else that the arrays depend on.
     """
     assert len(key) > 1, "a key without its source would give one source's arrays to another"
     if cache is None:
@@ -53,7 +53,7 @@ def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callabl
 
 
 def unpack_gzip(path: Path, cache: Path | None) -> Path:
-    """The file inside ``path`` (a ``.gz``), unpacked once; it keeps the time of ``path``, as gunzip does."""
+    """The unpacked file of ``path`` (a ``.gz``), cached; it has the modification time of ``path``, as with gunzip."""
     status = path.stat()
 
     def unpack(part: Path) -> None:
@@ -70,7 +70,7 @@ def unpack_gzip(path: Path, cache: Path | None) -> Path:
 
 
 def derived_file(path: Path, how: str, cache: Path | None, write: Callable[[Path], None]) -> Path:
-    """What ``write`` makes of ``path``, in the cache folder; made once for a file of this path, size and time."""
+    """The file that ``write`` derives from ``path``, cached; made once for a file of this path, size and time."""
     key = _digest(str(path.resolve()), file_stamp(path))
     file = (cache or _scratch_folder()) / f"{how}-{key}-{path.name.removesuffix('.gz')}"
     if not file.exists():
@@ -86,7 +86,7 @@ def derived_file(path: Path, how: str, cache: Path | None, write: Callable[[Path
 
 @contextmanager
 def _atomic_write(file: Path) -> Iterator[Path]:
-    """A path to write to that becomes ``file`` only when the block ends well."""
+    """A temporary path that is renamed to ``file`` if the block does not raise."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:

@@ -1,7 +1,7 @@
-"""Many file names in little memory: one array of bytes, and where each name ends.
+"""A compact table of strings: one array of bytes, and the end offset of each string.
 
-A list of a million Python strings takes a hundred megabytes and is slow to hand to a worker; this takes what the
-names themselves take.
+Input: file names. Output: a sequence of them by number. Note: a list of a million Python strings takes a hundred
+megabytes and is slow to pickle for a worker; this takes 8 bytes a name beyond the names themselves.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ from jaxtyping import Int64, UInt8
 
 @dataclass(frozen=True, eq=False)
 class NameTable:
-    """Texts by number."""
+    """Strings by number."""
 
     letters: UInt8[np.ndarray, " bytes"]
     ends: Int64[np.ndarray, " names"]

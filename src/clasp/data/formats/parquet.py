@@ -1,8 +1,8 @@
 """Parquet tables: image paths, image bytes, or the {bytes, path} cells of Hugging Face's datasets.
 
-Goes in: a file. Comes out: its rows as pairs; image bytes are read only when a source is asked for them.
-Note: a row group is the least parquet can read, so the last ones are kept (16 without images, one with). Read in
-random order, a file of images wants row groups of a few hundred rows at most. Rows are counted from 0 here.
+Input: a file. Output: its rows as pairs; image bytes are read only when the source is read. Note: parquet reads whole
+row groups, so the most recent ones are cached (16 without images, one with). For random access to images, use row
+groups of a few hundred rows at most. Rows are counted from 0 here.
 """
 
 import functools
@@ -31,7 +31,7 @@ _ImageColumnKind = Literal["path", "bytes", "struct"]
 
 @dataclass(frozen=True, slots=True)
 class ParquetSource:
-    """The image in one cell; where a {bytes, path} cell has no bytes, the file at its path below ``root``."""
+    """The image in one cell; for a {bytes, path} cell without bytes, the file at its path, relative to ``root``."""
 
     path: str
     stamp: str
@@ -60,14 +60,14 @@ class ParquetSource:
 
 @dataclass(frozen=True, eq=False)
 class ParquetTable:
-    """An opened parquet file; a ``Format``."""
+    """An opened parquet file; an ``OpenedSource``."""
 
     name: str
     file: str
     stamp: str
     kind: _ImageColumnKind
     non_image_columns: tuple[str, ...]
-    """The columns that hold no image bytes."""
+    """The columns without image bytes."""
     reader: RowReader
     root: str
     twins: UInt32[np.ndarray, " pairs"]
@@ -80,20 +80,20 @@ class ParquetTable:
 
     def __getitem__(self, row: int, /) -> Pair:
         record = _read_cells(_read_non_image_group, self.file, self.stamp, self.non_image_columns, row)
-        said = _read_row(record, self.kind, self.reader, f"{self.name} row {row}")
+        parsed = _read_row(record, self.kind, self.reader, f"{self.name} row {row}")
         twin = int(self.twins[row])
         if self.kind == "path":
-            return pair_from_row(said, twin, self.root, self.id_prefix, self.path_prefix)
-        id = said.id or f"{self.id_prefix}{_cell_id(said, row)}{f'#{twin}' if twin else ''}"
+            return pair_from_row(parsed, twin, self.root, self.id_prefix, self.path_prefix)
+        id = parsed.id or f"{self.id_prefix}{_cell_id(parsed, row)}{f'#{twin}' if twin else ''}"
         source = ParquetSource(self.file, self.stamp, self.reader.columns.image, row, self.root)
-        return Pair(id, source, said.captions, said.group or id, said.meta)
+        return Pair(id, source, parsed.captions, parsed.group or id, parsed.meta)
 
     def prefixed(self, id_prefix: str, path_prefix: str) -> "ParquetTable":
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
 def open_parquet(spec: SourceSpec) -> ParquetTable:
-    """Reads the columns that hold no images once, checking every row."""
+    """Open a parquet file and check every row; reads only the columns without images."""
     name, stamp, file = str(spec.path), file_stamp(spec.file), str(spec.file.absolute())
     reader = RowReader.of(spec.columns, _DEFAULT_COLUMNS)
     try:
@@ -107,34 +107,36 @@ def open_parquet(spec: SourceSpec) -> ParquetTable:
         raise UserError(f"{name} has two columns of one name: {twice[0]!r} among {', '.join(map(repr, schema.names))}")
     image = reader.columns.image
     kind = _image_column_kind(schema.field(image).type, f"{name} column {image!r}")
-    # "binary" in the name of a type is how nested image bytes are found as well
-    light = tuple(field.name for field in schema if "binary" not in str(field.type))
+    # matching "binary" in the type name also finds nested image bytes
+    non_image = tuple(field.name for field in schema if "binary" not in str(field.type))
     if kind == "struct" and schema.field(image).type.get_field_index("path") >= 0:
-        light += (f"{image}.path",)
+        non_image += (f"{image}.path",)
 
     for column in reader.columns.named:
-        if column != image and column in schema.names and column not in light:
+        if column != image and column in schema.names and column not in non_image:
             raise UserError(f"{name} column {column!r} holds {schema.field(column).type}; a text is wanted")
 
     def build() -> IndexArrays:
-        survey, row = IdCollector(name), 0
-        wanted = [column for column in light if column.removesuffix(".path") in reader.columns.named]
+        collector, row = IdCollector(name), 0
+        wanted = [column for column in non_image if column.removesuffix(".path") in reader.columns.named]
         for batch in table.iter_batches(batch_size=4096, columns=wanted, use_threads=False):
             for record in _records(batch, name, row):
                 where = f"{name} row {row}"
-                said = _read_row(record, kind, reader, where)
-                survey.add(
-                    where, said, require_image_id(said, where, spec.root) if kind == "path" else _cell_id(said, row)
+                parsed = _read_row(record, kind, reader, where)
+                collector.add(
+                    where,
+                    parsed,
+                    require_image_id(parsed, where, spec.root) if kind == "path" else _cell_id(parsed, row),
                 )
                 row += 1
         if not row:
             raise UserError(f"{name} has no pairs: looked for rows, found none")
-        return survey.finish()
+        return collector.finish()
 
     key = ("parquet", spec.format, str(spec.path.resolve()), stamp, spec.root, repr(reader))
     arrays = load_or_build_index(spec.cache, key, build)
     opened = ParquetTable(
-        name, file, stamp, kind, light, reader, spec.root, twins=arrays["twins"], hashes=arrays["hashes"]
+        name, file, stamp, kind, non_image, reader, spec.root, twins=arrays["twins"], hashes=arrays["hashes"]
     )
     require_unique_ids(name, opened)
     return opened
@@ -149,14 +151,14 @@ def _records(batch: pa.RecordBatch, name: str, first: int) -> list[dict[str, Any
 
 
 def _read_row(record: dict[str, Any], kind: _ImageColumnKind, reader: RowReader, where: str) -> PairRow:
-    if kind != "path":  # bytes were not read; of a struct, at most its path was
+    if kind != "path":  # bytes were not read; of a struct, at most the path
         record.setdefault(reader.columns.image, None)
     return reader(record, where)
 
 
-def _cell_id(said: PairRow, row: int) -> str:
-    """The path in a {bytes, path} cell, else the row's number: a table whose rows may move wants an id column."""
-    path = said.image["path"] if isinstance(said.image, dict) else None
+def _cell_id(parsed: PairRow, row: int) -> str:
+    """The path in a {bytes, path} cell, else the row number; a table whose rows may be reordered needs an id column."""
+    path = parsed.image["path"] if isinstance(parsed.image, dict) else None
     return os.path.normpath(path) if path else f"row-{row}"
 
 
@@ -178,8 +180,8 @@ _RowGroupReader = Callable[[str, str, int, tuple[str, ...], int], pa.Table]
 def _read_cells(
     read_group: _RowGroupReader, path: str, stamp: str, columns: tuple[str, ...], row: int
 ) -> dict[str, Any]:
-    """One row of these columns, by way of the row groups that ``read_group`` keeps."""
-    process = os.getpid()  # a forked worker opens its own
+    """One row of these columns, from the row groups cached by ``read_group``."""
+    process = os.getpid()  # part of the cache key: a forked worker opens its own file
     ends = _parquet(path, stamp, process).ends
     group = int(np.searchsorted(ends, row, side="right"))
     before = int(ends[group - 1]) if group else 0

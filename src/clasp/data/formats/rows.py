@@ -1,9 +1,8 @@
-"""What one row says: a line of a table, a JSON object.
+"""Parse one row: a line of a table, or a JSON object.
 
-Goes in: a row as a mapping, and the names of its columns. Comes out: a ``PairRow``, its captions as ``Caption``s.
-Note: captions come in four forms (see ``ColumnNames.caption``). An empty one is not dropped but counted, so that a
-source is refused as a whole when it is opened, with the number of such rows. A value of another type than its column
-wants is refused and never turned into a text.
+Input: a row as a mapping, and the names of its columns. Output: a ``PairRow``, its captions as ``Caption``s. Note:
+captions come in four forms (see ``ColumnNames.caption``). Empty captions are not dropped but counted, so that opening
+the source fails with the number of such rows. A value of the wrong type is an error; it is never converted to text.
 """
 
 import difflib
@@ -19,10 +18,10 @@ from clasp.types import Caption, UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnNames:
-    """The columns of a table, or the keys of a JSON object, that carry a meaning; empty: the format's own name.
+    """Names of the columns of a table, or of the keys of a JSON object; empty: the default of the format.
 
-    A name given here must be in every row; of the formats' own names only image and caption must.
-    What is in no such column becomes ``Pair.meta``.
+    A column named here is required in every row; of the defaults only image and caption are required. All other
+    columns go to ``Pair.meta``.
     """
 
     image: str = ""
@@ -30,19 +29,19 @@ class ColumnNames:
     caption: str = ""
     """A text, a list of texts, {language: text or list}, or [{"text", "language"}] (``caption``; csv: ``title``)."""
     id: str = ""
-    """What the pair is called; unique (``id``)."""
+    """Unique id of the pair (``id``)."""
     language: str = ""
-    """The language of captions that do not tell theirs, or a list of as many as there are captions (``language``)."""
+    """Language of captions without a tag, or a list of one for each caption (``language``)."""
     group: str = ""
-    """Pairs of one group show the same thing (``group``; in LilT's lists ``image_id``)."""
+    """Pairs of one group are positives of each other (``group``; in LilT's lists ``image_id``)."""
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The names given, in the order of the fields."""
+        """The names that are set, in the order of the fields."""
         return tuple(name for name in self._all if name)
 
     def with_defaults(self, default: "ColumnNames") -> "ColumnNames":
-        """These names, and the default's where none is given."""
+        """These names, with those of ``default`` where none is set."""
         names = [own or other for own, other in zip(self._all, default._all, strict=True)]
         return ColumnNames(**{field.name: name for field, name in zip(fields(self), names, strict=True)})
 
@@ -55,7 +54,7 @@ DEFAULT_COLUMNS = ColumnNames()
 
 
 class PairRow(NamedTuple):
-    """A row, read: ``id`` and ``group`` are empty where it gives none."""
+    """A parsed row; ``id`` and ``group`` are empty if missing."""
 
     image: Any
     captions: tuple[Caption, ...]
@@ -66,12 +65,12 @@ class PairRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RowReader:
-    """Reads the rows of one table."""
+    """Parses the rows of one table."""
 
     columns: ColumnNames
     required: tuple[str, ...]
     used_columns: tuple[str, ...]
-    """What does not go to ``meta``."""
+    """The columns that do not go to ``meta``."""
 
     @classmethod
     def of(cls, asked: ColumnNames, default: ColumnNames) -> "RowReader":
@@ -91,7 +90,7 @@ class RowReader:
 
 
 def require_columns(names: Iterable[str], have: Collection[str], where: str) -> None:
-    """``UserError`` for the first name that is missing, with the names there are and the nearest of them."""
+    """``UserError`` for the first missing column, listing the present ones and the nearest name."""
     for name in names:
         if name not in have:
             present = list(have)
@@ -104,12 +103,12 @@ def require_columns(names: Iterable[str], have: Collection[str], where: str) -> 
 
 
 def load_json(text: str | bytes) -> Any:
-    """A JSON document; ``ValueError`` where it is none, or an object has one key twice."""
+    """Parse JSON; ``ValueError`` if it is invalid, or an object has a duplicate key."""
     return json.loads(text, object_pairs_hook=unique_keys)
 
 
 def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The hook of ``json`` that refuses an object with one key twice, of which the last would win."""
+    """An ``object_pairs_hook`` that raises ``ValueError`` for duplicate keys."""
     record = dict(items)
     if len(record) < len(items):
         keys = [key for key, _ in items]
@@ -118,14 +117,14 @@ def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def as_text(value: Any, where: str, column: str) -> str:
-    """An id or a group as text; empty for none. ``UserError`` for what is neither a text nor a whole number."""
+    """An id or group as text; empty for ``None``. ``UserError`` for other than a string or an integer."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return _as_string(value, where, f"{column!r} must be a text or a whole number")
 
 
 def _as_language(value: Any, where: str) -> str:
-    """A language as text; empty for none."""
+    """A language tag; empty for ``None``."""
     return _as_string(value, where, "a language must be a text, or a list of as many as there are captions")
 
 
@@ -138,13 +137,13 @@ def _as_string(value: Any, where: str, rule: str) -> str:
 
 
 def shorten(value: Any) -> str:
-    """The ``repr`` of a value, cut to what fits into a line."""
+    """The ``repr`` of a value, truncated to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def require_unicode(text: str, where: str) -> str:
-    """The text; ``UserError`` where it holds half a character, which no file, tokenizer or terminal can take."""
+    """The text; ``UserError`` if it has a lone surrogate, which cannot be encoded as UTF-8."""
     if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
         raise UserError(
             f"{where}: the text {shorten(text)} is not valid Unicode: character {half.start() + 1} is a lone surrogate"
@@ -153,10 +152,10 @@ def require_unicode(text: str, where: str) -> str:
 
 
 def parse_captions(value: Any, language: Any, where: str) -> tuple[Caption, ...]:
-    """The captions in any of the forms a row may give them in (see ``ColumnNames.caption``), stripped.
+    """The captions of a row in any of the forms of ``ColumnNames.caption``, stripped.
 
-    ``language`` is that of all, or a list of one for each. An empty text stays, as an empty caption, so that it can be
-    counted; a language with null is left out.
+    ``language`` is that of all, or a list of one for each. An empty text remains, as an empty caption, so that it can
+    be counted; a language whose value is null is left out. ``UserError`` for a value of any other form.
     """
     value, language = _parse_cell(value, where), _parse_cell(language, where)
     if value is None:
@@ -174,9 +173,9 @@ def parse_captions(value: Any, language: Any, where: str) -> tuple[Caption, ...]
         return (Caption(require_unicode(value, where).strip(), tag),)
     if isinstance(value, Mapping):
         if "text" in value and value.keys() <= {"text", "language"}:
-            own = value.get("language")
-            return parse_captions(value["text"], own if own else tag, where)
-        return tuple(caption for own, texts in value.items() for caption in parse_captions(texts, own, where))
+            tagged = value.get("language")
+            return parse_captions(value["text"], tagged if tagged else tag, where)
+        return tuple(caption for key, texts in value.items() for caption in parse_captions(texts, key, where))
     if isinstance(value, tuple) and len(value) == 2:  # an entry of a parquet map; JSON has no tuples
         return parse_captions(value[1], value[0], where)
     if isinstance(value, list):
@@ -188,7 +187,7 @@ _LIST_LIKE = re.compile(r"""\s*(\[\s*["'].*["'],?\s*\]|\{\s*["'].*["'\]]\s*\}|\[
 
 
 def _parse_cell(value: Any, where: str) -> Any:
-    """A text that is a JSON list or object, as cells of tables hold them, as that; anything else as it is."""
+    """Parse a cell that is a JSON list or object; other values are returned unchanged."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{") or not _LIST_LIKE.fullmatch(value):
         return value
     try:
@@ -199,14 +198,14 @@ def _parse_cell(value: Any, where: str) -> Any:
         ) from None
 
 
-# letters and symbols to Unicode, and nothing to the eye: Hangul fillers, the blank of Braille, joiners, selectors
+# invisible, though letters, marks or symbols in Unicode: Hangul fillers, the Braille blank, joiners, selectors
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text shows nothing: empty, or of spaces, control characters and invisible ones such as U+200B only."""
+    """Whether a text is empty, or only of spaces, control and invisible characters such as U+200B."""
     if text.isascii():
         return not any("!" <= character <= "~" for character in text)
     hidden = ("Cc", "Cf", "Zs", "Zl", "Zp")
@@ -214,7 +213,7 @@ def is_blank(text: str) -> bool:
 
 
 class CaptionCheck:
-    """Counts the pairs of a source that have no caption, or an empty one among them, and complains once."""
+    """Counts the pairs of a source without a caption or with an empty one; ``finish`` raises one ``UserError``."""
 
     def __init__(self, name: str):
         self.name, self.seen, self.empty, self.first = name, 0, 0, ""

@@ -1,10 +1,10 @@
 """Samples: files that share a name (``cat.jpg``, ``cat.txt``, ``cat.json``, ``cat.cls``) in a folder or a tar.
 
-Goes in: a webdataset tar, or a folder, which is the same unpacked. Comes out: its samples as pairs.
-``txt`` is one caption. ``json`` may hold captions (``captions``, else ``caption``, else ``text``) and meta (the rest).
-``cls`` is a class number, ``meta["label"]``, named in ``meta["class"]`` where a ``classnames.txt`` lies beside the tar.
-Note: a sample without caption whose class has a name is captioned by it. Files that are part of no sample are counted
-by reason. Names that differ only in how their accents are encoded (NFC, NFD) belong together.
+Input: a webdataset tar, or a folder of the same files. Output: its samples as pairs. ``txt`` is one caption. ``json``
+may have captions (``captions``, else ``caption``, else ``text``) and metadata (all other keys). ``cls`` is a class
+number, ``meta["label"]``; with a ``classnames.txt`` next to the tar, ``meta["class"]`` is its name. Note: the class
+name is the caption of a sample without one. Files that belong to no sample are counted by reason. Names that differ
+only in Unicode normalisation (NFC, NFD) belong to one sample.
 """
 
 import unicodedata
@@ -46,7 +46,7 @@ _SUFFIX_COLUMNS = dict.fromkeys(IMAGE_SUFFIXES, IMAGE_COLUMN) | {
 }
 _CAPTION_KEYS = ("captions", "caption", "text")
 _CLASS_NAMES_FILE = "classnames.txt"
-_LEFT_BEHIND = ("__MACOSX", "Thumbs.db", "desktop.ini")
+_SYSTEM_FILES = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 @runtime_checkable
@@ -61,16 +61,16 @@ class FileCollection(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class SampleTable:
-    """The samples of an opened folder or tar; a ``Format``."""
+    """The samples of an opened folder or tar; an ``OpenedSource``."""
 
     name: str
     members: FileCollection
     id_of: Callable[[str], str]
-    """The id of a sample from the name of its image."""
+    """Maps the file name of an image to the id of its sample."""
     parts: Int32[np.ndarray, "pairs 4"]
-    """Which member is the image, text, json and class number of a sample; -1 for none."""
+    """Members of each sample: image, txt, json, cls; -1 for none."""
     columns: ColumnNames
-    """Keys of the json; none of them is asked for by default, and ``image`` means nothing here."""
+    """Keys of the json; none is required by default, and ``image`` is not used."""
     classes: tuple[str, ...]
     root: str
     hashes: UInt64[np.ndarray, " pairs"]
@@ -92,27 +92,27 @@ class SampleTable:
         id = as_text(record.get(columns.id), where, columns.id)
         id = id or self.id_prefix + self.id_of(self.members.names[image])
         group = as_text(record.get(columns.group), where, columns.group) or id
-        spoken_for = (key, language, self.columns.id, self.columns.group)
-        meta = about | {name: value for name, value in record.items() if name not in spoken_for}
+        used_keys = (key, language, self.columns.id, self.columns.group)
+        meta = about | {name: value for name, value in record.items() if name not in used_keys}
         return Pair(id, self.members.source(image), captions, group, meta)
 
     def prefixed(self, id_prefix: str, path_prefix: str) -> "SampleTable":
         return replace(self, id_prefix=id_prefix)
 
-    def _captions_from(self, said: Any, language: Any, text: int, image: int) -> tuple[Caption, ...]:
-        """Those of the json, then that of the txt unless it is among them."""
+    def _captions_from(self, value: Any, language: Any, text: int, image: int) -> tuple[Caption, ...]:
+        """The captions of the json, then that of the txt unless it is a duplicate."""
         where = self._path(image)
-        captions = parse_captions(said, language, where)
+        captions = parse_captions(value, language, where)
         if text < 0:
             return captions
-        # a list of languages is that of the json's captions
+        # a list of languages belongs to the captions of the json
         more = parse_captions(self._text(text), None if isinstance(language, list) and captions else language, where)
         known = {caption.text for caption in captions}
         return (*captions, *(caption for caption in more if caption.text not in known))
 
     def _record(self, member: int, image: int) -> dict[str, Any]:
-        asked = (self.columns.caption, self.columns.id, self.columns.language, self.columns.group)
-        named = [name for name in asked if name]
+        keys = (self.columns.caption, self.columns.id, self.columns.language, self.columns.group)
+        named = [name for name in keys if name]
         if member < 0:
             if named:
                 raise UserError(f"{self._path(image)} has no .json beside it, which should give {', '.join(named)}")
@@ -148,14 +148,14 @@ class SampleTable:
 
 
 class GroupedFiles(NamedTuple):
-    """Files as samples, and those that are part of none."""
+    """Files grouped into samples, and the skipped files."""
 
     parts: Int32[np.ndarray, "pairs 4"]
     skipped: SkippedFiles
 
 
 def open_webdataset(spec: SourceSpec) -> SampleTable:
-    """A webdataset tar: all members whose names agree up to the first dot are one sample."""
+    """Open a webdataset tar: members whose names are equal up to the first dot are one sample."""
     tar = open_tar(spec.path, spec.file, spec.cache)
     key = ("samples", str(spec.path.resolve()), tar.stamp)
     return open_samples(
@@ -170,19 +170,19 @@ def open_samples(
     id_of: Callable[[str], str],
     key: tuple[str, ...],
 ) -> SampleTable:
-    """Samples whose captions have all been read once; ``group`` says which members make a sample."""
+    """Open samples and check all captions; ``group`` groups the members, ``key`` is the cache key of the index."""
     name, beside = str(spec.path), spec.path if spec.path.is_dir() else spec.path.parent
     named = beside / _CLASS_NAMES_FILE
     classes = tuple(named.read_text("utf-8").splitlines()) if named.is_file() else ()
 
     def samples(parts: np.ndarray, hashes: np.ndarray, skipped: np.ndarray) -> SampleTable:
         root = str(spec.path.absolute())
-        passed_over = SkippedFiles.from_array(skipped)
-        return SampleTable(name, members, id_of, parts, spec.columns, classes, root, hashes, passed_over)
+        skipped_files = SkippedFiles.from_array(skipped)
+        return SampleTable(name, members, id_of, parts, spec.columns, classes, root, hashes, skipped_files)
 
     def build() -> IndexArrays:
-        parts, passed_over = group()
-        skipped = passed_over.to_array()
+        parts, skipped_files = group()
+        skipped = skipped_files.to_array()
         draft = samples(parts, np.zeros(len(parts), np.uint64), skipped)
         check = CaptionCheck(name)
         ids = []
@@ -202,9 +202,10 @@ def open_samples(
 def group_by_key(
     names: NameTable, split_name: Callable[[str], tuple[str, str]], where: Path, skipped: SkippedFiles
 ) -> GroupedFiles:
-    """The samples among files, in the order of their first file, and the files that are part of none.
+    """Group files into samples, in the order of their first file; other files are skipped.
 
-    ``skipped`` is what was passed over when the files were listed. ``UserError`` when there is no sample.
+    ``skipped``: files already skipped when the files were listed. ``UserError`` when there is no sample, or two files
+    have the same role in one sample.
     """
     samples: dict[str, list[int]] = {}
     others: list[tuple[str, str]] = []
@@ -225,7 +226,9 @@ def group_by_key(
     unread = {key for key, name in others if is_unread_image(name)}
     found = [(_skip_reason(name, split_name), name) for _, name in others]
     for key, sample in samples.items():
-        if sample[IMAGE_COLUMN] < 0 and key not in unread:  # that of an image not read is counted with its image
+        if (
+            sample[IMAGE_COLUMN] < 0 and key not in unread
+        ):  # the caption of an image that is not read is counted with its image
             found.append(("caption or label without an image of its name", names[max(sample)]))
     skipped += SkippedFiles.of(found)
     parts = [sample for sample in samples.values() if sample[IMAGE_COLUMN] >= 0]
@@ -237,7 +240,7 @@ def group_by_key(
 
 
 def _join_encodings(samples: dict[str, list[int]]) -> None:
-    """Captions whose image has the same name in another encoding of its accents become that image's."""
+    """Merge captions with the image whose name differs only in Unicode normalisation."""
     homes: dict[str, str] = {}
     for key, sample in samples.items():
         if sample[IMAGE_COLUMN] >= 0 and not key.isascii():
@@ -250,12 +253,12 @@ def _join_encodings(samples: dict[str, list[int]]) -> None:
 
 
 def is_unread_image(name: str) -> bool:
-    """Whether a file is an image, by its name, of a format that is not read."""
+    """Whether the suffix of a file is that of an image format that is not supported."""
     return PurePosixPath(name).suffix.lower().removeprefix(".") in UNREAD_IMAGE_SUFFIXES
 
 
 def _skip_reason(name: str, split_name: Callable[[str], tuple[str, str]]) -> str:
-    """Why a file is part of no sample."""
+    """The reason a file belongs to no sample."""
     last = PurePosixPath(name).suffix.lower()
     if is_unread_image(name):
         return f"image of a format that is not read ({last})"
@@ -265,18 +268,18 @@ def _skip_reason(name: str, split_name: Callable[[str], tuple[str, str]]) -> str
 
 
 def count_suffixes(names: Iterable[str]) -> str:
-    """What files there are, by suffix, the commonest first."""
+    """Counts of files by suffix, the most frequent first, as text."""
     counts = Counter(PurePosixPath(name).suffix or "files without suffix" for name in names if not is_hidden(name))
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common(6)) or "nothing"
 
 
 def is_hidden(name: str) -> bool:
-    """Files that systems leave behind: .DS_Store, ._cat.jpg, __MACOSX/..., Thumbs.db."""
-    return any(part.startswith(".") or part in _LEFT_BEHIND for part in name.split("/"))
+    """Whether a file is hidden or made by the system: .DS_Store, ._cat.jpg, __MACOSX/..., Thumbs.db."""
+    return any(part.startswith(".") or part in _SYSTEM_FILES for part in name.split("/"))
 
 
 def split_member_name(name: str) -> tuple[str, str]:
-    """Key and suffix as webdataset has them: the name is cut at the first dot of its last part."""
+    """Key and suffix as in webdataset: split at the first dot of the base name."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix

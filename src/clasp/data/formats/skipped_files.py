@@ -1,8 +1,7 @@
-"""What a source passed over: files that became part of no pair, counted by reason, each with a first example.
+"""Skipped files of a source: those that belong to no pair, counted by reason, with an example each.
 
-Goes in: reasons and names while a source is opened. Comes out: ``SkippedFiles``, which prints as one line.
-Note: names are escaped for printing, since a file name need be neither Unicode nor one line. Hidden files are not
-counted.
+Input: reasons and file names while a source is opened. Output: ``SkippedFiles``, which prints as one line. Note: names
+are escaped for printing, since a file name may contain line breaks or invalid Unicode. Hidden files are not counted.
 """
 
 import json
@@ -15,7 +14,7 @@ from jaxtyping import UInt8
 
 
 class SkippedKind(NamedTuple):
-    """Files passed over for one reason."""
+    """The files skipped for one reason."""
 
     reason: str
     files: int
@@ -25,13 +24,13 @@ class SkippedKind(NamedTuple):
 
 @dataclass(frozen=True)
 class SkippedFiles:
-    """All that was passed over, the commonest reason first."""
+    """All skipped files, the most frequent reason first."""
 
     kinds: tuple[SkippedKind, ...] = ()
 
     @classmethod
     def of(cls, found: Iterable[tuple[str, str]]) -> "SkippedFiles":
-        """From reasons with names."""
+        """From (reason, file name)."""
         return cls()._with(SkippedKind(reason, 1, name) for reason, name in found)
 
     def __bool__(self) -> bool:
@@ -41,21 +40,21 @@ class SkippedFiles:
         return self._with(other.kinds)
 
     def __str__(self) -> str:
-        said = (f"{kind.files:,} × {kind.reason} ({_first(kind)})" for kind in self.kinds)
-        return f"passed over {'; '.join(said)}" if self.kinds else "nothing passed over"
+        parts = (f"{kind.files:,} × {kind.reason} ({_first(kind)})" for kind in self.kinds)
+        return f"passed over {'; '.join(parts)}" if self.kinds else "nothing passed over"
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many by reason."""
+        """Number of files by reason."""
         return {kind.reason: kind.files for kind in self.kinds}
 
     def to_array(self) -> UInt8[np.ndarray, " bytes"]:
-        """As an index keeps it."""
+        """Serialised, for an index file."""
         return np.frombuffer(json.dumps(self.kinds).encode(), np.uint8)
 
     @classmethod
     def from_array(cls, saved: UInt8[np.ndarray, " bytes"]) -> "SkippedFiles":
-        """The reverse of ``to_array``."""
+        """Inverse of ``to_array``."""
         return cls(tuple(SkippedKind(*kind) for kind in json.loads(saved.tobytes())))
 
     def _with(self, more: Iterable[SkippedKind]) -> "SkippedFiles":
@@ -68,7 +67,7 @@ class SkippedFiles:
 
 @runtime_checkable
 class ReportsSkipped(Protocol):
-    """A source that may pass files over; one without this passes none over."""
+    """An opened source that may skip files; others skip none."""
 
     @property
     def skipped_files(self) -> SkippedFiles: ...
@@ -79,7 +78,7 @@ def _first(kind: SkippedKind) -> str:
 
 
 def escape_name(name: str) -> str:
-    """A file name or an id as it can be printed in one line: what is no printable character is escaped."""
+    """A file name or id, with characters that are not printable escaped, for printing in one line."""
     if name.isprintable():
         return name
     return "".join(

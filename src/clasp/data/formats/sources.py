@@ -1,8 +1,8 @@
-"""Where the bytes of an image are: a file, or a stretch of a tar.
+"""Image sources: a file, or a byte range of a tar.
 
-Goes in: places, as plain data. Comes out: bytes, when asked, and never before.
-Note: open files are kept per process and read by position (``pread``), which neither moves nor shares a cursor, so
-sources may be used from several threads and from forked or spawned workers, and pickle as a few strings. POSIX only.
+Input: a location, as plain data. Output: bytes, read lazily. Note: file descriptors are cached per process and read
+with ``pread``, which has no shared cursor, so sources are safe in threads and in forked or spawned workers, and pickle
+as a few strings. POSIX only.
 """
 
 import functools
@@ -17,9 +17,9 @@ from clasp.types import UserError
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """A file of its own. Whether it exists is found out when it is read (``UserError`` when it does not).
+    """An image file. Its existence is checked when it is read (``UserError`` if it does not exist).
 
-    A name with accents is also found in the other of their encodings (NFC, NFD), as file systems change them.
+    The path is tried in both Unicode normalisations (NFC, NFD), since some file systems change them.
     """
 
     path: str
@@ -44,7 +44,7 @@ class FileSource:
 
 
 def _on_disk(path: str) -> str:
-    """The path, or the same in another encoding of its accents where only that exists."""
+    """The path, or its other Unicode normalisation if only that exists."""
     if path.isascii() or os.path.exists(path):
         return path
     others = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
@@ -53,7 +53,7 @@ def _on_disk(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TarSource:
-    """``size`` bytes from ``offset`` on of an uncompressed tar; ``name`` is ``shard.tar::member.jpg``."""
+    """``size`` bytes at ``offset`` of an uncompressed tar; ``name`` is ``shard.tar::member.jpg``."""
 
     name: str
     path: str
@@ -70,7 +70,7 @@ class TarSource:
 
 
 def read_range(path: str, stamp: str, offset: int, size: int) -> bytes:
-    """``size`` bytes from ``offset`` on of a file that had this stamp when it was indexed."""
+    """``size`` bytes at ``offset``; ``UserError`` if the file no longer has the stamp of its index."""
     data = os.pread(_open_descriptor(path, stamp).descriptor, size, offset)
     if len(data) < size:
         raise UserError(f"{path} is truncated: it ends at byte {offset + len(data)}, before {offset + size}")
@@ -78,7 +78,7 @@ def read_range(path: str, stamp: str, offset: int, size: int) -> bytes:
 
 
 class _FileDescriptor:
-    """A descriptor that is closed with its last user."""
+    """A file descriptor that is closed when it is garbage-collected."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY)

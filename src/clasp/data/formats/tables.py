@@ -1,7 +1,7 @@
 """Tables in text files: .csv and .tsv, .jsonl, and LilT's .json list.
 
-Goes in: a file. Comes out: its rows as pairs, read one at a time from the bytes each takes.
-Note: the file is read once to find and check all rows; afterwards a row costs 28 bytes of memory, whatever it says.
+Input: a file. Output: its rows as pairs, each read on demand from its byte range. Note: the file is read once to index
+and check all rows; afterwards a row takes 28 bytes of memory, whatever its length.
 """
 
 import os
@@ -24,7 +24,7 @@ from clasp.types import Pair, UserError
 
 @dataclass(frozen=True, eq=False)
 class TextTable:
-    """An opened text table; a ``Format``."""
+    """An opened text table; an ``OpenedSource``."""
 
     name: str
     file: str
@@ -45,15 +45,15 @@ class TextTable:
     def __getitem__(self, row: int, /) -> Pair:
         start, stop = int(self.starts[row]), int(self.stops[row])
         record = self.row_format.parse(read_range(self.file, self.stamp, start, stop - start))
-        said = self.reader(record, f"{self.name} row {row + 1}")
-        return pair_from_row(said, int(self.twins[row]), self.root, self.id_prefix, self.path_prefix)
+        parsed = self.reader(record, f"{self.name} row {row + 1}")
+        return pair_from_row(parsed, int(self.twins[row]), self.root, self.id_prefix, self.path_prefix)
 
     def prefixed(self, id_prefix: str, path_prefix: str) -> "TextTable":
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
 def pair_from_row(row: PairRow, twin: int, root: str, id_prefix: str, path_prefix: str) -> Pair:
-    """The pair of a row whose image is a path: rows of one image are one group unless the table says otherwise."""
+    """The pair of a row whose image is a path; without a group column, rows of one image are one group."""
     image = image_id(row.image, root)
     id = row.id or f"{id_prefix}{image}{f'#{twin}' if twin else ''}"
     source = FileSource(os.path.join(root, row.image))
@@ -61,7 +61,7 @@ def pair_from_row(row: PairRow, twin: int, root: str, id_prefix: str, path_prefi
 
 
 def require_image_id(row: PairRow, where: str, root: str) -> str:
-    """The id of the image a row names, or a ``UserError`` when it names none."""
+    """The id of the image of a row; ``UserError`` when it has no valid image path."""
     if not isinstance(row.image, str) or not row.image.strip():
         raise UserError(f"{where} names no image: a path is wanted, not {shorten(row.image)}")
     try:
@@ -74,23 +74,23 @@ def require_image_id(row: PairRow, where: str, root: str) -> str:
 
 
 def open_table(spec: SourceSpec, row_format: Callable[[SourceSpec], TextRowFormat]) -> TextTable:
-    """Reads a text file once, from end to end, checking every row but no image; ``row_format`` cuts it into rows."""
+    """Index a text table, checking every row but no image; ``row_format`` makes the parser of its rows."""
     spec = replace(spec, file=plain_text(spec.path, spec.file, spec.cache))
     name, stamp = str(spec.path), file_stamp(spec.file)
     syntax = row_format(spec)
     reader = RowReader.of(spec.columns, syntax.default)
 
     def build() -> IndexArrays:
-        survey, starts, stops = IdCollector(name), array("q"), array("q")
+        collector, starts, stops = IdCollector(name), array("q"), array("q")
         with spec.file.open("rb") as file:
             for start, stop, where, record in syntax.iter_rows(file):
-                said = reader(record, where)
-                survey.add(where, said, require_image_id(said, where, spec.root))
+                parsed = reader(record, where)
+                collector.add(where, parsed, require_image_id(parsed, where, spec.root))
                 starts.append(start)
                 stops.append(stop)
         if not starts:
             raise UserError(f"{name} has no pairs: looked for {syntax.expected}, found none")
-        return {"starts": np.array(starts, np.int64), "stops": np.array(stops, np.int64), **survey.finish()}
+        return {"starts": np.array(starts, np.int64), "stops": np.array(stops, np.int64), **collector.finish()}
 
     key = ("table", spec.format, str(spec.path.resolve()), stamp, spec.root, repr(reader))
     arrays = load_or_build_index(spec.cache, key, build)

@@ -1,8 +1,8 @@
-"""A tar as an array of files: where each member lies, found by one walk over the headers.
+"""Random access to a tar: an index of its members from one scan of the headers.
 
-Goes in: an uncompressed tar. Comes out: names, offsets and sizes of its plain files, from which members are read in any
-order. Note: ``tarfile`` finds the members (PAX and GNU long names, hard links), but takes a damaged header for the
-end. Here the end is checked as well, so that a tar cut or damaged anywhere is refused, with the place.
+Input: an uncompressed tar. Output: names, offsets and sizes of its regular files. Note: ``tarfile`` finds the members
+(PAX and GNU long names, hard links), but takes a damaged header for the end of the archive. So the end is checked here
+as well: a tar that is truncated or damaged anywhere is an error with the byte position.
 """
 
 import os
@@ -24,10 +24,10 @@ from clasp.types import UserError
 
 @dataclass(frozen=True, eq=False)
 class TarFiles:
-    """The plain files of a tar, in its order."""
+    """The regular files of a tar, in archive order."""
 
     path: str
-    """As the user knows it; a ``.tar.gz`` may have been unpacked to ``file``."""
+    """The path the user gave; a ``.tar.gz`` is unpacked to ``file``."""
     file: str
     stamp: str
     names: NameTable
@@ -41,7 +41,7 @@ class TarFiles:
 
 
 def open_tar(path: Path, file: Path, cache: Path | None) -> TarFiles:
-    """The index of ``file`` (known to the user as ``path``). ``UserError`` when the tar is cut short or damaged."""
+    """Index ``file`` (``path`` in errors). ``UserError`` when the tar is truncated or damaged."""
     stamp = file_stamp(file)
     arrays = load_or_build_index(cache, ("tar", str(path.resolve()), stamp), lambda: _scan(path, file))
     names = NameTable(arrays["letters"], arrays["ends"])
@@ -55,7 +55,7 @@ def _scan(path: Path, file: Path) -> IndexArrays:
     offsets, sizes = array("q"), array("q")
     links: dict[int, str] = {}
     length, end = os.path.getsize(file), 0
-    with suppress(tarfile.TarError), tarfile.open(file, "r:") as tar:  # _check_end says what a TarError was about
+    with suppress(tarfile.TarError), tarfile.open(file, "r:") as tar:  # _check_end reports the cause of a TarError
         while member := _next_member(tar):
             name = member.name.removeprefix("./")
             if member.issym() or member.issparse():
@@ -88,7 +88,7 @@ def _scan(path: Path, file: Path) -> IndexArrays:
 
 
 def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else it keeps every member it has seen
+    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else it retains every member
     try:
         return tar.next()
     except tarfile.TarError:
@@ -96,13 +96,13 @@ def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
 
 
 def _check_end(path: Path, file: Path, end: int, names: list[str]) -> None:
-    """A whole tar ends in a block of zeros where the next header would be, and has nothing but zeros behind it."""
+    """A complete tar has a block of zeros in place of the next header, and only zeros after it."""
     with file.open("rb") as handle:
         handle.seek(end)
         block = handle.read(tarfile.BLOCKSIZE)
-        goes_on = False
+        has_trailing_data = False
         while chunk := handle.read(1 << 20):
-            goes_on |= bool(chunk.strip(b"\0"))
+            has_trailing_data |= bool(chunk.strip(b"\0"))
     length = os.path.getsize(file)
     after = f"after its member {names[-1]!r}" if names else "before its first member"
     if len(block) < tarfile.BLOCKSIZE:
@@ -111,5 +111,5 @@ def _check_end(path: Path, file: Path, end: int, names: list[str]) -> None:
         if not names and block[257:262] != b"ustar":
             raise UserError(f"{path} is not a tar: there is no header at its start")
         raise UserError(f"{path} is truncated or damaged: no whole header at byte {end} of {length}, {after}")
-    if goes_on:
+    if has_trailing_data:
         raise UserError(f"{path} goes on behind its end mark at byte {end}; give joined tars apart, as a.tar::b.tar")

@@ -1,8 +1,8 @@
-"""Text files as UTF-8 with line feeds, which is how rows are cut by bytes.
+"""Normalise text files to UTF-8 with line feeds, so that rows can be located by byte ranges.
 
-Goes in: a file. Comes out: the same file, or a copy of it in the cache folder where it is UTF-16 or UTF-32 with its
-mark, or ends its lines with carriage returns alone (as old Macs, and some exports for them, do). Note: a copy keeps the
-time of the file, and is made once for a file of this path, size and time.
+Input: a file. Output: the same file, or a converted copy in the cache folder if it is UTF-16 or UTF-32 with a BOM
+(byte-order mark), or its line ends are carriage returns alone (classic Mac OS). Note: a copy has the modification time
+of the file, and is made once for a file of this path, size and time.
 """
 
 import codecs
@@ -13,8 +13,8 @@ from pathlib import Path
 from clasp.data.formats.index_cache import derived_file
 from clasp.types import UserError
 
-_LOOKED_AT = 1 << 20  # bytes in which a line end must come
-_MARKS = {  # the longer first: UTF-32's little-endian mark begins with UTF-16's
+_LOOKED_AT = 1 << 20  # bytes searched for a line end
+_MARKS = {  # byte-order marks, the longer first: UTF-32's little-endian one begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -23,7 +23,7 @@ _MARKS = {  # the longer first: UTF-32's little-endian mark begins with UTF-16's
 
 
 def plain_text(path: Path, file: Path, cache: Path | None) -> Path:
-    """``file`` (known to the user as ``path``), or its copy. ``UserError`` for text that is not what its mark tells."""
+    """``file`` (``path`` in errors), or its converted copy. ``UserError`` for text that is not in its encoding."""
     with file.open("rb") as opened:
         head = opened.read(_LOOKED_AT)
     encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)

@@ -1,9 +1,9 @@
-"""How a text file is cut into rows: JSON lines, a JSON list, comma- or tab-separated cells.
+"""Parsers of text tables: JSON lines, a JSON list, and delimited (csv, tsv) rows.
 
-Goes in: a file open for reading bytes. Comes out: one ``LocatedRow`` a row, with the bytes it takes, so that it can be
-read again alone. Note: where quoted cells hold line breaks the ranges are exact, since the csv reader itself says
-which lines a row took; a quote that is never closed, or a row of too many cells, is an error and not swallowed. The
-separator of cells is the first of ``_SEPARATORS``, its format's own before all, under which the columns are there.
+Input: a file opened for reading bytes. Output: a ``LocatedRow`` for each row, with its byte range, so that it can be
+read again alone. Note: byte ranges are exact also where quoted cells contain line breaks, since the csv reader consumes
+lines on demand; an unclosed quote, or a row with too many cells, is an error. The delimiter is that of the format if
+the required columns are found with it, else the first of ``_SEPARATORS`` with which they are.
 """
 
 import csv
@@ -18,7 +18,7 @@ from clasp.types import UserError
 
 
 class LocatedRow(NamedTuple):
-    """One row and the bytes it takes: from ``start`` up to, not including, ``stop``."""
+    """One row and its byte range, ``start`` to ``stop`` (exclusive)."""
 
     start: int
     stop: int
@@ -28,7 +28,7 @@ class LocatedRow(NamedTuple):
 
 @runtime_checkable
 class TextRowFormat(Protocol):
-    """How a file is cut into rows."""
+    """A parser of the rows of a file."""
 
     default: ClassVar[ColumnNames]
     expected: ClassVar[str]
@@ -36,7 +36,7 @@ class TextRowFormat(Protocol):
     def iter_rows(self, file: BinaryIO) -> Iterator[LocatedRow]: ...
 
     def parse(self, data: bytes) -> dict[str, Any]:
-        """The bytes of one entry, once more."""
+        """Parse the bytes of one row again."""
         ...
 
 
@@ -75,7 +75,7 @@ class JsonLines:
 class JsonList:
     """A JSON list of objects {image, image_id, caption}, as LilT and ALBEF write them.
 
-    The text of the whole file is in memory while it is opened, and no longer.
+    The whole file is in memory while it is being opened.
     """
 
     name: str
@@ -124,7 +124,7 @@ class JsonList:
 
 @dataclass(frozen=True)
 class DelimitedRows:
-    """Cells between commas or tabs, quoted with ``"`` where needed, below a line of column names; UTF-8."""
+    """Delimited cells, quoted with ``"`` where needed, below a header line; UTF-8."""
 
     name: str
     delimiter: str
@@ -169,7 +169,7 @@ _SEPARATORS = (",", "\t", ";", "|")
 
 
 def _headers(opening: SourceSpec, name: str, own: str) -> tuple[dict[str, tuple[str, ...]], dict[str, UserError]]:
-    """By separator, that of the format first: the first line as cells, or what is wrong with it."""
+    """By separator, that of the format first: the cells of the header line, or the error of parsing it."""
     headers: dict[str, tuple[str, ...]] = {}
     errors: dict[str, UserError] = {}
     for separator in dict.fromkeys((own, *_SEPARATORS)):
@@ -182,10 +182,10 @@ def _headers(opening: SourceSpec, name: str, own: str) -> tuple[dict[str, tuple[
 
 
 def _split_cells(file: BinaryIO, delimiter: str, name: str) -> Iterator[tuple[tuple[str, ...], int, int, str]]:
-    """Rows as cells, with the bytes and the first line each took; empty lines are skipped."""
+    """Rows as cells, each with its byte range and its location for errors; empty lines are skipped."""
     taken = 0
 
-    def lines() -> Iterator[str]:  # the reader takes no line more than its row needs, so ``taken`` is exact
+    def lines() -> Iterator[str]:  # the csv reader consumes no line beyond its row, so ``taken`` is exact
         nonlocal taken
         for line in file:
             text = line.decode("utf-8" if taken else "utf-8-sig")
@@ -214,7 +214,7 @@ def _cell_error(error: csv.Error) -> str:
 
 
 def _skip_blanks(text: str, at: int, blank: str = " \t\r\n") -> int:
-    """The first place from ``at`` on that holds none of ``blank``."""
+    """The first position from ``at`` on whose character is not in ``blank``."""
     while at < len(text) and text[at] in blank:
         at += 1
     return at

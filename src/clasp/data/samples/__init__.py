@@ -1,1 +1,1 @@
-"""The whole story on the sample that ships inside the package."""
+"""The sample data set that ships inside the package."""

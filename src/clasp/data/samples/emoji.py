@@ -1,8 +1,8 @@
-"""The sample inside the package, unpacked into pairs that any recipe could read.
+"""The emoji sample data set inside the package, unpacked into pairs that any recipe can read.
 
-1,391 emoji concepts in three drawing styles with names and keywords in 42 languages; concepts are split into train, val
-and test so that near-duplicates stay together. Out come a folder of images and one ``.jsonl`` per split, the same a
-user would write. Sources and licences: ``data/LICENSES.md``.
+Input: the packaged archives: 1,391 emoji concepts in three drawing styles with names and keywords in 42 languages.
+Output: a folder of images and one ``.jsonl`` per split, as a user would write them. Note: train, val and test are split
+by concept, so that near-duplicates stay together. Sources and licences: ``data/LICENSES.md``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-# Half of each kind is never trained on. Fixed before any result was seen: the low-resource ones so that both halves are
-# about equally hard for the text tower alone and span several scripts.
+# Held-out languages are never trained on. The split was fixed before any result was known; the low-resource ones were
+# chosen so that both sides are about equally hard for the text tower alone and span several scripts.
 TRAINED_LANGUAGES = ("en", "de", "fr", "es", "ru", "tr", "ar", "hi", "ja", "zh")
 TRAINED_LOW_RESOURCE = ("sw", "yo", "ig", "cy", "eu", "km", "my", "si", "so", "mn")
 QUICK_TRAINED_LANGUAGES = ("en", "sw", "km")
@@ -35,7 +35,7 @@ _VERSION = "3"
 
 @dataclass(frozen=True, slots=True)
 class EmojiSample:
-    """Where the unpacked sample is."""
+    """The files of the unpacked sample."""
 
     folder: Path
 
@@ -49,7 +49,7 @@ class EmojiSample:
 
 
 def unpack_emoji_sample(cache: Path, *, quick: bool) -> EmojiSample:
-    """Unpack the sample once; ``quick``: one drawing style and three languages."""
+    """Unpack the sample into ``cache``, once; ``quick``: one drawing style and three training languages."""
     folder = cache / "demo" / f"{_VERSION}{'-quick' if quick else ''}"
     if (folder / "ready").exists():
         return EmojiSample(folder)
