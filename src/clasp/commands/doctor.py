@@ -114,7 +114,7 @@ def check_feature_cache(plans: Sequence[CachePlan], free: int) -> CheckReport:
         made.facts["feature_cache"].append({key: value for key, value in facts.items() if key != "key"})
         text = f"{plan.count:,} {plan.what}: {plan.bytes:,} bytes"
         if plan.storage is None:
-            made.add_finding("look", f"{text} of states, too many to keep: computed anew each time")
+            made.add_finding("look", f"{text} of states, too many to keep: recomputed in every epoch")
         else:
             made.add_finding(
                 "ok", f"{text} in {plan.storage}, {'there already' if plan.file else 'to be computed once'}"
