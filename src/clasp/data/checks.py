@@ -95,8 +95,8 @@ def check_captions(listing: PairIndex, tokenizer: Tokenizer) -> CheckReport:
     report = CheckReport("captions", facts)
     different = f"{len(often):,} different ones to train on"
     if repeated:
-        different += f"; {100 * repeated:.0f} % of all captions have their equal, most often "
-        different += f"{listing.texts[top][:60]!r} ({often[top]:,} times), which counts as a right answer"
+        different += f"; {100 * repeated:.0f} % of all captions are duplicates, most often "
+        different += f"{listing.texts[top][:60]!r} ({often[top]:,} times); equal captions are positives of each other"
     report.add_finding("look" if repeated > 0.5 else "ok", different)
     read = f"half have up to {p50} tokens, 95 % up to {p95}, the longest {longest}"
     if cut:
@@ -161,7 +161,7 @@ def _check_sizes(report: CheckReport, sizes: np.ndarray, size: int) -> None:
     low, middle = (int(np.percentile(shorter, part, method="lower")) for part in (5, 50))
     small = float((shorter < size).mean())
     report.facts["shorter_side"] = {"p5": low, "p50": middle, "enlarged_share": small, "tower": size}
-    text = f"their shorter side is {middle} px in the middle, and the tower sees {size} px"
+    text = f"the median of their shorter side is {middle} px; the input of the tower is {size} px"
     if small > 0.1:
         report.add_finding("look", f"{text}; {100 * small:.0f} % are smaller and will be enlarged")
     else:

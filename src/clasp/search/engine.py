@@ -169,18 +169,18 @@ class SearchEngine:
         replaced = sum(not known.has_bytes_of(old, ids) for old in stale)  # another image is at its path now
         if stale:
             self._drop(stale, known)
-        removed, renamed = self._follow(ids, listed_origins(items), known, kept=superseded)
+        removed, renamed = self._follow(ids, listed_origins(items), known, exempt=superseded)
         unchanged = len(entries) - added - len(skipped)
         return IndexReport(added, unchanged, skipped, time.monotonic() - started, encoded, replaced + removed, renamed)
 
     def _follow(
-        self, ids: frozenset[str], origins: frozenset[str], known: StoredEntries, kept: Collection[str]
+        self, ids: frozenset[str], origins: frozenset[str], known: StoredEntries, exempt: Collection[str]
     ) -> tuple[int, int]:
-        """Drop the entries of these origins that are not among ``ids``, except ``kept``.
+        """Drop the entries of these origins that are not among ``ids`` or ``exempt``.
 
         Returns the number of removed and of renamed entries.
         """
-        gone, shared = known.departed(ids | frozenset(kept), origins)
+        gone, shared = known.departed(ids | frozenset(exempt), origins)
         renamed = sum(known.has_bytes_of(name, ids) for name in gone)
         if gone:
             self._drop(gone, known)

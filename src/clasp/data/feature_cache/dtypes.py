@@ -38,8 +38,8 @@ class DtypeCodec:
 def _pack_float16(values: Float[Tensor, "n D"]) -> Shaped[np.ndarray, "n D"]:
     if bool((values.abs() > torch.finfo(torch.float16).max).any()):
         raise UserError(
-            f"the states of a frozen trunk reach {float(values.abs().nan_to_num().max()):.3g}, which float16 cannot "
-            "hold; set data.feature_cache = 'bfloat16' or 'float32'"
+            f"the hidden states of a frozen prefix reach {float(values.abs().nan_to_num().max()):.3g}, which float16 "
+            "cannot hold; set data.feature_cache = 'bfloat16' or 'float32'"
         )
     return values.half().numpy()
 

@@ -42,7 +42,7 @@ class ColumnNames:
 
     def with_defaults(self, default: "ColumnNames") -> "ColumnNames":
         """These names, with those of ``default`` where none is set."""
-        names = [own or other for own, other in zip(self._all, default._all, strict=True)]
+        names = [given or fallback for given, fallback in zip(self._all, default._all, strict=True)]
         return ColumnNames(**{field.name: name for field, name in zip(fields(self), names, strict=True)})
 
     @property
@@ -73,9 +73,9 @@ class RowReader:
     """The columns that do not go to ``meta``."""
 
     @classmethod
-    def of(cls, asked: ColumnNames, default: ColumnNames) -> "RowReader":
-        columns = asked.with_defaults(default)
-        return cls(columns, tuple(dict.fromkeys((columns.image, columns.caption, *asked.named))), columns.named)
+    def of(cls, given: ColumnNames, default: ColumnNames) -> "RowReader":
+        columns = given.with_defaults(default)
+        return cls(columns, tuple(dict.fromkeys((columns.image, columns.caption, *given.named))), columns.named)
 
     def __call__(self, record: Mapping[str, Any], where: str) -> PairRow:
         require_columns(self.required, record, where)
