@@ -1,8 +1,8 @@
 """``clasp doctor``: check the data of a recipe, and the memory, disk and steps that training will need.
 
 Input: a recipe. Output: ``CheckReport``s as they are found: findings as text, and the same as facts in JSON. Note: the
-pairs are split, the run planned and the feature cache planned (``plan_features``) exactly as in training, so errors are
-the same as in training. Weights are loaded, since the cache key contains their hash; but nothing is run through a tower,
+pairs are split, the run planned and the feature cache planned (``plan_features``) as in training, so errors are the
+same as in training. Weights are loaded, since the cache key contains their hash; but nothing is run through a tower,
 except one blank input where its frozen prefix ends at a block.
 """
 
@@ -121,7 +121,7 @@ def check_feature_cache(plans: Sequence[CachePlan], free: int) -> CheckReport:
         free -= plan.bytes_to_write
         if free < 0:
             folder = cache_folder() / "features"
-            made.add_finding("stop", f"cannot cache {plan.bytes:,} bytes in {folder}: {os.strerror(errno.ENOSPC)}")
+            made.add_finding("stop", f"cannot keep {plan.bytes:,} bytes in {folder}: {os.strerror(errno.ENOSPC)}")
             return made
     if plans:
         more = sum(plan.bytes_to_write for plan in plans)

@@ -95,7 +95,7 @@ def open_ledger(folder: RunFolder, model: DualEncoder, state: TrainState | None)
 
 
 def resolve_recipe(recipe: Recipe, plan: TrainPlan, model: DualEncoder) -> Recipe:
-    """The recipe as saved in the run, so that it resumes unchanged: batch size, epochs and attention kernel resolved."""
+    """The recipe as saved in the run, so that it resumes unchanged: batch size, epochs, attention kernel resolved."""
     device = next(model.parameters()).device
     settings = plan.resolved(recipe.train)
     precision = resolve_precision(settings.precision, device).precision

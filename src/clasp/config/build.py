@@ -203,7 +203,8 @@ def _check_micro_batch(recipe: Recipe, model: DualEncoder) -> None:
     if model.moving and micro_batch != "auto" and (batch == "auto" or micro_batch < batch):
         raise UserError(
             f"train.micro_batch = {micro_batch}: BatchNorm in {recipe.image.tower} takes its statistics of whole "
-            "batches; leave micro_batch out, or choose norms without: image.net.stem = 'group', image.net.branch.kind = 'gated'"
+            "batches; leave micro_batch out, or choose norms without: image.net.stem = 'group', "
+            "image.net.branch.kind = 'gated'"
         )
 
 

@@ -1,7 +1,8 @@
 """FLOPs of a computation, counted at PyTorch's dispatcher.
 
 Input: a function to run. Output: ``Flops``, forward and backward separately. A multiply-add counts 2. Counted
-are products of matrices and vectors, convolutions and fused attention; not norms, activations, softmax, sums or the optimizer's step.
+are products of matrices and vectors, convolutions and fused attention; not norms, activations, softmax, sums or the
+optimizer's step.
 Note: the formulas are PyTorch's (``torch.utils.flop_counter``), but its ``FlopCounterMode`` cannot
 separate interleaved forward and backward passes, lacks in-place products (the tiled losses) and the fused attention of
 CPUs, and multiplies the backward pass of a grouped convolution by the number of groups. Product operations without a

@@ -108,7 +108,7 @@ class WandbTracker(AccelerateTracker):
 
 
 class MLflowTracker(AccelerateTracker):
-    """MLflow; ``MLFLOW_TRACKING_URI`` and ``MLFLOW_EXPERIMENT_NAME`` set the destination. Metric names cannot contain ``@``."""
+    """MLflow; ``MLFLOW_TRACKING_URI`` and ``MLFLOW_EXPERIMENT_NAME`` set where. Metric names cannot contain ``@``."""
 
     name = "mlflow"
 

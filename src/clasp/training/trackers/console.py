@@ -1,7 +1,7 @@
 """Console progress of a run: loss, pairs per second, time left, fraction of time spent waiting for data.
 
-Input: the loop's ``TrainProgress`` after every step, and single lines. Output: a progress bar on a terminal, otherwise a
-plain line about every ten seconds; all on standard error, since results go to standard output. Note: only
+Input: the loop's ``TrainProgress`` after every step, and single lines. Output: a progress bar on a terminal, elsewhere
+a plain line about every ten seconds; all on standard error, since results go to standard output. Note: only
 ``ThroughputMeter`` measures time in the loop; its rates exclude evaluation and saving.
 """
 
