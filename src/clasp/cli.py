@@ -1,4 +1,4 @@
-"""The ``clasp`` command: each verb is a few lines that read arguments, call one function and print its result.
+"""The ``clasp`` command: each verb reads its arguments, calls one function and prints the result.
 
 Exit code 0: success. 2: an error in the user's input, one line. 1: an error in clasp, with its traceback.
 ``--json`` prints one JSON object on standard output; progress and log lines go to standard error.
@@ -127,7 +127,7 @@ def train(
 def resume(
     run: _RunArgument,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Nothing but train.trackers can change.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Only train.trackers can change.")
     ] = None,
 ) -> None:
     """Resume an interrupted run from its saved state: same batches, same weights as without the interruption."""
@@ -185,14 +185,14 @@ def import_(
     from clasp.convert.importers.run_writer import parse_import_options
     from clasp.report.terminal import format_megabytes, print_parameter_counts, print_status, relative_path
 
-    wanted = parse_import_options(options or ())
-    told = import_checkpoint(kind, checkpoint, run, wanted).report
-    for line in told.lines:
+    parsed = parse_import_options(options or ())
+    report = import_checkpoint(kind, checkpoint, run, parsed).report
+    for line in report.lines:
         print_status(line)
-    print_parameter_counts(told.counts)
+    print_parameter_counts(report.counts)
     where = relative_path(run)
     typed = shlex.quote(where)
-    print_status(f"the run is in {where} (delta {format_megabytes(told.delta_bytes)}, card README.md there)")
+    print_status(f"the run is in {where} (delta {format_megabytes(report.delta_bytes)}, card README.md there)")
     print_status(f'index and search with: clasp index {typed} FOLDER  then: clasp search {typed} "your words"')
 
 
@@ -252,7 +252,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
-        from clasp.types import UserError  # here, since it brings torch along
+        from clasp.types import UserError  # here, since it imports torch
 
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and not isinstance(error, UserError):
@@ -264,7 +264,7 @@ def main() -> None:
 
 
 class _PrintableFormatter(logging.Formatter):
-    """Warnings name files and samples, whose names may hold anything."""
+    """Escapes control characters: warnings contain file and sample names."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         from clasp.report.terminal import printable
@@ -286,14 +286,14 @@ def _train(recipe: Any, run: Path, *, resume: bool) -> None:
     where, reporter = relative_path(run), terminal_reporter()
     try:
         done = train_recipe(recipe, run, say=print_status, bar=progress_bar, reporter=reporter, resume=resume)
-    except KeyboardInterrupt:  # the loop takes Ctrl-C itself, so this was before its first step
+    except KeyboardInterrupt:  # the loop handles Ctrl-C itself, so this was before its first step
         print_status(
             "stopped before training: run the same command again; features cached so far are not computed twice"
         )
         sys.exit(130)
     typed, source = shlex.quote(where), shlex.quote(recipe.data.train)
     if done.fitted.interrupted:
-        print_status(f"stopped and saved; go on with: clasp resume {typed}")
+        print_status(f"interrupted, state saved; resume with: clasp resume {typed}")
         return
     print_results("validation pairs", done.results, "results.jsonl and README.md in the run folder")
     print_status(f"cost: {done.cost}")
@@ -312,7 +312,7 @@ def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Pat
     title = f"{relative_path(done.folder)}: {len(done.rows)} of {done.combinations} runs"
     print_table(title, done.columns, done.cells, done.notes)
     if done.stopped:
-        return print_status("stopped and saved; go on by typing the same again")
+        return print_status("interrupted, state saved; resume with the same command")
     if not done.finished:
         raise UserError(f"no run of {done.folder} finished; the first: {done.rows[0].error}")
     for line in done.summary_lines():

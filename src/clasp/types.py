@@ -1,9 +1,9 @@
-"""The words of the house: what a pair, a batch and an embedding are, and the contracts between rooms.
+"""Shared data types and protocols: pairs, batches, embeddings, encoders, losses, evaluators, trackers and stores.
 
 Everything here is data or a protocol; there is no behaviour and nothing is imported from the rest of clasp.
 
-Shape letters, one legend for the project:
-``B`` pairs in a batch · ``U`` different captions among them · ``N`` tokens · ``D`` width of a tower ·
+Shape letters of the project:
+``B`` pairs in a batch · ``U`` distinct captions among them · ``N`` tokens · ``D`` width of a tower ·
 ``E`` joint embedding · ``H`` heads · ``C`` classes · ``K`` neighbours · ``L`` blocks.
 """
 
@@ -20,19 +20,19 @@ from torch import Tensor
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave us: one line that restates the input and names the valid choices.
+    """An error in the user's input: one line that restates the input and names the valid choices.
 
-    The command prints the line alone and exits with code 2; nothing has been computed and nothing is lost.
+    The command prints the line alone and exits with code 2; nothing that was saved is lost.
     """
 
 
 Modality = Literal["image", "text"]
 MessageCallback = Callable[[str], None]
-"""Gets a line that a person should read"""
+"""Called with a line to show to the user"""
 ProgressCallback = Callable[[int, int], None]
-"""Gets how many are done, and of how many"""
+"""Called with the number of items done and the total"""
 ProgressFactory = Callable[[str], AbstractContextManager[ProgressCallback]]
-"""Opens a progress bar with a title"""
+"""Opens a progress bar with the given title"""
 
 
 # --- pairs ---------------------------------------------------------------------------------------------------------
@@ -47,16 +47,16 @@ class Caption(NamedTuple):
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """Where the bytes of one image are: a file, a stretch of a tar, a cell of a table."""
+    """Where the bytes of one image are: a file, a byte range of a tar, a cell of a table."""
 
     @property
     def name(self) -> str:
-        """What a person would look for: a path, or ``shard.tar::member.jpg``."""
+        """The name shown to the user: a path, or ``shard.tar::member.jpg``."""
         ...
 
     @property
     def version(self) -> str:
-        """Changes when the bytes may have changed (size and time of the file, offset in the tar)."""
+        """Changes when the bytes may have changed (size and modification time of the file, offset in the tar)."""
         ...
 
     def read(self) -> bytes:
@@ -68,8 +68,8 @@ class ImageSource(Protocol):
 class Pair:
     """One image and its captions.
 
-    ``id`` is stable: it does not depend on the order of reading and survives to the search hit.
-    Pairs of one ``group`` show the same thing (by default a pair is its own group): they are never each
+    ``id`` is stable: it does not depend on the order of reading and is that of the search hit.
+    Pairs of one ``group`` depict the same thing (by default a pair is its own group): they are never each
     other's negatives, and a validation split never separates them.
     """
 
@@ -85,7 +85,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """Normalised images, as an image tower wants them."""
+    """Normalised images, the input of an image tower."""
 
     values: Float[Tensor, "B 3 height width"]
 
@@ -94,7 +94,7 @@ class Pixels:
 class Tokens:
     """Token ids, padded to the longest caption of the batch; ``mask`` is true on real tokens.
 
-    Where captions repeat, each different one is held once, and ``rows`` says which of them a pair has.
+    Where captions repeat, each distinct one is stored once, and ``rows`` is the index of each pair's caption.
     """
 
     ids: Int[Tensor, "U N"]
@@ -104,10 +104,10 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class HiddenStates:
-    """Where a tower's trunk left its inputs, taken from the feature cache: the states after its first ``depth`` blocks.
+    """Hidden states after the first ``depth`` blocks of a tower, its frozen prefix, read from the feature cache.
 
-    ``mask`` is true on real tokens. ``size`` is the side in pixels of the images that were read, 0 for captions.
-    ``rows`` is that of ``Tokens``.
+    ``mask`` is true on real tokens. ``size`` is the side in pixels of the input images, 0 for captions. ``rows`` as in
+    ``Tokens``.
     """
 
     values: Float[Tensor, "U N D"]
@@ -119,7 +119,7 @@ class HiddenStates:
 
 @dataclass(frozen=True, slots=True)
 class PooledFeatures:
-    """What a frozen tower has already said of its input: its pooled output, taken from the feature cache."""
+    """Pooled output of a frozen tower, read from the feature cache."""
 
     values: Float[Tensor, "B D"]
 
@@ -139,8 +139,8 @@ class SkippedSample(NamedTuple):
 class Batch:
     """Aligned images and captions.
 
-    ``groups[:, 0]`` numbers the pair's group and ``groups[:, 1]`` the caption's text: two rows that agree in
-    either column are positives of each other.
+    ``groups[:, 0]`` is the index of the pair's group and ``groups[:, 1]`` that of the caption's text: two rows that are
+    equal in either column are positives of each other.
     """
 
     ids: tuple[str, ...]
@@ -152,7 +152,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Unit vectors of a batch in the joint space, with the scale and bias of its logits."""
+    """Unit vectors of a batch in the joint space, with logit scale (inverse temperature) and logit bias."""
 
     image: Float[Tensor, "B E"]
     text: Float[Tensor, "B E"]
@@ -165,14 +165,14 @@ class Embeddings:
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Anything that puts images and texts into one space; all evaluation and search stand on this."""
+    """Embeds images and texts into one space; the interface that evaluation and search use."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def fingerprint(self) -> str:
-        """Changes with anything that an embedding depends on."""
+        """A hash of everything that an embedding depends on."""
         ...
 
     def encode_image(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B E"]: ...
@@ -198,7 +198,7 @@ class LossParts(NamedTuple):
 
 @runtime_checkable
 class Loss(Protocol):
-    """Embeddings of a batch to a number; pure."""
+    """A contrastive loss of the embeddings of a batch; pure. ``scale`` and ``bias``: of the logits."""
 
     def __call__(
         self,
@@ -213,7 +213,7 @@ class Loss(Protocol):
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Asks one question of an encoder. ``primary`` names the answer that decides between two models."""
+    """Evaluates an encoder; returns metrics by name. ``primary`` names the metric that models are selected by."""
 
     @property
     def name(self) -> str: ...
@@ -226,8 +226,8 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """The run that a tracker is made for: its folder, whose name is the run's, and the steps done when it goes on
-    (0 for a run that begins)."""
+    """The run that a tracker is created for: its folder, whose name is the run's, and the steps done when it is resumed
+    (0 for a new run)."""
 
     folder: Path
     step: int = 0
@@ -235,10 +235,10 @@ class TrackedRun:
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Records the numbers of a run; ``TrackedRun`` is all that a class of trackers is called with.
+    """Records the metrics of a run; a tracker class is constructed with a ``TrackedRun``.
 
-    Names with a slash are metrics (``train/loss``, ``validation/recall@1``); those without describe the ``event`` that
-    they came with. ``config`` comes first and once, ``finish`` last.
+    Names with a slash are metrics (``train/loss``, ``validation/recall@1``); those without are fields of the ``event``
+    in the same call. ``config`` is called first and once, ``finish`` last.
     """
 
     def config(self, recipe: dict[str, Any]) -> None:
@@ -250,13 +250,13 @@ class Tracker(Protocol):
         ...
 
     def finish(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Records the final results, as in ``results.jsonl``, and ends the record; none where the run was stopped."""
+        """Records the final results, as in ``results.jsonl``, and ends the record; none after an interruption."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One search result; ``score`` is a cosine."""
+    """One search result; ``score`` is a cosine similarity."""
 
     id: str
     score: float
@@ -265,7 +265,7 @@ class Hit:
 
 @runtime_checkable
 class Store(Protocol):
-    """Vectors with ids and metadata; knows no model."""
+    """A vector store: vectors with ids and metadata, independent of any model."""
 
     def add(self, ids: Sequence[str], vectors: Float[Tensor, "n E"], meta: Sequence[Mapping[str, Any]]) -> None: ...
 

@@ -268,7 +268,7 @@ def test_resumed_equals_never_stopped(way: str, step: int, towers: Path, pairs: 
     assert (folder / "delta.safetensors").read_bytes() == (tmp_path / "whole" / "delta.safetensors").read_bytes()
     assert [row.metrics for row in done.results] == [row.metrics for row in whole.results]
     assert {path.name for path in folder.iterdir()} == DESIGNED
-    with pytest.raises(UserError, match="no state/ to go on from; it is finished"):
+    with pytest.raises(UserError, match="no state/ to resume from; it is finished"):
         run(written(folder), folder, resume=True)
 
 

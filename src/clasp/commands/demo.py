@@ -1,7 +1,7 @@
-"""``clasp demo``: align two packaged towers on the sample, ask about concepts and languages never seen, search, draw.
+"""``clasp demo``: align two packaged towers on the emoji sample, evaluate on held-out concepts and languages, search.
 
-Everything here goes through what any user has: a recipe, pairs on disk, ``train_recipe``, evaluations, the search
-engine. A second run reads what the first one computed.
+Input: none. Output: a run folder, a table and a contact sheet of searches. Uses the public interfaces only: a recipe,
+pairs on disk, ``train_recipe``, evaluations, the search engine. Note: a second run reuses the first one's results.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LANGUAGE_SETS = {
 }
 _QUICK_LANGUAGE_SETS = {"trained": QUICK_TRAINED_LANGUAGES, "low-resource, never trained": HELD_OUT_LOW_RESOURCE}
 _DEMO_METRIC = "recall@5"
-# concepts that nothing was trained on, in trained languages and (*) in languages never trained on
+# held-out concepts, in trained languages and in languages never trained on
 DEMO_QUERIES = (
     ("en", "1f98a"), ("sw", "1f34c"), ("zu", "1f353"), ("vi", "1f42c"),
     ("cy", "1f3a9"), ("lo", "1f577"), ("it", "1f381"), ("yo", "1f6cf"),
@@ -64,7 +64,7 @@ DEMO_QUERIES = (
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """The end of the story, for whoever wants to check it."""
+    """The results of the demo."""
 
     run: Path
     results: list[EvaluationResult]
@@ -77,7 +77,7 @@ def run_demo(out: Path, *, quick: bool = False) -> DemoResult:
     out = out.with_name(f"{out.name}-quick") if quick else out
     sample = unpack_emoji_sample(cache_folder(), quick=quick)
     recipe = demo_recipe(sample, quick=quick)
-    print_status("names for pictures of things never seen, in languages never trained on; both towers stay as they are")
+    print_status("names for images of held-out concepts, in languages never trained on; both towers stay frozen")
     _train_once(recipe, out)
     model = load(out)
     assert isinstance(model.encoder, DualEncoder)
@@ -91,8 +91,8 @@ def run_demo(out: Path, *, quick: bool = False) -> DemoResult:
     RunFolder(out).append("results.jsonl", [asdict(result) for result in results])
     print_demo_results(results, untrained, quick=quick)
     picture = _search(model, out, sample)
-    print_status(f"eight searches among pictures of things never seen, in eight languages: {relative_path(picture)}")
-    print_status("now your own pictures (cat.jpg beside cat.txt, a folder per class, a .csv, a .jsonl, …):")
+    print_status(f"eight searches among images of held-out concepts, in eight languages: {relative_path(picture)}")
+    print_status("now your own images (cat.jpg beside cat.txt, a folder per class, a .csv, a .jsonl, …):")
     print_status("  clasp train start data.train=FOLDER")
     return DemoResult(out, results, untrained, picture)
 
@@ -109,10 +109,10 @@ def build_demo_task(sample: EmojiSample, inputs: FeatureSource, *, quick: bool) 
     sets = _QUICK_LANGUAGE_SETS if quick else _LANGUAGE_SETS
     languages = sorted({language for members in sets.values() for language in members})
     inputs.precompute_texts(c.text for pair in pairs for c in pair.captions if c.language in languages)
-    questions = {language: language_queries(pairs, language, inputs.texts, ["image_to_text"]) for language in languages}
+    queries = {language: language_queries(pairs, language, inputs.texts, ["image_to_text"]) for language in languages}
     primary = f"macro:{next(iter(sets))}/image_to_text/{_DEMO_METRIC}"
     images = inputs.images(pairs)
-    return MultilingualTask(data="demo test concepts", images=images, queries=questions, primary=primary, sets=sets)
+    return MultilingualTask(data="demo test concepts", images=images, queries=queries, primary=primary, sets=sets)
 
 
 def print_demo_results(results: Sequence[EvaluationResult], untrained: Mapping[str, float], *, quick: bool) -> None:
@@ -133,38 +133,38 @@ def print_demo_results(results: Sequence[EvaluationResult], untrained: Mapping[s
     beside = {"untrained heads": untrained_heads}
     table = result_table("languages", [*english, *summary.rows], (_DEMO_METRIC, "recall@1"), beside)
     notes = [*table.notes, *more_note(summary.left_out, "results.jsonl in the run folder")]
-    title = "naming pictures of concepts never seen: image to text among 138"
+    title = "naming images of held-out concepts: image to text among 138"
     print_table(title, table.columns, table.rows, notes)
 
 
 def _train_once(recipe: Recipe, out: Path) -> None:
-    """Train, go on with a run that was stopped, or leave a finished one as it is."""
+    """Train, resume an interrupted run, or reuse a finished one."""
     stopped = (out / "state").exists()
     if (out / "delta.safetensors").exists() and not stopped:
         print_status(f"{relative_path(out)} holds this demo's run already; delete the folder to train again")
     elif train_recipe(
         recipe, out, say=print_status, bar=progress_bar, reporter=terminal_reporter(), resume=stopped
     ).fitted.interrupted:
-        print_status("stopped and saved; the same command goes on")
+        print_status("interrupted, state saved; resume with the same command")
         raise SystemExit(130)
 
 
 def _search(model: EmbeddingModel, out: Path, sample: EmojiSample) -> Path:
-    """Names of concepts never seen, in eight languages, against all pictures of the test concepts."""
+    """Search all images of the test concepts by names of held-out concepts, in eight languages."""
     pairs = open_pairs(sample.multilingual_test())
     names = {(c.language, pair.group): c.text for pair in pairs for c in pair.captions}
     english = {pair.group: names["en", pair.group] for pair in pairs}
     store = FlatStore(out / "index")
     try:
         engine = SearchEngine.for_indexing(model, store)
-        with progress_bar("pictures into the index") as progress:
+        with progress_bar("indexing images") as progress:
             engine.index(pairs, progress)
         rows = []
         for language, concept in DEMO_QUERIES:
-            words = names[language, concept]
-            hits = engine.search(text=words, k=8)
+            query = names[language, concept]
+            hits = engine.search(text=query, k=8)
             found = contact_sheet_rows(
-                [(words, hits)], is_correct=lambda _, hit, concept=concept: hit.meta["group"] == concept
+                [(query, hits)], is_correct=lambda _, hit, concept=concept: hit.meta["group"] == concept
             )
             untrained = "" if language in {*TRAINED_LANGUAGES, *TRAINED_LOW_RESOURCE} else ", never trained on"
             rows += [row._replace(note=f"{english[concept]} ({language}{untrained})") for row in found]

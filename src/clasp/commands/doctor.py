@@ -1,10 +1,9 @@
-"""What is odd about the pairs of a recipe, and what training will take, before any of it.
+"""``clasp doctor``: check the data of a recipe, and the memory, disk and steps that training will need.
 
-In goes a recipe, out come ``CheckReport``s as they are found: findings for people, the same as facts for programs.
-Note: these are the pairs as training will split them, the plan it will make and what it will cache (``plan_features``),
-so a recipe that training would refuse is refused here in the same words. Weights are loaded, after the pairs have been
-reported, since a cache is known by their hash; but nothing goes through a tower, except one blank input where its trunk
-ends at a block.
+Input: a recipe. Output: ``CheckReport``s as they are found: findings as text, and the same as facts in JSON. Note: the
+pairs are split, the run planned and the feature cache planned (``plan_features``) as in training, so errors are the
+same as in training. Weights are loaded, since the cache key contains their hash; but nothing is run through a tower,
+except one blank input where its frozen prefix ends at a block.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from clasp.types import ProgressFactory, UserError, no_progress_bar
 
 
 def diagnose(recipe: Recipe, *, bar: ProgressFactory = no_progress_bar) -> Iterator[CheckReport]:
-    """Look at everything, what is cheap first. Raises ``UserError`` where training would, in its words."""
+    """Run all checks, cheap ones first. Raises the same ``UserError`` as training."""
     find_trackers(recipe.train.trackers)
     train, val = open_training_pairs(recipe)
     yield check_pairs(train, val)
@@ -59,7 +58,7 @@ def raise_on_stop(sections: Sequence[CheckReport]) -> None:
 
 
 def check_parameters(recipe: Recipe) -> CheckReport:
-    """Who trains."""
+    """Trainable parameters of each part."""
     counts = build_model(recipe, meta=True).parameter_counts()
     made = CheckReport("trains", {name: asdict(count) for name, count in counts.items()})
     whole = counts.pop("model")
@@ -69,7 +68,7 @@ def check_parameters(recipe: Recipe) -> CheckReport:
 
 
 def check_towers(parts: ModelAndPreprocessing, recipe: Recipe, inputs: FeatureSource) -> CheckReport:
-    """Up to where each tower stays as it is."""
+    """The number of frozen blocks of each tower."""
     made = CheckReport("towers", {})
     for tower, part in ((parts.model.image, inputs.frozen_image_part), (parts.model.text, inputs.frozen_text_part)):
         blocks = len(find_structure(tower.net).blocks)
@@ -97,24 +96,24 @@ def _describe_boundary(tower: Tower, part: FrozenTower | FrozenPrefix | None, fr
 def plan_run_features(
     recipe: Recipe, inputs: FeatureSource, train: Pairs, val: Pairs, listing: PairIndex
 ) -> list[CachePlan]:
-    """What a run of the recipe caches; ``listing`` is of ``train``."""
+    """The caches of a run of the recipe; ``listing``: the index of ``train``."""
     requests = [inputs.image.request(train, recipe.data.augment), inputs.text.request(listing.texts)]
     if recipe.head.standardize:
-        requests.append(inputs.image.request(train))  # heads start from the plain images
+        requests.append(inputs.image.request(train))  # heads are initialised from images without augmentation
     requests += [inputs.text.request(texts) for texts in validation_texts(train, val)]
     requests.append(inputs.image.request(val))
     return plan_features([request for request in requests if request is not None], inputs.cache)
 
 
 def check_feature_cache(plans: Sequence[CachePlan], free: int) -> CheckReport:
-    """What of the frozen parts is computed once: how many bytes, and whether they are there. ``free`` are bytes."""
+    """Size of the cached features in bytes, and whether they exist already. ``free``: free bytes on disk."""
     made = CheckReport("features", {"free_bytes": free, "feature_cache": []})
     for plan in plans:
         facts = {**asdict(plan), "file": str(plan.file) if plan.file else None}
         made.facts["feature_cache"].append({key: value for key, value in facts.items() if key != "key"})
         text = f"{plan.count:,} {plan.what}: {plan.bytes:,} bytes"
         if plan.storage is None:
-            made.add_finding("look", f"{text} of states, too many to keep: recomputed in every epoch")
+            made.add_finding("look", f"{text} of hidden states, too many to cache: recomputed each time")
         else:
             made.add_finding(
                 "ok", f"{text} in {plan.storage}, {'there already' if plan.file else 'to be computed once'}"

@@ -1,6 +1,6 @@
-"""What is set once for a whole process, so that a small machine is used well. Called by the command, before torch.
+"""Process-wide settings for small machines, set by the command before torch is imported.
 
-Both settings are about what happens between two computations: threads that wait, and memory that is given back.
+Two settings: the wait policy of idle OpenMP threads, and how much freed memory malloc retains.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import ctypes
 import os
 import platform
 
-# Of glibc's malloc.h. Larger blocks than the first are mapped anew each time they are asked for, and the kernel clears
-# them page by page; the second is how much freed memory at the top of the heap is kept for the next who asks.
+# Of glibc's malloc.h. Blocks larger than the first are mapped anew at each allocation, and the kernel zeroes them
+# page by page; the second is how much freed memory at the top of the heap is retained.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more
 _TRIM_THRESHOLD_BYTES = (2 << 30) - 1
 
 
 def configure_environment() -> None:
-    """Let waiting threads sleep, and keep freed memory for the next tensor. Environment variables that are set stay.
+    """Let idle OpenMP threads sleep, and retain freed memory. Environment variables that are set are not changed.
 
     Two processes that spin while they wait slow each other ten times on two cores. Without the second, a forward pass
     of EfficientNet-Lite0 spends up to half of its time in the kernel, which maps and clears memory for every activation

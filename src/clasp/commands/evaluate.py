@@ -1,8 +1,8 @@
-"""``clasp eval``: a run, a task and a few options become rows of results.
+"""``clasp eval``: evaluate a run on a task.
 
-In goes what was typed after ``clasp eval``; out come results, which are also appended to the run's ``results.jsonl``,
-and a figure in the run folder where the task has one. Note: the tasks are in ``clasp.evaluation.registry``; nothing
-here knows one of them, except which figure belongs to it.
+Input: run, task and options as typed. Output: results, which are also appended to the run's ``results.jsonl``, and a
+figure in the run folder where the task has one. Note: the tasks are in ``clasp.evaluation.registry``; here only
+``TASK_FIGURES`` depends on them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def evaluate_run(
 ) -> list[EvaluationResult]:
     """Run a task of ``EVALUATION_TASKS``, or ``package.module:Name``, on a run; ``options`` are ``key=value``.
 
-    ``say`` takes what a person should read beside the results. Raises ``UserError``.
+    ``say`` is called with status lines beside the results. Raises ``UserError``.
     """
     entry, folder = find_task(task), RunFolder(run)
     given = parse_task_options(task, entry, options)

@@ -1,7 +1,7 @@
 """The training of a run: its batches, the initial values of heads and low-rank updates, and the loop.
 
-In: a ``RunContext`` and the task that decides between weights. Out: the model trained in place and ``FitResult``; on
-the way states and costs to the run folder, metrics to the tracker.
+Input: a ``RunContext`` and the validation task that selects the weights. Output: the model trained in place and
+``FitResult``; during training, states and costs are written to the run folder, metrics to the tracker.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def open_batches(context: RunContext, sides: BatchReader) -> PairLoader:
 
 
 def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, task: Evaluator) -> FitResult:
-    """Initialises what training starts from, or restores it; runs the loop; closes the batches."""
+    """Initialise heads and low-rank updates, or restore a saved state; run the loop; close the batches."""
     recipe, ledger, model, loss = context.recipe, context.ledger, context.model, build_loss(context.recipe.loss)
 
     def save(state: TrainState) -> None:
@@ -72,7 +72,7 @@ def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, task: 
 
 
 def _plain(context: RunContext, sides: BatchReader) -> BatchReader:
-    """The readers without augmentation, from which heads are initialised."""
+    """The readers without augmentation, for the initialisation of heads."""
     if context.recipe.data.augment is None:
         return sides
     return replace(sides, image=context.inputs.image_reader(context.train, None))

@@ -1,7 +1,7 @@
-"""What a training job works with: the objects of a recipe, opened once, and the run folder that they are written to.
+"""The objects of a training run, opened once: recipe, model, pairs, run folder, ledger and tracker.
 
-In: a folder, a recipe, and what was opened for it. Out: ``RunContext``, begun in its folder or checked against what the
-folder was begun with. Note: a run goes on with its own recipe, towers and pairs only; its trackers may be others.
+Input: a folder, a recipe, and the objects opened for it. Output: ``RunContext``, started in its folder or checked
+against it. Note: a run is resumed with the same recipe, towers and pairs only; its trackers may differ.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from clasp.types import UserError
 
 @dataclass(frozen=True, slots=True)
 class Preloaded:
-    """What somebody has in memory of a recipe: its pairs, and its model, which is trained in place."""
+    """Objects of a recipe that are in memory already: its pairs, and its model, which is trained in place."""
 
     pairs: TrainValPairs | None = None
     parts: ModelAndPreprocessing | None = None
@@ -37,8 +37,11 @@ class Preloaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """A run, opened. ``recipe`` is resolved: nothing in ``train`` is "auto" that a run must keep. ``state`` is where a
-    run goes on, ``None`` for one that begins. ``listing`` indexes the captions of ``train``."""
+    """The objects of a run. ``recipe`` is resolved: batch size, epochs and attention kernel are not "auto".
+
+    ``state``: the saved state of a resumed run, ``None`` for a new one. ``listing``: the index of the captions of
+    ``train``.
+    """
 
     folder: RunFolder
     recipe: Recipe
@@ -64,17 +67,17 @@ class RunContext:
         return use_attention_kernel(kernel)
 
     def start_or_resume(self) -> None:
-        """Writes what training does not change; or, of a run that goes on, checks it. Raises ``UserError``."""
+        """Write the files that training does not change; of a resumed run, check them. Raises ``UserError``."""
         content = hash_pairs(self.listing, self.val)
         if self.state is None:
             parts = self.parts
             self.folder.start(self.recipe.to_toml(), parts.model, parts.transform, parts.tokenizer, pairs=content)
             return
-        facts = self.folder.read()
+        metadata = self.folder.read()
         self.folder.require_same_bases(self.model)
-        if self.recipe.differs_from(facts.recipe):
+        if self.recipe.differs_from(metadata.recipe):
             raise UserError(f"{self.folder.path} was started with another recipe; a run goes on with its own only")
-        if facts.base.get("pairs") != content:
+        if metadata.base.get("pairs") != content:
             raise UserError(
                 f"{self.folder.path} cannot go on: the pairs of {self.recipe.data.train} have changed since it was "
                 "stopped"
@@ -82,7 +85,7 @@ class RunContext:
 
 
 def open_ledger(folder: RunFolder, model: DualEncoder, state: TrainState | None) -> CostLedger:
-    """The ledger of this session; a run that goes on may be one whose costs were not kept before."""
+    """The cost ledger of this session; earlier costs of a resumed run are read where ``cost.json`` exists."""
     parts = {name: {"total": count.total, "trained": count.trained} for name, count in model.parameter_counts().items()}
     device = next(model.parameters()).device
     if state is None:
@@ -92,7 +95,7 @@ def open_ledger(folder: RunFolder, model: DualEncoder, state: TrainState | None)
 
 
 def resolve_recipe(recipe: Recipe, plan: TrainPlan, model: DualEncoder) -> Recipe:
-    """The recipe as a run keeps it, since it goes on as it began: batch, epochs and attention kernel chosen."""
+    """The recipe as saved in the run, so that it resumes unchanged: batch size, epochs, attention kernel resolved."""
     device = next(model.parameters()).device
     settings = plan.resolved(recipe.train)
     precision = resolve_precision(settings.precision, device).precision

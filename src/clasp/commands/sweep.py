@@ -1,9 +1,9 @@
 """A grid of settings: every combination trained as a run of its own, and the runs ranked by validation.
 
-In goes a recipe and ``train.lr=1e-3,3e-3``; out come run folders side by side, ``sweep.jsonl`` with a line for each,
-and the rows of a table. What is frozen is computed for the first run and read from the cache by the others; pairs, and
-towers in which nothing trains, stay in memory. Unusual: the run folders are all that is remembered, so a sweep that was
-stopped, or is typed again with more values, trains what is not there yet.
+Input: a recipe and ``train.lr=1e-3,3e-3``. Output: run folders side by side, ``sweep.jsonl`` with a line for each, and
+the rows of a table. Frozen features are computed by the first run and read from the feature cache by the others; pairs
+and wholly frozen towers stay in memory. Note: the only state is in the run folders, so a sweep that was interrupted, or
+is repeated with more values, trains the missing runs only.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ def sweep(
     bar: ProgressFactory = no_progress_bar,
     reporter: Callable[[], Reporter] = SilentReporter,
 ) -> SweepResult:
-    """Train every combination of ``grid`` into ``runs``/``name``, or go on where the same sweep was stopped.
+    """Train every combination of ``grid`` into ``runs``/``name``, or resume the same sweep.
 
-    Raises ``UserError`` for a mistake in any of them, before anything is computed. One that fails later is a row.
+    Raises ``UserError`` for an error in any of them before anything is computed. A run that fails later is a row.
     """
     made = grid.expand()
-    desk = _SharedObjects()
-    desk.check(made)
+    shared_objects = _SharedObjects()
+    shared_objects.check(made)
     new = [SweepRow(one.name, (*grid.overrides, *one.settings), one.settings, "stopped") for one in made]
     folder = _choose_folder(
-        runs, name or f"{Path(grid.source).stem}-sweep", made, new[0].sweep_key, desk, numbered=name is None
+        runs, name or f"{Path(grid.source).stem}-sweep", made, new[0].sweep_key, shared_objects, numbered=name is None
     )
     known, rows = read_sweep_rows(folder), []
     for place, (one, row) in enumerate(zip(made, new, strict=True), 1):
@@ -66,7 +66,7 @@ def sweep(
             row = read_finished_row(row)
         else:
             say(f"run {place} of {len(made)}: {one}")
-            row = _train(one.recipe, row, desk, say=say, bar=bar, reporter=reporter())
+            row = _train(one.recipe, row, shared_objects, say=say, bar=bar, reporter=reporter())
         rows.append(row)
         known[row.run] = row
         write_sweep_rows(folder, known.values())
@@ -76,11 +76,11 @@ def sweep(
     return SweepResult(folder, sorted(rows, key=ranking_key), rows[-1].state == "stopped", len(made))
 
 
-# --- what runs have in common ----------------------------------------------------------------------------------------
+# --- objects shared between runs -------------------------------------------------------------------------------------
 
 
 class _SharedObjects:
-    """Pairs and towers that one run leaves for the next."""
+    """Pairs and towers that runs reuse."""
 
     def __init__(self) -> None:
         self._pairs: dict[str, TrainValPairs] = {}
@@ -109,7 +109,7 @@ class _SharedObjects:
         return self._pairs[key]
 
     def pairs_hash(self, recipe: Recipe) -> str:
-        """The hash of the pairs of a recipe, as a run keeps it."""
+        """The hash of the pairs of a recipe, as saved in a run."""
         key = _pairs_key(recipe)
         if key not in self._content:
             train, val = self.pairs(recipe)
@@ -117,20 +117,22 @@ class _SharedObjects:
         return self._content[key]
 
     def parts(self, recipe: Recipe) -> ModelAndPreprocessing:
-        """The model of a recipe, around the towers of the last where they are the same and nothing in them moves."""
+        """The model of a recipe; reuses the towers of the previous one where they are the same and wholly frozen."""
         if self._last is not None and _towers_unchanged(*self._last, recipe):
             self._last = rebuild_heads(self._last[0], recipe), recipe
         else:
-            self._last = None  # the old towers go before the new ones come
+            self._last = None  # frees the old towers before the new ones are loaded
             train, _ = self.pairs(recipe)
             self._last = build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts), recipe
         return self._last[0]
 
 
 def _towers_unchanged(parts: ModelAndPreprocessing, then: Recipe, now: Recipe) -> bool:
-    """Whether both towers are as ``now`` wants them, and as they were loaded."""
+    """Whether both towers match the recipe ``now`` and are unchanged since loading."""
     one, other = ((of.image, of.text, of.share, of.tune.image, of.tune.text) for of in (then, now))
-    own = any(settings.net is not None for settings in (now.image, now.text))  # drawn from a seed, or words of the data
+    own = any(
+        settings.net is not None for settings in (now.image, now.text)
+    )  # initialised from a seed, or with a vocabulary from the data
     if one != other or (own and (then.train.seed, _pairs_key(then)) != (now.train.seed, _pairs_key(now))):
         return False
     return all(tower.fully_frozen and tower.pooling is None for tower in (parts.model.image, parts.model.text))
@@ -148,19 +150,19 @@ def _pairs_key(recipe: Recipe) -> str:
 def _train(
     recipe: Recipe,
     row: SweepRow,
-    desk: _SharedObjects,
+    shared_objects: _SharedObjects,
     *,
     say: MessageCallback,
     bar: ProgressFactory,
     reporter: Reporter,
 ) -> SweepRow:
-    """The row of a run that is begun, or gone on with."""
+    """Train or resume one run; returns its row."""
     run = Path(row.run)
     resume = (run / "state").exists()
     try:
         if resume:
             recipe = recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml"))
-        shared = Preloaded(desk.pairs(recipe), desk.parts(recipe))
+        shared = Preloaded(shared_objects.pairs(recipe), shared_objects.parts(recipe))
         done = train_recipe(recipe, run, say=say, bar=bar, reporter=reporter, resume=resume, preloaded=shared)
     except KeyboardInterrupt:
         return replace(row, seconds=read_training_seconds(run))
@@ -174,9 +176,9 @@ def _is_finished(run: Path) -> bool:
 
 
 def _stop_on_repeated_failure(rows: Sequence[SweepRow]) -> None:
-    """``UserError`` when the first two runs failed alike before a first step: the data are at fault, and no setting."""
-    said = [row.error.replace(row.run, "") for row in rows]
-    if len(rows) == 2 and said[0] and said[0] == said[1] and not any(_has_started(Path(row.run)) for row in rows):
+    """Raise ``UserError`` when the first two runs failed alike before a first step: the cause is not a setting."""
+    errors = [row.error.replace(row.run, "") for row in rows]
+    if len(rows) == 2 and errors[0] and errors[0] == errors[1] and not any(_has_started(Path(row.run)) for row in rows):
         raise UserError(rows[1].error)
 
 
@@ -189,12 +191,18 @@ def _has_started(run: Path) -> bool:
 
 
 def _choose_folder(
-    runs: Path, name: str, made: Sequence[GridPoint], sweep: tuple[Any, ...], desk: _SharedObjects, *, numbered: bool
+    runs: Path,
+    name: str,
+    made: Sequence[GridPoint],
+    sweep: tuple[Any, ...],
+    shared_objects: _SharedObjects,
+    *,
+    numbered: bool,
 ) -> Path:
-    """Where the runs go: ``runs/name``, unless something else is there; then the next number, if we may."""
+    """The folder of the sweep: ``runs/name``; if that is taken and ``numbered``, the next free number."""
     for count in itertools.count(1):
         folder = runs / (name if count == 1 else f"{name}-{count}")
-        other = _conflict(folder, made, sweep, desk)
+        other = _conflict(folder, made, sweep, shared_objects)
         if other is None:
             return folder
         if not numbered:
@@ -202,8 +210,10 @@ def _choose_folder(
     raise AssertionError
 
 
-def _conflict(folder: Path, made: Sequence[GridPoint], sweep: tuple[Any, ...], desk: _SharedObjects) -> str | None:
-    """What is in the way of a sweep in this folder."""
+def _conflict(
+    folder: Path, made: Sequence[GridPoint], sweep: tuple[Any, ...], shared_objects: _SharedObjects
+) -> str | None:
+    """The reason why this folder cannot hold the sweep, or ``None``."""
     if folder.exists() and not folder.is_dir():
         return f"{folder} is a file"
     if (folder / "recipe.toml").exists():
@@ -215,13 +225,15 @@ def _conflict(folder: Path, made: Sequence[GridPoint], sweep: tuple[Any, ...], d
         trained = (run / "delta.safetensors").exists() or (run / "state").exists()
         if trained and not _matches_recipe(run, one.recipe):
             return f"{run} holds a run with other settings"
-        if trained and json.loads((run / "base.json").read_text("utf-8"))["pairs"] != desk.pairs_hash(one.recipe):
+        if trained and json.loads((run / "base.json").read_text("utf-8"))["pairs"] != shared_objects.pairs_hash(
+            one.recipe
+        ):
             return f"{run} holds a run on pairs of {one.recipe.data.train} that have changed since"
     return None
 
 
 def _matches_recipe(run: Path, recipe: Recipe) -> bool:
-    """Whether a run was made of this recipe: as it was written, but for what "auto" has become."""
+    """Whether a run has this recipe, apart from resolved "auto" values."""
     try:
         written = recipe_from_dict(RunFolder(run).recipe(), str(run))
     except UserError:

@@ -1,7 +1,8 @@
-"""The main job: a recipe and its pairs become a run folder.
+"""``clasp train``: train a recipe on its pairs into a run folder.
 
-Opens the pairs and sets a validation part aside, reads frozen towers once, trains the selection, evaluates, and writes
-the run with its card. What a person should know on the way is handed to ``say``; nothing is printed here.
+Input: a ``Recipe`` and a folder. Output: ``TrainResult``, and the run folder with its model card. Opens the pairs and
+holds out a validation part, caches the features of frozen towers, trains the trainable parameters and evaluates. Note:
+status lines are passed to ``say``; nothing is printed here.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from clasp.types import MessageCallback, ProgressFactory, TrackedRun, no_progres
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What came of a run."""
+    """The result of a run."""
 
     run: Path
     fitted: FitResult
@@ -51,9 +52,9 @@ def train_recipe(
     resume: bool = False,
     preloaded: Preloaded | None = None,
 ) -> TrainResult:
-    """Train a recipe into the folder ``run``; with ``resume``, go on where it stopped.
+    """Train a recipe into the folder ``run``; with ``resume``, resume it from its saved state.
 
-    Raises ``UserError`` for anything the user can mend, as early as it can be known.
+    Raises ``UserError`` for errors in the user's input, as early as possible.
     """
     folder, tracker_classes = RunFolder(run), find_trackers(recipe.train.trackers)
     state = folder.read_state() if resume else folder.require_free()
@@ -103,8 +104,8 @@ def train_recipe(
 def _prepare(
     parts: ModelAndPreprocessing, recipe: Recipe, folder: RunFolder, state: TrainState | None
 ) -> ModelAndPreprocessing:
-    """The model on its device, with what a run that goes on has kept."""
-    if state is not None:  # as it was then, whatever the libraries would make of its recipe today
+    """The model on its device, with the saved tokenizer for a resumed run."""
+    if state is not None:  # the saved one: other library versions may build another from the recipe
         parts = replace(parts, tokenizer=folder.read().tokenizer)
     parts.model.to(PartialState().device).eval()
     if recipe.train.activation_checkpointing == "blocks":
@@ -114,7 +115,7 @@ def _prepare(
 
 
 def _write(context: RunContext, fitted: FitResult, results: Sequence[EvaluationResult], cost: RunCost) -> None:
-    """Costs and card to the folder; costs and results to the tracker, which ends."""
+    """Write costs and model card to the folder, costs and results to the tracker; finishes the tracker."""
     context.folder.write(COST_FILE, cost.to_json())
     card = ModelCard(
         recipe=context.recipe,

@@ -1,1 +1,1 @@
-"""A run as data: the recipe, the pairs that it names, and the one place where its model is built."""
+"""Recipes: reading and checking them, opening the pairs that they name, building their models."""

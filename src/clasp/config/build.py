@@ -1,7 +1,7 @@
-"""A recipe's objects: bases, towers, tuning, heads; and a run folder back to a model that is ready to use.
+"""Build the model of a recipe (backbones, towers, tuning, heads), and load the model of a run folder.
 
-The only place that knows how a ``DualEncoder`` is made. With ``meta=True`` nothing but shapes exists, which is all that
-counting needs.
+Input: a ``Recipe`` or a run folder. Output: a ``DualEncoder`` with its image transform and tokenizer. This is the only
+place that assembles a ``DualEncoder``. Note: with ``meta=True`` only shapes exist, which is all that counting needs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from clasp.types import MessageCallback, ProgressFactory, SkippedSample, UserErr
 
 @dataclass(frozen=True, slots=True)
 class ModelAndPreprocessing:
-    """A model and what stands before its towers."""
+    """A model with its image transform and tokenizer."""
 
     model: DualEncoder
     transform: ImageTransform
@@ -46,7 +46,7 @@ class ModelAndPreprocessing:
 
 
 def build_model(recipe: Recipe, *, meta: bool = False) -> DualEncoder:
-    """The model of a recipe, with its selection made. ``meta=True``: shapes only, nothing loaded.
+    """The model of a recipe, with its trainable parameters selected. ``meta=True``: shapes only, nothing loaded.
 
     Raises ``UserError`` for a tower that cannot be opened, a method that matches nothing, and when nothing trains.
     """
@@ -58,7 +58,7 @@ def build_model_and_preprocessing(
 ) -> ModelAndPreprocessing:
     """The model of a recipe with its weights, its image transform and its tokenizer. Raises ``UserError`` as above.
 
-    ``captions`` gives those to train on, from which ``text.vocabulary = "pairs"`` is learned, and serves nothing else.
+    ``captions`` returns the training captions, from which ``text.vocabulary = "pairs"`` is learned.
     """
     backbones = _open_backbones(recipe, meta=False)
     transform, tokenizer = _transform(recipe, backbones.image), _tokenizer(recipe, backbones.text, captions)
@@ -66,7 +66,7 @@ def build_model_and_preprocessing(
 
 
 def _assemble(recipe: Recipe, backbones: _Backbones) -> DualEncoder:
-    """The walk down, once: backbones, towers, heads, tuning, selection."""
+    """Assemble the model: towers, heads, tuning, selection of the trainable parameters."""
     image, text = _build_towers(recipe, backbones)
     model = _add_heads(recipe, image, text)
     tuned = _tune_towers(recipe, model)
@@ -77,8 +77,9 @@ def _assemble(recipe: Recipe, backbones: _Backbones) -> DualEncoder:
 
 
 def rebuild_heads(parts: ModelAndPreprocessing, recipe: Recipe) -> ModelAndPreprocessing:
-    """What ``build_model_and_preprocessing(recipe)`` gives, bitwise, around the towers of ``parts``, which are those
-    of ``recipe`` and as they were loaded: nothing in them trained or trains."""
+    """Bitwise the same as ``build_model_and_preprocessing(recipe)``, reusing the towers of ``parts``.
+
+    These must be the towers of ``recipe`` and wholly frozen."""
     image, text = parts.model.image, parts.model.text
     assert image.fully_frozen and text.fully_frozen and image.pooling is None and text.pooling is None
     model = _add_heads(recipe, image, text)
@@ -90,8 +91,8 @@ def rebuild_heads(parts: ModelAndPreprocessing, recipe: Recipe) -> ModelAndPrepr
 def load(run: str | Path, *, device: str = "cpu") -> EmbeddingModel:
     """The model of a run folder, in evaluation mode.
 
-    Rebuilds the bases from where the recipe found them and refuses weights that are not the ones trained on, by name
-    and hash; then puts the delta in. Bitwise the model that was saved. Raises ``UserError``.
+    Loads the base weights that the recipe names, verifies them against the recorded hashes by tensor name, then loads
+    the delta. Bitwise the model that was saved. Raises ``UserError``.
     """
     folder = run_folder.RunFolder(run)
     facts = folder.read()
@@ -102,15 +103,15 @@ def load(run: str | Path, *, device: str = "cpu") -> EmbeddingModel:
 
 
 def with_untrained_heads(model: DualEncoder, recipe: Recipe) -> DualEncoder:
-    """The same towers under heads that nobody has trained: what a result is to be compared with."""
+    """The same towers with untrained heads, as a baseline."""
     return _add_heads(recipe, model.image, model.text).eval()
 
 
-# --- the walk down ---------------------------------------------------------------------------------------------------
+# --- assembly --------------------------------------------------------------------------------------------------------
 
 
 class _Backbones(NamedTuple):
-    """The bases of both towers, and what they hold in common."""
+    """The backbones of both towers, and the weight sharing between them."""
 
     image: Backbone
     text: Backbone
@@ -118,7 +119,7 @@ class _Backbones(NamedTuple):
 
 
 def _open_backbones(recipe: Recipe, *, meta: bool) -> _Backbones:
-    """Both bases, holding in common what the recipe says; nets that nobody trained start from its seed."""
+    """Both backbones, with the recipe's weight sharing; untrained nets are initialised from its seed."""
     seed = recipe.train.seed
     image = load_backbone(recipe.image, meta=meta, seed=seed)
     text = load_backbone(recipe.text, meta=meta, seed=seed + 1)
@@ -127,11 +128,11 @@ def _open_backbones(recipe: Recipe, *, meta: bool) -> _Backbones:
     policy, trunk = recipe.share.policy, recipe.share.trunk_settings
     if trunk is None:
         return _Backbones(image, text, share_backbones(image, text, policy, seed=seed + 2))
-    own = next((base.name for base in (image, text) if base.from_seed), None)
-    if own is not None:
+    untrained = next((base.name for base in (image, text) if base.from_seed), None)
+    if untrained is not None:
         raise UserError(
-            f"share.trunk = {trunk.trunk!r} runs both modalities through a pre-trained tower, and {own} is none; leave "
-            "share.trunk out, or write another tower"
+            f"share.trunk = {trunk.trunk!r} runs both modalities through a pre-trained tower, and {untrained} is none; "
+            "leave share.trunk out, or write another tower"
         )
     made = build_single_trunk(image, text, trunk, policy, seed=seed + 2)
     image = replace(made.image, new_parameters=made.image_new)
@@ -139,7 +140,7 @@ def _open_backbones(recipe: Recipe, *, meta: bool) -> _Backbones:
 
 
 def _build_towers(recipe: Recipe, backbones: _Backbones) -> tuple[Tower, Tower]:
-    """Both towers around their bases; a learned pooling starts at random, from the recipe's seed."""
+    """Both towers around their backbones; learned pooling is initialised at random from the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         return _tower(backbones.image, recipe.image), _tower(backbones.text, recipe.text)
@@ -156,7 +157,7 @@ def _tower(base: Backbone, settings: ImageTowerSettings | TextTowerSettings) -> 
 
 
 def _add_heads(recipe: Recipe, image: Tower, text: Tower) -> DualEncoder:
-    """Both towers under heads that nobody has trained."""
+    """Both towers with untrained heads."""
     model = DualEncoder(
         image,
         text,
@@ -176,7 +177,7 @@ def _add_heads(recipe: Recipe, image: Tower, text: Tower) -> DualEncoder:
 
 
 def _tune_towers(recipe: Recipe, model: DualEncoder) -> set[str]:
-    """Inserts what the tuning specs add; returns the names of the parameters of the towers that train."""
+    """Insert the modules of the tuning specs; returns the names of the trainable parameters of the towers."""
     selection: set[str] = set()
     sides = (("image", model.image, recipe.tune.image), ("text", model.text, recipe.tune.text))
     for number, (name, tower, methods) in enumerate(sides, 1):
@@ -186,7 +187,7 @@ def _tune_towers(recipe: Recipe, model: DualEncoder) -> set[str]:
 
 
 def _select(recipe: Recipe, model: DualEncoder, in_towers: set[str]) -> None:
-    """Makes the selection: what trains in the towers, with heads and scale as the recipe says."""
+    """Select the trainable parameters: those in the towers, and heads and logit scale as the recipe sets."""
     selection = set(in_towers)
     for part, choice in (("heads", recipe.tune.head), ("scale", recipe.tune.scale)):
         if choice == "full":
@@ -197,16 +198,17 @@ def _select(recipe: Recipe, model: DualEncoder, in_towers: set[str]) -> None:
 
 
 def _check_micro_batch(recipe: Recipe, model: DualEncoder) -> None:
-    """A batch worked through in pieces has no statistics of its own, and would move them twice for each."""
-    pieces, batch = recipe.train.micro_batch, recipe.train.batch_size
-    if model.moving and pieces != "auto" and (batch == "auto" or pieces < batch):
+    """Raise ``UserError`` for micro-batches with BatchNorm: its statistics must be of whole batches."""
+    micro_batch, batch = recipe.train.micro_batch, recipe.train.batch_size
+    if model.moving and micro_batch != "auto" and (batch == "auto" or micro_batch < batch):
         raise UserError(
-            f"train.micro_batch = {pieces}: BatchNorm in {recipe.image.tower} takes its statistics of whole batches; "
-            "leave micro_batch out, or choose norms without: image.net.stem = 'group', image.net.branch.kind = 'gated'"
+            f"train.micro_batch = {micro_batch}: BatchNorm in {recipe.image.tower} takes its statistics of whole "
+            "batches; leave micro_batch out, or choose norms without: image.net.stem = 'group', "
+            "image.net.branch.kind = 'gated'"
         )
 
 
-# --- what stands before the towers -----------------------------------------------------------------------------------
+# --- preprocessing ---------------------------------------------------------------------------------------------------
 
 
 def _transform(recipe: Recipe, image: Backbone) -> ImageTransform:
@@ -214,7 +216,7 @@ def _transform(recipe: Recipe, image: Backbone) -> ImageTransform:
     names = ("size", "resize", "background", "mean", "std")
     changes: dict[str, Any] = {name: value for name, value in recipe.image if name in names and value is not None}
     if recipe.image.resize in ("squash", "pad"):
-        changes["crop_fraction"] = 1.0  # the whole picture is shown
+        changes["crop_fraction"] = 1.0  # the whole image is used
     return replace(image.transform, **changes)
 
 
@@ -233,7 +235,7 @@ def _tokenizer(recipe: Recipe, text: Backbone, captions: Callable[[], Iterable[s
 
 
 def _learn_tokenizer(recipe: Recipe, captions: Callable[[], Iterable[str]] | None) -> Tokenizer:
-    assert captions is not None, "whoever assembles a recipe to train it has the captions"
+    assert captions is not None, "a vocabulary is learned from captions, which a caller that trains must pass"
     assert recipe.text.net is not None
     return Tokenizer(train_bpe(captions(), recipe.text.net.vocabulary), max_tokens=recipe.text.net.context)
 
@@ -255,7 +257,7 @@ def build_feature_source(
     say: MessageCallback = lambda line: None,
     report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
 ) -> FeatureSource:
-    """The reader of pairs for a model that has just been built from a recipe."""
+    """The ``FeatureSource`` of a model built from a recipe."""
     settings = FeatureSettings(
         cache=CachePolicy(cache_folder(), recipe.data.feature_cache),
         workers=recipe.train.workers,

@@ -1,7 +1,7 @@
 """The pairs that a recipe names: opened, filtered by language, split for validation, counted and hashed.
 
-In goes a recipe, out come ``Pairs`` to train on and to validate on. What is worked out about a source is kept in the
-cache folder, so that a second opening is quick.
+Input: a recipe. Output: training and validation ``Pairs``. Indexes of a source are cached in the cache folder, so that
+opening it again is fast.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from clasp.training.loop import plan_training
 from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan
 from clasp.types import Pair, UserError
 
-TrainValPairs = tuple[Pairs, Pairs]  # to train on, to validate on
+TrainValPairs = tuple[Pairs, Pairs]  # training, validation
 
 
 def cache_folder() -> Path:
-    """Where what can be computed again is kept: ``$CLASP_CACHE``, else ``~/.cache/clasp``."""
+    """The folder of everything that can be recomputed: ``$CLASP_CACHE``, else ``~/.cache/clasp``."""
     return Path(os.environ.get("CLASP_CACHE") or Path.home() / ".cache" / "clasp")
 
 
 def open_training_pairs(recipe: Recipe) -> TrainValPairs:
-    """The pairs to train on and to validate on, filtered by language. Raises ``UserError``."""
+    """Training and validation pairs, filtered by language. Raises ``UserError``."""
     data = recipe.data
     if data.train is None:
         raise UserError(f"no pairs to train on: set data.train to {describe_pair_formats()}")
@@ -52,7 +52,7 @@ def open_training_pairs(recipe: Recipe) -> TrainValPairs:
 def open_pairs_for_recipe(
     source: str, recipe: Recipe, *, columns: ColumnNames = DEFAULT_COLUMNS, image_root: str | None = None
 ) -> Pairs:
-    """Pairs for a model that is trained: those of its recipe are read as they were then, where nothing else is said."""
+    """Pairs for a trained model; those of its recipe are read with the recipe's format and columns unless given."""
     data = recipe.data
     format = data.format if source in (data.train, data.val) else None
     if source in (data.train, data.val) and columns == DEFAULT_COLUMNS:
@@ -65,21 +65,21 @@ def _open(source: str, recipe: Recipe) -> Pairs:
     pairs = open_pairs_for_recipe(source, recipe)
     if not data.languages:
         return pairs
-    kept: list[Pair] = []
+    selected: list[Pair] = []
     dropped: list[tuple[str, str]] = []
     for pair in pairs:
         chosen = _keep_languages(pair, data.languages)
         if chosen.captions:
-            kept.append(chosen)
+            selected.append(chosen)
         else:
             dropped.append((f"pair without a caption in {', '.join(data.languages)}", pair.id))
-    if not kept:
+    if not selected:
         found = caption_languages(pairs)
         raise UserError(
             f"zero pairs: no caption of {source} is in {', '.join(data.languages)} (data.languages); "
             f"its captions are in {', '.join(found) or 'languages it does not name'}"
         )
-    return Pairs(source, [kept], skipped_files=pairs.skipped_files + SkippedFiles.of(dropped))
+    return Pairs(source, [selected], skipped_files=pairs.skipped_files + SkippedFiles.of(dropped))
 
 
 def _keep_languages(pair: Pair, languages: Sequence[str]) -> Pair:
@@ -87,25 +87,26 @@ def _keep_languages(pair: Pair, languages: Sequence[str]) -> Pair:
 
 
 def count_samples_per_epoch(pairs: Pairs, recipe: Recipe) -> int:
-    """How many samples an epoch has."""
+    """Number of samples in an epoch."""
     if recipe.data.captions == "sample":
         return len(pairs)
     return sum(len(pairs[number].captions) for number in range(len(pairs)))
 
 
-def hash_pairs(listing: PairIndex, val: Pairs) -> str:
-    """A hash of the ids and captions of a run's pairs: other ones would come in another order."""
-    digest = hashlib.sha256(json.dumps([listing.ids, listing.texts, [pair.id for pair in val]]).encode())
-    for column in (listing.group, listing.caption_offsets, listing.caption):
+def hash_pairs(index: PairIndex, val: Pairs) -> str:
+    """A hash of ids, captions and groups of a run's pairs, which determine the order of its batches."""
+    digest = hashlib.sha256(json.dumps([index.ids, index.texts, [pair.id for pair in val]]).encode())
+    for column in (index.group, index.caption_offsets, index.caption):
         digest.update(column.tobytes())
     return digest.hexdigest()
 
 
-_MAX_LIVE_BATCH_SIZE = 128  # where a tower is run in every step, its activations have to fit
+_MAX_LIVE_BATCH_SIZE = 128  # where a tower runs in every step and its activations have to fit in memory
 
 
 def plan_run(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> TrainPlan:
-    """Batch, epochs and steps of a run. Raises ``UserError`` for a batch of more, or of too few to take parts of."""
+    """Batch size, epochs and steps of a run. Raises ``UserError`` for a batch size above the number of pairs, or below
+    ``loss.negatives``."""
     plan = plan_training(
         recipe.train, count_samples_per_epoch(train, recipe), max_batch_size=_largest_batch(inputs, recipe)
     )

@@ -23,7 +23,7 @@ _OPEN, _CLOSED = "[{(", "]})"
 
 @dataclass(frozen=True, slots=True)
 class GridSpec:
-    """What was typed: a recipe, overrides, and ``key=value,value`` for each axis of the grid."""
+    """A grid as typed: a recipe, overrides, and ``key=value,value`` for each axis of the grid."""
 
     source: str
     overrides: Sequence[str]

@@ -1,9 +1,9 @@
-"""A run as data: one TOML file, changed by dotted overrides, checked whole before anything is computed.
+"""Recipes: one TOML file with dotted overrides, validated completely before anything is computed.
 
-In goes a file (or a name from ``recipes/``) and strings such as ``train.batch_size=512``; out comes a frozen
-``Recipe``. A file may begin with ``extends = "lilt/lwa"`` and then says only what it has otherwise; the recipe that
-comes out is whole. Each section's settings live beside what they configure; here they are only put together. An unknown
-key or value is one error that names the nearest valid ones.
+Input: a file (or a name from ``recipes/``) and strings such as ``train.batch_size=512``. Output: a frozen ``Recipe``. A
+file may begin with ``extends = "lilt/lwa"`` and then has only the keys that differ; the resulting recipe is complete.
+Each section's settings are defined beside what they configure; here they are combined. An unknown key or value is one
+error that names the nearest valid ones.
 """
 
 from __future__ import annotations
@@ -55,55 +55,58 @@ RENAMED_KEYS = {
 
 
 class ShareSettings(SharingSettings):
-    """``[share]``: what two nets hold in common. Both are ours and from scratch, or of one pair that was trained so; or
-    ``trunk`` says whose pre-trained blocks both modalities run through."""
+    """``[share]``: weight sharing between the towers.
+
+    Both are clasp's nets, untrained or trained with the same sharing; or ``trunk`` names the tower whose pre-trained
+    blocks both modalities run through.
+    """
 
     trunk: Literal["image", "text"] | None = None
-    """Whose pre-trained tower is the trunk of both; what is new in the other tower always trains"""
+    """The tower whose pre-trained blocks are the shared trunk; new parameters of the other tower always train"""
     embedding: Literal["tower", "random"] = "tower"
-    """What the patches or tokens of the other modality start from there: its own tower, or nothing"""
+    """Initial patch or token embeddings of the other modality: those of its tower, or random"""
     patch: int = Field(default=16, ge=1)
-    """Pixels a side of a patch, where images start from nothing"""
+    """Patch side in pixels, where patch embeddings are random"""
     context: int = Field(default=77, ge=1)
-    """Tokens of the longest caption, where text starts from nothing"""
+    """Maximum tokens of a caption, where token embeddings are random"""
 
     @model_validator(mode="before")
     @classmethod
-    def _default_trunk_sharing(cls, said: Any) -> Any:
-        """On a trunk, attention and feed-forward parts are shared where nothing else is said of them."""
-        return {**DEFAULT_TRUNK_PARTS, **said} if isinstance(said, dict) and said.get("trunk") is not None else said
+    def _default_trunk_sharing(cls, given: Any) -> Any:
+        """With a trunk, attention and feed-forward parts are shared by default."""
+        return {**DEFAULT_TRUNK_PARTS, **given} if isinstance(given, dict) and given.get("trunk") is not None else given
 
     @property
     def trunk_settings(self) -> SingleTrunkSettings | None:
-        """The settings of the trunk, where there is one."""
+        """The settings of the trunk; ``None`` without one."""
         if self.trunk is None:
             return None
         return SingleTrunkSettings(trunk=self.trunk, embedding=self.embedding, patch=self.patch, context=self.context)
 
     @property
     def policy(self) -> SharingSettings:
-        """What is shared."""
+        """The sharing settings alone."""
         return SharingSettings(**self.model_dump(include=set(SharingSettings.model_fields)))
 
 
 class LossSectionSettings(LogitSettings, LossSettings):
-    """``[loss]``: a loss, and the logits that it is taken of."""
+    """``[loss]``: the loss, and the logit scale and bias."""
 
 
 class DataSettings(BaseModel):
-    """``[data]``: which pairs, and how they are read."""
+    """``[data]``: the pairs and how they are read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     train: str | None = None
     """A folder, a file of a suffix in ``clasp.data.pairs.PAIR_FORMATS`` (.csv .jsonl .parquet …), or tar shards"""
     val: str | None = None
-    """Pairs to validate on; where left out, a part of ``train`` is set aside by a stable hash of each pair's group"""
+    """Validation pairs; where left out, part of ``train`` is held out by a stable hash of each pair's group"""
     format: str | None = None
-    """What opens ``train`` and ``val``: a key of ``PAIR_FORMATS``, or ``package.module:Name`` for a function from a
+    """Format of ``train`` and ``val``: a key of ``PAIR_FORMATS``, or ``package.module:Name`` for a function from a
     ``SourceSpec`` to an ``OpenedSource`` (``clasp.data.formats.base``); by folder or suffix where left out"""
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the groups set aside when ``val`` is left out"""
+    """Fraction of the groups held out when ``val`` is left out"""
     image_root: str | None = None
     """Folder that relative image paths start from; the folder of the file where left out"""
     columns: ColumnNames = ColumnNames()
@@ -111,16 +114,16 @@ class DataSettings(BaseModel):
     languages: list[str] = []
     """Keep captions in these languages only; all where empty"""
     captions: Literal["sample", "all"] = "sample"
-    """sample: one caption of each pair in each epoch; all: every caption is a sample of its own"""
+    """sample: one random caption of each pair per epoch; all: every caption is a separate sample"""
     augment: Augment | None = None
-    """Changes to training images; the defaults of each field change nothing, so that ``{}`` is none at all"""
+    """Augmentation of training images; the defaults of each field are the identity, so that ``{}`` is none"""
     feature_cache: Literal["auto", "off"] | StorageName = "auto"
-    """What the frozen part of a tower says is computed once and kept: auto, off, or how its numbers are written
-    (float32, float16, bfloat16, int8)"""
+    """Features of the frozen part of a tower are computed once and cached: auto, off, or the dtype on disk (float32,
+    float16, bfloat16, int8)"""
     cached_augmentations: int = Field(default=0, ge=0, le=1000)
-    """Augmented views of each image to keep for a frozen part, beside the plain one; 0 augments anew each time"""
+    """Augmented views of each image to cache for a frozen part, beside the plain one; 0: augment anew in each epoch"""
     max_bad_fraction: float = Field(default=0.02, ge=0, lt=1)
-    """Share of unreadable samples past which the run stops"""
+    """Fraction of unreadable samples above which the run stops"""
 
     @field_validator("format")
     @classmethod
@@ -136,7 +139,7 @@ class DataSettings(BaseModel):
 
 
 class Recipe(BaseModel):
-    """Everything that decides a run."""
+    """All settings of a run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -154,11 +157,11 @@ class Recipe(BaseModel):
         return recipe_from_dict(_apply_overrides(self.to_dict(), overrides), "the overrides")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, without those left out."""
+        """Plain values, without those that are ``None``."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def differs_from(self, other: dict[str, Any]) -> bool:
-        """Whether a recipe as ``to_dict`` gives it may end in other numbers; trackers change none."""
+        """Whether ``other``, a recipe as ``to_dict`` returns it, may give other results; trackers do not matter."""
         ours, theirs = self.to_dict(), dict(other)
         theirs["train"] = dict(theirs.get("train", {}))
         for settings in (ours["train"], theirs["train"]):
@@ -166,12 +169,12 @@ class Recipe(BaseModel):
         return ours != theirs
 
     def to_toml(self) -> str:
-        """The recipe as a file that reads back equal."""
+        """The recipe as a TOML file that reads back equal."""
         return tomlkit.dumps(self.to_dict())
 
 
 def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, or one of clasp's own by its name (``start``, ``lilt/lwa``), and apply overrides.
+    """Read a recipe file, or a built-in recipe by its name (``start``, ``lilt/lwa``), and apply overrides.
 
     Raises ``UserError`` naming the nearest valid key or value.
     """
@@ -197,8 +200,8 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
             f"{source}: head.standardize = true is of one tower's features; share.head = 'shared' is of both"
         )
     if recipe.share is None and (recipe.train.weight_decay_shared is not None or recipe.train.lr_factors.shared != 1):
-        said = "weight_decay_shared" if recipe.train.weight_decay_shared is not None else "lr_factors.shared"
-        raise UserError(f"{source}: train.{said} is for what two nets share, and there is no [share]")
+        key = "weight_decay_shared" if recipe.train.weight_decay_shared is not None else "lr_factors.shared"
+        raise UserError(f"{source}: train.{key} is for what two nets share, and there is no [share]")
     if recipe.train.batch_size != "auto":
         recipe.loss.require_batch_size(recipe.train.batch_size)
     return recipe
@@ -217,19 +220,19 @@ def _find(source: str | Path, folder: Path) -> Path:
     path = folder / source
     if path.is_file():
         return path
-    own = builtin_recipes()
+    builtin = builtin_recipes()
     name = str(source).removesuffix(".toml").removeprefix("recipes/")
-    if name in own:
-        return own[name]
-    near = difflib.get_close_matches(name, own, n=3, cutoff=0.4)
+    if name in builtin:
+        return builtin[name]
+    near = difflib.get_close_matches(name, builtin, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise UserError(f"no recipe {str(source)!r}: neither a file nor one of these; {hint}{', '.join(own)}")
+    raise UserError(f"no recipe {str(source)!r}: neither a file nor one of these; {hint}{', '.join(builtin)}")
 
 
 def _read_with_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
-    """A file as nested dictionaries, over those of what it extends, and the chain of files in words.
+    """A file as nested dictionaries, merged over the files it extends, and the chain of files as text.
 
-    ``above`` are the files that extend this one. Raises ``UserError`` naming the chain.
+    ``above``: the files that extend this one. Raises ``UserError`` naming the chain.
     """
     if path.resolve() in above:
         raise UserError(f"{chain}: no recipe can extend itself")
@@ -254,7 +257,7 @@ def _read_with_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> 
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Sections key by key; of any other value that both have, the one above."""
+    """Merge sections key by key; other values that both have are taken from ``above``."""
     merged = {**below, **above}
     for key in below.keys() & above.keys():
         if isinstance(below[key], dict) and isinstance(above[key], dict):
@@ -263,8 +266,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_overrides(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``train.batch_size=512`` and the like, put into nested dictionaries. Values read as TOML; a bare word is a
-    string."""
+    """Apply overrides such as ``train.batch_size=512`` to nested dictionaries. Values are TOML or bare words."""
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in given.items()}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -281,7 +283,7 @@ def _apply_overrides(given: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def _parse_value(key: str, text: str) -> Any:
-    """What stands behind the equals sign; for a setting that is a text, ``2024`` is a folder's name and no number."""
+    """The value of an override as TOML; for a string setting, ``2024`` stays a string."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -290,11 +292,11 @@ def _parse_value(key: str, text: str) -> Any:
     return text if is_text and not isinstance(value, str) else value
 
 
-# --- errors a person can act on --------------------------------------------------------------------------------------
+# --- error messages --------------------------------------------------------------------------------------------------
 
 
 def _explain(error: ValidationError) -> str:
-    """The first mistake of a validation, with the nearest valid names."""
+    """The first validation error as one line, with the nearest valid names."""
     first = error.errors()[0]
     key, kind, given = _key(first), first["type"], first["input"]
     keys = [*recipe_keys(), "extends"]
@@ -315,24 +317,24 @@ def _explain(error: ValidationError) -> str:
         inside = [name for name in keys if name.startswith(f"{key}.")]
         return f"{key} = {given!r}: this is a section; its keys are {', '.join(inside)}"
     if kind == "value_error":
-        said = first["msg"].removeprefix("Value error, ")
-        return said if said.startswith(f"{key} = ") else f"{key}: {said}"
+        message = first["msg"].removeprefix("Value error, ")
+        return message if message.startswith(f"{key} = ") else f"{key}: {message}"
     if kind == "list_type":
         return f"{key} = {given!r} should be a list: [{given!r}]"
-    said = dict.fromkeys(_expected(each) for each in error.errors() if _key(each) == key)
-    return f"{key} = {given!r} should {' or '.join(said)}"
+    expected = dict.fromkeys(_expected(each) for each in error.errors() if _key(each) == key)
+    return f"{key} = {given!r} should {' or '.join(expected)}"
 
 
 def _expected(error: Any) -> str:
-    """What pydantic would have liked, as the end of a sentence about the value."""
+    """The values that pydantic expects, as the end of the sentence ``key = value should …``."""
     if error["type"] == "literal_error":
         return f"be {error['ctx']['expected']}"
-    said = error["msg"].partition(" should ")[2] or error["msg"]
-    return said.replace(" after validation", "")
+    expected = error["msg"].partition(" should ")[2] or error["msg"]
+    return expected.replace(" after validation", "")
 
 
 def _key(error: Any) -> str:
-    """The dotted key. pydantic names the branch of a union in the location; people do not."""
+    """The dotted key, without the union branches that pydantic adds to the location."""
     known, key = recipe_keys(), ""
     for part in error["loc"]:
         longer = f"{key}.{part}".removeprefix(".")
@@ -346,7 +348,7 @@ def _key(error: Any) -> str:
 
 
 def recipe_keys() -> dict[str, Any]:
-    """Every dotted key of a recipe with its type; a section has none."""
+    """Every dotted key of a recipe with its type; ``None`` for a section."""
     return dict(_keys(Recipe, ""))
 
 

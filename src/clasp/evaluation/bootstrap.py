@@ -1,6 +1,6 @@
-"""How far a metric would move if other examples had been drawn: the percentile bootstrap over groups.
+"""Sampling uncertainty of a metric: the percentile bootstrap over groups.
 
-In: a value for each query and the group (cluster) it belongs to. Out: the metric recomputed on resampled groups
+Input: a value for each query and the group (cluster) it belongs to. Output: the metric recomputed on resampled groups
 (``bootstrap_replicates``) and the interval between two of their percentiles. Note: whole groups are drawn, since
 queries that share an image are not independent; and several samples are resampled by the same draws, so that the
 replicates of several languages may be averaged into those of their macro mean.
@@ -26,7 +26,7 @@ class ConfidenceInterval(NamedTuple):
 
 
 class GroupedScores(NamedTuple):
-    """What some metrics were computed from.
+    """The per-query values that some metrics are means of.
 
     ``values``: a column per metric; the metric is the mean of its column. ``groups``: the group of each query, from 0.
     ``classes``: where given, the metrics are means over cells of the mean in the cell (mean accuracy per class).
@@ -42,7 +42,7 @@ def bootstrap_replicates(
 ) -> list[Float[Tensor, "resamples M"]]:
     """The metrics of each sample on resampled data: ``group_count`` groups drawn with replacement, ``resamples`` times.
 
-    The draws are common to all samples: row r of every result stands on the same groups. Groups of which a sample has
+    The draws are common to all samples: row r of every result uses the same groups. Groups of which a sample has
     no query may be drawn too, as when a language names only some of the images. A cell that a resample misses is
     left out of the mean of that resample; with no cell left it is NaN. Time: resamples x (groups + queries).
     """

@@ -1,7 +1,7 @@
 """A stream of images or texts through one side of an encoder: unit vectors with their ids.
 
-In: an encoder and a stream that can be read again (``ImageBatches``, ``TextBatches``: each call yields chunks of ids
-and inputs, in any order). Out: an ``EmbeddingTable``. Note: vectors are known by id, never by position.
+Input: an encoder and a stream that can be read again (``ImageBatches``, ``TextBatches``: each call yields chunks of ids
+and inputs, in any order). Output: an ``EmbeddingTable``. Note: vectors are identified by id, never by position.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _InputT = TypeVar("_InputT")
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingTable:
-    """Unit vectors and whose they are; float32, on the CPU."""
+    """Unit vectors and their ids; float32, on the CPU."""
 
     ids: tuple[str, ...]
     vectors: Float[Tensor, "n E"]

@@ -1,9 +1,9 @@
 """Pairs made into evaluation tasks: which captions are the queries, in which language, of which class.
 
-In go pairs and the ``FeatureSource`` of a model, out come tasks, for validation while training and for ``clasp eval``
-alike. Note: the kind of a validation task is read off its pairs. Where every caption is the name of a class, retrieval
-would ask which of many equal captions is meant, so these pairs are classified instead; where captions are in several
-languages, each language has queries of its own, so that names of an image in one do not crowd out those in another.
+Input: pairs and the ``FeatureSource`` of a model. Output: tasks, for validation during training and for ``clasp eval``.
+Note: the validation task depends on the pairs. Where every caption is a class name, retrieval would be among many equal
+captions, so zero-shot classification is used; where captions are in several languages, each language has separate
+queries, so that captions of an image in one language are not competitors of those in another.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def validation_task(train: Pairs, val: Pairs, inputs: FeatureSource) -> Retrieva
 
 
 def validation_texts(train: Pairs, val: Pairs) -> list[list[str]]:
-    """The texts that ``validation_task`` reads, one list for each time that it reads some."""
+    """The texts that ``validation_task`` reads, one list for each read."""
     if all(_only_class(pair) for pair in val):
         return [_class_names(train, val)]
     captions, languages = [caption for pair in val for caption in pair.captions], caption_languages(val)
@@ -71,11 +71,11 @@ def zeroshot_task(
 
 
 def retrieval_task(pairs: Pairs, inputs: FeatureSource, *, data: str) -> RetrievalTask:
-    """Captions by image and images by caption, over all captions of ``pairs``."""
-    listed = list(pairs)
-    captions = {f"{pair.id}#{n}": (text, pair.group) for pair in listed for n, (text, _) in enumerate(pair.captions)}
+    """Image-to-text and text-to-image retrieval over all captions of ``pairs``."""
+    in_memory = list(pairs)
+    captions = {f"{pair.id}#{n}": (text, pair.group) for pair in in_memory for n, (text, _) in enumerate(pair.captions)}
     queries = RetrievalQueries(
-        image_groups={pair.id: pair.group for pair in listed},
+        image_groups={pair.id: pair.group for pair in in_memory},
         text_groups={key: group for key, (_, group) in captions.items()},
         texts=inputs.texts({key: text for key, (text, _) in captions.items()}),
     )
@@ -104,7 +104,7 @@ def language_queries(
 ) -> RetrievalQueries:
     """Retrieval among the captions of ``pairs`` in one language, each distinct caption of a group once.
 
-    ``stream`` gives text-tower inputs of captions, by id: ``FeatureSource.texts``, or features that are there already.
+    ``stream`` returns text-tower inputs of captions by id: ``FeatureSource.texts``, or precomputed features.
     """
     texts: dict[str, tuple[str, str]] = {}
     for pair in pairs:

@@ -1,8 +1,8 @@
-"""Sets of languages: those wanted of those there are, those trained on, and the macro mean over a set.
+"""Sets of languages: requested languages, trained languages, and the macro mean over a set.
 
-In: languages and results per language. Out: for each named set one result per direction, in which every language
-counts the same. Note: the only place that knows how the mean over a set is written (``macro:SET``) and made; the
-multilingual task, retention and the tables for people all use it.
+Input: languages and results per language. Output: for each named set one result per direction, in which every language
+has the same weight. Note: the notation ``macro:SET`` and the mean are defined only here; the multilingual task,
+retention and the result tables use it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MACRO = "macro:"
 
 
 def macro_language(title: str) -> str:
-    """What stands for the language in a result that is the mean over the set ``title``."""
+    """The ``language`` of a result that is the mean over the set ``title``."""
     return f"{_MACRO}{title}"
 
 
@@ -35,7 +35,7 @@ def macro_set(language: str) -> str | None:
 
 
 def requested_languages(option: str | None, there: Sequence[str], data: str) -> list[str]:
-    """Those of ``option``, separated by commas, or all there are. Raises ``UserError`` for one that is not there."""
+    """The languages in ``option``, separated by commas, or all. Raises ``UserError`` for one not in ``there``."""
     wanted = option.split(",") if option else list(there)
     require_languages(wanted, there, data)
     return wanted
@@ -48,7 +48,7 @@ def require_languages(wanted: Sequence[str], there: Sequence[str], data: str) ->
 
 
 def training_status(language: str, trained: AbstractSet[str] | None) -> TrainingStatus:
-    """Which of the two sets a language belongs to; ``trained`` is ``None`` where nobody knows."""
+    """Which of the two sets a language belongs to; ``trained`` is ``None`` where it is unknown."""
     if trained is None or not language:
         return ""
     return "trained" if language in trained else "never_trained"

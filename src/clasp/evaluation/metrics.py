@@ -1,10 +1,10 @@
-"""Where the right answer stands among all answers, and the metrics that follow from it.
+"""Rank counts of the first positive among all gallery items, and the metrics computed from them.
 
-In: embeddings and an integer label for each query and each gallery item; equal labels are positives of each other.
-Out: ``rank_counts``, three counts a query, and from them recall@k, ranks and accuracies. Pure; scores are never held
-for more than a chunk of queries. Unusual: a tie is decided by chance. Every number is the expected value under a random
-order of the tied items, with several positives too, so that a model that says the same of everything scores exactly
-what guessing scores (counting strictly better scores only would call it perfect).
+Input: embeddings and an integer label for each query and each gallery item; equal labels are positives of each other.
+Output: ``rank_counts``, three counts per query, and from them recall@k, ranks and accuracies. Pure; scores are in
+memory for one chunk of queries only. Note: ties are broken at random. Every metric is the expected value under a random
+order of the tied items, with several positives too, so that a model with collapsed embeddings scores exactly the chance
+level (counting strictly better scores only would give it a perfect score).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_GALLERY_SIZE = 1 << 24  # above it, a count held in float32 is no longer ex
 
 
 class RankCounts(NamedTuple):
-    """For each query: how many items beat its best positive, and how many share its score (with it: at least one)."""
+    """For each query: number of items above its best positive, and of items tied with it (itself included)."""
 
     better: Int[Tensor, " q"]
     tied_negatives: Int[Tensor, " q"]
@@ -119,7 +119,7 @@ def _score_bounds(queries: Float[Tensor, "q E"], gallery: Float[Tensor, "n E"]) 
 
 
 def chance_rank_counts(query_labels: Int[Tensor, " q"], gallery_labels: Int[Tensor, " n"]) -> RankCounts:
-    """The standings of guessing: everything tied, as collapsed embeddings would have it."""
+    """The rank counts of the chance level: all items tied, as for collapsed embeddings."""
     count = _Positives(query_labels, gallery_labels).count
     return RankCounts(torch.zeros_like(count), len(gallery_labels) - count, count)
 

@@ -1,7 +1,7 @@
-"""Mistakes in names and ids, each in one line: repeated, unknown, or of the wrong number.
+"""Checks of names and ids: repeated or unknown ones raise a ``UserError`` of one line.
 
-In go the names that were given and those that are known; out comes nothing, or a ``UserError`` that quotes the first
-few. Note: nothing is read here, so callers check before they compute.
+Input: the given names and the known ones. Output: none, or a ``UserError`` that quotes the first few. Note: nothing is
+read here, so callers can check before they compute.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The same queries scored in two states of a tower, before and after: their means, and the change between them.
 
-In: what each query scored before and after (``PairedScores``). Out: rows of results whose metrics are ``before``,
-``after`` and ``change``. Note: the change has an interval of its own. Both states scored the same queries, so the same
-draws of groups are taken of both; the two intervals may overlap where the change is certain.
+Input: per-query scores before and after (``PairedScores``). Output: rows of results whose metrics are ``before``,
+``after`` and ``change``. Note: the interval of the change is from a paired bootstrap: the same draws of groups are used
+for both states, so the intervals of the states may overlap where the change is significant.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _STATES = ("before", "after", "change")
 
 @dataclass(frozen=True, kw_only=True)
 class PairedScores:
-    """One probe on one set of queries: what each of them scored in both states, between 0 and 1.
+    """One probe on one set of queries: the score of each query in both states, between 0 and 1.
 
-    ``groups`` holds the group of each query, the unit that is resampled; ``chance`` is the score of guessing.
+    ``groups`` holds the group of each query, the unit that is resampled; ``chance`` is the chance level.
     ``language_set`` is the set that ``language`` belongs to.
     """
 
@@ -55,7 +55,7 @@ def paired_results(
 ) -> list[EvaluationResult]:
     """A row for each comparison, task by task; after several languages of a task, their mean, ``macro:SET``.
 
-    ``chance`` is that of ``before`` and ``after``; the change of guessing is 0.
+    ``chance`` is the chance level of ``before`` and ``after``; that of the change is 0.
     """
     columns = [torch.stack([c.before, c.after, c.after - c.before], dim=1) for c in paired_scores]
     drawn = _resample(columns, [c.groups for c in paired_scores], resamples, seed)

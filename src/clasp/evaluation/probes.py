@@ -1,9 +1,9 @@
-"""Two questions put to frozen features with labels: what do the nearest neighbours say, and is it linear?
+"""Probes of frozen features with labels: a k-NN classifier and a linear probe.
 
-In: features of a fit set and of the images asked about, with class numbers. Out: for each image asked, how much of the
-answer is right (0 or 1; a share where there is a tie), so that means and intervals can follow. Pure. Unusual: a tie,
-among neighbours or among classes, is decided by chance as in ``metrics``, so that features that say the same of
-everything score what guessing scores. scikit-learn is imported only here.
+Input: features of a fit set and of query images, with class numbers. Output: for each query whether it is right (0 or
+1; a fraction where there is a tie), so that means and intervals can be computed. Pure. Note: ties, among neighbours or
+among classes, are broken at random as in ``metrics``, so that collapsed features score the chance level. scikit-learn
+is imported only here.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def linear_probe(
     of each class of the fit set, and then fits to all of it. Without a class of four groups, C is the middle one.
     """
     deviation, mean = torch.std_mean(fit.double(), dim=0, correction=0)
-    scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / deviation, 0.0)  # a constant feature says nothing
+    scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / deviation, 0.0)  # a constant feature is uninformative
     fit, queries = ((features.double() - mean) * scale for features in (fit, queries))
-    held = _held_out_mask(fit_labels, fit_groups)
+    held_out = _held_out_mask(fit_labels, fit_groups)
     strength = _C_GRID[len(_C_GRID) // 2]
-    if held.any():
-        inside, outside = (fit[~held], fit_labels[~held]), (fit[held], fit_labels[held])
+    if held_out.any():
+        inside, outside = (fit[~held_out], fit_labels[~held_out]), (fit[held_out], fit_labels[held_out])
         strength = max(_C_GRID, key=lambda c: float(_logistic_regression_correct(*inside, *outside, c).mean()))
     return _logistic_regression_correct(fit, fit_labels, queries, query_labels, strength)
 
@@ -87,7 +87,7 @@ def _logistic_regression_correct(
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        # a weak penalty on separable classes has its optimum far away; what was reached is judged like the others
+        # a weak penalty on separable classes converges slowly; the weights reached are evaluated like the others
         warnings.simplefilter("ignore", ConvergenceWarning)
         model = LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(fit.numpy(), fit_labels.numpy())
     return (torch.from_numpy(model.predict(queries.numpy())) == query_labels).double()
@@ -105,9 +105,9 @@ def _held_out_mask(labels: Int[Tensor, " n"], groups: Int[Tensor, " n"]) -> Tens
 
 
 def majority_class_accuracy(fit_labels: Int[Tensor, " n"], query_labels: Int[Tensor, " q"]) -> float:
-    """What is right by always naming the class that the fit set has most of; with several such, one of them by chance.
+    """Accuracy of always predicting the majority class of the fit set; with several, one of them at random.
 
-    The score of guessing for both probes: with as many of each class it is one over the number of classes.
+    The chance level of both probes: for balanced classes it is one over the number of classes.
     """
     counts = torch.bincount(fit_labels, minlength=int(query_labels.max()) + 1)
     most = counts == counts.max()

@@ -1,8 +1,8 @@
 """The scores of all queries of a task in one direction, the metrics that are their means, and bootstrap replicates.
 
-In: a value for each query and the group it is of. Out: metrics by name (``QueryScores.metrics``), and the same metrics
-on resampled groups (``resample_scores``). Note: a metric is kept as the values it is a mean of, so that means and
-intervals over any part of the queries can follow.
+Input: a value for each query and its group. Output: metrics by name (``QueryScores.metrics``), and the same metrics
+on resampled groups (``resample_scores``). Note: a metric is stored as the per-query values it is the mean of,
+so that means and intervals over any part of the queries can be computed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class MeanMetric:
 class QueryScores:
     """The scores of all queries, in one direction (``direction``; empty where there is only one).
 
-    ``groups`` holds the cluster of each query: the unit that is resampled for intervals. ``chance`` is the score
-    of guessing on each metric.
+    ``groups`` holds the cluster of each query: the unit that is resampled for intervals. ``chance`` is the
+    chance level of each metric.
     """
 
     direction: str

@@ -1,7 +1,7 @@
 """The evaluation tasks by name, each with its options: what ``clasp eval RUN TASK key=value …`` can be given.
 
-In goes a name and the options as they were typed, out come the ``TaskEntry`` and its options parsed. A task is one
-function ``(TaskContext) -> list[EvaluationResult]`` and one line in ``EVALUATION_TASKS``; one that is not ours is named
+Input: a name and the options as typed. Output: the ``TaskEntry`` and its parsed options. A task is one function
+``(TaskContext) -> list[EvaluationResult]`` and one line in ``EVALUATION_TASKS``; one that is not built in is named
 ``package.module:Name``, where ``Name`` is a ``TaskEntry``. Note: nothing heavy is imported before a task runs, since
 the help of ``clasp eval`` is made of this table.
 """
@@ -50,7 +50,7 @@ class TaskEntry:
 
     @property
     def all_options(self) -> tuple[TaskOption, ...]:
-        """``data`` first, then the task's own, then those that say how ``data`` is read."""
+        """``data`` first, then the task's own, then those on how ``data`` is read."""
         data, *reading = PAIR_OPTIONS
         return (data, *self.options, *reading)
 
@@ -142,10 +142,10 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
 
 
 def find_task(name: str) -> TaskEntry:
-    """The task of ours with this name, or somebody else's ``package.module:Name``.
+    """The built-in task with this name, or the ``TaskEntry`` at ``package.module:Name``.
 
     A module may lie in the current folder. Raises ``UserError`` for an unknown name, module or object, and for an
-    object that is not a ``TaskEntry``; errors inside the module stay as they are.
+    object that is not a ``TaskEntry``; errors inside the module are not caught.
     """
     from clasp.types import UserError
 
@@ -172,7 +172,7 @@ def _import_module(name: str, module: str) -> object:
     from clasp.types import UserError
 
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # after everything that is installed, which it may not hide
+        sys.path.append(os.getcwd())  # last, so that it cannot shadow installed packages
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

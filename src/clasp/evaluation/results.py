@@ -1,7 +1,7 @@
-"""A result: one line of ``results.jsonl``, and the same in the making, with its bootstrap replicates.
+"""A result: one line of ``results.jsonl``, and its partial form with bootstrap replicates.
 
-In: metrics and their replicates. Out: ``EvaluationResult`` with 95 % intervals. Note: replicates are kept until the
-end, so that a mean over results (both directions, a set of languages) has an interval of its own.
+Input: metrics and their replicates. Output: ``EvaluationResult`` with 95 % intervals. Note: replicates are kept until
+the end, so that a mean over results (both directions, a set of languages) has its own interval.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class EvaluationResult:
 
     ``task`` is the task's name and, for a direction of retrieval, that direction (``retrieval/image_to_text``);
     without one, a retrieval row is the mean of both. ``language`` is empty where there is none, ``macro:SET`` for the
-    mean over a set of languages. ``metrics`` and ``chance`` (the score of guessing) are fractions, ranks count from 1.
+    mean over a set of languages. ``metrics`` and ``chance`` (the chance level) are fractions, ranks count from 1.
     ``n``: number of queries. ``interval``: 95 %, for all but medians. ``seconds``: wall time of embedding the images
     and of this row; what rows have in common counts in each. ``dataclasses.asdict`` of it is JSON.
     """
@@ -39,7 +39,7 @@ class EvaluationResult:
 
 @dataclass(frozen=True, slots=True)
 class PartialResult:
-    """A result in the making: with its bootstrap replicates. ``direction`` is empty where a task has none."""
+    """A result with bootstrap replicates instead of intervals. ``direction`` is empty where a task has none."""
 
     language: str
     direction: str
@@ -51,7 +51,7 @@ class PartialResult:
     own_seconds: float
 
     def finish(self, task: str, data: str) -> EvaluationResult:
-        """The row that is kept, with intervals in place of replicates."""
+        """The final row, with intervals in place of replicates."""
         columns = list(self.replicates.values())
         intervals = percentile_intervals(torch.stack(columns, dim=1)) if columns else []
         return EvaluationResult(

@@ -1,8 +1,8 @@
 """Retrieval: the captions of an image among all captions, and the images of a caption among all images.
 
-In: an encoder, embedded images, a stream of captions, and the group of each image and caption. Out: a ``QueryScores``
-per direction, with a value for every query. Note: what belongs together is told by group, never by position; what can
-be checked without reading a stream is checked when the queries are made.
+Input: an encoder, embedded images, a stream of captions, and the group of each image and caption. Output: a
+``QueryScores`` per direction, with a value for every query. Note: positives are defined by group, never by position;
+what can be checked without reading a stream is checked when the queries are made.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _RECALL_KS = (1, 5, 10)
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalQueries:
-    """Retrieval: an image and a caption belong together when their groups are equal.
+    """Retrieval: an image and a caption are positives of each other when their groups are equal.
 
-    Recall@k asks for one of the right answers among the first k, as in CLIP papers (5 captions an image, either will
-    do). An image whose group has no caption here (or the reverse) stays in the gallery but is not asked about.
+    Recall@k counts a query as correct when any positive is among the first k, as in CLIP papers (5 captions per image).
+    An image whose group has no caption here (or the reverse) stays in the gallery but is no query.
 
     Attributes:
         image_groups: image id to group.
         text_groups: caption id to group.
         texts: the captions as inputs of the text tower, with their ids.
-        directions: those to ask.
+        directions: the directions to evaluate.
 
     Raises:
-        UserError: no group has both an image and a caption; an unknown direction. When asked: an image or a caption
+        UserError: no group has both an image and a caption; an unknown direction. When scored: an image or a caption
             without group.
     """
 
@@ -57,7 +57,7 @@ class RetrievalQueries:
         _require_overlap(self.image_groups.values(), self.text_groups.values())
 
     def score(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
-        """Recall at 1, 5 and 10, their mean, and the median rank of the first right answer; in each direction."""
+        """Recall at 1, 5 and 10, their mean, and the median rank of the first positive; in each direction."""
         texts = embed_batches(self.texts(), encoder.embed_text, "caption")
         require_known(images.ids, self.image_groups, "image", "group")
         require_known(texts.ids, self.text_groups, "caption", "group")
@@ -79,24 +79,24 @@ class RetrievalQueries:
         gallery_groups: Sequence[str],
     ) -> QueryScores:
         number = {group: index for index, group in enumerate(dict.fromkeys(gallery_groups))}
-        asked = [row for row, group in enumerate(query_groups) if group in number]
-        groups = tuple(query_groups[row] for row in asked)
+        query_rows = [row for row, group in enumerate(query_groups) if group in number]
+        groups = tuple(query_groups[row] for row in query_rows)
         labels = torch.tensor([number[group] for group in groups])
         candidates = torch.tensor([number[group] for group in gallery_groups])
-        standings = metrics.rank_counts(queries[asked], gallery, labels, candidates)
-        guess = metrics.chance_rank_counts(labels, candidates)
-        chance = {name: mean.value() for name, mean in _recall_metrics(guess).items()}
+        counts = metrics.rank_counts(queries[query_rows], gallery, labels, candidates)
+        chance_counts = metrics.chance_rank_counts(labels, candidates)
+        chance = {name: mean.value() for name, mean in _recall_metrics(chance_counts).items()}
         return QueryScores(
             part,
             groups,
-            _recall_metrics(standings),
-            {"median_rank": metrics.median_rank(standings)},
-            chance | {"median_rank": metrics.median_rank(guess)},
+            _recall_metrics(counts),
+            {"median_rank": metrics.median_rank(counts)},
+            chance | {"median_rank": metrics.median_rank(chance_counts)},
         )
 
 
-def _recall_metrics(standings: metrics.RankCounts) -> dict[str, MeanMetric]:
-    found = {f"recall@{k}": metrics.hit_at_k(standings, k) for k in _RECALL_KS}
+def _recall_metrics(counts: metrics.RankCounts) -> dict[str, MeanMetric]:
+    found = {f"recall@{k}": metrics.hit_at_k(counts, k) for k in _RECALL_KS}
     found["mean_recall"] = torch.stack(list(found.values())).mean(dim=0)
     return {name: MeanMetric(values) for name, values in found.items()}
 

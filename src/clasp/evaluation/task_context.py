@@ -1,7 +1,7 @@
-"""What an evaluation task is run with: a run, its model, the pairs it is evaluated on, and the options that were given.
+"""The arguments of an evaluation task: a run, its model, the pairs it is evaluated on, and the options.
 
-``clasp eval`` makes one and hands it to the task's entry in ``registry``. Note: ``options`` holds those that were given
-and those that have a default; one that is neither is absent.
+``clasp eval`` creates one and passes it to the task's entry in ``registry``. Note: ``options`` has the given options
+and those with a default; others are absent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from clasp.types import MessageCallback, ProgressFactory
 
 @dataclass(frozen=True, kw_only=True)
 class TaskContext:
-    """``say`` takes lines that a person should read beside the results; ``bar`` opens progress bars."""
+    """``say`` is called with status lines beside the results; ``bar`` opens progress bars."""
 
     run: Path
     recipe: Recipe
@@ -32,5 +32,5 @@ class TaskContext:
 
     @property
     def data(self) -> str:
-        """The pairs, as they were named: the ``data`` of every result."""
+        """The name of the pairs as given: the ``data`` of every result."""
         return self.options["data"]

@@ -1,9 +1,9 @@
 """Evaluation tasks: images plus one kind of queries (zero-shot, retrieval), or queries per language (multilingual).
 
-In: an encoder. Out: ``results``, rows for ``results.jsonl`` with bootstrap intervals; or, called as an ``Evaluator``,
-one flat dict of numbers without intervals. Note: images are embedded once, however many languages there are; every row
-carries the score of guessing beside its own; the groups resampled for intervals are common to all languages, so that a
-macro mean has an interval of its own. Reads protocols only: no model, no tokenizer, no files.
+Input: an encoder. Output: ``results``, rows for ``results.jsonl`` with bootstrap intervals; or, called as an
+``Evaluator``, one flat dict of metrics without intervals. Note: images are embedded once, however many languages there
+are; every row has the chance level of each metric; the groups resampled for intervals are common to all languages, so
+that a macro mean has its own interval. Depends on protocols only: no model, no tokenizer, no files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _QueriesT = TypeVar("_QueriesT", ZeroShotQueries, RetrievalQueries)
 
 @dataclass(kw_only=True)
 class _SingleTask(Generic[_QueriesT]):
-    """What zero-shot and retrieval have in common: one kind of queries about the images."""
+    """Base of the zero-shot and retrieval tasks: one kind of queries about the images."""
 
     data: str
     images: ImageBatches
@@ -49,13 +49,13 @@ class _SingleTask(Generic[_QueriesT]):
         return [row.finish(self.name, self.data) for row in rows]
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """The numbers by name."""
+        """The metrics by name."""
         return _flatten(_evaluate(encoder, self.data, self.images, {"": self.queries}))
 
 
 @dataclass(kw_only=True)
 class ZeroShotTask(_SingleTask[ZeroShotQueries]):
-    """Classify images by class names alone. Numbers: ``top1``, ``top5``, ``mean_per_class``."""
+    """Classify images by class names alone. Metrics: ``top1``, ``top5``, ``mean_per_class``."""
 
     name: str = "zeroshot"
     primary: str = "top1"
@@ -65,8 +65,8 @@ class ZeroShotTask(_SingleTask[ZeroShotQueries]):
 class RetrievalTask(_SingleTask[RetrievalQueries]):
     """Find captions by image and images by caption.
 
-    Numbers: ``recall@1``, ``@5``, ``@10``, ``mean_recall`` and ``median_rank``, under ``image_to_text/`` and
-    ``text_to_image/``, and without prefix the means of both directions where both are asked.
+    Metrics: ``recall@1``, ``@5``, ``@10``, ``mean_recall`` and ``median_rank``, under ``image_to_text/`` and
+    ``text_to_image/``, and without prefix the means of both directions where both are evaluated.
     """
 
     name: str = "retrieval"
@@ -77,7 +77,7 @@ class RetrievalTask(_SingleTask[RetrievalQueries]):
 class MultilingualTask:
     """Queries per language about the same images, and the macro means over named sets of languages.
 
-    Numbers: those of the queries under ``LANGUAGE/`` and ``macro:SET/``; a macro mean gives each language the same
+    Metrics: those of the queries under ``LANGUAGE/`` and ``macro:SET/``; a macro mean gives each language the same
     weight. ``sets`` maps a name to the languages in it, whose queries must be of the same kind.
     """
 
@@ -108,7 +108,7 @@ class MultilingualTask:
         return [row.finish(self.name, self.data) for row in (*rows, *macro_results(rows, self.sets))]
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """The numbers by name."""
+        """The metrics by name."""
         rows = _evaluate(encoder, self.data, self.images, self.queries)
         return _flatten([*rows, *macro_results(rows, self.sets)])
 
@@ -159,7 +159,7 @@ def _evaluate(
 
 @contextmanager
 def _locate_errors(where: str) -> Iterator[None]:
-    """Mistakes inside are raised again with the place where they were found."""
+    """Re-raise a ``UserError`` with the data and language it occurred in."""
     try:
         yield
     except UserError as error:
@@ -175,7 +175,7 @@ def _flatten(rows: Sequence[PartialResult]) -> dict[str, float]:
 
 
 def _metric_names(queries: EvaluationQueries) -> tuple[str, ...]:
-    """The numbers of some queries, by direction and name, and their means over directions where there are several."""
+    """The metric names of some queries by direction, and those of the means over several directions."""
     directions = queries.directions if len(queries.directions) == 1 else (*queries.directions, "")
     return tuple("/".join(filter(None, (part, name))) for part in directions for name in queries.metric_names)
 

@@ -1,7 +1,7 @@
 """Zero-shot classification: the class whose prompts are nearest to an image.
 
-In: an encoder, embedded images, class names with prompt templates. Out: one ``QueryScores`` with a value for every
-image. Note: the class of an image is looked up by the image's id; what can be checked without reading a stream is
+Input: an encoder, embedded images, class names with prompt templates. Output: one ``QueryScores`` with a value for
+every image. Note: the class of an image is looked up by the image's id; what can be checked without reading a stream is
 checked when the queries are made. The one file read here is a class list.
 """
 
@@ -36,7 +36,7 @@ class ZeroShotQueries:
     A class's vector is the mean of the unit vectors of its prompts, made unit length again (prompt ensembling).
 
     Attributes:
-        labels: image id to class name; None for an image that is not asked about (its class has no name here).
+        labels: image id to class name; None for an image that is no query (its class has no name here).
         classes: the class names, as they are put into the prompts.
         templates: texts with the placeholder ``{}`` or ``{c}``.
         read: makes text-tower inputs of prompts.
@@ -44,7 +44,7 @@ class ZeroShotQueries:
 
     Raises:
         UserError: a class named twice, an empty name, fewer than two classes, no template, a template without
-            placeholder, a label that is not a class. When asked: an image without label.
+            placeholder, a label that is not a class. When scored: an image without label.
     """
 
     labels: Mapping[str, str | None]
@@ -77,18 +77,18 @@ class ZeroShotQueries:
         """Top-1 and top-5 accuracy over images, and the mean over classes of top-1 accuracy."""
         require_known(images.ids, self.labels, "image", "label")
         number = {name: index for index, name in enumerate(self.classes)}
-        asked = [(row, id, label) for row, id in enumerate(images.ids) if (label := self.labels[id]) is not None]
-        if not asked:
+        labelled = [(row, id, label) for row, id in enumerate(images.ids) if (label := self.labels[id]) is not None]
+        if not labelled:
             raise UserError("no image is labelled with one of the classes")
-        rows, ids, labels = zip(*asked, strict=True)
+        rows, ids, labels = zip(*labelled, strict=True)
         if self.groups is not None:
             require_known(ids, self.groups, "image", "group")
         numbers = torch.tensor([number[label] for label in labels])
         candidates = torch.arange(len(self.classes))
 
-        def measure(standings: metrics.RankCounts) -> dict[str, MeanMetric]:
-            first = metrics.hit_at_k(standings, 1)
-            found = MeanMetric(first), MeanMetric(metrics.hit_at_k(standings, 5)), MeanMetric(first, cells=numbers)
+        def measure(counts: metrics.RankCounts) -> dict[str, MeanMetric]:
+            first = metrics.hit_at_k(counts, 1)
+            found = MeanMetric(first), MeanMetric(metrics.hit_at_k(counts, 5)), MeanMetric(first, cells=numbers)
             return dict(zip(self.metric_names, found, strict=True))
 
         vectors = self.class_embeddings(encoder)
@@ -128,7 +128,7 @@ def read_templates(given: str) -> list[str]:
 
 
 def read_class_names(path: str | Path) -> list[str]:
-    """The class names of a UTF-8 text file, one a line; empty lines are passed over.
+    """The class names of a UTF-8 text file, one a line; empty lines are ignored.
 
     Raises:
         UserError: no such file, not text, no names in it, or a name twice.

@@ -86,7 +86,7 @@ def _draw_probes(axes: Axes, probes: Sequence[EvaluationResult], height: float) 
     axes.set_xlabel("accuracy, per cent (lines: 95 % intervals)")
     axes.set_title("Probes before and after alignment")
     axes.grid(axis="x", alpha=0.3)
-    for label, marker, face in (("before alignment", "o", "white"), ("after", "o", _GREY), ("guessing", "|", _GREY)):
+    for label, marker, face in (("before alignment", "o", "white"), ("after", "o", _GREY), ("chance", "|", _GREY)):
         axes.plot([], [], marker, color=_GREY, markerfacecolor=face, label=label)
     below = -0.75 / height  # below the axes, where it covers no marker
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=3, frameon=False, borderaxespad=0)

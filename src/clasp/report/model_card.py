@@ -1,6 +1,7 @@
-"""The card of a run: what it is, what it was made of, what it can do and cost, how to use it. Markdown, for people.
+"""The model card of a run: its towers, parameters, training data, results, cost and usage, in Markdown.
 
-In goes what the run knows of itself; every number in the card is one of its own results, and none is left out.
+Input: the recipe, model, fit result, results and cost of a run. Output: the text of its ``README.md``. Every number is
+one of the run's results, and none is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from clasp.training.state import FitResult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What the card of a run is made of; ``train_pairs`` and ``val_pairs`` count them."""
+    """The contents of a run's model card; ``train_pairs`` and ``val_pairs`` are counts."""
 
     recipe: Recipe
     model: DualEncoder
@@ -69,7 +70,7 @@ stands on the weights named in `base.json` and is refused by others. The two tow
 
 
 def cost_rows(cost: RunCost) -> list[list[str]]:
-    """What a run cost, and how each number was come by, a row each; ``cost.json`` has all of it."""
+    """Cost of a run, one row per measure with how it was measured; ``cost.json`` has all of it."""
     work, last = cost.work, cost.sessions[-1]
     rows = []
     if work is not None:

@@ -1,8 +1,8 @@
-"""Tables of results for people: rows of results in, cells and notes out, for the terminal and the model card alike.
+"""Tables of results: rows of results in, cells and notes out, for the terminal and the model card alike.
 
-The main metric comes first, then its 95 % interval and the score of guessing, then the other metrics. Fractions are in
+The main metric comes first, then its 95 % interval and the chance level, then the other metrics. Fractions are in
 per cent, ranks as they are. ``result_tables`` has every row; ``summary_tables`` folds the languages of a task to their
-macro means, the worst and the best. Note: plain values; whoever shows a table decides how.
+macro means, the worst and the best. Note: plain strings; the caller renders them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from clasp.evaluation.tasks import RetrievalTask, ZeroShotTask
 METRIC_TITLES = {"mean_per_class": "mean per class", "median_rank": "median rank", "mean_recall": "mean recall"}
 INTERVAL_TITLE, CHANCE_TITLE = "95 %", "chance"
 _MAIN_METRICS = (RetrievalTask.primary, ZeroShotTask.primary)
-_RESULT_NOTE = "per cent; 95 %: interval of the number before it; chance: that number by guessing"
-_RETENTION_NOTE = "per cent; 95 %: interval of the change, of the same queries before and after; chance: by guessing"
+_RESULT_NOTE = "per cent; 95 %: interval of the number before it; chance: the chance level of that number"
+_RETENTION_NOTE = (
+    "per cent; 95 %: interval of the change, on the same queries before and after; chance: the chance level"
+)
 _MAX_LANGUAGES = 3  # that a summary shows one by one
 _RETENTION_LABELS = {
     "recall@": "R@",
@@ -32,7 +34,7 @@ _RETENTION_LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class AnnotatedTable:
-    """Columns, rows of as many cells, and lines to stand below them."""
+    """Columns, rows of as many cells, and notes shown below them."""
 
     columns: tuple[str, ...]
     rows: list[list[str]]
@@ -40,14 +42,14 @@ class AnnotatedTable:
 
 
 class LabelledResult(NamedTuple):
-    """A result and the words its row begins with."""
+    """A result and the label of its row."""
 
     label: str
     result: EvaluationResult
 
 
 class LanguageSummary(NamedTuple):
-    """Rows that stand for many languages, and how many rows were left out."""
+    """Rows that summarise many languages, and how many rows were left out."""
 
     rows: list[LabelledResult]
     left_out: int
@@ -67,12 +69,12 @@ def format_interval(name: str, interval: Sequence[float] | None) -> str:
 
 
 def metric_title(name: str) -> str:
-    """A metric at the head of a column."""
+    """The column title of a metric."""
     return METRIC_TITLES.get(name, name.replace("recall@", "R@").replace("_", " "))
 
 
 def main_metric(result: EvaluationResult) -> str:
-    """The metric that decides between two models: mean recall, top-1 accuracy, or a task's first."""
+    """The primary metric: mean recall, top-1 accuracy, or a task's first metric."""
     return next((name for name in _MAIN_METRICS if name in result.metrics), next(iter(result.metrics)))
 
 
@@ -106,7 +108,7 @@ def result_table(
 ) -> AnnotatedTable:
     """A row for each result; the first of ``metrics`` is the main one.
 
-    ``beside``: title of a column after those of the main metric to what it holds.
+    ``beside``: title to cell function of further columns after those of the main metric.
     """
     main, *others = metrics
     beside = beside or {}
@@ -138,7 +140,7 @@ def fold_languages(rows: Sequence[LabelledResult], metric: str) -> LanguageSumma
 
 
 def more_note(count: int, more_in: str) -> list[str]:
-    """The line that says where the rows are that are not shown."""
+    """A note on where the rows are that are not shown."""
     return [f"{count:,} more languages are in {more_in}"] if count else []
 
 
@@ -184,7 +186,7 @@ def retention_table(results: Sequence[EvaluationResult], more_in: str) -> Annota
 
 
 def retention_label(result: EvaluationResult) -> str:
-    """The words for a row of retention, in a table or a figure: ``text R@1, never trained: zu``."""
+    """The label of a retention row, in a table or a figure: ``text R@1, never trained: zu``."""
     task = result.task.partition("/")[2]
     for written, shown in _RETENTION_LABELS.items():
         task = task.replace(written, shown)
@@ -201,7 +203,7 @@ def _retention_cells(label: str, result: EvaluationResult) -> list[str]:
 
 
 def _drift(results: Sequence[EvaluationResult], side: str) -> str:
-    """One line on how far a tower is from its base, and which block most."""
+    """One line on the drift of a tower from its base weights, and of its most changed block."""
     parts = {
         result.task.rpartition("/")[2]: result.metrics
         for result in results

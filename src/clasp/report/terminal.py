@@ -1,6 +1,6 @@
-"""Everything a person sees in the terminal: progress bars, remarks, tables, errors. Reads plain values, prints text.
+"""Terminal output: progress bars, status lines, tables, errors. Input: plain values. Output: text.
 
-Progress and remarks go to standard error; tables and findings, the answer to what was asked, go to standard output.
+Progress and status lines go to standard error; tables and findings, the results, go to standard output.
 Note: every text passes through ``printable``, and reaches rich as ``Text``, so that captions, file names and paths are
 shown as they were typed: no markup, no emoji codes, no control characters. Tables fit 100 columns, a row on one line.
 """
@@ -48,7 +48,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u
 
 
 def printable(text: str) -> str:
-    r"""The text on one line, with what a terminal would act on written as an escape: ``\x1b``, ``\n``, ``\t``."""
+    r"""The text on one line, with control characters escaped: ``\x1b``, ``\n``, ``\t``."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
@@ -69,17 +69,17 @@ def format_megabytes(count: int) -> str:
 
 
 def print_status(line: str) -> None:
-    """A remark on standard error."""
+    """A status line on standard error."""
     _print_line(Console(stderr=True), line)
 
 
 def print_error(line: str) -> None:
-    """A mistake of the user's, in one line on standard error."""
+    """An error in the user's input, in one line on standard error."""
     _print_line(Console(stderr=True), f"clasp: {line}")
 
 
 def print_lines(lines: Iterable[object]) -> None:
-    """Lines of an answer, on standard output."""
+    """Lines of a result, on standard output."""
     for line in lines:
         _print_line(Console(), str(line))
 
@@ -99,7 +99,7 @@ def _print_line(console: Console, line: str) -> None:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[ProgressCallback]:
-    """A bar that appears with the first call of the progress function it gives; plain lines where nobody watches."""
+    """A bar that appears with the first call of the returned function; plain lines where there is no terminal."""
     if sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -153,7 +153,7 @@ def terminal_reporter() -> Reporter:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
     """A table on standard output, the first column to the left, numbers to the right; below it the notes.
 
-    A row is one line: where the widest columns do not fit, the middle of their cells gives way to an ellipsis.
+    A row is one line: where the widest columns do not fit, the middle of their cells is replaced by an ellipsis.
     """
     console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
     grid = [[printable(cell) for cell in row] for row in (columns, *rows)]
@@ -195,7 +195,7 @@ def _start(text: str, width: int) -> str:
 
 
 def print_parameter_counts(counts: dict[str, ParameterCount], sharing: SharingPlan | None = None) -> None:
-    """The trainable parameters; and what both towers hold in common, layer by layer."""
+    """Total and trainable parameters of each part; and the weight sharing of the towers, layer by layer."""
     rows = [
         [
             _PART_TITLES[part],

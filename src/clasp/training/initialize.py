@@ -1,8 +1,8 @@
-"""What starts from the training pairs: two heads, and low-rank updates that ask for it.
+"""Data-dependent initialisation: of the heads, and of low-rank updates with ``init="gradient"``.
 
-In go an untrained model and the pairs that it will be trained on, out comes nothing: heads get the mean and deviation
-of the features and, if asked for, the closed form; low-rank updates the directions of their gradient. Both are changed
-in place, before the first step. A run that goes on must not do it again.
+Input: an untrained model and its training pairs. Output: none; parameters are changed in place before the first step.
+Heads get the mean and standard deviation of the pooled features and, with ``init = "cca"``, the closed-form CCA map;
+low-rank updates get the directions of the gradient. Note: a resumed run must not be initialised again.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from clasp.training.settings import TrainSettings
 from clasp.training.step import seed_generators, step_seed
 from clasp.types import Batch, ImageInput, Loss, PooledFeatures, TextInput, UserError
 
-# captions, with their images, whose mean and deviation are taken for those of all; rows of a cache cost nothing
+# captions, with their images, that mean and deviation are estimated on; reading cached features costs little
 _MAX_CAPTIONS_CACHED, _MAX_CAPTIONS_LIVE = 65_536, 2_048
-GRADIENT_BATCHES = 4  # whose gradient gives low-rank updates their directions: as much work as so many steps
+GRADIENT_BATCHES = 4  # batches of the gradient that initialises low-rank updates; costs as much as that many steps
 
 
 def initialize_heads(model: DualEncoder, sides: BatchReader, settings: HeadSettings, tally: BadSampleLimit) -> None:
-    """Let the heads start from the training pairs, as the settings say; images that cannot be read go to ``tally``.
+    """Initialise standardisation and, with ``init = "cca"``, the linear maps of the heads from the training pairs.
 
-    ``sides`` read the plain images, and their pairs are a ``PairIndex``.
+    ``sides`` read the images without augmentation, and their pairs are a ``PairIndex``; unreadable images are counted
+    in ``tally``.
     """
     image, text = model.image_head.standardize, model.text_head.standardize
     if image is None or text is None:
@@ -64,14 +65,14 @@ def initialize_heads(model: DualEncoder, sides: BatchReader, settings: HeadSetti
 def initialize_low_rank(
     model: DualEncoder, batches: PairLoader, loss: Loss, tuned: TuneSettings, settings: TrainSettings
 ) -> None:
-    """Let the low-rank updates that ask for it (``init="gradient"``) start along the gradient of what they update.
+    """Initialise low-rank updates with ``init="gradient"`` along the gradient of the weights that they update.
 
-    The gradient is of the real loss over the first batches of the first epoch, in pieces where those do not fit in
-    memory; it goes to the wrapped weights of the base, which do not change. See ``nn.lowrank.start_from_gradient``.
-    A layer that no gradient reaches keeps the start that it drew.
+    The gradient is that of the training loss over the first batches of the first epoch, with gradient caching where
+    those do not fit in memory; it is taken with respect to the wrapped base weights, which do not change. See
+    ``initialize_lora_from_gradient``. A layer without gradient keeps its random initialisation.
     Raises ``UserError`` where a gradient is not finite.
     """
-    names = {id(p): name for name, p in model.named_parameters()}  # of what both towers share, one name
+    names = {id(p): name for name, p in model.named_parameters()}  # one name for parameters that both towers share
     layers = {
         names[id(tower.net.get_parameter(wrapped_weight_name(path)))]: (tower.net, path)
         for tower, specs in ((model.image, tuned.image), (model.text, tuned.text))
@@ -86,65 +87,67 @@ def initialize_low_rank(
 def _gradients(
     model: DualEncoder, names: Iterable[str], batches: PairLoader, loss: Loss, settings: TrainSettings
 ) -> dict[str, Tensor]:
-    """The gradient of parameters that are frozen otherwise, summed over a few batches."""
+    """The gradient of otherwise frozen parameters, summed over ``GRADIENT_BATCHES`` batches."""
     device = next(model.parameters()).device
 
     def seed(side: grad_cache.Modality, piece: int) -> None:
         seed_generators(step_seed(settings.seed, 0, "start", side, piece), device)
 
-    work = grad_cache.MicroBatchEmbedder(model, device, resolve_precision(settings.precision, device).precision, seed)
+    embedder = grad_cache.MicroBatchEmbedder(
+        model, device, resolve_precision(settings.precision, device).precision, seed
+    )
     micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
-    selection, wanted = model.selection, {name: model.get_parameter(name) for name in names}
-    freeze_except(model, wanted)
+    selection, targets = model.selection, {name: model.get_parameter(name) for name in names}
+    freeze_except(model, targets)
     model.train()
     try:
-        told_apart = (batch for batch in batches.epoch(0) if len(batch.ids) > 1)
-        for batch in islice(told_apart, GRADIENT_BATCHES):
-            micro_batch = micro_batch or _choose_micro_batch(work, batch)
-            grad_cache.backward_in_micro_batches(work, batch, loss, micro_batch)
-        found = {name: p.grad for name, p in wanted.items() if p.grad is not None}
+        with_negatives = (batch for batch in batches.epoch(0) if len(batch.ids) > 1)
+        for batch in islice(with_negatives, GRADIENT_BATCHES):
+            micro_batch = micro_batch or _choose_micro_batch(embedder, batch)
+            grad_cache.backward_in_micro_batches(embedder, batch, loss, micro_batch)
+        found = {name: p.grad for name, p in targets.items() if p.grad is not None}
     finally:
-        for p in wanted.values():
+        for p in targets.values():
             p.grad = None
         model.select(selection)
         model.train(False)
     for name, gradient in found.items():
         if not gradient.isfinite().all():
             raise UserError(
-                f"the gradient that init='gradient' asks for is not finite at {name}; try train.precision=float32, or "
+                f"the gradient for init='gradient' is not finite at {name}; try train.precision=float32, or "
                 "init='random'"
             )
     return found
 
 
-def _choose_micro_batch(work: grad_cache.MicroBatchEmbedder, batch: Batch) -> int:
-    return grad_cache.choose_micro_batch(work, batch, len(batch.ids)).micro_batch
+def _choose_micro_batch(embedder: grad_cache.MicroBatchEmbedder, batch: Batch) -> int:
+    return grad_cache.choose_micro_batch(embedder, batch, len(batch.ids)).micro_batch
 
 
 def _reads_vectors(sides: BatchReader) -> bool:
-    """Whether both sides are cached vectors of wholly frozen towers."""
+    """Whether both sides are cached pooled features of wholly frozen towers."""
     return (isinstance(sides.image, CachedImageReader) and sides.image.features.pooled) and (
         isinstance(sides.text, CachedTextReader) and sides.text.features.pooled
     )
 
 
-def _evenly_spaced(listing: PairIndex, most: int) -> Int[np.ndarray, " n"]:
-    """Pairs evenly spread over all, with at most about ``most`` captions."""
-    count = max(1, min(len(listing), most * len(listing) // int(listing.caption_offsets[-1])))
-    return np.unique(np.linspace(0, len(listing) - 1, count).astype(np.int64))
+def _evenly_spaced(index: PairIndex, most: int) -> Int[np.ndarray, " n"]:
+    """Evenly spaced pair numbers, with at most about ``most`` captions in all."""
+    count = max(1, min(len(index), most * len(index) // int(index.caption_offsets[-1])))
+    return np.unique(np.linspace(0, len(index) - 1, count).astype(np.int64))
 
 
 class _PooledFeatures:
-    """Both towers' pooled output for chosen pairs."""
+    """Pooled features of both towers for chosen pairs."""
 
-    def __init__(self, model: DualEncoder, sides: BatchReader, listing: PairIndex, tally: BadSampleLimit):
-        self.model, self.sides, self.listing, self.tally = model, sides, listing, tally
+    def __init__(self, model: DualEncoder, sides: BatchReader, index: PairIndex, tally: BadSampleLimit):
+        self.model, self.sides, self.index, self.tally = model, sides, index, tally
 
     def every_caption(
         self, pairs: Int[np.ndarray, " n"]
     ) -> Iterator[tuple[Float[Tensor, "m Di"], Float[Tensor, "m Dt"]]]:
         """Each caption of these pairs once, with its image."""
-        captions = np.diff(self.listing.caption_offsets)[pairs]
+        captions = np.diff(self.index.caption_offsets)[pairs]
         for draw in range(int(captions.max())):
             numbers = pairs[captions > draw]
             for part in np.array_split(numbers, -(-len(numbers) // 4096)):
@@ -156,11 +159,11 @@ class _PooledFeatures:
         for start in range(0, len(numbers), 256):
             part = numbers[start : start + 256]
             picks = SampleIndices(part, np.full(len(part), draw), np.zeros(len(part), dtype=np.int64))
-            seen = self.sides.image(picks, self.listing.__getitem__)
-            self.tally.add(seen.skipped)
-            if seen.kept:
-                images.append(_pool(self.model.image, seen.inputs))
-                texts.append(_pool(self.model.text, self.sides.text(picks[seen.kept], self.listing.__getitem__).inputs))
+            read = self.sides.image(picks, self.index.__getitem__)
+            self.tally.add(read.skipped)
+            if read.kept:
+                images.append(_pool(self.model.image, read.inputs))
+                texts.append(_pool(self.model.text, self.sides.text(picks[read.kept], self.index.__getitem__).inputs))
         if not images:
             device = next(self.model.parameters()).device
             image, text = self.model.image, self.model.text

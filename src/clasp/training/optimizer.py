@@ -1,9 +1,9 @@
-"""The optimizer: what it holds, how far each step goes, and its state by name.
+"""AdamW: parameter groups, weight-decay filters, learning-rate schedules, and the optimizer state by name.
 
-In: a model with a selection. Out: AdamW over the selection and nothing else; the learning-rate factor of a step.
-``DECAY_FILTERS`` and ``SCHEDULES`` are what ``train.decay_filter`` and ``train.schedule`` choose from, beside
-``package.module:Name``. Note: groups are made from names and shapes alone, so a foreign tower needs no help; the state
-goes out and comes back as tensors named after their parameters, never as a pickle or by position.
+Input: the trainable parameters of a model by name. Output: AdamW over exactly these; the learning-rate factor of a
+step. ``DECAY_FILTERS`` and ``SCHEDULES`` are the choices of ``train.decay_filter`` and ``train.schedule``, beside
+``package.module:Name``. Note: groups depend on names and shapes only, so they work for any tower; the state is saved
+and loaded as tensors named after their parameters, never as a pickle or by position.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class ParameterGroup:
 
 
 def select_parameters(named: Mapping[str, nn.Parameter], selection: frozenset[str]) -> dict[str, nn.Parameter]:
-    """The selection out of a model's ``named_parameters``, in their order; what gets gradients must be just these."""
+    """The selected parameters, in the order of ``named``; exactly these must require gradients."""
     assert selection, "the selection is empty: nothing would train"
     assert selection <= named.keys(), f"selected, but not in the model: {sorted(selection - named.keys())[:5]}"
-    learning = {name for name, parameter in named.items() if parameter.requires_grad}
-    assert learning == selection, f"selection and gradients disagree on {sorted(learning ^ selection)[:5]}"
+    requiring_grad = {name for name, parameter in named.items() if parameter.requires_grad}
+    assert requiring_grad == selection, f"selection and gradients disagree on {sorted(requiring_grad ^ selection)[:5]}"
     return {name: parameter for name, parameter in named.items() if name in selection}
 
 
 def decays_matrices(name: str, shape: Sequence[int]) -> bool:
     """Whether weight decay applies: to matrices and kernels, not to norms, biases, scales and other vectors.
 
-    A vector dressed up with axes of length one (ConvNeXt's ``[1, 1, 1, C]``, a class token ``[1, 1, D]``) is a vector;
+    A vector with additional axes of length one (ConvNeXt's ``[1, 1, 1, C]``, a class token ``[1, 1, D]``) is a vector;
     a matrix with one row (low-rank with rank 1) is a matrix. ``bias`` must be the whole last part of the name:
     ``relative_position_bias_table`` is not a bias.
     """
@@ -57,23 +57,23 @@ def decays_matrices(name: str, shape: Sequence[int]) -> bool:
 
 
 def decays_as_lilt(name: str, shape: Sequence[int]) -> bool:
-    """Whether weight decay applies as LilT (Khan & Fu, ICLR 2023) has it: to all but flat vectors and ``….bias``.
+    """Whether weight decay applies in LilT (Khan & Fu, ICLR 2023): to all but one-dimensional tensors and ``….bias``.
 
-    So the scale, which has no axis, decays; so do a class token and a table of positions, however many rows it has.
+    So the logit scale, which has no axis, decays; so do a class token and position embeddings of any number of rows.
     """
     return len(shape) != 1 and not name.endswith(".bias")
 
 
 def decays_as_msclip(name: str, shape: Sequence[int]) -> bool:
-    """Whether weight decay applies as MS-CLIP (You et al., ECCV 2022) has it: to matrices and kernels, and to no table.
+    """Whether weight decay applies in MS-CLIP (You et al., ECCV 2022): to matrices and kernels, except embeddings.
 
-    Tables are told by the names of our nets: ``token_embed.weight`` and ``pos_embed``.
+    Embeddings are recognised by the names of clasp's nets: ``token_embed.weight`` and ``pos_embed``.
     """
     return decays_matrices(name, shape) and not {"token_embed", "pos_embed"} & set(name.split("."))
 
 
 DecayFilter = Callable[[str, Sequence[int]], bool]
-"""Name and shape of a parameter to whether weight decay applies to it"""
+"""From name and shape of a parameter to whether weight decay applies to it"""
 DECAY_FILTERS: dict[str, DecayFilter] = {
     "matrices": decays_matrices,
     "lilt": decays_as_lilt,
@@ -96,17 +96,17 @@ def build_parameter_groups(
 ) -> list[ParameterGroup]:
     """Parameters by (decay, learning-rate factor), in a stable order.
 
-    ``decay_filter`` is as ``find_decay_filter`` has it. ``weight_decay_overrides`` has the weight decay by name where
-    it is not ``weight_decay``; ``lr_factors`` has the factor on the learning rate by name, 1 where it has none.
+    ``decay_filter`` is resolved by ``find_decay_filter``. ``weight_decay_overrides``: weight decay by name where it is
+    not ``weight_decay``; ``lr_factors``: factor on the learning rate by name, 1 by default.
     """
     decays = find_decay_filter(decay_filter)
     gathered: dict[tuple[float, float], list[str]] = {}
     for name, parameter in parameters.items():
-        own = weight_decay_overrides.get(name, weight_decay) if decays(name, parameter.shape) else 0.0
-        gathered.setdefault((own, lr_factors.get(name, 1.0)), []).append(name)
+        decay = weight_decay_overrides.get(name, weight_decay) if decays(name, parameter.shape) else 0.0
+        gathered.setdefault((decay, lr_factors.get(name, 1.0)), []).append(name)
     return [
-        ParameterGroup(tuple(names), tuple(parameters[name] for name in names), own, factor)
-        for (own, factor), names in gathered.items()
+        ParameterGroup(tuple(names), tuple(parameters[name] for name in names), decay, factor)
+        for (decay, factor), names in gathered.items()
     ]
 
 
@@ -127,14 +127,14 @@ def build_adamw(
 
 
 def set_lr(optimizer: AdamW, lr: float) -> None:
-    """Gives each group the learning rate times its own factor."""
+    """Set each group's learning rate to ``lr`` times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleContext:
-    """What a schedule has to know of a run: its steps and epochs, steps of warm-up, lowest factor."""
+    """The arguments of a schedule: total steps and epochs of a run, warm-up steps, lowest factor."""
 
     steps: int
     epochs: int
@@ -145,8 +145,8 @@ class ScheduleContext:
 def warmup_cosine(step: int, context: ScheduleContext) -> float:
     """Factor on the learning rate for step ``step`` (from 0).
 
-    Rises in equal stairs to 1 over the warm-up, the first step already moving; then half a cosine towards the floor,
-    which it would reach after the last step, so that the last step still moves.
+    Linear warm-up to 1, starting above 0; then half a cosine towards ``min_lr_ratio``, reached one step after the last,
+    so that the last step still has a learning rate above it.
     """
     if step < context.warmup_steps:
         return (step + 1) / context.warmup_steps
@@ -159,9 +159,9 @@ def lilt_schedule(step: int, context: ScheduleContext) -> float:
     """LilT's factor on the learning rate for step ``step`` (from 0): stairs in epoch 0, then one value an epoch.
 
     Stair s is 0.1 + 0.09 s; the next one begins after step 100 (s + 1), so the first is 101 steps long, as in the
-    released code, which moves after a step. An epoch 0 of up to 1,001 steps ends below 1. Epoch e from 1 on has
-    floor + (1 - floor) / 2 * (1 + cos(pi e / epochs)), whatever epoch 0 came to. Its warm-up is fixed: the course's
-    is not looked at.
+    released code, which updates the rate after a step. An epoch 0 of up to 1,001 steps ends below 1. Epoch e from 1
+    on has floor + (1 - floor) / 2 * (1 + cos(pi e / epochs)), whatever factor epoch 0 ended at. Its warm-up is fixed:
+    ``context.warmup_steps`` is ignored.
     """
     epoch = step // (context.steps // context.epochs)
     if epoch == 0:
@@ -178,7 +178,7 @@ def _cosine(progress: float, min_lr_ratio: float) -> float:
 class LrSchedule:
     """A row of ``SCHEDULES``: step (from 0) to a factor on the learning rate.
 
-    ``reads_warmup=False``: it has a warm-up of its own, and ``train.warmup_fraction`` cannot be set beside it.
+    ``reads_warmup=False``: the schedule defines its own warm-up, and ``train.warmup_fraction`` cannot be set.
     """
 
     factor: Callable[[int, ScheduleContext], float]
@@ -204,7 +204,7 @@ def find_schedule(name: str) -> LrSchedule:
 
 
 def optimizer_state(optimizer: AdamW, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's memory as ``NAME/exp_avg``, ``NAME/exp_avg_sq``, ``NAME/step``; not copied."""
+    """The optimizer state as ``NAME/exp_avg``, ``NAME/exp_avg_sq``, ``NAME/step``; not copied."""
     return {
         f"{name}/{key}": value
         for name, parameter in parameters.items()
@@ -215,24 +215,26 @@ def optimizer_state(optimizer: AdamW, parameters: Mapping[str, nn.Parameter]) ->
 def load_optimizer_state(
     optimizer: AdamW, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Puts ``optimizer_state`` back, copied, on the parameters' devices; a name that is not trained here is a
-    UserError."""
-    remembered: dict[str, dict[str, Tensor]] = {}
+    """Load the output of ``optimizer_state``, copied to the parameters' devices.
+
+    Raises ``UserError`` for a name that is not trained here.
+    """
+    loaded: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, slot = key.rpartition("/")
-        remembered.setdefault(name, {})[slot] = tensor
-    if strange := sorted(remembered.keys() - parameters.keys()):
-        raise UserError(f"the saved optimizer state has {strange[0]!r}, which this recipe does not train")
-    for name, slots in remembered.items():
-        remembered[name] = {slot: _copy_with_strides_of(parameters[name], tensor) for slot, tensor in slots.items()}
+        loaded.setdefault(name, {})[slot] = tensor
+    if unexpected := sorted(loaded.keys() - parameters.keys()):
+        raise UserError(f"the saved optimizer state has {unexpected[0]!r}, which this recipe does not train")
+    for name, slots in loaded.items():
+        loaded[name] = {slot: _copy_with_strides_of(parameters[name], tensor) for slot, tensor in slots.items()}
     names = {parameter: name for name, parameter in parameters.items()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    numbered = {number: remembered[name] for number, name in enumerate(order) if name in remembered}
+    numbered = {number: loaded[name] for number, name in enumerate(order) if name in loaded}
     optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _copy_with_strides_of(parameter: Tensor, remembered: Tensor) -> Tensor:
-    """A copy with the parameter's strides: the fused step walks through both side by side, whatever their strides."""
-    if remembered.shape != parameter.shape:  # the number of steps
-        return remembered.detach().clone()
-    return torch.empty_like(parameter, dtype=remembered.dtype, requires_grad=False).copy_(remembered)
+def _copy_with_strides_of(parameter: Tensor, loaded: Tensor) -> Tensor:
+    """A copy with the parameter's strides: the fused kernel iterates over both in storage order."""
+    if loaded.shape != parameter.shape:  # the step count
+        return loaded.detach().clone()
+    return torch.empty_like(parameter, dtype=loaded.dtype, requires_grad=False).copy_(loaded)

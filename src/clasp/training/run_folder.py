@@ -1,8 +1,8 @@
-"""A run on disk: recipe, delta, and the hashes of the weights that the delta stands on.
+"""A run folder: recipe, delta, and the hashes of the base weights that the delta belongs to.
 
-In goes a model and what made it, out comes a folder; and back, bitwise. Every file is written beside its place and
-renamed, so a kill leaves the old file or the new one. Unusual: the delta holds the selection and nothing else, so a run
-of a few megabytes is worth nothing without its bases, and refuses bases that differ by a single tensor.
+Input: a model with its recipe, transform and tokenizer. Output: a folder, and the model loaded back from it, bitwise.
+Every file is written under a temporary name and renamed, so a kill leaves the old file or the new one. Note: the delta
+holds the trainable parameters only, so a run needs its base weights, and refuses ones that differ in any tensor.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from clasp.training.state import TrainState
 from clasp.types import UserError
 
 _FORMAT = 1
-RUN_PLACEHOLDER = "{run}"  # stands for the run's folder in the towers of its recipe, so that a run can be moved
-# there before anything is trained; towers/ in a run whose towers came with it, tracker files where a recipe names one
+RUN_PLACEHOLDER = "{run}"  # the run's folder, in the towers of its recipe, so that a run can be moved
+# files of a run before training; towers/ where the run includes its towers, tracker files where trackers are named
 _INITIAL_FILES = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl", "towers")
 _TRACKER_FILES = ("trackers.json", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True, slots=True)
 class RunMetadata:
-    """What a run folder says before any weights are read."""
+    """The metadata of a run folder, without weights."""
 
     recipe: dict[str, Any]
     transform: ImageTransform
@@ -47,7 +47,7 @@ class RunMetadata:
 
 
 class RunFolder:
-    """One run folder. Making the object touches nothing."""
+    """One run folder; constructing the object does no input or output."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -55,11 +55,11 @@ class RunFolder:
     # --- writing -------------------------------------------------------------------------------------------------
 
     def require_free(self) -> None:
-        """``UserError`` unless a run may begin here: nothing is here, or a run that ended before it had trained."""
+        """Raises ``UserError`` unless a run may start here: no folder, or a run that ended before it had trained."""
         other = "choose another name with --name, or delete it"
         if (self.path / "state").exists():
             raise UserError(
-                f"{self.path} holds a run that was stopped; go on with: clasp resume {self.path}; or {other}"
+                f"{self.path} holds an interrupted run; resume it with: clasp resume {self.path}; or {other}"
             )
         if (self.path / "delta.safetensors").exists():
             raise UserError(f"{self.path} holds a run already; {other}")
@@ -79,9 +79,9 @@ class RunFolder:
         *,
         pairs: str | None,
     ) -> None:
-        """Make the folder and write what training does not change; ``pairs`` is the hash of the data, if it is known.
+        """Make the folder and write the files that training does not change; ``pairs``: the hash of the data, if known.
 
-        Raises ``UserError`` for a folder that is taken. What is left of a run that never trained is written over.
+        Raises ``UserError`` for a folder that is taken. Files of a run that never trained are overwritten.
         """
         self.require_free()
         with translate_disk_errors(self.path):
@@ -106,13 +106,13 @@ class RunFolder:
         }
 
     def save(self, model: DualEncoder) -> int:
-        """Write the delta; returns its bytes on disk."""
+        """Write the delta; returns its size in bytes."""
         with translate_disk_errors(self.path):
             _write_tensors(self.path / "delta.safetensors", model.delta(), {"format": str(_FORMAT)})
         return (self.path / "delta.safetensors").stat().st_size
 
     def save_state(self, state: TrainState) -> None:
-        """Write what going on exactly needs beyond the delta; ``state/`` may be deleted when a run is finished."""
+        """Write the training state that a bitwise resumption needs; ``state/`` is deleted when a run is finished."""
         with translate_disk_errors(self.path):
             (self.path / "state").mkdir(exist_ok=True)
             # one file, so that a kill never pairs new tensors with an old position
@@ -120,7 +120,7 @@ class RunFolder:
             _write_tensors(self.path / "state" / "state.safetensors", state.tensors(), facts)
 
     def finish(self) -> None:
-        """Drop the state: there is nothing left to go on with."""
+        """Delete the training state of a finished run."""
         shutil.rmtree(self.path / "state", ignore_errors=True)
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -134,14 +134,14 @@ class RunFolder:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file of the run, such as its card."""
+        """Write a text file of the run, such as its model card."""
         with translate_disk_errors(self.path):
             _write(self.path / name, text)
 
     # --- reading -------------------------------------------------------------------------------------------------
 
     def recipe(self) -> dict[str, Any]:
-        """What ``recipe.toml`` says, ``{run}`` filled in. Raises ``UserError`` when the folder is not a run."""
+        """The recipe as nested dictionaries, ``{run}`` replaced. Raises ``UserError`` when the folder is not a run."""
         if not self.path.is_dir():
             raise UserError(f"no run at {self.path}: no such folder")
         needed = ("recipe.toml", "base.json", "transform.json", "tokenizer")
@@ -154,7 +154,7 @@ class RunFolder:
             raise UserError(f"{self.path / 'recipe.toml'} is damaged: {error}") from None
 
     def resolve_placeholder(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        """A recipe's sections with this run's folder for ``{run}`` in the towers: what lies in the run goes with it."""
+        """A recipe's sections with ``{run}`` in the towers replaced by this run's folder."""
         filled = dict(recipe)
         for side in ("image", "text"):
             match recipe.get(side):
@@ -173,15 +173,15 @@ class RunFolder:
         return RunMetadata(recipe, transform, Tokenizer.from_folder(self.path / "tokenizer"), base)
 
     def require_same_bases(self, model: DualEncoder) -> None:
-        """``UserError`` unless the towers of ``model`` hold the weights that this run was trained on."""
+        """Raises ``UserError`` unless the towers of ``model`` have the base weights that this run was trained on."""
         base = json.loads((self.path / "base.json").read_text(encoding="utf-8"))
         for tower in (model.image, model.text):
             _require_same_weights(self.path, tower, base[tower.modality])
 
     def load_delta(self, model: DualEncoder) -> None:
-        """Check the bases of ``model`` and put the delta in. Every tensor is accounted for.
+        """Verify the base weights of ``model`` and load the delta into it; tensor names must match exactly.
 
-        Raises ``UserError`` for other bases, and for a delta that is not there, is damaged or does not fit.
+        Raises ``UserError`` for other base weights, and for a delta that is missing, damaged or does not fit.
         """
         self.require_same_bases(model)
         path = self.path / "delta.safetensors"
@@ -191,12 +191,14 @@ class RunFolder:
             tensors = safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from None
-        wanted = model.delta()
-        odd = sorted(set(tensors) ^ set(wanted))
-        if odd:
-            raise UserError(f"{path} does not fit its recipe: {odd[0]} and {len(odd) - 1} more are on one side only")
+        parameters = model.delta()
+        mismatched = sorted(set(tensors) ^ set(parameters))
+        if mismatched:
+            raise UserError(
+                f"{path} does not fit its recipe: {mismatched[0]} and {len(mismatched) - 1} more are on one side only"
+            )
         with torch.no_grad():
-            for name, tensor in wanted.items():
+            for name, tensor in parameters.items():
                 if tensors[name].shape != tensor.shape:
                     raise UserError(
                         f"{path}: {name} is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}"
@@ -204,11 +206,11 @@ class RunFolder:
                 tensor.copy_(tensors[name])
 
     def read_state(self) -> TrainState:
-        """What ``save_state`` wrote. Raises ``UserError`` when there is none, or it is damaged."""
+        """Read what ``save_state`` wrote. Raises ``UserError`` when it is missing or damaged."""
         self.recipe()
         path = self.path / "state" / "state.safetensors"
         if not path.exists():
-            raise UserError(f"{self.path} has no state/ to go on from; it is finished, or its state was deleted")
+            raise UserError(f"{self.path} has no state/ to resume from; it is finished, or its state was deleted")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -240,14 +242,14 @@ def _write(path: Path, text: str) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    rows = {name: tensor.contiguous() for name, tensor in tensors.items()}  # a CNN's are kept channels last
+    rows = {name: tensor.contiguous() for name, tensor in tensors.items()}  # those of a CNN are channels-last
     with _atomic_write(path) as part:
         safetensors.torch.save_file(rows, part, metadata)
 
 
 @contextmanager
 def _atomic_write(path: Path) -> Iterator[Path]:
-    """A file to write beside ``path``, which takes its place when all went well."""
+    """A temporary file beside ``path`` that replaces it on success."""
     part = path.with_name(path.name + ".part")
     try:
         yield part
@@ -258,7 +260,7 @@ def _atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def translate_disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full disk into one line; what was there before is still there."""
+    """Turn a full disk or a path that cannot be written into a ``UserError``; earlier files stay."""
     try:
         yield
     except Exception as error:

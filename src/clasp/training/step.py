@@ -1,9 +1,9 @@
-"""One training step: embed a batch, measure the loss, move the selected weights.
+"""One training step: embed a batch, compute the loss and its gradient, update the trainable parameters.
 
-In: a model, a loss, settings, a batch and the number of the step. Out: ``StepResult``, numbers for the log; weights
-moved. Note: randomness is drawn from (seed, step) alone, so a step does not depend on what ran before it. A batch of
-more than ``micro_batch`` pairs is worked through in pieces (``training.grad_cache``), to the same gradient. A loss or
-gradient that is not finite stops the run before it reaches the weights.
+Input: a model, a loss, settings, a batch and the step number. Output: ``StepResult`` for the log; weights updated in
+place. Note: random numbers depend on (seed, step) only, so a step does not depend on what ran before it. A batch of
+more than ``micro_batch`` pairs uses gradient caching (``training.grad_cache``), to the same gradient. A loss or
+gradient that is not finite stops the run before the weights are updated.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from clasp.types import Batch, Embeddings, Loss, UserError
 
 @runtime_checkable
 class Trainable(Embedder, Protocol):
-    """A module that embeds a batch, or either side of it, and names what trains in it.
+    """A module that embeds a batch, or either side of it, and names its trainable parameters (``selection``).
 
-    ``train()`` must leave frozen things alone: running statistics of a norm are in no selection, and no run would save
-    them but for those in ``moving``. ``after_step`` puts back into bounds what a step may have pushed out, which is the
-    log scale.
+    ``train()`` must leave frozen modules in eval mode: running statistics of norms are in no selection and are
+    saved only if they are in ``moving``. ``after_step`` clamps parameters to their bounds, such as the log of the logit
+    scale.
     """
 
     @property
@@ -53,7 +53,7 @@ class Trainable(Embedder, Protocol):
 
 
 class StepResult(NamedTuple):
-    """What a step was like; ``gradient_norm`` is that before clipping."""
+    """Metrics of a step; ``gradient_norm`` is before clipping, ``scale`` is the logit scale."""
 
     loss: float
     lr: float
@@ -62,11 +62,11 @@ class StepResult(NamedTuple):
 
 
 class Stepper:
-    """Holds what moves the weights; ``weights`` is the selection, by name.
+    """Optimizer, learning-rate schedule and gradient computation of a model; ``weights``: trainable parameters by name.
 
-    ``kinds`` has the kind of each of them, for ``lr_factors`` and the decay of what is shared; where it is empty all
-    have the same learning rate.
-    ``micro_batch`` is ``None`` until it is known: set by the recipe, restored with the state of a run, or chosen.
+    ``kinds`` maps each of them to its kind, for ``lr_factors`` and the weight decay of shared parameters; where it is
+    empty all have the same learning rate.
+    ``micro_batch`` is ``None`` until it is set by the recipe, restored with the state of a run, or chosen.
     """
 
     def __init__(
@@ -100,26 +100,30 @@ class Stepper:
         )
         if model.moving and self.micro_batch is None:
             assert settings.batch_size != "auto", "resolve the settings with plan_training first"
-            self.micro_batch = settings.batch_size  # statistics are of whole batches, and measuring would move them
+            self.micro_batch = (
+                settings.batch_size
+            )  # BatchNorm statistics are of whole batches, and measuring would update them
 
     def _parameter_groups(self, kinds: Mapping[str, str]) -> list[optim.ParameterGroup]:
-        """The weights by decay and learning rate, as the optimizer takes them."""
-        factors, apart = self.settings.lr_factors.model_dump(), self.settings.weight_decay_shared
-        assert kinds or (set(factors.values()) == {1.0} and apart is None), "these need the kinds of the parameters"
-        assert not kinds or kinds.keys() >= self.weights.keys(), "a parameter that trains is of no kind"
+        """The trainable parameters grouped by weight decay and learning rate."""
+        factors, shared_decay = self.settings.lr_factors.model_dump(), self.settings.weight_decay_shared
+        assert kinds or (set(factors.values()) == {1.0} and shared_decay is None), (
+            "these need the kinds of the parameters"
+        )
+        assert not kinds or kinds.keys() >= self.weights.keys(), "a trainable parameter has no kind"
         shared = [name for name, kind in kinds.items() if kind == "shared"]
         return optim.build_parameter_groups(
             self.weights,
             weight_decay=self.settings.weight_decay,
             decay_filter=self.settings.decay_filter,
-            weight_decay_overrides={} if apart is None else dict.fromkeys(shared, apart),
+            weight_decay_overrides={} if shared_decay is None else dict.fromkeys(shared, shared_decay),
             lr_factors={name: factors[kind] for name, kind in kinds.items()},
         )
 
     def restore(self, state: TrainState) -> None:
-        """Goes on from the weights, the optimizer and the micro-batch of a saved state.
+        """Restore the weights, the optimizer state and the micro-batch size of a saved state.
 
-        Raises ``UserError`` for the state of a run that trains something else.
+        Raises ``UserError`` for the state of a run with other trainable parameters.
         """
         if self.settings.micro_batch == "auto" and state.micro_batch is not None:
             self.micro_batch = state.micro_batch
@@ -127,13 +131,13 @@ class Stepper:
         optim.load_optimizer_state(self.optimizer, self.weights, state.optimizer)
 
     def step(self, batch: Batch, number: int) -> StepResult:
-        """Takes step ``number`` (from 0). Raises UserError, with the weights as they were, if it would spoil them."""
+        """Take step ``number`` (from 0). Raises ``UserError``, weights unchanged, if loss or gradient is not finite."""
         lr = self.settings.lr * self.schedule(number, self.schedule_context)
         optim.set_lr(self.optimizer, lr)
         measured = self.backward(batch, number)
         norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self.max_norm)
         assert norm is not None
-        # the one moment of a step in which a GPU is waited for
+        # the only synchronisation with the GPU in a step
         loss, scale, gradient_norm = torch.stack([measured.loss, measured.scale, norm.float()]).tolist()
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             self.optimizer.zero_grad()
@@ -144,7 +148,7 @@ class Stepper:
         return StepResult(loss, lr, scale, gradient_norm)
 
     def backward(self, batch: Batch, number: int) -> LossAndScale:
-        """Leaves the gradient of the batch's loss on the weights; the loss is taken in float32 at any precision."""
+        """Compute the gradient of the batch's loss; the loss itself is computed in float32 at any precision."""
         if self.micro_batch is not None and len(batch.ids) > self.micro_batch:
             return grad_cache.backward_in_micro_batches(
                 self._micro_batch_embedder(number), batch, self.loss, self.micro_batch
@@ -167,7 +171,7 @@ class Stepper:
         return LossAndScale(parts.total.detach(), out.scale.detach().float())
 
     def choose_micro_batch(self, batch: Batch) -> MicroBatchChoice:
-        """Measures how many pairs fit in memory at a time, and keeps to it from now on."""
+        """Measure how many pairs fit in memory at a time; sets ``micro_batch`` for all further steps."""
         pairs = max(len(batch.ids), 0 if self.settings.batch_size == "auto" else self.settings.batch_size)
         choice = grad_cache.choose_micro_batch(self._micro_batch_embedder(0), batch, pairs)
         self.micro_batch = choice.micro_batch
@@ -182,16 +186,16 @@ class Stepper:
         return grad_cache.MicroBatchEmbedder(self.model, device, self.precision, seed)
 
     def selected_weights(self, *, copied: bool = False) -> dict[str, Tensor]:
-        """The trained weights by name, and the statistics that move: the live tensors, or a copy on the CPU."""
+        """The trained weights and updated running statistics by name: the live tensors, or a copy on the CPU."""
         live = {name: parameter.detach() for name, parameter in self.weights.items()} | dict(self.model.moving)
         return {name: tensor.to("cpu", copy=True) for name, tensor in live.items()} if copied else live
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """What the optimizer remembers, by name; not copied."""
+        """The optimizer state by name; not copied."""
         return optim.optimizer_state(self.optimizer, self.weights)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copies weights into the model; they must be of the same names and shapes, else UserError."""
+        """Copy weights into the model. Raises ``UserError`` unless names and shapes are the same."""
         live = self.selected_weights()
         ours = {name: tuple(tensor.shape) for name, tensor in live.items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -205,7 +209,7 @@ class Stepper:
                 tensor.copy_(weights[name])
 
     def divergence_message(self, loss: float, number: int, lr: float) -> str:
-        """What to say when step ``number`` must not be taken."""
+        """The error message when loss or gradient of step ``number`` is not finite."""
         what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         tries = [f"train.lr={self.settings.lr / 3:.1g}"]
         if self.schedule.reads_warmup:
@@ -219,13 +223,13 @@ class Stepper:
 
 
 def step_seed(seed: int, step: int, *piece: str | int) -> int:
-    """A seed for one step's dropout and noise, or for a piece of it; unlike that of its neighbours."""
-    words = " ".join(map(str, (seed, step, *piece)))
-    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+    """A seed for dropout and noise of one step, or of a micro-batch of it, by hashing."""
+    key = " ".join(map(str, (seed, step, *piece)))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds the generators that a step draws from: ``torch.manual_seed`` asks every kind of device, at 1 ms a call."""
+    """Seed the generators that a step uses; ``torch.manual_seed`` seeds every kind of device, at 1 ms a call."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)

@@ -361,7 +361,7 @@ def test_the_command_prints_one_table_or_one_object(
         return tuple(capfd.readouterr())
 
     out, err = typed()
-    assert out.count("chance: by guessing") == 1 and "image: k-NN" in out and "text R@1, never trained: sw" in out
+    assert out.count("chance: the chance level") == 1 and "image: k-NN" in out and "text R@1, never trained: sw" in out
     assert "image tower: weights moved by" in out and "text tower: weights moved by" in out
     assert "retention.png" in err
     out, _ = typed("--json")

@@ -1,1 +1,1 @@
-"""What the towers of a run still know: probes before and after alignment, drift, and the way between."""
+"""Retention of pre-trained features: probes before and after alignment, weight drift, weight interpolation."""

@@ -1,9 +1,8 @@
-"""Both towers of a model heard on the probes, once for each state they are put in.
+"""Features of both towers on the probe data, before and after alignment and at interpolated weights.
 
-In go the pairs to probe with and the ``FeatureSource`` of a run, out comes what each tower said (``ModelFeatures``): as
-it came (``before``), as it is (``after``), or part of the way between. Unusual: states that a frozen trunk left in the
-cache serve every state of a tower, since the trunk is the same in all of them; a tower in which nothing trains is heard
-once.
+Input: the probe pairs and the ``FeatureSource`` of a run. Output: ``ModelFeatures`` with base weights (``before``),
+tuned weights (``after``), or interpolated ones. Note: cached hidden states of a frozen prefix are reused for all
+weights of a tower, since the prefix is the same in all of them; a wholly frozen tower is run once.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from clasp.types import ImageInput, ProgressFactory, TextInput
 
 _ImageBatchStream = Iterable[tuple[Sequence[str], ImageInput]]
 
-_MAX_COMPARED = 1000  # inputs on which the states of blocks are compared
+_MAX_COMPARED = 1000  # inputs on which the hidden states of blocks are compared
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFeatures:
-    """What a model's towers said in one state: of the images, of further images to fit on, of the texts."""
+    """Features of a model's towers in one state: of the images, of further images to fit probes on, of the texts."""
 
     image: TowerFeatures
     fit: TowerFeatures | None
@@ -36,16 +35,16 @@ class ModelFeatures:
 
     @property
     def fit_features(self) -> TowerFeatures:
-        """Of the images that probes are fitted on: further ones, or a part of ``image``."""
+        """Features of the images that probes are fitted on: further ones, or part of ``image``."""
         return self.fit or self.image
 
 
 @dataclass(kw_only=True)
 class ProbeFeatureExtractor:
-    """A run's model, its untuned towers (``base``), and what they are to be heard on.
+    """Extracts features of a run's model and of its untuned towers (``base``) on the probe data.
 
-    ``fit``: pairs to fit on that are not among ``pairs``. ``captions`` are compared state by state, ``prompts`` only
-    read. Of images and captions at most ``_MAX_COMPARED`` are compared, chosen by a hash of their id or text.
+    ``fit``: pairs to fit on that are not among ``pairs``. Hidden states of ``captions`` are compared, ``prompts`` are
+    only embedded. At most ``_MAX_COMPARED`` images and captions are compared, chosen by a hash of their id or text.
     """
 
     model: DualEncoder
@@ -59,7 +58,7 @@ class ProbeFeatureExtractor:
     _streams: dict[int, Callable[[], _ImageBatchStream]] = field(default_factory=dict)
 
     def before(self) -> ModelFeatures:
-        """The towers as they came. A learned pooling is the run's: no base has one."""
+        """Features with base weights. Learned pooling is that of the run: the base has none."""
         self.base.image.pooling, self.base.text.pooling = self.model.image.pooling, self.model.text.pooling
         model = self.model
         image = self._image_features(model.image if model.image.fully_frozen else self.base.image, "before")
@@ -68,16 +67,16 @@ class ProbeFeatureExtractor:
         )
 
     def after(self, before: ModelFeatures) -> ModelFeatures:
-        """The run's towers; what nothing trained in said it ``before``."""
+        """Features with tuned weights; those of a wholly frozen tower are taken from ``before``."""
         return self._at_state("after", before)
 
     def interpolated(
         self, interpolations: Sequence[WeightInterpolation], alpha: float, before: ModelFeatures
     ) -> ModelFeatures:
-        """The run's towers, each of them ``alpha`` of the way from its base."""
+        """Features at base + ``alpha`` * (tuned - base) weights."""
         with ExitStack() as stack:
-            for way in interpolations:
-                stack.enter_context(way.at(alpha))
+            for interpolation in interpolations:
+                stack.enter_context(interpolation.at(alpha))
             return self._at_state(f"at {alpha:g}", before)
 
     def _at_state(self, state: str, before: ModelFeatures) -> ModelFeatures:
@@ -87,13 +86,13 @@ class ProbeFeatureExtractor:
 
     def _image_features(self, tower: Tower, state: str) -> tuple[TowerFeatures, TowerFeatures | None]:
         ids = [pair.id for pair in self.pairs]
-        said = self._extract(
+        features = self._extract(
             tower, self._stream(self.pairs), ids, hashed_subset(ids, _MAX_COMPARED), f"images, {state}"
         )
         if self.fit is None:
-            return said, None
+            return features, None
         ids = [pair.id for pair in self.fit]
-        return said, self._extract(tower, self._stream(self.fit), ids, frozenset(), f"images to fit on, {state}")
+        return features, self._extract(tower, self._stream(self.fit), ids, frozenset(), f"images to fit on, {state}")
 
     def _text_features(self, tower: Tower, state: str) -> TowerFeatures:
         texts = sorted({*self.captions, *self.prompts})
@@ -102,7 +101,7 @@ class ProbeFeatureExtractor:
         )
 
     def _stream(self, pairs: Pairs) -> _ImageBatchStream:
-        """Made once for the same pairs: it says once how they are read, and which of them cannot be."""
+        """One stream per set of pairs, so that status lines and unreadable images are reported once."""
         if id(pairs) not in self._streams:
             self._streams[id(pairs)] = self.inputs.images(pairs)
         return self._streams[id(pairs)]()
@@ -120,7 +119,7 @@ class ProbeFeatureExtractor:
 
 
 def hashed_subset(ids: Iterable[str], limit: int) -> frozenset[str]:
-    """At most so many of the ids, by a hash of each: the same whatever their order."""
+    """At most ``limit`` of the ids, chosen by a hash of each, independent of their order."""
 
     def rank(id: str) -> bytes:
         return hashlib.sha256(id.encode("utf-8", "surrogatepass")).digest()

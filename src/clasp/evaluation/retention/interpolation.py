@@ -1,8 +1,8 @@
-"""Points on the way from the base to the tuned weights: what is gained in alignment against what is kept.
+"""Linear interpolation between base and tuned weights: alignment against retention.
 
-In go a model heard before and after, and what is asked of it; out come rows with both, from the base (``alpha`` 0) to
-the run (1), under the heads of the run. WiSE-FT (Wortsman et al., CVPR 2022) draws such a curve between accuracy on the
-target and under distribution shift; ours has what the towers knew in place of the latter.
+Input: features before and after, and the probes. Output: rows with alignment and probe scores, from the base weights
+(``alpha`` 0) to the tuned weights (1), with the heads of the run. WiSE-FT (Wortsman et al., CVPR 2022) plots such a
+curve of accuracy on the target distribution and under distribution shift; here retention takes the place of the latter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MACRO_ALL = macro_language(ALL_LANGUAGES)
 
 
 class _AlignmentScore(NamedTuple):
-    """A measure of alignment: what it is called here, what its metric is called in the result, and the result."""
+    """A measure of alignment: its name here, the name of its metric in the result, and the result."""
 
     name: str
     metric: str
@@ -45,24 +45,27 @@ def interpolation_results(
     after: ModelFeatures,
     say: MessageCallback,
 ) -> list[EvaluationResult]:
-    """A row for each of ``_ALPHAS``; none where there is no straight way, and a line says why."""
+    """A row for each of ``_ALPHAS``; none where weights cannot be interpolated, with a status line why."""
     model, base = extractor.model, extractor.base
     towers = ((model.image, base.image), (model.text, base.text))
     if reasons := [
-        f"{tower.modality}: {reason}" for tower, own in towers for reason in interpolation_obstacles(tower, own)
+        f"{tower.modality}: {reason}"
+        for tower, base_tower in towers
+        for reason in interpolation_obstacles(tower, base_tower)
     ]:
         say(f"no way between base and tuned weights is drawn, since it is not straight: {', '.join(reasons)}")
         return []
-    ways = [way for tower, own in towers if not (way := WeightInterpolation(tower, own)).is_identity]
-    if not ways:
+    pairs = [WeightInterpolation(tower, base_tower) for tower, base_tower in towers]
+    interpolations = [interpolation for interpolation in pairs if not interpolation.is_identity]
+    if not interpolations:
         say("no way between base and tuned weights is drawn: nothing inside the towers was tuned")
         return []
     ends = {0.0: before, 1.0: after}
     rows = []
     for alpha in _ALPHAS:
         start = time.perf_counter()
-        heard = ends[alpha] if alpha in ends else extractor.interpolated(ways, alpha, before)
-        rows.append(_result_at(plan, model, heard, alpha, start))
+        features = ends[alpha] if alpha in ends else extractor.interpolated(interpolations, alpha, before)
+        rows.append(_result_at(plan, model, features, alpha, start))
     return rows
 
 
@@ -95,8 +98,7 @@ def _result_at(
 
 
 def _alignment_score(plan: RetentionPlan, model: DualEncoder, features: ModelFeatures) -> _AlignmentScore:
-    """How well images and texts meet under the run's heads: zero-shot accuracy where there are classes, else the mean
-    recall of retrieval, over all languages."""
+    """Alignment with the run's heads: zero-shot accuracy where there are classes, else mean recall over all languages."""
     device = next(model.parameters()).device
     row = {text: place for place, text in enumerate(features.text.ids)}
 

@@ -1,8 +1,8 @@
-"""The probes that some pairs allow for a run: of which kind, in which languages, and what they are fitted on.
+"""The retention probes that are possible on some pairs: their kinds, languages and fit sets.
 
-In goes a ``TaskContext``, out comes ``RetentionPlan``; no image is read and no tower run, so that every mistake is told
-at once; one line names each probe that the pairs do not allow. Note: the languages a run was trained on are those its
-recipe names, else those its training pairs name, else unknown; they are never guessed from the towers.
+Input: a ``TaskContext``. Output: ``RetentionPlan``. No image is read and no tower run, so errors are raised at once; a
+status line names each probe that the pairs do not allow. Note: the languages a run was trained on are those its
+recipe names, else those its training pairs name, else unknown; they are never inferred from the towers.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class RetentionPlan:
 
     @property
     def classes(self) -> list[str]:
-        """Those of ``data``, in order."""
+        """The classes of ``data``, sorted."""
         return sorted({str(pair.meta[self.label]) for pair in self.pairs}) if self.label else []
 
     @property
     def captions(self) -> list[str]:
-        """Each once."""
+        """The distinct captions in ``languages``, sorted."""
         wanted = self.languages or [""]
         return sorted({c.text for pair in self.pairs for c in pair.captions if c.language in wanted})
 
@@ -72,7 +72,7 @@ def plan_probes(context: TaskContext) -> RetentionPlan:
 
 
 def trained_languages(recipe: Recipe) -> set[str] | None:
-    """Those that the recipe names, else those of its training pairs, where they name any and can still be opened."""
+    """The languages that the recipe names, else those of its training pairs; ``None`` if unknown or not readable."""
     if recipe.data.languages:
         return set(recipe.data.languages)
     if recipe.data.train is None:
@@ -89,7 +89,7 @@ def _open_fit_pairs(source: str, recipe: Recipe, options: Mapping[str, str]) -> 
 
 
 def _in_memory(pairs: Pairs) -> Pairs:
-    """The same pairs in memory: they are gone through many times, and a row of a table is read anew each time."""
+    """The same pairs in memory: they are iterated many times, and a table row is read from disk each time."""
     return Pairs(pairs.name, [list(pairs)])
 
 
@@ -100,7 +100,7 @@ def _report_skipped(
     text: Sequence[TextProbe],
     trained: AbstractSet[str] | None,
 ) -> None:
-    """What is left out, and why."""
+    """Report what is left out, and why."""
     data, run, say = context.data, context.run.name, context.say
     if image is None:
         has = ", ".join(map(str, pairs[0].meta)) or "none"

@@ -1,9 +1,9 @@
-"""Pairs made into the questions that are put to one tower alone: what its features tell of labels, and of captions.
+"""Probes of a single tower: classification of images, and retrieval among captions, by its features.
 
-In go pairs and options, out come an ``ImageProbe`` and ``TextProbe``s, which are asked of what a tower
-``TowerFeatures``. Nothing is computed before, so that whatever cannot be asked is known at once. Unusual: what is asked
-of captions is read off the pairs. Where they name languages, each language asks for the caption of the same group in
-the anchor language; where a group has several captions in one language, each of them asks for the others.
+Input: pairs and options. Output: an ``ImageProbe`` and ``TextProbe``s, which score ``TowerFeatures``. Errors in the
+pairs are raised before anything is computed. Note: the text probes depend on the pairs. Where captions name languages,
+those of each language retrieve the caption of the same group in the anchor language; where a group has several captions
+in one language, each of them retrieves the others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _GroupedCaption = tuple[str, str]  # a caption and its group
 
 @dataclass(frozen=True, slots=True)
 class ProbeScores:
-    """What each query scored, between 0 and 1, the group it is of, and what guessing scores on average."""
+    """The score of each query, between 0 and 1, its group, and the mean chance level."""
 
     values: Float[Tensor, " q"]
     groups: tuple[str, ...]
@@ -46,8 +46,10 @@ class ProbeScores:
 
 @dataclass(frozen=True, slots=True)
 class ImageProbe:
-    """Images with a class: those to fit on and those asked about. ``skipped`` of the latter have a class that only
-    they have."""
+    """Images with a class: the fit set and the queries.
+
+    ``skipped``: number of queries left out since their class is not in the fit set.
+    """
 
     fit: Sequence[Pair]
     queries: Sequence[Pair]
@@ -56,7 +58,7 @@ class ImageProbe:
     skipped: int
 
     def score(self, name: str, fit: TowerFeatures, queries: TowerFeatures) -> ProbeScores:
-        """Put one of ``IMAGE_PROBES`` to what a tower said of the images to fit on and of those asked about."""
+        """Score the queries with one of ``IMAGE_PROBES``, given the features of fit set and queries."""
         known, asked = _with_features(self.fit, fit), _with_features(self.queries, queries)
         features = fit.rows_of([pair.id for pair in known]), queries.rows_of([pair.id for pair in asked])
         labels = self._labels(known), self._labels(asked)
@@ -127,7 +129,7 @@ def _split_in_half(pairs: Pairs, label: str, data: str) -> ImageProbe:
 
 @dataclass(frozen=True, slots=True)
 class CaptionSearch:
-    """Captions that ask, and captions among which one of the same group is to be found."""
+    """Query captions, and the gallery in which one of the same group is to be retrieved."""
 
     queries: tuple[_GroupedCaption, ...]
     gallery: tuple[_GroupedCaption, ...]
@@ -135,7 +137,7 @@ class CaptionSearch:
 
 @dataclass(frozen=True, slots=True)
 class TextProbe:
-    """Captions in one language asked for captions of the same group, in one or several turns.
+    """Retrieval of captions of the same group by captions in one language, in one or several searches.
 
     ``kind``: ``text`` for captions in the anchor language, ``captions`` for others in the same. ``language_set``: the
     set that ``language`` belongs to; empty where that is unknown.
@@ -162,8 +164,9 @@ class TextProbe:
 def make_text_probes(
     pairs: Sequence[Pair], languages: Sequence[str], anchor: str, trained: AbstractSet[str] | None, data: str
 ) -> list[TextProbe]:
-    """What can be asked of captions in ``languages``, those trained on first. Captions that name no language are asked
-    where none is named.
+    """The text probes of captions in ``languages``, trained languages first.
+
+    Captions without a language are probed where no language is named.
 
     Raises ``UserError`` where captions are in two languages and none is the anchor.
     """
@@ -194,17 +197,17 @@ def _captions_by_language(pairs: Iterable[Pair]) -> dict[str, dict[str, list[str
 
 
 def _cross_language_search(
-    asking: Mapping[str, Sequence[str]], anchor: Mapping[str, Sequence[str]]
+    query_captions: Mapping[str, Sequence[str]], anchor: Mapping[str, Sequence[str]]
 ) -> CaptionSearch | None:
-    queries = tuple((text, group) for group, texts in asking.items() if group in anchor for text in texts)
+    queries = tuple((text, group) for group, texts in query_captions.items() if group in anchor for text in texts)
     gallery = tuple((text, group) for group, texts in anchor.items() for text in texts)
     return CaptionSearch(queries, gallery) if queries and len(anchor) > 1 else None
 
 
 def _within_language_searches(captions: Mapping[str, Sequence[str]]) -> tuple[CaptionSearch, ...]:
-    """The n-th captions of all groups ask among the others, for each n: every caption asks once, and none finds itself.
+    """For each n, the n-th captions of all groups are queries, the other captions the gallery.
 
-    Groups with one caption stay in the gallery and are not asked.
+    Groups with one caption are in the gallery but no queries.
     """
     several = [group for group, texts in captions.items() if len(texts) > 1]
     if len(several) < 2:

@@ -1,10 +1,9 @@
 """``clasp eval RUN retention``: how much of each tower's pre-trained features survives alignment.
 
-In goes the ``TaskContext`` of a run and some pairs; out come rows of results. Rows are of three kinds: probes
-(``before``, ``after``, ``change``), the drift of each part of a tower (``weights``, ``new``, ``cka``), and points
-between the base and the tuned weights (``retention/interpolation``). Note: each tower is run over the probes once for
-each state it is put in, and everything else is computed from those features; a probe that the pairs do not allow is
-left out, and one line names it.
+Input: the ``TaskContext`` of a run. Output: rows of results of three kinds: probes (``before``, ``after``, ``change``),
+the drift of each part of a tower (``weights``, ``new``, ``cka``), and interpolation between base and tuned weights
+(``retention/interpolation``). Note: each tower is run on the probe data once for each set of weights, and everything
+else is computed from those features; a probe that the pairs do not allow is left out, and a status line names it.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def evaluate_retention(context: TaskContext) -> list[EvaluationResult]:
 
 
 def _build_base_model(recipe: Recipe, model: DualEncoder) -> DualEncoder:
-    """The towers of a recipe as they came, on the device of ``model``."""
+    """The towers of a recipe with base weights, on the device of ``model``."""
     tune = recipe.tune.model_copy(update={"image": ["none"], "text": ["none"], "head": "full"})
     return build_model(recipe.model_copy(update={"tune": tune})).to(next(model.parameters()).device).eval()
 
@@ -122,10 +121,11 @@ def _paired_scores(probe: str, before: ProbeScores, after: ProbeScores, seconds:
 def _drift_results(
     data: str, tower: Tower, base: Tower, before: TowerFeatures, after: TowerFeatures, seconds: float
 ) -> list[EvaluationResult]:
-    """A row for each part of a tower, then one for all of it; what a part cannot have is not in its metrics.
+    """A row for each part of a tower, then one for all of it; metrics that are undefined for a part are left out.
 
-    ``weights``: relative norm of the change of the base's weights. ``new``: share of the part's parameters that the
-    base has not. ``cka``: linear CKA of the part's mean states before and after; of the output, of the pooled vectors.
+    ``weights``: relative norm of the change of the base's weights. ``new``: fraction of the part's parameters that the
+    base does not have. ``cka``: linear CKA of the part's mean states before and after; of the output, of the pooled
+    vectors.
     """
     parts = measure_drift(tower, base)
     rows = []
@@ -155,5 +155,5 @@ def _cka(part: PartDrift, tower: Tower, before: TowerFeatures, after: TowerFeatu
     if part.block in after.block_means:
         there = part.block in before.block_means
         return linear_cka(before.block_means[part.block], after.block_means[part.block]) if there else math.nan
-    # no states: it lies below the block at which both states of the tower went on from the same trunk
+    # no states: the part is in the frozen prefix, which is the same before and after
     return 1.0 if part.block else math.nan

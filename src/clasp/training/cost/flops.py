@@ -1,11 +1,12 @@
-"""FLOPs of a piece of work, counted where PyTorch dispatches its operations.
+"""FLOPs of a computation, counted at PyTorch's dispatcher.
 
-In: something to run. Out: ``Flops``, forward and backward apart. A multiply-add counts 2. Counted are products of
-matrices and vectors, convolutions and fused attention; not norms, activations, softmax, sums or the optimizer's step.
-Unusual: the formulas are PyTorch's (``torch.utils.flop_counter``), but its ``FlopCounterMode`` cannot tell the two
-passes apart where they take turns, does not know products in place (the tiled losses) nor the fused attention of
-CPUs, and counts the backward pass of a convolution in groups as many times over as there are groups. What takes
-products and has no formula is named, not guessed; what goes past the dispatcher (compiled kernels) is not seen.
+Input: a function to run. Output: ``Flops``, forward and backward separately. A multiply-add counts 2. Counted
+are products of matrices and vectors, convolutions and fused attention; not norms, activations, softmax, sums or the
+optimizer's step.
+Note: the formulas are PyTorch's (``torch.utils.flop_counter``), but its ``FlopCounterMode`` cannot
+separate interleaved forward and backward passes, lacks in-place products (the tiled losses) and the fused attention of
+CPUs, and multiplies the backward pass of a grouped convolution by the number of groups. Product operations without a
+formula are listed by name, not estimated; operations that bypass the dispatcher (compiled kernels) are not counted.
 """
 
 from __future__ import annotations
@@ -26,18 +27,20 @@ FLOPS_CONVENTION = (
     "products, convolutions and fused attention, a multiply-add as 2; no norms, activations, softmax, optimizer"
 )
 
-# Words in the names of operations that take products. One that has such a word and no formula is named as left out.
+# Name parts of product operations. An operation with such a part and no formula is listed as left out.
 _PRODUCTS = frozenset(
     "mm bmm addmm baddbmm addbmm sspaddmm smm matmul mv addmv dot vdot ger addr inner linear conv convolution "
     "attention mha encoder lstm gru rnn cdist fft".split()
 )
-# Operations of other owners than PyTorch are not known at all; these owners' do no arithmetic of a model.
+# Operations of namespaces other than aten have no formulas; those of these do no arithmetic of a model.
 _NO_ARITHMETIC = frozenset(("prim", "prims", "profiler", "c10d", "_c10d_functional", "debugprims", "rngprims"))
 
 
 class Flops(NamedTuple):
-    """``forward`` has what is computed again too, before or within the backward pass. ``left_out`` are the operations
-    that take products and for which there is no formula."""
+    """Forward and backward FLOPs; ``forward`` includes recomputation (activation checkpointing, GradCache).
+
+    ``left_out``: names of product operations without a formula.
+    """
 
     forward: int
     backward: int
@@ -45,26 +48,26 @@ class Flops(NamedTuple):
 
 
 def count_total_flops(run: Callable[[], Any]) -> int:
-    """Both passes of something together."""
+    """Forward plus backward FLOPs of ``run()``."""
     flops = count_flops(run)
     return flops.forward + flops.backward
 
 
 def count_macs(run: Callable[[], Any]) -> int:
-    """Multiply-accumulates of a forward pass, which papers count; best of a net on the meta device."""
+    """Multiply-accumulates of a forward pass, the count that papers give; works on the meta device."""
     with torch.no_grad():
         return count_flops(run).forward // 2
 
 
 def count_flops(run: Callable[[], Any]) -> Flops:
-    """Runs something, and counts."""
+    """FLOPs of ``run()``."""
     with _Counter() as counter:
         run()
     return Flops(counter.forward, counter.backward, tuple(sorted(counter.left_out)))
 
 
 class _Counter(TorchDispatchMode):
-    """Sees every operation below autograd."""
+    """Counts every operation below autograd."""
 
     supports_higher_order_operators = True
 
@@ -80,10 +83,10 @@ class _Counter(TorchDispatchMode):
         else:
             packet = func._overloadpacket
             if packet not in _FORMULAS and func is not torch.ops.prim.device.default:
-                with self:  # without autograd, operations that are made of others come here whole
-                    whole = func.decompose(*args, **kwargs)
-                if whole is not NotImplemented:
-                    return whole
+                with self:  # without autograd, composite operations arrive undecomposed
+                    decomposed = func.decompose(*args, **kwargs)
+                if decomposed is not NotImplemented:
+                    return decomposed
         out = func(*args, **kwargs)
         if packet in _FORMULAS:
             self._add(_FORMULAS[packet](*args, **kwargs, out_val=out))
@@ -92,7 +95,7 @@ class _Counter(TorchDispatchMode):
         return out
 
     def _add(self, flops: int) -> None:
-        # The backward pass runs without gradients of its own; what checkpoints compute again in it runs with them.
+        # The backward pass runs with gradients disabled; recomputation by activation checkpointing enables them.
         if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
             self.backward += flops
         else:
@@ -104,11 +107,11 @@ def _takes_products(name: str) -> bool:
 
 
 # --- formulas that PyTorch lacks, or has wrong -----------------------------------------------------------------------
-# As the formulas of its registry they get the arguments of the operation, and its answer as ``out_val``.
+# As the formulas of its registry they take the arguments of the operation, and its result as ``out_val``.
 
 
 def _product(one: Tensor, other: Tensor, *rest: Any, out_val: Any = None, **options: Any) -> int:
-    """Of matrices, batches of them or vectors: each number of ``one`` meets each column of ``other``."""
+    """Of matrices, batches of them or vectors: each element of ``one`` is multiplied with each column of ``other``."""
     return 2 * one.numel() * (other.shape[-1] if other.ndim > 1 else 1)
 
 
@@ -121,13 +124,13 @@ def _outer(added: Tensor, one: Tensor, other: Tensor, *rest: Any, out_val: Any =
 
 
 def _convolution_backward(gradient: Tensor, inputs: Tensor, weight: Tensor, *rest: Any, out_val: Any = None) -> int:
-    """The gradients of inputs and of weights each pair every place with every weight, as the forward pass does.
+    """The gradients of inputs and of weights each cost one multiply-add per position and weight, as the forward pass.
 
-    ``rest`` is bias, stride, padding, dilation, transposed, output padding, groups and which gradients are wanted.
+    ``rest`` is bias, stride, padding, dilation, transposed, output padding, groups and output mask.
     """
-    *_, transposed, _, _, wanted = rest
-    places = inputs.shape[2:] if transposed else gradient.shape[2:]
-    return sum(wanted[:2]) * 2 * len(inputs) * prod(places) * weight.numel()
+    *_, transposed, _, _, output_mask = rest
+    positions = inputs.shape[2:] if transposed else gradient.shape[2:]
+    return sum(output_mask[:2]) * 2 * len(inputs) * prod(positions) * weight.numel()
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None, **options: Any) -> int:

@@ -1,6 +1,6 @@
-"""FLOPs of the frozen part of each tower where its output is read from the feature cache: paid once, not in each step.
+"""FLOPs of the frozen part of each tower where its output is cached: computed once, not in each step.
 
-In go a feature source and both sides of training batches; out comes ``FrozenFlops`` by side, for the cost ledger.
+Input: a feature source and both sides of training batches. Output: ``FrozenFlops`` by side, for the cost ledger.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from clasp.training.cost.flops import count_flops
 from clasp.training.cost.ledger import FrozenFlops
 from clasp.types import Pixels, Tokens
 
-CAPTION_SAMPLE_SIZE = 16  # of all lengths, each by itself: what one takes is nearly a straight line of its tokens
+CAPTION_SAMPLE_SIZE = 16  # of all lengths, one at a time: FLOPs are nearly linear in the number of tokens
 
 
 def count_frozen_flops(inputs: FeatureSource, sides: BatchReader, texts: Sequence[str]) -> dict[str, FrozenFlops]:
-    """FLOPs of the frozen part of each tower whose output is cached, for an image or for a caption.
+    """FLOPs of the frozen part of each tower whose output is cached, per image or caption.
 
-    A blank image goes through it, and some of the captions; where a side is read live, its frozen part runs in every
+    Measured on a blank image and a sample of the captions; where a side is not cached, its frozen part runs in every
     step and is counted there.
     """
     made = {}

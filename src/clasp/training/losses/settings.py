@@ -1,8 +1,8 @@
-"""What a recipe says of the loss, and the loss that this comes to.
+"""Loss settings of a recipe, and the loss built from them.
 
-In: ``LossSettings``. Out: a ``Loss``: one of ``LOSSES`` itself, or one that tells it less: whose positives are others'
-negatives after all, and which pairs of a batch meet at all. Both are quirks of a paper and off by default, since more
-negatives that are none are what a contrastive loss learns from.
+Input: ``LossSettings``. Output: a ``Loss``: one of ``LOSSES``, optionally wrapped to ignore groups (diagonal positives)
+or to take negatives from parts of the batch only. Note: both wrappers reproduce LilT and are off by default, since the
+first adds false negatives and the second removes negatives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clasp.types import Loss, LossParts, UserError
 
 
 class LossSettings(BaseModel):
-    """The part of ``[loss]`` that says which loss, of which pairs."""
+    """The part of ``[loss]`` that selects the loss, its positives and its negatives."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,7 +41,7 @@ class LossSettings(BaseModel):
         return kind
 
     def require_batch_size(self, batch: int) -> None:
-        """``UserError`` for parts that are larger than the batch: they would cut nothing."""
+        """Raises ``UserError`` where ``negatives`` is larger than the batch size, which would have no effect."""
         if self.negatives != "all" and self.negatives > batch:
             raise UserError(
                 f"loss.negatives = {self.negatives} is more than the {batch} pairs of a batch (train.batch_size); "
@@ -50,7 +50,7 @@ class LossSettings(BaseModel):
 
 
 def build_loss(settings: LossSettings) -> Loss:
-    """The loss that the settings ask for."""
+    """The loss of the settings."""
     loss: Loss = find_loss(settings.kind)
     if settings.positives == "diagonal":
         loss = DiagonalPositives(loss)
@@ -59,7 +59,7 @@ def build_loss(settings: LossSettings) -> Loss:
 
 @dataclass(frozen=True, slots=True)
 class DiagonalPositives:
-    """A loss that is not told of groups: the one positive of a row is its own pair."""
+    """A loss without groups: the only positive of a row is its own pair."""
 
     loss: Loss
 
@@ -77,9 +77,9 @@ class DiagonalPositives:
 
 @dataclass(frozen=True, slots=True)
 class SubBatchNegatives:
-    """A loss whose negatives come from a part of the batch only: consecutive pairs, at most ``max_pairs`` of them.
+    """A loss whose negatives come from a part of the batch: consecutive pairs, at most ``max_pairs`` of them.
 
-    What several devices compute that do not gather each other's embeddings; the mean over pairs of the parts' losses.
+    Equivalent to several devices that do not gather embeddings; the mean over pairs of the parts' losses.
     """
 
     loss: Loss
@@ -98,7 +98,7 @@ class SubBatchNegatives:
         sides = zip(image.tensor_split(count), text.tensor_split(count), strict=True)
         of_part = [None] * count if groups is None else groups.tensor_split(count)
         losses = []
-        for (images, texts), mates in zip(sides, of_part, strict=True):
+        for (images, texts), part_groups in zip(sides, of_part, strict=True):
             share = len(images) / len(image)
-            losses.append([share * each for each in self.loss(images, texts, scale, bias, groups=mates)])
+            losses.append([share * each for each in self.loss(images, texts, scale, bias, groups=part_groups)])
         return LossParts(*(torch.stack(each).sum() for each in zip(*losses, strict=True)))

@@ -1,1 +1,1 @@
-"""Where the numbers of a run go: files, the console, and the trackers that people use."""
+"""Logging of a run: files, the console, and experiment trackers."""

@@ -1,8 +1,8 @@
-"""TensorBoard, Weights & Biases, MLflow and trackio, by way of accelerate's trackers.
+"""TensorBoard, Weights & Biases, MLflow and trackio, through accelerate's trackers.
 
-In: what a ``Tracker`` gets. Out: curves where people look at them; names without a slash stay in ``log.jsonl``. A run
-that goes on continues the same record: its id is kept in ``trackers.json`` of the run folder. Where their data go is
-said by each service's own environment variables (``WANDB_MODE=offline``, ``MLFLOW_TRACKING_URI``, …).
+Input: the calls of a ``Tracker``. Output: curves in the service; names without a slash stay in ``log.jsonl``. A resumed
+run continues the same record: its id is stored in ``trackers.json`` of the run folder. The destination is set by each
+service's environment variables (``WANDB_MODE=offline``, ``MLFLOW_TRACKING_URI``, …).
 Note: the packages are optional and imported by accelerate when a tracker starts, never here.
 """
 
@@ -25,7 +25,7 @@ from clasp.types import TrackedRun
 
 TRACKER_IDS_FILE = "trackers.json"
 
-_PROJECT = "clasp"  # where the service's own environment variable names none
+_PROJECT = "clasp"  # unless the service's environment variable names another
 
 
 class AccelerateTracker(ABC):
@@ -40,14 +40,14 @@ class AccelerateTracker(ABC):
 
     @abstractmethod
     def create(self, run_id: str | None) -> GeneralTracker:
-        """The tracker, not started; ``run_id`` is that of the record to go on with."""
+        """The tracker, not started; ``run_id`` is that of the record to continue, if any."""
 
     @abstractmethod
     def run_id(self, tracker: GeneralTracker) -> str:
         """The id of the record, once it has started."""
 
     def config(self, recipe: dict[str, Any]) -> None:
-        """Starts the record, or goes on with the one that this run has."""
+        """Start the record, or continue the existing one of this run."""
         known = _read_ids(self.run.folder).get(self.name)
         tracker = self.create(known)
         tracker.start()
@@ -58,7 +58,7 @@ class AccelerateTracker(ABC):
             tracker.store_init_configuration(dict(flatten_recipe(recipe)))
 
     def log(self, metrics: Mapping[str, float | str | int], step: int) -> None:
-        """Records the metrics that are numbers."""
+        """Record the numeric metrics."""
         self._step = step
         numbers = {name: value for name, value in metrics.items() if "/" in name and not isinstance(value, str)}
         if numbers:
@@ -66,7 +66,7 @@ class AccelerateTracker(ABC):
             self._tracker.log({self.metric_name(name): value for name, value in numbers.items()}, step=step)
 
     def finish(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Records the final results at the last step, and closes."""
+        """Record the final results at the last step, and close the record."""
         if self._tracker is None:
             return
         if numbers := dict(flatten_results(results)):
@@ -74,7 +74,7 @@ class AccelerateTracker(ABC):
         self._tracker.finish()
 
     def metric_name(self, name: str) -> str:
-        """A metric's name as the service allows it."""
+        """A metric's name in characters that the service allows."""
         return name
 
 
@@ -84,7 +84,7 @@ class TensorBoardTracker(AccelerateTracker):
     name = "tensorboard"
 
     def create(self, run_id: str | None) -> GeneralTracker:
-        # what was written after the state that the run goes on from is hidden
+        # hides what was written after the state that the run is resumed from
         purge = {} if run_id is None else {"purge_step": self.run.step + 1}
         return AccelerateTensorBoard("tensorboard", self.run.folder, **purge)
 
@@ -99,16 +99,16 @@ class WandbTracker(AccelerateTracker):
     name = "wandb"
 
     def create(self, run_id: str | None) -> GeneralTracker:
-        go_on = {} if run_id is None else {"id": run_id, "resume": "allow"}
+        resume = {} if run_id is None else {"id": run_id, "resume": "allow"}
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
-        return AccelerateWandb(project, name=self.run.folder.name, dir=str(self.run.folder), **go_on)
+        return AccelerateWandb(project, name=self.run.folder.name, dir=str(self.run.folder), **resume)
 
     def run_id(self, tracker: GeneralTracker) -> str:
         return tracker.tracker.id  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class MLflowTracker(AccelerateTracker):
-    """MLflow; ``MLFLOW_TRACKING_URI`` and ``MLFLOW_EXPERIMENT_NAME`` say where. Its names know no ``@``."""
+    """MLflow; ``MLFLOW_TRACKING_URI`` and ``MLFLOW_EXPERIMENT_NAME`` set where. Metric names cannot contain ``@``."""
 
     name = "mlflow"
 
@@ -123,13 +123,13 @@ class MLflowTracker(AccelerateTracker):
 
 
 class TrackioTracker(AccelerateTracker):
-    """trackio; a run goes on by its name."""
+    """trackio; a run is resumed by its name."""
 
     name = "trackio"
 
     def create(self, run_id: str | None) -> GeneralTracker:
-        go_on = {} if run_id is None else {"resume": "allow"}
-        return AccelerateTrackio(_PROJECT, name=run_id or self.run.folder.name, **go_on)
+        resume = {} if run_id is None else {"resume": "allow"}
+        return AccelerateTrackio(_PROJECT, name=run_id or self.run.folder.name, **resume)
 
     def run_id(self, tracker: GeneralTracker) -> str:
         return tracker.tracker.name  # pyright: ignore[reportAttributeAccessIssue]

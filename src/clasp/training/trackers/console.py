@@ -1,8 +1,8 @@
-"""What a person sees while a run goes on: loss, pairs a second, time left, the share of time spent on data.
+"""Console progress of a run: loss, pairs per second, time left, fraction of time spent waiting for data.
 
-In: the loop's ``TrainProgress`` after every step, and single lines. Out: a bar on a terminal, elsewhere a plain line
-about every ten seconds; all on standard error, since standard output belongs to results. Unusual: ``ThroughputMeter``
-is the only clock of the loop; evaluation and saving are in none of its rates.
+Input: the loop's ``TrainProgress`` after every step, and single lines. Output: a progress bar on a terminal, elsewhere
+a plain line about every ten seconds; all on standard error, since results go to standard output. Note: only
+``ThroughputMeter`` measures time in the loop; its rates exclude evaluation and saving.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class TrainProgress(NamedTuple):
 
 @runtime_checkable
 class Reporter(Protocol):
-    """Shows a run to a person."""
+    """Shows the progress of a run."""
 
     def start(self, steps: int) -> None: ...
 
     def step(self, progress: TrainProgress) -> None: ...
 
     def note(self, line: str) -> None:
-        """A line that stays: an evaluation, a sample that could not be read, a reason."""
+        """Print a permanent line: an evaluation, an unreadable sample, a reason."""
         ...
 
     def stop(self) -> None: ...
@@ -103,7 +103,7 @@ class LineReporter:
 
 
 class BarReporter:
-    """A bar that is drawn over itself, with notes above it."""
+    """A progress bar, with notes above it."""
 
     def __init__(self, console: Console):
         self._rich = RichProgress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=console)
@@ -125,14 +125,14 @@ class BarReporter:
 
 
 def stderr_reporter() -> Reporter:
-    """A bar where standard error is a terminal, else lines."""
+    """A progress bar where standard error is a terminal, else lines."""
     if sys.stderr.isatty():
         return BarReporter(Console(stderr=True, emoji=False))
     return LineReporter(lambda line: print(line, file=sys.stderr, flush=True))
 
 
 class ThroughputMeter:
-    """Times the fetching of batches and the steps between; rates over the last steps and since the last reading."""
+    """Measures data and step times; rates over the last ``window`` steps and since the last reading."""
 
     def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter):
         self.clock = clock
@@ -143,19 +143,19 @@ class ThroughputMeter:
         self._fetched = 0.0
 
     def time_batches(self, batches: Iterator[_Item]) -> Iterator[_Item]:
-        """The same items, each with the time that it took to come."""
+        """The same items; measures the time until each arrives."""
         while True:
-            asked = self.clock()
+            requested = self.clock()
             try:
                 item = next(batches)
             except StopIteration:
                 return
             self._fetched = self.clock()
-            self._data_seconds = self._fetched - asked
+            self._data_seconds = self._fetched - requested
             yield item
 
     def end_step(self, pairs: int, loss: float) -> None:
-        """Ends the step that began when its batch came."""
+        """End the step that started when its batch arrived."""
         span = _StepTiming(pairs, loss, self._data_seconds, self._data_seconds + self.clock() - self._fetched)
         self.pairs += pairs
         self._recent.append(span)
@@ -171,7 +171,7 @@ class ThroughputMeter:
 
 
 class _StepTiming(NamedTuple):
-    """One step: its pairs, its loss, the seconds it waited for data, all its seconds."""
+    """One step: its pairs, its loss, seconds waiting for data, total seconds."""
 
     pairs: int
     loss: float

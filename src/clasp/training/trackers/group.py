@@ -1,8 +1,8 @@
-"""All trackers of a run as one: the record in its folder, and those that ``train.trackers`` names.
+"""All trackers of a run as one: the log in its folder, and those that ``train.trackers`` names.
 
-In: what a tracker gets. Out: the same to each. Note: an error of the record ends the run, as a full disk must. A named
-tracker that cannot start is an error too, before any compute; one that fails later (a server that is gone) is reported
-in one line and left out until the session ends, since everything is in the record.
+Input: the calls of a ``Tracker``. Output: the same calls to each. Note: an error of the run folder's tracker, such as a
+full disk, ends the run. A named tracker that cannot start is an error before any compute; one that fails later (a lost
+server) is reported in one line and dropped until the session ends, since the run folder has everything.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from clasp.types import MessageCallback, SkippedSample, Tracker, UserError
 
 
 def skipped_event(sample: SkippedSample) -> dict[str, str]:
-    """What a tracker gets of a sample that could not be read."""
+    """The event that is logged for an unreadable sample."""
     return {"event": "skipped", **sample._asdict()}
 
 
 class TrackerGroup:
-    """Several trackers as one; as a context it ends the named ones where the run fails."""
+    """Several trackers as one; as a context manager it finishes the named ones if the run fails."""
 
     def __init__(self, record: Tracker, named: Mapping[str, Tracker], say: MessageCallback, step: int = 0):
         self._record, self._named, self._say = record, dict(named), say
@@ -37,7 +37,7 @@ class TrackerGroup:
         for name, tracker in list(self._named.items()):
             try:
                 tracker.config(recipe)
-            except Exception as error:  # of a service or of somebody's own class: any
+            except Exception as error:  # a service or a user's class may raise anything
                 del self._named[name]
                 raise UserError(
                     f"train.trackers: {name} cannot start ({_one_line(error)}); mend this, or leave {name} out: "
@@ -51,7 +51,7 @@ class TrackerGroup:
         self._each(lambda tracker: tracker.log(metrics, step))
 
     def log_skipped(self, samples: Iterable[SkippedSample]) -> None:
-        """Names samples that could not be read, as the loop does its own."""
+        """Log unreadable samples, as the loop does."""
         for sample in samples:
             self.log(skipped_event(sample), self._step)
 

@@ -1,7 +1,7 @@
 """The tracker that every run has: events to ``log.jsonl``, final results to ``results.jsonl``.
 
-In: what the loop logs, with flat names. Out: JSON lines in the run folder, told apart by ``event``. Note: the
-validation metrics of a row stand together under ``metrics``, without their prefix; costs are left to ``cost.json``.
+Input: what the loop logs, with flat names. Output: JSON lines in the run folder, distinguished by ``event``. Note: the
+validation metrics of a row are nested under ``metrics``, without their prefix; costs are in ``cost.json`` only.
 """
 
 from __future__ import annotations

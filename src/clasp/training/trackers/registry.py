@@ -1,7 +1,7 @@
-"""Which trackers there are, and those of a run.
+"""The tracker registry, and the trackers of a run.
 
-In: the names in ``train.trackers``. Out: one ``Tracker`` that writes the run folder and does whatever was named. Note:
-in a run of several processes the main one alone records; the others get a tracker that does nothing.
+Input: the names in ``train.trackers``. Output: one ``Tracker`` that writes to the run folder and to the named trackers.
+Note: in a multi-process run only the main process records; the others get a tracker that does nothing.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def open_trackers(
 
 def _is_installed(package: str) -> bool:
     spec = find_spec(package)
-    return spec is not None and spec.origin is not None  # without: a folder of that name, such as wandb writes
+    return spec is not None and spec.origin is not None  # no origin: a folder of that name, such as wandb writes
 
 
 def _import_tracker(name: str) -> TrackerFactory:
-    """What ``package.module:Name`` names; errors inside the user's own code stay as they are."""
+    """What ``package.module:Name`` names; errors inside the user's code are not caught."""
     module, _, attribute = name.partition(":")
     try:
         found = vars(importlib.import_module(module))

@@ -1,9 +1,9 @@
-"""What the loop records while it goes on: numbers to the tracker, lines and a bar to a person.
+"""Logging of the training loop: metrics to the tracker, lines and a progress bar to the console.
 
-In: every step taken, and single events. Out: metrics to a ``Tracker``, and the same news to a ``Reporter``. Steps and
-epochs are counted from 1, as people do.
-Note: a sample that could not be read is named once in a run, however many epochs come past it; the log has them all,
-the screen the first few.
+Input: every step, and single events. Output: metrics to a ``Tracker``, progress and lines to a ``Reporter``. Steps and
+epochs are counted from 1.
+Note: an unreadable sample is logged once in a run, not once an epoch; the log has all of them, the console the first
+few.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAX_SKIPPED_SHOWN = 5
 
 
 class RunLogger:
-    """Keeps the log of one run; as a context it starts and stops the bar, and leaves no step unlogged."""
+    """Logs one run; as a context manager it starts and stops the progress bar, and flushes unlogged steps."""
 
     def __init__(
         self,
@@ -56,13 +56,13 @@ class RunLogger:
         return self.meter.time_batches(batches)
 
     def log_skipped(self, batch: Batch, step: int) -> None:
-        """Names the samples that the batch had to leave out, after ``step`` steps."""
+        """Log the samples that the batch left out, after ``step`` steps."""
         for sample in batch.skipped:
             if sample.id not in self.skipped:
                 self._log_skipped_sample(sample, step)
 
     def log_step(self, at: TrainPosition, batch: Batch, step: StepResult) -> None:
-        """Takes down the step that was taken at a position."""
+        """Record the result of the step at a position; logs every ``log_every`` steps."""
         self.meter.end_step(len(batch.ids), step.loss)
         self._last = (at, step)
         done = at.step + 1
@@ -91,7 +91,7 @@ class RunLogger:
             self.reporter.note("more samples are skipped; the log names them all")
 
     def flush(self) -> None:
-        """Logs the steps since the last line, if there are any: loss and rates are means over them."""
+        """Log the steps since the last line, if any: loss and rates are means over them."""
         if self._last is None:
             return
         (at, step), self._last = self._last, None
@@ -112,7 +112,7 @@ class RunLogger:
     def log_event(
         self, event: str, line: str, step: int, metrics: Mapping[str, float | int] = {}, **facts: str | float | int
     ) -> None:
-        """Logs something other than a step, after ``step`` steps, with named metrics; shows ``line`` of it."""
+        """Log an event other than a step, after ``step`` steps, with named metrics; prints ``line``."""
         self.flush()
         self.tracker.log({"event": event, **facts, **metrics}, step)
         self.reporter.note(line)
