@@ -19,9 +19,7 @@ METRIC_TITLES = {"mean_per_class": "mean per class", "median_rank": "median rank
 INTERVAL_TITLE, CHANCE_TITLE = "95 %", "chance"
 _MAIN_METRICS = (RetrievalTask.primary, ZeroShotTask.primary)
 _RESULT_NOTE = "per cent; 95 %: interval of the number before it; chance: the chance level of that number"
-_RETENTION_NOTE = (
-    "per cent; 95 %: interval of the change, on the same queries before and after; chance: the chance level"
-)
+_RETENTION_NOTE = "per cent; 95 %: interval of the change on the same queries; chance: the chance level"
 _MAX_LANGUAGES = 3  # that a summary shows one by one
 _RETENTION_LABELS = {
     "recall@": "R@",

@@ -240,7 +240,7 @@ class BestCheckpoint:
         epochs: int,
         best: BestEvaluation | None,
     ):
-        assert evaluate is None or primary or settings.select == "last", "primary names no metric"
+        assert evaluate is None or primary or settings.select == "last", "which metric decides?"
         self.stepper, self.logger, self.evaluate, self.primary = stepper, logger, evaluate, primary
         self.keep, self.epochs, self.best = settings.select, epochs, best
         auto = -(-epochs // _EVALUATIONS_PER_RUN)

@@ -110,7 +110,7 @@ class Stepper:
         assert kinds or (set(factors.values()) == {1.0} and shared_decay is None), (
             "these need the kinds of the parameters"
         )
-        assert not kinds or kinds.keys() >= self.weights.keys(), "a trainable parameter has no kind"
+        assert not kinds or kinds.keys() >= self.weights.keys(), "a parameter that trains is of no kind"
         shared = [name for name, kind in kinds.items() if kind == "shared"]
         return optim.build_parameter_groups(
             self.weights,

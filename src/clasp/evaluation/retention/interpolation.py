@@ -98,7 +98,7 @@ def _result_at(
 
 
 def _alignment_score(plan: RetentionPlan, model: DualEncoder, features: ModelFeatures) -> _AlignmentScore:
-    """Alignment with the heads of the run: zero-shot accuracy where there are classes, else mean recall over languages."""
+    """Alignment with the run's heads: zero-shot accuracy where there are classes, else mean recall over languages."""
     device = next(model.parameters()).device
     row = {text: place for place, text in enumerate(features.text.ids)}
 
