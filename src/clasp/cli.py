@@ -115,7 +115,10 @@ def train(
     With --grid, one run per combination of values; runs share the feature cache and are ranked by validation.
     """
     from clasp.config.recipe import read_recipe
+    from clasp.types import UserError
 
+    if name is not None and (not name.strip() or Path(name).name != name):
+        raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
     if grid:
         return _sweep(recipe, overrides or (), grid, runs, name)
     made = read_recipe(recipe, overrides or ())
@@ -241,6 +244,9 @@ def search(
 
 def main() -> None:
     """The entry point: turns a ``UserError`` into one line and exit code 2."""
+    for stream in ("stdout", "stderr"):
+        if vars(sys)[stream] is None:  # closed by whoever started the command
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -549,3 +549,17 @@ def _tar() -> bytes:
             add_member(tar, f"{toy.key}.png", toy.png)
             add_member(tar, f"{toy.key}.txt", toy.caption.encode())
     return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "../x", ".."])
+def test_a_name_that_is_not_one_folder_is_refused(name: str, clasp: Command, world: World) -> None:
+    assert "is not the name of one folder" in clasp("train", world.toml, "--name", name).mistake
+
+
+def test_a_closed_stdout_is_no_error_of_ours(clasp: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert clasp("params", "start").code == 0
+
+
+def test_a_head_that_no_memory_holds_is_refused(clasp: Command) -> None:
+    assert "head.width = 1000000000000" in clasp("params", "start", "head.width=1000000000000").mistake

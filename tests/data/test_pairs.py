@@ -128,6 +128,11 @@ def test_expand():
         expand_source("{3..1}.tar")
 
 
+def test_braces_that_stand_for_too_many_sources_are_refused():
+    with pytest.raises(UserError, match="more than 1,000,000 sources"):
+        expand_source("{0..999999999999}.tar")
+
+
 def test_joined_sources_keep_ids_that_differ_and_prefix_those_that_do_not(tmp_path: Path):
     one, two = write_tar(TOYS[:7], tmp_path / "one.tar"), write_csv(TOYS[7:], tmp_path)
     joined = open_pairs(f"{one}::{two}")

@@ -22,7 +22,7 @@ from clasp.models.dual_encoder import DualEncoder
 from clasp.report.figures import draw_retention
 from clasp.report.terminal import relative_path
 from clasp.training.run_folder import RunFolder
-from clasp.types import MessageCallback, ProgressFactory, no_progress_bar
+from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 TASK_FIGURES: dict[str, Callable[[Sequence[EvaluationResult], Path], None]] = {"retention": draw_retention}
 """Task to the figure of its results, ``RUN/TASK.png``"""
@@ -59,6 +59,8 @@ def evaluate_run(
         bar=bar,
     )
     results = entry.run(context)
+    if not isinstance(results, list) or not all(isinstance(result, EvaluationResult) for result in results):
+        raise UserError(f"task {task!r} returned {type(results).__name__}; a list of EvaluationResult is expected")
     folder.append("results.jsonl", [asdict(result) for result in results])
     if task in TASK_FIGURES:
         figure = folder.path / f"{task}.png"

@@ -48,6 +48,7 @@ RENAMED_KEYS = {
     "train.batch": "train.batch_size",
     "train.decay": "train.decay_filter",
     "train.keep": "train.select",
+    "train.lr_tower": "train.lr_factors.tower",
     "train.lr_floor": "train.min_lr_ratio",
     "train.recompute": "train.activation_checkpointing",
 }

@@ -68,6 +68,7 @@ def describe_pair_formats() -> str:
     return f"a folder, or {', '.join(name for name in PAIR_FORMATS if name != _FOLDER)} (or one of these .gz)"
 
 
+_MAX_SOURCES = 1_000_000  # that one pair of braces may stand for
 _CAPTION_SUFFIXES = ("txt", "json", "cls")  # not reported when only images are listed
 
 
@@ -253,6 +254,8 @@ def expand_source(source: str) -> list[str]:
     if names is not None:
         choices = names.split(",")
     else:
+        if int(last) - int(first) >= _MAX_SOURCES:
+            raise UserError(f"{source}: {braces.group()} stands for more than {_MAX_SOURCES:,} sources")
         choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
         if not choices:
             raise UserError(f"{source}: {braces.group()} counts down; the first number must not be above the last")

@@ -27,9 +27,9 @@ class HeadSettings(BaseModel):
     kind: Literal["linear", "mlp", "glu", "none"] = "linear"
     """``mlp``: a hidden layer beside the linear map; ``glu``: a gated layer (SAIL); ``none``: identity, for equal
     widths"""
-    width: int = Field(default=512, ge=1)
+    width: int = Field(default=512, ge=1, le=65_536)
     """E, the width of the joint space"""
-    hidden: int | None = Field(default=None, ge=1)
+    hidden: int | None = Field(default=None, ge=1, le=1_048_576)
     """Hidden width of mlp and glu; by default twice ``width``"""
     bias: bool = True
     """Whether a linear head has a bias; not in CLIP and MS-CLIP"""

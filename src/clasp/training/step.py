@@ -25,7 +25,7 @@ from clasp.training.grad_cache import Embedder, LossAndScale, MicroBatchChoice, 
 from clasp.training.precision import Precision
 from clasp.training.settings import TrainSettings
 from clasp.training.state import TrainState
-from clasp.types import Batch, Embeddings, Loss, UserError
+from clasp.types import Batch, Embeddings, Loss, LossParts, UserError
 
 
 @runtime_checkable
@@ -167,6 +167,8 @@ class Stepper:
             bias,
             groups=batch.groups,
         )
+        if not isinstance(parts, LossParts):
+            raise UserError(f"loss.kind: the loss returned a {type(parts).__name__}; a LossParts is expected")
         self.accelerator.backward(parts.total)
         return LossAndScale(parts.total.detach(), out.scale.detach().float())
 

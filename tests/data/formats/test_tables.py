@@ -544,3 +544,11 @@ def test_images_of_two_columns_are_of_two_versions(tmp_path: Path):
     pq.write_table(pa.table({**cells, "caption": ["a", "b", "c"]}), tmp_path / "pairs.parquet")
     one, other = (open_pairs(tmp_path / "pairs.parquet", columns=ColumnNames(image=name)) for name in cells)
     assert [pair.id for pair in one] == [pair.id for pair in other] and one.version != other.version
+
+
+@pytest.mark.parametrize("name", ["deep.jsonl", "deep.json"])
+def test_json_nested_too_deeply_is_one_line(name: str, tmp_path: Path):
+    file = tmp_path / name
+    nested = "[" * 100_000 + "]" * 100_000
+    file.write_text(nested if name.endswith("jsonl") else f'[{{"image": {nested}}}]')
+    refused(file, "nested too deeply")

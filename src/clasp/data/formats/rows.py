@@ -104,7 +104,10 @@ def require_columns(names: Iterable[str], have: Collection[str], where: str) -> 
 
 def load_json(text: str | bytes) -> Any:
     """Parse JSON; ``ValueError`` if it is invalid, or an object has a duplicate key."""
-    return json.loads(text, object_pairs_hook=unique_keys)
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -91,6 +91,8 @@ class JsonList:
             yield from self._objects(file.read().decode())
         except UserError:
             raise
+        except RecursionError:
+            raise UserError(f"{self.name} is not JSON that can be read: it is nested too deeply") from None
         except ValueError as error:
             raise UserError(f"{self.name} is not JSON: {error}") from None
 
