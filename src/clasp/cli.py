@@ -110,14 +110,15 @@ def train(
         typer.Option("--grid", metavar="KEY=V,V", help="Sweep a key, e.g. train.lr=1e-3,3e-3; repeatable."),
     ] = None,
 ) -> None:
-    """Train a recipe on image-text pairs and write a run folder: delta, log, validation results, cost, model card.
+    """Train a recipe on image-text pairs and write a run folder: trained tensors (delta), log, validation results, cost,
+    model card. data.train=FOLDER names the pairs: a folder, .csv, .tsv, .jsonl, .parquet or tar shards.
 
     With --grid, one run per combination of values; runs share the feature cache and are ranked by validation.
     """
     from clasp.config.recipe import read_recipe
     from clasp.types import UserError
 
-    if name is not None and (not name.strip() or Path(name).name != name):
+    if name is not None and (not name.strip() or Path(name).name != name or name == ".."):
         raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
     if grid:
         return _sweep(recipe, overrides or (), grid, runs, name)
@@ -244,9 +245,7 @@ def search(
 
 def main() -> None:
     """The entry point: turns a ``UserError`` into one line and exit code 2."""
-    for stream in ("stdout", "stderr"):
-        if vars(sys)[stream] is None:  # closed by whoever started the command
-            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
+    _replace_closed_streams()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -267,6 +266,13 @@ def main() -> None:
 
         print_error(f"no space left on the disk ({error})" if full else str(error))
         sys.exit(2)
+
+
+def _replace_closed_streams() -> None:
+    """Standard streams that were closed by whoever started the command are ``None`` in Python."""
+    for stream in ("stdout", "stderr"):
+        if vars(sys)[stream] is None:
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
 
 
 class _PrintableFormatter(logging.Formatter):
