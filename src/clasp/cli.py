@@ -110,8 +110,9 @@ def train(
         typer.Option("--grid", metavar="KEY=V,V", help="Sweep a key, e.g. train.lr=1e-3,3e-3; repeatable."),
     ] = None,
 ) -> None:
-    """Train a recipe on image-text pairs and write a run folder: trained tensors (delta), log, validation results, cost,
-    model card. data.train=FOLDER names the pairs: a folder, .csv, .tsv, .jsonl, .parquet or tar shards.
+    """Train a recipe on image-text pairs; writes a run folder: trained tensors (delta), log, results, cost, model card.
+
+    data.train=FOLDER names the pairs: a folder, .csv, .tsv, .jsonl, .parquet or tar shards.
 
     With --grid, one run per combination of values; runs share the feature cache and are ranked by validation.
     """
