@@ -515,7 +515,7 @@ def test_a_view_is_cut_only_above_its_branch():
         whole = tower(Pixels(pictures()))
         for depth in (3, 4):
             assert torch.equal(tower(tower.prefix_states(Pixels(pictures()), depth)), whole)
-        with pytest.raises(AssertionError, match="cannot be cut above block 2"):
+        with pytest.raises(AssertionError, match="cannot be resumed after block 2"):
             tower(tower.prefix_states(Pixels(pictures()), 2))
 
 
