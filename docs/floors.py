@@ -18,7 +18,7 @@ END = "<!-- end of floors -->"
 
 ROOMS = {
     "cli": "arguments and help texts; each verb is a few lines",
-    "commands": "one file per verb: train, sweep, demo, doctor, evaluate, search, import_checkpoint",
+    "commands": "one file per verb: train, sweep, demo, doctor, params, evaluate, search, import_checkpoint",
     "convert": "importers/: LilT and MS-CLIP checkpoints, read without executing pickles",
     "report": "model card, sweep leaderboard, figures, tables, contact sheet, terminal output",
     "evaluation": "task registry, metrics, bootstrap intervals, retention/ of pre-trained features",

@@ -63,17 +63,15 @@ def params(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_jso
 
     Only an hf: tower that no built-in recipe uses needs its config.json, from the local cache or the hub.
     """
-    from clasp.config.build import build_model
+    from clasp.commands.params import count_parameters
     from clasp.config.recipe import read_recipe
     from clasp.report.terminal import print_json, print_parameter_counts
 
-    model = build_model(read_recipe(recipe, overrides or ()), meta=True)
-    counts = model.parameter_counts()
+    report = count_parameters(read_recipe(recipe, overrides or ()))
     if as_json:
-        facts = {part: {**asdict(count), "percent": round(count.percent, 4)} for part, count in counts.items()}
-        print_json({**facts.pop("model"), **facts})
+        print_json(report.to_dict())
     else:
-        print_parameter_counts(counts, model.sharing)
+        print_parameter_counts(report.counts, report.sharing)
 
 
 @app.command()
