@@ -151,11 +151,7 @@ def evaluate(
     ] = None,
     as_json: _JsonOption = False,
 ) -> None:
-    """Evaluate a run on a data set; metrics with 95 % intervals are printed and appended to RUN/results.jsonl.
-
-    retention: k-NN, linear probe and text retrieval on each tower's features, before and after alignment, the change of
-    each block, and linear weight interpolation; the figure is RUN/retention.png.
-    """
+    """Evaluate a run on a data set; metrics with 95 % intervals are printed and appended to RUN/results.jsonl."""
     from clasp.commands.evaluate import evaluate_run
     from clasp.report.terminal import print_json, print_results, print_status, progress_bar, relative_path
 
