@@ -153,6 +153,7 @@ def test_statistics_are_taken_in_float32(norm: str):
 
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_padding_and_where_it_is_cut_change_nothing(attention: str):
+    torch.manual_seed(0)  # the tolerance is that of these weights
     net = text_net(attention=attention, entry_norm=True)
     ids = torch.randint(0, 40, (3, 9), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([4, 6, 2])
