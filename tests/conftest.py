@@ -7,14 +7,23 @@ nothing long is left for one process at the end.
 from __future__ import annotations
 
 import gc
+import random
 import signal
 
 import pytest
+import torch
 
 LONGEST = ("test_demo.py", "test_one_selection.py", "test_train.py", "test_retention.py")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """What a test draws does not depend on the tests before it in its process."""
+    random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
