@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from clasp.training import cca as closed_form
 from clasp.training.cca import CCAProjections, cca
+from clasp.training.moments import PairMoments, combine_moments
 from clasp.types import UserError
 
 
@@ -42,7 +44,7 @@ def slowly(x: Tensor, y: Tensor, width: int, ridge: float) -> CCAProjections:
 @pytest.mark.parametrize("ridge", [1e-9, 0.1, 1.0])
 def test_equals_the_slow_obvious_way(ridge: float) -> None:
     x, y = some_pairs()
-    fast, slow = cca([(x, y)], 5, ridge=(ridge, ridge)), slowly(x, y, 5, ridge)
+    fast, slow = cca(PairMoments.of([(x, y)]), 5, ridge=(ridge, ridge)), slowly(x, y, 5, ridge)
     torch.testing.assert_close(fast.correlations, slow.correlations, rtol=1e-4, atol=1e-5)
     signs = (fast.image * slow.image).sum(1).sign()  # a direction and its opposite are the same
     torch.testing.assert_close(fast.image, signs[:, None] * slow.image, rtol=1e-3, atol=1e-4)
@@ -57,7 +59,7 @@ def test_finds_correlations_that_were_put_there() -> None:
     x, noise = 500**0.5 * white[:, :3], 500**0.5 * white[:, 3:]  # exactly uncorrelated, variance 1
     y = wanted * x + (1 - wanted**2).sqrt() * noise
     mixed = torch.randn(3, 3, generator=generator, dtype=torch.float64)
-    maps = cca([(x @ mixed, y @ mixed.T)], 3, ridge=(1e-10, 1e-10))
+    maps = cca(PairMoments.of([(x @ mixed, y @ mixed.T)]), 3, ridge=(1e-10, 1e-10))
     torch.testing.assert_close(maps.correlations, wanted.float(), rtol=0, atol=1e-4)
     images, texts = (x @ mixed).float() @ maps.image.T, (y @ mixed.T).float() @ maps.text.T
     both = images.T @ texts / 500  # each direction is weighted by its correlation on either side
@@ -67,8 +69,8 @@ def test_finds_correlations_that_were_put_there() -> None:
 def test_batches_make_no_difference_and_few_directions_are_the_first_of_many() -> None:
     x, y = some_pairs()
     whole, parts = (
-        cca([(x, y)], 6, ridge=(0.5, 0.5)),
-        cca(zip(x.split(77), y.split(77), strict=True), 3, ridge=(0.5, 0.5)),
+        cca(PairMoments.of([(x, y)]), 6, ridge=(0.5, 0.5)),
+        cca(PairMoments.of(zip(x.split(77), y.split(77), strict=True)), 3, ridge=(0.5, 0.5)),
     )
     torch.testing.assert_close(parts.image, whole.image[:3], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(parts.text, whole.text[:3], rtol=1e-4, atol=1e-6)
@@ -83,7 +85,10 @@ def test_the_ridge_is_noise_of_that_variance() -> None:
         (x + 0.7 * torch.randn(x.shape, generator=generator), y + 0.7 * torch.randn(y.shape, generator=generator))
         for _ in range(300)
     ]
-    by_noise, by_ridge = cca(noisy, 3, ridge=(1e-9, 1e-9)), cca([(x, y)], 3, ridge=(0.49, 0.49))
+    by_noise, by_ridge = (
+        cca(PairMoments.of(noisy), 3, ridge=(1e-9, 1e-9)),
+        cca(PairMoments.of([(x, y)]), 3, ridge=(0.49, 0.49)),
+    )
     torch.testing.assert_close(by_noise.correlations, by_ridge.correlations, rtol=0.02, atol=0.005)
     alike = torch.cosine_similarity(by_noise.image, by_ridge.image, dim=1).abs()
     assert alike[:2].min() > 0.99, alike
@@ -91,7 +96,7 @@ def test_the_ridge_is_noise_of_that_variance() -> None:
 
 def test_fewer_pairs_than_features_need_the_ridge_and_do_not_overfit_with_it() -> None:
     x, y = some_pairs(12, image=40, text=30)
-    maps = cca([(x, y)], 10, ridge=(1.0, 1.0))
+    maps = cca(PairMoments.of([(x, y)]), 10, ridge=(1.0, 1.0))
     assert maps.image.shape == (10, 40) and maps.text.shape == (10, 30)
     assert maps.image.isfinite().all() and maps.text.isfinite().all()
     assert maps.correlations.max() < 0.999, "twelve pairs always correlate fully without a ridge"
@@ -100,10 +105,72 @@ def test_fewer_pairs_than_features_need_the_ridge_and_do_not_overfit_with_it() -
 def test_more_directions_than_the_narrower_side_has_are_refused() -> None:
     x, y = some_pairs(image=9, text=6)
     with pytest.raises(UserError, match=r"head.width = 7: the closed form has at most 6 directions"):
-        cca([(x, y)], 7, ridge=(1.0, 1.0))
+        cca(PairMoments.of([(x, y)]), 7, ridge=(1.0, 1.0))
 
 
 def test_power_weights_the_strong_directions() -> None:
     x, y = some_pairs()
-    plain, weighted = cca([(x, y)], 4, ridge=(0.1, 0.1), power=0.0), cca([(x, y)], 4, ridge=(0.1, 0.1), power=2.0)
+    plain, weighted = (
+        cca(PairMoments.of([(x, y)]), 4, ridge=(0.1, 0.1), power=0.0),
+        cca(PairMoments.of([(x, y)]), 4, ridge=(0.1, 0.1), power=2.0),
+    )
     torch.testing.assert_close(weighted.image, plain.correlations[:, None] ** 2 * plain.image, rtol=1e-4, atol=1e-6)
+
+
+# --- moments ---------------------------------------------------------------------------------------------------------
+
+
+def test_selected_columns_are_the_moments_of_those_columns() -> None:
+    x, y = some_pairs()
+    image, text = torch.tensor([1, 2, 7]), torch.tensor([0, 5])
+    chosen, alone = PairMoments.of([(x, y)]).select(image, text), PairMoments.of([(x[:, image], y[:, text])])
+    for name in ("image", "text", "image_image", "image_text", "text_text"):
+        torch.testing.assert_close(getattr(chosen, name), getattr(alone, name))
+    assert chosen.weight == alone.weight == 400
+
+
+def test_weights_are_repetitions_and_centring_is_on_the_weighted_mean() -> None:
+    x, y = (side + 3 for side in some_pairs(50))
+    repeats = torch.arange(50) % 3
+    weighted = PairMoments.empty(9, 6)
+    weighted.add(x, y, repeats.double())
+    again = PairMoments.of([(x.repeat_interleave(repeats, 0), y.repeat_interleave(repeats, 0))])
+    assert weighted.weight == again.weight
+    torch.testing.assert_close(weighted.image_text, again.image_text)
+    rows, columns = x.repeat_interleave(repeats, 0), y.repeat_interleave(repeats, 0)
+    expected = (rows - rows.mean(0)).T @ (columns - columns.mean(0))
+    torch.testing.assert_close(weighted.centred().image_text, expected)
+    torch.testing.assert_close(weighted.centred().image, torch.zeros(9, dtype=torch.float64))
+
+
+def test_combined_sources_are_each_centred_on_their_own_mean_and_count_by_their_weight() -> None:
+    x, y = some_pairs(200)
+    one, other = PairMoments.of([(x[:150] + 5, y[:150] - 2)]), PairMoments.of([(x[150:] - 9, y[150:] + 1)])
+    both = combine_moments([(one, 1.0), (other, 3.0)])
+    expected = 0.25 * torch.cov(x[:150].T, correction=0) + 0.75 * torch.cov(x[150:].T, correction=0)
+    torch.testing.assert_close(both.image_image, expected)
+    assert both.weight == 1
+
+
+@pytest.mark.parametrize("sides", [(9, 6), (6, 9)])
+def test_wide_features_give_the_same_maps(sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = some_pairs(image=sides[0], text=sides[1])
+    ridge = (torch.linspace(0.5, 2, sides[0], dtype=torch.float64), 0.3)
+    narrow = cca(PairMoments.of([(x, y)]), 5, ridge=ridge)
+    monkeypatch.setattr(closed_form, "WIDE", 4)
+    wide = cca(PairMoments.of([(x, y)]), 5, ridge=ridge)
+    torch.testing.assert_close(wide.correlations, narrow.correlations, rtol=1e-4, atol=1e-5)
+    signs = (wide.image * narrow.image).sum(1).sign()
+    torch.testing.assert_close(wide.image, signs[:, None] * narrow.image, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(wide.text, signs[:, None] * narrow.text, rtol=1e-3, atol=1e-4)
+
+
+def test_a_ridge_for_each_column_is_a_column_scaled() -> None:
+    """Dividing a column by c is multiplying its ridge by c squared; the maps differ by the factor only."""
+    x, y = some_pairs()
+    factor = torch.linspace(0.5, 2, 9, dtype=torch.float64)
+    plain = cca(PairMoments.of([(x, y)]), 4, ridge=(factor**2, 0.5))
+    scaled = cca(PairMoments.of([(x / factor, y)]), 4, ridge=(1.0, 0.5))
+    torch.testing.assert_close(plain.correlations, scaled.correlations)
+    signs = (plain.text * scaled.text).sum(1).sign()
+    torch.testing.assert_close(plain.image, signs[:, None] * scaled.image / factor.float(), rtol=1e-3, atol=1e-5)

@@ -1,22 +1,25 @@
 """Two linear heads in closed form: regularised canonical correlation analysis (CCA) of the features of frozen towers.
 
-Input: standardised features of the pairs. Output: the two projections with maximal correlation; a second on a laptop
-where gradient steps take a minute, without learning rate or seed. The ridge equals the variance of a noise: the
-least-squares optimum under Gaussian noise of deviation s on both sides is that of adding s² to both covariances.
-Source: Hotelling (1936); Vinod (1976) for the ridge. Weighting directions by a power of their correlation follows Gong
-et al. (IJCV 2014, section 3.4), who use 4 where 1 was best here (``dev/LOG.md``).
+Input: the moments of standardised features of the pairs. Output: the two projections with maximal correlation; a
+second on a laptop where gradient steps take a minute, without learning rate or seed. The ridge equals the variance of a
+noise: the least-squares optimum under Gaussian noise of deviation s on both sides is that of adding s² to both
+covariances. Source: Hotelling (1936); Vinod (1976) for the ridge. Weighting directions by a power of their correlation
+follows Gong et al. (IJCV 2014, section 3.4), who use 4 where 1 was best here (``dev/LOG.md``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clasp.training.moments import WIDE, PairMoments
 from clasp.types import UserError
+
+Ridge = float | Float[Tensor, " D"]
+"""A ridge penalty: one for a side, or one of each column (as where every layer has its own)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,31 +31,25 @@ class CCAProjections:
     correlations: Float[Tensor, " E"]
 
 
-def cca(
-    pairs: Iterable[tuple[Float[Tensor, "B Di"], Float[Tensor, "B Dt"]]],
-    width: int,
-    *,
-    ridge: tuple[float, float],
-    power: float = 1.0,
-) -> CCAProjections:
-    """CCA of aligned batches of standardised features, ``width`` directions.
+def cca(moments: PairMoments, width: int, *, ridge: tuple[Ridge, Ridge], power: float = 1.0) -> CCAProjections:
+    """CCA of standardised features from their moments, ``width`` directions.
 
-    Memory is that of the covariances; arithmetic in float64. Raises ``UserError`` when ``width`` exceeds the width of
-    the narrower features. ``ridge`` (image, text) must be positive where there are fewer pairs than features.
+    The moments are used as they are: about zero, the mean that standardisation has set, unless they were centred.
+    ``ridge`` (image, text), one value or one of each column, must be positive where there are fewer pairs than
+    features. Raises ``UserError`` when ``width`` exceeds the width of the narrower features. Arithmetic in float64;
+    sides of more than ``WIDE`` columns are factored in float32, in a few seconds for 10,000 columns.
     """
-    image_image = image_text = text_text = torch.zeros(())
-    count = 0
-    for image, text in pairs:
-        x, y = image.double(), text.double()
-        image_image, image_text, text_text = image_image + x.T @ x, image_text + x.T @ y, text_text + y.T @ y
-        count += len(x)
-    narrower = min(image_text.shape)
+    narrower = min(moments.image_text.shape)
     if width > narrower:
         raise UserError(f"head.width = {width}: the closed form has at most {narrower} directions for these towers")
+    if max(moments.image_text.shape) > WIDE:
+        return _cca_of_wide(moments, width, ridge, power)
     whiten_image, whiten_text = (
-        _whitening(moments / count, penalty) for moments, penalty in ((image_image, ridge[0]), (text_text, ridge[1]))
+        _whitening(products / moments.weight, penalty)
+        for products, penalty in ((moments.image_image, ridge[0]), (moments.text_text, ridge[1]))
     )
-    u, correlations, v = torch.linalg.svd(whiten_image @ (image_text / count) @ whiten_text.T, full_matrices=False)
+    across = moments.image_text / moments.weight
+    u, correlations, v = torch.linalg.svd(whiten_image @ across @ whiten_text.T, full_matrices=False)
     weight = correlations[:width].clamp(min=0) ** power
     return CCAProjections(
         image=(weight[:, None] * (u.T[:width] @ whiten_image)).float(),
@@ -61,10 +58,38 @@ def cca(
     )
 
 
-def _whitening(covariance: Float[Tensor, "D D"], ridge: float) -> Float[Tensor, "D D"]:
+def _cca_of_wide(moments: PairMoments, width: int, ridge: tuple[Ridge, Ridge], power: float) -> CCAProjections:
+    """The same without an inverse: triangular solves, and the eigenvectors of the smaller Gram matrix."""
+    image, text = (
+        torch.linalg.cholesky(_ridged((products / moments.weight).float(), penalty))
+        for products, penalty in ((moments.image_image, ridge[0]), (moments.text_text, ridge[1]))
+    )
+    half = torch.linalg.solve_triangular(image, (moments.image_text / moments.weight).float(), upper=False)
+    correlated = torch.linalg.solve_triangular(text, half.T, upper=False).T  # Di Dt
+    tall = correlated.shape[0] >= correlated.shape[1]
+    long, factors = (correlated, (image, text)) if tall else (correlated.T, (text, image))
+    squares, short = torch.linalg.eigh((long.T @ long).double())
+    correlations = squares.flip(0)[:width].clamp(min=0).sqrt()
+    near = short.flip(1)[:, :width].float()
+    far = long @ near / correlations.clamp(min=1e-6).float()
+    maps = [
+        torch.linalg.solve_triangular(factor.T, vectors, upper=True).T
+        for factor, vectors in zip(factors, (far, near), strict=True)
+    ]
+    weight = (correlations**power).float()[:, None]
+    at_image, at_text = maps if tall else reversed(maps)
+    return CCAProjections(weight * at_image, weight * at_text, correlations.float())
+
+
+def _whitening(covariance: Float[Tensor, "D D"], ridge: Ridge) -> Float[Tensor, "D D"]:
     """``W`` with ``W (covariance + ridge) Wᵀ = 1``."""
-    ridged = covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    factor = torch.linalg.cholesky(ridged)
+    factor = torch.linalg.cholesky(_ridged(covariance, ridge))
     return torch.linalg.solve_triangular(
         factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device), upper=False
     )
+
+
+def _ridged(covariance: Float[Tensor, "D D"], ridge: Ridge) -> Float[Tensor, "D D"]:
+    """The covariance with the ridge added to its diagonal, in place."""
+    covariance.diagonal().add_(torch.as_tensor(ridge, dtype=covariance.dtype, device=covariance.device))
+    return covariance

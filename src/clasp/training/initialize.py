@@ -26,6 +26,7 @@ from clasp.models.tuning.settings import TuneSettings
 from clasp.models.tuning.spec import freeze_except, gradient_initialized_layers
 from clasp.training import grad_cache
 from clasp.training.cca import cca
+from clasp.training.moments import PairMoments
 from clasp.training.precision import resolve_precision
 from clasp.training.settings import TrainSettings
 from clasp.training.step import seed_generators, step_seed
@@ -55,7 +56,7 @@ def initialize_heads(model: DualEncoder, sides: BatchReader, settings: HeadSetti
         with torch.no_grad():
             whole = np.arange(len(sides.pairs))
             every = ((image(images), text(texts)) for images, texts in pooled.every_caption(whole))
-            maps = cca(every, settings.width, ridge=settings.ridge)
+            maps = cca(PairMoments.of(every), settings.width, ridge=settings.ridge)
             for head, weight in ((model.image_head, maps.image), (model.text_head, maps.text)):
                 assert isinstance(head.map, nn.Linear)
                 head.map.weight.copy_(weight)
