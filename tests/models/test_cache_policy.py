@@ -29,6 +29,7 @@ class NeverRun:
     depth: int = 0
     width: int = 4
     tokens: int = 1
+    layers: tuple[tuple[int, int], ...] = ()
 
     @property
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from clasp.commands.train import train_recipe
-from clasp.config.recipe import Recipe
+from clasp.config.recipe import Recipe, read_recipe
 from clasp.models import cache_policy
 from clasp.models.backbone import Backbone, ImageTowerSettings
 from clasp.models.tower import Tower
@@ -168,3 +168,13 @@ def test_memory_of_a_step_is_that_of_the_blocks_above(towers: Path):
             tower.pooled(Pixels(torch.randn(16, 3, 32, 32)))
         kept[method] = counter.bytes
     assert kept["last(1)"] < 0.6 * kept["full"]
+
+
+def test_all_layers_are_numbers_in_the_recipe_of_the_run(towers: Path, pairs: Path, tmp_path: Path):
+    made = recipe(towers, pairs, "image.extra_layers=all", "text.extra_layers=all", "head.init=cca")
+    run(made, tmp_path / "all")
+    saved = read_recipe(tmp_path / "all" / "recipe.toml")
+    assert saved.image.extra_layers == saved.text.extra_layers == [1]
+    run(saved, tmp_path / "again")
+    ours, theirs = delta(tmp_path / "all"), delta(tmp_path / "again")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)

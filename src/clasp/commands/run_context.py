@@ -95,9 +95,16 @@ def open_ledger(folder: RunFolder, model: DualEncoder, state: TrainState | None)
 
 
 def resolve_recipe(recipe: Recipe, plan: TrainPlan, model: DualEncoder) -> Recipe:
-    """The recipe as saved in the run, so that it resumes unchanged: batch size, epochs, attention kernel resolved."""
+    """The recipe as saved in the run, so that it resumes unchanged: batch size, epochs, attention kernel and layers
+    resolved."""
     device = next(model.parameters()).device
     settings = plan.resolved(recipe.train)
     precision = resolve_precision(settings.precision, device).precision
     kernel = choose_attention_kernel(settings.attention, precision, device)
-    return recipe.model_copy(update={"train": settings.model_copy(update={"attention": kernel.attention})})
+    towers = {"image": (recipe.image, model.image), "text": (recipe.text, model.text)}
+    numbered = {
+        side: each.model_copy(update={"extra_layers": list(tower.extra_layers)})
+        for side, (each, tower) in towers.items()
+        if each.extra_layers == "all"
+    }
+    return recipe.model_copy(update={"train": settings.model_copy(update={"attention": kernel.attention}), **numbered})

@@ -233,11 +233,18 @@ def _conflict(
 
 
 def _matches_recipe(run: Path, recipe: Recipe) -> bool:
-    """Whether a run has this recipe, apart from resolved "auto" values."""
+    """Whether a run has this recipe, apart from resolved "auto" and "all" values."""
     try:
         written = recipe_from_dict(RunFolder(run).recipe(), str(run))
     except UserError:
         return False
     settings = recipe.train.model_dump()
     auto = {key: written.train.model_dump()[key] for key, value in settings.items() if value == "auto"}
-    return not recipe.model_copy(update={"train": recipe.train.model_copy(update=auto)}).differs_from(written.to_dict())
+    updated = recipe.model_copy(update={"train": recipe.train.model_copy(update=auto)})
+    if recipe.image.extra_layers == "all":
+        layers = {"extra_layers": written.image.extra_layers}
+        updated = updated.model_copy(update={"image": recipe.image.model_copy(update=layers)})
+    if recipe.text.extra_layers == "all":
+        layers = {"extra_layers": written.text.extra_layers}
+        updated = updated.model_copy(update={"text": recipe.text.model_copy(update=layers)})
+    return not updated.differs_from(written.to_dict())

@@ -32,8 +32,9 @@ class _TowerSettings(BaseModel):
     pooling layers of the pre-trained net, such as SigLIP's attention head"""
     layer: int | None = None
     """Use the hidden states after this many blocks (negative: from the end); the blocks above are dropped"""
-    extra_layers: list[int] = []
-    """Also pool the hidden states after these blocks (counted as in ``layer``) and concatenate them to the last ones"""
+    extra_layers: list[int] | Literal["all"] = []
+    """Also pool the hidden states after these blocks (counted as in ``layer``) and concatenate them to the last ones;
+    "all": after every block. The recipe of a run has their numbers"""
     dropout: bool = False
     """Whether the tower's dropout is active in training; LilT has it active, also in frozen towers"""
 

@@ -8,15 +8,14 @@ Note: features that are cached already are read whatever the free disk space.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from clasp.data.feature_cache.dtypes import StorageDtype
+from clasp.data.feature_cache.layers import find_layers
 from clasp.data.feature_cache.requests import FeatureRequest, TextFeatureRequest
 
 FeatureCacheMode = Literal["auto", "off"] | StorageDtype
@@ -62,7 +61,8 @@ class CachePolicy:
         assert self.mode != "off", "nothing is cached, so there is nothing to plan"
         storage: StorageDtype = self.mode if self.mode != "auto" else "float16" if request.part.depth else "float32"
         key, size = {**request.key, "storage": storage}, request.num_bytes(storage)
-        file = _find_cache_file(self.folder / "features", key)
+        found = find_layers(self.folder / "features", key)
+        file = found.file if found else None
         too_large = (
             self.weighs_size(request)
             and file is None
@@ -88,14 +88,3 @@ def plan_features(requests: Iterable[FeatureRequest], policy: CachePolicy) -> li
         if all(plan.key != earlier.key for earlier in plans):
             plans.append(plan)
     return plans
-
-
-def _find_cache_file(folder: Path, key: Mapping[str, Any]) -> Path | None:
-    """The complete cache file whose ``.json`` has this key."""
-    wanted = json.loads(json.dumps(key)).items()  # as it is read back: no tuples
-    for about in sorted(folder.glob("*.json")):
-        with suppress(OSError, ValueError, KeyError, AttributeError):  # another file, damaged, or just being replaced
-            if wanted <= json.loads(about.read_text(encoding="utf-8"))["key"].items():
-                if (file := about.with_suffix(".npy")).exists():
-                    return file
-    return None

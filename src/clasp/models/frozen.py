@@ -26,7 +26,11 @@ class FrozenTower:
 
     @property
     def fingerprint(self) -> str:
-        return self.tower.fingerprint
+        return self.tower.layer_fingerprint
+
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        return self.tower.pooled_layers
 
     @property
     def width(self) -> int:
@@ -50,6 +54,10 @@ class FrozenPrefix:
     @property
     def fingerprint(self) -> str:
         return self.tower.prefix_fingerprint(self.depth)
+
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        return ()
 
     @property
     def tokens(self) -> int:

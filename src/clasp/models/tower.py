@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -64,7 +64,7 @@ class Tower(nn.Module):
         *,
         pool: str | None = None,
         layer: int | None = None,
-        extra_layers: Sequence[int] = (),
+        extra_layers: Sequence[int] | Literal["all"] = (),
         dropout: bool = False,
     ):
         super().__init__()
@@ -104,6 +104,16 @@ class Tower(nn.Module):
     def fingerprint(self) -> str:
         """Hash of the base weights and the pooling; trained parameters are not part of it."""
         return hash_values(sorted(self.weight_hashes.items()), self._pool, self._extra_layers)
+
+    @property
+    def layer_fingerprint(self) -> str:
+        """Hash of all that the pooled states of any one layer depend on, whatever other layers are pooled."""
+        return hash_values(sorted(self.weight_hashes.items()), self._pool, [])
+
+    @property
+    def extra_layers(self) -> tuple[int, ...]:
+        """The blocks that are pooled in addition to the last, counted from 1, lowest first."""
+        return tuple(self._extra_layers)
 
     def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
         """Apply tuning specs; returns the names of the trainable parameters, relative to the tower.
@@ -262,6 +272,10 @@ class Tower(nn.Module):
         return vectors if order is None else vectors[order]
 
     def _pooled(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "U Dp"]:
+        return torch.cat(self._pool_layers(inputs), dim=1)
+
+    def _pool_layers(self, inputs: Pixels | Tokens | HiddenStates) -> list[Float[Tensor, "U _"]]:
+        """The pooled states of the last block, then of the extra layers, lowest first."""
         outputs: list[Tensor] = []
         blocks = [self.net.get_submodule(self._structure.blocks[number - 1].path) for number in self._extra_layers]
         hooks = [
@@ -275,7 +289,7 @@ class Tower(nn.Module):
         layers = [states, *(as_tokens(early) for early in outputs)]  # lower feature maps of a CNN are larger
         text = None if isinstance(inputs, Pixels) or self.modality == "image" else inputs.mask
         mask = [_full_mask(each) if text is None else text for each in layers]
-        return torch.cat([self.pool(states, mask[0]), *map(self._pool_without_weights, layers[1:], mask[1:])], dim=1)
+        return [self.pool(states, mask[0]), *map(self._pool_without_weights, layers[1:], mask[1:])]
 
     def train(self, mode: bool = True) -> Tower:
         """Always evaluation mode, unless ``dropout`` is set; BatchNorm is in training mode where its statistics are
@@ -303,9 +317,10 @@ class Tower(nn.Module):
             states, mask, self._structure.prefix_tokens if self.modality == "image" else 0
         )
 
-    def _resolve_extra_layers(self, layers: Sequence[int]) -> list[int]:
-        """``extra_layers`` counted from 1, lowest first."""
+    def _resolve_extra_layers(self, layers: Sequence[int] | Literal["all"]) -> list[int]:
+        """``extra_layers`` counted from 1, lowest first; "all" below the last."""
         count = len(self._structure.blocks)
+        layers = range(1, count) if layers == "all" else layers
         numbers = sorted({layer if layer > 0 else count + layer for layer in layers})
         if numbers and not 1 <= numbers[0] <= numbers[-1] < count:
             raise UserError(
@@ -332,7 +347,8 @@ class Tower(nn.Module):
 
     @torch.no_grad()
     def _add_pooling(self) -> None:
-        """Create a learned pooling, set ``width``, and check that a feature depends on its own input only.
+        """Create a learned pooling, set ``width`` and ``pooled_layers``, and check that a feature depends on its own
+        input only.
 
         On the meta device the width ``D`` of the hidden states is read from the net where it is declared: a forward
         pass of shapes takes half a second, and decoders branch on values.
@@ -341,10 +357,13 @@ class Tower(nn.Module):
         width = self._declared_width() if meta else None
         shape = (1, 2 + self._structure.prefix_tokens, width or 0)
         states = self._first_states(given.alone) if width is None else torch.empty(shape, device="meta")
+        blocks = [len(self._structure.blocks), *self._extra_layers]
         if self._pool == "attention":
             self.pooling = AttentionPool(states.shape[2]).to(self._device)
-        vectors = self._pooled(given.alone) if self._extra_layers else self.pool(states, _full_mask(states))
+        layers = self._pool_layers(given.alone) if self._extra_layers else [self.pool(states, _full_mask(states))]
+        vectors = torch.cat(layers, dim=1)
         self.width = vectors.shape[1]
+        self.pooled_layers = tuple((block, layer.shape[1]) for block, layer in zip(blocks, layers, strict=True))
         if not meta:
             check_consistency(self.name, self._structure.family, self._pooled, vectors, given)
 

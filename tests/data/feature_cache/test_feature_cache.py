@@ -36,7 +36,7 @@ AUGMENT = Augment(crop_scale=(0.3, 0.9), flip=0.5)
 class ImageTower(nn.Module):
     """A linear map of the pixels; counts what it is asked."""
 
-    width, depth, tokens = 5, 0, 1
+    width, depth, tokens, layers = 5, 0, 1, ()
 
     def __init__(self, fingerprint: str = "image tower") -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """The mean of the words that are there."""
 
-    width, depth, tokens = 6, 0, 1
+    width, depth, tokens, layers = 6, 0, 1, ()
     fingerprint = "text tower"
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -28,6 +28,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from clasp.data.feature_cache.dtypes import DTYPE_CODECS, DtypeCodec, StorageDtype
+from clasp.data.feature_cache.layers import find_layers
 from clasp.types import UserError
 
 _FORMAT = 2  # increment it when the same key gives other values
@@ -43,6 +44,8 @@ class CachedArray:
     path: Path
     stored: Shaped[np.ndarray, "rows columns"]
     metadata: Mapping[str, Any]
+    columns: Int[np.ndarray, " D"] | None = None
+    """Those of the file that were asked for; ``None``: all"""
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -50,11 +53,12 @@ class CachedArray:
     @property
     def width(self) -> int:
         """``D``, the number of values in a row."""
-        return self.metadata["width"]
+        return self.metadata["width"] if self.columns is None else len(self.columns)
 
     def take(self, rows: Int[np.ndarray, "*shape"]) -> Float[Tensor, "*shape D"]:
         """A copy of these rows in memory, in the dtype of the file (int8 is dequantised to float32)."""
-        return self._storage.unpack(self.stored[rows])
+        stored = self.stored[rows]
+        return self._storage.unpack(stored if self.columns is None else stored[..., self.columns])
 
     @cached_property
     def _storage(self) -> DtypeCodec:
@@ -62,7 +66,7 @@ class CachedArray:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process maps the file again; pickling the memory map would copy all of it
-        return _open_mapped, (self.path, self.metadata)
+        return _open_mapped, (self.path, self.metadata, self.columns)
 
 
 class PartialFile(NamedTuple):
@@ -145,13 +149,16 @@ def load_or_compute(
 ) -> CachedArray:
     """The rows of ``key`` (plain data); ``fill`` is called to write them if ``folder`` has no complete file of them.
 
+    A file that has the layers of the key among others is read in its place, to the same bits.
+
     ``shape`` is (rows, values in a row). Raises ``UserError`` when ``folder`` is not writable or has too little space.
     """
     assert shape[0] * shape[1] > 0, f"nothing to store: {shape}"
     key = json.loads(json.dumps({**key, "shape": shape, "storage": storage}))  # as JSON reads it back: no tuples
     path = _cache_path(folder, key)
-    with suppress(_CacheMiss):
-        return _read(path, key)
+    for read in (lambda: _read(path, key), lambda: _read_wider(folder, key)):
+        with suppress(_CacheMiss):
+            return read()
     with _locked(path, DTYPE_CODECS[storage].num_bytes(*shape)) as part:
         with suppress(_CacheMiss):
             return _read(path, key)  # another process has just written it
@@ -184,8 +191,19 @@ def _read(path: Path, key: Mapping[str, Any]) -> CachedArray:
     return cached
 
 
-def _open_mapped(path: Path, about: Mapping[str, Any]) -> CachedArray:
-    return CachedArray(path, np.lib.format.open_memmap(path, mode="r"), about)
+def _read_wider(folder: Path, key: Mapping[str, Any]) -> CachedArray:
+    """The columns of these layers in a file of more."""
+    found = find_layers(folder, {name: value for name, value in key.items() if name != "shape"})
+    if found is None or found.columns is None or len(found.columns) != key["shape"][1]:
+        raise _CacheMiss
+    with suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or just being replaced
+        whole = json.loads(found.file.with_suffix(".json").read_text(encoding="utf-8"))["key"]
+        return replace(_read(found.file, whole), columns=found.columns)
+    raise _CacheMiss
+
+
+def _open_mapped(path: Path, about: Mapping[str, Any], columns: Int[np.ndarray, " D"] | None = None) -> CachedArray:
+    return CachedArray(path, np.lib.format.open_memmap(path, mode="r"), about, columns)
 
 
 def _probe(stored: np.ndarray) -> str:

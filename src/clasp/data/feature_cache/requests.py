@@ -32,7 +32,13 @@ class FrozenPart(Protocol[_TowerInput_contra]):
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the output could: with the weights, the pooling or the depth."""
+        """Changes whenever the output of a layer could: with the weights, the pooling or the depth."""
+        ...
+
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """(block, width) of every layer that is pooled, in the order of its columns, the last block first; empty for a
+        frozen prefix."""
         ...
 
     @property
@@ -85,7 +91,7 @@ class ImageFeatureRequest:
     def key(self) -> dict[str, Any]:
         """Changes whenever a feature could. The plain view does not depend on ``seed``."""
         key = {"what": "images", "part": self.part.fingerprint, "transform": self.transform.fingerprint}
-        key |= {"pairs": self.pairs.version, "views": self.views}
+        key |= {"pairs": self.pairs.version, "views": self.views, **_layers_key(self.part.layers)}
         if self.augment is None or self.views == 1:
             return key
         return key | {"augment": asdict(self.augment), "seed": self.seed}
@@ -123,7 +129,7 @@ class TextFeatureRequest:
     def key(self) -> dict[str, Any]:
         """Changes whenever a feature could; does not depend on the order of the texts."""
         key = {"what": "texts", "part": self.part.fingerprint, "tokenizer": self.tokenizer.fingerprint}
-        return key | {"texts": self.index.version}
+        return key | {"texts": self.index.version, **_layers_key(self.part.layers)}
 
     @property
     def count(self) -> int:
@@ -145,6 +151,10 @@ class TextFeatureRequest:
     def num_bytes(self, storage: StorageDtype) -> int:
         """Bytes of the features on disk."""
         return DTYPE_CODECS[storage].num_bytes(self.rows, self.part.width)
+
+
+def _layers_key(layers: tuple[tuple[int, int], ...]) -> dict[str, Any]:
+    return {"layers": [list(layer) for layer in layers]} if len(layers) > 1 else {}
 
 
 FeatureRequest = ImageFeatureRequest | TextFeatureRequest
