@@ -55,7 +55,7 @@ def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, task: 
     )
     with closing(batches), ledger.stage("training"):
         if context.state is None:
-            if recipe.head.standardize:
+            if recipe.head.standardize and recipe.train.init_from is None:
                 initialize_heads(model, _plain(context, sides), recipe.head, batches.bad_samples)
             initialize_low_rank(model, batches, loss, recipe.tune, recipe.train)
         else:

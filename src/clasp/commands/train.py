@@ -28,6 +28,7 @@ from clasp.training.run_folder import RunFolder
 from clasp.training.state import FitResult, TrainState
 from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.training.trackers.registry import find_trackers, open_trackers
+from clasp.training.warm_start import load_initial_weights
 from clasp.types import MessageCallback, ProgressFactory, TrackedRun, no_progress_bar
 
 
@@ -104,9 +105,11 @@ def train_recipe(
 def _prepare(
     parts: ModelAndPreprocessing, recipe: Recipe, folder: RunFolder, state: TrainState | None
 ) -> ModelAndPreprocessing:
-    """The model on its device, with the saved tokenizer for a resumed run."""
+    """The model on its device: with the saved tokenizer for a resumed run, or from the weights of ``init_from``."""
     if state is not None:  # the saved one: other library versions may build another from the recipe
         parts = replace(parts, tokenizer=folder.read().tokenizer)
+    elif recipe.train.init_from is not None:
+        load_initial_weights(parts.model, recipe.to_dict(), recipe.train.init_from)
     parts.model.to(PartialState().device).eval()
     if recipe.train.activation_checkpointing == "blocks":
         for tower in (parts.model.image, parts.model.text):

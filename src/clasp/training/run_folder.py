@@ -184,14 +184,7 @@ class RunFolder:
         Raises ``UserError`` for other base weights, and for a delta that is missing, damaged or does not fit.
         """
         self.require_same_bases(model)
-        path = self.path / "delta.safetensors"
-        if not path.exists():
-            raise UserError(f"{self.path} was never trained: it has no delta.safetensors")
-        try:
-            tensors = safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
-        parameters = model.delta()
+        path, tensors, parameters = self.path / "delta.safetensors", self.read_delta(), model.delta()
         mismatched = sorted(set(tensors) ^ set(parameters))
         if mismatched:
             raise UserError(
@@ -204,6 +197,16 @@ class RunFolder:
                         f"{path}: {name} is {tuple(tensors[name].shape)}, the model has {tuple(tensor.shape)}"
                     )
                 tensor.copy_(tensors[name])
+
+    def read_delta(self) -> dict[str, torch.Tensor]:
+        """The trained tensors by name. Raises ``UserError`` where the delta is missing or damaged."""
+        path = self.path / "delta.safetensors"
+        if not path.exists():
+            raise UserError(f"{self.path} was never trained: it has no delta.safetensors")
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
 
     def read_state(self) -> TrainState:
         """Read what ``save_state`` wrote. Raises ``UserError`` when it is missing or damaged."""

@@ -64,8 +64,12 @@ class TrainSettings(BaseModel):
     activation_checkpointing: Literal["none", "blocks"] = "none"
     """Activation checkpointing: "blocks" recomputes the activations inside blocks in the backward pass, from the first
     trainable block on."""
-    epochs: Annotated[int, Field(gt=0)] | _Auto = "auto"
-    """Passes over the training pairs."""
+    epochs: Annotated[int, Field(ge=0)] | _Auto = "auto"
+    """Passes over the training pairs; 0: no gradient step, the initial weights (as those of ``head.init = "cca"``) are
+    evaluated and saved."""
+    init_from: str | None = None
+    """A run folder whose trained tensors the trainable parameters start from, by name; others keep their own
+    initialisation. The heads are then not initialised from the pairs."""
     lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Peak learning rate, reached at the end of the warm-up."""
     lr_factors: LrFactors = LrFactors()
@@ -182,6 +186,6 @@ def plan_training(settings: TrainSettings, pairs: int, *, max_batch_size: int = 
         reasons.append(f"{epochs:,} epochs {why}")
     else:
         epochs = settings.epochs
-        reasons.append(f"{epochs:,} epochs are set" if epochs > 1 else "1 epoch is set")
+        reasons.append("1 epoch is set" if epochs == 1 else f"{epochs:,} epochs are set")
     steps = epochs * steps_per_epoch
     return TrainPlan(batch, epochs, steps, f"{pairs:,} pairs: {' and '.join(reasons)}, {steps:,} steps in all")

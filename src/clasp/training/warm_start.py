@@ -1,0 +1,64 @@
+"""Trainable parameters that start from those of another run: ``train.init_from``.
+
+Input: a model with its selection, its recipe as nested dictionaries, and the folder of a run. Output: none; parameters
+are copied in place, by name. Parameters that the run did not train keep their own initialisation; a low-rank update is
+zero then, so that the model starts exactly where the run ended. Note: the run's towers must have the same base weights
+and pooling, and all that it trained must be trainable here, or a part of it would be lost when this run is saved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from clasp.models.dual_encoder import DualEncoder
+from clasp.training.run_folder import RunFolder
+from clasp.types import UserError
+
+# settings that decide which tensors a delta has, and their shapes
+_SETTINGS = (
+    *(f"{side}.{key}" for side in ("image", "text") for key in ("tower", "pool", "layer", "extra_layers")),
+    *("head.kind", "head.width", "head.hidden", "head.bias", "head.standardize", "loss.kind", "loss.scale"),
+    *("tune.image", "tune.text", "tune.head", "tune.scale", "share"),
+)
+
+
+def load_initial_weights(model: DualEncoder, recipe: Mapping[str, Any], run: str) -> None:
+    """Copy the delta of ``run`` into the trainable parameters of ``model``, which has ``recipe``.
+
+    Raises ``UserError`` naming the settings that differ: where the base weights or the pooling do, or where a tensor of
+    the delta is not among the trainable parameters or has another shape.
+    """
+    folder = RunFolder(run)
+    theirs, tensors = folder.recipe(), folder.read_delta()
+    base = json.loads((folder.path / "base.json").read_text(encoding="utf-8"))
+    for tower in (model.image, model.text):
+        if base[tower.modality]["fingerprint"] != tower.fingerprint:
+            raise _misfit(run, f"the base weights or the pooling of its {tower.modality} tower", recipe, theirs)
+    parameters = model.delta()
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            raise _misfit(run, f"{name}, which does not train here", recipe, theirs)
+        if (shape := tuple(parameters[name].shape)) != tuple(tensor.shape):
+            raise _misfit(run, f"{name} of shape {tuple(tensor.shape)}, here {shape}", recipe, theirs)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def _misfit(run: str, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> UserError:
+    differing = [
+        f"{key} = {there!r} there, {here!r} here"
+        for key in _SETTINGS
+        if (there := _value(theirs, key)) != (here := _value(ours, key))
+    ]
+    return UserError(f"train.init_from = {run!r} does not fit: {what}; {'; '.join(differing) or 'the recipes agree'}")
+
+
+def _value(recipe: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    found = recipe.get(section)
+    return found.get(name) if name and isinstance(found, Mapping) else found
