@@ -13,7 +13,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from clasp.config.build import ModelAndPreprocessing, build_feature_source, build_model, build_model_and_preprocessing
+from clasp.config.build import (
+    ModelAndPreprocessing,
+    build_feature_source,
+    build_model,
+    build_model_and_preprocessing,
+    class_pairs_of_recipe,
+)
 from clasp.config.datasets import cache_folder, open_training_pairs, plan_run
 from clasp.config.recipe import Recipe
 from clasp.data.checks import CheckReport, Finding, check_captions, check_images, check_pairs
@@ -25,6 +31,7 @@ from clasp.models.features import FeatureSource
 from clasp.models.frozen import FrozenPrefix, FrozenTower
 from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
+from clasp.training.class_pairs import WeightedClassPairs
 from clasp.training.trackers.registry import find_trackers
 from clasp.types import ProgressFactory, UserError, no_progress_bar
 
@@ -39,9 +46,15 @@ def diagnose(recipe: Recipe, *, bar: ProgressFactory = no_progress_bar) -> Itera
     parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
     yield check_captions(listing, parts.tokenizer)
     yield check_images(train, val, parts.transform, recipe.data.max_bad_fraction, bar)
+    classes = class_pairs_of_recipe(recipe, parts.model)
+    if classes is not None:
+        facts = {"classes": classes.pairs.classes, "texts": len(classes.pairs.texts), "weight": classes.weight}
+        yield CheckReport("class_pairs", {**facts, "source": classes.source}, [Finding("ok", "classes", str(classes))])
     inputs = build_feature_source(parts, recipe)
     yield check_towers(parts, recipe, inputs)
-    yield check_feature_cache(plan_run_features(recipe, inputs, train, val, listing), inputs.cache.free_bytes())
+    yield check_feature_cache(
+        plan_run_features(recipe, inputs, train, val, listing, classes), inputs.cache.free_bytes()
+    )
     plan = plan_run(recipe, train, inputs)
     yield CheckReport("steps", asdict(plan), [Finding("ok", "steps", plan.reason)])
 
@@ -94,12 +107,19 @@ def _describe_boundary(tower: Tower, part: FrozenTower | FrozenPrefix | None, fr
 
 
 def plan_run_features(
-    recipe: Recipe, inputs: FeatureSource, train: Pairs, val: Pairs, listing: PairIndex
+    recipe: Recipe,
+    inputs: FeatureSource,
+    train: Pairs,
+    val: Pairs,
+    listing: PairIndex,
+    classes: WeightedClassPairs | None = None,
 ) -> list[CachePlan]:
     """The caches of a run of the recipe; ``listing``: the index of ``train``."""
     requests = [inputs.image.request(train, recipe.data.augment), inputs.text.request(listing.texts)]
     if recipe.head.standardize:
         requests.append(inputs.image.request(train))  # heads are initialised from images without augmentation
+    if classes is not None:
+        requests.append(inputs.text.request(sorted(set(classes.pairs.texts))))
     requests += [inputs.text.request(texts) for texts in validation_texts(train, val)]
     requests.append(inputs.image.request(val))
     return plan_features([request for request in requests if request is not None], inputs.cache)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from clasp.commands.run_context import RunContext
 from clasp.data.loader import BatchReader, PairLoader
 from clasp.data.readers import LiveImageReader
+from clasp.training.class_pairs import ClassPairFeatures, class_pair_features
 from clasp.training.cost.frozen import count_frozen_flops
 from clasp.training.cost.ledger import COST_FILE
 from clasp.training.initialize import initialize_heads, initialize_low_rank
@@ -56,7 +57,8 @@ def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, task: 
     with closing(batches), ledger.stage("training"):
         if context.state is None:
             if recipe.head.standardize and recipe.train.init_from is None:
-                initialize_heads(model, _plain(context, sides), recipe.head, batches.bad_samples)
+                plain = _plain(context, sides)
+                initialize_heads(model, plain, recipe.head, batches.bad_samples, _class_pairs(context))
             initialize_low_rank(model, batches, loss, recipe.tune, recipe.train)
         else:
             batches.bad_samples.add(context.state.skipped)
@@ -69,6 +71,15 @@ def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, task: 
             kinds=model.parameter_kinds,
             resume_state=context.state,
         )
+
+
+def _class_pairs(context: RunContext) -> ClassPairFeatures | None:
+    """The class pairs that count in the closed form; their use is logged."""
+    if context.classes is None:
+        return None
+    context.tracker.log({"event": "class_pairs", "message": str(context.classes)}, 0)
+    context.reporter.note(str(context.classes))
+    return class_pair_features(context.classes, context.model, context.inputs)
 
 
 def _plain(context: RunContext, sides: BatchReader) -> BatchReader:

@@ -17,6 +17,7 @@ from clasp.data.readers import PairIndex
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
+from clasp.training.class_pairs import WeightedClassPairs
 from clasp.training.cost.ledger import COST_FILE, CostLedger, read_cost
 from clasp.training.precision import resolve_precision
 from clasp.training.run_folder import RunFolder
@@ -39,8 +40,8 @@ class Preloaded:
 class RunContext:
     """The objects of a run. ``recipe`` is resolved: batch size, epochs and attention kernel are not "auto".
 
-    ``state``: the saved state of a resumed run, ``None`` for a new one. ``listing``: the index of the captions of
-    ``train``.
+    ``classes``: class pairs that count in the closed form. ``state``: the saved state of a resumed run, ``None`` for a
+    new one. ``listing``: the index of the captions of ``train``.
     """
 
     folder: RunFolder
@@ -49,6 +50,7 @@ class RunContext:
     inputs: FeatureSource
     train: Pairs
     val: Pairs
+    classes: WeightedClassPairs | None
     listing: PairIndex
     state: TrainState | None
     ledger: CostLedger

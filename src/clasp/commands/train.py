@@ -15,7 +15,12 @@ from accelerate import PartialState
 
 from clasp.commands.fit_run import fit_run, open_batches
 from clasp.commands.run_context import Preloaded, RunContext, open_ledger, resolve_recipe
-from clasp.config.build import ModelAndPreprocessing, build_feature_source, build_model_and_preprocessing
+from clasp.config.build import (
+    ModelAndPreprocessing,
+    build_feature_source,
+    build_model_and_preprocessing,
+    class_pairs_of_recipe,
+)
 from clasp.config.datasets import open_training_pairs, plan_run
 from clasp.config.recipe import Recipe
 from clasp.data.pairs import skipped_lines
@@ -70,6 +75,7 @@ def train_recipe(
     inputs = build_feature_source(parts, recipe, bar=ledger.time_features(bar), say=say, report=tracker.log_skipped)
     plan = plan_run(recipe, train, inputs)
     say(plan.reason)
+    classes = class_pairs_of_recipe(recipe, parts.model)
     context = RunContext(
         folder=folder,
         recipe=resolve_recipe(recipe, plan, parts.model),
@@ -77,6 +83,7 @@ def train_recipe(
         inputs=inputs,
         train=train,
         val=val,
+        classes=classes,
         listing=PairIndex(train),
         state=state,
         ledger=ledger,
@@ -129,6 +136,7 @@ def _write(context: RunContext, fitted: FitResult, results: Sequence[EvaluationR
         cost=cost,
         train_pairs=len(context.train),
         val_pairs=len(context.val),
+        classes=context.classes,
     )
     context.folder.write("README.md", card.render())
     context.tracker.log({"event": "cost", **cost.metrics()}, fitted.position.step)

@@ -32,6 +32,7 @@ from clasp.models.tower import Tower
 from clasp.models.zoo.registry import load_backbone
 from clasp.models.zoo.single_trunk import build_single_trunk
 from clasp.training import run_folder
+from clasp.training.class_pairs import WeightedClassPairs, find_class_pairs
 from clasp.training.losses import find_loss
 from clasp.types import MessageCallback, ProgressFactory, SkippedSample, UserError, no_progress_bar
 
@@ -247,6 +248,16 @@ def _check_end_token(recipe: Recipe, text: Backbone, tokenizer: Tokenizer) -> No
             raise UserError(
                 f"text.pool = 'eos': the tokenizer of {text.name} ends no text with an end token; use last or mean"
             )
+
+
+def class_pairs_of_recipe(recipe: Recipe, model: DualEncoder) -> WeightedClassPairs | None:
+    """The class pairs that count in the closed form of a recipe; ``None`` where its heads start otherwise.
+
+    Raises ``UserError`` where the recipe wants class pairs that its image tower does not have.
+    """
+    if recipe.head.init != "cca" or recipe.train.init_from is not None:
+        return None
+    return find_class_pairs(model, recipe.data.class_weight)
 
 
 def build_feature_source(

@@ -19,6 +19,7 @@ from clasp.data.formats.rows import DEFAULT_COLUMNS
 from clasp.data.formats.skipped_files import SkippedFiles, escape_name
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages, describe_pair_formats, open_pairs, split_by_group
 from clasp.data.readers import PairIndex
+from clasp.data.samples.emoji import SAMPLE_SCHEME, sample_file
 from clasp.models.features import FeatureSource
 from clasp.training.loop import plan_training
 from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan
@@ -36,7 +37,10 @@ def open_training_pairs(recipe: Recipe) -> TrainValPairs:
     """Training and validation pairs, filtered by language. Raises ``UserError``."""
     data = recipe.data
     if data.train is None:
-        raise UserError(f"no pairs to train on: set data.train to {describe_pair_formats()}")
+        raise UserError(
+            f"no pairs to train on: set data.train to {describe_pair_formats()}; or start from "
+            "the recipe photos, which needs none"
+        )
     for key, source in (("data.train", data.train), ("data.val", data.val)):
         if source is not None and not source.isascii() and re.search("[\ud800-\udfff]", source):
             raise UserError(
@@ -54,10 +58,11 @@ def open_pairs_for_recipe(
 ) -> Pairs:
     """Pairs for a trained model; those of its recipe are read with the recipe's format and columns unless given."""
     data = recipe.data
+    path = sample_file(source, cache_folder()) if source.startswith(SAMPLE_SCHEME) else source
     format = data.format if source in (data.train, data.val) else None
     if source in (data.train, data.val) and columns == DEFAULT_COLUMNS:
         columns, image_root = data.columns, image_root or data.image_root
-    return open_pairs(source, format=format, columns=columns, image_root=image_root, cache=cache_folder() / "pairs")
+    return open_pairs(path, format=format, columns=columns, image_root=image_root, cache=cache_folder() / "pairs")
 
 
 def _open(source: str, recipe: Recipe) -> Pairs:

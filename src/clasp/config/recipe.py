@@ -100,7 +100,8 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     train: str | None = None
-    """A folder, a file of a suffix in ``clasp.data.pairs.PAIR_FORMATS`` (.csv .jsonl .parquet …), or tar shards"""
+    """A folder, a file of a suffix in ``clasp.data.pairs.PAIR_FORMATS`` (.csv .jsonl .parquet …), tar shards, or a
+    packaged sample (sample:emoji, sample:emoji-quick)"""
     val: str | None = None
     """Validation pairs; where left out, part of ``train`` is held out by a stable hash of each pair's group"""
     format: str | None = None
@@ -123,6 +124,10 @@ class DataSettings(BaseModel):
     float16, bfloat16, int8)"""
     cached_augmentations: int = Field(default=0, ge=0, le=1000)
     """Augmented views of each image to cache for a frozen part, beside the plain one; 0: augment anew in each epoch"""
+    class_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Class pairs: where the image tower was trained as a classifier, its weight vectors and class names are pairs too,
+    for ``head.init = "cca"``. A class counts as this many training pairs; 0: no class pairs; left out: 10 where the
+    tower has a classifier"""
     max_bad_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of unreadable samples above which the run stops"""
 
@@ -194,6 +199,11 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
     check_tracker_names(recipe.train.trackers)
     if recipe.head.init == "cca" and not (recipe.head.kind == "linear" and recipe.head.standardize):
         raise UserError(f"{source}: head.init = 'cca' needs head.kind = 'linear' and head.standardize = true")
+    if recipe.data.class_weight and recipe.head.init != "cca":
+        raise UserError(
+            f"{source}: data.class_weight = {recipe.data.class_weight:g} is for head.init = 'cca'; here head.init = "
+            f"{recipe.head.init!r}"
+        )
     if recipe.head.standardize and recipe.tune.head == "none":
         raise UserError(f"{source}: head.standardize = true fits the heads to the data, which needs tune.head = 'full'")
     if recipe.share is not None and recipe.share.head == "shared" and recipe.head.standardize:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform, ResizeMode
 from clasp.data.tokenizer import CaptionCleaning, SpecialTokenTemplate, Tokenizer, Truncation
+from clasp.models.classifier import Classifier
 from clasp.models.transformer.encoders import ImageTransformerSettings, TextTransformerSettings
 
 PoolingMode = Literal["cls", "mean", "last", "eos", "cls+mean", "mean+max", "attention", "pooler"]
@@ -116,3 +117,5 @@ class Backbone:
     """randomly initialised parameters of a pre-trained net, such as the embeddings of another modality"""
     pooler: Pooler | None = None
     """the pooling of ``pool = "pooler"``; its module is dropped where another pooling is chosen"""
+    classifier: Callable[[], Classifier] | None = None
+    """the classifier that an image tower was pre-trained with; a callable, so that it is read only where it is used"""

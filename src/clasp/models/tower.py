@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clasp.models.activation_checkpointing import CheckpointedForward
 from clasp.models.backbone import Backbone, Pooler, PoolingMode
+from clasp.models.classifier import Classifier, classifier_columns
 from clasp.models.family_layouts import FAMILY_LAYOUTS
 from clasp.models.foreign_forward import disable_kv_cache, drop_module, foreign_states, native_image_size
 from clasp.models.length_buckets import split_by_length
@@ -82,6 +83,7 @@ class Tower(nn.Module):
         self.weight_hashes = hash_tensors(self.net.state_dict())
         self._forward_features, self._from_seed = backbone.forward_features, backbone.from_seed
         self.new_parameters = backbone.new_parameters
+        self._read_classifier = backbone.classifier if layer is None else None
         self.tunings: tuple[TuningSpec, ...] = ()
         self.dropout = dropout
         self._structure = find_structure(self.net)
@@ -114,6 +116,15 @@ class Tower(nn.Module):
     def extra_layers(self) -> tuple[int, ...]:
         """The blocks that are pooled in addition to the last, counted from 1, lowest first."""
         return tuple(self._extra_layers)
+
+    def classifier(self) -> tuple[Classifier, slice] | None:
+        """The classifier that the tower was pre-trained with, and the columns of the pooled features that it reads;
+        ``None`` where there is none, or ``pool`` does not have what it reads."""
+        if self._read_classifier is None:
+            return None
+        classifier = self._read_classifier()
+        columns = classifier_columns(classifier, self._pool, self.pooled_layers[0][1])
+        return None if columns is None else (classifier, columns)
 
     def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
         """Apply tuning specs; returns the names of the trainable parameters, relative to the tower.

@@ -15,6 +15,7 @@ from clasp.evaluation.results import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
 from clasp.report.tables import result_tables
 from clasp.report.terminal import printable
+from clasp.training.class_pairs import WeightedClassPairs
 from clasp.training.cost.ledger import RunCost, format_si
 from clasp.training.state import FitResult
 
@@ -31,6 +32,7 @@ class ModelCard:
     cost: RunCost
     train_pairs: int
     val_pairs: int
+    classes: WeightedClassPairs | None = None
 
     def render(self) -> str:
         """The text of the run's ``README.md``."""
@@ -43,6 +45,7 @@ class ModelCard:
         notes = dict.fromkeys(note for table in tables for note in table.notes)
         answers = "".join(f"\n{block}\n" for block in (*shown, *notes))
         shared = "" if sharing is None else f"\nWhat the two nets share:\n\n```\n{sharing}\n```\n"
+        classes = "" if self.classes is None else f"The heads' closed form also has {self.classes}.\n"
         skipped = f"\n{len(fitted.skipped)} samples could not be read and were skipped; `log.jsonl` names them.\n"
         return f"""# {self.run.name}
 
@@ -53,7 +56,7 @@ An image–text model aligned with clasp: `{recipe.image.tower}` and `{recipe.te
 {shared}
 Trained on {self.train_pairs:,} pairs of `{recipe.data.train}`, validated on {self.val_pairs:,} others;
 {fitted.pairs:,} pairs seen in {fitted.seconds:.0f} s, in {fitted.precision}, seed {recipe.train.seed}.
-{skipped if fitted.skipped else ""}{answers}
+{classes}{skipped if fitted.skipped else ""}{answers}
 {_markdown_table(["cost", ""], cost_rows(self.cost))}
 
 ```python

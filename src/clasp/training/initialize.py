@@ -7,48 +7,53 @@ low-rank updates get the directions of the gradient. Note: a resumed run must no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from clasp.data.device import to_device
-from clasp.data.feature_cache.replay import CachedImageReader, CachedTextReader
 from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
-from clasp.data.readers import PairIndex, SampleIndices
+from clasp.data.readers import PairIndex
 from clasp.models.dual_encoder import DualEncoder, HeadSettings
-from clasp.models.tower import Tower
 from clasp.models.tuning.peft_methods import initialize_lora_from_gradient, wrapped_weight_name
 from clasp.models.tuning.settings import TuneSettings
 from clasp.models.tuning.spec import freeze_except, gradient_initialized_layers
 from clasp.training import grad_cache
 from clasp.training.cca import cca
-from clasp.training.moments import PairMoments
+from clasp.training.class_pairs import ClassPairFeatures
+from clasp.training.moments import PairMoments, combine_moments
+from clasp.training.pooled_features import PairFeatures
 from clasp.training.precision import resolve_precision
 from clasp.training.settings import TrainSettings
 from clasp.training.step import seed_generators, step_seed
-from clasp.types import Batch, ImageInput, Loss, PooledFeatures, TextInput, UserError
+from clasp.types import Batch, Loss, UserError
 
 # captions, with their images, that mean and deviation are estimated on; reading cached features costs little
 _MAX_CAPTIONS_CACHED, _MAX_CAPTIONS_LIVE = 65_536, 2_048
 GRADIENT_BATCHES = 4  # batches of the gradient that initialises low-rank updates; costs as much as that many steps
 
 
-def initialize_heads(model: DualEncoder, sides: BatchReader, settings: HeadSettings, tally: BadSampleLimit) -> None:
+def initialize_heads(
+    model: DualEncoder,
+    sides: BatchReader,
+    settings: HeadSettings,
+    tally: BadSampleLimit,
+    classes: ClassPairFeatures | None = None,
+) -> None:
     """Initialise standardisation and, with ``init = "cca"``, the linear maps of the heads from the training pairs.
 
     ``sides`` read the images without augmentation, and their pairs are a ``PairIndex``; unreadable images are counted
-    in ``tally``.
+    in ``tally``. ``classes``: class pairs, which count in the closed form beside the training pairs.
     """
     image, text = model.image_head.standardize, model.text_head.standardize
     if image is None or text is None:
         return
     assert isinstance(sides.pairs, PairIndex)
-    pooled = _PooledFeatures(model, sides, sides.pairs, tally)
-    most = _MAX_CAPTIONS_CACHED if _reads_vectors(sides) else _MAX_CAPTIONS_LIVE
+    pooled = PairFeatures(model, sides, sides.pairs, tally)
+    most = _MAX_CAPTIONS_CACHED if pooled.cached else _MAX_CAPTIONS_LIVE
     some = zip(*pooled.every_caption(_evenly_spaced(sides.pairs, most)), strict=True)
     for standardize, parts in zip((image, text), some, strict=True):
         standardize.fit(torch.cat(parts))
@@ -56,11 +61,34 @@ def initialize_heads(model: DualEncoder, sides: BatchReader, settings: HeadSetti
         with torch.no_grad():
             whole = np.arange(len(sides.pairs))
             every = ((image(images), text(texts)) for images, texts in pooled.every_caption(whole))
-            maps = cca(PairMoments.of(every), settings.width, ridge=settings.ridge)
-            for head, weight in ((model.image_head, maps.image), (model.text_head, maps.text)):
-                assert isinstance(head.map, nn.Linear)
-                head.map.weight.copy_(weight)
-                head.map.bias.zero_()
+            _set_closed_form(model, settings, PairMoments.of(every), len(whole), classes)
+
+
+def _set_closed_form(
+    model: DualEncoder, settings: HeadSettings, moments: PairMoments, pairs: int, classes: ClassPairFeatures | None
+) -> None:
+    """Set both linear maps to the CCA of the training pairs, and of class pairs where there are any.
+
+    With class pairs each source is centred on its own mean, and the heads' bias takes the weighted mean of both.
+    """
+    image, text = model.image_head.standardize, model.text_head.standardize
+    assert image is not None and text is not None
+    means = torch.zeros_like(moments.image), torch.zeros_like(moments.text)
+    if classes is not None:
+        of_classes = classes.moments(image, text)
+        weight = classes.classes.total_weight
+        share = weight / (weight + pairs)
+        # weight vectors have no mean of their own: on the image side it is that of the training pairs
+        means = (
+            moments.image / moments.weight,
+            (1 - share) * moments.text / moments.weight + share * of_classes.text / of_classes.weight,
+        )
+        moments = combine_moments([(moments, float(pairs)), (of_classes, weight)])
+    maps = cca(moments, settings.width, ridge=settings.ridge)
+    for head, weight, mean in zip((model.image_head, model.text_head), (maps.image, maps.text), means, strict=True):
+        assert isinstance(head.map, nn.Linear)
+        head.map.weight.copy_(weight)
+        head.map.bias.copy_(-(weight @ mean.float()))
 
 
 def initialize_low_rank(
@@ -125,54 +153,7 @@ def _choose_micro_batch(embedder: grad_cache.MicroBatchEmbedder, batch: Batch) -
     return grad_cache.choose_micro_batch(embedder, batch, len(batch.ids)).micro_batch
 
 
-def _reads_vectors(sides: BatchReader) -> bool:
-    """Whether both sides are cached pooled features of wholly frozen towers."""
-    return (isinstance(sides.image, CachedImageReader) and sides.image.features.pooled) and (
-        isinstance(sides.text, CachedTextReader) and sides.text.features.pooled
-    )
-
-
 def _evenly_spaced(index: PairIndex, most: int) -> Int[np.ndarray, " n"]:
     """Evenly spaced pair numbers, with at most about ``most`` captions in all."""
     count = max(1, min(len(index), most * len(index) // int(index.caption_offsets[-1])))
     return np.unique(np.linspace(0, len(index) - 1, count).astype(np.int64))
-
-
-class _PooledFeatures:
-    """Pooled features of both towers for chosen pairs."""
-
-    def __init__(self, model: DualEncoder, sides: BatchReader, index: PairIndex, tally: BadSampleLimit):
-        self.model, self.sides, self.index, self.tally = model, sides, index, tally
-
-    def every_caption(
-        self, pairs: Int[np.ndarray, " n"]
-    ) -> Iterator[tuple[Float[Tensor, "m Di"], Float[Tensor, "m Dt"]]]:
-        """Each caption of these pairs once, with its image."""
-        captions = np.diff(self.index.caption_offsets)[pairs]
-        for draw in range(int(captions.max())):
-            numbers = pairs[captions > draw]
-            for part in np.array_split(numbers, -(-len(numbers) // 4096)):
-                yield self.rows(part, draw)
-
-    def rows(self, numbers: Int[np.ndarray, " n"], draw: int) -> tuple[Float[Tensor, "m Di"], Float[Tensor, "m Dt"]]:
-        """Aligned features of those of the pairs that can be read, each with its caption number ``draw``."""
-        images, texts = [], []
-        for start in range(0, len(numbers), 256):
-            part = numbers[start : start + 256]
-            picks = SampleIndices(part, np.full(len(part), draw), np.zeros(len(part), dtype=np.int64))
-            read = self.sides.image(picks, self.index.__getitem__)
-            self.tally.add(read.skipped)
-            if read.kept:
-                images.append(_pool(self.model.image, read.inputs))
-                texts.append(_pool(self.model.text, self.sides.text(picks[read.kept], self.index.__getitem__).inputs))
-        if not images:
-            device = next(self.model.parameters()).device
-            image, text = self.model.image, self.model.text
-            return torch.empty(0, image.width, device=device), torch.empty(0, text.width, device=device)
-        return torch.cat(images), torch.cat(texts)
-
-
-@torch.no_grad()
-def _pool(tower: Tower, inputs: ImageInput | TextInput) -> Float[Tensor, "B D"]:
-    moved = to_device(inputs, next(tower.parameters()).device)
-    return moved.values if isinstance(moved, PooledFeatures) else tower.pooled(moved)

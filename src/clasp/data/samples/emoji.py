@@ -18,6 +18,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from clasp.types import UserError
+
 # Held-out languages are never trained on. The split was fixed before any result was known; the low-resource ones were
 # chosen so that both sides are about equally hard for the text tower alone and span several scripts.
 TRAINED_LANGUAGES = ("en", "de", "fr", "es", "ru", "tr", "ar", "hi", "ja", "zh")
@@ -46,6 +48,23 @@ class EmojiSample:
     def multilingual_test(self) -> Path:
         """The test split with its names in all 42 languages."""
         return self.folder / "questions.jsonl"
+
+
+SAMPLE_SCHEME = "sample:"
+_SAMPLES = {"emoji": False, "emoji-quick": True}
+"""Name of a packaged sample -> whether it has one drawing style and three languages only"""
+
+
+def sample_file(source: str, cache: Path) -> Path:
+    """The file of ``sample:NAME`` or ``sample:NAME/SPLIT`` (train where left out), unpacked into ``cache``.
+
+    Raises ``UserError`` for an unknown name or split.
+    """
+    name, _, split = source.removeprefix(SAMPLE_SCHEME).partition("/")
+    if name not in _SAMPLES or (split or "train") not in _SPLITS:
+        choices = ", ".join(f"{SAMPLE_SCHEME}{each}" for each in _SAMPLES)
+        raise UserError(f"{source} is no packaged sample; there are {choices}, each with /{', /'.join(_SPLITS)}")
+    return unpack_emoji_sample(cache, quick=_SAMPLES[name]).pairs(split or "train")
 
 
 def unpack_emoji_sample(cache: Path, *, quick: bool) -> EmojiSample:

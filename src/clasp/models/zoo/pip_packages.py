@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from clasp.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone
+from clasp.models.classifier import Classifier
 from clasp.models.zoo import pip_dinov2, pip_e5
+from clasp.models.zoo.imagenet import imagenet_concepts
 from clasp.models.zoo.installed_file import InstalledFile
 from clasp.types import UserError
 
@@ -63,6 +65,8 @@ class PipTower:
     """Builds the model with these tensors, or on the meta device for ``None``."""
     pool: str
     input_spec: _ImageInputSpec | _TextInputSpec
+    read_classifier: Callable[[Path], Classifier] | None = None
+    """Reads the classifier that an image tower was pre-trained with, from the weights file."""
 
 
 def load_pip_backbone(name: str, *, size: int | None = None, meta: bool = False) -> Backbone:
@@ -82,7 +86,8 @@ def load_pip_backbone(name: str, *, size: int | None = None, meta: bool = False)
     match entry.input_spec:
         case _ImageInputSpec():
             transform = _resized_transform(name, entry.input_spec, size)
-            return base(modality="image", net=_load_net(name, entry, meta), transform=transform)
+            classifier = None if entry.read_classifier is None else functools.partial(_load_classifier, name, entry)
+            return base(modality="image", net=_load_net(name, entry, meta), transform=transform, classifier=classifier)
         case _TextInputSpec():
             if size is not None:
                 raise UserError(f"pip:{name} reads text, so an image size ({size}) does not apply")
@@ -94,6 +99,11 @@ def _load_net(name: str, entry: PipTower, meta: bool) -> nn.Module:
     if meta:
         return entry.build(None)
     return entry.build(entry.read(entry.weights.find(f"pip:{name}", entry.package, entry.version)))
+
+
+def _load_classifier(name: str, entry: PipTower) -> Classifier:
+    assert entry.read_classifier is not None
+    return entry.read_classifier(entry.weights.find(f"pip:{name}", entry.package, entry.version))
 
 
 def _load_tokenizer(name: str, entry: PipTower, spec: _TextInputSpec) -> Tokenizer:
@@ -217,6 +227,11 @@ def _read_efficientnet(path: Path) -> _Tensors:
     return tensors
 
 
+def _read_efficientnet_classifier(path: Path) -> Classifier:
+    weight = torch.load(path, map_location="cpu", weights_only=True)["_fc.weight"]
+    return Classifier(weight, imagenet_concepts(), "mean", "ImageNet-1k, WordNet 3.0")
+
+
 def _read_minilm(path: Path) -> _Tensors:
     from safetensors.torch import load_file
 
@@ -245,6 +260,7 @@ PIP_TOWERS: dict[str, PipTower] = {
             "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         ),
         read=_read_efficientnet,
+        read_classifier=_read_efficientnet_classifier,
         build=_efficientnet,
         pool="mean",
         input_spec=_ImageInputSpec(

@@ -1,0 +1,96 @@
+"""The classifier that an image tower was pre-trained with, as data: a weight vector of each class, and what it names.
+
+Input: the weights of the last linear layer and the names of its outputs. Output: ``Classifier``; ``class_pairs`` makes
+image-text pairs of it without any image. Note: a broader concept ("bird") has the mean of its classes' vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+ClassifierPooling = Literal["cls", "mean", "cls+mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Concept:
+    """What some classes have in common: one class, or all below a broader term."""
+
+    names: tuple[str, ...]
+    """Synonyms, the most usual one first"""
+    classes: tuple[int, ...]
+    """Outputs of the classifier"""
+    definition: str = ""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A linear classifier of pooled features, and the concepts that its outputs stand for."""
+
+    weight: Float[Tensor, "C D"]
+    concepts: tuple[Concept, ...]
+    pool: ClassifierPooling
+    """The pooling of the last hidden states that it reads"""
+    source: str
+    """Where its names are from"""
+
+
+@dataclass(frozen=True)
+class ClassPairs:
+    """Image-text pairs of a classifier: the vector of a concept, and one of its names or its definition."""
+
+    image: Float[Tensor, "n D"]
+    """Centred over the classes, of mean length 1"""
+    texts: tuple[str, ...]
+    weight: Float[Tensor, " n"]
+    classes: int
+    """Number of classes"""
+
+
+def class_pairs(classifier: Classifier) -> ClassPairs:
+    """The class pairs of a classifier.
+
+    The k-th synonym (from 0) counts 1 / (1 + k), the definition of a class counts 1. Definitions are used of single
+    classes only; those of broader concepts made no difference (``dev/LOG.md``).
+    """
+    vectors = classifier.weight.float() - classifier.weight.float().mean(0)
+    vectors = vectors / vectors.norm(dim=1).mean().clamp(min=1e-12)
+    rows: list[Tensor] = []
+    texts: list[str] = []
+    weights: list[float] = []
+    for concept in classifier.concepts:
+        vector = vectors[list(concept.classes)].mean(0)
+        named = [(name, 1 / (1 + place)) for place, name in enumerate(concept.names)]
+        defined = [(concept.definition, 1.0)] if concept.definition and len(concept.classes) == 1 else []
+        for text, weight in (*named, *defined):
+            rows.append(vector)
+            texts.append(text)
+            weights.append(weight)
+    return ClassPairs(torch.stack(rows), tuple(texts), torch.tensor(weights), len(vectors))
+
+
+def classifier_columns(classifier: Classifier, pool: str, pooled_width: int) -> slice | None:
+    """The columns of pooled last hidden states that the classifier reads; ``None`` where ``pool`` has others."""
+    half = pooled_width // 2
+    columns = {
+        ("cls", "cls"): slice(0, pooled_width),
+        ("mean", "mean"): slice(0, pooled_width),
+        ("cls+mean", "cls+mean"): slice(0, pooled_width),
+        ("cls", "cls+mean"): slice(0, half),
+        ("mean", "cls+mean"): slice(half, pooled_width),
+        ("mean", "mean+max"): slice(0, half),
+    }.get((classifier.pool, pool))
+    if columns is None or columns.stop - columns.start != classifier.weight.shape[1]:
+        return None
+    return columns
+
+
+def single_class_concepts(names: Sequence[Sequence[str]], definitions: Sequence[str]) -> tuple[Concept, ...]:
+    """One concept a class, from synonyms and a definition ("" for none) of each."""
+    rows = zip(names, definitions, strict=True)
+    return tuple(Concept(tuple(synonyms), (place,), definition) for place, (synonyms, definition) in enumerate(rows))

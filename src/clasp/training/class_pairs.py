@@ -1,0 +1,100 @@
+"""Class pairs in the closed form of two linear heads: a tower's classifier as image-text pairs without images.
+
+Input: a model whose image tower was pre-trained with a classifier, and the features of its class names. Output:
+``ClassPairFeatures`` and their moments, to be combined with those of the training pairs. In standardised features the
+image of a class is its weight vector times the deviation of each feature: the activation pattern of a linear classifier
+(Haufe et al., NeuroImage 2014, equation 6) under a diagonal covariance. Note: columns that the classifier does not read
+(maxima, lower layers) are zero, the mean of the training pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clasp.models.classifier import ClassPairs, class_pairs
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.features import FeatureSource
+from clasp.models.heads import Standardize
+from clasp.training.moments import PairMoments
+from clasp.training.pooled_features import pool_inputs
+from clasp.types import UserError
+
+DEFAULT_CLASS_WEIGHT = 10.0
+"""Training pairs that a class counts as. Chosen on validation, drawings and photos (``dev/LOG.md``)"""
+
+
+@dataclass(frozen=True)
+class WeightedClassPairs:
+    """The class pairs of a tower and their weight in the closed form."""
+
+    pairs: ClassPairs
+    columns: slice
+    """The columns of the image tower's pooled features that the classifier reads"""
+    weight: float
+    """Training pairs that a class counts as"""
+    source: str
+
+    @property
+    def total_weight(self) -> float:
+        """Training pairs that all class pairs together count as."""
+        return self.weight * self.pairs.classes
+
+    def __str__(self) -> str:
+        return (
+            f"class pairs: {self.pairs.classes:,} classes ({self.source}), {len(self.pairs.texts):,} names and "
+            f"definitions; a class counts as {self.weight:g} training pairs"
+        )
+
+
+@dataclass(frozen=True)
+class ClassPairFeatures:
+    """Class pairs with the text tower's pooled features of their texts."""
+
+    classes: WeightedClassPairs
+    text: Float[Tensor, "n Dt"]
+
+    def moments(self, image: Standardize, text: Standardize) -> PairMoments:
+        """Moments in the standardised features of both heads."""
+        scale, pairs, columns = image.scale.detach(), self.classes.pairs, self.classes.columns
+        pattern = pairs.image.to(scale) / scale[columns]
+        pattern = pattern * (pattern.shape[1] ** 0.5 / pattern.norm(dim=1).mean())
+        rows = torch.zeros(len(pattern), len(scale), dtype=scale.dtype, device=scale.device)
+        rows[:, columns] = pattern
+        moments = PairMoments.empty(len(scale), self.text.shape[1], scale.device)
+        moments.add(rows, text(self.text.to(scale)).detach(), pairs.weight.to(scale.device))
+        return moments
+
+
+def find_class_pairs(model: DualEncoder, weight: float | None) -> WeightedClassPairs | None:
+    """The class pairs of a model's image tower; ``None`` where there are none, or ``weight`` is 0.
+
+    ``weight``: ``data.class_weight``. ``None`` is ``DEFAULT_CLASS_WEIGHT`` where the tower has a classifier; with a
+    number, a tower without one raises ``UserError``.
+    """
+    if weight == 0:
+        return None
+    found = model.image.classifier()
+    if found is None:
+        if weight is not None:
+            raise UserError(
+                f"data.class_weight = {weight:g}: {model.image.name} has no classifier whose classes have names, or "
+                "image.pool has other features than it reads; leave data.class_weight out, or choose a tower that was "
+                "trained as a classifier (pip:efficientnet-lite0, or one of timm: or hf:) with its own pool"
+            )
+        return None
+    classifier, columns = found
+    weight = DEFAULT_CLASS_WEIGHT if weight is None else weight
+    return WeightedClassPairs(class_pairs(classifier), columns, weight, classifier.source)
+
+
+def class_pair_features(classes: WeightedClassPairs, model: DualEncoder, inputs: FeatureSource) -> ClassPairFeatures:
+    """Class pairs with the pooled features of their texts, cached as other captions."""
+    texts = sorted(set(classes.pairs.texts))
+    rows: dict[str, Tensor] = {}
+    for some, batch in inputs.read(texts):
+        rows.update(zip(some, pool_inputs(model.text, batch), strict=True))
+    return ClassPairFeatures(classes, torch.stack([rows[text] for text in classes.pairs.texts]))
