@@ -79,7 +79,8 @@ class Tower(nn.Module):
         disable_kv_cache(self.net)
         if layer is not None:
             truncate_blocks(self.net, layer)
-        self.weight_hashes = hash_tensors(self.net.state_dict())
+        self.pretrained_head, self.authors_pool = backbone.pretrained_head, backbone.pool
+        self.weight_hashes = hash_tensors({**self.net.state_dict(), **self._head_tensors()})
         self._forward_features, self._from_seed = backbone.forward_features, backbone.from_seed
         self.new_parameters = backbone.new_parameters
         self.tunings: tuple[TuningSpec, ...] = ()
@@ -104,6 +105,11 @@ class Tower(nn.Module):
     def fingerprint(self) -> str:
         """Hash of the base weights and the pooling; trained parameters are not part of it."""
         return hash_values(sorted(self.weight_hashes.items()), self._pool, self._extra_layers)
+
+    @property
+    def pools_as_authors(self) -> bool:
+        """Whether the pooled vector is that of the tower's authors."""
+        return self._pool == self.authors_pool and not self._extra_layers
 
     def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
         """Apply tuning specs; returns the names of the trainable parameters, relative to the tower.
@@ -139,6 +145,11 @@ class Tower(nn.Module):
                 f"tuning {list(specs)}: {self._structure.family} does not run with it ({first_line(error)}); choose "
                 "another method, or other blocks or targets"
             ) from error
+
+    def _head_tensors(self) -> dict[str, Tensor]:
+        """Tensors of a pre-trained head, under names that no parameter of a net has."""
+        tensors = self.pretrained_head.tensors() if self.pretrained_head is not None else {}
+        return {f"pretrained_head:{name}": tensor for name, tensor in tensors.items()}
 
     def enable_activation_checkpointing(self) -> None:
         """Save the input only of each block above the frozen prefix, and recompute its activations when needed.

