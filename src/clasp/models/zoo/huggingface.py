@@ -38,8 +38,6 @@ class _SubEncoder(NamedTuple):
 _SUB_ENCODERS: dict[tuple[str, str], _SubEncoder] = {
     ("clip", "image"): _SubEncoder("CLIPVisionModel", "vision_config"),
     ("clip", "text"): _SubEncoder("CLIPTextModel", "text_config"),
-    ("chinese_clip", "image"): _SubEncoder("ChineseCLIPVisionModel", "vision_config"),
-    ("chinese_clip", "text"): _SubEncoder("ChineseCLIPTextModel", "text_config"),
     ("metaclip_2", "image"): _SubEncoder("MetaClip2VisionModel", "vision_config"),
     ("metaclip_2", "text"): _SubEncoder("MetaClip2TextModel", "text_config"),
     ("siglip", "image"): _SubEncoder("SiglipVisionModel", "vision_config"),
@@ -226,7 +224,7 @@ def _build_on_meta(config: Any, settings: ImageTowerSettings | TextTowerSettings
             known = ", ".join(family for family, modality in _SUB_ENCODERS if modality == wanted)
             raise UserError(
                 f"[{wanted}] tower = {settings.tower!r} is {config.model_type}, {holds}; clasp takes the {wanted} half "
-                f"of {known}; for any other write a factory that gives a clasp.Backbone"
+                f"of {known}, and clip: opens more; for any other write a factory that gives a clasp.Backbone"
             )
         net = transformers.AutoModel.from_config(config)
     reads = _MODALITIES.get(net.main_input_name)
