@@ -8,12 +8,13 @@ half alone. ``hf:NAME`` opens the same half without them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone, ImageTowerSettings, PretrainedHead, TextTowerSettings
@@ -55,40 +56,58 @@ def load_dual_encoder_half(name: str, settings: ImageTowerSettings | TextTowerSe
                 f"tower = {settings.tower!r} is {config.model_type}, which is no dual encoder; clip: opens "
                 f"{', '.join(DUAL_ENCODER_FAMILIES)}; for one encoder write hf:{name}"
             )
-        whole = _load_whole(place, config, settings, meta)
-        return half_of(whole, place, settings, meta)
+        if meta:
+            whole = build_dual_encoder(config, None, settings)
+        else:
+            family = _class_of(config)
+            whole, facts = family.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+            require_weights(facts["missing_keys"], settings)
+        net = whole.vision_model if isinstance(settings, ImageTowerSettings) else whole.text_model
+        base = read_encoder(place, config, net.eval(), settings, meta)
+    context = min(_MAX_CONTEXT, config.text_config.max_position_embeddings)
+    load = base.tokenizer
+    return as_half(base, whole, None if load is None else lambda: _up_to(context, load()))
 
 
-def half_of(whole: Any, place: str, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> Backbone:
-    """The image or the text half of a dual encoder of ``transformers``; ``place`` holds its preprocessing."""
-    side = 0 if isinstance(settings, ImageTowerSettings) else 1
-    net = (whole.vision_model, whole.text_model)[side]
-    base = read_encoder(place, whole.config, net.eval(), settings, meta)
-    projection = DUAL_ENCODER_FAMILIES[whole.config.model_type].projections[side]
+def build_dual_encoder(
+    config: Any, tensors: Mapping[str, Tensor] | None, settings: ImageTowerSettings | TextTowerSettings
+) -> Any:
+    """A dual encoder of ``transformers`` with these tensors, or on the meta device for ``None``.
+
+    Raises ``UserError`` for names that are missing and for tensors of other shapes.
+    """
+    family = _class_of(config)
+    if tensors is None:
+        with torch.device("meta"):
+            return family(config)
+    shapes = {name: p.shape for name, p in build_dual_encoder(config, None, settings).named_parameters()}
+    require_weights(shapes.keys() - tensors.keys(), settings)
+    odd = next((name for name, tensor in tensors.items() if tensor.shape != shapes.get(name)), None)
+    if odd is not None:
+        raise UserError(
+            f"tower = {settings.tower!r}: {odd} is {tuple(tensors[odd].shape)} in its weights, and "
+            f"{tuple(shapes.get(odd, ()))} by its configuration"
+        )
+    return family.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=torch.float32)
+
+
+def as_half(base: Backbone, whole: Any, tokenizer: Callable[[], Tokenizer] | None) -> Backbone:
+    """``base``, the image or the text half of ``whole``, with its projection, and the logit scale and bias."""
+    projection = DUAL_ENCODER_FAMILIES[whole.config.model_type].projections[("image", "text").index(base.modality)]
     parameters = dict(whole.named_parameters())
     head = PretrainedHead(
         None if projection is None else parameters[projection].detach(),
         parameters["logit_scale"].detach().reshape(()),
         parameters["logit_bias"].detach().reshape(()) if "logit_bias" in parameters else None,
     )
-    longest = min(_MAX_CONTEXT, whole.config.text_config.max_position_embeddings)
-    tokenizer = base.tokenizer
-    whole_texts = None if tokenizer is None else lambda: _up_to(longest, tokenizer)
-    return replace(base, pretrained_head=head, tokenizer=whole_texts)
+    return replace(base, pretrained_head=head, tokenizer=tokenizer)
 
 
-def _up_to(longest: int, load: Callable[[], Tokenizer]) -> Tokenizer:
-    tokenizer = load()
+def _up_to(longest: int, tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer.with_settings(max_tokens=max(longest, tokenizer.max_tokens))
 
 
-def _load_whole(name: str, config: Any, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> Any:
+def _class_of(config: Any) -> Any:
     import transformers
 
-    family = getattr(transformers, DUAL_ENCODER_FAMILIES[config.model_type].class_name)
-    if meta:
-        with torch.device("meta"):
-            return family(config)
-    whole, facts = family.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    require_weights(facts["missing_keys"], settings)
-    return whole
+    return getattr(transformers, DUAL_ENCODER_FAMILIES[config.model_type].class_name)

@@ -42,8 +42,7 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
             ("google-bert/bert-base-multilingual-cased", 768, 12, 12, 119547),
         )
     },
-    # image towers of recipes/hub: Oquab et al., TMLR 2024, table 17; Siméoni et al., 2025, table 1; Dosovitskiy et al.,
-    # ICLR 2021, table 1
+    # image towers of recipes/hub: Oquab et al., TMLR 2024; Siméoni et al., 2025; Dosovitskiy et al., ICLR 2021
     "facebook/dinov2-small": {**_DINOV2, **_SMALL},
     "facebook/dinov2-base": {**_DINOV2, **_BASE},
     "facebook/dinov2-large": {**_DINOV2, **_LARGE},
@@ -55,12 +54,12 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
         "vision_config": {**_BASE, "image_size": 224, "patch_size": 16},
         "text_config": {**_BASE, "vocab_size": 256_000, "max_position_embeddings": 64},
     },
-    # text towers of recipes/hub: Conneau et al., ACL 2020, table 6; Wang et al., 2024 (E5); Chen et al., ACL 2024 (M3)
+    # text towers of recipes/hub: Conneau et al., ACL 2020; Wang et al., 2024 (E5); Chen et al., ACL 2024 (M3)
     "FacebookAI/xlm-roberta-base": {**_XLM_R, **_BASE},
     "intfloat/multilingual-e5-base": {**_XLM_R, **_BASE},
     "BAAI/bge-m3": {**_XLM_R, **_LARGE, "max_position_embeddings": 8194},
     "dbmdz/bert-base-turkish-cased": {**_BERT, **_BASE, "vocab_size": 32_000},
-    # dual encoders of recipes/hub: Radford et al., ICML 2021, table 19
+    # dual encoders of recipes/hub: Radford et al., ICML 2021; Cherti et al., CVPR 2023
     "openai/clip-vit-base-patch32": _CLIP_B32,
     "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": _CLIP_B32,
 }
