@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from clasp.models.heads import HeadSettings, ProjectionHead
-from clasp.models.pretrained_heads import find_pretrained_heads
+from clasp.models.pretrained_heads import find_pretrained_heads, warn_of_unused_heads
 from clasp.models.sharing.policy import SharingPlan
 from clasp.models.sharing.tie import LowRankLinear, parameter_aliases
 from clasp.models.structure import is_norm
@@ -115,6 +115,8 @@ class DualEncoder(nn.Module):
             self.bias = nn.Parameter(torch.tensor(float(init_logit_bias), device=device))
         if head.init == "pretrained":
             self._start_from_checkpoint(head, logits)
+        elif head.init == "random":
+            warn_of_unused_heads(image, text)
         self.sharing: SharingPlan | None = None  # for reports only; weight sharing is read from the parameters
         self.selection: frozenset[str] = frozenset()
         self.select(())

@@ -80,6 +80,17 @@ def find_pretrained_heads(image: Tower, text: Tower, settings: HeadSettings) -> 
     return heads
 
 
+def warn_of_unused_heads(*towers: Tower) -> None:
+    """Log a warning for each tower whose projection is left out."""
+    for tower in towers:
+        if tower.pretrained_head is not None:
+            _log.warning(
+                "%s: its projection is not used and the head initialised at random; head.init = 'pretrained' starts "
+                "from it",
+                tower.name,
+            )
+
+
 def _require_fit(tower: Tower, found: PretrainedHead, settings: HeadSettings) -> None:
     if not tower.pools_as_authors:
         side = tower.modality

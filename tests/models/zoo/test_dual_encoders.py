@@ -146,6 +146,12 @@ def test_a_tower_of_another_kind_has_a_random_head(
     assert torch.equal(model.text_head.get_parameter("map.weight"), again.text_head.get_parameter("map.weight"))
 
 
+def test_unused_projections_are_reported(folders: Callable[[str], Path], caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        build_model(made(folders("clip"), 64, head={"width": 64}))
+    assert caplog.text.count("its projection is not used") == 2
+
+
 # --- wrong inputs ----------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +166,7 @@ def test_not_a_dual_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save("vit", tmp_path / "vit")
     (tmp_path / "empty").mkdir()
     image = lambda name: load_backbone(ImageTowerSettings(tower=f"clip:{name}"))  # noqa: E731
-    says("is vit, which is no dual encoder; clip: opens clip, ", lambda: image(tmp_path / "vit"))
+    says("is vit, and clip: opens dual encoders of the families clip, ", lambda: image(tmp_path / "vit"))
     says("has no config.json, so it is no CLIP", lambda: image(tmp_path / "empty"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     says("without a hub use pip:", lambda: image("openai/clip-vit-base-patch32"))

@@ -53,7 +53,7 @@ def load_dual_encoder_half(name: str, settings: ImageTowerSettings | TextTowerSe
         config = load_config(place, meta)
         if config.model_type not in DUAL_ENCODER_FAMILIES:
             raise UserError(
-                f"tower = {settings.tower!r} is {config.model_type}, which is no dual encoder; clip: opens "
+                f"tower = {settings.tower!r} is {config.model_type}, and clip: opens dual encoders of the families "
                 f"{', '.join(DUAL_ENCODER_FAMILIES)}; for one encoder write hf:{name}"
             )
         if meta:
