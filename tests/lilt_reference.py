@@ -19,7 +19,7 @@ import transformers as hf
 from torch import nn
 
 from clasp.models.backbone import Backbone, ImageTowerSettings
-from clasp.models.zoo.huggingface import KNOWN_CONFIGS
+from clasp.models.zoo.known_configs import KNOWN_CONFIGS
 from clasp.models.zoo.registry import load_backbone
 from toysavedtowers import save_tokenizer
 

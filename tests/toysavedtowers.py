@@ -20,6 +20,12 @@ END = 63  # the highest id, since CLIP's oldest checkpoints find the end of a te
 
 WHOLE = {  # both halves in one checkpoint
     "clip": lambda: hf.CLIPModel(hf.CLIPConfig(text_config=dict(**_TEXT, eos_token_id=END), vision_config=_IMAGE)),
+    "chinese_clip": lambda: hf.ChineseCLIPModel(
+        hf.ChineseCLIPConfig(text_config=dict(**_TEXT, eos_token_id=END), vision_config=_IMAGE, projection_dim=16)
+    ),
+    "metaclip_2": lambda: hf.MetaClip2Model(
+        hf.MetaClip2Config(text_config=dict(**_TEXT, eos_token_id=END), vision_config=_IMAGE, projection_dim=16)
+    ),
     "siglip": lambda: hf.SiglipModel(
         hf.SiglipConfig(text_config=dict(**_TEXT, eos_token_id=END, projection_size=32), vision_config=_IMAGE)
     ),

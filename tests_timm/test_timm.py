@@ -12,6 +12,8 @@ import timm  # noqa: TID251
 import torch
 from safetensors.torch import load_file, save_file
 
+from clasp.config.build import build_model
+from clasp.config.recipe import builtin_recipes, read_recipe
 from clasp.data.images import ImageTransform
 from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
 from clasp.models.tower import Tower
@@ -192,3 +194,10 @@ def test_unknown_and_missing(monkeypatch: pytest.MonkeyPatch):
     says("is a tower for images", lambda: load_backbone(TextTowerSettings(tower="timm:resnet18")))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     says("without a hub use pip:", lambda: load_backbone(ImageTowerSettings(tower="timm:resnet18.a1_in1k")))
+
+
+def test_the_hub_recipe_is_counted_without_weights():
+    """Shapes only: nothing is downloaded."""
+    model = build_model(read_recipe("hub/vit-in21k-timm"), meta=True).parameter_counts()["model"]
+    line = f"# {model.trained:,} parameters train ({model.percent:.2f} %)."
+    assert line in builtin_recipes()["hub/vit-in21k-timm"].read_text()

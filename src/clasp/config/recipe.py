@@ -206,6 +206,10 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
         )
     if recipe.head.standardize and recipe.tune.head == "none":
         raise UserError(f"{source}: head.standardize = true fits the heads to the data, which needs tune.head = 'full'")
+    if recipe.share is not None and recipe.head.init == "pretrained":
+        raise UserError(
+            f"{source}: head.init = 'pretrained' is for towers as their authors trained them; leave [share] out"
+        )
     if recipe.share is not None and recipe.share.head == "shared" and recipe.head.standardize:
         raise UserError(
             f"{source}: head.standardize = true is of one tower's features; share.head = 'shared' is of both"

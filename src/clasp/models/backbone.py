@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -26,8 +27,9 @@ class _TowerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tower: str
-    """Where the weights come from: a scheme of ``clasp.models.zoo.registry.TOWER_SOURCES`` and a name (hf: | timm: |
-    pip: | file: | deit: | own:, native nets initialised from train.seed), or package.module:factory"""
+    """Where the weights come from: a scheme of ``clasp.models.zoo.registry.TOWER_SOURCES`` and a name (hf: | clip: |
+    open_clip: | timm: | pip: | file: | deit: | own:, native nets initialised from train.seed), or
+    package.module:factory"""
     pool: PoolingMode | None = None
     """How hidden states are pooled to one vector; the choice of the tower's authors where left out. pooler: the
     pooling layers of the pre-trained net, such as SigLIP's attention head"""
@@ -92,6 +94,23 @@ class Pooler:
 
 
 @dataclass(frozen=True, slots=True)
+class PretrainedHead:
+    """What follows the pooled vector in the dual encoder that a tower is one half of: ``head.init = "pretrained"``."""
+
+    weight: Float[Tensor, "E D"] | None
+    """the projection; ``None``: the pooled vector is the embedding, as in SigLIP"""
+    log_scale: Float[Tensor, ""]
+    """logarithm of the logit scale"""
+    logit_bias: Float[Tensor, ""] | None = None
+    """of a sigmoid loss"""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, those that are ``None`` left out."""
+        named = {"weight": self.weight, "log_scale": self.log_scale, "logit_bias": self.logit_bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(frozen=True, slots=True)
 class Backbone:
     """An encoder as loaded, before pooling and tuning: the base weights that a delta refers to."""
 
@@ -119,3 +138,5 @@ class Backbone:
     """the pooling of ``pool = "pooler"``; its module is dropped where another pooling is chosen"""
     classifier: Callable[[], Classifier] | None = None
     """the classifier that an image tower was pre-trained with; a callable, so that it is read only where it is used"""
+    pretrained_head: PretrainedHead | None = None
+    """halves of a dual encoder: its projection and logit scale"""

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from clasp.models.heads import HeadSettings, ProjectionHead
+from clasp.models.pretrained_heads import find_pretrained_heads, warn_of_unused_heads
 from clasp.models.sharing.policy import SharingPlan
 from clasp.models.sharing.tie import LowRankLinear, parameter_aliases
 from clasp.models.structure import is_norm
@@ -112,9 +113,27 @@ class DualEncoder(nn.Module):
         self.bias: nn.Parameter | None = None
         if init_logit_bias is not None:
             self.bias = nn.Parameter(torch.tensor(float(init_logit_bias), device=device))
+        if head.init == "pretrained":
+            self._start_from_checkpoint(head, logits)
+        elif head.init == "random":
+            warn_of_unused_heads(image, text)
         self.sharing: SharingPlan | None = None  # for reports only; weight sharing is read from the parameters
         self.selection: frozenset[str] = frozenset()
         self.select(())
+
+    @torch.no_grad()
+    def _start_from_checkpoint(self, settings: HeadSettings, logits: LogitSettings) -> None:
+        """Heads, logit scale and logit bias of the dual encoder that the towers are halves of."""
+        pretrained = find_pretrained_heads(self.image, self.text, settings)
+        for head, found in ((self.image_head, pretrained.image), (self.text_head, pretrained.text)):
+            if found is not None:
+                head.copy_projection(found.weight)
+        scale = pretrained.logit_scale(logits.scale_range)
+        for parameter in (self.log_scale, self.temperature):
+            if scale is not None and parameter is not None:
+                parameter.fill_(_scale_to_parameter(logits.scale, scale))
+        if self.bias is not None and pretrained.logit_bias is not None:
+            self.bias.copy_(pretrained.logit_bias)
 
     def select(self, names: Iterable[str]) -> None:
         """Make ``names`` the selection and freeze the rest; a shared parameter may be given by any of its names."""

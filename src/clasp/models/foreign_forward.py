@@ -121,4 +121,7 @@ _FORWARD_BY_CLASS: dict[str, Callable[[Any, Tensor], Any]] = {
     "EfficientNet": lambda net, pixels: net.extract_features(pixels),
     "ViTMAEModel": _forward_unmasked,
 }
-_INTERPOLATES_ON_REQUEST = ("ViTModel", "DeiTModel", "CLIPVisionModel", "SiglipVisionModel", "MLCDVisionModel")
+_INTERPOLATES_ON_REQUEST = (
+    *("ViTModel", "DeiTModel", "CLIPVisionModel", "ChineseCLIPVisionModel", "MetaClip2VisionModel"),
+    *("SiglipVisionModel", "MLCDVisionModel"),
+)

@@ -35,9 +35,10 @@ class HeadSettings(BaseModel):
     """Whether a linear head has a bias; not in CLIP and MS-CLIP"""
     standardize: bool = False
     """A learned shift and factor per feature, initialised to standardise the training pairs (Glow's ActNorm)"""
-    init: Literal["random", "cca"] = "random"
+    init: Literal["random", "cca", "pretrained"] = "random"
     """``cca``: linear heads are initialised in closed form by canonical correlation analysis; needs ``standardize`` and
-    frozen towers"""
+    frozen towers. ``pretrained``: heads, logit scale and logit bias are those of the dual encoder that the towers come
+    from (``clip:``, ``open_clip:``); the head of a tower without is initialised at random"""
     ridge: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
     """Ridge penalties of the CCA, image and text, in units of a feature's variance"""
     noise: float = Field(default=0.0, ge=0)
@@ -56,6 +57,15 @@ class HeadSettings(BaseModel):
             raise ValueError(f"bias = false is for kind = 'linear'; here kind = {self.kind!r}")
         if not self.bias and self.init == "cca":
             raise ValueError("init = 'cca' needs a bias; here bias = false")
+        return self
+
+    @model_validator(mode="after")
+    def _projections_are_linear(self) -> HeadSettings:
+        if self.init == "pretrained" and (self.kind not in ("linear", "none") or self.standardize):
+            found = "standardize = true" if self.kind in ("linear", "none") else f"kind = {self.kind!r}"
+            raise ValueError(
+                f"init = 'pretrained' needs kind = 'linear' or 'none', and standardize = false; here {found}"
+            )
         return self
 
 
@@ -146,3 +156,12 @@ class ProjectionHead(nn.Module):
         if self.standardize is not None:
             x = self.standardize(x)
         return self.map(self.dropout(self.noise(x)))
+
+    @torch.no_grad()
+    def copy_projection(self, weight: Float[Tensor, "E D"] | None) -> None:
+        """Make the linear map this projection without a bias; ``None``: the identity. No shape is checked."""
+        if isinstance(self.map, nn.Linear):
+            found = torch.eye(self.map.out_features) if weight is None else weight
+            self.map.weight.copy_(found.to(self.map.weight.device))
+            if self.map.bias is not None:
+                self.map.bias.zero_()

@@ -80,7 +80,8 @@ class Tower(nn.Module):
         disable_kv_cache(self.net)
         if layer is not None:
             truncate_blocks(self.net, layer)
-        self.weight_hashes = hash_tensors(self.net.state_dict())
+        self.pretrained_head, self.authors_pool = backbone.pretrained_head, backbone.pool
+        self.weight_hashes = hash_tensors({**self.net.state_dict(), **self._head_tensors()})
         self._forward_features, self._from_seed = backbone.forward_features, backbone.from_seed
         self.new_parameters = backbone.new_parameters
         self._read_classifier = backbone.classifier if layer is None else None
@@ -126,6 +127,11 @@ class Tower(nn.Module):
         columns = classifier_columns(classifier, self._pool, self.pooled_layers[0][1])
         return None if columns is None else (classifier, columns)
 
+    @property
+    def pools_as_authors(self) -> bool:
+        """Whether the pooled vector is that of the tower's authors."""
+        return self._pool == self.authors_pool and not self._extra_layers
+
     def tune(self, specs: Sequence[str], *, seed: int) -> set[str]:
         """Apply tuning specs; returns the names of the trainable parameters, relative to the tower.
 
@@ -160,6 +166,11 @@ class Tower(nn.Module):
                 f"tuning {list(specs)}: {self._structure.family} does not run with it ({first_line(error)}); choose "
                 "another method, or other blocks or targets"
             ) from error
+
+    def _head_tensors(self) -> dict[str, Tensor]:
+        """Tensors of a pre-trained head, under names that no parameter of a net has."""
+        tensors = self.pretrained_head.tensors() if self.pretrained_head is not None else {}
+        return {f"pretrained_head:{name}": tensor for name, tensor in tensors.items()}
 
     def enable_activation_checkpointing(self) -> None:
         """Save the input only of each block above the frozen prefix, and recompute its activations when needed.

@@ -25,6 +25,7 @@ from clasp.types import Pixels, Tokens, UserError
 from toysavedtowers import END, PREPROCESSOR, WHOLE, save, save_tokenizer
 from toytowers import IMAGE_NETS, OURS, TEXT_NETS, inputs
 
+HALVES = [name for name in WHOLE if name != "chinese_clip"]  # transformers opens no half of it
 MEAN, STD = tuple(PREPROCESSOR["image_mean"]), tuple(PREPROCESSOR["image_std"])
 
 
@@ -114,7 +115,7 @@ def test_sentence_transformers_say_how_they_pool(tmp_path: Path, key: str, pool:
 # --- names and shapes, with and without weights ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*(n for n in (*IMAGE_NETS, *TEXT_NETS) if n not in OURS), *WHOLE])
+@pytest.mark.parametrize("name", [*(n for n in (*IMAGE_NETS, *TEXT_NETS) if n not in OURS), *HALVES])
 def test_meta_has_the_same_names_and_shapes(tmp_path: Path, name: str):
     save(name, tmp_path)
     for kind in (ImageTowerSettings, TextTowerSettings):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging as levels
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,29 +21,10 @@ from torch import Tensor, nn
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone, ImageTowerSettings, Pooler, TextTowerSettings
 from clasp.models.structure import find_structure, find_unused_modules
+from clasp.models.zoo.known_configs import KNOWN_CONFIGS
 from clasp.models.zoo.preprocessing import Preprocessing, read_preprocessing
 from clasp.models.zoo.sentence_pooling import read_json, read_sentence_pooling
 from clasp.types import UserError
-
-_BERT = {"model_type": "bert", "max_position_embeddings": 512, "type_vocab_size": 2}
-# text towers of the LilT paper, as in their published config.json: counting needs no hub
-KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
-    name: {
-        **_BERT,
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-        "vocab_size": vocabulary,
-    }
-    for name, width, layers, heads, vocabulary in (
-        ("prajjwal1/bert-tiny", 128, 2, 2, 30522),
-        ("prajjwal1/bert-small", 512, 4, 8, 30522),
-        ("princeton-nlp/unsup-simcse-bert-base-uncased", 768, 12, 12, 30522),
-        ("princeton-nlp/unsup-simcse-bert-large-uncased", 1024, 24, 16, 30522),
-        ("google-bert/bert-base-multilingual-cased", 768, 12, 12, 119547),
-    )
-}
 
 
 class _SubEncoder(NamedTuple):
@@ -57,6 +38,8 @@ class _SubEncoder(NamedTuple):
 _SUB_ENCODERS: dict[tuple[str, str], _SubEncoder] = {
     ("clip", "image"): _SubEncoder("CLIPVisionModel", "vision_config"),
     ("clip", "text"): _SubEncoder("CLIPTextModel", "text_config"),
+    ("metaclip_2", "image"): _SubEncoder("MetaClip2VisionModel", "vision_config"),
+    ("metaclip_2", "text"): _SubEncoder("MetaClip2TextModel", "text_config"),
     ("siglip", "image"): _SubEncoder("SiglipVisionModel", "vision_config"),
     ("siglip", "text"): _SubEncoder("SiglipTextModel", "text_config"),
     ("siglip2", "text"): _SubEncoder("Siglip2TextModel", "text_config"),
@@ -73,6 +56,10 @@ _POOLERS = {
     "Aimv2VisionModel": Pooler("states", "head"),
     "PixioModel": Pooler("prefix", None),
 }
+_TEXT_POOLS = {  # by model_type, where attention does not tell
+    **dict.fromkeys(("clip", "clip_text_model", "metaclip_2", "metaclip_2_text_model"), "eos"),
+    **dict.fromkeys(("chinese_clip", "chinese_clip_text_model"), "cls"),
+}
 _POOLS_PATCHES = ("beit", "data2vec-vision")  # though they have a class token
 _PADS_TO_ITS_POSITIONS = ("SiglipTextModel", "Siglip2TextModel")  # and attends to the padding
 
@@ -80,12 +67,18 @@ _PADS_TO_ITS_POSITIONS = ("SiglipTextModel", "Siglip2TextModel")  # and attends 
 def load_transformers_backbone(name: str, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> Backbone:
     """The encoder at ``name`` (a hub repository or a folder); see ``clasp.models.zoo.registry.load_backbone``."""
     with translate_hub_errors(settings.tower):
-        config = _load_config(name, meta)
-        net = _load_net(name, config, settings, meta)
-        version = vars(config).get("_commit_hash") or f"transformers {config.transformers_version}"
-        if isinstance(settings, ImageTowerSettings):
-            return _image_backbone(name, config, net, version, settings, meta)
-        return _text_backbone(name, config, net, version, settings, meta)
+        config = load_config(name, meta)
+        return read_encoder(name, config, _load_net(name, config, settings, meta), settings, meta)
+
+
+def read_encoder(
+    name: str, config: Any, net: nn.Module, settings: ImageTowerSettings | TextTowerSettings, meta: bool
+) -> Backbone:
+    """An encoder with its pooling, and its transform or tokenizer as read from the files at ``name``."""
+    version = vars(config).get("_commit_hash") or f"transformers {config.transformers_version}"
+    if isinstance(settings, ImageTowerSettings):
+        return _image_backbone(name, config, net, version, settings, meta)
+    return _text_backbone(name, config, net, version, settings, meta)
 
 
 def _image_backbone(
@@ -121,7 +114,7 @@ def _text_backbone(
     elif authors is not None:
         pool = authors.pool
     else:
-        pool = "eos" if config.model_type in ("clip", "clip_text_model") else _pool_by_direction(net, meta)
+        pool = _TEXT_POOLS.get(config.model_type) or _pool_by_direction(net, meta)
     changes: dict[str, Any] = {} if authors is None else authors.tokenizer_changes
     if type(net).__name__ in _PADS_TO_ITS_POSITIONS and (settings.pool or pool) == "pooler":
         if settings.max_tokens not in (None, longest):
@@ -184,7 +177,8 @@ def translate_hub_errors(tower: str) -> Iterator[None]:
 # --- the net -------------------------------------------------------------------------------------------------------
 
 
-def _load_config(name: str, meta: bool) -> Any:
+def load_config(name: str, meta: bool) -> Any:
+    """The configuration at ``name``; on the meta device that of ``KNOWN_CONFIGS`` where it is one."""
     from transformers import AutoConfig
 
     if meta and name in KNOWN_CONFIGS:
@@ -202,11 +196,16 @@ def _load_net(name: str, config: Any, settings: ImageTowerSettings | TextTowerSe
     pooler = _own_pooler(net) if settings.pool in (None, "pooler") else None
     used = {pooler.module} if pooler is not None else set()
     unused = tuple(f"{path}." for path in find_unused_modules(net) if path not in used)
-    missing = sorted(key for key in facts["missing_keys"] if not f"{key}.".startswith(unused))
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"tower = {settings.tower!r}: its weights lack {', '.join(missing[:3])}{more}")
+    require_weights((key for key in facts["missing_keys"] if not f"{key}.".startswith(unused)), settings)
     return net.eval()
+
+
+def require_weights(missing: Iterable[str], settings: ImageTowerSettings | TextTowerSettings) -> None:
+    """Raise ``UserError`` where names of weights are missing from a checkpoint."""
+    names = sorted(missing)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(f"tower = {settings.tower!r}: its weights lack {', '.join(names[:3])}{more}")
 
 
 def _build_on_meta(config: Any, settings: ImageTowerSettings | TextTowerSettings) -> Any:
@@ -225,7 +224,7 @@ def _build_on_meta(config: Any, settings: ImageTowerSettings | TextTowerSettings
             known = ", ".join(family for family, modality in _SUB_ENCODERS if modality == wanted)
             raise UserError(
                 f"[{wanted}] tower = {settings.tower!r} is {config.model_type}, {holds}; clasp takes the {wanted} half "
-                f"of {known}; for any other write a factory that gives a clasp.Backbone"
+                f"of {known}, and clip: opens more; for any other write a factory that gives a clasp.Backbone"
             )
         net = transformers.AutoModel.from_config(config)
     reads = _MODALITIES.get(net.main_input_name)

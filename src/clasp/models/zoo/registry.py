@@ -1,4 +1,4 @@
-"""Tower sources: pip packages, the Hugging Face hub, folders, timm, user factories, LilT's towers, and native nets.
+"""Tower sources: the Hugging Face hub, open_clip, pip packages, folders, timm, factories, LilT's towers, native nets.
 
 Input: ``[image]`` or ``[text]`` of a recipe. Output: a ``Backbone``. With ``meta=True`` nothing but a configuration is
 downloaded or read, and the shapes of LilT's towers are built in, so that parameters can be counted offline.
@@ -21,9 +21,11 @@ from clasp.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from clasp.data.plugins import import_named, is_module
 from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
 from clasp.models.transformer.deit import VisionTransformer, resize_pos_embed
+from clasp.models.zoo.dual_encoders import load_dual_encoder_half
 from clasp.models.zoo.folder import NATIVE_LOADERS, load_native_backbone, read_model_type
 from clasp.models.zoo.from_scratch import create_backbone_from_scratch, refuse_net_settings
 from clasp.models.zoo.huggingface import load_transformers_backbone, translate_hub_errors
+from clasp.models.zoo.open_clip_checkpoints import load_open_clip_half
 from clasp.models.zoo.pip_packages import PIP_TOWERS, load_pip_backbone
 from clasp.types import UserError
 
@@ -97,6 +99,14 @@ def _load_huggingface(name: str, settings: _TowerSettings, options: LoadOptions)
     return load_transformers_backbone(name, settings, options.meta)
 
 
+def _load_dual_encoder(name: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
+    return load_dual_encoder_half(name, settings, options.meta)
+
+
+def _load_open_clip(name: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
+    return load_open_clip_half(name, settings, options.meta)
+
+
 def _create_from_scratch(name: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
     return create_backbone_from_scratch(settings, seed=options.seed, meta=options.meta)
 
@@ -150,6 +160,8 @@ def _load_timm(name: str, settings: _TowerSettings, options: LoadOptions) -> Bac
 
 TOWER_SOURCES: dict[str, TowerSource] = {
     "hf": TowerSource(_load_huggingface, "facebook/dinov2-small"),
+    "clip": TowerSource(_load_dual_encoder, "openai/clip-vit-base-patch32"),
+    "open_clip": TowerSource(_load_open_clip, "ViT-B-32/laion2b_s34b_b79k"),
     "timm": TowerSource(_load_timm, "NAME"),
     "pip": TowerSource(_load_pip, next(iter(PIP_TOWERS))),
     "file": TowerSource(_load_folder, "FOLDER"),

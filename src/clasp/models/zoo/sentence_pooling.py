@@ -88,14 +88,15 @@ def read_json(name: str, file: str) -> dict[str, Any] | None:
 
 
 def _read(name: str, file: str) -> Any:
-    path = _cached(name, file)
+    path = find_file(name, file)
     if path is None:
         return None
     with open(path, encoding="utf-8") as stream:
         return json.load(stream)
 
 
-def _cached(name: str, file: str) -> str | None:
+def find_file(name: str, file: str) -> str | None:
+    """The path of a file of the repository or folder on this machine; ``None`` where it does not exist."""
     from transformers.utils.hub import cached_file
 
     return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
@@ -185,8 +186,8 @@ def _layer(name: str, kind: str, path: str, net: nn.Module, settings: TextTowerS
 def _weights(name: str, path: str, settings: TextTowerSettings) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    if (file := _cached(name, f"{path}/model.safetensors")) is not None:
+    if (file := find_file(name, f"{path}/model.safetensors")) is not None:
         return load_file(file)
-    if (file := _cached(name, f"{path}/pytorch_model.bin")) is not None:
+    if (file := find_file(name, f"{path}/pytorch_model.bin")) is not None:
         return torch.load(file, map_location="cpu", weights_only=True)
     raise UserError(f"tower = {settings.tower!r}: {path} has no weights (model.safetensors or pytorch_model.bin)")
