@@ -85,13 +85,7 @@ def run_clasp(work: Path, given: argparse.Namespace, precision: str) -> Curve:
         f"data.train={work / 'train.jsonl'} data.val={work / 'val.jsonl'}"
     )
     command = [sys.executable, "-c", _CLASP, "train", given.recipe, *settings.split(), *given.set, *budget]
-    return _follow(
-        f"clasp train {given.recipe}",
-        [*command, "--runs", str(work), "--name", run.name],
-        work,
-        60 * given.minutes,
-        run.rglob,
-    )
+    return _follow(f"clasp train {given.recipe}", [*command, "--runs", str(work), "--name", run.name], work, run.rglob)
 
 
 def run_peer(work: Path, given: argparse.Namespace, precision: str, lr: float) -> Curve:

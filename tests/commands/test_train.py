@@ -229,6 +229,15 @@ def test_class_folders_are_split_by_image_and_validated_by_class(towers: Path, t
     assert run(recipe(towers, captioned), tmp_path / "other").results[-1].task == "retrieval"
 
 
+def test_captions_are_no_classes_beside_a_validation_set_of_classes(towers: Path, tmp_path: Path) -> None:
+    """Training captions of any wording, validation photos in class folders: only these are classes."""
+    some = [toy for toy in TOYS if toy.colour in ("red", "blue")]
+    val = write_classes(some, tmp_path / "classes")
+    done = run(recipe(towers, write_csv(TOYS, tmp_path / "pairs"), f"data.val={val}"), tmp_path / "run")
+    assert done.results[0].task == "zeroshot" and done.results[0].n == len(some)
+    assert done.results[0].chance["top1"] == pytest.approx(1 / len({(toy.colour, toy.shape) for toy in some}))
+
+
 def test_a_single_class_is_refused(towers: Path, tmp_path: Path) -> None:
     one = [toy._replace(shape="ring", colour="red") for toy in TOYS]
     with pytest.raises(UserError, match=r"only one class|two classes"):
