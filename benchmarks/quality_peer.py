@@ -31,6 +31,7 @@ from clasp.types import ImageInput, Pixels, TextInput, Tokens
 
 BATCH = 128  # as clasp's where towers train
 EVALUATIONS = 10
+LEAST_TRAINING = 5  # times as long as an evaluation, between two of them
 WARMUP = 0.1  # fraction of the time
 
 
@@ -108,13 +109,13 @@ def train(work: Path, size: int, lr: float, seconds: float, precision: Precision
     pairs = list(class_photos.open_split(work, "train"))
     pixels = class_photos.decode(pairs, parts)
     task = class_photos.zero_shot(class_photos.open_split(work, "val"), parts, data="validation")
-    best, steps, taken = -1.0, 0, 0.0
+    best, steps, taken, evaluated = -1.0, 0, 0.0, began
 
     def evaluate() -> None:
-        nonlocal best, taken
+        nonlocal best, taken, evaluated
         start = time.time()
         metrics = task(encoder)
-        now = time.time()
+        now = evaluated = time.time()
         taken = now - start
         with curve_file(work, lr).open("a") as file:
             file.write(json.dumps({"time": now, "steps": steps, **metrics}) + "\n")
@@ -124,16 +125,14 @@ def train(work: Path, size: int, lr: float, seconds: float, precision: Precision
 
     evaluate()
     generator = torch.Generator().manual_seed(seed)
-    following = seconds / EVALUATIONS
     while True:
         for rows in torch.randperm(len(pairs), generator=generator).split(min(BATCH, len(pairs)))[: -1 or None]:
             passed = time.time() - began
             if passed + taken >= seconds:
                 evaluate()
                 return
-            if passed >= following:
+            if time.time() - evaluated >= max(seconds / EVALUATIONS, LEAST_TRAINING * taken):
                 evaluate()
-                following += seconds / EVALUATIONS
             rival.optimizer.param_groups[0]["lr"] = lr * _rate(passed / seconds)
             captions = [pairs[row].captions for row in rows.tolist()]
             picks = [each[int(torch.randint(len(each), (), generator=generator))].text for each in captions]
