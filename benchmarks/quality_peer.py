@@ -3,8 +3,9 @@
 Input: the working folder of ``benchmarks.class_photos``, a learning rate and minutes. Output: lines of
 ``peer-LR.jsonl``, each with the time, the steps and the validation metrics, and the weights of the best of them. Set
 up as well as it can be: captions padded to the longest of the batch, no dropout, fused AdamW, pixels decoded once,
-autocast in the precision of the machine; LoRA on the attention of both towers, both projections, the text pooler and
-the logit scale train. Note: warm-up and cosine decay follow the clock, so that the rate ends at zero with the time.
+autocast in the precision and the attention kernel of clasp; LoRA on the attention of both towers, both projections,
+the text pooler and the logit scale train. Note: warm-up and cosine decay follow the clock, so that the rate ends at
+zero with the time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from benchmarks import class_photos, peer_models, sample_data
 from benchmarks.peers import repair_torchvision
 from benchmarks.tuning_methods import ATTENTION
 from clasp.config.build import ModelAndPreprocessing
+from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
 from clasp.training.precision import Precision
 from clasp.types import ImageInput, Pixels, TextInput, Tokens
 
@@ -159,7 +161,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=kind, required=True)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), required=True)
     repair_torchvision()
-    train(**vars(parser.parse_args()))
+    given = parser.parse_args()
+    kernel = choose_attention_kernel("auto", given.precision, torch.device("cpu"))  # the one that is faster here
+    with use_attention_kernel(kernel.attention):
+        train(**vars(given))
 
 
 if __name__ == "__main__":
