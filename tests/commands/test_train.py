@@ -84,6 +84,12 @@ WAYS = {
     "adapters, norms": ['tune.image=["adapters(reduction=4)","norms"]', "tune.text=[\"adapters(init='random')\"]"],
     "everything": ['tune.image=["full"]', 'tune.text=["full"]', "data.augment.rotate=10", "train.lr_factors.tower=0.1"],
     "a whole CNN": ["image.tower=pip:efficientnet-lite0", "image.size=32", "image.pool=mean", 'tune.image=["full"]'],
+    "fewer patches": [
+        "image.patch_dropout=0.5",
+        "image.pool=cls+mean",
+        "tune.image=[\"lora(rank=2, blocks='1:')\"]",
+        "train.micro_batch=5",
+    ],
     "dropout inside": ["image.dropout=true", 'tune.text=["deep(n=1)"]', "text.dropout=true"],
 }
 
@@ -223,6 +229,15 @@ def test_class_folders_are_split_by_image_and_validated_by_class(towers: Path, t
     assert run(recipe(towers, captioned), tmp_path / "other").results[-1].task == "retrieval"
 
 
+def test_captions_are_no_classes_beside_a_validation_set_of_classes(towers: Path, tmp_path: Path) -> None:
+    """Training captions of any wording, validation photos in class folders: only these are classes."""
+    some = [toy for toy in TOYS if toy.colour in ("red", "blue")]
+    val = write_classes(some, tmp_path / "classes")
+    done = run(recipe(towers, write_csv(TOYS, tmp_path / "pairs"), f"data.val={val}"), tmp_path / "run")
+    assert done.results[0].task == "zeroshot" and done.results[0].n == len(some)
+    assert done.results[0].chance["top1"] == pytest.approx(1 / len({(toy.colour, toy.shape) for toy in some}))
+
+
 def test_a_single_class_is_refused(towers: Path, tmp_path: Path) -> None:
     one = [toy._replace(shape="ring", colour="red") for toy in TOYS]
     with pytest.raises(UserError, match=r"only one class|two classes"):
@@ -251,6 +266,7 @@ class StopAt(SilentReporter):
         ("everything", 8),
         ("a whole CNN", 1),
         ("glu, sigmoid", 9),
+        ("fewer patches", 4),
     ],
 )
 def test_resumed_equals_never_stopped(way: str, step: int, towers: Path, pairs: Path, tmp_path: Path) -> None:
@@ -320,6 +336,29 @@ def test_a_state_saved_on_the_way_is_enough(
 
 def written(folder: Path) -> Recipe:
     return main_job.Recipe.model_validate(tomllib.loads((folder / "recipe.toml").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["image.patch_dropout=0.5"], "no block of file:.* trains, so that no step would be shorter"),
+        (
+            [
+                "image.patch_dropout=0.5",
+                "image.tower=pip:efficientnet-lite0",
+                "image.pool=mean",
+                'tune.image=["norms"]',
+            ],
+            "pip:efficientnet-lite0 .* computes on feature maps",
+        ),
+    ],
+)
+def test_patch_dropout_that_cannot_be_is_refused_before_any_compute(
+    changes: list[str], words: str, towers: Path, pairs: Path, tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(UserError, match=f"image.patch_dropout = 0.5: {words}"):
+        run(recipe(towers, pairs, *changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists() and not list(cache.glob("features/*.npy"))
 
 
 # --- trackers --------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ BOUNDARIES = {
     "low rank below a head only": ['tune.image=["none"]', "tune.text=[\"lora(rank=2, blocks='1:')\"]"],
     "heads": [],
     "a learned pooling": ["image.pool=attention"],
+    "fewer patches above": ["image.patch_dropout=0.5", 'tune.image=["last(1)"]'],
     "a layer below": ["image.extra_layers=[1]", 'tune.image=["last(1)"]'],
 }
 

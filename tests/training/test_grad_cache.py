@@ -7,6 +7,7 @@ import json
 import random
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,21 @@ def test_the_gradient_of_one_piece_with_dropout_and_noise_on(kind: str, repeated
         ours, gradients_of(model, lambda: whole(work(model), batch, LOSSES[kind], micro_batch)), rtol=1e-12, atol=1e-12
     )
     assert set(ours) >= {"log_scale", "image.net.embeddings.cls_token", "text_head.map.inner.weight"}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_both_passes_drop_the_same_patches(cached: bool) -> None:
+    model, batch = Two(frozen=("image.net.embeddings", "image.net.layers.0") if cached else ()).double(), batch_of()
+    if cached:
+        batch = replace(batch, image=model.image.prefix_states(batch.image, model.image.frozen_blocks))
+    model.image.enable_patch_dropout(0.5)
+    model.train()
+    ours = gradients_of(model, lambda: grad_cache.backward_in_micro_batches(work(model), batch, LOSSES["infonce"], 3))
+    slow = gradients_of(model, lambda: whole(work(model), batch, LOSSES["infonce"], 3))
+    agree(ours, slow, rtol=1e-12, atol=1e-12)
+    model.image.patch_dropout = None
+    other = gradients_of(model, lambda: whole(work(model), batch, LOSSES["infonce"], 3))
+    assert not torch.allclose(other["image_head.map.linear.weight"], slow["image_head.map.linear.weight"])
 
 
 @pytest.mark.parametrize("kind", LOSSES)

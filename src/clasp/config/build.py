@@ -63,7 +63,10 @@ def build_model_and_preprocessing(
     """
     backbones = _open_backbones(recipe, meta=False)
     transform, tokenizer = _transform(recipe, backbones.image), _tokenizer(recipe, backbones.text, captions)
-    return ModelAndPreprocessing(_assemble(recipe, backbones), transform, tokenizer)
+    model = _assemble(recipe, backbones)
+    if recipe.image.patch_dropout:
+        model.image.enable_patch_dropout(recipe.image.patch_dropout)
+    return ModelAndPreprocessing(model, transform, tokenizer)
 
 
 def _assemble(recipe: Recipe, backbones: _Backbones) -> DualEncoder:

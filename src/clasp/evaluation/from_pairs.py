@@ -48,7 +48,9 @@ def validation_texts(train: Pairs, val: Pairs) -> list[list[str]]:
 
 
 def _class_names(train: Pairs, val: Pairs) -> list[str]:
-    return sorted({caption.text for pairs in (train, val) for pair in pairs for caption in pair.captions})
+    """The classes of ``val``, and of ``train`` where its captions are class names, too."""
+    named = [val, train] if all(_only_class(pair) for pair in train) else [val]
+    return sorted({caption.text for pairs in named for pair in pairs for caption in pair.captions})
 
 
 def _only_class(pair: Pair) -> bool:

@@ -51,6 +51,9 @@ class ImageTowerSettings(_TowerSettings):
     """Side of the input image in pixels; the tower's default where left out"""
     resize: ResizeMode | None = None
     """How images that are not square become square"""
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of the patch tokens of each image dropped in training, before the first block that trains (FLIP, Li et
+    al., CVPR 2023); for ViTs with absolute positions. Evaluation reads all tokens"""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour under transparent pixels, 0-255"""
     mean: tuple[_PixelMean, _PixelMean, _PixelMean] | None = None

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
+from clasp.models.structure import ModelStructure, is_norm
 from clasp.models.transformer.encoders import ImageTransformer
 from clasp.types import Pixels, Tokens, UserError
 
@@ -64,6 +65,15 @@ def native_image_size(net: nn.Module, transform: ImageTransform | None) -> int:
         return transform.size
     size = (net.config.to_dict().get("image_size") if isinstance(net, PreTrainedModel) else None) or 64
     return size if isinstance(size, int) else size[0]
+
+
+def declared_width(net: nn.Module, structure: ModelStructure, modality: str) -> int | None:
+    """Width of the hidden states according to the final norm or a ``transformers`` configuration."""
+    from transformers import PreTrainedModel
+
+    if structure.tail and is_norm(last := net.get_submodule(structure.tail[-1])):
+        return next(last.parameters()).numel()
+    return net.config.hidden_size if modality == "text" and isinstance(net, PreTrainedModel) else None
 
 
 def drop_module(net: nn.Module, path: str) -> None:

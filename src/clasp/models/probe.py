@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from clasp.models.transformer.encoders import TextTransformer
@@ -57,6 +58,28 @@ def text_probe(net: nn.Module, device: torch.device) -> ProbeInputs:
         beside=Tokens(ids[:, :short], full[:, :short]),
         padded=Tokens(ids.masked_fill(~mask, pad), mask),
     )
+
+
+def first_states(
+    name: str, family: str, encode: Callable[[Pixels | Tokens], Tensor], inputs: Pixels | Tokens
+) -> Float[Tensor, "U N D"]:
+    """Hidden states of the first forward pass of the tower ``name``; failures are raised as ``UserError``."""
+    try:
+        states = encode(inputs)
+    except UserError:
+        raise
+    except FORWARD_ERRORS as error:
+        what = f"{inputs.values.shape[-1]} px a side" if isinstance(inputs, Pixels) else f"{inputs.ids.shape[1]} tokens"
+        raise UserError(
+            f"tower = {name!r}: {family} cannot read an input of {what} ({first_line(error)}); a net that is called in "
+            "another way needs a forward_features in its clasp.Backbone"
+        ) from error
+    if isinstance(inputs, Tokens) and states.shape[:2] != inputs.ids.shape:
+        raise UserError(
+            f"tower = {name!r}: {family} returns a tensor of shape {list(states.shape)} for {inputs.ids.shape[1]} "
+            "tokens, not a state of each; give its clasp.Backbone a forward_features that does"
+        )
+    return states
 
 
 def check_consistency(

@@ -22,7 +22,13 @@ from clasp.models.activation_checkpointing import CheckpointedForward
 from clasp.models.backbone import Backbone, Pooler, PoolingMode
 from clasp.models.classifier import Classifier, classifier_columns
 from clasp.models.family_layouts import FAMILY_LAYOUTS
-from clasp.models.foreign_forward import disable_kv_cache, drop_module, foreign_states, native_image_size
+from clasp.models.foreign_forward import (
+    declared_width,
+    disable_kv_cache,
+    drop_module,
+    foreign_states,
+    native_image_size,
+)
 from clasp.models.length_buckets import split_by_length
 from clasp.models.partial_forward import (
     as_tokens,
@@ -32,18 +38,21 @@ from clasp.models.partial_forward import (
     resume_from,
     states_after_block,
 )
+from clasp.models.patch_dropout import PatchDropout, place_patch_dropout
 from clasp.models.pooling import POOLING_FUNCTIONS, AttentionPool
 from clasp.models.probe import (
     FORWARD_ERRORS,
     ProbeInputs,
     check_consistency,
     first_line,
+    first_states,
     image_probe,
     parameters_without_gradient,
     relative_difference,
     text_probe,
 )
-from clasp.models.structure import find_structure, find_unused_modules, is_norm
+from clasp.models.running_statistics import batch_norms, trains_norm, updated_statistics
+from clasp.models.structure import find_structure, find_unused_modules
 from clasp.models.tuning.depth import truncate_blocks
 from clasp.models.tuning.spec import TuningSpec, apply_tuning, parse_tuning_spec
 from clasp.models.weight_hashes import hash_tensors, hash_values
@@ -87,6 +96,7 @@ class Tower(nn.Module):
         self._read_classifier = backbone.classifier if layer is None else None
         self.tunings: tuple[TuningSpec, ...] = ()
         self.dropout = dropout
+        self.patch_dropout: PatchDropout | None = None
         self._structure = find_structure(self.net)
         if self._structure.channels_first:
             # measured: two to four times faster on CPUs
@@ -181,6 +191,18 @@ class Tower(nn.Module):
         for block in self._structure.blocks[self.frozen_blocks :]:
             module = self.net.get_submodule(block.path)
             vars(module)["forward"] = CheckpointedForward(module)
+
+    def enable_patch_dropout(self, rate: float) -> None:
+        """Drop this fraction of the patch tokens in training, before the first block that trains.
+
+        To be called after the selection is made. Raises ``UserError`` where no block trains, and for a net whose output
+        is wrong without some of its patches.
+        """
+        trained = [name for name, parameter in self.net.named_parameters() if parameter.requires_grad]
+        images = self._probe_inputs().beside
+        self.patch_dropout = place_patch_dropout(
+            self.name, self.net, self._structure, rate, trained=trained, encode=lambda: self(images)
+        )
 
     def forward(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "U N D"]:
         """Hidden states after the last block and the final norm; U rows, one for each distinct caption."""
@@ -303,6 +325,8 @@ class Tower(nn.Module):
         hooks = [
             block.register_forward_hook(lambda _, __, output: outputs.append(block_states(output))) for block in blocks
         ]
+        if self.patch_dropout is not None and self.patch_dropout.training:
+            hooks.append(self.patch_dropout.register(self.net))
         try:
             states = self(inputs)
         finally:
@@ -315,24 +339,19 @@ class Tower(nn.Module):
 
     def train(self, mode: bool = True) -> Tower:
         """Always evaluation mode, unless ``dropout`` is set; BatchNorm is in training mode where its statistics are
-        ``moving``."""
+        ``moving``. Patch dropout follows ``mode``."""
         super().train(mode and self.dropout)
-        for norm in self._batch_norms().values():
-            norm.train(mode and self._updates_statistics(norm))
+        if self.patch_dropout is not None:
+            self.patch_dropout.training = mode
+        for norm in batch_norms(self).values():
+            norm.train(mode and self._from_seed and trains_norm(norm))
         return self
 
     @property
     def moving(self) -> dict[str, Tensor]:
         """Running statistics that are updated in training, by name: those of trainable norms in a randomly initialised
         net."""
-        moving = {path: norm for path, norm in self._batch_norms().items() if self._updates_statistics(norm)}
-        return {f"{path}.{name}": buffer for path, norm in moving.items() for name, buffer in norm.named_buffers()}
-
-    def _batch_norms(self) -> dict[str, nn.Module]:
-        return {name: m for name, m in self.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-
-    def _updates_statistics(self, norm: nn.Module) -> bool:
-        return self._from_seed and any(parameter.requires_grad for parameter in norm.parameters())
+        return updated_statistics(self) if self._from_seed else {}
 
     def _pool_without_weights(self, states: Float[Tensor, "U N D"], mask: Bool[Tensor, "U N"]) -> Float[Tensor, "U Dp"]:
         return POOLING_FUNCTIONS[self._pool](
@@ -376,9 +395,12 @@ class Tower(nn.Module):
         pass of shapes takes half a second, and decoders branch on values.
         """
         given, meta = self._probe_inputs(), self._device.type == "meta"
-        width = self._declared_width() if meta else None
+        width = declared_width(self.net, self._structure, self.modality) if meta else None
         shape = (1, 2 + self._structure.prefix_tokens, width or 0)
-        states = self._first_states(given.alone) if width is None else torch.empty(shape, device="meta")
+        if width is None:
+            states = first_states(self.name, self._structure.family, self, given.alone)
+        else:
+            states = torch.empty(shape, device="meta")
         blocks = [len(self._structure.blocks), *self._extra_layers]
         if self._pool == "attention":
             self.pooling = AttentionPool(states.shape[2]).to(self._device)
@@ -388,37 +410,6 @@ class Tower(nn.Module):
         self.pooled_layers = tuple((block, layer.shape[1]) for block, layer in zip(blocks, layers, strict=True))
         if not meta:
             check_consistency(self.name, self._structure.family, self._pooled, vectors, given)
-
-    def _first_states(self, inputs: Pixels | Tokens) -> Float[Tensor, "U N D"]:
-        """Hidden states of the first forward pass; failures are raised as ``UserError``."""
-        try:
-            states = self(inputs)
-        except UserError:
-            raise
-        except FORWARD_ERRORS as error:
-            what = f"{self._size} px a side" if isinstance(inputs, Pixels) else f"{inputs.ids.shape[1]} tokens"
-            raise UserError(
-                f"tower = {self.name!r}: {self._structure.family} cannot read an input of {what} "
-                f"({first_line(error)}); a net that is called in another way needs a forward_features in its "
-                "clasp.Backbone"
-            ) from error
-        if isinstance(inputs, Tokens) and states.shape[:2] != inputs.ids.shape:
-            raise UserError(
-                f"tower = {self.name!r}: {self._structure.family} returns a tensor of shape {list(states.shape)} for "
-                f"{inputs.ids.shape[1]} tokens, not a state of each; give its clasp.Backbone a forward_features that "
-                "does"
-            )
-        return states
-
-    def _declared_width(self) -> int | None:
-        """Width of the hidden states according to the final norm or a ``transformers`` configuration."""
-        from transformers import PreTrainedModel
-
-        if self._structure.tail and is_norm(last := self.net.get_submodule(self._structure.tail[-1])):
-            return next(last.parameters()).numel()
-        return (
-            self.net.config.hidden_size if self.modality == "text" and isinstance(self.net, PreTrainedModel) else None
-        )
 
 
 def _full_mask(states: Float[Tensor, "U N D"]) -> Bool[Tensor, "U N"]:

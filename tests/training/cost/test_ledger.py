@@ -19,7 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clasp import cli
 from clasp.commands import train as main_job
+from clasp.models.backbone import Backbone
+from clasp.models.tower import Tower
 from clasp.models.transformer.deit import VisionTransformer
+from clasp.models.tuning.spec import freeze_except
 from clasp.report.leaderboard import read_training_seconds
 from clasp.training.cost import meters
 from clasp.training.cost.flops import count_flops
@@ -87,6 +90,24 @@ def test_only_what_trains_has_a_backward_pass() -> None:
     net.blocks[-1].norm1.requires_grad_(False)
     less = count_flops(lambda: net(torch.randn(1, 3, SIZE, SIZE)).sum().backward())
     assert flops.backward - less.backward == 2 * N * 3 * D**2
+
+
+@pytest.mark.parametrize(("method", "blocks"), [("full", 3), ("last(1)", 1)])
+def test_dropped_patches_are_not_counted(method: str, blocks: int) -> None:
+    """Above the frozen prefix, all products but the scores are of the tokens that are kept."""
+    tower = Tower(Backbone("vit", "image", vit(), "toy", "mean"))
+    freeze_except(tower, tower.tune([method], seed=0))
+    pixels, kept = Pixels(torch.randn(5, 3, SIZE, SIZE)), 1 + 4
+
+    def step() -> None:
+        tower.pooled(pixels).sum().backward()
+
+    tower.enable_patch_dropout(0.75)
+    whole, fewer = count_flops(tower.eval() and step), count_flops(tower.train() and step)
+    tokens = LINEAR * kept // N + 2 * 2 * kept * kept * D
+    assert whole.forward == 5 * (PATCHES + L * (LINEAR + ATTENTION))
+    assert fewer.forward == whole.forward - 5 * blocks * (LINEAR + ATTENTION - tokens)
+    assert fewer.backward < whole.backward * (kept + 1) / N + 5 * 2 * PATCHES * (blocks == L)
 
 
 def test_what_is_computed_again_counts_as_forward() -> None:
@@ -470,6 +491,10 @@ def test_the_trunk_counts_in_every_step_where_it_is_not_kept(towers: Path, pairs
     captions = live.work.forward - kept.work.forward - 16 * kept.once["image"].flops + IMAGE
     different = captions / kept.once["text"].flops
     assert 1 < different <= 16 and different == int(different)
+    fewer = run(recipe(towers, pairs, *top, "image.patch_dropout=0.5"), tmp_path / "fewer").cost
+    assert fewer.work and fewer.once == kept.once
+    smaller_block = 2 * 9 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * 9 * 9 * 32
+    assert kept.work.forward - fewer.work.forward == 16 * (TRUNK_BLOCK - smaller_block)
 
 
 class StopAt(SilentReporter):

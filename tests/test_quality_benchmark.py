@@ -1,0 +1,77 @@
+"""The quality benchmark, without training: what is held out, what a curve says, and when a quality is reached."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks.class_photos import open_split, write_splits
+from benchmarks.quality import Curve, Outcome, Point, _follow
+
+from clasp.data.pairs import open_pairs
+from clasp.types import UserError
+from toydata import toys, write_classes, write_csv
+
+
+def test_a_tenth_of_each_class_is_held_out(tmp_path: Path):
+    photos = open_pairs(write_classes(toys(120), tmp_path / "classes"))
+    some = open_pairs(write_classes(toys(30), tmp_path / "test"))
+    work = tmp_path / "work"
+    sizes = write_splits(photos, some, work, label="class", template="a photo of {}")
+    assert sizes["train"] + sizes["val"] == 120 and sizes["test"] == 30
+    train, val, test = (open_split(work, split) for split in ("train", "val", "test"))
+    assert {pair.meta["class"] for pair in val} == {f"a photo of {pair.meta['class']}" for pair in photos}
+    assert all(pair.captions[0].text == pair.meta["class"] for split in (val, test) for pair in split)
+    images = [pair.image.read() for split in (train, val) for pair in split]
+    assert sorted(images) == sorted(pair.image.read() for pair in photos), "each is in one of them"
+    assert {pair.captions[0].text for pair in train} <= {pair.captions[0].text for pair in photos}
+
+
+def test_photos_without_a_class(tmp_path: Path):
+    captioned = open_pairs(write_csv(toys(12), tmp_path / "pairs"))
+    with pytest.raises(UserError, match=r"has no 'class'; .*--label"):
+        write_splits(captioned, captioned, tmp_path / "work", label="class", template="{}")
+    one, other = toys(60)[:2], [toy._replace(colour="mauve") for toy in toys(60)[:2]]
+    photos = open_pairs(write_classes([toy for toy in one for _ in range(2)], tmp_path / "one"))
+    with pytest.raises(UserError, match=r"has one photo|no photo in --pairs"):
+        write_splits(
+            photos,
+            open_pairs(write_classes(other, tmp_path / "other")),
+            tmp_path / "again",
+            label="class",
+            template="{}",
+        )
+
+
+def curve(name: str, *points: tuple[float, float]) -> Curve:
+    return Curve(name, [Point(seconds, top1, 2 * top1) for seconds, top1 in points])
+
+
+def test_the_time_to_the_quality_of_the_peer():
+    ours = curve("clasp", (10, 0.1), (60, 0.35), (90, 0.3), (300, 0.42))
+    peers = {lr: curve("peer", (30, 0.01), (600, top1)) for lr, top1 in ((1e-3, 0.2), (3e-3, 0.33))}
+    assert ours.best_so_far("top1") == [0.1, 0.35, 0.35, 0.42]
+    outcome = Outcome(ours, peers, 3e-3, {}, "")
+    assert [row.ratio for row in outcome.rows()] == [60 / 600] * 2 and outcome.rows()[0].verdict == "reached"
+    assert "| 0.003 (chosen) | 33.0 | 66.0 |" in outcome.markdown()
+    (never, _) = Outcome(curve("clasp", (10, 0.1)), peers, 3e-3, {}, "").rows()
+    assert never.verdict == "**missed**" and never.note == "not reached: 10.0 % at most"
+
+
+def test_logs_are_read_while_they_are_written(tmp_path: Path):
+    """Those of the stages, too, and no other events."""
+    row = {"event": "evaluation", "metrics": {"top1": 0.5, "top5": 0.75}}
+    script = (
+        "import json, pathlib, time\n"
+        f"for stage in ('1', '2'):\n"
+        f"    folder = pathlib.Path({str(tmp_path)!r}, 'run', 'stages', stage); folder.mkdir(parents=True)\n"
+        f"    (folder / 'log.jsonl').write_text({json.dumps(row)!r} + '\\n' + json.dumps(dict(event='step')) + '\\n')\n"
+        "    time.sleep(0.4)\n"
+    )
+    found = _follow("run", [sys.executable, "-c", script], tmp_path, (tmp_path / "run").rglob)
+    assert [(point.top1, point.top5) for point in found.points] == [(0.5, 0.75)] * 2
+    assert found.points[1].seconds - found.points[0].seconds > 0.2
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        _follow("run", [sys.executable, "-c", "1 / 0"], tmp_path, (tmp_path / "none").rglob)
