@@ -53,14 +53,21 @@ def initialize_heads(model: DualEncoder, sides: BatchReader, settings: HeadSetti
     for standardize, parts in zip((image, text), some, strict=True):
         standardize.fit(torch.cat(parts))
     if settings.init == "cca":
+        maps = cca(standardized_moments(model, sides, tally), settings.width, ridge=settings.ridge)
         with torch.no_grad():
-            whole = np.arange(len(sides.pairs))
-            every = ((image(images), text(texts)) for images, texts in pooled.every_caption(whole))
-            maps = cca(PairMoments.of(every), settings.width, ridge=settings.ridge)
             for head, weight in ((model.image_head, maps.image), (model.text_head, maps.text)):
                 assert isinstance(head.map, nn.Linear)
                 head.map.weight.copy_(weight)
                 head.map.bias.zero_()
+
+
+@torch.no_grad()
+def standardized_moments(model: DualEncoder, sides: BatchReader, tally: BadSampleLimit) -> PairMoments:
+    """The moments of every caption with its image, standardised as the heads of ``model`` do."""
+    image, text = model.image_head.standardize, model.text_head.standardize
+    assert image is not None and text is not None and isinstance(sides.pairs, PairIndex)
+    pooled = _PooledFeatures(model, sides, sides.pairs, tally).every_caption(np.arange(len(sides.pairs)))
+    return PairMoments.of((image(images), text(texts)) for images, texts in pooled)
 
 
 def initialize_low_rank(
