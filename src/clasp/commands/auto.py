@@ -191,6 +191,8 @@ class _Climb:
         stage = plan_heads(changed(base, {}), 2, str(self.stages / CLOSED_FORM_STAGE))
         if self._resumes_or_ended(stage):
             return
+        if self._left.nothing:
+            return self._leave_out(stage, f"the budget of {self.budget} has ended")
         timing = time_steps(stage.recipe, self.pairs, self.io.bar)
         self._train_if_planned(stage, fit_heads(stage, timing, self._left))
 
@@ -202,6 +204,8 @@ class _Climb:
         stage = plan_tuning(base, number, str(self.stages / start), method, self._specs(method, base))
         if self._resumes_or_ended(stage):
             return
+        if self._left.nothing:
+            return self._leave_out(stage, f"the budget of {self.budget} has ended")
         # a further method starts anew, so it must have the time of the first
         first = self._first_tuning()
         if first is not None:

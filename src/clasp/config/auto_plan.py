@@ -44,7 +44,7 @@ class Candidate(NamedTuple):
     def __str__(self) -> str:
         layers = self.image.name if self.image.name == self.text.name else f"{self.image.name} / {self.text.name}"
         ridge = " / ".join(f"{each:g}" for each in dict.fromkeys(self.ridge))
-        return f"closed form, layers {layers}, ridge {ridge}, width {self.width}"
+        return f"{layers}, ridge {ridge}, width {self.width}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def layer_sets(blocks: int, given: Sequence[int] | str) -> list[LayerSet]:
     """The sets of layers to try: those of the recipe where it has some, else the last, the upper half, and all."""
     if given != "all" and given:
         return [LayerSet("given", tuple(layer for layer in given if isinstance(layer, int)))]
-    sets = [LayerSet("last", ()), LayerSet("upper half", tuple(range(blocks // 2, blocks)))]
+    sets = [LayerSet("last", ()), LayerSet("upper half", tuple(range(max(1, blocks // 2), blocks)))]
     sets.append(LayerSet("all", tuple(range(1, blocks))))
     return list({each.extra: each for each in sets}.values())
 
@@ -123,7 +123,7 @@ def plan_closed_form(recipe: Recipe, chosen: Candidate, reason: str) -> StagePla
         "head": head,
         "train": {"epochs": 0},
     }
-    return StagePlan(CLOSED_FORM_STAGE, str(chosen), reason, changed(recipe, changes))
+    return StagePlan(CLOSED_FORM_STAGE, f"closed form, layers {chosen}", reason, changed(recipe, changes))
 
 
 def plan_heads(base: Recipe, number: int, start: str) -> StagePlan:
@@ -192,6 +192,11 @@ class Left:
             return int(share * self.steps) // timing.steps_per_epoch
         assert self.seconds is not None
         return timing.epochs_in(share * self.seconds)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the budget has ended."""
+        return (self.seconds or 0) <= 0 and not self.steps
 
     def __str__(self) -> str:
         if self.steps is not None:

@@ -219,6 +219,9 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
     return recipe
 
 
+_PLANNED_TRAIN_KEYS = ("epochs", "lr", "lr_factors", "evaluate_every", "init_from")
+
+
 def _check_auto(recipe: Recipe, source: str) -> None:
     """Raise ``UserError`` for settings that ``[auto]`` chooses, and for those that it cannot work with."""
     default = TuneSettings()
@@ -226,8 +229,8 @@ def _check_auto(recipe: Recipe, source: str) -> None:
         f"tune.{key}" for key in TuneSettings.model_fields if recipe.tune.model_dump()[key] != default.model_dump()[key]
     ]
     chosen += ["head"] if recipe.head != HeadSettings() else []
-    chosen += ["train.epochs"] if recipe.train.epochs != "auto" else []
-    chosen += ["train.init_from"] if recipe.train.init_from is not None else []
+    ours, usual = recipe.train.model_dump(), TrainSettings().model_dump()
+    chosen += [f"train.{key}" for key in _PLANNED_TRAIN_KEYS if ours[key] != usual[key]]
     if chosen:
         raise UserError(
             f"{source}: {chosen[0]} is chosen by [auto]; leave it out, or train a recipe without [auto], such as heads "
