@@ -27,7 +27,7 @@ from clasp.config.auto_plan import (
     TUNINGS,
     Left,
     StagePlan,
-    TuningMethod,
+    TowerTuning,
     changed,
     fit_heads,
     fit_tuning,
@@ -187,8 +187,7 @@ class _Climb:
 
     def _heads(self) -> None:
         """Stage 2: gradient steps of the heads on cached features."""
-        base = recipe_from_dict(RunFolder(self.stages / self.plan.best).recipe(), self.plan.best)
-        stage = plan_heads(changed(base, {}), 2, str(self.stages / CLOSED_FORM_STAGE))
+        stage = plan_heads(self._base(CLOSED_FORM_STAGE), 2, str(self.stages / CLOSED_FORM_STAGE))
         if self._resumes_or_ended(stage):
             return
         if self._left.nothing:
@@ -196,11 +195,11 @@ class _Climb:
         timing = time_steps(stage.recipe, self.pairs, self.io.bar)
         self._train_if_planned(stage, fit_heads(stage, timing, self._left))
 
-    def _tuning(self, method: TuningMethod) -> None:
+    def _tuning(self, method: TowerTuning) -> None:
         """Stage 3 and on: tuning inside the towers, from the best stage before the tower was tuned."""
         number = 3 + TUNINGS.index(method)
         start = next(name for name in (self.plan.best, "2-heads", CLOSED_FORM_STAGE) if self._tunes_nothing(name))
-        base = recipe_from_dict(RunFolder(self.stages / start).recipe(), start)
+        base = self._base(start)
         stage = plan_tuning(base, number, str(self.stages / start), method, self._specs(method, base))
         if self._resumes_or_ended(stage):
             return
@@ -217,6 +216,12 @@ class _Climb:
         timing = time_steps(stage.recipe, self.pairs, self.io.bar)
         self._train_if_planned(stage, fit_tuning(stage, timing, self._left))
 
+    def _base(self, start: str) -> Recipe:
+        """The user's recipe with the layers and heads of a stage; its batch size is still "auto" where it was."""
+        made = RunFolder(self.stages / start).recipe()
+        layers = {side: {"extra_layers": made[side]["extra_layers"]} for side in ("image", "text")}
+        return changed(self.base, {**layers, "head": made["head"]})
+
     def _tunes_nothing(self, name: str) -> bool:
         row = self.plan.row(name)
         return row is not None and row.verdict == "kept" and name in (CLOSED_FORM_STAGE, "2-heads")
@@ -224,7 +229,7 @@ class _Climb:
     def _first_tuning(self) -> AutoRow | None:
         return next((row for row in self.plan.rows if row.stage.startswith("3-")), None)
 
-    def _specs(self, method: TuningMethod, base: Recipe) -> dict[str, list[str]]:
+    def _specs(self, method: TowerTuning, base: Recipe) -> dict[str, list[str]]:
         """What each tower takes of the method: where one of its parts does not fit a net, the other parts."""
         specs = {}
         for side in ("image", "text"):

@@ -75,7 +75,7 @@ class StepTiming:
 
 
 @dataclass(frozen=True, slots=True)
-class TuningMethod:
+class TowerTuning:
     """Methods for both towers, with their learning rate and its factors."""
 
     name: str
@@ -85,9 +85,9 @@ class TuningMethod:
 
 
 TUNINGS = (
-    TuningMethod("low rank and norms", ("lora(rank=8)", "norms"), 2e-3),
-    TuningMethod("adapters and norms", ("adapters(reduction=4)", "norms"), 1e-3),
-    TuningMethod("full", ("full",), 1e-3, (("tower", 0.03), ("norm", 0.03))),
+    TowerTuning("low rank and norms", ("lora(rank=8)", "norms"), 2e-3),
+    TowerTuning("adapters and norms", ("adapters(reduction=4)", "norms"), 1e-3),
+    TowerTuning("full", ("full",), 1e-3, (("tower", 0.03), ("norm", 0.03))),
 )
 """Tuned inside both towers, best first; a later one is tried where the budget holds both"""
 
@@ -135,7 +135,7 @@ def plan_heads(base: Recipe, number: int, start: str) -> StagePlan:
     return StagePlan(f"{number}-heads", "heads by gradient steps", "", changed(base, changes))
 
 
-def plan_tuning(base: Recipe, number: int, start: str, method: TuningMethod, specs: dict[str, list[str]]) -> StagePlan:
+def plan_tuning(base: Recipe, number: int, start: str, method: TowerTuning, specs: dict[str, list[str]]) -> StagePlan:
     """Tuning inside the towers from the run ``start``; ``specs``: what the towers take of the method.
 
     The heads have learned already, and those of all layers are wide: their learning rate is a tenth.
