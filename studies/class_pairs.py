@@ -2,8 +2,8 @@
 
 Input: photos in ten classes whose names are emoji concepts (CIFAR-10) and photos with captions (Flickr8k), as any
 pairs that clasp opens. Output: ``class_pairs.md``. Every row is the recipe ``photos``; nothing of the photos asked is
-known to the model: its centres are those of its packaged drawings and of its class names. Class names in other languages
-are CLDR's emoji names. Rows: without class pairs, with them, and the same with the images of the classes permuted.
+known to the model: its centres are those of its packaged drawings and of its class names. Class names in other
+languages are CLDR's emoji names. Rows: without class pairs, with them, and the same with the classes permuted.
 
     python -m studies.class_pairs CLASSES CAPTIONS
 """

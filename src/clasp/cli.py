@@ -107,6 +107,12 @@ def train(
         list[str] | None,
         typer.Option("--grid", metavar="KEY=V,V", help="Sweep a key, e.g. train.lr=1e-3,3e-3; repeatable."),
     ] = None,
+    minutes: Annotated[
+        str | None, typer.Option("--minutes", metavar="N", help="Wall time of a recipe with [auto]: start, auto.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option("--steps", metavar="N", help="Gradient steps in place of minutes: repeatable bitwise.")
+    ] = None,
 ) -> None:
     """Train a recipe on image-text pairs; writes a run folder: trained tensors (delta), log, results, cost, model card.
 
@@ -121,8 +127,11 @@ def train(
         raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
     if grid:
         return _sweep(recipe, overrides or (), grid, runs, name)
-    made = read_recipe(recipe, overrides or ())
+    given = {key: text for key, text in (("minutes", minutes), ("steps", steps)) if text is not None}
+    made = read_recipe(recipe, overrides or (), budget=given or None)
     run = runs / name if name else _free_path(runs, Path(recipe).stem)
+    if made.auto is not None:
+        return _climb(made, run)
     _train(made, run, resume=False)
 
 
@@ -135,8 +144,14 @@ def resume(
 ) -> None:
     """Resume an interrupted run from its saved state: same batches, same weights as without the interruption."""
     from clasp.config.recipe import recipe_from_dict
+    from clasp.report.auto_table import PLAN_FILE
     from clasp.training.run_folder import RunFolder
+    from clasp.types import UserError
 
+    if (run / PLAN_FILE).exists():
+        if overrides:
+            raise UserError(f"{run} was trained with [auto], whose stages cannot change: {overrides[0]}")
+        return _climb(None, run)
     made = recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml")).with_overrides(overrides or ())
     _train(made, run, resume=True)
 
@@ -305,6 +320,28 @@ def _train(recipe: Any, run: Path, *, resume: bool) -> None:
     print_results("validation pairs", done.results, "results.jsonl and README.md in the run folder")
     print_status(f"cost: {done.cost}")
     print_status(f"the run is in {where} (delta {format_megabytes(done.delta_bytes)}, card README.md there)")
+    print_status(f'index and search with: clasp index {typed} {source}  then: clasp search {typed} "your words"')
+
+
+def _climb(recipe: Any, run: Path) -> None:
+    """Train a recipe with [auto], or resume (``None``) the climb in ``run``."""
+    from clasp.commands.auto import AutoCallbacks, climb, resume_climb
+    from clasp.report.auto_table import auto_table
+    from clasp.report.terminal import print_status, print_table, progress_bar, relative_path, terminal_reporter
+
+    callbacks = AutoCallbacks(print_status, progress_bar, terminal_reporter)
+    done = resume_climb(run, callbacks) if recipe is None else climb(recipe, run, callbacks)
+    where, plan = relative_path(run), done.plan
+    table = auto_table(plan)
+    if plan.rows:
+        print_table(where, table.columns, table.cells, table.notes)
+    kept = f"kept: stages/{plan.best}, in {where}" if plan.best else "no stage had ended, so nothing is kept"
+    if done.interrupted:
+        print_status(f"interrupted; {kept}; go on with: clasp resume {shlex.quote(where)}")
+        sys.exit(130)
+    print_status(f"{kept} ({plan.seconds:,.0f} s; card README.md there)")
+    source = shlex.quote(str(plan.recipe["data"]["train"]))
+    typed = shlex.quote(where)
     print_status(f'index and search with: clasp index {typed} {source}  then: clasp search {typed} "your words"')
 
 

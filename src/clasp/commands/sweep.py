@@ -92,6 +92,8 @@ class _SharedObjects:
         counted = set()
         for one in made:
             try:
+                if one.recipe.auto is not None:
+                    raise UserError("a grid varies a recipe without [auto], which varies settings itself")
                 find_trackers(one.recipe.train.trackers)
                 parts = one.recipe.model_dump_json(include={"image", "text", "share", "tune", "head", "loss"})
                 if parts not in counted:

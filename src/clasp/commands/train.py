@@ -62,6 +62,7 @@ def train_recipe(
 
     Raises ``UserError`` for errors in the user's input, as early as possible.
     """
+    assert recipe.auto is None, "a recipe with [auto] is for commands.auto"
     folder, tracker_classes = RunFolder(run), find_trackers(recipe.train.trackers)
     state = folder.read_state() if resume else folder.require_free()
     loaded = preloaded or Preloaded()

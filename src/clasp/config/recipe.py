@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from clasp.config.budget import AutoSettings
 from clasp.data.feature_cache.dtypes import StorageDtype as StorageName
 from clasp.data.images import Augment
 from clasp.data.pairs import ColumnNames, find_pair_format
@@ -157,6 +158,7 @@ class Recipe(BaseModel):
     loss: LossSectionSettings = LossSectionSettings()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
+    auto: AutoSettings | None = None
 
     def with_overrides(self, overrides: Sequence[str]) -> Recipe:
         """This recipe with dotted overrides applied."""
@@ -179,12 +181,19 @@ class Recipe(BaseModel):
         return tomlkit.dumps(self.to_dict())
 
 
-def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(
+    source: str | Path, overrides: Sequence[str] = (), *, budget: Mapping[str, str] | None = None
+) -> Recipe:
     """Read a recipe file, or a built-in recipe by its name (``start``, ``lilt/lwa``), and apply overrides.
 
+    ``budget`` replaces ``[auto]``: ``{"minutes": "30"}`` or ``{"steps": "500"}``.
     Raises ``UserError`` naming the nearest valid key or value.
     """
     given, chain = _read_with_extends(_find(source, Path()), str(source))
+    if budget is not None:
+        if "auto" not in given:
+            raise UserError(f"{source} has no [auto] to spend a budget on; those that have: start, auto")
+        given["auto"] = {key: _parse_value(f"auto.{key}", text) for key, text in budget.items()}
     return recipe_from_dict(_apply_overrides(given, overrides), chain)
 
 
@@ -197,6 +206,8 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
     for spec in (*recipe.tune.image, *recipe.tune.text):
         parse_tuning_spec(spec)
     check_tracker_names(recipe.train.trackers)
+    if recipe.auto is not None:
+        _check_auto(recipe, source)
     if recipe.head.init == "cca" and not (recipe.head.kind == "linear" and recipe.head.standardize):
         raise UserError(f"{source}: head.init = 'cca' needs head.kind = 'linear' and head.standardize = true")
     if recipe.data.class_weight and recipe.head.init != "cca":
@@ -220,6 +231,32 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
     if recipe.train.batch_size != "auto":
         recipe.loss.require_batch_size(recipe.train.batch_size)
     return recipe
+
+
+_PLANNED_TRAIN_KEYS = ("epochs", "lr", "lr_factors", "evaluate_every", "init_from")
+
+
+def _check_auto(recipe: Recipe, source: str) -> None:
+    """Raise ``UserError`` for settings that ``[auto]`` chooses, and for those that it cannot work with."""
+    default = TuneSettings()
+    chosen = [
+        f"tune.{key}" for key in TuneSettings.model_fields if recipe.tune.model_dump()[key] != default.model_dump()[key]
+    ]
+    chosen += ["head"] if recipe.head != HeadSettings() else []
+    ours, usual = recipe.train.model_dump(), TrainSettings().model_dump()
+    chosen += [f"train.{key}" for key in _PLANNED_TRAIN_KEYS if ours[key] != usual[key]]
+    if chosen:
+        raise UserError(
+            f"{source}: {chosen[0]} is chosen by [auto]; leave it out, or train a recipe without [auto], such as heads "
+            "or lilt/lwa"
+        )
+    learned = [f"{side}.pool" for side in ("image", "text") if recipe.model_dump()[side]["pool"] == "attention"]
+    if learned:
+        raise UserError(
+            f"{source}: {learned[0]} = 'attention' is trained: [auto] compares closed forms on frozen towers"
+        )
+    if recipe.data.feature_cache == "off":
+        raise UserError(f"{source}: data.feature_cache = 'off': [auto] compares closed forms on cached features")
 
 
 def builtin_recipes() -> dict[str, Path]:

@@ -66,6 +66,34 @@ class PartialResult:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class PrimaryScore:
+    """The primary metric of a task, and its bootstrap replicates; those of one task are on the same draws of groups."""
+
+    value: float
+    replicates: Float[Tensor, " resamples"]
+
+    @property
+    def interval(self) -> ConfidenceInterval:
+        """The 95 % interval of the metric."""
+        return percentile_intervals(self.replicates[:, None])[0]
+
+    def change_from(self, other: PrimaryScore) -> ScoreChange:
+        """The change from another score of the same task: a paired bootstrap."""
+        change = self.replicates - other.replicates
+        interval = percentile_intervals(change[:, None])[0]
+        return ScoreChange(self.value - other.value, interval, float(change[~change.isnan()].std(correction=0)))
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreChange:
+    """The change of a metric between two models, its 95 % interval and its standard error, from a paired bootstrap."""
+
+    value: float
+    interval: ConfidenceInterval
+    standard_error: float
+
+
 def mean_result(
     results: Sequence[PartialResult], *, language: str, direction: str, own_seconds: float
 ) -> PartialResult:

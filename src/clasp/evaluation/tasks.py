@@ -18,7 +18,7 @@ from clasp.evaluation.embedding_table import ImageBatches, embed_batches
 from clasp.evaluation.language_sets import LanguageSets, check_language_sets, macro_language, macro_results
 from clasp.evaluation.name_checks import nearest_names
 from clasp.evaluation.query_scores import QueryScores, resample_scores
-from clasp.evaluation.results import EvaluationResult, PartialResult, mean_result
+from clasp.evaluation.results import EvaluationResult, PartialResult, PrimaryScore, mean_result
 from clasp.evaluation.retrieval import RetrievalQueries
 from clasp.evaluation.zeroshot import ZeroShotQueries
 from clasp.types import Encoder, UserError
@@ -47,6 +47,11 @@ class _SingleTask(Generic[_QueriesT]):
         """A row per direction, then one for their mean; one row where the queries have no directions."""
         rows = _evaluate(encoder, self.data, self.images, {self.language: self.queries}, self.resamples, self.seed)
         return [row.finish(self.name, self.data) for row in rows]
+
+    def score(self, encoder: Encoder) -> PrimaryScore:
+        """The primary metric with its replicates, to be compared with that of another encoder."""
+        rows = _evaluate(encoder, self.data, self.images, {"": self.queries}, self.resamples, self.seed)
+        return _primary_score(rows, self.primary)
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """The metrics by name."""
@@ -106,6 +111,11 @@ class MultilingualTask:
         """The rows of every language, then those of every set."""
         rows = _evaluate(encoder, self.data, self.images, self.queries, self.resamples, self.seed)
         return [row.finish(self.name, self.data) for row in (*rows, *macro_results(rows, self.sets))]
+
+    def score(self, encoder: Encoder) -> PrimaryScore:
+        """The primary metric with its replicates, to be compared with that of another encoder."""
+        rows = _evaluate(encoder, self.data, self.images, self.queries, self.resamples, self.seed)
+        return _primary_score([*rows, *macro_results(rows, self.sets)], self.primary)
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """The metrics by name."""
@@ -172,6 +182,14 @@ def _flatten(rows: Sequence[PartialResult]) -> dict[str, float]:
         for row in rows
         for name, value in row.metrics.items()
     }
+
+
+def _primary_score(rows: Sequence[PartialResult], primary: str) -> PrimaryScore:
+    for row in rows:
+        for name, value in row.metrics.items():
+            if "/".join(filter(None, (row.language, row.direction, name))) == primary:
+                return PrimaryScore(value, row.replicates[name])
+    raise AssertionError(f"no row has {primary!r}")
 
 
 def _metric_names(queries: EvaluationQueries) -> tuple[str, ...]:

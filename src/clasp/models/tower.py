@@ -276,6 +276,17 @@ class Tower(nn.Module):
             return Tokens(torch.zeros_like(states.mask, dtype=torch.long), states.mask)
         return Pixels(torch.zeros(1, 3, states.size, states.size, device=self._device))
 
+    @property
+    def layer_pool(self) -> str | None:
+        """The pooling for several layers: class token and mean of the patches where there is a class token, mean and
+        maximum of the feature maps of a CNN, else that of the tower; ``None`` where only the last states can be pooled.
+        """
+        if self._pool in ("attention", "pooler"):
+            return None
+        if self.modality == "text":
+            return self._pool
+        return "cls+mean" if self._structure.prefix_tokens else "mean+max" if self._structure.channels_first else "mean"
+
     # --- pooling -------------------------------------------------------------------------------------------------
 
     def pool(self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B Dp"]:
@@ -404,7 +415,11 @@ class Tower(nn.Module):
         blocks = [len(self._structure.blocks), *self._extra_layers]
         if self._pool == "attention":
             self.pooling = AttentionPool(states.shape[2]).to(self._device)
-        layers = self._pool_layers(given.alone) if self._extra_layers else [self.pool(states, _full_mask(states))]
+        if self._extra_layers and not (meta and width and not self._structure.channels_first):
+            layers = self._pool_layers(given.alone)
+        else:  # hidden states of a transformer are equally wide
+            below = [self._pool_without_weights(states, _full_mask(states)) for _ in self._extra_layers]
+            layers = [self.pool(states, _full_mask(states)), *below]
         vectors = torch.cat(layers, dim=1)
         self.width = vectors.shape[1]
         self.pooled_layers = tuple((block, layer.shape[1]) for block, layer in zip(blocks, layers, strict=True))

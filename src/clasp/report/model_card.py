@@ -41,7 +41,7 @@ class ModelCard:
         counts = self.model.parameter_counts()
         parts = [[name, f"{c.total:,}", f"{c.trained:,}", f"{c.percent:.2f}"] for name, c in counts.items()]
         tables = result_tables(self.results)
-        shown = [_markdown_table(table.columns, table.rows) for table in tables]
+        shown = [markdown_table(table.columns, table.rows) for table in tables]
         notes = dict.fromkeys(note for table in tables for note in table.notes)
         answers = "".join(f"\n{block}\n" for block in (*shown, *notes))
         shared = "" if sharing is None else f"\nWhat the two nets share:\n\n```\n{sharing}\n```\n"
@@ -52,12 +52,12 @@ class ModelCard:
 An image–text model aligned with clasp: `{recipe.image.tower}` and `{recipe.text.tower}` in one space of
 {recipe.head.width} dimensions. {state}
 
-{_markdown_table(["part", "parameters", "trained", "%"], parts)}
+{markdown_table(["part", "parameters", "trained", "%"], parts)}
 {shared}
 Trained on {self.train_pairs:,} pairs of `{recipe.data.train}`, validated on {self.val_pairs:,} others;
 {fitted.pairs:,} pairs seen in {fitted.seconds:.0f} s, in {fitted.precision}, seed {recipe.train.seed}.
 {classes}{skipped if fitted.skipped else ""}{answers}
-{_markdown_table(["cost", ""], cost_rows(self.cost))}
+{markdown_table(["cost", ""], cost_rows(self.cost))}
 
 ```python
 import clasp
@@ -100,7 +100,7 @@ def cost_rows(cost: RunCost) -> list[list[str]]:
     return rows
 
 
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [[printable(cell).replace("|", "\\|") for cell in row] for row in (columns, *rows)]
     lines = [cells[0], ["---"] * len(columns), *cells[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

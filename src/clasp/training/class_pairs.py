@@ -57,8 +57,8 @@ class ClassPairFeatures:
     classes: WeightedClassPairs
     text: Float[Tensor, "n Dt"]
 
-    def moments(self, image: Standardize, text: Standardize) -> PairMoments:
-        """Moments in the standardised features of both heads."""
+    def moments(self, image: Standardize, text: Standardize) -> tuple[PairMoments, float]:
+        """Moments in the standardised features of both heads, and their total weight in training pairs."""
         scale, pairs, columns = image.scale.detach(), self.classes.pairs, self.classes.columns
         pattern = pairs.image.to(scale) / scale[columns]
         pattern = pattern * (pattern.shape[1] ** 0.5 / pattern.norm(dim=1).mean())
@@ -66,7 +66,7 @@ class ClassPairFeatures:
         rows[:, columns] = pattern
         moments = PairMoments.empty(len(scale), self.text.shape[1], scale.device)
         moments.add(rows, text(self.text.to(scale)).detach(), pairs.weight.to(scale.device))
-        return moments
+        return moments, self.classes.total_weight
 
 
 def find_class_pairs(model: DualEncoder, weight: float | None) -> WeightedClassPairs | None:

@@ -8,11 +8,12 @@ low-rank updates get the directions of the gradient. Note: a resumed run must no
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
@@ -58,37 +59,51 @@ def initialize_heads(
     for standardize, parts in zip((image, text), some, strict=True):
         standardize.fit(torch.cat(parts))
     if settings.init == "cca":
+        moments = standardized_moments(model, sides, tally)
+        source = closed_form_source(moments, len(sides.pairs), classes.moments(image, text) if classes else None)
+        maps = cca(source.moments, settings.width, ridge=settings.ridge)
+        centres = (model.image_head, maps.image, source.image_mean), (model.text_head, maps.text, source.text_mean)
         with torch.no_grad():
-            whole = np.arange(len(sides.pairs))
-            every = ((image(images), text(texts)) for images, texts in pooled.every_caption(whole))
-            _set_closed_form(model, settings, PairMoments.of(every), len(whole), classes)
+            for head, weight, mean in centres:
+                assert isinstance(head.map, nn.Linear)
+                head.map.weight.copy_(weight)
+                head.map.bias.copy_(-(weight @ mean))
 
 
-def _set_closed_form(
-    model: DualEncoder, settings: HeadSettings, moments: PairMoments, pairs: int, classes: ClassPairFeatures | None
-) -> None:
-    """Set both linear maps to the CCA of the training pairs, and of class pairs where there are any.
+@dataclass(frozen=True)
+class ClosedFormSource:
+    """What the closed form is solved for: moments, and the means of the standardised features that heads subtract."""
 
-    With class pairs each source is centred on its own mean, and the heads' bias takes the weighted mean of both.
+    moments: PairMoments
+    image_mean: Float[Tensor, " Di"]
+    text_mean: Float[Tensor, " Dt"]
+
+
+def closed_form_source(moments: PairMoments, pairs: int, classes: tuple[PairMoments, float] | None) -> ClosedFormSource:
+    """The moments of training pairs, and those of class pairs with their total weight in pairs, as one source.
+
+    Without class pairs these are the moments about zero, the mean that standardisation has set. With them each source
+    is centred on its own mean. Weight vectors have no mean of their own: the image side takes that of the training
+    pairs, the text side the weighted mean of captions and class names.
     """
-    image, text = model.image_head.standardize, model.text_head.standardize
-    assert image is not None and text is not None
-    means = torch.zeros_like(moments.image), torch.zeros_like(moments.text)
-    if classes is not None:
-        of_classes = classes.moments(image, text)
-        weight = classes.classes.total_weight
-        share = weight / (weight + pairs)
-        # weight vectors have no mean of their own: on the image side it is that of the training pairs
-        means = (
-            moments.image / moments.weight,
-            (1 - share) * moments.text / moments.weight + share * of_classes.text / of_classes.weight,
+    if classes is None:
+        return ClosedFormSource(
+            moments, torch.zeros_like(moments.image).float(), torch.zeros_like(moments.text).float()
         )
-        moments = combine_moments([(moments, float(pairs)), (of_classes, weight)])
-    maps = cca(moments, settings.width, ridge=settings.ridge)
-    for head, weight, mean in zip((model.image_head, model.text_head), (maps.image, maps.text), means, strict=True):
-        assert isinstance(head.map, nn.Linear)
-        head.map.weight.copy_(weight)
-        head.map.bias.copy_(-(weight @ mean.float()))
+    of_classes, weight = classes
+    share = weight / (weight + pairs)
+    text = (1 - share) * moments.text / moments.weight + share * of_classes.text / of_classes.weight
+    combined = combine_moments([(moments, float(pairs)), (of_classes, weight)])
+    return ClosedFormSource(combined, (moments.image / moments.weight).float(), text.float())
+
+
+@torch.no_grad()
+def standardized_moments(model: DualEncoder, sides: BatchReader, tally: BadSampleLimit) -> PairMoments:
+    """The moments of every caption with its image, standardised as the heads of ``model`` do."""
+    image, text = model.image_head.standardize, model.text_head.standardize
+    assert image is not None and text is not None and isinstance(sides.pairs, PairIndex)
+    pooled = PairFeatures(model, sides, sides.pairs, tally).every_caption(np.arange(len(sides.pairs)))
+    return PairMoments.of((image(images), text(texts)) for images, texts in pooled)
 
 
 def initialize_low_rank(

@@ -1,0 +1,211 @@
+"""The closed form of ``clasp train auto``: heads of several sets of layers, ridges and widths, compared on validation.
+
+Input: both frozen towers with all their layers pooled, and the pairs. Output: ``ClosedFormTrial``s, and the one to
+take: the smallest whose metric is within one standard error of the best. Note: features and their moments are computed
+once; a trial selects columns, factors, and evaluates in memory with the run's own validation task.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from clasp.config.auto_plan import CLASS_WEIGHTS, RIDGES, WIDTHS, Candidate, LayerSet, first_candidates, layer_sets
+from clasp.config.recipe import Recipe
+from clasp.data.loader import BadSampleLimit, BatchReader
+from clasp.evaluation.results import PrimaryScore
+from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.heads import ProjectionHead
+from clasp.models.tower import Tower
+from clasp.training.cca import cca
+from clasp.training.class_pairs import ClassPairFeatures
+from clasp.training.initialize import closed_form_source, initialize_heads, standardized_moments
+from clasp.types import ImageInput, MessageCallback, Pixels, PooledFeatures, TextInput, Tokens
+
+ValidationTask = RetrievalTask | MultilingualTask | ZeroShotTask
+_FIRST_TRIALS = 2  # that are made whatever the time: the last layers, and all
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedFormTrial:
+    """One candidate, its validation metric, and the bytes of its heads in a delta."""
+
+    candidate: Candidate
+    score: PrimaryScore
+    delta_bytes: int
+    seconds: float
+
+
+class ClosedFormSearch:
+    """Tries candidates on the moments of all layers. ``model``: both towers frozen, heads that standardise.
+
+    ``classes``: class pairs, whose weight is a candidate too unless the recipe has one."""
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        recipe: Recipe,
+        sides: BatchReader,
+        tally: BadSampleLimit,
+        task: ValidationTask,
+        classes: ClassPairFeatures | None,
+    ):
+        self.model, self.recipe, self.task, self._pairs = model, recipe, task, len(sides.pairs)
+        initialize_heads(model, sides, recipe.head, tally)
+        self.moments, self._classes = standardized_moments(model, sides, tally), None
+        image, text = model.image_head.standardize, model.text_head.standardize
+        if classes is not None and image is not None and text is not None:
+            self._classes = classes.moments(image, text)[0], classes.classes
+        self._maps: dict[Candidate, _Solution] = {}
+
+    def run(self, say: MessageCallback, out_of_time: Callable[[], bool]) -> list[ClosedFormTrial]:
+        """Layers first, then the ridge of the best layers, then the width; stops early when ``out_of_time``."""
+        trials: list[ClosedFormTrial] = []
+
+        def attempt(candidates: Sequence[Candidate]) -> None:
+            for candidate in candidates:
+                if len(trials) >= _FIRST_TRIALS and out_of_time():
+                    return
+                if all(candidate != trial.candidate for trial in trials):
+                    trials.append(self._try(candidate))
+                    say(f"{candidate}: {self.task.primary} {trials[-1].score.value:.4g}")
+
+        image, text = (
+            _available(
+                tower,
+                layer_sets(tower.pooled_layers[0][0], "all" if settings.extra_layers == "all" else tower.extra_layers),
+            )
+            for tower, settings in ((self.model.image, self.recipe.image), (self.model.text, self.recipe.text))
+        )
+        weight = self._classes[1].weight if self._classes is not None else 0.0
+        attempt(first_candidates(image, text, self._narrower(image[0], text[0]), weight))
+        attempt([best_trial(trials).candidate._replace(ridge=ridge) for ridge in RIDGES])
+        if self._classes is not None and self.recipe.data.class_weight is None:
+            attempt([best_trial(trials).candidate._replace(class_weight=weight) for weight in CLASS_WEIGHTS])
+        best = best_trial(trials).candidate
+        most = min(self._narrower(best.image, best.text), WIDTHS[-1])
+        attempt([best._replace(width=width) for width in (*WIDTHS, most) if width <= most])
+        return trials
+
+    def _narrower(self, image: LayerSet, text: LayerSet) -> int:
+        """The width of the narrower side, which no head can exceed."""
+        return min(len(layer_columns(self.model.image, image.extra)), len(layer_columns(self.model.text, text.extra)))
+
+    def _try(self, candidate: Candidate) -> ClosedFormTrial:
+        began = time.monotonic()
+        columns = (
+            layer_columns(self.model.image, candidate.image.extra),
+            layer_columns(self.model.text, candidate.text.extra),
+        )
+        score = self.task.score(CandidateEncoder(self.model, self._solve(candidate, columns), *columns))
+        numbers = sum((candidate.width + 2) * len(some) + candidate.width for some in columns) + 1
+        return ClosedFormTrial(candidate, score, 4 * numbers, time.monotonic() - began)
+
+    def _solve(self, candidate: Candidate, columns: tuple[Int[Tensor, " di"], Int[Tensor, " dt"]]) -> _Solution:
+        """The maps of a candidate: the first directions of a wider solution where there is one."""
+        for known, solution in self._maps.items():
+            if known._replace(width=candidate.width) == candidate and known.width >= candidate.width:
+                return _Solution(
+                    solution.image[: candidate.width],
+                    solution.text[: candidate.width],
+                    solution.image_mean,
+                    solution.text_mean,
+                )
+        classes = None
+        if self._classes is not None and candidate.class_weight:
+            moments, pairs = self._classes
+            classes = moments.select(*columns), candidate.class_weight * pairs.pairs.classes
+        source = closed_form_source(self.moments.select(*columns), self._pairs, classes)
+        maps = cca(source.moments, candidate.width, ridge=candidate.ridge)
+        self._maps[candidate] = _Solution(maps.image, maps.text, source.image_mean, source.text_mean)
+        return self._maps[candidate]
+
+
+class _Solution(NamedTuple):
+    """The maps of heads in closed form, and the means that they subtract."""
+
+    image: Float[Tensor, "E di"]
+    text: Float[Tensor, "E dt"]
+    image_mean: Float[Tensor, " di"]
+    text_mean: Float[Tensor, " dt"]
+
+
+def _available(tower: Tower, sets: Sequence[LayerSet]) -> list[LayerSet]:
+    """The sets whose layers the tower pools; the last layer where those of the recipe cannot be pooled."""
+    there = {block for block, _ in tower.pooled_layers}
+    return [each for each in sets if there.issuperset(each.extra)]
+
+
+def best_trial(trials: Sequence[ClosedFormTrial]) -> ClosedFormTrial:
+    """The trial of the highest metric; the first of equal ones."""
+    return max(trials, key=lambda trial: trial.score.value)
+
+
+def choose_trial(trials: Sequence[ClosedFormTrial]) -> tuple[ClosedFormTrial, str]:
+    """The smallest heads within one standard error (of the paired difference) of the best, and the reason."""
+    best = best_trial(trials)
+    near = [best]
+    for trial in trials:
+        change = trial.score.change_from(best.score)
+        if trial is not best and -change.value <= change.standard_error:
+            near.append(trial)
+    chosen = min(near, key=lambda trial: (trial.delta_bytes, -trial.score.value))
+    size = f"heads of {chosen.delta_bytes / 1e6:.1f} MB"
+    if chosen is best:
+        return chosen, f"best of {len(trials)} on validation; {size}"
+    change = chosen.score.change_from(best.score)
+    return chosen, (
+        f"smallest of {len(trials)} within one standard error of the best ({100 * change.value:+.1f} points, "
+        f"{best.delta_bytes / 1e6:.1f} MB): {size}"
+    )
+
+
+def layer_columns(tower: Tower, extra: Sequence[int]) -> Int[Tensor, " d"]:
+    """The columns of the last layer and of ``extra`` in the pooled features of a tower of more layers."""
+    parts, start, last = [], 0, tower.pooled_layers[0][0]
+    for block, width in tower.pooled_layers:
+        if block == last or block in extra:
+            parts.append(torch.arange(start, start + width))
+        start += width
+    return torch.cat(parts)
+
+
+class CandidateEncoder:
+    """An ``Encoder``: some columns of the standardised features of all layers, through heads in closed form."""
+
+    def __init__(self, model: DualEncoder, solution: _Solution, image: Int[Tensor, " di"], text: Int[Tensor, " dt"]):
+        self.name, self.fingerprint = f"{model.name}, closed form", ""
+        self._model, self._solution, self._image, self._text = model, solution, image, text
+
+    def embed_image(self, inputs: ImageInput) -> Float[Tensor, "B E"]:
+        pooled = inputs.values if isinstance(inputs, PooledFeatures) else self._model.image.pooled(inputs)
+        return _embed(self._model.image_head, pooled, self._image, self._solution.image, self._solution.image_mean)
+
+    def embed_text(self, inputs: TextInput) -> Float[Tensor, "B E"]:
+        pooled = inputs.values if isinstance(inputs, PooledFeatures) else self._model.text.pooled(inputs)
+        return _embed(self._model.text_head, pooled, self._text, self._solution.text, self._solution.text_mean)
+
+    def encode_image(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B E"]:
+        return self.embed_image(Pixels(pixels))
+
+    def encode_text(self, tokens: Int[Tensor, "B N"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B E"]:
+        return self.embed_text(Tokens(tokens, mask))
+
+
+def _embed(
+    head: ProjectionHead,
+    pooled: Float[Tensor, "B D"],
+    columns: Int[Tensor, " d"],
+    map: Float[Tensor, "E d"],
+    mean: Float[Tensor, " d"],
+) -> Float[Tensor, "B E"]:
+    assert head.standardize is not None
+    return F.normalize((head.standardize(pooled)[:, columns] - mean) @ map.T, dim=-1)

@@ -1,0 +1,102 @@
+"""The measured time of a recipe on this machine: a few steps on real batches, and one evaluation.
+
+Input: a recipe and its pairs. Output: ``StepTiming``. Note: the model is built, trained for a few steps and discarded;
+nothing is written but what it puts in the feature cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import islice
+from statistics import median
+from typing import Any
+
+from accelerate import PartialState
+
+from clasp.commands.run_context import resolve_recipe
+from clasp.config.auto_plan import StepTiming
+from clasp.config.build import build_feature_source, build_model_and_preprocessing
+from clasp.config.datasets import TrainValPairs, plan_run
+from clasp.config.recipe import Recipe
+from clasp.data.loader import PairLoader
+from clasp.data.readers import LiveImageReader, PairIndex
+from clasp.evaluation.from_pairs import validation_task
+from clasp.training.attention_kernel import use_attention_kernel
+from clasp.training.loop import FitCallbacks, fit
+from clasp.training.losses import build_loss
+from clasp.training.warm_start import load_initial_weights
+from clasp.types import Batch, ProgressFactory
+
+_STEPS = 6  # the first ones, which choose a micro-batch and fill caches, are not counted
+_COUNTED = 4
+
+
+def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory) -> StepTiming:
+    """Median seconds of a step with its data, seconds of an evaluation, and the steps of an epoch."""
+    train, val = pairs
+    listing = PairIndex(train)
+    parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
+    if recipe.train.init_from is not None:
+        load_initial_weights(parts.model, recipe.to_dict(), recipe.train.init_from)
+    parts.model.to(PartialState().device).eval()
+    inputs = build_feature_source(parts, recipe, bar=bar)
+    plan = plan_run(recipe, train, inputs)
+    resolved = resolve_recipe(recipe, plan, parts.model)
+    sides = inputs.batch_reader(train, listing, recipe.data.augment)
+    task = validation_task(train, val, inputs)
+    workers = recipe.train.workers if isinstance(sides.image, LiveImageReader) else 0
+    batches = PairLoader(
+        sides,
+        batch_size=plan.batch_size,
+        seed=recipe.train.seed,
+        workers=workers,
+        captions=recipe.data.captions,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+    )
+    assert resolved.train.attention != "auto"
+    with closing(batches), use_attention_kernel(resolved.train.attention):
+        began = time.perf_counter()
+        task(parts.model)
+        evaluation = time.perf_counter() - began
+        few = _FirstBatches(batches)
+        settings = resolved.train.model_copy(update={"epochs": 1, "select": "last"})
+        kinds = parts.model.parameter_kinds
+        callbacks = FitCallbacks(tracker=_NoTracker())
+        if fit(parts.model, few, build_loss(recipe.loss), settings, callbacks, kinds=kinds).interrupted:
+            raise KeyboardInterrupt
+    return StepTiming(few.seconds, evaluation, plan.steps // max(plan.epochs, 1))
+
+
+class _FirstBatches:
+    """The first batches of an epoch, timed from one request to the next."""
+
+    def __init__(self, batches: PairLoader):
+        self._batches = batches
+        self._times: list[float] = []
+
+    def __len__(self) -> int:
+        return min(_STEPS, len(self._batches))
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        for batch in islice(self._batches.epoch(number, start=start), len(self)):
+            self._times.append(time.perf_counter())
+            yield batch
+        self._times.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Median seconds of the last steps."""
+        gaps = [after - before for before, after in zip(self._times, self._times[1:], strict=False)]
+        return median(gaps[-_COUNTED:])
+
+
+class _NoTracker:
+    """A ``Tracker`` that records nothing."""
+
+    def config(self, recipe: dict[str, Any]) -> None: ...
+
+    def log(self, metrics: Mapping[str, float | str | int], step: int) -> None: ...
+
+    def finish(self, results: Sequence[Mapping[str, Any]]) -> None: ...

@@ -1,0 +1,231 @@
+"""The plan of ``clasp train auto``: measurements in, recipes of stages with their reasons out.
+
+Input: the user's recipe with ``[auto]``, the closed form that validation chose, the time of a step. Output: a
+``StagePlan`` for each stage. Defaults are those that were best on 8,000 pairs, a ViT-S and a MiniLM (``dev/LOG.md``).
+Note: nothing is computed here. Every stage is an ordinary recipe; repeating it repeats its weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from clasp.config.recipe import Recipe, recipe_from_dict
+
+CLOSED_FORM_STAGE = "1-closed-form"
+RIDGES = ((0.3, 0.3), (3.0, 3.0), (10.0, 10.0), (3.0, 0.3), (0.3, 3.0))
+"""Ridge penalties (image, text) tried after (1, 1)"""
+CLASS_WEIGHTS = (0.0, 3.0, 10.0, 30.0)
+"""Training pairs that a class counts as, where the image tower has a classifier (``data.class_weight``)"""
+SEARCH_WIDTH, WIDTHS = 256, (64, 128, 256, 512)
+"""Head widths: that of the search, and those tried with the best layers and ridge"""
+_HEAD_SHARE = 0.15  # of the budget that is left, for gradient steps of the heads on cached features
+_HEAD_STEPS = 300  # after which heads on cached features have settled
+_RESERVE = 0.08  # of the time left, for saving, loading and the final evaluation
+_MAX_EPOCHS, _MIN_MAX_STEPS = 15, 1500  # tuning flattens at the larger of both; then another method is worth more
+_MAX_EVALUATIONS = 10
+
+
+class LayerSet(NamedTuple):
+    """Layers pooled in addition to the last."""
+
+    name: str
+    extra: tuple[int, ...]
+
+
+class Candidate(NamedTuple):
+    """Heads in closed form: the layers of both towers, ridge (image, text), width, and the weight of a class pair."""
+
+    image: LayerSet
+    text: LayerSet
+    ridge: tuple[float, float]
+    width: int
+    class_weight: float = 0.0
+
+    def __str__(self) -> str:
+        layers = self.image.name if self.image.name == self.text.name else f"{self.image.name} / {self.text.name}"
+        ridge = " / ".join(f"{each:g}" for each in dict.fromkeys(self.ridge))
+        classes = f", class pairs {self.class_weight:g}" if self.class_weight else ""
+        return f"{layers}, ridge {ridge}, width {self.width}{classes}"
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage: the name of its folder, its recipe, and why it is as it is."""
+
+    name: str
+    method: str
+    reason: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """Measured seconds of a step and of an evaluation, and the steps of an epoch."""
+
+    step: float
+    evaluation: float
+    steps_per_epoch: int
+
+    def epochs_in(self, seconds: float) -> int:
+        """Whole epochs that fit, with at most ``_MAX_EVALUATIONS`` evaluations; each epoch has one up to there."""
+        epoch = self.steps_per_epoch * self.step
+        few = int((seconds - self.evaluation) // (epoch + self.evaluation))
+        if few <= _MAX_EVALUATIONS:
+            return max(0, few)
+        return int((seconds - (1 + _MAX_EVALUATIONS) * self.evaluation) // epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class TowerTuning:
+    """Methods for both towers, with their learning rate and its factors."""
+
+    name: str
+    specs: tuple[str, ...]
+    lr: float
+    lr_factors: tuple[tuple[str, float], ...] = ()
+
+
+TUNINGS = (
+    TowerTuning("low rank and norms", ("lora(rank=8)", "norms"), 2e-3),
+    TowerTuning("adapters and norms", ("adapters(reduction=4)", "norms"), 1e-3),
+    TowerTuning("full", ("full",), 1e-3, (("tower", 0.03), ("norm", 0.03))),
+)
+"""Tuned inside both towers, best first; a later one is tried where the budget holds both"""
+
+
+def layer_sets(blocks: int, given: Sequence[int] | str) -> list[LayerSet]:
+    """The sets of layers to try: those of the recipe where it has some, else the last, the upper half, and all."""
+    if given != "all" and given:
+        return [LayerSet("given", tuple(layer for layer in given if isinstance(layer, int)))]
+    sets = [LayerSet("last", ()), LayerSet("upper half", tuple(range(max(1, blocks // 2), blocks)))]
+    sets.append(LayerSet("all", tuple(range(1, blocks))))
+    return list({each.extra: each for each in sets}.values())
+
+
+def first_candidates(
+    image: Sequence[LayerSet], text: Sequence[LayerSet], narrower: int, class_weight: float = 0.0
+) -> list[Candidate]:
+    """The layers to try, at one ridge and width: both sides alike first, then the ends of one with those of the other.
+
+    ``narrower``: the width of the narrower side of the last layers, the most that a head of them can have.
+    """
+    count = max(len(image), len(text))
+    places = dict.fromkeys([0, count - 1, *range(count)])  # the last layers, then all: where time is short, those two
+    alike = [(image[min(place, len(image) - 1)], text[min(place, len(text) - 1)]) for place in places]
+    mixed = [(image[-1], text[0]), (image[0], text[-1])]
+    width = min(SEARCH_WIDTH, narrower)
+    return [Candidate(*pair, (1.0, 1.0), width, class_weight) for pair in dict.fromkeys([*alike, *mixed])]
+
+
+def plan_closed_form(recipe: Recipe, chosen: Candidate, reason: str) -> StagePlan:
+    """Stage 1: the chosen heads, without a gradient step."""
+    head = {"kind": "linear", "width": chosen.width, "standardize": True, "init": "cca", "ridge": list(chosen.ridge)}
+    changes = {
+        "image": {"extra_layers": list(chosen.image.extra)},
+        "text": {"extra_layers": list(chosen.text.extra)},
+        "head": head,
+        "data": {"class_weight": chosen.class_weight},
+        "train": {"epochs": 0},
+    }
+    return StagePlan(CLOSED_FORM_STAGE, f"closed form, layers {chosen}", reason, changed(recipe, changes))
+
+
+def plan_heads(base: Recipe, number: int, start: str) -> StagePlan:
+    """Gradient steps of the heads alone, on cached features, from the run ``start``; its epochs are still "auto"."""
+    changes = {
+        "head": {"noise": 1.0, "dropout": 0.3},
+        "train": {"epochs": "auto", "lr": 3e-4, "init_from": start},
+    }
+    return StagePlan(f"{number}-heads", "heads by gradient steps", "", changed(base, changes))
+
+
+def plan_tuning(base: Recipe, number: int, start: str, method: TowerTuning, specs: dict[str, list[str]]) -> StagePlan:
+    """Tuning inside the towers from the run ``start``; ``specs``: what the towers take of the method.
+
+    The heads have learned already, and those of all layers are wide: their learning rate is a tenth.
+    """
+    factors = {"head": min(1.0, 2e-4 / method.lr), **dict(method.lr_factors)}
+    changes: dict[str, Any] = {
+        "head": {"noise": 0.0, "dropout": 0.0},
+        "tune": specs,
+        "train": {"epochs": 1, "lr": method.lr, "lr_factors": factors, "init_from": start},
+    }
+    name = method.name.replace(" ", "-")
+    return StagePlan(f"{number}-{name}", method.name, "", changed(base, changes))
+
+
+def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
+    """The plan with the usual epochs, or as many as a small share of the budget holds; else why there is none."""
+    fits = left.epochs(timing, _HEAD_SHARE)
+    if fits < 1:
+        return f"no epoch fits into {_HEAD_SHARE:.0%} of {left}"
+    epochs = min(fits, max(_MAX_EPOCHS, -(-_HEAD_STEPS // timing.steps_per_epoch)))
+    reason = f"{_count(epochs)} on cached features, at most {_HEAD_SHARE:.0%} of {left}"
+    return _with_epochs(plan, epochs, reason)
+
+
+def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
+    """The plan with as many epochs as fit, light augmentation where there are several; else why there is none."""
+    fits = left.epochs(timing, 1.0 if left.seconds is None else 1 - _RESERVE)
+    of_epoch = f"an epoch is {timing.steps_per_epoch:,} steps"
+    if left.seconds is not None:
+        of_epoch += f" of {timing.step:.2g} s"
+    if fits < 1:
+        return f"{of_epoch}: none fits into {left}"
+    most = max(_MAX_EPOCHS, -(-_MIN_MAX_STEPS // timing.steps_per_epoch))
+    epochs = min(fits, most)
+    reason = f"{of_epoch}: {_count(epochs)}" + (f" into {left}" if fits <= most else f", {fits} would fit into {left}")
+    recipe = plan.recipe
+    if epochs > 1 and recipe.data.augment is None:
+        augment = {"flip": 0.5, "crop_scale": [0.7, 1.0]}
+        plan = StagePlan(plan.name, plan.method, plan.reason, changed(recipe, {"data": {"augment": augment}}))
+        reason += "; images flipped and cropped"
+    return _with_epochs(plan, epochs, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What is left of the budget: ``seconds``, or ``steps``."""
+
+    seconds: float | None
+    steps: int | None
+
+    def epochs(self, timing: StepTiming, share: float) -> int:
+        """Whole epochs that a share of it holds."""
+        if self.steps is not None:
+            return int(share * self.steps) // timing.steps_per_epoch
+        assert self.seconds is not None
+        return timing.epochs_in(share * self.seconds)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the budget has ended."""
+        return (self.seconds or 0) <= 0 and not self.steps
+
+    def __str__(self) -> str:
+        if self.steps is not None:
+            return f"the {self.steps:,} steps left"
+        assert self.seconds is not None
+        return f"the {max(0, math.floor(self.seconds)):,} s left"
+
+
+def _count(epochs: int) -> str:
+    return f"{epochs} epoch{'s' if epochs > 1 else ''}"
+
+
+def _with_epochs(plan: StagePlan, epochs: int, reason: str) -> StagePlan:
+    every = -(-epochs // _MAX_EVALUATIONS)
+    recipe = changed(plan.recipe, {"train": {"epochs": epochs, "evaluate_every": every}})
+    return StagePlan(plan.name, plan.method, reason, recipe)
+
+
+def changed(recipe: Recipe, changes: dict[str, dict[str, Any]]) -> Recipe:
+    """The recipe without ``[auto]``, with other values of some keys."""
+    given = recipe.to_dict()
+    given.pop("auto", None)
+    for section, values in changes.items():
+        given[section] = {**given.get(section, {}), **values}
+    return recipe_from_dict(given, "auto")

@@ -1,0 +1,30 @@
+"""``[auto]`` of a recipe: the budget of ``clasp train auto``, in minutes or in gradient steps.
+
+Data only: ``clasp.config.auto_plan`` turns it into stages. Note: minutes are measured on the machine at hand; the same
+budget in steps gives the same stages, and bitwise the same weights, on every machine of the same kind.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class AutoSettings(BaseModel):
+    """``[auto]``: layers, heads, tuning methods and epochs are chosen on validation, within a budget."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Wall time in minutes, features and evaluations included"""
+    steps: int | None = Field(default=None, gt=0)
+    """Gradient steps in place of minutes"""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> AutoSettings:
+        if (self.minutes is None) == (self.steps is None):
+            given = "neither" if self.minutes is None else f"minutes = {self.minutes:g} and steps = {self.steps}"
+            raise ValueError(f"one budget is needed, minutes or steps; here {given} (--minutes or --steps replaces it)")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.minutes:g} minutes" if self.minutes is not None else f"{self.steps:,} steps"

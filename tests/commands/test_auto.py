@@ -1,0 +1,144 @@
+"""``clasp train auto`` on toy towers: an ordinary run comes out, stages repeat, and an interrupted climb goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import clasp
+from clasp.commands import auto as main_job
+from clasp.commands.auto import AutoCallbacks, AutoResult, climb, resume_climb
+from clasp.commands.train import train_recipe
+from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
+from clasp.report.auto_table import AutoPlan, auto_table
+from clasp.training.trackers.console import SilentReporter, TrainProgress
+from clasp.types import UserError
+from toydata import toys, write_csv
+from toyruns import delta, run, save_towers
+
+STEPS = 40  # 7 an epoch; 5 epochs inside the towers, none for the heads alone
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_towers(tmp_path_factory.mktemp("towers"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_csv(toys(80), tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLASP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def recipe(towers: Path, pairs: Path, **budget: float) -> Recipe:
+    given = {
+        "image": {"tower": f"file:{towers / 'image'}"},
+        "text": {"tower": f"file:{towers / 'text'}"},
+        "data": {"train": str(pairs), "val_fraction": 0.25},
+        "train": {"precision": "float32", "seed": 1},
+        "auto": budget,
+    }
+    return recipe_from_dict(given, "toy")
+
+
+QUIET = AutoCallbacks(lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def done(towers: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory, cache: None) -> AutoResult:
+    return climb(recipe(towers, pairs, steps=STEPS), tmp_path_factory.mktemp("runs") / "toy", QUIET)
+
+
+def test_what_comes_out_is_the_run_of_the_best_stage(done: AutoResult):
+    best = done.run / "stages" / done.plan.best
+    assert not done.interrupted and done.plan.finished
+    saved = read_recipe(done.run / "recipe.toml")
+    assert saved.auto is None and saved == read_recipe(best / "recipe.toml")
+    ours, theirs = delta(done.run), delta(best)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert clasp.load(done.run).encode_text(["a red circle"]).shape[0] == 1
+    card = (done.run / "README.md").read_text()
+    assert card.startswith("# toy\n") and "## What was tried in 40 steps" in card and str(best) not in card
+
+
+def test_every_candidate_and_stage_is_a_row_with_its_reason(done: AutoResult):
+    rows = {row.stage: row for row in done.plan.rows if row.stage}
+    assert list(rows) == ["1-closed-form", "2-heads", "3-low-rank-and-norms", "4-adapters-and-norms", "5-full"]
+    tried = [row for row in done.plan.rows if not row.stage]
+    assert len(tried) >= 8 and all(row.metric is not None and row.interval is not None for row in tried)
+    assert rows["1-closed-form"].metric == pytest.approx(max(row.metric or 0 for row in tried), abs=0.1)
+    assert rows["2-heads"].verdict == "left out" and "15% of the 40 steps left" in rows["2-heads"].reason
+    tuned = rows["3-low-rank-and-norms"]
+    assert tuned.steps == 35 and tuned.change is not None and tuned.change_interval is not None
+    assert tuned.verdict == ("kept" if tuned.change > 0 else "not better")
+    assert rows["5-full"].verdict == "left out" and "more than the 5 steps left" in rows["5-full"].reason
+    assert AutoPlan.read(done.run) == done.plan
+    table = auto_table(done.plan)
+    assert len(table.cells) == len(done.plan.rows) and all(len(row) == len(table.columns) for row in table.cells)
+
+
+def test_the_closed_form_of_the_search_is_that_of_the_stage(done: AutoResult):
+    chosen = next(row for row in done.plan.rows if row.stage == "1-closed-form")
+    (searched,) = [row for row in done.plan.rows if not row.stage and chosen.method.endswith(f"layers {row.method}")]
+    assert searched.metric == pytest.approx(chosen.metric, abs=1e-6) and searched.trained == chosen.trained
+
+
+@pytest.mark.parametrize("stage", ["1-closed-form", "3-low-rank-and-norms"])
+def test_the_recipe_of_a_stage_repeats_its_weights(stage: str, done: AutoResult, tmp_path: Path):
+    folder = done.run / "stages" / stage
+    run(read_recipe(folder / "recipe.toml"), tmp_path / "again")
+    ours, theirs = delta(folder), delta(tmp_path / "again")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_interrupted_climb_keeps_the_best_and_goes_on(done: AutoResult, towers: Path, pairs: Path, tmp_path: Path):
+    class Stops(SilentReporter):
+        def step(self, progress: TrainProgress) -> None:
+            if progress.step == 10:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    stopping = AutoCallbacks(lambda line: None, reporter=Stops)
+    stopped = climb(recipe(towers, pairs, steps=STEPS), tmp_path / "toy", stopping)
+    assert stopped.interrupted and stopped.plan.best == "1-closed-form" and not stopped.plan.finished
+    assert clasp.load(tmp_path / "toy").encode_text(["a red circle"]).shape[0] == 1
+    with pytest.raises(UserError, match=r"holds a climb already; go on with: clasp resume"):
+        climb(recipe(towers, pairs, steps=STEPS), tmp_path / "toy", QUIET)
+    first = (tmp_path / "toy" / "stages" / "1-closed-form" / "delta.safetensors").stat().st_mtime_ns
+    resumed = resume_climb(tmp_path / "toy", QUIET)
+    assert not resumed.interrupted and resumed.plan.best == done.plan.best
+    assert (tmp_path / "toy" / "stages" / "1-closed-form" / "delta.safetensors").stat().st_mtime_ns == first
+    ours, theirs = delta(tmp_path / "toy"), delta(done.run)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    with pytest.raises(UserError, match="is finished"):
+        resume_climb(tmp_path / "toy", QUIET)
+
+
+def test_a_budget_too_small_for_anything_gives_the_closed_form(towers: Path, pairs: Path, tmp_path: Path):
+    said: list[str] = []
+    done = climb(recipe(towers, pairs, minutes=1e-4), tmp_path / "toy", AutoCallbacks(said.append))
+    assert done.plan.best == "1-closed-form" and (tmp_path / "toy" / "delta.safetensors").exists()
+    assert any("the budget of 0.0001 minutes ended before it" in line for line in said)
+    assert [row.verdict for row in done.plan.rows if row.stage][1:] == ["left out"] * 4
+
+
+def test_interrupted_before_a_stage_ended(towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stop(*given: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_job, "ClosedFormSearch", stop)
+    done = climb(recipe(towers, pairs, steps=STEPS), tmp_path / "toy", QUIET)
+    assert done.interrupted and not done.plan.best and not (tmp_path / "toy" / "recipe.toml").exists()
+    assert json.loads((tmp_path / "toy" / "plan.json").read_text())["recipe"]["auto"] == {"steps": STEPS}
+    with pytest.raises(AssertionError, match=r"commands\.auto"):
+        train_recipe(recipe(towers, pairs, steps=STEPS), tmp_path / "other", say=lambda line: None)
