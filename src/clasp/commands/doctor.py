@@ -55,8 +55,7 @@ def diagnose(recipe: Recipe, *, bar: ProgressFactory = no_progress_bar) -> Itera
     yield check_feature_cache(
         plan_run_features(recipe, inputs, train, val, listing, classes), inputs.cache.free_bytes()
     )
-    plan = plan_run(recipe, train, inputs)
-    yield CheckReport("steps", asdict(plan), [Finding("ok", "steps", plan.reason)])
+    yield check_steps(recipe, train, inputs)
 
 
 def raise_on_stop(sections: Sequence[CheckReport]) -> None:
@@ -68,6 +67,15 @@ def raise_on_stop(sections: Sequence[CheckReport]) -> None:
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def check_steps(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> CheckReport:
+    """Batch size, epochs and steps; of a recipe with a budget, the budget."""
+    if recipe.auto is not None:
+        text = f"{recipe.auto}: heads in closed form, then as many epochs of tuning as fit, timed when training begins"
+        return CheckReport("steps", recipe.auto.model_dump(exclude_none=True), [Finding("ok", "steps", text)])
+    plan = plan_run(recipe, train, inputs)
+    return CheckReport("steps", asdict(plan), [Finding("ok", "steps", plan.reason)])
 
 
 def check_parameters(recipe: Recipe) -> CheckReport:
