@@ -74,7 +74,10 @@ def test_what_comes_out_is_the_run_of_the_best_stage(done: AutoResult):
 
 def test_every_candidate_and_stage_is_a_row_with_its_reason(done: AutoResult):
     rows = {row.stage: row for row in done.plan.rows if row.stage}
-    assert list(rows) == ["1-closed-form", "2-heads", "3-low-rank-and-norms", "4-adapters-and-norms", "5-full"]
+    stages = ["1-closed-form", "2-heads", "1-last-layers", "3-low-rank-and-norms", "4-adapters-and-norms", "5-full"]
+    assert list(rows) == stages
+    last = read_recipe(done.run / "stages" / "3-low-rank-and-norms" / "recipe.toml")
+    assert last.image.extra_layers == last.text.extra_layers == [] and (last.train.init_from or "").endswith(stages[2])
     tried = [row for row in done.plan.rows if not row.stage]
     assert len(tried) >= 8 and all(row.metric is not None and row.interval is not None for row in tried)
     assert rows["1-closed-form"].metric == pytest.approx(max(row.metric or 0 for row in tried), abs=0.1)

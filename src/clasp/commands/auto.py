@@ -33,6 +33,7 @@ from clasp.config.auto_plan import (
     fit_tuning,
     plan_closed_form,
     plan_heads,
+    plan_last_layers,
     plan_tuning,
 )
 from clasp.config.build import (
@@ -199,9 +200,8 @@ class _Climb:
         self._train_if_planned(stage, fit_heads(stage, timing, self._left))
 
     def _tuning(self, method: TowerTuning) -> None:
-        """Stage 3 and on: tuning inside the towers, from the best stage before the tower was tuned."""
-        number = 3 + TUNINGS.index(method)
-        start = next(name for name in (self.plan.best, "2-heads", CLOSED_FORM_STAGE) if self._tunes_nothing(name))
+        """Stage 3 and on: tuning inside the towers, from heads of the last layers."""
+        number, start = 3 + TUNINGS.index(method), self._start_of_tuning()
         base = self._base(start)
         stage = plan_tuning(base, number, str(self.stages / start), method, self._specs(method, base))
         if self._resumes_or_ended(stage):
@@ -225,9 +225,15 @@ class _Climb:
         layers = {side: {"extra_layers": made[side]["extra_layers"]} for side in ("image", "text")}
         return changed(self.base, {**layers, "head": made["head"]})
 
-    def _tunes_nothing(self, name: str) -> bool:
-        row = self.plan.row(name)
-        return row is not None and row.verdict == "kept" and name in (CLOSED_FORM_STAGE, "2-heads")
+    def _start_of_tuning(self) -> str:
+        """The stage that tuning starts from; the closed form of the last layers is made here where it was not."""
+        closed_form = recipe_from_dict(RunFolder(self.stages / CLOSED_FORM_STAGE).recipe(), CLOSED_FORM_STAGE)
+        last = plan_last_layers(closed_form)
+        if last is None:
+            return self.plan.best if self.plan.best == "2-heads" else CLOSED_FORM_STAGE
+        if self.plan.row(last.name) is None and not self._left.nothing:
+            self._train(last)
+        return last.name if self.plan.row(last.name) is not None else CLOSED_FORM_STAGE
 
     def _first_tuning(self) -> AutoRow | None:
         return next((row for row in self.plan.rows if row.stage.startswith("3-")), None)

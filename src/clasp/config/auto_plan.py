@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from clasp.config.recipe import Recipe, recipe_from_dict
 
-CLOSED_FORM_STAGE = "1-closed-form"
+CLOSED_FORM_STAGE, LAST_LAYERS_STAGE = "1-closed-form", "1-last-layers"
 RIDGES = ((0.3, 0.3), (3.0, 3.0), (10.0, 10.0), (3.0, 0.3), (0.3, 3.0))
 """Ridge penalties (image, text) tried after (1, 1)"""
 CLASS_WEIGHTS = (0.0, 3.0, 10.0, 30.0)
@@ -133,6 +133,19 @@ def plan_closed_form(recipe: Recipe, chosen: Candidate, reason: str) -> StagePla
     return StagePlan(CLOSED_FORM_STAGE, f"closed form, layers {chosen}", reason, changed(recipe, changes))
 
 
+def plan_last_layers(closed_form: Recipe) -> StagePlan | None:
+    """The closed form of the last layers alone, to tune the towers from; ``None`` where ``closed_form`` is that.
+
+    Heads of all layers are better than those of the last ones while the towers are frozen, and overfit within an epoch
+    once the towers are tuned (``dev/LOG.md``).
+    """
+    if not closed_form.image.extra_layers and not closed_form.text.extra_layers:
+        return None
+    last = changed(closed_form, {"image": {"extra_layers": []}, "text": {"extra_layers": []}})
+    reason = "where tuning inside the towers starts: heads of more layers overfit there"
+    return StagePlan(LAST_LAYERS_STAGE, "closed form, last layers", reason, last)
+
+
 def plan_heads(base: Recipe, number: int, start: str) -> StagePlan:
     """Gradient steps of the heads alone, on cached features, from the run ``start``; its epochs are still "auto"."""
     changes = {
@@ -143,15 +156,11 @@ def plan_heads(base: Recipe, number: int, start: str) -> StagePlan:
 
 
 def plan_tuning(base: Recipe, number: int, start: str, method: TowerTuning, specs: dict[str, list[str]]) -> StagePlan:
-    """Tuning inside the towers from the run ``start``; ``specs``: what the towers take of the method.
-
-    The heads have learned already, and those of all layers are wide: their learning rate is a tenth.
-    """
-    factors = {"head": min(1.0, 2e-4 / method.lr), **dict(method.lr_factors)}
+    """Tuning inside the towers from the run ``start``; ``specs``: what the towers take of the method."""
     changes: dict[str, Any] = {
         "head": {"noise": 0.0, "dropout": 0.0},
         "tune": specs,
-        "train": {"epochs": 1, "lr": method.lr, "lr_factors": factors, "init_from": start},
+        "train": {"epochs": 1, "lr": method.lr, "lr_factors": dict(method.lr_factors), "init_from": start},
     }
     name = method.name.replace(" ", "-")
     return StagePlan(f"{number}-{name}", method.name, "", changed(base, changes))
