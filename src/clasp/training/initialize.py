@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
 from clasp.data.readers import PairIndex
 from clasp.models.dual_encoder import DualEncoder, HeadSettings
+from clasp.models.heads import Standardize
 from clasp.models.tuning.peft_methods import initialize_lora_from_gradient, wrapped_weight_name
 from clasp.models.tuning.settings import TuneSettings
 from clasp.models.tuning.spec import freeze_except, gradient_initialized_layers
@@ -53,15 +54,30 @@ def initialize_heads(
         return
     assert isinstance(sides.pairs, PairIndex)
     pooled = PairFeatures(model, sides, sides.pairs, tally)
-    most = _MAX_CAPTIONS_CACHED if pooled.cached else _MAX_CAPTIONS_LIVE
-    some = zip(*pooled.every_caption(_evenly_spaced(sides.pairs, most)), strict=True)
-    for standardize, parts in zip((image, text), some, strict=True):
-        standardize.fit(torch.cat(parts))
+    _fit_standardize((image, text), pooled, sides.pairs)
     if settings.init == "cca":
         with torch.no_grad():
             whole = np.arange(len(sides.pairs))
             every = ((image(images), text(texts)) for images, texts in pooled.every_caption(whole))
             _set_closed_form(model, settings, PairMoments.of(every), len(whole), classes)
+
+
+def standardize_of_pairs(
+    model: DualEncoder, sides: BatchReader, tally: BadSampleLimit
+) -> tuple[Standardize, Standardize]:
+    """The standardisation (image, text) that ``initialize_heads`` starts the heads with, whatever they have now."""
+    assert isinstance(sides.pairs, PairIndex)
+    device = next(model.parameters()).device
+    made = Standardize(model.image.width).to(device), Standardize(model.text.width).to(device)
+    _fit_standardize(made, PairFeatures(model, sides, sides.pairs, tally), sides.pairs)
+    return made
+
+
+def _fit_standardize(both: tuple[Standardize, Standardize], pooled: PairFeatures, index: PairIndex) -> None:
+    most = _MAX_CAPTIONS_CACHED if pooled.cached else _MAX_CAPTIONS_LIVE
+    some = zip(*pooled.every_caption(_evenly_spaced(index, most)), strict=True)
+    for standardize, parts in zip(both, some, strict=True):
+        standardize.fit(torch.cat(parts))
 
 
 def _set_closed_form(
