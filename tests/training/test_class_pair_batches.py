@@ -1,4 +1,4 @@
-"""Class pairs in gradient steps: what is in a batch, that runs repeat and resume with them, and where they cannot be."""
+"""Class pairs in gradient steps: what is in a batch, that runs repeat and resume, and where there can be none."""
 
 from __future__ import annotations
 
