@@ -19,8 +19,10 @@ from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSetting
 from clasp.models.tower import Tower
 from clasp.models.transformer.deit import VisionTransformer
 from clasp.models.tuning.spec import freeze_except
+from clasp.models.zoo.imagenet import imagenet_concepts
 from clasp.models.zoo.registry import _load_deit_weights as load_deit
 from clasp.models.zoo.registry import load_backbone
+from clasp.models.zoo.timm_labels import timm_concepts
 from clasp.types import Pixels, UserError
 from selection_checks import CAPTIONS, recipe, train_save_load
 from toysavedtowers import save
@@ -176,6 +178,57 @@ def test_our_deit_reads_timms_file(
     if layer_scale is None:
         base = load_backbone(ImageTowerSettings(tower="deit:tiny", size=160))
         assert Tower(base).pooled(Pixels(pixels(160))).shape == (2, 192)
+
+
+# --- classifiers -----------------------------------------------------------------------------------------------------
+
+CLASSIFIERS = {  # name -> the pooling that its classifier reads; None: none of ours
+    "vit_tiny_patch16_224": "cls",
+    "vit_wee_patch16_reg1_gap_256": "mean",
+    "convnext_atto": "mean",
+    "resnetv2_18": "mean",  # a 1 x 1 convolution
+    "deit_tiny_distilled_patch16_224": None,  # two classifiers
+    "mobilenetv3_small_050": None,  # a convolution after the pooling
+    "vit_small_patch14_reg4_dinov2": None,  # no classifier
+}
+
+
+@pytest.mark.parametrize(("name", "reads"), CLASSIFIERS.items(), ids=CLASSIFIERS)
+def test_the_classifier_is_timms_own(weights: Callable[[str], Path], name: str, reads: str | None):
+    file, size = weights(name), 56 if "patch14" in name else 64
+    tower = Tower(opened(name, file, size=size))
+    found = tower.classifier()
+    if reads is None:
+        assert found is None
+        return
+    assert found is not None
+    classifier, columns = found
+    assert classifier.pool == reads and classifier.concepts == imagenet_concepts()
+    sized = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    theirs = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **sized).eval()
+    given = pixels(size)
+    with torch.no_grad():
+        logits, ours = theirs(given), tower.pooled(Pixels(given))[:, columns] @ classifier.weight.T
+    torch.testing.assert_close(ours[0] - ours[1], logits[0] - logits[1], rtol=1e-3, atol=1e-3)
+    assert load_backbone(ImageTowerSettings(tower=f"timm:{name}"), meta=True).classifier is None
+
+
+def test_names_of_larger_heads_are_timms():
+    named = timm_concepts({}, 21_843)
+    assert named is not None and "21k" in named.source
+    first, terms = named.concepts[0], {concept.names[0] for concept in named.concepts[21_843:]}
+    assert first.names == ("organism", "being") and first.definition.startswith("a living thing")
+    assert "natural object" in terms and not {"bird", "dog"} & terms, "those are classes themselves"
+    assert timm_concepts({}, 11_821) is not None and timm_concepts({}, 7) is None
+    own = timm_concepts({"label_names": ["red, scarlet", "blue"]}, 2)
+    assert own is not None and own.concepts[0].names == ("red", "scarlet")
+    numbered = timm_concepts({"label_names": {"1": "blue", "0": "red"}}, 2)
+    assert numbered is not None and numbered.concepts[1].names == ("blue",)
+    synsets = timm_concepts({"label_names": ["n01440764", "n01443537"]}, 2)
+    assert synsets is not None and synsets.concepts[0].names == ("tench", "Tinca tinca")
+    assert [concept.names[0] for concept in synsets.concepts[2:]].count("fish") == 1
+    assert timm_concepts({"label_names": ["n00000000", "n01443537"]}, 2) is None
+    assert timm_concepts({"label_names": ["LABEL_0", "LABEL_1"]}, 2) is None
 
 
 # --- what cannot be had -----------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from clasp.data.checks import CheckReport
 from clasp.models import cache_policy
 from clasp.models.tower import Tower
 from clasp.types import UserError
-from toydata import toys, write_classes, write_csv, write_folder, write_images
+from toyclassifiers import save_colour_classifier
+from toydata import COLOURS, toys, write_classes, write_csv, write_folder, write_images
 from toyruns import delta, lines, recipe, run, save_towers
 
 TOYS = toys(48)
@@ -99,6 +100,24 @@ def levels(section: CheckReport) -> dict[str, str]:
     for finding in section.findings:
         found[finding.level] = f"{found.get(finding.level, '')}{finding.text}\n"
     return found
+
+
+def test_class_pairs_are_counted_and_their_names_cached(towers: Path, tmp_path: Path, cache: Path) -> None:
+    tower = save_colour_classifier(tmp_path / "classifier", TOYS, list(COLOURS))
+    made = recipe(towers, write_csv(TOYS, tmp_path), f"image.tower=file:{tower}", "head.init=cca", "train.epochs=0")
+    before = told(made)
+    facts = before["class_pairs"].facts
+    assert facts == {"classes": 6, "texts": 6, "weight": 10.0, "source": "labels of the checkpoint"}
+    assert "6 classes (labels of the checkpoint)" in levels(before["class_pairs"])["ok"]
+    assert "class_pairs" not in told(made.with_overrides(["data.class_weight=0"]))
+    run(made, tmp_path / "run")
+    after = told(made)["features"].facts["feature_cache"]
+    assert {each["file"] for each in after} == {str(file) for file in (cache / "features").glob("*.npy")}
+    assert [each | {"file": None} for each in after] == before["features"].facts["feature_cache"]
+    event = next(line for line in lines(tmp_path / "run" / "log.jsonl") if line["event"] == "class_pairs")
+    sentence = "6 classes (labels of the checkpoint), 6 names and definitions; a class counts as 10 training pairs"
+    assert event["message"] == f"class pairs: {sentence}"
+    assert f"The heads' closed form also has class pairs: {sentence}." in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_what_is_there_is_there_for_these_pairs_only(towers: Path, tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ WRONG_OVERRIDES = {
     "tune.text=[\"norms(blocks='a:b')\"]": ["blocks='a:b'", "'6:'"],
     'tune.text=["norms("]': ["'norms('", "adapters(reduction=4)"],
     # what does not go together
+    "data.class_weight=5": ["data.class_weight = 5", "head.init = 'cca'", "head.init = 'random'"],
+    "data.class_weight=-1": ["class_weight"],
     "head.init=cca": ["head.init = 'cca'", "head.standardize = true"],
     # overrides that are none
     "nope": ["'nope'", "key=value", "train.batch_size=512"],

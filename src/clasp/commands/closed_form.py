@@ -63,7 +63,7 @@ class ClosedFormSearch:
         self.moments, self._classes = standardized_moments(model, sides, tally), None
         image, text = model.image_head.standardize, model.text_head.standardize
         if classes is not None and image is not None and text is not None:
-            self._classes = classes.moments(image, text)[0], classes.classes
+            self._classes = classes.moments(image, text), classes.classes
         self._maps: dict[Candidate, _Solution] = {}
 
     def run(self, say: MessageCallback, out_of_time: Callable[[], bool]) -> list[ClosedFormTrial]:

@@ -10,12 +10,13 @@ from contextlib import closing
 from dataclasses import replace
 
 from clasp.commands.run_context import RunContext
-from clasp.data.loader import BatchReader, PairLoader
+from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
 from clasp.data.readers import LiveImageReader
+from clasp.training.class_pair_batches import ClassPairReader, class_pair_rows
 from clasp.training.class_pairs import ClassPairFeatures, class_pair_features
 from clasp.training.cost.frozen import count_frozen_flops
 from clasp.training.cost.ledger import COST_FILE
-from clasp.training.initialize import initialize_heads, initialize_low_rank
+from clasp.training.initialize import initialize_heads, initialize_low_rank, standardize_of_pairs
 from clasp.training.loop import FitCallbacks, fit
 from clasp.training.losses import build_loss
 from clasp.training.state import FitResult, TrainState
@@ -29,7 +30,7 @@ def open_batches(context: RunContext, sides: BatchReader) -> PairLoader:
     context.ledger.once = count(context.inputs, sides, context.listing.texts)
     assert recipe.train.batch_size != "auto"
     return PairLoader(
-        sides,
+        _with_class_pairs(context, sides),
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
         workers=recipe.train.workers if isinstance(sides.image, LiveImageReader) else 0,
@@ -80,6 +81,18 @@ def _class_pairs(context: RunContext) -> ClassPairFeatures | None:
     context.tracker.log({"event": "class_pairs", "message": str(context.classes)}, 0)
     context.reporter.note(str(context.classes))
     return class_pair_features(context.classes, context.model, context.inputs)
+
+
+def _with_class_pairs(context: RunContext, sides: BatchReader) -> BatchReader:
+    """The readers, with class pairs in each batch where ``data.class_ratio`` asks for them."""
+    recipe = context.recipe
+    if recipe.data.class_ratio is None:
+        return sides
+    assert context.classes is not None
+    features = class_pair_features(context.classes, context.model, context.inputs)
+    tally = BadSampleLimit(len(context.listing), recipe.data.max_bad_fraction)
+    standardize = standardize_of_pairs(context.model, _plain(context, sides), tally)
+    return ClassPairReader.around(sides, class_pair_rows(features, standardize, recipe.data.class_ratio))
 
 
 def _plain(context: RunContext, sides: BatchReader) -> BatchReader:

@@ -258,9 +258,18 @@ def class_pairs_of_recipe(recipe: Recipe, model: DualEncoder) -> WeightedClassPa
 
     Raises ``UserError`` where the recipe wants class pairs that its image tower does not have.
     """
-    if recipe.head.init != "cca" or recipe.train.init_from is not None:
-        return None
-    return find_class_pairs(model, recipe.data.class_weight)
+    closed_form = recipe.head.init == "cca" and recipe.train.init_from is None
+    found = find_class_pairs(model, recipe.data.class_weight) if closed_form else None
+    if recipe.data.class_ratio is not None and found is None:
+        raise UserError(
+            f"data.class_ratio = {recipe.data.class_ratio:g}: there are no class pairs, since "
+            + (
+                f"{model.image.name} has no classifier with names for image.pool"
+                if closed_form
+                else "the heads start from train.init_from"
+            )
+        )
+    return found
 
 
 def build_feature_source(

@@ -111,14 +111,23 @@ _MAX_LIVE_BATCH_SIZE = 128  # where a tower runs in every step and its activatio
 
 def plan_run(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> TrainPlan:
     """Batch size, epochs and steps of a run. Raises ``UserError`` for a batch size above the number of pairs, or below
-    ``loss.negatives``."""
+    ``loss.negatives``, and for class pairs in steps in which a tower runs."""
     plan = plan_training(
         recipe.train, count_samples_per_epoch(train, recipe), max_batch_size=_largest_batch(inputs, recipe)
     )
     recipe.loss.require_batch_size(plan.batch_size)
+    if recipe.data.class_ratio is not None and _live(inputs, recipe):
+        raise UserError(
+            f"data.class_ratio = {recipe.data.class_ratio:g} is for features that are cached: set tune.image and "
+            "tune.text to [\"none\"], data.feature_cache to 'auto', and data.cached_augmentations with data.augment"
+        )
     return plan
 
 
+def _live(inputs: FeatureSource, recipe: Recipe) -> bool:
+    """Whether a tower runs in every step."""
+    return not inputs.both_towers_frozen or (recipe.data.augment is not None and not recipe.data.cached_augmentations)
+
+
 def _largest_batch(inputs: FeatureSource, recipe: Recipe) -> int:
-    live = not inputs.both_towers_frozen or (recipe.data.augment is not None and not recipe.data.cached_augmentations)
-    return _MAX_LIVE_BATCH_SIZE if live else MAX_AUTO_BATCH_SIZE
+    return _MAX_LIVE_BATCH_SIZE if _live(inputs, recipe) else MAX_AUTO_BATCH_SIZE

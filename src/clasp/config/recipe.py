@@ -129,6 +129,9 @@ class DataSettings(BaseModel):
     """Class pairs: where the image tower was trained as a classifier, its weight vectors and class names are pairs too,
     for ``head.init = "cca"``. A class counts as this many training pairs; 0: no class pairs; left out: 10 where the
     tower has a classifier"""
+    class_ratio: float | None = Field(default=None, gt=0, le=100)
+    """Class pairs added to each batch of gradient steps, per training pair, where both towers are frozen and cached;
+    left out: class pairs count in the closed form only"""
     max_bad_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of unreadable samples above which the run stops"""
 
@@ -214,6 +217,12 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
         raise UserError(
             f"{source}: data.class_weight = {recipe.data.class_weight:g} is for head.init = 'cca'; here head.init = "
             f"{recipe.head.init!r}"
+        )
+    if recipe.data.class_ratio is not None and (recipe.head.init != "cca" or recipe.data.class_weight == 0):
+        found = "data.class_weight = 0" if recipe.data.class_weight == 0 else f"head.init = {recipe.head.init!r}"
+        raise UserError(
+            f"{source}: data.class_ratio = {recipe.data.class_ratio:g} is for head.init = 'cca' with class pairs; here "
+            f"{found}"
         )
     if recipe.head.standardize and recipe.tune.head == "none":
         raise UserError(f"{source}: head.standardize = true fits the heads to the data, which needs tune.head = 'full'")

@@ -139,7 +139,8 @@ class Backbone:
     """randomly initialised parameters of a pre-trained net, such as the embeddings of another modality"""
     pooler: Pooler | None = None
     """the pooling of ``pool = "pooler"``; its module is dropped where another pooling is chosen"""
-    classifier: Callable[[], Classifier] | None = None
-    """the classifier that an image tower was pre-trained with; a callable, so that it is read only where it is used"""
+    classifier: Callable[[], Classifier | None] | None = None
+    """the classifier that an image tower was pre-trained with; a callable, so that it is read only where it is used;
+    returns ``None`` where it reads other features than pooled last hidden states"""
     pretrained_head: PretrainedHead | None = None
     """halves of a dual encoder: its projection and logit scale"""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 ClassifierPooling = Literal["cls", "mean", "cls+mean"]
@@ -44,8 +44,11 @@ class Classifier:
 class ClassPairs:
     """Image-text pairs of a classifier: the vector of a concept, and one of its names or its definition."""
 
-    image: Float[Tensor, "n D"]
-    """Centred over the classes, of mean length 1"""
+    vectors: Float[Tensor, "K D"]
+    """One of each concept, centred over the classes; the vectors of the classes have mean length 1"""
+    concepts: tuple[Concept, ...]
+    concept: Int[Tensor, " n"]
+    """The concept of each pair, an index of ``concepts``"""
     texts: tuple[str, ...]
     weight: Float[Tensor, " n"]
     classes: int
@@ -60,18 +63,19 @@ def class_pairs(classifier: Classifier) -> ClassPairs:
     """
     vectors = classifier.weight.float() - classifier.weight.float().mean(0)
     vectors = vectors / vectors.norm(dim=1).mean().clamp(min=1e-12)
-    rows: list[Tensor] = []
+    concepts = classifier.concepts
+    numbers: list[int] = []
     texts: list[str] = []
     weights: list[float] = []
-    for concept in classifier.concepts:
-        vector = vectors[list(concept.classes)].mean(0)
+    for number, concept in enumerate(concepts):
         named = [(name, 1 / (1 + place)) for place, name in enumerate(concept.names)]
         defined = [(concept.definition, 1.0)] if concept.definition and len(concept.classes) == 1 else []
         for text, weight in (*named, *defined):
-            rows.append(vector)
+            numbers.append(number)
             texts.append(text)
             weights.append(weight)
-    return ClassPairs(torch.stack(rows), tuple(texts), torch.tensor(weights), len(vectors))
+    means = torch.stack([vectors[list(concept.classes)].mean(0) for concept in concepts])
+    return ClassPairs(means, concepts, torch.tensor(numbers), tuple(texts), torch.tensor(weights), len(vectors))
 
 
 def classifier_columns(classifier: Classifier, pool: str, pooled_width: int) -> slice | None:

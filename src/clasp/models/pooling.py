@@ -49,6 +49,11 @@ POOLING_FUNCTIONS = {
 }
 
 
+def norm_pooled(norm: nn.Module, vectors: Float[Tensor, "B Dp"], width: int) -> Float[Tensor, "B Dp"]:
+    """Apply a norm of ``width`` features to each of the concatenated pooled vectors."""
+    return norm(vectors.unflatten(1, (-1, width))).flatten(1)
+
+
 class AttentionPool(nn.Module):
     """One learned query attends to all real tokens (Lee et al., Set Transformer, ICML 2019); initially their mean."""
 

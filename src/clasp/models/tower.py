@@ -39,7 +39,7 @@ from clasp.models.partial_forward import (
     states_after_block,
 )
 from clasp.models.patch_dropout import PatchDropout, place_patch_dropout
-from clasp.models.pooling import POOLING_FUNCTIONS, AttentionPool
+from clasp.models.pooling import POOLING_FUNCTIONS, AttentionPool, norm_pooled
 from clasp.models.probe import (
     FORWARD_ERRORS,
     ProbeInputs,
@@ -134,6 +134,8 @@ class Tower(nn.Module):
         if self._read_classifier is None:
             return None
         classifier = self._read_classifier()
+        if classifier is None:
+            return None
         columns = classifier_columns(classifier, self._pool, self.pooled_layers[0][1])
         return None if columns is None else (classifier, columns)
 
@@ -298,8 +300,7 @@ class Tower(nn.Module):
         else:
             vectors = self._pool_without_weights(states, mask)
         if self._structure.pooled_norm:
-            norm = self.net.get_submodule(self._structure.pooled_norm)
-            vectors = norm(vectors.unflatten(1, (-1, states.shape[2]))).flatten(1)
+            vectors = norm_pooled(self.net.get_submodule(self._structure.pooled_norm), vectors, states.shape[2])
         return vectors
 
     def _pool_as_authors(

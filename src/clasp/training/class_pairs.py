@@ -26,6 +26,8 @@ from clasp.types import UserError
 DEFAULT_CLASS_WEIGHT = 10.0
 """Training pairs that a class counts as. Chosen on validation, drawings and photos (``dev/LOG.md``)"""
 
+_PAIRS_AT_ONCE = 8192  # so that 60,000 pairs of 21,843 classes are never in memory at once in float64
+
 
 @dataclass(frozen=True)
 class WeightedClassPairs:
@@ -57,16 +59,23 @@ class ClassPairFeatures:
     classes: WeightedClassPairs
     text: Float[Tensor, "n Dt"]
 
-    def moments(self, image: Standardize, text: Standardize) -> tuple[PairMoments, float]:
-        """Moments in the standardised features of both heads, and their total weight in training pairs."""
+    def patterns(self, image: Standardize) -> Float[Tensor, "K Di"]:
+        """The standardised image features of each concept; those of the pairs have the mean length of a pair's."""
         scale, pairs, columns = image.scale.detach(), self.classes.pairs, self.classes.columns
-        pattern = pairs.image.to(scale) / scale[columns]
-        pattern = pattern * (pattern.shape[1] ** 0.5 / pattern.norm(dim=1).mean())
+        pattern = pairs.vectors.to(scale) / scale[columns]
+        pattern = pattern * (pattern.shape[1] ** 0.5 / pattern.norm(dim=1)[pairs.concept].mean())
         rows = torch.zeros(len(pattern), len(scale), dtype=scale.dtype, device=scale.device)
         rows[:, columns] = pattern
-        moments = PairMoments.empty(len(scale), self.text.shape[1], scale.device)
-        moments.add(rows, text(self.text.to(scale)).detach(), pairs.weight.to(scale.device))
-        return moments, self.classes.total_weight
+        return rows
+
+    def moments(self, image: Standardize, text: Standardize) -> PairMoments:
+        """Moments in the standardised features of both heads."""
+        pairs, rows = self.classes.pairs, self.patterns(image)
+        moments = PairMoments.empty(rows.shape[1], self.text.shape[1], rows.device)
+        for part in torch.arange(len(pairs.texts)).split(_PAIRS_AT_ONCE):
+            texts = text(self.text[part].to(rows)).detach()
+            moments.add(rows[pairs.concept[part]], texts, pairs.weight[part].to(rows.device))
+        return moments
 
 
 def find_class_pairs(model: DualEncoder, weight: float | None) -> WeightedClassPairs | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
 from clasp.data.readers import PairIndex
 from clasp.models.dual_encoder import DualEncoder, HeadSettings
+from clasp.models.heads import Standardize
 from clasp.models.tuning.peft_methods import initialize_lora_from_gradient, wrapped_weight_name
 from clasp.models.tuning.settings import TuneSettings
 from clasp.models.tuning.spec import freeze_except, gradient_initialized_layers
@@ -54,13 +55,11 @@ def initialize_heads(
         return
     assert isinstance(sides.pairs, PairIndex)
     pooled = PairFeatures(model, sides, sides.pairs, tally)
-    most = _MAX_CAPTIONS_CACHED if pooled.cached else _MAX_CAPTIONS_LIVE
-    some = zip(*pooled.every_caption(_evenly_spaced(sides.pairs, most)), strict=True)
-    for standardize, parts in zip((image, text), some, strict=True):
-        standardize.fit(torch.cat(parts))
+    _fit_standardize((image, text), pooled, sides.pairs)
     if settings.init == "cca":
         moments = standardized_moments(model, sides, tally)
-        source = closed_form_source(moments, len(sides.pairs), classes.moments(image, text) if classes else None)
+        weighted = (classes.moments(image, text), classes.classes.total_weight) if classes else None
+        source = closed_form_source(moments, len(sides.pairs), weighted)
         maps = cca(source.moments, settings.width, ridge=settings.ridge)
         centres = (model.image_head, maps.image, source.image_mean), (model.text_head, maps.text, source.text_mean)
         with torch.no_grad():
@@ -68,6 +67,24 @@ def initialize_heads(
                 assert isinstance(head.map, nn.Linear)
                 head.map.weight.copy_(weight)
                 head.map.bias.copy_(-(weight @ mean))
+
+
+def standardize_of_pairs(
+    model: DualEncoder, sides: BatchReader, tally: BadSampleLimit
+) -> tuple[Standardize, Standardize]:
+    """The standardisation (image, text) that ``initialize_heads`` starts the heads with, whatever they have now."""
+    assert isinstance(sides.pairs, PairIndex)
+    device = next(model.parameters()).device
+    made = Standardize(model.image.width).to(device), Standardize(model.text.width).to(device)
+    _fit_standardize(made, PairFeatures(model, sides, sides.pairs, tally), sides.pairs)
+    return made
+
+
+def _fit_standardize(both: tuple[Standardize, Standardize], pooled: PairFeatures, index: PairIndex) -> None:
+    most = _MAX_CAPTIONS_CACHED if pooled.cached else _MAX_CAPTIONS_LIVE
+    some = zip(*pooled.every_caption(_evenly_spaced(index, most)), strict=True)
+    for standardize, parts in zip(both, some, strict=True):
+        standardize.fit(torch.cat(parts))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging as levels
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone, ImageTowerSettings, Pooler, TextTowerSettings
+from clasp.models.classifier import Classifier
 from clasp.models.structure import find_structure, find_unused_modules
+from clasp.models.zoo.image_classifiers import find_labels, read_image_classifier
 from clasp.models.zoo.known_configs import KNOWN_CONFIGS
 from clasp.models.zoo.preprocessing import Preprocessing, read_preprocessing
 from clasp.models.zoo.sentence_pooling import read_json, read_sentence_pooling
@@ -98,7 +100,21 @@ def _image_backbone(
         None if prepared is None else prepared.transform,
         forward_features=_forward_bgr if prepared is not None and prepared.bgr else None,
         pooler=pooler,
+        classifier=None if meta else _labelled_classifier(name, config, settings.tower),
     )
+
+
+def _labelled_classifier(name: str, config: Any, tower: str) -> Callable[[], Classifier | None] | None:
+    """Reads the classifier of the checkpoint, where its configuration declares one whose classes have names."""
+    kind, labels = find_labels(config)
+    if kind is None:
+        return None
+
+    def read() -> Classifier | None:
+        with translate_hub_errors(tower):
+            return read_image_classifier(name, kind, labels)
+
+    return read
 
 
 def _text_backbone(

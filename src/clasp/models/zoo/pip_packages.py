@@ -25,7 +25,7 @@ from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone
 from clasp.models.classifier import Classifier
 from clasp.models.zoo import pip_dinov2, pip_e5
-from clasp.models.zoo.imagenet import imagenet_concepts
+from clasp.models.zoo.imagenet import IMAGENET_SOURCE, imagenet_concepts
 from clasp.models.zoo.installed_file import InstalledFile
 from clasp.types import UserError
 
@@ -229,7 +229,7 @@ def _read_efficientnet(path: Path) -> _Tensors:
 
 def _read_efficientnet_classifier(path: Path) -> Classifier:
     weight = torch.load(path, map_location="cpu", weights_only=True)["_fc.weight"]
-    return Classifier(weight, imagenet_concepts(), "mean", "ImageNet-1k, WordNet 3.0")
+    return Classifier(weight, imagenet_concepts(), "mean", IMAGENET_SOURCE)
 
 
 def _read_minilm(path: Path) -> _Tensors:

@@ -24,9 +24,14 @@ from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
 from clasp.models.backbone import Backbone, ImageTowerSettings
+from clasp.models.classifier import Classifier
+from clasp.models.classifier_pooling import find_classifier_pooling
 from clasp.models.family_layouts import FAMILY_LAYOUTS
+from clasp.models.partial_forward import as_tokens
+from clasp.models.probe import image_probe
 from clasp.models.zoo.huggingface import translate_hub_errors
-from clasp.types import UserError
+from clasp.models.zoo.timm_labels import NamedOutputs, timm_concepts
+from clasp.types import Pixels, UserError
 
 
 def load_timm_backbone(name: str, settings: ImageTowerSettings, meta: bool) -> Backbone:
@@ -45,12 +50,47 @@ def load_timm_backbone(name: str, settings: ImageTowerSettings, meta: bool) -> B
             own["img_size"] = settings.size
         with torch.device("meta" if meta else "cpu"):
             net: Any = timm.create_model(name, pretrained=not meta, **own).eval()
+            named = None if meta else timm_concepts(net.pretrained_cfg, net.num_classes)
             net.reset_classifier(0)
     facts = resolve_model_data_config(net)
     transform = _read_transform(facts, settings)
     _drop_unused_parameters(net, transform.size)
     pool = "cls" if vars(net).get("global_pool") == "token" else "mean"
-    return Backbone(settings.tower, "image", net, f"timm {timm.__version__}", pool, transform, forward_features=_states)
+
+    def classifier() -> Classifier | None:
+        assert named is not None
+        with translate_hub_errors(settings.tower):
+            whole = timm.create_model(name, pretrained=True, **own).eval()
+        return _read_classifier(whole, named, transform.size)
+
+    return Backbone(
+        settings.tower,
+        "image",
+        net,
+        f"timm {timm.__version__}",
+        pool,
+        transform,
+        forward_features=_states,
+        classifier=classifier if named is not None else None,
+    )
+
+
+def _read_classifier(net: Any, named: NamedOutputs, size: int) -> Classifier | None:
+    """The classifier of a whole net, which is changed; ``None`` where it reads anything but pooled hidden states."""
+    layer = net.get_classifier()
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        return None  # a distilled net has two
+    weight, bias = layer.weight.detach().flatten(1), None if layer.bias is None else layer.bias.detach()
+    pixels = image_probe(size, torch.device("cpu")).beside
+    assert isinstance(pixels, Pixels)
+    with torch.no_grad():
+        logits = net(pixels.values)
+    net.reset_classifier(0)
+    _drop_unused_parameters(net, size)
+    with torch.no_grad():
+        states = as_tokens(_states(net, pixels.values))
+    pool = find_classifier_pooling(net, states, (weight, bias), logits)
+    return None if pool is None else Classifier(weight, named.concepts, pool, named.source)
 
 
 def _checkpoint_options(name: str, file: str) -> dict[str, Any]:

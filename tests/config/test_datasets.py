@@ -1,0 +1,43 @@
+"""Sources of pairs that a recipe names: packaged samples, and no source at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clasp.config.datasets import open_training_pairs
+from clasp.config.recipe import read_recipe
+from clasp.types import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLASP_CACHE", str(tmp_path))
+
+
+def test_photos_stands_on_the_packaged_sample():
+    train, val = open_training_pairs(read_recipe("photos"))
+    assert (len(train), len(val)) == (1114, 139)
+    assert {caption.language for number in range(20) for caption in train[number].captions} == {"en", "sw", "km"}
+    assert not {pair.group for pair in train} & {pair.group for pair in val}
+
+
+WRONG = {
+    "sample:emojis": ["sample:emoji, sample:emoji-quick"],
+    "sample:": ["sample:emoji"],
+    "sample:emoji/tset": ["/train, /val, /test"],
+    "sample:emoji/test/more": ["/train, /val, /test"],
+}
+
+
+@pytest.mark.parametrize("source", WRONG)
+def test_a_wrong_sample_is_one_line_with_those_there_are(source: str):
+    with pytest.raises(UserError) as refused:
+        open_training_pairs(read_recipe("photos", [f"data.train={source}"]))
+    assert all(part in str(refused.value) for part in [source, *WRONG[source]]) and "\n" not in str(refused.value)
+
+
+def test_no_source_names_the_recipe_that_needs_none():
+    with pytest.raises(UserError, match=r"set data\.train to .* the recipe photos, which needs none"):
+        open_training_pairs(read_recipe("start"))
