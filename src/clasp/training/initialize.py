@@ -75,7 +75,7 @@ def _set_closed_form(
     assert image is not None and text is not None
     means = torch.zeros_like(moments.image), torch.zeros_like(moments.text)
     if classes is not None:
-        of_classes = classes.moments(image, text)
+        of_classes = classes.moments(image, text, moments, settings.ridge[0])
         weight = classes.classes.total_weight
         share = weight / (weight + pairs)
         # weight vectors have no mean of their own: on the image side it is that of the training pairs
