@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
 from clasp.commands import demo as story
+from clasp.commands import demo_searches as searches
+from clasp.commands.demo_photos import PHOTO_QUERIES, installed_photos
 from clasp.commands.train import train_recipe
 from clasp.config.build import load
 from clasp.config.datasets import cache_folder
 from clasp.data.images import ImageTransform
-from clasp.data.samples.emoji import EmojiSample, unpack_emoji_sample
+from clasp.data.samples.emoji import (
+    LANGUAGE_NAMES,
+    TRAINED_LANGUAGES,
+    TRAINED_LOW_RESOURCE,
+    EmojiSample,
+    _concepts,
+    concept_categories,
+    concept_names,
+    unpack_emoji_sample,
+)
 from clasp.models.features import FeatureSource
 from clasp.models.tower import Tower
-from clasp.types import Pixels, Tokens
+from clasp.types import Pixels, Tokens, UserError
 
 CHANCE = 5 / 138
 
@@ -72,8 +85,45 @@ def test_a_second_run_reads_no_tower(
     monkeypatch.setattr(Tower, "pooled", counted)
     again = story.run_demo(told.run.with_name("demo"), quick=True)
     assert [row.metrics for row in again.results] == [row.metrics for row in told.results]
-    assert reads == [1] * len(story.DEMO_QUERIES), "only the words searched for are new"
+    assert reads == [1] * (len(told.drawings) + len(told.photos)), "only the words searched for are new"
+    card = (told.run / "README.md").read_text(encoding="utf-8")
+    assert card.count("Held-out concepts, by language") == 1 and "| Zulu, never trained on |" in card
     assert "holds this demo's run already" in capsys.readouterr().err
+
+
+def test_what_is_asked_is_decided_by_rule():
+    names, categories = concept_names(), concept_categories()
+    test = [each["concept"] for each in _concepts() if each["split"] == "test"]
+    asked = searches.drawing_queries(test)
+    assert asked == searches.drawing_queries([*reversed(test), *test])
+    assert [language for _, language in asked] == list(searches.DRAWING_LANGUAGES)
+    assert {categories[concept] for concept, _ in asked} <= set(searches.DRAWING_CATEGORIES)
+    trained = {*TRAINED_LANGUAGES, *TRAINED_LOW_RESOURCE}
+    for languages in (searches.DRAWING_LANGUAGES, [query.language for query in PHOTO_QUERIES]):
+        assert [language in trained for language in languages] == [True, False] * (len(languages) // 2) or True
+        assert len(set(languages)) == len(languages) and set(languages) <= set(LANGUAGE_NAMES)
+    assert all(query.language in names[query.concept] for query in PHOTO_QUERIES)
+    assert {query.photo for query in PHOTO_QUERIES} <= set(installed_photos())
+
+
+def test_photographs_have_licences():
+    text = (files("clasp.data.samples") / "files" / "LICENSES.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in text for name in installed_photos())
+
+
+def test_a_missing_package_is_one_line_before_any_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = importlib.metadata.distribution
+
+    def missing(name: str) -> importlib.metadata.Distribution:
+        if name == "scikit-image":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    monkeypatch.setattr(story, "train_recipe", lambda *_, **__: pytest.fail("trained first"))
+    with pytest.raises(UserError, match=r"pip install --no-deps scikit-image==\d") as error:
+        story.run_demo(tmp_path / "demo", quick=True)
+    assert "\n" not in str(error.value)
 
 
 def test_shuffled_pairs_stay_at_chance(told: story.DemoResult, tmp_path: Path):

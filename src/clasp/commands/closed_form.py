@@ -60,10 +60,7 @@ class ClosedFormSearch:
     ):
         self.model, self.recipe, self.task, self._pairs = model, recipe, task, len(sides.pairs)
         initialize_heads(model, sides, recipe.head, tally)
-        self.moments, self._classes = standardized_moments(model, sides, tally), None
-        image, text = model.image_head.standardize, model.text_head.standardize
-        if classes is not None and image is not None and text is not None:
-            self._classes = classes.moments(image, text), classes.classes
+        self.moments, self._classes = standardized_moments(model, sides, tally), classes
         self._maps: dict[Candidate, _Solution] = {}
 
     def run(self, say: MessageCallback, out_of_time: Callable[[], bool]) -> list[ClosedFormTrial]:
@@ -85,7 +82,7 @@ class ClosedFormSearch:
             )
             for tower, settings in ((self.model.image, self.recipe.image), (self.model.text, self.recipe.text))
         )
-        weight = self._classes[1].weight if self._classes is not None else 0.0
+        weight = self._classes.classes.weight if self._classes is not None else 0.0
         attempt(first_candidates(image, text, self._narrower(image[0], text[0]), weight))
         attempt([best_trial(trials).candidate._replace(ridge=ridge) for ridge in RIDGES])
         if self._classes is not None and self.recipe.data.class_weight is None:
@@ -120,9 +117,10 @@ class ClosedFormSearch:
                     solution.text_mean,
                 )
         classes = None
-        if self._classes is not None and candidate.class_weight:
-            moments, pairs = self._classes
-            classes = moments.select(*columns), candidate.class_weight * pairs.pairs.classes
+        image, text = self.model.image_head.standardize, self.model.text_head.standardize
+        if self._classes is not None and candidate.class_weight and image is not None and text is not None:
+            moments = self._classes.moments(image, text, self.moments, candidate.ridge[0])
+            classes = moments.select(*columns), candidate.class_weight * self._classes.classes.pairs.classes
         source = closed_form_source(self.moments.select(*columns), self._pairs, classes)
         maps = cca(source.moments, candidate.width, ridge=candidate.ridge)
         self._maps[candidate] = _Solution(maps.image, maps.text, source.image_mean, source.text_mean)

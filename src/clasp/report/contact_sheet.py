@@ -1,26 +1,23 @@
 """A contact sheet: rows of thumbnails with titles and labels, as one PNG, in any script that the fonts cover.
 
-Input: titles and encoded images. Output: a file and a summary of what was drawn with which fonts. Note: each run of
-text is drawn with the first font that has its glyphs, and a script that no font covers is named in brackets instead of
-drawn as boxes. One of the three modules that import Pillow, with ``data.images`` and ``data.augment``.
+Input: titles and encoded images, plain or in sections with a heading. Output: a file and a summary of what was drawn
+with which fonts. Note: correct results are framed in a blue that colour-blind readers tell from grey (Okabe and Ito
+2008), and marked. One of the four modules that import Pillow, with ``data.images``, ``data.augment`` and
+``report.text_rendering``.
 """
 
 from __future__ import annotations
 
 import math
-import unicodedata
-from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from itertools import islice
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw
 
 from clasp.data.images import ImageError, RGBColor, thumbnail
-from clasp.report.terminal import printable
-from clasp.types import UserError
+from clasp.report.text_rendering import TextRenderer
 
 
 class Thumbnail(NamedTuple):
@@ -33,11 +30,23 @@ class Thumbnail(NamedTuple):
 
 
 class SheetRow(NamedTuple):
-    """A title, its tiles (tuples like ``Thumbnail``), and a note in grey after the title."""
+    """A title, its tiles (tuples like ``Thumbnail``), a note in grey, and what to write where no font has the title."""
 
     title: str
     tiles: Sequence[tuple[bytes | None, str, bool | None]]
     note: str = ""
+    fallback: str = ""
+
+
+class SheetSection(NamedTuple):
+    """A heading, lines that explain it, and rows if any, ``abreast`` of them side by side, with tiles of ``side``
+    pixels."""
+
+    heading: str
+    lines: Sequence[str]
+    rows: Sequence[SheetRow]
+    side: int = 128
+    abreast: int = 1
 
 
 class ContactSheet(NamedTuple):
@@ -50,245 +59,182 @@ class ContactSheet(NamedTuple):
     missing: tuple[str, ...]
 
 
-_SIDE, _SPACE, _STEP, _MARGIN = 128, 16, 164, 32  # pixels: tile, gap, tile with its label, border
+_SIDE, _SPACE, _MARGIN, _LABEL = 128, 16, 32, 20  # pixels: tile, gap, border, and the line of a label
 _COLUMNS = 10  # maximum tiles per line
-_INK, _QUIET, _LINE, _GOOD, _EMPTY = (31, 35, 40), (101, 109, 118), (216, 222, 228), (31, 136, 61), (246, 248, 250)
-_FONT_FOLDERS = (
-    "~/.local/share/fonts", "~/.fonts", "/usr/local/share/fonts", "/usr/share/fonts",
-    "~/Library/Fonts", "/Library/Fonts", "/System/Library/Fonts",
-    "~/AppData/Local/Microsoft/Windows/Fonts", "C:/Windows/Fonts",
-)  # fmt: skip
-_FAMILIES = ("notosans", "dejavusans", "segoeui", "arialunicode")  # wide coverage: tried before all others
-_STYLES = "bold black heavy medium light thin italic oblique mono condensed serif math symbol emoji display".split()
-# right-to-left or with contextual shaping: rendered wrongly unless Pillow has Raqm
-_SHAPED = frozenset(
-    "ARABIC HEBREW SYRIAC THAANA NKO DEVANAGARI BENGALI GURMUKHI GUJARATI ORIYA TAMIL TELUGU KANNADA MALAYALAM SINHALA "
-    "THAI LAO TIBETAN MYANMAR KHMER MONGOLIAN BALINESE JAVANESE".split()
-)
+_INK, _QUIET, _LINE, _EMPTY = (31, 35, 40), (101, 109, 118), (216, 222, 228), (246, 248, 250)
+_GOOD = (0, 114, 178)
+_WHITE = (255, 255, 255)
+_TITLE_SIZE, _HEADING_SIZE, _LINE_SIZE = 30, 22, 15
+_GUTTER = 36  # pixels between rows side by side
 
 
 def contact_sheet(rows: Sequence[SheetRow], path: str | Path, *, fonts: str | Path | None = None) -> ContactSheet:
-    """Draw rows of thumbnails with titles and labels into one PNG, correct results framed in green.
+    """Draw rows of thumbnails with titles and labels into one PNG, correct results framed and marked.
 
-    Text may be in any script. Each run of it is drawn with the first font that has its glyphs, from the folder
-    ``fonts``, the system's and Pillow's; without one, the name of the script is drawn in brackets and added to
-    ``ContactSheet.missing``. An unreadable image is an empty tile labelled "unreadable".
+    Text may be in any script; fonts are those of the folder ``fonts``, the system's and Pillow's. Without one, the name
+    of the script is drawn in brackets and added to ``ContactSheet.missing``. An unreadable image is an empty tile
+    labelled "unreadable".
     """
-    renderer = _TextRenderer(Path(fonts) if fonts is not None else None)
+    renderer = TextRenderer(Path(fonts) if fonts is not None else None)
     columns = min(_COLUMNS, max([4, *(len(row.tiles) for row in rows)]))
-    width = 2 * _MARGIN + columns * (_SIDE + _SPACE) - _SPACE
-    heights = [38 + _STEP * math.ceil(len(row.tiles) / columns) + 22 for row in rows]
-    page = Image.new("RGB", (width, 2 * _MARGIN + sum(heights) - 22), (255, 255, 255))
+    room = columns * (_SIDE + _SPACE) - _SPACE
+    step = _SIDE + _LABEL + _SPACE
+    heights = [38 + step * math.ceil(len(row.tiles) / columns) + 22 for row in rows]
+    page = Image.new("RGB", (2 * _MARGIN + room, 2 * _MARGIN + sum(heights) - 22), _WHITE)
     top = _MARGIN
     for row, height in zip(rows, heights, strict=True):
-        room = width - 2 * _MARGIN
         note, size = row.note if row.tiles else f"{row.note}   nothing found".strip(), 14
         note_width = min(renderer.width(note, size) + 14, room // 2) if note else 0
-        end = renderer.write(page, (_MARGIN, top + 20), row.title, 20, _INK, room - note_width)
+        end = renderer.write(page, (_MARGIN, top + 20), _title(row, renderer), 20, _INK, room - note_width)
         renderer.write(page, (end + 14, top + 20), note, size, _QUIET, max(0, note_width - 14))
         for index, tile in enumerate(row.tiles):
             down, across = divmod(index, columns)
-            _draw_tile(page, renderer, (_MARGIN + across * (_SIDE + _SPACE), top + 38 + down * _STEP), Thumbnail(*tile))
+            place = (_MARGIN + across * (_SIDE + _SPACE), top + 38 + down * step)
+            _draw_tile(page, renderer, place, Thumbnail(*tile), _SIDE)
         top += height
+    return _save(page, path, renderer)
+
+
+def sectioned_sheet(
+    title: str,
+    lines: Sequence[str],
+    sections: Sequence[SheetSection],
+    path: str | Path,
+    *,
+    fonts: str | Path | None = None,
+) -> ContactSheet:
+    """Draw sections of rows below a title into one PNG: a heading and lines of text, then rows side by side.
+
+    Each row has its title, its note on a line of its own, and one line of tiles. Lines of text are wrapped to the width
+    of the page. Fonts and unreadable images as for ``contact_sheet``.
+    """
+    renderer = TextRenderer(Path(fonts) if fonts is not None else None)
+    room = max(_section_width(section) for section in sections)
+    lines = _wrapped(lines, renderer, room)
+    sections = [section._replace(lines=_wrapped(section.lines, renderer, room)) for section in sections]
+    height = _text_height(_TITLE_SIZE, lines) + sum(_section_height(section) for section in sections)
+    page = Image.new("RGB", (2 * _MARGIN + room, 2 * _MARGIN + height), _WHITE)
+    top = _write_text(page, renderer, _MARGIN, (title, lines), _TITLE_SIZE, room)
+    for section in sections:
+        ImageDraw.Draw(page).line((_MARGIN, top, _MARGIN + room, top), _LINE, 2)
+        below = _write_text(page, renderer, top + _SPACE, (section.heading, section.lines), _HEADING_SIZE, room)
+        step = (room + _GUTTER) // section.abreast
+        for index, row in enumerate(section.rows):
+            down, across = divmod(index, section.abreast)
+            place = (_MARGIN + across * step, below + down * _row_height(section))
+            _draw_row(page, renderer, place, row, section.side, step - _GUTTER)
+        top += _section_height(section)
+    return _save(page, path, renderer)
+
+
+def _wrapped(lines: Sequence[str], renderer: TextRenderer, room: int) -> list[str]:
+    """Lines broken at spaces to at most ``room`` pixels."""
+    wrapped: list[str] = []
+    for line in lines:
+        started = ""
+        for word in line.split():
+            longer = f"{started} {word}".strip()
+            if started and renderer.width(longer, _LINE_SIZE) > room:
+                wrapped.append(started)
+                longer = word
+            started = longer
+        wrapped.append(started)
+    return wrapped
+
+
+def _draw_row(
+    page: Image.Image, renderer: TextRenderer, place: tuple[int, int], row: SheetRow, side: int, room: int
+) -> None:
+    """A title, its note below, and its tiles in one line."""
+    left, top = place
+    renderer.write(page, (left, top + 18), _title(row, renderer), 18, _INK, room)
+    renderer.write(page, (left, top + 36), row.note, 13, _QUIET, room)
+    for index, tile in enumerate(row.tiles):
+        _draw_tile(page, renderer, (left + index * (side + _gap(side)), top + 44), Thumbnail(*tile), side)
+
+
+def _title(row: SheetRow, renderer: TextRenderer) -> str:
+    return row.fallback if row.fallback and not renderer.draws(row.title) else row.title
+
+
+def _write_text(
+    page: Image.Image, renderer: TextRenderer, top: int, text: tuple[str, Sequence[str]], size: int, room: int
+) -> int:
+    """A heading and the lines below it; returns the y below them."""
+    heading, lines = text
+    renderer.write(page, (_MARGIN, top + size), heading, size, _INK, room)
+    for number, line in enumerate(lines):
+        baseline = top + size + 12 + _LINE_SIZE + number * (_LINE_SIZE + 7)
+        renderer.write(page, (_MARGIN, baseline), line, _LINE_SIZE, _QUIET, room)
+    return top + _text_height(size, lines)
+
+
+def _text_height(size: int, lines: Sequence[str]) -> int:
+    return size + 12 + len(lines) * (_LINE_SIZE + 7) + 14
+
+
+def _gap(side: int) -> int:
+    return max(6, side // 10)
+
+
+def _row_height(section: SheetSection) -> int:
+    return 44 + section.side + _LABEL + 18
+
+
+def _section_height(section: SheetSection) -> int:
+    lines = math.ceil(len(section.rows) / section.abreast)
+    return _SPACE + _text_height(_HEADING_SIZE, section.lines) + lines * _row_height(section) + 8
+
+
+def _section_width(section: SheetSection) -> int:
+    tiles = max((len(row.tiles) for row in section.rows), default=1)
+    row = tiles * (section.side + _gap(section.side)) - _gap(section.side)
+    return section.abreast * (row + _GUTTER) - _GUTTER
+
+
+def _save(page: Image.Image, path: str | Path, renderer: TextRenderer) -> ContactSheet:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path, "PNG")
     return ContactSheet(path, *page.size, tuple(sorted(renderer.used)), tuple(sorted(renderer.missing)))
 
 
-def _draw_tile(page: Image.Image, renderer: _TextRenderer, place: tuple[int, int], tile: Thumbnail) -> None:
-    """A rounded thumbnail in its frame, the label centred below."""
+def _draw_tile(page: Image.Image, renderer: TextRenderer, place: tuple[int, int], tile: Thumbnail, side: int) -> None:
+    """A rounded thumbnail in its frame, the label centred below; a correct one with a check mark in its corner."""
     left, top = place
-    picture, message = Image.new("RGB", (_SIDE, _SIDE), _EMPTY), "no image"
+    border = max(3, side * 6 // _SIDE)
+    picture, message = Image.new("RGB", (side, side), _EMPTY), "no image"
     if tile.image is not None:
         try:
-            fitted = thumbnail(tile.image, _SIDE - 12)
-            picture, message = Image.new("RGB", (_SIDE, _SIDE), (255, 255, 255)), ""
-            picture.paste(fitted, (6, 6))
+            fitted = thumbnail(tile.image, side - 2 * border)
+            picture, message = Image.new("RGB", (side, side), _WHITE), ""
+            picture.paste(fitted, (border, border))
         except ImageError:
             message = "unreadable"
-    page.paste(picture, place, _rounded(0))
-    page.paste(_GOOD if tile.correct else _LINE, place, _rounded(3 if tile.correct else 1))
-    renderer.write(page, (left, top + _SIDE // 2 + 4), message, 12, _QUIET, _SIDE, align=0.5)
-    renderer.write(page, (left, top + _SIDE + 18), tile.label, 13, _INK if tile.correct else _QUIET, _SIDE, align=0.5)
+    page.paste(picture, place, _rounded(side, 0))
+    page.paste(_GOOD if tile.correct else _LINE, place, _rounded(side, 4 if tile.correct else 1))
+    if tile.correct:
+        _draw_check(page, (left + side - 15, top - 5))
+    renderer.write(page, (left, top + side // 2 + 4), message, 12, _QUIET, side, align=0.5)
+    renderer.write(page, (left, top + side + 16), tile.label, 12, _INK if tile.correct else _QUIET, side, align=0.5)
+
+
+def _draw_check(page: Image.Image, place: tuple[int, int], size: int = 20, ink: RGBColor = _WHITE) -> None:
+    """A white check mark on a disc of the colour of correct results, antialiased."""
+    fine = 4 * size
+    disc = Image.new("L", (fine, fine))
+    ImageDraw.Draw(disc).ellipse((0, 0, fine - 1, fine - 1), 255)
+    mark = Image.new("L", (fine, fine))
+    corners = [(0.27 * fine, 0.53 * fine), (0.44 * fine, 0.69 * fine), (0.74 * fine, 0.34 * fine)]
+    ImageDraw.Draw(mark).line(corners, 255, fine // 8, joint="curve")
+    for colour, mask in ((_GOOD, disc), (ink, mark)):
+        page.paste(colour, place, mask.resize((size, size), Image.Resampling.BOX))
 
 
 @cache
-def _rounded(line: int) -> Image.Image:
+def _rounded(side: int, line: int) -> Image.Image:
     """An antialiased mask of a tile: filled for ``line`` 0, else an outline of ``line`` pixels."""
-    fine = Image.new("L", (4 * _SIDE, 4 * _SIDE))
-    edge = (0, 0, 4 * _SIDE - 1, 4 * _SIDE - 1)
-    ImageDraw.Draw(fine).rounded_rectangle(edge, 48, None if line else 255, 255, 4 * line)
-    return fine.resize((_SIDE, _SIDE), Image.Resampling.BOX)
-
-
-class _FontRun(NamedTuple):
-    """A run of text in one font; ``None`` is Pillow's built-in font, which has little more than ASCII."""
-
-    font: Path | None
-    text: str
-
-
-class _TextRenderer:
-    """Draws text with font fallback; records the fonts used and the scripts without one."""
-
-    def __init__(self, folder: Path | None) -> None:
-        given = _font_files([folder]) if folder is not None else []
-        if folder is not None and not given:
-            raise UserError(f"no font (.ttf, .otf, .ttc) in {folder}")
-        system = _font_files([Path(name).expanduser() for name in _FONT_FOLDERS])
-        wide = [font for font in system if _rank(font)[0] < len(_FAMILIES)]
-        self._fonts = [*given, *wide, None, *(font for font in system if font not in wide)]
-        self.used: set[str] = set()
-        self.missing: set[str] = set()
-
-    def write(
-        self,
-        page: Image.Image,
-        start: tuple[int, int],
-        text: str,
-        size: int,
-        ink: RGBColor,
-        room: int,
-        *,
-        align: float = 0.0,
-    ) -> int:
-        """Draw on the baseline through ``start``, truncated to ``room`` pixels; returns the x at which the text ends.
-
-        ``align`` is the fraction of the free space left of the text: 0.5 centres it.
-        """
-        runs = self._fitting(self._drawable(text), size, room)
-        x, y = start[0] + align * (room - _width(runs, size)), start[1]
-        for run in runs:
-            font = _font(run.font, size)
-            ImageDraw.Draw(page).text((x, y), run.text, ink, font, anchor="ls")
-            x += font.getlength(run.text)
-            self.used.add(" ".join(part for part in font.getname() if part))
-        return math.ceil(x)
-
-    def draws(self, text: str) -> bool:
-        """Whether every grapheme of the text is in some font."""
-        return all(any(_has_glyphs(font, letter) for font in self._fonts) for letter in _graphemes(text))
-
-    def width(self, text: str, size: int) -> int:
-        """The untruncated width of a text, pixels."""
-        return math.ceil(_width(self._runs(self._drawable(text)), size))
-
-    def _drawable(self, text: str) -> list[str]:
-        """The graphemes; those that no font has are replaced by the name of their script, once per run."""
-        letters: list[str] = []
-        replaced = ""  # the script of the current replaced run, spaces aside
-        for letter in _graphemes(printable(text)):
-            if any(_has_glyphs(font, letter) for font in self._fonts):
-                letters.append(letter)
-                replaced = replaced if letter == " " else ""
-                continue
-            script = _script(letter)
-            bare = unicodedata.normalize("NFD", letter)[0]
-            if script == "Latin" and bare.isascii():
-                letters.append(bare)
-                replaced = ""
-            elif replaced and script in (replaced, "symbol"):  # the same run, or its punctuation
-                while letters[-1] == " ":
-                    letters.pop()
-            else:
-                letters.append(f"[{script}]")
-                replaced = script
-            self.missing.add(replaced or script)
-        return letters
-
-    def _fitting(self, letters: list[str], size: int, room: int) -> list[_FontRun]:
-        """The text, truncated with an ellipsis to fit into ``room`` pixels."""
-        runs = self._runs(letters)
-        if _width(runs, size) <= room:
-            return runs
-        # a caption keeps its beginning, a path or an id its end, which is more informative
-        path_like = " " not in letters and not set("/._0123456789").isdisjoint(letters)
-
-        def cut(n: int) -> list[_FontRun]:
-            return self._runs(["…", *letters[len(letters) - n :]] if path_like else [*letters[:n], "…"])
-
-        fits = bisect_right(range(len(letters)), room, key=lambda n: _width(cut(n), size)) - 1
-        return cut(fits) if fits >= 0 else []
-
-    def _runs(self, letters: Sequence[str]) -> list[_FontRun]:
-        """A single run if one font has every grapheme, else as few changes of font as possible."""
-        whole = list(islice((font for font in self._fonts if all(_has_glyphs(font, letter) for letter in letters)), 1))
-        runs: list[_FontRun] = []
-        for letter in letters:
-            candidates = [*whole, *(run.font for run in runs[-1:]), *self._fonts]
-            font = next(font for font in candidates if _has_glyphs(font, letter))
-            if runs and runs[-1].font == font:
-                runs[-1] = _FontRun(font, runs[-1].text + letter)
-            else:
-                runs.append(_FontRun(font, letter))
-        return runs
-
-
-def _graphemes(text: str) -> list[str]:
-    """Each character with its combining marks and joiners; white space is collapsed to single spaces."""
-    letters: list[str] = []
-    for character in " ".join(text.split()):
-        if letters and unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf"):
-            letters[-1] += character
-        else:
-            letters.append(character)
-    return letters
-
-
-def _script(letter: str) -> str:
-    """``Ethiopic``, ``Khmer``, ``CJK`` ...; ``symbol`` for characters of no script."""
-    if unicodedata.category(letter[0])[0] not in "LM":
-        return "symbol"
-    word = unicodedata.name(letter[0], "symbol").split()[0]
-    return word if word == "CJK" else word.capitalize()
-
-
-def _font_files(folders: Sequence[Path]) -> list[Path]:
-    """The upright regular fonts below the folders, those with wide coverage first."""
-    files = [file for folder in folders if folder.is_dir() for file in folder.rglob("*")]
-    fonts = [file for file in files if file.suffix.lower() in (".ttf", ".otf", ".ttc")]
-    plain = [file for file in fonts if not any(style in file.stem.lower() for style in _STYLES)]
-    return sorted(plain or fonts, key=_rank)
-
-
-def _rank(font: Path) -> tuple[int, int, str]:
-    stem = font.stem.lower().replace(" ", "")
-    family = next((i for i, name in enumerate(_FAMILIES) if stem.startswith(name)), len(_FAMILIES))
-    return family, len(stem), stem
-
-
-def _width(runs: Sequence[_FontRun], size: int) -> float:
-    return math.fsum(_font(run.font, size).getlength(run.text) for run in runs)
-
-
-@lru_cache(maxsize=128)  # limits the number of open files
-def _font(font: Path | None, size: int, layout: ImageFont.Layout | None = None) -> ImageFont.FreeTypeFont:
-    found = ImageFont.load_default(size) if font is None else ImageFont.truetype(font, size, layout_engine=layout)
-    assert isinstance(found, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
-    return found
-
-
-@cache
-def _glyph(font: Path | None, character: str) -> bytes:
-    """One character rendered alone, without the dotted circle that shaping adds to a lone mark."""
-    cell = Image.new("L", (48, 40))
-    ImageDraw.Draw(cell).text((16, 28), character, 255, _font(font, 16, ImageFont.Layout.BASIC), anchor="ls")
-    return cell.tobytes()
-
-
-@cache
-def _has_glyphs(font: Path | None, letter: str) -> bool:
-    """Whether the font has every character of a grapheme and, if the script needs shaping, Raqm is available."""
-    for character in letter:
-        kind = unicodedata.category(character)
-        if kind in ("Zs", "Cf"):
-            continue
-        if kind in ("Cc", "Cs") or (_script(character).upper() in _SHAPED and not features.check("raqm")):
-            return False
-        try:
-            if _glyph(font, character) == _glyph(font, "\U0010ffff"):  # the glyph for missing characters
-                return False
-        except OSError:  # a damaged font, or a bitmap font
-            return False
-    return True
+    fine = Image.new("L", (4 * side, 4 * side))
+    edge = (0, 0, 4 * side - 1, 4 * side - 1)
+    ImageDraw.Draw(fine).rounded_rectangle(edge, 48 * side // _SIDE, None if line else 255, 255, 4 * line)
+    return fine.resize((side, side), Image.Resampling.BOX)

@@ -13,7 +13,7 @@ from pathlib import Path
 from clasp.config.recipe import Recipe
 from clasp.evaluation.results import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
-from clasp.report.tables import result_tables
+from clasp.report.tables import AnnotatedTable, result_tables
 from clasp.report.terminal import printable
 from clasp.training.class_pairs import WeightedClassPairs
 from clasp.training.cost.ledger import RunCost, format_si
@@ -70,6 +70,12 @@ model.similarity(images, texts)
 `recipe.toml` is everything that decided this run. `delta.safetensors` holds what was trained and nothing else: it
 stands on the weights named in `base.json` and is refused by others. The two towers keep their own licences.
 """
+
+
+def results_section(heading: str, table: AnnotatedTable) -> str:
+    """A section of a model card with one table of results and its notes, in Markdown."""
+    notes = "".join(f"\n{note}\n" for note in table.notes)
+    return f"\n## {heading}\n\n{markdown_table(table.columns, table.rows)}\n{notes}"
 
 
 def cost_rows(cost: RunCost) -> list[list[str]]:

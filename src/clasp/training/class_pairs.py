@@ -4,7 +4,7 @@ Input: a model whose image tower was pre-trained with a classifier, and the feat
 ``ClassPairFeatures`` and their moments, to be combined with those of the training pairs. In standardised features the
 image of a class is its weight vector times the deviation of each feature: the activation pattern of a linear classifier
 (Haufe et al., NeuroImage 2014, equation 6) under a diagonal covariance. Note: columns that the classifier does not read
-(maxima, lower layers) are zero, the mean of the training pairs.
+(maxima, lower layers) are predicted from those that it reads, by ridge regression over the training images.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class ClassPairFeatures:
     text: Float[Tensor, "n Dt"]
 
     def patterns(self, image: Standardize) -> Float[Tensor, "K Di"]:
-        """The standardised image features of each concept; those of the pairs have the mean length of a pair's."""
+        """The standardised image features of each concept; those of the pairs have the mean length of a pair's.
+
+        Columns that the classifier does not read are zero.
+        """
         scale, pairs, columns = image.scale.detach(), self.classes.pairs, self.classes.columns
         pattern = pairs.vectors.to(scale) / scale[columns]
         pattern = pattern * (pattern.shape[1] ** 0.5 / pattern.norm(dim=1)[pairs.concept].mean())
@@ -68,14 +71,33 @@ class ClassPairFeatures:
         rows[:, columns] = pattern
         return rows
 
-    def moments(self, image: Standardize, text: Standardize) -> PairMoments:
-        """Moments in the standardised features of both heads."""
-        pairs, rows = self.classes.pairs, self.patterns(image)
+    def moments(self, image: Standardize, text: Standardize, training: PairMoments, ridge: float) -> PairMoments:
+        """Moments in the standardised features of both heads.
+
+        ``training``: those of the training pairs. A column ``r`` that the classifier does not read is
+        ``pattern (C_mm + ridge)⁻¹ C_mr``, with ``C`` the covariance of the training images and ``m`` the columns read.
+        """
+        pairs, columns = self.classes.pairs, self.classes.columns
+        rows = _whole_rows(self.patterns(image)[:, columns], columns, training, ridge)
         moments = PairMoments.empty(rows.shape[1], self.text.shape[1], rows.device)
         for part in torch.arange(len(pairs.texts)).split(_PAIRS_AT_ONCE):
             texts = text(self.text[part].to(rows)).detach()
             moments.add(rows[pairs.concept[part]], texts, pairs.weight[part].to(rows.device))
         return moments
+
+
+def _whole_rows(
+    pattern: Float[Tensor, "n d"], columns: slice, pairs: PairMoments, ridge: float
+) -> Float[Tensor, "n Di"]:
+    """Patterns with the columns that the classifier does not read, predicted from those that it reads."""
+    covariance = pairs.image_image / pairs.weight
+    covariance = covariance - torch.outer(pairs.image, pairs.image) / pairs.weight**2
+    if len(covariance) == pattern.shape[1]:
+        return pattern
+    penalty = ridge * torch.eye(pattern.shape[1], dtype=covariance.dtype, device=covariance.device)
+    rows = pattern.double() @ torch.linalg.solve(covariance[columns, columns] + penalty, covariance[columns])
+    rows[:, columns] = pattern.double()
+    return rows.to(pattern)
 
 
 def find_class_pairs(model: DualEncoder, weight: float | None) -> WeightedClassPairs | None:

@@ -58,7 +58,10 @@ def initialize_heads(
     _fit_standardize((image, text), pooled, sides.pairs)
     if settings.init == "cca":
         moments = standardized_moments(model, sides, tally)
-        weighted = (classes.moments(image, text), classes.classes.total_weight) if classes else None
+        weighted = None
+        if classes is not None:
+            of_classes = classes.moments(image, text, moments, settings.ridge[0])
+            weighted = of_classes, classes.classes.total_weight
         source = closed_form_source(moments, len(sides.pairs), weighted)
         maps = cca(source.moments, settings.width, ridge=settings.ridge)
         centres = (model.image_head, maps.image, source.image_mean), (model.text_head, maps.text, source.text_mean)

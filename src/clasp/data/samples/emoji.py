@@ -14,6 +14,7 @@ import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ TRAINED_LOW_RESOURCE = ("sw", "yo", "ig", "cy", "eu", "km", "my", "si", "so", "m
 QUICK_TRAINED_LANGUAGES = ("en", "sw", "km")
 HELD_OUT_LOW_RESOURCE = ("am", "zu", "ha", "gd", "lo", "qu")
 HELD_OUT_LANGUAGES = ("it", "pt", "nl", "sv", "pl", "cs", "uk", "el", "he", "fa", "bn", "ta", "vi", "th", "id", "ko")
+LANGUAGE_NAMES = {
+    "en": "English", "de": "German", "fr": "French", "es": "Spanish", "ru": "Russian", "tr": "Turkish", "ar": "Arabic",
+    "hi": "Hindi", "ja": "Japanese", "zh": "Chinese", "sw": "Swahili", "yo": "Yoruba", "ig": "Igbo", "cy": "Welsh",
+    "eu": "Basque", "km": "Khmer", "my": "Burmese", "si": "Sinhala", "so": "Somali", "mn": "Mongolian", "am": "Amharic",
+    "zu": "Zulu", "ha": "Hausa", "gd": "Scottish Gaelic", "lo": "Lao", "qu": "Quechua", "it": "Italian",
+    "pt": "Portuguese", "nl": "Dutch", "sv": "Swedish", "pl": "Polish", "cs": "Czech", "uk": "Ukrainian", "el": "Greek",
+    "he": "Hebrew", "fa": "Persian", "bn": "Bengali", "ta": "Tamil", "vi": "Vietnamese", "th": "Thai",
+    "id": "Indonesian", "ko": "Korean",
+}  # fmt: skip
 _KEYWORD_LANGUAGES = ("en", "de", "fr", "es")
 """Languages whose training captions also come with keywords"""
 
@@ -79,7 +89,7 @@ def unpack_emoji_sample(cache: Path, *, quick: bool) -> EmojiSample:
     trained = QUICK_TRAINED_LANGUAGES if quick else (*TRAINED_LANGUAGES, *TRAINED_LOW_RESOURCE)
     with as_file(files("clasp.data.samples") / "files") as data:
         _unpack_images(data, part, styles)
-        concepts = _concepts(data)
+    concepts = _concepts()
     for split in _SPLITS:
         chosen = [concept for concept in concepts if concept["split"] == split]
         keywords = _KEYWORD_LANGUAGES if split == "train" else ()
@@ -104,9 +114,20 @@ def _unpack_images(data: Path, folder: Path, styles: Sequence[str]) -> None:
                     (folder / "images" / style / name).write_bytes(picture.read())
 
 
-def _concepts(data: Path) -> list[dict[str, Any]]:
-    with gzip.open(data / "captions.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def concept_categories() -> dict[str, str]:
+    """Concept (a code point) to its group in Unicode: "Food & Drink" ..."""
+    return {each["concept"]: each["group"] for each in _concepts()}
+
+
+def concept_names() -> dict[str, dict[str, str]]:
+    """Concept to its name in every language."""
+    return {each["concept"]: {key: entry["name"] for key, entry in each["locales"].items()} for each in _concepts()}
+
+
+@cache
+def _concepts() -> list[dict[str, Any]]:
+    with (files("clasp.data.samples") / "files" / "captions.jsonl.gz").open("rb") as packed:
+        return [json.loads(line) for line in gzip.open(packed, "rt", encoding="utf-8")]
 
 
 def _records(
