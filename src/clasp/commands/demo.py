@@ -12,17 +12,23 @@ from pathlib import Path
 
 from clasp.commands.demo_photos import installed_photos
 from clasp.commands.demo_searches import (
-    DRAWING_CATEGORIES,
     DRAWING_HITS,
     PHOTO_RANKS,
     DemoSearch,
+    drawing_queries,
     language_title,
     search_drawings,
     search_photos,
     search_section,
 )
 from clasp.commands.train import train_recipe
-from clasp.config.build import ModelAndPreprocessing, build_feature_source, load, with_untrained_heads
+from clasp.config.build import (
+    ModelAndPreprocessing,
+    build_feature_source,
+    class_pairs_of_recipe,
+    load,
+    with_untrained_heads,
+)
 from clasp.config.datasets import cache_folder
 from clasp.config.recipe import Recipe, read_recipe
 from clasp.data.pairs import open_pairs
@@ -109,7 +115,8 @@ def run_demo(out: Path, *, quick: bool = False) -> DemoResult:
     summary = demo_table(results, untrained)
     title = "naming pictures of held-out concepts: image to text among 138"
     print_table(title, summary.columns, summary.rows, summary.notes)
-    drawings, photos = search_drawings(model, out, sample), search_photos(model, out)
+    queries = _drawing_queries(model.encoder, inputs, recipe, sample)
+    drawings, photos = search_drawings(model, out, sample, queries), search_photos(model, out)
     picture = draw_searches(drawings, photos, _trained_languages(quick=quick), out / _SHEET_FILE)
     print_status(f"drawings: {_drawings_found(drawings)}; photographs: {_photos_found(photos)}")
     print_status(f"all searches: {relative_path(picture)}; all languages: {relative_path(out / 'README.md')}")
@@ -144,15 +151,23 @@ def demo_table(results: Sequence[EvaluationResult], untrained: Mapping[str, floa
     return _table([*english, *sets], untrained)
 
 
+def _drawing_queries(
+    model: DualEncoder, inputs: FeatureSource, recipe: Recipe, sample: EmojiSample
+) -> list[tuple[str, str]]:
+    classes = class_pairs_of_recipe(recipe, model)
+    assert classes is not None, "the demo's image tower has a classifier"
+    concepts = [str(pair.group) for pair in open_pairs(sample.multilingual_test())]
+    return drawing_queries(model, inputs, classes.pairs.texts, concepts)
+
+
 def draw_searches(
     drawings: Sequence[DemoSearch], photos: Sequence[DemoSearch], trained: Sequence[str], path: Path
 ) -> Path:
     """Both acts, and a line on the third, in one picture."""
-    categories = ", ".join(DRAWING_CATEGORIES)
     first = (
         "Searched: 413 drawings of 138 concepts; neither these drawings nor their names were trained on.",
-        "Asked: the first of those concepts for each language, in the order of the sha256 of their code points, among "
-        f"those that Unicode files under {categories}.",
+        "Asked: for each language the concept whose name is nearest, by the text encoder alone, to one of the 1,000 "
+        "classes that the image encoder was pre-trained to tell apart in photographs.",
         f"Found: {_drawings_found(drawings)}.",
     )
     second = (

@@ -114,11 +114,6 @@ def _unpack_images(data: Path, folder: Path, styles: Sequence[str]) -> None:
                     (folder / "images" / style / name).write_bytes(picture.read())
 
 
-def concept_categories() -> dict[str, str]:
-    """Concept (a code point) to its group in Unicode: "Food & Drink" ..."""
-    return {each["concept"]: each["group"] for each in _concepts()}
-
-
 def concept_names() -> dict[str, dict[str, str]]:
     """Concept to its name in every language."""
     return {each["concept"]: {key: entry["name"] for key, entry in each["locales"].items()} for each in _concepts()}
