@@ -16,6 +16,7 @@ from clasp.models.classifier import Classifier, class_pairs, single_class_concep
 from clasp.models.heads import Standardize
 from clasp.training.class_pairs import ClassPairFeatures, WeightedClassPairs
 from clasp.training.initialize import initialize_heads
+from clasp.training.moments import PairMoments
 from clasp.training.pooled_features import PairFeatures
 from clasp.types import UserError
 from toyclassifiers import TRANSFORM, save_colour_classifier
@@ -134,7 +135,10 @@ def test_moments_are_those_of_the_pairs_one_by_one(monkeypatch: pytest.MonkeyPat
         rows.append(row)
     mean = float(np.mean([float(row.norm()) for row in rows]))
     rows = [row * 3**0.5 / mean for row in rows]  # as long as standardised features of that width
-    moments = features.moments(image, text)
+    apart = PairMoments.empty(6, 4)  # training images whose features are uncorrelated: nothing predicts other columns
+    apart.weight = 1.0
+    apart.image_image.fill_diagonal_(1.0)
+    moments = features.moments(image, text, apart, 1.0)
     assert moments.weight == pytest.approx(float(pairs.weight.sum())) == pytest.approx(1 + 1 / 2 + 1 + 1 + 1)
     across = sum(
         weight * torch.outer(row.double(), text(of)[0].detach().double())
