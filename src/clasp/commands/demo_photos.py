@@ -64,8 +64,8 @@ class PhotoQuery(NamedTuple):
 
 # The rule, fixed before any search was run: those photographs whose noun in their package's documentation ("Brick
 # wall", "Chelsea the cat") is the name or a keyword of a packaged concept, and the retina (an eye), by name; the
-# concept with that name, else the nearest by meaning ("hot beverage" of coffee). Languages in a fixed order: trained
-# on and never trained on in turn, English first.
+# concept with that name, else the nearest by meaning ("hot beverage" of coffee). Photographs in alphabetical order of
+# that noun, languages in the order given: seven of them trained on, five never.
 PHOTO_QUERIES = tuple(
     PhotoQuery(photo, concept, language)
     for (photo, concept), language in zip(

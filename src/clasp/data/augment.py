@@ -2,7 +2,7 @@
 
 Input: settings (``[data.augment]``), a seed, an image. Output: the crop box, and the augmented resized image. Note: all
 random numbers are drawn beforehand, from the seed alone and in a fixed order, whichever settings are on, so that no
-setting's draw depends on another. One of the three modules that import Pillow, with ``data.images`` and
+setting's draw depends on another. One of the four modules that import Pillow, with ``data.images`` and
 ``report.contact_sheet``.
 """
 
