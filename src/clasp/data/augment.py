@@ -2,8 +2,8 @@
 
 Input: settings (``[data.augment]``), a seed, an image. Output: the crop box, and the augmented resized image. Note: all
 random numbers are drawn beforehand, from the seed alone and in a fixed order, whichever settings are on, so that no
-setting's draw depends on another. One of the four modules that import Pillow, with ``data.images`` and
-``report.contact_sheet``.
+setting's draw depends on another. One of the four modules that import Pillow, with ``data.images``,
+``report.contact_sheet`` and ``report.text_rendering``.
 """
 
 from __future__ import annotations
