@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clasp.models.dual_encoder import DualEncoder
 from clasp.training.cca import cca
 from clasp.training.losses.contrastive import info_nce
+from clasp.training.moments import PairMoments
 
 SCALES = tuple(10 * 10 ** (step / 8) for step in range(9))  # 10 to 100, the maximum logit scale
 
@@ -61,7 +62,7 @@ def closed_form(pairs: Rows, held: Rows, *, width: int, ridge: tuple[float, floa
     """
     stretched = [_standard(pairs.image), _standard(pairs.text)]
     apply = [(pairs.image * stretched[0][0] + stretched[0][1], pairs.text * stretched[1][0] + stretched[1][1])]
-    maps = cca(apply, width, ridge=ridge)
+    maps = cca(PairMoments.of(apply), width, ridge=ridge)
     heads = [(w * scale, w @ shift) for w, (scale, shift) in zip((maps.image, maps.text), stretched, strict=True)]
     image, text = (
         F.normalize(F.linear(x, *head), dim=1) for x, head in zip((held.image, held.text), heads, strict=True)

@@ -28,7 +28,8 @@ def find_labels(config: Any) -> tuple[str | None, tuple[str, ...]]:
 
     known = KINDS.get(config.model_type, ())
     declared = {*(config.architectures or ())} & ({known} if isinstance(known, str) else {*known})
-    labels = tuple(config.id2label[number] for number in sorted(config.id2label))
+    id2label = config.id2label or {}  # PVT's configuration is saved without
+    labels = tuple(id2label[number] for number in sorted(id2label))
     if not declared or len(labels) < 2 or not are_names(labels):
         return None, ()
     return declared.pop(), labels
