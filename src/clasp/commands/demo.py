@@ -72,9 +72,9 @@ _DEMO_METRIC = "recall@5"
 _CARD_HEADING = "Held-out concepts, by language"
 _SHEET_FILE = "searches.png"
 _INSIDE_THE_TOWERS = (
-    "Twenty steps on 1,280 photo pairs of 80 classes: heads in closed form 54.8 % zero-shot top-5, low-rank updates "
-    "inside both towers 55.2 %: no difference yet.",
-    "Three seeds, studies/lilt/claim1.md. Recipes for longer training: docs/tuning.md",
+    "8,000 photographs of 160 classes with captions, a ViT-S and an English text encoder, ten minutes: heads in closed "
+    "form name 25.0 % of 2,400 other photographs, low-rank updates inside both encoders 43.3 %.",
+    "Measured once, not in this demo: clasp train auto --minutes 10 (docs/tuning.md).",
 )
 
 
