@@ -46,6 +46,8 @@ class ModelCard:
         answers = "".join(f"\n{block}\n" for block in (*shown, *notes))
         shared = "" if sharing is None else f"\nWhat the two nets share:\n\n```\n{sharing}\n```\n"
         classes = "" if self.classes is None else f"The heads' closed form also has {self.classes}.\n"
+        seen = f"{fitted.pairs:,} pairs seen in {fitted.seconds:.0f} s, in {fitted.precision}"
+        seen = seen if fitted.pairs else "no gradient step was taken"
         skipped = f"\n{len(fitted.skipped)} samples could not be read and were skipped; `log.jsonl` names them.\n"
         return f"""# {self.run.name}
 
@@ -55,7 +57,7 @@ An image–text model aligned with clasp: `{recipe.image.tower}` and `{recipe.te
 {markdown_table(["part", "parameters", "trained", "%"], parts)}
 {shared}
 Trained on {self.train_pairs:,} pairs of `{recipe.data.train}`, validated on {self.val_pairs:,} others;
-{fitted.pairs:,} pairs seen in {fitted.seconds:.0f} s, in {fitted.precision}, seed {recipe.train.seed}.
+{seen}, seed {recipe.train.seed}.
 {classes}{skipped if fitted.skipped else ""}{answers}
 {markdown_table(["cost", ""], cost_rows(self.cost))}
 

@@ -2,8 +2,8 @@
 
 Input: the packaged table of ImageNet-1k that ``dev/wordnet_classes.py`` writes; WordNet ids or labels of other
 classifiers. Output: ``Concept``s for the outputs of a classifier (the 1,000 of ImageNet-1k in the order of ILSVRC
-2012), and for the terms above them. Note: terms above more than ``MOST_CLASSES``
-classes ("whole", "entity") say nothing of a picture and are left out; so are those above one class only.
+2012), and for the terms above them. Note: terms above more than ``MOST_CLASSES`` classes ("whole", "entity") describe
+no picture and are left out; so are those above one class only.
 """
 
 from __future__ import annotations
