@@ -24,6 +24,7 @@ from clasp.evaluation.zeroshot import ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.models.tower import Tower
+from clasp.training.precision import Precision
 from clasp.types import ImageInput, PooledFeatures, TextInput
 
 Answer = dict[str, Any]
@@ -61,20 +62,23 @@ class Seen:
         return self.pooled[[row[name] for name in ids]]
 
 
-def images_seen(model: DualEncoder, inputs: FeatureSource, pairs: Pairs) -> Seen:
-    """Image features of pairs."""
-    return _seen(model.image, inputs.images(pairs)())
+def images_seen(model: DualEncoder, inputs: FeatureSource, pairs: Pairs, precision: Precision = "float32") -> Seen:
+    """Image features of pairs, computed in this precision."""
+    return _seen(model.image, inputs.images(pairs)(), precision)
 
 
-def texts_seen(model: DualEncoder, inputs: FeatureSource, texts: Iterable[str]) -> Seen:
-    """Text features of unique texts; the text is the id."""
-    return _seen(model.text, inputs.read(sorted(set(texts))))
+def texts_seen(
+    model: DualEncoder, inputs: FeatureSource, texts: Iterable[str], precision: Precision = "float32"
+) -> Seen:
+    """Text features of unique texts, computed in this precision; the text is the id."""
+    return _seen(model.text, inputs.read(sorted(set(texts))), precision)
 
 
-def _seen(tower: Tower, chunks: Iterable[tuple[Sequence[str], ImageInput | TextInput]]) -> Seen:
+def _seen(tower: Tower, chunks: Iterable[tuple[Sequence[str], ImageInput | TextInput]], precision: Precision) -> Seen:
     ids: list[str] = []
     parts: list[Tensor] = []
-    with torch.inference_mode():
+    device = next(tower.parameters()).device.type
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
         for names, inputs in chunks:
             ids.extend(names)
             parts.append((inputs.values if isinstance(inputs, PooledFeatures) else tower.pooled(inputs)).float().cpu())

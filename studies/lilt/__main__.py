@@ -33,7 +33,7 @@ def main(given: Sequence[str] | None = None, home: Path = HERE) -> None:
     parser.add_argument("claim", choices=list(CLAIMS))
     parser.add_argument("--photos", type=Path, help="folder of tinyimagenet, cifar10, flickr8k-sample: not claim4")
     parser.add_argument("--emoji", type=Path, help="folder of the emoji corpus: claim4")
-    parser.add_argument("--larger", action="store_true", help="three times the pairs, for a machine with a GPU")
+    parser.add_argument("--larger", action="store_true", help="8,000 pairs, three epochs, all classes")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so long")
     parser.add_argument("--speed", action="store_true", help="time the rows instead; on an idle machine only")
     parser.add_argument("--page", action="store_true", help="run nothing, make the page of what is there")
@@ -60,13 +60,13 @@ def study(options: argparse.Namespace, home: Path) -> None:
     runner = Runner(claim.world, world(claim.world, options, run=not options.page), Results(home / "results"))
     began = time.monotonic()
     while not options.page:
-        left = runner.missing(to_time(claim) if options.speed else claim.cells(size, runner.record))
+        left = runner.missing(to_time(claim, size) if options.speed else claim.cells(size, runner.record))
         if not left or time.monotonic() - began > 60 * options.minutes:
             break
         print(f"{time.strftime('%H:%M:%S')} {left[0]}", flush=True)
         record = run_alone(claim, left[0], runner) if options.speed else runner.run(claim.name, left[0])
         print(f"         {record.get('seconds')} {record.get('validation', '')}", flush=True)
-    found = find(claim, size, runner, to_time(claim))
+    found = find(claim, size, runner, to_time(claim, size))
     print(pages.write(claim, size, found, home))
     if drawn := figures.draw(claim, size, found, home):
         print(drawn)

@@ -51,8 +51,13 @@ class World(Protocol):
         """Training pairs, and a few for the validation at the end of the run."""
         ...
 
-    def start(self, parts: ModelAndPreprocessing, inputs: FeatureSource, more: Pairs | None) -> Start:
-        """Closed-form heads for the towers in ``parts``, from pairs outside the training set, and ``more`` if given."""
+    def start(self, parts: ModelAndPreprocessing, inputs: FeatureSource, *pairs: Pairs) -> Start:
+        """Closed-form heads for the towers in ``parts``, from these pairs together."""
+        ...
+
+    @property
+    def outside(self) -> Pairs:
+        """Pairs outside the training set, for initial heads."""
         ...
 
     def validate(self, model: DualEncoder, inputs: FeatureSource) -> float:
@@ -69,15 +74,15 @@ class Row:
     """A row of a table: overrides of the common recipe, and the candidate learning rates.
 
     ``changes``: overrides of the recipe. ``rates``: learning rates of the trainable parameters in the towers or, in a
-    row with frozen towers, of the heads. ``start``: the features from which the heads are initialised: those of the
-    ``base`` towers; of its tuned towers (``own``), where their initial features differ; or of its training pairs as
-    well (``all``).
+    row with frozen towers, of the heads. ``start``: the pairs and towers from which the heads are initialised: pairs
+    that never train, and the ``base`` towers or the row's ``own``, where their initial features differ; those and the
+    training pairs (``all``); the training ``pairs`` alone; or the ``run`` initialises them itself.
     """
 
     name: str
     changes: tuple[str, ...] = ()
     rates: tuple[float, ...] = ()
-    start: Literal["base", "own", "all"] = "base"
+    start: Literal["base", "own", "all", "pairs", "run"] = "base"
 
     def recipe(self, common: Recipe, rate: float, seed: int) -> Recipe:
         """The recipe of the row at one of its learning rates."""
@@ -148,7 +153,8 @@ class Runner:
         if cell.purpose == "count":
             record |= costs.counted(parts, recipe, self.world.pairs(cell.pairs, cell.seed)[0])
         else:
-            self._start(cell, recipe, parts).put(parts.model)
+            if cell.row.start != "run":
+                self._start(cell, recipe, parts).put(parts.model)
             record |= self._train(cell, recipe, parts)
         record["machine"] = machine()
         self.results.add(claim, record)
@@ -180,19 +186,22 @@ class Runner:
 
     def _start(self, cell: Cell, recipe: Recipe, parts: ModelAndPreprocessing) -> Start:
         """Heads from the base towers, once for all rows; from the row's own towers where their features differ."""
+        outside = self.world.outside
         if cell.row.start == "own":
-            return self.world.start(
-                parts, build_feature_source(parts, recipe.with_overrides(["data.feature_cache=off"])), None
-            )
+            own = build_feature_source(parts, recipe.with_overrides(["data.feature_cache=off"]))
+            return self.world.start(parts, own, outside)
         towers = json.dumps([recipe.to_dict()["image"], recipe.to_dict()["text"]], sort_keys=True)
         if towers not in self._bases:
             untouched = recipe.with_overrides(['tune.image=["none"]', 'tune.text=["none"]', "train.seed=0"])
             base = build_model_and_preprocessing(untouched)
             self._bases = {towers: (base, build_feature_source(base, untouched))}  # one at a time, to save memory
+        trained = self.world.pairs(cell.pairs, cell.seed)[0]
+        if cell.row.start == "pairs":
+            return self.world.start(*self._bases[towers], trained)
         if cell.row.start == "all":
-            return self.world.start(*self._bases[towers], self.world.pairs(cell.pairs, cell.seed)[0])
+            return self.world.start(*self._bases[towers], outside, trained)
         if towers not in self._starts:
-            self._starts[towers] = self.world.start(*self._bases[towers], None)
+            self._starts[towers] = self.world.start(*self._bases[towers], outside)
         return self._starts[towers]
 
 

@@ -18,29 +18,6 @@ SEEDS = 3
 Find = Callable[[Cell], Record | None]
 
 
-@dataclass(frozen=True)
-class Size:
-    """The size of a study."""
-
-    name: str
-    photos: int
-    """Default number of photo pairs to train on"""
-    names: int
-    """Number of drawing-name pairs to train on"""
-    ladder: tuple[int, ...]
-    """Claim 3: fewer and more pairs"""
-    budget: int
-    """Claim 5: budget, as the number of pairs of full training of the whole towers"""
-
-    def pairs(self, world: str) -> int:
-        """Number of training pairs of a cell in this world."""
-        return self.photos if world == "photos" else self.names
-
-
-SMALL = Size("small", photos=1280, names=1280, ladder=(320, 640, 1280, 2560), budget=640)
-LARGER = Size("larger", photos=3840, names=2176, ladder=(480, 960, 1920, 3840), budget=1920)
-
-
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -55,6 +32,7 @@ FULL = Row("full (CLIP)", both('"full"'), (3e-5, 1e-4))
 LAYERWISE = Row("adapters + norms (LwA)", both('"adapters(reduction=4)", "norms"'), (1e-3, 3e-3))
 NORMS = Row("norms (LN)", both('"norms"'), (1e-3, 3e-3))
 LOCKED = Row("image locked, text full (LiT)", ('tune.text=["full"]',), (3e-5, 1e-4))
+BIASES = Row("biases (BitFit)", both('"biases"'), (1e-3, 3e-3))
 LOW_RANK = Row("LoRA r=8", both('"lora(rank=8, alpha=8)"'), (1e-3, 3e-3))
 TOP = Row("LoRA r=8, top 4 blocks", both("\"lora(rank=8, alpha=8, blocks='-4:')\""), (1e-3, 3e-3))
 METHODS = (
@@ -64,18 +42,103 @@ METHODS = (
     LAYERWISE,
     NORMS,
     LOCKED,
-    Row("biases (BitFit)", both('"biases"'), (1e-3, 3e-3)),
+    BIASES,
     LOW_RANK,
     TOP,
     Row("last block", both('"last(1)"'), (1e-4, 3e-4)),
     Row("one block more + norms (DA)", both('"deep(1)", "norms"'), (1e-4, 3e-4), start="own"),
 )
 
+EVERY_LAYER = Row(
+    "heads, closed form of all layers",
+    ('image.extra_layers="all"', 'text.extra_layers="all"', "head.standardize=true", "head.init=cca", "train.epochs=0"),
+    (1e-4,),
+    start="run",
+)
+TOWER_RATES, PART_RATES = (1e-5, 3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3, 1e-2)
+LOW_RANK_NORMS = Row("LoRA r=8 + norms", both('"lora(rank=8, alpha=8)", "norms"'), PART_RATES, start="pairs")
+METHODS_8000 = (
+    replace(FULL, rates=TOWER_RATES, start="pairs"),
+    replace(LAYERWISE, rates=PART_RATES, start="pairs"),
+    LOW_RANK_NORMS,
+    replace(LOCKED, rates=TOWER_RATES, start="pairs"),
+    replace(HEADS, rates=(1e-4, 3e-4, 1e-3, 3e-3), start="pairs"),
+    replace(CLOSED, changes=("train.epochs=0",), rates=(1e-4,), start="pairs"),
+    EVERY_LAYER,
+    replace(LOW_RANK, rates=PART_RATES, start="pairs"),
+    replace(NORMS, rates=(1e-3, 3e-3, 1e-2, 3e-2), start="pairs"),
+    replace(BIASES, rates=PART_RATES, start="pairs"),
+    Row("LoRA r=32", both('"lora(rank=32, alpha=32)"'), PART_RATES, start="pairs"),
+)
+WITHOUT_STEPS = frozenset({CLOSED.name, EVERY_LAYER.name})
+UNTUNED = WITHOUT_STEPS | {HEADS.name}
+
 
 def half(row: Row) -> Row:
     """The same row on towers with half the blocks, at the learning rate selected for the whole ones."""
     halved = ("image.layer=6", "text.layer=3")
     return replace(row, name=f"{row.name}, half the blocks", changes=(*row.changes, *halved), rates=row.rates[:1])
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a study."""
+
+    name: str
+    photos: int
+    """Default number of photo pairs to train on"""
+    names: int
+    """Number of drawing-name pairs to train on"""
+    ladder: tuple[int, ...]
+    """Claim 3: fewer and more pairs"""
+    budget: int
+    """Claim 5: budget, as the number of pairs of full training of the whole towers"""
+    methods: tuple[Row, ...]
+    """Rows of claims 1 and 2"""
+    batch: int
+    """Pairs a step"""
+    cheap: Row
+    """Claim 5: the row with few parameters beside adapters and norms"""
+
+    def pairs(self, world: str) -> int:
+        """Number of training pairs of a cell in this world."""
+        return self.photos if world == "photos" else self.names
+
+    def row(self, row: Row) -> Row:
+        """The row of this size with the same name: the same tuning, with other learning rates and heads."""
+        return next(method for method in self.methods if method.name == row.name)
+
+    @property
+    def budgeted(self) -> tuple[tuple[Row, Row], ...]:
+        """Rows of claim 5, each with the row whose learning rate it uses."""
+        full, layerwise = self.row(FULL), self.row(LAYERWISE)
+        smaller = ((half(full), full), (half(layerwise), layerwise))
+        return smaller[0], (layerwise, layerwise), (self.cheap, self.cheap), (full, full), smaller[1]
+
+
+SMALL = Size(
+    "small",
+    photos=1280,
+    names=1280,
+    ladder=(320, 640, 1280, 2560),
+    budget=640,
+    methods=METHODS,
+    batch=64,
+    cheap=TOP,
+)
+LARGER = Size(
+    "8000",
+    photos=8000,
+    names=2176,
+    ladder=(1000, 2000, 4000, 8000),
+    budget=4000,
+    methods=METHODS_8000,
+    batch=128,
+    cheap=LOW_RANK_NORMS,
+)
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -128,7 +191,7 @@ class Claim:
 
 def of_methods(size: Size, find: Find) -> Iterator[Cell]:
     """Learning rate selection and seed 0 of every row, then seed 1, then seed 2."""
-    yield from compared(METHODS, "photos", size, find)
+    yield from compared(size.methods, "photos", size, find)
 
 
 def compared(rows: Sequence[Row], world: str, size: Size, find: Find) -> Iterator[Cell]:
@@ -145,10 +208,10 @@ def compared(rows: Sequence[Row], world: str, size: Size, find: Find) -> Iterato
 def of_scales(size: Size, find: Find) -> Iterator[Cell]:
     """Full, layerwise and heads on fewer and on more pairs; then full and layerwise on towers with half the blocks."""
     for seed in range(SEEDS):
-        for row in (FULL, LAYERWISE, HEADS):
+        for row in map(size.row, (FULL, LAYERWISE, HEADS)):
             for pairs in size.ladder:
                 yield from at_rates_of(row, row, size, find, pairs, seed)
-        for row in (FULL, LAYERWISE):
+        for row in map(size.row, (FULL, LAYERWISE)):
             yield from at_rates_of(half(row), row, size, find, size.photos, seed)
 
 
@@ -170,20 +233,16 @@ def of_languages(size: Size, find: Find) -> Iterator[Cell]:
     yield from compared(LANGUAGES, "names", size, find)
 
 
-BUDGETED = ((half(FULL), FULL), (LAYERWISE, LAYERWISE), (TOP, TOP), (FULL, FULL), (half(LAYERWISE), LAYERWISE))
-"""Rows of claim 5, each with the row whose learning rate it uses."""
-
-
 def of_budgets(size: Size, find: Find) -> Iterator[Cell]:
     """Each row on the number of pairs with the FLOPs of full training of the whole towers on ``budget`` pairs; then the
     numbers of pairs of claim 3, to find how many are needed for equal quality."""
-    yield from (counting(row) for row, _ in BUDGETED)
+    yield from (counting(row) for row, _ in size.budgeted)
     for seed in range(SEEDS):
-        for row, rates in BUDGETED:
-            if pairs := affordable(find(counting(FULL)), find(counting(row)), size):
+        for row, rates in size.budgeted:
+            if pairs := affordable(find(counting(size.row(FULL))), find(counting(row)), size):
                 yield from at_rates_of(row, rates, size, find, pairs, seed)
     for seed in range(SEEDS):
-        for row in (FULL, LAYERWISE):
+        for row in map(size.row, (FULL, LAYERWISE)):
             for pairs in size.ladder:
                 yield from at_rates_of(row, row, size, find, pairs, seed)
 
@@ -194,17 +253,19 @@ def counting(row: Row) -> Cell:
 
 
 def affordable(full: Record | None, own: Record | None, size: Size) -> int | None:
-    """Number of pairs within the budget of claim 5, in whole batches of 64; ``None`` before FLOPs are counted for full
+    """Number of pairs within the budget of claim 5, in whole batches; ``None`` before FLOPs are counted for full
     training of the whole towers and for the row itself."""
     if full is None or own is None:
         return None
-    return 64 * max(1, round(size.budget * full["flops"] / own["flops"] / 64))
+    return size.batch * max(1, round(size.budget * full["flops"] / own["flops"] / size.batch))
 
 
-def to_time(claim: Claim) -> list[Cell]:
+def to_time(claim: Claim, size: Size) -> list[Cell]:
     """The cells of a claim to be timed on an idle machine, six steps each; speed does not depend on the rate."""
-    rows = {"claim1": METHODS, "claim4": LANGUAGES, "claim5": tuple(row for row, _ in BUDGETED)}.get(claim.name, ())
-    return [Cell(claim.world, row, row.rates[0], 6 * 64, 0, "speed") for row in rows]
+    budgeted = tuple(row for row, _ in size.budgeted)
+    rows = {"claim1": size.methods, "claim4": LANGUAGES, "claim5": budgeted}.get(claim.name, ())
+    pairs = 6 * size.batch
+    return [Cell(claim.world, row, row.rates[0], pairs, 0, "speed") for row in rows if row.name not in WITHOUT_STEPS]
 
 
 def at_rates_of(row: Row, rates: Row, size: Size, find: Find, pairs: int, seed: int) -> Iterator[Cell]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from studies.lilt.cells import World
 from studies.lilt.emoji_names import Names
-from studies.lilt.photos import SMALL, WHOLE, Photos
+from studies.lilt.photos import FILE_8000, SMALL, WHOLE, Photos
 
 from clasp.types import UserError
 
@@ -23,4 +23,6 @@ def world(name: str, options: Namespace, *, run: bool) -> World:
         raise UserError(f"{option} {folder} is not a folder")
     if name == "names":
         return Names(folder or NOWHERE)
-    return Photos(folder or NOWHERE, WHOLE if options.larger else SMALL)
+    if options.larger:
+        return Photos(folder or NOWHERE, WHOLE, file=FILE_8000, every=1)
+    return Photos(folder or NOWHERE, SMALL)

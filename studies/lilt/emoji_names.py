@@ -12,7 +12,7 @@ import gzip
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,16 @@ class Names:
         concepts = [one for place, one in enumerate(self.concepts("train")) if place % START]
         return self.drawings(concepts, STYLES, _languages(TRAINED))
 
-    def start(self, parts: ModelAndPreprocessing, inputs: FeatureSource, more: Pairs | None) -> Start:
-        """Closed-form heads from concepts outside the training set, and ``more`` if given; all captions are used."""
-        languages = _languages(TRAINED)
-        rows = self._rows(parts, inputs, self.drawings(self.concepts("train")[::START], STYLES, languages))
-        if more is not None:
-            rows = rows.and_those_of(self._rows(parts, inputs, more))
+    @cached_property
+    def outside(self) -> Pairs:
+        """Drawings of concepts that never train, for initialising heads only."""
+        return self.drawings(self.concepts("train")[::START], STYLES, _languages(TRAINED))
+
+    def start(self, parts: ModelAndPreprocessing, inputs: FeatureSource, *pairs: Pairs) -> Start:
+        """Closed-form heads from these pairs together; all captions are used."""
+        first, *others = (self._rows(parts, inputs, each) for each in pairs)
         held = self._rows(parts, inputs, self.drawings(self.concepts("val"), [STYLE_TO_CHOOSE], ["en"]))
+        rows = reduce(Rows.and_those_of, others, first)
         return closed_form(rows, held, width=self.recipe.head.width, ridge=self.ridge)
 
     def _rows(self, parts: ModelAndPreprocessing, inputs: FeatureSource, pairs: Pairs) -> Rows:

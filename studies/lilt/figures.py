@@ -17,14 +17,12 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from studies.lilt.claim_records import At, Found
 from studies.lilt.claims import (
-    BUDGETED,
-    CLOSED,
     FULL,
     HEADS,
     LANGUAGES,
     LAYERWISE,
-    METHODS,
     NAMES_FULL,
+    UNTUNED,
     Claim,
     Row,
     Size,
@@ -50,12 +48,12 @@ def draw(claim: Claim, size: Size, found: Found, folder: Path) -> Path | None:
 
 def _methods(found: Found, size: Size) -> Any:
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    for number, row in enumerate(METHODS, 1):
+    for number, row in enumerate(size.methods, 1):
         at = (row.name, size.photos)
         if seen := _seen(found, [at], TOP5):
             trained, total = found.trained(at)
             share = 100 * trained / total
-            marker = "s" if row is FULL else "^" if row in (HEADS, CLOSED) else "o"
+            marker = "s" if row.name == FULL.name else "^" if row.name in UNTUNED else "o"
             _point(axes, share, seen, marker, color=f"C{number % 10}", label=f"{number}  {row.name}")
             _name(axes, str(number), share, seen)
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -71,7 +69,7 @@ def _methods(found: Found, size: Size) -> Any:
 
 def _kept(found: Found, size: Size) -> Any:
     figure, all_axes = plt.subplots(1, len(PROBES), figsize=(9, 3.4), sharey=True)
-    rows = [row for row in METHODS if (row.name, size.photos) in found.asked and row not in (HEADS, CLOSED)][::-1]
+    rows = [row for row in size.methods if (row.name, size.photos) in found.asked and row.name not in UNTUNED][::-1]
     for axes, (name, title) in zip(all_axes, PROBES.items(), strict=True):
         for place, row in enumerate(rows):
             if seen := _seen(found, [(row.name, size.photos), (HEADS.name, size.photos)], name, of=difference):
@@ -119,17 +117,17 @@ def _languages(found: Found, size: Size) -> Any:
 
 def _budgets(found: Found, size: Size) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.6), sharey=True)
-    for number, (row, _) in enumerate(BUDGETED):
+    for number, (row, _) in enumerate(size.budgeted):
         at = found.afforded(row, size)
         if at and (seen := _seen(found, [at], TOP5)):
-            needs = memory(found.costs[row.name]) / 1e6
+            needs = memory(found.costs[row.name], size.batch) / 1e6
             _point(left, number, seen, "o", color=f"C{number}")
             _name(left, f"{at[1]:,} pairs", number, seen)
             _point(right, needs, seen, "o", color=f"C{number}")
             _name(right, row.name, needs, seen)
-    names = [row.name.replace(", ", ",\n") for row, _ in BUDGETED]
-    left.set(ylabel="zero-shot top-5, %", title="for the same arithmetic", xlim=(-0.5, len(BUDGETED)))
-    left.set_xticks(range(len(BUDGETED)), names, rotation=30, fontsize=7, ha="right", rotation_mode="anchor")
+    names = [row.name.replace(", ", ",\n") for row, _ in size.budgeted]
+    left.set(ylabel="zero-shot top-5, %", title="for the same arithmetic", xlim=(-0.5, len(size.budgeted)))
+    left.set_xticks(range(len(size.budgeted)), names, rotation=30, fontsize=7, ha="right", rotation_mode="anchor")
     right.set(xlabel="memory of a step, MB", title="and what it needs")
     return figure
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from studies.formatting import line
 from studies.lilt.claim_records import Found
-from studies.lilt.claims import Claim, Size
+from studies.lilt.claims import LARGER, Claim, Size
 from studies.lilt.emoji_names import HELD_OUT, TRAINED
 from studies.lilt.photos import SMALL, WHOLE
-from studies.lilt.prose import INTERVALS, NAMES, PHOTOS, SAYS, TITLES
+from studies.lilt.prose import INTERVALS, NAMES, PHOTOS, PHOTOS_8000, SAYS, TITLES
 from studies.lilt.tables import TABLES
 
 BEGIN, END = "<!-- written by a person; kept when this page is made again -->", "<!-- end -->"
@@ -36,7 +36,7 @@ def write(claim: Claim, size: Size, found: Found, folder: Path) -> Path:
 def page(claim: Claim, size: Size, found: Found, before: str) -> str:
     """The whole page; ``before`` is the existing page."""
     folder = "--emoji FOLDER" if claim.world == "names" else "--photos FOLDER"
-    larger = " --larger" if size.name == "larger" else ""
+    larger = " --larger" if size is LARGER else ""
     parts = [
         f"# {TITLES[claim.name]}",
         SAYS[claim.name],
@@ -66,7 +66,9 @@ def _done(claim: Claim, size: Size) -> str:
     pairs = f"{size.pairs(claim.world):,}"
     if claim.world == "names":
         return NAMES.format(trained=_listed(TRAINED), held=_listed(HELD_OUT), pairs=pairs)
-    return PHOTOS.format(held=f"{(SMALL if size.name == 'small' else WHOLE).held:,}", pairs=pairs)
+    if size is LARGER:
+        return PHOTOS_8000.format(held=f"{WHOLE.held:,}", pairs=pairs)
+    return PHOTOS.format(held=f"{SMALL.held:,}", pairs=pairs)
 
 
 def _listed(sets: dict[str, tuple[str, ...]]) -> str:

@@ -8,12 +8,23 @@ photos, and the first gradients are informative. Each seed samples its own train
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 
 import numpy as np
-from studies.evaluation import Answer, images_seen, log_likelihood, probed, retrieval, sentences, texts_seen, zero_shot
+from studies.evaluation import (
+    Answer,
+    Seen,
+    images_seen,
+    log_likelihood,
+    probed,
+    retrieval,
+    sentences,
+    texts_seen,
+    zero_shot,
+)
 from studies.lilt.initial_heads import Rows, Start, closed_form
 
 from clasp.config.build import ModelAndPreprocessing
@@ -23,9 +34,8 @@ from clasp.evaluation.retrieval import RetrievalQueries
 from clasp.evaluation.zeroshot import ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
+from clasp.training.precision import Precision
 from clasp.types import PooledFeatures, UserError
-
-EVERY = 2  # every second class is in the study: twice as many photos per class in a short run
 
 
 def drawn(pairs: Pairs, count: int, seed: int) -> Pairs:
@@ -36,6 +46,7 @@ def drawn(pairs: Pairs, count: int, seed: int) -> Pairs:
 
 
 FILE = Path(__file__).with_name("photos.toml")
+FILE_8000 = Path(__file__).with_name("photos-8000.toml")
 
 
 @dataclass(frozen=True)
@@ -51,17 +62,21 @@ class Sizes:
 
 
 SMALL = Sizes(held=480, test=1200, objects=500, objects_to_fit=300, scenes=200)
-WHOLE = Sizes(held=1000, test=1200, objects=1000, objects_to_fit=2000, scenes=900)
+WHOLE = Sizes(held=2000, test=2400, objects=1000, objects_to_fit=2000, scenes=900)
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Half the classes of Tiny-ImageNet (training and evaluation); CIFAR-10 and Flickr8k (evaluation only)."""
+    """Classes of Tiny-ImageNet (training and evaluation); CIFAR-10 and Flickr8k (evaluation only).
+
+    ``every``: of the classes, one in so many; with half of them a short run has twice as many photos of a class.
+    """
 
     folder: Path
     sizes: Sizes = SMALL
     ridge: tuple[float, float] = (1.0, 1.0)
     file: Path = FILE
+    every: int = 2
 
     @property
     def recipe(self) -> Recipe:
@@ -74,37 +89,49 @@ class Photos:
         """Training pairs; and a few for the validation at the end of the run, which is not used here."""
         return drawn(self._train, count, seed), self._held[:64]
 
-    def start(self, parts: ModelAndPreprocessing, inputs: FeatureSource, more: Pairs | None) -> Start:
-        """Closed-form heads for the towers in ``parts``, from pairs outside the training set, and ``more`` if given."""
-        rows = self._rows(parts, inputs, self._first)
-        if more is not None:
-            rows = rows.and_those_of(self._rows(parts, inputs, more))
+    def start(self, parts: ModelAndPreprocessing, inputs: FeatureSource, *pairs: Pairs) -> Start:
+        """Closed-form heads for the towers in ``parts``, from these pairs together."""
+        first, *others = (self._rows(parts, inputs, each) for each in pairs)
+        rows = reduce(Rows.and_those_of, others, first)
         held = self._rows(parts, inputs, self._held[:256])
         return closed_form(rows, held, width=self.recipe.head.width, ridge=self.ridge)
 
     def _rows(self, parts: ModelAndPreprocessing, inputs: FeatureSource, pairs: Pairs) -> Rows:
         said = [pair.captions[0].text for pair in pairs]
-        images, texts = images_seen(parts.model, inputs, pairs), texts_seen(parts.model, inputs, said)
+        images, texts = self._images(parts.model, inputs, pairs), self._texts(parts.model, inputs, said)
         return Rows(images.of(pair.id for pair in pairs), texts.of(said), tuple(said))
+
+    def _images(self, model: DualEncoder, inputs: FeatureSource, pairs: Pairs) -> Seen:
+        return images_seen(model, inputs, pairs, self._precision)
+
+    def _texts(self, model: DualEncoder, inputs: FeatureSource, texts: Iterable[str]) -> Seen:
+        return texts_seen(model, inputs, texts, self._precision)
+
+    @cached_property
+    def _precision(self) -> Precision:
+        """The precision of features: that of training, named in the recipe of every size."""
+        precision = self.recipe.train.precision
+        assert precision != "auto"
+        return precision
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 
     def validate(self, model: DualEncoder, inputs: FeatureSource) -> float:
         """The learning rate selection metric: log-likelihood of the correct class on held-out photos."""
         held = self._held[: self.sizes.held]
-        return log_likelihood(model, images_seen(model, inputs, held), self._classes("tinyimagenet", held, inputs))
+        return log_likelihood(model, self._images(model, inputs, held), self._classes("tinyimagenet", held, inputs))
 
     def ask(self, model: DualEncoder, inputs: FeatureSource) -> dict[str, Answer]:
         """Answers by name, such as ``zero-shot/tinyimagenet/top5``."""
         test, objects = self._test[: self.sizes.test], self._objects[: self.sizes.objects]
         answers = {}
         for name, pairs in (("tinyimagenet", test), ("cifar10", objects)):
-            seen = images_seen(model, inputs, pairs)
+            seen = self._images(model, inputs, pairs)
             found = zero_shot(model, seen, self._classes(name, pairs, inputs))
             answers |= {f"zero-shot/{name}/{key}": value for key, value in found.items()}
         to_fit = self._objects_to_fit[: self.sizes.objects_to_fit]
         labels = [{pair.id: int(pair.meta["label"]) for pair in pairs} for pairs in (to_fit, objects)]
-        found = probed(images_seen(model, inputs, to_fit), labels[0], seen, labels[1])
+        found = probed(self._images(model, inputs, to_fit), labels[0], seen, labels[1])
         answers |= {f"kept/cifar10/{key}": value for key, value in found.items()}
         return answers | self._ask_scenes(model, inputs)
 
@@ -112,7 +139,7 @@ class Photos:
         scenes = list(self._scenes)
         more = scenes + list(self._more_scenes[: max(0, self.sizes.scenes - len(scenes))])
         photo = {caption.text: pair.id for pair in more for caption in pair.captions}
-        texts = texts_seen(model, inputs, photo)
+        texts = self._texts(model, inputs, photo)
         ids = {f"{pair.id}#{n}": (text, pair.id) for pair in scenes for n, (text, _) in enumerate(pair.captions)}
         pooled = PooledFeatures(texts.of(text for text, _ in ids.values()).to(next(model.parameters()).device))
         question = RetrievalQueries(
@@ -120,7 +147,7 @@ class Photos:
             text_groups={name: photo_id for name, (_, photo_id) in ids.items()},
             texts=lambda: [(list(ids), pooled)],
         )
-        found = retrieval(model, images_seen(model, inputs, self._scenes), question)
+        found = retrieval(model, self._images(model, inputs, self._scenes), question)
         answers = {f"retrieval/flickr8k/{key}": value for key, value in found.items()}
         return answers | {"kept/flickr8k/sentences": sentences(texts, photo)}
 
@@ -129,7 +156,7 @@ class Photos:
         classes = self._lines(name, "classnames.txt")
         return ZeroShotQueries(
             labels={pair.id: str(pair.meta["class"]) for pair in pairs},
-            classes=classes[::EVERY] if name == "tinyimagenet" else classes,
+            classes=classes[:: self.every] if name == "tinyimagenet" else classes,
             templates=lines,
             read=inputs.read,
         )
@@ -146,7 +173,7 @@ class Photos:
     def _tiny(self, name: str) -> Pairs:
         """Pairs of the classes in the study; photos of one class are one group, so that they are not negatives."""
         pairs = open_pairs(f"{self.folder}/tinyimagenet/{name}", columns=ColumnNames(group="wnid"))
-        classes = set(self._lines("tinyimagenet", "classnames.txt")[::EVERY])
+        classes = set(self._lines("tinyimagenet", "classnames.txt")[:: self.every])
         return pairs.subset(row for row in range(len(pairs)) if pairs[row].meta["class"] in classes)
 
     @cached_property
@@ -160,8 +187,8 @@ class Photos:
         return self._tiny("tinyimagenet-train-04.tar")
 
     @cached_property
-    def _first(self) -> Pairs:
-        """Training photos for initialising heads."""
+    def outside(self) -> Pairs:
+        """Training photos for initialising heads only."""
         return self._tiny("tinyimagenet-train-05.tar")
 
     @cached_property

@@ -12,14 +12,12 @@ import numpy as np
 from studies.formatting import line, told
 from studies.lilt.claim_records import At, Found
 from studies.lilt.claims import (
-    BUDGETED,
-    CLOSED,
     FULL,
     HEADS,
     LANGUAGES,
     LAYERWISE,
-    METHODS,
     NAMES_FULL,
+    WITHOUT_STEPS,
     Row,
     Size,
     half,
@@ -51,7 +49,7 @@ def methods(found: Found, size: Size) -> list[str]:
     titles = ["trained", "parameters", "%", "seeds", "top-5 %", "top-1 %", "top-5 against full", "of full, %"]
     table = _Table(found, [*titles, "of full's gain over heads, %", *ELSEWHERE.values(), "pairs/s", "peak MB"])
     full, heads = (FULL.name, size.photos), (HEADS.name, size.photos)
-    for row in METHODS:
+    for row in size.methods:
         at = (row.name, size.photos)
         if at in found.asked:
             trained, total = found.trained(at)
@@ -72,10 +70,10 @@ def kept(found: Found, size: Size) -> list[str]:
     against = [f"{title} against full" for title in PROBES.values()]
     table = _Table(found, ["trained", "seeds", *(f"{title} % (change)" for title in PROBES.values()), *against])
     full, heads = (FULL.name, size.photos), (HEADS.name, size.photos)
-    for row in METHODS:
+    for row in size.methods:
         at = (row.name, size.photos)
-        if at in found.asked and row is not CLOSED:
-            table.begin(f"{row.name} (towers as they were)" if row is HEADS else row.name, table.seeds(at))
+        if at in found.asked and row.name not in WITHOUT_STEPS:
+            table.begin(f"{row.name} (towers as they were)" if row.name == HEADS.name else row.name, table.seeds(at))
             for name in PROBES:
                 change = f" ({told(table.measured([at, heads], name, difference), difference)})" if at != heads else ""
                 table.add(told(table.measured([at], name, itself), itself, short=True) + change)
@@ -137,14 +135,14 @@ def budgets(found: Found, size: Size) -> list[str]:
     titles = ["towers and what trains", "trained", "MFLOPs a pair", "pairs", "seeds", "top-5 %", "against the smaller"]
     table = _Table(found, [*titles, "memory of a step, MB", "pairs/s", "peak MB"])
     small = found.afforded(half(FULL), size)
-    for row, _ in BUDGETED:
+    for row, _ in size.budgeted:
         if small and (at := found.afforded(row, size)):
             cost = found.costs[row.name]
             trained = f"{cost['counts']['model']['trained']:,}"
             table.begin(row.name, trained, f"{cost['flops'] / 1e6:,.0f}", f"{at[1]:,}", table.seeds(at))
             table.tell([at], TOP5)
             table.against(at, small, TOP5)
-            table.add(f"{memory(cost) / 1e6:,.0f}", *_speed(found, row))
+            table.add(f"{memory(cost, size.batch) / 1e6:,.0f}", *_speed(found, row))
     lines = [*table.lines, "", BUDGETS.format(budget=f"{size.budget:,}"), "", table.could_see("to the smaller in full")]
     return [*lines, "", "### As good as full training", "", *_as_good(found, size)]
 
@@ -233,9 +231,9 @@ def counted(found: Found, rows: Sequence[At], names: Sequence[str]) -> list[Coun
     return [sum((counts[row] for counts in each[1:]), each[0][row]) for row in range(len(rows))] if each else None
 
 
-def memory(cost: dict) -> float:
-    """Memory of a step with a batch of 64, bytes, from the counted costs of a row."""
-    return cost["fixed_bytes"] + 64 * cost["kept_bytes"]
+def memory(cost: dict, batch: int) -> float:
+    """Memory of a step with a batch of this size, bytes, from the counted costs of a row."""
+    return cost["fixed_bytes"] + batch * cost["kept_bytes"]
 
 
 def _recalls(cell: str, spoken: Sequence[str]) -> list[str]:
