@@ -35,9 +35,9 @@ epochs, batches of 128, bfloat16. Pairs: {pairs} photos of the 160 classes of Ti
 photos of one class are no negatives of each other. Heads start in closed form from the last layers of the untouched
 towers over the pairs that train, the same for every row of a seed, and train at 1e-4. The two rows "closed form" take
 no step: from the last layers, and from the pooled states of all layers. What trains in the towers has a learning rate
-of its own for each row (in the row "heads" the heads), chosen with seed 0 by the likelihood of the right class on {held}
-other training photos; all that were tried are below. Quality is zero-shot over the 160 classes on 2,400 test photos.
-Seeds change order, crops and what is drawn; the pairs of the largest runs are the same."""
+of its own for each row (in the row "heads" the heads), chosen with seed 0 by the likelihood of the right class on
+{held} other training photos; all that were tried are below. Quality is zero-shot over the 160 classes, on 2,400 test
+photos. Seeds change order, crops and what is drawn; the pairs of the largest runs are the same."""
 
 NAMES = """Text tower: multilingual-e5-small. The image tower (EfficientNet-Lite0, 128 px) is locked and its vectors
 are kept, since the claim is about the text tower. Pairs: drawings of two thirds of the 1,114 training concepts in
