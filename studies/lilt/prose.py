@@ -33,7 +33,7 @@ it moves more than top-1 at this size. Each seed draws its own training photos, 
 PHOTOS_8000 = """Towers: DINOv2 ViT-S/14 (`pip:dinov2-small-focus`) at 56 px and MiniLM-L6 (`pip:minilm-l6`); three
 epochs, batches of 128, bfloat16. Pairs: {pairs} photos of the 160 classes of Tiny-ImageNet with template captions;
 photos of one class are no negatives of each other. Heads start in closed form from the last layers of the untouched
-towers over the pairs that train, the same for every row of a seed, and train at 1e-4. The two rows "closed form" take
+towers over the pairs that train, the same for every row of a seed, and train at 1e-3. The two rows "closed form" take
 no step: from the last layers, and from the pooled states of all layers. What trains in the towers has a learning rate
 of its own for each row (in the row "heads" the heads), chosen with seed 0 by the likelihood of the right class on
 {held} other training photos; all that were tried are below. Quality is zero-shot over the 160 classes, on 2,400 test

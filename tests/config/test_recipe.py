@@ -67,6 +67,9 @@ WRONG_OVERRIDES = {
     # what does not go together
     "data.class_weight=5": ["data.class_weight = 5", "head.init = 'cca'", "head.init = 'random'"],
     "data.class_weight=-1": ["class_weight"],
+    "head.power=[0.5, 1.0]": ["power = [0.5, 1.0]", "standardize = true or 'layer'"],
+    "head.power=[0, 1]": ["head.power", "greater than 0"],
+    "head.class_probabilities=true": ["class_probabilities = true", "standardize = 'layer'"],
     "head.init=cca": ["head.init = 'cca'", "head.standardize = true"],
     # overrides that are none
     "nope": ["'nope'", "key=value", "train.batch_size=512"],

@@ -25,7 +25,7 @@ def test_class_pairs_by_hand():
         *single_class_concepts([["cat", "Felis catus"], ["dog"], ["sky"]], ["a pet", "", ""]),
         Concept(("animal",), (0, 1), "lives"),
     )
-    pairs = class_pairs(Classifier(weight, concepts, "mean", "a test"))
+    pairs = class_pairs(Classifier(weight, torch.zeros(len(weight)), concepts, "mean", "a test"))
     assert pairs.texts == ("cat", "Felis catus", "a pet", "dog", "sky", "animal")
     assert pairs.weight.tolist() == [1, 0.5, 1, 1, 1, 1], "a synonym less, a broader term's definition not at all"
     assert pairs.concept.tolist() == [0, 0, 0, 1, 2, 3] and pairs.classes == 3
@@ -49,7 +49,7 @@ COLUMNS = [
 
 @pytest.mark.parametrize(("reads", "pool", "width", "pooled", "columns"), COLUMNS, ids=lambda each: str(each))
 def test_columns_that_the_classifier_reads(reads: str, pool: str, width: int, pooled: int, columns: slice | None):
-    classifier = Classifier(torch.zeros(3, width), (), reads, "a test")
+    classifier = Classifier(torch.zeros(3, width), torch.zeros(3), (), reads, "a test")
     assert classifier_columns(classifier, pool, pooled) == columns
 
 

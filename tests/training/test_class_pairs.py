@@ -13,7 +13,7 @@ from clasp.commands import fit_run
 from clasp.config.build import load
 from clasp.config.recipe import Recipe
 from clasp.models.classifier import Classifier, class_pairs, single_class_concepts
-from clasp.models.heads import Standardize
+from clasp.models.standardize import FeatureLayout, Standardize
 from clasp.training.class_pairs import ClassPairFeatures, WeightedClassPairs
 from clasp.training.initialize import initialize_heads
 from clasp.training.moments import PairMoments
@@ -113,13 +113,13 @@ def some_features() -> ClassPairFeatures:
     """Three classes of two names and a definition, read from columns 1 to 4 of six."""
     weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
     concepts = single_class_concepts([["a", "b"], ["c"], ["d"]], ["what it is", "", ""])
-    pairs = class_pairs(Classifier(weight, concepts, "mean", "a test"))
+    pairs = class_pairs(Classifier(weight, torch.zeros(3), concepts, "mean", "a test"))
     text = torch.randn(len(pairs.texts), 4, generator=torch.Generator().manual_seed(1))
     return ClassPairFeatures(WeightedClassPairs(pairs, slice(1, 4), 2.0, "a test"), text)
 
 
 def standardized(width: int) -> Standardize:
-    made = Standardize(width)
+    made = Standardize(FeatureLayout([width]))
     made.fit(torch.randn(50, width, generator=torch.Generator().manual_seed(2)) * torch.arange(1, width + 1) + 3)
     return made
 

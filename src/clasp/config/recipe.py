@@ -212,7 +212,9 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
     if recipe.auto is not None:
         _check_auto(recipe, source)
     if recipe.head.init == "cca" and not (recipe.head.kind == "linear" and recipe.head.standardize):
-        raise UserError(f"{source}: head.init = 'cca' needs head.kind = 'linear' and head.standardize = true")
+        raise UserError(
+            f"{source}: head.init = 'cca' needs head.kind = 'linear' and head.standardize = true or 'layer'"
+        )
     if recipe.data.class_weight and recipe.head.init != "cca":
         raise UserError(
             f"{source}: data.class_weight = {recipe.data.class_weight:g} is for head.init = 'cca'; here head.init = "

@@ -33,6 +33,7 @@ class Classifier:
     """A linear classifier of pooled features, and the concepts that its outputs stand for."""
 
     weight: Float[Tensor, "C D"]
+    bias: Float[Tensor, " C"]
     concepts: tuple[Concept, ...]
     pool: ClassifierPooling
     """The pooling of the last hidden states that it reads"""

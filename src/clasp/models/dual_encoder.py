@@ -23,6 +23,7 @@ from clasp.models.heads import HeadSettings, ProjectionHead
 from clasp.models.pretrained_heads import find_pretrained_heads, warn_of_unused_heads
 from clasp.models.sharing.policy import SharingPlan
 from clasp.models.sharing.tie import LowRankLinear, parameter_aliases
+from clasp.models.standardize import ClassProbabilities, FeatureLayout, Standardize
 from clasp.models.structure import is_norm
 from clasp.models.tower import Tower
 from clasp.models.tuning.spec import freeze_except
@@ -82,6 +83,8 @@ class DualEncoder(nn.Module):
     ``None``: the logits have none.
     """
 
+    image_head: ProjectionHead
+    text_head: ProjectionHead
     log_scale: nn.Parameter | None
     temperature: nn.Parameter | None
 
@@ -101,8 +104,9 @@ class DualEncoder(nn.Module):
         device = next(image.parameters()).device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.image_head = ProjectionHead(image.width, head).to(device)
-            self.text_head = ProjectionHead(text.width, head).to(device)
+            for side, tower, power in (("image", image, head.power[0]), ("text", text, head.power[1])):
+                made = ProjectionHead(tower.width, head, _standardize(tower, head, power)).to(device)
+                self.add_module(f"{side}_head", made)
         logits = logits or LogitSettings()
         start, *limits = (
             _scale_to_parameter(logits.scale, scale) for scale in (logits.init_logit_scale, *logits.scale_range)
@@ -224,6 +228,9 @@ class DualEncoder(nn.Module):
         ours = self.selection.union(*self.new_parameter_names.values())
         tensors = {name: p.detach() for name, p in self.named_parameters() if name in ours}
         tensors |= self.moving
+        if self.image_head.standardize is not None and self.image_head.standardize.probabilities is not None:
+            classifier = self.image_head.standardize.probabilities.named_buffers()
+            tensors |= {f"classifier:{name}": tensor for name, tensor in classifier}
         hashes = sorted(hash_tensors(tensors).items())
         return hashlib.sha256(repr((self.image.fingerprint, self.text.fingerprint, hashes)).encode()).hexdigest()
 
@@ -265,6 +272,26 @@ class DualEncoder(nn.Module):
         """Clamp the log scale to its range; a temperature is clamped in ``scale_and_bias``."""
         if self.log_scale is not None:
             self.log_scale.clamp_(*self._limits)
+
+
+def _standardize(tower: Tower, head: HeadSettings, power: float) -> Standardize | None:
+    """What standardises the features of a tower, with its classifier where the image head reads class probabilities.
+
+    Raises ``UserError`` where that classifier is missing.
+    """
+    if not head.standardize:
+        return None
+    probabilities = None
+    if head.class_probabilities and tower.modality == "image":
+        if (found := tower.classifier()) is None:
+            raise UserError(
+                f"head.class_probabilities = true: {tower.name} has no classifier that reads what image.pool gives, or "
+                "none that can be read without its weights; leave class_probabilities out, or choose a tower that was "
+                "trained as a classifier (pip:efficientnet-lite0, or one of timm: or hf:) with its own pool"
+            )
+        probabilities = ClassProbabilities(*found)
+    layers = [width for _, width in tower.pooled_layers]
+    return Standardize(FeatureLayout(layers, head.standardize == "layer", power, probabilities))
 
 
 def _scale_to_parameter(form: Literal["log", "temperature"], scale: float) -> float:

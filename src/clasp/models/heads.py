@@ -8,7 +8,7 @@ that is decided by the caller.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,10 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
+from clasp.models.standardize import Standardize
 from clasp.types import UserError
+
+_Power = Annotated[float, Field(gt=0, le=1)]
 
 
 class HeadSettings(BaseModel):
@@ -33,8 +36,15 @@ class HeadSettings(BaseModel):
     """Hidden width of mlp and glu; by default twice ``width``"""
     bias: bool = True
     """Whether a linear head has a bias; not in CLIP and MS-CLIP"""
-    standardize: bool = False
-    """A learned shift and factor per feature, initialised to standardise the training pairs (Glow's ActNorm)"""
+    standardize: bool | Literal["layer"] = False
+    """A learned shift and factor per feature, initialised to standardise the training pairs (Glow's ActNorm); "layer":
+    factors start as one for all features of a pooled layer, so that rare features stay small"""
+    power: tuple[_Power, _Power] = (1.0, 1.0)
+    """Power normalisation of the pooled features, image and text, before they are standardised: ``sign(x) |x|^power``;
+    0.5 is the signed square root (Perronnin et al., ECCV 2010)"""
+    class_probabilities: bool = False
+    """Whether the image head also reads the class probabilities of the classifier that the image tower was pre-trained
+    with, beside the pooled features; needs ``standardize = "layer"``"""
     init: Literal["random", "cca", "pretrained"] = "random"
     """``cca``: linear heads are initialised in closed form by canonical correlation analysis; needs ``standardize`` and
     frozen towers. ``pretrained``: heads, logit scale and logit bias are those of the dual encoder that the towers come
@@ -60,6 +70,19 @@ class HeadSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _features_are_standardized(self) -> HeadSettings:
+        if self.power != (1.0, 1.0) and not self.standardize:
+            raise ValueError(
+                f"power = {list(self.power)} needs standardize = true or 'layer'; here standardize = false"
+            )
+        if self.class_probabilities and self.standardize != "layer":
+            raise ValueError(
+                "class_probabilities = true needs standardize = 'layer': the probability of a class that the training "
+                f"images do not show is near 0; here standardize = {str(self.standardize).lower()}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _projections_are_linear(self) -> HeadSettings:
         if self.init == "pretrained" and (self.kind not in ("linear", "none") or self.standardize):
             found = "standardize = true" if self.kind in ("linear", "none") else f"kind = {self.kind!r}"
@@ -67,27 +90,6 @@ class HeadSettings(BaseModel):
                 f"init = 'pretrained' needs kind = 'linear' or 'none', and standardize = false; here {found}"
             )
         return self
-
-
-class Standardize(nn.Module):
-    """``x * scale + shift`` per feature, data-dependent initialisation by ``fit`` (Kingma & Dhariwal, 2018, section
-    3.1)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-        self.shift = nn.Parameter(torch.zeros(width))
-
-    def fit(self, features: Float[Tensor, "n D"]) -> None:
-        """Initialise so that ``features`` map to mean 0 and deviation 1; near-constant features are not blown up."""
-        deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
-        factor = 1 / deviation.clamp(min=1e-3 * float(deviation.median()) + 1e-12)
-        with torch.no_grad():
-            self.scale.copy_(factor)
-            self.shift.copy_(-mean * factor)
-
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        return x * self.scale + self.shift
 
 
 class GaussianNoise(nn.Module):
@@ -144,11 +146,12 @@ HEAD_MAPS: dict[str, Callable[[int, HeadSettings], nn.Module]] = {
 
 
 class ProjectionHead(nn.Module):
-    """A pooled vector to the joint space, before L2 normalisation."""
+    """A pooled vector to the joint space, before L2 normalisation; ``standardize`` is applied first."""
 
-    def __init__(self, width: int, settings: HeadSettings):
+    def __init__(self, width: int, settings: HeadSettings, standardize: Standardize | None = None):
         super().__init__()
-        self.standardize = Standardize(width) if settings.standardize else None
+        self.standardize = standardize
+        width = width if standardize is None else standardize.width
         self.noise, self.dropout = GaussianNoise(settings.noise), nn.Dropout(settings.dropout)
         self.map: nn.Module = HEAD_MAPS[settings.kind](width, settings)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clasp.data.loader import BatchReader, philox_integers
 from clasp.data.readers import PairIndex, SampleIndices
-from clasp.models.heads import Standardize
+from clasp.models.standardize import Standardize
 from clasp.training.class_pairs import ClassPairFeatures
 from clasp.types import Batch, PooledFeatures
 
@@ -45,17 +45,18 @@ class ClassPairRows:
 def class_pair_rows(
     features: ClassPairFeatures, standardize: tuple[Standardize, Standardize], per_sample: float
 ) -> ClassPairRows:
-    """The pairs of single classes in the features before ``standardize``, that of the training pairs (image, text).
+    """The pairs of single classes as pooled features, before ``standardize``, that of the training pairs (image, text).
 
     As in the closed form, their texts are centred on the mean of the captions.
     """
     image, text = standardize
     pairs = features.classes.pairs
     single = np.flatnonzero([len(pairs.concepts[number].classes) == 1 for number in pairs.concept.tolist()])
-    raw = (features.patterns(image) - image.shift.detach()) / image.scale.detach()
+    raw = image.invert(features.patterns(image)[:, : image.pooled_width])
     weight = pairs.weight[single].to(features.text)
     own = features.text[single]
-    centred = own - weight @ own / weight.sum() - (text.shift / text.scale).detach().to(own)
+    mean = text.invert(torch.zeros(1, text.pooled_width, device=text.scale.device))
+    centred = own - weight @ own / weight.sum() + mean.to(own)
     weights = np.cumsum(weight.double().cpu().numpy())
     return ClassPairRows(
         raw.cpu(),

@@ -18,7 +18,7 @@ from torch import Tensor
 from clasp.models.classifier import ClassPairs, class_pairs
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
-from clasp.models.heads import Standardize
+from clasp.models.standardize import Standardize, signed_power
 from clasp.training.moments import PairMoments
 from clasp.training.pooled_features import pool_inputs
 from clasp.types import UserError
@@ -62,14 +62,22 @@ class ClassPairFeatures:
     def patterns(self, image: Standardize) -> Float[Tensor, "K Di"]:
         """The standardised image features of each concept; those of the pairs have the mean length of a pair's.
 
+        The class probabilities that a head may read are 1 for a class, and equal for the classes of a broader concept.
         Columns that the classifier does not read are zero.
         """
         scale, pairs, columns = image.scale.detach(), self.classes.pairs, self.classes.columns
-        pattern = pairs.vectors.to(scale) / scale[columns]
-        pattern = pattern * (pattern.shape[1] ** 0.5 / pattern.norm(dim=1)[pairs.concept].mean())
-        rows = torch.zeros(len(pattern), len(scale), dtype=scale.dtype, device=scale.device)
-        rows[:, columns] = pattern
+        rows = torch.zeros(len(pairs.vectors), len(scale), dtype=scale.dtype, device=scale.device)
+        rows[:, columns] = self._pair_length(pairs.vectors.to(scale) / scale[columns])
+        if image.probabilities is not None:
+            probabilities = torch.zeros(len(rows), len(image.probabilities.weight), dtype=scale.dtype)
+            for row, concept in zip(probabilities, pairs.concepts, strict=True):
+                row[list(concept.classes)] = 1 / len(concept.classes)
+            rows[:, image.pooled_width :] = self._pair_length(signed_power(probabilities, image.power)).to(rows)
         return rows
+
+    def _pair_length(self, rows: Float[Tensor, "K d"]) -> Float[Tensor, "K d"]:
+        """Rows scaled to the mean length of standardised features over the class pairs."""
+        return rows * (rows.shape[1] ** 0.5 / rows.norm(dim=1)[self.classes.pairs.concept].mean())
 
     def moments(self, image: Standardize, text: Standardize, training: PairMoments, ridge: float) -> PairMoments:
         """Moments in the standardised features of both heads.
@@ -78,7 +86,9 @@ class ClassPairFeatures:
         ``pattern (C_mm + ridge)⁻¹ C_mr``, with ``C`` the covariance of the training images and ``m`` the columns read.
         """
         pairs, columns = self.classes.pairs, self.classes.columns
-        rows = _whole_rows(self.patterns(image)[:, columns], columns, training, ridge)
+        patterns = self.patterns(image)
+        rows = _whole_rows(patterns[:, columns], columns, training, ridge)
+        rows[:, image.pooled_width :] = patterns[:, image.pooled_width :]
         moments = PairMoments.empty(rows.shape[1], self.text.shape[1], rows.device)
         for part in torch.arange(len(pairs.texts)).split(_PAIRS_AT_ONCE):
             texts = text(self.text[part].to(rows)).detach()

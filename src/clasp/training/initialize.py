@@ -8,6 +8,7 @@ low-rank updates get the directions of the gradient. Note: a resumed run must no
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
 from clasp.data.readers import PairIndex
 from clasp.models.dual_encoder import DualEncoder, HeadSettings
-from clasp.models.heads import Standardize
+from clasp.models.standardize import Standardize
 from clasp.models.tuning.peft_methods import initialize_lora_from_gradient, wrapped_weight_name
 from clasp.models.tuning.settings import TuneSettings
 from clasp.models.tuning.spec import freeze_except, gradient_initialized_layers
@@ -77,8 +78,8 @@ def standardize_of_pairs(
 ) -> tuple[Standardize, Standardize]:
     """The standardisation (image, text) that ``initialize_heads`` starts the heads with, whatever they have now."""
     assert isinstance(sides.pairs, PairIndex)
-    device = next(model.parameters()).device
-    made = Standardize(model.image.width).to(device), Standardize(model.text.width).to(device)
+    assert model.image_head.standardize is not None and model.text_head.standardize is not None
+    made = deepcopy(model.image_head.standardize), deepcopy(model.text_head.standardize)
     _fit_standardize(made, PairFeatures(model, sides, sides.pairs, tally), sides.pairs)
     return made
 

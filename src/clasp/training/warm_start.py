@@ -21,7 +21,8 @@ from clasp.types import UserError
 # settings that decide which tensors a delta has, and their shapes
 _SETTINGS = (
     *(f"{side}.{key}" for side in ("image", "text") for key in ("tower", "pool", "layer", "extra_layers")),
-    *("head.kind", "head.width", "head.hidden", "head.bias", "head.standardize", "loss.kind", "loss.scale"),
+    *(f"head.{key}" for key in ("kind", "width", "hidden", "bias", "standardize", "power", "class_probabilities")),
+    *("loss.kind", "loss.scale"),
     *("tune.image", "tune.text", "tune.head", "tune.scale", "share"),
 )
 

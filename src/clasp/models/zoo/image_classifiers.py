@@ -56,9 +56,10 @@ def read_image_classifier(name: str, kind: str, labels: tuple[str, ...]) -> Clas
     with torch.no_grad():
         logits = whole(pixel_values=pixels.values).logits
         states = as_tokens(foreign_states(name, encoder, pixels, None))
-    bias = None if layer.bias is None else layer.bias.detach()
-    pool = find_classifier_pooling(encoder, states, (layer.weight.detach(), bias), logits)
+    weight = layer.weight.detach().clone()
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
+    pool = find_classifier_pooling(encoder, states, (weight, bias), logits)
     if pool is None:
         return None
     concepts, source = concepts_of_labels(labels)
-    return Classifier(layer.weight.detach().clone(), concepts, pool, source)
+    return Classifier(weight, bias, concepts, pool, source)

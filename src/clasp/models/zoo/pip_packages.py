@@ -228,8 +228,8 @@ def _read_efficientnet(path: Path) -> _Tensors:
 
 
 def _read_efficientnet_classifier(path: Path) -> Classifier:
-    weight = torch.load(path, map_location="cpu", weights_only=True)["_fc.weight"]
-    return Classifier(weight, imagenet_concepts(), "mean", IMAGENET_SOURCE)
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    return Classifier(tensors["_fc.weight"], tensors["_fc.bias"], imagenet_concepts(), "mean", IMAGENET_SOURCE)
 
 
 def _read_minilm(path: Path) -> _Tensors:

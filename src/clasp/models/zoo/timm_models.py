@@ -80,7 +80,8 @@ def _read_classifier(net: Any, named: NamedOutputs, size: int) -> Classifier | N
     layer = net.get_classifier()
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         return None  # a distilled net has two
-    weight, bias = layer.weight.detach().flatten(1), None if layer.bias is None else layer.bias.detach()
+    weight = layer.weight.detach().flatten(1)
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
     pixels = image_probe(size, torch.device("cpu")).beside
     assert isinstance(pixels, Pixels)
     with torch.no_grad():
@@ -90,7 +91,7 @@ def _read_classifier(net: Any, named: NamedOutputs, size: int) -> Classifier | N
     with torch.no_grad():
         states = as_tokens(_states(net, pixels.values))
     pool = find_classifier_pooling(net, states, (weight, bias), logits)
-    return None if pool is None else Classifier(weight, named.concepts, pool, named.source)
+    return None if pool is None else Classifier(weight, bias, named.concepts, pool, named.source)
 
 
 def _checkpoint_options(name: str, file: str) -> dict[str, Any]:
