@@ -84,12 +84,12 @@ def test_epochs_fit_what_is_left(left: Left, epochs: int | None):
     assert fitted.recipe.train.evaluate_every == -(-epochs // 10)
 
 
-def test_heads_take_a_small_share():
+def test_heads_take_what_is_left_until_they_settle():
     heads, timing = plan_heads(tuning(auto()).recipe, 2, "runs/a"), StepTiming(0.1, 1.0, 7)
-    few, many = fit_heads(heads, timing, Left(60.0, None)), fit_heads(heads, timing, Left(6000.0, None))
+    few, many = fit_heads(heads, timing, Left(10.0, None)), fit_heads(heads, timing, Left(6000.0, None))
     assert isinstance(few, StagePlan) and isinstance(many, StagePlan)
     assert few.recipe.train.epochs == 4 and many.recipe.train.epochs == 43, "300 steps"
-    assert isinstance(fit_heads(heads, timing, Left(None, 20)), str)
+    assert isinstance(fit_heads(heads, timing, Left(None, 6)), str)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """``clasp train auto``: from a closed form on cached features to tuning inside the towers, within a budget.
 
 Input: a recipe with ``[auto]``, and a folder. Output: an ordinary run, that of the best stage; the stages are runs too,
-in ``RUN/stages``. The heads are chosen in closed form (``commands.closed_form``), then trained, then both towers are
-tuned from there; a stage is kept where the run's own validation metric is better. Note: Ctrl-C ends it with the best
+in ``RUN/stages``. The heads are chosen in closed form (``commands.closed_form``), then both towers are tuned; heads
+take gradient steps with what is left of the budget. A stage is kept where the run's own validation metric is better. Note: Ctrl-C ends it with the best
 stage so far; ``plan.json`` has what was tried and is what ``clasp resume`` goes on from. Finished stages are not
 repeated.
 """
@@ -121,9 +121,9 @@ class _Climb:
         interrupted = False
         try:
             self._closed_form()
-            self._heads()
             for method in TUNINGS:
                 self._tuning(method)
+            self._heads()
             self.plan.finished = True
         except KeyboardInterrupt:
             interrupted = True
@@ -190,8 +190,9 @@ class _Climb:
         return plan_closed_form(self.base, chosen.candidate, reason)
 
     def _heads(self) -> None:
-        """Stage 2: gradient steps of the heads on cached features."""
-        stage = plan_heads(self._base(CLOSED_FORM_STAGE), 2, str(self.stages / CLOSED_FORM_STAGE))
+        """The last stage: gradient steps of the heads on cached features, where tuning left time."""
+        number = 2 + len(TUNINGS)
+        stage = plan_heads(self._base(CLOSED_FORM_STAGE), number, str(self.stages / CLOSED_FORM_STAGE))
         if self._resumes_or_ended(stage):
             return
         if self._left.nothing:
@@ -200,8 +201,8 @@ class _Climb:
         self._train_if_planned(stage, fit_heads(stage, timing, self._left))
 
     def _tuning(self, method: TowerTuning) -> None:
-        """Stage 3 and on: tuning inside the towers, from heads of the last layers."""
-        number, start = 3 + TUNINGS.index(method), self._start_of_tuning()
+        """Stage 2 and on: tuning inside the towers, from heads of the last layers."""
+        number, start = 2 + TUNINGS.index(method), self._start_of_tuning()
         base = self._base(start)
         stage = plan_tuning(base, number, str(self.stages / start), method, self._specs(method, base))
         if self._resumes_or_ended(stage):
@@ -230,13 +231,13 @@ class _Climb:
         closed_form = recipe_from_dict(RunFolder(self.stages / CLOSED_FORM_STAGE).recipe(), CLOSED_FORM_STAGE)
         last = plan_last_layers(closed_form)
         if last is None:
-            return self.plan.best if self.plan.best == "2-heads" else CLOSED_FORM_STAGE
+            return CLOSED_FORM_STAGE
         if self.plan.row(last.name) is None and not self._left.nothing:
             self._train(last)
         return last.name if self.plan.row(last.name) is not None else CLOSED_FORM_STAGE
 
     def _first_tuning(self) -> AutoRow | None:
-        return next((row for row in self.plan.rows if row.stage.startswith("3-")), None)
+        return next((row for row in self.plan.rows if row.stage.startswith("2-")), None)
 
     def _specs(self, method: TowerTuning, base: Recipe) -> dict[str, list[str]]:
         """What each tower takes of the method: where one of its parts does not fit a net, the other parts."""

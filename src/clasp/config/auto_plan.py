@@ -21,7 +21,6 @@ CLASS_WEIGHTS = (0.0, 3.0, 10.0, 30.0)
 """Training pairs that a class counts as, where the image tower has a classifier (``data.class_weight``)"""
 SEARCH_WIDTH, WIDTHS = 256, (64, 128, 256, 512)
 """Head widths: that of the search, and those tried with the best layers and ridge"""
-_HEAD_SHARE = 0.15  # of the budget that is left, for gradient steps of the heads on cached features
 _HEAD_STEPS = 300  # after which heads on cached features have settled
 _RESERVE = 0.08  # of the time left, for saving, loading and the final evaluation
 _MAX_EPOCHS, _MIN_MAX_STEPS = 15, 1500  # tuning flattens at the larger of both; then another method is worth more
@@ -167,12 +166,12 @@ def plan_tuning(base: Recipe, number: int, start: str, method: TowerTuning, spec
 
 
 def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
-    """The plan with the usual epochs, or as many as a small share of the budget holds; else why there is none."""
-    fits = left.epochs(timing, _HEAD_SHARE)
+    """The plan with the usual epochs, or as many as the budget holds; else why there is none."""
+    fits = left.epochs(timing, 1.0 if left.seconds is None else 1 - _RESERVE)
     if fits < 1:
-        return f"no epoch fits into {_HEAD_SHARE:.0%} of {left}"
+        return f"no epoch fits into {left}"
     epochs = min(fits, max(_MAX_EPOCHS, -(-_HEAD_STEPS // timing.steps_per_epoch)))
-    reason = f"{_count(epochs)} on cached features, at most {_HEAD_SHARE:.0%} of {left}"
+    reason = f"{_count(epochs)} on cached features, with {left}"
     return _with_epochs(plan, epochs, reason)
 
 
