@@ -235,22 +235,43 @@ def search(
         Path | None, typer.Option("--image", help="Image query; with WORDS, the mean of both embeddings.")
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--where", metavar="FIELD=VALUE", help="Filter: folder=…, caption~…, year>=2020; repeatable."),
+    ] = None,
     sheet: Annotated[
         Path | None, typer.Option("--sheet", help="PNG contact sheet of the hits. Default: RUN/search.png.")
     ] = None,
     as_json: _JsonOption = False,
 ) -> None:
-    """Search RUN/index by text, by image, or by both; hits by cosine similarity."""
+    """Search RUN/index by text, by image, or by both; hits by cosine similarity, near-duplicates as one.
+
+    A term after a minus sign is subtracted: "beach -people"; in double quotes a minus sign is literal.
+    """
     from clasp.commands.search import search_images
     from clasp.report.terminal import print_json, print_status, print_table, relative_path
 
-    found = search_images(run, words, image, k, sheet)
+    found = search_images(run, words, image, k, where or (), sheet)
     if as_json:
-        print_json({"query": found.query, "hits": [asdict(hit) for hit in found.hits], "sheet": str(found.sheet)})
+        print_json({"query": found.query, **found.answer.to_dict(), "sheet": str(found.sheet)})
         return
-    rows = [[hit.id, f"{hit.score:.3f}", relative_path(hit.meta["name"])] for hit in found.hits]
-    print_table(found.query, ("id", "cosine", "image"), rows)
+    print_table(found.query, ("id", "cosine", "z", "image"), [_hit_cells(hit) for hit in found.answer.hits])
+    if found.answer.line_note:
+        print_status(found.answer.line_note)
     print_status(f"picture of the hits: {relative_path(found.sheet)}")
+
+
+def _hit_cells(ranked: Any) -> list[str]:
+    from clasp.report.terminal import relative_path
+
+    hit, count = ranked.hit, len(ranked.group.duplicates)
+    z = "" if ranked.z is None else f"{ranked.z:.1f}"
+    return [
+        hit.id,
+        f"{hit.score:.3f}",
+        z,
+        relative_path(hit.meta["name"]) + (f" (+{count} nearly the same)" * (count > 0)),
+    ]
 
 
 def main() -> None:
