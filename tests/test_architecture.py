@@ -26,6 +26,9 @@ FENCES = {
     "timm": ("models/zoo/",),
     "peft": ("models/tuning/peft_methods",),
     "matplotlib": ("report/",),
+    "fastapi": ("serve/",),
+    "starlette": ("serve/",),
+    "uvicorn": ("serve/",),
 }
 
 

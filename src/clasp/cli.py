@@ -261,6 +261,34 @@ def search(
     print_status(f"picture of the hits: {relative_path(found.sheet)}")
 
 
+@app.command()
+def serve(
+    run: _RunArgument,
+    pictures: Annotated[
+        str | None, typer.Option("--pictures", metavar="FOLDER|PAIRS", help="Index these first, as clasp index does.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address; other than of this machine only with a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", help="Port; 0 takes any free one.")] = 8000,
+    token: Annotated[
+        str, typer.Option("--token", envvar="CLASP_TOKEN", help="Token that every request must send.")
+    ] = "",
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="Further name of the server, behind a proxy; repeatable."),
+    ] = None,
+) -> None:
+    """Serve a search page and an HTTP API over RUN/index; nothing leaves the machine.
+
+    Needs the extra: pip install 'clasp-vl[serve]'.
+    """
+    from clasp.commands.serve import ServeSettings, serve_run
+    from clasp.report.terminal import print_status, progress_bar
+
+    serve_run(run, pictures, ServeSettings(host, port, token, hosts or ()), say=print_status, bar=progress_bar)
+
+
 def _hit_cells(ranked: Any) -> list[str]:
     from clasp.report.terminal import relative_path
 

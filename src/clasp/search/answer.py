@@ -48,7 +48,7 @@ class SearchAnswer:
     p_value: float | None
     """Probability that a caption of something else finds a best hit as good; ``None`` if there is no text."""
     close_count: int | None
-    """Groups of the whole ranking above the line; below it nothing is close."""
+    """Groups of the ranking above the line, below which nothing is close; beyond the part it is a lower bound."""
     more: bool
 
     @property
@@ -96,7 +96,7 @@ def answer_query(
     vector = query.vector(encode_texts, encode_images, engine.stored_vectors)
     groups, more = _groups(engine, background, vector, part)
     words = query.words_only()
-    best = groups[: max(BEST_HITS, part.offset + part.k)]
+    best = groups[: part.offset + part.k + BEST_HITS]
     wanted = slice(part.offset, part.offset + part.k)
     if words is None or not best:
         return SearchAnswer([RankedHit(group) for group in groups[wanted]], None, None, more)
@@ -123,7 +123,7 @@ def _groups(
     engine: SearchEngine, background: Background, vector: Float[Tensor, "1 E"], part: RankingPart
 ) -> tuple[list[HitGroup], bool]:
     """Groups of the ranking from its start, enough for the part, and whether there are more."""
-    needed = max(BEST_HITS, part.offset + part.k) + 1
+    needed = part.offset + part.k + BEST_HITS  # so many beyond the part tell whether the line is in it
     count = needed
     while True:
         hits = engine.nearest(vector, count, all_of(part.filters))
