@@ -248,16 +248,20 @@ def search(
 
     A term after a minus sign is subtracted: "beach -people"; in double quotes a minus sign is literal.
     """
-    from clasp.commands.search import search_images
+    from clasp.commands.warm_search import search_warm_server
     from clasp.report.terminal import print_json, print_status, print_table, relative_path
 
-    found = search_images(run, words, image, k, where or (), sheet)
+    found = search_warm_server(run, words, image, k, where or (), sheet)
+    if found is None:
+        from clasp.commands.search import search_images
+
+        found = search_images(run, words, image, k, where or (), sheet).found()
     if as_json:
-        print_json({"query": found.query, **found.answer.to_dict(), "sheet": str(found.sheet)})
+        print_json({"query": found.query, **found.answer, "sheet": str(found.sheet)})
         return
-    print_table(found.query, ("id", "cosine", "z", "image"), [_hit_cells(hit) for hit in found.answer.hits])
-    if found.answer.line_note:
-        print_status(found.answer.line_note)
+    print_table(found.query, ("id", "cosine", "z", "image"), [_hit_cells(hit) for hit in found.answer["hits"]])
+    if found.answer["note"]:
+        print_status(found.answer["note"])
     print_status(f"picture of the hits: {relative_path(found.sheet)}")
 
 
@@ -289,17 +293,12 @@ def serve(
     serve_run(run, pictures, ServeSettings(host, port, token, hosts or ()), say=print_status, bar=progress_bar)
 
 
-def _hit_cells(ranked: Any) -> list[str]:
+def _hit_cells(hit: dict[str, Any]) -> list[str]:
     from clasp.report.terminal import relative_path
 
-    hit, count = ranked.hit, len(ranked.group.duplicates)
-    z = "" if ranked.z is None else f"{ranked.z:.1f}"
-    return [
-        hit.id,
-        f"{hit.score:.3f}",
-        z,
-        relative_path(hit.meta["name"]) + (f" (+{count} nearly the same)" * (count > 0)),
-    ]
+    copies = f" (+{len(hit['duplicates'])} nearly the same)" if hit["duplicates"] else ""
+    z = "" if hit["z"] is None else f"{hit['z']:.1f}"
+    return [hit["id"], f"{hit['score']:.3f}", z, relative_path(hit["meta"]["name"]) + copies]
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clasp.commands.background import open_background
+from clasp.commands.warm_search import FoundHits, search_title
 from clasp.config.build import load
 from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import recipe_from_dict
@@ -40,6 +41,10 @@ class SearchResult:
     def hits(self) -> list[Hit]:
         """The best hit of each group of near-duplicates, best first."""
         return [ranked.hit for ranked in self.answer.hits]
+
+    def found(self) -> FoundHits:
+        """The result as plain data."""
+        return FoundHits(self.query, self.answer.to_dict(), self.sheet)
 
 
 def index_images(run: Path, source: str, *, bar: ProgressFactory = no_progress_bar) -> IndexReport:
@@ -101,7 +106,7 @@ def search_images(
             encode_texts=engine.model.encode_text,
             encode_images=engine.encode_images,
         )
-        title = " + ".join(part for part in (text, f"picture {image}" if image else None) if part)
+        title = search_title(text, image)
         path = sheet or run / "search.png"
         found = SearchResult(title, answer, path)
         try:

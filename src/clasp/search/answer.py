@@ -71,7 +71,7 @@ class SearchAnswer:
             }
             for ranked in self.hits
         ]
-        return {"hits": hits, "p_value": self.p_value, "close_count": self.close_count, "more": self.more}
+        return {"hits": hits, "p_value": self.p_value, "close_count": self.close_count, "note": self.line_note}
 
 
 @dataclass(frozen=True, slots=True)

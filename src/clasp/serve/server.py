@@ -9,7 +9,9 @@ the process.
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,8 +76,20 @@ def run_server(app: ASGIApp, address: ServerAddress, run: Path, key: str, say: M
         ws="none",
         lifespan="off",
     )
-    with _recorded(run, ServerRecord(address.url, os.getpid(), key), say):
+    with _recorded(run, ServerRecord(address.url, os.getpid(), key), say), _ends_on_signals():
         uvicorn.Server(config).run(sockets=[address.socket])
+
+
+@contextmanager
+def _ends_on_signals() -> Iterator[None]:
+    """uvicorn raises SIGINT and SIGTERM again after a graceful shutdown; here they end the block."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -116,7 +116,7 @@ async function load_more() {
     if (error.name === "AbortError") return
     more = false
     status.textContent = ""
-    show_message(error.message, true)
+    show_message(error.message, true, error.status !== 400 && error.status !== 422)
   } finally {
     clearTimeout(progress)
     clearTimeout(slow)
@@ -129,17 +129,17 @@ function announce() {
     status.textContent = ""
     return show_message(state.where.length ? "No picture passes these filters." : "There is nothing to show.")
   }
-  const count = total !== null ? `${total.toLocaleString()} pictures` : `${hits.length.toLocaleString()}${more ? " first" : ""} hits`
-  const line = close_count === 0 ? note : ""
-  status.textContent = line ? `${count}; ${line}` : count
+  const count = total !== null ? `${total.toLocaleString()} pictures` : more ? `The first ${hits.length.toLocaleString()} hits` : hits.length === 1 ? "1 hit" : `${hits.length.toLocaleString()} hits`
+  status.textContent = count
+  if (close_count === 0) status.append(element("span", { className: "unseen", textContent: `; ${note}` })) // seen as the line
 }
 
-function show_message(text, failed = false) {
+function show_message(text, failed = false, again = false) {
   find("message").hidden = !text
   find("message").classList.toggle("error", failed)
   find("message-text").textContent = text
-  find("retry").hidden = !failed
-  find("all").hidden = !text || failed
+  find("retry").hidden = !again
+  find("all").hidden = !text || again
 }
 
 // --- drawing ---------------------------------------------------------------------------------------------------------
