@@ -202,13 +202,10 @@ def _add_status_routes(app: FastAPI, service: SearchService, run: str) -> None:
 
 
 def _add_command_route(app: FastAPI, service: SearchService, access: CommandAccess) -> None:
-    async def body(request: Request) -> bytes:
-        return await request.body()
-
     @app.post(COMMAND_PATH, include_in_schema=False)
     def command(
         given: Annotated[SearchParameters, Query()],
-        image: Annotated[bytes, Depends(body)],
+        image: Annotated[bytes, Depends(_body)],
         x_clasp_key: Annotated[str, Header()] = "",
     ) -> Response:
         if not hmac.compare_digest(x_clasp_key.encode("utf-8", "replace"), access.key.encode()):
@@ -218,6 +215,10 @@ def _add_command_route(app: FastAPI, service: SearchService, access: CommandAcce
         sheet = access.draw(given.q, answer)
         head = json.dumps(answer.to_dict()).encode()  # escapes what is no valid Unicode
         return Response(len(head).to_bytes(8) + head + sheet, media_type="application/octet-stream")
+
+
+async def _body(request: Request) -> bytes:
+    return await request.body()
 
 
 def _add_page(app: FastAPI) -> None:
