@@ -8,7 +8,6 @@ header that claims more pixels than allowed is refused before anything is alloca
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 
 from PIL import Image
@@ -24,7 +23,8 @@ IMAGE_MEDIA_TYPES = {
     "BMP": "image/bmp",
     "TIFF": "image/tiff",
 }
-"""Decoders that may be used, with the media type of what they decode"""
+"""Formats that may be decoded, with their media types"""
+_DECODERS = tuple(name for name in IMAGE_MEDIA_TYPES if name != "MPO")  # that is read by the decoder of JPEG
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,9 @@ class ImageHeader:
 def read_image_header(data: bytes, max_pixels: int) -> ImageHeader:
     """The header. Raises ``ImageError`` for other formats, damaged headers and more than ``max_pixels`` pixels."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is stricter
-            with Image.open(io.BytesIO(data), formats=tuple(IMAGE_MEDIA_TYPES)) as picture:
-                name, (width, height) = picture.format or "", picture.size
-    except Image.DecompressionBombError as error:
+        with Image.open(io.BytesIO(data), formats=_DECODERS) as picture:
+            name, (width, height) = picture.format or "", picture.size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"too large to be decoded safely: {error}") from None
     except Exception:  # for damaged bytes Pillow raises struct, index, zlib, syntax errors and others
         raise ImageError("not an image, or not JPEG, PNG, WebP, GIF, BMP or TIFF") from None

@@ -30,7 +30,9 @@ def stored_id(public: str) -> str:
     if not public.startswith(_ENCODED):
         return public
     try:
-        return base64.urlsafe_b64decode(public.removeprefix(_ENCODED).encode()).decode("utf-8", "surrogatepass")
+        return base64.b64decode(public.removeprefix(_ENCODED).encode(), b"-_", validate=True).decode(
+            "utf-8", "surrogatepass"
+        )
     except (binascii.Error, ValueError):
         raise UserError(f"the id {ascii(public)[:80]} is damaged; take it from the answer of a search") from None
 

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -48,6 +48,7 @@ class OpenedIndex(NamedTuple):
     background: Background
 
 
+@runtime_checkable
 class IndexSource(Protocol):
     """Opens the index of a run, as often as it changes."""
 
