@@ -29,11 +29,12 @@ from toydata import COLOURS, toys
 from toysearch import model
 
 KEY = "the key of the run"
+HOSTILE_CAPTION = "<img src=x onerror=\"document.title='owned'\"> of a circle"
 LIMITS = ServeLimits(upload_bytes=200_000, pixels=4_000_000, text_chars=200, k=100, parts=8, texts=20, seconds=10.0)
 
 
 class ToyIndex:
-    """An index in a folder: 50 drawings, none of them purple; the first is there four times."""
+    """An index in a folder: 50 drawings, none of them purple; the first is there four times, one caption is markup."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.version, self.model = folder, 0, model()
@@ -46,7 +47,8 @@ class ToyIndex:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(toy.png)
             about = {"year": 2000 + number % 5, "camera": "Nikon" if number % 2 else "Leica"}
-            self.pairs.append(Pair(name, FileSource(str(path)), (Caption(toy.caption, "en"),), name, about))
+            caption = HOSTILE_CAPTION if number == 10 else toy.caption
+            self.pairs.append(Pair(name, FileSource(str(path)), (Caption(caption, "en"),), name, about))
         store = FlatStore(folder / "index")
         SearchEngine(self.model, store).index(self.pairs)
         store.close()
