@@ -50,11 +50,20 @@ _TASKS_HELP = escape("\n".join(describe_tasks()))
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Smaller sample: takes a minute, lower accuracy.")] = False,
     folder: Annotated[Path, typer.Option("--out", help="Run folder to write.")] = Path("runs/demo"),
+    with_page: Annotated[
+        bool, typer.Option("--serve", help="Then serve the search page over the demo's drawings, as clasp serve does.")
+    ] = False,
 ) -> None:
     """Align two packaged towers on the packaged emoji sample, evaluate on held-out concepts, search and draw hits."""
+    if with_page:
+        from clasp.commands.serve import require_serve_extra
+
+        require_serve_extra()
     from clasp.commands.demo import run_demo
 
     run_demo(folder, quick=quick)
+    if with_page:
+        serve(folder)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clasp.search.metadata_filter import MetadataFilter, all_of, check_fields, known_fields, parse_filter
 from clasp.search.near_duplicates import duplicate_threshold, fold_near_duplicates
-from clasp.search.query import SearchQuery, WeightedImage, WeightedText, parse_words
+from clasp.search.query import MINUS_WEIGHT, SearchQuery, WeightedImage, WeightedText, parse_words
 from clasp.types import Hit, UserError
 
 AXES = {"x": [1.0, 0, 0], "y": [0, 1.0, 0], "z": [0, 0, 1.0]}
@@ -26,14 +26,14 @@ def vector(query: SearchQuery) -> list[float]:
 
 
 WORDS = {
-    "beach -people": [("beach", 1), ("people", -1)],
-    "beach −people -dogs": [("beach", 1), ("people", -1), ("dogs", -1)],
+    "beach -people": [("beach", 1), ("people", MINUS_WEIGHT)],
+    "beach −people -dogs": [("beach", 1), ("people", MINUS_WEIGHT), ("dogs", MINUS_WEIGHT)],
     "an e-mail": [("an e-mail", 1)],
     '"-40 degrees" outside': [("-40 degrees outside", 1)],
-    'snow -"red car" now': [("snow now", 1), ("red car", -1)],
+    'snow -"red car" now': [("snow now", 1), ("red car", MINUS_WEIGHT)],
     "rock - paper": [("rock - paper", 1)],
     '5" nails': [('5" nails', 1)],
-    "-people": [("people", -1)],
+    "-people": [("people", MINUS_WEIGHT)],
     "--help": [("--help", 1)],
 }
 
@@ -53,7 +53,9 @@ def test_a_query_is_a_weighted_sum():
     half = math.sqrt(0.5)
     both = SearchQuery((WeightedText("x"),), (WeightedImage("y"),))
     assert vector(both) == pytest.approx([half, half, 0])
-    assert vector(SearchQuery(parse_words("x -y"))) == pytest.approx([half, -half, 0])
+    length = math.sqrt(1 + MINUS_WEIGHT**2)
+    assert vector(SearchQuery(parse_words("x -y"))) == pytest.approx([1 / length, MINUS_WEIGHT / length, 0])
+    assert vector(SearchQuery(parse_words("-y"))) == pytest.approx([0, -1, 0])
     weighted = SearchQuery((WeightedText("x", 3.0), WeightedText("z", -4.0)))
     assert vector(weighted) == pytest.approx([0.6, 0, -0.8])
     assert str(SearchQuery(parse_words("x -y"), (WeightedImage("z"),), ("a",), ("b",))) == (

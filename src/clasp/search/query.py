@@ -2,10 +2,10 @@
 
 Input: texts, images (path, bytes or Pillow image) and ids of stored entries. Output: a ``SearchQuery``, whose
 ``vector`` is their weighted sum, normalised. Note: ``parse_words`` reads a term after a minus sign as a text of weight
--1 ("beach -people"); a ``SearchQuery`` made otherwise takes its texts literally. Liked and unliked entries enter by
-Rocchio's formula (Manning, Raghavan and Schütze 2008, Introduction to Information Retrieval, equation 9.3) with the
-weights given there. Ours differs in that the initial query is normalised before feedback is added, and that negative
-components stay, since embeddings are not term frequencies.
+``MINUS_WEIGHT`` ("beach -people"); a ``SearchQuery`` made otherwise takes its texts literally. Liked and unliked
+entries enter by Rocchio's formula (Manning, Raghavan and Schütze 2008, Introduction to Information Retrieval, equation
+9.3) with the weights given there. Ours differs in that the initial query is normalised before feedback is added, and
+that negative components stay, since embeddings are not term frequencies.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ from clasp.types import UserError
 
 ROCCHIO_QUERY, ROCCHIO_LIKE, ROCCHIO_UNLIKE = 1.0, 0.75, 0.15
 """alpha, beta and gamma of Rocchio's formula: weights of the query, of the mean liked and the mean unliked vector"""
+MINUS_WEIGHT = -0.35
+"""Weight of a minus term.
+
+Measured: 64 pairs of 11 words, 800 photographs with captions, ``clasp train photos``. Of 20 hits for "A -B" captions
+named A and not B in 60 % with this weight, in 57 % with -1 (fewer hits show A) and in 57 % without the minus term."""
 _CANCELLED = 1e-3  # length of the weighted sum, over the sum of the absolute weights, below which it has no direction
 _TERM = re.compile(r'(?P<minus>[-−](?=[^\s\-−]))?(?:"(?P<quoted>[^"]*)"|(?P<bare>\S+))')
 
@@ -98,6 +103,7 @@ class SearchQuery:
         parts = []
         if vectors:
             rows = torch.cat(vectors)
+            self._check_minus(rows, torch.tensor(weights, dtype=rows.dtype))
             mixed = rows.mean(dim=0) if set(weights) == {1.0} else torch.tensor(weights, dtype=rows.dtype) @ rows
             self._check(mixed, sum(map(abs, weights)))
             parts.append(ROCCHIO_QUERY * F.normalize(mixed, dim=0))
@@ -116,13 +122,19 @@ class SearchQuery:
         texts = tuple(text for text in self.texts if text.weight > 0)
         return SearchQuery(texts) if texts else None
 
+    def _check_minus(self, rows: Float[Tensor, "n E"], weights: Float[Tensor, " n"]) -> None:
+        """``UserError`` if all that is added is subtracted again, with whatever weight."""
+        if (weights > 0).any() and (weights < 0).any():
+            added, subtracted = (F.normalize(weights.mul(sign).clamp(min=0) @ rows, dim=0) for sign in (1, -1))
+            self._check(added - subtracted, 1.0)
+
     def _check(self, mixed: Float[Tensor, " E"], scale: float) -> None:
         if float(mixed.norm()) < _CANCELLED * scale:
             raise UserError(f"the search {shorten(str(self))} cancels itself out: what it adds, it subtracts again")
 
 
 def parse_words(words: str) -> tuple[WeightedText, ...]:
-    """Words as typed: the text without its minus terms, weight 1, then each minus term, weight -1.
+    """Words as typed: the text without its minus terms, weight 1, then each minus term, weight ``MINUS_WEIGHT``.
 
     A minus term is a word, or words in double quotes, directly after a minus sign at the start of a word; inside a
     word ("e-mail"), in quotes ('"-40 degrees"') and alone ("rock - paper") a minus sign is literal. Quotes around words
@@ -137,7 +149,7 @@ def parse_words(words: str) -> tuple[WeightedText, ...]:
         (minus if match["minus"] else wanted).append(term)
     text = " ".join(term for term in wanted if not is_blank(term))
     positive = [WeightedText(text)] if text else []
-    terms = (*positive, *(WeightedText(term, -1.0) for term in minus if not is_blank(term)))
+    terms = (*positive, *(WeightedText(term, MINUS_WEIGHT) for term in minus if not is_blank(term)))
     if not terms:
         raise UserError(f"search was given the words {words!r}, which are none")
     return terms

@@ -284,4 +284,5 @@ def _first_problem(errors: Sequence[Any]) -> str:
     """The first of pydantic's errors as one line."""
     first = errors[0]
     where = ".".join(str(part) for part in first["loc"][1:])
-    return f"{where or 'the request'}: {first['msg']}; see /openapi.json"
+    line = " ".join(str(first["msg"]).split())
+    return f"{where or 'the request'}: {line}; see /openapi.json"

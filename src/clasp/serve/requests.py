@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 
 from clasp.search.answer import RankedHit, RankingPart, SearchAnswer
 from clasp.search.metadata_filter import entry_folder, parse_filter
-from clasp.search.query import SearchQuery, WeightedImage, WeightedText, parse_words
+from clasp.search.query import MINUS_WEIGHT, SearchQuery, WeightedImage, WeightedText, parse_words
 from clasp.serve.limits import ServeLimits
 from clasp.serve.schemas import (
     EntryModel,
@@ -38,7 +38,7 @@ def query_of(given: SearchParameters, image: bytes | None, limits: ServeLimits) 
             raise UserError(f"a text of {len(text)} characters is too long; at most {limits.text_chars}")
     words = parse_words(given.q) if given.q else ()
     plus = (WeightedText(text) for text in given.plus)
-    minus = (WeightedText(text, -1.0) for text in given.minus)
+    minus = (WeightedText(text, MINUS_WEIGHT) for text in given.minus)
     return SearchQuery(
         (*words, *plus, *minus),
         () if image is None else (WeightedImage(image),),

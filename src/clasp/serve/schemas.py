@@ -63,7 +63,7 @@ class SearchParameters(RankingParameters):
 
     q: str = Field("", description='Words; "beach -people" subtracts people.', examples=["a dog in the snow -people"])
     plus: list[str] = Field([], description="Further texts of weight 1, taken literally.")
-    minus: list[str] = Field([], description="Texts of weight -1, taken literally.")
+    minus: list[str] = Field([], description="Texts to subtract, taken literally.")
     like: list[str] = Field([], description="Ids of entries that the hits should resemble.")
     unlike: list[str] = Field([], description="Ids of entries that the hits should not resemble.")
 
