@@ -18,6 +18,7 @@ from clasp.config.build import load
 from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import recipe_from_dict
 from clasp.data.pairs import list_images
+from clasp.models.inference import EmbeddingModel
 from clasp.report.contact_sheet import SheetRow, Thumbnail, contact_sheet
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query
 from clasp.search.background import Background
@@ -47,11 +48,16 @@ class SearchResult:
         return FoundHits(self.query, self.answer.to_dict(), self.sheet)
 
 
-def index_images(run: Path, source: str, *, bar: ProgressFactory = no_progress_bar) -> IndexReport:
-    """Embed the images of a folder, or of pairs, into the run's store. Unchanged images are not read again."""
+def index_images(
+    run: Path, source: str, *, bar: ProgressFactory = no_progress_bar, model: EmbeddingModel | None = None
+) -> IndexReport:
+    """Embed the images of a folder, or of pairs, into the run's store. Unchanged images are not read again.
+
+    ``model``: that of the run, if it is loaded already.
+    """
     recipe = recipe_from_dict(RunFolder(run).recipe(), str(run))
     items = list_images(source) if Path(source).is_dir() else open_pairs_for_recipe(source, recipe)
-    model = load(run)
+    model = model or load(run)
     store = FlatStore(run / "index")
     try:
         with bar(f"images of {source}") as progress:

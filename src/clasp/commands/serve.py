@@ -64,9 +64,10 @@ def serve_run(
     if pictures is None and not (run / "index").is_dir():
         raise UserError(f"{run} has no index yet; name the images: clasp serve {run} --pictures FOLDER")
     address = bind_address(settings.host, settings.port, settings.token)
+    model = load(run)
     if pictures is not None:
-        say(str(index_images(run, pictures, bar=bar)))
-    service = SearchService(RunIndex(run, load(run)), run / "thumbnails", ServeLimits(), ServerMetrics())
+        say(str(index_images(run, pictures, bar=bar, model=model)))
+    service = SearchService(RunIndex(run, model), run / "thumbnails", ServeLimits(), ServerMetrics())
     key = new_key()
     policy = AccessPolicy(settings.host, settings.token, settings.hosts)
     app = build_app(service, AppSettings(run.resolve().name, policy, CommandAccess(key, draw_answer)))

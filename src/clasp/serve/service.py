@@ -78,15 +78,15 @@ class _Catalogue:
 
     def __init__(self, engine: SearchEngine) -> None:
         self.ids: list[str] = []
-        metadata = []
+        seen: dict[str, None] = {}
         counts: dict[str, Counter[str]] = {"folder": Counter(), "language": Counter()}
         for name, meta in engine.store.scan():
             self.ids.append(name)
-            metadata.append(meta["meta"].keys())
+            seen.update(dict.fromkeys(meta["meta"]))
             for field in (*meta["meta"], "folder", "language"):
                 values = map(str, entry_values(meta, field))
                 counts.setdefault(field, Counter()).update(value for value in values if len(value) <= 80)
-        self.fields = known_fields({"meta": keys} for keys in metadata)
+        self.fields = known_fields([{"meta": seen}])
         self.values = {name: dict(counts.get(name, Counter()).most_common(_FREQUENT_VALUES)) for name in self.fields}
 
 
