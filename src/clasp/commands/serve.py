@@ -19,6 +19,7 @@ from clasp.config.build import load
 from clasp.models.inference import EmbeddingModel
 from clasp.report.contact_sheet import contact_sheet
 from clasp.search.answer import SearchAnswer
+from clasp.search.background import BACKGROUND_FILE, read_background
 from clasp.search.engine import SearchEngine
 from clasp.search.flat_store import FlatStore
 from clasp.training.run_folder import RunFolder
@@ -86,11 +87,8 @@ class RunIndex:
 
     @property
     def version(self) -> object:
-        """Time at which the index was last written."""
-        try:
-            return (self._run / "index" / "manifest.json").stat().st_mtime_ns
-        except OSError:
-            return None
+        """Times at which the index and its background were last written."""
+        return tuple(map(_modified, (self._run / "index" / "manifest.json", self._run / BACKGROUND_FILE)))
 
     def open(self) -> OpenedIndex:
         """The engine and its background; ``UserError`` for an empty index or one of another model."""
@@ -100,7 +98,16 @@ class RunIndex:
         if not store.count():
             raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")
         engine = SearchEngine(self._model, store)
-        return OpenedIndex(engine, open_background(self._run, engine))
+        # one of an earlier state will do while clasp index adds images: it measures the background when it is done
+        saved = read_background(self._run / BACKGROUND_FILE, self._model.fingerprint)
+        return OpenedIndex(engine, saved or open_background(self._run, engine))
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def draw_answer(title: str, answer: SearchAnswer) -> bytes:

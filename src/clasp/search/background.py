@@ -78,7 +78,7 @@ class Background:
 
     def save(self, path: Path) -> None:
         """Write atomically. Raises ``OSError``."""
-        part = path.with_name(f"{path.name}.part")
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         facts = {"facts": json.dumps(asdict(self.facts))}
         save_file({"captions": self.vectors.float().contiguous()}, part, facts)
         os.replace(part, path)
