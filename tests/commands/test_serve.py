@@ -5,41 +5,31 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
-from clasp import cli
 from clasp.commands.search import search_images
-from clasp.commands.warm_search import search_warm_server
+from clasp.commands.serve import ServeSettings, serve_run
+from clasp.commands.warm_search import FoundHits, search_warm_server
 from clasp.search.background import BACKGROUND_FILE
 from clasp.serve.warm_server import read_record
+from clasp.types import no_progress_bar
 from toydata import toys, write_folder, write_images
 from toyruns import recipe, run, save_towers
 
 
-def test_from_pictures_to_hits(tmp_path: Path):
-    pairs = write_folder(toys(48), tmp_path / "pairs")
-    run(recipe(save_towers(tmp_path), pairs), tmp_path / "run")
-    pictures = tmp_path / "pictures"
-    write_images(toys(20), pictures)
-    script = "import sys; from clasp.cli import main; sys.argv[0] = 'clasp'; main()"
-    words = ["serve", str(tmp_path / "run"), "--pictures", str(pictures), "--port", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
-    )
+def ask_and_stop(folder: Path, found: dict[str, Any]) -> None:
+    """Search as a browser and as a command, then send SIGTERM to this process, where the server runs."""
+    deadline = time.monotonic() + 120
+    while (record := read_record(folder)) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert record is not None
     try:
-        deadline = time.monotonic() + 120
-        while (record := read_record(tmp_path / "run")) is None:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        for _ in range(100):
+        for _ in range(200):  # recorded just before it accepts
             try:
                 urllib.request.urlopen(f"{record.address}/ready", timeout=5).close()
                 break
@@ -47,14 +37,26 @@ def test_from_pictures_to_hits(tmp_path: Path):
                 time.sleep(0.05)
         asked = urllib.parse.urlencode({"q": "a red ring", "k": 5})
         with urllib.request.urlopen(f"{record.address}/api/search?{asked}", timeout=60) as reply:
-            by_http = [hit["id"] for hit in json.loads(reply.read())["hits"]]
-        warm = search_warm_server(tmp_path / "run", "a red ring", None, 5)
-        assert warm is not None and warm.sheet.read_bytes().startswith(b"\x89PNG")
+            found["http"] = [hit["id"] for hit in json.loads(reply.read())["hits"]]
+        found["warm"] = search_warm_server(folder, "a red ring", None, 5)
     finally:
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 0 and "20 images added" in said and record.address in said
-    cold = search_images(tmp_path / "run", "a red ring", None, 5)
-    assert by_http == [hit["id"] for hit in warm.answer["hits"]] == [hit.id for hit in cold.hits]
-    assert {hit["z"] for hit in warm.answer["hits"]} == {ranked.z for ranked in cold.answer.hits}
-    assert (tmp_path / "run" / BACKGROUND_FILE).exists() and not (tmp_path / "run" / "server.json").exists()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_from_pictures_to_hits(tmp_path: Path):
+    pairs, folder = write_folder(toys(24), tmp_path / "pairs"), tmp_path / "run"
+    run(recipe(save_towers(tmp_path), pairs, "train.epochs=1"), folder)
+    write_images(toys(20), tmp_path / "pictures")
+    said: list[str] = []
+    found: dict[str, Any] = {}
+    asking = threading.Thread(target=ask_and_stop, args=(folder, found))
+    asking.start()
+    serve_run(folder, str(tmp_path / "pictures"), ServeSettings(port=0), say=said.append, bar=no_progress_bar)
+    asking.join()
+    assert "20 images added" in said[0] and "20 images; open http://127.0.0.1:" in said[1]
+    warm = found["warm"]
+    assert isinstance(warm, FoundHits) and warm.sheet.read_bytes().startswith(b"\x89PNG")
+    cold = search_images(folder, "a red ring", None, 5)
+    assert found["http"] == [hit["id"] for hit in warm.answer["hits"]] == [hit.id for hit in cold.hits]
+    assert [hit["z"] for hit in warm.answer["hits"]] == [ranked.z for ranked in cold.answer.hits]
+    assert (folder / BACKGROUND_FILE).exists() and not (folder / "server.json").exists()
