@@ -32,10 +32,11 @@ quick: setup
 test: setup .timm/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=.timm $(BIN)/pytest tests_timm
+	$(BIN)/pytest tests_page
 
 check: setup
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check src tests tests_timm
+	$(BIN)/ruff format --check src tests tests_timm tests_page
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 

@@ -18,13 +18,14 @@ END = "<!-- end of floors -->"
 
 ROOMS = {
     "cli": "arguments and help texts; each verb is a few lines",
-    "commands": "one file per verb: train, sweep, demo, doctor, params, evaluate, search, import_checkpoint",
+    "commands": "one file per verb: train, sweep, demo, doctor, params, evaluate, search, serve, import_checkpoint",
     "convert": "importers/: LilT and MS-CLIP checkpoints, read without executing pickles",
+    "serve": "HTTP API and search page over an index",
     "report": "model card, sweep leaderboard, figures, tables, contact sheet, terminal output",
     "evaluation": "task registry, metrics, bootstrap intervals, retention/ of pre-trained features",
     "config": "recipe (TOML to checked settings), build (recipe to model), datasets, grid",
     "training": "loop, step, losses/, optimizer, grad_cache, run_folder, cost/, trackers/",
-    "search": "engine, exact flat store on disk",
+    "search": "engine, composed queries, filters, calibrated scores, exact flat store on disk",
     "analysis": "CKA, activations, gradient agreement, weight drift",
     "models": "tower, dual_encoder, heads, tuning/, sharing/, transformer/, zoo/, features",
     "data": "pairs, formats/, images, tokenizer, loader, feature_cache/, checks, samples/",
@@ -32,7 +33,7 @@ ROOMS = {
 }
 _GROUPS = {  # fill and stroke by what a floor is for
     "#eef2ff #6366f1": ("cli", "commands"),
-    "#fdf2f8 #db2777": ("convert", "report", "evaluation"),
+    "#fdf2f8 #db2777": ("convert", "serve", "report", "evaluation"),
     "#fffbeb #d97706": ("config",),
     "#ecfdf5 #059669": ("training", "search", "analysis"),
     "#eff6ff #2563eb": ("models", "data"),

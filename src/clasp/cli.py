@@ -50,11 +50,20 @@ _TASKS_HELP = escape("\n".join(describe_tasks()))
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Smaller sample: takes a minute, lower accuracy.")] = False,
     folder: Annotated[Path, typer.Option("--out", help="Run folder to write.")] = Path("runs/demo"),
+    with_page: Annotated[
+        bool, typer.Option("--serve", help="Then serve the search page over the demo's drawings, as clasp serve does.")
+    ] = False,
 ) -> None:
     """Align two packaged towers on the packaged emoji sample, evaluate on held-out concepts, search and draw hits."""
+    if with_page:
+        from clasp.commands.serve import require_serve_extra
+
+        require_serve_extra()
     from clasp.commands.demo import run_demo
 
     run_demo(folder, quick=quick)
+    if with_page:
+        serve(folder)
 
 
 @app.command()
@@ -235,22 +244,70 @@ def search(
         Path | None, typer.Option("--image", help="Image query; with WORDS, the mean of both embeddings.")
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--where", metavar="FIELD=VALUE", help="Filter: folder=…, caption~…, year>=2020; repeatable."),
+    ] = None,
     sheet: Annotated[
         Path | None, typer.Option("--sheet", help="PNG contact sheet of the hits. Default: RUN/search.png.")
     ] = None,
     as_json: _JsonOption = False,
 ) -> None:
-    """Search RUN/index by text, by image, or by both; hits by cosine similarity."""
-    from clasp.commands.search import search_images
+    """Search RUN/index by text, by image, or by both; hits by cosine similarity, near-duplicates as one.
+
+    A term after a minus sign is subtracted: "beach -people"; in double quotes a minus sign is literal.
+    """
+    from clasp.commands.warm_search import search_warm_server
     from clasp.report.terminal import print_json, print_status, print_table, relative_path
 
-    found = search_images(run, words, image, k, sheet)
+    found = search_warm_server(run, words, image, k, where or (), sheet)
+    if found is None:
+        from clasp.commands.search import search_images
+
+        found = search_images(run, words, image, k, where or (), sheet).found()
     if as_json:
-        print_json({"query": found.query, "hits": [asdict(hit) for hit in found.hits], "sheet": str(found.sheet)})
+        print_json({"query": found.query, **found.answer, "sheet": str(found.sheet)})
         return
-    rows = [[hit.id, f"{hit.score:.3f}", relative_path(hit.meta["name"])] for hit in found.hits]
-    print_table(found.query, ("id", "cosine", "image"), rows)
+    print_table(found.query, ("id", "cosine", "z", "image"), [_hit_cells(hit) for hit in found.answer["hits"]])
+    if found.answer["note"]:
+        print_status(found.answer["note"])
     print_status(f"picture of the hits: {relative_path(found.sheet)}")
+
+
+@app.command()
+def serve(
+    run: _RunArgument,
+    pictures: Annotated[
+        str | None, typer.Option("--pictures", metavar="FOLDER|PAIRS", help="Index these first, as clasp index does.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address; other than of this machine only with a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", help="Port; 0 takes any free one.")] = 8000,
+    token: Annotated[
+        str, typer.Option("--token", envvar="CLASP_TOKEN", help="Token that every request must send.")
+    ] = "",
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="Further name of the server, behind a proxy; repeatable."),
+    ] = None,
+) -> None:
+    """Serve a search page and an HTTP API over RUN/index; nothing leaves the machine.
+
+    Needs the extra: pip install 'clasp-vl[serve]'.
+    """
+    from clasp.commands.serve import ServeSettings, serve_run
+    from clasp.report.terminal import print_status, progress_bar
+
+    serve_run(run, pictures, ServeSettings(host, port, token, hosts or ()), say=print_status, bar=progress_bar)
+
+
+def _hit_cells(hit: dict[str, Any]) -> list[str]:
+    from clasp.report.terminal import relative_path
+
+    copies = f" (+{len(hit['duplicates'])} nearly the same)" if hit["duplicates"] else ""
+    z = "" if hit["z"] is None else f"{hit['z']:.1f}"
+    return [hit["id"], f"{hit['score']:.3f}", z, relative_path(hit["meta"]["name"]) + copies]
 
 
 def main() -> None:

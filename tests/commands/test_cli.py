@@ -29,7 +29,7 @@ from toydata import add_member, toys, write_classes, write_csv, write_folder, wr
 from toyruns import recipe, run, save_image_tower, save_text_tower, save_towers, spoil
 
 TOYS = toys(48)
-VERBS = ("demo", "params", "doctor", "train", "resume", "eval", "index", "search", "import")
+VERBS = ("demo", "params", "doctor", "train", "resume", "eval", "index", "search", "serve", "import")
 
 
 @dataclass
@@ -165,6 +165,13 @@ def test_one_folder_one_command_and_what_it_says_to_type_next(clasp: Command, wo
     assert found.err == "" and len(hits["hits"]) == 3 and Path(hits["sheet"]).stat().st_size > 1000
     assert all((folder / hit["id"]).is_file() and Path(hit["meta"]["name"]).is_file() for hit in hits["hits"])
     assert [hit["score"] for hit in hits["hits"]] == sorted((hit["score"] for hit in hits["hits"]), reverse=True)
+    filtered = ("--where", "folder~ring", "--where", "caption!=a red ring")
+    ringed = json.loads(clasp(*_shell(search.replace("your words", "ring -red")), *filtered, "--json").out)
+    assert ringed["hits"] and all("ring/" in hit["id"] for hit in ringed["hits"])
+    assert {"p_value", "close_count", "note"} < set(ringed) and ringed["hits"][0]["z"] is not None
+    shelf = clasp(*_shell(search.replace("your words", "ring")), "--where", "shelf=1").mistake
+    assert "no entry has the field 'shelf'; there are folder, caption" in shelf
+    assert "cancels itself out" in clasp(*_shell(search.replace("your words", "ring -ring"))).mistake
     alike = clasp("search", tmp_path / "my runs" / "toy", "--image", folder / hits["hits"][0]["id"], "-k", "1")
     assert alike.code == 0 and "1.000" in alike.out and Path(hits["hits"][0]["id"]).name in alike.out.replace("\n", "")
     again = clasp("train", world.toml, "--runs", tmp_path / "my runs")
@@ -368,6 +375,12 @@ def mistakes(world: World, here: Path) -> dict[str, tuple[list, list[str]]]:
         "search without index": (["search", world.run, "words"], ["no index yet", "clasp index"]),
         "search for nothing": (["search", world.run], ["say what to look for"]),
         "search in no run": (["search", "runs/none", "words"], ["no run at runs/none"]),
+        "search that is blank": (["search", world.run, " "], ["the words ' '", "none"]),
+        "filter that is none": (["search", world.run, "words", "--where", "folder"], ["folder=holidays"]),
+        "serve without index": (["serve", world.run], ["no index yet", "--pictures FOLDER"]),
+        "serve no run": (["serve", "runs/none"], ["no run at runs/none"]),
+        "serve to everybody": (["serve", world.run, "--pictures", "x", "--host", "0.0.0.0"], ["--token"]),
+        "serve at no port": (["serve", world.run, "--pictures", "x", "--port", "99999"], ["99999", "65535"]),
     }
 
 
@@ -380,7 +393,8 @@ MISTAKES = (
     "name that exists|resume a finished run|resume nothing|resume a folder|classes twice|classes unlike labels|"
     "no class list|no place in template|no classes|unknown task|unknown option|eval without data|eval of no run|"
     "unknown language|index of nothing|index of what is not there|index of no run|search without index|"
-    "search for nothing|search in no run"
+    "search for nothing|search in no run|search that is blank|filter that is none|serve without index|serve no run|"
+    "serve to everybody|serve at no port"
 ).split("|")
 
 

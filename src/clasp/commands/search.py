@@ -1,72 +1,125 @@
 """The commands ``clasp index`` and ``clasp search``: embed images with the model of a run, and retrieve them.
 
 Input: a run folder, and images or a query. Output: an ``IndexReport``, or a ``SearchResult`` with a contact sheet.
-Note: the store is in the run folder (``RUN/index``), since embeddings are comparable only within one model.
+Note: the store is in the run folder (``RUN/index``), since embeddings are comparable only within one model; beside it
+is the background of calibrated scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from clasp.commands.background import open_background
+from clasp.commands.warm_search import FoundHits, search_title
 from clasp.config.build import load
 from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import recipe_from_dict
 from clasp.data.pairs import list_images
+from clasp.models.inference import EmbeddingModel
 from clasp.report.contact_sheet import SheetRow, Thumbnail, contact_sheet
+from clasp.search.answer import RankingPart, SearchAnswer, answer_query
+from clasp.search.background import Background
 from clasp.search.engine import IndexReport, SearchEngine
 from clasp.search.flat_store import FlatStore
+from clasp.search.metadata_filter import MetadataFilter, check_fields, known_fields, parse_filter
+from clasp.search.query import SearchQuery, WeightedImage, parse_words
 from clasp.training.run_folder import RunFolder
 from clasp.types import Hit, ProgressFactory, UserError, no_progress_bar
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """The query, the hits, best first, and the path of their contact sheet."""
+    """The query, its answer, and the path of the contact sheet."""
 
     query: str
-    hits: list[Hit]
+    answer: SearchAnswer
     sheet: Path
 
+    @property
+    def hits(self) -> list[Hit]:
+        """The best hit of each group of near-duplicates, best first."""
+        return [ranked.hit for ranked in self.answer.hits]
 
-def index_images(run: Path, source: str, *, bar: ProgressFactory = no_progress_bar) -> IndexReport:
-    """Embed the images of a folder, or of pairs, into the run's store. Unchanged images are not read again."""
+    def found(self) -> FoundHits:
+        """The result as plain data."""
+        return FoundHits(self.query, self.answer.to_dict(), self.sheet)
+
+
+def index_images(
+    run: Path, source: str, *, bar: ProgressFactory = no_progress_bar, model: EmbeddingModel | None = None
+) -> IndexReport:
+    """Embed the images of a folder, or of pairs, into the run's store. Unchanged images are not read again.
+
+    ``model``: that of the run, if it is loaded already.
+    """
     recipe = recipe_from_dict(RunFolder(run).recipe(), str(run))
     items = list_images(source) if Path(source).is_dir() else open_pairs_for_recipe(source, recipe)
-    model = load(run)
+    model = model or load(run)
     store = FlatStore(run / "index")
     try:
         with bar(f"images of {source}") as progress:
-            done = SearchEngine.for_indexing(model, store).index(items, progress)
-            return replace(done, skipped_files=items.skipped_files)
+            engine = SearchEngine.for_indexing(model, store)
+            done = engine.index(items, progress)
+        open_background(run, engine)
+        return replace(done, skipped_files=items.skipped_files)
     finally:
         store.close()
 
 
-def search_images(run: Path, text: str | None, image: Path | None, k: int, sheet: Path | None = None) -> SearchResult:
-    """Search the run's store by a text, an image, or both, and write a contact sheet of the ``k`` best hits.
+@contextmanager
+def open_index(run: Path, filters: Sequence[MetadataFilter] = ()) -> Iterator[tuple[SearchEngine, Background]]:
+    """The engine of a run's index and its background, ready to be searched.
 
-    Raises ``UserError`` when there is no query or no index, or the contact sheet cannot be written.
+    ``UserError`` when there is no index, or a filter is of a field that no entry has, before the model is loaded.
     """
-    if text is None and image is None:
-        raise UserError('say what to look for: clasp search RUN "words", or --image FILE, or both')
     RunFolder(run).recipe()
     if not (run / "index").is_dir():
         raise UserError(f"{run} has no index yet; make one with: clasp index {run} FOLDER")
     store = FlatStore(run / "index")
     try:
+        if not store.count():
+            raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")
+        if filters:
+            check_fields(filters, known_fields(meta for _, meta in store.scan()))
         engine = SearchEngine(load(run), store)
-        hits = engine.search(text=text, image=image, k=k)
-        query = " + ".join(part for part in (text, f"picture {image}" if image else None) if part)
-        path = sheet or run / "search.png"
-        try:
-            contact_sheet(contact_sheet_rows([(query, hits)]), path)
-        except OSError as error:
-            raise UserError(f"the picture of the hits, {path}, cannot be written: {error.strerror or error}") from None
-        return SearchResult(query, hits, path)
+        yield engine, open_background(run, engine)
     finally:
         store.close()
+
+
+def search_images(
+    run: Path, text: str | None, image: Path | None, k: int, where: Sequence[str] = (), sheet: Path | None = None
+) -> SearchResult:
+    """Search the run's store by words (with minus terms), an image, or both, and write a contact sheet of the ``k``
+    best hits.
+
+    ``where``: filters such as ``folder=holidays``. Raises ``UserError`` when there is no query or no index, for a
+    filter of an unknown field, or when the contact sheet cannot be written.
+    """
+    if text is None and image is None:
+        raise UserError('say what to look for: clasp search RUN "words", or --image FILE, or both')
+    query = SearchQuery(parse_words(text) if text else (), (WeightedImage(image),) if image else ())
+    filters = [parse_filter(condition) for condition in where]
+    with open_index(run, filters) as (engine, background):
+        answer = answer_query(
+            engine,
+            background,
+            query,
+            RankingPart(k, filters=filters),
+            encode_texts=engine.model.encode_text,
+            encode_images=engine.encode_images,
+        )
+        title = search_title(text, image)
+        path = sheet or run / "search.png"
+        found = SearchResult(title, answer, path)
+        try:
+            contact_sheet(contact_sheet_rows([(title, found.hits)]), path)
+        except OSError as error:
+            raise UserError(f"the picture of the hits, {path}, cannot be written: {error.strerror or error}") from None
+        return found
 
 
 def contact_sheet_rows(

@@ -3,8 +3,8 @@
 Input: the bytes of one image (or a path, or a Pillow image). Output: ``Float[Tensor, "3 height width"]``, normalised
 with the mean and standard deviation of the image tower. Every mode is converted to upright RGB on a background colour;
 an unreadable image raises ``ImageError``. Note: crop and resize are one ``resize`` call with a box, so no full-size
-copy is made, and a JPEG to be downscaled is decoded at reduced scale. Only this file, ``augment`` and ``contact_sheet``
-use Pillow.
+copy is made, and a JPEG to be downscaled is decoded at reduced scale. Only this file, ``image_header``, ``augment`` and
+``contact_sheet`` use Pillow.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from torch import Tensor
 from clasp.data.augment import Augment, AugmentParams, CropBox, RGBColor
 from clasp.types import UserError
 
-__all__ = ["Augment", "ImageError", "ImageTransform", "Interpolation", "RGBColor", "ResizeMode", "thumbnail"]
+__all__ = [
+    "Augment",
+    "ImageError",
+    "ImageTransform",
+    "Interpolation",
+    "RGBColor",
+    "ResizeMode",
+    "shrink_to_fit",
+    "thumbnail",
+]
 
 ResizeMode = Literal["crop", "squash", "pad"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
@@ -183,6 +192,23 @@ def _check_choices(settings: Mapping[str, Any]) -> None:
 def thumbnail(image: bytes, side: int) -> Image.Image:
     """The whole image padded to a white square of ``side`` pixels, as a Pillow image. Raises ``ImageError``."""
     return ImageTransform(side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "pad")._decode_resized(image, None, None)
+
+
+def shrink_to_fit(image: bytes, side: int, format: Literal["JPEG", "WEBP"], quality: int) -> bytes:
+    """The whole image, upright, at most ``side`` pixels wide and high (never enlarged), encoded anew without metadata.
+
+    Raises ``ImageError``.
+    """
+    with _open_image(image) as picture:
+        turn = _orientation(picture)
+        _draft_jpeg(picture, max(picture.size) / side)
+        picture = _to_opaque(picture, (255, 255, 255))
+        if turn in _EXIF_TRANSPOSE:
+            picture = picture.transpose(_EXIF_TRANSPOSE[turn])
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        out = io.BytesIO()
+        picture.save(out, format, quality=quality)
+    return out.getvalue()
 
 
 # --- decoding ------------------------------------------------------------------------------------------------------

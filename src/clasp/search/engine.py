@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clasp.data.formats.rows import is_blank, shorten
+from clasp.data.formats.rows import shorten
 from clasp.data.formats.skipped_files import SkippedFiles, escape_name
 from clasp.data.images import ImageError
 from clasp.data.pairs import ParquetSource
@@ -39,6 +39,7 @@ from clasp.search.entries import (
     listed_origins,
     source_from_dict,
 )
+from clasp.search.query import SearchQuery, WeightedImage, WeightedText
 from clasp.types import Hit, SkippedSample, Store, UserError
 
 _log = logging.getLogger(__name__)
@@ -66,7 +67,11 @@ class UpdatableStore(Store, Protocol):
         ...
 
     def vectors(self, ids: Sequence[str]) -> Float[Tensor, "n E"]:
-        """The unit vectors stored under these ids."""
+        """The unit vectors stored under these ids; ``KeyError`` for an id that is not stored."""
+        ...
+
+    def metadata(self, ids: Sequence[str]) -> list[Mapping[str, Any]]:
+        """The metadata stored under these ids; ``KeyError`` for an id that is not stored."""
         ...
 
 
@@ -274,25 +279,50 @@ class SearchEngine:
     ) -> list[Hit]:
         """The ``k`` images nearest by cosine to a text, to an image (path, bytes or Pillow image), or to both.
 
-        With both, the query is the mean of the two embeddings, normalised. ``where`` filters by metadata (see
-        ``clasp.search.entries``). ``UserError`` for neither text nor image, an image that cannot be read, ``k`` below
-        1, and an empty store.
+        With both, the query is the mean of the two embeddings, normalised; the text is taken literally. ``where``
+        filters by metadata (see ``clasp.search.entries``). ``UserError`` as for ``find``.
         """
-        if text is None and image is None:
-            raise UserError("search takes words, an image, or both; it was given neither")
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"search takes words as one string, not {shorten(text)}")
-        if text is not None and is_blank(text):
-            raise UserError(f"search was given the words {text!r}, which are none")
+        texts = () if text is None else (WeightedText(text),)
+        images = () if image is None else (WeightedImage(image),)
+        return self.find(SearchQuery(texts, images), k, where)
+
+    def find(
+        self, query: SearchQuery, k: int | Any = 10, where: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> list[Hit]:
+        """The ``k`` images nearest by cosine to a composed query, best first.
+
+        ``UserError`` for an image that cannot be read, an id that is not stored, ``k`` below 1, a query that cancels
+        itself out, and an empty store.
+        """
+        self._check_search(k)
+        return self.nearest(query.vector(self.model.encode_text, self.encode_images, self.stored_vectors), k, where)
+
+    def nearest(
+        self,
+        vector: Float[Tensor, "1 E"],
+        k: int | Any,
+        where: Callable[[Mapping[str, Any]], bool] | None = None,
+    ) -> list[Hit]:
+        """The ``k`` images nearest by cosine to a vector. ``UserError`` for ``k`` below 1 and an empty store."""
+        self._check_search(k)
+        return self.store.search(vector, k, where)[0]
+
+    def _check_search(self, k: Any) -> None:
         if not isinstance(k, int) or k < 1:
             raise UserError(f"k = {k!r}: a search returns at least 1 image")
         if not self.store.count():
             raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")
-        queries = [] if text is None else [self.model.encode_text([text])]
-        if image is not None:
-            queries.append(self.model.encode_image([str(image) if isinstance(image, Path) else image]))
-        query = torch.cat(queries).mean(dim=0, keepdim=True)
-        return self.store.search(torch.nn.functional.normalize(query, dim=-1), k, where)[0]
+
+    def stored_vectors(self, ids: Sequence[str]) -> Float[Tensor, "n E"]:
+        """The unit vectors stored under these ids; ``UserError`` for an id that is not stored."""
+        try:
+            return self.store.vectors(ids)
+        except KeyError as error:
+            raise UserError(f"no image is indexed under the id {shorten(error.args[0])}") from None
+
+    def encode_images(self, images: list[Any]) -> Float[Tensor, "n E"]:
+        """Embeddings of images: paths, encoded bytes or Pillow images. ``UserError`` for one that cannot be read."""
+        return self.model.encode_image([str(image) if isinstance(image, Path) else image for image in images])
 
     @staticmethod
     def read_image(hit: Hit) -> bytes:

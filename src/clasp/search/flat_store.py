@@ -100,8 +100,12 @@ class FlatStore:
             yield self._log.ids[row], self._meta(row)
 
     def vectors(self, ids: Sequence[str]) -> Float[Tensor, "n E"]:
-        """The unit vectors of these ids, each of which must be stored."""
+        """The unit vectors of these ids; ``KeyError`` for an id that is not stored."""
         return torch.from_numpy(self._vectors[[self._log.row[name] for name in ids]])
+
+    def metadata(self, ids: Sequence[str]) -> list[Mapping[str, Any]]:
+        """The metadata of these ids; ``KeyError`` for an id that is not stored."""
+        return [self._meta(self._log.row[name]) for name in ids]
 
     def search(self, queries: Float[Tensor, "q E"], k: int, where: _MetadataFilter | None = None) -> list[list[Hit]]:
         """The ``k`` nearest of each query by cosine, best first; fewer if the store has fewer.

@@ -1,0 +1,122 @@
+"""Filters on the metadata of entries as data: a field, an operator and a value, such as ``folder=holidays``.
+
+Input: conditions as text, and the metadata of an entry (see ``clasp.search.entries``). Output: a ``MetadataFilter``, a
+callable that returns whether an entry passes, for ``where`` of ``SearchEngine``. Note: ``folder``, ``caption``,
+``language``, ``group`` and ``name`` exist for every entry; all other fields are those of the pairs' ``meta``. Text is
+compared without regard to case, numbers as numbers; dates in ISO format compare correctly as text.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clasp.data.formats.rows import shorten
+from clasp.types import UserError
+
+FILTER_OPERATORS = ("!=", ">=", "<=", "=", "~", ">", "<")
+"""Equal, not equal, contains (``~``), and order; longer ones first, as they are looked for"""
+ENTRY_FIELDS = ("folder", "caption", "language", "group", "name")
+_CONDITION = re.compile(r"\s*(?P<field>[^!<>=~]+?)\s*(?P<operator>!=|>=|<=|=|~|>|<)\s*(?P<value>.*?)\s*", re.DOTALL)
+_ORDER: dict[str, Callable[[Any, Any], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataFilter:
+    """One condition. An entry without the field passes ``!=`` only; a field of several values passes if one does
+    (``!=``: if none is equal). ``folder=a`` and ``folder=a/b`` hold for images anywhere below a folder of that name."""
+
+    field: str
+    operator: str
+    value: str
+
+    def __call__(self, meta: Mapping[str, Any]) -> bool:
+        values = entry_values(meta, self.field)
+        if self.operator == "!=":
+            return not any(self._equal(value) for value in values)
+        return any(self._holds(value) for value in values)
+
+    def _holds(self, value: Any) -> bool:
+        if self.operator == "=":
+            return self._equal(value)
+        if self.operator == "~":
+            return self.value.casefold() in str(value).casefold()
+        left, right = _number(value), _number(self.value)
+        compare = _ORDER[self.operator]
+        if left is not None and right is not None:
+            return compare(left, right)
+        return compare(str(value).casefold(), self.value.casefold())
+
+    def _equal(self, value: Any) -> bool:
+        if self.field == "folder":
+            wanted = self.value.strip("/").casefold()
+            return f"/{wanted}/" in f"/{str(value).strip('/').casefold()}/"
+        left, right = _number(value), _number(self.value)
+        if left is not None and right is not None:
+            return left == right
+        return str(value).casefold() == self.value.casefold()
+
+
+def parse_filter(condition: str) -> MetadataFilter:
+    """``folder=holidays``, ``caption~snow``, ``year>=2020``: the condition as data. ``UserError`` if it is none."""
+    match = _CONDITION.fullmatch(condition)
+    if match is None or not match["value"]:
+        choices = ", ".join(FILTER_OPERATORS)
+        raise UserError(
+            f"the filter {shorten(condition)} is not FIELD, one of {choices}, and VALUE, e.g. folder=holidays"
+        )
+    return MetadataFilter(match["field"], match["operator"], match["value"])
+
+
+def all_of(filters: Sequence[MetadataFilter]) -> Callable[[Mapping[str, Any]], bool] | None:
+    """One function that returns whether an entry passes every filter; ``None`` without filters."""
+    return (lambda meta: all(each(meta) for each in filters)) if filters else None
+
+
+def known_fields(metadata: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The fields that a filter can name: those of every entry, then those of the pairs, sorted."""
+    named = {str(name) for meta in metadata for name in meta["meta"]}
+    return [*ENTRY_FIELDS, *sorted(named - set(ENTRY_FIELDS))]
+
+
+def check_fields(filters: Iterable[MetadataFilter], fields: Sequence[str]) -> None:
+    """``UserError`` for a field that no entry has; it names those there are."""
+    for each in filters:
+        if each.field not in fields:
+            raise UserError(f"no entry has the field {shorten(each.field)}; there are {', '.join(fields)}")
+
+
+def entry_values(meta: Mapping[str, Any], name: str) -> list[Any]:
+    """The values of a field of an entry, none where it has no such field."""
+    if name == "folder":
+        return [entry_folder(meta)]
+    if name == "caption":
+        return [caption["text"] for caption in meta["captions"]]
+    if name == "language":
+        return list(meta["languages"])
+    if name in ("group", "name"):
+        return [meta[name]]
+    found = meta["meta"].get(name)
+    if found is None:
+        return []
+    return list(found) if isinstance(found, list) else [found]
+
+
+def entry_folder(meta: Mapping[str, Any]) -> str:
+    """The folder of an image; for a member of a tar, the tar's path and the folder inside."""
+    return str(meta["name"]).replace("::", "/").rpartition("/")[0]
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

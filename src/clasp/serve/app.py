@@ -1,0 +1,288 @@
+"""The HTTP API: routes, error answers and the files of the page, around a ``SearchService``.
+
+Input: a service and who may use it. Output: an ASGI application with an OpenAPI description at ``/openapi.json``. Note:
+handlers are plain functions, which FastAPI runs in threads; the model itself runs in one thread (``model_queue``).
+Every error is one line of JSON; what a request has wrong is a 4xx.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Form, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from clasp.search.answer import SearchAnswer
+from clasp.search.query import SearchQuery
+from clasp.serve.guard import COMMAND_PATH, AccessPolicy, RequestGuard
+from clasp.serve.metrics import METRICS_MEDIA_TYPE
+from clasp.serve.model_queue import ModelTimeoutError, QueueFullError
+from clasp.serve.requests import entry_model, part_of, query_of, query_title, search_response
+from clasp.serve.schemas import (
+    BrowseResponse,
+    ClassifyForm,
+    ClassifyResponse,
+    ClassScore,
+    EmbedForm,
+    EmbedResponse,
+    EmbedTexts,
+    ErrorResponse,
+    FieldModel,
+    InfoResponse,
+    RankingParameters,
+    SearchForm,
+    SearchParameters,
+    SearchResponse,
+    SimilarParameters,
+    readable,
+    stored_id,
+)
+from clasp.serve.service import NoSuchEntryError, SearchService
+from clasp.types import UserError
+
+_PAGE_FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+_EntryId = Annotated[str, Query(max_length=8000, description="Id of an entry.")]
+_Version = Annotated[str, Query(max_length=64, description="Start of the hash of its bytes; lets browsers cache.")]
+_FORM_DATA = "multipart/form-data"
+_IMAGE_POLICY = "default-src 'none'; sandbox"
+
+
+@dataclass(frozen=True, slots=True)
+class CommandAccess:
+    """How ``clasp search`` of the same machine is answered: the key it must send, and the function that draws."""
+
+    key: str
+    draw: Callable[[str, SearchAnswer], bytes]
+    """Title and answer to the contact sheet, a PNG."""
+
+
+@dataclass(frozen=True, slots=True)
+class AppSettings:
+    """What an application is made of, beside its service."""
+
+    run: str
+    """The name shown on the page."""
+    policy: AccessPolicy = field(default_factory=AccessPolicy)
+    command: CommandAccess | None = None
+
+
+def build_app(service: SearchService, settings: AppSettings) -> ASGIApp:
+    """The application, behind its guard."""
+    app = FastAPI(
+        title="clasp",
+        description=f"Search over the index of the run {settings.run}.",
+        docs_url=None,  # the usual page loads its scripts from elsewhere
+        redoc_url=None,
+        responses={code: {"model": ErrorResponse} for code in (400, 413, 422, 429, 503)},
+    )
+    _add_error_answers(app)
+    _add_search_routes(app, service)
+    _add_model_routes(app, service)
+    _add_image_routes(app, service)
+    _add_status_routes(app, service, settings.run)
+    _add_page(app)
+    if settings.command is not None:
+        _add_command_route(app, service, settings.command)
+    paths = frozenset(app.openapi()["paths"]) | {COMMAND_PATH, *_PAGE_FILES}
+    metrics = service.metrics
+
+    def count(path: str, status: int, seconds: float) -> None:
+        metrics.count_request(path if path in paths else "other", status, seconds)
+
+    return RequestGuard(app, settings.policy, service.limits, count)
+
+
+# --- routes ----------------------------------------------------------------------------------------------------------
+
+
+def _add_search_routes(app: FastAPI, service: SearchService) -> None:
+    limits = service.limits
+
+    def answered(query: SearchQuery, given: RankingParameters) -> SearchResponse:
+        return search_response(query_title(query), given.offset, service.search(query, part_of(given, limits)))
+
+    @app.get("/api/search", tags=["search"])
+    def search(given: Annotated[SearchParameters, Query()]) -> SearchResponse:
+        """Search by words, minus terms and feedback."""
+        return answered(query_of(given, None, limits), given)
+
+    @app.post("/api/search", tags=["search"], openapi_extra=_form_data("SearchForm"))
+    def search_with_image(given: Annotated[SearchForm, Form()]) -> SearchResponse:
+        """Search by an uploaded image, words, minus terms and feedback."""
+        image = None if given.image is None else given.image.file.read()
+        return answered(query_of(given, image, limits), given)
+
+    @app.get("/api/similar", tags=["search"])
+    def similar(given: Annotated[SimilarParameters, Query()]) -> SearchResponse:
+        """More like one entry."""
+        return answered(SearchQuery(like=(stored_id(given.id),)), given)
+
+    @app.get("/api/browse", tags=["search"])
+    def browse(given: Annotated[RankingParameters, Query()]) -> BrowseResponse:
+        """The collection without a query, in the order in which it was indexed."""
+        part = part_of(given, limits)
+        entries, total = service.browse(part)
+        more = part.offset + len(entries) < total
+        return BrowseResponse(entries=[entry_model(hit) for hit in entries], offset=part.offset, total=total, more=more)
+
+
+def _add_model_routes(app: FastAPI, service: SearchService) -> None:
+    @app.post("/api/classify", tags=["model"], openapi_extra=_form_data("ClassifyForm"))
+    def classify(given: Annotated[ClassifyForm, Form()]) -> ClassifyResponse:
+        """Zero-shot classification of an image over class names."""
+        scores = service.classify(given.image.file.read(), given.names, given.template)
+        return ClassifyResponse(classes=[ClassScore(name=name, score=score) for name, score in scores])
+
+    @app.post("/api/embed/text", tags=["model"])
+    def embed_text(given: EmbedTexts) -> EmbedResponse:
+        """Unit vectors of texts."""
+        vectors = service.embed_texts(given.texts).tolist()
+        return EmbedResponse(model=service.model.fingerprint, embeddings=vectors)
+
+    @app.post("/api/embed/image", tags=["model"], openapi_extra=_form_data("EmbedForm"))
+    def embed_image(given: Annotated[EmbedForm, Form()]) -> EmbedResponse:
+        """The unit vector of an image."""
+        vectors = service.embed_image(given.image.file.read()).tolist()
+        return EmbedResponse(model=service.model.fingerprint, embeddings=vectors)
+
+
+def _add_image_routes(app: FastAPI, service: SearchService) -> None:
+    @app.get("/api/thumbnail", tags=["images"], response_class=Response)
+    def thumbnail(id: _EntryId, v: _Version = "") -> Response:
+        """A small WebP image of an entry."""
+        made = service.thumbnail(stored_id(id))
+        return Response(made.data, media_type=made.media_type, headers=_image_headers(v))
+
+    @app.get("/api/image", tags=["images"], response_class=Response)
+    def image(id: _EntryId, v: _Version = "") -> Response:
+        """The original image of an entry, byte for byte."""
+        found = service.original(stored_id(id))
+        return Response(found.data, media_type=found.media_type, headers=_image_headers(v))
+
+
+def _add_status_routes(app: FastAPI, service: SearchService, run: str) -> None:
+    @app.get("/api/info", tags=["status"])
+    def info() -> InfoResponse:
+        """The collection, the model and the limits."""
+        fields = [
+            FieldModel(name=readable(name), values={readable(value): count for value, count in values.items()})
+            for name, values in service.fields().items()
+        ]
+        model = service.model.encoder.name
+        limits = asdict(service.limits)
+        return InfoResponse(run=readable(run), model=model, entries=service.count(), fields=fields, limits=limits)
+
+    @app.get("/health", tags=["status"])
+    def health() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["status"])
+    def ready() -> dict[str, int]:
+        """Whether searches are answered: model and index are loaded before the server listens."""
+        return {"entries": service.count()}
+
+    @app.get("/metrics", tags=["status"], response_class=Response)
+    def metrics() -> Response:
+        """Counters in Prometheus' text format."""
+        return Response(service.metrics.render(), media_type=METRICS_MEDIA_TYPE)
+
+
+def _add_command_route(app: FastAPI, service: SearchService, access: CommandAccess) -> None:
+    @app.post(COMMAND_PATH, include_in_schema=False)
+    def command(
+        given: Annotated[SearchParameters, Query()],
+        image: Annotated[bytes, Depends(_body)],
+        x_clasp_key: Annotated[str, Header()] = "",
+    ) -> Response:
+        if not hmac.compare_digest(x_clasp_key.encode("utf-8", "replace"), access.key.encode()):
+            raise HTTPException(403, "this is not the server of that run")
+        query = query_of(given, image or None, service.limits)
+        answer = service.search(query, part_of(given, service.limits))
+        sheet = access.draw(given.q, answer)
+        head = json.dumps(answer.to_dict()).encode()  # escapes what is no valid Unicode
+        return Response(len(head).to_bytes(8) + head + sheet, media_type="application/octet-stream")
+
+
+async def _body(request: Request) -> bytes:
+    return await request.body()
+
+
+def _add_page(app: FastAPI) -> None:
+    folder = files("clasp.serve") / "page"
+    for path, (name, media_type) in _PAGE_FILES.items():
+        content = (folder / name).read_bytes()
+
+        def page(content: bytes = content, media_type: str = media_type) -> Response:
+            return Response(content, media_type=media_type, headers={"cache-control": "no-cache"})
+
+        app.add_api_route(path, page, include_in_schema=False)
+
+
+def _form_data(model: str) -> dict[str, Any]:
+    """That a form may, and with a file must, be sent as multipart."""
+    return {"requestBody": {"content": {_FORM_DATA: {"schema": {"$ref": f"#/components/schemas/{model}"}}}}}
+
+
+def _image_headers(version: str) -> dict[str, str]:
+    kept = "private, max-age=31536000, immutable" if version else "no-cache"
+    return {"cache-control": kept, "content-security-policy": _IMAGE_POLICY}
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _add_error_answers(app: FastAPI) -> None:
+    def answer(status: int, line: str, headers: dict[str, str] | None = None) -> JSONResponse:
+        return JSONResponse({"error": readable(line)}, status, headers)
+
+    @app.exception_handler(NoSuchEntryError)
+    def no_entry(request: Request, error: Exception) -> JSONResponse:
+        return answer(404, str(error))
+
+    @app.exception_handler(UserError)
+    def user_error(request: Request, error: Exception) -> JSONResponse:
+        return answer(400, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return answer(422, _first_problem(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    def http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return answer(error.status_code, str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(QueueFullError)
+    def full(request: Request, error: Exception) -> JSONResponse:
+        return answer(429, "too many requests wait for the model; try again", {"retry-after": "1"})
+
+    @app.exception_handler(ModelTimeoutError)
+    def slow(request: Request, error: Exception) -> JSONResponse:
+        return answer(503, "the model did not answer in time; try again", {"retry-after": "5"})
+
+    @app.exception_handler(Exception)
+    def ours(request: Request, error: Exception) -> JSONResponse:
+        return answer(500, "an error of the server's; its log has more")
+
+
+def _first_problem(errors: Sequence[Any]) -> str:
+    """The first of pydantic's errors as one line."""
+    first = errors[0]
+    where = ".".join(str(part) for part in first["loc"][1:])
+    line = " ".join(str(first["msg"]).split())
+    return f"{where or 'the request'}: {line}; see /openapi.json"

@@ -1,0 +1,111 @@
+"""From the bodies of requests to queries, and from hits to the bodies of answers.
+
+Input: the models of ``schemas`` and limits. Output: a ``SearchQuery``, a ``RankingPart``, or models to answer with;
+``UserError`` for what exceeds a limit. Note: ids are public ones on this side (see ``schemas``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlencode
+
+from clasp.search.answer import RankedHit, RankingPart, SearchAnswer
+from clasp.search.metadata_filter import entry_folder, parse_filter
+from clasp.search.query import MINUS_WEIGHT, SearchQuery, WeightedImage, WeightedText, parse_words
+from clasp.serve.limits import ServeLimits
+from clasp.serve.schemas import (
+    EntryModel,
+    HitModel,
+    RankingParameters,
+    SearchParameters,
+    SearchResponse,
+    public_id,
+    readable,
+    stored_id,
+)
+from clasp.types import Hit, UserError
+
+
+def query_of(given: SearchParameters, image: bytes | None, limits: ServeLimits) -> SearchQuery:
+    """The query of a request. ``UserError`` for one that is empty, too long or too large."""
+    parts = (*given.plus, *given.minus, *given.like, *given.unlike, *given.where)
+    if len(parts) > limits.parts:
+        raise UserError(f"a search of {len(parts)} texts, ids and filters is too large; at most {limits.parts}")
+    for text in (given.q, *parts):
+        if len(text) > limits.text_chars:
+            raise UserError(f"a text of {len(text)} characters is too long; at most {limits.text_chars}")
+    words = parse_words(given.q) if given.q else ()
+    plus = (WeightedText(text) for text in given.plus)
+    minus = (WeightedText(text, MINUS_WEIGHT) for text in given.minus)
+    return SearchQuery(
+        (*words, *plus, *minus),
+        () if image is None else (WeightedImage(image),),
+        tuple(map(stored_id, given.like)),
+        tuple(map(stored_id, given.unlike)),
+    )
+
+
+def part_of(given: RankingParameters, limits: ServeLimits) -> RankingPart:
+    """Which entries a request wants. ``UserError`` for too many, and for filters that are none."""
+    if given.k > limits.k:
+        raise UserError(f"k = {given.k} is too many; at most {limits.k} in one answer")
+    if given.offset > limits.depth:
+        raise UserError(f"offset = {given.offset} is too far down; at most {limits.depth}")
+    if len(given.where) > limits.parts:
+        raise UserError(f"{len(given.where)} filters are too many; at most {limits.parts}")
+    return RankingPart(given.k, given.offset, [parse_filter(condition) for condition in given.where])
+
+
+def search_response(title: str, offset: int, answer: SearchAnswer) -> SearchResponse:
+    """The answer to a search, as the API gives it."""
+    return SearchResponse(
+        query=readable(title),
+        hits=[_hit_model(ranked) for ranked in answer.hits],
+        offset=offset,
+        more=answer.more,
+        close_count=answer.close_count,
+        p_value=answer.p_value,
+        note=answer.line_note if offset == 0 else "",
+    )
+
+
+def query_title(query: SearchQuery) -> str:
+    """The query in one line, with images unnamed and ids as they are stored."""
+    return str(
+        SearchQuery(query.texts, tuple(WeightedImage(b"", w) for _, w in query.images), query.like, query.unlike)
+    )
+
+
+def entry_model(hit: Hit) -> EntryModel:
+    """An entry, as the API gives it."""
+    return EntryModel(**_entry_fields(hit))
+
+
+def _hit_model(ranked: RankedHit) -> HitModel:
+    return HitModel(
+        **_entry_fields(ranked.hit),
+        score=ranked.hit.score,
+        z=ranked.z,
+        close=ranked.close,
+        duplicates=[entry_model(hit) for hit in ranked.group.duplicates],
+    )
+
+
+def _entry_fields(hit: Hit) -> dict[str, Any]:
+    meta: Mapping[str, Any] = hit.meta
+    address = urlencode({"id": public_id(hit.id), "v": str(meta["sha256"])[:12]})
+    return {
+        "id": public_id(hit.id),
+        "name": readable(meta["name"]),
+        "folder": readable(entry_folder(meta)),
+        "captions": [readable(caption["text"]) for caption in meta["captions"]],
+        "meta": {readable(key): _value_text(value) for key, value in meta["meta"].items()},
+        "thumbnail": f"api/thumbnail?{address}",
+        "image": f"api/image?{address}",
+    }
+
+
+def _value_text(value: Any) -> str:
+    return readable(value if isinstance(value, str) else json.dumps(value))

@@ -1,0 +1,200 @@
+"""The bodies of requests and answers of the HTTP API, with the examples of its OpenAPI description.
+
+Input: query strings, forms and JSON. Output: pydantic models. Note: an unknown field is an error. Ids, names and
+metadata may be file names that are no valid Unicode; ``public_id`` and ``readable`` make text of them that is.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated
+
+from fastapi import File, UploadFile
+from pydantic import BaseModel, ConfigDict, Field
+
+from clasp.types import UserError
+
+_ENCODED = "base64:"
+
+
+def public_id(name: str) -> str:
+    """An id as the API gives and takes it: itself, or in base64 where it is no valid Unicode."""
+    if name.isprintable() and not name.startswith(_ENCODED):
+        return name
+    return _ENCODED + base64.urlsafe_b64encode(name.encode("utf-8", "surrogatepass")).decode()
+
+
+def stored_id(public: str) -> str:
+    """Inverse of ``public_id``. ``UserError`` for damaged base64."""
+    if not public.startswith(_ENCODED):
+        return public
+    try:
+        return base64.b64decode(public.removeprefix(_ENCODED).encode(), b"-_", validate=True).decode(
+            "utf-8", "surrogatepass"
+        )
+    except (binascii.Error, ValueError):
+        raise UserError(f"the id {ascii(public)[:80]} is damaged; take it from the answer of a search") from None
+
+
+def readable(text: object) -> str:
+    """A text in which bytes that are no valid Unicode are escaped."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class RankingParameters(_Strict):
+    """Which part of a list, and filters."""
+
+    k: int = Field(24, ge=1, description="Entries in the answer.")
+    offset: int = Field(0, ge=0, description="Entries to leave out at the start.")
+    where: list[str] = Field(
+        [],
+        description="Filters, all of which must hold: FIELD, one of = != ~ > < >= <=, VALUE.",
+        examples=[["folder=a"]],
+    )
+
+
+class SearchParameters(RankingParameters):
+    """A search by words and by ids."""
+
+    q: str = Field("", description='Words; "beach -people" subtracts people.', examples=["a dog in the snow -people"])
+    plus: list[str] = Field([], description="Further texts of weight 1, taken literally.")
+    minus: list[str] = Field([], description="Texts to subtract, taken literally.")
+    like: list[str] = Field([], description="Ids of entries that the hits should resemble.")
+    unlike: list[str] = Field([], description="Ids of entries that the hits should not resemble.")
+
+
+class SearchForm(SearchParameters):
+    """A search by words, ids and an uploaded image."""
+
+    image: Annotated[UploadFile | None, File(description="JPEG, PNG, WebP, GIF, BMP or TIFF.")] = None
+
+
+class SimilarParameters(RankingParameters):
+    """More like one entry."""
+
+    id: str = Field(description="Id of an entry.", examples=["holidays/beach.jpg"])
+
+
+class EntryModel(BaseModel):
+    """One indexed image."""
+
+    id: str
+    name: str = Field(description="Path of the file, or of the tar or table and the member in it.")
+    folder: str
+    captions: list[str]
+    meta: dict[str, str] = Field(description="Further fields of the pair.")
+    thumbnail: str = Field(description="Address of the thumbnail, relative to the server's.")
+    image: str = Field(description="Address of the original, relative to the server's.")
+
+
+class HitModel(EntryModel):
+    """One hit."""
+
+    score: float = Field(description="Cosine similarity.")
+    z: float | None = Field(description="Calibrated score: deviations above what background captions score.")
+    close: bool | None = Field(description="Whether z reaches the threshold.")
+    duplicates: list[EntryModel] = Field(description="Near-duplicates of the hit, folded under it.")
+
+
+class SearchResponse(BaseModel):
+    """Part of a ranking."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "query": "a dog in the snow",
+                    "hits": [],
+                    "offset": 0,
+                    "more": False,
+                    "close_count": 0,
+                    "p_value": 0.4,
+                    "note": "nothing is close: the best hit scores like a random caption does (p = 0.4)",
+                }
+            ]
+        }
+    )
+    query: str
+    hits: list[HitModel]
+    offset: int
+    more: bool = Field(description="Whether there are hits after these.")
+    close_count: int | None = Field(description="Hits of the whole ranking above the line; null without a text.")
+    p_value: float | None = Field(description="Probability that a caption of something else finds a hit as good.")
+    note: str = Field(description="One line about where nothing is close; empty if all hits are.")
+
+
+class BrowseResponse(BaseModel):
+    """Part of the collection, in the order in which it was indexed."""
+
+    entries: list[EntryModel]
+    offset: int
+    total: int
+    more: bool
+
+
+class ClassScore(BaseModel):
+    """A class name and its cosine similarity with the image."""
+
+    name: str
+    score: float
+
+
+class ClassifyForm(_Strict):
+    """An image and the names of classes."""
+
+    image: Annotated[UploadFile, File(description="JPEG, PNG, WebP, GIF, BMP or TIFF.")]
+    names: list[str] = Field(min_length=1, description="Class names.", examples=[["cat", "dog"]])
+    template: str = Field("{}", description="Caption of a class.", examples=["a photo of a {}."])
+
+
+class ClassifyResponse(BaseModel):
+    """The classes, best first."""
+
+    classes: list[ClassScore]
+
+
+class EmbedTexts(_Strict):
+    """Texts to embed."""
+
+    texts: list[str] = Field(min_length=1, examples=[["a dog in the snow", "ein Hund im Schnee"]])
+
+
+class EmbedForm(_Strict):
+    """An image to embed."""
+
+    image: Annotated[UploadFile, File(description="JPEG, PNG, WebP, GIF, BMP or TIFF.")]
+
+
+class EmbedResponse(BaseModel):
+    """Unit vectors, one a row, and the fingerprint of the model that computed them."""
+
+    model: str
+    embeddings: list[list[float]]
+
+
+class FieldModel(BaseModel):
+    """A field that filters can name, with its most frequent values and how many entries have each."""
+
+    name: str
+    values: dict[str, int]
+
+
+class InfoResponse(BaseModel):
+    """The collection and the model."""
+
+    run: str
+    model: str
+    entries: int
+    fields: list[FieldModel]
+    limits: dict[str, float]
+
+
+class ErrorResponse(BaseModel):
+    """What was wrong, in one line."""
+
+    error: str = Field(examples=["search was given the words ' ', which are none"])

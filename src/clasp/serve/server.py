@@ -1,0 +1,105 @@
+"""The process of ``clasp serve``: binds an address, answers until it is told to stop, then ends what runs.
+
+Input: an ASGI application, an address, and the folder of the run. Output: nothing; ``UserError`` for an address that
+cannot be bound. Note: the socket is bound before the model is loaded, so that a port in use is told at once;
+connections wait in its backlog meanwhile. SIGINT and SIGTERM stop accepting, let running requests end, and then stop
+the process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from clasp.serve.guard import is_loopback
+from clasp.serve.warm_server import ServerRecord, remove_record, write_record
+from clasp.types import MessageCallback, UserError
+
+_CONNECTIONS = 256  # open at once; further ones are answered with 503
+_SHUTDOWN_SECONDS = 10
+_KEEP_ALIVE_SECONDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAddress:
+    """A bound socket and the address at which it is reached."""
+
+    socket: socket.socket
+    url: str
+
+
+def bind_address(host: str, port: int, token: str) -> ServerAddress:
+    """Bind the address. ``UserError`` if it is in use or unknown, or if it is no loopback address and has no token."""
+    if not is_loopback(host) and not token:
+        raise UserError(
+            f"--host {host} can be reached from other machines, so a token is needed: --token TEXT, or the environment "
+            "variable CLASP_TOKEN"
+        )
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port} is no port; there are 0 (any free one) to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"cannot listen at --host {host} --port {port}: {reason}; --port 0 takes any free one"
+        ) from None
+    taken = bound.getsockname()[1]
+    return ServerAddress(bound, f"http://{f'[{host}]' if ':' in host else host}:{taken}")
+
+
+def run_server(app: ASGIApp, address: ServerAddress, run: Path, key: str, say: MessageCallback) -> None:
+    """Answer requests until SIGINT or SIGTERM; meanwhile ``RUN/server.json`` names the address."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,  # queries are nobody's business
+        server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        h11_max_incomplete_event_size=64 * 1024,
+        http="h11",
+        ws="none",
+        lifespan="off",
+    )
+    with _recorded(run, ServerRecord(address.url, os.getpid(), key), say), _ends_on_signals():
+        uvicorn.Server(config).run(sockets=[address.socket])
+
+
+@contextmanager
+def _ends_on_signals() -> Iterator[None]:
+    """uvicorn raises SIGINT and SIGTERM again after a graceful shutdown; here they end the block."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _recorded(run: Path, record: ServerRecord, say: MessageCallback) -> Iterator[None]:
+    """Where a folder cannot be written, ``clasp search`` loads the model itself."""
+    try:
+        write_record(run, record)
+    except OSError as error:
+        say(f"{run} cannot be written ({error.strerror}), so clasp search will not find this server")
+    try:
+        yield
+    finally:
+        remove_record(run, record)

@@ -1,0 +1,245 @@
+"""The search service: one model and one index, asked by many threads at once.
+
+Input: an ``IndexSource`` and limits. Output: answers, entries, thumbnails and embeddings; nothing here is HTTP. Note:
+the index is read as of the moment it was opened; when it has changed on disk it is opened anew, at most every two
+seconds, beside the one that running requests use. Images are served by the id of their entry only, read through
+``SearchEngine.read_image``, which checks their hash.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clasp.data.formats.rows import is_blank, require_unicode, shorten
+from clasp.data.image_header import read_image_header
+from clasp.data.images import ImageError
+from clasp.models.inference import EmbeddingModel
+from clasp.search.answer import RankingPart, SearchAnswer, answer_query
+from clasp.search.background import Background
+from clasp.search.engine import SearchEngine
+from clasp.search.metadata_filter import MetadataFilter, all_of, check_fields, entry_values, known_fields
+from clasp.search.query import SearchQuery
+from clasp.serve.limits import ServeLimits
+from clasp.serve.metrics import ServerMetrics
+from clasp.serve.model_queue import ModelQueue
+from clasp.serve.thumbnails import ThumbnailCache
+from clasp.types import Hit, UserError
+
+_log = logging.getLogger(__name__)
+
+_RECHECK_SECONDS = 2.0
+_FREQUENT_VALUES = 50
+
+
+class OpenedIndex(NamedTuple):
+    """The engine of an index, and its background."""
+
+    engine: SearchEngine
+    background: Background
+
+
+@runtime_checkable
+class IndexSource(Protocol):
+    """Opens the index of a run, as often as it changes."""
+
+    @property
+    def version(self) -> object:
+        """Changes when the index does."""
+        ...
+
+    def open(self) -> OpenedIndex:
+        """The index as it is now; ``UserError`` if it cannot be opened."""
+        ...
+
+
+class EncodedImage(NamedTuple):
+    """An image as bytes, with its media type."""
+
+    data: bytes
+    media_type: str
+
+
+class NoSuchEntryError(UserError):
+    """There is no entry of this id, or its image cannot be read any more."""
+
+
+class _Catalogue:
+    """Ids in the order of indexing, and the fields that filters can name; read once for an index, when asked for."""
+
+    def __init__(self, engine: SearchEngine) -> None:
+        self.ids: list[str] = []
+        seen: dict[str, None] = {}
+        counts: dict[str, Counter[str]] = {"folder": Counter(), "language": Counter()}
+        for name, meta in engine.store.scan():
+            self.ids.append(name)
+            seen.update(dict.fromkeys(meta["meta"]))
+            for field in (*meta["meta"], "folder", "language"):
+                values = map(str, entry_values(meta, field))
+                counts.setdefault(field, Counter()).update(value for value in values if len(value) <= 80)
+        self.fields = known_fields([{"meta": seen}])
+        self.values = {name: dict(counts.get(name, Counter()).most_common(_FREQUENT_VALUES)) for name in self.fields}
+
+
+class SearchService:
+    """One model, one index. Every method raises ``UserError`` for what a request has wrong, before any compute."""
+
+    def __init__(self, source: IndexSource, thumbnails: Path, limits: ServeLimits, metrics: ServerMetrics) -> None:
+        self.limits, self.metrics = limits, metrics
+        self._source, self._version = source, source.version
+        self._index = source.open()
+        self._catalogue: _Catalogue | None = None
+        self._checked, self._lock = time.monotonic(), threading.Lock()
+        self._thumbnails = ThumbnailCache(thumbnails, limits.pixels)
+        self._queue = ModelQueue(
+            self.model, waiting=limits.waiting, seconds=limits.seconds, on_call=metrics.count_model_call
+        )
+        metrics.gauge("clasp_model_queue_depth", lambda: self._queue.depth)
+        metrics.gauge("clasp_index_entries", lambda: self._index.engine.store.count())
+
+    @property
+    def model(self) -> EmbeddingModel:
+        """The model in memory."""
+        return self._index.engine.model
+
+    def close(self) -> None:
+        """Answer what waits for the model, then stop."""
+        self._queue.close()
+
+    def count(self) -> int:
+        """Number of entries."""
+        return self._current().engine.store.count()
+
+    def fields(self) -> dict[str, dict[str, int]]:
+        """The fields that filters can name, with frequent values and their counts."""
+        return self._entries().values
+
+    # --- searching ---------------------------------------------------------------------------------------------------
+
+    def search(self, query: SearchQuery, part: RankingPart) -> SearchAnswer:
+        """The part of the ranking. Images of the query are encoded bytes."""
+        index = self._current()
+        self._check_filters(part.filters)
+        for text, _ in query.texts:
+            self._check_text(text)
+        return answer_query(
+            index.engine,
+            index.background,
+            query,
+            part,
+            encode_texts=self._queue.encode_texts,
+            encode_images=lambda images: torch.cat([self.embed_image(data) for data in images]),
+        )
+
+    def browse(self, part: RankingPart) -> tuple[list[Hit], int]:
+        """Part of the collection in the order of indexing, and how many entries pass the filters."""
+        self._check_filters(part.filters)
+        index, ids = self._current(), self._entries().ids
+        where = all_of(part.filters)
+        if where is not None:
+            ids = [name for name, meta in index.engine.store.scan() if where(meta)]
+        wanted = ids[part.offset : part.offset + part.k]
+        return [self._entry(name) for name in wanted], len(ids)
+
+    def classify(self, image: bytes, names: Sequence[str], template: str) -> list[tuple[str, float]]:
+        """Class names with their cosines with the image, best first: zero-shot classification."""
+        if "{}" not in template:
+            raise UserError(f"the template {shorten(template)} has no {{}}, where the class name goes")
+        for name in (*names, template):
+            self._check_text(name)
+        if len(names) > self.limits.texts:
+            raise UserError(f"{len(names)} class names are too many; at most {self.limits.texts}")
+        pixels = self._pixels(image)
+        texts = self._queue.encode_texts([template.replace("{}", name) for name in names])
+        cosines = (texts @ self._queue.encode_pixels(pixels)[0]).tolist()
+        return sorted(zip(names, cosines, strict=True), key=lambda each: -each[1])
+
+    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n E"]:
+        """Unit vectors of texts."""
+        if len(texts) > self.limits.texts:
+            raise UserError(f"{len(texts)} texts are too many; at most {self.limits.texts}")
+        for text in texts:
+            self._check_text(text)
+        return self._queue.encode_texts(texts)
+
+    def embed_image(self, data: bytes) -> Float[Tensor, "1 E"]:
+        """The unit vector of an encoded image."""
+        return self._queue.encode_pixels(self._pixels(data))
+
+    # --- images ------------------------------------------------------------------------------------------------------
+
+    def thumbnail(self, name: str) -> EncodedImage:
+        """The thumbnail of an entry. Raises ``NoSuchEntryError``."""
+        hit = self._entry(name)
+        try:
+            data = self._thumbnails.get(hit.meta["sha256"], lambda: self._index.engine.read_image(hit))
+        except (UserError, ImageError) as error:
+            raise NoSuchEntryError(str(error)) from None
+        return EncodedImage(data, "image/webp")
+
+    def original(self, name: str) -> EncodedImage:
+        """The indexed image as it is, with the media type of its decoder. Raises ``NoSuchEntryError``."""
+        hit = self._entry(name)
+        try:
+            data = self._index.engine.read_image(hit)
+            return EncodedImage(data, read_image_header(data, self.limits.pixels).media_type)
+        except (UserError, ImageError) as error:
+            raise NoSuchEntryError(str(error)) from None
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _current(self) -> OpenedIndex:
+        """The index, opened anew if it has changed."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._checked >= _RECHECK_SECONDS:
+                self._checked = now
+                version = self._source.version
+                if version != self._version:
+                    try:
+                        self._index = self._source.open()
+                        self._version, self._catalogue = version, None
+                    except UserError as error:
+                        _log.warning("the index has changed and cannot be opened; the earlier one is used: %s", error)
+            return self._index
+
+    def _entries(self) -> _Catalogue:
+        index = self._current()
+        with self._lock:
+            if self._catalogue is None:
+                self._catalogue = _Catalogue(index.engine)
+            return self._catalogue
+
+    def _entry(self, name: str) -> Hit:
+        try:
+            meta: Mapping[str, Any] = self._index.engine.store.metadata([name])[0]
+        except KeyError:
+            raise NoSuchEntryError(f"no image is indexed under the id {shorten(name)}") from None
+        return Hit(name, 0.0, meta)
+
+    def _check_filters(self, filters: Sequence[MetadataFilter]) -> None:
+        if filters:
+            check_fields(filters, self._entries().fields)
+
+    def _check_text(self, text: str) -> None:
+        require_unicode(text, "a text of the request")
+        if is_blank(text):
+            raise UserError(f"a text of the request is {text[:20]!r}, which is none")
+        if len(text) > self.limits.text_chars:
+            raise UserError(f"a text of {len(text)} characters is too long; at most {self.limits.text_chars}")
+
+    def _pixels(self, data: bytes) -> Tensor:
+        try:
+            read_image_header(data, self.limits.pixels)
+            return self.model.transform(data)[None]
+        except ImageError as error:
+            raise UserError(f"the uploaded image cannot be read: {error}") from None

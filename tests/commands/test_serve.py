@@ -1,0 +1,62 @@
+"""``clasp serve`` over a run: indexed first, searched by HTTP and by ``clasp search``, stopped by a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from clasp.commands.search import search_images
+from clasp.commands.serve import ServeSettings, serve_run
+from clasp.commands.warm_search import FoundHits, search_warm_server
+from clasp.search.background import BACKGROUND_FILE
+from clasp.serve.warm_server import read_record
+from clasp.types import no_progress_bar
+from toydata import toys, write_folder, write_images
+from toyruns import recipe, run, save_towers
+
+
+def ask_and_stop(folder: Path, found: dict[str, Any]) -> None:
+    """Search as a browser and as a command, then send SIGTERM to this process, where the server runs."""
+    deadline = time.monotonic() + 120
+    while (record := read_record(folder)) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert record is not None
+    try:
+        for _ in range(200):  # recorded just before it accepts
+            try:
+                urllib.request.urlopen(f"{record.address}/ready", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        asked = urllib.parse.urlencode({"q": "a red ring", "k": 5})
+        with urllib.request.urlopen(f"{record.address}/api/search?{asked}", timeout=60) as reply:
+            found["http"] = [hit["id"] for hit in json.loads(reply.read())["hits"]]
+        found["warm"] = search_warm_server(folder, "a red ring", None, 5)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_from_pictures_to_hits(tmp_path: Path):
+    pairs, folder = write_folder(toys(24), tmp_path / "pairs"), tmp_path / "run"
+    run(recipe(save_towers(tmp_path), pairs, "train.epochs=1"), folder)
+    write_images(toys(20), tmp_path / "pictures")
+    said: list[str] = []
+    found: dict[str, Any] = {}
+    asking = threading.Thread(target=ask_and_stop, args=(folder, found))
+    asking.start()
+    serve_run(folder, str(tmp_path / "pictures"), ServeSettings(port=0), say=said.append, bar=no_progress_bar)
+    asking.join()
+    assert "20 images added" in said[0] and "20 images; open http://127.0.0.1:" in said[1]
+    warm = found["warm"]
+    assert isinstance(warm, FoundHits) and warm.sheet.read_bytes().startswith(b"\x89PNG")
+    cold = search_images(folder, "a red ring", None, 5)
+    assert found["http"] == [hit["id"] for hit in warm.answer["hits"]] == [hit.id for hit in cold.hits]
+    assert [hit["z"] for hit in warm.answer["hits"]] == [ranked.z for ranked in cold.answer.hits]
+    assert (folder / BACKGROUND_FILE).exists() and not (folder / "server.json").exists()

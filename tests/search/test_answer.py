@@ -1,0 +1,103 @@
+"""Calibrated scores: queries about what is in the collection and what is not, and answers in parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clasp.search.answer import RankingPart, SearchAnswer, answer_query
+from clasp.search.background import Background, BackgroundFacts, measure_background, read_background
+from clasp.search.engine import SearchEngine
+from clasp.search.flat_store import FlatStore
+from clasp.search.metadata_filter import parse_filter
+from clasp.search.query import SearchQuery, WeightedImage, WeightedText
+from toysearch import model
+
+WIDTH, IMAGES = 24, 300
+
+
+def world(folder: Path) -> tuple[SearchEngine, Background]:
+    """300 random images, the first ten of which repeat the eleventh; 200 captions of nothing."""
+    store = FlatStore(folder / "index")
+    engine = SearchEngine(model(), store)
+    images = F.normalize(torch.randn(IMAGES, WIDTH), dim=1)
+    images[:10] = images[10]
+    meta = [
+        {"name": f"/p/{'a' if n % 2 else 'b'}/{n}.png", "sha256": str(n), "captions": [], "languages": [], "meta": {}}
+        for n in range(IMAGES)
+    ]
+    store.add([str(n) for n in range(IMAGES)], images, meta)
+    captions = F.normalize(torch.randn(200, WIDTH), dim=1)
+    return engine, measure_background(captions, store, engine.stored_vectors, engine.model.fingerprint, 0.999)
+
+
+def ask(engine: SearchEngine, background: Background, vector: Tensor, part: RankingPart) -> SearchAnswer:
+    query = SearchQuery((WeightedText("a red"),))
+    row = F.normalize(vector, dim=-1)[None]
+    return answer_query(engine, background, query, part, encode_texts=lambda texts: row, encode_images=lambda i: row)
+
+
+def test_what_is_there_is_close_and_what_is_not_is_not(tmp_path: Path):
+    engine, background = world(tmp_path)
+    there, absent = 0, 0
+    for place in range(50, 100):
+        image = engine.stored_vectors([str(place)])[0]
+        answer = ask(engine, background, image + 0.3 * F.normalize(torch.randn(WIDTH), dim=0), RankingPart(5))
+        there += bool(answer.close_count)
+        assert answer.hits[0].close or answer.close_count != 1
+        absent += bool(ask(engine, background, torch.randn(WIDTH), RankingPart(5)).close_count)
+    assert there >= 45 and absent <= 15
+    far = ask(engine, background, torch.randn(WIDTH), RankingPart(5))
+    assert far.p_value is not None and 0 < far.p_value <= 1
+    assert len(far.hits) == 5, "hits are shown all the same"
+    none = dataclasses.replace(far, close_count=0)
+    assert none.line_note.startswith("nothing is close: the best hit scores like a random caption does (p = 0.")
+    some = dataclasses.replace(far, close_count=2)
+    assert some.line_note.startswith("below hit 2 nothing is close")
+    assert dataclasses.replace(far, close_count=5).line_note == ""
+
+
+def test_parts_of_a_ranking_are_the_whole(tmp_path: Path):
+    engine, background = world(tmp_path)
+    query = torch.randn(WIDTH)
+    whole = ask(engine, background, query, RankingPart(100))
+    parts = [ask(engine, background, query, RankingPart(7, start)) for start in range(0, 91, 7)]
+    assert [hit.hit.id for part in parts for hit in part.hits] == [hit.hit.id for hit in whole.hits[:91]]
+    everything = ask(engine, background, query, RankingPart(500))
+    assert not everything.more and whole.more
+    assert len(everything.hits) == IMAGES - 10
+    assert {len(hit.group.duplicates) for hit in everything.hits} == {0, 10}
+    some = ask(engine, background, query, RankingPart(500, filters=[parse_filter("folder=a")]))
+    assert {hit.hit.meta["name"][:5] for hit in some.hits} == {"/p/a/"}
+    assert ask(engine, background, query, RankingPart(5, filters=[parse_filter("folder=c")])).hits == []
+
+
+def test_images_have_no_calibrated_score(tmp_path: Path):
+    engine, background = world(tmp_path)
+    row = engine.stored_vectors(["20"])
+    for query in (SearchQuery(like=("20",)), SearchQuery((), (WeightedImage(b"x"),))):
+        answer = answer_query(
+            engine, background, query, RankingPart(3), encode_texts=lambda t: row, encode_images=lambda i: row
+        )
+        assert answer.p_value is None and answer.close_count is None and answer.line_note == ""
+        assert answer.hits[0].hit.id == "20" and answer.hits[0].z is None
+
+
+def test_a_background_is_saved_and_damage_is_no_error(tmp_path: Path):
+    facts = BackgroundFacts("m", 3, 1.0, 0.5, 0.9)
+    made, path = Background(torch.randn(4, 3), facts), tmp_path / "background.safetensors"
+    assert read_background(path, "m") is None
+    made.save(path)
+    read = read_background(path, "m")
+    assert read is not None and read.facts == facts and torch.equal(read.vectors, made.vectors)
+    assert read_background(path, "other") is None
+    for damage in (b"", b"\xff" * 50, path.read_bytes()[:-3]):
+        path.write_bytes(damage)
+        assert read_background(path, "m") is None
+    assert made.threshold == pytest.approx(1.0 + 0.5 * 1.6449, abs=1e-3)
+    assert made.p_value(1.0) == pytest.approx(0.5)

@@ -1,0 +1,168 @@
+"""Composed queries as vectors worked by hand, words as typed, filters as data, and near-duplicates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from clasp.search.metadata_filter import MetadataFilter, all_of, check_fields, known_fields, parse_filter
+from clasp.search.near_duplicates import duplicate_threshold, fold_near_duplicates
+from clasp.search.query import MINUS_WEIGHT, SearchQuery, WeightedImage, WeightedText, parse_words
+from clasp.types import Hit, UserError
+
+AXES = {"x": [1.0, 0, 0], "y": [0, 1.0, 0], "z": [0, 0, 1.0]}
+
+
+def look_up(names: Sequence[str]) -> Tensor:
+    return torch.tensor([AXES[name] for name in names])
+
+
+def vector(query: SearchQuery) -> list[float]:
+    return query.vector(look_up, look_up, look_up)[0].tolist()
+
+
+WORDS = {
+    "beach -people": [("beach", 1), ("people", MINUS_WEIGHT)],
+    "beach −people -dogs": [("beach", 1), ("people", MINUS_WEIGHT), ("dogs", MINUS_WEIGHT)],
+    "an e-mail": [("an e-mail", 1)],
+    '"-40 degrees" outside': [("-40 degrees outside", 1)],
+    'snow -"red car" now': [("snow now", 1), ("red car", MINUS_WEIGHT)],
+    "rock - paper": [("rock - paper", 1)],
+    '5" nails': [('5" nails', 1)],
+    "-people": [("people", MINUS_WEIGHT)],
+    "--help": [("--help", 1)],
+}
+
+
+@pytest.mark.parametrize("typed", WORDS)
+def test_words_as_typed(typed: str):
+    assert [tuple(term) for term in parse_words(typed)] == WORDS[typed]
+
+
+@pytest.mark.parametrize("typed", ["", " \t", '""', '-""', "\u200b"], ids=repr)
+def test_words_that_are_none(typed: str):
+    with pytest.raises(UserError, match="which are none"):
+        parse_words(typed)
+
+
+def test_a_query_is_a_weighted_sum():
+    half = math.sqrt(0.5)
+    both = SearchQuery((WeightedText("x"),), (WeightedImage("y"),))
+    assert vector(both) == pytest.approx([half, half, 0])
+    length = math.sqrt(1 + MINUS_WEIGHT**2)
+    assert vector(SearchQuery(parse_words("x -y"))) == pytest.approx([1 / length, MINUS_WEIGHT / length, 0])
+    assert vector(SearchQuery(parse_words("-y"))) == pytest.approx([0, -1, 0])
+    weighted = SearchQuery((WeightedText("x", 3.0), WeightedText("z", -4.0)))
+    assert vector(weighted) == pytest.approx([0.6, 0, -0.8])
+    assert str(SearchQuery(parse_words("x -y"), (WeightedImage("z"),), ("a",), ("b",))) == (
+        "x - y + picture z + like a - unlike b"
+    )
+
+
+def test_feedback_is_rocchios():
+    moved = SearchQuery((WeightedText("x", 2.0),), like=("y",), unlike=("z",))
+    length = math.sqrt(1 + 0.75**2 + 0.15**2)
+    assert vector(moved) == pytest.approx([1 / length, 0.75 / length, -0.15 / length])
+    assert vector(SearchQuery(like=("y",))) == pytest.approx([0, 1, 0])
+    assert vector(SearchQuery(like=("x", "y"))) == pytest.approx([math.sqrt(0.5), math.sqrt(0.5), 0])
+
+
+@pytest.mark.parametrize(
+    ("made", "match"),
+    [
+        (lambda: SearchQuery(), "given neither"),
+        (lambda: SearchQuery((WeightedText("x", 0.0),)), "a weight of a search is 0.0"),
+        (lambda: SearchQuery((WeightedText("x", float("nan")),)), "a weight of a search is nan"),
+        (lambda: SearchQuery(like=("x",), unlike=("x",)), "'x' as liked and as unliked"),
+        (lambda: vector(SearchQuery(parse_words("x -x"))), r"'x - x' cancels itself out"),
+        (lambda: vector(SearchQuery((WeightedText("x"),), (WeightedImage("x", -1.0),))), "cancels itself out"),
+    ],
+    ids=["empty", "weight 0", "weight nan", "both", "dog -dog", "image against text"],
+)
+def test_queries_that_are_none(made, match: str):
+    with pytest.raises(UserError, match=match):
+        made()
+
+
+# --- filters ---------------------------------------------------------------------------------------------------------
+
+META = {
+    "name": "/home/a/Pictures/Holidays/2020/b.jpg",
+    "captions": [{"text": "A dog in the snow", "language": "en"}],
+    "languages": ["en"],
+    "group": "b",
+    "meta": {"year": 2020, "camera": "Nikon D7", "tags": ["sun", "sea"], "taken": "2020-05-01"},
+}
+CONDITIONS = {
+    "folder=holidays": True,
+    "folder=holidays/2020": True,
+    "folder=day": False,
+    "folder~day": True,
+    "folder!=work": True,
+    "caption~SNOW": True,
+    "caption=snow": False,
+    "language=en": True,
+    "language!=en": False,
+    "year=2020.0": True,
+    "year>=2020": True,
+    "year<1999": False,
+    "taken>2020-04-30": True,
+    "tags=sea": True,
+    "tags!=sea": False,
+    "camera ~ nikon": True,
+    "lens=50": False,
+    "lens!=50": True,
+}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_conditions(condition: str):
+    assert parse_filter(condition)(META) is CONDITIONS[condition]
+
+
+def test_filters_are_joined_by_and():
+    both = all_of([parse_filter("year=2020"), parse_filter("tags=snow")])
+    assert both is not None and not both(META) and all_of([]) is None
+
+
+@pytest.mark.parametrize("condition", ["", "folder", "folder=", "=x", "a !x"], ids=repr)
+def test_what_is_no_condition(condition: str):
+    with pytest.raises(UserError, match="folder=holidays"):
+        parse_filter(condition)
+
+
+def test_an_unknown_field_names_those_there_are():
+    fields = known_fields([META])
+    assert fields == ["folder", "caption", "language", "group", "name", "camera", "tags", "taken", "year"]
+    with pytest.raises(UserError, match=r"no entry has the field 'yaer'; there are folder, .*, year"):
+        check_fields([MetadataFilter("yaer", "=", "2020")], fields)
+
+
+# --- near-duplicates -------------------------------------------------------------------------------------------------
+
+
+def hit(name: str, sha256: str) -> Hit:
+    return Hit(name, 0.5, {"sha256": sha256})
+
+
+def test_near_duplicates_join_the_best_of_them():
+    hits = [hit("a", "1"), hit("b", "2"), hit("c", "1"), hit("d", "3")]
+    vectors = torch.tensor([[1.0, 0], [0, 1.0], [1.0, 0], [math.sin(0.1), math.cos(0.1)]])
+    groups = fold_near_duplicates(hits, vectors, 0.99)
+    assert [[each.id for each in (group.hit, *group.duplicates)] for group in groups] == [["a", "c"], ["b", "d"]]
+    strict = fold_near_duplicates(hits, vectors, 1.0)
+    assert [len(group.duplicates) for group in strict] == [1, 0, 0]
+    assert fold_near_duplicates([], torch.empty(0, 2), 0.9) == []
+
+
+def test_nine_copies_in_ten_reach_the_threshold():
+    angles = torch.linspace(0, 0.5, 11)
+    originals = torch.tensor([[1.0, 0]]).repeat(11, 1)
+    copies = torch.stack([angles.cos(), angles.sin()], dim=1)
+    threshold = duplicate_threshold(originals, copies)
+    assert threshold == pytest.approx(math.cos(0.45), abs=1e-6)
+    assert duplicate_threshold(originals[:0], copies[:0]) == 1.0
