@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,16 @@ def test_a_command_asks_the_server_of_its_run(tmp_path: Path):
     service.close()
 
 
+class _Listener(BaseHTTPRequestHandler):
+    """Counts what reaches it."""
+
+    asked = 0
+
+    def do_POST(self) -> None:
+        _Listener.asked += 1
+        self.send_error(400)
+
+
 def test_stale_and_damaged_records_are_ignored(tmp_path: Path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -100,6 +111,14 @@ def test_stale_and_damaged_records_are_ignored(tmp_path: Path):
         assert read_record(tmp_path) is None and ask_warm_server(tmp_path, "x", None, 1, []) is None
     (tmp_path / "server.json").write_text(json.dumps({"address": "file:///etc", "pid": os.getpid(), "key": "z"}))
     assert ask_warm_server(tmp_path, "x", None, 1, []) is None
+    with ThreadingHTTPServer(("0.0.0.0", 0), _Listener) as elsewhere:
+        _Listener.asked = 0
+        threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+        for host in ("0.0.0.0", socket.gethostname()):
+            write_record(tmp_path, ServerRecord(f"http://{host}:{elsewhere.server_port}", os.getpid(), "k"))
+            assert ask_warm_server(tmp_path, "x", None, 1, []) is None
+        elsewhere.shutdown()
+    assert not _Listener.asked, "a run folder sends no search to another machine"
     assert not isinstance(ask_warm_server(tmp_path / "none", "x", None, 1, []), WarmAnswer)
 
 

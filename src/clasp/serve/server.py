@@ -20,7 +20,7 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from clasp.serve.guard import is_loopback
+from clasp.serve.loopback import is_loopback
 from clasp.serve.warm_server import ServerRecord, remove_record, write_record
 from clasp.types import MessageCallback, UserError
 
@@ -35,6 +35,11 @@ class ServerAddress:
 
     socket: socket.socket
     url: str
+
+    @property
+    def local_url(self) -> str:
+        """The address for a command on this machine: of an address that stands for all of its own, the loopback one."""
+        return self.url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def bind_address(host: str, port: int, token: str) -> ServerAddress:
@@ -76,7 +81,7 @@ def run_server(app: ASGIApp, address: ServerAddress, run: Path, key: str, say: M
         ws="none",
         lifespan="off",
     )
-    with _recorded(run, ServerRecord(address.url, os.getpid(), key), say), _ends_on_signals():
+    with _recorded(run, ServerRecord(address.local_url, os.getpid(), key), say), _ends_on_signals():
         uvicorn.Server(config).run(sockets=[address.socket])
 
 

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clasp.serve.loopback import is_loopback
+
 SERVER_FILE = "server.json"
 _SECONDS = 20.0
 _COMMAND = "/api/command/search"
@@ -82,8 +84,8 @@ def ask_warm_server(
 ) -> WarmAnswer | None:
     """The answer of the run's server; ``None`` if there is none, or it is busy, or the search exceeds its limits."""
     record = read_record(run)
-    if record is None:
-        return None
+    if record is None or not is_loopback(urllib.parse.urlsplit(record.address).hostname or ""):
+        return None  # a run folder from elsewhere must not send searches there
     asked = urllib.parse.urlencode({"q": words or "", "k": k, "where": list(where)}, doseq=True, errors="surrogatepass")
     request = urllib.request.Request(
         f"{record.address}{_COMMAND}?{asked}", data=image or b"", headers={"x-clasp-key": record.key}, method="POST"
