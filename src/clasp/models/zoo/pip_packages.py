@@ -24,6 +24,7 @@ from clasp.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone
 from clasp.models.classifier import Classifier
+from clasp.models.transformer.bert import BertEncoder, BertEncoderSettings
 from clasp.models.zoo import pip_dinov2, pip_e5
 from clasp.models.zoo.imagenet import IMAGENET_SOURCE, imagenet_concepts
 from clasp.models.zoo.installed_file import InstalledFile
@@ -177,9 +178,7 @@ def _dinov2(tensors: _Tensors | None) -> nn.Module:
 
 def _bert(tensors: _Tensors | None, *, layers: int, vocabulary: int, pad_id: int) -> nn.Module:
     """A BERT encoder of width 384 without pooler: the architecture of MiniLM-L6 and multilingual-e5-small."""
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
+    settings = BertEncoderSettings(
         vocab_size=vocabulary,
         hidden_size=384,
         num_hidden_layers=layers,
@@ -187,7 +186,11 @@ def _bert(tensors: _Tensors | None, *, layers: int, vocabulary: int, pad_id: int
         intermediate_size=1536,
         pad_token_id=pad_id,
     )
-    return _transformer(BertModel, config, tensors, add_pooling_layer=False)
+    with torch.device("meta"):
+        net = BertEncoder(settings)
+    if tensors is not None:
+        net.load_state_dict(tensors, assign=True)
+    return net.eval()
 
 
 def _transformer(kind: Any, config: Any, tensors: _Tensors | None, **settings: Any) -> nn.Module:
