@@ -36,7 +36,10 @@ class BertEncoderSettings:
 
 
 class BertEncoder(nn.Module):
-    """Token ids to the states of every token (Devlin et al., NAACL 2019): post-norm blocks, exact GELU, no pooling."""
+    """Token ids to the states of every token (Devlin et al., NAACL 2019): post-norm blocks, exact GELU, no pooling.
+
+    Its weights are to be loaded: the embeddings are not initialised.
+    """
 
     def __init__(self, settings: BertEncoderSettings):
         super().__init__()
@@ -78,9 +81,9 @@ class _Embeddings(nn.Module):
     def __init__(self, settings: BertEncoderSettings):
         super().__init__()
         width = settings.hidden_size
-        self.word_embeddings = nn.Embedding(settings.vocab_size, width, padding_idx=settings.pad_token_id)
-        self.position_embeddings = nn.Embedding(settings.max_position_embeddings, width)
-        self.token_type_embeddings = nn.Embedding(settings.type_vocab_size, width)
+        self.word_embeddings = _table(settings.vocab_size, width, padding_idx=settings.pad_token_id)
+        self.position_embeddings = _table(settings.max_position_embeddings, width)
+        self.token_type_embeddings = _table(settings.type_vocab_size, width)
         self.LayerNorm = nn.LayerNorm(width, eps=settings.layer_norm_eps)
         self.dropout = nn.Dropout(settings.hidden_dropout_prob)
 
@@ -90,6 +93,11 @@ class _Embeddings(nn.Module):
         # looked up for each token, not broadcast from one row: so are the gradient's sums
         types = self.token_type_embeddings(torch.zeros_like(positions).expand(batch, -1))
         return self.dropout(self.LayerNorm(embedded + types + self.position_embeddings(positions)))
+
+
+def _table(rows: int, width: int, *, padding_idx: int | None = None) -> nn.Embedding:
+    """An embedding that is not initialised: a random draw on the meta device imports torch's compiler, in a second."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False, padding_idx=padding_idx)
 
 
 class _Blocks(nn.Module):
