@@ -29,8 +29,8 @@ from clasp.config.build import (
     load,
     with_untrained_heads,
 )
-from clasp.config.datasets import cache_folder
 from clasp.config.recipe import Recipe, read_recipe
+from clasp.data.cache_folder import cache_folder
 from clasp.data.pairs import open_pairs
 from clasp.data.samples.emoji import (
     HELD_OUT_LANGUAGES,

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clasp.config.datasets import cache_folder
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.bpe import train_bpe
+from clasp.data.cache_folder import cache_folder
 from clasp.data.images import ImageTransform
 from clasp.data.loader import log_skipped
 from clasp.data.tokenizer import Tokenizer
@@ -129,6 +129,7 @@ def _open_backbones(recipe: Recipe, *, meta: bool) -> _Backbones:
     text = load_backbone(recipe.text, meta=meta, seed=seed + 1)
     if recipe.share is None:
         return _Backbones(image, text, None)
+    image, text = replace(image, weight_hashes=None), replace(text, weight_hashes=None)  # sharing writes to weights
     policy, trunk = recipe.share.policy, recipe.share.trunk_settings
     if trunk is None:
         return _Backbones(image, text, share_backbones(image, text, policy, seed=seed + 2))

@@ -2,9 +2,8 @@
 file.
 
 Input: the file's path (its hash already checked). Output: the tensors in float32 under the names of
-``BertEncoder``, and the tokenizer. Note: the package's inference engine is not imported, and nothing is cached, since
-dequantisation takes half a second, less than hashing the 470 MB it would save. Source of the layout: ``e5.c`` inside
-the package (functions ``e5_load`` and ``deq_row``).
+``BertEncoder``, and the tokenizer. Note: the package's inference engine is not imported. Source of the layout: ``e5.c``
+inside the package (functions ``e5_load`` and ``deq_row``).
 """
 
 from __future__ import annotations

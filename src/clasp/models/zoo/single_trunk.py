@@ -85,7 +85,9 @@ def _replace_net(view: TrunkView, other: Backbone, trunk: Backbone) -> Backbone:
     pool = other.pool
     if pool == "pooler" and other.pooler is not None:  # its layers stay behind with its net
         pool = "mean" if other.pooler.reads in ("states", "prefix") else other.pooler.reads
-    return replace(other, net=view.net, version=version, forward_features=None, pool=pool, pooler=None)
+    return replace(
+        other, net=view.net, version=version, forward_features=None, pool=pool, pooler=None, weight_hashes=None
+    )
 
 
 def _token_embedding_source(text: Backbone, settings: SingleTrunkSettings) -> TextTransformer | RandomTokenEmbedding:

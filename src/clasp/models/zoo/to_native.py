@@ -68,7 +68,7 @@ def to_native(base: Backbone) -> Backbone:
     source = _ForeignWeights(base)
     net = WEIGHT_MAPPINGS[name].read(base, source)
     source.require_all_used()
-    return replace(base, net=net.eval())
+    return replace(base, net=net.eval(), weight_hashes=None)
 
 
 class _ForeignWeights:
