@@ -20,8 +20,7 @@ from clasp.data.pairs import ColumnNames, Pairs, caption_languages, describe_pai
 from clasp.data.readers import PairIndex
 from clasp.data.samples.emoji import SAMPLE_SCHEME, sample_file
 from clasp.models.features import FeatureSource
-from clasp.training.loop import plan_training
-from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan
+from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan, plan_training
 from clasp.types import Pair, UserError
 
 TrainValPairs = tuple[Pairs, Pairs]  # training, validation

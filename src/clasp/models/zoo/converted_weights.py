@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -122,7 +121,5 @@ def _write_record(path: Path, state: _FileState, hashes: Mapping[str, str]) -> N
 
 
 def _temporary(path: Path) -> Path:
-    """A new file beside ``path``: two processes that convert at the same time do not write to one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".part")
-    os.close(descriptor)
-    return Path(name)
+    """A name beside ``path`` of this process: two that convert at the same time do not write to one file."""
+    return path.with_name(f"{path.stem}.{os.getpid()}.part")
