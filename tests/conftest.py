@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from clasp.data.cache_folder import cache_folder
+from clasp.models import precision
+from clasp.models.precision import PrecisionChoice
 from clasp.models.zoo import converted_weights
 
 LONGEST = ("test_demo.py", "test_one_selection.py", "test_train.py", "test_retention.py")
@@ -28,6 +30,14 @@ def same_random_numbers() -> None:
     """What a test draws does not depend on the tests before it in its process."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def float32_by_default() -> Iterator[None]:
+    """``precision = "auto"`` is float32, on machines where bfloat16 is faster, too: what is tested is exact."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "_detect", lambda kind: PrecisionChoice("float32", "the tests compute in float32"))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

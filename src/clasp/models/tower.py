@@ -230,6 +230,11 @@ class Tower(nn.Module):
     # --- the frozen prefix ---------------------------------------------------------------------------------------
 
     @property
+    def convolutional(self) -> bool:
+        """Whether the blocks compute on feature maps ``[B D height width]``, or the net has BatchNorm."""
+        return self._structure.channels_first or bool(batch_norms(self.net))
+
+    @property
     def fully_frozen(self) -> bool:
         """Whether the tower has no trainable parameter, a learned pooling included: its pooled output is then fixed."""
         return not any(parameter.requires_grad for parameter in self.parameters())
