@@ -145,3 +145,8 @@ def test_embeddings_in_bfloat16_are_float32_and_of_another_index() -> None:
         assert float((ours * theirs).sum(dim=1).min()) > 0.999
         torch.testing.assert_close(ours.norm(dim=1), torch.ones(3))
     assert exact.fingerprint == mixed.fingerprint != fast.fingerprint, "images decide: a query may be in either"
+    for model in (exact, fast, mixed):  # a store made on another machine is searched, and added to, in its precision
+        for store in (exact, fast):
+            found = model.in_precision_of(store.fingerprint)
+            assert found.fingerprint == store.fingerprint and found.precision.text == model.precision.text
+        assert model.in_precision_of("") is model.in_precision_of("another model") is model

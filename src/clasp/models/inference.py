@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -63,6 +63,20 @@ class EmbeddingModel:
         itself in float32, and may be compared with images in either precision."""
         parts = (self.encoder.fingerprint, self.transform.fingerprint, self.tokenizer.fingerprint)
         return ":".join(parts if self.precision.image == "float32" else (*parts, self.precision.image))
+
+    def in_precision_of(self, fingerprint: str) -> EmbeddingModel:
+        """The same model with images in the precision of a store with this fingerprint, so that a store is never in two
+        precisions, on whatever machine it was made. This model where they differ in more, or the store is empty."""
+        if not fingerprint:
+            return self
+        for image in get_args(Precision):
+            precision = self.precision._replace(image=image)
+            other = EmbeddingModel(
+                self.encoder, self.transform, self.tokenizer, device=str(self.device), precision=precision
+            )
+            if other.fingerprint == fingerprint:
+                return other
+        return self
 
     def encode_image(
         self, images: Sequence[Any] | Any, *, progress: ProgressCallback = no_progress
