@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.peers import imported
 from benchmarks.sample_data import SIZE, WIDTH, WORK
 from clasp.config.build import ModelAndPreprocessing
+from clasp.models.transformer.bert import BertEncoder
 from clasp.training.memory import ActivationMemory
 from clasp.types import Pixels, Tokens
 
@@ -89,14 +91,24 @@ def _compare(parts: ModelAndPreprocessing, trunk: Callable[[Tensor], Tensor]) ->
 
 def dual_encoder(parts: ModelAndPreprocessing) -> Any:
     """transformers' VisionTextDualEncoder of our towers. It pools captions by BERT's pooler, which is added."""
-    from transformers import BertModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
+    from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
-    text = BertModel(deepcopy(parts.model.text.net.config), add_pooling_layer=True)
-    missing = text.load_state_dict(parts.model.text.net.state_dict(), strict=False).missing_keys
-    assert all(name.startswith("pooler.") for name in missing), missing
+    text = _transformers_bert(parts, add_pooling_layer=True)
     vision = deepcopy(parts.model.image.net)
     config = VisionTextDualEncoderConfig.from_vision_text_configs(vision.config, text.config, projection_dim=WIDTH)
     return VisionTextDualEncoderModel(config, vision_model=vision, text_model=text)
+
+
+def _transformers_bert(parts: ModelAndPreprocessing, *, add_pooling_layer: bool) -> Any:
+    """The text tower as transformers' BertModel, whose weights ours has under the same names."""
+    from transformers import BertConfig, BertModel
+
+    net = parts.model.text.net
+    assert isinstance(net, BertEncoder)
+    made = BertModel(BertConfig(**asdict(net.settings)), add_pooling_layer=add_pooling_layer)
+    missing = made.load_state_dict(net.state_dict(), strict=False).missing_keys
+    assert all(name.startswith("pooler.") for name in missing), missing
+    return made.eval()
 
 
 # --- saved towers ----------------------------------------------------------------------------------------------------
@@ -108,7 +120,7 @@ def saved_text(parts: ModelAndPreprocessing) -> Path:
 
     folder = WORK / "text-tower"
     if not (folder / "ready").exists():
-        parts.model.text.net.save_pretrained(folder)
+        _transformers_bert(parts, add_pooling_layer=False).save_pretrained(folder)
         parts.tokenizer.save(folder)
         special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
         file = str(folder / "tokenizer.json")

@@ -34,7 +34,7 @@ from benchmarks.peers import repair_torchvision
 from clasp.config.build import ModelAndPreprocessing
 from clasp.data.pairs import open_pairs
 from clasp.evaluation.results import EvaluationResult
-from clasp.training.precision import detect_precision
+from clasp.models.precision import detect_precision
 from clasp.types import UserError
 
 HERE = Path(__file__).parent

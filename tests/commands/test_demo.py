@@ -15,7 +15,7 @@ from clasp.commands import demo_searches as searches
 from clasp.commands.demo_photos import PHOTO_QUERIES, installed_photos
 from clasp.commands.train import train_recipe
 from clasp.config.build import load
-from clasp.config.datasets import cache_folder
+from clasp.data.cache_folder import cache_folder
 from clasp.data.images import ImageTransform
 from clasp.data.samples.emoji import (
     LANGUAGE_NAMES,

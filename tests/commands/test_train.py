@@ -23,6 +23,8 @@ from clasp.config import build, datasets
 from clasp.config.build import build_model
 from clasp.config.recipe import Recipe
 from clasp.data.loader import PairLoader
+from clasp.models import precision
+from clasp.models.precision import PrecisionChoice
 from clasp.models.tower import Tower
 from clasp.training.state import TrainState
 from clasp.training.trackers import registry
@@ -286,6 +288,22 @@ def test_resumed_equals_never_stopped(way: str, step: int, towers: Path, pairs: 
     assert {path.name for path in folder.iterdir()} == DESIGNED
     with pytest.raises(UserError, match="no state/ to resume from; it is finished"):
         run(written(folder), folder, resume=True)
+
+
+def test_features_are_of_one_precision_before_and_after_an_interruption(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that a machine with bfloat16 started and another one resumes."""
+    made, said = recipe(towers, pairs, "train.batch_size=14", "train.select=last", "train.precision=auto"), []
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "_detect", lambda kind: PrecisionChoice("bfloat16", "faster on the first machine"))
+        run(made, tmp_path / "whole")
+        main_job.train_recipe(made, tmp_path / "stopped", say=said.append, reporter=StopAt(4))
+    assert sum("computed in bfloat16" in line and "faster on the first machine" in line for line in said) == 2
+    run(written(tmp_path / "stopped"), tmp_path / "stopped", resume=True)
+    assert same(delta(tmp_path / "stopped"), delta(tmp_path / "whole"))
+    run(made, tmp_path / "float32")
+    assert not same(delta(tmp_path / "float32"), delta(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("change", ["a caption", "a pair less", "another tower", "another recipe"])

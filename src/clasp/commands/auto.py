@@ -2,9 +2,9 @@
 
 Input: a recipe with ``[auto]``, and a folder. Output: an ordinary run, that of the best stage; the stages are runs too,
 in ``RUN/stages``. The heads are chosen in closed form (``commands.closed_form``), then both towers are tuned; heads
-take gradient steps with what is left of the budget. A stage is kept where the run's own validation metric is better. Note: Ctrl-C ends it with the best
-stage so far; ``plan.json`` has what was tried and is what ``clasp resume`` goes on from. Finished stages are not
-repeated.
+take gradient steps with what is left of the budget. A stage is kept where the run's own validation metric is better.
+Note: Ctrl-C ends it with the best stage so far; ``plan.json`` has what was tried and is what ``clasp resume`` goes on
+from. Finished stages are not repeated.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ from clasp.config.build import (
     build_model_and_preprocessing,
     class_pairs_of_recipe,
 )
-from clasp.config.datasets import cache_folder, open_training_pairs, plan_run
+from clasp.config.datasets import open_training_pairs, plan_run
 from clasp.config.recipe import Recipe
+from clasp.data.cache_folder import cache_folder
 from clasp.data.checks import CheckReport, Finding, check_captions, check_images, check_pairs
 from clasp.data.pairs import Pairs
 from clasp.data.readers import PairIndex

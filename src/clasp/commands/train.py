@@ -73,7 +73,9 @@ def train_recipe(
     parts = _prepare(parts, recipe, folder, state)
     tracker = open_trackers(tracker_classes, TrackedRun(run, state.position.step if state else 0), folder.append, say)
     ledger = open_ledger(folder, parts.model, state)
-    inputs = build_feature_source(parts, recipe, bar=ledger.time_features(bar), say=say, report=tracker.log_skipped)
+    inputs = build_feature_source(
+        parts, _as_before(recipe, state), bar=ledger.time_features(bar), say=say, report=tracker.log_skipped
+    )
     plan = plan_run(recipe, train, inputs)
     say(plan.reason)
     classes = class_pairs_of_recipe(recipe, parts.model)
@@ -123,6 +125,13 @@ def _prepare(
         for tower in (parts.model.image, parts.model.text):
             tower.enable_activation_checkpointing()
     return parts
+
+
+def _as_before(recipe: Recipe, state: TrainState | None) -> Recipe:
+    """The recipe, with the precision from before an interruption: features in another would be other features."""
+    if state is None:
+        return recipe
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": state.precision})})
 
 
 def _write(context: RunContext, fitted: FitResult, results: Sequence[EvaluationResult], cost: RunCost) -> None:

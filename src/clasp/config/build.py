@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from clasp.config.datasets import cache_folder
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.bpe import train_bpe
+from clasp.data.cache_folder import cache_folder
 from clasp.data.images import ImageTransform
 from clasp.data.loader import log_skipped
 from clasp.data.tokenizer import Tokenizer
@@ -24,7 +24,8 @@ from clasp.models.cache_policy import CachePolicy
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings
 from clasp.models.features import FeatureSource
-from clasp.models.inference import EmbeddingModel
+from clasp.models.inference import EmbeddingModel, EncoderPrecision
+from clasp.models.precision import Precision, frozen_precision, resolve_precision
 from clasp.models.sharing.backbones import share_backbones
 from clasp.models.sharing.policy import SharingPlan
 from clasp.models.sharing.tie import tie_parameters
@@ -92,18 +93,30 @@ def rebuild_heads(parts: ModelAndPreprocessing, recipe: Recipe) -> ModelAndPrepr
     return replace(parts, model=model)
 
 
-def load(run: str | Path, *, device: str = "cpu") -> EmbeddingModel:
+def load(
+    run: str | Path, *, device: str = "cpu", precision: Literal["auto"] | Precision | None = None
+) -> EmbeddingModel:
     """The model of a run folder, in evaluation mode.
 
     Loads the base weights that the recipe names, verifies them against the recorded hashes by tensor name, then loads
-    the delta. Bitwise the model that was saved. Raises ``UserError``.
+    the delta. Bitwise the model that was saved. ``precision``: what towers compute in, in place of ``train.precision``
+    of its recipe; "auto": bfloat16 where that is faster, and convolutional towers in float32. Raises ``UserError``.
     """
+    choices = (None, "auto", *get_args(Precision))
+    if precision not in choices:
+        raise UserError(f"precision = {precision!r} is none of {', '.join(map(repr, choices))}")
     folder = run_folder.RunFolder(run)
     facts = folder.read()
     recipe = recipe_from_dict(facts.recipe, str(folder.path / "recipe.toml"))
     parts = ModelAndPreprocessing(build_model(recipe), facts.transform, facts.tokenizer)
     folder.load_delta(parts.model)
-    return EmbeddingModel(parts.model.to(device).eval(), parts.transform, parts.tokenizer, device=device)
+    resolved = resolve_precision(precision or recipe.train.precision, torch.device(device)).precision
+    sides = EncoderPrecision(
+        image=frozen_precision(resolved, convolutional=parts.model.image.convolutional),
+        text=frozen_precision(resolved, convolutional=parts.model.text.convolutional),
+    )
+    model = parts.model.to(device).eval()
+    return EmbeddingModel(model, parts.transform, parts.tokenizer, device=device, precision=sides)
 
 
 def with_untrained_heads(model: DualEncoder, recipe: Recipe) -> DualEncoder:
@@ -129,6 +142,7 @@ def _open_backbones(recipe: Recipe, *, meta: bool) -> _Backbones:
     text = load_backbone(recipe.text, meta=meta, seed=seed + 1)
     if recipe.share is None:
         return _Backbones(image, text, None)
+    image, text = replace(image, weight_hashes=None), replace(text, weight_hashes=None)  # sharing writes to weights
     policy, trunk = recipe.share.policy, recipe.share.trunk_settings
     if trunk is None:
         return _Backbones(image, text, share_backbones(image, text, policy, seed=seed + 2))
@@ -287,6 +301,7 @@ def build_feature_source(
         cached_augmentations=recipe.data.cached_augmentations,
         seed=recipe.train.seed,
         max_bad_fraction=recipe.data.max_bad_fraction,
+        precision=resolve_precision(recipe.train.precision, next(parts.model.parameters()).device),
     )
     return FeatureSource(
         parts.model.image,

@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from clasp.config.recipe import Recipe
+from clasp.data.cache_folder import cache_folder
 from clasp.data.formats.rows import DEFAULT_COLUMNS
 from clasp.data.formats.skipped_files import SkippedFiles, escape_name
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages, describe_pair_formats, open_pairs, split_by_group
 from clasp.data.readers import PairIndex
 from clasp.data.samples.emoji import SAMPLE_SCHEME, sample_file
 from clasp.models.features import FeatureSource
-from clasp.training.loop import plan_training
-from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan
+from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan, plan_training
 from clasp.types import Pair, UserError
 
 TrainValPairs = tuple[Pairs, Pairs]  # training, validation
-
-
-def cache_folder() -> Path:
-    """The folder of everything that can be recomputed: ``$CLASP_CACHE``, else ``~/.cache/clasp``."""
-    return Path(os.environ.get("CLASP_CACHE") or Path.home() / ".cache" / "clasp")
 
 
 def open_training_pairs(recipe: Recipe) -> TrainValPairs:

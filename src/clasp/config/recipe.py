@@ -15,7 +15,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from clasp.config.budget import AutoSettings
@@ -181,6 +180,8 @@ class Recipe(BaseModel):
 
     def to_toml(self) -> str:
         """The recipe as a TOML file that reads back equal."""
+        import tomlkit  # here, since reading a recipe does not need it
+
         return tomlkit.dumps(self.to_dict())
 
 

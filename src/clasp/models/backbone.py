@@ -5,7 +5,7 @@ Data only. ``clasp.models.zoo.registry`` loads backbones, ``clasp.models.tower.T
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -142,5 +142,7 @@ class Backbone:
     classifier: Callable[[], Classifier | None] | None = None
     """the classifier that an image tower was pre-trained with; a callable, so that it is read only where it is used;
     returns ``None`` where it reads other features than pooled last hidden states"""
+    weight_hashes: Mapping[str, str] | None = None
+    """``hash_tensors`` of the state of ``net``, where it is known; whoever writes to a weight drops it"""
     pretrained_head: PretrainedHead | None = None
     """halves of a dual encoder: its projection and logit scale"""

@@ -181,6 +181,7 @@ FAMILY_LAYOUTS: dict[str, FamilyLayout] = {
         pooled_norm="head.norm",
     ),
     "BertModel": BERT_LAYOUT,
+    "BertEncoder": BERT_LAYOUT,  # native, under the same names
     "RobertaModel": BERT_LAYOUT,
     "XLMRobertaModel": BERT_LAYOUT,
     "ElectraModel": BERT_LAYOUT,

@@ -13,7 +13,11 @@ from clasp.data.feature_cache.dtypes import StorageDtype
 from clasp.data.feature_cache.requests import FeatureRequest
 from clasp.data.loader import log_skipped
 from clasp.models.cache_policy import CachePolicy
+from clasp.models.precision import Precision, PrecisionChoice, frozen_precision
+from clasp.models.tower import Tower
 from clasp.types import MessageCallback, ProgressFactory, SkippedSample, no_progress_bar
+
+_FLOAT32 = PrecisionChoice("float32", "the default")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,18 @@ class FeatureSettings:
     """Random seed of the augmented views."""
     max_bad_fraction: float = 0.02
     """Fraction of the images that may be unreadable before an error is raised."""
+    precision: PrecisionChoice = _FLOAT32
+    """That of the device or the recipe, from which ``frozen_precision`` derives that of each tower."""
+
+    def tower_precision(self, tower: Tower) -> Precision:
+        """What the frozen part of ``tower`` computes in."""
+        return frozen_precision(self.precision.precision, convolutional=tower.convolutional)
+
+    def report_precision(self, tower: Tower, notify: MessageCallback) -> None:
+        """A line for features that are not in float32: the precision, its reason, and how to have the other."""
+        if (precision := self.tower_precision(tower)) != "float32":
+            why = f"{self.precision.reason}; for the other: train.precision=float32"
+            notify(f"features of {tower.name} are computed in {precision} (cosine with float32 about 0.9999): {why}")
 
 
 @dataclass(frozen=True, slots=True)

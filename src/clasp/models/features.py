@@ -37,7 +37,7 @@ class FeatureSource:
         callbacks = callbacks or FeatureCallbacks()
         self.cache = settings.cache
         self.image = ImageSide(image, transform, settings, callbacks)
-        self.text = TextSide(text, tokenizer, settings.cache, callbacks)
+        self.text = TextSide(text, tokenizer, settings, callbacks)
 
     @property
     def transform(self) -> ImageTransform:

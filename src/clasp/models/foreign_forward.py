@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
-from clasp.models.structure import ModelStructure, is_norm
+from clasp.models.structure import ModelStructure, is_norm, is_transformers_model
+from clasp.models.transformer.bert import BertEncoder
 from clasp.models.transformer.encoders import ImageTransformer
 from clasp.types import Pixels, Tokens, UserError
 
@@ -57,23 +58,21 @@ def _states_of(name: str, output: Any) -> Tensor:
 
 def native_image_size(net: nn.Module, transform: ImageTransform | None) -> int:
     """An input size in pixels that the net accepts: that of its transform, else of its configuration, else 64."""
-    from transformers import PreTrainedModel
-
     if isinstance(net, ImageTransformer):
         return net.size
     if transform is not None:
         return transform.size
-    size = (net.config.to_dict().get("image_size") if isinstance(net, PreTrainedModel) else None) or 64
+    size = (net.config.to_dict().get("image_size") if is_transformers_model(net) else None) or 64
     return size if isinstance(size, int) else size[0]
 
 
 def declared_width(net: nn.Module, structure: ModelStructure, modality: str) -> int | None:
     """Width of the hidden states according to the final norm or a ``transformers`` configuration."""
-    from transformers import PreTrainedModel
-
     if structure.tail and is_norm(last := net.get_submodule(structure.tail[-1])):
         return next(last.parameters()).numel()
-    return net.config.hidden_size if modality == "text" and isinstance(net, PreTrainedModel) else None
+    if isinstance(net, BertEncoder):
+        return net.settings.hidden_size
+    return net.config.hidden_size if modality == "text" and is_transformers_model(net) else None
 
 
 def drop_module(net: nn.Module, path: str) -> None:
@@ -88,9 +87,7 @@ def drop_module(net: nn.Module, path: str) -> None:
 
 def disable_kv_cache(net: nn.Module) -> None:
     """Switch the key-value cache of a decoder off: no token is generated."""
-    from transformers import PreTrainedModel
-
-    if isinstance(net, PreTrainedModel) and "use_cache" in net.config.to_dict():
+    if is_transformers_model(net) and "use_cache" in net.config.to_dict():
         net.config.use_cache = False
 
 
@@ -113,9 +110,7 @@ def _forward_pixels(net: nn.Module, pixels: Tensor) -> Any:
 
 
 def _takes(net: nn.Module, argument: str) -> bool:
-    from transformers import PreTrainedModel
-
-    return isinstance(net, PreTrainedModel) or argument in inspect.signature(net.forward).parameters
+    return is_transformers_model(net) or argument in inspect.signature(net.forward).parameters
 
 
 def _forward_unmasked(net: Any, pixels: Tensor) -> Any:

@@ -12,7 +12,9 @@ from functools import cached_property
 
 import torch
 
+from clasp.models.precision import Precision, computing_in
 from clasp.models.tower import Tower
+from clasp.models.weight_hashes import hash_values
 from clasp.types import HiddenStates, Pixels, PooledFeatures, Tokens
 
 
@@ -23,10 +25,11 @@ class FrozenTower:
     tower: Tower
     depth: int = 0
     tokens: int = 1
+    precision: Precision = "float32"
 
     @property
     def fingerprint(self) -> str:
-        return self.tower.layer_fingerprint
+        return _in_precision(self.tower.layer_fingerprint, self.precision)
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -37,7 +40,8 @@ class FrozenTower:
         return self.tower.width
 
     def __call__(self, inputs: Pixels | Tokens) -> PooledFeatures:
-        return PooledFeatures(self.tower.pooled(inputs))
+        with computing_in(self.precision, _device(self.tower)):
+            return PooledFeatures(self.tower.pooled(inputs))
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,11 @@ class FrozenPrefix:
     tower: Tower
     depth: int
     size: int
+    precision: Precision = "float32"
 
     @property
     def fingerprint(self) -> str:
-        return self.tower.prefix_fingerprint(self.depth)
+        return _in_precision(self.tower.prefix_fingerprint(self.depth), self.precision)
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -69,7 +74,7 @@ class FrozenPrefix:
 
     @cached_property
     def _shape(self) -> tuple[int, int]:
-        device = next(self.tower.parameters()).device
+        device = _device(self.tower)
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
         if self.tower.modality == "text":
             blank: Pixels | Tokens = Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
@@ -80,13 +85,26 @@ class FrozenPrefix:
         return tokens, width
 
     def __call__(self, inputs: Pixels | Tokens) -> HiddenStates:
-        return self.tower.prefix_states(inputs, self.depth)
+        with computing_in(self.precision, _device(self.tower)):
+            return self.tower.prefix_states(inputs, self.depth)
 
 
-def find_frozen_part(tower: Tower, size: int) -> FrozenTower | FrozenPrefix | None:
-    """The part of a tower that can be cached, for images of ``size`` pixels a side; ``None`` where nothing can."""
+def find_frozen_part(tower: Tower, size: int, precision: Precision = "float32") -> FrozenTower | FrozenPrefix | None:
+    """The part of a tower that can be cached, for images of ``size`` pixels a side; ``None`` where nothing can.
+
+    ``precision`` is what it computes in; see ``frozen_precision``.
+    """
     if tower.dropout:
         return None
     if tower.fully_frozen:
-        return FrozenTower(tower)
-    return FrozenPrefix(tower, depth, size) if (depth := tower.frozen_blocks) else None
+        return FrozenTower(tower, precision=precision)
+    return FrozenPrefix(tower, depth, size, precision) if (depth := tower.frozen_blocks) else None
+
+
+def _device(tower: Tower) -> torch.device:
+    return next(tower.parameters()).device
+
+
+def _in_precision(fingerprint: str, precision: Precision) -> str:
+    """A fingerprint of features in this precision; in float32 that of the weights, as it was before others existed."""
+    return fingerprint if precision == "float32" else hash_values(fingerprint, precision)

@@ -40,9 +40,11 @@ class ImageSide:
         self, tower: Tower, transform: ImageTransform, settings: FeatureSettings, callbacks: FeatureCallbacks
     ) -> None:
         self.transform = transform
-        self.frozen_part = find_frozen_part(tower, transform.size) if settings.cache.mode != "off" else None
+        precision = settings.tower_precision(tower)
+        self.frozen_part = find_frozen_part(tower, transform.size, precision) if settings.cache.mode != "off" else None
         self._tower, self._settings, self._callbacks = tower, settings, callbacks
         self._reported: set[str] = set()
+        self._told = False
 
     def request(self, pairs: Pairs, augment: Augment | None = None) -> ImageFeatureRequest | None:
         """The request for the cached features of these images; ``None`` where they are read live under any policy: no
@@ -62,6 +64,9 @@ class ImageSide:
         storage = choose_storage(request, policy, name, self._callbacks.notify)
         if storage is None:
             return None
+        if not self._told:
+            self._told = True
+            self._settings.report_precision(self._tower, self._callbacks.notify)
         reading = ImageReadSettings(self._batch_size, self._settings.workers, self._settings.max_bad_fraction)
         with self._callbacks.bar(f"images of {Path(pairs.name).name} through {name}") as progress:
             return image_features(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,15 @@ from clasp.data.formats.skipped_files import escape_name
 from clasp.data.images import IMAGE_FORMS, ImageError, ImageTransform, is_image_form
 from clasp.data.loader import inference_batch_size, iter_text_batches
 from clasp.data.tokenizer import Tokenizer
+from clasp.models.precision import Precision, computing_in
 from clasp.types import Encoder, Pixels, ProgressCallback, UserError
+
+
+class EncoderPrecision(NamedTuple):
+    """What each side of an encoder computes in; embeddings are float32 in either."""
+
+    image: Precision = "float32"
+    text: Precision = "float32"
 
 
 def no_progress(done: int, total: int) -> None:
@@ -33,16 +41,42 @@ def no_progress(done: int, total: int) -> None:
 class EmbeddingModel:
     """An aligned dual encoder with its preprocessing, as ``clasp.load`` returns it."""
 
-    def __init__(self, encoder: Encoder, transform: ImageTransform, tokenizer: Tokenizer, *, device: str = "cpu"):
+    def __init__(
+        self,
+        encoder: Encoder,
+        transform: ImageTransform,
+        tokenizer: Tokenizer,
+        *,
+        device: str = "cpu",
+        precision: EncoderPrecision | None = None,
+    ):
         self.encoder = encoder
         self.transform = transform
         self.tokenizer = tokenizer
         self.device = torch.device(device)
+        self.precision = precision or EncoderPrecision()
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that an embedding depends on: encoder, image transform and tokenizer."""
-        return ":".join((self.encoder.fingerprint, self.transform.fingerprint, self.tokenizer.fingerprint))
+        """Hash of all that an embedding in a store depends on: encoder, image transform and tokenizer, and the
+        precision of images unless it is float32. That of texts is not part of it: a query has a cosine of 0.9999 with
+        itself in float32, and may be compared with images in either precision."""
+        parts = (self.encoder.fingerprint, self.transform.fingerprint, self.tokenizer.fingerprint)
+        return ":".join(parts if self.precision.image == "float32" else (*parts, self.precision.image))
+
+    def in_precision_of(self, fingerprint: str) -> EmbeddingModel:
+        """The same model with images in the precision of a store with this fingerprint, so that a store is never in two
+        precisions, on whatever machine it was made. This model where they differ in more, or the store is empty."""
+        if not fingerprint:
+            return self
+        for image in get_args(Precision):
+            precision = self.precision._replace(image=image)
+            other = EmbeddingModel(
+                self.encoder, self.transform, self.tokenizer, device=str(self.device), precision=precision
+            )
+            if other.fingerprint == fingerprint:
+                return other
+        return self
 
     def encode_image(
         self, images: Sequence[Any] | Any, *, progress: ProgressCallback = no_progress
@@ -71,7 +105,7 @@ class EmbeddingModel:
     def encode_pixels(self, pixels: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n E"]:
         """Outputs of ``transform`` to L2-normalised embeddings; the batch size is chosen by device."""
         batch_size = inference_batch_size(self.transform.size, self.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), computing_in(self.precision.image, self.device):
             parts = (to_device(Pixels(part), self.device) for part in pixels.split(batch_size))
             return torch.cat([self.encoder.embed_image(part).cpu() for part in parts])
 
@@ -91,7 +125,7 @@ class EmbeddingModel:
         if not texts:
             return self.encode_text(["a"])[:0]
         rows: dict[int, Tensor] = {}
-        with torch.inference_mode():
+        with torch.inference_mode(), computing_in(self.precision.text, self.device):
             for indices, part in iter_text_batches(texts, self.tokenizer, tokens_per_batch):
                 embedded = self.encoder.embed_text(to_device(part, self.device)).cpu()
                 rows.update(zip(indices, embedded, strict=True))

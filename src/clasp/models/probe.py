@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clasp.models.structure import is_transformers_model
+from clasp.models.transformer.bert import BertEncoder
 from clasp.models.transformer.encoders import TextTransformer
 from clasp.types import Pixels, Tokens, UserError
 
@@ -160,11 +162,12 @@ def first_line(error: Exception) -> str:
 
 def _text_limits(net: nn.Module) -> tuple[int, int, int]:
     """Vocabulary size, number of positions and padding id of a text net; small defaults where they are not known."""
-    from transformers import PreTrainedModel
-
     if isinstance(net, TextTransformer):
         return net.settings.vocabulary, net.settings.context, 0
-    if not isinstance(net, PreTrainedModel):
+    if isinstance(net, BertEncoder):
+        limits = net.settings
+        return limits.vocab_size, limits.max_position_embeddings - 2, limits.pad_token_id
+    if not is_transformers_model(net):
         return 3, _LONG, 0
     facts = net.config.to_dict()
     table: Any = net.get_input_embeddings()

@@ -10,14 +10,19 @@ norm called ``ln_3`` are norms, and a layer scale is not.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import nn
 
 from clasp.models.family_layouts import BERT_LAYOUT, FAMILY_LAYOUTS, FamilyLayout
 from clasp.models.transformer.blocks import Block as OurBlock
 from clasp.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,15 @@ def find_unused_modules(net: nn.Module) -> tuple[str, ...]:
     layout = _family_layout(net, modules)
     unused = layout.unused if layout else ()
     return tuple(path for part in unused for path in (_matching_paths(modules, part) if "*" in part else (part,)))
+
+
+def is_transformers_model(net: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether ``net`` is a model of ``transformers``, which is not imported for the answer: without it, none is."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(net, PreTrainedModel)
 
 
 def is_norm(module: nn.Module) -> bool:

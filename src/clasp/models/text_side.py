@@ -21,8 +21,7 @@ from clasp.data.feature_cache.requests import TextFeatureRequest
 from clasp.data.loader import iter_text_batches
 from clasp.data.readers import LiveTextReader, PairIndex, TextReader
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.cache_policy import CachePolicy
-from clasp.models.feature_settings import FeatureCallbacks, choose_storage
+from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings, choose_storage
 from clasp.models.frozen import find_frozen_part
 from clasp.models.tower import Tower
 from clasp.types import TextInput
@@ -36,10 +35,13 @@ _CACHED_BATCH_SIZE = 256  # cached texts per forward pass of the trainable block
 class TextSide:
     """Reads texts for one tower."""
 
-    def __init__(self, tower: Tower, tokenizer: Tokenizer, policy: CachePolicy, callbacks: FeatureCallbacks) -> None:
+    def __init__(
+        self, tower: Tower, tokenizer: Tokenizer, settings: FeatureSettings, callbacks: FeatureCallbacks
+    ) -> None:
         self.tokenizer = tokenizer
-        self.frozen_part = find_frozen_part(tower, 0) if policy.mode != "off" else None
-        self._tower, self._policy, self._callbacks = tower, policy, callbacks
+        precision, policy = settings.tower_precision(tower), settings.cache
+        self.frozen_part = find_frozen_part(tower, 0, precision) if policy.mode != "off" else None
+        self._tower, self._settings, self._policy, self._callbacks = tower, settings, policy, callbacks
         self._cached: list[tuple[dict[str, int], CachedFeatures]] = []
 
     def request(self, texts: Sequence[str]) -> TextFeatureRequest | None:
@@ -57,6 +59,8 @@ class TextSide:
         storage = choose_storage(request, self._policy, self._tower.name, self._callbacks.notify)
         if storage is None:
             return None
+        if not self._cached:
+            self._settings.report_precision(self._tower, self._callbacks.notify)
         with self._callbacks.bar(f"captions through {self._tower.name}") as progress:
             features = text_features(
                 request, cache_folder=self._policy.folder, storage=storage, device=self._device, progress=progress

@@ -10,7 +10,7 @@ and the norm trains: they are then in ``moving`` and are saved with the trained 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -90,7 +90,7 @@ class Tower(nn.Module):
         if layer is not None:
             truncate_blocks(self.net, layer)
         self.pretrained_head, self.authors_pool = backbone.pretrained_head, backbone.pool
-        self.weight_hashes = hash_tensors({**self.net.state_dict(), **self._head_tensors()})
+        self.weight_hashes = self._hash_weights(backbone.weight_hashes)
         self._forward_features, self._from_seed = backbone.forward_features, backbone.from_seed
         self.new_parameters = backbone.new_parameters
         self._read_classifier = backbone.classifier if layer is None else None
@@ -179,6 +179,12 @@ class Tower(nn.Module):
                 "another method, or other blocks or targets"
             ) from error
 
+    def _hash_weights(self, known: Mapping[str, str] | None) -> dict[str, str]:
+        """The hash of every tensor of the net and of its pre-trained head; ``known``: those of the net, if recorded."""
+        state = self.net.state_dict()
+        hashes = hash_tensors(state) if known is None else {name: known[name] for name in state}
+        return {**hashes, **hash_tensors(self._head_tensors())}
+
     def _head_tensors(self) -> dict[str, Tensor]:
         """Tensors of a pre-trained head, under names that no parameter of a net has."""
         tensors = self.pretrained_head.tensors() if self.pretrained_head is not None else {}
@@ -222,6 +228,11 @@ class Tower(nn.Module):
         return as_tokens(foreign_states(self.name, self.net, inputs, self._forward_features))
 
     # --- the frozen prefix ---------------------------------------------------------------------------------------
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether the blocks compute on feature maps ``[B D height width]``, or the net has BatchNorm."""
+        return self._structure.channels_first or bool(batch_norms(self.net))
 
     @property
     def fully_frozen(self) -> bool:

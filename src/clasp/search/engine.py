@@ -119,7 +119,7 @@ class SearchEngine:
     def __init__(
         self, model: EmbeddingModel, store: UpdatableStore, *, batch: int = 64, threads: int | None = None
     ) -> None:
-        self.model = model
+        self.model = model = model.in_precision_of(store.model)
         self.store = store
         self._batch = batch
         self._threads = threads or min(4, os.cpu_count() or 1)
@@ -129,6 +129,7 @@ class SearchEngine:
     @classmethod
     def for_indexing(cls, model: EmbeddingModel, store: UpdatableStore) -> SearchEngine:
         """An engine for indexing: embeddings of another model are dropped first, with a warning in the log."""
+        model = model.in_precision_of(store.model)
         if store.count() and store.model != model.fingerprint:
             _log.warning("%d embeddings were made with another model and are dropped", store.count())
             store.clear()

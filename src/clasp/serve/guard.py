@@ -56,7 +56,151 @@ class AccessPolicy:
     hosts: Sequence[str] = ()
 
     @property
-    def _host_name(host: str) -> str:
+    def is_loopback(self) -> bool:
+        """Whether the server is bound to this machine alone."""
+        return is_loopback(self.host)
+
+    def allows_host(self, host: str) -> bool:
+        """Whether a ``Host`` header, with or without a port, names this server."""
+        name = _host_name(host)
+        return name in self.hosts or name == self.host or (is_loopback(name) if self.is_loopback else True)
+
+    def allows_token(self, given: str) -> bool:
+        """Whether a token is the server's; compared in constant time."""
+        return hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+
+
+class RequestGuard:
+    """ASGI middleware: checks each request, limits its body, adds headers to its answer, and counts it."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        policy: AccessPolicy,
+        limits: ServeLimits,
+        on_answer: Callable[[str, int, float], None],
+    ) -> None:
+        self._app, self._policy, self._limits, self._on_answer = app, policy, limits, on_answer
+        self._active = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1000})
+                return
+            return await self._app(scope, receive, send)
+        started, status = time.monotonic(), 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                present = {name.lower() for name, _ in message["headers"]}
+                extra = [(n.encode(), v.encode()) for n, v in _HEADERS.items() if n.encode() not in present]
+                message = {**message, "headers": [*message["headers"], *extra]}
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, send_with_headers)
+        finally:
+            self._on_answer(scope["path"], status, time.monotonic() - started)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if scope["path"] == "/token" and scope["method"] == "POST" and self._policy.token:
+            return await self._log_in(headers, receive, send)
+        refused = self._refusal(scope, headers)
+        if refused:
+            return await _send_error(send, *refused)
+        if not self._has_token(scope, headers):
+            if scope["path"] == "/" and scope["method"] == "GET":
+                return await _send(send, 401, _FORM.encode(), [("content-type", "text/html; charset=utf-8")])
+            line = "this server wants its token, as the header 'Authorization: Bearer TOKEN'"
+            return await _send_error(send, 401, line, [("www-authenticate", "Bearer")])
+        if not scope["path"].startswith("/api/") or scope["path"] in ("/api/thumbnail", "/api/image"):
+            return await self._app(scope, self._limited(receive), send)
+        if self._active >= self._limits.waiting:
+            return await _send_error(send, 429, "too many requests wait; try again", [("retry-after", "1")])
+        self._active += 1
+        try:
+            await self._app(scope, self._limited(receive), send)
+        finally:
+            self._active -= 1
+
+    def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
+        """Status and line for a request that is refused whatever its token."""
+        host = headers.get("host", "")
+        if not self._policy.allows_host(host):
+            return 421, f"the host {host[:80]!r} is not a name of this server; clasp serve --allow-host NAME adds one"
+        origin = headers.get("origin", "")
+        if origin and urlsplit(origin).netloc != host and _host_name(urlsplit(origin).netloc) not in self._policy.hosts:
+            return 403, "a page of another site may not use this server"
+        if headers.get("sec-fetch-site") == "cross-site" and scope["path"] != "/":
+            return 403, "a page of another site may not use this server"
+        length = headers.get("content-length", "0")
+        if not length.isascii() or not length.isdigit():
+            return 400, "the header Content-Length is no number"
+        if int(length) > self._limits.upload_bytes:
+            return 413, f"the request has {int(length):,} bytes; at most {self._limits.upload_bytes:,} are read"
+        return None
+
+    def _has_token(self, scope: Scope, headers: dict[str, str]) -> bool:
+        if not self._policy.token or scope["path"] in (*_OPEN_PATHS, COMMAND_PATH, "/page.css", "/icon.svg"):
+            return True
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and self._policy.allows_token(given.strip()):
+            return True
+        try:
+            cookie = SimpleCookie(headers.get("cookie", "")).get(TOKEN_COOKIE)
+        except CookieError:
+            return False
+        return cookie is not None and self._policy.allows_token(cookie.value)
+
+    async def _log_in(self, headers: dict[str, str], receive: Receive, send: Send) -> None:
+        """The form of the page without a token: sets the cookie."""
+        refused = self._refusal({"path": "/token"}, headers)
+        if refused:
+            return await _send_error(send, *refused)
+        body, limited = b"", self._limited(receive)
+        while (message := await limited())["type"] == "http.request":
+            body += message.get("body", b"")
+            if len(body) > 10_000 or not message.get("more_body"):
+                break
+        given = parse_qs(body[:10_000].decode("utf-8", "replace")).get("token", [""])[0]
+        if not self._policy.allows_token(given):
+            return await _send(send, 401, _FORM.encode(), [("content-type", "text/html; charset=utf-8")])
+        cookie: SimpleCookie = SimpleCookie({TOKEN_COOKIE: given})
+        for name, value in (("httponly", True), ("samesite", "Strict"), ("path", "/")):
+            cookie[TOKEN_COOKIE][name] = value
+        await _send(send, 303, b"", [("location", "./"), ("set-cookie", cookie[TOKEN_COOKIE].OutputString())])
+
+    def _limited(self, receive: Receive) -> Receive:
+        """``receive`` that ends a request whose body is larger or slower than allowed."""
+        read, ended = 0, False
+        deadline = time.monotonic() + self._limits.seconds
+
+        async def limited() -> Message:
+            nonlocal read, ended
+            if ended:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                raise BodyError(408, f"the request did not arrive within {self._limits.seconds:g} seconds") from None
+            ended = not message.get("more_body", False)
+            read += len(message.get("body", b""))
+            if read > self._limits.upload_bytes:
+                raise BodyError(413, f"the request has more than the {self._limits.upload_bytes:,} bytes that are read")
+            return message
+
+        return limited
+
+
+class BodyError(HTTPException):
+    """A request body that is too large or too slow, with the status of the answer."""
+
+
+def _host_name(host: str) -> str:
     """A ``Host`` header without its port, and an IPv6 address without its brackets."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()

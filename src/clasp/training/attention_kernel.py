@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clasp.training.precision import Precision
+from clasp.models.precision import Precision
 
 AttentionKernel = Literal["fused", "plain"]
 

@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clasp.data.device import to_device
+from clasp.models.precision import Precision
 from clasp.training import micro_batches
 from clasp.training.memory import ActivationMemory, free_bytes
-from clasp.training.precision import Precision
 from clasp.types import Batch, Loss, Modality, UserError
 
 # Up to this ratio of graph bytes to embedding bytes, the graph is that of a head; it is kept, not recomputed.

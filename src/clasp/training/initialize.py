@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
 from clasp.data.readers import PairIndex
 from clasp.models.dual_encoder import DualEncoder, HeadSettings
+from clasp.models.precision import resolve_precision
 from clasp.models.standardize import Standardize
 from clasp.models.tuning.peft_methods import initialize_lora_from_gradient, wrapped_weight_name
 from clasp.models.tuning.settings import TuneSettings
@@ -29,7 +30,6 @@ from clasp.training.cca import cca
 from clasp.training.class_pairs import ClassPairFeatures
 from clasp.training.moments import PairMoments, combine_moments
 from clasp.training.pooled_features import PairFeatures
-from clasp.training.precision import resolve_precision
 from clasp.training.settings import TrainSettings
 from clasp.training.step import seed_generators, step_seed
 from clasp.types import Batch, Loss, UserError

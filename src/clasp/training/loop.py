@@ -17,9 +17,9 @@ from typing import Protocol, runtime_checkable
 
 from accelerate import Accelerator
 
+from clasp.models.precision import PrecisionChoice, resolve_precision
 from clasp.training.cost.ledger import CostLedger
 from clasp.training.interrupt import GracefulStop
-from clasp.training.precision import PrecisionChoice, resolve_precision
 from clasp.training.settings import TrainPlan, TrainSettings, plan_training
 from clasp.training.state import BestEvaluation, FitResult, TrainPosition, TrainState
 from clasp.training.step import Stepper, Trainable

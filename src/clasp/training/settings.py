@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from clasp.data.plugins import list_choices
+from clasp.models.precision import Precision
 from clasp.training.attention_kernel import AttentionKernel
 from clasp.training.optimizer import SCHEDULES, find_decay_filter, find_schedule
-from clasp.training.precision import Precision
 from clasp.types import UserError
 
 _Auto = Literal["auto"]
@@ -97,7 +97,8 @@ class TrainSettings(BaseModel):
     clip_norm: Annotated[float, Field(gt=0)] | Literal["none"] = 1.0
     """Gradient clipping: maximum global norm over the trainable parameters, or "none"."""
     precision: Precision | _Auto = "auto"
-    """Compute precision; weights stay float32. "auto" depends on the device."""
+    """Compute precision of the training step, and of features, embeddings and evaluation by towers that are not
+    convolutional; weights stay float32. "auto": bfloat16 where it is measured to be faster."""
     attention: AttentionKernel | _Auto = "auto"
     """Attention kernel: PyTorch's fused one, or plain matrix products. "auto" measures where the two differ."""
     seed: int = Field(default=0, ge=0)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clasp.training.precision import Precision
+from clasp.models.precision import Precision
 from clasp.types import SkippedSample
 
 

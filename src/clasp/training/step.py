@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from clasp.data.device import to_device
+from clasp.models.precision import Precision
 from clasp.training import grad_cache
 from clasp.training import optimizer as optim
 from clasp.training.grad_cache import Embedder, LossAndScale, MicroBatchChoice, at_least_float32
-from clasp.training.precision import Precision
 from clasp.training.settings import TrainSettings
 from clasp.training.state import TrainState
 from clasp.types import Batch, Embeddings, Loss, LossParts, UserError

@@ -7,16 +7,12 @@ Input: a net, which is modified in place. Output: the names of the new parameter
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, TypeGuard
 
 from torch import nn
 
-from clasp.models.structure import ModelStructure, find_structure, is_bias, is_norm
+from clasp.models.structure import ModelStructure, find_structure, is_bias, is_norm, is_transformers_model
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
 from clasp.types import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 DEEP_INITS = ("copy", "random")
 
@@ -91,7 +87,7 @@ def _initial_layer_scale(net: nn.Module) -> float:
     if isinstance(net, ImageTransformer | TextTransformer):
         configured = net.settings.layer_scale
     else:
-        configured = net.config.to_dict().get("layerscale_value") if _is_transformers_model(net) else None
+        configured = net.config.to_dict().get("layerscale_value") if is_transformers_model(net) else None
     return 1e-4 if configured is None else configured
 
 
@@ -116,7 +112,7 @@ def _reinitialize_block(block: nn.Module, layer_scale: float) -> None:
 
 def _update_config_depth(net: nn.Module, blocks: int) -> None:
     """Set the depth in the configuration of a ``transformers`` model, which its forward pass reads."""
-    if not _is_transformers_model(net):
+    if not is_transformers_model(net):
         return
     config = net.config.to_dict()
     if "num_hidden_layers" in {*config, *net.config.attribute_map}:
@@ -124,9 +120,3 @@ def _update_config_depth(net: nn.Module, blocks: int) -> None:
     kinds = config.get("layer_types")
     if kinds:
         net.config.layer_types = (kinds + kinds[-1:] * blocks)[:blocks]
-
-
-def _is_transformers_model(net: nn.Module) -> TypeGuard[PreTrainedModel]:
-    from transformers import PreTrainedModel
-
-    return isinstance(net, PreTrainedModel)

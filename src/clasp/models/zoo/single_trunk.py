@@ -25,6 +25,8 @@ from clasp.models.sharing.trunk_views import (
     build_image_view,
     build_text_view,
 )
+from clasp.models.structure import is_transformers_model
+from clasp.models.transformer.bert import BertEncoder
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
 from clasp.models.zoo.to_native import to_native
 from clasp.types import UserError
@@ -83,7 +85,9 @@ def _replace_net(view: TrunkView, other: Backbone, trunk: Backbone) -> Backbone:
     pool = other.pool
     if pool == "pooler" and other.pooler is not None:  # its layers stay behind with its net
         pool = "mean" if other.pooler.reads in ("states", "prefix") else other.pooler.reads
-    return replace(other, net=view.net, version=version, forward_features=None, pool=pool, pooler=None)
+    return replace(
+        other, net=view.net, version=version, forward_features=None, pool=pool, pooler=None, weight_hashes=None
+    )
 
 
 def _token_embedding_source(text: Backbone, settings: SingleTrunkSettings) -> TextTransformer | RandomTokenEmbedding:
@@ -115,11 +119,11 @@ def _to_native_for_embedding(base: Backbone) -> Backbone:
 
 
 def _vocabulary_size(text: Backbone) -> int:
-    from transformers import PreTrainedModel
-
     if isinstance(text.net, TextTransformer):
         return text.net.settings.vocabulary
-    if isinstance(text.net, PreTrainedModel):
+    if isinstance(text.net, BertEncoder):
+        return text.net.settings.vocab_size
+    if is_transformers_model(text.net):
         table: Any = text.net.get_input_embeddings()
         return table.num_embeddings
     raise UserError(f"share.embedding = 'random': {text.name} has no known vocabulary size")

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clasp.models.backbone import Backbone
-from clasp.models.structure import find_unused_modules
+from clasp.models.structure import find_unused_modules, is_transformers_model
+from clasp.models.transformer.bert import BertEncoder
 from clasp.models.transformer.blocks import BlockSettings
 from clasp.models.transformer.deit import resize_pos_embed
 from clasp.models.transformer.encoders import (
@@ -67,21 +68,18 @@ def to_native(base: Backbone) -> Backbone:
     source = _ForeignWeights(base)
     net = WEIGHT_MAPPINGS[name].read(base, source)
     source.require_all_used()
-    return replace(base, net=net.eval())
+    return replace(base, net=net.eval(), weight_hashes=None)
 
 
 class _ForeignWeights:
     """The tensors of a model to be converted; each is taken once."""
 
     def __init__(self, base: Backbone):
-        from transformers import PreTrainedModel
-
         self.base, self.family = base, WEIGHT_MAPPINGS[type(base.net).__name__]
         unused = tuple(f"{path}." for path in find_unused_modules(base.net))
         tensors = {name: p.detach() for name, p in base.net.named_parameters()}
         self._remaining = {name: tensor for name, tensor in tensors.items() if not f"{name}.".startswith(unused)}
-        assert isinstance(base.net, PreTrainedModel), "only transformers models have these names"
-        self.config: dict[str, Any] = base.net.config.to_dict()
+        self.config: dict[str, Any] = _configuration(base.net)
 
     def take(self, name: str) -> Tensor:
         if name not in self._remaining:
@@ -133,6 +131,15 @@ class _ForeignWeights:
             eps=self.config["layer_norm_eps"],
             layer_scale=1.0 if self.family.layer_scales else None,  # initial value, overwritten by the weights
         ).model_dump()
+
+
+def _configuration(net: nn.Module) -> dict[str, Any]:
+    """The configuration in the terms of ``transformers``; of a truncated tower, with the number of blocks left."""
+    if isinstance(net, BertEncoder):
+        depth = len(net.encoder.layer)
+        return {**asdict(net.settings), "num_hidden_layers": depth, "hidden_act": "gelu", "is_decoder": False}
+    assert is_transformers_model(net), "only transformers models have these names"
+    return net.config.to_dict()
 
 
 def _weight_and_bias(path: str, native: str, source: _ForeignWeights) -> dict[str, Tensor]:
@@ -254,7 +261,7 @@ WEIGHT_MAPPINGS: dict[str, WeightMapping] = {
         read=_to_native_image,
         layer_scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
     ),
-    **dict.fromkeys(("BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel"), _BERT),
+    **dict.fromkeys(("BertModel", "BertEncoder", "RobertaModel", "XLMRobertaModel", "CamembertModel"), _BERT),
 }
 _ROTARY, _GATED = "have rotary positions", "have a gated feed-forward"
 # reasons why other families are not supported
