@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from unittest.mock import patch
@@ -70,9 +71,12 @@ def main() -> None:
 
 
 def _permuted(classifier: Classifier) -> ClassPairs:
-    """Class pairs whose vectors belong to other classes: the control."""
-    order = torch.randperm(len(classifier.weight), generator=torch.Generator().manual_seed(0))
-    return class_pairs_of(Classifier(classifier.weight[order], classifier.concepts, classifier.pool, ""))
+    """Class pairs whose names belong to other classes: the control."""
+    order = torch.randperm(len(classifier.weight), generator=torch.Generator().manual_seed(0)).tolist()
+    concepts = tuple(
+        replace(concept, classes=tuple(order[number] for number in concept.classes)) for concept in classifier.concepts
+    )
+    return class_pairs_of(replace(classifier, concepts=concepts))
 
 
 def evaluate(
