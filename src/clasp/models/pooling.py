@@ -1,4 +1,4 @@
-"""Pooling of hidden states: parameter-free functions (``POOLING_FUNCTIONS``) and a learned attention pooling.
+"""Pooling of hidden states: parameter-free functions (``POOLING_FUNCTIONS``), a learned one, and what a tower can have.
 
 Input: hidden states ``[B N D]``, the attention mask ``[B N]``, and the number of prefix tokens (class and registers).
 Output: one vector a row, ``[B D]``, or ``[B 2D]`` where two poolings are concatenated.
@@ -6,9 +6,16 @@ Output: one vector a row, ``[B D]``, or ``[B 2D]`` where two poolings are concat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal, get_args
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from clasp.models.backbone import Backbone, Pooler, PoolingMode
+from clasp.models.structure import ModelStructure
+from clasp.types import UserError
 
 
 def pool_cls(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D"]:
@@ -66,3 +73,61 @@ class AttentionPool(nn.Module):
         scores = self.key(states) @ self.query / states.shape[-1] ** 0.5
         weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=1)
         return torch.einsum("bn,bnd->bd", weights, states)
+
+
+def pool_as_authors(
+    net: nn.Module,
+    pooler: Pooler,
+    states: Float[Tensor, "B N D"],
+    mask: Bool[Tensor, "B N"],
+    prefix: int,
+) -> Float[Tensor, "B Dp"]:
+    """The pooling of a pre-trained net that has layers for it."""
+    if pooler.reads == "states":
+        read = states
+    elif pooler.reads == "prefix":
+        read = states[:, :prefix].mean(dim=1)
+    else:
+        read = POOLING_FUNCTIONS[pooler.reads](states, mask, prefix)
+    return net.get_submodule(pooler.module)(read) if pooler.module else read
+
+
+# --- which pooling a tower can have ----------------------------------------------------------------------------------
+
+
+def check_pool(pool: str, backbone: Backbone, structure: ModelStructure) -> None:
+    """Raise ``UserError`` for a pooling that the backbone cannot have."""
+    if pool not in get_args(PoolingMode):
+        raise UserError(f"pool = {pool!r} of {backbone.name} is none of {', '.join(get_args(PoolingMode))}")
+    if pool == "pooler" and backbone.pooler is None:
+        raise UserError(f"pool = 'pooler': {backbone.name} brings no layers to pool with; choose another pool")
+    if pool in ("cls", "cls+mean") and backbone.modality == "image" and not structure.prefix_tokens:
+        raise UserError(f"pool = {pool!r}: {backbone.name} has no class token; choose mean or attention")
+
+
+def pool_of_layers(pool: str, modality: str, structure: ModelStructure) -> str | None:
+    """The pooling for several layers of a tower; ``None`` where only the last states can be pooled."""
+    if pool in ("attention", "pooler"):
+        return None
+    if modality == "text":
+        return pool
+    return "cls+mean" if structure.prefix_tokens else "mean+max" if structure.channels_first else "mean"
+
+
+def resolve_extra_layers(layers: Sequence[int] | Literal["all"], pool: str, count: int, name: str) -> list[int]:
+    """``extra_layers`` of a tower of ``count`` blocks, counted from 1, lowest first; "all": below the last.
+
+    Raises ``UserError`` for numbers that are none of its blocks, and for a ``pool`` of the last states only.
+    """
+    layers = range(1, count) if layers == "all" else layers
+    numbers = sorted({layer if layer > 0 else count + layer for layer in layers})
+    if numbers and not 1 <= numbers[0] <= numbers[-1] < count:
+        raise UserError(
+            f"extra_layers = {list(layers)}: {name} has {count} blocks below its last states; choose from 1 to "
+            f"{count - 1}, or {1 - count} to -1"
+        )
+    if numbers and pool in ("attention", "pooler"):
+        raise UserError(
+            f"extra_layers = {list(layers)}: pool = {pool!r} of {name} is for the last states only; choose another pool"
+        )
+    return numbers

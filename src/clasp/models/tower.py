@@ -12,14 +12,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from clasp.models.activation_checkpointing import CheckpointedForward
-from clasp.models.backbone import Backbone, Pooler, PoolingMode
+from clasp.models.backbone import Backbone
 from clasp.models.classifier import Classifier, classifier_columns
 from clasp.models.family_layouts import FAMILY_LAYOUTS
 from clasp.models.foreign_forward import (
@@ -39,7 +39,15 @@ from clasp.models.partial_forward import (
     states_after_block,
 )
 from clasp.models.patch_dropout import PatchDropout, place_patch_dropout
-from clasp.models.pooling import POOLING_FUNCTIONS, AttentionPool, norm_pooled
+from clasp.models.pooling import (
+    POOLING_FUNCTIONS,
+    AttentionPool,
+    check_pool,
+    norm_pooled,
+    pool_as_authors,
+    pool_of_layers,
+    resolve_extra_layers,
+)
 from clasp.models.probe import (
     FORWARD_ERRORS,
     ProbeInputs,
@@ -101,13 +109,8 @@ class Tower(nn.Module):
         if self._structure.channels_first:
             # measured: two to four times faster on CPUs
             nn.utils.convert_conv2d_weight_memory_format(self.net, torch.channels_last)
-        if self._pool not in get_args(PoolingMode):
-            raise UserError(f"pool = {self._pool!r} of {backbone.name} is none of {', '.join(get_args(PoolingMode))}")
-        if self._pool == "pooler" and self._pooler is None:
-            raise UserError(f"pool = 'pooler': {backbone.name} brings no layers to pool with; choose another pool")
-        if self._pool in ("cls", "cls+mean") and backbone.modality == "image" and not self._structure.prefix_tokens:
-            raise UserError(f"pool = {self._pool!r}: {backbone.name} has no class token; choose mean or attention")
-        self._extra_layers = self._resolve_extra_layers(extra_layers)
+        check_pool(self._pool, backbone, self._structure)
+        self._extra_layers = resolve_extra_layers(extra_layers, self._pool, len(self._structure.blocks), self.name)
         self.pooling: AttentionPool | None = None
         self._size = native_image_size(self.net, backbone.transform)
         self._add_pooling()
@@ -294,18 +297,14 @@ class Tower(nn.Module):
         """The pooling for several layers: class token and mean of the patches where there is a class token, mean and
         maximum of the feature maps of a CNN, else that of the tower; ``None`` where only the last states can be pooled.
         """
-        if self._pool in ("attention", "pooler"):
-            return None
-        if self.modality == "text":
-            return self._pool
-        return "cls+mean" if self._structure.prefix_tokens else "mean+max" if self._structure.channels_first else "mean"
+        return pool_of_layers(self._pool, self.modality, self._structure)
 
     # --- pooling -------------------------------------------------------------------------------------------------
 
     def pool(self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B Dp"]:
         """Pool hidden states to one vector a row; ``mask``: the attention mask, true on real tokens."""
         if self._pooler is not None:
-            return self._pool_as_authors(self._pooler, states, mask)
+            return pool_as_authors(self.net, self._pooler, states, mask, self._prefix_tokens)
         if self.pooling is not None:
             vectors = self.pooling(states, mask)
         else:
@@ -313,18 +312,6 @@ class Tower(nn.Module):
         if self._structure.pooled_norm:
             vectors = norm_pooled(self.net.get_submodule(self._structure.pooled_norm), vectors, states.shape[2])
         return vectors
-
-    def _pool_as_authors(
-        self, pooler: Pooler, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"]
-    ) -> Float[Tensor, "B Dp"]:
-        prefix = self._structure.prefix_tokens if self.modality == "image" else 0
-        if pooler.reads == "states":
-            read = states
-        elif pooler.reads == "prefix":
-            read = states[:, :prefix].mean(dim=1)
-        else:
-            read = POOLING_FUNCTIONS[pooler.reads](states, mask, prefix)
-        return self.net.get_submodule(pooler.module)(read) if pooler.module else read
 
     def pooled(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "B Dp"]:
         """Inputs to pooled features, one vector a row.
@@ -377,26 +364,12 @@ class Tower(nn.Module):
         return updated_statistics(self) if self._from_seed else {}
 
     def _pool_without_weights(self, states: Float[Tensor, "U N D"], mask: Bool[Tensor, "U N"]) -> Float[Tensor, "U Dp"]:
-        return POOLING_FUNCTIONS[self._pool](
-            states, mask, self._structure.prefix_tokens if self.modality == "image" else 0
-        )
+        return POOLING_FUNCTIONS[self._pool](states, mask, self._prefix_tokens)
 
-    def _resolve_extra_layers(self, layers: Sequence[int] | Literal["all"]) -> list[int]:
-        """``extra_layers`` counted from 1, lowest first; "all" below the last."""
-        count = len(self._structure.blocks)
-        layers = range(1, count) if layers == "all" else layers
-        numbers = sorted({layer if layer > 0 else count + layer for layer in layers})
-        if numbers and not 1 <= numbers[0] <= numbers[-1] < count:
-            raise UserError(
-                f"extra_layers = {list(layers)}: {self.name} has {count} blocks below its last states; choose from "
-                f"1 to {count - 1}, or {1 - count} to -1"
-            )
-        if numbers and self._pool in ("attention", "pooler"):
-            raise UserError(
-                f"extra_layers = {list(layers)}: pool = {self._pool!r} of {self.name} is for the last states only; "
-                "choose another pool"
-            )
-        return numbers
+    @property
+    def _prefix_tokens(self) -> int:
+        """The number of tokens before the patches (class and registers), which poolings of patches leave out."""
+        return self._structure.prefix_tokens if self.modality == "image" else 0
 
     # --- probing the net -----------------------------------------------------------------------------------------
 
