@@ -2,14 +2,13 @@
 
 Input: a recipe with ``[auto]``, and a folder. Output: an ordinary run, that of the best stage; the stages are runs too,
 in ``RUN/stages``. The heads are chosen in closed form (``commands.closed_form``), then both towers are tuned; heads
-take gradient steps with what is left of the budget. A stage is kept where the run's own validation metric is better. Note: Ctrl-C ends it with the best
-stage so far; ``plan.json`` has what was tried and is what ``clasp resume`` goes on from. Finished stages are not
-repeated.
+take gradient steps with what is left of the budget. A stage is kept where the run's own validation metric is better.
+Note: Ctrl-C ends it with the best stage so far; ``plan.json`` has what was tried and is what ``clasp resume`` goes on
+from. Finished stages are not repeated.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -45,6 +44,7 @@ from clasp.config.build import (
 )
 from clasp.config.datasets import TrainValPairs, open_training_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.data.atomic_files import read_json_lines, replace_file
 from clasp.data.loader import BadSampleLimit
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
@@ -258,7 +258,7 @@ class _Climb:
         """Whether the stage has ended; one that was interrupted is finished first."""
         if self.plan.row(stage.name) is not None:
             return True
-        if not (self.stages / stage.name / "state").exists():
+        if not RunFolder(self.stages / stage.name).has_state:
             return False
         recipe = recipe_from_dict(RunFolder(self.stages / stage.name).recipe(), stage.name)
         self._train(replace(stage, recipe=recipe, reason="resumed"))
@@ -278,7 +278,7 @@ class _Climb:
         """Train or resume a stage, compare it with the best before, and record it."""
         self.io.say(f"{stage.name}: {stage.method}: {stage.reason}")
         folder, began = self.stages / stage.name, time.monotonic()
-        resume = (folder / "state").exists()
+        resume = RunFolder(folder).has_state
         shared = Preloaded(pairs=self.pairs)
         io = self.io
         if resume or not (folder / "delta.safetensors").exists():
@@ -319,7 +319,8 @@ class _Climb:
         stage = self.stages / self.plan.best
         shutil.copytree(stage / "tokenizer", self.folder / "tokenizer", dirs_exist_ok=True)
         for name in _RUN_FILES:
-            shutil.copyfile(stage / name, self.folder / name)
+            with replace_file(self.folder / name) as part:
+                shutil.copyfile(stage / name, part)
         table = auto_table(self.plan)
         card = (stage / "README.md").read_text(encoding="utf-8").replace(str(stage), str(self.folder))
         card = card.replace(f"# {stage.name}\n", f"# {self.folder.name}\n", 1)
@@ -327,8 +328,8 @@ class _Climb:
         text = f"{card}\n## What was tried in {self.budget}\n\nBest stage: `stages/{stage.name}`.\n\n{tried}\n"
         folder = RunFolder(self.folder)
         folder.write("README.md", text)
-        shutil.copyfile(stage / "delta.safetensors", self.folder / "delta.safetensors.part")
-        (self.folder / "delta.safetensors.part").replace(self.folder / "delta.safetensors")
+        with replace_file(self.folder / "delta.safetensors") as part:
+            shutil.copyfile(stage / "delta.safetensors", part)
 
     def _towers(self) -> tuple[tuple[str, ImageTowerSettings | TextTowerSettings, Tower], ...]:
         """Both sides, their settings, and their towers on the meta device."""
@@ -349,8 +350,7 @@ def _with_layer_pools(recipe: Recipe) -> Recipe:
 
 def _steps(folder: Path) -> int:
     """The gradient steps that a finished stage took."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return max(row["step"] for row in rows)
+    return max(row["step"] for row in read_json_lines(folder / "log.jsonl"))
 
 
 def _verdict_line(row: AutoRow, primary: str) -> str:

@@ -9,7 +9,6 @@ is repeated with more values, trains the missing runs only.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from clasp.config.build import ModelAndPreprocessing, build_model, build_model_a
 from clasp.config.datasets import TrainValPairs, count_samples_per_epoch, hash_pairs, open_training_pairs
 from clasp.config.grid import GridPoint, GridSpec
 from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.data.atomic_files import read_json_lines
 from clasp.data.readers import PairIndex
 from clasp.report.leaderboard import (
     SweepResult,
@@ -160,7 +160,7 @@ def _train(
 ) -> SweepRow:
     """Train or resume one run; returns its row."""
     run = Path(row.run)
-    resume = (run / "state").exists()
+    resume = RunFolder(run).has_state
     try:
         if resume:
             recipe = recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml"))
@@ -174,7 +174,7 @@ def _train(
 
 
 def _is_finished(run: Path) -> bool:
-    return (run / "delta.safetensors").exists() and not (run / "state").exists()
+    return (run / "delta.safetensors").exists() and not RunFolder(run).has_state
 
 
 def _stop_on_repeated_failure(rows: Sequence[SweepRow]) -> None:
@@ -186,7 +186,7 @@ def _stop_on_repeated_failure(rows: Sequence[SweepRow]) -> None:
 
 def _has_started(run: Path) -> bool:
     log = run / "log.jsonl"
-    return log.exists() and any(json.loads(line)["event"] == "start" for line in log.read_text("utf-8").splitlines())
+    return log.exists() and any(row["event"] == "start" for row in read_json_lines(log))
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
@@ -224,12 +224,10 @@ def _conflict(
         return f"{folder} holds another sweep"
     for one in made:
         run = folder / one.name
-        trained = (run / "delta.safetensors").exists() or (run / "state").exists()
+        trained = (run / "delta.safetensors").exists() or RunFolder(run).has_state
         if trained and not _matches_recipe(run, one.recipe):
             return f"{run} holds a run with other settings"
-        if trained and json.loads((run / "base.json").read_text("utf-8"))["pairs"] != shared_objects.pairs_hash(
-            one.recipe
-        ):
+        if trained and RunFolder(run).base().get("pairs") != shared_objects.pairs_hash(one.recipe):
             return f"{run} holds a run on pairs of {one.recipe.data.train} that have changed since"
     return None
 

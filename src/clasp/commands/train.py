@@ -7,7 +7,8 @@ status lines are passed to ``say``; nothing is printed here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from clasp.config.build import (
 )
 from clasp.config.datasets import open_training_pairs, plan_run
 from clasp.config.recipe import Recipe
+from clasp.data.folder_lock import lock_folder
 from clasp.data.pairs import skipped_lines
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
@@ -34,7 +36,7 @@ from clasp.training.state import FitResult, TrainState
 from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.training.trackers.registry import find_trackers, open_trackers
 from clasp.training.warm_start import load_initial_weights
-from clasp.types import MessageCallback, ProgressFactory, TrackedRun, no_progress_bar
+from clasp.types import MessageCallback, ProgressFactory, TrackedRun, UserError, no_progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,39 +66,67 @@ def train_recipe(
     """
     assert recipe.auto is None, "a recipe with [auto] is for commands.auto"
     folder, tracker_classes = RunFolder(run), find_trackers(recipe.train.trackers)
-    state = folder.read_state() if resume else folder.require_free()
+    if not resume:
+        folder.require_free()
     loaded = preloaded or Preloaded()
-    train, val = loaded.pairs or open_training_pairs(recipe)
-    for line in skipped_lines(train, val):
-        say(line)
-    parts = loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
-    parts = _prepare(parts, recipe, folder, state)
-    tracker = open_trackers(tracker_classes, TrackedRun(run, state.position.step if state else 0), folder.append, say)
-    ledger = open_ledger(folder, parts.model, state)
-    inputs = build_feature_source(parts, recipe, bar=ledger.time_features(bar), say=say, report=tracker.log_skipped)
-    plan = plan_run(recipe, train, inputs)
-    say(plan.reason)
-    classes = class_pairs_of_recipe(recipe, parts.model)
-    context = RunContext(
-        folder=folder,
-        recipe=resolve_recipe(recipe, plan, parts.model),
-        parts=parts,
-        inputs=inputs,
-        train=train,
-        val=val,
-        classes=classes,
-        listing=PairIndex(train),
-        state=state,
-        ledger=ledger,
-        tracker=tracker,
-        reporter=reporter or SilentReporter(),
-    )
-    context.start_or_resume()
+    with lock_folder(run), _failed_starts_undone(folder):
+        state = folder.read_state() if resume else folder.require_free()
+        train, val = loaded.pairs or open_training_pairs(recipe)
+        for line in skipped_lines(train, val):
+            say(line)
+        parts = loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
+        parts = _prepare(parts, recipe, folder, state)
+        tracker = open_trackers(
+            tracker_classes, TrackedRun(run, state.position.step if state else 0), folder.append, say
+        )
+        ledger = open_ledger(folder, parts.model, state)
+        inputs = build_feature_source(parts, recipe, bar=ledger.time_features(bar), say=say, report=tracker.log_skipped)
+        plan = plan_run(recipe, train, inputs)
+        say(plan.reason)
+        context = RunContext(
+            folder=folder,
+            recipe=resolve_recipe(recipe, plan, parts.model, state),
+            parts=parts,
+            inputs=inputs,
+            train=train,
+            val=val,
+            classes=class_pairs_of_recipe(recipe, parts.model),
+            listing=PairIndex(train),
+            state=state,
+            ledger=ledger,
+            tracker=tracker,
+            reporter=reporter or SilentReporter(),
+        )
+        context.start_or_resume()
+        return _train(context)
+
+
+# --- the steps -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _failed_starts_undone(folder: RunFolder) -> Iterator[None]:
+    """Deletes what a start left that ended before its first state was saved, and the first state of one that failed in
+    its first steps: the same command would start, and resuming fail in the same way."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, UserError) and folder.has_only_first_state:
+            folder.finish()
+        else:
+            folder.discard_start()
+        raise
+
+
+def _train(context: RunContext) -> TrainResult:
+    """Fill the feature cache, train, evaluate, and write everything to the run folder."""
+    folder, ledger, tracker, inputs = context.folder, context.ledger, context.tracker, context.inputs
     with ledger, tracker, context.attention_kernel():
         tracker.config(context.recipe.to_dict())
-        sides = inputs.batch_reader(train, context.listing, recipe.data.augment)  # fills the feature cache
+        # fills the feature cache
+        sides = inputs.batch_reader(context.train, context.listing, context.recipe.data.augment)
         batches = open_batches(context, sides)
-        task = validation_task(train, val, inputs)
+        task = validation_task(context.train, context.val, inputs)
         fitted = fit_run(context, sides, batches, task)
         delta_bytes = folder.save(context.model)
         results = [] if fitted.interrupted else ledger.timed_as("evaluation", task.results)(context.model)
@@ -105,9 +135,6 @@ def train_recipe(
     if not fitted.interrupted:
         folder.finish()
     return TrainResult(folder.path, fitted, results, delta_bytes, cost)
-
-
-# --- the steps -------------------------------------------------------------------------------------------------------
 
 
 def _prepare(
