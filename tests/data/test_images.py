@@ -168,14 +168,14 @@ def test_an_orientation_that_is_none_changes_nothing(form: str, orientation: int
 QUARTERS = np.kron(TWO_BY_TWO, np.ones((8, 8, 1), np.uint8))
 GREYS = np.repeat(np.array([[76, 150], [25, 255]])[..., None], 3, axis=2)
 MODES = {
-    "RGB": ("PNG", "TIFF", "BMP", "PPM", "TGA", "JPEG2000"),
-    "RGBA": ("PNG", "TIFF", "TGA", "JPEG2000"),
+    "RGB": ("PNG", "TIFF", "BMP", "PPM", "JPEG2000"),
+    "RGBA": ("PNG", "TIFF", "JPEG2000"),
     "P": ("PNG", "GIF", "BMP", "TIFF"),
     "PA": ("TIFF",),
     "CMYK": ("TIFF", "JPEG2000"),
     "YCbCr": ("TIFF",),
     "L": ("PNG", "TIFF", "GIF", "BMP"),
-    "LA": ("PNG", "TIFF", "TGA"),
+    "LA": ("PNG", "TIFF"),
     "I;16": ("PNG", "TIFF", "PPM"),
 }
 

@@ -111,7 +111,8 @@ class DataSettings(BaseModel):
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of the groups held out when ``val`` is left out"""
     image_root: str | None = None
-    """Folder that relative image paths start from; the folder of the file where left out"""
+    """Folder that relative image paths start from; where left out, the folder of the file, and then no image path may
+    lead out of it"""
     columns: ColumnNames = ColumnNames()
     """Names of the columns; each format's usual ones where left out"""
     languages: list[str] = []

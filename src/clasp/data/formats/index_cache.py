@@ -23,7 +23,7 @@ import numpy as np
 from clasp.data.atomic_files import is_disk_full, replace_file
 from clasp.types import UserError
 
-_INDEX_VERSION = "3"  # of the arrays; incrementing it invalidates all saved indices
+_INDEX_VERSION = "4"  # of the arrays; incrementing it invalidates all saved indices
 
 _log = logging.getLogger(__name__)
 
