@@ -45,6 +45,7 @@ from clasp.config.build import (
 from clasp.config.datasets import TrainValPairs, open_training_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.atomic_files import read_json_lines, replace_file
+from clasp.data.folder_lock import lock_folder
 from clasp.data.loader import BadSampleLimit
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
@@ -56,6 +57,7 @@ from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow, auto_table
 from clasp.report.model_card import markdown_table
 from clasp.training.class_pairs import class_pair_features, find_class_pairs
 from clasp.training.cost.ledger import COST_FILE
+from clasp.training.run_code import all_code_names, allow_code, require_allowed
 from clasp.training.run_folder import RunFolder
 from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
@@ -92,10 +94,11 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
     RunFolder(run).require_free()
     pairs = open_training_pairs(recipe)
     build_model(changed(recipe, {}), meta=True)
-    run.mkdir(parents=True, exist_ok=True)
-    plan = AutoPlan(recipe.to_dict())
-    plan.write(run)
-    return _Climb(recipe, run, plan, pairs, callbacks).run()
+    with lock_folder(run):
+        plan = AutoPlan(recipe.to_dict())
+        plan.write(run)
+        with allow_code(all_code_names(plan.recipe).values()):  # the stages name what the recipe names
+            return _Climb(recipe, run, plan, pairs, callbacks).run()
 
 
 def resume_climb(run: Path, callbacks: AutoCallbacks) -> AutoResult:
@@ -103,8 +106,10 @@ def resume_climb(run: Path, callbacks: AutoCallbacks) -> AutoResult:
     plan = AutoPlan.read(run)
     if plan.finished:
         raise UserError(f"{run} is finished: nothing is left to resume")
+    require_allowed(all_code_names(plan.recipe), run)
     recipe = recipe_from_dict(plan.recipe, str(run / PLAN_FILE))
-    return _Climb(recipe, run, plan, open_training_pairs(recipe), callbacks).run()
+    with lock_folder(run), allow_code(all_code_names(plan.recipe).values()):
+        return _Climb(recipe, run, plan, open_training_pairs(recipe), callbacks).run()
 
 
 class _Climb:

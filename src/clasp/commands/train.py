@@ -31,12 +31,13 @@ from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.results import EvaluationResult
 from clasp.report.model_card import ModelCard
 from clasp.training.cost.ledger import COST_FILE, RunCost
+from clasp.training.run_code import require_allowed, tracker_code_names
 from clasp.training.run_folder import RunFolder
 from clasp.training.state import FitResult, TrainState
 from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.training.trackers.registry import find_trackers, open_trackers
 from clasp.training.warm_start import load_initial_weights
-from clasp.types import MessageCallback, ProgressFactory, TrackedRun, UserError, no_progress_bar
+from clasp.types import MessageCallback, ProgressFactory, TrackedRun, no_progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,12 @@ def train_recipe(
     Raises ``UserError`` for errors in the user's input, as early as possible.
     """
     assert recipe.auto is None, "a recipe with [auto] is for commands.auto"
-    folder, tracker_classes = RunFolder(run), find_trackers(recipe.train.trackers)
-    if not resume:
+    folder = RunFolder(run)
+    if resume:
+        require_allowed(tracker_code_names(recipe.to_dict()), run)
+    else:
         folder.require_free()
+    tracker_classes = find_trackers(recipe.train.trackers)
     loaded = preloaded or Preloaded()
     with lock_folder(run), _failed_starts_undone(folder):
         state = folder.read_state() if resume else folder.require_free()
@@ -111,7 +115,7 @@ def _failed_starts_undone(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, UserError) and folder.has_only_first_state:
+        if isinstance(error, Exception) and folder.has_only_first_state:
             folder.finish()
         else:
             folder.discard_start()

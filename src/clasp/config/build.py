@@ -31,7 +31,7 @@ from clasp.models.sharing.tie import tie_parameters
 from clasp.models.tower import Tower
 from clasp.models.zoo.registry import load_backbone
 from clasp.models.zoo.single_trunk import build_single_trunk
-from clasp.training import run_folder
+from clasp.training import run_code, run_folder
 from clasp.training.class_pairs import WeightedClassPairs, find_class_pairs
 from clasp.training.losses import find_loss
 from clasp.types import MessageCallback, ProgressFactory, SkippedSample, UserError, no_progress_bar
@@ -92,17 +92,19 @@ def rebuild_heads(parts: ModelAndPreprocessing, recipe: Recipe) -> ModelAndPrepr
     return replace(parts, model=model)
 
 
-def load(run: str | Path, *, device: str = "cpu") -> EmbeddingModel:
+def load(run: str | Path, *, device: str = "cpu", allow_code: bool = False) -> EmbeddingModel:
     """The model of a run folder, in evaluation mode.
 
+    A run is data: Python code that its recipe names (``package.module:factory``) is imported with ``allow_code`` only.
     Loads the base weights that the recipe names, verifies them against the recorded hashes by tensor name, then loads
     the delta. Bitwise the model that was saved. Raises ``UserError``.
     """
     folder = run_folder.RunFolder(run)
-    facts = folder.read()
-    recipe = recipe_from_dict(facts.recipe, str(folder.path / "recipe.toml"))
-    parts = ModelAndPreprocessing(build_model(recipe), facts.transform, facts.tokenizer)
-    folder.load_delta(parts.model)
+    with run_code.allow_code(None if allow_code else ()):
+        facts = folder.read()
+        recipe = recipe_from_dict(facts.recipe, str(folder.path / "recipe.toml"))
+        parts = ModelAndPreprocessing(build_model(recipe), facts.transform, facts.tokenizer)
+        folder.load_delta(parts.model)
     return EmbeddingModel(parts.model.to(device).eval(), parts.transform, parts.tokenizer, device=device)
 
 

@@ -332,10 +332,13 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _apply_overrides(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply overrides such as ``train.batch_size=512`` to nested dictionaries. Values are TOML or bare words."""
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in given.items()}
+    seen: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise UserError(f"override {override!r} is not key=value, such as train.batch_size=512")
+        if (first := seen.setdefault(key.strip(), override)) is not override:
+            raise UserError(f"override {override!r}: {key.strip()} is given twice, first as {first!r}")
         *path, last = key.strip().split(".")
         place = result
         for part in path:

@@ -33,6 +33,7 @@ from clasp.data.tokenizer import Tokenizer
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.tower import Tower
 from clasp.training.cost.ledger import COST_FILE
+from clasp.training.run_code import code_names, require_allowed
 from clasp.training.state import TrainState
 from clasp.training.state_files import STATE_FOLDER, StateFiles
 from clasp.training.tensor_file import read_tensor_file, write_tensor_file
@@ -74,7 +75,10 @@ class RunFolder:
     @property
     def has_only_first_state(self) -> bool:
         """Whether the run was resumable from its start only: one state, of before the first step."""
-        return len(StateFiles(self.path).paths) == 1 and self.read_state().position.step == 0
+        try:
+            return len(StateFiles(self.path).paths) == 1 and self.read_state().position.step == 0
+        except UserError:  # it is damaged
+            return False
 
     def require_free(self) -> None:
         """Raises ``UserError`` unless a run may start here: no folder, or a run that ended before it had trained."""
@@ -176,14 +180,19 @@ class RunFolder:
     # --- reading -------------------------------------------------------------------------------------------------
 
     def recipe(self) -> dict[str, Any]:
-        """The recipe as nested dictionaries, ``{run}`` replaced. Raises ``UserError`` when the folder is not a run."""
+        """The recipe as nested dictionaries, ``{run}`` replaced.
+
+        Raises ``UserError`` when the folder is not a run, and for Python code that it names (``run_code``).
+        """
         if not self.path.is_dir():
             raise UserError(f"no run at {self.path}: no such folder")
         needed = ("recipe.toml", "base.json", "transform.json", "tokenizer")
         missing = [name for name in needed if not (self.path / name).exists()]
         if missing:
             raise UserError(f"{self.path} is not a run folder: it has no {', '.join(missing)}")
-        return self.resolve_placeholder(self._read_recipe_file())
+        given = self._read_recipe_file()
+        require_allowed(code_names(given), self.path)
+        return self.resolve_placeholder(given)
 
     def _read_recipe_file(self) -> dict[str, Any]:
         try:
