@@ -130,8 +130,8 @@ def read_templates(given: str) -> list[str]:
         return [line for line in lines if line.strip()]
     if not _PLACEHOLDER.search(given):
         raise UserError(
-            f"templates={given} is neither a file nor a template: there is no such file, and a template has {{}} where "
-            "the class name goes"
+            f"templates={given!r} is neither a file nor a template: there is no such file, and a template has {{}} "
+            "where the class name goes"
         )
     return [given]
 

@@ -26,7 +26,7 @@ class FrozenTower:
 
     @property
     def fingerprint(self) -> str:
-        return self.tower.layer_fingerprint
+        return self.tower.layer_fingerprint + _kernel_suffix()
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -53,7 +53,7 @@ class FrozenPrefix:
 
     @property
     def fingerprint(self) -> str:
-        return self.tower.prefix_fingerprint(self.depth)
+        return self.tower.prefix_fingerprint(self.depth) + _kernel_suffix()
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -81,6 +81,11 @@ class FrozenPrefix:
 
     def __call__(self, inputs: Pixels | Tokens) -> HiddenStates:
         return self.tower.prefix_states(inputs, self.depth)
+
+
+def _kernel_suffix() -> str:
+    """Differs by the attention kernel (``training.attention_kernel``), whose outputs differ in their last bits."""
+    return "" if torch.backends.cuda.flash_sdp_enabled() else ":plain"
 
 
 def find_frozen_part(tower: Tower, size: int) -> FrozenTower | FrozenPrefix | None:
