@@ -74,6 +74,7 @@ def train_recipe(
     tracker_classes = find_trackers(recipe.train.trackers)
     loaded = preloaded or Preloaded()
     with lock_folder(run), _failed_starts_undone(folder):
+        folder.remove_partial_writes()
         state = folder.read_state() if resume else folder.require_free()
         train, val = loaded.pairs or open_training_pairs(recipe)
         for line in skipped_lines(train, val):

@@ -19,13 +19,16 @@ _KINDS = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR,
 def read_regular_file(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
     """The bytes of a file. Raises ``UserError`` for what is no regular file or is larger; ``OSError`` as ``open``."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening a pipe waits for its writer
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             kind = next((name for test, name in _KINDS if test(status.st_mode)), "a device")
             raise UserError(f"{path} is {kind}, not a regular file")
         require_size(str(path), status.st_size, max_bytes)
-        return file.read()
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def require_size(name: str, size: int, max_bytes: int = MAX_IMAGE_BYTES) -> None:

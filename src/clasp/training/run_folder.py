@@ -145,7 +145,11 @@ class RunFolder:
             else:
                 (self.path / name).unlink(missing_ok=True)
         StateFiles(self.path).remove()
-        remove_partial_files(self.path)
+
+    def remove_partial_writes(self) -> None:
+        """Delete what a killed process was writing; for the holder of the folder's lock."""
+        for folder in (self.path, self.path / STATE_FOLDER):
+            remove_partial_files(folder)
 
     def discard_start(self) -> None:
         """Delete the files of a start that failed before the first state was saved; other runs are left alone."""
