@@ -68,9 +68,10 @@ def params(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_jso
     Only an hf: tower that no built-in recipe uses needs its config.json, from the local cache or the hub.
     """
     from clasp.commands.params import count_parameters
-    from clasp.config.recipe import read_recipe
+    from clasp.config.recipe import read_recipe, require_single_keys
     from clasp.report.terminal import print_json, print_parameter_counts
 
+    require_single_keys(overrides or ())
     report = count_parameters(read_recipe(recipe, overrides or ()))
     if as_json:
         print_json(report.to_dict())
@@ -85,9 +86,10 @@ def doctor(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_jso
     Exit code 2 if training would stop on this data.
     """
     from clasp.commands.doctor import diagnose, raise_on_stop
-    from clasp.config.recipe import read_recipe
+    from clasp.config.recipe import read_recipe, require_single_keys
     from clasp.report.terminal import print_json, print_lines, progress_bar
 
+    require_single_keys(overrides or ())
     sections = []
     for section in diagnose(read_recipe(recipe, overrides or ()), bar=progress_bar):
         sections.append(section)
@@ -124,9 +126,10 @@ def train(
 
     With --grid, one run per combination of values; runs share the feature cache and are ranked by validation.
     """
-    from clasp.config.recipe import read_recipe
+    from clasp.config.recipe import read_recipe, require_single_keys
     from clasp.types import UserError
 
+    require_single_keys(overrides or ())
     if name is not None and (not name.strip() or Path(name).name != name or name == ".."):
         raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
     if grid:
@@ -148,11 +151,12 @@ def resume(
     allow_code: _AllowCodeOption = False,
 ) -> None:
     """Resume an interrupted run from its saved state: same batches, same weights as without the interruption."""
-    from clasp.config.recipe import recipe_from_dict
+    from clasp.config.recipe import recipe_from_dict, require_single_keys
     from clasp.report.auto_table import PLAN_FILE
     from clasp.training.run_folder import RunFolder
     from clasp.types import UserError
 
+    require_single_keys(overrides or ())
     with _allow_code(allow_code):
         if (run / PLAN_FILE).exists():
             if overrides:

@@ -200,6 +200,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from clasp.config.recipe import recipe_from_dict
 from toyruns import run
+from transformers import BertModel, ViTModel  # once, not in every child
 made, folder = recipe_from_dict(tomllib.loads(sys.argv[2]), "toy"), Path(sys.argv[3])
 real = os.replace
 for number, (name, times) in enumerate(zip(sys.argv[4::2], map(int, sys.argv[5::2]))):

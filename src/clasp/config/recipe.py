@@ -201,6 +201,16 @@ def read_recipe(
     return recipe_from_dict(_apply_overrides(given, overrides), chain)
 
 
+def require_single_keys(typed: Sequence[str]) -> None:
+    """Raise ``UserError`` for a key that stands twice in what was typed; in Python, the last of several counts."""
+    seen: dict[str, str] = {}
+    for override in typed:
+        key = override.partition("=")[0].strip()
+        if key in seen:
+            raise UserError(f"override {override!r}: {key} is given twice, first as {seen[key]!r}")
+        seen[key] = override
+
+
 def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
     """Check a recipe given as nested dictionaries; ``source`` is named in errors."""
     try:
@@ -332,13 +342,10 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _apply_overrides(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply overrides such as ``train.batch_size=512`` to nested dictionaries. Values are TOML or bare words."""
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in given.items()}
-    seen: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise UserError(f"override {override!r} is not key=value, such as train.batch_size=512")
-        if (first := seen.setdefault(key.strip(), override)) is not override:
-            raise UserError(f"override {override!r}: {key.strip()} is given twice, first as {first!r}")
         *path, last = key.strip().split(".")
         place = result
         for part in path:

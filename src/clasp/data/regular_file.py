@@ -6,6 +6,7 @@ may never end, and a sparse file of gigabytes takes no space until it is read.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from clasp.types import UserError
 
 MAX_IMAGE_BYTES = 1 << 29
-_KINDS = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a folder"))
+_KINDS = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 
 
 def read_regular_file(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
@@ -21,6 +22,8 @@ def read_regular_file(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> byt
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening a pipe waits for its writer
     try:
         status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(status.st_mode):
             kind = next((name for test, name in _KINDS if test(status.st_mode)), "a device")
             raise UserError(f"{path} is {kind}, not a regular file")

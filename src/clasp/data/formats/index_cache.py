@@ -47,10 +47,13 @@ def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callabl
     file = cache / f"index-{_digest(_INDEX_VERSION, *key)}.npz"
     if file.exists():
         try:
-            with np.load(file, allow_pickle=False) as saved:  # a zip, whose checksums are checked here
+            with (
+                file.open("rb") as handle,
+                np.load(handle, allow_pickle=False) as saved,
+            ):  # a zip, whose checksums are checked here
                 return dict(saved)
         except Exception as error:  # damaged bytes raise zip, value, key, header and system errors
-            _log.warning("%s: damaged (%s); reading %s again", file, " ".join(str(error).split()), key[1])
+            _log.warning("%s: damaged (%s); indexing the pairs again", file, " ".join(str(error).split()))
     arrays = build()
     file.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(file) as part, part.open("wb") as handle:
