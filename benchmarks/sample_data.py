@@ -77,7 +77,7 @@ def pairs(count: int) -> Pairs:
     """The first ``count`` pairs (at most 1,114), opened by clasp."""
     path = WORK / f"pairs-{count}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in _rows()[:count]), encoding="utf-8")
-    return open_pairs(path)
+    return open_pairs(path, image_root=WORK)
 
 
 def captions(count: int) -> list[str]:

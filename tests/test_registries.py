@@ -106,8 +106,14 @@ def test_one_of_each_kind_trains(clasp: Command, toml: str):
     assert -2.1 < trained["bias"] < -1.9 and trained["bias"] != -2
     assert {name.rpartition(".")[2] for name in trained if name.startswith("text.net.")} == {"weight", "bias"}
     assert 'kind = "toyplugins:biased_loss"' in (run / "recipe.toml").read_text()
-    assert torch.equal(load(run).encoder.image.net.get_parameter("gain.factor"), trained["image.net.gain.factor"])
-    said = clasp("index", str(run), str(read_recipe(toml).data.train))  # the pairs of the recipe, so its format
+    with pytest.raises(UserError, match=r"names Python code, image.tower = 'toyplugins:image_tower'.* allow_code=True"):
+        load(run)
+    loaded = load(run, allow_code=True).encoder
+    assert torch.equal(loaded.image.net.get_parameter("gain.factor"), trained["image.net.gain.factor"])
+    assert clasp("index", str(run), str(read_recipe(toml).data.train)).code == 2
+    said = clasp(
+        "index", str(run), str(read_recipe(toml).data.train), "--allow-code"
+    )  # the pairs of the recipe, so its format
     assert said.code == 0 and "32" in said.err, said.err
 
 
@@ -115,7 +121,8 @@ def test_a_method_and_a_tower_are_counted(clasp: Command, toml: str):
     said = clasp("params", toml, *_OUTSIDE, "tune.head=none", "head.standardize=false", "--json")
     facts = json.loads(said.out)
     assert (facts["image"]["trained"], facts["scale"]["trained"]) == (1, 2)
-    said = clasp("params", toml, *_OUTSIDE, "loss.kind=toyplugins:halved_loss", "--json")
+    others = [each for each in _OUTSIDE if not each.startswith("loss.kind=")]
+    said = clasp("params", toml, *others, "loss.kind=toyplugins:halved_loss", "--json")
     assert json.loads(said.out)["scale"]["trained"] == 1, "a plain function: its logits have no bias"
 
 

@@ -13,7 +13,8 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,9 @@ _RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder: output of clasp train or clasp import.")
 ]
 _JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+_AllowCodeOption = Annotated[
+    bool, typer.Option("--allow-code", help="Import the Python code that the run names (package.module:Name).")
+]
 _TASKS_HELP = escape("\n".join(describe_tasks()))
 
 
@@ -73,9 +77,10 @@ def params(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_jso
     Only an hf: tower that no built-in recipe uses needs its config.json, from the local cache or the hub.
     """
     from clasp.commands.params import count_parameters
-    from clasp.config.recipe import read_recipe
+    from clasp.config.recipe import read_recipe, require_single_keys
     from clasp.report.terminal import print_json, print_parameter_counts
 
+    require_single_keys(overrides or ())
     report = count_parameters(read_recipe(recipe, overrides or ()))
     if as_json:
         print_json(report.to_dict())
@@ -90,9 +95,10 @@ def doctor(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_jso
     Exit code 2 if training would stop on this data.
     """
     from clasp.commands.doctor import diagnose, raise_on_stop
-    from clasp.config.recipe import read_recipe
+    from clasp.config.recipe import read_recipe, require_single_keys
     from clasp.report.terminal import print_json, print_lines, progress_bar
 
+    require_single_keys(overrides or ())
     sections = []
     for section in diagnose(read_recipe(recipe, overrides or ()), bar=progress_bar):
         sections.append(section)
@@ -129,9 +135,10 @@ def train(
 
     With --grid, one run per combination of values; runs share the feature cache and are ranked by validation.
     """
-    from clasp.config.recipe import read_recipe
+    from clasp.config.recipe import read_recipe, require_single_keys
     from clasp.types import UserError
 
+    require_single_keys(overrides or ())
     if name is not None and (not name.strip() or Path(name).name != name or name == ".."):
         raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
     if grid:
@@ -150,19 +157,25 @@ def resume(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Only train.trackers can change.")
     ] = None,
+    allow_code: _AllowCodeOption = False,
 ) -> None:
     """Resume an interrupted run from its saved state: same batches, same weights as without the interruption."""
-    from clasp.config.recipe import recipe_from_dict
+    from clasp.config.recipe import recipe_from_dict, require_single_keys
     from clasp.report.auto_table import PLAN_FILE
     from clasp.training.run_folder import RunFolder
     from clasp.types import UserError
 
-    if (run / PLAN_FILE).exists():
-        if overrides:
-            raise UserError(f"{run} was trained with [auto], whose stages cannot change: {overrides[0]}")
-        return _climb(None, run)
-    made = recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml")).with_overrides(overrides or ())
-    _train(made, run, resume=True)
+    require_single_keys(overrides or ())
+    with _allow_code(allow_code):
+        if (run / PLAN_FILE).exists():
+            if overrides:
+                raise UserError(f"{run} was trained with [auto], whose stages cannot change: {overrides[0]}")
+            return _climb(None, run)
+        written = recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml"))
+        made = written.with_overrides(overrides or ())
+        typed = set(made.train.trackers) if made.train.trackers != written.train.trackers else set()
+        with _allow_code(allow_code, typed):
+            _train(made, run, resume=True)
 
 
 @app.command(name="eval", epilog=_TASKS_HELP)
@@ -174,12 +187,14 @@ def evaluate(
         typer.Argument(metavar="KEY=VALUE", help="Options of the task, listed below."),
     ] = None,
     as_json: _JsonOption = False,
+    allow_code: _AllowCodeOption = False,
 ) -> None:
     """Evaluate a run on a data set; metrics with 95 % intervals are printed and appended to RUN/results.jsonl."""
     from clasp.commands.evaluate import evaluate_run
     from clasp.report.terminal import print_json, print_results, print_status, progress_bar, relative_path
 
-    results = evaluate_run(run, task, options or (), say=print_status, bar=progress_bar)
+    with _allow_code(allow_code):
+        results = evaluate_run(run, task, options or (), say=print_status, bar=progress_bar)
     if as_json:
         print_json({"run": str(run), "task": task, "results": [asdict(result) for result in results]})
     else:
@@ -226,12 +241,14 @@ def index(
         str,
         typer.Argument(metavar="FOLDER|PAIRS", help="A folder of images, or pairs as for clasp train."),
     ],
+    allow_code: _AllowCodeOption = False,
 ) -> None:
     """Embed images into RUN/index; a second call embeds only new and changed files."""
     from clasp.commands.search import index_images
     from clasp.report.terminal import print_status, progress_bar, relative_path
 
-    done = index_images(run, source, bar=progress_bar)
+    with _allow_code(allow_code):
+        done = index_images(run, source, bar=progress_bar)
     print_status(str(done))
     print_status(f'search them with: clasp search {shlex.quote(relative_path(run))} "your words"')
 
@@ -252,6 +269,7 @@ def search(
         Path | None, typer.Option("--sheet", help="PNG contact sheet of the hits. Default: RUN/search.png.")
     ] = None,
     as_json: _JsonOption = False,
+    allow_code: _AllowCodeOption = False,
 ) -> None:
     """Search RUN/index by text, by image, or by both; hits by cosine similarity, near-duplicates as one.
 
@@ -264,7 +282,8 @@ def search(
     if found is None:
         from clasp.commands.search import search_images
 
-        found = search_images(run, words, image, k, where or (), sheet).found()
+        with _allow_code(allow_code):
+            found = search_images(run, words, image, k, where or (), sheet).found()
     if as_json:
         print_json({"query": found.query, **found.answer, "sheet": str(found.sheet)})
         return
@@ -291,6 +310,7 @@ def serve(
         list[str] | None,
         typer.Option("--allow-host", metavar="NAME", help="Further name of the server, behind a proxy; repeatable."),
     ] = None,
+    allow_code: _AllowCodeOption = False,
 ) -> None:
     """Serve a search page and an HTTP API over RUN/index; nothing leaves the machine.
 
@@ -299,7 +319,9 @@ def serve(
     from clasp.commands.serve import ServeSettings, serve_run
     from clasp.report.terminal import print_status, progress_bar
 
-    serve_run(run, pictures, ServeSettings(host, port, token, hosts or ()), say=print_status, bar=progress_bar)
+    settings = ServeSettings(host, port, token, hosts or ())
+    with _allow_code(allow_code):
+        serve_run(run, pictures, settings, say=print_status, bar=progress_bar)
 
 
 def _hit_cells(hit: dict[str, Any]) -> list[str]:
@@ -308,6 +330,13 @@ def _hit_cells(hit: dict[str, Any]) -> list[str]:
     copies = f" (+{len(hit['duplicates'])} nearly the same)" if hit["duplicates"] else ""
     z = "" if hit["z"] is None else f"{hit['z']:.1f}"
     return [hit["id"], f"{hit['score']:.3f}", z, relative_path(hit["meta"]["name"]) + copies]
+
+
+def _allow_code(any_code: bool, names: Collection[str] = ()) -> AbstractContextManager[None]:
+    """A block in which a run may import the Python code that it names: any, or these names."""
+    from clasp.training.run_code import allow_code
+
+    return allow_code(None if any_code else names)
 
 
 def main() -> None:
@@ -319,20 +348,47 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is not UTF-8 is printed escaped, as to sys.stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except _UsageError as error:
+        _print_usage_error(error)
+        sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
         from clasp.types import UserError  # here, since it imports torch
 
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not isinstance(error, UserError):
+        system = isinstance(error, OSError) and error.errno in _USER_ERRNOS
+        if not system and not isinstance(error, UserError):
             raise
         from clasp.report.terminal import print_error
 
-        print_error(f"no space left on the disk ({error})" if full else str(error))
+        print_error(_describe_system_error(error) if isinstance(error, OSError) else str(error))
         sys.exit(2)
+
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer names its subclasses only
+
+
+def _print_usage_error(error: Any) -> None:
+    """An argument that is missing or unknown, in one line; without arguments, the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return error.show()
+    from clasp.report.terminal import print_error
+
+    command = error.ctx.command_path if error.ctx is not None else "clasp"
+    print_error(f"{' '.join(error.format_message().split()).rstrip('.')}; for what it takes: {command} --help")
+
+
+# errors of the disk and of its owner: no bug of ours, wherever they come from
+_USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _describe_system_error(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk ({error})"
+    return f"{error.filename or 'a file'} cannot be read or written: {error.strerror}"
 
 
 def _replace_closed_streams() -> None:
@@ -361,19 +417,26 @@ def _train(recipe: Any, run: Path, *, resume: bool) -> None:
         relative_path,
         terminal_reporter,
     )
+    from clasp.training.run_folder import RunFolder
 
     where, reporter = relative_path(run), terminal_reporter()
     try:
         done = train_recipe(recipe, run, say=print_status, bar=progress_bar, reporter=reporter, resume=resume)
-    except KeyboardInterrupt:  # the loop handles Ctrl-C itself, so this was before its first step
-        print_status(
-            "stopped before training: run the same command again; features cached so far are not computed twice"
-        )
+    except KeyboardInterrupt:  # the loop handles the first Ctrl-C itself: this was before its first step, or a second
+        if RunFolder(run).has_state:
+            print_status(
+                f"stopped at once; what was done after the last saved state is lost: resume from it with: clasp resume "
+                f"{shlex.quote(where)}"
+            )
+        else:
+            print_status(
+                "stopped before training: run the same command again; features cached so far are not computed twice"
+            )
         sys.exit(130)
     typed, source = shlex.quote(where), shlex.quote(recipe.data.train)
     if done.fitted.interrupted:
         print_status(f"interrupted, state saved; resume with: clasp resume {typed}")
-        return
+        sys.exit(130)
     print_results("validation pairs", done.results, "results.jsonl and README.md in the run folder")
     print_status(f"cost: {done.cost}")
     print_status(f"the run is in {where} (delta {format_megabytes(done.delta_bytes)}, card README.md there)")
@@ -413,7 +476,8 @@ def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Pat
     title = f"{relative_path(done.folder)}: {len(done.rows)} of {done.combinations} runs"
     print_table(title, done.columns, done.cells, done.notes)
     if done.stopped:
-        return print_status("interrupted, state saved; resume with the same command")
+        print_status("interrupted, state saved; resume with the same command")
+        sys.exit(130)
     if not done.finished:
         raise UserError(f"no run of {done.folder} finished; the first: {done.rows[0].error}")
     for line in done.summary_lines():

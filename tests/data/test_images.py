@@ -1,7 +1,9 @@
 """Pixels of hand-made pictures, against worked answers and against the slow obvious way."""
 
 import io
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clasp.data import images
 from clasp.data.images import Augment, ImageError, ImageTransform
 from clasp.types import UserError
 
@@ -168,14 +171,14 @@ def test_an_orientation_that_is_none_changes_nothing(form: str, orientation: int
 QUARTERS = np.kron(TWO_BY_TWO, np.ones((8, 8, 1), np.uint8))
 GREYS = np.repeat(np.array([[76, 150], [25, 255]])[..., None], 3, axis=2)
 MODES = {
-    "RGB": ("PNG", "TIFF", "BMP", "PPM", "TGA", "JPEG2000"),
-    "RGBA": ("PNG", "TIFF", "TGA", "JPEG2000"),
+    "RGB": ("PNG", "TIFF", "BMP", "PPM", "JPEG2000"),
+    "RGBA": ("PNG", "TIFF", "JPEG2000"),
     "P": ("PNG", "GIF", "BMP", "TIFF"),
     "PA": ("TIFF",),
     "CMYK": ("TIFF", "JPEG2000"),
     "YCbCr": ("TIFF",),
     "L": ("PNG", "TIFF", "GIF", "BMP"),
-    "LA": ("PNG", "TIFF", "TGA"),
+    "LA": ("PNG", "TIFF"),
     "I;16": ("PNG", "TIFF", "PPM"),
 }
 
@@ -564,3 +567,36 @@ def test_wrong_settings_name_the_right_ones() -> None:
         plain(8, resize="pad", crop_fraction=0.9)
     with pytest.raises(UserError, match="positive"):
         ImageTransform(8, ZERO, (1.0, 0.0, 1.0))
+
+
+def test_only_formats_that_are_read_are_decoded(tmp_path: Path):
+    """An EPS would be given to Ghostscript, whatever the file is named."""
+    (tmp_path / "cat.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n%%EOF\n")
+    with pytest.raises(ImageError, match="of a format that"):
+        ImageTransform(8, (0.5,) * 3, (0.5,) * 3)(tmp_path / "cat.jpg")
+
+
+def test_no_pipe_is_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "cat.jpg")
+    with pytest.raises(ImageError, match="is a pipe"):
+        ImageTransform(8, (0.5,) * 3, (0.5,) * 3)(tmp_path / "cat.jpg")
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(images, "_LARGE_IMAGE_PIXELS", 100)
+    inside, most = [], []
+
+    def watched(picture: Image.Image, ground: object) -> Image.Image:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return picture.convert("RGB")
+
+    monkeypatch.setattr(images, "_to_opaque", watched)
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(file, "PNG")
+    transform = ImageTransform(8, (0.5,) * 3, (0.5,) * 3)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(transform, [file.getvalue()] * 3))
+    assert most == [1, 1, 1]

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from torch.utils.data import DataLoader
 
@@ -315,6 +317,48 @@ def test_image_root_and_absolute_paths(tmp_path: Path):
     outside.write_text(f"filepath,title\n{tmp_path}/images/./images/{TOYS[0].key}.png,a\n/elsewhere/b.png,b\n")
     ids = [pair.id for pair in open_pairs(outside, image_root=tmp_path / "images")]
     assert ids == [f"images/{TOYS[0].key}.png", "/elsewhere/b.png"]
+
+
+@pytest.mark.parametrize("image", ["../secret.png", "/etc/secret.png", "images/../../secret.png"])
+def test_a_table_does_not_lead_out_of_its_folder_unless_its_root_is_named(image: str, tmp_path: Path):
+    source = tmp_path / "data" / "table.jsonl"
+    source.parent.mkdir()
+    source.write_text(json.dumps({"image": image, "caption": "a secret"}) + "\n")
+    with pytest.raises(UserError, match=r"line 1: the image path .* leads out of .*data.image_root=FOLDER"):
+        open_pairs(source)
+    assert len(open_pairs(source, image_root=source.parent)) == 1
+    pyarrow.parquet.write_table(pyarrow.table({"image": [image], "caption": ["x"]}), source.with_suffix(".parquet"))
+    with pytest.raises(UserError, match="leads out of"):
+        open_pairs(source.with_suffix(".parquet"))
+
+
+def test_addresses_nul_and_lists_in_lists_are_told_plainly(tmp_path: Path):
+    source = tmp_path / "table.jsonl"
+    for row, words in (
+        ({"image": "https://example.org/a.png", "caption": "a"}, "is an address, and nothing is downloaded"),
+        ({"image": "file:///etc/a.png", "caption": "a"}, "is an address"),
+        ({"image": "a.png", "caption": "a\0b"}, "character 2 is NUL"),
+        ({"image": "a.png", "caption": [["a", "b"], "c"]}, "not a list in a list"),
+    ):
+        source.write_text(json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=words) as told:
+            open_pairs(source)
+        assert "line 1" in str(told.value) and "\n" not in str(told.value)
+    with pytest.raises(UserError, match="is an address"):
+        open_pairs("https://example.org/pairs.csv")
+
+
+@pytest.mark.parametrize("harm", [b"", b"PK", "half", "zeros"])
+def test_a_damaged_index_is_made_again_and_said(harm: bytes | str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    source = write_csv(TOYS, tmp_path)
+    before = [pair.id for pair in open_pairs(source, cache=tmp_path / "cache")]
+    (index,) = (tmp_path / "cache").glob("index-*.npz")
+    whole = index.read_bytes()
+    middle = len(whole) // 3
+    zeros = whole[:middle] + bytes(64) + whole[middle + 64 :]
+    index.write_bytes(harm if isinstance(harm, bytes) else whole[: len(whole) // 2] if harm == "half" else zeros)
+    assert [pair.id for pair in open_pairs(source, cache=tmp_path / "cache")] == before
+    assert "damaged" in caplog.text and index.read_bytes() == whole and len(caplog.records) == 1
 
 
 def test_an_unreadable_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

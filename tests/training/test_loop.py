@@ -235,13 +235,13 @@ def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, ke
     )
     assert stopped.interrupted and stopped.position.step == stop_at + 1 and stopped.metrics == {}
     assert lines[-1]["event"] == "stop" and lines[-1]["interrupted"]
-    assert len(saved) == 1 and saved[0].position == stopped.position
-    assert same(saved[0].weights, {name: weights(half)[name] for name in half.selection})
+    assert [state.position for state in saved] == [TrainPosition(), stopped.position]
+    assert same(saved[1].weights, {name: weights(half)[name] for name in half.selection})
 
     rest, finished, _ = run(
         settings,
         kinds=kinds,
-        resume_state=saved[0],
+        resume_state=saved[1],
         save=lambda state: saved.append(frozen_in_time(state)),
         **scored(iter(scores[1 + stop_at // STEPS_AN_EPOCH :])),
     )
@@ -249,6 +249,9 @@ def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, ke
     assert same(states[-1].tensors(), saved[-1].tensors()) and states[-1].metadata() == saved[-1].metadata()
     assert (fitted.weights_position, fitted.metrics) == (finished.weights_position, finished.metrics)
     assert fitted.weights_position == (TrainPosition(1, 3, 6) if keep == "best" else TrainPosition(4, 0, 12))
+
+    first = run(settings, kinds=kinds, resume_state=saved[0], **scored(iter(scores[1:])))[0]
+    assert same(weights(first), weights(whole)), "from the state saved before the first step"
 
     again, nothing, _ = run(settings, kinds=kinds, resume_state=saved[-1], **scored(iter(())))
     assert nothing.pairs == 0 and same(weights(again), weights(whole)), "a finished run goes on to the same end"
@@ -272,7 +275,7 @@ def test_second_signal_raises_at_once() -> None:
     saved: list[TrainState] = []
     with pytest.raises(KeyboardInterrupt):
         run(stream=Stream(before=twice), save=saved.append)
-    assert saved == [] and signal.getsignal(signal.SIGINT) is before
+    assert [state.position.step for state in saved] == [0] and signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_forked_process_ends_on_sigterm_and_leaves_ctrl_c_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +309,7 @@ def test_state_of_another_run_is_refused() -> None:
 def test_saves_by_the_clock() -> None:
     saved: list[TrainPosition] = []
     run(SETTINGS.model_copy(update={"save_every_minutes": 1e-9}), save=lambda state: saved.append(state.position))
-    assert [position.step for position in saved] == [*range(1, 13), 12]
+    assert [position.step for position in saved] == [*range(13), 12]
 
 
 # --- it stops before it spoils anything ------------------------------------------------------------------------------
@@ -335,7 +338,7 @@ def test_a_step_that_is_not_finite_is_not_taken(poison: str, message: str) -> No
     message = rf"{message} at step 5 of 12 \(lr 0.017\).*nothing was overwritten; try train.lr=0.007"
     with pytest.raises(UserError, match=message):
         fit(model, Stream(), poisoned, SETTINGS, callbacks(lines, save=saved.append))
-    assert saved == [], "what was saved before stays as it was"
+    assert [state.position.step for state in saved] == [0], "what was saved before stays as it was"
     assert lines[-1]["event"] == "step" and lines[-1]["step"] == 4, "the steps before it are logged"
     good, fitted, _ = run(stream=Stream(before=kill(signal.SIGINT, 3)))
     assert fitted.position.step == 4 and same(weights(model), weights(good)), "the weights are those of the step before"

@@ -9,7 +9,6 @@ from. Finished stages are not repeated.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -45,6 +44,8 @@ from clasp.config.build import (
 )
 from clasp.config.datasets import TrainValPairs, open_training_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.data.atomic_files import read_json_lines, replace_file
+from clasp.data.folder_lock import lock_folder
 from clasp.data.loader import BadSampleLimit
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
@@ -56,6 +57,7 @@ from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow, auto_table
 from clasp.report.model_card import markdown_table
 from clasp.training.class_pairs import class_pair_features, find_class_pairs
 from clasp.training.cost.ledger import COST_FILE
+from clasp.training.run_code import all_code_names, allow_code, require_allowed
 from clasp.training.run_folder import RunFolder
 from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
@@ -92,10 +94,11 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
     RunFolder(run).require_free()
     pairs = open_training_pairs(recipe)
     build_model(changed(recipe, {}), meta=True)
-    run.mkdir(parents=True, exist_ok=True)
-    plan = AutoPlan(recipe.to_dict())
-    plan.write(run)
-    return _Climb(recipe, run, plan, pairs, callbacks).run()
+    with lock_folder(run):
+        plan = AutoPlan(recipe.to_dict())
+        plan.write(run)
+        with allow_code(all_code_names(plan.recipe).values()):  # the stages name what the recipe names
+            return _Climb(recipe, run, plan, pairs, callbacks).run()
 
 
 def resume_climb(run: Path, callbacks: AutoCallbacks) -> AutoResult:
@@ -103,8 +106,10 @@ def resume_climb(run: Path, callbacks: AutoCallbacks) -> AutoResult:
     plan = AutoPlan.read(run)
     if plan.finished:
         raise UserError(f"{run} is finished: nothing is left to resume")
+    require_allowed(all_code_names(plan.recipe), run)
     recipe = recipe_from_dict(plan.recipe, str(run / PLAN_FILE))
-    return _Climb(recipe, run, plan, open_training_pairs(recipe), callbacks).run()
+    with lock_folder(run), allow_code(all_code_names(plan.recipe).values()):
+        return _Climb(recipe, run, plan, open_training_pairs(recipe), callbacks).run()
 
 
 class _Climb:
@@ -258,7 +263,7 @@ class _Climb:
         """Whether the stage has ended; one that was interrupted is finished first."""
         if self.plan.row(stage.name) is not None:
             return True
-        if not (self.stages / stage.name / "state").exists():
+        if not RunFolder(self.stages / stage.name).has_state:
             return False
         recipe = recipe_from_dict(RunFolder(self.stages / stage.name).recipe(), stage.name)
         self._train(replace(stage, recipe=recipe, reason="resumed"))
@@ -278,7 +283,7 @@ class _Climb:
         """Train or resume a stage, compare it with the best before, and record it."""
         self.io.say(f"{stage.name}: {stage.method}: {stage.reason}")
         folder, began = self.stages / stage.name, time.monotonic()
-        resume = (folder / "state").exists()
+        resume = RunFolder(folder).has_state
         shared = Preloaded(pairs=self.pairs)
         io = self.io
         if resume or not (folder / "delta.safetensors").exists():
@@ -319,7 +324,8 @@ class _Climb:
         stage = self.stages / self.plan.best
         shutil.copytree(stage / "tokenizer", self.folder / "tokenizer", dirs_exist_ok=True)
         for name in _RUN_FILES:
-            shutil.copyfile(stage / name, self.folder / name)
+            with replace_file(self.folder / name) as part:
+                shutil.copyfile(stage / name, part)
         table = auto_table(self.plan)
         card = (stage / "README.md").read_text(encoding="utf-8").replace(str(stage), str(self.folder))
         card = card.replace(f"# {stage.name}\n", f"# {self.folder.name}\n", 1)
@@ -327,8 +333,8 @@ class _Climb:
         text = f"{card}\n## What was tried in {self.budget}\n\nBest stage: `stages/{stage.name}`.\n\n{tried}\n"
         folder = RunFolder(self.folder)
         folder.write("README.md", text)
-        shutil.copyfile(stage / "delta.safetensors", self.folder / "delta.safetensors.part")
-        (self.folder / "delta.safetensors.part").replace(self.folder / "delta.safetensors")
+        with replace_file(self.folder / "delta.safetensors") as part:
+            shutil.copyfile(stage / "delta.safetensors", part)
 
     def _towers(self) -> tuple[tuple[str, ImageTowerSettings | TextTowerSettings, Tower], ...]:
         """Both sides, their settings, and their towers on the meta device."""
@@ -349,8 +355,7 @@ def _with_layer_pools(recipe: Recipe) -> Recipe:
 
 def _steps(folder: Path) -> int:
     """The gradient steps that a finished stage took."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return max(row["step"] for row in rows)
+    return max(row["step"] for row in read_json_lines(folder / "log.jsonl"))
 
 
 def _verdict_line(row: AutoRow, primary: str) -> str:

@@ -227,7 +227,7 @@ def _trained_languages(*, quick: bool) -> tuple[str, ...]:
 
 def _train_once(recipe: Recipe, out: Path) -> None:
     """Train, resume an interrupted run, or reuse a finished one."""
-    stopped = (out / "state").exists()
+    stopped = RunFolder(out).has_state
     if (out / "delta.safetensors").exists() and not stopped:
         print_status(f"{relative_path(out)} holds this demo's run already; delete the folder to train again")
     elif train_recipe(

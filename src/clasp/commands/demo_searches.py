@@ -97,7 +97,7 @@ def search_drawings(
 
 def search_photos(model: EmbeddingModel, run: Path) -> list[DemoSearch]:
     """Search the photographs inside installed packages. Raises ``UserError`` where one of those is missing."""
-    pairs, names = open_pairs(write_photo_pairs(run / "photos.jsonl")), concept_names()
+    pairs, names = open_pairs(write_photo_pairs(run / "photos.jsonl"), image_root=run), concept_names()
     asked = [(names[query.concept], query.language, query.photo) for query in PHOTO_QUERIES]
     return _search(model, run / "photo-index", pairs, asked, PHOTO_HITS)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from clasp.convert.importers.lilt import import_lilt
 from clasp.convert.importers.msclip import import_msclip
 from clasp.convert.importers.run_writer import ImportOptions, ImportReport
-from clasp.training.run_folder import RunFolder, translate_disk_errors
+from clasp.data.atomic_files import translate_disk_errors
+from clasp.training.run_folder import RunFolder
 from clasp.types import UserError
 
 # each takes the checkpoint, the run to write (its folder does not exist yet) and the options

@@ -96,12 +96,14 @@ def open_ledger(folder: RunFolder, model: DualEncoder, state: TrainState | None)
     return CostLedger(device, parts, first_step=state.position.step, earlier=earlier)
 
 
-def resolve_recipe(recipe: Recipe, plan: TrainPlan, model: DualEncoder) -> Recipe:
-    """The recipe as saved in the run, so that it resumes unchanged: batch size, epochs, attention kernel and layers
-    resolved."""
+def resolve_recipe(recipe: Recipe, plan: TrainPlan, model: DualEncoder, state: TrainState | None = None) -> Recipe:
+    """The recipe as saved in the run, so that it resumes unchanged: batch size, epochs, precision, attention kernel and
+    layers resolved. A run that is resumed from ``state`` keeps its precision, whatever would be measured now."""
     device = next(model.parameters()).device
     settings = plan.resolved(recipe.train)
-    precision = resolve_precision(settings.precision, device).precision
+    precision = state.precision if state else resolve_precision(settings.precision, device).precision
+    if state is None:
+        settings = settings.model_copy(update={"precision": precision})
     kernel = choose_attention_kernel(settings.attention, precision, device)
     towers = {"image": (recipe.image, model.image), "text": (recipe.text, model.text)}
     numbered = {

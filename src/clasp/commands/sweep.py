@@ -9,9 +9,8 @@ is repeated with more values, trains the missing runs only.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from clasp.config.build import ModelAndPreprocessing, build_model, build_model_a
 from clasp.config.datasets import TrainValPairs, count_samples_per_epoch, hash_pairs, open_training_pairs
 from clasp.config.grid import GridPoint, GridSpec
 from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.data.atomic_files import read_json_lines
+from clasp.data.folder_lock import lock_folder
 from clasp.data.readers import PairIndex
 from clasp.report.leaderboard import (
     SweepResult,
@@ -32,6 +33,7 @@ from clasp.report.leaderboard import (
     write_sweep_rows,
 )
 from clasp.training.loop import plan_training
+from clasp.training.run_code import all_code_names, allow_code
 from clasp.training.run_folder import RunFolder
 from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.training.trackers.registry import find_trackers
@@ -54,25 +56,49 @@ def sweep(
     made = grid.expand()
     shared_objects = _SharedObjects()
     shared_objects.check(made)
+    with allow_code({name for one in made for name in all_code_names(one.recipe.to_dict()).values()}):
+        return _run_grid(grid, made, runs, name, shared_objects, SweepCallbacks(say, bar, reporter))
+
+
+@dataclass(frozen=True, slots=True)
+class SweepCallbacks:
+    """Where a sweep reports: lines, progress bars, and a new reporter for each run."""
+
+    say: MessageCallback
+    bar: ProgressFactory
+    reporter: Callable[[], Reporter]
+
+
+def _run_grid(
+    grid: GridSpec,
+    made: Sequence[GridPoint],
+    runs: Path,
+    name: str | None,
+    shared_objects: _SharedObjects,
+    callbacks: SweepCallbacks,
+) -> SweepResult:
+    """Choose the folder, lock it, and train what is missing in it."""
     new = [SweepRow(one.name, (*grid.overrides, *one.settings), one.settings, "stopped") for one in made]
     folder = _choose_folder(
         runs, name or f"{Path(grid.source).stem}-sweep", made, new[0].sweep_key, shared_objects, numbered=name is None
     )
-    known, rows = read_sweep_rows(folder), []
-    for place, (one, row) in enumerate(zip(made, new, strict=True), 1):
-        run = folder / one.name
-        row = replace(row, run=str(run))
-        if _is_finished(run):
-            row = read_finished_row(row)
-        else:
-            say(f"run {place} of {len(made)}: {one}")
-            row = _train(one.recipe, row, shared_objects, say=say, bar=bar, reporter=reporter())
-        rows.append(row)
-        known[row.run] = row
-        write_sweep_rows(folder, known.values())
-        if row.state == "stopped":
-            break
-        _stop_on_repeated_failure(rows)
+    rows: list[SweepRow] = []
+    with lock_folder(folder):
+        known = read_sweep_rows(folder)
+        for place, (one, row) in enumerate(zip(made, new, strict=True), 1):
+            run = folder / one.name
+            row = replace(row, run=str(run))
+            if _is_finished(run):
+                row = read_finished_row(row)
+            else:
+                callbacks.say(f"run {place} of {len(made)}: {one}")
+                row = _train(one.recipe, row, shared_objects, callbacks)
+            rows.append(row)
+            known[row.run] = row
+            write_sweep_rows(folder, known.values())
+            if row.state == "stopped":
+                break
+            _stop_on_repeated_failure(rows)
     return SweepResult(folder, sorted(rows, key=ranking_key), rows[-1].state == "stopped", len(made))
 
 
@@ -149,23 +175,23 @@ def _pairs_key(recipe: Recipe) -> str:
 # --- one run ---------------------------------------------------------------------------------------------------------
 
 
-def _train(
-    recipe: Recipe,
-    row: SweepRow,
-    shared_objects: _SharedObjects,
-    *,
-    say: MessageCallback,
-    bar: ProgressFactory,
-    reporter: Reporter,
-) -> SweepRow:
+def _train(recipe: Recipe, row: SweepRow, shared_objects: _SharedObjects, callbacks: SweepCallbacks) -> SweepRow:
     """Train or resume one run; returns its row."""
     run = Path(row.run)
-    resume = (run / "state").exists()
+    resume = RunFolder(run).has_state
     try:
         if resume:
             recipe = recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml"))
         shared = Preloaded(shared_objects.pairs(recipe), shared_objects.parts(recipe))
-        done = train_recipe(recipe, run, say=say, bar=bar, reporter=reporter, resume=resume, preloaded=shared)
+        done = train_recipe(
+            recipe,
+            run,
+            say=callbacks.say,
+            bar=callbacks.bar,
+            reporter=callbacks.reporter(),
+            resume=resume,
+            preloaded=shared,
+        )
     except KeyboardInterrupt:
         return replace(row, seconds=read_training_seconds(run))
     except UserError as error:
@@ -174,7 +200,7 @@ def _train(
 
 
 def _is_finished(run: Path) -> bool:
-    return (run / "delta.safetensors").exists() and not (run / "state").exists()
+    return (run / "delta.safetensors").exists() and not RunFolder(run).has_state
 
 
 def _stop_on_repeated_failure(rows: Sequence[SweepRow]) -> None:
@@ -186,7 +212,7 @@ def _stop_on_repeated_failure(rows: Sequence[SweepRow]) -> None:
 
 def _has_started(run: Path) -> bool:
     log = run / "log.jsonl"
-    return log.exists() and any(json.loads(line)["event"] == "start" for line in log.read_text("utf-8").splitlines())
+    return log.exists() and any(row["event"] == "start" for row in read_json_lines(log))
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
@@ -224,12 +250,10 @@ def _conflict(
         return f"{folder} holds another sweep"
     for one in made:
         run = folder / one.name
-        trained = (run / "delta.safetensors").exists() or (run / "state").exists()
+        trained = (run / "delta.safetensors").exists() or RunFolder(run).has_state
         if trained and not _matches_recipe(run, one.recipe):
             return f"{run} holds a run with other settings"
-        if trained and json.loads((run / "base.json").read_text("utf-8"))["pairs"] != shared_objects.pairs_hash(
-            one.recipe
-        ):
+        if trained and RunFolder(run).base().get("pairs") != shared_objects.pairs_hash(one.recipe):
             return f"{run} holds a run on pairs of {one.recipe.data.train} that have changed since"
     return None
 

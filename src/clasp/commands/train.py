@@ -7,7 +7,8 @@ status lines are passed to ``say``; nothing is printed here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from clasp.config.build import (
 )
 from clasp.config.datasets import open_training_pairs, plan_run
 from clasp.config.recipe import Recipe
+from clasp.data.folder_lock import lock_folder
 from clasp.data.pairs import skipped_lines
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.results import EvaluationResult
 from clasp.report.model_card import ModelCard
 from clasp.training.cost.ledger import COST_FILE, RunCost
+from clasp.training.run_code import require_allowed, tracker_code_names
 from clasp.training.run_folder import RunFolder
 from clasp.training.state import FitResult, TrainState
 from clasp.training.trackers.console import Reporter, SilentReporter
@@ -63,42 +66,74 @@ def train_recipe(
     Raises ``UserError`` for errors in the user's input, as early as possible.
     """
     assert recipe.auto is None, "a recipe with [auto] is for commands.auto"
-    folder, tracker_classes = RunFolder(run), find_trackers(recipe.train.trackers)
-    state = folder.read_state() if resume else folder.require_free()
+    folder = RunFolder(run)
+    if resume:
+        require_allowed(tracker_code_names(recipe.to_dict()), run)
+    else:
+        folder.require_free()
+    tracker_classes = find_trackers(recipe.train.trackers)
     loaded = preloaded or Preloaded()
-    train, val = loaded.pairs or open_training_pairs(recipe)
-    for line in skipped_lines(train, val):
-        say(line)
-    parts = loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
-    parts = _prepare(parts, recipe, folder, state)
-    tracker = open_trackers(tracker_classes, TrackedRun(run, state.position.step if state else 0), folder.append, say)
-    ledger = open_ledger(folder, parts.model, state)
-    inputs = build_feature_source(
-        parts, _as_before(recipe, state), bar=ledger.time_features(bar), say=say, report=tracker.log_skipped
-    )
-    plan = plan_run(recipe, train, inputs)
-    say(plan.reason)
-    classes = class_pairs_of_recipe(recipe, parts.model)
-    context = RunContext(
-        folder=folder,
-        recipe=resolve_recipe(recipe, plan, parts.model),
-        parts=parts,
-        inputs=inputs,
-        train=train,
-        val=val,
-        classes=classes,
-        listing=PairIndex(train),
-        state=state,
-        ledger=ledger,
-        tracker=tracker,
-        reporter=reporter or SilentReporter(),
-    )
-    context.start_or_resume()
+    with lock_folder(run), _failed_starts_undone(folder):
+        folder.remove_partial_writes()
+        state = folder.read_state() if resume else folder.require_free()
+        train, val = loaded.pairs or open_training_pairs(recipe)
+        for line in skipped_lines(train, val):
+            say(line)
+        parts = loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
+        parts = _prepare(parts, recipe, folder, state)
+        tracker = open_trackers(
+            tracker_classes, TrackedRun(run, state.position.step if state else 0), folder.append, say
+        )
+        ledger = open_ledger(folder, parts.model, state)
+        inputs = build_feature_source(
+            parts, _as_before(recipe, state), bar=ledger.time_features(bar), say=say, report=tracker.log_skipped
+        )
+        plan = plan_run(recipe, train, inputs)
+        say(plan.reason)
+        context = RunContext(
+            folder=folder,
+            recipe=resolve_recipe(recipe, plan, parts.model, state),
+            parts=parts,
+            inputs=inputs,
+            train=train,
+            val=val,
+            classes=class_pairs_of_recipe(recipe, parts.model),
+            listing=PairIndex(train),
+            state=state,
+            ledger=ledger,
+            tracker=tracker,
+            reporter=reporter or SilentReporter(),
+        )
+        context.start_or_resume()
+        return _train(context)
+
+
+# --- the steps -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _failed_starts_undone(folder: RunFolder) -> Iterator[None]:
+    """Deletes what a start left that ended before its first state was saved, and the first state of one that failed in
+    its first steps: the same command would start, and resuming fail in the same way."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) and folder.has_only_first_state:
+            folder.finish()
+        else:
+            folder.discard_start()
+        raise
+
+
+def _train(context: RunContext) -> TrainResult:
+    """Fill the feature cache, train, evaluate, and write everything to the run folder."""
+    folder, ledger, tracker, inputs = context.folder, context.ledger, context.tracker, context.inputs
     with ledger, tracker, context.attention_kernel():
         tracker.config(context.recipe.to_dict())
-        sides = inputs.batch_reader(train, context.listing, recipe.data.augment)  # fills the feature cache
+        # fills the feature cache
+        sides = inputs.batch_reader(context.train, context.listing, context.recipe.data.augment)
         batches = open_batches(context, sides)
-        task = validation_task(train, val, inputs)
+        task = validation_task(context.train, context.val, inputs)
         fitted = fit_run(context, sides, batches, task)
         delta_bytes = folder.save(context.model)
         results = [] if fitted.interrupted else ledger.timed_as("evaluation", task.results)(context.model)
@@ -107,9 +142,6 @@ def train_recipe(
     if not fitted.interrupted:
         folder.finish()
     return TrainResult(folder.path, fitted, results, delta_bytes, cost)
-
-
-# --- the steps -------------------------------------------------------------------------------------------------------
 
 
 def _prepare(

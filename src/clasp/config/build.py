@@ -32,7 +32,7 @@ from clasp.models.sharing.tie import tie_parameters
 from clasp.models.tower import Tower
 from clasp.models.zoo.registry import load_backbone
 from clasp.models.zoo.single_trunk import build_single_trunk
-from clasp.training import run_folder
+from clasp.training import run_code, run_folder
 from clasp.training.class_pairs import WeightedClassPairs, find_class_pairs
 from clasp.training.losses import find_loss
 from clasp.types import MessageCallback, ProgressFactory, SkippedSample, UserError, no_progress_bar
@@ -94,10 +94,15 @@ def rebuild_heads(parts: ModelAndPreprocessing, recipe: Recipe) -> ModelAndPrepr
 
 
 def load(
-    run: str | Path, *, device: str = "cpu", precision: Literal["auto"] | Precision | None = None
+    run: str | Path,
+    *,
+    device: str = "cpu",
+    precision: Literal["auto"] | Precision | None = None,
+    allow_code: bool = False,
 ) -> EmbeddingModel:
     """The model of a run folder, in evaluation mode.
 
+    A run is data: Python code that its recipe names (``package.module:factory``) is imported with ``allow_code`` only.
     Loads the base weights that the recipe names, verifies them against the recorded hashes by tensor name, then loads
     the delta. Bitwise the model that was saved. ``precision``: what towers compute in, in place of ``train.precision``
     of its recipe; "auto": bfloat16 where that is faster, and convolutional towers in float32. Raises ``UserError``.
@@ -106,10 +111,11 @@ def load(
     if precision not in choices:
         raise UserError(f"precision = {precision!r} is none of {', '.join(map(repr, choices))}")
     folder = run_folder.RunFolder(run)
-    facts = folder.read()
-    recipe = recipe_from_dict(facts.recipe, str(folder.path / "recipe.toml"))
-    parts = ModelAndPreprocessing(build_model(recipe), facts.transform, facts.tokenizer)
-    folder.load_delta(parts.model)
+    with run_code.allow_code(None if allow_code else ()):
+        facts = folder.read()
+        recipe = recipe_from_dict(facts.recipe, str(folder.path / "recipe.toml"))
+        parts = ModelAndPreprocessing(build_model(recipe), facts.transform, facts.tokenizer)
+        folder.load_delta(parts.model)
     resolved = resolve_precision(precision or recipe.train.precision, torch.device(device)).precision
     sides = EncoderPrecision(
         image=frozen_precision(resolved, convolutional=parts.model.image.convolutional),

@@ -110,7 +110,8 @@ class DataSettings(BaseModel):
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of the groups held out when ``val`` is left out"""
     image_root: str | None = None
-    """Folder that relative image paths start from; the folder of the file where left out"""
+    """Folder that relative image paths start from; where left out, the folder of the file, and then no image path may
+    lead out of it"""
     columns: ColumnNames = ColumnNames()
     """Names of the columns; each format's usual ones where left out"""
     languages: list[str] = []
@@ -199,6 +200,16 @@ def read_recipe(
             raise UserError(f"{source} has no [auto] to spend a budget on; those that have: start, auto")
         given["auto"] = {key: _parse_value(f"auto.{key}", text) for key, text in budget.items()}
     return recipe_from_dict(_apply_overrides(given, overrides), chain)
+
+
+def require_single_keys(typed: Sequence[str]) -> None:
+    """Raise ``UserError`` for a key that stands twice in what was typed; in Python, the last of several counts."""
+    seen: dict[str, str] = {}
+    for override in typed:
+        key = override.partition("=")[0].strip()
+        if key in seen:
+            raise UserError(f"override {override!r}: {key} is given twice, first as {seen[key]!r}")
+        seen[key] = override
 
 
 def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:

@@ -13,9 +13,12 @@ import hashlib
 import io
 import json
 import math
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +29,7 @@ from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedI
 from torch import Tensor
 
 from clasp.data.augment import Augment, AugmentParams, CropBox, RGBColor
+from clasp.data.regular_file import read_regular_file
 from clasp.types import UserError
 
 __all__ = [
@@ -57,6 +61,10 @@ _EXIF_TRANSPOSE = {  # EXIF orientation -> the transposition that undoes it
     8: Image.Transpose.ROTATE_90,
 }
 _GREYS = {"I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32}  # integer modes of more than 8 bits -> bits
+# Pillow's decoders of the suffixes that are read. Others are refused whatever the file is named: that of EPS runs
+# another program.
+DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_LARGE_IMAGE_PIXELS = 50_000_000  # decoded; of larger ones, worker processes decode one at a time
 _REDUCING_GAP = 1.0  # a JPEG is decoded at the smallest scale of at least this many times the target size
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DECODER_VERSION = 2  # part of every fingerprint: increment it when the same bytes give other pixels
@@ -163,7 +171,8 @@ class ImageTransform:
             reduced = 1
             if not isinstance(image, Image.Image):  # an image of the caller must not be changed in place
                 reduced = _draft_jpeg(picture, min((box[2] - box[0]) / target[0], (box[3] - box[1]) / target[1]))
-            picture = _to_opaque(picture, self.background)
+            with _one_large_image_at_a_time(picture.width * picture.height):
+                picture = _to_opaque(picture, self.background)
         if turn in _EXIF_TRANSPOSE:
             picture = picture.transpose(_EXIF_TRANSPOSE[turn])
         left, top, right, bottom = (edge / reduced for edge in box)
@@ -214,6 +223,13 @@ def shrink_to_fit(image: bytes, side: int, format: Literal["JPEG", "WEBP"], qual
 # --- decoding ------------------------------------------------------------------------------------------------------
 
 
+@cache
+def _decoders() -> tuple[str, ...]:
+    """Those of ``DECODERS`` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in DECODERS if name in Image.OPEN)
+
+
 def is_image_form(value: Any) -> bool:
     """Whether a value is of one of the types of ``IMAGE_FORMS``; does not read it."""
     return isinstance(value, str | bytes | Path | Image.Image)
@@ -228,10 +244,13 @@ def _open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image
         if isinstance(image, Image.Image):
             yield image
         else:
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+            encoded = image if isinstance(image, bytes) else read_regular_file(image)
+            with Image.open(io.BytesIO(encoded), formats=_decoders()) as picture:
                 yield picture
     except (ImageError, MemoryError):
         raise
+    except UserError as error:
+        raise ImageError(str(error)) from error
     except FileNotFoundError as error:
         raise ImageError(f"no such file: {image}") from error
     except (IsADirectoryError, PermissionError) as error:
@@ -242,6 +261,24 @@ def _open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image
         raise ImageError(f"too large to be decoded safely: {error}") from error
     except Exception as error:  # for damaged bytes Pillow raises struct, index, zlib, syntax errors and others
         raise ImageError(f"damaged image: {error}") from error
+
+
+@contextmanager
+def _one_large_image_at_a_time(pixels: int) -> Iterator[None]:
+    """A block that one process of this user is in at a time, where the image is large: a decoded pixel takes up to 12
+    bytes, so that a few such images in as many workers would fill the memory."""
+    if pixels <= _LARGE_IMAGE_PIXELS:
+        yield
+        return
+    import fcntl  # not on every system
+
+    path = Path(tempfile.gettempdir()) / f"clasp-large-image-{os.getuid()}"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _orientation(picture: Image.Image) -> int:

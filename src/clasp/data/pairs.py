@@ -27,7 +27,7 @@ from clasp.data.formats.parquet import ParquetSource, open_parquet
 from clasp.data.formats.rows import DEFAULT_COLUMNS, ColumnNames
 from clasp.data.formats.samples import IMAGE_SUFFIXES, count_suffixes, is_unread_image, open_webdataset
 from clasp.data.formats.skipped_files import ReportsSkipped, SkippedFiles
-from clasp.data.formats.sources import FileSource, TarSource
+from clasp.data.formats.sources import FileSource, TarSource, require_no_address
 from clasp.data.formats.tables import open_table
 from clasp.data.formats.text_rows import DelimitedRows, JsonLines, JsonList
 from clasp.data.plugins import load_named
@@ -164,7 +164,8 @@ def open_pairs(
 
     ``source`` may be several, ``a.tar::b.csv`` or ``shards-{000..012}.tar``; files of any format may be ``.gz``.
     ``format`` is the format of all of them (see ``find_pair_format``); by default it is inferred from the file suffix.
-    ``image_root`` is the folder that image paths in tables are relative to; by default the folder of the table.
+    ``image_root`` is the folder that image paths in tables are relative to; by default the folder of the table, which
+    they must then not lead out of.
     With a ``cache`` folder, indexing and unpacking of ``.gz`` are done once for a file of this path, size and time.
     An id is the value of the id column, else the image path or the tar member's key; if ids of several sources collide,
     each is prefixed with its source (``a.tar::key``).
@@ -174,6 +175,7 @@ def open_pairs(
     for name, path in zip(names, paths, strict=True):
         if not name:
             raise UserError(f"{str(source)!r} names no source; name a folder or a file")
+        require_no_address(name, "pairs")
         if not path.exists():
             raise UserError(_missing(path, paths))
     names = [format or _format_of(path) for path in paths]
@@ -197,7 +199,7 @@ def _open(
     open_source = find_pair_format(format)
     try:
         file = unpack_gzip(path, cache) if path.suffix == ".gz" and path.is_file() else path
-        opened = open_source(SourceSpec(path, file, columns, root, cache, format))
+        opened = open_source(SourceSpec(path, file, columns, root, cache, format, leaves_root=image_root is not None))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: a text in it or beside it is not UTF-8: {error}") from None
     except OSError as error:

@@ -123,7 +123,16 @@ def read_templates(given: str) -> list[str]:
             raise UserError(f'templates={given} must be a list of texts such as ["a photo of a {{}}.", "a {{}}."]')
         return templates
     if os.path.isfile(given):
-        return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = Path(given).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"templates={given} cannot be read as UTF-8 text: {error}") from None
+        return [line for line in lines if line.strip()]
+    if not _PLACEHOLDER.search(given):
+        raise UserError(
+            f"templates={given!r} is neither a file nor a template: there is no such file, and a template has {{}} "
+            "where the class name goes"
+        )
     return [given]
 
 
@@ -135,8 +144,12 @@ def read_class_names(path: str | Path) -> list[str]:
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the class list {str(path)!r}: {error}") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot read the class list {str(path)!r}: {error.strerror}; classes= names a file, one class name a line"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read the class list {str(path)!r} as UTF-8 text: {error}") from None
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise UserError(f"the class list {str(path)!r} is empty: it must hold one class name a line")

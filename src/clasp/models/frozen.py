@@ -29,7 +29,7 @@ class FrozenTower:
 
     @property
     def fingerprint(self) -> str:
-        return _in_precision(self.tower.layer_fingerprint, self.precision)
+        return _in_precision(self.tower.layer_fingerprint, self.precision) + _kernel_suffix()
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -58,7 +58,7 @@ class FrozenPrefix:
 
     @property
     def fingerprint(self) -> str:
-        return _in_precision(self.tower.prefix_fingerprint(self.depth), self.precision)
+        return _in_precision(self.tower.prefix_fingerprint(self.depth), self.precision) + _kernel_suffix()
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -87,6 +87,11 @@ class FrozenPrefix:
     def __call__(self, inputs: Pixels | Tokens) -> HiddenStates:
         with computing_in(self.precision, _device(self.tower)):
             return self.tower.prefix_states(inputs, self.depth)
+
+
+def _kernel_suffix() -> str:
+    """Differs by the attention kernel (``training.attention_kernel``), whose outputs differ in their last bits."""
+    return "" if torch.backends.cuda.flash_sdp_enabled() else ":plain"
 
 
 def find_frozen_part(tower: Tower, size: int, precision: Precision = "float32") -> FrozenTower | FrozenPrefix | None:

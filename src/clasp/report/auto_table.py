@@ -7,12 +7,12 @@ resumes from, beside the folders of its stages; it is written after every row.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from clasp.data.atomic_files import translate_disk_errors, write_text_file
 from clasp.report.tables import format_metric
 from clasp.training.cost.ledger import format_si
 from clasp.types import UserError
@@ -60,9 +60,8 @@ class AutoPlan:
 
     def write(self, run: Path) -> None:
         """Write ``plan.json``."""
-        part = run / f"{PLAN_FILE}.part"
-        part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, run / PLAN_FILE)
+        with translate_disk_errors(run):
+            write_text_file(run / PLAN_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, run: Path) -> AutoPlan:

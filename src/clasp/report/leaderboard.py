@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from clasp.data.atomic_files import read_json_lines, translate_disk_errors, write_text_file
 from clasp.evaluation.language_sets import macro_set
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
 from clasp.report.tables import CHANCE_TITLE, INTERVAL_TITLE, format_interval, format_metric, metric_title
@@ -131,8 +131,7 @@ class SweepResult:
 
 def read_finished_row(row: SweepRow) -> SweepRow:
     """The row of a finished run, from its ``results.jsonl``, which starts with the results of its validation."""
-    lines = (Path(row.run) / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    for result in map(json.loads, lines):
+    for result in read_json_lines(Path(row.run) / "results.jsonl"):
         if result["task"] in _PRIMARY_METRICS and (
             result["task"] != MultilingualTask.name or macro_set(result["language"])
         ):
@@ -178,8 +177,8 @@ def read_sweep_rows(folder: Path) -> dict[str, SweepRow]:
 
 
 def write_sweep_rows(folder: Path, rows: Iterable[SweepRow]) -> None:
-    """Write ``sweep.jsonl`` atomically: to a temporary file, which is then renamed."""
-    part = folder / "sweep.jsonl.part"
-    folder.mkdir(parents=True, exist_ok=True)
-    part.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(part, folder / "sweep.jsonl")
+    """Replace ``sweep.jsonl``."""
+    with translate_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        write_text_file(folder / "sweep.jsonl", lines)

@@ -65,7 +65,8 @@ class FitCallbacks:
 
     ``tracker`` receives the events start, pieces, step, skipped, evaluation and stop. ``evaluate`` is called with the
     model in eval mode; ``primary`` names the metric in its result that selects the best weights (higher is better).
-    ``save`` receives the state every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the end. ``ledger`` measures
+    ``save`` receives the state before the first step, every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the
+    end. ``ledger`` measures
     the time and FLOPs of every step.
     """
 
@@ -103,6 +104,7 @@ def fit(
         model.train()
         if resume_state is None:
             best_checkpoint.evaluate_initial(at)
+            session.save(at)  # at once, so that a kill from here on loses no start-up
         while at.epoch < settings.epochs and not stop.requested:
             for batch in logger.time_batches(batches.epoch(at.epoch, start=at.step_in_epoch)):
                 logger.log_skipped(batch, at.step)

@@ -1,39 +1,52 @@
 """A run folder: recipe, delta, and the hashes of the base weights that the delta belongs to.
 
 Input: a model with its recipe, transform and tokenizer. Output: a folder, and the model loaded back from it, bitwise.
-Every file is written under a temporary name and renamed, so a kill leaves the old file or the new one. Note: the delta
-holds the trainable parameters only, so a run needs its base weights, and refuses ones that differ in any tensor.
+Every file is written by ``data.atomic_files``, so a kill leaves the old file or the new one, and the delta, the
+transform and the tokenizer have hashes that are checked when they are read. Note: the delta holds the trainable
+parameters only, so a run needs its base weights, and refuses ones that differ in any tensor.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
-import os
+import logging
 import shutil
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
+from clasp.data.atomic_files import (
+    PARTIAL_SUFFIX,
+    append_json_lines,
+    remove_partial_files,
+    translate_disk_errors,
+    write_text_file,
+)
+from clasp.data.folder_lock import LOCK_FILE
 from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.tower import Tower
+from clasp.training.cost.ledger import COST_FILE
+from clasp.training.run_code import code_names, require_allowed
 from clasp.training.state import TrainState
+from clasp.training.state_files import STATE_FOLDER, StateFiles
+from clasp.training.tensor_file import read_tensor_file, write_tensor_file
 from clasp.types import UserError
 
 _FORMAT = 1
+_DELTA_FILE = "delta.safetensors"
 RUN_PLACEHOLDER = "{run}"  # the run's folder, in the towers of its recipe, so that a run can be moved
-# files of a run before training; towers/ where the run includes its towers, tracker files where trackers are named
-_INITIAL_FILES = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl", "towers")
-_TRACKER_FILES = ("trackers.json", "tensorboard", "wandb")
+# what a run that never trained may have left; towers/ where the run includes its towers
+_STARTED_FILES = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl", COST_FILE)
+_TRACKER_FILES = ("trackers.json", "tensorboard")
+_INITIAL_FILES = (*_STARTED_FILES, *_TRACKER_FILES, "towers", "wandb", STATE_FOLDER, LOCK_FILE)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +67,32 @@ class RunFolder:
 
     # --- writing -------------------------------------------------------------------------------------------------
 
+    @property
+    def has_state(self) -> bool:
+        """Whether a training state was saved, from which the run can be resumed."""
+        return bool(StateFiles(self.path).paths)
+
+    @property
+    def has_only_first_state(self) -> bool:
+        """Whether the run was resumable from its start only: one state, of before the first step."""
+        try:
+            return len(StateFiles(self.path).paths) == 1 and self.read_state().position.step == 0
+        except UserError:  # it is damaged
+            return False
+
     def require_free(self) -> None:
         """Raises ``UserError`` unless a run may start here: no folder, or a run that ended before it had trained."""
         other = "choose another name with --name, or delete it"
-        if (self.path / "state").exists():
+        if self.has_state:
             raise UserError(
                 f"{self.path} holds an interrupted run; resume it with: clasp resume {self.path}; or {other}"
             )
-        if (self.path / "delta.safetensors").exists():
+        if (self.path / _DELTA_FILE).exists():
             raise UserError(f"{self.path} holds a run already; {other}")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; {other}")
         there = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
-        foreign = [name for name in there if name.removesuffix(".part") not in (*_INITIAL_FILES, *_TRACKER_FILES)]
+        foreign = [name for name in there if name not in _INITIAL_FILES and not name.endswith(PARTIAL_SUFFIX)]
         if foreign:
             raise UserError(f"{self.path} holds something else than a run ({', '.join(foreign[:3])}); {other}")
 
@@ -86,15 +112,13 @@ class RunFolder:
         self.require_free()
         with translate_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in ("log.jsonl", "trackers.json"):
-                (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
-            _write(self.path / "recipe.toml", recipe_toml)
-            _write(self.path / "transform.json", json.dumps(transform.to_dict(), indent=2))
+            self._remove_started_files()
+            write_text_file(self.path / "recipe.toml", recipe_toml)
+            write_text_file(self.path / "transform.json", json.dumps(transform.to_dict(), indent=2))
             tokenizer.save(self.path / "tokenizer")
             about = {tower.modality: self._base_entry(tower) for tower in (model.image, model.text)}
-            base = {"format": _FORMAT, **about, "pairs": pairs}
-            _write(self.path / "base.json", json.dumps(base, indent=1))
+            base = {"format": _FORMAT, **about, "pairs": pairs, "files": self._preprocessing_hashes()}
+            write_text_file(self.path / "base.json", json.dumps(base, indent=1))
 
     def _base_entry(self, tower: Tower) -> dict[str, Any]:
         name = tower.name.replace(f"{self.path}/", f"{RUN_PLACEHOLDER}/")
@@ -105,52 +129,79 @@ class RunFolder:
             "tensors": tower.weight_hashes,
         }
 
+    def _preprocessing_hashes(self) -> dict[str, str]:
+        """The sha256 of the files that decide what the towers read: image transform and tokenizer."""
+        files = [self.path / "transform.json", *sorted((self.path / "tokenizer").rglob("*"))]
+        return {
+            file.relative_to(self.path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in files
+            if file.is_file()
+        }
+
+    def _remove_started_files(self) -> None:
+        for name in (*_STARTED_FILES, *_TRACKER_FILES):
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            else:
+                (self.path / name).unlink(missing_ok=True)
+        StateFiles(self.path).remove()
+
+    def remove_partial_writes(self) -> None:
+        """Delete what a killed process was writing; for the holder of the folder's lock."""
+        for folder in (self.path, self.path / STATE_FOLDER):
+            remove_partial_files(folder)
+
+    def discard_start(self) -> None:
+        """Delete the files of a start that failed before the first state was saved; other runs are left alone."""
+        if (self.path / "recipe.toml").exists() and not self.has_state and not (self.path / _DELTA_FILE).exists():
+            self._remove_started_files()
+
     def save(self, model: DualEncoder) -> int:
         """Write the delta; returns its size in bytes."""
         with translate_disk_errors(self.path):
-            _write_tensors(self.path / "delta.safetensors", model.delta(), {"format": str(_FORMAT)})
-        return (self.path / "delta.safetensors").stat().st_size
+            write_tensor_file(self.path / _DELTA_FILE, model.delta(), {"format": str(_FORMAT)})
+        return (self.path / _DELTA_FILE).stat().st_size
 
     def save_state(self, state: TrainState) -> None:
         """Write the training state that a bitwise resumption needs; ``state/`` is deleted when a run is finished."""
         with translate_disk_errors(self.path):
-            (self.path / "state").mkdir(exist_ok=True)
-            # one file, so that a kill never pairs new tensors with an old position
-            facts = {"facts": json.dumps(state.metadata())}
-            _write_tensors(self.path / "state" / "state.safetensors", state.tensors(), facts)
+            StateFiles(self.path).write(state, self._identity())
 
     def finish(self) -> None:
         """Delete the training state of a finished run."""
-        shutil.rmtree(self.path / "state", ignore_errors=True)
+        StateFiles(self.path).remove()
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to ``log.jsonl`` or ``results.jsonl``."""
-        # a lone surrogate, from a file name that is not UTF-8, becomes the escape that JSON has for it
-        with (
-            translate_disk_errors(self.path),
-            open(self.path / name, "a", encoding="utf-8", errors="backslashreplace") as file,
-        ):
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with translate_disk_errors(self.path):
+            append_json_lines(self.path / name, rows)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run, such as its model card."""
         with translate_disk_errors(self.path):
-            _write(self.path / name, text)
+            write_text_file(self.path / name, text)
 
     # --- reading -------------------------------------------------------------------------------------------------
 
     def recipe(self) -> dict[str, Any]:
-        """The recipe as nested dictionaries, ``{run}`` replaced. Raises ``UserError`` when the folder is not a run."""
+        """The recipe as nested dictionaries, ``{run}`` replaced.
+
+        Raises ``UserError`` when the folder is not a run, and for Python code that it names (``run_code``).
+        """
         if not self.path.is_dir():
             raise UserError(f"no run at {self.path}: no such folder")
         needed = ("recipe.toml", "base.json", "transform.json", "tokenizer")
         missing = [name for name in needed if not (self.path / name).exists()]
         if missing:
             raise UserError(f"{self.path} is not a run folder: it has no {', '.join(missing)}")
+        given = self._read_recipe_file()
+        require_allowed(code_names(given), self.path)
+        return self.resolve_placeholder(given)
+
+    def _read_recipe_file(self) -> dict[str, Any]:
         try:
-            return self.resolve_placeholder(tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8")))
-        except ValueError as error:
+            return tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path / 'recipe.toml'} is damaged: {error}") from None
 
     def resolve_placeholder(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,17 +215,47 @@ class RunFolder:
 
     def read(self) -> RunMetadata:
         """Everything but tensors. Raises ``UserError`` when the folder is not a run."""
-        recipe = self.recipe()
+        recipe, base = self.recipe(), self.base()
+        self._check_preprocessing(base.get("files"))
         try:
-            base = json.loads((self.path / "base.json").read_text(encoding="utf-8"))
             transform = ImageTransform.from_dict(json.loads((self.path / "transform.json").read_text(encoding="utf-8")))
         except ValueError as error:
             raise UserError(f"{self.path} is damaged: {error}") from None
         return RunMetadata(recipe, transform, Tokenizer.from_folder(self.path / "tokenizer"), base)
 
+    def base(self) -> dict[str, Any]:
+        """``base.json``. Raises ``UserError`` where it is damaged."""
+        path = self.path / "base.json"
+        try:
+            base = json.loads(path.read_text(encoding="utf-8"))
+            damaged = [side for side in ("image", "text") if not {"tower", "fingerprint", "tensors"} <= set(base[side])]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        if damaged:
+            raise UserError(f"{path} is damaged: the entry of the {damaged[0]} tower is not whole")
+        return base
+
+    def _check_preprocessing(self, recorded: Mapping[str, str] | None) -> None:
+        """Raises ``UserError`` unless image transform and tokenizer are those that were saved."""
+        if recorded is None:
+            _log.warning("%s was saved by an earlier clasp, without hashes of transform.json and tokenizer", self.path)
+            return
+        found = self._preprocessing_hashes()
+        for name in sorted(set(recorded) | set(found)):
+            if recorded.get(name) != found.get(name):
+                what = "was added" if name not in recorded else "is missing" if name not in found else "was changed"
+                raise UserError(f"{self.path / name} {what} since the run was saved; put the saved file back")
+
+    def _identity(self) -> str:
+        """A hash of what a training state belongs to: recipe (without trackers), base weights, pairs."""
+        recipe, base = self._read_recipe_file(), self.base()
+        recipe.get("train", {}).pop("trackers", None)
+        bases = [base[side]["fingerprint"] for side in ("image", "text")]
+        return hashlib.sha256(json.dumps([recipe, bases, base.get("pairs")], sort_keys=True).encode()).hexdigest()
+
     def require_same_bases(self, model: DualEncoder) -> None:
         """Raises ``UserError`` unless the towers of ``model`` have the base weights that this run was trained on."""
-        base = json.loads((self.path / "base.json").read_text(encoding="utf-8"))
+        base = self.base()
         for tower in (model.image, model.text):
             _require_same_weights(self.path, tower, base[tower.modality])
 
@@ -184,7 +265,7 @@ class RunFolder:
         Raises ``UserError`` for other base weights, and for a delta that is missing, damaged or does not fit.
         """
         self.require_same_bases(model)
-        path, tensors, parameters = self.path / "delta.safetensors", self.read_delta(), model.delta()
+        path, tensors, parameters = self.path / _DELTA_FILE, self.read_delta(), model.delta()
         mismatched = sorted(set(tensors) ^ set(parameters))
         if mismatched:
             raise UserError(
@@ -200,26 +281,22 @@ class RunFolder:
 
     def read_delta(self) -> dict[str, torch.Tensor]:
         """The trained tensors by name. Raises ``UserError`` where the delta is missing or damaged."""
-        path = self.path / "delta.safetensors"
+        path = self.path / _DELTA_FILE
         if not path.exists():
-            raise UserError(f"{self.path} was never trained: it has no delta.safetensors")
-        try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+            raise UserError(f"{self.path} was never trained: it has no {_DELTA_FILE}")
+        return read_tensor_file(path).tensors
 
     def read_state(self) -> TrainState:
-        """Read what ``save_state`` wrote. Raises ``UserError`` when it is missing or damaged."""
+        """Read the newest whole state that ``save_state`` wrote. Raises ``UserError`` when there is none."""
         self.recipe()
-        path = self.path / "state" / "state.safetensors"
-        if not path.exists():
+        if self.has_state:
+            return StateFiles(self.path).read(self._identity())
+        if (self.path / _DELTA_FILE).exists():
             raise UserError(f"{self.path} has no state/ to resume from; it is finished, or its state was deleted")
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                return TrainState.from_tensors(json.loads(file.metadata()["facts"]), tensors)
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(
+            f"{self.path} was stopped before its first state was saved, so there is nothing to resume; start it again "
+            f"with clasp train and --name {self.path.name} (cached features are not computed twice)"
+        )
 
 
 def _require_same_weights(run: Path, tower: Tower, recorded: dict[str, Any]) -> None:
@@ -237,40 +314,3 @@ def _require_same_weights(run: Path, tower: Tower, recorded: dict[str, Any]) -> 
         f"({recorded['version']}): {len(differ)} of {len(names)} tensors differ ({first}); "
         f"fingerprint {tower.fingerprint[:12]}, was {recorded['fingerprint'][:12]}"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    with _atomic_write(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    rows = {name: tensor.contiguous() for name, tensor in tensors.items()}  # those of a CNN are channels-last
-    with _atomic_write(path) as part:
-        safetensors.torch.save_file(rows, part, metadata)
-
-
-@contextmanager
-def _atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that replaces it on success."""
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def translate_disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a path that cannot be written into a ``UserError``; earlier files stay."""
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # safetensors and tokenizers hide the operating system's error in their text
-        if full or "No space left" in str(error):
-            raise UserError(f"no space left to write {path}; nothing saved before is lost") from None
-        if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        raise

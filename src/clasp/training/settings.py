@@ -64,7 +64,7 @@ class TrainSettings(BaseModel):
     activation_checkpointing: Literal["none", "blocks"] = "none"
     """Activation checkpointing: "blocks" recomputes the activations inside blocks in the backward pass, from the first
     trainable block on."""
-    epochs: Annotated[int, Field(ge=0)] | _Auto = "auto"
+    epochs: Annotated[int, Field(ge=0, le=1_000_000)] | _Auto = "auto"
     """Passes over the training pairs; 0: no gradient step, the initial weights (as those of ``head.init = "cca"``) are
     evaluated and saved."""
     init_from: str | None = None
@@ -101,7 +101,7 @@ class TrainSettings(BaseModel):
     convolutional; weights stay float32. "auto": bfloat16 where it is measured to be faster."""
     attention: AttentionKernel | _Auto = "auto"
     """Attention kernel: PyTorch's fused one, or plain matrix products. "auto" measures where the two differ."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**62)
     """Random seed of pair order, caption sampling, augmentation, dropout and noise."""
     evaluate_every: Annotated[int, Field(gt=0)] | _Auto = "auto"
     """Epochs between evaluations; the last epoch always ends with one. "auto": about ten in a run."""
@@ -111,7 +111,7 @@ class TrainSettings(BaseModel):
     """Steps between log lines."""
     save_every_minutes: float = Field(default=10.0, gt=0)
     """Minutes between saves of the training state that a run resumes from."""
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=1024)
     """Data-loading worker processes; 0: the main process."""
     trackers: list[str] = []
     """Experiment trackers beside the run folder: tensorboard, wandb, mlflow, trackio, or package.module:Name.

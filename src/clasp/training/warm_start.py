@@ -8,7 +8,6 @@ and pooling, and all that it trained must be trainable here, or a part of it wou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +34,7 @@ def load_initial_weights(model: DualEncoder, recipe: Mapping[str, Any], run: str
     """
     folder = RunFolder(run)
     theirs, tensors = folder.recipe(), folder.read_delta()
-    base = json.loads((folder.path / "base.json").read_text(encoding="utf-8"))
+    base = folder.base()
     for tower in (model.image, model.text):
         if base[tower.modality]["fingerprint"] != tower.fingerprint:
             raise _misfit(run, f"the base weights or the pooling of its {tower.modality} tower", recipe, theirs)

@@ -533,13 +533,14 @@ def read_recipe(folder: Path) -> dict:
 def test_a_killed_run_leaves_whole_books_and_goes_on_with_them(
     towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed while the books are written for the third time: those of the second are there, and no half file."""
+    """Killed while the books are written for the fourth time (the first is before any step): those of the third are
+    there, and no half file."""
     made = recipe(towers, pairs, "train.save_every_minutes=1e-9")
     folder, replace, written = tmp_path / "run", os.replace, []
 
     def killed(source: Path, to: Path) -> None:
         written.append(Path(to).name)
-        if written.count("cost.json") == 3:
+        if written.count("cost.json") == 4:
             raise SystemExit("no power")
         replace(source, to)
 
@@ -551,7 +552,7 @@ def test_a_killed_run_leaves_whole_books_and_goes_on_with_them(
     assert not list(folder.glob("*.part"))
     again = main_job.Recipe.model_validate({**made.to_dict(), "train": read_recipe(folder)["train"]})
     cost = run(again, folder, resume=True).cost
-    assert [(each.first_step, each.steps) for each in cost.sessions] == [(0, 2), (3, 6)], "the third is in no books"
+    assert [(each.first_step, each.steps) for each in cost.sessions] == [(0, 2), (3, 6)], "step 3 is in no books"
 
 
 def test_a_run_from_before_there_were_books_goes_on(towers: Path, pairs: Path, tmp_path: Path) -> None:

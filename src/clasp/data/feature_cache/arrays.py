@@ -3,35 +3,40 @@
 Input: a key (everything that determines the values), and a function that writes the rows in any order. Output: the
 rows, read from disk if they are there. KEY is a hash of the key. Note: a file has another name until it is complete,
 and its progress is saved, so an interrupted build resumes; a second process that needs the same rows waits for the
-first. A truncated or damaged file is computed again, with a warning. Free disk space is checked before computing.
+first. A truncated file is computed again, and so are the rows of damaged blocks, with a warning. Free disk space is
+checked before computing.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from clasp.data.atomic_files import sync_folder, write_text_file
+from clasp.data.feature_cache.blocks import block_checksums, damaged_rows, has_its_checksum, with_checksum
 from clasp.data.feature_cache.dtypes import DTYPE_CODECS, DtypeCodec, StorageDtype
 from clasp.data.feature_cache.layers import find_layers
+from clasp.data.feature_cache.partial_file import PartialFile, disk_error, lock_partial_file
 from clasp.types import UserError
 
 _FORMAT = 2  # increment it when the same key gives other values
+_NOTES = ("skipped", "depth", "size")  # of the writer, in the metadata
 _PROBE_ROWS = 64  # rows that are hashed to detect damaged files without reading all of them
 SECONDS_BETWEEN_SAVES = 5.0
 _log = logging.getLogger(__name__)
@@ -69,31 +74,22 @@ class CachedArray:
         return _open_mapped, (self.path, self.metadata, self.columns)
 
 
-class PartialFile(NamedTuple):
-    """A file that is being written."""
-
-    path: Path
-    file: IO[bytes]
-
-    @property
-    def progress(self) -> Path:
-        """The file with the progress of the build."""
-        return self.path.with_suffix(".part.json")
-
-    def remove(self) -> None:
-        """Delete it, so that the next build starts from scratch."""
-        self.path.unlink(missing_ok=True)
-        self.progress.unlink(missing_ok=True)
-
-
 class ArrayWriter:
     """Writes the rows of a file. ``notes`` go into its ``.json``; rows not written are zero.
 
-    ``done`` is the progress of an interrupted build, as passed to ``save_progress``; 0 for a new file.
+    ``done`` is the progress of an interrupted build, as passed to ``save_progress``; 0 for a new file. ``wanted``: the
+    rows to write of a complete file, which is repaired; the others are left as they are.
     """
 
-    def __init__(self, part: PartialFile, shape: tuple[int, int], storage: DtypeCodec, key: Mapping[str, Any]) -> None:
-        self._part, self._storage, self._key = part, storage, key
+    def __init__(
+        self,
+        part: PartialFile,
+        shape: tuple[int, int],
+        storage: DtypeCodec,
+        key: Mapping[str, Any],
+        wanted: Bool[np.ndarray, " rows"] | None = None,
+    ) -> None:
+        self._part, self._storage, self._key, self._wanted = part, storage, key, wanted
         columns = shape[1] + storage.extra_columns
         self._row_bytes = columns * storage.dtype.itemsize
         header = {"descr": np.lib.format.dtype_to_descr(storage.dtype), "fortran_order": False}
@@ -102,15 +98,22 @@ class ArrayWriter:
         np.lib.format.write_array_header_1_0(part.file, {**header, "shape": (shape[0], columns)})
         self._start = part.file.tell()
         whole = self._start + shape[0] * self._row_bytes
-        self.done, self.notes = self._resume_state() if before == whole else (0, {})
+        self.done, self.notes = self._resume_state() if before == whole and wanted is None else (0, {})
         part.file.truncate(whole)
         self._saved_at = time.monotonic()
 
+    def needs(self, rows: Int[np.ndarray, " n"]) -> bool:
+        """Whether any of these rows is to be written."""
+        return self._wanted is None or bool(self._wanted[rows].any())
+
     def write(self, rows: Int[np.ndarray, " n"], values: Float[Tensor, "n D"]) -> None:
-        """Write ``values`` at ``rows``.
+        """Write ``values`` at ``rows``, those that are needed.
 
         Plain writes, since a full disk would be a bus error in a memory map.
         """
+        if self._wanted is not None:
+            kept = self._wanted[rows]
+            rows, values = rows[kept], values[torch.from_numpy(kept)]
         packed = np.ascontiguousarray(self._storage.pack(values), dtype=self._storage.dtype)
         # consecutive rows are written together
         ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
@@ -122,12 +125,10 @@ class ArrayWriter:
 
     def save_progress(self, done: int) -> None:
         """Record the progress of the build; written to disk every ``SECONDS_BETWEEN_SAVES``, after the rows."""
-        if time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES:
+        if self._wanted is None and time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES:
             self._part.file.flush()
             os.fsync(self._part.file.fileno())
-            new = self._part.path.with_suffix(".new")
-            new.write_text(json.dumps({"key": self._key, "done": done, "notes": self.notes}), encoding="utf-8")
-            os.replace(new, self._part.progress)
+            write_text_file(self._part.progress, json.dumps({"key": self._key, "done": done, "notes": self.notes}))
             self._saved_at = time.monotonic()
 
     def _resume_state(self) -> tuple[int, dict[str, Any]]:
@@ -159,10 +160,13 @@ def load_or_compute(
     for read in (lambda: _read(path, key), lambda: _read_wider(folder, key)):
         with suppress(_CacheMiss):
             return read()
-    with _locked(path, DTYPE_CODECS[storage].num_bytes(*shape)) as part:
-        with suppress(_CacheMiss):
+    with lock_partial_file(path, DTYPE_CODECS[storage].num_bytes(*shape)) as part:
+        try:
             return _read(path, key)  # another process has just written it
-        _compute_and_write(part, path, key, fill)
+        except _DamagedRows as damage:
+            _repair(path, damage, fill)
+        except _CacheMiss:
+            _compute_and_write(part, path, key, fill)
     return _read(path, key)
 
 
@@ -175,6 +179,17 @@ class _CacheMiss(Exception):
     """There is no complete, valid file."""
 
 
+class _DamagedRows(_CacheMiss):
+    """A complete file with damaged blocks: its metadata, and which rows lie in them."""
+
+    def __init__(self, metadata: Mapping[str, Any], rows: Bool[np.ndarray, " rows"]) -> None:
+        super().__init__()
+        self.metadata, self.rows = metadata, rows
+
+
+_checked: set[tuple[Any, ...]] = set()  # files that this process has read from front to back
+
+
 def _read(path: Path, key: Mapping[str, Any]) -> CachedArray:
     if not path.exists():
         raise _CacheMiss
@@ -183,12 +198,46 @@ def _read(path: Path, key: Mapping[str, Any]) -> CachedArray:
         rows, width = key["shape"]
         storage = DTYPE_CODECS[key["storage"]]
         same = cached.metadata["key"] == key and cached.stored.shape == (rows, width + storage.extra_columns)
-        if not (same and cached.stored.dtype == storage.dtype and cached.metadata["probe"] == _probe(cached.stored)):
+        if not (same and cached.stored.dtype == storage.dtype and has_its_checksum(cached.metadata)):
             raise ValueError("key, shape or hash differs")
+        damaged = _damaged_rows(path, cached)
     except (OSError, ValueError, KeyError, TypeError) as error:
         _log.warning("%s: truncated or damaged (%s); computing it again", path, error)
         raise _CacheMiss from error
+    if damaged.any():
+        raise _DamagedRows(cached.metadata, damaged)
     return cached
+
+
+def _damaged_rows(path: Path, cached: CachedArray) -> Bool[np.ndarray, " rows"]:
+    """The rows in damaged blocks; a file of an earlier version has the hash of a few rows only."""
+    status = path.stat()
+    version = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+    if version in _checked:
+        return np.zeros(len(cached), dtype=bool)
+    if "blocks" not in cached.metadata:
+        if cached.metadata["probe"] != _probe(cached.stored):
+            raise ValueError("hash differs")
+        return np.zeros(len(cached), dtype=bool)
+    damaged = damaged_rows(cached.stored, cached.metadata["blocks"])
+    if not damaged.any():
+        _checked.add(version)
+    return damaged
+
+
+def _repair(path: Path, damage: _DamagedRows, fill: Callable[[ArrayWriter], None]) -> None:
+    """Compute the damaged rows of a file again, in place; a kill in between leaves them damaged, and known as such."""
+    about, key = dict(damage.metadata), damage.metadata["key"]
+    _log.warning("%s: %d of %d rows are damaged; computing them again", path, damage.rows.sum(), len(damage.rows))
+    with path.open("r+b") as file:
+        part = PartialFile(path, file)
+        writer = ArrayWriter(part, tuple(key["shape"]), DTYPE_CODECS[key["storage"]], key, damage.rows)
+        writer.notes = {name: about[name] for name in _NOTES if name in about}
+        fill(writer)
+        file.flush()
+        os.fsync(file.fileno())
+    about |= {**writer.notes, "blocks": block_checksums(np.lib.format.open_memmap(path, mode="r"))}
+    write_text_file(path.with_suffix(".json"), json.dumps(with_checksum(about)) + "\n")
 
 
 def _read_wider(folder: Path, key: Mapping[str, Any]) -> CachedArray:
@@ -229,10 +278,12 @@ def _compute_and_write(
         os.fsync(part.file.fileno())
         about = {"key": key, "width": shape[1], "storage": key["storage"], "bytes": size}
         about |= {"seconds": round(time.monotonic() - started, 3), **writer.notes}
-        about["probe"] = _probe(np.lib.format.open_memmap(part.path, mode="r"))
-        part.progress.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        stored = np.lib.format.open_memmap(part.path, mode="r")
+        about |= {"probe": _probe(stored), "blocks": block_checksums(stored)}
+        write_text_file(part.progress, json.dumps(with_checksum(about)) + "\n")
         os.replace(part.path, path)
         os.replace(part.progress, path.with_suffix(".json"))
+        sync_folder(path.parent)
     except UserError:
         part.remove()
         raise
@@ -240,34 +291,4 @@ def _compute_and_write(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         part.remove()
-        raise _disk_error(path.parent, size, error) from error
-
-
-@contextmanager
-def _locked(path: Path, size: int) -> Iterator[PartialFile]:
-    """The partial file of ``path``, exclusively locked. The lock is released when the process ends."""
-    name = path.with_suffix(".part")
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise _disk_error(path.parent, size, error) from error
-        with open(descriptor, "r+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _log.warning("another process is computing %s; waiting for it", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not (name.exists() and os.fstat(file.fileno()).st_ino == name.stat().st_ino):
-                continue  # it was renamed while we waited: open it again
-            try:
-                yield PartialFile(name, file)
-            finally:
-                if path.exists():
-                    PartialFile(name, file).remove()
-            return
-
-
-def _disk_error(folder: Path, size: int, error: OSError) -> UserError:
-    return UserError(f"cannot keep {size:,} bytes in {folder}: {error.strerror}")
+        raise disk_error(path.parent, size, error) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from clasp.data.feature_cache.arrays import ArrayWriter, load_or_compute
@@ -62,6 +62,9 @@ def image_features(
     rows = part.tokens
     place = np.arange(rows)
 
+    def rows_of(view: int, indices: SampleIndices) -> Int[np.ndarray, " n"]:
+        return ((indices.pair * views + view)[:, None] * rows + place).reshape(-1)
+
     def fill(writer: ArrayWriter) -> None:
         writer.notes = {"skipped": [], **writer.notes, "depth": part.depth, "size": transform.size}
         limit = BadSampleLimit(count, reading.max_bad_fraction)
@@ -71,6 +74,7 @@ def image_features(
         limit.add(skipped.values())
         readers = [LiveImageReader(transform), *[LiveImageReader(transform, request.augment)] * (views - 1)]
         batches, done = _view_batches(request, reading.batch_size, start=writer.done), writer.done
+        batches = [(view, indices) for view, indices in batches if writer.needs(rows_of(view, indices))]
         with closing(WorkerPool(_ViewReader(request.pairs, readers), workers=reading.workers)) as stream:
             for (view, indices), images in zip(batches, stream(batches), strict=True):
                 limit.add(images.skipped)
@@ -81,8 +85,7 @@ def image_features(
                     values[images.kept] = _rows_on_cpu(part(Pixels(images.inputs.values.to(device)))).unflatten(
                         0, (len(images.kept), rows)
                     )
-                at = (indices.pair * views + view)[:, None] * rows + place
-                writer.write(at.reshape(-1), values.flatten(0, 1))
+                writer.write(rows_of(view, indices), values.flatten(0, 1))
                 done += len(indices)
                 writer.notes["skipped"] = [[number, *skipped[number]] for number in sorted(skipped)]
                 writer.save_progress(done)
@@ -117,9 +120,11 @@ def text_features(
             done += len(places)
             if done <= writer.done:
                 continue
+            at = np.concatenate([np.arange(first[place], first[place + 1]) for place in places])
+            if not writer.needs(at):
+                continue
             values = _rows_on_cpu(part(Tokens(tokens.ids.to(device), tokens.mask.to(device))), tokens.mask)
-            at = [np.arange(first[place], first[place + 1]) for place in places]
-            writer.write(np.concatenate(at), values)
+            writer.write(at, values)
             writer.save_progress(done)
             if progress is not None:
                 progress(done, request.count)

@@ -31,6 +31,8 @@ class SourceSpec:
     cache: Path | None
     format: str
     """The name of the format: a key of ``PAIR_FORMATS``, or ``package.module:Name``."""
+    leaves_root: bool = False
+    """Whether image paths may lead out of ``root``: where the user named it."""
 
 
 @runtime_checkable

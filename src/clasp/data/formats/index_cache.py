@@ -3,27 +3,29 @@
 Input: a file, and a cache folder or none. Output: arrays, or the path of the unpacked file. Note: an index is saved
 only if there is a cache folder; a ``.gz`` must be unpacked for random access, so without a cache folder it goes to a
 temporary folder that is removed when the process ends. Entries are keyed by path, size and modification time of the
-file, and written atomically.
+file, and written atomically. A damaged index is made again, with a warning.
 """
 
 import atexit
-import errno
 import functools
 import gzip
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from clasp.data.atomic_files import is_disk_full, replace_file
 from clasp.types import UserError
 
-_INDEX_VERSION = "3"  # of the arrays; incrementing it invalidates all saved indices
+_INDEX_VERSION = "4"  # of the arrays; incrementing it invalidates all saved indices
+
+_log = logging.getLogger(__name__)
 
 IndexArrays = dict[str, np.ndarray]
 
@@ -44,10 +46,17 @@ def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callabl
         return build()
     file = cache / f"index-{_digest(_INDEX_VERSION, *key)}.npz"
     if file.exists():
-        with np.load(file, allow_pickle=False) as saved:
-            return dict(saved)
+        try:
+            with (
+                file.open("rb") as handle,
+                np.load(handle, allow_pickle=False) as saved,
+            ):  # a zip, whose checksums are checked here
+                return dict(saved)
+        except Exception as error:  # damaged bytes raise zip, value, key, header and system errors
+            _log.warning("%s: damaged (%s); indexing the pairs again", file, " ".join(str(error).split()))
     arrays = build()
-    with _atomic_write(file) as part, part.open("wb") as handle:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(file) as part, part.open("wb") as handle:
         np.savez(handle, **arrays)  # pyright: ignore[reportArgumentType]
     return arrays
 
@@ -75,25 +84,14 @@ def derived_file(path: Path, how: str, cache: Path | None, write: Callable[[Path
     file = (cache or _scratch_folder()) / f"{how}-{key}-{path.name.removesuffix('.gz')}"
     if not file.exists():
         try:
-            with _atomic_write(file) as part:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(file) as part:
                 write(part)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if is_disk_full(error):
                 raise UserError(f"no space left in {file.parent} to unpack {path}") from None
             raise
     return file
-
-
-@contextmanager
-def _atomic_write(file: Path) -> Iterator[Path]:
-    """A temporary path that is renamed to ``file`` if the block does not raise."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from clasp.data.formats.base import SourceSpec
 from clasp.data.formats.ids import IdCollector, require_unique_ids
 from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_build_index
 from clasp.data.formats.rows import ColumnNames, PairRow, RowReader, require_columns
-from clasp.data.formats.sources import FileSource
+from clasp.data.formats.sources import FileSource, require_inside, require_no_address
 from clasp.data.formats.tables import pair_from_row, require_image_id
 from clasp.types import Pair, UserError
 
@@ -51,6 +51,8 @@ class ParquetSource:
         cell = _read_cells(_read_image_group, self.path, self.stamp, (self.column,), self.row)[self.column]
         if isinstance(cell, dict):
             if cell["bytes"] is None and cell.get("path"):
+                require_no_address(cell["path"], self.name)
+                require_inside(cell["path"], self.root, self.name)
                 return FileSource(os.path.join(self.root, cell["path"])).read()
             cell = cell["bytes"]
         if cell is None:
@@ -126,14 +128,14 @@ def open_parquet(spec: SourceSpec) -> ParquetTable:
                 collector.add(
                     where,
                     parsed,
-                    require_image_id(parsed, where, spec.root) if kind == "path" else _cell_id(parsed, row),
+                    require_image_id(parsed, where, spec) if kind == "path" else _cell_id(parsed, row),
                 )
                 row += 1
         if not row:
             raise UserError(f"{name} has no pairs: looked for rows, found none")
         return collector.finish()
 
-    key = ("parquet", spec.format, str(spec.path.resolve()), stamp, spec.root, repr(reader))
+    key = ("parquet", spec.format, str(spec.path.resolve()), stamp, spec.root, repr(reader), str(spec.leaves_root))
     arrays = load_or_build_index(spec.cache, key, build)
     opened = ParquetTable(
         name, file, stamp, kind, non_image, reader, spec.root, twins=arrays["twins"], hashes=arrays["hashes"]

@@ -146,7 +146,10 @@ def shorten(value: Any) -> str:
 
 
 def require_unicode(text: str, where: str) -> str:
-    """The text; ``UserError`` if it has a lone surrogate, which cannot be encoded as UTF-8."""
+    """The text; ``UserError`` if it has a lone surrogate, which cannot be encoded as UTF-8, or a NUL character."""
+    if "\0" in text:
+        at = text.index("\0") + 1
+        raise UserError(f"{where}: the text {shorten(text)} is no text: character {at} is NUL, as in binary files")
     if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
         raise UserError(
             f"{where}: the text {shorten(text)} is not valid Unicode: character {half.start() + 1} is a lone surrogate"
@@ -182,6 +185,9 @@ def parse_captions(value: Any, language: Any, where: str) -> tuple[Caption, ...]
     if isinstance(value, tuple) and len(value) == 2:  # an entry of a parquet map; JSON has no tuples
         return parse_captions(value[1], value[0], where)
     if isinstance(value, list):
+        nested = next((item for item in value if isinstance(item, list)), None)
+        if nested is not None:
+            raise UserError(f"{where}: captions must be one list of texts, not a list in a list: {shorten(nested)}")
         return tuple(caption for item in value for caption in parse_captions(item, tag, where))
     raise UserError(f"{where}: a caption must be a text, a list of texts or {{language: text}}, not {shorten(value)}")
 

@@ -7,17 +7,20 @@ as a few strings. POSIX only.
 
 import functools
 import os
+import re
 import unicodedata
 import weakref
 from dataclasses import dataclass
 
 from clasp.data.formats.index_cache import file_stamp
+from clasp.data.formats.rows import shorten
+from clasp.data.regular_file import read_regular_file, require_size
 from clasp.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """An image file. Its existence is checked when it is read (``UserError`` if it does not exist).
+    """An image file. It is checked when it is read: ``UserError`` if it does not exist, or is no regular file.
 
     The path is tried in both Unicode normalisations (NFC, NFD), since some file systems change them.
     """
@@ -37,8 +40,7 @@ class FileSource:
 
     def read(self) -> bytes:
         try:
-            with open(_on_disk(self.path), "rb") as file:
-                return file.read()
+            return read_regular_file(_on_disk(self.path))
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
 
@@ -49,6 +51,22 @@ def _on_disk(path: str) -> str:
         return path
     others = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
     return next((other for other in others if os.path.exists(other)), path)
+
+
+def require_inside(path: str, root: str, where: str) -> None:
+    """``UserError`` for an image path that leads out of ``root``, which the user did not name."""
+    whole = os.path.normpath(os.path.join(root, path))
+    if whole != root and not whole.startswith(root.rstrip(os.sep) + os.sep):
+        raise UserError(
+            f"{where}: the image path {shorten(path)} leads out of {root}; where that is meant, name the folder that "
+            "relative paths start from: data.image_root=FOLDER"
+        )
+
+
+def require_no_address(path: str, where: str) -> None:
+    """``UserError`` for an address such as ``https://…`` in place of a path."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+        raise UserError(f"{where}: {shorten(path)} is an address, and nothing is downloaded; name a file on this disk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +84,7 @@ class TarSource:
         return f"{self.stamp}@{self.offset}+{self.size}"
 
     def read(self) -> bytes:
+        require_size(self.name, self.size)
         return read_range(self.path, self.stamp, self.offset, self.size)
 
 

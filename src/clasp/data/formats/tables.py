@@ -16,7 +16,7 @@ from clasp.data.formats.base import SourceSpec
 from clasp.data.formats.ids import IdCollector, image_id, require_unique_ids
 from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_build_index
 from clasp.data.formats.rows import PairRow, RowReader, shorten
-from clasp.data.formats.sources import FileSource, read_range
+from clasp.data.formats.sources import FileSource, read_range, require_inside, require_no_address
 from clasp.data.formats.text_encoding import plain_text
 from clasp.data.formats.text_rows import TextRowFormat
 from clasp.types import Pair, UserError
@@ -60,8 +60,8 @@ def pair_from_row(row: PairRow, twin: int, root: str, id_prefix: str, path_prefi
     return Pair(id, source, row.captions, row.group or path_prefix + image, row.meta)
 
 
-def require_image_id(row: PairRow, where: str, root: str) -> str:
-    """The id of the image of a row; ``UserError`` when it has no valid image path."""
+def require_image_id(row: PairRow, where: str, spec: SourceSpec) -> str:
+    """The id of the image of a row; ``UserError`` when it has no valid image path, or one out of the image root."""
     if not isinstance(row.image, str) or not row.image.strip():
         raise UserError(f"{where} names no image: a path is wanted, not {shorten(row.image)}")
     try:
@@ -70,7 +70,10 @@ def require_image_id(row: PairRow, where: str, root: str) -> str:
         possible = False
     if not possible:
         raise UserError(f"{where} names no image: {shorten(row.image)} can be no file name")
-    return image_id(row.image, root)
+    require_no_address(row.image, where)
+    if not spec.leaves_root:
+        require_inside(row.image, spec.root, where)
+    return image_id(row.image, spec.root)
 
 
 def open_table(spec: SourceSpec, row_format: Callable[[SourceSpec], TextRowFormat]) -> TextTable:
@@ -85,14 +88,14 @@ def open_table(spec: SourceSpec, row_format: Callable[[SourceSpec], TextRowForma
         with spec.file.open("rb") as file:
             for start, stop, where, record in syntax.iter_rows(file):
                 parsed = reader(record, where)
-                collector.add(where, parsed, require_image_id(parsed, where, spec.root))
+                collector.add(where, parsed, require_image_id(parsed, where, spec))
                 starts.append(start)
                 stops.append(stop)
         if not starts:
             raise UserError(f"{name} has no pairs: looked for {syntax.expected}, found none")
         return {"starts": np.array(starts, np.int64), "stops": np.array(stops, np.int64), **collector.finish()}
 
-    key = ("table", spec.format, str(spec.path.resolve()), stamp, spec.root, repr(reader))
+    key = ("table", spec.format, str(spec.path.resolve()), stamp, spec.root, repr(reader), str(spec.leaves_root))
     arrays = load_or_build_index(spec.cache, key, build)
     table = TextTable(
         name,

@@ -200,7 +200,7 @@ def load_config(name: str, meta: bool) -> Any:
     if meta and name in KNOWN_CONFIGS:
         facts = dict(KNOWN_CONFIGS[name])
         return AutoConfig.for_model(facts.pop("model_type"), **facts)
-    return AutoConfig.from_pretrained(name)
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _load_net(name: str, config: Any, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> nn.Module:
@@ -242,7 +242,7 @@ def _build_on_meta(config: Any, settings: ImageTowerSettings | TextTowerSettings
                 f"[{wanted}] tower = {settings.tower!r} is {config.model_type}, {holds}; clasp takes the {wanted} half "
                 f"of {known}, and clip: opens more; for any other write a factory that gives a clasp.Backbone"
             )
-        net = transformers.AutoModel.from_config(config)
+        net = transformers.AutoModel.from_config(config, trust_remote_code=False)
     reads = _MODALITIES.get(net.main_input_name)
     if reads != wanted:
         what = f"a tower for {reads}s" if reads else f"a model of {net.main_input_name}"
@@ -311,7 +311,7 @@ def _load_tokenizer(name: str, tower: str, longest: int | None, changes: Mapping
 
     with translate_hub_errors(tower):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # converters raise arbitrary errors, and tokenizers bare Exception
             raise ValueError(f"its tokenizer: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -21,6 +21,7 @@ from accelerate.tracking import TensorBoardTracker as AccelerateTensorBoard
 from accelerate.tracking import TrackioTracker as AccelerateTrackio
 from accelerate.tracking import WandBTracker as AccelerateWandb
 
+from clasp.data.atomic_files import write_text_file
 from clasp.types import TrackedRun
 
 TRACKER_IDS_FILE = "trackers.json"
@@ -169,6 +170,4 @@ def _read_ids(folder: Path) -> dict[str, str]:
 
 
 def _write_ids(folder: Path, ids: Mapping[str, str]) -> None:
-    part = folder / f"{TRACKER_IDS_FILE}.part"
-    part.write_text(json.dumps(ids), encoding="utf-8")
-    os.replace(part, folder / TRACKER_IDS_FILE)
+    write_text_file(folder / TRACKER_IDS_FILE, json.dumps(ids))

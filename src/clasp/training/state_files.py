@@ -1,0 +1,78 @@
+"""The saved training states of a run: the last two generations, in its folder ``state/``.
+
+Input: a ``TrainState``, and the identity of its run. Output: ``state/state.safetensors``, the one before it as
+``state/previous.safetensors``; and the newest that is whole, read back. Note: a state that is damaged, or of another
+run, is named in a warning, and the one before is used; training from there gives the same weights, later.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from clasp.data.atomic_files import sync_folder
+from clasp.training.state import TrainState
+from clasp.training.tensor_file import read_tensor_file, write_tensor_file
+from clasp.types import UserError
+
+STATE_FOLDER = "state"
+_NEWEST, _PREVIOUS = "state.safetensors", "previous.safetensors"
+_FACTS, _RUN = "facts", "run"
+_log = logging.getLogger(__name__)
+
+
+class StateFiles:
+    """The states in one run folder; constructing the object does no input or output."""
+
+    def __init__(self, run: Path):
+        self.run, self.folder = run, run / STATE_FOLDER
+
+    @property
+    def paths(self) -> list[Path]:
+        """The saved states, the newest first; empty where the first save was never completed."""
+        return [path for name in (_NEWEST, _PREVIOUS) if (path := self.folder / name).exists()]
+
+    def write(self, state: TrainState, identity: str) -> None:
+        """Save a state of the run ``identity``; the newest so far is kept as the previous one."""
+        self.folder.mkdir(exist_ok=True)
+        new = self.folder / f"next-{_NEWEST}"
+        # one file, so that a kill never pairs new tensors with an old position
+        write_tensor_file(new, state.tensors(), {_FACTS: json.dumps(state.metadata()), _RUN: identity})
+        newest = self.folder / _NEWEST
+        if newest.exists():
+            os.replace(newest, self.folder / _PREVIOUS)
+        os.replace(new, newest)
+        sync_folder(self.folder)
+
+    def read(self, identity: str) -> TrainState:
+        """The newest whole state of the run ``identity``. Raises ``UserError`` where there is none."""
+        problems: list[str] = []
+        for path in self.paths:
+            try:
+                state = _read_state(path, identity)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                _log.warning("%s; going on from the state before it, that of step %d", problem, state.position.step)
+            return state
+        raise UserError(
+            f"{'; '.join(problems)}; no whole state is left: delete {self.folder} and train again from the start"
+        )
+
+    def remove(self) -> None:
+        """Delete all of them."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read_state(path: Path, identity: str) -> TrainState:
+    tensors, metadata = read_tensor_file(path)
+    if metadata.get(_RUN, identity) != identity:
+        raise UserError(f"{path} is the state of another run: other recipe, pairs or base weights")
+    try:
+        return TrainState.from_tensors(json.loads(metadata[_FACTS]), tensors)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
