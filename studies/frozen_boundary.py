@@ -75,7 +75,8 @@ def _pairs(folder: Path) -> tuple[Path, Path]:
 
 def _cell(name: str, seed: int, train: Path, val: Path, folder: Path) -> float:
     """R@5, per cent, of one row with one seed."""
-    settings = [f"data.train={train}", f"data.val={val}", "image.size=128", "image.extra_layers=[]"]
+    settings = [f"data.train={train}", f"data.val={val}", f"data.image_root={train.parent}", "image.size=128"]
+    settings += ["head.standardize=true", "head.power=[1.0, 1.0]", "head.class_probabilities=false"]
     settings += ["train.batch_size=128", "train.epochs=4", "train.lr=3e-4", f"train.seed={seed}", "train.select=last"]
     done = train_recipe(read_recipe("demo", [*settings, *ROWS[name]]), folder / f"{name}-{seed}", say=lambda line: None)
     macro = next(r for r in done.results if r.language == "macro:all" and r.task.endswith("image_to_text"))
