@@ -21,7 +21,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAX_ROOMS, MAX_LINES, MAX_PARAMETERS = 12, 60, 7
 # third-party packages, and where in src/clasp they may be imported (a folder, or a file without its suffix)
 FENCES = {
-    "PIL": ("data/images", "data/image_header", "data/augment", "report/contact_sheet", "report/text_rendering"),
+    "PIL": (
+        "data/images",
+        "data/decoding",
+        "data/image_header",
+        "data/augment",
+        "report/contact_sheet",
+        "report/text_rendering",
+    ),
     "huggingface_hub": ("models/zoo/",),
     "timm": ("models/zoo/",),
     "peft": ("models/tuning/peft_methods",),

@@ -415,7 +415,7 @@ def test_reduced_decoding_is_used_and_is_faster(monkeypatch: pytest.MonkeyPatch)
         return min(times)
 
     reduced = seconds()
-    monkeypatch.setattr("clasp.data.images._REDUCING_GAP", 1e9)
+    monkeypatch.setattr("clasp.data.decoding._REDUCING_GAP", 1e9)
     assert seconds() > 1.5 * reduced
 
 
