@@ -222,20 +222,23 @@ def import_(
 @app.command()
 def export(
     run: _RunArgument,
-    target: Annotated[str, typer.Option("--to", metavar="FORMAT", help="onnx")],
+    target: Annotated[str, typer.Option("--to", metavar="FORMAT", help="onnx | hub")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to write.")],
     int8: Annotated[bool, typer.Option("--int8", help="onnx: also graphs with int8 weights; prints the loss.")] = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="USER/NAME", help="hub: also upload the folder as this repository.")
+    ] = None,
     as_json: _JsonOption = False,
 ) -> None:
     """Write the model of a run in the format of another library, compared with the run on real inputs.
 
-    onnx: both towers as graphs that run without torch.
+    onnx: both towers as graphs that run without torch; hub: a repository that clasp.load loads.
     """
     from clasp.commands.export import export_run
     from clasp.convert.exporters.job import ExportOptions
     from clasp.report.terminal import print_json, print_status, relative_path
 
-    options = ExportOptions(quantize="int8" if int8 else None)
+    options = ExportOptions(quantize="int8" if int8 else None, push=push)
     report = export_run(run, target, out, options, say=print_status)
     if as_json:
         print_json({"run": str(run), "to": target, "out": str(out), **report.facts})

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from clasp.convert.exporters.hub_folder import check_push, export_hub
 from clasp.convert.exporters.job import ExportOptions, ExportReport, ExportTarget, open_job
 from clasp.convert.exporters.onnx_graphs import export_onnx, require_onnx_extra
 from clasp.data.plugins import load_named
@@ -22,6 +23,7 @@ from clasp.types import MessageCallback, UserError
 
 EXPORTERS: dict[str, ExportTarget] = {
     "onnx": ExportTarget(export_onnx, frozenset({"quantize"}), require_onnx_extra),
+    "hub": ExportTarget(export_hub, frozenset({"push"}), check_push),
 }
 """Format to its exporter; a new one is a line here"""
 
@@ -45,7 +47,7 @@ def export_run(
         raise UserError(f"{out} is there already; choose another folder with -o, or delete it")
     RunFolder(run).recipe()
     if row.check is not None:
-        row.check()
+        row.check(options)
     job = open_job(run, options, say)
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
     with translate_disk_errors(out), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=parent) as temporary:

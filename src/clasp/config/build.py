@@ -30,6 +30,7 @@ from clasp.models.sharing.backbones import share_backbones
 from clasp.models.sharing.policy import SharingPlan
 from clasp.models.sharing.tie import tie_parameters
 from clasp.models.tower import Tower
+from clasp.models.zoo.hub_runs import fetch_run
 from clasp.models.zoo.registry import load_backbone
 from clasp.models.zoo.single_trunk import build_single_trunk
 from clasp.training import run_folder
@@ -96,7 +97,7 @@ def rebuild_heads(parts: ModelAndPreprocessing, recipe: Recipe) -> ModelAndPrepr
 def load(
     run: str | Path, *, device: str = "cpu", precision: Literal["auto"] | Precision | None = None
 ) -> EmbeddingModel:
-    """The model of a run folder, in evaluation mode.
+    """The model of a run folder, or of ``hf:USER/NAME`` on the hub, in evaluation mode.
 
     Loads the base weights that the recipe names, verifies them against the recorded hashes by tensor name, then loads
     the delta. Bitwise the model that was saved. ``precision``: what towers compute in, in place of ``train.precision``
@@ -105,7 +106,7 @@ def load(
     choices = (None, "auto", *get_args(Precision))
     if precision not in choices:
         raise UserError(f"precision = {precision!r} is none of {', '.join(map(repr, choices))}")
-    folder = run_folder.RunFolder(run)
+    folder = run_folder.RunFolder(fetch_run(run))
     facts = folder.read()
     recipe = recipe_from_dict(facts.recipe, str(folder.path / "recipe.toml"))
     parts = ModelAndPreprocessing(build_model(recipe), facts.transform, facts.tokenizer)

@@ -104,8 +104,8 @@ class ExportTarget:
     """Writes the folder (it exists and is empty). Raises ``UserError`` where the run has no such form"""
     options: frozenset[str] = frozenset()
     """The fields of ``ExportOptions`` that apply"""
-    check: Callable[[], None] | None = None
-    """Called before the model is loaded. Raises ``UserError`` for a missing package"""
+    check: Callable[[ExportOptions], None] | None = None
+    """Called before the model is loaded. Raises ``UserError`` for a missing package or token"""
 
 
 def open_job(run: Path, options: ExportOptions, say: MessageCallback) -> ExportJob:

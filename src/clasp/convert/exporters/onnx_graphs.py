@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clasp.convert.exporters.job import CheckInputs, ExportJob, ExportReport
+from clasp.convert.exporters.job import CheckInputs, ExportJob, ExportOptions, ExportReport
 from clasp.convert.exporters.onnx_int8 import measure_int8_loss, quantize_graph
 from clasp.convert.onnx_model import MANIFEST_FILE, ONNX_FORMAT
 from clasp.models.dual_encoder import DualEncoder
@@ -70,7 +70,7 @@ class _Case(NamedTuple):
     wanted: Float[Tensor, "B E"]
 
 
-def require_onnx_extra() -> None:
+def require_onnx_extra(options: ExportOptions) -> None:
     """Raises ``UserError`` where the packages of the extra are missing."""
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
