@@ -222,7 +222,7 @@ def import_(
 @app.command()
 def export(
     run: _RunArgument,
-    target: Annotated[str, typer.Option("--to", metavar="FORMAT", help="onnx | hub")],
+    target: Annotated[str, typer.Option("--to", metavar="FORMAT", help="onnx | merged | sentence-transformers | hub")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to write.")],
     int8: Annotated[bool, typer.Option("--int8", help="onnx: also graphs with int8 weights; prints the loss.")] = False,
     push: Annotated[
@@ -232,7 +232,8 @@ def export(
 ) -> None:
     """Write the model of a run in the format of another library, compared with the run on real inputs.
 
-    onnx: both towers as graphs that run without torch; hub: a repository that clasp.load loads.
+    onnx: both towers as graphs that run without torch; merged: folders of transformers, tuning folded into the weights;
+    sentence-transformers: a folder for SentenceTransformer(OUT); hub: a repository that clasp.load loads.
     """
     from clasp.commands.export import export_run
     from clasp.convert.exporters.job import ExportOptions

@@ -16,13 +16,17 @@ from typing import Any
 
 from clasp.convert.exporters.hub_folder import check_push, export_hub
 from clasp.convert.exporters.job import ExportOptions, ExportReport, ExportTarget, open_job
+from clasp.convert.exporters.merged_towers import export_merged
 from clasp.convert.exporters.onnx_graphs import export_onnx, require_onnx_extra
+from clasp.convert.exporters.sentence_transformers import export_sentence_transformers
 from clasp.data.plugins import load_named
 from clasp.training.run_folder import RunFolder, translate_disk_errors
 from clasp.types import MessageCallback, UserError
 
 EXPORTERS: dict[str, ExportTarget] = {
     "onnx": ExportTarget(export_onnx, frozenset({"quantize"}), require_onnx_extra),
+    "merged": ExportTarget(export_merged),
+    "sentence-transformers": ExportTarget(export_sentence_transformers),
     "hub": ExportTarget(export_hub, frozenset({"push"}), check_push),
 }
 """Format to its exporter; a new one is a line here"""

@@ -48,8 +48,8 @@ def push_run(folder: Path, name: str) -> str:
         api.upload_folder(repo_id=name, folder_path=folder)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--push {name}: the hub cannot be reached, or refuses it ({_first_line(error)}); without --push the folder "
-            "is written and can be uploaded later"
+            f"--push {name}: the hub cannot be reached, or refuses it ({_first_line(error)}); without --push the "
+            "folder is written, to be uploaded later"
         ) from None
     return str(address)
 
