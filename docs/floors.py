@@ -29,6 +29,7 @@ ROOMS = {
     "analysis": "CKA, activations, gradient agreement, weight drift",
     "models": "tower, dual_encoder, heads, tuning/, sharing/, transformer/, zoo/, features",
     "data": "pairs, formats/, images, tokenizer, loader, feature_cache/, checks, samples/",
+    "errors": "UserError, without the import of torch",
     "types": "Pair, Batch, shape legend; protocols Encoder, Loss, Evaluator, Tracker, Store",
 }
 _GROUPS = {  # fill and stroke by what a floor is for
@@ -37,7 +38,7 @@ _GROUPS = {  # fill and stroke by what a floor is for
     "#fffbeb #d97706": ("config",),
     "#ecfdf5 #059669": ("training", "search", "analysis"),
     "#eff6ff #2563eb": ("models", "data"),
-    "#f8fafc #64748b": ("types",),
+    "#f8fafc #64748b": ("types", "errors"),
 }
 
 

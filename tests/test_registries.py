@@ -17,7 +17,7 @@ from clasp import cli
 from clasp.analysis.weight_interpolation import WeightInterpolation, interpolation_obstacles
 from clasp.config.build import load
 from clasp.config.recipe import read_recipe
-from clasp.data import images, tokenizer
+from clasp.data import decoding, tokenizer
 from clasp.data.feature_cache.dtypes import DTYPE_CODECS, StorageDtype
 from clasp.data.pairs import PAIR_FORMATS, open_pairs
 from clasp.data.plugins import import_named, load_named
@@ -228,7 +228,7 @@ def test_a_method_of_peft_has_one_row():
     ("choices", "table"),
     [
         (tokenizer.CaptionCleaning, tokenizer.CAPTION_CLEANERS),
-        (images.Interpolation, images._RESAMPLING),
+        (decoding.Interpolation, decoding.RESAMPLING),
         (StorageDtype, DTYPE_CODECS),
         (PoolingMode, {*pooling.POOLING_FUNCTIONS, "attention", "pooler"}),
         (heads.HeadSettings.model_fields["kind"].annotation, heads.HEAD_MAPS),

@@ -9,17 +9,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clasp.commands.environment import configure_environment
     from clasp.config.build import load
+    from clasp.convert.onnx_model import OnnxModel
+    from clasp.convert.open_clip import as_open_clip
     from clasp.models.backbone import Backbone
     from clasp.models.inference import EmbeddingModel
     from clasp.types import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Backbone", "EmbeddingModel", "UserError", "__version__", "configure_environment", "load"]
+__all__ = [
+    "Backbone",
+    "EmbeddingModel",
+    "OnnxModel",
+    "UserError",
+    "__version__",
+    "as_open_clip",
+    "configure_environment",
+    "load",
+]
 
 _HOME = {
     "load": "clasp.config.build",
+    "as_open_clip": "clasp.convert.open_clip",
     "EmbeddingModel": "clasp.models.inference",
     "Backbone": "clasp.models.backbone",
+    "OnnxModel": "clasp.convert.onnx_model",
     "UserError": "clasp.types",
     "configure_environment": "clasp.commands.environment",
 }

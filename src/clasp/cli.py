@@ -78,7 +78,8 @@ def params(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_jso
     """
     from clasp.commands.params import count_parameters
     from clasp.config.recipe import read_recipe, require_single_keys
-    from clasp.report.terminal import print_json, print_parameter_counts
+    from clasp.report.console import print_json
+    from clasp.report.terminal import print_parameter_counts
 
     require_single_keys(overrides or ())
     report = count_parameters(read_recipe(recipe, overrides or ()))
@@ -96,7 +97,7 @@ def doctor(recipe: _RecipeArgument, overrides: _OverridesArgument = None, as_jso
     """
     from clasp.commands.doctor import diagnose, raise_on_stop
     from clasp.config.recipe import read_recipe, require_single_keys
-    from clasp.report.terminal import print_json, print_lines, progress_bar
+    from clasp.report.console import print_json, print_lines, progress_bar
 
     require_single_keys(overrides or ())
     sections = []
@@ -191,7 +192,8 @@ def evaluate(
 ) -> None:
     """Evaluate a run on a data set; metrics with 95 % intervals are printed and appended to RUN/results.jsonl."""
     from clasp.commands.evaluate import evaluate_run
-    from clasp.report.terminal import print_json, print_results, print_status, progress_bar, relative_path
+    from clasp.report.console import print_json, print_status, progress_bar, relative_path
+    from clasp.report.terminal import print_results
 
     with _allow_code(allow_code):
         results = evaluate_run(run, task, options or (), say=print_status, bar=progress_bar)
@@ -221,7 +223,8 @@ def import_(
     """
     from clasp.commands.import_checkpoint import import_checkpoint
     from clasp.convert.importers.run_writer import parse_import_options
-    from clasp.report.terminal import format_megabytes, print_parameter_counts, print_status, relative_path
+    from clasp.report.console import format_megabytes, print_status, relative_path
+    from clasp.report.terminal import print_parameter_counts
 
     parsed = parse_import_options(options or ())
     report = import_checkpoint(kind, checkpoint, run, parsed).report
@@ -235,6 +238,36 @@ def import_(
 
 
 @app.command()
+def export(
+    run: _RunArgument,
+    target: Annotated[str, typer.Option("--to", metavar="FORMAT", help="onnx | merged | sentence-transformers | hub")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder to write.")],
+    int8: Annotated[bool, typer.Option("--int8", help="onnx: also graphs with int8 weights; prints the loss.")] = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="USER/NAME", help="hub: also upload the folder as this repository.")
+    ] = None,
+    as_json: _JsonOption = False,
+) -> None:
+    """Write the model of a run in the format of another library, compared with the run on real inputs.
+
+    onnx: both towers as graphs that run without torch; merged: folders of transformers, tuning folded into the weights;
+    sentence-transformers: a folder for SentenceTransformer(OUT); hub: a repository that clasp.load loads.
+    """
+    from clasp.commands.export import export_run
+    from clasp.convert.exporters.job import ExportOptions
+    from clasp.report.console import print_json, print_status, relative_path
+
+    options = ExportOptions(quantize="int8" if int8 else None, push=push)
+    report = export_run(run, target, out, options, say=print_status)
+    if as_json:
+        print_json({"run": str(run), "to": target, "out": str(out), **report.facts})
+        return
+    for line in report.lines:
+        print_status(line)
+    print_status(f"the model is in {relative_path(out)}")
+
+
+@app.command()
 def index(
     run: _RunArgument,
     source: Annotated[
@@ -245,7 +278,7 @@ def index(
 ) -> None:
     """Embed images into RUN/index; a second call embeds only new and changed files."""
     from clasp.commands.search import index_images
-    from clasp.report.terminal import print_status, progress_bar, relative_path
+    from clasp.report.console import print_status, progress_bar, relative_path
 
     with _allow_code(allow_code):
         done = index_images(run, source, bar=progress_bar)
@@ -276,7 +309,7 @@ def search(
     A term after a minus sign is subtracted: "beach -people"; in double quotes a minus sign is literal.
     """
     from clasp.commands.warm_search import search_warm_server
-    from clasp.report.terminal import print_json, print_status, print_table, relative_path
+    from clasp.report.console import print_json, print_status, print_table, relative_path
 
     found = search_warm_server(run, words, image, k, where or (), sheet)
     if found is None:
@@ -317,7 +350,7 @@ def serve(
     Needs the extra: pip install 'clasp-vl[serve]'.
     """
     from clasp.commands.serve import ServeSettings, serve_run
-    from clasp.report.terminal import print_status, progress_bar
+    from clasp.report.console import print_status, progress_bar
 
     settings = ServeSettings(host, port, token, hosts or ())
     with _allow_code(allow_code):
@@ -325,7 +358,7 @@ def serve(
 
 
 def _hit_cells(hit: dict[str, Any]) -> list[str]:
-    from clasp.report.terminal import relative_path
+    from clasp.report.console import relative_path
 
     copies = f" (+{len(hit['duplicates'])} nearly the same)" if hit["duplicates"] else ""
     z = "" if hit["z"] is None else f"{hit['z']:.1f}"
@@ -362,7 +395,7 @@ def main() -> None:
         system = isinstance(error, OSError) and error.errno in _USER_ERRNOS
         if not system and not isinstance(error, UserError):
             raise
-        from clasp.report.terminal import print_error
+        from clasp.report.console import print_error
 
         print_error(_describe_system_error(error) if isinstance(error, OSError) else str(error))
         sys.exit(2)
@@ -375,7 +408,7 @@ def _print_usage_error(error: Any) -> None:
     """An argument that is missing or unknown, in one line; without arguments, the help."""
     if type(error).__name__ == "NoArgsIsHelpError":
         return error.show()
-    from clasp.report.terminal import print_error
+    from clasp.report.console import print_error
 
     command = error.ctx.command_path if error.ctx is not None else "clasp"
     print_error(f"{' '.join(error.format_message().split()).rstrip('.')}; for what it takes: {command} --help")
@@ -402,21 +435,15 @@ class _PrintableFormatter(logging.Formatter):
     """Escapes control characters: warnings contain file and sample names."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        from clasp.report.terminal import printable
+        from clasp.report.console import printable
 
         return printable(super().formatMessage(record))
 
 
 def _train(recipe: Any, run: Path, *, resume: bool) -> None:
     from clasp.commands.train import train_recipe
-    from clasp.report.terminal import (
-        format_megabytes,
-        print_results,
-        print_status,
-        progress_bar,
-        relative_path,
-        terminal_reporter,
-    )
+    from clasp.report.console import format_megabytes, print_status, progress_bar, relative_path
+    from clasp.report.terminal import print_results, terminal_reporter
     from clasp.training.run_folder import RunFolder
 
     where, reporter = relative_path(run), terminal_reporter()
@@ -447,7 +474,8 @@ def _climb(recipe: Any, run: Path) -> None:
     """Train a recipe with [auto], or resume (``None``) the climb in ``run``."""
     from clasp.commands.auto import AutoCallbacks, climb, resume_climb
     from clasp.report.auto_table import auto_table
-    from clasp.report.terminal import print_status, print_table, progress_bar, relative_path, terminal_reporter
+    from clasp.report.console import print_status, print_table, progress_bar, relative_path
+    from clasp.report.terminal import terminal_reporter
 
     callbacks = AutoCallbacks(print_status, progress_bar, terminal_reporter)
     done = resume_climb(run, callbacks) if recipe is None else climb(recipe, run, callbacks)
@@ -468,7 +496,8 @@ def _climb(recipe: Any, run: Path) -> None:
 def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Path, name: str | None) -> None:
     from clasp.commands.sweep import sweep
     from clasp.config.grid import GridSpec
-    from clasp.report.terminal import print_status, print_table, progress_bar, relative_path, terminal_reporter
+    from clasp.report.console import print_status, print_table, progress_bar, relative_path
+    from clasp.report.terminal import terminal_reporter
     from clasp.types import UserError
 
     made = GridSpec(source, overrides, grid)

@@ -18,13 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-
-class UserError(ValueError):
-    """An error in the user's input: one line that restates the input and names the valid choices.
-
-    The command prints the line alone and exits with code 2; nothing that was saved is lost.
-    """
-
+from clasp.errors import UserError as UserError
 
 Modality = Literal["image", "text"]
 MessageCallback = Callable[[str], None]

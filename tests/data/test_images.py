@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clasp.data import images
+from clasp.data import decoding
 from clasp.data.images import Augment, ImageError, ImageTransform
 from clasp.types import UserError
 
@@ -418,7 +418,7 @@ def test_reduced_decoding_is_used_and_is_faster(monkeypatch: pytest.MonkeyPatch)
         return min(times)
 
     reduced = seconds()
-    monkeypatch.setattr("clasp.data.images._REDUCING_GAP", 1e9)
+    monkeypatch.setattr("clasp.data.decoding._REDUCING_GAP", 1e9)
     assert seconds() > 1.5 * reduced
 
 
@@ -583,7 +583,7 @@ def test_no_pipe_is_waited_for(tmp_path: Path):
 
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(images, "_LARGE_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(decoding, "_LARGE_IMAGE_PIXELS", 100)
     inside, most = [], []
 
     def watched(picture: Image.Image, ground: object) -> Image.Image:
@@ -593,7 +593,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
         inside.pop()
         return picture.convert("RGB")
 
-    monkeypatch.setattr(images, "_to_opaque", watched)
+    monkeypatch.setattr(decoding, "to_opaque", watched)
     file = io.BytesIO()
     Image.new("RGB", (20, 20)).save(file, "PNG")
     transform = ImageTransform(8, (0.5,) * 3, (0.5,) * 3)

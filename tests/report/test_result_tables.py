@@ -9,9 +9,10 @@ import pytest
 from rich.cells import cell_len
 
 from clasp.commands.demo import _LANGUAGE_SETS, demo_table
+from clasp.report.console import print_table
 from clasp.report.leaderboard import SweepResult, SweepRow
 from clasp.report.tables import result_tables, retention_label, retention_table, summary_tables
-from clasp.report.terminal import print_results, print_table
+from clasp.report.terminal import print_results
 from toyresults import LANGUAGES, multilingual, result, retention
 
 LONG = "/data/a-very-long-folder/with-another-inside/" * 3 + "pairs.jsonl"

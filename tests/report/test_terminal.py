@@ -13,19 +13,18 @@ import pytest
 
 from clasp.cli import _PrintableFormatter
 from clasp.data.checks import Finding
-from clasp.report.contact_sheet import SheetRow, Thumbnail, contact_sheet
-from clasp.report.terminal import (
+from clasp.report.console import (
     print_error,
     print_json,
     print_lines,
-    print_results,
     print_status,
     print_table,
     printable,
     progress_bar,
     relative_path,
-    terminal_reporter,
 )
+from clasp.report.contact_sheet import SheetRow, Thumbnail, contact_sheet
+from clasp.report.terminal import print_results, terminal_reporter
 from toyresults import result
 
 TYPED = "[/b] [red]x :cat: \x1b[31m\n\t\u202e\ud83d.png"

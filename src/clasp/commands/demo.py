@@ -47,17 +47,11 @@ from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.tasks import MultilingualTask
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
+from clasp.report.console import print_status, print_table, progress_bar, relative_path
 from clasp.report.contact_sheet import SheetSection, sectioned_sheet
 from clasp.report.model_card import results_section
 from clasp.report.tables import AnnotatedTable, LabelledResult, format_metric, result_table
-from clasp.report.terminal import (
-    print_parameter_counts,
-    print_status,
-    print_table,
-    progress_bar,
-    relative_path,
-    terminal_reporter,
-)
+from clasp.report.terminal import print_parameter_counts, terminal_reporter
 from clasp.training.run_folder import RunFolder
 
 _LANGUAGE_SETS = {

@@ -28,8 +28,8 @@ from clasp.evaluation.language_sets import macro_set
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.models.inference import EmbeddingModel
+from clasp.report.console import progress_bar
 from clasp.report.contact_sheet import SheetRow, SheetSection
-from clasp.report.terminal import progress_bar
 from clasp.search.engine import SearchEngine
 from clasp.search.flat_store import FlatStore
 from clasp.types import Hit

@@ -19,8 +19,8 @@ from clasp.evaluation.registry import find_task, parse_task_options
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.task_context import TaskContext
 from clasp.models.dual_encoder import DualEncoder
+from clasp.report.console import relative_path
 from clasp.report.figures import draw_retention
-from clasp.report.terminal import relative_path
 from clasp.training.run_folder import RunFolder
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clasp.errors import UserError
 from clasp.serve.warm_server import ask_warm_server
-from clasp.types import UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from clasp.models.sharing.backbones import share_backbones
 from clasp.models.sharing.policy import SharingPlan
 from clasp.models.sharing.tie import tie_parameters
 from clasp.models.tower import Tower
+from clasp.models.zoo.hub_runs import fetch_run
 from clasp.models.zoo.registry import load_backbone
 from clasp.models.zoo.single_trunk import build_single_trunk
 from clasp.training import run_code, run_folder
@@ -100,7 +101,7 @@ def load(
     precision: Literal["auto"] | Precision | None = None,
     allow_code: bool = False,
 ) -> EmbeddingModel:
-    """The model of a run folder, in evaluation mode.
+    """The model of a run folder, or of ``hf:USER/NAME`` on the hub, in evaluation mode.
 
     A run is data: Python code that its recipe names (``package.module:factory``) is imported with ``allow_code`` only.
     Loads the base weights that the recipe names, verifies them against the recorded hashes by tensor name, then loads
@@ -110,7 +111,7 @@ def load(
     choices = (None, "auto", *get_args(Precision))
     if precision not in choices:
         raise UserError(f"precision = {precision!r} is none of {', '.join(map(repr, choices))}")
-    folder = run_folder.RunFolder(run)
+    folder = run_folder.RunFolder(fetch_run(run))
     with run_code.allow_code(None if allow_code else ()):
         facts = folder.read()
         recipe = recipe_from_dict(facts.recipe, str(folder.path / "recipe.toml"))

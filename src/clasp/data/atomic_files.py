@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clasp.types import UserError
+from clasp.errors import UserError
 
 PARTIAL_SUFFIX = ".part"
 TORN_SUFFIX = ".torn"

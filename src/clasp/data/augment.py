@@ -2,7 +2,7 @@
 
 Input: settings (``[data.augment]``), a seed, an image. Output: the crop box, and the augmented resized image. Note: all
 random numbers are drawn beforehand, from the seed alone and in a fixed order, whichever settings are on, so that no
-setting's draw depends on another. One of the four modules that import Pillow, with ``data.images``,
+setting's draw depends on another. Imports Pillow, as do ``data.decoding``, ``data.images``,
 ``report.contact_sheet`` and ``report.text_rendering``.
 """
 
@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageEnhance, ImageOps
 
+from clasp.data.decoding import CropBox, RGBColor
 from clasp.types import UserError
-
-CropBox = tuple[float, float, float, float]
-RGBColor = tuple[int, int, int]
 
 
 class RandAugmentParams(NamedTuple):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clasp.data.atomic_files import translate_disk_errors
-from clasp.types import UserError
+from clasp.errors import UserError
 
 LOCK_FILE = "lock"
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)

@@ -11,7 +11,7 @@ import os
 import stat
 from pathlib import Path
 
-from clasp.types import UserError
+from clasp.errors import UserError
 
 MAX_IMAGE_BYTES = 1 << 29
 _KINDS = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))

@@ -10,64 +10,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import numpy as np
 import tokenizers
 import torch
 
+from clasp.data.caption_ids import (
+    BACKEND_FILE,
+    CAPTION_CLEANERS,
+    SETTINGS_FILE,
+    CaptionCleaning,
+    CaptionIds,
+    CaptionPadding,
+    SpecialTokenTemplate,
+    TokenizerSettings,
+    Truncation,
+)
 from clasp.types import Tokens, UserError
 
-SpecialTokenTemplate = Literal["tower", "cls"]
-CaptionCleaning = Literal["none", "lilt"]
-Truncation = Literal["keep_eos", "drop_eos"]
-_Padding = Literal["longest", "max_tokens"]
-
-_BACKEND_FILE = "tokenizer.json"
-_SETTINGS_FILE = "clasp_tokenizer.json"
-
-
-def _lilt_clean(text: str) -> str:
-    """LilT's caption cleaning: ALBEF's ``pre_caption`` with ``max_words=30``."""
-    text = re.sub(r"[,.'!?\"()*#:;~]", "", text.lower())
-    text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
-    text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
-    return " ".join(text.split(" ")[:30])
-
-
-CAPTION_CLEANERS: dict[str, Callable[[str], str]] = {"none": lambda text: text, "lilt": _lilt_clean}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerSettings:
-    """The settings of a ``Tokenizer`` beyond the ``tokenizer.json`` of the tower."""
-
-    prefix: str = ""
-    """Prepended to every caption, after cleaning (``"query: "`` for the e5 family)."""
-    max_tokens: int = 64
-    """Maximum sequence length, special tokens included."""
-    pad_id: int = 0
-    """Id at masked positions; any will do unless the tower derives position ids from it, as RoBERTa does."""
-    clean: CaptionCleaning = "none"
-    """A key of ``CAPTION_CLEANERS``."""
-    template: SpecialTokenTemplate = "tower"
-    """``tower``: the special tokens of the tower's ``tokenizer.json``. ``cls``: the first of them only, as LilT's
-    ``[CLS] words`` without ``[SEP]``."""
-    truncation: Truncation = "keep_eos"
-    """For texts of more than ``max_tokens``. ``keep_eos``: truncate the words, keep the end token. ``drop_eos``: keep
-    the first token only. The latter equals MS-CLIP's released code, which truncates the end token away and then pools
-    at the largest id, that of the start token."""
-    padding: _Padding = "longest"
-    """``longest``: pad to the longest of the batch, masked. ``max_tokens``: pad every text to ``max_tokens``, unmasked,
-    as SigLIP does."""
-
-    def __post_init__(self) -> None:
-        _check_choices(asdict(self))
+__all__ = ["CAPTION_CLEANERS", "CaptionCleaning", "SpecialTokenTemplate", "Tokenizer", "Truncation"]
 
 
 def _check_choices(settings: Mapping[str, Any]) -> None:
@@ -75,7 +40,7 @@ def _check_choices(settings: Mapping[str, Any]) -> None:
         "clean": tuple(CAPTION_CLEANERS),
         "template": get_args(SpecialTokenTemplate),
         "truncation": get_args(Truncation),
-        "padding": get_args(_Padding),
+        "padding": get_args(CaptionPadding),
     }
     for name, choices in known.items():
         if settings.get(name, choices[0]) not in choices:
@@ -92,23 +57,18 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, **settings: Any) -> None:
         """``settings`` are fields of ``TokenizerSettings``."""
+        _check_choices(settings)
         self.settings = TokenizerSettings(**settings)
         max_tokens = self.settings.max_tokens
         self._backend = backend
         special = backend.num_special_tokens_to_add(is_pair=False)
-        self._head: list[int] = []
         if self.settings.template == "cls":
             if special == 0:
                 raise UserError("template = 'cls' needs a tokenizer that puts a token first, and this one adds none")
-            self._head, special = backend.encode("").ids[:1], 1
+            special = 1
         if max_tokens <= special:
             raise UserError(f"max_tokens = {max_tokens} leaves no room for words beside {special} special tokens")
-        backend.no_padding()
-        # the backend counts special tokens towards the length only when it adds them itself
-        if self.settings.truncation == "keep_eos":
-            backend.enable_truncation(max_tokens - len(self._head), direction="right")
-        else:
-            backend.no_truncation()
+        self._ids = CaptionIds(backend, self.settings)
 
     @property
     def max_tokens(self) -> int:
@@ -134,13 +94,7 @@ class Tokenizer:
 
         Raises ``UserError`` for a text without any token, which could not be pooled.
         """
-        clean, prefix = CAPTION_CLEANERS[self.settings.clean], self.settings.prefix
-        encodings = self._backend.encode_batch_fast(
-            [prefix + clean(text) for text in texts], add_special_tokens=self.settings.template == "tower"
-        )
-        ids = [self._head + encoding.ids for encoding in encodings]
-        if self.settings.truncation == "drop_eos":
-            ids = [row if len(row) <= self.max_tokens else row[:1] for row in ids]
+        ids = self._ids(texts)
         for text, row in zip(texts, ids, strict=True):
             if not row:
                 raise UserError(f"the caption {text!r} has no token")
@@ -148,12 +102,7 @@ class Tokenizer:
 
     def pad(self, ids: Sequence[Sequence[int]]) -> Tokens:
         """Rows of different lengths to ``Tokens`` ``[B N]``, padded as ``padding`` sets it."""
-        if self.settings.padding == "max_tokens":
-            ids = [[*row, *[self.pad_id] * (self.max_tokens - len(row))] for row in ids]
-        lengths = np.array([len(row) for row in ids], dtype=np.int64)
-        mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
-        padded = np.full(mask.shape, self.pad_id, dtype=np.int64)
-        padded[mask] = [number for row in ids for number in row]
+        padded, mask = self._ids.pad(ids)
         return Tokens(torch.from_numpy(padded), torch.from_numpy(mask))
 
     @cached_property
@@ -172,9 +121,9 @@ class Tokenizer:
         """Write ``tokenizer.json`` (the standard format) and ``clasp_tokenizer.json`` (the settings)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / _BACKEND_FILE))
+        self._backend.save(str(folder / BACKEND_FILE))
         settings = json.dumps(asdict(self.settings), indent=2, ensure_ascii=False)
-        (folder / _SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
+        (folder / SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
 
     @classmethod
     def from_folder(
@@ -195,11 +144,11 @@ class Tokenizer:
         folder = Path(folder)
         backend = _read_backend(folder)
         saved: dict[str, Any] = {}
-        if (folder / _SETTINGS_FILE).exists():
-            saved = dict(_read_json(folder / _SETTINGS_FILE))
+        if (folder / SETTINGS_FILE).exists():
+            saved = dict(_read_json(folder / SETTINGS_FILE))
             unknown = sorted(set(saved) - set(asdict(TokenizerSettings())))
             if unknown:
-                raise UserError(f"{folder / _SETTINGS_FILE}: unknown setting {unknown[0]!r}")
+                raise UserError(f"{folder / SETTINGS_FILE}: unknown setting {unknown[0]!r}")
             _check_choices(saved)
         else:
             saved["pad_id"] = _hub_pad_id(folder, backend)
@@ -208,11 +157,11 @@ class Tokenizer:
 
 
 def _read_backend(folder: Path) -> tokenizers.Tokenizer:
-    path = folder / _BACKEND_FILE
+    path = folder / BACKEND_FILE
     if not path.is_file():
         there = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else []
         found = f"it holds {', '.join(there)}" if there else "it is empty" if folder.is_dir() else "no such folder"
-        raise UserError(f"no {_BACKEND_FILE} in {folder}: {found}")
+        raise UserError(f"no {BACKEND_FILE} in {folder}: {found}")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for everything it cannot parse

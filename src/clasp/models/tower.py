@@ -310,7 +310,8 @@ class Tower(nn.Module):
         else:
             vectors = self._pool_without_weights(states, mask)
         if self._structure.pooled_norm:
-            vectors = norm_pooled(self.net.get_submodule(self._structure.pooled_norm), vectors, states.shape[2])
+            width = int(states.shape[2])  # a tensor while it is traced
+            vectors = norm_pooled(self.net.get_submodule(self._structure.pooled_norm), vectors, width)
         return vectors
 
     def pooled(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "B Dp"]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from clasp.config.recipe import Recipe
 from clasp.evaluation.results import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
+from clasp.report.console import printable
 from clasp.report.tables import AnnotatedTable, result_tables
-from clasp.report.terminal import printable
 from clasp.training.class_pairs import WeightedClassPairs
 from clasp.training.cost.ledger import RunCost, format_si
 from clasp.training.state import FitResult

@@ -1,36 +1,15 @@
-"""Terminal output: progress bars, status lines, tables, errors. Input: plain values. Output: text.
-
-Progress and status lines go to standard error; tables and findings, the results, go to standard output.
-Note: every text passes through ``printable``, and reaches rich as ``Text``, so that captions, file names and paths are
-shown as they were typed: no markup, no emoji codes, no control characters. Tables fit 100 columns, a row on one line.
-"""
+"""Terminal output of runs: training progress, parameter counts, results. Input: plain values. Output: text."""
 
 from __future__ import annotations
 
-import json
-import re
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-from rich.cells import cell_len
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-from rich.table import Table
-from rich.text import Text
+from collections.abc import Sequence
 
 from clasp.evaluation.results import EvaluationResult
 from clasp.models.dual_encoder import ParameterCount
 from clasp.models.sharing.policy import SharingPlan
+from clasp.report.console import format_megabytes, print_lines, print_table, printable
 from clasp.report.tables import retention_table, summary_tables
 from clasp.training.trackers.console import Reporter, TrainProgress, stderr_reporter
-from clasp.types import ProgressCallback
-
-TABLE_WIDTH = 100  # columns, where standard output is no terminal
 
 _PART_TITLES = {
     "model": "whole model",
@@ -40,87 +19,6 @@ _PART_TITLES = {
     "heads": "heads",
     "scale": "scale",
 }
-# control characters, line and paragraph separators, marks that turn the direction of writing, lone surrogates
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-# --- text ------------------------------------------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    r"""The text on one line, with control characters escaped: ``\x1b``, ``\n``, ``\t``."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
-
-
-def relative_path(path: str | Path) -> str:
-    """A path as seen from the current folder; one outside of it as it is."""
-    try:
-        return str(Path(path).absolute().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
-def format_megabytes(count: int) -> str:
-    """Bytes as megabytes (10^6)."""
-    return f"{count / 1e6:,.1f} MB"
-
-
-# --- lines -----------------------------------------------------------------------------------------------------------
-
-
-def print_status(line: str) -> None:
-    """A status line on standard error."""
-    _print_line(Console(stderr=True), line)
-
-
-def print_error(line: str) -> None:
-    """An error in the user's input, in one line on standard error."""
-    _print_line(Console(stderr=True), f"clasp: {line}")
-
-
-def print_lines(lines: Iterable[object]) -> None:
-    """Lines of a result, on standard output."""
-    for line in lines:
-        _print_line(Console(), str(line))
-
-
-def print_json(value: Any) -> None:
-    """One JSON object on standard output."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    print(_UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
-
-
-def _print_line(console: Console, line: str) -> None:
-    console.print(Text(printable(line)), soft_wrap=True)
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[ProgressCallback]:
-    """A bar that appears with the first call of the returned function; plain lines where there is no terminal."""
-    if sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with RichProgress(*columns, console=Console(stderr=True), transient=False) as rich:
-            task = rich.add_task(printable(title), visible=False)
-            yield lambda done, total: rich.update(task, completed=done, total=total, visible=True)
-        return
-    started = last = time.monotonic()
-
-    def line(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done == total or now - last >= 10:
-            last = now
-            print_status(f"{title}: {done:,} of {total:,}, {done / max(now - started, 1e-9):,.0f}/s")
-
-    yield line
 
 
 class PrintableReporter:
@@ -145,53 +43,6 @@ class PrintableReporter:
 def terminal_reporter() -> Reporter:
     """Shows training on standard error."""
     return PrintableReporter(stderr_reporter())
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
-    """A table on standard output, the first column to the left, numbers to the right; below it the notes.
-
-    A row is one line: where the widest columns do not fit, the middle of their cells is replaced by an ellipsis.
-    """
-    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
-    grid = [[printable(cell) for cell in row] for row in (columns, *rows)]
-    widths = _fitted_widths(grid, console.width)
-    head, *body = [[Text(_cut_middle(*cell)) for cell in zip(row, widths, strict=True)] for row in grid]
-    table = Table()
-    for number, column in enumerate(head):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in body:
-        table.add_row(*row)
-    console.print(Text(printable(title), style="bold"))
-    console.print(table)
-    for note in notes:
-        console.print(Text(printable(note), style="dim"))
-
-
-def _fitted_widths(grid: Sequence[Sequence[str]], room: int) -> list[int]:
-    """Cells a column, the widest cut until the table fits into ``room``: borders and padding take three a column."""
-    widths = [max(map(cell_len, column)) for column in zip(*grid, strict=True)]
-    while sum(widths) + 3 * len(widths) + 1 > room and max(widths) > 1:
-        widths[widths.index(max(widths))] -= 1
-    return widths
-
-
-def _cut_middle(text: str, width: int) -> str:
-    """At most ``width`` cells: the beginning and the end of a text that is longer."""
-    if cell_len(text) <= width:
-        return text
-    return f"{_start(text, width // 2)}…{_start(text[::-1], (width - 1) // 2)[::-1]}"
-
-
-def _start(text: str, width: int) -> str:
-    taken = ""
-    for character in text:
-        if cell_len(taken + character) > width:
-            break
-        taken += character
-    return taken
 
 
 def print_parameter_counts(counts: dict[str, ParameterCount], sharing: SharingPlan | None = None) -> None:

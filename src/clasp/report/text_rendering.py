@@ -19,7 +19,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont, features
 
 from clasp.data.images import RGBColor
-from clasp.report.terminal import printable
+from clasp.report.console import printable
 from clasp.types import UserError
 
 _FONT_FOLDERS = (

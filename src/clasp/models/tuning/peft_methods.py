@@ -8,6 +8,7 @@ Also: initialisation of LoRA's A from the gradient of the wrapped weight. Note: 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -81,6 +82,26 @@ def wrapped_layers(net: nn.Module) -> set[str]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {path for path, module in net.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def fold_wrapped_layers(net: nn.Module) -> list[str]:
+    """Replace each layer that a peft method has wrapped by a plain one with the update added to its weight; returns
+    their paths.
+
+    The output is the same to rounding. Weights are copied first, since another tower may share them. For inference
+    only: the parameters of the method are gone.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    paths = sorted(wrapped_layers(net))
+    for path in paths:
+        wrapper = net.get_submodule(path)
+        assert isinstance(wrapper, BaseTunerLayer)
+        wrapper.add_module("base_layer", copy.deepcopy(wrapper.get_base_layer()))
+        wrapper.merge()
+        owner, _, name = path.rpartition(".")
+        setattr(net.get_submodule(owner), name, wrapper.get_base_layer())
+    return paths
 
 
 def wrapped_weight_name(path: str) -> str:

@@ -1,0 +1,1 @@
+"""Exporters: the model of a run in formats of other libraries; one file per format."""

@@ -1,0 +1,145 @@
+"""An exported model at work without torch: image files and strings to L2-normalised embeddings by onnxruntime.
+
+Input: a folder written by ``clasp export RUN --to onnx``. Output: embeddings ``[n E]`` as numpy arrays. Note: of clasp
+only ``data.decoding`` and ``data.caption_ids`` are imported, and of other packages numpy, onnxruntime, tokenizers,
+Pillow and jaxtyping; images and captions are therefore preprocessed by the same code as in training. Errors are
+``OnnxModelError``, since ``UserError`` is in a module that imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import tokenizers
+from jaxtyping import Float
+
+from clasp.data.caption_ids import BACKEND_FILE, SETTINGS_FILE, CaptionIds, TokenizerSettings
+from clasp.data.decoding import IMAGE_FORMS, ResizeSettings, decode_resized, is_image_form, normalise_picture
+
+MANIFEST_FILE = "clasp_onnx.json"
+ONNX_FORMAT = 1
+WeightFormat = Literal["float32", "int8"]
+
+_TOKENS_PER_BATCH, _PIXELS_PER_BATCH = 4096, 300_000  # of one forward pass, as in clasp.models.inference on a CPU
+
+
+class OnnxModelError(ValueError):
+    """An error in the caller's input; the message is one line."""
+
+
+class OnnxModel:
+    """A dual encoder exported to ONNX; each graph is loaded when it is first used.
+
+    ``weights``: "int8" for the quantised graphs, where they were exported. ``threads``: of onnxruntime, by default all
+    cores. Raises ``OnnxModelError`` for a folder that is no such export.
+    """
+
+    def __init__(self, folder: str | Path, *, weights: WeightFormat = "float32", threads: int | None = None) -> None:
+        self.folder, self.weights, self._threads = Path(folder), weights, threads
+        if not (self.folder / MANIFEST_FILE).is_file():
+            raise OnnxModelError(f"{folder} is no output of clasp export --to onnx: it has no {MANIFEST_FILE}")
+        self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        if self.manifest["format"] != ONNX_FORMAT:
+            raise OnnxModelError(f"{folder} is of format {self.manifest['format']}; this clasp reads {ONNX_FORMAT}")
+        if weights not in get_args(WeightFormat):
+            raise OnnxModelError(f"weights = {weights!r} is none of {', '.join(get_args(WeightFormat))}")
+        if weights not in self.manifest["image"]["graphs"]:
+            raise OnnxModelError(f"{folder} has no {weights} graphs; clasp export --to onnx --int8 writes them")
+        transform = self.manifest["image"]["transform"]
+        names = ("size", "resize", "interpolation", "crop_fraction")
+        background = tuple(transform["background"])
+        self._resizing = ResizeSettings(**{name: transform[name] for name in names}, background=background)
+        self._mean, self._std = tuple(transform["mean"]), tuple(transform["std"])
+
+    @property
+    def fingerprint(self) -> str:
+        """``EmbeddingModel.fingerprint`` of the exported model, and the format of the weights unless float32."""
+        exported = self.manifest["fingerprint"]
+        return exported if self.weights == "float32" else f"{exported}:{self.weights}"
+
+    @property
+    def logit_scale(self) -> float:
+        """By what cosines are multiplied before a softmax (not its logarithm)."""
+        return self.manifest["logit_scale"]
+
+    def encode_image(self, images: Sequence[Any] | Any) -> Float[np.ndarray, "n E"]:
+        """Paths, encoded bytes or PIL images to L2-normalised embeddings.
+
+        Raises ``OnnxModelError`` for an element that is no image, and ``clasp.data.decoding.ImageError`` for one that
+        cannot be read.
+        """
+        images = _as_list(images, "encode_image", "images")
+        for place, image in enumerate(images):
+            if not is_image_form(image):
+                raise OnnxModelError(f"encode_image: image {place} is a {type(image).__name__}; it takes {IMAGE_FORMS}")
+        batch = max(1, _PIXELS_PER_BATCH // self._resizing.size**2)
+        rows = [np.zeros((0, self.manifest["width"]), np.float32)]
+        for start in range(0, len(images), batch):
+            pixels = [self._pixels(image) for image in images[start : start + batch]]
+            rows.append(self.encode_pixels(np.stack(pixels)))
+        return np.concatenate(rows)
+
+    def encode_pixels(self, pixels: Float[np.ndarray, "n 3 height width"]) -> Float[np.ndarray, "n E"]:
+        """Normalised pixels to L2-normalised embeddings, in one forward pass."""
+        return self._image_graph.run(["embedding"], {"pixels": pixels})[0]
+
+    def encode_text(self, texts: Sequence[str] | Any) -> Float[np.ndarray, "n E"]:
+        """Strings to L2-normalised embeddings; batches are sorted by length. Raises ``OnnxModelError``."""
+        texts = _as_list(texts, "encode_text", "strings")
+        for place, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise OnnxModelError(f"encode_text: text {place} is a {type(text).__name__}; it takes strings")
+        ids = self._caption_ids(texts)
+        for text, row in zip(texts, ids, strict=True):
+            if not row:
+                raise OnnxModelError(f"the caption {text!r} has no token")
+        order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
+        out = np.zeros((len(ids), self.manifest["width"]), np.float32)
+        start = 0
+        while start < len(order):
+            places = order[start : start + max(1, _TOKENS_PER_BATCH // len(ids[order[start]]))]
+            padded, mask = self._caption_ids.pad([ids[place] for place in places])
+            out[places] = self._text_graph.run(["embedding"], {"ids": padded, "mask": mask})[0]
+            start += len(places)
+        return out
+
+    def similarity(self, images: Float[np.ndarray, "n E"], texts: Float[np.ndarray, "m E"]) -> Float[np.ndarray, "n m"]:
+        """Cosine similarity of every image with every text."""
+        return images @ texts.T
+
+    def _pixels(self, image: Any) -> Float[np.ndarray, "3 height width"]:
+        return normalise_picture(decode_resized(image, self._resizing), self._mean, self._std)
+
+    @cached_property
+    def _caption_ids(self) -> CaptionIds:
+        folder = self.folder / "tokenizer"
+        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        return CaptionIds(tokenizers.Tokenizer.from_file(str(folder / BACKEND_FILE)), TokenizerSettings(**settings))
+
+    @cached_property
+    def _image_graph(self) -> Any:
+        return self._session(self.manifest["image"]["graphs"][self.weights])
+
+    @cached_property
+    def _text_graph(self) -> Any:
+        return self._session(self.manifest["text"]["graphs"][self.weights])
+
+    def _session(self, file: str) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        return onnxruntime.InferenceSession(str(self.folder / file), options, providers=["CPUExecutionProvider"])
+
+
+def _as_list(given: Any, function: str, what: str) -> list[Any]:
+    if not isinstance(given, list | tuple):
+        raise OnnxModelError(f"{function} takes a list of {what}, not a {type(given).__name__}")
+    return list(given)
