@@ -1,16 +1,17 @@
-"""``clasp export RUN --to sentence-transformers``: a folder for ``SentenceTransformer(path)``, without code of ours.
+"""``clasp export RUN --to sentence-transformers``: a folder for ``SentenceTransformer(path)``.
 
-Input: a run whose towers fold (see ``merged_towers``), pooled by class token, mean or last token below linear heads.
-Output: a ``Router`` with a route for each modality: transformer, pooling, dense layer; then a normalisation. Note:
-texts and pixels give the embeddings of the run. Image files are resized by the processor of ``transformers``, which
-rounds in other places than ours; the difference on real images is measured and printed. What these modules cannot
-express is refused, since a module class of another package is loaded by sentence-transformers only with
-``trust_remote_code``.
+Input: a run. Output: where the towers fold (see ``merged_towers``) and are pooled by class token, mean or last token
+below linear heads, a ``Router`` with a route for each modality (transformer, pooling, dense layer) and a normalisation:
+nothing in it is ours. Image files are then resized by the processor of ``transformers``, which rounds in other places;
+the difference on real images is measured and printed. Any other run is written as one module of clasp
+(``clasp.convert.sentence_transformers_module``), which needs clasp and ``trust_remote_code=True``; the report gives the
+reason.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +22,7 @@ from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from clasp.convert.exporters.hub_folder import copy_run
 from clasp.convert.exporters.job import CheckInputs, ExportJob, ExportReport
 from clasp.convert.exporters.merged_towers import hidden_states, merge_inputs, pool_of, save_merged_tower
 from clasp.data.caption_ids import TokenizerSettings
@@ -50,7 +52,33 @@ class _Affine(NamedTuple):
 
 
 def export_sentence_transformers(job: ExportJob, out: Path) -> ExportReport:
-    """Write the folder and compare it with the run. Raises ``UserError``."""
+    """Write the folder, in modules of sentence-transformers where these express the run."""
+    native = out / "native"
+    try:
+        report = _export_router(job, native)
+    except UserError as error:
+        shutil.rmtree(native, ignore_errors=True)
+        return _export_module(job, out, str(error).partition("; use --to")[0])
+    for entry in native.iterdir():
+        entry.rename(out / entry.name)
+    native.rmdir()
+    return report
+
+
+def _export_module(job: ExportJob, out: Path, reason: str) -> ExportReport:
+    """The run itself, below the name of the module that loads it."""
+    copy_run(job, out)
+    module = {"idx": 0, "name": "0", "path": "", "type": "clasp.convert.sentence_transformers_module.RunEncoder"}
+    _write_json(out / "modules.json", [module])
+    _write_settings(out)
+    loading = "needs clasp and SentenceTransformer(OUT, trust_remote_code=True)"
+    (out / "README.md").write_text(_readme(job, ", trust_remote_code=True"), encoding="utf-8")
+    lines = [f"not in modules of sentence-transformers: {reason}", f"written as a module of clasp, which {loading}"]
+    return ExportReport(lines, {"module": module["type"], "reason": reason})
+
+
+def _export_router(job: ExportJob, out: Path) -> ExportReport:
+    """Raises ``UserError`` where the modules do not express the run."""
     encoder = job.encoder
     affine: dict[Side, _Affine] = {side: _affine(job, side) for side in ("image", "text")}
     _require_plain_tokenizer(job)
@@ -201,6 +229,10 @@ def _write_router(out: Path, structure: Mapping[Side, list[str]]) -> None:
     parameters = {"default_route": "text", "allow_empty_key": True, "route_mappings": routes}
     _write_json(out / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
     _write_json(out / "1_Normalize" / "config.json", {"module_input_name": "sentence_embedding"})
+    _write_settings(out)
+
+
+def _write_settings(out: Path) -> None:
     settings = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
     _write_json(out / "config_sentence_transformers.json", {**settings, "default_prompt_name": None})
 
@@ -210,7 +242,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
-def _readme(job: ExportJob) -> str:
+def _readme(job: ExportJob, arguments: str = "") -> str:
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -227,7 +259,7 @@ An image–text model made with clasp: `{job.encoder.image.name}` and `{job.enco
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("PATH")
+model = SentenceTransformer("PATH"{arguments})
 model.similarity(model.encode([Image.open("a.jpg")]), model.encode(["a caption"]))
 ```
 
