@@ -52,3 +52,7 @@ def engine_parameters(*names: str) -> list:
         )
         for name in names or ENGINES
     ]
+
+
+class OutsideStore(FlatStore):
+    """An engine of somebody else."""

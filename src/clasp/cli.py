@@ -33,6 +33,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
+store_app = typer.Typer(help="Move the index of a run to another store.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
 _RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a built-in recipe: start, lilt/lwa, …")
 ]
@@ -226,12 +229,20 @@ def index(
         str,
         typer.Argument(metavar="FOLDER|PAIRS", help="A folder of images, or pairs as for clasp train."),
     ],
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store",
+            metavar="STORE",
+            help="Engine of a new index: flat, edge, or http://HOST:6333/COLLECTION. Default: by size.",
+        ),
+    ] = None,
 ) -> None:
     """Embed images into RUN/index; a second call embeds only new and changed files."""
     from clasp.commands.search import index_images
     from clasp.report.terminal import print_status, progress_bar, relative_path
 
-    done = index_images(run, source, bar=progress_bar)
+    done = index_images(run, source, bar=progress_bar, store=store, say=print_status)
     print_status(str(done))
     print_status(f'search them with: clasp search {shlex.quote(relative_path(run))} "your words"')
 
@@ -300,6 +311,22 @@ def serve(
     from clasp.report.terminal import print_status, progress_bar
 
     serve_run(run, pictures, ServeSettings(host, port, token, hosts or ()), say=print_status, bar=progress_bar)
+
+
+@store_app.command("copy")
+def store_copy(
+    run: _RunArgument,
+    target: Annotated[
+        str,
+        typer.Option("--to", metavar="STORE", help="flat, edge, or http://HOST:6333/COLLECTION."),
+    ],
+) -> None:
+    """Move the index of a run to another store engine; the earlier one is deleted after the two have been compared."""
+    from clasp.commands.store_copy import copy_index
+    from clasp.report.terminal import print_status, progress_bar
+
+    done = copy_index(run, target, bar=progress_bar)
+    print_status(f"{done.entries:,} entries moved from {done.source} to {done.target}")
 
 
 def _hit_cells(hit: dict[str, Any]) -> list[str]:

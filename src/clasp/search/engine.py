@@ -54,6 +54,11 @@ class UpdatableStore(Store, Protocol):
         """Fingerprint of the model that computed the vectors; empty if none is recorded."""
         ...
 
+    @property
+    def model_name(self) -> str:
+        """Its name, for messages."""
+        ...
+
     def claim(self, model: str, name: str) -> None:
         """Record the model of the vectors; ``UserError`` if the stored ones are another model's."""
         ...

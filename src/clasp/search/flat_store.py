@@ -65,6 +65,11 @@ class FlatStore:
         """Fingerprint of the model that computed the vectors; empty if none is recorded."""
         return self._manifest.model
 
+    @property
+    def model_name(self) -> str:
+        """Its name, for messages."""
+        return self._manifest.name
+
     def claim(self, model: str, name: str) -> None:
         """Record the model of the vectors, written with the first. ``UserError`` if the stored ones are another's."""
         current = self._manifest

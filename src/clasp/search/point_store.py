@@ -137,6 +137,11 @@ class PointStore:
         """Fingerprint of the model that computed the vectors; empty if none is recorded."""
         return (self._claimed or self._collection.model).fingerprint
 
+    @property
+    def model_name(self) -> str:
+        """Its name, for messages."""
+        return (self._claimed or self._collection.model).name
+
     def claim(self, model: str, name: str) -> None:
         """Record the model of the vectors, written with the first. ``UserError`` if the stored ones are another's."""
         claimed = StoredModel(model, name)
