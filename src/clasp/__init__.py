@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clasp.commands.embed_batches import BatchEmbedder
     from clasp.commands.environment import configure_environment
     from clasp.config.build import load
     from clasp.models.backbone import Backbone
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
     from clasp.types import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Backbone", "EmbeddingModel", "UserError", "__version__", "configure_environment", "load"]
+__all__ = ["Backbone", "BatchEmbedder", "EmbeddingModel", "UserError", "__version__", "configure_environment", "load"]
 
 _HOME = {
     "load": "clasp.config.build",
     "EmbeddingModel": "clasp.models.inference",
     "Backbone": "clasp.models.backbone",
+    "BatchEmbedder": "clasp.commands.embed_batches",
     "UserError": "clasp.types",
     "configure_environment": "clasp.commands.environment",
 }

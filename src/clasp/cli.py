@@ -237,14 +237,46 @@ def index(
             help="Engine of a new index: flat, edge, or http://HOST:6333/COLLECTION. Default: by size.",
         ),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="I/N", help="Encode part I of N; the process that ends last merges them."),
+    ] = None,
+    merge: Annotated[
+        int | None,
+        typer.Option("--merge", metavar="N", min=1, help="Merge N finished parts; after a failed merge."),
+    ] = None,
 ) -> None:
     """Embed images into RUN/index; a second call embeds only new and changed files."""
+    from clasp.commands.index_parts import index_part, merge_parts
     from clasp.commands.search import index_images
     from clasp.report.terminal import print_status, progress_bar, relative_path
+    from clasp.search.parts import parse_part
+    from clasp.types import UserError
 
-    done = index_images(run, source, bar=progress_bar, store=store, say=print_status)
+    if part is not None and merge is not None:
+        raise UserError(f"--part {part} and --merge {merge}: one at a time; the last part merges by itself")
+    if part is not None:
+        done = index_part(run, source, parse_part(part), store=store, bar=progress_bar, say=print_status)
+    elif merge is not None:
+        done = merge_parts(run, source, merge, store=store, bar=progress_bar, say=print_status)
+    else:
+        done = index_images(run, source, bar=progress_bar, store=store, say=print_status)
+    if done is None:
+        return
     print_status(str(done))
     print_status(f'search them with: clasp search {shlex.quote(relative_path(run))} "your words"')
+
+
+@app.command()
+def watch(
+    run: _RunArgument,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder of images that changes.")],
+) -> None:
+    """Keep the index as FOLDER is: index what is new, drop what is gone, until Ctrl-C; clasp serve follows."""
+    from clasp.commands.watch import WatchSettings, watch_folder
+    from clasp.report.terminal import print_status, progress_bar
+
+    watch_folder(run, folder, WatchSettings(), say=print_status, bar=progress_bar)
 
 
 @app.command()

@@ -19,13 +19,14 @@ from clasp.commands.warm_search import FoundHits, search_title
 from clasp.config.build import load
 from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import recipe_from_dict
-from clasp.data.pairs import list_images
+from clasp.data.pairs import FolderImages, Pairs, list_images
 from clasp.models.inference import EmbeddingModel
 from clasp.report.contact_sheet import SheetRow, Thumbnail, contact_sheet
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query
 from clasp.search.background import Background
 from clasp.search.engine import IndexReport, SearchEngine
 from clasp.search.metadata_filter import MetadataFilter, check_fields, known_fields, parse_filter
+from clasp.search.parts import PartVectors
 from clasp.search.query import SearchQuery, WeightedImage, parse_words
 from clasp.training.run_folder import RunFolder
 from clasp.types import Hit, MessageCallback, ProgressFactory, UserError, no_progress_bar
@@ -59,21 +60,28 @@ def index_images(
     model: EmbeddingModel | None = None,
     store: str | None = None,
     say: MessageCallback = _log.info,
+    parts: int = 0,
 ) -> IndexReport:
     """Embed the images of a folder, or of pairs, into the run's store. Unchanged images are not read again.
 
     ``model``: that of the run, if it is loaded already. ``store``: the engine of a new index (see ``STORE_FORMS``); it
-    is chosen by size if not given.
+    is chosen by size if not given. ``parts``: how many parts the images were encoded in (see ``clasp.search.parts``).
     """
-    recipe = recipe_from_dict(RunFolder(run).recipe(), str(run))
-    items = list_images(source) if Path(source).is_dir() else open_pairs_for_recipe(source, recipe)
+    items = open_images(run, source)
     model = model or load(run)
     with writable_store(run, store, len(items), say) as opened:
         with bar(f"images of {source}") as progress:
             engine = SearchEngine.for_indexing(model, opened)
-            done = engine.index(items, progress)
+            computed = PartVectors(run, parts, engine.model.fingerprint) if parts else None
+            done = engine.index(items, progress, computed)
         open_background(run, engine)
         return replace(done, skipped_files=items.skipped_files)
+
+
+def open_images(run: Path, source: str) -> FolderImages | Pairs:
+    """The images of a folder, or pairs in the columns that the run was trained with."""
+    recipe = recipe_from_dict(RunFolder(run).recipe(), str(run))
+    return list_images(source) if Path(source).is_dir() else open_pairs_for_recipe(source, recipe)
 
 
 @contextmanager
