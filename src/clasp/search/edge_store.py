@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float
 
 from clasp.search.manifest import REBUILD_HINT, lock_store, write_at
-from clasp.search.payload import ORDER, TERMS, Condition, HasTerm
+from clasp.search.payload import ORDER, TERMS, Condition, HasTerm, without_absent
 from clasp.search.point_store import FoundPoint, PointStore, StoredPoint
 from clasp.search.stored_model import StoredModel
 from clasp.types import UserError
@@ -185,7 +185,8 @@ class _EdgeCollection:
     ) -> list[list[FoundPoint]]:
         import qdrant_edge as edge
 
-        must = [edge.Filter(should=[_edge_condition(each) for each in condition]) for condition in conditions]
+        narrowed = without_absent(conditions, self._indexed)
+        must = [edge.Filter(should=[_edge_condition(each) for each in condition]) for condition in narrowed]
         params = edge.SearchParams(
             hnsw_ef=max(_EF, limit),
             exact=limit > _EXACT_FROM,

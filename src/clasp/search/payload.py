@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,12 @@ def compile_filters(where: Callable[[Mapping[str, Any]], bool] | None) -> list[C
     if not isinstance(where, MetadataFilters):
         return []
     return [condition for each in where.filters for condition in _compile(each)]
+
+
+def without_absent(conditions: Sequence[Condition], keys: Collection[str]) -> list[Condition]:
+    """The conditions without alternatives on keys that no payload has, which would be looked for in all of them."""
+    kept = [tuple(each for each in one if isinstance(each, HasTerm) or each.key in keys) for one in conditions]
+    return [narrow or one for narrow, one in zip(kept, conditions, strict=True)]
 
 
 def _compile(condition: MetadataFilter) -> Iterator[Condition]:

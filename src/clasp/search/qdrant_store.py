@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from jaxtyping import Float
 
-from clasp.search.payload import ORDER, TERMS, Condition, HasTerm
+from clasp.search.payload import ORDER, TERMS, Condition, HasTerm, InRange, without_absent
 from clasp.search.point_store import FoundPoint, PointStore, StoredPoint
 from clasp.search.stored_model import StoredModel
 from clasp.types import UserError
@@ -161,7 +161,8 @@ class _QdrantCollection:
     ) -> list[list[FoundPoint]]:
         from qdrant_client import models
 
-        must = [models.Filter(should=[_qdrant_condition(each) for each in condition]) for condition in conditions]
+        narrowed = self._without_absent(conditions)
+        must = [models.Filter(should=[_qdrant_condition(each) for each in condition]) for condition in narrowed]
         params = models.SearchParams(
             hnsw_ef=max(_EF, limit),
             exact=limit > _EXACT_FROM,
@@ -200,6 +201,14 @@ class _QdrantCollection:
             raise UserError(f"{self.label} is a collection of something else; give another name: http://HOST/NAME")
         self._width, self._indexed = vectors.size, set(info.payload_schema)
         self._model = StoredModel(metadata["model"], metadata["name"])
+
+    def _without_absent(self, conditions: Sequence[Condition]) -> Sequence[Condition]:
+        """See ``without_absent``; the keys are read again, since another process may have added some."""
+        if not any(isinstance(each, InRange) for condition in conditions for each in condition):
+            return conditions
+        with self._errors("search it"):
+            keys = self._client.get_collection(self._name).payload_schema
+        return without_absent(conditions, keys) if TERMS in keys else conditions  # the local mode has no indexes
 
     def _create_index(self, key: str, schema: models.PayloadSchemaType) -> None:
         self._client.create_payload_index(self._name, key, schema, wait=True)
