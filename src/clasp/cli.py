@@ -33,7 +33,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
-store_app = typer.Typer(help="Move the index of a run to another store.", no_args_is_help=True)
+store_app = typer.Typer(
+    help="Move the index of a run to another store, export it, import embeddings.", no_args_is_help=True
+)
 app.add_typer(store_app, name="store")
 
 _RecipeArgument = Annotated[
@@ -359,6 +361,32 @@ def store_copy(
 
     done = copy_index(run, target, bar=progress_bar)
     print_status(f"{done.entries:,} entries moved from {done.source} to {done.target}")
+
+
+@store_app.command("export")
+def store_export(
+    run: _RunArgument,
+    folder: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="A new folder.")],
+) -> None:
+    """Write the index of a run as clip-retrieval does: img_emb/img_emb_*.npy and metadata/metadata_*.parquet."""
+    from clasp.commands.store_exchange import export_index
+    from clasp.report.terminal import print_status, progress_bar
+
+    print_status(f"{export_index(run, folder, bar=progress_bar):,} entries are in {folder}")
+
+
+@store_app.command("import")
+def store_import(
+    run: _RunArgument,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with img_emb and metadata.")],
+    store: Annotated[str | None, typer.Option("--store", metavar="STORE", help="As for clasp index.")] = None,
+) -> None:
+    """Add embeddings in clip-retrieval's layout to the index; those of another model are refused."""
+    from clasp.commands.store_exchange import import_index
+    from clasp.report.terminal import print_status, progress_bar
+
+    done = import_index(run, folder, store=store, bar=progress_bar, say=print_status)
+    print_status(f"{done.added:,} entries added; {done.unreadable:,} left out, whose image cannot be read")
 
 
 def _hit_cells(hit: dict[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ from toyruns import recipe, run, save_image_tower, save_text_tower, save_towers,
 
 TOYS = toys(48)
 VERBS = ("demo", "params", "doctor", "train", "resume", "eval", "index", "search", "serve", "watch", "import")
-GROUPED = ("store copy",)
+GROUPED = ("store copy", "store export", "store import")
 
 
 @dataclass

@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from clasp import BatchEmbedder
 from clasp.commands.index_parts import index_part, merge_parts
 from clasp.commands.run_store import open_run_store
+from clasp.commands.search import index_images
+from clasp.commands.store_exchange import StoreImport, export_index, import_index
 from clasp.commands.watch import WatchSettings, watch_folder
 from clasp.search.manifest import lock_store
 from clasp.search.parts import PARTS_FOLDER, IndexPart
@@ -115,3 +118,40 @@ def test_batches_of_another_engine_are_embedded(made: Path):
     assert np.allclose(paths["embedding"], batch["embedding"][:4], atol=1e-6)
     with pytest.raises(UserError, match="no column 'bytes'; there are path"):
         embed({"path": []})
+
+
+def test_clip_retrievals_layout_goes_out_and_comes_in(made: Path, trained: Path, tmp_path: Path):
+    def take(run: Path, folder: Path) -> StoreImport:
+        return import_index(run, folder, store=None, bar=no_progress_bar, say=lambda line: None)
+
+    pictures, out = made.parent / "pictures" / "images", tmp_path / "out"
+    index_images(made, str(pictures))
+    assert export_index(made, out, bar=no_progress_bar) == 12
+    vectors, table = np.load(out / "img_emb" / "img_emb_0.npy"), pq.read_table(out / "metadata" / "metadata_0.parquet")
+    assert vectors.shape == (12, 16) and len(table) == 12 and Path(table["image_path"][0].as_py()).is_file()
+    with pytest.raises(UserError, match="out is not empty"):
+        export_index(made, out, bar=no_progress_bar)
+
+    other = shutil.copytree(trained, tmp_path / "other")
+    assert take(other, out) == StoreImport(12, 0)
+    assert stored(other) == stored(made)
+    assert index_images(other, str(pictures)).added == 0  # the entries are as if indexed here
+
+    (out / "clasp.json").unlink()  # as of clip-retrieval itself: float16, no columns of ours
+    np.save(out / "img_emb" / "img_emb_0.npy", vectors.astype(np.float16))
+    foreign = table.select(["image_path", "caption"])
+    pq.write_table(foreign, out / "metadata" / "metadata_0.parquet")
+    (pictures / Path(foreign["image_path"][3].as_py()).name).unlink()
+    third = shutil.copytree(trained, tmp_path / "third")
+    assert take(third, out) == StoreImport(11, 1)
+    np.save(out / "img_emb" / "img_emb_0.npy", vectors[::-1])
+    with pytest.raises(UserError, match="was made with another model: an image that is encoded again"):
+        take(third, out)
+    np.save(out / "img_emb" / "img_emb_0.npy", vectors[:5])
+    with pytest.raises(UserError, match="the two files do not belong together"):
+        take(third, out)
+    (out / "metadata" / "metadata_0.parquet").unlink()
+    with pytest.raises(UserError, match=r"metadata_0\.parquet is missing"):
+        take(third, out)
+    with pytest.raises(UserError, match=r"has no img_emb/img_emb_\*\.npy"):
+        take(third, pictures)
