@@ -591,3 +591,20 @@ def test_closed_standard_streams_are_replaced(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_head_that_no_memory_holds_is_refused(clasp: Command) -> None:
     assert "head.width = 1000000000000" in clasp("params", "start", "head.width=1000000000000").mistake
+
+
+def test_an_index_in_parts_exported_and_imported(clasp: Command, world: World, tmp_path: Path) -> None:
+    run, other = shutil.copytree(world.run, tmp_path / "parts"), shutil.copytree(world.run, tmp_path / "other")
+    write_images(TOYS[:6], tmp_path)
+    assert "--part 3/2" in clasp("index", run, "images", "--part", "3/2").mistake
+    assert "one at a time" in clasp("index", run, "images", "--part", "1/2", "--merge", "2").mistake
+    first = clasp("index", run, "images", "--part", "1/2")
+    assert first.code == 0 and "not done yet: 2/2" in first.err
+    assert "that are not done: 2/2" in clasp("index", run, "images", "--merge", "2").mistake
+    last = clasp("index", run, "images", "--part", "2/2")
+    assert last.code == 0 and "6 images added, 0 of them encoded" in last.err
+    assert "6 entries are in out" in clasp("store", "export", run, "-o", "out").err
+    assert "6 entries added; 0 left out" in clasp("store", "import", other, "out").err
+    assert "in the store flat already" in clasp("store", "copy", run, "--to", "flat").mistake
+    assert "no engine of a store; there are flat, edge" in clasp("store", "copy", run, "--to", "lancedb").mistake
+    assert "nowhere is not a folder" in clasp("watch", run, "nowhere").mistake
