@@ -36,6 +36,8 @@ FENCES = {
     "fastapi": ("serve/",),
     "starlette": ("serve/",),
     "uvicorn": ("serve/",),
+    "qdrant_edge": ("search/edge_store",),
+    "qdrant_client": ("search/qdrant_store",),
 }
 
 

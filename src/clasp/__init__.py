@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clasp.commands.embed_batches import BatchEmbedder
     from clasp.commands.environment import configure_environment
     from clasp.config.build import load
     from clasp.convert.onnx_model import OnnxModel
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Backbone",
+    "BatchEmbedder",
     "EmbeddingModel",
     "OnnxModel",
     "UserError",
@@ -33,6 +35,7 @@ _HOME = {
     "EmbeddingModel": "clasp.models.inference",
     "Backbone": "clasp.models.backbone",
     "OnnxModel": "clasp.convert.onnx_model",
+    "BatchEmbedder": "clasp.commands.embed_batches",
     "UserError": "clasp.types",
     "configure_environment": "clasp.commands.environment",
 }

@@ -34,6 +34,11 @@ app = typer.Typer(
     add_completion=False,
 )
 
+store_app = typer.Typer(
+    help="Move the index of a run to another store, export it, import embeddings.", no_args_is_help=True
+)
+app.add_typer(store_app, name="store")
+
 _RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a built-in recipe: start, lilt/lwa, …")
 ]
@@ -274,16 +279,56 @@ def index(
         str,
         typer.Argument(metavar="FOLDER|PAIRS", help="A folder of images, or pairs as for clasp train."),
     ],
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store",
+            metavar="STORE",
+            help="Engine of a new index: flat, edge, or http://HOST:6333/COLLECTION. Default: by size.",
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="I/N", help="Encode part I of N; the process that ends last merges them."),
+    ] = None,
+    merge: Annotated[
+        int | None,
+        typer.Option("--merge", metavar="N", min=1, help="Merge N finished parts; after a failed merge."),
+    ] = None,
     allow_code: _AllowCodeOption = False,
 ) -> None:
     """Embed images into RUN/index; a second call embeds only new and changed files."""
+    from clasp.commands.index_parts import index_part, merge_parts
     from clasp.commands.search import index_images
     from clasp.report.console import print_status, progress_bar, relative_path
+    from clasp.search.parts import parse_part
+    from clasp.types import UserError
 
+    if part is not None and merge is not None:
+        raise UserError(f"--part {part} and --merge {merge}: one at a time; the last part merges by itself")
     with _allow_code(allow_code):
-        done = index_images(run, source, bar=progress_bar)
+        if part is not None:
+            done = index_part(run, source, parse_part(part), store=store, bar=progress_bar, say=print_status)
+        elif merge is not None:
+            done = merge_parts(run, source, merge, store=store, bar=progress_bar, say=print_status)
+        else:
+            done = index_images(run, source, bar=progress_bar, store=store, say=print_status)
+    if done is None:
+        return
     print_status(str(done))
     print_status(f'search them with: clasp search {shlex.quote(relative_path(run))} "your words"')
+
+
+@app.command()
+def watch(
+    run: _RunArgument,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder of images that changes.")],
+) -> None:
+    """Keep the index as FOLDER is: index what is new, drop what is gone, until Ctrl-C; clasp serve follows."""
+    from clasp.commands.watch import WatchSettings, watch_folder
+    from clasp.report.console import print_status, progress_bar
+
+    watch_folder(run, folder, WatchSettings(), say=print_status, bar=progress_bar)
 
 
 @app.command()
@@ -355,6 +400,48 @@ def serve(
     settings = ServeSettings(host, port, token, hosts or ())
     with _allow_code(allow_code):
         serve_run(run, pictures, settings, say=print_status, bar=progress_bar)
+
+
+@store_app.command("copy")
+def store_copy(
+    run: _RunArgument,
+    target: Annotated[
+        str,
+        typer.Option("--to", metavar="STORE", help="flat, edge, or http://HOST:6333/COLLECTION."),
+    ],
+) -> None:
+    """Move the index of a run to another store engine; the earlier one is deleted after the two have been compared."""
+    from clasp.commands.store_copy import copy_index
+    from clasp.report.console import print_status, progress_bar
+
+    done = copy_index(run, target, bar=progress_bar)
+    print_status(f"{done.entries:,} entries moved from {done.source} to {done.target}")
+
+
+@store_app.command("export")
+def store_export(
+    run: _RunArgument,
+    folder: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="A new folder.")],
+) -> None:
+    """Write the index of a run as clip-retrieval does: img_emb/img_emb_*.npy and metadata/metadata_*.parquet."""
+    from clasp.commands.store_exchange import export_index
+    from clasp.report.console import print_status, progress_bar
+
+    print_status(f"{export_index(run, folder, bar=progress_bar):,} entries are in {folder}")
+
+
+@store_app.command("import")
+def store_import(
+    run: _RunArgument,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with img_emb and metadata.")],
+    store: Annotated[str | None, typer.Option("--store", metavar="STORE", help="As for clasp index.")] = None,
+) -> None:
+    """Add embeddings in clip-retrieval's layout to the index; those of another model are refused."""
+    from clasp.commands.store_exchange import import_index
+    from clasp.report.console import print_status, progress_bar
+
+    done = import_index(run, folder, store=store, bar=progress_bar, say=print_status)
+    print_status(f"{done.added:,} entries added; {done.unreadable:,} left out, whose image cannot be read")
 
 
 def _hit_cells(hit: dict[str, Any]) -> list[str]:

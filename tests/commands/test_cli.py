@@ -32,7 +32,8 @@ from toydata import add_member, toys, write_classes, write_csv, write_folder, wr
 from toyruns import recipe, run, save_image_tower, save_text_tower, save_towers, spoil
 
 TOYS = toys(48)
-VERBS = ("demo", "params", "doctor", "train", "resume", "eval", "index", "search", "serve", "import")
+VERBS = ("demo", "params", "doctor", "train", "resume", "eval", "index", "search", "serve", "watch", "import")
+GROUPED = ("store copy", "store export", "store import")
 
 
 @dataclass
@@ -111,7 +112,7 @@ def test_help_of_every_verb_needs_nothing_heavy() -> None:
 import sys
 from clasp import cli
 for verb in sys.argv[1].split(","):
-    sys.argv = ["clasp", *filter(None, [verb]), "--help"]
+    sys.argv = ["clasp", *verb.split(), "--help"]
     try:
         cli.main()
     except SystemExit as stop:
@@ -121,7 +122,7 @@ assert not heavy, heavy
 """
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", code, ",".join(("", *VERBS))],
+        [sys.executable, "-c", code, ",".join(("", *VERBS, *GROUPED))],
         capture_output=True,
         text=True,
         timeout=60,
@@ -129,7 +130,18 @@ assert not heavy, heavy
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 20, "half a second on a quiet machine"
-    for words in (*VERBS, "RECIPE", "RUN", "KEY=VALUE", "--json", "--image", "--grid", "retention:", "anchor="):
+    for words in (
+        *VERBS,
+        "store",
+        "RECIPE",
+        "RUN",
+        "KEY=VALUE",
+        "--json",
+        "--image",
+        "--grid",
+        "retention:",
+        "anchor=",
+    ):
         assert words in done.stdout
 
 
@@ -639,3 +651,20 @@ def test_closed_standard_streams_are_replaced(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_head_that_no_memory_holds_is_refused(clasp: Command) -> None:
     assert "head.width = 1000000000000" in clasp("params", "start", "head.width=1000000000000").mistake
+
+
+def test_an_index_in_parts_exported_and_imported(clasp: Command, world: World, tmp_path: Path) -> None:
+    run, other = shutil.copytree(world.run, tmp_path / "parts"), shutil.copytree(world.run, tmp_path / "other")
+    write_images(TOYS[:6], tmp_path)
+    assert "--part 3/2" in clasp("index", run, "images", "--part", "3/2").mistake
+    assert "one at a time" in clasp("index", run, "images", "--part", "1/2", "--merge", "2").mistake
+    first = clasp("index", run, "images", "--part", "1/2")
+    assert first.code == 0 and "not done yet: 2/2" in first.err
+    assert "that are not done: 2/2" in clasp("index", run, "images", "--merge", "2").mistake
+    last = clasp("index", run, "images", "--part", "2/2")
+    assert last.code == 0 and "6 images added, 0 of them encoded" in last.err
+    assert "6 entries are in out" in clasp("store", "export", run, "-o", "out").err
+    assert "6 entries added; 0 left out" in clasp("store", "import", other, "out").err
+    assert "in the store flat already" in clasp("store", "copy", run, "--to", "flat").mistake
+    assert "no engine of a store; there are flat, edge" in clasp("store", "copy", run, "--to", "lancedb").mistake
+    assert "nowhere is not a folder" in clasp("watch", run, "nowhere").mistake

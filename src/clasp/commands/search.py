@@ -1,33 +1,37 @@
 """The commands ``clasp index`` and ``clasp search``: embed images with the model of a run, and retrieve them.
 
 Input: a run folder, and images or a query. Output: an ``IndexReport``, or a ``SearchResult`` with a contact sheet.
-Note: the store is in the run folder (``RUN/index``), since embeddings are comparable only within one model; beside it
-is the background of calibrated scores.
+Note: a store belongs to one run (``RUN/index``, or as ``RUN/store.json`` records), since embeddings are comparable only
+within one model; beside it is the background of calibrated scores.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clasp.commands.background import open_background
+from clasp.commands.run_store import open_run_store, writable_store
 from clasp.commands.warm_search import FoundHits, search_title
 from clasp.config.build import load
 from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import recipe_from_dict
-from clasp.data.pairs import list_images
+from clasp.data.pairs import FolderImages, Pairs, list_images
 from clasp.models.inference import EmbeddingModel
 from clasp.report.contact_sheet import SheetRow, Thumbnail, contact_sheet
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query
 from clasp.search.background import Background
 from clasp.search.engine import IndexReport, SearchEngine
-from clasp.search.flat_store import FlatStore
 from clasp.search.metadata_filter import MetadataFilter, check_fields, known_fields, parse_filter
+from clasp.search.parts import PartVectors
 from clasp.search.query import SearchQuery, WeightedImage, parse_words
 from clasp.training.run_folder import RunFolder
-from clasp.types import Hit, ProgressFactory, UserError, no_progress_bar
+from clasp.types import Hit, MessageCallback, ProgressFactory, UserError, no_progress_bar
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +53,35 @@ class SearchResult:
 
 
 def index_images(
-    run: Path, source: str, *, bar: ProgressFactory = no_progress_bar, model: EmbeddingModel | None = None
+    run: Path,
+    source: str,
+    *,
+    bar: ProgressFactory = no_progress_bar,
+    model: EmbeddingModel | None = None,
+    store: str | None = None,
+    say: MessageCallback = _log.info,
+    parts: int = 0,
 ) -> IndexReport:
     """Embed the images of a folder, or of pairs, into the run's store. Unchanged images are not read again.
 
-    ``model``: that of the run, if it is loaded already.
+    ``model``: that of the run, if it is loaded already. ``store``: the engine of a new index (see ``STORE_FORMS``); it
+    is chosen by size if not given. ``parts``: how many parts the images were encoded in (see ``clasp.search.parts``).
     """
-    recipe = recipe_from_dict(RunFolder(run).recipe(), str(run))
-    items = list_images(source) if Path(source).is_dir() else open_pairs_for_recipe(source, recipe)
+    items = open_images(run, source)
     model = model or load(run)
-    store = FlatStore(run / "index")
-    try:
+    with writable_store(run, store, len(items), say) as opened:
         with bar(f"images of {source}") as progress:
-            engine = SearchEngine.for_indexing(model, store)
-            done = engine.index(items, progress)
+            engine = SearchEngine.for_indexing(model, opened)
+            computed = PartVectors(run, parts, engine.model.fingerprint) if parts else None
+            done = engine.index(items, progress, computed)
         open_background(run, engine)
         return replace(done, skipped_files=items.skipped_files)
-    finally:
-        store.close()
+
+
+def open_images(run: Path, source: str) -> FolderImages | Pairs:
+    """The images of a folder, or pairs in the columns that the run was trained with."""
+    recipe = recipe_from_dict(RunFolder(run).recipe(), str(run))
+    return list_images(source) if Path(source).is_dir() else open_pairs_for_recipe(source, recipe)
 
 
 @contextmanager
@@ -76,9 +91,7 @@ def open_index(run: Path, filters: Sequence[MetadataFilter] = ()) -> Iterator[tu
     ``UserError`` when there is no index, or a filter is of a field that no entry has, before the model is loaded.
     """
     RunFolder(run).recipe()
-    if not (run / "index").is_dir():
-        raise UserError(f"{run} has no index yet; make one with: clasp index {run} FOLDER")
-    store = FlatStore(run / "index")
+    store = open_run_store(run)
     try:
         if not store.count():
             raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clasp.commands.background import open_background
+from clasp.commands.run_store import index_version, open_run_store, recorded_store
 from clasp.commands.search import contact_sheet_rows, index_images
 from clasp.config.build import load
 from clasp.models.inference import EmbeddingModel
@@ -21,7 +22,6 @@ from clasp.report.contact_sheet import contact_sheet
 from clasp.search.answer import SearchAnswer
 from clasp.search.background import BACKGROUND_FILE, read_background
 from clasp.search.engine import SearchEngine
-from clasp.search.flat_store import FlatStore
 from clasp.training.run_folder import RunFolder
 from clasp.types import MessageCallback, ProgressFactory, UserError
 
@@ -62,7 +62,7 @@ def serve_run(
     from clasp.serve.warm_server import new_key
 
     RunFolder(run).recipe()
-    if pictures is None and not (run / "index").is_dir():
+    if pictures is None and recorded_store(run) is None:
         raise UserError(f"{run} has no index yet; name the images: clasp serve {run} --pictures FOLDER")
     address = bind_address(settings.host, settings.port, settings.token)
     model = load(run)
@@ -88,26 +88,20 @@ class RunIndex:
     @property
     def version(self) -> object:
         """Times at which the index and its background were last written."""
-        return tuple(map(_modified, (self._run / "index" / "manifest.json", self._run / BACKGROUND_FILE)))
+        background = self._run / BACKGROUND_FILE
+        return index_version(self._run), background.stat().st_mtime_ns if background.exists() else 0
 
     def open(self) -> OpenedIndex:
         """The engine and its background; ``UserError`` for an empty index or one of another model."""
         from clasp.serve.service import OpenedIndex
 
-        store = FlatStore(self._run / "index")
+        store = open_run_store(self._run)
         if not store.count():
             raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")
         engine = SearchEngine(self._model, store)
         # one of an earlier state will do while clasp index adds images: it measures the background when it is done
         saved = read_background(self._run / BACKGROUND_FILE, self._model.fingerprint)
         return OpenedIndex(engine, saved or open_background(self._run, engine))
-
-
-def _modified(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 def draw_answer(title: str, answer: SearchAnswer) -> bytes:

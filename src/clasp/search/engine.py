@@ -40,7 +40,7 @@ from clasp.search.entries import (
     source_from_dict,
 )
 from clasp.search.query import SearchQuery, WeightedImage, WeightedText
-from clasp.types import Hit, SkippedSample, Store, UserError
+from clasp.types import Hit, ImageSource, SkippedSample, Store, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,11 @@ class UpdatableStore(Store, Protocol):
     @property
     def model(self) -> str:
         """Fingerprint of the model that computed the vectors; empty if none is recorded."""
+        ...
+
+    @property
+    def model_name(self) -> str:
+        """Its name, for messages."""
         ...
 
     def claim(self, model: str, name: str) -> None:
@@ -73,6 +78,29 @@ class UpdatableStore(Store, Protocol):
     def metadata(self, ids: Sequence[str]) -> list[Mapping[str, Any]]:
         """The metadata stored under these ids; ``KeyError`` for an id that is not stored."""
         ...
+
+
+@runtime_checkable
+class ComputedVectors(Protocol):
+    """Embeddings of images that were computed elsewhere with the same model, by the sha256 of the image's bytes."""
+
+    def sha256_of(self, source: ImageSource) -> str:
+        """The sha256 of this image, if its embedding is here and it has not changed since; else an empty string."""
+        ...
+
+    def vector(self, sha256: str) -> Float[Tensor, " E"] | None:
+        """The unit vector of these bytes; ``None`` if it is not here."""
+        ...
+
+
+class _NothingComputed:
+    """A ``ComputedVectors`` without any."""
+
+    def sha256_of(self, source: ImageSource) -> str:
+        return ""
+
+    def vector(self, sha256: str) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -124,6 +152,7 @@ class SearchEngine:
         self._batch = batch
         self._threads = threads or min(4, os.cpu_count() or 1)
         self._table_lock = threading.Lock()
+        self._computed: ComputedVectors = _NothingComputed()
         store.claim(model.fingerprint, model.encoder.name)
 
     @classmethod
@@ -137,16 +166,19 @@ class SearchEngine:
 
     # --- indexing ----------------------------------------------------------------------------------------------------
 
-    def index(self, items: IndexItems, progress: ProgressCallback = no_progress) -> IndexReport:
+    def index(
+        self, items: IndexItems, progress: ProgressCallback = no_progress, computed: ComputedVectors | None = None
+    ) -> IndexReport:
         """Embed images into the store: pairs, or the result of ``list_images``.
 
         Pairs of one image become one entry, under the first of their ids in alphabetical order, with all captions. An
         image whose id is already taken by an image of another source is stored under its full name; in a plain list of
         pairs the ids are used as given, and an entry of the same id is replaced. Entries that came from the folder,
         tables and tars of ``items`` and are no longer in them are dropped; those of other sources stay. Images that
-        cannot be read are skipped and reported; ``UserError`` if none can be read.
+        cannot be read are skipped and reported; ``UserError`` if none can be read. Images in ``computed`` are not read.
         """
         started = time.monotonic()
+        self._computed = computed or _NothingComputed()
         known = StoredEntries(self.store.scan())
         entries = build_entries(items, known)
         if not entries:
@@ -222,7 +254,8 @@ class SearchEngine:
     def _read(self, entry: IndexEntry, known: StoredEntries) -> _ReadImage | _FailedImage:
         """One image, in a thread: not read if its file is unchanged, not decoded if its bytes are already stored."""
         pair = entry.pair
-        version, sha256 = pair.image.version, known.unchanged_sha256(pair)
+        version = pair.image.version
+        sha256 = known.unchanged_sha256(pair) or self._computed.sha256_of(pair.image)
         try:
             if sha256:
                 return _ReadImage(entry, version, sha256, b"", None)
@@ -230,7 +263,8 @@ class SearchEngine:
             with self._table_lock if isinstance(pair.image, ParquetSource) else nullcontext():
                 data = pair.image.read()
             sha256 = hashlib.sha256(data).hexdigest()
-            pixels = self.model.transform(data) if known.id_of_bytes(sha256, pair.id) is None else None
+            stored = known.id_of_bytes(sha256, pair.id) is not None or self._computed.vector(sha256) is not None
+            pixels = None if stored else self.model.transform(data)
             return _ReadImage(entry, version, sha256, data if pixels is None else b"", pixels)
         except (OSError, ValueError) as error:  # the disk; a tar or table that changed; an image that is not one
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -242,14 +276,17 @@ class SearchEngine:
             return 0
         new: dict[str, Tensor] = {}
         stored: dict[str, str] = {}
+        computed: dict[str, Tensor] = {}
         for read in reads:
             stored_id = known.id_of_bytes(read.sha256, read.id)
             if stored_id is not None:
                 stored[read.sha256] = stored_id
+            elif (vector := self._computed.vector(read.sha256)) is not None:
+                computed[read.sha256] = vector
             elif read.sha256 not in new:
                 # not decoded, yet no longer stored: the id of these bytes has been overwritten since
                 new[read.sha256] = self.model.transform(read.data) if read.pixels is None else read.pixels
-        vectors = dict(zip(stored, self.store.vectors(list(stored.values())), strict=True))
+        vectors = computed | dict(zip(stored, self.store.vectors(list(stored.values())), strict=True))
         if new:
             vectors.update(zip(new, self.model.encode_pixels(torch.stack(list(new.values()))), strict=True))
         ids, meta = (

@@ -36,6 +36,7 @@ from clasp.search.manifest import (
     write_at,
     write_manifest,
 )
+from clasp.search.stored_model import StoredModel, row_norms
 from clasp.types import Hit, UserError
 
 _MetadataFilter = Callable[[Mapping[str, Any]], bool]
@@ -64,16 +65,18 @@ class FlatStore:
         """Fingerprint of the model that computed the vectors; empty if none is recorded."""
         return self._manifest.model
 
+    @property
+    def model_name(self) -> str:
+        """Its name, for messages."""
+        return self._manifest.name
+
     def claim(self, model: str, name: str) -> None:
         """Record the model of the vectors, written with the first. ``UserError`` if the stored ones are another's."""
         current = self._manifest
         if not self.count():
             self._manifest = replace(current, model=model, name=name)
-        elif current.model != model:
-            raise UserError(
-                f"{self.folder} was made with the model {_model_label(current.name, current.model)}, "
-                f"not {_model_label(name, model)}; to make it anew type: clasp index RUN FOLDER"
-            )
+        else:
+            StoredModel(current.model, current.name).require_same(StoredModel(model, name), self.folder)
 
     def count(self) -> int:
         """Number of ids."""
@@ -119,7 +122,7 @@ class FlatStore:
         if queries.shape[1] != self._manifest.width:
             raise UserError(f"{self.folder} holds vectors {self._manifest.width} wide; the query is {queries.shape[1]}")
         exact = queries.detach().cpu().double().numpy()
-        exact = exact / _row_norms(exact, [f"query {number}" for number in range(len(exact))])[:, None]
+        exact = exact / row_norms(exact, [f"query {number}" for number in range(len(exact))])[:, None]
         step = max(1, _SCORES_AT_ONCE // len(self._vectors))
         found: list[list[Hit]] = []
         for start in range(0, len(exact), step):
@@ -174,7 +177,7 @@ class FlatStore:
         if not ids:
             return
         values = vectors.detach().cpu().float().numpy()
-        values = (values / _row_norms(values, ids)[:, None]).astype("<f4")
+        values = (values / row_norms(values, ids)[:, None]).astype("<f4")
         lines = [encode_row(name, about) for name, about in zip(ids, meta, strict=True)]
         self._begin_write()
         base, log = self._manifest, self._log
@@ -308,15 +311,6 @@ class FlatStore:
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
 
-def _row_norms(values: np.ndarray, names: Sequence[str]) -> Float64[np.ndarray, " n"]:
-    """L2 norms of the rows; ``UserError`` naming the first that is zero or not finite."""
-    lengths = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64))
-    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-    if len(bad):
-        raise UserError(f"the vector of {names[int(bad[0])]!r} is zero or not finite, so it has no direction")
-    return lengths
-
-
 def _rows_by_score(scores: Float32[np.ndarray, " rows"], some: int) -> Iterator[int]:
     """Row numbers by descending score, sorted lazily: ``some`` of them, then sixteen times as many, and so on."""
     cut = np.float32(np.inf)
@@ -326,7 +320,3 @@ def _rows_by_score(scores: Float32[np.ndarray, " rows"], some: int) -> Iterator[
         rows = np.flatnonzero((scores >= cut) & (scores < above))
         yield from rows[np.argsort(-scores[rows], kind="stable")].tolist()
         some *= 16
-
-
-def _model_label(name: str, fingerprint: str) -> str:
-    return f"{name} ({fingerprint[:12]})" if name else fingerprint[:12] or "of an unknown name"

@@ -49,7 +49,7 @@ class MetadataFilter:
             return self._equal(value)
         if self.operator == "~":
             return self.value.casefold() in str(value).casefold()
-        left, right = _number(value), _number(self.value)
+        left, right = as_number(value), as_number(self.value)
         compare = _ORDER[self.operator]
         if left is not None and right is not None:
             return compare(left, right)
@@ -59,7 +59,7 @@ class MetadataFilter:
         if self.field == "folder":
             wanted = self.value.strip("/").casefold()
             return f"/{wanted}/" in f"/{str(value).strip('/').casefold()}/"
-        left, right = _number(value), _number(self.value)
+        left, right = as_number(value), as_number(self.value)
         if left is not None and right is not None:
             return left == right
         return str(value).casefold() == self.value.casefold()
@@ -76,9 +76,19 @@ def parse_filter(condition: str) -> MetadataFilter:
     return MetadataFilter(match["field"], match["operator"], match["value"])
 
 
-def all_of(filters: Sequence[MetadataFilter]) -> Callable[[Mapping[str, Any]], bool] | None:
+@dataclass(frozen=True, slots=True)
+class MetadataFilters:
+    """Conditions that must all hold; a store can read them from here to search fewer entries."""
+
+    filters: tuple[MetadataFilter, ...]
+
+    def __call__(self, meta: Mapping[str, Any]) -> bool:
+        return all(each(meta) for each in self.filters)
+
+
+def all_of(filters: Sequence[MetadataFilter]) -> MetadataFilters | None:
     """One function that returns whether an entry passes every filter; ``None`` without filters."""
-    return (lambda meta: all(each(meta) for each in filters)) if filters else None
+    return MetadataFilters(tuple(filters)) if filters else None
 
 
 def known_fields(metadata: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -115,8 +125,9 @@ def entry_folder(meta: Mapping[str, Any]) -> str:
     return str(meta["name"]).replace("::", "/").rpartition("/")[0]
 
 
-def _number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
+    """The value as a number, ``None`` where it is none."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

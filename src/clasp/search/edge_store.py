@@ -1,0 +1,325 @@
+"""An embedded vector index on disk: qdrant-edge, with HNSW and int8 vectors, for more entries than a scan is good for.
+
+Input: a folder. Output: an ``UpdatableStore`` (``EdgeStore``). Note: one process at a time has it open, readers too. A
+write is acknowledged after the library's ``flush``. Its HNSW index is built by ``close`` after writes, and only over
+segments of more than ``indexing_threshold`` kilobytes of vectors (about 20,000 entries of width 256); below that, and
+until then, a search is exhaustive and exact. In the index vectors are int8, and the best candidates are scored again
+with the float32 vectors on disk (Malkov & Yashunin 2018, arXiv:1603.09320, for HNSW). ``manifest.json`` names the
+current shard and is written last, atomically: a kill while a shard is created or dropped leaves one that is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from clasp.search.manifest import REBUILD_HINT, lock_store, write_at
+from clasp.search.payload import ORDER, TERMS, Condition, HasTerm, without_absent
+from clasp.search.point_store import FoundPoint, PointStore, StoredPoint
+from clasp.search.stored_model import StoredModel
+from clasp.types import UserError
+
+if TYPE_CHECKING:
+    import qdrant_edge
+
+_MANIFEST = "manifest.json"
+_EF, _EF_CONSTRUCT, _LINKS = 128, 128, 16  # of HNSW: candidates of a search and of building, links of a node
+_OVERSAMPLING = 2.0  # int8 candidates scored again, per hit
+_EXACT_FROM = 10_000  # candidates; a walk of the index would visit so many nodes that a scan is faster
+_SCROLL = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeManifest:
+    """The current shard, its width, and the model of its vectors."""
+
+    generation: int = 0
+    width: int = 0
+    model: str = ""
+    name: str = ""
+    engine: str = "edge"
+    format: int = 1
+
+
+class EdgeStore(PointStore):
+    """A folder of vectors with an HNSW index. ``UserError`` if the extra is missing, or another process has it open."""
+
+    def __init__(self, folder: str | Path) -> None:
+        require_edge_extra()
+        self.folder = Path(folder).expanduser()
+        super().__init__(_EdgeCollection(self.folder))
+
+
+def require_edge_extra() -> None:
+    """``UserError`` if the package of the extra is not installed."""
+    if not has_edge_extra():
+        raise UserError("--store edge needs qdrant_edge; type: pip install 'clasp-vl[edge]'")
+
+
+def has_edge_extra() -> bool:
+    """Whether the package of the extra is installed."""
+    return find_spec("qdrant_edge") is not None
+
+
+class _EdgeCollection:
+    """The shard of a folder; see ``PointCollection``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.label = str(folder)
+        self._folder = folder
+        self._release_lock: Callable[[], Any] | None = None
+        self._shard: qdrant_edge.EdgeShard | None = None
+        self._count: int | None = None
+        self._indexed: set[str] = set()
+        self._written = False
+        self._manifest = _read_edge_manifest(folder)
+        if self._manifest.width:
+            self._lock()
+            self._manifest = _read_edge_manifest(folder)  # what another process wrote in between
+        if self._manifest.width:
+            self._load()
+
+    @property
+    def width(self) -> int:
+        return self._manifest.width
+
+    @property
+    def model(self) -> StoredModel:
+        return StoredModel(self._manifest.model, self._manifest.name)
+
+    def create(self, width: int, model: StoredModel) -> None:
+        import qdrant_edge as edge
+
+        self._lock()
+        before = _read_edge_manifest(self._folder)
+        self._close_shard()
+        new = EdgeManifest(before.generation + 1, width, model.fingerprint, model.name)
+        path = self._path(new)
+        shutil.rmtree(path, ignore_errors=True)
+        config = edge.EdgeConfig(
+            vectors=edge.EdgeVectorParams(size=width, distance=edge.Distance.Dot, on_disk=True),
+            hnsw_config=edge.HnswIndexConfig(m=_LINKS, ef_construct=_EF_CONSTRUCT, full_scan_threshold=10_000),
+            quantization_config=edge.ScalarQuantizationConfig(edge.ScalarType.Int8, always_ram=True),
+        )
+        with self._errors("create it"):
+            path.mkdir(parents=True)
+            self._shard = edge.EdgeShard.create(str(path), config)
+            self._shard.update(edge.UpdateOperation.create_field_index(TERMS, edge.PayloadSchemaType.Keyword))
+            self._shard.flush()
+            self._replace_manifest(new)
+        self._indexed, self._count = {TERMS}, None
+
+    def drop(self) -> None:
+        if not self._manifest.width:
+            return
+        self._lock()
+        self._close_shard()
+        with self._errors("empty it"):
+            self._replace_manifest(EdgeManifest(self._manifest.generation + 1))
+
+    def count(self) -> int:
+        import qdrant_edge as edge
+
+        if self._count is None:
+            with self._errors("count its entries"):
+                self._count = self._open_shard.count(edge.CountRequest(exact=True))
+        return self._count
+
+    def upsert(self, points: Sequence[StoredPoint]) -> None:
+        import qdrant_edge as edge
+
+        made = [edge.Point(point.id, point.vector, point.payload) for point in points]
+        self._update(edge.UpdateOperation.upsert_points(made), f"write {len(points)} entries")
+
+    def remove(self, ids: Sequence[str]) -> None:
+        import qdrant_edge as edge
+
+        self._update(edge.UpdateOperation.delete_points(list(ids)), f"delete {len(ids)} entries")
+
+    def index_ranges(self, keys: set[str]) -> None:
+        import qdrant_edge as edge
+
+        for key in sorted(keys - self._indexed):
+            self._update(edge.UpdateOperation.create_field_index(key, edge.PayloadSchemaType.Float), f"index {key}")
+        self._indexed |= keys
+
+    def commit(self) -> None:
+        with self._errors("write to it"):
+            self._open_shard.flush()
+
+    def payloads(self, ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+        with self._errors("read it"):
+            records = self._open_shard.retrieve(list(ids), with_payload=True, with_vector=False)
+        return {str(record.id): record.payload or {} for record in records}
+
+    def vectors(self, ids: Sequence[str]) -> dict[str, list[float]]:
+        with self._errors("read it"):
+            records = self._open_shard.retrieve(list(ids), with_payload=False, with_vector=True)
+        return {str(record.id): record.vector for record in records}  # pyright: ignore[reportReturnType]
+
+    def orders(self) -> Iterator[tuple[int, str]]:
+        import qdrant_edge as edge
+
+        offset = None
+        while True:
+            request = edge.ScrollRequest(offset=offset, limit=_SCROLL, with_payload=[ORDER], with_vector=False)
+            with self._errors("read it"):
+                records, offset = self._open_shard.scroll(request)
+            yield from ((int((record.payload or {})[ORDER]), str(record.id)) for record in records)
+            if offset is None:
+                return
+
+    def nearest(
+        self, queries: Float[np.ndarray, "q E"], limit: int, conditions: Sequence[Condition]
+    ) -> list[list[FoundPoint]]:
+        import qdrant_edge as edge
+
+        narrowed = without_absent(conditions, self._indexed)
+        must = [edge.Filter(should=[_edge_condition(each) for each in condition]) for condition in narrowed]
+        params = edge.SearchParams(
+            hnsw_ef=max(_EF, limit),
+            exact=limit > _EXACT_FROM,
+            quantization=edge.QuantizationSearchParams(rescore=True, oversampling=_OVERSAMPLING),
+        )
+        requests = [
+            edge.QueryRequest(
+                limit=limit,
+                query=edge.Query.Nearest(query.tolist()),
+                filter=edge.Filter(must=must) if must else None,  # pyright: ignore[reportArgumentType]
+                params=params,
+                with_payload=True,
+            )
+            for query in queries
+        ]
+        with self._errors("search it"):
+            found = self._open_shard.query_batch(edge.QueryBatchRequest(requests))
+        return [[FoundPoint(str(point.id), point.score, point.payload or {}) for point in points] for points in found]
+
+    def close(self) -> None:
+        try:
+            if self._written and self._shard is not None:
+                with self._errors("build its index"):
+                    self._shard.optimize()
+                    self._shard.flush()
+        finally:
+            self._written = False
+            self._close_shard()
+            self._unlock()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _open_shard(self) -> qdrant_edge.EdgeShard:
+        """The shard, opened again if the store has been closed."""
+        if self._shard is None:
+            self._lock()
+            self._manifest = _read_edge_manifest(self._folder)
+            self._load()
+        assert self._shard is not None
+        return self._shard
+
+    def _load(self) -> None:
+        import qdrant_edge as edge
+
+        path = self._path(self._manifest)
+        try:
+            if not path.is_dir():
+                raise UserError(f"{path} is missing; {REBUILD_HINT}")
+            with self._errors(f"open it ({REBUILD_HINT})"):
+                self._shard = edge.EdgeShard.load(str(path))
+                self._indexed = set(self._shard.info().payload_schema)
+        except UserError:
+            self._unlock()
+            raise
+        self._count = None
+
+    def _update(self, operation: qdrant_edge.UpdateOperation, intent: str) -> None:
+        with self._errors(intent):
+            self._open_shard.update(operation)
+        self._count, self._written = None, True
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
+    def _lock(self) -> None:
+        if self._release_lock is not None:
+            return
+        with self._errors("write to it"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._release_lock = weakref.finalize(self, os.close, lock_store(self._folder))
+        except UserError:
+            raise UserError(
+                f"{self._folder} is open elsewhere, and one process at a time can use a store of the engine edge; "
+                "end that command, or clasp serve, first"
+            ) from None
+
+    def _unlock(self) -> None:
+        if self._release_lock is not None:
+            self._release_lock()
+            self._release_lock = None
+
+    def _path(self, manifest: EdgeManifest) -> Path:
+        return self._folder / f"shard-{manifest.generation}"
+
+    def _replace_manifest(self, new: EdgeManifest) -> None:
+        part = self._folder / f"{_MANIFEST}.part"
+        write_at(part, 0, [(json.dumps(asdict(new), indent=2) + "\n").encode()])
+        os.replace(part, self._folder / _MANIFEST)
+        self._manifest, self._count = new, None
+        for path in self._folder.glob("shard-*"):
+            if not new.width or path != self._path(new):
+                shutil.rmtree(path, ignore_errors=True)
+
+    @contextmanager
+    def _errors(self, intent: str) -> Iterator[None]:
+        """qdrant-edge raises plain ``Exception`` for everything."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self._folder}: cannot {intent}: {reason}") from error
+
+
+def _read_edge_manifest(folder: Path) -> EdgeManifest:
+    """The manifest; an empty one for an empty or missing folder. ``UserError`` for one that is not of this engine."""
+    path = folder / _MANIFEST
+    try:
+        manifest = EdgeManifest(**json.loads(path.read_text(encoding="utf-8")))
+        if manifest.format != 1 or manifest.engine != "edge":
+            raise ValueError
+    except FileNotFoundError:
+        ours = ("lock", "shard-", _MANIFEST)
+        others = [name for name in sorted(os.listdir(folder)) if not name.startswith(ours)] if folder.exists() else []
+        if others:
+            raise UserError(f"{folder} is not a store: it has no {_MANIFEST}, but {', '.join(others[:3])}") from None
+        return EdgeManifest()
+    except NotADirectoryError:
+        raise UserError(f"{folder} is a file, not the folder of a store") from None
+    except (ValueError, TypeError):
+        known = ", ".join(field.name for field in fields(EdgeManifest))
+        raise UserError(f"{path} is damaged or of another engine (it should give {known}); {REBUILD_HINT}") from None
+    return manifest
+
+
+def _edge_condition(condition: Any) -> qdrant_edge.FieldCondition:
+    import qdrant_edge as edge
+
+    if isinstance(condition, HasTerm):
+        return edge.FieldCondition(TERMS, match=edge.MatchAny(list(condition.any_of)))
+    return edge.FieldCondition(condition.key, range=edge.RangeFloat(gte=condition.low, lte=condition.high))

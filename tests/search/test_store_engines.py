@@ -1,0 +1,284 @@
+"""Every engine of a store: the same answers as an obvious search, and nothing acknowledged lost or stored twice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clasp.search.edge_store import EdgeStore
+from clasp.search.engine import UpdatableStore
+from clasp.search.flat_store import FlatStore
+from clasp.search.metadata_filter import FILTER_OPERATORS, MetadataFilters, parse_filter
+from clasp.search.payload import compile_filters, encode_payload
+from clasp.search.qdrant_store import QdrantStore
+from clasp.types import Hit, UserError
+from toystores import NEEDED, engine_parameters
+
+Opener = Callable[[Path], UpdatableStore]
+every_engine = pytest.mark.parametrize("open_store", engine_parameters())
+
+
+def rows(*values: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def few(store: UpdatableStore) -> UpdatableStore:
+    """East, north, and north-east; the last is not of unit length."""
+    store.add(["east", "north", "both"], rows((1, 0), (0, 1), (2, 2)), [{"n": 1}, {"n": 2}, {"n": 3}])
+    return store
+
+
+def found(store: UpdatableStore, *query: float, k: int = 10) -> list[tuple[str, float]]:
+    return [(hit.id, round(hit.score, 4)) for hit in store.search(rows(query), k)[0]]
+
+
+def entry(number: int, chance: np.random.Generator) -> dict[str, Any]:
+    """Metadata of an image, with fields of every kind that a filter has to tell apart."""
+    own: dict[str, Any] = {"year": 2000 + number % 30, "mixed": [number % 3, str(number % 3), "x", True][number % 4]}
+    if number % 2:
+        own["date"] = f"20{number % 30:02}-{number % 12 + 1:02}-05"
+    if number % 5 == 0:
+        own["tags"] = [f"T{number % 7}", "ALL"]
+    folder = ["/photos/Holidays/sea", "/photos/holidays", "/work", "set.tar::holidays"][number % 4]
+    languages = ["de"] if number % 3 else []
+    return {
+        "name": f"{folder}/\udcff{number}.jpg",
+        "group": f"g{number % 11}",
+        "captions": [{"text": f"a caption {number % 6}", "language": "de"}],
+        "languages": languages,
+        "meta": own,
+    }
+
+
+CONDITIONS = [
+    *("folder=holidays", "folder=photos/holidays", "folder!=holidays", "folder~photos", "folder=/", "language=DE"),
+    *("group=G3", "group!=g3", "caption=a caption 2", "caption~caption 3", "name~7.jpg"),
+    *("tags=t3", "tags=all", "tags!=T3", "year=2003", "year=2003.0", "year=2e3", "year!=2003", "year=nan"),
+    *("mixed=1", "mixed=true", "mixed=x", "mixed>0", "mixed>=a", "mixed<a", "mixed!=1", "year>inf", "year<inf"),
+    *("date=2013-02-05", "date>=2013", "date<2013-06", "date>2013-06-04", "date<=2013-02-05", "date~-05"),
+    *("year>2025", "year>=2025", "year<2003", "year<=2003", "year>a", "none=1", "none!=1", "none>1"),
+]
+
+
+@every_engine
+def test_as_the_obvious_search_with_every_filter(tmp_path: Path, open_store: Opener):
+    chance = np.random.default_rng(0)
+    vectors = torch.from_numpy(chance.standard_normal((300, 8), np.float32))
+    vectors[250:] = vectors[:50]  # ties
+    ids = [f"{number:x}" for number in chance.permutation(300)]
+    meta = [entry(number, chance) for number in range(300)]
+    store = open_store(tmp_path / "store")
+    for start in range(0, 300, 100):
+        store.add(ids[start : start + 100], vectors[start : start + 100], meta[start : start + 100])
+    gone = ids[::7]
+    assert store.delete([*gone, "never stored"]) == len(gone)
+    left = [number for number in range(300) if ids[number] not in gone]
+    query = chance.standard_normal(8)
+    cosines = vectors.double().numpy() @ query / np.linalg.norm(vectors.double().numpy(), axis=1)
+    cosines /= np.linalg.norm(query)
+    for condition in (None, *CONDITIONS):
+        where = None if condition is None else MetadataFilters((parse_filter(condition),))
+        passing = [number for number in left if where is None or where(meta[number])]
+        expected = sorted(passing, key=lambda number: (-round(cosines[number], 9), ids[number]))
+        for k in (1, 10, 400):
+            hits = store.search(torch.from_numpy(query)[None], k, where)[0]
+            assert [hit.id for hit in hits] == [ids[number] for number in expected[:k]], condition
+            assert [hit.score for hit in hits] == pytest.approx([cosines[n] for n in expected[:k]], abs=1e-6)
+    odd = store.search(torch.from_numpy(query)[None], 5, lambda about: about["meta"]["year"] % 2 == 1)[0]
+    assert len(odd) == 5 and all(hit.meta["meta"]["year"] % 2 for hit in odd)
+    store.close()
+
+
+def test_most_filters_become_conditions():
+    chance = np.random.default_rng(0)
+    for condition in CONDITIONS:
+        narrowed = compile_filters(MetadataFilters((parse_filter(condition),)))
+        compared = any(operator in condition for operator in ("!=", "~")) or condition.startswith(("caption", "none"))
+        assert bool(narrowed) or compared or condition == "folder=/", condition
+    assert compile_filters(lambda about: True) == [] and compile_filters(None) == []
+    assert set(FILTER_OPERATORS) == {"!=", ">=", "<=", "=", "~", ">", "<"}  # a new one has to be compiled, or checked
+    payload = encode_payload("a", entry(5, chance), 1)
+    assert all(isinstance(value, str | int | list) for value in payload.values()) and str(payload).isascii()
+
+
+@every_engine
+def test_many_queries_equal_vectors_and_replacement(tmp_path: Path, open_store: Opener):
+    store = open_store(tmp_path / "store")
+    assert store.count() == 0 and list(store.scan()) == [] and store.model == ""
+    assert store.search(rows((1, 0)), 3) == [[]] and store.delete(["x"]) == 0
+    assert isinstance(store, UpdatableStore)
+    few(store)
+    assert store.search(rows((3, 0)), 1) == [[Hit("east", 1.0, {"n": 1})]]
+    both = store.search(rows((1, 0), (0, 1)), 1)
+    assert [[hit.id for hit in hits] for hits in both] == [["east"], ["north"]]
+    store.add(["north", "west", "west"], rows((0, 2), (0, 1), (-1, 0)), [{"n": 4}, {"n": 5}, {"n": 6}])
+    assert found(store, 0, 1) == [("north", 1.0), ("both", 0.7071), ("east", 0.0), ("west", 0.0)]
+    assert store.count() == 4
+    assert store.metadata(["west", "north"]) == [{"n": 6}, {"n": 4}]
+    assert store.vectors(["both", "both"]).tolist() == pytest.approx(np.full((2, 2), 0.5**0.5))
+    assert [name for name, _ in store.scan()] == ["east", "both", "north", "west"]
+    for read in (store.vectors, store.metadata):
+        with pytest.raises(KeyError, match="nowhere"):
+            read(["east", "nowhere"])
+    equal = [f"{number:03}" for number in torch.randperm(300, generator=torch.Generator().manual_seed(1)).tolist()]
+    store.add(equal, rows((-1, -1)).expand(300, 2), [{}] * 300)
+    assert [name for name, _ in found(store, -1, -1, k=20)] == [f"{number:03}" for number in range(20)]
+    store.close()
+
+
+@every_engine
+def test_everything_is_there_after_reopening(tmp_path: Path, open_store: Opener):
+    store = open_store(tmp_path / "store")
+    store.claim("a" * 64, "first")
+    few(store)
+    store.delete(["north"])
+    store.add(["caf\udcff"], rows((-1, 0)), [{"name": "\udcff", "n": None, "list": [1, {"a": 2.5}]}])
+    store.close()
+    store = open_store(tmp_path / "store")
+    assert found(store, 1, 0) == [("east", 1.0), ("both", 0.7071), ("caf\udcff", -1.0)]
+    assert store.metadata(["caf\udcff"]) == [{"name": "\udcff", "n": None, "list": [1, {"a": 2.5}]}]
+    assert store.model == "a" * 64 and store.count() == 3
+    store.close()
+
+
+@every_engine
+def test_the_model_is_recorded_and_another_refused(tmp_path: Path, open_store: Opener):
+    store = open_store(tmp_path / "store")
+    store.claim("a" * 64, "first")
+    store.claim("b" * 64, "second")  # nothing is stored yet
+    few(store)
+    store.close()
+    store = open_store(tmp_path / "store")
+    assert store.model == "b" * 64
+    store.claim("b" * 64, "second")
+    with pytest.raises(UserError, match=r"made with the model second \(b{12}\), not first \(a{12}\)"):
+        store.claim("a" * 64, "first")
+    store.clear()
+    assert store.count() == 0 and store.model == "" and list(store.scan()) == []
+    store.claim("a" * 64, "first")
+    store.add(["wide"], rows((1, 0, 0)), [{}])  # an empty store takes any width
+    store.close()
+    store = open_store(tmp_path / "store")
+    assert (store.model, store.count()) == ("a" * 64, 1)
+    store.close()
+
+
+@every_engine
+def test_what_is_refused(tmp_path: Path, open_store: Opener):
+    store = few(open_store(tmp_path / "store"))
+    for bad in ((0.0, 0.0), (float("nan"), 1.0), (float("inf"), 1.0)):
+        with pytest.raises(UserError, match="'west' is zero or not finite"):
+            store.add(["good", "west"], rows((1, 0), bad), [{}, {}])
+        with pytest.raises(UserError, match="query 0"):
+            store.search(rows(bad), 1)
+    with pytest.raises(UserError, match="holds vectors 2 wide; these are 3"):
+        store.add(["west"], rows((1, 0, 0)), [{}])
+    with pytest.raises(UserError, match="holds vectors 2 wide; the query is 3"):
+        store.search(rows((1, 0, 0)), 1)
+    assert store.count() == 3
+    store.close()
+
+
+WRITER = """
+import sys, warnings
+from importlib.util import find_spec
+from pathlib import Path
+import torch
+warnings.simplefilter("ignore")
+from toystores import ENGINES
+store = ENGINES[sys.argv[1]](Path(sys.argv[2]))
+for number in range(100_000):
+    store.add([f"{number}-{n}" for n in range(20)], torch.randn(20, 16), [{"number": number}] * 20)
+    print("+", number, flush=True)
+    store.delete([f"{number}-{n}" for n in range(10)])
+    print("-", number, flush=True)
+"""
+
+
+@every_engine
+def test_a_kill_loses_nothing_acknowledged(tmp_path: Path, open_store: Opener, request: pytest.FixtureRequest):
+    engine = request.node.callspec.id
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    arguments = [sys.executable, "-c", WRITER, engine, str(tmp_path / "store")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=os.environ | paths) as child:
+        assert child.stdout is not None
+        lines = [child.stdout.readline() for _ in range(12)]
+        child.kill()
+        lines += [line for line in child.stdout if line.endswith("\n")]
+    acknowledged = [line.split() for line in lines]
+    added = {int(number) for sign, number in acknowledged if sign == "+"}
+    deleted = {int(number) for sign, number in acknowledged if sign == "-"}
+    store = open_store(tmp_path / "store")
+    ids = [name for name, _ in store.scan()]
+    assert len(ids) == len(set(ids)) == store.count()
+    assert len(added) >= 6
+    for number in added:
+        assert set(range(10, 20)) <= {n for n in range(20) if f"{number}-{n}" in ids}
+    assert not [f"{number}-{n}" for number in deleted for n in range(10) if f"{number}-{n}" in ids]
+    store.add(["more"], torch.ones(1, 16), [{}])  # and it can be gone on with
+    store.close()
+
+
+@pytest.mark.parametrize("open_store", engine_parameters("edge"))
+def test_one_process_opens_an_embedded_index(tmp_path: Path, open_store: Opener):
+    first = few(open_store(tmp_path / "store"))
+    with pytest.raises(UserError, match=r"store is open elsewhere, and one process at a time .*end that command"):
+        open_store(tmp_path / "store")
+    first.close()
+    second = open_store(tmp_path / "store")
+    with pytest.raises(UserError, match="is open elsewhere"):
+        first.search(rows((1, 0)), 1)
+    second.close()
+    assert found(first, 1, 0, k=1) == [("east", 1.0)]  # a store that was closed opens again
+    first.close()
+
+
+@pytest.mark.parametrize("open_store", engine_parameters("edge"))
+def test_a_damaged_or_foreign_folder_is_refused(tmp_path: Path, open_store: Opener):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"photos is not a store: it has no manifest\.json, but cat\.jpg"):
+        open_store(tmp_path / "photos")
+    with pytest.raises(UserError, match="is a file"):
+        open_store(tmp_path / "photos" / "cat.jpg")
+    flat = few(FlatStore(tmp_path / "flat"))
+    flat.close()
+    with pytest.raises(UserError, match=r"manifest\.json is damaged or of another engine"):
+        open_store(tmp_path / "flat")
+    few(open_store(tmp_path / "edge")).close()
+    (shard,) = (tmp_path / "edge").glob("shard-*")
+    (shard / "edge_config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot open it") as caught:
+        open_store(tmp_path / "edge")
+    assert "\n" not in str(caught.value) and "clasp index RUN FOLDER" in str(caught.value)
+    shard.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="shard-1 is missing"):
+        open_store(tmp_path / "edge")
+
+
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("clasp.search.edge_store.find_spec", lambda name: None)
+    monkeypatch.setattr("clasp.search.qdrant_store.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs qdrant_edge; type: pip install 'clasp-vl\[edge\]'"):
+        EdgeStore(tmp_path / "store")
+    with pytest.raises(UserError, match=r"needs qdrant_client, urllib3; type: pip install 'clasp-vl\[qdrant\]'"):
+        QdrantStore.at("http://127.0.0.1:6333/photos")
+    for bad in ("http://127.0.0.1:6333", "ftp://host/photos", "http:///photos", "http://host/a/b"):
+        with pytest.raises(UserError, match="given as http://HOST:6333/COLLECTION"):
+            QdrantStore.at(bad)
+
+
+@pytest.mark.skipif(not all(map(find_spec, NEEDED["qdrant"])), reason="the extra [qdrant] is not installed")
+def test_a_server_that_does_not_answer_is_named():
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/photos: cannot open it") as caught:
+        QdrantStore.at("http://127.0.0.1:9/photos")
+    assert "\n" not in str(caught.value)
