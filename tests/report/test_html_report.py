@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from clasp.analysis.embedding_geometry import EmbeddingGeometry
-from clasp.analysis.layer_similarity import LayerSimilarity
-from clasp.analysis.record import AnalysisRecord, analyses_json, read_analyses
-from clasp.evaluation.results import EvaluationResult
+from clasp.analysis.record import analyses_json, read_analyses
 from clasp.report.auto_table import AutoPlan, AutoRow
 from clasp.report.chart_axes import Axis
 from clasp.report.html_report import render_html_report
@@ -20,12 +17,11 @@ from clasp.report.pareto_section import mark_front
 from clasp.report.run_comparison import compare_results, difference_tables
 from clasp.report.run_record import read_run_record
 from clasp.report.svg_charts import ChartPoint, swatch
-from clasp.training.cost.ledger import CostSession, FrozenFlops, RunCost, StepFlops
 from clasp.types import UserError
+from toyreports import HOSTILE, retrieval_rows, toy_analysis, write_run
 from toyresults import multilingual, result, retention
 
 VOID = ("meta", "img", "wbr", "line", "rect", "circle", "polygon", "polyline")
-_HOSTILE = '"><script>alert(1)</script>&<b>\u202e\x1b[2J'
 
 
 class Page(HTMLParser):
@@ -58,64 +54,12 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def cost(trained: int = 50) -> RunCost:
-    machine = {"cpu": "toy", "gpu": None, "threads": 1, "cores": 2, "torch": "2"}
-    stages = {"training": 3.0, "evaluation": 1.5}
-    session = CostSession(0, 4, 64, 10.0, 3.0, stages, 2_000_000, "resident", None, "no meter here", machine)
-    parts = {"model": {"total": 1000, "trained": trained}, "heads": {"total": trained, "trained": trained}}
-    return RunCost(
-        parts, StepFlops(3200, 6400, 16, 16, ()), {"image": FrozenFlops(10**9, "all of it")}, 400, (session,)
-    )
-
-
-def analysis(**changes: object) -> AnalysisRecord:
-    geometry = EmbeddingGeometry(
-        modality_gap=0.5, pair_cosine=0.6, non_pair_cosine=0.1, alignment=0.8, image_uniformity=-2.5,
-        text_uniformity=-2.0, image_effective_rank=30.25, text_effective_rank=20.0,
-    )  # fmt: skip
-    layers = [
-        LayerSimilarity(
-            image_block=i, text_block=t, cka=0.3, cka_shuffled=0.1, mutual_knn=0.1 * t, mutual_knn_shuffled=0.0
-        )
-        for i, t in ((0, 0), (1, 1), (1, 2))
-    ]
-    given = {"data": "pairs.csv", "language": "", "pairs": 39, "neighbours": 5, "logit_scale": 10.0}
-    return AnalysisRecord(**{**given, "geometry": geometry, "layers": layers, "seconds": 2.0, **changes})  # type: ignore[arg-type]
-
-
-def write_run(folder: Path, results: list[EvaluationResult], *, batch_size: int = 16, trained: int = 50) -> Path:
-    """A finished run, as files."""
-    folder.mkdir(parents=True)
-    recipe = (
-        f'[image]\ntower = "file:towers"\n[data]\ntrain = "pairs.csv"\n[train]\nbatch_size = {batch_size}\nseed = 1\n'
-    )
-    (folder / "recipe.toml").write_text(recipe)
-    tower = {"tower": "file:towers", "version": "1", "fingerprint": "abcdef0123456789"}
-    (folder / "base.json").write_text(json.dumps({"image": tower, "text": tower}))
-    events = [
-        {"event": "start", "step": 0, "precision": "float32"},
-        {"event": "evaluation", "step": 0, "metrics": {"mean_recall": 0.125}},
-        {"event": "step", "step": 2, "loss": 3.5},
-        {"event": "step", "step": 4, "loss": 2.25},
-        {"event": "evaluation", "step": 4, "metrics": {"mean_recall": 0.5}},
-    ]
-    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    (folder / "results.jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in results))
-    (folder / "cost.json").write_text(cost(trained).to_json())
-    (folder / "delta.safetensors").write_bytes(b"")
-    return folder
-
-
-def rows(value: float = 0.5) -> list[EvaluationResult]:
-    return [result(f"retrieval{direction}", value=value) for direction in ("/image_to_text", "/text_to_image", "")]
-
-
 def page_of(*runs: Path) -> Page:
     return Page(render_html_report([read_run_record(run, run.name) for run in runs]))
 
 
 def test_a_report_of_one_run(tmp_path: Path):
-    page = page_of(write_run(tmp_path / "mine", [*rows(), *multilingual(), *retention()]))
+    page = page_of(write_run(tmp_path / "mine", [*retrieval_rows(), *multilingual(), *retention()]))
     for words in (
         "mine",
         "50.0",
@@ -136,7 +80,10 @@ def test_a_report_of_one_run(tmp_path: Path):
 
 
 def test_the_page_stands_alone_and_is_accessible(tmp_path: Path):
-    runs = [write_run(tmp_path / "a", rows()), write_run(tmp_path / "b", rows(0.6), batch_size=32, trained=80)]
+    runs = [
+        write_run(tmp_path / "a", retrieval_rows()),
+        write_run(tmp_path / "b", retrieval_rows(0.6), batch_size=32, trained=80),
+    ]
     (runs[0] / "search.png").write_bytes(b"\x89PNG")
     page = page_of(*runs)
     assert not page.all("script") and not page.all("link") and not page.all("iframe")
@@ -152,7 +99,10 @@ def test_the_page_stands_alone_and_is_accessible(tmp_path: Path):
 
 
 def test_runs_are_compared_in_the_keys_that_differ(tmp_path: Path):
-    runs = [write_run(tmp_path / "a", rows()), write_run(tmp_path / "b", rows(0.6), batch_size=32, trained=80)]
+    runs = [
+        write_run(tmp_path / "a", retrieval_rows()),
+        write_run(tmp_path / "b", retrieval_rows(0.6), batch_size=32, trained=80),
+    ]
     records = [read_run_record(run, run.name) for run in runs]
     differing, partial = difference_tables(records)
     assert differing.columns == ("key", "a", "b") and differing.rows == [["train.batch_size", "16", "32"]]
@@ -160,12 +110,12 @@ def test_runs_are_compared_in_the_keys_that_differ(tmp_path: Path):
     text = Page(render_html_report(records)).text
     assert "The runs differ in train.batch_size, so their losses are not comparable." in text
     assert "60.0 (50.0–100.0)" in text
-    equal = page_of(runs[0], write_run(tmp_path / "c", rows())).text
+    equal = page_of(runs[0], write_run(tmp_path / "c", retrieval_rows())).text
     assert "The recipes are equal." in equal
 
 
 def test_the_last_of_repeated_results_counts(tmp_path: Path):
-    record = read_run_record(write_run(tmp_path / "a", [*rows(0.3), *rows(0.4)]), "a")
+    record = read_run_record(write_run(tmp_path / "a", [*retrieval_rows(0.3), *retrieval_rows(0.4)]), "a")
     compared = compare_results([record])
     assert len(compared) == 1 and compared[0].labels == ["image to text", "text to image", "both directions"]
     both = compared[0].result(0, "both directions")
@@ -173,8 +123,8 @@ def test_the_last_of_repeated_results_counts(tmp_path: Path):
 
 
 def test_runs_on_other_pairs_have_no_chart_in_common(tmp_path: Path):
-    other = [replace(row, n=40) for row in rows()]
-    text = page_of(write_run(tmp_path / "a", rows()), write_run(tmp_path / "b", other)).text
+    other = [replace(row, n=40) for row in retrieval_rows()]
+    text = page_of(write_run(tmp_path / "a", retrieval_rows()), write_run(tmp_path / "b", other)).text
     assert "No two runs were evaluated by the same metric on the same pairs" in text
     assert "different numbers of queries" in text
 
@@ -212,8 +162,8 @@ def test_the_stages_of_auto(tmp_path: Path):
 
 
 def test_an_analysis_is_kept_and_shown(tmp_path: Path):
-    run = write_run(tmp_path / "a", rows())
-    entries = [analysis(), analysis(data="other.csv"), analysis(logit_scale=20.0)]
+    run = write_run(tmp_path / "a", retrieval_rows())
+    entries = [toy_analysis(), toy_analysis(data="other.csv"), toy_analysis(logit_scale=20.0)]
     (run / "analysis.json").write_text(analyses_json(entries))
     assert read_analyses(run) == [entries[2], entries[1]], "the same pairs again replace the entry"
     page = page_of(run)
@@ -227,10 +177,10 @@ def test_an_analysis_is_kept_and_shown(tmp_path: Path):
 
 
 def test_texts_of_the_user_are_escaped(tmp_path: Path):
-    run = write_run(tmp_path / "a", [result("retrieval", data=_HOSTILE), result("multilingual", _HOSTILE)])
-    (run / "recipe.toml").write_text(f"[data]\ntrain = {json.dumps(_HOSTILE)}\n")
-    (run / "analysis.json").write_text(analyses_json([analysis(data=_HOSTILE)]))
-    text = render_html_report([read_run_record(run, _HOSTILE), read_run_record(run, f"{_HOSTILE}2")])
+    run = write_run(tmp_path / "a", [result("retrieval", data=HOSTILE), result("multilingual", HOSTILE)])
+    (run / "recipe.toml").write_text(f"[data]\ntrain = {json.dumps(HOSTILE)}\n")
+    (run / "analysis.json").write_text(analyses_json([toy_analysis(data=HOSTILE)]))
+    text = render_html_report([read_run_record(run, HOSTILE), read_run_record(run, f"{HOSTILE}2")])
     page = Page(text)
     assert not page.all("script") and not page.all("b")
     assert "\u202e" not in text and "\x1b" not in text
@@ -238,14 +188,14 @@ def test_texts_of_the_user_are_escaped(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["results.jsonl", "log.jsonl", "cost.json", "recipe.toml", "base.json"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str):
-    run = write_run(tmp_path / "a", rows())
+    run = write_run(tmp_path / "a", retrieval_rows())
     (run / name).write_text("{]\n{]\n")
     with pytest.raises(UserError, match=name):
         read_run_record(run, "a")
 
 
 def test_steps_repeated_after_an_interruption_count_once(tmp_path: Path):
-    run = write_run(tmp_path / "a", rows())
+    run = write_run(tmp_path / "a", retrieval_rows())
     with open(run / "log.jsonl", "a") as file:
         file.write('{"event": "step", "step": 4, "loss": 2.0}\n{"event": "step", "step": 6, "loss": 1.5}\n')
     record = read_run_record(run, "a")
@@ -254,7 +204,7 @@ def test_steps_repeated_after_an_interruption_count_once(tmp_path: Path):
 
 
 def test_states_of_runs(tmp_path: Path):
-    run = write_run(tmp_path / "a", rows())
+    run = write_run(tmp_path / "a", retrieval_rows())
     assert read_run_record(run, "x").state == "finished"
     (run / "imported.json").write_text("{}")
     assert read_run_record(run, "x").state == "imported"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from clasp.evaluation.language_sets import macro_set
 from clasp.report.html_elements import Html, escaped, figure, figure_row, missing_in, paragraph
+from clasp.report.run_comparison import title_with_languages
 from clasp.report.run_record import RunRecord
 from clasp.report.svg_charts import ChartSeries, legend, line_chart
-from clasp.report.tables import AnnotatedTable, metric_title
+from clasp.report.tables import AnnotatedTable
 
 _LOSS_KEYS = ("loss.kind", "loss.positives", "loss.negatives", "train.batch_size")
 _MAX_TABLE_STEPS = 200  # of a curve, in the table under it; ``log.jsonl`` has all
@@ -34,8 +34,8 @@ def curve_blocks(records: Sequence[RunRecord]) -> list[Html]:
             for place, (record, each) in enumerate(zip(records, curves, strict=True))
             if each.metric == metric and len(each.validation) > 1
         ]
-        over, _, name = metric.rpartition("/")
-        title = metric_title(name) + (f" over {macro_set(over) or over} languages" if over else "")
+        languages, _, name = metric.rpartition("/")
+        title = title_with_languages(name, languages)
         if series:
             figures.append(_figure(f"Validation: {title}, per cent", series, f"{title}, per cent"))
     blocks = [legend([record.label for record in records]), figure_row(figures)] if figures else []

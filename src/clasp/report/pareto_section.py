@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from clasp.evaluation.language_sets import macro_set
 from clasp.report.html_elements import Html, escaped, figure, figure_row, missing, missing_in, paragraph
-from clasp.report.run_comparison import total_seconds, trained_percent
+from clasp.report.run_comparison import title_with_languages, total_seconds, trained_percent
 from clasp.report.run_record import RunRecord
 from clasp.report.svg_charts import ChartPoint, legend, point_chart
 from clasp.report.tables import AnnotatedTable, format_interval, format_metric, main_metric, metric_title
@@ -30,7 +29,7 @@ def pareto_blocks(records: Sequence[RunRecord]) -> list[Html]:
     for (task, data, language, metric, count), places in groups.items():
         figures = _figures(records, places, metric)
         if len(groups) > 1 and figures:
-            title = f"{task} on {data}{f', {macro_set(language) or language}' if language else ''}, {count:,} queries"
+            title = f"{title_with_languages(metric, language)}: {task} on {data}, {count:,} queries"
             blocks.append(Html(f"<h3>{escaped(title)}</h3>"))
         blocks.append(figure_row(figures))
     if not any(len(places) > 1 for places in groups.values()):

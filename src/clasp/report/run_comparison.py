@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clasp.evaluation.language_sets import macro_set
 from clasp.evaluation.results import EvaluationResult
 from clasp.report.run_record import RunRecord
 from clasp.report.tables import (
@@ -181,6 +182,14 @@ def format_setting(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
+def title_with_languages(metric: str, language: str) -> str:
+    """The title of a metric with its language or set of languages: ``mean recall over all languages``."""
+    if not language:
+        return metric_title(metric)
+    languages = macro_set(language)
+    return f"{metric_title(metric)} {f'in {language}' if languages is None else f'over {languages} languages'}"
+
+
 def total_seconds(record: RunRecord) -> float | None:
     """Seconds in all stages and sessions of a run; ``None`` where they were not recorded."""
     return None if record.cost is None else sum(record.cost.seconds.values())
@@ -194,7 +203,7 @@ def _primary_cells(primary: EvaluationResult | None) -> list[str]:
     if primary is None:
         return ["not evaluated", NONE, "", ""]
     name = main_metric(primary)
-    title = " ".join(filter(None, (metric_title(name), primary.language)))
+    title = title_with_languages(name, primary.language)
     chance = format_metric(name, primary.chance[name]) if name in primary.chance else ""
     where = f"{title} ({primary.task.partition('/')[0]} on {primary.data})"
     return [
