@@ -211,7 +211,7 @@ def analyze(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, in the order of the columns.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, in the order of the columns.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML file about runs: what differs, learning curves, quality against cost, results.

@@ -203,6 +203,15 @@ def test_steps_repeated_after_an_interruption_count_once(tmp_path: Path):
     assert record.curves().validation == {0: 0.125, 4: 0.5}
 
 
+def test_a_diverged_run_has_a_report(tmp_path: Path):
+    run = write_run(tmp_path / "a", [replace(row, interval={}) for row in retrieval_rows(float("nan"))])
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"event": "step", "step": 6, "loss": NaN}\n')
+    page = page_of(run, write_run(tmp_path / "b", retrieval_rows()))
+    assert "a: the loss was not a finite number at some steps" in page.text
+    assert not [svg for svg in page.all("svg") if "nan" in str(svg.get("aria-label"))]
+
+
 def test_states_of_runs(tmp_path: Path):
     run = write_run(tmp_path / "a", retrieval_rows())
     assert read_run_record(run, "x").state == "finished"

@@ -27,7 +27,7 @@ def write_report(runs: Sequence[Path], out: Path) -> int:
     try:
         part.write_text(text, encoding="utf-8")
         os.replace(part, out)
-    except (PermissionError, FileNotFoundError) as error:
+    except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)

@@ -6,7 +6,9 @@ names the keys. A run without a gradient step has no curve, and is named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from clasp.report.html_elements import Html, escaped, figure, figure_row, missing_in, paragraph
 from clasp.report.run_comparison import title_with_languages
@@ -20,7 +22,8 @@ _MAX_TABLE_STEPS = 200  # of a curve, in the table under it; ``log.jsonl`` has a
 
 def curve_blocks(records: Sequence[RunRecord]) -> list[Html]:
     """Both charts, and what is missing in them."""
-    curves = [record.curves() for record in records]
+    logged = [record.curves() for record in records]
+    curves = [replace(each, loss=_finite(each.loss), validation=_finite(each.validation)) for each in logged]
     loss = [
         ChartSeries(record.label, place, each.loss)
         for place, (record, each) in enumerate(zip(records, curves, strict=True))
@@ -43,7 +46,10 @@ def curve_blocks(records: Sequence[RunRecord]) -> list[Html]:
         note = f"The runs differ in {', '.join(differing)}, so their losses are not comparable."
         blocks.append(paragraph(escaped(note), "note"))
     without_log = [record.label for record in records if not record.events]
-    without_steps = [r.label for r, each in zip(records, curves, strict=True) if r.events and not each.loss]
+    without_steps = [r.label for r, each in zip(records, logged, strict=True) if r.events and not each.loss]
+    pairs = zip(records, logged, curves, strict=True)
+    diverged = [record.label for record, all_, kept in pairs if len(all_.loss) > len(kept.loss)]
+    blocks.append(missing_in(diverged, "the loss was not a finite number at some steps, which are left out."))
     blocks.append(missing_in(without_log, "no log.jsonl, as in an imported run or where it was deleted."))
     blocks.append(missing_in(without_steps, "no gradient step was logged, so there is no loss curve."))
     return blocks
@@ -65,6 +71,11 @@ def _description(series: Sequence[ChartSeries]) -> str:
         start, end = each.values[first], each.values[last]
         told.append(f"{each.label} from {start:.3g} at step {first:,} to {end:.3g} at step {last:,}")
     return "; ".join(told)
+
+
+def _finite(values: Mapping[int, float]) -> dict[int, float]:
+    """Those that have a place in a chart."""
+    return {step: value for step, value in values.items() if math.isfinite(value)}
 
 
 def _cell(values: Mapping[int, float], step: int) -> str:

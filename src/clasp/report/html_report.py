@@ -7,6 +7,7 @@ Note: a part that a run lacks is named where it would be; the file is the same f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -141,8 +142,11 @@ def _result_chart(compared: ComparedResults, records: Sequence[RunRecord]) -> li
     name, rows = compared.metric, []
     for label in compared.labels:
         found = {run: result for run in compared.rows if (result := compared.result(run, label)) is not None}
+        found = {run: result for run, result in found.items() if math.isfinite(result.metrics[name])}
         points = [_point(name, result, run, records[run].label) for run, result in found.items()]
         chances = {100 * result.chance[name] for result in found.values() if name in result.chance}
+        if not points:
+            continue
         rows.append(ChartRow(label, points, chances.pop() if len(chances) == 1 else None))
     if "rank" in name or not 2 <= len(rows) <= _MAX_CHART_ROWS:
         return []

@@ -7,6 +7,7 @@ runs), hollow otherwise; the front ignores the intervals.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -89,6 +90,8 @@ def _point(place: int, record: RunRecord, measure: Callable[[RunRecord], float |
     if primary is None or cost is None:
         return None
     name = main_metric(primary)
+    if not math.isfinite(primary.metrics[name]):
+        return None
     interval = primary.interval.get(name)
     ends = None if interval is None else (100 * interval.low, 100 * interval.high)
     return ChartPoint(label=record.label, place=place, x=cost, y=100 * primary.metrics[name], interval=ends)
