@@ -204,7 +204,7 @@ def test_steps_repeated_after_an_interruption_count_once(tmp_path: Path):
 
 
 def test_a_diverged_run_has_a_report(tmp_path: Path):
-    run = write_run(tmp_path / "a", [replace(row, interval={}) for row in retrieval_rows(float("nan"))])
+    run = write_run(tmp_path / "a", retrieval_rows(float("nan")))
     with open(run / "log.jsonl", "a") as file:
         file.write('{"event": "step", "step": 6, "loss": NaN}\n')
     page = page_of(run, write_run(tmp_path / "b", retrieval_rows()))

@@ -42,6 +42,7 @@ from clasp.report.run_comparison import (
     latest_results,
     overview_table,
     parameter_table,
+    percent_interval,
     recipe_table,
 )
 from clasp.report.run_record import RunRecord
@@ -156,8 +157,7 @@ def _result_chart(compared: ComparedResults, records: Sequence[RunRecord]) -> li
 
 
 def _point(name: str, result: EvaluationResult, run: int, label: str) -> ChartPoint:
-    interval = result.interval.get(name)
-    ends = None if interval is None else (100 * interval.low, 100 * interval.high)
+    ends = percent_interval(result, name)
     return ChartPoint(label=label, place=run, x=100 * result.metrics[name], y=0.0, interval=ends)
 
 

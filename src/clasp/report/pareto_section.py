@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from clasp.report.html_elements import Html, escaped, figure, figure_row, missing, missing_in, paragraph
-from clasp.report.run_comparison import title_with_languages, total_seconds, trained_percent
+from clasp.report.run_comparison import percent_interval, title_with_languages, total_seconds, trained_percent
 from clasp.report.run_record import RunRecord
 from clasp.report.svg_charts import ChartPoint, legend, point_chart
 from clasp.report.tables import AnnotatedTable, format_interval, format_metric, main_metric, metric_title
@@ -92,8 +92,7 @@ def _point(place: int, record: RunRecord, measure: Callable[[RunRecord], float |
     name = main_metric(primary)
     if not math.isfinite(primary.metrics[name]):
         return None
-    interval = primary.interval.get(name)
-    ends = None if interval is None else (100 * interval.low, 100 * interval.high)
+    ends = percent_interval(primary, name)
     return ChartPoint(label=record.label, place=place, x=cost, y=100 * primary.metrics[name], interval=ends)
 
 

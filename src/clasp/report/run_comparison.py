@@ -7,6 +7,7 @@ number has a dash in its place, and no number is estimated.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,6 +189,14 @@ def title_with_languages(metric: str, language: str) -> str:
         return metric_title(metric)
     languages = macro_set(language)
     return f"{metric_title(metric)} {f'in {language}' if languages is None else f'over {languages} languages'}"
+
+
+def percent_interval(result: EvaluationResult, metric: str) -> tuple[float, float] | None:
+    """The 95 % interval of a metric in per cent; ``None`` where it has none, or one without finite ends."""
+    interval = result.interval.get(metric)
+    if interval is None or not (math.isfinite(interval.low) and math.isfinite(interval.high)):
+        return None
+    return 100 * interval.low, 100 * interval.high
 
 
 def total_seconds(record: RunRecord) -> float | None:
