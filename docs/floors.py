@@ -18,14 +18,14 @@ END = "<!-- end of floors -->"
 
 ROOMS = {
     "cli": "arguments and help texts; each verb is a few lines",
-    "commands": "one file per verb: train, sweep, demo, doctor, params, evaluate, search, serve, import_checkpoint",
-    "convert": "importers/: LilT and MS-CLIP checkpoints, read without executing pickles",
+    "commands": "one file per verb: train, sweep, demo, doctor, evaluate, analyze, search, serve, export, report",
+    "convert": "importers/: LilT and MS-CLIP checkpoints; exporters/: ONNX, transformers, sentence-transformers, hub",
     "serve": "HTTP API and search page over an index",
-    "report": "model card, sweep leaderboard, figures, tables, contact sheet, terminal output",
+    "report": "HTML report, model card, sweep leaderboard, figures, tables, contact sheet, terminal output",
     "evaluation": "task registry, metrics, bootstrap intervals, retention/ of pre-trained features",
     "config": "recipe (TOML to checked settings), build (recipe to model), datasets, grid",
     "training": "loop, step, losses/, optimizer, grad_cache, run_folder, cost/, trackers/",
-    "search": "engine, composed queries, filters, calibrated scores, exact flat store on disk",
+    "search": "engine, composed queries, filters, calibrated scores; stores: flat, qdrant-edge, Qdrant",
     "analysis": "CKA, activations, gradient agreement, weight drift",
     "models": "tower, dual_encoder, heads, tuning/, sharing/, transformer/, zoo/, features",
     "data": "pairs, formats/, images, tokenizer, loader, feature_cache/, checks, samples/",

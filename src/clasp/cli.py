@@ -23,7 +23,7 @@ import typer
 from rich.markup import escape
 
 from clasp.commands.environment import configure_environment
-from clasp.evaluation.registry import describe_tasks, task_names
+from clasp.evaluation.registry import ANALYZE_OPTIONS, describe_option, describe_tasks, task_names
 
 configure_environment()  # before a verb imports torch
 
@@ -52,6 +52,7 @@ _JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object
 _AllowCodeOption = Annotated[
     bool, typer.Option("--allow-code", help="Import the Python code that the run names (package.module:Name).")
 ]
+_ANALYZE_HELP = escape("\n".join(map(describe_option, ANALYZE_OPTIONS)))
 _TASKS_HELP = escape("\n".join(describe_tasks()))
 
 
@@ -206,6 +207,44 @@ def evaluate(
         print_json({"run": str(run), "task": task, "results": [asdict(result) for result in results]})
     else:
         print_results(f"{relative_path(run)}: {task}", results, "results.jsonl in the run folder")
+
+
+@app.command(epilog=_ANALYZE_HELP)
+def analyze(
+    run: _RunArgument,
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options, listed below.")] = None,
+    as_json: _JsonOption = False,
+) -> None:
+    """Analyse the embedding space of a run and the layers of its towers; the result is kept in RUN/analysis.json.
+
+    Modality gap, alignment, uniformity, effective rank, cosines; CKA and mutual k-NN of the towers' layers, each with a
+    shuffled baseline.
+    """
+    from clasp.commands.analyze import analyze_run
+    from clasp.report.analysis_section import geometry_table, layer_table
+    from clasp.report.console import print_json, print_table, progress_bar, relative_path
+
+    done = analyze_run(run, options or (), bar=progress_bar)
+    if as_json:
+        return print_json({"run": str(run), **done.to_dict()})
+    for table in (geometry_table(done), layer_table(done)):
+        print_table(relative_path(run), table.columns, table.rows, table.notes)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, in the order of the columns.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML file about runs: what differs, learning curves, quality against cost, results.
+
+    Only files of the run folders are read; the file has no script and requests nothing.
+    """
+    from clasp.commands.report import write_report
+    from clasp.report.console import format_megabytes, print_status, relative_path
+
+    size = write_report(runs, out)
+    print_status(f"the report is in {relative_path(out)} ({format_megabytes(size)})")
 
 
 @app.command(name="import")

@@ -32,7 +32,22 @@ from toydata import add_member, toys, write_classes, write_csv, write_folder, wr
 from toyruns import recipe, run, save_image_tower, save_text_tower, save_towers, spoil
 
 TOYS = toys(48)
-VERBS = ("demo", "params", "doctor", "train", "resume", "eval", "index", "search", "serve", "watch", "import")
+VERBS = (
+    "demo",
+    "params",
+    "doctor",
+    "train",
+    "resume",
+    "eval",
+    "analyze",
+    "report",
+    "index",
+    "search",
+    "serve",
+    "watch",
+    "export",
+    "import",
+)
 GROUPED = ("store copy", "store export", "store import")
 
 

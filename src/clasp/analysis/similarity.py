@@ -1,4 +1,4 @@
-"""Similarity measures: linear CKA of two sets of features, relative change of two sets of weights.
+"""Similarity measures: linear CKA and mutual k-NN of two sets of features, relative change of two sets of weights.
 
 Input: tensors. Output: Python floats, computed in float64. Note: an undefined value is NaN, which callers skip; two
 equal sets give exactly 1 and exactly 0.
@@ -10,8 +10,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def linear_cka(x: Float[Tensor, "n D1"], y: Float[Tensor, "n D2"]) -> float:
@@ -30,6 +31,24 @@ def linear_cka(x: Float[Tensor, "n D1"], y: Float[Tensor, "n D2"]) -> float:
         cross, norm_x, norm_y = (x.T @ y).square().sum(), (x.T @ x).square().sum(), (y.T @ y).square().sum()
     norms = (norm_x * norm_y).sqrt()  # sqrt(a²) is exactly a
     return float(cross / norms) if norms > 0 else math.nan
+
+
+def mutual_knn(x: Float[Tensor, "n D1"], y: Float[Tensor, "n D2"], neighbours: int) -> float:
+    """Mean share of the ``neighbours`` nearest rows that a row has in common in ``x`` and ``y``, 0 to 1.
+
+    Row i of both belongs to the same input (Huh et al., ICML 2024, "The Platonic Representation Hypothesis", appendix
+    A; theirs is of the same cosine, with 10 neighbours among 1,024 pairs). Chance is ``neighbours / (n - 1)``.
+    """
+    assert len(x) == len(y), f"{len(x)} rows and {len(y)}"
+    one, other = nearest_rows(x, neighbours), nearest_rows(y, neighbours)
+    return float((one[:, :, None] == other[:, None, :]).any(dim=2).double().mean())
+
+
+def nearest_rows(features: Float[Tensor, "n D"], neighbours: int) -> Int[Tensor, "n K"]:
+    """Indices of the rows with the highest cosine to each row, itself excluded; of equal ones any."""
+    assert 0 < neighbours < len(features), f"{neighbours} neighbours among {len(features)} rows"
+    unit = F.normalize(features.double(), dim=1)
+    return (unit @ unit.T).fill_diagonal_(-math.inf).topk(neighbours, dim=1).indices
 
 
 def relative_change(before: Sequence[Float[Tensor, ...]], after: Sequence[Float[Tensor, ...]]) -> float:

@@ -40,6 +40,19 @@ PAIR_OPTIONS = (
 """Those of every task: the pairs it runs on"""
 
 
+MAX_ANALYZED_PAIRS = 2000
+"""Of ``clasp analyze``: the Gram matrices of all text blocks are held at once, 36 MB each"""
+MAX_NEIGHBOURS = 100
+ANALYZE_OPTIONS = (
+    PAIR_OPTIONS[0],
+    TaskOption("pairs", f"analyse at most so many pairs, up to {MAX_ANALYZED_PAIRS:,}", "1000"),
+    TaskOption("language", "language of the captions; the first caption of each pair if left out"),
+    TaskOption("neighbours", f"K of the mutual k-nearest neighbours, up to {MAX_NEIGHBOURS}", "10"),
+    *PAIR_OPTIONS[1:],
+)
+"""Those of ``clasp analyze``"""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskEntry:
     """A task: the function that runs it, one line about it, and the options it has beside ``PAIR_OPTIONS``."""
@@ -184,11 +197,16 @@ def _import_module(name: str, module: str) -> object:
 
 
 def parse_task_options(name: str, entry: TaskEntry, typed: Sequence[str]) -> dict[str, str]:
+    """The options of a task, as ``parse_options`` reads them."""
+    return parse_options(name, entry.all_options, typed)
+
+
+def parse_options(name: str, options: Sequence[TaskOption], typed: Sequence[str]) -> dict[str, str]:
     """Option to value, of what was typed and of defaults. Raises ``UserError``: unknown, twice, or a required one left
     out."""
     from clasp.types import UserError
 
-    known = {option.name: option for option in entry.all_options}
+    known = {option.name: option for option in options}
     given: dict[str, str] = {}
     for text in typed:
         key, equals, value = text.partition("=")
@@ -216,10 +234,11 @@ def describe_tasks() -> list[str]:
     lines = []
     for name, entry in EVALUATION_TASKS.items():
         lines.append(f"{name}: {entry.help}")
-        lines += [_describe_option(option) for option in entry.options]
-    return [*lines, "every task:", *map(_describe_option, PAIR_OPTIONS)]
+        lines += [describe_option(option) for option in entry.options]
+    return [*lines, "every task:", *map(describe_option, PAIR_OPTIONS)]
 
 
-def _describe_option(option: TaskOption) -> str:
+def describe_option(option: TaskOption) -> str:
+    """A line about an option, for help."""
     default = "" if option.default is None else f" (default: {option.default})"
     return f"  {option.name}=  {option.help}{default}{' (required)' if option.required else ''}"

@@ -13,19 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from clasp.data.atomic_files import read_json_lines, translate_disk_errors, write_text_file
-from clasp.evaluation.language_sets import macro_set
-from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
+from clasp.data.atomic_files import translate_disk_errors, write_text_file
+from clasp.report.run_record import PRIMARY_METRICS, primary_result, read_results
 from clasp.report.tables import CHANCE_TITLE, INTERVAL_TITLE, format_interval, format_metric, metric_title
 from clasp.training.cost.ledger import COST_FILE as COST
 from clasp.training.cost.ledger import read_cost
 from clasp.types import UserError
 
-_PRIMARY_METRICS = {
-    ZeroShotTask.name: ZeroShotTask.primary,
-    RetrievalTask.name: RetrievalTask.primary,
-    MultilingualTask.name: RetrievalTask.primary,
-}
 _MAX_ERRORS = 3  # of failed runs that are printed
 
 
@@ -131,22 +125,21 @@ class SweepResult:
 
 def read_finished_row(row: SweepRow) -> SweepRow:
     """The row of a finished run, from its ``results.jsonl``, which starts with the results of its validation."""
-    for result in read_json_lines(Path(row.run) / "results.jsonl"):
-        if result["task"] in _PRIMARY_METRICS and (
-            result["task"] != MultilingualTask.name or macro_set(result["language"])
-        ):
-            name = _PRIMARY_METRICS[result["task"]]
-            return replace(
-                row,
-                state="finished",
-                metric="/".join(filter(None, (result["task"], result["language"], name))),
-                value=result["metrics"][name],
-                interval=tuple(result["interval"][name]) if name in result["interval"] else None,
-                chance=result["chance"].get(name),
-                n=result["n"],
-                seconds=read_training_seconds(Path(row.run)),
-            )
-    raise UserError(f"{row.run} has no validation in its results.jsonl")
+    result = primary_result(read_results(Path(row.run)))
+    if result is None:
+        raise UserError(f"{row.run} has no validation in its results.jsonl")
+    name = PRIMARY_METRICS[result.task]
+    interval = result.interval.get(name)
+    return replace(
+        row,
+        state="finished",
+        metric="/".join(filter(None, (result.task, result.language, name))),
+        value=result.metrics[name],
+        interval=None if interval is None else tuple(interval),
+        chance=result.chance.get(name),
+        n=result.n,
+        seconds=read_training_seconds(Path(row.run)),
+    )
 
 
 def read_training_seconds(run: Path) -> float | None:

@@ -84,14 +84,14 @@ def result_tables(results: Sequence[EvaluationResult]) -> list[AnnotatedTable]:
 
     Of a language with both directions only their mean is shown.
     """
-    return [result_table(task, rows, _metrics_main_first(rows[0].result)) for task, rows in _labelled_by_task(results)]
+    return [result_table(task, rows, metrics_main_first(rows[0].result)) for task, rows in labelled_by_task(results)]
 
 
 def summary_tables(results: Sequence[EvaluationResult], more_in: str) -> list[AnnotatedTable]:
     """The same with languages folded; a note says how many more of them are in ``more_in``."""
     tables = []
-    for task, rows in _labelled_by_task(results):
-        metrics = _metrics_main_first(rows[0].result)
+    for task, rows in labelled_by_task(results):
+        metrics = metrics_main_first(rows[0].result)
         summary = fold_languages(rows, metrics[0])
         table = result_table(task, summary.rows, metrics)
         tables.append(AnnotatedTable(table.columns, table.rows, [*table.notes, *more_note(summary.left_out, more_in)]))
@@ -142,8 +142,9 @@ def more_note(count: int, more_in: str) -> list[str]:
     return [f"{count:,} more languages are in {more_in}"] if count else []
 
 
-def _labelled_by_task(results: Sequence[EvaluationResult]) -> list[tuple[str, list[LabelledResult]]]:
-    """The rows of each task in order; those with other metrics than the first apart."""
+def labelled_by_task(results: Sequence[EvaluationResult]) -> list[tuple[str, list[LabelledResult]]]:
+    """The rows of each task in order; those with other metrics than the first apart. Of a language with both directions
+    only the mean is a row."""
     both = {(result.task, result.language) for result in results if "/" not in result.task}
     kinds: dict[tuple[str, tuple[str, ...]], list[LabelledResult]] = {}
     for result in results:
@@ -160,7 +161,8 @@ def _labelled_by_task(results: Sequence[EvaluationResult]) -> list[tuple[str, li
     return [(task, rows) for (task, _), rows in kinds.items()]
 
 
-def _metrics_main_first(result: EvaluationResult) -> list[str]:
+def metrics_main_first(result: EvaluationResult) -> list[str]:
+    """The names of the metrics, the primary one first."""
     main = main_metric(result)
     return [main, *(name for name in result.metrics if name != main)]
 

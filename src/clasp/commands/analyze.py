@@ -1,0 +1,120 @@
+"""``clasp analyze``: geometry of a run's embedding space, and similarity of the layers of its towers.
+
+Input: run and options as typed. Output: an ``AnalysisRecord``, which is also kept in the run's ``analysis.json``. Note:
+every pair has a caption and a group of its own, so that images with the captions of other pairs are true non-pairs; of
+more than ``pairs=`` a hash of the ids chooses. Both towers run once, on live inputs, since cached states begin at a
+later block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from clasp.analysis.embedding_geometry import embedding_geometry
+from clasp.analysis.layer_similarity import layer_similarity
+from clasp.analysis.record import ANALYSIS_FILE, AnalysisRecord, analyses_json, read_analyses
+from clasp.analysis.tower_features import TowerFeatures, extract_tower_features
+from clasp.config.build import ModelAndPreprocessing, build_feature_source, load
+from clasp.config.datasets import open_pairs_for_recipe
+from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.data.pairs import ColumnNames, Pairs, caption_languages
+from clasp.evaluation.language_sets import require_languages
+from clasp.evaluation.registry import ANALYZE_OPTIONS, MAX_ANALYZED_PAIRS, MAX_NEIGHBOURS, parse_options
+from clasp.evaluation.retention.features import hashed_subset
+from clasp.models.dual_encoder import DualEncoder
+from clasp.training.run_folder import RunFolder
+from clasp.types import PooledFeatures, ProgressFactory, UserError, no_progress_bar
+
+
+def analyze_run(
+    run: str | Path, options: Sequence[str] = (), *, bar: ProgressFactory = no_progress_bar
+) -> AnalysisRecord:
+    """Analyse a run on pairs; ``options`` are ``key=value`` of ``ANALYZE_OPTIONS``. Raises ``UserError``."""
+    started, folder = time.perf_counter(), RunFolder(run)
+    given = parse_options("analyze", ANALYZE_OPTIONS, options)
+    limit, neighbours = _count(given, "pairs", MAX_ANALYZED_PAIRS), _count(given, "neighbours", MAX_NEIGHBOURS)
+    recipe = recipe_from_dict(folder.recipe(), str(run)).with_overrides(["data.feature_cache=off"])
+    earlier = read_analyses(folder.path)
+    captions, pairs = _choose_pairs(given, recipe, limit)
+    _require_more_than(neighbours, len(pairs), f"pairs with a caption and a group of their own in {given['data']}")
+    model = load(run)
+    assert isinstance(model.encoder, DualEncoder)
+    parts = ModelAndPreprocessing(model.encoder, model.transform, model.tokenizer)
+    image, text = _extract(parts, recipe, captions, pairs, bar)
+    _require_more_than(neighbours, len(image.ids), f"images of {given['data']} that could be read")
+    rows = [text.ids.index(id) for id in image.ids]  # an unreadable image is left out on both sides
+    device = next(model.encoder.parameters()).device
+    with torch.inference_mode():
+        joint_image = model.encoder.embed_image(PooledFeatures(image.pooled.to(device))).cpu()
+        joint_text = model.encoder.embed_text(PooledFeatures(text.pooled[rows].to(device))).cpu()
+        layers = layer_similarity({0: joint_image}, {0: joint_text}, neighbours=neighbours)
+        of_texts = {block: states[rows] for block, states in text.block_means.items()}
+        layers += layer_similarity(image.block_means, of_texts, neighbours=neighbours)
+        record = AnalysisRecord(
+            data=given["data"],
+            language=given.get("language", ""),
+            pairs=len(image.ids),
+            neighbours=neighbours,
+            logit_scale=float(model.encoder.scale_and_bias()[0]),
+            geometry=embedding_geometry(joint_image, joint_text),
+            layers=layers,
+            seconds=time.perf_counter() - started,
+        )
+    folder.write(ANALYSIS_FILE, analyses_json([*earlier, record]))
+    return record
+
+
+# --- how -------------------------------------------------------------------------------------------------------------
+
+
+def _choose_pairs(given: Mapping[str, str], recipe: Recipe, limit: int) -> tuple[dict[str, str], Pairs]:
+    """The captions by id, and the pairs: of those with the same caption or group the first, of more than ``limit`` by a
+    hash of the id."""
+    columns = ColumnNames(image=given.get("image", ""), caption=given.get("caption", ""))
+    pairs = open_pairs_for_recipe(given["data"], recipe, columns=columns, image_root=given.get("image_root"))
+    language = given.get("language", "")
+    if language:
+        require_languages([language], caption_languages(pairs), given["data"])
+    rows: dict[str, tuple[int, str]] = {}
+    seen: set[tuple[str, str]] = set()
+    for row, pair in enumerate(pairs):
+        text = next((each.text for each in pair.captions if language in ("", each.language)), None)
+        if text is not None and not {("text", text), ("group", pair.group)} & seen:
+            seen |= {("text", text), ("group", pair.group)}
+            rows[pair.id] = (row, text)
+    chosen = sorted(hashed_subset(rows, limit))
+    return {id: rows[id][1] for id in chosen}, Pairs(pairs.name, [[pairs[rows[id][0]] for id in chosen]])
+
+
+def _extract(
+    parts: ModelAndPreprocessing, recipe: Recipe, captions: Mapping[str, str], pairs: Pairs, bar: ProgressFactory
+) -> tuple[TowerFeatures, TowerFeatures]:
+    """Pooled features and mean states of every block, of the images and of their captions."""
+    inputs = build_feature_source(parts, recipe, bar=bar)
+    with bar(f"{parts.model.image.name}: images") as progress:
+        stream = inputs.images(pairs)()
+        image = extract_tower_features(parts.model.image, stream, captions, lambda done: progress(done, len(pairs)))
+    with bar(f"{parts.model.text.name}: captions") as progress:
+        texts = inputs.texts(captions)()
+        text = extract_tower_features(parts.model.text, texts, captions, lambda done: progress(done, len(pairs)))
+    assert image.block_ids == image.ids and text.block_ids == text.ids
+    return image, text
+
+
+def _count(given: Mapping[str, str], name: str, highest: int) -> int:
+    text = given[name]
+    if not (text.isdecimal() and 1 <= int(text) <= highest):
+        raise UserError(f"analyze: {name}={text} must be a whole number from 1 to {highest:,}")
+    return int(text)
+
+
+def _require_more_than(neighbours: int, count: int, what: str) -> None:
+    """A nearest neighbour is another pair than one's own."""
+    if count <= neighbours:
+        raise UserError(
+            f"there are {count} {what}; analyze needs more than neighbours={neighbours}: give more, or less"
+        )

@@ -1,0 +1,96 @@
+"""Analyses of runs as tables and heat maps: for the terminal (``clasp analyze``) and for the HTML report.
+
+Input: ``AnalysisRecord``s. Output: ``AnnotatedTable``s and markup. Note: of each image block only the text block with
+the most common neighbours is a row, and the baseline is of that combination; ``analysis.json`` has all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clasp.analysis.layer_similarity import SHUFFLES, LayerSimilarity
+from clasp.analysis.record import AnalysisRecord
+from clasp.report.html_elements import Html, escaped, figure, figure_row, html_table, missing_in
+from clasp.report.run_record import RunRecord
+from clasp.report.svg_charts import heat_map
+from clasp.report.tables import AnnotatedTable
+
+_LAYER_COLUMNS = ("image block", "text block", "mutual k-NN", "shuffled", "CKA", "shuffled")
+
+
+def geometry_table(record: AnalysisRecord) -> AnnotatedTable:
+    """The measures of the joint space, one a row."""
+    geometry = record.geometry
+    measures = {
+        "mean cosine of pairs": geometry.pair_cosine,
+        "mean cosine of non-pairs": geometry.non_pair_cosine,
+        "logit scale": record.logit_scale,
+        "margin, logits": record.margin,
+        "modality gap": geometry.modality_gap,
+        "alignment (lower: closer)": geometry.alignment,
+        "uniformity of images (lower: more even)": geometry.image_uniformity,
+        "uniformity of texts": geometry.text_uniformity,
+        "effective rank of images": geometry.image_effective_rank,
+        "effective rank of texts": geometry.text_effective_rank,
+    }
+    rows = [[title, f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"] for title, value in measures.items()]
+    return AnnotatedTable(("embedding space", "value"), rows, [describe_analysis(record)])
+
+
+def layer_table(record: AnalysisRecord) -> AnnotatedTable:
+    """For the embeddings and for each image block the text block with the highest mutual k-NN."""
+    rows = [_layer_cells(most_similar(record.layers, block)) for block in _blocks(record.layers)]
+    note = (
+        f"{record.neighbours} neighbours; shuffled: the same with images and texts paired at random, mean of {SHUFFLES}"
+        "; of each image block the most similar text block"
+    )
+    return AnnotatedTable(_LAYER_COLUMNS, rows, [note])
+
+
+def describe_analysis(record: AnalysisRecord) -> str:
+    """The pairs of an analysis, and its time."""
+    language = f" in {record.language}" if record.language else ""
+    return f"{record.pairs:,} pairs of {record.data}{language}, {record.seconds:,.1f} s"
+
+
+def most_similar(layers: Sequence[LayerSimilarity], image_block: int) -> LayerSimilarity:
+    """The row of an image block with the highest mutual k-NN."""
+    return max((row for row in layers if row.image_block == image_block), key=lambda row: row.mutual_knn)
+
+
+def analysis_blocks(records: Sequence[RunRecord]) -> list[Html]:
+    """The section of the HTML report."""
+    blocks = []
+    for record in records:
+        for analysis in record.analyses:
+            blocks.append(Html(f"<h3>{escaped(f'{record.label}: {describe_analysis(analysis)}')}</h3>"))
+            tables = [html_table("Embedding space", geometry_table(analysis))]
+            tables.append(html_table("Similarity of the towers' layers", layer_table(analysis)))
+            blocks += [figure_row(tables), *_heat_maps(analysis)]
+    lacking = [record.label for record in records if not record.analyses]
+    return [*blocks, missing_in(lacking, "not analysed (clasp analyze RUN data=…).")]
+
+
+def _heat_maps(record: AnalysisRecord) -> list[Html]:
+    by_block = {(row.image_block, row.text_block): row for row in record.layers if row.image_block}
+    image, text = (sorted({blocks[side] for blocks in by_block}) for side in (0, 1))
+    if not by_block:
+        return []
+    figures = []
+    for title, name in (("Mutual k-NN", "knn"), ("Linear CKA", "cka")):
+        rows = [[by_block[one, other] for other in text] for one in image]
+        values = [[row.mutual_knn if name == "knn" else row.cka for row in line] for line in rows]
+        best = max(max(line) for line in values)
+        told = f"{title} of every image block with every text block; highest {best:.3f}"
+        drawing = heat_map(values, "text block", "image block", told)
+        figures.append(figure(f"{title}, from 0 to {best:.3f} (full colour)", drawing))
+    return [figure_row(figures)]
+
+
+def _blocks(layers: Sequence[LayerSimilarity]) -> list[int]:
+    return sorted({row.image_block for row in layers})
+
+
+def _layer_cells(row: LayerSimilarity) -> list[str]:
+    blocks = [str(row.image_block), str(row.text_block)] if row.image_block else ["embedding", "embedding"]
+    return [*blocks, *(f"{v:.3f}" for v in (row.mutual_knn, row.mutual_knn_shuffled, row.cka, row.cka_shuffled))]

@@ -1,0 +1,219 @@
+"""The report of runs as one self-contained HTML file. Input: ``RunRecord``s. Output: the text of the file.
+
+Sections: overview, differing recipe keys, learning curves, quality against cost, results by task and language,
+retention, analysis, what a run with ``[auto]`` tried, retrieval examples, parameters, cost, facts. No model is loaded.
+Note: a part that a run lacks is named where it would be; the file is the same for the same folders, so it has no date.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from clasp.evaluation.results import EvaluationResult
+from clasp.report.analysis_section import analysis_blocks
+from clasp.report.auto_table import AutoPlan, auto_table
+from clasp.report.curve_section import curve_blocks
+from clasp.report.html_elements import (
+    Html,
+    beside,
+    escaped,
+    figure,
+    folded,
+    html_page,
+    html_table,
+    joined,
+    missing,
+    missing_in,
+    paragraph,
+    picture,
+    section,
+)
+from clasp.report.pareto_section import pareto_blocks
+from clasp.report.run_comparison import (
+    RETENTION,
+    ComparedResults,
+    compare_results,
+    comparison_table,
+    cost_table,
+    difference_tables,
+    facts_table,
+    latest_results,
+    overview_table,
+    parameter_table,
+    percent_interval,
+    recipe_table,
+)
+from clasp.report.run_record import RunRecord
+from clasp.report.svg_charts import ChartPoint, ChartRow, legend, row_chart, swatch
+from clasp.report.tables import (
+    AnnotatedTable,
+    format_metric,
+    metric_title,
+    metrics_main_first,
+    result_table,
+    retention_table,
+)
+
+_ALTERNATIVES = {
+    "searches.png": "Searches in several languages with the images found",
+    "search.png": "The images found by the last search",
+    "retention.png": "Probes of the towers before and after alignment, and the change of each block",
+}
+_MAX_CHART_ROWS = 60  # legible; of more languages only the table has all
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    title: str
+    anchor: str
+    blocks: Sequence[Html]
+
+
+def render_html_report(records: Sequence[RunRecord]) -> str:
+    """The text of the file; the runs keep their order, and their labels differ."""
+    assert records and len({record.label for record in records}) == len(records)
+    several = len(records) > 1
+    parts = [
+        _Section("Overview", "overview", _overview(records)),
+        _Section("What differs between the recipes" if several else "Recipe", "recipes", _recipes(records)),
+        _Section("Learning curves", "curves", curve_blocks(records)),
+        *([_Section("Quality against cost", "pareto", pareto_blocks(records))] if several else []),
+        _Section("Results by task and language", "results", _results(records)),
+        _Section("Retention of pre-trained features", "retention", _retention(records)),
+        _Section("Analysis of the embedding space", "analysis", analysis_blocks(records)),
+        *(_Section(f"Stages of {record.label}", f"auto-{n}", _auto(n, record)) for n, record in _with_plan(records)),
+        _Section("Retrieval examples", "examples", _examples(records)),
+        _Section("Parameters", "parameters", [_from_costs("Parameters by part", parameter_table(records), records)]),
+        _Section("Cost", "cost", [_from_costs("Cost ledger", cost_table(records), records)]),
+        _Section("Towers, pairs and settings", "facts", [html_table("Facts of the runs", facts_table(records))]),
+    ]
+    links = joined(Html(f'<a href="#{part.anchor}">{escaped(part.title)}</a>') for part in parts)
+    title = f"{len(records)} runs compared" if several else records[0].label
+    contents = [Html(f'<nav aria-label="sections">{links}</nav>')]
+    contents += [section(part.title, part.anchor, part.blocks) for part in parts]
+    return html_page(title, contents)
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def _overview(records: Sequence[RunRecord]) -> list[Html]:
+    marks = [swatch(place) for place in range(len(records))] if len(records) > 1 else []
+    blocks = [html_table("Runs", overview_table(records), marks)]
+    interrupted = [record.label for record in records if record.state == "interrupted"]
+    unread = [record.label for record in records if record.unread_lines]
+    blocks.append(missing_in(interrupted, "interrupted; its numbers are those of its last saved state."))
+    blocks.append(missing_in(unread, "the last line of log.jsonl is cut short and was not read."))
+    return blocks
+
+
+def _recipes(records: Sequence[RunRecord]) -> list[Html]:
+    whole = [
+        folded(f"all keys of {each.label}", html_table(f"Recipe of {each.label}", recipe_table(each)))
+        for each in records
+    ]
+    if len(records) == 1:
+        return whole
+    shared, partial = difference_tables(records)
+    blocks = [html_table("Differing recipe keys", shared)] if shared.rows else []
+    if partial.rows:
+        title = f"{len(partial.rows)} keys that only some of the runs have"
+        blocks.append(folded(title, html_table("Recipe keys of some runs", partial)))
+    return [*(blocks or [paragraph(escaped("The recipes are equal."))]), *whole]
+
+
+def _results(records: Sequence[RunRecord]) -> list[Html]:
+    blocks = [legend([record.label for record in records])]
+    for compared in compare_results(records):
+        blocks.append(beside([_result_table(compared, records), *_result_chart(compared, records)]))
+    lacking = [record.label for record in records if not record.results]
+    return [*blocks, missing_in(lacking, "no results.jsonl: not evaluated.")]
+
+
+def _result_table(compared: ComparedResults, records: Sequence[RunRecord]) -> Html:
+    if len(records) > 1:
+        return html_table(compared.title, comparison_table(compared, records))
+    rows = compared.rows[0]
+    return html_table(compared.title, result_table(compared.task, rows, metrics_main_first(rows[0].result)))
+
+
+def _result_chart(compared: ComparedResults, records: Sequence[RunRecord]) -> list[Html]:
+    name, rows = compared.metric, []
+    for label in compared.labels:
+        found = {run: result for run in compared.rows if (result := compared.result(run, label)) is not None}
+        found = {run: result for run, result in found.items() if math.isfinite(result.metrics[name])}
+        points = [_point(name, result, run, records[run].label) for run, result in found.items()]
+        chances = {100 * result.chance[name] for result in found.values() if name in result.chance}
+        if not points:
+            continue
+        rows.append(ChartRow(label, points, chances.pop() if len(chances) == 1 else None))
+    if "rank" in name or not 2 <= len(rows) <= _MAX_CHART_ROWS:
+        return []
+    title = f"{metric_title(name)}, per cent"
+    told = f"{title} by row of {compared.title}; the table below has every number"
+    return [figure(f"{title}; lines: 95 % intervals, bars: chance", row_chart(rows, title, told))]
+
+
+def _point(name: str, result: EvaluationResult, run: int, label: str) -> ChartPoint:
+    ends = percent_interval(result, name)
+    return ChartPoint(label=label, place=run, x=100 * result.metrics[name], y=0.0, interval=ends)
+
+
+def _retention(records: Sequence[RunRecord]) -> list[Html]:
+    blocks, lacking = [], []
+    for record in records:
+        rows = [each for each in latest_results(record.results) if each.task.startswith(RETENTION)]
+        for data in dict.fromkeys(each.data for each in rows):
+            table = retention_table([each for each in rows if each.data == data], "results.jsonl of the run")
+            blocks.append(html_table(f"{record.label}: retention on {data}", table))
+        if not rows:
+            lacking.append(record.label)
+    note = missing_in(lacking, "retention was not evaluated (clasp eval RUN retention data=…).")
+    return [*blocks, *_pictures(records, ["retention.png"]), note]
+
+
+def _auto(place: int, record: RunRecord) -> list[Html]:
+    assert record.plan is not None
+    table = auto_table(record.plan)
+    titled = AnnotatedTable(tuple(table.columns), table.cells, list(table.notes))
+    return [*_stage_chart(place, record.plan), html_table("Candidates and stages, in the order tried", titled)]
+
+
+def _stage_chart(place: int, plan: AutoPlan) -> list[Html]:
+    rows, metric = [], plan.primary.rpartition("/")[2]
+    for row in plan.rows:
+        if row.stage and row.metric is not None and "rank" not in metric:
+            ends = None if row.interval is None else (100 * row.interval[0], 100 * row.interval[1])
+            point = ChartPoint(label=row.verdict, place=place, x=100 * row.metric, y=0.0, interval=ends)
+            rows.append(ChartRow(row.stage, [point]))
+    if not rows:
+        return []
+    told = "; ".join(f"{row.label}: {format_metric(metric, row.points[0].x / 100)}" for row in rows)
+    title = f"{metric_title(metric)} on the validation pairs, per cent"
+    return [figure(f"{title}, by stage; lines: 95 % intervals", row_chart(rows, title, told))]
+
+
+def _examples(records: Sequence[RunRecord]) -> list[Html]:
+    shown = _pictures(records, ["searches.png", "search.png"])
+    return shown or [missing("No run has a picture of a search (clasp search RUN writes search.png).")]
+
+
+def _pictures(records: Sequence[RunRecord], names: Sequence[str]) -> list[Html]:
+    return [
+        figure(f"{record.label}: {name}", picture(record.pictures[name], _ALTERNATIVES[name]))
+        for record in records
+        for name in names
+        if name in record.pictures
+    ]
+
+
+def _from_costs(caption: str, table: AnnotatedTable, records: Sequence[RunRecord]) -> Html:
+    lacking = [record.label for record in records if record.cost is None]
+    note = missing_in(lacking, "no cost.json: the cost was not recorded.")
+    return note if len(lacking) == len(records) else joined((html_table(caption, table), note))
+
+
+def _with_plan(records: Sequence[RunRecord]) -> list[tuple[int, RunRecord]]:
+    return [(place, record) for place, record in enumerate(records) if record.plan is not None]
