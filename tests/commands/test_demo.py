@@ -130,7 +130,7 @@ def test_shuffled_pairs_stay_at_chance(told: story.DemoResult, tmp_path: Path):
         row["caption"], row["image"] = caption, str(sample.folder / row["image"])
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = story.demo_recipe(sample, quick=True).with_overrides(
-        [f"data.train={tmp_path / 'train.jsonl'}", "data.class_weight=0"]
+        [f"data.train={tmp_path / 'train.jsonl'}", f"data.image_root={sample.folder}", "data.class_weight=0"]
     )
     train_recipe(recipe, tmp_path / "shuffled", say=lambda line: None)
     model = load(tmp_path / "shuffled")

@@ -426,7 +426,7 @@ def test_a_run_goes_on_with_other_trackers_and_nothing_else_changed(
     assert whole.results, "a tracker that fails on the way ends nothing"
     main_job.train_recipe(made, folder, say=str, reporter=StopAt(4))
     assert lines(folder / "diary.jsonl")[-1][0] == "log" and (folder / "state").exists()
-    assert typed(monkeypatch, "resume", str(folder), "train.lr=0.5") == 2
+    assert typed(monkeypatch, "resume", str(folder), "train.lr=0.5", "--allow-code") == 2
     assert "was started with another recipe" in capfd.readouterr().err
     assert not typed(monkeypatch, "resume", str(folder), 'train.trackers=["toytrackers:Diary"]')
     diary = lines(folder / "diary.jsonl")

@@ -56,7 +56,7 @@ from clasp.models.tower import Tower
 from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow, auto_table
 from clasp.report.model_card import markdown_table
 from clasp.training.class_pairs import class_pair_features, find_class_pairs
-from clasp.training.cost.ledger import COST_FILE
+from clasp.training.cost import COST_FILE
 from clasp.training.run_code import all_code_names, allow_code, require_allowed
 from clasp.training.run_folder import RunFolder
 from clasp.training.trackers.console import Reporter, SilentReporter

@@ -14,8 +14,8 @@ from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
 from clasp.data.readers import LiveImageReader
 from clasp.training.class_pair_batches import ClassPairReader, class_pair_rows
 from clasp.training.class_pairs import ClassPairFeatures, class_pair_features
+from clasp.training.cost import COST_FILE
 from clasp.training.cost.frozen import count_frozen_flops
-from clasp.training.cost.ledger import COST_FILE
 from clasp.training.initialize import initialize_heads, initialize_low_rank, standardize_of_pairs
 from clasp.training.loop import FitCallbacks, fit
 from clasp.training.losses import build_loss

@@ -19,7 +19,8 @@ from clasp.models.features import FeatureSource
 from clasp.models.precision import resolve_precision
 from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
 from clasp.training.class_pairs import WeightedClassPairs
-from clasp.training.cost.ledger import COST_FILE, CostLedger, read_cost
+from clasp.training.cost import COST_FILE
+from clasp.training.cost.ledger import CostLedger, read_cost
 from clasp.training.run_folder import RunFolder
 from clasp.training.settings import TrainPlan
 from clasp.training.state import TrainState

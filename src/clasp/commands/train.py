@@ -30,7 +30,8 @@ from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.results import EvaluationResult
 from clasp.report.model_card import ModelCard
-from clasp.training.cost.ledger import COST_FILE, RunCost
+from clasp.training.cost import COST_FILE
+from clasp.training.cost.ledger import RunCost
 from clasp.training.run_code import require_allowed, tracker_code_names
 from clasp.training.run_folder import RunFolder
 from clasp.training.state import FitResult, TrainState

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from clasp.data.atomic_files import translate_disk_errors, write_text_file
 from clasp.report.run_record import PRIMARY_METRICS, primary_result, read_results
 from clasp.report.tables import CHANCE_TITLE, INTERVAL_TITLE, format_interval, format_metric, metric_title
-from clasp.training.cost.ledger import COST_FILE as COST
+from clasp.training.cost import COST_FILE as COST
 from clasp.training.cost.ledger import read_cost
 from clasp.types import UserError
 

@@ -22,7 +22,7 @@ from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language, macro_
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
 from clasp.report.auto_table import PLAN_FILE, AutoPlan
-from clasp.training.cost.ledger import COST_FILE as _COST_FILE
+from clasp.training.cost import COST_FILE as _COST_FILE
 from clasp.training.cost.ledger import RunCost, read_cost
 from clasp.training.trackers.jsonl import LOG_FILE, RESULTS_FILE
 from clasp.types import UserError

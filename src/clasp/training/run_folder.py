@@ -32,7 +32,7 @@ from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.tower import Tower
-from clasp.training.cost.ledger import COST_FILE
+from clasp.training.cost import COST_FILE
 from clasp.training.run_code import code_names, require_allowed
 from clasp.training.state import TrainState
 from clasp.training.state_files import STATE_FOLDER, StateFiles

@@ -21,12 +21,13 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
+from clasp.training.cost import COST_FILE
 from clasp.training.cost.flops import FLOPS_CONVENTION, count_flops
 from clasp.training.cost.meters import EnergyMeter, PeakMemoryMeter, describe_machine
 from clasp.training.step import Stepper, StepResult
 from clasp.types import Batch, UserError
 
-COST_FILE, _FORMAT = "cost.json", 1
+_FORMAT = 1
 
 Stage = Literal["features", "training", "evaluation", "saving", "counting"]
 _Params = ParamSpec("_Params")
