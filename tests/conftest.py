@@ -9,15 +9,13 @@ from __future__ import annotations
 import gc
 import random
 import signal
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from clasp.data.cache_folder import cache_folder
-from clasp.models import precision
-from clasp.models.precision import PrecisionChoice
-from clasp.models.zoo import converted_weights
+from exactness import converted_towers, float32_by_default
+
+__all__ = ["converted_towers", "float32_by_default"]
 
 LONGEST = ("test_demo.py", "test_one_selection.py", "test_train.py", "test_retention.py")
 
@@ -30,23 +28,6 @@ def same_random_numbers() -> None:
     """What a test draws does not depend on the tests before it in its process."""
     random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def float32_by_default() -> Iterator[None]:
-    """``precision = "auto"`` is float32, on machines where bfloat16 is faster, too: what is tested is exact."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precision, "_detect", lambda kind: PrecisionChoice("float32", "the tests compute in float32"))
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def converted_towers() -> Iterator[None]:
-    """Packaged towers are converted into this machine's cache, not once for each test that has a cache of its own."""
-    folder = cache_folder()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(converted_weights, "cache_folder", lambda: folder)
-        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

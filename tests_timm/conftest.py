@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from torch.library import Library
 
+from exactness import converted_towers, float32_by_default
+
+__all__ = ["converted_towers", "float32_by_default"]
+
 OPERATORS = Library("torchvision", "DEF")  # kept: the operators go when it does
 for name in ("nms", "qnms"):
     OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -586,14 +586,20 @@ def _train(recipe: Any, run: Path, *, resume: bool) -> None:
                 "stopped before training: run the same command again; features cached so far are not computed twice"
             )
         sys.exit(130)
-    typed, source = shlex.quote(where), shlex.quote(recipe.data.train)
+    typed = shlex.quote(where)
     if done.fitted.interrupted:
         print_status(f"interrupted, state saved; resume with: clasp resume {typed}")
         sys.exit(130)
     print_results("validation pairs", done.results, "results.jsonl and README.md in the run folder")
     print_status(f"cost: {done.cost}")
     print_status(f"the run is in {where} (delta {format_megabytes(done.delta_bytes)}, card README.md there)")
-    print_status(f'index and search with: clasp index {typed} {source}  then: clasp search {typed} "your words"')
+    print_status(_next_commands(typed, recipe.data.train))
+
+
+def _next_commands(typed: str, source: str) -> str:
+    """How to index and search with a run; where it was trained on a packaged sample, any folder of images."""
+    images = "FOLDER" if source.startswith("sample:") else shlex.quote(source)
+    return f'index and search with: clasp index {typed} {images}  then: clasp search {typed} "your words"'
 
 
 def _climb(recipe: Any, run: Path) -> None:
@@ -614,9 +620,7 @@ def _climb(recipe: Any, run: Path) -> None:
         print_status(f"interrupted; {kept}; go on with: clasp resume {shlex.quote(where)}")
         sys.exit(130)
     print_status(f"{kept} ({plan.seconds:,.0f} s; card README.md there)")
-    source = shlex.quote(str(plan.recipe["data"]["train"]))
-    typed = shlex.quote(where)
-    print_status(f'index and search with: clasp index {typed} {source}  then: clasp search {typed} "your words"')
+    print_status(_next_commands(shlex.quote(where), str(plan.recipe["data"]["train"])))
 
 
 def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Path, name: str | None) -> None:

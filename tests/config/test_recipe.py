@@ -68,6 +68,7 @@ WRONG_OVERRIDES = {
     "data.class_weight=5": ["data.class_weight = 5", "head.init = 'cca'", "head.init = 'random'"],
     "data.class_weight=-1": ["class_weight"],
     "head.power=[0.5, 1.0]": ["power = [0.5, 1.0]", "standardize = true or 'layer'"],
+    "head.power=2": ["head.power = 2", "should be a list"],
     "head.power=[0, 1]": ["head.power", "greater than 0"],
     "head.class_probabilities=true": ["class_probabilities = true", "standardize = 'layer'"],
     "head.init=cca": ["head.init = 'cca'", "head.standardize = true"],

@@ -405,7 +405,7 @@ def _expected(error: Any) -> str:
     if error["type"] == "literal_error":
         return f"be {error['ctx']['expected']}"
     expected = error["msg"].partition(" should ")[2] or error["msg"]
-    return expected.replace(" after validation", "")
+    return expected.replace(" after validation", "").replace("a valid tuple", "a list")
 
 
 def _key(error: Any) -> str:
