@@ -2,7 +2,8 @@
 
 Exit code 0: success. 2: an error in the user's input, one line. 1: an error in clasp, with its traceback.
 ``--json`` prints one JSON object on standard output; progress and log lines go to standard error.
-Note: torch and transformers are imported inside the verbs, so that ``--help`` returns at once.
+Note: torch and transformers are imported inside the verbs, so that ``--help`` returns at once. One file of many lines:
+a verb is its options with their help and a few calls, and they share ``main`` and the options at the top.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Input: a recipe with ``[auto]``, and a folder. Output: an ordinary run, that of 
 in ``RUN/stages``. The heads are chosen in closed form (``commands.closed_form``), then both towers are tuned; heads
 take gradient steps with what is left of the budget. A stage is kept where the run's own validation metric is better.
 Note: Ctrl-C ends it with the best stage so far; ``plan.json`` has what was tried and is what ``clasp resume`` goes on
-from. Finished stages are not repeated.
+from. Finished stages are not repeated. One class of many lines: its stages share the budget, the plan and the best
+score.
 """
 
 from __future__ import annotations

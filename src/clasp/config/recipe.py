@@ -3,7 +3,8 @@
 Input: a file (or a name from ``recipes/``) and strings such as ``train.batch_size=512``. Output: a frozen ``Recipe``. A
 file may begin with ``extends = "lilt/lwa"`` and then has only the keys that differ; the resulting recipe is complete.
 Each section's settings are defined beside what they configure; here they are combined. An unknown key or value is one
-error that names the nearest valid ones.
+error that names the nearest valid ones. Note: a long file: the sections, the checks between them, and their errors all
+read one list of keys.
 """
 
 from __future__ import annotations

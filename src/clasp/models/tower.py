@@ -4,7 +4,8 @@ Input: a ``Backbone`` (a foreign module with its preprocessing) and a few settin
 ``forward -> hidden states [B N D]`` and ``pooled -> [B Dp]``; both also resume from ``HiddenStates``, the output of the
 frozen prefix. Note: a tower is in evaluation mode in training, too, unless ``dropout`` is set, and running statistics
 of BatchNorm are fixed, so that a frozen tower is deterministic. They are updated where the net is randomly initialised
-and the norm trains: they are then in ``moving`` and are saved with the trained parameters.
+and the norm trains: they are then in ``moving`` and are saved with the trained parameters. A long class: hidden states,
+resuming and pooling all read one structure of the net.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Input: an ``EmbeddingModel``, a store, and pairs or the images of a folder. Outp
 the source of their image. Note: an image is identified by the sha256 of its bytes. A stored image is not encoded again
 when it is renamed, moved or copied, and a file of unchanged size and modification time is not even read. Each batch is
 stored before the next is encoded, so an interrupted ``index`` resumes where it stopped. An entry records the folder,
-table or tar it came from, and is dropped when that is indexed again without it.
+table or tar it came from, and is dropped when that is indexed again without it. A long class: indexing and searching
+share the model, the store and the meaning of an entry.
 """
 
 from __future__ import annotations
