@@ -20,6 +20,7 @@ from clasp.serve.warm_server import read_record
 from clasp.types import no_progress_bar
 from toydata import toys, write_folder, write_images
 from toyruns import recipe, run, save_towers
+from toyserver import wait_until_it_answers
 
 
 def ask_and_stop(folder: Path, found: dict[str, Any]) -> None:
@@ -29,12 +30,7 @@ def ask_and_stop(folder: Path, found: dict[str, Any]) -> None:
         time.sleep(0.05)
     assert record is not None
     try:
-        for _ in range(200):  # recorded just before it accepts
-            try:
-                urllib.request.urlopen(f"{record.address}/ready", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.05)
+        wait_until_it_answers(record.address)
         asked = urllib.parse.urlencode({"q": "a red ring", "k": 5})
         with urllib.request.urlopen(f"{record.address}/api/search?{asked}", timeout=60) as reply:
             found["http"] = [hit["id"] for hit in json.loads(reply.read())["hits"]]

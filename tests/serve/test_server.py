@@ -31,7 +31,7 @@ from clasp.serve.warm_server import (
 from clasp.types import UserError
 from toydata import COLOURS
 from toysearch import png
-from toyserver import KEY, serving, toy_app, toy_service
+from toyserver import KEY, serving, toy_app, toy_service, wait_until_it_answers
 
 
 def test_addresses():
@@ -155,12 +155,7 @@ def test_a_signal_lets_running_requests_end(tmp_path: Path, number: signal.Signa
         with urllib.request.urlopen(f"{record.address}/api/search?q=red", timeout=30) as reply:
             replies.append(json.loads(reply.read())["query"])
 
-    for _ in range(100):  # recorded just before it accepts
-        try:
-            urllib.request.urlopen(f"{record.address}/health", timeout=5).close()
-            break
-        except OSError:
-            time.sleep(0.05)
+    wait_until_it_answers(record.address)
     thread = threading.Thread(target=ask)
     thread.start()
     time.sleep(0.35)
