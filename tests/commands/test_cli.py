@@ -141,7 +141,7 @@ assert not heavy, heavy
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 20, "half a second on a quiet machine"
@@ -659,7 +659,9 @@ def test_a_name_that_is_not_one_folder_is_refused(name: str, clasp: Command, wor
 
 def test_closed_standard_streams_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
-    cli._replace_closed_streams()
+    from clasp.cli.program import _replace_closed_streams
+
+    _replace_closed_streams()
     print("into nothing")
     sys.stdout.close()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clasp.cli import _PrintableFormatter
+from clasp.cli.program import _PrintableFormatter
 from clasp.data.checks import Finding
 from clasp.report.console import (
     print_error,

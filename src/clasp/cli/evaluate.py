@@ -1,0 +1,78 @@
+"""Verbs about trained runs: eval, analyze, report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
+from clasp.evaluation.registry import ANALYZE_OPTIONS, describe_option, describe_tasks, task_names
+
+_ANALYZE_HELP = escape("\n".join(map(describe_option, ANALYZE_OPTIONS)))
+_TASKS_HELP = escape("\n".join(describe_tasks()))
+
+
+@app.command(name="eval", epilog=_TASKS_HELP)
+def evaluate(
+    run: RunArgument,
+    task: Annotated[str, typer.Argument(metavar="TASK", help=task_names())],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Options of the task, listed below."),
+    ] = None,
+    as_json: JsonOption = False,
+    allow_code: AllowCodeOption = False,
+) -> None:
+    """Evaluate a run on a data set; metrics with 95 % intervals are printed and appended to RUN/results.jsonl."""
+    from clasp.commands.evaluate import evaluate_run
+    from clasp.report.console import print_json, print_status, progress_bar, relative_path
+    from clasp.report.terminal import print_results
+
+    with code_allowed(allow_code):
+        results = evaluate_run(run, task, options or (), say=print_status, bar=progress_bar)
+    if as_json:
+        print_json({"run": str(run), "task": task, "results": [asdict(result) for result in results]})
+    else:
+        print_results(f"{relative_path(run)}: {task}", results, "results.jsonl in the run folder")
+
+
+@app.command(epilog=_ANALYZE_HELP)
+def analyze(
+    run: RunArgument,
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options, listed below.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Analyse the embedding space of a run and the layers of its towers; the result is kept in RUN/analysis.json.
+
+    Modality gap, alignment, uniformity, effective rank, cosines; CKA and mutual k-NN of the towers' layers, each with a
+    shuffled baseline.
+    """
+    from clasp.commands.analyze import analyze_run
+    from clasp.report.analysis_section import geometry_table, layer_table
+    from clasp.report.console import print_json, print_table, progress_bar, relative_path
+
+    done = analyze_run(run, options or (), bar=progress_bar)
+    if as_json:
+        return print_json({"run": str(run), **done.to_dict()})
+    for table in (geometry_table(done), layer_table(done)):
+        print_table(relative_path(run), table.columns, table.rows, table.notes)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, in the order of the columns.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML file about runs: what differs, learning curves, quality against cost, results.
+
+    Only files of the run folders are read; the file has no script and requests nothing.
+    """
+    from clasp.commands.report import write_report
+    from clasp.report.console import format_megabytes, print_status, relative_path
+
+    size = write_report(runs, out)
+    print_status(f"the report is in {relative_path(out)} ({format_megabytes(size)})")

@@ -1,0 +1,85 @@
+"""The entry point ``main``: runs the verb that was typed, and turns an error of the user into one line.
+
+Exit code 0: success. 2: an error in the user's input, one line. 1: an error in clasp, with its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import sys
+from typing import Any
+
+import typer
+
+from clasp.cli.app import app
+
+
+def main() -> None:
+    """The entry point: turns a ``UserError`` into one line and exit code 2."""
+    _replace_closed_streams()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is not UTF-8 is printed escaped, as to sys.stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except _UsageError as error:
+        _print_usage_error(error)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError) as error:
+        from clasp.types import UserError  # here, since it imports torch
+
+        system = isinstance(error, OSError) and error.errno in _USER_ERRNOS
+        if not system and not isinstance(error, UserError):
+            raise
+        from clasp.report.console import print_error
+
+        print_error(_describe_system_error(error) if isinstance(error, OSError) else str(error))
+        sys.exit(2)
+
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer names its subclasses only
+
+
+def _print_usage_error(error: Any) -> None:
+    """An argument that is missing or unknown, in one line; without arguments, the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return error.show()
+    from clasp.report.console import print_error
+
+    command = error.ctx.command_path if error.ctx is not None else "clasp"
+    print_error(f"{' '.join(error.format_message().split()).rstrip('.')}; for what it takes: {command} --help")
+
+
+# errors of the disk and of its owner: no bug of ours, wherever they come from
+_USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _describe_system_error(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk ({error})"
+    return f"{error.filename or 'a file'} cannot be read or written: {error.strerror}"
+
+
+def _replace_closed_streams() -> None:
+    """Standard streams that were closed by whoever started the command are ``None`` in Python."""
+    for stream in ("stdout", "stderr"):
+        if vars(sys)[stream] is None:
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Escapes control characters: warnings contain file and sample names."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        from clasp.report.console import printable
+
+        return printable(super().formatMessage(record))

@@ -1,0 +1,149 @@
+"""Verbs of an index: index, watch, search, serve."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
+
+
+@app.command()
+def index(
+    run: RunArgument,
+    source: Annotated[
+        str,
+        typer.Argument(metavar="FOLDER|PAIRS", help="A folder of images, or pairs as for clasp train."),
+    ],
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store",
+            metavar="STORE",
+            help="Engine of a new index: flat, edge, or http://HOST:6333/COLLECTION. Default: by size.",
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="I/N", help="Encode part I of N; the process that ends last merges them."),
+    ] = None,
+    merge: Annotated[
+        int | None,
+        typer.Option("--merge", metavar="N", min=1, help="Merge N finished parts; after a failed merge."),
+    ] = None,
+    allow_code: AllowCodeOption = False,
+) -> None:
+    """Embed images into RUN/index; a second call embeds only new and changed files."""
+    from clasp.commands.index_parts import index_part, merge_parts
+    from clasp.commands.search import index_images
+    from clasp.report.console import print_status, progress_bar, relative_path
+    from clasp.search.parts import parse_part
+    from clasp.types import UserError
+
+    if part is not None and merge is not None:
+        raise UserError(f"--part {part} and --merge {merge}: one at a time; the last part merges by itself")
+    with code_allowed(allow_code):
+        if part is not None:
+            done = index_part(run, source, parse_part(part), store=store, bar=progress_bar, say=print_status)
+        elif merge is not None:
+            done = merge_parts(run, source, merge, store=store, bar=progress_bar, say=print_status)
+        else:
+            done = index_images(run, source, bar=progress_bar, store=store, say=print_status)
+    if done is None:
+        return
+    print_status(str(done))
+    print_status(f'search them with: clasp search {shlex.quote(relative_path(run))} "your words"')
+
+
+@app.command()
+def watch(
+    run: RunArgument,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder of images that changes.")],
+) -> None:
+    """Keep the index as FOLDER is: index what is new, drop what is gone, until Ctrl-C; clasp serve follows."""
+    from clasp.commands.watch import WatchSettings, watch_folder
+    from clasp.report.console import print_status, progress_bar
+
+    watch_folder(run, folder, WatchSettings(), say=print_status, bar=progress_bar)
+
+
+@app.command()
+def search(
+    run: RunArgument,
+    words: Annotated[str | None, typer.Argument(metavar="WORDS", help="Text query.")] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", help="Image query; with WORDS, the mean of both embeddings.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--where", metavar="FIELD=VALUE", help="Filter: folder=…, caption~…, year>=2020; repeatable."),
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", help="PNG contact sheet of the hits. Default: RUN/search.png.")
+    ] = None,
+    as_json: JsonOption = False,
+    allow_code: AllowCodeOption = False,
+) -> None:
+    """Search RUN/index by text, by image, or by both; hits by cosine similarity, near-duplicates as one.
+
+    A term after a minus sign is subtracted: "beach -people"; in double quotes a minus sign is literal.
+    """
+    from clasp.commands.warm_search import search_warm_server
+    from clasp.report.console import print_json, print_status, print_table, relative_path
+
+    found = search_warm_server(run, words, image, k, where or (), sheet)
+    if found is None:
+        from clasp.commands.search import search_images
+
+        with code_allowed(allow_code):
+            found = search_images(run, words, image, k, where or (), sheet).found()
+    if as_json:
+        print_json({"query": found.query, **found.answer, "sheet": str(found.sheet)})
+        return
+    print_table(found.query, ("id", "cosine", "z", "image"), [_hit_cells(hit) for hit in found.answer["hits"]])
+    if found.answer["note"]:
+        print_status(found.answer["note"])
+    print_status(f"picture of the hits: {relative_path(found.sheet)}")
+
+
+@app.command()
+def serve(
+    run: RunArgument,
+    pictures: Annotated[
+        str | None, typer.Option("--pictures", metavar="FOLDER|PAIRS", help="Index these first, as clasp index does.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address; other than of this machine only with a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", help="Port; 0 takes any free one.")] = 8000,
+    token: Annotated[
+        str, typer.Option("--token", envvar="CLASP_TOKEN", help="Token that every request must send.")
+    ] = "",
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="Further name of the server, behind a proxy; repeatable."),
+    ] = None,
+    allow_code: AllowCodeOption = False,
+) -> None:
+    """Serve a search page and an HTTP API over RUN/index; nothing leaves the machine.
+
+    Needs the extra: pip install 'clasp-vl[serve]'.
+    """
+    from clasp.commands.serve import ServeSettings, serve_run
+    from clasp.report.console import print_status, progress_bar
+
+    settings = ServeSettings(host, port, token, hosts or ())
+    with code_allowed(allow_code):
+        serve_run(run, pictures, settings, say=print_status, bar=progress_bar)
+
+
+def _hit_cells(hit: dict[str, Any]) -> list[str]:
+    from clasp.report.console import relative_path
+
+    copies = f" (+{len(hit['duplicates'])} nearly the same)" if hit["duplicates"] else ""
+    z = "" if hit["z"] is None else f"{hit['z']:.1f}"
+    return [hit["id"], f"{hit['score']:.3f}", z, relative_path(hit["meta"]["name"]) + copies]

@@ -1,0 +1,230 @@
+"""Verbs that train, and what can be read before training: demo, params, doctor, train, resume."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clasp.cli.app import AllowCodeOption, JsonOption, OverridesArgument, RecipeArgument, RunArgument, app, code_allowed
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller sample: takes a minute, lower accuracy.")] = False,
+    folder: Annotated[Path, typer.Option("--out", help="Run folder to write.")] = Path("runs/demo"),
+    with_page: Annotated[
+        bool, typer.Option("--serve", help="Then serve the search page over the demo's drawings, as clasp serve does.")
+    ] = False,
+) -> None:
+    """Align two packaged towers on the packaged emoji sample, evaluate on held-out concepts, search and draw hits."""
+    if with_page:
+        from clasp.commands.serve import require_serve_extra
+
+        require_serve_extra()
+    from clasp.commands.demo import run_demo
+
+    run_demo(folder, quick=quick)
+    if with_page:
+        from clasp.cli.search import serve
+
+        serve(folder)
+
+
+@app.command()
+def params(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """Trainable and total parameters per part; builds shapes only, works offline.
+
+    Only an hf: tower that no built-in recipe uses needs its config.json, from the local cache or the hub.
+    """
+    from clasp.commands.params import count_parameters
+    from clasp.config.recipe import read_recipe, require_single_keys
+    from clasp.report.console import print_json
+    from clasp.report.terminal import print_parameter_counts
+
+    require_single_keys(overrides or ())
+    report = count_parameters(read_recipe(recipe, overrides or ()))
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_parameter_counts(report.counts, report.sharing)
+
+
+@app.command()
+def doctor(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """Check the data; report frozen blocks, feature-cache size and number of steps, without training.
+
+    Exit code 2 if training would stop on this data.
+    """
+    from clasp.commands.doctor import diagnose, raise_on_stop
+    from clasp.config.recipe import read_recipe, require_single_keys
+    from clasp.report.console import print_json, print_lines, progress_bar
+
+    require_single_keys(overrides or ())
+    sections = []
+    for section in diagnose(read_recipe(recipe, overrides or ()), bar=progress_bar):
+        sections.append(section)
+        if not as_json:
+            print_lines(section.findings)
+    if as_json:
+        findings = [asdict(finding) for section in sections for finding in section.findings]
+        print_json({**{section.about: section.facts for section in sections}, "findings": findings})
+    raise_on_stop(sections)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the run folder. Default: the name of the recipe, numbered.")
+    ] = None,
+    runs: Annotated[Path, typer.Option("--runs", help="Parent folder of the run folders.")] = Path("runs"),
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="KEY=V,V", help="Sweep a key, e.g. train.lr=1e-3,3e-3; repeatable."),
+    ] = None,
+    minutes: Annotated[
+        str | None, typer.Option("--minutes", metavar="N", help="Wall time of a recipe with [auto]: start, auto.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option("--steps", metavar="N", help="Gradient steps in place of minutes: repeatable bitwise.")
+    ] = None,
+) -> None:
+    """Train a recipe on image-text pairs; writes a run folder: trained tensors (delta), log, results, cost, model card.
+
+    data.train=FOLDER names the pairs: a folder, .csv, .tsv, .jsonl, .parquet or tar shards.
+
+    With --grid, one run per combination of values; runs share the feature cache and are ranked by validation.
+    """
+    from clasp.config.recipe import read_recipe, require_single_keys
+    from clasp.types import UserError
+
+    require_single_keys(overrides or ())
+    if name is not None and (not name.strip() or Path(name).name != name or name == ".."):
+        raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
+    if grid:
+        return _sweep(recipe, overrides or (), grid, runs, name)
+    given = {key: text for key, text in (("minutes", minutes), ("steps", steps)) if text is not None}
+    made = read_recipe(recipe, overrides or (), budget=given or None)
+    run = runs / name if name else _free_path(runs, Path(recipe).stem)
+    if made.auto is not None:
+        return _climb(made, run)
+    _train(made, run, resume=False)
+
+
+@app.command()
+def resume(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Only train.trackers can change.")
+    ] = None,
+    allow_code: AllowCodeOption = False,
+) -> None:
+    """Resume an interrupted run from its saved state: same batches, same weights as without the interruption."""
+    from clasp.config.recipe import recipe_from_dict, require_single_keys
+    from clasp.report.auto_table import PLAN_FILE
+    from clasp.training.run_folder import RunFolder
+    from clasp.types import UserError
+
+    require_single_keys(overrides or ())
+    with code_allowed(allow_code):
+        if (run / PLAN_FILE).exists():
+            if overrides:
+                raise UserError(f"{run} was trained with [auto], whose stages cannot change: {overrides[0]}")
+            return _climb(None, run)
+        written = recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml"))
+        made = written.with_overrides(overrides or ())
+        typed = set(made.train.trackers) if made.train.trackers != written.train.trackers else set()
+        with code_allowed(allow_code, typed):
+            _train(made, run, resume=True)
+
+
+def _train(recipe: Any, run: Path, *, resume: bool) -> None:
+    from clasp.commands.train import train_recipe
+    from clasp.report.console import format_megabytes, print_status, progress_bar, relative_path
+    from clasp.report.terminal import print_results, terminal_reporter
+    from clasp.training.run_folder import RunFolder
+
+    where, reporter = relative_path(run), terminal_reporter()
+    try:
+        done = train_recipe(recipe, run, say=print_status, bar=progress_bar, reporter=reporter, resume=resume)
+    except KeyboardInterrupt:  # the loop handles the first Ctrl-C itself: this was before its first step, or a second
+        if RunFolder(run).has_state:
+            print_status(
+                f"stopped at once; what was done after the last saved state is lost: resume from it with: clasp resume "
+                f"{shlex.quote(where)}"
+            )
+        else:
+            print_status(
+                "stopped before training: run the same command again; features cached so far are not computed twice"
+            )
+        sys.exit(130)
+    typed = shlex.quote(where)
+    if done.fitted.interrupted:
+        print_status(f"interrupted, state saved; resume with: clasp resume {typed}")
+        sys.exit(130)
+    print_results("validation pairs", done.results, "results.jsonl and README.md in the run folder")
+    print_status(f"cost: {done.cost}")
+    print_status(f"the run is in {where} (delta {format_megabytes(done.delta_bytes)}, card README.md there)")
+    print_status(_next_commands(typed, recipe.data.train))
+
+
+def _next_commands(typed: str, source: str) -> str:
+    """How to index and search with a run; where it was trained on a packaged sample, any folder of images."""
+    images = "FOLDER" if source.startswith("sample:") else shlex.quote(source)
+    return f'index and search with: clasp index {typed} {images}  then: clasp search {typed} "your words"'
+
+
+def _climb(recipe: Any, run: Path) -> None:
+    """Train a recipe with [auto], or resume (``None``) the climb in ``run``."""
+    from clasp.commands.auto import AutoCallbacks, climb, resume_climb
+    from clasp.report.auto_table import auto_table
+    from clasp.report.console import print_status, print_table, progress_bar, relative_path
+    from clasp.report.terminal import terminal_reporter
+
+    callbacks = AutoCallbacks(print_status, progress_bar, terminal_reporter)
+    done = resume_climb(run, callbacks) if recipe is None else climb(recipe, run, callbacks)
+    where, plan = relative_path(run), done.plan
+    table = auto_table(plan)
+    if plan.rows:
+        print_table(where, table.columns, table.cells, table.notes)
+    kept = f"kept: stages/{plan.best}, in {where}" if plan.best else "no stage had ended, so nothing is kept"
+    if done.interrupted:
+        print_status(f"interrupted; {kept}; go on with: clasp resume {shlex.quote(where)}")
+        sys.exit(130)
+    print_status(f"{kept} ({plan.seconds:,.0f} s; card README.md there)")
+    print_status(_next_commands(shlex.quote(where), str(plan.recipe["data"]["train"])))
+
+
+def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Path, name: str | None) -> None:
+    from clasp.commands.sweep import sweep
+    from clasp.config.grid import GridSpec
+    from clasp.report.console import print_status, print_table, progress_bar, relative_path
+    from clasp.report.terminal import terminal_reporter
+    from clasp.types import UserError
+
+    made = GridSpec(source, overrides, grid)
+    done = sweep(made, runs, name, say=print_status, bar=progress_bar, reporter=terminal_reporter)
+    title = f"{relative_path(done.folder)}: {len(done.rows)} of {done.combinations} runs"
+    print_table(title, done.columns, done.cells, done.notes)
+    if done.stopped:
+        print_status("interrupted, state saved; resume with the same command")
+        sys.exit(130)
+    if not done.finished:
+        raise UserError(f"no run of {done.folder} finished; the first: {done.rows[0].error}")
+    for line in done.summary_lines():
+        print_status(line)
+    best = shlex.quote(relative_path(done.finished[0].run))
+    print_status(
+        f'use it next: clasp eval {best} retrieval data=…  or: clasp index {best} FOLDER  then: clasp search {best} "…"'
+    )
+
+
+def _free_path(runs: Path, stem: str) -> Path:
+    return next(path for n in range(1, 10_000) if not (path := runs / (stem if n == 1 else f"{stem}-{n}")).exists())
