@@ -29,7 +29,7 @@ class FrozenTower:
 
     @property
     def fingerprint(self) -> str:
-        return _in_precision(self.tower.layer_fingerprint, self.precision) + _kernel_suffix()
+        return _in_precision(self.tower.layer_fingerprint, self.precision) + _kernel_suffix(self.precision)
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -58,7 +58,7 @@ class FrozenPrefix:
 
     @property
     def fingerprint(self) -> str:
-        return _in_precision(self.tower.prefix_fingerprint(self.depth), self.precision) + _kernel_suffix()
+        return _in_precision(self.tower.prefix_fingerprint(self.depth), self.precision) + _kernel_suffix(self.precision)
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -89,9 +89,11 @@ class FrozenPrefix:
             return self.tower.prefix_states(inputs, self.depth)
 
 
-def _kernel_suffix() -> str:
-    """Differs by the attention kernel (``training.attention_kernel``), whose outputs differ in their last bits."""
-    return "" if torch.backends.cuda.flash_sdp_enabled() else ":plain"
+def _kernel_suffix(precision: Precision) -> str:
+    """Differs by the attention kernel (``models.plain_attention``), whose outputs differ in their last bits."""
+    if torch.backends.cuda.flash_sdp_enabled():
+        return ""
+    return ":plain" if precision == "float32" else ":products"
 
 
 def find_frozen_part(tower: Tower, size: int, precision: Precision = "float32") -> FrozenTower | FrozenPrefix | None:

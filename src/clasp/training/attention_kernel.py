@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clasp.models.plain_attention import plain_attention_everywhere
 from clasp.models.precision import Precision
 
 AttentionKernel = Literal["fused", "plain"]
@@ -52,7 +52,7 @@ def use_attention_kernel(attention: AttentionKernel) -> Iterator[None]:
     if attention == "fused":  # PyTorch's default choice
         yield
     else:
-        with sdpa_kernel(SDPBackend.MATH):
+        with plain_attention_everywhere():
             yield
 
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from clasp.data.device import to_device
+from clasp.models.frozen_casts import FrozenCasts
 from clasp.models.precision import Precision
 from clasp.training import grad_cache
 from clasp.training import optimizer as optim
@@ -91,6 +93,10 @@ class Stepper:
         self.max_norm = math.inf if settings.clip_norm == "none" else settings.clip_norm
         model.to(accelerator.device)
         self.weights = optim.select_parameters(dict(model.named_parameters()), model.selection)
+        self.frozen_casts = nullcontext
+        if precision == "bfloat16":
+            assert isinstance(model, nn.Module)
+            self.frozen_casts = FrozenCasts(model)
         self.optimizer = optim.build_adamw(
             self._parameter_groups(kinds),
             lr=settings.lr,
@@ -149,6 +155,10 @@ class Stepper:
 
     def backward(self, batch: Batch, number: int) -> LossAndScale:
         """Compute the gradient of the batch's loss; the loss itself is computed in float32 at any precision."""
+        with self.frozen_casts():
+            return self._backward(batch, number)
+
+    def _backward(self, batch: Batch, number: int) -> LossAndScale:
         if self.micro_batch is not None and len(batch.ids) > self.micro_batch:
             return grad_cache.backward_in_micro_batches(
                 self._micro_batch_embedder(number), batch, self.loss, self.micro_batch
@@ -175,7 +185,8 @@ class Stepper:
     def choose_micro_batch(self, batch: Batch) -> MicroBatchChoice:
         """Measure how many pairs fit in memory at a time; sets ``micro_batch`` for all further steps."""
         pairs = max(len(batch.ids), 0 if self.settings.batch_size == "auto" else self.settings.batch_size)
-        choice = grad_cache.choose_micro_batch(self._micro_batch_embedder(0), batch, pairs)
+        with self.frozen_casts():
+            choice = grad_cache.choose_micro_batch(self._micro_batch_embedder(0), batch, pairs)
         self.micro_batch = choice.micro_batch
         return choice
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clasp.models.frozen_casts import FrozenCasts
 from clasp.models.tower import Tower
 from clasp.models.tuning.spec import freeze_except
 from clasp.types import UserError
@@ -58,6 +59,33 @@ def test_in_bfloat16(name: str, method: str):
     assert all(gradient.dtype == torch.float32 for gradient in rounded.values())
     one, other = (torch.cat([g.flatten() for g in each.values()]) for each in (exact, rounded))
     assert (one - other).norm() < 0.1 * one.norm()
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_weights_cast_once_are_those_of_autocast(name: str, method: str):
+    tower = tuned(name, method)
+    casts = FrozenCasts(tower)
+    before = {n: (p.data_ptr(), p.dtype) for n, p in tower.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = gradients(tower, name)
+        for _ in range(2):
+            with casts():
+                ours = gradients(tower, name)
+            assert all(torch.equal(gradient, ours[n]) for n, gradient in theirs.items())
+    assert {n: (p.data_ptr(), p.dtype) for n, p in tower.named_parameters()} == before
+
+
+def test_only_frozen_products_are_cast():
+    def cast(method: str) -> set[str]:
+        tower = tuned("vit", method)
+        with FrozenCasts(tower)():
+            return {n for n, p in tower.named_parameters() if p.dtype == torch.bfloat16}
+
+    frozen, low_rank, dora = cast("adapters"), cast("lora(rank=2, targets='all')"), cast("dora(rank=2)")
+    assert frozen and not any("norm" in n or "adapter" in n or "embeddings.position" in n for n in frozen)
+    assert any("base_layer" in n for n in low_rank) and not any("lora_" in n for n in low_rank)
+    assert dora and not any("base_layer" in n for n in dora), "its norm is that of the float32 weight"
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -71,7 +71,11 @@ def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[s
                 "targets or another method"
             ) from error
     for path in targets:
-        _keep_attributes(net.get_submodule(path))
+        wrapper = net.get_submodule(path)
+        _keep_attributes(wrapper)
+        if is_plain_low_rank(wrapper):
+            # peft would cast inputs to float32 and autocast back to bfloat16: the same numbers, with two copies
+            vars(wrapper)["cast_input_dtype_enabled"] = False
     if row.finish is not None:
         row.finish(net.get_submodule(path) for path in targets)
     return {name for name, p in net.named_parameters() if id(p) not in before}
@@ -102,6 +106,12 @@ def fold_wrapped_layers(net: nn.Module) -> list[str]:
         owner, _, name = path.rpartition(".")
         setattr(net.get_submodule(owner), name, wrapper.get_base_layer())
     return paths
+
+
+def is_plain_low_rank(wrapper: nn.Module) -> bool:
+    """Whether a wrapped layer adds a low-rank update to the output of its base layer, whose weight it does not read."""
+    children = dict(wrapper.named_children())
+    return "lora_A" in children and not any(children["lora_magnitude_vector"].children())
 
 
 def wrapped_weight_name(path: str) -> str:

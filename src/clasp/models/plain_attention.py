@@ -1,0 +1,91 @@
+"""Attention by matrix products and a softmax, for machines whose fused kernel is slow in bfloat16.
+
+Input: queries, keys and values, as ``scaled_dot_product_attention`` takes them. Output: the same states, to rounding.
+Also: a context in which every net of the process attends so, whatever library it is from. Note: PyTorch's own backend
+of plain products (``MATH``) serves float32, bit by bit as it is; in bfloat16 the products below take 0.4 to 0.8 of its
+time, forward and backward (32 x 6 heads, 50 tokens; 32 x 12 heads, 197 tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_fused_attention = F.scaled_dot_product_attention
+
+
+@contextmanager
+def plain_attention_everywhere() -> Iterator[None]:
+    """Context in which ``scaled_dot_product_attention`` is plain products; nested, the outer one lasts.
+
+    The function itself is replaced: nets of any library look it up in ``torch.nn.functional`` at each call.
+    """
+    before = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _attend
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        F.scaled_dot_product_attention = before
+
+
+def plain_products(
+    q: Float[Tensor, "*batch N D"],
+    k: Float[Tensor, "*batch M D"],
+    v: Float[Tensor, "*batch M Dv"],
+    mask: Bool[Tensor, "*mask"] | Float[Tensor, "*mask"] | None = None,
+    *,
+    dropout: float = 0.0,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "*batch N Dv"]:
+    """softmax(q kᵀ · scale + mask) v (Vaswani et al., 2017, equation 1).
+
+    ``mask`` broadcasts to ``[*batch N M]``: true where attended to, or added to the logits. A query that may attend to
+    nothing attends to all keys alike, where the fused kernel returns zeros.
+    """
+    logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    if causal:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        if mask.dtype == torch.bool:  # as an addend, the size of the mask, its gradient costs nothing
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
+        logits = logits + mask
+    weights = logits.softmax(-1)
+    return (F.dropout(weights, dropout) if dropout else weights) @ v
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``scaled_dot_product_attention`` with its own arguments."""
+    autocast = torch.is_autocast_enabled(query.device.type)
+    if enable_gqa or not (autocast or query.dtype == torch.bfloat16):
+        return _fused_attention(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+    query, key, value = (each.to(torch.bfloat16) for each in (query, key, value))
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(torch.bfloat16)
+    with torch.autocast(query.device.type, enabled=False):  # it would compute the softmax in float32
+        return plain_products(query, key, value, attn_mask, dropout=dropout_p, causal=is_causal, scale=scale)
