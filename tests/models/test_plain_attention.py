@@ -60,6 +60,13 @@ def test_float32_is_the_backend_of_torch_bit_by_bit() -> None:
         assert torch.equal(F.scaled_dot_product_attention(*states()), theirs)
 
 
+def test_grouped_queries_are_left_to_torch() -> None:
+    q, k, v = states(torch.bfloat16)
+    with plain_attention_everywhere():
+        out = F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
+    assert out.shape == q.shape
+
+
 def test_dropout_drops_weights() -> None:
     ones = torch.ones(1, 1, 64, 8)
     out = plain_products(ones, ones, ones, dropout=0.5)

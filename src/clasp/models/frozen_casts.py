@@ -15,8 +15,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from clasp.models.tuning.peft_methods import is_plain_low_rank
-
 
 class FrozenCasts:
     """The frozen layers of a model with their weights in bfloat16, which are cast when the context is first entered.
@@ -39,6 +37,12 @@ class FrozenCasts:
             yield
         finally:
             _set_data(self._parameters, exact)
+
+
+def is_plain_low_rank(wrapper: nn.Module) -> bool:
+    """Whether a layer of peft adds a low-rank update to the output of its base layer, whose weight it does not read."""
+    children = dict(wrapper.named_children())
+    return "lora_A" in children and not any(children["lora_magnitude_vector"].children())
 
 
 def _set_data(parameters: list[nn.Parameter], values: list[Tensor]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,24 +69,16 @@ def _attend(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """``scaled_dot_product_attention`` with its own arguments."""
-    autocast = torch.is_autocast_enabled(query.device.type)
-    if enable_gqa or not (autocast or query.dtype == torch.bfloat16):
-        return _fused_attention(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
+    """``scaled_dot_product_attention`` with its own arguments; ``options`` are ``scale`` and ``enable_gqa``."""
+    lower = torch.is_autocast_enabled(query.device.type) or query.dtype == torch.bfloat16
+    if options.get("enable_gqa") or not lower:
+        given = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, **options}
+        return _fused_attention(query, key, value, **given)
     query, key, value = (each.to(torch.bfloat16) for each in (query, key, value))
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         attn_mask = attn_mask.to(torch.bfloat16)
     with torch.autocast(query.device.type, enabled=False):  # it would compute the softmax in float32
+        scale = options.get("scale")
         return plain_products(query, key, value, attn_mask, dropout=dropout_p, causal=is_causal, scale=scale)

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clasp.models.frozen_casts import is_plain_low_rank
 from clasp.types import UserError
 
 LORA_INITS = ("random", "gradient")
@@ -106,12 +107,6 @@ def fold_wrapped_layers(net: nn.Module) -> list[str]:
         owner, _, name = path.rpartition(".")
         setattr(net.get_submodule(owner), name, wrapper.get_base_layer())
     return paths
-
-
-def is_plain_low_rank(wrapper: nn.Module) -> bool:
-    """Whether a wrapped layer adds a low-rank update to the output of its base layer, whose weight it does not read."""
-    children = dict(wrapper.named_children())
-    return "lora_A" in children and not any(children["lora_magnitude_vector"].children())
 
 
 def wrapped_weight_name(path: str) -> str:
