@@ -28,6 +28,7 @@ COMPARED = (
     "loss",
     "grad_cache",
     "encode",
+    "bfloat16",
     "msclip_forward",
 )
 KNOWN = ("length_buckets", "torch_compile", "scaling")

@@ -27,7 +27,8 @@ IMAGES = sized(160, 8)
 CAPTIONS = sized(1000, 32)
 BATCH = 64
 FASTER_IMAGES, FASTER_CAPTIONS = 1.3, 2.0
-Maker = Callable[[ModelAndPreprocessing], Run]
+Maker = Callable[..., Run]
+"""Towers, and the dtype of the weights, to what encodes with them."""
 
 
 def photos(count: int) -> list[Path]:
@@ -85,8 +86,8 @@ def our_images(parts: ModelAndPreprocessing) -> Run:
     return lambda: len(model.encode_image(paths))
 
 
-def open_clip_images(parts: ModelAndPreprocessing) -> Run:
-    model = peer_models.open_clip_model(parts).eval()
+def open_clip_images(parts: ModelAndPreprocessing, dtype: torch.dtype = torch.float32) -> Run:
+    model = peer_models.open_clip_model(parts).eval().to(dtype)
     transform = parts.transform
     preprocess = imported("open_clip").transform.image_transform(
         SIZE, is_train=False, mean=transform.mean, std=transform.std
@@ -96,7 +97,9 @@ def open_clip_images(parts: ModelAndPreprocessing) -> Run:
     def run() -> int:
         with torch.no_grad():
             found = [
-                model.encode_image(torch.stack([preprocess(Image.open(path)) for path in paths[at : at + BATCH]]))
+                model.encode_image(
+                    torch.stack([preprocess(Image.open(path)) for path in paths[at : at + BATCH]]).to(dtype)
+                )
                 for at in range(0, len(paths), BATCH)
             ]
         return sum(map(len, found))
@@ -104,17 +107,17 @@ def open_clip_images(parts: ModelAndPreprocessing) -> Run:
     return run
 
 
-def pipeline_images(parts: ModelAndPreprocessing) -> Run:
+def pipeline_images(parts: ModelAndPreprocessing, dtype: torch.dtype = torch.float32) -> Run:
     from transformers import pipeline
 
     folder = str(peer_models.saved_image(parts))
-    pipe = pipeline("image-feature-extraction", model=folder, image_processor=folder, device="cpu")
+    pipe = pipeline("image-feature-extraction", model=folder, image_processor=folder, device="cpu", dtype=dtype)
     paths = [str(path) for path in photos(IMAGES)]
     return lambda: len(pipe(paths, batch_size=BATCH))
 
 
-def sentence_transformers_images(parts: ModelAndPreprocessing) -> Run:
-    model = _sentence_transformer(str(peer_models.saved_image(parts)), "cls")
+def sentence_transformers_images(parts: ModelAndPreprocessing, dtype: torch.dtype = torch.float32) -> Run:
+    model = _sentence_transformer(str(peer_models.saved_image(parts)), "cls").to(dtype)
     paths = photos(IMAGES)
 
     def run() -> int:
@@ -132,8 +135,8 @@ def our_captions(parts: ModelAndPreprocessing) -> Run:
     return lambda: len(model.encode_text(texts))
 
 
-def open_clip_captions(parts: ModelAndPreprocessing) -> Run:
-    model = peer_models.open_clip_model(parts).eval()
+def open_clip_captions(parts: ModelAndPreprocessing, dtype: torch.dtype = torch.float32) -> Run:
+    model = peer_models.open_clip_model(parts).eval().to(dtype)
     tokenizer = imported("open_clip").tokenizer.HFTokenizer(str(peer_models.saved_text(parts)))
     texts = sample_data.captions(CAPTIONS)
 
@@ -148,20 +151,21 @@ def open_clip_captions(parts: ModelAndPreprocessing) -> Run:
     return run
 
 
-def pipeline_captions(parts: ModelAndPreprocessing) -> Run:
+def pipeline_captions(parts: ModelAndPreprocessing, dtype: torch.dtype = torch.float32) -> Run:
     from transformers import pipeline
 
-    pipe = pipeline("feature-extraction", model=str(peer_models.saved_text(parts)), device="cpu")
+    pipe = pipeline("feature-extraction", model=str(peer_models.saved_text(parts)), device="cpu", dtype=dtype)
     texts = sample_data.captions(CAPTIONS)
     return lambda: len(pipe(texts, batch_size=BATCH, return_tensors=True))
 
 
-def sentence_transformers_captions(parts: ModelAndPreprocessing) -> Run:
+def sentence_transformers_captions(parts: ModelAndPreprocessing, dtype: torch.dtype = torch.float32) -> Run:
     model = _sentence_transformer(str(peer_models.saved_text(parts)), "mean")
     texts = sample_data.captions(CAPTIONS)
     with torch.no_grad():  # verify that the towers are equal
         right = parts.model.text.pooled(parts.tokenizer(texts[:4]))
     torch.testing.assert_close(torch.from_numpy(model.encode(texts[:4])), right, rtol=1e-3, atol=1e-3)
+    model.to(dtype)
     return lambda: len(model.encode(texts, batch_size=BATCH))
 
 

@@ -29,6 +29,7 @@ from clasp.data.samples.emoji import unpack_emoji_sample
 from clasp.models.cache_policy import CachePolicy
 from clasp.models.feature_settings import FeatureSettings
 from clasp.models.features import FeatureSource
+from clasp.models.precision import Precision
 from clasp.training.losses import build_loss
 from clasp.training.memory import ActivationMemory
 from clasp.training.settings import TrainSettings
@@ -121,18 +122,18 @@ class Ours:
     run.
     """
 
-    def __init__(self, recipe: Recipe, pairs: Pairs, *, batch: int, cache: Path):
+    def __init__(self, recipe: Recipe, pairs: Pairs, *, batch: int, cache: Path, precision: Precision = "float32"):
         self.recipe, self.pairs, self.batch, self.cache = recipe, pairs, batch, cache
         self.parts = parts(recipe)
         self.model = self.parts.model
-        self.settings = TrainSettings(batch_size=batch, micro_batch=batch, epochs=1, precision="float32")
+        self.settings = TrainSettings(batch_size=batch, micro_batch=batch, epochs=1, precision=precision)
         self.index = PairIndex(pairs)
         self.stepper = Stepper(
             self.model,
             build_loss(recipe.loss),
             self.settings,
             Accelerator(cpu=True, mixed_precision="no"),
-            "float32",
+            precision,
             steps=100_000,
             kinds={},
         )

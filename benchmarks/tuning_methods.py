@@ -19,6 +19,7 @@ from benchmarks import harness, peer_models, sample_data
 from benchmarks.harness import Contestant, Measured, Peak, Row, sized
 from benchmarks.peer_models import EXAMPLE_LENGTH, Rival
 from benchmarks.peers import attempt
+from clasp.models.precision import Precision
 from clasp.training.cost.flops import count_total_flops
 
 BATCH = sized(32, 4)
@@ -35,9 +36,10 @@ SPECS = {"lora": '["lora(r=8)"]', "lwa": '["adapters", "norms"]'}
 ATTENTION = {"query", "key", "value", "attention.output.dense", "q_proj", "k_proj", "v_proj", "attention.o_proj"}
 
 
-def ours(kind: str, batch: int = BATCH) -> sample_data.Ours:
+def ours(kind: str, batch: int = BATCH, precision: Precision = "float32") -> sample_data.Ours:
     recipe = sample_data.recipe(f"tune.image={SPECS[kind]}", f"tune.text={SPECS[kind]}", "data.feature_cache=off")
-    return sample_data.Ours(recipe, sample_data.pairs(batch), batch=batch, cache=Path(tempfile.gettempdir()))
+    cache = Path(tempfile.gettempdir())
+    return sample_data.Ours(recipe, sample_data.pairs(batch), batch=batch, cache=cache, precision=precision)
 
 
 def rival(kind: str, setup: str) -> Rival:
@@ -92,7 +94,7 @@ def speed(kind: str) -> list[Row]:
     for setup, theirs in made.items():
         note, bound = str(theirs), ""
         if isinstance(theirs, Rival):
-            note = f"batch {BATCH}; theirs counts {flops[setup] / flops['clasp']:.2f} × our FLOPs{_unlike(kind)}"
+            note = f"batch {BATCH}; theirs counts {flops[setup] / flops['clasp']:.2f} × our FLOPs{unlike(kind)}"
             bound = f"arithmetic, which is the same but for padding; {profile}"
         rate, target = rates.get(setup), FASTER[setup]
         found.append(Row(WORK[kind], "pairs/s", rates["clasp"], SETUPS[setup], rate, target, "higher", note, bound))
@@ -114,11 +116,11 @@ def memory(kind: str) -> list[Row]:
             ("kept for the backward pass", mine.kept, sizes[1]),
         ):
             work = f"{WORK[kind]}: {what}"
-            found.append(Row(work, "MB", _one(own), name, other, SMALLER, "lower", note + _unlike(kind), bound))
+            found.append(Row(work, "MB", _one(own), name, other, SMALLER, "lower", note + unlike(kind), bound))
     return found
 
 
-def _unlike(kind: str) -> str:
+def unlike(kind: str) -> str:
     return "; peft has no bottleneck adapters: theirs is low-rank r=8 + norms" if kind == "lwa" else ""
 
 
