@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from benchmarks.peers import imported
 from benchmarks.sample_data import SIZE, WIDTH, WORK
 from clasp.config.build import ModelAndPreprocessing
 from clasp.models.transformer.bert import BertEncoder
+from clasp.models.transformer.dinov2 import Dinov2Encoder
 from clasp.training.memory import ActivationMemory
 from clasp.types import Pixels, Tokens
 
@@ -39,7 +39,7 @@ def open_clip_model(parts: ModelAndPreprocessing) -> Any:
     text = {"hf_model_name": str(saved_text(parts)), "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
     model = CustomTextCLIP(WIDTH, vision, text, output_dict=True)
     model.visual.set_input_size(SIZE)
-    model.visual.trunk.load_state_dict(_as_timm(parts.model.image.net))
+    model.visual.trunk.load_state_dict(_as_timm(_transformers_dinov2(parts)))
     _compare(parts, lambda pixels: model.visual.trunk(pixels))
     return model
 
@@ -94,9 +94,20 @@ def dual_encoder(parts: ModelAndPreprocessing) -> Any:
     from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
     text = _transformers_bert(parts, add_pooling_layer=True)
-    vision = deepcopy(parts.model.image.net)
+    vision = _transformers_dinov2(parts)
     config = VisionTextDualEncoderConfig.from_vision_text_configs(vision.config, text.config, projection_dim=WIDTH)
     return VisionTextDualEncoderModel(config, vision_model=vision, text_model=text)
+
+
+def _transformers_dinov2(parts: ModelAndPreprocessing) -> Any:
+    """A copy of the image tower as transformers' Dinov2Model, whose weights ours has under the same names."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    net = parts.model.image.net
+    assert isinstance(net, Dinov2Encoder)
+    made = Dinov2Model(Dinov2Config(**asdict(net.settings), use_mask_token=False))
+    made.load_state_dict(net.state_dict())
+    return made.eval()
 
 
 def _transformers_bert(parts: ModelAndPreprocessing, *, add_pooling_layer: bool) -> Any:
@@ -133,7 +144,7 @@ def saved_image(parts: ModelAndPreprocessing) -> Path:
     """The image tower with transformers' preprocessor config."""
     folder = WORK / "image-tower"
     if not (folder / "ready").exists():
-        parts.model.image.net.save_pretrained(folder)
+        _transformers_dinov2(parts).save_pretrained(folder)
         processor = {
             "image_processor_type": "BitImageProcessor",
             "do_resize": True,

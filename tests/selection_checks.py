@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from clasp import cli
+from clasp.cli.train import params as params_verb
 from clasp.config.build import ModelAndPreprocessing, build_model_and_preprocessing, load
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.models.inference import EmbeddingModel
@@ -116,7 +116,7 @@ def train_save_count(given: Recipe, folder: Path, captions: list[str]) -> ModelA
 def params(recipe: Path) -> dict[str, Any]:
     """What ``clasp params RECIPE --json`` prints."""
     with redirect_stdout(io.StringIO()) as printed:
-        cli.params(str(recipe), as_json=True)
+        params_verb(str(recipe), as_json=True)
     return json.loads(printed.getvalue())
 
 

@@ -113,6 +113,7 @@ FAMILY_LAYOUTS: dict[str, FamilyLayout] = {
     "DeiTModel": _vit(),
     "BeitModel": _vit(unused=(), pooled_norm="pooler.layernorm"),
     "Dinov2Model": _dino("encoder.layer.*", "layernorm"),
+    "Dinov2Encoder": _dino("encoder.layer.*", "layernorm"),  # native, under the same names
     "DINOv3ViTModel": _dino("model.layer.*", "norm"),
     "CLIPVisionModel": _clip("post_layernorm", pooled_norm="post_layernorm"),
     "CLIPTextModel": _clip("final_layer_norm"),

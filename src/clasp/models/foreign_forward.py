@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from clasp.data.images import ImageTransform
 from clasp.models.structure import ModelStructure, is_norm, is_transformers_model
 from clasp.models.transformer.bert import BertEncoder
+from clasp.models.transformer.dinov2 import Dinov2Encoder
 from clasp.models.transformer.encoders import ImageTransformer
 from clasp.types import Pixels, Tokens, UserError
 
@@ -62,6 +63,8 @@ def native_image_size(net: nn.Module, transform: ImageTransform | None) -> int:
         return net.size
     if transform is not None:
         return transform.size
+    if isinstance(net, Dinov2Encoder):
+        return net.settings.image_size
     size = (net.config.to_dict().get("image_size") if is_transformers_model(net) else None) or 64
     return size if isinstance(size, int) else size[0]
 

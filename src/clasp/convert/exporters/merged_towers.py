@@ -30,6 +30,7 @@ from clasp.models.probe import relative_difference
 from clasp.models.structure import is_transformers_model
 from clasp.models.tower import Tower
 from clasp.models.transformer.bert import BertEncoder
+from clasp.models.transformer.dinov2 import Dinov2Encoder
 from clasp.models.tuning.peft_methods import fold_wrapped_layers
 from clasp.types import Pixels, Tokens, UserError
 
@@ -126,11 +127,9 @@ def hidden_states(net: Any, inputs: Pixels | Tokens) -> Float[Tensor, "B N D"]:
 
 def _plain_net(tower: Tower) -> Any:
     """The net as a model of ``transformers`` without added parts. Raises ``UserError``."""
-    from transformers import BertConfig, BertModel
-
     net: Any = tower.net
-    if isinstance(net, BertEncoder):
-        plain = BertModel(BertConfig(**asdict(net.settings), architectures=["BertModel"]), add_pooling_layer=False)
+    if isinstance(net, BertEncoder | Dinov2Encoder):
+        plain = _as_transformers(net)
         _require_no_more(tower, net, plain)
         plain.load_state_dict(net.state_dict(), assign=True)
         return plain.eval()
@@ -142,6 +141,16 @@ def _plain_net(tower: Tower) -> Any:
         plain = type(net)(net.config)
     _require_no_more(tower, net, plain)
     return net
+
+
+def _as_transformers(net: BertEncoder | Dinov2Encoder) -> Any:
+    """The model of ``transformers`` whose parameters a native net has under the same names."""
+    from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
+
+    settings = {**asdict(net.settings), "num_hidden_layers": len(net.encoder.layer)}
+    if isinstance(net, BertEncoder):
+        return BertModel(BertConfig(**settings, architectures=["BertModel"]), add_pooling_layer=False)
+    return Dinov2Model(Dinov2Config(**settings, architectures=["Dinov2Model"], use_mask_token=False))
 
 
 def _require_no_more(tower: Tower, net: nn.Module, plain: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 Input: token ids, or token embeddings, with an attention mask. Output: hidden states. Note: output and gradients are
 bitwise those of ``transformers``' ``BertModel`` without pooling layer, dropout included, so a delta or a recorded
-weight hash fits either. Unlike ``TextTransformer``, which also runs a converted BERT, it keeps query, key and value
+weight hash fits either; under autocast the gradients differ within rounding, since queries, keys and values share one
+cast of their input. Unlike ``TextTransformer``, which also runs a converted BERT, it keeps query, key and value
 apart and its token types as a table, as the checkpoints do.
 """
 
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clasp.models.transformer.encoders import TextTransformerOutput
+from clasp.models.transformer.blocks import cast_for_products
+from clasp.models.transformer.encoders import EncoderOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class BertEncoder(nn.Module):
         input_ids: Int[Tensor, "B N"] | None = None,
         attention_mask: Int[Tensor, "B N"] | Bool[Tensor, "B N"] | None = None,
         inputs_embeds: Float[Tensor, "B N D"] | None = None,
-    ) -> TextTransformerOutput:
+    ) -> EncoderOutput:
         """States of every token, from token ids or from token embeddings; no mask: every token is real."""
         if inputs_embeds is None:
             assert input_ids is not None, "token ids or token embeddings"
@@ -64,7 +66,7 @@ class BertEncoder(nn.Module):
         states, mask = self.embeddings(inputs_embeds), _pair_mask(attention_mask)
         for block in self.encoder.layer:
             states = block(states, mask)
-        return TextTransformerOutput(states)
+        return EncoderOutput(states)
 
 
 def _pair_mask(mask: Tensor | None) -> Bool[Tensor, "B 1 N N"] | None:
@@ -143,6 +145,7 @@ class _SelfAttention(nn.Module):
         self.dropout = nn.Dropout(settings.attention_probs_dropout_prob)
 
     def forward(self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B 1 N N"] | None) -> Float[Tensor, "B N D"]:
+        states = cast_for_products(states)
         q, k, v = (
             project(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.query, self.key, self.value)

@@ -23,6 +23,12 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def cast_for_products(states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+    """States in the dtype of autocast, once for all layers that multiply them; unchanged outside of autocast."""
+    kind = states.device.type
+    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+
+
 class RMSNorm(nn.RMSNorm):
     """``nn.RMSNorm`` in the dtype of its weights: under autocast PyTorch's has weights and input in different dtypes,
     and warns."""

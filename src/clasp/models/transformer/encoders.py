@@ -173,8 +173,8 @@ class TextTransformerSettings(BlockSettings):
 
 
 @dataclass(slots=True)
-class TextTransformerOutput:
-    """Output of a text encoder; the field name is that of ``transformers``."""
+class EncoderOutput:
+    """Output of an encoder that is called as those of ``transformers``, whose field name this is."""
 
     last_hidden_state: Float[Tensor, "B N D"]
 
@@ -198,7 +198,7 @@ class TextTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(settings, causal=causal) for _ in range(settings.layers))
         self.norm = _final_norm(settings)
 
-    def forward(self, input_ids: Int[Tensor, "B N"], attention_mask: Int[Tensor, "B N"]) -> TextTransformerOutput:
+    def forward(self, input_ids: Int[Tensor, "B N"], attention_mask: Int[Tensor, "B N"]) -> EncoderOutput:
         """States of every token. Raises ``UserError`` for captions longer than the context."""
         longest, context = input_ids.shape[1], self.settings.context
         if longest > context:
@@ -210,7 +210,7 @@ class TextTransformer(nn.Module):
         mask = attention_mask.bool()
         for block in self.blocks:
             x = block(x, mask)
-        return TextTransformerOutput(self.norm(x))
+        return EncoderOutput(self.norm(x))
 
 
 def init_weights(module: nn.Module, *, seed: int) -> None:

@@ -11,6 +11,7 @@ import copy
 from torch import nn
 
 from clasp.models.structure import ModelStructure, find_structure, is_bias, is_norm, is_transformers_model
+from clasp.models.transformer.dinov2 import Dinov2Encoder
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
 from clasp.types import UserError
 
@@ -86,6 +87,8 @@ def _initial_layer_scale(net: nn.Module) -> float:
     """Initial layer scale: from the net's settings, else 1e-4, as in DeiT-III, LilT's large tower."""
     if isinstance(net, ImageTransformer | TextTransformer):
         configured = net.settings.layer_scale
+    elif isinstance(net, Dinov2Encoder):
+        configured = net.settings.layerscale_value
     else:
         configured = net.config.to_dict().get("layerscale_value") if is_transformers_model(net) else None
     return 1e-4 if configured is None else configured

@@ -9,6 +9,7 @@ dropped.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,21 @@ def read_dinov2_tensors(path: Path) -> dict[str, Tensor]:
     positions = [numpy_helper.to_array(stored[name]) for name in (_CLS_POSITION, _GRID_POSITIONS)]
     tensors["embeddings.position_embeddings"] = tensor(np.concatenate(positions, axis=1))
     return tensors
+
+
+_RENAMED = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+
+
+def rename_as_transformers_5(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the parameter names of ``transformers`` 5; checkpoints have those of 4."""
+    found = {}
+    for name, value in tensors.items():
+        for old, new in _RENAMED.items():
+            name = name.replace(f".{old}.", f".{new}.")
+        found[name] = value
+    return found

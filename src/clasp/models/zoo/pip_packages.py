@@ -11,10 +11,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -25,6 +24,7 @@ from clasp.data.tokenizer import Tokenizer
 from clasp.models.backbone import Backbone
 from clasp.models.classifier import Classifier
 from clasp.models.transformer.bert import BertEncoder, BertEncoderSettings
+from clasp.models.transformer.dinov2 import Dinov2Encoder, Dinov2EncoderSettings
 from clasp.models.zoo import pip_dinov2, pip_e5
 from clasp.models.zoo.converted_weights import read_converted
 from clasp.models.zoo.imagenet import IMAGENET_SOURCE, imagenet_concepts
@@ -184,19 +184,16 @@ def _use_torch_pointwise(net: nn.Module) -> None:
 
 
 def _dinov2(tensors: _Tensors | None) -> nn.Module:
-    """DINOv2 ViT-S/14. Its position embedding is for 518 px; transformers interpolates it (bicubic) to the input
-    size."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    config = Dinov2Config(
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        image_size=518,
-        patch_size=14,
-        use_mask_token=False,
-    )
-    return _transformer(Dinov2Model, config, tensors)
+    """DINOv2 ViT-S/14. Its position embedding is for 518 px and is interpolated (bicubic) to the input size."""
+    with torch.device("meta"):
+        net = Dinov2Encoder(
+            Dinov2EncoderSettings(
+                hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
+            )
+        )
+    if tensors is not None:
+        net.load_state_dict(pip_dinov2.rename_as_transformers_5(tensors), assign=True)
+    return net.eval()
 
 
 def _bert(tensors: _Tensors | None, *, layers: int, vocabulary: int, pad_id: int) -> nn.Module:
@@ -214,34 +211,6 @@ def _bert(tensors: _Tensors | None, *, layers: int, vocabulary: int, pad_id: int
     if tensors is not None:
         net.load_state_dict(tensors, assign=True)
     return net.eval()
-
-
-def _transformer(kind: Any, config: Any, tensors: _Tensors | None, **settings: Any) -> nn.Module:
-    """A ``transformers`` model of class ``kind`` with ``tensors``, renamed to the installed version's parameter
-    names."""
-    if tensors is None:
-        with torch.device("meta"):
-            return kind(config, **settings).eval()
-    with _no_progress_bar():
-        net, report = kind.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True, **settings
-        )
-    assert not any(report.values()), report  # every tensor used, every parameter filled
-    return net.eval()
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Disable the progress bar of ``from_pretrained``; the user's setting is restored."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 # --- readers -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from clasp.models.structure import find_unused_modules, is_transformers_model
 from clasp.models.transformer.bert import BertEncoder
 from clasp.models.transformer.blocks import BlockSettings
 from clasp.models.transformer.deit import resize_pos_embed
+from clasp.models.transformer.dinov2 import Dinov2Encoder
 from clasp.models.transformer.encoders import (
     ImageTransformer,
     ImageTransformerSettings,
@@ -135,7 +136,7 @@ class _ForeignWeights:
 
 def _configuration(net: nn.Module) -> dict[str, Any]:
     """The configuration in the terms of ``transformers``; of a truncated tower, with the number of blocks left."""
-    if isinstance(net, BertEncoder):
+    if isinstance(net, BertEncoder | Dinov2Encoder):
         depth = len(net.encoder.layer)
         return {**asdict(net.settings), "num_hidden_layers": depth, "hidden_act": "gelu", "is_decoder": False}
     assert is_transformers_model(net), "only transformers models have these names"
@@ -247,6 +248,14 @@ _BERT = WeightMapping(
 _QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 _MLP = {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 
+_DINOV2 = WeightMapping(
+    blocks="encoder.layer.{}",
+    qkv=_QKV,
+    parts={**_MLP, "norm1": "norm1", "norm2": "norm2"},
+    read=_to_native_image,
+    layer_scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+)
+
 WEIGHT_MAPPINGS: dict[str, WeightMapping] = {
     "ViTModel": WeightMapping(  # DeiT without distillation too
         blocks="layers.{}",
@@ -254,13 +263,7 @@ WEIGHT_MAPPINGS: dict[str, WeightMapping] = {
         parts={**_MLP, "norm1": "layernorm_before", "norm2": "layernorm_after"},
         read=_to_native_image,
     ),
-    "Dinov2Model": WeightMapping(
-        blocks="encoder.layer.{}",
-        qkv=_QKV,
-        parts={**_MLP, "norm1": "norm1", "norm2": "norm2"},
-        read=_to_native_image,
-        layer_scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
-    ),
+    **dict.fromkeys(("Dinov2Model", "Dinov2Encoder"), _DINOV2),
     **dict.fromkeys(("BertModel", "BertEncoder", "RobertaModel", "XLMRobertaModel", "CamembertModel"), _BERT),
 }
 _ROTARY, _GATED = "have rotary positions", "have a gated feed-forward"

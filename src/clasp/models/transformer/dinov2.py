@@ -1,0 +1,152 @@
+"""DINOv2 under the parameter names of ``transformers``, for the packaged tower: importing that library takes seconds.
+
+Input: pixels of any multiple of the patch size. Output: hidden states, the class token first. Note: output and
+gradients are bitwise those of ``transformers``' ``Dinov2Model`` without mask token, so a delta or a weight hash fits
+either; under autocast the gradients differ within rounding, since queries, keys and values share one cast of their
+input. Unlike ``ImageTransformer``, which also runs a converted DINOv2, it keeps the three apart and its position
+embedding at the size of the checkpoint, interpolated at each pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clasp.models.transformer.blocks import cast_for_products
+from clasp.models.transformer.encoders import EncoderOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Dinov2EncoderSettings:
+    """Architecture; fields and defaults are those of ``transformers``' ``Dinov2Config``."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    mlp_ratio: int = 4
+    layer_norm_eps: float = 1e-6
+    layerscale_value: float = 1.0
+
+
+class Dinov2Encoder(nn.Module):
+    """Pixels to the states of every token (Oquab et al., TMLR 2024): pre-norm blocks with layer scale, exact GELU.
+
+    Its weights are to be loaded: the embeddings are not initialised.
+    """
+
+    def __init__(self, settings: Dinov2EncoderSettings):
+        super().__init__()
+        self.settings = settings
+        self.embeddings = _Embeddings(settings)
+        self.encoder = _Blocks(settings)
+        self.layernorm = nn.LayerNorm(settings.hidden_size, eps=settings.layer_norm_eps)
+
+    def forward(self, pixel_values: Float[Tensor, "B 3 height width"]) -> EncoderOutput:
+        """States of the class token and of every patch."""
+        states = self.embeddings(pixel_values)
+        for block in self.encoder.layer:
+            states = block(states)
+        return EncoderOutput(self.layernorm(states))
+
+
+class _Embeddings(nn.Module):
+    """Patch embeddings after a class token, with the position embedding added."""
+
+    def __init__(self, settings: Dinov2EncoderSettings):
+        super().__init__()
+        width, self.grid = settings.hidden_size, settings.image_size // settings.patch_size
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.patch_embeddings = _PatchEmbeddings(settings)
+        self.position_embeddings = nn.Parameter(torch.empty(1, 1 + self.grid**2, width))
+
+    def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D"]:
+        patches = self.patch_embeddings.projection(pixels)
+        tokens = torch.cat((self.cls_token.expand(len(pixels), -1, -1), patches.flatten(2).transpose(1, 2)), dim=1)
+        return tokens + self._positions(patches.shape[2], patches.shape[3])
+
+    def _positions(self, height: int, width: int) -> Float[Tensor, "1 N D"]:
+        """The position embedding for a grid of patches; bicubic interpolation in float32, as in the original code."""
+        if height == width == self.grid:
+            return self.position_embeddings
+        first, grid = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        maps = grid.reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
+        resized = F.interpolate(maps.float(), size=(height, width), mode="bicubic", align_corners=False).to(maps.dtype)
+        return torch.cat((first, resized.permute(0, 2, 3, 1).view(1, -1, grid.shape[-1])), dim=1)
+
+
+class _PatchEmbeddings(nn.Module):
+    def __init__(self, settings: Dinov2EncoderSettings):
+        super().__init__()
+        patch = settings.patch_size
+        self.projection = nn.Conv2d(3, settings.hidden_size, kernel_size=patch, stride=patch)
+
+
+class _Blocks(nn.Module):
+    def __init__(self, settings: Dinov2EncoderSettings):
+        super().__init__()
+        self.layer = nn.ModuleList(_Block(settings) for _ in range(settings.num_hidden_layers))
+
+
+class _Block(nn.Module):
+    """Attention, then the feed-forward part, each after a norm and before a layer scale and the residual sum."""
+
+    def __init__(self, settings: Dinov2EncoderSettings):
+        super().__init__()
+        width = settings.hidden_size
+        self.norm1 = nn.LayerNorm(width, eps=settings.layer_norm_eps)
+        self.attention = _Attention(settings)
+        self.layer_scale1 = _LayerScale(settings)
+        self.norm2 = nn.LayerNorm(width, eps=settings.layer_norm_eps)
+        self.mlp = _FeedForward(width, width * settings.mlp_ratio)
+        self.layer_scale2 = _LayerScale(settings)
+
+    def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        states = self.layer_scale1(self.attention(self.norm1(states))) + states
+        return self.layer_scale2(self.mlp(self.norm2(states))) + states
+
+
+class _Attention(nn.Module):
+    """Multi-head self-attention over every token."""
+
+    def __init__(self, settings: Dinov2EncoderSettings):
+        super().__init__()
+        width, self.heads = settings.hidden_size, settings.num_attention_heads
+        self.q_proj: nn.Module = nn.Linear(width, width)
+        self.k_proj: nn.Module = nn.Linear(width, width)
+        self.v_proj: nn.Module = nn.Linear(width, width)
+        self.o_proj: nn.Module = nn.Linear(width, width)
+
+    def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        states = cast_for_products(states)
+        q, k, v = (
+            project(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _LayerScale(nn.Module):
+    """A factor for each channel."""
+
+    def __init__(self, settings: Dinov2EncoderSettings):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.full((settings.hidden_size,), settings.layerscale_value))
+
+    def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return states * self.lambda1
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1: nn.Module = nn.Linear(width, hidden)
+        self.fc2: nn.Module = nn.Linear(hidden, width)
+
+    def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return self.fc2(F.gelu(self.fc1(states)))
