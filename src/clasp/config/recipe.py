@@ -2,9 +2,8 @@
 
 Input: a file (or a name from ``recipes/``) and strings such as ``train.batch_size=512``. Output: a frozen ``Recipe``. A
 file may begin with ``extends = "lilt/lwa"`` and then has only the keys that differ; the resulting recipe is complete.
-Each section's settings are defined beside what they configure; here they are combined. An unknown key or value is one
-error that names the nearest valid ones. Note: a long file: the sections, the checks between them, and their errors all
-read one list of keys.
+Each section's settings are defined beside what they configure; here they are combined, and checked against each other.
+An unknown key or value is one error that names the nearest valid ones (``recipe_errors``).
 """
 
 from __future__ import annotations
@@ -14,139 +13,20 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from clasp.config.budget import AutoSettings
-from clasp.data.feature_cache.dtypes import StorageDtype as StorageName
-from clasp.data.images import Augment
-from clasp.data.pairs import ColumnNames, find_pair_format
+from clasp.config.recipe_errors import explain_validation_error
+from clasp.config.recipe_sections import DataSettings, LossSectionSettings, ShareSettings
 from clasp.models.backbone import ImageTowerSettings, TextTowerSettings
-from clasp.models.dual_encoder import LogitSettings
 from clasp.models.heads import HeadSettings
-from clasp.models.sharing.policy import SharingSettings
-from clasp.models.sharing.trunk_views import DEFAULT_TRUNK_PARTS, SingleTrunkSettings
 from clasp.models.tuning.settings import TuneSettings
 from clasp.models.tuning.spec import parse_tuning_spec
-from clasp.training.losses import LossSettings
 from clasp.training.settings import TrainSettings
 from clasp.training.trackers.registry import check_tracker_names
 from clasp.types import UserError
-
-RENAMED_KEYS = {
-    "data.features": "data.feature_cache",
-    "data.views": "data.cached_augmentations",
-    "head.start": "head.init",
-    "image.ground": "image.background",
-    "image.more_layers": "image.extra_layers",
-    "image.net.order": "image.net.norm_position",
-    "loss.scale_start": "loss.init_logit_scale",
-    "share.also": "share.overrides",
-    "text.more_layers": "text.extra_layers",
-    "text.net.order": "text.net.norm_position",
-    "text.overlong": "text.truncation",
-    "train.batch": "train.batch_size",
-    "train.decay": "train.decay_filter",
-    "train.keep": "train.select",
-    "train.lr_tower": "train.lr_factors.tower",
-    "train.lr_floor": "train.min_lr_ratio",
-    "train.recompute": "train.activation_checkpointing",
-}
-"""Keys that recipes had before version 0.2; an error names the new one"""
-
-
-class ShareSettings(SharingSettings):
-    """``[share]``: weight sharing between the towers.
-
-    Both are clasp's nets, untrained or trained with the same sharing; or ``trunk`` names the tower whose pre-trained
-    blocks both modalities run through.
-    """
-
-    trunk: Literal["image", "text"] | None = None
-    """The tower whose pre-trained blocks are the shared trunk; new parameters of the other tower always train"""
-    embedding: Literal["tower", "random"] = "tower"
-    """Initial patch or token embeddings of the other modality: those of its tower, or random"""
-    patch: int = Field(default=16, ge=1)
-    """Patch side in pixels, where patch embeddings are random"""
-    context: int = Field(default=77, ge=1)
-    """Maximum tokens of a caption, where token embeddings are random"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_trunk_sharing(cls, given: Any) -> Any:
-        """With a trunk, attention and feed-forward parts are shared by default."""
-        return {**DEFAULT_TRUNK_PARTS, **given} if isinstance(given, dict) and given.get("trunk") is not None else given
-
-    @property
-    def trunk_settings(self) -> SingleTrunkSettings | None:
-        """The settings of the trunk; ``None`` without one."""
-        if self.trunk is None:
-            return None
-        return SingleTrunkSettings(trunk=self.trunk, embedding=self.embedding, patch=self.patch, context=self.context)
-
-    @property
-    def policy(self) -> SharingSettings:
-        """The sharing settings alone."""
-        return SharingSettings(**self.model_dump(include=set(SharingSettings.model_fields)))
-
-
-class LossSectionSettings(LogitSettings, LossSettings):
-    """``[loss]``: the loss, and the logit scale and bias."""
-
-
-class DataSettings(BaseModel):
-    """``[data]``: the pairs and how they are read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-    train: str | None = None
-    """A folder, a file of a suffix in ``clasp.data.pairs.PAIR_FORMATS`` (.csv .jsonl .parquet …), tar shards, or a
-    packaged sample (sample:emoji, sample:emoji-quick)"""
-    val: str | None = None
-    """Validation pairs; where left out, part of ``train`` is held out by a stable hash of each pair's group"""
-    format: str | None = None
-    """Format of ``train`` and ``val``: a key of ``PAIR_FORMATS``, or ``package.module:Name`` for a function from a
-    ``SourceSpec`` to an ``OpenedSource`` (``clasp.data.formats.base``); by folder or suffix where left out"""
-    val_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Fraction of the groups held out when ``val`` is left out"""
-    image_root: str | None = None
-    """Folder that relative image paths start from; where left out, the folder of the file, and then no image path may
-    lead out of it"""
-    columns: ColumnNames = ColumnNames()
-    """Names of the columns; each format's usual ones where left out"""
-    languages: list[str] = []
-    """Keep captions in these languages only; all where empty"""
-    captions: Literal["sample", "all"] = "sample"
-    """sample: one random caption of each pair per epoch; all: every caption is a separate sample"""
-    augment: Augment | None = None
-    """Augmentation of training images; the defaults of each field are the identity, so that ``{}`` is none"""
-    feature_cache: Literal["auto", "off"] | StorageName = "auto"
-    """Features of the frozen part of a tower are computed once and cached: auto, off, or the dtype on disk (float32,
-    float16, bfloat16, int8)"""
-    cached_augmentations: int = Field(default=0, ge=0, le=1000)
-    """Augmented views of each image to cache for a frozen part, beside the plain one; 0: augment anew in each epoch"""
-    class_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Class pairs: where the image tower was trained as a classifier, its weight vectors and class names are pairs too,
-    for ``head.init = "cca"``. A class counts as this many training pairs; 0: no class pairs; left out: 10 where the
-    tower has a classifier"""
-    class_ratio: float | None = Field(default=None, gt=0, le=100)
-    """Class pairs added to each batch of gradient steps, per training pair, where both towers are frozen and cached;
-    left out: class pairs count in the closed form only"""
-    max_bad_fraction: float = Field(default=0.02, ge=0, lt=1)
-    """Fraction of unreadable samples above which the run stops"""
-
-    @field_validator("format")
-    @classmethod
-    def _require_known_format(cls, name: str | None) -> str | None:
-        if name is not None:
-            find_pair_format(name)
-        return name
-
-    @field_validator("augment")
-    @classmethod
-    def _drop_identity_augment(cls, augment: Augment | None) -> Augment | None:
-        return None if augment == Augment() else augment
 
 
 class Recipe(BaseModel):
@@ -218,7 +98,7 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(given)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from None
+        raise UserError(f"{source}: {explain_validation_error(error, recipe_keys())}") from None
     for spec in (*recipe.tune.image, *recipe.tune.text):
         parse_tuning_spec(spec)
     check_tracker_names(recipe.train.trackers)
@@ -366,61 +246,6 @@ def _parse_value(key: str, text: str) -> Any:
         return text
     is_text = recipe_keys().get(key) in (str, str | None)
     return text if is_text and not isinstance(value, str) else value
-
-
-# --- error messages --------------------------------------------------------------------------------------------------
-
-
-def _explain(error: ValidationError) -> str:
-    """The first validation error as one line, with the nearest valid names."""
-    first = error.errors()[0]
-    key, kind, given = _key(first), first["type"], first["input"]
-    keys = [*recipe_keys(), "extends"]
-    section = ".".join(part for part in key.split(".")[:-1] if not part.isdigit())  # items of a list have like keys
-    if key == "extends":
-        return "extends stands at the beginning of a recipe file, and nowhere else"
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        beside = [name for name in keys if name.rpartition(".")[0] == section]
-        elsewhere = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
-        if key in RENAMED_KEYS:
-            return f"unknown key {key!r}; it is {RENAMED_KEYS[key]} now"
-        near = elsewhere[:2] or difflib.get_close_matches(key, beside, n=2, cutoff=0.7)
-        valid = f"did you mean {' or '.join(near)}?" if near else f"valid keys: {', '.join(beside)}"
-        return f"unknown key {key!r}; {valid}"
-    if kind == "missing":
-        return f"{key} is missing" if isinstance(first["loc"][-1], str) else f"{key} = {list(given)} has too few values"
-    if kind in ("model_type", "dataclass_type"):
-        inside = [name for name in keys if name.startswith(f"{key}.")]
-        return f"{key} = {given!r}: this is a section; its keys are {', '.join(inside)}"
-    if kind == "value_error":
-        message = first["msg"].removeprefix("Value error, ")
-        return message if message.startswith(f"{key} = ") else f"{key}: {message}"
-    if kind == "list_type":
-        return f"{key} = {given!r} should be a list: [{given!r}]"
-    expected = dict.fromkeys(_expected(each) for each in error.errors() if _key(each) == key)
-    return f"{key} = {given!r} should {' or '.join(expected)}"
-
-
-def _expected(error: Any) -> str:
-    """The values that pydantic expects, as the end of the sentence ``key = value should …``."""
-    if error["type"] == "literal_error":
-        return f"be {error['ctx']['expected']}"
-    expected = error["msg"].partition(" should ")[2] or error["msg"]
-    return expected.replace(" after validation", "").replace("a valid tuple", "a list")
-
-
-def _key(error: Any) -> str:
-    """The dotted key, without the union branches that pydantic adds to the location."""
-    known, key = recipe_keys(), ""
-    for part in error["loc"]:
-        longer = f"{key}.{part}".removeprefix(".")
-        if (
-            known.get(key) is None
-            or longer in known
-            or error["type"] in ("extra_forbidden", "unexpected_keyword_argument")
-        ):
-            key = longer
-    return key
 
 
 def recipe_keys() -> dict[str, Any]:
