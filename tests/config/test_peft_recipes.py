@@ -52,7 +52,7 @@ def test_they_set_what_they_say():
     assert sigmoid.loss.kind == "sigmoid" and sigmoid.train.batch_size == 4096 and sigmoid.train.micro_batch == "auto"
     assert sigmoid.loss.negatives == "all", "every image meets every caption"
     factors = rates.train.lr_factors
-    assert factors.head > factors.new > factors.norm, "what is new moves faster than what is to be kept"
+    assert factors.new > factors.norm, "what is new moves faster than what is to be kept"
     assert positives.data.captions == "all" and positives.loss.positives == "groups"
 
 
