@@ -80,7 +80,7 @@ def search(
     k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
     where: Annotated[
         list[str] | None,
-        typer.Option("--where", metavar="FIELD=VALUE", help="Filter: folder=…, caption~…, year>=2020; repeatable."),
+        typer.Option("--where", metavar="FIELD=VALUE", help="Filter: folder=…, camera~…, date>=2020-01; repeatable."),
     ] = None,
     sheet: Annotated[
         Path | None, typer.Option("--sheet", help="PNG contact sheet of the hits. Default: RUN/search.png.")

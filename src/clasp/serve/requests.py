@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from clasp.search.answer import RankedHit, RankingPart, SearchAnswer
-from clasp.search.metadata_filter import entry_folder, parse_filter
+from clasp.search.metadata_filter import entry_fields, entry_folder, parse_filter
 from clasp.search.query import MINUS_WEIGHT, SearchQuery, WeightedImage, WeightedText, parse_words
 from clasp.serve.limits import ServeLimits
 from clasp.serve.schemas import (
@@ -101,7 +101,7 @@ def _entry_fields(hit: Hit) -> dict[str, Any]:
         "name": readable(meta["name"]),
         "folder": readable(entry_folder(meta)),
         "captions": [readable(caption["text"]) for caption in meta["captions"]],
-        "meta": {readable(key): _value_text(value) for key, value in meta["meta"].items()},
+        "meta": {readable(key): _value_text(value) for key, value in entry_fields(meta).items()},
         "thumbnail": f"api/thumbnail?{address}",
         "image": f"api/image?{address}",
     }

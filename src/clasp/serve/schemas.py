@@ -87,7 +87,7 @@ class EntryModel(BaseModel):
     name: str = Field(description="Path of the file, or of the tar or table and the member in it.")
     folder: str
     captions: list[str]
-    meta: dict[str, str] = Field(description="Further fields of the pair.")
+    meta: dict[str, str] = Field(description="Further fields of the pair and of the file.")
     thumbnail: str = Field(description="Address of the thumbnail, relative to the server's.")
     image: str = Field(description="Address of the original, relative to the server's.")
 

@@ -27,7 +27,14 @@ from clasp.models.inference import EmbeddingModel
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query
 from clasp.search.background import Background
 from clasp.search.engine import SearchEngine
-from clasp.search.metadata_filter import MetadataFilter, all_of, check_fields, entry_values, known_fields
+from clasp.search.metadata_filter import (
+    MetadataFilter,
+    all_of,
+    check_fields,
+    entry_fields,
+    entry_values,
+    known_fields,
+)
 from clasp.search.query import SearchQuery
 from clasp.serve.limits import ServeLimits
 from clasp.serve.metrics import ServerMetrics
@@ -82,8 +89,9 @@ class _Catalogue:
         counts: dict[str, Counter[str]] = {"folder": Counter(), "language": Counter()}
         for name, meta in engine.store.scan():
             self.ids.append(name)
-            seen.update(dict.fromkeys(meta["meta"]))
-            for field in (*meta["meta"], "folder", "language"):
+            fields = entry_fields(meta)
+            seen.update(dict.fromkeys(fields))
+            for field in {*fields, "folder", "language"} - {"bytes"}:  # nearly every file has a size of its own
                 values = map(str, entry_values(meta, field))
                 counts.setdefault(field, Counter()).update(value for value in values if len(value) <= 80)
         self.fields = known_fields([{"meta": seen}])

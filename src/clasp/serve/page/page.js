@@ -359,9 +359,11 @@ addEventListener("drop", (event) => {
   pick(event.dataTransfer.files[0])
 })
 
+const EXAMPLES = { date: "2024-07-31", bytes: "1000000", width: "1920", height: "1080", language: "en" }
 find("filter-field").addEventListener("change", suggest_values)
 function suggest_values() {
   const values = fields.find((each) => each.name === find("filter-field").value)?.values ?? {}
+  find("filter-value").placeholder = EXAMPLES[find("filter-field").value] ?? ""
   find("filter-values").replaceChildren(...Object.entries(values).map(([value, count]) => element("option", { value, label: `${value} (${count})` })))
 }
 find("filter-form").addEventListener("submit", (event) => {
