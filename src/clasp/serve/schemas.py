@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import File, UploadFile
+from fastapi import File, Query, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
 from clasp.types import UserError
 
 _ENCODED = "base64:"
+EntryId = Annotated[str, Query(max_length=8000, description="Id of an entry.", examples=["holidays/beach.jpg"])]
 
 
 def public_id(name: str) -> str:
@@ -40,6 +41,12 @@ def stored_id(public: str) -> str:
 def readable(text: object) -> str:
     """A text in which bytes that are no valid Unicode are escaped."""
     return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def form_data(model: str) -> dict[str, Any]:
+    """That a form may, and with a file must, be sent as multipart."""
+    schema = {"$ref": f"#/components/schemas/{model}"}
+    return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
 
 
 class _Strict(BaseModel):
@@ -177,6 +184,45 @@ class EmbedResponse(BaseModel):
     embeddings: list[list[float]]
 
 
+class AddForm(_Strict):
+    """Images to add."""
+
+    images: Annotated[list[UploadFile], File(description="JPEG, PNG, WebP, GIF, BMP or TIFF.")] = Field(min_length=1)
+
+
+class AddedResponse(BaseModel):
+    """The entries of images that were added, in their order; the same image under the same name is one entry."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "entries": [
+                        {
+                            "id": "beach-1f3870be274f.jpg",
+                            "name": "/home/me/uploads/beach-1f3870be274f.jpg",
+                            "folder": "/home/me/uploads",
+                            "captions": [],
+                            "meta": {"width": "4032", "height": "3024", "bytes": "2048576", "date": "2024-07-31"},
+                            "thumbnail": "api/thumbnail?id=beach-1f3870be274f.jpg&v=1f3870be274f",
+                            "image": "api/image?id=beach-1f3870be274f.jpg&v=1f3870be274f",
+                        }
+                    ]
+                }
+            ]
+        }
+    )
+    entries: list[EntryModel]
+
+
+class DeletedResponse(BaseModel):
+    """The entry that was deleted."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"id": "beach-1f3870be274f.jpg", "file_deleted": True}]})
+    id: str
+    file_deleted: bool = Field(description="Whether the file was deleted as well: that of an image added by HTTP is.")
+
+
 class FieldModel(BaseModel):
     """A field that filters can name, with its most frequent values and how many entries have each."""
 
@@ -192,6 +238,7 @@ class InfoResponse(BaseModel):
     entries: int
     fields: list[FieldModel]
     limits: dict[str, float]
+    changes: bool = Field(description="Whether images can be added and entries deleted.")
 
 
 class ErrorResponse(BaseModel):
