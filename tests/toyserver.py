@@ -17,7 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from clasp.data.pairs import FileSource
-from clasp.search.background import Background, BackgroundFacts
+from clasp.search.background import Background, BackgroundCaption, BackgroundFacts
 from clasp.search.engine import SearchEngine, UpdatableStore
 from clasp.search.flat_store import FlatStore
 from clasp.serve.app import AppSettings, CommandAccess, build_app
@@ -60,7 +60,9 @@ class ToyIndex:
         engine = SearchEngine(self.model, FlatStore(self.folder / "index"))
         captions = self.model.encode_text(list(COLOURS))
         facts = BackgroundFacts(self.model.fingerprint, len(self.pairs), 1.05, 0.2, 0.99999)
-        return OpenedIndex(engine, Background(captions, facts))
+        return OpenedIndex(
+            engine, Background(captions, facts, tuple(BackgroundCaption(name, name) for name in COLOURS))
+        )
 
     @contextmanager
     def writer(self, opened: UpdatableStore) -> Iterator[UpdatableStore]:

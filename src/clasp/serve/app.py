@@ -27,7 +27,15 @@ from clasp.serve.editor import IndexEditor, IndexUnchangedError
 from clasp.serve.guard import COMMAND_PATH, AccessPolicy, RequestGuard
 from clasp.serve.metrics import METRICS_MEDIA_TYPE
 from clasp.serve.model_queue import ModelTimeoutError, QueueFullError
-from clasp.serve.requests import entry_model, part_of, query_of, query_title, search_response
+from clasp.serve.requests import (
+    entry_model,
+    explain_response,
+    explained_query,
+    part_of,
+    query_of,
+    query_title,
+    search_response,
+)
 from clasp.serve.schemas import (
     BrowseResponse,
     ClassifyForm,
@@ -38,6 +46,8 @@ from clasp.serve.schemas import (
     EmbedTexts,
     EntryId,
     ErrorResponse,
+    ExplainParameters,
+    ExplainResponse,
     FieldModel,
     InfoResponse,
     RankingParameters,
@@ -134,6 +144,11 @@ def _add_search_routes(app: FastAPI, service: SearchService) -> None:
     def similar(given: Annotated[SimilarParameters, Query()]) -> SearchResponse:
         """More like one entry."""
         return answered(SearchQuery(like=(stored_id(given.id),)), given)
+
+    @app.get("/api/explain", tags=["search"])
+    def explain(given: Annotated[ExplainParameters, Query()]) -> ExplainResponse:
+        """Why an entry is a hit: what each part of the query scores with it, and the nearest background captions."""
+        return explain_response(service.explain(stored_id(given.id), explained_query(given, limits), given.k))
 
     @app.get("/api/browse", tags=["search"])
     def browse(given: Annotated[RankingParameters, Query()]) -> BrowseResponse:

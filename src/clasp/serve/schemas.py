@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import File, Query, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
@@ -65,14 +65,25 @@ class RankingParameters(_Strict):
     )
 
 
-class SearchParameters(RankingParameters):
-    """A search by words and by ids."""
+class QueryParameters(_Strict):
+    """A query by words and by ids."""
 
     q: str = Field("", description='Words; "beach -people" subtracts people.', examples=["a dog in the snow -people"])
     plus: list[str] = Field([], description="Further texts of weight 1, taken literally.")
     minus: list[str] = Field([], description="Texts to subtract, taken literally.")
     like: list[str] = Field([], description="Ids of entries that the hits should resemble.")
     unlike: list[str] = Field([], description="Ids of entries that the hits should not resemble.")
+
+
+class SearchParameters(RankingParameters, QueryParameters):
+    """A search by words and by ids."""
+
+
+class ExplainParameters(QueryParameters):
+    """An entry, and the query of which it is a hit; without a query, what it resembles."""
+
+    id: str = Field(description="Id of an entry.", examples=["holidays/beach.jpg"])
+    k: int = Field(5, ge=1, le=100, description="Background captions in the answer.")
 
 
 class SearchForm(SearchParameters):
@@ -133,6 +144,42 @@ class SearchResponse(BaseModel):
     close_count: int | None = Field(description="Hits of the whole ranking above the line; null without a text.")
     p_value: float | None = Field(description="Probability that a caption of something else finds a hit as good.")
     note: str = Field(description="One line about where nothing is close; empty if all hits are.")
+
+
+class CaptionModel(BaseModel):
+    """A background caption near to an image."""
+
+    text: str = Field(description="As it was encoded, in its language.")
+    english: str
+    score: float = Field(description="Cosine similarity with the image.")
+    z: float = Field(description="Calibrated score, comparable with that of a query.")
+
+
+class QueryPartModel(BaseModel):
+    """A part of the query."""
+
+    kind: Literal["text", "like", "unlike"]
+    value: str = Field(description="The text, or the id of the entry.")
+    weight: float = Field(description="Its weight in the query, negative for what is subtracted.")
+    score: float = Field(description="Cosine similarity with the image.")
+    z: float | None = Field(description="Calibrated score of a text.")
+
+
+class ExplainResponse(BaseModel):
+    """Why an image is a hit."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "captions": [{"text": "dogsled", "english": "dogsled", "score": 0.31, "z": 4.2}],
+                    "parts": [{"kind": "text", "value": "a dog in the snow", "weight": 1.0, "score": 0.35, "z": 5.1}],
+                }
+            ]
+        }
+    )
+    captions: list[CaptionModel] = Field(description="The nearest of some hundreds of captions, best first.")
+    parts: list[QueryPartModel] = Field(description="The texts and ids of the query, each compared with the image.")
 
 
 class BrowseResponse(BaseModel):

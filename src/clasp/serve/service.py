@@ -28,6 +28,7 @@ from clasp.models.inference import EmbeddingModel
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query
 from clasp.search.background import Background
 from clasp.search.engine import SearchEngine, UpdatableStore
+from clasp.search.explanation import HitExplanation, explain_hit
 from clasp.search.metadata_filter import (
     MetadataFilter,
     all_of,
@@ -166,6 +167,17 @@ class SearchService:
             ids = [name for name, meta in index.engine.store.scan() if where(meta)]
         wanted = ids[part.offset : part.offset + part.k]
         return [self.entry(name) for name in wanted], len(ids)
+
+    def explain(self, name: str, query: SearchQuery | None, k: int) -> HitExplanation:
+        """Why an entry is a hit of a query, or what it resembles. Raises ``NoSuchEntryError``."""
+        index = self._current()
+        self.entry(name, index.engine.store)
+        for text, _ in query.texts if query is not None else ():
+            self._check_text(text)
+        vectors = index.engine.stored_vectors
+        return explain_hit(
+            vectors([name]), index.background, query, k, encode_texts=self._queue.encode_texts, stored_vectors=vectors
+        )
 
     def classify(self, image: bytes, names: Sequence[str], template: str) -> list[tuple[str, float]]:
         """Class names with their cosines with the image, best first: zero-shot classification."""
