@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 
 from clasp.search.answer import SearchAnswer
 from clasp.search.query import SearchQuery
-from clasp.serve.change_routes import add_change_routes
+from clasp.serve.change_routes import NO_ENTRY, add_change_routes
 from clasp.serve.editor import IndexEditor, IndexUnchangedError
 from clasp.serve.guard import COMMAND_PATH, AccessPolicy, RequestGuard
 from clasp.serve.metrics import METRICS_MEDIA_TYPE
@@ -69,6 +69,7 @@ _PAGE_FILES = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 _Version = Annotated[str, Query(max_length=64, description="Start of the hash of its bytes; lets browsers cache.")]
+_ERRORS = (400, 401, 403, 408, 413, 421, 422, 429, 503)
 _IMAGE_POLICY = "default-src 'none'; sandbox"
 
 
@@ -100,7 +101,7 @@ def build_app(service: SearchService, settings: AppSettings) -> ASGIApp:
         description=f"Search over the index of the run {settings.run}.",
         docs_url=None,  # the usual page loads its scripts from elsewhere
         redoc_url=None,
-        responses={code: {"model": ErrorResponse} for code in (400, 413, 422, 429, 503)},
+        responses={code: {"model": ErrorResponse} for code in _ERRORS},
     )
     _add_error_answers(app)
     _add_search_routes(app, service)
@@ -145,7 +146,7 @@ def _add_search_routes(app: FastAPI, service: SearchService) -> None:
         """More like one entry."""
         return answered(SearchQuery(like=(stored_id(given.id),)), given)
 
-    @app.get("/api/explain", tags=["search"])
+    @app.get("/api/explain", tags=["search"], responses=NO_ENTRY)
     def explain(given: Annotated[ExplainParameters, Query()]) -> ExplainResponse:
         """Why an entry is a hit: what each part of the query scores with it, and the nearest background captions."""
         return explain_response(service.explain(stored_id(given.id), explained_query(given, limits), given.k))
@@ -180,13 +181,13 @@ def _add_model_routes(app: FastAPI, service: SearchService) -> None:
 
 
 def _add_image_routes(app: FastAPI, service: SearchService) -> None:
-    @app.get("/api/thumbnail", tags=["images"], response_class=Response)
+    @app.get("/api/thumbnail", tags=["images"], response_class=Response, responses=NO_ENTRY)
     def thumbnail(id: EntryId, v: _Version = "") -> Response:
         """A small WebP image of an entry."""
         made = service.thumbnail(stored_id(id))
         return Response(made.data, media_type=made.media_type, headers=_image_headers(v))
 
-    @app.get("/api/image", tags=["images"], response_class=Response)
+    @app.get("/api/image", tags=["images"], response_class=Response, responses=NO_ENTRY)
     def image(id: EntryId, v: _Version = "") -> Response:
         """The original image of an entry, byte for byte."""
         found = service.original(stored_id(id))
