@@ -46,7 +46,9 @@ class Colours:
     def embed_text(self, inputs: TextInput) -> Any:
         assert isinstance(inputs, Tokens)
         table = torch.tensor([(128, 128, 128)] * 2 + list(COLOURS.values())) / 255
-        return self._unit(torch.stack([table[row[row >= 2]].mean(dim=0) for row in inputs.ids]))
+        rows = [table[row[row >= 2]] for row in inputs.ids]
+        unknown = torch.tensor([0.9, 0.6, 0.2])  # of a text that names no colour
+        return self._unit(torch.stack([row.mean(dim=0) if len(row) else unknown for row in rows]))
 
     @staticmethod
     def _unit(colours: Any) -> Any:

@@ -17,10 +17,11 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from clasp.data.pairs import FileSource
-from clasp.search.background import Background, BackgroundFacts
-from clasp.search.engine import SearchEngine
+from clasp.search.background import Background, BackgroundCaption, BackgroundFacts
+from clasp.search.engine import SearchEngine, UpdatableStore
 from clasp.search.flat_store import FlatStore
 from clasp.serve.app import AppSettings, CommandAccess, build_app
+from clasp.serve.editor import IndexEditor
 from clasp.serve.guard import AccessPolicy
 from clasp.serve.limits import ServeLimits
 from clasp.serve.metrics import ServerMetrics
@@ -59,7 +60,19 @@ class ToyIndex:
         engine = SearchEngine(self.model, FlatStore(self.folder / "index"))
         captions = self.model.encode_text(list(COLOURS))
         facts = BackgroundFacts(self.model.fingerprint, len(self.pairs), 1.05, 0.2, 0.99999)
-        return OpenedIndex(engine, Background(captions, facts))
+        return OpenedIndex(
+            engine, Background(captions, facts, tuple(BackgroundCaption(name, name) for name in COLOURS))
+        )
+
+    @contextmanager
+    def writer(self, opened: UpdatableStore) -> Iterator[UpdatableStore]:
+        store = FlatStore(self.folder / "index")
+        store.claim(opened.model, opened.model_name)
+        try:
+            yield store
+        finally:
+            store.close()
+        self.version += 1
 
 
 def toy_service(folder: Path, limits: ServeLimits = LIMITS) -> SearchService:
@@ -67,10 +80,10 @@ def toy_service(folder: Path, limits: ServeLimits = LIMITS) -> SearchService:
     return SearchService(ToyIndex(folder), folder / "thumbnails", limits, ServerMetrics())
 
 
-def toy_app(service: SearchService, policy: AccessPolicy | None = None) -> ASGIApp:
+def toy_app(service: SearchService, policy: AccessPolicy | None = None, editor: IndexEditor | None = None) -> ASGIApp:
     """The application, open to this machine unless a policy is given."""
     command = CommandAccess(KEY, lambda title, answer: title.encode())
-    return build_app(service, AppSettings("toys", policy or AccessPolicy(), command))
+    return build_app(service, AppSettings("toys", policy or AccessPolicy(), command, editor))
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
+from clasp.serve.editor import IndexEditor
+from clasp.serve.upload_folder import UploadFolder
 from toydata import COLOURS
 from toysearch import png
 from toyserver import HOSTILE_CAPTION, serving, toy_app, toy_service
@@ -198,6 +200,10 @@ def test_the_large_view_by_keyboard(page: Page):
     expect(page.locator("#viewer-facts")).to_contain_text("/pictures/")
     expect(page.locator("#viewer-facts")).to_contain_text("camera")
     expect(page.locator("#neighbours img")).to_have_count(6)
+    expect(page.locator("#why-title")).to_contain_text("Why this is a hit")
+    expect(page.locator("#why .best")).to_have_text("green")
+    expect(page.locator("#why dt")).to_have_count(6)
+    expect(page.locator("#viewer-delete")).to_be_hidden()
     expect(page).to_have_url(re.compile("show="))
     name = page.locator("#viewer-name").inner_text()
     page.keyboard.press("ArrowRight")
@@ -214,6 +220,31 @@ def test_the_large_view_by_keyboard(page: Page):
     expect(viewer).to_be_hidden()
     expect(page.locator("#chips")).to_contain_text("like this")
     assert set(colours(page)) == {"green"}
+
+
+def test_add_and_remove_a_picture(browser: Browser, tmp_path: Path):
+    service = toy_service(tmp_path / "server")
+    editor = IndexEditor(service, UploadFolder(tmp_path / "uploads"))
+    (tmp_path / "new one.png").write_bytes(png(COLOURS["purple"]))
+    with serving(toy_app(service, editor=editor)) as url:
+        context = browser.new_context(base_url=url)
+        page = context.new_page()
+        page.on("dialog", lambda asked: asked.accept())
+        page.goto("/")
+        expect(page.locator("#status")).to_have_text("53 pictures")
+        page.set_input_files("#file", tmp_path / "new one.png")
+        page.get_by_role("button", name="Add this picture to the collection").click()
+        expect(page.locator("figure .title").first).to_contain_text("new-one-")
+        page.locator(".tile").first.click()
+        expect(page.locator("#viewer-facts")).to_contain_text("bytes")
+        expect(page.locator("#why-title")).to_have_text("Nearest captions")
+        page.get_by_role("button", name="Remove from the index").click()
+        expect(page.locator("figure .title").first).not_to_contain_text("new-one-")
+        page.goto("/")
+        expect(page.locator("#status")).to_have_text("53 pictures")
+        context.close()
+    service.close()
+    assert list((tmp_path / "uploads").iterdir()) == []
 
 
 def test_errors_and_a_slow_server_are_shown(page: Page):

@@ -9,7 +9,7 @@ import pytest
 
 from clasp.commands.run_store import index_version, recorded_store, writable_store
 from clasp.commands.search import index_images, search_images
-from clasp.commands.serve import RunIndex
+from clasp.commands.serve import ChangingRunIndex, RunIndex
 from clasp.commands.store_copy import copy_index
 from clasp.config.build import load
 from clasp.search.edge_store import EdgeStore
@@ -39,6 +39,8 @@ def test_from_flat_to_edge_and_back(trained: Path, edge: object):
     assert recorded_store(folder) is None
     with pytest.raises(UserError, match="has no index yet"):
         copy_index(folder, "edge")
+    empty = ChangingRunIndex(folder, load(folder)).open()
+    assert empty.engine.store.count() == 0 and recorded_store(folder) is None
     assert index_images(folder, pictures).added == 20
     assert recorded_store(folder) == "flat" and not (folder / "store.json").exists()
     before = search_images(folder, "a red ring", None, 5, ["folder=pictures"])
@@ -64,7 +66,13 @@ def test_from_flat_to_edge_and_back(trained: Path, edge: object):
     assert opened.engine.store.count() == 20
     with pytest.raises(UserError, match="open elsewhere"):  # one process a folder: a running server has it
         index_images(folder, pictures)
-    opened.engine.store.close()
+    store = opened.engine.store
+    with source.writer(store) as same:  # what changes by HTTP goes through the store that is open
+        assert same is store
+        name, meta = next(iter(store.scan()))
+        same.add(["copy"], store.vectors([name]), [meta])
+    assert store.count() == 21 and store.delete(["copy"]) == 1
+    store.close()
 
     assert copy_index(folder, "flat").source == "edge"
     assert recorded_store(folder) == "flat" and not (folder / "index-edge").exists()

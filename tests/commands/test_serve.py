@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from clasp.commands.run_store import open_run_store
 from clasp.commands.search import search_images
 from clasp.commands.serve import ServeSettings, serve_run
 from clasp.commands.warm_search import FoundHits, search_warm_server
@@ -20,6 +21,7 @@ from clasp.serve.warm_server import read_record
 from clasp.types import no_progress_bar
 from toydata import toys, write_folder, write_images
 from toyruns import recipe, run, save_towers
+from toysearch import png
 from toyserver import wait_until_it_answers
 
 
@@ -35,11 +37,21 @@ def ask_and_stop(folder: Path, found: dict[str, Any]) -> None:
         with urllib.request.urlopen(f"{record.address}/api/search?{asked}", timeout=60) as reply:
             found["http"] = [hit["id"] for hit in json.loads(reply.read())["hits"]]
         found["warm"] = search_warm_server(folder, "a red ring", None, 5)
+        data = b'--x\r\nContent-Disposition: form-data; name="images"; filename="new.png"\r\n\r\n%b\r\n--x--\r\n'
+        head = {"Content-Type": "multipart/form-data; boundary=x"}
+        added = urllib.request.Request(f"{record.address}/api/images", data % png((9, 9, 9)), head, method="POST")
+        with urllib.request.urlopen(added, timeout=60) as reply:
+            (entry,) = json.loads(reply.read())["entries"]
+        found["added"] = dict(open_run_store(folder).scan())[entry["id"]]["name"], Path(entry["name"]).is_file()
+        asked = urllib.parse.urlencode({"id": entry["id"]})
+        deleted = urllib.request.Request(f"{record.address}/api/image?{asked}", method="DELETE")
+        with urllib.request.urlopen(deleted, timeout=60) as reply:
+            found["deleted"] = json.loads(reply.read())["file_deleted"]
     finally:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_from_pictures_to_hits(tmp_path: Path):
+def test_from_pictures_to_hits_and_changes(tmp_path: Path):
     pairs, folder = write_folder(toys(24), tmp_path / "pairs"), tmp_path / "run"
     run(recipe(save_towers(tmp_path), pairs, "train.epochs=1"), folder)
     write_images(toys(20), tmp_path / "pictures")
@@ -47,7 +59,13 @@ def test_from_pictures_to_hits(tmp_path: Path):
     found: dict[str, Any] = {}
     asking = threading.Thread(target=ask_and_stop, args=(folder, found))
     asking.start()
-    serve_run(folder, str(tmp_path / "pictures"), ServeSettings(port=0), say=said.append, bar=no_progress_bar)
+    serve_run(
+        folder,
+        str(tmp_path / "pictures"),
+        ServeSettings(port=0, uploads=tmp_path / "uploads"),
+        say=said.append,
+        bar=no_progress_bar,
+    )
     asking.join()
     assert "20 images added" in said[0] and "20 images; open http://127.0.0.1:" in said[1]
     warm = found["warm"]
@@ -55,4 +73,6 @@ def test_from_pictures_to_hits(tmp_path: Path):
     cold = search_images(folder, "a red ring", None, 5)
     assert found["http"] == [hit["id"] for hit in warm.answer["hits"]] == [hit.id for hit in cold.hits]
     assert [hit["z"] for hit in warm.answer["hits"]] == [ranked.z for ranked in cold.answer.hits]
+    name, there = found["added"]
+    assert Path(name).parent == tmp_path / "uploads" and there and found["deleted"] and not Path(name).exists()
     assert (folder / BACKGROUND_FILE).exists() and not (folder / "server.json").exists()

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query
-from clasp.search.background import Background, BackgroundFacts, measure_background, read_background
+from clasp.search.background import Background, BackgroundCaption, BackgroundFacts, measure_background, read_background
 from clasp.search.engine import SearchEngine
+from clasp.search.explanation import explain_hit
 from clasp.search.flat_store import FlatStore
 from clasp.search.metadata_filter import parse_filter
 from clasp.search.query import SearchQuery, WeightedImage, WeightedText
@@ -33,7 +34,8 @@ def world(folder: Path) -> tuple[SearchEngine, Background]:
     ]
     store.add([str(n) for n in range(IMAGES)], images, meta)
     captions = F.normalize(torch.randn(200, WIDTH), dim=1)
-    return engine, measure_background(captions, store, engine.stored_vectors, engine.model.fingerprint, 0.999)
+    names = [BackgroundCaption(f"caption {n}", f"caption {n}") for n in range(200)]
+    return engine, measure_background(names, captions, store, engine.stored_vectors, engine.model.fingerprint, 0.999)
 
 
 def ask(engine: SearchEngine, background: Background, vector: Tensor, part: RankingPart) -> SearchAnswer:
@@ -88,13 +90,43 @@ def test_images_have_no_calibrated_score(tmp_path: Path):
         assert answer.hits[0].hit.id == "20" and answer.hits[0].z is None
 
 
+def test_why_an_image_is_a_hit(tmp_path: Path):
+    engine, background = world(tmp_path)
+    image = engine.stored_vectors(["20"])
+    rows = F.normalize(torch.cat([image + 0.1, torch.randn(1, WIDTH)]), dim=1)
+    query = SearchQuery((WeightedText("x"), WeightedText("y", -0.35)), like=("20", "21"), unlike=("22",))
+    why = explain_hit(
+        image, background, query, 3, encode_texts=lambda texts: rows, stored_vectors=engine.stored_vectors
+    )
+    cosines = background.vectors @ image[0]
+    best = cosines.argsort(descending=True)[:3].tolist()
+    assert [each.caption.text for each in why.captions] == [f"caption {place}" for place in best]
+    assert [each.score for each in why.captions] == pytest.approx(cosines[best].tolist())
+    expected = ((cosines[best] - cosines.mean()) / cosines.std()).tolist()
+    assert [each.z for each in why.captions] == pytest.approx(expected, abs=1e-4)
+    assert [(part.kind, part.value, part.weight) for part in why.parts] == [
+        ("text", "x", 1.0), ("text", "y", -0.35), ("like", "20", 0.375), ("like", "21", 0.375), ("unlike", "22", -0.15)
+    ]  # fmt: skip
+    assert why.parts[0].score == pytest.approx(float(rows[0] @ image[0])) and why.parts[2].score == pytest.approx(1)
+    assert why.parts[0].z == pytest.approx(float((rows[0] @ image[0] - cosines.mean()) / cosines.std()), abs=1e-4)
+    assert why.parts[2].z is None
+    bare = explain_hit(
+        image, background, None, 5, encode_texts=lambda texts: rows, stored_vectors=engine.stored_vectors
+    )
+    assert len(bare.captions) == 5 and bare.parts == []
+
+
 def test_a_background_is_saved_and_damage_is_no_error(tmp_path: Path):
     facts = BackgroundFacts("m", 3, 1.0, 0.5, 0.9)
-    made, path = Background(torch.randn(4, 3), facts), tmp_path / "background.safetensors"
+    made, path = (
+        Background(torch.randn(4, 3), facts, tuple(map(BackgroundCaption, "abcd", "wxyz"))),
+        tmp_path / "background.safetensors",
+    )
     assert read_background(path, "m") is None
     made.save(path)
     read = read_background(path, "m")
     assert read is not None and read.facts == facts and torch.equal(read.vectors, made.vectors)
+    assert read.captions == made.captions
     assert read_background(path, "other") is None
     for damage in (b"", b"\xff" * 50, path.read_bytes()[:-3]):
         path.write_bytes(damage)

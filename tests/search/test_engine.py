@@ -24,6 +24,7 @@ from clasp.report.contact_sheet import contact_sheet
 from clasp.search.engine import IndexReport, SearchEngine, UpdatableStore
 from clasp.search.entries import source_from_dict, source_to_dict
 from clasp.search.flat_store import FlatStore
+from clasp.search.metadata_filter import all_of, parse_filter
 from clasp.types import Caption, Encoder, Hit, ImageInput, Pair, UserError
 from toydata import COLOURS, WRITERS, draw, toys, write_csv, write_tar
 from toysearch import Colours, model, png
@@ -111,9 +112,35 @@ def test_where_chooses_by_metadata(engine: SearchEngine, tmp_path: Path):
         "languages": ["sw"],
         "group": "all",
         "meta": {"taken": "2020-01-02", "n": 1},
+        "file": {"width": 4, "height": 4, "bytes": os.path.getsize(path)},
     }
     assert len(engine.search("red", where=lambda meta: "sw" in meta["languages"])) == 3
     assert counts(engine.index(pairs)) == (0, 6, 0, 0)
+
+
+def test_fields_of_the_file(engine: SearchEngine, photos: Path):
+    exif = Image.Exif()
+    exif[0x0110] = "X100"
+    exif.get_ifd(0x8769)[0x9003] = "2021:07:31 20:15:00"
+    Image.new("RGB", (6, 4), COLOURS["purple"]).save(photos / "purple.jpg", exif=exif)
+    engine.index(list_images(photos))
+    where = all_of([parse_filter("date>=2021-07-01"), parse_filter("camera~x1"), parse_filter("width=6")])
+    (hit,) = engine.search("red", where=where)
+    size = os.path.getsize(photos / "purple.jpg")
+    assert hit.id == "purple.jpg"
+    assert hit.meta["file"] == {"date": "2021-07-31", "camera": "X100", "width": 6, "height": 4, "bytes": size}
+    assert len(engine.search("red", where=all_of([parse_filter(f"bytes={size}")]))) == 1
+    # an index of a version without them: the files are read once more, none is encoded
+    stored = {name: {key: value for key, value in meta.items() if key != "file"} for name, meta in engine.store.scan()}
+    engine.store.add(list(stored), engine.store.vectors(list(stored)), list(stored.values()))
+    assert engine.search("red", where=where) == []
+    before = seen(engine)
+    assert counts(engine.index(list_images(photos))) == (0, 4, 0, 0)
+    assert ids(engine.search("red", where=where)) == ["purple.jpg"] and seen(engine) == before
+    # new captions of an unchanged file: its fields are kept without reading it
+    pairs = [Pair(name, FileSource(str(photos / name)), (Caption("x"),), name) for name in stored]
+    engine.index(pairs)
+    assert ids(engine.search("red", where=where)) == ["purple.jpg"]
 
 
 def test_what_cannot_be_asked(engine: SearchEngine, photos: Path):

@@ -56,6 +56,7 @@ def entry(number: int, chance: np.random.Generator) -> dict[str, Any]:
         "captions": [{"text": f"a caption {number % 6}", "language": "de"}],
         "languages": languages,
         "meta": own,
+        "file": {"date": "2013-04-01", "width": 100 + number % 9, "bytes": 1000 * number},
     }
 
 
@@ -65,6 +66,7 @@ CONDITIONS = [
     *("tags=t3", "tags=all", "tags!=T3", "year=2003", "year=2003.0", "year=2e3", "year!=2003", "year=nan"),
     *("mixed=1", "mixed=true", "mixed=x", "mixed>0", "mixed>=a", "mixed<a", "mixed!=1", "year>inf", "year<inf"),
     *("date=2013-02-05", "date>=2013", "date<2013-06", "date>2013-06-04", "date<=2013-02-05", "date~-05"),
+    *("width=103", "width>104", "bytes=3000", "bytes!=3000", "bytes>=250000", "bytes>a", "bytes<a", "date=2013-04-01"),
     *("year>2025", "year>=2025", "year<2003", "year<=2003", "year>a", "none=1", "none!=1", "none>1"),
 ]
 
@@ -102,7 +104,9 @@ def test_most_filters_become_conditions():
     chance = np.random.default_rng(0)
     for condition in CONDITIONS:
         narrowed = compile_filters(MetadataFilters((parse_filter(condition),)))
-        compared = any(operator in condition for operator in ("!=", "~")) or condition.startswith(("caption", "none"))
+        compared = any(operator in condition for operator in ("!=", "~")) or condition.startswith(
+            ("caption", "none", "bytes=")
+        )
         assert bool(narrowed) or compared or condition == "folder=/", condition
     assert compile_filters(lambda about: True) == [] and compile_filters(None) == []
     assert set(FILTER_OPERATORS) == {"!=", ">=", "<=", "=", "~", ">", "<"}  # a new one has to be compiled, or checked

@@ -77,6 +77,25 @@ def test_images_feedback_and_more_like_this(api: TestClient):
     assert colours(moved).index("red") < colours(still).index("red")
 
 
+def test_why_an_image_is_a_hit(api: TestClient):
+    hit = api.get("/api/search", params={"q": "red -blue", "k": 1}).json()["hits"][0]
+    why = api.get("/api/explain", params={"id": hit["id"], "q": "red -blue", "like": hit["id"], "k": 3}).json()
+    assert why["captions"][0]["english"] == "red" and len(why["captions"]) == 3
+    assert [(part["kind"], part["value"]) for part in why["parts"]] == [
+        ("text", "red"), ("text", "blue"), ("like", hit["id"])
+    ]  # fmt: skip
+    assert why["parts"][0]["score"] == pytest.approx(hit["score"], abs=0.2) and why["parts"][1]["weight"] < 0
+    assert why["parts"][0]["z"] == pytest.approx(hit["z"]) == why["captions"][0]["z"]
+    assert api.get("/api/explain", params={"id": hit["id"]}).json()["parts"] == []
+    refused = [({}, 422), ({"id": "none"}, 404), ({"id": hit["id"], "k": 101}, 422), ({"id": hit["id"], "q": " "}, 400)]
+    for params, status in [
+        *refused,
+        ({"id": hit["id"], "like": "none"}, 400),
+        ({"id": hit["id"], "where": "a=1"}, 422),
+    ]:
+        assert api.get("/api/explain", params=params).status_code == status, params
+
+
 def test_filters_pages_and_browsing(api: TestClient):
     whole = api.get("/api/search", params={"q": "red", "k": 40}).json()
     pages = [api.get("/api/search", params={"q": "red", "k": 10, "offset": start}).json() for start in (0, 10, 20, 30)]

@@ -80,7 +80,7 @@ def search(
     k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
     where: Annotated[
         list[str] | None,
-        typer.Option("--where", metavar="FIELD=VALUE", help="Filter: folder=…, caption~…, year>=2020; repeatable."),
+        typer.Option("--where", metavar="FIELD=VALUE", help="Filter: folder=…, camera~…, date>=2020-01; repeatable."),
     ] = None,
     sheet: Annotated[
         Path | None, typer.Option("--sheet", help="PNG contact sheet of the hits. Default: RUN/search.png.")
@@ -127,6 +127,10 @@ def serve(
         list[str] | None,
         typer.Option("--allow-host", metavar="NAME", help="Further name of the server, behind a proxy; repeatable."),
     ] = None,
+    uploads: Annotated[
+        Path | None,
+        typer.Option("--uploads", metavar="FOLDER", help="Let requests add images, saved here, and delete entries."),
+    ] = None,
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Serve a search page and an HTTP API over RUN/index; nothing leaves the machine.
@@ -136,7 +140,7 @@ def serve(
     from clasp.commands.serve import ServeSettings, serve_run
     from clasp.report.console import print_status, progress_bar
 
-    settings = ServeSettings(host, port, token, hosts or ())
+    settings = ServeSettings(host, port, token, hosts or (), uploads)
     with code_allowed(allow_code):
         serve_run(run, pictures, settings, say=print_status, bar=progress_bar)
 

@@ -20,7 +20,13 @@ from clasp.data.image_header import read_image_header
 from clasp.data.images import ImageError, shrink_to_fit
 from clasp.data.samples.emoji import concept_names
 from clasp.models.zoo.imagenet import imagenet_concepts
-from clasp.search.background import BACKGROUND_FILE, Background, measure_background, read_background
+from clasp.search.background import (
+    BACKGROUND_FILE,
+    Background,
+    BackgroundCaption,
+    measure_background,
+    read_background,
+)
 from clasp.search.engine import SearchEngine
 from clasp.search.near_duplicates import duplicate_threshold
 from clasp.types import Hit, UserError
@@ -34,13 +40,17 @@ _MAX_PIXELS = 1 << 26
 _CHANGE = 0.1  # fraction by which the number of entries may change before the background is measured again
 
 
-def background_captions() -> list[str]:
+def background_captions() -> list[BackgroundCaption]:
     """Names of classes and of emoji, evenly spread over both lists; the emoji in each language in turn."""
-    classes = [concept.names[0] for concept in imagenet_concepts()[:1000]]
-    emoji = [list(names.values()) for names in concept_names().values()]
-    spoken = [names[place % len(names)] for place, names in enumerate(emoji)]
-    spread = (_every(classes), _every(spoken))
-    return list(dict.fromkeys(name for names in spread for name in names))
+    classes = [BackgroundCaption(concept.names[0], concept.names[0]) for concept in imagenet_concepts()[:1000]]
+    spoken = [
+        BackgroundCaption(list(names.values())[place % len(names)], names["en"])
+        for place, names in enumerate(concept_names().values())
+    ]
+    found: dict[str, BackgroundCaption] = {}
+    for caption in (*_every(classes), *_every(spoken)):
+        found.setdefault(caption.text, caption)
+    return list(found.values())
 
 
 def open_background(run: Path, engine: SearchEngine) -> Background:
@@ -53,8 +63,10 @@ def open_background(run: Path, engine: SearchEngine) -> Background:
     saved = read_background(path, model)
     if saved is not None and abs(saved.facts.entries - count) <= _CHANGE * count:
         return saved
-    vectors = engine.model.encode_text(background_captions()) if saved is None else saved.vectors
-    made = measure_background(vectors, engine.store, engine.stored_vectors, model, _duplicate_threshold(engine))
+    captions = background_captions() if saved is None else saved.captions
+    vectors = engine.model.encode_text([caption.text for caption in captions]) if saved is None else saved.vectors
+    threshold = _duplicate_threshold(engine)
+    made = measure_background(captions, vectors, engine.store, engine.stored_vectors, model, threshold)
     try:
         made.save(path)
     except OSError as error:
@@ -82,6 +94,6 @@ def _duplicate_threshold(engine: SearchEngine) -> float:
     return duplicate_threshold(engine.stored_vectors(ids), copied)
 
 
-def _every(names: list[str]) -> list[str]:
-    """``_PER_SOURCE`` of the names, at equal distances."""
-    return names[:: max(1, len(names) // _PER_SOURCE)][:_PER_SOURCE]
+def _every(captions: list[BackgroundCaption]) -> list[BackgroundCaption]:
+    """``_PER_SOURCE`` of the captions, at equal distances."""
+    return captions[:: max(1, len(captions) // _PER_SOURCE)][:_PER_SOURCE]

@@ -85,6 +85,30 @@ def writable_store(run: Path, asked: str | None, entries: int, say: MessageCallb
 
 
 @contextmanager
+def server_writer(run: Path, opened: UpdatableStore) -> Iterator[UpdatableStore]:
+    """The store to change the run's index in, for a server that reads it through ``opened``.
+
+    ``opened`` itself where one object reads and writes: an embedded engine, which one process at a time has open, and a
+    Qdrant server. Else another object: those that read have the earlier state. ``UserError`` if another process of this
+    machine writes to it.
+    """
+    name = recorded_store(run) or "flat"
+    with write_lock(run, name):
+        if name == "edge":
+            yield opened
+        elif is_address(name):
+            yield opened
+            record_store(run, name)
+        else:
+            store = open_store(run, name)
+            try:
+                store.claim(opened.model, opened.model_name)
+                yield store
+            finally:
+                store.close()
+
+
+@contextmanager
 def write_lock(run: Path, name: str) -> Iterator[None]:
     """For a server, which has no lock of its own: other writers of this run are refused. Folders lock themselves."""
     if not is_address(name):

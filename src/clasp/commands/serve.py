@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clasp.commands.background import open_background
-from clasp.commands.run_store import index_version, open_run_store, recorded_store
+from clasp.commands.run_store import index_version, open_run_store, recorded_store, server_writer
 from clasp.commands.search import contact_sheet_rows, index_images
 from clasp.config.build import load
 from clasp.models.inference import EmbeddingModel
 from clasp.report.contact_sheet import contact_sheet
 from clasp.search.answer import SearchAnswer
 from clasp.search.background import BACKGROUND_FILE, read_background
-from clasp.search.engine import SearchEngine
+from clasp.search.engine import SearchEngine, UpdatableStore
+from clasp.search.store_registry import open_store
 from clasp.training.run_folder import RunFolder
 from clasp.types import MessageCallback, ProgressFactory, UserError
 
@@ -33,12 +35,15 @@ _EXTRA = ("fastapi", "uvicorn", "python_multipart")
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """Where the server listens and who may use it. ``hosts``: further names by which it is reached, behind a proxy."""
+    """Where the server listens, and who may use it for what."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     token: str = ""
     hosts: Sequence[str] = ()
+    """Further names by which it is reached, behind a proxy"""
+    uploads: Path | None = None
+    """Folder in which images that requests add are saved; ``None``: requests cannot change the index"""
 
 
 def require_serve_extra() -> None:
@@ -54,24 +59,29 @@ def serve_run(
     """Index ``pictures`` if given, load the model once, and answer until stopped. ``UserError`` before that."""
     require_serve_extra()
     from clasp.serve.app import AppSettings, CommandAccess, build_app
+    from clasp.serve.editor import IndexEditor
     from clasp.serve.guard import AccessPolicy
     from clasp.serve.limits import ServeLimits
     from clasp.serve.metrics import ServerMetrics
     from clasp.serve.server import bind_address, run_server
     from clasp.serve.service import SearchService
+    from clasp.serve.upload_folder import UploadFolder
     from clasp.serve.warm_server import new_key
 
     RunFolder(run).recipe()
-    if pictures is None and recorded_store(run) is None:
+    if pictures is None and settings.uploads is None and recorded_store(run) is None:
         raise UserError(f"{run} has no index yet; name the images: clasp serve {run} --pictures FOLDER")
+    uploads = None if settings.uploads is None else UploadFolder(settings.uploads)
     address = bind_address(settings.host, settings.port, settings.token)
     model = load(run)
     if pictures is not None:
         say(str(index_images(run, pictures, bar=bar, model=model)))
-    service = SearchService(RunIndex(run, model), run / "thumbnails", ServeLimits(), ServerMetrics())
+    index = RunIndex(run, model) if uploads is None else ChangingRunIndex(run, model)
+    service = SearchService(index, run / "thumbnails", ServeLimits(), ServerMetrics())
     key = new_key()
     policy = AccessPolicy(settings.host, settings.token, settings.hosts)
-    app = build_app(service, AppSettings(run.resolve().name, policy, CommandAccess(key, draw_answer)))
+    editor = None if uploads is None else IndexEditor(service, uploads)
+    app = build_app(service, AppSettings(run.resolve().name, policy, CommandAccess(key, draw_answer), editor))
     say(f"{service.count():,} images; open {address.url} in a browser; Ctrl-C stops")
     try:
         run_server(app, address, run, key, say)
@@ -83,25 +93,41 @@ class RunIndex:
     """The index of a run, for a model that is already loaded."""
 
     def __init__(self, run: Path, model: EmbeddingModel) -> None:
-        self._run, self._model = run, model
+        self.run, self.model = run, model
 
     @property
     def version(self) -> object:
         """Times at which the index and its background were last written."""
-        background = self._run / BACKGROUND_FILE
-        return index_version(self._run), background.stat().st_mtime_ns if background.exists() else 0
+        background = self.run / BACKGROUND_FILE
+        return index_version(self.run), background.stat().st_mtime_ns if background.exists() else 0
 
     def open(self) -> OpenedIndex:
         """The engine and its background; ``UserError`` for an empty index or one of another model."""
         from clasp.serve.service import OpenedIndex
 
-        store = open_run_store(self._run)
+        store = open_run_store(self.run)
         if not store.count():
             raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")
-        engine = SearchEngine(self._model, store)
+        engine = SearchEngine(self.model, store)
         # one of an earlier state will do while clasp index adds images: it measures the background when it is done
-        saved = read_background(self._run / BACKGROUND_FILE, self._model.fingerprint)
-        return OpenedIndex(engine, saved or open_background(self._run, engine))
+        saved = read_background(self.run / BACKGROUND_FILE, self.model.fingerprint)
+        return OpenedIndex(engine, saved or open_background(self.run, engine))
+
+    def writer(self, opened: UpdatableStore) -> AbstractContextManager[UpdatableStore]:
+        """See ``IndexSource``."""
+        return server_writer(self.run, opened)
+
+
+class ChangingRunIndex(RunIndex):
+    """The index of a run that is changed by HTTP: it may be empty, and opening it measures the background anew when the
+    number of entries has changed much, which no ``clasp index`` does for it."""
+
+    def open(self) -> OpenedIndex:
+        """The engine and its background; ``UserError`` for an index of another model."""
+        from clasp.serve.service import OpenedIndex
+
+        engine = SearchEngine(self.model, open_store(self.run, recorded_store(self.run) or "flat"))
+        return OpenedIndex(engine, open_background(self.run, engine))
 
 
 def draw_answer(title: str, answer: SearchAnswer) -> bytes:

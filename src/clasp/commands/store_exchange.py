@@ -16,6 +16,7 @@ import torch
 from clasp.commands.background import open_background
 from clasp.commands.run_store import open_run_store, writable_store
 from clasp.config.build import load
+from clasp.data.file_fields import read_file_fields
 from clasp.data.pairs import FileSource
 from clasp.models.inference import EmbeddingModel
 from clasp.search.clip_retrieval import ForeignRow, ForeignRows, count_rows, layout_model, read_layout, write_layout
@@ -90,7 +91,7 @@ def _read_entry(row: ForeignRow) -> tuple[str, dict] | None:
         return None
     captions = (Caption(row.caption, ""),) if row.caption else ()
     pair = Pair(row.path, source, captions, row.path)
-    return pair.id, entry_metadata(pair, version, hashlib.sha256(data).hexdigest(), ())
+    return pair.id, entry_metadata(pair, version, hashlib.sha256(data).hexdigest(), (), read_file_fields(data))
 
 
 def _require_same_model(model: EmbeddingModel, folder: Path) -> None:

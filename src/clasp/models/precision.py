@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -23,6 +22,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from clasp.data.atomic_files import write_text_file
 from clasp.data.cache_folder import cache_folder
 
 Precision = Literal["float32", "bfloat16"]
@@ -98,9 +98,7 @@ def _measure(path: Path) -> PrecisionChoice:
         recorded = dict(json.loads(path.read_text(encoding="utf-8")))
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps({**recorded, _machine(): choice}, indent=1), encoding="utf-8")
-        part.replace(path)
+        write_text_file(path, json.dumps({**recorded, _machine(): choice}, indent=1))
     return choice
 
 

@@ -101,7 +101,7 @@ def answer_query(
     if words is None or not best:
         return SearchAnswer([RankedHit(group) for group in groups[wanted]], None, None, more)
     text = vector if words == query else words.vector(encode_texts, encode_images, engine.stored_vectors)
-    z_scores = background.z_scores(text, engine.stored_vectors([group.hit.id for group in best]))
+    (z_scores,) = background.z_scores(text, engine.stored_vectors([group.hit.id for group in best]))
     close = [z >= background.threshold for z in z_scores]
     count = _count_above_line(close)
     ranked = [RankedHit(*each) for each in zip(best, z_scores, close, strict=True)]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -35,7 +36,14 @@ Measured: 5 of 40 such queries in 800 photographs (``clasp train photos``), wher
 gave 10; random vectors in place of embeddings: 12 of 50, since their largest z has a longer upper tail."""
 BEST_HITS = 10
 """Hits whose largest z is the statistic of a query"""
-_FORMAT = 1
+_FORMAT = 2  # 1 had no texts of the captions
+
+
+class BackgroundCaption(NamedTuple):
+    """A caption as it was encoded, in its language, and what it means in English."""
+
+    text: str
+    english: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +65,21 @@ class BackgroundFacts:
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """Embeddings of background captions, and the facts measured with them."""
+    """Embeddings of background captions, the captions, and the facts measured with them."""
 
     vectors: Float[Tensor, "captions E"]
     facts: BackgroundFacts
+    captions: tuple[BackgroundCaption, ...]
 
     @property
     def threshold(self) -> float:
         """The z from which a hit is close."""
         return self.facts.median + self.facts.deviation * NormalDist().inv_cdf(1 - FALSE_ALARM_RATE)
 
-    def z_scores(self, query: Float[Tensor, "1 E"], images: Float[Tensor, "n E"]) -> list[float]:
-        """The calibrated score of a text's embedding with each image."""
+    def z_scores(self, texts: Float[Tensor, "q E"], images: Float[Tensor, "n E"]) -> list[list[float]]:
+        """The calibrated score of each text's embedding with each image."""
         mean, deviation = _image_moments(self.vectors, images)
-        return (((images @ query[0]) - mean) / deviation).tolist()
+        return (((texts @ images.T) - mean) / deviation).tolist()
 
     def p_value(self, z: float) -> float:
         """Probability that the best hits of a query about other things score at least this."""
@@ -79,12 +88,13 @@ class Background:
     def save(self, path: Path) -> None:
         """Write atomically. Raises ``OSError``."""
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        facts = {"facts": json.dumps(asdict(self.facts))}
+        facts = {"facts": json.dumps(asdict(self.facts)), "captions": json.dumps(self.captions)}
         save_file({"captions": self.vectors.float().contiguous()}, part, facts)
         os.replace(part, path)
 
 
 def measure_background(
+    captions: Sequence[BackgroundCaption],
     vectors: Float[Tensor, "captions E"],
     store: Store,
     image_vectors: Callable[[Sequence[str]], Tensor],
@@ -100,18 +110,21 @@ def measure_background(
             largest.append(float((((images @ query) - mean) / deviation).max()))
     low, median = (torch.tensor(largest or [0.0, 1.0]).quantile(q).item() for q in (0.1587, 0.5))
     facts = BackgroundFacts(model, store.count(), median, max(median - low, 1e-6), near_duplicate)
-    return Background(vectors, facts)
+    return Background(vectors, facts, tuple(captions))
 
 
 def read_background(path: Path, model: str) -> Background | None:
     """The saved background; ``None`` if there is none, or it is damaged or of another model: it is measured again."""
     try:
         with safe_open(path, "pt") as file:
-            facts = BackgroundFacts(**json.loads((file.metadata() or {})["facts"]))
-            made = Background(file.get_tensor("captions"), facts)
+            saved = file.metadata() or {}
+            facts = BackgroundFacts(**json.loads(saved["facts"]))
+            captions = tuple(BackgroundCaption(*each) for each in json.loads(saved["captions"]))
+            made = Background(file.get_tensor("captions"), facts, captions)
     except (OSError, SafetensorError, ValueError, TypeError, KeyError):
         return None
-    return made if facts.model == model and facts.format == _FORMAT else None
+    whole = len(captions) == len(made.vectors)
+    return made if whole and facts.model == model and facts.format == _FORMAT else None
 
 
 def nothing_close_line(p_value: float) -> str:

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clasp.data.file_fields import read_file_fields
 from clasp.data.formats.rows import shorten
 from clasp.data.formats.skipped_files import SkippedFiles, escape_name
 from clasp.data.images import ImageError
@@ -93,6 +94,10 @@ class ComputedVectors(Protocol):
         """The unit vector of these bytes; ``None`` if it is not here."""
         ...
 
+    def file_fields(self, sha256: str) -> Mapping[str, Any] | None:
+        """What ``read_file_fields`` returned for these bytes; ``None`` if their embedding is not here."""
+        ...
+
 
 class _NothingComputed:
     """A ``ComputedVectors`` without any."""
@@ -101,6 +106,9 @@ class _NothingComputed:
         return ""
 
     def vector(self, sha256: str) -> None:
+        return None
+
+    def file_fields(self, sha256: str) -> None:
         return None
 
 
@@ -259,14 +267,15 @@ class SearchEngine:
         sha256 = known.unchanged_sha256(pair) or self._computed.sha256_of(pair.image)
         try:
             if sha256:
-                return _ReadImage(entry, version, sha256, b"", None)
+                return _ReadImage(entry, version, sha256, self._computed.file_fields(sha256), b"", None)
             # a table caches one row group at a time: threads that alternate would read it again and again
             with self._table_lock if isinstance(pair.image, ParquetSource) else nullcontext():
                 data = pair.image.read()
             sha256 = hashlib.sha256(data).hexdigest()
             stored = known.id_of_bytes(sha256, pair.id) is not None or self._computed.vector(sha256) is not None
             pixels = None if stored else self.model.transform(data)
-            return _ReadImage(entry, version, sha256, data if pixels is None else b"", pixels)
+            file = read_file_fields(data)
+            return _ReadImage(entry, version, sha256, file, data if pixels is None else b"", pixels)
         except (OSError, ValueError) as error:  # the disk; a tar or table that changed; an image that is not one
             reason = " ".join(str(error).split()) or type(error).__name__
             return _FailedImage(SkippedSample(pair.id, reason), isinstance(error, ImageError))
@@ -290,14 +299,18 @@ class SearchEngine:
         vectors = computed | dict(zip(stored, self.store.vectors(list(stored.values())), strict=True))
         if new:
             vectors.update(zip(new, self.model.encode_pixels(torch.stack(list(new.values()))), strict=True))
-        ids, meta = (
-            [read.id for read in reads],
-            [known.metadata(read.entry, read.version, read.sha256) for read in reads],
-        )
+        ids, files = [read.id for read in reads], self._file_fields(reads)
+        meta = [known.metadata(read.entry, read.version, read.sha256, files[read.id]) for read in reads]
         self.store.add(ids, torch.stack([vectors[read.sha256] for read in reads]), meta)
         for name, about in zip(ids, meta, strict=True):
             known.record(name, about)
         return len(new)
+
+    def _file_fields(self, reads: Sequence[_ReadImage]) -> dict[str, Mapping[str, Any]]:
+        """By id; those of images that were not read, since their file is unchanged, are taken from the store."""
+        unread = [read.id for read in reads if read.file is None]
+        stored = {name: about["file"] for name, about in zip(unread, self.store.metadata(unread), strict=True)}
+        return stored | {read.id: read.file for read in reads if read.file is not None}
 
     def _skip(self, failures: Sequence[_FailedImage], known: StoredEntries) -> None:
         """Log them, and drop the stored entries of files that are no longer images."""
@@ -380,11 +393,13 @@ class SearchEngine:
 
 @dataclass(frozen=True, slots=True)
 class _ReadImage:
-    """An image to be stored, with its hash. ``data``: its bytes if read but not decoded; ``pixels``: if decoded."""
+    """An image to be stored, with its hash. ``file``: the fields of its file, ``None`` if they are in the store;
+    ``data``: its bytes if read but not decoded; ``pixels``: if decoded."""
 
     entry: IndexEntry
     version: str
     sha256: str
+    file: Mapping[str, Any] | None
     data: bytes
     pixels: Float[Tensor, "3 height width"] | None
 

@@ -4,7 +4,7 @@ Input: pairs or the images of a folder, and the metadata in a store. Output: the
 stored ones. Note: an entry is an image, so pairs of one image are merged. A file with the size and modification time it
 had when it was encoded is taken to have the same bytes, without reading it. The metadata is JSON: ``name``,
 ``source``, ``version`` and ``sha256`` of the image, ``origins`` (the folders, tables and tars it was indexed from),
-``captions``, their ``languages``, ``group``, and the ``meta`` of the pair.
+``captions``, their ``languages``, ``group``, the ``meta`` of the pair, and ``file`` (``clasp.data.file_fields``).
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ def source_from_dict(data: Mapping[str, Any]) -> ImageSource:
     return _SOURCE_TYPES[fields.pop("kind")](**fields)
 
 
-def entry_metadata(pair: Pair, version: str, sha256: str, origins: Iterable[str]) -> dict[str, Any]:
-    """The metadata of an image; ``version`` is that of the source when the bytes of ``sha256`` were read."""
+def entry_metadata(
+    pair: Pair, version: str, sha256: str, origins: Iterable[str], file: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The metadata of an image; ``version`` is that of the source when the bytes of ``sha256`` were read, ``file`` what
+    ``read_file_fields`` returns for them."""
     return {
         "name": pair.image.name,
         "source": source_to_dict(pair.image),
@@ -52,11 +55,12 @@ def entry_metadata(pair: Pair, version: str, sha256: str, origins: Iterable[str]
         "languages": list(dict.fromkeys(caption.language for caption in pair.captions if caption.language)),
         "group": pair.group,
         "meta": json.loads(json.dumps(dict(pair.meta), default=str)),  # dates, decimals
+        "file": dict(file),
     }
 
 
 class _StoredEntry(NamedTuple):
-    """The stored metadata of one id, abridged; ``meta_hash`` is a hash of all of it."""
+    """The stored metadata of one id, abridged; ``meta_hash`` is a hash of all of it but the fields of the file."""
 
     name: str
     version: str
@@ -65,6 +69,8 @@ class _StoredEntry(NamedTuple):
     origins: frozenset[str]
     """The sources it was indexed from; empty for plain lists, and for entries of older versions of clasp."""
     meta_hash: int
+    has_file_fields: bool
+    """Whether it has the fields of its file; entries of older versions of clasp have none"""
 
     def still_there(self) -> bool:
         """Whether the file of the image still exists; for an image in a tar or table, whether that does."""
@@ -91,7 +97,10 @@ class StoredEntries:
         self.remove(name)
         is_file = (meta["source"] or {}).get("kind") == "file"
         origins = frozenset(map(sys.intern, meta.get("origins", ())))
-        stored = _StoredEntry(meta["name"], meta["version"], meta["sha256"], is_file, origins, _hash(meta))
+        has_file_fields = bool(meta.get("file"))
+        stored = _StoredEntry(
+            meta["name"], meta["version"], meta["sha256"], is_file, origins, _hash(meta), has_file_fields
+        )
         self._by_id[name] = stored
         self._by_sha256[stored.sha256] = name
         self._by_source[stored.name] = name
@@ -103,23 +112,26 @@ class StoredEntries:
             del self._by_sha256[stored.sha256]
 
     def unchanged_sha256(self, pair: Pair) -> str:
-        """The sha256 stored under this id if source name and version are the same; else an empty string."""
+        """The sha256 stored under this id if source name and version are the same; else an empty string, as for an
+        entry without the fields of its file, which is read again."""
         stored = self._by_id.get(pair.id)
-        same = stored is not None and (stored.name, stored.version) == (pair.image.name, pair.image.version)
-        return stored.sha256 if stored is not None and same else ""
+        if stored is None or not stored.has_file_fields:
+            return ""
+        return stored.sha256 if (stored.name, stored.version) == (pair.image.name, pair.image.version) else ""
 
     def is_unchanged(self, entry: IndexEntry) -> bool:
         """Whether the image and all its metadata are as stored, so that there is nothing to do."""
         pair, sha256 = entry.pair, self.unchanged_sha256(entry.pair)
         return (
-            bool(sha256) and _hash(self.metadata(entry, pair.image.version, sha256)) == self._by_id[pair.id].meta_hash
+            bool(sha256)
+            and _hash(self.metadata(entry, pair.image.version, sha256, {})) == self._by_id[pair.id].meta_hash
         )
 
-    def metadata(self, entry: IndexEntry, version: str, sha256: str) -> dict[str, Any]:
+    def metadata(self, entry: IndexEntry, version: str, sha256: str, file: Mapping[str, Any]) -> dict[str, Any]:
         """The metadata to store for an entry; an image whose source is stored already retains its origins."""
         stored = self._by_id.get(self._by_source.get(entry.pair.image.name, ""))
         earlier = stored.origins if stored is not None and stored.name == entry.pair.image.name else frozenset()
-        return entry_metadata(entry.pair, version, sha256, entry.origins | earlier)
+        return entry_metadata(entry.pair, version, sha256, entry.origins | earlier, file)
 
     def id_of_bytes(self, sha256: str, name: str) -> str | None:
         """An id under which the vector of these bytes is stored, ``name`` itself if possible; else ``None``."""
@@ -173,7 +185,7 @@ class Departed(NamedTuple):
 
 
 def _hash(meta: Mapping[str, Any]) -> int:
-    return hash(json.dumps(meta, sort_keys=True))
+    return hash(json.dumps({name: value for name, value in meta.items() if name != "file"}, sort_keys=True))
 
 
 class IndexEntry(NamedTuple):

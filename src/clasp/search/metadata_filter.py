@@ -2,8 +2,9 @@
 
 Input: conditions as text, and the metadata of an entry (see ``clasp.search.entries``). Output: a ``MetadataFilter``, a
 callable that returns whether an entry passes, for ``where`` of ``SearchEngine``. Note: ``folder``, ``caption``,
-``language``, ``group`` and ``name`` exist for every entry; all other fields are those of the pairs' ``meta``. Text is
-compared without regard to case, numbers as numbers; dates in ISO format compare correctly as text.
+``language``, ``group`` and ``name`` exist for every entry; all other fields are those of the pairs' ``meta`` and of
+the file (``clasp.data.file_fields``). Text is compared without regard to case, numbers as numbers; dates in ISO format
+compare correctly as text.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def all_of(filters: Sequence[MetadataFilter]) -> MetadataFilters | None:
 
 
 def known_fields(metadata: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The fields that a filter can name: those of every entry, then those of the pairs, sorted."""
-    named = {str(name) for meta in metadata for name in meta["meta"]}
+    """The fields that a filter can name: those of every entry, then those of pairs and files, sorted."""
+    named = {str(name) for meta in metadata for name in entry_fields(meta)}
     return [*ENTRY_FIELDS, *sorted(named - set(ENTRY_FIELDS))]
 
 
@@ -114,10 +115,15 @@ def entry_values(meta: Mapping[str, Any], name: str) -> list[Any]:
         return list(meta["languages"])
     if name in ("group", "name"):
         return [meta[name]]
-    found = meta["meta"].get(name)
+    found = entry_fields(meta).get(name)
     if found is None:
         return []
     return list(found) if isinstance(found, list) else [found]
+
+
+def entry_fields(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the pair and those of the file; of the same name, that of the pair."""
+    return {**meta.get("file", {}), **meta["meta"]}  # entries of older versions of clasp have no fields of the file
 
 
 def entry_folder(meta: Mapping[str, Any]) -> str:

@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -125,3 +127,8 @@ class PartVectors:
         """The unit vector of these bytes; ``None`` if it is not here."""
         place = self._places.get(sha256)
         return None if place is None else place[0].vectors([place[1]])[0]
+
+    def file_fields(self, sha256: str) -> Mapping[str, Any] | None:
+        """What ``read_file_fields`` returned for these bytes; empty in parts that an earlier clasp made."""
+        place = self._places.get(sha256)
+        return None if place is None else place[0].metadata([place[1]])[0].get("file", {})

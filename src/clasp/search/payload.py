@@ -2,9 +2,10 @@
 
 Input: an id with its metadata, or a ``MetadataFilters``. Output: plain data, and conditions on it. Note: a condition
 admits all entries that pass its filter, and may admit more: the store checks each candidate with the filter, so the
-answer is the same in every store. Not compiled, only checked: ``!=``, ``~``, and what is about captions. The payload is
-ASCII (file names need not be Unicode): ``entry`` (JSON of id and metadata), ``order`` (of indexing), ``terms``
-(``field=value``, indexed) and, for each field of the pairs, its values as numbers, where they can be compared.
+answer is the same in every store. Not compiled, only checked: ``!=``, ``~``, what is about captions, and ``bytes=``
+(nearly every file has a size of its own). The payload is ASCII (file names need not be Unicode): ``entry`` (JSON of id
+and metadata), ``order`` (of indexing), ``terms`` (``field=value``, indexed) and, for each field of the pair and of the
+file, its values as numbers, where they can be compared.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clasp.search.metadata_filter import MetadataFilter, MetadataFilters, as_number, entry_values
+from clasp.search.metadata_filter import MetadataFilter, MetadataFilters, as_number, entry_fields, entry_values
 
 TERMS, ORDER, ENTRY = "terms", "order", "entry"
 _TERM_FIELDS = ("language", "group", "name")
+_VARIED_FIELDS = ("bytes",)
 _TERM_CHARS = 120  # of a value in a term; longer ones are cut on both sides
 _PREFIX_BYTES = 6  # of a text as a number; a float64 represents 2**48 exactly
 
@@ -60,7 +62,7 @@ def encode_payload(name: str, meta: Mapping[str, Any], order: int) -> dict[str, 
     payload: dict[str, Any] = {ENTRY: entry, ORDER: order}
     if "meta" not in meta:
         return payload
-    own = [field for field in meta["meta"] if field not in (*_TERM_FIELDS, "folder", "caption")]
+    own = [field for field in entry_fields(meta) if field not in (*_TERM_FIELDS, "folder", "caption")]
     terms = {
         term for field in (*_TERM_FIELDS, *own) for value in entry_values(meta, field) for term in _terms(field, value)
     }
@@ -103,7 +105,7 @@ def _compile(condition: MetadataFilter) -> Iterator[Condition]:
     field, value = condition.field, condition.value
     if condition.operator == "=" and field == "folder":
         yield from ((HasTerm((term,)),) for term in _folder_terms(value))
-    elif condition.operator == "=" and field != "caption":
+    elif condition.operator == "=" and field not in ("caption", *_VARIED_FIELDS):
         yield (HasTerm(tuple(_equal_terms(field, value))),)
     elif condition.operator in (">", ">=", "<", "<=") and field not in (*_TERM_FIELDS, "folder", "caption"):
         yield tuple(_ranges(field, condition.operator, value))
@@ -111,7 +113,8 @@ def _compile(condition: MetadataFilter) -> Iterator[Condition]:
 
 def _terms(field: str, value: Any) -> list[str]:
     """Terms of a stored value: as text without regard to case, as number, and that it is a number."""
-    return _equal_terms(field, value) + ([_ascii(f"{field}#")] if as_number(value) is not None else [])
+    equal = [] if field in _VARIED_FIELDS else _equal_terms(field, value)
+    return equal + ([_ascii(f"{field}#")] if as_number(value) is not None else [])
 
 
 def _equal_terms(field: str, value: Any) -> list[str]:

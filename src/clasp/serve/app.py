@@ -22,10 +22,20 @@ from starlette.types import ASGIApp
 
 from clasp.search.answer import SearchAnswer
 from clasp.search.query import SearchQuery
+from clasp.serve.change_routes import NO_ENTRY, add_change_routes
+from clasp.serve.editor import IndexEditor, IndexUnchangedError
 from clasp.serve.guard import COMMAND_PATH, AccessPolicy, RequestGuard
 from clasp.serve.metrics import METRICS_MEDIA_TYPE
 from clasp.serve.model_queue import ModelTimeoutError, QueueFullError
-from clasp.serve.requests import entry_model, part_of, query_of, query_title, search_response
+from clasp.serve.requests import (
+    entry_model,
+    explain_response,
+    explained_query,
+    part_of,
+    query_of,
+    query_title,
+    search_response,
+)
 from clasp.serve.schemas import (
     BrowseResponse,
     ClassifyForm,
@@ -34,7 +44,10 @@ from clasp.serve.schemas import (
     EmbedForm,
     EmbedResponse,
     EmbedTexts,
+    EntryId,
     ErrorResponse,
+    ExplainParameters,
+    ExplainResponse,
     FieldModel,
     InfoResponse,
     RankingParameters,
@@ -42,6 +55,7 @@ from clasp.serve.schemas import (
     SearchParameters,
     SearchResponse,
     SimilarParameters,
+    form_data,
     readable,
     stored_id,
 )
@@ -54,9 +68,8 @@ _PAGE_FILES = {
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-_EntryId = Annotated[str, Query(max_length=8000, description="Id of an entry.")]
 _Version = Annotated[str, Query(max_length=64, description="Start of the hash of its bytes; lets browsers cache.")]
-_FORM_DATA = "multipart/form-data"
+_ERRORS = (400, 401, 403, 408, 413, 421, 422, 429, 503)
 _IMAGE_POLICY = "default-src 'none'; sandbox"
 
 
@@ -77,6 +90,8 @@ class AppSettings:
     """The name shown on the page."""
     policy: AccessPolicy = field(default_factory=AccessPolicy)
     command: CommandAccess | None = None
+    editor: IndexEditor | None = None
+    """Of a server whose index requests may change"""
 
 
 def build_app(service: SearchService, settings: AppSettings) -> ASGIApp:
@@ -86,13 +101,14 @@ def build_app(service: SearchService, settings: AppSettings) -> ASGIApp:
         description=f"Search over the index of the run {settings.run}.",
         docs_url=None,  # the usual page loads its scripts from elsewhere
         redoc_url=None,
-        responses={code: {"model": ErrorResponse} for code in (400, 413, 422, 429, 503)},
+        responses={code: {"model": ErrorResponse} for code in _ERRORS},
     )
     _add_error_answers(app)
     _add_search_routes(app, service)
     _add_model_routes(app, service)
     _add_image_routes(app, service)
-    _add_status_routes(app, service, settings.run)
+    add_change_routes(app, settings.editor)
+    _add_status_routes(app, service, settings)
     _add_page(app)
     if settings.command is not None:
         _add_command_route(app, service, settings.command)
@@ -119,7 +135,7 @@ def _add_search_routes(app: FastAPI, service: SearchService) -> None:
         """Search by words, minus terms and feedback."""
         return answered(query_of(given, None, limits), given)
 
-    @app.post("/api/search", tags=["search"], openapi_extra=_form_data("SearchForm"))
+    @app.post("/api/search", tags=["search"], openapi_extra=form_data("SearchForm"))
     def search_with_image(given: Annotated[SearchForm, Form()]) -> SearchResponse:
         """Search by an uploaded image, words, minus terms and feedback."""
         image = None if given.image is None else given.image.file.read()
@@ -129,6 +145,11 @@ def _add_search_routes(app: FastAPI, service: SearchService) -> None:
     def similar(given: Annotated[SimilarParameters, Query()]) -> SearchResponse:
         """More like one entry."""
         return answered(SearchQuery(like=(stored_id(given.id),)), given)
+
+    @app.get("/api/explain", tags=["search"], responses=NO_ENTRY)
+    def explain(given: Annotated[ExplainParameters, Query()]) -> ExplainResponse:
+        """Why an entry is a hit: what each part of the query scores with it, and the nearest background captions."""
+        return explain_response(service.explain(stored_id(given.id), explained_query(given, limits), given.k))
 
     @app.get("/api/browse", tags=["search"])
     def browse(given: Annotated[RankingParameters, Query()]) -> BrowseResponse:
@@ -140,7 +161,7 @@ def _add_search_routes(app: FastAPI, service: SearchService) -> None:
 
 
 def _add_model_routes(app: FastAPI, service: SearchService) -> None:
-    @app.post("/api/classify", tags=["model"], openapi_extra=_form_data("ClassifyForm"))
+    @app.post("/api/classify", tags=["model"], openapi_extra=form_data("ClassifyForm"))
     def classify(given: Annotated[ClassifyForm, Form()]) -> ClassifyResponse:
         """Zero-shot classification of an image over class names."""
         scores = service.classify(given.image.file.read(), given.names, given.template)
@@ -152,7 +173,7 @@ def _add_model_routes(app: FastAPI, service: SearchService) -> None:
         vectors = service.embed_texts(given.texts).tolist()
         return EmbedResponse(model=service.model.fingerprint, embeddings=vectors)
 
-    @app.post("/api/embed/image", tags=["model"], openapi_extra=_form_data("EmbedForm"))
+    @app.post("/api/embed/image", tags=["model"], openapi_extra=form_data("EmbedForm"))
     def embed_image(given: Annotated[EmbedForm, Form()]) -> EmbedResponse:
         """The unit vector of an image."""
         vectors = service.embed_image(given.image.file.read()).tolist()
@@ -160,20 +181,20 @@ def _add_model_routes(app: FastAPI, service: SearchService) -> None:
 
 
 def _add_image_routes(app: FastAPI, service: SearchService) -> None:
-    @app.get("/api/thumbnail", tags=["images"], response_class=Response)
-    def thumbnail(id: _EntryId, v: _Version = "") -> Response:
+    @app.get("/api/thumbnail", tags=["images"], response_class=Response, responses=NO_ENTRY)
+    def thumbnail(id: EntryId, v: _Version = "") -> Response:
         """A small WebP image of an entry."""
         made = service.thumbnail(stored_id(id))
         return Response(made.data, media_type=made.media_type, headers=_image_headers(v))
 
-    @app.get("/api/image", tags=["images"], response_class=Response)
-    def image(id: _EntryId, v: _Version = "") -> Response:
+    @app.get("/api/image", tags=["images"], response_class=Response, responses=NO_ENTRY)
+    def image(id: EntryId, v: _Version = "") -> Response:
         """The original image of an entry, byte for byte."""
         found = service.original(stored_id(id))
         return Response(found.data, media_type=found.media_type, headers=_image_headers(v))
 
 
-def _add_status_routes(app: FastAPI, service: SearchService, run: str) -> None:
+def _add_status_routes(app: FastAPI, service: SearchService, settings: AppSettings) -> None:
     @app.get("/api/info", tags=["status"])
     def info() -> InfoResponse:
         """The collection, the model and the limits."""
@@ -181,9 +202,14 @@ def _add_status_routes(app: FastAPI, service: SearchService, run: str) -> None:
             FieldModel(name=readable(name), values={readable(value): count for value, count in values.items()})
             for name, values in service.fields().items()
         ]
-        model = service.model.encoder.name
-        limits = asdict(service.limits)
-        return InfoResponse(run=readable(run), model=model, entries=service.count(), fields=fields, limits=limits)
+        return InfoResponse(
+            run=readable(settings.run),
+            model=service.model.encoder.name,
+            entries=service.count(),
+            fields=fields,
+            limits=asdict(service.limits),
+            changes=settings.editor is not None,
+        )
 
     @app.get("/health", tags=["status"])
     def health() -> dict[str, str]:
@@ -232,11 +258,6 @@ def _add_page(app: FastAPI) -> None:
         app.add_api_route(path, page, include_in_schema=False)
 
 
-def _form_data(model: str) -> dict[str, Any]:
-    """That a form may, and with a file must, be sent as multipart."""
-    return {"requestBody": {"content": {_FORM_DATA: {"schema": {"$ref": f"#/components/schemas/{model}"}}}}}
-
-
 def _image_headers(version: str) -> dict[str, str]:
     kept = "private, max-age=31536000, immutable" if version else "no-cache"
     return {"cache-control": kept, "content-security-policy": _IMAGE_POLICY}
@@ -252,6 +273,10 @@ def _add_error_answers(app: FastAPI) -> None:
     @app.exception_handler(NoSuchEntryError)
     def no_entry(request: Request, error: Exception) -> JSONResponse:
         return answer(404, str(error))
+
+    @app.exception_handler(IndexUnchangedError)
+    def unchanged(request: Request, error: Exception) -> JSONResponse:
+        return answer(503, str(error), {"retry-after": "5"})
 
     @app.exception_handler(UserError)
     def user_error(request: Request, error: Exception) -> JSONResponse:

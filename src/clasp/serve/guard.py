@@ -117,7 +117,8 @@ class RequestGuard:
                 return await _send(send, 401, _FORM.encode(), [("content-type", "text/html; charset=utf-8")])
             line = "this server wants its token, as the header 'Authorization: Bearer TOKEN'"
             return await _send_error(send, 401, line, [("www-authenticate", "Bearer")])
-        if not scope["path"].startswith("/api/") or scope["path"] in ("/api/thumbnail", "/api/image"):
+        is_read = scope["method"] in ("GET", "HEAD") and scope["path"] in ("/api/thumbnail", "/api/image")
+        if not scope["path"].startswith("/api/") or is_read:
             return await self._app(scope, self._limited(receive), send)
         if self._active >= self._limits.waiting:
             return await _send_error(send, 429, "too many requests wait; try again", [("retry-after", "1")])

@@ -7,19 +7,24 @@ Input: the models of ``schemas`` and limits. Output: a ``SearchQuery``, a ``Rank
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import urlencode
 
 from clasp.search.answer import RankedHit, RankingPart, SearchAnswer
-from clasp.search.metadata_filter import entry_folder, parse_filter
+from clasp.search.explanation import HitExplanation
+from clasp.search.metadata_filter import entry_fields, entry_folder, parse_filter
 from clasp.search.query import MINUS_WEIGHT, SearchQuery, WeightedImage, WeightedText, parse_words
 from clasp.serve.limits import ServeLimits
 from clasp.serve.schemas import (
+    CaptionModel,
     EntryModel,
+    ExplainParameters,
+    ExplainResponse,
     HitModel,
+    QueryParameters,
+    QueryPartModel,
     RankingParameters,
-    SearchParameters,
     SearchResponse,
     public_id,
     readable,
@@ -28,14 +33,12 @@ from clasp.serve.schemas import (
 from clasp.types import Hit, UserError
 
 
-def query_of(given: SearchParameters, image: bytes | None, limits: ServeLimits) -> SearchQuery:
+def query_of(given: QueryParameters, image: bytes | None, limits: ServeLimits) -> SearchQuery:
     """The query of a request. ``UserError`` for one that is empty, too long or too large."""
-    parts = (*given.plus, *given.minus, *given.like, *given.unlike, *given.where)
+    parts = (*given.plus, *given.minus, *given.like, *given.unlike)
     if len(parts) > limits.parts:
-        raise UserError(f"a search of {len(parts)} texts, ids and filters is too large; at most {limits.parts}")
-    for text in (given.q, *parts):
-        if len(text) > limits.text_chars:
-            raise UserError(f"a text of {len(text)} characters is too long; at most {limits.text_chars}")
+        raise UserError(f"a search of {len(parts)} texts and ids is too large; at most {limits.parts}")
+    _check_lengths((given.q, *parts), limits)
     words = parse_words(given.q) if given.q else ()
     plus = (WeightedText(text) for text in given.plus)
     minus = (WeightedText(text, MINUS_WEIGHT) for text in given.minus)
@@ -55,7 +58,34 @@ def part_of(given: RankingParameters, limits: ServeLimits) -> RankingPart:
         raise UserError(f"offset = {given.offset} is too far down; at most {limits.depth}")
     if len(given.where) > limits.parts:
         raise UserError(f"{len(given.where)} filters are too many; at most {limits.parts}")
+    _check_lengths(given.where, limits)
     return RankingPart(given.k, given.offset, [parse_filter(condition) for condition in given.where])
+
+
+def explained_query(given: ExplainParameters, limits: ServeLimits) -> SearchQuery | None:
+    """The query of an explanation; ``None`` if the request has none."""
+    has_query = given.q or given.plus or given.minus or given.like or given.unlike
+    return query_of(given, None, limits) if has_query else None
+
+
+def explain_response(why: HitExplanation) -> ExplainResponse:
+    """An explanation, as the API gives it."""
+    return ExplainResponse(
+        captions=[
+            CaptionModel(text=caption.text, english=caption.english, score=score, z=z)
+            for caption, score, z in why.captions
+        ],
+        parts=[
+            QueryPartModel(
+                kind=part.kind,
+                value=readable(part.value) if part.kind == "text" else public_id(part.value),
+                weight=part.weight,
+                score=part.score,
+                z=part.z,
+            )
+            for part in why.parts
+        ],
+    )
 
 
 def search_response(title: str, offset: int, answer: SearchAnswer) -> SearchResponse:
@@ -101,10 +131,16 @@ def _entry_fields(hit: Hit) -> dict[str, Any]:
         "name": readable(meta["name"]),
         "folder": readable(entry_folder(meta)),
         "captions": [readable(caption["text"]) for caption in meta["captions"]],
-        "meta": {readable(key): _value_text(value) for key, value in meta["meta"].items()},
+        "meta": {readable(key): _value_text(value) for key, value in entry_fields(meta).items()},
         "thumbnail": f"api/thumbnail?{address}",
         "image": f"api/image?{address}",
     }
+
+
+def _check_lengths(texts: Iterable[str], limits: ServeLimits) -> None:
+    for text in texts:
+        if len(text) > limits.text_chars:
+            raise UserError(f"a text of {len(text)} characters is too long; at most {limits.text_chars}")
 
 
 def _value_text(value: Any) -> str:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from fastapi import File, UploadFile
+from fastapi import File, Query, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
 from clasp.types import UserError
 
 _ENCODED = "base64:"
+EntryId = Annotated[str, Query(max_length=8000, description="Id of an entry.", examples=["holidays/beach.jpg"])]
 
 
 def public_id(name: str) -> str:
@@ -42,6 +43,12 @@ def readable(text: object) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
+def form_data(model: str) -> dict[str, Any]:
+    """That a form may, and with a file must, be sent as multipart."""
+    schema = {"$ref": f"#/components/schemas/{model}"}
+    return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -58,14 +65,25 @@ class RankingParameters(_Strict):
     )
 
 
-class SearchParameters(RankingParameters):
-    """A search by words and by ids."""
+class QueryParameters(_Strict):
+    """A query by words and by ids."""
 
     q: str = Field("", description='Words; "beach -people" subtracts people.', examples=["a dog in the snow -people"])
     plus: list[str] = Field([], description="Further texts of weight 1, taken literally.")
     minus: list[str] = Field([], description="Texts to subtract, taken literally.")
     like: list[str] = Field([], description="Ids of entries that the hits should resemble.")
     unlike: list[str] = Field([], description="Ids of entries that the hits should not resemble.")
+
+
+class SearchParameters(RankingParameters, QueryParameters):
+    """A search by words and by ids."""
+
+
+class ExplainParameters(QueryParameters):
+    """An entry, and the query of which it is a hit; without a query, what it resembles."""
+
+    id: str = Field(description="Id of an entry.", examples=["holidays/beach.jpg"])
+    k: int = Field(5, ge=1, le=100, description="Background captions in the answer.")
 
 
 class SearchForm(SearchParameters):
@@ -87,7 +105,7 @@ class EntryModel(BaseModel):
     name: str = Field(description="Path of the file, or of the tar or table and the member in it.")
     folder: str
     captions: list[str]
-    meta: dict[str, str] = Field(description="Further fields of the pair.")
+    meta: dict[str, str] = Field(description="Further fields of the pair and of the file.")
     thumbnail: str = Field(description="Address of the thumbnail, relative to the server's.")
     image: str = Field(description="Address of the original, relative to the server's.")
 
@@ -126,6 +144,42 @@ class SearchResponse(BaseModel):
     close_count: int | None = Field(description="Hits of the whole ranking above the line; null without a text.")
     p_value: float | None = Field(description="Probability that a caption of something else finds a hit as good.")
     note: str = Field(description="One line about where nothing is close; empty if all hits are.")
+
+
+class CaptionModel(BaseModel):
+    """A background caption near to an image."""
+
+    text: str = Field(description="As it was encoded, in its language.")
+    english: str
+    score: float = Field(description="Cosine similarity with the image.")
+    z: float = Field(description="Calibrated score, comparable with that of a query.")
+
+
+class QueryPartModel(BaseModel):
+    """A part of the query."""
+
+    kind: Literal["text", "like", "unlike"]
+    value: str = Field(description="The text, or the id of the entry.")
+    weight: float = Field(description="Its weight in the query, negative for what is subtracted.")
+    score: float = Field(description="Cosine similarity with the image.")
+    z: float | None = Field(description="Calibrated score of a text.")
+
+
+class ExplainResponse(BaseModel):
+    """Why an image is a hit."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "captions": [{"text": "dogsled", "english": "dogsled", "score": 0.31, "z": 4.2}],
+                    "parts": [{"kind": "text", "value": "a dog in the snow", "weight": 1.0, "score": 0.35, "z": 5.1}],
+                }
+            ]
+        }
+    )
+    captions: list[CaptionModel] = Field(description="The nearest of some hundreds of captions, best first.")
+    parts: list[QueryPartModel] = Field(description="The texts and ids of the query, each compared with the image.")
 
 
 class BrowseResponse(BaseModel):
@@ -177,6 +231,45 @@ class EmbedResponse(BaseModel):
     embeddings: list[list[float]]
 
 
+class AddForm(_Strict):
+    """Images to add."""
+
+    images: Annotated[list[UploadFile], File(description="JPEG, PNG, WebP, GIF, BMP or TIFF.")] = Field(min_length=1)
+
+
+class AddedResponse(BaseModel):
+    """The entries of images that were added, in their order; the same image under the same name is one entry."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "entries": [
+                        {
+                            "id": "beach-1f3870be274f.jpg",
+                            "name": "/home/me/uploads/beach-1f3870be274f.jpg",
+                            "folder": "/home/me/uploads",
+                            "captions": [],
+                            "meta": {"width": "4032", "height": "3024", "bytes": "2048576", "date": "2024-07-31"},
+                            "thumbnail": "api/thumbnail?id=beach-1f3870be274f.jpg&v=1f3870be274f",
+                            "image": "api/image?id=beach-1f3870be274f.jpg&v=1f3870be274f",
+                        }
+                    ]
+                }
+            ]
+        }
+    )
+    entries: list[EntryModel]
+
+
+class DeletedResponse(BaseModel):
+    """The entry that was deleted."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"id": "beach-1f3870be274f.jpg", "file_deleted": True}]})
+    id: str
+    file_deleted: bool = Field(description="Whether the file was deleted as well: that of an image added by HTTP is.")
+
+
 class FieldModel(BaseModel):
     """A field that filters can name, with its most frequent values and how many entries have each."""
 
@@ -192,6 +285,7 @@ class InfoResponse(BaseModel):
     entries: int
     fields: list[FieldModel]
     limits: dict[str, float]
+    changes: bool = Field(description="Whether images can be added and entries deleted.")
 
 
 class ErrorResponse(BaseModel):

@@ -12,7 +12,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -26,8 +27,16 @@ from clasp.data.images import ImageError
 from clasp.models.inference import EmbeddingModel
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query
 from clasp.search.background import Background
-from clasp.search.engine import SearchEngine
-from clasp.search.metadata_filter import MetadataFilter, all_of, check_fields, entry_values, known_fields
+from clasp.search.engine import SearchEngine, UpdatableStore
+from clasp.search.explanation import HitExplanation, explain_hit
+from clasp.search.metadata_filter import (
+    MetadataFilter,
+    all_of,
+    check_fields,
+    entry_fields,
+    entry_values,
+    known_fields,
+)
 from clasp.search.query import SearchQuery
 from clasp.serve.limits import ServeLimits
 from clasp.serve.metrics import ServerMetrics
@@ -61,6 +70,13 @@ class IndexSource(Protocol):
         """The index as it is now; ``UserError`` if it cannot be opened."""
         ...
 
+    def writer(self, opened: UpdatableStore) -> AbstractContextManager[UpdatableStore]:
+        """A store to change the index in, while ``opened``, the store of an earlier ``open``, is read.
+
+        It is another object on the same index, or ``opened`` itself. ``UserError`` while another process writes.
+        """
+        ...
+
 
 class EncodedImage(NamedTuple):
     """An image as bytes, with its media type."""
@@ -82,8 +98,9 @@ class _Catalogue:
         counts: dict[str, Counter[str]] = {"folder": Counter(), "language": Counter()}
         for name, meta in engine.store.scan():
             self.ids.append(name)
-            seen.update(dict.fromkeys(meta["meta"]))
-            for field in (*meta["meta"], "folder", "language"):
+            fields = entry_fields(meta)
+            seen.update(dict.fromkeys(fields))
+            for field in {*fields, "folder", "language"} - {"bytes"}:  # nearly every file has a size of its own
                 values = map(str, entry_values(meta, field))
                 counts.setdefault(field, Counter()).update(value for value in values if len(value) <= 80)
         self.fields = known_fields([{"meta": seen}])
@@ -98,7 +115,7 @@ class SearchService:
         self._source, self._version = source, source.version
         self._index = source.open()
         self._catalogue: _Catalogue | None = None
-        self._checked, self._lock = time.monotonic(), threading.Lock()
+        self._checked, self._lock, self._changing = time.monotonic(), threading.Lock(), threading.Lock()
         self._thumbnails = ThumbnailCache(thumbnails, limits.pixels)
         self._queue = ModelQueue(
             self.model, waiting=limits.waiting, seconds=limits.seconds, on_call=metrics.count_model_call
@@ -112,8 +129,9 @@ class SearchService:
         return self._index.engine.model
 
     def close(self) -> None:
-        """Answer what waits for the model, then stop."""
+        """Answer what waits for the model, then stop and release the index."""
         self._queue.close()
+        self._index.engine.store.close()
 
     def count(self) -> int:
         """Number of entries."""
@@ -148,7 +166,18 @@ class SearchService:
         if where is not None:
             ids = [name for name, meta in index.engine.store.scan() if where(meta)]
         wanted = ids[part.offset : part.offset + part.k]
-        return [self._entry(name) for name in wanted], len(ids)
+        return [self.entry(name) for name in wanted], len(ids)
+
+    def explain(self, name: str, query: SearchQuery | None, k: int) -> HitExplanation:
+        """Why an entry is a hit of a query, or what it resembles. Raises ``NoSuchEntryError``."""
+        index = self._current()
+        self.entry(name, index.engine.store)
+        for text, _ in query.texts if query is not None else ():
+            self._check_text(text)
+        vectors = index.engine.stored_vectors
+        return explain_hit(
+            vectors([name]), index.background, query, k, encode_texts=self._queue.encode_texts, stored_vectors=vectors
+        )
 
     def classify(self, image: bytes, names: Sequence[str], template: str) -> list[tuple[str, float]]:
         """Class names with their cosines with the image, best first: zero-shot classification."""
@@ -179,7 +208,7 @@ class SearchService:
 
     def thumbnail(self, name: str) -> EncodedImage:
         """The thumbnail of an entry. Raises ``NoSuchEntryError``."""
-        hit = self._entry(name)
+        hit = self.entry(name)
         try:
             data = self._thumbnails.get(hit.meta["sha256"], lambda: self._index.engine.read_image(hit))
         except (UserError, ImageError) as error:
@@ -188,29 +217,67 @@ class SearchService:
 
     def original(self, name: str) -> EncodedImage:
         """The indexed image as it is, with the media type of its decoder. Raises ``NoSuchEntryError``."""
-        hit = self._entry(name)
+        hit = self.entry(name)
         try:
             data = self._index.engine.read_image(hit)
             return EncodedImage(data, read_image_header(data, self.limits.pixels).media_type)
         except (UserError, ImageError) as error:
             raise NoSuchEntryError(str(error)) from None
 
+    def media_type(self, data: bytes) -> str:
+        """The media type of an uploaded image, by its decoder."""
+        try:
+            return read_image_header(data, self.limits.pixels).media_type
+        except ImageError as error:
+            raise UserError(f"the uploaded image cannot be read: {error}") from None
+
+    def forget_thumbnail(self, sha256: str) -> None:
+        """Delete the thumbnail of an image; it is made again if another entry has the same bytes."""
+        self._thumbnails.discard(sha256)
+
+    # --- changing the index ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def changing(self) -> Iterator[UpdatableStore]:
+        """A store to change the index in, one change at a time; the next request sees the change.
+
+        ``UserError`` while another process writes to the index, or for too many changes at once.
+        """
+        if not self._changing.acquire(timeout=self.limits.seconds):
+            raise UserError("other changes of the index take too long; try again")
+        try:
+            opened = self._current(max_age=0.0).engine.store
+            with self._source.writer(opened) as store:
+                yield store
+            with self._lock:
+                if store is opened:
+                    self._version, self._catalogue = self._source.version, None
+                else:
+                    self._open_again()
+        finally:
+            self._changing.release()
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _current(self) -> OpenedIndex:
-        """The index, opened anew if it has changed."""
+    def _current(self, max_age: float | None = None) -> OpenedIndex:
+        """The index, opened anew if it has changed; whether it has is looked up after ``max_age`` seconds."""
         with self._lock:
             now = time.monotonic()
-            if now - self._checked >= _RECHECK_SECONDS:
+            if now - self._checked >= (_RECHECK_SECONDS if max_age is None else max_age):
                 self._checked = now
-                version = self._source.version
-                if version != self._version:
-                    try:
-                        self._index = self._source.open()
-                        self._version, self._catalogue = version, None
-                    except UserError as error:
-                        _log.warning("the index has changed and cannot be opened; the earlier one is used: %s", error)
+                self._open_again()
             return self._index
+
+    def _open_again(self) -> None:
+        """Open the index if it has changed; the lock is held."""
+        version = self._source.version
+        if version == self._version:
+            return
+        try:
+            self._index = self._source.open()
+            self._version, self._catalogue = version, None
+        except UserError as error:
+            _log.warning("the index has changed and cannot be opened; the earlier one is used: %s", error)
 
     def _entries(self) -> _Catalogue:
         index = self._current()
@@ -219,9 +286,10 @@ class SearchService:
                 self._catalogue = _Catalogue(index.engine)
             return self._catalogue
 
-    def _entry(self, name: str) -> Hit:
+    def entry(self, name: str, store: UpdatableStore | None = None) -> Hit:
+        """The entry of an id, in the index or in ``store``. Raises ``NoSuchEntryError``."""
         try:
-            meta: Mapping[str, Any] = self._index.engine.store.metadata([name])[0]
+            meta: Mapping[str, Any] = (self._index.engine.store if store is None else store).metadata([name])[0]
         except KeyError:
             raise NoSuchEntryError(f"no image is indexed under the id {shorten(name)}") from None
         return Hit(name, 0.0, meta)

@@ -31,7 +31,7 @@ class ThumbnailCache:
 
     def get(self, sha256: str, read: Callable[[], bytes]) -> bytes:
         """The thumbnail. Raises ``ImageError`` for an image that cannot be decoded, and what ``read`` raises."""
-        path = self._folder / sha256[:2] / f"{sha256}.webp"
+        path = self._path(sha256)
         with suppress(OSError):
             return path.read_bytes()
         with self._makers:
@@ -44,3 +44,11 @@ class ThumbnailCache:
             part.write_bytes(made)
             os.replace(part, path)
         return made
+
+    def discard(self, sha256: str) -> None:
+        """Delete the thumbnail, if there is one."""
+        with suppress(OSError):
+            self._path(sha256).unlink()
+
+    def _path(self, sha256: str) -> Path:
+        return self._folder / sha256[:2] / f"{sha256}.webp"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clasp.data.atomic_files import replace_file, write_text_file
 from clasp.data.cache_folder import cache_folder
 from clasp.models.weight_hashes import hash_tensors
 
@@ -98,28 +98,14 @@ def _record(path: Path) -> Path:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], hashes: Mapping[str, str]) -> None:
-    """Write under a temporary name, sync, rename: a kill or a power failure leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = _temporary(path)
-    try:
+    with replace_file(path) as part:
         save_file(tensors, part, {"padding": ""})
         with part.open("rb") as file:
             header = 8 + int.from_bytes(file.read(8), "little")
         save_file(tensors, part, {"padding": "." * (-header % _ALIGNMENT)})  # the data start behind the header
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     _write_record(path, _FileState.of(path), hashes)
 
 
 def _write_record(path: Path, state: _FileState, hashes: Mapping[str, str]) -> None:
-    part = _temporary(path)
-    part.write_text(json.dumps({"state": state, "hashes": hashes}), encoding="utf-8")
-    part.replace(_record(path))
-
-
-def _temporary(path: Path) -> Path:
-    """A name beside ``path`` of this process: two that convert at the same time do not write to one file."""
-    return path.with_name(f"{path.stem}.{os.getpid()}.part")
+    write_text_file(_record(path), json.dumps({"state": state, "hashes": hashes}))

@@ -8,7 +8,7 @@ const grid = find("grid"), words = find("words"), viewer = find("viewer"), statu
 let state = read_address()
 let picture = null // a File or Blob that is searched by
 let hits = [], more = false, loading = null, shown = -1, close_count = null, note = "", total = null
-let fields = []
+let fields = [], changes = false
 
 // --- the address -----------------------------------------------------------------------------------------------------
 
@@ -224,6 +224,11 @@ function draw_chips() {
     const remove = () => go({ [kind]: state[kind].filter((each) => each !== id) })
     chips.push(chip(kind === "like" ? "like this" : "unlike this", kind === "like" ? "" : "minus", remove, thumbnails.get(id) ?? `api/thumbnail?id=${encodeURIComponent(id)}`))
   }
+  if (picture && changes) {
+    const add = element("button", { type: "button", textContent: "Add this picture to the collection" })
+    add.addEventListener("click", add_picture)
+    chips.push(element("li", { className: "chip act" }, add))
+  }
   for (const condition of state.where) {
     chips.push(chip(condition, "", () => go({ where: state.where.filter((each) => each !== condition) })))
   }
@@ -269,8 +274,29 @@ function view(place) {
   const copies = hit.duplicates ?? []
   find("copies-part").hidden = !copies.length
   find("copies").replaceChildren(...copies.map(strip_tile))
+  find("viewer-delete").hidden = !changes
+  explain(hit)
   neighbours(hit)
   if (!viewer.open) viewer.showModal()
+}
+
+async function explain(hit) { // an uploaded image is not among the parts: it is not sent again
+  find("why-part").hidden = true
+  const given = new URLSearchParams({ id: hit.id, k: 5 })
+  if (state.q.trim()) given.set("q", state.q)
+  for (const name of ["like", "unlike"]) for (const value of state[name]) given.append(name, value)
+  const why = await ask(`api/explain?${given}`).catch(() => null)
+  if (!why || hits[shown] !== hit) return
+  const rows = [
+    ...why.parts.filter((part) => part.kind === "text").map((part) => ({ ...part, name: part.weight < 0 ? `without ${part.value}` : part.value, own: true })),
+    ...why.captions.map((caption) => ({ ...caption, name: caption.english, title: caption.text === caption.english ? "" : caption.text })),
+  ].sort((one, two) => two.score - one.score)
+  find("why-title").textContent = rows.some((row) => row.own) ? "Why this is a hit: your words among the nearest captions" : "Nearest captions"
+  find("why").replaceChildren(...rows.flatMap((row) => [
+    element("dt", { textContent: row.name, title: row.title ?? "", className: row.own ? "best" : "", dir: "auto" }),
+    element("dd", { textContent: row.score.toFixed(2), title: `cosine similarity; z ${row.z.toFixed(1)}` }),
+  ]))
+  find("why-part").hidden = false
 }
 
 async function neighbours(hit) {
@@ -313,6 +339,16 @@ viewer.addEventListener("click", (event) => { if (event.target === viewer || eve
 viewer.addEventListener("keydown", (event) => {
   if (event.key === "ArrowLeft" || event.key === "ArrowRight") { event.preventDefault(); step(event.key === "ArrowLeft" ? -1 : 1) }
 })
+find("viewer-delete").addEventListener("click", async () => {
+  const hit = hits[shown], name = hit.name.split(/[/\\]/).pop()
+  if (!confirm(`Remove ${name} from the index? A file that was added here is deleted, any other stays.`)) return
+  leave_viewer()
+  try {
+    await ask_patiently(`api/image?${new URLSearchParams({ id: hit.id })}`, { method: "DELETE" })
+    const kept = (id) => id !== hit.id
+    go({ like: state.like.filter(kept), unlike: state.unlike.filter(kept) })
+  } catch (error) { show_message(error.message, true) }
+})
 find("close").addEventListener("click", leave_viewer)
 find("previous").addEventListener("click", () => step(-1))
 find("next").addEventListener("click", () => step(1))
@@ -342,6 +378,15 @@ function forget_picture() {
   URL.revokeObjectURL(find("picked-image").src)
 }
 
+async function add_picture() {
+  const form = new FormData()
+  form.append("images", picture, picture.name ?? "image")
+  try {
+    await ask_patiently("api/images", { method: "POST", body: form })
+    go({})
+  } catch (error) { show_message(error.message, true) }
+}
+
 find("file").addEventListener("change", (event) => pick(event.target.files[0]))
 find("unpick").addEventListener("click", () => { forget_picture(); go({}) })
 addEventListener("paste", (event) => {
@@ -359,9 +404,11 @@ addEventListener("drop", (event) => {
   pick(event.dataTransfer.files[0])
 })
 
+const EXAMPLES = { date: "2024-07-31", bytes: "1000000", width: "1920", height: "1080", language: "en" }
 find("filter-field").addEventListener("change", suggest_values)
 function suggest_values() {
   const values = fields.find((each) => each.name === find("filter-field").value)?.values ?? {}
+  find("filter-value").placeholder = EXAMPLES[find("filter-field").value] ?? ""
   find("filter-values").replaceChildren(...Object.entries(values).map(([value, count]) => element("option", { value, label: `${value} (${count})` })))
 }
 find("filter-form").addEventListener("submit", (event) => {
@@ -377,6 +424,8 @@ async function describe() {
   if (!info) return
   find("run").textContent = info.run
   fields = info.fields
+  changes = info.changes
+  draw_chips()
   find("filter-field").replaceChildren(...fields.map((each) => element("option", { value: each.name, textContent: each.name })))
   suggest_values()
 }
