@@ -7,7 +7,7 @@ status lines are passed to ``say``; nothing is printed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,14 +31,15 @@ from clasp.models.precision import resolve_precision
 from clasp.report.model_card import ModelCard
 from clasp.training.cost import COST_FILE
 from clasp.training.cost.ledger import RunCost
-from clasp.training.distributed import Processes
+from clasp.training.distributed import LostProcessError, Processes
 from clasp.training.run_code import require_allowed, tracker_code_names
 from clasp.training.run_folder import RunFolder
 from clasp.training.state import FitResult, TrainState
 from clasp.training.trackers.console import Reporter, SilentReporter
-from clasp.training.trackers.registry import find_trackers, open_trackers, silent_trackers
+from clasp.training.trackers.group import TrackerGroup
+from clasp.training.trackers.registry import TrackerFactory, find_trackers, open_trackers, silent_trackers
 from clasp.training.warm_start import load_initial_weights
-from clasp.types import Evaluator, MessageCallback, ProgressFactory, TrackedRun, no_progress_bar
+from clasp.types import Encoder, MessageCallback, ProgressFactory, TrackedRun, no_progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +82,15 @@ def train_recipe(
         train, val = processes.in_turn(lambda: loaded.pairs or open_training_pairs(recipe))
         for line in skipped_lines(train, val):
             say(line)
-        parts = loaded.parts or processes.in_turn(
-            lambda: build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
+        parts = processes.in_turn(
+            lambda: loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
         )
         parts = _prepare(parts, recipe, folder, state, processes)
-        tracker = silent_trackers()
-        if processes.is_first:
-            step = state.position.step if state else 0
-            tracker = open_trackers(tracker_classes, TrackedRun(run, step), folder.append, say)
+        tracker = _open_trackers(tracker_classes, folder, state, processes, say)
         ledger = open_ledger(parts.model, state, processes.first(lambda: read_earlier_cost(folder, state)))
+        precise = _in_one_precision(recipe, state, processes)
         inputs = build_feature_source(
-            parts,
-            _in_one_precision(recipe, state, processes),
-            bar=ledger.time_features(bar),
-            say=say,
-            report=tracker.log_skipped,
+            parts, precise, bar=ledger.time_features(bar), say=say, report=tracker.log_skipped
         )
         with processes.alike():
             plan = plan_run(recipe, train, inputs)
@@ -137,11 +132,25 @@ def _failed_starts_undone(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, Exception) and folder.has_only_first_state:
+        fails_again = isinstance(error, Exception) and not isinstance(error, LostProcessError)
+        if fails_again and folder.has_only_first_state:
             folder.finish()
         else:
             folder.discard_start()
         raise
+
+
+def _open_trackers(
+    classes: Mapping[str, TrackerFactory],
+    folder: RunFolder,
+    state: TrainState | None,
+    processes: Processes,
+    say: MessageCallback,
+) -> TrackerGroup:
+    """The trackers of the run, on the first process; the others record nothing."""
+    if not processes.is_first:
+        return silent_trackers()
+    return open_trackers(classes, TrackedRun(folder.path, state.position.step if state else 0), folder.append, say)
 
 
 def _train(context: RunContext) -> TrainResult:
@@ -160,14 +169,16 @@ def _train(context: RunContext) -> TrainResult:
         batches = open_batches(context, sides)
         task = processes.in_turn(lambda: validation_task(context.train, context.val, inputs))
         fitted = fit_run(context, sides, batches, task)
-        return processes.first(lambda: _finish(context, fitted, task))
+        return processes.first(lambda: _finish(context, fitted, task.results))
 
 
-def _finish(context: RunContext, fitted: FitResult, task: Evaluator) -> TrainResult:
+def _finish(
+    context: RunContext, fitted: FitResult, evaluate: Callable[[Encoder], list[EvaluationResult]]
+) -> TrainResult:
     """Save the delta, evaluate, write the rest; delete the training state of a completed run."""
     folder, ledger = context.folder, context.ledger
     delta_bytes = folder.save(context.model)
-    results = [] if fitted.interrupted else ledger.timed_as("evaluation", task.results)(context.model)
+    results = [] if fitted.interrupted else ledger.timed_as("evaluation", evaluate)(context.model)
     cost = ledger.cost(delta_bytes)
     _write(context, fitted, results, cost)
     if not fitted.interrupted:

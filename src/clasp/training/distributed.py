@@ -30,12 +30,16 @@ INTERRUPTED_EXIT_CODE = 130
 _Result = TypeVar("_Result")
 
 
+class LostProcessError(UserError):
+    """Another process has ended, or did not answer in time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Processes:
     """The processes that train together; by default this one alone, for which nothing is sent.
 
     ``rank`` of ``size`` in all, ``local_rank`` of ``local_size`` on this node. The methods are collective: every
-    process calls them in the same order. They raise ``UserError`` where another process has ended or did not answer.
+    process calls them in the same order. They raise ``LostProcessError`` where another process has ended.
     """
 
     rank: int = 0
@@ -44,7 +48,7 @@ class Processes:
     local_size: int = 1
     restarts: int = 0
     """How often torchrun has restarted them"""
-    device: torch.device = field(default_factory=lambda: PartialState().device)
+    device: torch.device = field(default_factory=lambda: _this_device())
     waiting: dist.ProcessGroup | None = None
     """The group of long waits"""
 
@@ -213,10 +217,17 @@ class Processes:
             yield
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(
+            raise LostProcessError(
                 f"process {self.rank} of {self.size} ends, since another has ended, or did not answer for "
-                f"{timeout.total_seconds() / 60:.0f} minutes; the error of that one is the reason ({reason})"
+                f"{timeout.total_seconds() / 60:.0f} minutes; the error of that one is the reason ({reason}); a run "
+                "that has begun goes on with clasp resume"
             ) from error
+
+
+def _this_device() -> torch.device:
+    device = PartialState().device
+    assert device is not None
+    return device
 
 
 def _exit_code(error: BaseException) -> int:
@@ -246,12 +257,14 @@ def open_processes() -> Iterator[Processes]:
             raise UserError(f"{local_size} processes on a node with {gpus} GPUs: at most one process for each GPU")
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=STEP_TIMEOUT)
+    waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    assert isinstance(waiting, dist.ProcessGroup), "this process is in the group of all"
     yield Processes(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         local_rank=local_rank,
         local_size=local_size,
         restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
-        waiting=dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT),
+        waiting=waiting,
     )
     dist.destroy_process_group()  # not after an error: it would wait for processes that have ended

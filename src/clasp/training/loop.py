@@ -201,16 +201,16 @@ class _Session:
 
     def log_start(self, at: TrainPosition) -> None:
         device, choice, count = self.stepper.device, self.precision_choice, self.stepper.processes.size
-        together = {"processes": count} if count > 1 else {}
+        together: dict[str, float | int] = {"processes": count} if count > 1 else {}
         self.logger.log_event(
             "start",
             f"computing in {choice.precision} on {device.type}: {choice.reason}",
             at.step,
+            together,
             steps=self.logger.steps,
             epochs=self.logger.epochs,
             device=str(device),
             **choice._asdict(),
-            **together,
         )
 
     def save_if_due(self, at: TrainPosition) -> None:
