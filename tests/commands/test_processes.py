@@ -51,9 +51,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(folder, folder / "toy.toml", folder / "alone")
 
 
-def work(rank: int, port: int, folder: str, arguments: Sequence[str]) -> None:
+def work(rank: int, port: int, folder: str, arguments: Sequence[str], restarts: int) -> None:
     """One of two processes of the command."""
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    told["TORCHELASTIC_RESTART_COUNT"] = restarts
     os.environ.update({name: str(number) for name, number in told.items()})
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), CLASP_CACHE=f"{folder}/cache")
     torch.set_num_threads(1)
@@ -62,13 +63,15 @@ def work(rank: int, port: int, folder: str, arguments: Sequence[str]) -> None:
     cli.main()
 
 
-def start(world: World, *arguments: str) -> list[ForkServerProcess]:
+def start(world: World, *arguments: str, restarts: int = 0) -> list[ForkServerProcess]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", "transformers", "clasp.commands.train"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    made = [context.Process(target=work, args=(rank, port, str(world.folder), arguments)) for rank in range(2)]
+    made = [
+        context.Process(target=work, args=(rank, port, str(world.folder), arguments, restarts)) for rank in range(2)
+    ]
     for process in made:
         process.start()
     return made
@@ -147,16 +150,17 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(
     assert_same_run(world.alone, folder)
 
 
-def test_a_process_that_is_killed_ends_the_run_which_then_resumes_on_two(world: World):
+def test_a_process_that_is_killed_ends_the_run_which_goes_on_when_torchrun_restarts_them(world: World):
     folder = world.folder / "killed"
-    processes = start(world, "train", str(world.toml), "--name", "killed", "--runs", str(world.folder))
+    typed = ("train", str(world.toml), "--name", "killed", "--runs", str(world.folder))
+    processes = start(world, *typed)
     wait_for_steps(folder, 3)
     began = time.monotonic()
     processes[1].kill()
     assert end(processes) == [2, -signal.SIGKILL]
     assert time.monotonic() - began < 30
     assert "clasp: process 0 of 2 ends, since another has ended" in said(world, 0)
-    assert end(start(world, "resume", str(folder))) == [0, 0], said(world, 0) + said(world, 1)
+    assert end(start(world, *typed, restarts=1)) == [0, 0], said(world, 0) + said(world, 1)
     assert_same_run(world.alone, folder)
 
 
@@ -205,6 +209,11 @@ def test_what_needs_one_process_is_refused(world: World, monkeypatch: pytest.Mon
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert ended.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_restart_needs_a_name(world: World):
+    assert end(start(world, "train", str(world.toml), "--runs", str(world.folder / "other"), restarts=1)) == [2, 2]
+    assert "--max-restarts of torchrun needs --name" in said(world, 0) and said(world, 1) == ""
 
 
 def test_torchrun_does_not_nest(monkeypatch: pytest.MonkeyPatch):

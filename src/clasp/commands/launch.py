@@ -54,6 +54,7 @@ def launch_processes(count: int, arguments: Sequence[str]) -> int:
         run_id=f"clasp-{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # else the name of the machine, which need not resolve
         max_restarts=0,
         shutdown_timeout=GRACE_SECONDS,
     )

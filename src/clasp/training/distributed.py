@@ -264,6 +264,7 @@ def open_processes() -> Iterator[Processes]:
         size=dist.get_world_size(),
         local_rank=local_rank,
         local_size=local_size,
+        device=torch.device("cuda", local_rank) if gpus else torch.device("cpu"),
         restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
         waiting=waiting,
     )
