@@ -12,7 +12,6 @@ import pickle
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Collection
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,7 +57,7 @@ def check_pickle_file(path: Path, other_names: Collection[str]) -> None:
     """
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
-            _interpret(path, file, _LEGACY_PICKLES, other_names)
+            _interpret(_LimitedFile(path, file.read, file.readline), _LEGACY_PICKLES, other_names)
         return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -68,34 +67,34 @@ def check_pickle_file(path: Path, other_names: Collection[str]) -> None:
             raise UserError(f"{path} is not a checkpoint: its entries have more bytes than the file")
         (contents,) = (entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl")
         with archive.open(contents) as file:
-            _interpret(path, file, 1, other_names)
+            _interpret(_LimitedFile(path, file.read, file.readline), 1, other_names)
 
 
-def _interpret(path: Path, file: BufferedIOBase, pickles: int, other_names: Collection[str]) -> None:
-    limited, claimed = _LimitedFile(path, file), dict[str, int]()
+def _interpret(file: _LimitedFile, pickles: int, other_names: Collection[str]) -> None:
+    claimed: dict[str, int] = {}
     for _ in range(pickles):
-        _Interpreter(path, limited, {*_PLAIN_NAMES, *other_names}, claimed).load()
-    if (total := sum(claimed.values())) > path.stat().st_size:
-        raise UserError(f"{path} is not a checkpoint: its tensors claim {total:,} bytes, more than the file has")
+        _Interpreter(file, {*_PLAIN_NAMES, *other_names}, claimed).load()
+    if (total := sum(claimed.values())) > file.path.stat().st_size:
+        raise UserError(f"{file.path} is not a checkpoint: its tensors claim {total:,} bytes, more than the file has")
 
 
 class _LimitedFile:
     """A file of pickles that ends with an error past ``_MAX_PICKLE_BYTES``, before it is read."""
 
-    def __init__(self, path: Path, file: BufferedIOBase):
-        self._path, self._file, self._left = path, file, _MAX_PICKLE_BYTES
+    def __init__(self, path: Path, read: Callable[[int], bytes], readline: Callable[[int], bytes]):
+        self.path, self._read, self._readline, self._left = path, read, readline, _MAX_PICKLE_BYTES
 
     def read(self, size: int) -> bytes:
-        return self._counted(self._file.read(min(size, self._left + 1)))
+        return self._counted(self._read(min(size, self._left + 1)))
 
     def readline(self) -> bytes:
-        return self._counted(self._file.readline(self._left + 1))
+        return self._counted(self._readline(self._left + 1))
 
     def _counted(self, found: bytes) -> bytes:
         self._left -= len(found)
         if self._left < 0:
             raise UserError(
-                f"{self._path} is not a checkpoint: it describes its tensors in over {_MAX_PICKLE_BYTES:,} bytes"
+                f"{self.path} is not a checkpoint: it describes its tensors in over {_MAX_PICKLE_BYTES:,} bytes"
             )
         return found
 
@@ -128,9 +127,9 @@ class _Interpreter(pickle._Unpickler):
         code: pickle._Unpickler.dispatch[code] for code in (vars(pickle)[name][0] for name in _OPCODES)
     }
 
-    def __init__(self, path: Path, file: _LimitedFile, names: Collection[str], claimed: dict[str, int]):
+    def __init__(self, file: _LimitedFile, names: Collection[str], claimed: dict[str, int]):
         super().__init__(file, encoding="utf-8")  # as torch
-        self._path, self._names, self._claimed = path, names, claimed
+        self._path, self._names, self._claimed = file.path, names, claimed
 
     def find_class(self, module: str, name: str) -> Any:
         # the names of Python 2, as torch maps them
@@ -149,17 +148,20 @@ class _Interpreter(pickle._Unpickler):
         self._claimed[str(key)] = max(self._claimed.get(str(key), 0), numbers * _ITEM_BYTES[storage])
         return _Inert()
 
-    def _check_keys(self, keys: Collection[Any]) -> None:
+    def check_keys(self, keys: Collection[Any]) -> None:
         """Keys are plain: the hash of a tuple nested a million times would overflow the stack."""
         if not all(isinstance(key, str | int | float | None) for key in keys):
             raise UserError(f"{self._path} is not a checkpoint: a key in it is not a string or number")
 
-    def load_setitem(self) -> None:
-        self._check_keys(self.stack[-2:-1])
-        super().load_setitem()
 
-    def load_setitems(self) -> None:
-        self._check_keys(self.stack[::2])
-        super().load_setitems()
+def _set_item(interpreter: Any) -> None:
+    interpreter.check_keys(interpreter.stack[-2:-1])
+    pickle._Unpickler.dispatch[pickle.SETITEM[0]](interpreter)
 
-    dispatch[pickle.SETITEM[0]], dispatch[pickle.SETITEMS[0]] = load_setitem, load_setitems
+
+def _set_items(interpreter: Any) -> None:
+    interpreter.check_keys(interpreter.stack[::2])
+    pickle._Unpickler.dispatch[pickle.SETITEMS[0]](interpreter)
+
+
+_Interpreter.dispatch |= {pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items}

@@ -91,7 +91,7 @@ def _only_stubs_allowed() -> Iterator[None]:
     before = serialization.get_safe_globals()
     serialization.clear_safe_globals()
     try:
-        serialization.add_safe_globals(_STUBS)
+        serialization.add_safe_globals([*_STUBS])
         yield
     finally:
         serialization.clear_safe_globals()
