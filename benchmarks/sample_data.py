@@ -16,7 +16,6 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from clasp.models.cache_policy import CachePolicy
 from clasp.models.feature_settings import FeatureSettings
 from clasp.models.features import FeatureSource
 from clasp.models.precision import Precision
+from clasp.training.distributed import Processes
 from clasp.training.losses import build_loss
 from clasp.training.memory import ActivationMemory
 from clasp.training.settings import TrainSettings
@@ -132,7 +132,7 @@ class Ours:
             self.model,
             build_loss(recipe.loss),
             self.settings,
-            Accelerator(cpu=True, mixed_precision="no"),
+            Processes(device=torch.device("cpu")),
             precision,
             steps=100_000,
             kinds={},

@@ -142,6 +142,13 @@ class Batch:
     text: TextInput
     groups: Int[Tensor, "B 2"]
     skipped: tuple[SkippedSample, ...] = ()
+    pairs_of_all: int | None = None
+    """Where several processes train, the pairs in the whole batch, of which this is a part"""
+
+    @property
+    def total_pairs(self) -> int:
+        """Pairs in the whole batch, whose loss a step computes."""
+        return len(self.ids) if self.pairs_of_all is None else self.pairs_of_all
 
 
 @dataclass(frozen=True, slots=True)

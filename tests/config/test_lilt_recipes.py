@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from accelerate import Accelerator
 
 import clasp
 from clasp.config.build import build_model, build_model_and_preprocessing
 from clasp.config.recipe import Recipe, builtin_recipes, read_recipe, recipe_from_dict
+from clasp.training.distributed import Processes
 from clasp.training.losses import build_loss
 from clasp.training.run_folder import RunFolder
 from clasp.training.step import Stepper
@@ -72,10 +72,10 @@ def test_a_row_as_it_trains(row: str, text_tower: Path, tmp_path: Path):
         assert model.selection == {our_name(name) for name in NAMES[row]}
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    processes = Processes(device=torch.device("cpu"))
     settings = given.train.model_copy(update={"micro_batch": 2})
     stepper = Stepper(
-        model, build_loss(given.loss), settings, accelerator, "float32", steps=15, kinds=model.parameter_kinds
+        model, build_loss(given.loss), settings, processes, "float32", steps=15, kinds=model.parameter_kinds
     )
     pixels = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     batch = Batch(("a", "b"), Pixels(pixels), parts.tokenizer(CAPTIONS), torch.tensor([[0, 0], [1, 1]]))

@@ -18,6 +18,7 @@ from clasp.data.loader import (
     BadSampleLimit,
     BatchReader,
     PairLoader,
+    PartReader,
     iter_image_batches,
     iter_text_batches,
     philox_integers,
@@ -192,6 +193,25 @@ def test_groups_number_the_group_and_the_exact_caption():
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_parts_of_a_batch_are_the_batch(size: int):
+    pairs = small_pairs(9)
+    pairs[1] = Pair(pairs[1].id, pairs[1].image, pairs[0].captions, pairs[0].group, pairs[1].meta)
+    reader = live_reader(pairs)
+    parts = [
+        PairLoader(PartReader(pairs, reader.image, reader.text, rank, size), batch_size=9, seed=3)
+        for rank in range(size)
+    ]
+    (whole,) = batches(pairs, batch_size=9).epoch(1)
+    found = [next(iter(loader.epoch(1))) for loader in parts]
+    assert sum((part.ids for part in found), ()) == whole.ids
+    assert torch.equal(torch.cat([pixels(part) for part in found]), pixels(whole))
+    groups = torch.cat([part.groups for part in found])
+    for column in range(2):  # equal where they were equal, whatever the part
+        same_before = whole.groups[:, None, column] == whole.groups[None, :, column]
+        assert torch.equal(groups[:, None, column] == groups[None, :, column], same_before)
 
 
 def test_a_batch_larger_than_the_data_is_an_error_that_names_both():

@@ -18,6 +18,7 @@ from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
 from clasp.data.bpe import train_bpe
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.zoo.from_scratch import load_clip_tokenizer
+from clasp.training.distributed import Processes
 from clasp.training.losses import build_loss
 from clasp.training.run_folder import RunFolder
 from clasp.training.step import Stepper
@@ -125,9 +126,7 @@ def test_shared_weights_decay_and_learn_apart(pairs: Path) -> None:
     kinds = model.parameter_kinds
     assert kinds["image.net.blocks.0.mlp.fc1.down"] == kinds["text.net.blocks.0.mlp.fc1.up"] == "new"
     assert kinds["image.net.blocks.0.mlp.fc1.shared.weight"] == "shared"
-    from accelerate import Accelerator
-
-    stepper = Stepper(model, build_loss(made.loss), made.train, Accelerator(), "float32", steps=4, kinds=kinds)
+    stepper = Stepper(model, build_loss(made.loss), made.train, Processes(), "float32", steps=4, kinds=kinds)
     names = {p: name for name, p in model.named_parameters()}
     held = {names[p]: group for group in stepper.optimizer.param_groups for p in group["params"]}
     assert held.keys() == model.selection

@@ -13,6 +13,10 @@ import typer
 
 from clasp.cli.app import AllowCodeOption, JsonOption, OverridesArgument, RecipeArgument, RunArgument, app, code_allowed
 
+_ProcessesOption = Annotated[
+    int, typer.Option("--processes", metavar="N", min=1, help="Processes that train together, one a GPU or core.")
+]
+
 
 @app.command()
 def demo(
@@ -95,27 +99,39 @@ def train(
     steps: Annotated[
         str | None, typer.Option("--steps", metavar="N", help="Gradient steps in place of minutes: repeatable bitwise.")
     ] = None,
+    processes: _ProcessesOption = 1,
 ) -> None:
     """Train a recipe on image-text pairs; writes a run folder: trained tensors (delta), log, results, cost, model card.
 
     data.train=FOLDER names the pairs: a folder, .csv, .tsv, .jsonl, .parquet or tar shards.
 
     With --grid, one run per combination of values; runs share the feature cache and are ranked by validation.
+
+    With --processes, or started by torchrun, several processes compute the gradient of the same batches.
     """
     from clasp.config.recipe import read_recipe, require_single_keys
+    from clasp.training.distributed import open_processes
     from clasp.types import UserError
 
-    require_single_keys(overrides or ())
-    if name is not None and (not name.strip() or Path(name).name != name or name == ".."):
-        raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
-    if grid:
-        return _sweep(recipe, overrides or (), grid, runs, name)
-    given = {key: text for key, text in (("minutes", minutes), ("steps", steps)) if text is not None}
-    made = read_recipe(recipe, overrides or (), budget=given or None)
-    run = runs / name if name else _free_path(runs, Path(recipe).stem)
-    if made.auto is not None:
-        return _climb(made, run)
-    _train(made, run, resume=False)
+    with open_processes() as together:
+        with together.alike():
+            require_single_keys(overrides or ())
+            if name is not None and (not name.strip() or Path(name).name != name or name == ".."):
+                raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
+            given = {key: text for key, text in (("minutes", minutes), ("steps", steps)) if text is not None}
+            made = None if grid else read_recipe(recipe, overrides or (), budget=given or None)
+            count = max(processes, together.size)
+            if count > 1 and (made is None or made.auto is not None):
+                what = "--grid" if made is None else f"the recipe {recipe!r}, which has [auto],"
+                raise UserError(f"{what} trains one run after another on one process, not on {count}")
+        if made is None:
+            return _sweep(recipe, overrides or (), grid or (), runs, name)
+        run = runs / name if name else together.first(lambda: _free_path(runs, Path(recipe).stem))
+        if made.auto is not None:
+            return _climb(made, run)
+        if processes > 1:
+            return _launch(processes, ["train", recipe, *(overrides or ()), "--name", run.name, "--runs", str(runs)])
+        _train(made, run, together, resume=_is_restarted(run, name, together))
 
 
 @app.command()
@@ -125,35 +141,80 @@ def resume(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Only train.trackers can change.")
     ] = None,
     allow_code: AllowCodeOption = False,
+    processes: _ProcessesOption = 1,
 ) -> None:
-    """Resume an interrupted run from its saved state: same batches, same weights as without the interruption."""
-    from clasp.config.recipe import recipe_from_dict, require_single_keys
+    """Resume an interrupted run from its saved state: same batches, same weights as without the interruption.
+
+    With another number of processes: same batches, same weights to rounding.
+    """
+    from clasp.config.recipe import require_single_keys
     from clasp.report.auto_table import PLAN_FILE
-    from clasp.training.run_folder import RunFolder
+    from clasp.training.distributed import open_processes
     from clasp.types import UserError
 
     require_single_keys(overrides or ())
-    with code_allowed(allow_code):
-        if (run / PLAN_FILE).exists():
-            if overrides:
+    with code_allowed(allow_code), open_processes() as together:
+        with together.alike():
+            climbed = (run / PLAN_FILE).exists()
+            if climbed and overrides:
                 raise UserError(f"{run} was trained with [auto], whose stages cannot change: {overrides[0]}")
+            if climbed and max(processes, together.size) > 1:
+                raise UserError(f"{run} was trained with [auto], on one process; leave --processes out")
+        if climbed:
             return _climb(None, run)
-        written = recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml"))
-        made = written.with_overrides(overrides or ())
-        typed = set(made.train.trackers) if made.train.trackers != written.train.trackers else set()
+        made, typed = together.first(lambda: _read_run(run, overrides or ()))
         with code_allowed(allow_code, typed):
-            _train(made, run, resume=True)
+            if processes > 1:
+                allowed = ["--allow-code"] if allow_code else []
+                return _launch(processes, ["resume", str(run), *(overrides or ()), *allowed])
+            _train(made, run, together, resume=True)
 
 
-def _train(recipe: Any, run: Path, *, resume: bool) -> None:
+def _read_run(run: Path, overrides: Sequence[str]) -> tuple[Any, set[str]]:
+    """The recipe of a run with other trackers, and the names of these."""
+    from clasp.config.recipe import recipe_from_dict
+    from clasp.training.run_folder import RunFolder
+
+    written = recipe_from_dict(RunFolder(run).recipe(), str(run / "recipe.toml"))
+    made = written.with_overrides(overrides)
+    return made, set(made.train.trackers) if made.train.trackers != written.train.trackers else set()
+
+
+def _launch(count: int, arguments: Sequence[str]) -> None:
+    """The same command in several processes; ends with their exit code."""
+    from clasp.commands.launch import launch_processes, require_processes
+
+    require_processes(count)
+    if code := launch_processes(count, arguments):
+        sys.exit(code)
+
+
+def _is_restarted(run: Path, name: str | None, together: Any) -> bool:
+    """Whether torchrun has restarted the processes after a failure, and there is a state to resume from."""
+    from clasp.training.run_folder import RunFolder
+    from clasp.types import UserError
+
+    if together.restarts and name is None:
+        with together.alike():
+            raise UserError("--max-restarts of torchrun needs --name, so that the same run goes on")
+    return together.restarts > 0 and together.first(lambda: RunFolder(run).has_state)
+
+
+def _train(recipe: Any, run: Path, together: Any, *, resume: bool) -> None:
+    from clasp.commands.run_context import Preloaded
     from clasp.commands.train import train_recipe
     from clasp.report.console import format_megabytes, print_status, progress_bar, relative_path
     from clasp.report.terminal import print_results, terminal_reporter
     from clasp.training.run_folder import RunFolder
 
+    given = Preloaded(processes=together)
+    if not together.is_first:
+        return _train_beside(recipe, run, given, resume=resume)
     where, reporter = relative_path(run), terminal_reporter()
     try:
-        done = train_recipe(recipe, run, say=print_status, bar=progress_bar, reporter=reporter, resume=resume)
+        done = train_recipe(
+            recipe, run, say=print_status, bar=progress_bar, reporter=reporter, resume=resume, preloaded=given
+        )
     except KeyboardInterrupt:  # the loop handles the first Ctrl-C itself: this was before its first step, or a second
         if RunFolder(run).has_state:
             print_status(
@@ -173,6 +234,20 @@ def _train(recipe: Any, run: Path, *, resume: bool) -> None:
     print_status(f"cost: {done.cost}")
     print_status(f"the run is in {where} (delta {format_megabytes(done.delta_bytes)}, card README.md there)")
     print_status(_next_commands(typed, recipe.data.train))
+
+
+def _train_beside(recipe: Any, run: Path, given: Any, *, resume: bool) -> None:
+    """Train as one of the processes that report nothing but errors of their own."""
+    from clasp.commands.train import train_recipe
+    from clasp.training.distributed import INTERRUPTED_EXIT_CODE
+
+    try:
+        done = train_recipe(recipe, run, say=lambda line: None, resume=resume, preloaded=given)
+        interrupted = done.fitted.interrupted
+    except KeyboardInterrupt:
+        interrupted = True
+    if interrupted:
+        given.processes.end_after_first(INTERRUPTED_EXIT_CODE)
 
 
 def _next_commands(typed: str, source: str) -> str:

@@ -24,8 +24,10 @@ from clasp.config.datasets import open_training_pairs, plan_run
 from clasp.config.recipe import Recipe
 from clasp.data.cache_folder import cache_folder
 from clasp.data.checks import CheckReport, Finding, check_captions, check_images, check_pairs
+from clasp.data.duplicate_checks import check_near_duplicates
 from clasp.data.pairs import Pairs
 from clasp.data.readers import PairIndex
+from clasp.data.text_checks import check_classes, check_languages
 from clasp.evaluation.from_pairs import validation_texts
 from clasp.models.cache_policy import CachePlan, plan_features
 from clasp.models.features import FeatureSource
@@ -42,11 +44,15 @@ def diagnose(recipe: Recipe, *, bar: ProgressFactory = no_progress_bar) -> Itera
     find_trackers(recipe.train.trackers)
     train, val = open_training_pairs(recipe)
     yield check_pairs(train, val)
+    if balance := check_classes(train, val):
+        yield balance
     yield check_parameters(recipe)
     listing = PairIndex(train)
     parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
     yield check_captions(listing, parts.tokenizer)
+    yield check_languages(train, parts.tokenizer)
     yield check_images(train, val, parts.transform, recipe.data.max_bad_fraction, bar)
+    yield check_near_duplicates(train, val, bar)
     classes = class_pairs_of_recipe(recipe, parts.model)
     if classes is not None:
         facts = {"classes": classes.pairs.classes, "texts": len(classes.pairs.texts), "weight": classes.weight}

@@ -6,12 +6,14 @@ Input: a ``RunContext`` and the validation task that selects the weights. Output
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 
 from clasp.commands.run_context import RunContext
-from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
+from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader, PartReader
 from clasp.data.readers import LiveImageReader
+from clasp.training.batch_parts import PartBatches
 from clasp.training.class_pair_batches import ClassPairReader, class_pair_rows
 from clasp.training.class_pairs import ClassPairFeatures, class_pair_features
 from clasp.training.cost import COST_FILE
@@ -20,17 +22,45 @@ from clasp.training.initialize import initialize_heads, initialize_low_rank, sta
 from clasp.training.loop import FitCallbacks, fit
 from clasp.training.losses import build_loss
 from clasp.training.state import FitResult, TrainState
-from clasp.types import Evaluator
+from clasp.types import Evaluator, Loss, SkippedSample, UserError
 
 
 def open_batches(context: RunContext, sides: BatchReader) -> PairLoader:
-    """The batches of the training pairs, each side read by its reader."""
-    recipe = context.recipe
+    """The batches of the training pairs, each side read by its reader; this process's part of each."""
+    processes = context.processes
     count = context.ledger.timed_as("counting", count_frozen_flops)
     context.ledger.once = count(context.inputs, sides, context.listing.texts)
+    if processes.size == 1:
+        return _loader(context, _with_class_pairs(context, sides))
+    with processes.alike():
+        _require_divisible_work(context)
+    return _loader(context, PartReader(sides.pairs, sides.image, sides.text, processes.rank, processes.size))
+
+
+def _require_divisible_work(context: RunContext) -> None:
+    """Raises ``UserError`` for what only a single process trains exactly."""
+    recipe, size = context.recipe, context.processes.size
+    assert recipe.train.batch_size != "auto"
+    if recipe.train.batch_size < size:
+        raise UserError(
+            f"train.batch_size = {recipe.train.batch_size} is less than the {size} processes; each needs a pair"
+        )
+    if recipe.data.class_ratio is not None:
+        raise UserError(
+            f"data.class_ratio = {recipe.data.class_ratio:g} is for one process: it draws class pairs for whole batches"
+        )
+    if context.model.moving:
+        raise UserError(
+            f"{len(context.model.moving)} running statistics of BatchNorm are updated over whole batches, which only "
+            "one process has; choose norms without: image.net.stem = 'group', image.net.branch.kind = 'gated'"
+        )
+
+
+def _loader(context: RunContext, sides: BatchReader) -> PairLoader:
+    recipe = context.recipe
     assert recipe.train.batch_size != "auto"
     return PairLoader(
-        _with_class_pairs(context, sides),
+        sides,
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
         workers=recipe.train.workers if isinstance(sides.image, LiveImageReader) else 0,
@@ -42,6 +72,7 @@ def open_batches(context: RunContext, sides: BatchReader) -> PairLoader:
 def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, task: Evaluator) -> FitResult:
     """Initialise heads and low-rank updates, or restore a saved state; run the loop; close the batches."""
     recipe, ledger, model, loss = context.recipe, context.ledger, context.model, build_loss(context.recipe.loss)
+    processes = context.processes
 
     def save(state: TrainState) -> None:
         context.folder.save_state(state)
@@ -50,28 +81,38 @@ def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, task: 
     callbacks = FitCallbacks(
         tracker=context.tracker,
         reporter=context.reporter,
-        evaluate=ledger.timed_as("evaluation", lambda: task(model)),
+        evaluate=ledger.timed_as("evaluation", lambda: processes.first(lambda: task(model))),
         primary=task.primary,
-        save=ledger.timed_as("saving", save),
+        save=ledger.timed_as("saving", save) if processes.is_first else None,
         ledger=ledger,
+        processes=processes,
     )
     with closing(batches), ledger.stage("training"):
         if context.state is None:
-            if recipe.head.standardize and recipe.train.init_from is None:
-                plain = _plain(context, sides)
-                initialize_heads(model, plain, recipe.head, batches.bad_samples, _class_pairs(context))
-            initialize_low_rank(model, batches, loss, recipe.tune, recipe.train)
+            skipped = processes.first(partial(_initialize, context, sides, batches, loss))
+            processes.copy_from_first(model.state_dict().values())
         else:
-            batches.bad_samples.add(context.state.skipped)
+            skipped = context.state.skipped
+        batches.bad_samples.add(skipped)
         return fit(
             model,
-            batches,
+            batches if processes.size == 1 else PartBatches(batches, processes),
             loss,
             recipe.train,
             callbacks,
             kinds=model.parameter_kinds,
             resume_state=context.state,
         )
+
+
+def _initialize(context: RunContext, sides: BatchReader, batches: PairLoader, loss: Loss) -> tuple[SkippedSample, ...]:
+    """Initialise heads and low-rank updates from whole batches; returns the samples that cannot be read."""
+    recipe, model = context.recipe, context.model
+    with nullcontext(batches) if context.processes.size == 1 else closing(_loader(context, sides)) as whole:
+        if recipe.head.standardize and recipe.train.init_from is None:
+            initialize_heads(model, _plain(context, sides), recipe.head, whole.bad_samples, _class_pairs(context))
+        initialize_low_rank(model, whole, loss, recipe.tune, recipe.train)
+    return tuple(SkippedSample(*found) for found in whole.bad_samples.found.items())
 
 
 def _class_pairs(context: RunContext) -> ClassPairFeatures | None:

@@ -7,7 +7,7 @@ against it. Note: a run is resumed with the same recipe, towers and pairs only; 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from clasp.config.build import ModelAndPreprocessing
 from clasp.config.datasets import TrainValPairs, hash_pairs
@@ -20,7 +20,8 @@ from clasp.models.precision import resolve_precision
 from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
 from clasp.training.class_pairs import WeightedClassPairs
 from clasp.training.cost import COST_FILE
-from clasp.training.cost.ledger import CostLedger, read_cost
+from clasp.training.cost.ledger import CostLedger, RunCost, read_cost
+from clasp.training.distributed import Processes
 from clasp.training.run_folder import RunFolder
 from clasp.training.settings import TrainPlan
 from clasp.training.state import TrainState
@@ -31,10 +32,12 @@ from clasp.types import UserError
 
 @dataclass(frozen=True, slots=True)
 class Preloaded:
-    """Objects of a recipe that are in memory already: its pairs, and its model, which is trained in place."""
+    """What a run is given: the pairs of its recipe and its model, which is trained in place, where they are in memory
+    already; and the processes that train together."""
 
     pairs: TrainValPairs | None = None
     parts: ModelAndPreprocessing | None = None
+    processes: Processes = field(default_factory=Processes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,8 @@ class RunContext:
     """The objects of a run. ``recipe`` is resolved: batch size, epochs and attention kernel are not "auto".
 
     ``classes``: class pairs that count in the closed form. ``state``: the saved state of a resumed run, ``None`` for a
-    new one. ``listing``: the index of the captions of ``train``.
+    new one. ``listing``: the index of the captions of ``train``. Every one of ``processes`` has its own context; only
+    the first writes to the folder.
     """
 
     folder: RunFolder
@@ -57,6 +61,7 @@ class RunContext:
     ledger: CostLedger
     tracker: TrackerGroup
     reporter: Reporter
+    processes: Processes
 
     @property
     def model(self) -> DualEncoder:
@@ -70,8 +75,16 @@ class RunContext:
         return use_attention_kernel(kernel)
 
     def start_or_resume(self) -> None:
-        """Write the files that training does not change; of a resumed run, check them. Raises ``UserError``."""
+        """Write the files that training does not change; of a resumed run, check them. Raises ``UserError``, also where
+        processes have other pairs or other weights."""
         content = hash_pairs(self.listing, self.val)
+        towers = (self.model.image, self.model.text)
+        if self.processes.size > 1:
+            weights = {f"weights of the {tower.modality} tower": tower.fingerprint for tower in towers}
+            self.processes.require_same({"pairs": content, **weights})
+        self.processes.first(lambda: self._start_or_check(content))
+
+    def _start_or_check(self, content: str) -> None:
         if self.state is None:
             parts = self.parts
             self.folder.start(self.recipe.to_toml(), parts.model, parts.transform, parts.tokenizer, pairs=content)
@@ -87,14 +100,16 @@ class RunContext:
             )
 
 
-def open_ledger(folder: RunFolder, model: DualEncoder, state: TrainState | None) -> CostLedger:
-    """The cost ledger of this session; earlier costs of a resumed run are read where ``cost.json`` exists."""
+def read_earlier_cost(folder: RunFolder, state: TrainState | None) -> RunCost | None:
+    """The cost of the earlier sessions of a resumed run, where its ``cost.json`` exists."""
+    return read_cost(folder.path) if state is not None and (folder.path / COST_FILE).exists() else None
+
+
+def open_ledger(model: DualEncoder, state: TrainState | None, earlier: RunCost | None) -> CostLedger:
+    """The cost ledger of this session."""
     parts = {name: {"total": count.total, "trained": count.trained} for name, count in model.parameter_counts().items()}
     device = next(model.parameters()).device
-    if state is None:
-        return CostLedger(device, parts)
-    earlier = read_cost(folder.path) if (folder.path / COST_FILE).exists() else None
-    return CostLedger(device, parts, first_step=state.position.step, earlier=earlier)
+    return CostLedger(device, parts, first_step=state.position.step if state else 0, earlier=earlier)
 
 
 def resolve_recipe(recipe: Recipe, plan: TrainPlan, model: DualEncoder, state: TrainState | None = None) -> Recipe:

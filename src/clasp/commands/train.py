@@ -7,15 +7,13 @@ status lines are passed to ``say``; nothing is printed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from accelerate import PartialState
-
 from clasp.commands.fit_run import fit_run, open_batches
-from clasp.commands.run_context import Preloaded, RunContext, open_ledger, resolve_recipe
+from clasp.commands.run_context import Preloaded, RunContext, open_ledger, read_earlier_cost, resolve_recipe
 from clasp.config.build import (
     ModelAndPreprocessing,
     build_feature_source,
@@ -29,16 +27,19 @@ from clasp.data.pairs import skipped_lines
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.results import EvaluationResult
+from clasp.models.precision import resolve_precision
 from clasp.report.model_card import ModelCard
 from clasp.training.cost import COST_FILE
 from clasp.training.cost.ledger import RunCost
+from clasp.training.distributed import LostProcessError, Processes
 from clasp.training.run_code import require_allowed, tracker_code_names
 from clasp.training.run_folder import RunFolder
 from clasp.training.state import FitResult, TrainState
 from clasp.training.trackers.console import Reporter, SilentReporter
-from clasp.training.trackers.registry import find_trackers, open_trackers
+from clasp.training.trackers.group import TrackerGroup
+from clasp.training.trackers.registry import TrackerFactory, find_trackers, open_trackers, silent_trackers
 from clasp.training.warm_start import load_initial_weights
-from clasp.types import MessageCallback, ProgressFactory, TrackedRun, no_progress_bar
+from clasp.types import Encoder, MessageCallback, ProgressFactory, TrackedRun, no_progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,43 +68,47 @@ def train_recipe(
     Raises ``UserError`` for errors in the user's input, as early as possible.
     """
     assert recipe.auto is None, "a recipe with [auto] is for commands.auto"
-    folder = RunFolder(run)
+    folder, loaded = RunFolder(run), preloaded or Preloaded()
+    processes = loaded.processes
     if resume:
         require_allowed(tracker_code_names(recipe.to_dict()), run)
     else:
-        folder.require_free()
-    tracker_classes = find_trackers(recipe.train.trackers)
-    loaded = preloaded or Preloaded()
-    with lock_folder(run), _failed_starts_undone(folder):
-        folder.remove_partial_writes()
-        state = folder.read_state() if resume else folder.require_free()
-        train, val = loaded.pairs or open_training_pairs(recipe)
+        processes.first(folder.require_free)
+    with processes.alike():
+        tracker_classes = find_trackers(recipe.train.trackers)
+    with ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(_held(folder)))
+        state = processes.first(lambda: folder.read_state() if resume else folder.require_free())
+        train, val = processes.in_turn(lambda: loaded.pairs or open_training_pairs(recipe))
         for line in skipped_lines(train, val):
             say(line)
-        parts = loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
-        parts = _prepare(parts, recipe, folder, state)
-        tracker = open_trackers(
-            tracker_classes, TrackedRun(run, state.position.step if state else 0), folder.append, say
+        parts = processes.in_turn(
+            lambda: loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
         )
-        ledger = open_ledger(folder, parts.model, state)
+        parts = _prepare(parts, recipe, folder, state, processes)
+        tracker = _open_trackers(tracker_classes, folder, state, processes, say)
+        ledger = open_ledger(parts.model, state, processes.first(lambda: read_earlier_cost(folder, state)))
+        precise = _in_one_precision(recipe, state, processes)
         inputs = build_feature_source(
-            parts, _as_before(recipe, state), bar=ledger.time_features(bar), say=say, report=tracker.log_skipped
+            parts, precise, bar=ledger.time_features(bar), say=say, report=tracker.log_skipped
         )
-        plan = plan_run(recipe, train, inputs)
+        with processes.alike():
+            plan = plan_run(recipe, train, inputs)
         say(plan.reason)
         context = RunContext(
             folder=folder,
-            recipe=resolve_recipe(recipe, plan, parts.model, state),
+            recipe=processes.first(lambda: resolve_recipe(recipe, plan, parts.model, state)),
             parts=parts,
             inputs=inputs,
             train=train,
             val=val,
-            classes=class_pairs_of_recipe(recipe, parts.model),
+            classes=processes.in_turn(lambda: class_pairs_of_recipe(recipe, parts.model)),
             listing=PairIndex(train),
             state=state,
             ledger=ledger,
             tracker=tracker,
             reporter=reporter or SilentReporter(),
+            processes=processes,
         )
         context.start_or_resume()
         return _train(context)
@@ -113,58 +118,99 @@ def train_recipe(
 
 
 @contextmanager
+def _held(folder: RunFolder) -> Iterator[None]:
+    """Holds the lock of the folder."""
+    with lock_folder(folder.path), _failed_starts_undone(folder):
+        folder.remove_partial_writes()
+        yield
+
+
+@contextmanager
 def _failed_starts_undone(folder: RunFolder) -> Iterator[None]:
     """Deletes what a start left that ended before its first state was saved, and the first state of one that failed in
     its first steps: the same command would start, and resuming fail in the same way."""
     try:
         yield
     except BaseException as error:
-        if isinstance(error, Exception) and folder.has_only_first_state:
+        fails_again = isinstance(error, Exception) and not isinstance(error, LostProcessError)
+        if fails_again and folder.has_only_first_state:
             folder.finish()
         else:
             folder.discard_start()
         raise
 
 
+def _open_trackers(
+    classes: Mapping[str, TrackerFactory],
+    folder: RunFolder,
+    state: TrainState | None,
+    processes: Processes,
+    say: MessageCallback,
+) -> TrackerGroup:
+    """The trackers of the run, on the first process; the others record nothing."""
+    if not processes.is_first:
+        return silent_trackers()
+    return open_trackers(classes, TrackedRun(folder.path, state.position.step if state else 0), folder.append, say)
+
+
 def _train(context: RunContext) -> TrainResult:
     """Fill the feature cache, train, evaluate, and write everything to the run folder."""
-    folder, ledger, tracker, inputs = context.folder, context.ledger, context.tracker, context.inputs
-    with ledger, tracker, context.attention_kernel():
-        tracker.config(context.recipe.to_dict())
+    ledger, inputs, processes = context.ledger, context.inputs, context.processes
+    with ExitStack() as stack:
+        if processes.is_first:
+            stack.enter_context(ledger)
+        for entered in (context.tracker, context.attention_kernel()):
+            stack.enter_context(entered)
+        processes.first(lambda: context.tracker.config(context.recipe.to_dict()))
         # fills the feature cache
-        sides = inputs.batch_reader(context.train, context.listing, context.recipe.data.augment)
+        sides = processes.in_turn(
+            lambda: inputs.batch_reader(context.train, context.listing, context.recipe.data.augment)
+        )
         batches = open_batches(context, sides)
-        task = validation_task(context.train, context.val, inputs)
+        task = processes.in_turn(lambda: validation_task(context.train, context.val, inputs))
         fitted = fit_run(context, sides, batches, task)
-        delta_bytes = folder.save(context.model)
-        results = [] if fitted.interrupted else ledger.timed_as("evaluation", task.results)(context.model)
-        cost = ledger.cost(delta_bytes)
-        _write(context, fitted, results, cost)
+        return processes.first(lambda: _finish(context, fitted, task.results))
+
+
+def _finish(
+    context: RunContext, fitted: FitResult, evaluate: Callable[[Encoder], list[EvaluationResult]]
+) -> TrainResult:
+    """Save the delta, evaluate, write the rest; delete the training state of a completed run."""
+    folder, ledger = context.folder, context.ledger
+    delta_bytes = folder.save(context.model)
+    results = [] if fitted.interrupted else ledger.timed_as("evaluation", evaluate)(context.model)
+    cost = ledger.cost(delta_bytes)
+    _write(context, fitted, results, cost)
     if not fitted.interrupted:
         folder.finish()
     return TrainResult(folder.path, fitted, results, delta_bytes, cost)
 
 
 def _prepare(
-    parts: ModelAndPreprocessing, recipe: Recipe, folder: RunFolder, state: TrainState | None
+    parts: ModelAndPreprocessing, recipe: Recipe, folder: RunFolder, state: TrainState | None, processes: Processes
 ) -> ModelAndPreprocessing:
     """The model on its device: with the saved tokenizer for a resumed run, or from the weights of ``init_from``."""
     if state is not None:  # the saved one: other library versions may build another from the recipe
-        parts = replace(parts, tokenizer=folder.read().tokenizer)
+        parts = replace(parts, tokenizer=processes.first(lambda: folder.read().tokenizer))
     elif recipe.train.init_from is not None:
         load_initial_weights(parts.model, recipe.to_dict(), recipe.train.init_from)
-    parts.model.to(PartialState().device).eval()
+    parts.model.to(processes.device).eval()
     if recipe.train.activation_checkpointing == "blocks":
         for tower in (parts.model.image, parts.model.text):
             tower.enable_activation_checkpointing()
     return parts
 
 
-def _as_before(recipe: Recipe, state: TrainState | None) -> Recipe:
-    """The recipe, with the precision from before an interruption: features in another would be other features."""
-    if state is None:
+def _in_one_precision(recipe: Recipe, state: TrainState | None, processes: Processes) -> Recipe:
+    """The recipe, with the precision from before an interruption, or with that of the first process: features in
+    another would be other features."""
+    if state is not None:
+        precision = state.precision
+    elif processes.size > 1:
+        precision = processes.first(lambda: resolve_precision(recipe.train.precision, processes.device).precision)
+    else:
         return recipe
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": state.precision})})
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
 
 def _write(context: RunContext, fitted: FitResult, results: Sequence[EvaluationResult], cost: RunCost) -> None:

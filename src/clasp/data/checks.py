@@ -101,7 +101,7 @@ def check_captions(listing: PairIndex, tokenizer: Tokenizer) -> CheckReport:
     read = f"half have up to {p50} tokens, 95 % up to {p95}, the longest {longest}"
     if cut:
         read += f"; {100 * cut:.1f} % are cut at text.max_tokens = {tokenizer.max_tokens}"
-    report.add_finding("look" if cut >= 0.01 else "ok", read + _sample_note(len(some), len(often)))
+    report.add_finding("look" if cut >= 0.01 else "ok", read + sample_note(len(some), len(often)))
     return report
 
 
@@ -123,7 +123,7 @@ def check_images(
     measuring = _SizeRecorder()
     # with "squash" the crop box is the whole image
     reader = LiveImageReader(replace(transform, resize="squash", crop_fraction=1.0), measuring)
-    some = _SampledPairs((train, val), DECODE_SAMPLE_SIZE)
+    some = SampledPairs((train, val), DECODE_SAMPLE_SIZE)
     limits = [BadSampleLimit(len(pairs), max_bad_fraction) for pairs in (train, val)]
     skipped, stop = [], None
     with bar("images looked at") as progress:
@@ -173,7 +173,7 @@ def _check_duplicates(report: CheckReport, train: Pairs, val: Pairs) -> None:
     seen: defaultdict[bytes, dict[str, str]] = defaultdict(dict)
     trained: set[bytes] = set()
     hashed, shared, count = 0, 0, len(train) + len(val)
-    for part, pair in _SampledPairs((train, val), HASH_SAMPLE_SIZE):
+    for part, pair in SampledPairs((train, val), HASH_SAMPLE_SIZE):
         with suppress(OSError, UserError):  # reported as unreadable
             digest = hashlib.sha256(pair.image.read()).digest()
             seen[digest].setdefault(pair.group, pair.id)
@@ -187,14 +187,14 @@ def _check_duplicates(report: CheckReport, train: Pairs, val: Pairs) -> None:
     if same:
         text = f"{report.facts['duplicates']} are byte for byte the picture of another group, such as {same[0][1]} and "
         text += f"{same[0][0]}; give them one group"
-        report.add_finding("look", text + _sample_note(hashed, count))
+        report.add_finding("look", text + sample_note(hashed, count))
     else:
-        report.add_finding("ok", "no two of different groups are the same byte for byte" + _sample_note(hashed, count))
+        report.add_finding("ok", "no two of different groups are the same byte for byte" + sample_note(hashed, count))
     if shared:
-        report.add_finding("look", f"{shared} to validate on are also trained on" + _sample_note(hashed, count))
+        report.add_finding("look", f"{shared} to validate on are also trained on" + sample_note(hashed, count))
 
 
-class _SampledPairs(Sequence[tuple[int, Pair]]):
+class SampledPairs(Sequence[tuple[int, Pair]]):
     """About ``most`` evenly spaced pairs of all parts, each with the number of its part; read lazily."""
 
     def __init__(self, parts: Sequence[Pairs], most: int) -> None:
@@ -219,5 +219,6 @@ def _evenly_spaced(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64)).tolist()
 
 
-def _sample_note(looked_at: int, count: int) -> str:
+def sample_note(looked_at: int, count: int) -> str:
+    """The size of a sample, as the end of a finding; empty where all were looked at."""
     return "" if looked_at >= count else f" (of {looked_at:,} looked at)"

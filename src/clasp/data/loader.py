@@ -10,6 +10,7 @@ is always made from the same samples.
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -66,8 +67,31 @@ class BatchReader:
         else:
             ids = tuple([read(number).id for number in numbers])
             groups = [read(number).group for number in numbers]
-        columns = torch.tensor([_factorize(groups), _factorize(text.texts)], dtype=torch.int64)
+        columns = torch.tensor([self.group_ids(groups), self.group_ids(text.texts)], dtype=torch.int64)
         return Batch(ids, image.inputs, text.inputs, columns.T.contiguous(), image.skipped)
+
+    def group_ids(self, keys: Sequence[Hashable]) -> list[int]:
+        """Integers that are equal where the keys are."""
+        return _factorize(keys)
+
+
+@dataclass(frozen=True, slots=True)
+class PartReader(BatchReader):
+    """A ``BatchReader`` of part ``rank`` of ``size`` of each batch: consecutive samples, as many in each but for one.
+
+    Group ids are hashes, so that they are comparable between the parts.
+    """
+
+    rank: int
+    size: int
+
+    def __call__(self, indices: SampleIndices) -> Batch:
+        bounds = [len(indices) * part // self.size for part in (self.rank, self.rank + 1)]
+        return BatchReader.__call__(self, indices[slice(*bounds)])
+
+    def group_ids(self, keys: Sequence[Hashable]) -> list[int]:
+        """The first 63 bits of a hash of each key."""
+        return [int.from_bytes(hashlib.blake2b(ascii(key).encode(), digest_size=8).digest()) >> 1 for key in keys]
 
 
 def _factorize(keys: Sequence[Hashable]) -> list[int]:

@@ -80,6 +80,22 @@ class Tokenizer:
         """Id at masked positions."""
         return self.settings.pad_id
 
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """Id of the token for what the vocabulary lacks; ``None`` where every text can be written (bytes)."""
+        model = json.loads(self._backend.to_str())["model"]
+        if model.get("byte_fallback"):
+            return None
+        token = model.get("unk_token")
+        number = model.get("unk_id") if token is None else self._backend.token_to_id(token)
+        return None if number in self._ids([""])[0] else number  # CLIP names its end token, which bytes never need
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens, such as those at both ends; without ``unknown_id``."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special) - {self.unknown_id}
+
     def with_settings(self, **changes: Any) -> Tokenizer:
         """A copy with some settings changed; ``None`` leaves a setting as it is."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())

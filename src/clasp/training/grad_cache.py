@@ -171,11 +171,13 @@ class CachedEmbeddings:
         return slice(self.micro_batches.offsets[number], self.micro_batches.offsets[number + 1])
 
 
-def choose_micro_batch(embedder: MicroBatchEmbedder, batch: Batch, pairs: int) -> MicroBatchChoice:
+def choose_micro_batch(
+    embedder: MicroBatchEmbedder, batch: Batch, pairs: int, *, sharing_memory: int = 1
+) -> MicroBatchChoice:
     """The micro-batch size for batches of ``pairs``: all, or the largest power of two that fits in memory.
 
     Measured on a few pairs of a batch, with its longest captions: the activation memory of one more pair, against half
-    of the memory that is free after gradients and optimizer state.
+    of the memory that is free after gradients and optimizer state. ``sharing_memory``: processes that share it.
     """
     image, text = (
         _activation_bytes_per_row(embedder, "image", batch.image),
@@ -185,6 +187,7 @@ def choose_micro_batch(embedder: MicroBatchEmbedder, batch: Batch, pairs: int) -
     free = free_bytes(embedder.device)
     if free is None:
         return MicroBatchChoice(pairs, f"{pairs:,} pairs in one piece: the free memory of this device is unknown")
+    free //= sharing_memory
     trained = sum(weight.nbytes for weight in embedder.weights() if weight.requires_grad)
     room = int(_MEMORY_FRACTION * (free - 3 * trained))  # a gradient and AdamW's two moments
     keeps = f"a pair keeps {_format_bytes(image + text)} for the backward pass"

@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from accelerate import Accelerator
-
 from clasp.models.precision import PrecisionChoice, resolve_precision
 from clasp.training.cost.ledger import CostLedger
+from clasp.training.distributed import Processes
 from clasp.training.interrupt import GracefulStop
 from clasp.training.settings import TrainPlan, TrainSettings, plan_training
 from clasp.training.state import BestEvaluation, FitResult, TrainPosition, TrainState
@@ -66,8 +65,8 @@ class FitCallbacks:
     ``tracker`` receives the events start, pieces, step, skipped, evaluation and stop. ``evaluate`` is called with the
     model in eval mode; ``primary`` names the metric in its result that selects the best weights (higher is better).
     ``save`` receives the state before the first step, every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the
-    end. ``ledger`` measures
-    the time and FLOPs of every step.
+    end. ``ledger`` measures the time and FLOPs of every step. ``processes`` train together: each calls ``fit`` with its
+    own part of the batches and with callbacks of its own; all have a ledger, or none.
     """
 
     tracker: Tracker
@@ -76,6 +75,7 @@ class FitCallbacks:
     primary: str = ""
     save: _SaveFunction | None = None
     ledger: CostLedger | None = None
+    processes: Processes = field(default_factory=Processes)
 
 
 def fit(
@@ -99,34 +99,35 @@ def fit(
     session = _open_session(model, loss, settings, callbacks, settings.epochs * len(batches), kinds, resume_state)
     logger, best_checkpoint = session.logger, session.best_checkpoint
     at = resume_state.position if resume_state else TrainPosition()
+    agree = callbacks.processes.agree_on_signal
     with GracefulStop() as stop, logger:
         session.log_start(at)
         model.train()
         if resume_state is None:
             best_checkpoint.evaluate_initial(at)
             session.save(at)  # at once, so that a kill from here on loses no start-up
-        while at.epoch < settings.epochs and not stop.requested:
+        requested = agree(stop.requested)
+        while at.epoch < settings.epochs and not requested:
             for batch in logger.time_batches(batches.epoch(at.epoch, start=at.step_in_epoch)):
                 logger.log_skipped(batch, at.step)
-                if len(batch.ids) > 1:  # a single pair has no negatives
+                if batch.total_pairs > 1:  # a single pair has no negatives
                     _train_step(session.stepper, logger, callbacks.ledger, batch, at)
                 at = at.next_step()
                 session.save_if_due(at)
-                if stop.requested:
+                if requested := agree(stop.requested):
                     break
             else:
                 assert at.step_in_epoch == len(batches), f"the epoch had {at.step_in_epoch} of {len(batches)} batches"
                 best_checkpoint.evaluate_epoch(at)
                 at = at.next_epoch()
+                requested = agree(stop.requested)
         session.save(at)
         model.train(False)
-        weights_position = (
-            best_checkpoint.interrupt(at, stop.requested) if stop.requested else best_checkpoint.finish(at)
-        )
+        weights_position = best_checkpoint.interrupt(at, requested) if requested else best_checkpoint.finish(at)
     return FitResult(
         position=at,
         weights_position=weights_position,
-        interrupted=stop.requested is not None,
+        interrupted=requested is not None,
         metrics=best_checkpoint.metrics,
         precision=session.precision_choice.precision,
         pairs=logger.meter.pairs,
@@ -158,15 +159,13 @@ def _open_session(
     resume_state: TrainState | None,
 ) -> _Session:
     """The objects of one call of ``fit``: new, or restored from ``resume_state``."""
-    # Autocast is applied in training.step: accelerate allows one precision per process, and its `prepare` would leave
-    # a wrapper on the model's forward. The accelerator provides the device, and later the other processes.
-    accelerator = Accelerator(mixed_precision="no")
+    processes = callbacks.processes
     precision_choice = (
         PrecisionChoice(resume_state.precision, "as before the interruption")
         if resume_state
-        else resolve_precision(settings.precision, accelerator.device)
+        else resolve_precision(settings.precision, processes.device)
     )
-    stepper = Stepper(model, loss, settings, accelerator, precision_choice.precision, steps=steps, kinds=kinds)
+    stepper = Stepper(model, loss, settings, processes, precision_choice.precision, steps=steps, kinds=kinds)
     if resume_state:
         stepper.restore(resume_state)
     assert settings.epochs != "auto"
@@ -201,11 +200,13 @@ class _Session:
         self._save, self._saved = save, time.monotonic()
 
     def log_start(self, at: TrainPosition) -> None:
-        device, choice = self.stepper.accelerator.device, self.precision_choice
+        device, choice, count = self.stepper.device, self.precision_choice, self.stepper.processes.size
+        together: dict[str, float | int] = {"processes": count} if count > 1 else {}
         self.logger.log_event(
             "start",
             f"computing in {choice.precision} on {device.type}: {choice.reason}",
             at.step,
+            together,
             steps=self.logger.steps,
             epochs=self.logger.epochs,
             device=str(device),

@@ -1,9 +1,9 @@
 """One training step: embed a batch, compute the loss and its gradient, update the trainable parameters.
 
 Input: a model, a loss, settings, a batch and the step number. Output: ``StepResult`` for the log; weights updated in
-place. Note: random numbers depend on (seed, step) only, so a step does not depend on what ran before it. A batch of
-more than ``micro_batch`` pairs uses gradient caching (``training.grad_cache``), to the same gradient. A loss or
-gradient that is not finite stops the run before the weights are updated.
+place. Note: random numbers depend on (seed, step, process) only, so a step does not depend on what ran before it. A
+batch of more than ``micro_batch`` pairs uses gradient caching (``training.grad_cache``), to the same gradient. A loss
+or gradient that is not finite stops the run before the weights are updated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from clasp.data.device import to_device
@@ -24,6 +23,8 @@ from clasp.models.frozen_casts import FrozenCasts
 from clasp.models.precision import Precision
 from clasp.training import grad_cache
 from clasp.training import optimizer as optim
+from clasp.training.batch_parts import WholeBatchLoss
+from clasp.training.distributed import Processes
 from clasp.training.grad_cache import Embedder, LossAndScale, MicroBatchChoice, at_least_float32
 from clasp.training.settings import TrainSettings
 from clasp.training.state import TrainState
@@ -66,6 +67,8 @@ class StepResult(NamedTuple):
 class Stepper:
     """Optimizer, learning-rate schedule and gradient computation of a model; ``weights``: trainable parameters by name.
 
+    With several ``processes``, each is given its part of a batch, and all take the same step.
+
     ``kinds`` maps each of them to its kind, for ``lr_factors`` and the weight decay of shared parameters; where it is
     empty all have the same learning rate.
     ``micro_batch`` is ``None`` until it is set by the recipe, restored with the state of a run, or chosen.
@@ -76,14 +79,15 @@ class Stepper:
         model: Trainable,
         loss: Loss,
         settings: TrainSettings,
-        accelerator: Accelerator,
+        processes: Processes,
         precision: Precision,
         *,
         steps: int,
         kinds: Mapping[str, str],
     ):
-        self.model, self.loss, self.settings, self.steps = model, loss, settings, steps
-        self.accelerator = accelerator
+        self.model, self.settings, self.steps = model, settings, steps
+        self.loss = loss if processes.size == 1 else WholeBatchLoss(loss, processes)
+        self.processes, self.device = processes, processes.device
         self.precision: Precision = precision
         self.micro_batch = None if settings.micro_batch == "auto" else settings.micro_batch
         assert settings.epochs != "auto", "resolve the settings with plan_training first"
@@ -91,7 +95,7 @@ class Stepper:
         self.schedule = optim.find_schedule(settings.schedule)
         self.schedule_context = optim.ScheduleContext(steps, settings.epochs, warmup, settings.min_lr_ratio)
         self.max_norm = math.inf if settings.clip_norm == "none" else settings.clip_norm
-        model.to(accelerator.device)
+        model.to(self.device)
         self.weights = optim.select_parameters(dict(model.named_parameters()), model.selection)
         self.frozen_casts = nullcontext
         if precision == "bfloat16":
@@ -102,7 +106,7 @@ class Stepper:
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
-            device=accelerator.device,
+            device=self.device,
         )
         if model.moving and self.micro_batch is None:
             assert settings.batch_size != "auto", "resolve the settings with plan_training first"
@@ -141,13 +145,14 @@ class Stepper:
         lr = self.settings.lr * self.schedule(number, self.schedule_context)
         optim.set_lr(self.optimizer, lr)
         measured = self.backward(batch, number)
-        norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self.max_norm)
-        assert norm is not None
+        self.processes.sum_gradients(list(self.weights.values()))
+        norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.max_norm)
         # the only synchronisation with the GPU in a step
         loss, scale, gradient_norm = torch.stack([measured.loss, measured.scale, norm.float()]).tolist()
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             self.optimizer.zero_grad()
-            raise UserError(self.divergence_message(loss, number, lr))
+            with self.processes.alike():
+                raise UserError(self.divergence_message(loss, number, lr))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.after_step()
@@ -163,8 +168,8 @@ class Stepper:
             return grad_cache.backward_in_micro_batches(
                 self._micro_batch_embedder(number), batch, self.loss, self.micro_batch
             )
-        device = self.accelerator.device
-        seed_generators(step_seed(self.settings.seed, number), device)
+        device = self.device
+        seed_generators(step_seed(self.settings.seed, number, *self.processes.seed_key), device)
         image, text = to_device(batch.image, device), to_device(batch.text, device)
         batch = replace(batch, image=image, text=text, groups=batch.groups.to(device, non_blocking=True))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -179,24 +184,28 @@ class Stepper:
         )
         if not isinstance(parts, LossParts):
             raise UserError(f"loss.kind: the loss returned a {type(parts).__name__}; a LossParts is expected")
-        self.accelerator.backward(parts.total)
+        parts.total.backward()
         return LossAndScale(parts.total.detach(), out.scale.detach().float())
 
     def choose_micro_batch(self, batch: Batch) -> MicroBatchChoice:
-        """Measure how many pairs fit in memory at a time; sets ``micro_batch`` for all further steps."""
-        pairs = max(len(batch.ids), 0 if self.settings.batch_size == "auto" else self.settings.batch_size)
+        """Measure how many pairs fit in memory at a time; sets ``micro_batch`` for all further steps.
+
+        The least of all processes, each of which embeds its own micro-batches.
+        """
+        whole = 0 if self.settings.batch_size == "auto" else self.settings.batch_size
+        pairs = max(len(batch.ids), -(-whole // self.processes.size))
         with self.frozen_casts():
-            choice = grad_cache.choose_micro_batch(self._micro_batch_embedder(0), batch, pairs)
-        self.micro_batch = choice.micro_batch
-        return choice
+            choice = grad_cache.choose_micro_batch(
+                self._micro_batch_embedder(0), batch, pairs, sharing_memory=self.processes.sharing_memory
+            )
+        self.micro_batch = min(found for (found,) in self.processes.gather_numbers(choice.micro_batch))
+        return choice._replace(micro_batch=self.micro_batch)
 
     def _micro_batch_embedder(self, number: int) -> grad_cache.MicroBatchEmbedder:
-        device = self.accelerator.device
-
         def seed(side: str, piece: int) -> None:
-            seed_generators(step_seed(self.settings.seed, number, side, piece), device)
+            seed_generators(step_seed(self.settings.seed, number, side, piece, *self.processes.seed_key), self.device)
 
-        return grad_cache.MicroBatchEmbedder(self.model, device, self.precision, seed)
+        return grad_cache.MicroBatchEmbedder(self.model, self.device, self.precision, seed)
 
     def selected_weights(self, *, copied: bool = False) -> dict[str, Tensor]:
         """The trained weights and updated running statistics by name: the live tensors, or a copy on the CPU."""

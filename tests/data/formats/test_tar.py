@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bad_inputs import refused
+from clasp.data.formats import index_cache
 from clasp.data.pairs import ColumnNames, open_pairs
 from clasp.types import Caption, UserError
 from toydata import Toy, add_member, toys, write_tar
@@ -209,6 +210,20 @@ def test_no_space_left_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"no space left in .*cache to unpack .*a\.tar\.gz"):
         open_pairs(packed, cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(index_cache, "_MAX_SMALL_UNPACKED_BYTES", 1 << 20)
+    packed, cache = tmp_path / "a.csv.gz", tmp_path / "cache"
+    packed.write_bytes(gzip.compress(bytes(3 << 20)))
+    message = rf"{packed.stat().st_size:,} bytes and unpacks to more than 1,048,576; .*gunzip"
+    with pytest.raises(UserError, match=message):
+        open_pairs(packed, cache=cache)
+    assert list(cache.iterdir()) == []
+    packed.write_bytes(b"".join(gzip.compress(random.Random(seed).randbytes(1 << 19)) for seed in range(3)))
+    with pytest.raises(UserError, match=r"a\.csv\.gz") as error:  # no captions, but unpacked: it is larger than that
+        open_pairs(packed, cache=cache)
+    assert "unpacks" not in str(error.value)
 
 
 def test_toys_are_functions_of_their_seed():

@@ -3,11 +3,13 @@
 Input: a file written by ``torch.save``. Output: plain dictionaries, lists, numbers, strings and tensors. Note: papers
 store their settings in such files as OmegaConf objects, which ``weights_only=True`` refuses. Each class of such an
 object is replaced by an inert stub that only stores its state; the stubs are then converted to plain values. So
-omegaconf need not be installed, and neither its code nor any other code named in the file is run.
+omegaconf need not be installed, and neither its code nor any other code named in the file is run. What torch itself
+would make of a crafted file is checked first (``pickle_check``).
 """
 
 from __future__ import annotations
 
+import errno
 import re
 import warnings
 import zipfile
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import serialization
 
+from clasp.convert.importers.pickle_check import RefusedNameError, check_pickle_file
 from clasp.types import UserError
 
 _MAX_VALUES, _MAX_DEPTH = 100_000, 100  # limits for maliciously shared or nested values; a paper has about a hundred
@@ -52,7 +55,7 @@ def _empty_dict(*kind: Any) -> dict:
 _NODE_TYPES = ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")
 # value types that omegaconf stores with each setting; none of them is ever called
 _TYPE_NAMES = ("typing.Any", *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")))
-_STUBS: list[Callable | tuple[Callable, str]] = [
+_STUBS: list[tuple[Callable, str]] = [
     (_OmegaConfContainer, "omegaconf.dictconfig.DictConfig"),
     (_OmegaConfContainer, "omegaconf.listconfig.ListConfig"),
     (_OmegaConfContainer, "omegaconf.base.UnionNode"),
@@ -71,10 +74,11 @@ def safe_load_pickle(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
+        check_pickle_file(path, {*(name for _, name in _STUBS), *_TYPE_NAMES})
         with _only_stubs_allowed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # a damaged or hostile file can raise any exception
         raise UserError(f"{path} {_reason(error)}") from None
@@ -87,7 +91,7 @@ def _only_stubs_allowed() -> Iterator[None]:
     before = serialization.get_safe_globals()
     serialization.clear_safe_globals()
     try:
-        serialization.add_safe_globals(_STUBS)
+        serialization.add_safe_globals([*_STUBS])
         yield
     finally:
         serialization.clear_safe_globals()
@@ -95,11 +99,12 @@ def _only_stubs_allowed() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that of a zip whose offsets are wrong
         return f"cannot be read: {error.strerror}"
     match = re.search(r"GLOBAL (\S+)", str(error))
-    if match:
-        return f"refers to {match[1]}, which no checkpoint needs; the file is refused, and nothing in it was run"
+    named = error.args[0] if isinstance(error, RefusedNameError) else match[1] if match else None
+    if named:
+        return f"refers to {named}, which no checkpoint needs; the file is refused, and nothing in it was run"
     return "is not a checkpoint as torch.save writes it, or it is damaged"
 
 

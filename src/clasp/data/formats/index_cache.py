@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
+from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ from clasp.data.atomic_files import is_disk_full, replace_file
 from clasp.types import UserError
 
 _INDEX_VERSION = "4"  # of the arrays; incrementing it invalidates all saved indices
+
+# a .gz that unpacks to more than both is refused: captions take a tenth to a thirtieth packed, zeros a thousandth
+_MAX_UNPACKED_RATIO, _MAX_SMALL_UNPACKED_BYTES = 100, 256 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -62,12 +66,15 @@ def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callabl
 
 
 def unpack_gzip(path: Path, cache: Path | None) -> Path:
-    """The unpacked file of ``path`` (a ``.gz``), cached; it has the modification time of ``path``, as with gunzip."""
+    """The unpacked file of ``path`` (a ``.gz``), cached; it has the modification time of ``path``, as with gunzip.
+
+    Raises ``UserError`` for one that is damaged, or unpacks to more than pairs ever do.
+    """
     status = path.stat()
 
     def unpack(part: Path) -> None:
         with gzip.open(path, "rb") as packed, part.open("wb") as plain:
-            shutil.copyfileobj(packed, plain, 1 << 20)
+            shutil.copyfileobj(_BoundedReader(path, status.st_size, packed), plain, 1 << 20)
         os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     try:
@@ -76,6 +83,24 @@ def unpack_gzip(path: Path, cache: Path | None) -> Path:
         raise UserError(f"{path} is truncated: its compressed data ends early, at byte {status.st_size}") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be unpacked: {error}") from None
+
+
+class _BoundedReader:
+    """The content of a ``.gz`` of ``size`` bytes, up to the limits above."""
+
+    def __init__(self, path: Path, size: int, packed: BufferedIOBase):
+        self._path, self._size, self._packed, self._read = path, size, packed, 0
+        self._most = max(_MAX_SMALL_UNPACKED_BYTES, _MAX_UNPACKED_RATIO * size)
+
+    def read(self, length: int = -1, /) -> bytes:
+        piece = self._packed.read(length)
+        self._read += len(piece)
+        if self._read > self._most:
+            raise UserError(
+                f"{self._path} has {self._size:,} bytes and unpacks to more than {self._most:,}; where that is meant, "
+                "unpack it with gunzip and name the unpacked file"
+            )
+        return piece
 
 
 def derived_file(path: Path, how: str, cache: Path | None, write: Callable[[Path], None]) -> Path:

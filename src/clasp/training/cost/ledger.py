@@ -294,8 +294,8 @@ class CostLedger:
         started = self._clock()
         result = stepper.step(batch, number)
         seconds = max(self._clock() - started, 1e-9)
-        self._rates.append(len(batch.ids) / seconds)
-        self._pairs += len(batch.ids)
+        self._rates.append(batch.total_pairs / seconds)
+        self._pairs += batch.total_pairs
         self._step_seconds += seconds
         self._precision = stepper.precision
         return result

@@ -1,7 +1,7 @@
 """The tracker registry, and the trackers of a run.
 
 Input: the names in ``train.trackers``. Output: one ``Tracker`` that writes to the run folder and to the named trackers.
-Note: in a multi-process run only the main process records; the others get a tracker that does nothing.
+Note: where several processes train, only the first records; the others have ``silent_trackers``.
 """
 
 from __future__ import annotations
@@ -51,10 +51,6 @@ def open_trackers(
     factories: Mapping[str, TrackerFactory], run: TrackedRun, append: AppendFunction, say: MessageCallback
 ) -> TrackerGroup:
     """The trackers of a run, not started yet; ``append`` adds rows to a file of its folder."""
-    from accelerate import PartialState  # here, since a recipe's names are checked without it
-
-    if not PartialState().is_main_process:
-        return TrackerGroup(JsonLinesTracker(lambda name, rows: None), {}, say)
     made: dict[str, Tracker] = {}
     for name, factory in factories.items():
         tracker = factory(run)
@@ -65,6 +61,11 @@ def open_trackers(
             )
         made[name] = tracker
     return TrackerGroup(JsonLinesTracker(append), made, say, run.step)
+
+
+def silent_trackers() -> TrackerGroup:
+    """Trackers that record nothing."""
+    return TrackerGroup(JsonLinesTracker(lambda name, rows: None), {}, lambda line: None)
 
 
 def _is_installed(package: str) -> bool:

@@ -63,7 +63,7 @@ class RunLogger:
 
     def log_step(self, at: TrainPosition, batch: Batch, step: StepResult) -> None:
         """Record the result of the step at a position; logs every ``log_every`` steps."""
-        self.meter.end_step(len(batch.ids), step.loss)
+        self.meter.end_step(batch.total_pairs, step.loss)
         self._last = (at, step)
         done = at.step + 1
         rates = self.meter.recent_averages()

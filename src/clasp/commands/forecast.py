@@ -1,0 +1,96 @@
+"""The measured forecast of a run: seconds by stage, and peak memory, from a few steps on a part of its pairs.
+
+Input: a recipe, its pairs, its plan and the plans of its feature caches. Output: a ``CheckReport``. Note: the features of
+the part are computed in a temporary folder, so nothing is kept; seconds per image, caption, step and evaluation are
+extrapolated to all. Not in it: loading, the closed form of heads, and reading images from a disk that is slower for many.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from accelerate import PartialState
+
+from clasp.commands.step_timing import time_steps
+from clasp.config.datasets import TrainValPairs
+from clasp.config.recipe import Recipe
+from clasp.data.checks import CheckReport
+from clasp.data.pairs import Pairs
+from clasp.models.cache_policy import CachePlan
+from clasp.training.cost.ledger import format_si
+from clasp.training.cost.meters import PeakMemoryMeter
+from clasp.training.loop import count_evaluations
+from clasp.training.settings import TrainPlan
+from clasp.types import ProgressCallback, ProgressFactory
+
+_PROBE_BATCHES, _MIN_PROBE_PAIRS, _MAX_PROBE_VAL_PAIRS = 2, 64, 256
+
+
+def check_forecast(
+    recipe: Recipe, pairs: TrainValPairs, plan: TrainPlan, caches: Sequence[CachePlan], bar: ProgressFactory
+) -> CheckReport:
+    """Train a few steps on part of the pairs; the model is discarded."""
+    train, val = (
+        _some(pairs[0], max(_PROBE_BATCHES * plan.batch_size, _MIN_PROBE_PAIRS)),
+        _some(pairs[1], _MAX_PROBE_VAL_PAIRS),
+    )
+    fixed = recipe.model_copy(update={"train": plan.resolved(recipe.train)})
+    rates, memory = _SecondsPerRow(bar), PeakMemoryMeter(PartialState().device)
+    memory.start()
+    with TemporaryDirectory() as folder:
+        timing = time_steps(fixed, (train, val), rates.timed_bar, cache=Path(folder))
+    memory.stop()
+    evaluation = timing.evaluation * len(pairs[1]) / len(val)
+    seconds = {
+        "features": sum(cache.count * rates.of(cache.what) for cache in caches if cache.bytes_to_write),
+        "training": plan.steps * timing.step,
+        "evaluation": (count_evaluations(fixed.train) + 1) * evaluation,  # and the results of the final weights
+    }
+    peak = memory.measurement
+    facts = {"seconds": seconds, "step_seconds": timing.step, "peak_bytes": peak.value, "peak": peak.method}
+    report = CheckReport("forecast", {**facts, "measured_on": {"train": len(train), "val": len(val)}})
+    stages = ", ".join(f"{name} {spent:,.0f}" for name, spent in seconds.items())
+    steps = f"{plan.steps:,} steps of {timing.step:.3g} s"
+    report.add_finding("ok", f"about {sum(seconds.values()):,.0f} s: {stages} ({steps}, measured on {len(train):,} pairs)")
+    if peak.value is not None:
+        report.add_finding("ok", f"peak memory {format_si(peak.value, 'B')}, model and all, beyond that of the doctor")
+    return report
+
+
+def _some(pairs: Pairs, most: int) -> Pairs:
+    """Evenly spaced pairs, at most ``most``."""
+    count = min(most, len(pairs))
+    return Pairs(pairs.name, [[pairs[number * len(pairs) // count] for number in range(count)]])
+
+
+class _SecondsPerRow:
+    """Measures the seconds that an image or a caption takes through the frozen part of its tower, by progress bars."""
+
+    def __init__(self, bar: ProgressFactory):
+        self._bar = bar
+        self._spent: dict[str, tuple[float, int]] = {}
+
+    @contextmanager
+    def timed_bar(self, title: str) -> Iterator[ProgressCallback]:
+        """A bar whose first word says of what its rows are."""
+        what, began, rows = title.partition(" ")[0], time.perf_counter(), 0
+
+        def count(done: int, total: int) -> None:
+            nonlocal rows
+            rows = total
+            progress(done, total)
+
+        with self._bar(title) as progress:
+            yield count
+        if rows:
+            seconds, before = self._spent.get(what, (0.0, 0))
+            self._spent[what] = seconds + time.perf_counter() - began, before + rows
+
+    def of(self, what: str) -> float:
+        """Seconds of a row; 0 where none was computed."""
+        seconds, rows = self._spent.get(what, (0.0, 1))
+        return seconds / rows

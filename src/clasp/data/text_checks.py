@@ -1,0 +1,98 @@
+"""Checks of captions against the tokenizer, language by language, and of class names against each other.
+
+Input: training and validation pairs, a tokenizer. Output: a ``CheckReport`` for each subject. Note: a byte-level
+tokenizer has no unknown token; a language that its vocabulary lacks takes more than one token a character instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from clasp.data.checks import CheckReport
+from clasp.data.pairs import Pairs
+from clasp.data.tokenizer import Tokenizer
+
+LANGUAGE_SAMPLE_SIZE = 2_000  # distinct captions of each language
+_MAX_UNKNOWN_SHARE, _MAX_TOKENS_PER_CHARACTER = 0.01, 1.2  # above these, a vocabulary does not fit a language
+_MAX_CLASS_RATIO = 10  # pairs of the largest class to those of the smallest
+
+
+class _LanguageTokens(NamedTuple):
+    """How a tokenizer splits the captions of a language; special tokens are not counted."""
+
+    language: str
+    looked_at: int
+    unknown_share: float | None
+    """``None`` for a byte-level tokenizer"""
+    tokens_per_character: float
+
+    @property
+    def fits(self) -> bool:
+        if self.unknown_share is None:
+            return self.tokens_per_character < _MAX_TOKENS_PER_CHARACTER
+        return self.unknown_share < _MAX_UNKNOWN_SHARE
+
+    def __str__(self) -> str:
+        of = f"{self.looked_at:,} captions{f' in {self.language}' if self.language else ''}"
+        if self.unknown_share is None:
+            return f"{of}: {self.tokens_per_character:.2g} tokens a character"
+        return f"{of}: {100 * self.unknown_share:.1f} % of the tokens are unknown"
+
+
+def check_languages(train: Pairs, tokenizer: Tokenizer) -> CheckReport:
+    """The share of unknown tokens, and tokens per character, in each language of the training captions."""
+    texts: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for pair in train:
+        for text, language in pair.captions:
+            if len(texts[language]) < LANGUAGE_SAMPLE_SIZE:
+                texts[language][text] = None
+    found = [_measure(language, list(some), tokenizer) for language, some in texts.items()]
+    report = CheckReport("languages", {each.language: each._asdict() for each in found})
+    for each in (each for each in found if not each.fits):
+        lacks = "the vocabulary of the text tower lacks this language; choose another text.tower"
+        report.add_finding("look", f"{each}; {lacks}")
+    if fitting := [each for each in found if each.fits]:
+        more = f"; and {len(fitting) - 5} more languages" if len(fitting) > 5 else ""
+        report.add_finding("ok", "; ".join(map(str, fitting[:5])) + more)
+    return report
+
+
+def _measure(language: str, texts: Sequence[str], tokenizer: Tokenizer) -> _LanguageTokens:
+    plain = tokenizer.with_settings(prefix="")
+    special, unknown = plain.special_ids, plain.unknown_id
+    rows = [[token for token in row if token not in special] for row in plain.encode(texts)]
+    tokens, characters = max(1, sum(map(len, rows))), max(1, sum(map(len, texts)))
+    unknown_share = None if unknown is None else sum(row.count(unknown) for row in rows) / tokens
+    return _LanguageTokens(language, len(texts), unknown_share, tokens / characters)
+
+
+def check_classes(train: Pairs, val: Pairs) -> CheckReport | None:
+    """Pairs of each class, where every caption is a class name; ``None`` for other captions."""
+    counts, held_out = _count_classes(train), _count_classes(val)
+    if counts is None or held_out is None or len(counts) < 2:
+        return None
+    (largest, most), (smallest, fewest) = counts.most_common(1)[0], counts.most_common()[-1]
+    facts = {"classes": len(counts), "largest": {largest: most}, "smallest": {smallest: fewest}}
+    untrained = sorted(held_out.keys() - counts.keys())
+    report = CheckReport("balance", {**facts, "only_validated": untrained})
+    text = f"{len(counts):,} classes to train on, of {fewest:,} ({smallest!r}) to {most:,} pairs ({largest!r})"
+    if most > _MAX_CLASS_RATIO * fewest:
+        report.add_finding("look", f"{text}: zero-shot accuracy will favour the large ones; compare macro averages")
+    else:
+        report.add_finding("ok", text)
+    if untrained:
+        named = ", ".join(map(repr, untrained[:5])) + (f" and {len(untrained) - 5} more" if len(untrained) > 5 else "")
+        report.add_finding("look", f"{len(untrained):,} classes are validated on and not trained on: {named}")
+    return report
+
+
+def _count_classes(pairs: Pairs) -> Counter[str] | None:
+    """Pairs by class; ``None`` where a pair has other captions than the name of its class."""
+    counts: Counter[str] = Counter()
+    for pair in pairs:
+        if [caption.text for caption in pair.captions] != [pair.meta.get("class")]:
+            return None
+        counts[pair.captions[0].text] += 1
+    return counts

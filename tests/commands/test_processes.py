@@ -1,0 +1,223 @@
+"""``clasp train`` on two processes: the run of one process, also after an interruption; a death ends it with a reason.
+
+The processes are forks of one that has imported torch, with the environment of torchrun; one test uses the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+from clasp import cli
+from clasp.commands import launch
+from clasp.types import UserError
+from toydata import toys, write_csv
+from toyruns import delta, lines, recipe, run, save_towers
+
+TUNED = ('tune.image=["lora(rank=2)"]', 'tune.text=["norms"]', "train.micro_batch=4", "data.max_bad_fraction=0.1")
+
+
+@dataclass
+class World:
+    folder: Path
+    toml: Path
+    alone: Path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A recipe with an image that cannot be read, and its run on one process."""
+    folder = tmp_path_factory.mktemp("world")
+    towers, pairs = save_towers(folder / "towers"), write_csv(toys(64), folder / "pairs")
+    sorted((folder / "pairs").rglob("*.png"))[5].write_bytes(b"no image")
+    made = recipe(towers, pairs, *TUNED, "train.epochs=30", "train.evaluate_every=10")
+    (folder / "toy.toml").write_text(made.to_toml(), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLASP_CACHE", str(folder / "cache"))
+        run(made, folder / "alone")
+    return World(folder, folder / "toy.toml", folder / "alone")
+
+
+def work(rank: int, port: int, folder: str, arguments: Sequence[str], restarts: int) -> None:
+    """One of two processes of the command."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    told["TORCHELASTIC_RESTART_COUNT"] = restarts
+    os.environ.update({name: str(number) for name, number in told.items()})
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), CLASP_CACHE=f"{folder}/cache")
+    torch.set_num_threads(1)
+    sys.argv = ["clasp", *arguments]
+    sys.stdout = sys.stderr = open(f"{folder}/said-{rank}.txt", "w", encoding="utf-8")
+    cli.main()
+
+
+def start(world: World, *arguments: str, restarts: int = 0) -> list[ForkServerProcess]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "transformers", "clasp.commands.train"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    made = [
+        context.Process(target=work, args=(rank, port, str(world.folder), arguments, restarts)) for rank in range(2)
+    ]
+    for process in made:
+        process.start()
+    return made
+
+
+def end(processes: Sequence[ForkServerProcess]) -> list[int | None]:
+    """Their exit codes."""
+    for process in processes:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+    return [process.exitcode for process in processes]
+
+
+def said(world: World, rank: int) -> str:
+    return (world.folder / f"said-{rank}.txt").read_text(encoding="utf-8")
+
+
+def wait_for_steps(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        if (folder / "log.jsonl").exists() and sum('"step", "step"' in line for line in _read(folder)) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{folder} has not come to {count} lines of steps")
+
+
+def _read(folder: Path) -> list[str]:
+    return (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """To rounding: the weights, the metrics; exactly: the recipe, what was skipped."""
+    expected, found = delta(one), delta(two)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+    assert (one / "recipe.toml").read_bytes() == (two / "recipe.toml").read_bytes()
+    assert results(one) == results(two)
+    skipped = [[row["id"] for row in lines(folder / "log.jsonl") if row["event"] == "skipped"] for folder in (one, two)]
+    assert set(skipped[0]) == set(skipped[1])
+
+
+def results(folder: Path) -> list[tuple[str, dict[str, float], int]]:
+    return [(row["task"], row["metrics"], row["n"]) for row in lines(folder / "results.jsonl")]
+
+
+def test_two_processes_write_the_run_of_one(world: World):
+    processes = start(world, "train", str(world.toml), "--name", "two", "--runs", str(world.folder))
+    assert end(processes) == [0, 0], said(world, 0) + said(world, 1)
+    assert_same_run(world.alone, world.folder / "two")
+    assert said(world, 1) == "", "only the first process reports"
+    first, *_ = lines(world.folder / "two" / "log.jsonl")
+    assert first["processes"] == 2
+    cost = json.loads((world.folder / "two" / "cost.json").read_text())["sum"]
+    alone = json.loads((world.alone / "cost.json").read_text())["sum"]
+    assert (cost["steps"], cost["pairs"]) == (alone["steps"], alone["pairs"])
+
+
+def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(world: World):
+    folder = world.folder / "stopped"
+    processes = start(world, "train", str(world.toml), "--name", "stopped", "--runs", str(world.folder))
+    wait_for_steps(folder, 3)
+    assert processes[1].pid is not None
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert end(processes) == [130, 130]
+    assert "resume with: clasp resume" in said(world, 0)
+    stop = lines(folder / "log.jsonl")[-1]
+    assert stop["event"] == "stop" and stop["interrupted"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLASP_CACHE", str(world.folder / "cache"))
+        patch.setattr(sys, "argv", ["clasp", "resume", str(folder)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert not ended.value.code
+    assert_same_run(world.alone, folder)
+
+
+def test_a_process_that_is_killed_ends_the_run_which_goes_on_when_torchrun_restarts_them(world: World):
+    folder = world.folder / "killed"
+    typed = ("train", str(world.toml), "--name", "killed", "--runs", str(world.folder))
+    processes = start(world, *typed)
+    wait_for_steps(folder, 3)
+    began = time.monotonic()
+    processes[1].kill()
+    assert end(processes) == [2, -signal.SIGKILL]
+    assert time.monotonic() - began < 30
+    assert "clasp: process 0 of 2 ends, since another has ended" in said(world, 0)
+    assert end(start(world, *typed, restarts=1)) == [0, 0], said(world, 0) + said(world, 1)
+    assert_same_run(world.alone, folder)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batch_size=x", "train.batch_size"),
+        ("data.train=nowhere.csv", "nowhere.csv"),
+        ('train.trackers=["nobody"]', "unknown tracker 'nobody'"),
+        ("train.lr=1e30", "the step was not taken"),
+    ],
+    ids=["key", "pairs", "tracker", "diverged"],
+)
+def test_errors_of_the_user_are_reported_once(world: World, override: str, message: str):
+    processes = start(world, "train", str(world.toml), override, "--name", "wrong", "--runs", str(world.folder))
+    assert end(processes) == [2, 2]
+    assert message in said(world, 0) and said(world, 1) == ""
+
+
+def test_the_launcher_starts_them(world: World):
+    """The command as it is typed, with torch's launcher."""
+    command = (sys.executable, "-m", "clasp", "train", str(world.toml), "train.epochs=1", "--name", "launched")
+    done = subprocess.run(
+        [*command, "--runs", str(world.folder), "--processes", "2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "CLASP_CACHE": str(world.folder / "cache"), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the run is in") == 1
+    assert lines(world.folder / "launched" / "log.jsonl")[0]["processes"] == 2
+
+
+def test_what_needs_one_process_is_refused(world: World, monkeypatch: pytest.MonkeyPatch, capsys: Callable):
+    for arguments, message in (
+        (
+            ["train", str(world.toml), "--grid", "train.lr=1,2"],
+            "--grid trains one run after another on one process, not",
+        ),
+        (["train", "auto", f"data.train={world.folder}", "--minutes", "1"], "which has [auto], trains one run after"),
+        (["train", str(world.toml), "--name", "many"], "--processes 9999: this machine has"),
+    ):
+        count = "9999" if "--name" in arguments else "2"
+        monkeypatch.setattr(sys, "argv", ["clasp", *arguments, "--processes", count])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_restart_needs_a_name(world: World):
+    assert end(start(world, "train", str(world.toml), "--runs", str(world.folder / "other"), restarts=1)) == [2, 2]
+    assert "--max-restarts of torchrun needs --name" in said(world, 0) and said(world, 1) == ""
+
+
+def test_torchrun_does_not_nest(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="inside of torchrun"):
+        launch.require_processes(1)
