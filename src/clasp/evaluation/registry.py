@@ -1,4 +1,4 @@
-"""The evaluation tasks by name, each with its options: what ``clasp eval RUN TASK key=value …`` can be given.
+"""The evaluation tasks by name, each with its options: what ``clasp eval MODEL TASK key=value …`` can be given.
 
 Input: a name and the options as typed. Output: the ``TaskEntry`` and its parsed options. A task is one function
 ``(TaskContext) -> list[EvaluationResult]`` and one line in ``EVALUATION_TASKS``; one that is not built in is named
@@ -55,11 +55,15 @@ ANALYZE_OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class TaskEntry:
-    """A task: the function that runs it, one line about it, and the options it has beside ``PAIR_OPTIONS``."""
+    """A task: the function that runs it, one line about it, and the options it has beside ``PAIR_OPTIONS``.
+
+    ``needs_run``: it evaluates the towers of a run, and no other model.
+    """
 
     run: Callable[[TaskContext], list[EvaluationResult]]
     help: str
     options: tuple[TaskOption, ...] = ()
+    needs_run: bool = False
 
     @property
     def all_options(self) -> tuple[TaskOption, ...]:
@@ -147,6 +151,7 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
             TaskOption("anchor", "language that captions are compared with; en if left out"),
             TaskOption("languages", _LANGUAGES_HELP),
         ),
+        needs_run=True,
     ),
 }
 
