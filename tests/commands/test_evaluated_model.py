@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 import transformers as hf
 
+from clasp import cli
+from clasp.commands.compare import compare_models
 from clasp.commands.evaluate import evaluate_run
 from clasp.commands.evaluated_model import find_model
 from clasp.config.build import build_model_and_preprocessing
@@ -158,3 +161,52 @@ def test_the_results_of_a_run_may_go_elsewhere_too(world: World, tmp_path: Path)
     assert (at / "results.jsonl").read_bytes() == before and len(lines(tmp_path / "out" / "results.jsonl")) == 3
     assert numbers(evaluate_run(at, "retrieval", [f"data={world.pairs}"], out=at)) == numbers(rows)
     assert len(lines(at / "results.jsonl")) == before.count(b"\n") + 3 and not (at / "model.json").exists()
+
+
+# --- two models ------------------------------------------------------------------------------------------------------
+
+
+def test_every_prediction_of_two_models_is_kept(world: World, tmp_path: Path):
+    models = world.embeddings("siglip"), world.embeddings("clip")
+    options = [f"data={world.pairs}", "templates=a {}"]
+    done = compare_models(models, "zeroshot", options, out=tmp_path / "out")
+    assert (done.first, done.second) == tuple(map(str, models))
+    (alone,) = evaluate_run(models[1], "zeroshot", options, out=tmp_path / "alone")
+    assert {each.metric: each.second for each in done.comparisons} == pytest.approx(alone.metrics)
+    assert done.primary.metric == "top1" and done.primary.test == "mcnemar"
+    rows = lines(tmp_path / "out" / "predictions.jsonl")
+    assert len(rows) == len(TOYS) == done.primary.n
+    first, second = (sum(row["top1"][side] for row in rows) / len(rows) for side in (0, 1))
+    assert (first, second) == pytest.approx((done.primary.first, done.primary.second))
+    for row in rows:
+        assert row["expected"] in CLASSES and set(row["predicted"]) <= set(CLASSES)
+        assert row["top1"] == [float(name == row["expected"]) for name in row["predicted"]]
+    kept = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert kept == json.loads(json.dumps(done.to_dict()))
+
+
+def test_a_run_compared_with_another_model(world: World, tmp_path: Path):
+    at, options = tmp_path / "run", [f"data={world.pairs}"]
+    run(recipe(save_towers(world.folder / "towers"), world.pairs, "train.epochs=1"), at)
+    before = sorted(path.name for path in at.rglob("*"))
+    done = compare_models((at, world.embeddings("clip")), "retrieval", options)
+    assert done.first == str(at) and done.primary.metric == "mean_recall" and done.primary.test == "bootstrap"
+    assert sorted(path.name for path in at.rglob("*")) == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(UserError, match="out exists already; name a new folder"):
+        compare_models((at, at), "retrieval", options, out=tmp_path / "out")
+    with pytest.raises(UserError, match="retention has no scores of single queries to compare; tasks: zeroshot, retr"):
+        compare_models((at, at), "retention", options)
+
+
+def test_the_comparison_on_the_command_line(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    words = ["compare", str(world.embeddings("clip")), str(world.embeddings("siglip")), "retrieval"]
+    monkeypatch.setattr(sys, "argv", ["clasp", *words, f"data={world.pairs}"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    shown = capfd.readouterr().out
+    assert not end.value.code and "image to text: R@1" in shown and "difference" in shown
+    assert "no difference shown in mean recall: " in shown or " points of mean recall (" in shown

@@ -1,4 +1,4 @@
-"""Verbs about trained runs: eval, analyze, report."""
+"""Verbs about models: eval, compare, analyze, report."""
 
 from __future__ import annotations
 
@@ -50,6 +50,42 @@ def evaluate(
     else:
         where = "the run folder" if out is None else relative_path(out)
         print_results(f"{relative_path(model)}: {task}", results, f"results.jsonl in {where}")
+
+
+@app.command(epilog=_TASKS_HELP)
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A model, as for clasp eval.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The model it is compared with.")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help=task_names())],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the task, listed below.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="New folder for comparison.json and predictions.jsonl."),
+    ] = None,
+    as_json: JsonOption = False,
+    allow_code: AllowCodeOption = False,
+) -> None:
+    """Compare two models on the same queries: difference, 95 % interval and p-value of every metric.
+
+    Intervals are of the paired bootstrap; accuracies are tested with McNemar's exact test. With --out, the predictions
+    and scores of both models for every query are kept.
+    """
+    from clasp.commands.compare import compare_models
+    from clasp.report.comparison_table import comparison_sentence, comparison_table
+    from clasp.report.console import print_json, print_lines, print_status, print_table, progress_bar, relative_path
+
+    with code_allowed(allow_code):
+        done = compare_models((first, second), task, options or (), out=out, say=print_status, bar=progress_bar)
+    sentence = comparison_sentence(done.first, done.second, done.primary)
+    if as_json:
+        return print_json({**done.to_dict(), "sentence": sentence})
+    table = comparison_table(done.comparisons, done.primary)
+    print_table(f"A: {done.first}, B: {done.second}, on {done.data}", table.columns, table.rows, table.notes)
+    print_lines([sentence])
+    if out is not None:
+        print_status(f"every query is in {relative_path(out)}")
 
 
 @app.command(epilog=_ANALYZE_HELP)

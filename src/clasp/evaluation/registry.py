@@ -1,7 +1,8 @@
 """The evaluation tasks by name, each with its options: what ``clasp eval MODEL TASK key=value …`` can be given.
 
-Input: a name and the options as typed. Output: the ``TaskEntry`` and its parsed options. A task is one function
-``(TaskContext) -> list[EvaluationResult]`` and one line in ``EVALUATION_TASKS``; one that is not built in is named
+Input: a name and the options as typed. Output: the ``TaskEntry`` and its parsed options. A task is one function and one
+line in ``EVALUATION_TASKS``: ``(TaskContext) -> EvaluationTask`` where it scores single queries, so that two models can
+be compared on them, else ``(TaskContext) -> list[EvaluationResult]``. One that is not built in is named
 ``package.module:Name``, where ``Name`` is a ``TaskEntry``. Note: nothing heavy is imported before a task runs, since
 the help of ``clasp eval`` is made of this table.
 """
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from clasp.evaluation.results import EvaluationResult
     from clasp.evaluation.task_context import TaskContext
+    from clasp.evaluation.tasks import EvaluationTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,22 @@ ANALYZE_OPTIONS = (
 class TaskEntry:
     """A task: the function that runs it, one line about it, and the options it has beside ``PAIR_OPTIONS``.
 
-    ``needs_run``: it evaluates the towers of a run, and no other model.
+    ``needs_run``: it evaluates the towers of a run, and no other model. ``build``: the task whose ``results`` are those
+    of ``run``; ``None`` where it has no scores of single queries.
     """
 
     run: Callable[[TaskContext], list[EvaluationResult]]
     help: str
     options: tuple[TaskOption, ...] = ()
     needs_run: bool = False
+    build: Callable[[TaskContext], EvaluationTask] | None = None
+
+    @classmethod
+    def of_queries(
+        cls, build: Callable[[TaskContext], EvaluationTask], help: str, options: tuple[TaskOption, ...] = ()
+    ) -> TaskEntry:
+        """A task that scores single queries."""
+        return cls(lambda context: build(context).results(context.model), help, options, build=build)
 
     @property
     def all_options(self) -> tuple[TaskOption, ...]:
@@ -75,7 +86,7 @@ class TaskEntry:
 # --- the tasks -------------------------------------------------------------------------------------------------------
 
 
-def run_zeroshot(context: TaskContext) -> list[EvaluationResult]:
+def build_zeroshot(context: TaskContext) -> EvaluationTask:
     """Raises ``UserError`` for pairs without a class, a class list or a template that cannot be used."""
     from clasp.evaluation.from_pairs import zeroshot_task
     from clasp.evaluation.zeroshot import read_class_names, read_templates
@@ -93,18 +104,17 @@ def run_zeroshot(context: TaskContext) -> list[EvaluationResult]:
         else sorted({str(pair.meta[label]) for pair in pairs})
     )
     templates = read_templates(options["templates"])
-    task = zeroshot_task(pairs, context.inputs, classes=classes, templates=templates, data=context.data, label=label)
-    return task.results(context.model)
+    return zeroshot_task(pairs, context.inputs, classes=classes, templates=templates, data=context.data, label=label)
 
 
-def run_retrieval(context: TaskContext) -> list[EvaluationResult]:
+def build_retrieval(context: TaskContext) -> EvaluationTask:
     """All captions of the pairs, in both directions."""
     from clasp.evaluation.from_pairs import retrieval_task
 
-    return retrieval_task(context.pairs, context.inputs, data=context.data).results(context.model)
+    return retrieval_task(context.pairs, context.inputs, data=context.data)
 
 
-def run_multilingual(context: TaskContext) -> list[EvaluationResult]:
+def build_multilingual(context: TaskContext) -> EvaluationTask:
     """Raises ``UserError`` where no caption names its language, or none is in a language that was asked for."""
     from clasp.data.pairs import caption_languages
     from clasp.evaluation.from_pairs import multilingual_task
@@ -114,8 +124,7 @@ def run_multilingual(context: TaskContext) -> list[EvaluationResult]:
     languages = requested_languages(context.options.get("languages"), caption_languages(context.pairs), context.data)
     if not languages:
         raise UserError(f"no caption of {context.data} names its language; evaluate them with: retrieval")
-    task = multilingual_task(context.pairs, context.inputs, languages=languages, data=context.data)
-    return task.results(context.model)
+    return multilingual_task(context.pairs, context.inputs, languages=languages, data=context.data)
 
 
 def run_retention(context: TaskContext) -> list[EvaluationResult]:
@@ -129,8 +138,8 @@ _LABEL_HELP = "column of the class"
 _LANGUAGES_HELP = "some of the languages of the captions, separated by commas; all if left out"
 
 EVALUATION_TASKS: dict[str, TaskEntry] = {
-    "zeroshot": TaskEntry(
-        run_zeroshot,
+    "zeroshot": TaskEntry.of_queries(
+        build_zeroshot,
         "classify images by class names alone",
         (
             TaskOption("classes", "file with one class name a line; the classes of data if left out"),
@@ -138,9 +147,9 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
             TaskOption("label", _LABEL_HELP, "class"),
         ),
     ),
-    "retrieval": TaskEntry(run_retrieval, "find captions by image and images by caption"),
-    "multilingual": TaskEntry(
-        run_multilingual, "retrieval in each language, and its mean", (TaskOption("languages", _LANGUAGES_HELP),)
+    "retrieval": TaskEntry.of_queries(build_retrieval, "find captions by image and images by caption"),
+    "multilingual": TaskEntry.of_queries(
+        build_multilingual, "retrieval in each language, and its mean", (TaskOption("languages", _LANGUAGES_HELP),)
     ),
     "retention": TaskEntry(
         run_retention,
