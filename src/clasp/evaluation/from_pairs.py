@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from clasp.data.pairs import Pairs, caption_languages
+from clasp.evaluation.compositional import HardNegativeQueries, WinogroundQueries
 from clasp.evaluation.embedding_table import EvaluationInputs, TextBatches
 from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language
 from clasp.evaluation.retrieval import RetrievalDirection, RetrievalQueries
-from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
+from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, SingleTask, ZeroShotTask
 from clasp.evaluation.zeroshot import ZeroShotQueries
-from clasp.types import Pair
+from clasp.types import Pair, UserError
 
 _BOTH_DIRECTIONS: tuple[RetrievalDirection, ...] = ("image_to_text", "text_to_image")
 
@@ -83,6 +84,42 @@ def retrieval_task(pairs: Pairs, inputs: EvaluationInputs, *, data: str) -> Retr
         texts=inputs.texts({key: text for key, (text, _) in captions.items()}),
     )
     return RetrievalTask(data=data, images=inputs.images(pairs), queries=queries)
+
+
+def hard_negative_task(
+    pairs: Pairs, inputs: EvaluationInputs, *, negative: str, data: str
+) -> SingleTask[HardNegativeQueries]:
+    """The first caption of each image against those in its column ``negative``, a text or a list of texts.
+
+    Raises ``UserError`` for a pair without.
+    """
+    candidates: dict[str, tuple[str, ...]] = {}
+    for pair in pairs:
+        given = pair.meta.get(negative)
+        texts = [given] if isinstance(given, str) else given
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+            has = ", ".join(map(str, pair.meta)) or "none"
+            raise UserError(
+                f"{pair.id} of {data} has no text or list of texts in {negative!r}; negative= one of: {has}"
+            )
+        candidates[pair.id] = (pair.captions[0].text, *texts)
+    groups = {pair.id: pair.group for pair in pairs}
+    queries = HardNegativeQueries(candidates=candidates, groups=groups, read=inputs.read)
+    return SingleTask(data=data, images=inputs.images(pairs), queries=queries, name="sugarcrepe", primary="accuracy")
+
+
+def winoground_task(pairs: Pairs, inputs: EvaluationInputs, *, data: str) -> SingleTask[WinogroundQueries]:
+    """Groups of two pairs, each with its first caption. Raises ``UserError`` for a group of another size."""
+    members: dict[str, list[tuple[str, str]]] = {}
+    for pair in pairs:
+        members.setdefault(pair.group, []).append((pair.id, pair.captions[0].text))
+    examples: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {}
+    for group, found in members.items():
+        if len(found) != 2:
+            raise UserError(f"{data}: winoground needs two pairs in each group, and {group!r} has {len(found)}")
+        examples[group] = (found[0], found[1])
+    queries = WinogroundQueries(examples=examples, read=inputs.read)
+    return SingleTask(data=data, images=inputs.images(pairs), queries=queries, name="winoground", primary="group_score")
 
 
 def multilingual_task(

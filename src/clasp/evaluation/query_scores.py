@@ -39,7 +39,8 @@ class QueryScores:
 
     ``ids`` are those of the queries; ``groups`` holds the cluster of each: the unit that is resampled for intervals.
     ``expected`` is the right answer of each query (a class, or a group), and ``predict`` computes the answer that is
-    ranked first (a class, or the id of an item; of tied ones the first). ``chance`` is the chance level of each metric.
+    ranked first (a class, or the id of an item; of tied ones the first), where there is one answer. ``chance`` is the
+    chance level of each metric.
     """
 
     direction: str
@@ -49,25 +50,28 @@ class QueryScores:
     medians: Mapping[str, float]
     chance: Mapping[str, float]
     expected: tuple[str, ...]
-    predict: Callable[[], list[str]]
+    predict: Callable[[], list[str]] | None = None
 
     def metrics(self) -> dict[str, float]:
         """Every metric by name."""
         return {name: mean.value() for name, mean in self.means.items()} | dict(self.medians)
 
     def prediction_rows(self) -> list[dict[str, Any]]:
-        """For each query its id, group, right and predicted answer, and its value of each mean over queries."""
+        """For each query its id, group, right answer, predicted answer (``None`` without ``predict``), and its values
+        of the means over queries."""
         plain = {name: mean.values.tolist() for name, mean in self.means.items() if mean.cells is None}
-        columns = zip(self.ids, self.groups, self.expected, self.predict(), strict=True)
+        predicted = [None] * len(self.ids) if self.predict is None else self.predict()
+        columns = zip(self.ids, self.groups, self.expected, predicted, strict=True)
         return [
-            {"id": id, "group": group, "expected": expected, "predicted": predicted}
+            {"id": id, "group": group, "expected": expected, "predicted": answer}
             | {name: values[row] for name, values in plain.items()}
-            for row, (id, group, expected, predicted) in enumerate(columns)
+            for row, (id, group, expected, answer) in enumerate(columns)
         ]
 
     def sorted_by_id(self) -> QueryScores:
         """The same scores in the order of the ids, whatever the order of reading was."""
         order = sorted(range(len(self.ids)), key=lambda row: self.ids[row])
+        predict = self.predict
 
         def ordered(names: Sequence[str]) -> tuple[str, ...]:
             return tuple(names[row] for row in order)
@@ -84,7 +88,7 @@ class QueryScores:
             medians=self.medians,
             chance=self.chance,
             expected=ordered(self.expected),
-            predict=lambda: list(ordered(self.predict())),
+            predict=None if predict is None else lambda: list(ordered(predict())),
         )
 
 

@@ -127,6 +127,42 @@ def build_multilingual(context: TaskContext) -> EvaluationTask:
     return multilingual_task(context.pairs, context.inputs, languages=languages, data=context.data)
 
 
+def build_knn(context: TaskContext) -> EvaluationTask:
+    """See ``clasp.evaluation.probe_tasks``."""
+    from clasp.evaluation.probe_tasks import knn_task
+
+    return knn_task(context)
+
+
+def build_probe(context: TaskContext) -> EvaluationTask:
+    """See ``clasp.evaluation.probe_tasks``."""
+    from clasp.evaluation.probe_tasks import linear_task
+
+    return linear_task(context)
+
+
+def build_sugarcrepe(context: TaskContext) -> EvaluationTask:
+    """The caption of each image against its hard negatives."""
+    from clasp.evaluation.from_pairs import hard_negative_task
+
+    negative = context.options["negative"]
+    return hard_negative_task(context.pairs, context.inputs, negative=negative, data=context.data)
+
+
+def build_winoground(context: TaskContext) -> EvaluationTask:
+    """Two images and two captions of each group."""
+    from clasp.evaluation.from_pairs import winoground_task
+
+    return winoground_task(context.pairs, context.inputs, data=context.data)
+
+
+def run_multilabel(context: TaskContext) -> list[EvaluationResult]:
+    """See ``clasp.evaluation.multilabel_task``."""
+    from clasp.evaluation.multilabel_task import evaluate_multilabel
+
+    return evaluate_multilabel(context)
+
+
 def run_retention(context: TaskContext) -> list[EvaluationResult]:
     """See ``clasp.evaluation.retention.run``."""
     from clasp.evaluation.retention.run import evaluate_retention
@@ -135,21 +171,56 @@ def run_retention(context: TaskContext) -> list[EvaluationResult]:
 
 
 _LABEL_HELP = "column of the class"
+_FIT_HELP = "pairs to fit on; half of data if left out"
 _LANGUAGES_HELP = "some of the languages of the captions, separated by commas; all if left out"
+
+_ZEROSHOT_OPTIONS = (
+    TaskOption("classes", "file with one class name a line; the classes of data if left out"),
+    TaskOption("templates", "prompt with {} for the class, or a file with one a line", "a photo of a {}."),
+)
 
 EVALUATION_TASKS: dict[str, TaskEntry] = {
     "zeroshot": TaskEntry.of_queries(
         build_zeroshot,
         "classify images by class names alone",
-        (
-            TaskOption("classes", "file with one class name a line; the classes of data if left out"),
-            TaskOption("templates", "prompt with {} for the class, or a file with one a line", "a photo of a {}."),
-            TaskOption("label", _LABEL_HELP, "class"),
-        ),
+        (*_ZEROSHOT_OPTIONS, TaskOption("label", _LABEL_HELP, "class")),
     ),
     "retrieval": TaskEntry.of_queries(build_retrieval, "find captions by image and images by caption"),
     "multilingual": TaskEntry.of_queries(
         build_multilingual, "retrieval in each language, and its mean", (TaskOption("languages", _LANGUAGES_HELP),)
+    ),
+    "multilabel": TaskEntry(
+        run_multilabel,
+        "classify images of several classes: mean average precision, mean area under the ROC curve",
+        (*_ZEROSHOT_OPTIONS, TaskOption("label", "column of the list of classes", "classes")),
+    ),
+    "knn": TaskEntry.of_queries(
+        build_knn,
+        "classify images by their nearest neighbours among image embeddings",
+        (
+            TaskOption("fit", _FIT_HELP),
+            TaskOption("label", _LABEL_HELP, "class"),
+            TaskOption("k", "number of neighbours", "20"),
+            TaskOption("temperature", "a neighbour weighs exp(cosine / temperature)", "0.07"),
+        ),
+    ),
+    "probe": TaskEntry.of_queries(
+        build_probe,
+        "classify images by logistic regression on image embeddings",
+        (
+            TaskOption("fit", _FIT_HELP),
+            TaskOption("label", _LABEL_HELP, "class"),
+            TaskOption("shots", "fit to so many images of each class; to all if left out"),
+            TaskOption("draws", "with shots: average over so many draws of them", "3"),
+        ),
+    ),
+    "sugarcrepe": TaskEntry.of_queries(
+        build_sugarcrepe,
+        "choose the caption of an image among hard negatives",
+        (TaskOption("negative", "column of the negative captions, a text or a list", "negative_caption"),),
+    ),
+    "winoground": TaskEntry.of_queries(
+        build_winoground, "match two images with two captions, the pairs of a group: group, text and image score"
     ),
     "retention": TaskEntry(
         run_retention,
