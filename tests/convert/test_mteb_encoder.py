@@ -18,7 +18,7 @@ import clasp
 from clasp.commands.evaluate import evaluate_run
 from clasp.convert.mteb_encoder import as_mteb
 from clasp.types import UserError
-from toydata import toys, write_classes, write_csv
+from toydata import toys, write_csv
 from toyruns import recipe, run, save_towers
 
 TOYS = toys(30)
@@ -90,12 +90,15 @@ def test_a_zero_shot_task_of_mieb_has_our_number(mteb: ModuleType, trained: Path
     assert isinstance(encoder, EncoderProtocol)
     meta = encoder.mteb_model_meta
     assert (meta.name, meta.embed_dim) == ("clasp/run", 16) and set(meta.modalities) == {"image", "text"}
-    names = sorted({toy.caption for toy in TOYS})
-    columns = {"img": pictures(), "label": [names.index(toy.caption) for toy in TOYS]}
+    names = sorted({toy.shape for toy in TOYS})
+    columns = {"img": pictures(), "label": [names.index(toy.shape) for toy in TOYS]}
     task = local(CIFAR10ZeroShotClassification(), columns, label=datasets.ClassLabel(names=names))
     scores = task.evaluate(encoder, "test", encode_kwargs={"batch_size": 7})["default"]
     (prompt,) = {text.replace(names[0], "{}") for text in task.get_candidate_labels() if names[0] in text}
-    data = write_classes(TOYS, tmp_path / "classes")
+    data = tmp_path / "classes"
+    for toy in TOYS:
+        (data / toy.shape).mkdir(parents=True, exist_ok=True)
+        (data / toy.shape / f"{toy.key}.png").write_bytes(toy.png)
     (ours,) = evaluate_run(trained, "zeroshot", [f"data={data}", f"templates={prompt}"], out=tmp_path / "out")
     assert scores["accuracy"] == pytest.approx(ours.metrics["top1"], abs=1e-6) and 0.04 < scores["accuracy"]
 
