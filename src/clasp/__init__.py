@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from clasp.commands.embed_batches import BatchEmbedder
     from clasp.commands.environment import configure_environment
     from clasp.config.build import load
+    from clasp.convert.mteb_encoder import as_mteb
     from clasp.convert.onnx_model import OnnxModel
     from clasp.convert.open_clip import as_open_clip
     from clasp.models.backbone import Backbone
@@ -24,6 +25,7 @@ __all__ = [
     "OnnxModel",
     "UserError",
     "__version__",
+    "as_mteb",
     "as_open_clip",
     "configure_environment",
     "load",
@@ -32,6 +34,7 @@ __all__ = [
 _HOME = {
     "load": "clasp.config.build",
     "as_open_clip": "clasp.convert.open_clip",
+    "as_mteb": "clasp.convert.mteb_encoder",
     "EmbeddingModel": "clasp.models.inference",
     "Backbone": "clasp.models.backbone",
     "OnnxModel": "clasp.convert.onnx_model",

@@ -39,6 +39,7 @@ VERBS = (
     "train",
     "resume",
     "eval",
+    "compare",
     "analyze",
     "report",
     "index",

@@ -1,4 +1,4 @@
-"""Verbs about trained runs: eval, analyze, report."""
+"""Verbs about models: eval, compare, analyze, report."""
 
 from __future__ import annotations
 
@@ -12,32 +12,80 @@ from rich.markup import escape
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
 from clasp.evaluation.registry import ANALYZE_OPTIONS, describe_option, describe_tasks, task_names
 
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run folder, clip:NAME, open_clip:NAME/TAG, or another model's folder.")
+]
 _ANALYZE_HELP = escape("\n".join(map(describe_option, ANALYZE_OPTIONS)))
 _TASKS_HELP = escape("\n".join(describe_tasks()))
 
 
 @app.command(name="eval", epilog=_TASKS_HELP)
 def evaluate(
-    run: RunArgument,
+    model: ModelArgument,
     task: Annotated[str, typer.Argument(metavar="TASK", help=task_names())],
     options: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Options of the task, listed below."),
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for results.jsonl; by default RUN.")
+    ] = None,
     as_json: JsonOption = False,
     allow_code: AllowCodeOption = False,
 ) -> None:
-    """Evaluate a run on a data set; metrics with 95 % intervals are printed and appended to RUN/results.jsonl."""
+    """Evaluate a model on a data set; metrics with 95 % intervals are printed and appended to results.jsonl.
+
+    MODEL is a run folder, clip:NAME or open_clip:NAME/TAG, a folder of one of these or of a SentenceTransformer CLIP,
+    hf:USER/NAME, or a folder of embeddings (image.npy, image.json, text.npy, text.json). Results of a run are kept in
+    its folder, those of any other model in --out FOLDER.
+    """
     from clasp.commands.evaluate import evaluate_run
     from clasp.report.console import print_json, print_status, progress_bar, relative_path
     from clasp.report.terminal import print_results
 
     with code_allowed(allow_code):
-        results = evaluate_run(run, task, options or (), say=print_status, bar=progress_bar)
+        results = evaluate_run(model, task, options or (), out=out, say=print_status, bar=progress_bar)
     if as_json:
-        print_json({"run": str(run), "task": task, "results": [asdict(result) for result in results]})
+        print_json({"run": model, "task": task, "results": [asdict(result) for result in results]})
     else:
-        print_results(f"{relative_path(run)}: {task}", results, "results.jsonl in the run folder")
+        where = "the run folder" if out is None else relative_path(out)
+        print_results(f"{relative_path(model)}: {task}", results, f"results.jsonl in {where}")
+
+
+@app.command(epilog=_TASKS_HELP)
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A model, as for clasp eval.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The model it is compared with.")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help=task_names())],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the task, listed below.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="New folder for comparison.json and predictions.jsonl."),
+    ] = None,
+    as_json: JsonOption = False,
+    allow_code: AllowCodeOption = False,
+) -> None:
+    """Compare two models on the same queries: difference, 95 % interval and p-value of every metric.
+
+    Intervals are of the paired bootstrap; accuracies are tested with McNemar's exact test. With --out, the predictions
+    and scores of both models for every query are kept.
+    """
+    from clasp.commands.compare import compare_models
+    from clasp.report.comparison_table import comparison_sentence, comparison_table
+    from clasp.report.console import print_json, print_lines, print_status, print_table, progress_bar, relative_path
+
+    with code_allowed(allow_code):
+        done = compare_models((first, second), task, options or (), out=out, say=print_status, bar=progress_bar)
+    sentence = comparison_sentence(done.first, done.second, done.primary)
+    if as_json:
+        return print_json({**done.to_dict(), "sentence": sentence})
+    table = comparison_table(done.comparisons, done.primary)
+    print_table(f"A: {done.first}, B: {done.second}, on {done.data}", table.columns, table.rows, table.notes)
+    print_lines([sentence])
+    if out is not None:
+        print_status(f"every query is in {relative_path(out)}")
 
 
 @app.command(epilog=_ANALYZE_HELP)

@@ -1,27 +1,26 @@
-"""``clasp eval``: evaluate a run on a task.
+"""``clasp eval``: evaluate a model on a task.
 
-Input: run, task and options as typed. Output: results, which are also appended to the run's ``results.jsonl``, and a
-figure in the run folder where the task has one. Note: the tasks are in ``clasp.evaluation.registry``; here only
-``TASK_FIGURES`` depends on them.
+Input: model, task and options as typed. Output: results, which are also appended to ``results.jsonl`` in the run folder
+or in the folder that the user names, and a figure there where the task has one. Note: the tasks are in
+``clasp.evaluation.registry``; here only ``TASK_FIGURES`` depends on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from clasp.config.build import ModelAndPreprocessing, build_feature_source, load
-from clasp.config.datasets import open_pairs_for_recipe
-from clasp.config.recipe import recipe_from_dict
-from clasp.data.pairs import ColumnNames
-from clasp.evaluation.registry import find_task, parse_task_options
+from clasp.commands.evaluated_model import LoadedModel, ModelSource, find_model
+from clasp.commands.result_folder import ResultFolder
+from clasp.config.datasets import open_pairs_for_settings
+from clasp.data.pairs import ColumnNames, Pairs
+from clasp.evaluation.registry import TaskEntry, find_task, parse_task_options
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.task_context import TaskContext
-from clasp.models.dual_encoder import DualEncoder
 from clasp.report.console import relative_path
 from clasp.report.figures import draw_retention
-from clasp.training.run_folder import RunFolder
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 TASK_FIGURES: dict[str, Callable[[Sequence[EvaluationResult], Path], None]] = {"retention": draw_retention}
@@ -29,36 +28,28 @@ TASK_FIGURES: dict[str, Callable[[Sequence[EvaluationResult], Path], None]] = {"
 
 
 def evaluate_run(
-    run: str | Path,
+    model: str | Path,
     task: str,
     options: Sequence[str] = (),
     *,
+    out: str | Path | None = None,
     say: MessageCallback = lambda line: None,
     bar: ProgressFactory = no_progress_bar,
 ) -> list[EvaluationResult]:
-    """Run a task of ``EVALUATION_TASKS``, or ``package.module:Name``, on a run; ``options`` are ``key=value``.
+    """Run a task of ``EVALUATION_TASKS``, or ``package.module:Name``, on a model; ``options`` are ``key=value``.
 
-    ``say`` is called with status lines beside the results. Raises ``UserError``.
+    ``model`` as ``find_model`` takes it; ``out``: the folder for the results, in place of the run's own. ``say`` is
+    called with status lines beside the results. Raises ``UserError``.
     """
-    entry, folder = find_task(task), RunFolder(run)
+    entry = find_task(task)
     given = parse_task_options(task, entry, options)
-    recipe = recipe_from_dict(folder.recipe(), str(run))
-    columns = ColumnNames(image=given.get("image", ""), caption=given.get("caption", ""))
-    pairs = open_pairs_for_recipe(given["data"], recipe, columns=columns, image_root=given.get("image_root"))
-    model = load(run)
-    assert isinstance(model.encoder, DualEncoder)
-    parts = ModelAndPreprocessing(model.encoder, model.transform, model.tokenizer)
-    context = TaskContext(
-        run=folder.path,
-        recipe=recipe,
-        model=model.encoder,
-        pairs=pairs,
-        inputs=build_feature_source(parts, recipe, bar=bar),
-        options=given,
-        say=say,
-        bar=bar,
-    )
-    results = entry.run(context)
+    source = find_model(model)
+    require_task_applies(task, entry, source)
+    folder = ResultFolder(source, out)
+    opener = pair_opener(source, given)
+    pairs, loaded = opener(given["data"]), source.load(bar)
+    folder.require_fingerprint(loaded.encoder.fingerprint)
+    results = entry.run(make_context(loaded, pairs, opener, given, say, bar))
     if not isinstance(results, list) or not all(isinstance(result, EvaluationResult) for result in results):
         raise UserError(f"task {task!r} returned {type(results).__name__}; a list of EvaluationResult is expected")
     folder.append("results.jsonl", [asdict(result) for result in results])
@@ -67,3 +58,36 @@ def evaluate_run(
         TASK_FIGURES[task](results, figure)
         say(f"figure: {relative_path(figure)}")
     return results
+
+
+def require_task_applies(task: str, entry: TaskEntry, model: ModelSource) -> None:
+    """Raises ``UserError`` for a task on the towers of a run, and a model that is none."""
+    if entry.needs_run and model.run is None:
+        raise UserError(f"{task} evaluates the towers of a run folder, and {model.name} is none")
+
+
+def pair_opener(model: ModelSource, options: Mapping[str, str]) -> Callable[[str], Pairs]:
+    """Opens pairs by name, with the columns of the options."""
+    columns = ColumnNames(image=options.get("image", ""), caption=options.get("caption", ""))
+    return partial(open_pairs_for_settings, data=model.data, columns=columns, image_root=options.get("image_root"))
+
+
+def make_context(
+    loaded: LoadedModel,
+    pairs: Pairs,
+    opener: Callable[[str], Pairs],
+    options: Mapping[str, str],
+    say: MessageCallback,
+    bar: ProgressFactory,
+) -> TaskContext:
+    """The arguments of a task."""
+    return TaskContext(
+        model=loaded.encoder,
+        inputs=loaded.inputs,
+        pairs=pairs,
+        open_pairs=opener,
+        options=options,
+        run=loaded.run,
+        say=say,
+        bar=bar,
+    )

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from clasp.config.recipe import Recipe
+from clasp.config.recipe import DataSettings, Recipe
 from clasp.data.cache_folder import cache_folder
 from clasp.data.formats.rows import DEFAULT_COLUMNS
 from clasp.data.formats.skipped_files import SkippedFiles, escape_name
@@ -50,7 +50,13 @@ def open_pairs_for_recipe(
     source: str, recipe: Recipe, *, columns: ColumnNames = DEFAULT_COLUMNS, image_root: str | None = None
 ) -> Pairs:
     """Pairs for a trained model; those of its recipe are read with the recipe's format and columns unless given."""
-    data = recipe.data
+    return open_pairs_for_settings(source, recipe.data, columns=columns, image_root=image_root)
+
+
+def open_pairs_for_settings(
+    source: str, data: DataSettings, *, columns: ColumnNames = DEFAULT_COLUMNS, image_root: str | None = None
+) -> Pairs:
+    """As ``open_pairs_for_recipe``, by the ``[data]`` of a recipe alone."""
     path = sample_file(source, cache_folder()) if source.startswith(SAMPLE_SCHEME) else source
     format = data.format if source in (data.train, data.val) else None
     if source in (data.train, data.val) and columns == DEFAULT_COLUMNS:

@@ -1,19 +1,21 @@
 """A stream of images or texts through one side of an encoder: unit vectors with their ids.
 
 Input: an encoder and a stream that can be read again (``ImageBatches``, ``TextBatches``: each call yields chunks of ids
-and inputs, in any order). Output: an ``EmbeddingTable``. Note: vectors are identified by id, never by position.
+and inputs, in any order), from an ``EvaluationInputs``. Output: an ``EmbeddingTable``. Note: vectors are identified by
+id, never by position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clasp.data.pairs import Pairs
 from clasp.evaluation.name_checks import refuse_repeats
 from clasp.types import ImageInput, TextInput, UserError
 
@@ -23,6 +25,27 @@ TextBatches = Callable[[], Iterable[tuple[Sequence[str], TextInput]]]
 TextBatcher = Callable[[Sequence[str]], Iterable[tuple[Sequence[str], TextInput]]]
 
 _InputT = TypeVar("_InputT")
+
+
+@runtime_checkable
+class EvaluationInputs(Protocol):
+    """What an encoder reads of pairs and texts: a ``FeatureSource``, or embeddings that were computed elsewhere."""
+
+    def images(self, pairs: Pairs) -> ImageBatches:
+        """The images of ``pairs`` with their ids."""
+        ...
+
+    def texts(self, texts: Mapping[str, str]) -> TextBatches:
+        """Captions, given as id to text."""
+        ...
+
+    def read(self, texts: Sequence[str]) -> Iterable[tuple[Sequence[str], TextInput]]:
+        """Texts that are their own ids."""
+        ...
+
+    def precompute_texts(self, texts: Iterable[str]) -> None:
+        """Announces the texts of many small requests."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

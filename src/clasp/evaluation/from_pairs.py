@@ -1,6 +1,6 @@
 """Pairs made into evaluation tasks: which captions are the queries, in which language, of which class.
 
-Input: pairs and the ``FeatureSource`` of a model. Output: tasks, for validation during training and for ``clasp eval``.
+Input: pairs and the ``EvaluationInputs`` of a model. Output: tasks, for validation during training and ``clasp eval``.
 Note: the validation task depends on the pairs. Where every caption is a class name, retrieval would be among many equal
 captions, so zero-shot classification is used; where captions are in several languages, each language has separate
 queries, so that captions of an image in one language are not competitors of those in another.
@@ -11,18 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from clasp.data.pairs import Pairs, caption_languages
-from clasp.evaluation.embedding_table import TextBatches
+from clasp.evaluation.compositional import HardNegativeQueries, WinogroundQueries
+from clasp.evaluation.embedding_table import EvaluationInputs, TextBatches
 from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language
 from clasp.evaluation.retrieval import RetrievalDirection, RetrievalQueries
-from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
+from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, SingleTask, ZeroShotTask
 from clasp.evaluation.zeroshot import ZeroShotQueries
-from clasp.models.features import FeatureSource
-from clasp.types import Pair
+from clasp.types import Pair, UserError
 
 _BOTH_DIRECTIONS: tuple[RetrievalDirection, ...] = ("image_to_text", "text_to_image")
 
 
-def validation_task(train: Pairs, val: Pairs, inputs: FeatureSource) -> RetrievalTask | MultilingualTask | ZeroShotTask:
+def validation_task(
+    train: Pairs, val: Pairs, inputs: EvaluationInputs
+) -> RetrievalTask | MultilingualTask | ZeroShotTask:
     """The task whose primary metric selects the weights of a run.
 
     Retrieval; its mean over the languages, where there are several; zero-shot classification where captions are
@@ -59,7 +61,7 @@ def _only_class(pair: Pair) -> bool:
 
 def zeroshot_task(
     pairs: Pairs,
-    inputs: FeatureSource,
+    inputs: EvaluationInputs,
     *,
     classes: Sequence[str],
     templates: Sequence[str],
@@ -72,7 +74,7 @@ def zeroshot_task(
     return ZeroShotTask(data=data, images=inputs.images(pairs), queries=queries)
 
 
-def retrieval_task(pairs: Pairs, inputs: FeatureSource, *, data: str) -> RetrievalTask:
+def retrieval_task(pairs: Pairs, inputs: EvaluationInputs, *, data: str) -> RetrievalTask:
     """Image-to-text and text-to-image retrieval over all captions of ``pairs``."""
     in_memory = list(pairs)
     captions = {f"{pair.id}#{n}": (text, pair.group) for pair in in_memory for n, (text, _) in enumerate(pair.captions)}
@@ -84,7 +86,45 @@ def retrieval_task(pairs: Pairs, inputs: FeatureSource, *, data: str) -> Retriev
     return RetrievalTask(data=data, images=inputs.images(pairs), queries=queries)
 
 
-def multilingual_task(pairs: Pairs, inputs: FeatureSource, *, languages: Sequence[str], data: str) -> MultilingualTask:
+def hard_negative_task(
+    pairs: Pairs, inputs: EvaluationInputs, *, negative: str, data: str
+) -> SingleTask[HardNegativeQueries]:
+    """The first caption of each image against those in its column ``negative``, a text or a list of texts.
+
+    Raises ``UserError`` for a pair without.
+    """
+    candidates: dict[str, tuple[str, ...]] = {}
+    for pair in pairs:
+        given = pair.meta.get(negative)
+        texts = [given] if isinstance(given, str) else given
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+            has = ", ".join(map(str, pair.meta)) or "none"
+            raise UserError(
+                f"{pair.id} of {data} has no text or list of texts in {negative!r}; negative= one of: {has}"
+            )
+        candidates[pair.id] = (pair.captions[0].text, *texts)
+    groups = {pair.id: pair.group for pair in pairs}
+    queries = HardNegativeQueries(candidates=candidates, groups=groups, read=inputs.read)
+    return SingleTask(data=data, images=inputs.images(pairs), queries=queries, name="sugarcrepe", primary="accuracy")
+
+
+def winoground_task(pairs: Pairs, inputs: EvaluationInputs, *, data: str) -> SingleTask[WinogroundQueries]:
+    """Groups of two pairs, each with its first caption. Raises ``UserError`` for a group of another size."""
+    members: dict[str, list[tuple[str, str]]] = {}
+    for pair in pairs:
+        members.setdefault(pair.group, []).append((pair.id, pair.captions[0].text))
+    examples: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {}
+    for group, found in members.items():
+        if len(found) != 2:
+            raise UserError(f"{data}: winoground needs two pairs in each group, and {group!r} has {len(found)}")
+        examples[group] = (found[0], found[1])
+    queries = WinogroundQueries(examples=examples, read=inputs.read)
+    return SingleTask(data=data, images=inputs.images(pairs), queries=queries, name="winoground", primary="group_score")
+
+
+def multilingual_task(
+    pairs: Pairs, inputs: EvaluationInputs, *, languages: Sequence[str], data: str
+) -> MultilingualTask:
     """Retrieval in each language, and the mean over them."""
     inputs.precompute_texts(
         caption.text for pair in pairs for caption in pair.captions if caption.language in languages

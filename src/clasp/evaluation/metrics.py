@@ -118,6 +118,14 @@ def _score_bounds(queries: Float[Tensor, "q E"], gallery: Float[Tensor, "n E"]) 
     return largest
 
 
+def first_ranked(
+    queries: Float[Tensor, "q E"], gallery: Float[Tensor, "n E"], *, scores_at_once: int = 1 << 22
+) -> list[int]:
+    """For each query the gallery row with the highest dot product; of equal ones the first."""
+    step = max(1, scores_at_once // len(gallery))
+    return [int(row) for some in queries.split(step) for row in (some @ gallery.T).argmax(dim=1)]
+
+
 def chance_rank_counts(query_labels: Int[Tensor, " q"], gallery_labels: Int[Tensor, " n"]) -> RankCounts:
     """The rank counts of the chance level: all items tied, as for collapsed embeddings."""
     count = _Positives(query_labels, gallery_labels).count

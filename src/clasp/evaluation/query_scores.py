@@ -1,14 +1,15 @@
 """The scores of all queries of a task in one direction, the metrics that are their means, and bootstrap replicates.
 
-Input: a value for each query and its group. Output: metrics by name (``QueryScores.metrics``), and the same metrics
-on resampled groups (``resample_scores``). Note: a metric is stored as the per-query values it is the mean of,
-so that means and intervals over any part of the queries can be computed.
+Input: a value for each query, its id and its group. Output: metrics by name (``QueryScores.metrics``), the same metrics
+on resampled groups (``resample_scores``), and a row for each query (``prediction_rows``). Note: a metric is stored as
+the per-query values it is the mean of, so that means and intervals over any part of the queries can be computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -36,19 +37,59 @@ class MeanMetric:
 class QueryScores:
     """The scores of all queries, in one direction (``direction``; empty where there is only one).
 
-    ``groups`` holds the cluster of each query: the unit that is resampled for intervals. ``chance`` is the
+    ``ids`` are those of the queries; ``groups`` holds the cluster of each: the unit that is resampled for intervals.
+    ``expected`` is the right answer of each query (a class, or a group), and ``predict`` computes the answer that is
+    ranked first (a class, or the id of an item; of tied ones the first), where there is one answer. ``chance`` is the
     chance level of each metric.
     """
 
     direction: str
+    ids: tuple[str, ...]
     groups: tuple[str, ...]
     means: Mapping[str, MeanMetric]
     medians: Mapping[str, float]
     chance: Mapping[str, float]
+    expected: tuple[str, ...]
+    predict: Callable[[], list[str]] | None = None
 
     def metrics(self) -> dict[str, float]:
         """Every metric by name."""
         return {name: mean.value() for name, mean in self.means.items()} | dict(self.medians)
+
+    def prediction_rows(self) -> list[dict[str, Any]]:
+        """For each query its id, group, right answer, predicted answer (``None`` without ``predict``), and its values
+        of the means over queries."""
+        plain = {name: mean.values.tolist() for name, mean in self.means.items() if mean.cells is None}
+        predicted = [None] * len(self.ids) if self.predict is None else self.predict()
+        columns = zip(self.ids, self.groups, self.expected, predicted, strict=True)
+        return [
+            {"id": id, "group": group, "expected": expected, "predicted": answer}
+            | {name: values[row] for name, values in plain.items()}
+            for row, (id, group, expected, answer) in enumerate(columns)
+        ]
+
+    def sorted_by_id(self) -> QueryScores:
+        """The same scores in the order of the ids, whatever the order of reading was."""
+        order = sorted(range(len(self.ids)), key=lambda row: self.ids[row])
+        predict = self.predict
+
+        def ordered(names: Sequence[str]) -> tuple[str, ...]:
+            return tuple(names[row] for row in order)
+
+        means = {
+            name: MeanMetric(mean.values[order], None if mean.cells is None else mean.cells[order])
+            for name, mean in self.means.items()
+        }
+        return QueryScores(
+            direction=self.direction,
+            ids=ordered(self.ids),
+            groups=ordered(self.groups),
+            means=means,
+            medians=self.medians,
+            chance=self.chance,
+            expected=ordered(self.expected),
+            predict=None if predict is None else lambda: list(ordered(predict())),
+        )
 
 
 def resample_scores(

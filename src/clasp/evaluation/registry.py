@@ -1,7 +1,8 @@
-"""The evaluation tasks by name, each with its options: what ``clasp eval RUN TASK key=value …`` can be given.
+"""The evaluation tasks by name, each with its options: what ``clasp eval MODEL TASK key=value …`` can be given.
 
-Input: a name and the options as typed. Output: the ``TaskEntry`` and its parsed options. A task is one function
-``(TaskContext) -> list[EvaluationResult]`` and one line in ``EVALUATION_TASKS``; one that is not built in is named
+Input: a name and the options as typed. Output: the ``TaskEntry`` and its parsed options. A task is one function and one
+line in ``EVALUATION_TASKS``: ``(TaskContext) -> EvaluationTask`` where it scores single queries, so that two models can
+be compared on them, else ``(TaskContext) -> list[EvaluationResult]``. One that is not built in is named
 ``package.module:Name``, where ``Name`` is a ``TaskEntry``. Note: nothing heavy is imported before a task runs, since
 the help of ``clasp eval`` is made of this table.
 """
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from clasp.evaluation.results import EvaluationResult
     from clasp.evaluation.task_context import TaskContext
+    from clasp.evaluation.tasks import EvaluationTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,24 @@ ANALYZE_OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class TaskEntry:
-    """A task: the function that runs it, one line about it, and the options it has beside ``PAIR_OPTIONS``."""
+    """A task: the function that runs it, one line about it, and the options it has beside ``PAIR_OPTIONS``.
+
+    ``needs_run``: it evaluates the towers of a run, and no other model. ``build``: the task whose ``results`` are those
+    of ``run``; ``None`` where it has no scores of single queries.
+    """
 
     run: Callable[[TaskContext], list[EvaluationResult]]
     help: str
     options: tuple[TaskOption, ...] = ()
+    needs_run: bool = False
+    build: Callable[[TaskContext], EvaluationTask] | None = None
+
+    @classmethod
+    def of_queries(
+        cls, build: Callable[[TaskContext], EvaluationTask], help: str, options: tuple[TaskOption, ...] = ()
+    ) -> TaskEntry:
+        """A task that scores single queries."""
+        return cls(lambda context: build(context).results(context.model), help, options, build=build)
 
     @property
     def all_options(self) -> tuple[TaskOption, ...]:
@@ -71,7 +86,7 @@ class TaskEntry:
 # --- the tasks -------------------------------------------------------------------------------------------------------
 
 
-def run_zeroshot(context: TaskContext) -> list[EvaluationResult]:
+def build_zeroshot(context: TaskContext) -> EvaluationTask:
     """Raises ``UserError`` for pairs without a class, a class list or a template that cannot be used."""
     from clasp.evaluation.from_pairs import zeroshot_task
     from clasp.evaluation.zeroshot import read_class_names, read_templates
@@ -89,18 +104,17 @@ def run_zeroshot(context: TaskContext) -> list[EvaluationResult]:
         else sorted({str(pair.meta[label]) for pair in pairs})
     )
     templates = read_templates(options["templates"])
-    task = zeroshot_task(pairs, context.inputs, classes=classes, templates=templates, data=context.data, label=label)
-    return task.results(context.model)
+    return zeroshot_task(pairs, context.inputs, classes=classes, templates=templates, data=context.data, label=label)
 
 
-def run_retrieval(context: TaskContext) -> list[EvaluationResult]:
+def build_retrieval(context: TaskContext) -> EvaluationTask:
     """All captions of the pairs, in both directions."""
     from clasp.evaluation.from_pairs import retrieval_task
 
-    return retrieval_task(context.pairs, context.inputs, data=context.data).results(context.model)
+    return retrieval_task(context.pairs, context.inputs, data=context.data)
 
 
-def run_multilingual(context: TaskContext) -> list[EvaluationResult]:
+def build_multilingual(context: TaskContext) -> EvaluationTask:
     """Raises ``UserError`` where no caption names its language, or none is in a language that was asked for."""
     from clasp.data.pairs import caption_languages
     from clasp.evaluation.from_pairs import multilingual_task
@@ -110,8 +124,43 @@ def run_multilingual(context: TaskContext) -> list[EvaluationResult]:
     languages = requested_languages(context.options.get("languages"), caption_languages(context.pairs), context.data)
     if not languages:
         raise UserError(f"no caption of {context.data} names its language; evaluate them with: retrieval")
-    task = multilingual_task(context.pairs, context.inputs, languages=languages, data=context.data)
-    return task.results(context.model)
+    return multilingual_task(context.pairs, context.inputs, languages=languages, data=context.data)
+
+
+def build_knn(context: TaskContext) -> EvaluationTask:
+    """See ``clasp.evaluation.probe_tasks``."""
+    from clasp.evaluation.probe_tasks import knn_task
+
+    return knn_task(context)
+
+
+def build_probe(context: TaskContext) -> EvaluationTask:
+    """See ``clasp.evaluation.probe_tasks``."""
+    from clasp.evaluation.probe_tasks import linear_task
+
+    return linear_task(context)
+
+
+def build_sugarcrepe(context: TaskContext) -> EvaluationTask:
+    """The caption of each image against its hard negatives."""
+    from clasp.evaluation.from_pairs import hard_negative_task
+
+    negative = context.options["negative"]
+    return hard_negative_task(context.pairs, context.inputs, negative=negative, data=context.data)
+
+
+def build_winoground(context: TaskContext) -> EvaluationTask:
+    """Two images and two captions of each group."""
+    from clasp.evaluation.from_pairs import winoground_task
+
+    return winoground_task(context.pairs, context.inputs, data=context.data)
+
+
+def run_multilabel(context: TaskContext) -> list[EvaluationResult]:
+    """See ``clasp.evaluation.multilabel_task``."""
+    from clasp.evaluation.multilabel_task import evaluate_multilabel
+
+    return evaluate_multilabel(context)
 
 
 def run_retention(context: TaskContext) -> list[EvaluationResult]:
@@ -122,21 +171,56 @@ def run_retention(context: TaskContext) -> list[EvaluationResult]:
 
 
 _LABEL_HELP = "column of the class"
+_FIT_HELP = "pairs to fit on; half of data if left out"
 _LANGUAGES_HELP = "some of the languages of the captions, separated by commas; all if left out"
 
+_ZEROSHOT_OPTIONS = (
+    TaskOption("classes", "file with one class name a line; the classes of data if left out"),
+    TaskOption("templates", "prompt with {} for the class, or a file with one a line", "a photo of a {}."),
+)
+
 EVALUATION_TASKS: dict[str, TaskEntry] = {
-    "zeroshot": TaskEntry(
-        run_zeroshot,
+    "zeroshot": TaskEntry.of_queries(
+        build_zeroshot,
         "classify images by class names alone",
+        (*_ZEROSHOT_OPTIONS, TaskOption("label", _LABEL_HELP, "class")),
+    ),
+    "retrieval": TaskEntry.of_queries(build_retrieval, "find captions by image and images by caption"),
+    "multilingual": TaskEntry.of_queries(
+        build_multilingual, "retrieval in each language, and its mean", (TaskOption("languages", _LANGUAGES_HELP),)
+    ),
+    "multilabel": TaskEntry(
+        run_multilabel,
+        "classify images of several classes: mean average precision, mean area under the ROC curve",
+        (*_ZEROSHOT_OPTIONS, TaskOption("label", "column of the list of classes", "classes")),
+    ),
+    "knn": TaskEntry.of_queries(
+        build_knn,
+        "classify images by their nearest neighbours among image embeddings",
         (
-            TaskOption("classes", "file with one class name a line; the classes of data if left out"),
-            TaskOption("templates", "prompt with {} for the class, or a file with one a line", "a photo of a {}."),
+            TaskOption("fit", _FIT_HELP),
             TaskOption("label", _LABEL_HELP, "class"),
+            TaskOption("k", "number of neighbours", "20"),
+            TaskOption("temperature", "a neighbour weighs exp(cosine / temperature)", "0.07"),
         ),
     ),
-    "retrieval": TaskEntry(run_retrieval, "find captions by image and images by caption"),
-    "multilingual": TaskEntry(
-        run_multilingual, "retrieval in each language, and its mean", (TaskOption("languages", _LANGUAGES_HELP),)
+    "probe": TaskEntry.of_queries(
+        build_probe,
+        "classify images by logistic regression on image embeddings",
+        (
+            TaskOption("fit", _FIT_HELP),
+            TaskOption("label", _LABEL_HELP, "class"),
+            TaskOption("shots", "fit to so many images of each class; to all if left out"),
+            TaskOption("draws", "with shots: average over so many draws of them", "3"),
+        ),
+    ),
+    "sugarcrepe": TaskEntry.of_queries(
+        build_sugarcrepe,
+        "choose the caption of an image among hard negatives",
+        (TaskOption("negative", "column of the negative captions, a text or a list", "negative_caption"),),
+    ),
+    "winoground": TaskEntry.of_queries(
+        build_winoground, "match two images with two captions, the pairs of a group: group, text and image score"
     ),
     "retention": TaskEntry(
         run_retention,
@@ -147,6 +231,7 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
             TaskOption("anchor", "language that captions are compared with; en if left out"),
             TaskOption("languages", _LANGUAGES_HELP),
         ),
+        needs_run=True,
     ),
 }
 

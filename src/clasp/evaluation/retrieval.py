@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from clasp.evaluation import metrics
 from clasp.evaluation.embedding_table import EmbeddingTable, TextBatches, embed_batches
@@ -65,17 +63,17 @@ class RetrievalQueries:
         text_groups = [self.text_groups[id] for id in texts.ids]
         _require_overlap(image_groups, text_groups)
         sides = {
-            "image_to_text": (images.vectors, image_groups, texts.vectors, text_groups),
-            "text_to_image": (texts.vectors, text_groups, images.vectors, image_groups),
+            "image_to_text": (images, image_groups, texts, text_groups),
+            "text_to_image": (texts, text_groups, images, image_groups),
         }
         return [self._score_direction(part, *sides[part]) for part in self.directions]
 
     def _score_direction(
         self,
         part: RetrievalDirection,
-        queries: Float[Tensor, "q E"],
+        queries: EmbeddingTable,
         query_groups: Sequence[str],
-        gallery: Float[Tensor, "n E"],
+        gallery: EmbeddingTable,
         gallery_groups: Sequence[str],
     ) -> QueryScores:
         number = {group: index for index, group in enumerate(dict.fromkeys(gallery_groups))}
@@ -83,15 +81,19 @@ class RetrievalQueries:
         groups = tuple(query_groups[row] for row in query_rows)
         labels = torch.tensor([number[group] for group in groups])
         candidates = torch.tensor([number[group] for group in gallery_groups])
-        counts = metrics.rank_counts(queries[query_rows], gallery, labels, candidates)
+        asked = queries.vectors[query_rows]
+        counts = metrics.rank_counts(asked, gallery.vectors, labels, candidates)
         chance_counts = metrics.chance_rank_counts(labels, candidates)
         chance = {name: mean.value() for name, mean in _recall_metrics(chance_counts).items()}
         return QueryScores(
-            part,
-            groups,
-            _recall_metrics(counts),
-            {"median_rank": metrics.median_rank(counts)},
-            chance | {"median_rank": metrics.median_rank(chance_counts)},
+            direction=part,
+            ids=tuple(queries.ids[row] for row in query_rows),
+            groups=groups,
+            means=_recall_metrics(counts),
+            medians={"median_rank": metrics.median_rank(counts)},
+            chance=chance | {"median_rank": metrics.median_rank(chance_counts)},
+            expected=groups,
+            predict=lambda: [gallery.ids[row] for row in metrics.first_ranked(asked, gallery.vectors)],
         )
 
 

@@ -1,4 +1,4 @@
-"""The arguments of an evaluation task: a run, its model, the pairs it is evaluated on, and the options.
+"""The arguments of an evaluation task: a model, the pairs it is evaluated on, and the options.
 
 ``clasp eval`` creates one and passes it to the task's entry in ``registry``. Note: ``options`` has the given options
 and those with a default; others are absent.
@@ -6,27 +6,42 @@ and those with a default; others are absent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from clasp.config.recipe import Recipe
 from clasp.data.pairs import Pairs
+from clasp.evaluation.embedding_table import EvaluationInputs
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
-from clasp.types import MessageCallback, ProgressFactory
+from clasp.types import Encoder, MessageCallback, ProgressFactory
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """The run that a model comes from, for tasks on its towers and its recipe (``TaskEntry.needs_run``)."""
+
+    folder: Path
+    recipe: Recipe
+    model: DualEncoder
+    inputs: FeatureSource
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskContext:
-    """``say`` is called with status lines beside the results; ``bar`` opens progress bars."""
+    """The model with its inputs, and the pairs.
 
-    run: Path
-    recipe: Recipe
-    model: DualEncoder
+    ``open_pairs`` opens further pairs as ``pairs`` were opened, with the same columns. ``run`` is ``None`` where the
+    model is not a run's. ``say`` is called with status lines beside the results; ``bar`` opens progress bars.
+    """
+
+    model: Encoder
+    inputs: EvaluationInputs
     pairs: Pairs
-    inputs: FeatureSource
+    open_pairs: Callable[[str], Pairs]
     options: Mapping[str, str]
+    run: TrainedRun | None
     say: MessageCallback
     bar: ProgressFactory
 

@@ -1,9 +1,10 @@
 """Evaluation tasks: images plus one kind of queries (zero-shot, retrieval), or queries per language (multilingual).
 
-Input: an encoder. Output: ``results``, rows for ``results.jsonl`` with bootstrap intervals; or, called as an
-``Evaluator``, one flat dict of metrics without intervals. Note: images are embedded once, however many languages there
-are; every row has the chance level of each metric; the groups resampled for intervals are common to all languages, so
-that a macro mean has its own interval. Depends on protocols only: no model, no tokenizer, no files.
+Input: an encoder. Output: ``results``, rows for ``results.jsonl`` with bootstrap intervals; ``scored``, the scores of
+single queries, from which ``finish`` makes the rows; or, called as an ``Evaluator``, one flat dict of metrics. Note:
+images are embedded once, however many languages there are; every row has the chance level of each metric; the groups
+resampled for intervals are common to all languages, so that a macro mean has its own interval. Depends on protocols
+only: no model, no tokenizer, no files.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
-from clasp.evaluation.embedding_table import ImageBatches, embed_batches
+from clasp.evaluation.embedding_table import EmbeddingTable, ImageBatches, embed_batches
 from clasp.evaluation.language_sets import LanguageSets, check_language_sets, macro_language, macro_results
 from clasp.evaluation.name_checks import nearest_names
 from clasp.evaluation.query_scores import QueryScores, resample_scores
@@ -23,18 +24,76 @@ from clasp.evaluation.retrieval import RetrievalQueries
 from clasp.evaluation.zeroshot import ZeroShotQueries
 from clasp.types import Encoder, UserError
 
-EvaluationQueries = ZeroShotQueries | RetrievalQueries
-_QueriesT = TypeVar("_QueriesT", ZeroShotQueries, RetrievalQueries)
+
+@runtime_checkable
+class EvaluationQueries(Protocol):
+    """Queries about embedded images: ``ZeroShotQueries``, ``RetrievalQueries`` and others."""
+
+    @property
+    def directions(self) -> tuple[str, ...]: ...
+
+    @property
+    def metric_names(self) -> tuple[str, ...]: ...
+
+    def score(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
+        """The scores of all queries, in each direction."""
+        ...
+
+
+_QueriesT = TypeVar("_QueriesT", bound=EvaluationQueries)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredQueries:
+    """The scores of all queries in one language, in each direction, and the seconds that they took."""
+
+    language: str
+    scores: list[QueryScores]
+    shared_seconds: float
+    own_seconds: float
+
+
+class EvaluationTask:
+    """What all tasks have in common: from scored queries to rows, and to the primary metric."""
+
+    data: str
+    name: str
+    primary: str
+    resamples: int
+    seed: int
+
+    def scored(self, encoder: Encoder) -> list[ScoredQueries]:
+        """The scores of single queries, in each language. Raises ``UserError`` naming the data."""
+        raise NotImplementedError
+
+    def partial_results(self, scored: Sequence[ScoredQueries], resamples: int) -> list[PartialResult]:
+        """The rows of these scores, with ``resamples`` bootstrap replicates."""
+        return _resample(scored, resamples, self.seed)
+
+    def finish(self, scored: Sequence[ScoredQueries]) -> list[EvaluationResult]:
+        """The rows of these scores, with 95 % intervals."""
+        return [row.finish(self.name, self.data) for row in self.partial_results(scored, self.resamples)]
+
+    def results(self, encoder: Encoder) -> list[EvaluationResult]:
+        """``finish`` of ``scored``."""
+        return self.finish(self.scored(encoder))
+
+    def score(self, encoder: Encoder) -> PrimaryScore:
+        """The primary metric with its replicates, to be compared with that of another encoder."""
+        return _primary_score(self.partial_results(self.scored(encoder), self.resamples), self.primary)
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        """The metrics by name."""
+        return _flatten(self.partial_results(self.scored(encoder), 0))
 
 
 @dataclass(kw_only=True)
-class _SingleTask(Generic[_QueriesT]):
-    """Base of the zero-shot and retrieval tasks: one kind of queries about the images."""
+class SingleTask(EvaluationTask, Generic[_QueriesT]):
+    """One kind of queries about the images: a row per direction, then one for the mean over several directions."""
 
     data: str
     images: ImageBatches
     queries: _QueriesT
-    language: str = ""
     name: str
     primary: str
     resamples: int = 1000
@@ -43,23 +102,12 @@ class _SingleTask(Generic[_QueriesT]):
     def __post_init__(self) -> None:
         _check_primary(self.primary, _metric_names(self.queries))
 
-    def results(self, encoder: Encoder) -> list[EvaluationResult]:
-        """A row per direction, then one for their mean; one row where the queries have no directions."""
-        rows = _evaluate(encoder, self.data, self.images, {self.language: self.queries}, self.resamples, self.seed)
-        return [row.finish(self.name, self.data) for row in rows]
-
-    def score(self, encoder: Encoder) -> PrimaryScore:
-        """The primary metric with its replicates, to be compared with that of another encoder."""
-        rows = _evaluate(encoder, self.data, self.images, {"": self.queries}, self.resamples, self.seed)
-        return _primary_score(rows, self.primary)
-
-    def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """The metrics by name."""
-        return _flatten(_evaluate(encoder, self.data, self.images, {"": self.queries}))
+    def scored(self, encoder: Encoder) -> list[ScoredQueries]:
+        return _score(encoder, self.data, self.images, {"": self.queries})
 
 
 @dataclass(kw_only=True)
-class ZeroShotTask(_SingleTask[ZeroShotQueries]):
+class ZeroShotTask(SingleTask[ZeroShotQueries]):
     """Classify images by class names alone. Metrics: ``top1``, ``top5``, ``mean_per_class``."""
 
     name: str = "zeroshot"
@@ -67,7 +115,7 @@ class ZeroShotTask(_SingleTask[ZeroShotQueries]):
 
 
 @dataclass(kw_only=True)
-class RetrievalTask(_SingleTask[RetrievalQueries]):
+class RetrievalTask(SingleTask[RetrievalQueries]):
     """Find captions by image and images by caption.
 
     Metrics: ``recall@1``, ``@5``, ``@10``, ``mean_recall`` and ``median_rank``, under ``image_to_text/`` and
@@ -79,7 +127,7 @@ class RetrievalTask(_SingleTask[RetrievalQueries]):
 
 
 @dataclass(kw_only=True)
-class MultilingualTask:
+class MultilingualTask(EvaluationTask):
     """Queries per language about the same images, and the macro means over named sets of languages.
 
     Metrics: those of the queries under ``LANGUAGE/`` and ``macro:SET/``; a macro mean gives each language the same
@@ -107,63 +155,56 @@ class MultilingualTask:
             names += [f"{macro_language(title)}/{name}" for name in kinds.pop()]
         _check_primary(self.primary, names)
 
-    def results(self, encoder: Encoder) -> list[EvaluationResult]:
+    def scored(self, encoder: Encoder) -> list[ScoredQueries]:
+        return _score(encoder, self.data, self.images, self.queries)
+
+    def partial_results(self, scored: Sequence[ScoredQueries], resamples: int) -> list[PartialResult]:
         """The rows of every language, then those of every set."""
-        rows = _evaluate(encoder, self.data, self.images, self.queries, self.resamples, self.seed)
-        return [row.finish(self.name, self.data) for row in (*rows, *macro_results(rows, self.sets))]
-
-    def score(self, encoder: Encoder) -> PrimaryScore:
-        """The primary metric with its replicates, to be compared with that of another encoder."""
-        rows = _evaluate(encoder, self.data, self.images, self.queries, self.resamples, self.seed)
-        return _primary_score([*rows, *macro_results(rows, self.sets)], self.primary)
-
-    def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """The metrics by name."""
-        rows = _evaluate(encoder, self.data, self.images, self.queries)
-        return _flatten([*rows, *macro_results(rows, self.sets)])
+        rows = super().partial_results(scored, resamples)
+        return [*rows, *macro_results(rows, self.sets)]
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(
-    encoder: Encoder,
-    data: str,
-    images: ImageBatches,
-    queries: Mapping[str, EvaluationQueries],
-    resamples: int = 0,
-    seed: int = 0,
-) -> list[PartialResult]:
-    """Embed the images, score the queries of every language, then resample the groups common to all languages."""
+def _score(
+    encoder: Encoder, data: str, images: ImageBatches, queries: Mapping[str, EvaluationQueries]
+) -> list[ScoredQueries]:
+    """Embed the images, then score the queries of every language."""
     start = time.perf_counter()
     with _locate_errors(data):
         embedded = embed_batches(images(), encoder.embed_image, "image")
     shared = time.perf_counter() - start
-    scored: list[tuple[str, list[QueryScores], float]] = []
+    scored = []
     for language, each in queries.items():
         start = time.perf_counter()
         with _locate_errors(f"{data} in {language!r}" if language else data):
             scores = each.score(encoder, embedded)
-        scored.append((language, scores, time.perf_counter() - start))
-    replicates = iter(resample_scores([one for _, scores, _ in scored for one in scores], resamples, seed))
+        scored.append(ScoredQueries(language, scores, shared, time.perf_counter() - start))
+    return scored
+
+
+def _resample(scored: Sequence[ScoredQueries], resamples: int, seed: int) -> list[PartialResult]:
+    """A row per language and direction, with replicates on draws of the groups common to all languages."""
+    replicates = iter(resample_scores([one for each in scored for one in each.scores], resamples, seed))
     rows = []
-    for language, scores, own in scored:
+    for each in scored:
         directions = [
             PartialResult(
-                language=language,
+                language=each.language,
                 direction=one.direction,
                 metrics=one.metrics(),
                 chance=dict(one.chance),
                 n=len(one.groups),
                 replicates=next(replicates),
-                shared_seconds=shared,
-                own_seconds=own,
+                shared_seconds=each.shared_seconds,
+                own_seconds=each.own_seconds,
             )
-            for one in scores
+            for one in each.scores
         ]
         rows += directions
         if len(directions) > 1:
-            rows.append(mean_result(directions, language=language, direction="", own_seconds=own))
+            rows.append(mean_result(directions, language=each.language, direction="", own_seconds=each.own_seconds))
     return rows
 
 

@@ -95,7 +95,18 @@ class ZeroShotQueries:
         means = measure(metrics.rank_counts(images.vectors[list(rows)], vectors, numbers, candidates))
         chance = measure(metrics.chance_rank_counts(numbers, candidates))
         groups = ids if self.groups is None else tuple(self.groups[id] for id in ids)
-        return [QueryScores("", groups, means, {}, {name: mean.value() for name, mean in chance.items()})]
+        seen, names = images.vectors[list(rows)], self.classes
+        scores = QueryScores(
+            direction="",
+            ids=tuple(ids),
+            groups=tuple(groups),
+            means=means,
+            medians={},
+            chance={name: mean.value() for name, mean in chance.items()},
+            expected=tuple(labels),
+            predict=lambda: [names[row] for row in metrics.first_ranked(seen, vectors)],
+        )
+        return [scores]
 
     def class_embeddings(self, encoder: Encoder) -> Float[Tensor, "C E"]:
         """The ensembled unit vector of every class, in the order of ``classes``."""

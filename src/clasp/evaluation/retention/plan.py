@@ -7,13 +7,13 @@ recipe names, else those its training pairs name, else unknown; they are never i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import Recipe
-from clasp.data.pairs import ColumnNames, Pairs, caption_languages
+from clasp.data.pairs import Pairs, caption_languages
 from clasp.evaluation.language_sets import requested_languages, require_languages
 from clasp.evaluation.retention.probes import ImageProbe, TextProbe, has_labels, make_image_probe, make_text_probes
 from clasp.evaluation.task_context import TaskContext
@@ -46,13 +46,14 @@ class RetentionPlan:
 
 def plan_probes(context: TaskContext) -> RetentionPlan:
     """The probes that the pairs allow; those left out are reported. Raises ``UserError`` where there are none."""
-    pairs, recipe, options = _in_memory(context.pairs), context.recipe, context.options
+    assert context.run is not None
+    pairs, recipe, options = _in_memory(context.pairs), context.run.recipe, context.options
     data, label, anchor = context.data, options.get("label"), options.get("anchor", "en")
     labelled = has_labels(pairs, label, data)
     label = label or "class"
     if "fit" in options and not labelled:
         raise UserError(f"fit={options['fit']}: {data} has no column {label!r} with classes; name another with label=")
-    fit = _open_fit_pairs(options["fit"], recipe, options) if "fit" in options else None
+    fit = _in_memory(context.open_pairs(options["fit"])) if "fit" in options else None
     there = caption_languages(pairs)
     wanted = requested_languages(options.get("languages"), there, data)
     require_languages([anchor] if "anchor" in options else [], there, data)
@@ -83,11 +84,6 @@ def trained_languages(recipe: Recipe) -> set[str] | None:
         return None
 
 
-def _open_fit_pairs(source: str, recipe: Recipe, options: Mapping[str, str]) -> Pairs:
-    columns = ColumnNames(image=options.get("image", ""), caption=options.get("caption", ""))
-    return _in_memory(open_pairs_for_recipe(source, recipe, columns=columns, image_root=options.get("image_root")))
-
-
 def _in_memory(pairs: Pairs) -> Pairs:
     """The same pairs in memory: they are iterated many times, and a table row is read from disk each time."""
     return Pairs(pairs.name, [list(pairs)])
@@ -101,7 +97,8 @@ def _report_skipped(
     trained: AbstractSet[str] | None,
 ) -> None:
     """Report what is left out, and why."""
-    data, run, say = context.data, context.run.name, context.say
+    assert context.run is not None
+    data, run, say = context.data, context.run.folder.name, context.say
     if image is None:
         has = ", ".join(map(str, pairs[0].meta)) or "none"
         say(f"the image tower is not probed: {data} has no column 'class'; label= one of: {has}")

@@ -36,18 +36,19 @@ def evaluate_retention(context: TaskContext) -> list[EvaluationResult]:
     ``anchor`` (the language that captions are compared with), ``languages`` (some of them). Raises ``UserError`` before
     anything is computed.
     """
-    run, model = context.run, context.model
+    assert context.run is not None, "its TaskEntry needs a run"
+    run, model = context.run.folder, context.run.model
     if (run / "imported.json").exists():
         raise UserError(
             f"{run.name} was imported, and a checkpoint has its towers only as they became: there are no features "
             "before alignment to compare with; evaluate retention of a run that clasp trained"
         )
     plan = plan_probes(context)
-    base = _build_base_model(context.recipe, model)
+    base = _build_base_model(context.run.recipe, model)
     extractor = ProbeFeatureExtractor(
         model=model,
         base=base,
-        inputs=context.inputs,
+        inputs=context.run.inputs,
         pairs=plan.pairs,
         fit=plan.fit,
         captions=plan.captions,

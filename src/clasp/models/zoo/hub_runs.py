@@ -28,6 +28,26 @@ def fetch_run(run: str | Path) -> Path:
         ) from None
 
 
+def is_hub_run(name: str) -> bool:
+    """Whether the repository ``hf:USER/NAME`` is a run, by its ``recipe.toml``; false for other models.
+
+    Raises ``UserError`` where the hub cannot be reached and the file is not in its cache.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        hf_hub_download(name.removeprefix(RUN_SCHEME), "recipe.toml")
+    except RemoteEntryNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {name!r} cannot be read from the hub ({_first_line(error)}); a folder needs no hub, and clip:"
+            f"{name.removeprefix(RUN_SCHEME)} opens a CLIP that the hub's cache has"
+        ) from None
+    return True
+
+
 def require_hub_token() -> None:
     """Raises ``UserError`` where there is no token to upload with."""
     from huggingface_hub import get_token

@@ -1,0 +1,233 @@
+"""k-NN, linear probe, several classes, hard negatives and Winoground, each against its formula or scikit-learn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+
+from clasp.data.pairs import Pairs
+from clasp.evaluation.embedding_folder import EmbeddingFolder, StoredEncoder
+from clasp.evaluation.multilabel import average_precision, roc_auc
+from clasp.evaluation.probe_queries import FitSet, draw_shots
+from clasp.evaluation.registry import find_task, parse_task_options
+from clasp.evaluation.results import EvaluationResult
+from clasp.evaluation.task_context import TaskContext
+from clasp.types import Caption, Pair, UserError, no_progress_bar
+
+WIDTH = 6
+
+
+class Nowhere:
+    """Embeddings are there already, so no image is read; each is another one."""
+
+    version = "0"
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def read(self) -> bytes:
+        raise AssertionError("no image is read")
+
+
+def pair(id: str, caption: str = "x", group: str = "", **meta: Any) -> Pair:
+    return Pair(id, Nowhere(id), (Caption(caption),), group or id, meta)
+
+
+def evaluate(
+    task: str,
+    folder: Path,
+    images: Mapping[str, Tensor],
+    texts: Mapping[str, Tensor],
+    pairs: Sequence[Pair],
+    *options: str,
+    fit: Sequence[Pair] = (),
+) -> EvaluationResult:
+    """The one row of a task on embeddings that are given."""
+    for name, table in (("image", images), ("text", texts)):
+        vectors = torch.stack([*table.values()]) if table else torch.ones(1, WIDTH)
+        np.save(folder / f"{name}.npy", vectors.numpy())
+        (folder / f"{name}.json").write_text(json.dumps(list(table) or ["none"]))
+    inputs, entry = EmbeddingFolder(folder), find_task(task)
+    context = TaskContext(
+        model=StoredEncoder(inputs, "mine"),
+        inputs=inputs,
+        pairs=Pairs("zoo", [list(pairs)]),
+        open_pairs=lambda source: Pairs(source, [list(fit)]),
+        options=parse_task_options(task, entry, ["data=zoo", *options]),
+        run=None,
+        say=lambda line: None,
+        bar=no_progress_bar,
+    )
+    (row,) = entry.run(context)
+    assert row.n and set(row.chance) == set(row.metrics)
+    return row
+
+
+def unit(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, WIDTH, generator=generator), dim=1)
+
+
+# --- probes ----------------------------------------------------------------------------------------------------------
+
+
+def labelled(count: int, prefix: str, seed: int) -> tuple[list[Pair], Tensor, np.ndarray]:
+    """Three classes that overlap."""
+    labels = np.arange(count) % 3
+    vectors = F.normalize(unit(count, seed) + 0.8 * torch.eye(WIDTH)[torch.tensor(labels)], dim=1)
+    return [pair(f"{prefix}{n}", **{"class": f"c{label}"}) for n, label in enumerate(labels)], vectors, labels
+
+
+@pytest.mark.parametrize("k, temperature", [(1, 0.07), (5, 0.07), (20, 0.5)])
+def test_knn_is_that_of_scikit_learn(k: int, temperature: float, tmp_path: Path):
+    fit, known, fit_labels = labelled(60, "f", 1)
+    asked, vectors, labels = labelled(90, "q", 2)
+    images = dict(zip([p.id for p in (*fit, *asked)], torch.cat([known, vectors]), strict=True))
+    options = (f"k={k}", f"temperature={temperature}", "fit=other")
+    row = evaluate("knn", tmp_path, images, {}, asked, *options, fit=fit)
+    theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda far: np.exp((1 - far) / temperature))
+    right = theirs.fit(known.numpy(), fit_labels).predict(vectors.numpy()) == labels
+    assert row.metrics["top1"] == pytest.approx(right.mean(), abs=1e-6)
+    assert row.metrics["mean_per_class"] == pytest.approx(np.mean([right[labels == c].mean() for c in range(3)]))
+    assert row.task == "knn" and row.n == 90 and row.chance["top1"] == pytest.approx(1 / 3)
+
+
+def test_the_probe_is_logistic_regression_on_standardised_embeddings(tmp_path: Path):
+    fit, known, fit_labels = labelled(60, "f", 3)
+    asked, vectors, labels = labelled(90, "q", 4)
+    images = dict(zip([p.id for p in (*fit, *asked)], torch.cat([known, vectors]), strict=True))
+    row = evaluate("probe", tmp_path, images, {}, asked, "fit=other", fit=fit)
+    mean, scale = known.mean(dim=0), known.std(dim=0, correction=0)
+    standard = [((side - mean) / scale).numpy() for side in (known, vectors)]
+    found = {
+        c: (LogisticRegression(C=c, max_iter=500).fit(standard[0], fit_labels).predict(standard[1]) == labels).mean()
+        for c in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    }
+    assert any(row.metrics["top1"] == pytest.approx(value, abs=1e-6) for value in found.values()), found
+    assert row.metrics["top1"] > 0.6
+
+
+def test_few_shots_are_so_many_of_each_class(tmp_path: Path):
+    fit, known, fit_labels = labelled(60, "f", 5)
+    asked, vectors, _ = labelled(60, "q", 6)
+    whole = FitSet(tuple(p.id for p in fit), known, torch.tensor(fit_labels), torch.arange(60))
+    first, second = draw_shots(whole, 4, 0), draw_shots(whole, 4, 1)
+    assert (
+        first != second and [sorted(fit_labels[rows]) for rows in (first, second)] == [[0] * 4 + [1] * 4 + [2] * 4] * 2
+    )
+    turned = whole.subset(list(range(59, -1, -1)))
+    assert {turned.ids[row] for row in draw_shots(turned, 4, 0)} == {whole.ids[row] for row in first}
+    images = dict(zip([p.id for p in (*fit, *asked)], torch.cat([known, vectors]), strict=True))
+    few, many = (
+        evaluate("probe", tmp_path, images, {}, asked, "fit=other", f"shots={shots}", fit=fit).metrics["top1"]
+        for shots in (1, 16)
+    )
+    assert few < many
+    with pytest.raises(UserError, match="shots=21, and there are 20 images of 'c0' to fit on; give fewer shots"):
+        evaluate("probe", tmp_path, images, {}, asked, "fit=other", "shots=21", fit=fit)
+    for wrong in ("k=0", "k=many", "temperature=0", "temperature=warm"):
+        with pytest.raises(UserError, match=f"{wrong} must be a "):
+            evaluate("knn", tmp_path, images, {}, asked, wrong)
+
+
+def test_half_of_the_data_is_fitted_on_where_no_other_is_given(tmp_path: Path):
+    asked, vectors, _ = labelled(90, "q", 7)
+    images = dict(zip([p.id for p in asked], vectors, strict=True))
+    row = evaluate("knn", tmp_path, images, {}, asked)
+    assert 25 < row.n < 65
+
+
+# --- several classes -------------------------------------------------------------------------------------------------
+
+
+def test_average_precision_and_roc_auc_are_those_of_scikit_learn():
+    chance = np.random.default_rng(0)
+    labels = chance.random((200, 7)) < np.linspace(0.02, 0.9, 7)
+    labels[0], labels[1] = True, False
+    for scores in (chance.normal(size=(200, 7)), chance.integers(0, 4, (200, 7)).astype(float), np.ones((200, 7))):
+        given = torch.from_numpy(scores), torch.from_numpy(labels)
+        expected = average_precision_score(labels, scores, average=None)
+        np.testing.assert_allclose(average_precision(*given).numpy(), expected, atol=1e-9)
+        np.testing.assert_allclose(roc_auc(*given).numpy(), roc_auc_score(labels, scores, average=None), atol=1e-9)
+    np.testing.assert_allclose(average_precision(torch.ones(200, 7), given[1]), labels.mean(axis=0))
+
+
+def test_zero_shot_with_several_classes(tmp_path: Path):
+    chance, names = np.random.default_rng(1), ["ant", "bee", "cow", "dog"]
+    truth = chance.random((50, 4)) < 0.4
+    truth[0], truth[1], truth[:, 3] = True, False, False
+    images, texts = unit(50, 8), unit(4, 9)
+    pairs = [
+        pair(f"p{n}", classes=[name for name, has in zip(names, row, strict=True) if has])
+        for n, row in enumerate(truth)
+    ]
+    table = dict(zip([p.id for p in pairs], images, strict=True))
+    prompts = {f"a {name}": vector for name, vector in zip(names, texts, strict=True)}
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    options = ("templates=a {}", f"classes={tmp_path / 'names.txt'}")
+    row = evaluate("multilabel", tmp_path, table, prompts, pairs, *options)
+    scores, labels = (images @ texts.T).numpy()[:, :3], truth[:, :3]
+    assert row.metrics["mean_average_precision"] == pytest.approx(average_precision_score(labels, scores), abs=1e-6)
+    assert row.metrics["mean_roc_auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+    assert row.chance["mean_average_precision"] == pytest.approx(labels.mean()) and row.n == 50
+    with pytest.raises(UserError, match="p0 of zoo has no list of class names in 'label'; label= one of: classes"):
+        evaluate("multilabel", tmp_path, table, prompts, pairs, "templates=a {}", "label=label")
+
+
+# --- compositional ---------------------------------------------------------------------------------------------------
+
+
+def test_sugarcrepe_scoring(tmp_path: Path):
+    count = 40
+    pairs = [
+        pair(f"p{n}", f"right {n}", negative_caption=f"wrong {n}" if n % 2 else [f"wrong {n}", f"worse {n}"])
+        for n in range(count)
+    ]
+    images = dict(zip([p.id for p in pairs], unit(count, 10), strict=True))
+    words = [f"{kind} {n}" for n in range(count) for kind in ("right", "wrong", "worse")]
+    texts = dict(zip(words, unit(3 * count, 11), strict=True))
+    row = evaluate("sugarcrepe", tmp_path, images, texts, pairs)
+    right = []
+    for n in range(count):  # evaluate.py of SugarCrepe: pos_score > neg_score
+        scores = [float(images[f"p{n}"] @ texts[f"{kind} {n}"]) for kind in ("right", "wrong", "worse")]
+        right.append(all(scores[0] > other for other in scores[1 : 2 if n % 2 else 3]))
+    assert row.metrics["accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
+    assert row.chance["accuracy"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    same = dict.fromkeys(words, unit(1, 0)[0])
+    assert evaluate("sugarcrepe", tmp_path, images, same, pairs).metrics == pytest.approx(row.chance)
+    with pytest.raises(UserError, match="p0 of zoo has no text or list of texts in 'negatives'; negative= one of: neg"):
+        evaluate("sugarcrepe", tmp_path, images, texts, pairs, "negative=negatives")
+    with pytest.raises(UserError, match="its caption is among its negatives: 'right 0'"):
+        evaluate("sugarcrepe", tmp_path, images, texts, [pair("p0", "right 0", negative_caption="right 0")])
+
+
+def test_winoground_scoring(tmp_path: Path):
+    count = 60
+    pairs = [pair(f"i{side} {n}", f"t{side} {n}", group=f"example {n}") for n in range(count) for side in (0, 1)]
+    names = [p.id for p in pairs]
+    images = dict(zip(names, unit(2 * count, 12), strict=True))
+    texts = dict(zip([name.replace("i", "t") for name in names], unit(2 * count, 13), strict=True))
+    row = evaluate("winoground", tmp_path, images, texts, pairs)
+    found = []
+    for n in range(count):  # text_correct, image_correct and group_correct of the paper's notebook
+        s = {(i, t): float(images[f"i{i} {n}"] @ texts[f"t{t} {n}"]) for i in (0, 1) for t in (0, 1)}
+        text = s[0, 0] > s[0, 1] and s[1, 1] > s[1, 0]
+        image = s[0, 0] > s[1, 0] and s[1, 1] > s[0, 1]
+        found.append((text and image, text, image))
+    expected = dict(zip(("group_score", "text_score", "image_score"), np.mean(found, axis=0), strict=True))
+    assert row.metrics == pytest.approx(expected, abs=1e-6) and row.n == count and row.interval
+    same = dict.fromkeys(texts, unit(1, 0)[0])
+    assert set(evaluate("winoground", tmp_path, images, same, pairs).metrics.values()) == {0.0}
+    with pytest.raises(UserError, match="winoground needs two pairs in each group, and 'alone' has 1"):
+        evaluate("winoground", tmp_path, images, texts, [*pairs, pair("i0 0x", group="alone")])
