@@ -16,10 +16,13 @@ from clasp.commands import train as main_job
 from clasp.commands.doctor import diagnose, raise_on_stop
 from clasp.config import datasets
 from clasp.config.build import build_model_and_preprocessing
-from clasp.config.recipe import Recipe
+from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
 from clasp.data.checks import CheckReport
 from clasp.models import cache_policy
 from clasp.models.tower import Tower
+from clasp.training.loop import count_evaluations
+from clasp.training.run_folder import RunFolder
+from clasp.training.settings import TrainSettings
 from clasp.types import UserError
 from toyclassifiers import save_colour_classifier
 from toydata import COLOURS, toys, write_classes, write_csv, write_folder, write_images
@@ -293,6 +296,41 @@ def test_a_full_disk_stops_in_the_words_of_training(
     with pytest.raises(UserError) as happened:
         run(made, tmp_path / "run")
     assert str(foretold.value) == str(happened.value)
+
+
+# --- the forecast ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["heads", "top block of the text tower", "low rank"])
+def test_a_forecast_is_measured_and_leaves_nothing(way: str, towers: Path, tmp_path: Path, cache: Path) -> None:
+    write, changes = WAYS[way]
+    made = recipe(towers, write(TOYS, tmp_path), "train.epochs=40", *changes)
+    forecast = next(section for section in diagnose(made, measured=True) if section.about == "forecast")
+    assert not (cache / "features").exists()
+    seconds = forecast.facts["seconds"]
+    assert (seconds["features"] > 0) == (way != "low rank") and seconds["evaluation"] > 0
+    done = run(made, tmp_path / "run")
+    steps = done.fitted.position.step
+    assert seconds["training"] == pytest.approx(steps * forecast.facts["step_seconds"])
+    spent = done.cost.seconds
+    assert spent["training"] / 10 < seconds["training"] < 10 * spent["training"], "milliseconds, on a machine in use"
+    evaluations = sum(row["event"] == "evaluation" for row in lines(tmp_path / "run" / "log.jsonl"))
+    assert evaluations == count_evaluations(resolved(tmp_path / "run"))
+
+
+def resolved(folder: Path) -> TrainSettings:
+    """The settings that a run was trained with."""
+    return recipe_from_dict(RunFolder(folder).recipe(), "run").train
+
+
+def test_a_budget_is_no_forecast(towers: Path, tmp_path: Path) -> None:
+    made = read_recipe("start", [f"data.train={write_csv(TOYS, tmp_path)}"], budget={"steps": "10"})
+    with pytest.raises(UserError, match="--measure: a recipe with"):
+        list(diagnose(towered(made, towers), measured=True))
+
+
+def towered(made: Recipe, towers: Path) -> Recipe:
+    return made.with_overrides([f"image.tower=file:{towers / 'image'}", f"text.tower=file:{towers / 'text'}"])
 
 
 # --- as it is typed --------------------------------------------------------------------------------------------------

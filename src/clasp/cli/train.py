@@ -60,7 +60,14 @@ def params(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json:
 
 
 @app.command()
-def doctor(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+def doctor(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    as_json: JsonOption = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train a few steps; forecast the seconds and the memory of the run.")
+    ] = False,
+) -> None:
     """Check the data; report frozen blocks, feature-cache size and number of steps, without training.
 
     Exit code 2 if training would stop on this data.
@@ -71,7 +78,7 @@ def doctor(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json:
 
     require_single_keys(overrides or ())
     sections = []
-    for section in diagnose(read_recipe(recipe, overrides or ()), bar=progress_bar):
+    for section in diagnose(read_recipe(recipe, overrides or ()), bar=progress_bar, measured=measure):
         sections.append(section)
         if not as_json:
             print_lines(section.findings)

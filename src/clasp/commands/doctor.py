@@ -3,7 +3,7 @@
 Input: a recipe. Output: ``CheckReport``s as they are found: findings as text, and the same as facts in JSON. Note: the
 pairs are split, the run planned and the feature cache planned (``plan_features``) as in training, so errors are the
 same as in training. Weights are loaded, since the cache key contains their hash; but nothing is run through a tower,
-except one blank input where its frozen prefix ends at a block.
+except one blank input where its frozen prefix ends at a block, and where a forecast is asked for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+from clasp.commands.forecast import check_forecast
 from clasp.config.build import (
     ModelAndPreprocessing,
     build_feature_source,
@@ -39,8 +40,11 @@ from clasp.training.trackers.registry import find_trackers
 from clasp.types import ProgressFactory, UserError, no_progress_bar
 
 
-def diagnose(recipe: Recipe, *, bar: ProgressFactory = no_progress_bar) -> Iterator[CheckReport]:
-    """Run all checks, cheap ones first. Raises the same ``UserError`` as training."""
+def diagnose(
+    recipe: Recipe, *, bar: ProgressFactory = no_progress_bar, measured: bool = False
+) -> Iterator[CheckReport]:
+    """Run all checks, cheap ones first; ``measured``: and a forecast from a few steps. Raises the same ``UserError`` as
+    training."""
     find_trackers(recipe.train.trackers)
     train, val = open_training_pairs(recipe)
     yield check_pairs(train, val)
@@ -59,10 +63,15 @@ def diagnose(recipe: Recipe, *, bar: ProgressFactory = no_progress_bar) -> Itera
         yield CheckReport("class_pairs", {**facts, "source": classes.source}, [Finding("ok", "classes", str(classes))])
     inputs = build_feature_source(parts, recipe)
     yield check_towers(parts, recipe, inputs)
-    yield check_feature_cache(
-        plan_run_features(recipe, inputs, train, val, listing, classes), inputs.cache.free_bytes()
-    )
+    caches = plan_run_features(recipe, inputs, train, val, listing, classes)
+    yield check_feature_cache(caches, inputs.cache.free_bytes())
     yield check_steps(recipe, train, inputs)
+    if measured:
+        if recipe.auto is not None:
+            raise UserError(
+                "--measure: a recipe with [auto] takes its budget; its steps are timed when training begins"
+            )
+        yield check_forecast(recipe, (train, val), plan_run(recipe, train, inputs), caches, bar)
 
 
 def raise_on_stop(sections: Sequence[CheckReport]) -> None:

@@ -1,8 +1,9 @@
 """The measured forecast of a run: seconds by stage, and peak memory, from a few steps on a part of its pairs.
 
-Input: a recipe, its pairs, its plan and the plans of its feature caches. Output: a ``CheckReport``. Note: the features of
-the part are computed in a temporary folder, so nothing is kept; seconds per image, caption, step and evaluation are
-extrapolated to all. Not in it: loading, the closed form of heads, and reading images from a disk that is slower for many.
+Input: a recipe, its pairs, its plan and the plans of its feature caches. Output: a ``CheckReport``. Note: the features
+of the part are computed in a temporary folder, so nothing is kept; seconds per image, caption, step and evaluation are
+extrapolated to all. Not in it: loading, the closed form of heads, and images that a disk reads slower when there are
+many.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from accelerate import PartialState
-
 from clasp.commands.step_timing import time_steps
 from clasp.config.datasets import TrainValPairs
 from clasp.config.recipe import Recipe
@@ -23,6 +22,7 @@ from clasp.data.pairs import Pairs
 from clasp.models.cache_policy import CachePlan
 from clasp.training.cost.ledger import format_si
 from clasp.training.cost.meters import PeakMemoryMeter
+from clasp.training.distributed import Processes
 from clasp.training.loop import count_evaluations
 from clasp.training.settings import TrainPlan
 from clasp.types import ProgressCallback, ProgressFactory
@@ -39,7 +39,7 @@ def check_forecast(
         _some(pairs[1], _MAX_PROBE_VAL_PAIRS),
     )
     fixed = recipe.model_copy(update={"train": plan.resolved(recipe.train)})
-    rates, memory = _SecondsPerRow(bar), PeakMemoryMeter(PartialState().device)
+    rates, memory = _SecondsPerRow(bar), PeakMemoryMeter(Processes().device)
     memory.start()
     with TemporaryDirectory() as folder:
         timing = time_steps(fixed, (train, val), rates.timed_bar, cache=Path(folder))
@@ -55,7 +55,9 @@ def check_forecast(
     report = CheckReport("forecast", {**facts, "measured_on": {"train": len(train), "val": len(val)}})
     stages = ", ".join(f"{name} {spent:,.0f}" for name, spent in seconds.items())
     steps = f"{plan.steps:,} steps of {timing.step:.3g} s"
-    report.add_finding("ok", f"about {sum(seconds.values()):,.0f} s: {stages} ({steps}, measured on {len(train):,} pairs)")
+    report.add_finding(
+        "ok", f"about {sum(seconds.values()):,.0f} s: {stages} ({steps}, measured on {len(train):,} pairs)"
+    )
     if peak.value is not None:
         report.add_finding("ok", f"peak memory {format_si(peak.value, 'B')}, model and all, beyond that of the doctor")
     return report

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -33,15 +34,18 @@ _STEPS = 6  # the first ones, which choose a micro-batch and fill caches, are no
 _COUNTED = 4
 
 
-def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory) -> StepTiming:
-    """Median seconds of a step with its data, seconds of an evaluation, and the steps of an epoch."""
+def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, cache: Path | None = None) -> StepTiming:
+    """Median seconds of a step with its data, seconds of an evaluation, and the steps of an epoch.
+
+    ``cache``: where features are cached; by default where those of runs are.
+    """
     train, val = pairs
     listing = PairIndex(train)
     parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
     if recipe.train.init_from is not None:
         load_initial_weights(parts.model, recipe.to_dict(), recipe.train.init_from)
     parts.model.to(PartialState().device).eval()
-    inputs = build_feature_source(parts, recipe, bar=bar)
+    inputs = build_feature_source(parts, recipe, bar=bar, cache=cache)
     plan = plan_run(recipe, train, inputs)
     resolved = resolve_recipe(recipe, plan, parts.model)
     sides = inputs.batch_reader(train, listing, recipe.data.augment)
@@ -61,7 +65,7 @@ def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory) -> St
         task(parts.model)
         evaluation = time.perf_counter() - began
         few = _FirstBatches(batches)
-        settings = resolved.train.model_copy(update={"epochs": 1, "select": "last"})
+        settings = resolved.train.model_copy(update={"epochs": -(-_STEPS // len(few)), "select": "last"})
         kinds = parts.model.parameter_kinds
         callbacks = FitCallbacks(tracker=_NoTracker())
         if fit(parts.model, few, build_loss(recipe.loss), settings, callbacks, kinds=kinds).interrupted:

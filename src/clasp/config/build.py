@@ -300,10 +300,11 @@ def build_feature_source(
     bar: ProgressFactory = no_progress_bar,
     say: MessageCallback = lambda line: None,
     report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
+    cache: Path | None = None,
 ) -> FeatureSource:
-    """The ``FeatureSource`` of a model built from a recipe."""
+    """The ``FeatureSource`` of a model built from a recipe; ``cache``: another folder for features than the usual."""
     settings = FeatureSettings(
-        cache=CachePolicy(cache_folder(), recipe.data.feature_cache),
+        cache=CachePolicy(cache or cache_folder(), recipe.data.feature_cache),
         workers=recipe.train.workers,
         cached_augmentations=recipe.data.cached_augmentations,
         seed=recipe.train.seed,

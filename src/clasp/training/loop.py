@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from clasp.models.precision import PrecisionChoice, resolve_precision
 from clasp.training.cost.ledger import CostLedger
@@ -230,6 +230,16 @@ class _Session:
         self._saved = time.monotonic()
 
 
+def count_evaluations(settings: TrainSettings) -> int:
+    """Evaluations in a run: before the first step, at the ends of epochs that are due, at the end of the last."""
+    assert settings.epochs != "auto", "resolve the settings with plan_training first"
+    return 1 + -(-settings.epochs // max(1, _eval_interval(settings.evaluate_every, settings.epochs)))
+
+
+def _eval_interval(evaluate_every: int | Literal["auto"], epochs: int) -> int:
+    return -(-epochs // _EVALUATIONS_PER_RUN) if evaluate_every == "auto" else evaluate_every
+
+
 class BestCheckpoint:
     """Evaluates before the first step and at ends of epochs; keeps a copy of the best trainable parameters so far."""
 
@@ -246,8 +256,7 @@ class BestCheckpoint:
         assert evaluate is None or primary or settings.select == "last", "which metric decides?"
         self.stepper, self.logger, self.evaluate, self.primary = stepper, logger, evaluate, primary
         self.keep, self.epochs, self.best = settings.select, epochs, best
-        auto = -(-epochs // _EVALUATIONS_PER_RUN)
-        self.eval_interval_epochs = auto if settings.evaluate_every == "auto" else settings.evaluate_every
+        self.eval_interval_epochs = _eval_interval(settings.evaluate_every, epochs)
         self.metrics: Mapping[str, float] = {}
 
     def evaluate_initial(self, at: TrainPosition) -> None:
