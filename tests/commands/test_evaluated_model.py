@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from clasp import cli
 from clasp.commands.compare import compare_models
@@ -230,3 +232,18 @@ def test_robustness_has_a_row_for_each_corruption(world: World, tmp_path: Path):
             evaluate_run(model, "robustness", [*options, wrong], out=tmp_path / "out")
     with pytest.raises(UserError, match=r"robustness corrupts the images, and .* has their embeddings only"):
         evaluate_run(world.embeddings("clip"), "robustness", options, out=tmp_path / "stored")
+
+
+def test_a_repository_of_the_hub_is_a_run_or_another_model(world: World, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match=r"model 'hf:me/mine' cannot be read from the hub .*, and clip:me/mine opens"):
+        find_model("hf:me/mine")
+
+    def no_such_file(*_: object) -> str:
+        raise RemoteEntryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", no_such_file)
+    folder = world.saved("clip")
+    source = find_model(f"hf:{folder}")
+    assert source.run is None and source.name == f"hf:{folder}"
+    direct = find_model(f"clip:{folder}").load(no_progress_bar)
+    assert source.load(no_progress_bar).encoder.fingerprint == direct.encoder.fingerprint
