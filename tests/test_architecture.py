@@ -26,6 +26,7 @@ FENCES = {
         "data/decoding",
         "data/image_header",
         "data/augment",
+        "data/corruptions",
         "report/contact_sheet",
         "report/text_rendering",
     ),

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from clasp import cli
 from clasp.commands.compare import compare_models
@@ -210,3 +212,38 @@ def test_the_comparison_on_the_command_line(
     shown = capfd.readouterr().out
     assert not end.value.code and "image to text: R@1" in shown and "difference" in shown
     assert "no difference shown in mean recall: " in shown or " points of mean recall (" in shown
+
+
+def test_robustness_has_a_row_for_each_corruption(world: World, tmp_path: Path):
+    model, options = f"clip:{world.saved('clip')}", [f"data={world.pairs}", "templates=a {}"]
+    named = ["corruptions=contrast,gaussian_noise", "severities=1,5"]
+    rows = evaluate_run(model, "robustness", [*options, *named], out=tmp_path / "out")
+    assert [row.task.partition("/")[2] for row in rows] == ["clean", "contrast", "gaussian_noise", "mean"]
+    (clean,) = evaluate_run(model, "zeroshot", options, out=tmp_path / "out")
+    assert rows[0].metrics == pytest.approx(clean.metrics) and rows[0].interval == clean.interval
+    mean = {name: (rows[1].metrics[name] + rows[2].metrics[name]) / 2 for name in rows[1].metrics}
+    assert rows[3].metrics == pytest.approx(mean) and rows[1].n == 2 * len(TOYS)
+    for wrong, words in {
+        "corruptions=contrst": "'contrst' is none; nearest of 8: contrast",
+        "severities=0,1": "severities=0,1 must be numbers from 1 to 5",
+        "corruptions=contrast,contrast": "names one twice",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            evaluate_run(model, "robustness", [*options, wrong], out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"robustness corrupts the images, and .* has their embeddings only"):
+        evaluate_run(world.embeddings("clip"), "robustness", options, out=tmp_path / "stored")
+
+
+def test_a_repository_of_the_hub_is_a_run_or_another_model(world: World, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match=r"model 'hf:me/mine' cannot be read from the hub .*, and clip:me/mine opens"):
+        find_model("hf:me/mine")
+
+    def no_such_file(*_: object) -> str:
+        raise RemoteEntryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", no_such_file)
+    folder = world.saved("clip")
+    source = find_model(f"hf:{folder}")
+    assert source.run is None and source.name == f"hf:{folder}"
+    direct = find_model(f"clip:{folder}").load(no_progress_bar)
+    assert source.load(no_progress_bar).encoder.fingerprint == direct.encoder.fingerprint

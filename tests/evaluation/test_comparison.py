@@ -19,7 +19,7 @@ from clasp.evaluation.comparison import (
 )
 from clasp.evaluation.query_scores import MeanMetric, QueryScores
 from clasp.evaluation.tasks import ScoredQueries, SingleTask
-from clasp.report.comparison_table import comparison_sentence, comparison_table
+from clasp.report.model_comparison import comparison_sentence, model_comparison_table
 from clasp.types import UserError
 
 
@@ -199,6 +199,6 @@ def test_the_table_and_the_primary_metric():
     found = compare_scored(TASK, scored(right[0], graded[0]), scored(right[1], graded[1]), resamples=500)
     primary = primary_comparison(TASK, found)
     assert primary.metric == "right"
-    table = comparison_table(found, primary)
+    table = model_comparison_table(found, primary)
     assert table.columns == ("toy", "A", "B", "difference", "95 %", "p")
     assert [row[0] for row in table.rows] == ["right", "graded"] and table.rows[0][-1].endswith("*")

@@ -36,6 +36,17 @@ def test_every_task_has_help_and_options_of_its_own_names(name: str):
     assert f"{name}: {entry.help}" in described and all(f"{option}=" in described for option in names)
 
 
+@pytest.mark.parametrize("name", EVALUATION_TASKS)
+def test_every_task_and_its_options_are_in_the_documentation(name: str):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert any(row.startswith(f"| `{name}` |") for row in rows)
+    for option in EVALUATION_TASKS[name].all_options:
+        told = [row for row in rows if f"`{option.name}=`" in row.split("|")[1]]
+        assert any(f"`{name}`" in row or "| all |" in row for row in told), option.name
+        assert option.default is None or any(f"{option.default}" in row for row in told), option.name
+
+
 def test_defaults_fill_what_is_left_out():
     entry = EVALUATION_TASKS["zeroshot"]
     parsed = parse_task_options("zeroshot", entry, ["data=a=b.csv", "label=kind"])

@@ -73,15 +73,15 @@ def compare(
     and scores of both models for every query are kept.
     """
     from clasp.commands.compare import compare_models
-    from clasp.report.comparison_table import comparison_sentence, comparison_table
     from clasp.report.console import print_json, print_lines, print_status, print_table, progress_bar, relative_path
+    from clasp.report.model_comparison import comparison_sentence, model_comparison_table
 
     with code_allowed(allow_code):
         done = compare_models((first, second), task, options or (), out=out, say=print_status, bar=progress_bar)
     sentence = comparison_sentence(done.first, done.second, done.primary)
     if as_json:
         return print_json({**done.to_dict(), "sentence": sentence})
-    table = comparison_table(done.comparisons, done.primary)
+    table = model_comparison_table(done.comparisons, done.primary)
     print_table(f"A: {done.first}, B: {done.second}, on {done.data}", table.columns, table.rows, table.notes)
     print_lines([sentence])
     if out is not None:

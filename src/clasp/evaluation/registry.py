@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from clasp.evaluation.results import EvaluationResult
     from clasp.evaluation.task_context import TaskContext
-    from clasp.evaluation.tasks import EvaluationTask
+    from clasp.evaluation.tasks import EvaluationTask, ZeroShotTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class TaskEntry:
 # --- the tasks -------------------------------------------------------------------------------------------------------
 
 
-def build_zeroshot(context: TaskContext) -> EvaluationTask:
+def build_zeroshot(context: TaskContext) -> ZeroShotTask:
     """Raises ``UserError`` for pairs without a class, a class list or a template that cannot be used."""
     from clasp.evaluation.from_pairs import zeroshot_task
     from clasp.evaluation.zeroshot import read_class_names, read_templates
@@ -163,6 +163,13 @@ def run_multilabel(context: TaskContext) -> list[EvaluationResult]:
     return evaluate_multilabel(context)
 
 
+def run_robustness(context: TaskContext) -> list[EvaluationResult]:
+    """Zero-shot classification of corrupted images, see ``clasp.evaluation.robustness_task``."""
+    from clasp.evaluation.robustness_task import evaluate_robustness
+
+    return evaluate_robustness(context, lambda: build_zeroshot(context))
+
+
 def run_retention(context: TaskContext) -> list[EvaluationResult]:
     """See ``clasp.evaluation.retention.run``."""
     from clasp.evaluation.retention.run import evaluate_retention
@@ -212,6 +219,16 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
             TaskOption("label", _LABEL_HELP, "class"),
             TaskOption("shots", "fit to so many images of each class; to all if left out"),
             TaskOption("draws", "with shots: average over so many draws of them", "3"),
+        ),
+    ),
+    "robustness": TaskEntry(
+        run_robustness,
+        "zeroshot on images with corruptions of ImageNet-C, made as they are read",
+        (
+            *_ZEROSHOT_OPTIONS,
+            TaskOption("label", _LABEL_HELP, "class"),
+            TaskOption("corruptions", "names separated by commas: gaussian_noise, jpeg_compression, …", "all"),
+            TaskOption("severities", "numbers from 1 to 5, separated by commas", "3"),
         ),
     ),
     "sugarcrepe": TaskEntry.of_queries(

@@ -18,7 +18,7 @@ _NOTE = (
 )
 
 
-def comparison_table(comparisons: Sequence[Comparison], primary: Comparison) -> AnnotatedTable:
+def model_comparison_table(comparisons: Sequence[Comparison], primary: Comparison) -> AnnotatedTable:
     """A row for each metric, the first column naming direction or language."""
     rows = []
     for each in comparisons:
