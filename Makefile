@@ -1,12 +1,13 @@
 # make demo   install clasp into .venv and run the whole story on real data
 # make test   install clasp into .venv and pass the tests
+# make faults the tests of kills and signals that take longer
 # make check  style, types, floors and fences
 # make bench  install the peers into .bench and measure clasp against them
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo quick test check bench clean
+.PHONY: setup demo quick test faults check bench clean
 setup: .venv/ready
 
 # Python compiles what it imports; compiling everything beforehand takes a minute more.
@@ -33,6 +34,9 @@ test: setup .timm/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=.timm $(BIN)/pytest tests_timm
 	$(BIN)/pytest tests_page
+
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m faults -n logical --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -131,6 +131,7 @@ def test_two_processes_write_the_run_of_one(world: World):
     assert (cost["steps"], cost["pairs"]) == (alone["steps"], alone["pairs"])
 
 
+@pytest.mark.faults
 def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(world: World):
     folder = world.folder / "stopped"
     processes = start(world, "train", str(world.toml), "--name", "stopped", "--runs", str(world.folder))
@@ -150,6 +151,7 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(
     assert_same_run(world.alone, folder)
 
 
+@pytest.mark.faults
 def test_a_process_that_is_killed_ends_the_run_which_goes_on_when_torchrun_restarts_them(world: World):
     folder = world.folder / "killed"
     typed = ("train", str(world.toml), "--name", "killed", "--runs", str(world.folder))
@@ -180,6 +182,7 @@ def test_errors_of_the_user_are_reported_once(world: World, override: str, messa
     assert message in said(world, 0) and said(world, 1) == ""
 
 
+@pytest.mark.faults
 def test_the_launcher_starts_them(world: World):
     """The command as it is typed, with torch's launcher."""
     command = (sys.executable, "-m", "clasp", "train", str(world.toml), "train.epochs=1", "--name", "launched")
