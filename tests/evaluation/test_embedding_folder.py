@@ -72,6 +72,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "other count": (lambda at: (at / "text.json").write_text('["x"]'), "lists 1 texts for the 2 rows of text.npy"),
     "one twice": (lambda at: (at / "text.json").write_text('["x", "x"]'), "more than once: 'x'"),
     "no strings": (lambda at: (at / "text.json").write_text("[1, 2]"), "must be a JSON list of strings, the texts"),
+    "empty": (lambda at: (at / "image.npy").write_bytes(b""), "image.npy or image.json cannot be read"),
+    "half an archive": (
+        lambda at: (at / "image.npy").write_bytes(b"PK\x03\x04"),
+        "image.npy or image.json cannot be read",
+    ),
     "no json": (lambda at: (at / "text.json").write_text("["), "cannot be read"),
 }
 
@@ -83,6 +88,14 @@ def test_a_damaged_folder_is_one_line(damage: str, tmp_path: Path):
     with pytest.raises(UserError, match=DAMAGE[damage][1]) as caught:
         EmbeddingFolder(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_embedding_that_is_not_finite_is_named(tmp_path: Path):
+    write(tmp_path)
+    np.save(tmp_path / "image.npy", np.array([[1, 0], [np.nan, 1], [0, np.inf]], dtype=np.float32))
+    inputs = EmbeddingFolder(tmp_path)
+    with pytest.raises(UserError, match="the embedding of image 'b' is not finite, and those of 1 more"):
+        embed_batches(inputs.images(pairs("a", "b", "c"))(), StoredEncoder(inputs, "mine").embed_image, "image")
 
 
 def test_what_has_no_row_is_named_before_anything_is_read(tmp_path: Path):

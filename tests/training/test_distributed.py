@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clasp.training.distributed import Processes
+from clasp.training.distributed import Processes, open_processes
 from clasp.training.loop import TrainSettings, fit
 from clasp.training.losses import LossSettings, build_loss
 from clasp.training.step import Stepper
@@ -284,3 +284,11 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     assert start(2, tmp_path, vanish) == [2, 9]
     assert time.monotonic() - began < 60, "noticed at once, not at the time-out"
     assert (tmp_path / "0.txt").read_text(encoding="utf-8").startswith("process 0 of 2 ends, since another has ended")
+
+
+@pytest.mark.parametrize("given", [{}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "two"}, {"WORLD_SIZE": "two"}])
+def test_an_environment_that_is_not_torchruns_is_one_line(given: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **given}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="start the processes with torchrun or --processes"), open_processes():
+        pass

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clasp.commands.evaluate import make_context, pair_opener
+from clasp.commands.evaluate import make_context, pair_opener, require_task_applies
 from clasp.commands.evaluated_model import ModelSource, find_model
 from clasp.data.atomic_files import append_json_lines, translate_disk_errors, write_text_file
 from clasp.evaluation.comparison import Comparison, compare_scored, primary_comparison
@@ -65,6 +65,9 @@ def compare_models(
     if out is not None and Path(out).exists() and not (Path(out).is_dir() and not any(Path(out).iterdir())):
         raise UserError(f"--out {out} exists already; name a new folder")
     sources = [find_model(model) for model in models]
+    for source in sources:
+        require_task_applies(task, entry, source)
+        pair_opener(source, given)(given["data"])  # so that an error in the data comes before any model is loaded
     (built, first), (_, second) = (_score(source, entry, given, say, bar) for source in sources)
     comparisons = compare_scored(built, first, second)
     done = ModelComparison(

@@ -1,9 +1,9 @@
 """``--processes N``: start N processes of the same command on this machine, and end with them.
 
 Input: the number of processes and the arguments of the command. Output: the exit code. The processes are those of
-``torchrun --standalone --nproc-per-node N -m clasp …`` (torch's elastic launcher). Note: as soon as one process has
-failed, the others are ended: they get SIGTERM, and are killed after ``GRACE_SECONDS``. Ctrl-C reaches the processes
-once, through the launcher, since they are in sessions of their own.
+``torchrun --standalone --nproc-per-node N -m clasp …`` (torch's elastic launcher), with Python's ``-P``. Note: as soon
+as one process has failed, the others are ended: they get SIGTERM, and are killed after ``GRACE_SECONDS``. Ctrl-C
+reaches the processes once, through the launcher, since they are in sessions of their own.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def launch_processes(count: int, arguments: Sequence[str]) -> int:
         shutdown_timeout=GRACE_SECONDS,
     )
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "clasp", *arguments)
+        # -P: a file of the current folder, such as random.py, is no module
+        elastic_launch(config, sys.executable)("-P", "-u", "-m", "clasp", *arguments)
     except SignalException:
         return 130
     except ChildFailedError as error:

@@ -117,6 +117,10 @@ class RunIndex:
         """See ``IndexSource``."""
         return server_writer(self.run, opened)
 
+    def refreshed(self, opened: OpenedIndex) -> OpenedIndex:
+        """See ``IndexSource``."""
+        return opened
+
 
 class ChangingRunIndex(RunIndex):
     """The index of a run that is changed by HTTP: it may be empty, and opening it measures the background anew when the
@@ -128,6 +132,10 @@ class ChangingRunIndex(RunIndex):
 
         engine = SearchEngine(self.model, open_store(self.run, recorded_store(self.run) or "flat"))
         return OpenedIndex(engine, open_background(self.run, engine))
+
+    def refreshed(self, opened: OpenedIndex) -> OpenedIndex:
+        """See ``IndexSource``."""
+        return opened._replace(background=open_background(self.run, opened.engine))
 
 
 def draw_answer(title: str, answer: SearchAnswer) -> bytes:

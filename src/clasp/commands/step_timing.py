@@ -74,26 +74,27 @@ def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, ca
 
 
 class _FirstBatches:
-    """The first batches of an epoch, timed from one request to the next."""
+    """The first batches of an epoch, each timed from its request to the next: reading and step."""
 
     def __init__(self, batches: PairLoader):
         self._batches = batches
-        self._times: list[float] = []
+        self._cycles: list[float] = []
 
     def __len__(self) -> int:
         return min(_STEPS, len(self._batches))
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        began = time.perf_counter()
         for batch in islice(self._batches.epoch(number, start=start), len(self)):
-            self._times.append(time.perf_counter())
             yield batch
-        self._times.append(time.perf_counter())
+            ended = time.perf_counter()
+            self._cycles.append(ended - began)
+            began = ended
 
     @property
     def seconds(self) -> float:
         """Median seconds of the last steps."""
-        gaps = [after - before for before, after in zip(self._times, self._times[1:], strict=False)]
-        return median(gaps[-_COUNTED:])
+        return median(self._cycles[-_COUNTED:])
 
 
 class _NoTracker:

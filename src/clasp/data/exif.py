@@ -1,8 +1,8 @@
 """EXIF metadata of a photograph: the day it was taken, the camera, and the orientation; read without Pillow.
 
 Input: an EXIF block, or a whole TIFF file: both are a TIFF structure (Exif 2.32, CIPA DC-008, section 4.6). Output:
-``ExifFields``, empty where the data is missing, damaged or of another form; nothing raises. Note: the data comes from
-strangers. Two directories are read, whatever offsets they contain, so no loop is followed; every offset is checked
+``ExifFields``, empty where the data is missing, damaged or of another form; nothing raises. Note: the data is
+untrusted. Two directories are read, whatever offsets they contain, so no loop is followed; every offset is checked
 against the length; texts are cut, and characters that cannot be printed are dropped. Pillow's parser does more than
 that, and prints a warning for each damaged tag.
 """

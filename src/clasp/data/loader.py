@@ -87,6 +87,7 @@ class PartReader(BatchReader):
 
     def __call__(self, indices: SampleIndices) -> Batch:
         bounds = [len(indices) * part // self.size for part in (self.rank, self.rank + 1)]
+        # not super(): a dataclass with slots is another class than the one that super() without arguments names
         return BatchReader.__call__(self, indices[slice(*bounds)])
 
     def group_ids(self, keys: Sequence[Hashable]) -> list[int]:
@@ -171,10 +172,14 @@ class PairLoader:
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``number`` from batch ``start`` (from 0) on; earlier ones are not read."""
-        assert 0 <= start <= len(self), f"epoch {number} has {len(self)} batches; {start} is not one of them"
-        for batch in self._stream(self._sample_indices(number, start)):
+        for batch in self.uncounted_epoch(number, start=start):
             self.bad_samples.add(batch.skipped)
             yield batch
+
+    def uncounted_epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The same, for a caller that adds skipped samples to ``bad_samples`` itself."""
+        assert 0 <= start <= len(self), f"epoch {number} has {len(self)} batches; {start} is not one of them"
+        yield from self._stream(self._sample_indices(number, start))
 
     def close(self) -> None:
         """Stop the worker processes, if there are any."""

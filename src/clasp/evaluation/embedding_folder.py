@@ -120,15 +120,18 @@ def _read_side(folder: Path, file: str, what: str) -> tuple[np.ndarray, dict[str
     """An array, and the row of each name in its list."""
     path, names = folder / file, (folder / file).with_suffix(".json")
     try:
+        with path.open("rb") as opened:  # numpy leaves a file open that is none of its own
+            if opened.read(6) != b"\x93NUMPY":
+                raise ValueError("it does not begin as a .npy file")
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         listed = json.loads(names.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {Path(error.filename).name}; {file} needs a list of its {what}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: {file} or {names.name} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype not in _FLOATS or not len(array):
-        shape = array.shape if isinstance(array, np.ndarray) else "an archive"
-        raise UserError(f"{path} must be an array [rows E] of float16, float32 or float64; it is {shape}")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: {file} or {names.name} cannot be read: {reason}") from None
+    if array.ndim != 2 or array.dtype not in _FLOATS or not len(array):
+        raise UserError(f"{path} must be an array [rows E] of float16, float32 or float64; it is {array.shape}")
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise UserError(f"{names} must be a JSON list of strings, the {what}")
     if len(listed) != len(array):

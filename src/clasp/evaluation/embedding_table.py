@@ -62,7 +62,7 @@ def embed_batches(
     """Run a stream through one side of an encoder, without gradients. ``item_name`` names the items in errors.
 
     Raises:
-        UserError: nothing in the stream, or one id twice.
+        UserError: nothing in the stream, one id twice, or an embedding that is not finite.
     """
     ids: list[str] = []
     vectors: list[Tensor] = []
@@ -74,4 +74,9 @@ def embed_batches(
     if not ids:
         raise UserError(f"there are no {item_name}s to evaluate on")
     refuse_repeats(ids, f"{item_name} ids")
-    return EmbeddingTable(tuple(ids), torch.cat(vectors))
+    table = EmbeddingTable(tuple(ids), torch.cat(vectors))
+    broken = (~table.vectors.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if broken:
+        more = f", and those of {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UserError(f"the embedding of {item_name} {ids[broken[0]]!r} is not finite{more}")
+    return table

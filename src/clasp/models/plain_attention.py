@@ -53,6 +53,7 @@ def plain_products(
     """
     logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
     if causal:
+        assert mask is None, "as in PyTorch: a mask, or causal"
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         if mask.dtype == torch.bool:  # as an addend, the size of the mask, its gradient costs nothing

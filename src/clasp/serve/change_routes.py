@@ -39,8 +39,9 @@ def add_change_routes(app: FastAPI, editor: IndexEditor | None) -> None:
     )
     def add(given: Annotated[AddForm, Form()]) -> AddedResponse:
         """Add images: all or none. The answer comes when they are stored durably; the next search finds them."""
+        changed = allowed()
         files = [ClientFile(image.file.read(), image.filename or "") for image in given.images]
-        return AddedResponse(entries=[entry_model(hit) for hit in allowed().add(files)])
+        return AddedResponse(entries=[entry_model(hit) for hit in changed.add(files)])
 
     @app.delete("/api/image", tags=["changes"], responses={**_REFUSED, **NO_ENTRY})
     def delete(id: EntryId) -> DeletedResponse:

@@ -10,6 +10,7 @@ leaves a file without an entry, never an entry without a file.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from clasp.search.entries import entry_metadata
 from clasp.serve.service import NoSuchEntryError, SearchService
 from clasp.serve.upload_folder import SavedUpload, UploadedImage, UploadFolder
 from clasp.types import Hit, Pair, UserError
+
+_log = logging.getLogger(__name__)
 
 
 class ClientFile(NamedTuple):
@@ -65,9 +68,7 @@ class IndexEditor:
                 entries = [self._entry(store, *each) for each in zip(uploads, saved, strict=True)]
                 store.add([hit.id for hit in entries], vectors, [hit.meta for hit in entries])
             except BaseException:
-                for file in saved:
-                    if file.is_new:
-                        file.path.unlink(missing_ok=True)
+                _undo(store, [(file, self._entry_id(store, file.path)) for file in saved if file.is_new])
                 raise
         return entries
 
@@ -85,18 +86,33 @@ class IndexEditor:
         with _told("the entry is deleted, its file is not"):
             return self._folder.delete(meta["name"], meta["sha256"])
 
+    @staticmethod
+    def _entry_id(store: UpdatableStore, path: Path) -> str:
+        """The name in the folder, or where another image has that id, the path."""
+        return str(path) if _is_taken(store, path.name, path) else path.name
+
     def _entry(self, store: UpdatableStore, upload: UploadedImage, saved: SavedUpload) -> Hit:
-        """As ``clasp index RUN FOLDER`` would store it: the id is the name in the folder, or where another image has
-        that id, the path."""
-        source, name = FileSource(str(saved.path)), saved.path.name
-        if _is_taken(store, name, saved.path):
-            name = str(saved.path)
+        """As ``clasp index RUN FOLDER`` would store it."""
+        source, name = FileSource(str(saved.path)), self._entry_id(store, saved.path)
         pair = Pair(name, source, (), name)
         origins = (str(self._folder.path),)
         meta: dict[str, Any] = entry_metadata(
             pair, source.version, upload.sha256, origins, read_file_fields(upload.data)
         )
         return Hit(name, 0.0, meta)
+
+
+def _undo(store: UpdatableStore, added: Sequence[tuple[SavedUpload, str]]) -> None:
+    """Delete the files and the entries of an addition that failed, of which the store may have kept some; where it
+    cannot delete them, the files stay."""
+    try:
+        known = {name for name, _ in store.scan()}
+        if stored := [name for _, name in added if name in known]:
+            store.delete(stored)
+    except (UserError, OSError) as error:
+        return _log.warning("images that were added stay, since their entries cannot be deleted: %s", error)
+    for file, _ in added:
+        file.path.unlink(missing_ok=True)
 
 
 def _is_taken(store: UpdatableStore, name: str, path: Path) -> bool:

@@ -77,6 +77,10 @@ class IndexSource(Protocol):
         """
         ...
 
+    def refreshed(self, opened: OpenedIndex) -> OpenedIndex:
+        """An opened index after a change through ``writer`` to its own store."""
+        ...
+
 
 class EncodedImage(NamedTuple):
     """An image as bytes, with its media type."""
@@ -251,6 +255,7 @@ class SearchService:
                 yield store
             with self._lock:
                 if store is opened:
+                    self._index = self._source.refreshed(self._index)
                     self._version, self._catalogue = self._source.version, None
                 else:
                     self._open_again()

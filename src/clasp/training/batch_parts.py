@@ -35,7 +35,7 @@ class PartBatches:
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         processes = self.processes
-        for batch in self.loader.epoch(number, start=start):
+        for batch in self.loader.uncounted_epoch(number, start=start):
             counts = processes.gather_numbers(len(batch.ids), len(batch.skipped))
             skipped = batch.skipped
             if any(left_out for _, left_out in counts):

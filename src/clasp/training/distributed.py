@@ -27,6 +27,7 @@ from clasp.types import UserError
 
 STEP_TIMEOUT, WAIT_TIMEOUT = timedelta(minutes=10), timedelta(days=1)
 INTERRUPTED_EXIT_CODE = 130
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _Result = TypeVar("_Result")
 
 
@@ -116,13 +117,17 @@ class Processes:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """Around what raises ``UserError`` on all processes or on none: the first reports it, the others end."""
+        """Around what may raise ``UserError``, on all processes or on some: the first of these reports it, all end."""
+        failed: UserError | None = None
         try:
             yield
-        except UserError:
-            if self.is_first:
-                raise
-            self.end_after_first(2)
+        except UserError as error:
+            failed = error
+        found = [rank for rank, wrong in enumerate(self.gather_objects(failed is not None)) if wrong]
+        if failed is not None and found[0] == self.rank:
+            raise failed
+        if found:
+            self._end_after(found[0], 2)
 
     def end_after_first(self, code: int) -> NoReturn:
         """End this process as soon as the first one has ended: the launcher ends the others with the one that ends
@@ -215,6 +220,8 @@ class Processes:
         """Turns the error of a collective into one line."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise LostProcessError(
@@ -247,9 +254,15 @@ def open_processes() -> Iterator[Processes]:
     Raises ``UserError`` for more processes on a node than it has GPUs.
     """
     environment = os.environ
-    if int(environment.get("WORLD_SIZE", "1")) == 1 or "RANK" not in environment:
+    if environment.get("WORLD_SIZE", "1") == "1" or "RANK" not in environment:
         yield Processes()
         return
+    missing = [name for name in _TORCHRUN if not environment.get(name, "").isdigit()]
+    if missing:
+        raise UserError(
+            f"RANK and WORLD_SIZE are set, and {missing[0]} is no number ({environment.get(missing[0])!r}): start the "
+            "processes with torchrun or --processes, which set all, or unset WORLD_SIZE"
+        )
     local_rank, local_size = int(environment["LOCAL_RANK"]), int(environment["LOCAL_WORLD_SIZE"])
     gpus = torch.cuda.device_count()
     if gpus:
