@@ -326,7 +326,9 @@ def test_shuffled_pairs_are_at_chance():
 
 
 def test_diverged_embeddings_are_refused_in_one_line():
-    with pytest.raises(UserError, match=r"zoo: the embedding of image .1. is not finite, and those of 1 more") as caught:
+    with pytest.raises(
+        UserError, match=r"zoo: the embedding of image .1. is not finite, and those of 1 more"
+    ) as caught:
         zeroshot({"1": "cat", "2": "dog"}, {"1": "cat", "2": "dog"})(Diverged())
     assert "\n" not in str(caught.value)
 
