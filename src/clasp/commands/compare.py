@@ -16,6 +16,7 @@ from typing import Any
 from clasp.commands.evaluate import make_context, pair_opener, require_task_applies
 from clasp.commands.evaluated_model import ModelSource, find_model
 from clasp.data.atomic_files import append_json_lines, translate_disk_errors, write_text_file
+from clasp.data.pairs import Pairs
 from clasp.evaluation.comparison import Comparison, compare_scored, primary_comparison
 from clasp.evaluation.registry import EVALUATION_TASKS, TaskEntry, find_task, parse_task_options
 from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
@@ -67,8 +68,10 @@ def compare_models(
     sources = [find_model(model) for model in models]
     for source in sources:
         require_task_applies(task, entry, source)
-        pair_opener(source, given)(given["data"])  # so that an error in the data comes before any model is loaded
-    (built, first), (_, second) = (_score(source, entry, given, say, bar) for source in sources)
+    opened = [pair_opener(source, given)(given["data"]) for source in sources]  # before any model is loaded
+    (built, first), (_, second) = (
+        _score(source, pairs, entry, given, say, bar) for source, pairs in zip(sources, opened, strict=True)
+    )
     comparisons = compare_scored(built, first, second)
     done = ModelComparison(
         first=sources[0].name,
@@ -87,12 +90,16 @@ def compare_models(
 
 
 def _score(
-    source: ModelSource, entry: TaskEntry, given: Mapping[str, str], say: MessageCallback, bar: ProgressFactory
+    source: ModelSource,
+    pairs: Pairs,
+    entry: TaskEntry,
+    given: Mapping[str, str],
+    say: MessageCallback,
+    bar: ProgressFactory,
 ) -> tuple[EvaluationTask, list[ScoredQueries]]:
     assert entry.build is not None
-    opener = pair_opener(source, given)
-    pairs, loaded = opener(given["data"]), source.load(bar)
-    task = entry.build(make_context(loaded, pairs, opener, given, say, bar))
+    loaded = source.load(bar)
+    task = entry.build(make_context(loaded, pairs, pair_opener(source, given), given, say, bar))
     return task, task.scored(loaded.encoder)
 
 

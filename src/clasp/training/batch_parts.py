@@ -8,7 +8,7 @@ to rounding, also with gradient caching. The towers, which take nearly all of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jaxtyping import Float, Int
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clasp.data.loader import PairLoader
 from clasp.training.distributed import Processes
-from clasp.types import Batch, Loss, LossParts, UserError
+from clasp.types import Batch, Loss, LossParts, SkippedSample, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +41,18 @@ class PartBatches:
             if any(left_out for _, left_out in counts):
                 skipped = tuple(sample for part in processes.gather_objects(skipped) for sample in part)
             pairs = [pairs for pairs, _ in counts]
-            with processes.alike():
-                self.loader.bad_samples.add(skipped)
-                if 0 in pairs:
-                    raise UserError(
-                        f"process {pairs.index(0)} of {processes.size} could read none of its pairs of a batch; give "
-                        "each process more of them: a larger train.batch_size, or fewer processes"
-                    )
+            if skipped or 0 in pairs:  # the same on every process, so most batches exchange nothing more
+                with processes.alike():
+                    self._check(skipped, pairs)
             yield replace(batch, skipped=skipped, pairs_of_all=sum(pairs))
+
+    def _check(self, skipped: Sequence[SkippedSample], pairs: Sequence[int]) -> None:
+        self.loader.bad_samples.add(skipped)
+        if 0 in pairs:
+            raise UserError(
+                f"process {pairs.index(0)} of {self.processes.size} could read none of its pairs of a batch; give each "
+                "process more of them: a larger train.batch_size, or fewer processes"
+            )
 
 
 @dataclass(frozen=True, slots=True)
