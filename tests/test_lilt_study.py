@@ -25,10 +25,11 @@ from studies.lilt import costs, figures, pages
 from studies.lilt.__main__ import main
 from studies.lilt.cells import Cell, Row, Runner
 from studies.lilt.claim_records import find
-from studies.lilt.claims import CLAIMS, FULL, HEADS, LAYERWISE, SMALL, both, compared, half, to_choose
+from studies.lilt.claims import CLAIMS, SMALL, compared, to_choose
 from studies.lilt.emoji_names import Names
 from studies.lilt.initial_heads import closed_form
 from studies.lilt.photos import Photos, Sizes, drawn
+from studies.lilt.rows import FULL, HEADS, LAYERWISE, both, half
 from studies.lilt.speed import run_alone
 from studies.lilt.tables import TABLES
 from studies.paired_intervals import Counts, Draws, difference, gained, itself, measured, pairs_to_reach, ratio

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from studies.lilt.cells import Cell, Row, Runner
-from studies.lilt.claims import FULL, Claim, Size, affordable, to_choose
+from studies.lilt.claims import Claim, Size, affordable, to_choose
+from studies.lilt.rows import FULL
 from studies.paired_intervals import Counts
 from studies.records import Record
 

@@ -1,4 +1,4 @@
-"""The claims: their rows, learning rates, numbers of pairs, and the order in which their cells are run.
+"""The claims: their sizes, and the order in which their cells are run.
 
 Input: the size of the study, and the records so far. Output: the cells of a claim. Note: cells are ordered, and some
 depend on others: those that select a row's learning rate come before those that use it. A cell may belong to several
@@ -11,73 +11,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from studies.lilt.cells import Cell, Row
+from studies.lilt.rows import FULL, HEADS, LANGUAGES, LAYERWISE, LOW_RANK_NORMS, METHODS, METHODS_8000, TOP, half
 from studies.records import Record
 
 SEEDS = 3
 
 Find = Callable[[Cell], Record | None]
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def both(methods: str) -> tuple[str, ...]:
-    """A row with the same tuning of both towers; ``methods`` as in a recipe's list."""
-    return (f"tune.image=[{methods}]", f"tune.text=[{methods}]")
-
-
-HEADS = Row("heads", (), (3e-5, 1e-4))
-CLOSED = Row("heads, closed form of all pairs", (), (1e-6,), start="all")
-FULL = Row("full (CLIP)", both('"full"'), (3e-5, 1e-4))
-LAYERWISE = Row("adapters + norms (LwA)", both('"adapters(reduction=4)", "norms"'), (1e-3, 3e-3))
-NORMS = Row("norms (LN)", both('"norms"'), (1e-3, 3e-3))
-LOCKED = Row("image locked, text full (LiT)", ('tune.text=["full"]',), (3e-5, 1e-4))
-BIASES = Row("biases (BitFit)", both('"biases"'), (1e-3, 3e-3))
-LOW_RANK = Row("LoRA r=8", both('"lora(rank=8, alpha=8)"'), (1e-3, 3e-3))
-TOP = Row("LoRA r=8, top 4 blocks", both("\"lora(rank=8, alpha=8, blocks='-4:')\""), (1e-3, 3e-3))
-METHODS = (
-    FULL,
-    HEADS,
-    CLOSED,
-    LAYERWISE,
-    NORMS,
-    LOCKED,
-    BIASES,
-    LOW_RANK,
-    TOP,
-    Row("last block", both('"last(1)"'), (1e-4, 3e-4)),
-    Row("one block more + norms (DA)", both('"deep(1)", "norms"'), (1e-4, 3e-4), start="own"),
-)
-
-EVERY_LAYER = Row(
-    "heads, closed form of all layers",
-    ('image.extra_layers="all"', 'text.extra_layers="all"', "head.standardize=true", "head.init=cca", "train.epochs=0"),
-    (1e-4,),
-    start="run",
-)
-TOWER_RATES, PART_RATES = (1e-5, 3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3, 1e-2)
-LOW_RANK_NORMS = Row("LoRA r=8 + norms", both('"lora(rank=8, alpha=8)", "norms"'), PART_RATES, start="pairs")
-METHODS_8000 = (
-    replace(FULL, rates=TOWER_RATES, start="pairs"),
-    replace(LAYERWISE, rates=PART_RATES, start="pairs"),
-    LOW_RANK_NORMS,
-    replace(LOCKED, rates=TOWER_RATES, start="pairs"),
-    replace(HEADS, rates=(1e-4, 3e-4, 1e-3, 3e-3), start="pairs"),
-    replace(CLOSED, changes=("train.epochs=0",), rates=(1e-4,), start="pairs"),
-    EVERY_LAYER,
-    replace(LOW_RANK, rates=PART_RATES, start="pairs"),
-    replace(NORMS, rates=(1e-3, 3e-3, 1e-2, 3e-2), start="pairs"),
-    replace(BIASES, rates=PART_RATES, start="pairs"),
-    Row("LoRA r=32", both('"lora(rank=32, alpha=32)"'), PART_RATES, start="pairs"),
-)
-WITHOUT_STEPS = frozenset({CLOSED.name, EVERY_LAYER.name})
-UNTUNED = WITHOUT_STEPS | {HEADS.name}
-
-
-def half(row: Row) -> Row:
-    """The same row on towers with half the blocks, at the learning rate selected for the whole ones."""
-    halved = ("image.layer=6", "text.layer=3")
-    return replace(row, name=f"{row.name}, half the blocks", changes=(*row.changes, *halved), rates=row.rates[:1])
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -101,7 +40,11 @@ class Size:
     batch: int
     """Pairs a step"""
     cheap: Row
-    """Claim 5: the row with few parameters beside adapters and norms"""
+    """Claim 5 and the curve: the row with few parameters beside adapters and norms"""
+    epochs: int
+    """Epochs of the common recipe"""
+    curve: tuple[int, ...]
+    """Epochs of the curve; those of the common recipe are among them"""
 
     def pairs(self, world: str) -> int:
         """Number of training pairs of a cell in this world."""
@@ -110,6 +53,11 @@ class Size:
     def row(self, row: Row) -> Row:
         """The row of this size with the same name: the same tuning, with other learning rates and heads."""
         return next(method for method in self.methods if method.name == row.name)
+
+    @property
+    def lasting(self) -> tuple[Row, Row, Row]:
+        """Rows of the curve over epochs."""
+        return self.row(FULL), self.row(LAYERWISE), self.row(self.cheap)
 
     @property
     def budgeted(self) -> tuple[tuple[Row, Row], ...]:
@@ -128,6 +76,8 @@ SMALL = Size(
     methods=METHODS,
     batch=64,
     cheap=TOP,
+    epochs=1,
+    curve=(1, 2, 4),
 )
 LARGER = Size(
     "8000",
@@ -138,6 +88,8 @@ LARGER = Size(
     methods=METHODS_8000,
     batch=128,
     cheap=LOW_RANK_NORMS,
+    epochs=3,
+    curve=(1, 3, 6, 12),
 )
 
 
@@ -215,19 +167,6 @@ def of_scales(size: Size, find: Find) -> Iterator[Cell]:
             yield from at_rates_of(half(row), row, size, find, size.photos, seed)
 
 
-NAMES_HEADS = Row("heads", (), (3e-5, 1e-4))
-NAMES_FULL = Row("all blocks, word embeddings frozen", ("tune.text=[\"full(blocks='0:')\"]",), (3e-5, 1e-4))
-NAMES_LAYERWISE = Row("adapters + norms (LwA)", ('tune.text=["adapters(reduction=4)", "norms"]',), (1e-3, 3e-3))
-LANGUAGES = (
-    NAMES_FULL,
-    NAMES_HEADS,
-    NAMES_LAYERWISE,
-    Row("norms (LN)", ('tune.text=["norms"]',), (1e-3, 3e-3)),
-    Row("heads, closed form of all pairs", (), (1e-6,), start="all"),
-    Row("LoRA r=8", ('tune.text=["lora(rank=8, alpha=8)"]',), (1e-3, 3e-3)),
-)
-
-
 def of_languages(size: Size, find: Find) -> Iterator[Cell]:
     """As ``of_methods``, of the text tower."""
     yield from compared(LANGUAGES, "names", size, find)
@@ -245,6 +184,22 @@ def of_budgets(size: Size, find: Find) -> Iterator[Cell]:
         for row in map(size.row, (FULL, LAYERWISE)):
             for pairs in size.ladder:
                 yield from at_rates_of(row, row, size, find, pairs, seed)
+
+
+def over(row: Row, epochs: int, size: Size) -> Row:
+    """The same row over so many epochs, at the learning rate selected for those of the common recipe."""
+    if epochs == size.epochs:
+        return row
+    changes = (*row.changes, f"train.epochs={epochs}")
+    return replace(row, name=f"{row.name}, epochs: {epochs}", changes=changes, rates=row.rates[:1])
+
+
+def of_epochs(size: Size, find: Find) -> Iterator[Cell]:
+    """Full, layerwise and the cheap row over fewer and more epochs."""
+    for seed in range(SEEDS):
+        for epochs in size.curve:
+            for row in size.lasting:
+                yield from at_rates_of(over(row, epochs, size), row, size, find, size.photos, seed)
 
 
 def counting(row: Row) -> Cell:
@@ -286,5 +241,6 @@ CLAIMS = {
         Claim("claim3", "photos", of_scales),
         Claim("claim4", "names", of_languages),
         Claim("claim5", "photos", of_budgets),
+        Claim("epochs", "photos", of_epochs),
     )
 }

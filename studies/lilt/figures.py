@@ -15,20 +15,11 @@ matplotlib.use("Agg")  # headless
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from studies.lilt.cells import Row
 from studies.lilt.claim_records import At, Found
-from studies.lilt.claims import (
-    FULL,
-    HEADS,
-    LANGUAGES,
-    LAYERWISE,
-    NAMES_FULL,
-    UNTUNED,
-    Claim,
-    Row,
-    Size,
-    half,
-)
+from studies.lilt.claims import Claim, Size, over
 from studies.lilt.pages import stem
+from studies.lilt.rows import FULL, HEADS, LANGUAGES, LAYERWISE, NAMES_FULL, UNTUNED, half
 from studies.lilt.tables import LANGUAGE_SETS, PROBES, TOP5, counted, memory
 from studies.paired_intervals import Measured, Of, difference, itself, measured
 
@@ -132,12 +123,25 @@ def _budgets(found: Found, size: Size) -> Any:
     return figure
 
 
+def _epochs(found: Found, size: Size) -> Any:
+    figure, axes = plt.subplots(figsize=(5.5, 3.6))
+    for row, marker in zip(size.lasting, "sod", strict=True):
+        ats = ((count, [(over(row, count, size).name, size.photos)]) for count in size.curve)
+        _line(axes, [(count, _seen(found, at, TOP5)) for count, at in ats], row, marker)
+    axes.set(xscale="log", xlabel=f"epochs of {size.photos:,} pairs", ylabel="zero-shot top-5, %")
+    axes.set_xticks(size.curve, [str(count) for count in size.curve])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Found, Size], Any]] = {
     "claim1": _methods,
     "claim2": _kept,
     "claim3": _scales,
     "claim4": _languages,
     "claim5": _budgets,
+    "epochs": _epochs,
 }
 
 

@@ -6,6 +6,7 @@ TITLES = {
     "claim3": "Claim 3: it scales with data and with the model",
     "claim4": "Claim 4: languages that are poor in data",
     "claim5": "Claim 5: the larger model for the same budget",
+    "epochs": "Over epochs: where the curves flatten",
 }
 
 SAYS = {
@@ -19,6 +20,8 @@ as full training does.""",
 training in languages that are poor in data, and in those that are never trained.""",
     "claim5": """LilT (Khan & Fu, ICLR 2023): for the same budget of arithmetic or memory, a larger model tuned
 efficiently is better than a smaller one trained in full.""",
+    "epochs": """LilT (Khan & Fu, ICLR 2023) trains for 15 epochs. Asked here: how much further efficient tuning and
+full training come with more of them, and where either stops gaining.""",
 }
 
 PHOTOS = """Towers: DINOv2 ViT-S/14 (`pip:dinov2-small-focus`) at 56 px and MiniLM-L6 (`pip:minilm-l6`); one epoch,

@@ -10,20 +10,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from studies.formatting import line, told
+from studies.lilt.cells import Row
 from studies.lilt.claim_records import At, Found
-from studies.lilt.claims import (
-    FULL,
-    HEADS,
-    LANGUAGES,
-    LAYERWISE,
-    NAMES_FULL,
-    WITHOUT_STEPS,
-    Row,
-    Size,
-    half,
-)
+from studies.lilt.claims import Size, over
 from studies.lilt.emoji_names import HELD_OUT, TRAINED
 from studies.lilt.prose import AS_GOOD, BUDGETS, COULD_SEE, KEPT
+from studies.lilt.rows import FULL, HEADS, LANGUAGES, LAYERWISE, NAMES_FULL, WITHOUT_STEPS, half
 from studies.paired_intervals import Counts, Measured, Of, difference, gained, itself, measured, pairs_to_reach, ratio
 
 TOP5, TOP1 = "zero-shot/tinyimagenet/top5", "zero-shot/tinyimagenet/top1"
@@ -171,12 +163,33 @@ def _pairs(seen: Measured | None, each: float | None) -> str:
     return f"{value} ({low} to {high})" if seen.known > 0.9 else f"{value} ({low} to more than was tried)"
 
 
+def epochs(found: Found, size: Size) -> list[str]:
+    """The curve over epochs: full training, adapters and norms, low rank and norms on the same pairs."""
+    names = [row.name for row in size.lasting]
+    titles = [
+        "epochs",
+        "seeds",
+        *(f"{name}, top-5 %" for name in names),
+        *(f"{name} against full" for name in names[1:]),
+    ]
+    table = _Table(found, titles)
+    for count in size.curve:
+        full, *others = ((over(row, count, size).name, size.photos) for row in size.lasting)
+        table.begin(str(count), table.seeds(full, *others))
+        for at in (full, *others):
+            table.tell([at], TOP5)
+        for at in others:
+            table.against(at, full, TOP5)
+    return [*table.lines, "", table.could_see("to full training")]
+
+
 TABLES: dict[str, Callable[[Found, Size], list[str]]] = {
     "claim1": methods,
     "claim2": kept,
     "claim3": scales,
     "claim4": languages,
     "claim5": budgets,
+    "epochs": epochs,
 }
 
 
