@@ -257,6 +257,35 @@ def test_stopped_and_continued_is_bitwise_the_uninterrupted_run(stop_at: int, ke
     assert nothing.pairs == 0 and same(weights(again), weights(whole)), "a finished run goes on to the same end"
 
 
+@pytest.mark.parametrize("most", [1, 3, 5, 12, 99])
+def test_training_ends_after_the_most_steps(most: int) -> None:
+    scores = iter([0.0, 0.1, 0.2, 0.3, 0.4])
+    settings, states = SETTINGS.model_copy(update={"max_steps": most, "select": "last"}), list[TrainState]()
+    options = {"evaluate": lambda: {"score": next(scores)}, "primary": "score"}
+    trained, fitted, lines = run(settings, save=lambda state: states.append(frozen_in_time(state)), **options)
+    taken = min(most, 12)
+    assert fitted.position.step == taken and lines[-1]["step"] == taken
+    evaluated = [line["step"] for line in lines if line["event"] == "evaluation"]
+    assert evaluated == [0, *range(STEPS_AN_EPOCH, taken, STEPS_AN_EPOCH), taken]
+    rates = [line["lr"] for line in lines if line["event"] == "step"]
+    assert rates[-1] == min(rates[1:] or rates), "the schedule ends with the steps"
+    again = run(settings, resume_state=states[-1])[0]
+    assert same(weights(again), weights(trained)), "a finished run takes no further step"
+
+
+def test_stopped_before_the_last_evaluation_of_the_most_steps_and_continued() -> None:
+    settings, states = SETTINGS.model_copy(update={"max_steps": 5}), list[TrainState]()
+    whole, _, _ = run(settings)
+    _, stopped, _ = run(
+        settings,
+        stream=Stream(before=kill(signal.SIGINT, 4)),
+        save=lambda state: states.append(frozen_in_time(state)),
+    )
+    assert stopped.interrupted and stopped.position.step == 5
+    rest, finished, _ = run(settings, resume_state=states[-1])
+    assert not finished.interrupted and same(weights(rest), weights(whole))
+
+
 def test_handlers_come_back_and_sigterm_stops_too() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     _, fitted, _ = run(stream=Stream(before=kill(signal.SIGTERM, 4)))

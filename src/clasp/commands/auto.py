@@ -18,7 +18,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from clasp.commands.closed_form import ClosedFormSearch, choose_trial
+from clasp.commands.closed_form import ClosedFormHeads, ClosedFormSearch, choose_trial
 from clasp.commands.run_context import Preloaded
 from clasp.commands.step_timing import time_steps
 from clasp.commands.train import train_recipe
@@ -162,12 +162,13 @@ class _Climb:
         if self.plan.row(CLOSED_FORM_STAGE) is not None:
             return
         self.plan.rows.clear()  # candidates of a search that was interrupted
-        stage = self._search()
+        stage, heads = self._search()
         if (left := self._left.seconds) is not None and left < 0:
             stage = replace(stage, reason=f"{stage.reason}; the budget of {self.budget} ended before it")
-        self._train(stage)
+        self._train(stage, heads)
 
-    def _search(self) -> StagePlan:
+    def _search(self) -> tuple[StagePlan, ClosedFormHeads]:
+        """The closed form that validation chooses, and its heads."""
         train, val = self.pairs
         layers = {
             side: {"extra_layers": settings.extra_layers or ("all" if tower.layer_pool else [])}
@@ -193,7 +194,7 @@ class _Climb:
             row = AutoRow(method=str(trial.candidate), verdict="tried", seconds=trial.seconds)
             row = replace(row, metric=trial.score.value, interval=tuple(trial.score.interval))
             self.plan.rows.append(replace(row, trained=trial.delta_bytes // 4))
-        return plan_closed_form(self.base, chosen.candidate, reason)
+        return plan_closed_form(self.base, chosen.candidate, reason), search.heads(chosen.candidate)
 
     def _heads(self) -> None:
         """The last stage: gradient steps of the heads on cached features, where tuning left time."""
@@ -280,12 +281,12 @@ class _Climb:
         self.plan.rows.append(AutoRow(stage=stage.name, method=stage.method, reason=reason, verdict="left out"))
         self._write()
 
-    def _train(self, stage: StagePlan) -> None:
+    def _train(self, stage: StagePlan, heads: ClosedFormHeads | None = None) -> None:
         """Train or resume a stage, compare it with the best before, and record it."""
         self.io.say(f"{stage.name}: {stage.method}: {stage.reason}")
         folder, began = self.stages / stage.name, time.monotonic()
         resume = RunFolder(folder).has_state
-        shared = Preloaded(pairs=self.pairs)
+        shared = Preloaded(pairs=self.pairs, heads=heads)
         io = self.io
         if resume or not (folder / "delta.safetensors").exists():
             done = train_recipe(

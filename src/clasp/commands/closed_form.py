@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from clasp.config.auto_plan import CLASS_WEIGHTS, RIDGES, WIDTHS, Candidate, LayerSet, first_candidates, layer_sets
 from clasp.config.recipe import Recipe
@@ -24,6 +24,7 @@ from clasp.evaluation.results import PrimaryScore
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.heads import ProjectionHead
+from clasp.models.standardize import Standardize
 from clasp.models.tower import Tower
 from clasp.training.cca import cca
 from clasp.training.class_pairs import ClassPairFeatures
@@ -92,16 +93,28 @@ class ClosedFormSearch:
         attempt([best._replace(width=width) for width in (*WIDTHS, most) if width <= most])
         return trials
 
+    def heads(self, candidate: Candidate) -> ClosedFormHeads:
+        """The heads of a candidate that was tried."""
+        image, text = self.model.image_head.standardize, self.model.text_head.standardize
+        assert image is not None and text is not None
+        columns = self._columns(candidate)
+        found = self._solve(candidate, columns)
+        return ClosedFormHeads(
+            HeadInClosedForm.of(image, columns[0], found.image, found.image_mean),
+            HeadInClosedForm.of(text, columns[1], found.text, found.text_mean),
+        )
+
+    def _columns(self, candidate: Candidate) -> tuple[Int[Tensor, " di"], Int[Tensor, " dt"]]:
+        image, text = self.model.image, self.model.text
+        return layer_columns(image, candidate.image.extra), layer_columns(text, candidate.text.extra)
+
     def _narrower(self, image: LayerSet, text: LayerSet) -> int:
         """The width of the narrower side, which no head can exceed."""
         return min(len(layer_columns(self.model.image, image.extra)), len(layer_columns(self.model.text, text.extra)))
 
     def _try(self, candidate: Candidate) -> ClosedFormTrial:
         began = time.monotonic()
-        columns = (
-            layer_columns(self.model.image, candidate.image.extra),
-            layer_columns(self.model.text, candidate.text.extra),
-        )
+        columns = self._columns(candidate)
         score = self.task.score(CandidateEncoder(self.model, self._solve(candidate, columns), *columns))
         numbers = sum((candidate.width + 2) * len(some) + candidate.width for some in columns) + 1
         return ClosedFormTrial(candidate, score, 4 * numbers, time.monotonic() - began)
@@ -125,6 +138,49 @@ class ClosedFormSearch:
         maps = cca(source.moments, candidate.width, ridge=candidate.ridge)
         self._maps[candidate] = _Solution(maps.image, maps.text, source.image_mean, source.text_mean)
         return self._maps[candidate]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadInClosedForm:
+    """A head: scale and shift of the features, weight and bias of the linear map."""
+
+    scale: Float[Tensor, " d"]
+    shift: Float[Tensor, " d"]
+    weight: Float[Tensor, "E d"]
+    bias: Float[Tensor, " E"]
+
+    @classmethod
+    def of(
+        cls,
+        standardize: Standardize,
+        columns: Int[Tensor, " d"],
+        weight: Float[Tensor, "E d"],
+        mean: Float[Tensor, " d"],
+    ) -> HeadInClosedForm:
+        """The head of some columns of features that ``standardize`` is fitted to."""
+        scale, shift = standardize.scale.detach()[columns], standardize.shift.detach()[columns]
+        return cls(scale, shift, weight, -(weight @ mean))
+
+    @torch.no_grad()
+    def copy_to(self, head: ProjectionHead) -> None:
+        """Set the parameters of a head of the same shape."""
+        assert head.standardize is not None and isinstance(head.map, nn.Linear)
+        head.standardize.scale.copy_(self.scale)
+        head.standardize.shift.copy_(self.shift)
+        head.map.weight.copy_(self.weight)
+        head.map.bias.copy_(self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedFormHeads:
+    """The heads that ``training.initialize.initialize_heads`` computes from the same pairs, to rounding."""
+
+    image: HeadInClosedForm
+    text: HeadInClosedForm
+
+    def __call__(self, model: DualEncoder) -> None:
+        self.image.copy_to(model.image_head)
+        self.text.copy_to(model.text_head)
 
 
 class _Solution(NamedTuple):

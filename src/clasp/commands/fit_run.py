@@ -110,7 +110,11 @@ def _initialize(context: RunContext, sides: BatchReader, batches: PairLoader, lo
     recipe, model = context.recipe, context.model
     with nullcontext(batches) if context.processes.size == 1 else closing(_loader(context, sides)) as whole:
         if recipe.head.standardize and recipe.train.init_from is None:
-            initialize_heads(model, _plain(context, sides), recipe.head, whole.bad_samples, _class_pairs(context))
+            classes = _class_pairs(context)
+            if context.heads is None:
+                initialize_heads(model, _plain(context, sides), recipe.head, whole.bad_samples, classes)
+            else:
+                context.heads(model)
         initialize_low_rank(model, whole, loss, recipe.tune, recipe.train)
     return tuple(SkippedSample(*found) for found in whole.bad_samples.found.items())
 

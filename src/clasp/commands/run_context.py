@@ -6,6 +6,7 @@ against it. Note: a run is resumed with the same recipe, towers and pairs only; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -29,14 +30,18 @@ from clasp.training.trackers.console import Reporter
 from clasp.training.trackers.group import TrackerGroup
 from clasp.types import UserError
 
+HeadInitializer = Callable[[DualEncoder], None]
+"""Sets the heads of a model to what ``initialize_heads`` would compute from the pairs"""
+
 
 @dataclass(frozen=True, slots=True)
 class Preloaded:
     """What a run is given: the pairs of its recipe and its model, which is trained in place, where they are in memory
-    already; and the processes that train together."""
+    already; what sets its heads where their closed form was computed before; the processes that train together."""
 
     pairs: TrainValPairs | None = None
     parts: ModelAndPreprocessing | None = None
+    heads: HeadInitializer | None = None
     processes: Processes = field(default_factory=Processes)
 
 
@@ -44,9 +49,9 @@ class Preloaded:
 class RunContext:
     """The objects of a run. ``recipe`` is resolved: batch size, epochs and attention kernel are not "auto".
 
-    ``classes``: class pairs that count in the closed form. ``state``: the saved state of a resumed run, ``None`` for a
-    new one. ``listing``: the index of the captions of ``train``. Every one of ``processes`` has its own context; only
-    the first writes to the folder.
+    ``classes``: class pairs that count in the closed form. ``heads``: where that was computed before. ``state``: the
+    saved state of a resumed run, ``None`` for a new one. ``listing``: the index of the captions of ``train``. Every one
+    of ``processes`` has its own context; only the first writes to the folder.
     """
 
     folder: RunFolder
@@ -56,6 +61,7 @@ class RunContext:
     train: Pairs
     val: Pairs
     classes: WeightedClassPairs | None
+    heads: HeadInitializer | None
     listing: PairIndex
     state: TrainState | None
     ledger: CostLedger

@@ -103,6 +103,7 @@ def train_recipe(
             train=train,
             val=val,
             classes=processes.in_turn(lambda: class_pairs_of_recipe(recipe, parts.model)),
+            heads=loaded.heads,
             listing=PairIndex(train),
             state=state,
             ledger=ledger,

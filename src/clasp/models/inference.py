@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -22,6 +23,7 @@ from clasp.data.formats.rows import require_unicode, shorten
 from clasp.data.formats.skipped_files import escape_name
 from clasp.data.images import IMAGE_FORMS, ImageError, ImageTransform, is_image_form
 from clasp.data.loader import inference_batch_size, iter_text_batches
+from clasp.data.read_ahead import read_ahead
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.precision import Precision, computing_in
 from clasp.types import Encoder, Pixels, ProgressCallback, UserError
@@ -94,12 +96,12 @@ class EmbeddingModel:
         if not images:
             side = self.transform.size
             return self.encode_pixels(torch.zeros(1, 3, side, side))[:0]
-        rows, batch_size = [], inference_batch_size(self.transform.size, self.device)
-        for start in range(0, len(images), batch_size):
-            some = images[start : start + batch_size]
-            part = [self._pixels(image, start + place) for place, image in enumerate(some)]
-            rows.append(self.encode_pixels(torch.stack(part)))
-            progress(start + len(part), len(images))
+        rows, done = [], 0
+        batch_size = inference_batch_size(self.transform.size, self.device)
+        with closing(read_ahead(list(enumerate(images)), self._pixels, batch=batch_size)) as batches:
+            for batch in batches:
+                rows.append(self.encode_pixels(torch.stack(batch)))
+                progress(done := done + len(batch), len(images))
         return torch.cat(rows)
 
     def encode_pixels(self, pixels: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n E"]:
@@ -141,7 +143,8 @@ class EmbeddingModel:
             raise UserError(f"similarity: images are {images.shape[1]} wide and texts {texts.shape[1]}")
         return images @ texts.T
 
-    def _pixels(self, image: Any, position: int) -> Tensor:
+    def _pixels(self, numbered: tuple[int, Any]) -> Tensor:
+        position, image = numbered
         try:
             return self.transform(image)
         except (ImageError, OSError) as error:

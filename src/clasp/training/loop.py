@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, Protocol, runtime_checkable
 
 from clasp.models.precision import PrecisionChoice, resolve_precision
@@ -96,7 +97,11 @@ def fit(
     """
     assert settings.epochs != "auto", "resolve the settings with plan_training first"
     began = time.monotonic()
-    session = _open_session(model, loss, settings, callbacks, settings.epochs * len(batches), kinds, resume_state)
+    steps = settings.epochs * len(batches)
+    if settings.max_steps is not None and settings.max_steps < steps:
+        steps = settings.max_steps
+        settings = settings.model_copy(update={"epochs": -(-steps // len(batches))})
+    session = _open_session(model, loss, settings, callbacks, steps, kinds, resume_state)
     logger, best_checkpoint = session.logger, session.best_checkpoint
     at = resume_state.position if resume_state else TrainPosition()
     agree = callbacks.processes.agree_on_signal
@@ -108,7 +113,8 @@ def fit(
             session.save(at)  # at once, so that a kill from here on loses no start-up
         requested = agree(stop.requested)
         while at.epoch < settings.epochs and not requested:
-            for batch in logger.time_batches(batches.epoch(at.epoch, start=at.step_in_epoch)):
+            left = islice(batches.epoch(at.epoch, start=at.step_in_epoch), steps - at.step)
+            for batch in logger.time_batches(left):
                 logger.log_skipped(batch, at.step)
                 if batch.total_pairs > 1:  # a single pair has no negatives
                     _train_step(session.stepper, logger, callbacks.ledger, batch, at)
@@ -117,7 +123,8 @@ def fit(
                 if requested := agree(stop.requested):
                     break
             else:
-                assert at.step_in_epoch == len(batches), f"the epoch had {at.step_in_epoch} of {len(batches)} batches"
+                whole = at.step_in_epoch == len(batches) or at.step == steps
+                assert whole, f"the epoch had {at.step_in_epoch} of {len(batches)} batches"
                 best_checkpoint.evaluate_epoch(at)
                 at = at.next_epoch()
                 requested = agree(stop.requested)

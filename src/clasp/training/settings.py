@@ -67,6 +67,9 @@ class TrainSettings(BaseModel):
     epochs: Annotated[int, Field(ge=0, le=1_000_000)] | _Auto = "auto"
     """Passes over the training pairs; 0: no gradient step, the initial weights (as those of ``head.init = "cca"``) are
     evaluated and saved."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Most gradient steps: training ends after them, within an epoch too, and the schedule ends with it. In
+    ``schedule = "lilt"``, an epoch is then an equal share of the steps."""
     init_from: str | None = None
     """A run folder whose trained tensors the trainable parameters start from, by name; others keep their own
     initialisation. The heads are then not initialised from the pairs."""
@@ -160,7 +163,8 @@ def plan_training(settings: TrainSettings, pairs: int, *, max_batch_size: int = 
 
     "auto" batch: the largest power of two that is at most a quarter of the pairs and at most ``max_batch_size``, so
     that an epoch has several steps and batches differ. "auto" epochs: 15, fewer past 100,000 pairs, more where that
-    would be fewer than 300 steps. The last incomplete batch of an epoch is dropped.
+    would be fewer than 300 steps. The last incomplete batch of an epoch is dropped. ``max_steps`` may end training
+    within the last epoch.
     Raises UserError for fewer than two pairs, or a set batch of more than there are.
     """
     if pairs < 2:
@@ -189,4 +193,8 @@ def plan_training(settings: TrainSettings, pairs: int, *, max_batch_size: int = 
         epochs = settings.epochs
         reasons.append("1 epoch is set" if epochs == 1 else f"{epochs:,} epochs are set")
     steps = epochs * steps_per_epoch
+    if settings.max_steps is not None and settings.max_steps < steps:
+        steps = settings.max_steps
+        epochs = -(-steps // steps_per_epoch)
+        reasons.append(f"at most {steps:,} steps")
     return TrainPlan(batch, epochs, steps, f"{pairs:,} pairs: {' and '.join(reasons)}, {steps:,} steps in all")

@@ -1,0 +1,34 @@
+"""Batches read in threads, each while the one before it is used.
+
+Input: items, and the function that reads one. Output: lists of results, in the order of the items. Note: images are
+decoded and resized outside of Python's lock. What reading an item raises is raised when its batch is due; a consumer
+that stops early closes the generator, and what was not begun is dropped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+DECODE_THREADS = min(4, os.cpu_count() or 1)
+_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
+
+
+def read_ahead(
+    items: Sequence[_Item], read: Callable[[_Item], _Result], *, batch: int, threads: int = DECODE_THREADS
+) -> Generator[list[_Result], None, None]:
+    """Results of ``read`` in lists of ``batch``, the last one shorter."""
+    pool = ThreadPoolExecutor(threads, "clasp-read")
+    pending: deque[list[Future[_Result]]] = deque()
+    try:
+        for start in range(0, len(items), batch):
+            pending.append([pool.submit(read, item) for item in items[start : start + batch]])
+            if len(pending) == 2:
+                yield [future.result() for future in pending.popleft()]
+        for futures in pending:
+            yield [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
