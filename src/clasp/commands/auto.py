@@ -64,6 +64,7 @@ from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 _SEARCH_SHARE = 0.2  # of the minutes, for comparing closed forms once the features are cached
+_MIN_SEARCH_SECONDS = 30.0  # or half the minutes: in so little time no epoch of tuning fits
 _RUN_FILES = ("base.json", "transform.json", "log.jsonl", "results.jsonl", COST_FILE, "recipe.toml")
 
 
@@ -184,7 +185,8 @@ class _Climb:
         tally = BadSampleLimit(len(train), recipe.data.max_bad_fraction)
         began = time.monotonic()
         self.io.say(f"features of all layers are cached; {self._seconds:,.0f} s so far")
-        share = 60 * _SEARCH_SHARE * self.budget.minutes if self.budget.minutes is not None else float("inf")
+        seconds = float("inf") if self.budget.minutes is None else 60 * self.budget.minutes
+        share = max(_SEARCH_SHARE * seconds, min(_MIN_SEARCH_SECONDS, seconds / 2))
         found = find_class_pairs(parts.model, recipe.data.class_weight)
         classes = class_pair_features(found, parts.model, inputs) if found else None
         search = ClosedFormSearch(parts.model, recipe, sides, tally, task, classes)

@@ -25,7 +25,6 @@ _HEAD_STEPS = 300  # after which heads on cached features have settled
 _RESERVE = 0.08  # of the time left, for saving, loading and the final evaluation
 _MAX_EPOCHS, _MIN_MAX_STEPS = 15, 1500  # tuning flattens at the larger of both; then another method is worth more
 _MAX_EVALUATIONS = 10
-_MIN_PART = 0.25  # of an epoch, that is worth tuning for where no whole one fits
 
 
 class LayerSet(NamedTuple):
@@ -177,14 +176,13 @@ def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | st
 
 
 def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
-    """The plan with as many epochs as fit, light augmentation where there are several; or with the part of one that
-    fits; else why there is none."""
+    """The plan with as many epochs as fit, light augmentation where there are several; else why there is none."""
     fits = left.epochs(timing, 1.0 if left.seconds is None else 1 - _RESERVE)
     of_epoch = f"an epoch is {timing.steps_per_epoch:,} steps"
     if left.seconds is not None:
         of_epoch += f" of {timing.step:.2g} s"
     if fits < 1:
-        return _part_of_epoch(plan, timing, left, of_epoch)
+        return f"{of_epoch}: none fits into {left}"
     most = max(_MAX_EPOCHS, -(-_MIN_MAX_STEPS // timing.steps_per_epoch))
     epochs = min(fits, most)
     reason = f"{of_epoch}: {_count(epochs)}" + (f" into {left}" if fits <= most else f", {fits} would fit into {left}")
@@ -194,15 +192,6 @@ def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | s
         plan = StagePlan(plan.name, plan.method, plan.reason, changed(recipe, {"data": {"augment": augment}}))
         reason += "; images flipped and cropped"
     return _with_epochs(plan, epochs, reason)
-
-
-def _part_of_epoch(plan: StagePlan, timing: StepTiming, left: Left, of_epoch: str) -> StagePlan | str:
-    """The plan with the steps that fit, where those are a part of an epoch that is worth it."""
-    steps = left.steps_in(timing, 1.0 if left.seconds is None else 1 - _RESERVE)
-    if steps < _MIN_PART * timing.steps_per_epoch:
-        return f"{of_epoch}: too few fit into {left}"
-    recipe = changed(plan.recipe, {"train": {"epochs": 1, "max_steps": steps, "evaluate_every": 1}})
-    return StagePlan(plan.name, plan.method, f"{of_epoch}: {steps:,} of them into {left}", recipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,13 +207,6 @@ class Left:
             return int(share * self.steps) // timing.steps_per_epoch
         assert self.seconds is not None
         return timing.epochs_in(share * self.seconds)
-
-    def steps_in(self, timing: StepTiming, share: float) -> int:
-        """Steps that a share of it holds, with an evaluation before and after them."""
-        if self.steps is not None:
-            return int(share * self.steps)
-        assert self.seconds is not None
-        return max(0, int((share * self.seconds - 2 * timing.evaluation) / timing.step))
 
     @property
     def nothing(self) -> bool:
