@@ -42,7 +42,8 @@ def philox_integers(key: Sequence[int], count: int) -> Int[np.ndarray, " n"]:
     ``permutation`` and ``integers``.
     """
     raw = np.random.Philox(np.random.SeedSequence(list(key))).random_raw(count)
-    return (raw >> np.uint64(1)).astype(np.int64)
+    raw >>= np.uint64(1)
+    return raw.view(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class BatchReader:
         numbers = indices.pair.tolist()
         groups: list[Hashable]
         if isinstance(self.pairs, PairIndex):
-            ids = tuple([self.pairs.ids[number] for number in numbers])
+            ids = tuple(self.pairs.ids.take(indices.pair))
             groups = self.pairs.group[indices.pair].tolist()
         else:
             ids = tuple([read(number).id for number in numbers])
@@ -158,6 +159,7 @@ class PairLoader:
             self.num_samples = int(pairs.caption_offsets[-1])
         else:
             self.num_samples = len(pairs)
+        assert self.num_samples < 1 << 31, "sample numbers are 32 bits wide"
         if self.num_samples == 0:
             raise UserError("there are no pairs to make batches of")
         if batch_size < 1 or (drop_last and batch_size > self.num_samples):
@@ -188,17 +190,17 @@ class PairLoader:
     def _sample_indices(self, epoch: int, start: int) -> Iterator[SampleIndices]:
         # shuffle by sorting random numbers; the sort is stable, so the order is the same on every machine
         order = np.argsort(philox_integers((self._seed, epoch, _ORDER), self.num_samples), kind="stable")
-        seeds = philox_integers((self._seed, epoch, _AUGMENT), self.num_samples)[order]
-        if self._captions == "all":
-            assert isinstance(self._pairs, PairIndex)
-            pair = np.searchsorted(self._pairs.caption_offsets, order, side="right") - 1
-            indices = SampleIndices(pair, order - self._pairs.caption_offsets[pair], seeds)
-        else:
-            indices = SampleIndices(
-                order, philox_integers((self._seed, epoch, _CAPTION), self.num_samples)[order], seeds
-            )
+        order = order.astype(np.int32)  # all three are kept for the epoch: 20 bytes a sample
+        seeds = philox_integers((self._seed, epoch, _AUGMENT), self.num_samples)
+        draws = None if self._captions == "all" else philox_integers((self._seed, epoch, _CAPTION), self.num_samples)
         for number in range(start, len(self)):
-            yield indices[number * self._batch : (number + 1) * self._batch]
+            some = order[number * self._batch : (number + 1) * self._batch].astype(np.int64)
+            if draws is None:
+                assert isinstance(self._pairs, PairIndex)
+                pair = np.searchsorted(self._pairs.caption_offsets, some, side="right") - 1
+                yield SampleIndices(pair, some - self._pairs.caption_offsets[pair], seeds[some])
+            else:
+                yield SampleIndices(some, draws[some], seeds[some])
 
 
 # --- images or texts alone -------------------------------------------------------------------------------------------

@@ -56,5 +56,15 @@ class OpenedSource(Protocol):
         ...
 
 
+@runtime_checkable
+class KeyedSource(Protocol):
+    """An opened source whose pairs are known by a key, so that what is derived from them can be stored."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """All that its pairs depend on, but for the bytes of images; empty if that is unknown."""
+        ...
+
+
 PairFormat = Callable[[SourceSpec], OpenedSource]
 """Opens a source and checks every caption; ``UserError`` in one line for any problem"""

@@ -90,6 +90,10 @@ class ClassFolders:
     def root(self) -> str:
         return self.folder.path
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        return ("classes", self.folder.path, self.folder.stamp([]), self.id_prefix, self.path_prefix)
+
     def __len__(self) -> int:
         return len(self.images)
 

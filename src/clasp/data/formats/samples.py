@@ -8,6 +8,7 @@ only in Unicode normalisation (NFC, NFD) belong to one sample.
 """
 
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -64,6 +65,8 @@ class SampleTable:
     """The samples of an opened folder or tar; an ``OpenedSource``."""
 
     name: str
+    opened_as: tuple[str, ...]
+    """The key of its index."""
     members: FileCollection
     id_of: Callable[[str], str]
     """Maps the file name of an image to the id of its sample."""
@@ -76,6 +79,10 @@ class SampleTable:
     hashes: UInt64[np.ndarray, " pairs"]
     skipped_files: SkippedFiles
     id_prefix: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (*self.opened_as, self.id_prefix)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -174,29 +181,30 @@ def open_samples(
     name, beside = str(spec.path), spec.path if spec.path.is_dir() else spec.path.parent
     named = beside / _CLASS_NAMES_FILE
     classes = tuple(named.read_text("utf-8").splitlines()) if named.is_file() else ()
+    key = (*key, spec.format, repr(spec.columns), repr(classes))
 
     def samples(parts: np.ndarray, hashes: np.ndarray, skipped: np.ndarray) -> SampleTable:
         root = str(spec.path.absolute())
         skipped_files = SkippedFiles.from_array(skipped)
-        return SampleTable(name, members, id_of, parts, spec.columns, classes, root, hashes, skipped_files)
+        return SampleTable(name, key, members, id_of, parts, spec.columns, classes, root, hashes, skipped_files)
 
     def build() -> IndexArrays:
         parts, skipped_files = group()
         skipped = skipped_files.to_array()
         draft = samples(parts, np.zeros(len(parts), np.uint64), skipped)
         check = CaptionCheck(name)
-        ids = []
+        ids = array("Q")
         for row in range(len(parts)):
             pair = draft[row]
             looked = f"{pair.image.name} (looked in its .txt, and for {', '.join(_CAPTION_KEYS)} in its .json)"
             check.add(looked, pair.captions)
             ids.append(hash64(pair.id))
         check.finish()
-        return {"parts": parts, "hashes": np.array(ids, np.uint64), "skipped": skipped}
+        arrays = {"parts": parts, "hashes": np.array(ids, np.uint64), "skipped": skipped}
+        require_unique_ids(name, samples(**arrays))
+        return arrays
 
-    opened = samples(**load_or_build_index(spec.cache, (*key, spec.format, repr(spec.columns), repr(classes)), build))
-    require_unique_ids(name, opened)
-    return opened
+    return samples(**load_or_build_index(spec.cache, key, build))
 
 
 def group_by_key(
