@@ -18,6 +18,7 @@ from clasp.data.formats.skipped_files import escape_name
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages, describe_pair_formats, open_pairs, split_by_group
 from clasp.data.readers import PairIndex
 from clasp.data.samples.emoji import SAMPLE_SCHEME, sample_file
+from clasp.data.shard_stage import ShardStage
 from clasp.models.features import FeatureSource
 from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan, plan_training
 from clasp.types import UserError
@@ -60,7 +61,12 @@ def open_pairs_for_settings(
     format = data.format if source in (data.train, data.val) else None
     if source in (data.train, data.val) and columns == DEFAULT_COLUMNS:
         columns, image_root = data.columns, image_root or data.image_root
-    return open_pairs(path, format=format, columns=columns, image_root=image_root, cache=cache_folder() / "pairs")
+    stage = None
+    if source in (data.train, data.val):
+        stage = ShardStage(cache_folder() / "shards", int(data.stage_gb * 1e9))
+    return open_pairs(
+        path, format=format, columns=columns, image_root=image_root, cache=cache_folder() / "pairs", stage=stage
+    )
 
 
 def _open(source: str, recipe: Recipe) -> Pairs:

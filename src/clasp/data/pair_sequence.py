@@ -19,10 +19,11 @@ from typing import Any, Protocol, SupportsIndex, overload, runtime_checkable
 import numpy as np
 from jaxtyping import Float64, Int
 
-from clasp.data.formats.base import KeyedSource
+from clasp.data.formats.base import KeyedSource, ShardSource
 from clasp.data.formats.index_cache import load_or_build_index
 from clasp.data.formats.skipped_files import SkippedFiles, SkippedKind
 from clasp.data.pair_columns import MIN_STORED_PAIRS, PairColumns
+from clasp.data.shard_stage import StagedShard
 from clasp.data.text_column import TextColumn
 from clasp.types import Pair, UserError
 
@@ -132,6 +133,17 @@ class Pairs(Sequence[Pair]):
         return self._joined.columns
 
     @property
+    def shards(self) -> tuple[StagedShard, ...]:
+        """The staged shard of each part; empty where a part is on this disk."""
+        found = [part.shard if isinstance(part, ShardSource) else None for part in self._joined.parts]
+        shards = tuple(shard for shard in found if shard is not None)
+        return shards if len(shards) == len(found) else ()
+
+    def parts_of(self, numbers: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The number of the part that each of these pairs comes from."""
+        return np.searchsorted(self._joined.ends, self.rows[numbers], side="right")
+
+    @property
     def ids(self) -> TextColumn:
         """The ids."""
         return self.columns.ids.select(self.rows)
@@ -213,6 +225,10 @@ class _InLanguages:
     @property
     def key(self) -> tuple[str, ...]:
         return ("in languages", *self.languages, *self.part.key) if isinstance(self.part, KeyedSource) else ()
+
+    @property
+    def shard(self) -> StagedShard | None:
+        return self.part.shard if isinstance(self.part, ShardSource) else None
 
     def __len__(self) -> int:
         return len(self.part)

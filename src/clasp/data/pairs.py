@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -22,14 +23,22 @@ from clasp.data.formats.base import OpenedSource, PairFormat, SourceSpec
 from clasp.data.formats.folders import FolderFiles, open_folder, split_file_name
 from clasp.data.formats.index_cache import unpack_gzip
 from clasp.data.formats.parquet import ParquetSource, open_parquet
+from clasp.data.formats.remote_tar import TAR_FORMAT, nominal_path, open_remote_tar
 from clasp.data.formats.rows import DEFAULT_COLUMNS, ColumnNames
-from clasp.data.formats.samples import IMAGE_SUFFIXES, count_suffixes, is_unread_image, open_webdataset
+from clasp.data.formats.samples import (
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    count_suffixes,
+    is_unread_image,
+    open_webdataset,
+)
 from clasp.data.formats.skipped_files import ReportsSkipped, SkippedFiles
-from clasp.data.formats.sources import FileSource, TarSource, require_no_address
+from clasp.data.formats.sources import FileSource, TarSource, is_address, require_no_address
 from clasp.data.formats.tables import open_table
 from clasp.data.formats.text_rows import DelimitedRows, JsonLines, JsonList
 from clasp.data.pair_sequence import Pairs, caption_languages, split_by_group
 from clasp.data.plugins import load_named
+from clasp.data.shard_stage import ShardStage
 from clasp.types import ImageSource, UserError
 
 __all__ = [
@@ -69,7 +78,6 @@ def describe_pair_formats() -> str:
 
 
 _MAX_SOURCES = 1_000_000  # that one pair of braces may stand for
-_CAPTION_SUFFIXES = ("txt", "json", "cls")  # not reported when only images are listed
 
 
 def open_pairs(
@@ -79,6 +87,7 @@ def open_pairs(
     columns: ColumnNames = DEFAULT_COLUMNS,
     image_root: str | Path | None = None,
     cache: Path | None = None,
+    stage: ShardStage | None = None,
 ) -> Pairs:
     """Open a source and check every caption; ``UserError`` in one line for any problem.
 
@@ -86,11 +95,14 @@ def open_pairs(
     ``format`` is the format of all of them (see ``find_pair_format``); by default it is inferred from the file suffix.
     ``image_root`` is the folder that image paths in tables are relative to; by default the folder of the table, which
     they must then not lead out of.
+    With a ``stage``, tars may be at addresses (``s3://…/{0000..0999}.tar``); without, an address is an error.
     With a ``cache`` folder, indexing and unpacking of ``.gz`` are done once for a file of this path, size and time.
     An id is the value of the id column, else the image path or the tar member's key; if ids of several sources collide,
     each is prefixed with its source (``a.tar::key``).
     """
     names = expand_source(str(source))
+    if stage is not None and all(map(is_address, names)):
+        return _open_shards(str(source), names, format, columns, cache, stage)
     paths = [Path(name).expanduser() for name in names]
     for name, path in zip(names, paths, strict=True):
         if not name:
@@ -98,12 +110,34 @@ def open_pairs(
         require_no_address(name, "pairs")
         if not path.exists():
             raise UserError(_missing(path, paths))
-    names = [format or _format_of(path) for path in paths]
-    opened = [_open(path, name, columns, image_root, cache) for path, name in zip(paths, names, strict=True)]
+    formats = [format or _format_of(path) for path in paths]
+    opened = [_open(path, name, columns, image_root, cache) for path, name in zip(paths, formats, strict=True)]
     parts = _with_unique_ids(paths, opened)
     skipped = sum((part.skipped_files for part in parts if isinstance(part, ReportsSkipped)), SkippedFiles())
     origins = [os.path.realpath(path) for path in paths]
     return Pairs(str(source), parts, skipped_files=skipped, origins=origins, cache=cache)
+
+
+def _open_shards(
+    source: str,
+    addresses: list[str],
+    format: str | None,
+    columns: ColumnNames,
+    cache: Path | None,
+    stage: ShardStage,
+) -> Pairs:
+    """Open tars at addresses, in order; each is fetched once to be indexed."""
+    for address in addresses:
+        if (format or Path(urlsplit(address).path).suffix.lower()) != TAR_FORMAT:
+            raise UserError(f"{address} is an address, and only {TAR_FORMAT} shards are read from one; download it")
+    shards = stage.describe(addresses)
+    opened = [
+        open_remote_tar(shard, following, columns, cache)
+        for shard, following in zip(shards, [*shards[1:], None], strict=True)
+    ]
+    parts = _with_unique_ids([nominal_path(address) for address in addresses], list(opened))
+    skipped = sum((part.skipped_files for part in opened), SkippedFiles())
+    return Pairs(source, parts, skipped_files=skipped, origins=addresses, cache=cache)
 
 
 def _format_of(path: Path) -> str:
@@ -218,7 +252,7 @@ def list_images(path: str | Path) -> FolderImages:
             rows.append(row)
         elif is_unread_image(name):
             others.append((f"image of a format that is not read (.{suffix})", name))
-        elif suffix not in _CAPTION_SUFFIXES:
+        elif suffix not in CAPTION_SUFFIXES:
             others.append((f"file that is no image ({f'.{suffix}' if suffix else 'no suffix'})", name))
     skipped = folder.skipped_files + SkippedFiles.of(others)
     if not rows:

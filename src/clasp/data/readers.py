@@ -49,7 +49,7 @@ class PairIndex(Sequence[Pair]):
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._pairs = pairs
+        self.pairs = pairs
         if isinstance(pairs, Pairs):
             columns, rows = pairs.columns, pairs.rows
         else:
@@ -68,7 +68,7 @@ class PairIndex(Sequence[Pair]):
         return len(self.ids)
 
     def __getitem__(self, number: Any) -> Any:
-        return self._pairs[number]
+        return self.pairs[number]
 
     def text_indices(self, picks: SampleIndices) -> Int[np.ndarray, " n"]:
         """Index in ``texts`` of the selected captions."""

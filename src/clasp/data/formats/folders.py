@@ -42,6 +42,7 @@ class FolderFiles:
     names: NameTable
     skipped_files: SkippedFiles
     """Folders that were not read."""
+    shard: None = None
 
     @classmethod
     def of(cls, path: Path) -> "FolderFiles":

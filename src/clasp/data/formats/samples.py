@@ -32,6 +32,7 @@ from clasp.data.formats.rows import (
 )
 from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.formats.tar import open_tar
+from clasp.data.shard_stage import StagedShard
 from clasp.types import Caption, ImageSource, Pair, UserError
 
 IMAGE_SUFFIXES = tuple("jpg jpeg jfif png webp gif bmp tif tiff avif jp2 ppm pgm".split())
@@ -45,6 +46,7 @@ _SUFFIX_COLUMNS = dict.fromkeys(IMAGE_SUFFIXES, IMAGE_COLUMN) | {
     "json": JSON_COLUMN,
     "cls": LABEL_COLUMN,
 }
+CAPTION_SUFFIXES = ("txt", "json", "cls")
 _CAPTION_KEYS = ("captions", "caption", "text")
 _CLASS_NAMES_FILE = "classnames.txt"
 _SYSTEM_FILES = ("__MACOSX", "Thumbs.db", "desktop.ini")
@@ -53,6 +55,9 @@ _SYSTEM_FILES = ("__MACOSX", "Thumbs.db", "desktop.ini")
 @runtime_checkable
 class FileCollection(Protocol):
     """Files by number, in a folder or a tar."""
+
+    @property
+    def shard(self) -> StagedShard | None: ...
 
     @property
     def names(self) -> NameTable: ...
@@ -83,6 +88,10 @@ class SampleTable:
     @property
     def key(self) -> tuple[str, ...]:
         return (*self.opened_as, self.id_prefix)
+
+    @property
+    def shard(self) -> StagedShard | None:
+        return self.members.shard
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -178,7 +187,7 @@ def open_samples(
     key: tuple[str, ...],
 ) -> SampleTable:
     """Open samples and check all captions; ``group`` groups the members, ``key`` is the cache key of the index."""
-    name, beside = str(spec.path), spec.path if spec.path.is_dir() else spec.path.parent
+    name, beside = spec.name, spec.path if spec.path.is_dir() else spec.path.parent
     named = beside / _CLASS_NAMES_FILE
     classes = tuple(named.read_text("utf-8").splitlines()) if named.is_file() else ()
     key = (*key, spec.format, repr(spec.columns), repr(classes))
@@ -208,7 +217,7 @@ def open_samples(
 
 
 def group_by_key(
-    names: NameTable, split_name: Callable[[str], tuple[str, str]], where: Path, skipped: SkippedFiles
+    names: NameTable, split_name: Callable[[str], tuple[str, str]], where: Path | str, skipped: SkippedFiles
 ) -> GroupedFiles:
     """Group files into samples, in the order of their first file; other files are skipped.
 
