@@ -379,12 +379,12 @@ def test_texts_come_longest_first_and_can_be_put_back():
 def test_a_listing_holds_what_its_pairs_say():
     pairs = small_pairs(5)
     listing = PairIndex(pairs)
-    assert listing.ids == [pair.id for pair in pairs] and listing.group.tolist() == [0, 0, 1, 1, 2]
+    assert list(listing.ids) == [pair.id for pair in pairs] and listing.group.tolist() == [0, 0, 1, 1, 2]
     for number, pair in enumerate(pairs):
         codes = listing.caption[listing.caption_offsets[number] : listing.caption_offsets[number + 1]]
         assert [listing.texts[code] for code in codes] == [caption.text for caption in pair.captions]
     assert len(set(listing.texts)) == len(listing.texts)
-    assert pickle.loads(pickle.dumps(listing)).ids == listing.ids
+    assert list(pickle.loads(pickle.dumps(listing)).ids) == list(listing.ids)
     assert listing[3] is pairs[3] and len(listing) == 5
 
 

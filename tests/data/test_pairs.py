@@ -352,7 +352,7 @@ def test_addresses_nul_and_lists_in_lists_are_told_plainly(tmp_path: Path):
 def test_a_damaged_index_is_made_again_and_said(harm: bytes | str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     source = write_csv(TOYS, tmp_path)
     before = [pair.id for pair in open_pairs(source, cache=tmp_path / "cache")]
-    (index,) = (tmp_path / "cache").glob("index-*.npz")
+    (index,) = (tmp_path / "cache").glob("index-*.arrow")
     whole = index.read_bytes()
     middle = len(whole) // 3
     zeros = whole[:middle] + bytes(64) + whole[middle + 64 :]

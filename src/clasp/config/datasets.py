@@ -7,21 +7,21 @@ opening it again is fast.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+
+import numpy as np
 
 from clasp.config.recipe import DataSettings, Recipe
 from clasp.data.cache_folder import cache_folder
 from clasp.data.formats.rows import DEFAULT_COLUMNS
-from clasp.data.formats.skipped_files import SkippedFiles, escape_name
+from clasp.data.formats.skipped_files import escape_name
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages, describe_pair_formats, open_pairs, split_by_group
 from clasp.data.readers import PairIndex
 from clasp.data.samples.emoji import SAMPLE_SCHEME, sample_file
+from clasp.data.shard_stage import ShardStage
 from clasp.models.features import FeatureSource
 from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan, plan_training
-from clasp.types import Pair, UserError
+from clasp.types import UserError
 
 TrainValPairs = tuple[Pairs, Pairs]  # training, validation
 
@@ -61,7 +61,12 @@ def open_pairs_for_settings(
     format = data.format if source in (data.train, data.val) else None
     if source in (data.train, data.val) and columns == DEFAULT_COLUMNS:
         columns, image_root = data.columns, image_root or data.image_root
-    return open_pairs(path, format=format, columns=columns, image_root=image_root, cache=cache_folder() / "pairs")
+    stage = None
+    if source in (data.train, data.val):
+        stage = ShardStage(cache_folder() / "shards", int(data.stage_gb * 1e9))
+    return open_pairs(
+        path, format=format, columns=columns, image_root=image_root, cache=cache_folder() / "pairs", stage=stage
+    )
 
 
 def _open(source: str, recipe: Recipe) -> Pairs:
@@ -69,40 +74,38 @@ def _open(source: str, recipe: Recipe) -> Pairs:
     pairs = open_pairs_for_recipe(source, recipe)
     if not data.languages:
         return pairs
-    selected: list[Pair] = []
-    dropped: list[tuple[str, str]] = []
-    for pair in pairs:
-        chosen = _keep_languages(pair, data.languages)
-        if chosen.captions:
-            selected.append(chosen)
-        else:
-            dropped.append((f"pair without a caption in {', '.join(data.languages)}", pair.id))
+    selected = pairs.in_languages(data.languages)
     if not selected:
         found = caption_languages(pairs)
         raise UserError(
             f"zero pairs: no caption of {source} is in {', '.join(data.languages)} (data.languages); "
             f"its captions are in {', '.join(found) or 'languages it does not name'}"
         )
-    return Pairs(source, [selected], skipped_files=pairs.skipped_files + SkippedFiles.of(dropped))
-
-
-def _keep_languages(pair: Pair, languages: Sequence[str]) -> Pair:
-    return replace(pair, captions=tuple(caption for caption in pair.captions if caption.language in languages))
+    return selected
 
 
 def count_samples_per_epoch(pairs: Pairs, recipe: Recipe) -> int:
     """Number of samples in an epoch."""
     if recipe.data.captions == "sample":
         return len(pairs)
-    return sum(len(pairs[number].captions) for number in range(len(pairs)))
+    return int(pairs.caption_counts.sum())
 
 
 def hash_pairs(index: PairIndex, val: Pairs) -> str:
     """A hash of ids, captions and groups of a run's pairs, which determine the order of its batches."""
-    digest = hashlib.sha256(json.dumps([index.ids, index.texts, [pair.id for pair in val]]).encode())
+    digest = hashlib.sha256()
+    for before, texts in ((b"[", index.ids), (b", ", index.texts), (b", ", val.ids)):  # as one list of lists in JSON
+        digest.update(before)
+        for piece in texts.json_pieces():
+            digest.update(piece)
+    digest.update(b"]")
     for column in (index.group, index.caption_offsets, index.caption):
-        digest.update(column.tobytes())
+        for start in range(0, len(column), _HASHED_AT_ONCE):
+            digest.update(column[start : start + _HASHED_AT_ONCE].astype(np.int64).tobytes())
     return digest.hexdigest()
+
+
+_HASHED_AT_ONCE = 1 << 20
 
 
 _MAX_LIVE_BATCH_SIZE = 128  # where a tower runs in every step and its activations have to fit in memory

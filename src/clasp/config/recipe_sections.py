@@ -96,6 +96,9 @@ class DataSettings(BaseModel):
     class_ratio: float | None = Field(default=None, gt=0, le=100)
     """Class pairs added to each batch of gradient steps, per training pair, where both towers are frozen and cached;
     left out: class pairs count in the closed form only"""
+    stage_gb: float = Field(default=50.0, gt=0, allow_inf_nan=False)
+    """Gigabytes of disk, in the cache folder, for tar shards at addresses (``s3://…/{0000..0999}.tar``), which are
+    fetched when they are read; the least recently used are deleted"""
     max_bad_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Fraction of unreadable samples above which the run stops"""
 

@@ -7,7 +7,7 @@ of many images and captions an evenly spaced sample is checked, and the findings
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -60,7 +60,7 @@ class CheckReport:
 
 def check_pairs(train: Pairs, val: Pairs) -> CheckReport:
     """Counts of pairs, captions, languages and skipped files."""
-    counts = Counter(caption.language for pairs in (train, val) for pair in pairs for caption in pair.captions)
+    counts = train.count_languages() + val.count_languages()
     captions, unnamed = counts.total(), counts.pop("", 0)
     languages = dict(counts.most_common())
     facts = {"train": len(train), "val": len(val), "captions": captions, "languages": languages}

@@ -23,7 +23,9 @@ from jaxtyping import Int
 
 from clasp.data.formats.skipped_files import escape_name
 from clasp.data.images import ImageTransform
+from clasp.data.pair_sequence import Pairs
 from clasp.data.readers import ImageReader, LiveImageReader, PairIndex, SampleIndices, TextReader
+from clasp.data.shard_windows import ShardWindows
 from clasp.data.tokenizer import Tokenizer
 from clasp.data.workers import WorkerPool
 from clasp.types import Batch, ImageSource, Pair, Pixels, SkippedSample, Tokens, UserError
@@ -31,7 +33,7 @@ from clasp.types import Batch, ImageSource, Pair, Pixels, SkippedSample, Tokens,
 CaptionMode = Literal["sample", "all"]
 _T = TypeVar("_T")
 
-_ORDER, _CAPTION, _AUGMENT = range(3)  # ids of the random streams
+_ORDER, _CAPTION, _AUGMENT, _SHARDS = 0, 1, 2, 4  # ids of the random streams; 3 is in ``feature_cache.features``
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +44,8 @@ def philox_integers(key: Sequence[int], count: int) -> Int[np.ndarray, " n"]:
     ``permutation`` and ``integers``.
     """
     raw = np.random.Philox(np.random.SeedSequence(list(key))).random_raw(count)
-    return (raw >> np.uint64(1)).astype(np.int64)
+    raw >>= np.uint64(1)
+    return raw.view(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ class BatchReader:
         numbers = indices.pair.tolist()
         groups: list[Hashable]
         if isinstance(self.pairs, PairIndex):
-            ids = tuple([self.pairs.ids[number] for number in numbers])
+            ids = tuple(self.pairs.ids.take(indices.pair))
             groups = self.pairs.group[indices.pair].tolist()
         else:
             ids = tuple([read(number).id for number in numbers])
@@ -158,12 +161,16 @@ class PairLoader:
             self.num_samples = int(pairs.caption_offsets[-1])
         else:
             self.num_samples = len(pairs)
+        assert self.num_samples < 1 << 31, "sample numbers are 32 bits wide"
         if self.num_samples == 0:
             raise UserError("there are no pairs to make batches of")
         if batch_size < 1 or (drop_last and batch_size > self.num_samples):
             raise UserError(
                 f"batch = {batch_size}, and there are {self.num_samples} samples: a batch holds 1 to {self.num_samples}"
             )
+        source = pairs.pairs if isinstance(pairs, PairIndex) else pairs
+        reads_images = isinstance(reader.image, LiveImageReader)  # cached features need no shard
+        self._windows = ShardWindows.of(source) if reads_images and isinstance(source, Pairs) else None
         self.bad_samples = BadSampleLimit(len(pairs), max_bad_fraction)
         self._stream = WorkerPool(reader, workers=workers)
 
@@ -187,18 +194,42 @@ class PairLoader:
 
     def _sample_indices(self, epoch: int, start: int) -> Iterator[SampleIndices]:
         # shuffle by sorting random numbers; the sort is stable, so the order is the same on every machine
-        order = np.argsort(philox_integers((self._seed, epoch, _ORDER), self.num_samples), kind="stable")
-        seeds = philox_integers((self._seed, epoch, _AUGMENT), self.num_samples)[order]
-        if self._captions == "all":
-            assert isinstance(self._pairs, PairIndex)
-            pair = np.searchsorted(self._pairs.caption_offsets, order, side="right") - 1
-            indices = SampleIndices(pair, order - self._pairs.caption_offsets[pair], seeds)
-        else:
-            indices = SampleIndices(
-                order, philox_integers((self._seed, epoch, _CAPTION), self.num_samples)[order], seeds
-            )
+        order = self._shuffle(epoch).astype(np.int32)  # all three are kept for the epoch: 20 bytes a sample
+        seeds = philox_integers((self._seed, epoch, _AUGMENT), self.num_samples)
+        draws = None if self._captions == "all" else philox_integers((self._seed, epoch, _CAPTION), self.num_samples)
         for number in range(start, len(self)):
-            yield indices[number * self._batch : (number + 1) * self._batch]
+            some = order[number * self._batch : (number + 1) * self._batch].astype(np.int64)
+            self._fetch_ahead(epoch, some[:1])
+            if draws is None:
+                assert isinstance(self._pairs, PairIndex)
+                pair = self._pair_of(some)
+                yield SampleIndices(pair, some - self._pairs.caption_offsets[pair], seeds[some])
+            else:
+                yield SampleIndices(some, draws[some], seeds[some])
+
+    def _shuffle(self, epoch: int) -> Int[np.ndarray, " samples"]:
+        random = philox_integers((self._seed, epoch, _ORDER), self.num_samples)
+        if self._windows is None:
+            return np.argsort(random, kind="stable")
+        part = self._windows.part[self._pair_of(np.arange(self.num_samples))]
+        return np.lexsort((random, self._windows_of_shards(epoch)[part]))
+
+    def _windows_of_shards(self, epoch: int) -> Int[np.ndarray, " shards"]:
+        assert self._windows is not None
+        return self._windows.number(philox_integers((self._seed, epoch, _SHARDS), len(self._windows.shards)))
+
+    def _fetch_ahead(self, epoch: int, first: Int[np.ndarray, " one"]) -> None:
+        """Begin to fetch the shards of the window after that of the first sample of a batch."""
+        if self._windows is not None:
+            windows = self._windows_of_shards(epoch)
+            self._windows.fetch_ahead(windows, int(windows[self._windows.part[self._pair_of(first)]][0]) + 1)
+
+    def _pair_of(self, samples: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The number of the pair of each sample."""
+        if self._captions == "sample":
+            return samples
+        assert isinstance(self._pairs, PairIndex)
+        return np.searchsorted(self._pairs.caption_offsets, samples, side="right") - 1
 
 
 # --- images or texts alone -------------------------------------------------------------------------------------------

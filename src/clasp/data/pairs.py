@@ -1,22 +1,21 @@
-"""Image-caption data sets on disk, as map-style sequences of pairs.
+"""Image-caption data sets on disk, opened as map-style sequences of pairs.
 
 Input: a source (a folder, .csv, .tsv, .jsonl, .parquet, LilT's .json, webdataset tars; several joined by ``::``).
-Output: ``Pairs``, a sequence of ``Pair``: random access, constant memory, stable ids, cheap to pickle for workers. The
+Output: ``Pairs`` (``clasp.data.pair_sequence``): random access, stable ids, cheap to pickle for workers. The
 formats are registered in ``PAIR_FORMATS``. Note: opening a source checks all captions and no image; an image is read
 when its source is. Tars are read through an index of offsets, so the order is exact and shuffling is global. Files that
 belong to no pair are counted by reason in ``Pairs.skipped_files``.
 """
 
 import difflib
-import hashlib
-import operator
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex, overload, runtime_checkable
+from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -24,14 +23,23 @@ from clasp.data.formats.base import OpenedSource, PairFormat, SourceSpec
 from clasp.data.formats.folders import FolderFiles, open_folder, split_file_name
 from clasp.data.formats.index_cache import unpack_gzip
 from clasp.data.formats.parquet import ParquetSource, open_parquet
+from clasp.data.formats.remote_tar import TAR_FORMAT, nominal_path, open_remote_tar
 from clasp.data.formats.rows import DEFAULT_COLUMNS, ColumnNames
-from clasp.data.formats.samples import IMAGE_SUFFIXES, count_suffixes, is_unread_image, open_webdataset
+from clasp.data.formats.samples import (
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    count_suffixes,
+    is_unread_image,
+    open_webdataset,
+)
 from clasp.data.formats.skipped_files import ReportsSkipped, SkippedFiles
-from clasp.data.formats.sources import FileSource, TarSource, require_no_address
+from clasp.data.formats.sources import FileSource, TarSource, is_address, require_no_address
 from clasp.data.formats.tables import open_table
 from clasp.data.formats.text_rows import DelimitedRows, JsonLines, JsonList
+from clasp.data.pair_sequence import Pairs, caption_languages, split_by_group
 from clasp.data.plugins import load_named
-from clasp.types import ImageSource, Pair, UserError
+from clasp.data.shard_stage import ShardStage
+from clasp.types import ImageSource, UserError
 
 __all__ = [
     "ColumnNames",
@@ -40,6 +48,7 @@ __all__ = [
     "Pairs",
     "ParquetSource",
     "TarSource",
+    "caption_languages",
     "list_images",
     "open_pairs",
     "split_by_group",
@@ -69,87 +78,6 @@ def describe_pair_formats() -> str:
 
 
 _MAX_SOURCES = 1_000_000  # that one pair of braces may stand for
-_CAPTION_SUFFIXES = ("txt", "json", "cls")  # not reported when only images are listed
-
-
-@runtime_checkable
-class _PairSequence(Protocol):
-    """What ``Pairs`` needs of a part; a list of ``Pair`` qualifies."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int, /) -> Pair: ...
-
-
-class Pairs(Sequence[Pair]):
-    """The concatenated pairs of one or several parts.
-
-    ``name`` is the source as the user gave it. A part is an opened file or a list of ``Pair``; ``rows`` selects from
-    the concatenation, in that order (default: all). A slice is again a ``Pairs``.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        parts: Sequence[_PairSequence],
-        rows: np.ndarray | None = None,
-        *,
-        skipped_files: SkippedFiles | None = None,
-        origins: Sequence[str] = (),
-    ):
-        assert len(origins) in (0, len(parts)), f"{len(origins)} origins of {len(parts)} parts"
-        self.name = name
-        self.skipped_files = skipped_files or SkippedFiles()
-        """Files skipped when the source was opened."""
-        self.origins = tuple(origins)
-        """The path of each part, if these are all pairs of a source; empty for a subset."""
-        self._parts = tuple(parts)
-        self._ends = np.cumsum([len(part) for part in self._parts])
-        self._rows = np.arange(self._ends[-1]) if rows is None else rows
-
-    def __repr__(self) -> str:
-        return f"Pairs({self.name!r}, {len(self)} pairs)"
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[Pair]:
-        # the default of Sequence would take an IndexError inside a part for the end
-        return (self[number] for number in range(len(self)))
-
-    @overload
-    def __getitem__(self, index: SupportsIndex) -> Pair: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Pairs": ...
-    def __getitem__(self, index: SupportsIndex | slice) -> "Pair | Pairs":
-        if isinstance(index, slice):
-            return Pairs(self.name, self._parts, self._rows[index], skipped_files=self.skipped_files)
-        row = int(self._rows[operator.index(index)])
-        part = self._part(row)
-        return self._parts[part][row - (int(self._ends[part - 1]) if part else 0)]
-
-    def _part(self, row: int) -> int:
-        return int(np.searchsorted(self._ends, row, side="right"))
-
-    def origin(self, index: int) -> str:
-        """The path of the part that a pair comes from; needs ``origins``."""
-        return self.origins[self._part(int(self._rows[index]))]
-
-    def subset(self, indices: Iterable[SupportsIndex]) -> "Pairs":
-        """The pairs at these indices, in this order."""
-        chosen = np.fromiter((operator.index(index) for index in indices), np.int64)
-        return Pairs(self.name, self._parts, self._rows[chosen], skipped_files=self.skipped_files)
-
-    @cached_property
-    def version(self) -> str:
-        """sha256 over ids and image versions, in order: a cache key for what is computed from the images.
-
-        Reads no image, but the size and modification time of every image file.
-        """
-        digest = hashlib.sha256()
-        for pair in self:
-            digest.update(f"{pair.id}\0{pair.image.version}\0".encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
 
 
 def open_pairs(
@@ -159,6 +87,7 @@ def open_pairs(
     columns: ColumnNames = DEFAULT_COLUMNS,
     image_root: str | Path | None = None,
     cache: Path | None = None,
+    stage: ShardStage | None = None,
 ) -> Pairs:
     """Open a source and check every caption; ``UserError`` in one line for any problem.
 
@@ -166,11 +95,14 @@ def open_pairs(
     ``format`` is the format of all of them (see ``find_pair_format``); by default it is inferred from the file suffix.
     ``image_root`` is the folder that image paths in tables are relative to; by default the folder of the table, which
     they must then not lead out of.
+    With a ``stage``, tars may be at addresses (``s3://…/{0000..0999}.tar``); without, an address is an error.
     With a ``cache`` folder, indexing and unpacking of ``.gz`` are done once for a file of this path, size and time.
     An id is the value of the id column, else the image path or the tar member's key; if ids of several sources collide,
     each is prefixed with its source (``a.tar::key``).
     """
     names = expand_source(str(source))
+    if stage is not None and all(map(is_address, names)):
+        return _open_shards(str(source), names, format, columns, cache, stage)
     paths = [Path(name).expanduser() for name in names]
     for name, path in zip(names, paths, strict=True):
         if not name:
@@ -178,11 +110,34 @@ def open_pairs(
         require_no_address(name, "pairs")
         if not path.exists():
             raise UserError(_missing(path, paths))
-    names = [format or _format_of(path) for path in paths]
-    opened = [_open(path, name, columns, image_root, cache) for path, name in zip(paths, names, strict=True)]
+    formats = [format or _format_of(path) for path in paths]
+    opened = [_open(path, name, columns, image_root, cache) for path, name in zip(paths, formats, strict=True)]
     parts = _with_unique_ids(paths, opened)
     skipped = sum((part.skipped_files for part in parts if isinstance(part, ReportsSkipped)), SkippedFiles())
-    return Pairs(str(source), parts, skipped_files=skipped, origins=[os.path.realpath(path) for path in paths])
+    origins = [os.path.realpath(path) for path in paths]
+    return Pairs(str(source), parts, skipped_files=skipped, origins=origins, cache=cache)
+
+
+def _open_shards(
+    source: str,
+    addresses: list[str],
+    format: str | None,
+    columns: ColumnNames,
+    cache: Path | None,
+    stage: ShardStage,
+) -> Pairs:
+    """Open tars at addresses, in order; each is fetched once to be indexed."""
+    for address in addresses:
+        if (format or Path(urlsplit(address).path).suffix.lower()) != TAR_FORMAT:
+            raise UserError(f"{address} is an address, and only {TAR_FORMAT} shards are read from one; download it")
+    shards = stage.describe(addresses)
+    opened = [
+        open_remote_tar(shard, following, columns, cache)
+        for shard, following in zip(shards, [*shards[1:], None], strict=True)
+    ]
+    parts = _with_unique_ids([nominal_path(address) for address in addresses], list(opened))
+    skipped = sum((part.skipped_files for part in opened), SkippedFiles())
+    return Pairs(source, parts, skipped_files=skipped, origins=addresses, cache=cache)
 
 
 def _format_of(path: Path) -> str:
@@ -265,31 +220,6 @@ def expand_source(source: str) -> list[str]:
     return [name for choice in choices for name in expand_source(before + choice + after)]
 
 
-def split_by_group(pairs: Pairs, fraction: float, *, salt: str = "clasp") -> tuple[Pairs, Pairs]:
-    """Split into training and validation pairs: about ``fraction`` of the groups are held out, by a hash of the group.
-
-    A group is never on both sides, and does not change sides when pairs are added or removed. Neither side is empty.
-    ``UserError`` for a ``fraction`` outside (0, 1), and when there is only one group.
-    """
-    if not 0 < fraction < 1:
-        raise UserError(f"the fraction for validation must lie between 0 and 1, not {fraction}")
-    groups = np.array([_hash_fraction(pair.group, salt) for pair in pairs])
-    held_out = groups < fraction
-    if len(np.unique(groups)) < 2:
-        raise UserError(f"{pairs.name}: all {len(pairs)} pairs are one group, so none can be split off for validation")
-    if not held_out.any():
-        held_out = groups == groups.min()
-    if held_out.all():
-        held_out = groups < groups.max()
-    return pairs.subset(np.flatnonzero(~held_out)), pairs.subset(np.flatnonzero(held_out))
-
-
-def _hash_fraction(group: str, salt: str) -> float:
-    """A hash of a text, in [0, 1)."""
-    digest = hashlib.sha256(f"{salt}\0{group}".encode("utf-8", "surrogatepass")).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
-
-
 @dataclass(frozen=True)
 class FolderImages(Sequence[tuple[str, ImageSource]]):
     """The images of a folder: id (the path relative to the folder) and source."""
@@ -322,7 +252,7 @@ def list_images(path: str | Path) -> FolderImages:
             rows.append(row)
         elif is_unread_image(name):
             others.append((f"image of a format that is not read (.{suffix})", name))
-        elif suffix not in _CAPTION_SUFFIXES:
+        elif suffix not in CAPTION_SUFFIXES:
             others.append((f"file that is no image ({f'.{suffix}' if suffix else 'no suffix'})", name))
     skipped = folder.skipped_files + SkippedFiles.of(others)
     if not rows:
@@ -338,8 +268,3 @@ def skipped_lines(*opened: Pairs) -> list[str]:
         for name, skipped in {pairs.name: pairs.skipped_files for pairs in opened}.items()
         if skipped
     ]
-
-
-def caption_languages(pairs: Iterable[Pair]) -> list[str]:
-    """The distinct languages of the captions, sorted; untagged captions are ignored."""
-    return sorted({caption.language for pair in pairs for caption in pair.captions} - {""})

@@ -1,8 +1,8 @@
 """Readers of the two modalities of a batch: sample indices in, their images or captions out.
 
 ``SampleIndices`` fixes everything random about a sample. The live readers load images and captions each time; the
-cached ones in ``data.feature_cache`` look up rows by the same indices. Also ``PairIndex``: the metadata of all pairs in
-memory, for readers that must not read the pairs. Note: an image that cannot be read is dropped from its batch and
+cached ones in ``data.feature_cache`` look up rows by the same indices. Also ``PairIndex``: the columns of all pairs,
+for readers that must not read the pairs. Note: an image that cannot be read is dropped from its batch and
 reported, never replaced; captions are then read for the rest only.
 """
 
@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Int
 
 from clasp.data.images import Augment, ImageError, ImageTransform
+from clasp.data.pair_columns import PairColumns
+from clasp.data.pair_sequence import Pairs
 from clasp.data.tokenizer import Tokenizer
 from clasp.types import ImageInput, ImageSource, Pair, Pixels, SkippedSample, TextInput, UserError
 
@@ -40,43 +42,71 @@ class SampleIndices:
 
 
 class PairIndex(Sequence[Pair]):
-    """Pairs with their ids, groups and captions indexed in memory: all pairs are read once, on construction.
+    """Pairs with columns of their ids, groups and captions: no pair is read to know these.
 
     For cached features, where even parsing a line of JSON would dominate the time, and for ``captions="all"``. Takes
-    some hundred bytes per pair, so it is not used for live images with sampled captions.
+    28 bytes per pair of one caption beside the stored columns of a large source, which are mapped (``PairColumns``).
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._pairs = pairs
-        self.ids: list[str] = []
-        groups: dict[str, int] = {}
-        texts: dict[str, int] = {}
-        group, caption, first = [], [], [0]
-        for number in range(len(pairs)):
-            pair = pairs[number]
-            self.ids.append(pair.id)
-            group.append(groups.setdefault(pair.group, len(groups)))
-            caption.extend(texts.setdefault(text, len(texts)) for text, _ in pair.captions)
-            first.append(len(caption))
-        self.group = np.array(group, dtype=np.int64)
+        self.pairs = pairs
+        if isinstance(pairs, Pairs):
+            columns, rows = pairs.columns, pairs.rows
+        else:
+            columns, rows = PairColumns.of(pairs), np.arange(len(pairs))
+        self.ids = columns.ids.select(rows)
+        self.group, _ = _number_by_appearance(columns.group[rows], len(columns.groups))
         """Group id of each pair."""
-        self.caption_offsets = np.array(first, dtype=np.int64)
+        captions, self.caption_offsets = _select_captions(columns, rows)
         """Captions of pair i are numbered ``caption_offsets[i]`` to ``caption_offsets[i + 1]``."""
-        self.caption = np.array(caption, dtype=np.int64)
+        self.caption, chosen = _number_by_appearance(captions, len(columns.texts))
         """Index in ``texts`` of each caption."""
-        self.texts = list(texts)
+        self.texts = columns.texts.select(chosen)
         """The unique captions, in the order of the pairs."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, number: Any) -> Any:
-        return self._pairs[number]
+        return self.pairs[number]
 
     def text_indices(self, picks: SampleIndices) -> Int[np.ndarray, " n"]:
         """Index in ``texts`` of the selected captions."""
         first = self.caption_offsets[picks.pair]
         return self.caption[first + picks.caption_draw % (self.caption_offsets[picks.pair + 1] - first)]
+
+
+def _number_by_appearance(
+    codes: Int[np.ndarray, " n"], distinct: int
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " present"]]:
+    """The codes numbered anew in the order in which they first appear, and the old code of each number."""
+    assert len(codes) < 1 << 31, "numbers are 32 bits wide"
+    first = np.full(distinct, len(codes), np.int32)
+    first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1, dtype=np.int32)  # the last assignment to a place remains
+    present = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(codes))].astype(np.int32)
+    numbers = first  # of codes that are present; the others are not looked up
+    numbers[present] = np.arange(len(present), dtype=np.int32)
+    return numbers[codes], present
+
+
+_PAIRS_AT_ONCE = 1 << 18
+
+
+def _select_captions(
+    columns: PairColumns, rows: Int[np.ndarray, " pairs"]
+) -> tuple[Int[np.ndarray, " captions"], Int[np.ndarray, " bounds"]]:
+    """The captions of these rows one after the other, and the bounds of each row among them."""
+    bounds = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(columns.caption_offsets[rows + 1] - columns.caption_offsets[rows], out=bounds[1:])
+    captions = np.empty(int(bounds[-1]), np.int32)
+    for start in range(0, len(rows), _PAIRS_AT_ONCE):
+        some = slice(start, start + _PAIRS_AT_ONCE)
+        first, stop = columns.caption_offsets[rows[some]], columns.caption_offsets[rows[some] + 1]
+        base = int(bounds[start])
+        shift = np.repeat(first - bounds[start : start + len(first)], stop - first)
+        place = np.arange(base, base + len(shift))
+        captions[place] = columns.caption[place + shift]
+    return captions, bounds
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from clasp.data.feature_cache.dtypes import StorageDtype
 from clasp.data.feature_cache.layers import find_layers
 from clasp.data.feature_cache.requests import FeatureRequest, TextFeatureRequest
+from clasp.data.text_column import TextColumn
 
 FeatureCacheMode = Literal["auto", "off"] | StorageDtype
 
@@ -78,13 +79,13 @@ def plan_features(requests: Iterable[FeatureRequest], policy: CachePolicy) -> li
     bytes that an earlier request writes are not free for a later one.
     """
     plans: list[CachePlan] = []
-    cached_texts: list[set[str]] = []
+    cached: list[TextColumn] = []
     for request in requests:
-        if isinstance(request, TextFeatureRequest) and any(texts.issuperset(request.texts) for texts in cached_texts):
+        if isinstance(request, TextFeatureRequest) and any((texts.find(request.texts) >= 0).all() for texts in cached):
             continue
         plan = policy.plan(request, reserved_bytes=sum(earlier.bytes_to_write for earlier in plans))
         if isinstance(request, TextFeatureRequest) and plan.storage is not None:
-            cached_texts.append(set(request.texts))
+            cached.append(request.index.distinct)
         if all(plan.key != earlier.key for earlier in plans):
             plans.append(plan)
     return plans

@@ -17,7 +17,7 @@ import torch
 from clasp.data.device import to_device
 from clasp.data.feature_cache.features import TOKENS_PER_FORWARD, text_features
 from clasp.data.feature_cache.replay import CachedFeatures, CachedTextReader
-from clasp.data.feature_cache.requests import TextFeatureRequest
+from clasp.data.feature_cache.requests import DistinctTexts, TextFeatureRequest
 from clasp.data.loader import iter_text_batches
 from clasp.data.readers import LiveTextReader, PairIndex, TextReader
 from clasp.data.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ class TextSide:
         precision, policy = settings.tower_precision(tower), settings.cache
         self.frozen_part = find_frozen_part(tower, 0, precision) if policy.mode != "off" else None
         self._tower, self._settings, self._policy, self._callbacks = tower, settings, policy, callbacks
-        self._cached: list[tuple[dict[str, int], CachedFeatures]] = []
+        self._cached: list[tuple[DistinctTexts, CachedFeatures]] = []
 
     def request(self, texts: Sequence[str]) -> TextFeatureRequest | None:
         """The request for the cached features of these texts; ``None`` where no prefix of the tower is frozen."""
@@ -53,9 +53,10 @@ class TextSide:
         request = self.request(texts)
         if request is None:
             return None
-        for entries, features in self._cached:
-            if all(text in entries for text in texts):
-                return replace(features, entry=np.array([entries[text] for text in texts], dtype=np.int64))
+        for index, features in self._cached:
+            entry = index.distinct.find(texts)
+            if (entry >= 0).all():
+                return replace(features, entry=entry)
         storage = choose_storage(request, self._policy, self._tower.name, self._callbacks.notify)
         if storage is None:
             return None
@@ -65,7 +66,7 @@ class TextSide:
             features = text_features(
                 request, cache_folder=self._policy.folder, storage=storage, device=self._device, progress=progress
             )
-        self._cached.append((dict(zip(texts, features.entry.tolist(), strict=True)), features))
+        self._cached.append((request.index, features))
         return features
 
     def reader(self, index: PairIndex) -> TextReader:

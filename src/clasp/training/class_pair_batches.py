@@ -79,8 +79,10 @@ class ClassPairReader(BatchReader):
     def around(cls, reader: BatchReader, rows: ClassPairRows) -> ClassPairReader:
         """The reader with class pairs; equal texts of captions and classes have equal keys."""
         assert isinstance(reader.pairs, PairIndex)
-        known = {text: number for number, text in enumerate(reader.pairs.texts)}
-        keys = np.array([known.setdefault(text, len(known)) for text in rows.texts], dtype=np.int64)
+        keys, captions = reader.pairs.texts.find(rows.texts), len(reader.pairs.texts)
+        others: dict[str, int] = {}
+        for place in np.flatnonzero(keys < 0):
+            keys[place] = captions + others.setdefault(rows.texts[place], len(others))
         return cls(reader.pairs, reader.image, reader.text, rows, keys)
 
     def __call__(self, indices: SampleIndices) -> Batch:
@@ -89,7 +91,7 @@ class ClassPairReader(BatchReader):
         assert isinstance(batch.image, PooledFeatures) and isinstance(batch.text, PooledFeatures)
         drawn = self.rows.draw(int(indices.seed[0]), len(indices))
         skipped = {sample.id for sample in batch.skipped}
-        kept = [place for place, number in enumerate(indices.pair.tolist()) if self.pairs.ids[number] not in skipped]
+        kept = [place for place, id in enumerate(self.pairs.ids.take(indices.pair)) if id not in skipped]
         captions = self.pairs.text_indices(indices[kept])
         concepts = self.rows.concept[drawn]
         groups = np.concatenate((self.pairs.group[indices.pair[kept]], self.pairs.group.max() + 1 + concepts))

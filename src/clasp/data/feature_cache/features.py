@@ -8,7 +8,7 @@ resumes where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from clasp.data.feature_cache.requests import ImageFeatureRequest, TextFeatureRe
 from clasp.data.loader import BadSampleLimit, iter_text_batches, philox_integers
 from clasp.data.pairs import Pairs
 from clasp.data.readers import ImageBatch, LiveImageReader, SampleIndices
+from clasp.data.shard_windows import fetch_following
 from clasp.data.workers import WorkerPool
 from clasp.types import HiddenStates, Pixels, PooledFeatures, ProgressCallback, SkippedSample, Tokens
 
@@ -76,7 +77,7 @@ def image_features(
         batches, done = _view_batches(request, reading.batch_size, start=writer.done), writer.done
         batches = [(view, indices) for view, indices in batches if writer.needs(rows_of(view, indices))]
         with closing(WorkerPool(_ViewReader(request.pairs, readers), workers=reading.workers)) as stream:
-            for (view, indices), images in zip(batches, stream(batches), strict=True):
+            for (view, indices), images in zip(batches, stream(_announced(batches, request.pairs)), strict=True):
                 limit.add(images.skipped)
                 missing = sorted(set(range(len(indices))) - set(images.kept))
                 skipped.update(zip(indices.pair[missing].tolist(), images.skipped, strict=True))
@@ -153,6 +154,13 @@ class _ViewReader:
     def __call__(self, request: tuple[int, SampleIndices]) -> ImageBatch:
         view, indices = request
         return self.readers[view](indices, self.pairs.__getitem__)
+
+
+def _announced(batches: Sequence[tuple[int, SampleIndices]], pairs: Pairs) -> Iterator[tuple[int, SampleIndices]]:
+    """The batches; as each is requested, the shard on object storage after its own is fetched in the background."""
+    for view, indices in batches:
+        fetch_following(pairs, int(indices.pair[-1]))
+        yield view, indices
 
 
 def _view_batches(request: ImageFeatureRequest, batch_size: int, *, start: int) -> list[tuple[int, SampleIndices]]:

@@ -8,7 +8,6 @@ are tokenised if the part stops at a block, since a caption then takes a row per
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from jaxtyping import Int
 from clasp.data.feature_cache.dtypes import DTYPE_CODECS, StorageDtype
 from clasp.data.images import Augment, ImageTransform
 from clasp.data.pairs import Pairs
+from clasp.data.text_column import TextColumn
 from clasp.data.tokenizer import Tokenizer
 from clasp.types import HiddenStates, Pixels, PooledFeatures, Tokens
 
@@ -66,10 +66,14 @@ class DistinctTexts:
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self.distinct = sorted(set(texts))
-        entry = {text: number for number, text in enumerate(self.distinct)}
-        self.entry = np.array([entry[text] for text in texts], dtype=np.int64)
-        self.version = hashlib.sha256(json.dumps(self.distinct).encode()).hexdigest()
+        self.distinct, self.entry = TextColumn.of(texts).sort_distinct()
+
+    @cached_property
+    def version(self) -> str:
+        digest = hashlib.sha256()
+        for piece in self.distinct.json_pieces():
+            digest.update(piece)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt64
 
 from clasp.data.formats.rows import ColumnNames
+from clasp.data.shard_stage import StagedShard
 from clasp.types import Pair
 
 
@@ -33,6 +34,13 @@ class SourceSpec:
     """The name of the format: a key of ``PAIR_FORMATS``, or ``package.module:Name``."""
     leaves_root: bool = False
     """Whether image paths may lead out of ``root``: where the user named it."""
+    address: str = ""
+    """The address of a staged shard."""
+
+    @property
+    def name(self) -> str:
+        """The name of the source in errors."""
+        return self.address or str(self.path)
 
 
 @runtime_checkable
@@ -53,6 +61,26 @@ class OpenedSource(Protocol):
 
     def prefixed(self, id_prefix: str, path_prefix: str) -> "OpenedSource":
         """A copy with a prefix for ids, and one for image paths used as group; for several sources together."""
+        ...
+
+
+@runtime_checkable
+class KeyedSource(Protocol):
+    """An opened source whose pairs are known by a key, so that what is derived from them can be stored."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """All that its pairs depend on, but for the bytes of images; empty if that is unknown."""
+        ...
+
+
+@runtime_checkable
+class ShardSource(Protocol):
+    """An opened source whose images may be in a shard that is staged."""
+
+    @property
+    def shard(self) -> StagedShard | None:
+        """The shard; ``None`` for a source on this disk."""
         ...
 
 

@@ -42,6 +42,7 @@ class FolderFiles:
     names: NameTable
     skipped_files: SkippedFiles
     """Folders that were not read."""
+    shard: None = None
 
     @classmethod
     def of(cls, path: Path) -> "FolderFiles":
@@ -89,6 +90,10 @@ class ClassFolders:
     @property
     def root(self) -> str:
         return self.folder.path
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return ("classes", self.folder.path, self.folder.stamp([]), self.id_prefix, self.path_prefix)
 
     def __len__(self) -> int:
         return len(self.images)

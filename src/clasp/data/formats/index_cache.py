@@ -1,15 +1,17 @@
 """On-disk cache of what is derived from a source file: its index, and the unpacked form of a ``.gz``.
 
 Input: a file, and a cache folder or none. Output: arrays, or the path of the unpacked file. Note: an index is saved
-only if there is a cache folder; a ``.gz`` must be unpacked for random access, so without a cache folder it goes to a
-temporary folder that is removed when the process ends. Entries are keyed by path, size and modification time of the
-file, and written atomically. A damaged index is made again, with a warning.
+only if there is a cache folder, as Arrow buffers that are mapped into memory: an index of any size takes none of the
+process, and is read through once to compare checksums. A ``.gz`` must be unpacked for random access, so without a cache
+folder it goes to a temporary folder that is removed when the process ends. Entries are keyed by path, size and
+modification time of the file, and written atomically. A damaged index is made again, with a warning.
 """
 
 import atexit
 import functools
 import gzip
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -20,11 +22,12 @@ from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from clasp.data.atomic_files import is_disk_full, replace_file
 from clasp.types import UserError
 
-_INDEX_VERSION = "4"  # of the arrays; incrementing it invalidates all saved indices
+_INDEX_VERSION = "5"  # of the arrays; incrementing it invalidates all saved indices
 
 # a .gz that unpacks to more than both is refused: captions take a tenth to a thirtieth packed, zeros a thousandth
 _MAX_UNPACKED_RATIO, _MAX_SMALL_UNPACKED_BYTES = 100, 256 << 20
@@ -41,27 +44,55 @@ def file_stamp(path: str | Path) -> str:
 
 
 def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callable[[], IndexArrays]) -> IndexArrays:
-    """The arrays of ``build()``, loaded from the cache folder if they were saved under the same key.
+    """The arrays of ``build()``, mapped from the cache folder, where they are saved under ``key``.
 
     ``key``: the format, the resolved path of the source, and everything else that the arrays depend on.
     """
     assert len(key) > 1, "a key without its source would give one source's arrays to another"
     if cache is None:
         return build()
-    file = cache / f"index-{_digest(_INDEX_VERSION, *key)}.npz"
+    file = cache / f"index-{_digest(_INDEX_VERSION, *key)}.arrow"
     if file.exists():
         try:
-            with (
-                file.open("rb") as handle,
-                np.load(handle, allow_pickle=False) as saved,
-            ):  # a zip, whose checksums are checked here
-                return dict(saved)
-        except Exception as error:  # damaged bytes raise zip, value, key, header and system errors
+            return _map_arrays(file)
+        except Exception as error:  # damaged bytes raise errors of Arrow, JSON, keys and types
             _log.warning("%s: damaged (%s); indexing the pairs again", file, " ".join(str(error).split()))
-    arrays = build()
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(file) as part, part.open("wb") as handle:
-        np.savez(handle, **arrays)  # pyright: ignore[reportArgumentType]
+    with replace_file(file) as part:
+        _write_arrays(part, build())
+    return _map_arrays(file)
+
+
+def _write_arrays(file: Path, arrays: IndexArrays) -> None:
+    """One record batch of one row: the bytes of each array, with shape, type and checksum as metadata."""
+    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    columns = [pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, _cell(array)) for array in plain.values()]
+    about = json.dumps(
+        {name: [array.dtype.str, array.shape, zlib.crc32(array.data.cast("B"))] for name, array in plain.items()}
+    ).encode()
+    batch = pa.record_batch(columns, names=list(plain))
+    schema = batch.schema.with_metadata({"arrays": about, "checksum": str(zlib.crc32(about))})
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+
+
+def _cell(array: np.ndarray) -> list[pa.Buffer | None]:
+    return [None, pa.py_buffer(np.array([0, array.nbytes], np.int64)), pa.py_buffer(array)]
+
+
+def _map_arrays(file: Path) -> IndexArrays:
+    """The arrays of ``_write_arrays``; ``ValueError`` if a byte of them has changed."""
+    with pa.memory_map(str(file)) as mapped:  # what refers to the map keeps it, and no file descriptor
+        batch = pa.ipc.open_file(mapped).get_batch(0)
+    about = batch.schema.metadata[b"arrays"]
+    if str(zlib.crc32(about)).encode() != batch.schema.metadata[b"checksum"]:
+        raise ValueError("its description has another checksum")
+    arrays = {}
+    for name, (kind, shape, checksum) in json.loads(about).items():
+        data = batch.column(name).buffers()[2]
+        if zlib.crc32(data) != checksum:
+            raise ValueError(f"its array {name} has another checksum")
+        arrays[name] = np.frombuffer(data, kind).reshape(shape)
     return arrays
 
 

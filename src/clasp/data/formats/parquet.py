@@ -67,6 +67,8 @@ class ParquetTable:
     name: str
     file: str
     stamp: str
+    opened_as: tuple[str, ...]
+    """The key of its index."""
     kind: _ImageColumnKind
     non_image_columns: tuple[str, ...]
     """The columns without image bytes."""
@@ -76,6 +78,10 @@ class ParquetTable:
     hashes: UInt64[np.ndarray, " pairs"]
     id_prefix: str = ""
     path_prefix: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (*self.opened_as, self.id_prefix, self.path_prefix)
 
     def __len__(self) -> int:
         return len(self.twins)
@@ -118,6 +124,12 @@ def open_parquet(spec: SourceSpec) -> ParquetTable:
         if column != image and column in schema.names and column not in non_image:
             raise UserError(f"{name} column {column!r} holds {schema.field(column).type}; a text is wanted")
 
+    key = ("parquet", spec.format, str(spec.path.resolve()), stamp, spec.root, repr(reader), str(spec.leaves_root))
+
+    def opened(arrays: IndexArrays) -> ParquetTable:
+        twins, hashes = arrays["twins"], arrays["hashes"]
+        return ParquetTable(name, file, stamp, key, kind, non_image, reader, spec.root, twins, hashes)
+
     def build() -> IndexArrays:
         collector, row = IdCollector(name), 0
         wanted = [column for column in non_image if column.removesuffix(".path") in reader.columns.named]
@@ -133,15 +145,11 @@ def open_parquet(spec: SourceSpec) -> ParquetTable:
                 row += 1
         if not row:
             raise UserError(f"{name} has no pairs: looked for rows, found none")
-        return collector.finish()
+        arrays = collector.finish()
+        require_unique_ids(name, opened(arrays))
+        return arrays
 
-    key = ("parquet", spec.format, str(spec.path.resolve()), stamp, spec.root, repr(reader), str(spec.leaves_root))
-    arrays = load_or_build_index(spec.cache, key, build)
-    opened = ParquetTable(
-        name, file, stamp, kind, non_image, reader, spec.root, twins=arrays["twins"], hashes=arrays["hashes"]
-    )
-    require_unique_ids(name, opened)
-    return opened
+    return opened(load_or_build_index(spec.cache, key, build))
 
 
 def _records(batch: pa.RecordBatch, name: str, first: int) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ only in Unicode normalisation (NFC, NFD) belong to one sample.
 """
 
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from clasp.data.formats.rows import (
 )
 from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.formats.tar import open_tar
+from clasp.data.shard_stage import StagedShard
 from clasp.types import Caption, ImageSource, Pair, UserError
 
 IMAGE_SUFFIXES = tuple("jpg jpeg jfif png webp gif bmp tif tiff avif jp2 ppm pgm".split())
@@ -44,6 +46,7 @@ _SUFFIX_COLUMNS = dict.fromkeys(IMAGE_SUFFIXES, IMAGE_COLUMN) | {
     "json": JSON_COLUMN,
     "cls": LABEL_COLUMN,
 }
+CAPTION_SUFFIXES = ("txt", "json", "cls")
 _CAPTION_KEYS = ("captions", "caption", "text")
 _CLASS_NAMES_FILE = "classnames.txt"
 _SYSTEM_FILES = ("__MACOSX", "Thumbs.db", "desktop.ini")
@@ -52,6 +55,9 @@ _SYSTEM_FILES = ("__MACOSX", "Thumbs.db", "desktop.ini")
 @runtime_checkable
 class FileCollection(Protocol):
     """Files by number, in a folder or a tar."""
+
+    @property
+    def shard(self) -> StagedShard | None: ...
 
     @property
     def names(self) -> NameTable: ...
@@ -64,6 +70,8 @@ class SampleTable:
     """The samples of an opened folder or tar; an ``OpenedSource``."""
 
     name: str
+    opened_as: tuple[str, ...]
+    """The key of its index."""
     members: FileCollection
     id_of: Callable[[str], str]
     """Maps the file name of an image to the id of its sample."""
@@ -76,6 +84,14 @@ class SampleTable:
     hashes: UInt64[np.ndarray, " pairs"]
     skipped_files: SkippedFiles
     id_prefix: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (*self.opened_as, self.id_prefix)
+
+    @property
+    def shard(self) -> StagedShard | None:
+        return self.members.shard
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -171,36 +187,37 @@ def open_samples(
     key: tuple[str, ...],
 ) -> SampleTable:
     """Open samples and check all captions; ``group`` groups the members, ``key`` is the cache key of the index."""
-    name, beside = str(spec.path), spec.path if spec.path.is_dir() else spec.path.parent
+    name, beside = spec.name, spec.path if spec.path.is_dir() else spec.path.parent
     named = beside / _CLASS_NAMES_FILE
     classes = tuple(named.read_text("utf-8").splitlines()) if named.is_file() else ()
+    key = (*key, spec.format, repr(spec.columns), repr(classes))
 
     def samples(parts: np.ndarray, hashes: np.ndarray, skipped: np.ndarray) -> SampleTable:
         root = str(spec.path.absolute())
         skipped_files = SkippedFiles.from_array(skipped)
-        return SampleTable(name, members, id_of, parts, spec.columns, classes, root, hashes, skipped_files)
+        return SampleTable(name, key, members, id_of, parts, spec.columns, classes, root, hashes, skipped_files)
 
     def build() -> IndexArrays:
         parts, skipped_files = group()
         skipped = skipped_files.to_array()
         draft = samples(parts, np.zeros(len(parts), np.uint64), skipped)
         check = CaptionCheck(name)
-        ids = []
+        ids = array("Q")
         for row in range(len(parts)):
             pair = draft[row]
             looked = f"{pair.image.name} (looked in its .txt, and for {', '.join(_CAPTION_KEYS)} in its .json)"
             check.add(looked, pair.captions)
             ids.append(hash64(pair.id))
         check.finish()
-        return {"parts": parts, "hashes": np.array(ids, np.uint64), "skipped": skipped}
+        arrays = {"parts": parts, "hashes": np.array(ids, np.uint64), "skipped": skipped}
+        require_unique_ids(name, samples(**arrays))
+        return arrays
 
-    opened = samples(**load_or_build_index(spec.cache, (*key, spec.format, repr(spec.columns), repr(classes)), build))
-    require_unique_ids(name, opened)
-    return opened
+    return samples(**load_or_build_index(spec.cache, key, build))
 
 
 def group_by_key(
-    names: NameTable, split_name: Callable[[str], tuple[str, str]], where: Path, skipped: SkippedFiles
+    names: NameTable, split_name: Callable[[str], tuple[str, str]], where: Path | str, skipped: SkippedFiles
 ) -> GroupedFiles:
     """Group files into samples, in the order of their first file; other files are skipped.
 

@@ -1,7 +1,7 @@
 """Tables in text files: .csv and .tsv, .jsonl, and LilT's .json list.
 
 Input: a file. Output: its rows as pairs, each read on demand from its byte range. Note: the file is read once to index
-and check all rows; afterwards a row takes 28 bytes of memory, whatever its length.
+and check all rows; the index has 28 bytes a row, whatever its length, and is mapped where there is a cache folder.
 """
 
 import os
@@ -29,6 +29,8 @@ class TextTable:
     name: str
     file: str
     stamp: str
+    opened_as: tuple[str, ...]
+    """The key of its index."""
     row_format: TextRowFormat
     reader: RowReader
     root: str
@@ -38,6 +40,10 @@ class TextTable:
     hashes: UInt64[np.ndarray, " pairs"]
     id_prefix: str = ""
     path_prefix: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (*self.opened_as, self.id_prefix, self.path_prefix)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -83,6 +89,23 @@ def open_table(spec: SourceSpec, row_format: Callable[[SourceSpec], TextRowForma
     syntax = row_format(spec)
     reader = RowReader.of(spec.columns, syntax.default)
 
+    key = ("table", spec.format, str(spec.path.resolve()), stamp, spec.root, repr(reader), str(spec.leaves_root))
+
+    def table(arrays: IndexArrays) -> TextTable:
+        return TextTable(
+            name,
+            str(spec.file.absolute()),
+            stamp,
+            key,
+            syntax,
+            reader,
+            spec.root,
+            starts=arrays["starts"],
+            stops=arrays["stops"],
+            twins=arrays["twins"],
+            hashes=arrays["hashes"],
+        )
+
     def build() -> IndexArrays:
         collector, starts, stops = IdCollector(name), array("q"), array("q")
         with spec.file.open("rb") as file:
@@ -93,21 +116,8 @@ def open_table(spec: SourceSpec, row_format: Callable[[SourceSpec], TextRowForma
                 stops.append(stop)
         if not starts:
             raise UserError(f"{name} has no pairs: looked for {syntax.expected}, found none")
-        return {"starts": np.array(starts, np.int64), "stops": np.array(stops, np.int64), **collector.finish()}
+        arrays = {"starts": np.array(starts, np.int64), "stops": np.array(stops, np.int64), **collector.finish()}
+        require_unique_ids(name, table(arrays))
+        return arrays
 
-    key = ("table", spec.format, str(spec.path.resolve()), stamp, spec.root, repr(reader), str(spec.leaves_root))
-    arrays = load_or_build_index(spec.cache, key, build)
-    table = TextTable(
-        name,
-        str(spec.file.absolute()),
-        stamp,
-        syntax,
-        reader,
-        spec.root,
-        starts=arrays["starts"],
-        stops=arrays["stops"],
-        twins=arrays["twins"],
-        hashes=arrays["hashes"],
-    )
-    require_unique_ids(name, table)
-    return table
+    return table(load_or_build_index(spec.cache, key, build))

@@ -34,6 +34,7 @@ class TarFiles:
     offsets: Int64[np.ndarray, " members"]
     sizes: Int64[np.ndarray, " members"]
     skipped_files: SkippedFiles
+    shard: None = None
 
     def source(self, row: int) -> TarSource:
         name = f"{self.path}::{self.names[row]}"
@@ -43,13 +44,14 @@ class TarFiles:
 def open_tar(path: Path, file: Path, cache: Path | None) -> TarFiles:
     """Index ``file`` (``path`` in errors). ``UserError`` when the tar is truncated or damaged."""
     stamp = file_stamp(file)
-    arrays = load_or_build_index(cache, ("tar", str(path.resolve()), stamp), lambda: _scan(path, file))
+    arrays = load_or_build_index(cache, ("tar", str(path.resolve()), stamp), lambda: scan_tar(path, file))
     names = NameTable(arrays["letters"], arrays["ends"])
     skipped = SkippedFiles.from_array(arrays["skipped"])
     return TarFiles(str(path), str(file.absolute()), stamp, names, arrays["offsets"], arrays["sizes"], skipped)
 
 
-def _scan(path: Path, file: Path) -> IndexArrays:
+def scan_tar(path: Path | str, file: Path) -> IndexArrays:
+    """Names, offsets and sizes of the files in a tar. ``path``: its name in errors."""
     names: list[str] = []
     devices: list[tuple[str, str]] = []
     offsets, sizes = array("q"), array("q")
@@ -95,7 +97,7 @@ def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
         return None
 
 
-def _check_end(path: Path, file: Path, end: int, names: list[str]) -> None:
+def _check_end(path: Path | str, file: Path, end: int, names: list[str]) -> None:
     """A complete tar has a block of zeros in place of the next header, and only zeros after it."""
     with file.open("rb") as handle:
         handle.seek(end)

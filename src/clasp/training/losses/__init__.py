@@ -1,14 +1,12 @@
 """Embeddings of a batch to a number."""
 
 from clasp.training.losses.contrastive import LOSSES, LossMethod, find_loss, info_nce, sigmoid_loss
-from clasp.training.losses.distributed import ProcessRing
 from clasp.training.losses.settings import LossSettings, build_loss
 
 __all__ = [
     "LOSSES",
     "LossMethod",
     "LossSettings",
-    "ProcessRing",
     "build_loss",
     "find_loss",
     "info_nce",

@@ -3,8 +3,8 @@
 One signature (``clasp.types.Loss``); ``LOSSES`` has a row for each. ``scale`` is the logit scale, the exponential of
 the learned log scale. Note: the B x B logits are never materialised. They are computed in tiles, once forward and once
 more backward, so memory is O(B tile) for a third more arithmetic. A row may have several positives, given by
-``groups``; a batch may be distributed over processes (``ProcessRing``); and logits are at least float32 whatever the
-autocast state, because a bfloat16 logit of 100 has a resolution of half a unit.
+``groups``; and logits are at least float32 whatever the autocast state, because a bfloat16 logit of 100 has a
+resolution of half a unit. A batch on several processes is gathered before (``training.batch_parts``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clasp.data.plugins import load_named
-from clasp.training.losses.distributed import ProcessRing
 from clasp.training.losses.tiles import RunningLogSumExp, dense_group_ids, iterate_logit_tiles
 from clasp.types import LossParts
 
@@ -31,7 +30,6 @@ def info_nce(
     bias: Float[Tensor, ""] | None = None,
     *,
     groups: Int[Tensor, "B 2"] | None = None,
-    ring: ProcessRing | None = None,
 ) -> LossParts:
     """Symmetric cross-entropy over the batch (CLIP, Radford et al. 2021, figure 3).
 
@@ -39,12 +37,10 @@ def info_nce(
     a row is the log-sum-exp of its logits minus the *mean* logit of its positives. Without ``groups`` the diagonal is
     the only positive. With m positives the minimum of a row is log m, not 0, so losses of batches with different
     numbers of repeated captions are not comparable. ``bias`` is equal for all logits and cancels in the softmax.
-    ``ring``: the rows are this process's part of a distributed batch.
     """
-    ring = ring or ProcessRing()
     with torch.autocast(image.device.type, enabled=False):
         image, text = _at_least_float32(image, text)
-        parts = _InfoNCE.apply(scale * image, text, _batch_group_ids(groups, text, ring), ring)
+        parts = _InfoNCE.apply(scale * image, text, _batch_group_ids(groups, text))
     if bias is not None:  # its gradient is zero, not missing
         parts = [part + 0 * bias for part in parts]
     image_to_text, text_to_image = parts
@@ -58,20 +54,17 @@ def sigmoid_loss(
     bias: Float[Tensor, ""] | None = None,
     *,
     groups: Int[Tensor, "B 2"] | None = None,
-    ring: ProcessRing | None = None,
 ) -> LossParts:
     """Binary cross-entropy over all image-text pairs of the batch (SigLIP, Zhai et al. 2023, eq. 1).
 
     Minus the sum over all B x B pairs of log sigmoid(z (scale x.y + bias)), divided by B; z is 1 for positives and -1
     for negatives. Ours differs in that z is 1 for every pair that is equal in ``groups``, not on the diagonal only. The
-    loss is symmetric: both directions and the total are the same number. ``ring``: the rows are this process's part of
-    a distributed batch.
+    loss is symmetric: both directions and the total are the same number.
     """
-    ring = ring or ProcessRing()
     with torch.autocast(image.device.type, enabled=False):
         image, text = _at_least_float32(image, text)
         bias = image.new_zeros(()) if bias is None else bias.to(image.dtype)
-        total = _Sigmoid.apply(scale * image, text, bias, _batch_group_ids(groups, text, ring), ring)
+        total = _Sigmoid.apply(scale * image, text, bias, _batch_group_ids(groups, text))
     return LossParts(total, total, total)
 
 
@@ -120,106 +113,76 @@ class _InfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, group_ids: Tensor, ring: ProcessRing) -> tuple[Tensor, Tensor]:
-        rows, batch = len(image), len(image) * ring.size
-        local = ring.rows_of(ring.rank, rows)
-        row, column = RunningLogSumExp.empty(image, rows), RunningLogSumExp.empty(image, batch)
-        counts, row_positive, column_positive = image.new_zeros(rows), image.new_zeros(rows), image.new_zeros(batch)
-        for rank, chunk in ring.exchange(text):
-            part = ring.rows_of(rank, rows)
-            column_here, positive_here = column.view(part), column_positive[part]
-            for r, c, logits, positive, scratch in iterate_logit_tiles(
-                image, chunk, group_ids[:, local], group_ids[:, part]
-            ):
-                counts[r] += positive.sum(1)
-                positive.mul_(logits)
-                row_positive[r] += positive.sum(1)
-                positive_here[c] += positive.sum(0)
-                row.view(r).update(logits, 1, out=scratch)
-                column_here.view(c).update(logits, 0, out=logits)
-        counts = ring.all_gather(counts)  # positives are symmetric, so a column has as many as its row
-        top = ring.all_reduce_max(column.top.clone())
-        column = RunningLogSumExp(top, ring.all_reduce_sum(column.total * (column.top - top).exp()))
+    def forward(ctx: Any, image: Tensor, text: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+        text = text.contiguous()
+        row, column = RunningLogSumExp.empty(image, len(image)), RunningLogSumExp.empty(image, len(image))
+        counts, row_positive, column_positive = image.new_zeros(3, len(image))
+        for r, c, logits, positive, scratch in iterate_logit_tiles(image, text, group_ids, group_ids):
+            counts[r] += positive.sum(1)
+            positive.mul_(logits)
+            row_positive[r] += positive.sum(1)
+            column_positive[c] += positive.sum(0)
+            row.view(r).update(logits, 1, out=scratch)
+            column.view(c).update(logits, 0, out=logits)
         ctx.save_for_backward(image, text, group_ids, counts, *row, *column)
-        ctx.ring = ring
-        image_to_text = (row.top - row_positive / counts[local] + row.total.log()).sum()
-        text_to_image = (column.top - ring.all_reduce_sum(column_positive) / counts + column.total.log()).sum()
-        return ring.all_reduce_sum(image_to_text) / batch, text_to_image / batch
+        image_to_text = (row.top - row_positive / counts + row.total.log()).sum()
+        # positives are symmetric, so a column has as many as its row
+        text_to_image = (column.top - column_positive / counts + column.total.log()).sum()
+        return image_to_text / len(image), text_to_image / len(image)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, to_text: Tensor, to_image: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, to_text: Tensor, to_image: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         image, text, group_ids, counts, *sums = ctx.saved_tensors
-        row, column, ring, rows = RunningLogSumExp(*sums[:2]), RunningLogSumExp(*sums[2:]), ctx.ring, len(image)
-        local = ring.rows_of(ring.rank, rows)
+        row, column = RunningLogSumExp(*sums[:2]), RunningLogSumExp(*sums[2:])
         to_text, to_image = to_text / len(counts), to_image / len(counts)
-        row_softmax, row_target = (to_text / row.total)[:, None], (to_text / counts[local])[:, None]
+        row_softmax, row_target = (to_text / row.total)[:, None], (to_text / counts)[:, None]
         column_softmax, column_target = to_image / column.total, to_image / counts
         grad_image, grad_text = torch.zeros_like(image), torch.zeros_like(text)
         with torch.autocast(image.device.type, enabled=False):
-            for rank, chunk in ring.exchange(text):
-                part = ring.rows_of(rank, rows)
-                tops, softmax, target = column.top[part], column_softmax[part], column_target[part]
-                for r, c, logits, positive, grad in iterate_logit_tiles(
-                    image, chunk, group_ids[:, local], group_ids[:, part]
-                ):
-                    torch.sub(logits, row.top[r, None], out=grad).exp_().mul_(row_softmax[r])
-                    grad.addcmul_(logits.sub_(tops[c]).exp_(), softmax[c])
-                    grad.addcmul_(torch.add(row_target[r], target[c], out=logits), positive, value=-1)
-                    grad_image[r].addmm_(grad, chunk[c])
-                    grad_text[c].addmm_(grad.T, image[r])
-                grad_text = ring.send_to_next(grad_text)
-        return grad_image, grad_text, None, None
+            for r, c, logits, positive, grad in iterate_logit_tiles(image, text, group_ids, group_ids):
+                torch.sub(logits, row.top[r, None], out=grad).exp_().mul_(row_softmax[r])
+                grad.addcmul_(logits.sub_(column.top[c]).exp_(), column_softmax[c])
+                grad.addcmul_(torch.add(row_target[r], column_target[c], out=logits), positive, value=-1)
+                grad_image[r].addmm_(grad, text[c])
+                grad_text[c].addmm_(grad.T, image[r])
+        return grad_image, grad_text, None
 
 
 class _Sigmoid(torch.autograd.Function):
     """The sum over pairs of softplus(-z logit), divided by B, of image embeddings multiplied by the scale."""
 
     @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, bias: Tensor, group_ids: Tensor, ring: ProcessRing) -> Tensor:
-        rows = len(image)
-        local, sums = ring.rows_of(ring.rank, rows), []
-        for rank, chunk in ring.exchange(text):
-            for _, _, logits, positive, scratch in iterate_logit_tiles(
-                image, chunk, group_ids[:, local], group_ids[:, ring.rows_of(rank, rows)]
-            ):
-                wrong = logits.add_(bias).mul_(positive.mul_(-2).add_(1))
-                # softplus(a) = log(1 + exp(-|a|)) + max(a, 0)
-                sums.append(torch.abs(wrong, out=scratch).neg_().exp_().log1p_().sum() + wrong.clamp_(min=0).sum())
+    def forward(ctx: Any, image: Tensor, text: Tensor, bias: Tensor, group_ids: Tensor) -> Tensor:
+        text, sums = text.contiguous(), []
+        for _, _, logits, positive, scratch in iterate_logit_tiles(image, text, group_ids, group_ids):
+            wrong = logits.add_(bias).mul_(positive.mul_(-2).add_(1))
+            # softplus(a) = log(1 + exp(-|a|)) + max(a, 0)
+            sums.append(torch.abs(wrong, out=scratch).neg_().exp_().log1p_().sum() + wrong.clamp_(min=0).sum())
         ctx.save_for_backward(image, text, bias, group_ids)
-        ctx.ring = ring
-        return ring.all_reduce_sum(torch.stack(sums).sum()) / (rows * ring.size)
+        return torch.stack(sums).sum() / len(image)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, total: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, total: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         image, text, bias, group_ids = ctx.saved_tensors
-        ring, rows = ctx.ring, len(image)
-        local = ring.rows_of(ring.rank, rows)
         grad_image, grad_text, grad_bias = torch.zeros_like(image), torch.zeros_like(text), []
         with torch.autocast(image.device.type, enabled=False):
-            for rank, chunk in ring.exchange(text):
-                part = ring.rows_of(rank, rows)
-                for r, c, logits, positive, _ in iterate_logit_tiles(
-                    image, chunk, group_ids[:, local], group_ids[:, part]
-                ):
-                    sign = positive.mul_(-2).add_(1)
-                    grad = logits.add_(bias).mul_(sign).sigmoid_().mul_(sign)
-                    grad_bias.append(grad.sum())
-                    grad_image[r].addmm_(grad, chunk[c])
-                    grad_text[c].addmm_(grad.T, image[r])
-                grad_text = ring.send_to_next(grad_text)
-        each = total / (rows * ring.size)
-        return grad_image.mul_(each), grad_text.mul_(each), torch.stack(grad_bias).sum() * each, None, None
+            for r, c, logits, positive, _ in iterate_logit_tiles(image, text, group_ids, group_ids):
+                sign = positive.mul_(-2).add_(1)
+                grad = logits.add_(bias).mul_(sign).sigmoid_().mul_(sign)
+                grad_bias.append(grad.sum())
+                grad_image[r].addmm_(grad, text[c])
+                grad_text[c].addmm_(grad.T, image[r])
+        each = total / len(image)
+        return grad_image.mul_(each), grad_text.mul_(each), torch.stack(grad_bias).sum() * each, None
 
 
-def _batch_group_ids(
-    groups: Int[Tensor, "B 2"] | None, rows: Tensor, ring: ProcessRing
-) -> Float[Tensor, "kinds total"]:
-    """Group ids of the whole batch; without groups, the row numbers."""
+def _batch_group_ids(groups: Int[Tensor, "B 2"] | None, rows: Tensor) -> Float[Tensor, "kinds B"]:
+    """Group ids of the batch; without groups, the row numbers."""
     if groups is None:
-        return torch.arange(len(rows) * ring.size, device=rows.device, dtype=rows.dtype)[None]
-    return dense_group_ids(ring.all_gather(groups), rows.dtype)
+        return torch.arange(len(rows), device=rows.device, dtype=rows.dtype)[None]
+    return dense_group_ids(groups, rows.dtype)
 
 
 def _at_least_float32(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
