@@ -19,6 +19,7 @@ from pathlib import Path
 import clasp.commands.search
 import clasp.commands.train  # noqa: F401
 from faults.counts import CaseCount, record
+from faults.flipped_bits import flipped_bits, flipped_bits_edge
 from faults.killed_indexing import killed_deleting, killed_indexing
 from faults.killed_training import killed_training
 from faults.world import World
@@ -29,6 +30,8 @@ CASES: dict[str, tuple[Callable[..., CaseCount], int]] = {
     "training": (killed_training, 50),
     **{f"indexing-{engine}": (partial(killed_indexing, engine=engine), 50) for engine in _ENGINES},
     **{f"deleting-{engine}": (partial(killed_deleting, engine=engine), 50) for engine in _ENGINES},
+    "bits": (flipped_bits, 200),
+    **({"bits-edge": (flipped_bits_edge, 50)} if "edge" in _ENGINES else {}),
 }
 """A case by name, with its number of trials"""
 
@@ -49,7 +52,7 @@ def main() -> None:
         for name in asked.cases or CASES:
             case, trials = CASES[name]
             began = time.monotonic()
-            row = case(world, **{"kills": max(2, trials // 10) if asked.quick else trials})
+            row = case(world, trials=max(3, trials // 10) if asked.quick else trials)
             seconds = time.monotonic() - began
             print(f"{name} ({seconds:.0f} s): {row.counts()}", *row.failures, sep="\n  ", file=sys.stderr, flush=True)
             broken |= bool(row.failures)

@@ -61,18 +61,18 @@ class _Trial(NamedTuple):
             store.close()
 
 
-def killed_indexing(world: World, engine: str, kills: int = 50) -> CaseCount:
+def killed_indexing(world: World, engine: str, trials: int = 50) -> CaseCount:
     """An index from nothing, killed once in each trial."""
     pictures = world.pictures(f"pictures-{engine}", PICTURES)
     return _count(
         world,
-        _Plan(engine, "indexing", world.finished, pictures, kills),
+        _Plan(engine, "indexing", world.finished, pictures, trials),
         f"`kill -9` at a random moment of `clasp index`, engine {engine}",
         "what was acknowledged is stored, once; the same command goes on to the same index",
     )
 
 
-def killed_deleting(world: World, engine: str, kills: int = 50) -> CaseCount:
+def killed_deleting(world: World, engine: str, trials: int = 50) -> CaseCount:
     """An index that follows a folder that has changed, killed once in each trial."""
     pictures, begun = world.pictures(f"changing-{engine}", PICTURES), world.folder / f"begun-{engine}"
     copy_tree(world.finished, begun)
@@ -86,7 +86,7 @@ def killed_deleting(world: World, engine: str, kills: int = 50) -> CaseCount:
     write_images(toys(PICTURES // 3, seed=2), pictures.parent)
     return _count(
         world,
-        _Plan(engine, "deleting", begun, pictures, kills),
+        _Plan(engine, "deleting", begun, pictures, trials),
         f"`kill -9` while `clasp index` deletes, replaces and adds, engine {engine}",
         "no entry is lost, doubled or of another image; the same command goes on to the same index",
     )

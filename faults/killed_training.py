@@ -25,15 +25,15 @@ _LOST = "lost"
 _AGAIN = "started again, killed before the first state"
 
 
-def killed_training(world: World, kills: int = 50) -> CaseCount:
-    """``kills`` kills; a chain that ends otherwise than the uninterrupted run counts as lost."""
+def killed_training(world: World, trials: int = 50) -> CaseCount:
+    """``trials`` kills; a chain that ends otherwise than the uninterrupted run counts as lost."""
     chance, outcomes, failures, done = world.chance("training"), Counter[str](), [], 0
     kinds = [_Reference(world, "adapted", ADAPTED), _Reference(world, "locked", ())]
     for number in itertools.count():
         kind = kinds[number % 2]
         folder, kept = world.folder / f"chain-{number}", number % 4 != 1
         while True:
-            moment = chance.uniform(0, kind.seconds) if done < kills else None
+            moment = chance.uniform(0, kind.seconds) if done < trials else None
             resumed = RunFolder(folder).has_state
             ended = run_in_child(lambda kind=kind, folder=folder: kind.go_on(folder), kill_after=moment)
             if not ended.was_killed:
@@ -47,7 +47,7 @@ def killed_training(world: World, kills: int = 50) -> CaseCount:
             failures.append(f"chain {number} ({kind.cache}, resumed {resumed}): {ended.describe()}")
         outcomes["runs ended, each bitwise as uninterrupted" if same else _LOST] += 1
         shutil.rmtree(folder, ignore_errors=True)
-        if done >= kills:
+        if done >= trials:
             break
     return CaseCount(
         "`kill -9` at a random moment of training",
