@@ -20,8 +20,10 @@ import clasp.commands.search
 import clasp.commands.train  # noqa: F401
 from faults.counts import CaseCount, record
 from faults.flipped_bits import flipped_bits, flipped_bits_edge
+from faults.full_disk import full_disk, read_only
 from faults.killed_indexing import killed_deleting, killed_indexing
 from faults.killed_training import killed_training
+from faults.odd_inputs import CASES as ODD_INPUTS
 from faults.world import World
 
 _ENGINES = ("flat", *(["edge"] if find_spec("qdrant_edge") else []))
@@ -32,6 +34,9 @@ CASES: dict[str, tuple[Callable[..., CaseCount], int]] = {
     **{f"deleting-{engine}": (partial(killed_deleting, engine=engine), 50) for engine in _ENGINES},
     "bits": (flipped_bits, 200),
     **({"bits-edge": (flipped_bits_edge, 50)} if "edge" in _ENGINES else {}),
+    "full-disk": (full_disk, 21),
+    "read-only": (read_only, 10),
+    **ODD_INPUTS,
 }
 """A case by name, with its number of trials"""
 

@@ -67,14 +67,19 @@ def preload_imports(work: Callable[[], Any]) -> None:
             importlib.import_module(name)
 
 
-def run_in_child(work: Callable[[], Any], *, kill_after: float | None = None, limit: float = LIMIT) -> Ended:
-    """Fork, run ``work``, and kill it (SIGKILL) after ``kill_after`` seconds if it has not ended."""
+def run_in_child(
+    work: Callable[[], Any], *, kill_after: float | None = None, begun: Path | None = None, limit: float = LIMIT
+) -> Ended:
+    """Fork, run ``work``, and kill it (SIGKILL) after ``kill_after`` seconds if it has not ended.
+
+    The seconds are counted from when the file ``begun`` exists, if one is given.
+    """
     with tempfile.TemporaryDirectory() as folder:
         said, answered = Path(folder, "said"), Path(folder, "answer")
         process = os.fork()
         if not process:
             _work(work, said, answered)
-        code, hung = _wait(process, limit if kill_after is None else kill_after)
+        code, hung = _wait(process, limit if kill_after is None else kill_after, begun)
         if hung:
             os.kill(process, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -83,10 +88,12 @@ def run_in_child(work: Callable[[], Any], *, kill_after: float | None = None, li
         return Ended(code, text, answer, hung=hung and kill_after is None)
 
 
-def _wait(process: int, seconds: float) -> tuple[int, bool]:
+def _wait(process: int, seconds: float, begun: Path | None) -> tuple[int, bool]:
     """The exit code, and whether the process still runs after ``seconds``."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + (LIMIT if begun else seconds)
     while True:
+        if begun and begun.exists():
+            begun, deadline = None, time.monotonic() + seconds
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status), False

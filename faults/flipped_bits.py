@@ -51,7 +51,7 @@ def flipped_bits(world: World, trials: int = 200) -> CaseCount:
 def flipped_bits_edge(world: World, trials: int = 50) -> CaseCount:
     """Flips in the files of qdrant-edge, which has no checksums: what is silent is counted, not promised away."""
     indexed = _indexed(world, "edge")
-    kind = _Kind("edge", indexed, ("index-edge/shard-*/**/*",), _search)
+    kind = _Kind("edge", indexed, ("index-edge/shard-*/**/*",), search_answer)
     row = _flip(world, [kind], trials, "one bit flipped in a file of qdrant-edge", "none: they have no checksums")
     return CaseCount(row.fault, row.promise, row.case, row.tried, row.outcomes)
 
@@ -73,8 +73,8 @@ def _own_kinds(world: World) -> list[_Kind]:
     for name, pattern in {"cached features": "**/*.npy", "facts of features": "**/*.json", "index of pairs": "**/*.npz"}.items():
         kinds.append(_Kind(name, world.folder / "cache", (pattern,), lambda folder: _train(world, folder)))
     for name, pattern in {"vectors": "index/vectors*", "rows": "index/rows*", "manifest": "index/manifest.json"}.items():
-        kinds.append(_Kind(name, indexed, (pattern,), _search))
-    kinds.append(_Kind("background", indexed, ("background.safetensors",), _search))
+        kinds.append(_Kind(name, indexed, (pattern,), search_answer))
+    kinds.append(_Kind("background", indexed, ("background.safetensors",), search_answer))
     return kinds
 
 
@@ -167,7 +167,7 @@ def _train(world: World, folder: Path) -> Any:
     return run_answer(target)
 
 
-def _search(folder: Path) -> Any:
+def search_answer(folder: Path) -> Any:
     """Hits with scores, calibrated scores and metadata."""
     with open_index(folder) as (engine, background):
         texts = engine.model.encode_text(list(_QUERIES))

@@ -38,12 +38,12 @@ class _Trial(NamedTuple):
     wanted: dict[str, Any]
 
     def index(self, acknowledged: Path) -> dict[str, Any]:
-        """Index; how many images are acknowledged is written down after each batch."""
+        """Index; the time, and how many images are acknowledged, are written down after each batch."""
 
         @contextmanager
         def bar(title: str) -> Iterator[ProgressCallback]:
             with acknowledged.open("ab", buffering=0) as file:
-                yield lambda done, total: file.write(f"{done}\n".encode()) and None
+                yield lambda done, total: file.write(f"{time.monotonic()} {done}\n".encode()) and None
 
         index_images(self.run, str(self.pictures), bar=bar, store=self.engine)
         return self.entries()
@@ -111,13 +111,18 @@ def _count(world: World, plan: _Plan, fault: str, promise: str) -> CaseCount:
     whole = run_in_child(lambda: trial.index(world.folder / "acknowledged"))
     seconds = time.monotonic() - began
     wanted, killed, attempt = _require(whole.answer, whole.said), 0, 0
+    times = [float(line.split()[0]) for line in (world.folder / "acknowledged").read_text().splitlines()]
     while killed < plan.kills and attempt < 3 * plan.kills:
         attempt += 1
         copy_tree(plan.begun, folder)
         acknowledged = world.folder / "acknowledged"
         acknowledged.unlink(missing_ok=True)
-        moment = chance.uniform(0, seconds)
-        ended = run_in_child(lambda: trial.index(acknowledged), kill_after=moment)
+        # half of the kills at any moment, half between the first and the last batch
+        within = attempt % 2 == 0
+        moment = chance.uniform(0, times[-1] - times[0] if within else seconds)
+        ended = run_in_child(
+            lambda: trial.index(acknowledged), kill_after=moment, begun=acknowledged if within else None
+        )
         if not ended.was_killed:
             continue
         killed += 1
@@ -128,8 +133,9 @@ def _count(world: World, plan: _Plan, fault: str, promise: str) -> CaseCount:
             problem = f"other entries after going on: {after.describe()}"
         if problem:
             failures.append(f"kill {killed} after {moment:.3f} s: {problem}")
-        held = len(left.answer or ())
-        outcomes["lost" if problem else "held all along" if held == len(wanted) else "held what was acknowledged"] += 1
+        held = len((left.answer or {}).keys() & wanted.keys())
+        state = "before the first batch" if held == len(before.keys() & wanted.keys()) else "midway"
+        outcomes["lost" if problem else "whole already" if held == len(wanted) else state] += 1
     shutil.rmtree(folder, ignore_errors=True)
     case = f"faults/killed_indexing.py ({plan.what}, {plan.engine})"
     return CaseCount(fault, promise, case, killed, outcomes, tuple(failures))
@@ -162,8 +168,8 @@ def _near(one: Any, other: Any) -> bool:
 
 def _last(acknowledged: Path) -> int:
     """The last number that was written down."""
-    lines = acknowledged.read_text().split() if acknowledged.exists() else []
-    return int(lines[-1]) if lines else 0
+    lines = acknowledged.read_text().splitlines() if acknowledged.exists() else []
+    return int(lines[-1].split()[1]) if lines else 0
 
 
 def _require(answer: Any, said: str = "") -> Any:

@@ -82,6 +82,11 @@ class _SavedTensor:
         self._on_release()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that of an allocation that failed; on a CPU torch raises a plain ``RuntimeError``."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Free memory of a device in bytes; ``None`` where it cannot be determined.
 
