@@ -1,8 +1,8 @@
 """One bit flipped in each kind of file that clasp writes: noticed, or without effect on any answer.
 
-Input: the world, a number of flips. Output: a ``CaseCount``. Noticed is a ``UserError`` or a warning that is logged;
-without effect is an answer equal to that of the whole files: embeddings, results and recipe of a run, the weights at the
-end of a resumed one or of one on cached features, the hits of a search.
+Input: the world, a number of flips. Output: a ``CaseCount``. Note: noticed is a ``UserError`` or a warning that is
+logged; without effect is an answer equal to that of the whole files: embeddings, results and recipe of a run, the
+weights at the end of a resumed one or of one on cached features, the hits of a search.
 """
 
 from __future__ import annotations
@@ -70,9 +70,17 @@ def _own_kinds(world: World) -> list[_Kind]:
         }.items()
     ]
     kinds.append(_Kind("state", stopped, ("state/*",), lambda folder: _resume(world, folder)))
-    for name, pattern in {"cached features": "**/*.npy", "facts of features": "**/*.json", "index of pairs": "**/*.npz"}.items():
+    for name, pattern in {
+        "cached features": "**/*.npy",
+        "facts of features": "**/*.json",
+        "index of pairs": "**/*.npz",
+    }.items():
         kinds.append(_Kind(name, world.folder / "cache", (pattern,), lambda folder: _train(world, folder)))
-    for name, pattern in {"vectors": "index/vectors*", "rows": "index/rows*", "manifest": "index/manifest.json"}.items():
+    for name, pattern in {
+        "vectors": "index/vectors*",
+        "rows": "index/rows*",
+        "manifest": "index/manifest.json",
+    }.items():
         kinds.append(_Kind(name, indexed, (pattern,), search_answer))
     kinds.append(_Kind("background", indexed, ("background.safetensors",), search_answer))
     return kinds

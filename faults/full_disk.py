@@ -1,8 +1,8 @@
 """A disk that fills up while a run is trained or an index written, and one that cannot be written to.
 
-Input: the world. Output: ``CaseCount``s. The disk is a small tmpfs in a user and mount namespace of the child's own, which
-needs no rights; where a namespace is refused, the case says so and counts nothing. After the refusal the disk is made
-larger, and the same command goes on.
+Input: the world. Output: ``CaseCount``s. Note: the disk is a small tmpfs in a user and mount namespace of the child's
+own, which needs no rights; where a namespace is refused, the outcome is named as that. After the refusal the disk is
+made larger, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def full_disk(world: World, trials: int = 20) -> CaseCount:
     """Trials in turn: training, training with the cache on the small disk, indexing."""
     chance, outcomes, failures = world.chance("full disk"), Counter[str](), []
     pictures = world.pictures("disk-pictures", 120)
-    wanted = {what: _answer(world, lambda what=what: _attempts(world, pictures)[what](world.folder / what)) for what in _KINDS}
+    wanted = {
+        what: _answer(world, lambda what=what: _attempts(world, pictures)[what](world.folder / what)) for what in _KINDS
+    }
     for number in range(trials):
         what = _KINDS[number % len(_KINDS)]
         size = 4096 * chance.randint(2, {"training": 40, "caching": 60, "indexing": 90}[what])
@@ -129,7 +131,9 @@ def read_only(world: World, trials: int = len(_READ_ONLY_COMMANDS)) -> CaseCount
     pictures, toml = world.pictures("few-pictures", 20), world.folder / "toy.toml"
     toml.write_text(world.recipe().to_toml(), encoding="utf-8")
     for command in _READ_ONLY_COMMANDS[:trials]:
-        ended = run_in_child(lambda command=command: _on_read_only(world, command, {"toml": toml, "pictures": pictures}))
+        ended = run_in_child(
+            lambda command=command: _on_read_only(world, command, {"toml": toml, "pictures": pictures})
+        )
         if ended.code == 0 and ended.answer is None:
             outcomes[_NO_NAMESPACE] += 1
         elif ended.code or ended.answer not in (0, 2) or "Traceback" in ended.said:
@@ -139,7 +143,9 @@ def read_only(world: World, trials: int = len(_READ_ONLY_COMMANDS)) -> CaseCount
             outcomes["did its work" if ended.answer == 0 else "refused in one line"] += 1
     promise = "reading commands work, others refuse in one line; no traceback"
     tried = len(_READ_ONLY_COMMANDS[:trials])
-    return CaseCount("a folder that cannot be written to", promise, "faults/full_disk.py", tried, outcomes, tuple(failures))
+    return CaseCount(
+        "a folder that cannot be written to", promise, "faults/full_disk.py", tried, outcomes, tuple(failures)
+    )
 
 
 def _on_read_only(world: World, command: tuple[str, ...], places: dict[str, Path]) -> int | None:

@@ -107,15 +107,15 @@ def _count(world: World, plan: _Plan, fault: str, promise: str) -> CaseCount:
     if plan.what == "deleting":
         before = _require(run_in_child(_Trial(plan.begun, plan.pictures, plan.engine, {}).entries).answer)
     copy_tree(plan.begun, folder)
+    acknowledged = world.folder / "acknowledged"
     began = time.monotonic()
-    whole = run_in_child(lambda: trial.index(world.folder / "acknowledged"))
+    whole = run_in_child(lambda: trial.index(acknowledged))
     seconds = time.monotonic() - began
     wanted, killed, attempt = _require(whole.answer, whole.said), 0, 0
-    times = [float(line.split()[0]) for line in (world.folder / "acknowledged").read_text().splitlines()]
+    times = [float(line.split()[0]) for line in acknowledged.read_text().splitlines()]
     while killed < plan.kills and attempt < 3 * plan.kills:
         attempt += 1
         copy_tree(plan.begun, folder)
-        acknowledged = world.folder / "acknowledged"
         acknowledged.unlink(missing_ok=True)
         # half of the kills at any moment, half between the first and the last batch
         within = attempt % 2 == 0
@@ -175,4 +175,3 @@ def _last(acknowledged: Path) -> int:
 def _require(answer: Any, said: str = "") -> Any:
     assert answer is not None, said
     return answer
-

@@ -39,7 +39,7 @@ class World:
         return world
 
     def _write(self) -> None:
-        """The files, a finished run of locked towers with its cache in ``cache``, and an index, which is thrown away."""
+        """The files, a finished run of locked towers with its cache in ``cache``, and an index, which is deleted."""
         save_towers(self.folder / "towers")
         write_csv(toys(96), self.folder / "pairs")
         self.cached_in("cache")

@@ -1,8 +1,8 @@
 """``make fuzz``: 100,000 mutated inputs over every reader; then writes their counts.
 
-``python -m faults.fuzz [--seed N] [--fraction F] [--first N] [READER ...]``. With a fraction less than 1, or ``--first``,
-nothing is written. Exit code 1 where there is a defect; each is printed with the number that repeats it:
-``python -m faults.fuzz --seed SEED --first NUMBER --only READER``.
+``python -m faults.fuzz [--seed N] [--fraction F] [--first N] [READER ...]``. With a fraction other than 1, or
+``--first``, nothing is written. Exit code 1 where there is a defect; each is printed with the number that repeats it:
+``python -m faults.fuzz READER --seed SEED --first NUMBER``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 
 from faults.counts import CaseCount, record
 from faults.fuzz.model_readers import MODEL_READERS
@@ -55,7 +56,7 @@ def _in_parallel(pool: ProcessPoolExecutor, name: str, seed: int, count: int, fi
     """The inputs, in as many parts as there are processors."""
     parts = max(1, min(len(os.sched_getaffinity(0)), count // 100))
     bounds = [first + count * part // parts for part in range(parts + 1)]
-    done = [pool.submit(_fuzz, name, seed, end - start, start) for start, end in zip(bounds, bounds[1:], strict=False)]
+    done = [pool.submit(_fuzz, name, seed, end - start, start) for start, end in pairwise(bounds)]
     whole = Tally()
     for part in (each.result() for each in done):
         whole.outcomes += part.outcomes

@@ -1,7 +1,7 @@
 """Inputs of everything else that is read: recipes, run folders, checkpoints, stores, queries, HTTP requests.
 
-Output: ``MODEL_READERS``. A run folder is that of somebody else: a whole one with one file mutated, read as ``clasp.load``,
-``resume``, ``report`` and ``search`` read it, up to the towers.
+Output: ``MODEL_READERS``. Note: a run folder is that of somebody else: a whole one with one file mutated, read as
+``resume`` and ``report`` read it, and every twentieth as ``clasp.load`` does, towers included.
 """
 
 from __future__ import annotations
@@ -44,7 +44,17 @@ from toyserver import toy_app, toy_service
 
 _GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
 _Read = Callable[[random.Random, Path], str]
-_RECIPE_TOKENS = (b"[train]\n", b"extends = ", b"[tune]\n", b"lora(rank=", b"adapters(", b"= [", b'= "', b"auto", b"hf:")
+_RECIPE_TOKENS = (
+    b"[train]\n",
+    b"extends = ",
+    b"[tune]\n",
+    b"lora(rank=",
+    b"adapters(",
+    b"= [",
+    b'= "',
+    b"auto",
+    b"hf:",
+)
 
 
 def _recipes(folder: Path) -> _Read:
@@ -114,8 +124,11 @@ def _save_a_state(folder: RunFolder, model: Any) -> None:
 def _checkpoints(folder: Path) -> _Read:
     seeds = []
     for name in ("lilt_lwa_ln.checkpoint.pth", "msclip_plain.state_dict.pth", "lilt_lwa_ln.checkpoint_omegaconf.pth"):
-        found = torch.load(_GOLDEN / name, weights_only=not name.endswith("omegaconf.pth"), map_location="cpu") \
-            if "omegaconf" not in name else None
+        found = (
+            torch.load(_GOLDEN / name, weights_only=not name.endswith("omegaconf.pth"), map_location="cpu")
+            if "omegaconf" not in name
+            else None
+        )
         if found is not None:
             small = _shrunk(found)
             for zipped in (True, False):
@@ -125,7 +138,11 @@ def _checkpoints(folder: Path) -> _Read:
 
     def read(chance: random.Random, scratch: Path) -> str:
         seed = chance.choice(seeds)
-        data = _mutated_pickle(seed, chance) if seed[:2] == b"PK" and chance.random() < 0.6 else mutate(seed, chance, seeds)
+        data = (
+            _mutated_pickle(seed, chance)
+            if seed[:2] == b"PK" and chance.random() < 0.6
+            else mutate(seed, chance, seeds)
+        )
         file = scratch / "model.pth"
         file.write_bytes(data)
         if chance.random() < 0.5:
@@ -197,7 +214,14 @@ def _stores(folder: Path) -> _Read:
 
 
 def _queries(folder: Path) -> _Read:
-    seeds = [b"red -blue", b"a photo of a cat", b'"a red" circle -"a blue"', b"folder=holidays", b"year>=2003", b"date~2020"]
+    seeds = [
+        b"red -blue",
+        b"a photo of a cat",
+        b'"a red" circle -"a blue"',
+        b"folder=holidays",
+        b"year>=2003",
+        b"date~2020",
+    ]
     meta = {"name": "x", "meta": {"year": 2003}, "captions": [["a", "en"]], "group": "g", "file": {"bytes": 9}}
 
     def read(chance: random.Random, scratch: Path) -> str:
@@ -214,7 +238,9 @@ def _queries(folder: Path) -> _Read:
 def _requests(folder: Path) -> _Read:
     """Requests by the description of the API, half of them with a mutated body."""
     service = toy_service(folder)
-    client = TestClient(toy_app(service, editor=IndexEditor(service, UploadFolder(folder / "uploads"))), "http://127.0.0.1")
+    client = TestClient(
+        toy_app(service, editor=IndexEditor(service, UploadFolder(folder / "uploads"))), "http://127.0.0.1"
+    )
     document = client.get("/openapi.json").json()
     operations = [
         Operation(method.upper(), path, described)

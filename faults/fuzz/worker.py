@@ -1,7 +1,7 @@
 """Reads mutated inputs one after another in processes of bounded memory, and sorts what became of each.
 
-Input: a ``Reader``, a seed, how many. Output: a ``Tally``. An input must give a value, a ``UserError`` of one line, or a
-counted bad sample. A defect is any other error, a process that dies, more than ``CPU_LIMIT`` seconds, more memory than
+Input: a ``Reader``, a seed, how many. Output: a ``Tally``. An input must give a value, a ``UserError`` of one line, or
+a counted bad sample. A defect is any other error, a process that dies, more than ``CPU_LIMIT`` seconds, more memory than
 ``MEMORY_LIMIT``, or an attempt to start a program, open a connection or import what the input names. Note: an input
 depends on (seed, reader, number) only, so that one can be repeated alone.
 """
@@ -162,7 +162,9 @@ def _attempt(
             if "\n" in str(error) and isinstance(error, UserError):
                 defect = f"more than one line: {str(error)[:200]!r}"
         except BaseException as error:
-            places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+            places = [
+                f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
+            ]
             defect = f"{type(error).__name__}: {' '.join(str(error).split())[:150]} ({' > '.join(places[-4:])})"
     if runs:
         defect = f"runs code: {runs[0]}"

@@ -412,7 +412,9 @@ def test_a_matrix_that_grows_is_read_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(flat_store.zlib, "crc32", lambda data, before: read.append(len(data)) or crc32(data, before))
     store.add(["west"], vectors((-1, 0)), [{}])
     read.clear()
-    assert FlatStore(tmp_path / "store").count() == 4 and sum(read) == 8 + (tmp_path / "store/rows-1.jsonl").stat().st_size
+    assert (
+        FlatStore(tmp_path / "store").count() == 4 and sum(read) == 8 + (tmp_path / "store/rows-1.jsonl").stat().st_size
+    )
 
 
 def test_a_store_of_an_earlier_version_has_no_checksums_until_it_is_written_anew(tmp_path: Path):

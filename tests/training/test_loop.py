@@ -344,30 +344,6 @@ def test_a_step_that_is_not_finite_is_not_taken(poison: str, message: str) -> No
     assert fitted.position.step == 4 and same(weights(model), weights(good)), "the weights are those of the step before"
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
-def test_out_of_memory_halves_the_micro_batch_and_goes_on(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Toy.embed_image
-
-    def small(self: Toy, inputs: PooledFeatures) -> Tensor:
-        if len(inputs.values) > 4:
-            raise error
-        return whole(self, inputs)
-
-    monkeypatch.setattr(Toy, "embed_image", small)
-    model, _, log = run(SETTINGS.model_copy(update={"micro_batch": BATCH}))
-    (said,) = (line for line in log if line["event"] == "pieces")
-    assert said["message"].startswith("out of memory: in pieces of 4 pairs") and said["micro_batch"] == 4
-    monkeypatch.setattr(Toy, "embed_image", whole)
-    assert same(weights(model), weights(run(SETTINGS.model_copy(update={"micro_batch": 4}))[0]))
-
-
-def test_out_of_memory_with_one_pair_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Toy, "forward", lambda self, batch: torch.empty(1 << 60))
-    monkeypatch.setattr(Toy, "embed_image", lambda self, inputs: torch.empty(1 << 60))
-    with pytest.raises(RuntimeError, match="allocate"):
-        run(SETTINGS.model_copy(update={"micro_batch": 4}))
-
-
 # --- what it keeps, and what it says ---------------------------------------------------------------------------------
 
 

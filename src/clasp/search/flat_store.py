@@ -346,7 +346,7 @@ class FlatStore:
 def _extended_checksum(data: UInt8[np.ndarray, " bytes"], checksum: int) -> int:
     """The CRC-32 of bytes that follow those of ``checksum``."""
     for start in range(0, len(data), _CHECKED_AT_ONCE):
-        checksum = zlib.crc32(data[start : start + _CHECKED_AT_ONCE], checksum)
+        checksum = zlib.crc32(data[start : start + _CHECKED_AT_ONCE].data, checksum)
     return checksum
 
 

@@ -145,7 +145,7 @@ def _train_step(
         logger.log_event("pieces", choice.reason, at.step, micro_batch=choice.micro_batch)
     planned = stepper.micro_batch
     took = ledger.time_step(stepper, batch, at.step) if ledger else stepper.step(batch, at.step)
-    if stepper.micro_batch != planned:
+    if stepper.micro_batch is not None and stepper.micro_batch != planned:
         line = f"out of memory: in pieces of {stepper.micro_batch:,} pairs from here on"
         logger.log_event("pieces", line, at.step, micro_batch=stepper.micro_batch)
     logger.log_step(at, batch, took)

@@ -134,9 +134,7 @@ class RunFolder:
     def _preprocessing_hashes(self) -> dict[str, str]:
         """The sha256 of the files that decide what the towers read: image transform and tokenizer."""
         files = [self.path / "transform.json", *sorted((self.path / "tokenizer").rglob("*"))]
-        return {
-            file.relative_to(self.path).as_posix(): hash_file(file) for file in files if file.is_file()
-        }
+        return {file.relative_to(self.path).as_posix(): hash_file(file) for file in files if file.is_file()}
 
     def _remove_started_files(self) -> None:
         for name in (*_STARTED_FILES, *_TRACKER_FILES):

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from clasp.data.atomic_files import has_its_checksum, without_checksum
 from clasp.config.recipe import read_recipe
+from clasp.data.atomic_files import has_its_checksum, without_checksum
 from clasp.training.trackers import registry
 from clasp.training.trackers.accelerate_trackers import flatten_recipe, flatten_results
 from clasp.training.trackers.group import TrackerGroup

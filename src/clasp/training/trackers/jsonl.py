@@ -1,8 +1,8 @@
 """The tracker that every run has: events to ``log.jsonl``, final results to ``results.jsonl``.
 
 Input: what the loop logs, with flat names. Output: JSON lines in the run folder, distinguished by ``event``. Note: the
-validation metrics of a row are nested under ``metrics``, without their prefix; costs are in ``cost.json`` only. A result
-has a field ``checksum``.
+validation metrics of a row are nested under ``metrics``, without their prefix; costs are in ``cost.json`` only. A
+result has a field ``checksum``.
 """
 
 from __future__ import annotations
