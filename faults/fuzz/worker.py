@@ -1,7 +1,7 @@
 """Reads mutated inputs one after another in processes of bounded memory, and sorts what became of each.
 
 Input: a ``Reader``, a seed, how many. Output: a ``Tally``. An input must give a value, a ``UserError`` of one line, or
-a counted bad sample. A defect is any other error, a process that dies, more than ``CPU_LIMIT`` seconds, more memory than
+a counted bad sample. A defect is any other error, a process that dies, more than ``CPU_LIMIT`` seconds, more than
 ``MEMORY_LIMIT``, or an attempt to start a program, open a connection or import what the input names. Note: an input
 depends on (seed, reader, number) only, so that one can be repeated alone.
 """

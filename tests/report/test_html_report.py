@@ -190,9 +190,10 @@ def test_texts_of_the_user_are_escaped(tmp_path: Path):
 @pytest.mark.parametrize("name", ["results.jsonl", "log.jsonl", "cost.json", "recipe.toml", "base.json"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str):
     run = write_run(tmp_path / "a", retrieval_rows())
-    (run / name).write_text("{]\n{]\n")
-    with pytest.raises(UserError, match=name):
-        read_run_record(run, "a")
+    for damage in ("{]\n{]\n", "[" * 9999 + "\n\n"):  # the second is nested too deep to be parsed
+        (run / name).write_text(damage)
+        with pytest.raises(UserError, match=name):
+            read_run_record(run, "a")
 
 
 def test_a_result_that_was_changed_is_named(tmp_path: Path):

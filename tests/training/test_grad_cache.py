@@ -258,7 +258,7 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(error: RuntimeError, m
     monkeypatch.setattr(Two, "embed_image", in_little_memory)
     found, _, lines = run(micro_batch=11)
     (said,) = (line for line in lines if line["event"] == "pieces")
-    assert said["message"] == "out of memory: in pieces of 2 pairs from here on" and said["micro_batch"] == 2
+    assert said["micro_batch"] == 2
     expected = run(micro_batch=2)[0]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

@@ -162,7 +162,7 @@ def _read_recipe(path: Path, plan: AutoPlan | None) -> Mapping[str, Any]:
         return plan.recipe
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
@@ -171,7 +171,7 @@ def _read_json(file: Path) -> Any:
         return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
@@ -183,7 +183,7 @@ def _read_events(file: Path) -> tuple[list[Mapping[str, Any]], int]:
     for number, line in enumerate(lines, 1):
         try:
             events.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"line {number} of {file} is damaged: {error}") from None
             unread = 1

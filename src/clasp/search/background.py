@@ -124,7 +124,7 @@ def read_background(path: Path, model: str) -> Background | None:
             made = Background(file.get_tensor("captions"), facts, captions)
             if saved["checksum"] != _checksum(saved, made.vectors):
                 return None
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError):
         return None
     whole = len(captions) == len(made.vectors)
     return made if whole and facts.model == model and facts.format == _FORMAT else None

@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest()
     except NotADirectoryError:
         raise UserError(f"{folder} is a file, not the folder of a store") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         known = ", ".join(field.name for field in fields(Manifest))
         raise UserError(f"{path} is damaged or of another clasp (it should give {known}); {REBUILD_HINT}") from None
     return manifest

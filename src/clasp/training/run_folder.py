@@ -219,7 +219,7 @@ class RunFolder:
             _log.warning("%s was changed since the run was saved", self.path / "recipe.toml")
         try:
             transform = ImageTransform.from_dict(json.loads((self.path / "transform.json").read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path} is damaged: {error}") from None
         return RunMetadata(recipe, transform, Tokenizer.from_folder(self.path / "tokenizer"), base)
 
@@ -229,7 +229,7 @@ class RunFolder:
         try:
             base = json.loads(path.read_text(encoding="utf-8"))
             damaged = [side for side in ("image", "text") if not {"tower", "fingerprint", "tensors"} <= set(base[side])]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
         if damaged:
             raise UserError(f"{path} is damaged: the entry of the {damaged[0]} tower is not whole")

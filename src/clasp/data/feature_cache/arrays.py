@@ -201,7 +201,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> CachedArray:
         if not (same and cached.stored.dtype == storage.dtype and is_as_written(cached.metadata)):
             raise ValueError("key, shape or hash differs")
         damaged = _damaged_rows(path, cached)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         _log.warning("%s: truncated or damaged (%s); computing it again", path, error)
         raise _CacheMiss from error
     if damaged.any():
