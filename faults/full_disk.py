@@ -52,7 +52,7 @@ def full_disk(world: World, trials: int = 20) -> CaseCount:
     }
     for number in range(trials):
         what = _KINDS[number % len(_KINDS)]
-        size = 4096 * chance.randint(2, {"training": 40, "caching": 60, "indexing": 90}[what])
+        size = 4096 * chance.randint(2, {"training": 30, "caching": 16, "indexing": 30}[what])
         ended = run_in_child(lambda what=what, size=size: _fill(world, pictures, what, size))
         if ended.code == 0 and ended.answer[0] == _NO_NAMESPACE:
             outcomes[_NO_NAMESPACE] += 1

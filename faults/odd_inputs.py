@@ -24,15 +24,17 @@ from PIL import Image
 
 from clasp.commands.search import index_images
 from clasp.data.pairs import Pairs, open_pairs
+from clasp.training.step import Stepper
 from clasp.types import UserError
 from faults.child import run_in_child
 from faults.counts import CaseCount
 from faults.flipped_bits import search_answer
 from faults.world import ADAPTED, World, run_answer
-from toydata import WRITERS, toys
+from toydata import WRITERS, toys, write_csv
 from toyruns import lines, recipe, run
 
 _SHARDS = ("tar", "parquet struct", "parquet", "folder", "jsonl")
+_WHOLE = 256  # pairs in a batch that does not fit
 _PROCESS_TESTS = ("tests/commands/test_processes.py",)
 
 
@@ -102,9 +104,9 @@ def _disturb(file: Path, other: Path, chance: random.Random) -> set[bytes]:
 
 def _read_again(pairs: Pairs, before: list[bytes], allowed: set[bytes]) -> tuple[int, int]:
     refused = other = 0
-    for pair, data in zip(pairs, before, strict=True):
+    for number, data in enumerate(before):
         try:
-            found = pair.image.read()
+            found = pairs[number].image.read()  # captions too are read again
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1
@@ -205,9 +207,10 @@ def _index_with_old_times(world: World, chance: random.Random) -> bool:
 def out_of_memory(world: World, trials: int = 10) -> CaseCount:
     """A limit on memory (RLIMIT_AS) that a whole batch does not fit into."""
     chance, outcomes, failures = world.chance("memory"), Counter[str](), []
-    made = (*ADAPTED[:2], "train.batch_size=64", "train.micro_batch=64", "train.epochs=2")
+    pairs = run_in_child(lambda: write_csv(toys(400), world.folder / "many")).answer
+    made = (*ADAPTED[:2], f"data.train={pairs}", f"train.batch_size={_WHOLE}", f"train.micro_batch={_WHOLE}")
     for number in range(trials):
-        megabytes = chance.choice((4, 6, 8, 12, 16, 24, 32))
+        megabytes = chance.choice((2, 4, 6, 8, 10))
         ended = run_in_child(lambda megabytes=megabytes: _train_within(world, made, megabytes << 20))
         if ended.code:
             failures.append(f"trial {number}, {megabytes} MB: {ended.describe()}")
@@ -215,7 +218,7 @@ def out_of_memory(world: World, trials: int = 10) -> CaseCount:
             continue
         pieces, answer = ended.answer
         same = answer == _in_pieces(world, made, pieces)
-        outcomes[f"went on in pieces of {pieces}" if pieces < 64 else "had enough memory"] += 1
+        outcomes[f"went on in pieces of {pieces}" if pieces < _WHOLE else "had enough memory"] += 1
         if not same:
             failures.append(f"trial {number}, {megabytes} MB, pieces of {pieces}: other weights than with that setting")
     return CaseCount(
@@ -230,8 +233,6 @@ def out_of_memory(world: World, trials: int = 10) -> CaseCount:
 
 def _train_within(world: World, overrides: tuple[str, ...], allowed: int) -> tuple[int, Any]:
     """The micro-batch at the end, and the weights; the limit holds from the first step on."""
-    from clasp.training.step import Stepper
-
     world.cached_in("cache")
     whole, before = Stepper.step, []
 
@@ -250,7 +251,7 @@ def _train_within(world: World, overrides: tuple[str, ...], allowed: int) -> tup
     folder = world.folder / f"memory-{os.getpid()}"
     run(world.recipe(*overrides), folder)
     pieces = [row["micro_batch"] for row in lines(folder / "log.jsonl") if row["event"] == "pieces"]
-    return (pieces[-1] if pieces else 64), run_answer(folder)["delta"]
+    return (pieces[-1] if pieces else _WHOLE), run_answer(folder)["delta"]
 
 
 def _in_pieces(world: World, overrides: tuple[str, ...], pieces: int) -> Any:

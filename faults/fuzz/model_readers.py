@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
@@ -24,6 +26,7 @@ from clasp.config.recipe import builtin_recipes, read_recipe
 from clasp.convert.importers.lilt_checkpoint import read_lilt_checkpoint
 from clasp.convert.importers.msclip_checkpoint import parse_msclip_state_dict
 from clasp.convert.importers.safe_pickle import safe_load_pickle
+from clasp.data.pairs import FileSource
 from clasp.report.run_record import read_results, read_run_record
 from clasp.search.background import read_background
 from clasp.search.engine import SearchEngine
@@ -33,7 +36,8 @@ from clasp.search.query import parse_words
 from clasp.serve.editor import IndexEditor
 from clasp.serve.upload_folder import UploadFolder
 from clasp.training.run_folder import RunFolder
-from clasp.types import Pair, UserError
+from clasp.training.state import TrainPosition, TrainState
+from clasp.types import Caption, Pair, UserError
 from faults.fuzz.mutations import mutate
 from faults.fuzz.worker import REFUSED, VALUE, Reader
 from serve.test_openapi_fuzz import Operation, Requests
@@ -71,8 +75,6 @@ def _recipes(folder: Path) -> _Read:
 
 def _run_folders(folder: Path) -> _Read:
     """A finished run, and one with a state, of which one file is mutated."""
-    import os
-
     os.environ["CLASP_CACHE"] = str(folder / "cache")
     made = recipe(save_towers(folder / "towers"), write_csv(toys(32), folder / "pairs"), "train.epochs=1")
     whole = folder / "whole"
@@ -115,26 +117,18 @@ def _most(reads: tuple[Callable[[], Any], ...]) -> str:
 
 
 def _save_a_state(folder: RunFolder, model: Any) -> None:
-    from clasp.training.state import TrainPosition, TrainState
-
     weights = folder.read_delta()
     folder.save_state(TrainState(TrainPosition(1, 0, 1), "float32", weights, {}, None, (), 4))
 
 
 def _checkpoints(folder: Path) -> _Read:
     seeds = []
-    for name in ("lilt_lwa_ln.checkpoint.pth", "msclip_plain.state_dict.pth", "lilt_lwa_ln.checkpoint_omegaconf.pth"):
-        found = (
-            torch.load(_GOLDEN / name, weights_only=not name.endswith("omegaconf.pth"), map_location="cpu")
-            if "omegaconf" not in name
-            else None
-        )
-        if found is not None:
-            small = _shrunk(found)
-            for zipped in (True, False):
-                file = io.BytesIO()
-                torch.save(small, file, _use_new_zipfile_serialization=zipped)
-                seeds.append(file.getvalue())
+    for name in ("lilt_lwa_ln.checkpoint.pth", "msclip_plain.state_dict.pth"):
+        small = _shrunk(torch.load(_GOLDEN / name, map_location="cpu"))
+        for zipped in (True, False):
+            file = io.BytesIO()
+            torch.save(small, file, _use_new_zipfile_serialization=zipped)
+            seeds.append(file.getvalue())
 
     def read(chance: random.Random, scratch: Path) -> str:
         seed = chance.choice(seeds)
@@ -179,9 +173,6 @@ def _stores(folder: Path) -> _Read:
     whole, encoder = folder / "run", model()
     (whole / "index").mkdir(parents=True)
     store = FlatStore(whole / "index")
-    from clasp.data.pairs import FileSource
-    from clasp.types import Caption
-
     pictures = folder / "pictures"
     pictures.mkdir()
     pairs = []
@@ -200,6 +191,9 @@ def _stores(folder: Path) -> _Read:
         copied, number = scratch / "run", chance.randrange(len(files))
         shutil.copytree(whole, copied)
         (copied / files[number].relative_to(whole)).write_bytes(mutate(seeds[number], chance, seeds))
+        if chance.random() < 0.5:  # as an earlier clasp wrote it, else nearly all are refused for their checksum
+            manifest = copied / "index" / "manifest.json"
+            manifest.write_bytes(re.sub(rb'"\w+_checksum": \d+', b'"format": 1', manifest.read_bytes()))
         opened = open_run_store(copied)
         try:
             list(opened.scan())
