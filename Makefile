@@ -1,13 +1,14 @@
 # make demo   install clasp into .venv and run the whole story on real data
 # make test   install clasp into .venv and pass the tests
-# make faults the tests of kills and signals that take longer
+# make faults kill, fill the disk, flip bits, ...; the counts go to docs/reliability.md
+# make fuzz   100,000 mutated inputs over every reader; likewise
 # make check  style, types, floors and fences
 # make bench  install the peers into .bench and measure clasp against them
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo quick test faults check bench clean
+.PHONY: setup demo quick test faults fuzz check bench clean
 setup: .venv/ready
 
 # Python compiles what it imports; compiling everything beforehand takes a minute more.
@@ -36,7 +37,10 @@ test: setup .timm/ready
 	$(BIN)/pytest tests_page
 
 faults: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m faults -n logical --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults
+
+fuzz: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults.fuzz
 
 check: setup
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from clasp import cli
 from clasp.commands import fit_run
 from clasp.config import datasets
 from clasp.data import atomic_files
+from clasp.data.atomic_files import without_checksum
 from clasp.evaluation.zeroshot import read_templates
 from clasp.training import loop, run_folder
 from clasp.types import UserError
@@ -251,7 +252,7 @@ def test_eval_answers_and_keeps_the_answer(
     assert said.code == 0, said.err
     answer = json.loads(said.out)
     assert answer["task"] == task and all(metric in row["metrics"] for row in answer["results"])
-    kept = [json.loads(line) for line in (world.run / "results.jsonl").read_text().splitlines()]
+    kept = [without_checksum(json.loads(line)) for line in (world.run / "results.jsonl").read_text().splitlines()]
     assert kept[-len(answer["results"]) :] == answer["results"]
     shown = clasp(*words)
     assert shown.code == 0 and "chance" in shown.out and shown.out.count("\n") < 15
@@ -268,7 +269,7 @@ def test_eval_runs_a_task_from_outside_that_lies_in_the_current_folder(
     (row,) = json.loads(said.out)["results"]
     assert said.code == 0 and "axis 3" in said.err
     assert row["task"] == "positive" and 0 <= row["metrics"]["share"] <= 1 and row["n"] == len(TOYS)
-    assert json.loads((world.run / "results.jsonl").read_text().splitlines()[-1]) == row
+    assert without_checksum(json.loads((world.run / "results.jsonl").read_text().splitlines()[-1])) == row
     shown = clasp(*words)
     assert "share" in shown.out and "50.0" in shown.out and "axis 0" in shown.err
     assert "'axes=1' is not an option; did you mean axis=…? it takes data, axis" in clasp(*words, "axes=1").mistake

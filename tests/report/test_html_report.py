@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from clasp.analysis.record import analyses_json, read_analyses
+from clasp.data.atomic_files import with_checksum
 from clasp.report.auto_table import AutoPlan, AutoRow
 from clasp.report.chart_axes import Axis
 from clasp.report.html_report import render_html_report
 from clasp.report.pareto_section import mark_front
 from clasp.report.run_comparison import compare_results, difference_tables
-from clasp.report.run_record import read_run_record
+from clasp.report.run_record import read_results, read_run_record
 from clasp.report.svg_charts import ChartPoint, swatch
 from clasp.types import UserError
 from toyreports import HOSTILE, retrieval_rows, toy_analysis, write_run
@@ -189,8 +190,28 @@ def test_texts_of_the_user_are_escaped(tmp_path: Path):
 @pytest.mark.parametrize("name", ["results.jsonl", "log.jsonl", "cost.json", "recipe.toml", "base.json"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str):
     run = write_run(tmp_path / "a", retrieval_rows())
-    (run / name).write_text("{]\n{]\n")
-    with pytest.raises(UserError, match=name):
+    for damage in ("{]\n{]\n", "[" * 9999 + "\n\n"):  # the second is nested too deep to be parsed
+        (run / name).write_text(damage)
+        with pytest.raises(UserError, match=name):
+            read_run_record(run, "a")
+
+
+def test_a_result_that_was_changed_is_named(tmp_path: Path):
+    run = write_run(tmp_path / "a", retrieval_rows())
+    rows = [with_checksum(json.loads(line)) for line in (run / "results.jsonl").read_text().splitlines()]
+    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_results(run) == retrieval_rows()
+    rows[1]["n"] += 1
+    (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="line 2 is not as it was written"):
+        read_results(run)
+
+
+def test_a_log_that_is_no_text_is_named(tmp_path: Path):
+    run = write_run(tmp_path / "a", retrieval_rows())
+    log = run / "log.jsonl"
+    log.write_bytes(b'{"event": "\xff"}\n' + log.read_bytes())
+    with pytest.raises(UserError, match=r"line 1 of .*log\.jsonl is damaged"):
         read_run_record(run, "a")
 
 

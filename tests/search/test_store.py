@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from clasp.search import flat_store
 from clasp.search.flat_store import FlatStore
 from clasp.types import Hit, Store, UserError
 
@@ -263,6 +265,7 @@ def test_a_kill_at_any_point_leaves_the_store_before_or_after(tmp_path: Path, mo
 def test_a_real_kill_while_adding(tmp_path: Path):
     script = f"""
 import torch
+from clasp.search import flat_store
 from clasp.search.flat_store import FlatStore
 store = FlatStore({str(tmp_path / "store")!r})
 for number in range(100_000):
@@ -385,6 +388,46 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path):
         assert str(path) in str(caught.value)
         assert "clasp index RUN FOLDER" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["vectors-1.f32", "rows-1.jsonl"])
+def test_every_flipped_bit_of_vectors_and_metadata_is_named(tmp_path: Path, kind: str):
+    store = few(tmp_path / "store")
+    store.delete(["north"])
+    store.close()  # compacted: what is written then has checksums of its own
+    (path,) = (tmp_path / "store").glob(kind.replace("1", "*"))
+    FlatStore(tmp_path / "store")
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        flat_store._checked.clear()  # a process compares the vectors once
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            FlatStore(tmp_path / "store")
+
+
+def test_a_matrix_that_grows_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store, read = few(tmp_path / "store"), []
+    FlatStore(tmp_path / "store")
+    crc32 = flat_store.zlib.crc32
+    monkeypatch.setattr(flat_store.zlib, "crc32", lambda data, before: read.append(len(data)) or crc32(data, before))
+    store.add(["west"], vectors((-1, 0)), [{}])
+    read.clear()
+    assert (
+        FlatStore(tmp_path / "store").count() == 4 and sum(read) == 8 + (tmp_path / "store/rows-1.jsonl").stat().st_size
+    )
+
+
+def test_a_store_of_an_earlier_version_has_no_checksums_until_it_is_written_anew(tmp_path: Path):
+    few(tmp_path / "store").close()
+    path = tmp_path / "store" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if not key.endswith("checksum")}))
+    store = FlatStore(tmp_path / "store")
+    store.add(["west"], vectors((-1, 0)), [{}])
+    assert json.loads(path.read_text())["rows_checksum"] is None
+    store.delete(["west"])
+    store.close()
+    assert json.loads(path.read_text())["rows_checksum"] is not None and FlatStore(tmp_path / "store").count() == 3
 
 
 def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path):

@@ -244,6 +244,31 @@ def test_a_run_in_pieces_goes_on_bitwise() -> None:
     assert any(not torch.equal(whole_run[name], in_one[name]) for name in whole_run), "other draws of dropout"
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")], ids=["gpu", "cpu"]
+)
+def test_out_of_memory_halves_the_micro_batch_and_goes_on(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed = Two.embed_image
+
+    def in_little_memory(model: Two, inputs: Any) -> Tensor:
+        if len(inputs.values) > 3:
+            raise error
+        return embed(model, inputs)
+
+    monkeypatch.setattr(Two, "embed_image", in_little_memory)
+    found, _, lines = run(micro_batch=11)
+    (said,) = (line for line in lines if line["event"] == "pieces")
+    assert said["micro_batch"] == 2
+    expected = run(micro_batch=2)[0]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_out_of_memory_with_one_pair_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Two, "embed_image", lambda model, inputs: torch.empty(1 << 60))
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        run(micro_batch=4)
+
+
 def test_what_auto_chose_is_said_and_kept_by_a_run_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     bounded(monkeypatch, 2_000_000)
     chosen, states, lines = run()

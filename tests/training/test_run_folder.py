@@ -93,6 +93,15 @@ def test_every_flipped_bit_of_delta_transform_and_tokenizer_is_named(whole: Path
             assert "\n" not in str(told.value)
 
 
+def test_a_recipe_that_was_changed_is_said(whole: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clasp.load(whole)
+    assert "was changed" not in caplog.text
+    path = whole / "recipe.toml"
+    path.write_text(path.read_text().replace("seed = ", "seed = 1"))
+    clasp.load(whole)
+    assert f"{path} was changed since the run was saved" in caplog.text
+
+
 def test_a_run_without_hashes_loads_with_a_warning(
     whole: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

@@ -64,7 +64,7 @@ def read_analyses(run: Path) -> list[AnalysisRecord]:
         return []
     try:
         return [AnalysisRecord.from_dict(entry) for entry in json.loads(file.read_text(encoding="utf-8"))["analyses"]]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error!r}); delete it: nothing else of the run depends on it") from None
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from clasp.commands.evaluated_model import LoadedModel, ModelSource, find_model
 from clasp.commands.result_folder import ResultFolder
 from clasp.config.datasets import open_pairs_for_settings
+from clasp.data.atomic_files import with_checksum
 from clasp.data.pairs import ColumnNames, Pairs
 from clasp.evaluation.registry import TaskEntry, find_task, parse_task_options
 from clasp.evaluation.results import EvaluationResult
@@ -52,7 +53,7 @@ def evaluate_run(
     results = entry.run(make_context(loaded, pairs, opener, given, say, bar))
     if not isinstance(results, list) or not all(isinstance(result, EvaluationResult) for result in results):
         raise UserError(f"task {task!r} returned {type(results).__name__}; a list of EvaluationResult is expected")
-    folder.append("results.jsonl", [asdict(result) for result in results])
+    folder.append("results.jsonl", [with_checksum(asdict(result)) for result in results])
     if task in TASK_FIGURES:
         figure = folder.path / f"{task}.png"
         TASK_FIGURES[task](results, figure)

@@ -99,7 +99,7 @@ def _find_sentence_transformer(name: str, folder: Path) -> ModelSource:
     try:
         first = json.loads((folder / "modules.json").read_text(encoding="utf-8"))[0]
         inside, kind = folder / str(first["path"]), str(first["type"]).rpartition(".")[2]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / 'modules.json'} is damaged: {type(error).__name__}: {error}") from None
     if not (inside / "config.json").is_file():
         raise UserError(f"{folder} is a SentenceTransformer of {kind}, and no CLIP with both encoders")

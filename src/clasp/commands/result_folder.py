@@ -46,7 +46,7 @@ class ResultFolder:
     def _read(self) -> dict[str, Any] | None:
         try:
             found = json.loads((self.path / MODEL_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 

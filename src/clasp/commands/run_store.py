@@ -36,7 +36,7 @@ def recorded_store(run: Path) -> str | None:
         return name
     except FileNotFoundError:
         return "flat" if store_folder(run, "flat").is_dir() else None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f'{path} is damaged: it should be {{"store": "edge"}} or another engine') from None

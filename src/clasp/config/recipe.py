@@ -194,7 +194,7 @@ def _read_with_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> 
         raise UserError(f"{chain}: no recipe can extend itself")
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not a TOML file: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -242,7 +242,7 @@ def _parse_value(key: str, text: str) -> Any:
     """The value of an override as TOML; for a string setting, ``2024`` stays a string."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
     is_text = recipe_keys().get(key) in (str, str | None)
     return text if is_text and not isinstance(value, str) else value

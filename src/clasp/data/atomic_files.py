@@ -13,7 +13,8 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,29 @@ def read_json_lines(path: Path) -> list[Any]:
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged in line {number}: {error}") from None
     return rows
+
+
+# --- checksums of rows -----------------------------------------------------------------------------------------------
+
+CHECKSUM = "checksum"
+
+
+def with_checksum(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the CRC-32 of its JSON as one more field, ``checksum``."""
+    return {**row, CHECKSUM: zlib.crc32(json.dumps(without_checksum(row), sort_keys=True).encode())}
+
+
+def has_its_checksum(row: Mapping[str, Any]) -> bool:
+    """Whether a row is as ``with_checksum`` returned it; also true of one of an earlier clasp, without a checksum."""
+    return CHECKSUM not in row or with_checksum(row)[CHECKSUM] == row[CHECKSUM]
+
+
+def without_checksum(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as they were given."""
+    return {name: value for name, value in row.items() if name != CHECKSUM}
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def _read_side(folder: Path, file: str, what: str) -> tuple[np.ndarray, dict[str
         listed = json.loads(names.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {Path(error.filename).name}; {file} needs a list of its {what}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: {file} or {names.name} cannot be read: {reason}") from None
     if array.ndim != 2 or array.dtype not in _FLOATS or not len(array):

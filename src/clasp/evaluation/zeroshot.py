@@ -128,7 +128,7 @@ def read_templates(given: str) -> list[str]:
     if text.startswith(('["', "['")) or (text.startswith("[") and text.endswith("]")):
         try:
             templates = json.loads(given)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"templates={given} is not a JSON list: {error}") from None
         if not templates or not all(isinstance(template, str) and template.strip() for template in templates):
             raise UserError(f'templates={given} must be a list of texts such as ["a photo of a {{}}.", "a {{}}."]')

@@ -69,7 +69,7 @@ class AutoPlan:
         try:
             given = json.loads((run / PLAN_FILE).read_text(encoding="utf-8"))
             return cls(**{**given, "rows": [_read_row(row) for row in given["rows"]]})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{run / PLAN_FILE} is damaged: {error}") from None
 
 

@@ -164,7 +164,7 @@ def read_sweep_rows(folder: Path) -> dict[str, SweepRow]:
         return {}
     try:
         rows = [SweepRow.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}); delete it: the runs themselves are not affected") from None
     return {row.run: row for row in rows}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clasp.analysis.record import AnalysisRecord, read_analyses
-from clasp.data.atomic_files import read_json_lines
+from clasp.data.atomic_files import has_its_checksum, read_json_lines, without_checksum
 from clasp.evaluation.bootstrap import ConfidenceInterval
 from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language, macro_set
 from clasp.evaluation.results import EvaluationResult
@@ -127,11 +127,14 @@ def read_results(run: Path) -> list[EvaluationResult]:
     file = run / RESULTS_FILE
     if not file.exists():
         return []
+    rows = read_json_lines(file)
     try:
-        return [_result(row) for row in read_json_lines(file)]
+        if changed := [number for number, row in enumerate(rows, 1) if not has_its_checksum(row)]:
+            raise UserError(f"{file} is damaged: line {changed[0]} is not as it was written; delete the line")
+        return [_result(without_checksum(row)) for row in rows]
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {error!r}") from None
 
 
@@ -159,7 +162,7 @@ def _read_recipe(path: Path, plan: AutoPlan | None) -> Mapping[str, Any]:
         return plan.recipe
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
@@ -168,19 +171,19 @@ def _read_json(file: Path) -> Any:
         return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
 def _read_events(file: Path) -> tuple[list[Mapping[str, Any]], int]:
     if not file.exists():
         return [], 0
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_bytes().splitlines()  # not of text, which also ends a line at U+2028
     events, unread = [], 0
     for number, line in enumerate(lines, 1):
         try:
             events.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"line {number} of {file} is damaged: {error}") from None
             unread = 1

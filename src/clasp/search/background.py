@@ -13,8 +13,8 @@ choice of a null hypothesis"; ours uses the median and the 16th percentile). A h
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clasp.data.atomic_files import replace_file
 from clasp.types import Store
 
 BACKGROUND_FILE = "background.safetensors"
@@ -87,10 +88,10 @@ class Background:
 
     def save(self, path: Path) -> None:
         """Write atomically. Raises ``OSError``."""
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         facts = {"facts": json.dumps(asdict(self.facts)), "captions": json.dumps(self.captions)}
-        save_file({"captions": self.vectors.float().contiguous()}, part, facts)
-        os.replace(part, path)
+        vectors = self.vectors.float().contiguous()
+        with replace_file(path) as part:
+            save_file({"captions": vectors}, part, {**facts, "checksum": _checksum(facts, vectors)})
 
 
 def measure_background(
@@ -121,10 +122,18 @@ def read_background(path: Path, model: str) -> Background | None:
             facts = BackgroundFacts(**json.loads(saved["facts"]))
             captions = tuple(BackgroundCaption(*each) for each in json.loads(saved["captions"]))
             made = Background(file.get_tensor("captions"), facts, captions)
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+            if saved["checksum"] != _checksum(saved, made.vectors):
+                return None
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError):
         return None
     whole = len(captions) == len(made.vectors)
     return made if whole and facts.model == model and facts.format == _FORMAT else None
+
+
+def _checksum(facts: Mapping[str, str], vectors: Float[Tensor, "captions E"]) -> str:
+    """The CRC-32 of the texts and of the vectors."""
+    texts = zlib.crc32(f"{facts['facts']}{facts['captions']}".encode())
+    return f"{zlib.crc32(vectors.numpy().tobytes(), texts):08x}"
 
 
 def nothing_close_line(p_value: float) -> str:

@@ -75,7 +75,7 @@ def layout_model(folder: Path) -> str:
         return str(json.loads((folder / _FACTS).read_text(encoding="utf-8"))["model"])
     except FileNotFoundError:
         return ""
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{folder / _FACTS} is damaged; delete it, and the embeddings are compared with images"
         ) from None

@@ -311,7 +311,7 @@ def _read_edge_manifest(folder: Path) -> EdgeManifest:
         return EdgeManifest()
     except NotADirectoryError:
         raise UserError(f"{folder} is a file, not the folder of a store") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         known = ", ".join(field.name for field in fields(EdgeManifest))
         raise UserError(f"{path} is damaged or of another engine (it should give {known}); {REBUILD_HINT}") from None
     return manifest

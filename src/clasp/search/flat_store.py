@@ -3,7 +3,8 @@
 Input: vectors with ids and metadata. Output: the exact nearest neighbours by cosine; ties are ordered by id. Note:
 writes only append (see ``manifest``). A replaced or deleted row remains until ``close`` copies the live rows into files
 of the next generation. One process writes at a time; any number may read the state they opened. The matrix is
-memory-mapped, not read; memory is about 300 bytes a row, and the scores of a query.
+memory-mapped, and read once in a process to compare its checksum; memory is about 300 bytes a row, and the scores of a
+query.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import json
 import os
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64, UInt8
 from torch import Tensor
 
 from clasp.search.manifest import (
@@ -33,6 +35,7 @@ from clasp.search.manifest import (
     lock_store,
     read_manifest,
     read_row_log,
+    require_checksum,
     write_at,
     write_manifest,
 )
@@ -43,6 +46,9 @@ _MetadataFilter = Callable[[Mapping[str, Any]], bool]
 
 _ROWS_AT_ONCE = 1 << 14  # rows of the matrix in memory at once
 _SCORES_AT_ONCE = 1 << 24  # scores in memory at once; at least one query's
+_CHECKED_AT_ONCE = 1 << 24  # bytes
+# path of a matrix -> inode, bytes and CRC-32 of what this process has compared, so that one that grows is read once
+_checked: dict[Path, tuple[int, int, int]] = {}
 
 
 class FlatStore:
@@ -163,7 +169,12 @@ class FlatStore:
         return [Hit(ids[rows[place]], cosines[place], self._meta(rows[place])) for place in best]
 
     def _meta(self, row: int) -> Mapping[str, Any]:
-        return json.loads(self._lines[self._log.span(row)].tobytes())["meta"]
+        try:
+            return json.loads(self._lines[self._log.span(row)].tobytes())["meta"]
+        except (ValueError, KeyError, TypeError, RecursionError):  # in a store of an earlier clasp, without checksums
+            raise UserError(
+                f"the metadata of {self._log.ids[row]!r} in {self.folder} is damaged; {REBUILD_HINT}"
+            ) from None
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -220,12 +231,17 @@ class FlatStore:
         """Append to the files of ``base``; returns the new manifest."""
         size = base.log_bytes + sum(map(len, lines))
         new = replace(base, rows=base.rows + len(values), log_bytes=size)
-        ends = {base.path(self.folder, "vectors"): 4 * base.width * base.rows}
-        ends[base.path(self.folder, "rows")] = base.log_bytes
+        vectors, rows = (base.path(self.folder, kind) for kind in ("vectors", "rows"))
+        ends = {vectors: 4 * base.width * base.rows, rows: base.log_bytes}
+        before = base if base.log_bytes else replace(base, vectors_checksum=0, rows_checksum=0)
         with self._disk_errors(f"write {len(lines)} entries"):
             try:
-                for (path, end), pieces in zip(ends.items(), ([values.data], lines), strict=True):
-                    write_at(path, end, pieces)
+                sums = [
+                    write_at(vectors, ends[vectors], [values.data], before.vectors_checksum or 0),
+                    write_at(rows, ends[rows], lines, before.rows_checksum or 0),
+                ]
+                if before.rows_checksum is not None:
+                    new = replace(new, vectors_checksum=sums[0], rows_checksum=sums[1])
                 write_manifest(self.folder, new)
             except OSError:
                 for path, end in ends.items():
@@ -246,8 +262,9 @@ class FlatStore:
             self._vectors[rows[start : start + _ROWS_AT_ONCE]].data for start in range(0, len(rows), _ROWS_AT_ONCE)
         )
         with self._disk_errors("compact it"):
-            write_at(new.path(self.folder, "vectors"), 0, values)
-            write_at(new.path(self.folder, "rows"), 0, (self._lines[span].data for span in spans))
+            vectors = write_at(new.path(self.folder, "vectors"), 0, values)
+            lines = write_at(new.path(self.folder, "rows"), 0, (self._lines[span].data for span in spans))
+            new = replace(new, vectors_checksum=vectors, rows_checksum=lines)
             write_manifest(self.folder, new)
         self._map_files(new, log)
         self._delete_old_generations()
@@ -286,6 +303,7 @@ class FlatStore:
         while True:
             try:
                 self._map_files(manifest, read_row_log(self.folder, manifest))
+                self._compare_vectors()
                 return
             except FileNotFoundError as error:
                 newer = read_manifest(self.folder)
@@ -307,8 +325,29 @@ class FlatStore:
         self._manifest, self._log = manifest, log
         self._vectors, self._lines = vectors.view(np.ndarray), lines.view(np.ndarray)
 
+    def _compare_vectors(self) -> None:
+        """``UserError`` where the matrix is not what was written."""
+        path, data = self._manifest.path(self.folder, "vectors"), self._vectors.reshape(-1).view(np.uint8)
+        if not len(data) or self._manifest.vectors_checksum is None:
+            return
+        inode = path.stat().st_ino
+        known, done, checksum = _checked.get(path, (inode, 0, 0))
+        if known == inode and done <= len(data):
+            checksum = _extended_checksum(data[done:], checksum)
+        if checksum != self._manifest.vectors_checksum:  # also where the file is another of the same inode
+            checksum = _extended_checksum(data, 0)
+        require_checksum(path, checksum, self._manifest.vectors_checksum)
+        _checked[path] = (inode, len(data), checksum)
+
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def _extended_checksum(data: UInt8[np.ndarray, " bytes"], checksum: int) -> int:
+    """The CRC-32 of bytes that follow those of ``checksum``."""
+    for start in range(0, len(data), _CHECKED_AT_ONCE):
+        checksum = zlib.crc32(data[start : start + _CHECKED_AT_ONCE].data, checksum)
+    return checksum
 
 
 def _rows_by_score(scores: Float32[np.ndarray, " rows"], some: int) -> Iterator[int]:

@@ -1,8 +1,8 @@
 """File layout of a store: a manifest of the valid lengths, an append-only log of JSON lines, and truncating writes.
 
 Input: a folder. Output: its ``Manifest`` and ``RowLog``, or one line saying what is wrong with them. Note: the other
-files only grow; valid is the part that ``manifest.json`` records, which is written last, atomically by renaming: a kill
-leaves at most a tail that is not read and that the next write truncates. A line of the log is
+files only grow; valid is the part that ``manifest.json`` records, with its CRC-32, which is written last, atomically by
+renaming: a kill leaves at most a tail that is not read and that the next write truncates. A line of the log is
 ``{"id": ..., "meta": {...}}`` or ``{"id": ..., "deleted": true}``; the last line of an id wins.
 """
 
@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import zlib
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -31,7 +32,10 @@ _ID, _DELETED = '{"id": ', ', "deleted": true}'
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Which files are current and their valid lengths. ``model``: fingerprint of the model of the vectors."""
+    """Which files are current, their valid lengths and the CRC-32 of these (``None``: written by an earlier clasp).
+
+    ``model``: fingerprint of the model of the vectors.
+    """
 
     generation: int = 0
     width: int = 0
@@ -40,6 +44,8 @@ class Manifest:
     model: str = ""
     name: str = ""
     format: int = 1
+    vectors_checksum: int | None = None
+    rows_checksum: int | None = None
 
     def path(self, folder: Path, kind: _FileKind) -> Path:
         """The file of this kind, of this generation."""
@@ -81,6 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
         numbers = (manifest.generation, manifest.width, manifest.rows, manifest.log_bytes)
+        numbers += tuple(each for each in (manifest.vectors_checksum, manifest.rows_checksum) if each is not None)
         if manifest.format != 1 or not all(isinstance(number, int) and number >= 0 for number in numbers):
             raise ValueError
     except FileNotFoundError:
@@ -88,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest()
     except NotADirectoryError:
         raise UserError(f"{folder} is a file, not the folder of a store") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         known = ", ".join(field.name for field in fields(Manifest))
         raise UserError(f"{path} is damaged or of another clasp (it should give {known}); {REBUILD_HINT}") from None
     return manifest
@@ -104,7 +111,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 def read_row_log(folder: Path, manifest: Manifest) -> RowLog:
     """Parse the valid lines, ids only; metadata is parsed when it is read. ``UserError`` for a damaged log."""
-    log, end = RowLog(), 0
+    log, end, checksum = RowLog(), 0, 0
     if not manifest.log_bytes:
         return log
     path = manifest.path(folder, "rows")
@@ -112,7 +119,7 @@ def read_row_log(folder: Path, manifest: Manifest) -> RowLog:
         for line in file:
             if end >= manifest.log_bytes:
                 break
-            start, end = end, end + len(line)
+            start, end, checksum = end, end + len(line), zlib.crc32(line, checksum)
             try:
                 text = line.decode("utf-8", "surrogatepass")
                 name, stop = _JSON.raw_decode(text, len(_ID))
@@ -125,7 +132,14 @@ def read_row_log(folder: Path, manifest: Manifest) -> RowLog:
     if end != manifest.log_bytes or len(log.ids) != manifest.rows:
         counts = f"{len(log.ids)} rows in {end} bytes, not {manifest.rows} in {manifest.log_bytes}"
         raise UserError(f"{path} is cut short or not of this store: {counts}; {REBUILD_HINT}")
+    require_checksum(path, checksum, manifest.rows_checksum)
     return log
+
+
+def require_checksum(path: Path, found: int, recorded: int | None) -> None:
+    """``UserError`` where the content of a file is not what was written to it."""
+    if recorded is not None and found != recorded:
+        raise UserError(f"{path} is damaged: its checksum is {found:08x}, not {recorded:08x}; {REBUILD_HINT}")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -158,15 +172,20 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             os.close(directory)
 
 
-def write_at(path: Path, at: int, pieces: Iterable[bytes | memoryview]) -> None:
-    """Truncate the file to ``at`` bytes, then append. Not through a memory map, where a full disk is a bus error."""
+def write_at(path: Path, at: int, pieces: Iterable[bytes | memoryview], checksum: int = 0) -> int:
+    """Truncate the file to ``at`` bytes, whose CRC-32 is ``checksum``, then append; returns the CRC-32 of the whole.
+
+    Not through a memory map, where a full disk is a bus error.
+    """
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         file.seek(at)
         file.truncate()
         for piece in pieces:
             file.write(piece)
+            checksum = zlib.crc32(piece, checksum)
         file.flush()
         os.fsync(file.fileno())
+    return checksum
 
 
 def lock_store(folder: Path) -> int:

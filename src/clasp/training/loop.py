@@ -150,7 +150,11 @@ def _train_step(
     if stepper.micro_batch is None:
         choice = stepper.choose_micro_batch(batch)
         logger.log_event("pieces", choice.reason, at.step, micro_batch=choice.micro_batch)
+    planned = stepper.micro_batch
     took = ledger.time_step(stepper, batch, at.step) if ledger else stepper.step(batch, at.step)
+    if stepper.micro_batch is not None and stepper.micro_batch != planned:
+        line = f"out of memory: in pieces of {stepper.micro_batch:,} pairs from here on"
+        logger.log_event("pieces", line, at.step, micro_batch=stepper.micro_batch)
     logger.log_step(at, batch, took)
     if ledger:
         ledger.count_step_flops(stepper, batch, at.step)

@@ -82,6 +82,12 @@ class _SavedTensor:
         self._on_release()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that of an allocation that failed; on a CPU torch and oneDNN raise a ``RuntimeError``."""
+    on_cpu = ("can't allocate memory", "could not create a primitive")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in on_cpu)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Free memory of a device in bytes; ``None`` where it cannot be determined.
 

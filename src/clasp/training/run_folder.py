@@ -41,6 +41,7 @@ from clasp.types import UserError
 
 _FORMAT = 1
 _DELTA_FILE = "delta.safetensors"
+RECIPE_HASH = "recipe"  # in base.json
 RUN_PLACEHOLDER = "{run}"  # the run's folder, in the towers of its recipe, so that a run can be moved
 # what a run that never trained may have left; towers/ where the run includes its towers
 _STARTED_FILES = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl", COST_FILE)
@@ -118,6 +119,7 @@ class RunFolder:
             tokenizer.save(self.path / "tokenizer")
             about = {tower.modality: self._base_entry(tower) for tower in (model.image, model.text)}
             base = {"format": _FORMAT, **about, "pairs": pairs, "files": self._preprocessing_hashes()}
+            base[RECIPE_HASH] = hash_file(self.path / "recipe.toml")
             write_text_file(self.path / "base.json", json.dumps(base, indent=1))
 
     def _base_entry(self, tower: Tower) -> dict[str, Any]:
@@ -132,11 +134,7 @@ class RunFolder:
     def _preprocessing_hashes(self) -> dict[str, str]:
         """The sha256 of the files that decide what the towers read: image transform and tokenizer."""
         files = [self.path / "transform.json", *sorted((self.path / "tokenizer").rglob("*"))]
-        return {
-            file.relative_to(self.path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in files
-            if file.is_file()
-        }
+        return {file.relative_to(self.path).as_posix(): hash_file(file) for file in files if file.is_file()}
 
     def _remove_started_files(self) -> None:
         for name in (*_STARTED_FILES, *_TRACKER_FILES):
@@ -217,9 +215,11 @@ class RunFolder:
         """Everything but tensors. Raises ``UserError`` when the folder is not a run."""
         recipe, base = self.recipe(), self.base()
         self._check_preprocessing(base.get("files"))
+        if base.get(RECIPE_HASH) not in (None, hash_file(self.path / "recipe.toml")):
+            _log.warning("%s was changed since the run was saved", self.path / "recipe.toml")
         try:
             transform = ImageTransform.from_dict(json.loads((self.path / "transform.json").read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path} is damaged: {error}") from None
         return RunMetadata(recipe, transform, Tokenizer.from_folder(self.path / "tokenizer"), base)
 
@@ -229,7 +229,7 @@ class RunFolder:
         try:
             base = json.loads(path.read_text(encoding="utf-8"))
             damaged = [side for side in ("image", "text") if not {"tower", "fingerprint", "tensors"} <= set(base[side])]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
         if damaged:
             raise UserError(f"{path} is damaged: the entry of the {damaged[0]} tower is not whole")
@@ -297,6 +297,11 @@ class RunFolder:
             f"{self.path} was stopped before its first state was saved, so there is nothing to resume; start it again "
             f"with clasp train and --name {self.path.name} (cached features are not computed twice)"
         )
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _require_same_weights(run: Path, tower: Tower, recorded: dict[str, Any]) -> None:

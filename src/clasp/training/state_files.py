@@ -74,5 +74,5 @@ def _read_state(path: Path, identity: str) -> TrainState:
         raise UserError(f"{path} is the state of another run: other recipe, pairs or base weights")
     try:
         return TrainState.from_tensors(json.loads(metadata[_FACTS]), tensors)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None

@@ -26,6 +26,7 @@ from clasp.training import optimizer as optim
 from clasp.training.batch_parts import WholeBatchLoss
 from clasp.training.distributed import Processes
 from clasp.training.grad_cache import Embedder, LossAndScale, MicroBatchChoice, at_least_float32
+from clasp.training.memory import is_out_of_memory
 from clasp.training.settings import TrainSettings
 from clasp.training.state import TrainState
 from clasp.types import Batch, Embeddings, Loss, LossParts, UserError
@@ -71,7 +72,8 @@ class Stepper:
 
     ``kinds`` maps each of them to its kind, for ``lr_factors`` and the weight decay of shared parameters; where it is
     empty all have the same learning rate.
-    ``micro_batch`` is ``None`` until it is set by the recipe, restored with the state of a run, or chosen.
+    ``micro_batch`` is ``None`` until it is set by the recipe, restored with the state of a run, or chosen; it is halved
+    when memory runs out.
     """
 
     def __init__(
@@ -159,9 +161,24 @@ class Stepper:
         return StepResult(loss, lr, scale, gradient_norm)
 
     def backward(self, batch: Batch, number: int) -> LossAndScale:
-        """Compute the gradient of the batch's loss; the loss itself is computed in float32 at any precision."""
-        with self.frozen_casts():
-            return self._backward(batch, number)
+        """Compute the gradient of the batch's loss; the loss itself is computed in float32 at any precision.
+
+        Out of memory, the micro-batch is halved, for all further steps, and the gradient computed again. Not with
+        several processes, where the others wait in the middle of the step, nor where BatchNorm sees whole batches.
+        """
+        while True:
+            try:
+                with self.frozen_casts():
+                    return self._backward(batch, number)
+            except (RuntimeError, MemoryError) as error:
+                pairs = min(self.micro_batch or len(batch.ids), len(batch.ids))
+                if not is_out_of_memory(error) or pairs == 1 or self.processes.size > 1 or self.model.moving:
+                    raise
+            # outside of the handler, whose error holds the tensors of the failed attempt
+            self.micro_batch = pairs // 2
+            self.optimizer.zero_grad()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _backward(self, batch: Batch, number: int) -> LossAndScale:
         if self.micro_batch is not None and len(batch.ids) > self.micro_batch:

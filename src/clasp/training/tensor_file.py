@@ -50,7 +50,7 @@ def read_tensor_file(path: Path) -> TensorFile:
             metadata = dict(file.metadata() or {})
             metadata = dict(json.loads(metadata[_KEY])) if _KEY in metadata else metadata
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     recorded = metadata.pop(_HASH, None)
     if recorded is None:

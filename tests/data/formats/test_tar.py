@@ -167,6 +167,15 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path: Path):
     refused(file, f"no whole header at byte {second}", f"after its member '{TOYS[0].key}.png'")
 
 
+def test_a_tar_rewritten_in_place_while_it_is_open_is_named(tmp_path: Path):
+    pairs = open_pairs(write_tar(TOYS, tmp_path / "a.tar"))
+    pairs[0].image.read()
+    other = write_tar(toys(6, seed=1), tmp_path / "b.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(other)  # of the same size: the offsets are those of other images
+    with pytest.raises(UserError, match="was changed after it was opened"):
+        pairs[0].image.read()
+
+
 def test_what_is_no_tar_and_what_is_two(tmp_path: Path):
     none = tmp_path / "a.tar"
     none.write_bytes(gzip.compress(bytes(random.Random(0).randbytes(5000))))

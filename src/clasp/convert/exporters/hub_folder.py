@@ -15,12 +15,11 @@ from typing import Any
 
 from clasp.config.recipe import recipe_from_dict
 from clasp.convert.exporters.job import ExportJob, ExportOptions, ExportReport
-from clasp.evaluation.bootstrap import ConfidenceInterval
-from clasp.evaluation.results import EvaluationResult
 from clasp.models.zoo.hub_runs import push_run, require_hub_token
 from clasp.report.model_card import results_section
+from clasp.report.run_record import read_results
 from clasp.report.tables import result_tables
-from clasp.training.run_folder import RUN_PLACEHOLDER
+from clasp.training.run_folder import RECIPE_HASH, RUN_PLACEHOLDER, hash_file
 
 _COPIED = ("transform.json", "tokenizer", "delta.safetensors", "imported.json", "towers")
 _PATHS = (("data", "train"), ("data", "val"), ("data", "image_root"), ("train", "init_from"))
@@ -64,6 +63,7 @@ def copy_run(job: ExportJob, out: Path) -> None:
         recipe[side]["tower"] = base[side]["tower"] = _place_tower(job.run, recipe[side]["tower"], side, out)
     checked = recipe_from_dict(recipe, "the exported recipe")
     (out / "recipe.toml").write_text(checked.to_toml(), encoding="utf-8")
+    base[RECIPE_HASH] = hash_file(out / "recipe.toml")
     (out / "base.json").write_text(json.dumps(base, indent=1), encoding="utf-8")
 
 
@@ -100,7 +100,7 @@ def _card(job: ExportJob, name: str) -> str:
     head |= {"pipeline_tag": "zero-shot-image-classification", "tags": tags}
     head |= {"base_model": bases} if bases else {}
     counts = job.encoder.parameter_counts()["model"]
-    results = [_result(json.loads(line)) for line in _lines(job.run / "results.jsonl")]
+    results = read_results(job.run)
     sections = "".join(results_section("Results", table) for table in result_tables(results)) if results else ""
     return f"""---
 {_yaml(head)}---
@@ -120,15 +120,6 @@ model.similarity(model.encode_image(["a.jpg"]), model.encode_text(["a caption"])
 
 The licences of both base models apply to the combination; this card does not replace them.
 {sections}"""
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-def _result(row: Mapping[str, Any]) -> EvaluationResult:
-    interval = {metric: ConfidenceInterval(*ends) for metric, ends in row["interval"].items()}
-    return EvaluationResult(**{**row, "interval": interval})
 
 
 def _yaml(head: Mapping[str, Any]) -> str:

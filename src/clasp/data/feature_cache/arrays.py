@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from clasp.data.atomic_files import sync_folder, write_text_file
-from clasp.data.feature_cache.blocks import block_checksums, damaged_rows, has_its_checksum, with_checksum
+from clasp.data.atomic_files import sync_folder, with_checksum, write_text_file
+from clasp.data.feature_cache.blocks import block_checksums, damaged_rows, is_as_written
 from clasp.data.feature_cache.dtypes import DTYPE_CODECS, DtypeCodec, StorageDtype
 from clasp.data.feature_cache.layers import find_layers
 from clasp.data.feature_cache.partial_file import PartialFile, disk_error, lock_partial_file
@@ -198,10 +198,10 @@ def _read(path: Path, key: Mapping[str, Any]) -> CachedArray:
         rows, width = key["shape"]
         storage = DTYPE_CODECS[key["storage"]]
         same = cached.metadata["key"] == key and cached.stored.shape == (rows, width + storage.extra_columns)
-        if not (same and cached.stored.dtype == storage.dtype and has_its_checksum(cached.metadata)):
+        if not (same and cached.stored.dtype == storage.dtype and is_as_written(cached.metadata)):
             raise ValueError("key, shape or hash differs")
         damaged = _damaged_rows(path, cached)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         _log.warning("%s: truncated or damaged (%s); computing it again", path, error)
         raise _CacheMiss from error
     if damaged.any():

@@ -7,7 +7,6 @@ back: less than half of the time in which one epoch reads it in shuffled order, 
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Shaped
 
+from clasp.data.atomic_files import CHECKSUM, has_its_checksum
+
 BLOCK_BYTES = 1 << 20
-_CHECKSUM = "checksum"
 
 
 def block_checksums(stored: Shaped[np.ndarray, "rows columns"]) -> list[int]:
@@ -38,12 +38,6 @@ def damaged_rows(stored: Shaped[np.ndarray, "rows columns"], recorded: Sequence[
     return damaged
 
 
-def with_checksum(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata with a checksum of its own."""
-    about = {name: value for name, value in about.items() if name != _CHECKSUM}
-    return {**about, _CHECKSUM: zlib.crc32(json.dumps(about, sort_keys=True).encode())}
-
-
-def has_its_checksum(about: Mapping[str, Any]) -> bool:
-    """Whether metadata is as it was written; that of an earlier version, without checksums of blocks, has none."""
-    return "blocks" not in about or with_checksum(about)[_CHECKSUM] == about.get(_CHECKSUM)
+def is_as_written(about: Mapping[str, Any]) -> bool:
+    """Whether metadata has its checksum; that of an earlier version, without checksums of blocks, has none."""
+    return "blocks" not in about or (CHECKSUM in about and has_its_checksum(about))

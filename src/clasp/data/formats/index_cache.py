@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 IndexArrays = dict[str, np.ndarray]
 
 
-def file_stamp(path: str | Path) -> str:
+def file_stamp(path: str | Path | int) -> str:
     """Size (bytes) and modification time (ns) of a file; changes when its bytes may have changed."""
     status = os.stat(path)
     return f"{status.st_size}-{status.st_mtime_ns}"

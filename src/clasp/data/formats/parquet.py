@@ -7,7 +7,7 @@ groups of a few hundred rows at most. Rows are counted from 0 here.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -133,7 +133,7 @@ def open_parquet(spec: SourceSpec) -> ParquetTable:
     def build() -> IndexArrays:
         collector, row = IdCollector(name), 0
         wanted = [column for column in non_image if column.removesuffix(".path") in reader.columns.named]
-        for batch in table.iter_batches(batch_size=4096, columns=wanted, use_threads=False):
+        for batch in _batches(table, wanted, name):
             for record in _records(batch, name, row):
                 where = f"{name} row {row}"
                 parsed = _read_row(record, kind, reader, where)
@@ -150,6 +150,13 @@ def open_parquet(spec: SourceSpec) -> ParquetTable:
         return arrays
 
     return opened(load_or_build_index(spec.cache, key, build))
+
+
+def _batches(table: pq.ParquetFile, columns: list[str], name: str) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from table.iter_batches(batch_size=4096, columns=columns, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{name} is damaged: {error}") from None
 
 
 def _records(batch: pa.RecordBatch, name: str, first: int) -> list[dict[str, Any]]:
@@ -199,6 +206,8 @@ def _read_cells(
         return read_group(path, stamp, process, columns, group).slice(row - before, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} row {row} holds text that is not UTF-8: {error.reason}") from None
+    except IndexError:
+        raise UserError(f"{path} is damaged: row group {group} ends before row {row}") from None
 
 
 @dataclass(frozen=True, eq=False)

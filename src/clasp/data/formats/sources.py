@@ -95,9 +95,12 @@ class TarSource:
 
 def read_range(path: str, stamp: str, offset: int, size: int) -> bytes:
     """``size`` bytes at ``offset``; ``UserError`` if the file no longer has the stamp of its index."""
-    data = os.pread(_open_descriptor(path, stamp).descriptor, size, offset)
+    descriptor = _open_descriptor(path, stamp).descriptor
+    data = os.pread(descriptor, size, offset)
     if len(data) < size:
         raise UserError(f"{path} is truncated: it ends at byte {offset + len(data)}, before {offset + size}")
+    if file_stamp(descriptor) != stamp:  # rewritten in place
+        raise UserError(f"{path} was changed after it was opened; open the pairs again")
     return data
 
 

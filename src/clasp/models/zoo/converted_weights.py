@@ -82,7 +82,7 @@ def _read(path: Path) -> ConvertedWeights | None:
             _write_record(path, state, hashes)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, RecursionError) as error:
         _log.warning("%s: torn or altered (%s); converting the tower again", path, error)
         return None
     return ConvertedWeights({key: tensors[key] for key in hashes}, hashes)

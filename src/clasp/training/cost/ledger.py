@@ -194,7 +194,7 @@ def read_cost(run: str | Path) -> RunCost:
         raise UserError(f"{run} has no {COST_FILE}: it is no run, or was trained before costs were recorded")
     try:
         return RunCost.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error!r}); delete it: nothing else of the run depends on it") from None
 
 

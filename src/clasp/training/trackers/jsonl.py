@@ -1,13 +1,16 @@
 """The tracker that every run has: events to ``log.jsonl``, final results to ``results.jsonl``.
 
 Input: what the loop logs, with flat names. Output: JSON lines in the run folder, distinguished by ``event``. Note: the
-validation metrics of a row are nested under ``metrics``, without their prefix; costs are in ``cost.json`` only.
+validation metrics of a row are nested under ``metrics``, without their prefix; costs are in ``cost.json`` only. A
+result has a field ``checksum``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from clasp.data.atomic_files import with_checksum
 
 LOG_FILE, RESULTS_FILE = "log.jsonl", "results.jsonl"
 
@@ -44,4 +47,4 @@ class JsonLinesTracker:
 
     def finish(self, results: Sequence[Mapping[str, Any]]) -> None:
         """Adds a line to ``results.jsonl`` for each result."""
-        self._append(RESULTS_FILE, results)
+        self._append(RESULTS_FILE, map(with_checksum, results))

@@ -1,0 +1,1 @@
+"""``make fuzz``: mutated files of every format that clasp reads, and hostile HTTP requests; see ``__main__``."""
