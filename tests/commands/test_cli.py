@@ -38,6 +38,7 @@ VERBS = (
     "doctor",
     "train",
     "resume",
+    "pair",
     "eval",
     "compare",
     "analyze",
