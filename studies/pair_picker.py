@@ -82,8 +82,8 @@ def main() -> None:
         f"`python -m studies.pair_picker FOLDER`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, torch "
         f"{torch.__version__}, {torch.get_num_threads()} threads, {SIZE} px, {time.monotonic() - began:,.0f} s.\n\n"
         "Closed form, k-NN and CKA: `clasp pair` on the training photos. Heads, low rank: the metric on other photos, "
-        "of heads after 20 epochs on frozen towers, and of `lora(rank=8)` and norms in both towers after two; one seed. "
-        "Rank correlation: Spearman's, over four pairs of towers; 1 has p = 1/24."
+        "of heads after 20 epochs on frozen towers, and of `lora(rank=8)` and norms in both towers after two; one "
+        "seed. Rank correlation: Spearman's, over four pairs of towers; 1 has p = 1/24."
     )
     page = Path(__file__).with_suffix(".md")
     page.write_text("\n\n".join(["# Does the ranking of towers predict the trained result?", about, *parts]) + "\n")
