@@ -139,7 +139,7 @@ def test_interrupted_before_a_stage_ended(towers: Path, pairs: Path, tmp_path: P
     def stop(*given: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_job, "ClosedFormSearch", stop)
+    monkeypatch.setattr(main_job, "begin_search", stop)
     done = climb(recipe(towers, pairs, steps=STEPS), tmp_path / "toy", QUIET)
     assert done.interrupted and not done.plan.best and not (tmp_path / "toy" / "recipe.toml").exists()
     assert json.loads((tmp_path / "toy" / "plan.json").read_text())["recipe"]["auto"] == {"steps": STEPS}

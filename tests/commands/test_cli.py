@@ -39,6 +39,7 @@ VERBS = (
     "doctor",
     "train",
     "resume",
+    "pair",
     "eval",
     "compare",
     "analyze",

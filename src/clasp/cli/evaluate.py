@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
 from clasp.evaluation.registry import ANALYZE_OPTIONS, describe_option, describe_tasks, task_names
+from clasp.evaluation.suites import SUITES
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, clip:NAME, open_clip:NAME/TAG, or another model's folder.")
@@ -22,11 +23,21 @@ _TASKS_HELP = escape("\n".join(describe_tasks()))
 @app.command(name="eval", epilog=_TASKS_HELP)
 def evaluate(
     model: ModelArgument,
-    task: Annotated[str, typer.Argument(metavar="TASK", help=task_names())],
+    task: Annotated[str | None, typer.Argument(metavar="TASK", help=task_names())] = None,
     options: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Options of the task, listed below."),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", metavar="NAME", help=f"Data sets: {', '.join(SUITES)}, or TOML."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FOLDER", help="With --suite: has a folder for each data set.")
+    ] = None,
+    predictions: Annotated[
+        bool, typer.Option("--predictions", help="Keep the prediction of every query, and pictures of some.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for results.jsonl; by default RUN.")
     ] = None,
@@ -43,13 +54,43 @@ def evaluate(
     from clasp.report.console import print_json, print_status, progress_bar, relative_path
     from clasp.report.terminal import print_results
 
+    if suite is not None:
+        given = [word for word in (task, *(options or ())) if word is not None]
+        return _evaluate_suite(model, suite, data, given, out, as_json=as_json)
+    if task is None or data is not None:
+        raise typer.BadParameter("name a TASK with its options, or --suite NAME --data FOLDER")
     with code_allowed(allow_code):
-        results = evaluate_run(model, task, options or (), out=out, say=print_status, bar=progress_bar)
+        results = evaluate_run(
+            model, task, options or (), out=out, predictions=predictions, say=print_status, bar=progress_bar
+        )
     if as_json:
         print_json({"run": model, "task": task, "results": [asdict(result) for result in results]})
     else:
         where = "the run folder" if out is None else relative_path(out)
         print_results(f"{relative_path(model)}: {task}", results, f"results.jsonl in {where}")
+
+
+def _evaluate_suite(
+    model: str, suite: str, data: Path | None, options: list[str], out: Path | None, *, as_json: bool
+) -> None:
+    from clasp.commands.evaluate_suite import evaluate_suite
+    from clasp.report.console import print_json, print_status, print_table, progress_bar, relative_path
+    from clasp.report.suite_table import suite_table
+
+    odd = [option for option in options if not option.startswith("templates=")]
+    if data is None or odd:
+        refused = f", not {', '.join(odd)}" if odd else ""
+        raise typer.BadParameter(f"--suite takes --data FOLDER and templates=…{refused}")
+    templates = next((option.partition("=")[2] for option in options), None)
+    rows = evaluate_suite(model, suite, data, templates=templates, out=out, say=print_status, bar=progress_bar)
+    if as_json:
+        found = [
+            {"set": row.set.name, "value": row.value} | ({} if row.result is None else asdict(row.result))
+            for row in rows
+        ]
+        return print_json({"run": model, "suite": suite, "sets": found})
+    table = suite_table([(row.set, row.result) for row in rows])
+    print_table(f"{relative_path(model)}: {suite}", table.columns, table.rows, table.notes)
 
 
 @app.command(epilog=_TASKS_HELP)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from clasp.commands.closed_form import ClosedFormHeads, ClosedFormSearch, choose_trial
+from clasp.commands.closed_form import begin_search, choose_trial, search_recipe, with_layer_pools
 from clasp.commands.run_context import Preloaded
 from clasp.commands.step_timing import time_steps
 from clasp.commands.train import train_recipe
@@ -47,16 +47,13 @@ from clasp.config.datasets import TrainValPairs, open_training_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.atomic_files import read_json_lines, replace_file
 from clasp.data.folder_lock import lock_folder
-from clasp.data.loader import BadSampleLimit
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.results import PrimaryScore
-from clasp.models.backbone import ImageTowerSettings, TextTowerSettings
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.tower import Tower
 from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow, auto_table
 from clasp.report.model_card import markdown_table
-from clasp.training.class_pairs import class_pair_features, find_class_pairs
+from clasp.training.closed_form_heads import ClosedFormHeads
 from clasp.training.cost import COST_FILE
 from clasp.training.run_code import all_code_names, allow_code, require_allowed
 from clasp.training.run_folder import RunFolder
@@ -119,7 +116,7 @@ class _Climb:
 
     def __init__(self, recipe: Recipe, run: Path, plan: AutoPlan, pairs: TrainValPairs, callbacks: AutoCallbacks):
         assert recipe.auto is not None
-        self.budget, self.base = recipe.auto, _with_layer_pools(recipe)
+        self.budget, self.base = recipe.auto, with_layer_pools(recipe)
         self.folder, self.stages, self.plan, self.pairs, self.io = run, run / "stages", plan, pairs, callbacks
         self._began, self._earlier = time.monotonic(), plan.seconds
         self._best_score: PrimaryScore | None = None
@@ -170,26 +167,19 @@ class _Climb:
 
     def _search(self) -> tuple[StagePlan, ClosedFormHeads]:
         """The closed form that validation chooses, and its heads."""
-        train, val = self.pairs
-        layers = {
-            side: {"extra_layers": settings.extra_layers or ("all" if tower.layer_pool else [])}
-            for side, settings, tower in self._towers()
-        }
-        recipe = changed(self.base, {**layers, "head": {"kind": "linear", "width": 1, "standardize": True}})
+        train = self.pairs[0]
+        recipe = search_recipe(self.base)
         parts = build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
         parts.model.to(PartialState().device).eval()
         inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say)
         sides = inputs.batch_reader(train, PairIndex(train), None)
-        task = validation_task(train, val, inputs)
+        task = validation_task(*self.pairs, inputs)
         self.plan.primary = task.primary
-        tally = BadSampleLimit(len(train), recipe.data.max_bad_fraction)
         began = time.monotonic()
         self.io.say(f"features of all layers are cached; {self._seconds:,.0f} s so far")
         seconds = float("inf") if self.budget.minutes is None else 60 * self.budget.minutes
         share = max(_SEARCH_SHARE * seconds, min(_MIN_SEARCH_SECONDS, seconds / 2))
-        found = find_class_pairs(parts.model, recipe.data.class_weight)
-        classes = class_pair_features(found, parts.model, inputs) if found else None
-        search = ClosedFormSearch(parts.model, recipe, sides, tally, task, classes)
+        search = begin_search(parts.model, recipe, sides, task, inputs)
         trials = search.run(self.io.say, lambda: time.monotonic() - began > share)
         chosen, reason = choose_trial(trials)
         for trial in trials:
@@ -339,22 +329,6 @@ class _Climb:
         folder.write("README.md", text)
         with replace_file(self.folder / "delta.safetensors") as part:
             shutil.copyfile(stage / "delta.safetensors", part)
-
-    def _towers(self) -> tuple[tuple[str, ImageTowerSettings | TextTowerSettings, Tower], ...]:
-        """Both sides, their settings, and their towers on the meta device."""
-        model = build_model(changed(self.base, {}), meta=True)
-        return (("image", self.base.image, model.image), ("text", self.base.text, model.text))
-
-
-def _with_layer_pools(recipe: Recipe) -> Recipe:
-    """The recipe without ``[auto]``, poolings that were left out replaced by those for several layers."""
-    model = build_model(changed(recipe, {}), meta=True)
-    pools = {
-        side: {"pool": tower.layer_pool}
-        for side, settings, tower in (("image", recipe.image, model.image), ("text", recipe.text, model.text))
-        if settings.pool is None and tower.layer_pool is not None
-    }
-    return changed(recipe, pools)
 
 
 def _steps(folder: Path) -> int:

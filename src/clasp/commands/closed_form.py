@@ -1,4 +1,5 @@
-"""The closed form of ``clasp train auto``: heads of several sets of layers, ridges and widths, compared on validation.
+"""The closed form of ``clasp train auto`` and ``clasp pair``: heads of several sets of layers, ridges and widths,
+compared on validation.
 
 Input: both frozen towers with all their layers pooled, and the pairs. Output: ``ClosedFormTrial``s, and the one to
 take: the smallest whose metric is within one standard error of the best. Note: features and their moments are computed
@@ -15,19 +16,30 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from clasp.config.auto_plan import CLASS_WEIGHTS, RIDGES, WIDTHS, Candidate, LayerSet, first_candidates, layer_sets
+from clasp.config.auto_plan import (
+    CLASS_WEIGHTS,
+    RIDGES,
+    WIDTHS,
+    Candidate,
+    LayerSet,
+    changed,
+    first_candidates,
+    layer_sets,
+)
+from clasp.config.build import build_model
 from clasp.config.recipe import Recipe
 from clasp.data.loader import BadSampleLimit, BatchReader
 from clasp.evaluation.results import PrimaryScore
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
 from clasp.models.dual_encoder import DualEncoder
+from clasp.models.features import FeatureSource
 from clasp.models.heads import ProjectionHead
-from clasp.models.standardize import Standardize
 from clasp.models.tower import Tower
 from clasp.training.cca import cca
-from clasp.training.class_pairs import ClassPairFeatures
+from clasp.training.class_pairs import ClassPairFeatures, class_pair_features, find_class_pairs
+from clasp.training.closed_form_heads import ClosedFormHeads, HeadInClosedForm
 from clasp.training.initialize import closed_form_source, initialize_heads, standardized_moments
 from clasp.types import ImageInput, MessageCallback, Pixels, PooledFeatures, TextInput, Tokens
 
@@ -76,6 +88,20 @@ class ClosedFormSearch:
                     trials.append(self._try(candidate))
                     say(f"{candidate}: {self.task.primary} {trials[-1].score.value:.4g}")
 
+        attempt(self._layer_candidates())
+        attempt([best_trial(trials).candidate._replace(ridge=ridge) for ridge in RIDGES])
+        if self._classes is not None and self.recipe.data.class_weight is None:
+            attempt([best_trial(trials).candidate._replace(class_weight=weight) for weight in CLASS_WEIGHTS])
+        best = best_trial(trials).candidate
+        most = min(self._narrower(best.image, best.text), WIDTHS[-1])
+        attempt([best._replace(width=width) for width in (*WIDTHS, most) if width <= most])
+        return trials
+
+    def run_layers(self) -> list[ClosedFormTrial]:
+        """The sets of layers alone, at one ridge and width."""
+        return [self._try(candidate) for candidate in self._layer_candidates()]
+
+    def _layer_candidates(self) -> list[Candidate]:
         image, text = (
             _available(
                 tower,
@@ -84,14 +110,7 @@ class ClosedFormSearch:
             for tower, settings in ((self.model.image, self.recipe.image), (self.model.text, self.recipe.text))
         )
         weight = self._classes.classes.weight if self._classes is not None else 0.0
-        attempt(first_candidates(image, text, self._narrower(image[0], text[0]), weight))
-        attempt([best_trial(trials).candidate._replace(ridge=ridge) for ridge in RIDGES])
-        if self._classes is not None and self.recipe.data.class_weight is None:
-            attempt([best_trial(trials).candidate._replace(class_weight=weight) for weight in CLASS_WEIGHTS])
-        best = best_trial(trials).candidate
-        most = min(self._narrower(best.image, best.text), WIDTHS[-1])
-        attempt([best._replace(width=width) for width in (*WIDTHS, most) if width <= most])
-        return trials
+        return first_candidates(image, text, self._narrower(image[0], text[0]), weight)
 
     def heads(self, candidate: Candidate) -> ClosedFormHeads:
         """The heads of a candidate that was tried."""
@@ -140,47 +159,35 @@ class ClosedFormSearch:
         return self._maps[candidate]
 
 
-@dataclass(frozen=True, slots=True)
-class HeadInClosedForm:
-    """A head: scale and shift of the features, weight and bias of the linear map."""
-
-    scale: Float[Tensor, " d"]
-    shift: Float[Tensor, " d"]
-    weight: Float[Tensor, "E d"]
-    bias: Float[Tensor, " E"]
-
-    @classmethod
-    def of(
-        cls,
-        standardize: Standardize,
-        columns: Int[Tensor, " d"],
-        weight: Float[Tensor, "E d"],
-        mean: Float[Tensor, " d"],
-    ) -> HeadInClosedForm:
-        """The head of some columns of features that ``standardize`` is fitted to."""
-        scale, shift = standardize.scale.detach()[columns], standardize.shift.detach()[columns]
-        return cls(scale, shift, weight, -(weight @ mean))
-
-    @torch.no_grad()
-    def copy_to(self, head: ProjectionHead) -> None:
-        """Set the parameters of a head of the same shape."""
-        assert head.standardize is not None and isinstance(head.map, nn.Linear)
-        head.standardize.scale.copy_(self.scale)
-        head.standardize.shift.copy_(self.shift)
-        head.map.weight.copy_(self.weight)
-        head.map.bias.copy_(self.bias)
+def with_layer_pools(recipe: Recipe) -> Recipe:
+    """The recipe without ``[auto]``, poolings that were left out replaced by those for several layers."""
+    model = build_model(changed(recipe, {}), meta=True)
+    pools = {
+        side: {"pool": tower.layer_pool}
+        for side, settings, tower in (("image", recipe.image, model.image), ("text", recipe.text, model.text))
+        if settings.pool is None and tower.layer_pool is not None
+    }
+    return changed(recipe, pools)
 
 
-@dataclass(frozen=True, slots=True)
-class ClosedFormHeads:
-    """The heads that ``training.initialize.initialize_heads`` computes from the same pairs, to rounding."""
+def search_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of a search: all layers of both towers, unless the recipe names some, and heads that standardise."""
+    model = build_model(changed(recipe, {}), meta=True)
+    layers = {
+        side: {"extra_layers": settings.extra_layers or ("all" if tower.layer_pool else [])}
+        for side, settings, tower in (("image", recipe.image, model.image), ("text", recipe.text, model.text))
+    }
+    return changed(recipe, {**layers, "head": {"kind": "linear", "width": 1, "standardize": True}})
 
-    image: HeadInClosedForm
-    text: HeadInClosedForm
 
-    def __call__(self, model: DualEncoder) -> None:
-        self.image.copy_to(model.image_head)
-        self.text.copy_to(model.text_head)
+def begin_search(
+    model: DualEncoder, recipe: Recipe, sides: BatchReader, task: ValidationTask, inputs: FeatureSource
+) -> ClosedFormSearch:
+    """The search over a model of ``search_recipe``, with the class pairs of its image tower where it has some."""
+    tally = BadSampleLimit(len(sides.pairs), recipe.data.max_bad_fraction)
+    found = find_class_pairs(model, recipe.data.class_weight)
+    classes = class_pair_features(found, model, inputs) if found else None
+    return ClosedFormSearch(model, recipe, sides, tally, task, classes)
 
 
 class _Solution(NamedTuple):

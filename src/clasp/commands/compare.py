@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clasp.commands.evaluate import make_context, pair_opener, require_task_applies
+from clasp.commands.evaluate import make_context, pair_opener, require_single_queries, require_task_applies
 from clasp.commands.evaluated_model import ModelSource, find_model
 from clasp.data.atomic_files import append_json_lines, translate_disk_errors, write_text_file
 from clasp.data.pairs import Pairs
 from clasp.evaluation.comparison import Comparison, compare_scored, primary_comparison
-from clasp.evaluation.registry import EVALUATION_TASKS, TaskEntry, find_task, parse_task_options
+from clasp.evaluation.registry import TaskEntry, find_task, parse_task_options
 from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
@@ -60,9 +60,7 @@ def compare_models(
     """Compare two models as ``find_model`` takes them; ``out``: a new folder for both files. Raises ``UserError``."""
     entry = find_task(task)
     given = parse_task_options(task, entry, options)
-    if entry.build is None:
-        known = ", ".join(name for name, each in EVALUATION_TASKS.items() if each.build is not None)
-        raise UserError(f"{task} has no scores of single queries to compare; tasks: {known}")
+    require_single_queries(task, entry, "compare")
     if out is not None and Path(out).exists() and not (Path(out).is_dir() and not any(Path(out).iterdir())):
         raise UserError(f"--out {out} exists already; name a new folder")
     sources = [find_model(model) for model in models]

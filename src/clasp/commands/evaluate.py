@@ -14,14 +14,16 @@ from pathlib import Path
 
 from clasp.commands.evaluated_model import LoadedModel, ModelSource, find_model
 from clasp.commands.result_folder import ResultFolder
+from clasp.commands.saved_predictions import save_predictions
 from clasp.config.datasets import open_pairs_for_settings
 from clasp.data.atomic_files import with_checksum
 from clasp.data.pairs import ColumnNames, Pairs
-from clasp.evaluation.registry import TaskEntry, find_task, parse_task_options
+from clasp.evaluation.registry import EVALUATION_TASKS, TaskEntry, find_task, parse_task_options
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.task_context import TaskContext
 from clasp.report.console import relative_path
 from clasp.report.figures import draw_retention
+from clasp.report.prediction_sheets import PREDICTION_SHEETS
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 TASK_FIGURES: dict[str, Callable[[Sequence[EvaluationResult], Path], None]] = {"retention": draw_retention}
@@ -34,23 +36,28 @@ def evaluate_run(
     options: Sequence[str] = (),
     *,
     out: str | Path | None = None,
+    predictions: bool = False,
     say: MessageCallback = lambda line: None,
     bar: ProgressFactory = no_progress_bar,
 ) -> list[EvaluationResult]:
     """Run a task of ``EVALUATION_TASKS``, or ``package.module:Name``, on a model; ``options`` are ``key=value``.
 
-    ``model`` as ``find_model`` takes it; ``out``: the folder for the results, in place of the run's own. ``say`` is
-    called with status lines beside the results. Raises ``UserError``.
+    ``model`` as ``find_model`` takes it; ``out``: the folder for the results, in place of the run's own;
+    ``predictions``: also keep those of single queries, with pictures. ``say`` is called with status lines beside the
+    results. Raises ``UserError``.
     """
     entry = find_task(task)
     given = parse_task_options(task, entry, options)
+    if predictions:
+        require_single_queries(task, entry, "keep")
     source = find_model(model)
     require_task_applies(task, entry, source)
     folder = ResultFolder(source, out)
     opener = pair_opener(source, given)
     pairs, loaded = opener(given["data"]), source.load(bar)
     folder.require_fingerprint(loaded.encoder.fingerprint)
-    results = entry.run(make_context(loaded, pairs, opener, given, say, bar))
+    context = make_context(loaded, pairs, opener, given, say, bar)
+    results = keep_predictions(entry, context, folder.path) if predictions else entry.run(context)
     if not isinstance(results, list) or not all(isinstance(result, EvaluationResult) for result in results):
         raise UserError(f"task {task!r} returned {type(results).__name__}; a list of EvaluationResult is expected")
     folder.append("results.jsonl", [with_checksum(asdict(result)) for result in results])
@@ -59,6 +66,26 @@ def evaluate_run(
         TASK_FIGURES[task](results, figure)
         say(f"figure: {relative_path(figure)}")
     return results
+
+
+def keep_predictions(entry: TaskEntry, context: TaskContext, folder: Path) -> list[EvaluationResult]:
+    """The results of a task; the prediction of each query goes to ``folder``, with a picture of some."""
+    assert entry.build is not None
+    task = entry.build(context)
+    scored = task.scored(context.model)
+    context.say(f"predictions: {relative_path(save_predictions(folder, task, scored))}")
+    if task.name in PREDICTION_SHEETS:
+        sheet = folder / f"{task.name}.png"
+        PREDICTION_SHEETS[task.name](context.pairs, scored[0].scores, sheet)
+        context.say(f"pictures: {relative_path(sheet)}")
+    return task.finish(scored)
+
+
+def require_single_queries(task: str, entry: TaskEntry, what: str) -> None:
+    """Raises ``UserError`` for a task without scores of single queries, which are to ``what`` (compare, keep)."""
+    if entry.build is None:
+        known = ", ".join(name for name, each in EVALUATION_TASKS.items() if each.build is not None)
+        raise UserError(f"{task} has no scores of single queries to {what}; tasks: {known}")
 
 
 def require_task_applies(task: str, entry: TaskEntry, model: ModelSource) -> None:

@@ -88,10 +88,30 @@ def rebuild_heads(parts: ModelAndPreprocessing, recipe: Recipe) -> ModelAndPrepr
     These must be the towers of ``recipe`` and wholly frozen."""
     image, text = parts.model.image, parts.model.text
     assert image.fully_frozen and text.fully_frozen and image.pooling is None and text.pooling is None
-    model = _add_heads(recipe, image, text)
+    made = join_frozen_towers((image, parts.transform), (text, parts.tokenizer), recipe)
+    made.model.sharing = parts.model.sharing
+    return made
+
+
+def build_image_tower(recipe: Recipe) -> tuple[Tower, ImageTransform]:
+    """The image tower of a recipe without the text tower, untuned. Raises ``UserError`` where it cannot be opened."""
+    backbone = load_backbone(recipe.image, seed=recipe.train.seed)
+    return _tower(backbone, recipe.image), _transform(recipe, backbone)
+
+
+def build_text_tower(recipe: Recipe) -> tuple[Tower, Tokenizer]:
+    """The text tower of a recipe without the image tower, untuned. Raises ``UserError`` where it cannot be opened."""
+    backbone = load_backbone(recipe.text, seed=recipe.train.seed + 1)
+    return _tower(backbone, recipe.text), _tokenizer(recipe, backbone, None)
+
+
+def join_frozen_towers(
+    image: tuple[Tower, ImageTransform], text: tuple[Tower, Tokenizer], recipe: Recipe
+) -> ModelAndPreprocessing:
+    """Two towers, which are frozen, with the untrained heads of a recipe; a tower may be in several models."""
+    model = _add_heads(recipe, image[0], text[0])
     _select(recipe, model, set())
-    model.sharing = parts.model.sharing
-    return replace(parts, model=model)
+    return ModelAndPreprocessing(model, image[1], text[1])
 
 
 def load(

@@ -1,6 +1,7 @@
 """Image-caption data sets on disk, opened as map-style sequences of pairs.
 
-Input: a source (a folder, .csv, .tsv, .jsonl, .parquet, LilT's .json, webdataset tars; several joined by ``::``).
+Input: a source (a folder, a data set in a published layout, .csv, .tsv, .jsonl, .parquet, LilT's .json, webdataset
+tars; several joined by ``::``).
 Output: ``Pairs`` (``clasp.data.pair_sequence``): random access, stable ids, cheap to pickle for workers. The
 formats are registered in ``PAIR_FORMATS``. Note: opening a source checks all captions and no image; an image is read
 when its source is. Tars are read through an index of offsets, so the order is exact and shuffling is global. Files that
@@ -32,6 +33,7 @@ from clasp.data.formats.samples import (
     is_unread_image,
     open_webdataset,
 )
+from clasp.data.formats.shard_folders import expand_shard_folder
 from clasp.data.formats.skipped_files import ReportsSkipped, SkippedFiles
 from clasp.data.formats.sources import FileSource, TarSource, is_address, require_no_address
 from clasp.data.formats.tables import open_table
@@ -110,6 +112,7 @@ def open_pairs(
         require_no_address(name, "pairs")
         if not path.exists():
             raise UserError(_missing(path, paths))
+    paths = [shard for path in paths for shard in expand_shard_folder(path)]
     formats = [format or _format_of(path) for path in paths]
     opened = [_open(path, name, columns, image_root, cache) for path, name in zip(paths, formats, strict=True)]
     parts = _with_unique_ids(paths, opened)

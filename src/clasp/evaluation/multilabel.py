@@ -28,6 +28,33 @@ def average_precision(scores: Float[Tensor, "n C"], labels: Bool[Tensor, "n C"])
     return torch.stack(found)
 
 
+def eleven_point_precision(scores: Float[Tensor, "n C"], labels: Bool[Tensor, "n C"]) -> Float[Tensor, " C"]:
+    """For each class the mean over the recalls 0, 0.1, …, 1 of the highest precision at that recall or above; NaN
+    without a positive. The metric of PASCAL VOC 2007 (Everingham et al., IJCV 2010, section 4.2)."""
+    found = []
+    for of_class, right in zip(scores.double().T, labels.T, strict=True):
+        order = of_class.argsort(descending=True)
+        ordered, hits = of_class[order], right[order].double().cumsum(0)
+        last = torch.cat([ordered[1:] != ordered[:-1], torch.ones(1, dtype=torch.bool)])  # of each threshold
+        recall, precision = hits[last] / hits[-1], hits[last] / torch.arange(1, len(ordered) + 1)[last]
+        best = precision.flip(0).cummax(0).values.flip(0)
+        wanted = torch.linspace(0, 1, 11, dtype=torch.float64) - 1e-9
+        found.append(best[torch.searchsorted(recall, wanted)].mean())
+    return torch.stack(found)
+
+
+def two_class_wins(scores: Float[Tensor, " n"], labels: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """For each image the share of those of the other class that it is on the right side of, ties counting 1/2; the mean
+    over the classes of their means is the area under the ROC curve."""
+    scores = scores.double()
+    wins = torch.empty_like(scores)
+    for side, sign in ((labels, 1.0), (~labels, -1.0)):
+        others, mine = (sign * scores[~side]).sort().values, sign * scores[side]
+        below, not_above = (torch.searchsorted(others, mine, right=right) for right in (False, True))
+        wins[side] = (below + not_above).double() / (2 * len(others)) if len(others) else 0.5
+    return wins
+
+
 def roc_auc(scores: Float[Tensor, "n C"], labels: Bool[Tensor, "n C"]) -> Float[Tensor, " C"]:
     """For each class the probability that a positive scores above a negative, ties counting 1/2 (Mann and Whitney); NaN
     without a positive or a negative."""

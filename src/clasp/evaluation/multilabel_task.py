@@ -46,9 +46,14 @@ def evaluate_multilabel(context: TaskContext) -> list[EvaluationResult]:
         language="",
         metrics={
             "mean_average_precision": multilabel.average_precision(scores, truth).mean().item(),
+            "mean_11_point_precision": multilabel.eleven_point_precision(scores, truth).mean().item(),
             "mean_roc_auc": multilabel.roc_auc(scores, truth).mean().item(),
         },
-        chance={"mean_average_precision": truth.double().mean().item(), "mean_roc_auc": 0.5},
+        chance={
+            "mean_average_precision": truth.double().mean().item(),
+            "mean_11_point_precision": truth.double().mean().item(),
+            "mean_roc_auc": 0.5,
+        },
         n=len(images.ids),
         interval={},
         seconds=time.perf_counter() - start,

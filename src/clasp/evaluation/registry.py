@@ -127,6 +127,13 @@ def build_multilingual(context: TaskContext) -> EvaluationTask:
     return multilingual_task(context.pairs, context.inputs, languages=languages, data=context.data)
 
 
+def build_language_classes(context: TaskContext) -> EvaluationTask:
+    """See ``clasp.evaluation.language_classes``."""
+    from clasp.evaluation.language_classes import language_classes_task
+
+    return language_classes_task(context)
+
+
 def build_knn(context: TaskContext) -> EvaluationTask:
     """See ``clasp.evaluation.probe_tasks``."""
     from clasp.evaluation.probe_tasks import knn_task
@@ -183,7 +190,9 @@ _LANGUAGES_HELP = "some of the languages of the captions, separated by commas; a
 
 _ZEROSHOT_OPTIONS = (
     TaskOption("classes", "file with one class name a line; the classes of data if left out"),
-    TaskOption("templates", "prompt with {} for the class, or a file with one a line", "a photo of a {}."),
+    TaskOption(
+        "templates", "prompt with {} for the class, a file with one a line, clip-80, clip-7", "a photo of a {}."
+    ),
 )
 
 EVALUATION_TASKS: dict[str, TaskEntry] = {
@@ -195,6 +204,16 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
     "retrieval": TaskEntry.of_queries(build_retrieval, "find captions by image and images by caption"),
     "multilingual": TaskEntry.of_queries(
         build_multilingual, "retrieval in each language, and its mean", (TaskOption("languages", _LANGUAGES_HELP),)
+    ),
+    "multilingual_zeroshot": TaskEntry.of_queries(
+        build_language_classes,
+        "zeroshot in each language, of the classes with a name there, as in Babel-ImageNet",
+        (
+            TaskOption("classes", "JSON file {language: [[class numbers], [names]]}", required=True),
+            TaskOption("templates", "as for zeroshot, or a JSON file {language: [templates]}", "{}"),
+            TaskOption("label", "column of the class number", "label"),
+            TaskOption("languages", _LANGUAGES_HELP),
+        ),
     ),
     "multilabel": TaskEntry(
         run_multilabel,

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from clasp.evaluation import metrics
 from clasp.evaluation.embedding_table import EmbeddingTable, TextBatcher, embed_batches
+from clasp.evaluation.multilabel import two_class_wins
 from clasp.evaluation.name_checks import refuse_repeats, require_known
+from clasp.evaluation.prompt_templates import TEMPLATE_SETS
 from clasp.evaluation.query_scores import MeanMetric, QueryScores
 from clasp.types import Encoder, UserError
 
@@ -56,6 +58,8 @@ class ZeroShotQueries:
     metric_names: tuple[str, ...] = field(default=("top1", "top5", "mean_per_class"), init=False)
 
     def __post_init__(self) -> None:
+        if len(self.classes) == 2:
+            object.__setattr__(self, "metric_names", (*self.metric_names, "roc_auc"))
         _check_class_names(self.classes, "the classes")
         if len(self.classes) < 2:
             raise UserError(f"classification needs at least two classes; there is only {list(self.classes)}")
@@ -89,10 +93,13 @@ class ZeroShotQueries:
         def measure(counts: metrics.RankCounts) -> dict[str, MeanMetric]:
             first = metrics.hit_at_k(counts, 1)
             found = MeanMetric(first), MeanMetric(metrics.hit_at_k(counts, 5)), MeanMetric(first, cells=numbers)
-            return dict(zip(self.metric_names, found, strict=True))
+            return dict(zip(self.metric_names[:3], found, strict=True))
 
         vectors = self.class_embeddings(encoder)
         means = measure(metrics.rank_counts(images.vectors[list(rows)], vectors, numbers, candidates))
+        if "roc_auc" in self.metric_names:
+            margin = images.vectors[list(rows)] @ (vectors[1] - vectors[0])
+            means["roc_auc"] = MeanMetric(two_class_wins(margin, numbers == 1), cells=numbers)
         chance = measure(metrics.chance_rank_counts(numbers, candidates))
         groups = ids if self.groups is None else tuple(self.groups[id] for id in ids)
         seen, names = images.vectors[list(rows)], self.classes
@@ -102,7 +109,7 @@ class ZeroShotQueries:
             groups=tuple(groups),
             means=means,
             medians={},
-            chance={name: mean.value() for name, mean in chance.items()},
+            chance={name: mean.value() for name, mean in chance.items()} | dict.fromkeys(self.metric_names[3:], 0.5),
             expected=tuple(labels),
             predict=lambda: [names[row] for row in metrics.first_ranked(seen, vectors)],
         )
@@ -123,8 +130,11 @@ def _fill_template(template: str, name: str) -> str:
 
 
 def read_templates(given: str) -> list[str]:
-    """A JSON list of templates, those of a UTF-8 text file (one a line), or the one template itself."""
+    """A named set (``clip-80``, ``clip-7``), a JSON list of templates, those of a UTF-8 text file (one a line), or the
+    one template itself."""
     text = given.strip()
+    if text in TEMPLATE_SETS:
+        return list(TEMPLATE_SETS[text])
     if text.startswith(('["', "['")) or (text.startswith("[") and text.endswith("]")):
         try:
             templates = json.loads(given)
@@ -142,7 +152,7 @@ def read_templates(given: str) -> list[str]:
     if not _PLACEHOLDER.search(given):
         raise UserError(
             f"templates={given!r} is neither a file nor a template: there is no such file, and a template has {{}} "
-            "where the class name goes"
+            f"where the class name goes; named sets: {', '.join(TEMPLATE_SETS)}"
         )
     return [given]
 

@@ -1,7 +1,8 @@
 """The report of runs as one self-contained HTML file. Input: ``RunRecord``s. Output: the text of the file.
 
 Sections: overview, differing recipe keys, learning curves, quality against cost, results by task and language,
-retention, analysis, what a run with ``[auto]`` tried, retrieval examples, parameters, cost, facts. No model is loaded.
+retention, analysis, what a run with ``[auto]`` tried, confusions, retrieval examples, parameters, cost, facts. No model
+is loaded.
 Note: a part that a run lacks is named where it would be; the file is the same for the same folders, so it has no date.
 """
 
@@ -31,6 +32,7 @@ from clasp.report.html_elements import (
     section,
 )
 from clasp.report.pareto_section import pareto_blocks
+from clasp.report.prediction_sheets import most_confused
 from clasp.report.run_comparison import (
     RETENTION,
     ComparedResults,
@@ -45,7 +47,7 @@ from clasp.report.run_comparison import (
     percent_interval,
     recipe_table,
 )
-from clasp.report.run_record import RunRecord
+from clasp.report.run_record import ClassPredictions, RunRecord
 from clasp.report.svg_charts import ChartPoint, ChartRow, legend, row_chart, swatch
 from clasp.report.tables import (
     AnnotatedTable,
@@ -59,6 +61,8 @@ from clasp.report.tables import (
 _ALTERNATIVES = {
     "searches.png": "Searches in several languages with the images found",
     "search.png": "The images found by the last search",
+    "zeroshot.png": "Images of the classes that are confused most",
+    "retrieval.png": "Captions with the image that is found first",
     "retention.png": "Probes of the towers before and after alignment, and the change of each block",
 }
 _MAX_CHART_ROWS = 60  # legible; of more languages only the table has all
@@ -84,6 +88,7 @@ def render_html_report(records: Sequence[RunRecord]) -> str:
         _Section("Retention of pre-trained features", "retention", _retention(records)),
         _Section("Analysis of the embedding space", "analysis", analysis_blocks(records)),
         *(_Section(f"Stages of {record.label}", f"auto-{n}", _auto(n, record)) for n, record in _with_plan(records)),
+        *([_Section("Confusions", "confusions", _confusions(records))] if _confusions(records) else []),
         _Section("Retrieval examples", "examples", _examples(records)),
         _Section("Parameters", "parameters", [_from_costs("Parameters by part", parameter_table(records), records)]),
         _Section("Cost", "cost", [_from_costs("Cost ledger", cost_table(records), records)]),
@@ -195,9 +200,30 @@ def _stage_chart(place: int, plan: AutoPlan) -> list[Html]:
     return [figure(f"{title}, by stage; lines: 95 % intervals", row_chart(rows, title, told))]
 
 
+def _confusions(records: Sequence[RunRecord]) -> list[Html]:
+    """Tables of the classes that are confused most, and pictures of them, where predictions were kept."""
+    tables = [
+        html_table(f"{record.label}: {kept.task} on {kept.data}", _confusion_table(kept))
+        for record in records
+        for kept in record.predictions
+    ]
+    return [*tables, *_pictures(records, ["zeroshot.png"])]
+
+
+def _confusion_table(kept: ClassPredictions) -> AnnotatedTable:
+    rows = [
+        [each.expected, each.predicted, f"{each.count:,}", f"{each.asked:,}"]
+        for each in most_confused(kept.expected, kept.predicted)
+    ]
+    wrong = sum(right != answer for right, answer in zip(kept.expected, kept.predicted, strict=True))
+    note = f"{wrong:,} of {len(kept.expected):,} images are wrong; the {len(rows)} most frequent confusions"
+    return AnnotatedTable(("class", "predicted", "images", "of the class"), rows, [note])
+
+
 def _examples(records: Sequence[RunRecord]) -> list[Html]:
-    shown = _pictures(records, ["searches.png", "search.png"])
-    return shown or [missing("No run has a picture of a search (clasp search RUN writes search.png).")]
+    shown = _pictures(records, ["searches.png", "search.png", "retrieval.png"])
+    written = "clasp search RUN writes search.png, clasp eval RUN retrieval --predictions retrieval.png"
+    return shown or [missing(f"No run has a picture of a search ({written}).")]
 
 
 def _pictures(records: Sequence[RunRecord], names: Sequence[str]) -> list[Html]:

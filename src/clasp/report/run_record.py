@@ -40,7 +40,7 @@ _LOGGED_PRIMARIES = (
     RetrievalTask.primary,
     ZeroShotTask.primary,
 )
-_PICTURES = ("searches.png", "search.png", "retention.png")
+_PICTURES = ("searches.png", "search.png", "retention.png", "zeroshot.png", "retrieval.png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,16 @@ class LearningCurves:
     loss: dict[int, float]
     validation: dict[int, float]
     metric: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClassPredictions:
+    """The right and the predicted class of every image of an evaluation."""
+
+    task: str
+    data: str
+    expected: Sequence[str]
+    predicted: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +77,7 @@ class RunRecord:
     cost: RunCost | None
     plan: AutoPlan | None
     analyses: Sequence[AnalysisRecord]
+    predictions: Sequence[ClassPredictions]
     pictures: Mapping[str, Path]
     state: RunState
 
@@ -116,6 +127,7 @@ def read_run_record(run: str | Path, label: str) -> RunRecord:
         cost=read_cost(path) if (path / _COST_FILE).exists() else None,
         plan=plan,
         analyses=read_analyses(path),
+        predictions=_read_predictions(path / "predictions"),
         pictures={name: path / name for name in _PICTURES if (path / name).exists()},
         state=_state(path, plan),
     )
@@ -188,6 +200,21 @@ def _read_events(file: Path) -> tuple[list[Mapping[str, Any]], int]:
                 raise UserError(f"line {number} of {file} is damaged: {error}") from None
             unread = 1
     return events, unread
+
+
+def _read_predictions(folder: Path) -> list[ClassPredictions]:
+    """The predictions of classes that ``clasp eval --predictions`` kept, by file name."""
+    found = []
+    for file in sorted(folder.glob("zeroshot-*.jsonl")):
+        try:
+            about, *rows = read_json_lines(file)
+            predicted = [str(row["predicted"]) for row in rows]
+            found.append(ClassPredictions(about["task"], about["data"], [row["expected"] for row in rows], predicted))
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{file} is damaged: {error!r}") from None
+    return found
 
 
 def _state(path: Path, plan: AutoPlan | None) -> RunState:

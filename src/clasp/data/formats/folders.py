@@ -2,7 +2,8 @@
 
 Input: a folder. Output: its pairs. If every image, at any depth, has a ``.txt`` or ``.json`` of its name beside it,
 those are the captions; if none has, and every image is in a folder one level down, that folder is its class. Note:
-anything in between is an error with an example, since either reading would drop or falsify captions.
+anything in between is an error with an example, since either reading would drop or falsify captions. A
+``classnames.txt`` in the folder (or above a split such as ``test``) has the names of the sorted class folders.
 """
 
 import hashlib
@@ -15,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32, UInt64
 
-from clasp.data.formats.base import SourceSpec
+from clasp.data.formats.base import OpenedSource, SourceSpec
 from clasp.data.formats.ids import hash64
+from clasp.data.formats.layouts import open_published_layout
 from clasp.data.formats.name_table import NameTable
 from clasp.data.formats.rows import is_blank, require_unicode
 from clasp.data.formats.samples import (
@@ -24,11 +26,11 @@ from clasp.data.formats.samples import (
     JSON_COLUMN,
     LABEL_COLUMN,
     TEXT_COLUMN,
-    SampleTable,
     group_by_key,
     is_hidden,
     open_samples,
 )
+from clasp.data.formats.shard_folders import CLASS_NAMES_FILE, read_class_folder_names
 from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.formats.sources import FileSource
 from clasp.types import Caption, Pair, UserError
@@ -73,7 +75,7 @@ class FolderFiles:
 
 @dataclass(frozen=True, eq=False)
 class ClassFolders:
-    """Images in class folders; an ``OpenedSource``. The caption is the folder name, ``_`` and ``-`` as spaces.
+    """Images in class folders; an ``OpenedSource``. The caption is the class name.
 
     Each image is a group of its own, so that a validation split is by image and can have all classes; ``meta`` has the
     ``class`` and its number ``label``.
@@ -82,6 +84,8 @@ class ClassFolders:
     folder: FolderFiles
     images: Int32[np.ndarray, " pairs"]
     classes: tuple[str, ...]
+    captions: tuple[str, ...]
+    """Of the classes: names of ``classnames.txt``, or those of the folders"""
     hashes: UInt64[np.ndarray, " pairs"]
     skipped_files: SkippedFiles
     id_prefix: str = ""
@@ -102,8 +106,9 @@ class ClassFolders:
         member = int(self.images[row])
         name = self.folder.names[member]
         class_folder = name.partition("/")[0]
-        caption = caption_from_folder(class_folder)
-        meta = {"label": bisect_left(self.classes, class_folder), "class": caption}
+        label = bisect_left(self.classes, class_folder)
+        caption = self.captions[label]
+        meta = {"label": label, "class": caption}
         id, group = self.id_prefix + name, self.path_prefix + name
         return Pair(id, self.folder.source(member), (Caption(caption),), group, meta)
 
@@ -111,8 +116,11 @@ class ClassFolders:
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
-def open_folder(spec: SourceSpec) -> SampleTable | ClassFolders:
-    """Open a folder by the rule of the module; ``UserError`` if neither layout applies."""
+def open_folder(spec: SourceSpec) -> OpenedSource:
+    """Open a folder in a layout of ``FOLDER_LAYOUTS``, else by the rule of the module; ``UserError`` if none
+    applies."""
+    if (published := open_published_layout(spec)) is not None:
+        return published
     folder = FolderFiles.of(spec.path)
     parts, skipped = grouped = group_by_key(folder.names, split_file_name, spec.path, folder.skipped_files)
     captioned = (parts[:, [TEXT_COLUMN, JSON_COLUMN]] >= 0).any(axis=1)
@@ -141,11 +149,16 @@ def open_folder(spec: SourceSpec) -> SampleTable | ClassFolders:
 def _class_folders(folder: FolderFiles, images: np.ndarray, skipped: SkippedFiles) -> ClassFolders:
     names = [folder.names[int(image)] for image in images]
     classes = tuple(sorted({name.partition("/")[0] for name in names}))
+    captions = read_class_folder_names(Path(folder.path)) or tuple(map(caption_from_folder, classes))
+    if len(captions) != len(classes):
+        count = f"{len(classes)} class folders and {len(captions)} lines in {CLASS_NAMES_FILE}"
+        raise UserError(f"{folder.path} has {count}; it must have a line for each folder, in the order of their names")
     for name in classes:
         require_unicode(name, f"{folder.path}: the folder {name!r}, whose name is the caption of its images")
         if is_blank(caption_from_folder(name)):
             raise UserError(f"{folder.path}: the folder {name!r} names no class, so its images have an empty caption")
-    return ClassFolders(folder, images, classes, np.array([hash64(name) for name in names], np.uint64), skipped)
+    hashes = np.array([hash64(name) for name in names], np.uint64)
+    return ClassFolders(folder, images, classes, captions, hashes, skipped)
 
 
 def caption_from_folder(folder: str) -> str:

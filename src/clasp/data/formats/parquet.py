@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import UInt32, UInt64
 
-from clasp.data.formats.base import SourceSpec
+from clasp.data.formats.base import OpenedSource, SourceSpec
+from clasp.data.formats.hugging_face import FeatureRows, Features, features_of_schema
 from clasp.data.formats.ids import IdCollector, require_unique_ids
+from clasp.data.formats.image_cells import image_of_cell
 from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_build_index
+from clasp.data.formats.listed_pairs import check_listed_pairs
 from clasp.data.formats.rows import ColumnNames, PairRow, RowReader, require_columns
-from clasp.data.formats.sources import FileSource, require_inside, require_no_address
 from clasp.data.formats.tables import pair_from_row, require_image_id
 from clasp.types import Pair, UserError
 
@@ -49,15 +51,7 @@ class ParquetSource:
 
     def read(self) -> bytes:
         cell = _read_cells(_read_image_group, self.path, self.stamp, (self.column,), self.row)[self.column]
-        if isinstance(cell, dict):
-            if cell["bytes"] is None and cell.get("path"):
-                require_no_address(cell["path"], self.name)
-                require_inside(cell["path"], self.root, self.name)
-                return FileSource(os.path.join(self.root, cell["path"])).read()
-            cell = cell["bytes"]
-        if cell is None:
-            raise UserError(f"{self.name} holds no image")
-        return cell
+        return image_of_cell(cell, self.root, self.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +94,11 @@ class ParquetTable:
         return replace(self, id_prefix=id_prefix, path_prefix=path_prefix)
 
 
-def open_parquet(spec: SourceSpec) -> ParquetTable:
-    """Open a parquet file and check every row; reads only the columns without images."""
+def open_parquet(spec: SourceSpec) -> OpenedSource:
+    """Open a parquet file and check every row; reads only the columns without images.
+
+    Of one that ``datasets`` wrote with classes in place of captions, the class names are the captions.
+    """
     name, stamp, file = str(spec.path), file_stamp(spec.file), str(spec.file.absolute())
     reader = RowReader.of(spec.columns, _DEFAULT_COLUMNS)
     try:
@@ -109,6 +106,10 @@ def open_parquet(spec: SourceSpec) -> ParquetTable:
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{name} is not a whole parquet file: {error}") from None
     schema = table.schema_arrow
+    if given := features_of_schema(schema):
+        features, plain = Features.of(given, spec.columns, name), {reader.columns.image, reader.columns.caption}
+        if not plain <= set(schema.names) - set(features.classes):
+            return _open_classes(spec, table, features)
     require_columns(reader.required, schema.names, name)
     twice = [column for column in schema.names if schema.names.count(column) > 1]
     if twice:
@@ -157,6 +158,20 @@ def _batches(table: pq.ParquetFile, columns: list[str], name: str) -> Iterator[p
         yield from table.iter_batches(batch_size=4096, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{name} is damaged: {error}") from None
+
+
+def _open_classes(spec: SourceSpec, table: pq.ParquetFile, features: Features) -> OpenedSource:
+    name, stamp, file = str(spec.path), file_stamp(spec.file), str(spec.file.absolute())
+    rows = FeatureRows(
+        features, spec.columns, features.caption_column(spec.columns, table.schema_arrow.names, name), name
+    )
+    others = [field.name for field in table.schema_arrow if "binary" not in str(field.type)]
+    records = _records(pa.Table.to_batches(table.read(others).combine_chunks())[0], name, 0) if others else []
+    pairs = [
+        rows.pair(record, ParquetSource(file, stamp, features.image, row, spec.root), f"row-{row}")
+        for row, record in enumerate(records)
+    ]
+    return check_listed_pairs(name, pairs, spec.root)
 
 
 def _records(batch: pa.RecordBatch, name: str, first: int) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """Samples: files that share a name (``cat.jpg``, ``cat.txt``, ``cat.json``, ``cat.cls``) in a folder or a tar.
 
-Input: a webdataset tar, or a folder of the same files. Output: its samples as pairs. ``txt`` is one caption. ``json``
-may have captions (``captions``, else ``caption``, else ``text``) and metadata (all other keys). ``cls`` is a class
-number, ``meta["label"]``; with a ``classnames.txt`` next to the tar, ``meta["class"]`` is its name. Note: the class
-name is the caption of a sample without one. Files that belong to no sample are counted by reason. Names that differ
-only in Unicode normalisation (NFC, NFD) belong to one sample.
+Input: a webdataset tar, or a folder of the same files. Output: its samples as pairs. ``txt`` is one caption, or one a
+line in a data set for retrieval (``shard_folders``). ``json`` may have captions (``captions``, else ``caption``, else
+``text``) and metadata (all other keys). ``cls`` is a class number, ``meta["label"]``; with a ``classnames.txt`` beside
+the tar, or above a split, ``meta["class"]`` is its name. Note: the class name is the caption of a sample without one.
+Files that belong to no sample are counted by reason. Names that differ only in Unicode normalisation (NFC, NFD) belong
+to one sample.
 """
 
 import unicodedata
@@ -30,6 +31,7 @@ from clasp.data.formats.rows import (
     parse_captions,
     require_columns,
 )
+from clasp.data.formats.shard_folders import CLASS_NAMES_FILE, captions_by_line, read_class_folder_names
 from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.formats.tar import open_tar
 from clasp.data.shard_stage import StagedShard
@@ -48,7 +50,6 @@ _SUFFIX_COLUMNS = dict.fromkeys(IMAGE_SUFFIXES, IMAGE_COLUMN) | {
 }
 CAPTION_SUFFIXES = ("txt", "json", "cls")
 _CAPTION_KEYS = ("captions", "caption", "text")
-_CLASS_NAMES_FILE = "classnames.txt"
 _SYSTEM_FILES = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
@@ -80,6 +81,8 @@ class SampleTable:
     columns: ColumnNames
     """Keys of the json; none is required by default, and ``image`` is not used."""
     classes: tuple[str, ...]
+    by_line: bool
+    """Whether each line of a txt is a caption."""
     root: str
     hashes: UInt64[np.ndarray, " pairs"]
     skipped_files: SkippedFiles
@@ -122,7 +125,9 @@ class SampleTable:
         if text < 0:
             return captions
         # a list of languages belongs to the captions of the json
-        more = parse_captions(self._text(text), None if isinstance(language, list) and captions else language, where)
+        lines = self._text(text)
+        given = [line for line in lines.splitlines() if line.strip()] if self.by_line else lines
+        more = parse_captions(given, None if isinstance(language, list) and captions else language, where)
         known = {caption.text for caption in captions}
         return (*captions, *(caption for caption in more if caption.text not in known))
 
@@ -149,7 +154,7 @@ class SampleTable:
             return {}
         text = self._text(member).strip()
         if not text.isdecimal() or (self.classes and int(text) >= len(self.classes)):
-            few = f" below {len(self.classes)}, as {_CLASS_NAMES_FILE} has so many lines" if self.classes else ""
+            few = f" below {len(self.classes)}, as {CLASS_NAMES_FILE} has so many lines" if self.classes else ""
             raise UserError(f"{self._path(member)} must hold a class number{few}, not {text!r}")
         return {"label": int(text)} | ({"class": self.classes[int(text)]} if self.classes else {})
 
@@ -187,15 +192,15 @@ def open_samples(
     key: tuple[str, ...],
 ) -> SampleTable:
     """Open samples and check all captions; ``group`` groups the members, ``key`` is the cache key of the index."""
-    name, beside = spec.name, spec.path if spec.path.is_dir() else spec.path.parent
-    named = beside / _CLASS_NAMES_FILE
-    classes = tuple(named.read_text("utf-8").splitlines()) if named.is_file() else ()
-    key = (*key, spec.format, repr(spec.columns), repr(classes))
+    name, classes, by_line = spec.name, read_class_folder_names(spec.path), captions_by_line(spec.path)
+    key = (*key, spec.format, repr(spec.columns), repr((classes, by_line)))
 
     def samples(parts: np.ndarray, hashes: np.ndarray, skipped: np.ndarray) -> SampleTable:
         root = str(spec.path.absolute())
         skipped_files = SkippedFiles.from_array(skipped)
-        return SampleTable(name, key, members, id_of, parts, spec.columns, classes, root, hashes, skipped_files)
+        return SampleTable(
+            name, key, members, id_of, parts, spec.columns, classes, by_line, root, hashes, skipped_files
+        )
 
     def build() -> IndexArrays:
         parts, skipped_files = group()
@@ -227,7 +232,7 @@ def group_by_key(
     samples: dict[str, list[int]] = {}
     others: list[tuple[str, str]] = []
     for number, name in enumerate(names):
-        if is_hidden(name) or name == _CLASS_NAMES_FILE:
+        if is_hidden(name) or name == CLASS_NAMES_FILE:
             continue
         key, suffix = split_name(name)
         part = _SUFFIX_COLUMNS.get(suffix.lower())

@@ -1,0 +1,108 @@
+"""``clasp eval MODEL --suite NAME``: one model on the data sets of a suite.
+
+Input: a model, a suite, and the folder that has a folder for each data set. Output: a ``SuiteRow`` for each set;
+results are appended to ``results.jsonl`` and predictions kept, as ``clasp eval`` does for one. Note: sets that are
+missing are named before anything is computed, with where they are to be had, and left out; a set that is there and
+cannot be read is an error. The model is loaded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from clasp.commands.evaluate import make_context, pair_opener
+from clasp.commands.evaluated_model import ModelSource, find_model
+from clasp.commands.result_folder import ResultFolder
+from clasp.commands.saved_predictions import save_predictions
+from clasp.data.pairs import Pairs
+from clasp.evaluation.registry import EVALUATION_TASKS, parse_task_options
+from clasp.evaluation.results import EvaluationResult
+from clasp.evaluation.suites import SuiteSet, find_suite
+from clasp.evaluation.task_context import TaskContext
+from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteRow:
+    """A data set and its result; ``None`` where the set is missing."""
+
+    set: SuiteSet
+    result: EvaluationResult | None
+
+    @property
+    def value(self) -> float | None:
+        """The metric of the benchmark, a fraction."""
+        return None if self.result is None else self.result.metrics[self.set.metric]
+
+
+def evaluate_suite(
+    model: str | Path,
+    suite: str,
+    data: str | Path,
+    *,
+    templates: str | None = None,
+    out: str | Path | None = None,
+    say: MessageCallback = lambda line: None,
+    bar: ProgressFactory = no_progress_bar,
+) -> list[SuiteRow]:
+    """Evaluate a model on a suite; ``templates``: for every set, in place of its own. Raises ``UserError``."""
+    sets, folder = find_suite(suite), Path(data)
+    if not folder.is_dir():
+        raise UserError(f"--data {folder} is no folder; it has a folder for each set: {sets[0].name}, …")
+    there = [each for each in sets if (folder / each.name).exists()]
+    missing = [each for each in sets if each not in there]
+    for each in missing:
+        say(f"missing: {folder / each.name}" + (f", to be had at {each.source}" if each.source else ""))
+    if not there:
+        names = ", ".join(each.name for each in sets)
+        raise UserError(f"--data {folder} has none of the {len(sets)} sets of {suite}: {names}")
+    source = find_model(model)
+    results = ResultFolder(source, out)
+    given = {each.name: _options(each, folder, templates) for each in there}
+    opened = _open_all(source, given)
+    loaded = source.load(bar)
+    results.require_fingerprint(loaded.encoder.fingerprint)
+    rows = {each.name: SuiteRow(each, None) for each in sets}
+    for each in there:
+        options = given[each.name]
+        context = make_context(loaded, opened[each.name], pair_opener(source, options), options, say, bar)
+        result = _evaluate(each, context, results)
+        rows[each.name] = SuiteRow(each, result)
+        say(f"{each.name}: {each.metric} {result.metrics[each.metric]:.4g}, {result.seconds:,.0f} s")
+    return list(rows.values())
+
+
+def _options(each: SuiteSet, folder: Path, templates: str | None) -> dict[str, str]:
+    return parse_task_options(each.task, EVALUATION_TASKS[each.task], each.options(folder, templates))
+
+
+def _open_all(source: ModelSource, given: Mapping[str, Mapping[str, str]]) -> dict[str, Pairs]:
+    """The pairs of every set; one ``UserError`` with all that cannot be opened."""
+    opened, errors = {}, []
+    for name, options in given.items():
+        try:
+            opened[name] = pair_opener(source, options)(options["data"])
+        except UserError as error:
+            errors.append(f"{name}: {error}")
+    if errors:
+        raise UserError("; ".join(errors))
+    return opened
+
+
+def _evaluate(each: SuiteSet, context: TaskContext, folder: ResultFolder) -> EvaluationResult:
+    """The last result of the task, the mean over directions or languages where there are several; all are kept."""
+    entry = EVALUATION_TASKS[each.task]
+    if entry.build is None:
+        results = entry.run(context)
+    else:
+        task = entry.build(context)
+        scored = task.scored(context.model)
+        save_predictions(folder.path, task, scored)
+        results = task.finish(scored)
+    folder.append("results.jsonl", [asdict(result) for result in results])
+    if each.metric not in results[-1].metrics:
+        known = ", ".join(results[-1].metrics)
+        raise UserError(f"{each.name}: {each.task} has no metric {each.metric!r}; it has {known}")
+    return results[-1]

@@ -1,0 +1,115 @@
+"""Suites: data sets that are evaluated together, each with its task and the metric that the benchmark reports.
+
+Input: the name of a suite, or a TOML file with ``[[set]]`` tables, and the folder of the data. Output: ``SuiteSet``s
+with the options of their task. Note: the data of a set is the folder of its name, in any layout that is read
+(``docs/data.md``); nothing is downloaded, and ``source`` says where a set is to be had.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from clasp.errors import UserError
+
+SuiteTask = Literal["zeroshot", "multilabel", "retrieval", "multilingual"]
+_TASKS = ("zeroshot", "multilabel", "retrieval", "multilingual")
+_CLASS_FILES = ("classnames.txt", "labels.txt")
+_TEMPLATE_FILE = "zeroshot_classification_templates.txt"
+_ELEVATER = "https://github.com/Computer-Vision-in-the-Wild/Elevater_Toolkit_IC"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteSet:
+    """One data set: its folder, the task, and the metric of the benchmark."""
+
+    name: str
+    task: SuiteTask = "zeroshot"
+    metric: str = "top1"
+    source: str = ""
+    """Where the data is to be had"""
+
+    def options(self, folder: Path, templates: str | None) -> list[str]:
+        """The options of the task: data, and the class names and templates that its folder has.
+
+        ``templates``: those of every set, in place of its own.
+        """
+        data = folder / self.name
+        given = [f"data={data}"]
+        if self.task in ("zeroshot", "multilabel"):
+            given += [f"classes={data / name}" for name in _CLASS_FILES if (data / name).is_file()][:1]
+            if templates is not None:
+                given.append(f"templates={templates}")
+            elif (data / _TEMPLATE_FILE).is_file():
+                given.append(f"templates={data / _TEMPLATE_FILE}")
+        return given
+
+
+def _elevater(name: str, metric: str = "top1", task: SuiteTask = "zeroshot") -> SuiteSet:
+    return SuiteSet(name=name, task=task, metric=metric, source=_ELEVATER)
+
+
+SUITES: dict[str, tuple[SuiteSet, ...]] = {
+    "elevater-20": (  # Li et al., NeurIPS 2022 (ELEVATER), image classification: sets and metrics
+        _elevater("caltech-101", "mean_per_class"),
+        _elevater("cifar-10"),
+        _elevater("cifar-100"),
+        _elevater("country211"),
+        _elevater("dtd"),
+        _elevater("eurosat_clip"),
+        _elevater("fer-2013"),
+        _elevater("fgvc-aircraft-2013b-variants102", "mean_per_class"),
+        _elevater("food-101"),
+        _elevater("gtsrb"),
+        _elevater("hateful-memes", "roc_auc"),
+        _elevater("kitti-distance"),
+        _elevater("mnist"),
+        _elevater("oxford-flower-102", "mean_per_class"),
+        _elevater("oxford-iiit-pets", "mean_per_class"),
+        _elevater("patch-camelyon"),
+        _elevater("rendered-sst2"),
+        _elevater("resisc45_clip"),
+        _elevater("stanford-cars"),
+        _elevater("voc-2007-classification", "mean_11_point_precision", "multilabel"),
+    ),
+}
+"""Name to data sets, for ``clasp eval --suite``"""
+
+
+def find_suite(name: str) -> tuple[SuiteSet, ...]:
+    """The suite of this name, or of a TOML file. Raises ``UserError``."""
+    if name in SUITES:
+        return SUITES[name]
+    file = Path(name)
+    if not file.is_file():
+        near = get_close_matches(name, SUITES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        known = f"there are {', '.join(SUITES)}, or name a TOML file with [[set]] tables"
+        raise UserError(f"no suite {name!r}; {hint}{known}")
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8")).get("set", [])
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not a TOML file: {error}") from None
+    if not isinstance(tables, list) or not tables:
+        raise UserError(f"{file} has no [[set]] tables; each has a name, and may have {', '.join(_KEYS[1:])}")
+    sets = tuple(_read_set(table, f"{file}, set {number}") for number, table in enumerate(tables, 1))
+    names = [each.name for each in sets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{file} names the set {twice[0]!r} twice")
+    return sets
+
+
+_KEYS = tuple(field.name for field in fields(SuiteSet))
+
+
+def _read_set(table: Any, where: str) -> SuiteSet:
+    if not isinstance(table, dict) or "name" not in table or {str} != {type(value) for value in table.values()}:
+        raise UserError(f"{where} must have a name and texts: {', '.join(_KEYS)}")
+    if unknown := [key for key in table if key not in _KEYS]:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}")
+    if table.get("task", "zeroshot") not in _TASKS:
+        raise UserError(f"{where}: task = {table['task']!r} is none of {', '.join(_TASKS)}")
+    return SuiteSet(**table)

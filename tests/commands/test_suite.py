@@ -1,0 +1,217 @@
+"""Suites and kept predictions, on embeddings whose right answers are visible: an image has the vector of its class."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from clasp import cli
+from clasp.commands.evaluate import evaluate_run
+from clasp.commands.evaluate_suite import evaluate_suite
+from clasp.commands.report import write_report
+from clasp.evaluation.multilabel import eleven_point_precision, two_class_wins
+from clasp.evaluation.prompt_templates import TEMPLATE_SETS
+from clasp.evaluation.suites import SUITES, find_suite
+from clasp.evaluation.zeroshot import read_templates
+from clasp.report.prediction_sheets import Confusion, most_confused
+from clasp.report.suite_table import suite_table
+from clasp.types import UserError
+from toydata import COLOURS, toys, write_csv
+from toyreports import retrieval_rows, write_run
+from toyruns import lines
+
+TOYS = toys(20)
+CLASSES = sorted(COLOURS)
+TWO = ("hateful-memes", ("black", "other"))
+
+
+def label_of(colour: str, classes: tuple[str, ...] | list[str]) -> int:
+    return classes.index(colour) if colour in classes else len(classes) - 1
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three of the sets of a suite, as ELEVATER has them."""
+    folder = tmp_path / "sets"
+    for name, classes, more in (
+        ("cifar-10", CLASSES, ""),
+        (TWO[0], TWO[1], ""),
+        ("voc-2007-classification", CLASSES, ",0"),
+    ):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "labels.txt").write_text("\n".join(classes))
+        rows = []
+        for toy in TOYS:
+            (folder / name / f"{toy.key}.png").write_bytes(toy.png)
+            label = label_of(toy.colour, list(classes))
+            rows.append(f"{toy.key}.png {label}{more if label else ''}")
+        (folder / name / "test.txt").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The first class is taken for the second; everything else is right."""
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    vectors = np.eye(len(CLASSES), dtype="float32")
+    of_image = [vectors[CLASSES.index(toy.colour) or 1] for toy in TOYS]
+    texts = [f"a photo of a {name}." for name in [*CLASSES, "other"]]
+    captions = sorted({toy.caption for toy in TOYS})
+    of_text = [*vectors, -vectors[CLASSES.index("black")], *(vectors[CLASSES.index(c.split()[1])] for c in captions)]
+    np.save(folder / "image.npy", np.stack(of_image * 2))
+    (folder / "image.json").write_text(
+        json.dumps([f"{toy.key}.png" for toy in TOYS] + [f"images/{toy.key}.png" for toy in TOYS])
+    )
+    np.save(folder / "text.npy", np.stack(of_text))
+    (folder / "text.json").write_text(json.dumps([*texts, *captions]))
+    return folder
+
+
+def test_a_suite_is_one_table_with_missing_sets_named_first(data: Path, model: Path, tmp_path: Path):
+    said: list[str] = []
+    rows = evaluate_suite(model, "elevater-20", data, out=tmp_path / "out", say=said.append)
+    assert len(rows) == 20 and [line.startswith("missing: ") for line in said[:18]] == [True] * 17 + [False]
+    assert f"missing: {data / 'mnist'}, to be had at https://github.com/" in "\n".join(said[:17])
+    values = {row.set.name: row.value for row in rows if row.value is not None}
+    first = sum(toy.colour == CLASSES[0] for toy in TOYS)
+    assert values["cifar-10"] == pytest.approx(1 - first / len(TOYS)) and len(values) == 3
+    written = lines(tmp_path / "out" / "results.jsonl")
+    assert len(written) == 3 and {Path(row["data"]).name for row in written} == set(values)
+    kept = sorted((tmp_path / "out" / "predictions").iterdir())
+    assert len(kept) == 2  # average precision has no scores of single queries
+    about, *queries = lines(kept[0])
+    assert about == {"task": "zeroshot", "data": str(data / "cifar-10")} and len(queries) == len(TOYS)
+    assert {row["predicted"] for row in queries if row["expected"] == CLASSES[0]} == {CLASSES[1]}
+    table = suite_table([(row.set, row.result) for row in rows])
+    assert len(table.rows) == 21 and table.rows[-1][0] == "mean of 3" and "17 of 20 sets are missing" in table.notes[0]
+
+
+def test_what_a_suite_refuses(data: Path, model: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"no suite 'elevater'; did you mean elevater-20\?"):
+        evaluate_suite(model, "elevater", data, out=tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has none of the 20 sets of elevater-20: caltech-101, cifar-10"):
+        evaluate_suite(model, "elevater-20", tmp_path / "empty", out=tmp_path / "out")
+    for name in ("cifar-10", TWO[0]):
+        (data / name / "test.txt").write_text("a.png 99")
+    with pytest.raises(UserError, match=r"cifar-10: .*hateful-memes: ") as error:
+        evaluate_suite(model, "elevater-20", data, out=tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_suite_of_ones_own_is_a_toml_file(data: Path, model: Path, tmp_path: Path):
+    file = tmp_path / "mine.toml"
+    file.write_text('[[set]]\nname = "cifar-10"\nmetric = "mean_per_class"\n')
+    (row,) = evaluate_suite(model, str(file), data, templates="a photo of a {}.", out=tmp_path / "out")
+    assert row.value == pytest.approx((len(CLASSES) - 1) / len(CLASSES))
+    for text, message in (
+        ("x = 1", r"has no \[\[set\]\] tables"),
+        ('[[set]]\nname = "a"\nmetrics = "b"', "unknown key 'metrics'; there are name, task, metric, source"),
+        ('[[set]]\nname = "a"\ntask = "knn"', "task = 'knn' is none of zeroshot"),
+        ('[[set]]\nname = "a"\n[[set]]\nname = "a"', "names the set 'a' twice"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            find_suite(str(file))
+    file.write_text('[[set]]\nname = "cifar-10"\nmetric = "recall"\n')
+    with pytest.raises(UserError, match="zeroshot has no metric 'recall'; it has top1"):
+        evaluate_suite(model, str(file), data, out=tmp_path / "out")
+    names = [each.name for sets in SUITES.values() for each in sets]
+    assert len(set(names)) == len(names)
+
+
+def test_the_command_prints_one_table(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def typed(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["clasp", "eval", str(model), *words])
+        with pytest.raises(SystemExit):
+            cli.main()
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    assert "mean of 3" in typed("--suite", "elevater-20", "--data", str(data), "--out", str(tmp_path / "out"))
+    assert "name a TASK" in typed() and "--suite takes --data FOLDER" in typed("--suite", "elevater-20", "k=1")
+
+
+def test_predictions_are_kept_with_pictures_that_the_report_shows(data: Path, model: Path, tmp_path: Path):
+    folder, out = write_run(tmp_path / "run", retrieval_rows()), tmp_path / "out"
+    evaluate_run(model, "zeroshot", [f"data={data / 'cifar-10'}"], out=out, predictions=True)
+    pairs = write_csv(TOYS, tmp_path / "pairs")
+    evaluate_run(model, "retrieval", [f"data={pairs}"], out=out, predictions=True)
+    with pytest.raises(UserError, match="multilabel has no scores of single queries to keep"):
+        evaluate_run(model, "multilabel", [f"data={data}"], out=out, predictions=True)
+    for name in ("zeroshot.png", "retrieval.png", "predictions"):
+        (out / name).rename(folder / name)
+    write_report([folder], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "Confusions" in text and text.count("data:image/png") == 2
+    assert f"<bdi>{CLASSES[1]}</bdi>" in text and "10 most frequent" not in text
+    (file,) = (folder / "predictions").glob("zeroshot-*")
+    file.write_text('{"task": "zeroshot"}\n{}\n')
+    with pytest.raises(UserError, match="is damaged"):
+        write_report([folder], tmp_path / "report.html")
+
+
+def test_the_most_confused_classes():
+    assert most_confused(["a", "a", "a", "b", "c"], ["b", "b", "a", "a", "c"]) == [
+        Confusion("a", "b", 2, 3),
+        Confusion("b", "a", 1, 1),
+    ]
+
+
+def test_each_language_has_the_classes_with_a_name_there(data: Path, model: Path, tmp_path: Path):
+    numbers = list(range(len(CLASSES)))
+    file, templates = tmp_path / "babel.json", tmp_path / "templates.json"
+    given = {"EN": [numbers, CLASSES], "DE": [numbers[2:], CLASSES[2:]]}
+    file.write_text(json.dumps(given))
+    templates.write_text(json.dumps({language: ["a photo of a {}."] for language in given}))
+    options = [f"data={data / 'cifar-10'}", f"classes={file}", f"templates={templates}"]
+    rows = {row.language: row for row in evaluate_run(model, "multilingual_zeroshot", options, out=tmp_path / "out")}
+    asked = [toy for toy in TOYS if toy.colour in CLASSES[2:]]
+    assert rows["EN"].n == len(TOYS) and rows["DE"].n == len(asked) and rows["DE"].metrics["top1"] == 1
+    assert rows["macro:all"].metrics["top1"] == pytest.approx((1 + rows["EN"].metrics["top1"]) / 2)
+    for text, message in (('{"EN": [[0], []]}', r"must be \{\"en\""), ("[]", "with languages as keys")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            evaluate_run(model, "multilingual_zeroshot", options, out=tmp_path / "out")
+    file.write_text(json.dumps({**given, "FR": [[0, 1], ["a", "b"]]}))
+    with pytest.raises(UserError, match="has no list of templates for FR"):
+        evaluate_run(model, "multilingual_zeroshot", options, out=tmp_path / "out")
+
+
+# --- metrics and templates -------------------------------------------------------------------------------------------
+
+
+def test_the_area_of_two_classes_is_the_mean_over_classes():
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(60, generator=generator).round(decimals=1), torch.rand(60, generator=generator) < 0.3
+    wins = two_class_wins(scores, labels)
+    area = (wins[labels].mean() + wins[~labels].mean()) / 2
+    assert area.item() == pytest.approx(roc_auc_score(labels.numpy(), scores.numpy()), abs=1e-12)
+    assert wins[labels].mean().item() == pytest.approx(wins[~labels].mean().item(), abs=1e-12)
+
+
+def test_eleven_point_precision_by_hand():
+    scores = torch.tensor([[0.9], [0.8], [0.7], [0.6]])
+    labels = torch.tensor([[True], [False], [True], [False]])
+    # precision 1 up to recall 0.5, then 2/3: six of the eleven recalls, and five
+    assert eleven_point_precision(scores, labels).item() == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
+    assert eleven_point_precision(torch.ones(4, 1), labels).item() == pytest.approx(0.5)
+
+
+def test_named_template_sets():
+    assert [len(TEMPLATE_SETS[name]) for name in ("clip-80", "clip-7")] == [80, 7]
+    for templates in TEMPLATE_SETS.values():
+        assert len(set(templates)) == len(templates) and all(each.count("{}") == 1 for each in templates)
+    assert set(TEMPLATE_SETS["clip-7"]) <= set(TEMPLATE_SETS["clip-80"])
+    assert read_templates("clip-7") == list(TEMPLATE_SETS["clip-7"])
+    with pytest.raises(UserError, match="named sets: clip-80, clip-7"):
+        read_templates("clip-81")
