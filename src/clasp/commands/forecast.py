@@ -2,8 +2,8 @@
 
 Input: a recipe, its pairs, its plan and the plans of its feature caches. Output: a ``CheckReport``. Note: the features
 of the part are computed in a temporary folder, so nothing is kept; seconds per image, caption, step and evaluation are
-extrapolated to all; what the first evaluation computes once counts as features. Not in it: loading, the closed form of heads, and images that a disk reads slower when there are
-many.
+extrapolated to all; what the first evaluation computes once counts as features. Not in it: loading, the closed form of
+heads, and images that a disk reads slower when there are many.
 """
 
 from __future__ import annotations
