@@ -319,7 +319,7 @@ def test_a_forecast_is_measured_and_leaves_nothing(way: str, towers: Path, tmp_p
     steps = done.fitted.position.step
     assert seconds["training"] == pytest.approx(steps * forecast.facts["step_seconds"])
     spent = done.cost.seconds
-    assert spent["training"] / 4 < seconds["training"] < 4 * spent["training"], "milliseconds, on a machine in use"
+    assert spent["training"] / 10 < seconds["training"] < 10 * spent["training"], "milliseconds, on a machine in use"
     evaluations = sum(row["event"] == "evaluation" for row in lines(tmp_path / "run" / "log.jsonl"))
     assert evaluations == count_evaluations(resolved(tmp_path / "run"))
 
