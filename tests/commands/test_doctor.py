@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +16,15 @@ import pytest
 from clasp import cli
 from clasp.commands import train as main_job
 from clasp.commands.doctor import diagnose, raise_on_stop
+from clasp.commands.forecast import images_or_captions
 from clasp.config import datasets
 from clasp.config.build import build_model_and_preprocessing
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
 from clasp.data.checks import CheckReport
-from clasp.models import cache_policy
+from clasp.data.feature_cache.features import text_features
+from clasp.data.feature_cache.replay import CachedFeatures
+from clasp.models import cache_policy, text_side
+from clasp.models.cache_policy import CachePlan
 from clasp.models.tower import Tower
 from clasp.training.loop import count_evaluations
 from clasp.training.run_folder import RunFolder
@@ -316,6 +322,26 @@ def test_a_forecast_is_measured_and_leaves_nothing(way: str, towers: Path, tmp_p
     assert spent["training"] / 10 < seconds["training"] < 10 * spent["training"], "milliseconds, on a machine in use"
     evaluations = sum(row["event"] == "evaluation" for row in lines(tmp_path / "run" / "log.jsonl"))
     assert evaluations == count_evaluations(resolved(tmp_path / "run"))
+
+
+def test_an_evaluation_is_forecast_without_the_features_that_the_first_computes(
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*args: Any, **kwargs: Any) -> CachedFeatures:
+        time.sleep(0.5)
+        return text_features(*args, **kwargs)
+
+    monkeypatch.setattr(text_side, "text_features", slow)
+    made = recipe(towers, write_csv(TOYS, tmp_path), "train.epochs=40")
+    forecast = next(section for section in diagnose(made, measured=True) if section.about == "forecast")
+    seconds = forecast.facts["seconds"]
+    assert seconds["evaluation"] < 2 and seconds["features"] > 0.5, "a dozen evaluations, of which one is slow"
+
+
+def test_augmented_views_count_in_the_forecast() -> None:
+    key = {"views": 4}
+    assert images_or_captions(CachePlan("images", 10, "float32", 1, None, key)) == 40
+    assert images_or_captions(CachePlan("captions", 10, "float32", 1, None, {})) == 10
 
 
 def resolved(folder: Path) -> TrainSettings:

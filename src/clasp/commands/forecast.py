@@ -2,8 +2,8 @@
 
 Input: a recipe, its pairs, its plan and the plans of its feature caches. Output: a ``CheckReport``. Note: the features
 of the part are computed in a temporary folder, so nothing is kept; seconds per image, caption, step and evaluation are
-extrapolated to all. Not in it: loading, the closed form of heads, and images that a disk reads slower when there are
-many.
+extrapolated to all; what the first evaluation computes once counts as features. Not in it: loading, the closed form of
+heads, and images that a disk reads slower when there are many.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_forecast(
     memory.stop()
     evaluation = timing.evaluation * len(pairs[1]) / len(val)
     seconds = {
-        "features": sum(cache.count * rates.of(cache.what) for cache in caches if cache.bytes_to_write),
+        "features": sum(images_or_captions(cache) * rates.of(cache.what) for cache in caches if cache.bytes_to_write),
         "training": plan.steps * timing.step,
         "evaluation": (count_evaluations(fixed.train) + 1) * evaluation,  # and the results of the final weights
     }
@@ -61,6 +61,11 @@ def check_forecast(
     if peak.value is not None:
         report.add_finding("ok", f"peak memory {format_si(peak.value, 'B')}, model and all, beyond that of the doctor")
     return report
+
+
+def images_or_captions(cache: CachePlan) -> int:
+    """How many inputs of a tower a cache takes: captions, or images in all their views."""
+    return cache.count * cache.key.get("views", 1)
 
 
 def _some(pairs: Pairs, most: int) -> Pairs:

@@ -35,7 +35,7 @@ from clasp.data.formats.samples import (
 )
 from clasp.data.formats.shard_folders import expand_shard_folder
 from clasp.data.formats.skipped_files import ReportsSkipped, SkippedFiles
-from clasp.data.formats.sources import FileSource, TarSource, is_address, require_no_address
+from clasp.data.formats.sources import FileSource, TarSource, names_address, require_no_address
 from clasp.data.formats.tables import open_table
 from clasp.data.formats.text_rows import DelimitedRows, JsonLines, JsonList
 from clasp.data.pair_sequence import Pairs, caption_languages, split_by_group
@@ -103,7 +103,7 @@ def open_pairs(
     each is prefixed with its source (``a.tar::key``).
     """
     names = expand_source(str(source))
-    if stage is not None and all(map(is_address, names)):
+    if stage is not None and all(map(names_address, names)):
         return _open_shards(str(source), names, format, columns, cache, stage)
     paths = [Path(name).expanduser() for name in names]
     for name, path in zip(names, paths, strict=True):

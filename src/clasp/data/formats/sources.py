@@ -63,14 +63,14 @@ def require_inside(path: str, root: str, where: str) -> None:
         )
 
 
-def is_address(path: str) -> bool:
+def names_address(path: str) -> bool:
     """Whether this is an address such as ``https://…`` and no path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
 
 
 def require_no_address(path: str, where: str) -> None:
     """``UserError`` for an address in place of a path."""
-    if is_address(path):
+    if names_address(path):
         raise UserError(f"{where}: {shorten(path)} is an address, and nothing is downloaded; name a file on this disk")
 
 
