@@ -68,7 +68,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     dates = sorted({row["date"] for row in rows.values()})
     minutes = sum(row["seconds"] for row in rows.values()) / 60
     machines = "; ".join(sorted({row["machine"] for row in rows.values()}))
-    told = f"{tried:,} trials, {broken} of which broke the promise, in {minutes:.1f} minutes of one process"
+    told = f"{tried:,} trials, {broken} of which broke the promise, in {minutes:.1f} minutes"
     return "\n".join([*lines, "", f"{told}; seed {seeds}; {' to '.join({dates[0]: 0, dates[-1]: 0})}; {machines}."])
 
 
