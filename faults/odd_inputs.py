@@ -55,7 +55,7 @@ def changed_shards(world: World, trials: int = 100) -> CaseCount:
         "an image is as it was when its pairs were opened, or named; never another's bytes",
         "faults/odd_inputs.py (changed_shards)",
         trials,
-        outcomes,
+        dict(outcomes),
         tuple(failures),
     )
 
@@ -134,7 +134,7 @@ def numbers_not_finite(world: World, trials: int = 10) -> CaseCount:
         "(`tests/training/test_loop.py`)",
         "faults/odd_inputs.py (numbers_not_finite)",
         trials,
-        outcomes,
+        dict(outcomes),
         tuple(failures),
     )
 
@@ -169,7 +169,7 @@ def clock_goes_back(world: World, trials: int = 10) -> CaseCount:
         "bitwise the same weights and results; the changed files are read again",
         "faults/odd_inputs.py (clock_goes_back)",
         trials,
-        outcomes,
+        dict(outcomes),
         tuple(failures),
     )
 
@@ -218,7 +218,7 @@ def killed_process(world: World, trials: int = 1) -> CaseCount:
         promise,
         _PROCESS_TESTS[0],
         outcomes.total(),
-        outcomes,
+        dict(outcomes),
         failures,
     )
 
