@@ -24,7 +24,7 @@ import numpy as np
 from clasp.data.atomic_files import is_disk_full, replace_file
 from clasp.types import UserError
 
-_INDEX_VERSION = "4"  # of the arrays; incrementing it invalidates all saved indices
+_INDEX_VERSION = "5"  # of the arrays; incrementing it invalidates all saved indices
 
 # a .gz that unpacks to more than both is refused: captions take a tenth to a thirtieth packed, zeros a thousandth
 _MAX_UNPACKED_RATIO, _MAX_SMALL_UNPACKED_BYTES = 100, 256 << 20
@@ -32,6 +32,7 @@ _MAX_UNPACKED_RATIO, _MAX_SMALL_UNPACKED_BYTES = 100, 256 << 20
 _log = logging.getLogger(__name__)
 
 IndexArrays = dict[str, np.ndarray]
+_NAMES = "array names"  # of the other arrays, in a saved index
 
 
 def file_stamp(path: str | Path | int) -> str:
@@ -55,13 +56,16 @@ def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callabl
                 file.open("rb") as handle,
                 np.load(handle, allow_pickle=False) as saved,
             ):  # a zip, whose checksums are checked here
-                return dict(saved)
+                arrays = dict(saved)
+            if sorted(arrays.pop(_NAMES).tolist()) != sorted(arrays):  # the zip's list of members has no checksum
+                raise ValueError("arrays are missing")
+            return arrays
         except Exception as error:  # damaged bytes raise zip, value, key, header and system errors
             _log.warning("%s: damaged (%s); indexing the pairs again", file, " ".join(str(error).split()))
     arrays = build()
     file.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(file) as part, part.open("wb") as handle:
-        np.savez(handle, **arrays)  # pyright: ignore[reportArgumentType]
+        np.savez(handle, **arrays, **{_NAMES: np.array(sorted(arrays))})  # pyright: ignore[reportArgumentType]
     return arrays
 
 
