@@ -26,18 +26,21 @@ from faults.killed_training import killed_training
 from faults.odd_inputs import CASES as ODD_INPUTS
 from faults.world import World
 
-_ENGINES = ("flat", *(["edge"] if find_spec("qdrant_edge") else []))
-
 CASES: dict[str, tuple[Callable[..., CaseCount], int]] = {
     "training": (killed_training, 50),
-    **{f"indexing-{engine}": (partial(killed_indexing, engine=engine), 50) for engine in _ENGINES},
-    **{f"deleting-{engine}": (partial(killed_deleting, engine=engine), 50) for engine in _ENGINES},
+    "indexing-flat": (partial(killed_indexing, engine="flat"), 50),
+    "deleting-flat": (partial(killed_deleting, engine="flat"), 50),
     "bits": (flipped_bits, 200),
-    **({"bits-edge": (flipped_bits_edge, 50)} if "edge" in _ENGINES else {}),
     "full-disk": (full_disk, 21),
     "read-only": (read_only, 10),
     **ODD_INPUTS,
 }
+if find_spec("qdrant_edge"):
+    CASES |= {
+        "indexing-edge": (partial(killed_indexing, engine="edge"), 50),
+        "deleting-edge": (partial(killed_deleting, engine="edge"), 50),
+        "bits-edge": (flipped_bits_edge, 50),
+    }
 """A case by name, with its number of trials"""
 
 

@@ -7,6 +7,7 @@ the date of its own run; a case that was not run keeps the counts it had, or has
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -43,18 +44,20 @@ class CaseCount:
 
 def record(table: str, rows: Mapping[str, CaseCount], seed: int, seconds: Mapping[str, float]) -> None:
     """Add rows of ``faults`` or ``fuzz`` to the file, and write the page anew."""
-    saved: dict[str, Any] = json.loads(COUNTS.read_text(encoding="utf-8")) if COUNTS.exists() else {}
-    for name, row in rows.items():
-        about = asdict(row) | {"failures": row.failures[:_MAX_FAILURES], "broken": len(row.failures)}
-        about |= {"counts": row.counts(), "seed": seed, "seconds": round(seconds[name], 1), "machine": _machine()}
-        saved.setdefault(table, {})[name] = about | {"date": datetime.date.today().isoformat()}
-    COUNTS.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text = PAGE.read_text(encoding="utf-8")
-    for name, made in saved.items():
-        begin, end = f"<!-- {name}: written by make {name} -->", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n\n{_table(made)}\n\n{end}{rest.partition(end)[2]}"
-    PAGE.write_text(text, encoding="utf-8")
+    with COUNTS.parent.joinpath("__init__.py").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # make faults and make fuzz may run side by side
+        saved: dict[str, Any] = json.loads(COUNTS.read_text(encoding="utf-8")) if COUNTS.exists() else {}
+        for name, row in rows.items():
+            about = asdict(row) | {"failures": row.failures[:_MAX_FAILURES], "broken": len(row.failures)}
+            about |= {"counts": row.counts(), "seed": seed, "seconds": round(seconds[name], 1), "machine": _machine()}
+            saved.setdefault(table, {})[name] = about | {"date": datetime.date.today().isoformat()}
+        COUNTS.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = PAGE.read_text(encoding="utf-8")
+        for name, made in saved.items():
+            begin, end = f"<!-- {name}: written by make {name} -->", f"<!-- end of {name} -->"
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}\n\n{_table(made)}\n\n{end}{rest.partition(end)[2]}"
+        PAGE.write_text(text, encoding="utf-8")
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -65,7 +68,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     dates = sorted({row["date"] for row in rows.values()})
     minutes = sum(row["seconds"] for row in rows.values()) / 60
     machines = "; ".join(sorted({row["machine"] for row in rows.values()}))
-    told = f"{tried:,} trials, {broken} of which broke the promise, in {minutes:.1f} minutes of one process"
+    told = f"{tried:,} trials, {broken} of which broke the promise, in {minutes:.1f} minutes"
     return "\n".join([*lines, "", f"{told}; seed {seeds}; {' to '.join({dates[0]: 0, dates[-1]: 0})}; {machines}."])
 
 

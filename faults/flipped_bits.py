@@ -73,7 +73,7 @@ def _own_kinds(world: World) -> list[_Kind]:
     for name, pattern in {
         "cached features": "**/*.npy",
         "facts of features": "**/*.json",
-        "index of pairs": "**/*.npz",
+        "index of pairs": "**/*.arrow",
     }.items():
         kinds.append(_Kind(name, world.folder / "cache", (pattern,), lambda folder: _train(world, folder)))
     for name, pattern in {
@@ -115,7 +115,7 @@ def _flip(world: World, kinds: Sequence[_Kind], trials: int, fault: str, promise
             where = f"{file.relative_to(folder)} byte {place} bit {bit}"
             failures.append(f"{kind.name}: {where}: {outcome}: {ended.describe()}")
     shutil.rmtree(world.folder / "flipped", ignore_errors=True)
-    return CaseCount(fault, promise, "faults/flipped_bits.py", trials, outcomes, tuple(failures))
+    return CaseCount(fault, promise, "faults/flipped_bits.py", trials, dict(outcomes), tuple(failures))
 
 
 def _outcome(ended: Ended, wanted: Any) -> str:

@@ -68,7 +68,7 @@ def full_disk(world: World, trials: int = 20) -> CaseCount:
         "one line; what was saved stays, and with room again the same command ends with the same",
         "faults/full_disk.py",
         trials,
-        outcomes,
+        dict(outcomes),
         tuple(failures),
     )
 
@@ -144,7 +144,7 @@ def read_only(world: World, trials: int = len(_READ_ONLY_COMMANDS)) -> CaseCount
     promise = "reading commands work, others refuse in one line; no traceback"
     tried = len(_READ_ONLY_COMMANDS[:trials])
     return CaseCount(
-        "a folder that cannot be written to", promise, "faults/full_disk.py", tried, outcomes, tuple(failures)
+        "a folder that cannot be written to", promise, "faults/full_disk.py", tried, dict(outcomes), tuple(failures)
     )
 
 

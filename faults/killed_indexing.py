@@ -138,7 +138,7 @@ def _count(world: World, plan: _Plan, fault: str, promise: str) -> CaseCount:
         outcomes["lost" if problem else "whole already" if held == len(wanted) else state] += 1
     shutil.rmtree(folder, ignore_errors=True)
     case = f"faults/killed_indexing.py ({plan.what}, {plan.engine})"
-    return CaseCount(fault, promise, case, killed, outcomes, tuple(failures))
+    return CaseCount(fault, promise, case, killed, dict(outcomes), tuple(failures))
 
 
 def _left(trial: _Trial) -> Callable[[], dict[str, Any]]:

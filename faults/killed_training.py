@@ -56,7 +56,7 @@ def killed_training(world: World, trials: int = 50) -> CaseCount:
         "goes on with `clasp resume`, or starts again where nothing was saved; bitwise the same weights and results",
         "faults/killed_training.py",
         done,
-        outcomes,
+        dict(outcomes),
         tuple(failures),
     )
 

@@ -1,4 +1,4 @@
-"""Data that changes under the reader, numbers that are not finite, a clock that goes back, memory that runs out.
+"""Data that changes under the reader, numbers that are not finite, a clock that goes back, a process that is killed.
 
 Input: the world. Output: ``CaseCount``s.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -24,17 +23,15 @@ from PIL import Image
 
 from clasp.commands.search import index_images
 from clasp.data.pairs import Pairs, open_pairs
-from clasp.training.step import Stepper
 from clasp.types import UserError
 from faults.child import run_in_child
 from faults.counts import CaseCount
 from faults.flipped_bits import search_answer
 from faults.world import ADAPTED, World, run_answer
-from toydata import WRITERS, toys, write_csv
+from toydata import WRITERS, toys
 from toyruns import lines, recipe, run
 
 _SHARDS = ("tar", "parquet struct", "parquet", "folder", "jsonl")
-_WHOLE = 256  # pairs in a batch that does not fit
 _PROCESS_TESTS = ("tests/commands/test_processes.py",)
 
 
@@ -58,7 +55,7 @@ def changed_shards(world: World, trials: int = 100) -> CaseCount:
         "an image is as it was when its pairs were opened, or named; never another's bytes",
         "faults/odd_inputs.py (changed_shards)",
         trials,
-        outcomes,
+        dict(outcomes),
         tuple(failures),
     )
 
@@ -137,7 +134,7 @@ def numbers_not_finite(world: World, trials: int = 10) -> CaseCount:
         "(`tests/training/test_loop.py`)",
         "faults/odd_inputs.py (numbers_not_finite)",
         trials,
-        outcomes,
+        dict(outcomes),
         tuple(failures),
     )
 
@@ -172,7 +169,7 @@ def clock_goes_back(world: World, trials: int = 10) -> CaseCount:
         "bitwise the same weights and results; the changed files are read again",
         "faults/odd_inputs.py (clock_goes_back)",
         trials,
-        outcomes,
+        dict(outcomes),
         tuple(failures),
     )
 
@@ -204,67 +201,6 @@ def _index_with_old_times(world: World, chance: random.Random) -> bool:
     ]
 
 
-def out_of_memory(world: World, trials: int = 10) -> CaseCount:
-    """A limit on memory (RLIMIT_AS) that a whole batch does not fit into."""
-    chance, outcomes, failures = world.chance("memory"), Counter[str](), []
-    pairs = run_in_child(lambda: write_csv(toys(400), world.folder / "many")).answer
-    made = (*ADAPTED[:2], f"data.train={pairs}", f"train.batch_size={_WHOLE}", f"train.micro_batch={_WHOLE}")
-    for number in range(trials):
-        megabytes = chance.choice((2, 4, 6, 8, 10))
-        ended = run_in_child(lambda megabytes=megabytes: _train_within(world, made, megabytes << 20))
-        if ended.code:
-            failures.append(f"trial {number}, {megabytes} MB: {ended.describe()}")
-            outcomes["broken"] += 1
-            continue
-        pieces, answer = ended.answer
-        same = answer == _in_pieces(world, made, pieces)
-        outcomes[f"went on in pieces of {pieces}" if pieces < _WHOLE else "had enough memory"] += 1
-        if not same:
-            failures.append(f"trial {number}, {megabytes} MB, pieces of {pieces}: other weights than with that setting")
-    return CaseCount(
-        "out of memory in a step",
-        "halves the micro-batch, goes on, and says so; the weights are those of that micro-batch",
-        "faults/odd_inputs.py (out_of_memory)",
-        trials,
-        outcomes,
-        tuple(failures),
-    )
-
-
-def _train_within(world: World, overrides: tuple[str, ...], allowed: int) -> tuple[int, Any]:
-    """The micro-batch at the end, and the weights; the limit holds from the first step on."""
-    world.cached_in("cache")
-    whole, before = Stepper.step, []
-
-    def step(self: Any, *arguments: Any) -> Any:
-        if not before:
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            resource.setrlimit(resource.RLIMIT_AS, (used + allowed, resource.RLIM_INFINITY))
-            before.append(used)
-        taken = whole(self, *arguments)
-        if len(before) == 1:
-            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            before.append(0)
-        return taken
-
-    Stepper.step = step
-    folder = world.folder / f"memory-{os.getpid()}"
-    run(world.recipe(*overrides), folder)
-    pieces = [row["micro_batch"] for row in lines(folder / "log.jsonl") if row["event"] == "pieces"]
-    return (pieces[-1] if pieces else _WHOLE), run_answer(folder)["delta"]
-
-
-def _in_pieces(world: World, overrides: tuple[str, ...], pieces: int) -> Any:
-    def train() -> Any:
-        world.cached_in("cache")
-        folder = world.folder / f"pieces-{pieces}"
-        if not folder.exists():
-            run(world.recipe(*overrides, f"train.micro_batch={pieces}"), folder)
-        return run_answer(folder)["delta"]
-
-    return run_in_child(train).answer
-
-
 def killed_process(world: World, trials: int = 1) -> CaseCount:
     """The tests of several processes, of which one is killed or gets a signal."""
     command = (sys.executable, "-m", "pytest", "-m", "faults or not faults", "-p", "no:cacheprovider", *_PROCESS_TESTS)
@@ -282,7 +218,7 @@ def killed_process(world: World, trials: int = 1) -> CaseCount:
         promise,
         _PROCESS_TESTS[0],
         outcomes.total(),
-        outcomes,
+        dict(outcomes),
         failures,
     )
 
@@ -291,7 +227,6 @@ CASES: dict[str, tuple[Callable[..., CaseCount], int]] = {
     "shards": (changed_shards, 100),
     "nan": (numbers_not_finite, 10),
     "clock": (clock_goes_back, 10),
-    "memory": (out_of_memory, 10),
     "processes": (killed_process, 1),
 }
 """A case by name, with its number of trials"""

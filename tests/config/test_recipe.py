@@ -120,6 +120,13 @@ def test_a_file_that_is_no_text_is_not_toml(tmp_path: Path) -> None:
 # --- one file on another ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("text", [f"x = {'9' * 5000}", f"x = {'[' * 5000}", f"extends = '{'x' * 5000}'"])
+def test_values_beyond_all_measure_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(UserError, match=r"mine.toml (is not a TOML file|extends)"):
+        read_recipe(tmp_path / "mine.toml")
+
+
 def test_a_file_says_only_what_it_has_otherwise(tmp_path: Path) -> None:
     """Sections are merged to any depth; values and lists are the file's own; overrides come last."""
     (tmp_path / "below").mkdir()

@@ -679,3 +679,9 @@ def test_sources_as_plain_data(tmp_path: Path):
     assert source_to_dict(Elsewhere()) is None
     with pytest.raises(UserError, match="there cannot be read again"):
         SearchEngine.read_image(Hit("x", 1.0, {"name": "there", "source": None}))
+
+
+def test_stored_metadata_that_lacks_a_field_is_named(engine: SearchEngine, photos: Path):
+    engine.store.add(["x"], torch.ones(1, 3), [{"name": "x"}])  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(UserError, match="the stored metadata of 'x' is damaged"):
+        engine.index(list_images(photos))

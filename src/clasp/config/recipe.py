@@ -9,6 +9,7 @@ An unknown key or value is one error that names the nearest valid ones (``recipe
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -174,7 +175,7 @@ def builtin_recipes() -> dict[str, Path]:
 
 def _find(source: str | Path, folder: Path) -> Path:
     path = folder / source
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, also False for a name that is too long
         return path
     builtin = builtin_recipes()
     name = str(source).removesuffix(".toml").removeprefix("recipes/")
@@ -194,7 +195,7 @@ def _read_with_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> 
         raise UserError(f"{chain}: no recipe can extend itself")
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
         raise UserError(f"{path} is not a TOML file: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -242,7 +243,7 @@ def _parse_value(key: str, text: str) -> Any:
     """The value of an override as TOML; for a string setting, ``2024`` stays a string."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return text
     is_text = recipe_keys().get(key) in (str, str | None)
     return text if is_text and not isinstance(value, str) else value

@@ -87,7 +87,10 @@ class StoredEntries:
         self._by_sha256: dict[str, str] = {}  # sha256 -> an id
         self._by_source: dict[str, str] = {}  # source name -> id
         for name, meta in scanned:
-            self.record(name, meta)
+            try:
+                self.record(name, meta)
+            except (KeyError, TypeError, AttributeError):
+                raise UserError(f"the stored metadata of {name!r} is damaged; index into a new store") from None
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_id
