@@ -113,11 +113,12 @@ def _raise_all(errors: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Towers:
-    """Every tower by name, with its transform or tokenizer; and the seconds of its features, once they are there."""
+    """Every tower by name, with its transform or tokenizer; and by side and name the seconds of its features, once they
+    are there."""
 
     image: dict[str, tuple[Tower, ImageTransform]]
     text: dict[str, tuple[Tower, Tokenizer]]
-    seconds: dict[str, float]
+    seconds: dict[tuple[str, str], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ class _Ranking:
             trained=trial.delta_bytes // 4,
             nearest=max(layers, key=neighbour_excess, default=None),
             most_aligned=max(layers, key=cka_excess, default=None),
-            feature_seconds=self.towers.seconds[image] + self.towers.seconds[text],
+            feature_seconds=self.towers.seconds["image", image] + self.towers.seconds["text", text],
             seconds=time.perf_counter() - began,
             overrides=self.overrides,
         )
@@ -162,16 +163,16 @@ class _Ranking:
     def _compute_features(self, image: str, text: str, inputs: FeatureSource) -> None:
         """Fill the feature cache with what this combination needs and no earlier one did."""
         train, val = self.pairs
-        if image not in self.towers.seconds:
+        if ("image", image) not in self.towers.seconds:
             began = time.perf_counter()
             for some in (train, val):
                 inputs.image_features(some)
-            self.towers.seconds[image] = time.perf_counter() - began
-        if text not in self.towers.seconds:
+            self.towers.seconds["image", image] = time.perf_counter() - began
+        if ("text", text) not in self.towers.seconds:
             began = time.perf_counter()
             for texts in (self.index.texts, *validation_texts(train, val)):
                 inputs.text_features(texts)
-            self.towers.seconds[text] = time.perf_counter() - began
+            self.towers.seconds["text", text] = time.perf_counter() - began
 
     def _similarity(self, model: DualEncoder, sides: BatchReader, recipe: Recipe) -> list[LayerSimilarity]:
         """Every image layer with every text layer; nothing where too few captions and groups differ."""

@@ -88,7 +88,7 @@ def render_html_report(records: Sequence[RunRecord]) -> str:
         _Section("Retention of pre-trained features", "retention", _retention(records)),
         _Section("Analysis of the embedding space", "analysis", analysis_blocks(records)),
         *(_Section(f"Stages of {record.label}", f"auto-{n}", _auto(n, record)) for n, record in _with_plan(records)),
-        *([_Section("Confusions", "confusions", _confusions(records))] if _confusions(records) else []),
+        *([_Section("Confusions", "confusions", confusions)] if (confusions := _confusions(records)) else []),
         _Section("Retrieval examples", "examples", _examples(records)),
         _Section("Parameters", "parameters", [_from_costs("Parameters by part", parameter_table(records), records)]),
         _Section("Cost", "cost", [_from_costs("Cost ledger", cost_table(records), records)]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Sequence
@@ -53,6 +54,15 @@ def test_a_folder_of_shards_is_read_in_the_order_of_their_numbers(tmp_path: Path
     (tmp_path / "set" / "test" / "7.tar").unlink()
     with pytest.raises(UserError, match=r"says '12' shards: 7.tar is missing"):
         open_pairs(tmp_path / "set")
+
+
+def test_a_tar_beside_images_is_no_shard(tmp_path: Path):
+    write_class_folders(tmp_path)
+    write_shards(tmp_path / "other")
+    (tmp_path / "other" / "0.tar").rename(tmp_path / "backup.tar")
+    shutil.rmtree(tmp_path / "other")
+    pairs = open_pairs(tmp_path)
+    assert len(pairs) == len(TOYS) and "backup.tar" in str(pairs.skipped_files)
 
 
 def test_the_lines_of_a_text_are_captions_where_the_set_is_for_retrieval(tmp_path: Path):

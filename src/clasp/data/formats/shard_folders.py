@@ -12,6 +12,7 @@ from clasp.types import UserError
 
 CLASS_NAMES_FILE = "classnames.txt"
 _TYPE_FILE, _SHARDS_FILE, _SPLIT = "dataset_type.txt", "nshards.txt", "test"
+_ABOUT_SUFFIXES = (".txt", ".json", ".md")
 _SPLITS = (_SPLIT, "train", "val", "validation", "valid")
 
 
@@ -37,8 +38,11 @@ def expand_shard_folder(path: Path) -> list[Path]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The tars of a folder that has nothing else but small files about them."""
-    tars = [file for file in folder.iterdir() if file.suffix == ".tar" and not file.name.startswith(".")]
+    """The tars of a folder that has nothing else but files about them; in another, a tar is not part of the data."""
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    if any(entry.is_dir() or entry.suffix not in (".tar", *_ABOUT_SUFFIXES) for entry in entries):
+        return []
+    tars = [entry for entry in entries if entry.suffix == ".tar"]
     return sorted(tars, key=lambda file: [int(part) if part.isdecimal() else part for part in _parts(file.name)])
 
 
