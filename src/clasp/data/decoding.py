@@ -117,6 +117,28 @@ def decode_resized(
     return picture
 
 
+def thumbnail(image: bytes, side: int) -> Image.Image:
+    """The whole image padded to a white square of ``side`` pixels, as a Pillow image. Raises ``ImageError``."""
+    return decode_resized(image, ResizeSettings(side, "pad"))
+
+
+def shrink_to_fit(image: bytes, side: int, format: Literal["JPEG", "WEBP"], quality: int) -> bytes:
+    """The whole image, upright, at most ``side`` pixels wide and high (never enlarged), encoded anew without metadata.
+
+    Raises ``ImageError``.
+    """
+    with open_image(image) as picture:
+        turn = exif_orientation(picture)
+        draft_jpeg(picture, max(picture.size) / side)
+        picture = to_opaque(picture, (255, 255, 255))
+        if turn in EXIF_TRANSPOSE:
+            picture = picture.transpose(EXIF_TRANSPOSE[turn])
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        out = io.BytesIO()
+        picture.save(out, format, quality=quality)
+    return out.getvalue()
+
+
 def normalise_picture(
     picture: Image.Image, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Float[np.ndarray, "3 height width"]:

@@ -31,7 +31,7 @@ from clasp.data.formats.sources import FileSource, TarSource, require_no_address
 from clasp.data.formats.tables import open_table
 from clasp.data.formats.text_rows import DelimitedRows, JsonLines, JsonList
 from clasp.data.plugins import load_named
-from clasp.types import ImageSource, Pair, UserError
+from clasp.plain_types import ImageSource, Pair, UserError
 
 __all__ = [
     "ColumnNames",

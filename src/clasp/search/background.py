@@ -20,13 +20,12 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
 
-import torch
+import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.numpy import save_file
 
-from clasp.types import Store
+from clasp.plain_types import Store
 
 BACKGROUND_FILE = "background.safetensors"
 FALSE_ALARM_RATE = 0.05
@@ -67,7 +66,7 @@ class BackgroundFacts:
 class Background:
     """Embeddings of background captions, the captions, and the facts measured with them."""
 
-    vectors: Float[Tensor, "captions E"]
+    vectors: Float[np.ndarray, "captions E"]
     facts: BackgroundFacts
     captions: tuple[BackgroundCaption, ...]
 
@@ -76,7 +75,7 @@ class Background:
         """The z from which a hit is close."""
         return self.facts.median + self.facts.deviation * NormalDist().inv_cdf(1 - FALSE_ALARM_RATE)
 
-    def z_scores(self, texts: Float[Tensor, "q E"], images: Float[Tensor, "n E"]) -> list[list[float]]:
+    def z_scores(self, texts: Float[np.ndarray, "q E"], images: Float[np.ndarray, "n E"]) -> list[list[float]]:
         """The calibrated score of each text's embedding with each image."""
         mean, deviation = _image_moments(self.vectors, images)
         return (((texts @ images.T) - mean) / deviation).tolist()
@@ -89,15 +88,15 @@ class Background:
         """Write atomically. Raises ``OSError``."""
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         facts = {"facts": json.dumps(asdict(self.facts)), "captions": json.dumps(self.captions)}
-        save_file({"captions": self.vectors.float().contiguous()}, part, facts)
+        save_file({"captions": np.ascontiguousarray(self.vectors, np.float32)}, part, facts)
         os.replace(part, path)
 
 
 def measure_background(
     captions: Sequence[BackgroundCaption],
-    vectors: Float[Tensor, "captions E"],
+    vectors: Float[np.ndarray, "captions E"],
     store: Store,
-    image_vectors: Callable[[Sequence[str]], Tensor],
+    image_vectors: Callable[[Sequence[str]], Float[np.ndarray, "n E"]],
     model: str,
     near_duplicate: float,
 ) -> Background:
@@ -108,7 +107,7 @@ def measure_background(
             images = image_vectors([hit.id for hit in hits])
             mean, deviation = _image_moments(vectors, images)
             largest.append(float((((images @ query) - mean) / deviation).max()))
-    low, median = (torch.tensor(largest or [0.0, 1.0]).quantile(q).item() for q in (0.1587, 0.5))
+    low, median = np.quantile(largest or [0.0, 1.0], (0.1587, 0.5)).tolist()
     facts = BackgroundFacts(model, store.count(), median, max(median - low, 1e-6), near_duplicate)
     return Background(vectors, facts, tuple(captions))
 
@@ -116,7 +115,7 @@ def measure_background(
 def read_background(path: Path, model: str) -> Background | None:
     """The saved background; ``None`` if there is none, or it is damaged or of another model: it is measured again."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             saved = file.metadata() or {}
             facts = BackgroundFacts(**json.loads(saved["facts"]))
             captions = tuple(BackgroundCaption(*each) for each in json.loads(saved["captions"]))
@@ -137,8 +136,8 @@ def _rounded(p_value: float) -> str:
 
 
 def _image_moments(
-    captions: Float[Tensor, "captions E"], images: Float[Tensor, "n E"]
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    captions: Float[np.ndarray, "captions E"], images: Float[np.ndarray, "n E"]
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Mean and standard deviation of the cosines of each image with the captions."""
     cosines = images @ captions.T
-    return cosines.mean(dim=1), cosines.std(dim=1).clamp(min=1e-6)
+    return cosines.mean(axis=1), np.maximum(cosines.std(axis=1, ddof=1), 1e-6)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt64
 
 from clasp.data.formats.rows import ColumnNames
-from clasp.types import Pair
+from clasp.plain_types import Pair
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from clasp.data.atomic_files import is_disk_full, replace_file
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 _INDEX_VERSION = "4"  # of the arrays; incrementing it invalidates all saved indices
 

@@ -31,7 +31,7 @@ from clasp.data.formats.rows import (
 )
 from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.formats.tar import open_tar
-from clasp.types import Caption, ImageSource, Pair, UserError
+from clasp.plain_types import Caption, ImageSource, Pair, UserError
 
 IMAGE_SUFFIXES = tuple("jpg jpeg jfif png webp gif bmp tif tiff avif jp2 ppm pgm".split())
 UNREAD_IMAGE_SUFFIXES = frozenset(
