@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
+import numpy as np
 import pytest
 
 import clasp
@@ -28,6 +29,7 @@ from clasp.commands.serve import ServeSettings, serve_run
 from clasp.config.build import build_model_and_preprocessing
 from clasp.search.answer import RankingPart, answer_query
 from clasp.search.engine import SearchEngine
+from clasp.search.flat_store import FlatStore
 from clasp.search.query import SearchQuery, WeightedImage, WeightedText
 from clasp.serve.warm_server import read_record
 from clasp.training.run_folder import RunFolder
@@ -142,19 +144,21 @@ def test_the_index_of_a_run_served_without_torch(world: World):
 
 
 @pytest.mark.faults
-def test_several_processes_and_an_index_made_without_torch(world: World):
+@pytest.mark.parametrize("killed", ["one", "first"])
+def test_several_processes_and_an_index_made_without_torch(world: World, killed: str):
     with served(world, world.export, "--pictures", str(world.pictures), "--workers", "2") as (address, server):
         assert_same(ask(address, "a red ring"), of_torch(world, "a red ring"))
-        workers = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-        answering = [int(each) for each in workers if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()]
-        assert len(answering) == 2
-        os.kill(answering[0], signal.SIGKILL)
-        assert "one of 2 processes ended by itself" in server.communicate(timeout=30)[1] and server.returncode == 2
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+        workers = [int(each) for each in children if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()]
+        assert len(workers) == 2
+        os.kill(workers[0] if killed == "one" else server.pid, signal.SIGKILL)
+        said = server.communicate(timeout=30)[1]
+        if killed == "one":
+            assert "one of 2 processes ended by itself" in said and server.returncode == 2
+    assert not [each for each in workers if Path(f"/proc/{each}").exists()]
     assert read_record(world.export) is None
-    assert_same(
-        [(hit.id, hit.score) for hit in search_images(world.export, "a red ring", None, 10).hits],
-        of_torch(world, "a red ring"),
-    )
+    index = search_images(world.export, "a red ring", None, 10)
+    assert_same([(hit.id, hit.score) for hit in index.hits], of_torch(world, "a red ring"))
 
 
 def serve(folder: Path, **settings: Any) -> None:
@@ -169,6 +173,12 @@ def test_what_is_refused_before_anything_is_loaded(world: World, tmp_path: Path)
     with pytest.raises(UserError, match="--engine torch is for run folders"):
         serve(world.export, engine="torch")
     with pytest.raises(UserError, match="has no index yet"):
+        serve(tmp_path, model=world.export)
+    store = FlatStore(tmp_path / "index")
+    store.claim("f" * 64, "another")
+    store.add(["a"], np.ones((1, 4), np.float32), [{}])
+    store.close()
+    with pytest.raises(UserError, match=r"was made with another model than .*onnx, or in bfloat16"):
         serve(tmp_path, model=world.export)
     with pytest.raises(UserError, match="no such folder"):
         serve(tmp_path / "none", model=world.export)

@@ -7,7 +7,6 @@ names the extra. An exported model is served without torch.
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -92,7 +91,7 @@ def serve_run(
     with closing(address.socket):
         model = None
         if pictures is not None:
-            model = _model_for_index(run, load, settings.engine)
+            model = _model_for_index(run, load, settings)
             say(str(index_images(run, pictures, bar=bar, model=model)))
         if settings.workers > 1:
             del model  # each process has its own
@@ -100,7 +99,7 @@ def serve_run(
             with recorded_server(run, address, key, say):
                 run_workers(settings.workers, address, _work, (run, settings, key))
             return
-        with _served_app(run, model or _model_for_index(run, load, settings.engine), settings, key) as (app, count):
+        with _served_app(run, model or _model_for_index(run, load, settings), settings, key) as (app, count):
             say(f"{count:,} images; open {address.url} in a browser; Ctrl-C stops")
             with recorded_server(run, address, key, say):
                 run_server(app, address.socket)
@@ -108,13 +107,13 @@ def serve_run(
 
 def _work(bound: socket.socket, run: Path, settings: ServeSettings, key: str) -> None:
     """What each of several processes does; an error is one line, and ends it."""
-    from clasp.serve.server import run_server
+    from clasp.serve.server import follow_first_process, run_server
     from clasp.training.run_code import allow_code
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    follow_first_process()
     try:
         with allow_code(None if settings.allow_code else ()):
-            model = _model_for_index(run, find_search_model(settings.model or run, settings.engine), settings.engine)
+            model = _model_for_index(run, find_search_model(settings.model or run, settings.engine), settings)
         with _served_app(run, model, settings, key) as (app, _):
             run_server(app, bound)
     except UserError as error:
@@ -147,8 +146,9 @@ def _served_app(run: Path, model: SearchModel, settings: ServeSettings, key: str
         service.close()
 
 
-def _model_for_index(run: Path, load: ModelLoader, engine: str | None) -> SearchModel:
-    """The model in the precision of the index. ``UserError`` where ``engine`` was given and computes in another."""
+def _model_for_index(run: Path, load: ModelLoader, settings: ServeSettings) -> SearchModel:
+    """The model in the precision of the index. ``UserError`` where an engine that computes in another, or an export of
+    another model, was asked for: indexing would then drop what is stored."""
     name = recorded_store(run)
     if name is None:
         return load()
@@ -159,10 +159,15 @@ def _model_for_index(run: Path, load: ModelLoader, engine: str | None) -> Search
         store.close()
     model = load()
     same = model.in_precision_of(stored)
-    if engine is not None and same.fingerprint != model.fingerprint and engine != "torch":
+    if settings.engine not in (None, "torch") and same.fingerprint != model.fingerprint:
         raise UserError(
-            f"the index of {run} was made with {same.name}, and --engine {engine} is another; leave --engine out, or "
-            f"delete {run / 'index'} and index again"
+            f"the index of {run} was made with {same.name}, and --engine {settings.engine} is another; leave --engine "
+            f"out, or delete {run / 'index'} and index again"
+        )
+    if settings.model is not None and stored not in ("", same.fingerprint):
+        raise UserError(
+            f"the index of {run} was made with another model than {settings.model}, or in bfloat16; an index of its "
+            f"own: clasp serve {settings.model} --pictures FOLDER"
         )
     return same
 

@@ -1,9 +1,8 @@
 """An exported model at work without torch: image files and strings to L2-normalised embeddings by onnxruntime.
 
 Input: a folder written by ``clasp export RUN --to onnx``. Output: embeddings ``[n E]`` as numpy arrays; a
-``SearchModel``. Note: of clasp only what ``data.decoding`` and ``data.caption_ids`` import is imported, and of other
-packages numpy, onnxruntime, tokenizers, Pillow and jaxtyping; images and captions are therefore preprocessed by the
-same code as in training.
+``SearchModel``. Note: of other packages numpy, onnxruntime, tokenizers, Pillow and jaxtyping are imported, no torch;
+images and captions are preprocessed by the same code as in training (``data.decoding``, ``data.caption_ids``).
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from clasp.data.decoding import (
     is_image_form,
     normalise_picture,
 )
+from clasp.data.formats.rows import require_unicode
 from clasp.errors import UserError
 
 MANIFEST_FILE = "clasp_onnx.json"
@@ -130,6 +130,7 @@ class OnnxModel:
         for place, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UserError(f"encode_text: text {place} is a {type(text).__name__}; it takes strings")
+            require_unicode(text, f"encode_text: text {place}")
         ids = self._caption_ids(texts)
         for text, row in zip(texts, ids, strict=True):
             if not row:

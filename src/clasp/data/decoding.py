@@ -1,10 +1,10 @@
 """Encoded images to resized RGB pictures: decode, turn upright, crop, resize; without torch.
 
-Input: the bytes of one image (or a path, or a Pillow image) and ``ResizeSettings``. Output: a square Pillow image.
-Every mode is converted to upright RGB on a background colour; an unreadable image raises ``ImageError``. Note: crop and
-resize are one ``resize`` call with a box, so no full-size copy is made, and a JPEG to be downscaled is decoded at
-reduced scale. Nothing here imports torch, so that an exported model runs where there is none
-(``clasp.convert.onnx_model``).
+Input: the bytes of one image (or a path, or a Pillow image) and ``ResizeSettings``. Output: a square Pillow image, or a
+smaller encoded copy of the image. Every mode is converted to upright RGB on a background colour; an unreadable image
+raises ``ImageError``. Note: crop and resize are one ``resize`` call with a box, so no full copy is made, and a JPEG
+to be downscaled is decoded at reduced scale. Nothing here imports torch, so that an exported model runs where there is
+none (``clasp.convert.onnx_model``).
 """
 
 from __future__ import annotations

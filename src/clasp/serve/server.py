@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,6 +109,19 @@ def run_workers(count: int, address: ServerAddress, work: Callable[..., None], g
             _stop(workers)
     if ended is not None:
         raise UserError(f"one of {count} processes ended by itself (exit code {ended.exitcode}), so the server stopped")
+
+
+def follow_first_process() -> None:
+    """In a process of ``run_workers``: end when the first one ends, however that ends, and leave Ctrl-C to it."""
+    first = multiprocessing.parent_process()
+    assert first is not None
+
+    def watch() -> None:
+        first.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, name="clasp-follow", daemon=True).start()
 
 
 def _stop(workers: list[Any]) -> None:

@@ -176,6 +176,10 @@ def test_errors_of_the_runner_are_one_line(exported: tuple[Path, ExportReport], 
     model = OnnxModel(exported[0])
     with pytest.raises(UserError, match="text 1 is a int"):
         model.encode_text(["a", 3])
+    with pytest.raises(UserError, match=r"text 0: the text .* is not valid Unicode"):
+        model.encode_text(["\ud800"])
+    with pytest.raises(UserError, match=r"none\.png: no such file"):
+        model.encode_image([tmp_path / "none.png"])
     with pytest.raises(UserError, match="takes a list of strings"):
         model.encode_text("a")
     with pytest.raises(UserError, match="image 0 is a float"):
