@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
+from clasp.errors import UserError
 
 
 @app.command()
@@ -41,7 +42,6 @@ def index(
     from clasp.commands.search import index_images
     from clasp.report.console import print_status, progress_bar, relative_path
     from clasp.search.parts import parse_part
-    from clasp.types import UserError
 
     if part is not None and merge is not None:
         raise UserError(f"--part {part} and --merge {merge}: one at a time; the last part merges by itself")
