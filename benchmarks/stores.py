@@ -3,7 +3,10 @@
 By hand: ``python -m benchmarks.stores --entries 200000 --width 256``; not a part of ``make bench``. Printed as JSON,
 with the machine. The vectors are synthetic: 2,000 clusters in a subspace of 48 dimensions, with noise in all, since
 uniformly random vectors have no near neighbours; queries are of the same distribution and not stored. Recall is counted
-against the exact search. FAISS (HNSW, M = 32, ef = 128, and the exact index) has no payload and no filter.
+against the exact search. FAISS (``faiss-cpu``: HNSW, M = 32, ef = 128, and the exact index) has no payload and no
+filter. Each engine is searched in a process of its own, which never had the vectors it was filled with: ``open_s`` is
+opening and the first answer, ``peak_mb`` its peak memory; those of FAISS include filling it. 2,000,000 entries need
+about 8 GB of disk, and 3 GB of memory for FAISS.
 """
 
 from __future__ import annotations
@@ -11,24 +14,26 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.harness import machine
-from clasp.search.edge_store import EdgeStore
+from clasp.search.edge_store import EdgeStore, has_edge_extra
 from clasp.search.engine import UpdatableStore
 from clasp.search.flat_store import FlatStore
 from clasp.search.metadata_filter import MetadataFilters, parse_filter
 
 CLUSTERS, DIMENSIONS, NOISE, K, CHUNK = 2_000, 48, 0.15, 10, 2_000
 FILTER = "year>=2018"  # one entry in five
+STORES: dict[str, Callable[[Path], UpdatableStore]] = {"flat": FlatStore, "edge": EdgeStore}
+VECTORS, QUERIES, TRUTHS = "vectors.npy", "queries.npy", "truths.npy"
 Search = Callable[[np.ndarray], list[str]]
 
 
@@ -41,6 +46,26 @@ def synthetic(count: int, width: int, seed: int) -> np.ndarray:
     values = (points.astype(np.float32) @ basis) / DIMENSIONS**0.5
     values += NOISE * chance.standard_normal((count, width), dtype=np.float32)
     return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def write_vectors(folder: Path, entries: int, width: int, queries: int) -> None:
+    """The vectors, the queries, and the rows of the ``K`` nearest to each, without and with the filter."""
+    made = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float32, (entries, width))
+    asked = synthetic(queries, width, 2)
+    best = np.full((2, queries, K), -np.inf, np.float32)
+    rows = np.zeros((2, queries, K), np.int64)
+    for start in range(0, entries, 50_000):
+        part = synthetic(min(50_000, entries - start), width, 1000 + start)
+        made[start : start + len(part)] = part
+        numbers = np.arange(start, start + len(part))
+        for kind, allowed in enumerate((numbers >= 0, numbers % 10 >= 8)):
+            scores = np.concatenate([best[kind], asked @ part[allowed].T], axis=1)
+            known = np.concatenate([rows[kind], np.broadcast_to(numbers[allowed], (queries, allowed.sum()))], axis=1)
+            nearest = np.argsort(-scores, axis=1, kind="stable")[:, :K]
+            best[kind], rows[kind] = (np.take_along_axis(each, nearest, axis=1) for each in (scores, known))
+    made.flush()
+    np.save(folder / QUERIES, asked)
+    np.save(folder / TRUTHS, rows)
 
 
 def metadata(number: int) -> dict[str, Any]:
@@ -58,74 +83,91 @@ def metadata(number: int) -> dict[str, Any]:
     }
 
 
-def fill(store: UpdatableStore, values: np.ndarray) -> float:
+def fill(name: str, folder: Path) -> float:
     """Add all vectors and close; seconds."""
+    values, store = np.load(folder / VECTORS, mmap_mode="r"), STORES[name](folder / name)
     began = time.perf_counter()
     for start in range(0, len(values), CHUNK):
         part = range(start, min(start + CHUNK, len(values)))
-        store.add([str(n) for n in part], torch.from_numpy(values[part.start : part.stop]), [*map(metadata, part)])
+        store.add([str(n) for n in part], values[part.start : part.stop], [*map(metadata, part)])
     store.close()
     return time.perf_counter() - began
 
 
-def measure(search: Search, queries: np.ndarray, truth: Sequence[Sequence[str]]) -> dict[str, float]:
+def measure(search: Search, queries: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """One query at a time, after ten to warm up."""
     for query in queries[:10]:
         search(query)
     seconds, recall = [], []
-    for query, expected in zip(queries, truth, strict=True):
+    for query, expected in zip(queries, truth.tolist(), strict=True):
         began = time.perf_counter()
         found = search(query)
         seconds.append(time.perf_counter() - began)
-        recall.append(len(set(found) & set(expected)) / max(1, len(expected)))
+        recall.append(len(set(found) & set(map(str, expected))) / len(expected))
     p50, p95 = np.quantile(seconds, (0.5, 0.95)) * 1e3
     return {"p50_ms": round(float(p50), 3), "p95_ms": round(float(p95), 3), "recall": round(float(np.mean(recall)), 4)}
 
 
-def exact(values: np.ndarray, queries: np.ndarray, allowed: np.ndarray) -> list[list[str]]:
-    """The ids of the nearest among the allowed rows."""
-    rows = np.flatnonzero(allowed)
-    return [[str(n) for n in rows[np.argsort(-(values[rows] @ query), kind="stable")[:K]]] for query in queries]
-
-
-def faiss_rows(values: np.ndarray, queries: np.ndarray, truth: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Both indexes of FAISS, in memory."""
-    if find_spec("faiss") is None:
-        return {"faiss": "not installed"}
-    import faiss  # type: ignore[import-not-found]
-
-    made = {"faiss flat": faiss.IndexFlatIP(values.shape[1])}
-    made["faiss hnsw"] = faiss.IndexHNSWFlat(values.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
-    made["faiss hnsw"].hnsw.efSearch = 128
-    rows = {}
-    for name, index in made.items():
-        began = time.perf_counter()
-        index.add(values)
-        filled = time.perf_counter() - began
-        found = measure(lambda query, index=index: [str(n) for n in index.search(query[None], K)[1][0]], queries, truth)
-        rows[name] = {**found, "fill_s": round(filled, 1)}
-    return rows
-
-
-def store_row(name: str, folder: Path, values: np.ndarray, queries: np.ndarray, truths: Sequence[Any]) -> dict:
-    """Fill, reopen, search without and with the filter."""
-    make: Callable[[Path], UpdatableStore] = {"flat": FlatStore, "edge": EdgeStore}[name]
-    filled = fill(make(folder), values)
+def measure_store(name: str, folder: Path, queries: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
+    """Open a filled store and search it without and with the filter."""
     began = time.perf_counter()
-    store = make(folder)
-    opened = time.perf_counter() - began
+    store = STORES[name](folder / name)
     where = MetadataFilters((parse_filter(FILTER),))
 
     def ask(query: np.ndarray, where: MetadataFilters | None = None) -> list[str]:
-        return [hit.id for hit in store.search(torch.from_numpy(query)[None], K, where)[0]]
+        return [hit.id for hit in store.search(query[None], K, where)[0]]
 
+    ask(queries[0])
+    opened = time.perf_counter() - began
     plain = measure(ask, queries, truths[0])
     filtered = measure(lambda query: ask(query, where), queries, truths[1])
     store.close()
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    facts = {"fill_s": round(filled, 1), "open_s": round(opened, 2), "disk_mb": size // 2**20, "peak_mb": round(peak)}
-    return {**plain, f"with {FILTER}": filtered, **facts}
+    size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
+    return {**plain, f"with {FILTER}": filtered, "open_s": round(opened, 2), "disk_mb": size // 2**20}
+
+
+def measure_faiss(name: str, folder: Path, queries: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
+    """Fill an index of FAISS in memory, and search it."""
+    import faiss  # type: ignore[import-not-found]
+
+    values = np.load(folder / VECTORS, mmap_mode="r")
+    if name == "faiss-flat":
+        index = faiss.IndexFlatIP(values.shape[1])
+    else:
+        index = faiss.IndexHNSWFlat(values.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efSearch = 128
+    began = time.perf_counter()
+    for start in range(0, len(values), CHUNK):
+        index.add(np.ascontiguousarray(values[start : start + CHUNK]))
+    filled = time.perf_counter() - began
+    found = measure(lambda query: [str(n) for n in index.search(query[None], K)[1][0]], queries, truths[0])
+    return {**found, "fill_s": round(filled, 1)}
+
+
+def measure_here(name: str, folder: Path) -> dict[str, Any]:
+    """The row of one engine, with the peak memory of this process."""
+    queries, truths = np.load(folder / QUERIES), np.load(folder / TRUTHS)
+    row = (measure_store if name in STORES else measure_faiss)(name, folder, queries, truths)
+    return {**row, "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+
+
+def in_a_process(*arguments: str) -> dict[str, Any]:
+    """``measure_here`` in a new process."""
+    command = [sys.executable, "-m", "benchmarks.stores", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def engine_row(name: str, folder: Path) -> dict[str, Any]:
+    """Fill if it is a store, then measure in a process of its own."""
+    missing = {"edge": not has_edge_extra(), "faiss-flat": find_spec("faiss") is None}
+    missing["faiss-hnsw"] = missing["faiss-flat"]
+    if missing.get(name):
+        return {"missing": "not installed"}
+    filled = {"fill_s": round(fill(name, folder), 1)} if name in STORES else {}
+    began = time.perf_counter()
+    row = in_a_process("--measure", name, "--folder", str(folder))
+    return {**row, **filled, "process_s": round(time.perf_counter() - began, 1)}
 
 
 def main() -> None:
@@ -133,17 +175,23 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=200_000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--engines", nargs="+", default=["flat", "edge", "faiss-flat", "faiss-hnsw"])
+    parser.add_argument("--folder", type=Path, help="where the vectors and stores are written; default: temporary")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    values, queries = synthetic(given.entries, given.width, 1), synthetic(given.queries, given.width, 2)
-    years = np.arange(given.entries) % 10 >= 8
-    truths = [exact(values, queries, allowed) for allowed in (np.ones(given.entries, bool), years)]
-    rows: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("flat", "edge"):
-            rows[name] = store_row(name, Path(folder) / name, values, queries, truths)
+    if given.measure:
+        return print(json.dumps(measure_here(given.measure, given.folder)))
+    from benchmarks.harness import machine  # here, since it imports torch
+
+    with tempfile.TemporaryDirectory(dir=given.folder) as made:
+        folder = Path(made)
+        write_vectors(folder, given.entries, given.width, given.queries)
+        rows = {}
+        for name in given.engines:
+            rows[name] = engine_row(name, folder)
             print(name, json.dumps(rows[name]), flush=True)
-    rows |= faiss_rows(values, queries, truths[0])
-    print(json.dumps({"machine": machine(), **vars(given), "k": K, "rows": rows}, indent=1))
+    about = {"entries": given.entries, "width": given.width, "queries": given.queries, "k": K}
+    print(json.dumps({"machine": machine(), **about, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ ROOMS = {
     "models": "tower, dual_encoder, heads, tuning/, sharing/, transformer/, zoo/, features",
     "data": "pairs, formats/, images, tokenizer, loader, feature_cache/, checks, samples/",
     "errors": "UserError, without the import of torch",
-    "types": "Pair, Batch, shape legend; protocols Encoder, Loss, Evaluator, Tracker, Store",
+    "plain_types": "Pair, Hit; protocols SearchModel, Store: what is imported where there is no torch",
+    "types": "Batch, shape legend; protocols Encoder, Loss, Evaluator, Tracker; the names of plain_types",
 }
 _GROUPS = {  # fill and stroke by what a floor is for
     "#eef2ff #6366f1": ("cli", "commands"),
@@ -38,7 +39,7 @@ _GROUPS = {  # fill and stroke by what a floor is for
     "#fffbeb #d97706": ("config",),
     "#ecfdf5 #059669": ("training", "search", "analysis"),
     "#eff6ff #2563eb": ("models", "data"),
-    "#f8fafc #64748b": ("types", "errors"),
+    "#f8fafc #64748b": ("types", "plain_types", "errors"),
 }
 
 

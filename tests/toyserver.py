@@ -58,24 +58,23 @@ class ToyIndex:
     def open(self) -> OpenedIndex:
         """The index, with a background of the six colours whose threshold lies between there and not there."""
         engine = SearchEngine(self.model, FlatStore(self.folder / "index"))
-        captions = self.model.encode_text(list(COLOURS))
+        captions = self.model.encode_text(list(COLOURS)).numpy()
         facts = BackgroundFacts(self.model.fingerprint, len(self.pairs), 1.05, 0.2, 0.99999)
         return OpenedIndex(
             engine, Background(captions, facts, tuple(BackgroundCaption(name, name) for name in COLOURS))
         )
 
-    def refreshed(self, opened: OpenedIndex) -> OpenedIndex:
-        return opened
+    def refreshed(self, opened: OpenedIndex, store: UpdatableStore) -> OpenedIndex:
+        return opened._replace(engine=opened.engine.over(store))
 
     @contextmanager
     def writer(self, opened: UpdatableStore) -> Iterator[UpdatableStore]:
-        store = FlatStore(self.folder / "index")
-        store.claim(opened.model, opened.model_name)
+        assert isinstance(opened, FlatStore)
+        store = opened.fork()
         try:
             yield store
         finally:
-            store.close()
-        self.version += 1
+            store.release()
 
 
 def toy_service(folder: Path, limits: ServeLimits = LIMITS) -> SearchService:

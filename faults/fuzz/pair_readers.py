@@ -117,7 +117,7 @@ def _open_index(folder: Path) -> _Read:
     write_folder(toys(5), folder / "pairs")
     cache = folder / "cache"
     open_pairs(folder / "pairs", cache=cache)
-    (index,) = cache.glob("index-*.npz")
+    (index,) = cache.glob("index-*.arrow")
     seed, wanted = index.read_bytes(), [pair.id for pair in open_pairs(folder / "pairs")]
 
     def read(chance: random.Random, scratch: Path) -> str:

@@ -1,6 +1,7 @@
 """Shared data types and protocols: pairs, batches, embeddings, encoders, losses, evaluators, trackers and stores.
 
-Everything here is data or a protocol; there is no behaviour and nothing is imported from the rest of clasp.
+Everything here is data or a protocol; there is no behaviour. Note: those without tensors are defined in
+``clasp.plain_types``, which is imported where there is no torch, and have their names here too.
 
 Shape letters of the project:
 ``B`` pairs in a batch · ``U`` distinct captions among them · ``N`` tokens · ``D`` width of a tower ·
@@ -9,69 +10,29 @@ Shape letters of the project:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clasp.errors import UserError as UserError
+from clasp.plain_types import Caption as Caption
+from clasp.plain_types import Hit as Hit
+from clasp.plain_types import ImageSource as ImageSource
+from clasp.plain_types import MessageCallback as MessageCallback
+from clasp.plain_types import Pair as Pair
+from clasp.plain_types import ProgressCallback as ProgressCallback
+from clasp.plain_types import ProgressFactory as ProgressFactory
+from clasp.plain_types import SearchModel as SearchModel
+from clasp.plain_types import SkippedSample as SkippedSample
+from clasp.plain_types import Store as Store
+from clasp.plain_types import UserError as UserError
+from clasp.plain_types import no_progress as no_progress
+from clasp.plain_types import no_progress_bar as no_progress_bar
 
 Modality = Literal["image", "text"]
-MessageCallback = Callable[[str], None]
-"""Called with a line to show to the user"""
-ProgressCallback = Callable[[int, int], None]
-"""Called with the number of items done and the total"""
-ProgressFactory = Callable[[str], AbstractContextManager[ProgressCallback]]
-"""Opens a progress bar with the given title"""
-
-
-# --- pairs ---------------------------------------------------------------------------------------------------------
-
-
-class Caption(NamedTuple):
-    """One caption and the language it is in (a BCP 47 tag such as ``sw``; empty when unknown)."""
-
-    text: str
-    language: str = ""
-
-
-@runtime_checkable
-class ImageSource(Protocol):
-    """Where the bytes of one image are: a file, a byte range of a tar, a cell of a table."""
-
-    @property
-    def name(self) -> str:
-        """The name shown to the user: a path, or ``shard.tar::member.jpg``."""
-        ...
-
-    @property
-    def version(self) -> str:
-        """Changes when the bytes may have changed (size and modification time of the file, offset in the tar)."""
-        ...
-
-    def read(self) -> bytes:
-        """The encoded image."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One image and its captions.
-
-    ``id`` is stable: it does not depend on the order of reading and is that of the search hit.
-    Pairs of one ``group`` depict the same thing (by default a pair is its own group): they are never each
-    other's negatives, and a validation split never separates them.
-    """
-
-    id: str
-    image: ImageSource
-    captions: tuple[Caption, ...]
-    group: str
-    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 # --- batches -------------------------------------------------------------------------------------------------------
@@ -120,13 +81,6 @@ class PooledFeatures:
 
 ImageInput = Pixels | HiddenStates | PooledFeatures
 TextInput = Tokens | HiddenStates | PooledFeatures
-
-
-class SkippedSample(NamedTuple):
-    """A sample that could not be read, and why."""
-
-    id: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,37 +207,3 @@ class Tracker(Protocol):
     def finish(self, results: Sequence[Mapping[str, Any]]) -> None:
         """Records the final results, as in ``results.jsonl``, and ends the record; none after an interruption."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One search result; ``score`` is a cosine similarity."""
-
-    id: str
-    score: float
-    meta: Mapping[str, Any]
-
-
-@runtime_checkable
-class Store(Protocol):
-    """A vector store: vectors with ids and metadata, independent of any model."""
-
-    def add(self, ids: Sequence[str], vectors: Float[Tensor, "n E"], meta: Sequence[Mapping[str, Any]]) -> None: ...
-
-    def delete(self, ids: Iterable[str]) -> int: ...
-
-    def search(
-        self,
-        queries: Float[Tensor, "q E"],
-        k: int,
-        where: Callable[[Mapping[str, Any]], bool] | None = None,
-    ) -> list[list[Hit]]: ...
-
-    def count(self) -> int: ...
-
-    def close(self) -> None: ...
-
-
-def no_progress_bar(title: str) -> AbstractContextManager[ProgressCallback]:
-    """A ``ProgressFactory`` that shows nothing."""
-    return nullcontext(lambda done, total: None)

@@ -108,7 +108,7 @@ def test_an_interrupted_copy_is_repeated_and_strange_entries_are_refused(tmp_pat
     names = [f"{number}.png" for number in range(1200)]
     source = FlatStore(tmp_path / "index")
     source.claim(model().fingerprint, "colours")
-    vectors = model().encode_text(["a red", "a blue"]).repeat(600, 1)
+    vectors = model().encode_text(["a red", "a blue"]).numpy().repeat(600, axis=0)
     source.add(names, vectors, [{"number": number} for number in range(1200)])
     target = open_store(tmp_path, "edge")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from clasp.models.backbone import ImageTowerSettings
-from clasp.models.classifier import Classifier, Concept, class_pairs, classifier_columns, single_class_concepts
+from clasp.models.classifier import Classifier, class_pairs, classifier_columns
+from clasp.models.concepts import Concept, single_class_concepts
 from clasp.models.tower import Tower
 from clasp.models.zoo.imagenet import (
     MOST_CLASSES,

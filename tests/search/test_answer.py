@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query
 from clasp.search.background import Background, BackgroundCaption, BackgroundFacts, measure_background, read_background
@@ -22,39 +20,45 @@ from toysearch import model
 WIDTH, IMAGES = 24, 300
 
 
+def random_units(chance: np.random.Generator, *shape: int) -> np.ndarray:
+    rows = chance.standard_normal(shape, np.float32)
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
 def world(folder: Path) -> tuple[SearchEngine, Background]:
     """300 random images, the first ten of which repeat the eleventh; 200 captions of nothing."""
     store = FlatStore(folder / "index")
     engine = SearchEngine(model(), store)
-    images = F.normalize(torch.randn(IMAGES, WIDTH), dim=1)
+    chance = np.random.default_rng(0)
+    images = random_units(chance, IMAGES, WIDTH)
     images[:10] = images[10]
     meta = [
         {"name": f"/p/{'a' if n % 2 else 'b'}/{n}.png", "sha256": str(n), "captions": [], "languages": [], "meta": {}}
         for n in range(IMAGES)
     ]
     store.add([str(n) for n in range(IMAGES)], images, meta)
-    captions = F.normalize(torch.randn(200, WIDTH), dim=1)
+    captions = random_units(chance, 200, WIDTH)
     names = [BackgroundCaption(f"caption {n}", f"caption {n}") for n in range(200)]
     return engine, measure_background(names, captions, store, engine.stored_vectors, engine.model.fingerprint, 0.999)
 
 
-def ask(engine: SearchEngine, background: Background, vector: Tensor, part: RankingPart) -> SearchAnswer:
+def ask(engine: SearchEngine, background: Background, vector: np.ndarray, part: RankingPart) -> SearchAnswer:
     query = SearchQuery((WeightedText("a red"),))
-    row = F.normalize(vector, dim=-1)[None]
+    row = (vector / np.linalg.norm(vector))[None]
     return answer_query(engine, background, query, part, encode_texts=lambda texts: row, encode_images=lambda i: row)
 
 
 def test_what_is_there_is_close_and_what_is_not_is_not(tmp_path: Path):
-    engine, background = world(tmp_path)
+    (engine, background), chance = world(tmp_path), np.random.default_rng(1)
     there, absent = 0, 0
     for place in range(50, 100):
         image = engine.stored_vectors([str(place)])[0]
-        answer = ask(engine, background, image + 0.3 * F.normalize(torch.randn(WIDTH), dim=0), RankingPart(5))
+        answer = ask(engine, background, image + 0.3 * random_units(chance, WIDTH), RankingPart(5))
         there += bool(answer.close_count)
         assert answer.hits[0].close or answer.close_count != 1
-        absent += bool(ask(engine, background, torch.randn(WIDTH), RankingPart(5)).close_count)
+        absent += bool(ask(engine, background, random_units(chance, WIDTH), RankingPart(5)).close_count)
     assert there >= 45 and absent <= 15
-    far = ask(engine, background, torch.randn(WIDTH), RankingPart(5))
+    far = ask(engine, background, random_units(chance, WIDTH), RankingPart(5))
     assert far.p_value is not None and 0 < far.p_value <= 1
     assert len(far.hits) == 5, "hits are shown all the same"
     none = dataclasses.replace(far, close_count=0)
@@ -66,7 +70,7 @@ def test_what_is_there_is_close_and_what_is_not_is_not(tmp_path: Path):
 
 def test_parts_of_a_ranking_are_the_whole(tmp_path: Path):
     engine, background = world(tmp_path)
-    query = torch.randn(WIDTH)
+    query = random_units(np.random.default_rng(1), WIDTH)
     whole = ask(engine, background, query, RankingPart(100))
     parts = [ask(engine, background, query, RankingPart(7, start)) for start in range(0, 91, 7)]
     assert [hit.hit.id for part in parts for hit in part.hits] == [hit.hit.id for hit in whole.hits[:91]]
@@ -93,22 +97,22 @@ def test_images_have_no_calibrated_score(tmp_path: Path):
 def test_why_an_image_is_a_hit(tmp_path: Path):
     engine, background = world(tmp_path)
     image = engine.stored_vectors(["20"])
-    rows = F.normalize(torch.cat([image + 0.1, torch.randn(1, WIDTH)]), dim=1)
+    rows = np.concatenate([image + 0.1, random_units(np.random.default_rng(1), 1, WIDTH)])
     query = SearchQuery((WeightedText("x"), WeightedText("y", -0.35)), like=("20", "21"), unlike=("22",))
     why = explain_hit(
         image, background, query, 3, encode_texts=lambda texts: rows, stored_vectors=engine.stored_vectors
     )
     cosines = background.vectors @ image[0]
-    best = cosines.argsort(descending=True)[:3].tolist()
+    best = np.argsort(-cosines)[:3].tolist()
     assert [each.caption.text for each in why.captions] == [f"caption {place}" for place in best]
     assert [each.score for each in why.captions] == pytest.approx(cosines[best].tolist())
-    expected = ((cosines[best] - cosines.mean()) / cosines.std()).tolist()
+    expected = ((cosines[best] - cosines.mean()) / cosines.std(ddof=1)).tolist()
     assert [each.z for each in why.captions] == pytest.approx(expected, abs=1e-4)
     assert [(part.kind, part.value, part.weight) for part in why.parts] == [
         ("text", "x", 1.0), ("text", "y", -0.35), ("like", "20", 0.375), ("like", "21", 0.375), ("unlike", "22", -0.15)
     ]  # fmt: skip
     assert why.parts[0].score == pytest.approx(float(rows[0] @ image[0])) and why.parts[2].score == pytest.approx(1)
-    assert why.parts[0].z == pytest.approx(float((rows[0] @ image[0] - cosines.mean()) / cosines.std()), abs=1e-4)
+    assert why.parts[0].z == pytest.approx(float((rows[0] @ image[0] - cosines.mean()) / cosines.std(ddof=1)), abs=1e-4)
     assert why.parts[2].z is None
     bare = explain_hit(
         image, background, None, 5, encode_texts=lambda texts: rows, stored_vectors=engine.stored_vectors
@@ -119,13 +123,13 @@ def test_why_an_image_is_a_hit(tmp_path: Path):
 def test_a_background_is_saved_and_damage_is_no_error(tmp_path: Path):
     facts = BackgroundFacts("m", 3, 1.0, 0.5, 0.9)
     made, path = (
-        Background(torch.randn(4, 3), facts, tuple(map(BackgroundCaption, "abcd", "wxyz"))),
+        Background(np.eye(4, 3, dtype=np.float32), facts, tuple(map(BackgroundCaption, "abcd", "wxyz"))),
         tmp_path / "background.safetensors",
     )
     assert read_background(path, "m") is None
     made.save(path)
     read = read_background(path, "m")
-    assert read is not None and read.facts == facts and torch.equal(read.vectors, made.vectors)
+    assert read is not None and read.facts == facts and np.array_equal(read.vectors, made.vectors)
     assert read.captions == made.captions
     assert read_background(path, "other") is None
     for damage in (b"", b"\xff" * 50, path.read_bytes()[:-3]):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from clasp.search.metadata_filter import MetadataFilter, all_of, check_fields, known_fields, parse_filter
 from clasp.search.near_duplicates import duplicate_threshold, fold_near_duplicates
@@ -17,8 +16,8 @@ from clasp.types import Hit, UserError
 AXES = {"x": [1.0, 0, 0], "y": [0, 1.0, 0], "z": [0, 0, 1.0]}
 
 
-def look_up(names: Sequence[str]) -> Tensor:
-    return torch.tensor([AXES[name] for name in names])
+def look_up(names: Sequence[str]) -> np.ndarray:
+    return np.array([AXES[name] for name in names], np.float32)
 
 
 def vector(query: SearchQuery) -> list[float]:
@@ -151,18 +150,18 @@ def hit(name: str, sha256: str) -> Hit:
 
 def test_near_duplicates_join_the_best_of_them():
     hits = [hit("a", "1"), hit("b", "2"), hit("c", "1"), hit("d", "3")]
-    vectors = torch.tensor([[1.0, 0], [0, 1.0], [1.0, 0], [math.sin(0.1), math.cos(0.1)]])
+    vectors = np.array([[1.0, 0], [0, 1.0], [1.0, 0], [math.sin(0.1), math.cos(0.1)]])
     groups = fold_near_duplicates(hits, vectors, 0.99)
     assert [[each.id for each in (group.hit, *group.duplicates)] for group in groups] == [["a", "c"], ["b", "d"]]
     strict = fold_near_duplicates(hits, vectors, 1.0)
     assert [len(group.duplicates) for group in strict] == [1, 0, 0]
-    assert fold_near_duplicates([], torch.empty(0, 2), 0.9) == []
+    assert fold_near_duplicates([], np.empty((0, 2)), 0.9) == []
 
 
 def test_nine_copies_in_ten_reach_the_threshold():
-    angles = torch.linspace(0, 0.5, 11)
-    originals = torch.tensor([[1.0, 0]]).repeat(11, 1)
-    copies = torch.stack([angles.cos(), angles.sin()], dim=1)
+    angles = np.linspace(0, 0.5, 11)
+    originals = np.array([[1.0, 0]] * 11)
+    copies = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     threshold = duplicate_threshold(originals, copies)
     assert threshold == pytest.approx(math.cos(0.45), abs=1e-6)
     assert duplicate_threshold(originals[:0], copies[:0]) == 1.0

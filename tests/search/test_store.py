@@ -14,15 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from clasp.search import flat_store
 from clasp.search.flat_store import FlatStore
 from clasp.types import Hit, Store, UserError
 
 
-def vectors(*rows: tuple[float, ...]) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.float32)
+def vectors(*rows: tuple[float, ...]) -> np.ndarray:
+    return np.array(rows, np.float32)
 
 
 def few(folder: Path) -> FlatStore:
@@ -39,9 +38,11 @@ def found(store: FlatStore, *query: float, k: int = 10) -> list[tuple[str, float
 def obvious(ids, rows, meta, query, k, where=lambda meta: True) -> list[tuple[str, float]]:
     """Every cosine by itself, then one sort."""
     scored = []
-    for name, row, about in zip(ids, rows.double(), meta, strict=True):
+    for name, row, about in zip(ids, rows.astype(np.float64), meta, strict=True):
         if where(about):
-            cosine = sum((row * query.double()).tolist()) / (float(row.norm()) * float(query.norm()))
+            cosine = sum((row * query.astype(np.float64)).tolist()) / (
+                float(np.linalg.norm(row)) * float(np.linalg.norm(query))
+            )
             scored.append((name, cosine))
     return sorted(scored, key=lambda pair: (-pair[1], pair[0]))[:k]
 
@@ -65,8 +66,8 @@ def test_nearest_by_cosine_with_metadata(tmp_path: Path):
 @pytest.mark.parametrize("kinds", [3, 10_000])  # of 3 kinds nearly all are ties
 def test_as_the_obvious_search(tmp_path: Path, kinds: int):
     chance = np.random.default_rng(kinds)
-    rows = torch.from_numpy(chance.standard_normal((kinds, 4), np.float32)[chance.integers(0, kinds, 600)])
-    rows = rows * 2.0 ** torch.from_numpy(chance.integers(-3, 4, (600, 1)))  # a length that no cosine sees
+    rows = chance.standard_normal((kinds, 4), np.float32)[chance.integers(0, kinds, 600)]
+    rows = rows * np.float32(2) ** chance.integers(-3, 4, (600, 1)).astype(np.float32)  # a length that no cosine sees
     ids = [f"{number:x}" for number in chance.permutation(600)]
     meta = [{"n": int(number)} for number in chance.integers(0, 5, 600)]
     store = FlatStore(tmp_path / "store")
@@ -77,7 +78,7 @@ def test_as_the_obvious_search(tmp_path: Path, kinds: int):
     assert store.delete(gone) == len(gone)
     left = [number for number in range(600) if ids[number] not in gone]
     ids, rows, meta = [ids[n] for n in left], rows[left], [meta[n] for n in left]
-    queries = torch.from_numpy(chance.standard_normal((5, 4), np.float32))
+    queries = chance.standard_normal((5, 4), np.float32)
     for where in (lambda meta: True, lambda meta: meta["n"] == 3):
         for k in (1, 10, 100, 1000):
             for query, hits in zip(queries, store.search(queries, k, where), strict=True):
@@ -88,7 +89,7 @@ def test_as_the_obvious_search(tmp_path: Path, kinds: int):
 
 def test_many_queries_are_answered_as_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store = FlatStore(tmp_path / "store")
-    rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    rows = np.random.default_rng(0).standard_normal((50, 8), np.float32)
     store.add([str(number) for number in range(50)], rows, [{}] * 50)
     together = store.search(rows[:7], 5)
     monkeypatch.setattr("clasp.search.flat_store._SCORES_AT_ONCE", 100)  # two queries at a time
@@ -99,20 +100,20 @@ def test_many_queries_are_answered_as_one_by_one(tmp_path: Path, monkeypatch: py
 
 def test_equal_vectors_come_in_the_order_of_their_ids_wherever_they_stand(tmp_path: Path):
     # a collapsed model: 5000 equal vectors among which a BLAS product tells apart by the last bit
-    generator = torch.Generator().manual_seed(1)
-    one = torch.randn(1, 67, generator=generator)
-    ids = [f"{number:04}" for number in torch.randperm(5000, generator=generator).tolist()]
+    chance = np.random.default_rng(1)
+    one = chance.standard_normal((1, 67), np.float32)
+    ids = [f"{number:04}" for number in chance.permutation(5000)]
     store = FlatStore(tmp_path / "store")
-    store.add(ids, one.expand(5000, 67), [{}] * 5000)
-    hits = store.search(torch.randn(1, 67, generator=generator), 20)[0]
+    store.add(ids, one.repeat(5000, axis=0), [{}] * 5000)
+    hits = store.search(chance.standard_normal((1, 67), np.float32), 20)[0]
     assert [hit.id for hit in hits] == [f"{number:04}" for number in range(20)]
     assert len({hit.score for hit in hits}) == 1
 
 
 def test_the_filter_is_asked_of_the_best_only(tmp_path: Path):
     store = FlatStore(tmp_path / "store")
-    angles = torch.linspace(0, 1.5, 2000)
-    rows = torch.stack([angles.cos(), angles.sin()], dim=1)
+    angles = np.linspace(0, 1.5, 2000, dtype=np.float32)
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     store.add([str(number) for number in range(2000)], rows, [{"n": number} for number in range(2000)])
     asked = []
     hits = store.search(vectors((1, 0)), 3, lambda meta: asked.append(meta["n"]) or meta["n"] % 2 == 1)[0]
@@ -131,7 +132,7 @@ def test_no_hits_and_more_than_there_are(tmp_path: Path):
     store = few(tmp_path / "store")
     assert store.search(vectors((1, 0), (0, 1)), 0) == [[], []]
     assert len(store.search(vectors((1, 0)), 1000)[0]) == 3
-    assert store.search(torch.empty(0, 2), 5) == []
+    assert store.search(np.empty((0, 2), np.float32), 5) == []
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
@@ -151,10 +152,32 @@ def test_adding_replaces_and_deleting_forgets_and_both_last(tmp_path: Path, tidy
         assert found(opened, 0, 1) == [("both", 0.7071), ("east", 0.0), ("south", -1.0)]
         assert found(opened, -1, 0)[0] == ("east", 1.0)
         assert dict(opened.scan()) == {"east": {"n": 4}, "south": {"n": 5}, "both": {"n": 3}}
-        assert torch.equal(opened.vectors(["south", "east"]), vectors((0, -1), (-1, 0)))
+        assert np.array_equal(opened.vectors(["south", "east"]), vectors((0, -1), (-1, 0)))
     again = FlatStore(tmp_path / "store") if tidy == "closed" else store
     again.add(["north"], vectors((0, 1)), [{"n": 2}])
     assert FlatStore(tmp_path / "store").count() == 4
+
+
+def test_a_small_change_of_a_large_store_is_not_compacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("clasp.search.flat_store._FEW_DEAD_ROWS", 1)
+    few(tmp_path / "store").close()
+    read = FlatStore(tmp_path / "store")
+    other = FlatStore(tmp_path / "store")
+    other.add(["west"], vectors((-1, 0)), [{"n": 4}])
+    other.close()
+    first = read.fork()
+    assert first.delete(["both"]) == 1  # what another process has added since it was read is not lost
+    first.release()
+    before = size(tmp_path / "store")
+    assert read.count() == 3 and len(found(read, 1, 1)) == 3, "what is being searched stays"
+    second = first.fork()
+    second.delete(["north"])
+    second.release()
+    for opened in (second, FlatStore(tmp_path / "store")):
+        assert found(opened, 1, 0) == [("east", 1.0), ("west", -1.0)]
+    assert found(first, 1, 0) == [("east", 1.0), ("north", 0.0), ("west", -1.0)]
+    assert size(tmp_path / "store") < before, "two dead rows of four are many here"
+    assert FlatStore(tmp_path / "store").delete(["west"]) == 1  # nobody holds the lock
 
 
 def test_of_one_id_given_twice_the_last_holds(tmp_path: Path):
@@ -191,7 +214,7 @@ def test_ids_and_metadata_of_any_kind_come_back(tmp_path: Path):
     ids = ["", 'a "quoted"\\ id', "two\nlines\u2028", "ድመት 🐈", "bad\udcff.jpg", '", "deleted": true}']
     meta = [{"text": name, "deep": [1, None, {"x": 1.5}]} for name in ids]
     store = FlatStore(tmp_path / "store")
-    store.add(ids, torch.eye(6), meta)
+    store.add(ids, np.eye(6, dtype=np.float32), meta)
     store.close()
     assert list(FlatStore(tmp_path / "store").scan()) == list(zip(ids, meta, strict=True))
 
@@ -264,12 +287,12 @@ def test_a_kill_at_any_point_leaves_the_store_before_or_after(tmp_path: Path, mo
 
 def test_a_real_kill_while_adding(tmp_path: Path):
     script = f"""
-import torch
+import numpy as np
 from clasp.search import flat_store
 from clasp.search.flat_store import FlatStore
 store = FlatStore({str(tmp_path / "store")!r})
 for number in range(100_000):
-    store.add([f"{{number}}-{{n}}" for n in range(20)], torch.randn(20, 16), [{{"n": number}}] * 20)
+    store.add([f"{{number}}-{{n}}" for n in range(20)], np.ones((20, 16), np.float32), [{{"n": number}}] * 20)
     print(number, flush=True)
 """
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -283,7 +306,7 @@ for number in range(100_000):
     store = FlatStore(tmp_path / "store")
     assert store.count() % 20 == 0
     assert store.count() >= 20 * (max(said, default=10) + 1)
-    store.add(["more"], torch.ones(1, 16), [{}])
+    store.add(["more"], np.ones((1, 16), np.float32), [{}])
 
 
 def test_what_a_kill_left_behind_is_cut_off(tmp_path: Path):
@@ -316,7 +339,7 @@ def test_a_write_the_disk_refuses_half_way_leaves_no_trace(tmp_path: Path):
     store = few(tmp_path / "store")
     before = size(tmp_path / "store")
     with files_of_at_most(1000), pytest.raises(UserError, match=r"cannot write 500 entries: .*unchanged"):
-        store.add([str(number) for number in range(500)], torch.ones(500, 2), [{}] * 500)
+        store.add([str(number) for number in range(500)], np.ones((500, 2), np.float32), [{}] * 500)
     assert size(tmp_path / "store") == before
     assert found(store, 1, 0) == found(FlatStore(tmp_path / "store"), 1, 0)
     store.add(["west"], vectors((-1, 0)), [{}])

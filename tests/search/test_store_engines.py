@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from clasp.search.edge_store import EdgeStore
 from clasp.search.engine import UpdatableStore
@@ -27,8 +26,8 @@ Opener = Callable[[Path], UpdatableStore]
 every_engine = pytest.mark.parametrize("open_store", engine_parameters())
 
 
-def rows(*values: tuple[float, ...]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32)
+def rows(*values: tuple[float, ...]) -> np.ndarray:
+    return np.array(values, np.float32)
 
 
 def few(store: UpdatableStore) -> UpdatableStore:
@@ -74,7 +73,7 @@ CONDITIONS = [
 @every_engine
 def test_as_the_obvious_search_with_every_filter(tmp_path: Path, open_store: Opener):
     chance = np.random.default_rng(0)
-    vectors = torch.from_numpy(chance.standard_normal((300, 8), np.float32))
+    vectors = chance.standard_normal((300, 8), np.float32)
     vectors[250:] = vectors[:50]  # ties
     ids = [f"{number:x}" for number in chance.permutation(300)]
     meta = [entry(number, chance) for number in range(300)]
@@ -85,17 +84,17 @@ def test_as_the_obvious_search_with_every_filter(tmp_path: Path, open_store: Ope
     assert store.delete([*gone, "never stored"]) == len(gone)
     left = [number for number in range(300) if ids[number] not in gone]
     query = chance.standard_normal(8)
-    cosines = vectors.double().numpy() @ query / np.linalg.norm(vectors.double().numpy(), axis=1)
+    cosines = vectors.astype(np.float64) @ query / np.linalg.norm(vectors.astype(np.float64), axis=1)
     cosines /= np.linalg.norm(query)
     for condition in (None, *CONDITIONS):
         where = None if condition is None else MetadataFilters((parse_filter(condition),))
         passing = [number for number in left if where is None or where(meta[number])]
         expected = sorted(passing, key=lambda number: (-round(cosines[number], 9), ids[number]))
         for k in (1, 10, 400):
-            hits = store.search(torch.from_numpy(query)[None], k, where)[0]
+            hits = store.search(query[None], k, where)[0]
             assert [hit.id for hit in hits] == [ids[number] for number in expected[:k]], condition
             assert [hit.score for hit in hits] == pytest.approx([cosines[n] for n in expected[:k]], abs=1e-6)
-    odd = store.search(torch.from_numpy(query)[None], 5, lambda about: about["meta"]["year"] % 2 == 1)[0]
+    odd = store.search(query[None], 5, lambda about: about["meta"]["year"] % 2 == 1)[0]
     assert len(odd) == 5 and all(hit.meta["meta"]["year"] % 2 for hit in odd)
     store.close()
 
@@ -133,8 +132,8 @@ def test_many_queries_equal_vectors_and_replacement(tmp_path: Path, open_store: 
     for read in (store.vectors, store.metadata):
         with pytest.raises(KeyError, match="nowhere"):
             read(["east", "nowhere"])
-    equal = [f"{number:03}" for number in torch.randperm(300, generator=torch.Generator().manual_seed(1)).tolist()]
-    store.add(equal, rows((-1, -1)).expand(300, 2), [{}] * 300)
+    equal = [f"{number:03}" for number in np.random.default_rng(1).permutation(300)]
+    store.add(equal, rows((-1, -1)).repeat(300, axis=0), [{}] * 300)
     assert [name for name, _ in found(store, -1, -1, k=20)] == [f"{number:03}" for number in range(20)]
     store.close()
 
@@ -196,12 +195,12 @@ WRITER = """
 import sys, warnings
 from importlib.util import find_spec
 from pathlib import Path
-import torch
+import numpy as np
 warnings.simplefilter("ignore")
 from toystores import ENGINES
 store = ENGINES[sys.argv[1]](Path(sys.argv[2]))
 for number in range(100_000):
-    store.add([f"{number}-{n}" for n in range(20)], torch.randn(20, 16), [{"number": number}] * 20)
+    store.add([f"{number}-{n}" for n in range(20)], np.ones((20, 16), np.float32), [{"number": number}] * 20)
     print("+", number, flush=True)
     store.delete([f"{number}-{n}" for n in range(10)])
     print("-", number, flush=True)
@@ -228,7 +227,7 @@ def test_a_kill_loses_nothing_acknowledged(tmp_path: Path, open_store: Opener, r
     for number in added:
         assert set(range(10, 20)) <= {n for n in range(20) if f"{number}-{n}" in ids}
     assert not [f"{number}-{n}" for number in deleted for n in range(10) if f"{number}-{n}" in ids]
-    store.add(["more"], torch.ones(1, 16), [{}])  # and it can be gone on with
+    store.add(["more"], np.ones((1, 16), np.float32), [{}])  # and it can be gone on with
     store.close()
 
 

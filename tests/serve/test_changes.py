@@ -113,6 +113,19 @@ def test_the_last_entry_can_be_deleted(server: Server):
     assert len(server.api.get("/api/search", params={"q": "red"}).json()["hits"]) == 1
 
 
+def test_a_change_neither_reads_nor_copies_the_whole_index(server: Server, monkeypatch: pytest.MonkeyPatch):
+    gone = next(iter(server.stored()))
+    with monkeypatch.context() as patch:
+        for name in ("_load", "_compact"):
+            patch.setattr(FlatStore, name, lambda store: pytest.fail("the whole index is read or copied"))
+        assert server.api.delete("/api/image", params={"id": gone}).status_code == 200
+        assert server.api.post("/api/images", files=images(("a.png", PURPLE))).status_code == 201
+        hits = server.api.get("/api/search", params={"q": "red", "k": 100}).json()["hits"]
+        ids = {each["id"] for hit in hits for each in (hit, *hit["duplicates"])}
+        assert gone not in ids and len(ids) == 53
+    assert gone not in server.stored() and len(server.stored()) == 53
+
+
 def test_another_writer_locks_it_out(server: Server):
     held = FlatStore(server.folder / "index")
     held._begin_write()

@@ -126,7 +126,7 @@ SERVER = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = {path!r}
-from clasp.serve.server import bind_address, run_server
+from clasp.serve.server import bind_address, recorded_server, run_server
 from toyserver import KEY, toy_app, toy_service
 service = toy_service(Path({folder!r}) / "x")
 queue, encode = service._queue, service._queue._model.encode_text
@@ -134,7 +134,9 @@ def slow(*given, **options):
     time.sleep(0.7)
     return encode(*given, **options)
 service._queue._model.encode_text = slow
-run_server(toy_app(service), bind_address("127.0.0.1", 0, ""), Path({folder!r}), KEY, print)
+address = bind_address("127.0.0.1", 0, "")
+with recorded_server(Path({folder!r}), address, KEY, print):
+    run_server(toy_app(service), address.socket)
 service.close()
 print("closed")
 """

@@ -12,7 +12,8 @@ from torch import Tensor
 from clasp.commands import fit_run
 from clasp.config.build import load
 from clasp.config.recipe import Recipe
-from clasp.models.classifier import Classifier, class_pairs, single_class_concepts
+from clasp.models.classifier import Classifier, class_pairs
+from clasp.models.concepts import single_class_concepts
 from clasp.models.standardize import FeatureLayout, Standardize
 from clasp.training.class_pairs import ClassPairFeatures, WeightedClassPairs
 from clasp.training.initialize import initialize_heads

@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from clasp.cli.app import app
+from clasp.errors import UserError
 
 
 def main() -> None:
@@ -35,8 +36,6 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
-        from clasp.types import UserError  # here, since it imports torch
-
         system = isinstance(error, OSError) and error.errno in _USER_ERRNOS
         if not system and not isinstance(error, UserError):
             raise

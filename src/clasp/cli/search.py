@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
+from clasp.errors import UserError
 
 
 @app.command()
@@ -41,7 +42,6 @@ def index(
     from clasp.commands.search import index_images
     from clasp.report.console import print_status, progress_bar, relative_path
     from clasp.search.parts import parse_part
-    from clasp.types import UserError
 
     if part is not None and merge is not None:
         raise UserError(f"--part {part} and --merge {merge}: one at a time; the last part merges by itself")
@@ -131,16 +131,25 @@ def serve(
         Path | None,
         typer.Option("--uploads", metavar="FOLDER", help="Let requests add images, saved here, and delete entries."),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="torch, onnx or onnx-int8 (the last two without torch). Default: by the folder."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="OUT", help="Embed queries with this ONNX export of RUN. Default: RUN itself."),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes, each with the model in memory.")] = 1,
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Serve a search page and an HTTP API over RUN/index; nothing leaves the machine.
 
-    Needs the extra: pip install 'clasp-vl[serve]'.
+    RUN may be an ONNX export. Needs the extra: pip install 'clasp-vl[serve]'.
     """
     from clasp.commands.serve import ServeSettings, serve_run
     from clasp.report.console import print_status, progress_bar
 
-    settings = ServeSettings(host, port, token, hosts or (), uploads)
+    settings = ServeSettings(host, port, token, hosts or (), uploads, engine, model, workers, allow_code)
     with code_allowed(allow_code):
         serve_run(run, pictures, settings, say=print_status, bar=progress_bar)
 

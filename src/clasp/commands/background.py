@@ -12,14 +12,13 @@ import logging
 import random
 from pathlib import Path
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
 
+from clasp.data.decoding import ImageError, shrink_to_fit
 from clasp.data.image_header import read_image_header
-from clasp.data.images import ImageError, shrink_to_fit
 from clasp.data.samples.emoji import concept_names
 from clasp.models.zoo.imagenet import imagenet_concepts
+from clasp.plain_types import Hit, UserError
 from clasp.search.background import (
     BACKGROUND_FILE,
     Background,
@@ -29,7 +28,6 @@ from clasp.search.background import (
 )
 from clasp.search.engine import SearchEngine
 from clasp.search.near_duplicates import duplicate_threshold
-from clasp.types import Hit, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +62,7 @@ def open_background(run: Path, engine: SearchEngine) -> Background:
     if saved is not None and abs(saved.facts.entries - count) <= _CHANGE * count:
         return saved
     captions = background_captions() if saved is None else saved.captions
-    vectors = engine.model.encode_text([caption.text for caption in captions]) if saved is None else saved.vectors
+    vectors = engine.encode_texts([caption.text for caption in captions]) if saved is None else saved.vectors
     threshold = _duplicate_threshold(engine)
     made = measure_background(captions, vectors, engine.store, engine.stored_vectors, model, threshold)
     try:
@@ -83,14 +81,16 @@ def _duplicate_threshold(engine: SearchEngine) -> float:
             data = engine.read_image(hit)
             read_image_header(data, _MAX_PIXELS)
             copies.append(
-                engine.model.transform(shrink_to_fit(data, engine.model.transform.size, "JPEG", _COPY_QUALITY))
+                np.asarray(
+                    engine.model.transform(shrink_to_fit(data, engine.model.transform.size, "JPEG", _COPY_QUALITY))
+                )
             )
             ids.append(hit.id)
         except (UserError, ImageError):
             continue
     if not ids:
         return 1.0
-    copied: Float[Tensor, "n E"] = engine.model.encode_pixels(torch.stack(copies))
+    copied = np.asarray(engine.model.encode_pixels(np.stack(copies)))
     return duplicate_threshold(engine.stored_vectors(ids), copied)
 
 

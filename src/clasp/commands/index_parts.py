@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clasp.commands.search import index_images, open_images
-from clasp.config.build import load
-from clasp.models.inference import EmbeddingModel
+from clasp.commands.search import index_images
+from clasp.commands.search_model import find_search_model, open_images
+from clasp.plain_types import MessageCallback, ProgressFactory, SearchModel, UserError
 from clasp.search.engine import IndexReport, SearchEngine
 from clasp.search.flat_store import FlatStore
 from clasp.search.manifest import lock_store
@@ -28,7 +28,6 @@ from clasp.search.parts import (
     unfinished_parts,
     write_done,
 )
-from clasp.types import MessageCallback, ProgressFactory, UserError
 
 
 class PartsNotReadyError(UserError):
@@ -40,8 +39,8 @@ def index_part(
 ) -> IndexReport | None:
     """Encode the images of a part; merge all parts if it is the last. ``None`` while others are not done."""
     unfinished_parts(run, part.count, source)  # refuses what was made from another source
-    items = select_part(open_images(run, source), part)
-    model, images = load(run), 0
+    load, items = find_search_model(run), select_part(open_images(run, source), part)
+    model, images = load(), 0
     if items:
         stored = FlatStore(part.folder(run) / "store")
         try:
@@ -83,13 +82,14 @@ def _named(parts: list[IndexPart]) -> str:
     return ", ".join(map(str, parts[:8])) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
 
 
-def _model_of_parts(run: Path, count: int) -> EmbeddingModel:
+def _model_of_parts(run: Path, count: int) -> SearchModel:
     """The model of the run in the precision of the parts."""
+    model = find_search_model(run)()
     for part in all_parts(count):
         folder = part.folder(run) / "store"
         if folder.is_dir():
-            return load(run).in_precision_of(FlatStore(folder).model)
-    return load(run)
+            return model.in_precision_of(FlatStore(folder).model)
+    return model
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from clasp.plain_types import MessageCallback, UserError
 from clasp.search.engine import UpdatableStore
+from clasp.search.flat_store import FlatStore
 from clasp.search.manifest import lock_store
 from clasp.search.store_registry import (
     FLAT_ENTRIES,
@@ -22,7 +24,6 @@ from clasp.search.store_registry import (
     store_folder,
     suggest_store,
 )
-from clasp.types import MessageCallback, UserError
 
 STORE_FILE = "store.json"
 
@@ -89,8 +90,8 @@ def server_writer(run: Path, opened: UpdatableStore) -> Iterator[UpdatableStore]
     """The store to change the run's index in, for a server that reads it through ``opened``.
 
     ``opened`` itself where one object reads and writes: an embedded engine, which one process at a time has open, and a
-    Qdrant server. Else another object: those that read have the earlier state. ``UserError`` if another process of this
-    machine writes to it.
+    Qdrant server. Else another object: those that read have the earlier state, and a flat store is not read again.
+    ``UserError`` if another process of this machine writes to it.
     """
     name = recorded_store(run) or "flat"
     with write_lock(run, name):
@@ -99,6 +100,12 @@ def server_writer(run: Path, opened: UpdatableStore) -> Iterator[UpdatableStore]
         elif is_address(name):
             yield opened
             record_store(run, name)
+        elif name == "flat" and isinstance(opened, FlatStore):
+            fork = opened.fork()
+            try:
+                yield fork
+            finally:
+                fork.release()
         else:
             store = open_store(run, name)
             try:

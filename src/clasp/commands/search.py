@@ -1,8 +1,8 @@
 """The commands ``clasp index`` and ``clasp search``: embed images with the model of a run, and retrieve them.
 
-Input: a run folder, and images or a query. Output: an ``IndexReport``, or a ``SearchResult`` with a contact sheet.
-Note: a store belongs to one run (``RUN/index``, or as ``RUN/store.json`` records), since embeddings are comparable only
-within one model; beside it is the background of calibrated scores.
+Input: a run folder (or an ONNX export, without torch), and images or a query. Output: an ``IndexReport``, or a
+``SearchResult`` with a contact sheet. Note: a store belongs to one run (``RUN/index``, or as ``RUN/store.json``
+records), since embeddings are comparable only within one model; beside it is the background of calibrated scores.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ from pathlib import Path
 
 from clasp.commands.background import open_background
 from clasp.commands.run_store import open_run_store, writable_store
+from clasp.commands.search_model import ModelLoader, find_search_model, open_images
 from clasp.commands.warm_search import FoundHits, search_title
-from clasp.config.build import load
-from clasp.config.datasets import open_pairs_for_recipe
-from clasp.config.recipe import recipe_from_dict
-from clasp.data.pairs import FolderImages, Pairs, list_images
-from clasp.models.inference import EmbeddingModel
+from clasp.plain_types import Hit, MessageCallback, ProgressFactory, SearchModel, UserError, no_progress_bar
 from clasp.report.contact_sheet import SheetRow, Thumbnail, contact_sheet
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query
 from clasp.search.background import Background
@@ -28,8 +25,6 @@ from clasp.search.engine import IndexReport, SearchEngine
 from clasp.search.metadata_filter import MetadataFilter, check_fields, known_fields, parse_filter
 from clasp.search.parts import PartVectors
 from clasp.search.query import SearchQuery, WeightedImage, parse_words
-from clasp.training.run_folder import RunFolder
-from clasp.types import Hit, MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +52,7 @@ def index_images(
     source: str,
     *,
     bar: ProgressFactory = no_progress_bar,
-    model: EmbeddingModel | None = None,
+    model: SearchModel | None = None,
     store: str | None = None,
     say: MessageCallback = _log.info,
     parts: int = 0,
@@ -67,8 +62,9 @@ def index_images(
     ``model``: that of the run, if it is loaded already. ``store``: the engine of a new index (see ``STORE_FORMS``); it
     is chosen by size if not given. ``parts``: how many parts the images were encoded in (see ``clasp.search.parts``).
     """
+    load: ModelLoader = find_search_model(run) if model is None else lambda known=model: known
     items = open_images(run, source)
-    model = model or load(run)
+    model = load()
     with writable_store(run, store, len(items), say) as opened:
         with bar(f"images of {source}") as progress:
             engine = SearchEngine.for_indexing(model, opened)
@@ -78,26 +74,20 @@ def index_images(
         return replace(done, skipped_files=items.skipped_files)
 
 
-def open_images(run: Path, source: str) -> FolderImages | Pairs:
-    """The images of a folder, or pairs in the columns that the run was trained with."""
-    recipe = recipe_from_dict(RunFolder(run).recipe(), str(run))
-    return list_images(source) if Path(source).is_dir() else open_pairs_for_recipe(source, recipe)
-
-
 @contextmanager
 def open_index(run: Path, filters: Sequence[MetadataFilter] = ()) -> Iterator[tuple[SearchEngine, Background]]:
     """The engine of a run's index and its background, ready to be searched.
 
     ``UserError`` when there is no index, or a filter is of a field that no entry has, before the model is loaded.
     """
-    RunFolder(run).recipe()
+    load = find_search_model(run)
     store = open_run_store(run)
     try:
         if not store.count():
             raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")
         if filters:
             check_fields(filters, known_fields(meta for _, meta in store.scan()))
-        engine = SearchEngine(load(run), store)
+        engine = SearchEngine(load(), store)
         yield engine, open_background(run, engine)
     finally:
         store.close()
@@ -122,7 +112,7 @@ def search_images(
             background,
             query,
             RankingPart(k, filters=filters),
-            encode_texts=engine.model.encode_text,
+            encode_texts=engine.encode_texts,
             encode_images=engine.encode_images,
         )
         title = search_title(text, image)

@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from clasp.commands.background import open_background
 from clasp.commands.run_store import open_run_store, writable_store
@@ -100,11 +100,11 @@ def _require_same_model(model: EmbeddingModel, folder: Path) -> None:
         places = [place for place, row in enumerate(part.rows) if Path(row.path).is_file()][:_COMPARED]
         if not places:
             continue
-        own = model.encode_image([part.rows[place].path for place in places])
-        given = torch.nn.functional.normalize(part.vectors[places], dim=1)
+        own = model.encode_image([part.rows[place].path for place in places]).numpy()
+        given = part.vectors[places] / np.linalg.norm(part.vectors[places], axis=1, keepdims=True)
         if own.shape != given.shape:
             raise UserError(f"{folder} has embeddings {given.shape[1]} wide, and the model of the run {own.shape[1]}")
-        lowest = float((own * given).sum(dim=1).min())
+        lowest = float((own * given).sum(axis=1).min())
         if lowest < _SAME:
             raise UserError(
                 f"{folder} was made with another model: an image that is encoded again has a cosine of {lowest:.3f} "

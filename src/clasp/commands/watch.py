@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clasp.commands.search import index_images
-from clasp.config.build import load
+from clasp.commands.search_model import find_search_model
 from clasp.data.pairs import list_images
-from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
+from clasp.plain_types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 _LISTING_SHARE = 10  # waits are at least so many times as long as listing the folder takes
 
@@ -41,7 +41,7 @@ def watch_folder(
     """Index what is new, drop what is gone, until ``KeyboardInterrupt``. ``UserError`` if the first indexing fails."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is not a folder; clasp watch follows a folder of images")
-    model, seen, wait, problem = load(run), None, settings.shortest, ""
+    model, seen, wait, problem = find_search_model(run)(), None, settings.shortest, ""
     try:
         while True:
             started = time.monotonic()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageEnhance, ImageOps
 
 from clasp.data.decoding import CropBox, RGBColor
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 
 class RandAugmentParams(NamedTuple):

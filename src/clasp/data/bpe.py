@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 CLIP_VOCAB_SIZE = 49_408
 _START_TOKEN, _END_TOKEN = "<|startoftext|>", "<|endoftext|>"

@@ -20,7 +20,7 @@ from clasp.data.loader import BadSampleLimit
 from clasp.data.pairs import Pairs, skipped_lines
 from clasp.data.readers import LiveImageReader, PairIndex
 from clasp.data.tokenizer import Tokenizer
-from clasp.types import Pair, ProgressFactory, SkippedSample, UserError
+from clasp.plain_types import Pair, ProgressFactory, SkippedSample, UserError
 
 HASH_SAMPLE_SIZE, DECODE_SAMPLE_SIZE, TOKENIZE_SAMPLE_SIZE = (
     5_000,

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from clasp.data.decoding import ResizeSettings, decode_resized
-from clasp.types import ImageSource
+from clasp.plain_types import ImageSource
 
 _SIDE, _CROP_FRACTION = 224, 224 / 256
 MAX_SEVERITY = 5

@@ -1,10 +1,10 @@
 """Encoded images to resized RGB pictures: decode, turn upright, crop, resize; without torch.
 
-Input: the bytes of one image (or a path, or a Pillow image) and ``ResizeSettings``. Output: a square Pillow image.
-Every mode is converted to upright RGB on a background colour; an unreadable image raises ``ImageError``. Note: crop and
-resize are one ``resize`` call with a box, so no full-size copy is made, and a JPEG to be downscaled is decoded at
-reduced scale. Nothing here imports torch, so that an exported model runs where there is none
-(``clasp.convert.onnx_model``).
+Input: the bytes of one image (or a path, or a Pillow image) and ``ResizeSettings``. Output: a square Pillow image, or a
+smaller encoded copy of the image. Every mode is converted to upright RGB on a background colour; an unreadable image
+raises ``ImageError``. Note: crop and resize are one ``resize`` call with a box, so no full copy is made, and a JPEG
+to be downscaled is decoded at reduced scale. Nothing here imports torch, so that an exported model runs where there is
+none (``clasp.convert.onnx_model``).
 """
 
 from __future__ import annotations
@@ -115,6 +115,28 @@ def decode_resized(
         page.paste(picture, ((settings.size - target[0]) // 2, (settings.size - target[1]) // 2))
         return page
     return picture
+
+
+def thumbnail(image: bytes, side: int) -> Image.Image:
+    """The whole image padded to a white square of ``side`` pixels, as a Pillow image. Raises ``ImageError``."""
+    return decode_resized(image, ResizeSettings(side, "pad"))
+
+
+def shrink_to_fit(image: bytes, side: int, format: Literal["JPEG", "WEBP"], quality: int) -> bytes:
+    """The whole image, upright, at most ``side`` pixels wide and high (never enlarged), encoded anew without metadata.
+
+    Raises ``ImageError``.
+    """
+    with open_image(image) as picture:
+        turn = exif_orientation(picture)
+        draft_jpeg(picture, max(picture.size) / side)
+        picture = to_opaque(picture, (255, 255, 255))
+        if turn in EXIF_TRANSPOSE:
+            picture = picture.transpose(EXIF_TRANSPOSE[turn])
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        out = io.BytesIO()
+        picture.save(out, format, quality=quality)
+    return out.getvalue()
 
 
 def normalise_picture(

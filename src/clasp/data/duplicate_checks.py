@@ -19,7 +19,7 @@ from torch import Tensor
 from clasp.data.checks import CheckReport, SampledPairs, sample_note
 from clasp.data.images import ImageError, thumbnail
 from clasp.data.pairs import Pairs
-from clasp.types import Pair, ProgressFactory, UserError
+from clasp.plain_types import Pair, ProgressFactory, UserError
 
 THUMBNAIL_SAMPLE_SIZE = 3_000  # images; all of them are compared with all
 _SIDE = 16  # pixels

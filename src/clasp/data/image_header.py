@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from clasp.data.images import ImageError
+from clasp.data.decoding import ImageError
 
 IMAGE_MEDIA_TYPES = {
     "JPEG": "image/jpeg",

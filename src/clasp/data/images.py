@@ -8,12 +8,11 @@ file, ``decoding``, ``image_header``, ``augment`` and ``contact_sheet`` use Pill
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from clasp.data.augment import Augment
 from clasp.data.decoding import (
-    EXIF_TRANSPOSE,
     IMAGE_FORMS,
     ImageError,
     Interpolation,
@@ -31,13 +29,11 @@ from clasp.data.decoding import (
     ResizeSettings,
     RGBColor,
     decode_resized,
-    draft_jpeg,
-    exif_orientation,
     is_image_form,
-    open_image,
-    to_opaque,
+    shrink_to_fit,
+    thumbnail,
 )
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 __all__ = [
     "IMAGE_FORMS",
@@ -138,25 +134,3 @@ def _check_choices(settings: Mapping[str, Any]) -> None:
     for name, choices in (("resize", get_args(ResizeMode)), ("interpolation", get_args(Interpolation))):
         if settings.get(name, choices[0]) not in choices:
             raise UserError(f"image {name} = {settings[name]!r} is not one of {', '.join(choices)}")
-
-
-def thumbnail(image: bytes, side: int) -> Image.Image:
-    """The whole image padded to a white square of ``side`` pixels, as a Pillow image. Raises ``ImageError``."""
-    return decode_resized(image, ResizeSettings(side, "pad"))
-
-
-def shrink_to_fit(image: bytes, side: int, format: Literal["JPEG", "WEBP"], quality: int) -> bytes:
-    """The whole image, upright, at most ``side`` pixels wide and high (never enlarged), encoded anew without metadata.
-
-    Raises ``ImageError``.
-    """
-    with open_image(image) as picture:
-        turn = exif_orientation(picture)
-        draft_jpeg(picture, max(picture.size) / side)
-        picture = to_opaque(picture, (255, 255, 255))
-        if turn in EXIF_TRANSPOSE:
-            picture = picture.transpose(EXIF_TRANSPOSE[turn])
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-        out = io.BytesIO()
-        picture.save(out, format, quality=quality)
-    return out.getvalue()

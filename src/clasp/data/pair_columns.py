@@ -21,7 +21,7 @@ from jaxtyping import Int32, Int64
 
 from clasp.data.formats.index_cache import IndexArrays, load_or_build_index
 from clasp.data.text_column import TextColumn, encode_texts
-from clasp.types import Pair
+from clasp.plain_types import Pair
 
 _READ_AT_ONCE = 1 << 14  # pairs
 MIN_STORED_PAIRS = 10_000  # fewer are read as fast as they are loaded

@@ -25,7 +25,7 @@ from clasp.data.formats.skipped_files import SkippedFiles, SkippedKind
 from clasp.data.pair_columns import MIN_STORED_PAIRS, PairColumns
 from clasp.data.shard_stage import StagedShard
 from clasp.data.text_column import TextColumn
-from clasp.types import Pair, UserError
+from clasp.plain_types import Pair, UserError
 
 
 @runtime_checkable

@@ -41,7 +41,7 @@ from clasp.data.formats.text_rows import DelimitedRows, JsonLines, JsonList
 from clasp.data.pair_sequence import Pairs, caption_languages, split_by_group
 from clasp.data.plugins import load_named
 from clasp.data.shard_stage import ShardStage
-from clasp.types import ImageSource, UserError
+from clasp.plain_types import ImageSource, UserError
 
 __all__ = [
     "ColumnNames",

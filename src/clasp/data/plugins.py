@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 OUTSIDE_FORM = "package.module:Name"
 

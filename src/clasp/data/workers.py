@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 _POLL_SECONDS = (
     5.0  # how often to check that workers are alive while waiting: a forkserver's are not our child processes

@@ -6,7 +6,6 @@ image-text pairs of it without any image. Note: a broader concept ("bird") has t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,18 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clasp.models.concepts import Concept
+
 ClassifierPooling = Literal["cls", "mean", "cls+mean"]
-
-
-@dataclass(frozen=True, slots=True)
-class Concept:
-    """What some classes have in common: one class, or all below a broader term."""
-
-    names: tuple[str, ...]
-    """Synonyms, the most usual one first"""
-    classes: tuple[int, ...]
-    """Outputs of the classifier"""
-    definition: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,9 +83,3 @@ def classifier_columns(classifier: Classifier, pool: str, pooled_width: int) -> 
     if columns is None or columns.stop - columns.start != classifier.weight.shape[1]:
         return None
     return columns
-
-
-def single_class_concepts(names: Sequence[Sequence[str]], definitions: Sequence[str]) -> tuple[Concept, ...]:
-    """One concept a class, from synonyms and a definition ("" for none) of each."""
-    rows = zip(names, definitions, strict=True)
-    return tuple(Concept(tuple(synonyms), (place,), definition) for place, (synonyms, definition) in enumerate(rows))

@@ -26,7 +26,7 @@ from clasp.data.loader import inference_batch_size, iter_text_batches
 from clasp.data.read_ahead import read_ahead
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.precision import Precision, computing_in
-from clasp.types import Encoder, Pixels, ProgressCallback, UserError
+from clasp.types import Encoder, Pixels, ProgressCallback, UserError, no_progress
 
 
 class EncoderPrecision(NamedTuple):
@@ -34,10 +34,6 @@ class EncoderPrecision(NamedTuple):
 
     image: Precision = "float32"
     text: Precision = "float32"
-
-
-def no_progress(done: int, total: int) -> None:
-    """A progress callback that does nothing."""
 
 
 class EmbeddingModel:
@@ -57,6 +53,11 @@ class EmbeddingModel:
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.precision = precision or EncoderPrecision()
+
+    @property
+    def name(self) -> str:
+        """That of the encoder."""
+        return self.encoder.name
 
     @property
     def fingerprint(self) -> str:
@@ -104,9 +105,11 @@ class EmbeddingModel:
                 progress(done := done + len(batch), len(images))
         return torch.cat(rows)
 
-    def encode_pixels(self, pixels: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n E"]:
+    def encode_pixels(
+        self, pixels: Float[Tensor, "n 3 height width"] | Float[np.ndarray, "n 3 height width"]
+    ) -> Float[Tensor, "n E"]:
         """Outputs of ``transform`` to L2-normalised embeddings; the batch size is chosen by device."""
-        batch_size = inference_batch_size(self.transform.size, self.device)
+        pixels, batch_size = torch.as_tensor(pixels), inference_batch_size(self.transform.size, self.device)
         with torch.inference_mode(), computing_in(self.precision.image, self.device):
             parts = (to_device(Pixels(part), self.device) for part in pixels.split(batch_size))
             return torch.cat([self.encoder.embed_image(part).cpu() for part in parts])

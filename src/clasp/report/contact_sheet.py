@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from clasp.data.images import ImageError, RGBColor, thumbnail
+from clasp.data.decoding import ImageError, RGBColor, thumbnail
 from clasp.report.text_rendering import TextRenderer
 
 

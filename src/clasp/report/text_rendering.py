@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from clasp.data.images import RGBColor
+from clasp.data.decoding import RGBColor
+from clasp.plain_types import UserError
 from clasp.report.console import printable
-from clasp.types import UserError
 
 _FONT_FOLDERS = (
     "~/.local/share/fonts", "~/.fonts", "/usr/local/share/fonts", "/usr/share/fonts",

@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
+from clasp.plain_types import Hit
 from clasp.search.background import BEST_HITS, Background, nothing_close_line
 from clasp.search.engine import SearchEngine
 from clasp.search.metadata_filter import MetadataFilter, all_of
 from clasp.search.near_duplicates import HitGroup, fold_near_duplicates
 from clasp.search.query import SearchQuery
-from clasp.types import Hit
 
-TextEncoder = Callable[[list[str]], Float[Tensor, "n E"]]
+TextEncoder = Callable[[list[str]], Float[np.ndarray, "n E"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def answer_query(
     part: RankingPart,
     *,
     encode_texts: TextEncoder,
-    encode_images: Callable[[list[Any]], Float[Tensor, "n E"]],
+    encode_images: Callable[[list[Any]], Float[np.ndarray, "n E"]],
 ) -> SearchAnswer:
     """Search, fold near-duplicates, calibrate. ``UserError`` as for ``SearchEngine.find``."""
     vector = query.vector(encode_texts, encode_images, engine.stored_vectors)
@@ -120,7 +120,7 @@ def _count_above_line(close: Sequence[bool]) -> int:
 
 
 def _groups(
-    engine: SearchEngine, background: Background, vector: Float[Tensor, "1 E"], part: RankingPart
+    engine: SearchEngine, background: Background, vector: Float[np.ndarray, "1 E"], part: RankingPart
 ) -> tuple[list[HitGroup], bool]:
     """Groups of the ranking from its start, enough for the part, and whether there are more."""
     needed = part.offset + part.k + BEST_HITS  # so many beyond the part tell whether the line is in it

@@ -20,14 +20,13 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
 
-import torch
+import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.numpy import save_file
 
 from clasp.data.atomic_files import replace_file
-from clasp.types import Store
+from clasp.plain_types import Store
 
 BACKGROUND_FILE = "background.safetensors"
 FALSE_ALARM_RATE = 0.05
@@ -68,7 +67,7 @@ class BackgroundFacts:
 class Background:
     """Embeddings of background captions, the captions, and the facts measured with them."""
 
-    vectors: Float[Tensor, "captions E"]
+    vectors: Float[np.ndarray, "captions E"]
     facts: BackgroundFacts
     captions: tuple[BackgroundCaption, ...]
 
@@ -77,7 +76,7 @@ class Background:
         """The z from which a hit is close."""
         return self.facts.median + self.facts.deviation * NormalDist().inv_cdf(1 - FALSE_ALARM_RATE)
 
-    def z_scores(self, texts: Float[Tensor, "q E"], images: Float[Tensor, "n E"]) -> list[list[float]]:
+    def z_scores(self, texts: Float[np.ndarray, "q E"], images: Float[np.ndarray, "n E"]) -> list[list[float]]:
         """The calibrated score of each text's embedding with each image."""
         mean, deviation = _image_moments(self.vectors, images)
         return (((texts @ images.T) - mean) / deviation).tolist()
@@ -89,16 +88,16 @@ class Background:
     def save(self, path: Path) -> None:
         """Write atomically. Raises ``OSError``."""
         facts = {"facts": json.dumps(asdict(self.facts)), "captions": json.dumps(self.captions)}
-        vectors = self.vectors.float().contiguous()
+        vectors = np.ascontiguousarray(self.vectors, np.float32)
         with replace_file(path) as part:
             save_file({"captions": vectors}, part, {**facts, "checksum": _checksum(facts, vectors)})
 
 
 def measure_background(
     captions: Sequence[BackgroundCaption],
-    vectors: Float[Tensor, "captions E"],
+    vectors: Float[np.ndarray, "captions E"],
     store: Store,
-    image_vectors: Callable[[Sequence[str]], Tensor],
+    image_vectors: Callable[[Sequence[str]], Float[np.ndarray, "n E"]],
     model: str,
     near_duplicate: float,
 ) -> Background:
@@ -109,7 +108,7 @@ def measure_background(
             images = image_vectors([hit.id for hit in hits])
             mean, deviation = _image_moments(vectors, images)
             largest.append(float((((images @ query) - mean) / deviation).max()))
-    low, median = (torch.tensor(largest or [0.0, 1.0]).quantile(q).item() for q in (0.1587, 0.5))
+    low, median = np.quantile(largest or [0.0, 1.0], (0.1587, 0.5)).tolist()
     facts = BackgroundFacts(model, store.count(), median, max(median - low, 1e-6), near_duplicate)
     return Background(vectors, facts, tuple(captions))
 
@@ -117,7 +116,7 @@ def measure_background(
 def read_background(path: Path, model: str) -> Background | None:
     """The saved background; ``None`` if there is none, or it is damaged or of another model: it is measured again."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             saved = file.metadata() or {}
             facts = BackgroundFacts(**json.loads(saved["facts"]))
             captions = tuple(BackgroundCaption(*each) for each in json.loads(saved["captions"]))
@@ -130,10 +129,10 @@ def read_background(path: Path, model: str) -> Background | None:
     return made if whole and facts.model == model and facts.format == _FORMAT else None
 
 
-def _checksum(facts: Mapping[str, str], vectors: Float[Tensor, "captions E"]) -> str:
+def _checksum(facts: Mapping[str, str], vectors: Float[np.ndarray, "captions E"]) -> str:
     """The CRC-32 of the texts and of the vectors."""
     texts = zlib.crc32(f"{facts['facts']}{facts['captions']}".encode())
-    return f"{zlib.crc32(vectors.numpy().tobytes(), texts):08x}"
+    return f"{zlib.crc32(vectors.tobytes(), texts):08x}"
 
 
 def nothing_close_line(p_value: float) -> str:
@@ -146,8 +145,8 @@ def _rounded(p_value: float) -> str:
 
 
 def _image_moments(
-    captions: Float[Tensor, "captions E"], images: Float[Tensor, "n E"]
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    captions: Float[np.ndarray, "captions E"], images: Float[np.ndarray, "n E"]
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Mean and standard deviation of the cosines of each image with the captions."""
     cosines = images @ captions.T
-    return cosines.mean(dim=1), cosines.std(dim=1).clamp(min=1e-6)
+    return cosines.mean(axis=1), np.maximum(cosines.std(axis=1, ddof=1), 1e-6)

@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
+from clasp.plain_types import ProgressCallback, UserError
 from clasp.search.engine import UpdatableStore
-from clasp.types import ProgressCallback, UserError
 
 _ROWS = 100_000  # of a file
 _AT_ONCE = 1000
@@ -40,7 +38,7 @@ class ForeignRows(NamedTuple):
     """Some rows, and their vectors."""
 
     rows: list[ForeignRow]
-    vectors: Float[Tensor, "n E"]
+    vectors: Float[np.ndarray, "n E"]
 
 
 def write_layout(store: UpdatableStore, folder: Path, progress: ProgressCallback) -> int:
@@ -54,8 +52,8 @@ def write_layout(store: UpdatableStore, folder: Path, progress: ProgressCallback
     for start in range(0, len(entries), _ROWS):
         part, number = entries[start : start + _ROWS], f"{start // _ROWS:0{digits}d}"
         ids = [name for name, _ in part]
-        vectors = torch.cat([store.vectors(ids[at : at + _AT_ONCE]) for at in range(0, len(ids), _AT_ONCE)])
-        np.save(folder / _IMAGES[0] / _IMAGES[1].format(number), vectors.numpy())
+        vectors = np.concatenate([store.vectors(ids[at : at + _AT_ONCE]) for at in range(0, len(ids), _AT_ONCE)])
+        np.save(folder / _IMAGES[0] / _IMAGES[1].format(number), vectors)
         columns = {
             "image_path": [_text(meta["name"]) for _, meta in part],
             "caption": [_text(meta["captions"][0]["text"]) if meta["captions"] else "" for _, meta in part],
@@ -102,7 +100,7 @@ def read_layout(folder: Path) -> Iterator[ForeignRows]:
         for batch in file.iter_batches(_AT_ONCE, columns=wanted):
             rows = [_row(record) for record in batch.to_pylist()]
             part = np.array(vectors[start : start + len(rows)], np.float32)
-            yield ForeignRows(rows, torch.from_numpy(part))
+            yield ForeignRows(rows, part)
             start += len(rows)
 
 

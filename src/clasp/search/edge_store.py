@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from clasp.plain_types import UserError
 from clasp.search.manifest import REBUILD_HINT, lock_store, write_at
 from clasp.search.payload import ORDER, TERMS, Condition, HasTerm, without_absent
 from clasp.search.point_store import FoundPoint, PointStore, StoredPoint
 from clasp.search.stored_model import StoredModel
-from clasp.types import UserError
 
 if TYPE_CHECKING:
     import qdrant_edge

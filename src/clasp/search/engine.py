@@ -1,6 +1,6 @@
 """Image retrieval: embed images into a store, then search it with a text query, an image query, or both.
 
-Input: an ``EmbeddingModel``, a store, and pairs or the images of a folder. Output: an ``IndexReport``, and hits with
+Input: a ``SearchModel``, a store, and pairs or the images of a folder. Output: an ``IndexReport``, and hits with
 the source of their image. Note: an image is identified by the sha256 of its bytes. A stored image is not encoded again
 when it is renamed, moved or copied, and a file of unchanged size and modification time is not even read. Each batch is
 stored before the next is encoded, so an interrupted ``index`` resumes where it stopped. An entry records the folder,
@@ -10,6 +10,7 @@ share the model, the store and the meaning of an entry.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -23,16 +24,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
+from clasp.data.decoding import ImageError
 from clasp.data.file_fields import read_file_fields
 from clasp.data.formats.rows import shorten
 from clasp.data.formats.skipped_files import SkippedFiles, escape_name
-from clasp.data.images import ImageError
 from clasp.data.pairs import ParquetSource
-from clasp.models.inference import EmbeddingModel, ProgressCallback, no_progress
+from clasp.plain_types import (
+    Hit,
+    ImageSource,
+    ProgressCallback,
+    SearchModel,
+    SkippedSample,
+    Store,
+    UserError,
+    no_progress,
+)
 from clasp.search.entries import (
     IndexEntry,
     IndexItems,
@@ -42,7 +51,6 @@ from clasp.search.entries import (
     source_from_dict,
 )
 from clasp.search.query import SearchQuery, WeightedImage, WeightedText
-from clasp.types import Hit, ImageSource, SkippedSample, Store, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +81,7 @@ class UpdatableStore(Store, Protocol):
         """Every id with its metadata."""
         ...
 
-    def vectors(self, ids: Sequence[str]) -> Float[Tensor, "n E"]:
+    def vectors(self, ids: Sequence[str]) -> Float[np.ndarray, "n E"]:
         """The unit vectors stored under these ids; ``KeyError`` for an id that is not stored."""
         ...
 
@@ -90,7 +98,7 @@ class ComputedVectors(Protocol):
         """The sha256 of this image, if its embedding is here and it has not changed since; else an empty string."""
         ...
 
-    def vector(self, sha256: str) -> Float[Tensor, " E"] | None:
+    def vector(self, sha256: str) -> Float[np.ndarray, " E"] | None:
         """The unit vector of these bytes; ``None`` if it is not here."""
         ...
 
@@ -154,7 +162,7 @@ class SearchEngine:
     """A model and the store of its image embeddings. ``UserError`` when the store holds another model's embeddings."""
 
     def __init__(
-        self, model: EmbeddingModel, store: UpdatableStore, *, batch: int = 64, threads: int | None = None
+        self, model: SearchModel, store: UpdatableStore, *, batch: int = 64, threads: int | None = None
     ) -> None:
         self.model = model = model.in_precision_of(store.model)
         self.store = store
@@ -162,16 +170,22 @@ class SearchEngine:
         self._threads = threads or min(4, os.cpu_count() or 1)
         self._table_lock = threading.Lock()
         self._computed: ComputedVectors = _NothingComputed()
-        store.claim(model.fingerprint, model.encoder.name)
+        store.claim(model.fingerprint, model.name)
 
     @classmethod
-    def for_indexing(cls, model: EmbeddingModel, store: UpdatableStore) -> SearchEngine:
+    def for_indexing(cls, model: SearchModel, store: UpdatableStore) -> SearchEngine:
         """An engine for indexing: embeddings of another model are dropped first, with a warning in the log."""
         model = model.in_precision_of(store.model)
         if store.count() and store.model != model.fingerprint:
             _log.warning("%d embeddings were made with another model and are dropped", store.count())
             store.clear()
         return cls(model, store)
+
+    def over(self, store: UpdatableStore) -> SearchEngine:
+        """The same engine over another state of its store."""
+        made = copy.copy(self)
+        made.store = store
+        return made
 
     # --- indexing ----------------------------------------------------------------------------------------------------
 
@@ -273,7 +287,7 @@ class SearchEngine:
                 data = pair.image.read()
             sha256 = hashlib.sha256(data).hexdigest()
             stored = known.id_of_bytes(sha256, pair.id) is not None or self._computed.vector(sha256) is not None
-            pixels = None if stored else self.model.transform(data)
+            pixels = None if stored else np.asarray(self.model.transform(data))
             file = read_file_fields(data)
             return _ReadImage(entry, version, sha256, file, data if pixels is None else b"", pixels)
         except (OSError, ValueError) as error:  # the disk; a tar or table that changed; an image that is not one
@@ -284,9 +298,9 @@ class SearchEngine:
         """Store a batch; returns how many images had to be encoded."""
         if not reads:
             return 0
-        new: dict[str, Tensor] = {}
+        new: dict[str, np.ndarray] = {}
         stored: dict[str, str] = {}
-        computed: dict[str, Tensor] = {}
+        computed: dict[str, np.ndarray] = {}
         for read in reads:
             stored_id = known.id_of_bytes(read.sha256, read.id)
             if stored_id is not None:
@@ -295,13 +309,14 @@ class SearchEngine:
                 computed[read.sha256] = vector
             elif read.sha256 not in new:
                 # not decoded, yet no longer stored: the id of these bytes has been overwritten since
-                new[read.sha256] = self.model.transform(read.data) if read.pixels is None else read.pixels
+                new[read.sha256] = np.asarray(self.model.transform(read.data)) if read.pixels is None else read.pixels
         vectors = computed | dict(zip(stored, self.store.vectors(list(stored.values())), strict=True))
         if new:
-            vectors.update(zip(new, self.model.encode_pixels(torch.stack(list(new.values()))), strict=True))
+            encoded = np.asarray(self.model.encode_pixels(np.stack(list(new.values()))))
+            vectors.update(zip(new, encoded, strict=True))
         ids, files = [read.id for read in reads], self._file_fields(reads)
         meta = [known.metadata(read.entry, read.version, read.sha256, files[read.id]) for read in reads]
-        self.store.add(ids, torch.stack([vectors[read.sha256] for read in reads]), meta)
+        self.store.add(ids, np.stack([vectors[read.sha256] for read in reads]), meta)
         for name, about in zip(ids, meta, strict=True):
             known.record(name, about)
         return len(new)
@@ -347,11 +362,11 @@ class SearchEngine:
         itself out, and an empty store.
         """
         self._check_search(k)
-        return self.nearest(query.vector(self.model.encode_text, self.encode_images, self.stored_vectors), k, where)
+        return self.nearest(query.vector(self.encode_texts, self.encode_images, self.stored_vectors), k, where)
 
     def nearest(
         self,
-        vector: Float[Tensor, "1 E"],
+        vector: Float[np.ndarray, "1 E"],
         k: int | Any,
         where: Callable[[Mapping[str, Any]], bool] | None = None,
     ) -> list[Hit]:
@@ -365,16 +380,22 @@ class SearchEngine:
         if not self.store.count():
             raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")
 
-    def stored_vectors(self, ids: Sequence[str]) -> Float[Tensor, "n E"]:
+    def stored_vectors(self, ids: Sequence[str]) -> Float[np.ndarray, "n E"]:
         """The unit vectors stored under these ids; ``UserError`` for an id that is not stored."""
         try:
             return self.store.vectors(ids)
         except KeyError as error:
             raise UserError(f"no image is indexed under the id {shorten(error.args[0])}") from None
 
-    def encode_images(self, images: list[Any]) -> Float[Tensor, "n E"]:
+    def encode_images(self, images: list[Any]) -> Float[np.ndarray, "n E"]:
         """Embeddings of images: paths, encoded bytes or Pillow images. ``UserError`` for one that cannot be read."""
-        return self.model.encode_image([str(image) if isinstance(image, Path) else image for image in images])
+        return np.asarray(
+            self.model.encode_image([str(image) if isinstance(image, Path) else image for image in images])
+        )
+
+    def encode_texts(self, texts: list[str]) -> Float[np.ndarray, "n E"]:
+        """Embeddings of texts. ``UserError`` for one that is no text."""
+        return np.asarray(self.model.encode_text(texts))
 
     @staticmethod
     def read_image(hit: Hit) -> bytes:
@@ -401,7 +422,7 @@ class _ReadImage:
     sha256: str
     file: Mapping[str, Any] | None
     data: bytes
-    pixels: Float[Tensor, "3 height width"] | None
+    pixels: Float[np.ndarray, "3 height width"] | None
 
     @property
     def id(self) -> str:

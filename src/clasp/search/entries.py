@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from clasp.data.pairs import FileSource, FolderImages, Pairs, ParquetSource, TarSource
-from clasp.types import ImageSource, Pair, UserError
+from clasp.plain_types import ImageSource, Pair, UserError
 
 _SOURCE_TYPES: dict[str, type[FileSource] | type[TarSource] | type[ParquetSource]] = {
     "file": FileSource,

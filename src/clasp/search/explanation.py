@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 from clasp.search.background import Background, BackgroundCaption
 from clasp.search.query import ROCCHIO_LIKE, ROCCHIO_UNLIKE, SearchQuery
@@ -47,13 +47,13 @@ class HitExplanation(NamedTuple):
 
 
 def explain_hit(
-    image: Float[Tensor, "1 E"],
+    image: Float[np.ndarray, "1 E"],
     background: Background,
     query: SearchQuery | None,
     k: int,
     *,
-    encode_texts: Callable[[list[str]], Float[Tensor, "n E"]],
-    stored_vectors: Callable[[Sequence[str]], Float[Tensor, "n E"]],
+    encode_texts: Callable[[list[str]], Float[np.ndarray, "n E"]],
+    stored_vectors: Callable[[Sequence[str]], Float[np.ndarray, "n E"]],
 ) -> HitExplanation:
     """The ``k`` nearest background captions, and the parts of the query; images of the query are left out."""
     cosines = (background.vectors @ image[0]).tolist()

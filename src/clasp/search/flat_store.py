@@ -1,14 +1,15 @@
 """A flat (exhaustive) vector index on disk: a float32 matrix with metadata, in a crash-safe folder.
 
 Input: vectors with ids and metadata. Output: the exact nearest neighbours by cosine; ties are ordered by id. Note:
-writes only append (see ``manifest``). A replaced or deleted row remains until ``close`` copies the live rows into files
-of the next generation. One process writes at a time; any number may read the state they opened. The matrix is
-memory-mapped, and read once in a process to compare its checksum; memory is about 300 bytes a row, and the scores of a
-query.
+writes only append (see ``manifest``). A replaced or deleted row remains until ``close``, or ``release`` where they are
+many, copies the live rows into files of the next generation. One process writes at a time; any number may read the
+state they opened. The matrix is memory-mapped, and read once in a process to compare its checksum; memory is about 300
+bytes a row, and the scores of a query.
 """
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -21,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float32, Float64, UInt8
-from torch import Tensor
 
+from clasp.plain_types import Hit, UserError
 from clasp.search.manifest import (
     REBUILD_HINT,
     STORE_SUFFIXES,
@@ -40,7 +40,6 @@ from clasp.search.manifest import (
     write_manifest,
 )
 from clasp.search.stored_model import StoredModel, row_norms
-from clasp.types import Hit, UserError
 
 _MetadataFilter = Callable[[Mapping[str, Any]], bool]
 
@@ -49,6 +48,7 @@ _SCORES_AT_ONCE = 1 << 24  # scores in memory at once; at least one query's
 _CHECKED_AT_ONCE = 1 << 24  # bytes
 # path of a matrix -> inode, bytes and CRC-32 of what this process has compared, so that one that grows is read once
 _checked: dict[Path, tuple[int, int, int]] = {}
+_FEW_DEAD_ROWS, _DEAD_SHARE = 1000, 8  # ``release`` compacts when more rows, and more than one in eight, are dead
 
 
 class FlatStore:
@@ -90,10 +90,24 @@ class FlatStore:
 
     def close(self) -> None:
         """Compact the files and release the write lock, if this process wrote."""
+        self._end_write(0)
+
+    def release(self) -> None:
+        """Release the write lock, if this process wrote; the files are compacted only where many rows are dead, so that
+        a small change of a large store takes the time of the change."""
+        self._end_write(max(_FEW_DEAD_ROWS, self.count() // _DEAD_SHARE))
+
+    def fork(self) -> FlatStore:
+        """The store as it was read, without reading it again, to be changed while others search this object."""
+        made = copy.copy(self)
+        made._release_lock, made._log = None, self._log.copy()
+        return made
+
+    def _end_write(self, most_dead_rows: int) -> None:
         if self._release_lock is None:
             return
         try:
-            if self._log.dead_rows:
+            if len(self._log.dead_rows) > most_dead_rows:
                 self._compact()
         except UserError:
             self._delete_old_generations()  # no space to compact in; the store is complete without it
@@ -108,15 +122,17 @@ class FlatStore:
         for row in sorted(self._log.row.values()):
             yield self._log.ids[row], self._meta(row)
 
-    def vectors(self, ids: Sequence[str]) -> Float[Tensor, "n E"]:
+    def vectors(self, ids: Sequence[str]) -> Float[np.ndarray, "n E"]:
         """The unit vectors of these ids; ``KeyError`` for an id that is not stored."""
-        return torch.from_numpy(self._vectors[[self._log.row[name] for name in ids]])
+        return self._vectors[[self._log.row[name] for name in ids]]
 
     def metadata(self, ids: Sequence[str]) -> list[Mapping[str, Any]]:
         """The metadata of these ids; ``KeyError`` for an id that is not stored."""
         return [self._meta(self._log.row[name]) for name in ids]
 
-    def search(self, queries: Float[Tensor, "q E"], k: int, where: _MetadataFilter | None = None) -> list[list[Hit]]:
+    def search(
+        self, queries: Float[np.ndarray, "q E"], k: int, where: _MetadataFilter | None = None
+    ) -> list[list[Hit]]:
         """The ``k`` nearest of each query by cosine, best first; fewer if the store has fewer.
 
         ``where`` filters by metadata; it is called only for rows that would otherwise be hits. ``UserError`` for
@@ -127,7 +143,7 @@ class FlatStore:
             return [[] for _ in queries]
         if queries.shape[1] != self._manifest.width:
             raise UserError(f"{self.folder} holds vectors {self._manifest.width} wide; the query is {queries.shape[1]}")
-        exact = queries.detach().cpu().double().numpy()
+        exact = np.asarray(queries, np.float64)
         exact = exact / row_norms(exact, [f"query {number}" for number in range(len(exact))])[:, None]
         step = max(1, _SCORES_AT_ONCE // len(self._vectors))
         found: list[list[Hit]] = []
@@ -178,7 +194,7 @@ class FlatStore:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def add(self, ids: Sequence[str], vectors: Float[Tensor, "n E"], meta: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, ids: Sequence[str], vectors: Float[np.ndarray, "n E"], meta: Sequence[Mapping[str, Any]]) -> None:
         """Store vectors, normalised to unit length, under their ids; an id that is already stored is replaced.
 
         Atomic: all or none; on return the data is on disk. ``meta`` is plain data (JSON). ``UserError`` for vectors of
@@ -187,7 +203,7 @@ class FlatStore:
         assert len(ids) == len(vectors) == len(meta), f"{len(ids)} ids, {len(vectors)} vectors, {len(meta)} metadata"
         if not ids:
             return
-        values = vectors.detach().cpu().float().numpy()
+        values = np.asarray(vectors, np.float32)
         values = (values / row_norms(values, ids)[:, None]).astype("<f4")
         lines = [encode_row(name, about) for name, about in zip(ids, meta, strict=True)]
         self._begin_write()

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 _FileKind = Literal["vectors", "rows"]
 
@@ -67,6 +67,13 @@ class RowLog:
         self.row[name] = len(self.ids)
         self.ids.append(name)
         self._spans.extend((start, end))
+
+    def copy(self) -> RowLog:
+        """The same log, to be changed on its own."""
+        made = RowLog()
+        made.ids, made.row, made.dead_rows = self.ids.copy(), self.row.copy(), self.dead_rows.copy()
+        made._spans = self._spans[:]
+        return made
 
     def drop(self, name: str) -> None:
         """Mark the row of this id, if there is one, as dead."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clasp.data.formats.rows import shorten
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 FILTER_OPERATORS = ("!=", ">=", "<=", "=", "~", ">", "<")
 """Equal, not equal, contains (``~``), and order; longer ones first, as they are looked for"""

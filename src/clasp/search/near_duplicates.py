@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
-from clasp.types import Hit
+from clasp.plain_types import Hit
 
 MISSED_COPIES = 0.1
 """Fraction of copies whose cosine with their original is below the threshold"""
@@ -29,7 +28,7 @@ class HitGroup:
     duplicates: tuple[Hit, ...] = ()
 
 
-def fold_near_duplicates(hits: Sequence[Hit], vectors: Float[Tensor, "n E"], threshold: float) -> list[HitGroup]:
+def fold_near_duplicates(hits: Sequence[Hit], vectors: Float[np.ndarray, "n E"], threshold: float) -> list[HitGroup]:
     """Hits in groups, in the order of their best hits; a hit joins the first group whose best hit it resembles."""
     leaders: list[int] = []
     members: list[list[Hit]] = []
@@ -50,11 +49,11 @@ def fold_near_duplicates(hits: Sequence[Hit], vectors: Float[Tensor, "n E"], thr
     return [HitGroup(hits[place], tuple(rest)) for place, rest in zip(leaders, members, strict=True)]
 
 
-def duplicate_threshold(originals: Float[Tensor, "n E"], copies: Float[Tensor, "n E"]) -> float:
+def duplicate_threshold(originals: Float[np.ndarray, "n E"], copies: Float[np.ndarray, "n E"]) -> float:
     """The cosine from which two images count as near-duplicates; ``copies[i]`` is of a copy of image ``i``.
 
     Without images it is 1: only equal embeddings are near-duplicates.
     """
     if not len(originals):
         return 1.0
-    return float(torch.quantile((originals * copies).sum(dim=1), MISSED_COPIES).clamp(max=1.0))
+    return min(1.0, float(np.quantile((originals * copies).sum(axis=1), MISSED_COPIES)))

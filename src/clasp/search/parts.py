@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 from clasp.data.pairs import FolderImages, Pairs
+from clasp.plain_types import ImageSource, UserError
 from clasp.search.flat_store import FlatStore
-from clasp.types import ImageSource, UserError
 
 PARTS_FOLDER = "index-parts"
 _DONE = "done.json"
@@ -123,7 +123,7 @@ class PartVectors:
         version, sha256 = self._images.get(source.name, ("", ""))
         return sha256 if sha256 and version == source.version else ""
 
-    def vector(self, sha256: str) -> Float[Tensor, " E"] | None:
+    def vector(self, sha256: str) -> Float[np.ndarray, " E"] | None:
         """The unit vector of these bytes; ``None`` if it is not here."""
         place = self._places.get(sha256)
         return None if place is None else place[0].vectors([place[1]])[0]

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
+from clasp.plain_types import Hit, UserError
 from clasp.search.payload import (
     Condition,
     compile_filters,
@@ -26,7 +25,6 @@ from clasp.search.payload import (
     range_keys,
 )
 from clasp.search.stored_model import StoredModel, row_norms
-from clasp.types import Hit, UserError
 
 _MetadataFilter = Callable[[Mapping[str, Any]], bool]
 
@@ -168,16 +166,18 @@ class PointStore:
             payloads = self._collection.payloads(some)
             yield from (decode_payload(payloads[name]) for name in some if name in payloads)
 
-    def vectors(self, ids: Sequence[str]) -> Float[Tensor, "n E"]:
+    def vectors(self, ids: Sequence[str]) -> Float[np.ndarray, "n E"]:
         """The unit vectors of these ids; ``KeyError`` for an id that is not stored."""
         rows = self._by_id(ids, self._collection.vectors)
-        return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), self._collection.width)
+        return np.array(rows, np.float32).reshape(len(rows), self._collection.width)
 
     def metadata(self, ids: Sequence[str]) -> list[Mapping[str, Any]]:
         """The metadata of these ids; ``KeyError`` for an id that is not stored."""
         return [decode_payload(payload)[1] for payload in self._by_id(ids, self._collection.payloads)]
 
-    def search(self, queries: Float[Tensor, "q E"], k: int, where: _MetadataFilter | None = None) -> list[list[Hit]]:
+    def search(
+        self, queries: Float[np.ndarray, "q E"], k: int, where: _MetadataFilter | None = None
+    ) -> list[list[Hit]]:
         """The ``k`` nearest of each query by cosine, best first; fewer if the store has fewer.
 
         ``where`` filters by metadata. ``UserError`` for queries of another width.
@@ -186,7 +186,7 @@ class PointStore:
         if not self.count() or k == 0:
             return [[] for _ in queries]
         self._require_width(queries.shape[1], "the query is")
-        exact = queries.detach().cpu().double().numpy()
+        exact = np.asarray(queries, np.float64)
         exact = exact / row_norms(exact, [f"query {number}" for number in range(len(exact))])[:, None]
         conditions = compile_filters(where)
         first = self._collection.nearest(exact, k + _MORE, conditions)
@@ -236,7 +236,7 @@ class PointStore:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def add(self, ids: Sequence[str], vectors: Float[Tensor, "n E"], meta: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, ids: Sequence[str], vectors: Float[np.ndarray, "n E"], meta: Sequence[Mapping[str, Any]]) -> None:
         """Store vectors, normalised to unit length, under their ids; an id that is already stored is replaced.
 
         On return the data is durable; of an interrupted call some entries may be stored, each whole. ``meta`` is plain
@@ -245,7 +245,7 @@ class PointStore:
         assert len(ids) == len(vectors) == len(meta), f"{len(ids)} ids, {len(vectors)} vectors, {len(meta)} metadata"
         if not ids:
             return
-        values = vectors.detach().cpu().float().numpy()
+        values = np.asarray(vectors, np.float32)
         values = (values / row_norms(values, ids)[:, None]).astype(np.float32)
         if not self.count():  # an empty store takes any width, and any model
             self._collection.create(values.shape[1], self._claimed or self._collection.model)

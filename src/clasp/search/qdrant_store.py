@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from jaxtyping import Float
 
+from clasp.plain_types import UserError
 from clasp.search.payload import ORDER, TERMS, Condition, HasTerm, InRange, without_absent
 from clasp.search.point_store import FoundPoint, PointStore, StoredPoint
 from clasp.search.stored_model import StoredModel
-from clasp.types import UserError
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient, models

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 from clasp.data.formats.rows import is_blank, shorten
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 ROCCHIO_QUERY, ROCCHIO_LIKE, ROCCHIO_UNLIKE = 1.0, 0.75, 0.15
 """alpha, beta and gamma of Rocchio's formula: weights of the query, of the mean liked and the mean unliked vector"""
@@ -89,10 +87,10 @@ class SearchQuery:
 
     def vector(
         self,
-        encode_texts: Callable[[list[str]], Float[Tensor, "n E"]],
-        encode_images: Callable[[list[Any]], Float[Tensor, "n E"]],
-        stored: Callable[[Sequence[str]], Float[Tensor, "n E"]],
-    ) -> Float[Tensor, "1 E"]:
+        encode_texts: Callable[[list[str]], Float[np.ndarray, "n E"]],
+        encode_images: Callable[[list[Any]], Float[np.ndarray, "n E"]],
+        stored: Callable[[Sequence[str]], Float[np.ndarray, "n E"]],
+    ) -> Float[np.ndarray, "1 E"]:
         """The query as one unit vector; the functions return the embeddings of texts, of images and of stored ids.
 
         ``UserError`` for a query whose parts cancel each other out, such as "dog -dog".
@@ -103,35 +101,40 @@ class SearchQuery:
             vectors.append(encode_images([image for image, _ in self.images]))
         parts = []
         if vectors:
-            rows = torch.cat(vectors)
-            self._check_minus(rows, torch.tensor(weights, dtype=rows.dtype))
-            mixed = rows.mean(dim=0) if set(weights) == {1.0} else torch.tensor(weights, dtype=rows.dtype) @ rows
+            rows, signed = np.concatenate(vectors), np.array(weights, np.float32)
+            self._check_minus(rows, signed)
+            mixed = rows.mean(axis=0) if set(weights) == {1.0} else signed @ rows
             self._check(mixed, sum(map(abs, weights)))
-            parts.append(ROCCHIO_QUERY * F.normalize(mixed, dim=0))
+            parts.append(ROCCHIO_QUERY * _unit(mixed))
         if self.like:
-            parts.append(ROCCHIO_LIKE * stored(self.like).mean(dim=0))
+            parts.append(ROCCHIO_LIKE * stored(self.like).mean(axis=0))
         if self.unlike:
-            parts.append(-ROCCHIO_UNLIKE * stored(self.unlike).mean(dim=0))
+            parts.append(-ROCCHIO_UNLIKE * stored(self.unlike).mean(axis=0))
         if len(parts) == 1 and vectors:
             return parts[0][None]
-        total = torch.stack(parts).sum(dim=0)
+        total = np.sum(parts, axis=0)
         self._check(total, 1.0)
-        return F.normalize(total[None], dim=-1)
+        return _unit(total)[None]
 
     def words_only(self) -> SearchQuery | None:
         """The texts of positive weight alone, which a calibrated score is of; ``None`` if there are none."""
         texts = tuple(text for text in self.texts if text.weight > 0)
         return SearchQuery(texts) if texts else None
 
-    def _check_minus(self, rows: Float[Tensor, "n E"], weights: Float[Tensor, " n"]) -> None:
+    def _check_minus(self, rows: Float[np.ndarray, "n E"], weights: Float[np.ndarray, " n"]) -> None:
         """``UserError`` if all that is added is subtracted again, with whatever weight."""
         if (weights > 0).any() and (weights < 0).any():
-            added, subtracted = (F.normalize(weights.mul(sign).clamp(min=0) @ rows, dim=0) for sign in (1, -1))
+            added, subtracted = (_unit(np.maximum(weights * sign, 0) @ rows) for sign in (1, -1))
             self._check(added - subtracted, 1.0)
 
-    def _check(self, mixed: Float[Tensor, " E"], scale: float) -> None:
-        if float(mixed.norm()) < _CANCELLED * scale:
+    def _check(self, mixed: Float[np.ndarray, " E"], scale: float) -> None:
+        if float(np.linalg.norm(mixed)) < _CANCELLED * scale:
             raise UserError(f"the search {shorten(str(self))} cancels itself out: what it adds, it subtracts again")
+
+
+def _unit(vector: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
+    """The vector at unit length; zero stays zero."""
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
 
 def parse_words(words: str) -> tuple[WeightedText, ...]:

@@ -10,10 +10,10 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
+import numpy as np
 
+from clasp.plain_types import ProgressCallback, UserError
 from clasp.search.engine import UpdatableStore
-from clasp.types import ProgressCallback, UserError
 
 _AT_ONCE = 500
 _SAMPLE = 200  # entries whose vectors and metadata are compared
@@ -55,8 +55,8 @@ def _verify(source: UpdatableStore, target: UpdatableStore) -> None:
     for name, before, after in zip(sample, source.metadata(sample), target.metadata(sample), strict=True):
         if before != after:
             raise UserError(f"{target!r} has other metadata for {name!r}; what was copied from is unchanged")
-    furthest = (source.vectors(sample) - target.vectors(sample)).abs().max()
-    if not torch.isfinite(furthest) or furthest > _TOLERANCE:
+    furthest = float(np.abs(source.vectors(sample) - target.vectors(sample)).max())
+    if not furthest <= _TOLERANCE:
         raise UserError(f"{target!r} has vectors that differ by {furthest:.1g}; what was copied from is unchanged")
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clasp.data.plugins import import_named
+from clasp.plain_types import UserError
 from clasp.search.edge_store import EdgeStore, has_edge_extra
 from clasp.search.engine import UpdatableStore
 from clasp.search.flat_store import FlatStore
 from clasp.search.qdrant_store import QdrantStore, split_address
-from clasp.types import UserError
 
 STORES: dict[str, Callable[[Path], UpdatableStore]] = {"flat": FlatStore, "edge": EdgeStore}
 STORE_FORMS = "flat, edge, http://HOST:6333/COLLECTION or package.module:Name"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float64
 
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class StoredModel:
     name: str = ""
 
     def __str__(self) -> str:
-        short = self.fingerprint[:12]
+        short = ", ".join((self.fingerprint[:12], *self.fingerprint.split(":")[3:]))  # the precision, unless float32
         return f"{self.name} ({short})" if self.name else short or "of an unknown name"
 
     def require_same(self, other: StoredModel, store: object) -> None:

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from clasp.plain_types import UserError
 from clasp.search.answer import SearchAnswer
 from clasp.search.query import SearchQuery
 from clasp.serve.change_routes import NO_ENTRY, add_change_routes
@@ -60,7 +61,6 @@ from clasp.serve.schemas import (
     stored_id,
 )
 from clasp.serve.service import NoSuchEntryError, SearchService
-from clasp.types import UserError
 
 _PAGE_FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -204,7 +204,7 @@ def _add_status_routes(app: FastAPI, service: SearchService, settings: AppSettin
         ]
         return InfoResponse(
             run=readable(settings.run),
-            model=service.model.encoder.name,
+            model=service.model.name,
             entries=service.count(),
             fields=fields,
             limits=asdict(service.limits),

@@ -16,15 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 
 from clasp.data.file_fields import read_file_fields
 from clasp.data.pairs import FileSource
+from clasp.plain_types import Hit, Pair, UserError
 from clasp.search.engine import UpdatableStore
 from clasp.search.entries import entry_metadata
 from clasp.serve.service import NoSuchEntryError, SearchService
 from clasp.serve.upload_folder import SavedUpload, UploadedImage, UploadFolder
-from clasp.types import Hit, Pair, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class IndexEditor:
         if len(files) > limit:
             raise UserError(f"{len(files)} images are too many for one request; at most {limit}")
         kinds = [self._service.media_type(file.data) for file in files]
-        vectors = torch.cat([self._service.embed_image(file.data) for file in files])
+        vectors = np.concatenate([self._service.embed_image(file.data) for file in files])
         uploads = [
             UploadedImage(file.data, file.name, kind, hashlib.sha256(file.data).hexdigest())
             for file, kind in zip(files, kinds, strict=True)

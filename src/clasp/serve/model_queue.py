@@ -14,11 +14,10 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
-from clasp.models.inference import EmbeddingModel
+from clasp.plain_types import SearchModel
 
 _ROWS_AT_ONCE = 256  # texts or images of one call, unless one request alone has more
 _REMEMBERED = 1024  # embeddings of texts that are kept: the pages of one search encode its words once
@@ -37,8 +36,8 @@ class _Job:
     """Texts or pixels of one request; one of them is empty."""
 
     texts: Sequence[str]
-    pixels: Tensor | None
-    done: Future[Tensor] = field(default_factory=Future)
+    pixels: np.ndarray | None
+    done: Future[np.ndarray] = field(default_factory=Future)
 
     @property
     def rows(self) -> int:
@@ -50,7 +49,7 @@ class ModelQueue:
 
     def __init__(
         self,
-        model: EmbeddingModel,
+        model: SearchModel,
         *,
         waiting: int,
         seconds: float,
@@ -60,7 +59,7 @@ class ModelQueue:
         self._jobs: list[_Job] = []
         self._changed = threading.Condition()
         self._closed = False
-        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._known: OrderedDict[str, np.ndarray] = OrderedDict()
         self._thread = threading.Thread(target=self._run, name="clasp-model", daemon=True)
         self._thread.start()
 
@@ -69,7 +68,7 @@ class ModelQueue:
         """Requests that wait."""
         return len(self._jobs)
 
-    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "n E"]:
+    def encode_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n E"]:
         """Embeddings of texts; those of recent ones are kept. Raises as the class describes."""
         with self._changed:
             found = {text: self._known[text] for text in texts if text in self._known}
@@ -81,9 +80,9 @@ class ModelQueue:
                 self._known.update(zip(new, rows, strict=True))
                 while len(self._known) > _REMEMBERED:
                     self._known.popitem(last=False)
-        return torch.stack([found[text] for text in texts])
+        return np.stack([found[text] for text in texts])
 
-    def encode_pixels(self, pixels: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n E"]:
+    def encode_pixels(self, pixels: Float[np.ndarray, "n 3 height width"]) -> Float[np.ndarray, "n E"]:
         """Embeddings of outputs of the model's transform. Raises as the class describes."""
         return self._wait(_Job((), pixels))
 
@@ -94,7 +93,7 @@ class ModelQueue:
             self._changed.notify()
         self._thread.join()
 
-    def _wait(self, job: _Job) -> Tensor:
+    def _wait(self, job: _Job) -> np.ndarray:
         with self._changed:
             if len(self._jobs) >= self._waiting or self._closed:
                 raise QueueFullError
@@ -134,11 +133,11 @@ class ModelQueue:
         try:
             pixels = [job.pixels for job in jobs if job.pixels is not None]
             if pixels:
-                rows = self._model.encode_pixels(torch.cat(pixels))
+                rows = np.asarray(self._model.encode_pixels(np.concatenate(pixels)))
             else:
-                rows = self._model.encode_text([text for job in jobs for text in job.texts])
+                rows = np.asarray(self._model.encode_text([text for job in jobs for text in job.texts]))
             self._on_call("image" if pixels else "text", sum(sizes))
-            for job, part in zip(jobs, rows.split(sizes), strict=True):
+            for job, part in zip(jobs, np.split(rows, np.cumsum(sizes)[:-1]), strict=True):
                 job.done.set_result(part)
         except BaseException as error:  # whatever it is, nobody waits for ever
             if len(jobs) > 1:  # the input of one request does not fail the others

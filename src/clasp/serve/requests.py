@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import urlencode
 
+from clasp.plain_types import Hit, UserError
 from clasp.search.answer import RankedHit, RankingPart, SearchAnswer
 from clasp.search.explanation import HitExplanation
 from clasp.search.metadata_filter import entry_fields, entry_folder, parse_filter
@@ -30,7 +31,6 @@ from clasp.serve.schemas import (
     readable,
     stored_id,
 )
-from clasp.types import Hit, UserError
 
 
 def query_of(given: QueryParameters, image: bytes | None, limits: ServeLimits) -> SearchQuery:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from fastapi import File, Query, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 _ENCODED = "base64:"
 EntryId = Annotated[str, Query(max_length=8000, description="Id of an entry.", examples=["holidays/beach.jpg"])]

@@ -1,28 +1,32 @@
-"""The process of ``clasp serve``: binds an address, answers until it is told to stop, then ends what runs.
+"""The processes of ``clasp serve``: bind an address, answer until told to stop, then end what runs.
 
 Input: an ASGI application, an address, and the folder of the run. Output: nothing; ``UserError`` for an address that
 cannot be bound. Note: the socket is bound before the model is loaded, so that a port in use is told at once;
 connections wait in its backlog meanwhile. SIGINT and SIGTERM stop accepting, let running requests end, and then stop
-the process.
+the process. Several processes accept from one socket; none shares anything else with another.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from clasp.plain_types import MessageCallback, UserError
 from clasp.serve.loopback import is_loopback
 from clasp.serve.warm_server import ServerRecord, remove_record, write_record
-from clasp.types import MessageCallback, UserError
 
 _CONNECTIONS = 256  # open at once; further ones are answered with 503
 _SHUTDOWN_SECONDS = 10
@@ -66,8 +70,8 @@ def bind_address(host: str, port: int, token: str) -> ServerAddress:
     return ServerAddress(bound, f"http://{f'[{host}]' if ':' in host else host}:{taken}")
 
 
-def run_server(app: ASGIApp, address: ServerAddress, run: Path, key: str, say: MessageCallback) -> None:
-    """Answer requests until SIGINT or SIGTERM; meanwhile ``RUN/server.json`` names the address."""
+def run_server(app: ASGIApp, bound: socket.socket) -> None:
+    """Answer requests until SIGINT or SIGTERM."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -81,8 +85,54 @@ def run_server(app: ASGIApp, address: ServerAddress, run: Path, key: str, say: M
         ws="none",
         lifespan="off",
     )
-    with _recorded(run, ServerRecord(address.local_url, os.getpid(), key), say), _ends_on_signals():
-        uvicorn.Server(config).run(sockets=[address.socket])
+    with _ends_on_signals():
+        uvicorn.Server(config).run(sockets=[bound])
+
+
+def run_workers(count: int, address: ServerAddress, work: Callable[..., None], given: tuple[Any, ...]) -> None:
+    """Run ``work(socket, *given)`` in ``count`` new processes until SIGINT or SIGTERM, or until one of them ends.
+
+    Each uses its part of the cores, unless ``OMP_NUM_THREADS`` is set. ``UserError`` if one ended by itself: the others
+    are stopped too.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=work, args=(address.socket, *given), daemon=True) for _ in range(count)]
+    ended = None
+    with _ends_on_signals():
+        try:
+            for worker in workers:
+                worker.start()
+            wait([worker.sentinel for worker in workers])
+            ended = next(worker for worker in workers if not worker.is_alive())
+        finally:
+            _stop(workers)
+    if ended is not None:
+        raise UserError(f"one of {count} processes ended by itself (exit code {ended.exitcode}), so the server stopped")
+
+
+def follow_first_process() -> None:
+    """In a process of ``run_workers``: end when the first one ends, however that ends, and leave Ctrl-C to it."""
+    first = multiprocessing.parent_process()
+    assert first is not None
+
+    def watch() -> None:
+        first.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, name="clasp-follow", daemon=True).start()
+
+
+def _stop(workers: list[Any]) -> None:
+    """End the processes as SIGTERM ends one, and those that take longer than a graceful shutdown at once."""
+    for worker in workers:
+        if worker.pid is not None:
+            worker.terminate()
+    for worker in workers:
+        if worker.pid is not None:
+            worker.join(_SHUTDOWN_SECONDS + 5)
+            worker.kill()
 
 
 @contextmanager
@@ -98,8 +148,10 @@ def _ends_on_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(run: Path, record: ServerRecord, say: MessageCallback) -> Iterator[None]:
-    """Where a folder cannot be written, ``clasp search`` loads the model itself."""
+def recorded_server(run: Path, address: ServerAddress, key: str, say: MessageCallback) -> Iterator[None]:
+    """In this block ``RUN/server.json`` names the address. Where a folder cannot be written, ``clasp search`` loads the
+    model itself."""
+    record = ServerRecord(address.local_url, os.getpid(), key)
     try:
         write_record(run, record)
     except OSError as error:

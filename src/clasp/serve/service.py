@@ -17,14 +17,13 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
+from clasp.data.decoding import ImageError
 from clasp.data.formats.rows import is_blank, require_unicode, shorten
 from clasp.data.image_header import read_image_header
-from clasp.data.images import ImageError
-from clasp.models.inference import EmbeddingModel
+from clasp.plain_types import Hit, SearchModel, UserError
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query
 from clasp.search.background import Background
 from clasp.search.engine import SearchEngine, UpdatableStore
@@ -42,7 +41,6 @@ from clasp.serve.limits import ServeLimits
 from clasp.serve.metrics import ServerMetrics
 from clasp.serve.model_queue import ModelQueue
 from clasp.serve.thumbnails import ThumbnailCache
-from clasp.types import Hit, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -77,8 +75,8 @@ class IndexSource(Protocol):
         """
         ...
 
-    def refreshed(self, opened: OpenedIndex) -> OpenedIndex:
-        """An opened index after a change through ``writer`` to its own store."""
+    def refreshed(self, opened: OpenedIndex, store: UpdatableStore) -> OpenedIndex:
+        """The index after a change in ``store``, which ``writer`` gave."""
         ...
 
 
@@ -128,7 +126,7 @@ class SearchService:
         metrics.gauge("clasp_index_entries", lambda: self._index.engine.store.count())
 
     @property
-    def model(self) -> EmbeddingModel:
+    def model(self) -> SearchModel:
         """The model in memory."""
         return self._index.engine.model
 
@@ -159,7 +157,7 @@ class SearchService:
             query,
             part,
             encode_texts=self._queue.encode_texts,
-            encode_images=lambda images: torch.cat([self.embed_image(data) for data in images]),
+            encode_images=lambda images: np.concatenate([self.embed_image(data) for data in images]),
         )
 
     def browse(self, part: RankingPart) -> tuple[list[Hit], int]:
@@ -196,7 +194,7 @@ class SearchService:
         cosines = (texts @ self._queue.encode_pixels(pixels)[0]).tolist()
         return sorted(zip(names, cosines, strict=True), key=lambda each: -each[1])
 
-    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n E"]:
+    def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n E"]:
         """Unit vectors of texts."""
         if len(texts) > self.limits.texts:
             raise UserError(f"{len(texts)} texts are too many; at most {self.limits.texts}")
@@ -204,7 +202,7 @@ class SearchService:
             self._check_text(text)
         return self._queue.encode_texts(texts)
 
-    def embed_image(self, data: bytes) -> Float[Tensor, "1 E"]:
+    def embed_image(self, data: bytes) -> Float[np.ndarray, "1 E"]:
         """The unit vector of an encoded image."""
         return self._queue.encode_pixels(self._pixels(data))
 
@@ -253,12 +251,11 @@ class SearchService:
             opened = self._current(max_age=0.0).engine.store
             with self._source.writer(opened) as store:
                 yield store
+                version = self._source.version  # while no other process can write
             with self._lock:
-                if store is opened:
-                    self._index = self._source.refreshed(self._index)
-                    self._version, self._catalogue = self._source.version, None
-                else:
-                    self._open_again()
+                self._index = self._source.refreshed(self._index, store)
+                self._version = self._source.version if store is opened else version
+                self._catalogue = None
         finally:
             self._changing.release()
 
@@ -268,6 +265,8 @@ class SearchService:
         """The index, opened anew if it has changed; whether it has is looked up after ``max_age`` seconds."""
         with self._lock:
             now = time.monotonic()
+            if max_age is None and self._changing.locked():
+                return self._index  # a change of our own is not read from disk
             if now - self._checked >= (_RECHECK_SECONDS if max_age is None else max_age):
                 self._checked = now
                 self._open_again()
@@ -310,9 +309,9 @@ class SearchService:
         if len(text) > self.limits.text_chars:
             raise UserError(f"a text of {len(text)} characters is too long; at most {self.limits.text_chars}")
 
-    def _pixels(self, data: bytes) -> Tensor:
+    def _pixels(self, data: bytes) -> Float[np.ndarray, "1 3 height width"]:
         try:
             read_image_header(data, self.limits.pixels)
-            return self.model.transform(data)[None]
+            return np.asarray(self.model.transform(data))[None]
         except ImageError as error:
             raise UserError(f"the uploaded image cannot be read: {error}") from None

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from clasp.data.decoding import shrink_to_fit
 from clasp.data.image_header import read_image_header
-from clasp.data.images import shrink_to_fit
 
 THUMBNAIL_SIDE = 400
 """Pixels of the longer side: twice what the page shows, for dense screens"""

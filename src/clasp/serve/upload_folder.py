@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from clasp.data.atomic_files import replace_file
 from clasp.data.image_header import IMAGE_MEDIA_TYPES
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 _SUFFIXES = {"image/jpeg": ".jpg", "image/tiff": ".tif"}
 UPLOAD_SUFFIXES = {kind: _SUFFIXES.get(kind, f".{kind.partition('/')[2]}") for kind in IMAGE_MEDIA_TYPES.values()}

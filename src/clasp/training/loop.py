@@ -97,10 +97,7 @@ def fit(
     """
     assert settings.epochs != "auto", "resolve the settings with plan_training first"
     began = time.monotonic()
-    steps = settings.epochs * len(batches)
-    if settings.max_steps is not None and settings.max_steps < steps:
-        steps = settings.max_steps
-        settings = settings.model_copy(update={"epochs": -(-steps // len(batches))})
+    steps, settings = _within_max_steps(settings, len(batches))
     session = _open_session(model, loss, settings, callbacks, steps, kinds, resume_state)
     logger, best_checkpoint = session.logger, session.best_checkpoint
     at = resume_state.position if resume_state else TrainPosition()
@@ -141,6 +138,15 @@ def fit(
         seconds=time.monotonic() - began,
         skipped=tuple(logger.skipped.values()),
     )
+
+
+def _within_max_steps(settings: TrainSettings, steps_per_epoch: int) -> tuple[int, TrainSettings]:
+    """The number of steps, and the settings with the epochs that they are in, the last one perhaps in part."""
+    assert settings.epochs != "auto", "resolve the settings with plan_training first"
+    steps = settings.epochs * steps_per_epoch
+    if settings.max_steps is None or settings.max_steps >= steps:
+        return steps, settings
+    return settings.max_steps, settings.model_copy(update={"epochs": -(-settings.max_steps // steps_per_epoch)})
 
 
 def _train_step(

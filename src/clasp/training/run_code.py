@@ -13,8 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from clasp.models.zoo.registry import TOWER_SOURCES
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 # keys whose value may be package.module:Name; a tuning method is the part of its spec before the options
 _PLUGIN_KEYS = ("loss.kind", "train.schedule", "train.decay_filter", "data.format")
@@ -23,6 +22,8 @@ _allowed: ContextVar[Callable[[str], bool]] = ContextVar("allowed code", default
 
 def code_names(recipe: Mapping[str, Any]) -> dict[str, str]:
     """The dotted keys whose value names Python code, with the value; without trackers, which only training imports."""
+    from clasp.models.zoo.registry import TOWER_SOURCES  # here, since it imports torch
+
     found: dict[str, str] = {}
     for side in ("image", "text"):
         tower = str(_value(recipe, f"{side}.tower") or "")

@@ -14,10 +14,14 @@ import torch
 import clasp
 from clasp.commands import export
 from clasp.commands.export import export_run
+from clasp.commands.run_store import open_run_store
+from clasp.commands.search import index_images
+from clasp.commands.search_model import find_search_model
+from clasp.commands.serve import ServeSettings, serve_run
 from clasp.convert.exporters import onnx_graphs
 from clasp.convert.exporters.job import ExportOptions, ExportReport
-from clasp.convert.onnx_model import OnnxModel, OnnxModelError
-from clasp.types import UserError
+from clasp.convert.onnx_model import OnnxModel
+from clasp.types import SearchModel, UserError, no_progress_bar
 from toydata import toys, write_folder
 from toyruns import recipe, run, save_image_tower, save_text_tower
 
@@ -62,7 +66,7 @@ def test_embeddings_are_those_of_torch(tuned: Path, exported: tuple[Path, Export
 def test_pixels_and_ids_are_bitwise_those_of_training(tuned: Path, exported: tuple[Path, ExportReport]):
     model, onnx = clasp.load(tuned), OnnxModel(exported[0])
     for file in images(tuned):
-        assert np.array_equal(onnx._pixels(file), model.transform(file).numpy())
+        assert np.array_equal(onnx.transform(file), model.transform(file).numpy())
     tokens = model.tokenizer(CAPTIONS)
     ids, mask = onnx._caption_ids.pad(onnx._caption_ids(CAPTIONS))
     assert np.array_equal(ids, tokens.ids) and np.array_equal(mask, tokens.mask)
@@ -109,6 +113,20 @@ print(model.similarity(images, texts).shape)
     assert torch.allclose(texts, clasp.load(tuned, precision="float32").encode_text(CAPTIONS), atol=1e-5)
 
 
+def test_a_store_is_searched_in_the_weights_that_made_it(
+    tuned: Path, exported: tuple[Path, ExportReport], tmp_path: Path
+):
+    small, full = find_search_model(exported[0], "onnx-int8")(), OnnxModel(exported[0])
+    assert isinstance(small, OnnxModel) and isinstance(small, SearchModel)
+    assert index_images(tmp_path, str(tuned.parent / "pairs"), model=small).added == 40
+    stored = open_run_store(tmp_path).model
+    assert stored == small.fingerprint != full.fingerprint
+    assert full.in_precision_of(stored).weights == "int8" and full.in_precision_of("another") is full
+    settings = ServeSettings(port=0, engine="onnx", model=exported[0])
+    with pytest.raises(UserError, match=r"was made with .* in int8, and --engine onnx is another"):
+        serve_run(tmp_path, None, settings, say=lambda line: None, bar=no_progress_bar)
+
+
 def test_a_convolutional_tower_exports(tmp_path: Path):
     made = make_run(tmp_path, "image.pool=mean+max", "head.kind=glu", family="convnext")
     report = export_run(made, "onnx", tmp_path / "out")
@@ -153,12 +171,16 @@ def test_what_is_refused_before_the_model_is_loaded(tuned: Path, tmp_path: Path,
 
 
 def test_errors_of_the_runner_are_one_line(exported: tuple[Path, ExportReport], tmp_path: Path):
-    with pytest.raises(OnnxModelError, match="no output of clasp export"):
+    with pytest.raises(UserError, match="no output of clasp export"):
         OnnxModel(tmp_path)
     model = OnnxModel(exported[0])
-    with pytest.raises(OnnxModelError, match="text 1 is a int"):
+    with pytest.raises(UserError, match="text 1 is a int"):
         model.encode_text(["a", 3])
-    with pytest.raises(OnnxModelError, match="takes a list of strings"):
+    with pytest.raises(UserError, match=r"text 0: the text .* is not valid Unicode"):
+        model.encode_text(["\ud800"])
+    with pytest.raises(UserError, match=r"none\.png: no such file"):
+        model.encode_image([tmp_path / "none.png"])
+    with pytest.raises(UserError, match="takes a list of strings"):
         model.encode_text("a")
-    with pytest.raises(OnnxModelError, match="image 0 is a float"):
+    with pytest.raises(UserError, match="image 0 is a float"):
         model.encode_image([1.5])

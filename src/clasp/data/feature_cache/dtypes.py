@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from jaxtyping import UInt64
 
 from clasp.data.formats.rows import ColumnNames
 from clasp.data.shard_stage import StagedShard
-from clasp.types import Pair
+from clasp.plain_types import Pair
 
 
 @dataclass(frozen=True, slots=True)

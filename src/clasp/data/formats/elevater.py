@@ -15,7 +15,7 @@ from clasp.data.formats.index_cache import file_stamp
 from clasp.data.formats.listed_pairs import check_listed_pairs
 from clasp.data.formats.sources import FileSource, require_inside
 from clasp.data.formats.zip_members import ZipSource, open_zip
-from clasp.types import Caption, ImageSource, Pair, UserError
+from clasp.plain_types import Caption, ImageSource, Pair, UserError
 
 LABELS_FILE, INDEX_FILE = "labels.txt", "test.txt"
 

@@ -33,7 +33,7 @@ from clasp.data.formats.samples import (
 from clasp.data.formats.shard_folders import CLASS_NAMES_FILE, read_class_folder_names
 from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.formats.sources import FileSource
-from clasp.types import Caption, Pair, UserError
+from clasp.plain_types import Caption, Pair, UserError
 
 
 @dataclass(frozen=True, eq=False)

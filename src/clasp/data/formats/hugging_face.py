@@ -19,7 +19,7 @@ from clasp.data.formats.image_cells import image_of_cell
 from clasp.data.formats.index_cache import file_stamp
 from clasp.data.formats.listed_pairs import check_listed_pairs
 from clasp.data.formats.rows import ColumnNames, as_text, parse_captions, require_columns
-from clasp.types import Caption, ImageSource, Pair, UserError
+from clasp.plain_types import Caption, ImageSource, Pair, UserError
 
 INFO_FILE, SPLITS_FILE = "dataset_info.json", "dataset_dict.json"
 _CAPTION_COLUMNS = ("caption", "captions", "text", "sentence", "sentences")

@@ -14,7 +14,7 @@ from jaxtyping import UInt32, UInt64
 
 from clasp.data.formats.base import OpenedSource
 from clasp.data.formats.rows import CaptionCheck, PairRow
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 
 def image_id(image: str, root: str) -> str:

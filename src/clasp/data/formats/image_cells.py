@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from clasp.data.formats.sources import FileSource, require_inside, require_no_address
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 
 def image_of_cell(cell: Any, root: str, name: str) -> bytes:

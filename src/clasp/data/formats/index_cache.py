@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from clasp.data.atomic_files import is_disk_full, replace_file
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 _INDEX_VERSION = "5"  # of the arrays; incrementing it invalidates all saved indices
 

@@ -16,7 +16,7 @@ from clasp.data.formats.listed_pairs import check_listed_pairs
 from clasp.data.formats.rows import load_json, parse_captions
 from clasp.data.formats.samples import IMAGE_SUFFIXES
 from clasp.data.formats.sources import FileSource
-from clasp.types import Caption, Pair, UserError
+from clasp.plain_types import Caption, Pair, UserError
 
 XTD_NAMES_FILE, XM3600_FILE = "test_image_names.txt", "captions.jsonl"
 _XTD_PREFIX = "test_1kcaptions_"

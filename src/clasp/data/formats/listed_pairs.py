@@ -12,7 +12,7 @@ from jaxtyping import UInt64
 
 from clasp.data.formats.ids import hash64, require_unique_ids
 from clasp.data.formats.rows import CaptionCheck
-from clasp.types import Pair, UserError
+from clasp.plain_types import Pair, UserError
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_buil
 from clasp.data.formats.listed_pairs import check_listed_pairs
 from clasp.data.formats.rows import ColumnNames, PairRow, RowReader, require_columns
 from clasp.data.formats.tables import pair_from_row, require_image_id
-from clasp.types import Pair, UserError
+from clasp.plain_types import Pair, UserError
 
 _DEFAULT_COLUMNS = ColumnNames(image="image", caption="caption", id="id", language="language", group="group")
 

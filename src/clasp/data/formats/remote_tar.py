@@ -30,7 +30,7 @@ from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.formats.tar import scan_tar
 from clasp.data.regular_file import require_size
 from clasp.data.shard_stage import StagedShard, fetch_in_background
-from clasp.types import ImageSource
+from clasp.plain_types import ImageSource
 
 TAR_FORMAT = ".tar"
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from clasp.types import Caption, UserError
+from clasp.plain_types import Caption, UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ from clasp.data.formats.shard_folders import CLASS_NAMES_FILE, captions_by_line,
 from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.formats.tar import open_tar
 from clasp.data.shard_stage import StagedShard
-from clasp.types import Caption, ImageSource, Pair, UserError
+from clasp.plain_types import Caption, ImageSource, Pair, UserError
 
 IMAGE_SUFFIXES = tuple("jpg jpeg jfif png webp gif bmp tif tiff avif jp2 ppm pgm".split())
 UNREAD_IMAGE_SUFFIXES = frozenset(

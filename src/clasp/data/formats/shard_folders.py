@@ -8,7 +8,7 @@ is named as a folder itself, ``FOLDER/train``.
 import re
 from pathlib import Path
 
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 CLASS_NAMES_FILE = "classnames.txt"
 _TYPE_FILE, _SHARDS_FILE, _SPLIT = "dataset_type.txt", "nshards.txt", "test"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from clasp.data.formats.index_cache import file_stamp
 from clasp.data.formats.rows import shorten
 from clasp.data.regular_file import read_regular_file, require_size
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 
 @dataclass(frozen=True, slots=True)

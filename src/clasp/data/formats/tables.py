@@ -19,7 +19,7 @@ from clasp.data.formats.rows import PairRow, RowReader, shorten
 from clasp.data.formats.sources import FileSource, read_range, require_inside, require_no_address
 from clasp.data.formats.text_encoding import plain_text
 from clasp.data.formats.text_rows import TextRowFormat
-from clasp.types import Pair, UserError
+from clasp.plain_types import Pair, UserError
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_buil
 from clasp.data.formats.name_table import NameTable
 from clasp.data.formats.skipped_files import SkippedFiles
 from clasp.data.formats.sources import TarSource
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 
 @dataclass(frozen=True, eq=False)

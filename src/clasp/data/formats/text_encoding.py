@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from clasp.data.formats.index_cache import derived_file
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 _LOOKED_AT = 1 << 20  # bytes searched for a line end
 _MARKS = {  # byte-order marks, the longer first: UTF-32's little-endian one begins with UTF-16's

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple, Protocol, runtime_checka
 
 from clasp.data.formats.base import SourceSpec
 from clasp.data.formats.rows import ColumnNames, RowReader, load_json, unique_keys
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 
 class LocatedRow(NamedTuple):

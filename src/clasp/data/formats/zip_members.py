@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from clasp.data.formats.index_cache import file_stamp
 from clasp.data.regular_file import require_size
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 
 @dataclass(frozen=True, slots=True)

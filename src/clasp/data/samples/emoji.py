@@ -19,7 +19,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from clasp.types import UserError
+from clasp.plain_types import UserError
 
 # Held-out languages are never trained on. The split was fixed before any result was known; the low-resource ones were
 # chosen so that both sides are about equally hard for the text tower alone and span several scripts.

@@ -17,7 +17,7 @@ from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
-from clasp.models.classifier import Concept, single_class_concepts
+from clasp.models.concepts import Concept, single_class_concepts
 
 IMAGENET_SOURCE = "ImageNet-1k, WordNet 3.0"
 MOST_CLASSES = 600

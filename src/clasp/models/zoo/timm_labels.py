@@ -16,7 +16,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from clasp.models.classifier import Concept
+from clasp.models.concepts import Concept
 from clasp.models.zoo.imagenet import (
     IMAGENET_SOURCE,
     are_names,
