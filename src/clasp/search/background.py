@@ -90,7 +90,10 @@ class Background:
         facts = {"facts": json.dumps(asdict(self.facts)), "captions": json.dumps(self.captions)}
         vectors = np.ascontiguousarray(self.vectors, np.float32)
         with replace_file(path) as part:
-            save_file({"captions": vectors}, part, {**facts, "checksum": _checksum(facts, vectors)})
+            try:
+                save_file({"captions": vectors}, part, {**facts, "checksum": _checksum(facts, vectors)})
+            except SafetensorError as error:  # hides the system's error, such as that of a full disk, in its text
+                raise OSError(str(error)) from None
 
 
 def measure_background(
