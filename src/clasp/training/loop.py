@@ -95,9 +95,9 @@ def fit(
     learning rate. Training resumes at ``resume_state`` where given. Raises ``UserError`` when the loss or its gradient
     is not finite, before the weights are updated, and when ``resume_state`` has other trainable parameters.
     """
-    assert settings.epochs != "auto", "resolve the settings with plan_training first"
     began = time.monotonic()
     steps, settings = _within_max_steps(settings, len(batches))
+    assert settings.epochs != "auto"
     session = _open_session(model, loss, settings, callbacks, steps, kinds, resume_state)
     logger, best_checkpoint = session.logger, session.best_checkpoint
     at = resume_state.position if resume_state else TrainPosition()
