@@ -37,6 +37,7 @@ test: setup .timm/ready
 	$(BIN)/pytest tests_page
 
 faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m faults -n logical --dist loadfile
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults
 
 fuzz: setup

@@ -251,6 +251,7 @@ for number, (name, times) in enumerate(zip(sys.argv[4::2], map(int, sys.argv[5::
 """
 
 
+@pytest.mark.faults
 def test_a_kill_at_any_moment_loses_no_run(made: Recipe, whole: Path, tmp_path: Path) -> None:
     words = [str(word) for moment in MOMENTS.values() for word in moment]
     tests = str(Path(__file__).parents[1])
