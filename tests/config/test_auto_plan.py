@@ -59,7 +59,7 @@ def test_a_later_stage_starts_from_an_earlier_one():
     assert (
         planned.recipe.train.init_from == "runs/a/stages/1-closed-form" and planned.recipe.tune.image == SPECS["image"]
     )
-    assert planned.recipe.train.lr == 2e-3 and planned.recipe.train.lr_factors.head == 1
+    assert planned.recipe.train.lr == 2e-3 and planned.recipe.train.lr_factors.head == 0.5
     assert plan_heads(planned.recipe, 2, "runs/a").recipe.head.noise == 1.0
 
 

@@ -88,7 +88,7 @@ class TowerTuning:
 
 
 TUNINGS = (
-    TowerTuning("low rank and norms", ("lora(rank=8)", "norms"), 2e-3),
+    TowerTuning("low rank and norms", ("lora(rank=8)", "norms"), 2e-3, (("head", 0.5), ("scale", 0.5))),
     TowerTuning("adapters and norms", ("adapters(reduction=4)", "norms"), 1e-3),
     TowerTuning("full", ("full",), 1e-3, (("tower", 0.03), ("norm", 0.03))),
 )
