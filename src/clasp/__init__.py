@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from clasp.convert.mteb_encoder import as_mteb
     from clasp.convert.onnx_model import OnnxModel
     from clasp.convert.open_clip import as_open_clip
+    from clasp.errors import UserError
     from clasp.models.backbone import Backbone
     from clasp.models.inference import EmbeddingModel
-    from clasp.types import UserError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,7 +39,7 @@ _HOME = {
     "Backbone": "clasp.models.backbone",
     "OnnxModel": "clasp.convert.onnx_model",
     "BatchEmbedder": "clasp.commands.embed_batches",
-    "UserError": "clasp.types",
+    "UserError": "clasp.errors",
     "configure_environment": "clasp.commands.environment",
 }
 

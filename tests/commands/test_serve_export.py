@@ -140,6 +140,9 @@ def test_that_environment_has_no_torch(world: World):
     code = "import importlib.util as u; print(*(bool(u.find_spec(name)) for name in ('torch', 'onnxruntime', 'clasp')))"
     done = subprocess.run([sys.executable, "-S", "-c", code], env=world.variables, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True", "True"], done.stderr
+    code = "import clasp, clasp.commands.store_copy; print(clasp.UserError.__name__)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], env=world.variables, capture_output=True, text=True)
+    assert done.stdout == "UserError\n", done.stderr
     done = subprocess.run(world.clasp("serve", str(world.run)), env=world.variables, capture_output=True, text=True)
     assert done.returncode == 2 and "needs torch, which is not installed; an export does not" in done.stderr
 

@@ -158,3 +158,13 @@ def test_a_worker_gets_offsets_and_no_columns(table: Path):
     assert len(pickle.dumps(train)) < 40 * MANY
     there: Pairs = pickle.loads(pickle.dumps(train))
     assert there[5] == train[5] and there.ids[7] == train.ids[7]
+    index = PairIndex(train)
+    assert len(pickle.dumps(index)) < len(pickle.dumps(train)) + 1000
+    assert fast_index(pickle.loads(pickle.dumps(index)).pairs) == fast_index(train)
+
+
+def test_a_part_without_a_key_has_none_in_some_languages():
+    class Unkeyed(list[Pair]):
+        key = ()
+
+    assert pair_sequence._InLanguages(Unkeyed(), ("sw",)).key == ()

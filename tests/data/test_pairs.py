@@ -361,18 +361,6 @@ def test_a_damaged_index_is_made_again_and_said(harm: bytes | str, tmp_path: Pat
     assert "damaged" in caplog.text and index.read_bytes() == whole and len(caplog.records) == 1
 
 
-def test_an_index_that_lacks_an_array_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    source, cache = WRITERS["folder"](TOYS, tmp_path / "data"), tmp_path / "cache"
-    wanted = list(open_pairs(source, cache=cache))
-    (index,) = cache.glob("index-*.npz")
-    with np.load(index) as saved:
-        arrays = dict(saved)
-    for name in arrays:
-        np.savez(index, **{other: array for other, array in arrays.items() if other != name})
-        assert list(open_pairs(source, cache=cache)) == wanted and "indexing the pairs again" in caplog.text
-        caplog.clear()
-
-
 def test_an_unreadable_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = write_csv(TOYS, tmp_path)
 

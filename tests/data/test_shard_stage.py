@@ -16,11 +16,12 @@ import pytest
 
 from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import read_recipe
-from clasp.data import shard_download, shard_stage
+from clasp.data import shard_download, shard_stage, shard_windows
 from clasp.data.loader import BatchReader, PairLoader
 from clasp.data.pairs import Pairs, open_pairs, split_by_group
 from clasp.data.readers import LiveImageReader, LiveTextReader, PairIndex
-from clasp.data.shard_stage import ShardStage
+from clasp.data.shard_stage import ShardError, ShardStage, StagedShard
+from clasp.search.entries import StoredEntries, build_entries
 from clasp.types import UserError
 from toydata import toys, write_shards, write_tar
 from toypairs import TRANSFORM, word_tokenizer
@@ -170,6 +171,38 @@ def test_a_replaced_shard_is_indexed_anew(store: Store, tmp_path: Path):
     assert [pair.id for pair in after][6:] == [pair.id for pair in before][6:]
 
 
+def test_a_storage_that_refuses_ends_the_run_and_skips_no_sample(store: Store, tmp_path: Path):
+    first = opened(store, tmp_path)[0]
+    for file in (tmp_path / "shards").glob("*.shard"):
+        file.unlink()
+    store.faults = ["error 403"]
+    with pytest.raises(ShardError, match=rf"{store.address}/.*\.tar cannot be read: HTTP 403"):
+        LiveImageReader(TRANSFORM).decode([(first.id, first.image, 0)])
+
+
+def test_what_a_killed_download_left_is_deleted(store: Store, tmp_path: Path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0a.shard.77.part").write_bytes(b"half")
+    opened(store, tmp_path)
+    assert not list((tmp_path / "shards").glob("*.part"))
+
+
+def test_any_error_of_a_storage_package_is_an_attempt_that_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def no_credentials(address: str) -> None:
+        raise RuntimeError("no\ncredentials")
+
+    monkeypatch.setattr(shard_download, "_file_system", no_credentials)
+    with pytest.raises(shard_download.ShardNotReadError, match=r"^RuntimeError: no credentials$"):
+        shard_download.describe_object("s3://bucket/a.tar")
+    here = shard_download.RemoteObject("ftp:/unknown", 1, "")
+    some = [StagedShard(ShardStage(tmp_path, 10), here), StagedShard(ShardStage(tmp_path, 11), here)]
+    shard_stage._in_background.update(some)
+    with pytest.raises(RuntimeError):
+        monkeypatch.setattr(StagedShard, "fetch", no_credentials)
+        shard_stage._fetch_all(some)
+    assert not shard_stage._in_background.intersection(some)
+
+
 # --- the limit -------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +227,17 @@ def test_the_stage_keeps_its_limit_and_each_epoch_fetches_each_shard_once(store:
     assert [id for batch in late for id in batch.ids] == orders[1][15:]
     with pytest.raises(UserError, match=r"data.stage_gb = .* holds fewer than two such shards"):
         opened(store, tmp_path, most=2 * size - 1)
+
+
+def test_the_shards_in_use_are_fetched_before_the_next(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    size = max(file.stat().st_size for file in store.folder.glob("*.tar"))
+    there = opened(store, tmp_path, most=2 * size)
+    asked: list[list[StagedShard]] = []
+    monkeypatch.setattr(shard_windows, "fetch_in_background", asked.append)
+    reader = BatchReader(there, LiveImageReader(TRANSFORM), LiveTextReader(word_tokenizer()))
+    order = PairLoader(reader, batch_size=3, seed=1)._sample_indices(0, 0)
+    first = there.shards[int(there.parts_of(next(order).pair)[0])]
+    assert asked[0][0] == first and len(asked[0]) == 2
 
 
 def test_shards_that_fit_are_shuffled_as_files_are(store: Store, tmp_path: Path):
@@ -232,6 +276,11 @@ def test_other_addresses_are_refused_unread(store: Store, tmp_path: Path):
     with pytest.raises(UserError, match="is an address, and nothing is downloaded"):
         open_pairs(f"{store.address}/a.tar")
     assert not store.seen
+
+
+def test_images_of_a_storage_are_not_indexed(store: Store, tmp_path: Path):
+    with pytest.raises(UserError, match=r"tar::.* is on object storage"):
+        build_entries(opened(store, tmp_path), StoredEntries([]))
 
 
 def test_the_package_of_a_storage_is_named(tmp_path: Path):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clasp.commands.run_store import record_store, recorded_store, write_lock
+from clasp.plain_types import ProgressFactory, UserError, no_progress_bar
 from clasp.search.store_copy import copy_entries
 from clasp.search.store_registry import check_store_name, delete_store, open_store
-from clasp.types import ProgressFactory, UserError, no_progress_bar
 
 
 @dataclass(frozen=True, slots=True)

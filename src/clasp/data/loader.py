@@ -219,10 +219,10 @@ class PairLoader:
         return self._windows.number(philox_integers((self._seed, epoch, _SHARDS), len(self._windows.shards)))
 
     def _fetch_ahead(self, epoch: int, first: Int[np.ndarray, " one"]) -> None:
-        """Begin to fetch the shards of the window after that of the first sample of a batch."""
+        """Begin to fetch the shards of the window of the first sample of a batch, and of the window after it."""
         if self._windows is not None:
             windows = self._windows_of_shards(epoch)
-            self._windows.fetch_ahead(windows, int(windows[self._windows.part[self._pair_of(first)]][0]) + 1)
+            self._windows.fetch_ahead(windows, int(windows[self._windows.part[self._pair_of(first)]][0]))
 
     def _pair_of(self, samples: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """The number of the pair of each sample."""

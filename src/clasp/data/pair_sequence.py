@@ -224,7 +224,8 @@ class _InLanguages:
 
     @property
     def key(self) -> tuple[str, ...]:
-        return ("in languages", *self.languages, *self.part.key) if isinstance(self.part, KeyedSource) else ()
+        key = self.part.key if isinstance(self.part, KeyedSource) else ()
+        return ("in languages", *self.languages, *key) if key else ()
 
     @property
     def shard(self) -> StagedShard | None:

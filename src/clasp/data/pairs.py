@@ -112,8 +112,15 @@ def open_pairs(
         require_no_address(name, "pairs")
         if not path.exists():
             raise UserError(_missing(path, paths))
-    paths = [shard for path in paths for shard in expand_shard_folder(path)]
     formats = [format or _format_of(path) for path in paths]
+    if format in (None, _FOLDER, TAR_FORMAT):
+        shards = [expand_shard_folder(path) for path in paths]
+        formats = [
+            name if shard == path else TAR_FORMAT
+            for path, name, some in zip(paths, formats, shards, strict=True)
+            for shard in some
+        ]
+        paths = [shard for some in shards for shard in some]
     opened = [_open(path, name, columns, image_root, cache) for path, name in zip(paths, formats, strict=True)]
     parts = _with_unique_ids(paths, opened)
     skipped = sum((part.skipped_files for part in parts if isinstance(part, ReportsSkipped)), SkippedFiles())

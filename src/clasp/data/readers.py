@@ -3,7 +3,7 @@
 ``SampleIndices`` fixes everything random about a sample. The live readers load images and captions each time; the
 cached ones in ``data.feature_cache`` look up rows by the same indices. Also ``PairIndex``: the columns of all pairs,
 for readers that must not read the pairs. Note: an image that cannot be read is dropped from its batch and
-reported, never replaced; captions are then read for the rest only.
+reported, never replaced; captions are then read for the rest only. A shard that cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxtyping import Int
 from clasp.data.images import Augment, ImageError, ImageTransform
 from clasp.data.pair_columns import PairColumns
 from clasp.data.pair_sequence import Pairs
+from clasp.data.shard_stage import ShardError
 from clasp.data.tokenizer import Tokenizer
 from clasp.types import ImageInput, ImageSource, Pair, Pixels, SkippedSample, TextInput, UserError
 
@@ -63,6 +64,9 @@ class PairIndex(Sequence[Pair]):
         """Index in ``texts`` of each caption."""
         self.texts = columns.texts.select(chosen)
         """The unique captions, in the order of the pairs."""
+
+    def __reduce__(self) -> tuple[type[PairIndex], tuple[Sequence[Pair]]]:
+        return PairIndex, (self.pairs,)  # a worker maps its own columns
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -154,7 +158,8 @@ class LiveImageReader:
         return self.decode([(pair.id, pair.image, seed) for pair, seed in zip(pairs, seeds, strict=True)])
 
     def decode(self, images: Sequence[tuple[str, ImageSource, int]]) -> ImageBatch:
-        """Decode images given as id, source and seed. Unreadable ones are skipped and reported."""
+        """Decode images given as id, source and seed. Unreadable ones are skipped and reported; ``ShardError`` where
+        the storage fails."""
         values, kept, skipped = [], [], []
         for position, (name, source, seed) in enumerate(images):
             try:
@@ -164,6 +169,8 @@ class LiveImageReader:
                 else:
                     values.append(self.transform.augmented(encoded, self.augment, seed))
                 kept.append(position)
+            except ShardError:
+                raise
             except (ImageError, OSError, UserError) as error:  # a source raises UserError for a missing file
                 skipped.append(SkippedSample(name, " ".join(str(error).split()) or type(error).__name__))
         size = self.transform.size

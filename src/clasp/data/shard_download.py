@@ -48,7 +48,7 @@ class RemoteObject:
 
 def describe_object(address: str) -> RemoteObject:
     """Size and tag; raises ``ShardNotReadError``."""
-    with _translated_errors():
+    with _translated_errors(address):
         if _is_web(address):
             with _open_web(urllib.request.Request(address, method="HEAD")) as response:
                 size = response.headers.get("Content-Length")
@@ -65,7 +65,7 @@ def describe_object(address: str) -> RemoteObject:
 
 def read_blocks(address: str) -> Iterator[bytes]:
     """The bytes of an object; raises ``ShardNotReadError``."""
-    with _translated_errors():
+    with _translated_errors(address):
         if _is_web(address):
             opened = _open_web(urllib.request.Request(address))
         else:
@@ -107,7 +107,8 @@ def _file_system(address: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _translated_errors() -> Iterator[None]:
+def _translated_errors(address: str) -> Iterator[None]:
+    """Raises ``ShardNotReadError`` in place of what the network raises; storage packages raise errors of any type."""
     try:
         yield
     except urllib.error.HTTPError as error:
@@ -118,3 +119,7 @@ def _translated_errors() -> Iterator[None]:
     except (OSError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ShardNotReadError(reason) from None
+    except Exception as error:
+        if _is_web(address):
+            raise
+        raise ShardNotReadError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None

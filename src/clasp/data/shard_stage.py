@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from clasp.data.atomic_files import is_disk_full, replace_file, write_text_file
+from clasp.data.atomic_files import is_disk_full, remove_partial_files, replace_file, write_text_file
 from clasp.data.shard_download import (
     RemoteObject,
     ShardNotReadError,
@@ -37,6 +37,10 @@ _DESCRIBED_AT_ONCE = 16
 _TOUCHED_SECONDS = 5.0  # the time of last use is this exact
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
+
+
+class ShardError(UserError):
+    """A shard that cannot be read: it ends a run, where one image that cannot be read is skipped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +67,14 @@ class ShardStage:
 
 
 def _try(address: str, call: Callable[[], _Result]) -> _Result:
-    """The result of a call that may fail for a while. Raises ``UserError`` naming the shard after the last attempt."""
+    """The result of a call that may fail for a while. Raises ``ShardError`` naming the shard after the last attempt."""
     for attempt, seconds in enumerate((*WAITS_SECONDS, None), 1):
         try:
             return call()
         except ShardNotReadError as error:
             if error.final or seconds is None:
                 times = f" ({attempt} attempts)" if attempt > 1 else ""
-                raise UserError(f"{address} cannot be read{times}: {error}") from None
+                raise ShardError(f"{address} cannot be read{times}: {error}") from None
             time.sleep(seconds)
     raise AssertionError("the last attempt raises")
 
@@ -98,24 +102,36 @@ class StagedShard:
         return self.stage.folder / f"{key}.shard"
 
     def read(self, offset: int, size: int) -> bytes:
-        """``size`` bytes at ``offset``. Raises ``UserError``."""
+        """``size`` bytes at ``offset``. Raises ``ShardError``."""
         while True:
-            with suppress(FileNotFoundError), self.fetch().open("rb") as file:  # no descriptor is kept: it holds space
-                file.seek(offset)
-                data = file.read(size)
-                if len(data) < size:
-                    raise UserError(f"{self.address} ends at byte {offset + len(data)}, before {offset + size}")
-                return data
+            path = self.fetch()
+            try:
+                with path.open("rb") as file:  # no descriptor is kept: it holds space
+                    file.seek(offset)
+                    data = file.read(size)
+            except FileNotFoundError:  # deleted since
+                continue
+            except OSError as error:
+                raise ShardError(f"{self.address} cannot be read from {path}: {error.strerror or error}") from None
+            if len(data) < size:
+                raise ShardError(f"{self.address} ends at byte {offset + len(data)}, before {offset + size}")
+            return data
 
     def fetch(self) -> Path:
-        """The shard on this disk, fetched if it is not there. Raises ``UserError``."""
+        """The shard on this disk, fetched if it is not there. Raises ``ShardError``."""
         path = self.path
-        if not _touch(path):
-            self.stage.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.stage.folder / "lock"):  # one at a time, so that the limit holds
-                if not _touch(path):
-                    self._make_room()
-                    self._download(path)
+        try:
+            if not _touch(path):
+                self.stage.folder.mkdir(parents=True, exist_ok=True)
+                with _locked(self.stage.folder / "lock"):  # one at a time, so that the limit holds
+                    if not _touch(path):
+                        remove_partial_files(self.stage.folder)
+                        self._make_room()
+                        self._download(path)
+        except OSError as error:
+            if is_disk_full(error):
+                raise ShardError(f"no space left in {path.parent} to stage {self.address}") from None
+            raise ShardError(f"{self.address} cannot be staged in {path.parent}: {error.strerror or error}") from None
         return path
 
     def _make_room(self) -> None:
@@ -136,13 +152,8 @@ class StagedShard:
         known = path.with_suffix(".json")
         expected = str(json.loads(known.read_text())["sha256"]) if known.exists() else None
         earlier: set[str] = set()
-        try:
-            with replace_file(path) as part:
-                sha256 = _try(self.address, lambda: self._write(part, expected, earlier))
-        except OSError as error:
-            if is_disk_full(error):
-                raise UserError(f"no space left in {path.parent} to stage {self.address}") from None
-            raise
+        with replace_file(path) as part:
+            sha256 = _try(self.address, lambda: self._write(part, expected, earlier))
         if not known.exists():
             write_text_file(known, json.dumps({"address": self.address, "version": self.version, "sha256": sha256}))
 
@@ -182,10 +193,13 @@ def fetch_in_background(shards: Sequence[StagedShard]) -> None:
 
 
 def _fetch_all(shards: Sequence[StagedShard]) -> None:
-    for shard in shards:
-        with suppress(UserError, OSError):
-            shard.fetch()
-        _in_background.discard(shard)
+    try:
+        for shard in shards:
+            with suppress(ShardError):
+                shard.fetch()
+            _in_background.discard(shard)
+    finally:
+        _in_background.difference_update(shards)
 
 
 def _touch(path: Path) -> bool:

@@ -42,8 +42,9 @@ class ShardWindows:
         return rank // self.per_window
 
     def fetch_ahead(self, windows: Int[np.ndarray, " shards"], number: int) -> None:
-        """Begin to fetch the shards of a window in the background."""
-        fetch_in_background([self.shards[shard] for shard in np.flatnonzero(windows == number)])
+        """Begin to fetch the shards of a window, and then those of the next, in the background."""
+        following = [np.flatnonzero(windows == each) for each in (number, number + 1)]
+        fetch_in_background([self.shards[shard] for shard in np.concatenate(following)])
 
 
 def fetch_following(pairs: Pairs, number: int) -> None:

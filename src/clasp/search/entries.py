@@ -16,13 +16,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
+from clasp.data.formats.hugging_face import ArrowSource
+from clasp.data.formats.remote_tar import RemoteTarSource
+from clasp.data.formats.zip_members import ZipSource
 from clasp.data.pairs import FileSource, FolderImages, Pairs, ParquetSource, TarSource
 from clasp.plain_types import ImageSource, Pair, UserError
 
-_SOURCE_TYPES: dict[str, type[FileSource] | type[TarSource] | type[ParquetSource]] = {
+_StoredSource = FileSource | TarSource | ParquetSource | ZipSource | ArrowSource
+_SOURCE_TYPES: dict[str, type[_StoredSource]] = {
     "file": FileSource,
     "tar": TarSource,
     "cell": ParquetSource,
+    "zip": ZipSource,
+    "arrow": ArrowSource,
 }
 
 
@@ -219,6 +225,10 @@ def build_entries(items: IndexItems, known: StoredEntries) -> list[IndexEntry]:
             distinct = bool(listed)  # in a plain list of pairs the ids are used as given
         else:
             pair, origins, distinct = Pair(item[0], item[1], (), item[0]), listed, True
+        if isinstance(pair.image, RemoteTarSource):
+            raise UserError(
+                f"{pair.image.name} is on object storage, and only files here are indexed; download the shard"
+            )
         if distinct and known.is_other_image(pair.id, pair.image, listed):
             group = pair.image.name if pair.group == pair.id else pair.group
             pair = replace(pair, id=pair.image.name, group=group)

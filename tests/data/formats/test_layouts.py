@@ -13,8 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clasp.data.pairs import ColumnNames, Pairs, open_pairs
-from clasp.types import UserError
+from clasp.data import pair_sequence
+from clasp.data.formats.base import SourceSpec
+from clasp.data.formats.image_cells import image_of_cell
+from clasp.data.formats.listed_pairs import ListedPairs, check_listed_pairs
+from clasp.data.pairs import PAIR_FORMATS, ColumnNames, FileSource, Pairs, open_pairs
+from clasp.data.readers import PairIndex
+from clasp.types import Caption, Pair, UserError
 from toydata import COLOURS, Toy, add_member, toys
 
 TOYS = toys(12)
@@ -91,6 +96,36 @@ def test_class_folders_take_their_names_from_a_list_of_class_names(tmp_path: Pat
     (tmp_path / "set" / "classnames.txt").write_text("\n".join(there[1:]))
     with pytest.raises(UserError, match=r"6 class folders and 5 lines in classnames.txt"):
         open_pairs(tmp_path / "set" / "val")
+    (tmp_path / "set" / "classnames.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*there[:-1], "a\x85b"]).encode())
+    found = {pair.captions[0].text for pair in open_pairs(tmp_path / "set" / "val")}
+    assert found == {*there[:-1], "a\x85b"}
+    (tmp_path / "set" / "classnames.txt").write_text("\n".join(["a", "", *there[2:]]))
+    with pytest.raises(UserError, match="names no class"):
+        open_pairs(tmp_path / "set" / "val")
+
+
+def test_other_class_names_are_other_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pair_sequence, "MIN_STORED_PAIRS", 1)
+    write_class_folders(tmp_path / "set")
+    for names in ("abcdef", "ghijkl"):
+        (tmp_path / "set" / "classnames.txt").write_text("\n".join(names))
+        pairs = open_pairs(tmp_path / "set", cache=tmp_path / "cache")
+        assert set(PairIndex(pairs).texts[:]) == set(names)
+
+
+def test_a_folder_of_shards_is_whole_for_another_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Path] = []
+
+    def mine(spec: SourceSpec) -> ListedPairs:
+        seen.append(spec.path)
+        pair = Pair("a", FileSource("a.png"), (Caption("a"),), "a")
+        return check_listed_pairs("mine", [pair], str(spec.path))
+
+    monkeypatch.setitem(PAIR_FORMATS, "mine", mine)
+    folder = write_shards(tmp_path / "set", [toy.caption for toy in TOYS])
+    assert len(open_pairs(folder, format="mine")) == 1 and seen == [folder]
+    for format in ("folder", ".tar", None):
+        assert len(open_pairs(folder, format=format)) == len(TOYS)
 
 
 def features(**others: object) -> dict[str, object]:
@@ -114,6 +149,10 @@ def test_a_data_set_saved_to_disk_is_read_without_datasets(form: str, tmp_path: 
         with new(str(folder / f"data-0000{number}-of-00002.arrow"), table.schema) as writer:
             writer.write_table(table, max_chunksize=3)
     (folder / "dataset_info.json").write_text(json.dumps({"features": features()}))
+    (folder / "cache-0a.arrow").write_bytes(b"of datasets")
+    require_toys(open_pairs(folder))
+    names = [{"filename": f"data-0000{number}-of-00002.arrow"} for number in (0, 1)]
+    (folder / "state.json").write_text(json.dumps({"_data_files": names}))
     pairs = open_pairs(folder)
     require_toys(pairs)
     assert pairs[0].meta == {"label": LABELS[0], "class": TOYS[0].colour}
@@ -140,6 +179,35 @@ def test_a_parquet_file_with_classes_in_place_of_captions(tmp_path: Path):
         open_pairs(file)
     pair = open_pairs(file, columns=ColumnNames(caption="fine"))[0]
     assert pair.captions[0].text == pair.meta["class"] == TOYS[0].shape and pair.meta["coarse"] == TOYS[0].colour
+
+
+def test_a_parquet_file_of_datasets_with_captions_is_a_table(tmp_path: Path):
+    text, picture = {"_type": "Value", "dtype": "string"}, {"_type": "Image"}
+    (tmp_path / "a.jpg").write_bytes(b"image")
+    paths = {"image": ["a.jpg"], "caption": ["a dog"]}
+    pairs = open_pairs(write_parquet(tmp_path / "paths.parquet", {"image": text, "caption": text}, paths))
+    assert pairs[0].image.read() == b"image" and pairs[0].captions[0].text == "a dog"
+    cell: list[object] = [{"bytes": b"image", "path": None}]
+    given = {"image": picture, "mask": picture, "caption": text}
+    pairs = open_pairs(write_parquet(tmp_path / "two.parquet", given, paths | {"image": cell, "mask": cell}))
+    assert pairs[0].image.read() == b"image"
+
+
+def test_a_parquet_file_of_classes_without_rows_is_refused(tmp_path: Path):
+    empty = pa.table(rows()).slice(0, 0)
+    about = {"huggingface": json.dumps({"info": {"features": features()}})}
+    pq.write_table(empty.replace_schema_metadata(about), tmp_path / "none.parquet")
+    with pytest.raises(UserError, match="has no pairs"):
+        open_pairs(tmp_path / "none.parquet")
+
+
+def test_a_cell_is_bytes_or_a_path(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(b"image")
+    for cell in (b"image", {"bytes": b"image"}, {"bytes": None, "path": "a.png"}, "a.png"):
+        assert image_of_cell(cell, str(tmp_path), "row-1") == b"image"
+    for cell, wanted in ((5, "row-1 holds int"), (None, "holds no image"), ("../a.png", "leads out")):
+        with pytest.raises(UserError, match=wanted):
+            image_of_cell(cell, str(tmp_path), "row-1")
 
 
 def test_lists_of_classes_are_for_several_classes_an_image(tmp_path: Path):

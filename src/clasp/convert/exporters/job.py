@@ -17,6 +17,7 @@ from clasp.config.datasets import open_pairs_for_recipe, open_training_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.images import ImageError
 from clasp.data.pairs import Pairs
+from clasp.data.shard_stage import ShardError
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.inference import EmbeddingModel
 from clasp.training.run_folder import RunFolder
@@ -60,6 +61,8 @@ class ExportJob:
             try:
                 encoded = pair.image.read()
                 self.model.transform(encoded)
+            except ShardError:
+                raise
             except (ImageError, OSError, UserError):
                 continue  # as in an evaluation: an image that cannot be read is left out
             images.append(encoded)

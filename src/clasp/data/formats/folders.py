@@ -97,7 +97,7 @@ class ClassFolders:
 
     @property
     def key(self) -> tuple[str, ...]:
-        return ("classes", self.folder.path, self.folder.stamp([]), self.id_prefix, self.path_prefix)
+        return ("classes", self.folder.path, self.folder.stamp([]), self.id_prefix, self.path_prefix, *self.captions)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -153,9 +153,9 @@ def _class_folders(folder: FolderFiles, images: np.ndarray, skipped: SkippedFile
     if len(captions) != len(classes):
         count = f"{len(classes)} class folders and {len(captions)} lines in {CLASS_NAMES_FILE}"
         raise UserError(f"{folder.path} has {count}; it must have a line for each folder, in the order of their names")
-    for name in classes:
-        require_unicode(name, f"{folder.path}: the folder {name!r}, whose name is the caption of its images")
-        if is_blank(caption_from_folder(name)):
+    for name, caption in zip(classes, captions, strict=True):
+        require_unicode(caption, f"{folder.path}: the folder {name!r}, whose name is the caption of its images")
+        if is_blank(caption):
             raise UserError(f"{folder.path}: the folder {name!r} names no class, so its images have an empty caption")
     hashes = np.array([hash64(name) for name in names], np.uint64)
     return ClassFolders(folder, images, classes, captions, hashes, skipped)

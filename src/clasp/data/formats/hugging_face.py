@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ from clasp.data.formats.rows import ColumnNames, as_text, parse_captions, requir
 from clasp.plain_types import Caption, ImageSource, Pair, UserError
 
 INFO_FILE, SPLITS_FILE = "dataset_info.json", "dataset_dict.json"
+_STATE_FILE = "state.json"
 _CAPTION_COLUMNS = ("caption", "captions", "text", "sentence", "sentences")
 
 
@@ -42,8 +44,7 @@ class Features:
             images = [columns.image]
         if len(images) != 1:
             raise UserError(f"{where} has {len(images)} image columns ({', '.join(given)}); name one with image=NAME")
-        classes = {name: names for name, feature in given.items() if (names := _class_names(feature))}
-        return cls(images[0], classes)
+        return cls(images[0], class_names_by_column(given))
 
     def caption_column(self, columns: ColumnNames, names: Sequence[str], where: str) -> str:
         """The column of captions, else the only one of classes. Raises ``UserError`` naming the choices."""
@@ -55,6 +56,11 @@ class Features:
         if found or label or len(self.classes) == 1:
             return found or label or next(iter(self.classes))
         raise UserError(f"{where}: which column has the captions? name it with caption=, one of {', '.join(names)}")
+
+
+def class_names_by_column(given: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The columns of classes, or of lists of them, among the features that ``datasets`` writes."""
+    return {name: names for name, feature in given.items() if (names := _class_names(feature))}
 
 
 def _kind(feature: Any) -> str:
@@ -158,7 +164,7 @@ def open_arrow_folder(spec: SourceSpec) -> OpenedSource:
         features, spec.columns, features.caption_column(spec.columns, list(given), str(spec.path)), str(spec.path)
     )
     pairs, first = [], 0
-    for file in sorted(spec.path.glob("*.arrow")):
+    for file in _arrow_files(spec.path):
         path, stamp = str(file.absolute()), file_stamp(file)
         table = _read_arrow(path, stamp, os.getpid())
         others = [name for name in table.column_names if name != features.image and not _holds_bytes(table, name)]
@@ -166,6 +172,17 @@ def open_arrow_folder(spec: SourceSpec) -> OpenedSource:
             pairs.append(rows.pair(record, ArrowSource(path, stamp, features.image, row), f"row-{first + row}"))
         first += len(table)
     return check_listed_pairs(str(spec.path), pairs, str(spec.path.absolute()))
+
+
+def _arrow_files(folder: Path) -> list[Path]:
+    """The files of the rows, in order; others are caches of ``datasets``, such as ``cache-0123.arrow``."""
+    state = folder / _STATE_FILE
+    if not state.is_file():
+        return sorted(file for file in folder.glob("*.arrow") if not file.name.startswith("cache-"))
+    try:
+        return [folder / each["filename"] for each in json.loads(state.read_text("utf-8"))["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{state} lists no data files: {error}") from None
 
 
 def refuse_split_folder(spec: SourceSpec) -> OpenedSource:

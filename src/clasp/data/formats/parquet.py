@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt32, UInt64
 
 from clasp.data.formats.base import OpenedSource, SourceSpec
-from clasp.data.formats.hugging_face import FeatureRows, Features, features_of_schema
+from clasp.data.formats.hugging_face import FeatureRows, Features, class_names_by_column, features_of_schema
 from clasp.data.formats.ids import IdCollector, require_unique_ids
 from clasp.data.formats.image_cells import image_of_cell
 from clasp.data.formats.index_cache import IndexArrays, file_stamp, load_or_build_index
@@ -107,9 +107,9 @@ def open_parquet(spec: SourceSpec) -> OpenedSource:
         raise UserError(f"{name} is not a whole parquet file: {error}") from None
     schema = table.schema_arrow
     if given := features_of_schema(schema):
-        features, plain = Features.of(given, spec.columns, name), {reader.columns.image, reader.columns.caption}
-        if not plain <= set(schema.names) - set(features.classes):
-            return _open_classes(spec, table, features)
+        plain = {reader.columns.image, reader.columns.caption}
+        if not plain <= set(schema.names) - set(class_names_by_column(given)):
+            return _open_classes(spec, table, Features.of(given, spec.columns, name))
     require_columns(reader.required, schema.names, name)
     twice = [column for column in schema.names if schema.names.count(column) > 1]
     if twice:
@@ -166,11 +166,11 @@ def _open_classes(spec: SourceSpec, table: pq.ParquetFile, features: Features) -
         features, spec.columns, features.caption_column(spec.columns, table.schema_arrow.names, name), name
     )
     others = [field.name for field in table.schema_arrow if "binary" not in str(field.type)]
-    records = _records(pa.Table.to_batches(table.read(others).combine_chunks())[0], name, 0) if others else []
-    pairs = [
-        rows.pair(record, ParquetSource(file, stamp, features.image, row, spec.root), f"row-{row}")
-        for row, record in enumerate(records)
-    ]
+    pairs: list[Pair] = []
+    for batch in _batches(table, others, name):
+        for record in _records(batch, name, len(pairs)):
+            row = len(pairs)
+            pairs.append(rows.pair(record, ParquetSource(file, stamp, features.image, row, spec.root), f"row-{row}"))
     return check_listed_pairs(name, pairs, spec.root)
 
 

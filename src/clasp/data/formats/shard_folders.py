@@ -54,7 +54,8 @@ def read_class_folder_names(path: Path) -> tuple[str, ...]:
     """The lines of the ``classnames.txt`` beside a shard, or in a folder, or above; empty where there is none."""
     for folder in _near(path):
         if (folder / CLASS_NAMES_FILE).is_file():
-            return tuple((folder / CLASS_NAMES_FILE).read_text("utf-8").splitlines())
+            text = (folder / CLASS_NAMES_FILE).read_text("utf-8-sig").rstrip()
+            return tuple(line.strip() for line in text.split("\n")) if text else ()
     return ()
 
 
