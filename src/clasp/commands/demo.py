@@ -7,7 +7,7 @@ pairs on disk, ``train_recipe``, evaluations, the search engine. Note: a second 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from clasp.commands.demo_photos import installed_photos
