@@ -1,4 +1,4 @@
-"""``clasp train auto`` against single recipes: the same towers, pairs and minutes, on three data sets.
+"""``clasp train auto`` against single recipes: the same pairs and minutes, on three data sets.
 
     python -m benchmarks.auto_recipes --photos FOLDER --work FOLDER        # the runs that are missing, then the page
     python -m benchmarks.auto_recipes --photos FOLDER --work FOLDER --minutes 3 --only emoji
@@ -6,8 +6,9 @@
 Input: the folder of the photographs (tinyimagenet, flickr8k-sample), one for the runs. Output: ``auto_recipes.md``: the
 primary metric of each run on test pairs, and its difference from that of ``auto`` with a paired interval. Note:
 each run starts with an empty feature cache, and its time includes filling it; a single recipe has its own learning
-rates, and as many epochs as its measured steps allow, of which validation selects the best. Runs that are there are
-not repeated. Not part of ``make bench``: it needs photographs and most of an hour of a machine of its own.
+rates, and as many epochs as its measured steps allow, of which validation selects the best; towers are those of each
+recipe, on Tiny-ImageNet the same. Runs that are there are not repeated; those of other minutes or another seed are
+refused. Not part of ``make bench``: it needs photographs and most of an hour of a machine of its own.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def train(dataset: Dataset, method: str, given: argparse.Namespace) -> None:
     """One run in ``WORK/DATASET/METHOD`` within the minutes, unless it is there."""
     run = given.work / dataset.name / "runs" / method.replace("/", "-")
     if (run / _SECONDS_FILE).exists():
+        _read_seconds(run, given)
         return
     print(f"{time.strftime('%H:%M:%S')} {dataset.name}: {method} ...", file=sys.stderr, flush=True)
     os.environ["CLASP_CACHE"] = str(run.with_name(f"{run.name}-cache"))
@@ -127,7 +129,18 @@ def train(dataset: Dataset, method: str, given: argparse.Namespace) -> None:
         climb(read_recipe(AUTO, [*overrides, f"auto.minutes={given.minutes!r}"]), run, AutoCallbacks(say=print))
     else:
         _train_single(_given(method, overrides), run, 60 * given.minutes)
-    (run / _SECONDS_FILE).write_text(json.dumps({"seconds": time.monotonic() - began, **harness.machine()}))
+    about = {"minutes": given.minutes, "seed": given.seed, "seconds": time.monotonic() - began, **harness.machine()}
+    (run / _SECONDS_FILE).write_text(json.dumps(about))
+
+
+def _read_seconds(run: Path, given: argparse.Namespace) -> float:
+    """Of a run that is there. Raises ``UserError`` where it was of other minutes or another seed."""
+    about = json.loads((run / _SECONDS_FILE).read_text())
+    for name, wanted in (("minutes", given.minutes), ("seed", given.seed)):
+        if name not in about or about[name] != wanted:
+            found = about.get(name, "unknown")
+            raise UserError(f"{run} is a run of {name} {found}, not {wanted:g}: name another --work, or delete it")
+    return about["seconds"]
 
 
 def _given(method: str, overrides: Sequence[str]) -> Recipe:
@@ -178,7 +191,7 @@ def section(dataset: Dataset, given: argparse.Namespace) -> str:
 
 def _line(dataset: Dataset, method: str, compared: Comparison, given: argparse.Namespace) -> str:
     run = given.work / dataset.name / "runs" / method.replace("/", "-")
-    seconds = json.loads((run / _SECONDS_FILE).read_text())["seconds"]
+    seconds = _read_seconds(run, given)
     low, high = compared.interval
     change = "" if method == AUTO else f"{100 * compared.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
     return f"{method} | {100 * compared.second:.1f} | {change} | {seconds:,.0f}"

@@ -35,9 +35,9 @@ _READ_ONLY_COMMANDS = (
     ("resume", "{disk}/run"),
     ("index", "{disk}/run", "{pictures}"),
     ("search", "{disk}/run", "a red circle"),
-    ("eval", "{disk}/run"),
+    ("eval", "{disk}/run", "retrieval", "data={pairs}"),
     ("report", "{disk}/run"),
-    ("export", "{disk}/run", "--to", "hub"),
+    ("export", "{disk}/run", "--to", "hub", "--out", "{disk}/hub"),
     ("doctor", "{toml}"),
     ("params", "{toml}"),
 )
@@ -66,7 +66,7 @@ def full_disk(world: World, trials: int = 20) -> CaseCount:
     return CaseCount(
         "a disk that fills up in training, caching or indexing",
         "one line; what was saved stays, and with room again the same command ends with the same",
-        "faults/full_disk.py",
+        "full-disk",
         trials,
         dict(outcomes),
         tuple(failures),
@@ -126,17 +126,17 @@ def _fill(world: World, pictures: Path, what: str, size: int) -> tuple[str, Any]
 
 
 def read_only(world: World, trials: int = len(_READ_ONLY_COMMANDS)) -> CaseCount:
-    """Each command once on a folder that cannot be written to."""
+    """Each command once on a folder that cannot be written to; a usage error, which names --help, is no answer."""
     outcomes, failures = Counter[str](), []
     pictures, toml = world.pictures("few-pictures", 20), world.folder / "toy.toml"
     toml.write_text(world.recipe().to_toml(), encoding="utf-8")
     for command in _READ_ONLY_COMMANDS[:trials]:
         ended = run_in_child(
-            lambda command=command: _on_read_only(world, command, {"toml": toml, "pictures": pictures})
+            lambda command=command: _on_read_only(world, command, {"toml": toml, "pictures": pictures, "pairs": world.pairs})
         )
         if ended.code == 0 and ended.answer is None:
             outcomes[_NO_NAMESPACE] += 1
-        elif ended.code or ended.answer not in (0, 2) or "Traceback" in ended.said:
+        elif ended.code or ended.answer not in (0, 2) or "Traceback" in ended.said or "--help" in ended.said:
             failures.append(f"clasp {' '.join(command)}: {ended.answer} {ended.describe()}")
             outcomes["broken"] += 1
         else:
@@ -144,7 +144,7 @@ def read_only(world: World, trials: int = len(_READ_ONLY_COMMANDS)) -> CaseCount
     promise = "reading commands work, others refuse in one line; no traceback"
     tried = len(_READ_ONLY_COMMANDS[:trials])
     return CaseCount(
-        "a folder that cannot be written to", promise, "faults/full_disk.py", tried, dict(outcomes), tuple(failures)
+        "a folder that cannot be written to", promise, "read-only", tried, dict(outcomes), tuple(failures)
     )
 
 

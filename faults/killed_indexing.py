@@ -137,7 +137,7 @@ def _count(world: World, plan: _Plan, fault: str, promise: str) -> CaseCount:
         state = "before the first batch" if held == len(before.keys() & wanted.keys()) else "midway"
         outcomes["lost" if problem else "whole already" if held == len(wanted) else state] += 1
     shutil.rmtree(folder, ignore_errors=True)
-    case = f"faults/killed_indexing.py ({plan.what}, {plan.engine})"
+    case = f"{plan.what}-{plan.engine}"
     return CaseCount(fault, promise, case, killed, dict(outcomes), tuple(failures))
 
 

@@ -54,7 +54,7 @@ def killed_training(world: World, trials: int = 50) -> CaseCount:
     return CaseCount(
         "`kill -9` at a random moment of training",
         "goes on with `clasp resume`, or starts again where nothing was saved; bitwise the same weights and results",
-        "faults/killed_training.py",
+        "training",
         done,
         dict(outcomes),
         tuple(failures),

@@ -53,7 +53,7 @@ def changed_shards(world: World, trials: int = 100) -> CaseCount:
     return CaseCount(
         "a shard or image truncated, rewritten, replaced or deleted while it is read",
         "an image is as it was when its pairs were opened, or named; never another's bytes",
-        "faults/odd_inputs.py (changed_shards)",
+        "shards",
         trials,
         dict(outcomes),
         tuple(failures),
@@ -132,7 +132,7 @@ def numbers_not_finite(world: World, trials: int = 10) -> CaseCount:
         "images whose pixels are NaN or infinite",
         "read as finite pixels, or skipped and named; a step whose loss is not finite is not taken "
         "(`tests/training/test_loop.py`)",
-        "faults/odd_inputs.py (numbers_not_finite)",
+        "nan",
         trials,
         dict(outcomes),
         tuple(failures),
@@ -167,7 +167,7 @@ def clock_goes_back(world: World, trials: int = 10) -> CaseCount:
     return CaseCount(
         "the clock goes back by an hour in training; changed files get earlier times",
         "bitwise the same weights and results; the changed files are read again",
-        "faults/odd_inputs.py (clock_goes_back)",
+        "clock",
         trials,
         dict(outcomes),
         tuple(failures),
@@ -216,7 +216,7 @@ def killed_process(world: World, trials: int = 1) -> CaseCount:
     return CaseCount(
         "one of two processes is killed, or gets a signal",
         promise,
-        _PROCESS_TESTS[0],
+        "processes",
         outcomes.total(),
         dict(outcomes),
         failures,

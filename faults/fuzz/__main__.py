@@ -71,7 +71,7 @@ def _fuzz(name: str, seed: int, count: int, first: int) -> Tally:
 
 def _row(name: str, tally: Tally) -> CaseCount:
     defects = tuple(f"{name} {number}: {defect}" for number, defect in sorted(tally.defects.items()))
-    return CaseCount(f"mutated {name}", _PROMISE, "faults/fuzz", tally.tried, dict(tally.outcomes), defects)
+    return CaseCount(f"mutated {name}", _PROMISE, name, tally.tried, dict(tally.outcomes), defects)
 
 
 if __name__ == "__main__":

@@ -324,7 +324,7 @@ def test_what_was_typed_is_shown_as_it_was_typed(clasp: Command, world: World, t
         assert "picture of the hits: run [/b]/search.png" in found.err
         assert "\x1b" not in found.out + found.err and max(map(len, found.out.splitlines())) <= 100
     assert r"no [/such] \x1b.png" in clasp("search", run, "x", "--image", "no [/such] \x1b.png").mistake
-    assert r"no [/such]\nrun" in clasp("eval", "no [/such]\nrun", "retrieval", "data=x").mistake
+    assert "no [/such] run" in clasp("eval", "no [/such]\nrun", "retrieval", "data=x").mistake
 
 
 # --- every mistake is one line ---------------------------------------------------------------------------------------

@@ -324,6 +324,15 @@ def test_a_forecast_is_measured_and_leaves_nothing(way: str, towers: Path, tmp_p
     assert evaluations == count_evaluations(resolved(tmp_path / "run"))
 
 
+def test_steps_are_timed_whatever_max_steps_is(towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(step_timing, "median", lambda cycles: counted.append(len(cycles)) or 1.0)
+    monkeypatch.setattr(step_timing, "_COUNTED", 100)
+    made = recipe(towers, write_csv(TOYS, tmp_path), "train.max_steps=1")
+    timing = step_timing.time_steps(made, datasets.open_training_pairs(made), no_progress_bar)
+    assert counted[0] >= 6 and counted[0] % timing.steps_per_epoch == 0 and timing.steps_per_epoch > 1
+
+
 def test_an_evaluation_is_forecast_without_the_features_that_the_first_computes(
     towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

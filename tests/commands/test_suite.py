@@ -15,7 +15,9 @@ from clasp import cli
 from clasp.commands.evaluate import evaluate_run
 from clasp.commands.evaluate_suite import evaluate_suite
 from clasp.commands.report import write_report
-from clasp.evaluation.multilabel import eleven_point_precision, two_class_wins
+from clasp.data.atomic_files import has_its_checksum
+from clasp.evaluation.bootstrap import GroupedScores, bootstrap_replicates
+from clasp.evaluation.multilabel import eleven_point_precision, two_class_influence
 from clasp.evaluation.prompt_templates import TEMPLATE_SETS
 from clasp.evaluation.suites import SUITES, find_suite
 from clasp.evaluation.zeroshot import read_templates
@@ -83,6 +85,7 @@ def test_a_suite_is_one_table_with_missing_sets_named_first(data: Path, model: P
     first = sum(toy.colour == CLASSES[0] for toy in TOYS)
     assert values["cifar-10"] == pytest.approx(1 - first / len(TOYS)) and len(values) == 3
     written = lines(tmp_path / "out" / "results.jsonl")
+    assert all("checksum" in row and has_its_checksum(row) for row in written)
     assert len(written) == 3 and {Path(row["data"]).name for row in written} == set(values)
     kept = sorted((tmp_path / "out" / "predictions").iterdir())
     assert len(kept) == 2  # average precision has no scores of single queries
@@ -116,13 +119,17 @@ def test_a_suite_of_ones_own_is_a_toml_file(data: Path, model: Path, tmp_path: P
         ('[[set]]\nname = "a"\nmetrics = "b"', "unknown key 'metrics'; there are name, task, metric, source"),
         ('[[set]]\nname = "a"\ntask = "knn"', "task = 'knn' is none of zeroshot"),
         ('[[set]]\nname = "a"\n[[set]]\nname = "a"', "names the set 'a' twice"),
+        ('[[set]]\nname = "a"\nmetric = "recall"', "zeroshot has no metric 'recall'; it has top1"),
+        ("x = " + "[" * 100_000, "is not a TOML file"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             find_suite(str(file))
-    file.write_text('[[set]]\nname = "cifar-10"\nmetric = "recall"\n')
-    with pytest.raises(UserError, match="zeroshot has no metric 'recall'; it has top1"):
+    file.write_text('[[set]]\nname = "cifar-10"\nmetric = "roc_auc"\n')
+    with pytest.raises(UserError, match="zeroshot has no metric 'roc_auc'; it has top1"):
         evaluate_suite(model, str(file), data, out=tmp_path / "out")
+    file.write_text('[[set]]\nname = "a"\ntask = "multilabel"\n')
+    assert find_suite(str(file))[0].metric == "mean_average_precision"
     names = [each.name for sets in SUITES.values() for each in sets]
     assert len(set(names)) == len(names)
 
@@ -170,14 +177,24 @@ def test_the_most_confused_classes():
 def test_each_language_has_the_classes_with_a_name_there(data: Path, model: Path, tmp_path: Path):
     numbers = list(range(len(CLASSES)))
     file, templates = tmp_path / "babel.json", tmp_path / "templates.json"
-    given = {"EN": [numbers, CLASSES], "DE": [numbers[2:], CLASSES[2:]]}
+    given = {
+        "EN": [numbers, CLASSES],
+        "DE": [numbers[2:], CLASSES[2:]],
+        "IT": [numbers[:2], CLASSES[:2]],
+        "PT": [numbers[:1], CLASSES[:1]],
+    }
     file.write_text(json.dumps(given))
     templates.write_text(json.dumps({language: ["a photo of a {}."] for language in given}))
     options = [f"data={data / 'cifar-10'}", f"classes={file}", f"templates={templates}"]
-    rows = {row.language: row for row in evaluate_run(model, "multilingual_zeroshot", options, out=tmp_path / "out")}
+    said: list[str] = []
+    results = evaluate_run(model, "multilingual_zeroshot", options, out=tmp_path / "out", say=said.append)
+    rows = {row.language: row for row in results}
+    assert any(line.startswith("left out: PT: ") for line in said) and "roc_auc" not in rows["IT"].metrics
     asked = [toy for toy in TOYS if toy.colour in CLASSES[2:]]
     assert rows["EN"].n == len(TOYS) and rows["DE"].n == len(asked) and rows["DE"].metrics["top1"] == 1
-    assert rows["macro:all"].metrics["top1"] == pytest.approx((1 + rows["EN"].metrics["top1"]) / 2)
+    assert rows["macro:all"].metrics["top1"] == pytest.approx(
+        sum(rows[language].metrics["top1"] for language in ("EN", "DE", "IT")) / 3
+    )
     for text, message in (('{"EN": [[0], []]}', r"must be \{\"en\""), ("[]", "with languages as keys")):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -193,10 +210,20 @@ def test_each_language_has_the_classes_with_a_name_there(data: Path, model: Path
 def test_the_area_of_two_classes_is_the_mean_over_classes():
     generator = torch.Generator().manual_seed(0)
     scores, labels = torch.randn(60, generator=generator).round(decimals=1), torch.rand(60, generator=generator) < 0.3
-    wins = two_class_wins(scores, labels)
-    area = (wins[labels].mean() + wins[~labels].mean()) / 2
-    assert area.item() == pytest.approx(roc_auc_score(labels.numpy(), scores.numpy()), abs=1e-12)
-    assert wins[labels].mean().item() == pytest.approx(wins[~labels].mean().item(), abs=1e-12)
+    influence = two_class_influence(scores, labels)
+    for of_class in (influence[labels], influence[~labels]):
+        assert of_class.mean().item() == pytest.approx(roc_auc_score(labels.numpy(), scores.numpy()), abs=1e-12)
+
+
+def test_the_bootstrap_error_of_the_area_is_that_of_delong():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) < 120
+    scores = torch.randn(300, generator=generator) + labels
+    wins = (scores[labels][:, None] > scores[~labels]).double()  # a row a positive, a column a negative
+    expected = (wins.mean(1).var() / len(wins) + wins.mean(0).var() / len(wins.T)).sqrt()
+    sample = GroupedScores(two_class_influence(scores, labels)[:, None], torch.arange(300), labels.long())
+    (replicates,) = bootstrap_replicates([sample], group_count=300, resamples=2000)
+    assert replicates.std().item() == pytest.approx(expected.item(), rel=0.05)
 
 
 def test_eleven_point_precision_by_hand():
@@ -205,6 +232,7 @@ def test_eleven_point_precision_by_hand():
     # precision 1 up to recall 0.5, then 2/3: six of the eleven recalls, and five
     assert eleven_point_precision(scores, labels).item() == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
     assert eleven_point_precision(torch.ones(4, 1), labels).item() == pytest.approx(0.5)
+    assert eleven_point_precision(scores, labels & False).isnan().all()
 
 
 def test_named_template_sets():

@@ -256,11 +256,14 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(error: RuntimeError, m
         return embed(model, inputs)
 
     monkeypatch.setattr(Two, "embed_image", in_little_memory)
-    found, _, lines = run(micro_batch=11)
+    found, states, lines = run(micro_batch=11)
     (said,) = (line for line in lines if line["event"] == "pieces")
     assert said["micro_batch"] == 2
     expected = run(micro_batch=2)[0]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    rest, _, lines = run(micro_batch=11, start=states[2])
+    assert not [line for line in lines if line["event"] == "pieces"], "the halved size goes on"
+    assert all(torch.equal(found[name], rest[name]) for name in rest)
 
 
 def test_out_of_memory_with_one_pair_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,8 @@ def evaluate(
 
     if suite is not None:
         given = [word for word in (task, *(options or ())) if word is not None]
-        return _evaluate_suite(model, suite, data, given, out, as_json=as_json)
+        with code_allowed(allow_code):
+            return _evaluate_suite(model, suite, data, given, out, as_json=as_json)
     if task is None or data is not None:
         raise typer.BadParameter("name a TASK with its options, or --suite NAME --data FOLDER")
     with code_allowed(allow_code):

@@ -7,7 +7,7 @@ pairs on disk, ``train_recipe``, evaluations, the search engine. Note: a second 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from clasp.commands.demo_photos import installed_photos
@@ -30,7 +30,6 @@ from clasp.config.build import (
     with_untrained_heads,
 )
 from clasp.config.recipe import Recipe, read_recipe
-from clasp.data.atomic_files import with_checksum
 from clasp.data.cache_folder import cache_folder
 from clasp.data.pairs import open_pairs
 from clasp.data.samples.emoji import (
@@ -105,7 +104,7 @@ def run_demo(out: Path, *, quick: bool = False) -> DemoResult:
     task = build_demo_task(sample, inputs, quick=quick)
     results = task.results(model.encoder)
     untrained = task(with_untrained_heads(model.encoder, recipe))
-    RunFolder(out).append("results.jsonl", [with_checksum(asdict(result)) for result in results])
+    RunFolder(out).append("results.jsonl", [result.to_row() for result in results])
     _complete_card(out, results, untrained, _trained_languages(quick=quick))
     summary = demo_table(results, untrained)
     title = "naming pictures of held-out concepts: image to text among 138"

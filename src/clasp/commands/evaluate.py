@@ -8,7 +8,6 @@ or in the folder that the user names, and a figure there where the task has one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from clasp.commands.evaluated_model import LoadedModel, ModelSource, find_model
 from clasp.commands.result_folder import ResultFolder
 from clasp.commands.saved_predictions import save_predictions
 from clasp.config.datasets import open_pairs_for_settings
-from clasp.data.atomic_files import with_checksum
 from clasp.data.pairs import ColumnNames, Pairs
 from clasp.evaluation.registry import EVALUATION_TASKS, TaskEntry, find_task, parse_task_options
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.task_context import TaskContext
+from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
 from clasp.report.console import relative_path
 from clasp.report.figures import draw_retention
 from clasp.report.prediction_sheets import PREDICTION_SHEETS
@@ -57,10 +56,13 @@ def evaluate_run(
     pairs, loaded = opener(given["data"]), source.load(bar)
     folder.require_fingerprint(loaded.encoder.fingerprint)
     context = make_context(loaded, pairs, opener, given, say, bar)
-    results = keep_predictions(entry, context, folder.path) if predictions else entry.run(context)
+    queries = _score_queries(entry, context) if predictions else None
+    results = entry.run(context) if queries is None else queries[0].finish(queries[1])
     if not isinstance(results, list) or not all(isinstance(result, EvaluationResult) for result in results):
         raise UserError(f"task {task!r} returned {type(results).__name__}; a list of EvaluationResult is expected")
-    folder.append("results.jsonl", [with_checksum(asdict(result)) for result in results])
+    folder.append("results.jsonl", [result.to_row() for result in results])
+    if queries is not None:
+        _keep_predictions(*queries, context, folder.path)
     if task in TASK_FIGURES:
         figure = folder.path / f"{task}.png"
         TASK_FIGURES[task](results, figure)
@@ -68,17 +70,21 @@ def evaluate_run(
     return results
 
 
-def keep_predictions(entry: TaskEntry, context: TaskContext, folder: Path) -> list[EvaluationResult]:
-    """The results of a task; the prediction of each query goes to ``folder``, with a picture of some."""
+def _score_queries(entry: TaskEntry, context: TaskContext) -> tuple[EvaluationTask, list[ScoredQueries]]:
     assert entry.build is not None
     task = entry.build(context)
-    scored = task.scored(context.model)
+    return task, task.scored(context.model)
+
+
+def _keep_predictions(
+    task: EvaluationTask, scored: Sequence[ScoredQueries], context: TaskContext, folder: Path
+) -> None:
+    """The prediction of each query goes to ``folder``, with a picture of some."""
     context.say(f"predictions: {relative_path(save_predictions(folder, task, scored))}")
     if task.name in PREDICTION_SHEETS:
         sheet = folder / f"{task.name}.png"
         PREDICTION_SHEETS[task.name](context.pairs, scored[0].scores, sheet)
         context.say(f"pictures: {relative_path(sheet)}")
-    return task.finish(scored)
 
 
 def require_single_queries(task: str, entry: TaskEntry, what: str) -> None:

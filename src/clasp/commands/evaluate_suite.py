@@ -9,7 +9,7 @@ cannot be read is an error. The model is loaded once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from clasp.commands.evaluate import make_context, pair_opener
@@ -96,12 +96,13 @@ def _evaluate(each: SuiteSet, context: TaskContext, folder: ResultFolder) -> Eva
     entry = EVALUATION_TASKS[each.task]
     if entry.build is None:
         results = entry.run(context)
+        folder.append("results.jsonl", [result.to_row() for result in results])
     else:
         task = entry.build(context)
         scored = task.scored(context.model)
-        save_predictions(folder.path, task, scored)
         results = task.finish(scored)
-    folder.append("results.jsonl", [asdict(result) for result in results])
+        folder.append("results.jsonl", [result.to_row() for result in results])
+        save_predictions(folder.path, task, scored)
     if each.metric not in results[-1].metrics:
         known = ", ".join(results[-1].metrics)
         raise UserError(f"{each.name}: {each.task} has no metric {each.metric!r}; it has {known}")

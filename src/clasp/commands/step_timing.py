@@ -66,12 +66,14 @@ def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, ca
         task(parts.model)
         evaluation = time.perf_counter() - began
         few = _FirstBatches(batches)
-        settings = resolved.train.model_copy(update={"epochs": -(-_STEPS // len(few)), "select": "last"})
+        settings = resolved.train.model_copy(
+            update={"epochs": -(-_STEPS // len(few)), "max_steps": None, "select": "last"}
+        )
         kinds = parts.model.parameter_kinds
         callbacks = FitCallbacks(tracker=_NoTracker())
         if fit(parts.model, few, build_loss(recipe.loss), settings, callbacks, kinds=kinds).interrupted:
             raise KeyboardInterrupt
-    return StepTiming(few.seconds, evaluation, plan.steps // max(plan.epochs, 1))
+    return StepTiming(few.seconds, evaluation, len(batches))
 
 
 class _FirstBatches:

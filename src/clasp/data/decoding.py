@@ -163,6 +163,14 @@ def is_image_form(value: Any) -> bool:
     return isinstance(value, str | bytes | Path | Image.Image)
 
 
+def load_opened(image: Any) -> None:
+    """Decode a Pillow image that was only opened: its file is not read by several threads then. Raises
+    ``ImageError``."""
+    if isinstance(image, Image.Image):
+        with open_image(image) as picture:
+            picture.load()
+
+
 @contextmanager
 def open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image]:
     """The image, opened but not decoded; errors in the block are raised as ``ImageError``."""

@@ -30,6 +30,7 @@ from clasp.data.decoding import (
     RGBColor,
     decode_resized,
     is_image_form,
+    load_opened,
     shrink_to_fit,
     thumbnail,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "RGBColor",
     "ResizeMode",
     "is_image_form",
+    "load_opened",
     "shrink_to_fit",
     "thumbnail",
 ]

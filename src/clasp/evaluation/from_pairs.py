@@ -16,7 +16,7 @@ from clasp.evaluation.embedding_table import EvaluationInputs, TextBatches
 from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language
 from clasp.evaluation.retrieval import RetrievalDirection, RetrievalQueries
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, SingleTask, ZeroShotTask
-from clasp.evaluation.zeroshot import ZeroShotQueries
+from clasp.evaluation.zeroshot import ACCURACIES, TWO_CLASS_METRICS, ZeroShotQueries
 from clasp.types import Pair, UserError
 
 _BOTH_DIRECTIONS: tuple[RetrievalDirection, ...] = ("image_to_text", "text_to_image")
@@ -70,7 +70,13 @@ def zeroshot_task(
 ) -> ZeroShotTask:
     """Zero-shot classification; the class of an image is that in ``label`` of its pair's meta."""
     labels = {pair.id: str(pair.meta[label]) for pair in pairs}
-    queries = ZeroShotQueries(labels=labels, classes=classes, templates=templates, read=inputs.read)
+    queries = ZeroShotQueries(
+        labels=labels,
+        classes=classes,
+        templates=templates,
+        read=inputs.read,
+        metric_names=TWO_CLASS_METRICS if len(classes) == 2 else ACCURACIES,
+    )
     return ZeroShotTask(data=data, images=inputs.images(pairs), queries=queries)
 
 

@@ -29,15 +29,17 @@ def language_classes_task(context: TaskContext) -> MultilingualTask:
     queries = {}
     for language in languages:
         labels = {id: names[language].get(number) for id, number in numbers.items()}
-        if any(label is not None for label in labels.values()):
+        classes = list(dict.fromkeys(names[language].values()))
+        if len(classes) > 1 and any(label is not None for label in labels.values()):
             queries[language] = ZeroShotQueries(
                 labels=labels,
-                classes=list(dict.fromkeys(names[language].values())),
+                classes=classes,
                 templates=templates[language],
                 read=context.inputs.read,
             )
     if unasked := [language for language in languages if language not in queries]:
-        context.say(f"no image of {context.data} has a class with a name in {', '.join(unasked)}: left out")
+        why = f"no image of {context.data} has a class with a name there, or there are fewer than two classes"
+        context.say(f"left out: {', '.join(unasked)}: {why}")
     return MultilingualTask(
         data=context.data,
         images=context.inputs.images(context.pairs),
@@ -73,7 +75,7 @@ def _read_language_templates(given: str, languages: Sequence[str]) -> dict[str, 
 def _read_json(file: str, option: str) -> Mapping[str, Any]:
     try:
         given = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{option}={file} cannot be read as JSON: {error}") from None
     if not isinstance(given, dict) or not given:
         raise UserError(f"{option}={file} must be a JSON object with languages as keys")

@@ -35,6 +35,9 @@ def eleven_point_precision(scores: Float[Tensor, "n C"], labels: Bool[Tensor, "n
     for of_class, right in zip(scores.double().T, labels.T, strict=True):
         order = of_class.argsort(descending=True)
         ordered, hits = of_class[order], right[order].double().cumsum(0)
+        if not hits[-1]:
+            found.append(hits.new_tensor(torch.nan))
+            continue
         last = torch.cat([ordered[1:] != ordered[:-1], torch.ones(1, dtype=torch.bool)])  # of each threshold
         recall, precision = hits[last] / hits[-1], hits[last] / torch.arange(1, len(ordered) + 1)[last]
         best = precision.flip(0).cummax(0).values.flip(0)
@@ -43,16 +46,20 @@ def eleven_point_precision(scores: Float[Tensor, "n C"], labels: Bool[Tensor, "n
     return torch.stack(found)
 
 
-def two_class_wins(scores: Float[Tensor, " n"], labels: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """For each image the share of those of the other class that it is on the right side of, ties counting 1/2; the mean
-    over the classes of their means is the area under the ROC curve."""
+def two_class_influence(scores: Float[Tensor, " n"], labels: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """For each image ``2 w - A``: A is the area under the ROC curve, w the share of the images of the other class that
+    it is on the right side of, ties counting 1/2.
+
+    The mean over the classes of their means is A, and the bootstrap variance of that mean is ``S10/m + S01/n`` (DeLong
+    et al., Biometrics 1988). With images of one class only, A is 1/2.
+    """
     scores = scores.double()
     wins = torch.empty_like(scores)
     for side, sign in ((labels, 1.0), (~labels, -1.0)):
         others, mine = (sign * scores[~side]).sort().values, sign * scores[side]
         below, not_above = (torch.searchsorted(others, mine, right=right) for right in (False, True))
         wins[side] = (below + not_above).double() / (2 * len(others)) if len(others) else 0.5
-    return wins
+    return 2 * wins - wins[labels if labels.any() else ~labels].mean()
 
 
 def roc_auc(scores: Float[Tensor, "n C"], labels: Bool[Tensor, "n C"]) -> Float[Tensor, " C"]:

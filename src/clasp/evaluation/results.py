@@ -7,12 +7,14 @@ the end, so that a mean over results (both directions, a set of languages) has i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clasp.data.atomic_files import with_checksum
 from clasp.evaluation.bootstrap import ConfidenceInterval, percentile_intervals
 
 
@@ -35,6 +37,10 @@ class EvaluationResult:
     n: int
     interval: dict[str, ConfidenceInterval]
     seconds: float
+
+    def to_row(self) -> dict[str, Any]:
+        """The line, with its checksum."""
+        return with_checksum(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)

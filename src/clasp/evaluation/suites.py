@@ -16,7 +16,14 @@ from typing import Any, Literal
 from clasp.errors import UserError
 
 SuiteTask = Literal["zeroshot", "multilabel", "retrieval", "multilingual"]
-_TASKS = ("zeroshot", "multilabel", "retrieval", "multilingual")
+_RECALLS = ("mean_recall", "recall@1", "recall@5", "recall@10", "median_rank")
+TASK_METRICS: dict[SuiteTask, tuple[str, ...]] = {
+    "zeroshot": ("top1", "top5", "mean_per_class", "roc_auc"),
+    "multilabel": ("mean_average_precision", "mean_11_point_precision", "mean_roc_auc"),
+    "retrieval": _RECALLS,
+    "multilingual": _RECALLS,
+}
+"""Task to its metrics, the default one first; ``roc_auc`` needs two classes"""
 _CLASS_FILES = ("classnames.txt", "labels.txt")
 _TEMPLATE_FILE = "zeroshot_classification_templates.txt"
 _ELEVATER = "https://github.com/Computer-Vision-in-the-Wild/Elevater_Toolkit_IC"
@@ -28,7 +35,7 @@ class SuiteSet:
 
     name: str
     task: SuiteTask = "zeroshot"
-    metric: str = "top1"
+    metric: str
     source: str = ""
     """Where the data is to be had"""
 
@@ -91,7 +98,7 @@ def find_suite(name: str) -> tuple[SuiteSet, ...]:
         raise UserError(f"no suite {name!r}; {hint}{known}")
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8")).get("set", [])
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not a TOML file: {error}") from None
     if not isinstance(tables, list) or not tables:
         raise UserError(f"{file} has no [[set]] tables; each has a name, and may have {', '.join(_KEYS[1:])}")
@@ -110,6 +117,10 @@ def _read_set(table: Any, where: str) -> SuiteSet:
         raise UserError(f"{where} must have a name and texts: {', '.join(_KEYS)}")
     if unknown := [key for key in table if key not in _KEYS]:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}")
-    if table.get("task", "zeroshot") not in _TASKS:
-        raise UserError(f"{where}: task = {table['task']!r} is none of {', '.join(_TASKS)}")
-    return SuiteSet(**table)
+    task = table.get("task", "zeroshot")
+    if task not in TASK_METRICS:
+        raise UserError(f"{where}: task = {task!r} is none of {', '.join(TASK_METRICS)}")
+    metrics = TASK_METRICS[task]
+    if table.get("metric", metrics[0]) not in metrics:
+        raise UserError(f"{where}: {task} has no metric {table['metric']!r}; it has {', '.join(metrics)}")
+    return SuiteSet(**{"metric": metrics[0], **table})

@@ -22,12 +22,14 @@ from torch import Tensor
 
 from clasp.evaluation import metrics
 from clasp.evaluation.embedding_table import EmbeddingTable, TextBatcher, embed_batches
-from clasp.evaluation.multilabel import two_class_wins
+from clasp.evaluation.multilabel import two_class_influence
 from clasp.evaluation.name_checks import refuse_repeats, require_known
 from clasp.evaluation.prompt_templates import TEMPLATE_SETS
 from clasp.evaluation.query_scores import MeanMetric, QueryScores
 from clasp.types import Encoder, UserError
 
+ACCURACIES = ("top1", "top5", "mean_per_class")
+TWO_CLASS_METRICS = (*ACCURACIES, "roc_auc")
 _PLACEHOLDER = re.compile(r"\{c?\}")  # {} as in CLIP's templates, {c} as in CLIP_benchmark's
 
 
@@ -43,6 +45,7 @@ class ZeroShotQueries:
         templates: texts with the placeholder ``{}`` or ``{c}``.
         read: makes text-tower inputs of prompts.
         groups: image id to cluster, for intervals; without it every image is its own.
+        metric_names: ``ACCURACIES``, or with two classes also ``TWO_CLASS_METRICS``.
 
     Raises:
         UserError: a class named twice, an empty name, fewer than two classes, no template, a template without
@@ -55,14 +58,13 @@ class ZeroShotQueries:
     read: TextBatcher
     groups: Mapping[str, str] | None = None
     directions: tuple[str, ...] = field(default=("",), init=False)
-    metric_names: tuple[str, ...] = field(default=("top1", "top5", "mean_per_class"), init=False)
+    metric_names: tuple[str, ...] = ACCURACIES
 
     def __post_init__(self) -> None:
-        if len(self.classes) == 2:
-            object.__setattr__(self, "metric_names", (*self.metric_names, "roc_auc"))
         _check_class_names(self.classes, "the classes")
         if len(self.classes) < 2:
             raise UserError(f"classification needs at least two classes; there is only {list(self.classes)}")
+        assert self.metric_names == ACCURACIES or (self.metric_names == TWO_CLASS_METRICS and len(self.classes) == 2)
         if not self.templates:
             raise UserError("classification needs at least one prompt template, such as 'a photo of a {}.'")
         for template in self.templates:
@@ -93,13 +95,13 @@ class ZeroShotQueries:
         def measure(counts: metrics.RankCounts) -> dict[str, MeanMetric]:
             first = metrics.hit_at_k(counts, 1)
             found = MeanMetric(first), MeanMetric(metrics.hit_at_k(counts, 5)), MeanMetric(first, cells=numbers)
-            return dict(zip(self.metric_names[:3], found, strict=True))
+            return dict(zip(ACCURACIES, found, strict=True))
 
         vectors = self.class_embeddings(encoder)
         means = measure(metrics.rank_counts(images.vectors[list(rows)], vectors, numbers, candidates))
         if "roc_auc" in self.metric_names:
             margin = images.vectors[list(rows)] @ (vectors[1] - vectors[0])
-            means["roc_auc"] = MeanMetric(two_class_wins(margin, numbers == 1), cells=numbers)
+            means["roc_auc"] = MeanMetric(two_class_influence(margin, numbers == 1), cells=numbers)
         chance = measure(metrics.chance_rank_counts(numbers, candidates))
         groups = ids if self.groups is None else tuple(self.groups[id] for id in ids)
         seen, names = images.vectors[list(rows)], self.classes
@@ -109,7 +111,7 @@ class ZeroShotQueries:
             groups=tuple(groups),
             means=means,
             medians={},
-            chance={name: mean.value() for name, mean in chance.items()} | dict.fromkeys(self.metric_names[3:], 0.5),
+            chance=dict.fromkeys(self.metric_names, 0.5) | {name: mean.value() for name, mean in chance.items()},
             expected=tuple(labels),
             predict=lambda: [names[row] for row in metrics.first_ranked(seen, vectors)],
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 from clasp.data.device import to_device
 from clasp.data.formats.rows import require_unicode, shorten
 from clasp.data.formats.skipped_files import escape_name
-from clasp.data.images import IMAGE_FORMS, ImageError, ImageTransform, is_image_form
+from clasp.data.images import IMAGE_FORMS, ImageError, ImageTransform, is_image_form, load_opened
 from clasp.data.loader import inference_batch_size, iter_text_batches
 from clasp.data.read_ahead import read_ahead
 from clasp.data.tokenizer import Tokenizer
@@ -94,6 +94,11 @@ class EmbeddingModel:
             if not is_image_form(image):
                 wrong = f"encode_image: image {place} is {_describe(image)}"
                 raise UserError(f"{wrong}; it takes {IMAGE_FORMS}{_hint(image)}")
+        for place, image in enumerate(images):
+            try:
+                load_opened(image)  # here, since the threads below may get one image twice
+            except ImageError as error:
+                raise UserError(f"image {place}: {error}") from None
         if not images:
             side = self.transform.size
             return self.encode_pixels(torch.zeros(1, 3, side, side))[:0]

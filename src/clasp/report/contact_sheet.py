@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
+from clasp.data.atomic_files import replace_file, translate_disk_errors
 from clasp.data.decoding import ImageError, RGBColor, thumbnail
 from clasp.report.text_rendering import TextRenderer
 
@@ -194,8 +195,10 @@ def _section_width(section: SheetSection) -> int:
 
 def _save(page: Image.Image, path: str | Path, renderer: TextRenderer) -> ContactSheet:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, "PNG")
+    with translate_disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as part:
+            page.save(part, "PNG")
     return ContactSheet(path, *page.size, tuple(sorted(renderer.used)), tuple(sorted(renderer.missing)))
 
 

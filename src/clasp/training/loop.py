@@ -110,8 +110,7 @@ def fit(
             session.save(at)  # at once, so that a kill from here on loses no start-up
         requested = agree(stop.requested)
         while at.epoch < settings.epochs and not requested:
-            left = islice(batches.epoch(at.epoch, start=at.step_in_epoch), steps - at.step)
-            for batch in logger.time_batches(left):
+            for batch in logger.time_batches(_rest_of_epoch(batches, at, steps)):
                 logger.log_skipped(batch, at.step)
                 if batch.total_pairs > 1:  # a single pair has no negatives
                     _train_step(session.stepper, logger, callbacks.ledger, batch, at)
@@ -147,6 +146,14 @@ def _within_max_steps(settings: TrainSettings, steps_per_epoch: int) -> tuple[in
     if settings.max_steps is None or settings.max_steps >= steps:
         return steps, settings
     return settings.max_steps, settings.model_copy(update={"epochs": -(-settings.max_steps // steps_per_epoch)})
+
+
+def _rest_of_epoch(batches: BatchStream, at: TrainPosition, steps: int) -> Iterator[Batch]:
+    """The batches of an epoch from a position on, cut where ``steps`` end within it; an epoch that is not cut is read
+    to the end of its iterator."""
+    rest = batches.epoch(at.epoch, start=at.step_in_epoch)
+    left = steps - at.step
+    return rest if left >= len(batches) - at.step_in_epoch else islice(rest, left)
 
 
 def _train_step(

@@ -137,7 +137,7 @@ class Stepper:
 
         Raises ``UserError`` for the state of a run with other trainable parameters.
         """
-        if self.settings.micro_batch == "auto" and state.micro_batch is not None:
+        if state.micro_batch is not None:  # a set one too: it is halved where memory ran out
             self.micro_batch = state.micro_batch
         self.load_weights(state.weights)
         optim.load_optimizer_state(self.optimizer, self.weights, state.optimizer)

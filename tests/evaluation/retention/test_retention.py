@@ -338,9 +338,8 @@ def test_results_and_figure_stay_in_the_run(world: World, monkeypatch: pytest.Mo
     results = ask(at, f"data={world.pairs}").results
     kept = lines(at / "results.jsonl")[before:]
     assert [(row["task"], row["language"]) for row in kept] == [(r.task, r.language) for r in results]
-    assert all(
-        set(row) == {"task", "data", "language", "metrics", "chance", "n", "interval", "seconds"} for row in kept
-    )
+    fields = {"task", "data", "language", "metrics", "chance", "n", "interval", "seconds", "checksum"}
+    assert all(set(row) == fields for row in kept)
     text = (at / "results.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
     png = (at / "retention.png").read_bytes()
