@@ -205,7 +205,10 @@ def alone() -> dict[str, Any]:
     return train_and_measure(Processes(device=torch.device("cpu")))
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.faults), 4], ids=lambda size: f"{size} processes")
+_SIZES = [2, pytest.param(3, marks=pytest.mark.faults), 4]
+
+
+@pytest.fixture(scope="module", params=_SIZES, ids=lambda size: f"{size} processes")
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found."""
     folder = tmp_path_factory.mktemp("together")
