@@ -20,6 +20,7 @@ from clasp.data.formats.image_cells import image_of_cell
 from clasp.data.formats.index_cache import file_stamp
 from clasp.data.formats.listed_pairs import check_listed_pairs
 from clasp.data.formats.rows import ColumnNames, as_text, parse_captions, require_columns
+from clasp.data.formats.sources import require_inside
 from clasp.plain_types import Caption, ImageSource, Pair, UserError
 
 INFO_FILE, SPLITS_FILE = "dataset_info.json", "dataset_dict.json"
@@ -180,9 +181,12 @@ def _arrow_files(folder: Path) -> list[Path]:
     if not state.is_file():
         return sorted(file for file in folder.glob("*.arrow") if not file.name.startswith("cache-"))
     try:
-        return [folder / each["filename"] for each in json.loads(state.read_text("utf-8"))["_data_files"]]
+        names = [str(each["filename"]) for each in json.loads(state.read_text("utf-8"))["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{state} lists no data files: {error}") from None
+    for name in names:
+        require_inside(name, str(folder), str(state))
+    return [folder / name for name in names]
 
 
 def refuse_split_folder(spec: SourceSpec) -> OpenedSource:
