@@ -25,7 +25,8 @@ _MAX_FAILURES = 20  # of a case, kept with their seeds
 class CaseCount:
     """One row: a fault, what clasp promises, how often it was tried, and how often each outcome came.
 
-    ``case``: what ``python -m faults``, or ``python -m faults.fuzz``, calls it. ``failures``: one line for each trial that broke the promise, with what repeats it.
+    ``case``: its name for ``python -m faults`` or ``python -m faults.fuzz``. ``failures``: one line for each trial that
+    broke the promise, with what repeats it.
     """
 
     fault: str

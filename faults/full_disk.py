@@ -130,10 +130,9 @@ def read_only(world: World, trials: int = len(_READ_ONLY_COMMANDS)) -> CaseCount
     outcomes, failures = Counter[str](), []
     pictures, toml = world.pictures("few-pictures", 20), world.folder / "toy.toml"
     toml.write_text(world.recipe().to_toml(), encoding="utf-8")
+    places = {"toml": toml, "pictures": pictures, "pairs": world.pairs}
     for command in _READ_ONLY_COMMANDS[:trials]:
-        ended = run_in_child(
-            lambda command=command: _on_read_only(world, command, {"toml": toml, "pictures": pictures, "pairs": world.pairs})
-        )
+        ended = run_in_child(lambda command=command: _on_read_only(world, command, places))
         if ended.code == 0 and ended.answer is None:
             outcomes[_NO_NAMESPACE] += 1
         elif ended.code or ended.answer not in (0, 2) or "Traceback" in ended.said or "--help" in ended.said:
@@ -143,9 +142,7 @@ def read_only(world: World, trials: int = len(_READ_ONLY_COMMANDS)) -> CaseCount
             outcomes["did its work" if ended.answer == 0 else "refused in one line"] += 1
     promise = "reading commands work, others refuse in one line; no traceback"
     tried = len(_READ_ONLY_COMMANDS[:trials])
-    return CaseCount(
-        "a folder that cannot be written to", promise, "read-only", tried, dict(outcomes), tuple(failures)
-    )
+    return CaseCount("a folder that cannot be written to", promise, "read-only", tried, dict(outcomes), tuple(failures))
 
 
 def _on_read_only(world: World, command: tuple[str, ...], places: dict[str, Path]) -> int | None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from clasp import cli
+from clasp.commands import step_timing
 from clasp.commands import train as main_job
 from clasp.commands.doctor import diagnose, raise_on_stop
 from clasp.commands.forecast import images_or_captions
@@ -29,7 +30,7 @@ from clasp.models.tower import Tower
 from clasp.training.loop import count_evaluations
 from clasp.training.run_folder import RunFolder
 from clasp.training.settings import TrainSettings
-from clasp.types import UserError
+from clasp.types import UserError, no_progress_bar
 from toyclassifiers import save_colour_classifier
 from toydata import COLOURS, toys, write_classes, write_csv, write_folder, write_images
 from toyruns import delta, lines, recipe, run, save_towers

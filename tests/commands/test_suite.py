@@ -23,6 +23,7 @@ from clasp.evaluation.suites import SUITES, find_suite
 from clasp.evaluation.zeroshot import read_templates
 from clasp.report.prediction_sheets import Confusion, most_confused
 from clasp.report.suite_table import suite_table
+from clasp.training.run_code import require_allowed
 from clasp.types import UserError
 from toydata import COLOURS, toys, write_csv
 from toyreports import retrieval_rows, write_run
@@ -146,6 +147,19 @@ def test_the_command_prints_one_table(
 
     assert "mean of 3" in typed("--suite", "elevater-20", "--data", str(data), "--out", str(tmp_path / "out"))
     assert "name a TASK" in typed() and "--suite takes --data FOLDER" in typed("--suite", "elevater-20", "k=1")
+
+
+def test_a_suite_runs_within_what_is_allowed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def needs_code(*given: object, **more: object) -> None:
+        require_allowed({"loss.kind": "another:name"}, Path("run"))
+        raise UserError("it was allowed")
+
+    monkeypatch.setattr("clasp.commands.evaluate_suite.evaluate_suite", needs_code)
+    for words, message in (([], "--allow-code"), (["--allow-code"], "it was allowed")):
+        monkeypatch.setattr(sys, "argv", ["clasp", "eval", "run", "--suite", "elevater-20", "--data", "x", *words])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert message in capsys.readouterr().err
 
 
 def test_predictions_are_kept_with_pictures_that_the_report_shows(data: Path, model: Path, tmp_path: Path):

@@ -603,6 +603,8 @@ def test_the_same_bytes_of_a_picture_give_the_same_vector(towers: Path, pairs: P
     path = tmp_path / "pairs" / "images" / f"{TOYS[0].key}.png"
     with Image.open(path) as picture:
         ways = model.encode_image([str(path), path, TOYS[0].png, picture])
+    with Image.open(path) as opened:
+        assert torch.equal(model.encode_image([opened] * 4), ways)
     assert all(torch.equal(row, ways[0]) for row in ways) and ways.norm(dim=1).allclose(torch.ones(4))
     texts = ["a red ring", "a photo of the blue circle", "ring"]
     torch.testing.assert_close(model.encode_text(texts)[1:2], model.encode_text(texts[1:2]), rtol=0, atol=1e-6)

@@ -193,7 +193,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if manifest["format"] != ONNX_FORMAT:
             raise UserError(f"{path} is of format {manifest['format']}; this clasp reads {ONNX_FORMAT}")
         missing = [key for key in ("towers", "fingerprint", "width", "image", "text") if key not in manifest]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}; export the run again") from None

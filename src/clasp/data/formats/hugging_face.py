@@ -158,7 +158,7 @@ def open_arrow_folder(spec: SourceSpec) -> OpenedSource:
     """Open a data set that was saved with ``save_to_disk``. Raises ``UserError``."""
     try:
         given = json.loads((spec.path / INFO_FILE).read_text("utf-8"))["features"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{spec.path / INFO_FILE} has no features: {error}") from None
     features = Features.of(given, spec.columns, str(spec.path))
     rows = FeatureRows(
