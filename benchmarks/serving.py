@@ -135,9 +135,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("options", nargs="*", help="of clasp serve, after --")
-    given = parser.parse_args()
-    server = Server(given.folder, given.options)
+    words, options = sys.argv[1:], list[str]()
+    if "--" in words:  # options of clasp serve; argparse loses them behind its own
+        words, options = words[: words.index("--")], words[words.index("--") + 1 :]
+    given = parser.parse_args(words)
+    server = Server(given.folder, options)
     try:
         alone = one_by_one(server, given.requests)
         facts = {"startup_s": round(server.startup, 2), "one_by_one": alone, "memory": server.memory()}
@@ -146,7 +148,7 @@ def main() -> None:
     finally:
         server.stop()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(json.dumps({"machine": machine, "options": given.options, **facts}, indent=1))
+    print(json.dumps({"machine": machine, "options": options, **facts}, indent=1))
 
 
 if __name__ == "__main__":
