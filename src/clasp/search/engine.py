@@ -13,14 +13,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,6 +30,7 @@ from clasp.data.file_fields import read_file_fields
 from clasp.data.formats.rows import shorten
 from clasp.data.formats.skipped_files import SkippedFiles, escape_name
 from clasp.data.pairs import ParquetSource
+from clasp.data.read_ahead import DECODE_THREADS, read_ahead
 from clasp.plain_types import (
     Hit,
     ImageSource,
@@ -167,7 +166,7 @@ class SearchEngine:
         self.model = model = model.in_precision_of(store.model)
         self.store = store
         self._batch = batch
-        self._threads = threads or min(4, os.cpu_count() or 1)
+        self._threads = threads or DECODE_THREADS
         self._table_lock = threading.Lock()
         self._computed: ComputedVectors = _NothingComputed()
         store.claim(model.fingerprint, model.name)
@@ -211,7 +210,8 @@ class SearchEngine:
         added, encoded, done = 0, 0, len(entries) - len(work)
         skipped: list[SkippedSample] = []
         progress(done, len(entries))
-        with closing(self._prefetch(work, known)) as batches:
+        read = partial(self._read, known=known)
+        with closing(read_ahead(work, read, batch=self._batch, threads=self._threads)) as batches:
             for batch in batches:
                 reads = [read for read in batch if isinstance(read, _ReadImage)]
                 failures = [read for read in batch if isinstance(read, _FailedImage)]
@@ -257,22 +257,6 @@ class SearchEngine:
         self.store.delete(ids)
         for name in ids:
             known.remove(name)
-
-    def _prefetch(
-        self, work: Sequence[IndexEntry], known: StoredEntries
-    ) -> Generator[list[_ReadImage | _FailedImage], None, None]:
-        """Batches read and decoded in threads, each while the one before it is encoded."""
-        pool = ThreadPoolExecutor(self._threads, "clasp-index")
-        pending: deque[list[Future[_ReadImage | _FailedImage]]] = deque()
-        try:
-            for start in range(0, len(work), self._batch):
-                pending.append([pool.submit(self._read, entry, known) for entry in work[start : start + self._batch]])
-                if len(pending) == 2:
-                    yield [future.result() for future in pending.popleft()]
-            for futures in pending:
-                yield [future.result() for future in futures]
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _read(self, entry: IndexEntry, known: StoredEntries) -> _ReadImage | _FailedImage:
         """One image, in a thread: not read if its file is unchanged, not decoded if its bytes are already stored."""

@@ -4,7 +4,7 @@ Input: vectors with ids and metadata. Output: the exact nearest neighbours by co
 writes only append (see ``manifest``). A replaced or deleted row remains until ``close``, or ``release`` where they are
 many, copies the live rows into files of the next generation. One process writes at a time; any number may read the
 state they opened. The matrix is memory-mapped, and read once in a process to compare its checksum; memory is about 300
-bytes a row, and the scores of a query.
+bytes a row, and the scores of a query. A long class: reading, appending and compacting share one view of the files.
 """
 
 from __future__ import annotations
