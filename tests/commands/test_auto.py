@@ -12,7 +12,8 @@ import torch
 
 import clasp
 from clasp.commands import auto as main_job
-from clasp.commands.auto import AutoCallbacks, AutoResult, climb, resume_climb
+from clasp.commands.auto import AutoResult, climb, resume_climb
+from clasp.commands.auto_stages import AutoCallbacks
 from clasp.commands.train import train_recipe
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
 from clasp.report.auto_table import AutoPlan, auto_table
@@ -74,14 +75,15 @@ def test_what_comes_out_is_the_run_of_the_best_stage(done: AutoResult):
 
 def test_every_candidate_and_stage_is_a_row_with_its_reason(done: AutoResult):
     rows = {row.stage: row for row in done.plan.rows if row.stage}
-    stages = ["1-closed-form", "1-last-layers", "2-low-rank-and-norms", "3-adapters-and-norms", "4-full", "5-heads"]
+    stages = ["1-closed-form", "1-last-layers", "2-low-rank-and-norms", "3-adapters-and-norms", "4-full"]
+    stages += ["5-closed-form-of-tuned", "6-heads"]
     assert list(rows) == stages
     last = read_recipe(done.run / "stages" / "2-low-rank-and-norms" / "recipe.toml")
     assert last.image.extra_layers == last.text.extra_layers == [] and (last.train.init_from or "").endswith(stages[1])
     tried = [row for row in done.plan.rows if not row.stage]
     assert len(tried) >= 8 and all(row.metric is not None and row.interval is not None for row in tried)
     assert rows["1-closed-form"].metric == pytest.approx(max(row.metric or 0 for row in tried), abs=0.1)
-    assert rows["5-heads"].verdict == "left out" and "no epoch fits into the 5 steps" in rows["5-heads"].reason
+    assert rows["6-heads"].verdict == "left out" and "no epoch fits into the 5 steps" in rows["6-heads"].reason
     tuned = rows["2-low-rank-and-norms"]
     assert tuned.steps == 35 and tuned.change is not None and tuned.change_interval is not None
     assert tuned.verdict == ("kept" if tuned.change > 0 else "not better")
@@ -93,11 +95,34 @@ def test_every_candidate_and_stage_is_a_row_with_its_reason(done: AutoResult):
 
 def test_the_closed_form_of_the_search_is_that_of_the_stage(done: AutoResult):
     chosen = next(row for row in done.plan.rows if row.stage == "1-closed-form")
-    (searched,) = [row for row in done.plan.rows if not row.stage and chosen.method.endswith(f"layers {row.method}")]
+    searched = next(row for row in done.plan.rows if not row.stage and chosen.method.endswith(f"layers {row.method}"))
     assert searched.metric == pytest.approx(chosen.metric, abs=1e-6) and searched.trained == chosen.trained
 
 
-@pytest.mark.parametrize("stage", ["1-closed-form", "2-low-rank-and-norms"])
+def test_the_closed_form_of_tuned_towers_keeps_the_towers(done: AutoResult):
+    tuned, again = (done.run / "stages" / name for name in ("2-low-rank-and-norms", "5-closed-form-of-tuned"))
+    recipe = read_recipe(again / "recipe.toml")
+    assert recipe.train.epochs == 0 and recipe.train.init_parts == "towers" and recipe.train.init_from == str(tuned)
+    ours, theirs = delta(again), delta(tuned)
+    towers = {name for name in theirs if name.startswith(("image.", "text."))}
+    assert towers and all(torch.equal(ours[name], theirs[name]) for name in towers)
+    assert ours.keys() - towers == {name for name in theirs if name not in towers}
+    row = done.plan.row("5-closed-form-of-tuned")
+    assert row is not None and row.reason.startswith("towers of 2-low-rank-and-norms; ") and row.metric is not None
+    searched = [each for each in done.plan.rows[: done.plan.rows.index(row)] if not each.stage]
+    assert any(row.method == f"closed form, layers {each.method}, of the tuned towers" for each in searched)
+
+
+def test_little_time_tunes_the_upper_blocks(towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(main_job, "holds_all_blocks", lambda features, left: False)
+    done = climb(recipe(towers, pairs, steps=8), tmp_path / "toy", QUIET)
+    row = done.plan.row("2-low-rank-and-norms")
+    assert row is not None and row.method == "low rank and norms, upper blocks" and row.steps > 0
+    tuned = read_recipe(tmp_path / "toy" / "stages" / row.stage / "recipe.toml").tune
+    assert tuned.image == tuned.text == ["lora(rank=8, blocks='-1:')", "norms(blocks='-1:')"]
+
+
+@pytest.mark.parametrize("stage", ["1-closed-form", "2-low-rank-and-norms", "5-closed-form-of-tuned"])
 def test_the_recipe_of_a_stage_repeats_its_weights(stage: str, done: AutoResult, tmp_path: Path):
     folder = done.run / "stages" / stage
     run(read_recipe(folder / "recipe.toml"), tmp_path / "again")
@@ -132,7 +157,7 @@ def test_a_budget_too_small_for_anything_gives_the_closed_form(towers: Path, pai
     done = climb(recipe(towers, pairs, minutes=1e-4), tmp_path / "toy", AutoCallbacks(said.append))
     assert done.plan.best == "1-closed-form" and (tmp_path / "toy" / "delta.safetensors").exists()
     assert any("the budget of 0.0001 minutes ended before it" in line for line in said)
-    assert [row.verdict for row in done.plan.rows if row.stage][1:] == ["left out"] * 4
+    assert [row.verdict for row in done.plan.rows if row.stage][1:] == ["left out"] * 5
 
 
 def test_interrupted_before_a_stage_ended(towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

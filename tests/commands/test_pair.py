@@ -11,7 +11,8 @@ import pytest
 
 from clasp import cli
 from clasp.cli.pair import repeat_option_names
-from clasp.commands.auto import AutoCallbacks, climb
+from clasp.commands.auto import climb
+from clasp.commands.auto_stages import AutoCallbacks
 from clasp.commands.pair import rank_tower_pairs
 from clasp.config.recipe import read_recipe
 from clasp.report.pair_table import TowerPair, pair_layer_table, pair_table

@@ -15,6 +15,8 @@ from clasp.config.auto_plan import (
     first_candidates,
     fit_heads,
     fit_tuning,
+    fits_all_blocks,
+    holds_all_blocks,
     layer_sets,
     plan_closed_form,
     plan_heads,
@@ -40,6 +42,7 @@ def test_layers_are_the_last_the_upper_half_and_all():
     assert [each.extra for each in layer_sets(4, ())] == [(), (2, 3), (1, 2, 3)]
     assert [each.extra for each in layer_sets(1, ())] == [()]
     assert layer_sets(12, [3, 7]) == [LayerSet("given", (3, 7))]
+    assert layer_sets(12, [10, 11]) == [LayerSet("10 to 12", (10, 11))] and layer_sets(2, [1])[0].name == "given"
     pairs = [(one.image.name, one.text.name) for one in first_candidates(layer_sets(12, ()), layer_sets(6, ()), 384)]
     assert pairs[:3] == [("last", "last"), ("all", "all"), ("upper half", "upper half")]
     assert pairs[3:] == [("all", "last"), ("last", "all")]
@@ -82,6 +85,17 @@ def test_epochs_fit_what_is_left(left: Left, epochs: int | None):
     assert isinstance(fitted, StagePlan) and fitted.recipe.train.epochs == epochs, fitted
     assert str(left) in fitted.reason and (fitted.recipe.data.augment is not None) == (epochs > 1)
     assert fitted.recipe.train.evaluate_every == -(-epochs // 10)
+    assert fitted.recipe.train.select == ("last" if epochs < 3 else "best")
+
+
+def test_where_no_epoch_of_all_blocks_fits():
+    assert TUNINGS[0].in_upper(12) == ("lora(rank=8, blocks='-3:')", "norms(blocks='-3:')")
+    assert TUNINGS[0].in_upper(2)[1] == "norms(blocks='-1:')"
+    timing = StepTiming(1.0, 10.0, 100, features=20.0)
+    assert not fits_all_blocks(timing, Left(130.0, None)) and fits_all_blocks(timing, Left(131.0, None))
+    assert not holds_all_blocks(20.0, Left(50.0, None)) and holds_all_blocks(20.0, Left(51.0, None))
+    assert fits_all_blocks(timing, Left(None, 1)) and holds_all_blocks(20.0, Left(None, 1))
+    assert Left(100.0, None).after(30.0) == Left(70.0, None) and Left(None, 5).after(30.0) == Left(None, 5)
 
 
 def test_heads_take_what_is_left_until_they_settle():

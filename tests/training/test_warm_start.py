@@ -107,3 +107,18 @@ def test_a_run_that_does_not_fit(other: list[str], said: str, towers: Path, pair
 def test_a_start_that_is_no_run(towers: Path, pairs: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"no run at .*nowhere: no such folder"):
         run(recipe(towers, pairs, f"train.init_from={tmp_path / 'nowhere'}"), tmp_path / "next")
+
+
+def test_towers_of_a_run_with_heads_of_other_layers(towers: Path, pairs: Path, start: Path, tmp_path: Path):
+    tune = ['tune.image=["lora(rank=2)"]', 'tune.text=["norms"]']
+    run(recipe(towers, pairs, f"train.init_from={start}", "train.epochs=1", "train.select=last", *tune), tmp_path / "t")
+    again = ["train.init_parts=towers", "train.epochs=0", "head.init=cca", "head.width=8", "image.extra_layers=all"]
+    run(recipe(towers, pairs, f"train.init_from={tmp_path / 't'}", *tune, *again), tmp_path / "again")
+    tuned, made = delta(tmp_path / "t"), delta(tmp_path / "again")
+    of_towers = [name for name in tuned if name.startswith(("image.", "text."))]
+    assert of_towers and all(torch.equal(tuned[name], made[name]) for name in of_towers)
+    assert made["image_head.map.weight"].shape[0] == 8 and made["image_head.map.weight"].abs().max() > 0
+    with pytest.raises(UserError, match=r"does not fit: image\.\S+, which does not train here"):
+        run(recipe(towers, pairs, f"train.init_from={tmp_path / 't'}", *again), tmp_path / "other")
+    with pytest.raises(UserError, match=r"init_parts = 'towers' is of the run that init_from names"):
+        recipe(towers, pairs, "train.init_parts=towers")

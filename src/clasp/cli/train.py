@@ -265,7 +265,8 @@ def _next_commands(typed: str, source: str) -> str:
 
 def _climb(recipe: Any, run: Path) -> None:
     """Train a recipe with [auto], or resume (``None``) the climb in ``run``."""
-    from clasp.commands.auto import AutoCallbacks, climb, resume_climb
+    from clasp.commands.auto import climb, resume_climb
+    from clasp.commands.auto_stages import AutoCallbacks
     from clasp.report.auto_table import auto_table
     from clasp.report.console import print_status, print_table, progress_bar, relative_path
     from clasp.report.terminal import terminal_reporter

@@ -109,7 +109,7 @@ def _initialize(context: RunContext, sides: BatchReader, batches: PairLoader, lo
     """Initialise heads and low-rank updates from whole batches; returns the samples that cannot be read."""
     recipe, model = context.recipe, context.model
     with nullcontext(batches) if context.processes.size == 1 else closing(_loader(context, sides)) as whole:
-        if recipe.head.standardize and recipe.train.init_from is None:
+        if recipe.head.standardize and recipe.train.starts_heads:
             classes = _class_pairs(context)
             if context.heads is None:
                 initialize_heads(model, _plain(context, sides), recipe.head, whole.bad_samples, classes)

@@ -194,7 +194,7 @@ def _prepare(
     if state is not None:  # the saved one: other library versions may build another from the recipe
         parts = replace(parts, tokenizer=processes.first(lambda: folder.read().tokenizer))
     elif recipe.train.init_from is not None:
-        load_initial_weights(parts.model, recipe.to_dict(), recipe.train.init_from)
+        load_initial_weights(parts.model, recipe.to_dict())
     parts.model.to(processes.device).eval()
     if recipe.train.activation_checkpointing == "blocks":
         for tower in (parts.model.image, parts.model.text):

@@ -8,15 +8,18 @@ Note: nothing is computed here. Every stage is an ordinary recipe; repeating it 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from clasp.config.recipe import Recipe, recipe_from_dict
 
 CLOSED_FORM_STAGE, LAST_LAYERS_STAGE = "1-closed-form", "1-last-layers"
+TUNED_CLOSED_FORM = "closed-form-of-tuned"
 RIDGES = ((0.3, 0.3), (3.0, 3.0), (10.0, 10.0), (3.0, 0.3), (0.3, 3.0))
 """Ridge penalties (image, text) tried after (1, 1)"""
+TUNED_RIDGES = ((0.3, 0.3), (0.1, 0.1), (3.0, 3.0))
+"""Those for tuned towers, whose features need less"""
 CLASS_WEIGHTS = (0.0, 3.0, 10.0, 30.0)
 """Training pairs that a class counts as, where the image tower has a classifier (``data.class_weight``)"""
 SEARCH_WIDTH, WIDTHS = 256, (64, 128, 256, 512)
@@ -25,6 +28,11 @@ _HEAD_STEPS = 300  # after which heads on cached features have settled
 _RESERVE = 0.08  # of the time left, for saving, loading and the final evaluation
 _MAX_EPOCHS, _MIN_MAX_STEPS = 15, 1500  # tuning flattens at the larger of both; then another method is worth more
 _MAX_EVALUATIONS = 10
+_AUGMENT = {"flip": 0.5, "crop_scale": [0.7, 1.0]}
+_FEW_EPOCHS = 2  # after which the last weights are taken, not those of the best evaluation
+_UPPER = 4  # the share of the blocks that are tuned in little time: one of so many
+_MIN_WHOLE_EPOCHS = 1  # of tuning in all blocks; where none fits, the upper blocks are tuned
+_EPOCH_IN_FEATURES = 2.5  # an epoch of low rank takes at least so many times as long as the features of all pairs
 
 
 class LayerSet(NamedTuple):
@@ -52,21 +60,25 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """One stage: the name of its folder, its recipe, and why it is as it is."""
+    """One stage: the name of its folder, its recipe, and why it is as it is; ``augment``: what it adds where its epochs
+    are several."""
 
     name: str
     method: str
     reason: str
     recipe: Recipe
+    augment: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
-    """Measured seconds of a step and of an evaluation, and the steps of an epoch."""
+    """Measured seconds of a step and of an evaluation, the steps of an epoch, and seconds of the pooled features of all
+    pairs."""
 
     step: float
     evaluation: float
     steps_per_epoch: int
+    features: float = 0.0
 
     def epochs_in(self, seconds: float) -> int:
         """Whole epochs that fit, with at most ``_MAX_EVALUATIONS`` evaluations; each epoch has one up to there."""
@@ -79,16 +91,28 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class TowerTuning:
-    """Methods for both towers, with their learning rate and its factors."""
+    """Methods for both towers, with their learning rate and its factors. ``upper``: the same in the upper blocks alone,
+    ``{}`` of them, for less time."""
 
     name: str
     specs: tuple[str, ...]
     lr: float
     lr_factors: tuple[tuple[str, float], ...] = ()
+    upper: tuple[str, ...] = ()
+
+    def in_upper(self, blocks: int) -> tuple[str, ...]:
+        """The methods in the upper quarter of a tower of ``blocks`` blocks."""
+        return tuple(spec.format(max(1, blocks // _UPPER)) for spec in self.upper)
 
 
 TUNINGS = (
-    TowerTuning("low rank and norms", ("lora(rank=8)", "norms"), 2e-3, (("head", 0.5), ("scale", 0.5))),
+    TowerTuning(
+        "low rank and norms",
+        ("lora(rank=8)", "norms"),
+        2e-3,
+        (("head", 0.5), ("scale", 0.5)),
+        upper=("lora(rank=8, blocks='-{}:')", "norms(blocks='-{}:')"),
+    ),
     TowerTuning("adapters and norms", ("adapters(reduction=4)", "norms"), 1e-3),
     TowerTuning("full", ("full",), 1e-3, (("tower", 0.03), ("norm", 0.03))),
 )
@@ -98,7 +122,9 @@ TUNINGS = (
 def layer_sets(blocks: int, given: Sequence[int] | str) -> list[LayerSet]:
     """The sets of layers to try: those of the recipe where it has some, else the last, the upper half, and all."""
     if given != "all" and given:
-        return [LayerSet("given", tuple(layer for layer in given if isinstance(layer, int)))]
+        extra = tuple(layer for layer in given if isinstance(layer, int))
+        upper = extra == tuple(range(extra[0], blocks)) and extra[0] > 1 if extra else False
+        return [LayerSet(f"{extra[0]} to {blocks}" if upper else "given", extra)]
     sets = [LayerSet("last", ()), LayerSet("upper half", tuple(range(max(1, blocks // 2), blocks)))]
     sets.append(LayerSet("all", tuple(range(1, blocks))))
     return list({each.extra: each for each in sets}.values())
@@ -162,7 +188,37 @@ def plan_tuning(base: Recipe, number: int, start: str, method: TowerTuning, spec
         "train": {"epochs": 1, "lr": method.lr, "lr_factors": dict(method.lr_factors), "init_from": start},
     }
     name = method.name.replace(" ", "-")
-    return StagePlan(f"{number}-{name}", method.name, "", changed(base, changes))
+    return StagePlan(f"{number}-{name}", method.name, "", changed(base, changes), _AUGMENT)
+
+
+def plan_upper_tuning(stage: StagePlan, specs: dict[str, list[str]]) -> StagePlan:
+    """A stage of tuning in the upper blocks alone; ``specs``: what the towers take of it. Images are not augmented: the
+    states below these blocks are cached."""
+    return StagePlan(stage.name, f"{stage.method}, upper blocks", "", changed(stage.recipe, {"tune": specs}))
+
+
+def plan_tuned_closed_form(tuned: Recipe, number: int, chosen: Candidate, reason: str) -> StagePlan:
+    """The chosen heads for towers that a stage tuned; ``tuned``: the recipe of their search."""
+    planned = plan_closed_form(tuned, chosen, reason)
+    return StagePlan(f"{number}-{TUNED_CLOSED_FORM}", f"{planned.method}, of the tuned towers", reason, planned.recipe)
+
+
+def holds_all_blocks(features: float, left: Left) -> bool:
+    """Whether enough epochs of tuning in all blocks may fit; ``features``: seconds of the features of all pairs."""
+    return left.seconds is None or _MIN_WHOLE_EPOCHS * _EPOCH_IN_FEATURES * features < left.seconds
+
+
+def fits_all_blocks(timing: StepTiming, left: Left) -> bool:
+    """Whether enough epochs of tuning in all blocks fit; a budget in steps is the same for any blocks."""
+    return left.seconds is None or left.epochs(timing, 1 - _RESERVE) >= _MIN_WHOLE_EPOCHS
+
+
+def tuned_closed_form_seconds(timing: StepTiming, trials: float) -> float:
+    """The time that the closed form of the tuned towers takes; ``trials``: seconds of the first ones of the search.
+
+    Standardisation reads a part of the features once more; the heads are evaluated when saved and when compared.
+    """
+    return 1.3 * timing.features + 2 * timing.evaluation + trials
 
 
 def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
@@ -186,12 +242,13 @@ def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | s
     most = max(_MAX_EPOCHS, -(-_MIN_MAX_STEPS // timing.steps_per_epoch))
     epochs = min(fits, most)
     reason = f"{of_epoch}: {_count(epochs)}" + (f" into {left}" if fits <= most else f", {fits} would fit into {left}")
-    recipe = plan.recipe
-    if epochs > 1 and recipe.data.augment is None:
-        augment = {"flip": 0.5, "crop_scale": [0.7, 1.0]}
-        plan = StagePlan(plan.name, plan.method, plan.reason, changed(recipe, {"data": {"augment": augment}}))
+    if epochs > 1 and plan.augment is not None and plan.recipe.data.augment is None:
+        plan = replace(plan, recipe=changed(plan.recipe, {"data": {"augment": dict(plan.augment)}}))
         reason += "; images flipped and cropped"
-    return _with_epochs(plan, epochs, reason)
+    planned = _with_epochs(plan, epochs, reason)
+    # heads that are worse after so few steps hide better towers, whose closed form comes next
+    selected = {} if epochs > _FEW_EPOCHS else {"train": {"select": "last"}}
+    return replace(planned, recipe=changed(planned.recipe, selected))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +264,10 @@ class Left:
             return int(share * self.steps) // timing.steps_per_epoch
         assert self.seconds is not None
         return timing.epochs_in(share * self.seconds)
+
+    def after(self, seconds: float) -> Left:
+        """What is left once ``seconds`` have passed."""
+        return Left(None if self.seconds is None else self.seconds - seconds, self.steps)
 
     @property
     def nothing(self) -> bool:
@@ -227,7 +288,7 @@ def _count(epochs: int) -> str:
 def _with_epochs(plan: StagePlan, epochs: int, reason: str) -> StagePlan:
     every = -(-epochs // _MAX_EVALUATIONS)
     recipe = changed(plan.recipe, {"train": {"epochs": epochs, "evaluate_every": every}})
-    return StagePlan(plan.name, plan.method, reason, recipe)
+    return replace(plan, reason=reason, recipe=recipe)
 
 
 def changed(recipe: Recipe, changes: dict[str, dict[str, Any]]) -> Recipe:

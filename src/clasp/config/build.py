@@ -299,7 +299,7 @@ def class_pairs_of_recipe(recipe: Recipe, model: DualEncoder) -> WeightedClassPa
 
     Raises ``UserError`` where the recipe wants class pairs that its image tower does not have.
     """
-    closed_form = recipe.head.init == "cca" and recipe.train.init_from is None
+    closed_form = recipe.head.init == "cca" and recipe.train.starts_heads
     found = find_class_pairs(model, recipe.data.class_weight) if closed_form else None
     if recipe.data.class_ratio is not None and found is None:
         raise UserError(

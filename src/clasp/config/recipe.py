@@ -138,7 +138,7 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
     return recipe
 
 
-_PLANNED_TRAIN_KEYS = ("epochs", "max_steps", "lr", "lr_factors", "evaluate_every", "init_from")
+_PLANNED_TRAIN_KEYS = ("epochs", "max_steps", "lr", "lr_factors", "evaluate_every", "init_from", "init_parts")
 
 
 def _check_auto(recipe: Recipe, source: str) -> None:

@@ -72,7 +72,11 @@ class TrainSettings(BaseModel):
     ``schedule = "lilt"``, an epoch is then an equal share of the steps."""
     init_from: str | None = None
     """A run folder whose trained tensors the trainable parameters start from, by name; others keep their own
-    initialisation. The heads are then not initialised from the pairs."""
+    initialisation."""
+    init_parts: Literal["all", "towers"] = "all"
+    """What of ``init_from`` is copied. "all": the heads are then not initialised from the pairs. "towers": heads and
+    logit scale start as without ``init_from``, from the features of the tuned towers; layers, pooling and width of the
+    heads may differ from those of the run."""
     lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Peak learning rate, reached at the end of the warm-up."""
     lr_factors: LrFactors = LrFactors()
@@ -120,6 +124,11 @@ class TrainSettings(BaseModel):
     """Experiment trackers beside the run folder: tensorboard, wandb, mlflow, trackio, or package.module:Name.
     A run may be resumed with others."""
 
+    @property
+    def starts_heads(self) -> bool:
+        """Whether the heads are initialised from the pairs, not copied from a run."""
+        return self.init_from is None or self.init_parts == "towers"
+
     @field_validator("schedule")
     @classmethod
     def _require_known_schedule(cls, name: str) -> str:
@@ -131,6 +140,12 @@ class TrainSettings(BaseModel):
     def _require_known_decay_filter(cls, name: str) -> str:
         find_decay_filter(name)
         return name
+
+    @model_validator(mode="after")
+    def _parts_of_a_run(self) -> TrainSettings:
+        if self.init_parts != "all" and self.init_from is None:
+            raise ValueError(f"init_parts = {self.init_parts!r} is of the run that init_from names; set init_from too")
+        return self
 
     @model_validator(mode="after")
     def _one_warmup(self) -> TrainSettings:

@@ -1,9 +1,10 @@
 """Trainable parameters that start from those of another run: ``train.init_from``.
 
-Input: a model with its selection, its recipe as nested dictionaries, and the folder of a run. Output: none; parameters
-are copied in place, by name. Parameters that the run did not train keep their own initialisation; a low-rank update is
-zero then, so that the model starts exactly where the run ended. Note: the run's towers must have the same base weights
-and pooling, and all that it trained must be trainable here, or a part of it would be lost when this run is saved.
+Input: a model with its selection, and its recipe as nested dictionaries. Output: none; parameters are copied in place,
+by name. Parameters that the run did not train keep their own initialisation; a low-rank update is zero then, so that
+the model starts exactly where the run ended. Note: the run's towers must have the same base weights and pooling, and
+all that it trained must be trainable here, or a part of it would be lost when this run is saved. With
+``train.init_parts = "towers"`` the heads are not copied, and the pooling may differ.
 """
 
 from __future__ import annotations
@@ -25,19 +26,28 @@ _SETTINGS = (
     *("tune.image", "tune.text", "tune.head", "tune.scale", "share"),
 )
 
+_TOWER_PREFIXES = ("image.", "text.")
 
-def load_initial_weights(model: DualEncoder, recipe: Mapping[str, Any], run: str) -> None:
-    """Copy the delta of ``run`` into the trainable parameters of ``model``, which has ``recipe``.
 
-    Raises ``UserError`` naming the settings that differ: where the base weights or the pooling do, or where a tensor of
-    the delta is not among the trainable parameters or has another shape.
+def load_initial_weights(model: DualEncoder, recipe: Mapping[str, Any]) -> None:
+    """Copy the delta of ``train.init_from``, or its tensors of the towers, into the trainable parameters of ``model``.
+
+    ``model`` has ``recipe``. Raises ``UserError`` naming the settings that differ: where the base weights do (or, for
+    ``train.init_parts = "all"``, the pooling), or where a tensor that is to be copied is not among the trainable
+    parameters or has another shape.
     """
+    run, towers_only = str(recipe["train"]["init_from"]), recipe["train"]["init_parts"] == "towers"
     folder = RunFolder(run)
     theirs, tensors = folder.recipe(), folder.read_delta()
     base = folder.base()
     for tower in (model.image, model.text):
-        if base[tower.modality]["fingerprint"] != tower.fingerprint:
-            raise _misfit(run, f"the base weights or the pooling of its {tower.modality} tower", recipe, theirs)
+        recorded, side = base[tower.modality], tower.modality
+        if towers_only and recorded["tensors"] != tower.weight_hashes:
+            raise _misfit(run, f"the base weights of its {side} tower", recipe, theirs)
+        if not towers_only and recorded["fingerprint"] != tower.fingerprint:
+            raise _misfit(run, f"the base weights or the pooling of its {side} tower", recipe, theirs)
+    if towers_only:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(_TOWER_PREFIXES)}
     parameters = model.delta()
     for name, tensor in tensors.items():
         if name not in parameters:
