@@ -273,7 +273,8 @@ class CandidateEncoder:
         precision: Precision,
     ):
         self.name, self.fingerprint = f"{model.name}, closed form", ""
-        self._model, self._solution, self._precision = model, solution, precision
+        self._model, self._solution = model, solution
+        self._precision: Precision = precision
         self._image, self._text = columns
 
     def embed_image(self, inputs: ImageInput) -> Float[Tensor, "B E"]:

@@ -36,7 +36,8 @@ class PairFeatures:
         tally: BadSampleLimit,
         precision: Precision = "float32",
     ):
-        self.model, self.sides, self.index, self.tally, self.precision = model, sides, index, tally, precision
+        self.model, self.sides, self.index, self.tally = model, sides, index, tally
+        self.precision: Precision = precision
 
     @property
     def cached(self) -> bool:
