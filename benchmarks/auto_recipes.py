@@ -26,7 +26,7 @@ from benchmarks import class_photos, harness
 from clasp.commands.auto import climb
 from clasp.commands.auto_stages import AutoCallbacks
 from clasp.commands.environment import configure_environment
-from clasp.commands.step_timing import StepTimer
+from clasp.commands.step_timing import time_steps
 from clasp.commands.train import train_recipe
 from clasp.config.build import ModelAndPreprocessing, build_feature_source, load
 from clasp.config.datasets import open_training_pairs
@@ -156,7 +156,7 @@ def _given(method: str, overrides: Sequence[str]) -> Recipe:
 def _train_single(recipe: Recipe, run: Path, seconds: float) -> None:
     """As many epochs as fit, as ``auto`` fits them; the features are cached within the time."""
     began = time.monotonic()
-    timing = StepTimer(recipe, open_training_pairs(recipe), no_progress_bar).steps()
+    timing = time_steps(recipe, open_training_pairs(recipe), no_progress_bar)
     epochs = max(1, timing.epochs_in((1 - _RESERVE) * (seconds - (time.monotonic() - began))))
     every = -(-epochs // _EVALUATIONS)
     fitted = recipe.with_overrides([f"train.epochs={epochs}", f"train.evaluate_every={every}"])

@@ -113,15 +113,6 @@ def test_the_closed_form_of_tuned_towers_keeps_the_towers(done: AutoResult):
     assert any(row.method == f"closed form, layers {each.method}, of the tuned towers" for each in searched)
 
 
-def test_little_time_tunes_the_upper_blocks(towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(main_job, "holds_all_blocks", lambda features, left: False)
-    done = climb(recipe(towers, pairs, steps=8), tmp_path / "toy", QUIET)
-    row = done.plan.row("2-low-rank-and-norms")
-    assert row is not None and row.method == "low rank and norms, upper blocks" and row.steps > 0
-    tuned = read_recipe(tmp_path / "toy" / "stages" / row.stage / "recipe.toml").tune
-    assert tuned.image == tuned.text == ["lora(rank=8, blocks='-1:')", "norms(blocks='-1:')"]
-
-
 @pytest.mark.parametrize("stage", ["1-closed-form", "2-low-rank-and-norms", "5-closed-form-of-tuned"])
 def test_the_recipe_of_a_stage_repeats_its_weights(stage: str, done: AutoResult, tmp_path: Path):
     folder = done.run / "stages" / stage

@@ -330,7 +330,7 @@ def test_steps_are_timed_whatever_max_steps_is(towers: Path, tmp_path: Path, mon
     monkeypatch.setattr(step_timing, "median", lambda cycles: counted.append(len(cycles)) or 1.0)
     monkeypatch.setattr(step_timing, "_COUNTED", 100)
     made = recipe(towers, write_csv(TOYS, tmp_path), "train.max_steps=1")
-    timing = step_timing.StepTimer(made, datasets.open_training_pairs(made), no_progress_bar).steps()
+    timing = step_timing.time_steps(made, datasets.open_training_pairs(made), no_progress_bar)
     assert counted[0] >= 6 and counted[0] % timing.steps_per_epoch == 0 and timing.steps_per_epoch > 1
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from accelerate import PartialState
 
@@ -27,7 +28,7 @@ from clasp.commands.closed_form import (
     tuned_search_recipe,
     with_layer_pools,
 )
-from clasp.commands.step_timing import StepTimer
+from clasp.commands.step_timing import time_steps
 from clasp.config.auto_plan import (
     CLOSED_FORM_STAGE,
     RIDGES,
@@ -41,14 +42,11 @@ from clasp.config.auto_plan import (
     changed,
     fit_heads,
     fit_tuning,
-    fits_all_blocks,
-    holds_all_blocks,
     plan_closed_form,
     plan_heads,
     plan_last_layers,
     plan_tuned_closed_form,
     plan_tuning,
-    plan_upper_tuning,
     tuned_closed_form_seconds,
 )
 from clasp.config.build import (
@@ -58,6 +56,7 @@ from clasp.config.build import (
 )
 from clasp.config.datasets import TrainValPairs, open_training_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.data.cache_folder import cache_folder
 from clasp.data.folder_lock import lock_folder
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
@@ -168,24 +167,28 @@ class _Climb:
         if tuned is None:
             return self._stages.leave_out(name, "closed form of the tuned towers", "no stage tuned the towers")
         if (left := self._stages.left.seconds) is not None and left <= 0:
-            return self._stages.leave_out(
-                name, "closed form of the tuned towers", f"the budget of {self.budget} has ended"
-            )
+            ended = f"the budget of {self.budget} has ended"
+            return self._stages.leave_out(name, "closed form of the tuned towers", ended)
         folder = self._stages.folder / tuned.stage
-        recipe = tuned_search_recipe(recipe_from_dict(RunFolder(folder).recipe(), tuned.stage), str(folder))
-        search = self._begin_search(recipe)
-        chosen, reason = choose_trial(self._run_search(search, _TUNED_SEARCH_SHARE, TUNED_RIDGES))
+        recipe = recipe_from_dict(RunFolder(folder).recipe(), tuned.stage)
+        recipe = tuned_search_recipe(self.base, recipe, str(folder))
+        # a folder of their own: the usual cache is by base weights
+        with TemporaryDirectory(prefix="tuned-", dir=cache_folder()) as features:
+            search = self._begin_search(recipe, Path(features))
+            chosen, reason = choose_trial(self._run_search(search, _TUNED_SEARCH_SHARE, TUNED_RIDGES))
+            heads = search.heads(chosen.candidate)
         stage = plan_tuned_closed_form(recipe, number, chosen.candidate, f"towers of {tuned.stage}; {reason}")
-        self._stages.train(stage, search.heads(chosen.candidate))
+        self._stages.train(stage, heads)
 
-    def _begin_search(self, recipe: Recipe) -> ClosedFormSearch:
-        """The search over the towers of ``recipe``, of all layers that it pools."""
+    def _begin_search(self, recipe: Recipe, cache: Path | None = None) -> ClosedFormSearch:
+        """The search over the towers of ``recipe``, or those of ``train.init_from``, frozen; ``cache``: as that of
+        ``build_feature_source``."""
         train = self.pairs[0]
         parts = build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
         if recipe.train.init_from is not None:
             load_initial_weights(parts.model, recipe.to_dict())
-        parts.model.to(PartialState().device).eval()
-        inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say)
+        parts.model.requires_grad_(False).to(PartialState().device).eval()
+        inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say, cache=cache)
         sides = inputs.batch_reader(train, PairIndex(train), None)
         task = validation_task(*self.pairs, inputs)
         self.plan.primary = task.primary
@@ -217,7 +220,7 @@ class _Climb:
             return
         if self._stages.left.nothing:
             return self._stages.leave_out(stage.name, stage.method, f"the budget of {self.budget} has ended")
-        timing = StepTimer(stage.recipe, self.pairs, self.io.bar).steps()
+        timing = time_steps(stage.recipe, self.pairs, self.io.bar)
         self._stages.train_if_planned(stage, fit_heads(stage, timing, self._stages.left))
 
     def _tuning(self, method: TowerTuning) -> None:
@@ -237,20 +240,8 @@ class _Climb:
                 return self._stages.leave_out(stage.name, stage.method, f"as {first.stage}")
             if (left.seconds or 0) < first.seconds and (left.steps or 0) < first.steps:
                 return self._stages.leave_out(stage.name, stage.method, f"{first.stage} took more than {left}")
-        stage, timing = self._timed(stage, method)
+        timing = time_steps(stage.recipe, self.pairs, self.io.bar)
         self._stages.train_if_planned(stage, fit_tuning(stage, timing, self._left_for_tuning(timing)))
-
-    def _timed(self, stage: StagePlan, method: TowerTuning) -> tuple[StagePlan, StepTiming]:
-        """A stage of tuning with its timing: in the upper blocks where too few epochs of all blocks fit."""
-        timer = StepTimer(stage.recipe, self.pairs, self.io.bar)
-        if not method.upper:
-            return stage, timer.steps()
-        if holds_all_blocks(timer.features(), self._stages.left):
-            timing = timer.steps()
-            if fits_all_blocks(timing, self._left_for_tuning(timing)):
-                return stage, timing
-        upper = plan_upper_tuning(stage, self._specs(method, stage.recipe, upper=True))
-        return upper, StepTimer(upper.recipe, self.pairs, self.io.bar).steps()
 
     def _left_for_tuning(self, timing: StepTiming) -> Left:
         """What is left for gradient steps, before the closed form of the tuned towers."""
@@ -281,16 +272,15 @@ class _Climb:
         tuned = [row for row in self.plan.rows if row.stage[:2] in _TUNING_NUMBERS and row.metric is not None]
         return max(tuned, key=lambda row: row.metric or 0.0, default=None)
 
-    def _specs(self, method: TowerTuning, base: Recipe, *, upper: bool = False) -> dict[str, list[str]]:
+    def _specs(self, method: TowerTuning, base: Recipe) -> dict[str, list[str]]:
         """What each tower takes of the method: where one of its parts does not fit a net, the other parts."""
-        model, specs = build_model(base, meta=True), dict[str, list[str]]()
-        for tower in (model.image, model.text):
-            whole = list(method.in_upper(tower.pooled_layers[0][0]) if upper else method.specs)
-            for chosen in (whole, whole[1:], whole[:1]):
+        specs = {}
+        for side in ("image", "text"):
+            for chosen in (list(method.specs), list(method.specs[1:]), list(method.specs[:1])):
                 try:
-                    build_model(changed(base, {"tune": {tower.modality: chosen}}), meta=True)
+                    build_model(changed(base, {"tune": {side: chosen}}), meta=True)
                 except UserError:
                     continue
-                specs[tower.modality] = chosen
+                specs[side] = chosen
                 break
         return specs

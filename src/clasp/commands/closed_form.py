@@ -36,14 +36,12 @@ from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.models.heads import ProjectionHead
-from clasp.models.precision import Precision, resolve_precision
 from clasp.models.tower import Tower
 from clasp.training.cca import cca
 from clasp.training.class_pairs import ClassPairFeatures, class_pair_features, find_class_pairs
 from clasp.training.closed_form_heads import ClosedFormHeads, HeadInClosedForm
 from clasp.training.initialize import closed_form_source, initialize_heads, standardized_moments
-from clasp.training.pooled_features import pool_inputs
-from clasp.types import ImageInput, MessageCallback, Pixels, TextInput, Tokens
+from clasp.types import ImageInput, MessageCallback, Pixels, PooledFeatures, TextInput, Tokens
 
 ValidationTask = RetrievalTask | MultilingualTask | ZeroShotTask
 _FIRST_TRIALS = 2  # that are made whatever the time: the last layers, and all
@@ -60,11 +58,9 @@ class ClosedFormTrial:
 
 
 class ClosedFormSearch:
-    """Tries candidates on the moments of all layers. ``model``: heads that standardise; no parameter changes.
+    """Tries candidates on the moments of all layers. ``model``: both towers frozen, heads that standardise.
 
-    ``classes``: class pairs, whose weight is a candidate too unless the recipe has one. ``precision``: of features that
-    are not cached, as those of tuned towers.
-    """
+    ``classes``: class pairs, whose weight is a candidate too unless the recipe has one."""
 
     def __init__(
         self,
@@ -74,12 +70,10 @@ class ClosedFormSearch:
         tally: BadSampleLimit,
         task: ValidationTask,
         classes: ClassPairFeatures | None,
-        precision: Precision = "float32",
     ):
         self.model, self.recipe, self.task, self._pairs = model, recipe, task, len(sides.pairs)
-        initialize_heads(model, sides, recipe.head, tally, precision=precision)
-        self.moments, self._classes = standardized_moments(model, sides, tally, precision), classes
-        self._precision: Precision = precision
+        initialize_heads(model, sides, recipe.head, tally)
+        self.moments, self._classes = standardized_moments(model, sides, tally), classes
         self._maps: dict[Candidate, _Solution] = {}
 
     def run(
@@ -142,7 +136,7 @@ class ClosedFormSearch:
     def _try(self, candidate: Candidate) -> ClosedFormTrial:
         began = time.monotonic()
         columns = self._columns(candidate)
-        score = self.task.score(CandidateEncoder(self.model, self._solve(candidate, columns), columns, self._precision))
+        score = self.task.score(CandidateEncoder(self.model, self._solve(candidate, columns), *columns))
         numbers = sum((candidate.width + 2) * len(some) + candidate.width for some in columns) + 1
         return ClosedFormTrial(candidate, score, 4 * numbers, time.monotonic() - began)
 
@@ -188,6 +182,16 @@ def search_recipe(recipe: Recipe) -> Recipe:
     return changed(recipe, {**layers, "head": {"kind": "linear", "width": 1, "standardize": True}})
 
 
+def tuned_search_recipe(recipe: Recipe, tuned: Recipe, run: str) -> Recipe:
+    """The recipe of a search over the towers that ``run`` tuned, with the recipe ``tuned``; ``recipe``: the user's.
+
+    Class pairs are of the towers as they were before.
+    """
+    start = {"epochs": 0, "init_from": run, "init_parts": "towers"}
+    changes = {"tune": tuned.tune.model_dump(), "data": {"class_weight": 0.0}, "train": start}
+    return changed(search_recipe(recipe), changes)
+
+
 def begin_search(
     model: DualEncoder, recipe: Recipe, sides: BatchReader, task: ValidationTask, inputs: FeatureSource
 ) -> ClosedFormSearch:
@@ -195,22 +199,7 @@ def begin_search(
     tally = BadSampleLimit(len(sides.pairs), recipe.data.max_bad_fraction)
     found = find_class_pairs(model, recipe.data.class_weight)
     classes = class_pair_features(found, model, inputs) if found else None
-    precision = resolve_precision(recipe.train.precision, next(model.parameters()).device).precision
-    return ClosedFormSearch(model, recipe, sides, tally, task, classes, precision)
-
-
-def tuned_search_recipe(tuned: Recipe, run: str) -> Recipe:
-    """The recipe of a search over the towers that ``run`` tuned, with its recipe: the layers from the first tuned block
-    on, whose inputs are cached where the blocks below are frozen. Class pairs are of the towers before tuning."""
-    model = build_model(tuned, meta=True)
-    layers = {
-        tower.modality: {"extra_layers": list(range(max(1, tower.frozen_blocks), tower.pooled_layers[0][0]))}
-        for tower in (model.image, model.text)
-        if tower.layer_pool is not None
-    }
-    head = {"kind": "linear", "width": 1, "standardize": True}
-    train = {"epochs": 0, "init_from": run, "init_parts": "towers"}
-    return changed(tuned, {**layers, "head": head, "data": {"class_weight": 0.0}, "train": train})
+    return ClosedFormSearch(model, recipe, sides, tally, task, classes)
 
 
 class _Solution(NamedTuple):
@@ -265,24 +254,16 @@ def layer_columns(tower: Tower, extra: Sequence[int]) -> Int[Tensor, " d"]:
 class CandidateEncoder:
     """An ``Encoder``: some columns of the standardised features of all layers, through heads in closed form."""
 
-    def __init__(
-        self,
-        model: DualEncoder,
-        solution: _Solution,
-        columns: tuple[Int[Tensor, " di"], Int[Tensor, " dt"]],
-        precision: Precision,
-    ):
+    def __init__(self, model: DualEncoder, solution: _Solution, image: Int[Tensor, " di"], text: Int[Tensor, " dt"]):
         self.name, self.fingerprint = f"{model.name}, closed form", ""
-        self._model, self._solution = model, solution
-        self._precision: Precision = precision
-        self._image, self._text = columns
+        self._model, self._solution, self._image, self._text = model, solution, image, text
 
     def embed_image(self, inputs: ImageInput) -> Float[Tensor, "B E"]:
-        pooled = pool_inputs(self._model.image, inputs, self._precision)
+        pooled = inputs.values if isinstance(inputs, PooledFeatures) else self._model.image.pooled(inputs)
         return _embed(self._model.image_head, pooled, self._image, self._solution.image, self._solution.image_mean)
 
     def embed_text(self, inputs: TextInput) -> Float[Tensor, "B E"]:
-        pooled = pool_inputs(self._model.text, inputs, self._precision)
+        pooled = inputs.values if isinstance(inputs, PooledFeatures) else self._model.text.pooled(inputs)
         return _embed(self._model.text_head, pooled, self._text, self._solution.text, self._solution.text_mean)
 
     def encode_image(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B E"]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from clasp.commands.step_timing import StepTimer
+from clasp.commands.step_timing import time_steps
 from clasp.config.datasets import TrainValPairs
 from clasp.config.recipe import Recipe
 from clasp.data.checks import CheckReport
@@ -42,7 +42,7 @@ def check_forecast(
     rates, memory = _SecondsPerRow(bar), PeakMemoryMeter(Processes().device)
     memory.start()
     with TemporaryDirectory() as folder:
-        timing = StepTimer(fixed, (train, val), rates.timed_bar, cache=Path(folder)).steps()
+        timing = time_steps(fixed, (train, val), rates.timed_bar, cache=Path(folder))
     memory.stop()
     evaluation = timing.evaluation * len(pairs[1]) / len(val)
     seconds = {

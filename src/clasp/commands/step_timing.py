@@ -1,7 +1,7 @@
 """The measured time of a recipe on this machine: a few steps on real batches, and one evaluation.
 
-Input: a recipe and its pairs. Output: ``StepTiming``. Note: the model is built, trained for a few steps and discarded
-(so ``features`` come before ``steps``); nothing is written but what it puts in the feature cache.
+Input: a recipe and its pairs. Output: ``StepTiming``. Note: the model is built, trained for a few steps and discarded;
+nothing is written but what it puts in the feature cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from accelerate import PartialState
@@ -22,10 +22,11 @@ from clasp.config.auto_plan import StepTiming
 from clasp.config.build import build_feature_source, build_model_and_preprocessing
 from clasp.config.datasets import TrainValPairs, plan_run
 from clasp.config.recipe import Recipe
-from clasp.data.loader import BadSampleLimit, PairLoader
+from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
 from clasp.data.readers import LiveImageReader, PairIndex
 from clasp.evaluation.from_pairs import validation_task
-from clasp.models.precision import resolve_precision
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.precision import Precision, computing_in, resolve_precision
 from clasp.training.attention_kernel import use_attention_kernel
 from clasp.training.loop import FitCallbacks, fit
 from clasp.training.losses import build_loss
@@ -38,61 +39,59 @@ _COUNTED = 4
 _FEATURES = 128  # pairs whose features are timed
 
 
-class StepTimer:
-    """The model of a recipe with its pairs. ``cache``: another folder for features than the usual."""
+def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, cache: Path | None = None) -> StepTiming:
+    """Median seconds of a step with its data, an evaluation, and the features of all pairs; the steps of an epoch.
 
-    def __init__(self, recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, cache: Path | None = None):
-        train = pairs[0]
-        self._recipe, self._index = recipe, PairIndex(train)
-        parts = build_model_and_preprocessing(recipe, lambda: self._index.texts)
-        if recipe.train.init_from is not None:
-            load_initial_weights(parts.model, recipe.to_dict())
-        parts.model.to(PartialState().device).eval()
-        self._model, self._pairs = parts.model, pairs
-        self._inputs = build_feature_source(parts, recipe, bar=bar, cache=cache)
-        plan = plan_run(recipe, train, self._inputs)
-        self._batch_size, self._resolved = plan.batch_size, resolve_recipe(recipe, plan, parts.model)
-
-    def features(self) -> float:
-        """Seconds of the pooled features of all pairs, from those of the first ones."""
-        sides = self._inputs.batch_reader(self._pairs[0], self._index, None)
-        numbers = np.arange(min(_FEATURES, len(self._index)))
-        precision = resolve_precision(self._recipe.train.precision, next(self._model.parameters()).device).precision
-        tally = BadSampleLimit(len(self._index), self._recipe.data.max_bad_fraction)
+    ``cache``: where features are cached; by default where those of runs are.
+    """
+    train, val = pairs
+    listing = PairIndex(train)
+    parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
+    if recipe.train.init_from is not None:
+        load_initial_weights(parts.model, recipe.to_dict())
+    parts.model.to(PartialState().device).eval()
+    inputs = build_feature_source(parts, recipe, bar=bar, cache=cache)
+    plan = plan_run(recipe, train, inputs)
+    resolved = resolve_recipe(recipe, plan, parts.model)
+    sides = inputs.batch_reader(train, listing, recipe.data.augment)
+    task = validation_task(train, val, inputs)
+    workers = recipe.train.workers if isinstance(sides.image, LiveImageReader) else 0
+    batches = PairLoader(
+        sides,
+        batch_size=plan.batch_size,
+        seed=recipe.train.seed,
+        workers=workers,
+        captions=recipe.data.captions,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+    )
+    assert resolved.train.attention != "auto"
+    with closing(batches), use_attention_kernel(resolved.train.attention):
+        if inputs.frozen_text_part is not None:
+            task(parts.model)  # computes the features of its captions, once in a run
         began = time.perf_counter()
-        PairFeatures(self._model, sides, self._index, tally, precision).rows(numbers, 0)
-        return (time.perf_counter() - began) * len(self._index) / len(numbers)
-
-    def steps(self) -> StepTiming:
-        """Median seconds of a step with its data, of an evaluation, and of all features; the steps of an epoch."""
-        recipe, model = self._recipe, self._model
-        sides = self._inputs.batch_reader(self._pairs[0], self._index, recipe.data.augment)
-        task = validation_task(*self._pairs, self._inputs)
-        batches = PairLoader(
-            sides,
-            batch_size=self._batch_size,
-            seed=recipe.train.seed,
-            workers=recipe.train.workers if isinstance(sides.image, LiveImageReader) else 0,
-            captions=recipe.data.captions,
-            max_bad_fraction=recipe.data.max_bad_fraction,
+        task(parts.model)
+        evaluation = time.perf_counter() - began
+        features = _time_features(parts.model, inputs.batch_reader(train, listing, None), recipe.train.precision)
+        few = _FirstBatches(batches)
+        settings = resolved.train.model_copy(
+            update={"epochs": -(-_STEPS // len(few)), "max_steps": None, "select": "last"}
         )
-        attention = self._resolved.train.attention
-        assert attention != "auto"
-        with closing(batches), use_attention_kernel(attention):
-            task(model)  # computes the features of its captions, once in a run
-            began = time.perf_counter()
-            task(model)
-            evaluation = time.perf_counter() - began
-            features = self.features()
-            few = _FirstBatches(batches)
-            settings = self._resolved.train.model_copy(
-                update={"epochs": -(-_STEPS // len(few)), "max_steps": None, "select": "last"}
-            )
-            callbacks = FitCallbacks(tracker=_NoTracker())
-            fitted = fit(model, few, build_loss(recipe.loss), settings, callbacks, kinds=model.parameter_kinds)
-            if fitted.interrupted:
-                raise KeyboardInterrupt
-        return StepTiming(few.seconds, evaluation, len(batches), features)
+        kinds = parts.model.parameter_kinds
+        callbacks = FitCallbacks(tracker=_NoTracker())
+        if fit(parts.model, few, build_loss(recipe.loss), settings, callbacks, kinds=kinds).interrupted:
+            raise KeyboardInterrupt
+    return StepTiming(few.seconds, evaluation, len(batches), features)
+
+
+def _time_features(model: DualEncoder, sides: BatchReader, precision: Literal["auto"] | Precision) -> float:
+    """Seconds of the pooled features of all pairs, from those of the first ones."""
+    assert isinstance(sides.pairs, PairIndex)
+    count, device = len(sides.pairs), next(model.parameters()).device
+    numbers = np.arange(min(_FEATURES, count))
+    began = time.perf_counter()
+    with computing_in(resolve_precision(precision, device).precision, device):
+        PairFeatures(model, sides, sides.pairs, BadSampleLimit(count, 1.0)).rows(numbers, 0)
+    return (time.perf_counter() - began) * count / len(numbers)
 
 
 class _FirstBatches:

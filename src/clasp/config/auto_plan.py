@@ -8,7 +8,7 @@ Note: nothing is computed here. Every stage is an ordinary recipe; repeating it 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -28,11 +28,8 @@ _HEAD_STEPS = 300  # after which heads on cached features have settled
 _RESERVE = 0.08  # of the time left, for saving, loading and the final evaluation
 _MAX_EPOCHS, _MIN_MAX_STEPS = 15, 1500  # tuning flattens at the larger of both; then another method is worth more
 _MAX_EVALUATIONS = 10
-_AUGMENT = {"flip": 0.5, "crop_scale": [0.7, 1.0]}
-_FEW_EPOCHS = 2  # after which the last weights are taken, not those of the best evaluation
-_UPPER = 4  # the share of the blocks that are tuned in little time: one of so many
-_MIN_WHOLE_EPOCHS = 1  # of tuning in all blocks; where none fits, the upper blocks are tuned
-_EPOCH_IN_FEATURES = 2.5  # an epoch of low rank takes at least so many times as long as the features of all pairs
+_FEW_EPOCHS = 3  # fewer of them need not be whole
+_FEWEST_STEPS = 12  # of tuning that are worth the closed form of the tuned towers
 
 
 class LayerSet(NamedTuple):
@@ -60,14 +57,12 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """One stage: the name of its folder, its recipe, and why it is as it is; ``augment``: what it adds where its epochs
-    are several."""
+    """One stage: the name of its folder, its recipe, and why it is as it is."""
 
     name: str
     method: str
     reason: str
     recipe: Recipe
-    augment: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,28 +86,16 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class TowerTuning:
-    """Methods for both towers, with their learning rate and its factors. ``upper``: the same in the upper blocks alone,
-    ``{}`` of them, for less time."""
+    """Methods for both towers, with their learning rate and its factors."""
 
     name: str
     specs: tuple[str, ...]
     lr: float
     lr_factors: tuple[tuple[str, float], ...] = ()
-    upper: tuple[str, ...] = ()
-
-    def in_upper(self, blocks: int) -> tuple[str, ...]:
-        """The methods in the upper quarter of a tower of ``blocks`` blocks."""
-        return tuple(spec.format(max(1, blocks // _UPPER)) for spec in self.upper)
 
 
 TUNINGS = (
-    TowerTuning(
-        "low rank and norms",
-        ("lora(rank=8)", "norms"),
-        2e-3,
-        (("head", 0.5), ("scale", 0.5)),
-        upper=("lora(rank=8, blocks='-{}:')", "norms(blocks='-{}:')"),
-    ),
+    TowerTuning("low rank and norms", ("lora(rank=8)", "norms"), 2e-3, (("head", 0.5), ("scale", 0.5))),
     TowerTuning("adapters and norms", ("adapters(reduction=4)", "norms"), 1e-3),
     TowerTuning("full", ("full",), 1e-3, (("tower", 0.03), ("norm", 0.03))),
 )
@@ -188,13 +171,7 @@ def plan_tuning(base: Recipe, number: int, start: str, method: TowerTuning, spec
         "train": {"epochs": 1, "lr": method.lr, "lr_factors": dict(method.lr_factors), "init_from": start},
     }
     name = method.name.replace(" ", "-")
-    return StagePlan(f"{number}-{name}", method.name, "", changed(base, changes), _AUGMENT)
-
-
-def plan_upper_tuning(stage: StagePlan, specs: dict[str, list[str]]) -> StagePlan:
-    """A stage of tuning in the upper blocks alone; ``specs``: what the towers take of it. Images are not augmented: the
-    states below these blocks are cached."""
-    return StagePlan(stage.name, f"{stage.method}, upper blocks", "", changed(stage.recipe, {"tune": specs}))
+    return StagePlan(f"{number}-{name}", method.name, "", changed(base, changes))
 
 
 def plan_tuned_closed_form(tuned: Recipe, number: int, chosen: Candidate, reason: str) -> StagePlan:
@@ -203,22 +180,12 @@ def plan_tuned_closed_form(tuned: Recipe, number: int, chosen: Candidate, reason
     return StagePlan(f"{number}-{TUNED_CLOSED_FORM}", f"{planned.method}, of the tuned towers", reason, planned.recipe)
 
 
-def holds_all_blocks(features: float, left: Left) -> bool:
-    """Whether enough epochs of tuning in all blocks may fit; ``features``: seconds of the features of all pairs."""
-    return left.seconds is None or _MIN_WHOLE_EPOCHS * _EPOCH_IN_FEATURES * features < left.seconds
-
-
-def fits_all_blocks(timing: StepTiming, left: Left) -> bool:
-    """Whether enough epochs of tuning in all blocks fit; a budget in steps is the same for any blocks."""
-    return left.seconds is None or left.epochs(timing, 1 - _RESERVE) >= _MIN_WHOLE_EPOCHS
-
-
 def tuned_closed_form_seconds(timing: StepTiming, trials: float) -> float:
     """The time that the closed form of the tuned towers takes; ``trials``: seconds of the first ones of the search.
 
-    Standardisation reads a part of the features once more; the heads are evaluated when saved and when compared.
+    The heads are evaluated when they are saved, and when they are compared.
     """
-    return 1.3 * timing.features + 2 * timing.evaluation + trials
+    return 1.15 * timing.features + 2 * timing.evaluation + trials
 
 
 def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
@@ -232,23 +199,33 @@ def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | st
 
 
 def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
-    """The plan with as many epochs as fit, light augmentation where there are several; else why there is none."""
-    fits = left.epochs(timing, 1.0 if left.seconds is None else 1 - _RESERVE)
+    """The plan with as many epochs as fit, or a part of a few; light augmentation where there are several; else why
+    there is none.
+
+    After few steps the last weights are taken, not those of the best evaluation: heads that are worse at first hide
+    towers that are better, whose closed form comes next.
+    """
+    share = 1.0 if left.seconds is None else 1 - _RESERVE
+    fits, steps = left.epochs(timing, share), left.few_steps(timing, share)
     of_epoch = f"an epoch is {timing.steps_per_epoch:,} steps"
     if left.seconds is not None:
         of_epoch += f" of {timing.step:.2g} s"
-    if fits < 1:
-        return f"{of_epoch}: none fits into {left}"
-    most = max(_MAX_EPOCHS, -(-_MIN_MAX_STEPS // timing.steps_per_epoch))
-    epochs = min(fits, most)
-    reason = f"{of_epoch}: {_count(epochs)}" + (f" into {left}" if fits <= most else f", {fits} would fit into {left}")
-    if epochs > 1 and plan.augment is not None and plan.recipe.data.augment is None:
-        plan = replace(plan, recipe=changed(plan.recipe, {"data": {"augment": dict(plan.augment)}}))
+    if fits < _FEW_EPOCHS:
+        if steps < min(_FEWEST_STEPS, timing.steps_per_epoch):
+            return f"{of_epoch}: {max(0, steps)} fit into {left}"
+        epochs = -(-steps // timing.steps_per_epoch)
+        plan = replace(plan, recipe=changed(plan.recipe, {"train": {"max_steps": steps, "select": "last"}}))
+        reason = f"{of_epoch}: {steps:,} steps into {left}"
+    else:
+        epochs = min(fits, max(_MAX_EPOCHS, -(-_MIN_MAX_STEPS // timing.steps_per_epoch)))
+        reason = f"{of_epoch}: {_count(epochs)}"
+        reason += f" into {left}" if fits == epochs else f", {fits} would fit into {left}"
+    if epochs > 1 and plan.recipe.data.augment is None:
+        plan = replace(
+            plan, recipe=changed(plan.recipe, {"data": {"augment": {"flip": 0.5, "crop_scale": [0.7, 1.0]}}})
+        )
         reason += "; images flipped and cropped"
-    planned = _with_epochs(plan, epochs, reason)
-    # heads that are worse after so few steps hide better towers, whose closed form comes next
-    selected = {} if epochs > _FEW_EPOCHS else {"train": {"select": "last"}}
-    return replace(planned, recipe=changed(planned.recipe, selected))
+    return _with_epochs(plan, epochs, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +241,16 @@ class Left:
             return int(share * self.steps) // timing.steps_per_epoch
         assert self.seconds is not None
         return timing.epochs_in(share * self.seconds)
+
+    def few_steps(self, timing: StepTiming, share: float) -> int:
+        """Steps of fewer than ``_FEW_EPOCHS`` epochs that a share of it holds, with an evaluation after each epoch."""
+        if self.steps is not None:
+            return int(share * self.steps)
+        assert self.seconds is not None
+        seconds = share * self.seconds - timing.evaluation  # before the first step
+        whole = int(seconds // (timing.steps_per_epoch * timing.step + timing.evaluation))
+        rest = seconds - whole * (timing.steps_per_epoch * timing.step + timing.evaluation) - timing.evaluation
+        return whole * timing.steps_per_epoch + max(0, int(rest / timing.step))
 
     def after(self, seconds: float) -> Left:
         """What is left once ``seconds`` have passed."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
 from clasp.data.readers import PairIndex
 from clasp.models.dual_encoder import DualEncoder, HeadSettings
-from clasp.models.precision import Precision, resolve_precision
+from clasp.models.precision import resolve_precision
 from clasp.models.standardize import Standardize
 from clasp.models.tuning.peft_methods import initialize_lora_from_gradient, wrapped_weight_name
 from clasp.models.tuning.settings import TuneSettings
@@ -45,22 +45,20 @@ def initialize_heads(
     settings: HeadSettings,
     tally: BadSampleLimit,
     classes: ClassPairFeatures | None = None,
-    precision: Precision = "float32",
 ) -> None:
     """Initialise standardisation and, with ``init = "cca"``, the linear maps of the heads from the training pairs.
 
     ``sides`` read the images without augmentation, and their pairs are a ``PairIndex``; unreadable images are counted
-    in ``tally``. ``classes``: class pairs, which count in the closed form beside the training pairs. ``precision``: of
-    features that are not cached.
+    in ``tally``. ``classes``: class pairs, which count in the closed form beside the training pairs.
     """
     image, text = model.image_head.standardize, model.text_head.standardize
     if image is None or text is None:
         return
     assert isinstance(sides.pairs, PairIndex)
-    pooled = PairFeatures(model, sides, sides.pairs, tally, precision)
+    pooled = PairFeatures(model, sides, sides.pairs, tally)
     _fit_standardize((image, text), pooled, sides.pairs)
     if settings.init == "cca":
-        moments = standardized_moments(model, sides, tally, precision)
+        moments = standardized_moments(model, sides, tally)
         weighted = None
         if classes is not None:
             of_classes = classes.moments(image, text, moments, settings.ridge[0])
@@ -121,13 +119,11 @@ def closed_form_source(moments: PairMoments, pairs: int, classes: tuple[PairMome
 
 
 @torch.no_grad()
-def standardized_moments(
-    model: DualEncoder, sides: BatchReader, tally: BadSampleLimit, precision: Precision = "float32"
-) -> PairMoments:
+def standardized_moments(model: DualEncoder, sides: BatchReader, tally: BadSampleLimit) -> PairMoments:
     """The moments of every caption with its image, standardised as the heads of ``model`` do."""
     image, text = model.image_head.standardize, model.text_head.standardize
     assert image is not None and text is not None and isinstance(sides.pairs, PairIndex)
-    pooled = PairFeatures(model, sides, sides.pairs, tally, precision).every_caption(np.arange(len(sides.pairs)))
+    pooled = PairFeatures(model, sides, sides.pairs, tally).every_caption(np.arange(len(sides.pairs)))
     return PairMoments.of((image(images), text(texts)) for images, texts in pooled)
 
 
