@@ -68,8 +68,9 @@ from clasp.training.run_folder import RunFolder
 from clasp.training.warm_start import load_initial_weights
 from clasp.types import UserError
 
-_SEARCH_SHARE = 0.2  # of the minutes, for comparing closed forms once the features are cached
-_TUNED_SEARCH_SHARE = 0.1  # of the minutes, for those of the tuned towers
+_SEARCH_SHARE = (
+    0.1  # of the minutes, for comparing closed forms once features are cached, of frozen towers and of tuned ones
+)
 _TUNING_NUMBERS = tuple(f"{2 + number}-" for number in range(len(TUNINGS)))
 _RUN_FILES = ("base.json", "transform.json", "log.jsonl", "results.jsonl", COST_FILE, "recipe.toml")
 
@@ -152,7 +153,7 @@ class _Climb:
         """The closed form that validation chooses, and its heads."""
         search = self._begin_search(search_recipe(self.base))
         self.io.say(f"features of all layers are cached; {self._stages.seconds:,.0f} s so far")
-        trials = self._run_search(search, _SEARCH_SHARE, RIDGES)
+        trials = self._run_search(search, RIDGES)
         chosen, reason = choose_trial(trials)
         return plan_closed_form(self.base, chosen.candidate, reason), search.heads(chosen.candidate)
 
@@ -175,7 +176,7 @@ class _Climb:
         # a folder of their own: the usual cache is by base weights
         with TemporaryDirectory(prefix="tuned-", dir=cache_folder()) as features:
             search = self._begin_search(recipe, Path(features))
-            chosen, reason = choose_trial(self._run_search(search, _TUNED_SEARCH_SHARE, TUNED_RIDGES))
+            chosen, reason = choose_trial(self._run_search(search, TUNED_RIDGES))
             heads = search.heads(chosen.candidate)
         stage = plan_tuned_closed_form(recipe, number, chosen.candidate, f"towers of {tuned.stage}; {reason}")
         self._stages.train(stage, heads)
@@ -194,12 +195,10 @@ class _Climb:
         self.plan.primary = task.primary
         return begin_search(parts.model, recipe, sides, task, inputs)
 
-    def _run_search(
-        self, search: ClosedFormSearch, share: float, ridges: Sequence[tuple[float, float]]
-    ) -> list[ClosedFormTrial]:
+    def _run_search(self, search: ClosedFormSearch, ridges: Sequence[tuple[float, float]]) -> list[ClosedFormTrial]:
         """Try candidates for a share of the minutes, each a row of the plan."""
         began = time.monotonic()
-        limit = float("inf") if self.budget.minutes is None else share * 60 * self.budget.minutes
+        limit = float("inf") if self.budget.minutes is None else _SEARCH_SHARE * 60 * self.budget.minutes
         trials = search.run(self.io.say, lambda: time.monotonic() - began > limit, ridges)
         for trial in trials:
             row = AutoRow(method=str(trial.candidate), verdict="tried", seconds=trial.seconds)

@@ -27,6 +27,7 @@ from clasp.config.auto_plan import (
     changed,
     first_candidates,
     layer_sets,
+    upper_half,
 )
 from clasp.config.build import build_model
 from clasp.config.recipe import Recipe
@@ -185,11 +186,21 @@ def search_recipe(recipe: Recipe) -> Recipe:
 def tuned_search_recipe(recipe: Recipe, tuned: Recipe, run: str) -> Recipe:
     """The recipe of a search over the towers that ``run`` tuned, with the recipe ``tuned``; ``recipe``: the user's.
 
-    Class pairs are of the towers as they were before.
+    The upper half of the layers: once tuned, these were better than all (``dev/LOG.md``). Class pairs are of the towers
+    as they were before.
     """
+    model = build_model(changed(recipe, {}), meta=True)
+    layers = {
+        side: {
+            "extra_layers": settings.extra_layers
+            or list(upper_half(tower.pooled_layers[0][0]) if tower.layer_pool else ())
+        }
+        for side, settings, tower in (("image", recipe.image, model.image), ("text", recipe.text, model.text))
+    }
     start = {"epochs": 0, "init_from": run, "init_parts": "towers"}
-    changes = {"tune": tuned.tune.model_dump(), "data": {"class_weight": 0.0}, "train": start}
-    return changed(search_recipe(recipe), changes)
+    head = {"kind": "linear", "width": 1, "standardize": True}
+    changes = {**layers, "tune": tuned.tune.model_dump(), "head": head, "data": {"class_weight": 0.0}, "train": start}
+    return changed(recipe, changes)
 
 
 def begin_search(

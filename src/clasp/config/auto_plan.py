@@ -108,9 +108,14 @@ def layer_sets(blocks: int, given: Sequence[int] | str) -> list[LayerSet]:
         extra = tuple(layer for layer in given if isinstance(layer, int))
         upper = extra == tuple(range(extra[0], blocks)) and extra[0] > 1 if extra else False
         return [LayerSet(f"{extra[0]} to {blocks}" if upper else "given", extra)]
-    sets = [LayerSet("last", ()), LayerSet("upper half", tuple(range(max(1, blocks // 2), blocks)))]
+    sets = [LayerSet("last", ()), LayerSet("upper half", upper_half(blocks))]
     sets.append(LayerSet("all", tuple(range(1, blocks))))
     return list({each.extra: each for each in sets}.values())
+
+
+def upper_half(blocks: int) -> tuple[int, ...]:
+    """The layers of the upper half of the blocks below the last."""
+    return tuple(range(max(1, blocks // 2), blocks))
 
 
 def first_candidates(
