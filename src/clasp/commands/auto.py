@@ -62,17 +62,13 @@ from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow
 from clasp.training.closed_form_heads import ClosedFormHeads
-from clasp.training.cost import COST_FILE
 from clasp.training.run_code import all_code_names, allow_code, require_allowed
 from clasp.training.run_folder import RunFolder
 from clasp.training.warm_start import load_initial_weights
 from clasp.types import UserError
 
-_SEARCH_SHARE = (
-    0.1  # of the minutes, for comparing closed forms once features are cached, of frozen towers and of tuned ones
-)
+_SEARCH_SHARE = 0.1  # of the minutes, for a search of closed forms once its features are cached
 _TUNING_NUMBERS = tuple(f"{2 + number}-" for number in range(len(TUNINGS)))
-_RUN_FILES = ("base.json", "transform.json", "log.jsonl", "results.jsonl", COST_FILE, "recipe.toml")
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,6 +196,7 @@ def tuned_search_recipe(recipe: Recipe, tuned: Recipe, run: str) -> Recipe:
             or list(upper_half(tower.pooled_layers[0][0]) if tower.layer_pool else ())
         }
         for side, settings, tower in (("image", recipe.image, model.image), ("text", recipe.text, model.text))
+        if tower.layer_pool is not None
     }
     start = {"epochs": 0, "init_from": run, "init_parts": "towers"}
     head = {"kind": "linear", "width": 1, "standardize": True}
