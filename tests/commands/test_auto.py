@@ -151,6 +151,17 @@ def test_a_budget_too_small_for_anything_gives_the_closed_form(towers: Path, pai
     assert [row.verdict for row in done.plan.rows if row.stage][1:] == ["left out"] * 5
 
 
+def test_features_are_cached_once(towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cached = {}
+    for attention in ("fused", "plain"):
+        monkeypatch.setenv("CLASP_CACHE", str(tmp_path / attention))
+        given = recipe(towers, pairs, minutes=1e-4).to_dict()
+        given["train"]["attention"] = attention
+        climb(recipe_from_dict(given, "toy"), tmp_path / f"run-{attention}", QUIET)
+        cached[attention] = len(list((tmp_path / attention / "features").glob("*.npy")))
+    assert cached["plain"] == cached["fused"] > 0, "the search and its stages attend alike"
+
+
 def test_interrupted_before_a_stage_ended(towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def stop(*given: object, **settings: object) -> None:
         raise KeyboardInterrupt

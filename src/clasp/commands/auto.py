@@ -22,6 +22,7 @@ from clasp.commands.auto_stages import AutoCallbacks, AutoStages
 from clasp.commands.closed_form import (
     ClosedFormSearch,
     ClosedFormTrial,
+    attention_of_runs,
     begin_search,
     choose_trial,
     search_recipe,
@@ -120,11 +121,12 @@ class _Climb:
     def run(self) -> AutoResult:
         interrupted = False
         try:
-            self._closed_form()
-            for method in TUNINGS:
-                self._tuning(method)
-            self._tuned_closed_form()
-            self._heads()
+            with attention_of_runs(self.base):
+                self._closed_form()
+                for method in TUNINGS:
+                    self._tuning(method)
+                self._tuned_closed_form()
+                self._heads()
             self.plan.finished = True
         except KeyboardInterrupt:
             interrupted = True

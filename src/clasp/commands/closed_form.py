@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -37,7 +39,9 @@ from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.models.heads import ProjectionHead
+from clasp.models.precision import resolve_precision
 from clasp.models.tower import Tower
+from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
 from clasp.training.cca import cca
 from clasp.training.class_pairs import ClassPairFeatures, class_pair_features, find_class_pairs
 from clasp.training.closed_form_heads import ClosedFormHeads, HeadInClosedForm
@@ -202,6 +206,13 @@ def tuned_search_recipe(recipe: Recipe, tuned: Recipe, run: str) -> Recipe:
     head = {"kind": "linear", "width": 1, "standardize": True}
     changes = {**layers, "tune": tuned.tune.model_dump(), "head": head, "data": {"class_weight": 0.0}, "train": start}
     return changed(recipe, changes)
+
+
+def attention_of_runs(recipe: Recipe) -> AbstractContextManager[None]:
+    """The attention kernel of the runs of a recipe; features in another one would be cached apart, computed twice."""
+    device = PartialState().device
+    precision = resolve_precision(recipe.train.precision, device).precision
+    return use_attention_kernel(choose_attention_kernel(recipe.train.attention, precision, device).attention)
 
 
 def begin_search(

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clasp.analysis.layer_similarity import LayerSimilarity, layer_similarity
-from clasp.commands.closed_form import begin_search, choose_trial, search_recipe, with_layer_pools
+from clasp.commands.closed_form import attention_of_runs, begin_search, choose_trial, search_recipe, with_layer_pools
 from clasp.config.build import (
     build_feature_source,
     build_image_tower,
@@ -77,7 +77,8 @@ def rank_tower_pairs(
     )
     _raise_all(errors)
     ranking = _Ranking(towers, pairs, PairIndex(pairs[0]), tuple(overrides), say, bar)
-    found = [ranking.measure(image, text, recipe) for (image, text), recipe in recipes.items()]
+    with attention_of_runs(recipes[images[0], texts[0]]):
+        found = [ranking.measure(image, text, recipe) for (image, text), recipe in recipes.items()]
     return sorted(found, key=lambda pair: pair.metric, reverse=True)
 
 
