@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from collections import Counter
@@ -315,16 +316,20 @@ def refuse(ask: int) -> int:
     raise UserError(f"no {ask} here")
 
 
-def test_a_worker_that_hangs_becomes_an_error():
+def test_a_worker_that_hangs_becomes_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # how long torch lets it end itself
     pairs = [Pair(str(number), SlowSource(), (Caption("a"),), str(number)) for number in range(2)]
     stream = WorkerPool(live_reader(pairs), workers=1, timeout_seconds=1.0)
     one = SampleIndices(*np.zeros((3, 1), dtype=np.int64))
     with pytest.raises(UserError, match=r"workers = 1: .*timed out.*workers = 0"):
         next(stream([one, one]))
+    del stream
+    gc.collect()  # waits for the worker here, not in the midst of another test
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_worker_that_dies_becomes_an_error():
+def test_a_worker_that_dies_becomes_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("clasp.data.workers._POLL_SECONDS", 0.2)
     with pytest.raises(UserError, match=r"workers = 1: .*exited unexpectedly"):
         list(WorkerPool(end_the_process, workers=1, timeout_seconds=60.0)([1]))
 
