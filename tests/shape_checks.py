@@ -16,9 +16,11 @@ from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import jaxtyping
+from beartype import BeartypeConf, beartype
 
 Decorator = Callable[[Any], Any]
 _jaxtyped = jaxtyping.jaxtyped
+_typed = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))  # a ``TypeError``, as jaxtyping's are
 
 
 def install() -> None:
@@ -28,7 +30,10 @@ def install() -> None:
 
 
 def checked(*, typechecker: Decorator) -> Decorator:
-    """A decorator of functions and classes; of a class, for the arguments of a dataclass only."""
+    """A decorator of functions and classes; of a class, for the arguments of a dataclass only.
+
+    ``typechecker`` is jaxtyping's, for functions with sizes.
+    """
 
     def decorate(made: Any) -> Any:
         if not inspect.isclass(made):
@@ -47,7 +52,7 @@ def _checked_function(function: Any, typechecker: Decorator) -> Any:
     if not ordinary or any(map(_has_sizes, hints.values())):
         return _jaxtyped(function, typechecker=typechecker)
     function.__annotations__ = hints
-    made = typechecker(function)
+    made = _typed(function)
     function.__annotations__ = written
     if made is function:
         return function

@@ -81,7 +81,13 @@ WAYS = {
     "low rank": ['tune.image=["lora(rank=2)"]', 'tune.text=["lora(rank=2)"]'],
     "adapters, norms": ['tune.image=["adapters(reduction=4)","norms"]', "tune.text=[\"adapters(init='random')\"]"],
     "everything": ['tune.image=["full"]', 'tune.text=["full"]', "data.augment.rotate=10", "train.lr_factors.tower=0.1"],
-    "a whole CNN": ["image.tower=pip:efficientnet-lite0", "image.size=32", "image.pool=mean", 'tune.image=["full"]'],
+    "a whole CNN": [
+        "image.tower=pip:efficientnet-lite0",
+        "image.size=32",
+        "image.pool=mean",
+        'tune.image=["full"]',
+        "train.epochs=1",
+    ],
     "fewer patches": [
         "image.patch_dropout=0.5",
         "image.pool=cls+mean",

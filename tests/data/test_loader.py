@@ -308,6 +308,13 @@ def test_the_tally_counts_ids_and_allows_a_few():
 # --- workers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch):
+    """A worker is looked after every fifth of a second, and one that is to end has as long; else five seconds."""
+    monkeypatch.setattr("clasp.data.workers._POLL_SECONDS", 0.2)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+
+
 def end_the_process(ask: int) -> int:
     os._exit(3)
 
@@ -316,8 +323,7 @@ def refuse(ask: int) -> int:
     raise UserError(f"no {ask} here")
 
 
-def test_a_worker_that_hangs_becomes_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # how long torch lets it end itself
+def test_a_worker_that_hangs_becomes_an_error():
     pairs = [Pair(str(number), SlowSource(), (Caption("a"),), str(number)) for number in range(2)]
     stream = WorkerPool(live_reader(pairs), workers=1, timeout_seconds=1.0)
     one = SampleIndices(*np.zeros((3, 1), dtype=np.int64))
@@ -328,8 +334,7 @@ def test_a_worker_that_hangs_becomes_an_error(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_worker_that_dies_becomes_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("clasp.data.workers._POLL_SECONDS", 0.2)
+def test_a_worker_that_dies_becomes_an_error():
     with pytest.raises(UserError, match=r"workers = 1: .*exited unexpectedly"):
         list(WorkerPool(end_the_process, workers=1, timeout_seconds=60.0)([1]))
 
