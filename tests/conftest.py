@@ -9,9 +9,9 @@ from __future__ import annotations
 import gc
 import random
 import signal
+from pathlib import Path
 
 import pytest
-import torch
 
 from exactness import converted_towers, float32_by_default
 
@@ -26,8 +26,26 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
     """What a test draws does not depend on the tests before it in its process."""
+    import torch  # not for the process that only hands out the files
+
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both toy towers, ``FOLDER/image`` and ``FOLDER/text``; a test that changes them saves its own."""
+    from toyruns import save_towers
+
+    return save_towers(tmp_path_factory.mktemp("towers"))
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 pairs of the toy world; a test that changes them writes its own."""
+    from toydata import toys, write_csv
+
+    return write_csv(toys(80), tmp_path_factory.mktemp("pairs"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

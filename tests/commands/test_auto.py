@@ -19,20 +19,9 @@ from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
 from clasp.report.auto_table import AutoPlan, auto_table
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
-from toydata import toys, write_csv
-from toyruns import delta, run, save_towers
+from toyruns import delta, run
 
 STEPS = 40  # 7 an epoch; 5 epochs inside the towers, none for the heads alone
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_towers(tmp_path_factory.mktemp("towers"))
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_csv(toys(80), tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -33,14 +33,9 @@ from clasp.training.settings import TrainSettings
 from clasp.types import UserError, no_progress_bar
 from toyclassifiers import save_colour_classifier
 from toydata import COLOURS, toys, write_classes, write_csv, write_folder, write_images
-from toyruns import delta, lines, recipe, run, save_towers
+from toyruns import delta, lines, recipe, run
 
 TOYS = toys(48)
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_towers(tmp_path_factory.mktemp("towers"))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ The processes are forks of one that has imported torch, with the environment of 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -23,32 +22,48 @@ import torch
 
 from clasp import cli
 from clasp.commands import launch
+from clasp.config.recipe import Recipe
 from clasp.types import UserError
 from toydata import toys, write_csv
-from toyruns import delta, lines, recipe, run, save_towers
+from toyprocesses import fork_context
+from toyruns import delta, lines, recipe, run
 
 TUNED = ('tune.image=["lora(rank=2)"]', 'tune.text=["norms"]', "train.micro_batch=4", "data.max_bad_fraction=0.1")
+LONG = ("train.epochs=30", "train.evaluate_every=10")  # something is left to stop
 
 
 @dataclass
 class World:
     folder: Path
-    toml: Path
-    alone: Path
+    made: Recipe
+
+    @property
+    def toml(self) -> Path:
+        return self.folder / "toy.toml"
+
+    def alone(self, name: str, *overrides: str) -> Path:
+        """The run on one process."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CLASP_CACHE", str(self.folder / "cache"))
+            run(self.made.with_overrides(overrides), self.folder / name)
+        return self.folder / name
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A recipe with an image that cannot be read, and its run on one process."""
+def world(tmp_path_factory: pytest.TempPathFactory, towers: Path) -> World:
+    """A recipe with an image that cannot be read."""
     folder = tmp_path_factory.mktemp("world")
-    towers, pairs = save_towers(folder / "towers"), write_csv(toys(64), folder / "pairs")
+    pairs = write_csv(toys(64), folder / "pairs")
     sorted((folder / "pairs").rglob("*.png"))[5].write_bytes(b"no image")
-    made = recipe(towers, pairs, *TUNED, "train.epochs=30", "train.evaluate_every=10")
-    (folder / "toy.toml").write_text(made.to_toml(), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLASP_CACHE", str(folder / "cache"))
-        run(made, folder / "alone")
-    return World(folder, folder / "toy.toml", folder / "alone")
+    world = World(folder, recipe(towers, pairs, *TUNED, "train.epochs=4", "train.evaluate_every=2"))
+    world.toml.write_text(world.made.to_toml(), encoding="utf-8")
+    return world
+
+
+@pytest.fixture(scope="module")
+def long(world: World) -> Path:
+    """The run of ``LONG`` on one process."""
+    return world.alone("long", *LONG)
 
 
 def work(rank: int, port: int, folder: str, arguments: Sequence[str], restarts: int) -> None:
@@ -64,8 +79,7 @@ def work(rank: int, port: int, folder: str, arguments: Sequence[str], restarts: 
 
 
 def start(world: World, *arguments: str, restarts: int = 0) -> list[ForkServerProcess]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "transformers", "clasp.commands.train"])
+    context = fork_context()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -122,19 +136,20 @@ def results(folder: Path) -> list[tuple[str, dict[str, float], int]]:
 def test_two_processes_write_the_run_of_one(world: World):
     processes = start(world, "train", str(world.toml), "--name", "two", "--runs", str(world.folder))
     assert end(processes) == [0, 0], said(world, 0) + said(world, 1)
-    assert_same_run(world.alone, world.folder / "two")
+    alone = world.alone("alone")
+    assert_same_run(alone, world.folder / "two")
     assert said(world, 1) == "", "only the first process reports"
     first, *_ = lines(world.folder / "two" / "log.jsonl")
     assert first["processes"] == 2
     cost = json.loads((world.folder / "two" / "cost.json").read_text())["sum"]
-    alone = json.loads((world.alone / "cost.json").read_text())["sum"]
-    assert (cost["steps"], cost["pairs"]) == (alone["steps"], alone["pairs"])
+    spent = json.loads((alone / "cost.json").read_text())["sum"]
+    assert (cost["steps"], cost["pairs"]) == (spent["steps"], spent["pairs"])
 
 
 @pytest.mark.faults
-def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(world: World):
+def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(world: World, long: Path):
     folder = world.folder / "stopped"
-    processes = start(world, "train", str(world.toml), "--name", "stopped", "--runs", str(world.folder))
+    processes = start(world, "train", str(world.toml), *LONG, "--name", "stopped", "--runs", str(world.folder))
     wait_for_steps(folder, 3)
     assert processes[1].pid is not None
     os.kill(processes[1].pid, signal.SIGTERM)
@@ -148,13 +163,13 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert not ended.value.code
-    assert_same_run(world.alone, folder)
+    assert_same_run(long, folder)
 
 
 @pytest.mark.faults
-def test_a_process_that_is_killed_ends_the_run_which_goes_on_when_torchrun_restarts_them(world: World):
+def test_a_process_that_is_killed_ends_the_run_which_goes_on_when_torchrun_restarts_them(world: World, long: Path):
     folder = world.folder / "killed"
-    typed = ("train", str(world.toml), "--name", "killed", "--runs", str(world.folder))
+    typed = ("train", str(world.toml), *LONG, "--name", "killed", "--runs", str(world.folder))
     processes = start(world, *typed)
     wait_for_steps(folder, 3)
     began = time.monotonic()
@@ -163,7 +178,7 @@ def test_a_process_that_is_killed_ends_the_run_which_goes_on_when_torchrun_resta
     assert time.monotonic() - began < 30
     assert "clasp: process 0 of 2 ends, since another has ended" in said(world, 0)
     assert end(start(world, *typed, restarts=1)) == [0, 0], said(world, 0) + said(world, 1)
-    assert_same_run(world.alone, folder)
+    assert_same_run(long, folder)
 
 
 @pytest.mark.parametrize(

@@ -20,16 +20,11 @@ from clasp.report.leaderboard import SweepResult, SweepRow, ranking_key
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
 from toydata import toys, write_classes, write_csv, write_images
-from toyruns import lines, recipe, run, save_towers
+from toyruns import lines, recipe, run
 
 TOYS = toys(48)
 GRID = ("train.lr=1e-3,3e-3", "head.kind=linear,mlp")
 NAMES = ["lr=1e-3,kind=linear", "lr=1e-3,kind=mlp", "lr=3e-3,kind=linear", "lr=3e-3,kind=mlp"]
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_towers(tmp_path_factory.mktemp("towers"))
 
 
 @pytest.fixture(autouse=True)

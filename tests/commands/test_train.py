@@ -48,11 +48,6 @@ DESIGNED = {  # design, section 4
 }
 
 
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_towers(tmp_path_factory.mktemp("towers"))
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CLASP_CACHE", str(tmp_path / "cache"))
@@ -86,7 +81,13 @@ WAYS = {
     "low rank": ['tune.image=["lora(rank=2)"]', 'tune.text=["lora(rank=2)"]'],
     "adapters, norms": ['tune.image=["adapters(reduction=4)","norms"]', "tune.text=[\"adapters(init='random')\"]"],
     "everything": ['tune.image=["full"]', 'tune.text=["full"]', "data.augment.rotate=10", "train.lr_factors.tower=0.1"],
-    "a whole CNN": ["image.tower=pip:efficientnet-lite0", "image.size=32", "image.pool=mean", 'tune.image=["full"]'],
+    "a whole CNN": [
+        "image.tower=pip:efficientnet-lite0",
+        "image.size=32",
+        "image.pool=mean",
+        'tune.image=["full"]',
+        "train.epochs=1",
+    ],
     "fewer patches": [
         "image.patch_dropout=0.5",
         "image.pool=cls+mean",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from collections import Counter
@@ -307,6 +308,13 @@ def test_the_tally_counts_ids_and_allows_a_few():
 # --- workers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch):
+    """A worker is looked after every fifth of a second, and one that is to end has as long; else five seconds."""
+    monkeypatch.setattr("clasp.data.workers._POLL_SECONDS", 0.2)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+
+
 def end_the_process(ask: int) -> int:
     os._exit(3)
 
@@ -321,6 +329,8 @@ def test_a_worker_that_hangs_becomes_an_error():
     one = SampleIndices(*np.zeros((3, 1), dtype=np.int64))
     with pytest.raises(UserError, match=r"workers = 1: .*timed out.*workers = 0"):
         next(stream([one, one]))
+    del stream
+    gc.collect()  # waits for the worker here, not in the midst of another test
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -20,7 +20,7 @@ from clasp.training.cost.frozen import CAPTION_SAMPLE_SIZE
 from clasp.training.memory import ActivationMemory
 from clasp.types import Pixels
 from toydata import toys, write_csv
-from toyruns import delta, recipe, run, save_towers
+from toyruns import delta, recipe, run
 
 TOYS = toys(48)
 BOUNDARIES = {
@@ -36,11 +36,6 @@ BOUNDARIES = {
     "fewer patches above": ["image.patch_dropout=0.5", 'tune.image=["last(1)"]'],
     "a layer below": ["image.extra_layers=[1]", 'tune.image=["last(1)"]'],
 }
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_towers(tmp_path_factory.mktemp("towers"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from clasp.training.loop import TrainSettings, fit
 from clasp.training.losses import LossSettings, build_loss
 from clasp.training.step import Stepper
 from clasp.types import Batch, Embeddings, PooledFeatures, UserError
+from toyprocesses import fork_context
 from toytrackers import callbacks
 
 PAIRS = 13  # parts of unequal size for every number of processes
@@ -188,9 +188,7 @@ def work(rank: int, size: int, folder: str, job: Callable[[Processes], Any]) -> 
 
 def start(size: int, folder: Path, job: Callable[[Processes], Any]) -> list[int | None]:
     """Run a job in ``size`` forks of a fresh process that has imported torch; their exit codes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "clasp.training.loop"])
-    processes = [context.Process(target=work, args=(rank, size, str(folder), job)) for rank in range(size)]
+    processes = [fork_context().Process(target=work, args=(rank, size, str(folder), job)) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:

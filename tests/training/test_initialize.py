@@ -25,21 +25,9 @@ from clasp.training.losses import build_loss
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import Batch, HiddenStates, Loss, UserError
 from reference_losses import naive_info_nce
-from toydata import toys, write_csv
-from toyruns import delta, recipe, run, save_towers
+from toyruns import delta, recipe, run
 
-TOYS = toys(80)
 RANK = 2
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_towers(tmp_path_factory.mktemp("towers"))
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_csv(TOYS, tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(autouse=True)

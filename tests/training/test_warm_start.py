@@ -10,20 +10,9 @@ import torch
 
 from clasp.config.build import load
 from clasp.types import UserError
-from toydata import toys, write_csv
-from toyruns import delta, lines, recipe, run, save_towers
+from toyruns import delta, lines, recipe, run
 
 PHRASES = ["a red circle", "a photo of a blue square"]
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_towers(tmp_path_factory.mktemp("towers"))
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_csv(toys(80), tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")

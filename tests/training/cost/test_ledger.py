@@ -34,17 +34,12 @@ from clasp.training.state import TrainState
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import Batch, Embeddings, Pixels, PooledFeatures, UserError
 from toydata import toys, write_csv
-from toyruns import delta, lines, recipe, run, save_towers
+from toyruns import delta, lines, recipe, run
 from toytrackers import callbacks
 
 TOYS = toys(64)
 CPU = torch.device("cpu")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a peak that can be set back")
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_towers(tmp_path_factory.mktemp("towers"))
 
 
 @pytest.fixture
