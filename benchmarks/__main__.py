@@ -31,7 +31,7 @@ COMPARED = (
     "bfloat16",
     "msclip_forward",
 )
-KNOWN = ("length_buckets", "torch_compile", "scaling")
+KNOWN = ("length_buckets", "torch_compile", "processes", "scaling")
 SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
 
 

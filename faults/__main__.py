@@ -22,12 +22,15 @@ from faults.counts import CaseCount, record
 from faults.flipped_bits import flipped_bits, flipped_bits_edge
 from faults.full_disk import full_disk, read_only
 from faults.killed_indexing import killed_deleting, killed_indexing
+from faults.killed_optimizing import killed_optimizing
+from faults.killed_process import killed_process
 from faults.killed_training import killed_training
 from faults.odd_inputs import CASES as ODD_INPUTS
 from faults.world import World
 
 CASES: dict[str, tuple[Callable[..., CaseCount], int]] = {
     "training": (killed_training, 50),
+    "processes": (killed_process, 20),
     "indexing-flat": (partial(killed_indexing, engine="flat"), 50),
     "deleting-flat": (partial(killed_deleting, engine="flat"), 50),
     "bits": (flipped_bits, 200),
@@ -37,8 +40,9 @@ CASES: dict[str, tuple[Callable[..., CaseCount], int]] = {
 }
 if find_spec("qdrant_edge"):
     CASES |= {
-        "indexing-edge": (partial(killed_indexing, engine="edge"), 50),
-        "deleting-edge": (partial(killed_deleting, engine="edge"), 50),
+        "indexing-edge": (partial(killed_indexing, engine="edge"), 20),
+        "deleting-edge": (partial(killed_deleting, engine="edge"), 20),
+        "optimizing-edge": (killed_optimizing, 20),
         "bits-edge": (flipped_bits_edge, 50),
     }
 """A case by name, with its number of trials"""

@@ -67,25 +67,37 @@ def preload_imports(work: Callable[[], Any]) -> None:
             importlib.import_module(name)
 
 
+class Child:
+    """A process that runs ``work``, from when it is made on; it is waited for once."""
+
+    def __init__(self, work: Callable[[], Any]):
+        self._folder = tempfile.TemporaryDirectory()
+        self._said, self._answered = Path(self._folder.name, "said"), Path(self._folder.name, "answer")
+        self._process = os.fork()
+        if not self._process:
+            _work(work, self._said, self._answered)
+
+    def wait(self, *, kill_after: float | None = None, begun: Path | None = None, limit: float = LIMIT) -> Ended:
+        """Its end; it is killed (SIGKILL) after ``kill_after`` seconds if it has not ended.
+
+        The seconds are counted from when the file ``begun`` exists, if one is given.
+        """
+        with self._folder:
+            code, hung = _wait(self._process, limit if kill_after is None else kill_after, begun)
+            if hung:
+                os.kill(self._process, signal.SIGKILL)
+                code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+            said, answered = self._said, self._answered
+            answer = pickle.loads(answered.read_bytes()) if code == 0 and answered.exists() else None
+            text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
+            return Ended(code, text, answer, hung=hung and kill_after is None)
+
+
 def run_in_child(
     work: Callable[[], Any], *, kill_after: float | None = None, begun: Path | None = None, limit: float = LIMIT
 ) -> Ended:
-    """Fork, run ``work``, and kill it (SIGKILL) after ``kill_after`` seconds if it has not ended.
-
-    The seconds are counted from when the file ``begun`` exists, if one is given.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        said, answered = Path(folder, "said"), Path(folder, "answer")
-        process = os.fork()
-        if not process:
-            _work(work, said, answered)
-        code, hung = _wait(process, limit if kill_after is None else kill_after, begun)
-        if hung:
-            os.kill(process, signal.SIGKILL)
-            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        answer = pickle.loads(answered.read_bytes()) if code == 0 and answered.exists() else None
-        text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
-        return Ended(code, text, answer, hung=hung and kill_after is None)
+    """Fork, run ``work``, and wait for its end as ``Child.wait`` does."""
+    return Child(work).wait(kill_after=kill_after, begun=begun, limit=limit)
 
 
 def _wait(process: int, seconds: float, begun: Path | None) -> tuple[int, bool]:

@@ -56,7 +56,7 @@ class _Trial(NamedTuple):
             assert len(ids) == len(set(ids)) == store.count(), "an id is stored twice"
             for name, meta in zip(ids, store.metadata(ids), strict=True):
                 assert meta["name"] == str(self.pictures / name), (name, meta["name"])
-            return dict(zip(ids, store.vectors(ids).numpy(), strict=True))
+            return dict(zip(ids, store.vectors(ids), strict=True))
         finally:
             store.close()
 

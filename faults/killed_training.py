@@ -40,7 +40,7 @@ def killed_training(world: World, trials: int = 50) -> CaseCount:
                 break
             done += 1
             outcomes[
-                "resumed" if RunFolder(folder).has_state else "ended already" if _is_whole(folder) else _AGAIN
+                "resumed" if RunFolder(folder).has_state else "ended already" if is_whole(folder) else _AGAIN
             ] += 1
             if not kept:
                 shutil.rmtree(world.folder / kind.cache, ignore_errors=True)
@@ -76,11 +76,11 @@ class _Reference:
     def go_on(self, folder: Path) -> object:
         """What a user does after each kill."""
         self.world.cached_in(self.cache)
-        if not _is_whole(folder):
+        if not is_whole(folder):
             run(self.recipe, folder, resume=RunFolder(folder).has_state)
         return run_answer(folder)
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether a kill came after the run had ended: it has its weights and no state."""
     return (folder / "delta.safetensors").exists() and not RunFolder(folder).has_state

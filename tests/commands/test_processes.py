@@ -146,6 +146,27 @@ def test_two_processes_write_the_run_of_one(world: World):
     assert (cost["steps"], cost["pairs"]) == (spent["steps"], spent["pairs"])
 
 
+def test_two_processes_fill_the_feature_cache_and_evaluate_as_one(world: World):
+    """Locked towers: the files of the cache are bitwise those of one process, and so is the first evaluation."""
+    made = recipe(world.folder / "towers", world.folder / "pairs" / "pairs.csv", "data.max_bad_fraction=0.1")
+    (world.folder / "locked.toml").write_text(made.to_toml(), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLASP_CACHE", str(world.folder / "cache-alone"))
+        run(made, world.folder / "locked-alone")
+    processes = start(world, "train", str(world.folder / "locked.toml"), "--name", "locked", "--runs", str(world.folder))
+    assert end(processes) == [0, 0], said(world, 0) + said(world, 1)
+    files = sorted((world.folder / "cache-alone" / "features").glob("*.npy"))
+    assert len(files) == 4, "images and captions of the training and of the validation pairs"
+    for file in files:
+        assert (world.folder / "cache" / "features" / file.name).read_bytes() == file.read_bytes()
+    first = [
+        next(row for row in lines(world.folder / name / "log.jsonl") if row["event"] == "evaluation")
+        for name in ("locked-alone", "locked")
+    ]
+    assert [{**row, "seconds": 0} for row in first[:1]] == [{**row, "seconds": 0} for row in first[1:]]
+    assert_same_run(world.folder / "locked-alone", world.folder / "locked")
+
+
 @pytest.mark.faults
 def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(world: World, long: Path):
     folder = world.folder / "stopped"

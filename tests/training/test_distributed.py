@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clasp.training.distributed import Processes, open_processes
+from clasp.training.distributed import Processes, node_group, open_processes
 from clasp.training.loop import TrainSettings, fit
 from clasp.training.losses import LossSettings, build_loss
 from clasp.training.step import Stepper
@@ -153,6 +154,29 @@ def fail_on_the_second(processes: Processes) -> None:
     processes.in_turn(fail)
 
 
+def fail_on_the_second_of_a_node(processes: Processes) -> None:
+    def fail() -> None:
+        if processes.rank:
+            raise UserError("no such file")
+
+    with processes.alike():
+        processes.by_node(fail)
+
+
+def two_nodes(processes: Processes) -> dict[str, Any]:
+    """Four processes, as if they were on two nodes."""
+    assert processes.waiting is not None
+    rank, group = processes.rank, node_group(processes.rank % 2, 2, processes.waiting)
+    apart = replace(processes, local_rank=rank % 2, local_size=2, on_node=group)
+    began, values = apart.by_node(lambda: (time.monotonic(), apart.node.gather_objects(rank)))
+    return {
+        "values": values,
+        "node": (apart.node.rank, apart.node.size, apart.node.node.size),
+        "began": apart.gather_objects(began),
+        "one node": processes.node is processes,
+    }
+
+
 def diverge(processes: Processes) -> None:
     class Wrong(Two):
         def scale_and_bias(self) -> tuple[Tensor, Tensor]:
@@ -260,15 +284,25 @@ def test_processes_agree(tmp_path: Path) -> None:
         }
 
 
+def test_the_processes_of_a_node_work_together(tmp_path: Path) -> None:
+    assert start(4, tmp_path, two_nodes) == [0, 0, 0, 0]
+    for rank in range(4):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert found["values"] == ([0, 1] if rank < 2 else [2, 3])
+        assert found["node"] == (rank % 2, 2, 2) and found["one node"]
+        assert max(found["began"][:2]) < min(found["began"][2:]), "the first node goes first"
+
+
 @pytest.mark.parametrize(
     ("job", "reporting", "message"),
     [
         (fail_on_the_first, 0, "no such file"),
         (fail_on_the_second, 1, "no such file"),
+        (fail_on_the_second_of_a_node, 1, "no such file"),
         (differ, 0, "process 1 of 2 has other weights than process 0"),
         (diverge, 0, "the loss is nan at step 1"),
     ],
-    ids=["the first", "the second", "other data", "diverged"],
+    ids=["the first", "the second", "the second of a node", "other data", "diverged"],
 )
 def test_an_error_is_reported_once_and_ends_all(
     tmp_path: Path, job: Callable[[Processes], Any], reporting: int, message: str

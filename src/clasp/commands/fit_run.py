@@ -1,11 +1,13 @@
 """The training of a run: its batches, the initial values of heads and low-rank updates, and the loop.
 
-Input: a ``RunContext`` and the validation task that selects the weights. Output: the model trained in place and
-``FitResult``; during training, states and costs are written to the run folder, metrics to the tracker.
+Input: a ``RunContext``, the validation task that selects the weights, and the encoder that it evaluates. Output: the
+model trained in place and ``FitResult``; during training, states and costs are written to the run folder, metrics to
+the tracker.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,7 +24,7 @@ from clasp.training.initialize import initialize_heads, initialize_low_rank, sta
 from clasp.training.loop import FitCallbacks, fit
 from clasp.training.losses import build_loss
 from clasp.training.state import FitResult, TrainState
-from clasp.types import Evaluator, Loss, SkippedSample, UserError
+from clasp.types import Encoder, Evaluator, Loss, SkippedSample, UserError
 
 
 def open_batches(context: RunContext, sides: BatchReader) -> PairLoader:
@@ -69,10 +71,17 @@ def _loader(context: RunContext, sides: BatchReader) -> PairLoader:
     )
 
 
-def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, task: Evaluator) -> FitResult:
+def fit_run(
+    context: RunContext, sides: BatchReader, batches: PairLoader, task: Evaluator, encoder: Encoder
+) -> FitResult:
     """Initialise heads and low-rank updates, or restore a saved state; run the loop; close the batches."""
     recipe, ledger, model, loss = context.recipe, context.ledger, context.model, build_loss(context.recipe.loss)
     processes = context.processes
+
+    def evaluate() -> Mapping[str, float]:
+        with processes.alike():
+            metrics = task(encoder)
+        return processes.first(lambda: metrics)  # to the last bit the same on all
 
     def save(state: TrainState) -> None:
         context.folder.save_state(state)
@@ -81,7 +90,7 @@ def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, task: 
     callbacks = FitCallbacks(
         tracker=context.tracker,
         reporter=context.reporter,
-        evaluate=ledger.timed_as("evaluation", lambda: processes.first(lambda: task(model))),
+        evaluate=ledger.timed_as("evaluation", evaluate),
         primary=task.primary,
         save=ledger.timed_as("saving", save) if processes.is_first else None,
         ledger=ledger,

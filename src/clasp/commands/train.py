@@ -27,6 +27,8 @@ from clasp.data.pairs import skipped_lines
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.results import EvaluationResult
+from clasp.evaluation.shared_encoder import SharedEncoder
+from clasp.evaluation.tasks import ScoredQueries
 from clasp.models.precision import resolve_precision
 from clasp.report.model_card import ModelCard
 from clasp.training.cost import COST_FILE
@@ -39,7 +41,7 @@ from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.training.trackers.group import TrackerGroup
 from clasp.training.trackers.registry import TrackerFactory, find_trackers, open_trackers, silent_trackers
 from clasp.training.warm_start import load_initial_weights
-from clasp.types import Encoder, MessageCallback, ProgressFactory, TrackedRun, no_progress_bar
+from clasp.types import MessageCallback, ProgressFactory, TrackedRun, no_progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,7 @@ def _open_trackers(
 
 
 def _train(context: RunContext) -> TrainResult:
-    """Fill the feature cache, train, evaluate, and write everything to the run folder."""
+    """Fill the feature cache, train, save the delta, evaluate, and write everything to the run folder."""
     ledger, inputs, processes = context.ledger, context.inputs, context.processes
     with ExitStack() as stack:
         if processes.is_first:
@@ -164,22 +166,27 @@ def _train(context: RunContext) -> TrainResult:
             stack.enter_context(entered)
         processes.first(lambda: context.tracker.config(context.recipe.to_dict()))
         # fills the feature cache
-        sides = processes.in_turn(
-            lambda: inputs.batch_reader(context.train, context.listing, context.recipe.data.augment)
-        )
+        augment = context.recipe.data.augment
+        sides = processes.by_node(lambda: inputs.batch_reader(context.train, context.listing, augment, processes.node))
         batches = open_batches(context, sides)
-        task = processes.in_turn(lambda: validation_task(context.train, context.val, inputs))
-        fitted = fit_run(context, sides, batches, task)
-        return processes.first(lambda: _finish(context, fitted, task.results))
+        shared = SharedEncoder(context.model, inputs, processes) if processes.size > 1 else None
+        with processes.alike():
+            task = validation_task(context.train, context.val, shared or inputs)
+        fitted = fit_run(context, sides, batches, task, shared or context.model)
+        delta_bytes = processes.first(lambda: context.folder.save(context.model))
+        scored: list[ScoredQueries] = []
+        if not fitted.interrupted:
+            with processes.alike():
+                scored = ledger.timed_as("evaluation", task.scored)(shared or context.model)
+        return processes.first(lambda: _finish(context, fitted, delta_bytes, lambda: task.finish(scored)))
 
 
 def _finish(
-    context: RunContext, fitted: FitResult, evaluate: Callable[[Encoder], list[EvaluationResult]]
+    context: RunContext, fitted: FitResult, delta_bytes: int, evaluate: Callable[[], list[EvaluationResult]]
 ) -> TrainResult:
-    """Save the delta, evaluate, write the rest; delete the training state of a completed run."""
+    """Write what is left to the folder; delete the training state of a completed run."""
     folder, ledger = context.folder, context.ledger
-    delta_bytes = folder.save(context.model)
-    results = [] if fitted.interrupted else ledger.timed_as("evaluation", evaluate)(context.model)
+    results = [] if fitted.interrupted else ledger.timed_as("evaluation", evaluate)()
     cost = ledger.cost(delta_bytes)
     _write(context, fitted, results, cost)
     if not fitted.interrupted:

@@ -24,6 +24,7 @@ from jaxtyping import Int
 from clasp.data.formats.skipped_files import escape_name
 from clasp.data.images import ImageTransform
 from clasp.data.pair_sequence import Pairs
+from clasp.data.process_group import SINGLE, ProcessGroup, own_share
 from clasp.data.readers import ImageReader, LiveImageReader, PairIndex, SampleIndices, TextReader
 from clasp.data.shard_windows import ShardWindows
 from clasp.data.tokenizer import Tokenizer
@@ -258,14 +259,16 @@ def iter_image_batches(
     *,
     workers: int = 0,
     on_skipped: Callable[[Iterable[SkippedSample]], None] = log_skipped,
+    group: ProcessGroup = SINGLE,
 ) -> Iterator[tuple[list[str], Pixels]]:
     """Batches of pixels in the order of ``sources``, with the ids of the readable images; others go to ``on_skipped``.
+    Of several processes each reads its share of the batches.
 
     A batch without any readable image is left out. Pass ``BadSampleLimit(len(sources), fraction).add`` as
     ``on_skipped`` to raise when too many are unreadable.
     """
     images = [(name, source, 0) for name, source in sources]
-    chunks = list(_chunks(images, batch_size))
+    chunks = own_share(list(_chunks(images, batch_size)), group)
     with closing(WorkerPool(LiveImageReader(transform).decode, workers=workers)) as stream:
         for chunk, rows in zip(chunks, stream(chunks), strict=True):
             on_skipped(rows.skipped)
@@ -274,20 +277,29 @@ def iter_image_batches(
 
 
 def iter_text_batches(
-    texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int
+    texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int, *, group: ProcessGroup = SINGLE
 ) -> Iterator[tuple[list[int], Tokens]]:
-    """Batches of tokens, longest texts first: little padding, and the largest batch comes first.
+    """Batches of tokens, as ``plan_text_batches`` divides the texts; of several processes each has its share of them.
 
-    A batch has at most ``max_tokens`` tokens, padding included, and at least one text. Each comes with the indices of
-    its rows in ``texts``. All texts are tokenised before the first batch.
+    Each comes with the indices of its rows in ``texts``. All texts are tokenised before the first batch.
     """
     ids = tokenizer.encode(texts)
+    for places in own_share(plan_text_batches(ids, max_tokens), group):
+        yield places, tokenizer.pad([ids[place] for place in places])
+
+
+def plan_text_batches(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """Texts by number, in batches, the longest first: little padding, and the largest batch comes first.
+
+    A batch has at most ``max_tokens`` tokens, padding included, and at least one text.
+    """
     order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
+    batches: list[list[int]] = []
     start = 0
     while start < len(order):
-        places = order[start : start + max(1, max_tokens // len(ids[order[start]]))]
-        yield places, tokenizer.pad([ids[place] for place in places])
-        start += len(places)
+        batches.append(order[start : start + max(1, max_tokens // len(ids[order[start]]))])
+        start += len(batches[-1])
+    return batches
 
 
 def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

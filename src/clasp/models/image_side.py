@@ -2,7 +2,8 @@
 
 Input: an image tower with its transform, and pairs. Output: the image side of training batches (``reader``), a stream
 for evaluations (``stream``), or the request for the feature cache (``request``). Note: an image that an evaluation
-cannot read is reported once, whatever the number of streams.
+cannot read is reported once, whatever the number of streams. ``group``: processes that all make the same call; they
+fill the feature cache together, and a stream has the own share of each.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from clasp.data.feature_cache.requests import ImageFeatureRequest
 from clasp.data.images import Augment, ImageTransform
 from clasp.data.loader import BadSampleLimit, inference_batch_size, iter_image_batches
 from clasp.data.pairs import Pairs
+from clasp.data.process_group import SINGLE, ProcessGroup, own_share
 from clasp.data.readers import ImageReader, LiveImageReader
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings, choose_storage
 from clasp.models.frozen import find_frozen_part
@@ -29,6 +31,8 @@ from clasp.types import ImageInput, Pixels, SkippedSample
 
 ImageStream = Iterable[tuple[Sequence[str], ImageInput]]
 """Batches of images with their ids"""
+SkippedCallback = Callable[[Iterable[SkippedSample]], None]
+"""Receives samples that cannot be read"""
 
 _CACHED_BATCH_SIZE = 256  # cached images per forward pass of the trainable blocks in an evaluation
 
@@ -55,7 +59,9 @@ class ImageSide:
         views = 1 if augment is None else 1 + settings.cached_augmentations
         return ImageFeatureRequest(self.frozen_part, pairs, self.transform, augment, views, settings.seed)
 
-    def features(self, pairs: Pairs, augment: Augment | None = None) -> CachedFeatures | None:
+    def features(
+        self, pairs: Pairs, augment: Augment | None = None, group: ProcessGroup = SINGLE
+    ) -> CachedFeatures | None:
         """The cached features of every image, computed at most once; ``None``: images are read live."""
         request = self.request(pairs, augment)
         if request is None:
@@ -70,24 +76,43 @@ class ImageSide:
         reading = ImageReadSettings(self._batch_size, self._settings.workers, self._settings.max_bad_fraction)
         with self._callbacks.bar(f"images of {Path(pairs.name).name} through {name}") as progress:
             return image_features(
-                request, reading, cache_folder=policy.folder, storage=storage, device=self._device, progress=progress
+                request,
+                reading,
+                cache_folder=policy.folder,
+                storage=storage,
+                device=self._device,
+                progress=progress,
+                group=group.node,
             )
 
-    def reader(self, pairs: Pairs, augment: Augment | None) -> ImageReader:
+    def reader(self, pairs: Pairs, augment: Augment | None, group: ProcessGroup = SINGLE) -> ImageReader:
         """The image side of training batches."""
-        features = self.features(pairs, augment)
+        features = self.features(pairs, augment, group)
         return LiveImageReader(self.transform, augment) if features is None else CachedImageReader(features, pairs)
 
-    def stream(self, pairs: Pairs) -> Callable[[], ImageStream]:
-        """A stream of the images of ``pairs`` in order; each call starts it anew."""
-        features = self.features(pairs)
+    def stream(
+        self, pairs: Pairs, group: ProcessGroup = SINGLE, report: SkippedCallback | None = None
+    ) -> Callable[[], ImageStream]:
+        """A stream of the images of ``pairs`` in order; each call starts it anew. Those that are read live and cannot
+        be read go to ``report``; by default to ``reporter``."""
+        features = self.features(pairs, None, group)
         if features is None:
-            tally = BadSampleLimit(len(pairs), self._settings.max_bad_fraction)
-            return lambda: self._live(pairs, tally)
+            on_skipped = report or self.reporter(pairs)
+            return lambda: self._live(pairs, group, on_skipped)
         self._report(features.skipped.values())
         ids = [pairs[number].id for number in range(len(pairs))]
         readable = [number for number in range(len(pairs)) if number not in features.skipped]
-        return lambda: self._cached(features, ids, readable)
+        return lambda: self._cached(features, ids, own_share(readable, group))
+
+    def reporter(self, pairs: Pairs) -> SkippedCallback:
+        """Reports images of ``pairs`` that cannot be read. Raises ``UserError`` where they are too many."""
+        tally = BadSampleLimit(len(pairs), self._settings.max_bad_fraction)
+
+        def report(skipped: Iterable[SkippedSample]) -> None:
+            self._report(skipped)
+            tally.add(skipped)
+
+        return report
 
     def _cached(self, features: CachedFeatures, ids: Sequence[str], readable: Sequence[int]) -> ImageStream:
         for start in range(0, len(readable), _CACHED_BATCH_SIZE):
@@ -95,16 +120,13 @@ class ImageSide:
             inputs = features.read(np.array(some, dtype=np.int64))
             yield [ids[number] for number in some], to_device(inputs, self._device)
 
-    def _live(self, pairs: Pairs, tally: BadSampleLimit) -> Iterable[tuple[Sequence[str], Pixels]]:
+    def _live(
+        self, pairs: Pairs, group: ProcessGroup, on_skipped: SkippedCallback
+    ) -> Iterable[tuple[Sequence[str], Pixels]]:
         sources = [(pair.id, pair.image) for pair in pairs]
-
-        def report(skipped: Iterable[SkippedSample]) -> None:
-            self._report(skipped)
-            tally.add(skipped)
-
         workers = self._settings.workers
         for ids, pixels in iter_image_batches(
-            sources, self.transform, self._batch_size, workers=workers, on_skipped=report
+            sources, self.transform, self._batch_size, workers=workers, on_skipped=on_skipped, group=group
         ):
             yield ids, to_device(pixels, self._device)
 

@@ -2,7 +2,8 @@
 
 Input: a text tower with its tokenizer, and texts. Output: the text side of training batches (``reader``), a stream for
 evaluations (``stream``), or the request for the feature cache (``request``). Note: a request whose texts are all among
-those of an earlier one reuses its features, so many small requests can be computed at once.
+those of an earlier one reuses its features, so many small requests can be computed at once. ``group``: processes that
+all make the same call; they fill the feature cache together, and a stream has the own share of each.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from clasp.data.feature_cache.features import TOKENS_PER_FORWARD, text_features
 from clasp.data.feature_cache.replay import CachedFeatures, CachedTextReader
 from clasp.data.feature_cache.requests import DistinctTexts, TextFeatureRequest
 from clasp.data.loader import iter_text_batches
+from clasp.data.process_group import SINGLE, ProcessGroup, own_share
 from clasp.data.readers import LiveTextReader, PairIndex, TextReader
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings, choose_storage
@@ -48,7 +50,7 @@ class TextSide:
         """The request for the cached features of these texts; ``None`` where no prefix of the tower is frozen."""
         return None if self.frozen_part is None else TextFeatureRequest(self.frozen_part, self.tokenizer, texts)
 
-    def features(self, texts: Sequence[str]) -> CachedFeatures | None:
+    def features(self, texts: Sequence[str], group: ProcessGroup = SINGLE) -> CachedFeatures | None:
         """The cached features of every text, computed at most once; ``None``: texts are tokenized live."""
         request = self.request(texts)
         if request is None:
@@ -64,25 +66,34 @@ class TextSide:
             self._settings.report_precision(self._tower, self._callbacks.notify)
         with self._callbacks.bar(f"captions through {self._tower.name}") as progress:
             features = text_features(
-                request, cache_folder=self._policy.folder, storage=storage, device=self._device, progress=progress
+                request,
+                cache_folder=self._policy.folder,
+                storage=storage,
+                device=self._device,
+                progress=progress,
+                group=group.node,
             )
         self._cached.append((request.index, features))
         return features
 
-    def reader(self, index: PairIndex) -> TextReader:
+    def reader(self, index: PairIndex, group: ProcessGroup = SINGLE) -> TextReader:
         """The text side of training batches."""
-        features = self.features(index.texts)
+        features = self.features(index.texts, group)
         return LiveTextReader(self.tokenizer) if features is None else CachedTextReader(features, index)
 
-    def stream(self, ids: Sequence[str], texts: Sequence[str]) -> TextStream:
+    def stream(self, ids: Sequence[str], texts: Sequence[str], group: ProcessGroup = SINGLE) -> TextStream:
         """``texts``, each with its id: in order from the cache, longest first where they are read live."""
-        features = self.features(texts)
-        if features is None:
-            for places, tokens in iter_text_batches(texts, self.tokenizer, TOKENS_PER_FORWARD):
-                yield [ids[place] for place in places], to_device(tokens, self._device)
-            return
-        for start in range(0, len(ids), _CACHED_BATCH_SIZE):
-            some = range(len(ids))[start : start + _CACHED_BATCH_SIZE]
+        features = self.features(texts, group)
+        return self._live(ids, texts, group) if features is None else self._from_cache(ids, features, group)
+
+    def _live(self, ids: Sequence[str], texts: Sequence[str], group: ProcessGroup) -> TextStream:
+        for places, tokens in iter_text_batches(texts, self.tokenizer, TOKENS_PER_FORWARD, group=group):
+            yield [ids[place] for place in places], to_device(tokens, self._device)
+
+    def _from_cache(self, ids: Sequence[str], features: CachedFeatures, group: ProcessGroup) -> TextStream:
+        own = own_share(range(len(ids)), group)
+        for start in range(0, len(own), _CACHED_BATCH_SIZE):
+            some = own[start : start + _CACHED_BATCH_SIZE]
             inputs = features.read(np.array(some, dtype=np.int64))
             yield [ids[place] for place in some], to_device(inputs, self._device)
 
