@@ -53,6 +53,16 @@ ANALYZE_OPTIONS = (
     *PAIR_OPTIONS[1:],
 )
 """Those of ``clasp analyze``"""
+MAX_MAPPED_PAIRS = 50
+MAP_OPTIONS = (
+    PAIR_OPTIONS[0],
+    TaskOption("pairs", f"draw so many pairs, up to {MAX_MAPPED_PAIRS}", "6"),
+    TaskOption("ids", "draw the pairs with these ids, separated by commas"),
+    TaskOption("words", "words to map, separated by commas; the longest of each caption if left out"),
+    ANALYZE_OPTIONS[2],
+    *PAIR_OPTIONS[1:],
+)
+"""Those of ``clasp analyze --maps``"""
 
 
 @dataclass(frozen=True, slots=True)
