@@ -208,7 +208,8 @@ def _lost(predicted: Sequence[float], trained: Sequence[float]) -> str:
 
 
 def _correlation(predicted: Sequence[float], trained: Sequence[float]) -> str:
-    value, low, high = correlation_interval(*(np.reshape(values, (len(IMAGES), -1)) for values in (predicted, trained)))
+    one, other = (np.reshape(values, (len(IMAGES), len(TEXTS))) for values in (predicted, trained))
+    value, low, high = correlation_interval(one, other)
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
