@@ -1,9 +1,10 @@
-"""How well ``clasp pair`` predicts the ranking of trained runs: rank correlations on the packaged towers.
+"""How well ``clasp pair`` predicts the ranking of trained runs: rank correlations over the packaged towers.
 
 Input: the folder of the photo sets (``flickr8k-sample``, ``tinyimagenet``). Output: ``pair_picker.md``. For every pair
-of a packaged image tower and a packaged text tower: what ``clasp pair`` measures on the training photos, and the metric
-on other photos of heads trained by gradient steps and of low-rank updates in both towers. Note: four pairs of towers
-have 24 orders, so that a correlation of 1 has p = 1/24 for each set.
+of a packaged image tower and a packaged text tower, whole or cut to its lower blocks: what ``clasp pair`` measures on
+the training photos, and the metric on other photos of heads trained by gradient steps and of low-rank updates in both
+towers. Note: three image and three text towers are nine pairs, but not nine independent ones; intervals resample
+towers. What is measured is kept in ``pair_picker.jsonl`` beside the page, and not measured again.
 
     python -m studies.pair_picker FOLDER
 """
@@ -11,15 +12,18 @@ have 24 orders, so that a correlation of 1 has p = 1/24 for each set.
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from studies.formatting import line
 
 from clasp.commands.evaluate import evaluate_run
@@ -29,27 +33,57 @@ from clasp.config.recipe import recipe_from_dict
 from clasp.report.pair_table import TowerPair, cka_excess, neighbour_excess
 from clasp.report.tables import main_metric
 
-IMAGES = ("pip:efficientnet-lite0", "pip:dinov2-small-focus")
-TEXTS = ("pip:minilm-l6", "pip:multilingual-e5-small")
-SIZE = 112  # pixels, so that the study takes minutes on two cores
+
+class Candidate(NamedTuple):
+    """A tower, cut after ``layer`` blocks; ``None``: whole."""
+
+    tower: str
+    layer: int | None = None
+
+    @property
+    def title(self) -> str:
+        return self.tower.removeprefix("pip:") + ("" if self.layer is None else f", {self.layer} blocks")
+
+
+IMAGES = (
+    Candidate("pip:efficientnet-lite0"),
+    Candidate("pip:dinov2-small-focus"),
+    Candidate("pip:dinov2-small-focus", 4),
+)
+TEXTS = (
+    Candidate("pip:minilm-l6"),
+    Candidate("pip:minilm-l6", 3),
+    Candidate("pip:multilingual-e5-small"),
+)
+SIZE = 56  # pixels, so that the study takes minutes on two cores
+RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class PhotoSet:
-    """Pairs to train on, others to evaluate on, and the task; files below the folder that is given."""
+    """Pairs to train on, others to evaluate on, the task, and what is trained; files below the folder that is given."""
 
     train: str
     held_out: str
     task: str
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...]
+    trained: tuple[str, ...]
 
 
 SETS = {
     "Flickr8k": PhotoSet(
-        "flickr8k-sample/flickr8k-sample-train.tar", "flickr8k-sample/flickr8k-sample-val.tar", "retrieval"
+        "flickr8k-sample/flickr8k-sample-train.tar",
+        "flickr8k-sample/flickr8k-sample-val.tar",
+        "retrieval",
+        (),
+        ("heads", "low rank"),
     ),
     "Tiny-ImageNet": PhotoSet(
-        "tinyimagenet/tinyimagenet-train-00.tar", "tinyimagenet/tinyimagenet-val.tar", "zeroshot", ("label=class",)
+        "tinyimagenet/tinyimagenet-train-00.tar",
+        "tinyimagenet/tinyimagenet-val.tar",
+        "zeroshot",
+        ("label=class",),
+        ("heads",),
     ),
 }
 HEAD = {"kind": "linear", "width": 128, "standardize": True, "init": "cca"}
@@ -65,25 +99,30 @@ TRAINED: dict[str, dict[str, Any]] = {
         "train": {"epochs": 2, "lr": 2e-3},
     },
 }
-PREDICTORS = {
+PREDICTORS: dict[str, Callable[[TowerPair], float]] = {
     "closed form": lambda pair: pair.metric,
-    "k-NN": lambda pair: neighbour_excess(pair.nearest),
-    "CKA": lambda pair: cka_excess(pair.most_aligned),
+    "k-NN": lambda pair: neighbour_excess(pair.nearest) if pair.nearest is not None else 0.0,
+    "CKA": lambda pair: cka_excess(pair.most_aligned) if pair.most_aligned is not None else 0.0,
 }
+RECORDS = Path(__file__).with_suffix(".jsonl")
+Grid = Float[np.ndarray, "images texts"]
 
 
 def main() -> None:
     """Measure, train and evaluate every pair on every set; write the page."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    folder, began = parser.parse_args().folder, time.monotonic()
+    folder = parser.parse_args().folder
     parts = [_section(name, photos, folder) for name, photos in SETS.items()]
     about = (
         f"`python -m studies.pair_picker FOLDER`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, torch "
-        f"{torch.__version__}, {torch.get_num_threads()} threads, {SIZE} px, {time.monotonic() - began:,.0f} s.\n\n"
-        "Closed form, k-NN and CKA: `clasp pair` on the training photos. Heads, low rank: the metric on other photos, "
-        "of heads after 20 epochs on frozen towers, and of `lora(rank=8)` and norms in both towers after two; one "
-        "seed. Rank correlation: Spearman's, over four pairs of towers; 1 has p = 1/24."
+        f"{torch.__version__}, {torch.get_num_threads()} threads, {SIZE} px.\n\n"
+        "Closed form, k-NN and CKA: the columns of `clasp pair` on the training photos. Heads, low rank: the metric on "
+        "other photos, of heads after 20 epochs on frozen towers, and of `lora(rank=8)` and norms in both towers after "
+        "two; one seed. Rank correlation: Spearman's over nine pairs of towers; in brackets the 95 % interval of a "
+        f"bootstrap with {RESAMPLES:,} resamples of image towers and of text towers, since pairs with a tower in "
+        "common are not independent. Noise of the metrics is not in it. Lost: the metric of the best pair minus that "
+        "of the pair that the column ranks first."
     )
     page = Path(__file__).with_suffix(".md")
     page.write_text("\n\n".join(["# Does the ranking of towers predict the trained result?", about, *parts]) + "\n")
@@ -92,41 +131,106 @@ def main() -> None:
 
 def _section(name: str, photos: PhotoSet, folder: Path) -> str:
     """The table of one set, and the rank correlations."""
-    found = rank_tower_pairs(IMAGES, TEXTS, [f"data.train={folder / photos.train}", f"image.size={SIZE}"], say=print)
+    pairs = [(image, text) for image in IMAGES for text in TEXTS]
+    found = [
+        _recorded([name, "pair", image.title, text.title], lambda: _measured(image, text, photos, folder))  # noqa: B023
+        for image, text in pairs
+    ]
+    predicted = {title: [values[title] for values in found] for title in PREDICTORS}
     trained = {
-        title: [_trained(pair, settings, photos, folder) for pair in found] for title, settings in TRAINED.items()
+        title: [
+            _recorded(
+                [name, title, image.title, text.title],
+                lambda: {"metric": _trained(image, text, TRAINED[title], photos, folder)},  # noqa: B023
+            )["metric"]
+            for image, text in pairs
+        ]
+        for title in photos.trained
     }
-    predicted = {title: [measure(pair) for pair in found] for title, measure in PREDICTORS.items()}
     rows = [line(["image", "text", *predicted, *trained]), "|---|---|" + "---|" * (len(predicted) + len(trained))]
-    for row, pair in enumerate(found):
+    for row in sorted(range(len(pairs)), key=lambda row: -predicted["closed form"][row]):
         numbers = [f"{values[row]:.3f}" for values in (*predicted.values(), *trained.values())]
-        rows.append(line([pair.image, pair.text, *numbers]))
-    rows += ["", line(["rank correlation with", *trained]), "|---|" + "---|" * len(trained)]
+        rows.append(line([*(candidate.title for candidate in pairs[row]), *numbers]))
+    titles = [f"{what}, {title}" for title in trained for what in ("rank correlation", "lost")]
+    rows += ["", line(["ranked by", *titles]), "|---|" + "---|" * len(titles)]
     for title, values in predicted.items():
-        rows.append(line([title, *(f"{spearman(values, theirs):.2f}" for theirs in trained.values())]))
+        cells = [text for theirs in trained.values() for text in (_correlation(values, theirs), _lost(values, theirs))]
+        rows.append(line([title, *cells]))
     return "\n".join([f"## {name}, {photos.task}", "", *rows])
 
 
-def _trained(pair: TowerPair, settings: Mapping[str, Any], photos: PhotoSet, folder: Path) -> float:
+def _recorded(key: list[str], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The values of a line of ``RECORDS``, measured where there is none."""
+    lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
+    for row in map(json.loads, lines):
+        if row["key"] == key:
+            return row["values"]
+    values = measure()
+    print(*key, values, flush=True)
+    with RECORDS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"key": key, "values": values}) + "\n")
+    return values
+
+
+def _measured(image: Candidate, text: Candidate, photos: PhotoSet, folder: Path) -> dict[str, float]:
+    """What ``clasp pair`` measures of one pair, by the title of its column."""
+    layers = [
+        f"{side}.layer={candidate.layer}"
+        for side, candidate in (("image", image), ("text", text))
+        if candidate.layer is not None
+    ]
+    overrides = [f"data.train={folder / photos.train}", f"image.size={SIZE}", *layers]
+    (pair,) = rank_tower_pairs([image.tower], [text.tower], overrides)
+    return {title: measure(pair) for title, measure in PREDICTORS.items()}
+
+
+def _trained(image: Candidate, text: Candidate, settings: dict[str, Any], photos: PhotoSet, folder: Path) -> float:
     """The primary metric of a trained pair on the held-out photos."""
     given = {
-        "image": {"tower": pair.image, "size": SIZE},
-        "text": {"tower": pair.text},
+        "image": {"tower": image.tower, "size": SIZE} | ({} if image.layer is None else {"layer": image.layer}),
+        "text": {"tower": text.tower} | ({} if text.layer is None else {"layer": text.layer}),
         "data": {"train": str(folder / photos.train)},
         **settings,
     }
     with tempfile.TemporaryDirectory() as place:
-        run = train_recipe(recipe_from_dict(given, "the study"), Path(place) / "run", say=print).run
-        results = evaluate_run(run, photos.task, [f"data={folder / photos.held_out}", *photos.options], say=print)
+        run = train_recipe(recipe_from_dict(given, "the study"), Path(place) / "run", say=_quiet).run
+        results = evaluate_run(run, photos.task, [f"data={folder / photos.held_out}", *photos.options], say=_quiet)
     last = results[-1]  # of retrieval, the mean of both directions
-    print(pair.image, pair.text, main_metric(last), last.metrics[main_metric(last)], flush=True)
     return last.metrics[main_metric(last)]
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """The correlation of the ranks; there are no ties."""
-    ranks = torch.stack([torch.tensor(values, dtype=torch.float64).argsort().argsort() for values in (x, y)]).double()
-    return float(torch.corrcoef(ranks)[0, 1])
+def _quiet(line: str) -> None:
+    """Status lines of runs are not printed."""
+
+
+def _lost(predicted: Sequence[float], trained: Sequence[float]) -> str:
+    return f"{max(trained) - trained[int(np.argmax(predicted))]:.3f}"
+
+
+def _correlation(predicted: Sequence[float], trained: Sequence[float]) -> str:
+    one, other = (np.reshape(values, (len(IMAGES), len(TEXTS))) for values in (predicted, trained))
+    value, low, high = correlation_interval(one, other)
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def correlation_interval(one: Grid, other: Grid, resamples: int = RESAMPLES) -> tuple[float, float, float]:
+    """Spearman's correlation over all pairs of towers, and the percentile interval of a bootstrap over image towers and
+    text towers; resamples in which all ranks are equal are left out."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    drawn = []
+    for _ in range(resamples):
+        place = np.ix_(*(generator.integers(count, size=count) for count in one.shape))
+        drawn.append(spearman(one[place].ravel(), other[place].ravel()))
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return spearman(one.ravel(), other.ravel()), float(low), float(high)
+
+
+def spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
+    """The correlation of the ranks, equal values having their mean rank; NaN where all are equal."""
+    ranks = np.stack([(values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1) for values in (x, y)])
+    if (ranks == ranks[:, :1]).all(axis=1).any():
+        return float("nan")
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from clasp import cli
 from clasp.commands.analyze import analyze_run
+from clasp.commands.patch_maps import map_patches
 from clasp.commands.report import run_labels, write_report
 from clasp.types import UserError
 from toydata import toys, write_csv
@@ -144,3 +147,37 @@ def test_mistakes_of_an_analysis_are_found_before_compute(folder: Path, monkeypa
     ):
         with pytest.raises(UserError, match=words):
             analyze_run(folder / "one", options)
+
+
+def test_maps_are_drawn_and_reported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+):
+    run = shutil.copytree(folder / "one", tmp_path / "one")
+    words = ("analyze", run, f"data={pairs_of(folder)}", "--maps")
+    assert command(monkeypatch, *words, "pairs=2", "words=red,green", "--json") == 0
+    found = json.loads(capfd.readouterr().out)["pairs"]
+    assert len(found) == 2 and all(pair["texts"][1:] == ["red", "green"] for pair in found)
+    for pair in found:
+        cosines, attention = torch.tensor(pair["cosines"]), torch.tensor(pair["attention"])
+        assert cosines.shape == (3, 4, 4) and cosines.abs().max() <= 1 and attention.shape == (4, 4)
+    assert command(monkeypatch, *words, f"ids={found[0]['id']}") == 0
+    assert "the maps of 1 images are in one/maps.png" in capfd.readouterr().err
+    with Image.open(run / "maps.png") as sheet:
+        assert sheet.height > 192
+    assert not (run / "analysis.json").exists()
+    write_report([run], tmp_path / "r.html")
+    assert "one: maps.png" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_mistakes_of_maps_are_found_before_compute(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("clasp.commands.patch_maps.load", lambda run: pytest.fail("the model was loaded"))
+    data = f"data={pairs_of(folder)}"
+    for options, message in (
+        ([], "analyze --maps needs data="),
+        ([data, "neighbours=3"], "'neighbours=3' is not an option; it takes data, pairs, ids, words"),
+        ([data, "pairs=51"], "pairs=51 must be a whole number from 1 to 50"),
+        ([data, "ids=none"], "has the id 'none'; ids: "),
+        ([data, "language=sw"], "no caption of .* is in sw"),
+    ):
+        with pytest.raises(UserError, match=message):
+            map_patches(folder / "one", options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -97,6 +98,29 @@ def test_a_suite_is_one_table_with_missing_sets_named_first(data: Path, model: P
     assert len(table.rows) == 21 and table.rows[-1][0] == "mean of 3" and "17 of 20 sets are missing" in table.notes[0]
 
 
+def test_probes_fit_on_the_split_for_it(model: Path, tmp_path: Path):
+    """Class folders below ``train`` and ``test``; an image has the vector of its class."""
+    sets = tmp_path / "sets"
+    for place, toy in enumerate(sorted(TOYS, key=lambda toy: toy.colour)):
+        folder = sets / "cifar-10" / ("train" if place % 2 else "test") / toy.colour
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{toy.key}.png").write_bytes(toy.png)
+    found = sorted((sets / "cifar-10").rglob("*.png"))
+    colours = {toy.key: toy.colour for toy in TOYS}
+    np.save(model / "image.npy", np.eye(len(CLASSES), dtype="float32")[[CLASSES.index(colours[f.stem]) for f in found]])
+    (model / "image.json").write_text(json.dumps([f"{f.parent.name}/{f.name}" for f in found]))
+    said: list[str] = []
+    rows = evaluate_suite(model, "msclip-24", sets, out=tmp_path / "out", say=said.append)
+    ((name, value),) = ((row.set.name, row.value) for row in rows if row.value is not None)
+    assert name == "cifar-10" and value > 2 / len(CLASSES), "a few images of each class, a strong penalty"
+    assert any("imagenet-1k, to be had at https://www.image-net.org" in line for line in said)
+    with pytest.raises(UserError, match="templates=clip-80: no set of msclip-24 has a task with templates"):
+        evaluate_suite(model, "msclip-24", sets, templates="clip-80", out=tmp_path / "out")
+    shutil.rmtree(sets / "cifar-10" / "train")
+    with pytest.raises(UserError, match=r"cifar-10: .*train"):
+        evaluate_suite(model, "msclip-24", sets, out=tmp_path / "out")
+
+
 def test_what_a_suite_refuses(data: Path, model: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"no suite 'elevater'; did you mean elevater-20\?"):
         evaluate_suite(model, "elevater", data, out=tmp_path / "out")
@@ -131,8 +155,8 @@ def test_a_suite_of_ones_own_is_a_toml_file(data: Path, model: Path, tmp_path: P
         evaluate_suite(model, str(file), data, out=tmp_path / "out")
     file.write_text('[[set]]\nname = "a"\ntask = "multilabel"\n')
     assert find_suite(str(file))[0].metric == "mean_average_precision"
-    names = [each.name for sets in SUITES.values() for each in sets]
-    assert len(set(names)) == len(names)
+    for name, sets in SUITES.items():
+        assert len({each.name for each in sets}) == len(sets) == int(name.rpartition("-")[2])
 
 
 def test_the_command_prints_one_table(

@@ -185,6 +185,36 @@ def test_zero_shot_with_several_classes(tmp_path: Path):
         evaluate("multilabel", tmp_path, table, prompts, pairs, "templates=a {}", "label=label")
 
 
+def test_a_probe_of_several_classes_is_one_regression_for_each(tmp_path: Path):
+    chance, names = np.random.default_rng(2), ["ant", "bee", "cow"]
+
+    def made(count: int, prefix: str, seed: int) -> tuple[list[Pair], Tensor, np.ndarray]:
+        truth = chance.random((count, 3)) < 0.4
+        truth[0], truth[1] = True, False
+        vectors = F.normalize(unit(count, seed) + torch.tensor(truth).float() @ torch.eye(3, WIDTH), dim=1)
+        listed = [[name for name, has in zip(names, row, strict=True) if has] for row in truth]
+        return [pair(f"{prefix}{n}", classes=classes) for n, classes in enumerate(listed)], vectors, truth
+
+    fit, known, fit_truth = made(80, "f", 12)
+    asked, vectors, truth = made(60, "q", 13)
+    images = dict(zip([p.id for p in (*fit, *asked)], torch.cat([known, vectors]), strict=True))
+    row = evaluate("multilabel_probe", tmp_path, images, {}, asked, "fit=other", fit=fit)
+    mean, scale = known.double().mean(dim=0), known.double().std(dim=0, correction=0)
+    standard = [((side - mean) / scale).numpy() for side in (known, vectors)]
+    found = []
+    for c in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
+        models = [LogisticRegression(C=c, max_iter=500).fit(standard[0], column) for column in fit_truth.T]
+        scores = np.stack([model.decision_function(standard[1]) for model in models], axis=1)
+        found.append(average_precision_score(truth, scores))
+    assert any(row.metrics["mean_average_precision"] == pytest.approx(value, abs=1e-6) for value in found), found
+    assert row.metrics["mean_average_precision"] > row.chance["mean_average_precision"] + 0.2 and row.n == 60
+    with pytest.raises(UserError, match="60 of 60 images of zoo are in fit=other too"):
+        evaluate("multilabel_probe", tmp_path, images, {}, asked, "fit=other", fit=asked)
+    with pytest.raises(UserError, match="fit=other has no image of 1 classes of zoo: 'dog'"):
+        more = [*asked, pair("d", classes=["dog"])]
+        evaluate("multilabel_probe", tmp_path, images, {}, more, "fit=other", fit=fit)
+
+
 # --- compositional ---------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from clasp.commands.saved_predictions import save_predictions
 from clasp.data.pairs import Pairs
 from clasp.evaluation.registry import EVALUATION_TASKS, parse_task_options
 from clasp.evaluation.results import EvaluationResult
-from clasp.evaluation.suites import SuiteSet, find_suite
+from clasp.evaluation.suites import PROMPTED_TASKS, SuiteSet, find_suite
 from clasp.evaluation.task_context import TaskContext
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
@@ -49,6 +49,8 @@ def evaluate_suite(
 ) -> list[SuiteRow]:
     """Evaluate a model on a suite; ``templates``: for every set, in place of its own. Raises ``UserError``."""
     sets, folder = find_suite(suite), Path(data)
+    if templates is not None and not any(each.task in PROMPTED_TASKS for each in sets):
+        raise UserError(f"templates={templates}: no set of {suite} has a task with templates")
     if not folder.is_dir():
         raise UserError(f"--data {folder} is no folder; it has a folder for each set: {sets[0].name}, …")
     there = [each for each in sets if (folder / each.name).exists()]
@@ -79,11 +81,14 @@ def _options(each: SuiteSet, folder: Path, templates: str | None) -> dict[str, s
 
 
 def _open_all(source: ModelSource, given: Mapping[str, Mapping[str, str]]) -> dict[str, Pairs]:
-    """The pairs of every set; one ``UserError`` with all that cannot be opened."""
+    """The pairs of every set; one ``UserError`` with all that cannot be opened, pairs to fit on among them."""
     opened, errors = {}, []
     for name, options in given.items():
+        opener = pair_opener(source, options)
         try:
-            opened[name] = pair_opener(source, options)(options["data"])
+            opened[name] = opener(options["data"])
+            if "fit" in options:
+                opener(options["fit"])
         except UserError as error:
             errors.append(f"{name}: {error}")
     if errors:

@@ -1,4 +1,5 @@
-"""The task ``multilabel``: zero-shot classification of images that may have several classes.
+"""The tasks ``multilabel`` and ``multilabel_probe``: classification of images that may have several classes, zero-shot
+or by logistic regression on image embeddings.
 
 Input: a ``TaskContext`` whose pairs list their classes in one column. Output: a row with the means over classes of
 average precision and of the area under the ROC curve. Note: neither is a mean over images, so there are no intervals
@@ -9,13 +10,17 @@ them.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from clasp.evaluation import multilabel
 from clasp.evaluation.embedding_table import embed_batches
+from clasp.evaluation.probes import multilabel_probe
 from clasp.evaluation.results import EvaluationResult
+from clasp.evaluation.retention.probes import require_disjoint
 from clasp.evaluation.task_context import TaskContext
 from clasp.evaluation.zeroshot import ZeroShotQueries, read_class_names, read_templates
 from clasp.types import Pair, UserError
@@ -32,16 +37,55 @@ def evaluate_multilabel(context: TaskContext) -> list[EvaluationResult]:
     templates = read_templates(options["templates"])
     queries = ZeroShotQueries(labels={}, classes=classes, templates=templates, read=context.inputs.read)
     images = embed_batches(context.inputs.images(context.pairs)(), context.model.embed_image, "image")
-    truth = torch.tensor([[name in labels[id] for name in classes] for id in images.ids])
+    truth = _truth(images.ids, labels, classes)
+    used = _used_classes(truth, context.data, context)
+    scores = images.vectors @ queries.class_embeddings(context.model)[used].T
+    return [_result("multilabel", context, scores, truth[:, used], start)]
+
+
+def evaluate_multilabel_probe(context: TaskContext) -> list[EvaluationResult]:
+    """One row, fitted to the images of ``fit=``. Raises ``UserError`` as ``evaluate_multilabel``, and for images that
+    are in both."""
+    start, options = time.perf_counter(), context.options
+    fit, name = context.open_pairs(options["fit"]), options["fit"]
+    labels = {pair.id: _class_list(pair, options["label"], context.data) for pair in context.pairs}
+    fit_labels = {pair.id: _class_list(pair, options["label"], name) for pair in fit}
+    require_disjoint(context.pairs, fit, context.data, name)
+    classes = sorted({each for names in fit_labels.values() for each in names})
+    if unknown := sorted({each for names in labels.values() for each in names} - set(classes)):
+        raise UserError(f"fit={name} has no image of {len(unknown)} classes of {context.data}: {unknown[0]!r}")
+    known = embed_batches(context.inputs.images(fit)(), context.model.embed_image, "image to fit on")
+    fit_truth = _truth(known.ids, fit_labels, classes)
+    used = _used_classes(fit_truth, f"fit={name}", context)
+    images = embed_batches(context.inputs.images(context.pairs)(), context.model.embed_image, "image")
+    truth = _truth(images.ids, labels, classes)
+    used &= _used_classes(truth, context.data, context)
+    number = {group: place for place, group in enumerate(sorted({pair.group for pair in fit}))}
+    group_of = {pair.id: number[pair.group] for pair in fit}
+    groups = torch.tensor([group_of[id] for id in known.ids])
+    scores = multilabel_probe(known.vectors, fit_truth[:, used], groups, images.vectors)
+    return [_result("multilabel_probe", context, scores, truth[:, used], start)]
+
+
+def _truth(ids: Sequence[str], labels: Mapping[str, Sequence[str]], classes: Sequence[str]) -> Bool[Tensor, "n C"]:
+    return torch.tensor([[name in labels[id] for name in classes] for id in ids])
+
+
+def _used_classes(truth: Bool[Tensor, "n C"], data: str, context: TaskContext) -> Bool[Tensor, " C"]:
+    """The classes that some images have and others have not. Raises ``UserError`` where there is none."""
     used = truth.any(dim=0) & ~truth.all(dim=0)
     if not used.any():
-        raise UserError(f"{context.data}: no class is that of some images and not of others")
+        raise UserError(f"{data}: no class is that of some images and not of others")
     if lacking := int((~used).sum()):
-        context.say(f"{lacking} of {len(classes)} classes are those of all images or of none, and left out")
-    truth = truth[:, used]
-    scores = images.vectors @ queries.class_embeddings(context.model)[used].T
-    result = EvaluationResult(
-        task="multilabel",
+        context.say(f"{data}: {lacking} of {len(used)} classes are those of all images or of none, and left out")
+    return used
+
+
+def _result(
+    task: str, context: TaskContext, scores: Float[Tensor, "n C"], truth: Bool[Tensor, "n C"], start: float
+) -> EvaluationResult:
+    return EvaluationResult(
+        task=task,
         data=context.data,
         language="",
         metrics={
@@ -54,11 +98,10 @@ def evaluate_multilabel(context: TaskContext) -> list[EvaluationResult]:
             "mean_11_point_precision": truth.double().mean().item(),
             "mean_roc_auc": 0.5,
         },
-        n=len(images.ids),
+        n=len(truth),
         interval={},
         seconds=time.perf_counter() - start,
     )
-    return [result]
 
 
 def _class_list(pair: Pair, label: str, data: str) -> Sequence[str]:

@@ -1,7 +1,8 @@
 """Probes of frozen features with labels: a k-NN classifier and a linear probe.
 
 Input: features of a fit set and of query images, with class numbers. Output: for each query whether it is right (0 or
-1; a fraction where there is a tie), so that means and intervals can be computed. Pure. Note: ties, among neighbours or
+1; a fraction where there is a tie), so that means and intervals can be computed; of images with several classes the
+scores of all. Pure. Note: ties, among neighbours or
 among classes, are broken at random as in ``metrics``, so that collapsed features score the chance level. scikit-learn
 is imported only here.
 """
@@ -9,13 +10,18 @@ is imported only here.
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clasp.evaluation.metrics import TIE_TOLERANCE
+from clasp.evaluation.multilabel import average_precision
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 _DEFAULT_NEIGHBOURS, _DEFAULT_TEMPERATURE = 20, 0.07
 _C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # values of C, the inverse of the penalty on standardised features
@@ -68,9 +74,7 @@ def linear_probe(
     theirs sweeps 96 strengths of the penalty on a validation set, ours the five of ``_C_GRID`` on every fourth group
     of each class of the fit set, and then fits to all of it. Without a class of four groups, C is the middle one.
     """
-    deviation, mean = torch.std_mean(fit.double(), dim=0, correction=0)
-    scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / deviation, 0.0)  # a constant feature is uninformative
-    fit, queries = ((features.double() - mean) * scale for features in (fit, queries))
+    fit, queries = _standardized(fit, queries)
     held_out = _held_out_mask(fit_labels, fit_groups)
     strength = _C_GRID[len(_C_GRID) // 2]
     if held_out.any():
@@ -79,9 +83,53 @@ def linear_probe(
     return _logistic_regression_correct(fit, fit_labels, queries, query_labels, strength)
 
 
+def multilabel_probe(
+    fit: Float[Tensor, "n D"],
+    fit_labels: Bool[Tensor, "n C"],
+    fit_groups: Int[Tensor, " n"],
+    queries: Float[Tensor, "q D"],
+) -> Float[Tensor, "q C"]:
+    """The scores of queries for classes of which an image may have several: a logistic regression of each class against
+    all other images, as ``linear_probe``; one penalty for all classes, by mean average precision on every fourth group.
+
+    Every class is that of some images of the fit set and not of others.
+    """
+    fit, queries = _standardized(fit, queries)
+    places = fit_groups.unique(return_inverse=True)[1]
+    held_out = places % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    strength = _C_GRID[len(_C_GRID) // 2]
+    inside, outside = fit_labels[~held_out], fit_labels[held_out]
+    chosen = inside.any(dim=0) & ~inside.all(dim=0) & outside.any(dim=0)
+    if chosen.any():
+
+        def precision(c: float) -> float:
+            scores = _one_against_all(fit[~held_out], inside[:, chosen], fit[held_out], c)
+            return float(average_precision(scores, outside[:, chosen]).mean())
+
+        strength = max(_C_GRID, key=precision)
+    return _one_against_all(fit, fit_labels, queries, strength)
+
+
+def _standardized(fit: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Both by mean and deviation of the fit set; a constant feature, which is uninformative, becomes 0."""
+    deviation, mean = torch.std_mean(fit.double(), dim=0, correction=0)
+    scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / deviation, 0.0)
+    return (fit.double() - mean) * scale, (queries.double() - mean) * scale
+
+
+def _one_against_all(fit: Tensor, labels: Bool[Tensor, "n C"], queries: Tensor, c: float) -> Float[Tensor, "q C"]:
+    columns = [_logistic_regression(fit, of_class, c).decision_function(queries.numpy()) for of_class in labels.T]
+    return torch.stack([torch.from_numpy(column) for column in columns], dim=1)
+
+
 def _logistic_regression_correct(
     fit: Tensor, fit_labels: Tensor, queries: Tensor, query_labels: Tensor, c: float
 ) -> Float[Tensor, " q"]:
+    model = _logistic_regression(fit, fit_labels, c)
+    return (torch.from_numpy(model.predict(queries.numpy())) == query_labels).double()
+
+
+def _logistic_regression(fit: Tensor, labels: Tensor, c: float) -> LogisticRegression:
     # inside: it takes a second to import, and most evaluations need none of it
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -89,8 +137,7 @@ def _logistic_regression_correct(
     with warnings.catch_warnings():
         # a weak penalty on separable classes converges slowly; the weights reached are evaluated like the others
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(fit.numpy(), fit_labels.numpy())
-    return (torch.from_numpy(model.predict(queries.numpy())) == query_labels).double()
+        return LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(fit.numpy(), labels.numpy())
 
 
 def _held_out_mask(labels: Int[Tensor, " n"], groups: Int[Tensor, " n"]) -> Tensor:

@@ -53,6 +53,16 @@ ANALYZE_OPTIONS = (
     *PAIR_OPTIONS[1:],
 )
 """Those of ``clasp analyze``"""
+MAX_MAPPED_PAIRS = 50
+MAP_OPTIONS = (
+    PAIR_OPTIONS[0],
+    TaskOption("pairs", f"draw so many pairs, up to {MAX_MAPPED_PAIRS}", "6"),
+    TaskOption("ids", "draw the pairs with these ids, separated by commas"),
+    TaskOption("words", "words to map, separated by commas; the longest of each caption if left out"),
+    ANALYZE_OPTIONS[2],
+    *PAIR_OPTIONS[1:],
+)
+"""Those of ``clasp analyze --maps``"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +180,13 @@ def run_multilabel(context: TaskContext) -> list[EvaluationResult]:
     return evaluate_multilabel(context)
 
 
+def run_multilabel_probe(context: TaskContext) -> list[EvaluationResult]:
+    """See ``clasp.evaluation.multilabel_task``."""
+    from clasp.evaluation.multilabel_task import evaluate_multilabel_probe
+
+    return evaluate_multilabel_probe(context)
+
+
 def run_robustness(context: TaskContext) -> list[EvaluationResult]:
     """Zero-shot classification of corrupted images, see ``clasp.evaluation.robustness_task``."""
     from clasp.evaluation.robustness_task import evaluate_robustness
@@ -185,6 +202,7 @@ def run_retention(context: TaskContext) -> list[EvaluationResult]:
 
 
 _LABEL_HELP = "column of the class"
+_LABELS_HELP = "column of the list of classes"
 _FIT_HELP = "pairs to fit on; half of data if left out"
 _LANGUAGES_HELP = "some of the languages of the captions, separated by commas; all if left out"
 
@@ -218,7 +236,7 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
     "multilabel": TaskEntry(
         run_multilabel,
         "classify images of several classes: mean average precision, mean area under the ROC curve",
-        (*_ZEROSHOT_OPTIONS, TaskOption("label", "column of the list of classes", "classes")),
+        (*_ZEROSHOT_OPTIONS, TaskOption("label", _LABELS_HELP, "classes")),
     ),
     "knn": TaskEntry.of_queries(
         build_knn,
@@ -238,6 +256,14 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
             TaskOption("label", _LABEL_HELP, "class"),
             TaskOption("shots", "fit to so many images of each class; to all if left out"),
             TaskOption("draws", "with shots: average over so many draws of them", "3"),
+        ),
+    ),
+    "multilabel_probe": TaskEntry(
+        run_multilabel_probe,
+        "the same by logistic regression on image embeddings",
+        (
+            TaskOption("fit", "pairs to fit on", required=True),
+            TaskOption("label", _LABELS_HELP, "classes"),
         ),
     ),
     "robustness": TaskEntry(

@@ -15,15 +15,22 @@ from typing import Any, Literal
 
 from clasp.errors import UserError
 
-SuiteTask = Literal["zeroshot", "multilabel", "retrieval", "multilingual"]
+SuiteTask = Literal["zeroshot", "multilabel", "probe", "multilabel_probe", "retrieval", "multilingual"]
 _RECALLS = ("mean_recall", "recall@1", "recall@5", "recall@10", "median_rank")
+_PRECISIONS = ("mean_average_precision", "mean_11_point_precision", "mean_roc_auc")
 TASK_METRICS: dict[SuiteTask, tuple[str, ...]] = {
     "zeroshot": ("top1", "top5", "mean_per_class", "roc_auc"),
-    "multilabel": ("mean_average_precision", "mean_11_point_precision", "mean_roc_auc"),
+    "multilabel": _PRECISIONS,
+    "probe": ("top1", "mean_per_class"),
+    "multilabel_probe": _PRECISIONS,
     "retrieval": _RECALLS,
     "multilingual": _RECALLS,
 }
 """Task to its metrics, the default one first; ``roc_auc`` needs two classes"""
+PROMPTED_TASKS: tuple[SuiteTask, ...] = ("zeroshot", "multilabel")
+"""Those with class names and templates"""
+_PROBES: tuple[SuiteTask, ...] = ("probe", "multilabel_probe")
+_FIT_SPLIT, _TEST_SPLIT = "train", "test"
 _CLASS_FILES = ("classnames.txt", "labels.txt")
 _TEMPLATE_FILE = "zeroshot_classification_templates.txt"
 _ELEVATER = "https://github.com/Computer-Vision-in-the-Wild/Elevater_Toolkit_IC"
@@ -40,13 +47,17 @@ class SuiteSet:
     """Where the data is to be had"""
 
     def options(self, folder: Path, templates: str | None) -> list[str]:
-        """The options of the task: data, and the class names and templates that its folder has.
+        """The options of the task: data, and the class names and templates that its folder has; of a probe, the split
+        ``train`` to fit on.
 
         ``templates``: those of every set, in place of its own.
         """
         data = folder / self.name
+        if self.task in _PROBES:
+            split = data / _TEST_SPLIT
+            return [f"data={split if split.is_dir() else data}", f"fit={data / _FIT_SPLIT}"]
         given = [f"data={data}"]
-        if self.task in ("zeroshot", "multilabel"):
+        if self.task in PROMPTED_TASKS:
             given += [f"classes={data / name}" for name in _CLASS_FILES if (data / name).is_file()][:1]
             if templates is not None:
                 given.append(f"templates={templates}")
@@ -57,6 +68,10 @@ class SuiteSet:
 
 def _elevater(name: str, metric: str = "top1", task: SuiteTask = "zeroshot") -> SuiteSet:
     return SuiteSet(name=name, task=task, metric=metric, source=_ELEVATER)
+
+
+def _probed(name: str, metric: str = "top1", task: SuiteTask = "probe", *, source: str = _ELEVATER) -> SuiteSet:
+    return SuiteSet(name=name, task=task, metric=metric, source=source)
 
 
 SUITES: dict[str, tuple[SuiteSet, ...]] = {
@@ -81,6 +96,35 @@ SUITES: dict[str, tuple[SuiteSet, ...]] = {
         _elevater("resisc45_clip"),
         _elevater("stanford-cars"),
         _elevater("voc-2007-classification", "mean_11_point_precision", "multilabel"),
+    ),
+    # You et al., ECCV 2022 (MS-CLIP): linear probes on 24 sets. These are ELEVATER's and the four others of CLIP's
+    # probes that the toolkit of the same authors names; which 24 the paper has is not in its published code. Metrics:
+    # those of CLIP's probes (Radford et al., 2021, appendix A), but accuracy on hateful-memes
+    "msclip-24": (
+        _probed("caltech-101", "mean_per_class"),
+        _probed("cifar-10"),
+        _probed("cifar-100"),
+        _probed("country211"),
+        _probed("dtd"),
+        _probed("eurosat_clip"),
+        _probed("fer-2013"),
+        _probed("fgvc-aircraft-2013b-variants102", "mean_per_class"),
+        _probed("food-101"),
+        _probed("gtsrb"),
+        _probed("hateful-memes"),
+        _probed("imagenet-1k", source="https://www.image-net.org"),
+        _probed("kitti-distance"),
+        _probed("mnist"),
+        _probed("oxford-flower-102", "mean_per_class"),
+        _probed("oxford-iiit-pets", "mean_per_class"),
+        _probed("patch-camelyon"),
+        _probed("rendered-sst2"),
+        _probed("resisc45_clip"),
+        _probed("stanford-cars"),
+        _probed("stl10", source="https://cs.stanford.edu/~acoates/stl10"),
+        _probed("sun397", source="https://vision.princeton.edu/projects/2010/SUN"),
+        _probed("ucf101", source="https://www.crcv.ucf.edu/data/UCF101.php"),
+        _probed("voc-2007-classification", "mean_11_point_precision", "multilabel_probe"),
     ),
 }
 """Name to data sets, for ``clasp eval --suite``"""

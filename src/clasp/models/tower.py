@@ -332,6 +332,13 @@ class Tower(nn.Module):
 
     def _pool_layers(self, inputs: Pixels | Tokens | HiddenStates) -> list[Float[Tensor, "U _"]]:
         """The pooled states of the last block, then of the extra layers, lowest first."""
+        layers = self.layer_states(inputs)
+        text = None if isinstance(inputs, Pixels) or self.modality == "image" else inputs.mask
+        return self.pool_layers(layers, [_full_mask(each) if text is None else text for each in layers])
+
+    def layer_states(self, inputs: Pixels | Tokens | HiddenStates) -> list[Float[Tensor, "U _ _"]]:
+        """The hidden states that are pooled: of the last block, after the final norm, then of the extra layers, lowest
+        first. Lower feature maps of a CNN have more tokens."""
         outputs: list[Tensor] = []
         blocks = [self.net.get_submodule(self._structure.blocks[number - 1].path) for number in self._extra_layers]
         hooks = [
@@ -344,10 +351,13 @@ class Tower(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        layers = [states, *(as_tokens(early) for early in outputs)]  # lower feature maps of a CNN are larger
-        text = None if isinstance(inputs, Pixels) or self.modality == "image" else inputs.mask
-        mask = [_full_mask(each) if text is None else text for each in layers]
-        return [self.pool(states, mask[0]), *map(self._pool_without_weights, layers[1:], mask[1:])]
+        return [states, *(as_tokens(early) for early in outputs)]
+
+    def pool_layers(
+        self, layers: Sequence[Float[Tensor, "U _ _"]], masks: Sequence[Bool[Tensor, "U _"]]
+    ) -> list[Float[Tensor, "U _"]]:
+        """The pooled vectors of ``layer_states``; concatenated, they are what the head reads."""
+        return [self.pool(layers[0], masks[0]), *map(self._pool_without_weights, layers[1:], masks[1:])]
 
     def train(self, mode: bool = True) -> Tower:
         """Always evaluation mode, unless ``dropout`` is set; BatchNorm is in training mode where its statistics are

@@ -8,12 +8,15 @@ with which fonts. Note: correct results are framed in a blue that colour-blind r
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from clasp.data.atomic_files import replace_file, translate_disk_errors
@@ -67,6 +70,13 @@ _GOOD = (0, 114, 178)
 _WHITE = (255, 255, 255)
 _TITLE_SIZE, _HEADING_SIZE, _LINE_SIZE = 30, 22, 15
 _GUTTER = 36  # pixels between rows side by side
+
+
+def encode_png(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """A picture that was computed, as the image of a tile."""
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "PNG")
+    return out.getvalue()
 
 
 def contact_sheet(rows: Sequence[SheetRow], path: str | Path, *, fonts: str | Path | None = None) -> ContactSheet:

@@ -63,6 +63,7 @@ _ALTERNATIVES = {
     "search.png": "The images found by the last search",
     "zeroshot.png": "Images of the classes that are confused most",
     "retrieval.png": "Captions with the image that is found first",
+    "maps.png": "Similarity of the patches of some images to their captions and to single words",
     "retention.png": "Probes of the towers before and after alignment, and the change of each block",
 }
 _MAX_CHART_ROWS = 60  # legible; of more languages only the table has all
@@ -86,7 +87,11 @@ def render_html_report(records: Sequence[RunRecord]) -> str:
         *([_Section("Quality against cost", "pareto", pareto_blocks(records))] if several else []),
         _Section("Results by task and language", "results", _results(records)),
         _Section("Retention of pre-trained features", "retention", _retention(records)),
-        _Section("Analysis of the embedding space", "analysis", analysis_blocks(records)),
+        _Section(
+            "Analysis of the embedding space",
+            "analysis",
+            [*analysis_blocks(records), *_pictures(records, ["maps.png"])],
+        ),
         *(_Section(f"Stages of {record.label}", f"auto-{n}", _auto(n, record)) for n, record in _with_plan(records)),
         *([_Section("Confusions", "confusions", confusions)] if (confusions := _confusions(records)) else []),
         _Section("Retrieval examples", "examples", _examples(records)),

@@ -40,7 +40,7 @@ _LOGGED_PRIMARIES = (
     RetrievalTask.primary,
     ZeroShotTask.primary,
 )
-_PICTURES = ("searches.png", "search.png", "retention.png", "zeroshot.png", "retrieval.png")
+_PICTURES = ("searches.png", "search.png", "retention.png", "zeroshot.png", "retrieval.png", "maps.png")
 
 
 @dataclass(frozen=True, slots=True)

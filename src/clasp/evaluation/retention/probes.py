@@ -105,12 +105,17 @@ def make_image_probe(pairs: Pairs, fit: Pairs | None, label: str, data: str, fit
         raise UserError(
             f"fit={fit_name} has no image of {len(lacking)} of the {len(classes)} classes: {quote_first(lacking)}"
         )
+    require_disjoint(pairs, fit, data, fit_name)
+    return ImageProbe(fit, pairs, label, tuple(sorted(known)), 0)
+
+
+def require_disjoint(pairs: Pairs, fit: Pairs, data: str, fit_name: str) -> None:
+    """Raises ``UserError`` for images that are in both."""
     seen = {(pair.image.name, pair.image.version) for pair in fit}
     if twice := [pair.id for pair in pairs if (pair.image.name, pair.image.version) in seen]:
         raise UserError(
             f"{len(twice)} of {len(pairs)} images of {data} are in fit={fit_name} too: {quote_first(twice)}"
         )
-    return ImageProbe(fit, pairs, label, tuple(sorted(known)), 0)
 
 
 def _split_in_half(pairs: Pairs, label: str, data: str) -> ImageProbe:
