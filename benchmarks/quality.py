@@ -78,13 +78,14 @@ class Curve:
 def run_clasp(work: Path, given: argparse.Namespace, precision: str) -> Curve:
     """``clasp train`` in a process of its own, with an empty feature cache; its log is read as it is written."""
     run = work / "run"
-    budget = ["--minutes", f"{given.minutes:g}"] if given.recipe == "auto" else []
+    auto = given.recipe == "auto"  # chooses its heads, and ends by itself
+    options = ["--minutes", f"{given.minutes:g}"] if auto else [f"head.width={sample_data.WIDTH}"]
     settings = (
         f"image.tower=pip:dinov2-small-focus image.size={given.size} text.tower=pip:minilm-l6 "
-        f"head.width={sample_data.WIDTH} train.precision={precision} train.seed={given.seed} "
+        f"train.precision={precision} train.seed={given.seed} "
         f"data.train={work / 'train.jsonl'} data.val={work / 'val.jsonl'}"
     )
-    command = [sys.executable, "-c", _CLASP, "train", given.recipe, *settings.split(), *given.set, *budget]
+    command = [sys.executable, "-c", _CLASP, "train", given.recipe, *settings.split(), *given.set, *options]
     return _follow(f"clasp train {given.recipe}", [*command, "--runs", str(work), "--name", run.name], work, run.rglob)
 
 
