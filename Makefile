@@ -3,12 +3,15 @@
 # make faults kill, fill the disk, flip bits, ...; the counts go to docs/reliability.md
 # make fuzz   100,000 mutated inputs over every reader; likewise
 # make check  style, types, floors and fences
+# make docs   the site, in docs/_build
+# make pages  the pages that teach, run as they are written
+# make wheel  the wheel, in an empty environment
 # make bench  install the peers into .bench and measure clasp against them
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo quick test faults fuzz check bench clean
+.PHONY: setup demo quick test faults fuzz check docs pages wheel bench clean
 setup: .venv/ready
 
 # Python compiles what it imports; compiling everything beforehand takes a minute more.
@@ -45,9 +48,23 @@ fuzz: setup
 
 check: setup
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check src tests tests_timm tests_page
+	$(BIN)/ruff format --check src tests tests_timm tests_page tests_docs
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# Sphinx reads docstrings through .venv and stays out of it, as timm does
+.docs/ready: constraints.txt .venv/ready
+	$(PIP) install --no-compile --upgrade --target .docs -c constraints.txt furo myst-parser sphinx
+	touch $@
+
+docs: setup .docs/ready
+	PYTHONPATH=.docs $(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going docs docs/_build
+
+pages: setup
+	$(BIN)/pytest tests_docs
+
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
 
 # the peers' own requirements would bring another torch: all they need is listed, and nothing else is installed
 .bench/ready: pyproject.toml constraints.txt requirements-bench.txt
@@ -61,4 +78,4 @@ bench: .bench/ready
 	.bench/bin/python -m benchmarks
 
 clean:
-	rm -rf .venv .timm .bench runs
+	rm -rf .venv .timm .docs .bench docs/_build dist runs

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from docblocks import DOCS, PAGES, ROOT
+
 PACKAGE = ROOT / "src" / "clasp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAX_ROOMS, MAX_LINES, MAX_PARAMETERS = 12, 60, 7
 # third-party packages, and where in src/clasp they may be imported (a folder, or a file without its suffix)
 FENCES = {
@@ -161,14 +161,14 @@ def test_functions_take_few_parameters():
 
 
 def test_the_floors_in_the_readme_are_those_of_the_contract():
-    drawn = runpy.run_path(str(ROOT / "docs" / "floors.py"))
+    drawn = runpy.run_path(str(DOCS / "floors.py"))
     text = PAGES[0].read_text(encoding="utf-8")
     assert drawn["render_readme"](text) == text, "type: python docs/floors.py"
     picture = drawn["render_svg"](drawn["read_floors"]())
     assert drawn["PICTURE"].read_text(encoding="utf-8") == picture, "type: python docs/floors.py"
 
 
-PLACEHOLDERS = ("runs", "RUN", "FOLDER", "recipe.toml")  # first parts of paths that a reader makes
+PLACEHOLDERS = ("runs", "RUN", "FOLDER", "Pictures", "USER", "recipe.toml")  # first parts of paths that a reader makes
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)+/?|[\w-]+\.(?:py|toml)")
 
 
@@ -182,7 +182,7 @@ def named_paths(text: str) -> Iterator[str]:
             yield word
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_and_paths_of_the_pages_exist(page: Path):
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
@@ -197,7 +197,7 @@ def test_links_and_paths_of_the_pages_exist(page: Path):
 
 def glossary() -> Iterator[tuple[str, str]]:
     """The term and the code of each row of the glossary's tables."""
-    for line in (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines():
+    for line in (DOCS / "glossary.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("|") and len(cells) == 3 and cells[0] != "term" and not set(cells[0]) <= set("-:"):
             yield cells[0], cells[2]

@@ -1,0 +1,77 @@
+"""The pages that teach, run as they are written: every ``sh`` and ``python`` block, in order, in one folder.
+
+Each page is a test, and ``make pages`` runs them. Note: they need the first page's run, which the fixture makes; a page
+must leave what the later ones read. Blocks below ``<!-- not run: … -->`` are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clasp.commands.demo_photos import installed_photos
+from clasp.data.cache_folder import cache_folder
+from clasp.data.samples.emoji import unpack_emoji_sample
+from docblocks import DOCS, read_blocks
+
+FIRST, *LATER = (
+    "start/first-search.md",
+    "start/own-folder.md",
+    "start/low-resource.md",
+    "start/recipe.md",
+    "start/memory.md",
+    "start/sharing.md",
+    "start/deploy.md",
+    "python.md",
+)
+CLASSES = {"FOLDER": slice(0, 40), "HELD_OUT": slice(40, 60)}
+"""Folder -> which of the sample's concepts are its classes"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages name: class folders of drawings, photographs in ``~/Pictures``, and two runs."""
+    place = tmp_path_factory.mktemp("pages")
+    sample = unpack_emoji_sample(cache_folder(), quick=False)
+    rows = [json.loads(line) for line in sample.pairs("train").read_text(encoding="utf-8").splitlines()]
+    concepts = list(dict.fromkeys(row["caption"][0]["text"] for row in rows))
+    for folder, part in CLASSES.items():
+        for row in rows:
+            if (name := row["caption"][0]["text"]) in concepts[part]:
+                (place / folder / name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(sample.folder / row["image"], place / folder / name / row["id"].replace("/", "-"))
+    (place / "home" / "Pictures").mkdir(parents=True)
+    photos = installed_photos()
+    for name, file in photos.items():
+        shutil.copy(file, place / "home" / "Pictures" / name)
+    shutil.copy(photos["china.jpg"], place / "a.jpg")
+    shutil.copy(photos["coffee.png"], place / "b.png")
+    run_page(FIRST, place)
+    shutil.copytree(place / "runs" / "photos", place / "runs" / "start")
+    return place
+
+
+def run_page(page: str, place: Path) -> None:
+    """Fails with what a block printed where its exit code is not 0."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "HOME": str(place / "home"), "CLASP_CACHE": str(cache_folder())}
+    for language, text, runs in read_blocks((DOCS / page).read_text(encoding="utf-8")):
+        if runs:
+            program = ["bash", "-euo", "pipefail", "-c"] if language == "sh" else [sys.executable, "-c"]
+            done = subprocess.run([*program, text], cwd=place, env=env, capture_output=True, text=True, timeout=280)
+            assert done.returncode == 0, f"{page}\n{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_the_first_page_runs(workplace: Path):
+    assert (workplace / "runs" / "photos" / "search.png").exists()
+
+
+@pytest.mark.parametrize("page", LATER)
+def test_page_runs(page: str, workplace: Path):
+    run_page(page, workplace)
