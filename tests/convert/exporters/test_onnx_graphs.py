@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -18,8 +20,9 @@ from clasp.commands.run_store import open_run_store
 from clasp.commands.search import index_images
 from clasp.commands.search_model import find_search_model
 from clasp.commands.serve import ServeSettings, serve_run
-from clasp.convert.exporters import onnx_graphs
+from clasp.convert.exporters import onnx_graphs, onnx_int8
 from clasp.convert.exporters.job import ExportOptions, ExportReport
+from clasp.convert.exporters.onnx_int8 import quantize_graph
 from clasp.convert.onnx_model import OnnxModel
 from clasp.types import SearchModel, UserError, no_progress_bar
 from toydata import toys, write_folder
@@ -92,6 +95,36 @@ def test_int8_loss_is_reported(tuned: Path, exported: tuple[Path, ExportReport])
     cosine = (small.encode_text(CAPTIONS) * full.encode_text(CAPTIONS)).sum(1)
     assert (0.9 < cosine).all() and not np.array_equal(small.encode_text(CAPTIONS), full.encode_text(CAPTIONS))
     assert small.fingerprint != full.fingerprint
+
+
+def test_int8_embeddings_do_not_depend_on_their_batch(exported: tuple[Path, ExportReport]):
+    small = OnnxModel(exported[0], weights="int8")
+    alone = np.concatenate([small.encode_text([caption]) for caption in CAPTIONS])
+    np.testing.assert_allclose(alone, small.encode_text(CAPTIONS), atol=1e-3)
+
+
+def test_large_embedding_tables_become_int8(
+    exported: tuple[Path, ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(onnx_int8, "_LARGE_TABLE", 500)
+    source, target = exported[0] / "text.onnx", tmp_path / "text.onnx"
+    quantize_graph(source, target)
+    tables = {"float32": large_tables(source), "int8": large_tables(target)}
+    assert len(tables["float32"]) == len(tables["int8"]) > 0
+    assert set(tables["float32"]) == {np.dtype(np.float32)} and set(tables["int8"]) == {np.dtype(np.int8)}
+    full = OnnxModel(exported[0])
+    feed = dict(zip(("ids", "mask"), full._caption_ids.pad(full._caption_ids(CAPTIONS)), strict=True))
+    found = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"]).run(["embedding"], feed)[0]
+    cosine = (found * full.encode_text(CAPTIONS)).sum(1)
+    assert (cosine > 0.98).all() and (cosine < 1).any()
+
+
+def large_tables(path: Path) -> list[np.dtype]:
+    """The types of the matrices with 500 numbers or more that rows are looked up in."""
+    graph = onnx.load(path).graph
+    looked_up = {node.input[0] for node in graph.node if node.op_type == "Gather"}
+    tables = [onnx.numpy_helper.to_array(each) for each in graph.initializer if each.name in looked_up]
+    return [table.dtype for table in tables if table.ndim == 2 and table.size >= 500]
 
 
 def test_it_runs_without_torch(tuned: Path, exported: tuple[Path, ExportReport]):
