@@ -1,4 +1,4 @@
-"""Processes that are threads: what each one gathers is real, but nothing is sent, and nothing is started.
+"""Processes that are threads: they exchange pickled values as processes do, but nothing has to be started.
 
 In: a number of processes and a function of one of them. Out: what each returned, or raised. A thread that raises ends
 the others at their next exchange, as a process that dies does.
@@ -6,6 +6,7 @@ the others at their next exchange, as a process that dies does.
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,9 +46,9 @@ class ThreadGroup:
 
     def gather_objects(self, value: Any) -> list[Any]:
         try:
-            self.exchange.values[self.rank] = value
+            self.exchange.values[self.rank] = pickle.dumps(value)
             self.exchange.barrier.wait(20)
-            found = list(self.exchange.values)
+            found = [pickle.loads(each) for each in self.exchange.values]
             self.exchange.barrier.wait(20)
         except threading.BrokenBarrierError:
             raise LostThreadError from None
