@@ -18,6 +18,7 @@ from clasp.config.auto_plan import (
     layer_sets,
     plan_closed_form,
     plan_heads,
+    plan_last_layers,
     plan_tuning,
 )
 from clasp.config.recipe import Recipe, read_recipe
@@ -53,6 +54,14 @@ def test_the_closed_form_is_a_recipe_without_a_step():
     assert recipe.auto is None and recipe.train.epochs == 0 and recipe.head.init == "cca"
     assert recipe.image.extra_layers == list(range(1, 12)) and recipe.text.extra_layers == [1, 2, 3, 4, 5]
     assert recipe.head.ridge == (3.0, 0.3) and recipe.head.width == 128 and recipe.tune.image == ["none"]
+
+
+def test_heads_of_the_last_layers_are_as_wide_as_these_allow():
+    chosen = first_candidates(layer_sets(12, ()), layer_sets(6, ()), 384)[1]._replace(width=512)
+    last = plan_last_layers(plan_closed_form(auto(), chosen, "best").recipe, 384)
+    assert last is not None and last.recipe.head.width == 384 and last.recipe.image.extra_layers == []
+    chosen = first_candidates(layer_sets(12, ()), layer_sets(6, ()), 384)[0]
+    assert plan_last_layers(plan_closed_form(auto(), chosen, "best").recipe, 384) is None
 
 
 def test_a_later_stage_starts_from_an_earlier_one():

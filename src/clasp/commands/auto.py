@@ -254,7 +254,9 @@ class _Climb:
     def _start_of_tuning(self) -> str:
         """The stage that tuning starts from; the closed form of the last layers is made here where it was not."""
         closed_form = recipe_from_dict(RunFolder(self._stages.folder / CLOSED_FORM_STAGE).recipe(), CLOSED_FORM_STAGE)
-        last = plan_last_layers(closed_form)
+        alone = {side: {"extra_layers": []} for side in ("image", "text")}
+        model = build_model(changed(closed_form, {**alone, "head": {"width": 1}}), meta=True)
+        last = plan_last_layers(closed_form, min(model.image.width, model.text.width))
         if last is None:
             return CLOSED_FORM_STAGE
         if self.plan.row(last.name) is None and not self._stages.left.nothing:

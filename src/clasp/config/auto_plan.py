@@ -146,8 +146,10 @@ def plan_closed_form(recipe: Recipe, chosen: Candidate, reason: str) -> StagePla
     return StagePlan(CLOSED_FORM_STAGE, f"closed form, layers {chosen}", reason, changed(recipe, changes))
 
 
-def plan_last_layers(closed_form: Recipe) -> StagePlan | None:
+def plan_last_layers(closed_form: Recipe, narrower: int) -> StagePlan | None:
     """The closed form of the last layers alone, to tune the towers from; ``None`` where ``closed_form`` is that.
+
+    ``narrower``: the width of the narrower side of the last layers, the most that a head of them can have.
 
     Heads of all layers are better than those of the last ones while the towers are frozen, and overfit within an epoch
     once the towers are tuned (``dev/LOG.md``).
@@ -155,6 +157,7 @@ def plan_last_layers(closed_form: Recipe) -> StagePlan | None:
     if not closed_form.image.extra_layers and not closed_form.text.extra_layers:
         return None
     last = changed(closed_form, {"image": {"extra_layers": []}, "text": {"extra_layers": []}})
+    last = changed(last, {"head": {"width": min(last.head.width, narrower)}})
     reason = "where tuning inside the towers starts: heads of more layers overfit there"
     return StagePlan(LAST_LAYERS_STAGE, "closed form, last layers", reason, last)
 
