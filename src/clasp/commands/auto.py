@@ -194,9 +194,10 @@ class _Climb:
         return begin_search(parts.model, recipe, sides, task, inputs)
 
     def _run_search(self, search: ClosedFormSearch, ridges: Sequence[tuple[float, float]]) -> list[ClosedFormTrial]:
-        """Try candidates for a share of the minutes, each a row of the plan."""
-        began = time.monotonic()
-        limit = float("inf") if self.budget.minutes is None else _SEARCH_SHARE * 60 * self.budget.minutes
+        """Try candidates for a share of the minutes, each a row of the plan; half as long is left for what follows."""
+        began, left = time.monotonic(), self._stages.left.seconds
+        share = float("inf") if self.budget.minutes is None else _SEARCH_SHARE * 60 * self.budget.minutes
+        limit = share if left is None else min(share, left - share / 2)
         trials = search.run(self.io.say, lambda: time.monotonic() - began > limit, ridges)
         for trial in trials:
             row = AutoRow(method=str(trial.candidate), verdict="tried", seconds=trial.seconds)
