@@ -1,4 +1,4 @@
-"""``clasp report``, ``clasp analyze`` and ``clasp maps`` on toy runs: files, streams, and one line for every mistake."""
+"""``clasp report``, ``clasp analyze`` and ``clasp maps`` on toy runs: files, streams, and one line for each mistake."""
 
 from __future__ import annotations
 
