@@ -4,8 +4,8 @@ Input: the folder of the photo sets (``flickr8k-sample``, ``tinyimagenet``). Out
 of a packaged image tower and a packaged text tower, whole or cut to its lower blocks: what ``clasp pair`` measures on
 the training photos, and the metric on other photos of heads trained by gradient steps and of low-rank updates in both
 towers. Note: three image and three text towers are nine pairs, but not nine independent ones; intervals resample
-towers. What is measured is kept in ``pair_picker.jsonl`` beside the page, with size, settings of the training, date, torch
-and machine, and not measured again with the same size and settings.
+towers. What is measured is kept in ``pair_picker.jsonl`` beside the page, with size, settings of the training, date,
+torch and machine, and not measured again with the same size and settings.
 
     python -m studies.pair_picker FOLDER            # both sets, heads and low-rank updates
     python -m studies.pair_picker FOLDER --quick    # heads on Flickr8k: ten minutes on two cores if none is recorded
