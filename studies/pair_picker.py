@@ -4,10 +4,11 @@ Input: the folder of the photo sets (``flickr8k-sample``, ``tinyimagenet``). Out
 of a packaged image tower and a packaged text tower, whole or cut to its lower blocks: what ``clasp pair`` measures on
 the training photos, and the metric on other photos of heads trained by gradient steps and of low-rank updates in both
 towers. Note: three image and three text towers are nine pairs, but not nine independent ones; intervals resample
-towers. What is measured is kept in ``pair_picker.jsonl`` beside the page, and not measured again.
+towers. What is measured is kept in ``pair_picker.jsonl`` beside the page, with size, settings of the training, date,
+torch and machine, and not measured again with the same size and settings.
 
     python -m studies.pair_picker FOLDER            # both sets, heads and low-rank updates
-    python -m studies.pair_picker FOLDER --quick    # heads on Flickr8k: ten minutes on two cores
+    python -m studies.pair_picker FOLDER --quick    # heads on Flickr8k: ten minutes on two cores if none is recorded
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from studies.formatting import line
+from studies.records import Record
 
 from clasp.commands.evaluate import evaluate_run
 from clasp.commands.pair import rank_tower_pairs
@@ -115,11 +117,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
-    sets = {"Flickr8k": replace(SETS["Flickr8k"], trained=("heads",))} if given.quick else SETS
-    parts = [_section(name, photos, given.folder) for name, photos in sets.items()]
+    text = render_page(given.folder, quick=given.quick)
+    Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def render_page(folder: Path, *, quick: bool) -> str:
+    """The page, from what is recorded and what is measured now."""
+    sets = {"Flickr8k": replace(SETS["Flickr8k"], trained=("heads",))} if quick else SETS
+    sections = [_section(name, photos, folder) for name, photos in sets.items()]
+    measured = "; ".join(sorted({text for _, records in sections for text in map(_conditions, records)}))
     about = (
-        f"`python -m studies.pair_picker FOLDER{' --quick' if given.quick else ''}`, {time.strftime('%Y-%m-%d')}, "
-        f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {SIZE} px.\n\n"
+        f"`python -m studies.pair_picker FOLDER{' --quick' if quick else ''}`. Measured: {measured}.\n\n"
         "Closed form, k-NN and CKA: the columns of `clasp pair` on the training photos. Heads: the metric on other "
         "photos, of heads after 20 epochs on frozen towers; low rank: of `lora(rank=8)` and norms in both towers after "
         "two; one seed. Rank correlation: Spearman's over nine pairs of towers; in brackets the 95 % interval of a "
@@ -127,29 +136,34 @@ def main() -> None:
         "common are not independent. Noise of the metrics is not in it. Lost: the metric of the best pair minus that "
         "of the pair that the column ranks first."
     )
-    page = Path(__file__).with_suffix(".md")
-    page.write_text("\n\n".join(["# Does the ranking of towers predict the trained result?", about, *parts]) + "\n")
-    print(page.read_text(encoding="utf-8"))
+    parts = ["# Does the ranking of towers predict the trained result?", about, *(text for text, _ in sections)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _section(name: str, photos: PhotoSet, folder: Path) -> str:
-    """The table of one set, and the rank correlations."""
+def _conditions(record: Record) -> str:
+    return f"{record['date']}, {record['size']} px, torch {record['torch']}, {record['machine']}"
+
+
+def _section(name: str, photos: PhotoSet, folder: Path) -> tuple[str, list[Record]]:
+    """The table of one set with the rank correlations, and the records that it is made of."""
     pairs = [(image, text) for image in IMAGES for text in TEXTS]
     found = [
-        _recorded([name, "pair", image.title, text.title], lambda: _measured(image, text, photos, folder))  # noqa: B023
+        _recorded([name, "pair", image.title, text.title], {}, lambda: _measured(image, text, photos, folder))  # noqa: B023
         for image, text in pairs
     ]
-    predicted = {title: [values[title] for values in found] for title in PREDICTORS}
-    trained = {
+    predicted = {title: [record["values"][title] for record in found] for title in PREDICTORS}
+    of_trained = {
         title: [
             _recorded(
                 [name, title, image.title, text.title],
+                TRAINED[title],
                 lambda: {"metric": _trained(image, text, TRAINED[title], photos, folder)},  # noqa: B023
-            )["metric"]
+            )
             for image, text in pairs
         ]
         for title in photos.trained
     }
+    trained = {title: [record["values"]["metric"] for record in records] for title, records in of_trained.items()}
     rows = [line(["image", "text", *predicted, *trained]), "|---|---|" + "---|" * (len(predicted) + len(trained))]
     for row in sorted(range(len(pairs)), key=lambda row: -predicted["closed form"][row]):
         numbers = [f"{values[row]:.3f}" for values in (*predicted.values(), *trained.values())]
@@ -159,20 +173,28 @@ def _section(name: str, photos: PhotoSet, folder: Path) -> str:
     for title, values in predicted.items():
         cells = [text for theirs in trained.values() for text in (_correlation(values, theirs), _lost(values, theirs))]
         rows.append(line([title, *cells]))
-    return "\n".join([f"## {name}, {photos.task}", "", *rows])
+    text = "\n".join([f"## {name}, {photos.task}", "", *rows])
+    return text, [*found, *(record for records in of_trained.values() for record in records)]
 
 
-def _recorded(key: list[str], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The values of a line of ``RECORDS``, measured where there is none."""
+def _recorded(key: list[str], settings: dict[str, Any], measure: Callable[[], dict[str, float]]) -> Record:
+    """The record of this key, size and settings, measured where there is none."""
+    wanted = {"key": key, "size": SIZE, "settings": settings}
     lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
-    for row in map(json.loads, lines):
-        if row["key"] == key:
-            return row["values"]
-    values = measure()
-    print(*key, values, flush=True)
+    for record in map(json.loads, lines):
+        if all(record[name] == value for name, value in wanted.items()):
+            return record
+    record = {
+        **wanted,
+        "values": measure(),
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    print(*key, record["values"], flush=True)
     with RECORDS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"key": key, "values": values}) + "\n")
-    return values
+        file.write(json.dumps(record) + "\n")
+    return record
 
 
 def _measured(image: Candidate, text: Candidate, photos: PhotoSet, folder: Path) -> dict[str, float]:

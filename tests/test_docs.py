@@ -18,7 +18,7 @@ import typer
 import clasp
 from clasp.cli.app import app
 from clasp.config.recipe import read_recipe, recipe_keys
-from clasp.evaluation.registry import ANALYZE_OPTIONS, EVALUATION_TASKS
+from clasp.evaluation.registry import ANALYZE_OPTIONS, EVALUATION_TASKS, MAP_OPTIONS
 from docblocks import DOCS, PAGES, ROOT, clasp_commands, read_blocks
 
 sys.path.append(str(DOCS))
@@ -90,9 +90,12 @@ def require_keys(overrides: list[str]) -> None:
     assert not unknown
 
 
+_RUN_OPTIONS = {"analyze": ANALYZE_OPTIONS, "maps": MAP_OPTIONS}
+
+
 def require_options(task: str, options: list[str]) -> None:
     given = {option.partition("=")[0] for option in options}
-    known = EVALUATION_TASKS[task].all_options if task in EVALUATION_TASKS else ANALYZE_OPTIONS
+    known = _RUN_OPTIONS[task] if task in _RUN_OPTIONS else EVALUATION_TASKS[task].all_options
     assert given <= {option.name for option in known}, task
 
 
@@ -110,7 +113,6 @@ def test_commands_and_code_of_a_page_are_valid(page: Path):
                     require_keys(given.get("grid") or [])
                 elif verb == "pair":
                     require_keys(given["overrides"] or [])
-                elif verb in ("eval", "compare", "analyze") and not given.get("suite"):
-                    task = "analyze" if verb == "analyze" else given["task"]
-                    assert task == "analyze" or task in EVALUATION_TASKS
+                elif verb in _RUN_OPTIONS or (verb in ("eval", "compare") and not given.get("suite")):
+                    task = verb if verb in _RUN_OPTIONS else given["task"]
                     require_options(task, given["options"] or [])

@@ -210,9 +210,9 @@ def test_every_row_is_a_choice(toml: str):
 
 
 def test_errors_list_the_rows_of_the_tables(tmp_path: Path, clasp: Command, toml: str):
-    (tmp_path / "pairs.txt").write_text("")
+    (tmp_path / "pairs.doc").write_text("")
     with pytest.raises(UserError) as error:
-        open_pairs(tmp_path / "pairs.txt")
+        open_pairs(tmp_path / "pairs.doc")
     assert all(name in str(error.value) for name in PAIR_FORMATS)
     said = clasp("params", toml, "image.tower=dinov2")
     assert all(f"{scheme}:" in said.err for scheme in TOWER_SOURCES)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -64,8 +67,24 @@ def run_page(page: str, place: Path) -> None:
     for language, text, runs in read_blocks((DOCS / page).read_text(encoding="utf-8")):
         if runs:
             program = ["bash", "-euo", "pipefail", "-c"] if language == "sh" else [sys.executable, "-c"]
-            done = subprocess.run([*program, text], cwd=place, env=env, capture_output=True, text=True, timeout=280)
-            assert done.returncode == 0, f"{page}\n{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            code, printed = run_block([*program, text], place, env)
+            assert code == 0, f"{page}\n{text}\n{printed[-4000:]}"
+
+
+def run_block(program: list[str], place: Path, env: dict[str, str]) -> tuple[int, str]:
+    """The exit code and what was printed; what a block leaves running is killed."""
+    with tempfile.TemporaryFile() as printed:
+        block = subprocess.Popen(
+            program, cwd=place, env=env, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = block.wait(timeout=280)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(block.pid, signal.SIGKILL)
+            block.wait()
+        printed.seek(0)
+        return code, printed.read().decode(errors="replace")
 
 
 def test_the_first_page_runs(workplace: Path):

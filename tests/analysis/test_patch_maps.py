@@ -72,7 +72,20 @@ def test_attention_is_that_of_the_blocks(name: str):
 def test_attention_needs_a_class_token(name: str, recorded: bool):
     tower = Tower(base(name))
     found = patch_vectors(tower, one_image(name)).attention
-    assert (found is not None) == recorded == bool(find_structure(tower.net).prefix_tokens)
+    assert (found is not None) == recorded == find_structure(tower.net).class_token
+
+
+def test_registers_are_no_class_token():
+    backbone = base("own-image")
+    token = backbone.net._parameters.pop("cls_token")
+    backbone.net.register_parameter("reg_token", token)
+    vars(backbone.net)["cls_token"] = token  # what forward reads
+    structure = find_structure(backbone.net)
+    assert structure.prefix_tokens == 1 and not structure.class_token
+    found = patch_vectors(Tower(backbone), one_image("own-image"))
+    assert found.attention is None and found.pooled.shape[:2] == (4, 4)
+    with pytest.raises(UserError, match="own-image has no class token; choose mean or attention"):
+        Tower(backbone, pool="cls")
 
 
 def test_a_tower_without_patches_is_refused():

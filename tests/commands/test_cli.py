@@ -44,6 +44,7 @@ VERBS = (
     "compare",
     "analyze",
     "report",
+    "maps",
     "index",
     "search",
     "serve",

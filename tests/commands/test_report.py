@@ -1,4 +1,4 @@
-"""``clasp report`` and ``clasp analyze`` on toy runs: files, streams, and one line for every mistake."""
+"""``clasp report``, ``clasp analyze`` and ``clasp maps`` on toy runs: files, streams, and one line for each mistake."""
 
 from __future__ import annotations
 
@@ -149,12 +149,15 @@ def test_mistakes_of_an_analysis_are_found_before_compute(folder: Path, monkeypa
             analyze_run(folder / "one", options)
 
 
+# --- maps ------------------------------------------------------------------------------------------------------------
+
+
 def test_maps_are_drawn_and_reported(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ):
     run = shutil.copytree(folder / "one", tmp_path / "one")
-    words = ("analyze", run, f"data={pairs_of(folder)}", "--maps")
-    assert command(monkeypatch, *words, "pairs=2", "words=red,green", "--json") == 0
+    words = ("maps", run, f"data={pairs_of(folder)}")
+    assert command(monkeypatch, *words, "pairs=2", "words=red, green", "--json") == 0
     found = json.loads(capfd.readouterr().out)["pairs"]
     assert len(found) == 2 and all(pair["texts"][1:] == ["red", "green"] for pair in found)
     for pair in found:
@@ -173,11 +176,35 @@ def test_mistakes_of_maps_are_found_before_compute(folder: Path, monkeypatch: py
     monkeypatch.setattr("clasp.commands.patch_maps.load", lambda run: pytest.fail("the model was loaded"))
     data = f"data={pairs_of(folder)}"
     for options, message in (
-        ([], "analyze --maps needs data="),
+        ([], "maps needs data="),
         ([data, "neighbours=3"], "'neighbours=3' is not an option; it takes data, pairs, ids, words"),
         ([data, "pairs=51"], "pairs=51 must be a whole number from 1 to 50"),
         ([data, "ids=none"], "has the id 'none'; ids: "),
+        ([data, 'ids="a,b"'], "has the id 'a,b'; ids: "),
+        ([data, "ids=a", "pairs=2"], "pairs=2 and ids=a: give one"),
+        ([data, "ids=" + ",".join(map(str, range(51)))], "has 51 values; from 1 to 50 are wanted"),
+        ([data, "words=red,,green"], "words=red,,green has 3 values; from 1 to 20 are wanted, .* none empty"),
+        ([data, "words="], "words= has 0 values"),
+        ([data, "words=red\ngreen"], "is no list separated by commas"),
         ([data, "language=sw"], "no caption of .* is in sw"),
     ):
         with pytest.raises(UserError, match=message):
             map_patches(folder / "one", options)
+
+
+def test_pairs_are_drawn_from_those_with_a_caption_in_the_language(folder: Path, tmp_path: Path):
+    """One pair of twelve has a caption in the language; drawing from all would choose others."""
+    run = shutil.copytree(folder / "one", tmp_path / "one")
+    some = toys(12)
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number, toy in enumerate(some):
+        (tmp_path / "images" / f"{toy.key}.png").write_bytes(toy.png)
+        captions = {"en": toy.caption} | ({"sw": "red"} if number == 5 else {})
+        rows.append(json.dumps({"id": toy.key, "image": f"images/{toy.key}.png", "caption": captions}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    data = f"data={tmp_path / 'pairs.jsonl'}"
+    found = map_patches(run, [data, "language=sw", "pairs=1"])
+    assert {id: maps.texts for id, maps in found.items()} == {some[5].key: ("red",)}
+    with pytest.raises(UserError, match=f"maps: {some[4].key} has no caption in sw"):
+        map_patches(run, [data, "language=sw", f"ids={some[4].key}"])

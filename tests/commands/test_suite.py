@@ -121,6 +121,32 @@ def test_probes_fit_on_the_split_for_it(model: Path, tmp_path: Path):
         evaluate_suite(model, "msclip-24", sets, out=tmp_path / "out")
 
 
+def test_probes_read_the_lists_of_elevater(data: Path, model: Path, tmp_path: Path):
+    voc = data / "voc-2007-classification"
+    for folder in (data / "cifar-10", voc):
+        rows = sorted((folder / "test.txt").read_text().splitlines(), key=lambda row: row.split()[1])
+        (folder / "test.txt").write_text("\n".join(rows[::2]))
+        (folder / "train.txt").write_text("\n".join(rows[1::2]))
+    (data / "stl10" / "train").mkdir(parents=True)
+    whole = (voc / "train.txt").read_text()
+    (voc / "train.txt").write_text(f"{TOYS[0].key}.png 1")
+    with pytest.raises(UserError) as error:
+        evaluate_suite(model, "msclip-24", data, out=tmp_path / "out")
+    for message in (
+        f"{TWO[0]}: {data / TWO[0] / 'train'} does not exist",
+        f"stl10: {data / 'stl10' / 'test'} does not exist",
+        f"{voc.name}: {TOYS[0].key}.png of {voc / 'train.txt'} has no list of class names in 'classes'",
+    ):
+        assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+    (voc / "train.txt").write_text(whole)
+    for name in (TWO[0], "stl10"):
+        shutil.rmtree(data / name)
+    rows = evaluate_suite(model, "msclip-24", data, out=tmp_path / "out")
+    values = {row.set.name: row.value for row in rows if row.value is not None}
+    assert set(values) == {"cifar-10", voc.name} and all(value > 2 / len(CLASSES) for value in values.values())
+
+
 def test_what_a_suite_refuses(data: Path, model: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"no suite 'elevater'; did you mean elevater-20\?"):
         evaluate_suite(model, "elevater", data, out=tmp_path / "out")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,70 +15,34 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from clasp.data.pairs import Pairs
-from clasp.evaluation.embedding_folder import EmbeddingFolder, StoredEncoder
 from clasp.evaluation.multilabel import average_precision, roc_auc
 from clasp.evaluation.probe_queries import FitSet, draw_shots
-from clasp.evaluation.registry import find_task, parse_task_options
 from clasp.evaluation.results import EvaluationResult
-from clasp.evaluation.task_context import TaskContext
-from clasp.types import Caption, Pair, UserError, no_progress_bar
+from clasp.types import Pair, UserError
+from toyembeddings import evaluate_embeddings, pair, unit_vectors
 
 WIDTH = 6
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
-class Nowhere:
-    """Embeddings are there already, so no image is read; each is another one."""
-
-    version = "0"
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def read(self) -> bytes:
-        raise AssertionError("no image is read")
-
-
-def pair(id: str, caption: str = "x", group: str = "", **meta: Any) -> Pair:
-    return Pair(id, Nowhere(id), (Caption(caption),), group or id, meta)
-
-
-def evaluate(
-    task: str,
-    folder: Path,
-    images: Mapping[str, Tensor],
-    texts: Mapping[str, Tensor],
-    pairs: Sequence[Pair],
-    *options: str,
-    fit: Sequence[Pair] = (),
-) -> EvaluationResult:
-    """The one row of a task on embeddings that are given."""
-    for name, table in (("image", images), ("text", texts)):
-        vectors = torch.stack([*table.values()]) if table else torch.ones(1, WIDTH)
-        np.save(folder / f"{name}.npy", vectors.numpy())
-        (folder / f"{name}.json").write_text(json.dumps(list(table) or ["none"]))
-    inputs, entry = EmbeddingFolder(folder), find_task(task)
-    context = TaskContext(
-        model=StoredEncoder(inputs, "mine"),
-        inputs=inputs,
-        pairs=Pairs("zoo", [list(pairs)]),
-        open_pairs=lambda source: Pairs(source, [list(fit)]),
-        options=parse_task_options(task, entry, ["data=zoo", *options]),
-        run=None,
-        say=lambda line: None,
-        bar=no_progress_bar,
-    )
-    (row,) = entry.run(context)
+def evaluate(task: str, *given: Any, fit: Sequence[Pair] = ()) -> EvaluationResult:
+    """The one row of a task."""
+    (row,) = evaluate_embeddings(task, *given, fit=fit)
     assert row.n and set(row.chance) == set(row.metrics)
     return row
 
 
 def unit(count: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, WIDTH, generator=generator), dim=1)
+    return unit_vectors(count, seed, WIDTH)
 
 
 # --- probes ----------------------------------------------------------------------------------------------------------
+
+
+def standardized(known: Tensor, vectors: Tensor) -> list[np.ndarray]:
+    """Both by mean and deviation of the first."""
+    mean, scale = known.double().mean(dim=0), known.double().std(dim=0, correction=0)
+    return [((side - mean) / scale).numpy() for side in (known, vectors)]
 
 
 def labelled(count: int, prefix: str, seed: int) -> tuple[list[Pair], Tensor, np.ndarray]:
@@ -108,13 +71,17 @@ def test_the_probe_is_logistic_regression_on_standardised_embeddings(tmp_path: P
     asked, vectors, labels = labelled(90, "q", 4)
     images = dict(zip([p.id for p in (*fit, *asked)], torch.cat([known, vectors]), strict=True))
     row = evaluate("probe", tmp_path, images, {}, asked, "fit=other", fit=fit)
-    mean, scale = known.mean(dim=0), known.std(dim=0, correction=0)
-    standard = [((side - mean) / scale).numpy() for side in (known, vectors)]
-    found = {
-        c: (LogisticRegression(C=c, max_iter=500).fit(standard[0], fit_labels).predict(standard[1]) == labels).mean()
-        for c in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    }
-    assert any(row.metrics["top1"] == pytest.approx(value, abs=1e-6) for value in found.values()), found
+    standard = standardized(known, vectors)
+    ids = [[p.id for p, label in zip(fit, fit_labels, strict=True) if label == c] for c in range(3)]
+    held_out = np.isin([p.id for p in fit], [id for of_class in ids for id in sorted(of_class)[3::4]])
+
+    def accuracy(c: float, fitted: np.ndarray, side: np.ndarray, wanted: np.ndarray) -> float:
+        model = LogisticRegression(C=c, max_iter=500).fit(standard[0][fitted], fit_labels[fitted])
+        return float((model.predict(side) == wanted).mean())
+
+    best = max(PENALTIES, key=lambda c: accuracy(c, ~held_out, standard[0][held_out], fit_labels[held_out]))
+    expected = accuracy(best, held_out | True, standard[1], labels)
+    assert row.metrics["top1"] == pytest.approx(expected, abs=1e-6)
     assert row.metrics["top1"] > 0.6
 
 
@@ -199,20 +166,29 @@ def test_a_probe_of_several_classes_is_one_regression_for_each(tmp_path: Path):
     asked, vectors, truth = made(60, "q", 13)
     images = dict(zip([p.id for p in (*fit, *asked)], torch.cat([known, vectors]), strict=True))
     row = evaluate("multilabel_probe", tmp_path, images, {}, asked, "fit=other", fit=fit)
-    mean, scale = known.double().mean(dim=0), known.double().std(dim=0, correction=0)
-    standard = [((side - mean) / scale).numpy() for side in (known, vectors)]
-    found = []
-    for c in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
-        models = [LogisticRegression(C=c, max_iter=500).fit(standard[0], column) for column in fit_truth.T]
-        scores = np.stack([model.decision_function(standard[1]) for model in models], axis=1)
-        found.append(average_precision_score(truth, scores))
-    assert any(row.metrics["mean_average_precision"] == pytest.approx(value, abs=1e-6) for value in found), found
+    standard = standardized(known, vectors)
+    held_out = np.isin([p.id for p in fit], sorted(p.id for p in fit)[3::4])
+
+    def precision(c: float, fitted: np.ndarray, side: np.ndarray, wanted: np.ndarray) -> float:
+        models = [LogisticRegression(C=c, max_iter=500).fit(standard[0][fitted], of[fitted]) for of in fit_truth.T]
+        scores = np.stack([model.decision_function(side) for model in models], axis=1)
+        return float(average_precision_score(wanted, scores))
+
+    best = max(PENALTIES, key=lambda c: precision(c, ~held_out, standard[0][held_out], fit_truth[held_out]))
+    found = {c: precision(c, held_out | True, standard[1], truth) for c in PENALTIES}
+    assert row.metrics["mean_average_precision"] == pytest.approx(found[best], abs=1e-6)
+    assert sum(value == pytest.approx(found[best], abs=1e-6) for value in found.values()) == 1, "one penalty gives this"
     assert row.metrics["mean_average_precision"] > row.chance["mean_average_precision"] + 0.2 and row.n == 60
     with pytest.raises(UserError, match="60 of 60 images of zoo are in fit=other too"):
         evaluate("multilabel_probe", tmp_path, images, {}, asked, "fit=other", fit=asked)
     with pytest.raises(UserError, match="fit=other has no image of 1 classes of zoo: 'dog'"):
         more = [*asked, pair("d", classes=["dog"])]
         evaluate("multilabel_probe", tmp_path, images, {}, more, "fit=other", fit=fit)
+    one_sided = [pair("a", classes=["ant", "bee"]), pair("b", classes=["ant"])]
+    other_sided = [pair("c", classes=["bee"]), pair("d", classes=["ant", "bee"])]
+    images = dict(zip("abcd", unit(4, 14), strict=True))
+    with pytest.raises(UserError, match="fit=other and zoo: no class is that of some images and not of others in both"):
+        evaluate("multilabel_probe", tmp_path, images, {}, other_sided, "fit=other", fit=one_sided)
 
 
 # --- compositional ---------------------------------------------------------------------------------------------------

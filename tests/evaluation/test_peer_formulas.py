@@ -7,70 +7,26 @@ before its negatives. Equal scores, which it breaks by position, do not occur he
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clasp.data.pairs import Pairs
-from clasp.evaluation.embedding_folder import EmbeddingFolder, StoredEncoder
-from clasp.evaluation.registry import find_task, parse_task_options
-from clasp.evaluation.results import EvaluationResult
-from clasp.evaluation.task_context import TaskContext
-from clasp.types import Caption, Pair, UserError, no_progress_bar
+from toyembeddings import evaluate_embeddings, pair, unit_vectors
 
 WIDTH, IMAGES, CLASSES, CAPTIONS = 16, 120, 9, 5
 TEMPLATES = ("a photo of a {}.", "{} in the wild")
 
 
-class Unread:
-    """An image whose embedding is stored."""
-
-    version = "0"
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def read(self) -> bytes:
-        raise UserError(f"{self.name} was read")
-
-
-def pair(number: int, *captions: str, **meta: Any) -> Pair:
-    return Pair(f"i{number}", Unread(f"i{number}"), tuple(map(Caption, captions)), f"i{number}", meta)
-
-
-def evaluate(
-    task: str, folder: Path, images: Tensor, texts: Mapping[str, Tensor], pairs: Sequence[Pair], *options: str
-) -> list[EvaluationResult]:
-    for name, ids, vectors in (
-        ("image", [each.id for each in pairs], images),
-        ("text", list(texts), torch.stack([*texts.values()])),
-    ):
-        np.save(folder / f"{name}.npy", vectors.numpy())
-        (folder / f"{name}.json").write_text(json.dumps(ids))
-    stored, entry = EmbeddingFolder(folder), find_task(task)
-    given = Pairs("given", [list(pairs)])
-    context = TaskContext(
-        model=StoredEncoder(stored, "stored"),
-        inputs=stored,
-        pairs=given,
-        open_pairs=lambda source: given,
-        options=parse_task_options(task, entry, ["data=given", *options]),
-        run=None,
-        say=lambda line: None,
-        bar=no_progress_bar,
-    )
-    return entry.run(context)
-
-
 def unit(count: int, seed: int) -> Tensor:
-    return F.normalize(torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return unit_vectors(count, seed, WIDTH)
+
+
+def numbered(images: Tensor) -> dict[str, Tensor]:
+    """By the ids of the pairs."""
+    return {f"i{number}": vector for number, vector in enumerate(images)}
 
 
 def near(vectors: Tensor, seed: int, noise: float = 1.0) -> Tensor:
@@ -88,9 +44,9 @@ def test_zero_shot_classification(tmp_path: Path):
     (tmp_path / "classes.txt").write_text("\n".join(names))
     (tmp_path / "templates.txt").write_text("\n".join(TEMPLATES))
     options = (f"classes={tmp_path / 'classes.txt'}", f"templates={tmp_path / 'templates.txt'}")
-    pairs = [pair(n, names[int(label)], **{"class": names[int(label)]}) for n, label in enumerate(labels)]
+    pairs = [pair(f"i{n}", names[int(label)], **{"class": names[int(label)]}) for n, label in enumerate(labels)]
     texts = {template.format(name): vector for (template, name), vector in prompts.items()}
-    (row,) = evaluate("zeroshot", tmp_path, images, texts, pairs, *options)
+    (row,) = evaluate_embeddings("zeroshot", tmp_path, numbered(images), texts, pairs, *options)
     by_class = [(top[labels == c, 0] == c).float().mean().item() for c in labels.unique()]  # balanced accuracy
     expected = {
         "top1": (top[:, 0] == labels).float().mean().item(),
@@ -107,8 +63,8 @@ def test_retrieval_with_several_captions(tmp_path: Path):
     texts = near(images[owner], 3, 2.0)
     scores, positive = texts @ images.T, owner[:, None] == torch.arange(IMAGES)
     captions = [f"caption {number}" for number in range(len(texts))]
-    pairs = [pair(n, *captions[CAPTIONS * n : CAPTIONS * (n + 1)]) for n in range(IMAGES)]
-    found = evaluate("retrieval", tmp_path, images, dict(zip(captions, texts, strict=True)), pairs)
+    pairs = [pair(f"i{n}", *captions[CAPTIONS * n : CAPTIONS * (n + 1)]) for n in range(IMAGES)]
+    found = evaluate_embeddings("retrieval", tmp_path, numbered(images), dict(zip(captions, texts, strict=True)), pairs)
     rows = {row.task.rpartition("/")[2]: row.metrics for row in found}
     for k in (1, 5, 10):
         for direction, of, right in (
@@ -130,8 +86,9 @@ def test_average_precision_of_several_classes(tmp_path: Path):
     for of_class, right in zip(scores.T, truth.T, strict=True):
         ordered = right[of_class.argsort(descending=True)].float()
         precisions.append(((ordered.cumsum(0) / torch.arange(1, IMAGES + 1)) * ordered).sum() / ordered.sum())
-    pairs = [pair(n, "x", classes=[names[c] for c in row.nonzero()[:, 0]]) for n, row in enumerate(truth)]
-    (row,) = evaluate("multilabel", tmp_path, images, dict(zip(names, classes, strict=True)), pairs, "templates={}")
+    pairs = [pair(f"i{n}", "x", classes=[names[c] for c in row.nonzero()[:, 0]]) for n, row in enumerate(truth)]
+    texts = dict(zip(names, classes, strict=True))
+    (row,) = evaluate_embeddings("multilabel", tmp_path, numbered(images), texts, pairs, "templates={}")
     assert row.metrics["mean_average_precision"] == pytest.approx(torch.stack(precisions).mean().item(), abs=1e-6)
 
 
@@ -139,8 +96,8 @@ def test_caption_before_its_negatives(tmp_path: Path):
     images = unit(IMAGES, 7)
     right, wrong = near(images, 8, 3.0), near(images, 9, 3.0)
     texts = {f"{kind} {n}": v for kind, of in (("right", right), ("wrong", wrong)) for n, v in enumerate(of)}
-    pairs = [pair(n, f"right {n}", negative_caption=f"wrong {n}") for n in range(IMAGES)]
-    (row,) = evaluate("sugarcrepe", tmp_path, images, texts, pairs)
+    pairs = [pair(f"i{n}", f"right {n}", negative_caption=f"wrong {n}") for n in range(IMAGES)]
+    (row,) = evaluate_embeddings("sugarcrepe", tmp_path, numbered(images), texts, pairs)
     scores = torch.stack([(images * side).sum(dim=1) for side in (right, wrong)], dim=1)
     expected = (scores.argmax(dim=1) == 0).float().mean().item()
     assert 0.2 < expected < 0.8

@@ -2,8 +2,9 @@
 
 Input: a model with its preprocessing, an encoded image, and texts. Output: ``PatchMaps`` on the grid of the patches, or
 of the last feature map of a CNN. Note: the towers were trained on pooled vectors, not on patches. The embedding of a
-patch is that of an image whose tokens were all like it: for a pooling that is a mean and a linear head, the image's
-embedding is proportional to the mean of these before normalisation; for a class token it is an approximation.
+patch is that of an image whose tokens were all like it: for mean pooling and a head that is linear in the pooled
+features, the image's embedding is proportional to the mean of these before normalisation; elsewhere it is an
+approximation.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def patch_vectors(tower: Tower, image: Pixels) -> PatchVectors:
     masks = [torch.ones(each.shape[:2], dtype=torch.bool, device=each.device) for each in rows]
     pooled = torch.cat(tower.pool_layers(rows, masks), dim=1).unflatten(0, (side, side))
     weights = [each[0] for each in recorder.weights if each.shape[-1] == count]
-    if not prefix or len(weights) != len(structure.blocks):
+    if not structure.class_token or len(weights) != len(structure.blocks):
         return PatchVectors(pooled, None)
     shares = attention_rollout(weights)[0, prefix:].unflatten(0, (side, side))
     return PatchVectors(pooled, (shares / shares.sum()).cpu())

@@ -4,7 +4,7 @@
 Note: torch and transformers are imported inside the verbs, so that ``--help`` returns at once.
 """
 
-from clasp.cli import train, pair, evaluate, convert, search, store  # each adds its verbs, in the order of --help  # isort: skip
+from clasp.cli import train, pair, evaluate, maps, convert, search, store  # each adds its verbs, in the order of --help  # isort: skip
 from clasp.cli.program import main
 
-__all__ = ["convert", "evaluate", "main", "pair", "search", "store", "train"]
+__all__ = ["convert", "evaluate", "main", "maps", "pair", "search", "store", "train"]

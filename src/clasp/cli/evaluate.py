@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,15 +10,13 @@ import typer
 from rich.markup import escape
 
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
-from clasp.evaluation.registry import ANALYZE_OPTIONS, MAP_OPTIONS, describe_option, describe_tasks, task_names
+from clasp.evaluation.registry import ANALYZE_OPTIONS, describe_option, describe_tasks, task_names
 from clasp.evaluation.suites import SUITES
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, clip:NAME, open_clip:NAME/TAG, or another model's folder.")
 ]
-_ANALYZE_HELP = escape(
-    "\n".join([*map(describe_option, ANALYZE_OPTIONS), "with --maps:", *map(describe_option, MAP_OPTIONS)])
-)
+_ANALYZE_HELP = escape("\n".join(map(describe_option, ANALYZE_OPTIONS)))
 _TASKS_HELP = escape("\n".join(describe_tasks()))
 
 
@@ -137,39 +134,22 @@ def compare(
 def analyze(
     run: RunArgument,
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options, listed below.")] = None,
-    maps: Annotated[
-        bool, typer.Option("--maps", help="Measure nothing, and draw where in some images caption and words are.")
-    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Analyse the embedding space of a run and the layers of its towers; the result is kept in RUN/analysis.json.
 
     Modality gap, alignment, uniformity, effective rank, cosines; CKA and mutual k-NN of the towers' layers, each with a
-    shuffled baseline. With --maps, RUN/maps.png shows the similarity of every patch of some images to their captions
-    and to single words, and the attention of the class token.
+    shuffled baseline.
     """
     from clasp.commands.analyze import analyze_run
     from clasp.report.analysis_section import geometry_table, layer_table
     from clasp.report.console import print_json, print_table, progress_bar, relative_path
 
-    if maps:
-        return _draw_maps(run, options or (), as_json=as_json)
     done = analyze_run(run, options or (), bar=progress_bar)
     if as_json:
         return print_json({"run": str(run), **done.to_dict()})
     for table in (geometry_table(done), layer_table(done)):
         print_table(relative_path(run), table.columns, table.rows, table.notes)
-
-
-def _draw_maps(run: Path, options: Sequence[str], *, as_json: bool) -> None:
-    from clasp.commands.patch_maps import MAPS_FILE, map_patches
-    from clasp.report.console import print_json, print_status, progress_bar, relative_path
-
-    found = map_patches(run, options, bar=progress_bar)
-    if as_json:
-        pairs = [{"id": id, **maps.to_dict()} for id, maps in found.items()]
-        return print_json({"run": str(run), "pairs": pairs})
-    print_status(f"the maps of {len(found)} images are in {relative_path(run / MAPS_FILE)}")
 
 
 @app.command()

@@ -8,7 +8,7 @@ cannot be read is an error. The model is loaded once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from clasp.commands.evaluated_model import ModelSource, find_model
 from clasp.commands.result_folder import ResultFolder
 from clasp.commands.saved_predictions import save_predictions
 from clasp.data.pairs import Pairs
+from clasp.evaluation.multilabel_task import read_class_lists
 from clasp.evaluation.registry import EVALUATION_TASKS, parse_task_options
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.suites import PROMPTED_TASKS, SuiteSet, find_suite
@@ -63,7 +64,7 @@ def evaluate_suite(
     source = find_model(model)
     results = ResultFolder(source, out)
     given = {each.name: _options(each, folder, templates) for each in there}
-    opened = _open_all(source, given)
+    opened = _open_all(source, there, given)
     loaded = source.load(bar)
     results.require_fingerprint(loaded.encoder.fingerprint)
     rows = {each.name: SuiteRow(each, None) for each in sets}
@@ -80,17 +81,23 @@ def _options(each: SuiteSet, folder: Path, templates: str | None) -> dict[str, s
     return parse_task_options(each.task, EVALUATION_TASKS[each.task], each.options(folder, templates))
 
 
-def _open_all(source: ModelSource, given: Mapping[str, Mapping[str, str]]) -> dict[str, Pairs]:
-    """The pairs of every set; one ``UserError`` with all that cannot be opened, pairs to fit on among them."""
+def _open_all(
+    source: ModelSource, sets: Sequence[SuiteSet], given: Mapping[str, Mapping[str, str]]
+) -> dict[str, Pairs]:
+    """The pairs of every set; one ``UserError`` with all that cannot be opened or have no list of classes where their
+    task needs one, pairs to fit on among them."""
     opened, errors = {}, []
-    for name, options in given.items():
+    for each in sets:
+        options = given[each.name]
         opener = pair_opener(source, options)
         try:
-            opened[name] = opener(options["data"])
-            if "fit" in options:
-                opener(options["fit"])
+            sides = {name: opener(name) for name in (options["data"], options.get("fit")) if name is not None}
+            if each.task in ("multilabel", "multilabel_probe"):
+                for name, pairs in sides.items():
+                    read_class_lists(pairs, options["label"], name)
+            opened[each.name] = sides[options["data"]]
         except UserError as error:
-            errors.append(f"{name}: {error}")
+            errors.append(f"{each.name}: {error}")
     if errors:
         raise UserError("; ".join(errors))
     return opened

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from clasp.data.formats.base import OpenedSource, PairFormat, SourceSpec
+from clasp.data.formats.elevater import open_elevater_list
 from clasp.data.formats.folders import FolderFiles, open_folder, split_file_name
 from clasp.data.formats.index_cache import unpack_gzip
 from clasp.data.formats.parquet import ParquetSource, open_parquet
@@ -65,6 +66,7 @@ PAIR_FORMATS: dict[str, PairFormat] = {
     ".json": partial(open_table, row_format=JsonList.of),
     ".parquet": open_parquet,
     ".tar": open_webdataset,
+    ".txt": open_elevater_list,
 }
 """``folder`` or file suffix (before ``.gz``) -> the function that opens it"""
 

@@ -10,7 +10,7 @@ them.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,16 +29,18 @@ from clasp.types import Pair, UserError
 def evaluate_multilabel(context: TaskContext) -> list[EvaluationResult]:
     """One row. Raises ``UserError`` for a pair whose column holds no list of class names, or one that is no class."""
     start, options = time.perf_counter(), context.options
-    labels = {pair.id: _class_list(pair, options["label"], context.data) for pair in context.pairs}
+    labels = read_class_lists(context.pairs, options["label"], context.data)
     there = sorted({name for names in labels.values() for name in names})
     classes = read_class_names(options["classes"]) if "classes" in options else there
     if unknown := sorted(set(there) - set(classes)):
         raise UserError(f"classes={options['classes']} lacks {len(unknown)} classes of {context.data}: {unknown[0]!r}")
+    _used_classes(context.data, _truth(labels, labels, classes))
     templates = read_templates(options["templates"])
     queries = ZeroShotQueries(labels={}, classes=classes, templates=templates, read=context.inputs.read)
     images = embed_batches(context.inputs.images(context.pairs)(), context.model.embed_image, "image")
     truth = _truth(images.ids, labels, classes)
-    used = _used_classes(truth, context.data, context)
+    used = _used_classes(context.data, truth)
+    _say_left_out(context.data, used, context)
     scores = images.vectors @ queries.class_embeddings(context.model)[used].T
     return [_result("multilabel", context, scores, truth[:, used], start)]
 
@@ -48,18 +50,19 @@ def evaluate_multilabel_probe(context: TaskContext) -> list[EvaluationResult]:
     are in both."""
     start, options = time.perf_counter(), context.options
     fit, name = context.open_pairs(options["fit"]), options["fit"]
-    labels = {pair.id: _class_list(pair, options["label"], context.data) for pair in context.pairs}
-    fit_labels = {pair.id: _class_list(pair, options["label"], name) for pair in fit}
+    labels = read_class_lists(context.pairs, options["label"], context.data)
+    fit_labels = read_class_lists(fit, options["label"], name)
     require_disjoint(context.pairs, fit, context.data, name)
     classes = sorted({each for names in fit_labels.values() for each in names})
     if unknown := sorted({each for names in labels.values() for each in names} - set(classes)):
         raise UserError(f"fit={name} has no image of {len(unknown)} classes of {context.data}: {unknown[0]!r}")
+    sides = f"fit={name} and {context.data}"
+    _used_classes(sides, _truth(fit_labels, fit_labels, classes), _truth(labels, labels, classes))
     known = embed_batches(context.inputs.images(fit)(), context.model.embed_image, "image to fit on")
-    fit_truth = _truth(known.ids, fit_labels, classes)
-    used = _used_classes(fit_truth, f"fit={name}", context)
     images = embed_batches(context.inputs.images(context.pairs)(), context.model.embed_image, "image")
-    truth = _truth(images.ids, labels, classes)
-    used &= _used_classes(truth, context.data, context)
+    fit_truth, truth = _truth(known.ids, fit_labels, classes), _truth(images.ids, labels, classes)
+    used = _used_classes(sides, fit_truth, truth)  # again: images that cannot be read are missing
+    _say_left_out(sides, used, context)
     number = {group: place for place, group in enumerate(sorted({pair.group for pair in fit}))}
     group_of = {pair.id: number[pair.group] for pair in fit}
     groups = torch.tensor([group_of[id] for id in known.ids])
@@ -67,18 +70,33 @@ def evaluate_multilabel_probe(context: TaskContext) -> list[EvaluationResult]:
     return [_result("multilabel_probe", context, scores, truth[:, used], start)]
 
 
-def _truth(ids: Sequence[str], labels: Mapping[str, Sequence[str]], classes: Sequence[str]) -> Bool[Tensor, "n C"]:
-    return torch.tensor([[name in labels[id] for name in classes] for id in ids])
+def read_class_lists(pairs: Iterable[Pair], label: str, data: str) -> dict[str, list[str]]:
+    """The class names of every pair, by id. Raises ``UserError`` for a pair whose column holds no list of them."""
+    found = {}
+    for pair in pairs:
+        given = pair.meta.get(label)
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+            has = ", ".join(map(str, pair.meta)) or "none"
+            raise UserError(f"{pair.id} of {data} has no list of class names in {label!r}; label= one of: {has}")
+        found[pair.id] = given
+    return found
 
 
-def _used_classes(truth: Bool[Tensor, "n C"], data: str, context: TaskContext) -> Bool[Tensor, " C"]:
-    """The classes that some images have and others have not. Raises ``UserError`` where there is none."""
-    used = truth.any(dim=0) & ~truth.all(dim=0)
+def _truth(ids: Iterable[str], labels: Mapping[str, Sequence[str]], classes: Sequence[str]) -> Bool[Tensor, "n C"]:
+    return torch.tensor([[name in labels[id] for name in classes] for id in ids], dtype=torch.bool)
+
+
+def _used_classes(data: str, *truths: Bool[Tensor, "_ C"]) -> Bool[Tensor, " C"]:
+    """The classes that some images have and others have not, on all sides. Raises ``UserError`` where there is none."""
+    used = torch.stack([truth.any(dim=0) & ~truth.all(dim=0) for truth in truths]).all(dim=0)
     if not used.any():
-        raise UserError(f"{data}: no class is that of some images and not of others")
+        raise UserError(f"{data}: no class is that of some images and not of others" + " in both" * (len(truths) > 1))
+    return used
+
+
+def _say_left_out(data: str, used: Bool[Tensor, " C"], context: TaskContext) -> None:
     if lacking := int((~used).sum()):
         context.say(f"{data}: {lacking} of {len(used)} classes are those of all images or of none, and left out")
-    return used
 
 
 def _result(
@@ -102,11 +120,3 @@ def _result(
         interval={},
         seconds=time.perf_counter() - start,
     )
-
-
-def _class_list(pair: Pair, label: str, data: str) -> Sequence[str]:
-    given = pair.meta.get(label)
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        has = ", ".join(map(str, pair.meta)) or "none"
-        raise UserError(f"{pair.id} of {data} has no list of class names in {label!r}; label= one of: {has}")
-    return given

@@ -53,16 +53,17 @@ ANALYZE_OPTIONS = (
     *PAIR_OPTIONS[1:],
 )
 """Those of ``clasp analyze``"""
-MAX_MAPPED_PAIRS = 50
+DEFAULT_MAPPED_PAIRS = "6"
+MAX_MAPPED_PAIRS, MAX_MAPPED_WORDS = 50, 20
 MAP_OPTIONS = (
     PAIR_OPTIONS[0],
-    TaskOption("pairs", f"draw so many pairs, up to {MAX_MAPPED_PAIRS}", "6"),
-    TaskOption("ids", "draw the pairs with these ids, separated by commas"),
+    TaskOption("pairs", f"draw so many pairs, up to {MAX_MAPPED_PAIRS}; {DEFAULT_MAPPED_PAIRS} if none are named"),
+    TaskOption("ids", "draw the pairs with these ids, separated by commas; one with a comma in double quotes"),
     TaskOption("words", "words to map, separated by commas; the longest of each caption if left out"),
     ANALYZE_OPTIONS[2],
     *PAIR_OPTIONS[1:],
 )
-"""Those of ``clasp analyze --maps``"""
+"""Those of ``clasp maps``"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ with the options of their task. Note: the data of a set is the folder of its nam
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +29,7 @@ TASK_METRICS: dict[SuiteTask, tuple[str, ...]] = {
 """Task to its metrics, the default one first; ``roc_auc`` needs two classes"""
 PROMPTED_TASKS: tuple[SuiteTask, ...] = ("zeroshot", "multilabel")
 """Those with class names and templates"""
-_PROBES: tuple[SuiteTask, ...] = ("probe", "multilabel_probe")
-_FIT_SPLIT, _TEST_SPLIT = "train", "test"
+_PROBE_OF: dict[SuiteTask, SuiteTask] = {"zeroshot": "probe", "multilabel": "multilabel_probe"}
 _CLASS_FILES = ("classnames.txt", "labels.txt")
 _TEMPLATE_FILE = "zeroshot_classification_templates.txt"
 _ELEVATER = "https://github.com/Computer-Vision-in-the-Wild/Elevater_Toolkit_IC"
@@ -47,15 +46,14 @@ class SuiteSet:
     """Where the data is to be had"""
 
     def options(self, folder: Path, templates: str | None) -> list[str]:
-        """The options of the task: data, and the class names and templates that its folder has; of a probe, the split
-        ``train`` to fit on.
+        """The options of the task: data, and the class names and templates that its folder has; of a probe, the splits
+        ``test`` and ``train``, folders or lists of ELEVATER.
 
         ``templates``: those of every set, in place of its own.
         """
         data = folder / self.name
-        if self.task in _PROBES:
-            split = data / _TEST_SPLIT
-            return [f"data={split if split.is_dir() else data}", f"fit={data / _FIT_SPLIT}"]
+        if self.task in _PROBE_OF.values():
+            return [f"data={_split(data, 'test')}", f"fit={_split(data, 'train')}"]
         given = [f"data={data}"]
         if self.task in PROMPTED_TASKS:
             given += [f"classes={data / name}" for name in _CLASS_FILES if (data / name).is_file()][:1]
@@ -66,66 +64,61 @@ class SuiteSet:
         return given
 
 
+def _split(data: Path, name: str) -> Path:
+    """The folder of a split, or the list of its name where there is no folder."""
+    folder, listed = data / name, data / f"{name}.txt"
+    return listed if listed.is_file() and not folder.is_dir() else folder
+
+
 def _elevater(name: str, metric: str = "top1", task: SuiteTask = "zeroshot") -> SuiteSet:
     return SuiteSet(name=name, task=task, metric=metric, source=_ELEVATER)
 
 
-def _probed(name: str, metric: str = "top1", task: SuiteTask = "probe", *, source: str = _ELEVATER) -> SuiteSet:
-    return SuiteSet(name=name, task=task, metric=metric, source=source)
+def _probed(each: SuiteSet) -> SuiteSet:
+    """The same set, probed; by accuracy where a probe lacks its metric."""
+    task = _PROBE_OF[each.task]
+    metrics = TASK_METRICS[task]
+    return replace(each, task=task, metric=each.metric if each.metric in metrics else metrics[0])
 
 
+# Li et al., NeurIPS 2022 (ELEVATER), image classification: sets and metrics
+_ELEVATER_SETS = (
+    _elevater("caltech-101", "mean_per_class"),
+    _elevater("cifar-10"),
+    _elevater("cifar-100"),
+    _elevater("country211"),
+    _elevater("dtd"),
+    _elevater("eurosat_clip"),
+    _elevater("fer-2013"),
+    _elevater("fgvc-aircraft-2013b-variants102", "mean_per_class"),
+    _elevater("food-101"),
+    _elevater("gtsrb"),
+    _elevater("hateful-memes", "roc_auc"),
+    _elevater("kitti-distance"),
+    _elevater("mnist"),
+    _elevater("oxford-flower-102", "mean_per_class"),
+    _elevater("oxford-iiit-pets", "mean_per_class"),
+    _elevater("patch-camelyon"),
+    _elevater("rendered-sst2"),
+    _elevater("resisc45_clip"),
+    _elevater("stanford-cars"),
+    _elevater("voc-2007-classification", "mean_11_point_precision", "multilabel"),
+)
+# the four others of CLIP's probes that the toolkit of the same authors names
+_MORE_PROBED = tuple(
+    SuiteSet(name=name, task="probe", metric="top1", source=source)
+    for name, source in (
+        ("imagenet-1k", "https://www.image-net.org"),
+        ("stl10", "https://cs.stanford.edu/~acoates/stl10"),
+        ("sun397", "https://vision.princeton.edu/projects/2010/SUN"),
+        ("ucf101", "https://www.crcv.ucf.edu/data/UCF101.php"),
+    )
+)
 SUITES: dict[str, tuple[SuiteSet, ...]] = {
-    "elevater-20": (  # Li et al., NeurIPS 2022 (ELEVATER), image classification: sets and metrics
-        _elevater("caltech-101", "mean_per_class"),
-        _elevater("cifar-10"),
-        _elevater("cifar-100"),
-        _elevater("country211"),
-        _elevater("dtd"),
-        _elevater("eurosat_clip"),
-        _elevater("fer-2013"),
-        _elevater("fgvc-aircraft-2013b-variants102", "mean_per_class"),
-        _elevater("food-101"),
-        _elevater("gtsrb"),
-        _elevater("hateful-memes", "roc_auc"),
-        _elevater("kitti-distance"),
-        _elevater("mnist"),
-        _elevater("oxford-flower-102", "mean_per_class"),
-        _elevater("oxford-iiit-pets", "mean_per_class"),
-        _elevater("patch-camelyon"),
-        _elevater("rendered-sst2"),
-        _elevater("resisc45_clip"),
-        _elevater("stanford-cars"),
-        _elevater("voc-2007-classification", "mean_11_point_precision", "multilabel"),
-    ),
-    # You et al., ECCV 2022 (MS-CLIP): linear probes on 24 sets. These are ELEVATER's and the four others of CLIP's
-    # probes that the toolkit of the same authors names; which 24 the paper has is not in its published code. Metrics:
-    # those of CLIP's probes (Radford et al., 2021, appendix A), but accuracy on hateful-memes
-    "msclip-24": (
-        _probed("caltech-101", "mean_per_class"),
-        _probed("cifar-10"),
-        _probed("cifar-100"),
-        _probed("country211"),
-        _probed("dtd"),
-        _probed("eurosat_clip"),
-        _probed("fer-2013"),
-        _probed("fgvc-aircraft-2013b-variants102", "mean_per_class"),
-        _probed("food-101"),
-        _probed("gtsrb"),
-        _probed("hateful-memes"),
-        _probed("imagenet-1k", source="https://www.image-net.org"),
-        _probed("kitti-distance"),
-        _probed("mnist"),
-        _probed("oxford-flower-102", "mean_per_class"),
-        _probed("oxford-iiit-pets", "mean_per_class"),
-        _probed("patch-camelyon"),
-        _probed("rendered-sst2"),
-        _probed("resisc45_clip"),
-        _probed("stanford-cars"),
-        _probed("stl10", source="https://cs.stanford.edu/~acoates/stl10"),
-        _probed("sun397", source="https://vision.princeton.edu/projects/2010/SUN"),
-        _probed("ucf101", source="https://www.crcv.ucf.edu/data/UCF101.php"),
-        _probed("voc-2007-classification", "mean_11_point_precision", "multilabel_probe"),
-    ),
+    "elevater-20": _ELEVATER_SETS,
+    # You et al., ECCV 2022 (MS-CLIP): linear probes on 24 sets; which 24 is not in the published code. Metrics: those
+    # of CLIP's probes (Radford et al., 2021, appendix A), but accuracy on hateful-memes
+    "msclip-24": tuple(sorted([*map(_probed, _ELEVATER_SETS), *_MORE_PROBED], key=lambda each: each.name)),
 }
 """Name to data sets, for ``clasp eval --suite``"""
 

@@ -101,7 +101,7 @@ def check_pool(pool: str, backbone: Backbone, structure: ModelStructure) -> None
         raise UserError(f"pool = {pool!r} of {backbone.name} is none of {', '.join(get_args(PoolingMode))}")
     if pool == "pooler" and backbone.pooler is None:
         raise UserError(f"pool = 'pooler': {backbone.name} brings no layers to pool with; choose another pool")
-    if pool in ("cls", "cls+mean") and backbone.modality == "image" and not structure.prefix_tokens:
+    if pool in ("cls", "cls+mean") and backbone.modality == "image" and not structure.class_token:
         raise UserError(f"pool = {pool!r}: {backbone.name} has no class token; choose mean or attention")
 
 

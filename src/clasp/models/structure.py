@@ -44,6 +44,8 @@ class ModelStructure:
     blocks: tuple[BlockStructure, ...]
     tail: tuple[str, ...]
     pooled_norm: str | None
+    class_token: bool
+    """whether the first token is one: not where there are registers only"""
     prefix_tokens: int
     channels_first: bool
     min_prefix_blocks: int
@@ -74,7 +76,8 @@ def find_structure(net: nn.Module) -> ModelStructure:
         [int(path.rpartition(".")[2]) for path in _matching_paths(modules, layout.laterals)] if layout.laterals else []
     )
     min_blocks = 1 + max(lateral_layers, default=0)
-    return ModelStructure(family, blocks, tail, pooled_norm, _prefix_tokens(net), layout.channels_first, min_blocks)
+    class_token, prefix = _count_tokens(net, _CLASS_TOKENS) > 0, _count_tokens(net, _PREFIX_TOKENS)
+    return ModelStructure(family, blocks, tail, pooled_norm, class_token, prefix, layout.channels_first, min_blocks)
 
 
 def find_unused_modules(net: nn.Module) -> tuple[str, ...]:
@@ -130,16 +133,17 @@ def _family_layout(net: nn.Module, modules: dict[str, nn.Module]) -> FamilyLayou
     return layout
 
 
+_CLASS_TOKENS = ("cls_token", "class_embedding")
 # CLIP's class token is a vector, all others are [1, tokens, D]
-_PREFIX_TOKENS = ("cls_token", "class_embedding", "dist_token", "distillation_token", "register_tokens", "reg_token")
+_PREFIX_TOKENS = (*_CLASS_TOKENS, "dist_token", "distillation_token", "register_tokens", "reg_token")
 
 
-def _prefix_tokens(net: nn.Module) -> int:
-    """Number of tokens before the first patch (class, distillation, registers), read from their parameters."""
+def _count_tokens(net: nn.Module, names: tuple[str, ...]) -> int:
+    """Number of tokens before the first patch that are parameters of these names."""
     tokens = (
         p
         for name, p in net.named_parameters()
-        if name.rpartition(".")[2] in _PREFIX_TOKENS and not name.startswith("head.")  # AIMv2's is a pooling token
+        if name.rpartition(".")[2] in names and not name.startswith("head.")  # AIMv2's is a pooling token
     )
     return sum(p.shape[1] if p.ndim == 3 else 1 for p in tokens)
 

@@ -231,6 +231,9 @@ def test_elevater_reads_zips_and_folders(tmp_path: Path):
     assert pairs[0].meta == {"label": LABELS[0], "class": TOYS[0].colour}
     (tmp_path / "test.txt").write_text("\n".join([*lines[:-1], f"{TOYS[-1].key}.png 0,1"]))
     assert open_pairs(tmp_path)[-1].meta == {"classes": CLASSES[:2]}
+    (tmp_path / "train.txt").write_text("\n".join(lines[:5]))
+    train = open_pairs(tmp_path / "train.txt")
+    assert [pair.meta["label"] for pair in train] == LABELS[:5] and train[0].image.read() == TOYS[0].png
     for line, message in (
         ("a.png 6", "'a.png 6'; IMAGE NUMBER is wanted, a number below 6"),
         ("gone.zip@a.png 1", "names images in gone.zip, which is not in"),
@@ -239,6 +242,9 @@ def test_elevater_reads_zips_and_folders(tmp_path: Path):
         (tmp_path / "test.txt").write_text(line)
         with pytest.raises(UserError, match=message):
             open_pairs(tmp_path)
+    (tmp_path / "labels.txt").unlink()
+    with pytest.raises(UserError, match=r"train.txt is read as a list of ELEVATER, .*labels.txt, are not there"):
+        open_pairs(tmp_path / "train.txt")
 
 
 def write_images(folder: Path) -> None:

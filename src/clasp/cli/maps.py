@@ -1,0 +1,34 @@
+"""The verb maps: where in an image a caption and its words are found."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from clasp.cli.app import JsonOption, RunArgument, app
+from clasp.evaluation.registry import MAP_OPTIONS, describe_option
+
+_MAPS_HELP = escape("\n".join(map(describe_option, MAP_OPTIONS)))
+
+
+@app.command(epilog=_MAPS_HELP)
+def maps(
+    run: RunArgument,
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options, listed below.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw where in some images their captions and single words are found, into RUN/maps.png; nothing is measured.
+
+    Each map is the similarity of every patch to a text; beside these, where the image tower has a class token, its
+    attention.
+    """
+    from clasp.commands.patch_maps import MAPS_FILE, map_patches
+    from clasp.report.console import print_json, print_status, progress_bar, relative_path
+
+    found = map_patches(run, options or (), bar=progress_bar)
+    if as_json:
+        pairs = [{"id": id, **of_pair.to_dict()} for id, of_pair in found.items()]
+        return print_json({"run": str(run), "pairs": pairs})
+    print_status(f"the maps of {len(found)} images are in {relative_path(run / MAPS_FILE)}")
