@@ -46,7 +46,7 @@ def killed_process(world: World, trials: int = 20) -> CaseCount:
             done, slowest = done + 1, max(slowest, seconds)
             told = other.is_refusal and "since another has ended" in other.said
             if not (told or other.code == 0) or seconds > SECONDS:
-                failures.append(f"kill {done} of process {victim}: the other, {seconds:.1f} s later: {other.describe()}")
+                failures.append(f"kill {done}, process {victim}: the other {seconds:.1f} s later: {other.describe()}")
             outcomes["the other ended with the reason" if told else "the other had done its part"] += 1
             if number % 4 == 1:
                 shutil.rmtree(world.folder / kind.cache, ignore_errors=True)

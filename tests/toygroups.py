@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,10 +49,11 @@ class ThreadGroup:
         try:
             self.exchange.values[self.rank] = pickle.dumps(value)
             self.exchange.barrier.wait(20)
-            found = [pickle.loads(each) for each in self.exchange.values]
-            self.exchange.barrier.wait(20)
         except threading.BrokenBarrierError:
             raise LostThreadError from None
+        found = [pickle.loads(each) for each in self.exchange.values]
+        with suppress(threading.BrokenBarrierError):  # by one that has all values, and has ended since
+            self.exchange.barrier.wait(20)
         return found
 
 

@@ -153,7 +153,9 @@ def test_two_processes_fill_the_feature_cache_and_evaluate_as_one(world: World):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLASP_CACHE", str(world.folder / "cache-alone"))
         run(made, world.folder / "locked-alone")
-    processes = start(world, "train", str(world.folder / "locked.toml"), "--name", "locked", "--runs", str(world.folder))
+    processes = start(
+        world, "train", str(world.folder / "locked.toml"), "--name", "locked", "--runs", str(world.folder)
+    )
     assert end(processes) == [0, 0], said(world, 0) + said(world, 1)
     files = sorted((world.folder / "cache-alone" / "features").glob("*.npy"))
     assert len(files) > 2, "images and captions of the training pairs, images of the validation pairs"

@@ -4,7 +4,7 @@ Input: the environment that ``torchrun`` sets (``RANK``, ``WORLD_SIZE``, …). O
 DistributedDataParallel. Gradients of the trainable parameters, which are few, are summed once after the backward pass
 (``sum_gradients``); the loss of the whole batch is in ``training.batch_parts``. Collectives of a step have a time-out
 of minutes, those that wait for the first process (evaluation, feature cache) one of a day; a process that has ended is
-noticed at once by either.
+noticed at once by either. Long, since all collectives are here.
 """
 
 from __future__ import annotations
