@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clasp.models.transformer.blocks import cast_for_products
+from clasp.models.transformer.blocks import cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
 from clasp.models.transformer.packing import Packing, pack_rows
 
@@ -190,7 +190,7 @@ class _Intermediate(nn.Module):
         self.dense: nn.Module = nn.Linear(settings.hidden_size, settings.intermediate_size)
 
     def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N hidden"]:
-        return F.gelu(self.dense(states))
+        return gelu_of(self.dense(states))
 
 
 class _Output(nn.Module):
