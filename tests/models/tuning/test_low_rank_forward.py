@@ -57,9 +57,19 @@ def test_in_float32_it_is_peft_bitwise() -> None:
     net = layer()
     assert isinstance(vars(net[0])["forward"], LowRankForward)
     assert all(torch.equal(*each) for each in zip(run(net, lower=False), run(as_in_peft(net), lower=False), strict=True))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         x = torch.ones(2, 48)
-        assert torch.equal(net(x), as_in_peft(net)(x)), "without gradients, too"
+        assert torch.equal(net(x), as_in_peft(net)(x)), "in inference mode, too"
+
+
+@pytest.mark.parametrize("lower", [False, True], ids=["float32", "autocast"])
+def test_both_passes_of_gradient_caching_compute_the_same(lower: bool) -> None:
+    net, x = layer(), torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for with_gradient in (False, True):
+        with torch.set_grad_enabled(with_gradient), torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            outputs.append(net(x).detach())
+    assert torch.equal(*outputs)
 
 
 def test_dropout_is_on_the_update_only() -> None:

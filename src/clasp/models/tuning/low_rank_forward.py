@@ -2,7 +2,8 @@
 
 Input: a layer that peft has wrapped. Output: a replacement for its ``forward``. Note: peft scales the update and adds
 it in passes of their own over the output, forward and backward; a step over both towers takes 4 % less without them.
-Outputs and gradients are peft's within bfloat16's rounding. In float32 and without gradients, peft's own is called.
+Outputs and gradients are peft's within bfloat16's rounding. In float32 and in inference mode, peft's own is called;
+under ``no_grad`` the same products as with gradients, since gradient caching embeds once in each way.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class LowRankForward:
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         layer, name = self.wrapper, self.adapter
-        joined = torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type)
+        joined = not torch.is_inference_mode_enabled() and torch.is_autocast_enabled(x.device.type)
         if not joined or layer.disable_adapters or layer.merged or args or options:
             return type(layer).forward(layer, x, *args, **options)
         base = layer.base_layer(x)
