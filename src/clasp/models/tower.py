@@ -366,14 +366,14 @@ class Tower(nn.Module):
     def _packing_net(self, inputs: Pixels | Tokens | HiddenStates) -> BertEncoder | None:
         """The net where it computes captions without padding: a packaged one that encodes in bfloat16 on a CPU.
 
-        ``None`` in float32, whose features stay bitwise those of padded captions, with prompts or hooks on blocks, and
-        without padding.
+        ``None`` in float32, whose features stay bitwise those of padded captions, with prompts or hooks on blocks, with
+        dropout on, and without padding.
         """
         encodes = torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
         if not (encodes and isinstance(self.net, BertEncoder) and isinstance(inputs, Tokens)):
             return None
-        hooked = self._extra_layers or "prompts" in dict(self.net.named_children())
-        return None if hooked or inputs.ids.device.type != "cpu" or bool(inputs.mask.all()) else self.net
+        apart = self._extra_layers or "prompts" in dict(self.net.named_children()) or self.net.training
+        return None if apart or inputs.ids.device.type != "cpu" or bool(inputs.mask.all()) else self.net
 
     def train(self, mode: bool = True) -> Tower:
         """Always evaluation mode, unless ``dropout`` is set; BatchNorm is in training mode where its statistics are

@@ -97,6 +97,14 @@ def test_layers_below_and_gradients_need_rows_apart(calls: list[str]) -> None:
     assert pooled(tower, given, lower=True).shape == (5, 48) and calls
 
 
+def test_with_dropout_on_captions_are_padded(calls: list[str]) -> None:
+    tower = Tower(Backbone("toy", "text", net(), "toy", "mean"), dropout=True)
+    calls.clear()
+    assert pooled(tower.train(), tokens("mixed"), lower=True).shape == (5, 48) and not calls
+    pooled(tower.eval(), tokens("mixed"), lower=True)
+    assert calls
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows with each call of ``forward_packed``, which runs as it is."""

@@ -40,7 +40,7 @@ class Packing:
     ) -> Float[Tensor, "1 H T d"]:
         """Attention of every token to those of its own caption.
 
-        In float32, since PyTorch's kernel computes short captions faster so, casts included (dev/LOG.md).
+        In float32, in which PyTorch's kernel computes short captions faster, casts included.
         """
         sizes = [captions * length for captions, length in self.groups]
         parts = zip(*(each[0].transpose(0, 1).split(sizes) for each in (q, k, v)), strict=True)
