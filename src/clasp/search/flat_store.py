@@ -106,8 +106,10 @@ class FlatStore:
         try:
             if len(self._log.dead_rows) > most_dead_rows:
                 self._compact()
-        except UserError:
-            self._delete_old_generations()  # no space to compact in; the store is complete without it
+        except UserError as error:
+            self._delete_old_generations()
+            if not isinstance(error.__cause__, OSError):  # no space to compact in: the store is complete without it
+                raise
         finally:
             self._release_lock()
             self._release_lock = None
