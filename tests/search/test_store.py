@@ -288,7 +288,6 @@ def test_a_kill_at_any_point_leaves_the_store_before_or_after(tmp_path: Path, mo
 def test_a_real_kill_while_adding(tmp_path: Path):
     script = f"""
 import numpy as np
-from clasp.search import verified_matrix
 from clasp.search.flat_store import FlatStore
 store = FlatStore({str(tmp_path / "store")!r})
 for number in range(100_000):
