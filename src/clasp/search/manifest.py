@@ -56,6 +56,10 @@ class Manifest:
         return folder / f"{kind}-{self.generation}{STORE_SUFFIXES[kind]}"
 
 
+class DamagedStoreError(UserError):
+    """The files of a store are not what was written to them: no fault of a request."""
+
+
 class RowLog:
     """The parsed log: the id of each row, the newest row of each id, and the dead (replaced or deleted) rows."""
 
@@ -152,9 +156,9 @@ def read_row_log(folder: Path, manifest: Manifest) -> RowLog:
 
 
 def require_checksum(path: Path, found: int, recorded: int | None) -> None:
-    """``UserError`` where the content of a file is not what was written to it."""
+    """``DamagedStoreError`` where the content of a file is not what was written to it."""
     if recorded is not None and found != recorded:
-        raise UserError(f"{path} is damaged: its checksum is {found:08x}, not {recorded:08x}; {REBUILD_HINT}")
+        raise DamagedStoreError(f"{path} is damaged: its checksum is {found:08x}, not {recorded:08x}; {REBUILD_HINT}")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
