@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,22 @@ def test_int8_embeddings_do_not_depend_on_their_batch(exported: tuple[Path, Expo
     small = OnnxModel(exported[0], weights="int8")
     alone = np.concatenate([small.encode_text([caption]) for caption in CAPTIONS])
     np.testing.assert_allclose(alone, small.encode_text(CAPTIONS), atol=1e-3)
+
+
+def test_int8_embeddings_of_another_rounding_are_of_another_model(
+    tuned: Path, exported: tuple[Path, ExportReport], tmp_path: Path
+):
+    earlier, now = tmp_path / "earlier", OnnxModel(exported[0], weights="int8")
+    shutil.copytree(exported[0], earlier)
+    manifest = json.loads((earlier / "clasp_onnx.json").read_text())
+    assert manifest["int8"].pop("scheme") == "blocks32"
+    (earlier / "clasp_onnx.json").write_text(json.dumps(manifest))
+    before = OnnxModel(earlier, weights="int8")
+    assert before.fingerprint == f"{OnnxModel(earlier).fingerprint}:int8" != now.fingerprint
+    index_images(tmp_path, str(tuned.parent / "pairs"), model=before)
+    assert OnnxModel(earlier).in_precision_of(before.fingerprint).weights == "int8"
+    with pytest.raises(UserError, match=r"was made with the model .* int8\), not .* int8, blocks32\)"):
+        index_images(tmp_path, str(tuned.parent / "pairs"), model=now)
 
 
 def test_large_embedding_tables_become_int8(

@@ -23,6 +23,8 @@ from clasp.convert.onnx_model import OnnxModel
 
 _MEASURED = 200  # pairs
 _BLOCK = 32  # inputs of a linear layer that share a scale
+INT8_SCHEME = f"blocks{_BLOCK}"
+"""The rounding of these graphs, which ends their fingerprint: embeddings of another are another model's."""
 _LARGE_TABLE = 1 << 20  # numbers in an embedding table from which it is stored in int8
 
 
