@@ -11,6 +11,7 @@ Convolutions, heads and small tables stay in float32: an EfficientNet with dynam
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,12 @@ def quantize_graph(source: Path, target: Path) -> None:
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in matrices:
             nodes.append(_int8_product(node, matrices[node.input[1]], rounded))
-        elif node.op_type == "Gather" and node.input[0] in matrices and matrices[node.input[0]].size >= _LARGE_TABLE:
+        elif _looks_up_rows(node) and node.input[0] in matrices and matrices[node.input[0]].size >= _LARGE_TABLE:
             nodes += _int8_lookup(node, matrices[node.input[0]], rounded)
         else:
             nodes.append(node)
-    used = {name for node in nodes for name in node.input}
-    kept = [each for each in graph.initializer if each.name in used]
+    used = _names_read(nodes) | {output.name for output in graph.output}
+    kept = [each for each in graph.initializer if each.name in used or each.name not in matrices]
     made = [onnx.numpy_helper.from_array(values, name) for name, values in rounded.items()]
     new = onnx.helper.make_graph(nodes, graph.name, graph.input, graph.output, [*kept, *made])
     opsets = [*model.opset_import, onnx.helper.make_opsetid("com.microsoft", 1)]
@@ -94,6 +95,21 @@ def _tables_of(graph: Path) -> Path:
     return graph.with_suffix(".data")
 
 
+def _names_read(nodes: Iterable[Any]) -> set[str]:
+    """The names that nodes read, in their subgraphs, too."""
+    names: set[str] = set()
+    for node in nodes:
+        names.update(node.input)
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                names |= _names_read(body.node) | {output.name for output in body.output}
+    return names
+
+
+def _looks_up_rows(node: Any) -> bool:
+    return node.op_type == "Gather" and all(each.i == 0 for each in node.attribute if each.name == "axis")
+
+
 def _int8_product(node: Any, weight: Float[np.ndarray, "inputs outputs"], rounded: dict[str, np.ndarray]) -> Any:
     """The product with a constant matrix, whose rounded values and scales are added to ``rounded``."""
     from onnx import helper
@@ -103,7 +119,7 @@ def _int8_product(node: Any, weight: Float[np.ndarray, "inputs outputs"], rounde
     padded = np.zeros((outputs, blocks * _BLOCK), np.float32)
     padded[:, :inputs] = weight.T
     values, scales = _round(padded.reshape(outputs, blocks, _BLOCK))
-    names = [f"{node.input[1]}.int8", f"{node.input[1]}.scales"]
+    names = [f"{node.input[1]}.blocks", f"{node.input[1]}.blocks.scales"]
     rounded[names[0]] = (values.astype(np.int16) + 128).astype(np.uint8)
     rounded[names[1]] = scales
     return helper.make_node(
@@ -126,10 +142,10 @@ def _int8_lookup(node: Any, table: Float[np.ndarray, "rows D"], rounded: dict[st
 
     values, scales = _round(table)
     (name, ids), (out,) = node.input, node.output
-    rounded[f"{name}.int8"], rounded[f"{name}.scales"] = values, scales[:, None]
+    rounded[f"{name}.rows"], rounded[f"{name}.rows.scales"] = values, scales[:, None]
     return [
-        helper.make_node("Gather", [f"{name}.int8", ids], [f"{out}.int8"], axis=0),
-        helper.make_node("Gather", [f"{name}.scales", ids], [f"{out}.scales"], axis=0),
+        helper.make_node("Gather", [f"{name}.rows", ids], [f"{out}.int8"], axis=0),
+        helper.make_node("Gather", [f"{name}.rows.scales", ids], [f"{out}.scales"], axis=0),
         helper.make_node("Cast", [f"{out}.int8"], [f"{out}.cast"], to=TensorProto.FLOAT),
         helper.make_node("Mul", [f"{out}.cast", f"{out}.scales"], [out]),
     ]
