@@ -124,8 +124,10 @@ def test_large_embedding_tables_become_int8(
     exported: tuple[Path, ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(onnx_int8, "_LARGE_TABLE", 500)
+    monkeypatch.setattr(onnx_int8, "_LARGE_TENSOR", 500)
     source, target = exported[0] / "text.onnx", tmp_path / "text.onnx"
     quantize_graph(source, target)
+    assert target.with_suffix(".data").stat().st_size > 500
     tables = {"float32": large_tables(source), "int8": large_tables(target)}
     assert len(tables["float32"]) == len(tables["int8"]) > 0
     assert set(tables["float32"]) == {np.dtype(np.float32)} and set(tables["int8"]) == {np.dtype(np.int8)}

@@ -5,7 +5,7 @@ Input: float32 graphs. Output: graphs whose linear layers (MatMul) and token emb
 and so do the activations they are multiplied with, which onnxruntime rounds as it computes (``MatMulNBits``): an
 embedding does not depend on what else is in its batch. One scale per output and one for all activations
 (``quantize_dynamic``) has a cosine of 0.988 where this has 0.9995, and is faster, 2.5 times so in large batches. A row
-of an embedding table has one scale, and tables are a file of their own, which onnxruntime maps instead of copying it.
+of an embedding table has one scale. Large tensors are in a file of their own, which onnxruntime maps, not copies.
 Convolutions, heads and small tables stay in float32: an EfficientNet with dynamic int8 convolutions is useless (0.44).
 """
 
@@ -27,6 +27,7 @@ _BLOCK = 32  # inputs of a linear layer that share a scale
 INT8_SCHEME = f"blocks{_BLOCK}"
 """The rounding of these graphs, which ends their fingerprint: embeddings of another are another model's."""
 _LARGE_TABLE = 1 << 20  # numbers in an embedding table from which it is stored in int8
+_LARGE_TENSOR = 1 << 20  # bytes of a tensor from which it is stored beside the graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Int8Loss:
     top10: float
     """Mean fraction of the first ten images (or of all, where there are fewer) that float32 has, too"""
     graph_bytes: dict[str, list[int]]
-    """Of each tower's graph with its tables: float32, int8"""
+    """Of each tower's graph with its large tensors: float32, int8"""
 
     def facts(self) -> dict[str, Any]:
         """The numbers by name."""
@@ -60,7 +61,8 @@ class Int8Loss:
 
 
 def quantize_graph(source: Path, target: Path) -> None:
-    """Write the graph ``source`` with int8 linear layers and token embeddings, which go to ``NAME.data`` beside it."""
+    """Write the graph ``source`` with int8 linear layers and token embeddings; large tensors go to ``NAME.data`` beside
+    it."""
     import onnx
 
     model = onnx.load(source)
@@ -85,12 +87,12 @@ def quantize_graph(source: Path, target: Path) -> None:
         onnx.helper.make_model(new, opset_imports=opsets, ir_version=model.ir_version),
         target,
         save_as_external_data=True,
-        location=_tables_of(target).name,
-        size_threshold=_LARGE_TABLE,
+        location=_data_of(target).name,
+        size_threshold=_LARGE_TENSOR,
     )
 
 
-def _tables_of(graph: Path) -> Path:
+def _data_of(graph: Path) -> Path:
     """The file of its large tensors, if it has any."""
     return graph.with_suffix(".data")
 
@@ -182,7 +184,7 @@ def measure_int8_loss(job: ExportJob, folder: Path) -> Int8Loss:
 
 
 def _bytes(graph: Path) -> int:
-    return sum(path.stat().st_size for path in (graph, _tables_of(graph)) if path.exists())
+    return sum(path.stat().st_size for path in (graph, _data_of(graph)) if path.exists())
 
 
 def _first_hits(texts: Float[np.ndarray, "n E"], images: Float[np.ndarray, "m E"]) -> np.ndarray:
