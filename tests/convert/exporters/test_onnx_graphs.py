@@ -101,7 +101,7 @@ def test_int8_loss_is_reported(tuned: Path, exported: tuple[Path, ExportReport])
 def test_int8_embeddings_do_not_depend_on_their_batch(exported: tuple[Path, ExportReport]):
     small = OnnxModel(exported[0], weights="int8")
     alone = np.concatenate([small.encode_text([caption]) for caption in CAPTIONS])
-    np.testing.assert_allclose(alone, small.encode_text(CAPTIONS), atol=1e-3)
+    np.testing.assert_allclose(alone, small.encode_text(CAPTIONS), atol=1e-6)
 
 
 def test_int8_embeddings_of_another_rounding_are_of_another_model(
@@ -114,10 +114,11 @@ def test_int8_embeddings_of_another_rounding_are_of_another_model(
     (earlier / "clasp_onnx.json").write_text(json.dumps(manifest))
     before = OnnxModel(earlier, weights="int8")
     assert before.fingerprint == f"{OnnxModel(earlier).fingerprint}:int8" != now.fingerprint
-    index_images(tmp_path, str(tuned.parent / "pairs"), model=before)
+    index = index_images(tmp_path, str(tuned.parent / "pairs"), model=before)
     assert OnnxModel(earlier).in_precision_of(before.fingerprint).weights == "int8"
-    with pytest.raises(UserError, match=r"was made with the model .* int8\), not .* int8, blocks32\)"):
-        index_images(tmp_path, str(tuned.parent / "pairs"), model=now)
+    anew = index_images(tmp_path, str(tuned.parent / "pairs"), model=now)
+    assert anew.unchanged == 0 and anew.encoded == index.encoded > 0, "embeddings of both are never in one index"
+    assert open_run_store(tmp_path).model == now.fingerprint
 
 
 def test_large_embedding_tables_become_int8(
@@ -139,11 +140,11 @@ def test_large_embedding_tables_become_int8(
 
 
 def large_tables(path: Path) -> list[np.dtype]:
-    """The types of the matrices with 500 numbers or more that rows are looked up in."""
+    """The types of the matrices with 500 numbers or more that rows of several numbers are looked up in."""
     graph = onnx.load(path).graph
     looked_up = {node.input[0] for node in graph.node if node.op_type == "Gather"}
     tables = [onnx.numpy_helper.to_array(each) for each in graph.initializer if each.name in looked_up]
-    return [table.dtype for table in tables if table.ndim == 2 and table.size >= 500]
+    return [table.dtype for table in tables if table.ndim == 2 and table.shape[1] > 1 and table.size >= 500]
 
 
 def test_it_runs_without_torch(tuned: Path, exported: tuple[Path, ExportReport]):
