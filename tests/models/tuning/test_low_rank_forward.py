@@ -56,7 +56,9 @@ def test_in_bfloat16_it_is_peft_within_rounding(method: str) -> None:
 def test_in_float32_it_is_peft_bitwise() -> None:
     net = layer()
     assert isinstance(vars(net[0])["forward"], LowRankForward)
-    assert all(torch.equal(*each) for each in zip(run(net, lower=False), run(as_in_peft(net), lower=False), strict=True))
+    assert all(
+        torch.equal(*each) for each in zip(run(net, lower=False), run(as_in_peft(net), lower=False), strict=True)
+    )
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         x = torch.ones(2, 48)
         assert torch.equal(net(x), as_in_peft(net)(x)), "in inference mode, too"

@@ -176,10 +176,7 @@ def measure_int8_loss(job: ExportJob, folder: Path) -> Int8Loss:
         float((text[0] * text[1]).sum(1).mean()),
         float((ranks[0][:, 0] == ranks[1][:, 0]).mean()),
         float(np.mean(kept)),
-        {
-            side: [_bytes(folder / name) for name in (f"{side}.onnx", f"{side}.int8.onnx")]
-            for side in ("image", "text")
-        },
+        {side: [_bytes(folder / name) for name in (f"{side}.onnx", f"{side}.int8.onnx")] for side in ("image", "text")},
     )
 
 
