@@ -288,7 +288,6 @@ def test_a_kill_at_any_point_leaves_the_store_before_or_after(tmp_path: Path, mo
 def test_a_real_kill_while_adding(tmp_path: Path):
     script = f"""
 import numpy as np
-from clasp.search import verified_matrix
 from clasp.search.flat_store import FlatStore
 store = FlatStore({str(tmp_path / "store")!r})
 for number in range(100_000):
@@ -459,9 +458,11 @@ def test_a_block_of_the_matrix_is_compared_when_it_is_first_read(tmp_path: Path,
     damaged = FlatStore(tmp_path / "store")
     assert damaged.vectors(["0", "11999"]).shape == (2, 2)
     damaged.delete(["0"])
-    for refused in (lambda: damaged.vectors(["4096"]), lambda: damaged.search(vectors((1, 0)), 1), damaged._compact):
+    for refused in (lambda: damaged.vectors(["4096"]), lambda: damaged.search(vectors((1, 0)), 1), damaged.close):
         with pytest.raises(UserError, match=re.escape(f"{path} is damaged: its checksum is ")):
             refused()
+    FlatStore(tmp_path / "store").add(["south"], vectors((0, -1)), [{}])  # nothing was lost, and nothing is locked
+    assert FlatStore(tmp_path / "store").count() == 12001 and list((tmp_path / "store").glob("vectors-*")) == [path]
 
 
 def test_a_store_with_one_checksum_for_all_vectors_is_read_and_written_on(tmp_path: Path):

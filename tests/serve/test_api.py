@@ -13,13 +13,15 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from clasp.search import verified_matrix
 from clasp.serve.guard import AccessPolicy
+from clasp.serve.metrics import ServerMetrics
 from clasp.serve.schemas import public_id, stored_id
 from clasp.serve.service import SearchService
 from clasp.types import UserError
 from toydata import COLOURS
 from toysearch import png
-from toyserver import KEY, LIMITS, toy_app, toy_service
+from toyserver import KEY, LIMITS, ToyIndex, toy_app, toy_service
 
 LOOPBACK = "http://127.0.0.1:8000"
 
@@ -322,5 +324,49 @@ def test_an_index_that_changes_is_opened_anew(tmp_path: Path, monkeypatch: pytes
         store.close()
         source.version += 1
         assert api.get("/api/browse").json()["total"] == 52 and service.count() == 52
+    finally:
+        service.close()
+
+
+def flip_byte(folder: Path, place: int) -> None:
+    """Change a byte of the vectors of the index in a folder; a negative place counts from the end."""
+    (path,) = (folder / "index").glob("vectors-*")
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    with path.open("r+b") as file:  # the same file, as a failing disk changes it
+        file.write(data)
+
+
+def test_a_damaged_index_does_not_replace_the_one_that_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("clasp.serve.service._RECHECK_SECONDS", 0.0)
+    service = toy_service(tmp_path / "x")
+    api = TestClient(toy_app(service), LOOPBACK)
+    try:
+        before = api.get("/api/search", params={"q": "red"})
+        assert before.status_code == 200
+        source: Any = service._source
+        store = source.open().engine.store
+        store.add(["added"], store.vectors([source.pairs[0].id]), store.metadata([source.pairs[0].id]))
+        store.release()
+        flip_byte(tmp_path / "x", -1)
+        source.version += 1
+        assert api.get("/api/search", params={"q": "red"}).json()["hits"] == before.json()["hits"]
+        assert service.count() == 53 and "the earlier one is used" in caplog.text
+        flip_byte(tmp_path / "x", -1)
+        assert api.get("/api/search", params={"q": "red"}).status_code == 200 and service.count() == 54
+    finally:
+        service.close()
+
+
+def test_damage_found_while_searching_is_the_servers(tmp_path: Path):
+    source = ToyIndex(tmp_path)
+    flip_byte(tmp_path, 0)
+    verified_matrix._compared.clear()  # a process compares the vectors once
+    service = SearchService(source, tmp_path / "thumbnails", LIMITS, ServerMetrics())
+    try:
+        reply = TestClient(toy_app(service), LOOPBACK).get("/api/search", params={"q": "red"})
+        assert reply.status_code == 500 and "is damaged: its checksum is" in reply.json()["error"]
     finally:
         service.close()

@@ -85,9 +85,13 @@ class OnnxModel:
 
     @property
     def fingerprint(self) -> str:
-        """``EmbeddingModel.fingerprint`` of the exported model, and the format of the weights unless float32."""
+        """``EmbeddingModel.fingerprint`` of the exported model, and unless float32 the format of the weights and the
+        scheme by which they were rounded, which an earlier clasp did not record."""
         exported = self.manifest["fingerprint"]
-        return exported if self.weights == "float32" else f"{exported}:{self.weights}"
+        if self.weights == "float32":
+            return exported
+        scheme = self.manifest.get("int8", {}).get("scheme")
+        return f"{exported}:{self.weights}" if scheme is None else f"{exported}:{self.weights}:{scheme}"
 
     @property
     def logit_scale(self) -> float:

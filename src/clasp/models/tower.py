@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
@@ -62,6 +63,7 @@ from clasp.models.probe import (
 )
 from clasp.models.running_statistics import batch_norms, trains_norm, updated_statistics
 from clasp.models.structure import find_structure, find_unused_modules
+from clasp.models.transformer.bert import BertEncoder
 from clasp.models.tuning.depth import truncate_blocks
 from clasp.models.tuning.spec import TuningSpec, apply_tuning, parse_tuning_spec
 from clasp.models.weight_hashes import hash_tensors, hash_values
@@ -318,11 +320,12 @@ class Tower(nn.Module):
     def pooled(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "B Dp"]:
         """Inputs to pooled features, one vector a row.
 
-        Captions are split into micro-batches of similar length, to reduce padding.
+        Captions are split into micro-batches of similar length, to reduce padding, or packed without any.
         """
         if isinstance(inputs, Pixels):
             return self._pooled(inputs)
-        parts, back = split_by_length(inputs)
+        packed = self._packing_net(inputs) is not None
+        parts, back = ([replace(inputs, rows=None)], None) if packed else split_by_length(inputs)
         vectors = torch.cat([self._pooled(part) for part in parts])
         order = back if inputs.rows is None else inputs.rows if back is None else back[inputs.rows]
         return vectors if order is None else vectors[order]
@@ -347,7 +350,8 @@ class Tower(nn.Module):
         if self.patch_dropout is not None and self.patch_dropout.training:
             hooks.append(self.patch_dropout.register(self.net))
         try:
-            states = self(inputs)
+            net = self._packing_net(inputs)
+            states = self(inputs) if net is None else net.forward_packed(inputs.ids, inputs.mask)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -358,6 +362,18 @@ class Tower(nn.Module):
     ) -> list[Float[Tensor, "U _"]]:
         """The pooled vectors of ``layer_states``; concatenated, they are what the head reads."""
         return [self.pool(layers[0], masks[0]), *map(self._pool_without_weights, layers[1:], masks[1:])]
+
+    def _packing_net(self, inputs: Pixels | Tokens | HiddenStates) -> BertEncoder | None:
+        """The net where it computes captions without padding: a packaged one that encodes in bfloat16 on a CPU.
+
+        ``None`` in float32, whose features stay bitwise those of padded captions, with prompts or hooks on blocks, with
+        dropout on, and without padding.
+        """
+        encodes = torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+        if not (encodes and isinstance(self.net, BertEncoder) and isinstance(inputs, Tokens)):
+            return None
+        apart = self._extra_layers or "prompts" in dict(self.net.named_children()) or self.net.training
+        return None if apart or inputs.ids.device.type != "cpu" or bool(inputs.mask.all()) else self.net
 
     def train(self, mode: bool = True) -> Tower:
         """Always evaluation mode, unless ``dropout`` is set; BatchNorm is in training mode where its statistics are

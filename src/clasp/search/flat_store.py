@@ -28,6 +28,7 @@ from clasp.plain_types import Hit, UserError
 from clasp.search.manifest import (
     REBUILD_HINT,
     STORE_SUFFIXES,
+    DamagedStoreError,
     Manifest,
     RowLog,
     encode_deletion,
@@ -85,8 +86,13 @@ class FlatStore:
         """Number of ids."""
         return len(self._log.row)
 
+    def verify(self) -> None:
+        """Compare with their checksums all vectors that this process has not read. Raises ``DamagedStoreError``."""
+        self._vectors.all()
+
     def close(self) -> None:
-        """Compact the files and release the write lock, if this process wrote."""
+        """Compact the files and release the write lock, if this process wrote. ``DamagedStoreError`` where the vectors
+        are damaged: they are not compacted, but the lock is released."""
         self._end_write(0)
 
     def release(self) -> None:
@@ -106,8 +112,10 @@ class FlatStore:
         try:
             if len(self._log.dead_rows) > most_dead_rows:
                 self._compact()
-        except UserError:
-            self._delete_old_generations()  # no space to compact in; the store is complete without it
+        except UserError as error:
+            self._delete_old_generations()
+            if not isinstance(error.__cause__, OSError):  # no space to compact in: the store is complete without it
+                raise
         finally:
             self._release_lock()
             self._release_lock = None
@@ -185,7 +193,7 @@ class FlatStore:
         try:
             return json.loads(self._lines[self._log.span(row)].tobytes())["meta"]
         except (ValueError, KeyError, TypeError, RecursionError):  # in a store of an earlier clasp, without checksums
-            raise UserError(
+            raise DamagedStoreError(
                 f"the metadata of {self._log.ids[row]!r} in {self.folder} is damaged; {REBUILD_HINT}"
             ) from None
 
@@ -295,7 +303,7 @@ class FlatStore:
         return extend_checksums((), 0, self._vectors.all()) if recorded is None else recorded
 
     def _begin_write(self) -> None:
-        """Take the write lock, and reload what another process has written since the store was opened."""
+        """Take the write lock; reload and verify what another process has written since the store was opened."""
         if self._release_lock is None:
             with self._disk_errors("write to it"):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -303,6 +311,7 @@ class FlatStore:
         loaded, written = self._manifest, read_manifest(self.folder)
         if replace(loaded, model="", name="") != replace(written, model="", name=""):
             self._load()
+            self.verify()
             self.claim(loaded.model, loaded.name)
 
     def _delete_old_generations(self) -> None:

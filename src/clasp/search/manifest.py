@@ -14,8 +14,8 @@ import json
 import os
 import zlib
 from array import array
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,10 @@ class Manifest:
     def path(self, folder: Path, kind: _FileKind) -> Path:
         """The file of this kind, of this generation."""
         return folder / f"{kind}-{self.generation}{STORE_SUFFIXES[kind]}"
+
+
+class DamagedStoreError(UserError):
+    """The files of a store are not what was written to them: no fault of a request."""
 
 
 class RowLog:
@@ -96,11 +100,11 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest; an empty one for an empty or missing folder. ``UserError`` for a folder that is not a store."""
     path = folder / _MANIFEST
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        manifest = _manifest_of(**json.loads(path.read_text(encoding="utf-8")))
         numbers = (manifest.generation, manifest.width, manifest.rows, manifest.log_bytes)
         numbers += tuple(each for each in (manifest.vectors_checksum, manifest.rows_checksum) if each is not None)
-        blocks = None if manifest.block_checksums is None else tuple(manifest.block_checksums)
-        manifest, numbers = replace(manifest, block_checksums=blocks), (*numbers, *(blocks or ()))
+        blocks = manifest.block_checksums
+        numbers += blocks or ()
         if manifest.format != 1 or not all(isinstance(number, int) and number >= 0 for number in numbers):
             raise ValueError
         if blocks is not None and len(blocks) != -(-manifest.rows // ROWS_PER_BLOCK):
@@ -114,6 +118,10 @@ def read_manifest(folder: Path) -> Manifest:
         known = ", ".join(field.name for field in fields(Manifest))
         raise UserError(f"{path} is damaged or of another clasp (it should give {known}); {REBUILD_HINT}") from None
     return manifest
+
+
+def _manifest_of(*, block_checksums: Sequence[int] | None = None, **others: Any) -> Manifest:
+    return Manifest(**others, block_checksums=None if block_checksums is None else tuple(block_checksums))
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -152,9 +160,9 @@ def read_row_log(folder: Path, manifest: Manifest) -> RowLog:
 
 
 def require_checksum(path: Path, found: int, recorded: int | None) -> None:
-    """``UserError`` where the content of a file is not what was written to it."""
+    """``DamagedStoreError`` where the content of a file is not what was written to it."""
     if recorded is not None and found != recorded:
-        raise UserError(f"{path} is damaged: its checksum is {found:08x}, not {recorded:08x}; {REBUILD_HINT}")
+        raise DamagedStoreError(f"{path} is damaged: its checksum is {found:08x}, not {recorded:08x}; {REBUILD_HINT}")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

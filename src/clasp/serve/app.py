@@ -2,13 +2,14 @@
 
 Input: a service and who may use it. Output: an ASGI application with an OpenAPI description at ``/openapi.json``. Note:
 handlers are plain functions, which FastAPI runs in threads; the model itself runs in one thread (``model_queue``).
-Every error is one line of JSON; what a request has wrong is a 4xx.
+Every error is one line of JSON; what a request has wrong is a 4xx, a damaged index a 500.
 """
 
 from __future__ import annotations
 
 import hmac
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp
 
 from clasp.plain_types import UserError
 from clasp.search.answer import SearchAnswer
+from clasp.search.manifest import DamagedStoreError
 from clasp.search.query import SearchQuery
 from clasp.serve.change_routes import NO_ENTRY, add_change_routes
 from clasp.serve.editor import IndexEditor, IndexUnchangedError
@@ -62,6 +64,8 @@ from clasp.serve.schemas import (
 )
 from clasp.serve.service import NoSuchEntryError, SearchService
 
+_log = logging.getLogger(__name__)
+
 _PAGE_FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -69,7 +73,7 @@ _PAGE_FILES = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 _Version = Annotated[str, Query(max_length=64, description="Start of the hash of its bytes; lets browsers cache.")]
-_ERRORS = (400, 401, 403, 408, 413, 421, 422, 429, 503)
+_ERRORS = (400, 401, 403, 408, 413, 421, 422, 429, 500, 503)
 _IMAGE_POLICY = "default-src 'none'; sandbox"
 
 
@@ -277,6 +281,11 @@ def _add_error_answers(app: FastAPI) -> None:
     @app.exception_handler(IndexUnchangedError)
     def unchanged(request: Request, error: Exception) -> JSONResponse:
         return answer(503, str(error), {"retry-after": "5"})
+
+    @app.exception_handler(DamagedStoreError)
+    def damaged(request: Request, error: Exception) -> JSONResponse:
+        _log.error("%s", error)
+        return answer(500, str(error))
 
     @app.exception_handler(UserError)
     def user_error(request: Request, error: Exception) -> JSONResponse:

@@ -2,8 +2,8 @@
 
 Input: an ``IndexSource`` and limits. Output: answers, entries, thumbnails and embeddings; nothing here is HTTP. Note:
 the index is read as of the moment it was opened; when it has changed on disk it is opened anew, at most every two
-seconds, beside the one that running requests use. Images are served by the id of their entry only, read through
-``SearchEngine.read_image``, which checks their hash.
+seconds, beside the one that running requests use, which stays where the new one is damaged. Images are served by the id
+of their entry only, read through ``SearchEngine.read_image``, which checks their hash.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from clasp.search.answer import RankingPart, SearchAnswer, answer_query
 from clasp.search.background import Background
 from clasp.search.engine import SearchEngine, UpdatableStore
 from clasp.search.explanation import HitExplanation, explain_hit
+from clasp.search.flat_store import FlatStore
 from clasp.search.metadata_filter import (
     MetadataFilter,
     all_of,
@@ -278,8 +279,10 @@ class SearchService:
         if version == self._version:
             return
         try:
-            self._index = self._source.open()
-            self._version, self._catalogue = version, None
+            opened = self._source.open()
+            if isinstance(opened.engine.store, FlatStore):
+                opened.engine.store.verify()  # opening reads no vectors
+            self._index, self._version, self._catalogue = opened, version, None
         except UserError as error:
             _log.warning("the index has changed and cannot be opened; the earlier one is used: %s", error)
 

@@ -66,3 +66,13 @@ def test_token_embeddings_in_place_of_ids():
     alone = ours.eval()(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
     assert torch.equal(alone, ours(input_ids=ids, attention_mask=mask).last_hidden_state)
     assert torch.equal(alone, theirs.eval()(inputs_embeds=embedded, attention_mask=mask).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
+def test_inference_mode_changes_no_bit(dtype):
+    net, (ids, mask) = _pair()[0].eval(), _inputs(padded=True)
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):  # the second computes GELU in place
+        with mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found.append(net(input_ids=ids, attention_mask=mask).last_hidden_state)
+    assert torch.equal(*found)

@@ -47,3 +47,14 @@ def test_output_and_gradients_are_those_of_transformers(dtype, size):
         one, other = (torch.cat([g.flatten() for g in each.values()]) for each in (our_gradients, their_gradients))
         assert our_gradients.keys() == their_gradients.keys()
         assert (one - other).norm() <= 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
+def test_inference_mode_changes_no_bit(dtype):
+    ours, _ = _pair()
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):  # the second computes GELU in place
+        with mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found.append(ours(pixel_values=pixels).last_hidden_state)
+    assert torch.equal(*found)

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clasp.convert.exporters.job import CheckInputs, ExportJob, ExportOptions, ExportReport
-from clasp.convert.exporters.onnx_int8 import measure_int8_loss, quantize_graph
+from clasp.convert.exporters.onnx_int8 import INT8_SCHEME, measure_int8_loss, quantize_graph
 from clasp.convert.onnx_model import MANIFEST_FILE, ONNX_FORMAT
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.tuning.peft_methods import fold_wrapped_layers
@@ -115,9 +115,10 @@ def export_onnx(job: ExportJob, out: Path) -> ExportReport:
         for side in ("image", "text"):
             manifest[side]["graphs"]["int8"] = f"{side}.int8.onnx"
             quantize_graph(out / f"{side}.onnx", out / f"{side}.int8.onnx")
+        manifest["int8"] = {"scheme": INT8_SCHEME}
         _write_manifest(manifest, out)
         loss = measure_int8_loss(job, out)
-        manifest["int8"] = loss.facts()
+        manifest["int8"] |= loss.facts()
         lines += loss.lines()
     _write_manifest(manifest, out)
     (out / "README.md").write_text(_readme(job), encoding="utf-8")

@@ -5,12 +5,13 @@ Input: float32 graphs. Output: graphs whose linear layers (MatMul) and token emb
 and so do the activations they are multiplied with, which onnxruntime rounds as it computes (``MatMulNBits``): an
 embedding does not depend on what else is in its batch. One scale per output and one for all activations
 (``quantize_dynamic``) has a cosine of 0.988 where this has 0.9995, and is faster, 2.5 times so in large batches. A row
-of an embedding table has one scale, and tables are a file of their own, which onnxruntime maps instead of copying it.
+of an embedding table has one scale. Large tensors are in a file of their own, which onnxruntime maps, not copies.
 Convolutions, heads and small tables stay in float32: an EfficientNet with dynamic int8 convolutions is useless (0.44).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from clasp.convert.onnx_model import OnnxModel
 
 _MEASURED = 200  # pairs
 _BLOCK = 32  # inputs of a linear layer that share a scale
+INT8_SCHEME = f"blocks{_BLOCK}"
+"""The rounding of these graphs, which ends their fingerprint: embeddings of another are another model's."""
 _LARGE_TABLE = 1 << 20  # numbers in an embedding table from which it is stored in int8
+_LARGE_TENSOR = 1 << 20  # bytes of a tensor from which it is stored beside the graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Int8Loss:
     top10: float
     """Mean fraction of the first ten images (or of all, where there are fewer) that float32 has, too"""
     graph_bytes: dict[str, list[int]]
-    """Of each tower's graph with its tables: float32, int8"""
+    """Of each tower's graph with its large tensors: float32, int8"""
 
     def facts(self) -> dict[str, Any]:
         """The numbers by name."""
@@ -57,7 +61,8 @@ class Int8Loss:
 
 
 def quantize_graph(source: Path, target: Path) -> None:
-    """Write the graph ``source`` with int8 linear layers and token embeddings, which go to ``NAME.data`` beside it."""
+    """Write the graph ``source`` with int8 linear layers and token embeddings; large tensors go to ``NAME.data`` beside
+    it."""
     import onnx
 
     model = onnx.load(source)
@@ -69,12 +74,12 @@ def quantize_graph(source: Path, target: Path) -> None:
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in matrices:
             nodes.append(_int8_product(node, matrices[node.input[1]], rounded))
-        elif node.op_type == "Gather" and node.input[0] in matrices and matrices[node.input[0]].size >= _LARGE_TABLE:
+        elif _looks_up_rows(node) and node.input[0] in matrices and matrices[node.input[0]].size >= _LARGE_TABLE:
             nodes += _int8_lookup(node, matrices[node.input[0]], rounded)
         else:
             nodes.append(node)
-    used = {name for node in nodes for name in node.input}
-    kept = [each for each in graph.initializer if each.name in used]
+    used = _names_read(nodes) | {output.name for output in graph.output}
+    kept = [each for each in graph.initializer if each.name in used or each.name not in matrices]
     made = [onnx.numpy_helper.from_array(values, name) for name, values in rounded.items()]
     new = onnx.helper.make_graph(nodes, graph.name, graph.input, graph.output, [*kept, *made])
     opsets = [*model.opset_import, onnx.helper.make_opsetid("com.microsoft", 1)]
@@ -82,14 +87,29 @@ def quantize_graph(source: Path, target: Path) -> None:
         onnx.helper.make_model(new, opset_imports=opsets, ir_version=model.ir_version),
         target,
         save_as_external_data=True,
-        location=_tables_of(target).name,
-        size_threshold=_LARGE_TABLE,
+        location=_data_of(target).name,
+        size_threshold=_LARGE_TENSOR,
     )
 
 
-def _tables_of(graph: Path) -> Path:
+def _data_of(graph: Path) -> Path:
     """The file of its large tensors, if it has any."""
     return graph.with_suffix(".data")
+
+
+def _names_read(nodes: Iterable[Any]) -> set[str]:
+    """The names that nodes read, in their subgraphs, too."""
+    names: set[str] = set()
+    for node in nodes:
+        names.update(node.input)
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                names |= _names_read(body.node) | {output.name for output in body.output}
+    return names
+
+
+def _looks_up_rows(node: Any) -> bool:
+    return node.op_type == "Gather" and all(each.i == 0 for each in node.attribute if each.name == "axis")
 
 
 def _int8_product(node: Any, weight: Float[np.ndarray, "inputs outputs"], rounded: dict[str, np.ndarray]) -> Any:
@@ -101,7 +121,7 @@ def _int8_product(node: Any, weight: Float[np.ndarray, "inputs outputs"], rounde
     padded = np.zeros((outputs, blocks * _BLOCK), np.float32)
     padded[:, :inputs] = weight.T
     values, scales = _round(padded.reshape(outputs, blocks, _BLOCK))
-    names = [f"{node.input[1]}.int8", f"{node.input[1]}.scales"]
+    names = [f"{node.input[1]}.blocks", f"{node.input[1]}.blocks.scales"]
     rounded[names[0]] = (values.astype(np.int16) + 128).astype(np.uint8)
     rounded[names[1]] = scales
     return helper.make_node(
@@ -124,10 +144,10 @@ def _int8_lookup(node: Any, table: Float[np.ndarray, "rows D"], rounded: dict[st
 
     values, scales = _round(table)
     (name, ids), (out,) = node.input, node.output
-    rounded[f"{name}.int8"], rounded[f"{name}.scales"] = values, scales[:, None]
+    rounded[f"{name}.rows"], rounded[f"{name}.rows.scales"] = values, scales[:, None]
     return [
-        helper.make_node("Gather", [f"{name}.int8", ids], [f"{out}.int8"], axis=0),
-        helper.make_node("Gather", [f"{name}.scales", ids], [f"{out}.scales"], axis=0),
+        helper.make_node("Gather", [f"{name}.rows", ids], [f"{out}.int8"], axis=0),
+        helper.make_node("Gather", [f"{name}.rows.scales", ids], [f"{out}.scales"], axis=0),
         helper.make_node("Cast", [f"{out}.int8"], [f"{out}.cast"], to=TensorProto.FLOAT),
         helper.make_node("Mul", [f"{out}.cast", f"{out}.scales"], [out]),
     ]
@@ -156,15 +176,12 @@ def measure_int8_loss(job: ExportJob, folder: Path) -> Int8Loss:
         float((text[0] * text[1]).sum(1).mean()),
         float((ranks[0][:, 0] == ranks[1][:, 0]).mean()),
         float(np.mean(kept)),
-        {
-            side: [_bytes(folder / name) for name in (f"{side}.onnx", f"{side}.int8.onnx")]
-            for side in ("image", "text")
-        },
+        {side: [_bytes(folder / name) for name in (f"{side}.onnx", f"{side}.int8.onnx")] for side in ("image", "text")},
     )
 
 
 def _bytes(graph: Path) -> int:
-    return sum(path.stat().st_size for path in (graph, _tables_of(graph)) if path.exists())
+    return sum(path.stat().st_size for path in (graph, _data_of(graph)) if path.exists())
 
 
 def _first_hits(texts: Float[np.ndarray, "n E"], images: Float[np.ndarray, "m E"]) -> np.ndarray:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clasp.models.transformer.blocks import cast_for_products
+from clasp.models.transformer.blocks import cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
+from clasp.models.transformer.packing import Packing, pack_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,30 @@ class BertEncoder(nn.Module):
         if inputs_embeds is None:
             assert input_ids is not None, "token ids or token embeddings"
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        states, mask = self.embeddings(inputs_embeds), _pair_mask(attention_mask)
+        positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        return EncoderOutput(self._run_blocks(inputs_embeds, positions, _pair_mask(attention_mask)))
+
+    def forward_packed(
+        self, input_ids: Int[Tensor, "B N"], attention_mask: Int[Tensor, "B N"] | Bool[Tensor, "B N"]
+    ) -> Float[Tensor, "B N D"]:
+        """The states of ``forward`` to rounding, computed without padding; zeros where a token is padding.
+
+        Hooks on blocks see all captions as one row; those on the net are not called.
+        """
+        packing = pack_rows(attention_mask)
+        embedded = self.get_input_embeddings()(packing.pack(input_ids))
+        return packing.unpack(self._run_blocks(embedded, packing.columns[None], packing), attention_mask)
+
+    def _run_blocks(
+        self,
+        embedded: Float[Tensor, "B N D"],
+        positions: Int[Tensor, "1 N"],
+        mask: Bool[Tensor, "B 1 N N"] | Packing | None,
+    ) -> Float[Tensor, "B N D"]:
+        states = self.embeddings(embedded, positions)
         for block in self.encoder.layer:
             states = block(states, mask)
-        return EncoderOutput(states)
+        return states
 
 
 def _pair_mask(mask: Tensor | None) -> Bool[Tensor, "B 1 N N"] | None:
@@ -89,11 +110,9 @@ class _Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(width, eps=settings.layer_norm_eps)
         self.dropout = nn.Dropout(settings.hidden_dropout_prob)
 
-    def forward(self, embedded: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        batch, count, _ = embedded.shape
-        positions = torch.arange(count, device=embedded.device)[None]
+    def forward(self, embedded: Float[Tensor, "B N D"], positions: Int[Tensor, "1 N"]) -> Float[Tensor, "B N D"]:
         # looked up for each token, not broadcast from one row: so are the gradient's sums
-        types = self.token_type_embeddings(torch.zeros_like(positions).expand(batch, -1))
+        types = self.token_type_embeddings(torch.zeros_like(positions).expand(len(embedded), -1))
         return self.dropout(self.LayerNorm(embedded + types + self.position_embeddings(positions)))
 
 
@@ -117,7 +136,9 @@ class _Block(nn.Module):
         self.intermediate = _Intermediate(settings)
         self.output = _Output(settings.intermediate_size, settings)
 
-    def forward(self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B 1 N N"] | None) -> Float[Tensor, "B N D"]:
+    def forward(
+        self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B 1 N N"] | Packing | None
+    ) -> Float[Tensor, "B N D"]:
         states = self.attention(states, mask)
         return self.output(self.intermediate(states), states)
 
@@ -128,7 +149,9 @@ class _Attention(nn.Module):
         self.self = _SelfAttention(settings)
         self.output = _Output(settings.hidden_size, settings)
 
-    def forward(self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B 1 N N"] | None) -> Float[Tensor, "B N D"]:
+    def forward(
+        self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B 1 N N"] | Packing | None
+    ) -> Float[Tensor, "B N D"]:
         return self.output(self.self(states, mask), states)
 
 
@@ -144,14 +167,20 @@ class _SelfAttention(nn.Module):
         self.value: nn.Module = nn.Linear(width, width)
         self.dropout = nn.Dropout(settings.attention_probs_dropout_prob)
 
-    def forward(self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B 1 N N"] | None) -> Float[Tensor, "B N D"]:
+    def forward(
+        self, states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B 1 N N"] | Packing | None
+    ) -> Float[Tensor, "B N D"]:
         states = cast_for_products(states)
         q, k, v = (
             project(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.query, self.key, self.value)
         )
         dropout = self.dropout.p if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        if isinstance(mask, Packing):
+            assert not dropout, "captions are packed without gradients only"
+            attended = mask.attend(q, k, v)
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return attended.transpose(1, 2).flatten(2)
 
 
@@ -161,7 +190,7 @@ class _Intermediate(nn.Module):
         self.dense: nn.Module = nn.Linear(settings.hidden_size, settings.intermediate_size)
 
     def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N hidden"]:
-        return F.gelu(self.dense(states))
+        return gelu_of(self.dense(states))
 
 
 class _Output(nn.Module):

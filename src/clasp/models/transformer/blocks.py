@@ -29,6 +29,11 @@ def cast_for_products(states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batc
     return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
 
 
+def gelu_of(states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+    """The exact GELU of the fresh output of a layer: in inference mode in place, since new memory costs as much."""
+    return torch.ops.aten.gelu_(states) if torch.is_inference_mode_enabled() else F.gelu(states)
+
+
 class RMSNorm(nn.RMSNorm):
     """``nn.RMSNorm`` in the dtype of its weights: under autocast PyTorch's has weights and input in different dtypes,
     and warns."""

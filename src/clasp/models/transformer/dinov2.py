@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clasp.models.transformer.blocks import cast_for_products
+from clasp.models.transformer.blocks import cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
 
 
@@ -149,4 +149,4 @@ class _FeedForward(nn.Module):
         self.fc2: nn.Module = nn.Linear(hidden, width)
 
     def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return self.fc2(F.gelu(self.fc1(states)))
+        return self.fc2(gelu_of(self.fc1(states)))

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clasp.models.frozen_casts import is_plain_low_rank
+from clasp.models.tuning.low_rank_forward import join_low_rank_update
 from clasp.types import UserError
 
 LORA_INITS = ("random", "gradient")
@@ -77,6 +78,7 @@ def inject_peft(net: nn.Module, method: str, targets: list[str], options: dict[s
         if is_plain_low_rank(wrapper):
             # peft would cast inputs to float32 and autocast back to bfloat16: the same numbers, with two copies
             vars(wrapper)["cast_input_dtype_enabled"] = False
+            join_low_rank_update(wrapper, _PEFT_ADAPTER_NAME)
     if row.finish is not None:
         row.finish(net.get_submodule(path) for path in targets)
     return {name for name, p in net.named_parameters() if id(p) not in before}
