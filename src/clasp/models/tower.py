@@ -351,7 +351,11 @@ class Tower(nn.Module):
             hooks.append(self.patch_dropout.register(self.net))
         try:
             net = self._packing_net(inputs)
-            states = self(inputs) if net is None else net.forward_packed(inputs.ids, inputs.mask)
+            if net is None:
+                states = self(inputs)
+            else:
+                assert isinstance(inputs, Tokens)
+                states = net.forward_packed(inputs.ids, inputs.mask)
         finally:
             for hook in hooks:
                 hook.remove()
