@@ -1,4 +1,4 @@
-"""``kill -9`` while a store of the engine edge with an HNSW index is written to, and while that index is built anew.
+"""``kill -9`` while a store of the engine edge that has an HNSW index is written to, and while the index is built anew.
 
 Input: the world, a number of kills. Output: a ``CaseCount``. Note: the vectors are so wide that few of them are above
 the size from which qdrant-edge builds an index, and the store of the first trial is closed, hence indexed. A step adds,

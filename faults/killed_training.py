@@ -39,9 +39,7 @@ def killed_training(world: World, trials: int = 50) -> CaseCount:
             if not ended.was_killed:
                 break
             done += 1
-            outcomes[
-                "resumed" if RunFolder(folder).has_state else "ended already" if is_whole(folder) else _AGAIN
-            ] += 1
+            outcomes["resumed" if RunFolder(folder).has_state else "ended already" if is_whole(folder) else _AGAIN] += 1
             if not kept:
                 shutil.rmtree(world.folder / kind.cache, ignore_errors=True)
         same = ended.code == 0 and ended.answer == kind.answer

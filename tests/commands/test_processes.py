@@ -146,9 +146,9 @@ def test_two_processes_write_the_run_of_one(world: World):
     assert (cost["steps"], cost["pairs"]) == (spent["steps"], spent["pairs"])
 
 
-def test_two_processes_fill_the_feature_cache_and_evaluate_as_one(world: World):
+def test_two_processes_read_the_feature_cache_and_evaluate_as_one(world: World, towers: Path):
     """Locked towers: the files of the cache are bitwise those of one process, and so is the first evaluation."""
-    made = recipe(world.folder / "towers", world.folder / "pairs" / "pairs.csv", "data.max_bad_fraction=0.1")
+    made = recipe(towers, world.folder / "pairs" / "pairs.csv", "data.max_bad_fraction=0.1")
     (world.folder / "locked.toml").write_text(made.to_toml(), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLASP_CACHE", str(world.folder / "cache-alone"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clasp.training.distributed import Processes, node_group, open_processes
+from clasp.training.distributed import LostProcessError, Processes, open_processes
 from clasp.training.loop import TrainSettings, fit
 from clasp.training.losses import LossSettings, build_loss
 from clasp.training.step import Stepper
 from clasp.types import Batch, Embeddings, PooledFeatures, UserError
-from toyprocesses import fork_context
+from toyprocesses import start
 from toytrackers import callbacks
 
 PAIRS = 13  # parts of unequal size for every number of processes
@@ -154,27 +153,9 @@ def fail_on_the_second(processes: Processes) -> None:
     processes.in_turn(fail)
 
 
-def fail_on_the_second_of_a_node(processes: Processes) -> None:
-    def fail() -> None:
-        if processes.rank:
-            raise UserError("no such file")
-
+def fail_on_the_second_within(processes: Processes) -> None:
     with processes.alike():
-        processes.by_node(fail)
-
-
-def two_nodes(processes: Processes) -> dict[str, Any]:
-    """Four processes, as if they were on two nodes."""
-    assert processes.waiting is not None
-    rank, group = processes.rank, node_group(processes.rank % 2, 2, processes.waiting)
-    apart = replace(processes, local_rank=rank % 2, local_size=2, on_node=group)
-    began, values = apart.by_node(lambda: (time.monotonic(), apart.node.gather_objects(rank)))
-    return {
-        "values": values,
-        "node": (apart.node.rank, apart.node.size, apart.node.node.size),
-        "began": apart.gather_objects(began),
-        "one node": processes.node is processes,
-    }
+        fail_on_the_second(processes)
 
 
 def diverge(processes: Processes) -> None:
@@ -186,40 +167,18 @@ def diverge(processes: Processes) -> None:
     fit(Wrong(), Parts(processes), build_loss(LossSettings()), settings, callbacks([], processes=processes))
 
 
+def lose(processes: Processes) -> None:
+    """The first loses the second, which is in another exchange."""
+    with processes.alike():
+        if processes.is_first:
+            raise LostProcessError("process 1 did not answer")
+        processes.gather_numbers(1)
+
+
 def vanish(processes: Processes) -> None:
     if processes.rank:
         os._exit(9)
     processes.gather_numbers(1)
-
-
-def work(rank: int, size: int, folder: str, job: Callable[[Processes], Any]) -> None:
-    """One process: saves what the job returns, or its error; exits as the command would."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    waiting = dist.new_group(backend="gloo")
-    processes = Processes(
-        rank=rank, size=size, local_rank=rank, local_size=size, device=torch.device("cpu"), waiting=waiting
-    )
-    try:
-        found = job(processes)
-    except UserError as error:
-        Path(folder, f"{rank}.txt").write_text(str(error), encoding="utf-8")
-        raise SystemExit(2) from None
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def start(size: int, folder: Path, job: Callable[[Processes], Any]) -> list[int | None]:
-    """Run a job in ``size`` forks of a fresh process that has imported torch; their exit codes."""
-    processes = [fork_context().Process(target=work, args=(rank, size, str(folder), job)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-        if process.is_alive():
-            process.kill()
-    return [process.exitcode for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -284,25 +243,16 @@ def test_processes_agree(tmp_path: Path) -> None:
         }
 
 
-def test_the_processes_of_a_node_work_together(tmp_path: Path) -> None:
-    assert start(4, tmp_path, two_nodes) == [0, 0, 0, 0]
-    for rank in range(4):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        assert found["values"] == ([0, 1] if rank < 2 else [2, 3])
-        assert found["node"] == (rank % 2, 2, 2) and found["one node"]
-        assert max(found["began"][:2]) < min(found["began"][2:]), "the first node goes first"
-
-
 @pytest.mark.parametrize(
     ("job", "reporting", "message"),
     [
         (fail_on_the_first, 0, "no such file"),
         (fail_on_the_second, 1, "no such file"),
-        (fail_on_the_second_of_a_node, 1, "no such file"),
+        (fail_on_the_second_within, 1, "no such file"),
         (differ, 0, "process 1 of 2 has other weights than process 0"),
         (diverge, 0, "the loss is nan at step 1"),
     ],
-    ids=["the first", "the second", "the second of a node", "other data", "diverged"],
+    ids=["the first", "the second", "the second within", "other data", "diverged"],
 )
 def test_an_error_is_reported_once_and_ends_all(
     tmp_path: Path, job: Callable[[Processes], Any], reporting: int, message: str
@@ -319,6 +269,13 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     assert start(2, tmp_path, vanish) == [2, 9]
     assert time.monotonic() - began < 60, "noticed at once, not at the time-out"
     assert (tmp_path / "0.txt").read_text(encoding="utf-8").startswith("process 0 of 2 ends, since another has ended")
+
+
+def test_a_process_that_is_lost_is_not_waited_for(tmp_path: Path) -> None:
+    began = time.monotonic()
+    assert start(2, tmp_path, lose) == [2, 2]
+    assert time.monotonic() - began < 60
+    assert (tmp_path / "0.txt").read_text(encoding="utf-8") == "process 1 did not answer"
 
 
 @pytest.mark.parametrize("given", [{}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "two"}, {"WORLD_SIZE": "two"}])

@@ -210,7 +210,8 @@ def tuned_search_recipe(recipe: Recipe, tuned: Recipe, run: str) -> Recipe:
 
 def attention_of_runs(recipe: Recipe) -> AbstractContextManager[None]:
     """The attention kernel of the runs of a recipe; features in another one would be cached apart, computed twice."""
-    device = torch.device(PartialState().device)
+    device = PartialState().device
+    assert device is not None
     precision = resolve_precision(recipe.train.precision, device).precision
     return use_attention_kernel(choose_attention_kernel(recipe.train.attention, precision, device).attention)
 

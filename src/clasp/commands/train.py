@@ -166,8 +166,9 @@ def _train(context: RunContext) -> TrainResult:
             stack.enter_context(entered)
         processes.first(lambda: context.tracker.config(context.recipe.to_dict()))
         # fills the feature cache
-        augment = context.recipe.data.augment
-        sides = processes.by_node(lambda: inputs.batch_reader(context.train, context.listing, augment, processes.node))
+        sides = processes.in_turn(
+            lambda: inputs.batch_reader(context.train, context.listing, context.recipe.data.augment)
+        )
         batches = open_batches(context, sides)
         shared = SharedEncoder(context.model, inputs, processes) if processes.size > 1 else None
         with processes.alike():

@@ -279,20 +279,19 @@ def iter_image_batches(
 def iter_text_batches(
     texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int, *, group: ProcessGroup = SINGLE
 ) -> Iterator[tuple[list[int], Tokens]]:
-    """Batches of tokens, as ``plan_text_batches`` divides the texts; of several processes each has its share of them.
+    """Batches of tokens, longest texts first: little padding, and the largest batch comes first.
 
-    Each comes with the indices of its rows in ``texts``. All texts are tokenised before the first batch.
+    A batch has at most ``max_tokens`` tokens, padding included, and at least one text. Each comes with the indices of
+    its rows in ``texts``. All texts are tokenised before the first batch. Of several processes each has its share of
+    the batches.
     """
     ids = tokenizer.encode(texts)
-    for places in own_share(plan_text_batches(ids, max_tokens), group):
+    for places in own_share(_text_batches(ids, max_tokens), group):
         yield places, tokenizer.pad([ids[place] for place in places])
 
 
-def plan_text_batches(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """Texts by number, in batches, the longest first: little padding, and the largest batch comes first.
-
-    A batch has at most ``max_tokens`` tokens, padding included, and at least one text.
-    """
+def _text_batches(ids: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """Texts by number, in the batches of ``iter_text_batches``."""
     order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
     batches: list[list[int]] = []
     start = 0

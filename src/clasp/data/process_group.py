@@ -1,4 +1,4 @@
-"""The processes that divide a piece of work between them: what reading and caching need of ``training.distributed``.
+"""The processes that divide a piece of work between them: what reading needs of ``training.distributed``.
 
 Input: a ``ProcessGroup``; by default ``SINGLE``, this process alone, for which nothing is exchanged. Output: the share
 of a sequence that a process works on, and errors that all processes raise. Note: ``raise_together`` and
@@ -26,11 +26,6 @@ class ProcessGroup(Protocol):
     @property
     def size(self) -> int: ...
 
-    @property
-    def node(self) -> ProcessGroup:
-        """Those of them that run on this machine."""
-        ...
-
     def gather_objects(self, value: _T) -> list[_T]:
         """The value of every process, in order of rank; pickled."""
         ...
@@ -42,11 +37,6 @@ class SingleProcess:
 
     rank: int = 0
     size: int = 1
-
-    @property
-    def node(self) -> SingleProcess:
-        """Itself."""
-        return self
 
     def gather_objects(self, value: _T) -> list[_T]:
         """The value alone."""

@@ -2,8 +2,9 @@
 
 Input: a model with its inputs, the same on every process, and ``Processes``. Output: ``SharedEncoder``, both the
 ``EvaluationInputs`` and the ``Encoder`` of a task; every process gets all embeddings, in the order of one process.
-Note: collective, every process makes the same task and calls it. Tokens and pixels are read in the batches of one
-process.
+Note: collective, every process makes the same task and calls it. Live tokens and pixels are read in the batches of one
+process; cached features are divided otherwise, so their embeddings may differ from those of one process in the last
+bits. A part of the evaluation is cached features on all processes or on none: their shares are of the same list.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from clasp.data.feature_cache.replay import CachedFeatures
 from clasp.data.pairs import Pairs
 from clasp.data.process_group import raise_together
 from clasp.evaluation.embedding_table import ImageBatches, TextBatches
@@ -46,14 +48,20 @@ class SharedEncoder:
 
     def images(self, pairs: Pairs) -> ImageBatches:
         """The embeddings of the images of ``pairs``; those that cannot be read are reported by each process."""
-        processes, skipped = self._processes, list[SkippedSample]()
-        stream = processes.by_node(lambda: self._inputs.image.stream(pairs, processes, skipped.extend))
-        report = self._inputs.image.reporter(pairs)
+        side, processes, skipped = self._inputs.image, self._processes, list[SkippedSample]()
+        features = self._cached(lambda: side.features(pairs))
+        stream = raise_together(processes, lambda: side.share(pairs, features, processes, skipped.extend))
+        report = side.reporter(pairs, features)
 
         def chunks() -> _Chunks:
             skipped.clear()
-            yield from self._gathered(stream(), self._model.embed_image)
-            report(sample for each in processes.gather_objects(skipped) for sample in each)
+            count = 0
+            for ids, embeddings in self._gathered(stream(), self._model.embed_image):
+                count += len(ids)
+                yield ids, embeddings
+            unreadable = [sample for each in processes.gather_objects(skipped) for sample in each]
+            assert count + len(unreadable) == len(pairs), f"{count} + {len(unreadable)} of {len(pairs)} images"
+            report(unreadable)
 
         return chunks
 
@@ -68,12 +76,20 @@ class SharedEncoder:
     def precompute_texts(self, texts: Iterable[str]) -> None:
         """Cache the text features of many small requests at once."""
         unique = list(texts)
-        self._processes.by_node(lambda: self._inputs.precompute_texts(unique, self._processes))
+        self._processes.in_turn(lambda: self._inputs.precompute_texts(unique))
 
     def _texts(self, ids: Sequence[str], texts: Sequence[str]) -> _Chunks:
-        processes = self._processes
-        stream = processes.by_node(lambda: self._inputs.text.stream(ids, texts, processes))
-        return self._gathered(stream, self._model.embed_text)
+        side, count = self._inputs.text, 0
+        share = side.share(ids, texts, self._cached(lambda: side.features(texts)), self._processes)
+        for found, embeddings in self._gathered(share, self._model.embed_text):
+            count += len(found)
+            yield found, embeddings
+        assert count == len(ids), f"{count} of {len(ids)} texts"
+
+    def _cached(self, read: Callable[[], CachedFeatures | None]) -> CachedFeatures | None:
+        """The cached features, computed by the first process; ``None`` on all where one of them reads live."""
+        features = self._processes.in_turn(read)
+        return features if all(self._processes.gather_objects(features is not None)) else None
 
     def _gathered(
         self, chunks: Iterable[tuple[Sequence[str], _InputT]], embed: Callable[[_InputT], Float[Tensor, "B E"]]

@@ -12,7 +12,6 @@ from clasp.data.feature_cache.replay import CachedFeatures
 from clasp.data.images import Augment, ImageTransform
 from clasp.data.loader import BatchReader
 from clasp.data.pairs import Pairs
-from clasp.data.process_group import SINGLE, ProcessGroup
 from clasp.data.readers import ImageReader, PairIndex, TextReader
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings
@@ -65,20 +64,17 @@ class FeatureSource:
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def batch_reader(
-        self, pairs: Pairs, index: PairIndex, augment: Augment | None, group: ProcessGroup = SINGLE
-    ) -> BatchReader:
-        """Both sides of training batches; ``index`` is of ``pairs``. ``group``: processes that all call this, and fill
-        the feature cache together."""
-        return BatchReader(index, self.image_reader(pairs, augment, group), self.text_reader(index, group))
+    def batch_reader(self, pairs: Pairs, index: PairIndex, augment: Augment | None) -> BatchReader:
+        """Both sides of training batches; ``index`` is of ``pairs``."""
+        return BatchReader(index, self.image_reader(pairs, augment), self.text_reader(index))
 
-    def image_reader(self, pairs: Pairs, augment: Augment | None, group: ProcessGroup = SINGLE) -> ImageReader:
+    def image_reader(self, pairs: Pairs, augment: Augment | None) -> ImageReader:
         """The image side of training batches. Augmented images are read live, unless augmented views are cached."""
-        return self.image.reader(pairs, augment, group)
+        return self.image.reader(pairs, augment)
 
-    def text_reader(self, index: PairIndex, group: ProcessGroup = SINGLE) -> TextReader:
+    def text_reader(self, index: PairIndex) -> TextReader:
         """The text side of training batches."""
-        return self.text.reader(index, group)
+        return self.text.reader(index)
 
     def image_features(self, pairs: Pairs, augment: Augment | None = None) -> CachedFeatures | None:
         """The output of the image tower's frozen part for every image; ``None`` to read them live."""
@@ -102,8 +98,8 @@ class FeatureSource:
         """A stream of texts that are their own ids (prompts of a zero-shot classifier)."""
         return self.text.stream(list(texts), list(texts))
 
-    def precompute_texts(self, texts: Iterable[str], group: ProcessGroup = SINGLE) -> None:
+    def precompute_texts(self, texts: Iterable[str]) -> None:
         """Cache the text features of many small requests at once; later requests reuse them."""
         unique = sorted(set(texts))
         if unique:
-            self.text.features(unique, group)
+            self.text.features(unique)

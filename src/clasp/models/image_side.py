@@ -2,8 +2,7 @@
 
 Input: an image tower with its transform, and pairs. Output: the image side of training batches (``reader``), a stream
 for evaluations (``stream``), or the request for the feature cache (``request``). Note: an image that an evaluation
-cannot read is reported once, whatever the number of streams. ``group``: processes that all make the same call; they
-fill the feature cache together, and a stream has the own share of each.
+cannot read is reported once, whatever the number of streams.
 """
 
 from __future__ import annotations
@@ -59,9 +58,7 @@ class ImageSide:
         views = 1 if augment is None else 1 + settings.cached_augmentations
         return ImageFeatureRequest(self.frozen_part, pairs, self.transform, augment, views, settings.seed)
 
-    def features(
-        self, pairs: Pairs, augment: Augment | None = None, group: ProcessGroup = SINGLE
-    ) -> CachedFeatures | None:
+    def features(self, pairs: Pairs, augment: Augment | None = None) -> CachedFeatures | None:
         """The cached features of every image, computed at most once; ``None``: images are read live."""
         request = self.request(pairs, augment)
         if request is None:
@@ -76,45 +73,49 @@ class ImageSide:
         reading = ImageReadSettings(self._batch_size, self._settings.workers, self._settings.max_bad_fraction)
         with self._callbacks.bar(f"images of {Path(pairs.name).name} through {name}") as progress:
             return image_features(
-                request,
-                reading,
-                cache_folder=policy.folder,
-                storage=storage,
-                device=self._device,
-                progress=progress,
-                group=group.node,
+                request, reading, cache_folder=policy.folder, storage=storage, device=self._device, progress=progress
             )
 
-    def reader(self, pairs: Pairs, augment: Augment | None, group: ProcessGroup = SINGLE) -> ImageReader:
+    def reader(self, pairs: Pairs, augment: Augment | None) -> ImageReader:
         """The image side of training batches."""
-        features = self.features(pairs, augment, group)
+        features = self.features(pairs, augment)
         return LiveImageReader(self.transform, augment) if features is None else CachedImageReader(features, pairs)
 
-    def stream(
-        self, pairs: Pairs, group: ProcessGroup = SINGLE, report: SkippedCallback | None = None
-    ) -> Callable[[], ImageStream]:
-        """A stream of the images of ``pairs`` in order; each call starts it anew. Those that are read live and cannot
-        be read go to ``report``; by default to ``reporter``."""
-        features = self.features(pairs, None, group)
-        if features is None:
-            on_skipped = report or self.reporter(pairs)
-            return lambda: self._live(pairs, group, on_skipped)
-        self._report(features.skipped.values())
-        ids = [pairs[number].id for number in range(len(pairs))]
-        readable = [number for number in range(len(pairs)) if number not in features.skipped]
-        return lambda: self._cached(features, ids, own_share(readable, group))
+    def stream(self, pairs: Pairs) -> Callable[[], ImageStream]:
+        """A stream of the images of ``pairs`` in order; each call starts it anew."""
+        features = self.features(pairs)
+        return self.share(pairs, features, SINGLE, self.reporter(pairs, features))
 
-    def reporter(self, pairs: Pairs) -> SkippedCallback:
-        """Reports images of ``pairs`` that cannot be read. Raises ``UserError`` where they are too many."""
+    def share(
+        self, pairs: Pairs, features: CachedFeatures | None, group: ProcessGroup, on_skipped: SkippedCallback
+    ) -> Callable[[], ImageStream]:
+        """The share of the stream that this process of a group encodes; ``features``: those of ``pairs``, on all of the
+        processes or on none. Images of the share that cannot be read go to ``on_skipped``, each time it is read."""
+        if features is None:
+            return lambda: self._live(pairs, group, on_skipped)
+        ids = [pairs[number].id for number in range(len(pairs))]
+        return lambda: self._cached(features, ids, own_share(range(len(pairs)), group), on_skipped)
+
+    def reporter(self, pairs: Pairs, features: CachedFeatures | None) -> SkippedCallback:
+        """Reports images of ``pairs`` that cannot be read, each once. Raises ``UserError`` where they are too many, and
+        ``features``, which were refused in that case, are ``None``."""
         tally = BadSampleLimit(len(pairs), self._settings.max_bad_fraction)
 
         def report(skipped: Iterable[SkippedSample]) -> None:
-            self._report(skipped)
-            tally.add(skipped)
+            found = list(skipped)
+            new = [sample for sample in found if sample.id not in self._reported]
+            self._reported.update(sample.id for sample in new)
+            self._callbacks.on_skipped(new)
+            if features is None:
+                tally.add(found)
 
         return report
 
-    def _cached(self, features: CachedFeatures, ids: Sequence[str], readable: Sequence[int]) -> ImageStream:
+    def _cached(
+        self, features: CachedFeatures, ids: Sequence[str], own: Sequence[int], on_skipped: SkippedCallback
+    ) -> ImageStream:
+        on_skipped([features.skipped[number] for number in own if number in features.skipped])
+        readable = [number for number in own if number not in features.skipped]
         for start in range(0, len(readable), _CACHED_BATCH_SIZE):
             some = readable[start : start + _CACHED_BATCH_SIZE]
             inputs = features.read(np.array(some, dtype=np.int64))
@@ -129,11 +130,6 @@ class ImageSide:
             sources, self.transform, self._batch_size, workers=workers, on_skipped=on_skipped, group=group
         ):
             yield ids, to_device(pixels, self._device)
-
-    def _report(self, skipped: Iterable[SkippedSample]) -> None:
-        new = [sample for sample in skipped if sample.id not in self._reported]
-        self._reported.update(sample.id for sample in new)
-        self._callbacks.on_skipped(new)
 
     @cached_property
     def _device(self) -> torch.device:

@@ -2,8 +2,7 @@
 
 Input: a text tower with its tokenizer, and texts. Output: the text side of training batches (``reader``), a stream for
 evaluations (``stream``), or the request for the feature cache (``request``). Note: a request whose texts are all among
-those of an earlier one reuses its features, so many small requests can be computed at once. ``group``: processes that
-all make the same call; they fill the feature cache together, and a stream has the own share of each.
+those of an earlier one reuses its features, so many small requests can be computed at once.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class TextSide:
         """The request for the cached features of these texts; ``None`` where no prefix of the tower is frozen."""
         return None if self.frozen_part is None else TextFeatureRequest(self.frozen_part, self.tokenizer, texts)
 
-    def features(self, texts: Sequence[str], group: ProcessGroup = SINGLE) -> CachedFeatures | None:
+    def features(self, texts: Sequence[str]) -> CachedFeatures | None:
         """The cached features of every text, computed at most once; ``None``: texts are tokenized live."""
         request = self.request(texts)
         if request is None:
@@ -66,24 +65,25 @@ class TextSide:
             self._settings.report_precision(self._tower, self._callbacks.notify)
         with self._callbacks.bar(f"captions through {self._tower.name}") as progress:
             features = text_features(
-                request,
-                cache_folder=self._policy.folder,
-                storage=storage,
-                device=self._device,
-                progress=progress,
-                group=group.node,
+                request, cache_folder=self._policy.folder, storage=storage, device=self._device, progress=progress
             )
         self._cached.append((request.index, features))
         return features
 
-    def reader(self, index: PairIndex, group: ProcessGroup = SINGLE) -> TextReader:
+    def reader(self, index: PairIndex) -> TextReader:
         """The text side of training batches."""
-        features = self.features(index.texts, group)
+        features = self.features(index.texts)
         return LiveTextReader(self.tokenizer) if features is None else CachedTextReader(features, index)
 
-    def stream(self, ids: Sequence[str], texts: Sequence[str], group: ProcessGroup = SINGLE) -> TextStream:
+    def stream(self, ids: Sequence[str], texts: Sequence[str]) -> TextStream:
         """``texts``, each with its id: in order from the cache, longest first where they are read live."""
-        features = self.features(texts, group)
+        return self.share(ids, texts, self.features(texts), SINGLE)
+
+    def share(
+        self, ids: Sequence[str], texts: Sequence[str], features: CachedFeatures | None, group: ProcessGroup
+    ) -> TextStream:
+        """The share of the stream that this process of a group encodes; ``features``: those of ``texts``, on all of the
+        processes or on none."""
         return self._live(ids, texts, group) if features is None else self._from_cache(ids, features, group)
 
     def _live(self, ids: Sequence[str], texts: Sequence[str], group: ProcessGroup) -> TextStream:

@@ -3,8 +3,8 @@
 Input: the environment that ``torchrun`` sets (``RANK``, ``WORLD_SIZE``, …). Output: ``Processes``. Note: there is no
 DistributedDataParallel. Gradients of the trainable parameters, which are few, are summed once after the backward pass
 (``sum_gradients``); the loss of the whole batch is in ``training.batch_parts``. Collectives of a step have a time-out
-of minutes, those that wait for the first process (evaluation, feature cache) one of a day; a process that has ended is
-noticed at once by either. Long, since all collectives are here.
+of minutes, those that wait for the work of other processes (evaluation, feature cache) one of a day; a process that has
+ended is noticed at once by either.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from accelerate import PartialState
 from jaxtyping import Shaped
 from torch import Tensor
 
-from clasp.data.process_group import SINGLE, ProcessGroup
 from clasp.types import UserError
 
 STEP_TIMEOUT, WAIT_TIMEOUT = timedelta(minutes=10), timedelta(days=1)
@@ -57,12 +56,10 @@ class Processes:
     device: torch.device = field(default_factory=lambda: _this_device())
     waiting: dist.ProcessGroup | None = None
     """The group of long waits"""
-    on_node: dist.ProcessGroup | None = None
-    """The group of those on this node"""
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the run folder, evaluates and reports."""
+        """Whether this process writes the run folder and reports."""
         return self.rank == 0
 
     @property
@@ -74,13 +71,6 @@ class Processes:
     def sharing_memory(self) -> int:
         """Processes that share the memory of the device: on a CPU all of this node."""
         return self.local_size if self.device.type == "cpu" else 1
-
-    @property
-    def node(self) -> ProcessGroup:
-        """The processes on this node."""
-        if self.local_size == 1:
-            return SINGLE
-        return self if self.local_size == self.size else _NodeProcesses(self)
 
     # --- calls of one process ------------------------------------------------------------------------------------
 
@@ -124,22 +114,9 @@ class Processes:
                     dist.all_gather_object(codes, 0 if failed is None else _exit_code(failed), group=self.waiting)
             finally:
                 if failed is not None:
-                    raise failed
+                    raise self._reported(failed)
             if any(codes):
                 self._end_after(codes.index(max(codes)), max(codes))
-        return results[0]
-
-    def by_node(self, call: Callable[[], _Result]) -> _Result:
-        """The own result of ``call``, which the processes of a node make together (``node``): those of the first node,
-        then those of all others. What they put on disk is computed once where the nodes share a folder."""
-        results: list[_Result] = []
-        with self.alike():
-            if self.rank == self.local_rank:
-                results.append(call())
-        if self.local_size < self.size:
-            with self.alike():
-                if not results:
-                    results.append(call())
         return results[0]
 
     @contextmanager
@@ -148,15 +125,23 @@ class Processes:
         failed: UserError | None = None
         try:
             yield
-        except ReportedError:
-            raise  # all know of it
+        except (ReportedError, LostProcessError):
+            raise  # all know of the one, and the other processes of the second have ended or hang
         except UserError as error:
             failed = error
         found = [rank for rank, wrong in enumerate(self.gather_objects(failed is not None)) if wrong]
         if failed is not None and found[0] == self.rank:
-            raise failed if self.size == 1 else ReportedError(str(failed)) from failed
+            raise self._reported(failed)
         if found:
             self._end_after(found[0], 2)
+
+    def _reported(self, error: BaseException) -> BaseException:
+        """An error that the other processes know of, so that ``alike`` around it does not tell them again."""
+        if self.size == 1 or not isinstance(error, UserError) or isinstance(error, LostProcessError):
+            return error
+        reported = ReportedError(str(error))
+        reported.__cause__ = error
+        return reported
 
     def end_after_first(self, code: int) -> NoReturn:
         """End this process as soon as the first one has ended: the launcher ends the others with the one that ends
@@ -183,13 +168,11 @@ class Processes:
 
     def gather_objects(self, value: _Result) -> list[_Result]:
         """The value of every process, in order; pickled. Waits long."""
-        return [value] if self.size == 1 else self.gather_in(self.waiting, self.size, value)
-
-    def gather_in(self, group: dist.ProcessGroup | None, size: int, value: _Result) -> list[_Result]:
-        """``gather_objects`` of the ``size`` processes of a group."""
-        found: list[Any] = [None] * size
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
         with self._answered(WAIT_TIMEOUT):
-            dist.all_gather_object(found, value, group=group)
+            dist.all_gather_object(found, value, group=self.waiting)
         return found
 
     def agree_on_signal(self, name: str | None) -> str | None:
@@ -262,28 +245,6 @@ class Processes:
             ) from error
 
 
-@dataclass(frozen=True)
-class _NodeProcesses:
-    """Those of ``processes`` that run on this node, where they are not all; a ``ProcessGroup``."""
-
-    processes: Processes
-
-    @property
-    def rank(self) -> int:
-        return self.processes.local_rank
-
-    @property
-    def size(self) -> int:
-        return self.processes.local_size
-
-    @property
-    def node(self) -> ProcessGroup:
-        return self
-
-    def gather_objects(self, value: _Result) -> list[_Result]:
-        return self.processes.gather_in(self.processes.on_node, self.size, value)
-
-
 def _this_device() -> torch.device:
     device = PartialState().device
     assert device is not None
@@ -333,20 +294,5 @@ def open_processes() -> Iterator[Processes]:
         device=torch.device("cuda", local_rank) if gpus else torch.device("cpu"),
         restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
         waiting=waiting,
-        on_node=waiting if local_size == dist.get_world_size() else node_group(local_rank, local_size, waiting),
     )
     dist.destroy_process_group()  # not after an error: it would wait for processes that have ended
-
-
-def node_group(local_rank: int, local_size: int, waiting: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group of long waits of this node's processes, which torchrun numbers consecutively."""
-    first = dist.get_rank() - local_rank
-    nodes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(nodes, (first, local_size), group=waiting)
-    groups = {  # every process makes that of every node, in the same order
-        start: dist.new_group(list(range(start, start + count)), backend="gloo", timeout=WAIT_TIMEOUT)
-        for start, count in sorted(set(nodes))
-    }
-    mine = groups[first]
-    assert isinstance(mine, dist.ProcessGroup), "this process is in the group of its node"
-    return mine

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from clasp.data.feature_cache import blocks
-from clasp.data.feature_cache.array_writer import ArrayWriter
-from clasp.data.feature_cache.arrays import load_or_compute
+from clasp.data.feature_cache.arrays import ArrayWriter, load_or_compute
 
 ROWS, WIDTH = 100, 8
 

@@ -17,20 +17,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clasp.data.feature_cache import array_writer
 from clasp.data.feature_cache import arrays as cache_module
-from clasp.data.feature_cache.array_writer import ArrayWriter
-from clasp.data.feature_cache.arrays import load_or_compute
+from clasp.data.feature_cache.arrays import ArrayWriter, load_or_compute
 from clasp.data.feature_cache.features import ImageReadSettings, image_features, text_features
 from clasp.data.feature_cache.replay import CachedFeatures, CachedImageReader, CachedTextReader
 from clasp.data.feature_cache.requests import ImageFeatureRequest, TextFeatureRequest
 from clasp.data.images import Augment
 from clasp.data.loader import BatchReader, PairLoader, iter_image_batches, philox_integers
 from clasp.data.pairs import Pairs
-from clasp.data.process_group import SINGLE, ProcessGroup
 from clasp.data.readers import LiveImageReader, LiveTextReader, PairIndex
 from clasp.types import Batch, Pair, Pixels, PooledFeatures, SkippedSample, Tokens, UserError
-from toygroups import LostThreadError, ThreadGroup, run_threads
 from toypairs import TRANSFORM, word_tokenizer
 from toypairs import small_pairs as pairs_of
 
@@ -86,19 +82,12 @@ def small_pairs(count: int, **settings) -> Pairs:
 
 
 def images(
-    tower: ImageTower,
-    pairs: Pairs,
-    cache: Path,
-    *,
-    batch_size: int = 4,
-    workers: int = 0,
-    progress=None,
-    group: ProcessGroup = SINGLE,
-    **views,
+    tower: ImageTower, pairs: Pairs, cache: Path, *, batch_size: int = 4, workers: int = 0, progress=None, **views
 ) -> CachedFeatures:
     reading = ImageReadSettings(batch_size=batch_size, workers=workers)
-    request = ImageFeatureRequest(tower, pairs, TRANSFORM, **views)
-    return image_features(request, reading, cache_folder=cache, progress=progress, group=group)
+    return image_features(
+        ImageFeatureRequest(tower, pairs, TRANSFORM, **views), reading, cache_folder=cache, progress=progress
+    )
 
 
 def texts(tower: TextTower, said: Sequence[str], cache: Path, **settings) -> CachedFeatures:
@@ -428,7 +417,7 @@ def interrupted_after(images_done: int):
 
 @pytest.mark.parametrize("views", [1, 3])
 def test_a_build_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int):
-    monkeypatch.setattr(array_writer, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_SAVES", 0.0)
     pairs, tower = small_pairs(20, damaged={1, 17}), ImageTower()
     settings = {"views": views, "augment": AUGMENT if views > 1 else None}
     whole = images(ImageTower(), pairs, tmp_path / "whole", **settings)
@@ -444,7 +433,7 @@ def test_a_build_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypat
 
 
 def test_a_part_that_lost_its_end_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(array_writer, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_SAVES", 0.0)
     pairs, tower = small_pairs(20), ImageTower()
     with pytest.raises(KeyboardInterrupt):
         images(tower, pairs, tmp_path, progress=interrupted_after(12))
@@ -455,8 +444,36 @@ def test_a_part_that_lost_its_end_is_begun_again(tmp_path: Path, monkeypatch: py
     assert sum(tower.calls) == 20
 
 
+def test_the_progress_of_a_part_that_is_gone_is_not_that_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As after a kill while a build of several seconds was given up."""
+    pairs, tower = small_pairs(20), ImageTower()
+    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_SAVES", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        images(tower, pairs, tmp_path, progress=interrupted_after(12))
+    (part,) = (tmp_path / "features").glob("*.part")
+    part.unlink()
+    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_SAVES", 100.0)
+    with pytest.raises(KeyboardInterrupt):
+        images(tower, pairs, tmp_path, progress=interrupted_after(4))
+    whole = images(ImageTower(), pairs, tmp_path / "whole")
+    assert np.array_equal(images(tower, pairs, tmp_path).kept.stored, whole.kept.stored)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_build_goes_on_in_batches_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int):
+    """The order of views depends on the size of batches, and they end elsewhere."""
+    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_SAVES", 0.0)
+    pairs, settings = small_pairs(20), {"views": views, "augment": AUGMENT if views > 1 else None}
+    for batch_size, done in ((4, 12 * views), (5, 0)):
+        with pytest.raises(KeyboardInterrupt):
+            images(ImageTower(), pairs, tmp_path, batch_size=batch_size, progress=interrupted_after(done), **settings)
+    found = images(ImageTower(), pairs, tmp_path, batch_size=1, **settings)
+    whole = images(ImageTower(), pairs, tmp_path / "whole", **settings)
+    assert np.allclose(found.kept.stored, whole.kept.stored, atol=1e-5)
+
+
 def test_texts_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(array_writer, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr("clasp.data.feature_cache.features.TOKENS_PER_FORWARD", 2)
     tower, said = TextTower(), ["a cat", "the red dog", "a", "cat", "two cat", "dog"]
     with pytest.raises(KeyboardInterrupt):
@@ -466,74 +483,6 @@ def test_texts_go_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(tower.calls) - before < before + 2
     whole = texts(TextTower(), said, tmp_path / "whole")
     assert torch.allclose(pooled(features.read(np.arange(6))), pooled(whole.read(np.arange(6))), atol=1e-6)
-
-
-# --- several processes -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_processes_fill_one_file_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int):
-    """To the bits of one process, each batch once; what cannot be read is listed by all."""
-    monkeypatch.setattr("clasp.data.feature_cache.features.TOKENS_PER_FORWARD", 2)
-    pairs, said = small_pairs(20, damaged={1, 17}), ["a cat", "the red dog", "a", "cat", "two cat", "dog"]
-    views = {"views": 2, "augment": AUGMENT}
-    alone = images(ImageTower(), pairs, tmp_path / "alone", **views), texts(TextTower(), said, tmp_path / "alone")
-    image_tower, text_tower = ImageTower(), TextTower()
-
-    def work(group: ThreadGroup) -> tuple[CachedFeatures, CachedFeatures]:
-        made = images(image_tower, pairs, tmp_path / "both", group=group, **views)
-        return made, texts(text_tower, said, tmp_path / "both", group=group)
-
-    for found in run_threads(size, work):
-        for one, two in zip(alone, found, strict=True):
-            assert np.array_equal(one.kept.stored, two.kept.stored, equal_nan=True) and one.skipped == two.skipped
-    assert sum(image_tower.calls) == 36 and sum(rows for rows, _ in text_tower.calls) == 6
-    files = [path.name.partition(".")[2] for path in (tmp_path / "both" / "features").iterdir()]
-    assert sorted(files) == ["json", "json", "npy", "npy"]
-    run_threads(size, work)
-    assert sum(image_tower.calls) == 36, "a whole file is read by all"
-
-
-@pytest.mark.parametrize("ended", [0, 1])
-def test_a_process_that_ends_leaves_what_all_have_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: int):
-    monkeypatch.setattr(array_writer, "SECONDS_BETWEEN_SAVES", 0.0)
-    pairs, tower = small_pairs(40, damaged={1, 38}), ImageTower()
-
-    def work(group: ThreadGroup) -> None:
-        def progress(done: int, total: int) -> None:
-            assert total == 20
-            if group.rank == ended and done == 8:
-                raise MemoryError
-
-        images(tower, pairs, tmp_path, group=group, progress=progress)
-
-    found = run_threads(2, work)
-    assert [type(found[rank]) for rank in (ended, 1 - ended)] == [MemoryError, LostThreadError]
-    assert sum(tower.calls) == 26 + ended, "8 images of one, 20 of the other; an unreadable one in either"
-    whole = images(ImageTower(), pairs, tmp_path / "whole")
-    again = images(tower, pairs, tmp_path)
-    assert sum(tower.calls) == 38, "nothing is done twice"
-    assert np.array_equal(again.kept.stored, whole.kept.stored, equal_nan=True) and again.skipped == whole.skipped
-
-
-def test_an_error_of_one_process_is_raised_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def work(group: ThreadGroup) -> CachedFeatures:
-        return images(ImageTower(), pairs, tmp_path, group=group)
-
-    pairs = small_pairs(8, damaged={0, 3, 5, 6})  # two for each: allowed by themselves
-    for found in run_threads(2, work):
-        assert isinstance(found, UserError) and str(found).startswith("4 of 8 images cannot be read")
-    pairs, write = small_pairs(8), ArrayWriter.write
-
-    def full(self: ArrayWriter, rows: np.ndarray, values: Tensor) -> None:
-        if rows[0] > 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, rows, values)
-
-    monkeypatch.setattr(ArrayWriter, "write", full)
-    for found in run_threads(2, work):
-        assert isinstance(found, UserError) and "No space left on device" in str(found)
-    assert list((tmp_path / "features").iterdir()) == []
 
 
 def test_two_processes_compute_once(tmp_path: Path):

@@ -3,8 +3,8 @@
 Input: a key (everything that determines the values), and a function that writes the rows in any order. Output: the
 rows, read from disk if they are there. KEY is a hash of the key. Note: a file has another name until it is complete,
 and its progress is saved, so an interrupted build resumes; a second process that needs the same rows waits for the
-first, unless both are of one group, which fills the file together. A truncated file is computed again, and so are the
-rows of damaged blocks, with a warning. Free disk space is checked before computing.
+first. A truncated file is computed again, and so are the rows of damaged blocks, with a warning. Free disk space is
+checked before computing.
 """
 
 from __future__ import annotations
@@ -16,30 +16,29 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from clasp.data.atomic_files import sync_folder, with_checksum, write_text_file
-from clasp.data.feature_cache.array_writer import ArrayWriter, allocate
 from clasp.data.feature_cache.blocks import block_checksums, damaged_rows, is_as_written
-from clasp.data.feature_cache.build_progress import BuildProgress, merge_notes, read_progress
 from clasp.data.feature_cache.dtypes import DTYPE_CODECS, DtypeCodec, StorageDtype
 from clasp.data.feature_cache.layers import find_layers
-from clasp.data.feature_cache.partial_file import PartialFile, disk_error, lock_partial_file, open_partial_file
-from clasp.data.process_group import SINGLE, ProcessGroup, raise_together
+from clasp.data.feature_cache.partial_file import PartialFile, disk_error, lock_partial_file
 from clasp.plain_types import UserError
 
 _FORMAT = 2  # increment it when the same key gives other values
 _NOTES = ("skipped", "depth", "size")  # of the writer, in the metadata
 _PROBE_ROWS = 64  # rows that are hashed to detect damaged files without reading all of them
+SECONDS_BETWEEN_SAVES = 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -75,6 +74,78 @@ class CachedArray:
         return _open_mapped, (self.path, self.metadata, self.columns)
 
 
+class ArrayWriter:
+    """Writes the rows of a file. ``notes`` go into its ``.json``; rows not written are zero.
+
+    ``done`` is the progress of an interrupted build in batches of the same size, as passed to ``save_progress``; 0 for
+    a new file. ``wanted``: the rows to write of a complete file, which is repaired; the others are left as they are.
+    """
+
+    def __init__(
+        self,
+        part: PartialFile,
+        shape: tuple[int, int],
+        storage: DtypeCodec,
+        key: Mapping[str, Any],
+        *,
+        wanted: Bool[np.ndarray, " rows"] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        self._part, self._storage, self._key, self._wanted = part, storage, key, wanted
+        self._batch_size = batch_size
+        columns = shape[1] + storage.extra_columns
+        self._row_bytes = columns * storage.dtype.itemsize
+        header = {"descr": np.lib.format.dtype_to_descr(storage.dtype), "fortran_order": False}
+        part.file.seek(0)
+        before = os.fstat(part.file.fileno()).st_size
+        np.lib.format.write_array_header_1_0(part.file, {**header, "shape": (shape[0], columns)})
+        self._start = part.file.tell()
+        whole = self._start + shape[0] * self._row_bytes
+        if before != whole and wanted is None:
+            part.remove_progress()  # of another file of this name; this one would soon have the size of that one
+        self.done, self.notes = self._resume_state() if wanted is None else (0, {})
+        part.file.truncate(whole)
+        self._saved_at = time.monotonic()
+
+    def needs(self, rows: Int[np.ndarray, " n"]) -> bool:
+        """Whether any of these rows is to be written."""
+        return self._wanted is None or bool(self._wanted[rows].any())
+
+    def write(self, rows: Int[np.ndarray, " n"], values: Float[Tensor, "n D"]) -> None:
+        """Write ``values`` at ``rows``, those that are needed.
+
+        Plain writes, since a full disk would be a bus error in a memory map.
+        """
+        if self._wanted is not None:
+            kept = self._wanted[rows]
+            rows, values = rows[kept], values[torch.from_numpy(kept)]
+        packed = np.ascontiguousarray(self._storage.pack(values), dtype=self._storage.dtype)
+        # consecutive rows are written together
+        ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+        start = 0
+        for end in ends:
+            self._part.file.seek(self._start + self._row_bytes * int(rows[start]))
+            self._part.file.write(packed[start:end].data)
+            start = end
+
+    def save_progress(self, done: int) -> None:
+        """Record the progress of the build; written to disk every ``SECONDS_BETWEEN_SAVES``, after the rows."""
+        if self._wanted is None and time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES:
+            self._part.file.flush()
+            os.fsync(self._part.file.fileno())
+            state = {"key": self._key, "batch_size": self._batch_size, "done": done, "notes": self.notes}
+            write_text_file(self._part.progress, json.dumps(state))
+            self._saved_at = time.monotonic()
+
+    def _resume_state(self) -> tuple[int, dict[str, Any]]:
+        with suppress(OSError, ValueError, KeyError):
+            progress = json.loads(self._part.progress.read_text(encoding="utf-8"))
+            if progress["key"] == self._key and progress["batch_size"] == self._batch_size:
+                _log.info("%s: resuming after %s", self._part.path, progress["done"])
+                return progress["done"], progress["notes"]
+        return 0, {}
+
+
 def load_or_compute(
     folder: Path,
     key: Mapping[str, Any],
@@ -82,61 +153,34 @@ def load_or_compute(
     fill: Callable[[ArrayWriter], None],
     *,
     storage: StorageDtype = "float32",
-    group: ProcessGroup = SINGLE,
-    check: Callable[[Mapping[str, Any]], None] = lambda notes: None,
+    batch_size: int | None = None,
 ) -> CachedArray:
     """The rows of ``key`` (plain data); ``fill`` is called to write them if ``folder`` has no complete file of them.
 
-    A file that has the layers of the key among others is read in its place, to the same bits. ``group``: the processes
-    of this machine that all call it and fill the file together, each by its own ``fill``. ``check`` is called with the
-    notes of all of them, and may raise ``UserError``.
+    A file that has the layers of the key among others is read in its place, to the same bits. ``batch_size``: that of
+    ``fill``, where the order in which it writes depends on it; a build is resumed in batches of the same size only.
 
     ``shape`` is (rows, values in a row). Raises ``UserError`` when ``folder`` is not writable or has too little space.
     """
     assert shape[0] * shape[1] > 0, f"nothing to store: {shape}"
     key = json.loads(json.dumps({**key, "shape": shape, "storage": storage}))  # as JSON reads it back: no tuples
     path = _cache_path(folder, key)
-    with ExitStack() as stack:
-        find = partial(_find_or_lock, stack, path, key, fill)
-        found = raise_together(group, lambda: None if group.rank else find())
-        if group.gather_objects(isinstance(found, PartialFile))[0]:
-            part = found if isinstance(found, PartialFile) else stack.enter_context(open_partial_file(path))
-            notes = _fill(part, key, fill, group)
-            raise_together(group, lambda: None if group.rank else _finish(part, path, key, notes, check))
-            return _read(path, key)
-    return found if isinstance(found, CachedArray) else _find(path, key)
+    for read in (lambda: _read(path, key), lambda: _read_wider(folder, key)):
+        with suppress(_CacheMiss):
+            return read()
+    with lock_partial_file(path, DTYPE_CODECS[storage].num_bytes(*shape)) as part:
+        try:
+            return _read(path, key)  # another process has just written it
+        except _DamagedRows as damage:
+            _repair(path, damage, fill)
+        except _CacheMiss:
+            _compute_and_write(part, path, key, fill, batch_size)
+    return _read(path, key)
 
 
 def _cache_path(folder: Path, key: Mapping[str, Any]) -> Path:
     """The file of the rows of a key."""
     return folder / f"{hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:32]}.npy"
-
-
-def _find(path: Path, key: Mapping[str, Any]) -> CachedArray:
-    """The rows in their own file or in a wider one. Raises ``_CacheMiss``."""
-    with suppress(_CacheMiss):
-        return _read(path, key)
-    return _read_wider(path.parent, key)
-
-
-def _find_or_lock(
-    stack: ExitStack, path: Path, key: Mapping[str, Any], fill: Callable[[ArrayWriter], None]
-) -> CachedArray | PartialFile:
-    """The rows, repaired where blocks are damaged; else the partial file to write, locked until ``stack`` is closed."""
-    with suppress(_CacheMiss):
-        return _find(path, key)
-    part = stack.enter_context(lock_partial_file(path, _num_bytes(key)))
-    try:
-        return _read(path, key)  # another process has just written it
-    except _DamagedRows as damage:
-        _repair(path, damage, fill)
-        return _read(path, key)
-    except _CacheMiss:
-        return part
-
-
-def _num_bytes(key: Mapping[str, Any]) -> int:
-    return DTYPE_CODECS[key["storage"]].num_bytes(*key["shape"])
 
 
 class _CacheMiss(Exception):
@@ -194,10 +238,12 @@ def _repair(path: Path, damage: _DamagedRows, fill: Callable[[ArrayWriter], None
     about, key = dict(damage.metadata), damage.metadata["key"]
     _log.warning("%s: %d of %d rows are damaged; computing them again", path, damage.rows.sum(), len(damage.rows))
     with path.open("r+b") as file:
-        storage, notes = DTYPE_CODECS[key["storage"]], {name: about[name] for name in _NOTES if name in about}
-        writer = ArrayWriter(PartialFile(path, file), key, storage, BuildProgress(notes=notes), wanted=damage.rows)
+        part = PartialFile(path, file)
+        writer = ArrayWriter(part, tuple(key["shape"]), DTYPE_CODECS[key["storage"]], key, wanted=damage.rows)
+        writer.notes = {name: about[name] for name in _NOTES if name in about}
         fill(writer)
-        writer.sync()
+        file.flush()
+        os.fsync(file.fileno())
     about |= {**writer.notes, "blocks": block_checksums(np.lib.format.open_memmap(path, mode="r"))}
     write_text_file(path.with_suffix(".json"), json.dumps(with_checksum(about)) + "\n")
 
@@ -223,66 +269,33 @@ def _probe(stored: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(stored[rows]).tobytes()).hexdigest()
 
 
-def _fill(
-    part: PartialFile, key: Mapping[str, Any], fill: Callable[[ArrayWriter], None], group: ProcessGroup
-) -> dict[str, Any]:
-    """Write the partial file, which is retained where ``fill`` is interrupted; returns the notes of all processes."""
-
-    def begin() -> BuildProgress:
-        with _partial_removed(part, key):
-            return _allocate_or_resume(part, key)
-
-    started = time.monotonic()
-    resumed = raise_together(group, lambda: BuildProgress() if group.rank else begin())
-    writer = ArrayWriter(part, key, DTYPE_CODECS[key["storage"]], group.gather_objects(resumed)[0], group=group)
-
-    def write() -> None:
-        with _partial_removed(part, key):
-            fill(writer)
-            writer.sync()
-
-    raise_together(group, write)
-    return {"seconds": round(time.monotonic() - started, 3), **merge_notes(group.gather_objects(writer.notes))}
-
-
-def _allocate_or_resume(part: PartialFile, key: Mapping[str, Any]) -> BuildProgress:
-    """Check that there is room; what an interrupted build of the partial file has done."""
-    size = _num_bytes(key)
-    allocated = os.fstat(part.file.fileno()).st_blocks * 512  # already allocated, when resuming
-    if shutil.disk_usage(part.path.parent).free < size - allocated:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if not allocate(part, key, DTYPE_CODECS[key["storage"]]):
-        return BuildProgress()
-    progress = read_progress(part, key)
-    if progress.done:
-        _log.info("%s: resuming after %s", part.path, progress.count)
-    return progress
-
-
-def _finish(
+def _compute_and_write(
     part: PartialFile,
     path: Path,
     key: Mapping[str, Any],
-    notes: Mapping[str, Any],
-    check: Callable[[Mapping[str, Any]], None],
+    fill: Callable[[ArrayWriter], None],
+    batch_size: int | None,
 ) -> None:
-    """Rename the whole partial file, then its ``.json``."""
-    with _partial_removed(part, key):
-        check(notes)
-        about = {"key": key, "width": key["shape"][1], "storage": key["storage"], "bytes": _num_bytes(key), **notes}
+    """Fill the partial file, then rename it, then its ``.json``. If ``fill`` is interrupted, the part is retained."""
+    storage, shape = DTYPE_CODECS[key["storage"]], tuple(key["shape"])
+    size = storage.num_bytes(*shape)
+    started = time.monotonic()
+    try:
+        allocated = os.fstat(part.file.fileno()).st_blocks * 512  # already allocated, when resuming
+        if shutil.disk_usage(path.parent).free < size - allocated:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        writer = ArrayWriter(part, shape, storage, key, batch_size=batch_size)
+        fill(writer)
+        part.file.flush()
+        os.fsync(part.file.fileno())
+        about = {"key": key, "width": shape[1], "storage": key["storage"], "bytes": size}
+        about |= {"seconds": round(time.monotonic() - started, 3), **writer.notes}
         stored = np.lib.format.open_memmap(part.path, mode="r")
         about |= {"probe": _probe(stored), "blocks": block_checksums(stored)}
-        write_text_file(part.progress(), json.dumps(with_checksum(about)) + "\n")
+        write_text_file(part.progress, json.dumps(with_checksum(about)) + "\n")
         os.replace(part.path, path)
-        os.replace(part.progress(), path.with_suffix(".json"))
+        os.replace(part.progress, path.with_suffix(".json"))
         sync_folder(path.parent)
-
-
-@contextmanager
-def _partial_removed(part: PartialFile, key: Mapping[str, Any]) -> Iterator[None]:
-    """Removes the partial file after a ``UserError``, and where the disk is full, which becomes one."""
-    try:
-        yield
     except UserError:
         part.remove()
         raise
@@ -290,4 +303,4 @@ def _partial_removed(part: PartialFile, key: Mapping[str, Any]) -> Iterator[None
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         part.remove()
-        raise disk_error(part.path.parent, _num_bytes(key), error) from error
+        raise disk_error(path.parent, size, error) from error

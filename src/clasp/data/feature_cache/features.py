@@ -3,30 +3,27 @@
 Input: a request (a frozen part with its images or texts) and the cache folder. Output: ``CachedFeatures``,
 memory-mapped rows under the key of the request. Note: each distinct caption is encoded once, longest first; an image
 may have several augmented views; an unreadable image has NaN rows and is listed in the metadata; an interrupted build
-resumes where it stopped. Processes of one machine compute the batches together, a share each.
+resumes where it stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clasp.data.feature_cache.array_writer import ArrayWriter
-from clasp.data.feature_cache.arrays import load_or_compute
+from clasp.data.feature_cache.arrays import ArrayWriter, load_or_compute
 from clasp.data.feature_cache.dtypes import StorageDtype
 from clasp.data.feature_cache.replay import CachedFeatures
 from clasp.data.feature_cache.requests import ImageFeatureRequest, TextFeatureRequest
-from clasp.data.loader import BadSampleLimit, philox_integers, plan_text_batches
+from clasp.data.loader import BadSampleLimit, iter_text_batches, philox_integers
 from clasp.data.pairs import Pairs
-from clasp.data.process_group import SINGLE, ProcessGroup
 from clasp.data.readers import ImageBatch, LiveImageReader, SampleIndices
 from clasp.data.shard_windows import fetch_following
 from clasp.data.workers import WorkerPool
@@ -56,13 +53,11 @@ def image_features(
     storage: StorageDtype = "float32",
     device: str | torch.device = "cpu",
     progress: ProgressCallback | None = None,
-    group: ProcessGroup = SINGLE,
 ) -> CachedFeatures:
     """The features of every image, in all views of the request; entry i is pair i.
 
     ``progress(done, total)`` counts images times views, and is not called when nothing is computed. ``device`` is that
-    of the tower. ``group``: the processes that compute a share of the batches each. Raises ``UserError`` when too many
-    images are unreadable or the disk is full.
+    of the tower. Raises ``UserError`` when too many images are unreadable or the disk is full.
     """
     part, transform, views, count = request.part, request.transform, request.views, request.count
     rows = part.tokens
@@ -74,17 +69,15 @@ def image_features(
     def fill(writer: ArrayWriter) -> None:
         writer.notes = {"skipped": [], **writer.notes, "depth": part.depth, "size": transform.size}
         limit = BadSampleLimit(count, reading.max_bad_fraction)
-        skipped = _skipped_by_number(writer.notes)
+        skipped: dict[int, SkippedSample] = {
+            number: SkippedSample(name, why) for number, name, why in writer.notes["skipped"]
+        }
         limit.add(skipped.values())
         readers = [LiveImageReader(transform), *[LiveImageReader(transform, request.augment)] * (views - 1)]
-        batches = _view_batches(request, reading.batch_size)
-        ends = np.cumsum([len(indices) for _, indices in batches]).tolist()
-        own = [number for number in writer.share(ends) if writer.needs(rows_of(*batches[number]))]
-        asked = [batches[number] for number in own]
-        total = count * views if group.size == 1 else writer.done + sum(len(indices) for _, indices in asked)
+        batches, done = _view_batches(request, reading.batch_size, start=writer.done), writer.done
+        batches = [(view, indices) for view, indices in batches if writer.needs(rows_of(view, indices))]
         with closing(WorkerPool(_ViewReader(request.pairs, readers), workers=reading.workers)) as stream:
-            for number, images in zip(own, stream(_announced(asked, request.pairs)), strict=True):
-                view, indices = batches[number]
+            for (view, indices), images in zip(batches, stream(_announced(batches, request.pairs)), strict=True):
                 limit.add(images.skipped)
                 missing = sorted(set(range(len(indices))) - set(images.kept))
                 skipped.update(zip(indices.pair[missing].tolist(), images.skipped, strict=True))
@@ -94,17 +87,15 @@ def image_features(
                         0, (len(images.kept), rows)
                     )
                 writer.write(rows_of(view, indices), values.flatten(0, 1))
-                writer.notes["skipped"] = [[pair, *skipped[pair]] for pair in sorted(skipped)]
-                writer.add_done(ends[number] - len(indices), ends[number])
+                done += len(indices)
+                writer.notes["skipped"] = [[number, *skipped[number]] for number in sorted(skipped)]
+                writer.save_progress(done)
                 if progress is not None:
-                    progress(writer.done, total)
-
-    def check(notes: Mapping[str, Any]) -> None:
-        BadSampleLimit(count, reading.max_bad_fraction).add(_skipped_by_number(notes).values())
+                    progress(done, count * views)
 
     folder, shape = cache_folder / "features", (request.rows, part.width)
     with torch.inference_mode():
-        cached = load_or_compute(folder, request.key, shape, fill, storage=storage, group=group, check=check)
+        cached = load_or_compute(folder, request.key, shape, fill, storage=storage, batch_size=reading.batch_size)
     return CachedFeatures(cached, np.arange(count), np.arange(count * views + 1) * rows, views)
 
 
@@ -115,44 +106,34 @@ def text_features(
     storage: StorageDtype = "float32",
     device: str | torch.device = "cpu",
     progress: ProgressCallback | None = None,
-    group: ProcessGroup = SINGLE,
 ) -> CachedFeatures:
     """The features of every text; duplicates are encoded once.
 
     ``progress(done, total)`` counts distinct texts, and is not called when nothing is computed. ``device`` is that of
-    the tower. ``group``: the processes that compute a share of the batches each. Raises ``UserError`` when the disk is
-    full.
+    the tower. Raises ``UserError`` when the disk is full.
     """
     part, texts, first = request.part, request.index, request.offsets
 
-    def rows_of(places: Sequence[int]) -> Int[np.ndarray, " n"]:
-        return np.concatenate([np.arange(first[place], first[place + 1]) for place in places])
-
     def fill(writer: ArrayWriter) -> None:
         writer.notes = {"skipped": [], "depth": part.depth, "size": 0}
-        encoded = request.tokenizer.encode(texts.distinct)
-        batches = plan_text_batches(encoded, TOKENS_PER_FORWARD)
-        ends = np.cumsum([len(places) for places in batches]).tolist()
-        own = [number for number in writer.share(ends) if writer.needs(rows_of(batches[number]))]
-        total = request.count if group.size == 1 else writer.done + sum(len(batches[number]) for number in own)
-        for number in own:
-            places = batches[number]
-            tokens = request.tokenizer.pad([encoded[place] for place in places])
+        done = 0
+        for places, tokens in iter_text_batches(texts.distinct, request.tokenizer, TOKENS_PER_FORWARD):
+            done += len(places)
+            if done <= writer.done:
+                continue
+            at = np.concatenate([np.arange(first[place], first[place + 1]) for place in places])
+            if not writer.needs(at):
+                continue
             values = _rows_on_cpu(part(Tokens(tokens.ids.to(device), tokens.mask.to(device))), tokens.mask)
-            writer.write(rows_of(places), values)
-            writer.add_done(ends[number] - len(places), ends[number])
+            writer.write(at, values)
+            writer.save_progress(done)
             if progress is not None:
-                progress(writer.done, total)
+                progress(done, request.count)
 
     shape = (request.rows, part.width)
     with torch.inference_mode():
-        cached = load_or_compute(cache_folder / "features", request.key, shape, fill, storage=storage, group=group)
+        cached = load_or_compute(cache_folder / "features", request.key, shape, fill, storage=storage)
     return CachedFeatures(cached, texts.entry, first)
-
-
-def _skipped_by_number(notes: Mapping[str, Any]) -> dict[int, SkippedSample]:
-    """The unreadable images of a file, by the number of their pair."""
-    return {number: SkippedSample(name, why) for number, name, why in notes["skipped"]}
 
 
 def _rows_on_cpu(features: HiddenStates | PooledFeatures, mask: Tensor | None = None) -> Float[Tensor, "rows D"]:
@@ -182,12 +163,17 @@ def _announced(batches: Sequence[tuple[int, SampleIndices]], pairs: Pairs) -> It
         yield view, indices
 
 
-def _view_batches(request: ImageFeatureRequest, batch_size: int) -> list[tuple[int, SampleIndices]]:
-    """Batches of (view, samples): all views of some images, then of the next images."""
+def _view_batches(request: ImageFeatureRequest, batch_size: int, *, start: int) -> list[tuple[int, SampleIndices]]:
+    """Batches of (view, samples): all views of some images, then of the next images.
+
+    The first ``start`` samples (images times views) are left out: an earlier build has done them.
+    """
     count, views = request.count, request.views
     order = np.arange(count)
     all_ = [
         SampleIndices(order, np.zeros_like(order), philox_integers((request.seed, view, _VIEW_STREAM), count))
         for view in range(views)
     ]
-    return [(view, all_[view][at : at + batch_size]) for at in range(0, count, batch_size) for view in range(views)]
+    batches = [(view, all_[view][at : at + batch_size]) for at in range(0, count, batch_size) for view in range(views)]
+    done = np.cumsum([len(indices) for _, indices in batches])
+    return [batch for batch, end in zip(batches, done, strict=True) if end > start]

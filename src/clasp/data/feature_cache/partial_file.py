@@ -1,8 +1,7 @@
 """The partial file of a cache file: what a build writes to, under another name, until it is complete.
 
 Input: the path of a cache file. Output: its partial file, exclusively locked (``flock``), so that a second process that
-needs the same rows waits for the first. Note: it stays after an interrupted build, which is resumed from it. Processes
-that fill a file together share the lock of the first of them.
+needs the same rows waits for the first. Note: it stays after an interrupted build, which is resumed from it.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from clasp.data.atomic_files import sync_folder
 from clasp.plain_types import UserError
 
 _log = logging.getLogger(__name__)
@@ -26,18 +26,21 @@ class PartialFile(NamedTuple):
     path: Path
     file: IO[bytes]
 
-    def progress(self, rank: int = 0) -> Path:
-        """The file with the progress of a process of the build."""
-        return self.path.with_suffix(f".part.{rank}.json" if rank else ".part.json")
-
-    def all_progress(self) -> list[Path]:
-        """Those of all processes of earlier builds."""
-        return sorted(self.path.parent.glob(f"{self.path.stem}.part*.json"))
+    @property
+    def progress(self) -> Path:
+        """The file with the progress of the build."""
+        return self.path.with_suffix(".part.json")
 
     def remove(self) -> None:
         """Delete it, so that the next build starts from scratch."""
-        for path in (self.path, *self.all_progress()):
-            path.unlink(missing_ok=True)
+        self.remove_progress()
+        self.path.unlink(missing_ok=True)
+
+    def remove_progress(self) -> None:
+        """Delete the progress, on disk when this returns: it must not outlast the file that it is of."""
+        if self.progress.exists():
+            self.progress.unlink()
+            sync_folder(self.path.parent)
 
 
 @contextmanager
@@ -64,14 +67,6 @@ def lock_partial_file(path: Path, size: int) -> Iterator[PartialFile]:
                 if path.exists():
                     PartialFile(name, file).remove()
             return
-
-
-@contextmanager
-def open_partial_file(path: Path) -> Iterator[PartialFile]:
-    """The partial file of ``path`` that another process of the same build has locked."""
-    name = path.with_suffix(".part")
-    with open(name, "r+b") as file:
-        yield PartialFile(name, file)
 
 
 def disk_error(folder: Path, size: int, error: OSError) -> UserError:
