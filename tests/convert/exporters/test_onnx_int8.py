@@ -20,8 +20,8 @@ WEIGHTS = {
 
 
 def write_graph(path: Path) -> None:
-    """``product`` and ``tied`` are multiplied, rows of ``tied`` and columns of ``columns`` looked up, ``branch`` is read in
-    a branch of an ``If`` only, and ``constant`` is an output."""
+    """``product`` and ``tied`` are multiplied; rows of ``tied`` and columns of ``columns`` are looked up; ``branch`` is
+    read in a branch of an ``If`` only; ``constant`` is an output."""
     unchanged = helper.make_graph(
         [helper.make_node("Identity", ["tied_product"], ["kept"])],
         "unchanged",
