@@ -351,7 +351,10 @@ class Tower(nn.Module):
             hooks.append(self.patch_dropout.register(self.net))
         try:
             net = self._packing_net(inputs)
-            states = self(inputs) if net is None else net.forward_packed(inputs.ids, inputs.mask)
+            if net is not None and isinstance(inputs, Tokens):
+                states = net.forward_packed(inputs.ids, inputs.mask)
+            else:
+                states = self(inputs)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -61,11 +61,10 @@ class BertEncoder(nn.Module):
         inputs_embeds: Float[Tensor, "B N D"] | None = None,
     ) -> EncoderOutput:
         """States of every token, from token ids or from token embeddings; no mask: every token is real."""
-        if inputs_embeds is None:
-            assert input_ids is not None, "token ids or token embeddings"
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        return EncoderOutput(self._run_blocks(inputs_embeds, positions, _pair_mask(attention_mask)))
+        assert input_ids is not None or inputs_embeds is not None, "token ids or token embeddings"
+        embedded = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        positions = torch.arange(embedded.shape[1], device=embedded.device)[None]
+        return EncoderOutput(self._run_blocks(embedded, positions, _pair_mask(attention_mask)))
 
     def forward_packed(
         self, input_ids: Int[Tensor, "B N"], attention_mask: Int[Tensor, "B N"] | Bool[Tensor, "B N"]
