@@ -59,6 +59,7 @@ check: setup
 
 docs: setup .docs/ready
 	PYTHONPATH=.docs $(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going docs docs/_build
+	@echo docs/_build/index.html
 
 pages: setup
 	$(BIN)/pytest tests_docs

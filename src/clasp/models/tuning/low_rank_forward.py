@@ -27,7 +27,7 @@ class LowRankForward:
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         layer, name = self.wrapper, self.adapter
-        joined = not torch.is_inference_mode_enabled() and torch.is_autocast_enabled(x.device.type)
+        joined = not (x.is_meta or torch.is_inference_mode_enabled()) and torch.is_autocast_enabled(x.device.type)
         if not joined or layer.disable_adapters or layer.merged or args or options:
             return type(layer).forward(layer, x, *args, **options)
         base = layer.base_layer(x)
