@@ -30,7 +30,7 @@ from faults.world import World
 
 CASES: dict[str, tuple[Callable[..., CaseCount], int]] = {
     "training": (killed_training, 50),
-    "processes": (killed_process, 20),
+    "killed-process": (killed_process, 20),
     "indexing-flat": (partial(killed_indexing, engine="flat"), 50),
     "deleting-flat": (partial(killed_deleting, engine="flat"), 50),
     "bits": (flipped_bits, 200),

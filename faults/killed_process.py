@@ -65,7 +65,7 @@ def killed_process(world: World, trials: int = 20) -> CaseCount:
     return CaseCount(
         f"`kill -9` of one of two processes of a run; the other ended within {slowest:.1f} seconds",
         f"the other ends within {SECONDS} seconds with a line; resumed, bitwise the run of two that nothing interrupts",
-        "processes",
+        "killed-process",
         done,
         dict(outcomes),
         tuple(failures),
