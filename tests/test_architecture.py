@@ -169,6 +169,7 @@ def test_the_floors_in_the_readme_are_those_of_the_contract():
 
 
 PLACEHOLDERS = ("runs", "RUN", "FOLDER", "Pictures", "USER", "recipe.toml")  # first parts of paths that a reader makes
+BUILT = "docs/_build/"  # by make docs
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)+/?|[\w-]+\.(?:py|toml)")
 
 
@@ -178,7 +179,7 @@ def named_paths(text: str) -> Iterator[str]:
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
     for word in " ".join([*fenced, *inline]).split():
         word = word.strip("'\"(),;")
-        if PATH.fullmatch(word) and word.split("/")[0] not in PLACEHOLDERS:
+        if PATH.fullmatch(word) and word.split("/")[0] not in PLACEHOLDERS and not word.startswith(BUILT):
             yield word
 
 
