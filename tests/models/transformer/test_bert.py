@@ -70,9 +70,24 @@ def test_token_embeddings_in_place_of_ids():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
 def test_inference_mode_changes_no_bit(dtype):
-    net, (ids, mask) = _pair()[0].eval(), _inputs(padded=True)
+    net, (ids, mask) = _pair()[0].eval().requires_grad_(False), _inputs(padded=True)
     found = []
     for mode in (torch.no_grad, torch.inference_mode):  # the second computes GELU in place
         with mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             found.append(net(input_ids=ids, attention_mask=mask).last_hidden_state)
     assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_net_takes_other_batches_and_lengths():
+    """As the graphs that ``clasp export --to onnx`` traces."""
+    net, (ids, mask) = _pair()[0].eval().requires_grad_(False), _inputs(padded=True)
+
+    def run(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return net(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    with torch.no_grad():
+        traced = torch.jit.trace(run, (ids, mask), check_trace=False)
+        for rows, columns in ((2, 9), (5, 4), (1, 1)):
+            some = ids[:rows, :columns], mask[:rows, :columns]
+            assert torch.equal(traced(*some), run(*some))

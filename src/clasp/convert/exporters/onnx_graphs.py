@@ -251,10 +251,12 @@ def _require_parity(name: str, side: str, cases: Sequence[_Case], path: Path) ->
     rows = _measure(cases, path)
     for row in rows:
         if not row["difference"] <= PARITY_LIMIT:
-            raise UserError(
-                f"the ONNX graph of the {side} tower {name} differs from torch by {row['difference']:.1e} at shape "
-                f"{row['shape']}, more than {PARITY_LIMIT:.0e}; this tower cannot be exported to ONNX"
+            found = (
+                f"differs from torch by {row['difference']:.1e} at shape {row['shape']}, more than {PARITY_LIMIT:.0e}"
             )
+            if row["difference"] == float("inf"):
+                found = f"does not run at shape {row['shape']}"
+            raise UserError(f"the ONNX graph of the {side} tower {name} {found}; this tower cannot be exported to ONNX")
     return rows
 
 

@@ -112,8 +112,9 @@ class _Embeddings(nn.Module):
         self.dropout = nn.Dropout(settings.hidden_dropout_prob)
 
     def forward(self, embedded: Float[Tensor, "B N D"], positions: Int[Tensor, "1 N"]) -> Float[Tensor, "B N D"]:
-        # looked up for each token, not broadcast from one row: so are the gradient's sums
-        types = self.token_type_embeddings(torch.zeros_like(positions).expand(len(embedded), -1))
+        # looked up for each token, not broadcast from one row: so are the gradient's sums; ``len`` would be a constant
+        # of an exported graph
+        types = self.token_type_embeddings(torch.zeros_like(positions).expand(embedded.shape[0], -1))
         return self.dropout(self.LayerNorm(embedded + types + self.position_embeddings(positions)))
 
 
