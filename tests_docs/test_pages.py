@@ -38,7 +38,7 @@ CLASSES = {"FOLDER": slice(0, 1000, 25), "HELD_OUT": slice(1, 1000, 50)}
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages name: class folders of drawings, photographs in ``~/Pictures``, and two runs."""
     place = tmp_path_factory.mktemp("pages")
     sample = unpack_emoji_sample(cache_folder(), quick=False)
@@ -87,10 +87,10 @@ def run_block(program: list[str], place: Path, env: dict[str, str]) -> tuple[int
         return code, printed.read().decode(errors="replace")
 
 
-def test_the_first_page_runs(workplace: Path):
-    assert (workplace / "runs" / "photos" / "search.png").exists()
+def test_the_first_page_runs(page_folder: Path):
+    assert (page_folder / "runs" / "photos" / "search.png").exists()
 
 
 @pytest.mark.parametrize("page", LATER)
-def test_page_runs(page: str, workplace: Path):
-    run_page(page, workplace)
+def test_page_runs(page: str, page_folder: Path):
+    run_page(page, page_folder)

@@ -1,11 +1,11 @@
 """``clasp train auto``: from a closed form on cached features to tuning inside the towers, within a budget.
 
 Input: a recipe with ``[auto]``, and a folder. Output: an ordinary run, that of the best stage; the stages are runs too,
-in ``RUN/stages``. The heads are chosen in closed form (``commands.closed_form``), then both towers are tuned; heads
-take gradient steps with what is left of the budget. A stage is kept where the run's own validation metric is better.
-Note: Ctrl-C ends it with the best stage so far; ``plan.json`` has what was tried and is what ``clasp resume`` goes on
-from. Finished stages are not repeated. One class of many lines: its stages share the budget, the plan and the best
-score.
+in ``RUN/stages``. The heads are chosen in closed form (``commands.closed_form``), both towers are tuned, the heads are
+solved again for what was tuned, and take gradient steps with what is left of the budget. A stage is kept where the
+run's own validation metric is better. Note: Ctrl-C ends it with the best stage so far; ``plan.json`` has what was tried
+and is what ``clasp resume`` goes on from. Finished stages are not repeated. ``commands.auto_stages`` trains and records
+a stage; which there are is decided here.
 """
 
 from __future__ import annotations
