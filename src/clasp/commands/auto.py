@@ -69,6 +69,7 @@ from clasp.training.warm_start import load_initial_weights
 from clasp.types import UserError
 
 _SEARCH_SHARE = 0.1  # of the minutes, for a search of closed forms once its features are cached
+_MINUTES_FOR_ALL_LAYERS = 3  # their moments alone take a quarter of a minute
 _TUNING_NUMBERS = tuple(f"{2 + number}-" for number in range(len(TUNINGS)))
 
 
@@ -149,8 +150,9 @@ class _Climb:
 
     def _search(self) -> tuple[StagePlan, ClosedFormHeads]:
         """The closed form that validation chooses, and its heads."""
-        search = self._begin_search(search_recipe(self.base))
-        self.io.say(f"features of all layers are cached; {self._stages.seconds:,.0f} s so far")
+        layers = "upper half" if (self.budget.minutes or float("inf")) < _MINUTES_FOR_ALL_LAYERS else "all"
+        search = self._begin_search(search_recipe(self.base, layers))
+        self.io.say(f"features of the layers ({layers}) are cached; {self._stages.seconds:,.0f} s so far")
         trials = self._run_search(search, RIDGES)
         chosen, reason = choose_trial(trials)
         return plan_closed_form(self.base, chosen.candidate, reason), search.heads(chosen.candidate)

@@ -111,7 +111,9 @@ class AutoStages:
             )
             if done.fitted.interrupted:
                 raise KeyboardInterrupt
-        score, trained = self._score(stage.name)
+            score, trained = done.task.primary_score(done.scored), done.cost.parameters["model"]["trained"]
+        else:  # it ended, and was not recorded any more
+            score, trained = self._score(stage.name)
         row = AutoRow(stage=stage.name, method=stage.method, reason=stage.reason, verdict="kept")
         row = replace(row, metric=score.value, interval=tuple(score.interval), trained=trained)
         row = replace(row, seconds=time.monotonic() - began, steps=_steps(folder))

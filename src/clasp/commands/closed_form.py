@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -177,14 +177,21 @@ def with_layer_pools(recipe: Recipe) -> Recipe:
     return changed(recipe, pools)
 
 
-def search_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of a search: all layers of both towers, unless the recipe names some, and heads that standardise."""
+def search_recipe(recipe: Recipe, layers: Literal["all", "upper half"] = "all") -> Recipe:
+    """The recipe of a search: these layers of both towers, unless the recipe names some, and heads that standardise."""
     model = build_model(changed(recipe, {}), meta=True)
-    layers = {
-        side: {"extra_layers": settings.extra_layers or ("all" if tower.layer_pool else [])}
+    extra = {
+        side: {"extra_layers": settings.extra_layers or _extra_layers(tower, layers)}
         for side, settings, tower in (("image", recipe.image, model.image), ("text", recipe.text, model.text))
     }
-    return changed(recipe, {**layers, "head": {"kind": "linear", "width": 1, "standardize": True}})
+    return changed(recipe, {**extra, "head": {"kind": "linear", "width": 1, "standardize": True}})
+
+
+def _extra_layers(tower: Tower, layers: Literal["all", "upper half"]) -> list[int] | Literal["all"]:
+    """The layers of a tower that pools several, in addition to the last."""
+    if tower.layer_pool is None:
+        return []
+    return "all" if layers == "all" else list(upper_half(tower.pooled_layers[0][0]))
 
 
 def tuned_search_recipe(recipe: Recipe, tuned: Recipe, run: str) -> Recipe:
@@ -193,19 +200,9 @@ def tuned_search_recipe(recipe: Recipe, tuned: Recipe, run: str) -> Recipe:
     The upper half of the layers: once tuned, these were better than all (``dev/LOG.md``). Class pairs are of the towers
     as they were before.
     """
-    model = build_model(changed(recipe, {}), meta=True)
-    layers = {
-        side: {
-            "extra_layers": settings.extra_layers
-            or list(upper_half(tower.pooled_layers[0][0]) if tower.layer_pool else ())
-        }
-        for side, settings, tower in (("image", recipe.image, model.image), ("text", recipe.text, model.text))
-        if tower.layer_pool is not None
-    }
     start = {"epochs": 0, "init_from": run, "init_parts": "towers"}
-    head = {"kind": "linear", "width": 1, "standardize": True}
-    changes = {**layers, "tune": tuned.tune.model_dump(), "head": head, "data": {"class_weight": 0.0}, "train": start}
-    return changed(recipe, changes)
+    changes = {"tune": tuned.tune.model_dump(), "data": {"class_weight": 0.0}, "train": start}
+    return changed(search_recipe(recipe, "upper half"), changes)
 
 
 def attention_of_runs(recipe: Recipe) -> AbstractContextManager[None]:

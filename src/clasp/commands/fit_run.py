@@ -1,18 +1,17 @@
 """The training of a run: its batches, the initial values of heads and low-rank updates, and the loop.
 
-Input: a ``RunContext``, the validation task that selects the weights, and the encoder that it evaluates. Output: the
-model trained in place and ``FitResult``; during training, states and costs are written to the run folder, metrics to
+Input: a ``RunContext``, and the evaluations that select the weights. Output: the model trained in place and ``FitResult``; during training, states and costs are written to the run folder, metrics to
 the tracker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 
 from clasp.commands.run_context import RunContext
+from clasp.commands.run_evaluations import RunEvaluations
 from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader, PartReader
 from clasp.data.readers import LiveImageReader
 from clasp.training.batch_parts import PartBatches
@@ -24,7 +23,7 @@ from clasp.training.initialize import initialize_heads, initialize_low_rank, sta
 from clasp.training.loop import FitCallbacks, fit
 from clasp.training.losses import build_loss
 from clasp.training.state import FitResult, TrainState
-from clasp.types import Encoder, Evaluator, Loss, SkippedSample, UserError
+from clasp.types import Loss, SkippedSample, UserError
 
 
 def open_batches(context: RunContext, sides: BatchReader) -> PairLoader:
@@ -72,16 +71,11 @@ def _loader(context: RunContext, sides: BatchReader) -> PairLoader:
 
 
 def fit_run(
-    context: RunContext, sides: BatchReader, batches: PairLoader, task: Evaluator, encoder: Encoder
+    context: RunContext, sides: BatchReader, batches: PairLoader, evaluations: RunEvaluations
 ) -> FitResult:
     """Initialise heads and low-rank updates, or restore a saved state; run the loop; close the batches."""
     recipe, ledger, model, loss = context.recipe, context.ledger, context.model, build_loss(context.recipe.loss)
     processes = context.processes
-
-    def evaluate() -> Mapping[str, float]:
-        with processes.alike():
-            metrics = task(encoder)
-        return processes.first(lambda: metrics)  # to the last bit the same on all
 
     def save(state: TrainState) -> None:
         context.folder.save_state(state)
@@ -90,8 +84,8 @@ def fit_run(
     callbacks = FitCallbacks(
         tracker=context.tracker,
         reporter=context.reporter,
-        evaluate=ledger.timed_as("evaluation", evaluate),
-        primary=task.primary,
+        evaluate=ledger.timed_as("evaluation", evaluations),
+        primary=evaluations.task.primary,
         save=ledger.timed_as("saving", save) if processes.is_first else None,
         ledger=ledger,
         processes=processes,

@@ -7,13 +7,14 @@ status lines are passed to ``say``; nothing is printed here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from clasp.commands.fit_run import fit_run, open_batches
 from clasp.commands.run_context import Preloaded, RunContext, open_ledger, read_earlier_cost, resolve_recipe
+from clasp.commands.run_evaluations import RunEvaluations
 from clasp.config.build import (
     ModelAndPreprocessing,
     build_feature_source,
@@ -28,7 +29,7 @@ from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.shared_encoder import SharedEncoder
-from clasp.evaluation.tasks import ScoredQueries
+from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
 from clasp.models.precision import resolve_precision
 from clasp.report.model_card import ModelCard
 from clasp.training.cost import COST_FILE
@@ -46,13 +47,15 @@ from clasp.types import MessageCallback, ProgressFactory, TrackedRun, no_progres
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """The result of a run."""
+    """The result of a run; ``scored``: the validation ``task``'s scores of single queries (empty where interrupted)."""
 
     run: Path
     fitted: FitResult
     results: list[EvaluationResult]
     delta_bytes: int
     cost: RunCost
+    task: EvaluationTask
+    scored: list[ScoredQueries]
 
 
 def train_recipe(
@@ -173,26 +176,24 @@ def _train(context: RunContext) -> TrainResult:
         shared = SharedEncoder(context.model, inputs, processes) if processes.size > 1 else None
         with processes.alike():
             task = validation_task(context.train, context.val, shared or inputs)
-        fitted = fit_run(context, sides, batches, task, shared or context.model)
+        evaluations = RunEvaluations(task, shared or context.model, processes)
+        fitted = fit_run(context, sides, batches, evaluations)
         delta_bytes = processes.first(lambda: context.folder.save(context.model))
-        scored: list[ScoredQueries] = []
-        if not fitted.interrupted:
-            with processes.alike():
-                scored = ledger.timed_as("evaluation", task.scored)(shared or context.model)
-        return processes.first(lambda: _finish(context, fitted, delta_bytes, lambda: task.finish(scored)))
+        scored = [] if fitted.interrupted else ledger.timed_as("evaluation", evaluations.of_final_weights)(fitted)
+        return processes.first(lambda: _finish(context, fitted, delta_bytes, task, scored))
 
 
 def _finish(
-    context: RunContext, fitted: FitResult, delta_bytes: int, evaluate: Callable[[], list[EvaluationResult]]
+    context: RunContext, fitted: FitResult, delta_bytes: int, task: EvaluationTask, scored: list[ScoredQueries]
 ) -> TrainResult:
     """Write what is left to the folder; delete the training state of a completed run."""
     folder, ledger = context.folder, context.ledger
-    results = [] if fitted.interrupted else ledger.timed_as("evaluation", evaluate)()
+    results = [] if fitted.interrupted else ledger.timed_as("evaluation", task.finish)(scored)
     cost = ledger.cost(delta_bytes)
     _write(context, fitted, results, cost)
     if not fitted.interrupted:
         folder.finish()
-    return TrainResult(folder.path, fitted, results, delta_bytes, cost)
+    return TrainResult(folder.path, fitted, results, delta_bytes, cost, task, scored)
 
 
 def _prepare(

@@ -79,12 +79,20 @@ class EvaluationTask:
         return self.finish(self.scored(encoder))
 
     def score(self, encoder: Encoder) -> PrimaryScore:
+        """``primary_score`` of ``scored``."""
+        return self.primary_score(self.scored(encoder))
+
+    def primary_score(self, scored: Sequence[ScoredQueries]) -> PrimaryScore:
         """The primary metric with its replicates, to be compared with that of another encoder."""
-        return _primary_score(self.partial_results(self.scored(encoder), self.resamples), self.primary)
+        return _primary_score(self.partial_results(scored, self.resamples), self.primary)
+
+    def metrics(self, scored: Sequence[ScoredQueries]) -> dict[str, float]:
+        """The metrics of these scores by name."""
+        return _flatten(self.partial_results(scored, 0))
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """The metrics by name."""
-        return _flatten(self.partial_results(self.scored(encoder), 0))
+        """``metrics`` of ``scored``."""
+        return self.metrics(self.scored(encoder))
 
 
 @dataclass(kw_only=True)

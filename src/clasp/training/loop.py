@@ -135,6 +135,7 @@ def fit(
         precision=session.precision_choice.precision,
         pairs=logger.meter.pairs,
         seconds=time.monotonic() - began,
+        evaluation=best_checkpoint.evaluation,
         skipped=tuple(logger.skipped.values()),
     )
 
@@ -282,6 +283,8 @@ class BestCheckpoint:
         self.keep, self.epochs, self.best = settings.select, epochs, best
         self.eval_interval_epochs = _eval_interval(settings.evaluate_every, epochs)
         self.metrics: Mapping[str, float] = {}
+        self.evaluation: int | None = None
+        self._evaluations = 0
 
     def evaluate_initial(self, at: TrainPosition) -> None:
         """Evaluate before the first step: a baseline, or already the best for heads initialised in closed form."""
@@ -299,10 +302,13 @@ class BestCheckpoint:
         self.stepper.model.train(False)
         self.metrics = metrics = dict(self.evaluate())
         self.stepper.model.train()
+        self._evaluations += 1
         # a task with directions or languages gives dozens of metrics; the log has them all
         shown = {name: value for name, value in metrics.items() if name == self.primary or "/" not in name}
         line = f"{when}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
         better = self.keep == "best" and self.is_improvement(metrics)
+        if better or self.keep == "last":
+            self.evaluation = self._evaluations - 1
         if better:
             self.best = BestEvaluation(at, metrics, self.stepper.selected_weights(copied=True))
             line += "; the best so far"
@@ -336,7 +342,7 @@ class BestCheckpoint:
 
     def interrupt(self, at: TrainPosition, signal: str) -> TrainPosition:
         """End an interrupted run with the current weights."""
-        self.metrics = {}
+        self.metrics, self.evaluation = {}, None
         line = f"stopped by {signal} after {at.step} of {self.stepper.steps} steps"
         self.logger.log_event("stop", line, at.step, interrupted=True, held_step=at.step)
         return at

@@ -105,7 +105,8 @@ class FitResult:
     """The result of a call to ``fit``.
 
     The model has the weights of ``weights_position``: the best evaluation's, or the last step's; ``metrics`` are those
-    of their evaluation (empty without one). ``interrupted`` runs have the last step's, and ``position`` is where to
+    of their evaluation (empty without one), ``evaluation`` its number among those of this call, from 0 (``None`` where
+    it is of an earlier call, or there is none). ``interrupted`` runs have the last step's, and ``position`` is where to
     resume. ``pairs`` and ``seconds`` count this call only, ``seconds`` including evaluation and saving.
     """
 
@@ -116,4 +117,5 @@ class FitResult:
     precision: Precision
     pairs: int
     seconds: float
+    evaluation: int | None = None
     skipped: tuple[SkippedSample, ...] = field(default=())
