@@ -170,15 +170,16 @@ def _train(context: RunContext) -> TrainResult:
             lambda: inputs.batch_reader(context.train, context.listing, context.recipe.data.augment)
         )
         batches = open_batches(context, sides)
-        shared = SharedEncoder(context.model, inputs, processes) if processes.size > 1 else None
+        encoder = inputs.in_precision(context.model)
+        shared = SharedEncoder(encoder, inputs, processes) if processes.size > 1 else None
         with processes.alike():
             task = validation_task(context.train, context.val, shared or inputs)
-        fitted = fit_run(context, sides, batches, task, shared or context.model)
+        fitted = fit_run(context, sides, batches, task, shared or encoder)
         delta_bytes = processes.first(lambda: context.folder.save(context.model))
         scored: list[ScoredQueries] = []
         if not fitted.interrupted:
             with processes.alike():
-                scored = ledger.timed_as("evaluation", task.scored)(shared or context.model)
+                scored = ledger.timed_as("evaluation", task.scored)(shared or encoder)
         return processes.first(lambda: _finish(context, fitted, delta_bytes, lambda: task.finish(scored)))
 
 
