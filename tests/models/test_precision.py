@@ -13,10 +13,12 @@ from clasp.data.feature_cache.features import text_features
 from clasp.data.feature_cache.requests import TextFeatureRequest
 from clasp.data.images import ImageTransform
 from clasp.data.pairs import Pairs
+from clasp.evaluation.embedding_table import embed_batches
 from clasp.models import precision
-from clasp.models.cache_policy import CachePolicy
+from clasp.models.cache_policy import CachePolicy, FeatureCacheMode
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings
+from clasp.models.features import FeatureSource
 from clasp.models.frozen import FrozenPrefix, FrozenTower
 from clasp.models.heads import HeadSettings
 from clasp.models.image_side import ImageSide
@@ -150,3 +152,32 @@ def test_embeddings_in_bfloat16_are_float32_and_of_another_index() -> None:
             found = model.in_precision_of(store.fingerprint)
             assert found.fingerprint == store.fingerprint and found.precision.text == model.precision.text
         assert model.in_precision_of("") is model.in_precision_of("another model") is model
+
+
+@pytest.mark.parametrize("mode", ["off", "auto"], ids=["live", "cached"])
+def test_evaluation_computes_as_encoding_does(tmp_path: Path, mode: FeatureCacheMode) -> None:
+    """Live towers in the recipe's precision, heads over cached features of locked towers in float32."""
+    model = DualEncoder(Tower(base("vit")), Tower(base("bert")), HeadSettings(), seed=0).eval()
+    embeddings = {}
+    for choice in get_args(Precision):
+        settings = FeatureSettings(CachePolicy(tmp_path, mode), precision=PrecisionChoice(choice, "set here"))
+        source = FeatureSource(
+            model.image, model.text, transform=TRANSFORM, tokenizer=word_tokenizer(), settings=settings
+        )
+        encoder = source.in_precision(model)
+        assert encoder.fingerprint == model.fingerprint and (encoder is model) == (choice == "float32")
+        images = embed_batches(source.images(PAIRS)(), encoder.embed_image, "image").vectors
+        texts = embed_batches(source.texts({text: text for text in TEXTS})(), encoder.embed_text, "text")
+        embeddings[choice] = images, texts.vectors
+        encoded = EmbeddingModel(model, TRANSFORM, word_tokenizer(), precision=source.precision)
+        if mode == "off":
+            pixels = torch.cat([inputs.values for _, inputs in source.images(PAIRS)()])
+            assert torch.equal(images, encoded.encode_pixels(pixels))
+            rows = [TEXTS.index(text) for text in texts.ids]
+            assert torch.equal(texts.vectors, encoded.encode_text(TEXTS)[rows])
+        else:  # the head multiplies what is cached in float32
+            features = source.image_features(PAIRS)
+            assert features is not None
+            assert torch.equal(images, model.embed_image(features.read(np.arange(5))))
+    for exact, fast in zip(*(embeddings[choice] for choice in get_args(Precision)), strict=True):
+        assert not torch.equal(exact, fast) and float((exact * fast).sum(dim=1).min()) > 0.999

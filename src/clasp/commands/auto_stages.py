@@ -136,7 +136,7 @@ class AutoStages:
         parts = ModelAndPreprocessing(model.encoder, model.transform, model.tokenizer)
         inputs = build_feature_source(parts, recipe, bar=self.io.bar)
         task = validation_task(*self.pairs, inputs)
-        return task.score(model.encoder), model.encoder.parameter_counts()["model"].trained
+        return task.score(inputs.in_precision(model.encoder)), model.encoder.parameter_counts()["model"].trained
 
     # --- the run -----------------------------------------------------------------------------------------------------
 

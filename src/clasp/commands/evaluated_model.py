@@ -71,9 +71,8 @@ def _find_run(name: str, folder: Path) -> ModelSource:
         assert isinstance(model.encoder, DualEncoder)
         parts = ModelAndPreprocessing(model.encoder, model.transform, model.tokenizer)
         inputs = build_feature_source(parts, recipe, bar=bar)
-        return LoadedModel(
-            model.encoder, inputs, TrainedRun(folder=folder, recipe=recipe, model=parts.model, inputs=inputs)
-        )
+        run = TrainedRun(folder=folder, recipe=recipe, model=parts.model, inputs=inputs)
+        return LoadedModel(inputs.in_precision(model.encoder), inputs, run)
 
     return ModelSource(name, recipe.data, load_run, None if name.startswith(RUN_SCHEME) else folder)
 
@@ -84,7 +83,8 @@ def _find_pretrained(name: str, tower: str) -> ModelSource:
     def load_pretrained(bar: ProgressFactory) -> LoadedModel:
         parts = build_model_and_preprocessing(recipe)
         parts.model.eval()
-        return LoadedModel(parts.model, build_feature_source(parts, recipe, bar=bar))
+        inputs = build_feature_source(parts, recipe, bar=bar)
+        return LoadedModel(inputs.in_precision(parts.model), inputs)
 
     return ModelSource(name, recipe.data, load_pretrained)
 

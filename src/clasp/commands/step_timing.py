@@ -54,7 +54,7 @@ def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, ca
     plan = plan_run(recipe, train, inputs)
     resolved = resolve_recipe(recipe, plan, parts.model)
     sides = inputs.batch_reader(train, listing, recipe.data.augment)
-    task = validation_task(train, val, inputs)
+    task, encoder = validation_task(train, val, inputs), inputs.in_precision(parts.model)
     workers = recipe.train.workers if isinstance(sides.image, LiveImageReader) else 0
     batches = PairLoader(
         sides,
@@ -67,9 +67,9 @@ def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, ca
     assert resolved.train.attention != "auto"
     with closing(batches), use_attention_kernel(resolved.train.attention):
         if inputs.frozen_text_part is not None:
-            task(parts.model)  # computes the features of its captions, once in a run
+            task(encoder)  # computes the features of its captions, once in a run
         began = time.perf_counter()
-        task(parts.model)
+        task(encoder)
         evaluation = time.perf_counter() - began
         features = _time_features(parts.model, inputs.batch_reader(train, listing, None), recipe.train.precision)
         few = _FirstBatches(batches)

@@ -173,10 +173,11 @@ def _train(context: RunContext) -> TrainResult:
             lambda: inputs.batch_reader(context.train, context.listing, context.recipe.data.augment)
         )
         batches = open_batches(context, sides)
-        shared = SharedEncoder(context.model, inputs, processes) if processes.size > 1 else None
+        encoder = inputs.in_precision(context.model)
+        shared = SharedEncoder(encoder, inputs, processes) if processes.size > 1 else None
         with processes.alike():
             task = validation_task(context.train, context.val, shared or inputs)
-        evaluations = RunEvaluations(task, shared or context.model, processes)
+        evaluations = RunEvaluations(task, shared or encoder, processes)
         fitted = fit_run(context, sides, batches, evaluations)
         delta_bytes = processes.first(lambda: context.folder.save(context.model))
         scored = [] if fitted.interrupted else ledger.timed_as("evaluation", evaluations.of_final_weights)(fitted)

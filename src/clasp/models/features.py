@@ -14,11 +14,14 @@ from clasp.data.loader import BatchReader
 from clasp.data.pairs import Pairs
 from clasp.data.readers import ImageReader, PairIndex, TextReader
 from clasp.data.tokenizer import Tokenizer
+from clasp.models.encoder_in_precision import EncoderInPrecision
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings
 from clasp.models.frozen import FrozenPrefix, FrozenTower
 from clasp.models.image_side import ImageSide, ImageStream
+from clasp.models.inference import EncoderPrecision
 from clasp.models.text_side import TextSide, TextStream
 from clasp.models.tower import Tower
+from clasp.types import Encoder
 
 
 class FeatureSource:
@@ -36,6 +39,7 @@ class FeatureSource:
     ):
         callbacks = callbacks or FeatureCallbacks()
         self.cache = settings.cache
+        self.precision = EncoderPrecision(settings.tower_precision(image), settings.tower_precision(text))
         self.image = ImageSide(image, transform, settings, callbacks)
         self.text = TextSide(text, tokenizer, settings, callbacks)
 
@@ -85,6 +89,12 @@ class FeatureSource:
         return self.text.features(texts)
 
     # --- evaluation ----------------------------------------------------------------------------------------------
+
+    def in_precision(self, model: Encoder) -> Encoder:
+        """The model, with live towers in the precision in which features are computed; itself in float32."""
+        if self.precision == EncoderPrecision():
+            return model
+        return EncoderInPrecision(model, self.precision)
 
     def images(self, pairs: Pairs) -> Callable[[], ImageStream]:
         """A stream of the images of ``pairs`` with their ids; each call starts it anew."""

@@ -2,11 +2,11 @@
 
 Input: a device and the recipe's setting. Output: ``PrecisionChoice``, the precision and the reason as a sentence, for a
 training step; and ``frozen_precision``, that of a forward pass without gradients (feature cache, ``encode_image``,
-``encode_text``, index, evaluation of cached features). Note: on a CPU the choice is measured, not read from a list of
-features. CPUs without bfloat16 instructions emulate it, up to hundreds of times slower than float32, so both are timed,
-once per machine: the choice is kept in the cache folder (``precision.json``) under the processor, the version of torch
-and the number of threads, since a choice that changed between two starts would change features. The benchmark starts
-with a tiny matrix and never starts a product that would take long.
+``encode_text``, index, evaluation). Note: on a CPU the choice is measured, not read from a list of features. CPUs
+without bfloat16 instructions emulate it, up to hundreds of times slower than float32, so both are timed, once per
+machine: the choice is kept in the cache folder (``precision.json``) under the processor, the version of torch and the
+number of threads, since a choice that changed between two starts would change features. The benchmark starts with a
+tiny matrix and never starts a product that would take long.
 """
 
 from __future__ import annotations
