@@ -36,9 +36,7 @@ from clasp.config.auto_plan import (
     TUNED_CLOSED_FORM,
     TUNED_RIDGES,
     TUNINGS,
-    Left,
     StagePlan,
-    StepTiming,
     TowerTuning,
     changed,
     fit_heads,
@@ -49,6 +47,7 @@ from clasp.config.auto_plan import (
     plan_tuned_closed_form,
     plan_tuning,
     tuned_closed_form_seconds,
+    tuning_stage_name,
 )
 from clasp.config.build import (
     build_feature_source,
@@ -68,7 +67,7 @@ from clasp.training.run_folder import RunFolder
 from clasp.training.warm_start import load_initial_weights
 from clasp.types import UserError
 
-_SEARCH_SHARE = 0.1  # of the minutes, for a search of closed forms once its features are cached
+_SEARCH_SHARE = 0.05  # of the minutes, for a search of closed forms once its features are cached
 _MINUTES_FOR_ALL_LAYERS = 3  # their moments alone take a quarter of a minute
 _TUNING_NUMBERS = tuple(f"{2 + number}-" for number in range(len(TUNINGS)))
 
@@ -118,6 +117,7 @@ class _Climb:
         self.budget, self.base = recipe.auto, with_layer_pools(recipe)
         self.folder, self.plan, self.pairs, self.io = run, plan, pairs, callbacks
         self._stages = AutoStages(run, plan, pairs, recipe.auto, callbacks)
+        self._reserved = 0.0  # seconds of the closed form of the tuned towers, once a method of tuning was timed
 
     def run(self) -> AutoResult:
         interrupted = False
@@ -225,28 +225,35 @@ class _Climb:
 
     def _tuning(self, method: TowerTuning) -> None:
         """Stage 2 and on: tuning inside the towers, from heads of the last layers."""
-        number, start = 2 + TUNINGS.index(method), self._start_of_tuning()
+        number = 2 + TUNINGS.index(method)
+        name = tuning_stage_name(number, method)
+        if self.plan.row(name) is not None:
+            return
+        reason = self._no_time_for_tuning()
+        if reason and not self._stages.interrupted(name):
+            return self._stages.leave_out(name, method.name, reason)
+        start = self._start_of_tuning()
         base = self._base(start)
         stage = plan_tuning(base, number, str(self._stages.folder / start), method, self._specs(method, base))
         if self._stages.resumed_or_ended(stage):
             return
-        if self._stages.left.nothing:
-            return self._stages.leave_out(stage.name, stage.method, f"the budget of {self.budget} has ended")
-        # a further method starts anew, so it must have the time of the first
-        first = self._first_tuning()
-        if first is not None:
-            left = self._stages.left
-            if first.metric is None:
-                return self._stages.leave_out(stage.name, stage.method, f"as {first.stage}")
-            if (left.seconds or 0) < first.seconds and (left.steps or 0) < first.steps:
-                return self._stages.leave_out(stage.name, stage.method, f"{first.stage} took more than {left}")
         timing = time_steps(stage.recipe, self.pairs, self.io.bar)
-        self._stages.train_if_planned(stage, fit_tuning(stage, timing, self._left_for_tuning(timing)))
+        trials = [row.seconds for row in self.plan.rows if not row.stage][:2]
+        self._reserved = tuned_closed_form_seconds(timing, sum(trials))
+        self._stages.train_if_planned(stage, fit_tuning(stage, timing, self._stages.left.after(self._reserved)))
 
-    def _left_for_tuning(self, timing: StepTiming) -> Left:
-        """What is left for gradient steps, before the closed form of the tuned towers."""
-        first = [row.seconds for row in self.plan.rows if not row.stage][:2]
-        return self._stages.left.after(tuned_closed_form_seconds(timing, sum(first)))
+    def _no_time_for_tuning(self) -> str:
+        """Why no further method of tuning is tried: it starts anew, so it must have the time of the first."""
+        if self._stages.left.nothing:
+            return f"the budget of {self.budget} has ended"
+        first = self._first_tuning()
+        if first is None:
+            return ""
+        if first.metric is None:
+            return f"as {first.stage}"
+        left = self._stages.left.after(self._reserved)
+        enough = (left.seconds or 0) >= first.seconds or (left.steps or 0) >= first.steps
+        return "" if enough else f"{first.stage} took more than {left}"
 
     def _base(self, start: str) -> Recipe:
         """The user's recipe with the layers and heads of a stage; its batch size is still "auto" where it was."""

@@ -80,10 +80,14 @@ class AutoStages:
         """Whether the stage has ended; one that was interrupted is finished first."""
         if self.plan.row(stage.name) is not None:
             return True
-        if not RunFolder(self.folder / stage.name).has_state:
+        if not self.interrupted(stage.name):
             return False
         self.train(replace(stage, reason="resumed"))
         return True
+
+    def interrupted(self, name: str) -> bool:
+        """Whether a stage was begun and did not end."""
+        return RunFolder(self.folder / name).has_state
 
     def train_if_planned(self, stage: StagePlan, planned: StagePlan | str) -> None:
         """Train the stage as it was fitted into the budget, or leave it out for the reason given."""

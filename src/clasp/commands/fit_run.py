@@ -1,7 +1,7 @@
 """The training of a run: its batches, the initial values of heads and low-rank updates, and the loop.
 
-Input: a ``RunContext``, and the evaluations that select the weights. Output: the model trained in place and ``FitResult``; during training, states and costs are written to the run folder, metrics to
-the tracker.
+Input: a ``RunContext``, and the evaluations that select the weights. Output: the model trained in place and
+``FitResult``; during training, states and costs are written to the run folder, metrics to the tracker.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def _loader(context: RunContext, sides: BatchReader) -> PairLoader:
     )
 
 
-def fit_run(
-    context: RunContext, sides: BatchReader, batches: PairLoader, evaluations: RunEvaluations
-) -> FitResult:
+def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, evaluations: RunEvaluations) -> FitResult:
     """Initialise heads and low-rank updates, or restore a saved state; run the loop; close the batches."""
     recipe, ledger, model, loss = context.recipe, context.ledger, context.model, build_loss(context.recipe.loss)
     processes = context.processes

@@ -22,21 +22,21 @@ from clasp.config.auto_plan import StepTiming
 from clasp.config.build import build_feature_source, build_model_and_preprocessing
 from clasp.config.datasets import TrainValPairs, plan_run
 from clasp.config.recipe import Recipe
-from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
-from clasp.data.readers import LiveImageReader, PairIndex
+from clasp.data.loader import BatchReader, PairLoader
+from clasp.data.readers import LiveImageReader, PairIndex, SampleIndices
 from clasp.evaluation.from_pairs import validation_task
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.precision import Precision, computing_in, resolve_precision
 from clasp.training.attention_kernel import use_attention_kernel
 from clasp.training.loop import FitCallbacks, fit
 from clasp.training.losses import build_loss
-from clasp.training.pooled_features import PairFeatures
+from clasp.training.pooled_features import pool_inputs
 from clasp.training.warm_start import load_initial_weights
 from clasp.types import Batch, ProgressFactory
 
 _STEPS = 6  # the first ones, which choose a micro-batch and fill caches, are not counted
 _COUNTED = 4
-_FEATURES = 128  # pairs whose features are timed
+_FEATURES = 256  # pairs whose features are timed
 
 
 def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, cache: Path | None = None) -> StepTiming:
@@ -84,14 +84,21 @@ def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, ca
 
 
 def _time_features(model: DualEncoder, sides: BatchReader, precision: Literal["auto"] | Precision) -> float:
-    """Seconds of the pooled features of all pairs, from those of the first ones."""
-    assert isinstance(sides.pairs, PairIndex)
-    count, device = len(sides.pairs), next(model.parameters()).device
-    numbers = np.arange(min(_FEATURES, count))
-    began = time.perf_counter()
+    """Seconds of the pooled features of all images and all distinct captions, from those of the first pairs."""
+    index = sides.pairs
+    assert isinstance(index, PairIndex)
+    device, count = next(model.parameters()).device, min(_FEATURES, len(index))
+    picks = SampleIndices(np.arange(count), np.zeros(count, np.int64), np.zeros(count, np.int64))
     with computing_in(resolve_precision(precision, device).precision, device):
-        PairFeatures(model, sides, sides.pairs, BadSampleLimit(count, 1.0)).rows(numbers, 0)
-    return (time.perf_counter() - began) * count / len(numbers)
+        began = time.perf_counter()
+        read = sides.image(picks, index.__getitem__)
+        if read.kept:
+            pool_inputs(model.image, read.inputs)
+        images = time.perf_counter()
+        texts = sides.text(picks, index.__getitem__)
+        pool_inputs(model.text, texts.inputs)
+        captions = time.perf_counter()
+    return ((images - began) * len(index) + (captions - images) * len(index.texts)) / count
 
 
 class _FirstBatches:

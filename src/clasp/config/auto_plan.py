@@ -178,8 +178,12 @@ def plan_tuning(base: Recipe, number: int, start: str, method: TowerTuning, spec
         "tune": specs,
         "train": {"epochs": 1, "lr": method.lr, "lr_factors": dict(method.lr_factors), "init_from": start},
     }
-    name = method.name.replace(" ", "-")
-    return StagePlan(f"{number}-{name}", method.name, "", changed(base, changes))
+    return StagePlan(tuning_stage_name(number, method), method.name, "", changed(base, changes))
+
+
+def tuning_stage_name(number: int, method: TowerTuning) -> str:
+    """The name of the folder of a stage of tuning."""
+    return f"{number}-{method.name.replace(' ', '-')}"
 
 
 def plan_tuned_closed_form(tuned: Recipe, number: int, chosen: Candidate, reason: str) -> StagePlan:
