@@ -196,13 +196,15 @@ class _Climb:
         return begin_search(parts.model, recipe, sides, task, inputs)
 
     def _run_search(self, search: ClosedFormSearch, ridges: Sequence[tuple[float, float]]) -> list[ClosedFormTrial]:
-        """Try candidates for a share of the minutes, each a row of the plan; half as long is left for what follows."""
+        """Try candidates for a share of the minutes, each a row of the plan, the first with the seconds of the moments;
+        half as long is left for what follows."""
         began, left = time.monotonic(), self._stages.left.seconds
         share = float("inf") if self.budget.minutes is None else _SEARCH_SHARE * 60 * self.budget.minutes
         limit = share if left is None else min(share, left - share / 2)
         trials = search.run(self.io.say, lambda: time.monotonic() - began > limit, ridges)
-        for trial in trials:
-            row = AutoRow(method=str(trial.candidate), verdict="tried", seconds=trial.seconds)
+        for place, trial in enumerate(trials):
+            seconds = trial.seconds + (0.0 if place else search.seconds_of_moments)
+            row = AutoRow(method=str(trial.candidate), verdict="tried", seconds=seconds)
             row = replace(row, metric=trial.score.value, interval=tuple(trial.score.interval))
             self.plan.rows.append(replace(row, trained=trial.delta_bytes // 4))
         return trials

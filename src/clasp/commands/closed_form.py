@@ -77,8 +77,10 @@ class ClosedFormSearch:
         classes: ClassPairFeatures | None,
     ):
         self.model, self.recipe, self.task, self._pairs = model, recipe, task, len(sides.pairs)
+        began = time.monotonic()
         initialize_heads(model, sides, recipe.head, tally)
         self.moments, self._classes = standardized_moments(model, sides, tally), classes
+        self.seconds_of_moments = time.monotonic() - began
         self._maps: dict[Candidate, _Solution] = {}
 
     def run(
@@ -86,16 +88,18 @@ class ClosedFormSearch:
     ) -> list[ClosedFormTrial]:
         """Layers first, then the ridge of the best layers, then the width; stops early when ``out_of_time``."""
         trials: list[ClosedFormTrial] = []
+        layers = self._layer_candidates(ridges[0])
+        needed = min(_FIRST_TRIALS, len(layers))
 
         def attempt(candidates: Sequence[Candidate]) -> None:
             for candidate in candidates:
-                if len(trials) >= _FIRST_TRIALS and out_of_time():
+                if len(trials) >= needed and out_of_time():
                     return
                 if all(candidate != trial.candidate for trial in trials):
                     trials.append(self._try(candidate))
                     say(f"{candidate}: {self.task.primary} {trials[-1].score.value:.4g}")
 
-        attempt(self._layer_candidates())
+        attempt(layers)
         attempt([best_trial(trials).candidate._replace(ridge=ridge) for ridge in ridges])
         if self._classes is not None and self.recipe.data.class_weight is None:
             attempt([best_trial(trials).candidate._replace(class_weight=weight) for weight in CLASS_WEIGHTS])
@@ -106,9 +110,9 @@ class ClosedFormSearch:
 
     def run_layers(self) -> list[ClosedFormTrial]:
         """The sets of layers alone, at one ridge and width."""
-        return [self._try(candidate) for candidate in self._layer_candidates()]
+        return [self._try(candidate) for candidate in self._layer_candidates(RIDGES[0])]
 
-    def _layer_candidates(self) -> list[Candidate]:
+    def _layer_candidates(self, ridge: tuple[float, float]) -> list[Candidate]:
         image, text = (
             _available(
                 tower,
@@ -117,7 +121,7 @@ class ClosedFormSearch:
             for tower, settings in ((self.model.image, self.recipe.image), (self.model.text, self.recipe.text))
         )
         weight = self._classes.classes.weight if self._classes is not None else 0.0
-        return first_candidates(image, text, self._narrower(image[0], text[0]), weight)
+        return first_candidates(image, text, self._narrower(image[0], text[0]), weight, ridge)
 
     def heads(self, candidate: Candidate) -> ClosedFormHeads:
         """The heads of a candidate that was tried."""

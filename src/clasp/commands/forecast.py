@@ -48,7 +48,7 @@ def check_forecast(
     seconds = {
         "features": sum(images_or_captions(cache) * rates.of(cache.what) for cache in caches if cache.bytes_to_write),
         "training": plan.steps * timing.step,
-        "evaluation": (count_evaluations(fixed.train) + 1) * evaluation,  # and the results of the final weights
+        "evaluation": count_evaluations(fixed.train) * evaluation,
     }
     peak = memory.measurement
     facts = {"seconds": seconds, "step_seconds": timing.step, "peak_bytes": peak.value, "peak": peak.method}

@@ -34,9 +34,9 @@ from clasp.training.pooled_features import pool_inputs
 from clasp.training.warm_start import load_initial_weights
 from clasp.types import Batch, ProgressFactory
 
-_STEPS = 6  # the first ones, which choose a micro-batch and fill caches, are not counted
-_COUNTED = 4
-_FEATURES = 256  # pairs whose features are timed
+_STEPS = 5  # the first ones, which choose a micro-batch and fill caches, are not counted
+_COUNTED = 3
+_FEATURES = 192  # pairs whose features are timed
 
 
 def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, cache: Path | None = None) -> StepTiming:

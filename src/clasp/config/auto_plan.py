@@ -16,9 +16,9 @@ from clasp.config.recipe import Recipe, recipe_from_dict
 
 CLOSED_FORM_STAGE, LAST_LAYERS_STAGE = "1-closed-form", "1-last-layers"
 TUNED_CLOSED_FORM = "closed-form-of-tuned"
-RIDGES = ((0.3, 0.3), (3.0, 3.0), (10.0, 10.0), (3.0, 0.3), (0.3, 3.0))
-"""Ridge penalties (image, text) tried after (1, 1)"""
-TUNED_RIDGES = ((0.3, 0.3), (0.1, 0.1), (3.0, 3.0))
+RIDGES = ((1.0, 1.0), (0.3, 0.3), (3.0, 3.0), (10.0, 10.0), (3.0, 0.3), (0.3, 3.0))
+"""Ridge penalties (image, text): the first with every set of layers, the others with the best one"""
+TUNED_RIDGES = ((0.3, 0.3), (0.1, 0.1), (1.0, 1.0), (3.0, 3.0))
 """Those for tuned towers, whose features need less"""
 CLASS_WEIGHTS = (0.0, 3.0, 10.0, 30.0)
 """Training pairs that a class counts as, where the image tower has a classifier (``data.class_weight``)"""
@@ -119,7 +119,11 @@ def upper_half(blocks: int) -> tuple[int, ...]:
 
 
 def first_candidates(
-    image: Sequence[LayerSet], text: Sequence[LayerSet], narrower: int, class_weight: float = 0.0
+    image: Sequence[LayerSet],
+    text: Sequence[LayerSet],
+    narrower: int,
+    class_weight: float = 0.0,
+    ridge: tuple[float, float] = RIDGES[0],
 ) -> list[Candidate]:
     """The layers to try, at one ridge and width: both sides alike first, then the ends of one with those of the other.
 
@@ -130,7 +134,7 @@ def first_candidates(
     alike = [(image[min(place, len(image) - 1)], text[min(place, len(text) - 1)]) for place in places]
     mixed = [(image[-1], text[0]), (image[0], text[-1])]
     width = min(SEARCH_WIDTH, narrower)
-    return [Candidate(*pair, (1.0, 1.0), width, class_weight) for pair in dict.fromkeys([*alike, *mixed])]
+    return [Candidate(*pair, ridge, width, class_weight) for pair in dict.fromkeys([*alike, *mixed])]
 
 
 def plan_closed_form(recipe: Recipe, chosen: Candidate, reason: str) -> StagePlan:
@@ -192,12 +196,12 @@ def plan_tuned_closed_form(tuned: Recipe, number: int, chosen: Candidate, reason
     return StagePlan(f"{number}-{TUNED_CLOSED_FORM}", f"{planned.method}, of the tuned towers", reason, planned.recipe)
 
 
-def tuned_closed_form_seconds(timing: StepTiming, trials: float) -> float:
-    """The time that the closed form of the tuned towers takes; ``trials``: seconds of the first ones of the search.
+def tuned_closed_form_seconds(timing: StepTiming, search: float) -> float:
+    """The time that the closed form of the tuned towers takes; ``search``: seconds of moments and two trials.
 
-    The heads are evaluated when they are saved, and when they are compared.
+    The features are those of the validation pairs too. The heads are evaluated when they are saved.
     """
-    return 1.15 * timing.features + 2 * timing.evaluation + trials
+    return 1.1 * timing.features + 2 * timing.evaluation + search
 
 
 def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | str:
