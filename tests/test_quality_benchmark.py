@@ -50,13 +50,15 @@ def curve(name: str, *points: tuple[float, float]) -> Curve:
 
 
 def test_the_time_to_the_quality_of_the_peer():
-    ours = curve("clasp", (10, 0.1), (60, 0.35), (90, 0.3), (300, 0.42))
-    peers = {lr: curve("peer", (30, 0.01), (600, top1)) for lr, top1 in ((1e-3, 0.2), (3e-3, 0.33))}
-    assert ours.best_so_far("top1") == [0.1, 0.35, 0.35, 0.42]
+    short = curve("clasp, 1 minutes", (10, 0.1), (60, 0.35), (90, 0.3))
+    ours = [short, curve("clasp, 5 minutes", (100, 0.2), (300, 0.42))]
+    peers = {lr: curve(f"peer, lr {lr:g}", (30, 0.01), (600, top1)) for lr, top1 in ((1e-3, 0.2), (3e-3, 0.33))}
+    assert short.best_so_far("top1") == [0.1, 0.35, 0.35]
     outcome = Outcome(ours, peers, 3e-3, {}, "")
     assert [row.ratio for row in outcome.rows()] == [60 / 600] * 2 and outcome.rows()[0].verdict == "reached"
-    assert "| 0.003 (chosen) | 33.0 | 66.0 |" in outcome.markdown()
-    (never, _) = Outcome(curve("clasp", (10, 0.1)), peers, 3e-3, {}, "").rows()
+    assert outcome.rows()[0].note == "clasp, 1 minutes", "the first of ours to reach it"
+    assert "| peer, lr 0.003 (chosen) | 600 | 33.0 | 66.0 |" in outcome.markdown()
+    (never, _) = Outcome([curve("clasp", (10, 0.1))], peers, 3e-3, {}, "").rows()
     assert never.verdict == "**missed**" and never.note == "not reached: 10.0 % at most"
 
 

@@ -96,9 +96,9 @@ def test_epochs_fit_what_is_left(left: Left, epochs: int):
         (Left(119.0, None), 89),  # 92 % of it, less an evaluation before and one after
         (Left(250.0, None), 200),
         (Left(36.0, None), 13),
-        (Left(34.0, None), None),
+        (Left(29.0, None), None),
         (Left(None, 99), 99),
-        (Left(None, 11), None),
+        (Left(None, 7), None),
     ],
 )
 def test_a_few_epochs_need_not_be_whole(left: Left, steps: int | None):

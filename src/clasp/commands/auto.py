@@ -240,8 +240,9 @@ class _Climb:
         if self._stages.resumed_or_ended(stage):
             return
         timing = time_steps(stage.recipe, self.pairs, self.io.bar)
-        trials = [row.seconds for row in self.plan.rows if not row.stage][:2]
-        self._reserved = tuned_closed_form_seconds(timing, sum(trials))
+        first, closed_form = self.plan.rows[0], self.plan.row(CLOSED_FORM_STAGE)
+        assert closed_form is not None
+        self._reserved = tuned_closed_form_seconds(timing, first.seconds + closed_form.seconds)
         self._stages.train_if_planned(stage, fit_tuning(stage, timing, self._stages.left.after(self._reserved)))
 
     def _no_time_for_tuning(self) -> str:

@@ -29,7 +29,7 @@ _RESERVE = 0.08  # of the time left, for saving, loading and the final evaluatio
 _MAX_EPOCHS, _MIN_MAX_STEPS = 15, 1500  # tuning flattens at the larger of both; then another method is worth more
 _MAX_EVALUATIONS = 10
 _FEW_EPOCHS = 3  # fewer of them need not be whole
-_FEWEST_STEPS = 12  # of tuning that are worth the closed form of the tuned towers
+_FEWEST_STEPS = 8  # of tuning that are worth the closed form of the tuned towers
 
 
 class LayerSet(NamedTuple):
@@ -197,9 +197,10 @@ def plan_tuned_closed_form(tuned: Recipe, number: int, chosen: Candidate, reason
 
 
 def tuned_closed_form_seconds(timing: StepTiming, search: float) -> float:
-    """The time that the closed form of the tuned towers takes; ``search``: seconds of moments and two trials.
+    """The time that the closed form of the tuned towers takes.
 
-    The features are those of the validation pairs too. The heads are evaluated when they are saved.
+    ``search``: seconds of moments and a trial, and of a stage without steps. The features are those of the validation
+    pairs too. The heads are evaluated when they are saved.
     """
     return 1.1 * timing.features + 2 * timing.evaluation + search
 

@@ -1,9 +1,9 @@
-"""The forward pass of a LoRA layer in bfloat16, for training: the update is added in its second product.
+"""The forward pass of a LoRA layer in bfloat16: the update is added in its second product.
 
 Input: a layer that peft has wrapped. Output: a replacement for its ``forward``. Note: peft scales the update and adds
 it in passes of their own over the output, forward and backward; a step over both towers takes 4 % less without them.
-Outputs and gradients are peft's within bfloat16's rounding. In float32 and in inference mode, peft's own is called;
-under ``no_grad`` the same products as with gradients, since gradient caching embeds once in each way.
+Outputs and gradients are peft's within bfloat16's rounding; in float32, peft's own is called. Without gradients the
+products are the same, in place: gradient caching embeds once in each way.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ class LowRankForward:
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         layer, name = self.wrapper, self.adapter
-        joined = not (x.is_meta or torch.is_inference_mode_enabled()) and torch.is_autocast_enabled(x.device.type)
+        joined = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if not joined or layer.disable_adapters or layer.merged or args or options:
             return type(layer).forward(layer, x, *args, **options)
         base = layer.base_layer(x)
         inside = layer.lora_A[name](layer.lora_dropout[name](x)) * layer.scaling[name]
         up = layer.lora_B[name].weight
-        return torch.addmm(base.flatten(0, -2), inside.flatten(0, -2), up.t()).view_as(base)
+        if torch.is_grad_enabled():
+            return torch.addmm(base.flatten(0, -2), inside.flatten(0, -2), up.t()).view_as(base)
+        base.view(-1, base.shape[-1]).addmm_(inside.flatten(0, -2), up.to(base.dtype).t())
+        return base
 
 
 def join_low_rank_update(wrapper: nn.Module, adapter: str) -> None:
