@@ -29,7 +29,9 @@ class FrozenTower:
 
     @property
     def fingerprint(self) -> str:
-        return _in_precision(self.tower.layer_fingerprint, self.precision) + _kernel_suffix(self.precision)
+        weights = _in_precision(self.tower.layer_fingerprint, self.precision) + _kernel_suffix(self.precision)
+        # captions without padding differ in their last bits
+        return f"{weights}:unpadded" if self.precision != "float32" and self.tower.packs_captions else weights
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:

@@ -367,17 +367,20 @@ class Tower(nn.Module):
         """The pooled vectors of ``layer_states``; concatenated, they are what the head reads."""
         return [self.pool(layers[0], masks[0]), *map(self._pool_without_weights, layers[1:], masks[1:])]
 
-    def _packing_net(self, inputs: Pixels | Tokens | HiddenStates) -> BertEncoder | None:
-        """The net where it computes captions without padding: a packaged one that encodes in bfloat16 on a CPU.
-
-        ``None`` in float32, whose features stay bitwise those of padded captions, with prompts or hooks on blocks, with
-        dropout on, and without padding.
-        """
-        encodes = torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
-        if not (encodes and isinstance(self.net, BertEncoder) and isinstance(inputs, Tokens)):
-            return None
+    @property
+    def packs_captions(self) -> bool:
+        """Whether the tower encodes captions without padding in bfloat16: a packaged net on a CPU does, without prompts
+        or hooks on blocks and with dropout off. In float32, features stay bitwise those of padded captions."""
         apart = self._extra_layers or "prompts" in dict(self.net.named_children()) or self.net.training
-        return None if apart or inputs.ids.device.type != "cpu" or bool(inputs.mask.all()) else self.net
+        return isinstance(self.net, BertEncoder) and self._device.type == "cpu" and not apart
+
+    def _packing_net(self, inputs: Pixels | Tokens | HiddenStates) -> BertEncoder | None:
+        """The net where these inputs are encoded without padding; ``None`` also where they have none."""
+        encodes = torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+        if not (encodes and self.packs_captions and isinstance(inputs, Tokens)) or bool(inputs.mask.all()):
+            return None
+        assert isinstance(self.net, BertEncoder)
+        return self.net
 
     def train(self, mode: bool = True) -> Tower:
         """Always evaluation mode, unless ``dropout`` is set; BatchNorm is in training mode where its statistics are

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clasp.models.backbone import Backbone
+from clasp.models.frozen import FrozenTower
 from clasp.models.tower import Tower
 from clasp.models.transformer.bert import BertEncoder, BertEncoderSettings
 from clasp.models.transformer.packing import pack_rows
@@ -103,6 +104,15 @@ def test_with_dropout_on_captions_are_padded(calls: list[str]) -> None:
     assert pooled(tower.train(), tokens("mixed"), lower=True).shape == (5, 48) and not calls
     pooled(tower.eval(), tokens("mixed"), lower=True)
     assert calls
+
+
+def test_the_key_of_cached_features_holds_whether_captions_were_padded() -> None:
+    tower, lower_layers = (
+        Tower(Backbone("toy", "text", net(), "toy", "mean"), extra_layers=n).requires_grad_(False) for n in ((), (1,))
+    )
+    unpadded, padded = (FrozenTower(each, precision="bfloat16").fingerprint for each in (tower, lower_layers))
+    assert unpadded == f"{padded}:unpadded"
+    assert FrozenTower(tower).fingerprint == FrozenTower(lower_layers).fingerprint == tower.layer_fingerprint
 
 
 @pytest.fixture
