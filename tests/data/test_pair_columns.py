@@ -1,6 +1,8 @@
 """The columns of many pairs: those of the pairs, read once, stored, and a few bytes a row of memory."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
 import tracemalloc
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from clasp.config.datasets import hash_pairs
-from clasp.data import pair_sequence
+from clasp.data import pair_columns, pair_sequence
 from clasp.data.formats import index_cache
 from clasp.data.formats.tables import TextTable
 from clasp.data.loader import BatchReader, PairLoader
@@ -179,3 +181,19 @@ def test_a_part_without_a_key_has_none_in_some_languages():
         key = ()
 
     assert pair_sequence._InLanguages(Unkeyed(), ("sw",)).key == ()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pair_sequence, "MIN_STORED_PAIRS", 1)
+    file = write_rows(tmp_path / "pairs.jsonl", 60)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"no space left to write .*index-.*\.arrow"):
+        patch.setattr(index_cache, "_write_arrays", full)
+        open_pairs(file, cache=tmp_path / "cache")
+    pairs = open_pairs(file, cache=tmp_path / "cache")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"no space left in .*cache for ids, groups"):
+        patch.setattr(pair_columns.tempfile, "TemporaryFile", full)
+        len(pairs.ids)
+    assert fast_index(pairs) == slow_index(pairs)

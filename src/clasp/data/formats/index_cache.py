@@ -26,7 +26,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import pyarrow as pa
 
-from clasp.data.atomic_files import is_disk_full, replace_file
+from clasp.data.atomic_files import is_disk_full, replace_file, translate_disk_errors
 from clasp.plain_types import UserError
 
 _INDEX_VERSION = "5"  # of the arrays; incrementing it invalidates all saved indices
@@ -48,7 +48,8 @@ def file_stamp(path: str | Path | int) -> str:
 def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callable[[], IndexArrays]) -> IndexArrays:
     """The arrays of ``build()``, mapped from the cache folder, where they are saved under ``key``.
 
-    ``key``: the format, the resolved path of the source, and everything else that the arrays depend on.
+    ``key``: the format, the resolved path of the source, and everything else that the arrays depend on. Raises
+    ``UserError`` where the folder has no room or cannot be written to.
     """
     assert len(key) > 1, "a key without its source would give one source's arrays to another"
     if cache is None:
@@ -59,9 +60,11 @@ def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callabl
             return _map_arrays(file)
         except Exception as error:  # damaged bytes raise errors of Arrow, JSON, keys and types
             _log.warning("%s: damaged (%s); indexing the pairs again", file, " ".join(str(error).split()))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(file) as part:
-        _write_arrays(part, build())
+    arrays = build()
+    with translate_disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(file) as part:
+            _write_arrays(part, arrays)
     return _map_arrays(file)
 
 
