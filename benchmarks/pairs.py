@@ -3,7 +3,8 @@
 For each format a table is written, opened once (cold: every row is read and indexed), and then by a new process (warm):
 opened, split, indexed and hashed, up to the order of the first epoch. Printed: seconds, and the process's own memory
 (anonymous pages, sampled) in bytes a row: what remains, and the peak. Images are not read, and do not exist. Note: what
-is mapped from the cache folder can be dropped by the system at any time, and is not counted.
+is mapped from the cache folder can be dropped by the system at any time, and is not counted. About
+19 MB do not grow with the rows; below a few million rows they are most of the bytes a row.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from clasp.commands import auto as main_job
 from clasp.commands.auto import AutoResult, climb, resume_climb
 from clasp.commands.auto_stages import AutoCallbacks
 from clasp.commands.train import train_recipe
+from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
 from clasp.report.auto_table import AutoPlan, auto_table
 from clasp.training.trackers.console import SilentReporter, TrainProgress
@@ -110,7 +112,9 @@ def test_the_recipe_of_a_stage_repeats_its_weights(stage: str, done: AutoResult,
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_an_interrupted_climb_keeps_the_best_and_goes_on(done: AutoResult, towers: Path, pairs: Path, tmp_path: Path):
+def test_an_interrupted_climb_keeps_the_best_and_goes_on(
+    done: AutoResult, towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     class Stops(SilentReporter):
         def step(self, progress: TrainProgress) -> None:
             if progress.step == 10:
@@ -123,6 +127,15 @@ def test_an_interrupted_climb_keeps_the_best_and_goes_on(done: AutoResult, tower
     with pytest.raises(UserError, match=r"holds a climb already; go on with: clasp resume"):
         climb(recipe(towers, pairs, steps=STEPS), tmp_path / "toy", QUIET)
     first = (tmp_path / "toy" / "stages" / "1-closed-form" / "delta.safetensors").stat().st_mtime_ns
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="have changed since 1-closed-form"):
+        train, val = open_training_pairs(recipe(towers, pairs, steps=STEPS))
+        patch.setattr(main_job, "open_training_pairs", lambda recipe: (train[1:], val))
+        resume_climb(tmp_path / "toy", QUIET)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(shutil, "copyfile", _killed_at_the_weights)
+        resume_climb(tmp_path / "toy", QUIET)
+    with pytest.raises(UserError, match="was never trained"):
+        clasp.load(tmp_path / "toy")
     resumed = resume_climb(tmp_path / "toy", QUIET)
     assert not resumed.interrupted and resumed.plan.best == done.plan.best
     assert (tmp_path / "toy" / "stages" / "1-closed-form" / "delta.safetensors").stat().st_mtime_ns == first
@@ -130,6 +143,12 @@ def test_an_interrupted_climb_keeps_the_best_and_goes_on(done: AutoResult, tower
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
     with pytest.raises(UserError, match="is finished"):
         resume_climb(tmp_path / "toy", QUIET)
+
+
+def _killed_at_the_weights(source: str | Path, to: str | Path, **settings: bool) -> None:
+    if Path(source).name == "delta.safetensors":
+        raise SystemExit("no power")
+    Path(to).write_bytes(Path(source).read_bytes())
 
 
 def test_a_budget_too_small_for_anything_gives_the_closed_form(towers: Path, pairs: Path, tmp_path: Path):

@@ -30,6 +30,7 @@ from clasp.models.tower import Tower
 from clasp.training.loop import count_evaluations
 from clasp.training.run_folder import RunFolder
 from clasp.training.settings import TrainSettings
+from clasp.training.state_files import StateFiles
 from clasp.types import UserError, no_progress_bar
 from toyclassifiers import save_colour_classifier
 from toydata import COLOURS, toys, write_classes, write_csv, write_folder, write_images
@@ -304,18 +305,29 @@ def test_a_full_disk_stops_in_the_words_of_training(
 
 
 @pytest.mark.parametrize("way", ["heads", "top block of the text tower", "low rank"])
-def test_a_forecast_is_measured_and_leaves_nothing(way: str, towers: Path, tmp_path: Path, cache: Path) -> None:
+def test_a_forecast_is_measured_and_leaves_nothing(
+    way: str, towers: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write, changes = WAYS[way]
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
     made = recipe(towers, write(TOYS, tmp_path), "train.epochs=40", *changes)
     forecast = next(section for section in diagnose(made, measured=True) if section.about == "forecast")
     assert not (cache / "features").exists()
     seconds = forecast.facts["seconds"]
     assert (seconds["features"] > 0) == (way != "low rank") and seconds["evaluation"] > 0
+    states: list[int] = []
+    monkeypatch.setattr(StateFiles, "remove", lambda files: states.extend(p.stat().st_size for p in files.paths))
     done = run(made, tmp_path / "run")
     steps = done.fitted.position.step
     assert seconds["training"] == pytest.approx(steps * forecast.facts["step_seconds"])
     spent = done.cost.seconds
     assert spent["training"] / 10 < seconds["training"] < 10 * spent["training"], "milliseconds, on a machine in use"
+    disk, headers = forecast.facts["disk_bytes"], 40_000
+    assert disk["delta"] <= done.delta_bytes <= disk["delta"] + headers
+    assert disk["states"] / 2 <= max(states) <= disk["states"] / 2 + headers, "the one before the first step has less"
+    cached = sum(file.stat().st_size for file in (cache / "features").glob("*.npy"))
+    assert disk["features"] <= cached <= disk["features"] + headers
+    assert forecast.facts["energy_kwh"] is None and forecast.facts["energy"].startswith("not measured: ")
     evaluations = sum(row["event"] == "evaluation" for row in lines(tmp_path / "run" / "log.jsonl"))
     assert evaluations == count_evaluations(resolved(tmp_path / "run"))
 

@@ -1,4 +1,4 @@
-"""``clasp train`` on two processes: the run of one process, also after an interruption; a death ends it with a reason.
+"""``clasp train`` on several processes: the run of one, also after an interruption; a death ends it with a reason.
 
 The processes are forks of one that has imported torch, with the environment of torchrun; one test uses the launcher.
 """
@@ -66,9 +66,9 @@ def long(world: World) -> Path:
     return world.alone("long", *LONG)
 
 
-def work(rank: int, port: int, folder: str, arguments: Sequence[str], restarts: int) -> None:
-    """One of two processes of the command."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+def work(rank: int, size: int, port: int, folder: str, arguments: Sequence[str], restarts: int) -> None:
+    """One of the processes of the command."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     told["TORCHELASTIC_RESTART_COUNT"] = restarts
     os.environ.update({name: str(number) for name, number in told.items()})
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), CLASP_CACHE=f"{folder}/cache")
@@ -78,13 +78,14 @@ def work(rank: int, port: int, folder: str, arguments: Sequence[str], restarts: 
     cli.main()
 
 
-def start(world: World, *arguments: str, restarts: int = 0) -> list[ForkServerProcess]:
+def start(world: World, *arguments: str, size: int = 2, restarts: int = 0) -> list[ForkServerProcess]:
     context = fork_context()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     made = [
-        context.Process(target=work, args=(rank, port, str(world.folder), arguments, restarts)) for rank in range(2)
+        context.Process(target=work, args=(rank, size, port, str(world.folder), arguments, restarts))
+        for rank in range(size)
     ]
     for process in made:
         process.start()
@@ -133,15 +134,17 @@ def results(folder: Path) -> list[tuple[str, dict[str, float], int]]:
     return [(row["task"], row["metrics"], row["n"]) for row in lines(folder / "results.jsonl")]
 
 
-def test_two_processes_write_the_run_of_one(world: World):
-    processes = start(world, "train", str(world.toml), "--name", "two", "--runs", str(world.folder))
-    assert end(processes) == [0, 0], said(world, 0) + said(world, 1)
-    alone = world.alone("alone")
-    assert_same_run(alone, world.folder / "two")
-    assert said(world, 1) == "", "only the first process reports"
-    first, *_ = lines(world.folder / "two" / "log.jsonl")
-    assert first["processes"] == 2
-    cost = json.loads((world.folder / "two" / "cost.json").read_text())["sum"]
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.faults)])
+def test_several_processes_write_the_run_of_one(size: int, world: World):
+    name = f"of {size}"
+    processes = start(world, "train", str(world.toml), "--name", name, "--runs", str(world.folder), size=size)
+    assert end(processes) == [0] * size, "".join(said(world, rank) for rank in range(size))
+    alone = world.alone(f"beside {name}")
+    assert_same_run(alone, world.folder / name)
+    assert not any(said(world, rank) for rank in range(1, size)), "only the first process reports"
+    first, *_ = lines(world.folder / name / "log.jsonl")
+    assert first["processes"] == size
+    cost = json.loads((world.folder / name / "cost.json").read_text())["sum"]
     spent = json.loads((alone / "cost.json").read_text())["sum"]
     assert (cost["steps"], cost["pairs"]) == (spent["steps"], spent["pairs"])
 

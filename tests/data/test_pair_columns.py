@@ -1,7 +1,10 @@
 """The columns of many pairs: those of the pairs, read once, stored, and a few bytes a row of memory."""
 
+import errno
 import json
+import os
 import pickle
+import shutil
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +14,13 @@ import numpy as np
 import pytest
 
 from clasp.config.datasets import hash_pairs
-from clasp.data import pair_sequence
+from clasp.data import pair_columns, pair_sequence
+from clasp.data.formats import index_cache
 from clasp.data.formats.tables import TextTable
 from clasp.data.loader import BatchReader, PairLoader
 from clasp.data.pairs import Pairs, open_pairs, split_by_group
 from clasp.data.readers import LiveImageReader, LiveTextReader, PairIndex
-from clasp.types import Pair
+from clasp.types import Pair, UserError
 from toypairs import TRANSFORM, word_tokenizer
 
 MANY = 50_000
@@ -153,14 +157,23 @@ def test_damaged_columns_are_read_again(table: Path, caplog: pytest.LogCaptureFi
     assert hash_pairs(index, train) == before and "damaged" in caplog.text and "another checksum" in caplog.text
 
 
-def test_a_worker_gets_offsets_and_no_columns(table: Path):
+def test_a_worker_gets_row_numbers_and_maps_offsets_and_columns(table: Path, monkeypatch: pytest.MonkeyPatch):
     train, *_ = start(table)
-    assert len(pickle.dumps(train)) < 40 * MANY
+    assert len(pickle.dumps(train)) < 4 * MANY + 10_000
     there: Pairs = pickle.loads(pickle.dumps(train))
     assert there[5] == train[5] and there.ids[7] == train.ids[7]
     index = PairIndex(train)
     assert len(pickle.dumps(index)) < len(pickle.dumps(train)) + 1000
     assert fast_index(pickle.loads(pickle.dumps(index)).pairs) == fast_index(train)
+    starts = train._joined.parts[0].starts  # pyright: ignore[reportAttributeAccessIssue]
+    assert pickle.loads(pickle.dumps(starts[3:])).tolist() == starts.tolist()[3:], "a part is another array"
+    monkeypatch.setattr(index_cache, "_mapped_in_worker", index_cache._map_arrays)  # as in a new worker
+    shutil.copytree(table.parent / "cache", table.parent / "kept")
+    sent = pickle.dumps(train)
+    shutil.rmtree(table.parent / "cache")
+    with pytest.raises(UserError, match=r"index-.*\.arrow was deleted or damaged while it was in use"):
+        pickle.loads(sent)
+    (table.parent / "kept").rename(table.parent / "cache")
 
 
 def test_a_part_without_a_key_has_none_in_some_languages():
@@ -168,3 +181,19 @@ def test_a_part_without_a_key_has_none_in_some_languages():
         key = ()
 
     assert pair_sequence._InLanguages(Unkeyed(), ("sw",)).key == ()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pair_sequence, "MIN_STORED_PAIRS", 1)
+    file = write_rows(tmp_path / "pairs.jsonl", 60)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"no space left to write .*index-.*\.arrow"):
+        patch.setattr(index_cache, "_write_arrays", full)
+        open_pairs(file, cache=tmp_path / "cache")
+    pairs = open_pairs(file, cache=tmp_path / "cache")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"no space left in .*cache for ids, groups"):
+        patch.setattr(pair_columns.tempfile, "TemporaryFile", full)
+        len(pairs.ids)
+    assert fast_index(pairs) == slow_index(pairs)

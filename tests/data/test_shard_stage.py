@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import re
 import threading
 from collections import Counter
@@ -169,6 +171,10 @@ def test_a_replaced_shard_is_indexed_anew(store: Store, tmp_path: Path):
     after = opened(store, tmp_path)
     assert [pair.id for pair in after][:6] != [pair.id for pair in before][:6]
     assert [pair.id for pair in after][6:] == [pair.id for pair in before][6:]
+    for file in (tmp_path / "shards").glob("*.shard"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"\.tar cannot be read: it was replaced after its pairs were opened"):
+        before[0].image.read()
 
 
 def test_a_storage_that_refuses_ends_the_run_and_skips_no_sample(store: Store, tmp_path: Path):
@@ -201,6 +207,29 @@ def test_any_error_of_a_storage_package_is_an_attempt_that_failed(monkeypatch: p
         monkeypatch.setattr(StagedShard, "fetch", no_credentials)
         shard_stage._fetch_all(some)
     assert not shard_stage._in_background.intersection(some)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_md5_of_googles_storage_is_compared(ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = b"a tar" if ours else b"damaged"
+
+    class Bucket:
+        def info(self, path: str) -> dict[str, object]:
+            digest = hashlib.md5(b"a tar").digest()
+            return {"size": len(data), "etag": "CJDz", "md5Hash": base64.b64encode(digest).decode()}
+
+        def open(self, path: str, mode: str) -> io.BytesIO:
+            return io.BytesIO(data)
+
+    monkeypatch.setattr(shard_download, "_file_system", lambda address: (Bucket(), address))
+    monkeypatch.setattr(shard_stage, "WAITS_SECONDS", ())
+    shard = StagedShard(ShardStage(tmp_path, 100), shard_download.describe_object("gs://bucket/a.tar"))
+    assert shard.remote.tag == "CJDz" and shard.remote.md5 == hashlib.md5(b"a tar").hexdigest()
+    if ours:
+        assert shard.fetch().read_bytes() == data
+    else:
+        with pytest.raises(ShardError, match="do not have the MD5"):
+            shard.fetch()
 
 
 # --- the limit -------------------------------------------------------------------------------------------------------

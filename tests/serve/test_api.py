@@ -197,6 +197,7 @@ HOSTILE_QUERIES: dict[str, tuple[dict[str, Any], int, str]] = {
     "unknown field": ({"q": "red", "where": "lens=50"}, 400, "there are folder, caption"),
     "no condition": ({"q": "red", "where": "folder"}, 400, "folder=holidays"),
     "unknown parameter": ({"q": "red", "sort": "name"}, 422, "sort: "),
+    "unknown parameter of two lines": ({"q": "red", "a\nb": "name"}, 422, r"'a\nb': "),
     "too many parts": ({"q": "red", "plus": ["red"] * 9}, 400, "at most 8"),
     "control characters": ({"q": "\x00\x01\x02"}, 400, "which are none"),
     "markup": ({"q": "<script>alert(1)</script>", "like": "<b>"}, 400, "no image is indexed"),

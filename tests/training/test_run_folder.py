@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,37 @@ def test_a_first_save_that_was_interrupted_is_told_alike_and_train_goes_on(made:
         go_on(stopped)
     run(made, stopped)
     assert not (stopped / "state").exists() and not list(stopped.rglob("*.part"))
+
+
+def test_results_are_there_once_where_a_run_was_killed_after_it_wrote_them(
+    made: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: RunFolder) -> None:
+        raise SystemExit("no power")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(RunFolder, "finish", killed)
+        run(made, tmp_path / "killed")
+    results = tmp_path / "killed" / "results.jsonl"
+    written = lines(results)
+    go_on(tmp_path / "killed")
+    assert lines(results) == written and len(written) == len(lines(whole / "results.jsonl"))
+
+
+def test_results_are_on_disk_before_the_state_is_deleted(
+    made: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, int]] = []
+
+    def record(descriptor: int, real: Callable[[int], None] = os.fsync) -> None:
+        file = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((file.name, file.stat().st_size))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    run(made, tmp_path / "run")
+    for name in ("log.jsonl", "results.jsonl"):
+        assert (name, (tmp_path / "run" / name).stat().st_size) in synced, name
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def doctor(
     overrides: OverridesArgument = None,
     as_json: JsonOption = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Train a few steps; forecast the seconds and the memory of the run.")
+        bool, typer.Option("--measure", help="Train a few steps; forecast seconds, memory, disk and energy.")
     ] = False,
 ) -> None:
     """Check the data; report frozen blocks, feature-cache size and number of steps, without training.

@@ -10,11 +10,14 @@ a stage; which there are is decided here.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from accelerate import PartialState
 
@@ -54,7 +57,7 @@ from clasp.config.build import (
     build_model,
     build_model_and_preprocessing,
 )
-from clasp.config.datasets import TrainValPairs, open_training_pairs
+from clasp.config.datasets import TrainValPairs, hash_pairs, open_training_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.cache_folder import cache_folder
 from clasp.data.folder_lock import lock_folder
@@ -106,7 +109,22 @@ def resume_climb(run: Path, callbacks: AutoCallbacks) -> AutoResult:
     require_allowed(all_code_names(plan.recipe), run)
     recipe = recipe_from_dict(plan.recipe, str(run / PLAN_FILE))
     with lock_folder(run), allow_code(all_code_names(plan.recipe).values()):
-        return _Climb(recipe, run, plan, open_training_pairs(recipe), callbacks).run()
+        climb = _Climb(recipe, run, plan, open_training_pairs(recipe), callbacks)
+        climb.require_same_pairs()
+        return climb.run()
+
+
+@contextmanager
+def _own_features(run: Path) -> Iterator[Path]:
+    """A folder for the features of the tuned towers of a run, since the usual cache is by base weights; what a killed
+    session left in it is deleted."""
+    folder = cache_folder() / f"tuned-{hashlib.sha256(os.fsencode(os.path.realpath(run))).hexdigest()[:16]}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Climb:
@@ -128,13 +146,25 @@ class _Climb:
                     self._tuning(method)
                 self._tuned_closed_form()
                 self._heads()
-            self.plan.finished = True
         except KeyboardInterrupt:
             interrupted = True
         self._stages.write()
         if self.plan.best:
             self._stages.publish()
+        self.plan.finished = not interrupted  # after the run is whole, so that a kill before goes on to that
+        self._stages.write()
         return AutoResult(self.folder, self.plan, interrupted)
+
+    def require_same_pairs(self) -> None:
+        """Raises ``UserError`` where the pairs are not those of the stages that ended, which further ones are compared
+        with on the validation pairs."""
+        ended = [row.stage for row in self.plan.rows if row.stage and row.metric is not None]
+        content = hash_pairs(PairIndex(self.pairs[0]), self.pairs[1]) if ended else None
+        for stage in ended:
+            if RunFolder(self._stages.folder / stage).base().get("pairs") != content:
+                raise UserError(
+                    f"{self.folder} cannot go on: the pairs of {self.base.data.train} have changed since {stage}"
+                )
 
     # --- the stages --------------------------------------------------------------------------------------------------
 
@@ -173,9 +203,8 @@ class _Climb:
         folder = self._stages.folder / tuned.stage
         recipe = recipe_from_dict(RunFolder(folder).recipe(), tuned.stage)
         recipe = tuned_search_recipe(self.base, recipe, str(folder))
-        # a folder of their own: the usual cache is by base weights
-        with TemporaryDirectory(prefix="tuned-", dir=cache_folder()) as features:
-            search = self._begin_search(recipe, Path(features))
+        with _own_features(self.folder) as features:
+            search = self._begin_search(recipe, features)
             chosen, reason = choose_trial(self._run_search(search, TUNED_RIDGES))
             heads = search.heads(chosen.candidate)
         stage = plan_tuned_closed_form(recipe, number, chosen.candidate, f"towers of {tuned.stage}; {reason}")

@@ -145,8 +145,13 @@ class AutoStages:
     # --- the run -----------------------------------------------------------------------------------------------------
 
     def publish(self) -> None:
-        """Copy the best stage to the run folder, its card with the table of what was tried."""
+        """Copy the best stage to the run folder, its card with the table of what was tried.
+
+        The weights of an earlier best are deleted first and the new ones written last: a kill in between leaves no
+        weights beside the files of others.
+        """
         stage = self.folder / self.plan.best
+        (self.run / "delta.safetensors").unlink(missing_ok=True)
         shutil.copytree(stage / "tokenizer", self.run / "tokenizer", dirs_exist_ok=True)
         for name in _RUN_FILES:
             with replace_file(self.run / name) as part:

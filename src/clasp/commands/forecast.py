@@ -1,9 +1,10 @@
-"""The measured forecast of a run: seconds by stage, and peak memory, from a few steps on a part of its pairs.
+"""The measured forecast of a run: seconds by stage, peak memory, disk, energy; from a few steps on part of its pairs.
 
 Input: a recipe, its pairs, its plan and the plans of its feature caches. Output: a ``CheckReport``. Note: the features
 of the part are computed in a temporary folder, so nothing is kept; seconds per image, caption, step and evaluation are
-extrapolated to all; what the first evaluation computes once counts as features. Not in it: loading, the closed form of
-heads, and images that a disk reads slower when there are many.
+extrapolated to all; what the first evaluation computes once counts as features. Energy is that of a second of the part,
+loading included, times the seconds. Not in them: loading, the closed form of heads, and images that a disk reads slower
+when there are many. Disk is counted, not measured.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from clasp.commands.step_timing import time_steps
+from clasp.config.build import build_model
 from clasp.config.datasets import TrainValPairs
 from clasp.config.recipe import Recipe
 from clasp.data.checks import CheckReport
 from clasp.data.pairs import Pairs
 from clasp.models.cache_policy import CachePlan
 from clasp.training.cost.ledger import format_si
-from clasp.training.cost.meters import PeakMemoryMeter
+from clasp.training.cost.meters import EnergyMeter, PeakMemoryMeter
 from clasp.training.distributed import Processes
 from clasp.training.loop import count_evaluations
 from clasp.training.settings import TrainPlan
@@ -39,10 +41,14 @@ def check_forecast(
         _some(pairs[1], _MAX_PROBE_VAL_PAIRS),
     )
     fixed = recipe.model_copy(update={"train": plan.resolved(recipe.train)})
-    rates, memory = _SecondsPerRow(bar), PeakMemoryMeter(Processes().device)
+    rates, memory, energy = _SecondsPerRow(bar), PeakMemoryMeter(Processes().device), EnergyMeter()
     memory.start()
+    energy.start()
+    began = time.perf_counter()
     with TemporaryDirectory() as folder:
         timing = time_steps(fixed, (train, val), rates.timed_bar, cache=Path(folder))
+    probe_seconds, probe_energy = time.perf_counter() - began, energy.measurement
+    energy.stop()
     memory.stop()
     evaluation = timing.evaluation * len(pairs[1]) / len(val)
     seconds = {
@@ -52,6 +58,8 @@ def check_forecast(
     }
     peak = memory.measurement
     facts = {"seconds": seconds, "step_seconds": timing.step, "peak_bytes": peak.value, "peak": peak.method}
+    kwh = None if probe_energy.value is None else probe_energy.value / probe_seconds * sum(seconds.values())
+    facts |= {"disk_bytes": forecast_disk(fixed, caches), "energy_kwh": kwh, "energy": probe_energy.method}
     report = CheckReport("forecast", {**facts, "measured_on": {"train": len(train), "val": len(val)}})
     stages = ", ".join(f"{name} {spent:,.0f}" for name, spent in seconds.items())
     steps = f"{plan.steps:,} steps of {timing.step:.3g} s"
@@ -60,7 +68,18 @@ def check_forecast(
     )
     if peak.value is not None:
         report.add_finding("ok", f"peak memory {format_si(peak.value, 'B')}, model and all, beyond that of the doctor")
+    parts = ", ".join(f"{name} {format_si(size, 'B')}" for name, size in facts["disk_bytes"].items())
+    report.add_finding("ok", f"disk: {parts}; the states are deleted at the end")
+    if kwh is not None:
+        report.add_finding("ok", f"energy {1000 * kwh:.3g} Wh: {probe_energy.method}")
     return report
+
+
+def forecast_disk(recipe: Recipe, caches: Sequence[CachePlan]) -> dict[str, int]:
+    """Bytes that a run writes: its feature cache, the last two training states, its delta; all in float32."""
+    delta = 4 * build_model(recipe, meta=True).parameter_counts()["model"].trained
+    copies = 3 + (recipe.train.select == "best")  # weights, two moments of AdamW, the best weights so far
+    return {"features": sum(cache.bytes_to_write for cache in caches), "states": 2 * copies * delta, "delta": delta}
 
 
 def images_or_captions(cache: CachePlan) -> int:

@@ -60,6 +60,16 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Write a file to disk, if it exists, else a power failure may undo lines that were appended."""
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_text_file(path: Path, text: str) -> None:
     """Replace a text file."""
     with replace_file(path) as part:

@@ -49,7 +49,7 @@ class _JoinedParts(Sequence[Pair]):
 
     def __iter__(self) -> Iterator[Pair]:
         # the default of Sequence would take an IndexError inside a part for the end
-        return (self[row] for row in range(len(self)))
+        return (part[row] for part in self.parts for row in range(len(part)))
 
     def __getitem__(self, row: Any) -> Any:
         part = self.part_of(row)

@@ -7,7 +7,9 @@ that storage, which is not a requirement of clasp. Nothing is fetched but what t
 
 from __future__ import annotations
 
+import base64
 import http.client
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -40,6 +42,8 @@ class RemoteObject:
     """Bytes"""
     tag: str
     """ETag, or else the time of the last change; changes when the bytes change"""
+    md5: str = ""
+    """MD5 of the bytes in hexadecimal, as far as the storage gives one: an ETag of that form, or its ``md5Hash``"""
 
     @property
     def version(self) -> str:
@@ -48,6 +52,7 @@ class RemoteObject:
 
 def describe_object(address: str) -> RemoteObject:
     """Size and tag; raises ``ShardNotReadError``."""
+    md5 = ""
     with _translated_errors(address):
         if _is_web(address):
             with _open_web(urllib.request.Request(address, method="HEAD")) as response:
@@ -58,9 +63,11 @@ def describe_object(address: str) -> RemoteObject:
             info = system.info(path)
             size = info.get("size")
             tag = next((info[key] for key in ("ETag", "etag", "md5Hash", "LastModified", "mtime") if key in info), "")
+            md5 = base64.b64decode(info.get("md5Hash") or "").hex()  # of Google's, whose ETag is none
     if size is None:
         raise ShardNotReadError("the storage gives no size", final=True)
-    return RemoteObject(address, int(size), str(tag).strip('"'))
+    tag = str(tag).strip('"')
+    return RemoteObject(address, int(size), tag, tag if re.fullmatch(r"[0-9a-f]{32}", tag) else md5)
 
 
 def read_blocks(address: str) -> Iterator[bytes]:
@@ -103,7 +110,8 @@ def _file_system(address: str) -> tuple[Any, str]:
     """fsspec's file system of an address, and the path in it."""
     import fsspec.core
 
-    return fsspec.core.url_to_fs(address)
+    scheme, _, place = address.partition("://")
+    return fsspec.core.url_to_fs(f"{scheme.lower()}://{place}")
 
 
 @contextmanager
@@ -115,7 +123,8 @@ def _translated_errors(address: str) -> Iterator[None]:
         error.close()
         raise ShardNotReadError(f"HTTP {error.code} {error.reason}", final=error.code in _NOT_THERE) from None
     except (FileNotFoundError, PermissionError) as error:
-        raise ShardNotReadError(str(error) or type(error).__name__, final=True) from None
+        reason = "not found" if isinstance(error, FileNotFoundError) else "refused"
+        raise ShardNotReadError(f"{reason}: {' '.join(str(error).split())}", final=True) from None
     except (OSError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ShardNotReadError(reason) from None

@@ -1,9 +1,9 @@
 """Shards on object storage, staged: fetched one by one into a folder of bounded size when they are read.
 
 Input: addresses, a folder, its size limit. Output: the path of a shard, fetched if it is not there. Note: a shard is
-fetched whole, again if need be, and compared with its size, its ETag where that is an MD5, and the hash of the bytes
-that it had when it was first fetched. The least recently used shards are deleted when another needs the room. Several
-processes may stage into one folder: each shard is fetched by one of them.
+fetched whole, again if need be, and compared with its size, its MD5 where the storage gives one, and the hash of the
+bytes that it had when it was first fetched. The least recently used shards are deleted when another needs the room.
+Several processes may stage into one folder: each shard is fetched by one of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -169,16 +168,21 @@ class StagedShard:
                 size += len(block)
         found = sha256.hexdigest()
         if size != self.remote.size:
-            raise ShardNotReadError(f"{size:,} bytes came, of {self.remote.size:,}")
+            raise self._refused(f"{size:,} bytes came, of {self.remote.size:,}")
         if expected not in (None, found):
-            raise ShardNotReadError("its bytes are not those it had when it was first read, under the same ETag")
-        tag = self.remote.tag
-        if expected is None and re.fullmatch(r"[0-9a-f]{32}", tag) and md5.hexdigest() != tag:
+            raise self._refused("its bytes are not those it had when it was first read, under the same ETag")
+        if expected is None and self.remote.md5 not in ("", md5.hexdigest()):
             if found not in earlier:
                 earlier.add(found)
-                raise ShardNotReadError("its bytes do not have the MD5 of its ETag")
-            _log.warning("%s: its ETag is not the MD5 of its bytes, which came twice alike", self.address)
+                raise self._refused("its bytes do not have the MD5 that the storage gives")
+            _log.warning("%s: the storage gives another MD5 than that of its bytes, which came twice", self.address)
         return found
+
+    def _refused(self, reason: str) -> ShardNotReadError:
+        """Why fetched bytes are refused: the reason, or that another object is there by now, which none would mend."""
+        if describe_object(self.address).version == self.version:
+            return ShardNotReadError(reason)
+        return ShardNotReadError("it was replaced after its pairs were opened; open them again", final=True)
 
 
 _in_background: set[StagedShard] = set()  # that a thread of this process fetches

@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from clasp.data.formats.rows import shorten
 from clasp.plain_types import UserError
 from clasp.search.answer import SearchAnswer
 from clasp.search.manifest import DamagedStoreError
@@ -315,8 +316,8 @@ def _add_error_answers(app: FastAPI) -> None:
 
 
 def _first_problem(errors: Sequence[Any]) -> str:
-    """The first of pydantic's errors as one line."""
+    """The first of pydantic's errors as one line; an unknown key may hold anything, line breaks too."""
     first = errors[0]
-    where = ".".join(str(part) for part in first["loc"][1:])
+    where = ".".join(part if str(part).isidentifier() else shorten(part) for part in first["loc"][1:])
     line = " ".join(str(first["msg"]).split())
     return f"{where or 'the request'}: {line}; see /openapi.json"

@@ -24,6 +24,8 @@ from clasp.data.atomic_files import (
     PARTIAL_SUFFIX,
     append_json_lines,
     remove_partial_files,
+    sync_file,
+    sync_folder,
     translate_disk_errors,
     write_text_file,
 )
@@ -45,6 +47,7 @@ RECIPE_HASH = "recipe"  # in base.json
 RUN_PLACEHOLDER = "{run}"  # the run's folder, in the towers of its recipe, so that a run can be moved
 # what a run that never trained may have left; towers/ where the run includes its towers
 _STARTED_FILES = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl", COST_FILE)
+_APPENDED_FILES = ("log.jsonl", "results.jsonl")
 _TRACKER_FILES = ("trackers.json", "tensorboard")
 _INITIAL_FILES = (*_STARTED_FILES, *_TRACKER_FILES, "towers", "wandb", STATE_FOLDER, LOCK_FILE)
 _log = logging.getLogger(__name__)
@@ -113,6 +116,7 @@ class RunFolder:
         self.require_free()
         with translate_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.path.parent)
             self._remove_started_files()
             write_text_file(self.path / "recipe.toml", recipe_toml)
             write_text_file(self.path / "transform.json", json.dumps(transform.to_dict(), indent=2))
@@ -166,7 +170,9 @@ class RunFolder:
             StateFiles(self.path).write(state, self._identity())
 
     def finish(self) -> None:
-        """Delete the training state of a finished run."""
+        """Delete the training state of a finished run, once what was appended is on disk."""
+        for name in _APPENDED_FILES:
+            sync_file(self.path / name)
         StateFiles(self.path).remove()
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -2,9 +2,10 @@
 
 Input: a file, and a cache folder or none. Output: arrays, or the path of the unpacked file. Note: an index is saved
 only if there is a cache folder, as Arrow buffers that are mapped into memory: an index of any size takes none of the
-process, and is read through once to compare checksums. A ``.gz`` must be unpacked for random access, so without a cache
-folder it goes to a temporary folder that is removed when the process ends. Entries are keyed by path, size and
-modification time of the file, and written atomically. A damaged index is made again, with a warning.
+process, nor of its workers, and is read through once in each to compare checksums. A ``.gz`` must be unpacked for
+random access, so without a cache folder it goes to a temporary folder that is removed when the process ends. Entries
+are keyed by path, size and modification time of the file, and written atomically. A damaged index is made again, with
+a warning.
 """
 
 import atexit
@@ -20,11 +21,12 @@ import zlib
 from collections.abc import Callable
 from io import BufferedIOBase
 from pathlib import Path
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
 
-from clasp.data.atomic_files import is_disk_full, replace_file
+from clasp.data.atomic_files import is_disk_full, replace_file, translate_disk_errors
 from clasp.plain_types import UserError
 
 _INDEX_VERSION = "5"  # of the arrays; incrementing it invalidates all saved indices
@@ -46,7 +48,8 @@ def file_stamp(path: str | Path | int) -> str:
 def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callable[[], IndexArrays]) -> IndexArrays:
     """The arrays of ``build()``, mapped from the cache folder, where they are saved under ``key``.
 
-    ``key``: the format, the resolved path of the source, and everything else that the arrays depend on.
+    ``key``: the format, the resolved path of the source, and everything else that the arrays depend on. Raises
+    ``UserError`` where the folder has no room or cannot be written to.
     """
     assert len(key) > 1, "a key without its source would give one source's arrays to another"
     if cache is None:
@@ -57,9 +60,11 @@ def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callabl
             return _map_arrays(file)
         except Exception as error:  # damaged bytes raise errors of Arrow, JSON, keys and types
             _log.warning("%s: damaged (%s); indexing the pairs again", file, " ".join(str(error).split()))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(file) as part:
-        _write_arrays(part, build())
+    arrays = build()
+    with translate_disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(file) as part:
+            _write_arrays(part, arrays)
     return _map_arrays(file)
 
 
@@ -92,8 +97,38 @@ def _map_arrays(file: Path) -> IndexArrays:
         data = batch.column(name).buffers()[2]
         if zlib.crc32(data) != checksum:
             raise ValueError(f"its array {name} has another checksum")
-        arrays[name] = np.frombuffer(data, kind).reshape(shape)
+        arrays[name] = np.frombuffer(data, kind).reshape(shape).view(_MappedArray)
+        arrays[name].place = (file, name)
     return arrays
+
+
+_MIN_MAPPED_BYTES = 1 << 16  # smaller arrays are pickled by value
+
+
+class _MappedArray(np.ndarray):
+    """An array of an index file, pickled as its ``place`` there, so that a worker maps the file too; a part of it, or
+    what is computed from it, is pickled by value."""
+
+    place: tuple[Path, str] | None
+
+    def __array_finalize__(self, made_from: np.ndarray | None) -> None:
+        self.place = None
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        if self.place is None or self.nbytes < _MIN_MAPPED_BYTES:
+            return np.asarray(self).__reduce_ex__(protocol)
+        return _map_again, self.place
+
+
+def _map_again(file: Path, name: str) -> np.ndarray:
+    try:
+        return _mapped_in_worker(file)[name]
+    except Exception as error:  # as in ``load_or_build_index``
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} was deleted or damaged while it was in use ({reason}); start again") from None
+
+
+_mapped_in_worker = functools.cache(_map_arrays)
 
 
 def unpack_gzip(path: Path, cache: Path | None) -> Path:

@@ -2,15 +2,17 @@
 
 Input: what the loop logs, with flat names. Output: JSON lines in the run folder, distinguished by ``event``. Note: the
 validation metrics of a row are nested under ``metrics``, without their prefix; costs are in ``cost.json`` only. A
-result has a field ``checksum``.
+result has a field ``checksum``. A run that was killed after it wrote its results writes none twice when it is resumed.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from clasp.data.atomic_files import with_checksum
+from clasp.data.atomic_files import read_json_lines, with_checksum, without_checksum
 
 LOG_FILE, RESULTS_FILE = "log.jsonl", "results.jsonl"
 
@@ -21,10 +23,10 @@ _METRIC_PREFIX = {"evaluation": "validation/", "stop": "selected/"}  # by event
 
 
 class JsonLinesTracker:
-    """Writes a run's record to its folder."""
+    """Writes a run's record to its folder, by ``append``; ``run`` is the folder, ``None`` where nothing is recorded."""
 
-    def __init__(self, append: AppendFunction):
-        self._append = append
+    def __init__(self, append: AppendFunction, run: Path | None = None):
+        self._append, self._run = append, run
 
     def config(self, recipe: dict[str, Any]) -> None:
         """Writes nothing: ``recipe.toml`` has it."""
@@ -46,5 +48,13 @@ class JsonLinesTracker:
         self._append(LOG_FILE, [row])
 
     def finish(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Adds a line to ``results.jsonl`` for each result."""
-        self._append(RESULTS_FILE, map(with_checksum, results))
+        """Adds a line to ``results.jsonl`` for each result that it does not have, but for its seconds."""
+        file = None if self._run is None else self._run / RESULTS_FILE
+        recorded: set[str] = set()
+        if file is not None and file.exists():
+            recorded.update(map(_without_time, read_json_lines(file)))
+        self._append(RESULTS_FILE, [with_checksum(row) for row in results if _without_time(row) not in recorded])
+
+
+def _without_time(row: Mapping[str, Any]) -> str:
+    return json.dumps({**without_checksum(row), "seconds": 0}, sort_keys=True)

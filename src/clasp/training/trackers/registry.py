@@ -60,7 +60,7 @@ def open_trackers(
                 "methods config, log and finish"
             )
         made[name] = tracker
-    return TrackerGroup(JsonLinesTracker(append), made, say, run.step)
+    return TrackerGroup(JsonLinesTracker(append, run.folder), made, say, run.step)
 
 
 def silent_trackers() -> TrackerGroup:
