@@ -4,11 +4,12 @@ Input: the folder of the photo sets (``flickr8k-sample``, ``tinyimagenet``). Out
 of a packaged image tower and a packaged text tower, whole or cut to its lower blocks: what ``clasp pair`` measures on
 the training photos, and the metric on other photos of heads trained by gradient steps and of low-rank updates in both
 towers. Note: three image and three text towers are nine pairs, but not nine independent ones; intervals resample
-towers. What is measured is kept in ``pair_picker.jsonl`` beside the page, with size, settings of the training, date,
-torch and machine, and not measured again with the same size and settings.
+towers. A cell that is measured is kept in ``pair_picker.jsonl`` beside the page, with size, settings of the training,
+date, torch and machine, and not measured again with the same size and settings: the study may be stopped at any time.
 
     python -m studies.pair_picker FOLDER            # both sets, heads and low-rank updates
     python -m studies.pair_picker FOLDER --quick    # heads on Flickr8k: ten minutes on two cores if none is recorded
+    python -m studies.pair_picker                   # the page of what is recorded
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +90,7 @@ SETS = {
         ("heads",),
     ),
 }
+QUICK = {"Flickr8k": replace(SETS["Flickr8k"], trained=("heads",))}
 HEAD = {"kind": "linear", "width": 128, "standardize": True, "init": "cca"}
 TRAINED: dict[str, dict[str, Any]] = {
     "heads": {
@@ -112,23 +114,83 @@ Grid = Float[np.ndarray, "images texts"]
 
 
 def main() -> None:
-    """Measure, train and evaluate every pair on every set; write the page."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
+    """Measure, train and evaluate what is not recorded; write the page."""
+    parser = argparse.ArgumentParser(prog="python -m studies.pair_picker", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", help="of the photo sets; left out, the page alone is written")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
-    text = render_page(given.folder, quick=given.quick)
+    sets = QUICK if given.quick else SETS
+    if given.folder is not None:
+        for cell in cells(sets):
+            if find_record(cell) is None:
+                record(cell, sets[cell.photos], given.folder)
+    text = render_page(sets)
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def render_page(folder: Path, *, quick: bool) -> str:
-    """The page, from what is recorded and what is measured now."""
-    sets = {"Flickr8k": replace(SETS["Flickr8k"], trained=("heads",))} if quick else SETS
-    sections = [_section(name, photos, folder) for name, photos in sets.items()]
-    measured = "; ".join(sorted({text for _, records in sections for text in map(_conditions, records)}))
+class Cell(NamedTuple):
+    """One pair of towers on one set: measured by ``clasp pair`` (``what`` = ``pair``), or trained."""
+
+    photos: str
+    what: str
+    image: Candidate
+    text: Candidate
+
+    @property
+    def key(self) -> list[str]:
+        return [self.photos, self.what, self.image.title, self.text.title]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return TRAINED.get(self.what, {})
+
+
+PAIRS = tuple((image, text) for image in IMAGES for text in TEXTS)
+
+
+def cells(sets: Mapping[str, PhotoSet]) -> list[Cell]:
+    """All cells: of each set what is measured, then what is trained."""
+    return [
+        Cell(name, what, image, text)
+        for name, photos in sets.items()
+        for what in ("pair", *photos.trained)
+        for image, text in PAIRS
+    ]
+
+
+def find_record(cell: Cell) -> Record | None:
+    """What is recorded of a cell at this size and with these settings."""
+    lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
+    wanted = {"key": cell.key, "size": SIZE, "settings": cell.settings}
+    return next((r for r in map(json.loads, lines) if all(r[name] == value for name, value in wanted.items())), None)
+
+
+def record(cell: Cell, photos: PhotoSet, folder: Path) -> None:
+    """Measure or train a cell, and append its record."""
+    began = time.process_time()
+    if cell.what == "pair":
+        values = _measured(cell.image, cell.text, photos, folder)
+    else:
+        values = {"metric": _trained(cell.image, cell.text, cell.settings, photos, folder)}
+    found = {
+        **{"key": cell.key, "size": SIZE, "settings": cell.settings, "values": values},
+        "cpu_seconds": round(time.process_time() - began),
+        **{"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    print(*cell.key, values, flush=True)
+    with RECORDS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(found) + "\n")
+
+
+def render_page(sets: Mapping[str, PhotoSet]) -> str:
+    """The page of what is recorded."""
+    known = [found for cell in cells(sets) if (found := find_record(cell)) is not None]
+    missing = [cell for cell in cells(sets) if find_record(cell) is None]
     about = (
-        f"`python -m studies.pair_picker FOLDER{' --quick' if quick else ''}`. Measured: {measured}.\n\n"
+        f"`python -m studies.pair_picker FOLDER{' --quick' if sets is QUICK else ''}`. Measured: "
+        f"{'; '.join(sorted(set(map(_conditions, known))))}.\n\n"
         "Closed form, k-NN and CKA: the columns of `clasp pair` on the training photos. Heads: the metric on other "
         "photos, of heads after 20 epochs on frozen towers; low rank: of `lora(rank=8)` and norms in both towers after "
         "two; one seed. Rank correlation: Spearman's over nine pairs of towers; in brackets the 95 % interval of a "
@@ -136,65 +198,42 @@ def render_page(folder: Path, *, quick: bool) -> str:
         "common are not independent. Noise of the metrics is not in it. Lost: the metric of the best pair minus that "
         "of the pair that the column ranks first."
     )
-    parts = ["# Does the ranking of towers predict the trained result?", about, *(text for text, _ in sections)]
-    return "\n\n".join(parts) + "\n"
+    parts = ["# Does the ranking of towers predict the trained result?", about]
+    if missing:
+        some = "; ".join(", ".join(cell.key) for cell in missing[:4]) + (" …" if len(missing) > 4 else "")
+        parts.append(f"**Not complete**: {len(missing)} of {len(cells(sets))} cells are missing: {some}.")
+    begun = {record["key"][0] for record in known}
+    return "\n\n".join([*parts, *(_section(name, sets[name]) for name in sets if name in begun)]) + "\n"
 
 
 def _conditions(record: Record) -> str:
     return f"{record['date']}, {record['size']} px, torch {record['torch']}, {record['machine']}"
 
 
-def _section(name: str, photos: PhotoSet, folder: Path) -> tuple[str, list[Record]]:
-    """The table of one set with the rank correlations, and the records that it is made of."""
-    pairs = [(image, text) for image in IMAGES for text in TEXTS]
-    found = [
-        _recorded([name, "pair", image.title, text.title], {}, lambda: _measured(image, text, photos, folder))  # noqa: B023
-        for image, text in pairs
-    ]
-    predicted = {title: [record["values"][title] for record in found] for title in PREDICTORS}
-    of_trained = {
-        title: [
-            _recorded(
-                [name, title, image.title, text.title],
-                TRAINED[title],
-                lambda: {"metric": _trained(image, text, TRAINED[title], photos, folder)},  # noqa: B023
-            )
-            for image, text in pairs
-        ]
-        for title in photos.trained
-    }
-    trained = {title: [record["values"]["metric"] for record in records] for title, records in of_trained.items()}
+def _section(name: str, photos: PhotoSet) -> str:
+    """The table of one set, with the rank correlations of its columns that are complete."""
+    values = {what: _column(name, what) for what in ("pair", *photos.trained)}
+    predicted = {title: [found and found[title] for found in values["pair"]] for title in PREDICTORS}
+    trained = {title: [found and found["metric"] for found in values[title]] for title in photos.trained}
     rows = [line(["image", "text", *predicted, *trained]), "|---|---|" + "---|" * (len(predicted) + len(trained))]
-    for row in sorted(range(len(pairs)), key=lambda row: -predicted["closed form"][row]):
-        numbers = [f"{values[row]:.3f}" for values in (*predicted.values(), *trained.values())]
-        rows.append(line([*(candidate.title for candidate in pairs[row]), *numbers]))
-    titles = [f"{what}, {title}" for title in trained for what in ("rank correlation", "lost")]
-    rows += ["", line(["ranked by", *titles]), "|---|" + "---|" * len(titles)]
-    for title, values in predicted.items():
-        cells = [text for theirs in trained.values() for text in (_correlation(values, theirs), _lost(values, theirs))]
-        rows.append(line([title, *cells]))
-    text = "\n".join([f"## {name}, {photos.task}", "", *rows])
-    return text, [*found, *(record for records in of_trained.values() for record in records)]
+    for row in sorted(range(len(PAIRS)), key=lambda row: -(predicted["closed form"][row] or 0)):
+        of_row = [column[row] for column in (*predicted.values(), *trained.values())]
+        numbers = ["–" if value is None else f"{value:.3f}" for value in of_row]
+        rows.append(line([*(candidate.title for candidate in PAIRS[row]), *numbers]))
+    complete = {title: [v for v in column if v is not None] for title, column in (predicted | trained).items()}
+    whole = {title: complete[title] for title in trained if len(complete[title]) == len(PAIRS)}
+    if whole and len(complete["closed form"]) == len(PAIRS):
+        titles = [f"{what}, {title}" for title in whole for what in ("rank correlation", "lost")]
+        rows += ["", line(["ranked by", *titles]), "|---|" + "---|" * len(titles)]
+        for title in predicted:
+            rows.append(line([title, *(text for theirs in whole.values() for text in _told(complete[title], theirs))]))
+    return "\n".join([f"## {name}, {photos.task}", "", *rows])
 
 
-def _recorded(key: list[str], settings: dict[str, Any], measure: Callable[[], dict[str, float]]) -> Record:
-    """The record of this key, size and settings, measured where there is none."""
-    wanted = {"key": key, "size": SIZE, "settings": settings}
-    lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
-    for record in map(json.loads, lines):
-        if all(record[name] == value for name, value in wanted.items()):
-            return record
-    record = {
-        **wanted,
-        "values": measure(),
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
-    print(*key, record["values"], flush=True)
-    with RECORDS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-    return record
+def _column(name: str, what: str) -> list[dict[str, float] | None]:
+    """The values of every pair, ``None`` where there is no record."""
+    found = [find_record(Cell(name, what, image, text)) for image, text in PAIRS]
+    return [None if each is None else each["values"] for each in found]
 
 
 def _measured(image: Candidate, text: Candidate, photos: PhotoSet, folder: Path) -> dict[str, float]:
@@ -228,14 +267,12 @@ def _quiet(line: str) -> None:
     """Status lines of runs are not printed."""
 
 
-def _lost(predicted: Sequence[float], trained: Sequence[float]) -> str:
-    return f"{max(trained) - trained[int(np.argmax(predicted))]:.3f}"
-
-
-def _correlation(predicted: Sequence[float], trained: Sequence[float]) -> str:
+def _told(predicted: Sequence[float], trained: Sequence[float]) -> tuple[str, str]:
+    """The rank correlation with its interval, and what is lost by the ranking."""
     one, other = (np.reshape(values, (len(IMAGES), len(TEXTS))) for values in (predicted, trained))
     value, low, high = correlation_interval(one, other)
-    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+    lost = max(trained) - trained[int(np.argmax(predicted))]
+    return f"{value:.2f} ({low:.2f} to {high:.2f})", f"{lost:.3f}"
 
 
 def correlation_interval(one: Grid, other: Grid, resamples: int = RESAMPLES) -> tuple[float, float, float]:

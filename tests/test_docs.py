@@ -64,6 +64,20 @@ def test_every_page_is_in_the_table_of_contents():
     assert named == pages - {"index.md"}
 
 
+def test_the_papers_are_mapped_to_what_there_is():
+    """Tables of statement, recipe, code and test: each file is there, and each test in its file."""
+    page = (DOCS / "papers.md").read_text(encoding="utf-8")
+    mapped = [row.strip("| ").split(" | ") for part in page.split("### Line by line")[1:] for row in part.splitlines()]
+    found = [(code, test) for _, _, code, test in (row for row in mapped if len(row) == 4 and "`" in row[3])]
+    assert len(found) > 30
+    for code, test in found:
+        for path in re.findall("`([^`]+)`", code):
+            assert (ROOT / path).exists() or (ROOT / "src" / "clasp" / path).exists(), path
+        for path, name in re.findall("`([^`:]+)(?:::([^`]+))?`", test):
+            text = (ROOT / path).read_text(encoding="utf-8")
+            assert not name or f"def {name}(" in text, f"{path}::{name}"
+
+
 def test_the_citation_is_of_this_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")

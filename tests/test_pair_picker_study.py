@@ -33,17 +33,28 @@ def test_the_interval_resamples_towers():
     assert (low, high) == pytest.approx(tuple(np.percentile(found, [2.5, 97.5]))) and low < value < high
 
 
-def test_the_page_is_that_of_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Another size is measured anew, and the page names the conditions of what it shows."""
-    for name in ("_measured", "_trained"):
-        monkeypatch.setattr(pair_picker, name, lambda *given: pytest.fail("it is recorded"))
+def test_the_page_is_that_of_the_records():
     page = pair_picker.RECORDS.with_suffix(".md").read_text(encoding="utf-8")
-    assert pair_picker.render_page(tmp_path, quick=True) == page
-    assert "Measured: 2026-11-30, 56 px, torch 2.13.0, two cores of an AMD EPYC with bfloat16." in page
+    assert pair_picker.render_page(pair_picker.SETS) == page
+    assert "2026-11-30, 56 px, torch 2.13.0, two cores of an AMD EPYC with bfloat16" in page
+
+
+def test_a_cell_is_recorded_once_and_the_page_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another size is measured anew, and the page names the conditions of what it shows."""
     monkeypatch.setattr(pair_picker, "SIZE", 64)
     monkeypatch.setattr(pair_picker, "RECORDS", tmp_path / "records.jsonl")
     monkeypatch.setattr(pair_picker, "_measured", lambda *given: dict.fromkeys(pair_picker.PREDICTORS, 0.5))
-    monkeypatch.setattr(pair_picker, "_trained", lambda *given: 0.5)
-    monkeypatch.setattr(pair_picker, "correlation_interval", lambda one, other: (0.0, 0.0, 0.0))
-    assert ", 64 px, torch " in pair_picker.render_page(tmp_path, quick=True)
+    monkeypatch.setattr(pair_picker, "_trained", lambda *given: 0.25)
+    monkeypatch.setattr(pair_picker, "correlation_interval", lambda one, other: (0.5, 0.0, 1.0))
+    every = pair_picker.cells(pair_picker.QUICK)
+    assert len(every) == 18 and not any(map(pair_picker.find_record, every))
+    for cell in every[:12]:
+        pair_picker.record(cell, pair_picker.QUICK[cell.photos], tmp_path)
+    page = pair_picker.render_page(pair_picker.QUICK)
+    assert ", 64 px, torch " in page and "6 of 18 cells are missing: Flickr8k, heads" in page
+    assert page.count("| 0.250 |") == 3 and page.count("| – |") == 6 and "ranked by" not in page
+    for cell in every[12:]:
+        pair_picker.record(cell, pair_picker.QUICK[cell.photos], tmp_path)
+    page = pair_picker.render_page(pair_picker.QUICK)
+    assert "Not complete" not in page and "| CKA | 0.50 (0.00 to 1.00) | 0.000 |" in page
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 18

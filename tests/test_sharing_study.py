@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from studies.records import Record, Results
-from studies.sharing import figure, page
+from studies.sharing import closeness, figure, page
 from studies.sharing.__main__ import Part, main
 from studies.sharing.cells import run
 from studies.sharing.datasets import World
@@ -73,6 +73,23 @@ def test_a_cell_trains_for_its_steps_and_answers(world: World, tmp_path: Path):
     assert len(ids) == 100 and len(set(ids[:48])) == 48
     assert set(ids[:48]) == set(ids[48:96]), "every pair once before any comes again"
     assert not {pair.image.name for pair in few} & {pair.image.name for pair in train}
+
+
+def test_closeness_is_measured_before_and_after(world: World, monkeypatch: pytest.MonkeyPatch):
+    row = replace(MSCLIP, changes=FEW)
+    monkeypatch.setattr(closeness, "NEIGHBOURS", 3)
+    record = closeness.run(Cell(row, 1e-3, 3, 0), world)
+    for stage in ("before", "after"):
+        found = record[stage]
+        assert found["pairs"] == 6 and [each["image_block"] for each in found["blocks"]] == [0, 1, 2]
+        assert [each["block"] for each in found["clusters"]] == [0, 1, 2] and found["attention"]["heads"] == 8
+    assert record["before"] != record["after"]
+    monkeypatch.setattr(closeness, "ROWS", (row,))
+    monkeypatch.setattr(closeness, "chosen", lambda group, find: 1e-3)
+    stored = {closeness.key(cell): record for cell in closeness.cells({}.get)}
+    text = closeness.render_page(stored.get, f"{page.BEGIN}\nThey are close.\n{page.END}")
+    assert "They are close." in text and "Not complete" not in text
+    assert text.count(f"| {MSCLIP.name} | 3 | ") == 2, "before and after"
 
 
 def recorded(cell: Cell, good: int, macs: int) -> Record:

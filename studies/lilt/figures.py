@@ -46,7 +46,7 @@ def _methods(found: Found, size: Size) -> Any:
             share = 100 * trained / total
             marker = "s" if row.name == FULL.name else "^" if row.name in UNTUNED else "o"
             _point(axes, share, seen, marker, color=f"C{number % 10}", label=f"{number}  {row.name}")
-            _name(axes, str(number), share, seen)
+            _name(axes, str(number), share, seen, left=number % 2 == 0)
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     if seen := _seen(found, [(FULL.name, size.photos)], TOP5):
         for part, style, text in ((100, "--", "full"), (75, ":", "75 % of full")):
@@ -162,8 +162,9 @@ def _point(axes: Axes, x: float, seen: Measured, marker: str, **how: Any) -> Non
     axes.errorbar([x], [100 * seen.value], yerr=_ends(seen), **shown)
 
 
-def _name(axes: Axes, text: str, x: float, seen: Measured) -> None:
-    axes.annotate(text, (x, 100 * seen.value), (4, 4), textcoords="offset points", fontsize=7)
+def _name(axes: Axes, text: str, x: float, seen: Measured, *, left: bool = False) -> None:
+    place, align = ((-4, -9), "right") if left else ((4, 4), "left")
+    axes.annotate(text, (x, 100 * seen.value), place, textcoords="offset points", fontsize=7, ha=align)
 
 
 def _bar(axes: Axes, seen: Measured, y: float, **how: Any) -> None:

@@ -47,6 +47,11 @@ class World:
         """Number of unique training pairs."""
         return len(self._train)
 
+    @property
+    def asked_drawings(self) -> Pairs:
+        """A drawing of each concept in the style that never trains, with its name."""
+        return self._drawings([STYLE_TO_ASK])
+
     # --- evaluation ----------------------------------------------------------------------------------------------
 
     def validate(self, model: DualEncoder, inputs: FeatureSource) -> float:
@@ -60,7 +65,7 @@ class World:
 
     def ask(self, model: DualEncoder, inputs: FeatureSource) -> dict[str, Answer]:
         """``photos/top1``, ``drawings/recall@1`` and ``drawings/recall@5`` (drawing to name)."""
-        test, drawings = self._test, self._drawings([STYLE_TO_ASK])
+        test, drawings = self._test, self.asked_drawings
         found = zero_shot(model, images_seen(model, inputs, test), self._classes(test, inputs))
         names = {str(pair.group): pair.captions[0].text for pair in drawings}
         question = RetrievalQueries(

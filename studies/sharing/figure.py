@@ -37,8 +37,17 @@ def draw(rows: Sequence[Row], find: Find, home: Path) -> Path | None:
                 at, value = known[0]["counts"]["model"]["total"] / 1e6, 100 * seen.value
                 reach = [[value - 100 * seen.low], [100 * seen.high - value]]
                 label = f"{number}  {row.name}"
-                axes.errorbar(at, value, reach, fmt="o", ms=4, lw=1, color=f"C{number % 10}", label=label)
-                axes.annotate(str(number), (at, value), textcoords="offset points", xytext=(5, 3), fontsize=8)
+                marker, below = "o" if number <= 10 else "s", number % 2 == 0 and number < 14
+                axes.errorbar(at, value, reach, fmt=marker, ms=4, lw=1, color=f"C{number % 10}", label=label)
+                place = (-5, -9) if below else (5, 3)  # of two at one place, one label each side
+                axes.annotate(
+                    str(number),
+                    (at, value),
+                    place,
+                    textcoords="offset points",
+                    fontsize=8,
+                    ha="right" if below else "left",
+                )
         axes.set_xlabel("million parameters")
         axes.set_title(TITLES[name], loc="left", fontsize=9)
     handles, labels = both[0].get_legend_handles_labels()

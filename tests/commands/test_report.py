@@ -127,7 +127,7 @@ def test_analyze_keeps_what_it_prints(
 
     assert command(monkeypatch, *words) == 0
     table = capfd.readouterr().out
-    for title in ("modality gap", "effective rank of images", "mutual k-NN", "embedding"):
+    for title in ("modality gap", "effective rank of images", "mutual k-NN", "embedding", "NMI of modality"):
         assert title in table
     assert len(json.loads((run / "analysis.json").read_text())["analyses"]) == 1
     write_report([run], tmp_path / "r.html")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from clasp.evaluation.embedding_table import embed_batches
 from clasp.evaluation.retrieval import RetrievalQueries
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
-from clasp.evaluation.zeroshot import ZeroShotQueries, read_class_names
+from clasp.evaluation.zeroshot import ZeroShotQueries, read_class_names, read_descriptions
 from clasp.types import Evaluator, PooledFeatures, Tokens, UserError
 
 
@@ -150,6 +150,23 @@ def test_prompts_are_ensembled_as_unit_vectors():
     )
     vectors = question.class_embeddings(Mirror())
     torch.testing.assert_close(vectors, torch.stack([F.normalize(AXES["cat"] + AXES["fox"], dim=0), AXES["dog"]]))
+
+
+def test_descriptions_stand_in_place_of_templates(tmp_path):
+    """Classes may have different numbers of them, as CuPL's have."""
+    file = tmp_path / "described.json"
+    file.write_text('{"cat": ["a cat purrs", "a fox with whiskers"], "dog": ["a dog"], "emu": ["not asked about"]}')
+    question = classes({"1": "cat"}, classes=["cat", "dog"], descriptions=read_descriptions(file))
+    vectors = question.class_embeddings(Mirror())
+    torch.testing.assert_close(vectors, torch.stack([F.normalize(AXES["cat"] + AXES["fox"], dim=0), AXES["dog"]]))
+    with pytest.raises(UserError, match="1 of 2 classes have no description: 'fox'"):
+        classes({}, classes=["cat", "fox"], descriptions=read_descriptions(file))
+    for text, wrong in (("[]", "must be an object"), ('{"cat": "purrs"}', "'cat' must have a list"), ("{", "not JSON")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=wrong):
+            read_descriptions(file)
+    with pytest.raises(UserError, match="it names a JSON file"):
+        read_descriptions(tmp_path / "none.json")
 
 
 def test_class_names_enter_prompts_as_they_are():

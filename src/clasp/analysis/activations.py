@@ -23,6 +23,8 @@ from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
 from clasp.types import UserError
 
 _ForwardCall = Callable[[], Any]
+NATIVE_ENCODERS = ImageTransformer | TextTransformer
+"""The encoders that can be probed"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def attention_maps(net: nn.Module, forward: _ForwardCall) -> dict[int, Float[Ten
 
 
 def _blocks(net: nn.Module) -> dict[int, Block]:
-    if not isinstance(net, ImageTransformer | TextTransformer):
+    if not isinstance(net, NATIVE_ENCODERS):
         raise UserError(
             f"{type(net).__name__} is not a native encoder, and only those can be probed; "
             "clasp.models.zoo.to_native.to_native converts a ViT, a DINOv2 or a BERT"

@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clasp.analysis.attention_roles import AttentionAgreement
 from clasp.analysis.embedding_geometry import EmbeddingGeometry
 from clasp.analysis.layer_similarity import LayerSimilarity
+from clasp.analysis.modality_clusters import ModalityClusters
 from clasp.types import UserError
 
 ANALYSIS_FILE, _FORMAT = "analysis.json", 1
@@ -24,7 +26,8 @@ class AnalysisRecord:
     """The measures of a run on ``pairs`` pairs of ``data``, whose captions are in ``language`` (empty: as they come).
 
     ``neighbours``: K of the mutual k-nearest neighbours. ``logit_scale``: inverse temperature; ``margin``: logit scale
-    times the difference of the mean cosines of pairs and non-pairs, in logits. ``seconds``: wall time.
+    times the difference of the mean cosines of pairs and non-pairs, in logits. ``attention``: ``None`` where the towers
+    are not native or have other numbers of heads. ``seconds``: wall time.
     """
 
     data: str
@@ -34,6 +37,8 @@ class AnalysisRecord:
     logit_scale: float
     geometry: EmbeddingGeometry
     layers: Sequence[LayerSimilarity]
+    clusters: Sequence[ModalityClusters] = ()
+    attention: AttentionAgreement | None = None
     seconds: float
 
     @property
@@ -53,8 +58,14 @@ class AnalysisRecord:
     def from_dict(cls, facts: Mapping[str, Any]) -> AnalysisRecord:
         """The inverse of ``to_dict``, by way of JSON."""
         given = {name: value for name, value in facts.items() if name != "margin"}
-        geometry = EmbeddingGeometry(**given["geometry"])
-        return cls(**{**given, "geometry": geometry, "layers": [LayerSimilarity(**row) for row in given["layers"]]})
+        attention = given.get("attention")  # this and the clusters are not in files of earlier versions
+        read = {
+            "geometry": EmbeddingGeometry(**given["geometry"]),
+            "layers": [LayerSimilarity(**row) for row in given["layers"]],
+            "clusters": tuple(ModalityClusters(**row) for row in given.get("clusters", ())),
+            "attention": None if attention is None else AttentionAgreement(**attention),
+        }
+        return cls(**{**given, **read})
 
 
 def read_analyses(run: Path) -> list[AnalysisRecord]:

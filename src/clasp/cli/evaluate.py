@@ -138,17 +138,17 @@ def analyze(
 ) -> None:
     """Analyse the embedding space of a run and the layers of its towers; the result is kept in RUN/analysis.json.
 
-    Modality gap, alignment, uniformity, effective rank, cosines; CKA and mutual k-NN of the towers' layers, each with a
-    shuffled baseline.
+    Modality gap, alignment, uniformity, effective rank, cosines; CKA and mutual k-NN of the towers' layers, clusters of
+    the two modalities, and whether attention heads attend alike in both towers, each with a shuffled baseline.
     """
     from clasp.commands.analyze import analyze_run
-    from clasp.report.analysis_section import geometry_table, layer_table
+    from clasp.report.analysis_section import cluster_table, geometry_table, layer_table
     from clasp.report.console import print_json, print_table, progress_bar, relative_path
 
     done = analyze_run(run, options or (), bar=progress_bar)
     if as_json:
         return print_json({"run": str(run), **done.to_dict()})
-    for table in (geometry_table(done), layer_table(done)):
+    for table in (geometry_table(done), layer_table(done), cluster_table(done)):
         print_table(relative_path(run), table.columns, table.rows, table.notes)
 
 

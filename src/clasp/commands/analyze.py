@@ -3,7 +3,7 @@
 Input: run and options as typed. Output: an ``AnalysisRecord``, which is also kept in the run's ``analysis.json``. Note:
 every pair has a caption and a group of its own, so that images with the captions of other pairs are true non-pairs; of
 more than ``pairs=`` a hash of the ids chooses. Both towers run once, on live inputs, since cached states begin at a
-later block.
+later block; over the first of the pairs once more where their attention can be read.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from clasp.analysis.attention_roles import AttentionAgreement, attention_agreement, head_roles
 from clasp.analysis.embedding_geometry import embedding_geometry
 from clasp.analysis.layer_similarity import layer_similarity
+from clasp.analysis.modality_clusters import modality_clusters
 from clasp.analysis.record import ANALYSIS_FILE, AnalysisRecord, analyses_json, read_analyses
 from clasp.analysis.tower_features import TowerFeatures, extract_tower_features
 from clasp.config.build import ModelAndPreprocessing, build_feature_source, load
@@ -26,8 +28,11 @@ from clasp.evaluation.language_sets import require_languages
 from clasp.evaluation.registry import ANALYZE_OPTIONS, MAX_ANALYZED_PAIRS, MAX_NEIGHBOURS, parse_options
 from clasp.evaluation.retention.features import hashed_subset
 from clasp.models.dual_encoder import DualEncoder
+from clasp.models.features import FeatureSource
 from clasp.training.run_folder import RunFolder
 from clasp.types import PooledFeatures, ProgressFactory, UserError, no_progress_bar
+
+_ATTENDED = 200  # pairs whose attention is read
 
 
 def analyze_run(
@@ -44,7 +49,8 @@ def analyze_run(
     model = load(run)
     assert isinstance(model.encoder, DualEncoder)
     parts = ModelAndPreprocessing(model.encoder, model.transform, model.tokenizer)
-    image, text = _extract(parts, recipe, captions, pairs, bar)
+    inputs = build_feature_source(parts, recipe, bar=bar)
+    image, text = _extract(parts.model, inputs, captions, pairs, bar)
     _require_more_than(neighbours, len(image.ids), f"images of {given['data']} that could be read")
     rows = [text.ids.index(id) for id in image.ids]  # an unreadable image is left out on both sides
     device = next(model.encoder.parameters()).device
@@ -62,6 +68,8 @@ def analyze_run(
             logit_scale=float(model.encoder.scale_and_bias()[0]),
             geometry=embedding_geometry(joint_image, joint_text),
             layers=layers,
+            clusters=modality_clusters({0: joint_image, **image.block_means}, {0: joint_text, **of_texts}),
+            attention=_attention(parts.model, inputs, captions, pairs[:_ATTENDED]),
             seconds=time.perf_counter() - started,
         )
     folder.write(ANALYSIS_FILE, analyses_json([*earlier, record]))
@@ -91,18 +99,27 @@ def _choose_pairs(given: Mapping[str, str], recipe: Recipe, limit: int) -> tuple
 
 
 def _extract(
-    parts: ModelAndPreprocessing, recipe: Recipe, captions: Mapping[str, str], pairs: Pairs, bar: ProgressFactory
+    model: DualEncoder, inputs: FeatureSource, captions: Mapping[str, str], pairs: Pairs, bar: ProgressFactory
 ) -> tuple[TowerFeatures, TowerFeatures]:
     """Pooled features and mean states of every block, of the images and of their captions."""
-    inputs = build_feature_source(parts, recipe, bar=bar)
-    with bar(f"{parts.model.image.name}: images") as progress:
+    with bar(f"{model.image.name}: images") as progress:
         stream = inputs.images(pairs)()
-        image = extract_tower_features(parts.model.image, stream, captions, lambda done: progress(done, len(pairs)))
-    with bar(f"{parts.model.text.name}: captions") as progress:
+        image = extract_tower_features(model.image, stream, captions, lambda done: progress(done, len(pairs)))
+    with bar(f"{model.text.name}: captions") as progress:
         texts = inputs.texts(captions)()
-        text = extract_tower_features(parts.model.text, texts, captions, lambda done: progress(done, len(pairs)))
+        text = extract_tower_features(model.text, texts, captions, lambda done: progress(done, len(pairs)))
     assert image.block_ids == image.ids and text.block_ids == text.ids
     return image, text
+
+
+def _attention(
+    model: DualEncoder, inputs: FeatureSource, captions: Mapping[str, str], pairs: Pairs
+) -> AttentionAgreement | None:
+    """The agreement of heads on these pairs; the texts are read only where the images have native attention."""
+    of_images = head_roles(model.image, inputs.images(pairs)())
+    if not of_images:
+        return None
+    return attention_agreement(of_images, head_roles(model.text, inputs.texts({p.id: captions[p.id] for p in pairs})()))
 
 
 def _count(given: Mapping[str, str], name: str, highest: int) -> int:

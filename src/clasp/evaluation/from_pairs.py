@@ -67,6 +67,7 @@ def zeroshot_task(
     templates: Sequence[str],
     data: str,
     label: str = "class",
+    descriptions: Mapping[str, Sequence[str]] | None = None,
 ) -> ZeroShotTask:
     """Zero-shot classification; the class of an image is that in ``label`` of its pair's meta."""
     labels = {pair.id: str(pair.meta[label]) for pair in pairs}
@@ -74,6 +75,7 @@ def zeroshot_task(
         labels=labels,
         classes=classes,
         templates=templates,
+        descriptions=descriptions,
         read=inputs.read,
         metric_names=TWO_CLASS_METRICS if len(classes) == 2 else ACCURACIES,
     )

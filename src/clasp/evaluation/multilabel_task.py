@@ -22,7 +22,7 @@ from clasp.evaluation.probes import multilabel_probe
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.retention.probes import require_disjoint
 from clasp.evaluation.task_context import TaskContext
-from clasp.evaluation.zeroshot import ZeroShotQueries, read_class_names, read_templates
+from clasp.evaluation.zeroshot import ZeroShotQueries, read_class_names, read_descriptions, read_templates
 from clasp.types import Pair, UserError
 
 
@@ -35,8 +35,13 @@ def evaluate_multilabel(context: TaskContext) -> list[EvaluationResult]:
     if unknown := sorted(set(there) - set(classes)):
         raise UserError(f"classes={options['classes']} lacks {len(unknown)} classes of {context.data}: {unknown[0]!r}")
     _used_classes(context.data, _truth(labels, labels, classes))
-    templates = read_templates(options["templates"])
-    queries = ZeroShotQueries(labels={}, classes=classes, templates=templates, read=context.inputs.read)
+    queries = ZeroShotQueries(
+        labels={},
+        classes=classes,
+        templates=read_templates(options["templates"]),
+        descriptions=read_descriptions(options["descriptions"]) if "descriptions" in options else None,
+        read=context.inputs.read,
+    )
     images = embed_batches(context.inputs.images(context.pairs)(), context.model.embed_image, "image")
     truth = _truth(images.ids, labels, classes)
     used = _used_classes(context.data, truth)

@@ -100,7 +100,7 @@ class TaskEntry:
 def build_zeroshot(context: TaskContext) -> ZeroShotTask:
     """Raises ``UserError`` for pairs without a class, a class list or a template that cannot be used."""
     from clasp.evaluation.from_pairs import zeroshot_task
-    from clasp.evaluation.zeroshot import read_class_names, read_templates
+    from clasp.evaluation.zeroshot import read_class_names, read_descriptions, read_templates
     from clasp.types import UserError
 
     pairs, options = context.pairs, context.options
@@ -114,8 +114,15 @@ def build_zeroshot(context: TaskContext) -> ZeroShotTask:
         if "classes" in options
         else sorted({str(pair.meta[label]) for pair in pairs})
     )
-    templates = read_templates(options["templates"])
-    return zeroshot_task(pairs, context.inputs, classes=classes, templates=templates, data=context.data, label=label)
+    return zeroshot_task(
+        pairs,
+        context.inputs,
+        classes=classes,
+        templates=read_templates(options["templates"]),
+        data=context.data,
+        label=label,
+        descriptions=read_descriptions(options["descriptions"]) if "descriptions" in options else None,
+    )
 
 
 def build_retrieval(context: TaskContext) -> EvaluationTask:
@@ -212,6 +219,7 @@ _ZEROSHOT_OPTIONS = (
     TaskOption(
         "templates", "prompt with {} for the class, a file with one a line, clip-80, clip-7", "a photo of a {}."
     ),
+    TaskOption("descriptions", "JSON file {class: [texts]}: prompts of each class, in place of templates"),
 )
 
 EVALUATION_TASKS: dict[str, TaskEntry] = {

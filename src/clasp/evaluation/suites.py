@@ -81,7 +81,8 @@ def _probed(each: SuiteSet) -> SuiteSet:
     return replace(each, task=task, metric=each.metric if each.metric in metrics else metrics[0])
 
 
-# Li et al., NeurIPS 2022 (ELEVATER), image classification: sets and metrics
+# Li et al., NeurIPS 2022 (ELEVATER), image classification. Names: vision_datasets.json of the toolkit; metrics:
+# TEST.METRIC in its resources/datasets/*.yaml, read in the copy of eric-ai-lab/PEViT, commit 8c9ab98
 _ELEVATER_SETS = (
     _elevater("caltech-101", "mean_per_class"),
     _elevater("cifar-10"),
@@ -104,7 +105,7 @@ _ELEVATER_SETS = (
     _elevater("stanford-cars"),
     _elevater("voc-2007-classification", "mean_11_point_precision", "multilabel"),
 )
-# the four others of CLIP's probes that the toolkit of the same authors names
+# the others of which the same toolkit has class names (datasets/prompts.py), without birdsnap
 _MORE_PROBED = tuple(
     SuiteSet(name=name, task="probe", metric="top1", source=source)
     for name, source in (
@@ -116,8 +117,9 @@ _MORE_PROBED = tuple(
 )
 SUITES: dict[str, tuple[SuiteSet, ...]] = {
     "elevater-20": _ELEVATER_SETS,
-    # You et al., ECCV 2022 (MS-CLIP): linear probes on 24 sets; which 24 is not in the published code. Metrics: those
-    # of CLIP's probes (Radford et al., 2021, appendix A), but accuracy on hateful-memes
+    # You et al., ECCV 2022 (MS-CLIP): linear probes on 24 sets; which 24 is not in the published code, whose
+    # lib/evaluation/dataset.py reads VOC 2007, Hateful Memes and ChestX-ray8. Metrics: those of CLIP's probes (Radford
+    # et al., 2021, appendix A), but accuracy on hateful-memes
     "msclip-24": tuple(sorted([*map(_probed, _ELEVATER_SETS), *_MORE_PROBED], key=lambda each: each.name)),
 }
 """Name to data sets, for ``clasp eval --suite``"""

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from clasp.evaluation import metrics
 from clasp.evaluation.embedding_table import EmbeddingTable, TextBatcher, embed_batches
 from clasp.evaluation.multilabel import two_class_influence
-from clasp.evaluation.name_checks import refuse_repeats, require_known
+from clasp.evaluation.name_checks import quote_first, refuse_repeats, require_known
 from clasp.evaluation.prompt_templates import TEMPLATE_SETS
 from clasp.evaluation.query_scores import MeanMetric, QueryScores
 from clasp.types import Encoder, UserError
@@ -43,19 +44,21 @@ class ZeroShotQueries:
         labels: image id to class name; None for an image that is no query (its class has no name here).
         classes: the class names, as they are put into the prompts.
         templates: texts with the placeholder ``{}`` or ``{c}``.
+        descriptions: class name to prompts of its own, in place of the templates (Pratt et al., ICCV 2023, CuPL).
         read: makes text-tower inputs of prompts.
         groups: image id to cluster, for intervals; without it every image is its own.
         metric_names: ``ACCURACIES``, or with two classes also ``TWO_CLASS_METRICS``.
 
     Raises:
         UserError: a class named twice, an empty name, fewer than two classes, no template, a template without
-            placeholder, a label that is not a class. When scored: an image without label.
+            placeholder, a class without description, a label that is not a class. When scored: an image without label.
     """
 
     labels: Mapping[str, str | None]
     classes: Sequence[str]
     templates: Sequence[str]
     read: TextBatcher
+    descriptions: Mapping[str, Sequence[str]] | None = None
     groups: Mapping[str, str] | None = None
     directions: tuple[str, ...] = field(default=("",), init=False)
     metric_names: tuple[str, ...] = ACCURACIES
@@ -70,6 +73,9 @@ class ZeroShotQueries:
         for template in self.templates:
             if not _PLACEHOLDER.search(template):
                 raise UserError(f"the template {template!r} has no place for the class name: write {{}} or {{c}} there")
+        described = self.descriptions
+        if described is not None and (bare := [name for name in self.classes if not described.get(name)]):
+            raise UserError(f"{len(bare)} of {len(self.classes)} classes have no description: {quote_first(bare)}")
         known = set(self.classes)
         for image, label in self.labels.items():
             if label is not None and label not in known:
@@ -119,12 +125,18 @@ class ZeroShotQueries:
 
     def class_embeddings(self, encoder: Encoder) -> Float[Tensor, "C E"]:
         """The ensembled unit vector of every class, in the order of ``classes``."""
-        prompts = [[_fill_template(template, name) for template in self.templates] for name in self.classes]
+        prompts = [self._prompts(name) for name in self.classes]
         distinct = list(dict.fromkeys(prompt for of_class in prompts for prompt in of_class))
         texts = embed_batches(self.read(distinct), encoder.embed_text, "prompt")
         row = {text: index for index, text in enumerate(texts.ids)}
-        rows = torch.tensor([[row[prompt] for prompt in of_class] for of_class in prompts])
-        return F.normalize(F.embedding_bag(rows, texts.vectors, mode="mean"), dim=1)
+        rows = torch.tensor([row[prompt] for of_class in prompts for prompt in of_class])
+        starts = torch.tensor([0, *accumulate(map(len, prompts))][:-1])
+        return F.normalize(F.embedding_bag(rows, texts.vectors, starts, mode="mean"), dim=1)
+
+    def _prompts(self, name: str) -> list[str]:
+        if self.descriptions is not None:
+            return list(self.descriptions[name])
+        return [_fill_template(template, name) for template in self.templates]
 
 
 def _fill_template(template: str, name: str) -> str:
@@ -157,6 +169,22 @@ def read_templates(given: str) -> list[str]:
             f"where the class name goes; named sets: {', '.join(TEMPLATE_SETS)}"
         )
     return [given]
+
+
+def read_descriptions(path: str | Path) -> dict[str, list[str]]:
+    """The descriptions of classes in a JSON file, ``{class: [texts]}``, as CuPL's. Raises ``UserError``."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read descriptions={path}: {error.strerror}; it names a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"descriptions={path} is not JSON: {error}") from None
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"descriptions={path} must be an object that is not empty: {{class: [texts]}}")
+    for name, texts in found.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError(f"descriptions={path}: {name!r} must have a list of texts")
+    return found
 
 
 def read_class_names(path: str | Path) -> list[str]:

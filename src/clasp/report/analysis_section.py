@@ -47,6 +47,23 @@ def layer_table(record: AnalysisRecord) -> AnnotatedTable:
     return AnnotatedTable(_LAYER_COLUMNS, rows, [note])
 
 
+def cluster_table(record: AnalysisRecord) -> AnnotatedTable:
+    """Whether images and texts fall apart, by block, and whether heads attend alike in both towers."""
+    of_blocks = sorted(record.clusters, key=lambda row: row.block)
+    rows = [[str(row.block or "embedding"), f"{row.nmi:.3f}", f"{row.nmi_shuffled:.3f}"] for row in of_blocks]
+    notes = ["normalised mutual information of two clusters and modality: 1 apart, 0 mixed; blocks of one width"]
+    if (found := record.attention) is not None:
+        for what, value, (low, high) in (
+            ("entropy", found.entropy, found.entropy_shuffled),
+            ("attention to the own token", found.own_token, found.own_token_shuffled),
+        ):
+            notes.append(
+                f"{found.heads} attention heads, with images and with texts: correlation of their {what} {value:.2f}; "
+                f"heads of a layer paired at random: {low:.2f} to {high:.2f}"
+            )
+    return AnnotatedTable(("block", "NMI of modality", "shuffled"), rows, notes)
+
+
 def describe_analysis(record: AnalysisRecord) -> str:
     """The pairs of an analysis, and its time."""
     language = f" in {record.language}" if record.language else ""
@@ -66,6 +83,8 @@ def analysis_blocks(records: Sequence[RunRecord]) -> list[Html]:
             blocks.append(Html(f"<h3>{escaped(f'{record.label}: {describe_analysis(analysis)}')}</h3>"))
             tables = [html_table("Embedding space", geometry_table(analysis))]
             tables.append(html_table("Similarity of the towers' layers", layer_table(analysis)))
+            if analysis.clusters:
+                tables.append(html_table("Images and texts as clusters", cluster_table(analysis)))
             blocks += [figure_row(tables), *_heat_maps(analysis)]
     lacking = [record.label for record in records if not record.analyses]
     return [*blocks, missing_in(lacking, "not analysed (clasp analyze RUN data=…).")]
