@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from clasp.models.low_rank_forward import project_together
 from clasp.models.transformer.blocks import cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
 from clasp.models.transformer.packing import Packing, pack_rows
@@ -174,8 +175,8 @@ class _SelfAttention(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         states = cast_for_products(states)
         q, k, v = (
-            project(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in (self.query, self.key, self.value)
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projected in project_together(states, (self.query, self.key, self.value))
         )
         dropout = self.dropout.p if self.training else 0.0
         if isinstance(mask, Packing):

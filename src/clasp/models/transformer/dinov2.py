@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clasp.models.low_rank_forward import project_together
 from clasp.models.transformer.blocks import cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
 
@@ -125,8 +126,8 @@ class _Attention(nn.Module):
     def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         states = cast_for_products(states)
         q, k, v = (
-            project(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projected in project_together(states, (self.q_proj, self.k_proj, self.v_proj))
         )
         return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
