@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clasp.models.low_rank_forward import project_together
-from clasp.models.transformer.blocks import cast_for_products, gelu_of
+from clasp.models.transformer.blocks import LayerNorm, cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
 
 
@@ -46,7 +46,7 @@ class Dinov2Encoder(nn.Module):
         self.settings = settings
         self.embeddings = _Embeddings(settings)
         self.encoder = _Blocks(settings)
-        self.layernorm = nn.LayerNorm(settings.hidden_size, eps=settings.layer_norm_eps)
+        self.layernorm = LayerNorm(settings.hidden_size, eps=settings.layer_norm_eps)
 
     def forward(self, pixel_values: Float[Tensor, "B 3 height width"]) -> EncoderOutput:
         """States of the class token and of every patch."""
@@ -100,10 +100,10 @@ class _Block(nn.Module):
     def __init__(self, settings: Dinov2EncoderSettings):
         super().__init__()
         width = settings.hidden_size
-        self.norm1 = nn.LayerNorm(width, eps=settings.layer_norm_eps)
+        self.norm1 = LayerNorm(width, eps=settings.layer_norm_eps)
         self.attention = _Attention(settings)
         self.layer_scale1 = _LayerScale(settings)
-        self.norm2 = nn.LayerNorm(width, eps=settings.layer_norm_eps)
+        self.norm2 = LayerNorm(width, eps=settings.layer_norm_eps)
         self.mlp = _FeedForward(width, width * settings.mlp_ratio)
         self.layer_scale2 = _LayerScale(settings)
 
