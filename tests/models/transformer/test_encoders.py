@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from clasp.models.structure import find_structure
-from clasp.models.transformer.blocks import Block, BlockSettings
+from clasp.models.transformer.blocks import Block, BlockSettings, LayerNorm
 from clasp.models.transformer.convolutions import DepthwisePatchConv, ParallelBranchSettings, halving_strides
 from clasp.models.transformer.deit import VisionTransformer
 from clasp.models.transformer.encoders import (
@@ -402,3 +402,30 @@ def test_macs_by_hand():
     assert count_macs(lambda: depthwise(maps)) == 25 * 8 * 9
     real = Block(BlockSettings(**BLOCK), causal=False)
     assert count_macs(lambda: real(torch.zeros(2, 5, 12), MASK)) == 2 * (matrices + 2 * 5 * 5 * 12)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_a_norm_keeps_its_input_in_half_the_memory(trained: bool) -> None:
+    """Under autocast; its output is PyTorch's bitwise, as are its gradients in float32."""
+    norm, reference = stirred(LayerNorm(48)), stirred(nn.LayerNorm(48))
+    norm.requires_grad_(trained)
+    x = 3 + 2 * torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
+
+    def gradients(each: nn.Module, lower: bool) -> tuple[Tensor, list[Tensor], int]:
+        given = x.clone().requires_grad_(True)
+        kept: list[Tensor] = []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t.detach(), lambda t: t),
+            torch.autocast("cpu", torch.bfloat16, enabled=lower),
+        ):
+            out = each(given)
+        taken = [given, *(p for p in each.parameters() if p.requires_grad)]
+        return out, list(torch.autograd.grad((out * weights).sum(), taken)), sum(t.nbytes for t in kept if t.ndim == 3)
+
+    exact, plain, whole = gradients(reference.requires_grad_(trained), False)
+    same, bitwise, _ = gradients(norm, False)
+    assert torch.equal(same, exact) and all(torch.equal(*each) for each in zip(bitwise, plain, strict=True))
+    lower, rounded, half = gradients(norm, True)
+    assert torch.equal(lower, exact) and len(rounded) == (3 if trained else 1) and half < 0.6 * whole
+    assert all((one - other).norm() < 0.005 * other.norm() for one, other in zip(rounded, plain, strict=True))

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clasp.models.transformer.blocks import cast_for_products, gelu_of
+from clasp.models.low_rank_forward import project_together
+from clasp.models.transformer.blocks import LayerNorm, cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
 from clasp.models.transformer.packing import Packing, pack_rows
 
@@ -108,7 +109,7 @@ class _Embeddings(nn.Module):
         self.word_embeddings = _table(settings.vocab_size, width, padding_idx=settings.pad_token_id)
         self.position_embeddings = _table(settings.max_position_embeddings, width)
         self.token_type_embeddings = _table(settings.type_vocab_size, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=settings.layer_norm_eps)
+        self.LayerNorm = LayerNorm(width, eps=settings.layer_norm_eps)
         self.dropout = nn.Dropout(settings.hidden_dropout_prob)
 
     def forward(self, embedded: Float[Tensor, "B N D"], positions: Int[Tensor, "1 N"]) -> Float[Tensor, "B N D"]:
@@ -174,8 +175,8 @@ class _SelfAttention(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         states = cast_for_products(states)
         q, k, v = (
-            project(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in (self.query, self.key, self.value)
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projected in project_together(states, (self.query, self.key, self.value))
         )
         dropout = self.dropout.p if self.training else 0.0
         if isinstance(mask, Packing):
@@ -201,7 +202,7 @@ class _Output(nn.Module):
     def __init__(self, inputs: int, settings: BertEncoderSettings):
         super().__init__()
         self.dense: nn.Module = nn.Linear(inputs, settings.hidden_size)
-        self.LayerNorm = nn.LayerNorm(settings.hidden_size, eps=settings.layer_norm_eps)
+        self.LayerNorm = LayerNorm(settings.hidden_size, eps=settings.layer_norm_eps)
         self.dropout = nn.Dropout(settings.hidden_dropout_prob)
 
     def forward(self, branch: Float[Tensor, "B N _"], residual: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:

@@ -9,7 +9,7 @@ the same inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,37 @@ def cast_for_products(states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batc
 def gelu_of(states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
     """The exact GELU of the fresh output of a layer: in inference mode in place, since new memory costs as much."""
     return torch.ops.aten.gelu_(states) if torch.is_inference_mode_enabled() else F.gelu(states)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` that keeps its float32 input in the dtype of autocast for the backward pass, in half the memory;
+    the gradients then differ from PyTorch's within the rounding of that dtype."""
+
+    def forward(self, input: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        kept = torch.is_grad_enabled() and input.requires_grad and not input.is_meta and input.dtype == torch.float32
+        if not (kept and torch.is_autocast_enabled(input.device.type)):
+            return super().forward(input)
+        dtype = torch.get_autocast_dtype(input.device.type)
+        return _NormOfRounded.apply(input, self.weight, self.bias, self.eps, dtype)  # pyright: ignore[reportReturnType]
+
+
+class _NormOfRounded(torch.autograd.Function):
+    """Layer norm over the last axis; its gradients are taken at the input rounded to ``dtype``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        out, mean, inverse_deviation = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x.to(dtype), mean, inverse_deviation, weight, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rounded, mean, inverse_deviation, weight, bias = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        found = torch.ops.aten.native_layer_norm_backward(
+            *gradients, rounded.float(), weight.shape, mean, inverse_deviation, weight, bias, wanted
+        )
+        return (*(each if needed else None for each, needed in zip(found, wanted, strict=True)), None, None)
 
 
 class RMSNorm(nn.RMSNorm):

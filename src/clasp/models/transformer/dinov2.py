@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clasp.models.transformer.blocks import cast_for_products, gelu_of
+from clasp.models.low_rank_forward import project_together
+from clasp.models.transformer.blocks import LayerNorm, cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
 
 
@@ -45,7 +46,7 @@ class Dinov2Encoder(nn.Module):
         self.settings = settings
         self.embeddings = _Embeddings(settings)
         self.encoder = _Blocks(settings)
-        self.layernorm = nn.LayerNorm(settings.hidden_size, eps=settings.layer_norm_eps)
+        self.layernorm = LayerNorm(settings.hidden_size, eps=settings.layer_norm_eps)
 
     def forward(self, pixel_values: Float[Tensor, "B 3 height width"]) -> EncoderOutput:
         """States of the class token and of every patch."""
@@ -99,10 +100,10 @@ class _Block(nn.Module):
     def __init__(self, settings: Dinov2EncoderSettings):
         super().__init__()
         width = settings.hidden_size
-        self.norm1 = nn.LayerNorm(width, eps=settings.layer_norm_eps)
+        self.norm1 = LayerNorm(width, eps=settings.layer_norm_eps)
         self.attention = _Attention(settings)
         self.layer_scale1 = _LayerScale(settings)
-        self.norm2 = nn.LayerNorm(width, eps=settings.layer_norm_eps)
+        self.norm2 = LayerNorm(width, eps=settings.layer_norm_eps)
         self.mlp = _FeedForward(width, width * settings.mlp_ratio)
         self.layer_scale2 = _LayerScale(settings)
 
@@ -125,8 +126,8 @@ class _Attention(nn.Module):
     def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         states = cast_for_products(states)
         q, k, v = (
-            project(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projected in project_together(states, (self.q_proj, self.k_proj, self.v_proj))
         )
         return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 

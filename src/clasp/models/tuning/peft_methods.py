@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clasp.models.frozen_casts import is_plain_low_rank
-from clasp.models.tuning.low_rank_forward import join_low_rank_update
+from clasp.models.low_rank_forward import join_low_rank_update
 from clasp.types import UserError
 
 LORA_INITS = ("random", "gradient")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clasp.models.tuning.low_rank_forward import LowRankForward
+from clasp.models.low_rank_forward import LowRankForward, project_together
 from clasp.models.tuning.peft_methods import inject_peft
 
 
@@ -91,3 +91,70 @@ def test_a_deep_copy_runs_its_own_layer() -> None:
 @pytest.mark.parametrize("options", [{"lora_bias": True}, {"use_dora": True}], ids=str)
 def test_other_layers_of_peft_are_left_alone(options: dict[str, bool]) -> None:
     assert "forward" not in vars(layer(**options)[0])
+
+
+# --- layers of one input ---------------------------------------------------------------------------------------------
+
+RANKS = {"query": 4, "key": 4, "value": 2}
+
+
+def three_layers() -> nn.ModuleDict:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.ModuleDict({name: nn.Linear(48, 32, bias=name != "value") for name in RANKS})
+        for name, rank in RANKS.items():
+            inject_peft(net, "lora", [name], {"rank": rank, "alpha": 2 * len(name)})
+        for parameter in net.parameters():
+            parameter.data = 0.2 * torch.randn(parameter.shape)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return net
+
+
+def run_three(net: nn.ModuleDict, *, together: bool, lower: bool = True, needs_input: bool = True) -> list[Tensor]:
+    """Outputs, and the gradients of the input, of A and of B."""
+    x = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(1)).requires_grad_(needs_input)
+    layers = list(net.values())
+    with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+        outputs = project_together(x, layers) if together else [type(layer).forward(layer, x) for layer in layers]
+    weights = torch.linspace(-1, 1, outputs[0].numel()).view_as(outputs[0])
+    sum((each.float() * weights.roll(place, -1)).sum() for place, each in enumerate(outputs)).backward()
+    found = [*(each.detach() for each in outputs), x.grad, *(p.grad for p in net.parameters())]
+    net.zero_grad()
+    return [each for each in found if each is not None]
+
+
+def test_queries_keys_and_values_share_the_products_of_their_input() -> None:
+    net = three_layers()
+    exact = run_three(net, together=False, lower=False)
+    theirs, ours = run_three(net, together=False), run_three(net, together=True)
+    assert len(ours) == 3 + 1 + 6 and [each.dtype for each in ours] == [each.dtype for each in theirs]
+    for one, other, whole in zip(ours, theirs, exact, strict=True):
+        assert (one - other).norm() <= 0.01 * other.norm()
+        assert (one - whole).norm() <= 0.01 * whole.norm()
+    first_block = run_three(net, together=True, needs_input=False)
+    assert all(torch.equal(*each) for each in zip(first_block, [*ours[:3], *ours[4:]], strict=True))
+    plain, in_float32 = exact, run_three(net, together=True, lower=False)
+    assert all(torch.equal(*each) for each in zip(plain, in_float32, strict=True)), "float32 is peft's, bitwise"
+
+
+@pytest.mark.parametrize("change", ["a trained bias", "a hook", "dropout", "a plain layer"])
+def test_layers_that_cannot_share_are_called(change: str) -> None:
+    net = three_layers()
+    key: Any = net["key"]
+    seen: list[str] = []
+    if change == "a trained bias":
+        key.base_layer.bias.requires_grad_(True)
+    elif change == "a hook":
+        key.register_forward_hook(lambda *_: seen.append("key"))
+    elif change == "dropout":
+        key.lora_dropout["default"] = nn.Dropout(0.5).eval()
+    else:
+        net["key"] = key.base_layer
+    x = torch.randn(3, 7, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        together, apart = project_together(x, list(net.values())), [layer(x) for layer in net.values()]
+    assert all(torch.equal(*each) for each in zip(together, apart, strict=True))
+    assert len(seen) == (2 if change == "a hook" else 0)
+    sum(each.float().sum() for each in together).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters() if parameter.requires_grad)
