@@ -15,16 +15,21 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more
 _TRIM_THRESHOLD_BYTES = (2 << 30) - 1
 
+_SPIN_COUNT = 3000  # rounds that a thread of libgomp waits before it sleeps: some 50 microseconds
+
 
 def configure_environment() -> None:
-    """Let idle OpenMP threads sleep, and retain freed memory. Environment variables that are set are not changed.
+    """Let idle OpenMP threads sleep soon, and retain freed memory. Environment variables that are set are not changed.
 
-    Two processes that spin while they wait slow each other ten times on two cores. Without the second, a forward pass
-    of EfficientNet-Lite0 spends up to half of its time in the kernel, which maps and clears memory for every activation
-    (``benchmarks/allocator.py``: 43 ms of processor time an image in batches of 32, 22 with it and in batches of 8).
+    Threads that spin for long slow a second process many times; threads that sleep at once cost a fifth of a training
+    step (``benchmarks/threads.py``: on two cores, LoRA in bfloat16 does 89 to 99 pairs/s at the spin count here, 75 to 78
+    where threads sleep at once; two such processes 37 each, 50 to 55 where they sleep at once, 5 to 20 with the
+    runtime's default). Without the second setting, a forward pass of EfficientNet-Lite0 spends up to half of its time in
+    the kernel, which maps and clears memory for every activation (``benchmarks/allocator.py``).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by OpenMP when torch is imported
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    if "OMP_WAIT_POLICY" not in os.environ:  # read by OpenMP when torch is imported
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPIN_COUNT))
     if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
