@@ -21,6 +21,7 @@ import clasp.commands.train  # noqa: F401
 from faults.counts import CaseCount, record
 from faults.flipped_bits import flipped_bits, flipped_bits_edge
 from faults.full_disk import full_disk, read_only
+from faults.killed_climb import killed_climb
 from faults.killed_indexing import killed_deleting, killed_indexing
 from faults.killed_optimizing import killed_optimizing
 from faults.killed_process import killed_process
@@ -31,6 +32,7 @@ from faults.world import World
 CASES: dict[str, tuple[Callable[..., CaseCount], int]] = {
     "training": (killed_training, 50),
     "killed-process": (killed_process, 20),
+    "auto": (killed_climb, 20),
     "indexing-flat": (partial(killed_indexing, engine="flat"), 50),
     "deleting-flat": (partial(killed_deleting, engine="flat"), 50),
     "bits": (flipped_bits, 200),
