@@ -86,6 +86,7 @@ def test_closeness_is_measured_before_and_after(world: World, monkeypatch: pytes
     assert record["before"] != record["after"]
     monkeypatch.setattr(closeness, "ROWS", (row,))
     monkeypatch.setattr(closeness, "chosen", lambda group, find: 1e-3)
+    assert "Nothing is recorded yet." in closeness.render_page({}.get, "")
     stored = {closeness.key(cell): record for cell in closeness.cells({}.get)}
     text = closeness.render_page(stored.get, f"{page.BEGIN}\nThey are close.\n{page.END}")
     assert "They are close." in text and "Not complete" not in text

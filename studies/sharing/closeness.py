@@ -165,6 +165,10 @@ COLUMNS: dict[str, tuple[Measure, tuple[Measure, ...]]] = {
 """Title to the measure and its baseline: a mean, or the bounds of a range"""
 
 
+HEADING = (
+    "# Does sharing bring images and texts closer, and does attention carry over?\n\n"
+    "    python -m studies.sharing.closeness --photos FOLDER --emoji FOLDER"
+)
 TOLD = (
     "Means over the seeds (lowest to highest seed) and, behind the stroke, the baseline: images with other names, "
     "permuted modalities, or, of attention, the range of 95 % where the heads of a layer are paired at random. Blocks: "
@@ -177,6 +181,8 @@ def render_page(find: Callable[[str], Record | None], before: str) -> str:
     asked, kept = cells(find), re.search(re.escape(BEGIN) + r"\n(.*?)\n?" + re.escape(END), before, re.S)
     found = {row.name: [r for c in asked if c.row == row and (r := find(key(c))) is not None] for row in ROWS}
     known = {name: records for name, records in found.items() if records}
+    if not known:
+        return f"{HEADING}\n\nNothing is recorded yet.\n"
     left = sum(find(key(cell)) is None for cell in asked)
     tables = [
         row
@@ -188,9 +194,7 @@ def render_page(find: Callable[[str], Record | None], before: str) -> str:
     seconds = sum(record["seconds"]["all"] for records in known.values() for record in records)
     return "\n".join(
         [
-            "# Does sharing bring images and texts closer, and does attention carry over?",
-            "",
-            "    python -m studies.sharing.closeness --photos FOLDER --emoji FOLDER",
+            HEADING,
             "",
             BEGIN,
             kept.group(1) if kept else "Not written yet.",

@@ -22,9 +22,11 @@ def test_modalities_apart_are_one_and_mixed_ones_are_none():
     assert all(0 <= row.nmi_shuffled < 0.05 for row in rows)
 
 
-def test_blocks_of_other_widths_are_left_out():
+def test_blocks_of_other_widths_and_towers_of_other_depths_are_left_out():
     wide = torch.randn(60, 12)
     assert [row.block for row in modality_clusters({1: states(0), 2: states(1)}, {1: wide, 2: states(2)})] == [2]
+    deeper = {0: states(3), 1: states(4), 2: states(5)}
+    assert [row.block for row in modality_clusters({0: states(0), 1: states(1)}, deeper)] == [0]
     assert modality_clusters({1: states(0)}, {2: states(0)}) == []
 
 

@@ -15,7 +15,7 @@ from clasp.report.auto_table import AutoPlan, AutoRow
 from clasp.report.chart_axes import Axis
 from clasp.report.html_report import render_html_report
 from clasp.report.pareto_section import mark_front
-from clasp.report.run_comparison import compare_results, difference_tables
+from clasp.report.run_comparison import compare_results, difference_tables, recipe_table
 from clasp.report.run_record import read_results, read_run_record
 from clasp.report.svg_charts import ChartPoint, swatch
 from clasp.types import UserError
@@ -160,6 +160,15 @@ def test_the_stages_of_auto(tmp_path: Path):
     page = page_of(run)
     assert "interrupted" in page.text and "2-full: no time" in page.text
     assert "1-closed-form: 25.0" in [svg.get("aria-label") for svg in page.all("svg")]
+
+
+def test_long_floats_are_short_where_recipes_are_compared(tmp_path: Path):
+    runs = [write_run(tmp_path / name, retrieval_rows()) for name in "ab"]
+    for run, rate in zip(runs, (1 / 3, 0.001), strict=True):
+        (run / "recipe.toml").write_text((run / "recipe.toml").read_text() + f"lr = {rate!r}\n")
+    records = [read_run_record(run, run.name) for run in runs]
+    assert difference_tables(records)[0].rows == [["train.lr", "0.3333", "0.001"]]
+    assert ["train.lr", repr(1 / 3)] in recipe_table(records[0]).rows
 
 
 def test_an_analysis_is_kept_and_shown(tmp_path: Path):

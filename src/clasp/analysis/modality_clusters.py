@@ -1,8 +1,9 @@
 """Modality clusters: whether the states of images and of texts fall apart into two groups, block by block.
 
-Input: for the blocks of both towers the features of the same pairs. Output: a ``ModalityClusters`` for each block that
-has one width in both, the joint embedding among them. Note: this is the question of MS-CLIP (You et al., ECCV 2022,
-"NMI"), after the probes of Cao et al. (ECCV 2020); the definition is ours, theirs is not in the published code.
+Input: for the blocks of both towers the features of the same pairs. Output: a ``ModalityClusters`` for the joint
+embedding and, of towers of one depth, for each block with one width in both. Note: this is the question of MS-CLIP (You
+et al., ECCV 2022, "NMI"), after the probes of Cao et al. (ECCV 2020); the definition is ours, theirs is not in the
+published code.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ class ModalityClusters:
 def modality_clusters(
     image: Mapping[int, Float[Tensor, "n _"]], text: Mapping[int, Float[Tensor, "n _"]]
 ) -> list[ModalityClusters]:
-    """A row for every block that both towers have with the same width.
+    """A row for every block at the same place in towers of one depth, with one width in both.
 
-    Rows of unit length are parted by 2-means, of several starts the one with the smallest squared distances. Separate
-    towers of one width are compared too, though nothing makes their spaces one: they show what sharing is held against.
+    Block 0, the embedding, is compared whatever the depth. Rows of unit length are parted by 2-means, of several starts
+    the one with the smallest squared distances. Separate towers are compared too, though nothing makes their spaces
+    one: they show what sharing is held against.
     """
-    common = [block for block in image if block in text and image[block].shape[1] == text[block].shape[1]]
+    alike = max(image) == max(text)
+    common = [b for b in image if b in text and image[b].shape[1] == text[b].shape[1] and (alike or b == 0)]
     rows = []
     for block in common:
         states = F.normalize(torch.cat((image[block], text[block])).double(), dim=1)

@@ -51,7 +51,7 @@ def cluster_table(record: AnalysisRecord) -> AnnotatedTable:
     """Whether images and texts fall apart, by block, and whether heads attend alike in both towers."""
     of_blocks = sorted(record.clusters, key=lambda row: row.block)
     rows = [[str(row.block or "embedding"), f"{row.nmi:.3f}", f"{row.nmi_shuffled:.3f}"] for row in of_blocks]
-    notes = ["normalised mutual information of two clusters and modality: 1 apart, 0 mixed; blocks of one width"]
+    notes = ["normalised mutual information of two clusters and modality: 1 apart, 0 mixed"]
     if (found := record.attention) is not None:
         for what, value, (low, high) in (
             ("entropy", found.entropy, found.entropy_shuffled),
