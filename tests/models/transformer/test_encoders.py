@@ -402,3 +402,12 @@ def test_macs_by_hand():
     assert count_macs(lambda: depthwise(maps)) == 25 * 8 * 9
     real = Block(BlockSettings(**BLOCK), causal=False)
     assert count_macs(lambda: real(torch.zeros(2, 5, 12), MASK)) == 2 * (matrices + 2 * 5 * 5 * 12)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_image_net_takes_other_batches():
+    """As the graphs that ``clasp export --to onnx`` traces."""
+    net, pixels = image_net().requires_grad_(False), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(net, (pixels[:2],), check_trace=False)
+        assert all(torch.equal(traced(pixels[:rows]), net(pixels[:rows])) for rows in (1, 3))

@@ -67,7 +67,7 @@ class _Embeddings(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D"]:
         patches = self.patch_embeddings.projection(pixels)
-        tokens = torch.cat((self.cls_token.expand(len(pixels), -1, -1), patches.flatten(2).transpose(1, 2)), dim=1)
+        tokens = torch.cat((self.cls_token.expand(pixels.shape[0], -1, -1), patches.flatten(2).transpose(1, 2)), dim=1)
         return tokens + self._positions(patches.shape[2], patches.shape[3])
 
     def _positions(self, height: int, width: int) -> Float[Tensor, "1 N D"]:
