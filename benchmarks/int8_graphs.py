@@ -54,7 +54,11 @@ def measure_format(folder: Path, weights: WeightFormat, sample: Path) -> dict[st
     model.encode_text(texts[:1])
     model.encode_pixels(pixels[:1])
     facts: dict[str, Any] = {"loaded_mb": _resident("VmRSS"), "peak_mb": _resident("VmHWM")}
-    for side, rows, embed in (("image", pixels, model.encode_pixels), ("text", texts, model.encode_text)):
+    embedders: dict[str, tuple[Any, Callable[[Any], np.ndarray]]] = {
+        "image": (pixels, model.encode_pixels),
+        "text": (texts, model.encode_text),
+    }
+    for side, (rows, embed) in embedders.items():
         np.save(sample / f"{side}-{weights}.npy", embed(rows))
         ones = [_seconds(embed, rows[place : place + 1]) for place in range(TIMED)]
         many = [_seconds(embed, rows[:BATCH]) for _ in range(BATCHES)]
