@@ -5,7 +5,8 @@ FOLDER has an index (a run, or an ONNX export), and what follows ``--`` are furt
 ``-- --engine onnx-int8`` or ``-- --workers 2``. Printed as JSON. Start-up is from starting the process until ``/ready``
 answers 200; memory is the resident set of the server and the processes it started, after the requests, with its peak.
 No two queries are the same words, so that none is answered from the memory of recent texts. The clients are threads of
-this process, which takes part of the same cores.
+this process, which takes part of the same cores. Of an export with int8 graphs, what these lose is measured first
+(``benchmarks.int8_graphs``).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import numpy as np
+
+from benchmarks.int8_graphs import has_int8_graphs, measure_graphs
 
 ADJECTIVES = "red old small wooden broken bright quiet foreign frozen empty striped round heavy golden wild".split()
 NOUNS = "boat dog bridge market flower train child mountain window bicycle river bottle church horse lamp".split()
@@ -139,10 +142,11 @@ def main() -> None:
     if "--" in words:  # options of clasp serve; argparse loses them behind its own
         words, options = words[: words.index("--")], words[words.index("--") + 1 :]
     given = parser.parse_args(words)
+    facts: dict[str, Any] = {"graphs": measure_graphs(given.folder)} if has_int8_graphs(given.folder) else {}
     server = Server(given.folder, options)
     try:
         alone = one_by_one(server, given.requests)
-        facts = {"startup_s": round(server.startup, 2), "one_by_one": alone, "memory": server.memory()}
+        facts |= {"startup_s": round(server.startup, 2), "one_by_one": alone, "memory": server.memory()}
         facts["together"] = many_clients(server, given.clients, given.seconds)
         facts["memory_after"] = server.memory()
     finally:

@@ -8,14 +8,13 @@ filter. Each engine is filled in a process of its own and searched in another: `
 answer, ``peak_mb`` the most resident memory of the second, mapped files included, ``anonymous_mb`` what it holds after
 the searches without these. 2,000,000 entries need about 14 GB of disk, and 3 GB of memory for FAISS. With ``--folder``
 vectors and filled engines stay there, and the next call only fills what is missing, and searches: ``--fill-only``
-beforehand separates the hours of filling from what is measured.
+beforehand separates the hours of filling from what is measured; killed, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -96,9 +95,9 @@ def fill(name: str, folder: Path) -> dict[str, Any]:
 
 
 def fill_store(name: str, target: Path, values: np.ndarray) -> None:
-    shutil.rmtree(target, ignore_errors=True)  # one that was interrupted
     store = STORES[name](target)
-    for start in range(0, len(values), CHUNK):
+    done = max(0, store.count() - CHUNK) // CHUNK * CHUNK  # before it was interrupted; ids are added in order
+    for start in range(done, len(values), CHUNK):
         part = range(start, min(start + CHUNK, len(values)))
         store.add([str(n) for n in part], values[part.start : part.stop], [*map(metadata, part)])
     store.close()

@@ -34,6 +34,8 @@ WORDS = {
     '5" nails': [('5" nails', 1)],
     "-people": [("people", MINUS_WEIGHT)],
     "--help": [("--help", 1)],
+    'beach "red umbrella"^0.5 -people^1': [("beach", 1), ("red umbrella", 0.5), ("people", -1)],
+    'dog^2 x^y ^2 "a^2"': [("x^y ^2 a^2", 1), ("dog", 2)],
 }
 
 
@@ -57,6 +59,7 @@ def test_a_query_is_a_weighted_sum():
     assert vector(SearchQuery(parse_words("-y"))) == pytest.approx([0, -1, 0])
     weighted = SearchQuery((WeightedText("x", 3.0), WeightedText("z", -4.0)))
     assert vector(weighted) == pytest.approx([0.6, 0, -0.8])
+    assert vector(SearchQuery(parse_words("x^3 z^4"))) == pytest.approx([0.6, 0, 0.8])
     assert str(SearchQuery(parse_words("x -y"), (WeightedImage("z"),), ("a",), ("b",))) == (
         "x - y + picture z + like a - unlike b"
     )

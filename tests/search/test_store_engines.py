@@ -113,6 +113,29 @@ def test_most_filters_become_conditions():
     assert all(isinstance(value, str | int | list) for value in payload.values()) and str(payload).isascii()
 
 
+@pytest.mark.parametrize("open_store", engine_parameters("edge"))
+def test_the_index_finds_what_a_scan_finds(tmp_path: Path, open_store: Opener, monkeypatch: pytest.MonkeyPatch):
+    """Recall of the graph over vectors without clusters, where all, most, half or few entries pass a filter."""
+    monkeypatch.setattr("clasp.search.edge_store._INDEX_KILOBYTES", 100)
+    monkeypatch.setattr("clasp.search.edge_store._SCAN_KILOBYTES", 1)
+    chance = np.random.default_rng(0)
+    vectors, queries = chance.standard_normal((2000, 16), np.float32), chance.standard_normal((20, 16), np.float32)
+    plain = {"captions": [], "languages": []}
+    meta = [{"name": f"{n}", "group": f"{n}", "meta": {"year": 2000 + n % 30}, **plain} for n in range(2000)]
+    store = open_store(tmp_path / "store")
+    store.add([*map(str, range(2000))], vectors, meta)
+    store.close()  # builds it
+    cosines = queries @ (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).T
+    for condition in (None, "year>=2001", "year>=2015", "year=2003"):
+        where = None if condition is None else MetadataFilters((parse_filter(condition),))
+        allowed = np.array([where is None or where(about) for about in meta])
+        nearest = np.argsort(-np.where(allowed, cosines, -np.inf), axis=1)[:, :10]
+        hits = store.search(queries, 10, where)
+        kept = [len({hit.id for hit in some} & {*map(str, best)}) for some, best in zip(hits, nearest, strict=True)]
+        assert np.mean(kept) >= 9, condition
+    store.close()
+
+
 @every_engine
 def test_many_queries_equal_vectors_and_replacement(tmp_path: Path, open_store: Opener):
     store = open_store(tmp_path / "store")

@@ -90,7 +90,8 @@ def search(
 ) -> None:
     """Search RUN/index by text, by image, or by both; hits by cosine similarity, near-duplicates as one.
 
-    A term after a minus sign is subtracted: "beach -people"; in double quotes a minus sign is literal.
+    A term after a minus sign is subtracted: "beach -people"; in double quotes a minus sign is literal. A number after
+    a caret is the weight of its term: 'beach "red umbrella"^0.5'.
     """
     from clasp.commands.warm_search import search_warm_server
     from clasp.report.console import print_json, print_status, print_table, relative_path

@@ -121,7 +121,7 @@ def _forward_unmasked(net: Any, pixels: Tensor) -> Any:
     net.config.mask_ratio = 0.0
     _, _, height, width = pixels.shape
     patches = (height // net.config.patch_size) * (width // net.config.patch_size)
-    order = pixels.new_ones(patches).cumsum(0).expand(len(pixels), -1)
+    order = pixels.new_ones(patches).cumsum(0).expand(pixels.shape[0], -1)
     return net(pixel_values=pixels, noise=order, interpolate_pos_encoding=True)
 
 

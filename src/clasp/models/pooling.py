@@ -32,7 +32,7 @@ def pool_mean(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix:
 def pool_last(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D"]:
     """The last real token."""
     last = mask.shape[1] - 1 - mask.flip(1).to(torch.uint8).argmax(1)
-    return states[torch.arange(len(states), device=states.device), last]
+    return states[torch.arange(states.shape[0], device=states.device), last]
 
 
 def pool_cls_mean(states: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"], prefix: int) -> Float[Tensor, "B D2"]:

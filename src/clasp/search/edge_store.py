@@ -1,11 +1,13 @@
 """An embedded vector index on disk: qdrant-edge, with HNSW and int8 vectors, for more entries than a scan is good for.
 
 Input: a folder. Output: an ``UpdatableStore`` (``EdgeStore``). Note: one process at a time has it open, readers too. A
-write is acknowledged after the library's ``flush``. Its HNSW index is built by ``close`` after writes, and only over
-segments of more than ``indexing_threshold`` kilobytes of vectors (about 20,000 entries of width 256); below that, and
-until then, a search is exhaustive and exact. In the index vectors are int8, and the best candidates are scored again
-with the float32 vectors on disk (Malkov & Yashunin 2018, arXiv:1603.09320, for HNSW). ``manifest.json`` names the
-current shard and is written last, atomically: a kill while a shard is created or dropped leaves one that is ignored.
+write is acknowledged after the library's ``flush``. Its HNSW index (Malkov & Yashunin 2018, arXiv:1603.09320) is built
+by ``close`` after writes, only over segments of more than ``_INDEX_KILOBYTES`` of vectors (about 20,000 entries of
+width 256); below that, and until then, a search is exhaustive and exact. In the index vectors are int8, and the best
+candidates are scored again with the float32 vectors on disk. It has no further links between entries of equal metadata,
+which take most of the time of building: with a filter, neighbours of neighbours are visited, too (ACORN: Patel et al.
+2024, arXiv:2403.04871), or, where few entries pass, these are scored one by one. ``manifest.json`` names the current
+shard and is written last, atomically: a kill while a shard is created or dropped leaves one that is ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from jaxtyping import Float
 
 from clasp.plain_types import UserError
 from clasp.search.manifest import REBUILD_HINT, lock_store, write_at
-from clasp.search.payload import ORDER, TERMS, Condition, HasTerm, without_absent
+from clasp.search.payload import ENTRY, ORDER, TERMS, Condition, HasTerm, without_absent
 from clasp.search.point_store import FoundPoint, PointStore, StoredPoint
 from clasp.search.stored_model import StoredModel
 
@@ -34,7 +36,11 @@ if TYPE_CHECKING:
     import qdrant_edge
 
 _MANIFEST = "manifest.json"
-_EF, _EF_CONSTRUCT, _LINKS = 128, 128, 16  # of HNSW: candidates of a search and of building, links of a node
+_EF, _EF_CONSTRUCT, _LINKS = 320, 128, 16  # of HNSW: candidates of a search and of building, links of a node
+_INDEX_KILOBYTES = 20_000  # of float32 vectors, from which a segment gets an index
+_SCAN_KILOBYTES = 30_000  # of float32 vectors; where fewer pass a filter, these are scored one by one
+_ONE_SEGMENT = 1_000_000_000  # kilobytes
+_ACORN_SHARE = 0.6  # of the entries that pass a filter: of fewer, neighbours of neighbours are visited, too
 _OVERSAMPLING = 2.0  # int8 candidates scored again, per hit
 _EXACT_FROM = 10_000  # candidates; a walk of the index would visit so many nodes that a scan is faster
 _SCROLL = 10_000
@@ -109,13 +115,17 @@ class _EdgeCollection:
         shutil.rmtree(path, ignore_errors=True)
         config = edge.EdgeConfig(
             vectors=edge.EdgeVectorParams(size=width, distance=edge.Distance.Dot, on_disk=True),
-            hnsw_config=edge.HnswIndexConfig(m=_LINKS, ef_construct=_EF_CONSTRUCT, full_scan_threshold=10_000),
+            hnsw_config=edge.HnswIndexConfig(m=_LINKS, ef_construct=_EF_CONSTRUCT, full_scan_threshold=_SCAN_KILOBYTES),
             quantization_config=edge.ScalarQuantizationConfig(edge.ScalarType.Int8, always_ram=True),
+            optimizers=edge.EdgeOptimizersConfig(
+                default_segment_number=1, max_segment_size=_ONE_SEGMENT, indexing_threshold=_INDEX_KILOBYTES
+            ),
         )
         with self._errors("create it"):
             path.mkdir(parents=True)
             self._shard = edge.EdgeShard.create(str(path), config)
-            self._shard.update(edge.UpdateOperation.create_field_index(TERMS, edge.PayloadSchemaType.Keyword))
+            terms = edge.KeywordIndexParams(on_disk=True, enable_hnsw=False)
+            self._shard.update(edge.UpdateOperation.create_field_index(TERMS, terms))
             self._shard.flush()
             self._replace_manifest(new)
         self._indexed, self._count = {TERMS}, None
@@ -150,8 +160,9 @@ class _EdgeCollection:
     def index_ranges(self, keys: set[str]) -> None:
         import qdrant_edge as edge
 
+        numbers = edge.FloatIndexParams(on_disk=True, enable_hnsw=False)
         for key in sorted(keys - self._indexed):
-            self._update(edge.UpdateOperation.create_field_index(key, edge.PayloadSchemaType.Float), f"index {key}")
+            self._update(edge.UpdateOperation.create_field_index(key, numbers), f"index {key}")
         self._indexed |= keys
 
     def commit(self) -> None:
@@ -191,6 +202,7 @@ class _EdgeCollection:
             hnsw_ef=max(_EF, limit),
             exact=limit > _EXACT_FROM,
             quantization=edge.QuantizationSearchParams(rescore=True, oversampling=_OVERSAMPLING),
+            acorn=edge.AcornSearchParams(enable=True, max_selectivity=_ACORN_SHARE),
         )
         requests = [
             edge.QueryRequest(
@@ -198,7 +210,7 @@ class _EdgeCollection:
                 query=edge.Query.Nearest(query.tolist()),
                 filter=edge.Filter(must=must) if must else None,  # pyright: ignore[reportArgumentType]
                 params=params,
-                with_payload=True,
+                with_payload=[ENTRY],
             )
             for query in queries
         ]

@@ -2,10 +2,11 @@
 
 Input: texts, images (path, bytes or Pillow image) and ids of stored entries. Output: a ``SearchQuery``, whose
 ``vector`` is their weighted sum, normalised. Note: ``parse_words`` reads a term after a minus sign as a text of weight
-``MINUS_WEIGHT`` ("beach -people"); a ``SearchQuery`` made otherwise takes its texts literally. Liked and unliked
-entries enter by Rocchio's formula (Manning, Raghavan and Schütze 2008, Introduction to Information Retrieval, equation
-9.3) with the weights given there. Ours differs in that the initial query is normalised before feedback is added, and
-that negative components stay, since embeddings are not term frequencies.
+``MINUS_WEIGHT`` ("beach -people"), and one before ``^2`` as a text of weight 2, as Lucene does; a ``SearchQuery`` made
+otherwise takes its texts literally. Liked and unliked entries enter by Rocchio's formula (Manning, Raghavan and Schütze
+2008, Introduction to Information Retrieval, equation 9.3) with the weights given there. Ours differs in that the
+initial query is normalised before feedback is added, and that negative components stay, since embeddings are not term
+frequencies.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ Chosen among seven weights on 64 pairs of 11 words in 800 photographs with capti
 for "A -B" captions named A and not B in 60 % with it, in 57 % with -1 (fewer hits show A) and in 57 % without the minus
 term; no other collection was tried."""
 _CANCELLED = 1e-3  # length of the weighted sum, over the sum of the absolute weights, below which it has no direction
-_TERM = re.compile(r'(?P<minus>[-−](?=[^\s\-−]))?(?:"(?P<quoted>[^"]*)"|(?P<bare>\S+))')
+_TERM = re.compile(
+    r'(?P<minus>[-−](?=[^\s\-−]))?(?:"(?P<quoted>[^"]*)"|(?P<bare>\S+?))'
+    r"(?:\^(?P<weight>\d+(?:\.\d+)?)(?=\s|$)|(?(bare)(?=\s|$)))"  # words without quotes end with the word
+)
 
 
 class WeightedText(NamedTuple):
@@ -138,22 +142,29 @@ def _unit(vector: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
 
 
 def parse_words(words: str) -> tuple[WeightedText, ...]:
-    """Words as typed: the text without its minus terms, weight 1, then each minus term, weight ``MINUS_WEIGHT``.
+    """Words as typed: the text without its weighted and minus terms, weight 1; then these, each a text of its own.
 
-    A minus term is a word, or words in double quotes, directly after a minus sign at the start of a word; inside a
-    word ("e-mail"), in quotes ('"-40 degrees"') and alone ("rock - paper") a minus sign is literal. Quotes around words
-    are not part of the text; a quote without a partner is. ``UserError`` for words that are none.
+    A weighted term is a word, or words in double quotes, directly before ``^`` and a number at the end of a word
+    ('beach "red umbrella"^0.5'). A minus term is a word, or words in double quotes, directly after a minus sign at the
+    start of a word; its weight is ``MINUS_WEIGHT``, or minus the number ("-people^1"). Inside a word ("e-mail"), in
+    quotes ('"-40 degrees"') and alone ("rock - paper") a minus sign is literal. Quotes around words are not part of the
+    text; a quote without a partner is. ``UserError`` for words that are none.
     """
     if is_blank(words):
         raise UserError(f"search was given the words {words!r}, which are none")
-    wanted, minus = [], []
+    wanted, weighted = [], []
     for match in _TERM.finditer(words):
-        quoted = match["quoted"]
-        term = match["bare"] if quoted is None else quoted
-        (minus if match["minus"] else wanted).append(term)
-    text = " ".join(term for term in wanted if not is_blank(term))
-    positive = [WeightedText(text)] if text else []
-    terms = (*positive, *(WeightedText(term, MINUS_WEIGHT) for term in minus if not is_blank(term)))
+        term = match["bare"] if match["quoted"] is None else match["quoted"]
+        if is_blank(term):
+            continue
+        if match["weight"]:
+            weighted.append(WeightedText(term, float(match["weight"]) * (-1 if match["minus"] else 1)))
+        elif match["minus"]:
+            weighted.append(WeightedText(term, MINUS_WEIGHT))
+        else:
+            wanted.append(term)
+    text = " ".join(wanted)
+    terms = (*((WeightedText(text),) if text else ()), *weighted)
     if not terms:
         raise UserError(f"search was given the words {words!r}, which are none")
     return terms

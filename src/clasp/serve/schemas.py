@@ -68,7 +68,9 @@ class RankingParameters(_Strict):
 class QueryParameters(_Strict):
     """A query by words and by ids."""
 
-    q: str = Field("", description='Words; "beach -people" subtracts people.', examples=["a dog in the snow -people"])
+    q: str = Field(
+        "", description='Words, "-people" subtracts, "beach^2" weighs.', examples=["a dog in the snow -people"]
+    )
     plus: list[str] = Field([], description="Further texts of weight 1, taken literally.")
     minus: list[str] = Field([], description="Texts to subtract, taken literally.")
     like: list[str] = Field([], description="Ids of entries that the hits should resemble.")

@@ -58,3 +58,16 @@ def test_inference_mode_changes_no_bit(dtype):
         with mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             found.append(ours(pixel_values=pixels).last_hidden_state)
     assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_net_takes_other_batches():
+    """As the graphs that ``clasp export --to onnx`` traces."""
+    net, pixels = _pair()[0].requires_grad_(False), torch.randn(3, 3, 32, 32)
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        return net(pixel_values=pixels).last_hidden_state
+
+    with torch.no_grad():
+        traced = torch.jit.trace(run, (pixels[:2],), check_trace=False)
+        assert all(torch.equal(traced(pixels[:rows]), run(pixels[:rows])) for rows in (1, 3))

@@ -429,3 +429,12 @@ def test_a_norm_keeps_its_input_in_half_the_memory(trained: bool) -> None:
     lower, rounded, half = gradients(norm, True)
     assert torch.equal(lower, exact) and len(rounded) == (3 if trained else 1) and half < 0.6 * whole
     assert all((one - other).norm() < 0.005 * other.norm() for one, other in zip(rounded, plain, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_image_net_takes_other_batches():
+    """As the graphs that ``clasp export --to onnx`` traces."""
+    net, pixels = image_net().requires_grad_(False), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(net, (pixels[:2],), check_trace=False)
+        assert all(torch.equal(traced(pixels[:rows]), net(pixels[:rows])) for rows in (1, 3))

@@ -68,11 +68,12 @@ class _Embeddings(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B N D"]:
         patches = self.patch_embeddings.projection(pixels)
-        tokens = torch.cat((self.cls_token.expand(len(pixels), -1, -1), patches.flatten(2).transpose(1, 2)), dim=1)
-        return tokens + self._positions(patches.shape[2], patches.shape[3])
+        tokens = torch.cat((self.cls_token.expand(pixels.shape[0], -1, -1), patches.flatten(2).transpose(1, 2)), dim=1)
+        return tokens + self._positions(patches)
 
-    def _positions(self, height: int, width: int) -> Float[Tensor, "1 N D"]:
+    def _positions(self, patches: Float[Tensor, "B D height width"]) -> Float[Tensor, "1 N D"]:
         """The position embedding for a grid of patches; bicubic interpolation in float32, as in the original code."""
+        height, width = patches.shape[2:]
         if height == width == self.grid:
             return self.position_embeddings
         first, grid = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]

@@ -109,7 +109,7 @@ class ImageTransformer(nn.Module):
         # x has as many rows as pixels, except where a partial forward continues from cached states
         # (models.partial_forward)
         x = self.patch_embed(pixels)
-        cls = self.cls_token.expand(len(x), -1, -1)
+        cls = self.cls_token.expand(x.shape[0], -1, -1)
         if self.settings.class_position:
             x = torch.cat((cls, x), dim=1) + self.pos_embed
         else:

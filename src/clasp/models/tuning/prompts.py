@@ -57,7 +57,7 @@ class PromptTokens(nn.Module):
 
     def insert(self, states: Tensor) -> Tensor:
         """Insert the prompts into ``states [B N D]``."""
-        prompts = self.tokens.to(states.dtype).expand(len(states), -1, -1)
+        prompts = self.tokens.to(states.dtype).expand(states.shape[0], -1, -1)
         return torch.cat((states[:, : self.position], prompts, states[:, self.position :]), dim=1)
 
     def remove(self, states: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class _PrependToTokens:
     def __call__(self, net: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         ids, mask = kwargs.pop("input_ids"), kwargs.pop("attention_mask")
         embedded = self.prompts.insert(net.get_input_embeddings()(ids))
-        front = mask.new_ones(len(mask), len(self.prompts.tokens))
+        front = mask.new_ones(mask.shape[0], len(self.prompts.tokens))
         return args, {**kwargs, "inputs_embeds": embedded, "attention_mask": torch.cat((front, mask), dim=1)}
 
 
