@@ -486,7 +486,7 @@ def test_pictures_that_are_none_stop_the_run_with_their_names(clasp: Command, wo
     said = clasp("train", world.toml, f"data.train={folder}", "--name", "new")
     lines = said.err.splitlines()
     assert said.code == 2 and "images cannot be read" in lines[-1] and f"{min(toy.key for toy in TOYS)}.png" in said.err
-    assert len(lines) == 3 and "pairs:" in lines[0] and "warning: only" in lines[1], "the plan, then the mistake"
+    assert len(lines) == 3 and "pairs:" in lines[0] and "warning: few" in lines[1], "the plan, then the mistake"
 
 
 def test_one_picture_that_is_none_is_named(clasp: Command, world: World, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from clasp.data.sample_size import MIN_QUERIES, few_validation_pairs, small_samp
 @pytest.mark.parametrize(("count", "points"), [(MIN_QUERIES - 1, 10), (49, 14), (16, 24), (4, 49), (1, 50)])
 def test_the_count_and_the_widest_interval_are_named(count: int, points: int):
     (line,) = small_sample_warning(count, "queries")
-    assert line == f"warning: only {count} queries: 95 % intervals may be ±{points} points wide"
+    assert line == f"warning: few queries ({count}): 95 % intervals may be ±{points} points wide"
 
 
 def test_enough_queries_are_not_mentioned():

@@ -78,8 +78,8 @@ def rank_tower_pairs(
     )
     _raise_all(errors)
     say(
-        f"{len(pairs[0]):,} pairs and {len(pairs[1]):,} to validate on, {len(recipes)} combinations of towers: "
-        "features of each, and of class names where an image tower was trained as a classifier; then closed forms"
+        f"{len(pairs[0]):,} pairs and {len(pairs[1]):,} to validate on; combinations of towers: {len(recipes)}; "
+        "features of each tower, and of class names where an image tower was trained as a classifier; then closed forms"
     )
     for line in few_validation_pairs(len(pairs[1])):
         say(line)

@@ -18,7 +18,7 @@ def small_sample_warning(count: int, what: str, certain: Sequence[str] = ()) -> 
     if count >= MIN_QUERIES and not certain:
         return []
     line = (
-        f"warning: only {count:,} {what}: 95 % intervals may be ±{min(98 / max(count, 1) ** 0.5, 50):.0f} points wide"
+        f"warning: few {what} ({count:,}): 95 % intervals may be ±{min(98 / max(count, 1) ** 0.5, 50):.0f} points wide"
     )
     return [line + (f", and {', '.join(certain)} cannot be less than 100 %" if certain else "")]
 
