@@ -22,7 +22,7 @@ def result(
         language=language,
         metrics={name: 12345.5 if "rank" in name else value for name in metrics},
         chance=dict.fromkeys(metrics, 0.1),
-        n=39,
+        n=390,
         interval={name: ConfidenceInterval(value - 0.1, 1.0) for name in metrics if "rank" not in name},
         seconds=1.0,
     )
@@ -55,4 +55,4 @@ def _compared(probe: str, language: str, change: float) -> EvaluationResult:
     metrics = {"before": 0.6, "after": 0.6 + change, "change": change}
     interval = {name: ConfidenceInterval(value - 0.1, value + 0.1) for name, value in metrics.items()}
     chance = {"before": 0.1, "after": 0.1, "change": 0.0}
-    return EvaluationResult(f"retention/{probe}", "pairs.csv", language, metrics, chance, 39, interval, 1.0)
+    return EvaluationResult(f"retention/{probe}", "pairs.csv", language, metrics, chance, 390, interval, 1.0)

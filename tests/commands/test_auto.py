@@ -156,6 +156,10 @@ def test_a_budget_too_small_for_anything_gives_the_closed_form(towers: Path, pai
     done = climb(recipe(towers, pairs, minutes=1e-4), tmp_path / "toy", AutoCallbacks(said.append))
     assert done.plan.best == "1-closed-form" and (tmp_path / "toy" / "delta.safetensors").exists()
     assert any("the budget of 0.0001 minutes ended before it" in line for line in said)
+    assert said[0].startswith(
+        "budget: 0.0001 minutes in all; features of all pairs and heads in closed form are finished"
+    )
+    assert said[1].startswith("warning: few validation pairs (")
     assert [row.verdict for row in done.plan.rows if row.stage][1:] == ["left out"] * 5
 
 

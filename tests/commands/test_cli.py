@@ -289,6 +289,37 @@ def test_index_reads_what_the_run_was_trained_on_as_it_was_read_then(
     assert clasp("eval", "runs/own", "retrieval", f"data={source}", "caption=where").code == 2
 
 
+RECIPE_KEYS = "data.columns.image=NAME data.columns.caption=NAME"
+OPTIONS = "columns of other names: image=NAME caption=NAME"
+HINTS = {
+    "train TOML data.train=CSV": RECIPE_KEYS,
+    "train TOML data.train=CSV --grid train.lr=1e-3,2e-3": RECIPE_KEYS,
+    "doctor TOML data.train=CSV": RECIPE_KEYS,
+    "pair --image TOWERS/image --text TOWERS/text data.train=CSV image.size=32": RECIPE_KEYS,
+    "eval RUN retrieval data=CSV": OPTIONS,
+    "compare RUN RUN retrieval data=CSV": OPTIONS,
+    "analyze RUN data=CSV": OPTIONS,
+    "maps RUN data=CSV": OPTIONS,
+    "index RUN CSV": "rename the columns, or index the folder of the images",
+}
+
+
+@pytest.mark.parametrize("words", HINTS)
+def test_a_missing_column_is_answered_with_what_the_verb_takes(
+    words: str, clasp: Command, world: World, tmp_path: Path
+) -> None:
+    source = tmp_path / "other.csv"
+    source.write_text("where,what\na.png,a dog\n")
+    places = {"TOML": world.toml, "CSV": source, "RUN": world.run, "TOWERS": f"file:{world.towers}"}
+    typed = words
+    for name, place in places.items():
+        typed = typed.replace(name, str(place))
+    said = clasp(*typed.split())
+    line = said.err.splitlines()[-1]
+    assert said.code == 2 and "has no column 'filepath'; needed: 'filepath', 'title'; it has 'where', 'what'" in line
+    assert HINTS[words] in line
+
+
 def test_a_sweep_prints_a_table_and_the_run_to_use(clasp: Command, world: World, tmp_path: Path) -> None:
     swept = clasp(
         "train", world.toml, "--grid", "train.lr=1e-3,1e30", "--grid", "head.kind=linear,mlp", "--name", "two"
@@ -455,7 +486,7 @@ def test_pictures_that_are_none_stop_the_run_with_their_names(clasp: Command, wo
     said = clasp("train", world.toml, f"data.train={folder}", "--name", "new")
     lines = said.err.splitlines()
     assert said.code == 2 and "images cannot be read" in lines[-1] and f"{min(toy.key for toy in TOYS)}.png" in said.err
-    assert len(lines) == 2 and "pairs:" in lines[0], "the plan, then the mistake"
+    assert len(lines) == 3 and "pairs:" in lines[0] and "warning: few" in lines[1], "the plan, then the mistake"
 
 
 def test_one_picture_that_is_none_is_named(clasp: Command, world: World, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_pairs_and_languages_are_counted(towers: Path, tmp_path: Path) -> None:
     train, val = datasets.open_training_pairs(recipe(towers, source))
     assert section.facts["train"] == len(train) and section.facts["val"] == len(val)
     assert section.facts["languages"] == {"en": 48, "sw": 48} and section.facts["captions"] == 96
-    assert f"only {len(val)} to validate on" in levels(section)["look"]
+    assert f"few validation pairs ({len(val)})" in levels(section)["look"]
     rows = source.read_text().splitlines()
     plain = json.loads(rows[0]) | {"caption": "a thing"}
     source.write_text("\n".join([json.dumps(plain), *rows[1:]]) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,18 @@ def test_few_languages_are_all_shown():
 def test_the_card_keeps_all_rows():
     (table,) = result_tables(multilingual())
     assert [row[0] for row in table.rows[:78]] == LANGUAGES and len(table.rows) == 80
+
+
+def test_few_queries_are_a_note_above_the_others():
+    few = [replace(row, n=8) for row in multilingual()]
+    both = [replace(few[0], n=40, chance={**few[0].chance, "recall@10": 1.0, "median_rank": 4.0}), *few[1:]]
+    for tables in (result_tables(both), summary_tables(both, "results.jsonl")):
+        assert tables[0].notes[0] == (
+            "warning: few queries (8): 95 % intervals may be ±35 points wide, and R@10 cannot be less than 100 %"
+        )
+    assert "warning" not in " ".join(result_tables(multilingual())[0].notes)
+    (first, *_) = retention_table([replace(row, n=8) for row in retention()], "here").notes
+    assert first == "warning: few queries (8): 95 % intervals may be ±35 points wide"
 
 
 def test_retention_is_folded_task_by_task():

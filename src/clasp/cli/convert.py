@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clasp.cli.app import JsonOption, RunArgument, app
+from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
 
 
 @app.command(name="import")
@@ -55,6 +55,7 @@ def export(
         str | None, typer.Option("--push", metavar="USER/NAME", help="hub: also upload the folder as this repository.")
     ] = None,
     as_json: JsonOption = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Write the model of a run in the format of another library, compared with the run on real inputs.
 
@@ -66,7 +67,8 @@ def export(
     from clasp.report.console import print_json, print_status, relative_path
 
     options = ExportOptions(quantize="int8" if int8 else None, push=push)
-    report = export_run(run, target, out, options, say=print_status)
+    with code_allowed(allow_code):
+        report = export_run(run, target, out, options, say=print_status)
     if as_json:
         print_json({"run": str(run), "to": target, "out": str(out), **report.facts})
         return

@@ -135,6 +135,7 @@ def analyze(
     run: RunArgument,
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options, listed below.")] = None,
     as_json: JsonOption = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Analyse the embedding space of a run and the layers of its towers; the result is kept in RUN/analysis.json.
 
@@ -145,7 +146,8 @@ def analyze(
     from clasp.report.analysis_section import cluster_table, geometry_table, layer_table
     from clasp.report.console import print_json, print_table, progress_bar, relative_path
 
-    done = analyze_run(run, options or (), bar=progress_bar)
+    with code_allowed(allow_code):
+        done = analyze_run(run, options or (), bar=progress_bar)
     if as_json:
         return print_json({"run": str(run), **done.to_dict()})
     for table in (geometry_table(done), layer_table(done), cluster_table(done)):

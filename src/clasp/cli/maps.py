@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from clasp.cli.app import JsonOption, RunArgument, app
+from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
 from clasp.evaluation.registry import MAP_OPTIONS, describe_option
 
 _MAPS_HELP = escape("\n".join(map(describe_option, MAP_OPTIONS)))
@@ -18,6 +18,7 @@ def maps(
     run: RunArgument,
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options, listed below.")] = None,
     as_json: JsonOption = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Draw where in some images their captions and single words are found, into RUN/maps.png; nothing is measured.
 
@@ -27,7 +28,8 @@ def maps(
     from clasp.commands.patch_maps import MAPS_FILE, map_patches
     from clasp.report.console import print_json, print_status, progress_bar, relative_path
 
-    found = map_patches(run, options or (), bar=progress_bar)
+    with code_allowed(allow_code):
+        found = map_patches(run, options or (), bar=progress_bar)
     if as_json:
         pairs = [{"id": id, **of_pair.to_dict()} for id, of_pair in found.items()]
         return print_json({"run": str(run), "pairs": pairs})

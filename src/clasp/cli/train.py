@@ -101,7 +101,12 @@ def train(
         typer.Option("--grid", metavar="KEY=V,V", help="Sweep a key, e.g. train.lr=1e-3,3e-3; repeatable."),
     ] = None,
     minutes: Annotated[
-        str | None, typer.Option("--minutes", metavar="N", help="Wall time of a recipe with [auto]: start, auto.")
+        str | None,
+        typer.Option(
+            "--minutes",
+            metavar="N",
+            help="Wall time of a recipe with [auto]: start, auto. The closed form always ends.",
+        ),
     ] = None,
     steps: Annotated[
         str | None, typer.Option("--steps", metavar="N", help="Gradient steps in place of minutes: repeatable bitwise.")

@@ -23,6 +23,7 @@ from clasp.analysis.tower_features import TowerFeatures, extract_tower_features
 from clasp.config.build import ModelAndPreprocessing, build_feature_source, load
 from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.data.formats.setting_hints import OPTION_HINTS
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages
 from clasp.evaluation.language_sets import require_languages
 from clasp.evaluation.registry import ANALYZE_OPTIONS, MAX_ANALYZED_PAIRS, MAX_NEIGHBOURS, parse_options
@@ -83,7 +84,8 @@ def _choose_pairs(given: Mapping[str, str], recipe: Recipe, limit: int) -> tuple
     """The captions by id, and the pairs: of those with the same caption or group the first, of more than ``limit`` by a
     hash of the id."""
     columns = ColumnNames(image=given.get("image", ""), caption=given.get("caption", ""))
-    pairs = open_pairs_for_recipe(given["data"], recipe, columns=columns, image_root=given.get("image_root"))
+    root = given.get("image_root")
+    pairs = open_pairs_for_recipe(given["data"], recipe, columns=columns, image_root=root, hints=OPTION_HINTS)
     language = given.get("language", "")
     if language:
         require_languages([language], caption_languages(pairs), given["data"])

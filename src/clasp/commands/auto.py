@@ -62,6 +62,7 @@ from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.cache_folder import cache_folder
 from clasp.data.folder_lock import lock_folder
 from clasp.data.readers import PairIndex
+from clasp.data.sample_size import few_validation_pairs
 from clasp.evaluation.from_pairs import validation_task
 from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow
 from clasp.training.closed_form_heads import ClosedFormHeads
@@ -94,6 +95,8 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
     RunFolder(run).require_free()
     pairs = open_training_pairs(recipe)
     build_model(changed(recipe, {}), meta=True)
+    for line in (recipe.auto.announcement, *few_validation_pairs(len(pairs[1]))):
+        callbacks.say(line)
     with lock_folder(run):
         plan = AutoPlan(recipe.to_dict())
         plan.write(run)

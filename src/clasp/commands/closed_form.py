@@ -46,7 +46,8 @@ from clasp.training.cca import cca
 from clasp.training.class_pairs import ClassPairFeatures, class_pair_features, find_class_pairs
 from clasp.training.closed_form_heads import ClosedFormHeads, HeadInClosedForm
 from clasp.training.initialize import closed_form_source, initialize_heads, standardized_moments
-from clasp.types import ImageInput, MessageCallback, Pixels, PooledFeatures, TextInput, Tokens
+from clasp.training.moments import PairMoments
+from clasp.types import ImageInput, MessageCallback, Pixels, PooledFeatures, ProgressCallback, TextInput, Tokens
 
 ValidationTask = RetrievalTask | MultilingualTask | ZeroShotTask
 _FIRST_TRIALS = 2  # that are made whatever the time: the last layers, and all
@@ -82,6 +83,7 @@ class ClosedFormSearch:
         self.moments, self._classes = standardized_moments(model, sides, tally), classes
         self.seconds_of_moments = time.monotonic() - began
         self._maps: dict[Candidate, _Solution] = {}
+        self._class_moments: tuple[float, PairMoments] | None = None
 
     def run(
         self, say: MessageCallback, out_of_time: Callable[[], bool], ridges: Sequence[tuple[float, float]] = RIDGES
@@ -108,9 +110,13 @@ class ClosedFormSearch:
         attempt([best._replace(width=width) for width in (*WIDTHS, most) if width <= most])
         return trials
 
-    def run_layers(self) -> list[ClosedFormTrial]:
+    def run_layers(self, progress: ProgressCallback = lambda done, total: None) -> list[ClosedFormTrial]:
         """The sets of layers alone, at one ridge and width."""
-        return [self._try(candidate) for candidate in self._layer_candidates(RIDGES[0])]
+        candidates, trials = self._layer_candidates(RIDGES[0]), []
+        for candidate in candidates:
+            trials.append(self._try(candidate))
+            progress(len(trials), len(candidates))
+        return trials
 
     def _layer_candidates(self, ridge: tuple[float, float]) -> list[Candidate]:
         image, text = (
@@ -160,14 +166,22 @@ class ClosedFormSearch:
                     solution.text_mean,
                 )
         classes = None
-        image, text = self.model.image_head.standardize, self.model.text_head.standardize
-        if self._classes is not None and candidate.class_weight and image is not None and text is not None:
-            moments = self._classes.moments(image, text, self.moments, candidate.ridge[0])
+        if self._classes is not None and candidate.class_weight:
+            moments = self._moments_of_classes(self._classes, candidate.ridge[0])
             classes = moments.select(*columns), candidate.class_weight * self._classes.classes.pairs.classes
         source = closed_form_source(self.moments.select(*columns), self._pairs, classes)
         maps = cca(source.moments, candidate.width, ridge=candidate.ridge)
         self._maps[candidate] = _Solution(maps.image, maps.text, source.image_mean, source.text_mean)
         return self._maps[candidate]
+
+    def _moments_of_classes(self, classes: ClassPairFeatures, ridge: float) -> PairMoments:
+        """Those of all layers, kept for the candidates that follow: most have the ridge of the one before."""
+        if self._class_moments is None or self._class_moments[0] != ridge:
+            image, text = self.model.image_head.standardize, self.model.text_head.standardize
+            assert image is not None and text is not None
+            self._class_moments = None  # before the next are made: each takes hundreds of megabytes
+            self._class_moments = ridge, classes.moments(image, text, self.moments, ridge)
+        return self._class_moments[1]
 
 
 def with_layer_pools(recipe: Recipe) -> Recipe:

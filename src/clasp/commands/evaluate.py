@@ -15,6 +15,7 @@ from clasp.commands.evaluated_model import LoadedModel, ModelSource, find_model
 from clasp.commands.result_folder import ResultFolder
 from clasp.commands.saved_predictions import save_predictions
 from clasp.config.datasets import open_pairs_for_settings
+from clasp.data.formats.setting_hints import OPTION_HINTS
 from clasp.data.pairs import ColumnNames, Pairs
 from clasp.evaluation.registry import EVALUATION_TASKS, TaskEntry, find_task, parse_task_options
 from clasp.evaluation.results import EvaluationResult
@@ -103,7 +104,8 @@ def require_task_applies(task: str, entry: TaskEntry, model: ModelSource) -> Non
 def pair_opener(model: ModelSource, options: Mapping[str, str]) -> Callable[[str], Pairs]:
     """Opens pairs by name, with the columns of the options."""
     columns = ColumnNames(image=options.get("image", ""), caption=options.get("caption", ""))
-    return partial(open_pairs_for_settings, data=model.data, columns=columns, image_root=options.get("image_root"))
+    root = options.get("image_root")
+    return partial(open_pairs_for_settings, data=model.data, columns=columns, image_root=root, hints=OPTION_HINTS)
 
 
 def make_context(

@@ -56,11 +56,11 @@ def evaluate_suite(
         raise UserError(f"--data {folder} is no folder; it has a folder for each set: {sets[0].name}, …")
     there = [each for each in sets if (folder / each.name).exists()]
     missing = [each for each in sets if each not in there]
-    for each in missing:
-        say(f"missing: {folder / each.name}" + (f", to be had at {each.source}" if each.source else ""))
     if not there:
         names = ", ".join(each.name for each in sets)
-        raise UserError(f"--data {folder} has none of the {len(sets)} sets of {suite}: {names}")
+        raise UserError(f"--data {folder} has none of the {len(sets)} sets of {suite}: {names}{_where(sets)}")
+    for each in missing:
+        say(f"missing: {folder / each.name}{_where([each])}")
     source = find_model(model)
     results = ResultFolder(source, out)
     given = {each.name: _options(each, folder, templates) for each in there}
@@ -75,6 +75,12 @@ def evaluate_suite(
         rows[each.name] = SuiteRow(each, result)
         say(f"{each.name}: {each.metric} {result.metrics[each.metric]:.4g}, {result.seconds:,.0f} s")
     return list(rows.values())
+
+
+def _where(sets: Sequence[SuiteSet]) -> str:
+    """Where sets are to be had; empty if that is not known."""
+    places = dict.fromkeys(each.source for each in sets if each.source)
+    return f", to be had at {', '.join(places)}" if places else ""
 
 
 def _options(each: SuiteSet, folder: Path, templates: str | None) -> dict[str, str]:

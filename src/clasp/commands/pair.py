@@ -32,6 +32,7 @@ from clasp.config.recipe import Recipe, read_recipe
 from clasp.data.images import ImageTransform
 from clasp.data.loader import BadSampleLimit, BatchReader
 from clasp.data.readers import PairIndex
+from clasp.data.sample_size import few_validation_pairs
 from clasp.data.tokenizer import Tokenizer
 from clasp.evaluation.from_pairs import validation_task, validation_texts
 from clasp.evaluation.retention.features import hashed_subset
@@ -76,6 +77,12 @@ def rank_tower_pairs(
         _load_each(of_images, build_image_tower, errors), _load_each(of_texts, build_text_tower, errors), {}
     )
     _raise_all(errors)
+    say(
+        f"{len(pairs[0]):,} pairs and {len(pairs[1]):,} to validate on; combinations of towers: {len(recipes)}; "
+        "features of each tower, and of class names where an image tower was trained as a classifier; then closed forms"
+    )
+    for line in few_validation_pairs(len(pairs[1])):
+        say(line)
     ranking = _Ranking(towers, pairs, PairIndex(pairs[0]), tuple(overrides), say, bar)
     with attention_of_runs(recipes[images[0], texts[0]]):
         found = [ranking.measure(image, text, recipe) for (image, text), recipe in recipes.items()]
@@ -142,7 +149,9 @@ class _Ranking:
         began = time.perf_counter()
         sides = inputs.batch_reader(self.pairs[0], self.index, None)
         task = validation_task(*self.pairs, inputs)
-        trial, _ = choose_trial(begin_search(parts.model, recipe, sides, task, inputs).run_layers())
+        search = begin_search(parts.model, recipe, sides, task, inputs)
+        with self.bar(f"{image} and {text}: heads in closed form") as progress:
+            trial, _ = choose_trial(search.run_layers(progress))
         layers = self._similarity(parts.model, sides, recipe)
         found = TowerPair(
             image=image,

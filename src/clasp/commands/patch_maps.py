@@ -14,6 +14,7 @@ from clasp.analysis.patch_maps import PatchMaps, compute_patch_maps
 from clasp.config.build import load
 from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import recipe_from_dict
+from clasp.data.formats.setting_hints import OPTION_HINTS
 from clasp.data.images import ImageError
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages
 from clasp.evaluation.language_sets import require_languages
@@ -47,7 +48,8 @@ def map_patches(
     count, language = _count(given), given.get("language", "")
     recipe = recipe_from_dict(folder.recipe(), str(run))
     columns = ColumnNames(image=given.get("image", ""), caption=given.get("caption", ""))
-    pairs = open_pairs_for_recipe(given["data"], recipe, columns=columns, image_root=given.get("image_root"))
+    root = given.get("image_root")
+    pairs = open_pairs_for_recipe(given["data"], recipe, columns=columns, image_root=root, hints=OPTION_HINTS)
     if language:
         require_languages([language], caption_languages(pairs), given["data"])
     chosen = _named_pairs(pairs, ids, given["data"]) if ids else _drawn_pairs(pairs, count, language)

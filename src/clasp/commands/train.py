@@ -26,6 +26,7 @@ from clasp.config.recipe import Recipe
 from clasp.data.folder_lock import lock_folder
 from clasp.data.pairs import skipped_lines
 from clasp.data.readers import PairIndex
+from clasp.data.sample_size import few_validation_pairs
 from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.shared_encoder import SharedEncoder
@@ -37,6 +38,7 @@ from clasp.training.cost.ledger import RunCost
 from clasp.training.distributed import LostProcessError, Processes
 from clasp.training.run_code import require_allowed, tracker_code_names
 from clasp.training.run_folder import RunFolder
+from clasp.training.settings import TrainPlan
 from clasp.training.state import FitResult, TrainState
 from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.training.trackers.group import TrackerGroup
@@ -99,7 +101,7 @@ def train_recipe(
         )
         with processes.alike():
             plan = plan_run(recipe, train, inputs)
-        say(plan.reason)
+        _announce(plan, [] if loaded.pairs else few_validation_pairs(len(val)), say)
         context = RunContext(
             folder=folder,
             recipe=processes.first(lambda: resolve_recipe(recipe, plan, parts.model, state)),
@@ -144,6 +146,12 @@ def _failed_starts_undone(folder: RunFolder) -> Iterator[None]:
         else:
             folder.discard_start()
         raise
+
+
+def _announce(plan: TrainPlan, warnings: Sequence[str], say: MessageCallback) -> None:
+    """The plan, and what to know about the validation pairs; to a stage of ``clasp train auto`` it is known."""
+    for line in (plan.reason, *warnings):
+        say(line)
 
 
 def _open_trackers(

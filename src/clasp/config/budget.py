@@ -15,7 +15,8 @@ class AutoSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Wall time in minutes, features and evaluations included"""
+    """Wall time in minutes, features and evaluations included. The closed form, which comes first, is always finished,
+    however small the budget"""
     steps: int | None = Field(default=None, gt=0)
     """Gradient steps in place of minutes"""
 
@@ -23,8 +24,18 @@ class AutoSettings(BaseModel):
     def _one_budget(self) -> AutoSettings:
         if (self.minutes is None) == (self.steps is None):
             given = "neither" if self.minutes is None else f"minutes = {self.minutes:g} and steps = {self.steps}"
-            raise ValueError(f"one budget is needed, minutes or steps; here {given} (--minutes or --steps replaces it)")
+            raise ValueError(
+                f"one budget is needed, minutes or steps; here {given} (clasp train --minutes or --steps replaces it)"
+            )
         return self
+
+    @property
+    def announcement(self) -> str:
+        """What the budget is of, and what is done whatever it is."""
+        first = "features of all pairs and heads in closed form"
+        if self.minutes is None:
+            return f"budget: {self} of tuning; {first} take none"
+        return f"budget: {self} in all; {first} are finished even where they take longer, tuning gets what is left"
 
     def __str__(self) -> str:
         return f"{self.minutes:g} minutes" if self.minutes is not None else f"{self.steps:,} steps"

@@ -14,6 +14,7 @@ import numpy as np
 from clasp.config.recipe import DataSettings, Recipe
 from clasp.data.cache_folder import cache_folder
 from clasp.data.formats.rows import DEFAULT_COLUMNS
+from clasp.data.formats.setting_hints import RECIPE_HINTS, SettingHints
 from clasp.data.formats.skipped_files import escape_name
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages, describe_pair_formats, open_pairs, split_by_group
 from clasp.data.readers import PairIndex
@@ -47,14 +48,24 @@ def open_training_pairs(recipe: Recipe) -> TrainValPairs:
 
 
 def open_pairs_for_recipe(
-    source: str, recipe: Recipe, *, columns: ColumnNames = DEFAULT_COLUMNS, image_root: str | None = None
+    source: str,
+    recipe: Recipe,
+    *,
+    columns: ColumnNames = DEFAULT_COLUMNS,
+    image_root: str | None = None,
+    hints: SettingHints = RECIPE_HINTS,
 ) -> Pairs:
     """Pairs for a trained model; those of its recipe are read with the recipe's format and columns unless given."""
-    return open_pairs_for_settings(source, recipe.data, columns=columns, image_root=image_root)
+    return open_pairs_for_settings(source, recipe.data, columns=columns, image_root=image_root, hints=hints)
 
 
 def open_pairs_for_settings(
-    source: str, data: DataSettings, *, columns: ColumnNames = DEFAULT_COLUMNS, image_root: str | None = None
+    source: str,
+    data: DataSettings,
+    *,
+    columns: ColumnNames = DEFAULT_COLUMNS,
+    image_root: str | None = None,
+    hints: SettingHints = RECIPE_HINTS,
 ) -> Pairs:
     """As ``open_pairs_for_recipe``, by the ``[data]`` of a recipe alone."""
     path = sample_file(source, cache_folder()) if source.startswith(SAMPLE_SCHEME) else source
@@ -65,7 +76,13 @@ def open_pairs_for_settings(
     if source in (data.train, data.val):
         stage = ShardStage(cache_folder() / "shards", int(data.stage_gb * 1e9))
     return open_pairs(
-        path, format=format, columns=columns, image_root=image_root, cache=cache_folder() / "pairs", stage=stage
+        path,
+        format=format,
+        columns=columns,
+        image_root=image_root,
+        cache=cache_folder() / "pairs",
+        stage=stage,
+        hints=hints,
     )
 
 

@@ -19,6 +19,7 @@ from clasp.data.images import Augment, ImageTransform
 from clasp.data.loader import BadSampleLimit
 from clasp.data.pairs import Pairs, skipped_lines
 from clasp.data.readers import LiveImageReader, PairIndex
+from clasp.data.sample_size import few_validation_pairs
 from clasp.data.tokenizer import Tokenizer
 from clasp.plain_types import Pair, ProgressFactory, SkippedSample, UserError
 
@@ -27,7 +28,6 @@ HASH_SAMPLE_SIZE, DECODE_SAMPLE_SIZE, TOKENIZE_SAMPLE_SIZE = (
     500,
     50_000,
 )  # above these counts, a sample is checked
-_MIN_VAL_PAIRS = 100  # below this, the 95 % interval of a recall is about ten points to either side
 _NO_TOKEN_LIMIT = 1_000_000  # tokens
 
 Severity = Literal["ok", "look", "stop"]
@@ -69,8 +69,8 @@ def check_pairs(train: Pairs, val: Pairs) -> CheckReport:
     for line in skipped_lines(train, val):
         report.add_finding("look", line)
     report.add_finding("ok", f"{len(train):,} to train on, {len(val):,} to validate on; {captions:,} captions")
-    if len(val) < _MIN_VAL_PAIRS:
-        report.add_finding("look", f"only {len(val)} to validate on: intervals will be wide")
+    for line in few_validation_pairs(len(val)):
+        report.add_finding("look", line.removeprefix("warning: "))
     named = ", ".join(f"{name} {count:,}" for name, count in list(languages.items())[:10])
     more = f" and {len(languages) - 10} more" if len(languages) > 10 else ""
     if not languages:

@@ -34,6 +34,7 @@ from clasp.data.formats.samples import (
     is_unread_image,
     open_webdataset,
 )
+from clasp.data.formats.setting_hints import PYTHON_HINTS, SettingHints
 from clasp.data.formats.shard_folders import expand_shard_folder
 from clasp.data.formats.skipped_files import ReportsSkipped, SkippedFiles
 from clasp.data.formats.sources import FileSource, TarSource, names_address, require_no_address
@@ -92,6 +93,7 @@ def open_pairs(
     image_root: str | Path | None = None,
     cache: Path | None = None,
     stage: ShardStage | None = None,
+    hints: SettingHints = PYTHON_HINTS,
 ) -> Pairs:
     """Open a source and check every caption; ``UserError`` in one line for any problem.
 
@@ -103,10 +105,12 @@ def open_pairs(
     With a ``cache`` folder, indexing and unpacking of ``.gz`` are done once for a file of this path, size and time.
     An id is the value of the id column, else the image path or the tar member's key; if ids of several sources collide,
     each is prefixed with its source (``a.tar::key``).
+    ``hints``: the words in which an error names ``columns`` and ``image_root``.
     """
     names = expand_source(str(source))
     if stage is not None and all(map(names_address, names)):
-        return _open_shards(str(source), names, format, columns, cache, stage)
+        with hints.added():
+            return _open_shards(str(source), names, format, columns, cache, stage)
     paths = [Path(name).expanduser() for name in names]
     for name, path in zip(names, paths, strict=True):
         if not name:
@@ -123,7 +127,8 @@ def open_pairs(
             for shard in some
         ]
         paths = [shard for some in shards for shard in some]
-    opened = [_open(path, name, columns, image_root, cache) for path, name in zip(paths, formats, strict=True)]
+    with hints.added():
+        opened = [_open(path, name, columns, image_root, cache) for path, name in zip(paths, formats, strict=True)]
     parts = _with_unique_ids(paths, opened)
     skipped = sum((part.skipped_files for part in parts if isinstance(part, ReportsSkipped)), SkippedFiles())
     origins = [os.path.realpath(path) for path in paths]

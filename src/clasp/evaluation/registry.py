@@ -58,7 +58,10 @@ MAX_MAPPED_PAIRS, MAX_MAPPED_WORDS = 50, 20
 MAP_OPTIONS = (
     PAIR_OPTIONS[0],
     TaskOption("pairs", f"draw so many pairs, up to {MAX_MAPPED_PAIRS}; {DEFAULT_MAPPED_PAIRS} if none are named"),
-    TaskOption("ids", "draw the pairs with these ids, separated by commas; one with a comma in double quotes"),
+    TaskOption(
+        "ids",
+        "draw the pairs with these ids (column id, else the image path), separated by commas; quote one with a comma",
+    ),
     TaskOption("words", "words to map, separated by commas; the longest of each caption if left out"),
     ANALYZE_OPTIONS[2],
     *PAIR_OPTIONS[1:],

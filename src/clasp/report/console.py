@@ -103,7 +103,8 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         now = time.monotonic()
         if done == total or now - last >= 10:
             last = now
-            print_status(f"{title}: {done:,} of {total:,}, {done / max(now - started, 1e-9):,.0f}/s")
+            rate = done / max(now - started, 1e-9)
+            print_status(f"{title}: {done:,} of {total:,}" + (f", {rate:,.0f}/s" if rate >= 1 else ""))
 
     yield line
 

@@ -16,23 +16,24 @@ _COLUMNS = ("data set", "metric", "value", "95 %", "chance", "queries", "s")
 
 
 def suite_table(rows: Sequence[tuple[SuiteSet, EvaluationResult | None]]) -> AnnotatedTable:
-    """A row for each set, missing ones included, and the mean."""
-    cells = [_cells(*row) for row in rows]
+    """A row for each set that was evaluated, and the mean."""
+    cells = [_cells(each, result) for each, result in rows if result is not None]
     values = [result.metrics[each.metric] for each, result in rows if result is not None]
     cells.append([f"mean of {len(values)}", "", format_metric("", sum(values) / len(values)), "", "", "", ""])
     missing = len(rows) - len(values)
-    notes = [f"{missing} of {len(rows)} sets are missing: this mean is not that of the suite"] if missing else []
+    notes = (
+        [f"{missing} of {len(rows)} sets are missing, named above: this mean is not that of the suite"]
+        if missing
+        else []
+    )
     return AnnotatedTable(_COLUMNS, cells, notes)
 
 
-def _cells(each: SuiteSet, result: EvaluationResult | None) -> list[str]:
-    title = metric_title(each.metric)
-    if result is None:
-        return [each.name, title, "missing", "", "", "", ""]
+def _cells(each: SuiteSet, result: EvaluationResult) -> list[str]:
     value, chance = result.metrics[each.metric], result.chance.get(each.metric)
     return [
         each.name,
-        title,
+        metric_title(each.metric),
         format_metric(each.metric, value),
         format_interval(each.metric, result.interval.get(each.metric)),
         "" if chance is None else format_metric(each.metric, chance),

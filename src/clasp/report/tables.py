@@ -8,9 +8,10 @@ macro means, the worst and the best. Note: plain strings; the caller renders the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from clasp.data.sample_size import MIN_QUERIES, small_sample_warning
 from clasp.evaluation.language_sets import macro_set
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.tasks import RetrievalTask, ZeroShotTask
@@ -84,7 +85,11 @@ def result_tables(results: Sequence[EvaluationResult]) -> list[AnnotatedTable]:
 
     Of a language with both directions only their mean is shown.
     """
-    return [result_table(task, rows, metrics_main_first(rows[0].result)) for task, rows in labelled_by_task(results)]
+    tables = []
+    for task, rows in labelled_by_task(results):
+        table = result_table(task, rows, metrics_main_first(rows[0].result))
+        tables.append(replace(table, notes=[*few_queries(task, results), *table.notes]))
+    return tables
 
 
 def summary_tables(results: Sequence[EvaluationResult], more_in: str) -> list[AnnotatedTable]:
@@ -94,7 +99,8 @@ def summary_tables(results: Sequence[EvaluationResult], more_in: str) -> list[An
         metrics = metrics_main_first(rows[0].result)
         summary = fold_languages(rows, metrics[0])
         table = result_table(task, summary.rows, metrics)
-        tables.append(AnnotatedTable(table.columns, table.rows, [*table.notes, *more_note(summary.left_out, more_in)]))
+        notes = [*few_queries(task, results), *table.notes, *more_note(summary.left_out, more_in)]
+        tables.append(replace(table, notes=notes))
     return tables
 
 
@@ -135,6 +141,22 @@ def fold_languages(rows: Sequence[LabelledResult], metric: str) -> LanguageSumma
     worst, best = ordered[0], ordered[-1]
     ends = [worst._replace(label=f"{worst.label} (worst)"), best._replace(label=f"{best.label} (best)")]
     return LanguageSummary([*others, *ends], len(languages) - len(ends))
+
+
+def few_queries(task: str, results: Sequence[EvaluationResult]) -> list[str]:
+    """A warning where a task has few queries, or metrics that are 100 % for any model.
+
+    Counted are the queries of the direction that has fewer, in the language that has most.
+    """
+    counts: dict[str, int] = {}
+    certain: dict[str, None] = {}
+    for result in results:
+        if result.task.partition("/")[0] == task.partition("/")[0] and macro_set(result.language) is None:
+            counts[result.language] = min(result.n, counts.get(result.language, result.n))
+            certain |= {
+                metric_title(name): None for name, level in result.chance.items() if "rank" not in name and level >= 1
+            }
+    return small_sample_warning(max(counts.values()), "queries", list(certain)) if counts else []
 
 
 def more_note(count: int, more_in: str) -> list[str]:
@@ -181,7 +203,13 @@ def retention_table(results: Sequence[EvaluationResult], more_in: str) -> Annota
         summary = fold_languages([row for row in compared if row.result.task == task], "change")
         rows += [_retention_cells(*row) for row in summary.rows]
         left_out += summary.left_out
-    notes = [_RETENTION_NOTE, *more_note(left_out, more_in), *(_drift(results, side) for side in ("image", "text"))]
+    few = small_sample_warning(min((row.result.n for row in compared), default=MIN_QUERIES), "queries")
+    notes = [
+        *few,
+        _RETENTION_NOTE,
+        *more_note(left_out, more_in),
+        *(_drift(results, side) for side in ("image", "text")),
+    ]
     return AnnotatedTable(("retention", "change", INTERVAL_TITLE, "before", "after", CHANCE_TITLE), rows, notes)
 
 

@@ -86,7 +86,7 @@ class RunFolder:
 
     def require_free(self) -> None:
         """Raises ``UserError`` unless a run may start here: no folder, or a run that ended before it had trained."""
-        other = "choose another name with --name, or delete it"
+        other = "choose another name (clasp train: --name; clasp demo: --out), or delete it"
         if self.has_state:
             raise UserError(
                 f"{self.path} holds an interrupted run; resume it with: clasp resume {self.path}; or {other}"

@@ -175,7 +175,7 @@ def test_a_parquet_file_with_classes_in_place_of_captions(tmp_path: Path):
     columns = {"img": rows()["image"], "fine": [shapes.index(toy.shape) for toy in TOYS], "coarse": rows()["label"]}
     given["coarse"] = {"_type": "ClassLabel", "names": CLASSES}
     file = write_parquet(tmp_path / "two.parquet", given, columns)
-    with pytest.raises(UserError, match=r"which column has the captions\? name it with caption=, one of img, fine"):
+    with pytest.raises(UserError, match=r"which column has the captions\? its columns: img, fine"):
         open_pairs(file)
     pair = open_pairs(file, columns=ColumnNames(caption="fine"))[0]
     assert pair.captions[0].text == pair.meta["class"] == TOYS[0].shape and pair.meta["coarse"] == TOYS[0].colour

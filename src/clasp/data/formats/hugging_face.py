@@ -20,6 +20,7 @@ from clasp.data.formats.image_cells import image_of_cell
 from clasp.data.formats.index_cache import file_stamp
 from clasp.data.formats.listed_pairs import check_listed_pairs
 from clasp.data.formats.rows import ColumnNames, as_text, parse_captions, require_columns
+from clasp.data.formats.setting_hints import ColumnError
 from clasp.data.formats.sources import require_inside
 from clasp.plain_types import Caption, ImageSource, Pair, UserError
 
@@ -38,17 +39,17 @@ class Features:
 
     @classmethod
     def of(cls, given: Mapping[str, Any], columns: ColumnNames, where: str) -> "Features":
-        """The features as ``datasets`` writes them. Raises ``UserError`` without one column of images."""
+        """The features as ``datasets`` writes them. Raises ``ColumnError`` without one column of images."""
         images = [name for name, feature in given.items() if _kind(feature) == "Image"]
         if columns.image:
             require_columns([columns.image], list(given), where)
             images = [columns.image]
         if len(images) != 1:
-            raise UserError(f"{where} has {len(images)} image columns ({', '.join(given)}); name one with image=NAME")
+            raise ColumnError(f"{where} has {len(images)} image columns; its columns: {', '.join(given)}")
         return cls(images[0], class_names_by_column(given))
 
     def caption_column(self, columns: ColumnNames, names: Sequence[str], where: str) -> str:
-        """The column of captions, else the only one of classes. Raises ``UserError`` naming the choices."""
+        """The column of captions, else the only one of classes. Raises ``ColumnError`` naming the choices."""
         if columns.caption:
             require_columns([columns.caption], names, where)
             return columns.caption
@@ -56,7 +57,7 @@ class Features:
         label = next((name for name in ("label", "labels") if name in self.classes), None)
         if found or label or len(self.classes) == 1:
             return found or label or next(iter(self.classes))
-        raise UserError(f"{where}: which column has the captions? name it with caption=, one of {', '.join(names)}")
+        raise ColumnError(f"{where}: which column has the captions? its columns: {', '.join(names)}")
 
 
 def class_names_by_column(given: Mapping[str, Any]) -> dict[str, list[str]]:

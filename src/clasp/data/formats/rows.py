@@ -9,10 +9,11 @@ import difflib
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+from clasp.data.formats.setting_hints import ColumnError
 from clasp.plain_types import Caption, UserError
 
 
@@ -89,16 +90,16 @@ class RowReader:
         )
 
 
-def require_columns(names: Iterable[str], have: Collection[str], where: str) -> None:
-    """``UserError`` for the first missing column, listing the present ones and the nearest name."""
+def require_columns(names: Sequence[str], have: Collection[str], where: str) -> None:
+    """``ColumnError`` for the first missing column, listing those needed, those present and the nearest name."""
     for name in names:
         if name not in have:
             present = list(have)
             near = difflib.get_close_matches(name, present, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(
-                f"{where} has no column {name!r}; it has {', '.join(map(repr, present)) or 'none'}{hint}; columns of "
-                "other names: data.columns.image=NAME data.columns.caption=NAME"
+            wanted = f"; needed: {', '.join(map(repr, names))}" if len(names) > 1 else ""
+            raise ColumnError(
+                f"{where} has no column {name!r}{wanted}; it has {', '.join(map(repr, present)) or 'none'}{hint}"
             )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from clasp.data.formats.index_cache import file_stamp
 from clasp.data.formats.rows import shorten
+from clasp.data.formats.setting_hints import OutsideRootError
 from clasp.data.regular_file import read_regular_file, require_size
 from clasp.plain_types import UserError
 
@@ -54,13 +55,10 @@ def _on_disk(path: str) -> str:
 
 
 def require_inside(path: str, root: str, where: str) -> None:
-    """``UserError`` for an image path that leads out of ``root``, which the user did not name."""
+    """``OutsideRootError`` for an image path that leads out of ``root``, which the user did not name."""
     whole = os.path.normpath(os.path.join(root, path))
     if whole != root and not whole.startswith(root.rstrip(os.sep) + os.sep):
-        raise UserError(
-            f"{where}: the image path {shorten(path)} leads out of {root}; where that is meant, name the folder that "
-            "relative paths start from: data.image_root=FOLDER"
-        )
+        raise OutsideRootError(f"{where}: the image path {shorten(path)} leads out of {root}")
 
 
 def names_address(path: str) -> bool:

@@ -1,0 +1,30 @@
+"""When metrics are of too few queries to mean much: one line with the count and how wide their intervals can be.
+
+Input: a number of queries. Output: a warning, or nothing. Note: the bootstrap cannot show this where every query is
+right, since then its interval has no width; the bound here is that of a fraction of 1/2, the widest there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MIN_QUERIES = 100
+"""Below this, the 95 % interval of a fraction may be ten points or more to either side: 1.96 sqrt(1/4 / n)"""
+_RECALLS = (1, 5, 10)
+
+
+def small_sample_warning(count: int, what: str, certain: Sequence[str] = ()) -> list[str]:
+    """The warning where there are fewer than ``MIN_QUERIES``; ``certain``: metrics that are 100 % for any model."""
+    if count >= MIN_QUERIES and not certain:
+        return []
+    line = (
+        f"warning: few {what} ({count:,}): 95 % intervals may be ±{min(98 / max(count, 1) ** 0.5, 50):.0f} points wide"
+    )
+    return [line + (f", and {', '.join(certain)} cannot be less than 100 %" if certain else "")]
+
+
+def few_validation_pairs(count: int) -> list[str]:
+    """The warning before training, by the number of validation pairs."""
+    certain = [f"R@{k}" for k in _RECALLS if k >= count]
+    lines = small_sample_warning(count, "validation pairs", certain)
+    return [f"{line}{' in retrieval' if certain else ''}; name more with data.val=PAIRS" for line in lines]

@@ -1,0 +1,26 @@
+"""The warning about few queries: when, with which count, and which metrics cannot be less than 100 %."""
+
+from __future__ import annotations
+
+import pytest
+
+from clasp.data.sample_size import MIN_QUERIES, few_validation_pairs, small_sample_warning
+
+
+@pytest.mark.parametrize(("count", "points"), [(MIN_QUERIES - 1, 10), (49, 14), (16, 24), (4, 49), (1, 50)])
+def test_the_count_and_the_widest_interval_are_named(count: int, points: int):
+    (line,) = small_sample_warning(count, "queries")
+    assert line == f"warning: few queries ({count}): 95 % intervals may be ±{points} points wide"
+
+
+def test_enough_queries_are_not_mentioned():
+    assert small_sample_warning(MIN_QUERIES, "queries") == few_validation_pairs(MIN_QUERIES) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "certain"), [(1, "R@1, R@5, R@10"), (5, "R@5, R@10"), (10, "R@10"), (11, None)], ids=str
+)
+def test_recalls_of_as_many_as_there_are_captions_are_named(count: int, certain: str | None):
+    (line,) = few_validation_pairs(count)
+    assert (f"and {certain} cannot be less than 100 % in retrieval" in line) == (certain is not None)
+    assert line.endswith("; name more with data.val=PAIRS")
