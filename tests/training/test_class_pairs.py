@@ -150,6 +150,16 @@ def test_moments_are_those_of_the_pairs_one_by_one(monkeypatch: pytest.MonkeyPat
     assert not moments.image_image[0].any() and not moments.image_image[4:].any()
 
 
+def test_a_class_has_one_pattern_however_features_are_standardised():
+    rows = []
+    for per_layer in (False, True):
+        made = Standardize(FeatureLayout([6], per_layer))
+        made.fit(torch.randn(50, 6, generator=torch.Generator().manual_seed(2)) * torch.arange(1, 7) + 3)
+        rows.append(some_features().patterns(made))
+    torch.testing.assert_close(*rows)
+    assert rows[0].any()
+
+
 def test_the_heads_are_the_cca_of_both_sources(
     towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -56,9 +56,13 @@ class Standardize(nn.Module):
         self.pooled_width = sum(layout.layers)
         classes = [] if layout.probabilities is None else [len(layout.probabilities.weight)]
         self.width = self.pooled_width + sum(classes)
+        self._per_layer = layout.per_layer
         self._blocks = [*layout.layers, *classes] if layout.per_layer else [1] * self.width
         self.scale = nn.Parameter(torch.ones(self.width))
         self.shift = nn.Parameter(torch.zeros(self.width))
+        self.deviations: Tensor | None = None
+        """Deviation of each standardised feature, ``[D + C]``; set by ``fit`` where a layer has one factor, not saved.
+        ``None``: 1 each"""
 
     def fit(self, pooled: Float[Tensor, "n D"]) -> None:
         """Initialise so that the features of ``pooled`` get mean 0 and deviation 1, each or on average over a layer.
@@ -71,6 +75,8 @@ class Standardize(nn.Module):
         with torch.no_grad():
             self.scale.copy_(factor)
             self.shift.copy_(-mean * factor)
+        if self._per_layer:
+            self.deviations = (variance.sqrt() * factor).to(self.scale)
 
     def forward(self, pooled: Float[Tensor, "B D"]) -> Float[Tensor, "B Dh"]:
         return self._features(pooled) * self.scale + self.shift

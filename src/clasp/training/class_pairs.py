@@ -63,11 +63,15 @@ class ClassPairFeatures:
         """The standardised image features of each concept; those of the pairs have the mean length of a pair's.
 
         The class probabilities that a head may read are 1 for a class, and equal for the classes of a broader concept.
-        Columns that the classifier does not read are zero.
+        Where a layer has one factor, weight vectors are multiplied by the deviation of each feature, which
+        standardising each feature does by itself. Columns that the classifier does not read are zero.
         """
         scale, pairs, columns = image.scale.detach(), self.classes.pairs, self.classes.columns
         rows = torch.zeros(len(pairs.vectors), len(scale), dtype=scale.dtype, device=scale.device)
-        rows[:, columns] = self._pair_length(pairs.vectors.to(scale) / scale[columns])
+        own = pairs.vectors.to(scale) / scale[columns]
+        if image.deviations is not None:
+            own = own * image.deviations[columns].to(scale)
+        rows[:, columns] = self._pair_length(own)
         if image.probabilities is not None:
             probabilities = torch.zeros(len(rows), len(image.probabilities.weight), dtype=scale.dtype)
             for row, concept in zip(probabilities, pairs.concepts, strict=True):
