@@ -85,25 +85,30 @@ def metadata(number: int) -> dict[str, Any]:
 
 
 def fill(name: str, folder: Path) -> dict[str, Any]:
-    """Add all vectors to an engine, close it, and record the seconds in ``NAME.json``, which marks it as whole."""
+    """Add all vectors to an engine, close it, and record the seconds in ``NAME.json``, which marks it as whole.
+
+    A fill that went on after it was interrupted has no seconds, but where it went on.
+    """
     values = np.load(folder / VECTORS, mmap_mode="r")
     began = time.perf_counter()
-    (fill_store if name in STORES else fill_faiss)(name, folder / name, values)
-    filled = {"fill_s": round(time.perf_counter() - began, 1)}
+    done = (fill_store if name in STORES else fill_faiss)(name, folder / name, values)
+    filled = {"resumed_at": done} if done else {"fill_s": round(time.perf_counter() - began, 1)}
     (folder / f"{name}.json").write_text(json.dumps(filled))
     return filled
 
 
-def fill_store(name: str, target: Path, values: np.ndarray) -> None:
+def fill_store(name: str, target: Path, values: np.ndarray) -> int:
+    """Returns the entries that were there."""
     store = STORES[name](target)
     done = max(0, store.count() - CHUNK) // CHUNK * CHUNK  # before it was interrupted; ids are added in order
     for start in range(done, len(values), CHUNK):
         part = range(start, min(start + CHUNK, len(values)))
         store.add([str(n) for n in part], values[part.start : part.stop], [*map(metadata, part)])
     store.close()
+    return done
 
 
-def fill_faiss(name: str, target: Path, values: np.ndarray) -> None:
+def fill_faiss(name: str, target: Path, values: np.ndarray) -> int:
     import faiss  # type: ignore[import-not-found]
 
     if name == "faiss-flat":
@@ -113,6 +118,7 @@ def fill_faiss(name: str, target: Path, values: np.ndarray) -> None:
     for start in range(0, len(values), CHUNK):
         index.add(np.ascontiguousarray(values[start : start + CHUNK]))
     faiss.write_index(index, str(target))
+    return 0
 
 
 def measure(search: Search, queries: np.ndarray, truth: np.ndarray) -> dict[str, float]:

@@ -189,12 +189,13 @@ def _train(context: RunContext) -> TrainResult:
         fitted = fit_run(context, sides, batches, evaluations)
         delta_bytes = processes.first(lambda: context.folder.save(context.model))
         scored = [] if fitted.interrupted else ledger.timed_as("evaluation", evaluations.of_final_weights)(fitted)
-        return processes.first(lambda: _finish(context, fitted, delta_bytes, task, scored))
+        results, cost = processes.first(lambda: _finish(context, fitted, delta_bytes, task, scored))
+        return TrainResult(context.folder.path, fitted, results, delta_bytes, cost, task, scored)
 
 
 def _finish(
     context: RunContext, fitted: FitResult, delta_bytes: int, task: EvaluationTask, scored: list[ScoredQueries]
-) -> TrainResult:
+) -> tuple[list[EvaluationResult], RunCost]:
     """Write what is left to the folder; delete the training state of a completed run."""
     folder, ledger = context.folder, context.ledger
     results = [] if fitted.interrupted else ledger.timed_as("evaluation", task.finish)(scored)
@@ -202,7 +203,7 @@ def _finish(
     _write(context, fitted, results, cost)
     if not fitted.interrupted:
         folder.finish()
-    return TrainResult(folder.path, fitted, results, delta_bytes, cost, task, scored)
+    return results, cost
 
 
 def _prepare(
