@@ -40,7 +40,9 @@ def pairs_per_second(settings: dict[str, str], processes: int) -> list[str]:
             running.append(
                 subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True)
             )
-        return [process.communicate()[0].strip() for process in running]
+        rates = [process.communicate()[0].strip() for process in running]
+        assert not any(process.returncode for process in running), "a process failed; its error is above"
+        return rates
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ in ``RUN/stages``. The heads are chosen in closed form (``commands.closed_form``
 solved again for what was tuned, and take gradient steps with what is left of the budget. A stage is kept where the
 run's own validation metric is better. Note: Ctrl-C ends it with the best stage so far; ``plan.json`` has what was tried
 and is what ``clasp resume`` goes on from. Finished stages are not repeated. ``commands.auto_stages`` trains and records
-a stage; which there are is decided here.
+a stage; which there are is decided here. A long class: all decisions of a climb, in their order.
 """
 
 from __future__ import annotations
@@ -138,7 +138,6 @@ class _Climb:
         self.budget, self.base = recipe.auto, with_layer_pools(recipe)
         self.folder, self.plan, self.pairs, self.io = run, plan, pairs, callbacks
         self._stages = AutoStages(run, plan, pairs, recipe.auto, callbacks)
-        self._reserved = 0.0  # seconds of the closed form of the tuned towers, once a method of tuning was timed
 
     def run(self) -> AutoResult:
         interrupted = False
@@ -274,8 +273,9 @@ class _Climb:
         timing = time_steps(stage.recipe, self.pairs, self.io.bar)
         first, closed_form = self.plan.rows[0], self.plan.row(CLOSED_FORM_STAGE)
         assert closed_form is not None
-        self._reserved = tuned_closed_form_seconds(timing, first.seconds + closed_form.seconds)
-        self._stages.train_if_planned(stage, fit_tuning(stage, timing, self._stages.left.after(self._reserved)))
+        self.plan.reserved_seconds = tuned_closed_form_seconds(timing, first.seconds + closed_form.seconds)
+        left = self._stages.left.after(self.plan.reserved_seconds)
+        self._stages.train_if_planned(stage, fit_tuning(stage, timing, left))
 
     def _no_time_for_tuning(self) -> str:
         """Why no further method of tuning is tried: it starts anew, so it must have the time of the first."""
@@ -286,7 +286,7 @@ class _Climb:
             return ""
         if first.metric is None:
             return f"as {first.stage}"
-        left = self._stages.left.after(self._reserved)
+        left = self._stages.left.after(self.plan.reserved_seconds)
         enough = (left.seconds or 0) >= first.seconds or (left.steps or 0) >= first.steps
         return "" if enough else f"{first.stage} took more than {left}"
 

@@ -42,14 +42,10 @@ def check_forecast(
     )
     fixed = recipe.model_copy(update={"train": plan.resolved(recipe.train)})
     rates, memory, energy = _SecondsPerRow(bar), PeakMemoryMeter(Processes().device), EnergyMeter()
-    memory.start()
-    energy.start()
     began = time.perf_counter()
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, _measuring(memory, energy):
         timing = time_steps(fixed, (train, val), rates.timed_bar, cache=Path(folder))
-    probe_seconds, probe_energy = time.perf_counter() - began, energy.measurement
-    energy.stop()
-    memory.stop()
+        probe_seconds, probe_energy = time.perf_counter() - began, energy.measurement
     evaluation = timing.evaluation * len(pairs[1]) / len(val)
     seconds = {
         "features": sum(images_or_captions(cache) * rates.of(cache.what) for cache in caches if cache.bytes_to_write),
@@ -73,6 +69,18 @@ def check_forecast(
     if kwh is not None:
         report.add_finding("ok", f"energy {1000 * kwh:.3g} Wh: {probe_energy.method}")
     return report
+
+
+@contextmanager
+def _measuring(memory: PeakMemoryMeter, energy: EnergyMeter) -> Iterator[None]:
+    """Both meters run, and are stopped whatever happens."""
+    memory.start()
+    energy.start()
+    try:
+        yield
+    finally:
+        energy.stop()
+        memory.stop()
 
 
 def forecast_disk(recipe: Recipe, caches: Sequence[CachePlan]) -> dict[str, int]:

@@ -45,11 +45,16 @@ class AutoRow:
 
 @dataclass(slots=True)
 class AutoPlan:
-    """The state of a climb. ``seconds``: those of earlier sessions; ``best``: the folder name of the best stage."""
+    """The state of a climb.
+
+    ``seconds``: those of earlier sessions; ``reserved_seconds``: those that the closed form of tuned towers will take,
+    once a method of tuning was timed; ``best``: the folder name of the best stage.
+    """
 
     recipe: dict[str, Any]
     primary: str = ""
     seconds: float = 0.0
+    reserved_seconds: float = 0.0
     best: str = ""
     finished: bool = False
     rows: list[AutoRow] = field(default_factory=list)
