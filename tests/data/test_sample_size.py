@@ -24,3 +24,8 @@ def test_recalls_of_as_many_as_there_are_captions_are_named(count: int, certain:
     (line,) = few_validation_pairs(count)
     assert (f"and {certain} cannot be less than 100 % in retrieval" in line) == (certain is not None)
     assert line.endswith("; name more with data.val=PAIRS")
+
+
+def test_enough_queries_are_not_called_few_where_a_metric_is_certain():
+    (line,) = small_sample_warning(10_000, "queries", ["top5"])
+    assert line == "warning: top5 cannot be less than 100 %"
