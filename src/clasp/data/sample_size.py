@@ -28,4 +28,5 @@ def few_validation_pairs(count: int) -> list[str]:
     """The warning before training, by the number of validation pairs."""
     certain = [f"R@{k}" for k in _RECALLS if k >= count]
     lines = small_sample_warning(count, "validation pairs", certain)
-    return [f"{line}{' in retrieval' if certain else ''}; name more with data.val=PAIRS" for line in lines]
+    where = " in retrieval from text to image" if certain else ""  # images are as many as pairs, captions may be more
+    return [f"{line}{where}; name more with data.val=PAIRS" for line in lines]
