@@ -186,6 +186,7 @@ HOSTILE_QUERIES: dict[str, tuple[dict[str, Any], int, str]] = {
     "blank": ({"q": " "}, 400, "which are none"),
     "too long": ({"q": "x" * 201}, 400, "at most 200"),
     "cancels": ({"q": "red -red"}, 400, "cancels itself out"),
+    "weight huge": ({"q": "red^" + "9" * 40}, 400, "a weight of a search is 1e+40"),
     "k 0": ({"q": "red", "k": 0}, 422, "k: "),
     "k huge": ({"q": "red", "k": 101}, 400, "at most 100"),
     "k text": ({"q": "red", "k": "many"}, 422, "k: "),
