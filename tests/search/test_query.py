@@ -36,6 +36,8 @@ WORDS = {
     "--help": [("--help", 1)],
     'beach "red umbrella"^0.5 -people^1': [("beach", 1), ("red umbrella", 0.5), ("people", -1)],
     'dog^2 x^y ^2 "a^2"': [("x^y ^2 a^2", 1), ("dog", 2)],
+    'beach -"red umbrella", people': [("beach , people", 1), ("red umbrella", MINUS_WEIGHT)],
+    '"red umbrella"^ beach^.5': [("red umbrella ^ beach^.5", 1)],
 }
 
 
