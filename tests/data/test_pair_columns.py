@@ -176,6 +176,17 @@ def test_a_worker_gets_row_numbers_and_maps_offsets_and_columns(table: Path, mon
     (table.parent / "kept").rename(table.parent / "cache")
 
 
+def test_a_worker_in_another_folder_maps_a_relative_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(index_cache, "_MIN_MAPPED_BYTES", 0)
+    monkeypatch.setattr(index_cache, "_mapped_in_worker", index_cache._map_arrays)  # as in a new worker
+    monkeypatch.chdir(tmp_path)
+    arrays = index_cache.load_or_build_index(Path("cache"), ("toy", "source"), lambda: {"starts": np.arange(9)})
+    sent = pickle.dumps(arrays["starts"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert pickle.loads(sent).tolist() == list(range(9))
+
+
 def test_a_part_without_a_key_has_none_in_some_languages():
     class Unkeyed(list[Pair]):
         key = ()
