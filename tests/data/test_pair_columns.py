@@ -194,9 +194,12 @@ def test_a_part_without_a_key_has_none_in_some_languages():
     assert pair_sequence._InLanguages(Unkeyed(), ("sw",)).key == ()
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_and_a_read_only_one_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(pair_sequence, "MIN_STORED_PAIRS", 1)
     file = write_rows(tmp_path / "pairs.jsonl", 60)
@@ -204,7 +207,10 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(index_cache, "_write_arrays", full)
         open_pairs(file, cache=tmp_path / "cache")
     pairs = open_pairs(file, cache=tmp_path / "cache")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"no space left in .*cache for ids, groups"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"no space left to write .*cache;"):
         patch.setattr(pair_columns.tempfile, "TemporaryFile", full)
+        len(pairs.ids)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cache cannot be written: Read-only file"):
+        patch.setattr(pair_columns.tempfile, "TemporaryFile", read_only)
         len(pairs.ids)
     assert fast_index(pairs) == slow_index(pairs)
