@@ -199,6 +199,7 @@ HOSTILE_QUERIES: dict[str, tuple[dict[str, Any], int, str]] = {
     "no condition": ({"q": "red", "where": "folder"}, 400, "folder=holidays"),
     "unknown parameter": ({"q": "red", "sort": "name"}, 422, "sort: "),
     "unknown parameter of two lines": ({"q": "red", "a\nb": "name"}, 422, r"'a\nb': "),
+    "unknown parameter of many letters": ({"q": "red", "a" * 1000: "name"}, 422, f"'{'a' * 76}...: "),
     "too many parts": ({"q": "red", "plus": ["red"] * 9}, 400, "at most 8"),
     "control characters": ({"q": "\x00\x01\x02"}, 400, "which are none"),
     "markup": ({"q": "<script>alert(1)</script>", "like": "<b>"}, 400, "no image is indexed"),

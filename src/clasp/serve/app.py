@@ -318,6 +318,7 @@ def _add_error_answers(app: FastAPI) -> None:
 def _first_problem(errors: Sequence[Any]) -> str:
     """The first of pydantic's errors as one line; an unknown key may hold anything, line breaks too."""
     first = errors[0]
-    where = ".".join(part if str(part).isidentifier() else shorten(part) for part in first["loc"][1:])
+    plain = (str(part) if str(part).isidentifier() and len(part) <= 80 else shorten(part) for part in first["loc"][1:])
+    where = ".".join(plain)
     line = " ".join(str(first["msg"]).split())
     return f"{where or 'the request'}: {line}; see /openapi.json"
