@@ -1,7 +1,7 @@
 """Tables that compare runs: what was reached, what differs between the recipes, parameters, results, cost, facts.
 
 Input: ``RunRecord``s. Output: ``AnnotatedTable``s of plain strings, which the caller renders. Note: a run that lacks a
-number has a dash in its place, and no number is estimated.
+number has a dash in its place, and no number is estimated. Long, since all tables share the functions of their cells.
 """
 
 from __future__ import annotations

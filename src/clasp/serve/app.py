@@ -2,7 +2,8 @@
 
 Input: a service and who may use it. Output: an ASGI application with an OpenAPI description at ``/openapi.json``. Note:
 handlers are plain functions, which FastAPI runs in threads; the model itself runs in one thread (``model_queue``).
-Every error is one line of JSON; what a request has wrong is a 4xx, a damaged index a 500.
+Every error is one line of JSON; what a request has wrong is a 4xx, a damaged index a 500. Long, since most
+routes and all error answers are here.
 """
 
 from __future__ import annotations
