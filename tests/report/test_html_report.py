@@ -186,6 +186,8 @@ def test_an_analysis_is_kept_and_shown(tmp_path: Path):
     assert read_analyses(run) == [entries[2], entries[1]], "the same pairs again replace the entry"
     page = page_of(run)
     assert "39 pairs of pairs.csv, 2.0 s" in page.text and "30.2" in page.text
+    assert "Images and texts as clusters" in page.text and "0.875" in page.text
+    assert "24 attention heads, with images and with texts: correlation of their entropy 0.50" in page.text
     assert "Mutual k-NN of every image block with every text block; highest 0.200" in [
         svg.get("aria-label") for svg in page.all("svg")
     ]
