@@ -8,7 +8,7 @@ towers. A cell that is measured is kept in ``pair_picker.jsonl`` beside the page
 date, torch and machine, and not measured again with the same size and settings: the study may be stopped at any time.
 
     python -m studies.pair_picker FOLDER            # both sets, heads and low-rank updates
-    python -m studies.pair_picker FOLDER --quick    # heads on Flickr8k: ten minutes on two cores if none is recorded
+    python -m studies.pair_picker FOLDER --quick    # heads on Flickr8k, not written: ten minutes on two cores
     python -m studies.pair_picker                   # the page of what is recorded
 """
 
@@ -125,7 +125,8 @@ def main() -> None:
             if find_record(cell) is None:
                 record(cell, sets[cell.photos], given.folder)
     text = render_page(sets)
-    Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
+    if not given.quick:  # the page is of all sets
+        RECORDS.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -195,8 +196,9 @@ def render_page(sets: Mapping[str, PhotoSet]) -> str:
         "photos, of heads after 20 epochs on frozen towers; low rank: of `lora(rank=8)` and norms in both towers after "
         "two; one seed. Rank correlation: Spearman's over nine pairs of towers; in brackets the 95 % interval of a "
         f"bootstrap with {RESAMPLES:,} resamples of image towers and of text towers, since pairs with a tower in "
-        "common are not independent. Noise of the metrics is not in it. Lost: the metric of the best pair minus that "
-        "of the pair that the column ranks first."
+        "common are not independent; where cells are missing, over the pairs that are there, with their number and no "
+        "interval. Noise of the metrics is not in it. Lost: the metric of the best pair minus that of the pair that "
+        "the column ranks first."
     )
     parts = ["# Does the ranking of towers predict the trained result?", about]
     if missing:
@@ -211,7 +213,7 @@ def _conditions(record: Record) -> str:
 
 
 def _section(name: str, photos: PhotoSet) -> str:
-    """The table of one set, with the rank correlations of its columns that are complete."""
+    """The table of one set, with the rank correlations of what is trained for more than half of the pairs."""
     values = {what: _column(name, what) for what in ("pair", *photos.trained)}
     predicted = {title: [found and found[title] for found in values["pair"]] for title in PREDICTORS}
     trained = {title: [found and found["metric"] for found in values[title]] for title in photos.trained}
@@ -220,13 +222,12 @@ def _section(name: str, photos: PhotoSet) -> str:
         of_row = [column[row] for column in (*predicted.values(), *trained.values())]
         numbers = ["–" if value is None else f"{value:.3f}" for value in of_row]
         rows.append(line([*(candidate.title for candidate in PAIRS[row]), *numbers]))
-    complete = {title: [v for v in column if v is not None] for title, column in (predicted | trained).items()}
-    whole = {title: complete[title] for title in trained if len(complete[title]) == len(PAIRS)}
-    if whole and len(complete["closed form"]) == len(PAIRS):
-        titles = [f"{what}, {title}" for title in whole for what in ("rank correlation", "lost")]
+    ranked = [title for title in trained if sum(value is not None for value in trained[title]) > len(PAIRS) / 2]
+    if ranked and None not in values["pair"]:
+        titles = [f"{what}, {title}" for title in ranked for what in ("rank correlation", "lost")]
         rows += ["", line(["ranked by", *titles]), "|---|" + "---|" * len(titles)]
-        for title in predicted:
-            rows.append(line([title, *(text for theirs in whole.values() for text in _told(complete[title], theirs))]))
+        for title, column in predicted.items():
+            rows.append(line([title, *(text for each in ranked for text in _told(column, trained[each]))]))
     return "\n".join([f"## {name}, {photos.task}", "", *rows])
 
 
@@ -267,11 +268,15 @@ def _quiet(line: str) -> None:
     """Status lines of runs are not printed."""
 
 
-def _told(predicted: Sequence[float], trained: Sequence[float]) -> tuple[str, str]:
-    """The rank correlation with its interval, and what is lost by the ranking."""
-    one, other = (np.reshape(values, (len(IMAGES), len(TEXTS))) for values in (predicted, trained))
-    value, low, high = correlation_interval(one, other)
-    lost = max(trained) - trained[int(np.argmax(predicted))]
+def _told(predicted: Sequence[float], trained: Sequence[float | None]) -> tuple[str, str]:
+    """The rank correlation over the pairs that are trained, with its interval if these are all, and what is lost."""
+    there = [(one, other) for one, other in zip(predicted, trained, strict=True) if other is not None]
+    one, other = np.array(there).T
+    lost = other.max() - other[one.argmax()]
+    if len(there) < len(PAIRS):
+        return f"{spearman(one, other):.2f} ({len(there)} pairs)", f"{lost:.3f}"
+    shape = (len(IMAGES), len(TEXTS))
+    value, low, high = correlation_interval(one.reshape(shape), other.reshape(shape))
     return f"{value:.2f} ({low:.2f} to {high:.2f})", f"{lost:.3f}"
 
 

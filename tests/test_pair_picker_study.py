@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +59,19 @@ def test_a_cell_is_recorded_once_and_the_page_names_what_is_missing(tmp_path: Pa
     page = pair_picker.render_page(pair_picker.QUICK)
     assert "Not complete" not in page and "| CKA | 0.50 (0.00 to 1.00) | 0.000 |" in page
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 18
+
+
+def test_a_rank_correlation_is_over_the_pairs_that_are_there():
+    ranks = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    assert pair_picker._told(ranks, [None, 0.7, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]) == ("0.98 (8 pairs)", "0.100")
+
+
+def test_the_quick_form_is_printed_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(pair_picker, "RECORDS", tmp_path / "records.jsonl")
+    for given, written in (["--quick"], False), ([], True):
+        monkeypatch.setattr(sys, "argv", ["pair_picker", *given])
+        pair_picker.main()
+        assert "cells are missing" in capsys.readouterr().out
+        assert (tmp_path / "records.md").exists() == written

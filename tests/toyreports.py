@@ -6,8 +6,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from clasp.analysis.attention_roles import AttentionAgreement
 from clasp.analysis.embedding_geometry import EmbeddingGeometry
 from clasp.analysis.layer_similarity import LayerSimilarity
+from clasp.analysis.modality_clusters import ModalityClusters
 from clasp.analysis.record import AnalysisRecord
 from clasp.evaluation.results import EvaluationResult
 from clasp.training.cost.ledger import CostSession, FrozenFlops, RunCost, StepFlops
@@ -37,8 +39,13 @@ def toy_analysis(**changes: object) -> AnalysisRecord:
         )
         for i, t in ((0, 0), (1, 1), (1, 2))
     ]
-    given = {"data": "pairs.csv", "language": "", "pairs": 39, "neighbours": 5, "logit_scale": 10.0}
-    return AnalysisRecord(**{**given, "geometry": geometry, "layers": layers, "seconds": 2.0, **changes})  # type: ignore[arg-type]
+    clusters = tuple(ModalityClusters(block=block, nmi=0.875, nmi_shuffled=0.125) for block in (0, 1))
+    attention = AttentionAgreement(
+        heads=24, entropy=0.5, entropy_shuffled=[-0.25, 0.25], own_token=0.75, own_token_shuffled=[-0.5, 0.5]
+    )
+    given = {"data": "pairs.csv", "language": "", "pairs": 39, "neighbours": 5, "logit_scale": 10.0, "seconds": 2.0}
+    given |= {"geometry": geometry, "layers": layers, "clusters": clusters, "attention": attention}
+    return AnalysisRecord(**{**given, **changes})  # type: ignore[arg-type]
 
 
 def write_run(folder: Path, results: list[EvaluationResult], *, batch_size: int = 16, trained: int = 50) -> Path:

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
@@ -85,6 +86,12 @@ def test_browse_all_without_a_query(page: Page):
     assert page.locator(".tile img.shown").count() > 10, "thumbnails are drawn"
     expect(page.locator("figure .title", has_text=HOSTILE_CAPTION)).to_have_count(1)
     assert page.title() == "clasp" and page.locator("figure img").count() == 53, "captions are text"
+
+
+def test_the_chip_of_a_quoted_phrase_is_what_is_subtracted(page: Page):
+    page.goto("/?q=" + quote('purple -"blue", red'))
+    page.get_by_role("button", name="Remove: without blue", exact=True).click()
+    expect(page.locator("#words")).to_have_value("purple, red")
 
 
 def test_words_minus_terms_copies_and_the_line(page: Page):

@@ -14,8 +14,11 @@ from clasp.types import Tokens
 from toytowers import base, inputs
 
 
-def test_roles_are_means_over_real_tokens():
+@pytest.mark.parametrize("prompts", [0, 3])
+def test_roles_are_means_over_real_tokens(prompts: int):
     tower, read = Tower(base("own-text")), inputs("bert")
+    if prompts:
+        tower.tune([f"prompts({prompts})"], seed=0)
     assert isinstance(read, Tokens) and not read.mask.all(), "some captions are padded"
     roles = head_roles(tower, [([str(row) for row in range(len(read.ids))], read)])
     for layer, found in roles.items():
@@ -25,7 +28,7 @@ def test_roles_are_means_over_real_tokens():
             with torch.no_grad():
                 alone = Tokens(ids[None, :count], mask[None, :count])
                 weights = attention_maps(tower.net, lambda alone=alone: tower(alone))[layer][0].double()
-            entropy = -(weights * weights.clamp(min=1e-300).log()).sum(-1).mean(-1) / math.log(count)
+            entropy = -(weights * weights.clamp(min=1e-300).log()).sum(-1).mean(-1) / math.log(count + prompts)
             rows.append(torch.stack((entropy, weights.diagonal(dim1=-2, dim2=-1).mean(-1)), dim=-1))
         assert torch.allclose(found, torch.stack(rows).mean(0), atol=1e-5)
         assert (found > 0).all() and (found < 1).all()

@@ -95,7 +95,7 @@ def test_a_suite_is_one_table_with_missing_sets_named_first(data: Path, model: P
     assert about == {"task": "zeroshot", "data": str(data / "cifar-10")} and len(queries) == len(TOYS)
     assert {row["predicted"] for row in queries if row["expected"] == CLASSES[0]} == {CLASSES[1]}
     table = suite_table([(row.set, row.result) for row in rows])
-    assert len(table.rows) == 4 and table.rows[-1][0] == "mean of 3" and "17 of 20 sets are missing" in table.notes[0]
+    assert len(table.rows) == 4 and table.rows[-1][0] == "mean of 3" and "17 of 20 sets are missing (" in table.notes[0]
 
 
 def test_probes_fit_on_the_split_for_it(model: Path, tmp_path: Path):

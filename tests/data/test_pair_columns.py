@@ -176,6 +176,17 @@ def test_a_worker_gets_row_numbers_and_maps_offsets_and_columns(table: Path, mon
     (table.parent / "kept").rename(table.parent / "cache")
 
 
+def test_a_worker_in_another_folder_maps_a_relative_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(index_cache, "_MIN_MAPPED_BYTES", 0)
+    monkeypatch.setattr(index_cache, "_mapped_in_worker", index_cache._map_arrays)  # as in a new worker
+    monkeypatch.chdir(tmp_path)
+    arrays = index_cache.load_or_build_index(Path("cache"), ("toy", "source"), lambda: {"starts": np.arange(9)})
+    sent = pickle.dumps(arrays["starts"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert pickle.loads(sent).tolist() == list(range(9))
+
+
 def test_a_part_without_a_key_has_none_in_some_languages():
     class Unkeyed(list[Pair]):
         key = ()
@@ -183,9 +194,12 @@ def test_a_part_without_a_key_has_none_in_some_languages():
     assert pair_sequence._InLanguages(Unkeyed(), ("sw",)).key == ()
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_and_a_read_only_one_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(pair_sequence, "MIN_STORED_PAIRS", 1)
     file = write_rows(tmp_path / "pairs.jsonl", 60)
@@ -193,7 +207,10 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(index_cache, "_write_arrays", full)
         open_pairs(file, cache=tmp_path / "cache")
     pairs = open_pairs(file, cache=tmp_path / "cache")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"no space left in .*cache for ids, groups"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"no space left to write .*cache;"):
         patch.setattr(pair_columns.tempfile, "TemporaryFile", full)
+        len(pairs.ids)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cache cannot be written: Read-only file"):
+        patch.setattr(pair_columns.tempfile, "TemporaryFile", read_only)
         len(pairs.ids)
     assert fast_index(pairs) == slow_index(pairs)

@@ -22,5 +22,11 @@ def test_enough_queries_are_not_mentioned():
 )
 def test_recalls_of_as_many_as_there_are_captions_are_named(count: int, certain: str | None):
     (line,) = few_validation_pairs(count)
-    assert (f"and {certain} cannot be less than 100 % in retrieval" in line) == (certain is not None)
+    told = f"and {certain} cannot be less than 100 % in retrieval from text to image;" in line
+    assert told == (certain is not None)
     assert line.endswith("; name more with data.val=PAIRS")
+
+
+def test_enough_queries_are_not_called_few_where_a_metric_is_certain():
+    (line,) = small_sample_warning(10_000, "queries", ["top5"])
+    assert line == "warning: top5 cannot be less than 100 %"

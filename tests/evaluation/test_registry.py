@@ -61,6 +61,8 @@ def test_mistakes_are_told_from_the_table():
     )
     assert "'data' is not an option" in refused("zeroshot", "data")
     assert "data= is given twice, 'a' and 'b'" in refused("retrieval", "data=a", "data=b")
+    both = refused("zeroshot", "data=a", "templates=clip-80", "descriptions=b.json")
+    assert "descriptions= is in place of templates=; give one of the two" in both
     assert "retrieval needs data=" in refused("retrieval", "image=x")
     needs = TaskEntry(POSITIVE.run, "toy", (TaskOption("axis", "which one", required=True),))
     with pytest.raises(UserError, match="toy needs axis=, which one"):

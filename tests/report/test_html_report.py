@@ -171,6 +171,14 @@ def test_long_floats_are_short_where_recipes_are_compared(tmp_path: Path):
     assert ["train.lr", repr(1 / 3)] in recipe_table(records[0]).rows
 
 
+def test_floats_that_differ_are_not_shown_equal(tmp_path: Path):
+    runs = [write_run(tmp_path / name, retrieval_rows()) for name in "ab"]
+    for run, rate in zip(runs, ("0.00123456", "0.00123451"), strict=True):
+        (run / "recipe.toml").write_text((run / "recipe.toml").read_text() + f"lr = {rate}\n")
+    shown = difference_tables([read_run_record(run, run.name) for run in runs])[0].rows
+    assert shown == [["train.lr", "0.00123456", "0.00123451"]]
+
+
 def test_an_analysis_is_kept_and_shown(tmp_path: Path):
     run = write_run(tmp_path / "a", retrieval_rows())
     entries = [toy_analysis(), toy_analysis(data="other.csv"), toy_analysis(logit_scale=20.0)]
@@ -178,6 +186,8 @@ def test_an_analysis_is_kept_and_shown(tmp_path: Path):
     assert read_analyses(run) == [entries[2], entries[1]], "the same pairs again replace the entry"
     page = page_of(run)
     assert "39 pairs of pairs.csv, 2.0 s" in page.text and "30.2" in page.text
+    assert "Images and texts as clusters" in page.text and "0.875" in page.text
+    assert "24 attention heads, with images and with texts: correlation of their entropy 0.50" in page.text
     assert "Mutual k-NN of every image block with every text block; highest 0.200" in [
         svg.get("aria-label") for svg in page.all("svg")
     ]

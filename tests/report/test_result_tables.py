@@ -72,6 +72,12 @@ def test_few_queries_are_a_note_above_the_others():
     assert first == "warning: few queries (8): 95 % intervals may be ±35 points wide"
 
 
+def test_metrics_that_are_certain_in_a_small_language_are_not_named():
+    rows = [result("multilingual", "en"), replace(result("multilingual", "zu"), n=8)]
+    rows[1] = replace(rows[1], chance={**rows[1].chance, "recall@10": 1.0})
+    assert "warning" not in " ".join(result_tables(rows)[0].notes)
+
+
 def test_retention_is_folded_task_by_task():
     table = retention_table(retention(), "results.jsonl")
     assert table.columns == ("retention", "change", "95 %", "before", "after", "chance")

@@ -36,6 +36,8 @@ WORDS = {
     "--help": [("--help", 1)],
     'beach "red umbrella"^0.5 -people^1': [("beach", 1), ("red umbrella", 0.5), ("people", -1)],
     'dog^2 x^y ^2 "a^2"': [("x^y ^2 a^2", 1), ("dog", 2)],
+    'beach -"red umbrella", people': [("beach , people", 1), ("red umbrella", MINUS_WEIGHT)],
+    '"red umbrella"^ beach^.5': [("red umbrella ^ beach^.5", 1)],
 }
 
 
@@ -79,11 +81,14 @@ def test_feedback_is_rocchios():
         (lambda: SearchQuery(), "given neither"),
         (lambda: SearchQuery((WeightedText("x", 0.0),)), "a weight of a search is 0.0"),
         (lambda: SearchQuery((WeightedText("x", float("nan")),)), "a weight of a search is nan"),
+        (lambda: SearchQuery(parse_words("x^0")), "a weight of a search is 0.0"),
+        (lambda: SearchQuery(parse_words("x^" + "9" * 20)), r"a weight of a search is 1e\+20; it takes 0\.000001 to"),
+        (lambda: SearchQuery(parse_words("x^" + "9" * 400)), "a weight of a search is inf"),
         (lambda: SearchQuery(like=("x",), unlike=("x",)), "'x' as liked and as unliked"),
         (lambda: vector(SearchQuery(parse_words("x -x"))), r"'x - x' cancels itself out"),
         (lambda: vector(SearchQuery((WeightedText("x"),), (WeightedImage("x", -1.0),))), "cancels itself out"),
     ],
-    ids=["empty", "weight 0", "weight nan", "both", "dog -dog", "image against text"],
+    ids=["empty", "weight 0", "weight nan", "typed 0", "weight 1e20", "weight inf", "both", "dog -dog", "image against text"],
 )
 def test_queries_that_are_none(made, match: str):
     with pytest.raises(UserError, match=match):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clasp.search import edge_store
 from clasp.search.edge_store import EdgeStore
 from clasp.search.engine import UpdatableStore
 from clasp.search.flat_store import FlatStore
@@ -125,10 +126,13 @@ def test_the_index_finds_what_a_scan_finds(tmp_path: Path, open_store: Opener, m
     store = open_store(tmp_path / "store")
     store.add([*map(str, range(2000))], vectors, meta)
     store.close()  # builds it
+    indexed = store._collection._open_shard.info().indexed_vectors_count  # pyright: ignore[reportAttributeAccessIssue]
+    assert indexed == 2000, "else a scan is compared with a scan"
     cosines = queries @ (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).T
     for condition in (None, "year>=2001", "year>=2015", "year=2003"):
         where = None if condition is None else MetadataFilters((parse_filter(condition),))
         allowed = np.array([where is None or where(about) for about in meta])
+        assert allowed.sum() * vectors[0].nbytes > 1024 * edge_store._SCAN_KILOBYTES, "else they are scanned"
         nearest = np.argsort(-np.where(allowed, cosines, -np.inf), axis=1)[:, :10]
         hits = store.search(queries, 10, where)
         kept = [len({hit.id for hit in some} & {*map(str, best)}) for some, best in zip(hits, nearest, strict=True)]

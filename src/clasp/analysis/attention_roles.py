@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -42,8 +43,8 @@ class AttentionAgreement:
 
 
 def head_roles(tower: Tower, stream: Iterable[tuple[Sequence[str], ImageInput | TextInput]]) -> Roles:
-    """The mean role of every head over the real tokens of live inputs, by layer from 0; none where the encoder of the
-    tower is not native."""
+    """The mean role of every head over the real tokens of live inputs, prompts included, by layer from 0; none where
+    the encoder of the tower is not native."""
     if not isinstance(tower.net, NATIVE_ENCODERS):
         return {}
     sums: dict[int, Tensor] = {}
@@ -54,7 +55,10 @@ def head_roles(tower: Tower, stream: Iterable[tuple[Sequence[str], ImageInput | 
                 maps = attention_maps(tower.net, lambda part=part: tower(part))
                 mask = part.mask if isinstance(part, Tokens) else None
                 for layer, weights in maps.items():
-                    seen = torch.ones(weights.shape[::2], dtype=torch.bool) if mask is None else mask
+                    if mask is None:
+                        seen = torch.ones(weights.shape[::2], dtype=torch.bool)
+                    else:  # prompts come before the tokens
+                        seen = F.pad(mask, (weights.shape[2] - mask.shape[1], 0), value=True)
                     total = sums.get(layer, torch.zeros(weights.shape[1], 2, dtype=torch.float64))
                     sums[layer] = total + _summed_roles(weights.double().cpu(), seen.cpu())
                 count += len(next(iter(maps.values())))

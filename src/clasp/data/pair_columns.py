@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int32, Int64
 
-from clasp.data.atomic_files import is_disk_full
+from clasp.data.atomic_files import translate_disk_errors
 from clasp.data.formats.index_cache import IndexArrays, load_or_build_index
 from clasp.data.text_column import TextColumn, encode_texts
-from clasp.plain_types import Pair, UserError
+from clasp.plain_types import Pair
 
 _READ_AT_ONCE = 1 << 14  # pairs
 MIN_STORED_PAIRS = 10_000  # fewer are read as fast as they are loaded
@@ -96,11 +96,11 @@ def _read_batches(pairs: Iterable[Pair]) -> Iterator[pa.RecordBatch]:
 def _spool(batches: Iterator[pa.RecordBatch], cache: Path | None) -> pa.Table:
     """The batches as one table: in an unnamed file of the cache folder, or in memory where there is none.
 
-    Raises ``UserError`` where the folder has no room.
+    Raises ``UserError`` where the folder has no room or cannot be written to.
     """
     if cache is None:
         return pa.Table.from_batches(batches, _SCHEMA)
-    try:
+    with translate_disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache) as file:
             with pa.ipc.new_stream(file, _SCHEMA) as writer:
@@ -108,10 +108,6 @@ def _spool(batches: Iterator[pa.RecordBatch], cache: Path | None) -> pa.Table:
                     writer.write_batch(batch)
             file.flush()
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        if is_disk_full(error):
-            raise UserError(f"no space left in {cache} for ids, groups and captions of the pairs") from None
-        raise
     return pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
 
 

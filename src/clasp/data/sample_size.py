@@ -14,17 +14,19 @@ _RECALLS = (1, 5, 10)
 
 
 def small_sample_warning(count: int, what: str, certain: Sequence[str] = ()) -> list[str]:
-    """The warning where there are fewer than ``MIN_QUERIES``; ``certain``: metrics that are 100 % for any model."""
-    if count >= MIN_QUERIES and not certain:
-        return []
-    line = (
-        f"warning: few {what} ({count:,}): 95 % intervals may be ±{min(98 / max(count, 1) ** 0.5, 50):.0f} points wide"
-    )
-    return [line + (f", and {', '.join(certain)} cannot be less than 100 %" if certain else "")]
+    """One line: fewer than ``MIN_QUERIES``, and ``certain``, metrics that are 100 % for any model; none if neither."""
+    reasons = []
+    if count < MIN_QUERIES:
+        points = min(98 / max(count, 1) ** 0.5, 50)
+        reasons.append(f"few {what} ({count:,}): 95 % intervals may be ±{points:.0f} points wide")
+    if certain:
+        reasons.append(f"{', '.join(certain)} cannot be less than 100 %")
+    return [f"warning: {', and '.join(reasons)}"] if reasons else []
 
 
 def few_validation_pairs(count: int) -> list[str]:
     """The warning before training, by the number of validation pairs."""
     certain = [f"R@{k}" for k in _RECALLS if k >= count]
     lines = small_sample_warning(count, "validation pairs", certain)
-    return [f"{line}{' in retrieval' if certain else ''}; name more with data.val=PAIRS" for line in lines]
+    where = " in retrieval from text to image" if certain else ""  # images are as many as pairs, captions may be more
+    return [f"{line}{where}; name more with data.val=PAIRS" for line in lines]

@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TaskOption:
-    """One ``name=value``. ``default`` is the value of an option that is left out; ``None``: it has no value then."""
+    """One ``name=value``. ``default`` is the value of an option that is left out; ``None``: it has no value then.
+
+    ``in_place_of``: the name of an option that is not used where this one is given; both are an error.
+    """
 
     name: str
     help: str
     default: str | None = None
     required: bool = False
+    in_place_of: str | None = None
 
 
 PAIR_OPTIONS = (
@@ -222,7 +226,11 @@ _ZEROSHOT_OPTIONS = (
     TaskOption(
         "templates", "prompt with {} for the class, a file with one a line, clip-80, clip-7", "a photo of a {}."
     ),
-    TaskOption("descriptions", "JSON file {class: [texts]}: prompts of each class, in place of templates"),
+    TaskOption(
+        "descriptions",
+        "JSON file {class: [texts]}: prompts of each class, in place of templates",
+        in_place_of="templates",
+    ),
 )
 
 EVALUATION_TASKS: dict[str, TaskEntry] = {
@@ -361,8 +369,8 @@ def parse_task_options(name: str, entry: TaskEntry, typed: Sequence[str]) -> dic
 
 
 def parse_options(name: str, options: Sequence[TaskOption], typed: Sequence[str]) -> dict[str, str]:
-    """Option to value, of what was typed and of defaults. Raises ``UserError``: unknown, twice, or a required one left
-    out."""
+    """Option to value, of what was typed and of defaults. Raises ``UserError``: unknown, twice, one in place of
+    another beside it, or a required one left out."""
     from clasp.types import UserError
 
     known = {option.name: option for option in options}
@@ -379,6 +387,8 @@ def parse_options(name: str, options: Sequence[TaskOption], typed: Sequence[str]
     for option in known.values():
         if option.required and not given.get(option.name):
             raise UserError(f"{name} needs {option.name}=, {option.help}; options: {', '.join(known)}")
+        if option.name in given and option.in_place_of in given:
+            raise UserError(f"{name}: {option.name}= is in place of {option.in_place_of}=; give one of the two")
     defaults = {key: option.default for key, option in known.items() if option.default is not None}
     return defaults | given
 

@@ -1,7 +1,7 @@
 """Tables that compare runs: what was reached, what differs between the recipes, parameters, results, cost, facts.
 
 Input: ``RunRecord``s. Output: ``AnnotatedTable``s of plain strings, which the caller renders. Note: a run that lacks a
-number has a dash in its place, and no number is estimated.
+number has a dash in its place, and no number is estimated. Long, since all tables share the functions of their cells.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def difference_tables(records: Sequence[RunRecord]) -> tuple[AnnotatedTable, Ann
     keys = dict.fromkeys(key for each in settings for key in each)
     of_all = [key for key in keys if all(key in each for each in settings)]
     differing = [key for key in of_all if any(each[key] != settings[0][key] for each in settings)]
-    rows = [[key, *(_brief_setting(each[key]) for each in settings)] for key in differing]
+    rows = [[key, *_brief_settings([each[key] for each in settings])] for key in differing]
     partial = [
         [key, *(format_setting(each[key]) if key in each else "not set" for each in settings)]
         for key in keys
@@ -183,9 +183,15 @@ def format_setting(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
-def _brief_setting(value: Any) -> str:
-    """As ``format_setting``, long floats to four digits; the exact ones are in the table of the run."""
-    return f"{value:.4g}" if isinstance(value, float) and len(repr(value)) > 8 else format_setting(value)
+def _brief_settings(values: Sequence[Any]) -> list[str]:
+    """As ``format_setting``, long floats to four digits unless values that differ would be equal; the exact ones are in
+    the table of the run."""
+    exact = [format_setting(value) for value in values]
+    brief = [
+        f"{value:.4g}" if isinstance(value, float) and len(repr(value)) > 8 else text
+        for value, text in zip(values, exact, strict=True)
+    ]
+    return brief if len(set(brief)) == len(set(exact)) else exact
 
 
 def title_with_languages(metric: str, language: str) -> str:

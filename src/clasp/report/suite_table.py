@@ -22,7 +22,7 @@ def suite_table(rows: Sequence[tuple[SuiteSet, EvaluationResult | None]]) -> Ann
     cells.append([f"mean of {len(values)}", "", format_metric("", sum(values) / len(values)), "", "", "", ""])
     missing = len(rows) - len(values)
     notes = (
-        [f"{missing} of {len(rows)} sets are missing, named above: this mean is not that of the suite"]
+        [f"{missing} of {len(rows)} sets are missing (status lines name them): this mean is not that of the suite"]
         if missing
         else []
     )

@@ -146,17 +146,22 @@ def fold_languages(rows: Sequence[LabelledResult], metric: str) -> LanguageSumma
 def few_queries(task: str, results: Sequence[EvaluationResult]) -> list[str]:
     """A warning where a task has few queries, or metrics that are 100 % for any model.
 
-    Counted are the queries of the direction that has fewer, in the language that has most.
+    Both of the language that has most queries, counted in the direction that has fewer.
     """
+    rows = [
+        each
+        for each in results
+        if each.task.partition("/")[0] == task.partition("/")[0] and macro_set(each.language) is None
+    ]
     counts: dict[str, int] = {}
-    certain: dict[str, None] = {}
-    for result in results:
-        if result.task.partition("/")[0] == task.partition("/")[0] and macro_set(result.language) is None:
-            counts[result.language] = min(result.n, counts.get(result.language, result.n))
-            certain |= {
-                metric_title(name): None for name, level in result.chance.items() if "rank" not in name and level >= 1
-            }
-    return small_sample_warning(max(counts.values()), "queries", list(certain)) if counts else []
+    for row in rows:
+        counts[row.language] = min(row.n, counts.get(row.language, row.n))
+    if not counts:
+        return []
+    largest = max(counts, key=lambda language: counts[language])
+    chances = [chance for row in rows if row.language == largest for chance in row.chance.items()]
+    certain = dict.fromkeys(metric_title(name) for name, level in chances if "rank" not in name and level >= 1)
+    return small_sample_warning(counts[largest], "queries", list(certain))
 
 
 def more_note(count: int, more_in: str) -> list[str]:

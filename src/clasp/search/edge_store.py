@@ -7,7 +7,8 @@ width 256); below that, and until then, a search is exhaustive and exact. In the
 candidates are scored again with the float32 vectors on disk. It has no further links between entries of equal metadata,
 which take most of the time of building: with a filter, neighbours of neighbours are visited, too (ACORN: Patel et al.
 2024, arXiv:2403.04871), or, where few entries pass, these are scored one by one. ``manifest.json`` names the current
-shard and is written last, atomically: a kill while a shard is created or dropped leaves one that is ignored.
+shard and is written last, atomically: a kill while a shard is created or dropped leaves one that is ignored. Long,
+since all calls of qdrant-edge are here.
 """
 
 from __future__ import annotations

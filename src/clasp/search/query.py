@@ -56,7 +56,8 @@ class WeightedImage(NamedTuple):
 class SearchQuery:
     """Texts and images with weights, and ids of entries to be near to (``like``) and far from (``unlike``).
 
-    ``like`` alone is more-like-this. ``UserError`` for a query that is empty, blank or has a weight of 0.
+    ``like`` alone is more-like-this. ``UserError`` for a query that is empty or blank, and for a weight
+    below 1e-6 or above 1e6, signs aside.
     """
 
     texts: tuple[WeightedText, ...] = ()
@@ -73,8 +74,8 @@ class SearchQuery:
             if is_blank(text):
                 raise UserError(f"search was given the words {text!r}, which are none")
         for _, weight in (*self.texts, *self.images):
-            if not abs(weight) > 0 or abs(weight) == float("inf"):
-                raise UserError(f"a weight of a search is {weight}; it takes positive or negative finite numbers")
+            if not 1e-6 <= abs(weight) <= 1e6:  # float32 holds their squares
+                raise UserError(f"a weight of a search is {weight}; it takes 0.000001 to 1,000,000, or minus these")
         both = sorted(set(self.like) & set(self.unlike))
         if both:
             raise UserError(f"search was given {both[0]!r} as liked and as unliked; choose one")

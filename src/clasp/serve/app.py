@@ -2,7 +2,8 @@
 
 Input: a service and who may use it. Output: an ASGI application with an OpenAPI description at ``/openapi.json``. Note:
 handlers are plain functions, which FastAPI runs in threads; the model itself runs in one thread (``model_queue``).
-Every error is one line of JSON; what a request has wrong is a 4xx, a damaged index a 500.
+Every error is one line of JSON; what a request has wrong is a 4xx, a damaged index a 500. Long, since most
+routes and all error answers are here.
 """
 
 from __future__ import annotations
@@ -318,6 +319,7 @@ def _add_error_answers(app: FastAPI) -> None:
 def _first_problem(errors: Sequence[Any]) -> str:
     """The first of pydantic's errors as one line; an unknown key may hold anything, line breaks too."""
     first = errors[0]
-    where = ".".join(part if str(part).isidentifier() else shorten(part) for part in first["loc"][1:])
+    plain = (str(part) if str(part).isidentifier() and len(part) <= 80 else shorten(part) for part in first["loc"][1:])
+    where = ".".join(plain)
     line = " ".join(str(first["msg"]).split())
     return f"{where or 'the request'}: {line}; see /openapi.json"

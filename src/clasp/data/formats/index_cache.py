@@ -98,7 +98,7 @@ def _map_arrays(file: Path) -> IndexArrays:
         if zlib.crc32(data) != checksum:
             raise ValueError(f"its array {name} has another checksum")
         arrays[name] = np.frombuffer(data, kind).reshape(shape).view(_MappedArray)
-        arrays[name].place = (file, name)
+        arrays[name].place = (file.absolute(), name)  # a worker may start in another folder
     return arrays
 
 

@@ -217,7 +217,7 @@ const thumbnails = new Map()
 
 function draw_chips() {
   const chips = []
-  for (const term of state.q.matchAll(/(?:^|\s)[-−](?=[^\s\-−])(?:"([^"]*)"|(\S+?))(?:\^\d+(?:\.\d+)?)?(?=\s|$)/g)) {
+  for (const term of state.q.matchAll(/(?:^|\s)[-−](?=[^\s\-−])(?:"([^"]*)"(?:\^\d+(?:\.\d+)?(?=\s|$))?|(\S+?)(?:\^\d+(?:\.\d+)?)?(?=\s|$))/g)) {
     chips.push(chip(`without ${term[1] ?? term[2]}`, "minus", () => go({ q: state.q.replace(term[0], "").trim() })))
   }
   for (const kind of ["like", "unlike"]) for (const id of state[kind]) {
