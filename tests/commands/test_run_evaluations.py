@@ -13,6 +13,7 @@ from clasp.evaluation.query_scores import QueryScores
 from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
 from clasp.training.distributed import Processes
 from clasp.training.state import FitResult, TrainPosition
+from toysearch import Colours
 
 
 class Luck(EvaluationTask):
@@ -48,7 +49,7 @@ def fitted(evaluation: int | None) -> FitResult:
 )
 def test_final_weights_are_evaluated_once(values: list[float], best: int) -> None:
     task = Luck([*values, 7.0])
-    evaluations = RunEvaluations(task, None, Processes())  # type: ignore[arg-type]
+    evaluations = RunEvaluations(task, Colours(), Processes())
     metrics: list[Mapping[str, float]] = [evaluations() for _ in values]
     assert [str(each["luck"]) for each in metrics] == [str(value) for value in values]
     for number in (best, len(values) - 1):  # train.select = "best", "last"
