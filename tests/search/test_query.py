@@ -88,7 +88,17 @@ def test_feedback_is_rocchios():
         (lambda: vector(SearchQuery(parse_words("x -x"))), r"'x - x' cancels itself out"),
         (lambda: vector(SearchQuery((WeightedText("x"),), (WeightedImage("x", -1.0),))), "cancels itself out"),
     ],
-    ids=["empty", "weight 0", "weight nan", "typed 0", "weight 1e20", "weight inf", "both", "dog -dog", "image against text"],
+    ids=[
+        "empty",
+        "weight 0",
+        "weight nan",
+        "typed 0",
+        "typed 1e20",
+        "typed inf",
+        "both",
+        "dog -dog",
+        "image against text",
+    ],
 )
 def test_queries_that_are_none(made, match: str):
     with pytest.raises(UserError, match=match):
