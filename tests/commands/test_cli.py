@@ -541,7 +541,9 @@ def test_a_source_whose_path_is_not_utf8_is_refused_before_training(
 
 def test_templates_may_be_a_json_list(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("a {}\n\nthe {}\n")
-    for given in ('["a {}", "the {}"]', ' ["a {}", "the {}"] ', str(tmp_path / "lines.txt")):
+    (tmp_path / "list.json").write_text('[\n "a {}",\n "the {}"\n]\n')
+    files = (str(tmp_path / "lines.txt"), str(tmp_path / "list.json"))
+    for given in ('["a {}", "the {}"]', ' ["a {}", "the {}"] ', *files):
         assert read_templates(given) == ["a {}", "the {}"]
     for single in ("a [{}]", "[photo] a {}"):
         assert read_templates(single) == [single]

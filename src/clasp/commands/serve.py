@@ -28,7 +28,7 @@ from clasp.search.answer import SearchAnswer
 from clasp.search.background import BACKGROUND_FILE, read_background
 from clasp.search.engine import SearchEngine, UpdatableStore
 from clasp.search.flat_store import FlatStore
-from clasp.search.store_registry import open_store
+from clasp.search.store_registry import open_store, store_folder
 
 if TYPE_CHECKING:
     import socket
@@ -162,7 +162,7 @@ def _model_for_index(run: Path, load: ModelLoader, settings: ServeSettings) -> S
     if settings.engine not in (None, "torch") and same.fingerprint != model.fingerprint:
         raise UserError(
             f"the index of {run} was made with {same.name}, and --engine {settings.engine} is another; leave --engine "
-            f"out, or delete {run / 'index'} and index again"
+            f"out, or delete {store_folder(run, name)}, and this command with --pictures FOLDER indexes again"
         )
     if settings.model is not None and stored not in ("", same.fingerprint):
         raise UserError(

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 MIN_QUERIES = 100
 """Below this, the 95 % interval of a fraction may be ten points or more to either side: 1.96 sqrt(1/4 / n)"""
-_RECALLS = (1, 5, 10)
 
 
 def small_sample_warning(count: int, what: str, certain: Sequence[str] = ()) -> list[str]:
@@ -26,7 +25,4 @@ def small_sample_warning(count: int, what: str, certain: Sequence[str] = ()) -> 
 
 def few_validation_pairs(count: int) -> list[str]:
     """The warning before training, by the number of validation pairs."""
-    certain = [f"R@{k}" for k in _RECALLS if k >= count]
-    lines = small_sample_warning(count, "validation pairs", certain)
-    where = " in retrieval from text to image" if certain else ""  # images are as many as pairs, captions may be more
-    return [f"{line}{where}; name more with data.val=PAIRS" for line in lines]
+    return [f"{line}; name more with data.val=PAIRS" for line in small_sample_warning(count, "validation pairs")]

@@ -224,7 +224,9 @@ _LANGUAGES_HELP = "some of the languages of the captions, separated by commas; a
 _ZEROSHOT_OPTIONS = (
     TaskOption("classes", "file with one class name a line; the classes of data if left out"),
     TaskOption(
-        "templates", "prompt with {} for the class, a file with one a line, clip-80, clip-7", "a photo of a {}."
+        "templates",
+        "prompt with {} for the class, a file of them (lines or JSON), clip-80, clip-7",
+        "a photo of a {}.",
     ),
     TaskOption(
         "descriptions",

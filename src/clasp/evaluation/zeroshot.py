@@ -144,31 +144,42 @@ def _fill_template(template: str, name: str) -> str:
 
 
 def read_templates(given: str) -> list[str]:
-    """A named set (``clip-80``, ``clip-7``), a JSON list of templates, those of a UTF-8 text file (one a line), or the
-    one template itself."""
+    """A named set (``clip-80``, ``clip-7``), a JSON list of templates, those of a file in UTF-8 (one a line, or a JSON
+    list), or the one template itself."""
     text = given.strip()
     if text in TEMPLATE_SETS:
         return list(TEMPLATE_SETS[text])
-    if text.startswith(('["', "['")) or (text.startswith("[") and text.endswith("]")):
-        try:
-            templates = json.loads(given)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"templates={given} is not a JSON list: {error}") from None
-        if not templates or not all(isinstance(template, str) and template.strip() for template in templates):
-            raise UserError(f'templates={given} must be a list of texts such as ["a photo of a {{}}.", "a {{}}."]')
-        return templates
+    if _is_list(text):
+        return _template_list(text, given)
     if os.path.isfile(given):
         try:
-            lines = Path(given).read_text(encoding="utf-8-sig").splitlines()
+            content = Path(given).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"templates={given} cannot be read as UTF-8 text: {error}") from None
-        return [line for line in lines if line.strip()]
+        if _is_list(content.strip()):
+            return _template_list(content, given)
+        return [line for line in content.splitlines() if line.strip()]
     if not _PLACEHOLDER.search(given):
         raise UserError(
             f"templates={given!r} is neither a file nor a template: there is no such file, and a template has {{}} "
             f"where the class name goes; named sets: {', '.join(TEMPLATE_SETS)}"
         )
     return [given]
+
+
+def _is_list(text: str) -> bool:
+    return text.startswith(('["', "['")) or (text.startswith("[") and text.endswith("]"))
+
+
+def _template_list(text: str, given: str) -> list[str]:
+    """The templates of a JSON list; ``given`` is what the option was set to."""
+    try:
+        templates = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"templates={given} is not a JSON list: {error}") from None
+    if not templates or not all(isinstance(template, str) and template.strip() for template in templates):
+        raise UserError(f'templates={given} must be a list of texts such as ["a photo of a {{}}.", "a {{}}."]')
+    return templates
 
 
 def read_descriptions(path: str | Path) -> dict[str, list[str]]:
