@@ -134,7 +134,7 @@ def test_more_layers_stand_beside_the_last(name: str):
 
 
 def test_more_layers_that_are_not_there():
-    with pytest.raises(UserError, match=r"extra_layers = \[2\]: vit has 2 blocks .* choose from 1 to 1, or -1 to -1"):
+    with pytest.raises(UserError, match=r"extra_layers = \[2\]: vit has 2 blocks, .* choose from 1 to 1, or -1 to -1"):
         Tower(base("vit"), extra_layers=[2])
 
 
