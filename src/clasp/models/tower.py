@@ -64,6 +64,7 @@ from clasp.models.probe import (
 from clasp.models.running_statistics import batch_norms, trains_norm, updated_statistics
 from clasp.models.structure import find_structure, find_unused_modules
 from clasp.models.transformer.bert import BertEncoder
+from clasp.models.transformer.packing import pack_rows
 from clasp.models.tuning.depth import truncate_blocks
 from clasp.models.tuning.spec import TuningSpec, apply_tuning, parse_tuning_spec
 from clasp.models.weight_hashes import hash_tensors, hash_values
@@ -356,6 +357,7 @@ class Tower(nn.Module):
             else:
                 assert isinstance(inputs, Tokens)
                 states = net.forward_packed(inputs.ids, inputs.mask)
+                outputs = [pack_rows(inputs.mask).unpack(early, inputs.mask) for early in outputs]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -370,8 +372,8 @@ class Tower(nn.Module):
     @property
     def packs_captions(self) -> bool:
         """Whether the tower encodes captions without padding in bfloat16: a packaged net on a CPU does, without prompts
-        or hooks on blocks and with dropout off. In float32, features stay bitwise those of padded captions."""
-        apart = self._extra_layers or "prompts" in dict(self.net.named_children()) or self.net.training
+        and with dropout off. In float32, features stay bitwise those of padded captions."""
+        apart = "prompts" in dict(self.net.named_children()) or self.net.training
         return isinstance(self.net, BertEncoder) and self._device.type == "cpu" and not apart
 
     def _packing_net(self, inputs: Pixels | Tokens | HiddenStates) -> BertEncoder | None:
