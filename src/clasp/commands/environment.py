@@ -21,11 +21,11 @@ _SPIN_COUNT = 3000  # rounds that a thread of libgomp waits before it sleeps: so
 def configure_environment() -> None:
     """Let idle OpenMP threads sleep soon, and retain freed memory. Environment variables that are set are not changed.
 
-    Threads that spin for long slow a second process many times; threads that sleep at once cost a fifth of a training
-    step (``benchmarks/threads.py``: on two cores, LoRA in bfloat16 does 89 to 99 pairs/s at the spin count here, 75 to
-    78 where threads sleep at once; two such processes 37 each, 50 to 55 where they sleep at once, 5 to 20 with the
-    runtime's default). Without the second setting, a forward pass of EfficientNet-Lite0 spends up to half of its time
-    in the kernel, which maps and clears memory for every activation (``benchmarks/allocator.py``).
+    Threads that spin for long slow a second process many times; threads that sleep at once cost a training step a sixth
+    (``benchmarks/threads.py``: on two cores, LoRA in bfloat16 does 89 pairs/s at the spin count here, 75 where threads
+    sleep at once; two such processes 37 each, 51 where they sleep at once, 5 to 8 with the runtime's default). Without
+    the second setting, a forward pass of EfficientNet-Lite0 spends up to half of its time in the kernel, which maps and
+    clears memory for every activation (``benchmarks/allocator.py``).
     """
     if "OMP_WAIT_POLICY" not in os.environ:  # read by OpenMP when torch is imported
         os.environ["OMP_WAIT_POLICY"] = "passive"
