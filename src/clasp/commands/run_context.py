@@ -49,6 +49,7 @@ class Preloaded:
 class RunContext:
     """The objects of a run. ``recipe`` is resolved: batch size, epochs and attention kernel are not "auto".
 
+    ``train``: those of the pairs ``opened`` that ``data.max_pairs`` selects; classes of validation are named by all.
     ``classes``: class pairs that count in the closed form. ``heads``: where that was computed before. ``state``: the
     saved state of a resumed run, ``None`` for a new one. ``listing``: the index of the captions of ``train``. Every one
     of ``processes`` has its own context; only the first writes to the folder.
@@ -58,6 +59,7 @@ class RunContext:
     recipe: Recipe
     parts: ModelAndPreprocessing
     inputs: FeatureSource
+    opened: Pairs
     train: Pairs
     val: Pairs
     classes: WeightedClassPairs | None
