@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from clasp.commands.closed_form import (
     ClosedFormTrial,
     SearchedLayers,
     begin_search,
+    choose_start,
     choose_trial,
     search_recipe,
     tuned_search_recipe,
@@ -56,6 +57,7 @@ from clasp.training.warm_start import load_initial_weights
 _SEARCH_SHARE = 0.05  # of the minutes, for a search of closed forms once its features are cached
 _MINUTES_FOR_ALL_LAYERS = 3  # their moments alone take a quarter of a minute
 _TUNED_NUMBER = 2 + len(TUNINGS)
+_Choice = Callable[[Sequence[ClosedFormTrial]], tuple[ClosedFormTrial, str]]
 TUNED_STAGE = f"{_TUNED_NUMBER}-{TUNED_CLOSED_FORM}"
 
 
@@ -94,7 +96,7 @@ class ClosedFormStages:
             self._train(CLOSED_FORM_STAGE, search_recipe(self.base, self._layers), self.base)
         else:
             few = changed(self.base, {"data": {"max_pairs": self._few}})
-            self._train(CLOSED_FORM_STAGE, search_recipe(few, "last"), few)
+            self._train(CLOSED_FORM_STAGE, search_recipe(few, "last"), few, choose_start)
 
     def of_all_pairs(self) -> None:
         """The closed form of all pairs, where the first was of few and no stage tuned the towers."""
@@ -105,7 +107,7 @@ class ClosedFormStages:
     def _layers(self) -> SearchedLayers:
         return "upper half" if (self.minutes or float("inf")) < _MINUTES_FOR_ALL_LAYERS else "all"
 
-    def _train(self, name: str, searched: Recipe, base: Recipe) -> None:
+    def _train(self, name: str, searched: Recipe, base: Recipe, choose: _Choice = choose_trial) -> None:
         """Search among the layers of ``searched``, and train the choice as a stage of ``base``."""
         if self.plan.row(name) is not None:
             return
@@ -113,7 +115,7 @@ class ClosedFormStages:
         search = self._begin(searched)
         pairs = "" if base.data.max_pairs is None else f" of {base.data.max_pairs:,} pairs"
         self.io.say(f"features{pairs} are cached; {self._stages.seconds:,.0f} s so far")
-        chosen, reason = choose_trial(self._run(search, RIDGES))
+        chosen, reason = choose(self._run(search, RIDGES))
         if (left := self._stages.left.seconds) is not None and left < 0:
             reason += f"; the budget of {self._stages.budget} ended before it"
         self._stages.train(plan_closed_form(base, chosen.candidate, reason, name), search.heads(chosen.candidate))
@@ -134,9 +136,10 @@ class ClosedFormStages:
         with _own_features(self._stages.run) as features:
             search = self._begin(recipe, features)
             chosen, reason = choose_trial(self._run(search, TUNED_RIDGES))
-            heads = search.heads(chosen.candidate)
-        reason = f"towers of {tuned.stage}; {reason}"
-        self._stages.train(plan_tuned_closed_form(recipe, _TUNED_NUMBER, chosen.candidate, reason), heads)
+            stage = plan_tuned_closed_form(
+                recipe, _TUNED_NUMBER, chosen.candidate, f"towers of {tuned.stage}; {reason}"
+            )
+            self._stages.train(stage, search.heads(chosen.candidate), features)
 
     def seconds_of_tuned(self, timing: StepTiming, tuning: Recipe) -> float:
         """The time that the closed form of towers tuned with a recipe will take, with its features."""

@@ -281,6 +281,11 @@ def choose_trial(trials: Sequence[ClosedFormTrial]) -> tuple[ClosedFormTrial, st
     )
 
 
+def choose_start(trials: Sequence[ClosedFormTrial]) -> tuple[ClosedFormTrial, str]:
+    """The heads that tuning starts from: the best, however large (narrower ones leave the towers less to learn)."""
+    return best_trial(trials), f"best of {len(trials)} on validation, to tune the towers from"
+
+
 def layer_columns(tower: Tower, extra: Sequence[int]) -> Int[Tensor, " d"]:
     """The columns of the last layer and of ``extra`` in the pooled features of a tower of more layers."""
     parts, start, last = [], 0, tower.pooled_layers[0][0]

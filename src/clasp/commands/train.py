@@ -70,10 +70,8 @@ def train_recipe(
     resume: bool = False,
     preloaded: Preloaded | None = None,
 ) -> TrainResult:
-    """Train a recipe into the folder ``run``; with ``resume``, resume it from its saved state.
-
-    Raises ``UserError`` for errors in the user's input, as early as possible.
-    """
+    """Train a recipe into the folder ``run``; with ``resume``, resume it from its saved state. Raises ``UserError`` for
+    errors in the user's input, as early as possible."""
     assert recipe.auto is None, "a recipe with [auto] is for commands.auto"
     folder, loaded = RunFolder(run), preloaded or Preloaded()
     processes = loaded.processes
@@ -97,9 +95,8 @@ def train_recipe(
         tracker = _open_trackers(tracker_classes, folder, state, processes, say)
         ledger = open_ledger(parts.model, state, processes.first(lambda: read_earlier_cost(folder, state)))
         precise = _in_one_precision(recipe, state, processes)
-        inputs = build_feature_source(
-            parts, precise, bar=ledger.time_features(bar), say=say, report=tracker.log_skipped
-        )
+        timed, report = ledger.time_features(bar), tracker.log_skipped
+        inputs = build_feature_source(parts, precise, bar=timed, say=say, report=report, cache=loaded.cache)
         with processes.alike():
             plan = plan_run(recipe, train, inputs)
         _announce(plan, [] if loaded.pairs else few_validation_pairs(len(val)), say)
