@@ -31,6 +31,7 @@ from clasp.config.auto_plan import (
     plan_last_layers,
     plan_tuning,
     tuning_stage_name,
+    with_random_heads,
 )
 from clasp.config.build import build_model
 from clasp.config.datasets import TrainValPairs, hash_pairs, limit_pairs, open_training_pairs
@@ -149,12 +150,12 @@ class _Climb:
         stage = plan_tuning(base, number, str(self._stages.folder / start.name), method, self._specs(method, base))
         if self._stages.resumed_or_ended(stage):
             return
-        untrained = changed(stage.recipe, {"train": {"init_from": None}, "head": {"init": "random"}})
-        timing = time_steps(untrained, self.pairs, self.io.bar)  # steps take as long, and the start may not be made
+        made = self.plan.row(start.name) is not None
+        timing = time_steps(stage.recipe if made else with_random_heads(stage.recipe), self.pairs, self.io.bar)
         self.plan.reserved_seconds = self._closed_forms.seconds_of_tuned(timing, stage.recipe)
         left = self._stages.left.after(self.plan.reserved_seconds + self._seconds_of(start))
         planned = fit_tuning(stage, timing, left)
-        if not isinstance(planned, str) and self.plan.row(start.name) is None:
+        if not isinstance(planned, str) and not made:
             self._stages.train(start)
         self._stages.train_if_planned(stage, planned)
 

@@ -197,6 +197,12 @@ def plan_tuning(base: Recipe, number: int, start: str, method: TowerTuning, spec
     return StagePlan(tuning_stage_name(number, method), method.name, "", changed(base, changes))
 
 
+def with_random_heads(tuning: Recipe) -> Recipe:
+    """The recipe of tuning without the run it starts from, whose steps take as long."""
+    changes = {"train": {"init_from": None}, "head": {"init": "random"}, "data": {"class_weight": None}}
+    return changed(tuning, changes)
+
+
 def tuning_stage_name(number: int, method: TowerTuning) -> str:
     """The name of the folder of a stage of tuning."""
     return f"{number}-{method.name.replace(' ', '-')}"
