@@ -87,7 +87,10 @@ def cost_section(cost: RunCost) -> str:
 
 def stage_cost_section(whole: RunCost, kept: RunCost, name: str) -> str:
     """The cost of all stages of a run beside that of the one that was kept, ``name``."""
-    of_all, of_kept = dict(cost_rows(whole)), dict(cost_rows(kept))
+    of_all, of_kept = (
+        {title.partition(" in ")[0] if title.startswith("seconds") else title: cell for title, cell in cost_rows(cost)}
+        for cost in (whole, kept)
+    )
     rows = [[title, of_all.get(title, ""), of_kept.get(title, "")] for title in of_all | of_kept]
     return markdown_table(["cost", "all stages", name], rows)
 
