@@ -17,6 +17,7 @@ from clasp.commands import auto_closed_forms as closed_form_job
 from clasp.commands.auto import AutoResult, climb, resume_climb
 from clasp.commands.auto_stages import AutoCallbacks
 from clasp.commands.train import train_recipe
+from clasp.config.auto_plan import SHORT_TUNINGS
 from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
 from clasp.report.auto_table import AutoPlan, auto_table
@@ -174,13 +175,15 @@ def test_the_start_of_tuning_is_not_made_where_no_step_fits(towers: Path, pairs:
 def test_little_time_for_many_pairs_starts_from_few(
     towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for module in (main_job, closed_form_job):
-        monkeypatch.setattr(module, "few_pairs", lambda minutes, count: 20)
+    monkeypatch.setattr(closed_form_job, "few_pairs", lambda minutes, count: 20)
+    monkeypatch.setattr(main_job, "tunings_in", lambda minutes, count: SHORT_TUNINGS)
     done = climb(recipe(towers, pairs, steps=9), tmp_path / "toy", QUIET)
-    stages = [row.stage for row in done.plan.rows if row.stage]
+    rows = [row for row in done.plan.rows if row.stage]
+    stages = [row.stage for row in rows]
     assert stages == ["1-closed-form", "2-low-rank-and-norms-of-images", *STAGES[1:]]
+    assert rows[0].method.endswith(", of 20 pairs") and "to tune the towers from" in rows[0].reason
     first, tuned, again = (read_recipe(tmp_path / "toy" / "stages" / stages[n] / "recipe.toml") for n in (0, 1, 4))
-    assert first.data.max_pairs == 20 and first.image.extra_layers == [] and "of 20 pairs" in done.plan.rows[-6].method
+    assert first.data.max_pairs == 20 and first.image.extra_layers == []
     assert tuned.tune.text == ["none"] and "lora(rank=8)" in tuned.tune.image and tuned.train.max_steps == 9
     assert tuned.data.max_pairs is again.data.max_pairs is None and again.image.extra_layers
     run(first, tmp_path / "again")
@@ -191,8 +194,7 @@ def test_little_time_for_many_pairs_starts_from_few(
 def test_all_pairs_follow_where_no_step_fits(
     towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for module in (main_job, closed_form_job):
-        monkeypatch.setattr(module, "few_pairs", lambda minutes, count: 20)
+    monkeypatch.setattr(closed_form_job, "few_pairs", lambda minutes, count: 20)
     done = climb(recipe(towers, pairs, minutes=1e-4), tmp_path / "toy", QUIET)
     rows = {row.stage: row.verdict for row in done.plan.rows if row.stage}
     assert list(rows)[-2:] == ["1-closed-form-of-all-pairs", "6-heads"] and len(rows) == 7

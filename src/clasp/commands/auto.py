@@ -19,18 +19,17 @@ from clasp.commands.closed_form import attention_of_runs, with_layer_pools
 from clasp.commands.step_timing import time_steps
 from clasp.config.auto_plan import (
     CLOSED_FORM_STAGE,
-    SHORT_TUNINGS,
     TUNINGS,
     StagePlan,
     TowerTuning,
     changed,
-    few_pairs,
     fit_heads,
     fit_tuning,
     plan_heads,
     plan_last_layers,
     plan_tuning,
     tuning_stage_name,
+    tunings_in,
     with_random_heads,
 )
 from clasp.config.build import build_model
@@ -97,7 +96,7 @@ class _Climb:
         self.folder, self.plan, self.pairs, self.io = run, plan, pairs, callbacks
         self._stages = AutoStages(run, plan, pairs, recipe.auto, callbacks)
         self._closed_forms = ClosedFormStages(self.base, pairs, plan, self._stages, callbacks)
-        self._tunings = TUNINGS if few_pairs(self.budget.minutes, len(pairs[0])) is None else SHORT_TUNINGS
+        self._tunings = tunings_in(self.budget.minutes, len(pairs[0]))
 
     def run(self) -> AutoResult:
         with self._stages:

@@ -33,6 +33,7 @@ _MAX_EVALUATIONS = 10
 _FEW_EPOCHS = 3  # fewer of them need not be whole
 _FEWEST_STEPS = 8  # of tuning that are worth the closed form of the tuned towers
 _SHORT_MINUTES, _FEW_PAIRS = 3, 2048  # below, the first closed form is of so many pairs: tuning starts from it
+_IMAGES_ALONE_MINUTES = 1.5  # below, the image tower is tuned alone where pairs are many
 
 
 class LayerSet(NamedTuple):
@@ -146,6 +147,12 @@ def first_candidates(
 def few_pairs(minutes: float | None, pairs: int) -> int | None:
     """The pairs of the first closed form where there is little time for many; ``None`` where it is of all."""
     return _FEW_PAIRS if minutes is not None and minutes < _SHORT_MINUTES and pairs >= 2 * _FEW_PAIRS else None
+
+
+def tunings_in(minutes: float | None, pairs: int) -> tuple[TowerTuning, ...]:
+    """The methods of tuning that a budget is planned with."""
+    short = minutes is not None and minutes < _IMAGES_ALONE_MINUTES and few_pairs(minutes, pairs) is not None
+    return SHORT_TUNINGS if short else TUNINGS
 
 
 def plan_closed_form(recipe: Recipe, chosen: Candidate, reason: str, name: str = CLOSED_FORM_STAGE) -> StagePlan:
