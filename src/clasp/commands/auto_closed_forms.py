@@ -128,7 +128,8 @@ class ClosedFormStages:
         method = "closed form of the tuned towers"
         if tuned is None:
             return self._stages.leave_out(TUNED_STAGE, method, "no stage tuned the towers")
-        if (left := self._stages.left.seconds) is not None and left <= 0:
+        left = self._stages.left.seconds
+        if left is not None and left <= 0 and self._few is None:  # after one of few pairs, it is the first of all pairs
             return self._stages.leave_out(TUNED_STAGE, method, f"the budget of {self._stages.budget} has ended")
         folder = self._stages.folder / tuned.stage
         recipe = recipe_from_dict(RunFolder(folder).recipe(), tuned.stage)
