@@ -1,14 +1,15 @@
 """``clasp train auto`` against single recipes: the same pairs and minutes, on three data sets.
 
     python -m benchmarks.auto_recipes --photos FOLDER --work FOLDER        # the runs that are missing, then the page
-    python -m benchmarks.auto_recipes --photos FOLDER --work FOLDER --minutes 3 --only emoji
+    python -m benchmarks.auto_recipes … --minutes 1 --only emoji --recipes heads,partial/lora
 
 Input: the folder of the photographs (tinyimagenet, flickr8k-sample), one for the runs. Output: ``auto_recipes.md``: the
 primary metric of each run on test pairs, and its difference from that of ``auto`` with a paired interval. Note:
-each run starts with an empty feature cache, and its time includes filling it; a single recipe has its own learning
-rates, and as many epochs as its measured steps allow, of which validation selects the best; towers are those of each
-recipe, on Tiny-ImageNet the same. Runs that are there are not repeated; those of other minutes or another seed are
-refused. Not part of ``make bench``: it needs photographs and most of an hour of a machine of its own.
+each run starts with an empty feature cache, and its time includes filling it, which is finished even where it takes
+longer; a single recipe has its own learning rates, and as many epochs, or steps of the first, as its measured steps
+allow, of which validation selects the best; towers are those of each recipe, on Tiny-ImageNet the same. Runs that are
+there are not repeated; those of other minutes or another seed are refused. Not part of ``make bench``: it needs
+photographs and most of an hour of a machine of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from clasp.commands.auto_stages import AutoCallbacks
 from clasp.commands.environment import configure_environment
 from clasp.commands.step_timing import time_steps
 from clasp.commands.train import train_recipe
+from clasp.config.auto_plan import Left
 from clasp.config.build import ModelAndPreprocessing, build_feature_source, load
 from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
@@ -154,13 +156,15 @@ def _given(method: str, overrides: Sequence[str]) -> Recipe:
 
 
 def _train_single(recipe: Recipe, run: Path, seconds: float) -> None:
-    """As many epochs as fit, as ``auto`` fits them; the features are cached within the time."""
+    """As many epochs as fit, or steps of the first, as ``auto`` fits them; the features are cached within the time."""
     began = time.monotonic()
     timing = time_steps(recipe, open_training_pairs(recipe), no_progress_bar)
-    epochs = max(1, timing.epochs_in((1 - _RESERVE) * (seconds - (time.monotonic() - began))))
-    every = -(-epochs // _EVALUATIONS)
-    fitted = recipe.with_overrides([f"train.epochs={epochs}", f"train.evaluate_every={every}"])
-    train_recipe(fitted, run, say=print)
+    left = Left(seconds - (time.monotonic() - began), None)
+    epochs, steps = left.epochs(timing, 1 - _RESERVE), left.few_steps(timing, 1 - _RESERVE)
+    fitted = [f"train.epochs={max(1, epochs)}", f"train.evaluate_every={max(1, -(-epochs // _EVALUATIONS))}"]
+    if not epochs:
+        fitted.append(f"train.max_steps={max(1, steps)}")
+    train_recipe(recipe.with_overrides(fitted), run, say=print)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -182,7 +186,7 @@ def section(dataset: Dataset, given: argparse.Namespace) -> str:
     os.environ["CLASP_CACHE"] = str(given.work / "test-cache")
     task, auto = scores(dataset, AUTO, given)
     rows = [(AUTO, primary_comparison(task, compare_scored(task, auto, auto)))]
-    for method in dataset.singles:
+    for method in _singles(dataset, given):
         theirs = scores(dataset, method, given)[1]
         rows.append((method, primary_comparison(task, compare_scored(task, auto, theirs))))
     head = f"recipe | {task.primary}, % | auto − recipe, points (95 %) | seconds"
@@ -216,6 +220,10 @@ def _chosen(given: argparse.Namespace) -> list[Dataset]:
     return [dataset for dataset in DATASETS if not given.only or dataset.name in given.only]
 
 
+def _singles(dataset: Dataset, given: argparse.Namespace) -> Sequence[str]:
+    return given.recipes or dataset.singles
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.auto_recipes", description=(__doc__ or "").split("\n")[0]
@@ -224,6 +232,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs; those that are there are kept")
     parser.add_argument("--minutes", type=float, default=3.0, help="of each run (default 3)")
     parser.add_argument("--only", action="append", choices=[dataset.name for dataset in DATASETS])
+    parser.add_argument(
+        "--recipes", type=lambda text: text.split(","), help="single recipes, with commas (default all)"
+    )
     parser.add_argument("--runs-only", action="store_true", help="train, and leave the test pairs closed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE, help="folder of auto_recipes.md")
@@ -235,7 +246,7 @@ def main() -> None:
     given = arguments()
     try:
         for dataset in _chosen(given):
-            for method in (AUTO, *dataset.singles):
+            for method in (AUTO, *_singles(dataset, given)):
                 train(dataset, method, given)
     except UserError as error:
         sys.exit(str(error))

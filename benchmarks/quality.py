@@ -5,12 +5,12 @@
     python -m benchmarks.quality --pairs … --test … --minutes 0.5 --recipe peft/lora    # a trial, of another recipe
 
 Input: pairs whose meta has a class, and test photos of these classes. Output: ``quality.md`` and ``quality.png``: the
-best zero-shot top-1 and top-5 so far on held-out photos against seconds since the process started (imports, decoding
-and caching are in it), the time to the peer's final quality as a ratio, and the test photos once for each side. Note:
-``auto`` plans for its budget, so ours is a run for each of ``--budgets``, from an empty cache; the time is that of the
-first to reach the quality, the test photos are those of the largest. The peer runs at several learning rates, for the
-same time each; the best on the held-out photos is compared. Not part of ``make bench``: it needs photos, and up to an
-hour of a machine of its own.
+best zero-shot top-1 and top-5 so far on held-out photos against seconds since the process started (imports, from
+bytecode, decoding and caching are in it), the time to the peer's final quality as a ratio, and the test photos once for
+each side. Note: ``auto`` plans for its budget, so ours is a run for each of ``--budgets``, from an empty cache; the
+time is that of the first to reach the quality, the test photos are those of the largest. The peer runs at several
+learning rates, for the same time each; the best on the held-out photos is compared. Not part of ``make bench``: it
+needs photos, and up to an hour of a machine of its own.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _follow(name: str, command: Sequence[str], work: Path, logs: Callable[[str],
     """
     print(f"{name} ...", file=sys.stderr, flush=True)
     curve, read, errors = Curve(name), dict[Path, int](), work / "errors.txt"
-    environment = {**os.environ, "CLASP_CACHE": str(work / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = _environment(work)
     began = time.time()
     with errors.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
@@ -139,6 +139,20 @@ def _follow(name: str, command: Sequence[str], work: Path, logs: Callable[[str],
         lines = [line for line in errors.read_text().splitlines() if line.strip()]
         raise RuntimeError(f"{shlex.join(command)}: {lines[-1] if lines else process.returncode}")
     return curve
+
+
+def _environment(work: Path) -> dict[str, str]:
+    """That of both sides. Bytecode of what they import is kept in ``work``: an installation by pip has it, and where
+    the caller's environment forbids writing it, each process would compile for three seconds."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    own = {"CLASP_CACHE": str(work / "cache"), "PYTHONPYCACHEPREFIX": str(work / "bytecode")}
+    return {**kept, **own, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def _compile_imports(work: Path) -> None:
+    """Import once what both sides import, so that the first run finds its bytecode."""
+    modules = "benchmarks.quality_peer, clasp.commands.auto, peft, torch._dynamo, transformers.modeling_utils"
+    subprocess.run([sys.executable, "-c", f"import {modules}"], env=_environment(work), check=True)
 
 
 # --- the result ------------------------------------------------------------------------------------------------------
@@ -226,6 +240,7 @@ def compare(given: argparse.Namespace, work: Path) -> Outcome:
     sizes = class_photos.write_splits(pairs, test, work, label=given.label, template=given.template)
     precision = detect_precision(torch.device("cpu")).precision
     budgets = sorted(given.budgets or [given.minutes])
+    _compile_imports(work)
     ours = [run_clasp(work, given, precision, minutes) for minutes in budgets]
     for curve in ours:
         if not curve.points:

@@ -13,12 +13,15 @@ import torch
 
 import clasp
 from clasp.commands import auto as main_job
+from clasp.commands import auto_closed_forms as closed_form_job
 from clasp.commands.auto import AutoResult, climb, resume_climb
 from clasp.commands.auto_stages import AutoCallbacks
 from clasp.commands.train import train_recipe
+from clasp.config.auto_plan import SHORT_TUNINGS
 from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
 from clasp.report.auto_table import AutoPlan, auto_table
+from clasp.training.cost.ledger import read_cost
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
 from toyruns import delta, run
@@ -44,6 +47,7 @@ def recipe(towers: Path, pairs: Path, **budget: float) -> Recipe:
     return recipe_from_dict(given, "toy")
 
 
+STAGES = ["2-low-rank-and-norms", "3-adapters-and-norms", "4-full", "5-closed-form-of-tuned", "6-heads"]
 QUIET = AutoCallbacks(lambda line: None)
 
 
@@ -66,8 +70,7 @@ def test_what_comes_out_is_the_run_of_the_best_stage(done: AutoResult):
 
 def test_every_candidate_and_stage_is_a_row_with_its_reason(done: AutoResult):
     rows = {row.stage: row for row in done.plan.rows if row.stage}
-    stages = ["1-closed-form", "1-last-layers", "2-low-rank-and-norms", "3-adapters-and-norms", "4-full"]
-    stages += ["5-closed-form-of-tuned", "6-heads"]
+    stages = ["1-closed-form", "1-last-layers", *STAGES]
     assert list(rows) == stages
     last = read_recipe(done.run / "stages" / "2-low-rank-and-norms" / "recipe.toml")
     assert last.image.extra_layers == last.text.extra_layers == [] and (last.train.init_from or "").endswith(stages[1])
@@ -163,6 +166,52 @@ def test_a_budget_too_small_for_anything_gives_the_closed_form(towers: Path, pai
     assert [row.verdict for row in done.plan.rows if row.stage][1:] == ["left out"] * 5
 
 
+def test_the_start_of_tuning_is_not_made_where_no_step_fits(towers: Path, pairs: Path, tmp_path: Path):
+    done = climb(recipe(towers, pairs, steps=3), tmp_path / "toy", QUIET)
+    rows = {row.stage: row.verdict for row in done.plan.rows if row.stage}
+    assert list(rows) == ["1-closed-form", *STAGES] and set(rows.values()) == {"kept", "left out"}
+
+
+def test_little_time_for_many_pairs_starts_from_few(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(closed_form_job, "few_pairs", lambda minutes, count: 20)
+    monkeypatch.setattr(main_job, "tunings_in", lambda minutes, count: SHORT_TUNINGS)
+    done = climb(recipe(towers, pairs, steps=9), tmp_path / "toy", QUIET)
+    rows = [row for row in done.plan.rows if row.stage]
+    stages = [row.stage for row in rows]
+    assert stages == ["1-closed-form", "2-low-rank-and-norms-of-images", *STAGES[1:]]
+    assert rows[0].method.endswith(", of 20 pairs") and "to tune the towers from" in rows[0].reason
+    first, tuned, again = (read_recipe(tmp_path / "toy" / "stages" / stages[n] / "recipe.toml") for n in (0, 1, 4))
+    assert first.data.max_pairs == 20 and first.image.extra_layers == []
+    assert tuned.tune.text == ["none"] and "lora(rank=8)" in tuned.tune.image and tuned.train.max_steps == 9
+    assert tuned.data.max_pairs is again.data.max_pairs is None and again.image.extra_layers
+    run(first, tmp_path / "again")
+    ours, theirs = delta(tmp_path / "toy" / "stages" / "1-closed-form"), delta(tmp_path / "again")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_all_pairs_follow_where_no_step_fits(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(closed_form_job, "few_pairs", lambda minutes, count: 20)
+    done = climb(recipe(towers, pairs, minutes=1e-4), tmp_path / "toy", QUIET)
+    rows = {row.stage: row.verdict for row in done.plan.rows if row.stage}
+    assert list(rows)[-2:] == ["1-closed-form-of-all-pairs", "6-heads"] and len(rows) == 7
+    assert (
+        read_recipe(tmp_path / "toy" / "stages" / "1-closed-form-of-all-pairs" / "recipe.toml").data.max_pairs is None
+    )
+
+
+def test_the_cost_is_that_of_all_stages(done: AutoResult):
+    whole, kept = read_cost(done.run), read_cost(done.run / "stages" / done.plan.best)
+    assert sum(session.steps for session in whole.sessions) == 35 > 0 and whole.work is not None
+    assert sum(whole.seconds.values()) == pytest.approx(done.plan.seconds, rel=0.2)
+    assert whole.parameters == kept.parameters and whole.delta_bytes == kept.delta_bytes
+    card = (done.run / "README.md").read_text()
+    assert f"| cost | all stages | {done.plan.best} |" in card and "between stages" in card
+
+
 def test_features_are_cached_once(towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cached = {}
     for attention in ("fused", "plain"):
@@ -178,7 +227,7 @@ def test_interrupted_before_a_stage_ended(towers: Path, pairs: Path, tmp_path: P
     def stop(*given: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_job, "begin_search", stop)
+    monkeypatch.setattr(closed_form_job, "begin_search", stop)
     done = climb(recipe(towers, pairs, steps=STEPS), tmp_path / "toy", QUIET)
     assert done.interrupted and not done.plan.best and not (tmp_path / "toy" / "recipe.toml").exists()
     assert json.loads((tmp_path / "toy" / "plan.json").read_text())["recipe"]["auto"] == {"steps": STEPS}

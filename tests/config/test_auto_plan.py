@@ -12,6 +12,7 @@ from clasp.config.auto_plan import (
     Left,
     StagePlan,
     StepTiming,
+    few_pairs,
     first_candidates,
     fit_heads,
     fit_tuning,
@@ -20,6 +21,7 @@ from clasp.config.auto_plan import (
     plan_heads,
     plan_last_layers,
     plan_tuning,
+    tunings_in,
 )
 from clasp.config.recipe import Recipe, read_recipe
 from clasp.types import UserError
@@ -109,6 +111,13 @@ def test_a_few_epochs_need_not_be_whole(left: Left, steps: int | None):
     assert isinstance(fitted, StagePlan) and fitted.recipe.train.max_steps == steps, fitted
     assert fitted.recipe.train.epochs == -(-steps // 100) and fitted.recipe.train.select == "last"
     assert Left(100.0, None).after(30.0) == Left(70.0, None) and Left(None, 5).after(30.0) == Left(None, 5)
+
+
+def test_little_time_for_many_pairs():
+    assert few_pairs(1.0, 7197) == few_pairs(2.9, 4096) == 2048
+    assert few_pairs(1.0, 4095) is few_pairs(3.0, 7197) is few_pairs(None, 7197) is None
+    assert tunings_in(1.0, 7197)[0].towers == ("image",)
+    assert tunings_in(2.0, 7197) == tunings_in(1.0, 800) == tunings_in(None, 7197) == TUNINGS
 
 
 def test_heads_take_what_is_left_until_they_settle():

@@ -23,6 +23,15 @@ def test_photos_stands_on_the_packaged_sample():
     assert not {pair.group for pair in train} & {pair.group for pair in val}
 
 
+def test_at_most_so_many_pairs_are_trained_on():
+    every, val = open_training_pairs(read_recipe("photos"))
+    some, same = open_training_pairs(read_recipe("photos", ["data.max_pairs=100"]))
+    more = open_training_pairs(read_recipe("photos", ["data.max_pairs=200"]))[0]
+    assert len(some) == 100 and set(some.rows) < set(more.rows) < set(every.rows) and list(same.rows) == list(val.rows)
+    assert list(some.rows) == sorted(some.rows) and max(some.rows) > 900, "in their order, from all of the source"
+    assert len(open_training_pairs(read_recipe("photos", ["data.max_pairs=5000"]))[0]) == len(every)
+
+
 WRONG = {
     "sample:emojis": ["sample:emoji, sample:emoji-quick"],
     "sample:": ["sample:emoji"],

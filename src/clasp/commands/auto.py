@@ -1,78 +1,48 @@
 """``clasp train auto``: from a closed form on cached features to tuning inside the towers, within a budget.
 
 Input: a recipe with ``[auto]``, and a folder. Output: an ordinary run, that of the best stage; the stages are runs too,
-in ``RUN/stages``. The heads are chosen in closed form (``commands.closed_form``), both towers are tuned, the heads are
-solved again for what was tuned, and take gradient steps with what is left of the budget. A stage is kept where the
-run's own validation metric is better. Note: Ctrl-C ends it with the best stage so far; ``plan.json`` has what was tried
-and is what ``clasp resume`` goes on from. Finished stages are not repeated. ``commands.auto_stages`` trains and records
-a stage; which there are is decided here. A long class: all decisions of a climb, in their order.
+in ``RUN/stages``. The heads are chosen in closed form, both towers are tuned, the heads are solved again for what was
+tuned, and take gradient steps with what is left of the budget. A stage is kept where the run's own validation metric is
+better. Note: Ctrl-C ends it with the best stage so far; ``plan.json`` has what was tried and is what ``clasp resume``
+goes on from. Finished stages are not repeated. ``commands.auto_stages`` trains and records a stage,
+``commands.auto_closed_forms`` has those in closed form; which there are is decided here.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
-
+from clasp.commands.auto_closed_forms import ClosedFormStages
 from clasp.commands.auto_stages import AutoCallbacks, AutoStages
-from clasp.commands.closed_form import (
-    ClosedFormSearch,
-    ClosedFormTrial,
-    attention_of_runs,
-    begin_search,
-    choose_trial,
-    search_recipe,
-    tuned_search_recipe,
-    with_layer_pools,
-)
+from clasp.commands.closed_form import attention_of_runs, with_layer_pools
 from clasp.commands.step_timing import time_steps
 from clasp.config.auto_plan import (
     CLOSED_FORM_STAGE,
-    RIDGES,
-    TUNED_CLOSED_FORM,
-    TUNED_RIDGES,
     TUNINGS,
     StagePlan,
     TowerTuning,
     changed,
     fit_heads,
     fit_tuning,
-    plan_closed_form,
     plan_heads,
     plan_last_layers,
-    plan_tuned_closed_form,
     plan_tuning,
-    tuned_closed_form_seconds,
     tuning_stage_name,
+    tunings_in,
+    with_random_heads,
 )
-from clasp.config.build import (
-    build_feature_source,
-    build_model,
-    build_model_and_preprocessing,
-)
-from clasp.config.datasets import TrainValPairs, hash_pairs, open_training_pairs
+from clasp.config.build import build_model
+from clasp.config.datasets import TrainValPairs, hash_pairs, limit_pairs, open_training_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
-from clasp.data.cache_folder import cache_folder
 from clasp.data.folder_lock import lock_folder
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
-from clasp.evaluation.from_pairs import validation_task
 from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow
-from clasp.training.closed_form_heads import ClosedFormHeads
 from clasp.training.run_code import all_code_names, allow_code, require_allowed
 from clasp.training.run_folder import RunFolder
-from clasp.training.warm_start import load_initial_weights
 from clasp.types import UserError
 
-_SEARCH_SHARE = 0.05  # of the minutes, for a search of closed forms once its features are cached
-_MINUTES_FOR_ALL_LAYERS = 3  # their moments alone take a quarter of a minute
 _TUNING_NUMBERS = tuple(f"{2 + number}-" for number in range(len(TUNINGS)))
 
 
@@ -117,19 +87,6 @@ def resume_climb(run: Path, callbacks: AutoCallbacks) -> AutoResult:
         return climb.run()
 
 
-@contextmanager
-def _own_features(run: Path) -> Iterator[Path]:
-    """A folder for the features of the tuned towers of a run, since the usual cache is by base weights; what a killed
-    session left in it is deleted."""
-    folder = cache_folder() / f"tuned-{hashlib.sha256(os.fsencode(os.path.realpath(run))).hexdigest()[:16]}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 class _Climb:
     """One session of a climb."""
 
@@ -138,15 +95,24 @@ class _Climb:
         self.budget, self.base = recipe.auto, with_layer_pools(recipe)
         self.folder, self.plan, self.pairs, self.io = run, plan, pairs, callbacks
         self._stages = AutoStages(run, plan, pairs, recipe.auto, callbacks)
+        self._closed_forms = ClosedFormStages(self.base, pairs, plan, self._stages, callbacks)
+        self._tunings = tunings_in(self.budget.minutes, len(pairs[0]))
 
     def run(self) -> AutoResult:
+        with self._stages:
+            return self._run()
+
+    def _run(self) -> AutoResult:
         interrupted = False
         try:
             with attention_of_runs(self.base):
-                self._closed_form()
-                for method in TUNINGS:
-                    self._tuning(method)
-                self._tuned_closed_form()
+                self._closed_forms.of_frozen_towers()
+                for number, method in enumerate(self._tunings, 2):
+                    self._tuning(number, method)
+                tuned = self._best_tuning()
+                self._closed_forms.of_tuned_towers(tuned)
+                if tuned is None:
+                    self._closed_forms.of_all_pairs()
                 self._heads()
         except KeyboardInterrupt:
             interrupted = True
@@ -160,105 +126,18 @@ class _Climb:
     def require_same_pairs(self) -> None:
         """Raises ``UserError`` where the pairs are not those of the stages that ended, which further ones are compared
         with on the validation pairs."""
-        ended = [row.stage for row in self.plan.rows if row.stage and row.metric is not None]
-        content = hash_pairs(PairIndex(self.pairs[0]), self.pairs[1]) if ended else None
-        for stage in ended:
-            if RunFolder(self._stages.folder / stage).base().get("pairs") != content:
+        for stage in [row.stage for row in self.plan.rows if row.stage and row.metric is not None]:
+            folder = RunFolder(self._stages.folder / stage)
+            train = limit_pairs(self.pairs[0], recipe_from_dict(folder.recipe(), stage).data.max_pairs)
+            if folder.base().get("pairs") != hash_pairs(PairIndex(train), self.pairs[1]):
                 raise UserError(
                     f"{self.folder} cannot go on: the pairs of {self.base.data.train} have changed since {stage}"
                 )
 
     # --- the stages --------------------------------------------------------------------------------------------------
 
-    def _closed_form(self) -> None:
-        """Stage 1: the heads in closed form that validation chooses."""
-        if self.plan.row(CLOSED_FORM_STAGE) is not None:
-            return
-        self._drop_candidates()
-        stage, heads = self._search()
-        if (left := self._stages.left.seconds) is not None and left < 0:
-            stage = replace(stage, reason=f"{stage.reason}; the budget of {self.budget} ended before it")
-        self._stages.train(stage, heads)
-
-    def _search(self) -> tuple[StagePlan, ClosedFormHeads]:
-        """The closed form that validation chooses, and its heads."""
-        layers = "upper half" if (self.budget.minutes or float("inf")) < _MINUTES_FOR_ALL_LAYERS else "all"
-        search = self._begin_search(search_recipe(self.base, layers))
-        self.io.say(f"features of the layers ({layers}) are cached; {self._stages.seconds:,.0f} s so far")
-        trials = self._run_search(search, RIDGES)
-        chosen, reason = choose_trial(trials)
-        return plan_closed_form(self.base, chosen.candidate, reason), search.heads(chosen.candidate)
-
-    def _tuned_closed_form(self) -> None:
-        """The heads in closed form again, of the layers of the tuned towers: the best stage of tuning."""
-        number = 2 + len(TUNINGS)
-        name = f"{number}-{TUNED_CLOSED_FORM}"
-        if self.plan.row(name) is not None:
-            return
-        self._drop_candidates()
-        tuned = self._best_tuning()
-        if tuned is None:
-            return self._stages.leave_out(name, "closed form of the tuned towers", "no stage tuned the towers")
-        if (left := self._stages.left.seconds) is not None and left <= 0:
-            ended = f"the budget of {self.budget} has ended"
-            return self._stages.leave_out(name, "closed form of the tuned towers", ended)
-        folder = self._stages.folder / tuned.stage
-        recipe = recipe_from_dict(RunFolder(folder).recipe(), tuned.stage)
-        recipe = tuned_search_recipe(self.base, recipe, str(folder))
-        with _own_features(self.folder) as features:
-            search = self._begin_search(recipe, features)
-            chosen, reason = choose_trial(self._run_search(search, TUNED_RIDGES))
-            heads = search.heads(chosen.candidate)
-        stage = plan_tuned_closed_form(recipe, number, chosen.candidate, f"towers of {tuned.stage}; {reason}")
-        self._stages.train(stage, heads)
-
-    def _begin_search(self, recipe: Recipe, cache: Path | None = None) -> ClosedFormSearch:
-        """The search over the towers of ``recipe``, or those of ``train.init_from``, frozen; ``cache``: as that of
-        ``build_feature_source``."""
-        train = self.pairs[0]
-        parts = build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
-        if recipe.train.init_from is not None:
-            load_initial_weights(parts.model, recipe.to_dict())
-        parts.model.requires_grad_(False).to(PartialState().device).eval()
-        inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say, cache=cache)
-        sides = inputs.batch_reader(train, PairIndex(train), None)
-        task = validation_task(*self.pairs, inputs)
-        self.plan.primary = task.primary
-        return begin_search(parts.model, recipe, sides, task, inputs)
-
-    def _run_search(self, search: ClosedFormSearch, ridges: Sequence[tuple[float, float]]) -> list[ClosedFormTrial]:
-        """Try candidates for a share of the minutes, each a row of the plan, the first with the seconds of the moments;
-        half as long is left for what follows."""
-        began, left = time.monotonic(), self._stages.left.seconds
-        share = float("inf") if self.budget.minutes is None else _SEARCH_SHARE * 60 * self.budget.minutes
-        limit = share if left is None else min(share, left - share / 2)
-        trials = search.run(self.io.say, lambda: time.monotonic() - began > limit, ridges)
-        for place, trial in enumerate(trials):
-            seconds = trial.seconds + (0.0 if place else search.seconds_of_moments)
-            row = AutoRow(method=str(trial.candidate), verdict="tried", seconds=seconds)
-            row = replace(row, metric=trial.score.value, interval=tuple(trial.score.interval))
-            self.plan.rows.append(replace(row, trained=trial.delta_bytes // 4))
-        return trials
-
-    def _drop_candidates(self) -> None:
-        """Remove the candidates of a search that was interrupted."""
-        while self.plan.rows and not self.plan.rows[-1].stage:
-            self.plan.rows.pop()
-
-    def _heads(self) -> None:
-        """The last stage: gradient steps of the heads on cached features, where tuning left time."""
-        number = 3 + len(TUNINGS)
-        stage = plan_heads(self._base(CLOSED_FORM_STAGE), number, str(self._stages.folder / CLOSED_FORM_STAGE))
-        if self._stages.resumed_or_ended(stage):
-            return
-        if self._stages.left.nothing:
-            return self._stages.leave_out(stage.name, stage.method, f"the budget of {self.budget} has ended")
-        timing = time_steps(stage.recipe, self.pairs, self.io.bar)
-        self._stages.train_if_planned(stage, fit_heads(stage, timing, self._stages.left))
-
-    def _tuning(self, method: TowerTuning) -> None:
+    def _tuning(self, number: int, method: TowerTuning) -> None:
         """Stage 2 and on: tuning inside the towers, from heads of the last layers."""
-        number = 2 + TUNINGS.index(method)
         name = tuning_stage_name(number, method)
         if self.plan.row(name) is not None:
             return
@@ -266,16 +145,41 @@ class _Climb:
         if reason and not self._stages.interrupted(name):
             return self._stages.leave_out(name, method.name, reason)
         start = self._start_of_tuning()
-        base = self._base(start)
-        stage = plan_tuning(base, number, str(self._stages.folder / start), method, self._specs(method, base))
+        base = self._base(start.recipe)
+        stage = plan_tuning(base, number, str(self._stages.folder / start.name), method, self._specs(method, base))
         if self._stages.resumed_or_ended(stage):
             return
+        made = self.plan.row(start.name) is not None
+        timing = time_steps(stage.recipe if made else with_random_heads(stage.recipe), self.pairs, self.io.bar)
+        self.plan.reserved_seconds = self._closed_forms.seconds_of_tuned(timing, stage.recipe)
+        left = self._stages.left.after(self.plan.reserved_seconds + self._seconds_of(start))
+        planned = fit_tuning(stage, timing, left)
+        if not isinstance(planned, str) and not made:
+            self._stages.train(start)
+        self._stages.train_if_planned(stage, planned)
+
+    def _heads(self) -> None:
+        """The last stage: gradient steps of the heads on cached features, where tuning left time."""
+        number, kept = 3 + len(TUNINGS), self._closed_forms.kept
+        recipe = recipe_from_dict(RunFolder(self._stages.folder / kept).recipe(), kept)
+        stage = plan_heads(self._base(recipe), number, str(self._stages.folder / kept))
+        if self._stages.resumed_or_ended(stage):
+            return
+        if reason := self._no_time_for_heads(recipe):
+            return self._stages.leave_out(stage.name, stage.method, reason)
         timing = time_steps(stage.recipe, self.pairs, self.io.bar)
-        first, closed_form = self.plan.rows[0], self.plan.row(CLOSED_FORM_STAGE)
-        assert closed_form is not None
-        self.plan.reserved_seconds = tuned_closed_form_seconds(timing, first.seconds + closed_form.seconds)
-        left = self._stages.left.after(self.plan.reserved_seconds)
-        self._stages.train_if_planned(stage, fit_tuning(stage, timing, left))
+        self._stages.train_if_planned(stage, fit_heads(stage, timing, self._stages.left))
+
+    def _no_time_for_heads(self, start: Recipe) -> str:
+        """Why gradient steps of the heads are not tried; ``start``: the recipe of the closed form they start from. One
+        of few pairs has left the features of the others to be computed, which takes what those of tuned towers take."""
+        left = self._stages.left
+        if left.nothing:
+            return f"the budget of {self.budget} has ended"
+        few = start.data.max_pairs is not None and start.data.max_pairs < len(self.pairs[0])
+        if few and left.seconds is not None and left.seconds < self.plan.reserved_seconds:
+            return f"features of all pairs do not fit into {left}"
+        return ""
 
     def _no_time_for_tuning(self) -> str:
         """Why no further method of tuning is tried: it starts anew, so it must have the time of the first."""
@@ -290,23 +194,25 @@ class _Climb:
         enough = (left.seconds or 0) >= first.seconds or (left.steps or 0) >= first.steps
         return "" if enough else f"{first.stage} took more than {left}"
 
-    def _base(self, start: str) -> Recipe:
+    def _base(self, start: Recipe) -> Recipe:
         """The user's recipe with the layers and heads of a stage; its batch size is still "auto" where it was."""
-        made = RunFolder(self._stages.folder / start).recipe()
-        layers = {side: {"extra_layers": made[side]["extra_layers"]} for side in ("image", "text")}
-        return changed(self.base, {**layers, "head": made["head"]})
+        sides = {"image": start.image, "text": start.text}
+        layers = {side: {"extra_layers": settings.extra_layers} for side, settings in sides.items()}
+        return changed(self.base, {**layers, "head": start.to_dict()["head"]})
 
-    def _start_of_tuning(self) -> str:
-        """The stage that tuning starts from; the closed form of the last layers is made here where it was not."""
+    def _start_of_tuning(self) -> StagePlan:
+        """The stage that tuning starts from: the closed form of the last layers, which may not be made yet."""
         closed_form = recipe_from_dict(RunFolder(self._stages.folder / CLOSED_FORM_STAGE).recipe(), CLOSED_FORM_STAGE)
         alone = {side: {"extra_layers": []} for side in ("image", "text")}
         model = build_model(changed(closed_form, {**alone, "head": {"width": 1}}), meta=True)
         last = plan_last_layers(closed_form, min(model.image.width, model.text.width))
-        if last is None:
-            return CLOSED_FORM_STAGE
-        if self.plan.row(last.name) is None and not self._stages.left.nothing:
-            self._stages.train(last)
-        return last.name if self.plan.row(last.name) is not None else CLOSED_FORM_STAGE
+        return last or StagePlan(CLOSED_FORM_STAGE, "closed form", "", closed_form)
+
+    def _seconds_of(self, start: StagePlan) -> float:
+        """About the time that making the start of tuning takes: that of the closed form, which is a stage like it."""
+        closed_form = self.plan.row(CLOSED_FORM_STAGE)
+        assert closed_form is not None
+        return closed_form.seconds if self.plan.row(start.name) is None else 0.0
 
     def _first_tuning(self) -> AutoRow | None:
         return next((row for row in self.plan.rows if row.stage.startswith("2-")), None)
@@ -319,7 +225,7 @@ class _Climb:
     def _specs(self, method: TowerTuning, base: Recipe) -> dict[str, list[str]]:
         """What each tower takes of the method: where one of its parts does not fit a net, the other parts."""
         specs = {}
-        for side in ("image", "text"):
+        for side in method.towers:
             for chosen in (list(method.specs), list(method.specs[1:]), list(method.specs[:1])):
                 try:
                     build_model(changed(base, {"tune": {side: chosen}}), meta=True)

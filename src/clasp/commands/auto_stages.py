@@ -26,14 +26,17 @@ from clasp.evaluation.from_pairs import validation_task
 from clasp.evaluation.results import PrimaryScore
 from clasp.models.dual_encoder import DualEncoder
 from clasp.report.auto_table import AutoPlan, AutoRow, auto_table
-from clasp.report.model_card import markdown_table
+from clasp.report.model_card import cost_section, markdown_table, stage_cost_section
 from clasp.training.closed_form_heads import ClosedFormHeads
 from clasp.training.cost import COST_FILE
+from clasp.training.cost.ledger import RunCost, read_cost
+from clasp.training.cost.meters import EnergyMeter
+from clasp.training.cost.stages import join_stage_costs
 from clasp.training.run_folder import RunFolder
 from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.types import MessageCallback, ProgressFactory, no_progress_bar
 
-_RUN_FILES = ("base.json", "transform.json", "log.jsonl", "results.jsonl", COST_FILE, "recipe.toml")
+_RUN_FILES = ("base.json", "transform.json", "log.jsonl", "results.jsonl", "recipe.toml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,21 @@ class AutoCallbacks:
 
 
 class AutoStages:
-    """The stages of one session, within a budget."""
+    """The stages of one session, within a budget; a context manager around the session, whose energy it measures."""
 
     def __init__(self, run: Path, plan: AutoPlan, pairs: TrainValPairs, budget: AutoSettings, callbacks: AutoCallbacks):
         self.run, self.folder, self.plan, self.pairs = run, run / "stages", plan, pairs
         self.budget, self.io = budget, callbacks
         self._began, self._earlier = time.monotonic(), plan.seconds
+        self._energy, self._earlier_energy = EnergyMeter(), plan.energy_kwh if plan.seconds else 0.0
         self._best_score: PrimaryScore | None = None
+
+    def __enter__(self) -> AutoStages:
+        self._energy.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._energy.stop()
 
     # --- the budget --------------------------------------------------------------------------------------------------
 
@@ -70,8 +81,10 @@ class AutoStages:
         return Left(60 * self.budget.minutes - self.seconds, None)
 
     def write(self) -> None:
-        """Write the plan with the time so far."""
-        self.plan.seconds = self.seconds
+        """Write the plan with time and energy so far."""
+        self.plan.seconds, spent = self.seconds, self._energy.measurement.value
+        known = spent is not None and self._earlier_energy is not None
+        self.plan.energy_kwh = (self._earlier_energy or 0.0) + (spent or 0.0) if known else None
         self.plan.write(self.run)
 
     # --- one stage ---------------------------------------------------------------------------------------------------
@@ -101,12 +114,13 @@ class AutoStages:
         self.plan.rows.append(AutoRow(stage=name, method=method, reason=reason, verdict="left out"))
         self.write()
 
-    def train(self, stage: StagePlan, heads: ClosedFormHeads | None = None) -> None:
-        """Train a stage, or resume it as it was planned; compare it with the best before, and record it."""
+    def train(self, stage: StagePlan, heads: ClosedFormHeads | None = None, cache: Path | None = None) -> None:
+        """Train a stage, or resume it as it was planned; compare it with the best before, and record it. ``cache``:
+        where its features are cached; by default where those of runs are."""
         self.io.say(f"{stage.name}: {stage.method}: {stage.reason}")
         folder, began = self.folder / stage.name, time.monotonic()
         resume = RunFolder(folder).has_state
-        shared = Preloaded(pairs=self.pairs, heads=heads)
+        shared = Preloaded(pairs=self.pairs, heads=heads, cache=cache)
         io = self.io
         recipe = recipe_from_dict(RunFolder(folder).recipe(), stage.name) if resume else stage.recipe
         if resume or not (folder / "delta.safetensors").exists():
@@ -156,15 +170,24 @@ class AutoStages:
         for name in _RUN_FILES:
             with replace_file(self.run / name) as part:
                 shutil.copyfile(stage / name, part)
+        folder, kept, whole = RunFolder(self.run), read_cost(stage), self._cost()
+        folder.write(COST_FILE, whole.to_json())
         table = auto_table(self.plan)
         card = (stage / "README.md").read_text(encoding="utf-8").replace(str(stage), str(self.run))
         card = card.replace(f"# {stage.name}\n", f"# {self.run.name}\n", 1)
+        card = card.replace(cost_section(kept), stage_cost_section(whole, kept, stage.name))
         tried = "\n".join([markdown_table(table.columns, table.cells), "", *(f"- {note}" for note in table.notes)])
         text = f"{card}\n## What was tried in {self.budget}\n\nBest stage: `stages/{stage.name}`.\n\n{tried}\n"
-        folder = RunFolder(self.run)
         folder.write("README.md", text)
         with replace_file(self.run / "delta.safetensors") as part:
             shutil.copyfile(stage / "delta.safetensors", part)
+
+    def _cost(self) -> RunCost:
+        """The cost of all sessions, with all stages that ended."""
+        names = [row.stage for row in self.plan.rows if row.stage and row.metric is not None]
+        stages = [read_cost(self.folder / name) for name in names]
+        energy = self._energy.measurement._replace(value=self.plan.energy_kwh)
+        return join_stage_costs(read_cost(self.folder / self.plan.best), stages, self.plan.seconds, energy)
 
 
 def _steps(folder: Path) -> int:

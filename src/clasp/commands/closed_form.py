@@ -50,6 +50,7 @@ from clasp.training.moments import PairMoments
 from clasp.types import ImageInput, MessageCallback, Pixels, PooledFeatures, ProgressCallback, TextInput, Tokens
 
 ValidationTask = RetrievalTask | MultilingualTask | ZeroShotTask
+SearchedLayers = Literal["all", "upper half", "last"]
 _FIRST_TRIALS = 2  # that are made whatever the time: the last layers, and all
 
 
@@ -195,7 +196,7 @@ def with_layer_pools(recipe: Recipe) -> Recipe:
     return changed(recipe, pools)
 
 
-def search_recipe(recipe: Recipe, layers: Literal["all", "upper half"] = "all") -> Recipe:
+def search_recipe(recipe: Recipe, layers: SearchedLayers = "all") -> Recipe:
     """The recipe of a search: these layers of both towers, unless the recipe names some, and heads that standardise."""
     model = build_model(changed(recipe, {}), meta=True)
     extra = {
@@ -205,9 +206,9 @@ def search_recipe(recipe: Recipe, layers: Literal["all", "upper half"] = "all") 
     return changed(recipe, {**extra, "head": {"kind": "linear", "width": 1, "standardize": True}})
 
 
-def _extra_layers(tower: Tower, layers: Literal["all", "upper half"]) -> list[int] | Literal["all"]:
+def _extra_layers(tower: Tower, layers: SearchedLayers) -> list[int] | Literal["all"]:
     """The layers of a tower that pools several, in addition to the last."""
-    if tower.layer_pool is None:
+    if tower.layer_pool is None or layers == "last":
         return []
     return "all" if layers == "all" else list(upper_half(tower.pooled_layers[0][0]))
 
@@ -278,6 +279,11 @@ def choose_trial(trials: Sequence[ClosedFormTrial]) -> tuple[ClosedFormTrial, st
         f"smallest of {len(trials)} within one standard error of the best ({100 * change.value:+.1f} points, "
         f"{best.delta_bytes / 1e6:.1f} MB): {size}"
     )
+
+
+def choose_start(trials: Sequence[ClosedFormTrial]) -> tuple[ClosedFormTrial, str]:
+    """The heads that tuning starts from: the best, however large (narrower ones leave the towers less to learn)."""
+    return best_trial(trials), f"best of {len(trials)} on validation, to tune the towers from"
 
 
 def layer_columns(tower: Tower, extra: Sequence[int]) -> Int[Tensor, " d"]:

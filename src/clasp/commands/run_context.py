@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from clasp.config.build import ModelAndPreprocessing
 from clasp.config.datasets import TrainValPairs, hash_pairs
@@ -37,11 +38,13 @@ HeadInitializer = Callable[[DualEncoder], None]
 @dataclass(frozen=True, slots=True)
 class Preloaded:
     """What a run is given: the pairs of its recipe and its model, which is trained in place, where they are in memory
-    already; what sets its heads where their closed form was computed before; the processes that train together."""
+    already; what sets its heads where their closed form was computed before; where its features are cached, if not
+    where those of other runs are; the processes that train together."""
 
     pairs: TrainValPairs | None = None
     parts: ModelAndPreprocessing | None = None
     heads: HeadInitializer | None = None
+    cache: Path | None = None
     processes: Processes = field(default_factory=Processes)
 
 
@@ -49,6 +52,7 @@ class Preloaded:
 class RunContext:
     """The objects of a run. ``recipe`` is resolved: batch size, epochs and attention kernel are not "auto".
 
+    ``train``: those of the pairs ``opened`` that ``data.max_pairs`` selects; classes of validation are named by all.
     ``classes``: class pairs that count in the closed form. ``heads``: where that was computed before. ``state``: the
     saved state of a resumed run, ``None`` for a new one. ``listing``: the index of the captions of ``train``. Every one
     of ``processes`` has its own context; only the first writes to the folder.
@@ -58,6 +62,7 @@ class RunContext:
     recipe: Recipe
     parts: ModelAndPreprocessing
     inputs: FeatureSource
+    opened: Pairs
     train: Pairs
     val: Pairs
     classes: WeightedClassPairs | None

@@ -1,7 +1,7 @@
-"""The measured time of a recipe on this machine: a few steps on real batches, and one evaluation.
+"""The measured time of a recipe on this machine: a few steps on real batches, and one evaluation; and of a closed form.
 
-Input: a recipe and its pairs. Output: ``StepTiming``. Note: the model is built, trained for a few steps and discarded;
-nothing is written but what it puts in the feature cache.
+Input: a recipe and its pairs. Output: ``StepTiming``; seconds. Note: the model is built, trained for a few steps and
+discarded; nothing is written but what it puts in the feature cache.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from accelerate import PartialState
 
 from clasp.commands.run_context import resolve_recipe
@@ -24,12 +25,13 @@ from clasp.config.datasets import TrainValPairs, plan_run
 from clasp.config.recipe import Recipe
 from clasp.data.loader import BatchReader, PairLoader
 from clasp.data.readers import LiveImageReader, PairIndex, SampleIndices
-from clasp.evaluation.from_pairs import validation_task
+from clasp.evaluation.from_pairs import validation_task, validation_texts
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.precision import Precision, computing_in, resolve_precision
 from clasp.training.attention_kernel import use_attention_kernel
 from clasp.training.loop import FitCallbacks, fit
 from clasp.training.losses import build_loss
+from clasp.training.moments import WIDE
 from clasp.training.pooled_features import pool_inputs
 from clasp.training.warm_start import load_initial_weights
 from clasp.types import Batch, ProgressFactory
@@ -37,6 +39,7 @@ from clasp.types import Batch, ProgressFactory
 _STEPS = 5  # the first ones, which choose a micro-batch and fill caches, are not counted
 _COUNTED = 3
 _FEATURES = 96  # pairs whose features are timed
+_PRODUCT_ROWS = 512  # of the product that a closed form is timed by
 
 
 def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, cache: Path | None = None) -> StepTiming:
@@ -67,7 +70,8 @@ def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, ca
     assert resolved.train.attention != "auto"
     with closing(batches), use_attention_kernel(resolved.train.attention):
         if inputs.frozen_text_part is not None:
-            task(encoder)  # computes the features of its captions, once in a run
+            for texts in validation_texts(train, val):
+                inputs.text_features(texts)  # computed once in a run
         began = time.perf_counter()
         task(encoder)
         evaluation = time.perf_counter() - began
@@ -100,6 +104,21 @@ def _time_features(model: DualEncoder, sides: BatchReader, precision: Literal["a
             pool_inputs(model.text, sides.text(picks, index.__getitem__).inputs)
             captions = time.perf_counter() - began - images
     return (images * len(index) + captions * len(index.texts)) / count
+
+
+def time_closed_form(image: int, text: int, pairs: int) -> float:
+    """Estimated seconds of the moments of ``pairs`` with so many features a side, and of one trial of heads in closed
+    form, from the time of one product as those of the moments are. A trial factors either side and solves for the
+    products of both; reading, standardising and copying take as long as half of the products (``dev/LOG.md``)."""
+    wide = max(image, text)
+    dtype = torch.float32 if wide > WIDE else torch.float64
+    rows = torch.ones(_PRODUCT_ROWS, wide, dtype=dtype, device=PartialState().device)
+    began = time.perf_counter()
+    float((rows.T @ rows)[0, 0])  # waits for a device that computes asynchronously
+    rate = _PRODUCT_ROWS * wide**2 / (time.perf_counter() - began)
+    moments = pairs * (image**2 + image * text + text**2)
+    trial = (image**3 + text**3) / 6 + 2 * image * text * wide
+    return 1.5 * (moments + trial) / rate
 
 
 class _FirstBatches:

@@ -168,7 +168,7 @@ def _towers_unchanged(parts: ModelAndPreprocessing, then: Recipe, now: Recipe) -
 
 def _pairs_key(recipe: Recipe) -> str:
     return recipe.data.model_dump_json(
-        include={"train", "val", "format", "val_fraction", "image_root", "columns", "languages"}
+        include={"train", "val", "format", "val_fraction", "max_pairs", "image_root", "columns", "languages"}
     )
 
 

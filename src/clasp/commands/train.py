@@ -21,7 +21,7 @@ from clasp.config.build import (
     build_model_and_preprocessing,
     class_pairs_of_recipe,
 )
-from clasp.config.datasets import open_training_pairs, plan_run
+from clasp.config.datasets import limit_pairs, open_training_pairs, plan_run
 from clasp.config.recipe import Recipe
 from clasp.data.folder_lock import lock_folder
 from clasp.data.pairs import skipped_lines
@@ -70,10 +70,8 @@ def train_recipe(
     resume: bool = False,
     preloaded: Preloaded | None = None,
 ) -> TrainResult:
-    """Train a recipe into the folder ``run``; with ``resume``, resume it from its saved state.
-
-    Raises ``UserError`` for errors in the user's input, as early as possible.
-    """
+    """Train a recipe into the folder ``run``; with ``resume``, resume it from its saved state. Raises ``UserError`` for
+    errors in the user's input, as early as possible."""
     assert recipe.auto is None, "a recipe with [auto] is for commands.auto"
     folder, loaded = RunFolder(run), preloaded or Preloaded()
     processes = loaded.processes
@@ -86,7 +84,8 @@ def train_recipe(
     with ExitStack() as stack:
         processes.first(lambda: stack.enter_context(_held(folder)))
         state = processes.first(lambda: folder.read_state() if resume else folder.require_free())
-        train, val = processes.in_turn(lambda: loaded.pairs or open_training_pairs(recipe))
+        opened, val = processes.in_turn(lambda: loaded.pairs or open_training_pairs(recipe))
+        train = limit_pairs(opened, recipe.data.max_pairs)
         for line in skipped_lines(train, val):
             say(line)
         parts = processes.in_turn(
@@ -96,9 +95,8 @@ def train_recipe(
         tracker = _open_trackers(tracker_classes, folder, state, processes, say)
         ledger = open_ledger(parts.model, state, processes.first(lambda: read_earlier_cost(folder, state)))
         precise = _in_one_precision(recipe, state, processes)
-        inputs = build_feature_source(
-            parts, precise, bar=ledger.time_features(bar), say=say, report=tracker.log_skipped
-        )
+        timed, report = ledger.time_features(bar), tracker.log_skipped
+        inputs = build_feature_source(parts, precise, bar=timed, say=say, report=report, cache=loaded.cache)
         with processes.alike():
             plan = plan_run(recipe, train, inputs)
         _announce(plan, [] if loaded.pairs else few_validation_pairs(len(val)), say)
@@ -107,6 +105,7 @@ def train_recipe(
             recipe=processes.first(lambda: resolve_recipe(recipe, plan, parts.model, state)),
             parts=parts,
             inputs=inputs,
+            opened=opened,
             train=train,
             val=val,
             classes=processes.in_turn(lambda: class_pairs_of_recipe(recipe, parts.model)),
@@ -184,7 +183,7 @@ def _train(context: RunContext) -> TrainResult:
         encoder = inputs.in_precision(context.model)
         shared = SharedEncoder(encoder, inputs, processes) if processes.size > 1 else None
         with processes.alike():
-            task = validation_task(context.train, context.val, shared or inputs)
+            task = validation_task(context.opened, context.val, shared or inputs)
         evaluations = RunEvaluations(task, shared or encoder, processes)
         fitted = fit_run(context, sides, batches, evaluations)
         delta_bytes = processes.first(lambda: context.folder.save(context.model))

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from clasp.config.recipe import Recipe, recipe_from_dict
 
 CLOSED_FORM_STAGE, LAST_LAYERS_STAGE = "1-closed-form", "1-last-layers"
+ALL_PAIRS_STAGE = "1-closed-form-of-all-pairs"
 TUNED_CLOSED_FORM = "closed-form-of-tuned"
 RIDGES = ((1.0, 1.0), (0.3, 0.3), (3.0, 3.0), (10.0, 10.0), (3.0, 0.3), (0.3, 3.0))
 """Ridge penalties (image, text): the first with every set of layers, the others with the best one"""
@@ -31,6 +32,8 @@ _MAX_EPOCHS, _MIN_MAX_STEPS = 15, 1500  # tuning flattens at the larger of both;
 _MAX_EVALUATIONS = 10
 _FEW_EPOCHS = 3  # fewer of them need not be whole
 _FEWEST_STEPS = 8  # of tuning that are worth the closed form of the tuned towers
+_SHORT_MINUTES, _FEW_PAIRS = 3, 2048  # below, the first closed form is of so many pairs: tuning starts from it
+_IMAGES_ALONE_MINUTES = 1.5  # below, the image tower is tuned alone where pairs are many
 
 
 class LayerSet(NamedTuple):
@@ -87,12 +90,13 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class TowerTuning:
-    """Methods for both towers, with their learning rate and its factors."""
+    """Methods for towers, both or one, with their learning rate and its factors."""
 
     name: str
     specs: tuple[str, ...]
     lr: float
     lr_factors: tuple[tuple[str, float], ...] = ()
+    towers: tuple[Literal["image", "text"], ...] = ("image", "text")
 
 
 TUNINGS = (
@@ -101,6 +105,8 @@ TUNINGS = (
     TowerTuning("full", ("full",), 1e-3, (("tower", 0.03), ("norm", 0.03))),
 )
 """Tuned inside both towers, best first; a later one is tried where the budget holds both"""
+SHORT_TUNINGS = (replace(TUNINGS[0], name="low rank and norms of images", towers=("image",)), *TUNINGS[1:])
+"""Those where time is short for the pairs: in the image tower alone a step is cheaper, and was worth more (LOG)"""
 
 
 def layer_sets(blocks: int, given: Sequence[int] | str) -> list[LayerSet]:
@@ -138,7 +144,18 @@ def first_candidates(
     return [Candidate(*pair, ridge, width, class_weight) for pair in dict.fromkeys([*alike, *mixed])]
 
 
-def plan_closed_form(recipe: Recipe, chosen: Candidate, reason: str) -> StagePlan:
+def few_pairs(minutes: float | None, pairs: int) -> int | None:
+    """The pairs of the first closed form where there is little time for many; ``None`` where it is of all."""
+    return _FEW_PAIRS if minutes is not None and minutes < _SHORT_MINUTES and pairs >= 2 * _FEW_PAIRS else None
+
+
+def tunings_in(minutes: float | None, pairs: int) -> tuple[TowerTuning, ...]:
+    """The methods of tuning that a budget is planned with."""
+    short = minutes is not None and minutes < _IMAGES_ALONE_MINUTES and few_pairs(minutes, pairs) is not None
+    return SHORT_TUNINGS if short else TUNINGS
+
+
+def plan_closed_form(recipe: Recipe, chosen: Candidate, reason: str, name: str = CLOSED_FORM_STAGE) -> StagePlan:
     """Stage 1: the chosen heads, without a gradient step."""
     head = {"kind": "linear", "width": chosen.width, "standardize": True, "init": "cca", "ridge": list(chosen.ridge)}
     changes = {
@@ -148,7 +165,8 @@ def plan_closed_form(recipe: Recipe, chosen: Candidate, reason: str) -> StagePla
         "data": {"class_weight": chosen.class_weight},
         "train": {"epochs": 0},
     }
-    return StagePlan(CLOSED_FORM_STAGE, f"closed form, layers {chosen}", reason, changed(recipe, changes))
+    some = "" if recipe.data.max_pairs is None else f", of {recipe.data.max_pairs:,} pairs"
+    return StagePlan(name, f"closed form, layers {chosen}{some}", reason, changed(recipe, changes))
 
 
 def plan_last_layers(closed_form: Recipe, narrower: int) -> StagePlan | None:
@@ -184,6 +202,12 @@ def plan_tuning(base: Recipe, number: int, start: str, method: TowerTuning, spec
         "train": {"epochs": 1, "lr": method.lr, "lr_factors": dict(method.lr_factors), "init_from": start},
     }
     return StagePlan(tuning_stage_name(number, method), method.name, "", changed(base, changes))
+
+
+def with_random_heads(tuning: Recipe) -> Recipe:
+    """The recipe of tuning without the run it starts from, whose steps take as long."""
+    changes = {"train": {"init_from": None}, "head": {"init": "random"}, "data": {"class_weight": None}}
+    return changed(tuning, changes)
 
 
 def tuning_stage_name(number: int, method: TowerTuning) -> str:

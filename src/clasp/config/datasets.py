@@ -28,7 +28,7 @@ TrainValPairs = tuple[Pairs, Pairs]  # training, validation
 
 
 def open_training_pairs(recipe: Recipe) -> TrainValPairs:
-    """Training and validation pairs, filtered by language. Raises ``UserError``."""
+    """Training and validation pairs, filtered by language, at most ``data.max_pairs``. Raises ``UserError``."""
     data = recipe.data
     if data.train is None:
         raise UserError(
@@ -43,8 +43,18 @@ def open_training_pairs(recipe: Recipe) -> TrainValPairs:
             )
     pairs = _open(data.train, recipe)
     if data.val is not None:
-        return pairs, _open(data.val, recipe)
-    return split_by_group(pairs, data.val_fraction)
+        train, val = pairs, _open(data.val, recipe)
+    else:
+        train, val = split_by_group(pairs, data.val_fraction)
+    return limit_pairs(train, data.max_pairs), val
+
+
+def limit_pairs(train: Pairs, max_pairs: int | None) -> Pairs:
+    """Those of the pairs that ``data.max_pairs`` selects, in their order: groups stay whole but for the last."""
+    if max_pairs is None or len(train) <= max_pairs:
+        return train
+    lowest = np.argsort(train.group_fractions("max_pairs"), kind="stable")[:max_pairs]
+    return train.subset(np.sort(lowest))
 
 
 def open_pairs_for_recipe(

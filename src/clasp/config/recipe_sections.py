@@ -6,7 +6,7 @@ configure.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -80,6 +80,9 @@ class DataSettings(BaseModel):
     """Names of the columns; each format's usual ones where left out"""
     languages: list[str] = []
     """Keep captions in these languages only; all where empty"""
+    max_pairs: Annotated[int, Field(ge=2)] | None = None
+    """Most training pairs: where there are more, those whose groups have the lowest hashes are trained on, and the
+    others are not read; validation keeps all of its own"""
     captions: Literal["sample", "all"] = "sample"
     """sample: one random caption of each pair per epoch; all: every caption is a separate sample"""
     augment: Augment | None = None

@@ -47,13 +47,15 @@ class AutoRow:
 class AutoPlan:
     """The state of a climb.
 
-    ``seconds``: those of earlier sessions; ``reserved_seconds``: those that the closed form of tuned towers will take,
+    ``seconds``, ``energy_kwh``: those of all sessions, the latter ``None`` where it was not measured;
+    ``reserved_seconds``: those that the closed form of tuned towers will take,
     once a method of tuning was timed; ``best``: the folder name of the best stage.
     """
 
     recipe: dict[str, Any]
     primary: str = ""
     seconds: float = 0.0
+    energy_kwh: float | None = None
     reserved_seconds: float = 0.0
     best: str = ""
     finished: bool = False

@@ -59,7 +59,7 @@ An image–text model aligned with clasp: `{recipe.image.tower}` and `{recipe.te
 Trained on {self.train_pairs:,} pairs of `{recipe.data.train}`, validated on {self.val_pairs:,} others;
 {seen}, seed {recipe.train.seed}.
 {classes}{skipped if fitted.skipped else ""}{answers}
-{markdown_table(["cost", ""], cost_rows(self.cost))}
+{cost_section(self.cost)}
 
 ```python
 import clasp
@@ -78,6 +78,21 @@ def results_section(heading: str, table: AnnotatedTable) -> str:
     """A section of a model card with one table of results and its notes, in Markdown."""
     notes = "".join(f"\n{note}\n" for note in table.notes)
     return f"\n## {heading}\n\n{markdown_table(table.columns, table.rows)}\n{notes}"
+
+
+def cost_section(cost: RunCost) -> str:
+    """The cost of a run as a table, in Markdown."""
+    return markdown_table(["cost", ""], cost_rows(cost))
+
+
+def stage_cost_section(whole: RunCost, kept: RunCost, name: str) -> str:
+    """The cost of all stages of a run beside that of the one that was kept, ``name``."""
+    of_all, of_kept = (
+        {title.partition(" in ")[0] if title.startswith("seconds") else title: cell for title, cell in cost_rows(cost)}
+        for cost in (whole, kept)
+    )
+    rows = [[title, of_all.get(title, ""), of_kept.get(title, "")] for title in of_all | of_kept]
+    return markdown_table(["cost", "all stages", name], rows)
 
 
 def cost_rows(cost: RunCost) -> list[list[str]]:

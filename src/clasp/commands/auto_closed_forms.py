@@ -1,0 +1,188 @@
+"""The stages of ``clasp train auto`` in closed form: of the frozen towers, of few pairs or all, and of tuned towers.
+
+Input: the user's recipe, the pairs, and the stages of a session. Output: the heads that validation chooses
+(``commands.closed_form``), trained as stages. Note: where the minutes are short, the first stage is the closed form of
+the last layers of few pairs, which tuning starts from; that of all pairs follows where no step of tuning fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import PartialState
+
+from clasp.commands.auto_stages import AutoCallbacks, AutoStages
+from clasp.commands.closed_form import (
+    ClosedFormSearch,
+    ClosedFormTrial,
+    SearchedLayers,
+    begin_search,
+    choose_start,
+    choose_trial,
+    search_recipe,
+    tuned_search_recipe,
+)
+from clasp.commands.step_timing import time_closed_form
+from clasp.config.auto_plan import (
+    ALL_PAIRS_STAGE,
+    CLOSED_FORM_STAGE,
+    RIDGES,
+    TUNED_CLOSED_FORM,
+    TUNED_RIDGES,
+    TUNINGS,
+    StepTiming,
+    changed,
+    few_pairs,
+    plan_closed_form,
+    plan_tuned_closed_form,
+    tuned_closed_form_seconds,
+)
+from clasp.config.build import build_feature_source, build_model, build_model_and_preprocessing
+from clasp.config.datasets import TrainValPairs, limit_pairs
+from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.data.cache_folder import cache_folder
+from clasp.data.readers import PairIndex
+from clasp.evaluation.from_pairs import validation_task
+from clasp.report.auto_table import AutoPlan, AutoRow
+from clasp.training.run_folder import RunFolder
+from clasp.training.warm_start import load_initial_weights
+
+_SEARCH_SHARE = 0.05  # of the minutes, for a search of closed forms once its features are cached
+_MINUTES_FOR_ALL_LAYERS = 3  # their moments alone take a quarter of a minute
+_TUNED_NUMBER = 2 + len(TUNINGS)
+_Choice = Callable[[Sequence[ClosedFormTrial]], tuple[ClosedFormTrial, str]]
+TUNED_STAGE = f"{_TUNED_NUMBER}-{TUNED_CLOSED_FORM}"
+
+
+@contextmanager
+def _own_features(run: Path) -> Iterator[Path]:
+    """A folder for the features of the tuned towers of a run, since the usual cache is by base weights; what a killed
+    session left in it is deleted."""
+    folder = cache_folder() / f"tuned-{hashlib.sha256(os.fsencode(os.path.realpath(run))).hexdigest()[:16]}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class ClosedFormStages:
+    """The stages in closed form of one session. ``base``: the user's recipe, with poolings for several layers."""
+
+    def __init__(
+        self, base: Recipe, pairs: TrainValPairs, plan: AutoPlan, stages: AutoStages, callbacks: AutoCallbacks
+    ):
+        self.base, self.pairs, self.plan, self.io, self._stages = base, pairs, plan, callbacks, stages
+        self.minutes = stages.budget.minutes
+        self._few = few_pairs(self.minutes, len(pairs[0]))
+
+    @property
+    def kept(self) -> str:
+        """The stage of the frozen towers that heads take their layers from."""
+        whole = self.plan.row(ALL_PAIRS_STAGE)
+        return CLOSED_FORM_STAGE if whole is None else ALL_PAIRS_STAGE
+
+    def of_frozen_towers(self) -> None:
+        """Stage 1: the heads in closed form that validation chooses."""
+        if self._few is None:
+            self._train(CLOSED_FORM_STAGE, search_recipe(self.base, self._layers), self.base)
+        else:
+            few = changed(self.base, {"data": {"max_pairs": self._few}})
+            self._train(CLOSED_FORM_STAGE, search_recipe(few, "last"), few, choose_start)
+
+    def of_all_pairs(self) -> None:
+        """The closed form of all pairs, where the first was of few and no stage tuned the towers."""
+        if self._few is not None:
+            self._train(ALL_PAIRS_STAGE, search_recipe(self.base, self._layers), self.base)
+
+    @property
+    def _layers(self) -> SearchedLayers:
+        return "upper half" if (self.minutes or float("inf")) < _MINUTES_FOR_ALL_LAYERS else "all"
+
+    def _train(self, name: str, searched: Recipe, base: Recipe, choose: _Choice = choose_trial) -> None:
+        """Search among the layers of ``searched``, and train the choice as a stage of ``base``."""
+        if self.plan.row(name) is not None:
+            return
+        self._drop_candidates()
+        search = self._begin(searched)
+        pairs = "" if base.data.max_pairs is None else f" of {base.data.max_pairs:,} pairs"
+        self.io.say(f"features{pairs} are cached; {self._stages.seconds:,.0f} s so far")
+        chosen, reason = choose(self._run(search, RIDGES))
+        if (left := self._stages.left.seconds) is not None and left < 0:
+            reason += f"; the budget of {self._stages.budget} ended before it"
+        self._stages.train(plan_closed_form(base, chosen.candidate, reason, name), search.heads(chosen.candidate))
+
+    def of_tuned_towers(self, tuned: AutoRow | None) -> None:
+        """The heads in closed form again, of the layers of the tuned towers: ``tuned``, the best stage of tuning."""
+        if self.plan.row(TUNED_STAGE) is not None:
+            return
+        self._drop_candidates()
+        method = "closed form of the tuned towers"
+        if tuned is None:
+            return self._stages.leave_out(TUNED_STAGE, method, "no stage tuned the towers")
+        left = self._stages.left.seconds
+        if left is not None and left <= 0 and self._few is None:  # after one of few pairs, it is the first of all pairs
+            return self._stages.leave_out(TUNED_STAGE, method, f"the budget of {self._stages.budget} has ended")
+        folder = self._stages.folder / tuned.stage
+        recipe = recipe_from_dict(RunFolder(folder).recipe(), tuned.stage)
+        recipe = tuned_search_recipe(self.base, recipe, str(folder))
+        with _own_features(self._stages.run) as features:
+            search = self._begin(recipe, features)
+            chosen, reason = choose_trial(self._run(search, TUNED_RIDGES))
+            stage = plan_tuned_closed_form(
+                recipe, _TUNED_NUMBER, chosen.candidate, f"towers of {tuned.stage}; {reason}"
+            )
+            self._stages.train(stage, search.heads(chosen.candidate), features)
+
+    def seconds_of_tuned(self, timing: StepTiming, tuning: Recipe) -> float:
+        """The time that the closed form of towers tuned with a recipe will take, with its features."""
+        stage = self.plan.row(CLOSED_FORM_STAGE)
+        assert stage is not None
+        search = self.plan.rows[0].seconds  # moments of all pairs and a trial, where the first stage took these
+        if self._few is not None:
+            model = build_model(tuned_search_recipe(self.base, tuning, str(self._stages.run)), meta=True)
+            search = time_closed_form(model.image.width, model.text.width, len(self.pairs[0]))
+        return tuned_closed_form_seconds(timing, search + stage.seconds)
+
+    # --- a search ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, recipe: Recipe, cache: Path | None = None) -> ClosedFormSearch:
+        """The search over the towers of ``recipe``, or those of ``train.init_from``, frozen; ``cache``: as that of
+        ``build_feature_source``."""
+        train = limit_pairs(self.pairs[0], recipe.data.max_pairs)
+        parts = build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
+        if recipe.train.init_from is not None:
+            load_initial_weights(parts.model, recipe.to_dict())
+        parts.model.requires_grad_(False).to(PartialState().device).eval()
+        inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say, cache=cache)
+        sides = inputs.batch_reader(train, PairIndex(train), None)
+        task = validation_task(*self.pairs, inputs)
+        self.plan.primary = task.primary
+        return begin_search(parts.model, recipe, sides, task, inputs)
+
+    def _run(self, search: ClosedFormSearch, ridges: Sequence[tuple[float, float]]) -> list[ClosedFormTrial]:
+        """Try candidates for a share of the minutes, each a row of the plan, the first with the seconds of the moments;
+        half as long is left for what follows."""
+        began, left = time.monotonic(), self._stages.left.seconds
+        share = float("inf") if self.minutes is None else _SEARCH_SHARE * 60 * self.minutes
+        limit = share if left is None else min(share, left - share / 2)
+        trials = search.run(self.io.say, lambda: time.monotonic() - began > limit, ridges)
+        for place, trial in enumerate(trials):
+            seconds = trial.seconds + (0.0 if place else search.seconds_of_moments)
+            row = AutoRow(method=str(trial.candidate), verdict="tried", seconds=seconds)
+            row = replace(row, metric=trial.score.value, interval=tuple(trial.score.interval))
+            self.plan.rows.append(replace(row, trained=trial.delta_bytes // 4))
+        return trials
+
+    def _drop_candidates(self) -> None:
+        """Remove the candidates of a search that was interrupted."""
+        while self.plan.rows and not self.plan.rows[-1].stage:
+            self.plan.rows.pop()
