@@ -15,23 +15,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import HEADER, machine, quick
+from benchmarks.harness import HEADER, machine, precisions, quick
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"
 COMPARED = (
-    "heads_only",
-    "feature_cache",
+    "bfloat16",
     "tuning_methods",
     "flops_utilization",
+    "encode",
+    "heads_only",
+    "feature_cache",
     "locked_image",
     "loss",
     "grad_cache",
-    "encode",
-    "bfloat16",
     "msclip_forward",
 )
-KNOWN = ("length_buckets", "torch_compile", "processes", "scaling")
+KNOWN = ("processes", "scaling")
 SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -80,22 +80,27 @@ def written(results: dict[str, Any]) -> str:
         f"{about['memory_GB']} GB; {about['system']}; {about['precision']}. {versions}. "
         f"All of it took {results['minutes']} minutes.",
         "",
-        *_table(scripts, COMPARED),
+        *(line for precision in precisions() for line in _section(scripts, precision)),
+        "### Without a target",
         "",
-        "To be known, without a target:",
-        "",
-        *_table(scripts, KNOWN),
+        *_table(scripts, KNOWN, "float32"),
         "",
         "![time and memory against pairs, batch, blocks and tokens](scaling.png)",
     ]
     return "\n".join(lines)
 
 
-def _table(scripts: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+def _section(scripts: dict[str, Any], precision: str) -> list[str]:
+    return [f"### In {precision}", "", *_table(scripts, COMPARED, precision), ""]
+
+
+def _table(scripts: dict[str, Any], names: tuple[str, ...], precision: str) -> list[str]:
+    """The rows of some scripts that are in this precision; a script that failed is in the first table."""
     lines = [["script", *HEADER], ["---"] * (1 + len(HEADER))]
     for name in (name for name in names if name in scripts):
-        lines += [[name, *cells] for cells in scripts[name]["cells"]]
-        if scripts[name]["error"]:
+        found = zip(scripts[name]["rows"], scripts[name]["cells"], strict=True)
+        lines += [[name, *cells] for row, cells in found if row["precision"] == precision]
+        if scripts[name]["error"] and (names == KNOWN or precision == precisions()[0]):
             lines.append([name, f"**failed**: {scripts[name]['error']}", *[""] * (len(HEADER) - 1)])
     return ["| " + " | ".join(line) + " |" for line in lines]
 

@@ -1,8 +1,9 @@
 """Training and encoding in bfloat16, where the processor computes it: clasp and its peers under the same autocast.
 
-LoRA, and adapters with norms, in both towers, against VisionTextDualEncoder with peft as well as it can be set up, and
-against sentence-transformers' Router of two towers with its cached loss; the step as a share of the machine's bfloat16
-products; and encoding against peers whose weights are bfloat16, and against clasp itself in float32.
+LoRA, and adapters with norms, in both towers, against VisionTextDualEncoder with peft as its example has it and as well
+as it can be set up, and against sentence-transformers' Router of two towers with its cached loss; encoding against
+peers whose weights are bfloat16, and against clasp itself in float32; and both as a share of the machine's bfloat16
+products.
 Note: on a processor without bfloat16 instructions the script says so and measures nothing.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,44 +19,30 @@ from benchmarks import encode, harness, peer_models, sample_data, tuning_methods
 from benchmarks.harness import Contestant, Measured, Peak, Row, sized
 from benchmarks.peer_models import Rival
 from benchmarks.peers import attempt, imported
-from clasp.config.build import ModelAndPreprocessing
-from clasp.models.inference import EmbeddingModel, EncoderPrecision
+from clasp.models.inference import EncoderPrecision
 from clasp.models.precision import detect_precision
-from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
 from clasp.training.cost.flops import count_total_flops
 
 BATCHES = (sized(32, 4), sized(64, 8))
-SIZE = sized(2048, 256)
-FASTER, SMALLER, SHARE = 1.6, 0.75, 0.6
+SMALLER, SHARE, FASTER_THAN_FLOAT32 = 0.75, 0.6, 2.2
 DUAL = "VisionTextDualEncoder + peft, set up as well as it can be, autocast"
+EXAMPLE = "VisionTextDualEncoder + peft as its example, autocast"
 ROUTER = "sentence-transformers Router + peft, CachedMultipleNegativesRankingLoss, autocast"
+FASTER = {EXAMPLE: tuning_methods.FASTER["example"], DUAL: 1.6, ROUTER: 1.6}
 BF16 = EncoderPrecision("bfloat16", "bfloat16")
-
-
-def autocast() -> Any:
-    return torch.autocast("cpu", torch.bfloat16)
 
 
 # --- contestants -----------------------------------------------------------------------------------------------------
 
 
 def our_step(kind: str, batch: int) -> harness.Run:
-    """A step of ``clasp train`` with the attention kernel that it chooses on this machine."""
     mine = tuning_methods.ours(kind, batch, "bfloat16")
-    pairs = next(iter(mine.batches.epoch(0)))
-    kernel = choose_attention_kernel("auto", "bfloat16", torch.device("cpu")).attention
-
-    def step() -> int:
-        with use_attention_kernel(kernel):
-            return mine.step(pairs)
-
-    return step
+    return partial(mine.step, next(iter(mine.batches.epoch(0))))
 
 
-def dual_step(kind: str, batch: int) -> harness.Run:
-    theirs = tuning_methods.rival(kind, "best")
-    tensors = tuning_methods.batch_of("best", batch)
-    return _under_autocast(theirs, tensors)
+def dual_step(kind: str, batch: int, setup: str = "best") -> harness.Run:
+    theirs = tuning_methods.rival(kind, setup, "bfloat16")
+    return partial(theirs.step, *tuning_methods.batch_of(setup, batch))
 
 
 def router_step(kind: str, batch: int) -> harness.Run:
@@ -92,21 +78,16 @@ def router_step(kind: str, batch: int) -> harness.Run:
         return loss([image, {"input_ids": ids, "attention_mask": mask, "modality": "text"}], labels)
 
     model.eval()  # no dropout, as the other contestants
-    return _under_autocast(Rival(model, step, fused=True, clip=1.0), tuning_methods.batch_of("best", batch))
+    rival = Rival(model, step, fused=True, clip=1.0, precision="bfloat16")
+    return partial(rival.step, *tuning_methods.batch_of("best", batch))
 
 
-def _under_autocast(rival: Rival, tensors: tuple[Tensor, Tensor, Tensor]) -> harness.Run:
-    plain = rival.loss
-
-    def loss(*inputs: Tensor) -> Tensor:
-        with autocast():
-            return plain(*inputs)
-
-    rival.loss = loss
-    return partial(rival.step, *tensors)
-
-
-STEPS: dict[str, Callable[[str, int], harness.Run]] = {"clasp": our_step, DUAL: dual_step, ROUTER: router_step}
+STEPS: dict[str, Callable[[str, int], harness.Run]] = {
+    "clasp": our_step,
+    EXAMPLE: partial(dual_step, setup="example"),
+    DUAL: dual_step,
+    ROUTER: router_step,
+}
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -124,39 +105,34 @@ def rows() -> Sequence[Row]:
 def speed(kind: str, batch: int) -> list[Row]:
     made = {name: attempt(partial(maker, kind, batch)) for name, maker in STEPS.items()}
     runs = {name: run for name, run in made.items() if not isinstance(run, str)}
-    left, right = torch.randn(2, SIZE, SIZE).bfloat16().unbind()
-
-    def products() -> int:
-        for _ in range(4):
-            torch.mm(left, right)
-        return 4
-
-    rates = harness.race([*(Contestant(name, run) for name, run in runs.items()), Contestant("products", products)])
-    flops = count_total_flops(runs["clasp"])
+    contestants = [Contestant(name, run) for name, run in runs.items()]
+    rates = harness.race([*contestants, harness.products("bfloat16")])
+    flops = {name: count_total_flops(run) for name, run in runs.items()}
     profile = harness.profiled(runs["clasp"])
-    work = f"{tuning_methods.WORK[kind]}, bfloat16, batch {batch}"
-    mine = Measured("clasp", tuple(1e-9 * flops * rate / batch for rate in rates["clasp"].values))
-    machine = Measured("products", tuple(2e-9 * SIZE**3 * rate for rate in rates["products"].values))
-    against = f"bfloat16 products of {SIZE} × {SIZE} matrices"
-    note = f"{1e-9 * flops:,.0f} GFLOP a step"
-    found = [Row(work, "GFLOP/s", mine, against, machine, SHARE, "higher", note, profile)]
-    for name in (DUAL, ROUTER):
-        note = made[name] if isinstance(made[name], str) else tuning_methods.unlike(kind).removeprefix("; ")
-        found.append(Row(work, "pairs/s", rates["clasp"], name, rates.get(name), FASTER, "higher", str(note), profile))
-    return found
+    work = f"{tuning_methods.WORK[kind]}, batch {batch}"
+    share = rates["clasp"], rates["products"], SHARE, profile, "bfloat16"
+    found = []
+    for name, target in FASTER.items():
+        note, theirs = str(made[name]), rates.get(name)
+        if theirs is not None:
+            note = f"theirs counts {flops[name] / flops['clasp']:.2f} × our FLOPs{tuning_methods.unlike(kind)}"
+        found.append(Row(work, "pairs/s", rates["clasp"], name, theirs, target, "higher", note, profile, "bfloat16"))
+    return [*found, harness.share_of_machine(work, flops["clasp"] / batch, *share)]
 
 
 def memory(kind: str) -> list[Row]:
     peaks = {name: attempt(partial(harness.peak_elsewhere, "bfloat16", f"{name}: {kind}")) for name in STEPS}
     mine = peaks["clasp"]
     assert isinstance(mine, Peak), mine
-    work = f"{tuning_methods.WORK[kind]}, bfloat16: peak memory of the process"
+    work = f"{tuning_methods.WORK[kind]}: peak memory of the process"
+    bound = "the activations of the same layers, kept on either side"
     found = []
-    for name in (DUAL, ROUTER):
+    for name in FASTER:
         theirs = peaks[name]
         size = Measured("", (theirs.process,)) if isinstance(theirs, Peak) else None
         note = f"batch {BATCHES[-1]}" if isinstance(theirs, Peak) else theirs
-        found.append(Row(work, "MB", Measured("", (mine.process,)), name, size, SMALLER, "lower", note))
+        ours = Measured("", (mine.process,))
+        found.append(Row(work, "MB", ours, name, size, SMALLER, "lower", note, bound, "bfloat16"))
     return found
 
 
@@ -164,31 +140,24 @@ def encoding() -> list[Row]:
     parts = sample_data.untouched()
     found = []
     for work, unit, target, ours, peers in (
-        ("encode images, bfloat16", "images/s", encode.FASTER_IMAGES, _our_images, encode.IMAGE_PEERS),
-        ("encode captions, bfloat16", "captions/s", encode.FASTER_CAPTIONS, _our_captions, encode.CAPTION_PEERS),
+        ("encode images", "images/s", encode.FASTER_IMAGES, encode.our_images, encode.IMAGE_PEERS),
+        ("encode captions", "captions/s", encode.FASTER_CAPTIONS, encode.our_captions, encode.CAPTION_PEERS),
     ):
         made = {name: attempt(partial(maker, parts, torch.bfloat16)) for name, maker in peers.items()}
         contestants = [Contestant("clasp", ours(parts, BF16)), Contestant("float32", ours(parts, EncoderPrecision()))]
         contestants += [Contestant(name, run) for name, run in made.items() if not isinstance(run, str)]
-        rates = harness.race(contestants)
+        rates = harness.race([*contestants, harness.products("bfloat16")])
+        flops = count_total_flops(contestants[0].run) / contestants[0].run()
         profile = harness.profiled(contestants[0].run)
-        for name, run in made.items():
-            note = run if isinstance(run, str) else "its weights in bfloat16"
-            found.append(Row(work, unit, rates["clasp"], name, rates.get(name), target, "higher", note, profile))
-        found.append(Row(work, unit, rates["clasp"], "clasp, float32", rates["float32"], 2.2, "higher", "", profile))
+        wanted: dict[str, tuple[float, str]] = {
+            name: (target, run if isinstance(run, str) else "its weights in bfloat16") for name, run in made.items()
+        }
+        for name, (least, note) in {**wanted, "float32": (FASTER_THAN_FLOAT32, "clasp itself")}.items():
+            theirs = rates.get(name)
+            found.append(Row(work, unit, rates["clasp"], name, theirs, least, "higher", note, profile, "bfloat16"))
+        share = rates["clasp"], rates["products"], None, profile, "bfloat16"
+        found.append(harness.share_of_machine(work, flops, *share))
     return found
-
-
-def _our_images(parts: ModelAndPreprocessing, precision: EncoderPrecision) -> harness.Run:
-    model = EmbeddingModel(parts.model.eval(), parts.transform, parts.tokenizer, precision=precision)
-    paths = encode.photos(encode.IMAGES)
-    return lambda: len(model.encode_image(paths))
-
-
-def _our_captions(parts: ModelAndPreprocessing, precision: EncoderPrecision) -> harness.Run:
-    model = EmbeddingModel(parts.model.eval(), parts.transform, parts.tokenizer, precision=precision)
-    texts = sample_data.captions(encode.CAPTIONS)
-    return lambda: len(model.encode_text(texts))
 
 
 PEAKS = {

@@ -21,14 +21,14 @@ from benchmarks.harness import Contestant, Row, Run, sized
 from benchmarks.peers import attempt, imported
 from benchmarks.sample_data import SIZE
 from clasp.config.build import ModelAndPreprocessing
-from clasp.models.inference import EmbeddingModel
+from clasp.models.inference import EmbeddingModel, EncoderPrecision
 
 IMAGES = sized(160, 8)
 CAPTIONS = sized(1000, 32)
 BATCH = 64
 FASTER_IMAGES, FASTER_CAPTIONS = 1.3, 2.0
 Maker = Callable[..., Run]
-"""Towers, and the dtype of the weights, to what encodes with them."""
+"""Towers, and a peer's dtype of the weights or our precision, to what encodes with them."""
 
 
 def photos(count: int) -> list[Path]:
@@ -81,9 +81,13 @@ def compare(work: str, unit: str, target: float, ours: Maker, peers: dict[str, M
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def our_images(parts: ModelAndPreprocessing) -> Run:
-    model, paths = EmbeddingModel(parts.model.eval(), parts.transform, parts.tokenizer), photos(IMAGES)
+def our_images(parts: ModelAndPreprocessing, precision: EncoderPrecision | None = None) -> Run:
+    model, paths = our_model(parts, precision), photos(IMAGES)
     return lambda: len(model.encode_image(paths))
+
+
+def our_model(parts: ModelAndPreprocessing, precision: EncoderPrecision | None) -> EmbeddingModel:
+    return EmbeddingModel(parts.model.eval(), parts.transform, parts.tokenizer, precision=precision)
 
 
 def open_clip_images(parts: ModelAndPreprocessing, dtype: torch.dtype = torch.float32) -> Run:
@@ -130,8 +134,8 @@ def sentence_transformers_images(parts: ModelAndPreprocessing, dtype: torch.dtyp
 # --- captions --------------------------------------------------------------------------------------------------------
 
 
-def our_captions(parts: ModelAndPreprocessing) -> Run:
-    model, texts = EmbeddingModel(parts.model.eval(), parts.transform, parts.tokenizer), sample_data.captions(CAPTIONS)
+def our_captions(parts: ModelAndPreprocessing, precision: EncoderPrecision | None = None) -> Run:
+    model, texts = our_model(parts, precision), sample_data.captions(CAPTIONS)
     return lambda: len(model.encode_text(texts))
 
 

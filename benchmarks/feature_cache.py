@@ -1,7 +1,7 @@
 """A deep adapter, or the top two blocks, in both towers: epochs after the first, with and without the feature cache.
 
 Both sides are clasp, with and without ``data.feature_cache``: without it, images are decoded and the frozen blocks are
-run in every step. The FLOPs of both are counted, which gives the maximum speed-up of a cache.
+run in every step. The FLOPs of both are counted, which gives the maximum speed-up of a cache: the target is 0.95 of it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from pathlib import Path
 
 from benchmarks import harness, sample_data
 from benchmarks.harness import Contestant, Row, sized
+from clasp.models.precision import Precision
 from clasp.training.cost.flops import count_total_flops
 
 BATCH = sized(64, 8)
 PAIRS = sized(256, 16)
-TARGET = 5
+SHARE = 0.95  # of what the FLOPs allow
 TUNED = {"deep adapter (one new block on top)": "deep(1)", "top 2 blocks": "last(2)"}
 
 
 def rows() -> Sequence[Row]:
-    return [row for work, spec in TUNED.items() for row in compare(work, spec)]
+    return [compare(work, spec, precision) for precision in harness.precisions() for work, spec in TUNED.items()]
 
 
-def compare(work: str, spec: str) -> list[Row]:
+def compare(work: str, spec: str, precision: Precision) -> Row:
     recipe = sample_data.recipe(f'tune.image=["{spec}"]', f'tune.text=["{spec}"]')
     with tempfile.TemporaryDirectory() as cache:
         made = {
@@ -33,6 +34,7 @@ def compare(work: str, spec: str) -> list[Row]:
                 sample_data.pairs(PAIRS),
                 batch=BATCH,
                 cache=Path(cache),
+                precision=precision,
             )
             for features in ("float16", "off")
         }
@@ -48,10 +50,11 @@ def compare(work: str, spec: str) -> list[Row]:
         flops = {name: count_total_flops(lambda ours=ours: ours.epoch(most=1)) for name, ours in made.items()}
         profile = harness.profiled(made["float16"].epoch)
     most = flops["off"] / flops["float16"]
-    bound = f"arithmetic: without the cache a step counts {most:.2f} times the FLOPs; {profile}"
+    bound = f"arithmetic, which allows {most:.2f}; {profile}"
     name = "the same, data.feature_cache=off"
     note = f"batch {BATCH}; states kept in float16; {most:.2f} × the FLOPs without"
-    return [Row(work, "pairs/s", rates["cached"], name, rates["off"], TARGET, "higher", note, bound)]
+    target = round(SHARE * most, 2)
+    return Row(work, "pairs/s", rates["cached"], name, rates["off"], target, "higher", note, bound, precision)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def model() -> DualEncoder:
     image = Dinov2Model(Dinov2Config(**shape, image_size=SIZE, patch_size=8, use_mask_token=False))
     text = BertModel(BertConfig(**shape, intermediate_size=4 * WIDTH), add_pooling_layer=False)
     towers = (
-        Tower(Backbone("small ViT", "image", image, "", "cls")),
-        Tower(Backbone("small BERT", "text", text, "", "mean")),
+        Tower(Backbone("small ViT", "image", image.eval(), "", "cls")),
+        Tower(Backbone("small BERT", "text", text.eval(), "", "mean")),
     )
     made = DualEncoder(*towers, HeadSettings(width=256), seed=0)
     names = {name for tower in ("image", "text") for name in (f"{tower}.net.", f"{tower}_head.")}
@@ -125,7 +125,7 @@ def rows() -> Sequence[Row]:
     contestants = [Contestant("clasp", partial(clasp, mine, batch))]
     if not isinstance(loss, str):
         contestants.append(Contestant("peer", partial(theirs, loss, other, batch)))
-    rates = harness.race(contestants)
+    rates = harness.race(contestants, warm=False)  # a run takes long
     taken = {name: Measured(name, tuple(BATCH / rate for rate in rate.values)) for name, rate in rates.items()}
     note = loss if isinstance(loss, str) else "two small towers of 4 blocks, width 192"
     profile = harness.profiled(contestants[0].run)

@@ -43,7 +43,7 @@ def measure(what: str, *, train: bool) -> Row:
     answer = Measured("tokens", (float(call / token),))
     set_to = Measured("constant", (float(TOKENS_PER_CALL["cpu"]),))
     note = f"{1e6 * token:.3g} µs a token, {1e3 * call:.3g} ms a call, {ROWS} captions of {LENGTHS} tokens"
-    return Row(f"a call of MiniLM-L6, {what}", "tokens", answer, "TOKENS_A_CALL['cpu']", set_to, None, "lower", note)
+    return Row(f"a call of MiniLM-L6, {what}", "tokens", answer, "TOKENS_PER_CALL['cpu']", set_to, None, "lower", note)
 
 
 def _tokens(rows: int, length: int) -> Tokens:

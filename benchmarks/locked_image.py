@@ -14,6 +14,7 @@ from benchmarks import harness, peer_models, sample_data
 from benchmarks.harness import Contestant, Row, sized
 from benchmarks.peer_models import OPEN_CLIP_LENGTH, Rival
 from benchmarks.peers import attempt
+from clasp.models.precision import Precision
 
 BATCH = sized(64, 8)
 PAIRS = sized(128, 16)
@@ -21,10 +22,14 @@ TARGET = 1.5
 
 
 def rows() -> Sequence[Row]:
+    return [row for precision in harness.precisions() for row in compare(precision)]
+
+
+def compare(precision: Precision) -> list[Row]:
     towers = sample_data.untouched()
     plain = sample_data.plain(towers, PAIRS)
     recipe = sample_data.recipe('tune.text=["full"]')
-    ours = sample_data.Ours(recipe, sample_data.pairs(PAIRS), batch=BATCH, cache=Path())
+    ours = sample_data.Ours(recipe, sample_data.pairs(PAIRS), batch=BATCH, cache=Path(), precision=precision)
 
     def first_epoch() -> int:
         with tempfile.TemporaryDirectory() as cache:  # an empty cache
@@ -34,7 +39,7 @@ def rows() -> Sequence[Row]:
     def lock_image() -> Rival:
         model = peer_models.open_clip_model(towers)
         model.lock_image_tower()
-        return peer_models.open_clip_rival(model)
+        return peer_models.open_clip_rival(model, precision)
 
     rival = attempt(lock_image)
 
@@ -56,10 +61,12 @@ def rows() -> Sequence[Row]:
     rates = harness.race(contestants)
     bound = harness.profiled(first_epoch)
     note = rival if isinstance(rival, str) else f"batch {BATCH}, {PAIRS} pairs"
-    return [
-        Row("LiT, first epoch", "pairs/s", rates["clasp"], name, rates.get(name), target, "higher", note, bound)
-        for name, (_, target) in lengths.items()
-    ]
+    found = []
+    for name, (_, target) in lengths.items():
+        theirs = rates.get(name)
+        row = Row("LiT, first epoch", "pairs/s", rates["clasp"], name, theirs, target, "higher", note, bound, precision)
+        found.append(row)
+    return found
 
 
 if __name__ == "__main__":

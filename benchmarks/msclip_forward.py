@@ -4,7 +4,7 @@ inputs.
 Random weights, and captions sampled from the demo's data in CLIP's vocabulary (14 tokens on average; Flickr8k has 15).
 The plain implementation is that of the released code: attention as two products with an explicit map, an additive mask,
 and 77 tokens for every caption. Clasp uses PyTorch's attention, and unpadded captions. Both give the same embeddings to
-1e-5, or nothing is timed. Images and captions are timed separately; a row for both adds their times.
+1e-5 in float32, or nothing is timed. Images and captions are timed separately; a row for both adds their times.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks import harness, sample_data
 from benchmarks.harness import Contestant, Measured, Row, sized
 from clasp.config.build import build_model_and_preprocessing
 from clasp.config.recipe import read_recipe
+from clasp.models.precision import Precision, computing_in
 from clasp.training.cost.flops import count_macs
 
 RECIPES = ("msclip/msclip-s-b32", "msclip/clip-b32")
@@ -34,10 +35,10 @@ PARTS = ("images", "captions")
 
 
 def rows() -> Sequence[Row]:
-    return [row for name in RECIPES for row in compare(name)]
+    return [row for precision in harness.precisions() for name in RECIPES for row in compare(name, precision)]
 
 
-def compare(name: str) -> list[Row]:
+def compare(name: str, precision: Precision) -> list[Row]:
     parts = build_model_and_preprocessing(read_recipe(name))
     model = parts.model.eval()
     pixels = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -54,6 +55,7 @@ def compare(name: str) -> list[Row]:
     with torch.inference_mode():
         for part in PARTS:  # verify that the embeddings are equal
             torch.testing.assert_close(work["clasp", part](), work[PLAIN, part](), rtol=0, atol=SAME)
+    with torch.inference_mode(), computing_in(precision, torch.device("cpu")):
         rates = harness.race([Contestant(f"{who}: {part}", _counted(run)) for (who, part), run in work.items()])
         macs = {key: count_macs(run) for key, run in work.items()}
         bound = harness.profiled(lambda: sum(len(work["clasp", part]()) for part in PARTS))
@@ -65,7 +67,7 @@ def compare(name: str) -> list[Row]:
         note = f"{about}; the plain way counts {counts[0] / counts[1]:.2f} times the FLOPs"
         target, unit = (TARGET, "pairs/s") if chosen == PARTS else (None, f"{chosen[0]}/s")
         title_of = f"{title}: forward pass of {' and '.join(chosen)}"
-        found.append(Row(title_of, unit, ours, PLAIN, theirs, target, "higher", note, bound))
+        found.append(Row(title_of, unit, ours, PLAIN, theirs, target, "higher", note, bound, precision))
     return found
 
 

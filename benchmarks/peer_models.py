@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks.peers import imported
 from benchmarks.sample_data import SIZE, WIDTH, WORK
 from clasp.config.build import ModelAndPreprocessing
+from clasp.models.precision import Precision, computing_in
 from clasp.models.transformer.bert import BertEncoder
 from clasp.models.transformer.dinov2 import Dinov2Encoder
 from clasp.training.memory import ActivationMemory
@@ -180,10 +181,18 @@ Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Rival:
-    """A peer's training step: its model, its loss, AdamW over its trainable parameters."""
+    """A peer's training step: its model, its loss, AdamW over its trainable parameters; bfloat16 is autocast's."""
 
-    def __init__(self, model: nn.Module, loss: Step, *, fused: bool = False, clip: float | None = None):
-        self.model, self.loss, self.clip = model, loss, clip
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Step,
+        *,
+        fused: bool = False,
+        clip: float | None = None,
+        precision: Precision = "float32",
+    ):
+        self.model, self.plain_loss, self.clip, self.precision = model, loss, clip, precision
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.1, fused=fused)
 
@@ -196,6 +205,10 @@ class Rival:
         self.optimizer.step()
         return len(pixels)
 
+    def loss(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        with computing_in(self.precision, pixels.device):
+            return self.plain_loss(pixels, ids, mask)
+
     def kept(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> int:
         """Activation memory of a step, bytes."""
         with ActivationMemory(self.model.parameters()) as kept:
@@ -203,14 +216,14 @@ class Rival:
         return kept.bytes
 
 
-def open_clip_rival(model: Any) -> Rival:
+def open_clip_rival(model: Any, precision: Precision = "float32") -> Rival:
     """As in ``open_clip_train``: its loss, no clipping, the mask from the pad token. Lock towers before."""
     loss = imported("open_clip").ClipLoss()
     model.train()
-    return Rival(model, lambda pixels, ids, mask: loss(**model(pixels, ids)))
+    return Rival(model, lambda pixels, ids, mask: loss(**model(pixels, ids)), precision=precision)
 
 
-def dual_encoder_rival(model: Any, *, example: bool) -> Rival:
+def dual_encoder_rival(model: Any, *, example: bool, precision: Precision = "float32") -> Rival:
     """As in transformers' example script: its trainer's AdamW, gradient norm clipped to 1, dropout on.
 
     ``example=False``: the fastest configuration, with fused AdamW and no dropout.
@@ -220,4 +233,4 @@ def dual_encoder_rival(model: Any, *, example: bool) -> Rival:
     def loss(pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         return model(input_ids=ids, attention_mask=mask, pixel_values=pixels, return_loss=True).loss
 
-    return Rival(model, loss, fused=not example, clip=1.0)
+    return Rival(model, loss, fused=not example, clip=1.0, precision=precision)

@@ -26,6 +26,8 @@ STEPS = sized(6, 2)
 ONE, TWO = "1 process × 2 threads", "2 processes × 1 thread"
 _COMMANDS: Mapping[str, tuple[str, list[str]]] = {TWO: ("1", ["--processes", "2"]), ONE: ("2", [])}
 _TUNED = ['tune.image=["lora(rank=8)"]', 'tune.text=["lora(rank=8)"]', f"train.max_steps={STEPS}"]
+# clasp needs no torchvision; that of the peers may not import here (benchmarks.peers), and transformers would try
+_WITHOUT_TORCHVISION = "import sys\nsys.modules['torchvision'] = None\n"
 _NOTE = f"global batch {BATCH}; two cores"
 
 
@@ -61,7 +63,13 @@ def _train(recipe: Recipe, threads: str, arguments: Sequence[str]) -> RunCost:
         file = Path(folder) / "run.toml"
         file.write_text(recipe.to_toml(), encoding="utf-8")
         command = [sys.executable, "-m", "clasp", "train", str(file), "--name", "run", "--runs", folder, *arguments]
-        surroundings = {**os.environ, "OMP_NUM_THREADS": threads, "CLASP_CACHE": str(Path(folder) / "cache")}
+        (Path(folder) / "sitecustomize.py").write_text(_WITHOUT_TORCHVISION, encoding="utf-8")
+        surroundings = {
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "CLASP_CACHE": str(Path(folder) / "cache"),
+            "PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")])),
+        }
         done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines()

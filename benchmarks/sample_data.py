@@ -28,7 +28,8 @@ from clasp.data.samples.emoji import unpack_emoji_sample
 from clasp.models.cache_policy import CachePolicy
 from clasp.models.feature_settings import FeatureSettings
 from clasp.models.features import FeatureSource
-from clasp.models.precision import Precision
+from clasp.models.precision import Precision, PrecisionChoice
+from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
 from clasp.training.distributed import Processes
 from clasp.training.losses import build_loss
 from clasp.training.memory import ActivationMemory
@@ -77,7 +78,9 @@ def _rows() -> list[dict[str, str]]:
 def pairs(count: int) -> Pairs:
     """The first ``count`` pairs (at most 1,114), opened by clasp."""
     path = WORK / f"pairs-{count}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in _rows()[:count]), encoding="utf-8")
+    text = "".join(json.dumps(row) + "\n" for row in _rows()[:count])
+    if not path.exists() or path.read_text(encoding="utf-8") != text:  # a file that changes is not read on
+        path.write_text(text, encoding="utf-8")
     return open_pairs(path, image_root=WORK)
 
 
@@ -137,6 +140,7 @@ class Ours:
             steps=100_000,
             kinds={},
         )
+        self.kernel = choose_attention_kernel("auto", precision, torch.device("cpu")).attention
         self.steps = self.epochs = 0
         self.model.train()
 
@@ -147,7 +151,10 @@ class Ours:
             self.model.text,
             transform=self.parts.transform,
             tokenizer=self.parts.tokenizer,
-            settings=FeatureSettings(CachePolicy(self.cache, self.recipe.data.feature_cache)),
+            settings=FeatureSettings(
+                CachePolicy(self.cache, self.recipe.data.feature_cache),
+                precision=PrecisionChoice(self.stepper.precision, "of the benchmark"),
+            ),
         )
         return PairLoader(inputs.batch_reader(self.pairs, self.index, None), batch_size=self.batch, seed=0)
 
@@ -157,7 +164,8 @@ class Ours:
 
     def step(self, batch: Batch) -> int:
         """One step; returns its pairs."""
-        self.stepper.step(batch, self.steps)
+        with use_attention_kernel(self.kernel):
+            self.stepper.step(batch, self.steps)
         self.steps += 1
         return len(batch.ids)
 

@@ -42,7 +42,7 @@ def ours(kind: str, batch: int = BATCH, precision: Precision = "float32") -> sam
     return sample_data.Ours(recipe, sample_data.pairs(batch), batch=batch, cache=cache, precision=precision)
 
 
-def rival(kind: str, setup: str) -> Rival:
+def rival(kind: str, setup: str, precision: Precision = "float32") -> Rival:
     """The dual encoder with LoRA on the same layers as ours, and for ``lwa`` with trainable norms."""
     from peft import LoraConfig, get_peft_model  # noqa: TID251  # it is the peer here
 
@@ -54,7 +54,7 @@ def rival(kind: str, setup: str) -> Rival:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.requires_grad_(True)
-    return peer_models.dual_encoder_rival(model, example=setup == "example")
+    return peer_models.dual_encoder_rival(model, example=setup == "example", precision=precision)
 
 
 def same_layers(mine: sample_data.Ours, theirs: Rival) -> None:

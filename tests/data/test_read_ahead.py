@@ -25,6 +25,13 @@ def test_batches_are_in_order_and_one_is_read_while_another_is_used():
     assert list(read_ahead([], read, batch=2)) == []
 
 
+def test_with_none_ahead_nothing_is_read_while_a_batch_is_used():
+    begun: list[int] = []
+    batches = read_ahead(range(5), lambda number: begun.append(number) or number, batch=2, threads=2, ahead=0)
+    assert next(batches) == [0, 1] and sorted(begun) == [0, 1]
+    assert list(batches) == [[2, 3], [4]]
+
+
 def test_an_error_is_raised_at_its_batch():
     def read(number: int) -> int:
         if number == 3:
