@@ -35,9 +35,12 @@ WORDS = {
     "-people": [("people", MINUS_WEIGHT)],
     "--help": [("--help", 1)],
     'beach "red umbrella"^0.5 -people^1': [("beach", 1), ("red umbrella", 0.5), ("people", -1)],
-    'dog^2 x^y ^2 "a^2"': [("x^y ^2 a^2", 1), ("dog", 2)],
+    'dog^2 "x^y" "a^2" ^_^': [("x^y a^2 ^_^", 1), ("dog", 2)],
+    "cat dog^-1": [("cat", 1), ("dog", -1)],
+    "cat dog^−1.5": [("cat", 1), ("dog", -1.5)],
+    "-dog^2 cat^+3": [("dog", -2), ("cat", 3)],
+    '-"red car"^.5 "a dog"^-2. "a cat"^1e3': [("red car", -0.5), ("a dog", -2), ("a cat", 1000)],
     'beach -"red umbrella", people': [("beach , people", 1), ("red umbrella", MINUS_WEIGHT)],
-    '"red umbrella"^ beach^.5': [("red umbrella ^ beach^.5", 1)],
 }
 
 
@@ -50,6 +53,32 @@ def test_words_as_typed(typed: str):
 def test_words_that_are_none(typed: str):
     with pytest.raises(UserError, match="which are none"):
         parse_words(typed)
+
+
+NO_WEIGHTS = {
+    "dog^x": "weight in 'dog^x' is not a number",
+    "dog^": "weight in 'dog^' is not a number",
+    "a dog^nan": "weight in 'dog^nan' is not a number",
+    "dog^-inf": "is not a number",
+    "dog^0,5": "is not a number",
+    "dog^2^3": "is not a number",
+    "dog^1_000": "is not a number",
+    "dog^--1": "is not a number",
+    '"red umbrella"^': "weight in '\"red umbrella\"^' is not a number",
+    '-"red car"^2x': "is not a number",
+    "-dog^-1": "'-dog^-1' has two signs",
+    "a dog ^2": "weight '^2' has no term",
+    "-^2": "weight '-^2' has no term",
+    '""^2': "has no term",
+}
+
+
+@pytest.mark.parametrize("typed", NO_WEIGHTS)
+def test_weights_that_are_none_name_the_syntax(typed: str):
+    with pytest.raises(UserError) as raised:
+        parse_words(typed)
+    assert NO_WEIGHTS[typed] in str(raised.value) and "type dog^2, dog^0.5, -dog^2 or dog^-2" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_query_is_a_weighted_sum():
@@ -81,6 +110,8 @@ def test_feedback_is_rocchios():
         (lambda: SearchQuery(), "given neither"),
         (lambda: SearchQuery((WeightedText("x", 0.0),)), "a weight of a search is 0.0"),
         (lambda: SearchQuery((WeightedText("x", float("nan")),)), "a weight of a search is nan"),
+        (lambda: SearchQuery(parse_words("x^-0")), "a weight of a search is -0.0"),
+        (lambda: SearchQuery(parse_words("x^1e9")), "a weight of a search is 1000000000.0"),
         (lambda: SearchQuery(parse_words("x^0")), "a weight of a search is 0.0"),
         (lambda: SearchQuery(parse_words("x^" + "9" * 20)), r"a weight of a search is 1e\+20; it takes 0\.000001 to"),
         (lambda: SearchQuery(parse_words("x^" + "9" * 400)), "a weight of a search is inf"),
@@ -92,6 +123,8 @@ def test_feedback_is_rocchios():
         "empty",
         "weight 0",
         "weight nan",
+        "typed -0",
+        "typed 1e9",
         "typed 0",
         "typed 1e20",
         "typed inf",

@@ -30,9 +30,9 @@ _PREFIX_BYTES = 6  # of a text as a number; a float64 represents 2**48 exactly
 
 @dataclass(frozen=True, slots=True)
 class HasTerm:
-    """One of these terms is among those of the entry."""
+    """This term is among those of the entry."""
 
-    any_of: tuple[str, ...]
+    term: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +104,9 @@ def without_absent(conditions: Sequence[Condition], keys: Collection[str]) -> li
 def _compile(condition: MetadataFilter) -> Iterator[Condition]:
     field, value = condition.field, condition.value
     if condition.operator == "=" and field == "folder":
-        yield from ((HasTerm((term,)),) for term in _folder_terms(value))
+        yield from ((HasTerm(term),) for term in _folder_terms(value))
     elif condition.operator == "=" and field not in ("caption", *_VARIED_FIELDS):
-        yield (HasTerm(tuple(_equal_terms(field, value))),)
+        yield (HasTerm(_equal_terms(field, value)[-1]),)  # a number equals numbers alone
     elif condition.operator in (">", ">=", "<", "<=") and field not in (*_TERM_FIELDS, "folder", "caption"):
         yield tuple(_ranges(field, condition.operator, value))
 
@@ -118,7 +118,7 @@ def _terms(field: str, value: Any) -> list[str]:
 
 
 def _equal_terms(field: str, value: Any) -> list[str]:
-    """Terms of which equal values have one in common."""
+    """As text and, of a number, as number; equal values have the last of them in common, of either."""
     number, text = as_number(value), _ascii(f"{field}={str(value).casefold()[:_TERM_CHARS]}")
     return [text] if number is None else [text, _ascii(f"{field}#{number + 0.0!r}")]  # + 0.0: minus zero equals zero
 
@@ -145,7 +145,7 @@ def _ranges(field: str, operator: str, value: str) -> Iterator[HasTerm | InRange
     number, prefix, above = as_number(value), _prefix_number(value), operator.startswith(">")
     yield InRange(_key("text", field), prefix if above else None, None if above else prefix)
     if number is None:
-        yield HasTerm((_ascii(f"{field}#"),))  # a stored number is compared as text with a text
+        yield HasTerm(_ascii(f"{field}#"))  # a stored number is compared as text with a text
     elif not math.isnan(number):
         bound = _finite(number)
         yield InRange(_key("number", field), bound if above else None, None if above else bound)

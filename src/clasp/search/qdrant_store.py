@@ -162,7 +162,8 @@ class _QdrantCollection:
         from qdrant_client import models
 
         narrowed = self._without_absent(conditions)
-        must = [models.Filter(should=[_qdrant_condition(each) for each in condition]) for condition in narrowed]
+        parts = [[_qdrant_condition(each) for each in alternatives] for alternatives in narrowed]
+        must = [one if not others else models.Filter(should=[one, *others]) for one, *others in parts]
         params = models.SearchParams(
             hnsw_ef=max(_EF, limit),
             exact=limit > _EXACT_FROM,
@@ -226,9 +227,9 @@ class _QdrantCollection:
             raise UserError(f"{self.label}: cannot {intent}: {reason}") from error
 
 
-def _qdrant_condition(condition: Any) -> models.FieldCondition:
+def _qdrant_condition(condition: HasTerm | InRange) -> models.FieldCondition:
     from qdrant_client import models
 
     if isinstance(condition, HasTerm):
-        return models.FieldCondition(key=TERMS, match=models.MatchAny(any=list(condition.any_of)))
+        return models.FieldCondition(key=TERMS, match=models.MatchValue(value=condition.term))
     return models.FieldCondition(key=condition.key, range=models.Range(gte=condition.low, lte=condition.high))

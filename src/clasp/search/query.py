@@ -2,8 +2,8 @@
 
 Input: texts, images (path, bytes or Pillow image) and ids of stored entries. Output: a ``SearchQuery``, whose
 ``vector`` is their weighted sum, normalised. Note: ``parse_words`` reads a term after a minus sign as a text of weight
-``MINUS_WEIGHT`` ("beach -people"), and one before ``^2`` as a text of weight 2, as Lucene does; a ``SearchQuery`` made
-otherwise takes its texts literally. Liked and unliked entries enter by Rocchio's formula (Manning, Raghavan and Schütze
+``MINUS_WEIGHT`` ("beach -people"), and one before ``^2`` as a text of weight 2, as Lucene does; unlike there, a weight
+may be negative. A ``SearchQuery`` made otherwise takes its texts literally. Liked and unliked entries enter by Rocchio's formula (Manning, Raghavan and Schütze
 2008, Introduction to Information Retrieval, equation 9.3) with the weights given there. Ours differs in that the
 initial query is normalised before feedback is added, and that negative components stay, since embeddings are not term
 frequencies.
@@ -33,9 +33,10 @@ for "A -B" captions named A and not B in 60 % with it, in 57 % with -1 (fewer hi
 term; no other collection was tried."""
 _CANCELLED = 1e-3  # length of the weighted sum, over the sum of the absolute weights, below which it has no direction
 _TERM = re.compile(
-    r'(?P<minus>[-−](?=[^\s\-−]))?(?:"(?P<quoted>[^"]*)"|(?P<bare>\S+?))'
-    r"(?:\^(?P<weight>\d+(?:\.\d+)?)(?=\s|$)|(?(bare)(?=\s|$)))"  # words without quotes end with the word
-)
+    r'(?P<minus>[-−](?=[^\s\-−]))?(?:"(?P<quoted>[^"]*)"|(?P<bare>\^\S*|[^\s^]+))(?P<weight>\^\S*)?'
+)  # a word that begins with a caret is a word ("^_^"); every other caret outside double quotes begins a weight
+_WEIGHT = re.compile(r"\^(?P<sign>[-+−]?)(?P<number>(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", re.IGNORECASE)
+_WEIGHT_HINT = 'type dog^2, dog^0.5, -dog^2 or dog^-2, and a literal ^ in double quotes: "x^y"'
 
 
 class WeightedText(NamedTuple):
@@ -145,21 +146,25 @@ def _unit(vector: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
 def parse_words(words: str) -> tuple[WeightedText, ...]:
     """Words as typed: the text without its weighted and minus terms, weight 1; then these, each a text of its own.
 
-    A weighted term is a word, or words in double quotes, directly before ``^`` and a number at the end of a word
-    ('beach "red umbrella"^0.5'). A minus term is a word, or words in double quotes, directly after a minus sign at the
+    A weighted term is a word, or words in double quotes, directly before ``^`` and a number ('beach "red
+    umbrella"^0.5', "dog^-1"). A minus term is a word, or words in double quotes, directly after a minus sign at the
     start of a word; its weight is ``MINUS_WEIGHT``, or minus the number ("-people^1"). Inside a word ("e-mail"), in
-    quotes ('"-40 degrees"') and alone ("rock - paper") a minus sign is literal. Quotes around words are not part of the
-    text; a quote without a partner is. ``UserError`` for words that are none.
+    quotes ('"-40 degrees"') and alone ("rock - paper") a minus sign is literal; a caret is in quotes ('"x^y"') and at
+    the start of a word ("^_^"). Quotes around words are not part of the text; a quote without a partner is.
+    ``UserError`` for words that are none, and for a weight that is no number, has no term, or is of a minus term and
+    signed.
     """
     if is_blank(words):
         raise UserError(f"search was given the words {words!r}, which are none")
     wanted, weighted = [], []
     for match in _TERM.finditer(words):
         term = match["bare"] if match["quoted"] is None else match["quoted"]
-        if is_blank(term):
-            continue
+        if _WEIGHT.fullmatch(term if match["quoted"] is None else "") or (match["weight"] and is_blank(term)):
+            raise UserError(f"the weight {shorten(match[0])} has no term directly before it; {_WEIGHT_HINT}")
         if match["weight"]:
-            weighted.append(WeightedText(term, float(match["weight"]) * (-1 if match["minus"] else 1)))
+            weighted.append(WeightedText(term, _typed_weight(match)))
+        elif is_blank(term):
+            continue
         elif match["minus"]:
             weighted.append(WeightedText(term, MINUS_WEIGHT))
         else:
@@ -169,3 +174,13 @@ def parse_words(words: str) -> tuple[WeightedText, ...]:
     if not terms:
         raise UserError(f"search was given the words {words!r}, which are none")
     return terms
+
+
+def _typed_weight(match: re.Match[str]) -> float:
+    """The weight of a term of ``_TERM``. ``UserError`` for one that is no number, and for a second minus sign."""
+    weight = _WEIGHT.fullmatch(match["weight"])
+    if weight is None:
+        raise UserError(f"the weight in {shorten(match[0])} is not a number; {_WEIGHT_HINT}")
+    if match["minus"] and weight["sign"]:
+        raise UserError(f"the term {shorten(match[0])} has two signs; {_WEIGHT_HINT}")
+    return float(weight["number"]) * (-1 if match["minus"] or weight["sign"] in ("-", "−") else 1)
