@@ -4,7 +4,7 @@ Note: the verbs take a part of a second to import; Ctrl-C in it is one line, as 
 """
 
 
-def main() -> None:
+def start_command() -> None:
     """Run the verb that was typed."""
     try:
         from clasp.commands.launch import end_with_launcher
@@ -19,4 +19,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start_command()

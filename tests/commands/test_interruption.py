@@ -68,7 +68,7 @@ def test_while_the_verbs_are_imported(monkeypatch: pytest.MonkeyPatch, capfd: py
             raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "clasp.cli", Importing("clasp.cli"))
-    assert end_of(command.main) == 130
+    assert end_of(command.start_command) == 130
     assert capfd.readouterr().err.count("\n") == 1
 
 

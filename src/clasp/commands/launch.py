@@ -74,7 +74,9 @@ def _launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # our processes report their errors themselves
+    for name in ("torch.distributed", *logging.root.manager.loggerDict):  # our processes report their errors themselves
+        if name.startswith("torch.distributed"):  # each logger has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // count)))
     config = LaunchConfig(
         min_nodes=1,
