@@ -274,6 +274,7 @@ class _Climb:
         first, closed_form = self.plan.rows[0], self.plan.row(CLOSED_FORM_STAGE)
         assert closed_form is not None
         self.plan.reserved_seconds = tuned_closed_form_seconds(timing, first.seconds + closed_form.seconds)
+        self._stages.write()  # so that a kill in the stage keeps the reserve for the methods after it
         left = self._stages.left.after(self.plan.reserved_seconds)
         self._stages.train_if_planned(stage, fit_tuning(stage, timing, left))
 
