@@ -121,11 +121,14 @@ def test_an_interrupted_climb_keeps_the_best_and_goes_on(
     class Stops(SilentReporter):
         def step(self, progress: TrainProgress) -> None:
             if progress.step == 10:
+                reserved.append(AutoPlan.read(tmp_path / "toy").reserved_seconds)
                 os.kill(os.getpid(), signal.SIGINT)
 
+    reserved: list[float] = []
     stopping = AutoCallbacks(lambda line: None, reporter=Stops)
     stopped = climb(recipe(towers, pairs, steps=STEPS), tmp_path / "toy", stopping)
     assert stopped.interrupted and stopped.plan.best == "1-closed-form" and not stopped.plan.finished
+    assert reserved[0] == stopped.plan.reserved_seconds > 0, "on disk, whenever the stage is killed"
     assert clasp.load(tmp_path / "toy").encode_text(["a red circle"]).shape[0] == 1
     with pytest.raises(UserError, match=r"holds a climb already; go on with: clasp resume"):
         climb(recipe(towers, pairs, steps=STEPS), tmp_path / "toy", QUIET)

@@ -369,7 +369,13 @@ def resolved(folder: Path) -> TrainSettings:
 def test_a_budget_is_no_forecast(towers: Path, tmp_path: Path) -> None:
     made = read_recipe("start", [f"data.train={write_csv(TOYS, tmp_path)}"], budget={"steps": "10"})
     with pytest.raises(UserError, match="--measure: a recipe with"):
-        list(diagnose(towered(made, towers), measured=True))
+        next(diagnose(towered(made, towers), measured=True))
+
+
+def test_steps_that_cannot_be_are_a_finding_and_nothing_is_measured(towers: Path, tmp_path: Path) -> None:
+    made = recipe(towers, write_csv(TOYS, tmp_path), "train.batch_size=5000")
+    *_, last = list(diagnose(made, measured=True))
+    assert last.about == "steps" and levels(last)["stop"].startswith("train.batch_size = 5000 is more than the ")
 
 
 def towered(made: Recipe, towers: Path) -> Recipe:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,17 @@ def test_nothing_half_written_stays(made: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     export_run(made, "toyexporters:vocabulary", tmp_path / "empty")
     assert (tmp_path / "empty" / "tokenizer.json").exists()
+
+
+def test_an_export_is_on_disk_before_it_has_its_name(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced: set[str] = set()
+
+    def record(descriptor: int, real: Callable[[int], None] = os.fsync) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if not (tmp_path / "out").exists():
+            synced.add(path.name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    export_run(made, "toyexporters:vocabulary", tmp_path / "out")
+    assert {"out", *(path.name for path in (tmp_path / "out").iterdir())} <= synced

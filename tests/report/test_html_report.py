@@ -135,6 +135,7 @@ def test_a_run_shows_what_it_lacks(tmp_path: Path):
     run.mkdir()
     (run / "recipe.toml").write_text('[image]\ntower = "x"\n')
     (run / "state").mkdir()
+    (run / "state" / "state.safetensors").touch()
     (run / "log.jsonl").write_text('{"event": "start", "step": 0}\n{"event": "st')
     text = page_of(run).text
     for words in (
@@ -258,6 +259,7 @@ def test_states_of_runs(tmp_path: Path):
     (run / "imported.json").write_text("{}")
     assert read_run_record(run, "x").state == "imported"
     (run / "state").mkdir()
+    (run / "state" / "state.safetensors").touch()
     assert read_run_record(run, "x").state == "interrupted"
 
 

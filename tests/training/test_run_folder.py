@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ import clasp
 from clasp.commands import train as main_job
 from clasp.config.recipe import Recipe
 from clasp.data.folder_lock import lock_folder
+from clasp.evaluation.results import EvaluationResult
+from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
 from clasp.training.run_folder import RunFolder
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
@@ -234,6 +237,32 @@ def test_results_are_there_once_where_a_run_was_killed_after_it_wrote_them(
     written = lines(results)
     go_on(tmp_path / "killed")
     assert lines(results) == written and len(written) == len(lines(whole / "results.jsonl"))
+
+
+def test_another_evaluation_of_a_run_that_ended_adds_no_results(
+    made: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on another number of threads, whose metrics differ in the last bits."""
+
+    def finish(task: EvaluationTask, scored: list[ScoredQueries]) -> list[EvaluationResult]:
+        return [replace(row, metrics={name: v + 1e-9 for name, v in row.metrics.items()}) for row in real(task, scored)]
+
+    def killed(folder: RunFolder) -> None:
+        raise SystemExit("no power")
+
+    real, folder = EvaluationTask.finish, tmp_path / "killed"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(RunFolder, "finish", killed)
+        run(made, folder)
+    written = (folder / "results.jsonl").read_bytes()
+    hurt = shutil.copytree(folder, tmp_path / "hurt")
+    flip(hurt / "state/results.json", 0)
+    go_on(hurt)
+    assert "results.json is damaged" in caplog.text
+    monkeypatch.setattr(EvaluationTask, "finish", finish)
+    go_on(folder)
+    for ended in (folder, hurt):
+        assert (ended / "results.jsonl").read_bytes() == written and not (ended / "state").exists()
 
 
 def test_results_are_on_disk_before_the_state_is_deleted(

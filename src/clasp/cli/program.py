@@ -1,6 +1,7 @@
 """The entry point ``main``: runs the verb that was typed, and turns an error of the user into one line.
 
-Exit code 0: success. 2: an error in the user's input, one line. 1: an error in clasp, with its traceback.
+Exit code 0: success. 2: an error in the user's input, one line. 130: Ctrl-C or SIGTERM, one line. 1: an error in
+clasp, with its traceback.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import io
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import typer
 
 from clasp.cli.app import app
+from clasp.commands.launch import exit_interrupted
 from clasp.errors import UserError
+from clasp.training.interrupt import INTERRUPTED_EXIT_CODE, interrupted_by_sigterm
 
 
 def main() -> None:
@@ -27,7 +31,10 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is not UTF-8 is printed escaped, as to sys.stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False)
+        with nullcontext() if "RANK" in os.environ else interrupted_by_sigterm():  # a launcher ends several by SIGTERM
+            code = app(standalone_mode=False)
+        if code == INTERRUPTED_EXIT_CODE:  # typer's, of a KeyboardInterrupt that no verb has handled
+            exit_interrupted()
         sys.exit(code if isinstance(code, int) else 0)
     except _UsageError as error:
         _print_usage_error(error)

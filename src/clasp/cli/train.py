@@ -142,7 +142,8 @@ def train(
         if made.auto is not None:
             return _climb(made, run)
         if processes > 1:
-            return _launch(processes, ["train", recipe, *(overrides or ()), "--name", run.name, "--runs", str(runs)])
+            typed = ["train", recipe, *(overrides or ()), "--name", run.name, "--runs", str(runs)]
+            return _launch(processes, typed, run)
         _train(made, run, together, resume=_is_restarted(run, name, together))
 
 
@@ -178,7 +179,7 @@ def resume(
         with code_allowed(allow_code, typed):
             if processes > 1:
                 allowed = ["--allow-code"] if allow_code else []
-                return _launch(processes, ["resume", str(run), *(overrides or ()), *allowed])
+                return _launch(processes, ["resume", str(run), *(overrides or ()), *allowed], run)
             _train(made, run, together, resume=True)
 
 
@@ -192,13 +193,17 @@ def _read_run(run: Path, overrides: Sequence[str]) -> tuple[Any, set[str]]:
     return made, set(made.train.trackers) if made.train.trackers != written.train.trackers else set()
 
 
-def _launch(count: int, arguments: Sequence[str]) -> None:
+def _launch(count: int, arguments: Sequence[str], run: Path) -> None:
     """The same command in several processes; ends with their exit code."""
     from clasp.commands.launch import launch_processes, require_processes
+    from clasp.training.interrupt import INTERRUPTED_EXIT_CODE
 
     require_processes(count)
-    if code := launch_processes(count, arguments):
-        sys.exit(code)
+    ended = launch_processes(count, arguments)
+    if ended.code == INTERRUPTED_EXIT_CODE and not ended.reported:
+        _say_stopped(run)
+    if ended.code:
+        sys.exit(ended.code)
 
 
 def _is_restarted(run: Path, name: str | None, together: Any) -> bool:
@@ -213,45 +218,55 @@ def _is_restarted(run: Path, name: str | None, together: Any) -> bool:
 
 
 def _train(recipe: Any, run: Path, together: Any, *, resume: bool) -> None:
+    from clasp.commands.launch import begin_to_report
     from clasp.commands.run_context import Preloaded
     from clasp.commands.train import train_recipe
     from clasp.report.console import format_megabytes, print_status, progress_bar, relative_path
     from clasp.report.terminal import print_results, terminal_reporter
-    from clasp.training.run_folder import RunFolder
+    from clasp.training.interrupt import INTERRUPTED_EXIT_CODE
 
     given = Preloaded(processes=together)
     if not together.is_first:
         return _train_beside(recipe, run, given, resume=resume)
     where, reporter = relative_path(run), terminal_reporter()
+    begin_to_report()
     try:
         done = train_recipe(
             recipe, run, say=print_status, bar=progress_bar, reporter=reporter, resume=resume, preloaded=given
         )
     except KeyboardInterrupt:  # the loop handles the first Ctrl-C itself: this was before its first step, or a second
-        if RunFolder(run).has_state:
-            print_status(
-                f"stopped at once; what was done after the last saved state is lost: resume from it with: clasp resume "
-                f"{shlex.quote(where)}"
-            )
-        else:
-            print_status(
-                "stopped before training: run the same command again; features cached so far are not computed twice"
-            )
-        sys.exit(130)
+        _say_stopped(run)
+        sys.exit(INTERRUPTED_EXIT_CODE)
     typed = shlex.quote(where)
     if done.fitted.interrupted:
         print_status(f"interrupted, state saved; resume with: clasp resume {typed}")
-        sys.exit(130)
+        sys.exit(INTERRUPTED_EXIT_CODE)
     print_results("validation pairs", done.results, "results.jsonl and README.md in the run folder")
     print_status(f"cost: {done.cost}")
     print_status(f"the run is in {where} (delta {format_megabytes(done.delta_bytes)}, card README.md there)")
     print_status(_next_commands(typed, recipe.data.train))
 
 
+def _say_stopped(run: Path) -> None:
+    """One line about a run that was stopped before its first step, or at once."""
+    from clasp.report.console import print_status, relative_path
+    from clasp.training.run_folder import RunFolder
+
+    if RunFolder(run).has_state:
+        print_status(
+            f"stopped at once; what was done after the last saved state is lost: resume from it with: clasp resume "
+            f"{shlex.quote(relative_path(run))}"
+        )
+    else:
+        print_status(
+            "stopped before training: run the same command again; features cached so far are not computed twice"
+        )
+
+
 def _train_beside(recipe: Any, run: Path, given: Any, *, resume: bool) -> None:
     """Train as one of the processes that report nothing but errors of their own."""
     from clasp.commands.train import train_recipe
-    from clasp.training.distributed import INTERRUPTED_EXIT_CODE
+    from clasp.training.interrupt import INTERRUPTED_EXIT_CODE
 
     try:
         done = train_recipe(recipe, run, say=lambda line: None, resume=resume, preloaded=given)

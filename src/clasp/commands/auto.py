@@ -152,6 +152,7 @@ class _Climb:
         made = self.plan.row(start.name) is not None
         timing = time_steps(stage.recipe if made else with_random_heads(stage.recipe), self.pairs, self.io.bar)
         self.plan.reserved_seconds = self._closed_forms.seconds_of_tuned(timing, stage.recipe)
+        self._stages.write()  # so that a kill in the stage keeps the reserve for the methods after it
         left = self._stages.left.after(self.plan.reserved_seconds + self._seconds_of(start))
         planned = fit_tuning(stage, timing, left)
         if not isinstance(planned, str) and not made:

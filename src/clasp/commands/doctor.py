@@ -43,8 +43,10 @@ from clasp.types import ProgressFactory, UserError, no_progress_bar
 def diagnose(
     recipe: Recipe, *, bar: ProgressFactory = no_progress_bar, measured: bool = False
 ) -> Iterator[CheckReport]:
-    """Run all checks, cheap ones first; ``measured``: and a forecast from a few steps. Raises the same ``UserError`` as
-    training."""
+    """Run all checks, cheap ones first; ``measured``: and a forecast from a few steps, unless a check stops training.
+    Raises the same ``UserError`` as training."""
+    if measured and recipe.auto is not None:
+        raise UserError("--measure: a recipe with [auto] takes its budget; its steps are timed when training begins")
     find_trackers(recipe.train.trackers)
     train, val = open_training_pairs(recipe)
     yield check_pairs(train, val)
@@ -55,7 +57,7 @@ def diagnose(
     parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
     yield check_captions(listing, parts.tokenizer)
     yield check_languages(train, parts.tokenizer)
-    yield check_images(train, val, parts.transform, recipe.data.max_bad_fraction, bar)
+    yield (images := check_images(train, val, parts.transform, recipe.data.max_bad_fraction, bar))
     yield check_near_duplicates(train, val, bar)
     classes = class_pairs_of_recipe(recipe, parts.model)
     if classes is not None:
@@ -64,13 +66,9 @@ def diagnose(
     inputs = build_feature_source(parts, recipe)
     yield check_towers(parts, recipe, inputs)
     caches = plan_run_features(recipe, inputs, train, val, listing, classes)
-    yield check_feature_cache(caches, inputs.cache.free_bytes())
-    yield check_steps(recipe, train, inputs)
-    if measured:
-        if recipe.auto is not None:
-            raise UserError(
-                "--measure: a recipe with [auto] takes its budget; its steps are timed when training begins"
-            )
+    yield (disk := check_feature_cache(caches, inputs.cache.free_bytes()))
+    yield (steps := check_steps(recipe, train, inputs))
+    if measured and not any(finding.level == "stop" for each in (images, disk, steps) for finding in each.findings):
         yield check_forecast(recipe, (train, val), plan_run(recipe, train, inputs), caches, bar)
 
 
@@ -86,11 +84,14 @@ def raise_on_stop(sections: Sequence[CheckReport]) -> None:
 
 
 def check_steps(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> CheckReport:
-    """Batch size, epochs and steps; of a recipe with a budget, the budget."""
+    """Batch size, epochs and steps, or why there can be none; of a recipe with a budget, the budget."""
     if recipe.auto is not None:
         text = f"{recipe.auto}: heads in closed form, then as many epochs of tuning as fit, timed when training begins"
         return CheckReport("steps", recipe.auto.model_dump(exclude_none=True), [Finding("ok", "steps", text)])
-    plan = plan_run(recipe, train, inputs)
+    try:
+        plan = plan_run(recipe, train, inputs)
+    except UserError as error:
+        return CheckReport("steps", {}, [Finding("stop", "steps", str(error))])
     return CheckReport("steps", asdict(plan), [Finding("ok", "steps", plan.reason)])
 
 

@@ -1,8 +1,8 @@
 """``clasp export``: the model of a run in the format of another library.
 
 Input: a run folder, a format of ``EXPORTERS`` (or ``package.module:Name``) and a folder to write. Output: that folder,
-with what was measured. Note: it is written to a temporary folder next to its destination and moved there when it is
-complete.
+with what was measured. Note: it is written to a temporary folder next to its destination, a hidden one, and moved there
+when it is complete and on disk; ``kill -9`` leaves the hidden one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from clasp.convert.exporters.job import ExportOptions, ExportReport, ExportTarge
 from clasp.convert.exporters.merged_towers import export_merged
 from clasp.convert.exporters.onnx_graphs import export_onnx, require_onnx_extra
 from clasp.convert.exporters.sentence_transformers import export_sentence_transformers
+from clasp.data.atomic_files import sync_folder, sync_tree
 from clasp.data.plugins import load_named
 from clasp.training.run_folder import RunFolder, translate_disk_errors
 from clasp.types import MessageCallback, UserError
@@ -59,7 +60,9 @@ def export_run(
         staged.mkdir()
         report = row.export(job, staged)
         out.parent.mkdir(parents=True, exist_ok=True)
+        sync_tree(staged)
         os.replace(staged, out)
+        sync_folder(out.parent)
     return report
 
 

@@ -197,7 +197,11 @@ def _finish(
 ) -> tuple[list[EvaluationResult], RunCost]:
     """Write what is left to the folder; delete the training state of a completed run."""
     folder, ledger = context.folder, context.ledger
-    results = [] if fitted.interrupted else ledger.timed_as("evaluation", task.finish)(scored)
+    results: list[EvaluationResult] = []
+    if not fitted.interrupted:
+        found = ledger.timed_as("evaluation", task.finish)(scored)
+        kept = folder.keep_results([result.to_row() for result in found])
+        results = [EvaluationResult.from_row(row) for row in kept]
     cost = ledger.cost(delta_bytes)
     _write(context, fitted, results, cost)
     if not fitted.interrupted:

@@ -70,6 +70,12 @@ def sync_file(path: Path) -> None:
             os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Write a folder with all that is in it to disk, so that a rename may follow."""
+    for path in (folder, *folder.rglob("*")):
+        (sync_folder if path.is_dir() else sync_file)(path)
+
+
 def write_text_file(path: Path, text: str) -> None:
     """Replace a text file."""
     with replace_file(path) as part:

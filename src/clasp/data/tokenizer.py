@@ -19,6 +19,7 @@ from typing import Any, get_args
 import tokenizers
 import torch
 
+from clasp.data.atomic_files import replace_file, write_text_file
 from clasp.data.caption_ids import (
     BACKEND_FILE,
     CAPTION_CLEANERS,
@@ -137,9 +138,10 @@ class Tokenizer:
         """Write ``tokenizer.json`` (the standard format) and ``clasp_tokenizer.json`` (the settings)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / BACKEND_FILE))
+        with replace_file(folder / BACKEND_FILE) as part:
+            self._backend.save(str(part))
         settings = json.dumps(asdict(self.settings), indent=2, ensure_ascii=False)
-        (folder / SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
+        write_text_file(folder / SETTINGS_FILE, settings + "\n")
 
     @classmethod
     def from_folder(

@@ -6,7 +6,7 @@ the end, so that a mean over results (both directions, a set of languages) has i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clasp.data.atomic_files import with_checksum
+from clasp.data.atomic_files import with_checksum, without_checksum
 from clasp.evaluation.bootstrap import ConfidenceInterval, percentile_intervals
 
 
@@ -41,6 +41,12 @@ class EvaluationResult:
     def to_row(self) -> dict[str, Any]:
         """The line, with its checksum."""
         return with_checksum(asdict(self))
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> EvaluationResult:
+        """The inverse. Raises ``TypeError``, ``KeyError``, ``ValueError`` or ``AttributeError`` for another line."""
+        interval = {name: ConfidenceInterval(*ends) for name, ends in row["interval"].items()}
+        return cls(**{**without_checksum(row), "interval": interval})
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clasp.analysis.record import AnalysisRecord, read_analyses
-from clasp.data.atomic_files import has_its_checksum, read_json_lines, without_checksum
-from clasp.evaluation.bootstrap import ConfidenceInterval
+from clasp.data.atomic_files import has_its_checksum, read_json_lines
 from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language, macro_set
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
 from clasp.report.auto_table import PLAN_FILE, AutoPlan
 from clasp.training.cost import COST_FILE as _COST_FILE
 from clasp.training.cost.ledger import RunCost, read_cost
+from clasp.training.run_folder import RunFolder
 from clasp.training.trackers.jsonl import LOG_FILE, RESULTS_FILE
 from clasp.types import UserError
 
@@ -143,7 +143,7 @@ def read_results(run: Path) -> list[EvaluationResult]:
     try:
         if changed := [number for number, row in enumerate(rows, 1) if not has_its_checksum(row)]:
             raise UserError(f"{file} is damaged: line {changed[0]} is not as it was written; delete the line")
-        return [_result(without_checksum(row)) for row in rows]
+        return [EvaluationResult.from_row(row) for row in rows]
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -160,11 +160,6 @@ def primary_result(results: Iterable[EvaluationResult]) -> EvaluationResult | No
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _result(line: Mapping[str, Any]) -> EvaluationResult:
-    interval = {name: ConfidenceInterval(*ends) for name, ends in line["interval"].items()}
-    return EvaluationResult(**{**line, "interval": interval})
 
 
 def _read_recipe(path: Path, plan: AutoPlan | None) -> Mapping[str, Any]:
@@ -218,7 +213,7 @@ def _read_predictions(folder: Path) -> list[ClassPredictions]:
 
 
 def _state(path: Path, plan: AutoPlan | None) -> RunState:
-    if (path / "state").exists() or (plan is not None and not plan.finished):
+    if RunFolder(path).has_state or (plan is not None and not plan.finished):
         return "interrupted"
     if (path / "imported.json").exists():
         return "imported"

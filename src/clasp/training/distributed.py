@@ -23,10 +23,10 @@ from accelerate import PartialState
 from jaxtyping import Shaped
 from torch import Tensor
 
+from clasp.training.interrupt import INTERRUPTED_EXIT_CODE
 from clasp.types import UserError
 
 STEP_TIMEOUT, WAIT_TIMEOUT = timedelta(minutes=10), timedelta(days=1)
-INTERRUPTED_EXIT_CODE = 130
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _Result = TypeVar("_Result")
 

@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,12 @@ class RunFolder:
         """Write the training state that a bitwise resumption needs; ``state/`` is deleted when a run is finished."""
         with translate_disk_errors(self.path):
             StateFiles(self.path).write(state, self._identity())
+
+    def keep_results(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The results of a run that has ended, as lines of ``results.jsonl``: ``rows``, or those of an end that was
+        killed before its state was deleted."""
+        with translate_disk_errors(self.path):
+            return StateFiles(self.path).keep_results(rows)
 
     def finish(self) -> None:
         """Delete the training state of a finished run, once what was appended is on disk."""

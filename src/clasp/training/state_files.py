@@ -1,8 +1,10 @@
 """The saved training states of a run: the last two generations, in its folder ``state/``.
 
 Input: a ``TrainState``, and the identity of its run. Output: ``state/state.safetensors``, the one before it as
-``state/previous.safetensors``; and the newest that is whole, read back. Note: a state that is damaged, or of another
-run, is named in a warning, and the one before is used; training from there gives the same weights, later.
+``state/previous.safetensors``; and the newest that is whole, read back. The results of a run that has ended are here
+too, as ``state/results.json``, until the states are deleted: an end that was killed is repeated with the same results,
+whatever the last bits of another evaluation are. Note: a state that is damaged, or of another run, is named in a
+warning, and the one before is used; training from there gives the same weights, later.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from clasp.data.atomic_files import sync_folder
+from clasp.data.atomic_files import CHECKSUM, has_its_checksum, sync_folder, write_text_file
 from clasp.training.state import TrainState
 from clasp.training.tensor_file import read_tensor_file, write_tensor_file
 from clasp.types import UserError
 
 STATE_FOLDER = "state"
-_NEWEST, _PREVIOUS = "state.safetensors", "previous.safetensors"
+_NEWEST, _PREVIOUS, _RESULTS = "state.safetensors", "previous.safetensors", "results.json"
 _FACTS, _RUN = "facts", "run"
 _log = logging.getLogger(__name__)
 
@@ -63,8 +67,24 @@ class StateFiles:
             f"{'; '.join(problems)}; no whole state is left: delete {self.folder} and train again from the start"
         )
 
+    def keep_results(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The results that an earlier end of this run kept, or ``rows``, with their checksums, which are kept."""
+        path = self.folder / _RESULTS
+        if path.exists():
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(kept, list) and all(CHECKSUM in row and has_its_checksum(row) for row in kept):
+                    return kept
+            except (ValueError, TypeError, RecursionError):
+                pass
+            _log.warning("%s is damaged; the results of this evaluation are taken", path)
+        write_text_file(path, json.dumps(list(rows)))
+        return list(rows)
+
     def remove(self) -> None:
-        """Delete all of them."""
+        """Delete all of them: the results after the states, so that a kill in between repeats no end without them."""
+        for name in (_PREVIOUS, _NEWEST):
+            (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -2,7 +2,8 @@
 
 Input: what the loop logs, with flat names. Output: JSON lines in the run folder, distinguished by ``event``. Note: the
 validation metrics of a row are nested under ``metrics``, without their prefix; costs are in ``cost.json`` only. A
-result has a field ``checksum``. A run that was killed after it wrote its results writes none twice when it is resumed.
+result has a field ``checksum``. A run that was killed after it wrote its results ends with the same ones when it is
+resumed (``RunFolder.keep_results``), and writes none twice.
 """
 
 from __future__ import annotations
