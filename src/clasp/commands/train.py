@@ -28,6 +28,7 @@ from clasp.data.pairs import skipped_lines
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
 from clasp.evaluation.from_pairs import validation_task
+from clasp.evaluation.identity import validation_identity
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.shared_encoder import SharedEncoder
 from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
@@ -199,6 +200,8 @@ def _finish(
     """Write what is left to the folder; delete the training state of a completed run."""
     folder, ledger = context.folder, context.ledger
     results = [] if fitted.interrupted else ledger.timed_as("evaluation", task.finish)(scored)
+    if results:
+        results = validation_identity(task.name, context.train, context.val).recorded_in(results)
     cost = ledger.cost(delta_bytes)
     _write(context, fitted, results, cost)
     if not fitted.interrupted:
