@@ -40,9 +40,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def context(task: str, options: list[str], pairs: Pairs = PAIRS, fit: Pairs = OTHERS) -> TaskContext:
     given = parse_task_options(task, EVALUATION_TASKS[task], ["data=zoo", *options])
     return TaskContext(
-        model=StoredEncoder(MODEL[0], "stored"), inputs=MODEL[0], pairs=pairs, open_pairs=lambda name: fit, options=given, run=None,
-        say=lambda line: None, bar=no_progress_bar,
-    )  # fmt: skip
+        model=StoredEncoder(MODEL[0], "stored"),
+        inputs=MODEL[0],
+        pairs=pairs,
+        open_pairs=lambda name: fit,
+        options=given,
+        run=None,
+        say=lambda line: None,
+        bar=no_progress_bar,
+    )
 
 
 def id_of(task: str, *options: str, pairs: Pairs = PAIRS, fit: Pairs = OTHERS) -> str:

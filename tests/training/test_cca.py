@@ -177,9 +177,7 @@ def test_a_ridge_for_each_column_is_a_column_scaled() -> None:
 
 
 @pytest.mark.parametrize("ridge", [1.0, torch.linspace(0.5, 2.0, 600)], ids=["one", "of each column"])
-def test_few_pairs_are_computed_in_their_own_space(
-    ridge: float | Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_pairs_are_computed_in_their_own_space(ridge: float | Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(5)
     x, y = torch.randn(20, 600, generator=generator), torch.randn(20, 520, generator=generator)
     moments = PairMoments.of([(x - x.mean(0), y - y.mean(0))])
@@ -197,4 +195,6 @@ def test_few_pairs_are_computed_in_their_own_space(
 def test_moments_of_more_pairs_than_named_are_computed_as_ever() -> None:
     x, y = torch.randn(200, 600), torch.randn(200, 520)
     moments = PairMoments.of([(x, y)])
-    torch.testing.assert_close(cca(moments, 8, ridge=(1.0, 1.0), rows=20).image, cca(moments, 8, ridge=(1.0, 1.0)).image)
+    torch.testing.assert_close(
+        cca(moments, 8, ridge=(1.0, 1.0), rows=20).image, cca(moments, 8, ridge=(1.0, 1.0)).image
+    )

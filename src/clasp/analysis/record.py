@@ -25,9 +25,10 @@ ANALYSIS_FILE, _FORMAT = "analysis.json", 1
 class AnalysisRecord:
     """The measures of a run on ``pairs`` pairs of ``data``, whose captions are in ``language`` (empty: as they come).
 
-    ``reading``: the columns and the folder of images that were named. ``neighbours``: K of the mutual k-nearest neighbours. ``logit_scale``: inverse temperature; ``margin``: logit scale
-    times the difference of the mean cosines of pairs and non-pairs, in logits. ``attention``: ``None`` where the towers
-    are not native or have other numbers of heads. ``seconds``: wall time.
+    ``reading``: the columns and the folder of images that were named. ``neighbours``: K of the mutual k-nearest
+    neighbours. ``logit_scale``: inverse temperature; ``margin``: logit scale times the difference of the mean cosines
+    of pairs and non-pairs, in logits. ``attention``: ``None`` where the towers are not native or have other numbers of
+    heads. ``seconds``: wall time.
     """
 
     data: str

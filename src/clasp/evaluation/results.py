@@ -27,7 +27,7 @@ class EvaluationResult:
     mean over a set of languages. ``metrics`` and ``chance`` (the chance level) are fractions, ranks count from 1.
     ``n``: number of queries. ``interval``: 95 %, for all but medians. ``seconds``: wall time of embedding the images
     and of this row; what rows have in common counts in each. ``options``: those of the task but ``data``, defaults
-    included; ``None`` where they were not recorded, as before version 0.3. ``evaluation_id``: the same for all
+    included; ``None`` in rows of clasp 0.1, which did not record them. ``evaluation_id``: the same for all
     evaluations of one task with the same options on the same pairs (``evaluation.identity``); empty where it was not
     recorded. ``dataclasses.asdict`` of it is JSON.
     """

@@ -229,9 +229,7 @@ def _confusion_table(kept: ClassPredictions) -> AnnotatedTable:
 
 def _examples(records: Sequence[RunRecord]) -> list[Html]:
     shown = [*_pictures(records, ["searches.png", "search.png"]), *_evaluation_pictures(records, "retrieval")]
-    written = (
-        "clasp search RUN writes search.png, clasp eval RUN retrieval --predictions one of captions"
-    )
+    written = "clasp search RUN writes search.png, clasp eval RUN retrieval --predictions one of captions"
     return shown or [missing(f"No run has a picture of a search ({written}).")]
 
 

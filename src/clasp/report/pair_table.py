@@ -24,10 +24,10 @@ class TowerPair:
     """An image tower and a text tower, and what was measured of them.
 
     ``primary``, ``metric``, ``interval``: the validation metric of the heads in closed form, a fraction, and its 95 %
-    interval, on ``validated`` pairs. ``layers``: what the heads read, with ridge and width. ``trained``: parameters of the heads. ``nearest``
-    and ``most_aligned``: the blocks with the highest mutual k-NN above its baseline, and those with the highest CKA;
-    ``None`` where too few captions differ. ``feature_seconds``: both towers over all pairs, or reading them from the
-    feature cache; ``seconds``: all that is done for this combination alone.
+    interval, on ``validated`` pairs. ``layers``: what the heads read, with ridge and width. ``trained``: parameters of
+    the heads. ``nearest`` and ``most_aligned``: the blocks with the highest mutual k-NN above its baseline, and those
+    with the highest CKA; ``None`` where too few captions differ. ``feature_seconds``: both towers over all pairs, or
+    reading them from the feature cache; ``seconds``: all that is done for this combination alone.
     """
 
     image: str
