@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from clasp.commands.auto import climb
 from clasp.commands.auto_stages import AutoCallbacks
 from clasp.commands.pair import rank_tower_pairs
 from clasp.config.recipe import read_recipe
-from clasp.report.pair_table import TowerPair, pair_layer_table, pair_table
+from clasp.report.pair_table import TowerPair, pair_layer_table, pair_ranks, pair_table
 from clasp.types import UserError
 from toydata import toys, write_classes, write_csv
 from toyruns import save_towers
@@ -64,6 +65,15 @@ def test_every_combination_is_ranked_by_its_metric(ranked: tuple[list[TowerPair]
     assert table.notes[-1].startswith(f"go on with: clasp train auto image.tower={found[0].image} ")
 
 
+def test_pairs_of_one_metric_share_their_rank(ranked: tuple[list[TowerPair], list[str]]):
+    first = ranked[0][0]
+    found = [replace(first, metric=metric, interval=(0.4, 0.6)) for metric in (0.5, 0.5, 0.45, 0.1)]
+    table = pair_table(found)
+    assert pair_ranks(found) == [row[0] for row in table.rows] == ["1=", "1=", "3", "4"]
+    assert "2 of the 3 others lie within the interval of the first: not told apart" in table.notes
+    assert "not told apart" not in " ".join(pair_table(found[:1]).notes)
+
+
 def test_each_tower_runs_once(ranked: tuple[list[TowerPair], list[str]]):
     found, titles = ranked
     for name in {pair.image for pair in found}:
@@ -88,6 +98,7 @@ def test_wrong_towers_are_all_named_before_any_compute(towers: Path, tmp_path: P
     for images, texts, message in (
         (["pip:a", "pip:a"], ["pip:b"], "--image names pip:a twice"),
         ([], ["pip:b"], "--image names no tower"),
+        (["pip:a"], ["pip:b", str(towers)], f"is not a tower; it is a path: did you mean data.train={towers}"),
     ):
         with pytest.raises(UserError, match=message):
             rank_tower_pairs(images, texts, [])
@@ -103,7 +114,8 @@ def test_class_folders_have_no_similarity_of_layers(towers: Path, tmp_path: Path
         [*SETTINGS, f"data.train={write_classes(drawn, tmp_path)}"],
     )
     assert found[0].primary == "top1" and found[0].nearest is None and found[0].most_aligned is None
-    assert "too few training pairs" in pair_table(found).notes[1]
+    notes = pair_table(found).notes
+    assert notes[0].startswith("warning: few validation pairs (") and "too few training pairs" in notes[2]
 
 
 def test_options_take_several_values(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

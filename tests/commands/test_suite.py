@@ -20,7 +20,7 @@ from clasp.data.atomic_files import has_its_checksum
 from clasp.evaluation.bootstrap import GroupedScores, bootstrap_replicates
 from clasp.evaluation.multilabel import eleven_point_precision, two_class_influence
 from clasp.evaluation.prompt_templates import TEMPLATE_SETS
-from clasp.evaluation.suites import SUITES, find_suite
+from clasp.evaluation.suites import MTEB_TASKS, SUITES, find_suite
 from clasp.evaluation.zeroshot import read_templates
 from clasp.report.prediction_sheets import Confusion, most_confused
 from clasp.report.suite_table import suite_table
@@ -92,10 +92,12 @@ def test_a_suite_is_one_table_with_missing_sets_named_first(data: Path, model: P
     kept = sorted((tmp_path / "out" / "predictions").iterdir())
     assert len(kept) == 2  # average precision has no scores of single queries
     about, *queries = lines(kept[0])
-    assert about == {"task": "zeroshot", "data": str(data / "cifar-10")} and len(queries) == len(TOYS)
+    assert about["task"] == "zeroshot" and about["data"] == str(data / "cifar-10") and len(queries) == len(TOYS)
+    assert set(about["options"]) == {"classes", "templates", "label"}
     assert {row["predicted"] for row in queries if row["expected"] == CLASSES[0]} == {CLASSES[1]}
     table = suite_table([(row.set, row.result) for row in rows])
-    assert len(table.rows) == 4 and table.rows[-1][0] == "mean of 3" and "17 of 20 sets are missing (" in table.notes[0]
+    assert len(table.rows) == 4 and table.rows[-1][0] == "mean of 3" and "17 of 20 sets are missing (" in table.notes[1]
+    assert table.notes[0] == "warning: few queries in 3 of 3 sets (20): 95 % intervals may be ±22 points wide"
 
 
 def test_probes_fit_on_the_split_for_it(model: Path, tmp_path: Path):
@@ -182,7 +184,9 @@ def test_a_suite_of_ones_own_is_a_toml_file(data: Path, model: Path, tmp_path: P
     file.write_text('[[set]]\nname = "a"\ntask = "multilabel"\n')
     assert find_suite(str(file))[0].metric == "mean_average_precision"
     for name, sets in SUITES.items():
-        assert len({each.name for each in sets}) == len(sets) == int(name.rpartition("-")[2])
+        count = len(sets) + len(MTEB_TASKS.get(name, ()))
+        assert len({each.name for each in sets} | {*MTEB_TASKS.get(name, ())}) == count
+        assert count == {"elevater-20": 20, "msclip-24": 24, "mieb-lite": 51}[name]
 
 
 def test_the_command_prints_one_table(
@@ -219,8 +223,9 @@ def test_predictions_are_kept_with_pictures_that_the_report_shows(data: Path, mo
     evaluate_run(model, "retrieval", [f"data={pairs}"], out=out, predictions=True)
     with pytest.raises(UserError, match="multilabel has no scores of single queries to keep"):
         evaluate_run(model, "multilabel", [f"data={data}"], out=out, predictions=True)
-    for name in ("zeroshot.png", "retrieval.png", "predictions"):
-        (out / name).rename(folder / name)
+    for file in (*out.glob("*.png"), out / "predictions"):
+        file.rename(folder / file.name)
+    (folder / "results.jsonl").write_bytes((out / "results.jsonl").read_bytes())
     write_report([folder], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert "Confusions" in text and text.count("data:image/png") == 2
@@ -307,3 +312,49 @@ def test_named_template_sets():
     assert read_templates("clip-7") == list(TEMPLATE_SETS["clip-7"])
     with pytest.raises(UserError, match="named sets: clip-80, clip-7"):
         read_templates("clip-81")
+
+
+def test_mieb_lite_has_its_own_prompts_shots_and_folders(tmp_path: Path):
+    """One folder serves a probe of 16 images a class and zero-shot; the tasks of mteb are named."""
+    pets, vectors, ids = ("cat", "dog"), np.eye(2, dtype="float32"), []
+    for split, count in (("train", 16), ("test", 4)):
+        for name in pets:
+            folder = tmp_path / "sets" / "OxfordPets" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                (folder / f"{split}-{number}.png").write_bytes(TOYS[number % len(TOYS)].png + f"{name}{split}".encode())
+                ids.append((f"{name}/{split}-{number}.png", pets.index(name)))
+    model = tmp_path / "model"
+    model.mkdir()
+    np.save(model / "image.npy", vectors[[label for _, label in ids]])
+    (model / "image.json").write_text(json.dumps([id for id, _ in ids]))
+    np.save(model / "text.npy", vectors)
+    (model / "text.json").write_text(json.dumps([f"a photo of a {name}, a type of pet." for name in pets]))
+    said: list[str] = []
+    rows = evaluate_suite(model, "mieb-lite", tmp_path / "sets", out=tmp_path / "out", say=said.append)
+    values = {row.set.name: row.value for row in rows if row.value is not None}
+    assert values == {"OxfordPets": 1.0, "OxfordPetsZeroShot": 1.0} and len(rows) == 20
+    folder = tmp_path / "sets" / "Country211"
+    assert f"missing: {folder} of Country211ZeroShot, to be had at https://huggingface.co/datasets/" in "\n".join(said)
+    (left,) = [line for line in said if line.startswith("not here: 31 tasks of mieb-lite that mteb computes")]
+    assert left.endswith("XM3600T2IRetrieval") and "clasp.as_mteb(RUN)" in left
+    probed, asked = (row["options"] for row in lines(tmp_path / "out" / "results.jsonl"))
+    assert (probed["shots"], probed["draws"]) == ("16", "5") and asked["templates"] == "a photo of a {}, a type of pet."
+    notes = suite_table([(row.set, row.result) for row in rows], 31).notes
+    assert notes[-1] == "31 more tasks of the suite run in mteb, on clasp.as_mteb(RUN); its mean is over all"
+
+
+def test_suite_and_data_may_be_typed_as_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    found: list[object] = []
+
+    def stop(model: str, suite: str, data: Path, **given: object) -> None:
+        found.extend((suite, data, given["templates"]))
+        raise UserError("enough")
+
+    monkeypatch.setattr("clasp.commands.evaluate_suite.evaluate_suite", stop)
+    typed = ["clasp", "eval", "run", "suite=mieb-lite", "templates=clip-80", "data=sets"]
+    monkeypatch.setattr(sys, "argv", typed)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert found == ["mieb-lite", Path("sets"), "clip-80"]
+    capsys.readouterr()

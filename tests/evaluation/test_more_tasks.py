@@ -237,3 +237,19 @@ def test_winoground_scoring(tmp_path: Path):
     assert set(evaluate("winoground", tmp_path, images, same, pairs).metrics.values()) == {0.0}
     with pytest.raises(UserError, match="winoground needs two pairs in each group, and 'alone' has 1"):
         evaluate("winoground", tmp_path, images, texts, [*pairs, pair("i0 0x", group="alone")])
+
+
+def test_retrieval_in_folds_is_the_mean_over_them(tmp_path: Path):
+    """An image has the vector of its caption, but the last two have each other's: only in their fold is that wrong."""
+    vectors = torch.eye(8)
+    images = {f"i{n}": vectors[{6: 7, 7: 6}.get(n, n)] for n in range(8)}
+    texts = {f"t{n}": vectors[n] for n in range(8)}
+    pairs = [pair(f"i{n}", f"t{n}") for n in range(8)]
+    *_, both = evaluate_embeddings("retrieval", tmp_path, images, texts, pairs, "folds=4")
+    assert both.task == "retrieval" and both.language == "" and both.metrics["recall@1"] == pytest.approx(3 / 4)
+    assert both.chance["recall@1"] == pytest.approx(1 / 2) and both.interval["recall@1"].low < 3 / 4
+    *_, whole = evaluate_embeddings("retrieval", tmp_path, images, texts, pairs)
+    assert whole.metrics["recall@1"] == pytest.approx(3 / 4) and whole.chance["recall@1"] == pytest.approx(1 / 8)
+    for folds in ("1", "5", "x"):
+        with pytest.raises(UserError, match=f"folds={folds} must be a whole number from 2 to 4"):
+            evaluate_embeddings("retrieval", tmp_path, images, texts, pairs, f"folds={folds}")

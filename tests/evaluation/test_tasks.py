@@ -127,7 +127,8 @@ def test_seconds_count_the_images_in_every_row():
 def test_a_row_is_a_line_of_json():
     (row,) = zeroshot({"1": "cat", "2": "dog"}, {"1": "cat", "2": "emu"}).results(Mirror())
     line = json.loads(json.dumps(asdict(row)))
-    assert set(line) == {"task", "data", "language", "metrics", "chance", "n", "interval", "seconds"}
+    fields = {"task", "data", "language", "metrics", "chance", "n", "interval", "seconds"}
+    assert set(line) == fields | {"options", "evaluation_id"}
     assert line["interval"]["top1"] == [0, 1]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from clasp.analysis.record import analyses_json, read_analyses
 from clasp.data.atomic_files import with_checksum
+from clasp.evaluation.results import EvaluationResult
 from clasp.report.auto_table import AutoPlan, AutoRow
 from clasp.report.chart_axes import Axis
 from clasp.report.html_report import render_html_report
@@ -284,3 +285,71 @@ def test_axes_cover_their_values_with_round_ticks():
 
 def test_runs_differ_in_colour_dash_or_shape():
     assert len({swatch(place) for place in range(28)}) == 28
+
+
+# --- evaluations that differ in one option ---------------------------------------------------------------------------
+
+ZEROSHOT = ("top1", "top5", "mean_per_class")
+
+
+def evaluated(value: float, id: str = "", *, data: str = "pics", **options: str) -> EvaluationResult:
+    row = result("zeroshot", value=value, metrics=ZEROSHOT, data=data)
+    return replace(row, options=options if id else None, evaluation_id=id)
+
+
+@pytest.mark.parametrize(
+    ("rows", "titles"),
+    [
+        pytest.param(
+            [
+                evaluated(0.3, "aa11", templates="a photo of a {}.", label="class"),
+                evaluated(0.4, "bb22", templates="clip-80", label="class"),
+            ],
+            {"zeroshot on pics": 0.3, "zeroshot on pics, templates=clip-80": 0.4},
+            id="templates",
+        ),
+        pytest.param(
+            [evaluated(0.3, "aa11", label="class"), evaluated(0.4, "bb22", descriptions="d.json", label="kind")],
+            {"zeroshot on pics": 0.3, "zeroshot on pics, descriptions=d.json, label=kind": 0.4},
+            id="descriptions",
+        ),
+        pytest.param(
+            [evaluated(0.3), evaluated(0.4, "bb22", label="class")],
+            {"zeroshot on pics (options not recorded)": 0.3, "zeroshot on pics (content bb22)": 0.4},
+            id="earlier version",
+        ),
+        pytest.param(
+            [evaluated(0.3, "aa11", label="class"), evaluated(0.4, "bb22", label="class")],
+            {"zeroshot on pics (content aa11)": 0.3, "zeroshot on pics (content bb22)": 0.4},
+            id="other pairs of one name",
+        ),
+        pytest.param(
+            [evaluated(0.3, "aa11", label="class"), evaluated(0.4, "aa11", label="class")],
+            {"zeroshot on pics": 0.4},
+            id="repeated",
+        ),
+        pytest.param([evaluated(0.3), evaluated(0.4)], {"zeroshot on pics": 0.4}, id="repeated in an earlier version"),
+    ],
+)
+def test_evaluations_that_differ_are_told_apart(rows: list[EvaluationResult], titles: dict[str, float], tmp_path: Path):
+    record = read_run_record(write_run(tmp_path / "run", rows), "run")
+    found = {each.title: each.result(0, "zeroshot") for each in compare_results([record])}
+    assert {title: each and each.metrics["top1"] for title, each in found.items()} == titles
+    text = Page(render_html_report([record])).text
+    assert all(title in text for title in titles)
+
+
+def test_runs_evaluated_on_copies_of_the_same_pairs_are_one_table(tmp_path: Path):
+    runs = [
+        write_run(tmp_path / name, [evaluated(0.3, "aa11", data=data, label="class")])
+        for name, data in (("a", "pics"), ("b", "/mnt/pics"))
+    ]
+    (compared,) = compare_results([read_run_record(run, run.name) for run in runs])
+    assert list(compared.rows) == [0, 1]
+
+
+def test_few_queries_are_said_below_the_table_of_a_report(tmp_path: Path):
+    few = [replace(row, n=16) for row in retrieval_rows()]
+    runs = [write_run(tmp_path / "a", few), write_run(tmp_path / "b", few)]
+    for chosen in (runs, runs[:1]):
+        assert page_of(*chosen).text.count("warning: few queries (16): 95 % intervals may be ±24 points wide") == 1

@@ -174,3 +174,27 @@ def test_a_ridge_for_each_column_is_a_column_scaled() -> None:
     torch.testing.assert_close(plain.correlations, scaled.correlations)
     signs = (plain.text * scaled.text).sum(1).sign()
     torch.testing.assert_close(plain.image, signs[:, None] * scaled.image / factor.float(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("ridge", [1.0, torch.linspace(0.5, 2.0, 600)], ids=["one", "of each column"])
+def test_few_pairs_are_computed_in_their_own_space(ridge: float | Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.randn(20, 600, generator=generator), torch.randn(20, 520, generator=generator)
+    moments = PairMoments.of([(x - x.mean(0), y - y.mean(0))])
+    dense = cca(moments, 64, ridge=(ridge, 1.0))
+    monkeypatch.setattr(closed_form, "_whitening", None)
+    few = cca(moments, 64, ridge=(ridge, 1.0), rows=20)
+    assert few.image.shape == (64, 600) and few.text.shape == (64, 520)
+    assert (few.correlations[19:] == 0).all() and (few.image[19:] == 0).all(), "19 directions of 20 centred pairs"
+    torch.testing.assert_close(few.correlations, dense.correlations, rtol=1e-5, atol=1e-6)
+    signs = (few.image[:19] * dense.image[:19]).sum(1).sign()
+    torch.testing.assert_close(few.image[:19], signs[:, None] * dense.image[:19], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(few.text[:19], signs[:, None] * dense.text[:19], rtol=1e-3, atol=1e-5)
+
+
+def test_moments_of_more_pairs_than_named_are_computed_as_ever() -> None:
+    x, y = torch.randn(200, 600), torch.randn(200, 520)
+    moments = PairMoments.of([(x, y)])
+    torch.testing.assert_close(
+        cca(moments, 8, ridge=(1.0, 1.0), rows=20).image, cca(moments, 8, ridge=(1.0, 1.0)).image
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ ANALYSIS_FILE, _FORMAT = "analysis.json", 1
 class AnalysisRecord:
     """The measures of a run on ``pairs`` pairs of ``data``, whose captions are in ``language`` (empty: as they come).
 
-    ``neighbours``: K of the mutual k-nearest neighbours. ``logit_scale``: inverse temperature; ``margin``: logit scale
-    times the difference of the mean cosines of pairs and non-pairs, in logits. ``attention``: ``None`` where the towers
-    are not native or have other numbers of heads. ``seconds``: wall time.
+    ``reading``: the columns and the folder of images that were named. ``neighbours``: K of the mutual k-nearest
+    neighbours. ``logit_scale``: inverse temperature; ``margin``: logit scale times the difference of the mean cosines
+    of pairs and non-pairs, in logits. ``attention``: ``None`` where the towers are not native or have other numbers of
+    heads. ``seconds``: wall time.
     """
 
     data: str
     language: str
+    reading: Mapping[str, str] = field(default_factory=dict)
     pairs: int
     neighbours: int
     logit_scale: float
@@ -46,9 +48,9 @@ class AnalysisRecord:
         return self.logit_scale * (self.geometry.pair_cosine - self.geometry.non_pair_cosine)
 
     @property
-    def kind(self) -> tuple[str, str, int, int]:
+    def kind(self) -> tuple[object, ...]:
         """What distinguishes the entries of a file."""
-        return self.data, self.language, self.pairs, self.neighbours
+        return self.data, self.language, *sorted(self.reading.items()), self.pairs, self.neighbours
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of ``analysis.json``."""

@@ -54,10 +54,15 @@ def evaluate(
     from clasp.report.console import print_json, print_status, progress_bar, relative_path
     from clasp.report.terminal import print_results
 
+    words = [word for word in (task, *(options or ())) if word is not None]
+    if suite is None and words and words[0].startswith("suite="):
+        suite, *words = words[0].partition("=")[2], *words[1:]
+        if data is None and (folder := next((word for word in words if word.startswith("data=")), "")):
+            data = Path(folder.partition("=")[2])
+            words.remove(folder)
     if suite is not None:
-        given = [word for word in (task, *(options or ())) if word is not None]
         with code_allowed(allow_code):
-            return _evaluate_suite(model, suite, data, given, out, as_json=as_json)
+            return _evaluate_suite(model, suite, data, words, out, as_json=as_json)
     if task is None or data is not None:
         raise typer.BadParameter("name a TASK with its options, or --suite NAME --data FOLDER")
     with code_allowed(allow_code):
@@ -75,6 +80,7 @@ def _evaluate_suite(
     model: str, suite: str, data: Path | None, options: list[str], out: Path | None, *, as_json: bool
 ) -> None:
     from clasp.commands.evaluate_suite import evaluate_suite
+    from clasp.evaluation.suites import MTEB_TASKS
     from clasp.report.console import print_json, print_status, print_table, progress_bar, relative_path
     from clasp.report.suite_table import suite_table
 
@@ -90,7 +96,7 @@ def _evaluate_suite(
             for row in rows
         ]
         return print_json({"run": model, "suite": suite, "sets": found})
-    table = suite_table([(row.set, row.result) for row in rows])
+    table = suite_table([(row.set, row.result) for row in rows], len(MTEB_TASKS.get(suite, ())))
     print_table(f"{relative_path(model)}: {suite}", table.columns, table.rows, table.notes)
 
 
@@ -124,7 +130,7 @@ def compare(
     if as_json:
         return print_json({**done.to_dict(), "sentence": sentence})
     table = model_comparison_table(done.comparisons, done.primary)
-    print_table(f"A: {done.first}, B: {done.second}, on {done.data}", table.columns, table.rows, table.notes)
+    print_table(f"A: {done.first}, B: {done.second}, on {done.asked}", table.columns, table.rows, table.notes)
     print_lines([sentence])
     if out is not None:
         print_status(f"every query is in {relative_path(out)}")

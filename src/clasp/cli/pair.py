@@ -56,11 +56,12 @@ def pair(
     from clasp.commands.pair import rank_tower_pairs
     from clasp.config.recipe import require_single_keys
     from clasp.report.console import print_json, print_status, print_table, progress_bar
-    from clasp.report.pair_table import pair_layer_table, pair_table
+    from clasp.report.pair_table import pair_layer_table, pair_ranks, pair_table
 
     require_single_keys(overrides or ())
     found = rank_tower_pairs(images, texts, overrides or (), say=print_status, bar=progress_bar)
     if as_json:
-        return print_json({"pairs": [{**asdict(pair), "command": pair.command} for pair in found]})
+        ranked = zip(pair_ranks(found), found, strict=True)
+        return print_json({"pairs": [{"rank": rank, **asdict(pair), "command": pair.command} for rank, pair in ranked]})
     for table in (pair_layer_table(found), pair_table(found)):
         print_table(f"{len(found)} pairs of towers, the best first", table.columns, table.rows, table.notes)

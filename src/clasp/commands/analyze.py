@@ -26,7 +26,7 @@ from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.formats.setting_hints import OPTION_HINTS
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages
 from clasp.evaluation.language_sets import require_languages
-from clasp.evaluation.registry import ANALYZE_OPTIONS, MAX_ANALYZED_PAIRS, MAX_NEIGHBOURS, parse_options
+from clasp.evaluation.registry import ANALYZE_OPTIONS, MAX_ANALYZED_PAIRS, MAX_NEIGHBOURS, PAIR_OPTIONS, parse_options
 from clasp.evaluation.retention.features import hashed_subset
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
@@ -64,6 +64,7 @@ def analyze_run(
         record = AnalysisRecord(
             data=given["data"],
             language=given.get("language", ""),
+            reading={option.name: given[option.name] for option in PAIR_OPTIONS[1:] if option.name in given},
             pairs=len(image.ids),
             neighbours=neighbours,
             logit_scale=float(model.encoder.scale_and_bias()[0]),

@@ -10,12 +10,13 @@ goes on from. Finished stages are not repeated. ``commands.auto_stages`` trains 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clasp.commands.auto_closed_forms import ClosedFormStages
 from clasp.commands.auto_stages import AutoCallbacks, AutoStages
 from clasp.commands.closed_form import attention_of_runs, with_layer_pools
+from clasp.commands.repeated_lines import said_once
 from clasp.commands.step_timing import time_steps
 from clasp.config.auto_plan import (
     CLOSED_FORM_STAGE,
@@ -58,6 +59,7 @@ class AutoResult:
 def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
     """Spend the budget of ``recipe.auto`` on a new run. Raises ``UserError`` before any compute where it can."""
     assert recipe.auto is not None
+    callbacks = replace(callbacks, say=said_once(callbacks.say))
     if (run / PLAN_FILE).exists():
         raise UserError(
             f"{run} holds a climb already; go on with: clasp resume {run}; or choose another name with --name"
@@ -76,6 +78,7 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
 
 def resume_climb(run: Path, callbacks: AutoCallbacks) -> AutoResult:
     """Go on with an interrupted climb; the stages that ended are kept."""
+    callbacks = replace(callbacks, say=said_once(callbacks.say))
     plan = AutoPlan.read(run)
     if plan.finished:
         raise UserError(f"{run} is finished: nothing is left to resume")

@@ -171,7 +171,8 @@ class ClosedFormSearch:
             moments = self._moments_of_classes(self._classes, candidate.ridge[0])
             classes = moments.select(*columns), candidate.class_weight * self._classes.classes.pairs.classes
         source = closed_form_source(self.moments.select(*columns), self._pairs, classes)
-        maps = cca(source.moments, candidate.width, ridge=candidate.ridge)
+        rows = int(source.moments.weight) if classes is None else None
+        maps = cca(source.moments, candidate.width, ridge=candidate.ridge, rows=rows)
         self._maps[candidate] = _Solution(maps.image, maps.text, source.image_mean, source.text_mean)
         return self._maps[candidate]
 

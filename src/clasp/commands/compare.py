@@ -18,7 +18,7 @@ from clasp.commands.evaluated_model import ModelSource, find_model
 from clasp.data.atomic_files import append_json_lines, translate_disk_errors, write_text_file
 from clasp.data.pairs import Pairs
 from clasp.evaluation.comparison import Comparison, compare_scored, primary_comparison
-from clasp.evaluation.registry import TaskEntry, find_task, parse_task_options
+from clasp.evaluation.registry import TaskEntry, changed_options, find_task, parse_task_options, used_options
 from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
@@ -27,14 +27,20 @@ COMPARISON_FILE, PREDICTIONS_FILE = "comparison.json", "predictions.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelComparison:
-    """Both models as typed, task and data, the comparison of every metric, and of the primary one."""
+    """Both models as typed, task, data and options as used, the comparison of every metric, and of the primary one."""
 
     first: str
     second: str
     task: str
     data: str
+    options: Mapping[str, str]
     comparisons: list[Comparison]
     primary: Comparison
+
+    @property
+    def asked(self) -> str:
+        """The data, and the options that are not at their default."""
+        return ", ".join((self.data, *changed_options(self.task, self.options)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in ``comparison.json``."""
@@ -43,6 +49,7 @@ class ModelComparison:
             "second": self.second,
             "task": self.task,
             "data": self.data,
+            "options": dict(self.options),
             "primary": self.primary.to_dict(),
             "comparisons": [each.to_dict() for each in self.comparisons],
         }
@@ -76,6 +83,7 @@ def compare_models(
         second=sources[1].name,
         task=task,
         data=given["data"],
+        options=used_options(entry, given),
         comparisons=comparisons,
         primary=primary_comparison(built, comparisons),
     )

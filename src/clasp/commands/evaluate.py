@@ -17,17 +17,19 @@ from clasp.commands.saved_predictions import save_predictions
 from clasp.config.datasets import open_pairs_for_settings
 from clasp.data.formats.setting_hints import OPTION_HINTS
 from clasp.data.pairs import ColumnNames, Pairs
+from clasp.evaluation.identity import EvaluationIdentity, identify
 from clasp.evaluation.registry import EVALUATION_TASKS, TaskEntry, find_task, parse_task_options
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.task_context import TaskContext
 from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
 from clasp.report.console import relative_path
+from clasp.report.evaluation_files import evaluation_file
 from clasp.report.figures import draw_retention
 from clasp.report.prediction_sheets import PREDICTION_SHEETS
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 TASK_FIGURES: dict[str, Callable[[Sequence[EvaluationResult], Path], None]] = {"retention": draw_retention}
-"""Task to the figure of its results, ``RUN/TASK.png``"""
+"""Task to the figure of its results, ``RUN/TASK-DATA-ID.png``"""
 
 
 def evaluate_run(
@@ -57,15 +59,17 @@ def evaluate_run(
     pairs, loaded = opener(given["data"]), source.load(bar)
     folder.require_fingerprint(loaded.encoder.fingerprint)
     context = make_context(loaded, pairs, opener, given, say, bar)
+    identity = identify(task, entry, context)
     queries = _score_queries(entry, context) if predictions else None
     results = entry.run(context) if queries is None else queries[0].finish(queries[1])
     if not isinstance(results, list) or not all(isinstance(result, EvaluationResult) for result in results):
         raise UserError(f"task {task!r} returned {type(results).__name__}; a list of EvaluationResult is expected")
+    results = identity.recorded_in(results)
     folder.append("results.jsonl", [result.to_row() for result in results])
     if queries is not None:
-        _keep_predictions(*queries, context, folder.path)
+        _keep_predictions(*queries, context, identity, folder.path)
     if task in TASK_FIGURES:
-        figure = folder.path / f"{task}.png"
+        figure = folder.path / f"{evaluation_file(task, context.data, identity.id)}.png"
         TASK_FIGURES[task](results, figure)
         say(f"figure: {relative_path(figure)}")
     return results
@@ -78,12 +82,16 @@ def _score_queries(entry: TaskEntry, context: TaskContext) -> tuple[EvaluationTa
 
 
 def _keep_predictions(
-    task: EvaluationTask, scored: Sequence[ScoredQueries], context: TaskContext, folder: Path
+    task: EvaluationTask,
+    scored: Sequence[ScoredQueries],
+    context: TaskContext,
+    identity: EvaluationIdentity,
+    folder: Path,
 ) -> None:
     """The prediction of each query goes to ``folder``, with a picture of some."""
-    context.say(f"predictions: {relative_path(save_predictions(folder, task, scored))}")
+    context.say(f"predictions: {relative_path(save_predictions(folder, task, scored, identity))}")
     if task.name in PREDICTION_SHEETS:
-        sheet = folder / f"{task.name}.png"
+        sheet = folder / f"{evaluation_file(task.name, task.data, identity.id)}.png"
         PREDICTION_SHEETS[task.name](context.pairs, scored[0].scores, sheet)
         context.say(f"pictures: {relative_path(sheet)}")
 

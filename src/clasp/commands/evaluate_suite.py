@@ -17,10 +17,11 @@ from clasp.commands.evaluated_model import ModelSource, find_model
 from clasp.commands.result_folder import ResultFolder
 from clasp.commands.saved_predictions import save_predictions
 from clasp.data.pairs import Pairs
+from clasp.evaluation.identity import identify
 from clasp.evaluation.multilabel_task import read_class_lists
 from clasp.evaluation.registry import EVALUATION_TASKS, parse_task_options
 from clasp.evaluation.results import EvaluationResult
-from clasp.evaluation.suites import PROMPTED_TASKS, SuiteSet, find_suite
+from clasp.evaluation.suites import MTEB_TASKS, PROMPTED_TASKS, SuiteSet, find_suite
 from clasp.evaluation.task_context import TaskContext
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
@@ -54,13 +55,15 @@ def evaluate_suite(
         raise UserError(f"templates={templates}: no set of {suite} has a task with templates")
     if not folder.is_dir():
         raise UserError(f"--data {folder} is no folder; it has a folder for each set: {sets[0].name}, …")
-    there = [each for each in sets if (folder / each.name).exists()]
+    there = [each for each in sets if each.path(folder).exists()]
     missing = [each for each in sets if each not in there]
     if not there:
         names = ", ".join(each.name for each in sets)
         raise UserError(f"--data {folder} has none of the {len(sets)} sets of {suite}: {names}{_where(sets)}")
     for each in missing:
-        say(f"missing: {folder / each.name}{_where([each])}")
+        say(f"missing: {each.path(folder)}{f' of {each.name}' if each.folder else ''}{_where([each])}")
+    if left := MTEB_TASKS.get(suite):
+        say(f"not here: {len(left)} tasks of {suite} that mteb computes on clasp.as_mteb(RUN): {', '.join(left)}")
     source = find_model(model)
     results = ResultFolder(source, out)
     given = {each.name: _options(each, folder, templates) for each in there}
@@ -112,15 +115,16 @@ def _open_all(
 def _evaluate(each: SuiteSet, context: TaskContext, folder: ResultFolder) -> EvaluationResult:
     """The last result of the task, the mean over directions or languages where there are several; all are kept."""
     entry = EVALUATION_TASKS[each.task]
+    identity = identify(each.task, entry, context)
     if entry.build is None:
-        results = entry.run(context)
+        results = identity.recorded_in(entry.run(context))
         folder.append("results.jsonl", [result.to_row() for result in results])
     else:
         task = entry.build(context)
         scored = task.scored(context.model)
-        results = task.finish(scored)
+        results = identity.recorded_in(task.finish(scored))
         folder.append("results.jsonl", [result.to_row() for result in results])
-        save_predictions(folder.path, task, scored)
+        save_predictions(folder.path, task, scored, identity)
     if each.metric not in results[-1].metrics:
         known = ", ".join(results[-1].metrics)
         raise UserError(f"{each.name}: {each.task} has no metric {each.metric!r}; it has {known}")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from clasp.analysis.layer_similarity import LayerSimilarity, layer_similarity
 from clasp.commands.closed_form import attention_of_runs, begin_search, choose_trial, search_recipe, with_layer_pools
+from clasp.commands.repeated_lines import said_once
 from clasp.config.build import (
     build_feature_source,
     build_image_tower,
@@ -29,6 +30,7 @@ from clasp.config.build import (
 )
 from clasp.config.datasets import TrainValPairs, open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe
+from clasp.data.formats.setting_hints import suggest_key
 from clasp.data.images import ImageTransform
 from clasp.data.loader import BadSampleLimit, BatchReader
 from clasp.data.readers import PairIndex
@@ -60,6 +62,8 @@ def rank_tower_pairs(
     """Rank all combinations. Raises ``UserError`` before any compute, naming every tower that cannot be used."""
     _require_distinct_towers("--image", images)
     _require_distinct_towers("--text", texts)
+    _require_no_pairs([*images, *texts], overrides)
+    say = said_once(say)
     if given := [text for text in overrides if text.partition("=")[0].strip() in _TOWER_KEYS]:
         raise UserError(f"override {given[0]!r}: the towers of clasp pair are those of --image and --text")
     recipes = {(image, text): _read(image, text, overrides) for image in images for text in texts}
@@ -94,6 +98,14 @@ def _require_distinct_towers(option: str, names: Sequence[str]) -> None:
         raise UserError(f"{option} names no tower; name one or several: {option} TOWER TOWER")
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise UserError(f"{option} names {twice[0]} twice")
+
+
+def _require_no_pairs(towers: Sequence[str], overrides: Sequence[str]) -> None:
+    """Raises ``UserError`` for a path after ``--image`` or ``--text``, where a word is a tower."""
+    given = [text.partition("=")[0].strip() for text in overrides]
+    for name in towers:
+        if hint := suggest_key(name, ("data.train", "data.val"), given):
+            raise UserError(f"{name!r} is not a tower{hint} A tower in a folder is file:{name}")
 
 
 def _read(image: str, text: str, overrides: Sequence[str]) -> Recipe:
@@ -159,6 +171,7 @@ class _Ranking:
             primary=task.primary,
             metric=trial.score.value,
             interval=(trial.score.interval[0], trial.score.interval[1]),
+            validated=len(self.pairs[1]),
             layers=str(trial.candidate),
             trained=trial.delta_bytes // 4,
             nearest=max(layers, key=neighbour_excess, default=None),

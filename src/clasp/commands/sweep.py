@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from clasp.commands.repeated_lines import said_once
 from clasp.commands.run_context import Preloaded
 from clasp.commands.train import train_recipe
 from clasp.config.build import ModelAndPreprocessing, build_model, build_model_and_preprocessing, rebuild_heads
@@ -57,7 +58,7 @@ def sweep(
     shared_objects = _SharedObjects()
     shared_objects.check(made)
     with allow_code({name for one in made for name in all_code_names(one.recipe.to_dict()).values()}):
-        return _run_grid(grid, made, runs, name, shared_objects, SweepCallbacks(say, bar, reporter))
+        return _run_grid(grid, made, runs, name, shared_objects, SweepCallbacks(said_once(say), bar, reporter))
 
 
 @dataclass(frozen=True, slots=True)

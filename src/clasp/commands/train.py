@@ -28,6 +28,7 @@ from clasp.data.pairs import skipped_lines
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
 from clasp.evaluation.from_pairs import validation_task
+from clasp.evaluation.identity import validation_identity
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.shared_encoder import SharedEncoder
 from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
@@ -200,6 +201,7 @@ def _finish(
     results: list[EvaluationResult] = []
     if not fitted.interrupted:
         found = ledger.timed_as("evaluation", task.finish)(scored)
+        found = validation_identity(task.name, context.train, context.val).recorded_in(found)
         kept = folder.keep_results([result.to_row() for result in found])
         results = [EvaluationResult.from_row(row) for row in kept]
     cost = ledger.cost(delta_bytes)

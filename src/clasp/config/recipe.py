@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from clasp.config.budget import AutoSettings
 from clasp.config.recipe_errors import explain_validation_error
 from clasp.config.recipe_sections import DataSettings, LossSectionSettings, ShareSettings
+from clasp.data.formats.setting_hints import suggest_key
 from clasp.models.backbone import ImageTowerSettings, TextTowerSettings
 from clasp.models.heads import HeadSettings
 from clasp.models.tuning.settings import TuneSettings
@@ -183,7 +184,14 @@ def _find(source: str | Path, folder: Path) -> Path:
         return builtin[name]
     near = difflib.get_close_matches(name, builtin, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise UserError(f"no recipe {str(source)!r}: neither a file nor one of these; {hint}{', '.join(builtin)}")
+    raise UserError(
+        f"no recipe {str(source)!r}: neither a file nor one of these{_as_data(source)}; {hint}{', '.join(builtin)}"
+    )
+
+
+def _as_data(source: str | Path) -> str:
+    """What to type for a path of pairs in the place of a recipe; empty for any other word."""
+    return suggest_key(str(source), ("start data.train",), ())
 
 
 def _read_with_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
@@ -196,7 +204,8 @@ def _read_with_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> 
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also a number of too many digits
-        raise UserError(f"{path} is not a TOML file: {error}") from None
+        hint = "" if path.suffix == ".toml" else _as_data(path)
+        raise UserError(f"{path} is not a TOML file: {error}{hint}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if "extends" not in given:
@@ -228,7 +237,9 @@ def _apply_overrides(given: dict[str, Any], overrides: Sequence[str]) -> dict[st
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"override {override!r} is not key=value, such as train.batch_size=512")
+            given_keys = [text.partition("=")[0].strip() for text in overrides if "=" in text]
+            hint = suggest_key(override, ("data.train", "data.val"), given_keys)
+            raise UserError(f"override {override!r} is not key=value{hint or ', such as train.batch_size=512'}")
         *path, last = key.strip().split(".")
         place = result
         for part in path:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from clasp.evaluation.results import EvaluationResult
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 class TaskOption:
     """One ``name=value``. ``default`` is the value of an option that is left out; ``None``: it has no value then.
 
-    ``in_place_of``: the name of an option that is not used where this one is given; both are an error.
+    ``in_place_of``: the name of an option that is not used where this one is given; both are an error. ``names``: what
+    the value names, whose content metrics depend on: ``file`` (where there is one, else the value itself) or ``pairs``;
+    ``reading``: how pairs are read, which their content shows.
     """
 
     name: str
@@ -35,12 +37,15 @@ class TaskOption:
     default: str | None = None
     required: bool = False
     in_place_of: str | None = None
+    names: Literal["", "file", "pairs", "reading"] = ""
 
 
 PAIR_OPTIONS = (
-    TaskOption("data", "a folder of class folders, or pairs (.csv .tsv .jsonl .parquet .tar)", required=True),
+    TaskOption(
+        "data", "a folder of class folders, or pairs (.csv .tsv .jsonl .parquet .tar)", required=True, names="pairs"
+    ),
     TaskOption("image", "column of the images"),
-    TaskOption("caption", "column of the captions"),
+    TaskOption("caption", "column of the captions", names="reading"),
     TaskOption("image_root", "folder that image paths start from"),
 )
 """Those of every task: the pairs it runs on"""
@@ -133,9 +138,13 @@ def build_zeroshot(context: TaskContext) -> ZeroShotTask:
 
 
 def build_retrieval(context: TaskContext) -> EvaluationTask:
-    """All captions of the pairs, in both directions."""
+    """All captions of the pairs, in both directions; within ``folds`` of them, where they are given."""
+    from clasp.evaluation.folded_retrieval import folded_retrieval_task
     from clasp.evaluation.from_pairs import retrieval_task
 
+    if "folds" in context.options:
+        folds = context.options["folds"]
+        return folded_retrieval_task(context.pairs, context.inputs, folds=folds, data=context.data)
     return retrieval_task(context.pairs, context.inputs, data=context.data)
 
 
@@ -222,16 +231,18 @@ _FIT_HELP = "pairs to fit on; half of data if left out"
 _LANGUAGES_HELP = "some of the languages of the captions, separated by commas; all if left out"
 
 _ZEROSHOT_OPTIONS = (
-    TaskOption("classes", "file with one class name a line; the classes of data if left out"),
+    TaskOption("classes", "file with one class name a line; the classes of data if left out", names="file"),
     TaskOption(
         "templates",
         "prompt with {} for the class, a file of them (lines or JSON), clip-80, clip-7",
         "a photo of a {}.",
+        names="file",
     ),
     TaskOption(
         "descriptions",
         "JSON file {class: [texts]}: prompts of each class, in place of templates",
         in_place_of="templates",
+        names="file",
     ),
 )
 
@@ -241,7 +252,11 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
         "classify images by class names alone",
         (*_ZEROSHOT_OPTIONS, TaskOption("label", _LABEL_HELP, "class")),
     ),
-    "retrieval": TaskEntry.of_queries(build_retrieval, "find captions by image and images by caption"),
+    "retrieval": TaskEntry.of_queries(
+        build_retrieval,
+        "find captions by image and images by caption",
+        (TaskOption("folds", "within so many consecutive parts of the images, and the mean: 5 for COCO's 1K test"),),
+    ),
     "multilingual": TaskEntry.of_queries(
         build_multilingual, "retrieval in each language, and its mean", (TaskOption("languages", _LANGUAGES_HELP),)
     ),
@@ -249,8 +264,8 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
         build_language_classes,
         "zeroshot in each language, of the classes with a name there, as in Babel-ImageNet",
         (
-            TaskOption("classes", "JSON file {language: [[class numbers], [names]]}", required=True),
-            TaskOption("templates", "as for zeroshot, or a JSON file {language: [templates]}", "{}"),
+            TaskOption("classes", "JSON file {language: [[class numbers], [names]]}", required=True, names="file"),
+            TaskOption("templates", "as for zeroshot, or a JSON file {language: [templates]}", "{}", names="file"),
             TaskOption("label", "column of the class number", "label"),
             TaskOption("languages", _LANGUAGES_HELP),
         ),
@@ -264,7 +279,7 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
         build_knn,
         "classify images by their nearest neighbours among image embeddings",
         (
-            TaskOption("fit", _FIT_HELP),
+            TaskOption("fit", _FIT_HELP, names="pairs"),
             TaskOption("label", _LABEL_HELP, "class"),
             TaskOption("k", "number of neighbours", "20"),
             TaskOption("temperature", "a neighbour weighs exp(cosine / temperature)", "0.07"),
@@ -274,7 +289,7 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
         build_probe,
         "classify images by logistic regression on image embeddings",
         (
-            TaskOption("fit", _FIT_HELP),
+            TaskOption("fit", _FIT_HELP, names="pairs"),
             TaskOption("label", _LABEL_HELP, "class"),
             TaskOption("shots", "fit to so many images of each class; to all if left out"),
             TaskOption("draws", "with shots: average over so many draws of them", "3"),
@@ -284,7 +299,7 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
         run_multilabel_probe,
         "the same by logistic regression on image embeddings",
         (
-            TaskOption("fit", "pairs to fit on", required=True),
+            TaskOption("fit", "pairs to fit on", required=True, names="pairs"),
             TaskOption("label", _LABELS_HELP, "classes"),
         ),
     ),
@@ -308,9 +323,9 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
     ),
     "retention": TaskEntry(
         run_retention,
-        "pre-trained features of each tower before and after alignment; figure: RUN/retention.png",
+        "pre-trained features of each tower before and after alignment; figure in RUN",
         (
-            TaskOption("fit", "pairs to fit the image probes on; half of data if left out"),
+            TaskOption("fit", "pairs to fit the image probes on; half of data if left out", names="pairs"),
             TaskOption("label", f"{_LABEL_HELP}; class if left out"),
             TaskOption("anchor", "language that captions are compared with; en if left out"),
             TaskOption("languages", _LANGUAGES_HELP),
@@ -329,6 +344,7 @@ def find_task(name: str) -> TaskEntry:
     A module may lie in the current folder. Raises ``UserError`` for an unknown name, module or object, and for an
     object that is not a ``TaskEntry``; errors inside the module are not caught.
     """
+    from clasp.data.formats.setting_hints import suggest_key
     from clasp.types import UserError
 
     if name in EVALUATION_TASKS:
@@ -338,7 +354,8 @@ def find_task(name: str) -> TaskEntry:
         near = get_close_matches(name, EVALUATION_TASKS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         known = ", ".join((*EVALUATION_TASKS, "package.module:Name"))
-        raise UserError(f"unknown task {name!r}; {hint}tasks: {known}")
+        data = suggest_key(name, ("zeroshot data",), ())
+        raise UserError(f"unknown task {name!r}{data}; {hint}tasks: {known}")
     names = vars(_import_module(name, module))
     if isinstance(entry := names.get(attribute), TaskEntry):
         return entry
@@ -373,16 +390,20 @@ def parse_task_options(name: str, entry: TaskEntry, typed: Sequence[str]) -> dic
 def parse_options(name: str, options: Sequence[TaskOption], typed: Sequence[str]) -> dict[str, str]:
     """Option to value, of what was typed and of defaults. Raises ``UserError``: unknown, twice, one in place of
     another beside it, or a required one left out."""
+    from clasp.data.formats.setting_hints import suggest_key
     from clasp.types import UserError
 
     known = {option.name: option for option in options}
+    paths = [option.name for option in options if option.names == "pairs"]
     given: dict[str, str] = {}
     for text in typed:
         key, equals, value = text.partition("=")
         if not equals or key not in known:
             near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}=…? " if near else ""
-            raise UserError(f"{name}: {text!r} is not an option; {hint}it takes {', '.join(known)}")
+            hint = f"; did you mean {near[0]}=…?" if near else ""
+            if not equals:
+                hint = suggest_key(text, paths, [word.partition("=")[0] for word in typed if "=" in word]) or hint
+            raise UserError(f"{name}: {text!r} is not an option{hint or ';'} it takes {', '.join(known)}")
         if key in given:
             raise UserError(f"{name}: {key}= is given twice, {given[key]!r} and {value!r}")
         given[key] = value
@@ -393,6 +414,19 @@ def parse_options(name: str, options: Sequence[TaskOption], typed: Sequence[str]
             raise UserError(f"{name}: {option.name}= is in place of {option.in_place_of}=; give one of the two")
     defaults = {key: option.default for key, option in known.items() if option.default is not None}
     return defaults | given
+
+
+def used_options(entry: TaskEntry, given: Mapping[str, str]) -> dict[str, str]:
+    """The options of ``parse_task_options`` without ``data``, and without those that another one replaces."""
+    replaced = {option.in_place_of for option in entry.options if option.name in given}
+    return {name: value for name, value in given.items() if name != PAIR_OPTIONS[0].name and name not in replaced}
+
+
+def changed_options(task: str, options: Mapping[str, str]) -> list[str]:
+    """Those of ``used_options`` that are not at their default, as typed; all of a task that is not built in."""
+    known = EVALUATION_TASKS[task].all_options if task in EVALUATION_TASKS else ()
+    defaults = {option.name: option.default for option in known}
+    return [f"{name}={value}" for name, value in options.items() if value != defaults.get(name)]
 
 
 def task_names() -> str:

@@ -26,7 +26,10 @@ class EvaluationResult:
     without one, a retrieval row is the mean of both. ``language`` is empty where there is none, ``macro:SET`` for the
     mean over a set of languages. ``metrics`` and ``chance`` (the chance level) are fractions, ranks count from 1.
     ``n``: number of queries. ``interval``: 95 %, for all but medians. ``seconds``: wall time of embedding the images
-    and of this row; what rows have in common counts in each. ``dataclasses.asdict`` of it is JSON.
+    and of this row; what rows have in common counts in each. ``options``: those of the task but ``data``, defaults
+    included; ``None`` in rows of clasp 0.1, which did not record them. ``evaluation_id``: the same for all
+    evaluations of one task with the same options on the same pairs (``evaluation.identity``); empty where it was not
+    recorded. ``dataclasses.asdict`` of it is JSON.
     """
 
     task: str
@@ -37,6 +40,8 @@ class EvaluationResult:
     n: int
     interval: dict[str, ConfidenceInterval]
     seconds: float
+    options: Mapping[str, str] | None = None
+    evaluation_id: str = ""
 
     def to_row(self) -> dict[str, Any]:
         """The line, with its checksum."""

@@ -7,6 +7,7 @@ with the options of their task. Note: the data of a set is the folder of its nam
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -15,7 +16,9 @@ from typing import Any, Literal
 
 from clasp.errors import UserError
 
-SuiteTask = Literal["zeroshot", "multilabel", "probe", "multilabel_probe", "retrieval", "multilingual"]
+SuiteTask = Literal[
+    "zeroshot", "multilabel", "probe", "multilabel_probe", "retrieval", "multilingual", "sugarcrepe", "winoground"
+]
 _RECALLS = ("mean_recall", "recall@1", "recall@5", "recall@10", "median_rank")
 _PRECISIONS = ("mean_average_precision", "mean_11_point_precision", "mean_roc_auc")
 TASK_METRICS: dict[SuiteTask, tuple[str, ...]] = {
@@ -25,6 +28,8 @@ TASK_METRICS: dict[SuiteTask, tuple[str, ...]] = {
     "multilabel_probe": _PRECISIONS,
     "retrieval": _RECALLS,
     "multilingual": _RECALLS,
+    "sugarcrepe": ("accuracy",),
+    "winoground": ("group_score", "text_score", "image_score"),
 }
 """Task to its metrics, the default one first; ``roc_auc`` needs two classes"""
 PROMPTED_TASKS: tuple[SuiteTask, ...] = ("zeroshot", "multilabel")
@@ -44,6 +49,18 @@ class SuiteSet:
     metric: str
     source: str = ""
     """Where the data is to be had"""
+    folder: str = ""
+    """The folder of the data, where several sets have the same; ``name`` if left out"""
+    split: str = ""
+    """The split that is asked about, of a task that fits nothing; the whole folder if left out"""
+    templates: str = ""
+    """Those of the benchmark, in place of those in the folder"""
+    settings: str = ""
+    """Further options of the task, separated by blanks: ``shots=16 draws=5``"""
+
+    def path(self, data: Path) -> Path:
+        """The folder of the set below that of all sets."""
+        return data / (self.folder or self.name)
 
     def options(self, folder: Path, templates: str | None) -> list[str]:
         """The options of the task: data, and the class names and templates that its folder has; of a probe, the splits
@@ -51,14 +68,14 @@ class SuiteSet:
 
         ``templates``: those of every set, in place of its own.
         """
-        data = folder / self.name
+        data, settings = self.path(folder), shlex.split(self.settings)
         if self.task in _PROBE_OF.values():
-            return [f"data={_split(data, 'test')}", f"fit={_split(data, 'train')}"]
-        given = [f"data={data}"]
+            return [f"data={_split(data, 'test')}", f"fit={_split(data, 'train')}", *settings]
+        given = [f"data={_split(data, self.split) if self.split else data}", *settings]
         if self.task in PROMPTED_TASKS:
             given += [f"classes={data / name}" for name in _CLASS_FILES if (data / name).is_file()][:1]
-            if templates is not None:
-                given.append(f"templates={templates}")
+            if templates or self.templates:
+                given.append(f"templates={templates or self.templates}")
             elif (data / _TEMPLATE_FILE).is_file():
                 given.append(f"templates={data / _TEMPLATE_FILE}")
         return given
@@ -115,12 +132,66 @@ _MORE_PROBED = tuple(
         ("ucf101", "https://www.crcv.ucf.edu/data/UCF101.php"),
     )
 )
+
+
+def _mieb(name: str, data: str, task: SuiteTask, **given: str) -> SuiteSet:
+    source = f"https://huggingface.co/datasets/{data}"
+    return SuiteSet(name=name, task=task, metric=TASK_METRICS[task][0], source=source, **given)
+
+
+def _mieb_probe(name: str, data: str) -> SuiteSet:
+    return _mieb(name, data, "probe", settings="shots=16 draws=5")
+
+
+def _mieb_zeroshot(name: str, data: str, prompt: str, split: str = "test") -> SuiteSet:
+    return _mieb(f"{name}ZeroShot", data, "zeroshot", folder=name, templates=prompt, split=split)
+
+
+# Xiao et al., ICCV 2025 (MIEB), the list "MIEB(lite)" of mteb 2.26.24, benchmarks/benchmarks.py: 51 tasks, by their
+# names there. Data sets, splits, prompts, 16 images of a class and 5 draws: those of the task classes
+_MIEB_LITE_SETS = (
+    _mieb_probe("Country211", "mteb/wds_country211"),
+    _mieb_probe("DTD", "mteb/dtd"),
+    _mieb_probe("EuroSAT", "mteb/eurosat-rgb"),
+    _mieb_probe("GTSRB", "mteb/wds_gtsrb"),
+    _mieb_probe("OxfordPets", "mteb/OxfordPets"),
+    _mieb_probe("PatchCamelyon", "mteb/wds_vtab-pcam"),
+    _mieb_probe("RESISC45", "mteb/resisc45"),
+    _mieb_probe("SUN397", "mteb/sun397"),
+    _mieb_zeroshot("CIFAR100", "mteb/cifar100", "a photo of a {}."),
+    _mieb_zeroshot("Country211", "mteb/wds_country211", "a photo showing the country of {}."),
+    _mieb_zeroshot("FER2013", "mteb/wds_fer2013", "a photo of a {} looking face."),
+    _mieb_zeroshot("FGVCAircraft", "mteb/FGVCAircraftZeroShot", "a photo of a {}, a type of aircraft."),
+    _mieb_zeroshot("Food101", "mteb/food101", "a photo of {}, a type of food.", "validation"),
+    _mieb_zeroshot("OxfordPets", "mteb/OxfordPets", "a photo of a {}, a type of pet."),
+    _mieb_zeroshot("StanfordCars", "mteb/StanfordCars", "a photo of a {}."),
+    _mieb("AROCocoOrder", "mteb/ARO-COCO-order", "sugarcrepe"),
+    _mieb("AROFlickrOrder", "mteb/ARO-Flickr-Order", "sugarcrepe"),
+    _mieb("AROVisualAttribution", "mteb/ARO-Visual-Attribution", "sugarcrepe"),
+    _mieb("AROVisualRelation", "mteb/ARO-Visual-Relation", "sugarcrepe"),
+    _mieb("Winoground", "facebook/winoground", "winoground"),
+)
+MTEB_TASKS: dict[str, tuple[str, ...]] = {
+    "mieb-lite": tuple(
+        """
+        ImageNetDog15Clustering TinyImageNetClustering BLINKIT2IMultiChoice CVBenchCount CVBenchRelation CVBenchDepth
+        CVBenchDistance ImageCoDe STS13VisualSTS STS15VisualSTS VisualSTS17Multilingual VisualSTS-b-Multilingual
+        CIRRIT2IRetrieval CUB200I2IRetrieval Fashion200kI2TRetrieval HatefulMemesI2TRetrieval InfoSeekIT2TRetrieval
+        NIGHTSI2IRetrieval OVENIT2TRetrieval RP2kI2IRetrieval VidoreDocVQARetrieval VidoreInfoVQARetrieval
+        VidoreTabfquadRetrieval VidoreTatdqaRetrieval VidoreShiftProjectRetrieval VidoreSyntheticDocQAAIRetrieval
+        VisualNewsI2TRetrieval VQA2IT2TRetrieval WebQAT2ITRetrieval WITT2IRetrieval XM3600T2IRetrieval
+        """.split()
+    )
+}
+"""The tasks of a suite that mteb alone computes, on ``clasp.as_mteb(RUN)``: clustering, Spearman correlation, multiple
+choice and retrieval with images and texts in one query, nDCG among a corpus with relevance judgements"""
 SUITES: dict[str, tuple[SuiteSet, ...]] = {
     "elevater-20": _ELEVATER_SETS,
     # You et al., ECCV 2022 (MS-CLIP): linear probes on 24 sets; which 24 is not in the published code, whose
     # lib/evaluation/dataset.py reads VOC 2007, Hateful Memes and ChestX-ray8. Metrics: those of CLIP's probes (Radford
     # et al., 2021, appendix A), but accuracy on hateful-memes
     "msclip-24": tuple(sorted([*map(_probed, _ELEVATER_SETS), *_MORE_PROBED], key=lambda each: each.name)),
+    "mieb-lite": _MIEB_LITE_SETS,
 }
 """Name to data sets, for ``clasp eval --suite``"""
 

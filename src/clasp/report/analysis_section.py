@@ -67,7 +67,8 @@ def cluster_table(record: AnalysisRecord) -> AnnotatedTable:
 def describe_analysis(record: AnalysisRecord) -> str:
     """The pairs of an analysis, and its time."""
     language = f" in {record.language}" if record.language else ""
-    return f"{record.pairs:,} pairs of {record.data}{language}, {record.seconds:,.1f} s"
+    reading = "".join(f", {name}={value}" for name, value in record.reading.items())
+    return f"{record.pairs:,} pairs of {record.data}{language}{reading}, {record.seconds:,.1f} s"
 
 
 def most_similar(layers: Sequence[LayerSimilarity], image_block: int) -> LayerSimilarity:

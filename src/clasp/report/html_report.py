@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clasp.evaluation.results import EvaluationResult
 from clasp.report.analysis_section import analysis_blocks
 from clasp.report.auto_table import AutoPlan, auto_table
 from clasp.report.curve_section import curve_blocks
+from clasp.report.evaluation_labels import evaluation_key, evaluation_labels, latest_results
 from clasp.report.html_elements import (
     Html,
     beside,
@@ -41,7 +42,6 @@ from clasp.report.run_comparison import (
     cost_table,
     difference_tables,
     facts_table,
-    latest_results,
     overview_table,
     parameter_table,
     percent_interval,
@@ -51,6 +51,7 @@ from clasp.report.run_record import ClassPredictions, RunRecord
 from clasp.report.svg_charts import ChartPoint, ChartRow, legend, row_chart, swatch
 from clasp.report.tables import (
     AnnotatedTable,
+    few_queries,
     format_metric,
     metric_title,
     metrics_main_first,
@@ -146,7 +147,8 @@ def _result_table(compared: ComparedResults, records: Sequence[RunRecord]) -> Ht
     if len(records) > 1:
         return html_table(compared.title, comparison_table(compared, records))
     rows = compared.rows[0]
-    return html_table(compared.title, result_table(compared.task, rows, metrics_main_first(rows[0].result)))
+    table = result_table(compared.task, rows, metrics_main_first(rows[0].result))
+    return html_table(compared.title, replace(table, notes=[*few_queries(compared.results), *table.notes]))
 
 
 def _result_chart(compared: ComparedResults, records: Sequence[RunRecord]) -> list[Html]:
@@ -175,13 +177,13 @@ def _retention(records: Sequence[RunRecord]) -> list[Html]:
     blocks, lacking = [], []
     for record in records:
         rows = [each for each in latest_results(record.results) if each.task.startswith(RETENTION)]
-        for data in dict.fromkeys(each.data for each in rows):
-            table = retention_table([each for each in rows if each.data == data], "results.jsonl of the run")
-            blocks.append(html_table(f"{record.label}: retention on {data}", table))
+        for key, label in evaluation_labels(rows).items():
+            table = retention_table([each for each in rows if evaluation_key(each) == key], "results.jsonl of the run")
+            blocks.append(html_table(f"{record.label}: retention on {label}", table))
         if not rows:
             lacking.append(record.label)
     note = missing_in(lacking, "retention was not evaluated (clasp eval RUN retention data=…).")
-    return [*blocks, *_pictures(records, ["retention.png"]), note]
+    return [*blocks, *_evaluation_pictures(records, "retention"), note]
 
 
 def _auto(place: int, record: RunRecord) -> list[Html]:
@@ -208,11 +210,11 @@ def _stage_chart(place: int, plan: AutoPlan) -> list[Html]:
 def _confusions(records: Sequence[RunRecord]) -> list[Html]:
     """Tables of the classes that are confused most, and pictures of them, where predictions were kept."""
     tables = [
-        html_table(f"{record.label}: {kept.task} on {kept.data}", _confusion_table(kept))
+        html_table(f"{record.label}: {kept.task} on {kept.label}", _confusion_table(kept))
         for record in records
         for kept in record.predictions
     ]
-    return [*tables, *_pictures(records, ["zeroshot.png"])]
+    return [*tables, *_evaluation_pictures(records, "zeroshot")]
 
 
 def _confusion_table(kept: ClassPredictions) -> AnnotatedTable:
@@ -226,8 +228,8 @@ def _confusion_table(kept: ClassPredictions) -> AnnotatedTable:
 
 
 def _examples(records: Sequence[RunRecord]) -> list[Html]:
-    shown = _pictures(records, ["searches.png", "search.png", "retrieval.png"])
-    written = "clasp search RUN writes search.png, clasp eval RUN retrieval --predictions retrieval.png"
+    shown = [*_pictures(records, ["searches.png", "search.png"]), *_evaluation_pictures(records, "retrieval")]
+    written = "clasp search RUN writes search.png, clasp eval RUN retrieval --predictions one of captions"
     return shown or [missing(f"No run has a picture of a search ({written}).")]
 
 
@@ -237,6 +239,16 @@ def _pictures(records: Sequence[RunRecord], names: Sequence[str]) -> list[Html]:
         for record in records
         for name in names
         if name in record.pictures
+    ]
+
+
+def _evaluation_pictures(records: Sequence[RunRecord], task: str) -> list[Html]:
+    """The pictures of every evaluation of a task, each named by its data and options."""
+    return [
+        figure(f"{record.label}: {task} on {shown.label}", picture(shown.path, _ALTERNATIVES[f"{task}.png"]))
+        for record in records
+        for shown in record.evaluation_pictures
+        if shown.task == task
     ]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clasp.data.atomic_files import translate_disk_errors, write_text_file
+from clasp.data.sample_size import MIN_QUERIES, small_sample_warning
 from clasp.report.run_record import PRIMARY_METRICS, primary_result, read_results
 from clasp.report.tables import CHANCE_TITLE, INTERVAL_TITLE, format_interval, format_metric, metric_title
 from clasp.training.cost import COST_FILE as COST
@@ -104,7 +105,9 @@ class SweepResult:
         """Lines below the table: what its columns are, and why runs failed."""
         failed = [f"{' '.join(row.settings)} failed: {row.error}" for row in self.rows if row.error]
         more = [f"{len(failed) - _MAX_ERRORS} more failed; sweep.jsonl has why"] if len(failed) > _MAX_ERRORS else []
-        return ["validation, per cent; n: queries; s: seconds of training", *failed[:_MAX_ERRORS], *more]
+        asked = min((row.n for row in self.finished), default=MIN_QUERIES)
+        few = small_sample_warning(asked, "validation queries")
+        return [*few, "validation, per cent; n: queries; s: seconds of training", *failed[:_MAX_ERRORS], *more]
 
     def summary_lines(self) -> list[str]:
         """The best run, and how certain the ranking is. Requires a finished run."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from clasp.data.sample_size import small_sample_warning
 from clasp.evaluation.comparison import Comparison
 from clasp.evaluation.language_sets import macro_set
-from clasp.report.tables import INTERVAL_TITLE, AnnotatedTable, metric_title
+from clasp.report.tables import INTERVAL_TITLE, AnnotatedTable, metric_title, most_queries
 
 _NOTE = (
     "per cent; difference: A minus B, in points, with its 95 % interval on the same queries; p: McNemar's exact test "
@@ -38,8 +39,10 @@ def model_comparison_table(comparisons: Sequence[Comparison], primary: Compariso
                 _format_p(each.p_value).removeprefix("= ") + ("*" if each.test == "mcnemar" else ""),
             ]
         )
+    counts = [(each.language, each.n) for each in comparisons if macro_set(each.language) is None]
+    few = small_sample_warning(most_queries(counts)[1], "queries") if counts else []
     columns = (primary.task.partition("/")[0], "A", "B", "difference", INTERVAL_TITLE, "p")
-    return AnnotatedTable(columns, rows, [_NOTE])
+    return AnnotatedTable(columns, rows, [*few, _NOTE])
 
 
 def comparison_sentence(first: str, second: str, primary: Comparison) -> str:

@@ -2,7 +2,7 @@
 
 Input: a ``TowerPair`` for each combination, the best first. Output: the table, and the command that trains a pair.
 Note: the metric is that of heads in closed form on frozen towers; similarities are at the blocks where they are
-highest, which by selection alone are slightly above the baseline.
+highest, which by selection alone are slightly above the baseline. Pairs of the same metric share their rank.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clasp.analysis.layer_similarity import LayerSimilarity
+from clasp.data.sample_size import few_validation_pairs
 from clasp.report.tables import AnnotatedTable, format_interval, format_metric
 from clasp.training.cost.ledger import format_si
 
-_COLUMNS = ("image", "text", "metric", "95 %", "k-NN", "CKA", "trained", "s")
+_COLUMNS = ("rank", "image", "text", "metric", "95 %", "k-NN", "CKA", "trained", "s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +24,10 @@ class TowerPair:
     """An image tower and a text tower, and what was measured of them.
 
     ``primary``, ``metric``, ``interval``: the validation metric of the heads in closed form, a fraction, and its 95 %
-    interval. ``layers``: what the heads read, with ridge and width. ``trained``: parameters of the heads. ``nearest``
-    and ``most_aligned``: the blocks with the highest mutual k-NN above its baseline, and those with the highest CKA;
-    ``None`` where too few captions differ. ``feature_seconds``: both towers over all pairs, or reading them from the
-    feature cache; ``seconds``: all that is done for this combination alone.
+    interval, on ``validated`` pairs. ``layers``: what the heads read, with ridge and width. ``trained``: parameters of
+    the heads. ``nearest`` and ``most_aligned``: the blocks with the highest mutual k-NN above its baseline, and those
+    with the highest CKA; ``None`` where too few captions differ. ``feature_seconds``: both towers over all pairs, or
+    reading them from the feature cache; ``seconds``: all that is done for this combination alone.
     """
 
     image: str
@@ -34,6 +35,7 @@ class TowerPair:
     primary: str
     metric: float
     interval: tuple[float, float]
+    validated: int
     layers: str
     trained: int
     nearest: LayerSimilarity | None
@@ -49,11 +51,20 @@ class TowerPair:
         return shlex.join(("clasp", "train", "auto", *towers, *self.overrides))
 
 
+def pair_ranks(pairs: Sequence[TowerPair]) -> list[str]:
+    """The rank of each pair, from 1; pairs of the same metric have the rank of their first, marked ``=``."""
+    values = [pair.metric for pair in pairs]
+    return [f"{values.index(value) + 1}{'=' if values.count(value) > 1 else ''}" for value in values]
+
+
 def pair_table(pairs: Sequence[TowerPair]) -> AnnotatedTable:
-    """A row for each pair; below it the command for the first."""
+    """A row for each pair; below it what the ranking is worth, and the command for the first."""
     name = pairs[0].primary
-    rows = [_cells(pair, name) for pair in pairs]
-    notes = [f"metric: {name} of heads in closed form on the validation pairs, both towers frozen"]
+    rows = [[rank, *_cells(pair, name)] for rank, pair in zip(pair_ranks(pairs), pairs, strict=True)]
+    notes = few_validation_pairs(pairs[0].validated)
+    notes.append(f"metric: {name} of heads in closed form on the validation pairs, both towers frozen")
+    if near := sum(pair.metric >= pairs[0].interval[0] for pair in pairs[1:]):
+        notes.append(f"{near} of the {len(pairs) - 1} others lie within the interval of the first: not told apart")
     if pairs[0].nearest is None:
         notes.append("no k-NN, no CKA: too few training pairs have a caption and a group of their own")
     else:

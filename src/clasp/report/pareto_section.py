@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from clasp.report.evaluation_labels import EvaluationKey, evaluation_key, evaluation_labels
 from clasp.report.html_elements import Html, escaped, figure, figure_row, missing, missing_in, paragraph
 from clasp.report.run_comparison import percent_interval, title_with_languages, total_seconds, trained_percent
 from clasp.report.run_record import RunRecord
@@ -22,15 +23,17 @@ _VALIDATION_KEYS = ("data.train", "data.val", "data.val_fraction", "train.seed")
 
 def pareto_blocks(records: Sequence[RunRecord]) -> list[Html]:
     """A chart for each kind of cost that two comparable runs have, and what is missing in them."""
-    groups: dict[tuple[str, str, str, str, int], list[int]] = {}
-    for place, record in enumerate(records):
-        if (p := record.primary) is not None:
-            groups.setdefault((p.task, p.data, p.language, main_metric(p), p.n), []).append(place)
+    groups: dict[tuple[EvaluationKey, str, str, int], list[int]] = {}
+    primaries = [record.primary for record in records]
+    labels = evaluation_labels([primary for primary in primaries if primary is not None])
+    for place, p in enumerate(primaries):
+        if p is not None:
+            groups.setdefault((evaluation_key(p), p.language, main_metric(p), p.n), []).append(place)
     blocks = [legend([record.label for record in records])]
-    for (task, data, language, metric, count), places in groups.items():
+    for (key, language, metric, count), places in groups.items():
         figures = _figures(records, places, metric)
         if len(groups) > 1 and figures:
-            title = f"{title_with_languages(metric, language)}: {task} on {data}, {count:,} queries"
+            title = f"{title_with_languages(metric, language)}: {key.task} on {labels[key]}, {count:,} queries"
             blocks.append(Html(f"<h3>{escaped(title)}</h3>"))
         blocks.append(figure_row(figures))
     if not any(len(places) > 1 for places in groups.values()):
@@ -38,7 +41,8 @@ def pareto_blocks(records: Sequence[RunRecord]) -> list[Html]:
     note = "Filled: no other run is at least as good at no more cost. Vertical lines: 95 % intervals of each run alone."
     blocks.append(paragraph(escaped(note), "note"))
     settings = [record.settings for record in records]
-    if any(len({str(each.get(key)) for each in settings}) > 1 for key in _VALIDATION_KEYS):
+    recorded = all(primary is None or primary.evaluation_id for primary in primaries)
+    if not recorded and any(len({str(each.get(key)) for each in settings}) > 1 for key in _VALIDATION_KEYS):
         told = (
             "The runs differ in keys that choose the validation pairs; with as many queries these may still be others."
         )

@@ -14,12 +14,20 @@ from typing import Any
 
 from clasp.evaluation.language_sets import macro_set
 from clasp.evaluation.results import EvaluationResult
+from clasp.report.evaluation_labels import (
+    EvaluationKey,
+    evaluation_key,
+    evaluation_label,
+    evaluation_labels,
+    latest_results,
+)
 from clasp.report.run_record import RunRecord
 from clasp.report.tables import (
     CHANCE_TITLE,
     INTERVAL_TITLE,
     AnnotatedTable,
     LabelledResult,
+    few_queries,
     format_interval,
     format_metric,
     labelled_by_task,
@@ -43,15 +51,17 @@ _PARTS = {
 
 @dataclass(frozen=True, slots=True)
 class ComparedResults:
-    """The results of one task on one set of pairs with one kind of metrics, by run (index) that has any."""
+    """The results of one evaluation (a task, its options and pairs) with one kind of metrics, by run (index) that has
+    any. ``results``: also those that are no row, all directions of a language."""
 
     task: str
-    data: str
+    label: str
+    results: Sequence[EvaluationResult]
     rows: Mapping[int, Sequence[LabelledResult]]
 
     @property
     def title(self) -> str:
-        return f"{self.task} on {self.data}"
+        return f"{self.task} on {self.label}"
 
     @property
     def metric(self) -> str:
@@ -140,22 +150,23 @@ def facts_table(records: Sequence[RunRecord]) -> AnnotatedTable:
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def latest_results(results: Sequence[EvaluationResult]) -> list[EvaluationResult]:
-    """The results without those that were repeated later: same task, pairs, language and metrics."""
-    latest = {(each.task, each.data, each.language, tuple(each.metrics)): each for each in results}
-    return list(latest.values())
-
-
 def compare_results(records: Sequence[RunRecord]) -> list[ComparedResults]:
-    """The results of all runs but retention, by task and pairs."""
-    found: dict[tuple[str, str, tuple[str, ...]], dict[int, list[LabelledResult]]] = {}
-    for run, record in enumerate(records):
-        results = [each for each in latest_results(record.results) if not each.task.startswith(RETENTION)]
-        for data in dict.fromkeys(each.data for each in results):
-            for task, rows in labelled_by_task([each for each in results if each.data == data]):
-                titled = [row._replace(label=task) if row.label == data else row for row in rows]  # data is the title
-                found.setdefault((task, data, tuple(rows[0].result.metrics)), {})[run] = titled
-    return [ComparedResults(task, data, rows) for (task, data, _), rows in found.items()]
+    """The results of all runs but retention, by evaluation."""
+    runs = [
+        [each for each in latest_results(record.results) if not each.task.startswith(RETENTION)] for record in records
+    ]
+    labels = evaluation_labels([each for results in runs for each in results])
+    found: dict[tuple[EvaluationKey, tuple[str, ...]], dict[int, list[LabelledResult]]] = {}
+    of_key: dict[EvaluationKey, list[EvaluationResult]] = {key: [] for key in labels}
+    for run, results in enumerate(runs):
+        for key in dict.fromkeys(map(evaluation_key, results)):
+            own = [each for each in results if evaluation_key(each) == key]
+            of_key[key] += own
+            for task, rows in labelled_by_task(own):
+                label = evaluation_label(own[0])  # the title has it
+                titled = [row._replace(label=task) if row.label == label else row for row in rows]
+                found.setdefault((key, tuple(rows[0].result.metrics)), {})[run] = titled
+    return [ComparedResults(key.task, labels[key], of_key[key], rows) for (key, _), rows in found.items()]
 
 
 def comparison_table(compared: ComparedResults, records: Sequence[RunRecord]) -> AnnotatedTable:
@@ -169,7 +180,10 @@ def comparison_table(compared: ComparedResults, records: Sequence[RunRecord]) ->
         counts.add(len({result.n for result in there}))
         chance = dict.fromkeys(format_metric(name, r.chance[name]) for r in there if name in r.chance)
         rows.append([label, *(_value_cell(name, result) for result in results), " / ".join(chance)])
-    notes = ["In brackets: the 95 % interval of each run alone, not of the difference between runs."]
+    notes = [
+        *few_queries(compared.results),
+        "In brackets: the 95 % interval of each run alone, not of the difference between runs.",
+    ]
     if counts - {1}:
         notes.append("The runs were evaluated on different numbers of queries: their values are not comparable.")
     return AnnotatedTable(columns, rows, notes)
@@ -225,7 +239,7 @@ def _primary_cells(primary: EvaluationResult | None) -> list[str]:
     name = main_metric(primary)
     title = title_with_languages(name, primary.language)
     chance = format_metric(name, primary.chance[name]) if name in primary.chance else ""
-    where = f"{title} ({primary.task.partition('/')[0]} on {primary.data})"
+    where = f"{title} ({primary.task.partition('/')[0]} on {evaluation_label(primary)})"
     return [
         where,
         format_metric(name, primary.metrics[name]),

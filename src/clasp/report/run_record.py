@@ -21,6 +21,8 @@ from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language, macro_
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
 from clasp.report.auto_table import PLAN_FILE, AutoPlan
+from clasp.report.evaluation_files import PREDICTIONS_FOLDER, evaluation_file
+from clasp.report.evaluation_labels import EvaluationKey, evaluation_key, evaluation_labels, option_texts
 from clasp.training.cost import COST_FILE as _COST_FILE
 from clasp.training.cost.ledger import RunCost, read_cost
 from clasp.training.run_folder import RunFolder
@@ -40,7 +42,8 @@ _LOGGED_PRIMARIES = (
     RetrievalTask.primary,
     ZeroShotTask.primary,
 )
-_PICTURES = ("searches.png", "search.png", "retention.png", "zeroshot.png", "retrieval.png", "maps.png")
+_PICTURES = ("searches.png", "search.png", "maps.png")
+_PICTURED_TASKS = ("retention", "zeroshot", "retrieval")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +57,21 @@ class LearningCurves:
 
 @dataclass(frozen=True, slots=True)
 class ClassPredictions:
-    """The right and the predicted class of every image of an evaluation."""
+    """The right and the predicted class of every image of an evaluation; ``label``: its data and options."""
 
     task: str
-    data: str
+    label: str
     expected: Sequence[str]
     predicted: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPicture:
+    """A picture of the results of an evaluation; ``label``: its data and options."""
+
+    task: str
+    label: str
+    path: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +91,7 @@ class RunRecord:
     analyses: Sequence[AnalysisRecord]
     predictions: Sequence[ClassPredictions]
     pictures: Mapping[str, Path]
+    evaluation_pictures: Sequence[EvaluationPicture]
     state: RunState
 
     @property
@@ -116,6 +129,7 @@ def read_run_record(run: str | Path, label: str) -> RunRecord:
         hint = f"; it is a sweep, name runs inside it: {path}/*/" if several else ""
         raise UserError(f"{path} is not a run folder: it has no recipe.toml{hint}")
     events, unread = _read_events(path / LOG_FILE)
+    results = read_results(path)
     return RunRecord(
         path=path,
         label=label,
@@ -123,12 +137,13 @@ def read_run_record(run: str | Path, label: str) -> RunRecord:
         base=_read_json(path / "base.json"),
         events=events,
         unread_lines=unread,
-        results=read_results(path),
+        results=results,
         cost=read_cost(path) if (path / _COST_FILE).exists() else None,
         plan=plan,
         analyses=read_analyses(path),
-        predictions=_read_predictions(path / "predictions"),
+        predictions=_read_predictions(path, results),
         pictures={name: path / name for name in _PICTURES if (path / name).exists()},
+        evaluation_pictures=_find_pictures(path, results),
         state=_state(path, plan),
     )
 
@@ -197,19 +212,33 @@ def _read_events(file: Path) -> tuple[list[Mapping[str, Any]], int]:
     return events, unread
 
 
-def _read_predictions(folder: Path) -> list[ClassPredictions]:
+def _read_predictions(run: Path, results: Sequence[EvaluationResult]) -> list[ClassPredictions]:
     """The predictions of classes that ``clasp eval --predictions`` kept, by file name."""
-    found = []
-    for file in sorted(folder.glob("zeroshot-*.jsonl")):
+    found, labels = [], evaluation_labels(results)
+    for file in sorted((run / PREDICTIONS_FOLDER).glob("zeroshot-*.jsonl")):
         try:
             about, *rows = read_json_lines(file)
+            key = EvaluationKey(about["task"], about.get("evaluation_id") or about["data"])
+            label = labels.get(key) or ", ".join((about["data"], *option_texts(key.task, about.get("options") or {})))
             predicted = [str(row["predicted"]) for row in rows]
-            found.append(ClassPredictions(about["task"], about["data"], [row["expected"] for row in rows], predicted))
+            found.append(ClassPredictions(key.task, label, [row["expected"] for row in rows], predicted))
         except UserError:
             raise
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file} is damaged: {error!r}") from None
     return found
+
+
+def _find_pictures(run: Path, results: Sequence[EvaluationResult]) -> list[EvaluationPicture]:
+    """The pictures of evaluations, and those that an earlier version named by their task alone."""
+    rows = {evaluation_key(result): result for result in results}
+    named = [
+        EvaluationPicture(key.task, label, run / f"{evaluation_file(key.task, rows[key].data, key.identity)}.png")
+        for key, label in evaluation_labels(results).items()
+        if key.task in _PICTURED_TASKS and rows[key].evaluation_id
+    ]
+    earlier = [EvaluationPicture(task, "pairs not recorded", run / f"{task}.png") for task in _PICTURED_TASKS]
+    return [each for each in (*named, *earlier) if each.path.exists()]
 
 
 def _state(path: Path, plan: AutoPlan | None) -> RunState:

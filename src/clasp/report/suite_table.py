@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from clasp.data.sample_size import MIN_QUERIES, small_sample_warning
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.suites import SuiteSet
 from clasp.report.tables import AnnotatedTable, format_interval, format_metric, metric_title
@@ -15,8 +16,8 @@ from clasp.report.tables import AnnotatedTable, format_interval, format_metric, 
 _COLUMNS = ("data set", "metric", "value", "95 %", "chance", "queries", "s")
 
 
-def suite_table(rows: Sequence[tuple[SuiteSet, EvaluationResult | None]]) -> AnnotatedTable:
-    """A row for each set that was evaluated, and the mean."""
+def suite_table(rows: Sequence[tuple[SuiteSet, EvaluationResult | None]], elsewhere: int = 0) -> AnnotatedTable:
+    """A row for each set that was evaluated, and the mean; ``elsewhere``: tasks of the suite that mteb computes."""
     cells = [_cells(each, result) for each, result in rows if result is not None]
     values = [result.metrics[each.metric] for each, result in rows if result is not None]
     cells.append([f"mean of {len(values)}", "", format_metric("", sum(values) / len(values)), "", "", "", ""])
@@ -26,6 +27,11 @@ def suite_table(rows: Sequence[tuple[SuiteSet, EvaluationResult | None]]) -> Ann
         if missing
         else []
     )
+    if elsewhere:
+        notes.append(f"{elsewhere} more tasks of the suite run in mteb, on clasp.as_mteb(RUN); its mean is over all")
+    asked = [result.n for _, result in rows if result is not None]
+    few = sum(count < MIN_QUERIES for count in asked)
+    notes = [*small_sample_warning(min(asked), f"queries in {few} of {len(asked)} sets"), *notes]
     return AnnotatedTable(_COLUMNS, cells, notes)
 
 

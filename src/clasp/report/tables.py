@@ -7,6 +7,7 @@ macro means, the worst and the best. Note: plain strings; the caller renders the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from clasp.data.sample_size import MIN_QUERIES, small_sample_warning
 from clasp.evaluation.language_sets import macro_set
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.tasks import RetrievalTask, ZeroShotTask
+from clasp.report.evaluation_labels import EvaluationKey, evaluation_key, evaluation_labels
 
 METRIC_TITLES = {"mean_per_class": "mean per class", "median_rank": "median rank", "mean_recall": "mean recall"}
 INTERVAL_TITLE, CHANCE_TITLE = "95 %", "chance"
@@ -88,7 +90,7 @@ def result_tables(results: Sequence[EvaluationResult]) -> list[AnnotatedTable]:
     tables = []
     for task, rows in labelled_by_task(results):
         table = result_table(task, rows, metrics_main_first(rows[0].result))
-        tables.append(replace(table, notes=[*few_queries(task, results), *table.notes]))
+        tables.append(replace(table, notes=[*few_queries(of_table(rows, results)), *table.notes]))
     return tables
 
 
@@ -99,7 +101,7 @@ def summary_tables(results: Sequence[EvaluationResult], more_in: str) -> list[An
         metrics = metrics_main_first(rows[0].result)
         summary = fold_languages(rows, metrics[0])
         table = result_table(task, summary.rows, metrics)
-        notes = [*few_queries(task, results), *table.notes, *more_note(summary.left_out, more_in)]
+        notes = [*few_queries(of_table(rows, results)), *table.notes, *more_note(summary.left_out, more_in)]
         tables.append(replace(table, notes=notes))
     return tables
 
@@ -143,25 +145,40 @@ def fold_languages(rows: Sequence[LabelledResult], metric: str) -> LanguageSumma
     return LanguageSummary([*others, *ends], len(languages) - len(ends))
 
 
-def few_queries(task: str, results: Sequence[EvaluationResult]) -> list[str]:
-    """A warning where a task has few queries, or metrics that are 100 % for any model.
+def few_queries(results: Sequence[EvaluationResult]) -> list[str]:
+    """A warning where an evaluation has few queries, or metrics that are 100 % for any model.
 
     Both of the language that has most queries, counted in the direction that has fewer.
     """
-    rows = [
-        each
-        for each in results
-        if each.task.partition("/")[0] == task.partition("/")[0] and macro_set(each.language) is None
-    ]
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.language] = min(row.n, counts.get(row.language, row.n))
-    if not counts:
+    evaluations: dict[EvaluationKey, list[EvaluationResult]] = {}
+    for result in results:
+        if macro_set(result.language) is None:
+            evaluations.setdefault(evaluation_key(result), []).append(result)
+    asked, certain = [], {}
+    for rows in evaluations.values():
+        largest, count = most_queries([(row.language, row.n) for row in rows])
+        asked.append(count)
+        chances = [chance for row in rows if row.language == largest for chance in row.chance.items()]
+        certain |= dict.fromkeys(metric_title(name) for name, level in chances if "rank" not in name and level >= 1)
+    if not asked:
         return []
-    largest = max(counts, key=lambda language: counts[language])
-    chances = [chance for row in rows if row.language == largest for chance in row.chance.items()]
-    certain = dict.fromkeys(metric_title(name) for name, level in chances if "rank" not in name and level >= 1)
-    return small_sample_warning(counts[largest], "queries", list(certain))
+    few = sum(count < MIN_QUERIES for count in asked)
+    where = "" if len(asked) == 1 else f" in {few} of {len(asked)} evaluations"
+    return small_sample_warning(min(asked), f"queries{where}", list(certain))
+
+
+def most_queries(rows: Sequence[tuple[str, int]]) -> tuple[str, int]:
+    """Of languages with their numbers of queries by direction: the language with most, in its smaller direction."""
+    counts: dict[str, int] = {}
+    for language, count in rows:
+        counts[language] = min(count, counts.get(language, count))
+    return max(counts.items(), key=lambda item: item[1])
+
+
+def of_table(rows: Sequence[LabelledResult], results: Sequence[EvaluationResult]) -> list[EvaluationResult]:
+    """All rows of the evaluations that a table shows."""
+    shown = {evaluation_key(row.result) for row in rows}
+    return [result for result in results if evaluation_key(result) in shown]
 
 
 def more_note(count: int, more_in: str) -> list[str]:
@@ -171,21 +188,32 @@ def more_note(count: int, more_in: str) -> list[str]:
 
 def labelled_by_task(results: Sequence[EvaluationResult]) -> list[tuple[str, list[LabelledResult]]]:
     """The rows of each task in order; those with other metrics than the first apart. Of a language with both directions
-    only the mean is a row."""
-    both = {(result.task, result.language) for result in results if "/" not in result.task}
-    kinds: dict[tuple[str, tuple[str, ...]], list[LabelledResult]] = {}
+    only the mean is a row.
+
+    Evaluations of one row each are rows of one table, labelled by data and options; of several evaluations with more
+    rows each has a table of its own, and the task is followed by that label.
+    """
+    both = {(evaluation_key(result), result.language) for result in results if "/" not in result.task}
+    directed = {evaluation_key(result) for result in results if "/" in result.task}
+    labels = evaluation_labels(results)
+    kinds: dict[tuple[str, EvaluationKey | None, tuple[str, ...]], list[LabelledResult]] = {}
     for result in results:
-        task, _, direction = result.task.partition("/")
-        if direction and result.language and (task, result.language) in both:
+        key, direction = evaluation_key(result), result.task.partition("/")[2]
+        if direction and result.language and (key, result.language) in both:
             continue
-        has_directions = any(other.task.startswith(f"{task}/") for other in results)
+        alone = not result.language and key not in directed
         label = (
             (macro_set(result.language) or result.language)
             or direction.replace("_", " ")
-            or ("both directions" if has_directions else result.data)
+            or (labels[key] if alone else "both directions")
         )
-        kinds.setdefault((task, tuple(result.metrics)), []).append(LabelledResult(label, result))
-    return [(task, rows) for (task, _), rows in kinds.items()]
+        place = (key.task, None if alone else key, tuple(result.metrics))
+        kinds.setdefault(place, []).append(LabelledResult(label, result))
+    several = Counter(key.task for key in labels)
+    return [
+        (task if key is None or several[task] == 1 else f"{task} on {labels[key]}", rows)
+        for (task, key, _), rows in kinds.items()
+    ]
 
 
 def metrics_main_first(result: EvaluationResult) -> list[str]:

@@ -21,6 +21,8 @@ from clasp.types import UserError
 Ridge = float | Float[Tensor, " D"]
 """A ridge penalty: one for a side, or one of each column (as where every layer has its own)"""
 
+_FEW_ROWS_WIDTH = 512  # columns of the narrower side from which few pairs are computed in their own space
+_RANK_TOLERANCE = 1e-6  # of the largest variance: products of a wide side are float32
 _SUBSPACE_ITERATIONS = 24  # the error of a direction falls by the ratio of its squared correlation to those left out
 
 
@@ -33,17 +35,24 @@ class CCAProjections:
     correlations: Float[Tensor, " E"]
 
 
-def cca(moments: PairMoments, width: int, *, ridge: tuple[Ridge, Ridge], power: float = 1.0) -> CCAProjections:
+def cca(
+    moments: PairMoments, width: int, *, ridge: tuple[Ridge, Ridge], power: float = 1.0, rows: int | None = None
+) -> CCAProjections:
     """CCA of standardised features from their moments, ``width`` directions.
 
     The moments are used as they are: about zero, the mean that standardisation has set, unless they were centred.
     ``ridge`` (image, text), one value or one of each column, must be positive where there are fewer pairs than
-    features. Raises ``UserError`` when ``width`` exceeds the width of the narrower features. Arithmetic in float64;
+    features. ``rows``: how many pairs the moments are sums of, where that is known; of few, the same is computed in
+    their space. Raises ``UserError`` when ``width`` exceeds the width of the narrower features. Arithmetic in float64;
     sides of more than ``WIDE`` columns are factored in float32, in a few seconds for 10,000 columns.
     """
     narrower = min(moments.image_text.shape)
     if width > narrower:
         raise UserError(f"head.width = {width}: the closed form has at most {narrower} directions for these towers")
+    if rows is not None and narrower >= _FEW_ROWS_WIDTH and rows <= narrower // 4:
+        found = _cca_of_few(moments, width, ridge, power, rows)
+        if found is not None:
+            return found
     if max(moments.image_text.shape) > WIDE:
         return _cca_of_wide(moments, width, ridge, power)
     whiten_image, whiten_text = (
@@ -58,6 +67,48 @@ def cca(moments: PairMoments, width: int, *, ridge: tuple[Ridge, Ridge], power: 
         text=(weight[:, None] * (v[:width] @ whiten_text)).float(),
         correlations=correlations[:width].float(),
     )
+
+
+def _cca_of_few(
+    moments: PairMoments, width: int, ridge: tuple[Ridge, Ridge], power: float, rows: int
+) -> CCAProjections | None:
+    """The same from factors of as many rows as there are pairs: directions beyond these have correlation 0, and rows of
+    zeros. ``None`` where the moments are not of so few pairs."""
+    sides = []
+    for products, penalty in ((moments.image_image, ridge[0]), (moments.text_text, ridge[1])):
+        scale = torch.as_tensor(penalty, dtype=torch.float64, device=products.device).rsqrt().expand(len(products))
+        factor = _pivoted_cholesky(products.double() / moments.weight, rows)
+        if factor is None:
+            return None
+        values, vectors = torch.linalg.eigh((factor * scale) @ (factor * scale).T)
+        kept = values > values[-1] * _RANK_TOLERANCE
+        values, vectors = values[kept], vectors[:, kept]
+        basis = (vectors / values.sqrt()).T @ (factor * scale)  # orthonormal rows: the space of the pairs
+        sides.append((basis * scale) / (values + 1).sqrt()[:, None])  # and whitened there
+    image, text = sides
+    u, correlations, v = torch.linalg.svd(image @ (moments.image_text.double() / moments.weight) @ text.T)
+    count = min(width, len(correlations))
+    weight = correlations[:count, None].clamp(min=0) ** power
+    maps = [
+        torch.nn.functional.pad(weight * (vectors[:count] @ side), (0, 0, 0, width - count)).float()
+        for vectors, side in ((u.T, image), (v, text))
+    ]
+    padded = torch.nn.functional.pad(correlations[:count], (0, width - count)).float()
+    return CCAProjections(maps[0], maps[1], padded)
+
+
+def _pivoted_cholesky(matrix: Float[Tensor, "D D"], rank: int) -> Float[Tensor, "_ D"] | None:
+    """``G`` of at most ``rank`` rows with ``Gᵀ G = matrix`` (Higham, 1990); ``None`` where the rank is higher."""
+    left = matrix.diagonal().clone()
+    most = float(left.max())
+    factor = torch.zeros(rank, len(matrix), dtype=matrix.dtype, device=matrix.device)
+    for row in range(rank):
+        pivot = int(left.argmax())
+        if left[pivot] <= _RANK_TOLERANCE * most:
+            return factor[:row]
+        factor[row] = (matrix[pivot] - factor[:row, pivot] @ factor[:row]) / left[pivot].sqrt()
+        left -= factor[row] ** 2
+    return factor if float(left.max()) <= 1e-4 * most else None
 
 
 def _cca_of_wide(moments: PairMoments, width: int, ridge: tuple[Ridge, Ridge], power: float) -> CCAProjections:

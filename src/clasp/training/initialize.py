@@ -64,7 +64,8 @@ def initialize_heads(
             of_classes = classes.moments(image, text, moments, settings.ridge[0])
             weighted = of_classes, classes.classes.total_weight
         source = closed_form_source(moments, len(sides.pairs), weighted)
-        maps = cca(source.moments, settings.width, ridge=settings.ridge)
+        rows = int(moments.weight) if weighted is None else None
+        maps = cca(source.moments, settings.width, ridge=settings.ridge, rows=rows)
         centres = (model.image_head, maps.image, source.image_mean), (model.text_head, maps.text, source.text_mean)
         with torch.no_grad():
             for head, weight, mean in centres:

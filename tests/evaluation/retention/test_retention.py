@@ -339,10 +339,11 @@ def test_results_and_figure_stay_in_the_run(world: World, monkeypatch: pytest.Mo
     kept = lines(at / "results.jsonl")[before:]
     assert [(row["task"], row["language"]) for row in kept] == [(r.task, r.language) for r in results]
     fields = {"task", "data", "language", "metrics", "chance", "n", "interval", "seconds", "checksum"}
+    fields |= {"options", "evaluation_id"}
     assert all(set(row) == fields for row in kept)
     text = (at / "results.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
-    png = (at / "retention.png").read_bytes()
+    png = (at / f"retention-{world.pairs.stem}-{kept[0]['evaluation_id'][:8]}.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 20_000
 
 
@@ -362,7 +363,7 @@ def test_the_command_prints_one_table_or_one_object(
     out, err = typed()
     assert out.count("chance: the chance level") == 1 and "image: k-NN" in out and "text R@1, never trained: sw" in out
     assert "image tower: weights moved by" in out and "text tower: weights moved by" in out
-    assert "retention.png" in err
+    assert f"retention-{world.pairs.stem}-" in err
     out, _ = typed("--json")
     answer = json.loads(out)
     assert answer["task"] == "retention" and out.count("\n") == 1

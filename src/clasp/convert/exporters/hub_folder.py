@@ -16,6 +16,7 @@ from typing import Any
 from clasp.config.recipe import recipe_from_dict
 from clasp.convert.exporters.job import ExportJob, ExportOptions, ExportReport
 from clasp.models.zoo.hub_runs import push_run, require_hub_token
+from clasp.report.evaluation_labels import latest_results
 from clasp.report.model_card import results_section
 from clasp.report.run_record import read_results
 from clasp.report.tables import result_tables
@@ -100,7 +101,7 @@ def _card(job: ExportJob, name: str) -> str:
     head |= {"pipeline_tag": "zero-shot-image-classification", "tags": tags}
     head |= {"base_model": bases} if bases else {}
     counts = job.encoder.parameter_counts()["model"]
-    results = read_results(job.run)
+    results = latest_results(read_results(job.run))
     sections = "".join(results_section("Results", table) for table in result_tables(results)) if results else ""
     return f"""---
 {_yaml(head)}---

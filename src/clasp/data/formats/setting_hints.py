@@ -1,4 +1,4 @@
-"""Which setting mends an error of a reader, in the words of what opened the pairs.
+"""Which setting mends an error of a reader, in the words of what opened the pairs; and which one a bare path is for.
 
 Input: an error that another name of a column, or another folder of the images, would mend. Output: the same error with
 a hint. Note: readers raise without one, since each verb names these settings in its own way: a recipe by its keys,
@@ -7,7 +7,9 @@ a hint. Note: readers raise without one, since each verb names these settings in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shlex
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -46,6 +48,15 @@ class SettingHints:
             raise UserError(f"{error}; {self.columns}") from None
         except OutsideRootError as error:
             raise UserError(f"{error}; {self.image_root}") from None
+
+
+def suggest_key(word: str, keys: Sequence[str], given: Collection[str]) -> str:
+    """``; it is a path: did you mean KEY=word?`` for a word that is an existing path, with the first of ``keys`` that
+    is not among the given ones; empty for any other word."""
+    free = [key for key in keys if key not in given]
+    if not free or "\0" in word or not os.path.exists(word):
+        return ""
+    return f"; it is a path: did you mean {free[0]}={shlex.quote(word)}?"
 
 
 RECIPE_HINTS = SettingHints.of_keys("data.columns.", "data.image_root")
