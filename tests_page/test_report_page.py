@@ -68,5 +68,7 @@ def test_on_paper_it_is_light_and_without_navigation(browser: Browser, file: Pat
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     expect(page.locator("nav")).to_be_hidden()
+    page.set_viewport_size({"width": 688, "height": 1000})  # what @page leaves of A4
+    assert page.evaluate("document.documentElement.scrollWidth") == 688, "nothing is cut off"
     assert page.pdf(format="A4").startswith(b"%PDF")
     context.close()

@@ -66,7 +66,7 @@ def html_table(caption: str, table: AnnotatedTable, marks: Sequence[Html] = ()) 
     notes = joined(paragraph(escaped(note), "note") for note in table.notes)
     return Html(
         f'<div><div class="wide" tabindex="0" role="region" aria-label="{escaped(caption)}">'
-        f"<table><caption>{escaped(caption)}</caption>"
+        f"<table><caption><span>{escaped(caption)}</span></caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{notes}</div>"
     )
 

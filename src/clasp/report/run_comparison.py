@@ -83,7 +83,8 @@ def overview_table(records: Sequence[RunRecord]) -> AnnotatedTable:
     columns = ("run", "state", "primary metric", "value", INTERVAL_TITLE, CHANCE_TITLE, "trained", "%", "s", "Wh")
     rows = [[record.label, record.state, *_primary_cells(record.primary), *_cost_cells(record)] for record in records]
     notes = [
-        "Metric in per cent, with its 95 % interval and chance level. Trained: parameters, and their share of all."
+        "Metric in per cent, with its 95 % interval and chance level. Trained: parameters, and their share of all. "
+        "s: seconds in all stages. Wh: energy, where it was measured."
     ]
     return AnnotatedTable(columns, rows, notes)
 
