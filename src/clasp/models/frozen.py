@@ -29,7 +29,8 @@ class FrozenTower:
 
     @property
     def fingerprint(self) -> str:
-        weights = _in_precision(self.tower.layer_fingerprint, self.precision) + _kernel_suffix(self.precision)
+        weights = _in_precision(self.tower.layer_fingerprint, self.precision)
+        weights += _kernel_suffix(self.precision, self.tower)
         # captions without padding differ in their last bits
         return f"{weights}:unpadded" if self.precision != "float32" and self.tower.packs_captions else weights
 
@@ -60,7 +61,8 @@ class FrozenPrefix:
 
     @property
     def fingerprint(self) -> str:
-        return _in_precision(self.tower.prefix_fingerprint(self.depth), self.precision) + _kernel_suffix(self.precision)
+        weights = _in_precision(self.tower.prefix_fingerprint(self.depth), self.precision)
+        return weights + _kernel_suffix(self.precision, self.tower)
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -91,9 +93,10 @@ class FrozenPrefix:
             return self.tower.prefix_states(inputs, self.depth)
 
 
-def _kernel_suffix(precision: Precision) -> str:
+def _kernel_suffix(precision: Precision, tower: Tower) -> str:
     """Differs by the attention kernel (``models.plain_attention``), whose outputs differ in their last bits."""
-    if torch.backends.cuda.flash_sdp_enabled():
+    products = precision != "float32" and tower.attends_in_products
+    if torch.backends.cuda.flash_sdp_enabled() and not products:
         return ""
     return ":plain" if precision == "float32" else ":products"
 

@@ -63,6 +63,17 @@ def plain_products(
     return (F.dropout(weights, dropout) if dropout else weights) @ v
 
 
+def attend_to_all(
+    q: Float[Tensor, "*batch N D"], k: Float[Tensor, "*batch M D"], v: Float[Tensor, "*batch M Dv"]
+) -> Float[Tensor, "*batch N Dv"]:
+    """Attention without a mask: PyTorch's kernel, or plain products in inference in bfloat16 on a CPU, where they took
+    0.33 to 1.25 times as long from 50 to 1,370 tokens."""
+    if not (q.device.type == "cpu" and torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")):
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return plain_products(q, k, v)
+
+
 def _attend(
     query: Tensor,
     key: Tensor,

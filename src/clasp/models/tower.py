@@ -64,6 +64,7 @@ from clasp.models.probe import (
 from clasp.models.running_statistics import batch_norms, trains_norm, updated_statistics
 from clasp.models.structure import find_structure, find_unused_modules
 from clasp.models.transformer.bert import BertEncoder
+from clasp.models.transformer.dinov2 import Dinov2Encoder
 from clasp.models.transformer.packing import pack_rows
 from clasp.models.tuning.depth import truncate_blocks
 from clasp.models.tuning.spec import TuningSpec, apply_tuning, parse_tuning_spec
@@ -375,6 +376,12 @@ class Tower(nn.Module):
         and with dropout off. In float32, features stay bitwise those of padded captions."""
         apart = "prompts" in dict(self.net.named_children()) or self.net.training
         return isinstance(self.net, BertEncoder) and self._device.type == "cpu" and not apart
+
+    @property
+    def attends_in_products(self) -> bool:
+        """Whether inference in bfloat16 attends in plain products, whatever the attention kernel: a packaged image net
+        on a CPU does."""
+        return isinstance(self.net, Dinov2Encoder) and self._device.type == "cpu"
 
     def _packing_net(self, inputs: Pixels | Tokens | HiddenStates) -> BertEncoder | None:
         """The net where these inputs are encoded without padding; ``None`` also where they have none."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import pytest
 import torch
 import transformers as hf
 
+from clasp.models.backbone import Backbone
+from clasp.models.frozen import FrozenTower
+from clasp.models.plain_attention import plain_attention_everywhere
+from clasp.models.tower import Tower
 from clasp.models.transformer.dinov2 import Dinov2Encoder, Dinov2EncoderSettings
 
 SETTINGS = Dinov2EncoderSettings(
@@ -51,13 +56,23 @@ def test_output_and_gradients_are_those_of_transformers(dtype, size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
 def test_inference_mode_changes_no_bit(dtype):
+    """It computes GELU in place; in bfloat16 it attends as the plain attention kernel does."""
     ours, _ = _pair()
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    plain = plain_attention_everywhere if dtype == torch.bfloat16 else nullcontext
     found = []
-    for mode in (torch.no_grad, torch.inference_mode):  # the second computes GELU in place
-        with mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    for mode, kernel in ((torch.no_grad, plain), (torch.inference_mode, plain), (torch.inference_mode, nullcontext)):
+        with mode(), kernel(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             found.append(ours(pixel_values=pixels).last_hidden_state)
-    assert torch.equal(*found)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_features_are_keyed_by_how_they_attend():
+    tower = Tower(Backbone("tiny", "image", _pair()[0].requires_grad_(False), "", "cls"))
+    before = FrozenTower(tower, precision="bfloat16").fingerprint
+    with plain_attention_everywhere():
+        assert FrozenTower(tower, precision="bfloat16").fingerprint == before and before.endswith(":products")
+    assert FrozenTower(tower).fingerprint == tower.layer_fingerprint
 
 
 @pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")

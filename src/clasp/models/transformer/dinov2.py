@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clasp.models.low_rank_forward import project_together
+from clasp.models.plain_attention import attend_to_all
 from clasp.models.transformer.blocks import LayerNorm, cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
 
@@ -130,7 +131,7 @@ class _Attention(nn.Module):
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in project_together(states, (self.q_proj, self.k_proj, self.v_proj))
         )
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.o_proj(attend_to_all(q, k, v).transpose(1, 2).flatten(2))
 
 
 class _LayerScale(nn.Module):
