@@ -337,7 +337,7 @@ def _edge_filter(conditions: Sequence[Condition]) -> qdrant_edge.Filter | None:
 
     parts = [[_edge_condition(each) for each in alternatives] for alternatives in conditions]
     must = [one if not others else edge.Filter(should=[one, *others]) for one, *others in parts]
-    return edge.Filter(must=must) if must else None
+    return edge.Filter(must=must) if must else None  # pyright: ignore[reportArgumentType]
 
 
 def _edge_condition(condition: HasTerm | InRange) -> qdrant_edge.FieldCondition:
