@@ -69,6 +69,12 @@ def test_images_feedback_and_more_like_this(api: TestClient):
     assert set(colours(body)) == {"green"} and body["close_count"] is None and body["hits"][0]["z"] is None
     both = api.post("/api/search", files=upload("green"), data={"q": "blue", "k": 8}).json()
     assert {"green", "blue"} & set(colours(both)) and both["p_value"] is not None
+    away = api.post("/api/search", files=upload("green"), data={"q": "yellow", "k": 10, "image_weight": -0.5}).json()
+    assert "green" not in colours(away)
+    for sent, weight, line in ((True, 0, "weight of a search is 0.0"), (True, "nan", "is nan"), (False, 2, "none was")):
+        files = upload("green") if sent else None
+        reply = api.post("/api/search", files=files, data={"q": "red", "image_weight": weight})
+        assert reply.status_code == 400 and line in reply.json()["error"]
     green, red = (
         api.get("/api/search", params={"q": name, "k": 1}).json()["hits"][0]["id"] for name in ("green", "red")
     )
@@ -187,6 +193,7 @@ HOSTILE_QUERIES: dict[str, tuple[dict[str, Any], int, str]] = {
     "too long": ({"q": "x" * 201}, 400, "at most 200"),
     "cancels": ({"q": "red -red"}, 400, "cancels itself out"),
     "weight huge": ({"q": "red^" + "9" * 40}, 400, "a weight of a search is 1e+40"),
+    "weight no number": ({"q": "red^x"}, 400, "the weight in 'red^x' is not a number; type dog^2"),
     "k 0": ({"q": "red", "k": 0}, 422, "k: "),
     "k huge": ({"q": "red", "k": 101}, 400, "at most 100"),
     "k text": ({"q": "red", "k": "many"}, 422, "k: "),

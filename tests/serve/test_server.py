@@ -77,6 +77,9 @@ def test_a_command_asks_the_server_of_its_run(tmp_path: Path):
         by_image = search_warm_server(run, None, tmp_path / "q.png", 1, sheet=tmp_path / "new" / "sheet.png")
         assert by_image is not None and "green" in by_image.answer["hits"][0]["id"]
         assert by_image.sheet.exists()
+        away = search_warm_server(run, "yellow", tmp_path / "q.png", 10, image_weight=-0.5)
+        assert away is not None and away.query.endswith("q.png with weight -0.5")
+        assert "green" not in str([hit["id"] for hit in away.answer["hits"]])
         with pytest.raises(UserError, match="cancels itself out"):
             search_warm_server(run, "red -red", None, 3)
         assert search_warm_server(run, "red", None, 10_000) is None, "above the server's limit"

@@ -77,6 +77,9 @@ def search(
     image: Annotated[
         Path | None, typer.Option("--image", help="Image query; with WORDS, the mean of both embeddings.")
     ] = None,
+    image_weight: Annotated[
+        float, typer.Option("--image-weight", help="Weight of the image beside WORDS; below 0 it is subtracted.")
+    ] = 1.0,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
     where: Annotated[
         list[str] | None,
@@ -90,18 +93,20 @@ def search(
 ) -> None:
     """Search RUN/index by text, by image, or by both; hits by cosine similarity, near-duplicates as one.
 
-    A term after a minus sign is subtracted: "beach -people"; in double quotes a minus sign is literal. A number after
-    a caret is the weight of its term: 'beach "red umbrella"^0.5'.
+    A term after a minus sign is subtracted: "beach -people". A number after a caret is the weight of its term: 'beach
+    "red umbrella"^0.5', "dog^-1". In double quotes both are literal.
     """
     from clasp.commands.warm_search import search_warm_server
     from clasp.report.console import print_json, print_status, print_table, relative_path
 
-    found = search_warm_server(run, words, image, k, where or (), sheet)
+    if image is None and image_weight != 1.0:
+        raise UserError(f"--image-weight {image_weight:g} is the weight of --image, which is not given")
+    found = search_warm_server(run, words, image, k, where or (), sheet, image_weight)
     if found is None:
         from clasp.commands.search import search_images
 
         with code_allowed(allow_code):
-            found = search_images(run, words, image, k, where or (), sheet).found()
+            found = search_images(run, words, image, k, where or (), sheet, image_weight).found()
     if as_json:
         print_json({"query": found.query, **found.answer, "sheet": str(found.sheet)})
         return

@@ -94,17 +94,25 @@ def open_index(run: Path, filters: Sequence[MetadataFilter] = ()) -> Iterator[tu
 
 
 def search_images(
-    run: Path, text: str | None, image: Path | None, k: int, where: Sequence[str] = (), sheet: Path | None = None
+    run: Path,
+    text: str | None,
+    image: Path | None,
+    k: int,
+    where: Sequence[str] = (),
+    sheet: Path | None = None,
+    image_weight: float = 1.0,
 ) -> SearchResult:
     """Search the run's store by words (with minus terms), an image, or both, and write a contact sheet of the ``k``
     best hits.
 
-    ``where``: filters such as ``folder=holidays``. Raises ``UserError`` when there is no query or no index, for a
-    filter of an unknown field, or when the contact sheet cannot be written.
+    ``where``: filters such as ``folder=holidays``; ``image_weight``: of the image beside the words. Raises
+    ``UserError`` when there is no query or no index, for a filter of an unknown field, or when the contact sheet cannot
+    be written.
     """
     if text is None and image is None:
         raise UserError('say what to look for: clasp search RUN "words", or --image FILE, or both')
-    query = SearchQuery(parse_words(text) if text else (), (WeightedImage(image),) if image else ())
+    images = (WeightedImage(image, image_weight),) if image else ()
+    query = SearchQuery(parse_words(text) if text else (), images)
     filters = [parse_filter(condition) for condition in where]
     with open_index(run, filters) as (engine, background):
         answer = answer_query(
@@ -115,7 +123,7 @@ def search_images(
             encode_texts=engine.encode_texts,
             encode_images=engine.encode_images,
         )
-        title = search_title(text, image)
+        title = search_title(text, image, image_weight)
         path = sheet or run / "search.png"
         found = SearchResult(title, answer, path)
         try:

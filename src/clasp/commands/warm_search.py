@@ -25,7 +25,13 @@ class FoundHits:
 
 
 def search_warm_server(
-    run: Path, words: str | None, image: Path | None, k: int, where: Sequence[str] = (), sheet: Path | None = None
+    run: Path,
+    words: str | None,
+    image: Path | None,
+    k: int,
+    where: Sequence[str] = (),
+    sheet: Path | None = None,
+    image_weight: float = 1.0,
 ) -> FoundHits | None:
     """As ``search_images``, answered by the server of the run; ``None`` if there is none or there is no query."""
     try:
@@ -34,7 +40,7 @@ def search_warm_server(
         return None
     if not words and not data:
         return None
-    found = ask_warm_server(run, words, data, k, where)
+    found = ask_warm_server(run, words, data, k, where, image_weight)
     if found is None:
         return None
     if found.error:
@@ -45,9 +51,10 @@ def search_warm_server(
         path.write_bytes(found.sheet)
     except OSError as error:
         raise UserError(f"the picture of the hits, {path}, cannot be written: {error.strerror or error}") from None
-    return FoundHits(search_title(words, image), found.answer, path)
+    return FoundHits(search_title(words, image, image_weight), found.answer, path)
 
 
-def search_title(words: str | None, image: Path | None) -> str:
+def search_title(words: str | None, image: Path | None, image_weight: float = 1.0) -> str:
     """The search in one line."""
-    return " + ".join(part for part in (words, f"picture {image}" if image else None) if part)
+    weight = "" if image_weight == 1.0 else f" with weight {image_weight:g}"
+    return " + ".join(part for part in (words, f"picture {image}{weight}" if image else None) if part)

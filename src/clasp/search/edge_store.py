@@ -4,10 +4,10 @@ Input: a folder. Output: an ``UpdatableStore`` (``EdgeStore``). Note: one proces
 write is acknowledged after the library's ``flush``. Its HNSW index (Malkov & Yashunin 2018, arXiv:1603.09320) is built
 by ``close`` after writes, only over segments of more than ``_INDEX_KILOBYTES`` of vectors (about 20,000 entries of
 width 256); below that, and until then, a search is exhaustive and exact. In the index vectors are int8, and the best
-candidates are scored again with the float32 vectors on disk; where fewer than ``_SCAN_KILOBYTES`` of entries are stored,
-or pass a filter, all of these are candidates. It has no further links between entries of equal metadata, which take most
-of the time of building: else, with a filter, neighbours of neighbours are visited, too (ACORN: Patel et al. 2024,
-arXiv:2403.04871). ``manifest.json`` names the current
+candidates are scored again with the float32 vectors on disk; where fewer than ``_SCAN_KILOBYTES`` of entries are
+stored, or pass a filter, all of these are candidates. It has no further links between entries of equal metadata, which
+take most of the time of building: else, with a filter, neighbours of neighbours are visited, too (ACORN: Patel et al.
+2024, arXiv:2403.04871). ``manifest.json`` names the current
 shard and is written last, atomically: a kill while a shard is created or dropped leaves one that is ignored. Long,
 since all calls of qdrant-edge are here.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _MANIFEST = "manifest.json"
 _EF, _EF_CONSTRUCT, _LINKS = 320, 128, 16  # of HNSW: candidates of a search and of building, links of a node
 _INDEX_KILOBYTES = 20_000  # of float32 vectors, from which a segment gets an index
-_SCAN_KILOBYTES = 60_000  # of float32 vectors; where fewer are stored, or pass a filter, these are scored one by one
+_SCAN_KILOBYTES = 100_000  # of float32 vectors; where fewer are stored, or pass a filter, these are scored one by one
 _ONE_SEGMENT = 1_000_000_000  # kilobytes
 _ACORN_SHARE = 0.6  # of the entries that pass a filter: of fewer, neighbours of neighbours are visited, too
 _OVERSAMPLING = 2.0  # int8 candidates scored again, per hit
@@ -337,7 +337,7 @@ def _edge_filter(conditions: Sequence[Condition]) -> qdrant_edge.Filter | None:
 
     parts = [[_edge_condition(each) for each in alternatives] for alternatives in conditions]
     must = [one if not others else edge.Filter(should=[one, *others]) for one, *others in parts]
-    return edge.Filter(must=must) if must else None
+    return edge.Filter(must=must) if must else None  # pyright: ignore[reportArgumentType]
 
 
 def _edge_condition(condition: HasTerm | InRange) -> qdrant_edge.FieldCondition:

@@ -3,10 +3,10 @@
 Input: texts, images (path, bytes or Pillow image) and ids of stored entries. Output: a ``SearchQuery``, whose
 ``vector`` is their weighted sum, normalised. Note: ``parse_words`` reads a term after a minus sign as a text of weight
 ``MINUS_WEIGHT`` ("beach -people"), and one before ``^2`` as a text of weight 2, as Lucene does; unlike there, a weight
-may be negative. A ``SearchQuery`` made otherwise takes its texts literally. Liked and unliked entries enter by Rocchio's formula (Manning, Raghavan and Schütze
-2008, Introduction to Information Retrieval, equation 9.3) with the weights given there. Ours differs in that the
-initial query is normalised before feedback is added, and that negative components stay, since embeddings are not term
-frequencies.
+may be negative. A ``SearchQuery`` made otherwise takes its texts literally. Liked and unliked entries enter by
+Rocchio's formula (Manning, Raghavan and Schütze 2008, Introduction to Information Retrieval, equation 9.3) with the
+weights given there. Ours differs in that the initial query is normalised before feedback is added, and that negative
+components stay, since embeddings are not term frequencies.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from clasp.serve.requests import (
     query_of,
     query_title,
     search_response,
+    weighted_image,
 )
 from clasp.serve.schemas import (
     BrowseResponse,
@@ -54,6 +55,7 @@ from clasp.serve.schemas import (
     ExplainParameters,
     ExplainResponse,
     FieldModel,
+    ImageSearchParameters,
     InfoResponse,
     RankingParameters,
     SearchForm,
@@ -145,7 +147,7 @@ def _add_search_routes(app: FastAPI, service: SearchService) -> None:
     def search_with_image(given: Annotated[SearchForm, Form()]) -> SearchResponse:
         """Search by an uploaded image, words, minus terms and feedback."""
         image = None if given.image is None else given.image.file.read()
-        return answered(query_of(given, image, limits), given)
+        return answered(query_of(given, weighted_image(given, image), limits), given)
 
     @app.get("/api/similar", tags=["search"])
     def similar(given: Annotated[SimilarParameters, Query()]) -> SearchResponse:
@@ -236,13 +238,13 @@ def _add_status_routes(app: FastAPI, service: SearchService, settings: AppSettin
 def _add_command_route(app: FastAPI, service: SearchService, access: CommandAccess) -> None:
     @app.post(COMMAND_PATH, include_in_schema=False)
     def command(
-        given: Annotated[SearchParameters, Query()],
+        given: Annotated[ImageSearchParameters, Query()],
         image: Annotated[bytes, Depends(_body)],
         x_clasp_key: Annotated[str, Header()] = "",
     ) -> Response:
         if not hmac.compare_digest(x_clasp_key.encode("utf-8", "replace"), access.key.encode()):
             raise HTTPException(403, "this is not the server of that run")
-        query = query_of(given, image or None, service.limits)
+        query = query_of(given, weighted_image(given, image or None), service.limits)
         answer = service.search(query, part_of(given, service.limits))
         sheet = access.draw(given.q, answer)
         head = json.dumps(answer.to_dict()).encode()  # escapes what is no valid Unicode

@@ -23,6 +23,7 @@ from clasp.serve.schemas import (
     ExplainParameters,
     ExplainResponse,
     HitModel,
+    ImageSearchParameters,
     QueryParameters,
     QueryPartModel,
     RankingParameters,
@@ -33,7 +34,7 @@ from clasp.serve.schemas import (
 )
 
 
-def query_of(given: QueryParameters, image: bytes | None, limits: ServeLimits) -> SearchQuery:
+def query_of(given: QueryParameters, image: WeightedImage | None, limits: ServeLimits) -> SearchQuery:
     """The query of a request. ``UserError`` for one that is empty, too long or too large."""
     parts = (*given.plus, *given.minus, *given.like, *given.unlike)
     if len(parts) > limits.parts:
@@ -44,10 +45,17 @@ def query_of(given: QueryParameters, image: bytes | None, limits: ServeLimits) -
     minus = (WeightedText(text, MINUS_WEIGHT) for text in given.minus)
     return SearchQuery(
         (*words, *plus, *minus),
-        () if image is None else (WeightedImage(image),),
+        () if image is None else (image,),
         tuple(map(stored_id, given.like)),
         tuple(map(stored_id, given.unlike)),
     )
+
+
+def weighted_image(given: ImageSearchParameters, image: bytes | None) -> WeightedImage | None:
+    """The image of a request with its weight. ``UserError`` for a weight without an image."""
+    if image is None and given.image_weight != 1.0:
+        raise UserError(f"image_weight = {given.image_weight} is the weight of an image, and none was sent")
+    return None if image is None else WeightedImage(image, given.image_weight)
 
 
 def part_of(given: RankingParameters, limits: ServeLimits) -> RankingPart:

@@ -69,9 +69,11 @@ class QueryParameters(_Strict):
     """A query by words and by ids."""
 
     q: str = Field(
-        "", description='Words, "-people" subtracts, "beach^2" weighs.', examples=["a dog in the snow -people"]
+        "",
+        description='Words; "-people" subtracts, "beach^2" and "beach^-2" weigh; in double quotes both are literal.',
+        examples=["a dog in the snow -people"],
     )
-    plus: list[str] = Field([], description="Further texts of weight 1, taken literally.")
+    plus: list[str] = Field([], description="Further texts of weight 1, taken literally; weights are for q.")
     minus: list[str] = Field([], description="Texts to subtract, taken literally.")
     like: list[str] = Field([], description="Ids of entries that the hits should resemble.")
     unlike: list[str] = Field([], description="Ids of entries that the hits should not resemble.")
@@ -88,7 +90,15 @@ class ExplainParameters(QueryParameters):
     k: int = Field(5, ge=1, le=100, description="Background captions in the answer.")
 
 
-class SearchForm(SearchParameters):
+class ImageSearchParameters(SearchParameters):
+    """A search by words, by ids and by an image."""
+
+    image_weight: float = Field(
+        1.0, description="Weight of the image beside the texts; a negative one subtracts it.", examples=[0.5]
+    )
+
+
+class SearchForm(ImageSearchParameters):
     """A search by words, ids and an uploaded image."""
 
     image: Annotated[UploadFile | None, File(description="JPEG, PNG, WebP, GIF, BMP or TIFF.")] = None

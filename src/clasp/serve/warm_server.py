@@ -80,13 +80,14 @@ def read_record(run: Path) -> ServerRecord | None:
 
 
 def ask_warm_server(
-    run: Path, words: str | None, image: bytes | None, k: int, where: Sequence[str]
+    run: Path, words: str | None, image: bytes | None, k: int, where: Sequence[str], image_weight: float = 1.0
 ) -> WarmAnswer | None:
     """The answer of the run's server; ``None`` if there is none, or it is busy, or the search exceeds its limits."""
     record = read_record(run)
     if record is None or not is_loopback(urllib.parse.urlsplit(record.address).hostname or ""):
         return None  # a run folder from elsewhere must not send searches there
-    asked = urllib.parse.urlencode({"q": words or "", "k": k, "where": list(where)}, doseq=True, errors="surrogatepass")
+    given = {"q": words or "", "k": k, "where": list(where), "image_weight": image_weight}
+    asked = urllib.parse.urlencode(given, doseq=True, errors="surrogatepass")
     request = urllib.request.Request(
         f"{record.address}{_COMMAND}?{asked}", data=image or b"", headers={"x-clasp-key": record.key}, method="POST"
     )

@@ -1,12 +1,14 @@
 // The search page: state in the address, answers from the API beside it, nothing from elsewhere.
 // Text reaches the document through textContent alone. An image that is searched by is not in the address: it stays here.
 
+const IMAGE_WEIGHTS = [["1", "as much as the words"], ["2", "twice"], ["0.5", "half"], ["-0.35", "against"]]
 const PAGE = 36, SLOW = 4000, SHOW_PROGRESS = 250
 const find = (id) => document.getElementById(id)
 const grid = find("grid"), words = find("words"), viewer = find("viewer"), status = find("status")
 
 let state = read_address()
 let picture = null // a File or Blob that is searched by
+let image_weight = "1"
 let hits = [], more = false, loading = null, shown = -1, close_count = null, note = "", total = null
 let fields = [], changes = false
 
@@ -78,6 +80,7 @@ function request(offset, signal) {
   const form = new FormData()
   for (const [name, value] of given) form.append(name, value)
   form.append("image", picture, "image")
+  form.append("image_weight", image_weight)
   return ask_patiently("api/search", { method: "POST", body: form, signal })
 }
 
@@ -214,15 +217,28 @@ function feedback(hit, kind) {
 }
 
 const thumbnails = new Map()
+const TERM = /([-−](?=[^\s\-−]))?(?:"([^"]*)"|(\^\S*|[^\s^]+))(?:\^(\S*))?/g // as _TERM of clasp/search/query.py
+const NUMBER = /^[-+−]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?$/i
 
 function draw_chips() {
   const chips = []
-  for (const term of state.q.matchAll(/(?:^|\s)[-−](?=[^\s\-−])(?:"([^"]*)"(?:\^\d+(?:\.\d+)?(?=\s|$))?|(\S+?)(?:\^\d+(?:\.\d+)?)?(?=\s|$))/g)) {
-    chips.push(chip(`without ${term[1] ?? term[2]}`, "minus", () => go({ q: state.q.replace(term[0], "").trim() })))
+  for (const term of state.q.matchAll(TERM)) {
+    const [typed, minus, quoted, bare, weight] = term
+    const less = Boolean(minus) || /^[-−]/.test(weight ?? "")
+    if (weight === undefined ? !minus : !NUMBER.test(weight)) continue // the server says what is wrong with a weight
+    const text = (less ? "without " : "") + (quoted ?? bare) + (weight ? ` × ${weight.replace(/^[-−+]/, "")}` : "")
+    const rest = state.q.slice(0, term.index) + state.q.slice(term.index + typed.length)
+    chips.push(chip(text, less ? "minus" : "", () => go({ q: rest.replace(/\s+/g, " ").trim() })))
   }
   for (const kind of ["like", "unlike"]) for (const id of state[kind]) {
     const remove = () => go({ [kind]: state[kind].filter((each) => each !== id) })
     chips.push(chip(kind === "like" ? "like this" : "unlike this", kind === "like" ? "" : "minus", remove, thumbnails.get(id) ?? `api/thumbnail?id=${encodeURIComponent(id)}`))
+  }
+  if (picture && state.q.trim()) {
+    const weights = element("select", { id: "picked-weight" }, ...IMAGE_WEIGHTS.map(([value, text]) => element("option", { value, textContent: text })))
+    weights.value = image_weight
+    weights.addEventListener("change", () => { image_weight = weights.value; start() })
+    chips.push(element("li", { className: "chip weigh" }, element("label", {}, "The image counts ", weights)))
   }
   if (picture && changes) {
     const add = element("button", { type: "button", textContent: "Add this picture to the collection" })
@@ -373,6 +389,7 @@ function pick(file) {
 
 function forget_picture() {
   picture = null
+  image_weight = "1"
   find("picked").hidden = true
   find("file").value = ""
   URL.revokeObjectURL(find("picked-image").src)
