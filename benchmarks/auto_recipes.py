@@ -245,6 +245,8 @@ def main() -> None:
     configure_environment()
     given = arguments()
     try:
+        for name in given.recipes or ():
+            read_recipe(name)  # a name that is none is refused before anything is trained
         for dataset in _chosen(given):
             for method in (AUTO, *_singles(dataset, given)):
                 train(dataset, method, given)

@@ -159,6 +159,8 @@ def test_images_by_upload_paste_and_drop(page: Page, tmp_path: Path):
     page.get_by_label("The image counts").select_option("against")
     expect(page.locator("figure .title").first).to_contain_text("yellow")
     assert "green" not in colours(page, 10)
+    search(page, "")  # without words the picture counts for itself again
+    expect(page.locator("figure .title").first).to_contain_text("green")
     (tmp_path / "text.txt").write_text("no picture")
     page.locator("#file").set_input_files(tmp_path / "text.txt")
     expect(page.get_by_role("alert")).to_have_text(re.compile("text.txt is no picture"))

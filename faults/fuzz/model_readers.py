@@ -212,6 +212,7 @@ def _queries(folder: Path) -> _Read:
         b"red -blue",
         b"a photo of a cat",
         b'"a red" circle -"a blue"',
+        b'dog^-1.5 -"x^y"^2 b^.5',
         b"folder=holidays",
         b"year>=2003",
         b"date~2020",

@@ -155,6 +155,7 @@ COLUMNS: dict[str, tuple[Measure, tuple[Measure, ...]]] = {
     "mutual k-NN, embedding": (_of_embedding("mutual_knn"), (_of_embedding("mutual_knn_shuffled"),)),
     "mutual k-NN, blocks": (_of_blocks("mutual_knn"), (_of_blocks("mutual_knn_shuffled"),)),
     "CKA, blocks": (_of_blocks("cka"), (_of_blocks("cka_shuffled"),)),
+    "NMI of modality, embedding": (_of_embedding("nmi", "clusters"), (_of_embedding("nmi_shuffled", "clusters"),)),
     "NMI of modality, blocks": (_of_blocks("nmi", "clusters"), (_of_blocks("nmi_shuffled", "clusters"),)),
     "attention entropy": (_attention("entropy"), tuple(_attention("entropy_shuffled", side) for side in (0, 1))),
     "attention to own token": (

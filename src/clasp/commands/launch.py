@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, NoReturn
 
+from clasp.data.read_ahead import available_cores
 from clasp.errors import UserError
 from clasp.training.interrupt import INTERRUPTED_EXIT_CODE
 
@@ -38,11 +39,6 @@ def require_processes(count: int) -> None:
         raise UserError(f"--processes {count}: this machine has {most} {'GPUs' if gpus else 'cores'}; 1 to {most}")
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"--processes {count} inside of torchrun, which has started the processes; leave it out")
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 class LaunchResult(NamedTuple):

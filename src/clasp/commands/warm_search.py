@@ -38,7 +38,7 @@ def search_warm_server(
         data = image.read_bytes() if image else None
     except OSError:
         return None
-    if not words and not data:
+    if (image and not data) or not (words or data):
         return None
     found = ask_warm_server(run, words, data, k, where, image_weight)
     if found is None:

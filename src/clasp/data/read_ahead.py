@@ -8,12 +8,19 @@ that stops early closes the generator, and what was not begun is dropped.
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-DECODE_THREADS = min(4, os.cpu_count() or 1)
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+DECODE_THREADS = min(4, available_cores())
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 

@@ -9,6 +9,7 @@ compare correctly as text.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -135,5 +136,7 @@ def as_number(value: Any) -> float | None:
     """The value as a number, ``None`` where it is none."""
     try:
         return float(value)
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:  # an integer of JSON that is longer than a float
+        return math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError):
         return None

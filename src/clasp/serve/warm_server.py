@@ -86,7 +86,9 @@ def ask_warm_server(
     record = read_record(run)
     if record is None or not is_loopback(urllib.parse.urlsplit(record.address).hostname or ""):
         return None  # a run folder from elsewhere must not send searches there
-    given = {"q": words or "", "k": k, "where": list(where), "image_weight": image_weight}
+    given = {"q": words or "", "k": k, "where": list(where)}
+    if image_weight != 1.0:
+        given["image_weight"] = image_weight  # a server of an earlier version refuses it
     asked = urllib.parse.urlencode(given, doseq=True, errors="surrogatepass")
     request = urllib.request.Request(
         f"{record.address}{_COMMAND}?{asked}", data=image or b"", headers={"x-clasp-key": record.key}, method="POST"

@@ -107,7 +107,8 @@ class TrainSettings(BaseModel):
     """Compute precision of the training step, and of features, embeddings and evaluation by towers that are not
     convolutional; weights stay float32. "auto": bfloat16 where it is measured to be faster."""
     attention: AttentionKernel | _Auto = "auto"
-    """Attention kernel: PyTorch's fused one, or plain matrix products. "auto" measures where the two differ."""
+    """Attention kernel: PyTorch's fused one, or plain matrix products. "auto" measures where the two differ.
+    Encoding in bfloat16 on a CPU takes plain products in packaged towers, whatever is set."""
     seed: int = Field(default=0, ge=0, lt=2**62)
     """Random seed of pair order, caption sampling, augmentation, dropout and noise."""
     evaluate_every: Annotated[int, Field(gt=0)] | _Auto = "auto"

@@ -80,7 +80,7 @@ function request(offset, signal) {
   const form = new FormData()
   for (const [name, value] of given) form.append(name, value)
   form.append("image", picture, "image")
-  form.append("image_weight", image_weight)
+  if (state.q.trim()) form.append("image_weight", image_weight) // alone, a picture has nothing to be weighed against
   return ask_patiently("api/search", { method: "POST", body: form, signal })
 }
 
