@@ -62,6 +62,7 @@ class AnalysisRecord:
         given = {name: value for name, value in facts.items() if name != "margin"}
         attention = given.get("attention")  # this and the clusters are not in files of earlier versions
         read = {
+            "reading": dict(given.get("reading", {})),
             "geometry": EmbeddingGeometry(**given["geometry"]),
             "layers": [LayerSimilarity(**row) for row in given["layers"]],
             "clusters": tuple(ModalityClusters(**row) for row in given.get("clusters", ())),

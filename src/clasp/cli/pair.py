@@ -61,7 +61,10 @@ def pair(
     require_single_keys(overrides or ())
     found = rank_tower_pairs(images, texts, overrides or (), say=print_status, bar=progress_bar)
     if as_json:
-        ranked = zip(pair_ranks(found), found, strict=True)
-        return print_json({"pairs": [{"rank": rank, **asdict(pair), "command": pair.command} for rank, pair in ranked]})
+        ranked = [
+            {"rank": int(rank.rstrip("=")), "tied": "=" in rank, **asdict(pair), "command": pair.command}
+            for rank, pair in zip(pair_ranks(found), found, strict=True)
+        ]
+        return print_json({"pairs": ranked})
     for table in (pair_layer_table(found), pair_table(found)):
         print_table(f"{len(found)} pairs of towers, the best first", table.columns, table.rows, table.notes)

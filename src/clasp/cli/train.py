@@ -229,16 +229,17 @@ def _train(recipe: Any, run: Path, together: Any, *, resume: bool) -> None:
     if not together.is_first:
         return _train_beside(recipe, run, given, resume=resume)
     where, reporter = relative_path(run), terminal_reporter()
-    begin_to_report()
     try:
         done = train_recipe(
             recipe, run, say=print_status, bar=progress_bar, reporter=reporter, resume=resume, preloaded=given
         )
     except KeyboardInterrupt:  # the loop handles the first Ctrl-C itself: this was before its first step, or a second
+        begin_to_report()
         _say_stopped(run)
         sys.exit(INTERRUPTED_EXIT_CODE)
     typed = shlex.quote(where)
     if done.fitted.interrupted:
+        begin_to_report()
         print_status(f"interrupted, state saved; resume with: clasp resume {typed}")
         sys.exit(INTERRUPTED_EXIT_CODE)
     print_results("validation pairs", done.results, "results.jsonl and README.md in the run folder")

@@ -129,10 +129,13 @@ class _Climb:
     def require_same_pairs(self) -> None:
         """Raises ``UserError`` where the pairs are not those of the stages that ended, which further ones are compared
         with on the validation pairs."""
+        hashes: dict[int | None, str] = {}
         for stage in [row.stage for row in self.plan.rows if row.stage and row.metric is not None]:
             folder = RunFolder(self._stages.folder / stage)
-            train = limit_pairs(self.pairs[0], recipe_from_dict(folder.recipe(), stage).data.max_pairs)
-            if folder.base().get("pairs") != hash_pairs(PairIndex(train), self.pairs[1]):
+            most = recipe_from_dict(folder.recipe(), stage).data.max_pairs
+            if most not in hashes:
+                hashes[most] = hash_pairs(PairIndex(limit_pairs(self.pairs[0], most)), self.pairs[1])
+            if folder.base().get("pairs") != hashes[most]:
                 raise UserError(
                     f"{self.folder} cannot go on: the pairs of {self.base.data.train} have changed since {stage}"
                 )

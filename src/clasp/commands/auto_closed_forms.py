@@ -113,7 +113,7 @@ class ClosedFormStages:
             return
         self._drop_candidates()
         search = self._begin(searched)
-        pairs = "" if base.data.max_pairs is None else f" of {base.data.max_pairs:,} pairs"
+        pairs = "" if base.data.max_pairs is None else f" of at most {base.data.max_pairs:,} pairs"
         self.io.say(f"features{pairs} are cached; {self._stages.seconds:,.0f} s so far")
         chosen, reason = choose(self._run(search, RIDGES))
         if (left := self._stages.left.seconds) is not None and left < 0:

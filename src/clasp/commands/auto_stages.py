@@ -34,7 +34,7 @@ from clasp.training.cost.meters import EnergyMeter
 from clasp.training.cost.stages import join_stage_costs
 from clasp.training.run_folder import RunFolder
 from clasp.training.trackers.console import Reporter, SilentReporter
-from clasp.types import MessageCallback, ProgressFactory, no_progress_bar
+from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 _RUN_FILES = ("base.json", "transform.json", "log.jsonl", "results.jsonl", "recipe.toml")
 
@@ -165,12 +165,13 @@ class AutoStages:
         weights beside the files of others.
         """
         stage = self.folder / self.plan.best
+        kept, whole = read_cost(stage), self._cost()
         (self.run / "delta.safetensors").unlink(missing_ok=True)
         shutil.copytree(stage / "tokenizer", self.run / "tokenizer", dirs_exist_ok=True)
         for name in _RUN_FILES:
             with replace_file(self.run / name) as part:
                 shutil.copyfile(stage / name, part)
-        folder, kept, whole = RunFolder(self.run), read_cost(stage), self._cost()
+        folder = RunFolder(self.run)
         folder.write(COST_FILE, whole.to_json())
         table = auto_table(self.plan)
         card = (stage / "README.md").read_text(encoding="utf-8").replace(str(stage), str(self.run))
@@ -183,9 +184,13 @@ class AutoStages:
             shutil.copyfile(stage / "delta.safetensors", part)
 
     def _cost(self) -> RunCost:
-        """The cost of all sessions, with all stages that ended."""
-        names = [row.stage for row in self.plan.rows if row.stage and row.metric is not None]
-        stages = [read_cost(self.folder / name) for name in names]
+        """The cost of all sessions, with all stages that ended; one whose file is damaged is left out, in a line."""
+        stages = []
+        for name in [row.stage for row in self.plan.rows if row.stage and row.metric is not None]:
+            try:
+                stages.append(read_cost(self.folder / name))
+            except UserError as error:
+                self.io.say(f"the costs of {name} are left out: {error}")
         energy = self._energy.measurement._replace(value=self.plan.energy_kwh)
         return join_stage_costs(read_cost(self.folder / self.plan.best), stages, self.plan.seconds, energy)
 

@@ -113,7 +113,7 @@ def end_with_launcher() -> None:
 
 
 def begin_to_report() -> None:
-    """From here on this process reports its interruption, and no more its launcher, if it has one."""
+    """This process reports its interruption, not its launcher, if it has one."""
     if _LAUNCHER in os.environ:
         Path(os.environ[_LAUNCHER].partition(" ")[2], _REPORTING).touch()
 

@@ -18,11 +18,12 @@ from clasp.commands.repeated_lines import said_once
 from clasp.commands.run_context import Preloaded
 from clasp.commands.train import train_recipe
 from clasp.config.build import ModelAndPreprocessing, build_model, build_model_and_preprocessing, rebuild_heads
-from clasp.config.datasets import TrainValPairs, count_samples_per_epoch, hash_pairs, open_training_pairs
+from clasp.config.datasets import TrainValPairs, count_samples_per_epoch, hash_pairs, limit_pairs, open_all_pairs
 from clasp.config.grid import GridPoint, GridSpec
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.atomic_files import read_json_lines
 from clasp.data.folder_lock import lock_folder
+from clasp.data.pairs import Pairs
 from clasp.data.readers import PairIndex
 from clasp.report.leaderboard import (
     SweepResult,
@@ -126,23 +127,26 @@ class _SharedObjects:
                 if parts not in counted:
                     build_model(one.recipe, meta=True)
                     counted.add(parts)
-                plan_training(one.recipe.train, count_samples_per_epoch(self.pairs(one.recipe)[0], one.recipe))
+                plan_training(one.recipe.train, count_samples_per_epoch(self.training_pairs(one.recipe), one.recipe))
             except UserError as error:
                 raise UserError(f"with {one}: {error}") from None
 
     def pairs(self, recipe: Recipe) -> TrainValPairs:
-        """The pairs of a recipe, opened once."""
+        """The pairs of a recipe, whatever its ``data.max_pairs``, opened once."""
         key = _pairs_key(recipe)
         if key not in self._pairs:
-            self._pairs[key] = open_training_pairs(recipe)
+            self._pairs[key] = open_all_pairs(recipe)
         return self._pairs[key]
+
+    def training_pairs(self, recipe: Recipe) -> Pairs:
+        """Those that the recipe trains on."""
+        return limit_pairs(self.pairs(recipe)[0], recipe.data.max_pairs)
 
     def pairs_hash(self, recipe: Recipe) -> str:
         """The hash of the pairs of a recipe, as saved in a run."""
-        key = _pairs_key(recipe)
+        key = f"{_pairs_key(recipe)} {recipe.data.max_pairs}"
         if key not in self._content:
-            train, val = self.pairs(recipe)
-            self._content[key] = hash_pairs(PairIndex(train), val)
+            self._content[key] = hash_pairs(PairIndex(self.training_pairs(recipe)), self.pairs(recipe)[1])
         return self._content[key]
 
     def parts(self, recipe: Recipe) -> ModelAndPreprocessing:
@@ -151,7 +155,7 @@ class _SharedObjects:
             self._last = rebuild_heads(self._last[0], recipe), recipe
         else:
             self._last = None  # frees the old towers before the new ones are loaded
-            train, _ = self.pairs(recipe)
+            train = self.training_pairs(recipe)
             self._last = build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts), recipe
         return self._last[0]
 
@@ -162,14 +166,14 @@ def _towers_unchanged(parts: ModelAndPreprocessing, then: Recipe, now: Recipe) -
     own = any(
         settings.net is not None for settings in (now.image, now.text)
     )  # initialised from a seed, or with a vocabulary from the data
-    if one != other or (own and (then.train.seed, _pairs_key(then)) != (now.train.seed, _pairs_key(now))):
+    if one != other or (own and (then.train.seed, then.data) != (now.train.seed, now.data)):
         return False
     return all(tower.fully_frozen and tower.pooling is None for tower in (parts.model.image, parts.model.text))
 
 
 def _pairs_key(recipe: Recipe) -> str:
     return recipe.data.model_dump_json(
-        include={"train", "val", "format", "val_fraction", "max_pairs", "image_root", "columns", "languages"}
+        include={"train", "val", "format", "val_fraction", "image_root", "columns", "languages"}
     )
 
 

@@ -21,7 +21,7 @@ from clasp.config.build import (
     build_model_and_preprocessing,
     class_pairs_of_recipe,
 )
-from clasp.config.datasets import limit_pairs, open_training_pairs, plan_run
+from clasp.config.datasets import limit_pairs, open_all_pairs, plan_run
 from clasp.config.recipe import Recipe
 from clasp.data.folder_lock import lock_folder
 from clasp.data.pairs import skipped_lines
@@ -85,7 +85,7 @@ def train_recipe(
     with ExitStack() as stack:
         processes.first(lambda: stack.enter_context(_held(folder)))
         state = processes.first(lambda: folder.read_state() if resume else folder.require_free())
-        opened, val = processes.in_turn(lambda: loaded.pairs or open_training_pairs(recipe))
+        opened, val = processes.in_turn(lambda: loaded.pairs or open_all_pairs(recipe))
         train = limit_pairs(opened, recipe.data.max_pairs)
         for line in skipped_lines(train, val):
             say(line)
@@ -201,7 +201,7 @@ def _finish(
     results: list[EvaluationResult] = []
     if not fitted.interrupted:
         found = ledger.timed_as("evaluation", task.finish)(scored)
-        found = validation_identity(task.name, context.train, context.val).recorded_in(found)
+        found = validation_identity(task.name, context.opened, context.val).recorded_in(found)
         kept = folder.keep_results([result.to_row() for result in found])
         results = [EvaluationResult.from_row(row) for row in kept]
     cost = ledger.cost(delta_bytes)

@@ -165,7 +165,7 @@ def plan_closed_form(recipe: Recipe, chosen: Candidate, reason: str, name: str =
         "data": {"class_weight": chosen.class_weight},
         "train": {"epochs": 0},
     }
-    some = "" if recipe.data.max_pairs is None else f", of {recipe.data.max_pairs:,} pairs"
+    some = "" if recipe.data.max_pairs is None else f", of at most {recipe.data.max_pairs:,} pairs"
     return StagePlan(name, f"closed form, layers {chosen}{some}", reason, changed(recipe, changes))
 
 

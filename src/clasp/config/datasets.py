@@ -28,7 +28,13 @@ TrainValPairs = tuple[Pairs, Pairs]  # training, validation
 
 
 def open_training_pairs(recipe: Recipe) -> TrainValPairs:
-    """Training and validation pairs, filtered by language, at most ``data.max_pairs``. Raises ``UserError``."""
+    """Training and validation pairs, of the first at most ``data.max_pairs``. Raises ``UserError``."""
+    train, val = open_all_pairs(recipe)
+    return limit_pairs(train, recipe.data.max_pairs), val
+
+
+def open_all_pairs(recipe: Recipe) -> TrainValPairs:
+    """Training and validation pairs, filtered by language. Raises ``UserError``."""
     data = recipe.data
     if data.train is None:
         raise UserError(
@@ -43,10 +49,8 @@ def open_training_pairs(recipe: Recipe) -> TrainValPairs:
             )
     pairs = _open(data.train, recipe)
     if data.val is not None:
-        train, val = pairs, _open(data.val, recipe)
-    else:
-        train, val = split_by_group(pairs, data.val_fraction)
-    return limit_pairs(train, data.max_pairs), val
+        return pairs, _open(data.val, recipe)
+    return split_by_group(pairs, data.val_fraction)
 
 
 def limit_pairs(train: Pairs, max_pairs: int | None) -> Pairs:

@@ -58,10 +58,9 @@ def folded_retrieval_task(pairs: Pairs, inputs: EvaluationInputs, *, folds: str,
     groups = np.array([pair.group for pair in pairs])
     distinct = list(dict.fromkeys(groups.tolist()))
     if not (folds.isdecimal() and 2 <= int(folds) <= len(distinct) // 2):
-        raise UserError(
-            f"folds={folds} must be a whole number from 2 to {len(distinct) // 2}: half of the {len(distinct)} images "
-            f"of {data}, of which each fold needs two"
-        )
+        most = len(distinct) // 2
+        must = f"must be a whole number from 2 to {most}: half of" if most >= 2 else "needs four images, more than"
+        raise UserError(f"folds={folds} {must} the {len(distinct)} of {data}, since each fold needs two")
     parts = [set(part) for part in np.array_split(np.array(distinct), int(folds))]
     tasks = [
         retrieval_task(pairs.subset(np.flatnonzero([group in part for group in groups])), inputs, data=data)

@@ -74,8 +74,8 @@ class SuiteSet:
         given = [f"data={_split(data, self.split) if self.split else data}", *settings]
         if self.task in PROMPTED_TASKS:
             given += [f"classes={data / name}" for name in _CLASS_FILES if (data / name).is_file()][:1]
-            if templates or self.templates:
-                given.append(f"templates={templates or self.templates}")
+            if chosen := self.templates if templates is None else templates:
+                given.append(f"templates={chosen}")
             elif (data / _TEMPLATE_FILE).is_file():
                 given.append(f"templates={data / _TEMPLATE_FILE}")
         return given
@@ -233,4 +233,11 @@ def _read_set(table: Any, where: str) -> SuiteSet:
     metrics = TASK_METRICS[task]
     if table.get("metric", metrics[0]) not in metrics:
         raise UserError(f"{where}: {task} has no metric {table['metric']!r}; it has {', '.join(metrics)}")
+    try:
+        shlex.split(table.get("settings", ""))
+    except ValueError as error:
+        raise UserError(f"{where}: settings = {table['settings']!r}: {str(error).lower()}") from None
+    for key, tasks in (("templates", PROMPTED_TASKS), ("split", sorted(set(TASK_METRICS) - set(_PROBE_OF.values())))):
+        if table.get(key) and task not in tasks:
+            raise UserError(f"{where}: {key} = {table[key]!r} is of {', '.join(tasks)}, and task is {task}")
     return SuiteSet(**{"metric": metrics[0], **table})

@@ -81,7 +81,7 @@ PREDICTION_SHEETS: dict[str, Callable[[Sequence[Pair], Sequence[QueryScores], Pa
     "zeroshot": draw_confusions,
     "retrieval": draw_retrievals,
 }
-"""Task to the sheet of its predictions, ``RUN/TASK.png``"""
+"""Task to the sheet of its predictions, ``RUN/TASK-DATA-ID.png``"""
 
 
 def _by_hash(ids: Sequence[str], most: int) -> list[str]:

@@ -166,7 +166,7 @@ def compare_results(records: Sequence[RunRecord]) -> list[ComparedResults]:
             for task, rows in labelled_by_task(own):
                 label = evaluation_label(own[0])  # the title has it
                 titled = [row._replace(label=task) if row.label == label else row for row in rows]
-                found.setdefault((key, tuple(rows[0].result.metrics)), {})[run] = titled
+                found.setdefault((key, tuple(rows[0].result.metrics)), {}).setdefault(run, []).extend(titled)
     return [ComparedResults(key.task, labels[key], of_key[key], rows) for (key, _), rows in found.items()]
 
 

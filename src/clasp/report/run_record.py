@@ -224,7 +224,7 @@ def _read_predictions(run: Path, results: Sequence[EvaluationResult]) -> list[Cl
             found.append(ClassPredictions(key.task, label, [row["expected"] for row in rows], predicted))
         except UserError:
             raise
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{file} is damaged: {error!r}") from None
     return found
 

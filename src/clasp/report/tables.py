@@ -195,17 +195,18 @@ def labelled_by_task(results: Sequence[EvaluationResult]) -> list[tuple[str, lis
     """
     both = {(evaluation_key(result), result.language) for result in results if "/" not in result.task}
     directed = {evaluation_key(result) for result in results if "/" in result.task}
+    counts = Counter(map(evaluation_key, results))
     labels = evaluation_labels(results)
     kinds: dict[tuple[str, EvaluationKey | None, tuple[str, ...]], list[LabelledResult]] = {}
     for result in results:
         key, direction = evaluation_key(result), result.task.partition("/")[2]
         if direction and result.language and (key, result.language) in both:
             continue
-        alone = not result.language and key not in directed
+        alone = counts[key] == 1 and not result.language and key not in directed
         label = (
             (macro_set(result.language) or result.language)
             or direction.replace("_", " ")
-            or (labels[key] if alone else "both directions")
+            or ("both directions" if key in directed else labels[key])
         )
         place = (key.task, None if alone else key, tuple(result.metrics))
         kinds.setdefault(place, []).append(LabelledResult(label, result))
