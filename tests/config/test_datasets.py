@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clasp.config.datasets import open_training_pairs
+from clasp.config.datasets import open_all_pairs, open_training_pairs
 from clasp.config.recipe import read_recipe
 from clasp.types import UserError
 
@@ -30,6 +30,7 @@ def test_at_most_so_many_pairs_are_trained_on():
     assert len(some) == 100 and set(some.rows) < set(more.rows) < set(every.rows) and list(same.rows) == list(val.rows)
     assert list(some.rows) == sorted(some.rows) and max(some.rows) > 900, "in their order, from all of the source"
     assert len(open_training_pairs(read_recipe("photos", ["data.max_pairs=5000"]))[0]) == len(every)
+    assert len(open_all_pairs(read_recipe("photos", ["data.max_pairs=100"]))[0]) == len(every), "they name the classes"
 
 
 WRONG = {

@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from clasp.commands.demo import _LANGUAGE_SETS, demo_table
 from clasp.report.console import print_table
 from clasp.report.leaderboard import SweepResult, SweepRow
-from clasp.report.tables import result_tables, retention_label, retention_table, summary_tables
+from clasp.report.tables import labelled_by_task, result_tables, retention_label, retention_table, summary_tables
 from clasp.report.terminal import print_results
 from toyresults import LANGUAGES, multilingual, result, retention
 
@@ -53,6 +53,12 @@ def test_few_languages_are_all_shown():
     few = [row for row in multilingual() if row.language in (*LANGUAGES[:3], "macro:all")]
     (table,) = summary_tables(few, "results.jsonl")
     assert [row[0] for row in table.rows] == ["all", *LANGUAGES[:3]] and len(table.notes) == 1
+
+
+def test_languages_and_a_row_of_none_are_one_table():
+    rows = [result("own", language, metrics=("recall@1",)) for language in ("de", "en", "")]
+    ((task, labelled),) = labelled_by_task(rows)
+    assert task == "own" and [row.result for row in labelled] == rows and len({row.label for row in labelled}) == 3
 
 
 def test_the_card_keeps_all_rows():

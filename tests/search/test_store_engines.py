@@ -48,6 +48,8 @@ def entry(number: int, chance: np.random.Generator) -> dict[str, Any]:
         own["date"] = f"20{number % 30:02}-{number % 12 + 1:02}-05"
     if number % 5 == 0:
         own["tags"] = [f"T{number % 7}", "ALL"]
+    if number % 9 == 0:
+        own["huge"] = 10**400 + number % 2
     folder = ["/photos/Holidays/sea", "/photos/holidays", "/work", "set.tar::holidays"][number % 4]
     languages = ["de"] if number % 3 else []
     return {
@@ -68,6 +70,7 @@ CONDITIONS = [
     *("date=2013-02-05", "date>=2013", "date<2013-06", "date>2013-06-04", "date<=2013-02-05", "date~-05"),
     *("width=103", "width>104", "bytes=3000", "bytes!=3000", "bytes>=250000", "bytes>a", "bytes<a", "date=2013-04-01"),
     *("year>2025", "year>=2025", "year<2003", "year<=2003", "year>a", "none=1", "none!=1", "none>1"),
+    *(f"huge={10**400}", f"huge!={10**400}"),
 ]
 
 

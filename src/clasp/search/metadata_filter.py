@@ -9,7 +9,6 @@ compare correctly as text.
 
 from __future__ import annotations
 
-import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -136,7 +135,5 @@ def as_number(value: Any) -> float | None:
     """The value as a number, ``None`` where it is none."""
     try:
         return float(value)
-    except OverflowError:  # an integer of JSON that is longer than a float
-        return math.inf if value > 0 else -math.inf
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -106,7 +106,9 @@ def _compile(condition: MetadataFilter) -> Iterator[Condition]:
     if condition.operator == "=" and field == "folder":
         yield from ((HasTerm(term),) for term in _folder_terms(value))
     elif condition.operator == "=" and field not in ("caption", *_VARIED_FIELDS):
-        yield (HasTerm(_equal_terms(field, value)[-1]),)  # a number equals numbers alone
+        terms = _equal_terms(field, value)
+        infinite = terms[-1].endswith("inf")  # as typed; an integer of JSON that is as long is stored as a text
+        yield tuple(map(HasTerm, terms if infinite else terms[-1:]))  # else a number equals numbers alone
     elif condition.operator in (">", ">=", "<", "<=") and field not in (*_TERM_FIELDS, "folder", "caption"):
         yield tuple(_ranges(field, condition.operator, value))
 

@@ -72,3 +72,11 @@ def test_layers_that_are_watched_are_called() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert made(torch.randn(2, 32, 3, 3)).shape == (2, 32, 3, 3)
     assert seen == [(2, 3, 3, 8 * 4)]
+
+
+def test_its_output_may_be_changed_in_place() -> None:
+    """As nets of one's own do after a residual branch."""
+    made, x = adapter(), torch.randn(2, 5, 32, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        made(x).add_(1).sum().backward()
+    assert x.grad is not None
