@@ -84,7 +84,7 @@ def test_of_several_processes_one_reports(
     assert [path.name for path in tmp_path.iterdir()] == ["reporting"]
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # of Python 3.12, where torch has threads
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # Python 3.12, if torch has threads
 def test_a_fork_is_ended_by_sigterm_as_usual() -> None:
     with interrupted_by_sigterm():
         child = os.fork()
