@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from clasp.commands.watch import WatchSettings, watch_folder
 from clasp.search.manifest import lock_store
 from clasp.search.parts import PARTS_FOLDER, IndexPart
 from clasp.types import UserError, no_progress_bar
+from docblocks import DOCS, read_blocks
 from toydata import toys, write_folder, write_images
 from toyruns import recipe, run, save_towers
 
@@ -118,6 +122,29 @@ def test_batches_of_another_engine_are_embedded(made: Path):
     assert np.allclose(paths["embedding"], batch["embedding"][:4], atol=1e-6)
     with pytest.raises(UserError, match="no column 'bytes'; there are path"):
         embed({"path": []})
+
+
+@pytest.mark.parametrize(("engine", "needed"), [("ray", ("ray", "pandas")), ("daft", ("daft",))])
+def test_an_engine_embeds_as_the_docs_show(made: Path, engine: str, needed: tuple[str, ...]):
+    """The block of docs/stores.md; skipped where the engine, which is no extra of clasp, is not installed."""
+    if not all(map(find_spec, needed)):
+        pytest.skip(f"{engine} is not installed")
+    pictures, out = made.parent / "pictures" / "images", made.parent / "out"
+    files = {path.name: path for path in pictures.iterdir()}
+    (pictures / "none.png").write_bytes(b"no image")
+    blocks = read_blocks((DOCS / "stores.md").read_text(encoding="utf-8"))
+    (text,) = [block.text for block in blocks if block.language == "python" and f"import {engine}" in block.text]
+    for written, here in (("/data/pictures", pictures), ("runs/photos", made), ("/data/embeddings", out)):
+        assert text.count(written) == 1
+        text = text.replace(written, str(here))
+    (made.parent / "embed.py").write_text(text)
+    done = subprocess.run([sys.executable, "embed.py"], cwd=made.parent, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rows = {Path(row["path"]).name: row for row in pq.read_table(out).to_pylist()}
+    assert rows.keys() == files.keys() | {"none.png"}
+    assert {name for name, row in rows.items() if row["error"]} == {"none.png"}
+    expected = BatchEmbedder(made, column="path")({"path": [*map(str, files.values())]})["embedding"]
+    assert np.allclose([rows[name]["embedding"] for name in files], expected, atol=1e-6)
 
 
 def test_clip_retrievals_layout_goes_out_and_comes_in(made: Path, trained: Path, tmp_path: Path):
