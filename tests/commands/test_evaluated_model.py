@@ -168,6 +168,24 @@ def test_the_results_of_a_run_may_go_elsewhere_too(world: World, tmp_path: Path)
 # --- two models ------------------------------------------------------------------------------------------------------
 
 
+def test_pairs_that_were_trained_on_are_told(world: World, tmp_path: Path):
+    at, said = tmp_path / "run", list[str]()
+    done = run(recipe(save_towers(world.folder / "towers"), world.pairs, "train.epochs=1"), at)
+    evaluate_run(at, "retrieval", [f"data={world.pairs}"], out=tmp_path / "out", say=said.append)
+    (line,) = [each for each in said if each.startswith("warning")]
+    trained = len(TOYS) - done.results[0].n
+    assert f"warning: {trained} of {len(TOYS)} pairs to evaluate are training pairs of {at}" in line
+    compare_models((at, world.embeddings("clip")), "retrieval", [f"data={world.pairs}"], say=said.append)
+    assert said.count(line) == 2
+    write_images(TOYS, tmp_path / "copy")  # other files of the same names
+    captions = world.pairs.read_text()
+    (tmp_path / "copy" / world.pairs.name).write_text(captions)
+    evaluate_run(
+        at, "retrieval", [f"data={tmp_path / 'copy' / world.pairs.name}"], out=tmp_path / "out", say=said.append
+    )
+    assert said.count(line) == 2 and not [each for each in said if each.startswith("warning") and each != line]
+
+
 def test_every_prediction_of_two_models_is_kept(world: World, tmp_path: Path):
     models = world.embeddings("siglip"), world.embeddings("clip")
     options = [f"data={world.pairs}", "templates=a {}"]

@@ -19,7 +19,7 @@ TOYS = toys(30)
 
 
 def levels(report) -> dict[str, str]:
-    return {level: " ".join(f.text for f in report.findings if f.level == level) for level in ("ok", "look")}
+    return {level: " ".join(f.text for f in report.findings if f.level == level) for level in ("ok", "look", "stop")}
 
 
 def spoken(folder: Path, **captions: str) -> Pairs:
@@ -66,6 +66,13 @@ def test_classes_are_counted_and_those_that_are_not_trained_named(tmp_path: Path
     assert "zero-shot accuracy will favour the large ones" in levels(report)["look"]
     count = len(report.facts["only_validated"])
     assert count and f"{count} classes are validated on and not trained on" in levels(report)["look"]
+
+
+def test_one_class_cannot_be_validated_on(tmp_path: Path) -> None:
+    red = [toy for toy in toys(400) if (toy.colour, toy.shape) == ("red", "ring")]
+    pairs = open_pairs(write_classes(red, tmp_path / "one"))
+    report = check_classes(pairs, pairs)
+    assert report is not None and "needs at least two classes; there is only 'a red ring'" in levels(report)["stop"]
 
 
 def test_captions_are_no_classes(tmp_path: Path) -> None:

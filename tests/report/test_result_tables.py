@@ -68,7 +68,8 @@ def test_the_card_keeps_all_rows():
 
 def test_few_queries_are_a_note_above_the_others():
     few = [replace(row, n=8) for row in multilingual()]
-    both = [replace(few[0], n=40, chance={**few[0].chance, "recall@10": 1.0, "median_rank": 4.0}), *few[1:]]
+    certain = [replace(row, chance={**row.chance, "recall@10": 1.0, "median_rank": 4.0}) for row in few[:3]]
+    both = [replace(certain[0], n=40), *certain[1:], *few[3:]]
     for tables in (result_tables(both), summary_tables(both, "results.jsonl")):
         assert tables[0].notes[0] == (
             "warning: few queries (8): 95 % intervals may be ±35 points wide, and R@10 cannot be less than 100 %"
@@ -76,6 +77,12 @@ def test_few_queries_are_a_note_above_the_others():
     assert "warning" not in " ".join(result_tables(multilingual())[0].notes)
     (first, *_) = retention_table([replace(row, n=8) for row in retention()], "here").notes
     assert first == "warning: few queries (8): 95 % intervals may be ±35 points wide"
+
+
+def test_a_metric_that_is_certain_in_one_direction_is_not_named():
+    rows = [result(f"retrieval{direction}") for direction in ("/image_to_text", "/text_to_image", "")]
+    rows[1] = replace(rows[1], chance={**rows[1].chance, "recall@10": 1.0})
+    assert "warning" not in " ".join(result_tables(rows)[0].notes)
 
 
 def test_metrics_that_are_certain_in_a_small_language_are_not_named():

@@ -307,6 +307,19 @@ def test_second_signal_raises_at_once() -> None:
     assert [state.position.step for state in saved] == [0] and signal.getsignal(signal.SIGINT) is before
 
 
+def test_sigterm_may_come_twice() -> None:
+    """As it does to a process whose launcher dies, at times."""
+
+    def twice(number: int) -> None:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    saved: list[TrainState] = []
+    fitted = run(stream=Stream(before=twice), save=saved.append)[1]
+    assert fitted.interrupted and saved[-1].position.step >= 2
+
+
 def test_a_forked_process_ends_on_sigterm_and_leaves_ctrl_c_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[int] = []
     with GracefulStop() as stop:

@@ -15,6 +15,7 @@ from typing import Any
 
 from clasp.commands.evaluate import make_context, pair_opener, require_single_queries, require_task_applies
 from clasp.commands.evaluated_model import ModelSource, find_model
+from clasp.commands.training_overlap import training_overlap
 from clasp.data.atomic_files import append_json_lines, translate_disk_errors, write_text_file
 from clasp.data.pairs import Pairs
 from clasp.evaluation.comparison import Comparison, compare_scored, primary_comparison
@@ -74,6 +75,9 @@ def compare_models(
     for source in sources:
         require_task_applies(task, entry, source)
     opened = [pair_opener(source, given)(given["data"]) for source in sources]  # before any model is loaded
+    for source, pairs in zip(sources, opened, strict=True):
+        for line in training_overlap(source.run, source.name, pairs):
+            say(line)
     (built, first), (_, second) = (
         _score(source, pairs, entry, given, say, bar) for source, pairs in zip(sources, opened, strict=True)
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from clasp.commands.evaluated_model import LoadedModel, ModelSource, find_model
 from clasp.commands.result_folder import ResultFolder
 from clasp.commands.saved_predictions import save_predictions
+from clasp.commands.training_overlap import training_overlap
 from clasp.config.datasets import open_pairs_for_settings
 from clasp.data.formats.setting_hints import OPTION_HINTS
 from clasp.data.pairs import ColumnNames, Pairs
@@ -58,6 +59,8 @@ def evaluate_run(
     opener = pair_opener(source, given)
     pairs, loaded = opener(given["data"]), source.load(bar)
     folder.require_fingerprint(loaded.encoder.fingerprint)
+    for line in training_overlap(source.run, source.name, pairs):
+        say(line)
     context = make_context(loaded, pairs, opener, given, say, bar)
     identity = identify(task, entry, context)
     queries = _score_queries(entry, context) if predictions else None

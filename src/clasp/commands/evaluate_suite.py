@@ -16,6 +16,7 @@ from clasp.commands.evaluate import make_context, pair_opener
 from clasp.commands.evaluated_model import ModelSource, find_model
 from clasp.commands.result_folder import ResultFolder
 from clasp.commands.saved_predictions import save_predictions
+from clasp.commands.training_overlap import training_overlap
 from clasp.data.pairs import Pairs
 from clasp.evaluation.identity import identify
 from clasp.evaluation.multilabel_task import read_class_lists
@@ -73,6 +74,8 @@ def evaluate_suite(
     rows = {each.name: SuiteRow(each, None) for each in sets}
     for each in there:
         options = given[each.name]
+        for line in training_overlap(source.run, source.name, opened[each.name]):
+            say(f"{each.name}: {line}")
         context = make_context(loaded, opened[each.name], pair_opener(source, options), options, say, bar)
         result = _evaluate(each, context, results)
         rows[each.name] = SuiteRow(each, result)

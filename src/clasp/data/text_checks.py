@@ -71,8 +71,12 @@ def _measure(language: str, texts: Sequence[str], tokenizer: Tokenizer) -> _Lang
 def check_classes(train: Pairs, val: Pairs) -> CheckReport | None:
     """Pairs of each class, where every caption is a class name; ``None`` for other captions."""
     counts, held_out = _count_classes(train), _count_classes(val)
-    if counts is None or held_out is None or len(counts) < 2:
+    if counts is None or held_out is None or not counts:
         return None
+    if len(counts | held_out) == 1:
+        (only,), report = counts, CheckReport("balance", {"classes": 1})
+        report.add_finding("stop", f"zero-shot validation needs at least two classes; there is only {only!r}")
+        return report
     (largest, most), (smallest, fewest) = counts.most_common(1)[0], counts.most_common()[-1]
     facts = {"classes": len(counts), "largest": {largest: most}, "smallest": {smallest: fewest}}
     untrained = sorted(held_out.keys() - counts.keys())

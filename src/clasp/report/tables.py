@@ -158,8 +158,9 @@ def few_queries(results: Sequence[EvaluationResult]) -> list[str]:
     for rows in evaluations.values():
         largest, count = most_queries([(row.language, row.n) for row in rows])
         asked.append(count)
-        chances = [chance for row in rows if row.language == largest for chance in row.chance.items()]
-        certain |= dict.fromkeys(metric_title(name) for name, level in chances if "rank" not in name and level >= 1)
+        chances = [row.chance for row in rows if row.language == largest]
+        names = [name for name in chances[0] if "rank" not in name and all(each.get(name, 0) >= 1 for each in chances)]
+        certain |= dict.fromkeys(map(metric_title, names))
     if not asked:
         return []
     few = sum(count < MIN_QUERIES for count in asked)

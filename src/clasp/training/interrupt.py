@@ -1,10 +1,11 @@
 """Interruption: Ctrl-C and SIGTERM become a stop request that the training loop honours after the current step; in
 every other part of a command, SIGTERM raises KeyboardInterrupt, as Ctrl-C does.
 
-Input: a ``with`` block in the main thread. Output: ``requested``, the name of the signal once one has arrived. Note: a
-second signal raises KeyboardInterrupt immediately. Previous handlers are restored afterwards; outside the main thread
-Python allows no handlers, and the block does nothing. A process forked inside the block (a data worker) inherits the
-handlers; there SIGTERM terminates it as usual and Ctrl-C is left to the parent. Nothing here imports torch.
+Input: a ``with`` block in the main thread. Output: ``requested``, the name of the signal once one has arrived. Note:
+Ctrl-C after another signal raises KeyboardInterrupt immediately, SIGTERM does not. Previous handlers are restored
+afterwards; outside the main thread Python allows no handlers, and the block does nothing. A process forked inside the
+block (a data worker) inherits the handlers; there SIGTERM terminates it as usual and Ctrl-C is left to the parent.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ class GracefulStop:
                 _end_by(number)
             return
         if self.requested is not None:
+            if number == signal.SIGTERM:  # a supervisor's, or Linux's when the launcher dies, may come twice
+                return
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
         # os.write: a handler may run while a lock is held, such as that of a progress bar
-        os.write(2, b"\nstopping after this step and saving; a second signal stops immediately\n")
+        os.write(2, b"\nstopping after this step and saving; Ctrl-C stops immediately\n")
 
 
 @contextmanager
