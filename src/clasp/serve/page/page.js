@@ -227,7 +227,7 @@ function draw_chips() {
     const less = Boolean(minus) || /^[-−]/.test(weight ?? "")
     if (weight === undefined ? !minus : !NUMBER.test(weight)) continue // the server says what is wrong with a weight
     const text = (less ? "without " : "") + (quoted ?? bare) + (weight ? ` × ${weight.replace(/^[-−+]/, "")}` : "")
-    const rest = state.q.slice(0, term.index) + state.q.slice(term.index + typed.length)
+    const rest = state.q.slice(0, term.index).trimEnd() + state.q.slice(term.index + typed.length)
     chips.push(chip(text, less ? "minus" : "", () => go({ q: rest.replace(/\s+/g, " ").trim() })))
   }
   for (const kind of ["like", "unlike"]) for (const id of state[kind]) {
