@@ -75,12 +75,12 @@ def compare_models(
     for source in sources:
         require_task_applies(task, entry, source)
     opened = [pair_opener(source, given)(given["data"]) for source in sources]  # before any model is loaded
-    for source, pairs in zip(sources, opened, strict=True):
-        for line in training_overlap(source.run, source.name, pairs):
-            say(line)
     (built, first), (_, second) = (
         _score(source, pairs, entry, given, say, bar) for source, pairs in zip(sources, opened, strict=True)
     )
+    for source, pairs in zip(sources, opened, strict=True):
+        for line in training_overlap(source.run, source.name, pairs):
+            say(line)
     comparisons = compare_scored(built, first, second)
     done = ModelComparison(
         first=sources[0].name,

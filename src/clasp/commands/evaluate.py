@@ -59,8 +59,6 @@ def evaluate_run(
     opener = pair_opener(source, given)
     pairs, loaded = opener(given["data"]), source.load(bar)
     folder.require_fingerprint(loaded.encoder.fingerprint)
-    for line in training_overlap(source.run, source.name, pairs):
-        say(line)
     context = make_context(loaded, pairs, opener, given, say, bar)
     identity = identify(task, entry, context)
     queries = _score_queries(entry, context) if predictions else None
@@ -68,6 +66,8 @@ def evaluate_run(
     if not isinstance(results, list) or not all(isinstance(result, EvaluationResult) for result in results):
         raise UserError(f"task {task!r} returned {type(results).__name__}; a list of EvaluationResult is expected")
     results = identity.recorded_in(results)
+    for line in training_overlap(source.run, source.name, pairs):
+        say(line)
     folder.append("results.jsonl", [result.to_row() for result in results])
     if queries is not None:
         _keep_predictions(*queries, context, identity, folder.path)

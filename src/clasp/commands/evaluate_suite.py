@@ -74,12 +74,12 @@ def evaluate_suite(
     rows = {each.name: SuiteRow(each, None) for each in sets}
     for each in there:
         options = given[each.name]
-        for line in training_overlap(source.run, source.name, opened[each.name]):
-            say(f"{each.name}: {line}")
         context = make_context(loaded, opened[each.name], pair_opener(source, options), options, say, bar)
         result = _evaluate(each, context, results)
         rows[each.name] = SuiteRow(each, result)
         say(f"{each.name}: {each.metric} {result.metrics[each.metric]:.4g}, {result.seconds:,.0f} s")
+        for line in training_overlap(source.run, source.name, opened[each.name]):
+            say(f"{each.name}: {line}")
     return list(rows.values())
 
 
