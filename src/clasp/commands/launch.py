@@ -3,8 +3,8 @@
 Input: the number of processes and the arguments of the command. Output: the exit code. The processes are those of
 ``torchrun --standalone --nproc-per-node N -m clasp …`` (torch's elastic launcher), with Python's ``-P``. Note: as soon
 as one process has failed, the others are ended: they get SIGTERM, and are killed after ``GRACE_SECONDS``. Ctrl-C
-reaches the processes once, through the launcher, since they are in sessions of their own. Until the first of them
-reports, the launcher does, also of an interruption. What is imported at the top is small: a command begins with it.
+reaches the processes once, through the launcher, since they are in sessions of their own. An interruption that the
+first of them has not reported, the launcher reports. What is imported at the top is small: a command begins with it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def require_processes(count: int) -> None:
 
 class LaunchResult(NamedTuple):
     """The exit code of the first process that failed, 130 after a signal to the launcher, or 0; and whether the first
-    process has begun to report."""
+    process has reported its interruption."""
 
     code: int
     reported: bool
