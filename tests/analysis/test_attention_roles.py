@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from clasp.analysis.activations import attention_maps
+from clasp.analysis.attention_maps import attention_maps
 from clasp.analysis.attention_roles import attention_agreement, head_roles
 from clasp.models.tower import Tower
 from clasp.types import Tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +14,14 @@ from clasp.models.backbone import Backbone
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.heads import HeadSettings
 from clasp.models.sharing.policy import SharingSettings
-from clasp.models.sharing.tie import tied_from_scratch
+from clasp.models.sharing.tie import TiedEncoders
 from clasp.models.tower import Tower
 from clasp.models.transformer.encoders import (
     ImageTransformer,
     ImageTransformerSettings,
     TextTransformer,
     TextTransformerSettings,
+    init_weights,
 )
 from clasp.training.losses import LOSSES
 from clasp.types import Batch, LossParts, Pixels, PooledFeatures, Tokens, UserError
@@ -30,12 +31,13 @@ SHARED = SharingSettings(attention="shared", ffn="shared", norm2="shared", qk_no
 
 
 def model(policy: SharingSettings, loss: str = "infonce", **image: Any) -> DualEncoder:
-    pair = tied_from_scratch(
+    nets = (
         ImageTransformer(ImageTransformerSettings(**SIZES, size=32, patch=8, **image)),
         TextTransformer(TextTransformerSettings(**SIZES, vocabulary=40, context=9)),
-        policy,
-        seed=0,
-    ).eval()
+    )
+    for seed, net in enumerate(nets):
+        init_weights(net, seed=seed)
+    pair = TiedEncoders(*nets, policy, seed=2).eval()
     towers = (
         Tower(Backbone("views", "image", pair.image, "0", "cls")),
         Tower(Backbone("views", "text", pair.text, "0", "last")),
@@ -175,18 +177,31 @@ def test_only_the_shared_part_of_a_low_rank_difference_is_asked():
     made = model(policy)
     rows = gradient_agreement(made, batch(), LOSSES["infonce"])
     assert {row.part for row in rows} == {WHOLE_LAYER, "attention", "ffn"}
-    assert all(abs(row.cosine) <= 1 + 1e-9 for row in rows)
+    assert all(row.cosine is not None and abs(row.cosine) <= 1 + 1e-9 for row in rows)
 
 
 def test_a_gradient_of_nothing_has_no_direction():
     made = model(SHARED)
     for row in gradient_agreement(made, batch(), lambda image, text, *more, **groups: weighed(image, text, 0.0)):
-        assert math.isnan(row.cosine) and row.text_norm == 0 and row.image_norm > 0
+        assert row.cosine is None and row.cosine_shuffled is None and row.text_norm == 0 and row.image_norm > 0
 
 
-def test_what_cannot_be_asked_is_refused():
-    with pytest.raises(UserError, match="holds no layer in common"):
-        gradient_agreement(model(SharingSettings()), batch(), LOSSES["infonce"])
+def test_the_baseline_is_of_captions_of_the_next_images():
+    made, given = model(SHARED), batch()
+    assert isinstance(given.text, Tokens)
+    text = Tokens(given.text.ids.roll(-1, 0), given.text.mask.roll(-1, 0))
+    rows = gradient_agreement(made, given, LOSSES["infonce"])
+    other = gradient_agreement(made, replace(given, text=text), LOSSES["infonce"])
+    for row, beside in zip(rows, other, strict=True):
+        assert row.cosine_shuffled == pytest.approx(beside.cosine, abs=1e-5)
+        assert row.cosine != pytest.approx(beside.cosine, abs=1e-3)
+
+
+def test_towers_that_share_no_layer_have_no_rows():
+    assert gradient_agreement(model(SharingSettings()), batch(), LOSSES["infonce"]) == []
+
+
+def test_cached_features_are_refused():
     given = batch()
     cached = Batch(given.ids, PooledFeatures(torch.zeros(5, 32)), given.text, given.groups)
     with pytest.raises(UserError, match=r"data\.feature_cache = 'off'"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clasp.analysis.activations import attention_maps
+from clasp.analysis.attention_maps import attention_maps
 from clasp.analysis.patch_maps import attention_rollout, patch_vectors
 from clasp.models.structure import find_structure
 from clasp.models.tower import Tower

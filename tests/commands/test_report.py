@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 from clasp import cli
+from clasp.analysis.record import read_analyses
 from clasp.commands.analyze import analyze_run
 from clasp.commands.patch_maps import map_patches
 from clasp.commands.report import run_labels, write_report
+from clasp.config.recipe import recipe_from_dict
 from clasp.types import UserError
 from toydata import toys, write_csv
 from toyruns import recipe, run, save_towers
@@ -132,6 +134,32 @@ def test_analyze_keeps_what_it_prints(
     assert len(json.loads((run / "analysis.json").read_text())["analyses"]) == 1
     write_report([run], tmp_path / "r.html")
     assert "Linear CKA of every image block" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_towers_that_share_layers_have_agreement_of_heads_and_gradients(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+):
+    net = {"width": 32, "heads": 2, "layers": 2}
+    given = {
+        "image": {"tower": "own:image", "net": {**net, "size": 32, "patch": 8}},
+        "text": {"tower": "own:text", "vocabulary": "pairs", "net": {**net, "vocabulary": 300, "context": 16}},
+        "share": {"attention": "shared", "ffn": "shared"},
+        "tune": {"image": ["full"], "text": ["full"]},
+        "head": {"width": 16, "bias": False},
+        "data": {"train": pairs_of(folder), "val_fraction": 0.25},
+        "train": {"batch_size": 12, "epochs": 1, "precision": "float32"},
+    }
+    run(recipe_from_dict(given, "shared"), tmp_path / "shared")
+    assert command(monkeypatch, "analyze", "shared", f"data={pairs_of(folder)}", "neighbours=3") == 0
+    printed = capfd.readouterr().out
+    assert "4 attention heads" in printed and "cosine of the gradients" in printed
+    (kept,) = read_analyses(tmp_path / "shared")
+    assert [(row.layer, row.part) for row in kept.gradients] == [
+        (layer, part) for layer in (0, 1) for part in ("all", "attention", "ffn")
+    ]
+    assert all(row.cosine is not None and row.cosine != row.cosine_shuffled for row in kept.gradients)
+    write_report([tmp_path / "shared"], tmp_path / "r.html")
+    assert "Gradients on shared weights" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_mistakes_of_an_analysis_are_found_before_compute(folder: Path, monkeypatch: pytest.MonkeyPatch):

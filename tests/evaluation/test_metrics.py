@@ -18,9 +18,13 @@ from clasp.evaluation.metrics import (
     mean_per_class,
     median_rank,
     rank_counts,
-    recall_at_k,
 )
 from clasp.types import UserError
+
+
+def recall_at_k(counts: RankCounts, k: int) -> float:
+    """Expected fraction of queries with a positive among the first k."""
+    return hit_at_k(counts, k).mean().item()
 
 
 def of_scores(scores, query_labels, gallery_labels, **settings):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clasp.analysis.activations import NATIVE_ENCODERS, attention_maps
+from clasp.analysis.attention_maps import NATIVE_ENCODERS, attention_maps
 from clasp.models.length_buckets import split_by_length
 from clasp.models.tower import Tower
 from clasp.types import ImageInput, Pixels, TextInput, Tokens

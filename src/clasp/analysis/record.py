@@ -14,6 +14,7 @@ from typing import Any
 
 from clasp.analysis.attention_roles import AttentionAgreement
 from clasp.analysis.embedding_geometry import EmbeddingGeometry
+from clasp.analysis.gradient_agreement import GradientAgreement
 from clasp.analysis.layer_similarity import LayerSimilarity
 from clasp.analysis.modality_clusters import ModalityClusters
 from clasp.types import UserError
@@ -28,7 +29,7 @@ class AnalysisRecord:
     ``reading``: the columns and the folder of images that were named. ``neighbours``: K of the mutual k-nearest
     neighbours. ``logit_scale``: inverse temperature; ``margin``: logit scale times the difference of the mean cosines
     of pairs and non-pairs, in logits. ``attention``: ``None`` where the towers are not native or have other numbers of
-    heads. ``seconds``: wall time.
+    heads. ``gradients``: of towers that share layers. ``seconds``: wall time.
     """
 
     data: str
@@ -41,6 +42,7 @@ class AnalysisRecord:
     layers: Sequence[LayerSimilarity]
     clusters: Sequence[ModalityClusters] = ()
     attention: AttentionAgreement | None = None
+    gradients: Sequence[GradientAgreement] = ()
     seconds: float
 
     @property
@@ -60,12 +62,13 @@ class AnalysisRecord:
     def from_dict(cls, facts: Mapping[str, Any]) -> AnalysisRecord:
         """The inverse of ``to_dict``, by way of JSON."""
         given = {name: value for name, value in facts.items() if name != "margin"}
-        attention = given.get("attention")  # this and the clusters are not in files of earlier versions
+        attention = given.get("attention")  # this, the clusters and the gradients are not in files of earlier versions
         read = {
             "reading": dict(given.get("reading", {})),
             "geometry": EmbeddingGeometry(**given["geometry"]),
             "layers": [LayerSimilarity(**row) for row in given["layers"]],
             "clusters": tuple(ModalityClusters(**row) for row in given.get("clusters", ())),
+            "gradients": tuple(GradientAgreement(**row) for row in given.get("gradients", ())),
             "attention": None if attention is None else AttentionAgreement(**attention),
         }
         return cls(**{**given, **read})

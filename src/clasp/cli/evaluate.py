@@ -146,17 +146,19 @@ def analyze(
     """Analyse the embedding space of a run and the layers of its towers; the result is kept in RUN/analysis.json.
 
     Modality gap, alignment, uniformity, effective rank, cosines; CKA and mutual k-NN of the towers' layers, clusters of
-    the two modalities, and whether attention heads attend alike in both towers, each with a shuffled baseline.
+    the two modalities, whether attention heads attend alike in both towers, and whether gradients of both agree on
+    shared weights, each with a shuffled baseline.
     """
     from clasp.commands.analyze import analyze_run
-    from clasp.report.analysis_section import cluster_table, geometry_table, layer_table
+    from clasp.report.analysis_section import cluster_table, geometry_table, gradient_table, layer_table
     from clasp.report.console import print_json, print_table, progress_bar, relative_path
 
     with code_allowed(allow_code):
         done = analyze_run(run, options or (), bar=progress_bar)
     if as_json:
         return print_json({"run": str(run), **done.to_dict()})
-    for table in (geometry_table(done), layer_table(done), cluster_table(done)):
+    gradients = [gradient_table(done)] if done.gradients else []
+    for table in (geometry_table(done), layer_table(done), cluster_table(done), *gradients):
         print_table(relative_path(run), table.columns, table.rows, table.notes)
 
 

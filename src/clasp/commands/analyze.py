@@ -3,19 +3,22 @@
 Input: run and options as typed. Output: an ``AnalysisRecord``, which is also kept in the run's ``analysis.json``. Note:
 every pair has a caption and a group of its own, so that images with the captions of other pairs are true non-pairs; of
 more than ``pairs=`` a hash of the ids chooses. Both towers run once, on live inputs, since cached states begin at a
-later block; over the first of the pairs once more where their attention can be read.
+later block; over the first of the pairs once more where their attention can be read, and where they share weights.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from clasp.analysis.attention_roles import AttentionAgreement, attention_agreement, head_roles
 from clasp.analysis.embedding_geometry import embedding_geometry
+from clasp.analysis.gradient_agreement import GradientAgreement, gradient_agreement, shared_parameters
 from clasp.analysis.layer_similarity import layer_similarity
 from clasp.analysis.modality_clusters import modality_clusters
 from clasp.analysis.record import ANALYSIS_FILE, AnalysisRecord, analyses_json, read_analyses
@@ -23,17 +26,21 @@ from clasp.analysis.tower_features import TowerFeatures, extract_tower_features
 from clasp.config.build import ModelAndPreprocessing, build_feature_source, load
 from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.data.device import to_device
 from clasp.data.formats.setting_hints import OPTION_HINTS
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages
+from clasp.data.readers import PairIndex, SampleIndices
 from clasp.evaluation.language_sets import require_languages
 from clasp.evaluation.registry import ANALYZE_OPTIONS, MAX_ANALYZED_PAIRS, MAX_NEIGHBOURS, PAIR_OPTIONS, parse_options
 from clasp.evaluation.retention.features import hashed_subset
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
+from clasp.training.losses import build_loss
 from clasp.training.run_folder import RunFolder
 from clasp.types import PooledFeatures, ProgressFactory, UserError, no_progress_bar
 
 _ATTENDED = 200  # pairs whose attention is read
+_BATCH = 64  # pairs of the batch whose gradients are compared
 
 
 def analyze_run(
@@ -55,6 +62,7 @@ def analyze_run(
     _require_more_than(neighbours, len(image.ids), f"images of {given['data']} that could be read")
     rows = [text.ids.index(id) for id in image.ids]  # an unreadable image is left out on both sides
     device = next(model.encoder.parameters()).device
+    gradients = _gradients(parts.model, recipe, inputs, captions, pairs[:_BATCH])
     with torch.inference_mode():
         joint_image = model.encoder.embed_image(PooledFeatures(image.pooled.to(device))).cpu()
         joint_text = model.encoder.embed_text(PooledFeatures(text.pooled[rows].to(device))).cpu()
@@ -72,6 +80,7 @@ def analyze_run(
             layers=layers,
             clusters=modality_clusters({0: joint_image, **image.block_means}, {0: joint_text, **of_texts}),
             attention=_attention(parts.model, inputs, captions, pairs[:_ATTENDED]),
+            gradients=gradients,
             seconds=time.perf_counter() - started,
         )
     folder.write(ANALYSIS_FILE, analyses_json([*earlier, record]))
@@ -123,6 +132,20 @@ def _attention(
     if not of_images:
         return None
     return attention_agreement(of_images, head_roles(model.text, inputs.texts({p.id: captions[p.id] for p in pairs})()))
+
+
+def _gradients(
+    model: DualEncoder, recipe: Recipe, inputs: FeatureSource, captions: Mapping[str, str], pairs: Pairs
+) -> list[GradientAgreement]:
+    """The agreement of both towers' gradients on one batch of these pairs; empty where they share no weights."""
+    if not shared_parameters(model):
+        return []
+    draws = [[each.text for each in pair.captions].index(captions[pair.id]) for pair in pairs]
+    indices = SampleIndices(np.arange(len(pairs)), np.array(draws), np.zeros(len(pairs), dtype=np.int64))
+    batch = inputs.batch_reader(pairs, PairIndex(pairs), None)(indices)
+    device = next(model.parameters()).device
+    batch = replace(batch, image=to_device(batch.image, device), text=to_device(batch.text, device))
+    return gradient_agreement(model, batch, build_loss(recipe.loss))
 
 
 def _count(given: Mapping[str, str], name: str, highest: int) -> int:

@@ -149,11 +149,6 @@ def hit_at_k(counts: RankCounts, k: int) -> Float[Tensor, " q"]:
     return 1 - missed
 
 
-def recall_at_k(counts: RankCounts, k: int) -> float:
-    """Expected fraction of queries with a positive among the first ``k``."""
-    return hit_at_k(counts, k).mean().item()
-
-
 def expected_ranks(counts: RankCounts) -> Float[Tensor, " q"]:
     """Expected rank of the first positive of each query, from 1.
 

@@ -64,6 +64,23 @@ def cluster_table(record: AnalysisRecord) -> AnnotatedTable:
     return AnnotatedTable(("block", "NMI of modality", "shuffled"), rows, notes)
 
 
+def gradient_table(record: AnalysisRecord) -> AnnotatedTable:
+    """Whether images and texts ask for the same change of the weights that both towers share, layer by layer."""
+    rows = [
+        [
+            str(row.layer),
+            row.part,
+            *("" if value is None else f"{value:+.3f}" for value in (row.cosine, row.cosine_shuffled)),
+        ]
+        for row in record.gradients
+    ]
+    notes = [
+        "cosine of the gradients of the loss through the image tower and through the text tower: 1 the same update, 0 "
+        "unrelated, -1 opposite; shuffled: the same where each image has the caption of another"
+    ]
+    return AnnotatedTable(("layer", "shared weights", "cosine", "shuffled"), rows, notes)
+
+
 def describe_analysis(record: AnalysisRecord) -> str:
     """The pairs of an analysis, and its time."""
     language = f" in {record.language}" if record.language else ""
@@ -86,6 +103,8 @@ def analysis_blocks(records: Sequence[RunRecord]) -> list[Html]:
             tables.append(html_table("Similarity of the towers' layers", layer_table(analysis)))
             if analysis.clusters:
                 tables.append(html_table("Images and texts as clusters", cluster_table(analysis)))
+            if analysis.gradients:
+                tables.append(html_table("Gradients on shared weights", gradient_table(analysis)))
             blocks += [figure_row(tables), *_heat_maps(analysis)]
     lacking = [record.label for record in records if not record.analyses]
     return [*blocks, missing_in(lacking, "not analysed (clasp analyze RUN data=…).")]

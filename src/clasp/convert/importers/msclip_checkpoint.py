@@ -1,5 +1,4 @@
-"""Conversion between MS-CLIP's state dict and our encoders: the 521 names of the released models and all sharing
-variants.
+"""Reads MS-CLIP's state dict into our encoders: the 521 names of the released models and all sharing variants.
 
 Input: a bare state dict. Output: an ``MSCLIPCheckpoint``: a pair of encoders, two heads, a log scale. Sizes are read
 from shapes, and the sharing policy from which tensors are identical. Every key is mapped or the file is refused. Note:
@@ -17,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from clasp.models.transformer.encoders import (
     TextTransformer,
     TextTransformerSettings,
 )
-from clasp.types import Tokens, UserError
+from clasp.types import UserError
 
 _ATTENTION_HEAD_WIDTH = 64
 MSCLIP_LATERAL_LAYERS = (2, 4, 6, 8, 10)
@@ -87,34 +86,6 @@ def parse_msclip_state_dict(
             _squeeze_batch(ours[name]).copy_(tensors[theirs])
     image_head, text_head = (tensors[key].float().T.contiguous() for key in ("visual.proj", "text_projection"))
     return MSCLIPCheckpoint(pair.eval(), image_head, text_head, tensors["logit_scale"].float().clone())
-
-
-def to_msclip_state_dict(model: MSCLIPCheckpoint) -> dict[str, Tensor]:
-    """The state dict that ``parse_msclip_state_dict`` reads; a shared tensor has two names and one storage.
-
-    Raises ``UserError`` for parameters that MS-CLIP's layout does not have.
-    """
-    pair = model.encoders
-    ours: dict[str, Tensor] = {
-        **_named_tensors(pair),
-        "image_head": model.image_head.T,
-        "text_head": model.text_head.T,
-        "log_scale": model.log_scale,
-    }
-    names = msclip_name_map(pair.image.settings, pair.text.settings)
-    for problem, keys in (("no name for", ours.keys() - names.values()), ("more:", set(names.values()) - ours.keys())):
-        if keys:
-            raise UserError(f"these nets do not fit MS-CLIP's layout, which has {problem} {_first_of(keys)}")
-    return {theirs: _squeeze_batch(ours[name]) for theirs, name in names.items()}
-
-
-def to_msclip_tokens(ids: Int[Tensor, "B N"]) -> Tokens:
-    """Token ids with the mask of the released code: a text ends at the first position of its largest id.
-
-    That is the end token; of a text truncated without one it is the start token, so that all such texts have the same
-    embedding. Needed only to reproduce the released code on such texts: ``data.tokenizer`` keeps the end token.
-    """
-    return Tokens(ids, torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True))
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clasp.models.sharing.policy import ATTENTION_PARTS, LowRankSharing, SharingMode, SharingPlan, SharingSettings
 from clasp.models.transformer.blocks import Block, BlockSettings
-from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, init_weights
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
 from clasp.types import UserError
 
 # settings that must be equal in both encoders for a part to be shared
@@ -94,15 +94,6 @@ class TiedEncoders(nn.Module):
             self.sharing = share_weights(image, text, policy, keep=keep)
         self.register_state_dict_post_hook(_drop_aliases)
         self.register_load_state_dict_pre_hook(_restore_aliases)
-
-
-def tied_from_scratch(
-    image: ImageTransformer, text: TextTransformer, policy: SharingSettings, *, seed: int
-) -> TiedEncoders:
-    """Tied encoders with every weight initialised from ``seed`` by ``init_weights``."""
-    init_weights(image, seed=seed)
-    init_weights(text, seed=seed + 1)
-    return TiedEncoders(image, text, policy, seed=seed + 2)
 
 
 def share_weights(

@@ -1,4 +1,4 @@
-"""States and maps beside an obvious walk through the net; nothing stays on it, and nothing changes in it."""
+"""Attention maps beside an obvious walk through the net; nothing stays on it, and nothing changes in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clasp.analysis.activations import attention_maps, capture_activations
+from clasp.analysis.attention_maps import attention_maps
 from clasp.models.tower import Tower
 from clasp.models.tuning.spec import freeze_except
 from clasp.types import Pixels, Tokens, UserError
@@ -19,8 +19,8 @@ def given(name: str) -> Pixels | Tokens:
     return inputs(name if name in IMAGE_NETS else "bert")
 
 
-def walked(tower: Tower, read: Pixels | Tokens) -> dict[str, list[Tensor]]:
-    """Norm 1, attention, norm 2 and attention maps of every block, and the end, each by hand."""
+def walked(tower: Tower, read: Pixels | Tokens) -> list[Tensor]:
+    """The attention maps of every block, by hand."""
     net: Any = tower.net
     mask = read.mask if isinstance(read, Tokens) else None
     if isinstance(read, Tokens):
@@ -31,22 +31,19 @@ def walked(tower: Tower, read: Pixels | Tokens) -> dict[str, list[Tensor]]:
         own = net.settings.class_position
         x = torch.cat((cls, x), 1) + net.pos_embed if own else torch.cat((cls, x + net.pos_embed), 1)
     x = net.norm_pre(x)
-    found: dict[str, list[Tensor]] = {"norm1": [], "attention": [], "norm2": [], "map": []}
+    found: list[Tensor] = []
     for block in net.blocks:
         gammas = [1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2)]
+        seen = block.norm1(x) if block.norm_position == "pre" else x
+        found.append(block.attn.attention_weights(seen, mask))
+        x = x + gammas[0] * block.attn(seen, mask)
         if block.norm_position == "pre":
-            norm1 = block.norm1(x)
-            attention, seen = block.attn(norm1, mask), block.attn.attention_weights(norm1, mask)
-            x = x + gammas[0] * attention
-            norm2 = block.norm2(x)
-            x = x + gammas[1] * block.mlp(norm2)
+            x = x + gammas[1] * block.mlp(block.norm2(x))
         else:
-            attention, seen = block.attn(x, mask), block.attn.attention_weights(x, mask)
-            norm1 = block.norm1(x + gammas[0] * attention)
-            x = norm2 = block.norm2(norm1 + gammas[1] * block.mlp(norm1))
-        for point, states in (("norm1", norm1), ("attention", attention), ("norm2", norm2), ("map", seen)):
-            found[point].append(states)
-    return {**found, "final": [net.norm(x)]}
+            x = block.norm1(x)
+            x = block.norm2(x + gammas[1] * block.mlp(x))
+    torch.testing.assert_close(net.norm(x), tower(read))
+    return found
 
 
 def hooks(net: nn.Module) -> int:
@@ -54,25 +51,15 @@ def hooks(net: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_what_is_found_is_what_went_on(name: str):
+def test_maps_are_those_of_the_attention(name: str):
     tower, read = Tower(base(name)), given(name)
     first = 1 if name == "own-stem" else 0  # a stem is layer 0
     with torch.no_grad():
         before = tower(read)
-        slow = walked(tower, read)
-        found, maps = (
-            capture_activations(tower.net, lambda: tower(read)),
-            attention_maps(tower.net, lambda: tower(read)),
-        )
-        for point, by_layer in (
-            *(("norm1", found.norm1), ("attention", found.attention), ("norm2", found.norm2)),
-            ("map", maps),
-        ):
-            assert [*by_layer] == [*range(first, first + 2)], point
-            for one, other in zip(by_layer.values(), slow[point], strict=True):
-                torch.testing.assert_close(one, other)
-        torch.testing.assert_close(found.final, slow["final"][0])
-        torch.testing.assert_close(found.final, before)
+        maps = attention_maps(tower.net, lambda: tower(read))
+        assert [*maps] == [*range(first, first + 2)]
+        for one, other in zip(maps.values(), walked(tower, read), strict=True):
+            torch.testing.assert_close(one, other)
         assert torch.equal(tower(read), before)
     for each in maps.values():
         torch.testing.assert_close(each.sum(-1), torch.ones(each.shape[:-1]))
@@ -87,7 +74,8 @@ def test_a_map_made_by_hand():
         block.attn.qkv.weight.copy_(torch.eye(32).repeat(3, 1))
         block.attn.qkv.bias.zero_()
         read = Tokens(torch.tensor([[5, 9]]), torch.ones(1, 2, dtype=torch.bool))
-        first, second = capture_activations(net, lambda: tower(read)).norm1[0][0, :, :16]  # of the first of two heads
+        states = net.token_map(net.token_embed(read.ids)) + net.pos_embed[:, :2]
+        first, second = block.norm1(net.norm_pre(states))[0, :, :16]  # of the first of two heads
         seen = attention_maps(net, lambda: tower(read))[0][0, 0]
     scores = torch.stack([first @ second, second @ second]) / 4
     torch.testing.assert_close(seen, torch.stack([torch.tensor([1.0, 0.0]), scores.softmax(0)]))
@@ -106,18 +94,17 @@ def test_nothing_stays_on_the_net(name: str):
     replaced = replaced_forwards(tower.net)
     with torch.no_grad():
         before = tower(read)
-        for look in (capture_activations, attention_maps):
-            look(tower.net, lambda: tower(read))
-            assert hooks(tower.net) == were
-            assert torch.equal(tower(read), before)
+        attention_maps(tower.net, lambda: tower(read))
+        assert hooks(tower.net) == were
+        assert torch.equal(tower(read), before)
 
-            def broken() -> None:
-                tower(read)
-                raise ArithmeticError
+        def broken() -> None:
+            tower(read)
+            raise ArithmeticError
 
-            with pytest.raises(ArithmeticError):
-                look(tower.net, broken)
-            assert hooks(tower.net) == were
+        with pytest.raises(ArithmeticError):
+            attention_maps(tower.net, broken)
+        assert hooks(tower.net) == were
     assert all(torch.equal(tensor, state[n]) for n, tensor in tower.state_dict().items())
     assert replaced_forwards(tower.net) == replaced
 
@@ -125,28 +112,17 @@ def test_nothing_stays_on_the_net(name: str):
 @pytest.mark.parametrize("name", OURS)
 def test_what_tuning_put_in_is_seen(name: str):
     tower, read = Tower(base(name)), given(name)
-    plain = attention_maps(tower.net, lambda: tower(read)), capture_activations(tower.net, lambda: tower(read))
+    plain = attention_maps(tower.net, lambda: tower(read))
     names = tower.tune(["adapters", "lora(rank=2)", "prompts(2)"], seed=0)
     with torch.no_grad():
         for each in names:
             tower.get_parameter(each).add_(0.3)
-        maps, found = (
-            attention_maps(tower.net, lambda: tower(read)),
-            capture_activations(tower.net, lambda: tower(read)),
-        )
+        maps = attention_maps(tower.net, lambda: tower(read))
     for layer, each in maps.items():
-        tokens = plain[0][layer].shape[-1] + 2
-        assert each.shape[-2:] == (tokens, tokens) and found.attention[layer].shape[1] == tokens
-        assert not torch.allclose(found.attention[layer][:, :1], plain[1].attention[layer][:, :1])
-    assert found.final.shape[1] == tokens and tower(read).shape[1] == tokens - 2, "prompts are taken out at the end"
-
-
-def test_gradients_go_through_what_is_found():
-    tower, read = Tower(base("own-text")), given("own-text")
-    found = capture_activations(tower.net, lambda: tower(read))
-    found.attention[0].sum().backward()
-    net: Any = tower.net
-    assert net.blocks[0].attn.proj.bias.grad is not None and net.blocks[1].attn.proj.bias.grad is None
+        tokens = plain[layer].shape[-1]
+        assert each.shape[-2:] == (tokens + 2, tokens + 2)
+        assert not torch.allclose(each[:, :, 2:, 2:], plain[layer])
+    assert tower(read).shape[1] == tokens, "prompts are taken out at the end"
 
 
 def test_layers_below_a_cut_are_left_out():
@@ -155,18 +131,17 @@ def test_layers_below_a_cut_are_left_out():
         freeze_except(tower, [])
         assert tower.frozen_blocks == 2  # the first who asks makes the net run
         left = tower.prefix_states(read, 1)
-        assert [*capture_activations(tower.net, lambda: tower(left)).norm1] == [1]
+        assert [*attention_maps(tower.net, lambda: tower(left))] == [1]
 
 
 def test_a_net_that_runs_twice_is_a_mistake_of_ours():
     tower, read = Tower(base("own-image")), given("own-image")
     with pytest.raises(AssertionError, match="once, not 2 times"):
-        capture_activations(tower.net, lambda: [tower(read), tower(read)])
+        attention_maps(tower.net, lambda: [tower(read), tower(read)])
     with pytest.raises(AssertionError, match="once, not 0 times"):
         attention_maps(tower.net, lambda: None)
 
 
 def test_a_foreign_net_is_refused():
-    for look in (capture_activations, attention_maps):
-        with pytest.raises(UserError, match=r"BertModel is not a native encoder.*to_native converts"):
-            look(base("bert").net, lambda: None)
+    with pytest.raises(UserError, match=r"BertModel is not a native encoder.*to_native converts"):
+        attention_maps(base("bert").net, lambda: None)
