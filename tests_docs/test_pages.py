@@ -24,16 +24,9 @@ from clasp.data.cache_folder import cache_folder
 from clasp.data.samples.emoji import unpack_emoji_sample
 from docblocks import DOCS, read_blocks
 
-FIRST, *LATER = (
-    "start/first-search.md",
-    "start/own-folder.md",
-    "start/low-resource.md",
-    "start/recipe.md",
-    "start/memory.md",
-    "start/sharing.md",
-    "start/deploy.md",
-    "python.md",
-)
+FIRST = "start/first-search.md"
+SLOW = ("start/own-folder.md", "start/memory.md", "start/deploy.md", "start/low-resource.md")
+BRIEF = ("start/recipe.md", "start/sharing.md", "python.md")
 BLOCK_SECONDS = 900
 """After which a block is taken to hang; the longest takes a minute on two cores with nothing else to do"""
 CLASSES = {"FOLDER": slice(0, 1000, 25), "HELD_OUT": slice(1, 1000, 50)}
@@ -115,6 +108,6 @@ def test_the_first_page_runs(prepared: Path):
     assert (prepared / "runs" / "photos" / "search.png").exists()
 
 
-@pytest.mark.parametrize("page", LATER)
+@pytest.mark.parametrize("page", [*(pytest.param(page, marks=pytest.mark.slow_page) for page in SLOW), *BRIEF])
 def test_page_runs(page: str, page_folder: Path):
     run_page(page, page_folder)
