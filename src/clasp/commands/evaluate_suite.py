@@ -61,7 +61,7 @@ def evaluate_suite(
     missing = [each for each in sets if each not in there]
     if not there:
         names = ", ".join(each.name for each in sets)
-        raise UserError(f"--data {folder} has no set of {suite}: {names}{_where(sets)}")
+        raise UserError(f"--data {folder} has none of the {len(sets)} sets of {suite}: {names}{_where(sets)}")
     for each in missing:
         say(f"missing: {each.path(folder)}{f' of {each.name}' if each.folder else ''}{_where([each])}")
     if left := MTEB_TASKS.get(suite):
