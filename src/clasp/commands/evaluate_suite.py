@@ -65,8 +65,8 @@ def evaluate_suite(
     for each in missing:
         say(f"missing: {each.path(folder)}{f' of {each.name}' if each.folder else ''}{_where([each])}")
     if left := MTEB_TASKS.get(suite):
-        there = f"{counted(len(left), 'task')} of {suite}"
-        say(f"not here: {there} that mteb computes on clasp.as_mteb(RUN): {', '.join(left)}")
+        tasks = f"{counted(len(left), 'task')} of {suite}"
+        say(f"not here: {tasks} that mteb computes on clasp.as_mteb(RUN): {', '.join(left)}")
     source = find_model(model)
     results = ResultFolder(source, out)
     given = {each.name: _options(each, folder, templates) for each in there}
