@@ -4,14 +4,14 @@
 # make fuzz   100,000 mutated inputs over every reader; likewise
 # make check  style, types, floors and fences
 # make docs   the site, in docs/_build
-# make pages  the pages that teach, run as they are written
+# make pages  the pages that teach, run as they are written; make brief-pages: those that take two minutes together
 # make wheel  the wheel, in an empty environment
 # make bench  install the peers into .bench and measure clasp against them
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo quick test faults fuzz check docs pages wheel bench clean
+.PHONY: setup demo quick test faults fuzz check docs pages brief-pages wheel bench clean
 setup: .venv/ready
 
 # Python compiles what it imports; compiling everything beforehand takes a minute more.
@@ -62,7 +62,10 @@ docs: setup .docs/ready
 	@echo docs/_build/index.html
 
 pages: setup
-	$(BIN)/pytest tests_docs
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m '' tests_docs
+
+brief-pages: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow_page' tests_docs
 
 wheel:
 	PYTHON=$(PYTHON) .ci/wheel

@@ -34,6 +34,7 @@ from clasp.commands.evaluate import evaluate_run
 from clasp.commands.pair import rank_tower_pairs
 from clasp.commands.train import train_recipe
 from clasp.config.recipe import recipe_from_dict
+from clasp.errors import counted
 from clasp.report.pair_table import TowerPair, cka_excess, neighbour_excess
 from clasp.report.tables import main_metric
 
@@ -203,7 +204,7 @@ def render_page(sets: Mapping[str, PhotoSet]) -> str:
     parts = ["# Does the ranking of towers predict the trained result?", about]
     if missing:
         some = "; ".join(", ".join(cell.key) for cell in missing[:4]) + (" …" if len(missing) > 4 else "")
-        parts.append(f"**Not complete**: {len(missing)} of {len(cells(sets))} cells are missing: {some}.")
+        parts.append(f"**Not complete**: {len(missing)} of {counted(len(cells(sets)), 'cell')} missing: {some}.")
     begun = {record["key"][0] for record in known}
     return "\n\n".join([*parts, *(_section(name, sets[name]) for name in sets if name in begun)]) + "\n"
 

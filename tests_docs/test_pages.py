@@ -1,11 +1,12 @@
-"""The pages that teach, run as they are written: every ``sh`` and ``python`` block, in order, in one folder.
+"""The pages that teach, run as they are written: every ``sh`` and ``python`` block, in order, in a folder of its own.
 
-Each page is a test, and ``make pages`` runs them. Note: they need the first page's run, which the fixture makes; a page
-must leave what the later ones read. Blocks below ``<!-- not run: … -->`` are left out.
+Each page is a test, and ``make pages`` runs two at a time. Note: they need the first page's run, which is made once and
+copied into the folder of each. Blocks below ``<!-- not run: … -->`` are left out.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -23,24 +24,41 @@ from clasp.data.cache_folder import cache_folder
 from clasp.data.samples.emoji import unpack_emoji_sample
 from docblocks import DOCS, read_blocks
 
-FIRST, *LATER = (
-    "start/first-search.md",
-    "start/own-folder.md",
-    "start/low-resource.md",
-    "start/recipe.md",
-    "start/memory.md",
-    "start/sharing.md",
-    "start/deploy.md",
-    "python.md",
-)
+FIRST = "start/first-search.md"
+SLOW = ("start/own-folder.md", "start/memory.md", "start/deploy.md", "start/low-resource.md")
+BRIEF = ("start/recipe.md", "start/sharing.md", "python.md")
+BLOCK_SECONDS = 900
+"""After which a block is taken to hang; the longest takes a minute on two cores with nothing else to do"""
 CLASSES = {"FOLDER": slice(0, 1000, 25), "HELD_OUT": slice(1, 1000, 50)}
 """Folder -> which of the sample's concepts are its classes: 40 and 20"""
 
 
-@pytest.fixture(scope="module")
-def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+pytestmark = pytest.mark.timeout(3 * BLOCK_SECONDS)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first of the processes that test has prepared, for all."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    place = shared / "prepared"
+    with (shared / "prepared.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "ready").exists():
+            shutil.rmtree(place, ignore_errors=True)
+            prepare(place)
+            (place / "ready").touch()
+    return place
+
+
+@pytest.fixture
+def page_folder(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of what is prepared, for one page."""
+    return shutil.copytree(prepared, tmp_path / "page")
+
+
+def prepare(place: Path) -> None:
     """A folder with what the pages name: class folders of drawings, photographs in ``~/Pictures``, and two runs."""
-    place = tmp_path_factory.mktemp("pages")
     sample = unpack_emoji_sample(cache_folder(), quick=False)
     rows = [json.loads(line) for line in sample.pairs("train").read_text(encoding="utf-8").splitlines()]
     concepts = list(dict.fromkeys(row["caption"][0]["text"] for row in rows))
@@ -57,7 +75,6 @@ def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(photos["coffee.png"], place / "b.png")
     run_page(FIRST, place)
     shutil.copytree(place / "runs" / "photos", place / "runs" / "start")
-    return place
 
 
 def run_page(page: str, place: Path) -> None:
@@ -78,7 +95,7 @@ def run_block(program: list[str], place: Path, env: dict[str, str]) -> tuple[int
             program, cwd=place, env=env, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            code = block.wait(timeout=280)
+            code = block.wait(timeout=BLOCK_SECONDS)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(block.pid, signal.SIGKILL)
@@ -87,10 +104,10 @@ def run_block(program: list[str], place: Path, env: dict[str, str]) -> tuple[int
         return code, printed.read().decode(errors="replace")
 
 
-def test_the_first_page_runs(page_folder: Path):
-    assert (page_folder / "runs" / "photos" / "search.png").exists()
+def test_the_first_page_runs(prepared: Path):
+    assert (prepared / "runs" / "photos" / "search.png").exists()
 
 
-@pytest.mark.parametrize("page", LATER)
+@pytest.mark.parametrize("page", [*(pytest.param(page, marks=pytest.mark.slow_page) for page in SLOW), *BRIEF])
 def test_page_runs(page: str, page_folder: Path):
     run_page(page, page_folder)

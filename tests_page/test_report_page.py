@@ -55,6 +55,10 @@ def test_it_fits_and_requests_nothing(browser: Browser, file: Path, width: int, 
     assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 26)"}[scheme]
     for name in ("Training loss", "Mutual k-NN of every", "mean recall, per cent over seconds"):
         assert page.locator(f'svg[aria-label^="{name}"]').count() == 1
+    cut = page.locator(".wide", has=page.locator("caption", has_text="Runs")).first
+    wide = cut.evaluate("region => region.scrollWidth - region.clientWidth")
+    shown = cut.evaluate("region => getComputedStyle(region).backgroundAttachment")
+    assert shown == "local, local, scroll, scroll" and (wide > 0 or width > 390), "a table that is cut says so"
     first = page.locator("details").first
     first.locator("summary").click()
     expect(first.locator("table")).to_be_visible()

@@ -17,6 +17,8 @@ from studies.lilt.photos import SMALL, WHOLE
 from studies.lilt.prose import INTERVALS, NAMES, PHOTOS, PHOTOS_8000, SAYS, TITLES
 from studies.lilt.tables import TABLES
 
+from clasp.errors import counted
+
 BEGIN, END = "<!-- written by a person; kept when this page is made again -->", "<!-- end -->"
 
 
@@ -81,7 +83,7 @@ def _missing(found: Found) -> list[str]:
     some = "; ".join(str(cell) for cell in found.missing[:8]) + (" …" if len(found.missing) > 8 else "")
     waiting = ", ".join(choice.row for choice in found.rates if choice.rate is None)
     more = f" More will follow in rows whose learning rate is still being chosen: {waiting}." if waiting else ""
-    return [f"**Not complete.** {len(found.missing)} cells are missing: {some}.{more}"]
+    return [f"**Not complete.** {counted(len(found.missing), 'cell')} missing: {some}.{more}"]
 
 
 def _rates(found: Found) -> list[str]:

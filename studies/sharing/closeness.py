@@ -34,6 +34,7 @@ from clasp.commands.train import train_recipe
 from clasp.config.build import ModelAndPreprocessing, build_feature_source, build_model_and_preprocessing
 from clasp.config.recipe import Recipe
 from clasp.data.readers import PairIndex
+from clasp.errors import counted
 from clasp.types import PooledFeatures
 
 HERE = Path(__file__).parent
@@ -204,7 +205,7 @@ def render_page(find: Callable[[str], Record | None], before: str) -> str:
             *tables,
             f"{first['after']['pairs']} drawings and their names, {NEIGHBOURS} neighbours. {TOLD}",
             "",
-            *([f"**Not complete**: {left} of {len(asked)} cells are missing.", ""] if left else []),
+            *([f"**Not complete**: {left} of {counted(len(asked), 'cell')} missing.", ""] if left else []),
             f"{', '.join(days)}; {seconds / 60:.0f} minutes on a busy machine.",
             "",
         ]

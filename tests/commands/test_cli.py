@@ -256,6 +256,8 @@ def test_eval_answers_and_keeps_the_answer(
     assert answer["task"] == task and all(metric in row["metrics"] for row in answer["results"])
     kept = [without_checksum(json.loads(line)) for line in (world.run / "results.jsonl").read_text().splitlines()]
     assert kept[-len(answer["results"]) :] == answer["results"]
+    card = (world.run / "README.md").read_text()
+    assert card.count("\n## Evaluations\n") == 1 and f"\n| {task} on " in card.partition("\n## Evaluations\n")[2]
     shown = clasp(*words)
     assert shown.code == 0 and "chance" in shown.out and shown.out.count("\n") < 15
     assert max(map(len, shown.out.splitlines())) <= 100

@@ -162,7 +162,7 @@ def test_pairs_and_languages_are_counted(towers: Path, tmp_path: Path) -> None:
     plain = json.loads(rows[0]) | {"caption": "a thing"}
     source.write_text("\n".join([json.dumps(plain), *rows[1:]]) + "\n")
     section = told(recipe(towers, source))["pairs"]
-    assert section.facts["captions_without_language"] == 1 and "1 captions name none" in levels(section)["look"]
+    assert section.facts["captions_without_language"] == 1 and "none named: 1 caption" in levels(section)["look"]
 
 
 def test_captions_are_measured_as_the_tower_reads_them(towers: Path, tmp_path: Path) -> None:

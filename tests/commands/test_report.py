@@ -15,11 +15,12 @@ from PIL import Image
 from clasp import cli
 from clasp.analysis.record import read_analyses
 from clasp.commands.analyze import analyze_run
-from clasp.commands.patch_maps import map_patches
+from clasp.commands.patch_maps import _texts, map_patches
 from clasp.commands.report import run_labels, write_report
 from clasp.config.recipe import recipe_from_dict
-from clasp.types import UserError
+from clasp.types import Caption, Pair, UserError
 from toydata import toys, write_csv
+from toypairs import MemorySource
 from toyruns import recipe, run, save_towers
 
 
@@ -192,12 +193,19 @@ def test_maps_are_drawn_and_reported(
         cosines, attention = torch.tensor(pair["cosines"]), torch.tensor(pair["attention"])
         assert cosines.shape == (3, 4, 4) and cosines.abs().max() <= 1 and attention.shape == (4, 4)
     assert command(monkeypatch, *words, f"ids={found[0]['id']}") == 0
-    assert "the maps of 1 images are in one/maps.png" in capfd.readouterr().err
+    assert "maps of 1 image in one/maps.png" in capfd.readouterr().err
     with Image.open(run / "maps.png") as sheet:
         assert sheet.height > 192
     assert not (run / "analysis.json").exists()
     write_report([run], tmp_path / "r.html")
     assert "one: maps.png" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_words_to_map_are_the_longest_that_have_letters():
+    caption = "On 24,000 roofs – 1999 – (the) cat: snow, ice, 12:30!"
+    pair = Pair("a", MemorySource("a.png", b""), (Caption(caption),), "a")
+    assert _texts(pair, "", ()) == [caption, "roofs", "the", "cat", "snow", "ice"]
+    assert _texts(pair, "", ("12",)) == [caption, "12"], "what is named is drawn"
 
 
 def test_mistakes_of_maps_are_found_before_compute(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -44,7 +44,7 @@ def test_from_flat_to_edge_and_back(trained: Path, edge: object):
     assert index_images(folder, pictures).added == 20
     assert recorded_store(folder) == "flat" and not (folder / "store.json").exists()
     before = search_images(folder, "a red ring", None, 5, ["folder=pictures"])
-    with pytest.raises(UserError, match=r"the 20 images of .* are in the store flat, not edge; .*clasp store copy"):
+    with pytest.raises(UserError, match=r"has 20 images in the store flat, not edge; .*clasp store copy"):
         index_images(folder, pictures, store="edge")
     with pytest.raises(UserError, match="in the store flat already"):
         copy_index(folder, "flat")

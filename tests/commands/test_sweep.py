@@ -359,6 +359,6 @@ def test_rows_without_a_number_come_last() -> None:
 def test_the_verdict_counts_those_that_cannot_be_told_apart() -> None:
     rows = [_row("a", 0.5, low=0.35), _row("b", 0.4), _row("c", 0.3), _row("d", None)]
     lines = SweepResult(Path("runs"), rows, False, 4).summary_lines()
-    assert lines[0] == "best: a; 1 of the 2 others lie within its interval" and "biased upwards" in lines[1]
+    assert lines[0] == "best: a; within its interval: 1 of 2 others" and "biased upwards" in lines[1]
     assert SweepResult(Path("runs"), rows[:1], False, 1).summary_lines() == ["best: a"]
     assert rows[0].cells() == ["x=a", "50.0", "35.0–100.0", "10.0", "30", "1.0"]

@@ -34,8 +34,8 @@ def test_the_share_of_unknown_tokens_is_of_each_language(tmp_path: Path) -> None
     report = check_languages(spoken(tmp_path, en="a red circle", de="ein rot Kreis ."), tokenizer)
     assert report.facts["en"]["unknown_share"] == 0  # the prefix is not counted
     assert report.facts["de"]["unknown_share"] == pytest.approx(2 / 4)
-    assert "1 captions in de: 50.0 % of the tokens are unknown; the vocabulary" in levels(report)["look"]
-    assert "1 captions in en: 0.0 % of the tokens are unknown" in levels(report)["ok"]
+    assert "1 caption in de: 50.0 % of the tokens are unknown; the vocabulary" in levels(report)["look"]
+    assert "1 caption in en: 0.0 % of the tokens are unknown" in levels(report)["ok"]
 
 
 def test_a_byte_level_tokenizer_takes_more_tokens_for_a_language_that_it_lacks(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_classes_are_counted_and_those_that_are_not_trained_named(tmp_path: Path
     assert list(report.facts["smallest"].values()) == [1]
     assert "zero-shot accuracy will favour the large ones" in levels(report)["look"]
     count = len(report.facts["only_validated"])
-    assert count and f"{count} classes are validated on and not trained on" in levels(report)["look"]
+    assert count and f"validated on and not trained on: {count} class" in levels(report)["look"]
 
 
 def test_one_class_cannot_be_validated_on(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_few_shots_are_so_many_of_each_class(tmp_path: Path):
         for shots in (1, 16)
     )
     assert few < many
-    with pytest.raises(UserError, match="shots=21, and there are 20 images of 'c0' to fit on; give fewer shots"):
+    with pytest.raises(UserError, match="shots=21, and 'c0' has 20 images to fit on; give fewer shots"):
         evaluate("probe", tmp_path, images, {}, asked, "fit=other", "shots=21", fit=fit)
     for wrong in ("k=0", "k=many", "temperature=0", "temperature=warm"):
         with pytest.raises(UserError, match=f"{wrong} must be a "):
@@ -181,7 +181,7 @@ def test_a_probe_of_several_classes_is_one_regression_for_each(tmp_path: Path):
     assert row.metrics["mean_average_precision"] > row.chance["mean_average_precision"] + 0.2 and row.n == 60
     with pytest.raises(UserError, match="60 of 60 images of zoo are in fit=other too"):
         evaluate("multilabel_probe", tmp_path, images, {}, asked, "fit=other", fit=asked)
-    with pytest.raises(UserError, match="fit=other has no image of 1 classes of zoo: 'dog'"):
+    with pytest.raises(UserError, match="fit=other has no image of 1 class of zoo: 'dog'"):
         more = [*asked, pair("d", classes=["dog"])]
         evaluate("multilabel_probe", tmp_path, images, {}, more, "fit=other", fit=fit)
     one_sided = [pair("a", classes=["ant", "bee"]), pair("b", classes=["ant"])]

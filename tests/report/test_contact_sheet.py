@@ -91,6 +91,22 @@ def test_sections_hold_their_rows_side_by_side(tmp_path: Path) -> None:
     assert (values[[0, -1]] == 255).all() and (values[:, [0, -1]] == 255).all()
 
 
+def test_a_long_title_is_wrapped_into_three_lines_and_all_tiles_of_a_section_stand_below(tmp_path: Path) -> None:
+    def heights(*titles: str) -> tuple[int, int]:
+        """Of the page, and of its first red pixel."""
+        rows = [SheetRow(title, [(encoded(Image.new("RGB", (9, 9), RED)), "", None)]) for title in titles]
+        sheet = sectioned_sheet("t", [], [SheetSection("s", [], rows, side=200, abreast=2)], tmp_path / "a.png")
+        with Image.open(sheet.path) as page:
+            red = (np.asarray(page) == RED).all(axis=2)
+        assert np.count_nonzero(np.diff(np.flatnonzero(red.any(axis=1))) > 1) == 0, "one line of tiles"
+        return sheet.height, int(red.any(axis=1).argmax())
+
+    one, two, three = heights("dog", "cat"), heights("dog", "a dog " * 6), heights("dog", "a dog " * 40)
+    step = two[0] - one[0]
+    assert step > 15 and (three[0] - one[0], three[1] - one[1], two[1] - one[1]) == (2 * step, 2 * step, step)
+    assert heights("a" * 300, "dog") == one, "a word is not broken"
+
+
 def test_fallback_title_where_no_font_has_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_rendering, "_FONT_FOLDERS", ())
 

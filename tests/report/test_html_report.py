@@ -108,7 +108,7 @@ def test_runs_are_compared_in_the_keys_that_differ(tmp_path: Path):
     records = [read_run_record(run, run.name) for run in runs]
     differing, partial = difference_tables(records)
     assert differing.columns == ("key", "a", "b") and differing.rows == [["train.batch_size", "16", "32"]]
-    assert partial.rows == [] and differing.notes == ["3 other keys are equal in all runs."]
+    assert partial.rows == [] and differing.notes == ["Equal in all runs: 3 other keys."]
     text = Page(render_html_report(records)).text
     assert "The runs differ in train.batch_size, so their losses are not comparable." in text
     assert "60.0 (50.0–100.0)" in text

@@ -12,6 +12,7 @@ from rich.cells import cell_len
 from clasp.commands.demo import _LANGUAGE_SETS, demo_table
 from clasp.report.console import print_table
 from clasp.report.leaderboard import SweepResult, SweepRow
+from clasp.report.model_card import EVALUATIONS_HEADING, with_evaluations
 from clasp.report.tables import labelled_by_task, result_tables, retention_label, retention_table, summary_tables
 from clasp.report.terminal import print_results
 from toyresults import LANGUAGES, multilingual, result, retention
@@ -46,7 +47,7 @@ def test_many_languages_are_folded_to_means_worst_and_best():
         f"{LANGUAGES[-1]} (best)",
     ]
     (table,) = summary_tables(multilingual(), "results.jsonl")
-    assert table.notes[-1] == "76 more languages are in results.jsonl"
+    assert table.notes[-1] == "76 more languages in results.jsonl"
 
 
 def test_few_languages_are_all_shown():
@@ -105,7 +106,7 @@ def test_retention_is_folded_task_by_task():
         f"captions R@1, never trained: {LANGUAGES[0]} (best)",
     ]
     assert table.rows[2][1:] == ["-15.0", "-25.0 to -5.0", "60.0", "45.0", "10.0"]
-    assert "56 more languages are in results.jsonl" in table.notes
+    assert "56 more languages in results.jsonl" in table.notes
     assert "image tower: weights moved by 5 % of their norm, most in block 1 (10 %)" in table.notes[2]
 
 
@@ -171,8 +172,29 @@ def test_tables_fit_a_hundred_columns_and_a_row_is_one_line(name: str, capsys: p
     assert sum(line.startswith("┃") for line in out.splitlines()) == 1, "titles of columns are on one line"
 
 
+def test_a_label_that_is_cut_is_written_whole_below(capsys: pytest.CaptureFixture[str]):
+    print_table("t", ("task", "value"), [[LONG, "1.0"], ["short", "2.0"]])
+    table, below = capsys.readouterr().out.split("└")
+    assert LONG not in table and f"is {LONG}" in below.replace("\n", "") and "short is" not in below
+
+
 def test_numbers_are_whole_where_names_are_cut(capsys: pytest.CaptureFixture[str]):
     PRINTED["retrieval"][0]()
     out = capsys.readouterr().out
     for number in ("40.0–100.0", "12,345.5", "mean recall", "median rank", "/data", "s.jsonl"):
         assert number in out
+
+
+def test_a_card_shows_the_evaluations_once_and_keeps_the_rest():
+    own = result("retrieval", data="validation")
+    asked = [result("zeroshot", metrics=("top1", "top5")), *multilingual(), *retention()]
+    card = "# run\n\nwords\n"
+    assert with_evaluations(card, [own]) == card
+    first = with_evaluations(card, [own, asked[0]])
+    assert first.startswith(f"{card}\n## {EVALUATIONS_HEADING}\n") and "| zeroshot | 50.0 |" in first
+    whole = with_evaluations(f"{first}\n## Another\n\nkept\n", [own, *asked, asked[0]])
+    assert whole.startswith(f"{card}\n## Another\n\nkept\n\n## {EVALUATIONS_HEADING}\n")
+    for head in ("zeroshot", "multilingual", "retention"):
+        assert whole.count(f"\n| {head} on pairs.csv |") == 1
+    assert "76 more languages in results.jsonl" in whole and "validation" not in whole
+    assert with_evaluations(whole, [own, *asked]) == whole

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clasp.errors import counted
 from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
 from clasp.models.tuning.spec import weight_path
@@ -65,7 +66,7 @@ def interpolation_obstacles(tower: Tower, base: Tower) -> list[str]:
     """Reasons why ``tower`` cannot be interpolated with ``base``; empty where it can."""
     more = len(find_structure(tower.net).blocks) - len(find_structure(base.net).blocks)
     if more:
-        return [f"{more} appended block{'s' if more > 1 else ''}"]
+        return [counted(more, "appended block")]
     if tower.moving:
         return ["running statistics of BatchNorm"]
     found: dict[str, None] = {}

@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
+from clasp.errors import counted
 from clasp.evaluation.registry import MAP_OPTIONS, describe_option
 
 _MAPS_HELP = escape("\n".join(map(describe_option, MAP_OPTIONS)))
@@ -33,4 +34,6 @@ def maps(
     if as_json:
         pairs = [{"id": id, **of_pair.to_dict()} for id, of_pair in found.items()]
         return print_json({"run": str(run), "pairs": pairs})
-    print_status(f"the maps of {len(found)} images are in {relative_path(run / MAPS_FILE)}")
+    chosen = any(option.startswith("words=") for option in options or ())
+    hint = "" if chosen else "; words=dog,grass maps these in place of each caption's longest"
+    print_status(f"maps of {counted(len(found), 'image')} in {relative_path(run / MAPS_FILE)}{hint}")

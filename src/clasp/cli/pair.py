@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from clasp.cli.app import JsonOption, OverridesArgument, app
+from clasp.errors import counted
 
 _OVERRIDE = re.compile(r"\w+(\.\w+)+=")
 
@@ -67,4 +68,5 @@ def pair(
         ]
         return print_json({"pairs": ranked})
     for table in (pair_layer_table(found), pair_table(found)):
-        print_table(f"{len(found)} pairs of towers, the best first", table.columns, table.rows, table.notes)
+        title = f"{counted(len(found), 'combination')} of towers, the best first"
+        print_table(title, table.columns, table.rows, table.notes)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from clasp.cli.app import RunArgument, app
+from clasp.errors import counted
 
 store_app = typer.Typer(
     help="Move the index of a run to another store, export it, import embeddings.", no_args_is_help=True
@@ -28,7 +29,7 @@ def store_copy(
     from clasp.report.console import print_status, progress_bar
 
     done = copy_index(run, target, bar=progress_bar)
-    print_status(f"{done.entries:,} entries moved from {done.source} to {done.target}")
+    print_status(f"{counted(done.entries, 'entry')} moved from {done.source} to {done.target}")
 
 
 @store_app.command("export")
@@ -40,7 +41,7 @@ def store_export(
     from clasp.commands.store_exchange import export_index
     from clasp.report.console import print_status, progress_bar
 
-    print_status(f"{export_index(run, folder, bar=progress_bar):,} entries are in {folder}")
+    print_status(f"{counted(export_index(run, folder, bar=progress_bar), 'entry')} in {folder}")
 
 
 @store_app.command("import")
@@ -54,4 +55,4 @@ def store_import(
     from clasp.report.console import print_status, progress_bar
 
     done = import_index(run, folder, store=store, bar=progress_bar, say=print_status)
-    print_status(f"{done.added:,} entries added; {done.unreadable:,} left out, whose image cannot be read")
+    print_status(f"{counted(done.added, 'entry')} added; {done.unreadable:,} left out, whose image cannot be read")

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from clasp.cli.app import AllowCodeOption, JsonOption, OverridesArgument, RecipeArgument, RunArgument, app, code_allowed
+from clasp.errors import counted
 
 _ProcessesOption = Annotated[
     int, typer.Option("--processes", metavar="N", min=1, help="Processes that train together, one a GPU or core.")
@@ -315,7 +316,7 @@ def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Pat
 
     made = GridSpec(source, overrides, grid)
     done = sweep(made, runs, name, say=print_status, bar=progress_bar, reporter=terminal_reporter)
-    title = f"{relative_path(done.folder)}: {len(done.rows)} of {done.combinations} runs"
+    title = f"{relative_path(done.folder)}: {len(done.rows)} of {counted(done.combinations, 'run')}"
     print_table(title, done.columns, done.cells, done.notes)
     if done.stopped:
         print_status("interrupted, state saved; resume with the same command")

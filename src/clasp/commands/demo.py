@@ -49,7 +49,7 @@ from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.report.console import print_status, print_table, progress_bar, relative_path
 from clasp.report.contact_sheet import SheetSection, sectioned_sheet
-from clasp.report.model_card import results_section
+from clasp.report.model_card import with_section
 from clasp.report.tables import AnnotatedTable, LabelledResult, format_metric, result_table
 from clasp.report.terminal import print_parameter_counts, terminal_reporter
 from clasp.training.run_folder import RunFolder
@@ -204,8 +204,8 @@ def _complete_card(
     """Add the table of all languages to the run's model card, once."""
     folder = RunFolder(out)
     labelled = [LabelledResult(language_title(each.language or "", trained), each) for each in results]
-    card = (out / "README.md").read_text(encoding="utf-8").partition(f"\n## {_CARD_HEADING}\n")[0]
-    folder.write("README.md", card + results_section(_CARD_HEADING, _table(labelled, untrained)))
+    card = (out / "README.md").read_text(encoding="utf-8")
+    folder.write("README.md", with_section(card, _CARD_HEADING, [_table(labelled, untrained)]))
 
 
 def _table(rows: Sequence[LabelledResult], untrained: Mapping[str, float]) -> AnnotatedTable:

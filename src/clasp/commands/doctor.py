@@ -29,6 +29,7 @@ from clasp.data.duplicate_checks import check_near_duplicates
 from clasp.data.pairs import Pairs
 from clasp.data.readers import PairIndex
 from clasp.data.text_checks import check_classes, check_languages
+from clasp.errors import counted
 from clasp.evaluation.from_pairs import validation_texts
 from clasp.models.cache_policy import CachePlan, plan_features
 from clasp.models.features import FeatureSource
@@ -125,7 +126,7 @@ def check_towers(parts: ModelAndPreprocessing, recipe: Recipe, inputs: FeatureSo
 def _describe_boundary(tower: Tower, part: FrozenTower | FrozenPrefix | None, frozen: int, blocks: int) -> str:
     if not frozen and not tower.fully_frozen:
         return f"trains from the first of its {blocks} blocks on"
-    text = "wholly frozen" if tower.fully_frozen else f"the first {frozen} of {blocks} blocks are frozen"
+    text = "wholly frozen" if tower.fully_frozen else f"the first {frozen} of {counted(blocks, 'block')} frozen"
     if part is None:
         text += ", and run in every step: " + ("dropout is on" if tower.dropout else "data.feature_cache = 'off'")
     return text

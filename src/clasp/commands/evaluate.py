@@ -68,7 +68,7 @@ def evaluate_run(
     results = identity.recorded_in(results)
     for line in training_overlap(source.run, source.name, pairs):
         say(line)
-    folder.append("results.jsonl", [result.to_row() for result in results])
+    folder.record(results, say)
     if queries is not None:
         _keep_predictions(*queries, context, identity, folder.path)
     if task in TASK_FIGURES:

@@ -18,6 +18,7 @@ from clasp.commands.result_folder import ResultFolder
 from clasp.commands.saved_predictions import save_predictions
 from clasp.commands.training_overlap import training_overlap
 from clasp.data.pairs import Pairs
+from clasp.errors import counted
 from clasp.evaluation.identity import identify
 from clasp.evaluation.multilabel_task import read_class_lists
 from clasp.evaluation.registry import EVALUATION_TASKS, parse_task_options
@@ -64,7 +65,8 @@ def evaluate_suite(
     for each in missing:
         say(f"missing: {each.path(folder)}{f' of {each.name}' if each.folder else ''}{_where([each])}")
     if left := MTEB_TASKS.get(suite):
-        say(f"not here: {len(left)} tasks of {suite} that mteb computes on clasp.as_mteb(RUN): {', '.join(left)}")
+        tasks = f"{counted(len(left), 'task')} of {suite}"
+        say(f"not here: {tasks} that mteb computes on clasp.as_mteb(RUN): {', '.join(left)}")
     source = find_model(model)
     results = ResultFolder(source, out)
     given = {each.name: _options(each, folder, templates) for each in there}
@@ -121,12 +123,12 @@ def _evaluate(each: SuiteSet, context: TaskContext, folder: ResultFolder) -> Eva
     identity = identify(each.task, entry, context)
     if entry.build is None:
         results = identity.recorded_in(entry.run(context))
-        folder.append("results.jsonl", [result.to_row() for result in results])
+        folder.record(results, context.say)
     else:
         task = entry.build(context)
         scored = task.scored(context.model)
         results = identity.recorded_in(task.finish(scored))
-        folder.append("results.jsonl", [result.to_row() for result in results])
+        folder.record(results, context.say)
         save_predictions(folder.path, task, scored, identity)
     if each.metric not in results[-1].metrics:
         known = ", ".join(results[-1].metrics)

@@ -21,6 +21,7 @@ from clasp.config.datasets import TrainValPairs
 from clasp.config.recipe import Recipe
 from clasp.data.checks import CheckReport
 from clasp.data.pairs import Pairs
+from clasp.errors import counted
 from clasp.models.cache_policy import CachePlan
 from clasp.training.cost.ledger import format_si
 from clasp.training.cost.meters import EnergyMeter, PeakMemoryMeter
@@ -58,9 +59,9 @@ def check_forecast(
     facts |= {"disk_bytes": forecast_disk(fixed, caches), "energy_kwh": kwh, "energy": probe_energy.method}
     report = CheckReport("forecast", {**facts, "measured_on": {"train": len(train), "val": len(val)}})
     stages = ", ".join(f"{name} {spent:,.0f}" for name, spent in seconds.items())
-    steps = f"{plan.steps:,} steps of {timing.step:.3g} s"
+    steps = f"{counted(plan.steps, 'step')} of {timing.step:.3g} s"
     report.add_finding(
-        "ok", f"about {sum(seconds.values()):,.0f} s: {stages} ({steps}, measured on {len(train):,} pairs)"
+        "ok", f"about {sum(seconds.values()):,.0f} s: {stages} ({steps}, measured on {counted(len(train), 'pair')})"
     )
     if peak.value is not None:
         report.add_finding("ok", f"peak memory {format_si(peak.value, 'B')}, model and all, beyond that of the doctor")

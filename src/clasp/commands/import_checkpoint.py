@@ -20,6 +20,7 @@ from clasp.convert.importers.lilt import import_lilt
 from clasp.convert.importers.msclip import import_msclip
 from clasp.convert.importers.run_writer import ImportOptions, ImportReport
 from clasp.data.atomic_files import translate_disk_errors
+from clasp.errors import counted
 from clasp.training.run_folder import RunFolder
 from clasp.types import UserError
 
@@ -68,7 +69,7 @@ def _sha256(path: Path) -> str:
 
 def _readme(run: Path, checkpoint: Path, report: ImportReport) -> str:
     """The text of the run's ``README.md``."""
-    counts = [f"{part}: {c.trained:,} of {c.total:,} parameters train" for part, c in report.counts.items()]
+    counts = [f"{part}: {c.trained:,} of {counted(c.total, 'parameter')} trained" for part, c in report.counts.items()]
     lines = "\n".join(f"- {line}" for line in (*report.lines, *counts))
     return f"""# {run.name}
 

@@ -36,6 +36,7 @@ from clasp.data.loader import BadSampleLimit, BatchReader
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
 from clasp.data.tokenizer import Tokenizer
+from clasp.errors import counted
 from clasp.evaluation.from_pairs import validation_task, validation_texts
 from clasp.evaluation.retention.features import hashed_subset
 from clasp.models.dual_encoder import DualEncoder
@@ -82,7 +83,7 @@ def rank_tower_pairs(
     )
     _raise_all(errors)
     say(
-        f"{len(pairs[0]):,} pairs and {len(pairs[1]):,} to validate on; combinations of towers: {len(recipes)}; "
+        f"{counted(len(pairs[0]), 'pair')} and {len(pairs[1]):,} to validate on; combinations: {len(recipes)}; "
         "features of each tower, and of class names where an image tower was trained as a classifier; then closed forms"
     )
     for line in few_validation_pairs(len(pairs[1])):

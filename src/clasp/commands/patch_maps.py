@@ -117,12 +117,13 @@ def _caption(pair: Pair, language: str) -> str | None:
 
 
 def _texts(pair: Pair, language: str, words: Sequence[str]) -> list[str]:
-    """The caption, and the words that are given or the longest of its own, in their order."""
+    """The caption, and the words that are given or the longest of its own that have letters, in their order."""
     caption = _caption(pair, language)
     if caption is None:
         raise UserError(f"maps: {pair.id} has no caption" + (f" in {language}" if language else ""))
     if words:
         return [caption, *words]
     own = list(dict.fromkeys(word.strip(_PUNCTUATION) for word in caption.split()))
-    longest = sorted((word for word in own if len(word) >= _LEAST_LETTERS), key=len, reverse=True)[:_MAX_OWN_WORDS]
+    long = [word for word in own if len(word) >= _LEAST_LETTERS and any(letter.isalpha() for letter in word)]
+    longest = sorted(long, key=len, reverse=True)[:_MAX_OWN_WORDS]
     return [caption, *(word for word in own if word in longest and word != caption)]

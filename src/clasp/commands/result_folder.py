@@ -1,22 +1,26 @@
 """Where the results of a model go: its run folder, or a folder that the user names.
 
 Input: a ``ModelSource``, and the folder given with ``--out``. Output: ``ResultFolder``, to which rows are appended.
-Note: a named folder holds the results of one model, which its ``model.json`` names; a folder with other content is
-refused before anything is computed.
+Note: the model card of a run shows its evaluations too; a named folder holds the results of one model, which its
+``model.json`` names; a folder with other content is refused before anything is computed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clasp.commands.evaluated_model import ModelSource
 from clasp.data.atomic_files import append_json_lines, translate_disk_errors, write_text_file
-from clasp.types import UserError
+from clasp.evaluation.results import EvaluationResult
+from clasp.report.model_card import with_evaluations
+from clasp.report.run_record import RESULTS_FILE, read_results
+from clasp.types import MessageCallback, UserError
 
 MODEL_FILE = "model.json"
+CARD_FILE = "README.md"
 
 
 class ResultFolder:
@@ -64,6 +68,19 @@ class ResultFolder:
             if found is None:
                 text = json.dumps({"model": self.model.name, "fingerprint": fingerprint}, indent=1)
                 write_text_file(self.path / MODEL_FILE, text)
+
+    def record(self, results: Sequence[EvaluationResult], say: MessageCallback) -> None:
+        """Add rows to ``results.jsonl`` and, in a run folder, the evaluations to its model card, where there is one."""
+        self.append(RESULTS_FILE, [result.to_row() for result in results])
+        card = self.path / CARD_FILE
+        if not self._is_run or not card.is_file():
+            return
+        try:
+            written = with_evaluations(card.read_text(encoding="utf-8"), read_results(self.path))
+        except (UserError, UnicodeDecodeError) as error:
+            return say(f"{card} does not show these results: {error}")
+        with translate_disk_errors(self.path):
+            write_text_file(card, written)
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to a ``.jsonl``."""

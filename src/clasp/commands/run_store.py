@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from clasp.errors import counted
 from clasp.plain_types import MessageCallback, UserError
 from clasp.search.engine import UpdatableStore
 from clasp.search.flat_store import FlatStore
@@ -136,8 +137,8 @@ def _choose(run: Path, asked: str | None, entries: int, say: MessageCallback) ->
         check_store_name(asked)
         if recorded not in (None, asked) and (count := _count(run, recorded)):
             raise UserError(
-                f"the {count:,} images of {run} are in the store {recorded}, not {asked}; "
-                f"move them first: clasp store copy {run} --to {asked}"
+                f"{run} has {counted(count, 'image')} in the store {recorded}, not {asked}; "
+                f"move it first: clasp store copy {run} --to {asked}"
             )
         return asked
     if recorded is None:

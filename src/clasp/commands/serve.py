@@ -22,6 +22,7 @@ from clasp.commands.background import open_background
 from clasp.commands.run_store import index_version, open_run_store, recorded_store, server_writer
 from clasp.commands.search import contact_sheet_rows, index_images
 from clasp.commands.search_model import ModelLoader, find_search_model
+from clasp.errors import counted
 from clasp.plain_types import MessageCallback, ProgressFactory, SearchModel, UserError
 from clasp.report.contact_sheet import contact_sheet
 from clasp.search.answer import SearchAnswer
@@ -100,7 +101,7 @@ def serve_run(
                 run_workers(settings.workers, address, _work, (run, settings, key))
             return
         with _served_app(run, model or _model_for_index(run, load, settings), settings, key) as (app, count):
-            say(f"{count:,} images; open {address.url} in a browser; Ctrl-C stops")
+            say(f"{counted(count, 'image')}; open {address.url} in a browser; Ctrl-C stops")
             with recorded_server(run, address, key, say):
                 run_server(app, address.socket)
 

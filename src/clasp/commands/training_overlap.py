@@ -12,6 +12,7 @@ from pathlib import Path
 from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import recipe_from_dict
 from clasp.data.pairs import Pairs
+from clasp.errors import counted
 from clasp.training.run_folder import RunFolder
 from clasp.types import UserError
 
@@ -36,7 +37,7 @@ def training_overlap(run: Path | None, name: str, pairs: Pairs) -> list[str]:
     same = sum(train[row].image.version == asked[name].image.version for name, row in rows.items())
     if not same:
         return []
-    of = f"{len(asked):,} pairs to evaluate"
+    of = f"{counted(len(asked), 'pair')} to evaluate"
     if len(picks) < len(pairs):
-        of = f"{len(asked):,} pairs that were compared, of {len(pairs):,} to evaluate,"
+        of = f"{counted(len(asked), 'compared pair')}, of {len(pairs):,} to evaluate,"
     return [f"warning: {same:,} of {of} are training pairs of {name}: metrics on them are no measure of generalisation"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.errors import counted
 
 CLOSED_FORM_STAGE, LAST_LAYERS_STAGE = "1-closed-form", "1-last-layers"
 ALL_PAIRS_STAGE = "1-closed-form-of-all-pairs"
@@ -236,7 +237,7 @@ def fit_heads(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | st
     if fits < 1:
         return f"no epoch fits into {left}"
     epochs = min(fits, max(_MAX_EPOCHS, -(-_HEAD_STEPS // timing.steps_per_epoch)))
-    reason = f"{_count(epochs)} on cached features, with {left}"
+    reason = f"{counted(epochs, 'epoch')} on cached features, with {left}"
     return _with_epochs(plan, epochs, reason)
 
 
@@ -249,7 +250,7 @@ def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | s
     """
     share = 1.0 if left.seconds is None else 1 - _RESERVE
     fits, steps = left.epochs(timing, share), left.few_steps(timing, share)
-    of_epoch = f"an epoch is {timing.steps_per_epoch:,} steps"
+    of_epoch = f"an epoch is {counted(timing.steps_per_epoch, 'step')}"
     if left.seconds is not None:
         of_epoch += f" of {timing.step:.2g} s"
     if fits < _FEW_EPOCHS:
@@ -257,10 +258,10 @@ def fit_tuning(plan: StagePlan, timing: StepTiming, left: Left) -> StagePlan | s
             return f"{of_epoch}: {max(0, steps)} fit into {left}"
         epochs = -(-steps // timing.steps_per_epoch)
         plan = replace(plan, recipe=changed(plan.recipe, {"train": {"max_steps": steps, "select": "last"}}))
-        reason = f"{of_epoch}: {steps:,} steps into {left}"
+        reason = f"{of_epoch}: {counted(steps, 'step')} into {left}"
     else:
         epochs = min(fits, max(_MAX_EPOCHS, -(-_MIN_MAX_STEPS // timing.steps_per_epoch)))
-        reason = f"{of_epoch}: {_count(epochs)}"
+        reason = f"{of_epoch}: {counted(epochs, 'epoch')}"
         reason += f" into {left}" if fits == epochs else f", {fits} would fit into {left}"
     if epochs > 1 and plan.recipe.data.augment is None:
         plan = replace(
@@ -305,7 +306,7 @@ class Left:
 
     def __str__(self) -> str:
         if self.steps is not None:
-            return f"the {self.steps:,} steps left"
+            return f"the {counted(self.steps, 'step')} left"
         assert self.seconds is not None
         return f"the {max(0, math.floor(self.seconds)):,} s left"
 

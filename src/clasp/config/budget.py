@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from clasp.errors import counted
+
 
 class AutoSettings(BaseModel):
     """``[auto]``: layers, heads, tuning methods and epochs are chosen on validation, within a budget."""
@@ -38,4 +40,7 @@ class AutoSettings(BaseModel):
         return f"budget: {self} in all; {first} are finished even where they take longer, tuning gets what is left"
 
     def __str__(self) -> str:
-        return f"{self.minutes:g} minutes" if self.minutes is not None else f"{self.steps:,} steps"
+        if self.minutes is not None:
+            return f"{self.minutes:g} minute{'' if self.minutes == 1 else 's'}"
+        assert self.steps is not None
+        return counted(self.steps, "step")

@@ -21,6 +21,7 @@ from clasp.data.pairs import Pairs, skipped_lines
 from clasp.data.readers import LiveImageReader, PairIndex
 from clasp.data.sample_size import few_validation_pairs
 from clasp.data.tokenizer import Tokenizer
+from clasp.errors import counted
 from clasp.plain_types import Pair, ProgressFactory, SkippedSample, UserError
 
 HASH_SAMPLE_SIZE, DECODE_SAMPLE_SIZE, TOKENIZE_SAMPLE_SIZE = (
@@ -68,7 +69,7 @@ def check_pairs(train: Pairs, val: Pairs) -> CheckReport:
     report.facts["skipped_files"] = {pairs.name: pairs.skipped_files.counts for pairs in (train, val)}
     for line in skipped_lines(train, val):
         report.add_finding("look", line)
-    report.add_finding("ok", f"{len(train):,} to train on, {len(val):,} to validate on; {captions:,} captions")
+    report.add_finding("ok", f"{len(train):,} to train on, {len(val):,} to validate on; {counted(captions, 'caption')}")
     for line in few_validation_pairs(len(val)):
         report.add_finding("look", line.removeprefix("warning: "))
     named = ", ".join(f"{name} {count:,}" for name, count in list(languages.items())[:10])
@@ -76,7 +77,7 @@ def check_pairs(train: Pairs, val: Pairs) -> CheckReport:
     if not languages:
         report.add_finding("ok", "captions name no language")
     else:
-        lacking = f"; {unnamed:,} captions name none" if unnamed else ""
+        lacking = f"; none named: {counted(unnamed, 'caption')}" if unnamed else ""
         report.add_finding("look" if unnamed else "ok", f"languages: {named}{more}{lacking}")
     return report
 

@@ -29,6 +29,7 @@ from clasp.data.readers import ImageReader, LiveImageReader, PairIndex, SampleIn
 from clasp.data.shard_windows import ShardWindows
 from clasp.data.tokenizer import Tokenizer
 from clasp.data.workers import WorkerPool
+from clasp.errors import counted
 from clasp.types import Batch, ImageSource, Pair, Pixels, SkippedSample, Tokens, UserError
 
 CaptionMode = Literal["sample", "all"]
@@ -125,7 +126,7 @@ class BadSampleLimit:
             named = ", ".join(f"{name} ({reason})" for name, reason in list(self.found.items())[:10])
             more = f" and {bad - 10} more" if bad > 10 else ""
             raise UserError(
-                f"{bad} of {self._total} images cannot be read, which is more than max_bad_fraction = "
+                f"{bad} of {counted(self._total, 'image')} cannot be read, which is more than max_bad_fraction = "
                 f"{self._fraction:g} allows: {named}{more}"
             )
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from clasp.data.checks import CheckReport
 from clasp.data.pairs import Pairs
 from clasp.data.tokenizer import Tokenizer
+from clasp.errors import counted
 
 LANGUAGE_SAMPLE_SIZE = 2_000  # distinct captions of each language
 _MAX_UNKNOWN_SHARE, _MAX_TOKENS_PER_CHARACTER = 0.01, 1.2  # above these, a vocabulary does not fit a language
@@ -35,7 +36,7 @@ class _LanguageTokens(NamedTuple):
         return self.unknown_share < _MAX_UNKNOWN_SHARE
 
     def __str__(self) -> str:
-        of = f"{self.looked_at:,} captions{f' in {self.language}' if self.language else ''}"
+        of = f"{counted(self.looked_at, 'caption')}{f' in {self.language}' if self.language else ''}"
         if self.unknown_share is None:
             return f"{of}: {self.tokens_per_character:.2g} tokens a character"
         return f"{of}: {100 * self.unknown_share:.1f} % of the tokens are unknown"
@@ -54,7 +55,7 @@ def check_languages(train: Pairs, tokenizer: Tokenizer) -> CheckReport:
         lacks = "the vocabulary of the text tower lacks this language; choose another text.tower"
         report.add_finding("look", f"{each}; {lacks}")
     if fitting := [each for each in found if each.fits]:
-        more = f"; and {len(fitting) - 5} more languages" if len(fitting) > 5 else ""
+        more = f"; and {counted(len(fitting) - 5, 'more language')}" if len(fitting) > 5 else ""
         report.add_finding("ok", "; ".join(map(str, fitting[:5])) + more)
     return report
 
@@ -81,14 +82,14 @@ def check_classes(train: Pairs, val: Pairs) -> CheckReport | None:
     facts = {"classes": len(counts), "largest": {largest: most}, "smallest": {smallest: fewest}}
     untrained = sorted(held_out.keys() - counts.keys())
     report = CheckReport("balance", {**facts, "only_validated": untrained})
-    text = f"{len(counts):,} classes to train on, of {fewest:,} ({smallest!r}) to {most:,} pairs ({largest!r})"
+    text = f"{counted(len(counts), 'class')} to train on, of {fewest:,} ({smallest!r}) to {most:,} pairs ({largest!r})"
     if most > _MAX_CLASS_RATIO * fewest:
         report.add_finding("look", f"{text}: zero-shot accuracy will favour the large ones; compare macro averages")
     else:
         report.add_finding("ok", text)
     if untrained:
         named = ", ".join(map(repr, untrained[:5])) + (f" and {len(untrained) - 5} more" if len(untrained) > 5 else "")
-        report.add_finding("look", f"{len(untrained):,} classes are validated on and not trained on: {named}")
+        report.add_finding("look", f"validated on and not trained on: {counted(len(untrained), 'class')}: {named}")
     return report
 
 

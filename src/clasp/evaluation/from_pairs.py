@@ -19,6 +19,8 @@ from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, SingleTask, 
 from clasp.evaluation.zeroshot import ACCURACIES, TWO_CLASS_METRICS, ZeroShotQueries
 from clasp.types import Pair, UserError
 
+VALIDATION = "validation"
+"""The data of the evaluation that a run makes of itself"""
 _BOTH_DIRECTIONS: tuple[RetrievalDirection, ...] = ("image_to_text", "text_to_image")
 
 
@@ -33,9 +35,9 @@ def validation_task(
     if not all(_only_class(pair) for pair in val):
         languages = caption_languages(val)
         if len(languages) > 1:
-            return multilingual_task(val, inputs, languages=languages, data="validation")
-        return retrieval_task(val, inputs, data="validation")
-    return zeroshot_task(val, inputs, classes=_class_names(train, val), templates=["{}"], data="validation")
+            return multilingual_task(val, inputs, languages=languages, data=VALIDATION)
+        return retrieval_task(val, inputs, data=VALIDATION)
+    return zeroshot_task(val, inputs, classes=_class_names(train, val), templates=["{}"], data=VALIDATION)
 
 
 def validation_texts(train: Pairs, val: Pairs) -> list[list[str]]:

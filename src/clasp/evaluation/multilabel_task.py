@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from clasp.errors import counted
 from clasp.evaluation import multilabel
 from clasp.evaluation.embedding_table import embed_batches
+from clasp.evaluation.name_checks import quote_first
 from clasp.evaluation.probes import multilabel_probe
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.retention.probes import require_disjoint
@@ -33,7 +35,8 @@ def evaluate_multilabel(context: TaskContext) -> list[EvaluationResult]:
     there = sorted({name for names in labels.values() for name in names})
     classes = read_class_names(options["classes"]) if "classes" in options else there
     if unknown := sorted(set(there) - set(classes)):
-        raise UserError(f"classes={options['classes']} lacks {len(unknown)} classes of {context.data}: {unknown[0]!r}")
+        lacking = f"{counted(len(unknown), 'class')} of {context.data}: {quote_first(unknown)}"
+        raise UserError(f"classes={options['classes']} lacks {lacking}")
     _used_classes(context.data, _truth(labels, labels, classes))
     queries = ZeroShotQueries(
         labels={},
@@ -60,7 +63,8 @@ def evaluate_multilabel_probe(context: TaskContext) -> list[EvaluationResult]:
     require_disjoint(context.pairs, fit, context.data, name)
     classes = sorted({each for names in fit_labels.values() for each in names})
     if unknown := sorted({each for names in labels.values() for each in names} - set(classes)):
-        raise UserError(f"fit={name} has no image of {len(unknown)} classes of {context.data}: {unknown[0]!r}")
+        lacking = f"{counted(len(unknown), 'class')} of {context.data}: {quote_first(unknown)}"
+        raise UserError(f"fit={name} has no image of {lacking}")
     sides = f"fit={name} and {context.data}"
     _used_classes(sides, _truth(fit_labels, fit_labels, classes), _truth(labels, labels, classes))
     known = embed_batches(context.inputs.images(fit)(), context.model.embed_image, "image to fit on")
@@ -101,7 +105,7 @@ def _used_classes(data: str, *truths: Bool[Tensor, "_ C"]) -> Bool[Tensor, " C"]
 
 def _say_left_out(data: str, used: Bool[Tensor, " C"], context: TaskContext) -> None:
     if lacking := int((~used).sum()):
-        context.say(f"{data}: {lacking} of {len(used)} classes are those of all images or of none, and left out")
+        context.say(f"{data}: left out: {lacking} of {len(used)} classes, of all images or of none")
 
 
 def _result(

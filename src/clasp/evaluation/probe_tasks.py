@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from clasp.data.pairs import Pairs
+from clasp.errors import counted
 from clasp.evaluation.probe_queries import Probe, ProbeQueries, knn_of, linear_of
 from clasp.evaluation.retention.probes import ImageProbe, has_labels, make_image_probe
 from clasp.evaluation.task_context import TaskContext
@@ -32,7 +33,7 @@ def linear_task(context: TaskContext) -> SingleTask[ProbeQueries]:
     few = min(plan.classes, key=lambda name: count[name])
     if count[few] < shots:
         raise UserError(
-            f"probe: shots={shots}, and there are {count[few]} images of {few!r} to fit on; give fewer shots"
+            f"probe: shots={shots}, and {few!r} has {counted(count[few], 'image')} to fit on; give fewer shots"
         )
     return _task(context, "probe", plan, linear_of(shots, draws))
 
@@ -44,7 +45,8 @@ def _plan(context: TaskContext) -> ImageProbe:
     fit = context.open_pairs(options["fit"]) if "fit" in options else None
     plan = make_image_probe(pairs, fit, label, context.data, options.get("fit", ""))
     if plan.skipped:
-        context.say(f"{plan.skipped} images are not queried: the half to fit on has none of their class; fit= helps")
+        skipped = counted(plan.skipped, "image")
+        context.say(f"not queried: {skipped}, of whose class the half to fit on has none; fit= helps")
     return plan
 
 

@@ -71,7 +71,7 @@ MAP_OPTIONS = (
         "ids",
         "draw the pairs with these ids (column id, else the image path), separated by commas; quote one with a comma",
     ),
-    TaskOption("words", "words to map, separated by commas; the longest of each caption if left out"),
+    TaskOption("words", "words to map, separated by commas; the longest six of each caption if left out"),
     ANALYZE_OPTIONS[2],
     *PAIR_OPTIONS[1:],
 )

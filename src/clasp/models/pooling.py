@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from clasp.errors import counted
 from clasp.models.backbone import Backbone, Pooler, PoolingMode
 from clasp.models.structure import ModelStructure
 from clasp.types import UserError
@@ -123,7 +124,7 @@ def resolve_extra_layers(layers: Sequence[int] | Literal["all"], pool: str, coun
     numbers = sorted({layer if layer > 0 else count + layer for layer in layers})
     if numbers and not 1 <= numbers[0] <= numbers[-1] < count:
         raise UserError(
-            f"extra_layers = {list(layers)}: {name} has {count} blocks, of which the last is always there; choose "
+            f"extra_layers = {list(layers)}: {name} has {counted(count, 'block')}, the last is always there; choose "
             f'from 1 to {count - 1}, or {1 - count} to -1, or "all"'
         )
     if numbers and pool in ("attention", "pooler"):

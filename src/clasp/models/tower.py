@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from clasp.errors import counted
 from clasp.models.activation_checkpointing import CheckpointedForward
 from clasp.models.backbone import Backbone
 from clasp.models.classifier import Classifier, classifier_columns
@@ -280,7 +281,7 @@ class Tower(nn.Module):
     def prefix_states(self, inputs: Pixels | Tokens, depth: int) -> HiddenStates:
         """The hidden states ``[B N D]`` after the first ``depth`` blocks, ``1 <= depth <= frozen_blocks``."""
         assert 1 <= depth <= len(self._structure.blocks), (
-            f"{self.name} has {len(self._structure.blocks)} blocks, not {depth}"
+            f"{self.name} has {counted(len(self._structure.blocks), 'block')}, not {depth}"
         )
         values = states_after_block(self.net, self._structure, depth, lambda: self(inputs))
         if isinstance(inputs, Tokens):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from clasp.analysis.layer_similarity import SHUFFLES, LayerSimilarity
 from clasp.analysis.record import AnalysisRecord
+from clasp.errors import counted
 from clasp.report.html_elements import Html, escaped, figure, figure_row, html_table, missing_in
 from clasp.report.run_record import RunRecord
 from clasp.report.svg_charts import heat_map
@@ -41,8 +42,8 @@ def layer_table(record: AnalysisRecord) -> AnnotatedTable:
     """For the embeddings and for each image block the text block with the highest mutual k-NN."""
     rows = [_layer_cells(most_similar(record.layers, block)) for block in _blocks(record.layers)]
     note = (
-        f"{record.neighbours} neighbours; shuffled: the same with images and texts paired at random, mean of {SHUFFLES}"
-        "; of each image block the most similar text block"
+        f"{counted(record.neighbours, 'neighbour')}; shuffled: the same with images and texts paired at random, "
+        f"mean of {SHUFFLES}; of each image block the most similar text block"
     )
     return AnnotatedTable(_LAYER_COLUMNS, rows, [note])
 

@@ -115,12 +115,14 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
     """A table on standard output, the first column to the left, numbers to the right; below it the notes.
 
-    A row is one line: where the widest columns do not fit, the middle of their cells is replaced by an ellipsis.
+    A row is one line: where the widest columns do not fit, the middle of their cells is replaced by an ellipsis. Cells
+    of the first column that were cut are written whole below the table.
     """
     console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
     grid = [[printable(cell) for cell in row] for row in (columns, *rows)]
     widths = _fitted_widths(grid, console.width)
-    head, *body = [[Text(_cut_middle(*cell)) for cell in zip(row, widths, strict=True)] for row in grid]
+    shown = [[_cut_middle(*cell) for cell in zip(row, widths, strict=True)] for row in grid]
+    head, *body = [[Text(cell) for cell in row] for row in shown]
     table = Table()
     for number, column in enumerate(head):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -128,8 +130,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_row(*row)
     console.print(Text(printable(title), style="bold"))
     console.print(table)
-    for note in notes:
-        console.print(Text(printable(note), style="dim"))
+    cut = {whole[0]: part[0] for whole, part in zip(grid, shown, strict=True) if whole[0] != part[0]}
+    for line in (*(f"{part} is {whole}" for whole, part in cut.items()), *map(printable, notes)):
+        console.print(Text(line, style="dim"))
 
 
 def _fitted_widths(grid: Sequence[Sequence[str]], room: int) -> list[int]:

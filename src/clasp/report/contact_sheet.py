@@ -68,7 +68,8 @@ _COLUMNS = 10  # maximum tiles per line
 _INK, _QUIET, _LINE, _EMPTY = (31, 35, 40), (101, 109, 118), (216, 222, 228), (246, 248, 250)
 _GOOD = (0, 114, 178)
 _WHITE = (255, 255, 255)
-_TITLE_SIZE, _HEADING_SIZE, _LINE_SIZE = 30, 22, 15
+_TITLE_SIZE, _HEADING_SIZE, _LINE_SIZE, _ROW_SIZE = 30, 22, 15, 18
+_ROW_LINES, _ROW_STEP = 3, 22  # of a row's title: most lines, and pixels from one to the next
 _GUTTER = 36  # pixels between rows side by side
 
 
@@ -116,13 +117,13 @@ def sectioned_sheet(
 ) -> ContactSheet:
     """Draw sections of rows below a title into one PNG: a heading and lines of text, then rows side by side.
 
-    Each row has its title, its note on a line of its own, and one line of tiles. Lines of text are wrapped to the width
-    of the page. Fonts and unreadable images as for ``contact_sheet``.
+    Each row has its title in up to three lines, its note on a line of its own, and one line of tiles. Lines of text are
+    wrapped to the width of the page. Fonts and unreadable images as for ``contact_sheet``.
     """
     renderer = TextRenderer(Path(fonts) if fonts is not None else None)
     room = max(_section_width(section) for section in sections)
-    lines = _wrapped(lines, renderer, room)
-    sections = [section._replace(lines=_wrapped(section.lines, renderer, room)) for section in sections]
+    lines = _wrapped(lines, renderer, room, _LINE_SIZE)
+    sections = [_fitted(section, renderer, room) for section in sections]
     height = _text_height(_TITLE_SIZE, lines) + sum(_section_height(section) for section in sections)
     page = Image.new("RGB", (2 * _MARGIN + room, 2 * _MARGIN + height), _WHITE)
     top = _write_text(page, renderer, _MARGIN, (title, lines), _TITLE_SIZE, room)
@@ -133,19 +134,30 @@ def sectioned_sheet(
         for index, row in enumerate(section.rows):
             down, across = divmod(index, section.abreast)
             place = (_MARGIN + across * step, below + down * _row_height(section))
-            _draw_row(page, renderer, place, row, section.side, step - _GUTTER)
+            _draw_row(page, renderer, place, (section, row), step - _GUTTER)
         top += _section_height(section)
     return _save(page, path, renderer)
 
 
-def _wrapped(lines: Sequence[str], renderer: TextRenderer, room: int) -> list[str]:
+def _fitted(section: SheetSection, renderer: TextRenderer, room: int) -> SheetSection:
+    """With its lines and the titles of its rows wrapped; the last line of a title is cut where it is drawn."""
+    own = (room + _GUTTER) // section.abreast - _GUTTER
+    rows = []
+    for row in section.rows:
+        lines = _wrapped([_title(row, renderer)], renderer, own, _ROW_SIZE)
+        last = [" ".join(lines[_ROW_LINES - 1 :])] if len(lines) >= _ROW_LINES else []
+        rows.append(row._replace(title="\n".join([*lines[: _ROW_LINES - 1], *last]), fallback=""))
+    return section._replace(lines=_wrapped(section.lines, renderer, room, _LINE_SIZE), rows=rows)
+
+
+def _wrapped(lines: Sequence[str], renderer: TextRenderer, room: int, size: int) -> list[str]:
     """Lines broken at spaces to at most ``room`` pixels."""
     wrapped: list[str] = []
     for line in lines:
         started = ""
         for word in line.split():
             longer = f"{started} {word}".strip()
-            if started and renderer.width(longer, _LINE_SIZE) > room:
+            if started and renderer.width(longer, size) > room:
                 wrapped.append(started)
                 longer = word
             started = longer
@@ -154,14 +166,20 @@ def _wrapped(lines: Sequence[str], renderer: TextRenderer, room: int) -> list[st
 
 
 def _draw_row(
-    page: Image.Image, renderer: TextRenderer, place: tuple[int, int], row: SheetRow, side: int, room: int
+    page: Image.Image, renderer: TextRenderer, place: tuple[int, int], what: tuple[SheetSection, SheetRow], room: int
 ) -> None:
-    """A title, its note below, and its tiles in one line."""
-    left, top = place
-    renderer.write(page, (left, top + 18), _title(row, renderer), 18, _INK, room)
-    renderer.write(page, (left, top + 36), row.note, 13, _QUIET, room)
+    """A title, its note below, and its tiles in one line, at the same height in all rows of the section."""
+    (left, top), (section, row) = place, what
+    baseline = top + _ROW_SIZE
+    for number, line in enumerate(row.title.split("\n")):
+        baseline = top + _ROW_SIZE + number * _ROW_STEP
+        renderer.write(page, (left, baseline), line, _ROW_SIZE, _INK, room)
+    renderer.write(page, (left, baseline + 18), row.note, 13, _QUIET, room)
+    top += _head_height(section)
     for index, tile in enumerate(row.tiles):
-        _draw_tile(page, renderer, (left + index * (side + _gap(side)), top + 44), Thumbnail(*tile), side)
+        _draw_tile(
+            page, renderer, (left + index * (section.side + _gap(section.side)), top), Thumbnail(*tile), section.side
+        )
 
 
 def _title(row: SheetRow, renderer: TextRenderer) -> str:
@@ -188,8 +206,13 @@ def _gap(side: int) -> int:
     return max(6, side // 10)
 
 
+def _head_height(section: SheetSection) -> int:
+    """Of the titles and notes of its rows."""
+    return 44 + max((row.title.count("\n") for row in section.rows), default=0) * _ROW_STEP
+
+
 def _row_height(section: SheetSection) -> int:
-    return 44 + section.side + _LABEL + 18
+    return _head_height(section) + section.side + _LABEL + 18
 
 
 def _section_height(section: SheetSection) -> int:

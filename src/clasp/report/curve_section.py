@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from clasp.errors import counted
 from clasp.report.html_elements import Html, escaped, figure, figure_row, missing_in, paragraph
 from clasp.report.run_comparison import title_with_languages
 from clasp.report.run_record import RunRecord
@@ -58,7 +59,8 @@ def curve_blocks(records: Sequence[RunRecord]) -> list[Html]:
 def _figure(title: str, series: Sequence[ChartSeries], y_title: str) -> Html:
     steps = sorted({step for each in series for step in each.values})
     cells = [[f"{step:,}", *(_cell(each.values, step) for each in series)] for step in steps[:_MAX_TABLE_STEPS]]
-    notes = [f"{len(steps) - _MAX_TABLE_STEPS:,} more steps are in log.jsonl."] if len(steps) > _MAX_TABLE_STEPS else []
+    more = len(steps) - _MAX_TABLE_STEPS
+    notes = [f"{counted(more, 'more step')} in log.jsonl."] if more > 0 else []
     table = AnnotatedTable(("step", *(each.label for each in series)), cells, notes)
     return figure(title, line_chart(series, "step", y_title, f"{title}: {_description(series)}"), table)
 

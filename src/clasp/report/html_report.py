@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from clasp.errors import counted
 from clasp.evaluation.results import EvaluationResult
 from clasp.report.analysis_section import analysis_blocks
 from clasp.report.auto_table import AutoPlan, auto_table
@@ -130,7 +131,7 @@ def _recipes(records: Sequence[RunRecord]) -> list[Html]:
     shared, partial = difference_tables(records)
     blocks = [html_table("Differing recipe keys", shared)] if shared.rows else []
     if partial.rows:
-        title = f"{len(partial.rows)} keys that only some of the runs have"
+        title = f"{counted(len(partial.rows), 'key')} of only some of the runs"
         blocks.append(folded(title, html_table("Recipe keys of some runs", partial)))
     return [*(blocks or [paragraph(escaped("The recipes are equal."))]), *whole]
 
@@ -223,7 +224,7 @@ def _confusion_table(kept: ClassPredictions) -> AnnotatedTable:
         for each in most_confused(kept.expected, kept.predicted)
     ]
     wrong = sum(right != answer for right, answer in zip(kept.expected, kept.predicted, strict=True))
-    note = f"{wrong:,} of {len(kept.expected):,} images are wrong; the {len(rows)} most frequent confusions"
+    note = f"wrong: {wrong:,} of {counted(len(kept.expected), 'image')}; the most frequent confusions"
     return AnnotatedTable(("class", "predicted", "images", "of the class"), rows, [note])
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from clasp.data.atomic_files import translate_disk_errors, write_text_file
 from clasp.data.sample_size import MIN_QUERIES, small_sample_warning
+from clasp.errors import counted
 from clasp.report.run_record import PRIMARY_METRICS, primary_result, read_results
 from clasp.report.tables import CHANCE_TITLE, INTERVAL_TITLE, format_interval, format_metric, metric_title
 from clasp.training.cost import COST_FILE as COST
@@ -115,7 +116,7 @@ class SweepResult:
         lines = [f"best: {best.run}"]
         close = [row for row in others if best.interval and row.value is not None and row.value >= best.interval[0]]
         if close:
-            lines[0] += f"; {len(close)} of the {len(others)} others lie within its interval"
+            lines[0] += f"; within its interval: {len(close)} of {counted(len(others), 'other')}"
         if others:
             lines.append(
                 "the best of several on the same pairs is biased upwards by the selection: evaluate it on other pairs"

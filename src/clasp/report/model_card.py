@@ -1,23 +1,31 @@
 """The model card of a run: its towers, parameters, training data, results, cost and usage, in Markdown.
 
-Input: the recipe, model, fit result, results and cost of a run. Output: the text of its ``README.md``. Every number is
-one of the run's results, and none is left out.
+Input: the recipe, model, fit result, results and cost of a run. Output: the text of its ``README.md``, to which later
+evaluations are added. Every number is one of the run's results, and of those on its validation pairs none is left out.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clasp.config.recipe import Recipe
+from clasp.errors import counted
+from clasp.evaluation.from_pairs import VALIDATION
 from clasp.evaluation.results import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
 from clasp.report.console import printable
-from clasp.report.tables import AnnotatedTable, result_tables
+from clasp.report.evaluation_labels import evaluation_key, evaluation_labels, latest_results
+from clasp.report.run_record import RESULTS_FILE
+from clasp.report.tables import AnnotatedTable, result_tables, retention_table, summary_tables
 from clasp.training.class_pairs import WeightedClassPairs
 from clasp.training.cost.ledger import RunCost, format_si
 from clasp.training.state import FitResult
+
+EVALUATIONS_HEADING = "Evaluations"
+"""The section of a card that ``clasp eval`` writes"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +51,14 @@ class ModelCard:
         tables = result_tables(self.results)
         shown = [markdown_table(table.columns, table.rows) for table in tables]
         notes = dict.fromkeys(note for table in tables for note in table.notes)
-        answers = "".join(f"\n{block}\n" for block in (*shown, *notes))
+        answers = "".join(
+            f"\n{block}\n" for block in (*(["On the validation pairs:"] if shown else []), *shown, *notes)
+        )
         shared = "" if sharing is None else f"\nWhat the two nets share:\n\n```\n{sharing}\n```\n"
         classes = "" if self.classes is None else f"The heads' closed form also has {self.classes}.\n"
-        seen = f"{fitted.pairs:,} pairs seen in {fitted.seconds:.0f} s, in {fitted.precision}"
+        seen = f"{counted(fitted.pairs, 'pair')} seen in {fitted.seconds:.0f} s, in {fitted.precision}"
         seen = seen if fitted.pairs else "no gradient step was taken"
-        skipped = f"\n{len(fitted.skipped)} samples could not be read and were skipped; `log.jsonl` names them.\n"
+        skipped = f"\nSkipped, since unreadable: {counted(len(fitted.skipped), 'sample')}, in `log.jsonl`.\n"
         return f"""# {self.run.name}
 
 An image–text model aligned with clasp: `{recipe.image.tower}` and `{recipe.text.tower}` in one space of
@@ -56,7 +66,7 @@ An image–text model aligned with clasp: `{recipe.image.tower}` and `{recipe.te
 
 {markdown_table(["part", "parameters", "trained", "%"], parts)}
 {shared}
-Trained on {self.train_pairs:,} pairs of `{recipe.data.train}`, validated on {self.val_pairs:,} others;
+Trained on {counted(self.train_pairs, "pair")} of `{recipe.data.train}`, validated on {self.val_pairs:,} others;
 {seen}, seed {recipe.train.seed}.
 {classes}{skipped if fitted.skipped else ""}{answers}
 {cost_section(self.cost)}
@@ -72,6 +82,30 @@ model.similarity(images, texts)
 `recipe.toml` is everything that decided this run. `delta.safetensors` holds what was trained and nothing else: it
 stands on the weights named in `base.json` and is refused by others. The two towers keep their own licences.
 """
+
+
+def with_evaluations(card: str, results: Sequence[EvaluationResult]) -> str:
+    """The card with a section of the evaluations among ``results``, all but the run's own, in place of an earlier one.
+
+    Many languages are folded, as in the terminal: ``results.jsonl`` has every row.
+    """
+    done = [each for each in latest_results(results) if each.data != VALIDATION or each.options]
+    tables = []
+    for key, label in evaluation_labels(done).items():
+        rows = [each for each in done if evaluation_key(each) == key]
+        found = [retention_table(rows, RESULTS_FILE)] if key.task == "retention" else summary_tables(rows, RESULTS_FILE)
+        for table in found:
+            cells = [[key.task if row[0] == label else row[0], *row[1:]] for row in table.rows]
+            tables.append(replace(table, columns=(f"{key.task} on {label}", *table.columns[1:]), rows=cells))
+    return with_section(card, EVALUATIONS_HEADING, tables)
+
+
+def with_section(card: str, heading: str, tables: Sequence[AnnotatedTable]) -> str:
+    """The card with a section of tables at its end, in place of one of that heading; without tables only without it."""
+    kept = re.sub(rf"\n## {re.escape(heading)}\n.*?(?=\n## |\Z)", "", card, flags=re.DOTALL)
+    shown = "".join(f"\n{markdown_table(table.columns, table.rows)}\n" for table in tables)
+    notes = "".join(f"\n{note}\n" for note in dict.fromkeys(note for table in tables for note in table.notes))
+    return f"{kept}\n## {heading}\n{shown}{notes}" if tables else kept
 
 
 def results_section(heading: str, table: AnnotatedTable) -> str:
@@ -119,7 +153,9 @@ def cost_rows(cost: RunCost) -> list[list[str]]:
     if cost.delta_bytes is not None:
         rows.append(["delta", format_si(cost.delta_bytes, "B")])
     at = last.machine
-    rows.append(["on", f"{at['gpu'] or at['cpu']}, {at['threads']} of {at['cores']} cores, torch {at['torch']}"])
+    rows.append(
+        ["on", f"{at['gpu'] or at['cpu']}, {at['threads']} of {counted(at['cores'], 'core')}, torch {at['torch']}"]
+    )
     return rows
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from clasp.analysis.layer_similarity import LayerSimilarity
 from clasp.data.sample_size import few_validation_pairs
+from clasp.errors import counted
 from clasp.report.tables import AnnotatedTable, format_interval, format_metric
 from clasp.training.cost.ledger import format_si
 
@@ -64,7 +65,7 @@ def pair_table(pairs: Sequence[TowerPair]) -> AnnotatedTable:
     notes = few_validation_pairs(pairs[0].validated)
     notes.append(f"metric: {name} of heads in closed form on the validation pairs, both towers frozen")
     if near := sum(pair.metric >= pairs[0].interval[0] for pair in pairs[1:]):
-        notes.append(f"{near} of the {len(pairs) - 1} others lie within the interval of the first: not told apart")
+        notes.append(f"{near} of {counted(len(pairs) - 1, 'other')} within the interval of the first: not told apart")
     if pairs[0].nearest is None:
         notes.append("no k-NN, no CKA: too few training pairs have a caption and a group of their own")
     else:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from clasp.errors import counted
 from clasp.report.evaluation_labels import EvaluationKey, evaluation_key, evaluation_labels
 from clasp.report.html_elements import Html, escaped, figure, figure_row, missing, missing_in, paragraph
 from clasp.report.run_comparison import percent_interval, title_with_languages, total_seconds, trained_percent
@@ -33,7 +34,7 @@ def pareto_blocks(records: Sequence[RunRecord]) -> list[Html]:
     for (key, language, metric, count), places in groups.items():
         figures = _figures(records, places, metric)
         if len(groups) > 1 and figures:
-            title = f"{title_with_languages(metric, language)}: {key.task} on {labels[key]}, {count:,} queries"
+            title = f"{title_with_languages(metric, language)}: {key.task} on {labels[key]}, {counted(count, 'query')}"
             blocks.append(Html(f"<h3>{escaped(title)}</h3>"))
         blocks.append(figure_row(figures))
     if not any(len(places) > 1 for places in groups.values()):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clasp.errors import counted
 from clasp.evaluation.query_scores import QueryScores
 from clasp.report.contact_sheet import SheetRow, SheetSection, Thumbnail, sectioned_sheet
 from clasp.types import Pair, UserError
@@ -50,11 +51,11 @@ def draw_confusions(pairs: Sequence[Pair], scores: Sequence[QueryScores], path: 
         ids = [id for id, *answer in answers if answer == [confusion.expected, confusion.predicted]]
         tiles = [(_read(images[id]), "", None) for id in _by_hash(ids, _OF_EACH)]
         title = f"{confusion.expected}, predicted {confusion.predicted}"
-        rows.append(SheetRow(title, tiles, f"{confusion.count} of {confusion.asked} images of the class"))
+        rows.append(SheetRow(title, tiles, f"{confusion.count} of {counted(confusion.asked, 'image')} of the class"))
     errors = sum(right != answer for right, answer in zip(one.expected, predicted, strict=True))
-    lines = [f"The {len(rows)} most frequent confusions; {errors} of {len(one.ids)} images are wrong"]
+    lines = [f"The most frequent confusions; wrong: {errors} of {counted(len(one.ids), 'image')}"]
     section = SheetSection("Most confused classes", lines, rows, side=96, abreast=2)
-    sectioned_sheet("Confusions", [f"{len(one.ids)} images"], [section], path)
+    sectioned_sheet("Confusions", [counted(len(one.ids), "image")], [section], path)
 
 
 def draw_retrievals(pairs: Sequence[Pair], scores: Sequence[QueryScores], path: Path) -> None:
@@ -72,9 +73,11 @@ def draw_retrievals(pairs: Sequence[Pair], scores: Sequence[QueryScores], path: 
         tiles = [Thumbnail(_read(first), "found first", right), Thumbnail(_read(pair), "its own")]
         rows.append(SheetRow(text, tiles[:1] if right else tiles))
     count = sum(images[found[id]].group == own[id][0].group for id in one.ids if id in own)
-    lines = [f"{len(rows)} of {len(one.ids)} captions, chosen by a hash; {count} find an image of their own first"]
+    lines = [
+        f"{len(rows)} of {counted(len(one.ids), 'caption')}, chosen by a hash; an image of its own is first for {count}"
+    ]
     section = SheetSection("Images by caption", lines, rows, side=112, abreast=3)
-    sectioned_sheet("Retrieval", [f"{len(images)} images"], [section], path)
+    sectioned_sheet("Retrieval", [counted(len(images), "image")], [section], path)
 
 
 PREDICTION_SHEETS: dict[str, Callable[[Sequence[Pair], Sequence[QueryScores], Path], None]] = {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clasp.errors import counted
 from clasp.evaluation.language_sets import macro_set
 from clasp.evaluation.results import EvaluationResult
 from clasp.report.evaluation_labels import (
@@ -102,7 +103,7 @@ def difference_tables(records: Sequence[RunRecord]) -> tuple[AnnotatedTable, Ann
         if key not in of_all
     ]
     columns = ("key", *_labels(records))
-    same = f"{len(of_all) - len(differing)} other keys are equal in all runs."
+    same = f"Equal in all runs: {counted(len(of_all) - len(differing), 'other key')}."
     return AnnotatedTable(columns, rows, [same]), AnnotatedTable(columns, partial)
 
 
@@ -291,7 +292,7 @@ def _peak(cost: RunCost) -> str:
 
 def _machine(cost: RunCost) -> str:
     at = cost.sessions[-1].machine
-    return f"{at['gpu'] or at['cpu']}, {at['threads']} of {at['cores']} cores, torch {at['torch']}"
+    return f"{at['gpu'] or at['cpu']}, {at['threads']} of {counted(at['cores'], 'core')}, torch {at['torch']}"
 
 
 _COST: Mapping[str, Callable[[RunCost], str]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from clasp.data.sample_size import MIN_QUERIES, small_sample_warning
+from clasp.errors import counted
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.suites import SuiteSet
 from clasp.report.tables import AnnotatedTable, format_interval, format_metric, metric_title
@@ -23,12 +24,14 @@ def suite_table(rows: Sequence[tuple[SuiteSet, EvaluationResult | None]], elsewh
     cells.append([f"mean of {len(values)}", "", format_metric("", sum(values) / len(values)), "", "", "", ""])
     missing = len(rows) - len(values)
     notes = (
-        [f"{missing} of {len(rows)} sets are missing (status lines name them): this mean is not that of the suite"]
+        [f"missing: {missing} of {len(rows)} sets (status lines name them); this mean is not that of the suite"]
         if missing
         else []
     )
     if elsewhere:
-        notes.append(f"{elsewhere} more tasks of the suite run in mteb, on clasp.as_mteb(RUN); its mean is over all")
+        notes.append(
+            f"{counted(elsewhere, 'more task')} of the suite in mteb, on clasp.as_mteb(RUN); its mean is over all"
+        )
     asked = [result.n for _, result in rows if result is not None]
     few = sum(count < MIN_QUERIES for count in asked)
     notes = [*small_sample_warning(min(asked), f"queries in {few} of {len(asked)} sets"), *notes]

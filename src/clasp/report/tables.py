@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from clasp.data.sample_size import MIN_QUERIES, small_sample_warning
+from clasp.errors import counted
 from clasp.evaluation.language_sets import macro_set
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.tasks import RetrievalTask, ZeroShotTask
@@ -184,7 +185,7 @@ def of_table(rows: Sequence[LabelledResult], results: Sequence[EvaluationResult]
 
 def more_note(count: int, more_in: str) -> list[str]:
     """A note on where the rows are that are not shown."""
-    return [f"{count:,} more languages are in {more_in}"] if count else []
+    return [f"{counted(count, 'more language')} in {more_in}"] if count else []
 
 
 def labelled_by_task(results: Sequence[EvaluationResult]) -> list[tuple[str, list[LabelledResult]]]:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from clasp.errors import counted
 from clasp.plain_types import UserError
 from clasp.search.manifest import REBUILD_HINT, lock_store, write_at
 from clasp.search.payload import ENTRY, ORDER, TERMS, Condition, HasTerm, InRange, without_absent
@@ -152,12 +153,12 @@ class _EdgeCollection:
         import qdrant_edge as edge
 
         made = [edge.Point(point.id, point.vector, point.payload) for point in points]
-        self._update(edge.UpdateOperation.upsert_points(made), f"write {len(points)} entries")
+        self._update(edge.UpdateOperation.upsert_points(made), f"write {counted(len(points), 'entry')}")
 
     def remove(self, ids: Sequence[str]) -> None:
         import qdrant_edge as edge
 
-        self._update(edge.UpdateOperation.delete_points(list(ids)), f"delete {len(ids)} entries")
+        self._update(edge.UpdateOperation.delete_points(list(ids)), f"delete {counted(len(ids), 'entry')}")
 
     def index_ranges(self, keys: set[str]) -> None:
         import qdrant_edge as edge

@@ -31,6 +31,7 @@ from clasp.data.formats.rows import shorten
 from clasp.data.formats.skipped_files import SkippedFiles, escape_name
 from clasp.data.pairs import ParquetSource
 from clasp.data.read_ahead import DECODE_THREADS, read_ahead
+from clasp.errors import counted
 from clasp.plain_types import (
     Hit,
     ImageSource,
@@ -142,9 +143,9 @@ class IndexReport:
 
     def __str__(self) -> str:
         if not self.added:
-            text = f"nothing to encode: {_count_images(self.unchanged)} unchanged"
+            text = f"nothing to encode: {counted(self.unchanged, 'image')} unchanged"
         else:
-            text = f"{_count_images(self.added)} added, {self.encoded} of them encoded; {self.unchanged} unchanged"
+            text = f"{counted(self.added, 'image')} added, {self.encoded} of them encoded; {self.unchanged} unchanged"
         if self.skipped:
             named = ", ".join(f"{escape_name(name)} ({reason})" for name, reason in self.skipped[:3])
             text += f"; {len(self.skipped)} skipped: {named}{', ...' if len(self.skipped) > 3 else ''}"
@@ -223,7 +224,7 @@ class SearchEngine:
                 progress(done, len(entries))
         if len(skipped) == len(entries):
             first = f"{escape_name(skipped[0].id)}: {skipped[0].reason}"
-            raise UserError(f"none of {_count_images(len(entries))} can be read; the first: {first}")
+            raise UserError(f"none of {counted(len(entries), 'image')} can be read; the first: {first}")
         lost = {name for name, _ in skipped}
         stale = [old for old, new in superseded.items() if new not in lost]
         ids = frozenset(entry.pair.id for entry in entries)
@@ -420,7 +421,3 @@ class _FailedImage:
 
     skipped: SkippedSample
     damaged: bool
-
-
-def _count_images(count: int) -> str:
-    return f"{count} image" if count == 1 else f"{count} images"

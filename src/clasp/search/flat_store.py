@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
+from clasp.errors import counted
 from clasp.plain_types import Hit, UserError
 from clasp.search.manifest import (
     REBUILD_HINT,
@@ -258,7 +259,7 @@ class FlatStore:
         if first or base.rows_checksum is not None:
             blocks = extend_checksums(() if first else self._block_checksums(), base.rows, values)
             new = replace(new, vectors_checksum=None, block_checksums=blocks)
-        with self._disk_errors(f"write {len(lines)} entries"):
+        with self._disk_errors(f"write {counted(len(lines), 'entry')}"):
             try:
                 write_at(vectors, ends[vectors], [values.data])
                 checksum = write_at(rows, ends[rows], lines, 0 if first else base.rows_checksum or 0)

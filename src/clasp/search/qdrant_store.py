@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from jaxtyping import Float
 
+from clasp.errors import counted
 from clasp.plain_types import UserError
 from clasp.search.payload import ORDER, TERMS, Condition, HasTerm, InRange, without_absent
 from clasp.search.point_store import FoundPoint, PointStore, StoredPoint
@@ -116,13 +117,13 @@ class _QdrantCollection:
         from qdrant_client import models
 
         made = [models.PointStruct(id=point.id, vector=point.vector, payload=point.payload) for point in points]
-        with self._errors(f"write {len(points)} entries"):
+        with self._errors(f"write {counted(len(points), 'entry')}"):
             self._client.upsert(self._name, made, wait=True)
 
     def remove(self, ids: Sequence[str]) -> None:
         from qdrant_client import models
 
-        with self._errors(f"delete {len(ids)} entries"):
+        with self._errors(f"delete {counted(len(ids), 'entry')}"):
             self._client.delete(self._name, models.PointIdsList(points=list(ids)), wait=True)
 
     def index_ranges(self, keys: set[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from clasp.errors import counted
 from clasp.plain_types import ProgressCallback, UserError
 from clasp.search.engine import UpdatableStore
 
@@ -49,7 +50,7 @@ def _refuse_other_entries(source: UpdatableStore, target: UpdatableStore) -> Non
 def _verify(source: UpdatableStore, target: UpdatableStore) -> None:
     """``UserError`` unless both have the same number of entries and a random sample of them is equal."""
     if source.count() != target.count():
-        raise UserError(f"{target!r} should hold {source.count():,} entries; what was copied from is unchanged")
+        raise UserError(f"{target!r} should hold {counted(source.count(), 'entry')}; what was copied from is unchanged")
     names = [name for name, _ in source.scan()]
     sample = random.Random(len(names)).sample(names, min(_SAMPLE, len(names)))
     for name, before, after in zip(sample, source.metadata(sample), target.metadata(sample), strict=True):

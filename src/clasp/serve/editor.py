@@ -20,6 +20,7 @@ import numpy as np
 
 from clasp.data.file_fields import read_file_fields
 from clasp.data.pairs import FileSource
+from clasp.errors import counted
 from clasp.plain_types import Hit, Pair, UserError
 from clasp.search.engine import UpdatableStore
 from clasp.search.entries import entry_metadata
@@ -61,7 +62,7 @@ class IndexEditor:
             for file, kind in zip(files, kinds, strict=True)
         ]
         saved: list[SavedUpload] = []
-        with _told(f"{len(files)} images are not added"), self._service.changing() as store:
+        with _told(f"not added: {counted(len(files), 'image')}"), self._service.changing() as store:
             try:
                 for upload in uploads:
                     saved.append(self._folder.save(upload))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, Protocol, runtime_checkable
 
+from clasp.errors import counted
 from clasp.models.precision import PrecisionChoice, resolve_precision
 from clasp.training.cost.ledger import CostLedger
 from clasp.training.distributed import Processes
@@ -167,7 +168,7 @@ def _train_step(
     planned = stepper.micro_batch
     took = ledger.time_step(stepper, batch, at.step) if ledger else stepper.step(batch, at.step)
     if stepper.micro_batch is not None and stepper.micro_batch != planned:
-        line = f"out of memory: in pieces of {stepper.micro_batch:,} pairs from here on"
+        line = f"out of memory: in pieces of {counted(stepper.micro_batch, 'pair')} from here on"
         logger.log_event("pieces", line, at.step, micro_batch=stepper.micro_batch)
     logger.log_step(at, batch, took)
     if ledger:
@@ -326,7 +327,7 @@ class BestCheckpoint:
     def finish(self, at: TrainPosition) -> TrainPosition:
         """End a completed run: load the selected weights; returns the position that they are from."""
         weights_position = at
-        line = f"done after {at.step} steps; these are the weights of the last"
+        line = f"done after {counted(at.step, 'step')}; these are the weights of the last"
         if self.best is not None:
             self.stepper.load_weights(self.best.weights)
             weights_position, self.metrics = self.best.position, self.best.metrics
@@ -335,7 +336,8 @@ class BestCheckpoint:
                 if weights_position.step == at.step
                 else f"back to those of step {weights_position.step}"
             )
-            line = f"done after {at.step} steps; {kept}, best by {self.primary} ({self.metrics[self.primary]:.4g})"
+            best = f"best by {self.primary} ({self.metrics[self.primary]:.4g})"
+            line = f"done after {counted(at.step, 'step')}; {kept}, {best}"
         named = {f"selected/{name}": value for name, value in self.metrics.items()}
         self.logger.log_event("stop", line, at.step, named, interrupted=False, held_step=weights_position.step)
         return weights_position
@@ -343,6 +345,6 @@ class BestCheckpoint:
     def interrupt(self, at: TrainPosition, signal: str) -> TrainPosition:
         """End an interrupted run with the current weights."""
         self.metrics, self.evaluation = {}, None
-        line = f"stopped by {signal} after {at.step} of {self.stepper.steps} steps"
+        line = f"stopped by {signal} after {at.step} of {counted(self.stepper.steps, 'step')}"
         self.logger.log_event("stop", line, at.step, interrupted=True, held_step=at.step)
         return at

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from clasp.data.plugins import list_choices
+from clasp.errors import counted
 from clasp.models.precision import Precision
 from clasp.training.attention_kernel import AttentionKernel
 from clasp.training.optimizer import SCHEDULES, find_decay_filter, find_schedule
@@ -207,10 +208,12 @@ def plan_training(settings: TrainSettings, pairs: int, *, max_batch_size: int = 
         reasons.append(f"{epochs:,} epochs {why}")
     else:
         epochs = settings.epochs
-        reasons.append("1 epoch is set" if epochs == 1 else f"{epochs:,} epochs are set")
+        reasons.append(f"{counted(epochs, 'epoch')} {'is' if epochs == 1 else 'are'} set")
     steps = epochs * steps_per_epoch
     if settings.max_steps is not None and settings.max_steps < steps:
         steps = settings.max_steps
         epochs = -(-steps // steps_per_epoch)
-        reasons.append(f"at most {steps:,} steps")
-    return TrainPlan(batch, epochs, steps, f"{pairs:,} pairs: {' and '.join(reasons)}, {steps:,} steps in all")
+        reasons.append(f"at most {counted(steps, 'step')}")
+    return TrainPlan(
+        batch, epochs, steps, f"{counted(pairs, 'pair')}: {' and '.join(reasons)}, {counted(steps, 'step')} in all"
+    )

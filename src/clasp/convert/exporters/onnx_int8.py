@@ -21,6 +21,7 @@ from jaxtyping import Float, Int8
 
 from clasp.convert.exporters.job import ExportJob
 from clasp.convert.onnx_model import OnnxModel
+from clasp.errors import counted
 
 _MEASURED = 200  # pairs
 _BLOCK = 32  # inputs of a linear layer that share a scale
@@ -56,7 +57,7 @@ class Int8Loss:
         return [
             f"int8: cosine with float32 {self.image_cosine:.4f} (image), {self.text_cosine:.4f} (text); {sizes}",
             f"int8: text-to-image retrieval agrees with float32 in {100 * self.top1:.1f} % of first hits and "
-            f"{100 * self.top10:.1f} % of the first ten ({self.pairs} pairs, {self.checked_on})",
+            f"{100 * self.top10:.1f} % of the first ten ({counted(self.pairs, 'pair')}, {self.checked_on})",
         ]
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import Recipe
 from clasp.data.pairs import Pairs, caption_languages
+from clasp.errors import counted
 from clasp.evaluation.language_sets import requested_languages, require_languages
 from clasp.evaluation.retention.probes import ImageProbe, TextProbe, has_labels, make_image_probe, make_text_probes
 from clasp.evaluation.task_context import TaskContext
@@ -103,7 +104,8 @@ def _report_skipped(
         has = ", ".join(map(str, pairs[0].meta)) or "none"
         say(f"the image tower is not probed: {data} has no column 'class'; label= one of: {has}")
     elif image.skipped:
-        say(f"{image.skipped} images are not queried: the half to fit on has none of their class; fit= helps")
+        skipped = counted(image.skipped, "image")
+        say(f"not queried: {skipped}, of whose class the half to fit on has none; fit= helps")
     if not text:
         say(f"the text tower is not probed: {data} has no captions in two languages, nor several in one for an image")
     elif trained is None and text[0].language:

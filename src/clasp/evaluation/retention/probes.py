@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clasp.analysis.tower_features import TowerFeatures
 from clasp.data.pairs import Pairs, split_by_group
+from clasp.errors import counted
 from clasp.evaluation import metrics, probes
 from clasp.evaluation.language_sets import TrainingStatus, training_status
 from clasp.evaluation.name_checks import quote_first
@@ -95,7 +96,7 @@ def make_image_probe(pairs: Pairs, fit: Pairs | None, label: str, data: str, fit
     """
     classes = {str(pair.meta[label]) for pair in pairs}
     if len(classes) < 2:
-        raise UserError(f"{data}: {label!r} is {next(iter(classes))!r} for all {len(pairs)} images; give two classes")
+        raise UserError(f"{data}: {label!r} is {next(iter(classes))!r} for every image; give two classes")
     if fit is None:
         return _split_in_half(pairs, label, data)
     if not has_labels(fit, label, fit_name):
@@ -114,7 +115,7 @@ def require_disjoint(pairs: Pairs, fit: Pairs, data: str, fit_name: str) -> None
     seen = {(pair.image.name, pair.image.version) for pair in fit}
     if twice := [pair.id for pair in pairs if (pair.image.name, pair.image.version) in seen]:
         raise UserError(
-            f"{len(twice)} of {len(pairs)} images of {data} are in fit={fit_name} too: {quote_first(twice)}"
+            f"{len(twice)} of {counted(len(pairs), 'image')} of {data} are in fit={fit_name} too: {quote_first(twice)}"
         )
 
 

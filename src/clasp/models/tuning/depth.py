@@ -10,6 +10,7 @@ import copy
 
 from torch import nn
 
+from clasp.errors import counted
 from clasp.models.structure import ModelStructure, find_structure, is_bias, is_norm, is_transformers_model
 from clasp.models.transformer.dinov2 import Dinov2Encoder
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
@@ -63,9 +64,8 @@ def truncate_blocks(net: nn.Module, layer: int) -> None:
             f"layer = {layer}: {parts.family} changes width from block to block; only its last layer can be read"
         )
     if not 1 <= keep <= len(parts.blocks):
-        raise UserError(
-            f"layer = {layer}: {parts.family} has {len(parts.blocks)} blocks; choose 1 to {len(parts.blocks)}"
-        )
+        blocks = counted(len(parts.blocks), "block")
+        raise UserError(f"layer = {layer}: {parts.family} has {blocks}; choose 1 to {len(parts.blocks)}")
     if isinstance(net, ImageTransformer) and net.parallel is not None and max(net.parallel.stage_by_block) >= keep:
         raise UserError(f"layer = {layer}: the parallel branch joins above that; choose {len(parts.blocks)}")
     del stack[keep:]

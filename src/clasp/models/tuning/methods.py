@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from clasp.data.plugins import load_named
+from clasp.errors import counted
 from clasp.models.structure import BlockStructure, find_structure, is_bias, is_norm
 from clasp.models.transformer.convolutions import ParallelBranchSettings
 from clasp.models.transformer.encoders import ImageTransformer
@@ -77,7 +78,7 @@ def _mlp(net: nn.Module, tuning: TuningSpec) -> set[str]:
 def _last(net: nn.Module, tuning: TuningSpec) -> set[str]:
     parts, n = find_structure(net), tuning.options["n"]
     if n > len(parts.blocks):
-        raise UserError(f"tuning last({n}): {parts.family} has {len(parts.blocks)} blocks")
+        raise UserError(f"tuning last({n}): {parts.family} has {counted(len(parts.blocks), 'block')}")
     return _parameters_under(net, (*(b.path for b in parts.blocks[-n:]), *parts.tail))
 
 
