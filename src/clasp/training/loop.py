@@ -112,12 +112,14 @@ def fit(
         while at.epoch < settings.epochs and not requested:
             for batch in logger.time_batches(_rest_of_epoch(batches, at, steps)):
                 logger.log_skipped(batch, at.step)
-                if batch.total_pairs > 1:  # a single pair has no negatives
+                if trains := batch.total_pairs > 1:  # a single pair has no negatives
                     _train_step(session.stepper, logger, callbacks.ledger, batch, at)
                 at = at.next_step()
                 session.save_if_due(at)
                 if requested := agree(stop.requested):
                     break
+                if trains and callbacks.ledger:  # after the stop, which it would delay by a step
+                    callbacks.ledger.count_step_flops(session.stepper, batch, at.step - 1)
             else:
                 whole = at.step_in_epoch == len(batches) or at.step == steps
                 assert whole, f"the epoch had {at.step_in_epoch} of {len(batches)} batches"
@@ -160,7 +162,7 @@ def _rest_of_epoch(batches: BatchStream, at: TrainPosition, steps: int) -> Itera
 def _train_step(
     stepper: Stepper, logger: RunLogger, ledger: CostLedger | None, batch: Batch, at: TrainPosition
 ) -> None:
-    """Take one step, log it, and count its FLOPs where there is a ledger."""
+    """Take one step and log it."""
     if stepper.micro_batch is None:
         choice = stepper.choose_micro_batch(batch)
         logger.log_event("pieces", choice.reason, at.step, micro_batch=choice.micro_batch)
@@ -170,8 +172,6 @@ def _train_step(
         line = f"out of memory: in pieces of {stepper.micro_batch:,} pairs from here on"
         logger.log_event("pieces", line, at.step, micro_batch=stepper.micro_batch)
     logger.log_step(at, batch, took)
-    if ledger:
-        ledger.count_step_flops(stepper, batch, at.step)
 
 
 def _open_session(
