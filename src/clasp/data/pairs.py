@@ -111,7 +111,7 @@ def open_pairs(
     if stage is not None and all(map(names_address, names)):
         with hints.added():
             return _open_shards(str(source), names, format, columns, cache, stage)
-    paths = [Path(name).expanduser() for name in names]
+    paths = [Path(os.path.expanduser(name)) for name in names]
     for name, path in zip(names, paths, strict=True):
         if not name:
             raise UserError(f"{str(source)!r} names no source; name a folder or a file")
@@ -258,7 +258,7 @@ class FolderImages(Sequence[tuple[str, ImageSource]]):
 
 def list_images(path: str | Path) -> FolderImages:
     """The images of a folder, recursively; other files, except captions, are counted by reason."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_dir():
         raise UserError(f"{path} is not a folder" if path.exists() else _missing(path, [path]))
     folder = FolderFiles.of(path)
