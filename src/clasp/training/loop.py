@@ -112,14 +112,13 @@ def fit(
         while at.epoch < settings.epochs and not requested:
             for batch in logger.time_batches(_rest_of_epoch(batches, at, steps)):
                 logger.log_skipped(batch, at.step)
-                if trains := batch.total_pairs > 1:  # a single pair has no negatives
+                if batch.total_pairs > 1:  # a single pair has no negatives
                     _train_step(session.stepper, logger, callbacks.ledger, batch, at)
                 at = at.next_step()
                 session.save_if_due(at)
                 if requested := agree(stop.requested):
                     break
-                if trains and callbacks.ledger:  # after the stop, which it would delay by a step
-                    callbacks.ledger.count_step_flops(session.stepper, batch, at.step - 1)
+                _count_flops(session.stepper, callbacks.ledger, batch, at.step - 1)
             else:
                 whole = at.step_in_epoch == len(batches) or at.step == steps
                 assert whole, f"the epoch had {at.step_in_epoch} of {len(batches)} batches"
@@ -172,6 +171,12 @@ def _train_step(
         line = f"out of memory: in pieces of {stepper.micro_batch:,} pairs from here on"
         logger.log_event("pieces", line, at.step, micro_batch=stepper.micro_batch)
     logger.log_step(at, batch, took)
+
+
+def _count_flops(stepper: Stepper, ledger: CostLedger | None, batch: Batch, number: int) -> None:
+    """Count the FLOPs of a step that was taken, where there is a ledger; a stop would be delayed by it."""
+    if ledger and batch.total_pairs > 1:
+        ledger.count_step_flops(stepper, batch, number)
 
 
 def _open_session(
