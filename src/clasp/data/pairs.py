@@ -175,7 +175,7 @@ def _open(
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: a text in it or beside it is not UTF-8: {error}") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be opened: {error.strerror or error}") from None
+        raise UserError(f"{error.filename or path} cannot be opened: {error.strerror or error}") from None
     if not isinstance(opened, OpenedSource):
         raise UserError(f"data.format = {format!r} gave a {type(opened).__name__}; it must give an OpenedSource")
     return opened
@@ -185,6 +185,8 @@ def _missing(path: Path, paths: list[Path]) -> str:
     missing = [other for other in paths if not other.exists()]
     more = f" (nor do {len(missing) - 1} more of the {len(paths)} sources)" if len(missing) > 1 else ""
     parent = path.parent
+    if path.is_symlink():
+        return f"{path} is a link to {os.readlink(path)}, which does not exist{more}"
     if not parent.is_dir():
         return f"{path} does not exist{more}; neither does its folder {parent}"
     near = difflib.get_close_matches(path.name, os.listdir(parent), n=1)
