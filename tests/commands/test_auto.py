@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import clasp
+from clasp.cli import train as train_verbs
 from clasp.commands import auto as main_job
 from clasp.commands import auto_closed_forms as closed_form_job
 from clasp.commands.auto import AutoResult, climb, resume_climb
@@ -20,7 +21,7 @@ from clasp.commands.train import train_recipe
 from clasp.config.auto_plan import SHORT_TUNINGS
 from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
-from clasp.report.auto_table import AutoPlan, auto_table
+from clasp.report.auto_table import AutoPlan, AutoRow, auto_table
 from clasp.training.cost.ledger import read_cost
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
@@ -236,3 +237,14 @@ def test_interrupted_before_a_stage_ended(towers: Path, pairs: Path, tmp_path: P
     assert json.loads((tmp_path / "toy" / "plan.json").read_text())["recipe"]["auto"] == {"steps": STEPS}
     with pytest.raises(AssertionError, match=r"commands\.auto"):
         train_recipe(recipe(towers, pairs, steps=STEPS), tmp_path / "other", say=lambda line: None)
+
+
+def test_what_was_tried_before_a_first_stage_ended_is_said_not_to_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    tried = AutoPlan({}, primary="retrieval/recall@1", rows=[AutoRow(method="heads", verdict="tried", metric=0.5)])
+    monkeypatch.setattr(main_job, "resume_climb", lambda run, callbacks: AutoResult(run, tried, True))
+    with pytest.raises(SystemExit) as end:
+        train_verbs._climb(None, tmp_path / "toy")
+    said = " ".join(capsys.readouterr().err.split())
+    assert end.value.code == 130 and "no stage had ended, so nothing is kept, also of what was tried in memory" in said

@@ -658,6 +658,29 @@ def test_every_usage_error_is_one_line(words: list[str], wanted: str, clasp: Com
     assert said.code == 2 and wanted in said.mistake
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["doctor", "{toml}", "data.train={long}"],
+        ["doctor", "{long}"],
+        ["params", "{toml}", "image.tower=file:{long}"],
+        ["eval", "{long}", "retrieval"],
+        ["resume", "{long}"],
+        ["train", "{toml}", "--runs", "{long}"],
+        ["train", "{toml}", "--runs", "{loop}"],
+        ["report", "{run}", "-o", "{long}.html"],
+    ],
+    ids=" ".join,
+)
+def test_a_path_that_no_file_can_have_is_one_line(
+    words: list[str], clasp: Command, world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    paths = {"toml": world.toml, "run": world.run, "long": "a" * 300, "loop": tmp_path / "loop"}
+    said = clasp(*(word.format(**paths) for word in words))
+    assert said.code == 2 and said.mistake
+
+
 def test_a_file_that_may_not_be_read_is_one_line(clasp: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*args: object, **options: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "somewhere/recipe.toml")

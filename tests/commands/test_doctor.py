@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 
 from clasp import cli
+from clasp.cli.train import _doctor_with
 from clasp.commands import step_timing
 from clasp.commands import train as main_job
 from clasp.commands.doctor import diagnose, raise_on_stop
 from clasp.commands.forecast import images_or_captions
 from clasp.config import datasets
 from clasp.config.build import build_model_and_preprocessing
-from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
+from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict, require_single_keys
 from clasp.data.checks import CheckReport
 from clasp.data.feature_cache.features import text_features
 from clasp.data.feature_cache.replay import CachedFeatures
@@ -410,8 +412,99 @@ def test_lines_for_people_and_one_object_for_programs(
     facts, sections = json.loads(one), list(diagnose(made))
     assert {about: facts[about] for about in facts if about != "findings"} == {s.about: s.facts for s in sections}
     findings = [finding for section in sections for finding in section.findings]
-    assert facts["findings"] == [asdict(finding) for finding in findings]
+    assert facts["findings"] == [asdict(finding) | {"fix": list(finding.fix)} for finding in findings]
     assert out.splitlines() == [str(finding) for finding in findings]
+
+
+def unreadable(toys: list, folder: Path) -> Path:
+    pairs = write_csv(toys, folder)
+    for toy in toys[:6]:
+        (folder / "images" / f"{toy.key}.png").write_bytes(b"no picture")
+    return pairs
+
+
+def partly_tagged(toys: list, folder: Path) -> Path:
+    source = spoken(folder)
+    first, *rows = source.read_text().splitlines()
+    source.write_text("\n".join([json.dumps(json.loads(first) | {"caption": "a thing"}), *rows]) + "\n")
+    return source
+
+
+def long_captions(toys: list, folder: Path) -> Path:
+    return write_csv([toy._replace(shape=" ".join([toy.shape] * 12)) for toy in toys], folder)
+
+
+def many_rows(toys: list, folder: Path) -> Path:
+    pairs = write_csv(toys, folder)
+    header, *rows = pairs.read_text().splitlines()
+    pairs.write_text("\n".join([header, *(f"{row} {number}" for number in range(8) for row in rows)]) + "\n")
+    return pairs
+
+
+# what has a fix: pairs, changes, free bytes; the section, and the beginning of the fix
+FIXES = {
+    "few validation pairs": (many_rows, [], None, "pairs", "data.val_fraction=0.29"),
+    "captions of no language": (partly_tagged, [], None, "pairs", 'data.languages=["en", "sw"]'),
+    "truncated captions": (long_captions, ["text.max_tokens=8"], None, "captions", "text.max_tokens="),
+    "unreadable images": (unreadable, [], None, "images", "data.max_bad_fraction=0.13"),
+    "augmented anew": (
+        write_csv,
+        ["data.augment.rotate=10", "head.standardize=false"],
+        None,
+        "towers",
+        "data.cached_augmentations=4",
+    ),
+    "states above a quarter of the disk": (
+        write_csv,
+        ['tune.text=["last(1)"]'],
+        "a little less than four times the states",
+        "features",
+        "data.feature_cache=int8",
+    ),
+    "full disk": (write_csv, [], 10, "features", "data.feature_cache=off"),
+    "batch of more than there are": (write_csv, ["train.batch_size=5000"], None, "steps", "train.batch_size=auto"),
+    "class pairs where a tower runs": (
+        write_csv,
+        ["data.class_ratio=1", "head.init=cca", 'tune.text=["last(1)"]'],
+        None,
+        "steps",
+        'tune.image=["none"]',
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FIXES)
+def test_a_fix_is_a_command_that_mends_the_finding(
+    kind: str, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, changes, free, about, wanted = FIXES[kind]
+    if kind.startswith("class pairs"):
+        changes = [f"image.tower=file:{save_colour_classifier(tmp_path / 'classifier', TOYS, list(COLOURS))}", *changes]
+    made = recipe(towers, write(TOYS, tmp_path), *changes)
+    if isinstance(free, str):
+        free = 4 * max(each["bytes"] for each in told(made)["features"].facts["feature_cache"]) - 1
+    if free is not None:
+        full(monkeypatch, tmp_path, free)
+    found = next(finding for finding in told(made)[about].findings if finding.fix)
+    assert found.level != "ok" and found.fix[0].startswith(wanted)
+    (tmp_path / "toy.toml").write_text(made.to_toml())
+    command = shlex.split(_doctor_with(str(tmp_path / "toy.toml"), [*changes, "train.seed=3"], found.fix))
+    _, verb, path, *typed = command
+    assert verb == "doctor" and "train.seed=3" in typed
+    require_single_keys(typed)
+    mended = told(read_recipe(path, typed))[about]
+    assert found.text not in [finding.text for finding in mended.findings]
+    assert not any(finding.level == "stop" for finding in mended.findings)
+
+
+def test_what_stops_is_listed_once_with_its_fix(
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "toy.toml").write_text(recipe(towers, unreadable(TOYS, tmp_path)).to_toml())
+    code, out, err = typed(capfd, monkeypatch, tmp_path / "toy.toml")
+    assert code == 2 and (out + err).count("images cannot be read") == 1
+    assert err.splitlines()[-1] == "clasp: training would stop: images, as found above"
+    assert f"to mend it: clasp doctor {tmp_path / 'toy.toml'} data.max_bad_fraction=0.13" in out
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,15 @@ def test_a_torn_last_line_is_set_aside(tmp_path: Path, caplog: pytest.LogCapture
         read_json_lines(path)
 
 
+@pytest.mark.parametrize("text", ['{"n": 1}\r\n{"n": 2}\r\n', '\ufeff{"n": 1}\n{"n": 2}\n', '{"n": 1}\n{"n": 2}'])
+def test_lines_that_an_editor_saved_are_whole(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(text.encode())
+    assert read_json_lines(path) == [{"n": 1}, {"n": 2}]
+    append_json_lines(path, [{"n": 3}])
+    assert read_json_lines(path) == [{"n": 1}, {"n": 2}, {"n": 3}] and not caplog.text
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EISDIR])
 def test_errors_of_the_disk_are_one_line(number: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be written|no space left"), translate_disk_errors(tmp_path):
@@ -80,6 +89,21 @@ def test_a_second_writer_is_told_who_the_first_is_and_a_dead_one_is_taken_over(t
     with lock_folder(folder):
         assert json.loads((folder / "lock").read_text())["process"] == os.getpid()
     assert os.listdir(folder) == []
+
+
+def test_a_folder_that_was_moved_is_told_and_the_lock_of_another_stays(tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "run") as require_held:
+        require_held()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        with pytest.raises(UserError, match="run was moved, deleted or replaced"):
+            require_held()
+        with pytest.raises(UserError, match="run is gone"), translate_disk_errors(tmp_path / "run"):
+            write_text_file(tmp_path / "run" / "recipe.toml", "")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "lock").write_text("another's")
+        with pytest.raises(UserError, match="run was moved, deleted or replaced"):
+            require_held()
+    assert (tmp_path / "run" / "lock").exists()
 
 
 def test_a_folder_made_for_its_lock_goes_where_it_stayed_empty(tmp_path: Path) -> None:

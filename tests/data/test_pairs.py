@@ -242,6 +242,8 @@ def test_sources_that_are_not_there_or_of_no_known_kind(tmp_path: Path):
     (tmp_path / "pairs.jsonl").touch()
     refused(tmp_path / "pairs.json", "pairs.json does not exist", "did you mean pairs.jsonl?")
     refused(tmp_path / "no" / "pairs.json", "does not exist", f"neither does its folder {tmp_path / 'no'}")
+    (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
+    refused(tmp_path / "link.jsonl", "link.jsonl is a link to gone.jsonl, which does not exist")
     write_shards(TOYS, tmp_path)
     refused(f"{tmp_path}/shard-{{000..005}}.tar", "shard-003.tar does not exist", "2 more of the 6")
     (tmp_path / "pairs.xlsx").touch()

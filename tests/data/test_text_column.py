@@ -40,6 +40,14 @@ def test_it_sorts_and_finds_as_python_does(column: TextColumn):
     assert found.tolist() == [-1, *entry.tolist()]
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [['say "no"', "a\n", "u0000"], ["a\\u0000b", "c"], ["a\0b", "c"], ["", ""], ["\ud83d", "\ude00"], ["ü", ""]],
+)
+def test_its_json_is_that_of_the_list(texts: list[str]):
+    assert b"".join(TextColumn.of(texts).json_pieces()).decode() == json.dumps(texts)
+
+
 def test_an_empty_one():
     none = TextColumn.of([])
     assert list(none) == [] == list(none.sort_distinct()[0]) and b"".join(none.json_pieces()) == b"[]"

@@ -24,6 +24,7 @@ from clasp.config.recipe import Recipe
 from clasp.data.folder_lock import lock_folder
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
+from clasp.report.run_record import read_results
 from clasp.training.run_folder import RunFolder
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
@@ -213,6 +214,39 @@ def test_a_second_process_is_told(made: Recipe, stopped: Path, tmp_path: Path) -
         run(made, tmp_path / "new")
     with lock_folder(stopped), pytest.raises(UserError, match="is being written to by process"):
         go_on(stopped)
+
+
+class Moved(SilentReporter):
+    """Moves the run folder after a step; in its place is the start of another run, if any."""
+
+    def __init__(self, folder: Path, replaced: bool) -> None:
+        self.folder, self.replaced = folder, replaced
+
+    def step(self, progress: TrainProgress) -> None:
+        if progress.step == 3:
+            self.folder.rename(self.folder.with_name("moved"))
+            if self.replaced:
+                self.folder.mkdir()
+                (self.folder / "recipe.toml").write_text("another run")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_moved_while_it_trains_goes_on_where_it_is(
+    replaced: bool, made: Recipe, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match="run was moved, deleted or replaced"):
+        main_job.train_recipe(made, folder, say=str, reporter=Moved(folder, replaced))
+    there = [path.name for path in folder.iterdir()] if folder.exists() else []
+    assert there == (["recipe.toml"] if replaced else []), "nothing is written into another run"
+    go_on(tmp_path / "moved")
+    assert (tmp_path / "moved/delta.safetensors").read_bytes() == (whole / "delta.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "results.jsonl"])
+def test_a_file_that_an_editor_gave_a_byte_order_mark_is_read(whole: Path, name: str) -> None:
+    (whole / name).write_bytes(b"\xef\xbb\xbf" + (whole / name).read_bytes())
+    assert RunFolder(whole).recipe()["train"]["epochs"] == 2 and read_results(whole)
 
 
 def test_a_first_save_that_was_interrupted_is_told_alike_and_train_goes_on(made: Recipe, stopped: Path) -> None:

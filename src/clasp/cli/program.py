@@ -66,11 +66,13 @@ def _print_usage_error(error: Any) -> None:
 
 
 # errors of the disk and of its owner: no bug of ours, wherever they come from
-_USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL, _REFUSED = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
+_OF_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
+_USER_ERRNOS = (*_FULL, *_REFUSED, *_OF_PATHS)
 
 
 def _describe_system_error(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         return f"no space left on the disk ({error})"
     return f"{error.filename or 'a file'} cannot be read or written: {error.strerror}"
 

@@ -76,17 +76,30 @@ def doctor(
     from clasp.commands.doctor import diagnose, raise_on_stop
     from clasp.config.recipe import read_recipe, require_single_keys
     from clasp.report.console import print_json, print_lines, progress_bar
+    from clasp.types import UserError
 
     require_single_keys(overrides or ())
     sections = []
     for section in diagnose(read_recipe(recipe, overrides or ()), bar=progress_bar, measured=measure):
         sections.append(section)
-        if not as_json:
-            print_lines(section.findings)
+        for finding in section.findings if not as_json else ():
+            print_lines([finding])
+            if finding.fix:
+                print_lines([f"      to mend it: {_doctor_with(recipe, overrides or (), finding.fix)}"])
+    findings = [finding for section in sections for finding in section.findings]
     if as_json:
-        findings = [asdict(finding) for section in sections for finding in section.findings]
-        print_json({**{section.about: section.facts for section in sections}, "findings": findings})
-    raise_on_stop(sections)
+        about = {section.about: section.facts for section in sections}
+        print_json({**about, "findings": [asdict(finding) for finding in findings]})
+        raise_on_stop(sections)
+    elif stops := [finding.about for finding in findings if finding.level == "stop"]:
+        raise UserError(f"training would stop: {', '.join(dict.fromkeys(stops))}, as found above")
+
+
+def _doctor_with(recipe: str, overrides: Sequence[str], fix: Sequence[str]) -> str:
+    """The same command with these overrides in place of its own of the same keys."""
+    keys = {override.partition("=")[0] for override in fix}
+    kept = [override for override in overrides if override.partition("=")[0].strip() not in keys]
+    return shlex.join(["clasp", "doctor", recipe, *kept, *fix])
 
 
 @app.command()
@@ -300,6 +313,8 @@ def _climb(recipe: Any, run: Path) -> None:
     if plan.rows:
         print_table(where, table.columns, table.cells, table.notes)
     kept = f"kept: stages/{plan.best}, in {where}" if plan.best else "no stage had ended, so nothing is kept"
+    if plan.rows and not plan.best:
+        kept += ", also of what was tried in memory"
     if done.interrupted:
         print_status(f"interrupted; {kept}; go on with: clasp resume {shlex.quote(where)}")
         sys.exit(130)

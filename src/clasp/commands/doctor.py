@@ -40,6 +40,8 @@ from clasp.training.class_pairs import WeightedClassPairs
 from clasp.training.trackers.registry import find_trackers
 from clasp.types import ProgressFactory, UserError, no_progress_bar
 
+_CACHED_AUGMENTATIONS = "data.cached_augmentations=4"
+
 
 def diagnose(
     recipe: Recipe, *, bar: ProgressFactory = no_progress_bar, measured: bool = False
@@ -50,14 +52,14 @@ def diagnose(
         raise UserError("--measure: a recipe with [auto] takes its budget; its steps are timed when training begins")
     find_trackers(recipe.train.trackers)
     train, val = open_training_pairs(recipe)
-    yield check_pairs(train, val)
+    yield check_pairs(train, val, held_out=recipe.data.val is None)
     if balance := check_classes(train, val):
         yield balance
     yield check_parameters(recipe)
     listing = PairIndex(train)
     parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
-    yield check_captions(listing, parts.tokenizer)
-    yield check_languages(train, parts.tokenizer)
+    yield check_captions(listing, parts.tokenizer, lambda override: _builds(recipe, override))
+    yield check_languages(train, parts.tokenizer, recipe.text.tower or "")
     yield (images := check_images(train, val, parts.transform, recipe.data.max_bad_fraction, bar))
     yield check_near_duplicates(train, val, bar)
     classes = class_pairs_of_recipe(recipe, parts.model)
@@ -71,6 +73,15 @@ def diagnose(
     yield (steps := check_steps(recipe, train, inputs))
     if measured and not any(finding.level == "stop" for each in (images, disk, steps) for finding in each.findings):
         yield check_forecast(recipe, (train, val), plan_run(recipe, train, inputs), caches, bar)
+
+
+def _builds(recipe: Recipe, override: str) -> bool:
+    """Whether the towers take an override."""
+    try:
+        build_model(recipe.with_overrides([override]), meta=True)
+    except UserError:
+        return False
+    return True
 
 
 def raise_on_stop(sections: Sequence[CheckReport]) -> None:
@@ -92,8 +103,21 @@ def check_steps(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> CheckRep
     try:
         plan = plan_run(recipe, train, inputs)
     except UserError as error:
-        return CheckReport("steps", {}, [Finding("stop", "steps", str(error))])
+        return CheckReport("steps", {}, [Finding("stop", "steps", str(error), _mend_steps(recipe, train, inputs))])
     return CheckReport("steps", asdict(plan), [Finding("ok", "steps", plan.reason)])
+
+
+def _mend_steps(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> tuple[str, ...]:
+    """The overrides with which there are steps."""
+    fix = ("train.batch_size=auto",)
+    try:
+        plan_run(recipe.with_overrides(fix), train, inputs)
+        return fix
+    except UserError:
+        if recipe.data.class_ratio is None:  # too few pairs
+            return ()
+    views = () if recipe.data.augment is None else (_CACHED_AUGMENTATIONS,)
+    return ('tune.image=["none"]', 'tune.text=["none"]', "data.feature_cache=auto", *views)
 
 
 def check_parameters(recipe: Recipe) -> CheckReport:
@@ -119,6 +143,7 @@ def check_towers(parts: ModelAndPreprocessing, recipe: Recipe, inputs: FeatureSo
         made.add_finding(
             "look",
             "the frozen part of the image tower runs in every step: data.augment is on, data.cached_augmentations is 0",
+            _CACHED_AUGMENTATIONS,
         )
     return made
 
@@ -159,7 +184,9 @@ def check_feature_cache(plans: Sequence[CachePlan], free: int) -> CheckReport:
         made.facts["feature_cache"].append({key: value for key, value in facts.items() if key != "key"})
         text = f"{plan.count:,} {plan.what}: {plan.bytes:,} bytes"
         if plan.storage is None:
-            made.add_finding("look", f"{text} of hidden states, too many to cache: recomputed each time")
+            made.add_finding(
+                "look", f"{text} of hidden states, too many to cache: recomputed each time", "data.feature_cache=int8"
+            )
         else:
             made.add_finding(
                 "ok", f"{text} in {plan.storage}, {'there already' if plan.file else 'to be computed once'}"
@@ -167,7 +194,8 @@ def check_feature_cache(plans: Sequence[CachePlan], free: int) -> CheckReport:
         free -= plan.bytes_to_write
         if free < 0:
             folder = cache_folder() / "features"
-            made.add_finding("stop", f"cannot keep {plan.bytes:,} bytes in {folder}: {os.strerror(errno.ENOSPC)}")
+            text = f"cannot keep {plan.bytes:,} bytes in {folder}: {os.strerror(errno.ENOSPC)}"
+            made.add_finding("stop", text, "data.feature_cache=off")
             return made
     if plans:
         more = sum(plan.bytes_to_write for plan in plans)

@@ -8,7 +8,7 @@ status lines are passed to ``say``; nothing is printed here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.training.trackers.group import TrackerGroup
 from clasp.training.trackers.registry import TrackerFactory, find_trackers, open_trackers, silent_trackers
 from clasp.training.warm_start import load_initial_weights
-from clasp.types import MessageCallback, ProgressFactory, TrackedRun, no_progress_bar
+from clasp.types import MessageCallback, ProgressFactory, TrackedRun, UserError, no_progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def train_recipe(
 @contextmanager
 def _held(folder: RunFolder) -> Iterator[None]:
     """Holds the lock of the folder."""
-    with lock_folder(folder.path), _failed_starts_undone(folder):
+    with lock_folder(folder.path) as folder.require_held, _failed_starts_undone(folder):
         folder.remove_partial_writes()
         yield
 
@@ -141,10 +141,12 @@ def _failed_starts_undone(folder: RunFolder) -> Iterator[None]:
         yield
     except BaseException as error:
         fails_again = isinstance(error, Exception) and not isinstance(error, LostProcessError)
-        if fails_again and folder.has_only_first_state:
-            folder.finish()
-        else:
-            folder.discard_start()
+        with suppress(UserError):
+            folder.require_held()  # else it was moved, and its place may be another run's
+            if fails_again and folder.has_only_first_state:
+                folder.finish()
+            else:
+                folder.discard_start()
         raise
 
 

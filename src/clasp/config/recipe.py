@@ -202,7 +202,7 @@ def _read_with_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> 
     if path.resolve() in above:
         raise UserError(f"{chain}: no recipe can extend itself")
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # also a number of too many digits
         hint = "" if path.suffix == ".toml" else _as_data(path)
         raise UserError(f"{path} is not a TOML file: {error}{hint}") from None

@@ -111,6 +111,9 @@ def _set_torn_line_aside(path: Path, descriptor: int) -> None:
         return
     whole = os.pread(descriptor, size, 0)
     end = whole.rfind(b"\n") + 1
+    if _is_object(whole[end:]):
+        os.write(descriptor, b"\n")
+        return
     torn = path.with_name(path.name + TORN_SUFFIX)
     with torn.open("ab") as file:
         file.write(whole[end:] + b"\n")
@@ -119,10 +122,20 @@ def _set_torn_line_aside(path: Path, descriptor: int) -> None:
     _log.warning("%s: its last line was torn by a kill or a full disk; it is set aside in %s", path, torn.name)
 
 
+def _is_object(line: bytes) -> bool:
+    """Whether a line without its end is whole, as an editor may leave it: no part of an object is one."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def read_json_lines(path: Path) -> list[Any]:
     """The values of the lines, without a last line that a kill has torn. Raises ``UserError`` for a damaged one."""
-    *lines, torn = path.read_bytes().split(b"\n")
-    if torn:
+    *lines, last = path.read_bytes().split(b"\n")
+    if _is_object(last):
+        lines.append(last)
+    elif last:
         _log.warning("%s: its last line is torn, and left out", path)
     rows = []
     for number, line in enumerate(lines, 1):
@@ -173,6 +186,10 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         if is_disk_full(error):
             raise UserError(f"no space left to write {path}; nothing saved before is lost") from None
+        if isinstance(error, FileNotFoundError) and error.filename is not None:
+            folder = Path(os.fsdecode(error.filename)).parent
+            if not folder.exists():
+                raise UserError(f"{folder} is gone: it was moved or deleted while it was written to") from None
         refused = isinstance(error, PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError)
         if refused or (isinstance(error, OSError) and error.errno == errno.EROFS):
             raise UserError(f"{path} cannot be written: {error.strerror}") from None

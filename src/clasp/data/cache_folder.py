@@ -8,7 +8,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from clasp.errors import UserError
+
 
 def cache_folder() -> Path:
-    """``$CLASP_CACHE``, else ``~/.cache/clasp``."""
-    return Path(os.environ.get("CLASP_CACHE") or Path.home() / ".cache" / "clasp")
+    """``$CLASP_CACHE``, else ``~/.cache/clasp``. Raises ``UserError`` where there is neither."""
+    folder = os.environ.get("CLASP_CACHE") or os.path.expanduser("~/.cache/clasp")
+    if folder.startswith("~"):
+        raise UserError("this user has no home folder for the cache: set CLASP_CACHE to a folder, or HOME")
+    return Path(folder)

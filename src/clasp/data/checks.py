@@ -7,8 +7,10 @@ of many images and captions an evenly spaced sample is checked, and the findings
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -19,7 +21,7 @@ from clasp.data.images import Augment, ImageTransform
 from clasp.data.loader import BadSampleLimit
 from clasp.data.pairs import Pairs, skipped_lines
 from clasp.data.readers import LiveImageReader, PairIndex
-from clasp.data.sample_size import few_validation_pairs
+from clasp.data.sample_size import MIN_QUERIES, few_validation_pairs
 from clasp.data.tokenizer import Tokenizer
 from clasp.errors import counted
 from clasp.plain_types import Pair, ProgressFactory, SkippedSample, UserError
@@ -36,11 +38,15 @@ Severity = Literal["ok", "look", "stop"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """``ok``; ``look``: training will run, but the data may not be as intended; ``stop``: training would fail."""
+    """``ok``; ``look``: training will run, but the data may not be as intended; ``stop``: training would fail.
+
+    ``fix``: overrides of the recipe that mend it, ``key=value``; empty where no setting does.
+    """
 
     level: Severity
     about: str
     text: str
+    fix: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.level:<4}  {self.about}: {self.text}"
@@ -54,13 +60,13 @@ class CheckReport:
     facts: dict[str, Any]
     findings: list[Finding] = field(default_factory=list)
 
-    def add_finding(self, level: Severity, text: str) -> None:
-        """Add a finding."""
-        self.findings.append(Finding(level, self.about, text))
+    def add_finding(self, level: Severity, text: str, *fix: str) -> None:
+        """Add a finding, with the overrides that mend it."""
+        self.findings.append(Finding(level, self.about, text, fix))
 
 
-def check_pairs(train: Pairs, val: Pairs) -> CheckReport:
-    """Counts of pairs, captions, languages and skipped files."""
+def check_pairs(train: Pairs, val: Pairs, *, held_out: bool = False) -> CheckReport:
+    """Counts of pairs, captions, languages and skipped files; ``held_out``: ``val`` is a part of what ``train`` was."""
     counts = train.count_languages() + val.count_languages()
     captions, unnamed = counts.total(), counts.pop("", 0)
     languages = dict(counts.most_common())
@@ -71,19 +77,34 @@ def check_pairs(train: Pairs, val: Pairs) -> CheckReport:
         report.add_finding("look", line)
     report.add_finding("ok", f"{len(train):,} to train on, {len(val):,} to validate on; {counted(captions, 'caption')}")
     for line in few_validation_pairs(len(val)):
-        report.add_finding("look", line.removeprefix("warning: "))
+        report.add_finding("look", line.removeprefix("warning: "), *_larger_fraction(len(train) + len(val), held_out))
     named = ", ".join(f"{name} {count:,}" for name, count in list(languages.items())[:10])
     more = f" and {len(languages) - 10} more" if len(languages) > 10 else ""
     if not languages:
         report.add_finding("ok", "captions name no language")
     else:
         lacking = f"; none named: {counted(unnamed, 'caption')}" if unnamed else ""
-        report.add_finding("look" if unnamed else "ok", f"languages: {named}{more}{lacking}")
+        fix = (languages_override(languages),) if unnamed else ()
+        report.add_finding("look" if unnamed else "ok", f"languages: {named}{more}{lacking}", *fix)
     return report
 
 
-def check_captions(listing: PairIndex, tokenizer: Tokenizer) -> CheckReport:
-    """How often captions repeat, the token lengths of the distinct ones, and how many are truncated."""
+def _larger_fraction(count: int, held_out: bool) -> tuple[str, ...]:
+    """The ``data.val_fraction`` that holds out as many pairs as metrics need, where that leaves most to train on."""
+    fraction = math.ceil(110 * MIN_QUERIES / count) / 100  # groups are held out by a hash: about this many
+    return (f"data.val_fraction={fraction:g}",) if held_out and fraction <= 0.5 else ()
+
+
+def languages_override(names: Iterable[str]) -> str:
+    """The override that keeps captions in these languages only."""
+    return f"data.languages={json.dumps(sorted(names), ensure_ascii=False)}"
+
+
+def check_captions(
+    listing: PairIndex, tokenizer: Tokenizer, fits: Callable[[str], bool] = lambda override: True
+) -> CheckReport:
+    """How often captions repeat, the token lengths of the distinct ones, and how many are truncated. ``fits``: whether
+    the text tower takes an override of ``text.max_tokens``."""
     often = np.bincount(listing.caption)
     repeated, top = float(often[often > 1].sum() / often.sum()), int(often.argmax())
     some = [listing.texts[number] for number in _evenly_spaced(len(listing.texts), TOKENIZE_SAMPLE_SIZE)]
@@ -102,7 +123,10 @@ def check_captions(listing: PairIndex, tokenizer: Tokenizer) -> CheckReport:
     read = f"half have up to {p50} tokens, 95 % up to {p95}, the longest {longest}"
     if cut:
         read += f"; {100 * cut:.1f} % are cut at text.max_tokens = {tokenizer.max_tokens}"
-    report.add_finding("look" if cut >= 0.01 else "ok", read + sample_note(len(some), len(often)))
+    looks = cut >= 0.01
+    longer = [f"text.max_tokens={count}" for count in (longest, p95) if looks and count > tokenizer.max_tokens]
+    fix = next(((override,) for override in longer if fits(override)), ())
+    report.add_finding("look" if looks else "ok", read + sample_note(len(some), len(often)), *fix)
     return report
 
 
@@ -150,7 +174,8 @@ def _check_readable(
     of = f"of {looked_at:,} looked at{'' if looked_at == count else f' (there are {count:,})'}"
     named = ", ".join(f"{name} ({reason})" for name, reason in skipped[:3])
     if stop:
-        report.add_finding("stop", stop)
+        fraction = math.ceil(100 * len(skipped) / looked_at) / 100
+        report.add_finding("stop", stop, *([f"data.max_bad_fraction={fraction:g}"] if fraction < 1 else []))
     elif skipped:
         report.add_finding("look", f"{len(skipped)} {of} cannot be read and will be left out: {named}")
     else:

@@ -14,7 +14,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,30 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[Callable[[], None]]:
     """Hold the lock of ``folder``; one that is made here and still empty at the end is removed.
 
-    Raises ``UserError`` naming the process that holds it.
+    Yields a function that raises ``UserError`` once the folder is no longer at its path. Raises ``UserError`` naming
+    the process that holds the lock.
     """
     path = folder / LOCK_FILE
     with translate_disk_errors(folder):
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(path)
+
+    def require_held() -> None:
+        if not _is_at(descriptor, path):
+            raise UserError(
+                f"{folder} was moved, deleted or replaced while this process wrote to it; what was saved is in the "
+                "folder where it is now"
+            )
+
     try:
-        yield
+        yield require_held
     finally:
-        path.unlink(missing_ok=True)  # before it is released: the next holder then makes a file of its own
+        if _is_at(descriptor, path):  # else the folder was moved, and its place may be another run's
+            path.unlink()  # before it is released: the next holder then makes a file of its own
         os.close(descriptor)
         if made:
             with suppress(OSError):
@@ -54,7 +64,7 @@ def _acquire(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor, path)
-            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            if _is_at(descriptor, path):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
                 return descriptor
@@ -62,6 +72,14 @@ def _acquire(path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)  # the process that held it has removed it meanwhile
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether this open file is the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int, path: Path) -> None:

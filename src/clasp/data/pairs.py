@@ -111,7 +111,7 @@ def open_pairs(
     if stage is not None and all(map(names_address, names)):
         with hints.added():
             return _open_shards(str(source), names, format, columns, cache, stage)
-    paths = [Path(name).expanduser() for name in names]
+    paths = [Path(os.path.expanduser(name)) for name in names]
     for name, path in zip(names, paths, strict=True):
         if not name:
             raise UserError(f"{str(source)!r} names no source; name a folder or a file")
@@ -175,7 +175,7 @@ def _open(
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: a text in it or beside it is not UTF-8: {error}") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be opened: {error.strerror or error}") from None
+        raise UserError(f"{error.filename or path} cannot be opened: {error.strerror or error}") from None
     if not isinstance(opened, OpenedSource):
         raise UserError(f"data.format = {format!r} gave a {type(opened).__name__}; it must give an OpenedSource")
     return opened
@@ -185,6 +185,8 @@ def _missing(path: Path, paths: list[Path]) -> str:
     missing = [other for other in paths if not other.exists()]
     more = f" (nor do {len(missing) - 1} more of the {len(paths)} sources)" if len(missing) > 1 else ""
     parent = path.parent
+    if path.is_symlink():
+        return f"{path} is a link to {os.readlink(path)}, which does not exist{more}"
     if not parent.is_dir():
         return f"{path} does not exist{more}; neither does its folder {parent}"
     near = difflib.get_close_matches(path.name, os.listdir(parent), n=1)
@@ -258,7 +260,7 @@ class FolderImages(Sequence[tuple[str, ImageSource]]):
 
 def list_images(path: str | Path) -> FolderImages:
     """The images of a folder, recursively; other files, except captions, are counted by reason."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_dir():
         raise UserError(f"{path} is not a folder" if path.exists() else _missing(path, [path]))
     folder = FolderFiles.of(path)

@@ -10,13 +10,14 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from clasp.data.checks import CheckReport
+from clasp.data.checks import CheckReport, languages_override
 from clasp.data.pairs import Pairs
 from clasp.data.tokenizer import Tokenizer
 from clasp.errors import counted
 
 LANGUAGE_SAMPLE_SIZE = 2_000  # distinct captions of each language
 _MAX_UNKNOWN_SHARE, _MAX_TOKENS_PER_CHARACTER = 0.01, 1.2  # above these, a vocabulary does not fit a language
+_MULTILINGUAL_TOWER = "pip:multilingual-e5-small"  # in clasp's own dependencies; of a hundred languages
 _MAX_CLASS_RATIO = 10  # pairs of the largest class to those of the smallest
 
 
@@ -42,8 +43,9 @@ class _LanguageTokens(NamedTuple):
         return f"{of}: {100 * self.unknown_share:.1f} % of the tokens are unknown"
 
 
-def check_languages(train: Pairs, tokenizer: Tokenizer) -> CheckReport:
-    """The share of unknown tokens, and tokens per character, in each language of the training captions."""
+def check_languages(train: Pairs, tokenizer: Tokenizer, tower: str = "") -> CheckReport:
+    """The share of unknown tokens, and tokens per character, in each language of the training captions. ``tower``:
+    the name of the text tower."""
     texts: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for pair in train:
         for text, language in pair.captions:
@@ -53,11 +55,19 @@ def check_languages(train: Pairs, tokenizer: Tokenizer) -> CheckReport:
     report = CheckReport("languages", {each.language: each._asdict() for each in found})
     for each in (each for each in found if not each.fits):
         lacks = "the vocabulary of the text tower lacks this language; choose another text.tower"
-        report.add_finding("look", f"{each}; {lacks}")
+        report.add_finding("look", f"{each}; {lacks}", *_mend_languages(found, tower))
     if fitting := [each for each in found if each.fits]:
         more = f"; and {counted(len(fitting) - 5, 'more language')}" if len(fitting) > 5 else ""
         report.add_finding("ok", "; ".join(map(str, fitting[:5])) + more)
     return report
+
+
+def _mend_languages(found: Sequence[_LanguageTokens], tower: str) -> tuple[str, ...]:
+    """The packaged multilingual tower; where that is what lacks a language, the languages that it has."""
+    if tower != _MULTILINGUAL_TOWER:
+        return (f"text.tower={_MULTILINGUAL_TOWER}",)
+    fitting = [each.language for each in found if each.fits and each.language]
+    return (languages_override(fitting),) if fitting else ()
 
 
 def _measure(language: str, texts: Sequence[str], tokenizer: Tokenizer) -> _LanguageTokens:

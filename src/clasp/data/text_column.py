@@ -84,11 +84,11 @@ class TextColumn(Sequence[str]):
         return self.select(order[first]), entry
 
     def json_pieces(self) -> Iterator[bytes]:
-        """``json.dumps(list(self))``, in pieces."""
+        """``json.dumps(list(self))``, in pieces; no Python string a text."""
         yield b"["
         for start in range(0, len(self), _DECODED_AT_ONCE):
-            piece = json.dumps(self[start : start + _DECODED_AT_ONCE])[1:-1]
-            yield (", " + piece if start else piece).encode()
+            piece = _json_items(self.select(np.arange(start, min(start + _DECODED_AT_ONCE, len(self))))._selected())
+            yield b", " + piece if start else piece
         yield b"]"
 
     def _selected(self) -> pa.LargeBinaryArray:
@@ -98,6 +98,22 @@ class TextColumn(Sequence[str]):
 def encode_texts(texts: Iterable[str]) -> pa.LargeBinaryArray:
     """The texts as the Arrow array of a ``TextColumn``."""
     return pa.array([_encode(text) for text in texts], pa.large_binary())
+
+
+_SEPARATOR = b"\0"
+
+
+def _json_items(values: pa.LargeBinaryArray) -> bytes:
+    """The items of a JSON list of the texts; at once as one text, where its separator is in none of them.
+
+    Without a backslash in a text, ``\\u0000`` in the JSON can only be the separator.
+    """
+    whole = pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
+    joined: bytes = pc.call_function("binary_join", [whole, pa.scalar(_SEPARATOR, pa.large_binary())])[0].as_py()
+    if b"\\" in joined or joined.count(_SEPARATOR) != len(values) - 1:
+        texts = [text.decode("utf-8", "surrogatepass") for text in values.to_pylist()]
+        return json.dumps(texts)[1:-1].encode()
+    return json.dumps(joined.decode("utf-8", "surrogatepass")).replace("\\u0000", '", "').encode()
 
 
 def _differs_from_previous(values: pa.LargeBinaryArray, order: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:

@@ -207,7 +207,7 @@ def find_suite(name: str) -> tuple[SuiteSet, ...]:
         known = f"there are {', '.join(SUITES)}, or name a TOML file with [[set]] tables"
         raise UserError(f"no suite {name!r}; {hint}{known}")
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8")).get("set", [])
+        tables = tomllib.loads(file.read_text(encoding="utf-8-sig")).get("set", [])
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not a TOML file: {error}") from None
     if not isinstance(tables, list) or not tables:

@@ -183,7 +183,7 @@ def _read_recipe(path: Path, plan: AutoPlan | None) -> Mapping[str, Any]:
         assert plan is not None
         return plan.recipe
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 

@@ -8,6 +8,7 @@ a script without a font is named in brackets instead of drawn as boxes. One of t
 from __future__ import annotations
 
 import math
+import os
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ class TextRenderer:
         given = _font_files([folder]) if folder is not None else []
         if folder is not None and not given:
             raise UserError(f"no font (.ttf, .otf, .ttc) in {folder}")
-        system = _font_files([Path(name).expanduser() for name in _FONT_FOLDERS])
+        system = _font_files([Path(os.path.expanduser(name)) for name in _FONT_FOLDERS])
         wide = [font for font in system if _rank(font)[0] < len(_FAMILIES)]
         self._fonts = [*given, *wide, None, *(font for font in system if font not in wide)]
         self.used: set[str] = set()

@@ -66,7 +66,7 @@ class EdgeStore(PointStore):
 
     def __init__(self, folder: str | Path) -> None:
         require_edge_extra()
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))
         super().__init__(_EdgeCollection(self.folder))
 
 

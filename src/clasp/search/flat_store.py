@@ -58,7 +58,7 @@ class FlatStore:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))
         self._release_lock: Callable[[], Any] | None = None
         self._load()
 

@@ -45,7 +45,7 @@ class UploadFolder:
     """A folder, made if it does not exist. ``UserError`` if it cannot be made or written to."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(os.path.realpath(Path(path).expanduser()))
+        self.path = Path(os.path.realpath(os.path.expanduser(path)))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -13,7 +13,8 @@ import json
 import logging
 import shutil
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.require_held: Callable[[], None] = lambda: None
+        """Raises ``UserError`` once the folder is no longer this process's, where it holds the lock."""
 
     # --- writing -------------------------------------------------------------------------------------------------
 
@@ -158,21 +161,27 @@ class RunFolder:
         if (self.path / "recipe.toml").exists() and not self.has_state and not (self.path / _DELTA_FILE).exists():
             self._remove_started_files()
 
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        self.require_held()
+        with translate_disk_errors(path):
+            yield
+
     def save(self, model: DualEncoder) -> int:
         """Write the delta; returns its size in bytes."""
-        with translate_disk_errors(self.path):
+        with self._writing(self.path):
             write_tensor_file(self.path / _DELTA_FILE, model.delta(), {"format": str(_FORMAT)})
         return (self.path / _DELTA_FILE).stat().st_size
 
     def save_state(self, state: TrainState) -> None:
         """Write the training state that a bitwise resumption needs; ``state/`` is deleted when a run is finished."""
-        with translate_disk_errors(self.path):
+        with self._writing(self.path):
             StateFiles(self.path).write(state, self._identity())
 
     def keep_results(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The results of a run that has ended, as lines of ``results.jsonl``: ``rows``, or those of an end that was
         killed before its state was deleted."""
-        with translate_disk_errors(self.path):
+        with self._writing(self.path):
             return StateFiles(self.path).keep_results(rows)
 
     def finish(self) -> None:
@@ -183,12 +192,12 @@ class RunFolder:
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to ``log.jsonl`` or ``results.jsonl``."""
-        with translate_disk_errors(self.path):
+        with self._writing(self.path):
             append_json_lines(self.path / name, rows)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the run, such as its model card."""
-        with translate_disk_errors(self.path):
+        with self._writing(self.path):
             write_text_file(self.path / name, text)
 
     # --- reading -------------------------------------------------------------------------------------------------
@@ -210,7 +219,7 @@ class RunFolder:
 
     def _read_recipe_file(self) -> dict[str, Any]:
         try:
-            return tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
+            return tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path / 'recipe.toml'} is damaged: {error}") from None
 

@@ -521,6 +521,14 @@ def test_a_stopped_run_and_its_resumption_add_up(towers: Path, pairs: Path, tmp_
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_stop_in_the_first_step_waits_for_no_counting(towers: Path, pairs: Path, tmp_path: Path) -> None:
+    made, folder = recipe(towers, pairs), tmp_path / "run"
+    main_job.train_recipe(made, folder, say=str, reporter=StopAt(1))
+    assert read_cost(folder).work is None and "counting" in read_cost(folder).seconds, "of the frozen towers only"
+    again = main_job.Recipe.model_validate({**made.to_dict(), "train": read_recipe(folder)["train"]})
+    assert run(again, folder, resume=True).cost.work is not None
+
+
 def read_recipe(folder: Path) -> dict:
     return main_job.RunFolder(folder).recipe()
 

@@ -8,6 +8,7 @@ Note: paths of this machine are left out of the recipe; the delta is copied bit 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,7 @@ def _place_tower(run: Path, tower: str, side: str, out: Path) -> str:
     """The tower as the exported recipe names it; a folder outside of the run is copied."""
     if not tower.startswith("file:"):
         return tower
-    folder = Path(tower.removeprefix("file:")).expanduser()
+    folder = Path(os.path.expanduser(tower.removeprefix("file:")))
     inside = run / "towers"
     if folder.is_relative_to(inside):
         return f"file:{RUN_PLACEHOLDER}/towers/{folder.relative_to(inside)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def write_run(run: RunFolder, recipe: Mapping[str, Any], tensors: Mapping[str, T
 def load_matching_tokenizer(vocabulary: int, wanted: str | None) -> tuple[str, Tokenizer]:
     """The name and the tokenizer requested, or the usual one for a vocabulary size. Raises ``UserError``."""
     name = wanted or _default_tokenizer(vocabulary)
-    folder = Path(name.removeprefix("file:")).expanduser()
+    folder = Path(os.path.expanduser(name.removeprefix("file:")))
     if name.startswith("file:") and not (folder / "config.json").is_file():
         return name, Tokenizer.from_folder(folder)
     try:

@@ -105,8 +105,10 @@ def require_columns(names: Sequence[str], have: Collection[str], where: str) -> 
 
 def load_json(text: str | bytes) -> Any:
     """Parse JSON; ``ValueError`` if it is invalid, or an object has a duplicate key."""
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -118,6 +120,9 @@ def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in items]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
     return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)  # made once: ``json.loads`` makes one a text
 
 
 def as_text(value: Any, where: str, column: str) -> str:

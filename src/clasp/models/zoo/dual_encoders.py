@@ -8,6 +8,7 @@ half alone. ``hf:NAME`` opens the same half without them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,7 @@ DUAL_ENCODER_FAMILIES: dict[str, _Family] = {
 
 def load_dual_encoder_half(name: str, settings: ImageTowerSettings | TextTowerSettings, meta: bool) -> Backbone:
     """The half of the dual encoder at ``name``; see ``clasp.models.zoo.registry.load_backbone``."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     place = str(folder) if folder.is_dir() else name
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"tower = {settings.tower!r}: {folder} has no config.json, so it is no CLIP that was saved")

@@ -13,6 +13,7 @@ import ast
 import difflib
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def _transform(place: _Place, settings: ImageTowerSettings) -> ImageTransform:
 
 
 def _find(name: str, tower: str, meta: bool) -> _Place:
-    if (folder := Path(name).expanduser()).is_dir():
+    if (folder := Path(os.path.expanduser(name))).is_dir():
         return _find_in_repository(str(folder), tower, meta)
     if name.startswith("hf-hub:"):  # as open_clip spells a repository
         return _find_in_repository(name.removeprefix("hf-hub:"), tower, meta)
@@ -88,7 +89,7 @@ def _find(name: str, tower: str, meta: bool) -> _Place:
     model, found, rest = name.partition(separator)
     config = _packaged_config(model, tower)
     if separator == "@":
-        if not (file := Path(rest).expanduser()).is_file():
+        if not (file := Path(os.path.expanduser(rest))).is_file():
             raise UserError(f"tower = {tower!r}: there is no file {rest}")
         return _Place(config, {}, file)
     tags = _read_tags().get(model, {})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def _create_from_scratch(name: str, settings: _TowerSettings, options: LoadOptio
 
 
 def _load_folder(path: str, settings: _TowerSettings, options: LoadOptions) -> Backbone:
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         hint = "; {run} is the run's own folder, in the recipe.toml of a run" if "{run}" in path else ""
         raise UserError(f"tower = {settings.tower!r}: there is no folder {folder}{hint}")
