@@ -82,6 +82,12 @@ class QueryParameters(_Strict):
 class SearchParameters(RankingParameters, QueryParameters):
     """A search by words and by ids."""
 
+    only_close: bool = Field(
+        False,
+        description="Leave out the hits below the line, where nothing is close; for a query that has words.",
+        examples=[True],
+    )
+
 
 class ExplainParameters(QueryParameters):
     """An entry, and the query of which it is a hit; without a query, what it resembles."""
@@ -91,17 +97,27 @@ class ExplainParameters(QueryParameters):
 
 
 class ImageSearchParameters(SearchParameters):
-    """A search by words, by ids and by an image."""
+    """A search by words, by ids and by images."""
 
-    image_weight: float = Field(
-        1.0, description="Weight of the image beside the texts; a negative one subtracts it.", examples=[0.5]
+    image_weight: list[float] = Field(
+        [],
+        description="Weights of the images, in their order; a negative one subtracts. Without, each counts 1.",
+        examples=[[1.0, -0.5]],
     )
 
 
 class SearchForm(ImageSearchParameters):
-    """A search by words, ids and an uploaded image."""
+    """A search by words, ids and uploaded images."""
 
-    image: Annotated[UploadFile | None, File(description="JPEG, PNG, WebP, GIF, BMP or TIFF.")] = None
+    image: Annotated[list[UploadFile], File(description="JPEG, PNG, WebP, GIF, BMP or TIFF; several are combined.")] = (
+        Field([])
+    )
+
+
+class CommandSearchParameters(ImageSearchParameters):
+    """A search of ``clasp search``; the images follow each other in the body."""
+
+    image_bytes: list[int] = Field([], description="Length of each image.")
 
 
 class SimilarParameters(RankingParameters):
@@ -153,7 +169,9 @@ class SearchResponse(BaseModel):
     hits: list[HitModel]
     offset: int
     more: bool = Field(description="Whether there are hits after these.")
-    close_count: int | None = Field(description="Hits of the whole ranking above the line; null without a text.")
+    close_count: int | None = Field(
+        description="Hits above the line; beyond the hits of this answer a lower bound. Null without a text."
+    )
     p_value: float | None = Field(description="Probability that a caption of something else finds a hit as good.")
     note: str = Field(description="One line about where nothing is close; empty if all hits are.")
 
