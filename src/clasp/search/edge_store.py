@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -44,7 +43,7 @@ _EF, _EF_CONSTRUCT, _LINKS = 320, 128, 16  # of HNSW: candidates of a search and
 _INDEX_KILOBYTES = 20_000  # of float32 vectors, from which a segment gets an index
 _SCAN_KILOBYTES = 100_000  # of float32 vectors; where fewer are stored, or pass a filter, these are scored one by one
 _ONE_SEGMENT = 1_000_000_000  # kilobytes
-_READ_AHEAD_BYTES = 2**30  # of vectors and payload; a shard of fewer is read into the page cache when it is opened
+_READ_AHEAD_BYTES = 2**29  # of vectors and payload; a shard of fewer is read into the page cache when it is opened
 _OVERSAMPLING = 2.0  # int8 candidates scored again, per hit
 _EXACT_FROM = 10_000  # candidates; a walk of the index would visit so many nodes that a scan is faster
 _SCROLL = 10_000
@@ -261,7 +260,7 @@ class _EdgeCollection:
             self._unlock()
             raise
         self._count = None
-        threading.Thread(target=_read_ahead, args=(path,), daemon=True).start()
+        _read_ahead(path)
 
     def _update(self, operation: qdrant_edge.UpdateOperation, intent: str) -> None:
         with self._errors(intent):
@@ -344,7 +343,7 @@ class _EdgeCollection:
 def _read_ahead(shard: Path) -> None:
     """Read what candidates are scored again with, so that not every search waits for the disk at some fifty places."""
     paths = [*shard.glob("segments/*/vector_storage/*.dat"), *shard.glob("segments/*/payload_storage/*.dat")]
-    with suppress(OSError):  # of a file that is replaced meanwhile; the search itself reads what it needs
+    with suppress(OSError):  # a search that cannot read says so itself
         if sum(path.stat().st_size for path in paths) > _READ_AHEAD_BYTES:
             return
         for path in paths:
