@@ -374,8 +374,8 @@ def test_phone_and_dark(browser: Browser, address: str):
     assert max(red, green, blue) < 60
     page.locator(".tile").first.click()
     expect(page.locator("#viewer-image")).to_be_visible()
-    close = page.get_by_role("button", name="Close").bounding_box()
+    close = page.get_by_role("button", name="Close", exact=True).bounding_box()
     assert close is not None and close["y"] < 100
-    page.get_by_role("button", name="Close").click()
+    page.get_by_role("button", name="Close", exact=True).click()
     expect(page.get_by_role("dialog")).to_be_hidden()
     context.close()
