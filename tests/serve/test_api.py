@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from PIL import Image
 from clasp.search import verified_matrix
 from clasp.serve.guard import AccessPolicy
 from clasp.serve.metrics import ServerMetrics
-from clasp.serve.schemas import public_id, stored_id
+from clasp.serve.public_text import public_id, stored_id
 from clasp.serve.service import SearchService
 from clasp.types import UserError
 from toydata import COLOURS
@@ -86,7 +86,7 @@ def test_images_feedback_and_more_like_this(api: TestClient):
 
 
 def test_several_images_with_weights(api: TestClient):
-    def found(weights: list[float], *names: str, **data: Any) -> Any:
+    def found(weights: Sequence[float], *names: str, **data: Any) -> Any:
         files = [("image", (f"{name}.png", png(COLOURS[name]), "image/png")) for name in names]
         return api.post("/api/search", files=files, data={"k": 12, "image_weight": weights, **data}).json()
 

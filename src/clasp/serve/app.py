@@ -32,6 +32,20 @@ from clasp.serve.editor import IndexEditor, IndexUnchangedError
 from clasp.serve.guard import COMMAND_PATH, AccessPolicy, RequestGuard
 from clasp.serve.metrics import METRICS_MEDIA_TYPE
 from clasp.serve.model_queue import ModelTimeoutError, QueueFullError
+from clasp.serve.parameters import (
+    ClassifyForm,
+    CommandSearchParameters,
+    EmbedForm,
+    EmbedTexts,
+    EntryId,
+    ExplainParameters,
+    RankingParameters,
+    SearchForm,
+    SearchParameters,
+    SimilarParameters,
+    form_data,
+)
+from clasp.serve.public_text import readable, stored_id
 from clasp.serve.requests import (
     entry_model,
     explain_response,
@@ -45,27 +59,14 @@ from clasp.serve.requests import (
 )
 from clasp.serve.schemas import (
     BrowseResponse,
-    ClassifyForm,
     ClassifyResponse,
     ClassScore,
-    CommandSearchParameters,
-    EmbedForm,
     EmbedResponse,
-    EmbedTexts,
-    EntryId,
     ErrorResponse,
-    ExplainParameters,
     ExplainResponse,
     FieldModel,
     InfoResponse,
-    RankingParameters,
-    SearchForm,
-    SearchParameters,
     SearchResponse,
-    SimilarParameters,
-    form_data,
-    readable,
-    stored_id,
 )
 from clasp.serve.service import NoSuchEntryError, SearchService
 

@@ -1,7 +1,7 @@
 """From the bodies of requests to queries, and from hits to the bodies of answers.
 
-Input: the models of ``schemas`` and limits. Output: a ``SearchQuery``, a ``RankingPart``, or models to answer with;
-``UserError`` for what exceeds a limit. Note: ids are public ones on this side (see ``schemas``).
+Input: the models of ``parameters`` and limits. Output: a ``SearchQuery``, a ``RankingPart``, or models to answer with;
+``UserError`` for what exceeds a limit. Note: ids are public ones on this side (see ``public_text``).
 """
 
 from __future__ import annotations
@@ -19,23 +19,16 @@ from clasp.search.image_weights import weigh_images
 from clasp.search.metadata_filter import entry_fields, entry_folder, parse_filter
 from clasp.search.query import MINUS_WEIGHT, SearchQuery, WeightedImage, WeightedText, parse_words
 from clasp.serve.limits import ServeLimits
-from clasp.serve.schemas import (
-    CaptionModel,
+from clasp.serve.parameters import (
     CommandSearchParameters,
-    EntryModel,
     ExplainParameters,
-    ExplainResponse,
-    HitModel,
     ImageSearchParameters,
     QueryParameters,
-    QueryPartModel,
     RankingParameters,
     SearchParameters,
-    SearchResponse,
-    public_id,
-    readable,
-    stored_id,
 )
+from clasp.serve.public_text import public_id, readable, stored_id
+from clasp.serve.schemas import CaptionModel, EntryModel, ExplainResponse, HitModel, QueryPartModel, SearchResponse
 
 
 def query_of(given: QueryParameters, images: Sequence[WeightedImage], limits: ServeLimits) -> SearchQuery:
