@@ -172,6 +172,7 @@ def main() -> None:
         words, options = words[: words.index("--")], words[words.index("--") + 1 :]
     given = parser.parse_args(words)
     facts: dict[str, Any] = {"graphs": measure_graphs(given.folder)} if has_int8_graphs(given.folder) else {}
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # where it is set, every start compiles all sources again
     chance = random.Random(-1)
     commands = {"cold": search_command(given.folder, chance, given.commands)} if given.commands else {}
     server = Server(given.folder, options)
