@@ -1,11 +1,14 @@
-"""``clasp serve`` over HTTP: start-up, memory, latency of single requests, and many clients at once; no torch here.
+"""``clasp search`` as a command, and ``clasp serve`` over HTTP: start-up, memory, latency, and many clients at once.
 
 By hand, and not a part of ``make bench``: ``python -m benchmarks.serving FOLDER --clients 64 --seconds 60``, where
 FOLDER has an index (a run, or an ONNX export), and what follows ``--`` are further options of ``clasp serve``, such as
 ``-- --engine onnx-int8`` or ``-- --workers 2``. Printed as JSON. Start-up is from starting the process until ``/ready``
-answers 200; memory is the resident set of the server and the processes it started, after the requests, with its peak.
-No two queries are the same words, so that none is answered from the memory of recent texts. The clients are threads of
-this process, which takes part of the same cores. Of an export with int8 graphs, what these lose is measured first
+answers 200. ``search_command`` has the seconds of ``clasp search`` from starting the process to its end, cold (it loads
+the model) and warm (the server of the folder answers), with an index of ``entries``; the first call of either may
+read files from disk, and is apart. With ``--clients 0`` none follow. Memory is the resident set of the server and the
+processes it started, after the requests, with its peak. No two queries are the same words, so that none is answered
+from the memory of recent texts. The clients are threads of this process, which takes part of the same cores and imports
+no torch. Of an export with int8 graphs, what these lose is measured first
 (``benchmarks.int8_graphs``).
 """
 
@@ -20,12 +23,15 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
+from urllib.request import urlopen
 
 import numpy as np
 
@@ -72,6 +78,11 @@ class Server:
         except (OSError, http.client.HTTPException):
             return Reply(0, time.perf_counter() - began)
 
+    def entries(self) -> int:
+        """Images in its index."""
+        with urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=60) as answer:
+            return json.load(answer)["entries"]
+
     def memory(self) -> dict[str, float]:
         """Megabytes of the process and those it started, now and at most."""
         found = Counter[str]()
@@ -91,10 +102,14 @@ class Server:
         self.process.wait(30)
 
 
+def query_words(chance: random.Random) -> str:
+    """Words that nobody asked for before."""
+    return f"{chance.choice(ADJECTIVES)} {chance.choice(NOUNS)} {chance.choice(PLACES)} {chance.randrange(10**6)}"
+
+
 def query_path(chance: random.Random) -> str:
-    """A search for words that nobody asked for before."""
-    words = f"{chance.choice(ADJECTIVES)} {chance.choice(NOUNS)} {chance.choice(PLACES)} {chance.randrange(10**6)}"
-    return f"/api/search?{urlencode({'q': words, 'k': 10})}"
+    """A search for such words."""
+    return f"/api/search?{urlencode({'q': query_words(chance), 'k': 10})}"
 
 
 def one_by_one(server: Server, count: int) -> dict[str, float]:
@@ -103,6 +118,19 @@ def one_by_one(server: Server, count: int) -> dict[str, float]:
     replies = [server.get(query_path(chance)) for _ in range(count + 10)][10:]
     assert all(reply.status == 200 for reply in replies), Counter(reply.status for reply in replies)
     return _milliseconds(replies)
+
+
+def search_command(folder: Path, chance: random.Random, times: int) -> dict[str, Any]:
+    """Seconds of ``clasp search``: of the first call, then the median and the slowest of ``times``."""
+    seconds = []
+    with tempfile.TemporaryDirectory() as made:
+        for _ in range(times + 1):
+            asked = [str(folder), query_words(chance), "--sheet", str(Path(made) / "hits.png"), "--json"]
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "clasp", "search", *asked], stdout=subprocess.DEVNULL, check=True)
+            seconds.append(time.perf_counter() - began)
+    first, *others = seconds
+    return {"first_s": round(first, 2), "median_s": round(median(others), 2), "slowest_s": round(max(others), 2)}
 
 
 def many_clients(server: Server, clients: int, seconds: float) -> dict[str, Any]:
@@ -136,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--commands", type=int, default=5, help="calls of clasp search, cold and warm each")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
     words, options = sys.argv[1:], list[str]()
@@ -143,12 +172,19 @@ def main() -> None:
         words, options = words[: words.index("--")], words[words.index("--") + 1 :]
     given = parser.parse_args(words)
     facts: dict[str, Any] = {"graphs": measure_graphs(given.folder)} if has_int8_graphs(given.folder) else {}
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # where it is set, every start compiles all sources again
+    chance = random.Random(-1)
+    commands = {"cold": search_command(given.folder, chance, given.commands)} if given.commands else {}
     server = Server(given.folder, options)
     try:
+        if given.commands:
+            commands["warm"] = search_command(given.folder, chance, given.commands)
+            facts["search_command"] = {"entries": server.entries(), **commands}
         alone = one_by_one(server, given.requests)
         facts |= {"startup_s": round(server.startup, 2), "one_by_one": alone, "memory": server.memory()}
-        facts["together"] = many_clients(server, given.clients, given.seconds)
-        facts["memory_after"] = server.memory()
+        if given.clients:
+            facts["together"] = many_clients(server, given.clients, given.seconds)
+            facts["memory_after"] = server.memory()
     finally:
         server.stop()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"

@@ -1,8 +1,11 @@
-"""Search in the stores: p50, p95 and recall@10 of flat and edge, with and without a filter, beside FAISS if installed.
+"""Search in the stores: p50, p95 and recall@10 of flat and edge, with and without filters, beside FAISS if installed.
 
 By hand: ``python -m benchmarks.stores --entries 200000 --width 256``; not a part of ``make bench``. Printed as JSON,
 with the machine. The vectors are synthetic: 2,000 clusters in a subspace of 48 dimensions, with noise in all, since
-uniformly random vectors have no near neighbours; queries are of the same distribution and not stored. Recall is counted
+uniformly random vectors have no near neighbours; queries are of the same distribution and not stored. ``--hard``: 300
+clusters of very unequal size with noise in all dimensions, queries that lie apart from all entries, as words do from
+images, and cameras that go with the clusters, so that half of the queries are about a cluster that a filter admits one
+in a hundred of. Recall is counted
 against the exact search. FAISS (``faiss-cpu``: HNSW, M = 32, ef = 128, and the exact index) has no payload and no
 filter. Each engine is filled in a process of its own and searched in another: ``open_s`` is opening and the first
 answer, ``peak_mb`` the most resident memory of the second, mapped files included, ``anonymous_mb`` what it holds after
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,9 +36,10 @@ from clasp.search.flat_store import FlatStore
 from clasp.search.metadata_filter import MetadataFilters, parse_filter
 
 CLUSTERS, DIMENSIONS, NOISE, K, CHUNK = 2_000, 48, 0.15, 10, 2_000
-FILTER = "year>=2018"  # one entry in five
+HARD_CLUSTERS = 300
+FILTERS = ("year>=2018", "year>=2013", "camera=Nikon", "camera=Leica")  # shares of 20, 70, 33 and 67 %
 STORES: dict[str, Callable[[Path], UpdatableStore]] = {"flat": FlatStore, "edge": EdgeStore}
-VECTORS, QUERIES, TRUTHS = "vectors.npy", "queries.npy", "truths.npy"
+VECTORS, QUERIES, CAMERAS, TRUTHS = "vectors.npy", "queries.npy", "cameras.npy", "truths.npy"
 Search = Callable[[np.ndarray], list[str]]
 
 
@@ -49,27 +54,48 @@ def synthetic(count: int, width: int, seed: int) -> np.ndarray:
     return values / np.linalg.norm(values, axis=1, keepdims=True)
 
 
-def write_vectors(folder: Path, entries: int, width: int, queries: int) -> None:
-    """The vectors, the queries, and the rows of the ``K`` nearest to each, without and with the filter."""
+def hard(count: int, width: int, seed: int, queries: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors ``[count width]``, and whether the camera of each is the one that a third of the entries has."""
+    fixed, chance = np.random.default_rng(0), np.random.default_rng(seed)
+    centres = fixed.standard_normal((HARD_CLUSTERS, width), dtype=np.float32)
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    apart = fixed.standard_normal(width, dtype=np.float32)
+    sizes = fixed.pareto(1.2, HARD_CLUSTERS) + 0.2
+    with_camera = np.cumsum(sizes) <= sizes.sum() / 3  # so many clusters, and one in a hundred of the other entries
+    drawn = chance.choice(HARD_CLUSTERS, count, p=None if queries else sizes / sizes.sum())
+    values = centres[drawn] + 0.9 / width**0.5 * chance.standard_normal((count, width), dtype=np.float32)
+    values += (-0.8 if queries else 0.8) * apart / np.linalg.norm(apart)
+    cameras = with_camera[drawn] ^ (chance.random(count) < 0.01)
+    return values / np.linalg.norm(values, axis=1, keepdims=True), cameras
+
+
+def write_vectors(folder: Path, entries: int, width: int, queries: int, is_hard: bool) -> None:
+    """The vectors, the queries, and the rows of the ``K`` nearest to each, without and with each filter."""
     made = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float32, (entries, width))
-    asked = synthetic(queries, width, 2)
-    best = np.full((2, queries, K), -np.inf, np.float32)
-    rows = np.zeros((2, queries, K), np.int64)
+    asked = hard(queries, width, 2, queries=True)[0] if is_hard else synthetic(queries, width, 2)
+    best = np.full((1 + len(FILTERS), queries, K), -np.inf, np.float32)
+    rows = np.zeros((1 + len(FILTERS), queries, K), np.int64)
+    nikon = np.arange(entries) % 3 == 0
     for start in range(0, entries, 50_000):
-        part = synthetic(min(50_000, entries - start), width, 1000 + start)
+        numbers = np.arange(start, min(start + 50_000, entries))
+        if is_hard:
+            part, nikon[numbers] = hard(len(numbers), width, 1000 + start)
+        else:
+            part = synthetic(len(numbers), width, 1000 + start)
         made[start : start + len(part)] = part
-        numbers = np.arange(start, start + len(part))
-        for kind, allowed in enumerate((numbers >= 0, numbers % 10 >= 8)):
+        years, camera = numbers % 10, nikon[numbers]
+        for kind, allowed in enumerate((numbers >= 0, years >= 8, years >= 3, camera, ~camera)):
             scores = np.concatenate([best[kind], asked @ part[allowed].T], axis=1)
             known = np.concatenate([rows[kind], np.broadcast_to(numbers[allowed], (queries, allowed.sum()))], axis=1)
             nearest = np.argpartition(-scores, K, axis=1)[:, :K]
             best[kind], rows[kind] = (np.take_along_axis(each, nearest, axis=1) for each in (scores, known))
     made.flush()
     np.save(folder / QUERIES, asked)
+    np.save(folder / CAMERAS, nikon)
     np.save(folder / TRUTHS, rows)
 
 
-def metadata(number: int) -> dict[str, Any]:
+def metadata(number: int, nikon: bool) -> dict[str, Any]:
     """The metadata of an image, as ``clasp index`` writes it."""
     return {
         "name": f"/photos/{number % 40}/{number}.jpg",
@@ -80,7 +106,7 @@ def metadata(number: int) -> dict[str, Any]:
         "captions": [],
         "languages": [],
         "group": f"{number}",
-        "meta": {"year": 2010 + number % 10, "camera": "Leica" if number % 3 else "Nikon"},
+        "meta": {"year": 2010 + number % 10, "camera": "Nikon" if nikon else "Leica"},
     }
 
 
@@ -99,11 +125,11 @@ def fill(name: str, folder: Path) -> dict[str, Any]:
 
 def fill_store(name: str, target: Path, values: np.ndarray) -> int:
     """Returns the entries that were there."""
-    store = STORES[name](target)
+    store, nikon = STORES[name](target), np.load(target.parent / CAMERAS).tolist()
     done = max(0, store.count() - CHUNK) // CHUNK * CHUNK  # before it was interrupted; ids are added in order
     for start in range(done, len(values), CHUNK):
         part = range(start, min(start + CHUNK, len(values)))
-        store.add([str(n) for n in part], values[part.start : part.stop], [*map(metadata, part)])
+        store.add([str(n) for n in part], values[part.start : part.stop], [metadata(n, nikon[n]) for n in part])
     store.close()
     return done
 
@@ -136,10 +162,9 @@ def measure(search: Search, queries: np.ndarray, truth: np.ndarray) -> dict[str,
 
 
 def measure_store(name: str, folder: Path, queries: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
-    """Open a filled store and search it without and with the filter."""
+    """Open a filled store and search it without and with each filter."""
     began = time.perf_counter()
     store = STORES[name](folder / name)
-    where = MetadataFilters((parse_filter(FILTER),))
 
     def ask(query: np.ndarray, where: MetadataFilters | None = None) -> list[str]:
         return [hit.id for hit in store.search(query[None], K, where)[0]]
@@ -147,10 +172,13 @@ def measure_store(name: str, folder: Path, queries: np.ndarray, truths: np.ndarr
     ask(queries[0])
     opened = time.perf_counter() - began
     plain = measure(ask, queries, truths[0])
-    filtered = measure(lambda query: ask(query, where), queries, truths[1])
+    filtered = {}
+    for condition, truth in zip(FILTERS, truths[1:], strict=True):
+        ask_with = partial(ask, where=MetadataFilters((parse_filter(condition),)))
+        filtered[f"with {condition}"] = measure(ask_with, queries, truth)
     store.close()
     size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
-    return {**plain, f"with {FILTER}": filtered, "open_s": round(opened, 2), "disk_mb": size // 2**20}
+    return {**plain, **filtered, "open_s": round(opened, 2), "disk_mb": size // 2**20}
 
 
 def measure_faiss(name: str, folder: Path, queries: np.ndarray, truths: np.ndarray) -> dict[str, Any]:
@@ -209,7 +237,7 @@ def rows_in(folder: Path, given: argparse.Namespace) -> dict[str, dict[str, Any]
     """The row of each engine, printed as it comes; the vectors are made unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / TRUTHS).exists():  # written last
-        write_vectors(folder, given.entries, given.width, given.queries)
+        write_vectors(folder, given.entries, given.width, given.queries, given.hard)
     held = (*np.load(folder / VECTORS, mmap_mode="r").shape, len(np.load(folder / QUERIES)))
     if held != (given.entries, given.width, given.queries):
         raise SystemExit(f"{folder} holds (entries, width, queries) = {held}; give these, or another folder")
@@ -225,6 +253,7 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=200_000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--hard", action="store_true", help="vectors and filters that an index finds hard")
     parser.add_argument("--engines", nargs="+", default=["flat", "edge", "faiss-flat", "faiss-hnsw"])
     parser.add_argument("--folder", type=Path, help="where vectors and engines are written and stay; else temporary")
     parser.add_argument("--fill-only", action="store_true")
@@ -239,7 +268,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as made:
         rows = rows_in(given.folder or Path(made), given)
-    about = {"entries": given.entries, "width": given.width, "queries": given.queries, "k": K}
+    about = {"hard": given.hard, "entries": given.entries, "width": given.width, "queries": given.queries, "k": K}
     print(json.dumps({"machine": machine(), **about, "rows": rows}, indent=1))
 
 

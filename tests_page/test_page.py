@@ -132,7 +132,7 @@ def test_images_by_upload_paste_and_drop(page: Page, tmp_path: Path):
     file.write_bytes(png(COLOURS["green"]))
     page.locator("#file").set_input_files(file)
     assert set(colours(page)) == {"green"}
-    expect(page.locator("#picked-image")).to_be_visible()
+    expect(page.get_by_role("img", name="the image you search by")).to_be_visible()
     page.get_by_role("button", name="Remove the image").click()
     expect(page.locator("#status")).to_have_text("53 pictures")
     for kind in ("paste", "drop"):
@@ -152,7 +152,7 @@ def test_images_by_upload_paste_and_drop(page: Page, tmp_path: Path):
     page.locator("#file").set_input_files(file)
     expect(page.locator("figure .title").first).to_contain_text("green")
     search(page, "green -yellow")  # words and image together
-    expect(page.locator("#picked-image")).to_be_visible()
+    expect(page.get_by_role("img", name="the image you search by")).to_be_visible()
     expect(page.locator("figure .title").first).to_contain_text("green")
     search(page, "yellow")
     expect(page.get_by_label("The image counts")).to_have_value("1")
@@ -164,6 +164,59 @@ def test_images_by_upload_paste_and_drop(page: Page, tmp_path: Path):
     (tmp_path / "text.txt").write_text("no picture")
     page.locator("#file").set_input_files(tmp_path / "text.txt")
     expect(page.get_by_role("alert")).to_have_text(re.compile("text.txt is no picture"))
+
+
+def test_several_images_with_weights_as_chips(page: Page, tmp_path: Path):
+    for name in ("green", "blue", "red"):
+        (tmp_path / f"{name}.png").write_bytes(png(COLOURS[name]))
+    page.goto("/")
+    page.locator("#file").set_input_files([tmp_path / "green.png", tmp_path / "blue.png"])
+    expect(page.locator(".chip.picture img")).to_have_count(2)
+    assert set(colours(page, 8)) == {"green", "blue"}
+    page.get_by_label("Image 1 counts").select_option("against")
+    expect(page.locator(".chip.picture.minus")).to_have_count(1)
+    expect(page.locator("figure .title").first).to_contain_text("blue")
+    assert "green" not in colours(page, 8)
+    page.locator("#file").set_input_files(tmp_path / "red.png")  # a further one joins them
+    expect(page.locator(".chip.picture")).to_have_count(3)
+    page.get_by_label("Image 3 counts").select_option("twice")
+    expect(page.locator("figure .title").first).to_contain_text("red")
+    search(page, "yellow")
+    expect(page.locator(".chip.picture")).to_have_count(3)
+    for name in ("Remove image 3", "Remove image 1"):
+        page.get_by_role("button", name=name).click()
+    expect(page.get_by_label("The image counts")).to_have_value("1")
+    search(page, "")
+    assert set(colours(page)) == {"blue"}
+    (tmp_path / "text.txt").write_text("no picture")
+    page.locator("#file").set_input_files([tmp_path / "red.png", tmp_path / "text.txt"])
+    expect(page.get_by_role("alert")).to_have_text(re.compile("text.txt is no picture"))
+    expect(page.locator(".chip.picture")).to_have_count(1)
+
+
+def test_only_close_hits(page: Page):
+    page.goto("/")
+    expect(page.get_by_role("button", name="Only close hits")).to_be_hidden()
+    search(page, "red")
+    expect(page.locator(".below")).to_have_count(1)
+    page.get_by_role("button", name="Only close hits").press("Enter")
+    expect(page.locator(".below")).to_have_count(0)
+    expect(page.locator("figure.far")).to_have_count(0)
+    expect(page.locator("figure").first).to_be_visible()
+    expect(page).to_have_url(re.compile("only_close=true"))
+    page.reload()
+    expect(page.get_by_role("button", name="Only close hits")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator(".below")).to_have_count(0)
+    page.locator("#words").fill("purple")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text(
+        "nothing is close: the best hit scores like a random caption does"
+    )
+    page.get_by_role("button", name="Only close hits").click()
+    expect(page.locator("figure.far").first).to_be_visible()
+    expect(page).not_to_have_url(re.compile("only_close"))
+    page.goto("/?only_close=true")  # without words nothing is left out
+    expect(page.locator("#status")).to_have_text("53 pictures")
 
 
 def test_like_and_unlike_move_the_query(page: Page):
@@ -321,8 +374,8 @@ def test_phone_and_dark(browser: Browser, address: str):
     assert max(red, green, blue) < 60
     page.locator(".tile").first.click()
     expect(page.locator("#viewer-image")).to_be_visible()
-    close = page.get_by_role("button", name="Close").bounding_box()
+    close = page.get_by_role("button", name="Close", exact=True).bounding_box()
     assert close is not None and close["y"] < 100
-    page.get_by_role("button", name="Close").click()
+    page.get_by_role("button", name="Close", exact=True).click()
     expect(page.get_by_role("dialog")).to_be_hidden()
     context.close()

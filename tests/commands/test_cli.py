@@ -208,6 +208,13 @@ def test_one_folder_one_command_and_what_it_says_to_type_next(clasp: Command, wo
     assert "cancels itself out" in clasp(*_shell(search.replace("your words", "ring -ring"))).mistake
     alike = clasp("search", tmp_path / "my runs" / "toy", "--image", folder / hits["hits"][0]["id"], "-k", "1")
     assert alike.code == 0 and "1.000" in alike.out and Path(hits["hits"][0]["id"]).name in alike.out.replace("\n", "")
+    first, second = (folder / hit["id"] for hit in hits["hits"][:2])
+    images = ("--image", first, "--image", second, "--image-weight", "1", "--image-weight", "-0.5")
+    mixed = clasp("search", tmp_path / "my runs" / "toy", *images, "-k", "20", "--json")
+    assert second.name in json.loads(mixed.out)["query"] and "with weight -0.5" in json.loads(mixed.out)["query"]
+    assert json.loads(mixed.out)["hits"][0]["id"] == hits["hits"][0]["id"], "what is subtracted comes later"
+    close = json.loads(clasp(*_shell(search.replace("your words", "ring")), "--only-close", "--json").out)
+    assert len(close["hits"]) == min(10, close["close_count"])
     again = clasp("train", world.toml, "--runs", tmp_path / "my runs")
     assert again.code == 0 and "toy-2" in again.err and "recall@" not in again.out and "R@10" in again.out
 
@@ -443,6 +450,15 @@ def mistakes(world: World, here: Path) -> dict[str, tuple[list, list[str]]]:
         "search for nothing": (["search", world.run], ["say what to look for"]),
         "search in no run": (["search", "runs/none", "words"], ["no run at runs/none"]),
         "search that is blank": (["search", world.run, " "], ["the words ' '", "none"]),
+        "image weight alone": (
+            ["search", world.run, "words", "--image-weight", "2"],
+            ["--image-weight is 2 for no image"],
+        ),
+        "one weight of two": (
+            ["search", world.run, "--image", "a.png", "--image", "b.png", "--image-weight", "2"],
+            ["--image-weight is 2 for 2 images", "one weight for each image"],
+        ),
+        "close to an image": (["search", world.run, "--image", "a.png", "--only-close"], ["a.png", "add words"]),
         "filter that is none": (["search", world.run, "words", "--where", "folder"], ["folder=holidays"]),
         "serve without index": (["serve", world.run], ["no index yet", "--pictures FOLDER"]),
         "serve no run": (["serve", "runs/none"], ["no run at runs/none"]),
@@ -460,7 +476,8 @@ MISTAKES = (
     "name that exists|resume a finished run|resume nothing|resume a folder|classes twice|classes unlike labels|"
     "no class list|no place in template|no classes|unknown task|unknown option|eval without data|eval of no run|"
     "unknown language|index of nothing|index of what is not there|index of no run|search without index|"
-    "search for nothing|search in no run|search that is blank|filter that is none|serve without index|serve no run|"
+    "search for nothing|search in no run|search that is blank|image weight alone|one weight of two|close to an image|"
+    "filter that is none|serve without index|serve no run|"
     "serve to everybody|serve at no port"
 ).split("|")
 

@@ -43,7 +43,7 @@ def test_from_flat_to_edge_and_back(trained: Path, edge: object):
     assert empty.engine.store.count() == 0 and recorded_store(folder) is None
     assert index_images(folder, pictures).added == 20
     assert recorded_store(folder) == "flat" and not (folder / "store.json").exists()
-    before = search_images(folder, "a red ring", None, 5, ["folder=pictures"])
+    before = search_images(folder, "a red ring", [], 5, ["folder=pictures"])
     with pytest.raises(UserError, match=r"has 20 images in the store flat, not edge; .*clasp store copy"):
         index_images(folder, pictures, store="edge")
     with pytest.raises(UserError, match="in the store flat already"):
@@ -52,10 +52,10 @@ def test_from_flat_to_edge_and_back(trained: Path, edge: object):
     moved = copy_index(folder, "edge")
     assert (moved.entries, moved.source, moved.target) == (20, "flat", "edge")
     assert json.loads((folder / "store.json").read_text()) == {"store": "edge"} and not (folder / "index").exists()
-    after = search_images(folder, "a red ring", None, 5, ["folder=pictures"])
+    after = search_images(folder, "a red ring", [], 5, ["folder=pictures"])
     assert [hit.id for hit in after.hits] == [hit.id for hit in before.hits]
     assert [hit.score for hit in after.hits] == pytest.approx([hit.score for hit in before.hits], abs=1e-6)
-    assert search_images(folder, "a red ring", None, 5, ["folder!=pictures"]).hits == []
+    assert search_images(folder, "a red ring", [], 5, ["folder!=pictures"]).hits == []
 
     (trained / "pictures").rename(trained / "moved")
     (trained / "moved").rename(trained / "pictures")
@@ -76,7 +76,7 @@ def test_from_flat_to_edge_and_back(trained: Path, edge: object):
 
     assert copy_index(folder, "flat").source == "edge"
     assert recorded_store(folder) == "flat" and not (folder / "index-edge").exists()
-    assert [hit.id for hit in search_images(folder, "a red ring", None, 5).hits] == [hit.id for hit in before.hits]
+    assert [hit.id for hit in search_images(folder, "a red ring", [], 5).hits] == [hit.id for hit in before.hits]
 
 
 def test_a_new_index_in_the_store_that_was_asked_for(tmp_path: Path, edge: object):

@@ -36,7 +36,7 @@ def ask_and_stop(folder: Path, found: dict[str, Any]) -> None:
         asked = urllib.parse.urlencode({"q": "a red ring", "k": 5})
         with urllib.request.urlopen(f"{record.address}/api/search?{asked}", timeout=60) as reply:
             found["http"] = [hit["id"] for hit in json.loads(reply.read())["hits"]]
-        found["warm"] = search_warm_server(folder, "a red ring", None, 5)
+        found["warm"] = search_warm_server(folder, "a red ring", [], 5)
         data = b'--x\r\nContent-Disposition: form-data; name="images"; filename="new.png"\r\n\r\n%b\r\n--x--\r\n'
         head = {"Content-Type": "multipart/form-data; boundary=x"}
         added = urllib.request.Request(f"{record.address}/api/images", data % png((9, 9, 9)), head, method="POST")
@@ -70,7 +70,7 @@ def test_from_pictures_to_hits_and_changes(tmp_path: Path):
     assert "20 images added" in said[0] and "20 images; open http://127.0.0.1:" in said[1]
     warm = found["warm"]
     assert isinstance(warm, FoundHits) and warm.sheet.read_bytes().startswith(b"\x89PNG")
-    cold = search_images(folder, "a red ring", None, 5)
+    cold = search_images(folder, "a red ring", [], 5)
     assert found["http"] == [hit["id"] for hit in warm.answer["hits"]] == [hit.id for hit in cold.hits]
     assert [hit["z"] for hit in warm.answer["hits"]] == [ranked.z for ranked in cold.answer.hits]
     name, there = found["added"]

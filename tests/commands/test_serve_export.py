@@ -152,7 +152,7 @@ def test_an_index_made_and_searched_without_torch(world: World):
         done = subprocess.run(world.clasp(*arguments), env=world.variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "20 images added, 20 of them encoded" in done.stderr or "picture of the hits" in done.stderr
-    index = search_images(world.export, "a red ring", None, 10)
+    index = search_images(world.export, "a red ring", [], 10)
     assert_same([(hit.id, hit.score) for hit in index.hits], of_torch(world, "a red ring"))
 
 

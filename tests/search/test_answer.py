@@ -8,13 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clasp.search.answer import RankingPart, SearchAnswer, answer_query
-from clasp.search.background import Background, BackgroundCaption, BackgroundFacts, measure_background, read_background
+from clasp.search.answer import RankingPart, SearchAnswer, answer_query, check_part
+from clasp.search.background import (
+    Background,
+    BackgroundCaption,
+    BackgroundFacts,
+    measure_background,
+    nothing_close_line,
+    read_background,
+)
 from clasp.search.engine import SearchEngine
 from clasp.search.explanation import explain_hit
 from clasp.search.flat_store import FlatStore
 from clasp.search.metadata_filter import parse_filter
 from clasp.search.query import SearchQuery, WeightedImage, WeightedText
+from clasp.types import UserError
 from toysearch import model
 
 WIDTH, IMAGES = 24, 300
@@ -68,6 +76,11 @@ def test_what_is_there_is_close_and_what_is_not_is_not(tmp_path: Path):
     assert dataclasses.replace(far, close_count=5).line_note == ""
 
 
+def test_the_p_value_is_a_number_to_read():
+    shown = {p: nothing_close_line(p).rsplit("p = ")[1] for p in (1.0, 0.996, 0.95, 0.5, 0.1, 0.0123)}
+    assert list(shown.values()) == ["1)", "1)", "0.95)", "0.5)", "0.1)", "0.01)"]
+
+
 def test_parts_of_a_ranking_are_the_whole(tmp_path: Path):
     engine, background = world(tmp_path)
     query = random_units(np.random.default_rng(1), WIDTH)
@@ -81,6 +94,26 @@ def test_parts_of_a_ranking_are_the_whole(tmp_path: Path):
     some = ask(engine, background, query, RankingPart(500, filters=[parse_filter("folder=a")]))
     assert {hit.hit.meta["name"][:5] for hit in some.hits} == {"/p/a/"}
     assert ask(engine, background, query, RankingPart(5, filters=[parse_filter("folder=c")])).hits == []
+
+
+def test_only_close_hits_are_those_above_the_line(tmp_path: Path):
+    engine, background = world(tmp_path)
+    there = engine.stored_vectors(["60"])[0]
+    whole = ask(engine, background, there, RankingPart(100))
+    count = whole.close_count or 0
+    close = ask(engine, background, there, RankingPart(100, only_close=True))
+    assert 0 < count < 100 and close.hits == whole.hits[:count] and not close.more
+    first = ask(engine, background, there, RankingPart(1, only_close=True))
+    assert first.hits == whole.hits[:1] and first.more == (count > 1)
+    absent = next(
+        vector
+        for vector in random_units(np.random.default_rng(1), 50, WIDTH)
+        if ask(engine, background, vector, RankingPart(5)).close_count == 0
+    )
+    none = ask(engine, background, absent, RankingPart(5, only_close=True))
+    assert none.hits == [] and none.line_note.startswith("nothing is close") and none.to_dict()["hits"] == []
+    with pytest.raises(UserError, match="the search 'like 20' has no words to find"):
+        check_part(RankingPart(5, only_close=True), SearchQuery(like=("20",)))
 
 
 def test_images_have_no_calibrated_score(tmp_path: Path):

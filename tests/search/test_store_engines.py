@@ -143,6 +143,34 @@ def test_the_index_finds_what_a_scan_finds(tmp_path: Path, open_store: Opener, m
     store.close()
 
 
+@pytest.mark.parametrize("open_store", engine_parameters("edge"))
+def test_terms_are_hashes_and_in_an_earlier_index_text(
+    tmp_path: Path, open_store: Opener, monkeypatch: pytest.MonkeyPatch
+):
+    import qdrant_edge
+
+    chance = np.random.default_rng(3)
+    vectors = chance.standard_normal((40, 8)).astype(np.float32)
+    where = MetadataFilters((parse_filter("tags=all"), parse_filter("language=de")))
+    answers = []
+    for name in ("now", "earlier"):
+        if name == "earlier":
+            monkeypatch.setattr(qdrant_edge, "IntegerIndexParams", lambda **given: qdrant_edge.KeywordIndexParams())
+            monkeypatch.setattr(edge_store._EdgeCollection, "_term", lambda collection, term: term)
+        store = open_store(tmp_path / name)
+        store.add([str(n) for n in range(20)], vectors[:20], [entry(n, chance) for n in range(20)])
+        store.close()
+        monkeypatch.undo()
+        again = open_store(tmp_path / name)
+        assert again._collection._hashes_terms == (name == "now")  # pyright: ignore[reportAttributeAccessIssue]
+        again.add([str(n) for n in range(20, 40)], vectors[20:], [entry(n, chance) for n in range(20, 40)])
+        answers.append([hit.id for hit in again.search(vectors[:1], 40, where)[0]])
+        again.close()
+    passing = [str(n) for n in range(40) if where(entry(n, chance))]
+    assert sorted(answers[0]) == sorted(passing) and answers[1] == answers[0] and len(passing) > 1
+    assert {int(name) < 20 for name in passing} == {True, False}, "in what was added before and after"
+
+
 @every_engine
 def test_many_queries_equal_vectors_and_replacement(tmp_path: Path, open_store: Opener):
     store = open_store(tmp_path / "store")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from PIL import Image
 from clasp.search import verified_matrix
 from clasp.serve.guard import AccessPolicy
 from clasp.serve.metrics import ServerMetrics
-from clasp.serve.schemas import public_id, stored_id
+from clasp.serve.public_text import public_id, stored_id
 from clasp.serve.service import SearchService
 from clasp.types import UserError
 from toydata import COLOURS
@@ -71,7 +71,7 @@ def test_images_feedback_and_more_like_this(api: TestClient):
     assert {"green", "blue"} & set(colours(both)) and both["p_value"] is not None
     away = api.post("/api/search", files=upload("green"), data={"q": "yellow", "k": 10, "image_weight": -0.5}).json()
     assert "green" not in colours(away)
-    for sent, weight, line in ((True, 0, "weight of a search is 0.0"), (True, "nan", "is nan"), (False, 2, "none was")):
+    for sent, weight, line in ((True, 0, "weight of a search is 0.0"), (True, "nan", "is nan"), (False, 2, "no image")):
         files = upload("green") if sent else None
         reply = api.post("/api/search", files=files, data={"q": "red", "image_weight": weight})
         assert reply.status_code == 400 and line in reply.json()["error"]
@@ -83,6 +83,60 @@ def test_images_feedback_and_more_like_this(api: TestClient):
     moved = api.get("/api/search", params={"q": "yellow", "like": red, "unlike": green, "k": 20}).json()
     still = api.get("/api/search", params={"q": "yellow", "k": 20}).json()
     assert colours(moved).index("red") < colours(still).index("red")
+
+
+def test_several_images_with_weights(api: TestClient):
+    def found(weights: Sequence[float], *names: str, **data: Any) -> Any:
+        files = [("image", (f"{name}.png", png(COLOURS[name]), "image/png")) for name in names]
+        return api.post("/api/search", files=files, data={"k": 12, "image_weight": weights, **data}).json()
+
+    both = found([], "green", "blue")
+    assert set(colours(both)) == {"green", "blue"}, "the mean of both is near to both"
+    assert found([1, 1], "green", "blue")["hits"] == both["hits"]
+    first = found([2, 0.5], "green", "blue")
+    assert colours(first)[0] == "green" and colours(found([0.5, 2], "green", "blue"))[0] == "blue", "by their order"
+    away = found([1, -0.5, -0.5], "green", "blue", "red", q="yellow")
+    assert away["query"] == "yellow + a picture - a picture - a picture"
+    assert not {"blue", "red"} & set(colours(away)) and away["p_value"] is not None
+    for weights, names, line in (
+        ([1], ("green", "blue"), "image_weight is 1 for 2 images; give one weight for each image"),
+        ([1, 2, 3], ("green",), "image_weight is 1, 2, 3 for 1 image;"),
+        ([1, -1], ("green", "green"), "cancels itself out"),
+        ([], ("green",) * (LIMITS.parts + 1), f"{LIMITS.parts + 1} texts, images and ids is too large"),
+    ):
+        assert line in found(weights, *names)["error"]
+    damaged = [*upload("green").items(), ("image", ("b.png", b"\x89PNG", "image/png"))]
+    assert "cannot be read" in api.post("/api/search", files=damaged).json()["error"]
+    assert api.post("/api/search", data={"q": "red", "image_weight": "x"}).status_code == 422
+
+
+def test_only_close_hits(api: TestClient):
+    def found(q: str, **more: Any) -> Any:
+        return api.get("/api/search", params={"q": q, "only_close": True, **more}).json()
+
+    whole = api.get("/api/search", params={"q": "red", "k": 53}).json()
+    count = whole["close_count"]
+    assert 0 < count < len(whole["hits"])
+    close = found("red", k=53)
+    assert close["hits"] == whole["hits"][:count] and close["close_count"] == count and not close["more"]
+    pages = [found("red", k=2, offset=start) for start in range(0, count + 2, 2)]
+    assert [hit for page in pages for hit in page["hits"]] == close["hits"]
+    assert [page["more"] for page in pages] == [start + 2 < count for start in range(0, count + 2, 2)]
+    none = found("purple")
+    assert none["hits"] == [] and none["close_count"] == 0 and not none["more"]
+    assert none["note"].startswith("nothing is close: the best hit scores like a random caption does (p = 0.")
+    assert found("red", where="folder=nowhere")["note"] == ""
+    sent = api.post("/api/search", files=upload("green"), data={"q": "red", "only_close": "true", "k": 53}).json()
+    assert sent["hits"][-1]["close"] and len(sent["hits"]) == sent["close_count"] < 53
+    green = whole["hits"][0]["id"]
+    for reply in (
+        api.post("/api/search", files=upload("green"), data={"only_close": "true"}),
+        api.get("/api/search", params={"like": green, "only_close": True}),
+        api.get("/api/search", params={"q": "-red", "only_close": True}),
+    ):
+        assert reply.status_code == 400 and "words alone tell which hits are close" in reply.json()["error"]
+    for path in ("/api/browse", "/api/similar"):
+        assert api.get(path, params={"id": green, "only_close": True}).status_code == 422
 
 
 def test_why_an_image_is_a_hit(api: TestClient):

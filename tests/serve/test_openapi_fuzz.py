@@ -19,7 +19,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from clasp.serve.editor import IndexEditor
-from clasp.serve.schemas import public_id
+from clasp.serve.public_text import public_id
 from clasp.serve.upload_folder import UploadFolder
 from toydata import COLOURS
 from toysearch import png

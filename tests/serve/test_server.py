@@ -64,33 +64,42 @@ def test_a_command_asks_the_server_of_its_run(tmp_path: Path):
     run.mkdir()
     service = toy_service(tmp_path / "x")
     with serving(toy_app(service)) as address:
-        assert ask_warm_server(run, "red", None, 3, []) is None, "no server is recorded"
+        assert ask_warm_server(run, "red", [], 3, []) is None, "no server is recorded"
         record = ServerRecord(address, os.getpid(), KEY)
         write_record(run, record)
         assert (run / "server.json").stat().st_mode & 0o777 == 0o600
-        found = search_warm_server(run, "red -green", None, 3, ["folder=ring"])
+        found = search_warm_server(run, "red -green", [], 3, ["folder=ring"])
         assert found is not None and found.query == "red -green"
         assert all(hit["id"].startswith("ring/") for hit in found.answer["hits"])
         assert (run / "search.png").read_bytes() == b"red -green", "the server's drawing"
         assert {"id", "score", "meta", "z", "close", "duplicates"} == set(found.answer["hits"][0])
         (tmp_path / "q.png").write_bytes(png(COLOURS["green"]))
-        by_image = search_warm_server(run, None, tmp_path / "q.png", 1, sheet=tmp_path / "new" / "sheet.png")
+        blue = tmp_path / "blue.png"
+        blue.write_bytes(png(COLOURS["blue"]))
+        by_image = search_warm_server(run, None, [(tmp_path / "q.png", 1.0)], 1, sheet=tmp_path / "new" / "sheet.png")
         assert by_image is not None and "green" in by_image.answer["hits"][0]["id"]
         assert by_image.sheet.exists()
-        away = search_warm_server(run, "yellow", tmp_path / "q.png", 10, image_weight=-0.5)
+        away = search_warm_server(run, "yellow", [(tmp_path / "q.png", -0.5)], 10)
         assert away is not None and away.query.endswith("q.png with weight -0.5")
         assert "green" not in str([hit["id"] for hit in away.answer["hits"]])
+        several = search_warm_server(run, None, [(tmp_path / "q.png", 2.0), (blue, 1.0), (blue, -0.5)], 10)
+        assert several is not None and several.query.endswith(f"+ picture {blue} + picture {blue} with weight -0.5")
+        assert "green" in several.answer["hits"][0]["id"]
+        close = search_warm_server(run, "purple", [], 5, only_close=True)
+        assert close is not None and close.answer["hits"] == [] and close.answer["note"].startswith("nothing is close")
+        with pytest.raises(UserError, match="words alone tell which hits are close"):
+            search_warm_server(run, None, [(blue, 1.0)], 5, only_close=True)
         with pytest.raises(UserError, match="cancels itself out"):
-            search_warm_server(run, "red -red", None, 3)
-        assert search_warm_server(run, "red", None, 10_000) is None, "above the server's limit"
-        assert search_warm_server(run, None, None, 3) is None
-        assert search_warm_server(run, None, tmp_path / "none.png", 3) is None
+            search_warm_server(run, "red -red", [], 3)
+        assert search_warm_server(run, "red", [], 10_000) is None, "above the server's limit"
+        assert search_warm_server(run, None, [], 3) is None
+        assert search_warm_server(run, None, [(tmp_path / "none.png", 1.0)], 3) is None
         write_record(run, ServerRecord(address, os.getpid(), "another key"))
-        assert ask_warm_server(run, "red", None, 3, []) is None
+        assert ask_warm_server(run, "red", [], 3, []) is None
         remove_record(run, record)
         assert (run / "server.json").exists(), "it is another server's by now"
     write_record(run, record)
-    assert ask_warm_server(run, "red", None, 3, []) is None, "nothing listens there any more"
+    assert ask_warm_server(run, "red", [], 3, []) is None, "nothing listens there any more"
     service.close()
 
 
@@ -111,18 +120,18 @@ def test_stale_and_damaged_records_are_ignored(tmp_path: Path):
     assert read_record(tmp_path) is None
     for text in ("", "[]", "{}", '{"address": 1}', json.dumps({"address": "x", "pid": "y", "key": "z"})):
         (tmp_path / "server.json").write_text(text)
-        assert read_record(tmp_path) is None and ask_warm_server(tmp_path, "x", None, 1, []) is None
+        assert read_record(tmp_path) is None and ask_warm_server(tmp_path, "x", [], 1, []) is None
     (tmp_path / "server.json").write_text(json.dumps({"address": "file:///etc", "pid": os.getpid(), "key": "z"}))
-    assert ask_warm_server(tmp_path, "x", None, 1, []) is None
+    assert ask_warm_server(tmp_path, "x", [], 1, []) is None
     with ThreadingHTTPServer(("0.0.0.0", 0), _Listener) as elsewhere:
         _Listener.asked = 0
         threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
         for host in ("0.0.0.0", socket.gethostname()):
             write_record(tmp_path, ServerRecord(f"http://{host}:{elsewhere.server_port}", os.getpid(), "k"))
-            assert ask_warm_server(tmp_path, "x", None, 1, []) is None
+            assert ask_warm_server(tmp_path, "x", [], 1, []) is None
         elsewhere.shutdown()
     assert not _Listener.asked, "a run folder sends no search to another machine"
-    assert not isinstance(ask_warm_server(tmp_path / "none", "x", None, 1, []), WarmAnswer)
+    assert not isinstance(ask_warm_server(tmp_path / "none", "x", [], 1, []), WarmAnswer)
 
 
 SERVER = """

@@ -75,38 +75,43 @@ def search(
     run: RunArgument,
     words: Annotated[str | None, typer.Argument(metavar="WORDS", help="Text query.")] = None,
     image: Annotated[
-        Path | None, typer.Option("--image", help="Image query; with WORDS, the mean of both embeddings.")
+        list[Path] | None,
+        typer.Option("--image", help="Image query; with WORDS or further images, the mean of all; repeatable."),
     ] = None,
     image_weight: Annotated[
-        float, typer.Option("--image-weight", help="Weight of the image beside WORDS; below 0 it is subtracted.")
-    ] = 1.0,
+        list[float] | None,
+        typer.Option("--image-weight", help="Weight of an image, one for each in order; below 0 it is subtracted."),
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
     where: Annotated[
         list[str] | None,
         typer.Option("--where", metavar="FIELD=VALUE", help="Filter: folder=…, camera~…, date>=2020-01; repeatable."),
     ] = None,
+    only_close: Annotated[
+        bool, typer.Option("--only-close", help="Leave out hits below the line, where nothing is close; needs WORDS.")
+    ] = False,
     sheet: Annotated[
         Path | None, typer.Option("--sheet", help="PNG contact sheet of the hits. Default: RUN/search.png.")
     ] = None,
     as_json: JsonOption = False,
     allow_code: AllowCodeOption = False,
 ) -> None:
-    """Search RUN/index by text, by image, or by both; hits by cosine similarity, near-duplicates as one.
+    """Search RUN/index by text, by images, or by both; hits by cosine similarity, near-duplicates as one.
 
     A term after a minus sign is subtracted: "beach -people". A number after a caret is the weight of its term: 'beach
     "red umbrella"^0.5', "dog^-1". In double quotes both are literal.
     """
     from clasp.commands.warm_search import search_warm_server
     from clasp.report.console import print_json, print_status, print_table, relative_path
+    from clasp.search.image_weights import weigh_images
 
-    if image is None and image_weight != 1.0:
-        raise UserError(f"--image-weight {image_weight:g} is the weight of --image, which is not given")
-    found = search_warm_server(run, words, image, k, where or (), sheet, image_weight)
+    images = weigh_images(image or [], image_weight or [], "--image-weight")
+    found = search_warm_server(run, words, images, k, where or (), sheet, only_close)
     if found is None:
         from clasp.commands.search import search_images
 
         with code_allowed(allow_code):
-            found = search_images(run, words, image, k, where or (), sheet, image_weight).found()
+            found = search_images(run, words, images, k, where or (), sheet, only_close).found()
     if as_json:
         print_json({"query": found.query, **found.answer, "sheet": str(found.sheet)})
         return

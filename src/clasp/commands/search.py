@@ -19,7 +19,7 @@ from clasp.commands.search_model import ModelLoader, find_search_model, open_ima
 from clasp.commands.warm_search import FoundHits, search_title
 from clasp.plain_types import Hit, MessageCallback, ProgressFactory, SearchModel, UserError, no_progress_bar
 from clasp.report.contact_sheet import SheetRow, Thumbnail, contact_sheet
-from clasp.search.answer import RankingPart, SearchAnswer, answer_query
+from clasp.search.answer import RankingPart, SearchAnswer, answer_query, check_part
 from clasp.search.background import Background
 from clasp.search.engine import IndexReport, SearchEngine
 from clasp.search.metadata_filter import MetadataFilter, check_fields, known_fields, parse_filter
@@ -96,34 +96,35 @@ def open_index(run: Path, filters: Sequence[MetadataFilter] = ()) -> Iterator[tu
 def search_images(
     run: Path,
     text: str | None,
-    image: Path | None,
+    images: Sequence[tuple[Path, float]],
     k: int,
     where: Sequence[str] = (),
     sheet: Path | None = None,
-    image_weight: float = 1.0,
+    only_close: bool = False,
 ) -> SearchResult:
-    """Search the run's store by words (with minus terms), an image, or both, and write a contact sheet of the ``k``
-    best hits.
+    """Search the run's store by words (with minus terms), images with weights, or both, and write a contact sheet of
+    the ``k`` best hits.
 
-    ``where``: filters such as ``folder=holidays``; ``image_weight``: of the image beside the words. Raises
-    ``UserError`` when there is no query or no index, for a filter of an unknown field, or when the contact sheet cannot
-    be written.
+    ``where``: filters such as ``folder=holidays``; ``only_close``: without the hits below the line. Raises
+    ``UserError`` when there is no query or no index, for a filter of an unknown field, for ``only_close`` without
+    words, or when the contact sheet cannot be written.
     """
-    if text is None and image is None:
+    if text is None and not images:
         raise UserError('say what to look for: clasp search RUN "words", or --image FILE, or both')
-    images = (WeightedImage(image, image_weight),) if image else ()
-    query = SearchQuery(parse_words(text) if text else (), images)
+    query = SearchQuery(parse_words(text) if text else (), tuple(WeightedImage(*each) for each in images))
     filters = [parse_filter(condition) for condition in where]
+    part = RankingPart(k, filters=filters, only_close=only_close)
+    check_part(part, query)
     with open_index(run, filters) as (engine, background):
         answer = answer_query(
             engine,
             background,
             query,
-            RankingPart(k, filters=filters),
+            part,
             encode_texts=engine.encode_texts,
             encode_images=engine.encode_images,
         )
-        title = search_title(text, image, image_weight)
+        title = search_title(text, images)
         path = sheet or run / "search.png"
         found = SearchResult(title, answer, path)
         try:

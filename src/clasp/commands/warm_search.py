@@ -27,20 +27,20 @@ class FoundHits:
 def search_warm_server(
     run: Path,
     words: str | None,
-    image: Path | None,
+    images: Sequence[tuple[Path, float]],
     k: int,
     where: Sequence[str] = (),
     sheet: Path | None = None,
-    image_weight: float = 1.0,
+    only_close: bool = False,
 ) -> FoundHits | None:
     """As ``search_images``, answered by the server of the run; ``None`` if there is none or there is no query."""
     try:
-        data = image.read_bytes() if image else None
+        read = [(path.read_bytes(), weight) for path, weight in images]
     except OSError:
         return None
-    if (image and not data) or not (words or data):
+    if not all(data for data, _ in read) or not (words or read):
         return None
-    found = ask_warm_server(run, words, data, k, where, image_weight)
+    found = ask_warm_server(run, words, read, k, where, only_close)
     if found is None:
         return None
     if found.error:
@@ -51,10 +51,10 @@ def search_warm_server(
         path.write_bytes(found.sheet)
     except OSError as error:
         raise UserError(f"the picture of the hits, {path}, cannot be written: {error.strerror or error}") from None
-    return FoundHits(search_title(words, image, image_weight), found.answer, path)
+    return FoundHits(search_title(words, images), found.answer, path)
 
 
-def search_title(words: str | None, image: Path | None, image_weight: float = 1.0) -> str:
+def search_title(words: str | None, images: Sequence[tuple[Path, float]]) -> str:
     """The search in one line."""
-    weight = "" if image_weight == 1.0 else f" with weight {image_weight:g}"
-    return " + ".join(part for part in (words, f"picture {image}{weight}" if image else None) if part)
+    pictures = [f"picture {path}" + ("" if weight == 1.0 else f" with weight {weight:g}") for path, weight in images]
+    return " + ".join([*([words] if words else []), *pictures])

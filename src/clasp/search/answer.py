@@ -1,8 +1,9 @@
 """The answer to a search: hits in groups of near-duplicates, each with a calibrated score, and where nothing is close.
 
 Input: an engine, a composed query, filters and which part of the ranking is wanted. Output: a ``SearchAnswer``. Note:
-hits below the line are returned like the others, never hidden. The calibrated score is that of the texts of positive
-weight; a query without any (an image, more-like-this) has none, since captions are no background for images.
+hits below the line are returned like the others, unless the request wants close ones only. The calibrated score is
+that of the texts of positive weight; a query without any (an image, more-like-this) has none, since captions are no
+background for images.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from clasp.plain_types import Hit
+from clasp.data.formats.rows import shorten
+from clasp.plain_types import Hit, UserError
 from clasp.search.background import BEST_HITS, Background, nothing_close_line
 from clasp.search.engine import SearchEngine
 from clasp.search.metadata_filter import MetadataFilter, all_of
@@ -50,14 +52,18 @@ class SearchAnswer:
     close_count: int | None
     """Groups of the ranking above the line, below which nothing is close; beyond the part it is a lower bound."""
     more: bool
+    only_close: bool = False
+    """Whether hits below the line were left out."""
 
     @property
     def line_note(self) -> str:
         """One line about where nothing is close any more, for a reader of the first hits; empty if all are close."""
-        if self.p_value is None or self.close_count is None or self.close_count >= len(self.hits):
+        if self.p_value is None or self.close_count is None:
             return ""
-        if self.close_count == 0:
+        if self.close_count == 0 and (self.hits or self.only_close):
             return nothing_close_line(self.p_value)
+        if self.close_count >= len(self.hits):
+            return ""
         return f"below hit {self.close_count} nothing is close: those hits score like hits of a random caption do"
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +87,8 @@ class RankingPart:
     k: int = 10
     offset: int = 0
     filters: Sequence[MetadataFilter] = ()
+    only_close: bool = False
+    """Leave out hits below the line, for a query that has words"""
 
 
 def answer_query(
@@ -92,10 +100,11 @@ def answer_query(
     encode_texts: TextEncoder,
     encode_images: Callable[[list[Any]], Float[np.ndarray, "n E"]],
 ) -> SearchAnswer:
-    """Search, fold near-duplicates, calibrate. ``UserError`` as for ``SearchEngine.find``."""
+    """Search, fold near-duplicates, calibrate. ``UserError`` as for ``SearchEngine.find`` and ``check_part``."""
+    check_part(part, query)
+    words = query.words_only()
     vector = query.vector(encode_texts, encode_images, engine.stored_vectors)
     groups, more = _groups(engine, background, vector, part)
-    words = query.words_only()
     best = groups[: part.offset + part.k + BEST_HITS]
     wanted = slice(part.offset, part.offset + part.k)
     if words is None or not best:
@@ -105,7 +114,19 @@ def answer_query(
     close = [z >= background.threshold for z in z_scores]
     count = _count_above_line(close)
     ranked = [RankedHit(*each) for each in zip(best, z_scores, close, strict=True)]
-    return SearchAnswer(ranked[wanted], background.p_value(max(z_scores[:BEST_HITS])), count, more)
+    p_value = background.p_value(max(z_scores[:BEST_HITS]))
+    if part.only_close:
+        return SearchAnswer(ranked[:count][wanted], p_value, count, count > wanted.stop, only_close=True)
+    return SearchAnswer(ranked[wanted], p_value, count, more)
+
+
+def check_part(part: RankingPart, query: SearchQuery) -> None:
+    """``UserError`` where only close hits are wanted of a query that has no calibrated score."""
+    if part.only_close and query.words_only() is None:
+        raise UserError(
+            f"the search {shorten(str(query))} has no words to find, and words alone tell which hits are close; "
+            "add words, or do without only_close"
+        )
 
 
 def _count_above_line(close: Sequence[bool]) -> int:

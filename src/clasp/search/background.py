@@ -144,7 +144,7 @@ def nothing_close_line(p_value: float) -> str:
 
 
 def _rounded(p_value: float) -> str:
-    return f"{p_value:.1g}" if p_value < 0.1 else f"{p_value:.2f}".rstrip("0")
+    return f"{p_value:.1g}" if p_value < 0.1 else f"{p_value:.2f}".rstrip("0").rstrip(".")
 
 
 def _image_moments(

@@ -32,6 +32,20 @@ from clasp.serve.editor import IndexEditor, IndexUnchangedError
 from clasp.serve.guard import COMMAND_PATH, AccessPolicy, RequestGuard
 from clasp.serve.metrics import METRICS_MEDIA_TYPE
 from clasp.serve.model_queue import ModelTimeoutError, QueueFullError
+from clasp.serve.parameters import (
+    ClassifyForm,
+    CommandSearchParameters,
+    EmbedForm,
+    EmbedTexts,
+    EntryId,
+    ExplainParameters,
+    RankingParameters,
+    SearchForm,
+    SearchParameters,
+    SimilarParameters,
+    form_data,
+)
+from clasp.serve.public_text import readable, stored_id
 from clasp.serve.requests import (
     entry_model,
     explain_response,
@@ -40,31 +54,19 @@ from clasp.serve.requests import (
     query_of,
     query_title,
     search_response,
-    weighted_image,
+    split_images,
+    weighted_images,
 )
 from clasp.serve.schemas import (
     BrowseResponse,
-    ClassifyForm,
     ClassifyResponse,
     ClassScore,
-    EmbedForm,
     EmbedResponse,
-    EmbedTexts,
-    EntryId,
     ErrorResponse,
-    ExplainParameters,
     ExplainResponse,
     FieldModel,
-    ImageSearchParameters,
     InfoResponse,
-    RankingParameters,
-    SearchForm,
-    SearchParameters,
     SearchResponse,
-    SimilarParameters,
-    form_data,
-    readable,
-    stored_id,
 )
 from clasp.serve.service import NoSuchEntryError, SearchService
 
@@ -141,13 +143,13 @@ def _add_search_routes(app: FastAPI, service: SearchService) -> None:
     @app.get("/api/search", tags=["search"])
     def search(given: Annotated[SearchParameters, Query()]) -> SearchResponse:
         """Search by words, minus terms and feedback."""
-        return answered(query_of(given, None, limits), given)
+        return answered(query_of(given, (), limits), given)
 
     @app.post("/api/search", tags=["search"], openapi_extra=form_data("SearchForm"))
-    def search_with_image(given: Annotated[SearchForm, Form()]) -> SearchResponse:
-        """Search by an uploaded image, words, minus terms and feedback."""
-        image = None if given.image is None else given.image.file.read()
-        return answered(query_of(given, weighted_image(given, image), limits), given)
+    def search_with_images(given: Annotated[SearchForm, Form()]) -> SearchResponse:
+        """Search by uploaded images, words, minus terms and feedback."""
+        images = weighted_images(given, [image.file.read() for image in given.image])
+        return answered(query_of(given, images, limits), given)
 
     @app.get("/api/similar", tags=["search"])
     def similar(given: Annotated[SimilarParameters, Query()]) -> SearchResponse:
@@ -238,13 +240,13 @@ def _add_status_routes(app: FastAPI, service: SearchService, settings: AppSettin
 def _add_command_route(app: FastAPI, service: SearchService, access: CommandAccess) -> None:
     @app.post(COMMAND_PATH, include_in_schema=False)
     def command(
-        given: Annotated[ImageSearchParameters, Query()],
-        image: Annotated[bytes, Depends(_body)],
+        given: Annotated[CommandSearchParameters, Query()],
+        body: Annotated[bytes, Depends(_body)],
         x_clasp_key: Annotated[str, Header()] = "",
     ) -> Response:
         if not hmac.compare_digest(x_clasp_key.encode("utf-8", "replace"), access.key.encode()):
             raise HTTPException(403, "this is not the server of that run")
-        query = query_of(given, weighted_image(given, image or None), service.limits)
+        query = query_of(given, weighted_images(given, split_images(given, body)), service.limits)
         answer = service.search(query, part_of(given, service.limits))
         sheet = access.draw(given.q, answer)
         head = json.dumps(answer.to_dict()).encode()  # escapes what is no valid Unicode

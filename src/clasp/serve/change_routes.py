@@ -12,8 +12,10 @@ from fastapi import FastAPI, Form
 from starlette.exceptions import HTTPException
 
 from clasp.serve.editor import ClientFile, IndexEditor
+from clasp.serve.parameters import AddForm, EntryId, form_data
+from clasp.serve.public_text import stored_id
 from clasp.serve.requests import entry_model
-from clasp.serve.schemas import AddedResponse, AddForm, DeletedResponse, EntryId, ErrorResponse, form_data, stored_id
+from clasp.serve.schemas import AddedResponse, DeletedResponse, ErrorResponse
 
 _Responses = dict[int | str, dict[str, Any]]
 _REFUSED: _Responses = {

@@ -1,61 +1,65 @@
 """From the bodies of requests to queries, and from hits to the bodies of answers.
 
-Input: the models of ``schemas`` and limits. Output: a ``SearchQuery``, a ``RankingPart``, or models to answer with;
-``UserError`` for what exceeds a limit. Note: ids are public ones on this side (see ``schemas``).
+Input: the models of ``parameters`` and limits. Output: a ``SearchQuery``, a ``RankingPart``, or models to answer with;
+``UserError`` for what exceeds a limit. Note: ids are public ones on this side (see ``public_text``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 from urllib.parse import urlencode
 
 from clasp.plain_types import Hit, UserError
 from clasp.search.answer import RankedHit, RankingPart, SearchAnswer
 from clasp.search.explanation import HitExplanation
+from clasp.search.image_weights import weigh_images
 from clasp.search.metadata_filter import entry_fields, entry_folder, parse_filter
 from clasp.search.query import MINUS_WEIGHT, SearchQuery, WeightedImage, WeightedText, parse_words
 from clasp.serve.limits import ServeLimits
-from clasp.serve.schemas import (
-    CaptionModel,
-    EntryModel,
+from clasp.serve.parameters import (
+    CommandSearchParameters,
     ExplainParameters,
-    ExplainResponse,
-    HitModel,
     ImageSearchParameters,
     QueryParameters,
-    QueryPartModel,
     RankingParameters,
-    SearchResponse,
-    public_id,
-    readable,
-    stored_id,
+    SearchParameters,
 )
+from clasp.serve.public_text import public_id, readable, stored_id
+from clasp.serve.schemas import CaptionModel, EntryModel, ExplainResponse, HitModel, QueryPartModel, SearchResponse
 
 
-def query_of(given: QueryParameters, image: WeightedImage | None, limits: ServeLimits) -> SearchQuery:
+def query_of(given: QueryParameters, images: Sequence[WeightedImage], limits: ServeLimits) -> SearchQuery:
     """The query of a request. ``UserError`` for one that is empty, too long or too large."""
     parts = (*given.plus, *given.minus, *given.like, *given.unlike)
-    if len(parts) > limits.parts:
-        raise UserError(f"a search of {len(parts)} texts and ids is too large; at most {limits.parts}")
+    if len(parts) + len(images) > limits.parts:
+        count = len(parts) + len(images)
+        raise UserError(f"a search of {count} texts, images and ids is too large; at most {limits.parts}")
     _check_lengths((given.q, *parts), limits)
     words = parse_words(given.q) if given.q else ()
     plus = (WeightedText(text) for text in given.plus)
     minus = (WeightedText(text, MINUS_WEIGHT) for text in given.minus)
     return SearchQuery(
         (*words, *plus, *minus),
-        () if image is None else (image,),
+        tuple(images),
         tuple(map(stored_id, given.like)),
         tuple(map(stored_id, given.unlike)),
     )
 
 
-def weighted_image(given: ImageSearchParameters, image: bytes | None) -> WeightedImage | None:
-    """The image of a request with its weight. ``UserError`` for a weight without an image."""
-    if image is None and given.image_weight != 1.0:
-        raise UserError(f"image_weight = {given.image_weight} is the weight of an image, and none was sent")
-    return None if image is None else WeightedImage(image, given.image_weight)
+def weighted_images(given: ImageSearchParameters, images: Sequence[bytes]) -> list[WeightedImage]:
+    """The images of a request with their weights. ``UserError`` for another number of weights than images."""
+    return [WeightedImage(*each) for each in weigh_images(images, given.image_weight, "image_weight")]
+
+
+def split_images(given: CommandSearchParameters, body: bytes) -> list[bytes]:
+    """The images in the body of a command's search. ``UserError`` where their lengths are not those of the body."""
+    if min(given.image_bytes, default=1) < 1 or sum(given.image_bytes) != len(body):
+        raise UserError(f"image_bytes adds up to {sum(given.image_bytes)}, and {len(body)} bytes were sent")
+    ends = list(accumulate(given.image_bytes))
+    return [body[end - size : end] for size, end in zip(given.image_bytes, ends, strict=True)]
 
 
 def part_of(given: RankingParameters, limits: ServeLimits) -> RankingPart:
@@ -67,13 +71,14 @@ def part_of(given: RankingParameters, limits: ServeLimits) -> RankingPart:
     if len(given.where) > limits.parts:
         raise UserError(f"{len(given.where)} filters are too many; at most {limits.parts}")
     _check_lengths(given.where, limits)
-    return RankingPart(given.k, given.offset, [parse_filter(condition) for condition in given.where])
+    only_close = isinstance(given, SearchParameters) and given.only_close
+    return RankingPart(given.k, given.offset, [parse_filter(condition) for condition in given.where], only_close)
 
 
 def explained_query(given: ExplainParameters, limits: ServeLimits) -> SearchQuery | None:
     """The query of an explanation; ``None`` if the request has none."""
     has_query = given.q or given.plus or given.minus or given.like or given.unlike
-    return query_of(given, None, limits) if has_query else None
+    return query_of(given, (), limits) if has_query else None
 
 
 def explain_response(why: HitExplanation) -> ExplainResponse:

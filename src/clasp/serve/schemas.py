@@ -1,113 +1,13 @@
-"""The bodies of requests and answers of the HTTP API, with the examples of its OpenAPI description.
+"""The answers of the HTTP API, with the examples of its OpenAPI description.
 
-Input: query strings, forms and JSON. Output: pydantic models. Note: an unknown field is an error. Ids, names and
-metadata may be file names that are no valid Unicode; ``public_id`` and ``readable`` make text of them that is.
+Input: hits, entries and facts, as ``requests`` and the routes give them. Output: pydantic models.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from fastapi import File, Query, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
-
-from clasp.plain_types import UserError
-
-_ENCODED = "base64:"
-EntryId = Annotated[str, Query(max_length=8000, description="Id of an entry.", examples=["holidays/beach.jpg"])]
-
-
-def public_id(name: str) -> str:
-    """An id as the API gives and takes it: itself, or in base64 where it is no valid Unicode."""
-    if name.isprintable() and not name.startswith(_ENCODED):
-        return name
-    return _ENCODED + base64.urlsafe_b64encode(name.encode("utf-8", "surrogatepass")).decode()
-
-
-def stored_id(public: str) -> str:
-    """Inverse of ``public_id``. ``UserError`` for damaged base64."""
-    if not public.startswith(_ENCODED):
-        return public
-    try:
-        return base64.b64decode(public.removeprefix(_ENCODED).encode(), b"-_", validate=True).decode(
-            "utf-8", "surrogatepass"
-        )
-    except (binascii.Error, ValueError):
-        raise UserError(f"the id {ascii(public)[:80]} is damaged; take it from the answer of a search") from None
-
-
-def readable(text: object) -> str:
-    """A text in which bytes that are no valid Unicode are escaped."""
-    return str(text).encode("utf-8", "backslashreplace").decode()
-
-
-def form_data(model: str) -> dict[str, Any]:
-    """That a form may, and with a file must, be sent as multipart."""
-    schema = {"$ref": f"#/components/schemas/{model}"}
-    return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class RankingParameters(_Strict):
-    """Which part of a list, and filters."""
-
-    k: int = Field(24, ge=1, description="Entries in the answer.")
-    offset: int = Field(0, ge=0, description="Entries to leave out at the start.")
-    where: list[str] = Field(
-        [],
-        description="Filters, all of which must hold: FIELD, one of = != ~ > < >= <=, VALUE.",
-        examples=[["folder=a"]],
-    )
-
-
-class QueryParameters(_Strict):
-    """A query by words and by ids."""
-
-    q: str = Field(
-        "",
-        description='Words; "-people" subtracts, "beach^2" and "beach^-2" weigh; in double quotes both are literal.',
-        examples=["a dog in the snow -people"],
-    )
-    plus: list[str] = Field([], description="Further texts of weight 1, taken literally; weights are for q.")
-    minus: list[str] = Field([], description="Texts to subtract, taken literally.")
-    like: list[str] = Field([], description="Ids of entries that the hits should resemble.")
-    unlike: list[str] = Field([], description="Ids of entries that the hits should not resemble.")
-
-
-class SearchParameters(RankingParameters, QueryParameters):
-    """A search by words and by ids."""
-
-
-class ExplainParameters(QueryParameters):
-    """An entry, and the query of which it is a hit; without a query, what it resembles."""
-
-    id: str = Field(description="Id of an entry.", examples=["holidays/beach.jpg"])
-    k: int = Field(5, ge=1, le=100, description="Background captions in the answer.")
-
-
-class ImageSearchParameters(SearchParameters):
-    """A search by words, by ids and by an image."""
-
-    image_weight: float = Field(
-        1.0, description="Weight of the image beside the texts; a negative one subtracts it.", examples=[0.5]
-    )
-
-
-class SearchForm(ImageSearchParameters):
-    """A search by words, ids and an uploaded image."""
-
-    image: Annotated[UploadFile | None, File(description="JPEG, PNG, WebP, GIF, BMP or TIFF.")] = None
-
-
-class SimilarParameters(RankingParameters):
-    """More like one entry."""
-
-    id: str = Field(description="Id of an entry.", examples=["holidays/beach.jpg"])
 
 
 class EntryModel(BaseModel):
@@ -153,7 +53,9 @@ class SearchResponse(BaseModel):
     hits: list[HitModel]
     offset: int
     more: bool = Field(description="Whether there are hits after these.")
-    close_count: int | None = Field(description="Hits of the whole ranking above the line; null without a text.")
+    close_count: int | None = Field(
+        description="Hits above the line; beyond the hits of this answer a lower bound. Null without a text."
+    )
     p_value: float | None = Field(description="Probability that a caption of something else finds a hit as good.")
     note: str = Field(description="One line about where nothing is close; empty if all hits are.")
 
@@ -210,30 +112,10 @@ class ClassScore(BaseModel):
     score: float
 
 
-class ClassifyForm(_Strict):
-    """An image and the names of classes."""
-
-    image: Annotated[UploadFile, File(description="JPEG, PNG, WebP, GIF, BMP or TIFF.")]
-    names: list[str] = Field(min_length=1, description="Class names.", examples=[["cat", "dog"]])
-    template: str = Field("{}", description="Caption of a class.", examples=["a photo of a {}."])
-
-
 class ClassifyResponse(BaseModel):
     """The classes, best first."""
 
     classes: list[ClassScore]
-
-
-class EmbedTexts(_Strict):
-    """Texts to embed."""
-
-    texts: list[str] = Field(min_length=1, examples=[["a dog in the snow", "ein Hund im Schnee"]])
-
-
-class EmbedForm(_Strict):
-    """An image to embed."""
-
-    image: Annotated[UploadFile, File(description="JPEG, PNG, WebP, GIF, BMP or TIFF.")]
 
 
 class EmbedResponse(BaseModel):
@@ -241,12 +123,6 @@ class EmbedResponse(BaseModel):
 
     model: str
     embeddings: list[list[float]]
-
-
-class AddForm(_Strict):
-    """Images to add."""
-
-    images: Annotated[list[UploadFile], File(description="JPEG, PNG, WebP, GIF, BMP or TIFF.")] = Field(min_length=1)
 
 
 class AddedResponse(BaseModel):

@@ -80,18 +80,31 @@ def read_record(run: Path) -> ServerRecord | None:
 
 
 def ask_warm_server(
-    run: Path, words: str | None, image: bytes | None, k: int, where: Sequence[str], image_weight: float = 1.0
+    run: Path,
+    words: str | None,
+    images: Sequence[tuple[bytes, float]],
+    k: int,
+    where: Sequence[str] = (),
+    only_close: bool = False,
 ) -> WarmAnswer | None:
-    """The answer of the run's server; ``None`` if there is none, or it is busy, or the search exceeds its limits."""
+    """The answer of the run's server; ``None`` if there is none, or it is busy, or the search exceeds its limits.
+
+    ``images``: encoded images with their weights.
+    """
     record = read_record(run)
     if record is None or not is_loopback(urllib.parse.urlsplit(record.address).hostname or ""):
         return None  # a run folder from elsewhere must not send searches there
-    given = {"q": words or "", "k": k, "where": list(where)}
-    if image_weight != 1.0:
-        given["image_weight"] = image_weight  # a server of an earlier version refuses it
+    given: dict[str, Any] = {"q": words or "", "k": k, "where": list(where)}
+    if images:  # a server of an earlier version refuses what it does not know
+        given |= {"image_bytes": [len(data) for data, _ in images], "image_weight": [weight for _, weight in images]}
+    if only_close:
+        given["only_close"] = True
     asked = urllib.parse.urlencode(given, doseq=True, errors="surrogatepass")
     request = urllib.request.Request(
-        f"{record.address}{_COMMAND}?{asked}", data=image or b"", headers={"x-clasp-key": record.key}, method="POST"
+        f"{record.address}{_COMMAND}?{asked}",
+        data=b"".join(data for data, _ in images),
+        headers={"x-clasp-key": record.key},
+        method="POST",
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the address is of this machine
     try:

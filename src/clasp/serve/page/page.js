@@ -1,14 +1,13 @@
 // The search page: state in the address, answers from the API beside it, nothing from elsewhere.
-// Text reaches the document through textContent alone. An image that is searched by is not in the address: it stays here.
+// Text reaches the document through textContent alone. Images that are searched by are not in the address: they stay here.
 
-const IMAGE_WEIGHTS = [["1", "as much as the words"], ["2", "twice"], ["0.5", "half"], ["-0.35", "against"]]
+const IMAGE_WEIGHTS = [["1", "once"], ["2", "twice"], ["0.5", "half"], ["-0.35", "against"]]
 const PAGE = 36, SLOW = 4000, SHOW_PROGRESS = 250
 const find = (id) => document.getElementById(id)
 const grid = find("grid"), words = find("words"), viewer = find("viewer"), status = find("status")
 
 let state = read_address()
-let picture = null // a File or Blob that is searched by
-let image_weight = "1"
+let pictures = [] // that are searched by: file (a File or Blob), url (of its thumbnail), weight
 let hits = [], more = false, loading = null, shown = -1, close_count = null, note = "", total = null
 let fields = [], changes = false
 
@@ -18,7 +17,7 @@ function read_address() {
   const given = new URLSearchParams(location.search)
   return {
     q: given.get("q") ?? "", like: given.getAll("like"), unlike: given.getAll("unlike"), where: given.getAll("where"),
-    show: given.get("show"),
+    only_close: given.get("only_close") === "true", show: given.get("show"),
   }
 }
 
@@ -26,6 +25,7 @@ function address(changed) {
   const given = new URLSearchParams()
   if (changed.q) given.set("q", changed.q)
   for (const name of ["like", "unlike", "where"]) for (const value of changed[name]) given.append(name, value)
+  if (changed.only_close) given.set("only_close", "true")
   if (changed.show) given.set("show", changed.show)
   const text = given.toString()
   return text ? `?${text}` : location.pathname
@@ -40,7 +40,7 @@ function go(change) { // to another search
 addEventListener("popstate", () => {
   const before = state
   state = read_address()
-  const same = ["q", "like", "unlike", "where"].every((name) => String(before[name]) === String(state[name]))
+  const same = ["q", "like", "unlike", "where", "only_close"].every((name) => String(before[name]) === String(state[name]))
   if (!same) start()
   else if (state.show === null && viewer.open) viewer.close()
   else open_shown()
@@ -48,7 +48,9 @@ addEventListener("popstate", () => {
 
 // --- asking ----------------------------------------------------------------------------------------------------------
 
-const has_query = () => Boolean(state.q.trim() || picture || state.like.length || state.unlike.length)
+const has_words = () => Boolean(state.q.trim())
+const has_query = () => has_words() || Boolean(pictures.length || state.like.length || state.unlike.length)
+const are_weighed = () => has_words() || pictures.length > 1 // alone, a picture has nothing to be weighed against
 
 async function ask(path, options = {}) {
   const reply = await fetch(path, options).catch((error) => {
@@ -74,13 +76,16 @@ function request(offset, signal) {
   const given = new URLSearchParams({ k: PAGE, offset })
   for (const value of state.where) given.append("where", value)
   if (!has_query()) return ask_patiently(`api/browse?${given}`, { signal })
-  if (state.q.trim()) given.set("q", state.q)
+  if (has_words()) given.set("q", state.q)
+  if (has_words() && state.only_close) given.set("only_close", "true")
   for (const name of ["like", "unlike"]) for (const value of state[name]) given.append(name, value)
-  if (!picture) return ask_patiently(`api/search?${given}`, { signal })
+  if (!pictures.length) return ask_patiently(`api/search?${given}`, { signal })
   const form = new FormData()
   for (const [name, value] of given) form.append(name, value)
-  form.append("image", picture, "image")
-  if (state.q.trim()) form.append("image_weight", image_weight) // alone, a picture has nothing to be weighed against
+  for (const { file, weight } of pictures) {
+    form.append("image", file, "image")
+    if (are_weighed()) form.append("image_weight", weight)
+  }
   return ask_patiently("api/search", { method: "POST", body: form, signal })
 }
 
@@ -130,7 +135,7 @@ async function load_more() {
 function announce() {
   if (!hits.length) {
     status.textContent = ""
-    return show_message(state.where.length ? "No picture passes these filters." : "There is nothing to show.")
+    return show_message(note || (state.where.length ? "No picture passes these filters." : "There is nothing to show."))
   }
   const count = total !== null ? `${total.toLocaleString()} pictures` : more ? `The first ${hits.length.toLocaleString()} hits` : hits.length === 1 ? "1 hit" : `${hits.length.toLocaleString()} hits`
   status.textContent = count
@@ -234,21 +239,32 @@ function draw_chips() {
     const remove = () => go({ [kind]: state[kind].filter((each) => each !== id) })
     chips.push(chip(kind === "like" ? "like this" : "unlike this", kind === "like" ? "" : "minus", remove, thumbnails.get(id) ?? `api/thumbnail?id=${encodeURIComponent(id)}`))
   }
-  if (picture && state.q.trim()) {
-    const weights = element("select", { id: "picked-weight" }, ...IMAGE_WEIGHTS.map(([value, text]) => element("option", { value, textContent: text })))
-    weights.value = image_weight
-    weights.addEventListener("change", () => { image_weight = weights.value; start() })
-    chips.push(element("li", { className: "chip weigh" }, element("label", {}, "The image counts ", weights)))
-  }
-  if (picture && changes) {
-    const add = element("button", { type: "button", textContent: "Add this picture to the collection" })
-    add.addEventListener("click", add_picture)
+  chips.push(...pictures.map(picture_chip))
+  if (pictures.length && changes) {
+    const these = pictures.length > 1 ? "these pictures" : "this picture"
+    const add = element("button", { type: "button", textContent: `Add ${these} to the collection` })
+    add.addEventListener("click", add_pictures)
     chips.push(element("li", { className: "chip act" }, add))
   }
   for (const condition of state.where) {
     chips.push(chip(condition, "", () => go({ where: state.where.filter((each) => each !== condition) })))
   }
   find("chips").replaceChildren(...chips)
+  find("only-close").hidden = !has_words()
+  find("only-close").setAttribute("aria-pressed", String(state.only_close))
+}
+
+function picture_chip(picture, place) {
+  const name = pictures.length > 1 ? `image ${place + 1}` : "the image"
+  const made = chip("", `picture ${picture.weight < 0 && are_weighed() ? "minus" : ""}`, () => { forget(picture); go({}) }, picture.url)
+  made.querySelector("button").setAttribute("aria-label", `Remove ${name}`)
+  made.querySelector("img").alt = `${name} you search by`
+  if (!are_weighed()) return made
+  const weights = element("select", {}, ...IMAGE_WEIGHTS.map(([value, text]) => element("option", { value, textContent: text })))
+  weights.value = picture.weight
+  weights.addEventListener("change", () => { picture.weight = weights.value; start() })
+  made.querySelector("span").replaceWith(element("label", {}, `${name[0].toUpperCase()}${name.slice(1)} counts `, weights))
+  return made
 }
 
 function chip(text, kind, remove, image) {
@@ -331,7 +347,7 @@ function strip_tile(hit) {
 function more_like(hit) {
   thumbnails.set(hit.id, hit.thumbnail)
   if (viewer.open) leave_viewer()
-  forget_picture()
+  pictures.forEach(forget)
   go({ q: "", like: [hit.id], unlike: [] })
 }
 
@@ -378,37 +394,35 @@ find("form").addEventListener("submit", (event) => {
   go({ q: words.value.trim() })
 })
 
-function pick(file) {
-  if (!file) return
-  if (!file.type.startsWith("image/")) return show_message(`${file.name || "What was dropped"} is no picture.`, true)
-  picture = file
-  find("picked").hidden = false
-  find("picked-image").src = URL.createObjectURL(file)
+function pick(files) {
+  if (!files.length) return
+  const other = files.find((file) => !file.type.startsWith("image/"))
+  if (other) return show_message(`${other.name || "What was dropped"} is no picture.`, true)
+  pictures.push(...files.map((file) => ({ file, url: URL.createObjectURL(file), weight: "1" })))
   go({ q: words.value.trim() })
 }
 
-function forget_picture() {
-  picture = null
-  image_weight = "1"
-  find("picked").hidden = true
-  find("file").value = ""
-  URL.revokeObjectURL(find("picked-image").src)
+function forget(picture) {
+  pictures = pictures.filter((each) => each !== picture)
+  URL.revokeObjectURL(picture.url)
 }
 
-async function add_picture() {
+async function add_pictures() {
   const form = new FormData()
-  form.append("images", picture, picture.name ?? "image")
+  for (const { file } of pictures) form.append("images", file, file.name ?? "image")
   try {
     await ask_patiently("api/images", { method: "POST", body: form })
     go({})
   } catch (error) { show_message(error.message, true) }
 }
 
-find("file").addEventListener("change", (event) => pick(event.target.files[0]))
-find("unpick").addEventListener("click", () => { forget_picture(); go({}) })
+find("file").addEventListener("change", (event) => {
+  pick([...event.target.files])
+  event.target.value = "" // so that the same file can be chosen again
+})
 addEventListener("paste", (event) => {
-  const file = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"))
-  if (file) { event.preventDefault(); pick(file) }
+  const files = [...event.clipboardData.files].filter((each) => each.type.startsWith("image/"))
+  if (files.length) { event.preventDefault(); pick(files) }
 })
 let over = 0
 addEventListener("dragenter", (event) => { if (event.dataTransfer.types.includes("Files")) { over++; find("drop").classList.add("over") } })
@@ -418,7 +432,7 @@ addEventListener("drop", (event) => {
   event.preventDefault()
   over = 0
   find("drop").classList.remove("over")
-  pick(event.dataTransfer.files[0])
+  pick([...event.dataTransfer.files])
 })
 
 const EXAMPLES = { date: "2024-07-31", bytes: "1000000", width: "1920", height: "1080", language: "en" }
@@ -467,6 +481,7 @@ addEventListener("keydown", (event) => {
   if (event.key === "l" || event.key === "u") feedback(hits[Number(figure.dataset.place)], event.key === "l" ? "like" : "unlike")
 })
 
+find("only-close").addEventListener("click", () => go({ only_close: !state.only_close }))
 find("retry").addEventListener("click", () => (hits.length ? (show_message(""), load_more()) : start()))
 const near = () => find("end").getBoundingClientRect().top < innerHeight + 900
 function fill() { if (more && near()) load_more() }
