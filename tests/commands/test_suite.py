@@ -344,7 +344,7 @@ def test_mieb_lite_has_its_own_prompts_shots_and_folders(tmp_path: Path):
     probed, asked = (row["options"] for row in lines(tmp_path / "out" / "results.jsonl"))
     assert (probed["shots"], probed["draws"]) == ("16", "5") and asked["templates"] == "a photo of a {}, a type of pet."
     notes = suite_table([(row.set, row.result) for row in rows], 31).notes
-    assert notes[-1] == "31 more tasks of the suite run in mteb, on clasp.as_mteb(RUN); its mean is over all"
+    assert notes[-1] == "31 more tasks of the suite in mteb, on clasp.as_mteb(RUN); its mean is over all"
 
 
 def test_suite_and_data_may_be_typed_as_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

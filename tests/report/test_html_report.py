@@ -281,6 +281,9 @@ def test_axes_cover_their_values_with_round_ticks():
     assert 0 < decades.at(0.2) < decades.at(900) < 100
     alone = Axis.covering([5.0], 0, 100)
     assert 0 < alone.at(5.0) < 100 and alone.ticks()
+    share = Axis.covering([100.0], 0, 100, ceiling=Axis.most("top1, per cent", [100.0]))
+    assert share.high == 100 == share.ticks()[-1] and share.at(100.0) == 100
+    assert Axis.most("change, per cent", [120.0]) is None and Axis.most("seconds", [5.0]) is None
 
 
 def test_runs_differ_in_colour_dash_or_shape():

@@ -36,9 +36,11 @@ class Axis:
         end: Number,
         *,
         floor: Number | None = None,
+        ceiling: Number | None = None,
         logarithmic: bool = False,
     ) -> Axis:
-        """An axis over all values with some room at its ends; it does not reach below ``floor``, where one is given."""
+        """An axis over all values with some room at its ends, which is neither below ``floor`` nor above ``ceiling``,
+        where they are given."""
         assert values, "an axis of no values"
         if logarithmic:
             assert min(values) > 0, f"a logarithmic axis from {min(values)}"
@@ -48,7 +50,13 @@ class Axis:
         low, high = min(values), max(values)
         room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         low, high = low - room, high + room
-        return cls(low if floor is None else max(low, floor), high, start, end)
+        low, high = low if floor is None else max(low, floor), high if ceiling is None else min(high, ceiling)
+        return cls(low, high, start, end)
+
+    @staticmethod
+    def most(title: str, values: Sequence[Number]) -> Number | None:
+        """The ceiling of an axis: 100 where its title says per cent, and no value is above."""
+        return 100 if "per cent" in title and max(values) <= 100 else None
 
     def at(self, value: Number) -> float:
         """The pixel of a value, to a tenth."""

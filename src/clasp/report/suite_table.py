@@ -24,7 +24,7 @@ def suite_table(rows: Sequence[tuple[SuiteSet, EvaluationResult | None]], elsewh
     cells.append([f"mean of {len(values)}", "", format_metric("", sum(values) / len(values)), "", "", "", ""])
     missing = len(rows) - len(values)
     notes = (
-        [f"missing: {missing} of {len(rows)} sets (status lines name them); this mean is not that of the suite"]
+        [f"{missing} of {len(rows)} sets are missing (status lines name them): this mean is not that of the suite"]
         if missing
         else []
     )

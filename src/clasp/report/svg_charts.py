@@ -68,7 +68,8 @@ def legend(labels: Sequence[str]) -> Html:
 def line_chart(series: Sequence[ChartSeries], x_title: str, y_title: str, description: str) -> Html:
     """A line for each run. A run with a single value is a point."""
     x = Axis.covering([0, *(step for each in series for step in each.values)], LEFT, WIDTH - RIGHT, floor=0)
-    y = Axis.covering([v for each in series for v in each.values.values()], _HEIGHT - BOTTOM, TOP)
+    values = [value for each in series for value in each.values.values()]
+    y = Axis.covering(values, _HEIGHT - BOTTOM, TOP, ceiling=Axis.most(y_title, values))
     parts = [frame(x, y, x_title, y_title)]
     for each in series:
         places = [(x.at(step), y.at(value)) for step, value in each.values.items()]
@@ -89,9 +90,9 @@ def point_chart(points: Sequence[ChartPoint], x_title: str, y_title: str, descri
     """A point for each run with its interval in y; logarithmic in x over a wide range of positive values."""
     across = [point.x for point in points]
     wide = min(across) > 0 and max(across) / min(across) >= _LOGARITHMIC_FROM
-    x = Axis.covering(across, LEFT, WIDTH - RIGHT, floor=0, logarithmic=wide)
+    x = Axis.covering(across, LEFT, WIDTH - RIGHT, floor=0, ceiling=Axis.most(x_title, across), logarithmic=wide)
     ends = [end for point in points for end in (point.y, *(point.interval or ()))]
-    y = Axis.covering(ends, _HEIGHT - BOTTOM, TOP, floor=0)
+    y = Axis.covering(ends, _HEIGHT - BOTTOM, TOP, floor=0, ceiling=Axis.most(y_title, ends))
     parts = [frame(x, y, x_title + (", log scale" if wide else ""), y_title)]
     for point in points:
         at, title = x.at(point.x), f"{point.label}: {point.y:.1f} at {tick_text(point.x)}"
@@ -108,7 +109,8 @@ def row_chart(rows: Sequence[ChartRow], x_title: str, description: str) -> Html:
     """A row for each label: the runs' points with their intervals below each other, and a bar at chance."""
     values = [end for row in rows for point in row.points for end in (point.x, *(point.interval or ()))]
     values += [row.chance for row in rows if row.chance is not None]
-    x = Axis.covering([0.0, *values], _LABEL_WIDTH, WIDTH - RIGHT, floor=0 if min(values) >= 0 else None)
+    floor, ceiling = 0 if min(values) >= 0 else None, Axis.most(x_title, values)
+    x = Axis.covering([0.0, *values], _LABEL_WIDTH, WIDTH - RIGHT, floor=floor, ceiling=ceiling)
     heights = [_ROW_HEIGHT + 8 * (len(row.points) - 1) + 4 for row in rows]
     bottom = TOP + sum(heights)
     # an axis of no height: the frame draws the ticks of x alone
