@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import clasp
 from clasp.cli.train import _climb
@@ -197,6 +199,22 @@ def test_nothing_follows_a_stage_that_cannot_be_beaten(towers: Path, pairs: Path
     assert [row.verdict for row in stages] == ["kept"] + ["left out"] * 5
     assert stages[1].reason == stages[-1].reason
     assert stages[1].reason.startswith("1-closed-form has 100 % on validation (1 pairs)")
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "said"),
+    [(["dog"], 20, "at least two classes; there is only ['dog']"), (["dog", "cat"], 2, "two pairs to tell apart")],
+)
+def test_pairs_that_nothing_can_be_trained_on_are_one_line_before_any_compute(
+    classes: list[str], count: int, said: str, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(closed_form_job, "begin_search", lambda *_: pytest.fail("computed features"))
+    for number in range(count):
+        (folder := tmp_path / "data" / classes[number % len(classes)]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    with pytest.raises(UserError, match=re.escape(said)):
+        climb(recipe(towers, tmp_path / "data", steps=STEPS), tmp_path / "toy", QUIET)
+    assert not (tmp_path / "toy").exists()
 
 
 def test_few_pairs_beside_class_pairs_take_the_last_layers(

@@ -39,9 +39,11 @@ from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.folder_lock import lock_folder
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
+from clasp.evaluation.from_pairs import require_validation
 from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow
 from clasp.training.run_code import all_code_names, allow_code, require_allowed
 from clasp.training.run_folder import RunFolder
+from clasp.training.settings import require_two_pairs
 from clasp.types import UserError
 
 _TUNING_NUMBERS = tuple(f"{2 + number}-" for number in range(len(TUNINGS)))
@@ -66,6 +68,8 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
         )
     RunFolder(run).require_free()
     pairs = open_training_pairs(recipe)
+    require_two_pairs(len(pairs[0]))
+    require_validation(*pairs)
     build_model(changed(recipe, {}), meta=True)
     for line in (recipe.auto.announcement, *few_validation_pairs(len(pairs[1]))):
         callbacks.say(line)
