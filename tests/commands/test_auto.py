@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import clasp
 from clasp.cli import train as train_verbs
+from clasp.cli.train import _climb
 from clasp.commands import auto as main_job
 from clasp.commands import auto_closed_forms as closed_form_job
 from clasp.commands.auto import AutoResult, climb, resume_climb
-from clasp.commands.auto_stages import AutoCallbacks
+from clasp.commands.auto_stages import AutoCallbacks, AutoStages
+from clasp.commands.closed_form import may_have_class_pairs
 from clasp.commands.train import train_recipe
 from clasp.config.auto_plan import SHORT_TUNINGS
 from clasp.config.datasets import open_training_pairs
@@ -152,6 +156,24 @@ def test_an_interrupted_climb_keeps_the_best_and_goes_on(
         resume_climb(tmp_path / "toy", QUIET)
 
 
+def test_stopped_at_once_before_and_after_the_stages(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    given = recipe(towers, pairs, minutes=1e-4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(AutoStages, "__init__", stop)
+        _climb(given, tmp_path / "toy")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(AutoStages, "publish", stop)
+        _climb(given, tmp_path / "toy")  # of the same name: nothing was left
+    said = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 130 and "stopped at once; go on with: clasp resume" in said
+    assert not resume_climb(tmp_path / "toy", QUIET).interrupted and (tmp_path / "toy" / "delta.safetensors").exists()
+
+
 def _killed_at_the_weights(source: str | Path, to: str | Path, **settings: bool) -> None:
     if Path(source).name == "delta.safetensors":
         raise SystemExit("no power")
@@ -168,6 +190,49 @@ def test_a_budget_too_small_for_anything_gives_the_closed_form(towers: Path, pai
     )
     assert said[1].startswith("warning: few validation pairs (")
     assert [row.verdict for row in done.plan.rows if row.stage][1:] == ["left out"] * 5
+
+
+def test_nothing_follows_a_stage_that_cannot_be_beaten(towers: Path, pairs: Path, tmp_path: Path):
+    given = recipe(towers, pairs, steps=STEPS).to_dict()
+    given["data"]["val_fraction"] = 1e-6
+    done = climb(recipe_from_dict(given, "toy"), tmp_path / "toy", QUIET)
+    stages = [row for row in done.plan.rows if row.stage]
+    assert [row.verdict for row in stages] == ["kept"] + ["left out"] * 5
+    assert stages[1].reason == stages[-1].reason
+    assert stages[1].reason.startswith("1-closed-form has 100 % on validation (1 pairs)")
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "said"),
+    [(["dog"], 20, "at least two classes; there is only ['dog']"), (["dog", "cat"], 2, "two pairs to tell apart")],
+)
+def test_pairs_that_nothing_can_be_trained_on_are_one_line_before_any_compute(
+    classes: list[str], count: int, said: str, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(closed_form_job, "begin_search", lambda *_: pytest.fail("computed features"))
+    for number in range(count):
+        (folder := tmp_path / "data" / classes[number % len(classes)]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    with pytest.raises(UserError, match=re.escape(said)):
+        climb(recipe(towers, tmp_path / "data", steps=STEPS), tmp_path / "toy", QUIET)
+    assert not (tmp_path / "toy").exists()
+
+
+def test_few_pairs_beside_class_pairs_take_the_last_layers(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(closed_form_job, "may_have_class_pairs", lambda recipe: True)
+    done = climb(recipe(towers, pairs, minutes=1e-4), tmp_path / "toy", QUIET)
+    tried = [row.method for row in done.plan.rows if not row.stage]
+    assert tried and all(method.startswith("last, ") for method in tried)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "may"),
+    [([], True), (["data.class_weight=0"], False), (["image.tower=pip:dinov2-small-focus"], False)],
+)
+def test_which_towers_may_have_class_pairs(overrides: list[str], may: bool):
+    assert may_have_class_pairs(read_recipe("auto", ["data.train=none.csv", *overrides])) is may
 
 
 def test_the_start_of_tuning_is_not_made_where_no_step_fits(towers: Path, pairs: Path, tmp_path: Path):

@@ -119,7 +119,7 @@ def train(
         typer.Option(
             "--minutes",
             metavar="N",
-            help="Wall time of a recipe with [auto]: start, auto. The closed form always ends.",
+            help="Wall time of a recipe with [auto]: start, auto. Below 0.5, only the closed form, which always ends.",
         ),
     ] = None,
     steps: Annotated[
@@ -302,13 +302,20 @@ def _climb(recipe: Any, run: Path) -> None:
     """Train a recipe with [auto], or resume (``None``) the climb in ``run``."""
     from clasp.commands.auto import climb, resume_climb
     from clasp.commands.auto_stages import AutoCallbacks
-    from clasp.report.auto_table import auto_table
+    from clasp.report.auto_table import PLAN_FILE, auto_table
     from clasp.report.console import print_status, print_table, progress_bar, relative_path
     from clasp.report.terminal import terminal_reporter
+    from clasp.training.interrupt import INTERRUPTED_EXIT_CODE
 
-    callbacks = AutoCallbacks(print_status, progress_bar, terminal_reporter)
-    done = resume_climb(run, callbacks) if recipe is None else climb(recipe, run, callbacks)
-    where, plan = relative_path(run), done.plan
+    callbacks, where = AutoCallbacks(print_status, progress_bar, terminal_reporter), relative_path(run)
+    try:
+        done = resume_climb(run, callbacks) if recipe is None else climb(recipe, run, callbacks)
+    except KeyboardInterrupt:  # before the first stage, or while the best one was copied
+        if not (run / PLAN_FILE).exists():
+            raise
+        print_status(f"stopped at once; go on with: clasp resume {shlex.quote(where)}")
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    plan = done.plan
     table = auto_table(plan)
     if plan.rows:
         print_table(where, table.columns, table.cells, table.notes)
@@ -317,7 +324,7 @@ def _climb(recipe: Any, run: Path) -> None:
         kept += ", also of what was tried in memory"
     if done.interrupted:
         print_status(f"interrupted; {kept}; go on with: clasp resume {shlex.quote(where)}")
-        sys.exit(130)
+        sys.exit(INTERRUPTED_EXIT_CODE)
     print_status(f"{kept} ({plan.seconds:,.0f} s; card README.md there)")
     print_status(_next_commands(shlex.quote(where), str(plan.recipe["data"]["train"])))
 

@@ -39,9 +39,11 @@ from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.folder_lock import lock_folder
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
+from clasp.evaluation.from_pairs import require_validation
 from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow
 from clasp.training.run_code import all_code_names, allow_code, require_allowed
 from clasp.training.run_folder import RunFolder
+from clasp.training.settings import require_two_pairs
 from clasp.types import UserError
 
 _TUNING_NUMBERS = tuple(f"{2 + number}-" for number in range(len(TUNINGS)))
@@ -66,14 +68,17 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
         )
     RunFolder(run).require_free()
     pairs = open_training_pairs(recipe)
+    require_two_pairs(len(pairs[0]))
+    require_validation(*pairs)
     build_model(changed(recipe, {}), meta=True)
     for line in (recipe.auto.announcement, *few_validation_pairs(len(pairs[1]))):
         callbacks.say(line)
     with lock_folder(run):
         plan = AutoPlan(recipe.to_dict())
-        plan.write(run)
         with allow_code(all_code_names(plan.recipe).values()):  # the stages name what the recipe names
-            return _Climb(recipe, run, plan, pairs, callbacks).run()
+            climbing = _Climb(recipe, run, plan, pairs, callbacks)
+            plan.write(run)
+            return climbing.run()
 
 
 def resume_climb(run: Path, callbacks: AutoCallbacks) -> AutoResult:
@@ -181,8 +186,8 @@ class _Climb:
         """Why gradient steps of the heads are not tried; ``start``: the recipe of the closed form they start from. One
         of few pairs has left the features of the others to be computed, which takes what those of tuned towers take."""
         left = self._stages.left
-        if left.nothing:
-            return f"the budget of {self.budget} has ended"
+        if reason := self._nothing_to_gain():
+            return reason
         few = start.data.max_pairs is not None and start.data.max_pairs < len(self.pairs[0])
         if few and left.seconds is not None and left.seconds < self.plan.reserved_seconds:
             return f"features of all pairs do not fit into {left}"
@@ -190,8 +195,8 @@ class _Climb:
 
     def _no_time_for_tuning(self) -> str:
         """Why no further method of tuning is tried: it starts anew, so it must have the time of the first."""
-        if self._stages.left.nothing:
-            return f"the budget of {self.budget} has ended"
+        if reason := self._nothing_to_gain():
+            return reason
         first = self._first_tuning()
         if first is None:
             return ""
@@ -200,6 +205,15 @@ class _Climb:
         left = self._stages.left.after(self.plan.reserved_seconds)
         enough = (left.seconds or 0) >= first.seconds or (left.steps or 0) >= first.steps
         return "" if enough else f"{first.stage} took more than {left}"
+
+    def _nothing_to_gain(self) -> str:
+        """Why no further stage is tried, whatever it is: the budget has ended, or the best has all that can be had."""
+        if self._stages.left.nothing:
+            return f"the budget of {self.budget} has ended"
+        best = self.plan.row(self.plan.best)
+        if best is None or best.metric != 1.0:
+            return ""
+        return f"{best.stage} has 100 % on validation ({len(self.pairs[1]):,} pairs), and nothing can be better"
 
     def _base(self, start: Recipe) -> Recipe:
         """The user's recipe with the layers and heads of a stage; its batch size is still "auto" where it was."""

@@ -26,6 +26,7 @@ from clasp.commands.closed_form import (
     begin_search,
     choose_start,
     choose_trial,
+    may_have_class_pairs,
     search_recipe,
     tuned_search_recipe,
 )
@@ -56,6 +57,7 @@ from clasp.training.warm_start import load_initial_weights
 
 _SEARCH_SHARE = 0.05  # of the minutes, for a search of closed forms once its features are cached
 _MINUTES_FOR_ALL_LAYERS = 3  # their moments alone take a quarter of a minute
+_PAIRS_FOR_LAYERS = 256  # beside class pairs, whose lower layers are predicted from those of the training pairs
 _TUNED_NUMBER = 2 + len(TUNINGS)
 _Choice = Callable[[Sequence[ClosedFormTrial]], tuple[ClosedFormTrial, str]]
 TUNED_STAGE = f"{_TUNED_NUMBER}-{TUNED_CLOSED_FORM}"
@@ -105,6 +107,8 @@ class ClosedFormStages:
 
     @property
     def _layers(self) -> SearchedLayers:
+        if len(self.pairs[0]) < _PAIRS_FOR_LAYERS and may_have_class_pairs(self.base):
+            return "last"
         return "upper half" if (self.minutes or float("inf")) < _MINUTES_FOR_ALL_LAYERS else "all"
 
     def _train(self, name: str, searched: Recipe, base: Recipe, choose: _Choice = choose_trial) -> None:

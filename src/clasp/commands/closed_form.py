@@ -207,6 +207,11 @@ def search_recipe(recipe: Recipe, layers: SearchedLayers = "all") -> Recipe:
     return changed(recipe, {**extra, "head": {"kind": "linear", "width": 1, "standardize": True}})
 
 
+def may_have_class_pairs(recipe: Recipe) -> bool:
+    """Whether the image tower is known to have a classifier, and the recipe does not leave class pairs out."""
+    return recipe.data.class_weight != 0 and build_model(changed(recipe, {}), meta=True).image.has_classifier
+
+
 def _extra_layers(tower: Tower, layers: SearchedLayers) -> list[int] | Literal["all"]:
     """The layers of a tower that pools several, in addition to the last."""
     if tower.layer_pool is None or layers == "last":

@@ -27,7 +27,7 @@ from clasp.data.folder_lock import lock_folder
 from clasp.data.pairs import skipped_lines
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
-from clasp.evaluation.from_pairs import validation_task
+from clasp.evaluation.from_pairs import require_validation, validation_task
 from clasp.evaluation.identity import validation_identity
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.shared_encoder import SharedEncoder
@@ -87,6 +87,8 @@ def train_recipe(
         state = processes.first(lambda: folder.read_state() if resume else folder.require_free())
         opened, val = processes.in_turn(lambda: loaded.pairs or open_all_pairs(recipe))
         train = limit_pairs(opened, recipe.data.max_pairs)
+        with processes.alike():
+            require_validation(train, val)
         for line in skipped_lines(train, val):
             say(line)
         parts = processes.in_turn(

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from clasp.errors import counted
 
+LEAST_MINUTES = 0.5
+"""About what features and heads in closed form take on two cores, however few the pairs"""
+
 
 class AutoSettings(BaseModel):
     """``[auto]``: layers, heads, tuning methods and epochs are chosen on validation, within a budget."""
@@ -37,7 +40,9 @@ class AutoSettings(BaseModel):
         first = "features of all pairs and heads in closed form"
         if self.minutes is None:
             return f"budget: {self} of tuning; {first} take none"
-        return f"budget: {self} in all; {first} are finished even where they take longer, tuning gets what is left"
+        least = f" (about {LEAST_MINUTES:g} minutes on two cores)" if self.minutes < LEAST_MINUTES else ""
+        first += f" are finished even where they take longer{least}"
+        return f"budget: {self} in all; {first}, tuning gets what is left"
 
     def __str__(self) -> str:
         if self.minutes is not None:

@@ -40,6 +40,21 @@ def validation_task(
     return zeroshot_task(val, inputs, classes=_class_names(train, val), templates=["{}"], data=VALIDATION)
 
 
+def require_validation(train: Pairs, val: Pairs) -> None:
+    """Raises ``UserError`` where ``validation_task`` would: for images of one class. Reads few pairs, and no image."""
+    only: set[str] = set()
+    for pairs in (val, train):
+        for pair in pairs:
+            if not _only_class(pair):
+                if pairs is val:
+                    return
+                break
+            only.add(pair.captions[0].text)
+            if len(only) > 1:
+                return
+    raise UserError(f"zero-shot validation needs at least two classes; there is only {sorted(only)}")
+
+
 def validation_texts(train: Pairs, val: Pairs) -> list[list[str]]:
     """The texts that ``validation_task`` reads, one list for each read."""
     if all(_only_class(pair) for pair in val):

@@ -137,6 +137,11 @@ class Tower(nn.Module):
         """The blocks that are pooled in addition to the last, counted from 1, lowest first."""
         return tuple(self._extra_layers)
 
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the tower was pre-trained with a classifier; on the meta device not known of an ``hf:`` tower."""
+        return self._read_classifier is not None
+
     def classifier(self) -> tuple[Classifier, slice] | None:
         """The classifier that the tower was pre-trained with, and the columns of the pooled features that it reads;
         ``None`` where there is none, or ``pool`` does not have what it reads."""
