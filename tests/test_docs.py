@@ -18,7 +18,8 @@ import typer
 import clasp
 from clasp.cli.app import app
 from clasp.config.recipe import read_recipe, recipe_keys
-from clasp.evaluation.registry import ANALYZE_OPTIONS, EVALUATION_TASKS, MAP_OPTIONS
+from clasp.evaluation.options import ANALYZE_OPTIONS, MAP_OPTIONS
+from clasp.evaluation.registry import EVALUATION_TASKS
 from docblocks import DOCS, PAGES, ROOT, clasp_commands, read_blocks
 
 sys.path.append(str(DOCS))

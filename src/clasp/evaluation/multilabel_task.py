@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clasp.evaluation import multilabel
+from clasp.evaluation.class_labels import label_choices
 from clasp.evaluation.embedding_table import embed_batches
 from clasp.evaluation.probes import multilabel_probe
 from clasp.evaluation.results import EvaluationResult
@@ -81,8 +82,7 @@ def read_class_lists(pairs: Iterable[Pair], label: str, data: str) -> dict[str, 
     for pair in pairs:
         given = pair.meta.get(label)
         if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-            has = ", ".join(map(str, pair.meta)) or "none"
-            raise UserError(f"{pair.id} of {data} has no list of class names in {label!r}; label= one of: {has}")
+            raise UserError(f"{pair.id} of {data} has no list of class names in {label!r}; {label_choices(pair)}")
         found[pair.id] = given
     return found
 
