@@ -64,8 +64,7 @@ def image_features(
     ``UserError`` when too many images are unreadable or the disk is full.
     """
     part, transform, views, count = request.part, request.transform, request.views, request.count
-    rows, folder = part.tokens, cache_folder / "features"
-    place = np.arange(rows)
+    rows, place, folder = part.tokens, np.arange(part.tokens), cache_folder / "features"
 
     def rows_of(view: int, indices: SampleIndices) -> Int[np.ndarray, " n"]:
         return ((indices.pair * views + view)[:, None] * rows + place).reshape(-1)
@@ -104,7 +103,8 @@ def image_features(
     shape = (request.rows, part.width)
     with torch.inference_mode():
         cached = load_or_compute(folder, request.key, shape, fill, storage=storage, batch_size=reading.batch_size)
-    encoded.save(cached.path)
+    if views == 1:
+        encoded.save(cached.path)
     return CachedFeatures(cached, np.arange(count), np.arange(count * views + 1) * rows, views)
 
 
