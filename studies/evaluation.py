@@ -123,12 +123,12 @@ def retrieval(
 def probed(fit: Seen, fit_labels: dict[str, int], asked: Seen, labels: dict[str, int]) -> dict[str, Answer]:
     """``knn`` and ``linear`` probe accuracy on the pooled features of an image tower."""
     known, wanted = (torch.tensor([of[name] for name in seen.ids]) for seen, of in ((fit, fit_labels), (asked, labels)))
-    chance = probes.majority_class_accuracy(known, wanted)
+    chance = probes.commonest_class_share(wanted)
     found = {
         "knn": probes.knn_probe(fit.pooled, known, asked.pooled, wanted),
         "linear": probes.linear_probe(fit.pooled, known, torch.arange(len(known)), asked.pooled, wanted),
     }
-    return {name: answer(values, asked.ids, chance) for name, values in found.items()}
+    return {name: answer(answers.right, asked.ids, chance) for name, answers in found.items()}
 
 
 def sentences(seen: Seen, photo: dict[str, str]) -> Answer:

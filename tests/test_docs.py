@@ -24,7 +24,8 @@ from fastapi.testclient import TestClient
 import clasp
 from clasp.cli.app import app
 from clasp.config.recipe import read_recipe, recipe_keys
-from clasp.evaluation.registry import ANALYZE_OPTIONS, EVALUATION_TASKS, MAP_OPTIONS
+from clasp.evaluation.options import ANALYZE_OPTIONS, MAP_OPTIONS
+from clasp.evaluation.registry import EVALUATION_TASKS
 from clasp.evaluation.suites import find_suite
 from clasp.serve.editor import IndexEditor
 from clasp.serve.upload_folder import UploadFolder

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from clasp.evaluation.embedding_table import embed_batches
-from clasp.evaluation.registry import TaskEntry, TaskOption
+from clasp.evaluation.options import TaskOption
+from clasp.evaluation.registry import TaskEntry
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.task_context import TaskContext
 

@@ -40,9 +40,20 @@ Modality = Literal["image", "text"]
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """Normalised images, the input of an image tower."""
+    """Normalised images, the input of an image tower.
+
+    ``contents``: the 64-bit hash of the encoded bytes of each; ``None`` where they are augmented, or given as pixels.
+    """
 
     values: Float[Tensor, "B 3 height width"]
+    contents: tuple[int, ...] | None = None
+
+    def select(self, contents: Sequence[int]) -> Pixels:
+        """The first image with each of these hashes; itself where these are all, in order."""
+        assert self.contents is not None, "pixels that came without hashes"
+        if tuple(contents) == self.contents:
+            return self
+        return Pixels(self.values[[self.contents.index(content) for content in contents]], tuple(contents))
 
 
 @dataclass(frozen=True, slots=True)

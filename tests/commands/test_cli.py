@@ -442,6 +442,11 @@ def mistakes(world: World, here: Path) -> dict[str, tuple[list, list[str]]]:
         "unknown option": (["eval", world.run, "retrieval", "dat=x"], ["'dat=x'", "did you mean data=…?"]),
         "eval without data": (["eval", world.run, "retrieval"], ["needs data="]),
         "eval of no run": (["eval", "runs/none", "retrieval", f"data={world.pairs}"], ["no run at runs/none"]),
+        "option without a value": (
+            ["eval", world.run, "zeroshot", f"data={classes}", "templates="],
+            ["templates= is empty", "a photo of a {}."],
+        ),
+        "folder without a name": (["eval", world.run, "--suite", "elevater-20", "--data", ""], ["'' after --data"]),
         "unknown language": (["eval", world.run, "multilingual", f"data={world.pairs}"], ["no caption of"]),
         "index of nothing": (["index", world.run, "void"], ["void has no images"]),
         "index of what is not there": (["index", world.run, "none"], ["none does not exist"]),
@@ -475,9 +480,9 @@ MISTAKES = (
     "no grid|one of a grid|nothing to diagnose|no override|"
     "name that exists|resume a finished run|resume nothing|resume a folder|classes twice|classes unlike labels|"
     "no class list|no place in template|no classes|unknown task|unknown option|eval without data|eval of no run|"
-    "unknown language|index of nothing|index of what is not there|index of no run|search without index|"
-    "search for nothing|search in no run|search that is blank|image weight alone|one weight of two|close to an image|"
-    "filter that is none|serve without index|serve no run|"
+    "option without a value|folder without a name|unknown language|index of nothing|index of what is not there|"
+    "index of no run|search without index|search for nothing|search in no run|search that is blank|image weight alone|"
+    "one weight of two|close to an image|filter that is none|serve without index|serve no run|"
     "serve to everybody|serve at no port"
 ).split("|")
 
@@ -731,7 +736,7 @@ def _tar() -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("name", ["", " ", "a/b", "../x", ".."])
+@pytest.mark.parametrize("name", [" ", "a/b", "../x", ".."])
 def test_a_name_that_is_not_one_folder_is_refused(name: str, clasp: Command, world: World) -> None:
     assert "is not the name of one folder" in clasp("train", world.toml, "--name", name).mistake
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -20,11 +21,13 @@ from clasp import cli
 from clasp.commands.compare import compare_models
 from clasp.commands.evaluate import evaluate_run
 from clasp.commands.evaluated_model import find_model
+from clasp.commands.training_overlap import training_overlap
 from clasp.config.build import build_model_and_preprocessing
 from clasp.config.pretrained import pretrained_recipe
 from clasp.data.pairs import open_pairs
 from clasp.evaluation.results import EvaluationResult
-from clasp.types import UserError, no_progress_bar
+from clasp.models.frozen import FrozenTower
+from clasp.types import Pixels, PooledFeatures, UserError, no_progress_bar
 from toydata import toys, write_images
 from toyruns import lines, recipe, run, save_towers
 from toysavedtowers import save
@@ -114,6 +117,29 @@ def test_a_dual_encoder_of_transformers_and_its_embeddings_have_one_result(
     assert not (world.saved(name) / "results.jsonl").exists()
 
 
+def test_an_image_is_encoded_once_whatever_is_asked_about_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Other tasks, folds, halves, captions and copies of the same images: a frozen tower runs over each image once."""
+    encoded, run_tower = list[int](), FrozenTower.__call__
+
+    def counting(self: FrozenTower, inputs: Any) -> PooledFeatures:
+        encoded.append(len(inputs.values) if isinstance(inputs, Pixels) else 0)
+        return run_tower(self, inputs)
+
+    monkeypatch.setattr(FrozenTower, "__call__", counting)
+    monkeypatch.setenv("CLASP_CACHE", str(tmp_path / "cache"))
+    write_images(TOYS, tmp_path / "copy")
+    rows = map(json.loads, world.pairs.read_text().splitlines())
+    captions = [json.dumps({**row, "caption": "other words", "id": f"n{n}"}) for n, row in enumerate(rows)]
+    (tmp_path / "copy" / "copied.jsonl").write_text("\n".join(captions))
+    asked = [("retrieval", []), ("retrieval", ["folds=2"]), ("zeroshot", []), ("knn", ["k=3"]), ("probe", [])]
+    for data in (world.pairs, tmp_path / "copy" / "copied.jsonl"):
+        for task, options in asked:
+            evaluate_run(f"clip:{world.saved('clip')}", task, [f"data={data}", *options], out=tmp_path / "out")
+    assert sum(encoded) == len({(tmp_path / f"copy/images/{toy.key}.png").read_bytes() for toy in TOYS})
+
+
 def test_a_folder_is_recognised_by_its_files(world: World, tmp_path: Path):
     clip = world.saved("clip")
     shutil.copytree(clip, tmp_path / "st" / "0_CLIPModel")
@@ -184,6 +210,20 @@ def test_pairs_that_were_trained_on_are_told(world: World, tmp_path: Path):
         at, "retrieval", [f"data={tmp_path / 'copy' / world.pairs.name}"], out=tmp_path / "out", say=said.append
     )
     assert said.count(line) == 2 and not [each for each in said if each.startswith("warning") and each != line]
+
+
+def test_many_training_pairs_are_read_from_their_index_or_not_at_all(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    at = tmp_path / "run"
+    run(recipe(save_towers(world.folder / "towers"), world.pairs, "train.epochs=1"), at)
+    pairs = open_pairs(world.pairs)
+    (warning,) = training_overlap(at, "mine", {"": pairs})
+    monkeypatch.setattr("clasp.commands.training_overlap._INDEXED_BYTES", 10)
+    assert training_overlap(at, "mine", {"": pairs}) == [warning]
+    monkeypatch.setenv("CLASP_CACHE", str(tmp_path / "another machine"))
+    (line,) = training_overlap(at, "mine", {"": pairs})
+    assert line == f"not checked whether mine was trained on pairs to evaluate: {world.pairs} has no index here"
 
 
 def test_every_prediction_of_two_models_is_kept(world: World, tmp_path: Path):

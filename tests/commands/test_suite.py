@@ -91,9 +91,10 @@ def test_a_suite_is_one_table_with_missing_sets_named_first(data: Path, model: P
     assert len(written) == 3 and {Path(row["data"]).name for row in written} == set(values)
     kept = sorted((tmp_path / "out" / "predictions").iterdir())
     assert len(kept) == 2  # average precision has no scores of single queries
-    about, *queries = lines(kept[0])
-    assert about["task"] == "zeroshot" and about["data"] == str(data / "cifar-10") and len(queries) == len(TOYS)
-    assert set(about["options"]) == {"classes", "templates", "label"}
+    queries = lines(kept[0])
+    assert len(queries) == len(TOYS) and {row["task"] for row in queries} == {"zeroshot"}
+    (row,) = (row for row in written if row["evaluation_id"] == queries[-1]["evaluation_id"])
+    assert row["data"] == str(data / "cifar-10") and set(row["options"]) == {"classes", "templates", "label"}
     assert {row["predicted"] for row in queries if row["expected"] == CLASSES[0]} == {CLASSES[1]}
     table = suite_table([(row.set, row.result) for row in rows])
     assert len(table.rows) == 4 and table.rows[-1][0] == "mean of 3" and "17 of 20 sets are missing (" in table.notes[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clasp.evaluation.probes import HELD_OUT_EVERY, _held_out_mask, knn_probe, linear_probe, majority_class_accuracy
+from clasp.evaluation.probes import HELD_OUT_EVERY, _held_out_mask, commonest_class_share, knn_probe, linear_probe
 
 
 def clouds(each: int, classes: int, width: int = 8, apart: float = 4.0, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,8 @@ def test_knn_is_that_of_a_slow_obvious_version(k: int, temperature: float):
     right = [name == label for name, label in zip(named, truth.tolist(), strict=True)]
     assert 0.2 < sum(right) / len(right) < 1
     found = knn_probe(fit, labels, asked, truth, k=k, temperature=temperature, scores_at_once=7 * len(fit))
-    assert found.tolist() == [float(each) for each in right]
+    assert found.right.tolist() == [float(each) for each in right]
+    assert found.predicted.tolist() == named
 
 
 def test_knn_by_hand():
@@ -46,18 +47,19 @@ def test_knn_by_hand():
     fit = torch.tensor([[1.0, 0], [0.6, 0.8], [0.6, -0.8]])
     labels, query = torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0]])
     assert 2 * math.exp(0.6) > math.e
-    assert knn_probe(fit, labels, query, torch.tensor([1]), k=3, temperature=1.0).tolist() == [1.0]
-    assert knn_probe(fit, labels, query, torch.tensor([1]), k=3, temperature=0.07).tolist() == [0.0]
+    assert knn_probe(fit, labels, query, torch.tensor([1]), k=3, temperature=1.0).right.tolist() == [1.0]
+    assert knn_probe(fit, labels, query, torch.tensor([1]), k=3, temperature=0.07).right.tolist() == [0.0]
     # two places, two equally near for the last one: half a vote each, and both are of class 1
-    assert knn_probe(fit, labels, query, torch.tensor([0]), k=2, temperature=1.0).tolist() == [1.0]
+    assert knn_probe(fit, labels, query, torch.tensor([0]), k=2, temperature=1.0).right.tolist() == [1.0]
 
 
 def test_equally_near_neighbours_share_the_last_places():
     fit = torch.tensor([[1.0, 0]] * 3)
     labels = torch.tensor([0, 0, 1])
     query = torch.tensor([[1.0, 0]])
-    assert knn_probe(fit, labels, query, torch.tensor([0]), k=1).tolist() == [1.0]  # two thirds of a vote against one
-    assert knn_probe(fit[1:], labels[1:], query, torch.tensor([1]), k=1).tolist() == [0.5]
+    # two thirds of a vote against one
+    assert knn_probe(fit, labels, query, torch.tensor([0]), k=1).right.tolist() == [1.0]
+    assert knn_probe(fit[1:], labels[1:], query, torch.tensor([1]), k=1).right.tolist() == [0.5]
 
 
 @pytest.mark.parametrize("probe", ["knn", "linear"])
@@ -69,13 +71,13 @@ def test_collapsed_features_score_at_chance(probe: str):
     found = (
         knn_probe(same, labels, asked, labels) if probe == "knn" else linear_probe(same, labels, groups, asked, labels)
     )
-    assert found.mean() == majority_class_accuracy(labels, labels) == 0.5
+    assert found.right.mean() == commonest_class_share(labels) == 0.5
 
 
 def test_collapsed_features_of_balanced_classes_score_one_in_so_many():
     labels = torch.arange(4).repeat(10)
-    assert knn_probe(torch.ones(40, 3), labels, torch.ones(40, 3), labels).mean() == pytest.approx(0.25)
-    assert majority_class_accuracy(labels, labels) == 0.25
+    assert knn_probe(torch.ones(40, 3), labels, torch.ones(40, 3), labels).right.mean() == pytest.approx(0.25)
+    assert commonest_class_share(labels) == 0.25
 
 
 @pytest.mark.parametrize("probe", ["knn", "linear"])
@@ -91,8 +93,8 @@ def test_shuffled_labels_score_at_chance(probe: str):
         found = (
             knn_probe(fit, labels, asked, truth) if probe == "knn" else linear_probe(fit, labels, groups, asked, truth)
         )
-        assert majority_class_accuracy(labels, truth) == 0.25
-        scores.append(float(found.mean()))
+        assert commonest_class_share(truth) == 0.25
+        scores.append(float(found.right.mean()))
     assert sum(scores) / len(scores) == pytest.approx(0.25, abs=0.03)
 
 
@@ -105,7 +107,7 @@ def test_classes_apart_are_told_apart(probe: str):
         if probe == "knn"
         else linear_probe(fit, labels, torch.arange(80), asked, truth)
     )
-    assert found.mean() == 1
+    assert found.right.mean() == 1
 
 
 def test_linear_finds_what_neighbours_cannot():
@@ -115,8 +117,8 @@ def test_linear_finds_what_neighbours_cannot():
     labels = (features[:, 0] > 0).long()
     groups = torch.arange(200)
     given = features[:200], labels[:200], features[200:], labels[200:]
-    assert knn_probe(*given).mean() < 0.7
-    assert linear_probe(given[0], given[1], groups, given[2], given[3]).mean() > 0.9
+    assert knn_probe(*given).right.mean() < 0.7
+    assert linear_probe(given[0], given[1], groups, given[2], given[3]).right.mean() > 0.9
 
 
 def test_a_strength_is_chosen_on_groups_that_are_not_fitted():
@@ -135,9 +137,11 @@ def test_few_images_of_each_class_are_enough():
     fit, labels = clouds(2, 3, width=3, apart=8)
     asked, truth = clouds(5, 3, width=3, apart=8, seed=1)
     assert not _held_out_mask(labels, torch.arange(6)).any()
-    assert linear_probe(fit, labels, torch.arange(6), asked, truth).mean() == 1
+    assert linear_probe(fit, labels, torch.arange(6), asked, truth).right.mean() == 1
 
 
-def test_guessing_shares_among_the_most_frequent():
-    assert majority_class_accuracy(torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 1, 2, 2])) == 0.25
-    assert majority_class_accuracy(torch.tensor([0, 1, 1]), torch.tensor([1, 1, 0, 3])) == 0.5
+def test_chance_is_of_the_queries_that_are_asked():
+    """One answer to all is right for the commonest class, whatever the fit set has."""
+    assert commonest_class_share(torch.tensor([0, 1, 2, 2])) == 0.5
+    assert commonest_class_share(torch.arange(10).repeat(7)) == pytest.approx(0.1)
+    assert commonest_class_share(torch.tensor([1, 1, 0, 3])) == 0.5

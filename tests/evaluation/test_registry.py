@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clasp.evaluation.registry import (
-    EVALUATION_TASKS,
-    TaskEntry,
-    TaskOption,
-    describe_tasks,
-    find_task,
-    parse_task_options,
-)
+from clasp.evaluation.options import ANALYZE_OPTIONS, MAP_OPTIONS, TaskOption, parse_options
+from clasp.evaluation.registry import EVALUATION_TASKS, TaskEntry, describe_tasks, find_task, parse_task_options
 from clasp.types import UserError
 from toytasks import POSITIVE
 
@@ -34,6 +28,17 @@ def test_every_task_has_help_and_options_of_its_own_names(name: str):
     assert entry.help and all(option.help for option in entry.all_options)
     described = "\n".join(describe_tasks())
     assert f"{name}: {entry.help}" in described and all(f"{option}=" in described for option in names)
+
+
+@pytest.mark.parametrize(
+    "options", [*(entry.all_options for entry in EVALUATION_TASKS.values()), ANALYZE_OPTIONS, MAP_OPTIONS]
+)
+def test_an_option_without_a_value_is_an_error_and_no_default(options: tuple[TaskOption, ...]):
+    for option in options:
+        typed = [f"{each.name}=x" for each in options if each.required and each != option]
+        for empty in ("", " "):
+            with pytest.raises(UserError, match=f"^t: {option.name}= is empty; (it is required|leave it out for the)"):
+                parse_options("t", options, [*typed, f"{option.name}={empty}"])
 
 
 @pytest.mark.parametrize("name", EVALUATION_TASKS)

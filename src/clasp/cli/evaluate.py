@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
-from clasp.evaluation.registry import ANALYZE_OPTIONS, describe_option, describe_tasks, task_names
+from clasp.evaluation.options import ANALYZE_OPTIONS, describe_option
+from clasp.evaluation.registry import describe_tasks, task_names
 from clasp.evaluation.suites import SUITES
 
 ModelArgument = Annotated[
@@ -57,6 +58,8 @@ def evaluate(
     words = [word for word in (task, *(options or ())) if word is not None]
     if suite is None and words and words[0].startswith("suite="):
         suite, *words = words[0].partition("=")[2], *words[1:]
+        if "data=" in words:
+            raise typer.BadParameter("data= is empty; it names the folder that has a folder for each set")
         if data is None and (folder := next((word for word in words if word.startswith("data=")), "")):
             data = Path(folder.partition("=")[2])
             words.remove(folder)

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
 from clasp.errors import counted
-from clasp.evaluation.registry import MAP_OPTIONS, describe_option
+from clasp.evaluation.options import MAP_OPTIONS, describe_option
 
 _MAPS_HELP = escape("\n".join(map(describe_option, MAP_OPTIONS)))
 

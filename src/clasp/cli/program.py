@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,6 +32,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is not UTF-8 is printed escaped, as to sys.stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _require_no_empty_argument(sys.argv)
         with nullcontext() if "RANK" in os.environ else interrupted_by_sigterm():  # a launcher ends several by SIGTERM
             code = app(standalone_mode=False)
         if code == INTERRUPTED_EXIT_CODE:  # typer's, of a KeyboardInterrupt that no verb has handled
@@ -50,6 +52,14 @@ def main() -> None:
 
         print_error(_describe_system_error(error) if isinstance(error, OSError) else str(error))
         sys.exit(2)
+
+
+def _require_no_empty_argument(typed: Sequence[str]) -> None:
+    """Raises ``UserError``: an empty path would be the current folder, and an empty name a default."""
+    for place, argument in enumerate(typed[1:], 1):
+        if not argument or (argument.startswith("--") and argument.endswith("=")):
+            after = f" after {typed[place - 1]}" if place > 1 and not argument else ""
+            raise UserError(f"argument {place} of the command, {argument!r}{after}, has no value: is a variable unset?")
 
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer names its subclasses only

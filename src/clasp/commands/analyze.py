@@ -31,7 +31,7 @@ from clasp.data.formats.setting_hints import OPTION_HINTS
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages
 from clasp.data.readers import PairIndex, SampleIndices
 from clasp.evaluation.language_sets import require_languages
-from clasp.evaluation.registry import ANALYZE_OPTIONS, MAX_ANALYZED_PAIRS, MAX_NEIGHBOURS, PAIR_OPTIONS, parse_options
+from clasp.evaluation.options import ANALYZE_OPTIONS, MAX_ANALYZED_PAIRS, MAX_NEIGHBOURS, PAIR_OPTIONS, parse_options
 from clasp.evaluation.retention.features import hashed_subset
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource

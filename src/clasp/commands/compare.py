@@ -79,7 +79,7 @@ def compare_models(
         _score(source, pairs, entry, given, say, bar) for source, pairs in zip(sources, opened, strict=True)
     )
     for source, pairs in zip(sources, opened, strict=True):
-        for line in training_overlap(source.run, source.name, pairs):
+        for line in training_overlap(source.run, source.name, {"": pairs}):
             say(line)
     comparisons = compare_scored(built, first, second)
     done = ModelComparison(

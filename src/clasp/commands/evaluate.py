@@ -66,7 +66,7 @@ def evaluate_run(
     if not isinstance(results, list) or not all(isinstance(result, EvaluationResult) for result in results):
         raise UserError(f"task {task!r} returned {type(results).__name__}; a list of EvaluationResult is expected")
     results = identity.recorded_in(results)
-    for line in training_overlap(source.run, source.name, pairs):
+    for line in training_overlap(source.run, source.name, {"": pairs}):
         say(line)
     folder.record(results, say)
     if queries is not None:

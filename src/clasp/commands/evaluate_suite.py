@@ -53,6 +53,8 @@ def evaluate_suite(
 ) -> list[SuiteRow]:
     """Evaluate a model on a suite; ``templates``: for every set, in place of its own. Raises ``UserError``."""
     sets, folder = find_suite(suite), Path(data)
+    if templates is not None and not templates.strip():
+        raise UserError("templates= is empty; leave it out for those of each set")
     if templates is not None and not any(each.task in PROMPTED_TASKS for each in sets):
         raise UserError(f"templates={templates}: no set of {suite} has a task with templates")
     if not folder.is_dir():
@@ -80,8 +82,8 @@ def evaluate_suite(
         result = _evaluate(each, context, results)
         rows[each.name] = SuiteRow(each, result)
         say(f"{each.name}: {each.metric} {result.metrics[each.metric]:.4g}, {result.seconds:,.0f} s")
-        for line in training_overlap(source.run, source.name, opened[each.name]):
-            say(f"{each.name}: {line}")
+    for line in training_overlap(source.run, source.name, opened):
+        say(line)
     return list(rows.values())
 
 

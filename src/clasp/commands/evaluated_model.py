@@ -17,6 +17,7 @@ from clasp.config.pretrained import DUAL_ENCODER_SCHEMES, pretrained_recipe
 from clasp.config.recipe import DataSettings, recipe_from_dict
 from clasp.evaluation.embedding_folder import IMAGE_ARRAY, EmbeddingFolder, StoredEncoder
 from clasp.evaluation.embedding_table import EvaluationInputs
+from clasp.evaluation.encode_once import EncodeOnce
 from clasp.evaluation.task_context import TrainedRun
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.zoo.hub_runs import RUN_SCHEME, fetch_run, is_hub_run
@@ -72,7 +73,7 @@ def _find_run(name: str, folder: Path) -> ModelSource:
         parts = ModelAndPreprocessing(model.encoder, model.transform, model.tokenizer)
         inputs = build_feature_source(parts, recipe, bar=bar)
         run = TrainedRun(folder=folder, recipe=recipe, model=parts.model, inputs=inputs)
-        return LoadedModel(inputs.in_precision(model.encoder), inputs, run)
+        return LoadedModel(EncodeOnce(inputs.in_precision(model.encoder)), inputs, run)
 
     return ModelSource(name, recipe.data, load_run, None if name.startswith(RUN_SCHEME) else folder)
 
@@ -84,7 +85,7 @@ def _find_pretrained(name: str, tower: str) -> ModelSource:
         parts = build_model_and_preprocessing(recipe)
         parts.model.eval()
         inputs = build_feature_source(parts, recipe, bar=bar)
-        return LoadedModel(inputs.in_precision(parts.model), inputs)
+        return LoadedModel(EncodeOnce(inputs.in_precision(parts.model)), inputs)
 
     return ModelSource(name, recipe.data, load_pretrained)
 

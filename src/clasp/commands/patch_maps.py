@@ -18,7 +18,7 @@ from clasp.data.formats.setting_hints import OPTION_HINTS
 from clasp.data.images import ImageError
 from clasp.data.pairs import ColumnNames, Pairs, caption_languages
 from clasp.evaluation.language_sets import require_languages
-from clasp.evaluation.registry import (
+from clasp.evaluation.options import (
     DEFAULT_MAPPED_PAIRS,
     MAP_OPTIONS,
     MAX_MAPPED_PAIRS,

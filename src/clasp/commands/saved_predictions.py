@@ -1,8 +1,8 @@
 """The predictions of a model for single queries, in files that ``clasp report`` reads.
 
 Input: a task with its scored queries. Output: ``predictions/TASK-DATA-ID.jsonl`` in the folder of the results: a line
-that names task, data and options, then one for each query. Note: an evaluation that is repeated replaces its file; one
-with another option, or on other pairs, has another.
+for each query, and in each the ``evaluation_id`` of the row of ``results.jsonl`` that has data and options. Note: an
+evaluation that is repeated replaces its file; one with another option, or on other pairs, has another.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def save_predictions(
 ) -> Path:
     """Write the file of a task; returns its path."""
     file = folder / PREDICTIONS_FOLDER / f"{evaluation_file(task.name, task.data, identity.id)}.jsonl"
-    about = {"task": task.name, "data": task.data, "options": identity.options, "evaluation_id": identity.id}
+    about = {"task": task.name, "evaluation_id": identity.id}
     with translate_disk_errors(folder):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(file) as part, part.open("w", encoding="utf-8") as handle:
-            for row in (about, *_query_rows(scored)):
-                handle.write(json.dumps(row, ensure_ascii=True) + "\n")
+            for row in _query_rows(scored):
+                handle.write(json.dumps(about | row, ensure_ascii=True) + "\n")
     return file
 
 

@@ -8,6 +8,7 @@ reported, never replaced; captions are then read for the rest only. A shard that
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -160,7 +161,7 @@ class LiveImageReader:
     def decode(self, images: Sequence[tuple[str, ImageSource, int]]) -> ImageBatch:
         """Decode images given as id, source and seed. Unreadable ones are skipped and reported; ``ShardError`` where
         the storage fails."""
-        values, kept, skipped = [], [], []
+        values, contents, kept, skipped = [], [], [], []
         for position, (name, source, seed) in enumerate(images):
             try:
                 encoded = source.read()
@@ -168,6 +169,7 @@ class LiveImageReader:
                     values.append(self.transform(encoded))
                 else:
                     values.append(self.transform.augmented(encoded, self.augment, seed))
+                contents.append(int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest()))
                 kept.append(position)
             except ShardError:
                 raise
@@ -175,7 +177,7 @@ class LiveImageReader:
                 skipped.append(SkippedSample(name, " ".join(str(error).split()) or type(error).__name__))
         size = self.transform.size
         pixels = torch.stack(values) if values else torch.empty(0, 3, size, size)
-        return ImageBatch(Pixels(pixels), kept, tuple(skipped))
+        return ImageBatch(Pixels(pixels, None if self.augment else tuple(contents)), kept, tuple(skipped))
 
 
 @dataclass(frozen=True, slots=True)

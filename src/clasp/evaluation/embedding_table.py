@@ -7,7 +7,7 @@ id, never by position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -54,6 +54,11 @@ class EmbeddingTable:
 
     ids: tuple[str, ...]
     vectors: Float[Tensor, "n E"]
+
+    def select(self, ids: Container[str]) -> EmbeddingTable:
+        """The rows with these ids, in their order here."""
+        rows = [row for row, id in enumerate(self.ids) if id in ids]
+        return EmbeddingTable(tuple(self.ids[row] for row in rows), self.vectors[rows])
 
 
 def embed_batches(

@@ -101,14 +101,17 @@ def zeroshot_task(
 
 def retrieval_task(pairs: Pairs, inputs: EvaluationInputs, *, data: str) -> RetrievalTask:
     """Image-to-text and text-to-image retrieval over all captions of ``pairs``."""
-    in_memory = list(pairs)
-    captions = {f"{pair.id}#{n}": (text, pair.group) for pair in in_memory for n, (text, _) in enumerate(pair.captions)}
-    queries = RetrievalQueries(
-        image_groups={pair.id: pair.group for pair in in_memory},
+    return RetrievalTask(data=data, images=inputs.images(pairs), queries=retrieval_queries(list(pairs), inputs))
+
+
+def retrieval_queries(pairs: Sequence[Pair], inputs: EvaluationInputs) -> RetrievalQueries:
+    """Retrieval among all captions of ``pairs``."""
+    captions = {f"{pair.id}#{n}": (text, pair.group) for pair in pairs for n, (text, _) in enumerate(pair.captions)}
+    return RetrievalQueries(
+        image_groups={pair.id: pair.group for pair in pairs},
         text_groups={key: group for key, (_, group) in captions.items()},
         texts=inputs.texts({key: text for key, (text, _) in captions.items()}),
     )
-    return RetrievalTask(data=data, images=inputs.images(pairs), queries=queries)
 
 
 def hard_negative_task(

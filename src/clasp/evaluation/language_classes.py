@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clasp.evaluation.class_labels import label_choices
 from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language, requested_languages
 from clasp.evaluation.task_context import TaskContext
 from clasp.evaluation.tasks import MultilingualTask, ZeroShotTask
@@ -85,6 +86,5 @@ def _read_json(file: str, option: str) -> Mapping[str, Any]:
 def _class_number(pair: Pair, label: str, data: str) -> int:
     number = pair.meta.get(label)
     if not isinstance(number, int):
-        has = ", ".join(map(str, pair.meta)) or "none"
-        raise UserError(f"{pair.id} of {data} has no class number in {label!r}; label= one of: {has}")
+        raise UserError(f"{pair.id} of {data} has no class number in {label!r}; {label_choices(pair)}")
     return number

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clasp.errors import counted
 from clasp.evaluation import multilabel
+from clasp.evaluation.class_labels import label_choices
 from clasp.evaluation.embedding_table import embed_batches
 from clasp.evaluation.name_checks import quote_first
 from clasp.evaluation.probes import multilabel_probe
@@ -85,8 +86,7 @@ def read_class_lists(pairs: Iterable[Pair], label: str, data: str) -> dict[str, 
     for pair in pairs:
         given = pair.meta.get(label)
         if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-            has = ", ".join(map(str, pair.meta)) or "none"
-            raise UserError(f"{pair.id} of {data} has no list of class names in {label!r}; label= one of: {has}")
+            raise UserError(f"{pair.id} of {data} has no list of class names in {label!r}; {label_choices(pair)}")
         found[pair.id] = given
     return found
 

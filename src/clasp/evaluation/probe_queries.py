@@ -18,6 +18,7 @@ from torch import Tensor
 from clasp.evaluation import probes
 from clasp.evaluation.embedding_table import EmbeddingTable, ImageBatches, embed_batches
 from clasp.evaluation.name_checks import require_known
+from clasp.evaluation.probes import ProbeAnswers
 from clasp.evaluation.query_scores import MeanMetric, QueryScores
 from clasp.types import Encoder
 
@@ -38,8 +39,8 @@ class FitSet:
         return FitSet(ids, self.features[chosen], self.labels[chosen], self.groups[chosen])
 
 
-Probe = Callable[[FitSet, Float[Tensor, "q E"], Int[Tensor, " q"]], Float[Tensor, " q"]]
-"""For each query whether its class is predicted, a fraction where there are ties or several draws"""
+Probe = Callable[[FitSet, Float[Tensor, "q E"], Int[Tensor, " q"]], ProbeAnswers]
+"""The answers to queries, given the fit set, their embeddings and their classes"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class ProbeQueries:
         labels, groups: image id to class and to cluster, of the queries.
         fit_labels, fit_groups: the same of the images to fit on; their ids may be those of other images among queries.
         classes: the classes; a label is one of them.
-        fit: the images to fit on.
+        fit: the images to fit on; ``None``: they are among the embedded images, and those with a label are the queries.
         probe: the classifier.
     """
 
@@ -59,30 +60,34 @@ class ProbeQueries:
     fit_labels: Mapping[str, str]
     fit_groups: Mapping[str, str]
     classes: Sequence[str]
-    fit: ImageBatches
+    fit: ImageBatches | None
     probe: Probe
     directions: tuple[str, ...] = field(default=("",), init=False)
     metric_names: tuple[str, ...] = field(default=("top1", "mean_per_class"), init=False)
 
     def score(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
         """Whether each image's class is predicted."""
-        require_known(images.ids, self.labels, "image", "label")
-        known = embed_batches(self.fit(), encoder.embed_image, "image to fit on")
+        asked, known = images, images
+        if self.fit is None:
+            asked, known = images.select(self.labels), images.select(self.fit_labels)
+        else:
+            require_known(images.ids, self.labels, "image", "label")
+            known = embed_batches(self.fit(), encoder.embed_image, "image to fit on")
         number = {name: place for place, name in enumerate(self.classes)}
         fit_labels = torch.tensor([number[self.fit_labels[id]] for id in known.ids])
-        labels = torch.tensor([number[self.labels[id]] for id in images.ids])
+        labels = torch.tensor([number[self.labels[id]] for id in asked.ids])
         group = {name: place for place, name in enumerate(sorted({self.fit_groups[id] for id in known.ids}))}
         groups = torch.tensor([group[self.fit_groups[id]] for id in known.ids])
-        right = self.probe(FitSet(known.ids, known.vectors, fit_labels, groups), images.vectors, labels)
-        chance = probes.majority_class_accuracy(fit_labels, labels)
+        answers = self.probe(FitSet(known.ids, known.vectors, fit_labels, groups), asked.vectors, labels)
         scored = QueryScores(
             direction="",
-            ids=images.ids,
-            groups=tuple(self.groups[id] for id in images.ids),
-            means={"top1": MeanMetric(right), "mean_per_class": MeanMetric(right, cells=labels)},
+            ids=asked.ids,
+            groups=tuple(self.groups[id] for id in asked.ids),
+            means={"top1": MeanMetric(answers.right), "mean_per_class": MeanMetric(answers.right, cells=labels)},
             medians={},
-            chance={"top1": chance, "mean_per_class": 1 / len(self.classes)},
-            expected=tuple(self.labels[id] for id in images.ids),
+            chance={"top1": probes.commonest_class_share(labels), "mean_per_class": 1 / len(labels.unique())},
+            expected=tuple(self.labels[id] for id in asked.ids),
+            predict=lambda: [self.classes[place] for place in answers.predicted.tolist()],
         )
         return [scored]
 
@@ -95,12 +100,14 @@ def knn_of(k: int, temperature: float) -> Probe:
 
 
 def linear_of(shots: int | None, draws: int) -> Probe:
-    """``probes.linear_probe``; with ``shots``, fitted to so many images of each class, the mean over ``draws``."""
+    """``probes.linear_probe``; with ``shots``, fitted to so many images of each class: whether it is right is the mean
+    over ``draws``, and the class that most draws predict, of tied ones the first, is the predicted one."""
 
-    def fit_and_predict(fit: FitSet, queries: Float[Tensor, "q E"], labels: Int[Tensor, " q"]) -> Float[Tensor, " q"]:
+    def fit_and_predict(fit: FitSet, queries: Float[Tensor, "q E"], labels: Int[Tensor, " q"]) -> ProbeAnswers:
         chosen = [fit] if shots is None else [fit.subset(draw_shots(fit, shots, draw)) for draw in range(draws)]
-        right = [probes.linear_probe(some.features, some.labels, some.groups, queries, labels) for some in chosen]
-        return torch.stack(right).mean(dim=0)
+        each = [probes.linear_probe(some.features, some.labels, some.groups, queries, labels) for some in chosen]
+        right, predicted = (torch.stack(columns) for columns in zip(*each, strict=True))
+        return ProbeAnswers(right.mean(dim=0), predicted.mode(dim=0).values)
 
     return fit_and_predict
 

@@ -10,8 +10,9 @@ from collections import Counter
 
 from clasp.data.pairs import Pairs
 from clasp.errors import counted
+from clasp.evaluation.class_labels import has_labels
 from clasp.evaluation.probe_queries import Probe, ProbeQueries, knn_of, linear_of
-from clasp.evaluation.retention.probes import ImageProbe, has_labels, make_image_probe
+from clasp.evaluation.retention.probes import ImageProbe, make_image_probe
 from clasp.evaluation.task_context import TaskContext
 from clasp.evaluation.tasks import SingleTask
 from clasp.types import UserError
@@ -40,30 +41,31 @@ def linear_task(context: TaskContext) -> SingleTask[ProbeQueries]:
 
 def _plan(context: TaskContext) -> ImageProbe:
     label, options = context.options["label"], context.options
-    pairs = Pairs(context.pairs.name, [list(context.pairs)])
-    has_labels(pairs, label, context.data)
+    has_labels(context.pairs, label, context.data)
     fit = context.open_pairs(options["fit"]) if "fit" in options else None
-    plan = make_image_probe(pairs, fit, label, context.data, options.get("fit", ""))
-    if plan.skipped:
-        skipped = counted(plan.skipped, "image")
-        context.say(f"not queried: {skipped}, of whose class the half to fit on has none; fit= helps")
+    plan = make_image_probe(context.pairs, fit, label, context.data, options.get("fit", ""))
+    if fit is None:
+        left = f"; {plan.skipped} are left out, since none of their class is fitted on" if plan.skipped else ""
+        context.say(
+            f"fitted on {len(plan.fit):,} of the {len(context.pairs):,} images of {context.data}, by a hash of their "
+            f"group, and asked about {len(plan.queries):,} others{left}; fit=PAIRS names images to fit on"
+        )
     return plan
 
 
 def _task(context: TaskContext, name: str, plan: ImageProbe, probe: Probe) -> SingleTask[ProbeQueries]:
-    fit, asked = Pairs("fit", [list(plan.fit)]), Pairs(context.pairs.name, [list(plan.queries)])
+    halved = "fit" not in context.options  # all of the data is embedded at once, as other tasks do
     queries = ProbeQueries(
-        labels={pair.id: str(pair.meta[plan.label]) for pair in asked},
-        groups={pair.id: pair.group for pair in asked},
-        fit_labels={pair.id: str(pair.meta[plan.label]) for pair in fit},
-        fit_groups={pair.id: pair.group for pair in fit},
+        labels={pair.id: str(pair.meta[plan.label]) for pair in plan.queries},
+        groups={pair.id: pair.group for pair in plan.queries},
+        fit_labels={pair.id: str(pair.meta[plan.label]) for pair in plan.fit},
+        fit_groups={pair.id: pair.group for pair in plan.fit},
         classes=plan.classes,
-        fit=context.inputs.images(fit),
+        fit=None if halved else context.inputs.images(Pairs("fit", [list(plan.fit)])),
         probe=probe,
     )
-    return SingleTask(
-        data=context.data, images=context.inputs.images(asked), queries=queries, name=name, primary="top1"
-    )
+    images = context.inputs.images(context.pairs)
+    return SingleTask(data=context.data, images=images, queries=queries, name=name, primary="top1")
 
 
 def _whole(context: TaskContext, name: str) -> int:

@@ -1,16 +1,15 @@
 """Probes of frozen features with labels: a k-NN classifier and a linear probe.
 
-Input: features of a fit set and of query images, with class numbers. Output: for each query whether it is right (0 or
-1; a fraction where there is a tie), so that means and intervals can be computed; of images with several classes the
-scores of all. Pure. Note: ties, among neighbours or
-among classes, are broken at random as in ``metrics``, so that collapsed features score the chance level. scikit-learn
-is imported only here.
+Input: features of a fit set and of query images, with class numbers. Output: ``ProbeAnswers``, for each query whether
+it is right, so that means and intervals can be computed; of images with several classes the scores of all. Pure. Note:
+ties, among neighbours or among classes, are broken at random as in ``metrics``, so that of collapsed features the
+commonest class of the fit set is predicted. scikit-learn is imported only here.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,14 @@ HELD_OUT_EVERY = 4  # one group in so many of each class chooses among them
 _MAX_ITERATIONS = 500
 
 
+class ProbeAnswers(NamedTuple):
+    """For each query whether its class is predicted (0 or 1; a fraction where there is a tie), and the number of the
+    predicted class, of tied ones the first."""
+
+    right: Float[Tensor, " q"]
+    predicted: Int[Tensor, " q"]
+
+
 def knn_probe(
     fit: Float[Tensor, "n D"],
     fit_labels: Int[Tensor, " n"],
@@ -38,7 +45,7 @@ def knn_probe(
     k: int = _DEFAULT_NEIGHBOURS,
     temperature: float = _DEFAULT_TEMPERATURE,
     scores_at_once: int = 1 << 22,
-) -> Float[Tensor, " q"]:
+) -> ProbeAnswers:
     """Whether the ``k`` nearest of the fit set, by cosine, vote for the right class; each weighs exp(cosine / T).
 
     Wu et al., CVPR 2018, section 3.4; k = 20 and T = 0.07 as in DINO (Caron et al., ICCV 2021, section 4.1). Ours
@@ -47,7 +54,7 @@ def knn_probe(
     """
     fit, queries = (F.normalize(features.float(), dim=1) for features in (fit, queries))
     k, classes = min(k, len(fit)), int(torch.cat([fit_labels, query_labels]).max()) + 1
-    right = []
+    right, predicted = [], []
     for rows in torch.arange(len(queries)).split(max(1, scores_at_once // len(fit))):
         scores = queries[rows] @ fit.T
         last = scores.topk(k, dim=1).values[:, -1:]
@@ -58,7 +65,8 @@ def knn_probe(
         first = votes >= votes.amax(dim=1, keepdim=True) * (1 - TIE_TOLERANCE / temperature)
         of_right = first.gather(1, query_labels[rows][:, None])[:, 0]
         right.append(of_right.double() / first.sum(dim=1))
-    return torch.cat(right)
+        predicted.append(first.int().argmax(dim=1))
+    return ProbeAnswers(torch.cat(right), torch.cat(predicted))
 
 
 def linear_probe(
@@ -67,7 +75,7 @@ def linear_probe(
     fit_groups: Int[Tensor, " n"],
     queries: Float[Tensor, "q D"],
     query_labels: Int[Tensor, " q"],
-) -> Float[Tensor, " q"]:
+) -> ProbeAnswers:
     """Whether logistic regression on the fit set names the right class.
 
     L-BFGS on features standardised by the fit set, as linear probes of CLIP are (Radford et al., 2021, appendix A.3);
@@ -79,8 +87,8 @@ def linear_probe(
     strength = _C_GRID[len(_C_GRID) // 2]
     if held_out.any():
         inside, outside = (fit[~held_out], fit_labels[~held_out]), (fit[held_out], fit_labels[held_out])
-        strength = max(_C_GRID, key=lambda c: float(_logistic_regression_correct(*inside, *outside, c).mean()))
-    return _logistic_regression_correct(fit, fit_labels, queries, query_labels, strength)
+        strength = max(_C_GRID, key=lambda c: float(_logistic_regression_answers(*inside, *outside, c).right.mean()))
+    return _logistic_regression_answers(fit, fit_labels, queries, query_labels, strength)
 
 
 def multilabel_probe(
@@ -122,11 +130,11 @@ def _one_against_all(fit: Tensor, labels: Bool[Tensor, "n C"], queries: Tensor, 
     return torch.stack([torch.from_numpy(column) for column in columns], dim=1)
 
 
-def _logistic_regression_correct(
+def _logistic_regression_answers(
     fit: Tensor, fit_labels: Tensor, queries: Tensor, query_labels: Tensor, c: float
-) -> Float[Tensor, " q"]:
-    model = _logistic_regression(fit, fit_labels, c)
-    return (torch.from_numpy(model.predict(queries.numpy())) == query_labels).double()
+) -> ProbeAnswers:
+    predicted = torch.from_numpy(_logistic_regression(fit, fit_labels, c).predict(queries.numpy()))
+    return ProbeAnswers((predicted == query_labels).double(), predicted)
 
 
 def _logistic_regression(fit: Tensor, labels: Tensor, c: float) -> LogisticRegression:
@@ -151,11 +159,7 @@ def _held_out_mask(labels: Int[Tensor, " n"], groups: Int[Tensor, " n"]) -> Tens
     return torch.tensor([held[group] for group in groups.tolist()], dtype=torch.bool)
 
 
-def majority_class_accuracy(fit_labels: Int[Tensor, " n"], query_labels: Int[Tensor, " q"]) -> float:
-    """Accuracy of always predicting the majority class of the fit set; with several, one of them at random.
-
-    The chance level of both probes: for balanced classes it is one over the number of classes.
-    """
-    counts = torch.bincount(fit_labels, minlength=int(query_labels.max()) + 1)
-    most = counts == counts.max()
-    return (most[query_labels].double() / most.sum()).mean().item()
+def commonest_class_share(query_labels: Int[Tensor, " q"]) -> float:
+    """The chance level of both probes: the share of the commonest class among the queries, the most that one answer to
+    all of them can reach; for balanced queries one over the number of their classes."""
+    return (torch.bincount(query_labels).max() / len(query_labels)).item()

@@ -4,7 +4,7 @@ Input: a name and the options as typed. Output: the ``TaskEntry`` and its parsed
 line in ``EVALUATION_TASKS``: ``(TaskContext) -> EvaluationTask`` where it scores single queries, so that two models can
 be compared on them, else ``(TaskContext) -> list[EvaluationResult]``. One that is not built in is named
 ``package.module:Name``, where ``Name`` is a ``TaskEntry``. Note: nothing heavy is imported before a task runs, since
-the help of ``clasp eval`` is made of this table. Long, since each task has its options and its builder here.
+the help of ``clasp eval`` is made of this table.
 """
 
 from __future__ import annotations
@@ -15,67 +15,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from clasp.evaluation.options import PAIR_OPTIONS, TaskOption, describe_option, parse_options
 
 if TYPE_CHECKING:
     from clasp.evaluation.results import EvaluationResult
     from clasp.evaluation.task_context import TaskContext
     from clasp.evaluation.tasks import EvaluationTask, ZeroShotTask
-
-
-@dataclass(frozen=True, slots=True)
-class TaskOption:
-    """One ``name=value``. ``default`` is the value of an option that is left out; ``None``: it has no value then.
-
-    ``in_place_of``: the name of an option that is not used where this one is given; both are an error. ``names``: what
-    the value names, whose content metrics depend on: ``file`` (where there is one, else the value itself) or ``pairs``;
-    ``reading``: how pairs are read, which their content shows.
-    """
-
-    name: str
-    help: str
-    default: str | None = None
-    required: bool = False
-    in_place_of: str | None = None
-    names: Literal["", "file", "pairs", "reading"] = ""
-
-
-PAIR_OPTIONS = (
-    TaskOption(
-        "data", "a folder of class folders, or pairs (.csv .tsv .jsonl .parquet .tar)", required=True, names="pairs"
-    ),
-    TaskOption("image", "column of the images"),
-    TaskOption("caption", "column of the captions", names="reading"),
-    TaskOption("image_root", "folder that image paths start from"),
-)
-"""Those of every task: the pairs it runs on"""
-
-
-MAX_ANALYZED_PAIRS = 2000
-"""Of ``clasp analyze``: the Gram matrices of all text blocks are held at once, 36 MB each"""
-MAX_NEIGHBOURS = 100
-ANALYZE_OPTIONS = (
-    PAIR_OPTIONS[0],
-    TaskOption("pairs", f"analyse at most so many pairs, up to {MAX_ANALYZED_PAIRS:,}", "1000"),
-    TaskOption("language", "language of the captions; the first caption of each pair if left out"),
-    TaskOption("neighbours", f"K of the mutual k-nearest neighbours, up to {MAX_NEIGHBOURS}", "10"),
-    *PAIR_OPTIONS[1:],
-)
-"""Those of ``clasp analyze``"""
-DEFAULT_MAPPED_PAIRS = "6"
-MAX_MAPPED_PAIRS, MAX_MAPPED_WORDS = 50, 20
-MAP_OPTIONS = (
-    PAIR_OPTIONS[0],
-    TaskOption("pairs", f"draw so many pairs, up to {MAX_MAPPED_PAIRS}; {DEFAULT_MAPPED_PAIRS} if none are named"),
-    TaskOption(
-        "ids",
-        "draw the pairs with these ids (column id, else the image path), separated by commas; quote one with a comma",
-    ),
-    TaskOption("words", "words to map, separated by commas; the longest six of each caption if left out"),
-    ANALYZE_OPTIONS[2],
-    *PAIR_OPTIONS[1:],
-)
-"""Those of ``clasp maps``"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,21 +58,17 @@ class TaskEntry:
 
 def build_zeroshot(context: TaskContext) -> ZeroShotTask:
     """Raises ``UserError`` for pairs without a class, a class list or a template that cannot be used."""
+    from clasp.evaluation.class_labels import CAPTIONS_HINT, has_labels
     from clasp.evaluation.from_pairs import zeroshot_task
     from clasp.evaluation.zeroshot import read_class_names, read_descriptions, read_templates
-    from clasp.types import UserError
 
     pairs, options = context.pairs, context.options
     label = options["label"]
-    for pair in pairs:
-        if label not in pair.meta:
-            has = ", ".join(map(str, pair.meta)) or "none"
-            raise UserError(f"{pair.id} of {context.data} has no column {label!r} with its class; label= one of: {has}")
-    classes = (
-        read_class_names(options["classes"])
-        if "classes" in options
-        else sorted({str(pair.meta[label]) for pair in pairs})
-    )
+    has_labels(pairs, label, context.data)
+    found = {str(pair.meta[label]) for pair in pairs}
+    if len(found) == len(pairs) > 1:
+        context.say(f"each of the {len(pairs)} images of {context.data} has a class of its own; {CAPTIONS_HINT}")
+    classes = read_class_names(options["classes"]) if "classes" in options else sorted(found)
     return zeroshot_task(
         pairs,
         context.inputs,
@@ -227,7 +170,7 @@ def run_retention(context: TaskContext) -> list[EvaluationResult]:
 
 _LABEL_HELP = "column of the class"
 _LABELS_HELP = "column of the list of classes"
-_FIT_HELP = "pairs to fit on; half of data if left out"
+_FIT_HELP = "pairs to fit on; about half of data, by a hash, if left out"
 _LANGUAGES_HELP = "some of the languages of the captions, separated by commas; all if left out"
 
 _ZEROSHOT_OPTIONS = (
@@ -325,7 +268,9 @@ EVALUATION_TASKS: dict[str, TaskEntry] = {
         run_retention,
         "pre-trained features of each tower before and after alignment; figure in RUN",
         (
-            TaskOption("fit", "pairs to fit the image probes on; half of data if left out", names="pairs"),
+            TaskOption(
+                "fit", "pairs to fit the image probes on; about half of data, by a hash, if left out", names="pairs"
+            ),
             TaskOption("label", f"{_LABEL_HELP}; class if left out"),
             TaskOption("anchor", "language that captions are compared with; en if left out"),
             TaskOption("languages", _LANGUAGES_HELP),
@@ -387,35 +332,6 @@ def parse_task_options(name: str, entry: TaskEntry, typed: Sequence[str]) -> dic
     return parse_options(name, entry.all_options, typed)
 
 
-def parse_options(name: str, options: Sequence[TaskOption], typed: Sequence[str]) -> dict[str, str]:
-    """Option to value, of what was typed and of defaults. Raises ``UserError``: unknown, twice, one in place of
-    another beside it, or a required one left out."""
-    from clasp.data.formats.setting_hints import suggest_key
-    from clasp.types import UserError
-
-    known = {option.name: option for option in options}
-    paths = [option.name for option in options if option.names == "pairs"]
-    given: dict[str, str] = {}
-    for text in typed:
-        key, equals, value = text.partition("=")
-        if not equals or key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}=…?" if near else ""
-            if not equals:
-                hint = suggest_key(text, paths, [word.partition("=")[0] for word in typed if "=" in word]) or hint
-            raise UserError(f"{name}: {text!r} is not an option{hint or ';'} it takes {', '.join(known)}")
-        if key in given:
-            raise UserError(f"{name}: {key}= is given twice, {given[key]!r} and {value!r}")
-        given[key] = value
-    for option in known.values():
-        if option.required and not given.get(option.name):
-            raise UserError(f"{name} needs {option.name}=, {option.help}; options: {', '.join(known)}")
-        if option.name in given and option.in_place_of in given:
-            raise UserError(f"{name}: {option.name}= is in place of {option.in_place_of}=; give one of the two")
-    defaults = {key: option.default for key, option in known.items() if option.default is not None}
-    return defaults | given
-
-
 def used_options(entry: TaskEntry, given: Mapping[str, str]) -> dict[str, str]:
     """The options of ``parse_task_options`` without ``data``, and without those that another one replaces."""
     replaced = {option.in_place_of for option in entry.options if option.name in given}
@@ -441,9 +357,3 @@ def describe_tasks() -> list[str]:
         lines.append(f"{name}: {entry.help}")
         lines += [describe_option(option) for option in entry.options]
     return [*lines, "every task:", *map(describe_option, PAIR_OPTIONS)]
-
-
-def describe_option(option: TaskOption) -> str:
-    """A line about an option, for help."""
-    default = "" if option.default is None else f" (default: {option.default})"
-    return f"  {option.name}=  {option.help}{default}{' (required)' if option.required else ''}"

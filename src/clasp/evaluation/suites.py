@@ -227,6 +227,8 @@ def _read_set(table: Any, where: str) -> SuiteSet:
         raise UserError(f"{where} must have a name and texts: {', '.join(_KEYS)}")
     if unknown := [key for key in table if key not in _KEYS]:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}")
+    if empty := [key for key, value in table.items() if not value.strip()]:
+        raise UserError(f"{where}: {empty[0]} is empty; leave it out, or give a value")
     task = table.get("task", "zeroshot")
     if task not in TASK_METRICS:
         raise UserError(f"{where}: task = {task!r} is none of {', '.join(TASK_METRICS)}")

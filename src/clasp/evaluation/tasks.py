@@ -111,7 +111,7 @@ class SingleTask(EvaluationTask, Generic[_QueriesT]):
         _check_primary(self.primary, _metric_names(self.queries))
 
     def scored(self, encoder: Encoder) -> list[ScoredQueries]:
-        return _score(encoder, self.data, self.images, {"": self.queries})
+        return score_queries(encoder, self.data, self.images, {"": self.queries})
 
 
 @dataclass(kw_only=True)
@@ -164,7 +164,7 @@ class MultilingualTask(EvaluationTask):
         _check_primary(self.primary, names)
 
     def scored(self, encoder: Encoder) -> list[ScoredQueries]:
-        return _score(encoder, self.data, self.images, self.queries)
+        return score_queries(encoder, self.data, self.images, self.queries)
 
     def partial_results(self, scored: Sequence[ScoredQueries], resamples: int) -> list[PartialResult]:
         """The rows of every language, then those of every set."""
@@ -175,10 +175,10 @@ class MultilingualTask(EvaluationTask):
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
-def _score(
+def score_queries(
     encoder: Encoder, data: str, images: ImageBatches, queries: Mapping[str, EvaluationQueries]
 ) -> list[ScoredQueries]:
-    """Embed the images, then score the queries of every language."""
+    """Embed the images once, then score the queries of every language."""
     start = time.perf_counter()
     with _locate_errors(data):
         embedded = embed_batches(images(), encoder.embed_image, "image")

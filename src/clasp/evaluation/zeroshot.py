@@ -50,7 +50,7 @@ class ZeroShotQueries:
         metric_names: ``ACCURACIES``, or with two classes also ``TWO_CLASS_METRICS``.
 
     Raises:
-        UserError: a class named twice, an empty name, fewer than two classes, no template, a template without
+        UserError: a class named twice, an empty name, fewer than two classes, no template, one twice or without
             placeholder, a class without description, a label that is not a class. When scored: an image without label.
     """
 
@@ -70,6 +70,7 @@ class ZeroShotQueries:
         assert self.metric_names == ACCURACIES or (self.metric_names == TWO_CLASS_METRICS and len(self.classes) == 2)
         if not self.templates:
             raise UserError("classification needs at least one prompt template, such as 'a photo of a {}.'")
+        refuse_repeats([template.strip() for template in self.templates], "the templates")
         for template in self.templates:
             if not _PLACEHOLDER.search(template):
                 raise UserError(f"the template {template!r} has no place for the class name: write {{}} or {{c}} there")

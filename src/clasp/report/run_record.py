@@ -22,7 +22,7 @@ from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
 from clasp.report.auto_table import PLAN_FILE, AutoPlan
 from clasp.report.evaluation_files import PREDICTIONS_FOLDER, evaluation_file
-from clasp.report.evaluation_labels import EvaluationKey, evaluation_key, evaluation_labels, option_texts
+from clasp.report.evaluation_labels import EvaluationKey, evaluation_key, evaluation_labels
 from clasp.training.cost import COST_FILE as _COST_FILE
 from clasp.training.cost.ledger import RunCost, read_cost
 from clasp.training.run_folder import RunFolder
@@ -218,8 +218,9 @@ def _read_predictions(run: Path, results: Sequence[EvaluationResult]) -> list[Cl
     for file in sorted((run / PREDICTIONS_FOLDER).glob("zeroshot-*.jsonl")):
         try:
             about, *rows = read_json_lines(file)
+            rows = [about, *rows] if "expected" in about else rows  # a first line named task and data, at first
             key = EvaluationKey(about["task"], about.get("evaluation_id") or about["data"])
-            label = labels.get(key) or ", ".join((about["data"], *option_texts(key.task, about.get("options") or {})))
+            label = labels.get(key, file.stem)
             predicted = [str(row["predicted"]) for row in rows]
             found.append(ClassPredictions(key.task, label, [row["expected"] for row in rows], predicted))
         except UserError:

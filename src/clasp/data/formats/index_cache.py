@@ -18,7 +18,9 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -45,11 +47,28 @@ def file_stamp(path: str | Path | int) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
+_only_cached: ContextVar[bool] = ContextVar("only_cached", default=False)
+
+
+class NotIndexed(Exception):
+    """An index would have to be built."""
+
+
+@contextmanager
+def only_cached_indexes() -> Iterator[None]:
+    """Within it, ``NotIndexed`` is raised where an index that is kept in a cache folder is not there."""
+    token = _only_cached.set(True)
+    try:
+        yield
+    finally:
+        _only_cached.reset(token)
+
+
 def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callable[[], IndexArrays]) -> IndexArrays:
     """The arrays of ``build()``, mapped from the cache folder, where they are saved under ``key``.
 
     ``key``: the format, the resolved path of the source, and everything else that the arrays depend on. Raises
-    ``UserError`` where the folder has no room or cannot be written to.
+    ``UserError`` where the folder has no room or cannot be written to, ``NotIndexed`` within ``only_cached_indexes``.
     """
     assert len(key) > 1, "a key without its source would give one source's arrays to another"
     if cache is None:
@@ -60,6 +79,8 @@ def load_or_build_index(cache: Path | None, key: tuple[str, ...], build: Callabl
             return _map_arrays(file)
         except Exception as error:  # damaged bytes raise errors of Arrow, JSON, keys and types
             _log.warning("%s: damaged (%s); indexing the pairs again", file, " ".join(str(error).split()))
+    if _only_cached.get():
+        raise NotIndexed(str(file))
     arrays = build()
     with translate_disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -174,6 +195,8 @@ def derived_file(path: Path, how: str, cache: Path | None, write: Callable[[Path
     key = _digest(str(path.resolve()), file_stamp(path))
     file = (cache or _scratch_folder()) / f"{how}-{key}-{path.name.removesuffix('.gz')}"
     if not file.exists():
+        if _only_cached.get():
+            raise NotIndexed(str(file))
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with replace_file(file) as part:

@@ -15,8 +15,9 @@ from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import Recipe
 from clasp.data.pairs import Pairs, caption_languages
 from clasp.errors import counted
+from clasp.evaluation.class_labels import has_labels
 from clasp.evaluation.language_sets import requested_languages, require_languages
-from clasp.evaluation.retention.probes import ImageProbe, TextProbe, has_labels, make_image_probe, make_text_probes
+from clasp.evaluation.retention.probes import ImageProbe, TextProbe, make_image_probe, make_text_probes
 from clasp.evaluation.task_context import TaskContext
 from clasp.types import UserError
 

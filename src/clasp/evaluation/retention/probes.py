@@ -22,6 +22,7 @@ from clasp.analysis.tower_features import TowerFeatures
 from clasp.data.pairs import Pairs, split_by_group
 from clasp.errors import counted
 from clasp.evaluation import metrics, probes
+from clasp.evaluation.class_labels import has_labels
 from clasp.evaluation.language_sets import TrainingStatus, training_status
 from clasp.evaluation.name_checks import quote_first
 from clasp.types import Pair, UserError
@@ -64,29 +65,17 @@ class ImageProbe:
         features = fit.rows_of([pair.id for pair in known]), queries.rows_of([pair.id for pair in asked])
         labels = self._labels(known), self._labels(asked)
         if name == "image_knn":
-            right = probes.knn_probe(features[0], labels[0], features[1], labels[1])
+            answers = probes.knn_probe(features[0], labels[0], features[1], labels[1])
         else:
             number = {group: place for place, group in enumerate(sorted({pair.group for pair in known}))}
             groups = torch.tensor([number[pair.group] for pair in known])
-            right = probes.linear_probe(features[0], labels[0], groups, features[1], labels[1])
-        return ProbeScores(right, tuple(pair.group for pair in asked), probes.majority_class_accuracy(*labels))
+            answers = probes.linear_probe(features[0], labels[0], groups, features[1], labels[1])
+        groups_asked = tuple(pair.group for pair in asked)
+        return ProbeScores(answers.right, groups_asked, probes.commonest_class_share(labels[1]))
 
     def _labels(self, pairs: Iterable[Pair]) -> Int[Tensor, " n"]:
         number = {name: place for place, name in enumerate(self.classes)}
         return torch.tensor([number[str(pair.meta[self.label])] for pair in pairs])
-
-
-def has_labels(pairs: Sequence[Pair], label: str | None, data: str) -> bool:
-    """Whether pairs name their class in ``label`` of their meta (``class`` where it is ``None``).
-
-    Raises ``UserError`` where only some do, and where none do though the label was asked for.
-    """
-    column = label or "class"
-    lacking = [pair for pair in pairs if column not in pair.meta]
-    if lacking and (label or len(lacking) < len(pairs)):
-        has = ", ".join(map(str, lacking[0].meta)) or "none"
-        raise UserError(f"{lacking[0].id} of {data} has no column {column!r} with its class; label= one of: {has}")
-    return not lacking
 
 
 def make_image_probe(pairs: Pairs, fit: Pairs | None, label: str, data: str, fit_name: str) -> ImageProbe:
