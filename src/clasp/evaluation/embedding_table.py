@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clasp.data.pairs import Pairs
 from clasp.evaluation.name_checks import refuse_repeats
+from clasp.models.packed_weights import packed_weights
 from clasp.types import ImageInput, TextInput, UserError
 
 ImageBatches = Callable[[], Iterable[tuple[Sequence[str], ImageInput]]]
@@ -71,7 +72,7 @@ def embed_batches(
     """
     ids: list[str] = []
     vectors: list[Tensor] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), packed_weights():
         for names, inputs in chunks:
             ids.extend(names)
             vectors.append(encode(inputs).float().cpu())

@@ -21,6 +21,7 @@ from clasp.data.pairs import Pairs
 from clasp.data.process_group import raise_together
 from clasp.evaluation.embedding_table import ImageBatches, TextBatches
 from clasp.models.features import FeatureSource
+from clasp.models.packed_weights import packed_weights
 from clasp.training.distributed import Processes
 from clasp.types import Encoder, ImageInput, PooledFeatures, SkippedSample, TextInput
 
@@ -99,7 +100,7 @@ class SharedEncoder:
         vectors: list[Tensor] = []
 
         def encode() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), packed_weights():
                 for ids, inputs in chunks:
                     names.extend(ids)
                     vectors.append(embed(inputs).float().cpu())

@@ -31,8 +31,8 @@ class FrozenTower:
     def fingerprint(self) -> str:
         weights = _in_precision(self.tower.layer_fingerprint, self.precision)
         weights += _kernel_suffix(self.precision, self.tower)
-        # captions without padding differ in their last bits
-        return f"{weights}:unpadded" if self.precision != "float32" and self.tower.packs_captions else weights
+        # captions without padding, which attend in products, differ in their last bits
+        return f"{weights}:unpadded-products" if self.precision != "float32" and self.tower.packs_captions else weights
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:

@@ -25,6 +25,7 @@ from clasp.data.process_group import SINGLE, ProcessGroup, own_share
 from clasp.data.readers import ImageReader, LiveImageReader
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings, choose_storage
 from clasp.models.frozen import find_frozen_part
+from clasp.models.packed_weights import packed_weights
 from clasp.models.tower import Tower
 from clasp.types import ImageInput, Pixels, SkippedSample
 
@@ -72,7 +73,7 @@ class ImageSide:
             self._told = True
             self._settings.report_precision(self._tower, self._callbacks.notify)
         reading = ImageReadSettings(self._batch_size, self._settings.workers, self._settings.max_bad_fraction)
-        with self._callbacks.bar(f"images of {Path(pairs.name).name} through {name}") as progress:
+        with packed_weights(), self._callbacks.bar(f"images of {Path(pairs.name).name} through {name}") as progress:
             return image_features(
                 request,
                 reading,

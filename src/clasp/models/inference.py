@@ -25,6 +25,7 @@ from clasp.data.images import IMAGE_FORMS, ImageError, ImageTransform, is_image_
 from clasp.data.loader import inference_batch_size, iter_text_batches
 from clasp.data.read_ahead import DECODE_THREADS, available_cores, read_ahead
 from clasp.data.tokenizer import Tokenizer
+from clasp.models.packed_weights import packed_weights
 from clasp.models.precision import Precision, computing_in
 from clasp.types import Encoder, Pixels, ProgressCallback, UserError, no_progress
 
@@ -104,7 +105,8 @@ class EmbeddingModel:
             return self.encode_pixels(torch.zeros(1, 3, side, side))[:0]
         rows, done = [], 0
         batch_size = inference_batch_size(self.transform.size, self.device)
-        with closing(read_ahead(list(enumerate(images)), self._pixels, batch=batch_size, ahead=self._ahead)) as batches:
+        reading = read_ahead(list(enumerate(images)), self._pixels, batch=batch_size, ahead=self._ahead)
+        with packed_weights(), closing(reading) as batches:
             for batch in batches:
                 rows.append(self.encode_pixels(torch.stack(batch)))
                 progress(done := done + len(batch), len(images))
@@ -115,7 +117,7 @@ class EmbeddingModel:
     ) -> Float[Tensor, "n E"]:
         """Outputs of ``transform`` to L2-normalised embeddings; the batch size is chosen by device."""
         pixels, batch_size = torch.as_tensor(pixels), inference_batch_size(self.transform.size, self.device)
-        with torch.inference_mode(), computing_in(self.precision.image, self.device):
+        with torch.inference_mode(), packed_weights(), computing_in(self.precision.image, self.device):
             parts = (to_device(Pixels(part), self.device) for part in pixels.split(batch_size))
             return torch.cat([self.encoder.embed_image(part).cpu() for part in parts])
 
@@ -142,7 +144,7 @@ class EmbeddingModel:
         if tokens_per_batch is None:
             tokens_per_batch = 2048 if self.precision.text == "bfloat16" and self.device.type == "cpu" else 4096
         rows: dict[int, Tensor] = {}
-        with torch.inference_mode(), computing_in(self.precision.text, self.device):
+        with torch.inference_mode(), packed_weights(), computing_in(self.precision.text, self.device):
             for indices, part in iter_text_batches(texts, self.tokenizer, tokens_per_batch):
                 embedded = self.encoder.embed_text(to_device(part, self.device)).cpu()
                 rows.update(zip(indices, embedded, strict=True))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clasp.models.frozen_casts import is_plain_low_rank
+from clasp.models.packed_weights import packed_products
 
 
 class LowRankForward:
@@ -58,6 +59,8 @@ class LowRankForward:
 
 def project_together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     """The outputs of several layers for one input; layers that are all LoRA's share their products of it."""
+    if (packed := packed_products(x, layers)) is not None:
+        return packed
     forwards = [vars(layer).get("forward") for layer in layers]
     found = [each for each in forwards if isinstance(each, LowRankForward)]
     hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)

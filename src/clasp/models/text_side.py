@@ -24,6 +24,7 @@ from clasp.data.readers import LiveTextReader, PairIndex, TextReader
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings, choose_storage
 from clasp.models.frozen import find_frozen_part
+from clasp.models.packed_weights import packed_weights
 from clasp.models.tower import Tower
 from clasp.types import TextInput
 
@@ -63,7 +64,7 @@ class TextSide:
             return None
         if not self._cached:
             self._settings.report_precision(self._tower, self._callbacks.notify)
-        with self._callbacks.bar(f"captions through {self._tower.name}") as progress:
+        with packed_weights(), self._callbacks.bar(f"captions through {self._tower.name}") as progress:
             features = text_features(
                 request, cache_folder=self._policy.folder, storage=storage, device=self._device, progress=progress
             )

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clasp.models.low_rank_forward import project_together
+from clasp.models.packed_weights import product
 from clasp.models.transformer.blocks import LayerNorm, cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
 from clasp.models.transformer.packing import Packing, pack_rows
@@ -193,7 +194,7 @@ class _Intermediate(nn.Module):
         self.dense: nn.Module = nn.Linear(settings.hidden_size, settings.intermediate_size)
 
     def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N hidden"]:
-        return gelu_of(self.dense(states))
+        return gelu_of(product(self.dense, states))
 
 
 class _Output(nn.Module):
@@ -206,4 +207,4 @@ class _Output(nn.Module):
         self.dropout = nn.Dropout(settings.hidden_dropout_prob)
 
     def forward(self, branch: Float[Tensor, "B N _"], residual: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return self.LayerNorm(self.dropout(self.dense(branch)) + residual)
+        return self.LayerNorm(self.dropout(product(self.dense, branch)) + residual)

@@ -34,6 +34,13 @@ def gelu_of(states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
     return torch.ops.aten.gelu_(states) if torch.is_inference_mode_enabled() else F.gelu(states)
 
 
+def add_to(branch: Float[Tensor, "*batch D"], states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+    """The residual sum with the fresh output of a branch: in inference mode in place where the dtype allows."""
+    if torch.is_inference_mode_enabled() and branch.dtype == torch.promote_types(branch.dtype, states.dtype):
+        return branch.add_(states)
+    return branch + states
+
+
 class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` that keeps its float32 input in the dtype of autocast for the backward pass, in half the memory;
     the gradients then differ from PyTorch's within the rounding of that dtype."""

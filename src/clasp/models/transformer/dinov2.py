@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clasp.models.low_rank_forward import project_together
+from clasp.models.packed_weights import product
 from clasp.models.plain_attention import attend_to_all
-from clasp.models.transformer.blocks import LayerNorm, cast_for_products, gelu_of
+from clasp.models.transformer.blocks import LayerNorm, add_to, cast_for_products, gelu_of
 from clasp.models.transformer.encoders import EncoderOutput
 
 
@@ -110,8 +111,8 @@ class _Block(nn.Module):
         self.layer_scale2 = _LayerScale(settings)
 
     def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        states = self.layer_scale1(self.attention(self.norm1(states))) + states
-        return self.layer_scale2(self.mlp(self.norm2(states))) + states
+        states = add_to(self.layer_scale1(self.attention(self.norm1(states))), states)
+        return add_to(self.layer_scale2(self.mlp(self.norm2(states))), states)
 
 
 class _Attention(nn.Module):
@@ -131,7 +132,7 @@ class _Attention(nn.Module):
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in project_together(states, (self.q_proj, self.k_proj, self.v_proj))
         )
-        return self.o_proj(attend_to_all(q, k, v).transpose(1, 2).flatten(2))
+        return product(self.o_proj, attend_to_all(q, k, v).transpose(1, 2).flatten(2))
 
 
 class _LayerScale(nn.Module):
@@ -152,4 +153,4 @@ class _FeedForward(nn.Module):
         self.fc2: nn.Module = nn.Linear(hidden, width)
 
     def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return self.fc2(gelu_of(self.fc1(states)))
+        return product(self.fc2, gelu_of(product(self.fc1, states)))

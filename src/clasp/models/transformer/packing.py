@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from clasp.models.plain_attention import attend_to_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +39,14 @@ class Packing:
     def attend(
         self, q: Float[Tensor, "1 H T d"], k: Float[Tensor, "1 H T d"], v: Float[Tensor, "1 H T d"]
     ) -> Float[Tensor, "1 H T d"]:
-        """Attention of every token to those of its own caption.
-
-        In float32, in which PyTorch's kernel computes short captions faster, casts included.
-        """
+        """Attention of every token to those of its own caption."""
         sizes = [captions * length for captions, length in self.groups]
         parts = zip(*(each[0].transpose(0, 1).split(sizes) for each in (q, k, v)), strict=True)
-        with torch.autocast(q.device.type, enabled=False):
-            attended = [
-                F.scaled_dot_product_attention(*(each.float().unflatten(0, shape).transpose(1, 2) for each in part))
-                for shape, part in zip(self.groups, parts, strict=True)
-            ]
-        states = torch.cat([each.transpose(1, 2).flatten(0, 1) for each in attended])
-        return states.to(q.dtype).transpose(0, 1)[None]
+        attended = [
+            attend_to_all(*(each.unflatten(0, shape).transpose(1, 2) for each in part))
+            for shape, part in zip(self.groups, parts, strict=True)
+        ]
+        return torch.cat([each.transpose(1, 2).flatten(0, 1) for each in attended]).transpose(0, 1)[None]
 
 
 def pack_rows(mask: Bool[Tensor, "B N"] | Int[Tensor, "B N"]) -> Packing:

@@ -143,8 +143,21 @@ def _attention_backward(
     return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
 
 
+def _packed_product(one: Tensor, packed: Tensor, *rest: Any, out_val: Tensor, **options: Any) -> int:
+    return 2 * one.numel() * out_val.shape[-1]
+
+
+def _of_onednn() -> dict[Any, Callable[..., int]]:
+    """The formulas of oneDNN's operations (``models.packed_weights``), which not every build of PyTorch has."""
+    if not torch.backends.mkldnn.is_available():
+        return {}
+    onednn = torch.ops.mkldnn
+    return {onednn._linear_pointwise: _packed_product, onednn._reorder_linear_weight: lambda *_, **__: 0}
+
+
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    **_of_onednn(),
     _ATEN.convolution_backward: _convolution_backward,
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,

@@ -1,0 +1,85 @@
+"""Weights of linear layers in bfloat16 and in the processor's own layout, for the forward passes of one call.
+
+Input: a context around passes in inference mode under autocast on a CPU. Output: the products of layers, from weights
+that are cast and laid out once. Note: autocast casts a frozen weight anew at every use, and oneDNN lays it out anew in
+every product. A context keeps its own until its end and no longer, so that nothing outlives a change of the weights,
+which must not change inside. A layer is packed when it is used again: for a single pass it would not pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import TypeGuard
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+# Weight and bias by the layers that are multiplied together; None after their first use.
+_Packed = dict[tuple[nn.Module, ...], tuple[Tensor, Tensor] | None]
+_packed: ContextVar[_Packed | None] = ContextVar("packed", default=None)
+
+
+@contextmanager
+def packed_weights() -> Iterator[None]:
+    """Context that keeps packed weights until its end; nested, the outer one does."""
+    token = _packed.set({}) if _packed.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _packed.reset(token)
+
+
+def packed_products(x: Float[Tensor, "*batch D"], layers: Sequence[nn.Module]) -> list[Tensor] | None:
+    """The outputs of linear layers for one input, as under autocast; ``None`` where the layers are to be called.
+
+    So outside of the context, at a first use, and for layers that are more than their product.
+    """
+    packed, key = _packed.get(), tuple(layers)
+    if packed is None or not (torch.is_inference_mode_enabled() and _computes_in_bfloat16()):
+        return None
+    plain = [layer for layer in layers if _is_plain(layer)]
+    if key not in packed or len(plain) < len(layers):
+        packed[key] = None
+        return None
+    found = packed[key]
+    if found is None:
+        found = packed[key] = _pack(plain, x.numel() // x.shape[-1])
+    joined = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), *found, "none", [], "")
+    return list(joined.split([layer.out_features for layer in plain], dim=-1))
+
+
+def product(layer: nn.Module, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch _"]:
+    """The output of a linear layer, from its packed weights where there are any."""
+    found = packed_products(x, (layer,))
+    return layer(x) if found is None else found[0]
+
+
+def _computes_in_bfloat16() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16 and _has_kernel()
+
+
+@cache
+def _has_kernel() -> bool:
+    """Whether this build of PyTorch has oneDNN, and oneDNN the instructions for bfloat16."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the layer is its product alone, on a CPU: no subclass, hook or replaced ``forward``."""
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    return "forward" not in vars(layer) and layer.weight.device.type == "cpu"
+
+
+def _pack(layers: Sequence[nn.Linear], rows: int) -> tuple[Tensor, Tensor]:
+    """The weights of all layers below each other, laid out for inputs of so many rows, and their biases."""
+    biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+    weight, bias = (
+        torch.cat([each.to(torch.bfloat16) for each in parts]) for parts in ([layer.weight for layer in layers], biases)
+    )
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias

@@ -1,0 +1,105 @@
+"""Packed weights: the products of the layers themselves, as long as the context lasts, and no hook is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from threading import Thread
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clasp.models.low_rank_forward import project_together
+from clasp.models.packed_weights import packed_products, packed_weights, product
+from clasp.models.tuning.peft_methods import inject_peft
+from clasp.training.cost.flops import count_flops
+
+pytestmark = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="oneDNN has no products in bfloat16 here",
+)
+
+
+def layers(count: int = 3, *, bias: bool = True) -> list[nn.Linear]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [nn.Linear(48, 32 + 16 * number, bias=bias) for number in range(count)]
+
+
+X = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def encoding() -> Iterator[None]:
+    """The context of a call that encodes."""
+    with torch.inference_mode(), packed_weights(), torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+def used_twice(given: Sequence[nn.Module]) -> list[Tensor] | None:
+    packed_products(X, given)
+    return packed_products(X, given)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.usefixtures("encoding")
+def test_from_the_second_use_on_products_are_those_of_the_layers(count: int, bias: bool) -> None:
+    given = layers(count, bias=bias)
+    assert packed_products(X, given) is None, "packing would not pay for a single pass"
+    for rows in (X, X[:1], X.expand(2, -1, -1, -1)):
+        found = packed_products(rows, given)
+        assert found is not None
+        for one, same, layer in zip(found, project_together(rows, given), given, strict=True):
+            torch.testing.assert_close(one, layer(rows), rtol=0.01, atol=0.01)
+            assert torch.equal(one, same)
+
+
+def test_changed_weights_are_seen_by_the_next_call() -> None:
+    given = layers(1)
+    found = []
+    for _ in range(2):
+        with torch.inference_mode(), packed_weights(), torch.autocast("cpu", torch.bfloat16):
+            with packed_weights():  # the outer context owns them
+                packed_products(X, given)
+            found.append(product(given[0], X))
+        given[0].weight.data.mul_(2)  # as an optimizer may: without a trace in the version of the tensor
+    assert (found[1] - found[0]).abs().max() > 0.1
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert used_twice(given) is None, "outside of a context nothing is kept"
+
+
+@pytest.mark.usefixtures("encoding")
+def test_layers_that_are_more_than_a_product_are_called() -> None:
+    calls, given = [], layers(1)
+    assert used_twice(given) is not None
+    hook = given[0].register_forward_hook(lambda *_: calls.append("hook"))
+    product(given[0], X)
+    assert calls == ["hook"]
+    hook.remove()
+    assert used_twice(given) is not None
+    tuned = nn.Sequential(nn.Linear(48, 32))
+    inject_peft(tuned, "lora", ["0"], {"rank": 4})
+    assert used_twice([tuned[0]]) is None
+    assert used_twice([type("Scaled", (nn.Linear,), {})(48, 32)]) is None
+
+
+def test_training_float32_and_other_threads_call_the_layers() -> None:
+    given, found = layers(1), []
+    with packed_weights():
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(used_twice(given))
+        with torch.inference_mode():
+            found.append(used_twice(given))
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            other = Thread(target=lambda: found.append(used_twice(given)))
+            other.start()
+            other.join()
+    assert found == [None, None, None]
+
+
+@pytest.mark.usefixtures("encoding")
+def test_flops_are_those_of_the_layers() -> None:
+    given = layers()
+    plain, packed = count_flops(lambda: [layer(X) for layer in given]), count_flops(lambda: used_twice(given))
+    assert packed == plain and not packed.left_out
