@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor
 from clasp.evaluation.multilabel import average_precision, roc_auc
 from clasp.evaluation.probe_queries import FitSet, draw_shots
 from clasp.evaluation.results import EvaluationResult
-from clasp.types import Pair, UserError
-from toyembeddings import evaluate_embeddings, pair, unit_vectors
+from clasp.types import Caption, Pair, UserError
+from toyembeddings import Unread, evaluate_embeddings, pair, unit_vectors
 
 WIDTH = 6
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -253,3 +254,29 @@ def test_retrieval_in_folds_is_the_mean_over_them(tmp_path: Path):
     for folds in ("1", "5", "x"):
         with pytest.raises(UserError, match=f"folds={folds} must be a whole number from 2 to 4"):
             evaluate_embeddings("retrieval", tmp_path, images, texts, pairs, f"folds={folds}")
+
+
+# --- a row for each caption ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "options"), [("retrieval", ()), ("retrieval", ("folds=2",)), ("multilingual", ("languages=en",))]
+)
+def test_a_row_for_each_caption_is_as_a_row_for_each_image(task: str, options: tuple[str, ...], tmp_path: Path):
+    """CLIP's usual table repeats an image in as many rows as it has captions; it is one candidate all the same."""
+    names = [f"i{n}" for n in range(12)]
+    captions = {name: [f"{name} w{n}" for n in range(5)] for name in names}
+    images = dict(zip(names, unit(12, 7), strict=True))
+    texts = dict(zip([text for each in captions.values() for text in each], unit(60, 8), strict=True))
+
+    def row(id: str, name: str, *given: str) -> Pair:
+        return replace(pair(id, group=name), image=Unread(name), captions=tuple(Caption(text, "en") for text in given))
+
+    listed = [row(name, name, *captions[name]) for name in names]
+    one_each = [row(f"{name}-{n}", name, text) for name in names for n, text in enumerate(captions[name])]
+    stored = {**images, **{each.id: images[each.group] for each in one_each}}
+    expected, found = (
+        {each.task: each.metrics for each in evaluate_embeddings(task, tmp_path, stored, texts, *args)}
+        for args in ((listed, *options), (one_each, *options))
+    )
+    assert found == expected and len(found) >= 2

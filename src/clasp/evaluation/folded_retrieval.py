@@ -15,7 +15,7 @@ import numpy as np
 
 from clasp.data.pairs import Pairs
 from clasp.evaluation.embedding_table import EmbeddingTable, EvaluationInputs, ImageBatches
-from clasp.evaluation.from_pairs import retrieval_queries
+from clasp.evaluation.from_pairs import distinct_images, retrieval_queries
 from clasp.evaluation.query_scores import QueryScores
 from clasp.evaluation.results import PartialResult, mean_result
 from clasp.evaluation.retrieval import RetrievalQueries
@@ -83,4 +83,4 @@ def folded_retrieval_task(pairs: Pairs, inputs: EvaluationInputs, *, folds: str,
         )
         for number, part in enumerate(parts, 1)
     }
-    return FoldedRetrievalTask(data=data, images=inputs.images(pairs), folds=queries)
+    return FoldedRetrievalTask(data=data, images=inputs.images(distinct_images(pairs)), folds=queries)

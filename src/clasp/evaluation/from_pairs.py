@@ -101,7 +101,16 @@ def zeroshot_task(
 
 def retrieval_task(pairs: Pairs, inputs: EvaluationInputs, *, data: str) -> RetrievalTask:
     """Image-to-text and text-to-image retrieval over all captions of ``pairs``."""
-    return RetrievalTask(data=data, images=inputs.images(pairs), queries=retrieval_queries(list(pairs), inputs))
+    images = inputs.images(distinct_images(pairs))
+    return RetrievalTask(data=data, images=images, queries=retrieval_queries(list(pairs), inputs))
+
+
+def distinct_images(pairs: Pairs) -> Pairs:
+    """The first pair of each image of a group: in a table with a row for each caption, an image is one candidate."""
+    first: dict[tuple[str, str, str], int] = {}
+    for number, pair in enumerate(pairs):
+        first.setdefault((pair.group, pair.image.name, pair.image.version), number)
+    return pairs if len(first) == len(pairs) else pairs.subset(first.values())
 
 
 def retrieval_queries(pairs: Sequence[Pair], inputs: EvaluationInputs) -> RetrievalQueries:
@@ -159,7 +168,7 @@ def multilingual_task(
     )
     return MultilingualTask(
         data=data,
-        images=inputs.images(pairs),
+        images=inputs.images(distinct_images(pairs)),
         queries={language: language_queries(pairs, language, inputs.texts) for language in languages},
         primary=f"{macro_language(ALL_LANGUAGES)}/{RetrievalTask.primary}",
         sets={ALL_LANGUAGES: languages},

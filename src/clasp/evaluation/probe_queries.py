@@ -87,7 +87,7 @@ class ProbeQueries:
             medians={},
             chance={"top1": probes.commonest_class_share(labels), "mean_per_class": 1 / len(labels.unique())},
             expected=tuple(self.labels[id] for id in asked.ids),
-            predict=lambda: [self.classes[place] for place in answers.predicted.tolist()],
+            predict=lambda: [self.classes[int(place)] for place in answers.predicted],
         )
         return [scored]
 
