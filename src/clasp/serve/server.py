@@ -103,8 +103,9 @@ def run_workers(count: int, address: ServerAddress, work: Callable[..., None], g
         try:
             for worker in workers:
                 worker.start()
-            wait([worker.sentinel for worker in workers])
-            ended = next(worker for worker in workers if not worker.is_alive())
+            ready = wait([worker.sentinel for worker in workers])
+            ended = next(worker for worker in workers if worker.sentinel in ready)  # it may not be reaped yet
+            ended.join()
         finally:
             _stop(workers)
     if ended is not None:
