@@ -1,4 +1,4 @@
-"""The searches of ``clasp demo``: two acts, drawings of held-out concepts and photographs never trained on.
+"""The searches of ``clasp demo``: photographs never trained on, and drawings of held-out concepts.
 
 Input: the model of the demo's run. Output: searches with their hits and which of them are correct, as sections of one
 contact sheet. Note: what is asked is decided by the rules below, which were fixed before any test picture was searched;
