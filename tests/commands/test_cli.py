@@ -764,7 +764,7 @@ def test_an_index_in_parts_exported_and_imported(clasp: Command, world: World, t
     assert "that are not done: 2/2" in clasp("index", run, "images", "--merge", "2").mistake
     last = clasp("index", run, "images", "--part", "2/2")
     assert last.code == 0 and "6 images added, 0 of them encoded" in last.err
-    assert "6 entries are in out" in clasp("store", "export", run, "-o", "out").err
+    assert "6 entries in out" in clasp("store", "export", run, "-o", "out").err
     assert "6 entries added; 0 left out" in clasp("store", "import", other, "out").err
     assert "in the store flat already" in clasp("store", "copy", run, "--to", "flat").mistake
     assert "no engine of a store; there are flat, edge" in clasp("store", "copy", run, "--to", "lancedb").mistake

@@ -70,7 +70,7 @@ def test_pairs_of_one_metric_share_their_rank(ranked: tuple[list[TowerPair], lis
     found = [replace(first, metric=metric, interval=(0.4, 0.6)) for metric in (0.5, 0.5, 0.45, 0.1)]
     table = pair_table(found)
     assert pair_ranks(found) == [row[0] for row in table.rows] == ["1=", "1=", "3", "4"]
-    assert "2 of the 3 others lie within the interval of the first: not told apart" in table.notes
+    assert "2 of 3 others within the interval of the first: not told apart" in table.notes
     assert "not told apart" not in " ".join(pair_table(found[:1]).notes)
 
 
