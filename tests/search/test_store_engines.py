@@ -157,18 +157,32 @@ def test_terms_are_hashes_and_in_an_earlier_index_text(
         if name == "earlier":
             monkeypatch.setattr(qdrant_edge, "IntegerIndexParams", lambda **given: qdrant_edge.KeywordIndexParams())
             monkeypatch.setattr(edge_store._EdgeCollection, "_term", lambda collection, term: term)
+            monkeypatch.setattr(edge_store, "EdgeManifest", functools.partial(edge_store.EdgeManifest, format=1))
         store = open_store(tmp_path / name)
         store.add([str(n) for n in range(20)], vectors[:20], [entry(n, chance) for n in range(20)])
         store.close()
         monkeypatch.undo()
         again = open_store(tmp_path / name)
-        assert again._collection._hashes_terms == (name == "now")  # pyright: ignore[reportAttributeAccessIssue]
+        assert json.loads((tmp_path / name / "manifest.json").read_text())["format"] == (2 if name == "now" else 1)
         again.add([str(n) for n in range(20, 40)], vectors[20:], [entry(n, chance) for n in range(20, 40)])
         answers.append([hit.id for hit in again.search(vectors[:1], 40, where)[0]])
         again.close()
     passing = [str(n) for n in range(40) if where(entry(n, chance))]
     assert sorted(answers[0]) == sorted(passing) and answers[1] == answers[0] and len(passing) > 1
     assert {int(name) < 20 for name in passing} == {True, False}, "in what was added before and after"
+
+
+@pytest.mark.parametrize("open_store", engine_parameters("edge"))
+def test_terms_of_one_hash_are_told_apart(tmp_path: Path, open_store: Opener, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(edge_store._EdgeCollection, "_term", lambda collection, term: 1)
+    chance = np.random.default_rng(4)
+    store, entries = open_store(tmp_path / "store"), [entry(n, chance) for n in range(40)]
+    store.add([*map(str, range(40))], chance.standard_normal((40, 8)).astype(np.float32), entries)
+    for condition in ("language=de", "language!=de", "tags=all"):
+        where = MetadataFilters((parse_filter(condition),))
+        passing = {str(n) for n, about in enumerate(entries) if where(about)}
+        assert {hit.id for hit in store.search(rows((1,) * 8), 40, where)[0]} == passing and 0 < len(passing) < 40
+    store.close()
 
 
 @every_engine

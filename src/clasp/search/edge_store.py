@@ -20,7 +20,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,10 +44,10 @@ _EF, _EF_CONSTRUCT, _LINKS = 320, 128, 16  # of HNSW: candidates of a search and
 _INDEX_KILOBYTES = 20_000  # of float32 vectors, from which a segment gets an index
 _SCAN_KILOBYTES = 100_000  # of float32 vectors; where fewer are stored, or pass a filter, these are scored one by one
 _ONE_SEGMENT = 1_000_000_000  # kilobytes
-_READ_AHEAD_BYTES = 2**29  # of vectors and payload; a shard of fewer is read into the page cache when it is opened
 _OVERSAMPLING = 2.0  # int8 candidates scored again, per hit
 _EXACT_FROM = 10_000  # candidates; a walk of the index would visit so many nodes that a scan is faster
 _SCROLL = 10_000
+_FORMAT, _FORMAT_WITH_TEXT_TERMS = 2, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class EdgeManifest:
     model: str = ""
     name: str = ""
     engine: str = "edge"
-    format: int = 1
+    format: int = _FORMAT
 
 
 class EdgeStore(PointStore):
@@ -92,7 +92,6 @@ class _EdgeCollection:
         self._shard: qdrant_edge.EdgeShard | None = None
         self._count: int | None = None
         self._indexed: set[str] = set()
-        self._hashes_terms = True
         self._written = False
         self._manifest = _read_edge_manifest(folder)
         if self._manifest.width:
@@ -133,7 +132,7 @@ class _EdgeCollection:
             self._shard.update(edge.UpdateOperation.create_field_index(TERMS, terms))
             self._shard.flush()
             self._replace_manifest(new)
-        self._indexed, self._hashes_terms, self._count = {TERMS}, True, None
+        self._indexed, self._count = {TERMS}, None
 
     def drop(self) -> None:
         if not self._manifest.width:
@@ -254,14 +253,11 @@ class _EdgeCollection:
                 raise UserError(f"{path} is missing; {REBUILD_HINT}")
             with self._errors(f"open it ({REBUILD_HINT})"):
                 self._shard = edge.EdgeShard.load(str(path))
-                schema = self._shard.info().payload_schema
-                self._indexed = set(schema)
-                self._hashes_terms = schema[TERMS].data_type == edge.PayloadSchemaType.Integer
+                self._indexed = set(self._shard.info().payload_schema)
         except UserError:
             self._unlock()
             raise
         self._count = None
-        _read_ahead(path)
 
     def _update(self, operation: qdrant_edge.UpdateOperation, intent: str) -> None:
         with self._errors(intent):
@@ -313,7 +309,7 @@ class _EdgeCollection:
     def _term(self, term: str) -> int | str:
         """A term as it is stored: 63 bits of its hash, which a search compares faster; as text in a shard of an earlier
         version. Two terms of one hash are told apart by the filter itself."""
-        if not self._hashes_terms:
+        if self._manifest.format == _FORMAT_WITH_TEXT_TERMS:
             return term
         return int.from_bytes(hashlib.sha256(term.encode()).digest()[:8], "big") >> 1
 
@@ -341,24 +337,12 @@ class _EdgeCollection:
             raise UserError(f"{self._folder}: cannot {intent}: {reason}") from error
 
 
-def _read_ahead(shard: Path) -> None:
-    """Read what candidates are scored again with, so that not every search waits for the disk at some fifty places."""
-    paths = [*shard.glob("segments/*/vector_storage/*.dat"), *shard.glob("segments/*/payload_storage/*.dat")]
-    with suppress(OSError):  # a search that cannot read says so itself
-        if sum(path.stat().st_size for path in paths) > _READ_AHEAD_BYTES:
-            return
-        for path in paths:
-            with path.open("rb", buffering=0) as file:
-                while file.read(1 << 20):
-                    pass
-
-
 def _read_edge_manifest(folder: Path) -> EdgeManifest:
     """The manifest; an empty one for an empty or missing folder. ``UserError`` for one that is not of this engine."""
     path = folder / _MANIFEST
     try:
         manifest = EdgeManifest(**json.loads(path.read_text(encoding="utf-8")))
-        if manifest.format != 1 or manifest.engine != "edge":
+        if manifest.format not in (_FORMAT, _FORMAT_WITH_TEXT_TERMS) or manifest.engine != "edge":
             raise ValueError
     except FileNotFoundError:
         ours = ("lock", "shard-", _MANIFEST)
