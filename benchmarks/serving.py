@@ -4,12 +4,11 @@ By hand, and not a part of ``make bench``: ``python -m benchmarks.serving FOLDER
 FOLDER has an index (a run, or an ONNX export), and what follows ``--`` are further options of ``clasp serve``, such as
 ``-- --engine onnx-int8`` or ``-- --workers 2``. Printed as JSON. Start-up is from starting the process until ``/ready``
 answers 200. ``search_command`` has the seconds of ``clasp search`` from starting the process to its end, cold (it loads
-the model) and warm (the server of the folder answers), with an index of ``entries``; the first call of either may
-read files from disk, and is apart. With ``--clients 0`` none follow. Memory is the resident set of the server and the
-processes it started, after the requests, with its peak. No two queries are the same words, so that none is answered
+the model) and warm (the server of the folder answers), with an index of ``entries``; the first call of either may read
+files from disk, and is apart. ``--clients 0`` leaves the many clients out. Memory is the resident set of the server and
+the processes it started, after the requests, with its peak. No two queries are the same words, so that none is answered
 from the memory of recent texts. The clients are threads of this process, which takes part of the same cores and imports
-no torch. Of an export with int8 graphs, what these lose is measured first
-(``benchmarks.int8_graphs``).
+no torch. Of an export with int8 graphs, what these lose is measured first (``benchmarks.int8_graphs``).
 """
 
 from __future__ import annotations

@@ -5,13 +5,13 @@ with the machine. The vectors are synthetic: 2,000 clusters in a subspace of 48 
 uniformly random vectors have no near neighbours; queries are of the same distribution and not stored. ``--hard``: 300
 clusters of very unequal size with noise in all dimensions, queries that lie apart from all entries, as words do from
 images, and cameras that go with the clusters, so that half of the queries are about a cluster that a filter admits one
-in a hundred of. Recall is counted
-against the exact search. FAISS (``faiss-cpu``: HNSW, M = 32, ef = 128, and the exact index) has no payload and no
-filter. Each engine is filled in a process of its own and searched in another: ``open_s`` is opening and the first
-answer, ``peak_mb`` the most resident memory of the second, mapped files included, ``anonymous_mb`` what it holds after
-the searches without these. 2,000,000 entries need about 14 GB of disk, and 3 GB of memory for FAISS. With ``--folder``
-vectors and filled engines stay there, and the next call only fills what is missing, and searches: ``--fill-only``
-beforehand separates the hours of filling from what is measured; killed, it goes on where it was.
+in a hundred of. Recall is counted against the exact search. FAISS (``faiss-cpu``: HNSW, M = 32, ef = 128, and the exact
+index) has no payload and no filter. Each engine is filled in a process of its own and searched in another: ``open_s``
+is opening and the first answer, ``peak_mb`` the most resident memory of the second, mapped files included,
+``anonymous_mb`` what it holds after the searches without these. 2,000,000 entries need about 14 GB of disk, and 3 GB of
+memory for FAISS. With ``--folder`` vectors and filled engines stay there, and the next call only fills what is missing,
+and searches: ``--fill-only`` beforehand separates the hours of filling from what is measured; killed, it goes on where
+it was.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ HARD_CLUSTERS = 300
 FILTERS = ("year>=2018", "year>=2013", "camera=Nikon", "camera=Leica")  # shares of 20, 70, 33 and 67 %
 STORES: dict[str, Callable[[Path], UpdatableStore]] = {"flat": FlatStore, "edge": EdgeStore}
 VECTORS, QUERIES, CAMERAS, TRUTHS = "vectors.npy", "queries.npy", "cameras.npy", "truths.npy"
+MADE = "made.json"
 Search = Callable[[np.ndarray], list[str]]
 
 
@@ -235,12 +236,14 @@ def engine_row(name: str, folder: Path, fill_only: bool) -> dict[str, Any]:
 
 def rows_in(folder: Path, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The row of each engine, printed as it comes; the vectors are made unless they are there."""
+    asked = {name: getattr(given, name) for name in ("entries", "width", "queries", "hard")} | {"filters": [*FILTERS]}
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / TRUTHS).exists():  # written last
         write_vectors(folder, given.entries, given.width, given.queries, given.hard)
-    held = (*np.load(folder / VECTORS, mmap_mode="r").shape, len(np.load(folder / QUERIES)))
-    if held != (given.entries, given.width, given.queries):
-        raise SystemExit(f"{folder} holds (entries, width, queries) = {held}; give these, or another folder")
+        (folder / MADE).write_text(json.dumps(asked))
+    held = json.loads((folder / MADE).read_text()) if (folder / MADE).exists() else "vectors of an earlier benchmark"
+    if held != asked:
+        raise SystemExit(f"{folder} holds {held}, not {asked}; give these, or another folder")
     rows = {}
     for name in given.engines:
         rows[name] = engine_row(name, folder, given.fill_only)

@@ -102,12 +102,14 @@ def test_several_images_with_weights(api: TestClient):
         ([1], ("green", "blue"), "image_weight is 1 for 2 images; give one weight for each image"),
         ([1, 2, 3], ("green",), "image_weight is 1, 2, 3 for 1 image;"),
         ([1, -1], ("green", "green"), "cancels itself out"),
-        ([], ("green",) * (LIMITS.parts + 1), f"{LIMITS.parts + 1} texts, images and ids is too large"),
+        ([], ("green",) * (LIMITS.images + 1), f"{LIMITS.images + 1} images is too large; at most {LIMITS.images}"),
     ):
         assert line in found(weights, *names)["error"]
     damaged = [*upload("green").items(), ("image", ("b.png", b"\x89PNG", "image/png"))]
     assert "cannot be read" in api.post("/api/search", files=damaged).json()["error"]
     assert api.post("/api/search", data={"q": "red", "image_weight": "x"}).status_code == 422
+    empty = api.post("/api/search", data={"q": "red", "image_weight": "", "image": ""})
+    assert empty.json() == api.get("/api/search", params={"q": "red"}).json(), "empty fields of a form are none"
 
 
 def test_only_close_hits(api: TestClient):

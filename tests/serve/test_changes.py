@@ -142,7 +142,7 @@ def test_another_writer_locks_it_out(server: Server):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UploadFolder, "save", lambda folder, image: (_ for _ in ()).throw(OSError(28, "No space left")))
         full = server.api.post("/api/images", files=images(("b.png", PURPLE)))
-    assert full.status_code == 503 and full.json()["error"] == "not added: 1 image: No space left"
+    assert full.status_code == 503 and full.json()["error"] == "1 image not added: No space left"
     lock = lock_store(server.folder / "index")  # nothing of the server's holds it any more
     os.close(lock)
 

@@ -138,7 +138,7 @@ def _choose(run: Path, asked: str | None, entries: int, say: MessageCallback) ->
         if recorded not in (None, asked) and (count := _count(run, recorded)):
             raise UserError(
                 f"{run} has {counted(count, 'image')} in the store {recorded}, not {asked}; "
-                f"move it first: clasp store copy {run} --to {asked}"
+                f"move them first: clasp store copy {run} --to {asked}"
             )
         return asked
     if recorded is None:

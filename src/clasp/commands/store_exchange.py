@@ -69,7 +69,7 @@ def import_index(
                 added, unreadable = added + done, unreadable + len(part.rows) - done
                 progress(added + unreadable, total)
         if not added:
-            raise UserError(f"no image of {folder} can be read, of {total:,}; are they on this machine?")
+            raise UserError(f"none of the {total:,} images of {folder} can be read; are they on this machine?")
         open_background(run, engine)
     return StoreImport(added, unreadable)
 

@@ -88,7 +88,7 @@ class RankingPart:
     offset: int = 0
     filters: Sequence[MetadataFilter] = ()
     only_close: bool = False
-    """Leave out hits below the line, for a query that has words"""
+    """Leave out hits below the line, which the words of the query draw, whatever else it has"""
 
 
 def answer_query(
@@ -125,7 +125,7 @@ def check_part(part: RankingPart, query: SearchQuery) -> None:
     if part.only_close and query.words_only() is None:
         raise UserError(
             f"the search {shorten(str(query))} has no words to find, and words alone tell which hits are close; "
-            "add words, or do without only_close"
+            "add words, or ask for all hits"
         )
 
 

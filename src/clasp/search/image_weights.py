@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from clasp.errors import UserError
+from clasp.errors import UserError, counted
 
 _Image = TypeVar("_Image")
 
@@ -21,6 +21,6 @@ def weigh_images(images: Sequence[_Image], weights: Sequence[float], name: str) 
     """
     if weights and len(weights) != len(images):
         given = ", ".join(f"{weight:g}" for weight in weights[:8]) + (", ..." if len(weights) > 8 else "")
-        count = f"{len(images) or 'no'} image{'' if len(images) == 1 else 's'}"
+        count = counted(len(images), "image") if images else "no image"
         raise UserError(f"{name} is {given} for {count}; give one weight for each image, in their order, or none")
     return list(zip(images, weights or [1.0] * len(images), strict=True))

@@ -137,19 +137,20 @@ def build_app(service: SearchService, settings: AppSettings) -> ASGIApp:
 def _add_search_routes(app: FastAPI, service: SearchService) -> None:
     limits = service.limits
 
-    def answered(query: SearchQuery, given: RankingParameters) -> SearchResponse:
-        return search_response(query_title(query), given.offset, service.search(query, part_of(given, limits)))
+    def answered(query: SearchQuery, given: RankingParameters, only_close: bool = False) -> SearchResponse:
+        answer = service.search(query, part_of(given, limits, only_close))
+        return search_response(query_title(query), given.offset, answer)
 
     @app.get("/api/search", tags=["search"])
     def search(given: Annotated[SearchParameters, Query()]) -> SearchResponse:
         """Search by words, minus terms and feedback."""
-        return answered(query_of(given, (), limits), given)
+        return answered(query_of(given, (), limits), given, given.only_close)
 
     @app.post("/api/search", tags=["search"], openapi_extra=form_data("SearchForm"))
     def search_with_images(given: Annotated[SearchForm, Form()]) -> SearchResponse:
         """Search by uploaded images, words, minus terms and feedback."""
         images = weighted_images(given, [image.file.read() for image in given.image])
-        return answered(query_of(given, images, limits), given)
+        return answered(query_of(given, images, limits), given, given.only_close)
 
     @app.get("/api/similar", tags=["search"])
     def similar(given: Annotated[SimilarParameters, Query()]) -> SearchResponse:
@@ -247,7 +248,7 @@ def _add_command_route(app: FastAPI, service: SearchService, access: CommandAcce
         if not hmac.compare_digest(x_clasp_key.encode("utf-8", "replace"), access.key.encode()):
             raise HTTPException(403, "this is not the server of that run")
         query = query_of(given, weighted_images(given, split_images(given, body)), service.limits)
-        answer = service.search(query, part_of(given, service.limits))
+        answer = service.search(query, part_of(given, service.limits, given.only_close))
         sheet = access.draw(given.q, answer)
         head = json.dumps(answer.to_dict()).encode()  # escapes what is no valid Unicode
         return Response(len(head).to_bytes(8) + head + sheet, media_type="application/octet-stream")

@@ -62,7 +62,7 @@ class IndexEditor:
             for file, kind in zip(files, kinds, strict=True)
         ]
         saved: list[SavedUpload] = []
-        with _told(f"not added: {counted(len(files), 'image')}"), self._service.changing() as store:
+        with _told(f"{counted(len(files), 'image')} not added"), self._service.changing() as store:
             try:
                 for upload in uploads:
                     saved.append(self._folder.save(upload))

@@ -24,7 +24,9 @@ class ServeLimits:
     depth: int = 10_000
     """Hits down to which a ranking can be read by offset."""
     parts: int = 32
-    """Texts and ids of one query, and filters."""
+    """Texts, images and ids of one query, and filters."""
+    images: int = 8
+    """Images of one query."""
     texts: int = 1000
     """Class names of one classification, and texts of one embedding request."""
     waiting: int = 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import File, Query, UploadFile
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 EntryId = Annotated[str, Query(max_length=8000, description="Id of an entry.", examples=["holidays/beach.jpg"])]
 
@@ -54,7 +54,7 @@ class SearchParameters(RankingParameters, QueryParameters):
 
     only_close: bool = Field(
         False,
-        description="Leave out the hits below the line, where nothing is close; for a query that has words.",
+        description="Leave out the hits below the line, where nothing is close to the words of the query.",
         examples=[True],
     )
 
@@ -82,6 +82,12 @@ class SearchForm(ImageSearchParameters):
     image: Annotated[list[UploadFile], File(description="JPEG, PNG, WebP, GIF, BMP or TIFF; several are combined.")] = (
         Field([])
     )
+
+    @field_validator("image", "image_weight", mode="before")
+    @classmethod
+    def _without_empty(cls, given: Any) -> Any:
+        """An empty field of a form is none."""
+        return [each for each in given if each != ""] if isinstance(given, list) else given
 
 
 class CommandSearchParameters(ImageSearchParameters):

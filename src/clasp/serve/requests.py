@@ -25,7 +25,6 @@ from clasp.serve.parameters import (
     ImageSearchParameters,
     QueryParameters,
     RankingParameters,
-    SearchParameters,
 )
 from clasp.serve.public_text import public_id, readable, stored_id
 from clasp.serve.schemas import CaptionModel, EntryModel, ExplainResponse, HitModel, QueryPartModel, SearchResponse
@@ -34,6 +33,8 @@ from clasp.serve.schemas import CaptionModel, EntryModel, ExplainResponse, HitMo
 def query_of(given: QueryParameters, images: Sequence[WeightedImage], limits: ServeLimits) -> SearchQuery:
     """The query of a request. ``UserError`` for one that is empty, too long or too large."""
     parts = (*given.plus, *given.minus, *given.like, *given.unlike)
+    if len(images) > limits.images:
+        raise UserError(f"a search by {len(images)} images is too large; at most {limits.images}")
     if len(parts) + len(images) > limits.parts:
         count = len(parts) + len(images)
         raise UserError(f"a search of {count} texts, images and ids is too large; at most {limits.parts}")
@@ -55,14 +56,17 @@ def weighted_images(given: ImageSearchParameters, images: Sequence[bytes]) -> li
 
 
 def split_images(given: CommandSearchParameters, body: bytes) -> list[bytes]:
-    """The images in the body of a command's search. ``UserError`` where their lengths are not those of the body."""
+    """The images in the body of a command's search; without their lengths the body is one, as an earlier command sends
+    it. ``UserError`` where the lengths are not those of the body."""
+    if body and not given.image_bytes:
+        return [body]
     if min(given.image_bytes, default=1) < 1 or sum(given.image_bytes) != len(body):
         raise UserError(f"image_bytes adds up to {sum(given.image_bytes)}, and {len(body)} bytes were sent")
     ends = list(accumulate(given.image_bytes))
     return [body[end - size : end] for size, end in zip(given.image_bytes, ends, strict=True)]
 
 
-def part_of(given: RankingParameters, limits: ServeLimits) -> RankingPart:
+def part_of(given: RankingParameters, limits: ServeLimits, only_close: bool = False) -> RankingPart:
     """Which entries a request wants. ``UserError`` for too many, and for filters that are none."""
     if given.k > limits.k:
         raise UserError(f"k = {given.k} is too many; at most {limits.k} in one answer")
@@ -71,7 +75,6 @@ def part_of(given: RankingParameters, limits: ServeLimits) -> RankingPart:
     if len(given.where) > limits.parts:
         raise UserError(f"{len(given.where)} filters are too many; at most {limits.parts}")
     _check_lengths(given.where, limits)
-    only_close = isinstance(given, SearchParameters) and given.only_close
     return RankingPart(given.k, given.offset, [parse_filter(condition) for condition in given.where], only_close)
 
 

@@ -158,7 +158,7 @@ class SearchService:
             query,
             part,
             encode_texts=self._queue.encode_texts,
-            encode_images=lambda images: np.concatenate([self.embed_image(data) for data in images]),
+            encode_images=self._embed_images,
         )
 
     def browse(self, part: RankingPart) -> tuple[list[Hit], int]:
@@ -202,6 +202,10 @@ class SearchService:
         for text in texts:
             self._check_text(text)
         return self._queue.encode_texts(texts)
+
+    def _embed_images(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]:
+        """All in one call of the model: one deadline, however many."""
+        return self._queue.encode_pixels(np.concatenate([self._pixels(data) for data in images]))
 
     def embed_image(self, data: bytes) -> Float[np.ndarray, "1 E"]:
         """The unit vector of an encoded image."""

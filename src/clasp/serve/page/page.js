@@ -50,6 +50,7 @@ addEventListener("popstate", () => {
 
 const has_words = () => Boolean(state.q.trim())
 const has_query = () => has_words() || Boolean(pictures.length || state.like.length || state.unlike.length)
+const has_words_to_find = () => [...state.q.matchAll(TERM)].some(([, minus, , , weight]) => !minus && !/^[-−]/.test(weight ?? ""))
 const are_weighed = () => has_words() || pictures.length > 1 // alone, a picture has nothing to be weighed against
 
 async function ask(path, options = {}) {
@@ -77,7 +78,7 @@ function request(offset, signal) {
   for (const value of state.where) given.append("where", value)
   if (!has_query()) return ask_patiently(`api/browse?${given}`, { signal })
   if (has_words()) given.set("q", state.q)
-  if (has_words() && state.only_close) given.set("only_close", "true")
+  if (has_words_to_find() && state.only_close) given.set("only_close", "true")
   for (const name of ["like", "unlike"]) for (const value of state[name]) given.append(name, value)
   if (!pictures.length) return ask_patiently(`api/search?${given}`, { signal })
   const form = new FormData()
@@ -249,8 +250,11 @@ function draw_chips() {
   for (const condition of state.where) {
     chips.push(chip(condition, "", () => go({ where: state.where.filter((each) => each !== condition) })))
   }
+  const focused = document.activeElement
+  const place = [...find("chips").children].findIndex((each) => each.contains(focused))
   find("chips").replaceChildren(...chips)
-  find("only-close").hidden = !has_words()
+  if (place >= 0) (chips[Math.min(place, chips.length - 1)]?.querySelector(focused.tagName) ?? words).focus() // whose chip was drawn anew
+  find("only-close").hidden = !has_words_to_find()
   find("only-close").setAttribute("aria-pressed", String(state.only_close))
 }
 
