@@ -505,7 +505,7 @@ def test_a_corrupt_sample_is_skipped_counted_and_named(features: str, towers: Pa
     assert all(row["reason"] for row in named)
     assert {sample.id for sample in done.fitted.skipped} == set(bad[:2])
     assert done.results[0].n == len(val) - 1
-    assert "2 samples could not be read" in (tmp_path / "run" / "README.md").read_text()
+    assert "unreadable: 2 samples" in (tmp_path / "run" / "README.md").read_text()
     assert [row["skipped"] for row in lines(tmp_path / "run" / "log.jsonl") if row["event"] == "step"][-1] == 2
 
 

@@ -295,13 +295,13 @@ def test_the_tally_counts_ids_and_allows_a_few():
     tally = BadSampleLimit(1000, 0.0)
     for _ in range(5):
         tally.add([SkippedSample("a", "x"), SkippedSample("b", "y"), SkippedSample("c", "z")])
-    with pytest.raises(UserError, match=r"4 of 1000 .* allows: a \(x\), b \(y\), c \(z\), d \(w\)$"):
+    with pytest.raises(UserError, match=r"4 of 1,000 .* allows: a \(x\), b \(y\), c \(z\), d \(w\)$"):
         tally.add([SkippedSample("d", "w")])
     with pytest.raises(UserError, match="2 of 2"):
         BadSampleLimit(2, 0.5).add([SkippedSample("a", "x"), SkippedSample("b", "y")])
     large = BadSampleLimit(1000, 0.02)
     large.add([SkippedSample(str(number), "x") for number in range(20)])
-    with pytest.raises(UserError, match=r"21 of 1000 .* and 11 more$"):
+    with pytest.raises(UserError, match=r"21 of 1,000 .* and 11 more$"):
         large.add([SkippedSample("one more", "x")])
 
 

@@ -7,7 +7,7 @@ status lines are passed to ``say``; nothing is printed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,7 +39,6 @@ from clasp.training.cost.ledger import RunCost
 from clasp.training.distributed import LostProcessError, Processes
 from clasp.training.run_code import require_allowed, tracker_code_names
 from clasp.training.run_folder import RunFolder
-from clasp.training.settings import TrainPlan
 from clasp.training.state import FitResult, TrainState
 from clasp.training.trackers.console import Reporter, SilentReporter
 from clasp.training.trackers.group import TrackerGroup
@@ -89,8 +88,7 @@ def train_recipe(
         train = limit_pairs(opened, recipe.data.max_pairs)
         with processes.alike():
             require_validation(train, val)
-        for line in skipped_lines(train, val):
-            say(line)
+        _announce(skipped_lines(train, val), say)
         parts = processes.in_turn(
             lambda: loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
         )
@@ -102,7 +100,7 @@ def train_recipe(
         inputs = build_feature_source(parts, precise, bar=timed, say=say, report=report, cache=loaded.cache)
         with processes.alike():
             plan = plan_run(recipe, train, inputs)
-        _announce(plan, [] if loaded.pairs else few_validation_pairs(len(val)), say)
+        _announce([plan.reason, *([] if loaded.pairs else few_validation_pairs(len(val)))], say)
         context = RunContext(
             folder=folder,
             recipe=processes.first(lambda: resolve_recipe(recipe, plan, parts.model, state)),
@@ -152,9 +150,8 @@ def _failed_starts_undone(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def _announce(plan: TrainPlan, warnings: Sequence[str], say: MessageCallback) -> None:
-    """The plan, and what to know about the validation pairs; to a stage of ``clasp train auto`` it is known."""
-    for line in (plan.reason, *warnings):
+def _announce(lines: Iterable[str], say: MessageCallback) -> None:
+    for line in lines:
         say(line)
 
 
