@@ -216,8 +216,10 @@ def test_one_folder_one_command_and_what_it_says_to_type_next(clasp: Command, wo
     swapped = clasp("search", tmp_path / "my runs" / "toy", *other, "-k", "20", "--json")
     best, last = (json.loads(each.out)["hits"] for each in (mixed, swapped))
     assert best[0]["id"] == hits["hits"][0]["id"] and last[0] != best[0], "weights are those of the images in order"
-    close = json.loads(clasp(*_shell(search.replace("your words", "ring")), "--only-close", "--json").out)
-    assert close["close_count"] and len(close["hits"]) == min(10, close["close_count"])
+    ring = _shell(search.replace("your words", "ring"))
+    whole, close = (json.loads(clasp(*ring, *option, "--json").out) for option in ((), ("--only-close",)))
+    count = close["close_count"]
+    assert count == whole["close_count"] < len(whole["hits"]) and close["hits"] == whole["hits"][:count]
     again = clasp("train", world.toml, "--runs", tmp_path / "my runs")
     assert again.code == 0 and "toy-2" in again.err and "recall@" not in again.out and "R@10" in again.out
 
