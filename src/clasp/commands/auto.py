@@ -178,6 +178,7 @@ class _Climb:
         planned = fit_tuning(stage, timing, left)
         if not isinstance(planned, str) and not made:
             self._stages.train(start)
+            planned = self._unbeatable() or planned
         self._stages.train_if_planned(stage, planned)
 
     def _heads(self) -> None:
