@@ -23,9 +23,10 @@ from clasp.commands.auto_stages import AutoCallbacks, AutoStages
 from clasp.commands.closed_form import may_have_class_pairs
 from clasp.commands.train import train_recipe
 from clasp.config.auto_plan import SHORT_TUNINGS
+from clasp.config.budget import LEAST_MINUTES, AutoSettings
 from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
-from clasp.report.auto_table import AutoPlan, AutoRow, auto_table
+from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow, auto_table
 from clasp.training.cost.ledger import read_cost
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
@@ -156,6 +157,25 @@ def test_an_interrupted_climb_keeps_the_best_and_goes_on(
         resume_climb(tmp_path / "toy", QUIET)
 
 
+@pytest.mark.parametrize("at", ["are cached; ", ": kept, "])
+def test_nothing_is_written_into_a_folder_in_place_of_a_moved_one(
+    at: str, towers: Path, pairs: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "toy"
+
+    def move(line: str) -> None:
+        if at in line:
+            folder.rename(tmp_path / "moved")
+            folder.mkdir()
+
+    with pytest.raises(UserError, match="toy was moved, deleted or replaced"):
+        climb(recipe(towers, pairs, steps=STEPS), folder, AutoCallbacks(move))
+    assert not list(folder.iterdir())
+    plan = tmp_path / "moved" / PLAN_FILE
+    plan.write_text(plan.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert AutoPlan.read(tmp_path / "moved").recipe, "as an editor saves it"
+
+
 def test_stopped_at_once_before_and_after_the_stages(
     towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -198,8 +218,8 @@ def test_nothing_follows_a_stage_that_cannot_be_beaten(towers: Path, pairs: Path
     done = climb(recipe_from_dict(given, "toy"), tmp_path / "toy", QUIET)
     stages = [row for row in done.plan.rows if row.stage]
     assert [row.verdict for row in stages] == ["kept"] + ["left out"] * 5
-    assert stages[1].reason == stages[-1].reason
-    assert stages[1].reason.startswith("1-closed-form has 100 % on validation (1 pairs)")
+    assert len({row.reason for row in stages[1:]}) == 1
+    assert stages[1].reason.startswith("1-closed-form has 100 % on validation (1 pair), and nothing can be better")
 
 
 @pytest.mark.parametrize(
@@ -225,6 +245,32 @@ def test_few_pairs_beside_class_pairs_take_the_last_layers(
     done = climb(recipe(towers, pairs, minutes=1e-4), tmp_path / "toy", QUIET)
     tried = [row.method for row in done.plan.rows if not row.stage]
     assert tried and all(method.startswith("last, ") for method in tried)
+
+
+def test_the_least_time_is_said_alike():
+    words = f"bout {LEAST_MINUTES:g} minutes are needed on two cores"
+    assert words in AutoSettings(minutes=LEAST_MINUTES / 2).announcement
+    for file in ("docs/tuning.md", "src/clasp/cli/train.py"):
+        assert words in (Path(__file__).parents[2] / file).read_text(encoding="utf-8")
+
+
+def test_nothing_follows_few_pairs_that_cannot_be_beaten(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(closed_form_job, "few_pairs", lambda minutes, count: 20)
+    given = recipe(towers, pairs, steps=STEPS).to_dict()
+    given["data"]["val_fraction"] = 1e-6
+    done = climb(recipe_from_dict(given, "toy"), tmp_path / "toy", QUIET)
+    assert [row.stage for row in done.plan.rows if row.stage and row.verdict != "left out"] == ["1-closed-form"]
+
+
+def test_nothing_follows_tuning_that_cannot_be_beaten(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(main_job._Climb, "_unbeatable", lambda self: "it has 100 %" if self._first_tuning() else "")
+    done = climb(recipe(towers, pairs, steps=STEPS), tmp_path / "toy", QUIET)
+    left_out = {row.stage: row.reason for row in done.plan.rows if row.verdict == "left out"}
+    assert left_out == dict.fromkeys(STAGES[1:], "it has 100 %")
 
 
 @pytest.mark.parametrize(

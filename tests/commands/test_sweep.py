@@ -16,7 +16,7 @@ from clasp.config import build as assembling
 from clasp.config.grid import GridSpec, expand_grid, parse_axis
 from clasp.models import text_side
 from clasp.models.tower import Tower
-from clasp.report.leaderboard import SweepResult, SweepRow, ranking_key
+from clasp.report.leaderboard import SweepResult, SweepRow, ranking_key, read_sweep_rows, write_sweep_rows
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
 from toydata import toys, write_classes, write_csv, write_images
@@ -244,6 +244,27 @@ def test_a_stopped_sweep_goes_on_when_typed_again(toml: str, tmp_path: Path, ask
     assert [row.value for row in done.rows] == [row.value for row in whole.rows]
     resumed = next(row for row in done.rows if row.run.endswith(names[1]))
     assert resumed.seconds > seconds > 0, "the seconds before the stop count"
+
+
+def test_nothing_is_written_into_a_folder_in_place_of_a_moved_one(toml: str, tmp_path: Path) -> None:
+    class Moves(SilentReporter):
+        def step(self, progress: TrainProgress) -> None:
+            if progress.step == 3:
+                folder.rename(tmp_path / "moved")
+                folder.mkdir()
+
+    folder = tmp_path / "runs" / "toy-sweep"
+    with pytest.raises(UserError, match="toy-sweep was moved, deleted or replaced"):
+        swept(toml, tmp_path / "runs", grid=GRID[:1], reporter=Moves)
+    assert not list(folder.iterdir())
+
+
+def test_rows_that_an_editor_saved_are_read(tmp_path: Path) -> None:
+    row = SweepRow("runs/one", (), (), "failed", error="a\u2028b")
+    write_sweep_rows(tmp_path, [row])
+    text = (tmp_path / "sweep.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "sweep.jsonl").write_text("\ufeff" + text + "\n", encoding="utf-8")
+    assert read_sweep_rows(tmp_path) == {"runs/one": row}
 
 
 def test_ctrl_c_before_the_first_step_loses_nothing(toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,9 @@ def test_a_torn_last_line_is_set_aside(tmp_path: Path, caplog: pytest.LogCapture
         read_json_lines(path)
 
 
-@pytest.mark.parametrize("text", ['{"n": 1}\r\n{"n": 2}\r\n', '\ufeff{"n": 1}\n{"n": 2}\n', '{"n": 1}\n{"n": 2}'])
+@pytest.mark.parametrize(
+    "text", ['{"n": 1}\r\n{"n": 2}\r\n', '\ufeff{"n": 1}\n{"n": 2}\n', '{"n": 1}\n{"n": 2}', '{"n": 1}\n{"n": 2}\r\n\n']
+)
 def test_lines_that_an_editor_saved_are_whole(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "results.jsonl"
     path.write_bytes(text.encode())
@@ -104,6 +106,30 @@ def test_a_folder_that_was_moved_is_told_and_the_lock_of_another_stays(tmp_path:
         with pytest.raises(UserError, match="run was moved, deleted or replaced"):
             require_held()
     assert (tmp_path / "run" / "lock").exists()
+
+
+def test_a_deleted_lock_is_no_reason_to_end_and_a_file_in_place_of_the_folder_is(tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "run") as require_held:
+        (tmp_path / "run" / "lock").unlink()
+        require_held()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").touch()
+        with pytest.raises(UserError, match="run was moved, deleted or replaced"):
+            require_held()
+    assert (tmp_path / "run").is_file()
+    (tmp_path / "run").unlink()
+    with lock_folder(tmp_path / "run"):
+        (tmp_path / "run").rename(tmp_path / "moved again")
+        (tmp_path / "run").mkdir()
+    assert (tmp_path / "run").is_dir(), "the folder of another stays"
+
+
+def test_a_file_missing_elsewhere_is_no_folder_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), translate_disk_errors(tmp_path / "run"):
+        (tmp_path / "elsewhere" / "weights").read_bytes()
+    for path in (tmp_path / "gone" / "file", tmp_path / "gone"):
+        with pytest.raises(UserError, match="gone is gone: it was moved"), translate_disk_errors(path):
+            (tmp_path / "gone" / "file").write_bytes(b"")
 
 
 def test_a_folder_made_for_its_lock_goes_where_it_stayed_empty(tmp_path: Path) -> None:

@@ -19,6 +19,12 @@ def test_without_a_home_folder_the_setting_is_named(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("CLASP_CACHE", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "clasp"
+    monkeypatch.setenv("CLASP_CACHE", "~/c")
+    assert cache_folder() == tmp_path / "c"
+    monkeypatch.setenv("CLASP_CACHE", "~nobody-of-this-name/c")
+    with pytest.raises(UserError, match="CLASP_CACHE=~nobody-of-this-name/c: there is no such home folder"):
+        cache_folder()
+    monkeypatch.setenv("CLASP_CACHE", "")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container with any user number
     with pytest.raises(UserError, match="set CLASP_CACHE"):

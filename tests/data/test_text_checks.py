@@ -22,7 +22,7 @@ def levels(report) -> dict[str, str]:
     return {level: " ".join(f.text for f in report.findings if f.level == level) for level in ("ok", "look", "stop")}
 
 
-def spoken(folder: Path, **captions: str) -> Pairs:
+def spoken(folder: Path, **captions: str | list[str]) -> Pairs:
     write_images(TOYS[:2], folder)
     rows = [{"image": f"images/{toy.key}.png", "caption": captions} for toy in TOYS[:2]]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -47,6 +47,17 @@ def test_a_byte_level_tokenizer_takes_more_tokens_for_a_language_that_it_lacks(t
     assert report.facts["hi"]["unknown_share"] is None and report.facts["hi"]["tokens_per_character"] == 3
     assert "in hi: 3 tokens a character; the vocabulary" in levels(report)["look"]
     assert "in en: 1 tokens a character" in levels(report)["ok"]
+
+
+def test_a_language_of_most_captions_is_not_given_up(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(save_text_tower(tmp_path / "tower"))
+    tower = "pip:multilingual-e5-small"
+    for captions, fix in (
+        ({"en": ["a red circle", "a blue ring"], "de": "ein rot Kreis"}, ('data.languages=["en"]',)),
+        ({"en": "a red circle", "de": ["ein rot Kreis", "ein blau Ring"]}, ()),
+    ):
+        report = check_languages(spoken(tmp_path, **captions), tokenizer, tower)
+        assert [finding.fix for finding in report.findings if finding.level == "look"] == [fix]
 
 
 def _bytes() -> list[tuple[str, int]]:

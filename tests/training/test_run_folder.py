@@ -243,10 +243,10 @@ def test_a_folder_moved_while_it_trains_goes_on_where_it_is(
     assert (tmp_path / "moved/delta.safetensors").read_bytes() == (whole / "delta.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["recipe.toml", "results.jsonl"])
+@pytest.mark.parametrize("name", ["recipe.toml", "results.jsonl", "base.json"])
 def test_a_file_that_an_editor_gave_a_byte_order_mark_is_read(whole: Path, name: str) -> None:
     (whole / name).write_bytes(b"\xef\xbb\xbf" + (whole / name).read_bytes())
-    assert RunFolder(whole).recipe()["train"]["epochs"] == 2 and read_results(whole)
+    assert RunFolder(whole).recipe()["train"]["epochs"] == 2 and read_results(whole) and RunFolder(whole).base()
 
 
 def test_a_first_save_that_was_interrupted_is_told_alike_and_train_goes_on(made: Recipe, stopped: Path) -> None:

@@ -10,6 +10,7 @@ goes on from. Finished stages are not repeated. ``commands.auto_stages`` trains 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.folder_lock import lock_folder
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
+from clasp.errors import counted
 from clasp.evaluation.from_pairs import require_validation
 from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow
 from clasp.training.run_code import all_code_names, allow_code, require_allowed
@@ -73,10 +75,10 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
     build_model(changed(recipe, {}), meta=True)
     for line in (recipe.auto.announcement, *few_validation_pairs(len(pairs[1]))):
         callbacks.say(line)
-    with lock_folder(run):
+    with lock_folder(run) as require_held:
         plan = AutoPlan(recipe.to_dict())
         with allow_code(all_code_names(plan.recipe).values()):  # the stages name what the recipe names
-            climbing = _Climb(recipe, run, plan, pairs, callbacks)
+            climbing = _Climb(recipe, run, plan, pairs, callbacks, require_held)
             plan.write(run)
             return climbing.run()
 
@@ -89,8 +91,8 @@ def resume_climb(run: Path, callbacks: AutoCallbacks) -> AutoResult:
         raise UserError(f"{run} is finished: nothing is left to resume")
     require_allowed(all_code_names(plan.recipe), run)
     recipe = recipe_from_dict(plan.recipe, str(run / PLAN_FILE))
-    with lock_folder(run), allow_code(all_code_names(plan.recipe).values()):
-        climb = _Climb(recipe, run, plan, open_training_pairs(recipe), callbacks)
+    with lock_folder(run) as require_held, allow_code(all_code_names(plan.recipe).values()):
+        climb = _Climb(recipe, run, plan, open_training_pairs(recipe), callbacks, require_held)
         climb.require_same_pairs()
         return climb.run()
 
@@ -98,11 +100,19 @@ def resume_climb(run: Path, callbacks: AutoCallbacks) -> AutoResult:
 class _Climb:
     """One session of a climb."""
 
-    def __init__(self, recipe: Recipe, run: Path, plan: AutoPlan, pairs: TrainValPairs, callbacks: AutoCallbacks):
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Path,
+        plan: AutoPlan,
+        pairs: TrainValPairs,
+        callbacks: AutoCallbacks,
+        require_held: Callable[[], None],
+    ):
         assert recipe.auto is not None
         self.budget, self.base = recipe.auto, with_layer_pools(recipe)
         self.folder, self.plan, self.pairs, self.io = run, plan, pairs, callbacks
-        self._stages = AutoStages(run, plan, pairs, recipe.auto, callbacks)
+        self._stages = AutoStages(run, plan, pairs, recipe.auto, callbacks, require_held)
         self._closed_forms = ClosedFormStages(self.base, pairs, plan, self._stages, callbacks)
         self._tunings = tunings_in(self.budget.minutes, len(pairs[0]))
 
@@ -117,9 +127,9 @@ class _Climb:
                 self._closed_forms.of_frozen_towers()
                 for number, method in enumerate(self._tunings, 2):
                     self._tuning(number, method)
-                tuned = self._best_tuning()
-                self._closed_forms.of_tuned_towers(tuned)
-                if tuned is None:
+                tuned, unbeatable = self._best_tuning(), self._unbeatable()
+                self._closed_forms.of_tuned_towers(tuned, unbeatable)
+                if tuned is None and not unbeatable:
                     self._closed_forms.of_all_pairs()
                 self._heads()
         except KeyboardInterrupt:
@@ -152,7 +162,7 @@ class _Climb:
         name = tuning_stage_name(number, method)
         if self.plan.row(name) is not None:
             return
-        reason = self._no_time_for_tuning()
+        reason = self._reason_against_tuning()
         if reason and not self._stages.interrupted(name):
             return self._stages.leave_out(name, method.name, reason)
         start = self._start_of_tuning()
@@ -168,6 +178,7 @@ class _Climb:
         planned = fit_tuning(stage, timing, left)
         if not isinstance(planned, str) and not made:
             self._stages.train(start)
+            planned = self._unbeatable() or planned
         self._stages.train_if_planned(stage, planned)
 
     def _heads(self) -> None:
@@ -177,12 +188,12 @@ class _Climb:
         stage = plan_heads(self._base(recipe), number, str(self._stages.folder / kept))
         if self._stages.resumed_or_ended(stage):
             return
-        if reason := self._no_time_for_heads(recipe):
+        if reason := self._reason_against_heads(recipe):
             return self._stages.leave_out(stage.name, stage.method, reason)
         timing = time_steps(stage.recipe, self.pairs, self.io.bar)
         self._stages.train_if_planned(stage, fit_heads(stage, timing, self._stages.left))
 
-    def _no_time_for_heads(self, start: Recipe) -> str:
+    def _reason_against_heads(self, start: Recipe) -> str:
         """Why gradient steps of the heads are not tried; ``start``: the recipe of the closed form they start from. One
         of few pairs has left the features of the others to be computed, which takes what those of tuned towers take."""
         left = self._stages.left
@@ -193,7 +204,7 @@ class _Climb:
             return f"features of all pairs do not fit into {left}"
         return ""
 
-    def _no_time_for_tuning(self) -> str:
+    def _reason_against_tuning(self) -> str:
         """Why no further method of tuning is tried: it starts anew, so it must have the time of the first."""
         if reason := self._nothing_to_gain():
             return reason
@@ -210,10 +221,15 @@ class _Climb:
         """Why no further stage is tried, whatever it is: the budget has ended, or the best has all that can be had."""
         if self._stages.left.nothing:
             return f"the budget of {self.budget} has ended"
+        return self._unbeatable()
+
+    def _unbeatable(self) -> str:
+        """Why nothing can be better than the best stage; empty where something can."""
         best = self.plan.row(self.plan.best)
         if best is None or best.metric != 1.0:
             return ""
-        return f"{best.stage} has 100 % on validation ({len(self.pairs[1]):,} pairs), and nothing can be better"
+        of = counted(len(self.pairs[1]), "pair")
+        return f"{best.stage} has 100 % on validation ({of}), and nothing can be better"
 
     def _base(self, start: Recipe) -> Recipe:
         """The user's recipe with the layers and heads of a stage; its batch size is still "auto" where it was."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cache
 
 from clasp.commands.forecast import check_forecast
 from clasp.config.build import (
@@ -47,18 +48,27 @@ def diagnose(
     recipe: Recipe, *, bar: ProgressFactory = no_progress_bar, measured: bool = False
 ) -> Iterator[CheckReport]:
     """Run all checks, cheap ones first; ``measured``: and a forecast from a few steps, unless a check stops training.
-    Raises the same ``UserError`` as training."""
+    Raises the same ``UserError`` as training. Fixes that are no recipe with the other settings are left out."""
+    fits = cache(lambda fix: fits_recipe(recipe, fix))
+    for report in _run_checks(recipe, lambda override: fits((override,)), bar, measured):
+        findings = [each if not each.fix or fits(each.fix) else replace(each, fix=()) for each in report.findings]
+        yield replace(report, findings=findings)
+
+
+def _run_checks(
+    recipe: Recipe, fits: Callable[[str], bool], bar: ProgressFactory, measured: bool
+) -> Iterator[CheckReport]:
     if measured and recipe.auto is not None:
         raise UserError("--measure: a recipe with [auto] takes its budget; its steps are timed when training begins")
     find_trackers(recipe.train.trackers)
     train, val = open_training_pairs(recipe)
-    yield check_pairs(train, val, held_out=recipe.data.val is None)
+    yield check_pairs(train, val, held_out=recipe.data.val is None and recipe.data.max_pairs is None)
     if balance := check_classes(train, val):
         yield balance
     yield check_parameters(recipe)
     listing = PairIndex(train)
     parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
-    yield check_captions(listing, parts.tokenizer, lambda override: _builds(recipe, override))
+    yield check_captions(listing, parts.tokenizer, fits)
     yield check_languages(train, parts.tokenizer, recipe.text.tower or "")
     yield (images := check_images(train, val, parts.transform, recipe.data.max_bad_fraction, bar))
     yield check_near_duplicates(train, val, bar)
@@ -75,21 +85,21 @@ def diagnose(
         yield check_forecast(recipe, (train, val), plan_run(recipe, train, inputs), caches, bar)
 
 
-def _builds(recipe: Recipe, override: str) -> bool:
-    """Whether the towers take an override."""
+def fits_recipe(recipe: Recipe, fix: Sequence[str]) -> bool:
+    """Whether overrides change the recipe, and the towers and its other settings take them."""
     try:
-        build_model(recipe.with_overrides([override]), meta=True)
+        changed = recipe.with_overrides(fix)
+        build_model(changed, meta=True)
     except UserError:
         return False
-    return True
+    return changed != recipe
 
 
 def raise_on_stop(sections: Sequence[CheckReport]) -> None:
-    """Raises ``UserError`` with the first finding that would stop training."""
-    for section in sections:
-        for finding in section.findings:
-            if finding.level == "stop":
-                raise UserError(finding.text)
+    """Raises ``UserError`` that names what would stop training."""
+    stops = [finding.about for section in sections for finding in section.findings if finding.level == "stop"]
+    if stops:
+        raise UserError(f"training would stop: {', '.join(dict.fromkeys(stops))}, as found above")
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------

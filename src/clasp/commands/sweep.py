@@ -85,7 +85,7 @@ def _run_grid(
         runs, name or f"{Path(grid.source).stem}-sweep", made, new[0].sweep_key, shared_objects, numbered=name is None
     )
     rows: list[SweepRow] = []
-    with lock_folder(folder):
+    with lock_folder(folder) as require_held:
         known = read_sweep_rows(folder)
         for place, (one, row) in enumerate(zip(made, new, strict=True), 1):
             run = folder / one.name
@@ -95,6 +95,7 @@ def _run_grid(
             else:
                 callbacks.say(f"run {place} of {len(made)}: {one}")
                 row = _train(one.recipe, row, shared_objects, callbacks)
+                require_held()
             rows.append(row)
             known[row.run] = row
             write_sweep_rows(folder, known.values())

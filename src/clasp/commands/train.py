@@ -95,9 +95,8 @@ def train_recipe(
         parts = _prepare(parts, recipe, folder, state, processes)
         tracker = _open_trackers(tracker_classes, folder, state, processes, say)
         ledger = open_ledger(parts.model, state, processes.first(lambda: read_earlier_cost(folder, state)))
-        precise = _in_one_precision(recipe, state, processes)
-        timed, report = ledger.time_features(bar), tracker.log_skipped
-        inputs = build_feature_source(parts, precise, bar=timed, say=say, report=report, cache=loaded.cache)
+        precise, bars = _in_one_precision(recipe, state, processes), ledger.time_features(bar)
+        inputs = build_feature_source(parts, precise, bar=bars, say=say, report=tracker.log_skipped, cache=loaded.cache)
         with processes.alike():
             plan = plan_run(recipe, train, inputs)
         _announce([plan.reason, *([] if loaded.pairs else few_validation_pairs(len(val)))], say)

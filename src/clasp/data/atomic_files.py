@@ -135,12 +135,13 @@ def read_json_lines(path: Path) -> list[Any]:
     *lines, last = path.read_bytes().split(b"\n")
     if _is_object(last):
         lines.append(last)
-    elif last:
+    elif last.strip():
         _log.warning("%s: its last line is torn, and left out", path)
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            if line.strip():  # an editor may leave empty ones
+                rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged in line {number}: {error}") from None
     return rows
@@ -188,7 +189,7 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
             raise UserError(f"no space left to write {path}; nothing saved before is lost") from None
         if isinstance(error, FileNotFoundError) and error.filename is not None:
             folder = Path(os.fsdecode(error.filename)).parent
-            if not folder.exists():
+            if not folder.exists() and (folder == path.parent or folder.is_relative_to(path)):
                 raise UserError(f"{folder} is gone: it was moved or deleted while it was written to") from None
         refused = isinstance(error, PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError)
         if refused or (isinstance(error, OSError) and error.errno == errno.EROFS):

@@ -12,8 +12,10 @@ from clasp.errors import UserError
 
 
 def cache_folder() -> Path:
-    """``$CLASP_CACHE``, else ``~/.cache/clasp``. Raises ``UserError`` where there is neither."""
-    folder = os.environ.get("CLASP_CACHE") or os.path.expanduser("~/.cache/clasp")
+    """``$CLASP_CACHE``, else ``~/.cache/clasp``; ``~`` is the home folder. Raises ``UserError`` where there is none."""
+    given = os.environ.get("CLASP_CACHE")
+    folder = os.path.expanduser(given or "~/.cache/clasp")
     if folder.startswith("~"):
-        raise UserError("this user has no home folder for the cache: set CLASP_CACHE to a folder, or HOME")
+        why = f"CLASP_CACHE={given}: there is no such home folder" if given else "this user has no home folder"
+        raise UserError(f"{why} for the cache: set CLASP_CACHE to a folder, or HOME")
     return Path(folder)

@@ -66,7 +66,7 @@ class CheckReport:
 
 
 def check_pairs(train: Pairs, val: Pairs, *, held_out: bool = False) -> CheckReport:
-    """Counts of pairs, captions, languages and skipped files; ``held_out``: ``val`` is a part of what ``train`` was."""
+    """Counts of pairs, captions, languages and skipped files; ``held_out``: both are one set, split by a fraction."""
     counts = train.count_languages() + val.count_languages()
     captions, unnamed = counts.total(), counts.pop("", 0)
     languages = dict(counts.most_common())
@@ -84,14 +84,13 @@ def check_pairs(train: Pairs, val: Pairs, *, held_out: bool = False) -> CheckRep
         report.add_finding("ok", "captions name no language")
     else:
         lacking = f"; none named: {counted(unnamed, 'caption')}" if unnamed else ""
-        fix = (languages_override(languages),) if unnamed else ()
-        report.add_finding("look" if unnamed else "ok", f"languages: {named}{more}{lacking}", *fix)
+        report.add_finding("look" if unnamed else "ok", f"languages: {named}{more}{lacking}")
     return report
 
 
 def _larger_fraction(count: int, held_out: bool) -> tuple[str, ...]:
     """The ``data.val_fraction`` that holds out as many pairs as metrics need, where that leaves most to train on."""
-    fraction = math.ceil(110 * MIN_QUERIES / count) / 100  # groups are held out by a hash: about this many
+    fraction = math.ceil(11_000 * MIN_QUERIES / count) / 10_000  # groups are held out by a hash: about this many
     return (f"data.val_fraction={fraction:g}",) if held_out and fraction <= 0.5 else ()
 
 
@@ -150,33 +149,41 @@ def check_images(
     reader = LiveImageReader(replace(transform, resize="squash", crop_fraction=1.0), measuring)
     some = SampledPairs((train, val), DECODE_SAMPLE_SIZE)
     limits = [BadSampleLimit(len(pairs), max_bad_fraction) for pairs in (train, val)]
-    skipped, stop = [], None
+    looked_at, stops = [0, 0], dict[int, str]()
+    skipped = []
     with bar("images looked at") as progress:
         for done, (part, pair) in enumerate(some, 1):
             bad = reader.decode([(pair.id, pair.image, 0)]).skipped
             skipped += bad
+            looked_at[part] += 1
             try:
                 limits[part].add(bad)
             except UserError as error:
-                stop = str(error)
+                stops[part] = str(error)
             progress(done, len(some))
     report = CheckReport("images", {"looked_at": len(some), "unreadable": [sample._asdict() for sample in skipped]})
-    _check_readable(report, skipped, stop, len(some), len(train) + len(val))
+    mend = _mend_unreadable([(len(limits[part].found), looked_at[part]) for part in stops])
+    for text in stops.values():
+        report.add_finding("stop", text, *mend)
+    if not stops:
+        _check_readable(report, skipped, len(some), len(train) + len(val))
     if measuring.sizes:
         _check_sizes(report, np.array(measuring.sizes), transform.size)
     _check_duplicates(report, train, val)
     return report
 
 
-def _check_readable(
-    report: CheckReport, skipped: Sequence[SkippedSample], stop: str | None, looked_at: int, count: int
-) -> None:
+def _mend_unreadable(parts: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """The ``data.max_bad_fraction`` that allows what was found, as unreadable images and images looked at of each part
+    that stops training; none allows all images of a part."""
+    hundredths = (number for number in range(100) if all(number / 100 * total >= bad for bad, total in parts))
+    return tuple(f"data.max_bad_fraction={number / 100:g}" for number in [*hundredths][:1])
+
+
+def _check_readable(report: CheckReport, skipped: Sequence[SkippedSample], looked_at: int, count: int) -> None:
     of = f"of {looked_at:,} looked at{'' if looked_at == count else f' (there are {count:,})'}"
     named = ", ".join(f"{name} ({reason})" for name, reason in skipped[:3])
-    if stop:
-        fraction = math.ceil(100 * len(skipped) / looked_at) / 100
-        report.add_finding("stop", stop, *([f"data.max_bad_fraction={fraction:g}"] if fraction < 1 else []))
-    elif skipped:
+    if skipped:
         report.add_finding("look", f"{len(skipped)} {of} cannot be read and will be left out: {named}")
     else:
         report.add_finding("ok", f"all {of} can be read")

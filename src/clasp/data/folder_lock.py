@@ -40,9 +40,10 @@ def lock_folder(folder: Path) -> Iterator[Callable[[], None]]:
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(path)
+        locked = folder.stat()
 
     def require_held() -> None:
-        if not _is_at(descriptor, path):
+        if not _is_same(locked, folder):
             raise UserError(
                 f"{folder} was moved, deleted or replaced while this process wrote to it; what was saved is in the "
                 "folder where it is now"
@@ -51,10 +52,12 @@ def lock_folder(folder: Path) -> Iterator[Callable[[], None]]:
     try:
         yield require_held
     finally:
-        if _is_at(descriptor, path):  # else the folder was moved, and its place may be another run's
-            path.unlink()  # before it is released: the next holder then makes a file of its own
-        os.close(descriptor)
-        if made:
+        try:
+            if _is_same(os.fstat(descriptor), path):  # else the folder was moved, and its place may be another run's
+                path.unlink()  # before it is released: the next holder then makes a file of its own
+        finally:
+            os.close(descriptor)
+        if made and _is_same(locked, folder):
             with suppress(OSError):
                 folder.rmdir()
 
@@ -64,7 +67,7 @@ def _acquire(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor, path)
-            if _is_at(descriptor, path):
+            if _is_same(os.fstat(descriptor), path):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
                 return descriptor
@@ -74,11 +77,11 @@ def _acquire(path: Path) -> int:
         os.close(descriptor)  # the process that held it has removed it meanwhile
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether this open file is the one at the path."""
+def _is_same(status: os.stat_result, path: Path) -> bool:
+    """Whether this file or folder is the one at the path."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
+        return os.path.samestat(status, path.stat())
+    except OSError:  # nothing is there, or a file in the place of a folder above
         return False
 
 

@@ -47,27 +47,32 @@ def check_languages(train: Pairs, tokenizer: Tokenizer, tower: str = "") -> Chec
     """The share of unknown tokens, and tokens per character, in each language of the training captions. ``tower``:
     the name of the text tower."""
     texts: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    counts: Counter[str] = Counter()
     for pair in train:
         for text, language in pair.captions:
+            counts[language] += 1
             if len(texts[language]) < LANGUAGE_SAMPLE_SIZE:
                 texts[language][text] = None
     found = [_measure(language, list(some), tokenizer) for language, some in texts.items()]
     report = CheckReport("languages", {each.language: each._asdict() for each in found})
+    mend = _mend_languages(found, counts, tower)
     for each in (each for each in found if not each.fits):
         lacks = "the vocabulary of the text tower lacks this language; choose another text.tower"
-        report.add_finding("look", f"{each}; {lacks}", *_mend_languages(found, tower))
+        report.add_finding("look", f"{each}; {lacks}", *mend)
     if fitting := [each for each in found if each.fits]:
         more = f"; and {counted(len(fitting) - 5, 'more language')}" if len(fitting) > 5 else ""
         report.add_finding("ok", "; ".join(map(str, fitting[:5])) + more)
     return report
 
 
-def _mend_languages(found: Sequence[_LanguageTokens], tower: str) -> tuple[str, ...]:
-    """The packaged multilingual tower; where that is what lacks a language, the languages that it has."""
+def _mend_languages(found: Sequence[_LanguageTokens], counts: Counter[str], tower: str) -> tuple[str, ...]:
+    """The packaged multilingual tower; where that is what lacks a language, the languages that it has, if most captions
+    are in these."""
     if tower != _MULTILINGUAL_TOWER:
         return (f"text.tower={_MULTILINGUAL_TOWER}",)
     fitting = [each.language for each in found if each.fits and each.language]
-    return (languages_override(fitting),) if fitting else ()
+    most = 2 * sum(counts[language] for language in fitting) > counts.total()
+    return (languages_override(fitting),) if most else ()
 
 
 def _measure(language: str, texts: Sequence[str], tokenizer: Tokenizer) -> _LanguageTokens:

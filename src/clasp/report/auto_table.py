@@ -74,7 +74,7 @@ class AutoPlan:
     def read(cls, run: Path) -> AutoPlan:
         """Read ``plan.json``. Raises ``UserError`` where it is damaged."""
         try:
-            given = json.loads((run / PLAN_FILE).read_text(encoding="utf-8"))
+            given = json.loads((run / PLAN_FILE).read_text(encoding="utf-8-sig"))
             return cls(**{**given, "rows": [_read_row(row) for row in given["rows"]]})
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{run / PLAN_FILE} is damaged: {error}") from None

@@ -167,7 +167,8 @@ def read_sweep_rows(folder: Path) -> dict[str, SweepRow]:
     if not file.exists():
         return {}
     try:
-        rows = [SweepRow.from_dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        rows = [SweepRow.from_dict(json.loads(line)) for line in lines if line.strip()]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}); delete it: the runs themselves are not affected") from None
     return {row.run: row for row in rows}

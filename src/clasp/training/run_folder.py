@@ -117,7 +117,7 @@ class RunFolder:
         Raises ``UserError`` for a folder that is taken. Files of a run that never trained are overwritten.
         """
         self.require_free()
-        with translate_disk_errors(self.path):
+        with self._writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             sync_folder(self.path.parent)
             self._remove_started_files()
@@ -186,6 +186,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Delete the training state of a finished run, once what was appended is on disk."""
+        self.require_held()
         for name in _APPENDED_FILES:
             sync_file(self.path / name)
         StateFiles(self.path).remove()
@@ -248,7 +249,7 @@ class RunFolder:
         """``base.json``. Raises ``UserError`` where it is damaged."""
         path = self.path / "base.json"
         try:
-            base = json.loads(path.read_text(encoding="utf-8"))
+            base = json.loads(path.read_text(encoding="utf-8-sig"))
             damaged = [side for side in ("image", "text") if not {"tower", "fingerprint", "tensors"} <= set(base[side])]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None

@@ -429,8 +429,7 @@ def test_a_build_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypat
     assert sum(tower.calls) - before == 20 * views - 8 * views - views, "17 is damaged; what was done is not done again"
     assert np.array_equal(resumed.kept.stored, whole.kept.stored, equal_nan=True)
     assert resumed.skipped == whole.skipped and set(resumed.skipped) == {1, 17}
-    hashes = [".images"] if views == 1 else []
-    assert sorted(path.suffix for path in (tmp_path / "features").iterdir()) == [*hashes, ".json", ".npy"]
+    assert sorted(path.suffix for path in (tmp_path / "features").iterdir()) == [".json", ".npy"]
 
 
 def test_a_part_that_lost_its_end_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

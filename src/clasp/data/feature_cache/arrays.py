@@ -91,7 +91,7 @@ class ArrayWriter:
         wanted: Bool[np.ndarray, " rows"] | None = None,
         batch_size: int | None = None,
     ) -> None:
-        self._part, self._storage, self.key, self._wanted = part, storage, key, wanted
+        self._part, self._storage, self._key, self._wanted = part, storage, key, wanted
         self._batch_size = batch_size
         columns = shape[1] + storage.extra_columns
         self._row_bytes = columns * storage.dtype.itemsize
@@ -128,26 +128,19 @@ class ArrayWriter:
             self._part.file.write(packed[start:end].data)
             start = end
 
-    def read(self, rows: Int[np.ndarray, " n"]) -> Float[Tensor, "n D"]:
-        """Consecutive rows that were written, as they will be read from the file."""
-        self._part.file.seek(self._start + self._row_bytes * int(rows[0]))
-        data = bytearray(self._part.file.read(self._row_bytes * len(rows)))
-        stored = np.frombuffer(data, self._storage.dtype).reshape(len(rows), -1)
-        return self._storage.unpack(stored).float()
-
     def save_progress(self, done: int) -> None:
         """Record the progress of the build; written to disk every ``SECONDS_BETWEEN_SAVES``, after the rows."""
         if self._wanted is None and time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES:
             self._part.file.flush()
             os.fsync(self._part.file.fileno())
-            state = {"key": self.key, "batch_size": self._batch_size, "done": done, "notes": self.notes}
+            state = {"key": self._key, "batch_size": self._batch_size, "done": done, "notes": self.notes}
             write_text_file(self._part.progress, json.dumps(state))
             self._saved_at = time.monotonic()
 
     def _resume_state(self) -> tuple[int, dict[str, Any]]:
         with suppress(OSError, ValueError, KeyError):
             progress = json.loads(self._part.progress.read_text(encoding="utf-8"))
-            if progress["key"] == self.key and progress["batch_size"] == self._batch_size:
+            if progress["key"] == self._key and progress["batch_size"] == self._batch_size:
                 _log.info("%s: resuming after %s", self._part.path, progress["done"])
                 return progress["done"], progress["notes"]
         return 0, {}
@@ -224,13 +217,6 @@ def _read(path: Path, key: Mapping[str, Any]) -> CachedArray:
     return cached
 
 
-def read_complete(path: Path) -> CachedArray | None:
-    """A complete file by its path; ``None`` where it is damaged, or just being replaced."""
-    with suppress(OSError, ValueError, KeyError, TypeError, _CacheMiss):
-        return _read(path, json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["key"])
-    return None
-
-
 def _damaged_rows(path: Path, cached: CachedArray) -> Bool[np.ndarray, " rows"]:
     """The rows in damaged blocks; a file of an earlier version has the hash of a few rows only."""
     status = path.stat()
@@ -267,9 +253,10 @@ def _read_wider(folder: Path, key: Mapping[str, Any]) -> CachedArray:
     found = find_layers(folder, {name: value for name, value in key.items() if name != "shape"})
     if found is None or found.columns is None or len(found.columns) != key["shape"][1]:
         raise _CacheMiss
-    if (whole := read_complete(found.file)) is None:
-        raise _CacheMiss
-    return replace(whole, columns=found.columns)
+    with suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or just being replaced
+        whole = json.loads(found.file.with_suffix(".json").read_text(encoding="utf-8"))["key"]
+        return replace(_read(found.file, whole), columns=found.columns)
+    raise _CacheMiss
 
 
 def _open_mapped(path: Path, about: Mapping[str, Any], columns: Int[np.ndarray, " D"] | None = None) -> CachedArray:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from clasp.data.feature_cache.arrays import ArrayWriter, load_or_compute
 from clasp.data.feature_cache.dtypes import StorageDtype
-from clasp.data.feature_cache.encoded_images import EncodedImages
 from clasp.data.feature_cache.replay import CachedFeatures
 from clasp.data.feature_cache.requests import ImageFeatureRequest, TextFeatureRequest
 from clasp.data.loader import BadSampleLimit, iter_text_batches, philox_integers
@@ -54,25 +53,18 @@ def image_features(
     storage: StorageDtype = "float32",
     device: str | torch.device = "cpu",
     progress: ProgressCallback | None = None,
-    reuse: bool = False,
 ) -> CachedFeatures:
     """The features of every image, in all views of the request; entry i is pair i.
 
     ``progress(done, total)`` counts images times views, and is not called when nothing is computed. ``device`` is that
-    of the tower. ``reuse``: of an image that was encoded before, in this or another request, the rows are copied; as
-    they were computed in another batch, they may differ in the last bits, so training goes without. Raises
-    ``UserError`` when too many images are unreadable or the disk is full.
+    of the tower. Raises ``UserError`` when too many images are unreadable or the disk is full.
     """
     part, transform, views, count = request.part, request.transform, request.views, request.count
-    rows, place, folder = part.tokens, np.arange(part.tokens), cache_folder / "features"
+    rows = part.tokens
+    place = np.arange(rows)
 
     def rows_of(view: int, indices: SampleIndices) -> Int[np.ndarray, " n"]:
         return ((indices.pair * views + view)[:, None] * rows + place).reshape(-1)
-
-    def encode(pixels: Pixels) -> Float[Tensor, "n rows D"]:
-        return _rows_on_cpu(part(Pixels(pixels.values.to(device)))).unflatten(0, (len(pixels.values), rows))
-
-    encoded = EncodedImages(folder, count, rows, encode, reuse=reuse and views == 1)
 
     def fill(writer: ArrayWriter) -> None:
         writer.notes = {"skipped": [], **writer.notes, "depth": part.depth, "size": transform.size}
@@ -91,8 +83,9 @@ def image_features(
                 skipped.update(zip(indices.pair[missing].tolist(), images.skipped, strict=True))
                 values = torch.full((len(indices), rows, part.width), torch.nan)
                 if images.kept:
-                    assert isinstance(images.inputs, Pixels)
-                    values[images.kept] = encoded(indices.pair[images.kept].tolist(), images.inputs, writer)
+                    values[images.kept] = _rows_on_cpu(part(Pixels(images.inputs.values.to(device)))).unflatten(
+                        0, (len(images.kept), rows)
+                    )
                 writer.write(rows_of(view, indices), values.flatten(0, 1))
                 done += len(indices)
                 writer.notes["skipped"] = [[number, *skipped[number]] for number in sorted(skipped)]
@@ -100,11 +93,9 @@ def image_features(
                 if progress is not None:
                     progress(done, count * views)
 
-    shape = (request.rows, part.width)
+    folder, shape = cache_folder / "features", (request.rows, part.width)
     with torch.inference_mode():
         cached = load_or_compute(folder, request.key, shape, fill, storage=storage, batch_size=reading.batch_size)
-    if views == 1:
-        encoded.save(cached.path)
     return CachedFeatures(cached, np.arange(count), np.arange(count * views + 1) * rows, views)
 
 

@@ -32,7 +32,7 @@ def find_layers(folder: Path, key: Mapping[str, Any]) -> LayerColumns | None:
     wanted = json.loads(json.dumps(key))  # as it is read back: no tuples
     layers = wanted.pop("layers", [])
     wider: list[LayerColumns] = []
-    for file, there in complete_files(folder):
+    for file, there in _files(folder):
         if not wanted.items() <= there.items():
             continue
         blocks = there.get("layers", [])
@@ -44,7 +44,7 @@ def find_layers(folder: Path, key: Mapping[str, Any]) -> LayerColumns | None:
     return wider[0] if wider else None
 
 
-def complete_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The complete files of a folder with their keys."""
     for about in sorted(folder.glob("*.json")):
         with suppress(OSError, ValueError, KeyError, AttributeError):  # another file, damaged, or just being replaced
