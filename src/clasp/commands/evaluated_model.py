@@ -71,7 +71,7 @@ def _find_run(name: str, folder: Path) -> ModelSource:
         model = load(folder)
         assert isinstance(model.encoder, DualEncoder)
         parts = ModelAndPreprocessing(model.encoder, model.transform, model.tokenizer)
-        inputs = build_feature_source(parts, recipe, bar=bar)
+        inputs = build_feature_source(parts, recipe, bar=bar, reuse_images=True)
         run = TrainedRun(folder=folder, recipe=recipe, model=parts.model, inputs=inputs)
         return LoadedModel(EncodeOnce(inputs.in_precision(model.encoder)), inputs, run)
 
@@ -84,7 +84,7 @@ def _find_pretrained(name: str, tower: str) -> ModelSource:
     def load_pretrained(bar: ProgressFactory) -> LoadedModel:
         parts = build_model_and_preprocessing(recipe)
         parts.model.eval()
-        inputs = build_feature_source(parts, recipe, bar=bar)
+        inputs = build_feature_source(parts, recipe, bar=bar, reuse_images=True)
         return LoadedModel(EncodeOnce(inputs.in_precision(parts.model)), inputs)
 
     return ModelSource(name, recipe.data, load_pretrained)

@@ -321,8 +321,10 @@ def build_feature_source(
     say: MessageCallback = lambda line: None,
     report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
     cache: Path | None = None,
+    reuse_images: bool = False,
 ) -> FeatureSource:
-    """The ``FeatureSource`` of a model built from a recipe; ``cache``: another folder for features than the usual."""
+    """The ``FeatureSource`` of a model built from a recipe; ``cache``: another folder for features than the usual;
+    ``reuse_images`` as in ``FeatureSettings``, for evaluations."""
     settings = FeatureSettings(
         cache=CachePolicy(cache or cache_folder(), recipe.data.feature_cache),
         workers=recipe.train.workers,
@@ -330,6 +332,7 @@ def build_feature_source(
         seed=recipe.train.seed,
         max_bad_fraction=recipe.data.max_bad_fraction,
         precision=resolve_precision(recipe.train.precision, next(parts.model.parameters()).device),
+        reuse_images=reuse_images,
     )
     return FeatureSource(
         parts.model.image,

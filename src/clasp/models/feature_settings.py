@@ -35,6 +35,9 @@ class FeatureSettings:
     """Fraction of the images that may be unreadable before an error is raised."""
     precision: PrecisionChoice = _FLOAT32
     """That of the device or the recipe, from which ``frozen_precision`` derives that of each tower."""
+    reuse_images: bool = False
+    """Copy the features of an image that is found in another cache; they may differ in the last bits, so training and
+    its validation go without."""
 
     def tower_precision(self, tower: Tower) -> Precision:
         """What the frozen part of ``tower`` computes in."""

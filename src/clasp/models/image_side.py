@@ -59,9 +59,9 @@ class ImageSide:
         views = 1 if augment is None else 1 + settings.cached_augmentations
         return ImageFeatureRequest(self.frozen_part, pairs, self.transform, augment, views, settings.seed)
 
-    def features(self, pairs: Pairs, augment: Augment | None = None, *, reuse: bool = False) -> CachedFeatures | None:
-        """The cached features of every image, computed at most once, with ``reuse`` at most once for all requests;
-        ``None``: images are read live."""
+    def features(self, pairs: Pairs, augment: Augment | None = None) -> CachedFeatures | None:
+        """The cached features of every image, computed at most once, with ``reuse_images`` at most once for all
+        requests; ``None``: images are read live."""
         request = self.request(pairs, augment)
         if request is None:
             return None
@@ -81,7 +81,7 @@ class ImageSide:
                 storage=storage,
                 device=self._device,
                 progress=progress,
-                reuse=reuse,
+                reuse=self._settings.reuse_images,
             )
 
     def reader(self, pairs: Pairs, augment: Augment | None) -> ImageReader:
@@ -91,7 +91,7 @@ class ImageSide:
 
     def stream(self, pairs: Pairs) -> Callable[[], ImageStream]:
         """A stream of the images of ``pairs`` in order; each call starts it anew."""
-        features = self.features(pairs, reuse=True)
+        features = self.features(pairs)
         return self.share(pairs, features, SINGLE, self.reporter(pairs, features))
 
     def share(
