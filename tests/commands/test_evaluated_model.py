@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
@@ -26,6 +27,7 @@ from clasp.config.build import build_model_and_preprocessing
 from clasp.config.pretrained import pretrained_recipe
 from clasp.data.pairs import open_pairs
 from clasp.evaluation.results import EvaluationResult
+from clasp.models import image_side
 from clasp.models.frozen import FrozenTower
 from clasp.types import Pixels, PooledFeatures, UserError, no_progress_bar
 from toydata import toys, write_images
@@ -212,6 +214,19 @@ def test_pairs_that_were_trained_on_are_told(world: World, tmp_path: Path):
     assert said.count(line) == 2 and not [each for each in said if each.startswith("warning") and each != line]
 
 
+def test_features_are_copied_in_evaluations_and_not_in_validation(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = Mock(wraps=image_side.image_features)
+    monkeypatch.setattr(image_side, "image_features", asked)
+    heads = ("train.epochs=1", 'tune.image=["none"]', 'tune.text=["none"]', "data.feature_cache=float32")
+    run(recipe(save_towers(world.folder / "towers"), world.pairs, *heads), tmp_path / "run")
+    trained = [call.kwargs["reuse"] for call in asked.call_args_list]
+    evaluate_run(tmp_path / "run", "retrieval", [f"data={world.pairs}"])
+    evaluated = [call.kwargs["reuse"] for call in asked.call_args_list[len(trained) :]]
+    assert len(trained) >= 2 and not any(trained) and evaluated and all(evaluated)
+
+
 def test_many_training_pairs_are_read_from_their_index_or_not_at_all(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -219,6 +234,9 @@ def test_many_training_pairs_are_read_from_their_index_or_not_at_all(
     run(recipe(save_towers(world.folder / "towers"), world.pairs, "train.epochs=1"), at)
     pairs = open_pairs(world.pairs)
     (warning,) = training_overlap(at, "mine", {"": pairs})
+    with monkeypatch.context() as patched:  # the table of training pairs is changed in the meantime
+        patched.setattr("clasp.commands.training_overlap._compare", Mock(side_effect=UserError("changed")))
+        assert training_overlap(at, "mine", {"": pairs}) == []
     monkeypatch.setattr("clasp.commands.training_overlap._INDEXED_BYTES", 10)
     assert training_overlap(at, "mine", {"": pairs}) == [warning]
     monkeypatch.setenv("CLASP_CACHE", str(tmp_path / "another machine"))

@@ -12,8 +12,9 @@ import pytest
 
 from clasp.data.pairs import Pairs
 from clasp.evaluation.embedding_folder import EmbeddingFolder, StoredEncoder
-from clasp.evaluation.identity import identify, validation_identity
+from clasp.evaluation.identity import identify, is_own_validation, validation_identity
 from clasp.evaluation.registry import EVALUATION_TASKS, changed_options, parse_task_options
+from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.task_context import TaskContext
 from clasp.types import Caption, no_progress_bar
 from toyembeddings import pair
@@ -60,6 +61,13 @@ def every_option() -> Iterator[Any]:
         for option in entry.all_options:
             if option.name != "data" and option.names != "reading":
                 yield pytest.param(task, option.name, option.names, id=f"{task}-{option.name}")
+
+
+def test_the_evaluation_of_a_run_itself_is_told_from_one_of_a_folder_of_that_name():
+    row = EvaluationResult("retrieval", "validation", "", {}, {}, 2, {}, 0.0)
+    (own,) = validation_identity("retrieval", OTHERS, PAIRS).recorded_in([row])
+    (asked,) = identify("retrieval", EVALUATION_TASKS["retrieval"], context("retrieval", [])).recorded_in([row])
+    assert [is_own_validation(each) for each in (own, asked, row)] == [True, False, True]
 
 
 @pytest.mark.parametrize(("task", "name", "names"), list(every_option()))

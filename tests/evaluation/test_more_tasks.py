@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,15 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
+from clasp.data.pairs import Pairs, open_pairs
+from clasp.evaluation.embedding_table import EmbeddingTable
+from clasp.evaluation.from_pairs import image_groups, language_queries, require_validation
 from clasp.evaluation.multilabel import average_precision, roc_auc
 from clasp.evaluation.probe_queries import FitSet, draw_shots
 from clasp.evaluation.results import EvaluationResult
-from clasp.types import Caption, Pair, UserError
+from clasp.types import Caption, Pair, PooledFeatures, UserError
 from toyembeddings import Unread, evaluate_embeddings, pair, unit_vectors
+from toysearch import Colours
 
 WIDTH = 6
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -280,3 +286,66 @@ def test_a_row_for_each_caption_is_as_a_row_for_each_image(task: str, options: t
         for args in ((listed, *options), (one_each, *options))
     )
     assert found == expected and len(found) >= 2
+
+
+class Embedded(Colours):
+    """An encoder whose inputs are embeddings."""
+
+    def embed_text(self, inputs: Any) -> Tensor:
+        return inputs.values
+
+
+def test_copies_of_an_image_are_no_candidates_whatever_was_embedded():
+    rows = [
+        replace(pair(f"{name}{n}", f"{name}{n}", group=name), image=Unread(name)) for name in "abc" for n in range(3)
+    ]
+
+    def texts(by_id: Mapping[str, str]) -> Any:
+        return lambda: [(list(by_id), PooledFeatures(unit(len(by_id), 1)))]
+
+    (queries,) = language_queries(rows, [""], texts).values()
+    table = EmbeddingTable(tuple(row.id for row in rows), unit(len(rows), 2))
+    asked, found = queries.score(Embedded(), table)
+    assert asked.ids == ("a0", "b0", "c0")
+    assert found.predict is not None and set(found.predict()) <= set(asked.ids)
+
+
+class Touched(Unread):
+    """An image that notes when its version is asked, which is a look at the disk."""
+
+    asked: ClassVar[list[str]] = []
+
+    @property
+    def version(self) -> str:
+        self.asked.append(self.name)
+        return "0"
+
+
+def test_versions_are_asked_of_repeated_images_only():
+    pairs = [replace(pair(id, group=group), image=Touched(group)) for id, group in zip("abcd", "abcb", strict=True)]
+    Touched.asked.clear()
+    assert image_groups(pairs) == {"a": "a", "b": "b", "c": "c"}
+    assert Touched.asked == ["b", "b"]
+
+
+@pytest.mark.parametrize(("stored", "candidates"), [(False, 2), (True, 3)])
+def test_rows_of_a_parquet_table_that_name_one_file_are_one_candidate(stored: bool, candidates: int, tmp_path: Path):
+    names = ["a.jpg", "a.jpg", "b.jpg"]
+    images = [{"bytes": name.encode(), "path": name} for name in names] if stored else names
+    pq.write_table(
+        pa.table({"image": images, "caption": ["x", "y", "z"], "group": ["a", "a", "b"]}), tmp_path / "p.parquet"
+    )
+    assert len(image_groups(list(open_pairs(tmp_path / "p.parquet")))) == candidates
+
+
+def test_validation_among_one_class_is_refused_early():
+    def pairs(*rows: Pair) -> Pairs:
+        return Pairs("zoo", [list(rows)])
+
+    cats = pairs(*(pair(id, "cat", **{"class": "cat"}) for id in "ab"))
+    dog, runs = pair("c", "dog", **{"class": "dog"}), pair("d", "a dog runs", **{"class": "dog"})
+    require_validation(pairs(dog), cats)
+    require_validation(cats, pairs(dog, runs))
+    for train in (cats, pairs(dog, runs), pairs(runs)):
+        with pytest.raises(UserError, match="at least two classes; there is only \\['cat'\\]"):
+            require_validation(train, cats)

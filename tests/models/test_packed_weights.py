@@ -82,19 +82,26 @@ def test_layers_that_are_more_than_a_product_are_called() -> None:
     inject_peft(tuned, "lora", ["0"], {"rank": 4})
     assert used_twice([tuned[0]]) is None
     assert used_twice([type("Scaled", (nn.Linear,), {})(48, 32)]) is None
+    double = layers(1)[0].double()
+    outputs = [product(double, X.double()) for _ in range(2)]
+    assert {output.dtype for output in outputs} == {torch.float64}, "autocast leaves float64 alone"
 
 
 def test_training_float32_and_other_threads_call_the_layers() -> None:
     given, found = layers(1), []
+
+    def use() -> None:  # inference mode and autocast are those of a thread
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            found.append(used_twice(given))
+
     with packed_weights():
         with torch.autocast("cpu", torch.bfloat16):
             found.append(used_twice(given))
         with torch.inference_mode():
             found.append(used_twice(given))
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            other = Thread(target=lambda: found.append(used_twice(given)))
-            other.start()
-            other.join()
+        other = Thread(target=use)
+        other.start()
+        other.join()
     assert found == [None, None, None]
 
 

@@ -190,6 +190,8 @@ def test_a_card_shows_the_evaluations_once_and_keeps_the_rest():
     asked = [result("zeroshot", metrics=("top1", "top5")), *multilingual(), *retention()]
     card = "# run\n\nwords\n"
     assert with_evaluations(card, [own]) == card
+    assert with_evaluations(card, [replace(own, evaluation_id="0123-validation")]) == card
+    assert "| retrieval on validation |" in with_evaluations(card, [replace(own, evaluation_id="0123", options={})])
     first = with_evaluations(card, [own, asked[0]])
     assert first.startswith(f"{card}\n## {EVALUATIONS_HEADING}\n") and "| zeroshot | 50.0 |" in first
     whole = with_evaluations(f"{first}\n## Another\n\nkept\n", [own, *asked, asked[0]])

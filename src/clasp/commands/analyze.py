@@ -3,11 +3,13 @@
 Input: run and options as typed. Output: an ``AnalysisRecord``, which is also kept in the run's ``analysis.json``. Note:
 every pair has a caption and a group of its own, so that images with the captions of other pairs are true non-pairs; of
 more than ``pairs=`` a hash of the ids chooses. Both towers run once, on live inputs, since cached states begin at a
-later block; over the first of the pairs once more where their attention can be read, and where they share weights.
+later block; over the first of the pairs, whose order is drawn, once more where their attention can be read, and where
+they share weights.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -92,7 +94,7 @@ def analyze_run(
 
 def _choose_pairs(given: Mapping[str, str], recipe: Recipe, limit: int) -> tuple[dict[str, str], Pairs]:
     """The captions by id, and the pairs: of those with the same caption or group the first, of more than ``limit`` by a
-    hash of the id."""
+    hash of the id, in an order that is drawn with seed 0."""
     columns = ColumnNames(image=given.get("image", ""), caption=given.get("caption", ""))
     root = given.get("image_root")
     pairs = open_pairs_for_recipe(given["data"], recipe, columns=columns, image_root=root, hints=OPTION_HINTS)
@@ -107,6 +109,7 @@ def _choose_pairs(given: Mapping[str, str], recipe: Recipe, limit: int) -> tuple
             seen |= {("text", text), ("group", pair.group)}
             rows[pair.id] = (row, text)
     chosen = sorted(hashed_subset(rows, limit))
+    random.Random(0).shuffle(chosen)
     return {id: rows[id][1] for id in chosen}, Pairs(pairs.name, [[pairs[rows[id][0]] for id in chosen]])
 
 

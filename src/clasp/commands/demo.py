@@ -136,7 +136,7 @@ def build_demo_task(sample: EmojiSample, inputs: FeatureSource, *, quick: bool) 
     sets = _QUICK_LANGUAGE_SETS if quick else _LANGUAGE_SETS
     languages = sorted({language for members in sets.values() for language in members})
     inputs.precompute_texts(c.text for pair in pairs for c in pair.captions if c.language in languages)
-    queries = {language: language_queries(pairs, language, inputs.texts, ["image_to_text"]) for language in languages}
+    queries = language_queries(list(pairs), languages, inputs.texts, ["image_to_text"])
     primary = f"macro:{next(iter(sets))}/image_to_text/{_DEMO_METRIC}"
     images = inputs.images(pairs)
     return MultilingualTask(data="demo test concepts", images=images, queries=queries, primary=primary, sets=sets)

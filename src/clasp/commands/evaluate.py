@@ -66,8 +66,6 @@ def evaluate_run(
     if not isinstance(results, list) or not all(isinstance(result, EvaluationResult) for result in results):
         raise UserError(f"task {task!r} returned {type(results).__name__}; a list of EvaluationResult is expected")
     results = identity.recorded_in(results)
-    for line in training_overlap(source.run, source.name, {"": pairs}):
-        say(line)
     folder.record(results, say)
     if queries is not None:
         _keep_predictions(*queries, context, identity, folder.path)
@@ -75,6 +73,8 @@ def evaluate_run(
         figure = folder.path / f"{evaluation_file(task, context.data, identity.id)}.png"
         TASK_FIGURES[task](results, figure)
         say(f"figure: {relative_path(figure)}")
+    for line in training_overlap(source.run, source.name, {"": pairs}):
+        say(line)
     return results
 
 

@@ -75,6 +75,8 @@ def evaluate_suite(
     opened = _open_all(source, there, given)
     loaded = source.load(bar)
     results.require_fingerprint(loaded.encoder.fingerprint)
+    for line in training_overlap(source.run, source.name, opened):
+        say(line)
     rows = {each.name: SuiteRow(each, None) for each in sets}
     for each in there:
         options = given[each.name]
@@ -82,8 +84,6 @@ def evaluate_suite(
         result = _evaluate(each, context, results)
         rows[each.name] = SuiteRow(each, result)
         say(f"{each.name}: {each.metric} {result.metrics[each.metric]:.4g}, {result.seconds:,.0f} s")
-    for line in training_overlap(source.run, source.name, opened):
-        say(line)
     return list(rows.values())
 
 

@@ -7,6 +7,7 @@ status lines are passed to ``say``; nothing is printed here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,8 @@ from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.shared_encoder import SharedEncoder
 from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
 from clasp.models.precision import resolve_precision
-from clasp.report.model_card import ModelCard
+from clasp.report.model_card import ModelCard, with_evaluations
+from clasp.report.run_record import read_results
 from clasp.training.cost import COST_FILE
 from clasp.training.cost.ledger import RunCost
 from clasp.training.distributed import LostProcessError, Processes
@@ -45,6 +47,8 @@ from clasp.training.trackers.group import TrackerGroup
 from clasp.training.trackers.registry import TrackerFactory, find_trackers, open_trackers, silent_trackers
 from clasp.training.warm_start import load_initial_weights
 from clasp.types import MessageCallback, ProgressFactory, TrackedRun, UserError, no_progress_bar
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,7 @@ def train_recipe(
     resume: bool = False,
     preloaded: Preloaded | None = None,
 ) -> TrainResult:
-    """Train a recipe into the folder ``run``; with ``resume``, resume it from its saved state. Raises ``UserError`` for
-    errors in the user's input, as early as possible."""
+    """Train a recipe into the folder ``run``, or ``resume`` it from its saved state. Raises ``UserError`` early."""
     assert recipe.auto is None, "a recipe with [auto] is for commands.auto"
     folder, loaded = RunFolder(run), preloaded or Preloaded()
     processes = loaded.processes
@@ -252,6 +255,11 @@ def _write(context: RunContext, fitted: FitResult, results: Sequence[EvaluationR
         val_pairs=len(context.val),
         classes=context.classes,
     )
-    context.folder.write("README.md", card.render())
+    text = card.render()
+    try:
+        text = with_evaluations(text, read_results(context.folder.path))
+    except UserError as error:  # lines that something else has written do not cost the run its card
+        _log.warning("%s does not show evaluations: %s", context.folder.path / "README.md", error)
+    context.folder.write("README.md", text)
     context.tracker.log({"event": "cost", **cost.metrics()}, fitted.position.step)
     context.tracker.finish([asdict(row) for row in results])

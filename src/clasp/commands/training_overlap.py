@@ -40,15 +40,18 @@ def training_overlap(run: Path | None, name: str, evaluated: Mapping[str, Pairs]
     try:
         with nullcontext() if _is_small(train_source) else only_cached_indexes():
             train, _ = open_training_pairs(recipe)
-            ids = train.ids
+            return _compare(train, name, evaluated)
     except NotIndexed:
         return [f"not checked whether {name} was trained on pairs to evaluate: {train_source} has no index here"]
     except (UserError, OSError):
         return []
+
+
+def _compare(train: Pairs, name: str, evaluated: Mapping[str, Pairs]) -> list[str]:
     picks = {what: range(0, len(pairs), -(-len(pairs) // _COMPARED)) for what, pairs in evaluated.items()}
     asked = {what: {pair.id: pair for pair in map(pairs.__getitem__, picks[what])} for what, pairs in evaluated.items()}
     wanted = {id for some in asked.values() for id in some}
-    rows = {id: row for row, id in enumerate(ids) if id in wanted}
+    rows = {id: row for row, id in enumerate(train.ids) if id in wanted}
     lines = []
     for what, some in asked.items():
         same = sum(train[rows[id]].image.version == pair.image.version for id, pair in some.items() if id in rows)

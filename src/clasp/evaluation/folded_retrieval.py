@@ -14,40 +14,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from clasp.data.pairs import Pairs
-from clasp.evaluation.embedding_table import EmbeddingTable, EvaluationInputs, ImageBatches
-from clasp.evaluation.from_pairs import distinct_images, retrieval_queries
-from clasp.evaluation.query_scores import QueryScores
+from clasp.evaluation.embedding_table import EvaluationInputs, ImageBatches
+from clasp.evaluation.from_pairs import pairs_of, retrieval_queries
 from clasp.evaluation.results import PartialResult, mean_result
 from clasp.evaluation.retrieval import RetrievalQueries
 from clasp.evaluation.tasks import EvaluationTask, RetrievalTask, ScoredQueries, score_queries
 from clasp.types import Encoder, UserError
 
 
-@dataclass(frozen=True, kw_only=True)
-class FoldQueries:
-    """The queries of one fold; images of other folds are left out."""
-
-    queries: RetrievalQueries
-
-    @property
-    def directions(self) -> tuple[str, ...]:
-        return self.queries.directions
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        return self.queries.metric_names
-
-    def score(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
-        return self.queries.score(encoder, images.select(self.queries.image_groups))
-
-
 @dataclass(kw_only=True)
 class FoldedRetrievalTask(EvaluationTask):
-    """Every fold has its own queries about the images; ``language`` of its scores names it."""
+    """Every fold has queries about its own images; ``language`` of its scores names it."""
 
     data: str
     images: ImageBatches
-    folds: Mapping[str, FoldQueries]
+    folds: Mapping[str, RetrievalQueries]
     name: str = RetrievalTask.name
     primary: str = RetrievalTask.primary
     resamples: int = 1000
@@ -78,9 +59,8 @@ def folded_retrieval_task(pairs: Pairs, inputs: EvaluationInputs, *, folds: str,
     inputs.precompute_texts(caption.text for pair in in_memory for caption in pair.captions)
     parts = [set(part) for part in np.array_split(np.array(distinct), int(folds))]
     queries = {
-        f"fold {number}": FoldQueries(
-            queries=retrieval_queries([pair for pair in in_memory if pair.group in part], inputs)
-        )
+        f"fold {number}": retrieval_queries([pair for pair in in_memory if pair.group in part], inputs)
         for number, part in enumerate(parts, 1)
     }
-    return FoldedRetrievalTask(data=data, images=inputs.images(distinct_images(pairs)), folds=queries)
+    candidates = {id for fold in queries.values() for id in fold.image_groups}
+    return FoldedRetrievalTask(data=data, images=inputs.images(pairs_of(candidates, pairs)), folds=queries)

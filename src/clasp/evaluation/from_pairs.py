@@ -8,7 +8,8 @@ queries, so that captions of an image in one language are not competitors of tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from clasp.data.pairs import Pairs, caption_languages
 from clasp.evaluation.compositional import HardNegativeQueries, WinogroundQueries
@@ -41,18 +42,10 @@ def validation_task(
 
 
 def require_validation(train: Pairs, val: Pairs) -> None:
-    """Raises ``UserError`` where ``validation_task`` would: for images of one class. Reads few pairs, and no image."""
-    only: set[str] = set()
-    for pairs in (val, train):
-        for pair in pairs:
-            if not _only_class(pair):
-                if pairs is val:
-                    return
-                break
-            only.add(pair.captions[0].text)
-            if len(only) > 1:
-                return
-    raise UserError(f"zero-shot validation needs at least two classes; there is only {sorted(only)}")
+    """Raises ``UserError`` where ``validation_task`` would: for images of one class. Reads no image, and of pairs with
+    captions few."""
+    if all(_only_class(pair) for pair in val) and len(names := _class_names(train, val)) < 2:
+        raise UserError(f"zero-shot validation needs at least two classes; there is only {names}")
 
 
 def validation_texts(train: Pairs, val: Pairs) -> list[list[str]]:
@@ -101,23 +94,33 @@ def zeroshot_task(
 
 def retrieval_task(pairs: Pairs, inputs: EvaluationInputs, *, data: str) -> RetrievalTask:
     """Image-to-text and text-to-image retrieval over all captions of ``pairs``."""
-    images = inputs.images(distinct_images(pairs))
-    return RetrievalTask(data=data, images=images, queries=retrieval_queries(list(pairs), inputs))
+    queries = retrieval_queries(list(pairs), inputs)
+    return RetrievalTask(data=data, images=inputs.images(pairs_of(queries.image_groups, pairs)), queries=queries)
 
 
-def distinct_images(pairs: Pairs) -> Pairs:
-    """The first pair of each image of a group: in a table with a row for each caption, an image is one candidate."""
-    first: dict[tuple[str, str, str], int] = {}
-    for number, pair in enumerate(pairs):
-        first.setdefault((pair.group, pair.image.name, pair.image.version), number)
-    return pairs if len(first) == len(pairs) else pairs.subset(first.values())
+def image_groups(pairs: Sequence[Pair]) -> dict[str, str]:
+    """Id to group of the first pair of each image of a group: in a table with a row for each caption, an image is one
+    candidate. An image is one by name and version; images that are stored in cells of a table are never one."""
+    rows = Counter((pair.group, pair.image.name) for pair in pairs)
+    first: dict[tuple[str, str, str], Pair] = {}
+    for pair in pairs:
+        name = pair.group, pair.image.name
+        first.setdefault((*name, pair.image.version if rows[name] > 1 else ""), pair)
+    return {pair.id: pair.group for pair in first.values()}
+
+
+def pairs_of(ids: Collection[str], pairs: Pairs) -> Pairs:
+    """The pairs of these ids, some of those of ``pairs``, in the order of ``pairs``."""
+    if len(ids) == len(pairs):
+        return pairs
+    return pairs.subset(number for number, id in enumerate(pairs.ids) if id in ids)
 
 
 def retrieval_queries(pairs: Sequence[Pair], inputs: EvaluationInputs) -> RetrievalQueries:
     """Retrieval among all captions of ``pairs``."""
     captions = {f"{pair.id}#{n}": (text, pair.group) for pair in pairs for n, (text, _) in enumerate(pair.captions)}
     return RetrievalQueries(
-        image_groups={pair.id: pair.group for pair in pairs},
+        image_groups=image_groups(pairs),
         text_groups={key: group for key, (_, group) in captions.items()},
         texts=inputs.texts({key: text for key, (text, _) in captions.items()}),
     )
@@ -166,10 +169,11 @@ def multilingual_task(
     inputs.precompute_texts(
         caption.text for pair in pairs for caption in pair.captions if caption.language in languages
     )
+    in_memory = list(pairs)
     return MultilingualTask(
         data=data,
-        images=inputs.images(distinct_images(pairs)),
-        queries={language: language_queries(pairs, language, inputs.texts) for language in languages},
+        images=inputs.images(pairs_of(image_groups(in_memory), pairs)),
+        queries=language_queries(in_memory, languages, inputs.texts),
         primary=f"{macro_language(ALL_LANGUAGES)}/{RetrievalTask.primary}",
         sets={ALL_LANGUAGES: languages},
     )
@@ -177,22 +181,27 @@ def multilingual_task(
 
 def language_queries(
     pairs: Sequence[Pair],
-    language: str,
+    languages: Iterable[str],
     stream: Callable[[Mapping[str, str]], TextBatches],
     directions: Sequence[RetrievalDirection] = _BOTH_DIRECTIONS,
-) -> RetrievalQueries:
-    """Retrieval among the captions of ``pairs`` in one language, each distinct caption of a group once.
+) -> dict[str, RetrievalQueries]:
+    """Retrieval among the captions of ``pairs`` in each language, each distinct caption of a group once.
 
     ``stream`` returns text-tower inputs of captions by id: ``FeatureSource.texts``, or precomputed features.
     """
-    texts: dict[str, tuple[str, str]] = {}
+    texts: dict[str, dict[str, tuple[str, str]]] = {language: {} for language in languages}
     for pair in pairs:
         for caption in pair.captions:
-            if caption.language == language:
-                texts.setdefault(f"{pair.group}|{caption.text}", (caption.text, pair.group))
-    return RetrievalQueries(
-        image_groups={pair.id: pair.group for pair in pairs},
-        text_groups={key: group for key, (_, group) in texts.items()},
-        texts=stream({key: text for key, (text, _) in texts.items()}),
-        directions=tuple(directions),
-    )
+            if caption.language in texts:
+                key = f"{pair.group}|{caption.text}"
+                texts[caption.language].setdefault(key, (caption.text, pair.group))
+    candidates = image_groups(pairs)
+    return {
+        language: RetrievalQueries(
+            image_groups=candidates,
+            text_groups={key: group for key, (_, group) in found.items()},
+            texts=stream({key: text for key, (text, _) in found.items()}),
+            directions=tuple(directions),
+        )
+        for language, found in texts.items()
+    }

@@ -15,11 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clasp.data.pairs import Pairs
-from clasp.evaluation.from_pairs import validation_texts
+from clasp.evaluation.from_pairs import VALIDATION, validation_texts
 from clasp.evaluation.registry import TaskEntry, used_options
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.task_context import TaskContext
 from clasp.types import Pair
+
+_DEFINITION = 2  # of the metrics: counted up where the same task on the same pairs has other numbers
+_OWN = "-validation"  # ends the id of the evaluation that a run makes of itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +52,19 @@ def identify(task: str, entry: TaskEntry, context: TaskContext) -> EvaluationIde
 
 def validation_identity(task: str, train: Pairs, val: Pairs) -> EvaluationIdentity:
     """The identity of the validation of a run, which has no options."""
-    return EvaluationIdentity({}, evaluation_hash(task, {"texts": validation_texts(train, val)}, {"validation": val}))
+    found = evaluation_hash(task, {"texts": validation_texts(train, val)}, {VALIDATION: val})
+    return EvaluationIdentity({}, f"{found}{_OWN}")
+
+
+def is_own_validation(result: EvaluationResult) -> bool:
+    """Whether a row is of the evaluation that a run makes of itself; one of clasp 0.1 is known by its data alone."""
+    return result.evaluation_id.endswith(_OWN) or (not result.evaluation_id and result.data == VALIDATION)
 
 
 def evaluation_hash(task: str, settings: Mapping[str, object], pairs: Mapping[str, Iterable[Pair]]) -> str:
-    """16 hexadecimal digits of the sha256 over task, settings, and the ids, groups, captions and metadata of pairs."""
-    digest = hashlib.sha256(json.dumps([task, settings], sort_keys=True).encode())
+    """16 hexadecimal digits of the sha256 over the definition of the metrics, task, settings, and the ids, groups,
+    captions and metadata of pairs."""
+    digest = hashlib.sha256(json.dumps([_DEFINITION, task, settings], sort_keys=True).encode())
     for name in sorted(pairs):
         digest.update(f"\n{name}\n".encode())
         groups: dict[str, int] = {}

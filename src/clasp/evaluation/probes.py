@@ -162,4 +162,4 @@ def _held_out_mask(labels: Int[Tensor, " n"], groups: Int[Tensor, " n"]) -> Tens
 def commonest_class_share(query_labels: Int[Tensor, " q"]) -> float:
     """The chance level of both probes: the share of the commonest class among the queries, the most that one answer to
     all of them can reach; for balanced queries one over the number of their classes."""
-    return (torch.bincount(query_labels).max() / len(query_labels)).item()
+    return int(torch.bincount(query_labels).max()) / len(query_labels)

@@ -32,14 +32,13 @@ class RetrievalQueries:
     An image whose group has no caption here (or the reverse) stays in the gallery but is no query.
 
     Attributes:
-        image_groups: image id to group.
+        image_groups: id to group of the images to search among; others are left out.
         text_groups: caption id to group.
         texts: the captions as inputs of the text tower, with their ids.
         directions: the directions to evaluate.
 
     Raises:
-        UserError: no group has both an image and a caption; an unknown direction. When scored: an image or a caption
-            without group.
+        UserError: no group has both an image and a caption; an unknown direction. When scored: a caption without group.
     """
 
     image_groups: Mapping[str, str]
@@ -57,7 +56,7 @@ class RetrievalQueries:
     def score(self, encoder: Encoder, images: EmbeddingTable) -> list[QueryScores]:
         """Recall at 1, 5 and 10, their mean, and the median rank of the first positive; in each direction."""
         texts = embed_batches(self.texts(), encoder.embed_text, "caption")
-        require_known(images.ids, self.image_groups, "image", "group")
+        images = images.select(self.image_groups)
         require_known(texts.ids, self.text_groups, "caption", "group")
         image_groups = [self.image_groups[id] for id in images.ids]
         text_groups = [self.text_groups[id] for id in texts.ids]

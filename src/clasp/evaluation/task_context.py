@@ -33,7 +33,9 @@ class TaskContext:
     """The model with its inputs, and the pairs.
 
     ``open_pairs`` opens further pairs as ``pairs`` were opened, with the same columns. ``run`` is ``None`` where the
-    model is not a run's. ``say`` is called with status lines beside the results; ``bar`` opens progress bars.
+    model is not a run's. ``model`` keeps the embeddings of live images by their bytes (``EncodeOnce``): a task that
+    changes weights reads them anew through ``run.model``. ``say`` is called with status lines beside the results;
+    ``bar`` opens progress bars.
     """
 
     model: Encoder

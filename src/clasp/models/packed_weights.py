@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 # Weight and bias by the layers that are multiplied together; None after their first use.
 _Packed = dict[tuple[nn.Module, ...], tuple[Tensor, Tensor] | None]
+_PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _packed: ContextVar[_Packed | None] = ContextVar("packed", default=None)
 
 
@@ -70,10 +71,12 @@ def _has_kernel() -> bool:
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling the layer is its product alone, on a CPU: no subclass, hook or replaced ``forward``."""
+    """Whether calling the layer is its product in bfloat16 alone, on a CPU: no subclass, hook or replaced ``forward``,
+    and no weights in float64, which autocast leaves alone."""
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    return "forward" not in vars(layer) and layer.weight.device.type == "cpu"
+    weight = layer.weight
+    return "forward" not in vars(layer) and weight.device.type == "cpu" and weight.dtype in _PACKED_DTYPES
 
 
 def _pack(layers: Sequence[nn.Linear], rows: int) -> tuple[Tensor, Tensor]:

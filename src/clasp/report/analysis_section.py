@@ -71,13 +71,13 @@ def gradient_table(record: AnalysisRecord) -> AnnotatedTable:
         [
             str(row.layer),
             row.part,
-            *("" if value is None else f"{value:+.3f}" for value in (row.cosine, row.cosine_shuffled)),
+            *("–" if value is None else f"{value:+.3f}" for value in (row.cosine, row.cosine_shuffled)),
         ]
         for row in record.gradients
     ]
     notes = [
         "cosine of the gradients of the loss through the image tower and through the text tower: 1 the same update, 0 "
-        "unrelated, -1 opposite; shuffled: the same where each image has the caption of another"
+        "unrelated, -1 opposite; shuffled: the same where each image has the caption of another; –: a gradient is zero"
     ]
     return AnnotatedTable(("layer", "shared weights", "cosine", "shuffled"), rows, notes)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clasp.config.recipe import Recipe
 from clasp.errors import counted
-from clasp.evaluation.from_pairs import VALIDATION
+from clasp.evaluation.identity import is_own_validation
 from clasp.evaluation.results import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
 from clasp.report.console import printable
@@ -89,7 +89,7 @@ def with_evaluations(card: str, results: Sequence[EvaluationResult]) -> str:
 
     Many languages are folded, as in the terminal: ``results.jsonl`` has every row.
     """
-    done = [each for each in latest_results(results) if each.data != VALIDATION or each.options]
+    done = [each for each in latest_results(results) if not is_own_validation(each)]
     tables = []
     for key, label in evaluation_labels(done).items():
         rows = [each for each in done if evaluation_key(each) == key]

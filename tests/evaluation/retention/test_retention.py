@@ -439,7 +439,7 @@ def test_a_fit_set_without_anything_to_fit(world: World, tmp_path: Path):
 
 def test_one_class_is_too_few(world: World, tmp_path: Path):
     one = write_pairs(TOYS, tmp_path, **{"class": lambda toy: "toy"})
-    assert "'toy' for every image" in refused(world.run(*HEADS), f"data={one}")
+    assert "'class' is 'toy' for every image" in refused(world.run(*HEADS), f"data={one}")
 
 
 def test_a_label_that_is_not_there(world: World):

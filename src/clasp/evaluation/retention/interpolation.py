@@ -119,7 +119,7 @@ def _alignment_score(plan: RetentionPlan, model: DualEncoder, features: ModelFea
         )
         results = ZeroShotTask(data=plan.data, images=images, queries=classes).results(model)
         return _AlignmentScore("zeroshot_top1", "top1", results[0])
-    queries = {language: language_queries(plan.pairs, language, texts) for language in plan.languages or [""]}
+    queries = language_queries(list(plan.pairs), plan.languages or [""], texts)
     task = MultilingualTask(
         data=plan.data,
         images=images,
