@@ -27,7 +27,6 @@ from clasp.config.build import build_model_and_preprocessing
 from clasp.config.pretrained import pretrained_recipe
 from clasp.data.pairs import open_pairs
 from clasp.evaluation.results import EvaluationResult
-from clasp.models import image_side
 from clasp.models.frozen import FrozenTower
 from clasp.types import Pixels, PooledFeatures, UserError, no_progress_bar
 from toydata import toys, write_images
@@ -122,7 +121,7 @@ def test_a_dual_encoder_of_transformers_and_its_embeddings_have_one_result(
 def test_an_image_is_encoded_once_whatever_is_asked_about_it(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Other tasks, folds, halves, captions and copies of the same images: a frozen tower runs over each image once."""
+    """Other tasks, folds and halves of the same pairs: a frozen tower runs over each image once."""
     encoded, run_tower = list[int](), FrozenTower.__call__
 
     def counting(self: FrozenTower, inputs: Any) -> PooledFeatures:
@@ -131,15 +130,10 @@ def test_an_image_is_encoded_once_whatever_is_asked_about_it(
 
     monkeypatch.setattr(FrozenTower, "__call__", counting)
     monkeypatch.setenv("CLASP_CACHE", str(tmp_path / "cache"))
-    write_images(TOYS, tmp_path / "copy")
-    rows = map(json.loads, world.pairs.read_text().splitlines())
-    captions = [json.dumps({**row, "caption": "other words", "id": f"n{n}"}) for n, row in enumerate(rows)]
-    (tmp_path / "copy" / "copied.jsonl").write_text("\n".join(captions))
     asked = [("retrieval", []), ("retrieval", ["folds=2"]), ("zeroshot", []), ("knn", ["k=3"]), ("probe", [])]
-    for data in (world.pairs, tmp_path / "copy" / "copied.jsonl"):
-        for task, options in asked:
-            evaluate_run(f"clip:{world.saved('clip')}", task, [f"data={data}", *options], out=tmp_path / "out")
-    assert sum(encoded) == len({(tmp_path / f"copy/images/{toy.key}.png").read_bytes() for toy in TOYS})
+    for task, options in asked:
+        evaluate_run(f"clip:{world.saved('clip')}", task, [f"data={world.pairs}", *options], out=tmp_path / "out")
+    assert sum(encoded) == len(TOYS)
 
 
 def test_a_folder_is_recognised_by_its_files(world: World, tmp_path: Path):
@@ -212,19 +206,6 @@ def test_pairs_that_were_trained_on_are_told(world: World, tmp_path: Path):
         at, "retrieval", [f"data={tmp_path / 'copy' / world.pairs.name}"], out=tmp_path / "out", say=said.append
     )
     assert said.count(line) == 2 and not [each for each in said if each.startswith("warning") and each != line]
-
-
-def test_features_are_copied_in_evaluations_and_not_in_validation(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    asked = Mock(wraps=image_side.image_features)
-    monkeypatch.setattr(image_side, "image_features", asked)
-    heads = ("train.epochs=1", 'tune.image=["none"]', 'tune.text=["none"]', "data.feature_cache=float32")
-    run(recipe(save_towers(world.folder / "towers"), world.pairs, *heads), tmp_path / "run")
-    trained = [call.kwargs["reuse"] for call in asked.call_args_list]
-    evaluate_run(tmp_path / "run", "retrieval", [f"data={world.pairs}"])
-    evaluated = [call.kwargs["reuse"] for call in asked.call_args_list[len(trained) :]]
-    assert len(trained) >= 2 and not any(trained) and evaluated and all(evaluated)
 
 
 def test_many_training_pairs_are_read_from_their_index_or_not_at_all(
