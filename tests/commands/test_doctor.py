@@ -444,7 +444,10 @@ def long_captions(toys: list, folder: Path) -> Path:
 def many_rows(toys: list, folder: Path) -> Path:
     pairs = write_csv(toys, folder)
     header, *rows = pairs.read_text().splitlines()
-    pairs.write_text("\n".join([header, *(f"{row} {number}" for number in range(8) for row in rows)]) + "\n")
+    for number in range(1, 8):  # images of their own, since the rows of one are one query
+        shutil.copytree(folder / "images", folder / f"images{number}")
+    copies = (row.replace("images/", f"images{number or ''}/") + f" {number}" for number in range(8) for row in rows)
+    pairs.write_text("\n".join([header, *copies]) + "\n")
     return pairs
 
 

@@ -254,9 +254,11 @@ def test_a_run_compared_with_another_model(world: World, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UserError, match="out exists already; name a new folder"):
-        compare_models((at, at), "retrieval", options, out=tmp_path / "out")
+        compare_models((at, world.embeddings("clip")), "retrieval", options, out=tmp_path / "out")
     with pytest.raises(UserError, match="retention has no scores of single queries to compare; tasks: zeroshot, retr"):
-        compare_models((at, at), "retention", options)
+        compare_models((at, world.embeddings("clip")), "retention", options)
+    with pytest.raises(UserError, match="run is named twice; name another model"):
+        compare_models((at, str(at)), "retrieval", options)
 
 
 def test_the_comparison_on_the_command_line(

@@ -51,7 +51,7 @@ def test_a_torn_last_line_is_set_aside(tmp_path: Path, caplog: pytest.LogCapture
     assert [row["n"] for row in read_json_lines(path)] == [1, "\udce9", 4]
     assert (tmp_path / "results.jsonl.torn").read_text() == '{"n": 3, "torn\n'
     path.write_text('{"n": 1}\n{"n": \n{"n": 3}\n')
-    with pytest.raises(UserError, match="damaged in line 2"):
+    with pytest.raises(UserError, match="damaged in line 2, which may be deleted"):
         read_json_lines(path)
 
 

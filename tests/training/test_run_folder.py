@@ -214,6 +214,8 @@ def test_a_second_process_is_told(made: Recipe, stopped: Path, tmp_path: Path) -
         run(made, tmp_path / "new")
     with lock_folder(stopped), pytest.raises(UserError, match="is being written to by process"):
         go_on(stopped)
+    with lock_folder(stopped), pytest.raises(UserError, match="is being written to by process"):
+        run(made, stopped)  # not told to delete it
 
 
 class Moved(SilentReporter):

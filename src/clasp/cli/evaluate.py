@@ -154,10 +154,10 @@ def analyze(
     """
     from clasp.commands.analyze import analyze_run
     from clasp.report.analysis_section import cluster_table, geometry_table, gradient_table, layer_table
-    from clasp.report.console import print_json, print_table, progress_bar, relative_path
+    from clasp.report.console import print_json, print_status, print_table, progress_bar, relative_path
 
     with code_allowed(allow_code):
-        done = analyze_run(run, options or (), bar=progress_bar)
+        done = analyze_run(run, options or (), say=print_status, bar=progress_bar)
     if as_json:
         return print_json({"run": str(run), **done.to_dict()})
     gradients = [gradient_table(done)] if done.gradients else []

@@ -25,6 +25,7 @@ from clasp.analysis.layer_similarity import layer_similarity
 from clasp.analysis.modality_clusters import modality_clusters
 from clasp.analysis.record import ANALYSIS_FILE, AnalysisRecord, analyses_json, read_analyses
 from clasp.analysis.tower_features import TowerFeatures, extract_tower_features
+from clasp.commands.training_overlap import training_overlap
 from clasp.config.build import ModelAndPreprocessing, build_feature_source, load
 from clasp.config.datasets import open_pairs_for_recipe
 from clasp.config.recipe import Recipe, recipe_from_dict
@@ -39,14 +40,18 @@ from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.training.losses import build_loss
 from clasp.training.run_folder import RunFolder
-from clasp.types import PooledFeatures, ProgressFactory, UserError, no_progress_bar
+from clasp.types import MessageCallback, PooledFeatures, ProgressFactory, UserError, no_progress_bar
 
 _ATTENDED = 200  # pairs whose attention is read
 _BATCH = 64  # pairs of the batch whose gradients are compared
 
 
 def analyze_run(
-    run: str | Path, options: Sequence[str] = (), *, bar: ProgressFactory = no_progress_bar
+    run: str | Path,
+    options: Sequence[str] = (),
+    *,
+    say: MessageCallback = lambda line: None,
+    bar: ProgressFactory = no_progress_bar,
 ) -> AnalysisRecord:
     """Analyse a run on pairs; ``options`` are ``key=value`` of ``ANALYZE_OPTIONS``. Raises ``UserError``."""
     started, folder = time.perf_counter(), RunFolder(run)
@@ -55,6 +60,8 @@ def analyze_run(
     recipe = recipe_from_dict(folder.recipe(), str(run)).with_overrides(["data.feature_cache=off"])
     earlier = read_analyses(folder.path)
     captions, pairs = _choose_pairs(given, recipe, limit)
+    if limit <= neighbours:
+        raise UserError(f"analyze: pairs={limit} must be more than neighbours={neighbours}")
     _require_more_than(neighbours, len(pairs), f"pairs with a caption and a group of their own in {given['data']}")
     model = load(run)
     assert isinstance(model.encoder, DualEncoder)
@@ -86,6 +93,8 @@ def analyze_run(
             seconds=time.perf_counter() - started,
         )
     folder.write(ANALYSIS_FILE, analyses_json([*earlier, record]))
+    for line in training_overlap(folder.path, str(run), {"": pairs}):
+        say(line)
     return record
 
 
@@ -162,5 +171,5 @@ def _require_more_than(neighbours: int, count: int, what: str) -> None:
     """A nearest neighbour is another pair than one's own."""
     if count <= neighbours:
         raise UserError(
-            f"there are {count} {what}; analyze needs more than neighbours={neighbours}: give more, or less"
+            f"analyze needs more than neighbours={neighbours} {what}, and has {count:,}: name more, or fewer neighbours"
         )

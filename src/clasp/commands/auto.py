@@ -37,7 +37,7 @@ from clasp.config.auto_plan import (
 from clasp.config.build import build_model
 from clasp.config.datasets import TrainValPairs, hash_pairs, limit_pairs, open_training_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
-from clasp.data.folder_lock import lock_folder
+from clasp.data.folder_lock import lock_folder, require_unlocked
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
 from clasp.errors import counted
@@ -64,6 +64,7 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
     """Spend the budget of ``recipe.auto`` on a new run. Raises ``UserError`` before any compute where it can."""
     assert recipe.auto is not None
     callbacks = replace(callbacks, say=said_once(callbacks.say))
+    require_unlocked(run)
     if (run / PLAN_FILE).exists():
         raise UserError(
             f"{run} holds a climb already; go on with: clasp resume {run}; or choose another name with --name"
@@ -73,7 +74,7 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
     require_two_pairs(len(pairs[0]))
     require_validation(*pairs)
     build_model(changed(recipe, {}), meta=True)
-    for line in (recipe.auto.announcement, *few_validation_pairs(len(pairs[1]))):
+    for line in (recipe.auto.announcement, *few_validation_pairs(pairs[1].group_count)):
         callbacks.say(line)
     with lock_folder(run) as require_held:
         plan = AutoPlan(recipe.to_dict())

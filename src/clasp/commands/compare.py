@@ -66,6 +66,8 @@ def compare_models(
     bar: ProgressFactory = no_progress_bar,
 ) -> ModelComparison:
     """Compare two models as ``find_model`` takes them; ``out``: a new folder for both files. Raises ``UserError``."""
+    if str(models[0]) == str(models[1]):
+        raise UserError(f"compare: {models[0]} is named twice; name another model to compare it with")
     entry = find_task(task)
     given = parse_task_options(task, entry, options)
     require_single_queries(task, entry, "compare")

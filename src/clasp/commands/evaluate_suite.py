@@ -64,8 +64,10 @@ def evaluate_suite(
     if not there:
         names = ", ".join(each.name for each in sets)
         raise UserError(f"--data {folder} has none of the {len(sets)} sets of {suite}: {names}{_where(sets)}")
-    for each in missing:
-        say(f"missing: {each.path(folder)}{f' of {each.name}' if each.folder else ''}{_where([each])}")
+    for place in dict.fromkeys(map(_where_one, missing)):
+        names = [f"{each.path(folder)}{f' of {each.name}' if each.folder else ''}" for each in missing]
+        here = [name for name, each in zip(names, missing, strict=True) if _where_one(each) == place]
+        say(f"missing: {', '.join(here)}{place}")
     if left := MTEB_TASKS.get(suite):
         tasks = f"{counted(len(left), 'task')} of {suite}"
         say(f"not here: {tasks} that mteb computes on clasp.as_mteb(RUN): {', '.join(left)}")
@@ -91,6 +93,10 @@ def _where(sets: Sequence[SuiteSet]) -> str:
     """Where sets are to be had; empty if that is not known."""
     places = dict.fromkeys(each.source for each in sets if each.source)
     return f", to be had at {', '.join(places)}" if places else ""
+
+
+def _where_one(each: SuiteSet) -> str:
+    return _where([each])
 
 
 def _options(each: SuiteSet, folder: Path, templates: str | None) -> dict[str, str]:

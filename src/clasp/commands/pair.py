@@ -86,7 +86,7 @@ def rank_tower_pairs(
         f"{counted(len(pairs[0]), 'pair')} and {len(pairs[1]):,} to validate on; combinations: {len(recipes)}; "
         "features of each tower, and of class names where an image tower was trained as a classifier; then closed forms"
     )
-    for line in few_validation_pairs(len(pairs[1])):
+    for line in few_validation_pairs(pairs[1].group_count):
         say(line)
     ranking = _Ranking(towers, pairs, PairIndex(pairs[0]), tuple(overrides), say, bar)
     with attention_of_runs(recipes[images[0], texts[0]]):
@@ -172,7 +172,7 @@ class _Ranking:
             primary=task.primary,
             metric=trial.score.value,
             interval=(trial.score.interval[0], trial.score.interval[1]),
-            validated=len(self.pairs[1]),
+            validated=self.pairs[1].group_count,
             layers=str(trial.candidate),
             trained=trial.delta_bytes // 4,
             nearest=max(layers, key=neighbour_excess, default=None),

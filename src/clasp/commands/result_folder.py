@@ -34,6 +34,8 @@ class ResultFolder:
         self._is_run = out is None or (model.run is not None and model.run.resolve() == self.path.resolve())
         if not self._is_run:
             self._require_ours()
+        if (self.path / RESULTS_FILE).exists():
+            read_results(self.path)  # a damaged file is told before anything is computed, not by the next report
 
     def _require_ours(self) -> None:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):

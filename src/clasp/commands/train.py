@@ -81,7 +81,7 @@ def train_recipe(
     if resume:
         require_allowed(tracker_code_names(recipe.to_dict()), run)
     else:
-        processes.first(folder.require_free)
+        processes.first(folder.require_available)
     with processes.alike():
         tracker_classes = find_trackers(recipe.train.trackers)
     with ExitStack() as stack:
@@ -102,7 +102,7 @@ def train_recipe(
         inputs = build_feature_source(parts, precise, bar=bars, say=say, report=tracker.log_skipped, cache=loaded.cache)
         with processes.alike():
             plan = plan_run(recipe, train, inputs)
-        _announce([plan.reason, *([] if loaded.pairs else few_validation_pairs(len(val)))], say)
+        _announce([plan.reason, *([] if loaded.pairs else few_validation_pairs(val.group_count))], say)
         context = RunContext(
             folder=folder,
             recipe=processes.first(lambda: resolve_recipe(recipe, plan, parts.model, state)),

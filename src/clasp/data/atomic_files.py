@@ -143,7 +143,7 @@ def read_json_lines(path: Path) -> list[Any]:
             if line.strip():  # an editor may leave empty ones
                 rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is damaged in line {number}: {error}") from None
+            raise UserError(f"{path} is damaged in line {number}, which may be deleted: {error}") from None
     return rows
 
 

@@ -76,8 +76,10 @@ def check_pairs(train: Pairs, val: Pairs, *, held_out: bool = False) -> CheckRep
     for line in skipped_lines(train, val):
         report.add_finding("look", line)
     report.add_finding("ok", f"{len(train):,} to train on, {len(val):,} to validate on; {counted(captions, 'caption')}")
-    for line in few_validation_pairs(len(val)):
-        report.add_finding("look", line.removeprefix("warning: "), *_larger_fraction(len(train) + len(val), held_out))
+    for line in few_validation_pairs(val.group_count):
+        report.add_finding(
+            "look", line.removeprefix("warning: "), *_larger_fraction(train.group_count + val.group_count, held_out)
+        )
     named = ", ".join(f"{name} {count:,}" for name, count in list(languages.items())[:10])
     more = f" and {len(languages) - 10} more" if len(languages) > 10 else ""
     if not languages:

@@ -62,6 +62,19 @@ def lock_folder(folder: Path) -> Iterator[Callable[[], None]]:
                 folder.rmdir()
 
 
+def require_unlocked(folder: Path) -> None:
+    """Raises ``UserError`` naming the process that holds the lock of ``folder``; takes none."""
+    path = folder / LOCK_FILE
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return
+    try:
+        _lock(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
 def _acquire(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

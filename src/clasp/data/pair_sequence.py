@@ -154,6 +154,11 @@ class Pairs(Sequence[Pair]):
         ends = self.columns.caption_offsets
         return ends[self.rows + 1] - ends[self.rows]
 
+    @property
+    def group_count(self) -> int:
+        """The number of groups: the rows of one image are one query, however many captions it has."""
+        return len(np.unique(self.columns.group[self.rows]))
+
     def origin(self, index: int) -> str:
         """The path of the part that a pair comes from; needs ``origins``."""
         return self.origins[self._joined.part_of(int(self.rows[index]))]

@@ -24,5 +24,5 @@ def small_sample_warning(count: int, what: str, certain: Sequence[str] = ()) -> 
 
 
 def few_validation_pairs(count: int) -> list[str]:
-    """The warning before training, by the number of validation pairs."""
+    """The warning before training, by the number of groups of validation pairs."""
     return [f"{line}; name more with data.val=PAIRS" for line in small_sample_warning(count, "validation pairs")]

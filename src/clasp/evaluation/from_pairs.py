@@ -45,7 +45,7 @@ def require_validation(train: Pairs, val: Pairs) -> None:
     """Raises ``UserError`` where ``validation_task`` would: for images of one class. Reads no image, and of pairs with
     captions few."""
     if all(_only_class(pair) for pair in val) and len(names := _class_names(train, val)) < 2:
-        raise UserError(f"zero-shot validation needs at least two classes; there is only {names}")
+        raise UserError(f"zero-shot validation needs at least two classes; there is only {', '.join(names)}")
 
 
 def validation_texts(train: Pairs, val: Pairs) -> list[list[str]]:

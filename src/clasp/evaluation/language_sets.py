@@ -44,7 +44,8 @@ def requested_languages(option: str | None, there: Sequence[str], data: str) -> 
 def require_languages(wanted: Sequence[str], there: Sequence[str], data: str) -> None:
     """Raises ``UserError`` for a language that no caption of ``data`` is in."""
     if odd := [language for language in wanted if language not in there]:
-        raise UserError(f"no caption of {data} is in {', '.join(odd)}; it has {', '.join(there) or 'none it names'}")
+        named = f"there are {', '.join(there)}" if there else "its captions name no language"
+        raise UserError(f"no caption of {data} is in {', '.join(odd)}; {named}")
 
 
 def training_status(language: str, trained: AbstractSet[str] | None) -> TrainingStatus:

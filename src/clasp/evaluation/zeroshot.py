@@ -66,7 +66,7 @@ class ZeroShotQueries:
     def __post_init__(self) -> None:
         _check_class_names(self.classes, "the classes")
         if len(self.classes) < 2:
-            raise UserError(f"classification needs at least two classes; there is only {list(self.classes)}")
+            raise UserError(f"classification needs at least two classes; there is only {', '.join(self.classes)}")
         assert self.metric_names == ACCURACIES or (self.metric_names == TWO_CLASS_METRICS and len(self.classes) == 2)
         if not self.templates:
             raise UserError("classification needs at least one prompt template, such as 'a photo of a {}.'")

@@ -26,7 +26,7 @@ _FileKind = Literal["vectors", "rows"]
 STORE_SUFFIXES: dict[_FileKind, str] = {"vectors": ".f32", "rows": ".jsonl"}
 ROWS_PER_BLOCK = 1 << 12
 """Vectors with a checksum of their own; a part of the format"""
-REBUILD_HINT = "delete the folder and type: clasp index RUN FOLDER"
+REBUILD_HINT = "delete this index (not the run) and type: clasp index RUN FOLDER"
 _MANIFEST, _LOCK = "manifest.json", "lock"
 _JSON = json.JSONDecoder()
 _ID, _DELETED = '{"id": ', ', "deleted": true}'

@@ -30,7 +30,7 @@ from clasp.data.atomic_files import (
     translate_disk_errors,
     write_text_file,
 )
-from clasp.data.folder_lock import LOCK_FILE
+from clasp.data.folder_lock import LOCK_FILE, require_unlocked
 from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.dual_encoder import DualEncoder
@@ -86,6 +86,11 @@ class RunFolder:
             return len(StateFiles(self.path).paths) == 1 and self.read_state().position.step == 0
         except UserError:  # it is damaged
             return False
+
+    def require_available(self) -> None:
+        """Raises ``UserError`` where another process writes this folder, and as ``require_free``."""
+        require_unlocked(self.path)
+        self.require_free()
 
     def require_free(self) -> None:
         """Raises ``UserError`` unless a run may start here: no folder, or a run that ended before it had trained."""
