@@ -66,8 +66,6 @@ def compare_models(
     bar: ProgressFactory = no_progress_bar,
 ) -> ModelComparison:
     """Compare two models as ``find_model`` takes them; ``out``: a new folder for both files. Raises ``UserError``."""
-    if str(models[0]) == str(models[1]):
-        raise UserError(f"compare: {models[0]} is named twice; name another model to compare it with")
     entry = find_task(task)
     given = parse_task_options(task, entry, options)
     require_single_queries(task, entry, "compare")
@@ -77,6 +75,8 @@ def compare_models(
     for source in sources:
         require_task_applies(task, entry, source)
     opened = [pair_opener(source, given)(given["data"]) for source in sources]  # before any model is loaded
+    if str(models[0]) == str(models[1]):
+        raise UserError(f"compare: {models[0]} is named twice; name another model to compare it with")
     (built, first), (_, second) = (
         _score(source, pairs, entry, given, say, bar) for source, pairs in zip(sources, opened, strict=True)
     )
