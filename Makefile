@@ -4,7 +4,7 @@
 # make fuzz   100,000 mutated inputs over every reader; likewise
 # make check  style, types, floors and fences
 # make docs   the site, in docs/_build
-# make pages  the pages that teach, run as they are written; make brief-pages: those that take two minutes together
+# make pages  the pages that teach, run as they are written; make brief-pages: three of them
 # make wheel  the wheel, in an empty environment
 # make bench  install the peers into .bench and measure clasp against them
 PYTHON ?= python3

@@ -25,8 +25,8 @@ from clasp.data.samples.emoji import unpack_emoji_sample
 from docblocks import DOCS, read_blocks
 
 FIRST = "start/first-search.md"
-SLOW = ("start/own-folder.md", "start/memory.md", "start/deploy.md", "start/low-resource.md")
-BRIEF = ("start/recipe.md", "start/sharing.md", "python.md")
+SLOW = ("start/own-folder.md", "start/recipe.md", "start/memory.md", "start/deploy.md", "start/low-resource.md")
+BRIEF = ("start/sharing.md", "python.md")
 BLOCK_SECONDS = 900
 """After which a block is taken to hang; the longest takes a minute on two cores with nothing else to do"""
 CLASSES = {"FOLDER": slice(0, 1000, 25), "HELD_OUT": slice(1, 1000, 50)}
