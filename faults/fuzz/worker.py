@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from clasp.data.images import ImageError
 from clasp.types import UserError
 
@@ -130,6 +132,7 @@ def _work(reader: Reader, seed: int, numbers: range, folder: Path) -> None:
         runs: list[str] = []
         read = reader.prepare(Path(tempfile.mkdtemp(dir=folder)))
         sys.addaudithook(lambda event, args: _note(runs, event, args))
+        pa.allocate_buffer(1)  # Arrow reserves addresses for a gigabyte at its first allocation, and uses few
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT, resource.RLIM_INFINITY))
         with (folder / "progress").open("ab", buffering=0) as progress:
