@@ -1,4 +1,7 @@
-"""Verbs that train, and what can be read before training: demo, params, doctor, train, resume."""
+"""Verbs that train, and what can be read before training: demo, params, doctor, train, resume.
+
+Long, since help texts are a third of it, and what ``train`` and ``resume`` print at their end is one.
+"""
 
 from __future__ import annotations
 

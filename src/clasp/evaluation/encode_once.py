@@ -1,7 +1,7 @@
-"""An encoder that embeds no image twice: another task on the same images, or a copy of them, costs no forward pass.
+"""An encoder that embeds no live image twice: another task on it, or a copy of it, costs no forward pass.
 
 Input: an encoder. Output: the same encoder, which keeps the embeddings of live images by the hash of their bytes. Note:
-of cached features there is nothing to keep; those are found in the feature cache (``data.feature_cache``).
+cached features pass through; the feature cache has them for each set of pairs (``data.feature_cache``).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Input: a name and the options as typed. Output: the ``TaskEntry`` and its parsed
 line in ``EVALUATION_TASKS``: ``(TaskContext) -> EvaluationTask`` where it scores single queries, so that two models can
 be compared on them, else ``(TaskContext) -> list[EvaluationResult]``. One that is not built in is named
 ``package.module:Name``, where ``Name`` is a ``TaskEntry``. Note: nothing heavy is imported before a task runs, since
-the help of ``clasp eval`` is made of this table.
+the help of ``clasp eval`` is made of this table. Long, since each task has its builder here.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Input: a model that embeds a batch, a stream of batches, a loss, settings, callb
 and ``FitResult``; during training, metrics go to the tracker, states to ``save``, progress to the reporter.
 Note: depends on protocols only. A run that is interrupted after any step and resumed from the state saved there ends
 with bitwise the same weights as an uninterrupted one, since all random state derives from the position
-(``training.state``); on a GPU, as far as its kernels are deterministic.
+(``training.state``); on a GPU, as far as its kernels are deterministic. Long: steps, evaluation, selection of the best
+weights and interruption share one position.
 """
 
 from __future__ import annotations
