@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from clasp.config.build import build_model
-from clasp.config.recipe import builtin_recipes, read_recipe
+from clasp.config.recipe import read_recipe
+from clasp.config.recipe_files import builtin_recipes
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.tower import Tower
 from clasp.training.cost.flops import count_flops

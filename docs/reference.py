@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from clasp.cli.app import app as command_line
+from clasp.cli.verbs import root_command
 from clasp.config.recipe import Recipe, recipe_keys
 
 # --- recipe keys -----------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def render_recipe_keys() -> str:
 
 def list_verbs() -> dict[str, Any]:
     """The command of every verb by its name, ``store copy`` and its like included."""
-    return dict(_verbs_of(typer.main.get_command(command_line), ""))
+    return dict(_verbs_of(typer.main.get_command(root_command()), ""))
 
 
 def _verbs_of(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:

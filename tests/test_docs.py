@@ -22,7 +22,7 @@ import typer
 from fastapi.testclient import TestClient
 
 import clasp
-from clasp.cli.app import app
+from clasp.cli.verbs import root_command
 from clasp.config.recipe import read_recipe, recipe_keys
 from clasp.evaluation.options import ANALYZE_OPTIONS, MAP_OPTIONS
 from clasp.evaluation.registry import EVALUATION_TASKS
@@ -100,7 +100,7 @@ def test_the_citation_is_of_this_version():
 
 def parsed(arguments: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The verb and its parameters; an unknown verb or option raises."""
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(root_command())
     context = group.make_context("clasp", [], resilient_parsing=True)
     name = ""
     while isinstance(group, typer.core.TyperGroup):
@@ -234,7 +234,7 @@ def require_valid(verb: str, given: Mapping[str, Any]) -> None:
 def test_commands_in_the_text_of_a_page_exist(page: Path):
     """Their verb and their options; arguments may be left out there."""
     for code in inline_commands(page.read_text(encoding="utf-8")):
-        group: Any = typer.main.get_command(app)
+        group: Any = typer.main.get_command(root_command())
         context, words = group.make_context("clasp", [], resilient_parsing=True), code.split()[1:]
         while isinstance(group, typer.core.TyperGroup) and words and words[0] != "VERB":
             _, group, words = group.resolve_command(context, words)

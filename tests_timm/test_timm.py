@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clasp.config.build import build_model
-from clasp.config.recipe import builtin_recipes, read_recipe
+from clasp.config.recipe import read_recipe
+from clasp.config.recipe_files import builtin_recipes
 from clasp.data.images import ImageTransform
 from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
 from clasp.models.tower import Tower

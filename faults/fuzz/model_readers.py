@@ -22,7 +22,8 @@ from fastapi.testclient import TestClient
 
 from clasp.commands.run_store import open_run_store
 from clasp.config.build import load
-from clasp.config.recipe import builtin_recipes, read_recipe
+from clasp.config.recipe import read_recipe
+from clasp.config.recipe_files import builtin_recipes
 from clasp.convert.importers.lilt_checkpoint import read_lilt_checkpoint
 from clasp.convert.importers.msclip_checkpoint import parse_msclip_state_dict
 from clasp.convert.importers.safe_pickle import safe_load_pickle

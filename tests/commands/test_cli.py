@@ -164,6 +164,64 @@ assert not heavy, heavy
         assert words in done.stdout
 
 
+LIGHT_MISTAKES = (
+    "trian",
+    "train strat data.train=x",
+    "train heads train.batch_size",
+    "train heads train.lr=1e-3 train.lr=1e-4",
+    "train heads --name a/b",
+    "train heads --foo",
+    "params recipes/none.toml",
+    "doctor none.toml",
+    "resume runs/none",
+    "pair --image a --text b train.lr=1 train.lr=2",
+    "eval runs/none retrieval data=x",
+    "eval runs/none retreival",
+    "eval runs/none retrieval dat=x",
+    "compare runs/none runs/none retrieval data=x",
+    "compare a b knn k=",
+    "analyze runs/none",
+    "report runs/none",
+    "maps runs/none",
+    "index runs/none images",
+    "watch runs/none images",
+    "search runs/none words",
+    "search runs/none --image a.png --image-weight 2 --image-weight 3",
+    "serve runs/none",
+    "export runs/none --to onnx -o out",
+    "store copy runs/none --to edge",
+    "store export runs/none -o out",
+    "store import runs/none folder",
+)
+
+
+def test_mistakes_in_names_are_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """All in one process of their own, which never imports torch: each alone takes a second or less."""
+    code = """
+import sys
+from clasp import cli
+for words in sys.stdin.read().splitlines():
+    sys.argv = ["clasp", *words.split()]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        assert stop.code == 2, words
+    heavy = {"torch", "numpy", "pyarrow", "PIL"} & set(sys.modules)
+    assert not heavy, (words, heavy)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input="\n".join(LIGHT_MISTAKES),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(LIGHT_MISTAKES), "one line for each"
+
+
 def test_params_prints_one_object_and_nothing_else(clasp: Command) -> None:
     said = clasp("params", "lilt/lwa", "--json")
     assert said.code == 0 and said.err == "" and said.out.count("\n") == 1

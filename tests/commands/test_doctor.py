@@ -22,7 +22,8 @@ from clasp.commands.doctor import diagnose, fits_recipe, raise_on_stop
 from clasp.commands.forecast import images_or_captions
 from clasp.config import datasets
 from clasp.config.build import build_model_and_preprocessing
-from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict, require_single_keys
+from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
+from clasp.config.recipe_files import require_single_keys
 from clasp.data.checks import CheckReport, check_images
 from clasp.data.feature_cache.features import text_features
 from clasp.data.feature_cache.replay import CachedFeatures

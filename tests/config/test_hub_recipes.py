@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clasp.config.build import build_model, load
-from clasp.config.recipe import builtin_recipes, read_recipe
+from clasp.config.recipe import read_recipe
+from clasp.config.recipe_files import builtin_recipes
 from clasp.models.dual_encoder import DualEncoder
 from clasp.training.cost.flops import count_flops
 from clasp.training.memory import ActivationMemory

@@ -10,7 +10,8 @@ import torch
 
 import clasp
 from clasp.config.build import build_model, build_model_and_preprocessing
-from clasp.config.recipe import Recipe, builtin_recipes, read_recipe, recipe_from_dict
+from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
+from clasp.config.recipe_files import builtin_recipes
 from clasp.training.distributed import Processes
 from clasp.training.losses import build_loss
 from clasp.training.run_folder import RunFolder

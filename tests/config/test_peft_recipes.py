@@ -9,7 +9,8 @@ import torch
 import transformers as hf
 
 from clasp.config.build import build_model
-from clasp.config.recipe import builtin_recipes, read_recipe
+from clasp.config.recipe import read_recipe
+from clasp.config.recipe_files import builtin_recipes
 from clasp.models.heads import GatedLinear, LinearWithMLP
 from toydata import toys, write_csv
 from toyruns import delta, lines, run, save_image_tower, save_text_tower

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clasp.config.recipe import Recipe, builtin_recipes, read_recipe, recipe_from_dict, recipe_keys
+from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict, recipe_keys
+from clasp.config.recipe_files import builtin_recipes
 from clasp.data.images import Augment
 from clasp.data.pairs import ColumnNames
 from clasp.types import UserError

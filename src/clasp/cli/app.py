@@ -1,6 +1,6 @@
 """The program's root command and the arguments that several verbs take.
 
-Output: ``app``, to which every module of this package adds its verbs, in the order of ``clasp --help``.
+Output: ``app``, to which every module of this package adds its verbs when it is imported (``verbs``).
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+@app.callback()
+def _verbs() -> None:
+    """Makes the root command a group, also where one verb alone was imported."""
+
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a built-in recipe: start, lilt/lwa, …")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
+from clasp.training.run_files import require_folder
 
 
 @app.command(name="import")
@@ -62,6 +63,7 @@ def export(
     onnx: both towers as graphs that run without torch; merged: folders of transformers, tuning folded into the weights;
     sentence-transformers: a folder for SentenceTransformer(OUT); hub: a repository that clasp.load loads.
     """
+    require_folder(run)
     from clasp.commands.export import export_run
     from clasp.convert.exporters.job import ExportOptions
     from clasp.report.console import print_json, print_status, relative_path

@@ -11,8 +11,9 @@ from rich.markup import escape
 
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
 from clasp.evaluation.options import ANALYZE_OPTIONS, describe_option
-from clasp.evaluation.registry import describe_tasks, task_names
+from clasp.evaluation.registry import check_task, describe_tasks, task_names
 from clasp.evaluation.suites import SUITES
+from clasp.training.run_files import require_folder
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run folder, clip:NAME, open_clip:NAME/TAG, or another model's folder.")
@@ -51,10 +52,6 @@ def evaluate(
     hf:USER/NAME, or a folder of embeddings (image.npy, image.json, text.npy, text.json). Results of a run are kept in
     its folder, those of any other model in --out FOLDER.
     """
-    from clasp.commands.evaluate import evaluate_run
-    from clasp.report.console import print_json, print_status, progress_bar, relative_path
-    from clasp.report.terminal import print_results
-
     words = [word for word in (task, *(options or ())) if word is not None]
     if suite is None and words and words[0].startswith("suite="):
         suite, *words = words[0].partition("=")[2], *words[1:]
@@ -68,6 +65,12 @@ def evaluate(
             return _evaluate_suite(model, suite, data, words, out, as_json=as_json)
     if task is None or data is not None:
         raise typer.BadParameter("name a TASK with its options, or --suite NAME --data FOLDER")
+    check_task(task, options or ())
+    _require_folders(model)
+    from clasp.commands.evaluate import evaluate_run
+    from clasp.report.console import print_json, print_status, progress_bar, relative_path
+    from clasp.report.terminal import print_results
+
     with code_allowed(allow_code):
         results = evaluate_run(
             model, task, options or (), out=out, predictions=predictions, say=print_status, bar=progress_bar
@@ -79,9 +82,17 @@ def evaluate(
         print_results(f"{relative_path(model)}: {task}", results, f"results.jsonl in {where}")
 
 
+def _require_folders(*models: str) -> None:
+    """Raises ``UserError`` for a model that is a path, and no folder: other models have a scheme, such as ``clip:``."""
+    for model in models:
+        if ":" not in model:
+            require_folder(Path(model))
+
+
 def _evaluate_suite(
     model: str, suite: str, data: Path | None, options: list[str], out: Path | None, *, as_json: bool
 ) -> None:
+    _require_folders(model)
     from clasp.commands.evaluate_suite import evaluate_suite
     from clasp.evaluation.suites import MTEB_TASKS
     from clasp.report.console import print_json, print_status, print_table, progress_bar, relative_path
@@ -123,6 +134,8 @@ def compare(
     Intervals are of the paired bootstrap; accuracies are tested with McNemar's exact test. With --out, the predictions
     and scores of both models for every query are kept.
     """
+    check_task(task, options or ())
+    _require_folders(first, second)
     from clasp.commands.compare import compare_models
     from clasp.report.console import print_json, print_lines, print_status, print_table, progress_bar, relative_path
     from clasp.report.model_comparison import comparison_sentence, model_comparison_table
@@ -152,6 +165,7 @@ def analyze(
     the two modalities, whether attention heads attend alike in both towers, and whether gradients of both agree on
     shared weights, each with a shuffled baseline.
     """
+    require_folder(run)
     from clasp.commands.analyze import analyze_run
     from clasp.report.analysis_section import cluster_table, geometry_table, gradient_table, layer_table
     from clasp.report.console import print_json, print_status, print_table, progress_bar, relative_path
@@ -174,6 +188,8 @@ def report(
 
     Only files of the run folders are read; the file has no script and requests nothing.
     """
+    for run in runs:
+        require_folder(run)
     from clasp.commands.report import write_report
     from clasp.report.console import format_megabytes, print_status, relative_path
 

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from clasp.cli.app import JsonOption, OverridesArgument, app
+from clasp.config.recipe_files import require_single_keys
 from clasp.errors import counted
 
 _OVERRIDE = re.compile(r"\w+(\.\w+)+=")
@@ -54,12 +55,11 @@ def pair(
     clasp pair --image A B --text X Y data.train=FOLDER. Every tower runs once over the pairs; its features are cached,
     and clasp train auto goes on from them.
     """
+    require_single_keys(overrides or ())
     from clasp.commands.pair import rank_tower_pairs
-    from clasp.config.recipe import require_single_keys
     from clasp.report.console import print_json, print_status, print_table, progress_bar
     from clasp.report.pair_table import pair_layer_table, pair_ranks, pair_table
 
-    require_single_keys(overrides or ())
     found = rank_tower_pairs(images, texts, overrides or (), say=print_status, bar=progress_bar)
     if as_json:
         ranked = [

@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import typer
-
-from clasp.cli.app import app
+from clasp.cli.server_search import search_by_server
 from clasp.commands.launch import exit_interrupted
 from clasp.errors import UserError
 from clasp.training.interrupt import INTERRUPTED_EXIT_CODE, interrupted_by_sigterm
@@ -34,13 +32,12 @@ def main() -> None:
     try:
         _require_no_empty_argument(sys.argv)
         with nullcontext() if "RANK" in os.environ else interrupted_by_sigterm():  # a launcher ends several by SIGTERM
-            code = app(standalone_mode=False)
+            code = 0 if search_by_server(sys.argv[1:]) else _run_verb(sys.argv[1:])
         if code == INTERRUPTED_EXIT_CODE:  # typer's, of a KeyboardInterrupt that no verb has handled
             exit_interrupted()
         sys.exit(code if isinstance(code, int) else 0)
-    except _UsageError as error:
-        _print_usage_error(error)
-        sys.exit(2)
+    except KeyboardInterrupt:  # while the verb was imported
+        exit_interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -62,7 +59,18 @@ def _require_no_empty_argument(typed: Sequence[str]) -> None:
             raise UserError(f"argument {place} of the command, {argument!r}{after}, has no value: is a variable unset?")
 
 
-_UsageError: Any = typer.BadParameter.__mro__[1]  # typer names its subclasses only
+def _run_verb(typed: Sequence[str]) -> Any:
+    """What the verb returns, or its exit code."""
+    import typer
+
+    from clasp.cli.verbs import root_command
+
+    usage_error: Any = typer.BadParameter.__mro__[1]  # typer names its subclasses only
+    try:
+        return root_command(typed[0] if typed else None)(standalone_mode=False)
+    except usage_error as error:
+        _print_usage_error(error)
+        return 2
 
 
 def _print_usage_error(error: Any) -> None:

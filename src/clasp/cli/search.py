@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
+from clasp.cli.server_search import parse_plain_search, print_found
 from clasp.errors import UserError
+from clasp.training.run_files import require_folder
 
 
 @app.command()
@@ -38,6 +41,7 @@ def index(
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Embed images into RUN/index; a second call embeds only new and changed files."""
+    require_folder(run)
     from clasp.commands.index_parts import index_part, merge_parts
     from clasp.commands.search import index_images
     from clasp.report.console import print_status, progress_bar, relative_path
@@ -64,6 +68,7 @@ def watch(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder of images that changes.")],
 ) -> None:
     """Keep the index as FOLDER is: index what is new, drop what is gone, until Ctrl-C; clasp serve follows."""
+    require_folder(run)
     from clasp.commands.watch import WatchSettings, watch_folder
     from clasp.report.console import print_status, progress_bar
 
@@ -101,24 +106,20 @@ def search(
     A term after a minus sign is subtracted: "beach -people". A number after a caret is the weight of its term: 'beach
     "red umbrella"^0.5', "dog^-1". In double quotes both are literal.
     """
+    require_folder(run)
     from clasp.commands.warm_search import search_warm_server
-    from clasp.report.console import print_json, print_status, print_table, relative_path
     from clasp.search.image_weights import weigh_images
 
     images = weigh_images(image or [], image_weight or [], "--image-weight")
-    found = search_warm_server(run, words, images, k, where or (), sheet, only_close)
+    found = None
+    if parse_plain_search(sys.argv[1:]) is None:  # of a plain search the server was asked before
+        found = search_warm_server(run, words, images, k, where or (), sheet, only_close)
     if found is None:
         from clasp.commands.search import search_images
 
         with code_allowed(allow_code):
             found = search_images(run, words, images, k, where or (), sheet, only_close).found()
-    if as_json:
-        print_json({"query": found.query, **found.answer, "sheet": str(found.sheet)})
-        return
-    print_table(found.query, ("id", "cosine", "z", "image"), [_hit_cells(hit) for hit in found.answer["hits"]])
-    if found.answer["note"]:
-        print_status(found.answer["note"])
-    print_status(f"picture of the hits: {relative_path(found.sheet)}")
+    print_found(found, as_json=as_json)
 
 
 @app.command()
@@ -157,17 +158,10 @@ def serve(
 
     RUN may be an ONNX export. Needs the extra: pip install 'clasp-vl[serve]'.
     """
+    require_folder(run)
     from clasp.commands.serve import ServeSettings, serve_run
     from clasp.report.console import print_status, progress_bar
 
     settings = ServeSettings(host, port, token, hosts or (), uploads, engine, model, workers, allow_code)
     with code_allowed(allow_code):
         serve_run(run, pictures, settings, say=print_status, bar=progress_bar)
-
-
-def _hit_cells(hit: dict[str, Any]) -> list[str]:
-    from clasp.report.console import relative_path
-
-    copies = f" (+{len(hit['duplicates'])} nearly the same)" if hit["duplicates"] else ""
-    z = "" if hit["z"] is None else f"{hit['z']:.1f}"
-    return [hit["id"], f"{hit['score']:.3f}", z, relative_path(hit["meta"]["name"]) + copies]

@@ -9,6 +9,7 @@ import typer
 
 from clasp.cli.app import RunArgument, app
 from clasp.errors import counted
+from clasp.training.run_files import require_folder
 
 store_app = typer.Typer(
     help="Move the index of a run to another store, export it, import embeddings.", no_args_is_help=True
@@ -25,6 +26,7 @@ def store_copy(
     ],
 ) -> None:
     """Move the index of a run to another store engine; the earlier one is deleted after the two have been compared."""
+    require_folder(run)
     from clasp.commands.store_copy import copy_index
     from clasp.report.console import print_status, progress_bar
 
@@ -38,6 +40,7 @@ def store_export(
     folder: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="A new folder.")],
 ) -> None:
     """Write the index of a run as clip-retrieval does: img_emb/img_emb_*.npy and metadata/metadata_*.parquet."""
+    require_folder(run)
     from clasp.commands.store_exchange import export_index
     from clasp.report.console import print_status, progress_bar
 
@@ -51,6 +54,7 @@ def store_import(
     store: Annotated[str | None, typer.Option("--store", metavar="STORE", help="As for clasp index.")] = None,
 ) -> None:
     """Add embeddings in clip-retrieval's layout to the index; those of another model are refused."""
+    require_folder(run)
     from clasp.commands.store_exchange import import_index
     from clasp.report.console import print_status, progress_bar
 

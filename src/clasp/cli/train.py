@@ -5,9 +5,10 @@ Long, since help texts are a third of it, and what ``train`` and ``resume`` prin
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from clasp.cli.app import AllowCodeOption, JsonOption, OverridesArgument, RecipeArgument, RunArgument, app, code_allowed
-from clasp.errors import counted
+from clasp.config.recipe_files import RecipeFile, read_recipe_file, require_single_keys
+from clasp.errors import UserError, counted
+from clasp.training.run_files import require_folder
 
 _ProcessesOption = Annotated[
     int, typer.Option("--processes", metavar="N", min=1, help="Processes that train together, one a GPU or core.")
@@ -44,19 +47,41 @@ def demo(
         serve(folder)
 
 
+def _read_files(recipe: str, overrides: Sequence[str], name: str | None = None) -> RecipeFile:
+    """The files of a recipe, with overrides; ``name``: of the run folder.
+
+    What is wrong with any of them is told before torch is imported.
+    """
+    require_single_keys(overrides)
+    if name is not None and (not name.strip() or Path(name).name != name or name == ".."):
+        raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
+    return read_recipe_file(recipe, overrides)
+
+
+def _check_recipe(found: RecipeFile, budget: Mapping[str, str] | None = None) -> Any:
+    """The recipe of files that were read. Imports torch."""
+    from clasp.config.recipe import check_recipe_file
+
+    return check_recipe_file(found, budget=budget or None)
+
+
+def _is_launched() -> bool:
+    """Whether this is one of several processes, of which one tells of a mistake."""
+    return "RANK" in os.environ
+
+
 @app.command()
 def params(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Trainable and total parameters per part; builds shapes only, works offline.
 
     Only an hf: tower that no built-in recipe uses needs its config.json, from the local cache or the hub.
     """
+    made = _check_recipe(_read_files(recipe, overrides or ()))
     from clasp.commands.params import count_parameters
-    from clasp.config.recipe import read_recipe, require_single_keys
     from clasp.report.console import print_json
     from clasp.report.terminal import print_parameter_counts
 
-    require_single_keys(overrides or ())
-    report = count_parameters(read_recipe(recipe, overrides or ()))
+    report = count_parameters(made)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -76,13 +101,12 @@ def doctor(
 
     Exit code 2 if training would stop on this data.
     """
+    made = _check_recipe(_read_files(recipe, overrides or ()))
     from clasp.commands.doctor import diagnose, raise_on_stop
-    from clasp.config.recipe import read_recipe, require_single_keys
     from clasp.report.console import print_json, print_lines, progress_bar
 
-    require_single_keys(overrides or ())
     sections = []
-    for section in diagnose(read_recipe(recipe, overrides or ()), bar=progress_bar, measured=measure):
+    for section in diagnose(made, bar=progress_bar, measured=measure):
         sections.append(section)
         for finding in section.findings if not as_json else ():
             print_lines([finding])
@@ -135,17 +159,18 @@ def train(
 
     With --processes, or started by torchrun, several processes compute the gradient of the same batches.
     """
-    from clasp.config.recipe import read_recipe, require_single_keys
+    budget = {key: text for key, text in (("minutes", minutes), ("steps", steps)) if text is not None}
+
+    def read() -> Any:
+        found = _read_files(recipe, overrides or (), name)
+        return None if grid else _check_recipe(found, budget)
+
+    made = None if _is_launched() else read()
     from clasp.training.distributed import open_processes
-    from clasp.types import UserError
 
     with open_processes() as together:
         with together.alike():
-            require_single_keys(overrides or ())
-            if name is not None and (not name.strip() or Path(name).name != name or name == ".."):
-                raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
-            given = {key: text for key, text in (("minutes", minutes), ("steps", steps)) if text is not None}
-            made = None if grid else read_recipe(recipe, overrides or (), budget=given or None)
+            made = read() if _is_launched() else made
             count = max(processes, together.size)
             if count > 1 and (made is None or made.auto is not None):
                 what = "--grid" if made is None else f"the recipe {recipe!r}, which has [auto],"
@@ -174,12 +199,12 @@ def resume(
 
     With another number of processes: same batches, same weights to rounding.
     """
-    from clasp.config.recipe import require_single_keys
+    require_single_keys(overrides or ())
+    if not _is_launched():
+        require_folder(run)
     from clasp.report.auto_table import PLAN_FILE
     from clasp.training.distributed import open_processes
-    from clasp.types import UserError
 
-    require_single_keys(overrides or ())
     with code_allowed(allow_code), open_processes() as together:
         with together.alike():
             climbed = (run / PLAN_FILE).exists()
@@ -223,7 +248,6 @@ def _launch(count: int, arguments: Sequence[str], run: Path) -> None:
 def _is_restarted(run: Path, name: str | None, together: Any) -> bool:
     """Whether torchrun has restarted the processes after a failure, and there is a state to resume from."""
     from clasp.training.run_folder import RunFolder
-    from clasp.types import UserError
 
     if together.restarts and name is None:
         with together.alike():
@@ -334,7 +358,6 @@ def _sweep(source: str, overrides: Sequence[str], grid: Sequence[str], runs: Pat
     from clasp.config.grid import GridSpec
     from clasp.report.console import print_status, print_table, progress_bar, relative_path
     from clasp.report.terminal import terminal_reporter
-    from clasp.types import UserError
 
     made = GridSpec(source, overrides, grid)
     done = sweep(made, runs, name, say=print_status, bar=progress_bar, reporter=terminal_reporter)

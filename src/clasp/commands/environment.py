@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 
 # Of glibc's malloc.h. Blocks larger than the first are mapped anew at each allocation, and the kernel zeroes them
 # page by page; the second is how much freed memory at the top of the heap is retained.
@@ -30,7 +29,15 @@ def configure_environment() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:  # read by OpenMP when torch is imported
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ.setdefault("GOMP_SPINCOUNT", str(_SPIN_COUNT))
-    if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    if _has_glibc() and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
+
+
+def _has_glibc() -> bool:
+    """Whether the C library is glibc. Python's ``platform`` knows too, and is slow to import."""
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (AttributeError, ValueError, OSError):  # Windows, macOS, and systems that leave it out
+        return False

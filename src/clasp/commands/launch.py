@@ -9,14 +9,12 @@ first of them has not reported, the launcher reports. What is imported at the to
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple, NoReturn
 
 from clasp.data.read_ahead import available_cores
@@ -54,6 +52,8 @@ def launch_processes(count: int, arguments: Sequence[str]) -> LaunchResult:
 
     A process that was killed is named on standard error; one that failed has reported its error itself.
     """
+    from tempfile import TemporaryDirectory
+
     with TemporaryDirectory(prefix="clasp-") as folder:
         os.environ[_LAUNCHER] = f"{os.getpid()} {folder}"
         try:
@@ -107,6 +107,8 @@ def _launch(count: int, arguments: Sequence[str]) -> int:
 def end_with_launcher() -> None:
     """Let SIGTERM come where the launcher ends, however it ends (on Linux): training saves its state, all else ends."""
     if _LAUNCHER in os.environ and sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != int(os.environ[_LAUNCHER].partition(" ")[0]):  # it had ended before
             os.kill(os.getpid(), signal.SIGTERM)

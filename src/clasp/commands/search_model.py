@@ -17,6 +17,7 @@ from clasp.data.cache_folder import cache_folder
 from clasp.data.formats.setting_hints import FIXED_HINTS
 from clasp.data.pairs import FolderImages, Pairs, list_images, open_pairs
 from clasp.plain_types import SearchModel, UserError
+from clasp.training.run_files import require_run_folder
 
 ModelLoader = Callable[[], SearchModel]
 
@@ -56,11 +57,14 @@ def _find_run(folder: Path) -> ModelLoader:
     if is_export(folder):
         raise UserError(f"--engine torch is for run folders, and {folder} is an export; leave --engine out")
     _require_torch(folder, "the model")
-    from clasp.config.build import load
-    from clasp.training.run_folder import RunFolder
+    require_run_folder(folder)
 
-    RunFolder(folder).recipe()
-    return lambda: load(folder)
+    def load_run() -> SearchModel:
+        from clasp.config.build import load
+
+        return load(folder)
+
+    return load_run
 
 
 def _find_export(folder: Path, weights: WeightFormat) -> ModelLoader:

@@ -7,16 +7,14 @@ refuses for its limits is left to the caller, which has none; a mistake in the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clasp.errors import UserError
 from clasp.serve.warm_server import ask_warm_server
 
 
-@dataclass(frozen=True, slots=True)
-class FoundHits:
+class FoundHits(NamedTuple):
     """The query, the answer as of ``SearchAnswer.to_dict``, and the path of the contact sheet."""
 
     query: str

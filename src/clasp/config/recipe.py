@@ -1,15 +1,12 @@
 """Recipes: one TOML file with dotted overrides, validated completely before anything is computed.
 
-Input: a file (or a name from ``recipes/``) and strings such as ``train.batch_size=512``. Output: a frozen ``Recipe``. A
-file may begin with ``extends = "lilt/lwa"`` and then has only the keys that differ; the resulting recipe is complete.
-Each section's settings are defined beside what they configure; here they are combined, and checked against each other.
-An unknown key or value is one error that names the nearest valid ones (``recipe_errors``).
+Input: a file (or a name from ``recipes/``) and strings such as ``train.batch_size=512``, read by ``recipe_files``.
+Output: a frozen ``Recipe``. Each section's settings are defined beside what they configure; here they are combined, and
+checked against each other. An unknown key or value is one error that names the nearest valid ones (``recipe_errors``).
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -20,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from clasp.config.budget import AutoSettings
 from clasp.config.recipe_errors import explain_validation_error
+from clasp.config.recipe_files import Override, RecipeFile, parse_overrides, read_recipe_file
 from clasp.config.recipe_sections import DataSettings, LossSectionSettings, ShareSettings
-from clasp.data.formats.setting_hints import suggest_key
 from clasp.models.backbone import ImageTowerSettings, TextTowerSettings
 from clasp.models.heads import HeadSettings
 from clasp.models.tuning.settings import TuneSettings
@@ -48,7 +45,7 @@ class Recipe(BaseModel):
 
     def with_overrides(self, overrides: Sequence[str]) -> Recipe:
         """This recipe with dotted overrides applied."""
-        return recipe_from_dict(_apply_overrides(self.to_dict(), overrides), "the overrides")
+        return recipe_from_dict(_apply_overrides(self.to_dict(), parse_overrides(overrides)), "the overrides")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those that are ``None``."""
@@ -77,22 +74,17 @@ def read_recipe(
     ``budget`` replaces ``[auto]``: ``{"minutes": "30"}`` or ``{"steps": "500"}``.
     Raises ``UserError`` naming the nearest valid key or value.
     """
-    given, chain = _read_with_extends(_find(source, Path()), str(source))
+    return check_recipe_file(read_recipe_file(source, overrides), budget=budget)
+
+
+def check_recipe_file(found: RecipeFile, *, budget: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe of a file that was read; ``budget`` and errors as of ``read_recipe``."""
+    given = dict(found.given)
     if budget is not None:
         if "auto" not in given:
-            raise UserError(f"{source} has no [auto] to spend a budget on; those that have: start, auto")
+            raise UserError(f"{found.source} has no [auto] to spend a budget on; those that have: start, auto")
         given["auto"] = {key: _parse_value(f"auto.{key}", text) for key, text in budget.items()}
-    return recipe_from_dict(_apply_overrides(given, overrides), chain)
-
-
-def require_single_keys(typed: Sequence[str]) -> None:
-    """Raise ``UserError`` for a key that stands twice in what was typed; in Python, the last of several counts."""
-    seen: dict[str, str] = {}
-    for override in typed:
-        key = override.partition("=")[0].strip()
-        if key in seen:
-            raise UserError(f"override {override!r}: {key} is given twice, first as {seen[key]!r}")
-        seen[key] = override
+    return recipe_from_dict(_apply_overrides(given, found.overrides), found.chain)
 
 
 def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
@@ -165,88 +157,17 @@ def _check_auto(recipe: Recipe, source: str) -> None:
         raise UserError(f"{source}: data.feature_cache = 'off': [auto] compares closed forms on cached features")
 
 
-def builtin_recipes() -> dict[str, Path]:
-    """The recipes that come with clasp, by name."""
-    package = Path(__file__).parents[1]
-    folder = next((f for f in (package / "recipes", package.parents[1] / "recipes") if f.is_dir()), None)
-    if folder is None:
-        return {}
-    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.toml"))}
-
-
-def _find(source: str | Path, folder: Path) -> Path:
-    path = folder / source
-    if os.path.isfile(path):  # unlike Path.is_file, also False for a name that is too long
-        return path
-    builtin = builtin_recipes()
-    name = str(source).removesuffix(".toml").removeprefix("recipes/")
-    if name in builtin:
-        return builtin[name]
-    near = difflib.get_close_matches(name, builtin, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise UserError(
-        f"no recipe {str(source)!r}: neither a file nor one of these{_as_data(source)}; {hint}{', '.join(builtin)}"
-    )
-
-
-def _as_data(source: str | Path) -> str:
-    """What to type for a path of pairs in the place of a recipe; empty for any other word."""
-    return suggest_key(str(source), ("start data.train",), ())
-
-
-def _read_with_extends(path: Path, chain: str, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
-    """A file as nested dictionaries, merged over the files it extends, and the chain of files as text.
-
-    ``above``: the files that extend this one. Raises ``UserError`` naming the chain.
-    """
-    if path.resolve() in above:
-        raise UserError(f"{chain}: no recipe can extend itself")
-    try:
-        given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # also a number of too many digits
-        hint = "" if path.suffix == ".toml" else _as_data(path)
-        raise UserError(f"{path} is not a TOML file: {error}{hint}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if "extends" not in given:
-        return given, chain
-    name = given.pop("extends")
-    if not isinstance(name, str):
-        raise UserError(f"{chain}: extends = {name!r} should be the name of one recipe, or a path from {path.parent}")
-    chain = f"{chain} extends {name}"
-    try:
-        found = _find(name, path.parent)
-    except UserError as error:
-        raise UserError(f"{chain}: {error}") from None
-    below, chain = _read_with_extends(found, chain, (*above, path.resolve()))
-    return _merge(below, given), chain
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Merge sections key by key; other values that both have are taken from ``above``."""
-    merged = {**below, **above}
-    for key in below.keys() & above.keys():
-        if isinstance(below[key], dict) and isinstance(above[key], dict):
-            merged[key] = _merge(below[key], above[key])
-    return merged
-
-
-def _apply_overrides(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply overrides such as ``train.batch_size=512`` to nested dictionaries. Values are TOML or bare words."""
+def _apply_overrides(given: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
+    """Apply overrides to nested dictionaries. Values are TOML or bare words."""
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in given.items()}
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            given_keys = [text.partition("=")[0].strip() for text in overrides if "=" in text]
-            hint = suggest_key(override, ("data.train", "data.val"), given_keys)
-            raise UserError(f"override {override!r} is not key=value{hint or ', such as train.batch_size=512'}")
-        *path, last = key.strip().split(".")
+        *path, last = override.key.split(".")
         place = result
         for part in path:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
-                raise UserError(f"override {override!r}: {part} is a value, not a section")
-        place[last] = _parse_value(key.strip(), text)
+                raise UserError(f"override {override.typed!r}: {part} is a value, not a section")
+        place[last] = _parse_value(override.key, override.text)
     return result
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
+from clasp.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class TaskOption:
@@ -71,7 +73,6 @@ def parse_options(name: str, options: Sequence[TaskOption], typed: Sequence[str]
     """Option to value, of what was typed and of defaults. Raises ``UserError``: unknown, twice, empty, one in
     place of another beside it, or a required one left out."""
     from clasp.data.formats.setting_hints import suggest_key
-    from clasp.types import UserError
 
     known = {option.name: option for option in options}
     paths = [option.name for option in options if option.names == "pairs"]

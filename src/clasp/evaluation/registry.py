@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from clasp.errors import UserError
 from clasp.evaluation.options import PAIR_OPTIONS, TaskOption, describe_option, parse_options
 
 if TYPE_CHECKING:
@@ -96,7 +97,6 @@ def build_multilingual(context: TaskContext) -> EvaluationTask:
     from clasp.data.pairs import caption_languages
     from clasp.evaluation.from_pairs import multilingual_task
     from clasp.evaluation.language_sets import requested_languages
-    from clasp.types import UserError
 
     languages = requested_languages(context.options.get("languages"), caption_languages(context.pairs), context.data)
     if not languages:
@@ -290,7 +290,6 @@ def find_task(name: str) -> TaskEntry:
     object that is not a ``TaskEntry``; errors inside the module are not caught.
     """
     from clasp.data.formats.setting_hints import suggest_key
-    from clasp.types import UserError
 
     if name in EVALUATION_TASKS:
         return EVALUATION_TASKS[name]
@@ -313,8 +312,6 @@ def find_task(name: str) -> TaskEntry:
 
 
 def _import_module(name: str, module: str) -> object:
-    from clasp.types import UserError
-
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that it cannot shadow installed packages
     try:
@@ -325,6 +322,11 @@ def _import_module(name: str, module: str) -> object:
         raise UserError(f"task {name!r}: {error}; it is looked for in the current folder and on PYTHONPATH") from None
     except (ValueError, TypeError):
         raise UserError(f"task {name!r} is not package.module:Name") from None
+
+
+def check_task(name: str, typed: Sequence[str]) -> None:
+    """Raises ``UserError`` for an unknown task and for options that it does not take, before torch is imported."""
+    parse_task_options(name, find_task(name), typed)
 
 
 def parse_task_options(name: str, entry: TaskEntry, typed: Sequence[str]) -> dict[str, str]:

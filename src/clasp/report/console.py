@@ -3,7 +3,7 @@
 Progress and status lines go to standard error; tables and findings, the results, go to standard output.
 Note: every text passes through ``printable``, and reaches rich as ``Text``, so that captions, file names and paths are
 shown as they were typed: no markup, no emoji codes, no control characters. Tables fit 100 columns, a row on one line.
-Nothing here imports torch.
+Nothing here imports torch; rich is imported by what draws with it, since ``clasp search --json`` waits for no import.
 """
 
 from __future__ import annotations
@@ -16,13 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from rich.cells import cell_len
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-from rich.table import Table
-from rich.text import Text
 
 TABLE_WIDTH = 100  # columns, where standard output is no terminal
 # control characters, line and paragraph separators, marks that turn the direction of writing, lone surrogates
@@ -55,18 +48,18 @@ def format_megabytes(count: int) -> str:
 
 def print_status(line: str) -> None:
     """A status line on standard error."""
-    _print_line(Console(stderr=True), line)
+    _print_line(line, to_stderr=True)
 
 
 def print_error(line: str) -> None:
     """An error in the user's input, in one line on standard error."""
-    _print_line(Console(stderr=True), f"clasp: {line}")
+    _print_line(f"clasp: {line}", to_stderr=True)
 
 
 def print_lines(lines: Iterable[object]) -> None:
     """Lines of a result, on standard output."""
     for line in lines:
-        _print_line(Console(), str(line))
+        _print_line(str(line))
 
 
 def print_json(value: Any) -> None:
@@ -75,8 +68,11 @@ def print_json(value: Any) -> None:
     print(_UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
-def _print_line(console: Console, line: str) -> None:
-    console.print(Text(printable(line)), soft_wrap=True)
+def _print_line(line: str, *, to_stderr: bool = False) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=to_stderr).print(Text(printable(line)), soft_wrap=True)
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
@@ -86,6 +82,10 @@ def _print_line(console: Console, line: str) -> None:
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar that appears with the first call of the returned function; plain lines where there is no terminal."""
     if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -118,6 +118,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     A row is one line: where the widest columns do not fit, the middle of their cells is replaced by an ellipsis. Cells
     of the first column that were cut are written whole below the table.
     """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
     grid = [[printable(cell) for cell in row] for row in (columns, *rows)]
     widths = _fitted_widths(grid, console.width)
@@ -137,15 +141,22 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def _fitted_widths(grid: Sequence[Sequence[str]], room: int) -> list[int]:
     """Cells a column, the widest cut until the table fits into ``room``: borders and padding take three a column."""
-    widths = [max(map(cell_len, column)) for column in zip(*grid, strict=True)]
+    widths = [max(map(_cells, column)) for column in zip(*grid, strict=True)]
     while sum(widths) + 3 * len(widths) + 1 > room and max(widths) > 1:
         widths[widths.index(max(widths))] -= 1
     return widths
 
 
+def _cells(text: str) -> int:
+    """The width of a text in a terminal."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
 def _cut_middle(text: str, width: int) -> str:
     """At most ``width`` cells: the beginning and the end of a text that is longer."""
-    if cell_len(text) <= width:
+    if _cells(text) <= width:
         return text
     return f"{_start(text, width // 2)}…{_start(text[::-1], (width - 1) // 2)[::-1]}"
 
@@ -153,7 +164,7 @@ def _cut_middle(text: str, width: int) -> str:
 def _start(text: str, width: int) -> str:
     taken = ""
     for character in text:
-        if cell_len(taken + character) > width:
+        if _cells(taken + character) > width:
             break
         taken += character
     return taken

@@ -25,6 +25,7 @@ from clasp.report.evaluation_files import PREDICTIONS_FOLDER, evaluation_file
 from clasp.report.evaluation_labels import EvaluationKey, evaluation_key, evaluation_labels
 from clasp.training.cost import COST_FILE as _COST_FILE
 from clasp.training.cost.ledger import RunCost, read_cost
+from clasp.training.run_files import require_folder
 from clasp.training.run_folder import RunFolder
 from clasp.training.trackers.jsonl import LOG_FILE, RESULTS_FILE
 from clasp.types import UserError
@@ -121,8 +122,7 @@ class RunRecord:
 def read_run_record(run: str | Path, label: str) -> RunRecord:
     """Read a run folder. Raises ``UserError``: no such folder, a folder that is no run, or a damaged file."""
     path = Path(run)
-    if not path.is_dir():
-        raise UserError(f"no run at {path}: {'it is a file' if path.exists() else 'no such folder'}")
+    require_folder(path)
     plan = AutoPlan.read(path) if (path / PLAN_FILE).exists() else None
     if plan is None and not (path / "recipe.toml").exists():
         several = (path / "sweep.jsonl").exists()

@@ -3,22 +3,20 @@
 Input: a run folder, and a search as typed. Output: a ``WarmAnswer``, or ``None`` if no server of this run answers, in
 which case the caller loads the model itself. Note: ``RUN/server.json`` holds the address, the process id and a random
 key, readable by its owner only. The key proves each to the other, so that whatever listens at a stale address is
-ignored. Standard library only: asking must not cost the import of torch.
+ignored. Asking must not cost imports: standard library only, and one request over a socket, since ``http.client``
+imports a mail parser and TLS.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
-import urllib.error
+import socket
 import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clasp.serve.loopback import is_loopback
 
@@ -27,8 +25,7 @@ _SECONDS = 20.0
 _COMMAND = "/api/command/search"
 
 
-@dataclass(frozen=True, slots=True)
-class ServerRecord:
+class ServerRecord(NamedTuple):
     """What ``server.json`` holds."""
 
     address: str
@@ -37,8 +34,7 @@ class ServerRecord:
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class WarmAnswer:
+class WarmAnswer(NamedTuple):
     """The answer of a server: as ``SearchAnswer.to_dict``, with the contact sheet as PNG, or one line of an error."""
 
     answer: dict[str, Any]
@@ -48,6 +44,8 @@ class WarmAnswer:
 
 def new_key() -> str:
     """A random key for a server."""
+    import secrets
+
     return secrets.token_urlsafe(24)
 
 
@@ -57,7 +55,7 @@ def write_record(run: Path, record: ServerRecord) -> None:
     with suppress(FileNotFoundError):
         part.unlink()
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(asdict(record), file)
+        json.dump(record._asdict(), file)
     os.replace(part, run / SERVER_FILE)
 
 
@@ -72,11 +70,13 @@ def read_record(run: Path) -> ServerRecord | None:
     try:
         record = ServerRecord(**json.loads((run / SERVER_FILE).read_text(encoding="utf-8")))
         os.kill(record.pid, 0)
+        place = urllib.parse.urlsplit(record.address)
+        whole = bool(place.hostname and place.port) and f"{place.netloc}{record.key}".isprintable()
     except PermissionError:
         return None  # another user's process
-    except (OSError, ValueError, TypeError, OverflowError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError):
         return None
-    return record
+    return record if whole else None
 
 
 def ask_warm_server(
@@ -100,30 +100,31 @@ def ask_warm_server(
     if only_close:
         given["only_close"] = True
     asked = urllib.parse.urlencode(given, doseq=True, errors="surrogatepass")
-    request = urllib.request.Request(
-        f"{record.address}{_COMMAND}?{asked}",
-        data=b"".join(data for data, _ in images),
-        headers={"x-clasp-key": record.key},
-        method="POST",
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the address is of this machine
     try:
-        with opener.open(request, timeout=_SECONDS) as reply:
-            body = reply.read()
-    except urllib.error.HTTPError as error:
-        return _refusal(error)
-    except (OSError, ValueError):
+        code, body = _post(record, f"{_COMMAND}?{asked}", b"".join(data for data, _ in images))
+        if code == 400:  # what else the server refuses, the caller does on its own
+            line = json.loads(body)["error"]
+            return None if "at most" in line else WarmAnswer({}, b"", line)
+        length = int.from_bytes(body[:8])
+        return WarmAnswer(json.loads(body[8 : 8 + length]), body[8 + length :]) if code == 200 else None
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
         return None
-    length = int.from_bytes(body[:8])
-    return WarmAnswer(json.loads(body[8 : 8 + length]), body[8 + length :])
 
 
-def _refusal(error: urllib.error.HTTPError) -> WarmAnswer | None:
-    """An error in the search itself; whatever else the server refuses, the caller does on its own."""
-    if error.code != 400:
-        return None
-    try:
-        line = json.loads(error.read())["error"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return None if "at most" in line else WarmAnswer({}, b"", line)
+def _post(record: ServerRecord, path: str, body: bytes) -> tuple[int, bytes]:
+    """The status and the body of the answer to one request, in a connection of its own.
+
+    HTTP/1.0, so that the answer ends with the connection (RFC 1945). Raises ``OSError``, and ``ValueError`` or
+    ``IndexError`` for what is no whole answer.
+    """
+    place = urllib.parse.urlsplit(record.address)
+    fields = f"host: {place.netloc}", f"content-length: {len(body)}", f"x-clasp-key: {record.key}"
+    with socket.create_connection((place.hostname, place.port), _SECONDS) as connection:
+        connection.sendall("\r\n".join((f"POST {path} HTTP/1.0", *fields, "", "")).encode("latin-1") + body)
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    head, _, content = answer.partition(b"\r\n\r\n")
+    status, *answered = head.decode("latin-1").split("\r\n")
+    named = {name.lower(): value for name, _, value in (field.partition(":") for field in answered)}
+    if not status.startswith("HTTP/") or int(named.get("content-length", -1)) != len(content):
+        raise ValueError(f"{record.address} gave no whole answer")
+    return int(status.split()[1]), content

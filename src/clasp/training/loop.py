@@ -120,7 +120,6 @@ def fit(
                 session.save_if_due(at)
                 if requested := agree(stop.requested):
                     break
-                _count_flops(session.stepper, callbacks.ledger, batch, at.step - 1)
             else:
                 whole = at.step_in_epoch == len(batches) or at.step == steps
                 assert whole, f"the epoch had {at.step_in_epoch} of {len(batches)} batches"
@@ -173,12 +172,6 @@ def _train_step(
         line = f"out of memory: in pieces of {counted(stepper.micro_batch, 'pair')} from here on"
         logger.log_event("pieces", line, at.step, micro_batch=stepper.micro_batch)
     logger.log_step(at, batch, took)
-
-
-def _count_flops(stepper: Stepper, ledger: CostLedger | None, batch: Batch, number: int) -> None:
-    """Count the FLOPs of a step that was taken, where there is a ledger; a stop would be delayed by it."""
-    if ledger and batch.total_pairs > 1:
-        ledger.count_step_flops(stepper, batch, number)
 
 
 def _open_session(

@@ -37,6 +37,7 @@ from clasp.models.dual_encoder import DualEncoder
 from clasp.models.tower import Tower
 from clasp.training.cost import COST_FILE
 from clasp.training.run_code import code_names, require_allowed
+from clasp.training.run_files import require_run_folder
 from clasp.training.state import TrainState
 from clasp.training.state_files import STATE_FOLDER, StateFiles
 from clasp.training.tensor_file import read_tensor_file, write_tensor_file
@@ -213,12 +214,7 @@ class RunFolder:
 
         Raises ``UserError`` when the folder is not a run, and for Python code that it names (``run_code``).
         """
-        if not self.path.is_dir():
-            raise UserError(f"no run at {self.path}: no such folder")
-        needed = ("recipe.toml", "base.json", "transform.json", "tokenizer")
-        missing = [name for name in needed if not (self.path / name).exists()]
-        if missing:
-            raise UserError(f"{self.path} is not a run folder: it has no {', '.join(missing)}")
+        require_run_folder(self.path)
         given = self._read_recipe_file()
         require_allowed(code_names(given), self.path)
         return self.resolve_placeholder(given)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -142,11 +142,17 @@ class Stepper:
         self.load_weights(state.weights)
         optim.load_optimizer_state(self.optimizer, self.weights, state.optimizer)
 
-    def step(self, batch: Batch, number: int) -> StepResult:
-        """Take step ``number`` (from 0). Raises ``UserError``, weights unchanged, if loss or gradient is not finite."""
+    def step(
+        self, batch: Batch, number: int, *, around_gradient: AbstractContextManager[Any] | None = None
+    ) -> StepResult:
+        """Take step ``number`` (from 0), its gradient computed inside of ``around_gradient``.
+
+        Raises ``UserError``, weights unchanged, if loss or gradient is not finite.
+        """
         lr = self.settings.lr * self.schedule(number, self.schedule_context)
         optim.set_lr(self.optimizer, lr)
-        measured = self.backward(batch, number)
+        with around_gradient or nullcontext():
+            measured = self.backward(batch, number)
         self.processes.sum_gradients(list(self.weights.values()))
         norm = torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.max_norm)
         # the only synchronisation with the GPU in a step

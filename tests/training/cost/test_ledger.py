@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,10 +32,11 @@ from clasp.training.cost.meters import EnergyMeter, PeakMemoryMeter
 from clasp.training.loop import TrainSettings, fit
 from clasp.training.losses import LOSSES
 from clasp.training.state import TrainState
+from clasp.training.step import Stepper
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import Batch, Embeddings, Pixels, PooledFeatures, UserError
 from toydata import toys, write_csv
-from toyruns import delta, lines, recipe, run
+from toyruns import delta, recipe, run
 from toytrackers import callbacks
 
 TOYS = toys(64)
@@ -521,12 +523,23 @@ def test_a_stopped_run_and_its_resumption_add_up(towers: Path, pairs: Path, tmp_
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_stop_in_the_first_step_waits_for_no_counting(towers: Path, pairs: Path, tmp_path: Path) -> None:
-    made, folder = recipe(towers, pairs), tmp_path / "run"
+def test_a_gradient_is_counted_while_it_is_computed_and_once(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the run stops right after its first step."""
+    made, folder, real, steps = recipe(towers, pairs), tmp_path / "run", Stepper.backward, []
+
+    def backward(self: Stepper, batch: Batch, number: int) -> object:
+        steps.append((number, _len_torch_dispatch_stack()))
+        return real(self, batch, number)
+
+    monkeypatch.setattr(Stepper, "backward", backward)
     main_job.train_recipe(made, folder, say=str, reporter=StopAt(1))
-    assert read_cost(folder).work is None and "counting" in read_cost(folder).seconds, "of the frozen towers only"
+    work = read_cost(folder).work
+    assert work is not None
     again = main_job.Recipe.model_validate({**made.to_dict(), "train": read_recipe(folder)["train"]})
-    assert run(again, folder, resume=True).cost.work is not None
+    assert run(again, folder, resume=True).cost.work == work
+    assert steps == [(0, 1), *((number, 0) for number in range(1, 9))]
 
 
 def read_recipe(folder: Path) -> dict:
@@ -596,27 +609,6 @@ def test_the_command_says_it_in_a_line(
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("cost: ")]
     assert not end.value.code and said == [f"cost: {read_cost(tmp_path / 'runs' / 'one')}"]
     assert " a pair, peak " in said[0] and " pairs/s, " in said[0]
-
-
-def test_the_first_log_line_has_no_counting_in_it(
-    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counting is made to last; no rate in the log, and no rate of the books, may notice."""
-    count = CostLedger.count_step_flops
-
-    def slow(self: CostLedger, *given: object) -> None:
-        with self.stage("counting"):
-            if self._work is None:
-                import time
-
-                time.sleep(1.5)
-        count(self, *given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(CostLedger, "count_step_flops", slow)
-    cost = run(recipe(towers, pairs, "train.log_every=1"), tmp_path / "run").cost
-    rates = [row["pairs_per_second"] for row in lines(tmp_path / "run" / "log.jsonl") if row["event"] == "step"]
-    assert cost.seconds["counting"] > 1.5 > cost.sessions[0].step_seconds
-    assert min(rates) > 16 / 1.5
 
 
 def test_a_state_that_was_never_saved_has_no_books(

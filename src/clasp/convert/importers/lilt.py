@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from clasp.config.recipe import builtin_recipes, read_recipe
+from clasp.config.recipe import read_recipe
+from clasp.config.recipe_files import builtin_recipes
 from clasp.convert.importers.lilt_checkpoint import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from clasp.plain_types import UserError
+from clasp.errors import UserError
 
 
 class ColumnError(UserError):

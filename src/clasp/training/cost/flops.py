@@ -61,20 +61,25 @@ def count_macs(run: Callable[[], Any]) -> int:
 
 def count_flops(run: Callable[[], Any]) -> Flops:
     """FLOPs of ``run()``."""
-    with _Counter() as counter:
+    with FlopCounter() as counter:
         run()
-    return Flops(counter.forward, counter.backward, tuple(sorted(counter.left_out)))
+    return counter.flops
 
 
-class _Counter(TorchDispatchMode):
-    """Counts every operation below autograd."""
+class FlopCounter(TorchDispatchMode):
+    """A context that counts every operation below autograd; results are the same bits with it and without."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.forward = self.backward = 0
-        self.left_out: set[str] = set()
+        self._forward = self._backward = 0
+        self._left_out: set[str] = set()
+
+    @property
+    def flops(self) -> Flops:
+        """What was counted so far."""
+        return Flops(self._forward, self._backward, tuple(sorted(self._left_out)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -91,15 +96,15 @@ class _Counter(TorchDispatchMode):
         if packet in _FORMULAS:
             self._add(_FORMULAS[packet](*args, **kwargs, out_val=out))
         elif func.namespace not in _NO_ARITHMETIC and (func.namespace != "aten" or _takes_products(packet.__name__)):
-            self.left_out.add(str(packet))
+            self._left_out.add(str(packet))
         return out
 
     def _add(self, flops: int) -> None:
         # The backward pass runs with gradients disabled; recomputation by activation checkpointing enables them.
         if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
-            self.backward += flops
+            self._backward += flops
         else:
-            self.forward += flops
+            self._forward += flops
 
 
 def _takes_products(name: str) -> bool:
