@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import harness, sample_data
 from benchmarks.harness import Contestant, Row, sized
-from clasp.models.precision import Precision
+from clasp.plain_types import Precision
 from clasp.training.cost.flops import count_total_flops
 
 BATCH = sized(64, 4)

@@ -20,7 +20,8 @@ from benchmarks import harness, sample_data
 from benchmarks.harness import Contestant, Measured, Peak, Row, sized
 from benchmarks.peers import attempt, imported
 from clasp.models.backbone import Backbone
-from clasp.models.dual_encoder import DualEncoder, HeadSettings
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.head_settings import HeadSettings
 from clasp.models.tower import Tower
 from clasp.training import grad_cache
 from clasp.training.losses import info_nce

@@ -29,7 +29,8 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.peers import repair_torchvision
-from clasp.models.precision import Precision, detect_precision
+from clasp.models.precision import detect_precision
+from clasp.plain_types import Precision
 
 REPEATS = 3
 PACKAGES = ("torch", "clasp-vl", "transformers", "peft", "timm", "open_clip_torch", "sentence-transformers")

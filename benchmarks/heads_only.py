@@ -15,7 +15,7 @@ from benchmarks import harness, peer_models, sample_data
 from benchmarks.harness import Contestant, Row, sized
 from benchmarks.peer_models import Rival
 from benchmarks.peers import attempt
-from clasp.models.precision import Precision
+from clasp.plain_types import Precision
 
 BATCH = sized(128, 8)
 PAIRS = sized(1024, 32)

@@ -21,7 +21,8 @@ from benchmarks import harness, sample_data
 from benchmarks.harness import Contestant, Measured, Row, sized
 from clasp.config.build import build_model_and_preprocessing
 from clasp.config.recipe import read_recipe
-from clasp.models.precision import Precision, computing_in
+from clasp.models.precision import computing_in
+from clasp.plain_types import Precision
 from clasp.training.cost.flops import count_macs
 
 RECIPES = ("msclip/msclip-s-b32", "msclip/clip-b32")

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from benchmarks.peers import imported
 from benchmarks.sample_data import SIZE, WIDTH, WORK
 from clasp.config.build import ModelAndPreprocessing
-from clasp.models.precision import Precision, computing_in
+from clasp.models.precision import computing_in
 from clasp.models.transformer.bert import BertEncoder
 from clasp.models.transformer.dinov2 import Dinov2Encoder
+from clasp.plain_types import Precision
 from clasp.training.memory import ActivationMemory
 from clasp.types import Pixels, Tokens
 

@@ -27,7 +27,7 @@ from benchmarks import class_photos, peer_models, sample_data
 from benchmarks.peers import repair_torchvision
 from benchmarks.tuning_methods import ATTENTION
 from clasp.config.build import ModelAndPreprocessing
-from clasp.models.precision import Precision
+from clasp.plain_types import Precision
 from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
 from clasp.types import ImageInput, Pixels, TextInput, Tokens
 

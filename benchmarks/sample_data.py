@@ -28,7 +28,8 @@ from clasp.data.samples.emoji import unpack_emoji_sample
 from clasp.models.cache_policy import CachePolicy
 from clasp.models.feature_settings import FeatureSettings
 from clasp.models.features import FeatureSource
-from clasp.models.precision import Precision, PrecisionChoice
+from clasp.models.precision import PrecisionChoice
+from clasp.plain_types import Precision
 from clasp.training.attention_kernel import choose_attention_kernel, use_attention_kernel
 from clasp.training.distributed import Processes
 from clasp.training.losses import build_loss

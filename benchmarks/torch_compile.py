@@ -13,9 +13,9 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Contestant, Row, sized
-from clasp.models.backbone import ImageTowerSettings
 from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
+from clasp.models.tower_settings import ImageTowerSettings
 from clasp.models.tuning.spec import freeze_except
 from clasp.models.zoo.registry import load_backbone
 from clasp.types import Pixels

@@ -19,7 +19,7 @@ from benchmarks import harness, peer_models, sample_data
 from benchmarks.harness import Contestant, Measured, Peak, Row, sized
 from benchmarks.peer_models import EXAMPLE_LENGTH, Rival
 from benchmarks.peers import attempt
-from clasp.models.precision import Precision
+from clasp.plain_types import Precision
 from clasp.training.cost.flops import count_total_flops
 
 BATCH = sized(32, 4)

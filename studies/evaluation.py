@@ -23,8 +23,8 @@ from clasp.evaluation.retrieval import RetrievalQueries
 from clasp.evaluation.zeroshot import ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
-from clasp.models.precision import Precision
 from clasp.models.tower import Tower
+from clasp.plain_types import Precision
 from clasp.types import ImageInput, PooledFeatures, TextInput
 
 Answer = dict[str, Any]

@@ -18,7 +18,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from clasp.models.backbone import Backbone, ImageTowerSettings
+from clasp.models.backbone import Backbone
+from clasp.models.tower_settings import ImageTowerSettings
 from clasp.models.zoo.known_configs import KNOWN_CONFIGS
 from clasp.models.zoo.registry import load_backbone
 from toysavedtowers import save_tokenizer

@@ -18,17 +18,18 @@ from clasp.analysis.weight_interpolation import WeightInterpolation, interpolati
 from clasp.config.build import load
 from clasp.config.recipe import read_recipe
 from clasp.data import decoding, tokenizer
-from clasp.data.feature_cache.dtypes import DTYPE_CODECS, StorageDtype
+from clasp.data.feature_cache.dtypes import DTYPE_CODECS
 from clasp.data.pairs import PAIR_FORMATS, open_pairs
 from clasp.data.plugins import import_named, load_named
 from clasp.models import heads, pooling
-from clasp.models.backbone import PoolingMode
 from clasp.models.tower import Tower
+from clasp.models.tower_settings import PoolingMode
 from clasp.models.transformer import blocks, convolutions
 from clasp.models.tuning.methods import TUNING_METHODS
 from clasp.models.tuning.peft_methods import PEFT_METHODS
 from clasp.models.tuning.spec import parse_tuning_spec
 from clasp.models.zoo.registry import TOWER_SOURCES
+from clasp.plain_types import StorageDtype
 from clasp.training.losses import LOSSES
 from clasp.training.optimizer import DECAY_FILTERS, SCHEDULES
 from clasp.training.settings import TrainSettings

@@ -11,13 +11,8 @@ from torch import nn
 
 from clasp.models.backbone import Backbone
 from clasp.models.transformer.deit import VisionTransformer
-from clasp.models.transformer.encoders import (
-    ImageTransformer,
-    ImageTransformerSettings,
-    TextTransformer,
-    TextTransformerSettings,
-    init_weights,
-)
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, init_weights
+from clasp.models.transformer.settings import ImageTransformerSettings, TextTransformerSettings
 from clasp.types import Pixels, Tokens
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)

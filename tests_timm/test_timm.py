@@ -16,8 +16,9 @@ from clasp.config.build import build_model
 from clasp.config.recipe import read_recipe
 from clasp.config.recipe_files import builtin_recipes
 from clasp.data.images import ImageTransform
-from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.backbone import Backbone
 from clasp.models.tower import Tower
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.transformer.deit import VisionTransformer
 from clasp.models.tuning.spec import freeze_except
 from clasp.models.zoo.imagenet import imagenet_concepts

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -22,6 +22,13 @@ ProgressCallback = Callable[[int, int], None]
 """Called with the number of items done and the total"""
 ProgressFactory = Callable[[str], AbstractContextManager[ProgressCallback]]
 """Opens a progress bar with the given title"""
+
+Precision = Literal["float32", "bfloat16"]
+"""What a forward pass computes in"""
+AttentionKernel = Literal["fused", "plain"]
+"""PyTorch's attention, or plain matrix products and a softmax"""
+StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
+"""The dtype of cached features on disk"""
 
 
 # --- pairs ---------------------------------------------------------------------------------------------------------

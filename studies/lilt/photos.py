@@ -34,7 +34,7 @@ from clasp.evaluation.retrieval import RetrievalQueries
 from clasp.evaluation.zeroshot import ZeroShotQueries
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
-from clasp.models.precision import Precision
+from clasp.plain_types import Precision
 from clasp.types import PooledFeatures, UserError
 
 

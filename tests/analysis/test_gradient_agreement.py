@@ -12,17 +12,12 @@ from torch import Tensor
 from clasp.analysis.gradient_agreement import WHOLE_LAYER, gradient_agreement
 from clasp.models.backbone import Backbone
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.heads import HeadSettings
+from clasp.models.head_settings import HeadSettings
 from clasp.models.sharing.policy import SharingSettings
 from clasp.models.sharing.tie import TiedEncoders
 from clasp.models.tower import Tower
-from clasp.models.transformer.encoders import (
-    ImageTransformer,
-    ImageTransformerSettings,
-    TextTransformer,
-    TextTransformerSettings,
-    init_weights,
-)
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, init_weights
+from clasp.models.transformer.settings import ImageTransformerSettings, TextTransformerSettings
 from clasp.training.losses import LOSSES
 from clasp.types import Batch, LossParts, Pixels, PooledFeatures, Tokens, UserError
 

@@ -195,23 +195,40 @@ LIGHT_MISTAKES = (
 )
 
 
-def test_mistakes_in_names_are_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
-    """All in one process of their own, which never imports torch: each alone takes a second or less."""
+RECIPE_MISTAKES = (
+    "train start train.bacth=4",
+    "train heads --minutes 1",
+    "params heads train.epochs=abc",
+    "doctor heads head.kind=lineer",
+    "params heads image.net.width=7 image.tower.x=1",
+    "train heads head.init=cca",
+)
+
+
+@pytest.mark.parametrize(
+    ("mistakes", "heavy"),
+    [(LIGHT_MISTAKES, ("torch", "numpy", "pyarrow", "PIL")), (RECIPE_MISTAKES, ("torch", "pyarrow", "transformers"))],
+    ids=["names", "recipes"],
+)
+def test_mistakes_are_told_before_anything_heavy_is_imported(
+    mistakes: tuple[str, ...], heavy: tuple[str, ...], tmp_path: Path
+) -> None:
+    """All in one process of their own: each alone takes a second or less, and torch some seconds."""
     code = """
 import sys
 from clasp import cli
+heavy = set(sys.argv[1:])
 for words in sys.stdin.read().splitlines():
     sys.argv = ["clasp", *words.split()]
     try:
         cli.main()
     except SystemExit as stop:
         assert stop.code == 2, words
-    heavy = {"torch", "numpy", "pyarrow", "PIL"} & set(sys.modules)
-    assert not heavy, (words, heavy)
+    assert not heavy & set(sys.modules), (words, heavy & set(sys.modules))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        input="\n".join(LIGHT_MISTAKES),
+        [sys.executable, "-c", code, *heavy],
+        input="\n".join(mistakes),
         capture_output=True,
         text=True,
         timeout=60,
@@ -219,7 +236,7 @@ for words in sys.stdin.read().splitlines():
         env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) == len(LIGHT_MISTAKES), "one line for each"
+    assert len(done.stderr.splitlines()) == len(mistakes), "one line for each"
 
 
 def test_params_prints_one_object_and_nothing_else(clasp: Command) -> None:

@@ -24,7 +24,7 @@ from clasp.convert.importers import run_writer
 from clasp.convert.importers.run_writer import ImportOptions, load_matching_tokenizer
 from clasp.convert.importers.safe_pickle import safe_load_pickle
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import ImageTowerSettings, TextTowerSettings
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.zoo.registry import load_backbone
 from clasp.training.run_folder import RunFolder
 from clasp.types import UserError

@@ -19,7 +19,7 @@ from clasp.models.cache_policy import CachePolicy, FeatureCacheMode
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings
 from clasp.models.features import FeatureSource
-from clasp.models.heads import HeadSettings
+from clasp.models.head_settings import HeadSettings
 from clasp.models.tower import Tower
 from clasp.training.distributed import Processes
 from clasp.types import Encoder, SkippedSample, UserError

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clasp.models.backbone import ImageTowerSettings
 from clasp.models.classifier import Classifier, class_pairs, classifier_columns
 from clasp.models.concepts import Concept, single_class_concepts
 from clasp.models.tower import Tower
+from clasp.models.tower_settings import ImageTowerSettings
 from clasp.models.zoo.imagenet import (
     MOST_CLASSES,
     are_names,

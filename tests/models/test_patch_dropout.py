@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clasp.models.backbone import Backbone, ImageTowerSettings
+from clasp.models.backbone import Backbone
 from clasp.models.patch_dropout import PatchDropout
 from clasp.models.tower import Tower
+from clasp.models.tower_settings import ImageTowerSettings
 from clasp.models.transformer.blocks import Attention
-from clasp.models.transformer.convolutions import ParallelBranchSettings
-from clasp.models.transformer.encoders import ImageTransformer, ImageTransformerSettings, init_weights
+from clasp.models.transformer.encoders import ImageTransformer, init_weights
+from clasp.models.transformer.settings import ImageTransformerSettings, ParallelBranchSettings
 from clasp.models.tuning.spec import freeze_except
 from clasp.models.zoo.registry import load_backbone
 from clasp.types import HiddenStates, Pixels, UserError

@@ -20,12 +20,13 @@ from clasp.models.dual_encoder import DualEncoder
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings
 from clasp.models.features import FeatureSource
 from clasp.models.frozen import FrozenPrefix, FrozenTower
-from clasp.models.heads import HeadSettings
+from clasp.models.head_settings import HeadSettings
 from clasp.models.image_side import ImageSide
 from clasp.models.inference import EmbeddingModel, EncoderPrecision
-from clasp.models.precision import Precision, PrecisionChoice, detect_precision, resolve_precision
+from clasp.models.precision import PrecisionChoice, detect_precision, resolve_precision
 from clasp.models.tower import Tower
 from clasp.models.tuning.spec import freeze_except
+from clasp.plain_types import Precision
 from toypairs import small_pairs, word_tokenizer
 from toytowers import base
 

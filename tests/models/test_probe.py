@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
-from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.backbone import Backbone
 from clasp.models.probe import reached_parameters
 from clasp.models.tower import Tower
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.zoo.registry import load_backbone
 from clasp.types import Pixels, Tokens, UserError
 from toyfamilies import save_family

@@ -13,8 +13,9 @@ from torch import nn
 from clasp.commands.train import train_recipe
 from clasp.config.recipe import Recipe, read_recipe
 from clasp.models import cache_policy
-from clasp.models.backbone import Backbone, ImageTowerSettings
+from clasp.models.backbone import Backbone
 from clasp.models.tower import Tower
+from clasp.models.tower_settings import ImageTowerSettings
 from clasp.models.zoo.registry import load_backbone
 from clasp.training.cost.frozen import CAPTION_SAMPLE_SIZE
 from clasp.training.memory import ActivationMemory

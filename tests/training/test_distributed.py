@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from clasp.training.distributed import LostProcessError, Processes, open_processes
 from clasp.training.loop import TrainSettings, fit
-from clasp.training.losses import LossSettings, build_loss
+from clasp.training.loss_settings import LossSettings
+from clasp.training.losses import build_loss
 from clasp.training.step import Stepper
 from clasp.types import Batch, Embeddings, PooledFeatures, UserError
 from toyprocesses import start

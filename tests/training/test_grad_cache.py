@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clasp.models.dual_encoder import DualEncoder, HeadSettings, ProjectionHead
+from clasp.models.dual_encoder import DualEncoder, ProjectionHead
+from clasp.models.head_settings import HeadSettings
 from clasp.models.tower import Tower
 from clasp.training import grad_cache, memory, micro_batches
 from clasp.training.grad_cache import MicroBatchEmbedder

@@ -27,7 +27,8 @@ from clasp.data.loader import BatchReader, PairLoader
 from clasp.data.readers import LiveImageReader, PairIndex, SampleIndices
 from clasp.evaluation.from_pairs import validation_task, validation_texts
 from clasp.models.dual_encoder import DualEncoder
-from clasp.models.precision import Precision, computing_in, resolve_precision
+from clasp.models.precision import computing_in, resolve_precision
+from clasp.plain_types import Precision
 from clasp.training.attention_kernel import use_attention_kernel
 from clasp.training.loop import FitCallbacks, fit
 from clasp.training.losses import build_loss

@@ -19,20 +19,22 @@ from clasp.data.cache_folder import cache_folder
 from clasp.data.images import ImageTransform
 from clasp.data.loader import log_skipped
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.backbone import Backbone
 from clasp.models.cache_policy import CachePolicy
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings
 from clasp.models.features import FeatureSource
 from clasp.models.inference import EmbeddingModel, EncoderPrecision
-from clasp.models.precision import Precision, frozen_precision, resolve_precision
+from clasp.models.precision import frozen_precision, resolve_precision
 from clasp.models.sharing.backbones import share_backbones
 from clasp.models.sharing.policy import SharingPlan
 from clasp.models.sharing.tie import tie_parameters
 from clasp.models.tower import Tower
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.zoo.hub_runs import fetch_run
 from clasp.models.zoo.registry import load_backbone
 from clasp.models.zoo.single_trunk import build_single_trunk
+from clasp.plain_types import Precision
 from clasp.training import run_code, run_folder
 from clasp.training.class_pairs import WeightedClassPairs, find_class_pairs
 from clasp.training.losses import find_loss

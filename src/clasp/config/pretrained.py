@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from clasp.config.recipe import Recipe, recipe_from_dict
-from clasp.models.backbone import ImageTowerSettings
 from clasp.models.tower import Tower
+from clasp.models.tower_settings import ImageTowerSettings
 from clasp.models.zoo.registry import load_backbone
 
 DUAL_ENCODER_SCHEMES = ("clip", "open_clip")

@@ -19,13 +19,11 @@ from clasp.config.budget import AutoSettings
 from clasp.config.recipe_errors import explain_validation_error
 from clasp.config.recipe_files import Override, RecipeFile, parse_overrides, read_recipe_file
 from clasp.config.recipe_sections import DataSettings, LossSectionSettings, ShareSettings
-from clasp.models.backbone import ImageTowerSettings, TextTowerSettings
-from clasp.models.heads import HeadSettings
+from clasp.errors import UserError
+from clasp.models.head_settings import HeadSettings
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.tuning.settings import TuneSettings
-from clasp.models.tuning.spec import parse_tuning_spec
 from clasp.training.settings import TrainSettings
-from clasp.training.trackers.registry import check_tracker_names
-from clasp.types import UserError
 
 
 class Recipe(BaseModel):
@@ -93,9 +91,6 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
         recipe = Recipe.model_validate(given)
     except ValidationError as error:
         raise UserError(f"{source}: {explain_validation_error(error, recipe_keys())}") from None
-    for spec in (*recipe.tune.image, *recipe.tune.text):
-        parse_tuning_spec(spec)
-    check_tracker_names(recipe.train.trackers)
     if recipe.auto is not None:
         _check_auto(recipe, source)
     if recipe.head.init == "cca" and not (recipe.head.kind == "linear" and recipe.head.standardize):
@@ -128,7 +123,20 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
         raise UserError(f"{source}: train.{key} is for what two nets share, and there is no [share]")
     if recipe.train.batch_size != "auto":
         recipe.loss.require_batch_size(recipe.train.batch_size)
+    _check_names(recipe)
     return recipe
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Raise ``UserError`` for an unknown loss, tuning method or tracker. Imports torch, so it comes last."""
+    from clasp.models.tuning.spec import parse_tuning_spec
+    from clasp.training.losses import find_loss
+    from clasp.training.trackers.registry import check_tracker_names
+
+    find_loss(recipe.loss.kind)
+    for spec in (*recipe.tune.image, *recipe.tune.text):
+        parse_tuning_spec(spec)
+    check_tracker_names(recipe.train.trackers)
 
 
 _PLANNED_TRAIN_KEYS = ("epochs", "max_steps", "lr", "lr_factors", "evaluate_every", "init_from", "init_parts")

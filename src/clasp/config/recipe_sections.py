@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from clasp.data.feature_cache.dtypes import StorageDtype as StorageName
-from clasp.data.images import Augment
-from clasp.data.pairs import ColumnNames, find_pair_format
-from clasp.models.dual_encoder import LogitSettings
+from clasp.data.augment import Augment
+from clasp.data.formats.rows import ColumnNames
+from clasp.models.logit_settings import LogitSettings
 from clasp.models.sharing.policy import SharingSettings
-from clasp.models.sharing.trunk_views import DEFAULT_TRUNK_PARTS, SingleTrunkSettings
-from clasp.training.losses import LossSettings
+from clasp.models.sharing.trunk_settings import DEFAULT_TRUNK_PARTS, SingleTrunkSettings
+from clasp.plain_types import StorageDtype as StorageName
+from clasp.training.loss_settings import LossSettings
 
 
 class ShareSettings(SharingSettings):
@@ -109,6 +109,8 @@ class DataSettings(BaseModel):
     @classmethod
     def _require_known_format(cls, name: str | None) -> str | None:
         if name is not None:
+            from clasp.data.pairs import find_pair_format  # here, since it imports every format
+
             find_pair_format(name)
         return name
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clasp.data.feature_cache.dtypes import StorageDtype
 from clasp.data.feature_cache.layers import find_layers
 from clasp.data.feature_cache.requests import FeatureRequest, TextFeatureRequest
 from clasp.data.text_column import TextColumn
+from clasp.plain_types import StorageDtype
 
 FeatureCacheMode = Literal["auto", "off"] | StorageDtype
 

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clasp.models.inference import EncoderPrecision
-from clasp.models.precision import Precision, computing_in
+from clasp.models.precision import computing_in
+from clasp.plain_types import Precision
 from clasp.types import Encoder, ImageInput, Pixels, PooledFeatures, TextInput, Tokens
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from clasp.data.feature_cache.dtypes import StorageDtype
 from clasp.data.feature_cache.requests import FeatureRequest
 from clasp.data.loader import log_skipped
 from clasp.models.cache_policy import CachePolicy
-from clasp.models.precision import Precision, PrecisionChoice, frozen_precision
+from clasp.models.precision import PrecisionChoice, frozen_precision
 from clasp.models.tower import Tower
+from clasp.plain_types import Precision, StorageDtype
 from clasp.types import MessageCallback, ProgressFactory, SkippedSample, no_progress_bar
 
 _FLOAT32 = PrecisionChoice("float32", "the default")

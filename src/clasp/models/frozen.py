@@ -12,9 +12,10 @@ from functools import cached_property
 
 import torch
 
-from clasp.models.precision import Precision, computing_in
+from clasp.models.precision import computing_in
 from clasp.models.tower import Tower
 from clasp.models.weight_hashes import hash_values
+from clasp.plain_types import Precision
 from clasp.types import HiddenStates, Pixels, PooledFeatures, Tokens
 
 

@@ -26,7 +26,8 @@ from clasp.data.loader import inference_batch_size, iter_text_batches
 from clasp.data.read_ahead import DECODE_THREADS, available_cores, read_ahead
 from clasp.data.tokenizer import Tokenizer
 from clasp.models.packed_weights import packed_weights
-from clasp.models.precision import Precision, computing_in
+from clasp.models.precision import computing_in
+from clasp.plain_types import Precision
 from clasp.types import Encoder, Pixels, ProgressCallback, UserError, no_progress
 
 

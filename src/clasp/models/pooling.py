@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from clasp.errors import counted
-from clasp.models.backbone import Backbone, Pooler, PoolingMode
+from clasp.models.backbone import Backbone, Pooler
 from clasp.models.structure import ModelStructure
+from clasp.models.tower_settings import PoolingMode
 from clasp.types import UserError
 
 

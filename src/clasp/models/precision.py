@@ -24,8 +24,7 @@ import torch
 
 from clasp.data.atomic_files import write_text_file
 from clasp.data.cache_folder import cache_folder
-
-Precision = Literal["float32", "bfloat16"]
+from clasp.plain_types import Precision
 
 # Weights and activations are cast before every product; the casts cancel a smaller speed-up than this.
 _MIN_SPEEDUP = 1.2

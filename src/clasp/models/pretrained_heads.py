@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clasp.models.backbone import PretrainedHead
-from clasp.models.heads import HeadSettings
+from clasp.models.head_settings import HeadSettings
 from clasp.models.tower import Tower
 from clasp.types import UserError
 

@@ -18,9 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from clasp.models.plain_attention import plain_attention_everywhere
-from clasp.models.precision import Precision
-
-AttentionKernel = Literal["fused", "plain"]
+from clasp.plain_types import AttentionKernel, Precision
 
 # Plain products store an N x N map for each head: a smaller speed-up than this is not worth the memory.
 _MIN_SPEEDUP = 1.1

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clasp.data.device import to_device
-from clasp.models.precision import Precision
+from clasp.plain_types import Precision
 from clasp.training import micro_batches
 from clasp.training.memory import ActivationMemory, free_bytes
 from clasp.types import Batch, Loss, Modality, UserError

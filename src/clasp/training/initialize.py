@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from clasp.data.loader import BadSampleLimit, BatchReader, PairLoader
 from clasp.data.readers import PairIndex
-from clasp.models.dual_encoder import DualEncoder, HeadSettings
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.head_settings import HeadSettings
 from clasp.models.precision import resolve_precision
 from clasp.models.standardize import Standardize
 from clasp.models.tuning.peft_methods import initialize_lora_from_gradient, wrapped_weight_name

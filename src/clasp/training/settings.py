@@ -14,10 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from clasp.data.plugins import list_choices
 from clasp.errors import counted
-from clasp.models.precision import Precision
-from clasp.training.attention_kernel import AttentionKernel
-from clasp.training.optimizer import SCHEDULES, find_decay_filter, find_schedule
-from clasp.types import UserError
+from clasp.plain_types import AttentionKernel, Precision, UserError
 
 _Auto = Literal["auto"]
 
@@ -134,12 +131,16 @@ class TrainSettings(BaseModel):
     @field_validator("schedule")
     @classmethod
     def _require_known_schedule(cls, name: str) -> str:
+        from clasp.training.optimizer import find_schedule  # here, since it imports torch
+
         find_schedule(name)
         return name
 
     @field_validator("decay_filter")
     @classmethod
     def _require_known_decay_filter(cls, name: str) -> str:
+        from clasp.training.optimizer import find_decay_filter
+
         find_decay_filter(name)
         return name
 
@@ -151,8 +152,11 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _one_warmup(self) -> TrainSettings:
-        default = TrainSettings.model_fields["warmup_fraction"].default
-        if self.warmup_fraction != default and not find_schedule(self.schedule).reads_warmup:
+        if self.warmup_fraction == TrainSettings.model_fields["warmup_fraction"].default:
+            return self
+        from clasp.training.optimizer import SCHEDULES, find_schedule
+
+        if not find_schedule(self.schedule).reads_warmup:
             others = {name: row for name, row in SCHEDULES.items() if row.reads_warmup}
             raise ValueError(
                 f"schedule = {self.schedule!r} has its own warm-up; leave warmup_fraction = {self.warmup_fraction:g} "

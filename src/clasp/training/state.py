@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clasp.models.precision import Precision
+from clasp.plain_types import Precision
 from clasp.types import SkippedSample
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clasp.data.device import to_device
 from clasp.models.frozen_casts import FrozenCasts
-from clasp.models.precision import Precision
+from clasp.plain_types import Precision
 from clasp.training import grad_cache
 from clasp.training import optimizer as optim
 from clasp.training.batch_parts import WholeBatchLoss

@@ -27,14 +27,14 @@ from clasp.convert.importers.lilt_flags import APPENDED_BLOCK_METHOD, LiltTuning
 from clasp.convert.importers.run_writer import ImportOptions
 from clasp.convert.importers.safe_pickle import safe_load_pickle
 from clasp.data.images import ImageTransform
-from clasp.models.backbone import ImageTowerSettings
 from clasp.models.dual_encoder import DualEncoder
+from clasp.models.tower_settings import ImageTowerSettings
 from clasp.models.transformer.deit import resize_pos_embed
-from clasp.models.transformer.encoders import ImageTransformerSettings
+from clasp.models.transformer.settings import ImageTransformerSettings
 from clasp.models.tuning.spec import apply_tuning
 from clasp.models.zoo.folder import BertSettings, build_on_meta, save_image_encoder
 from clasp.models.zoo.registry import load_backbone
-from clasp.training.losses.settings import build_loss
+from clasp.training.losses.build import build_loss
 from clasp.training.run_folder import RunFolder
 from clasp.types import Batch, Pixels, Tokens, UserError
 from toysavedtowers import save_tokenizer

@@ -21,16 +21,13 @@ from clasp.convert.importers.msclip_checkpoint import (
 )
 from clasp.convert.importers.msclip_names import msclip_name_map
 from clasp.models.backbone import Backbone
-from clasp.models.dual_encoder import DualEncoder, HeadSettings
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.head_settings import HeadSettings
 from clasp.models.sharing.policy import SharingSettings
 from clasp.models.sharing.tie import TiedEncoders
 from clasp.models.tower import Tower
-from clasp.models.transformer.encoders import (
-    ImageTransformer,
-    ImageTransformerSettings,
-    TextTransformer,
-    TextTransformerSettings,
-)
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
+from clasp.models.transformer.settings import ImageTransformerSettings, TextTransformerSettings
 from clasp.training.cost.flops import count_macs
 from clasp.types import Tokens, UserError
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from clasp.data.feature_cache.dtypes import StorageDtype
 from clasp.data.feature_cache.features import ImageReadSettings, image_features, text_features
 from clasp.data.feature_cache.replay import CachedFeatures
 from clasp.data.feature_cache.requests import ImageFeatureRequest, TextFeatureRequest
@@ -19,6 +18,7 @@ from clasp.models.cache_policy import CachePolicy
 from clasp.models.frozen import FrozenTower
 from clasp.models.tower import Tower
 from clasp.models.tuning.spec import freeze_except
+from clasp.plain_types import StorageDtype
 from toypairs import small_pairs, word_tokenizer
 from toytowers import base
 

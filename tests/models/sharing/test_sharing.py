@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from clasp.models.backbone import Backbone
-from clasp.models.dual_encoder import DualEncoder, HeadSettings
+from clasp.models.dual_encoder import DualEncoder
 from clasp.models.frozen import find_frozen_part
+from clasp.models.head_settings import HeadSettings
 from clasp.models.sharing.policy import SharingSettings
 from clasp.models.sharing.tie import (
     LowRankLinear,
@@ -27,13 +28,8 @@ from clasp.models.sharing.tie import (
     tie_parameters,
 )
 from clasp.models.tower import Tower
-from clasp.models.transformer.encoders import (
-    ImageTransformer,
-    ImageTransformerSettings,
-    TextTransformer,
-    TextTransformerSettings,
-    init_weights,
-)
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, init_weights
+from clasp.models.transformer.settings import ImageTransformerSettings, TextTransformerSettings
 from clasp.types import Batch, Pixels, Tokens, UserError
 
 SIZES = {"width": 32, "heads": 2, "layers": 4}

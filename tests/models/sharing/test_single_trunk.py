@@ -18,24 +18,19 @@ from clasp.data.images import ImageTransform
 from clasp.models.backbone import Backbone
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.frozen import find_frozen_part
-from clasp.models.heads import HeadSettings
+from clasp.models.head_settings import HeadSettings
 from clasp.models.sharing.policy import SharingSettings
 from clasp.models.sharing.tie import parameter_aliases
+from clasp.models.sharing.trunk_settings import DEFAULT_TRUNK_POLICY, SingleTrunkSettings
 from clasp.models.sharing.trunk_views import (
-    DEFAULT_TRUNK_POLICY,
     RandomPatchEmbedding,
     RandomTokenEmbedding,
-    SingleTrunkSettings,
     build_image_view,
     build_text_view,
 )
 from clasp.models.tower import Tower
-from clasp.models.transformer.encoders import (
-    ImageTransformer,
-    ImageTransformerSettings,
-    TextTransformer,
-    TextTransformerSettings,
-)
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
+from clasp.models.transformer.settings import ImageTransformerSettings, TextTransformerSettings
 from clasp.models.tuning.spec import freeze_except
 from clasp.models.zoo.pip_packages import load_pip_backbone
 from clasp.models.zoo.single_trunk import SingleTrunkBackbones, build_single_trunk

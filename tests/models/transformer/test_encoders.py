@@ -14,15 +14,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from clasp.models.structure import find_structure
-from clasp.models.transformer.blocks import Block, BlockSettings, LayerNorm
-from clasp.models.transformer.convolutions import DepthwisePatchConv, ParallelBranchSettings, halving_strides
+from clasp.models.transformer.blocks import Block, LayerNorm
+from clasp.models.transformer.convolutions import DepthwisePatchConv, halving_strides
 from clasp.models.transformer.deit import VisionTransformer
-from clasp.models.transformer.encoders import (
-    ImageTransformer,
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, init_weights
+from clasp.models.transformer.settings import (
+    BlockSettings,
     ImageTransformerSettings,
-    TextTransformer,
+    ParallelBranchSettings,
     TextTransformerSettings,
-    init_weights,
 )
 from clasp.models.tuning.depth import append_blocks, truncate_blocks
 from clasp.training.cost.flops import count_macs

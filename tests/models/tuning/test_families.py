@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.backbone import Backbone
 from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.tuning.spec import freeze_except
 from clasp.models.zoo.registry import load_backbone
 from clasp.types import Pixels, Tokens, UserError

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import transformers as hf
 
 from clasp.config.build import build_model_and_preprocessing
-from clasp.models.backbone import ImageTowerSettings, TextTowerSettings
 from clasp.models.tower import Tower
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.zoo.registry import load_backbone
 from clasp.types import Pixels, Tokens, UserError
 from selection_checks import CAPTIONS, recipe, train_save_load

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clasp.config.build import build_model, build_model_and_preprocessing, load
 from clasp.config.recipe import Recipe, recipe_from_dict
-from clasp.models.backbone import ImageTowerSettings, TextTowerSettings
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.zoo.dual_encoders import DUAL_ENCODER_FAMILIES
 from clasp.models.zoo.registry import load_backbone
 from clasp.types import Pixels, UserError

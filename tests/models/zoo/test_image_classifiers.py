@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clasp.models.backbone import ImageTowerSettings
 from clasp.models.tower import Tower
+from clasp.models.tower_settings import ImageTowerSettings
 from clasp.models.zoo.registry import load_backbone
 from clasp.types import Pixels
 from toyclassifiers import CLASSIFIERS, classifier_net, save_classifier

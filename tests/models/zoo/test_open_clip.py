@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clasp.config.build import build_model
 from clasp.config.recipe import Recipe, recipe_from_dict
-from clasp.models.backbone import ImageTowerSettings, TextTowerSettings
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.zoo.open_clip_checkpoints import _read_tags
 from clasp.models.zoo.registry import load_backbone
 from clasp.types import UserError

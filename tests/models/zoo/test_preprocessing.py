@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from clasp.models.backbone import ImageTowerSettings
+from clasp.models.tower_settings import ImageTowerSettings
 from clasp.models.zoo.preprocessing import read_preprocessing
 from clasp.models.zoo.registry import load_backbone
 from clasp.types import UserError

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from clasp.models.dual_encoder import DualEncoder, HeadSettings, LogitSettings
+from clasp.models.dual_encoder import DualEncoder
+from clasp.models.head_settings import HeadSettings
+from clasp.models.logit_settings import LogitSettings
 from clasp.models.tower import Tower
-from clasp.training.losses import LOSSES, LossSettings, build_loss, info_nce
+from clasp.training.loss_settings import LossSettings
+from clasp.training.losses import LOSSES, build_loss, info_nce
 from clasp.types import Loss, UserError
 from reference_losses import NAIVE
 from toytowers import base

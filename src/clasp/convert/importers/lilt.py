@@ -25,7 +25,7 @@ from clasp.convert.importers.lilt_flags import LiltTuning, explain_lilt_tuning, 
 from clasp.convert.importers.run_writer import ImportOptions, ImportReport, load_matching_tokenizer, write_run
 from clasp.data.images import ImageTransform
 from clasp.models.transformer.deit import resize_pos_embed
-from clasp.models.transformer.encoders import ImageTransformerSettings
+from clasp.models.transformer.settings import ImageTransformerSettings
 from clasp.models.zoo.folder import BertSettings, save_bert, save_image_encoder
 from clasp.training.run_folder import RUN_PLACEHOLDER, RunFolder
 from clasp.types import UserError

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from clasp.convert.importers.safe_pickle import safe_load_pickle
-from clasp.models.transformer.encoders import ImageTransformerSettings
+from clasp.models.transformer.settings import ImageTransformerSettings
 from clasp.models.tuning.spec import apply_tuning
 from clasp.models.zoo.folder import BertSettings, EncoderSettings, build_on_meta
 from clasp.types import Modality, UserError

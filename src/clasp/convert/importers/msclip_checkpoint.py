@@ -23,12 +23,8 @@ from torch import Tensor
 from clasp.convert.importers.msclip_names import MSCLIP_IMAGE_PREFIX, MSCLIP_TEXT_PREFIX, msclip_name_map
 from clasp.models.sharing.policy import SharingOverride, SharingSettings
 from clasp.models.sharing.tie import TiedEncoders
-from clasp.models.transformer.encoders import (
-    ImageTransformer,
-    ImageTransformerSettings,
-    TextTransformer,
-    TextTransformerSettings,
-)
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
+from clasp.models.transformer.settings import ImageTransformerSettings, TextTransformerSettings
 from clasp.types import UserError
 
 _ATTENTION_HEAD_WIDTH = 64

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from clasp.models.transformer.encoders import ImageTransformerSettings, TextTransformerSettings
+from clasp.models.transformer.settings import ImageTransformerSettings, TextTransformerSettings
 
 # prefixes of the names of either encoder's blocks
 MSCLIP_IMAGE_PREFIX, MSCLIP_TEXT_PREFIX = "visual.transformer.", "transformer."

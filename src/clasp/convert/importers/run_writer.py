@@ -20,8 +20,8 @@ from torch import Tensor
 from clasp.config.build import build_model_and_preprocessing
 from clasp.config.recipe import recipe_from_dict
 from clasp.data.tokenizer import Tokenizer, Truncation
-from clasp.models.backbone import TextTowerSettings
 from clasp.models.dual_encoder import DualEncoder, ParameterCount
+from clasp.models.tower_settings import TextTowerSettings
 from clasp.models.zoo.pip_packages import PIP_TOWERS
 from clasp.models.zoo.registry import load_backbone
 from clasp.training.run_folder import RunFolder

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from clasp.data.atomic_files import sync_folder, with_checksum, write_text_file
 from clasp.data.feature_cache.blocks import block_checksums, damaged_rows, is_as_written
-from clasp.data.feature_cache.dtypes import DTYPE_CODECS, DtypeCodec, StorageDtype
+from clasp.data.feature_cache.dtypes import DTYPE_CODECS, DtypeCodec
 from clasp.data.feature_cache.layers import find_layers
 from clasp.data.feature_cache.partial_file import PartialFile, disk_error, lock_partial_file
-from clasp.plain_types import UserError
+from clasp.plain_types import StorageDtype, UserError
 
 _FORMAT = 2  # increment it when the same key gives other values
 _NOTES = ("skipped", "depth", "size")  # of the writer, in the metadata

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from clasp.plain_types import UserError
-
-StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
+from clasp.plain_types import StorageDtype, UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clasp.data.feature_cache.arrays import ArrayWriter, load_or_compute
-from clasp.data.feature_cache.dtypes import StorageDtype
 from clasp.data.feature_cache.replay import CachedFeatures
 from clasp.data.feature_cache.requests import ImageFeatureRequest, TextFeatureRequest
 from clasp.data.loader import BadSampleLimit, iter_text_batches, philox_integers
@@ -27,6 +26,7 @@ from clasp.data.pairs import Pairs
 from clasp.data.readers import ImageBatch, LiveImageReader, SampleIndices
 from clasp.data.shard_windows import fetch_following
 from clasp.data.workers import WorkerPool
+from clasp.plain_types import StorageDtype
 from clasp.types import HiddenStates, Pixels, PooledFeatures, ProgressCallback, SkippedSample, Tokens
 
 _VIEW_STREAM = 3  # id of the random stream; the first three are those of ``loader``

@@ -16,11 +16,12 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from clasp.data.feature_cache.dtypes import DTYPE_CODECS, StorageDtype
+from clasp.data.feature_cache.dtypes import DTYPE_CODECS
 from clasp.data.images import Augment, ImageTransform
 from clasp.data.pairs import Pairs
 from clasp.data.text_column import TextColumn
 from clasp.data.tokenizer import Tokenizer
+from clasp.plain_types import StorageDtype
 from clasp.types import HiddenStates, Pixels, PooledFeatures, Tokens
 
 _TowerInput_contra = TypeVar("_TowerInput_contra", contravariant=True)

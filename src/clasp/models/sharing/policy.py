@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from clasp.types import UserError
+from clasp.errors import UserError
 
 ATTENTION_PARTS = ("q", "k", "v", "o")  # the parts that ``attention`` sets
 SHAREABLE_PARTS = (*ATTENTION_PARTS, "qk_norm", "ffn", "norm1", "norm2", "layer_scale")

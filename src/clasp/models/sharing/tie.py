@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clasp.models.sharing.policy import ATTENTION_PARTS, LowRankSharing, SharingMode, SharingPlan, SharingSettings
-from clasp.models.transformer.blocks import Block, BlockSettings
+from clasp.models.transformer.blocks import Block
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
+from clasp.models.transformer.settings import BlockSettings
 from clasp.types import UserError
 
 # settings that must be equal in both encoders for a part to be shared

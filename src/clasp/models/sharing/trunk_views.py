@@ -11,44 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from clasp.models.sharing.policy import SharingSettings
-from clasp.models.transformer.blocks import BlockSettings
 from clasp.models.transformer.convolutions import PatchEmbed
-from clasp.models.transformer.encoders import (
-    ImageTransformer,
-    ImageTransformerSettings,
-    TextTransformer,
-    TextTransformerSettings,
-    init_weights,
-)
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, init_weights
+from clasp.models.transformer.settings import BlockSettings, ImageTransformerSettings, TextTransformerSettings
 from clasp.types import UserError
 
-# the default policy: all of a block is shared except its norms and layer scales
-DEFAULT_TRUNK_PARTS: dict[str, Any] = {"attention": "shared", "ffn": "shared"}
-DEFAULT_TRUNK_POLICY = SharingSettings(**DEFAULT_TRUNK_PARTS)
 _SAMPLED_ROWS = 4096  # rows of the token table from which its RMS is estimated
-
-
-class SingleTrunkSettings(BaseModel):
-    """A single pre-trained trunk for both modalities: the keys of ``[share]`` besides the policy."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    trunk: Literal["image", "text"]
-    """The modality whose pre-trained blocks are the trunk"""
-    embedding: Literal["tower", "random"] = "tower"
-    """Initialisation of the other modality's patch or token embedding: from its pre-trained tower, or random"""
-    patch: int = Field(default=16, ge=1)
-    """Side of a patch in pixels, for a random patch embedding"""
-    context: int = Field(default=77, ge=1)
-    """Maximum caption length in tokens, for a random token embedding"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,14 @@ the same inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+
+from clasp.models.transformer.settings import BlockSettings
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -88,45 +89,9 @@ _NORMS: dict[str, Callable[[int, float], nn.Module]] = {
 }
 
 
-class BlockSettings(BaseModel):
-    """Hyperparameters of the blocks of an encoder."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    width: int = Field(ge=1)
-    """D, the width of the states"""
-    heads: int = Field(ge=1)
-    """Attention heads; must divide ``width``"""
-    hidden: int | None = Field(default=None, ge=1)
-    """Width inside the feed-forward part; four times ``width`` where left out"""
-    activation: Literal["gelu", "quick-gelu"] = "gelu"
-    """Inside the feed-forward part"""
-    norm_position: Literal["pre", "post"] = "pre"
-    """pre: norms before attention and feed-forward, and a final norm after the last block; post: norms after each
-    residual sum (Vaswani et al., 2017), as in BERT, and no final norm"""
-    norm: Literal["layer", "rms"] = "layer"
-    """The norm used throughout the encoder: LayerNorm, or RMSNorm (Zhang and Sennrich, 2019)"""
-    eps: float = Field(default=1e-6, gt=0)
-    """Epsilon of every norm"""
-    qk_norm: bool = False
-    """Normalise the queries and keys of each head (Henry et al., 2020), which bounds the attention logits"""
-    layer_scale: float | None = None
-    """Initial value of the per-channel layer scale on each residual branch (Touvron et al., 2021); 1e-4 in DeiT-III"""
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> BlockSettings:
-        if self.width % self.heads:
-            raise ValueError(f"heads = {self.heads} does not divide width = {self.width}")
-        return self
-
-    @property
-    def mlp_width(self) -> int:
-        """Width inside the feed-forward part."""
-        return self.hidden or 4 * self.width
-
-    def make_norm(self, width: int) -> nn.Module:
-        """A norm of this kind over a last axis of length ``width``."""
-        return _NORMS[self.norm](width, self.eps)
+def make_norm(settings: BlockSettings, width: int) -> nn.Module:
+    """A norm of the kind of the settings over a last axis of length ``width``."""
+    return _NORMS[settings.norm](width, settings.eps)
 
 
 def attend(
@@ -157,8 +122,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.causal = settings.heads, causal
         self.qkv: nn.Module = nn.Linear(settings.width, 3 * settings.width)
-        self.q_norm = settings.make_norm(settings.width // settings.heads) if settings.qk_norm else None
-        self.k_norm = settings.make_norm(settings.width // settings.heads) if settings.qk_norm else None
+        self.q_norm = make_norm(settings, settings.width // settings.heads) if settings.qk_norm else None
+        self.k_norm = make_norm(settings, settings.width // settings.heads) if settings.qk_norm else None
         self.proj: nn.Module = nn.Linear(settings.width, settings.width)
 
     def forward(self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B _"] | None = None) -> Float[Tensor, "B N D"]:
@@ -210,9 +175,9 @@ class Block(nn.Module):
         super().__init__()
         width = settings.width
         self.norm_position = settings.norm_position
-        self.norm1 = settings.make_norm(width)
+        self.norm1 = make_norm(settings, width)
         self.attn = Attention(settings, causal=causal)
-        self.norm2 = settings.make_norm(width)
+        self.norm2 = make_norm(settings, width)
         self.mlp = MLP(settings)
         self.gamma_1 = self.gamma_2 = None
         if settings.layer_scale is not None:

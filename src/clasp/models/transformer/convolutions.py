@@ -10,38 +10,19 @@ strides follow from the net's width and patch size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-ConvNormKind = Literal["batch", "group"]
+from clasp.models.transformer.settings import STEM_STAGES, ConvNormKind, ParallelBranchSettings
+
 _CONV_NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "batch": lambda channels, eps: nn.BatchNorm2d(channels, eps=eps),
     "group": lambda channels, eps: nn.GroupNorm(1, channels, eps=eps),  # over the whole map; no running statistics
 }
 _STEM_EPS, _BOTTLENECK_EPS = 1e-5, 1e-6  # the bottlenecks of the released branch differ from its other norms
-STEM_STAGES = 4
-
-
-class ParallelBranchSettings(BaseModel):
-    """A convolutional branch in parallel to the blocks of an image net."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["paper", "gated"] = "paper"
-    """paper: MS-CLIP's; gated: ours, without BatchNorm, zero at initialisation"""
-    before: tuple[int, ...] = Field(default=(2, 4, 6, 8, 10), min_length=1, max_length=5)
-    """Layers before which it is added to the tokens, counted from 0; a stem is layer 0"""
-
-    @model_validator(mode="after")
-    def _rising(self) -> ParallelBranchSettings:
-        if list(self.before) != sorted(set(self.before)) or self.before[0] < 0:
-            raise ValueError(f"before = {list(self.before)} is not a rising list of layers, such as [2, 4, 6, 8, 10]")
-        return self
 
 
 class PatchEmbed(nn.Module):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from clasp.models.transformer.encoders import ImageTransformer, ImageTransformerSettings
+from clasp.models.transformer.encoders import ImageTransformer
+from clasp.models.transformer.settings import ImageTransformerSettings
 
 
 class VisionTransformer(ImageTransformer):

@@ -9,76 +9,26 @@ share is decided in ``models.sharing``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from clasp.models.transformer.blocks import Attention, Block, BlockSettings
+from clasp.models.transformer.blocks import Attention, Block, make_norm
 from clasp.models.transformer.convolutions import (
-    STEM_STAGES,
-    ConvNormKind,
     ConvStem,
     ParallelBranch,
-    ParallelBranchSettings,
     PatchEmbed,
 )
+from clasp.models.transformer.settings import (
+    BlockSettings,
+    ImageTransformerSettings,
+    ParallelBranchSettings,
+    TextTransformerSettings,
+)
 from clasp.types import UserError
-
-
-class ImageTransformerSettings(BlockSettings):
-    """Architecture of an image encoder: input size, layers, and the image-only modules."""
-
-    size: int = Field(ge=1)
-    """Side of the input image, pixels"""
-    patch: int = Field(ge=1)
-    """Side of one patch, pixels"""
-    layers: int = Field(ge=1)
-    """Blocks; a stem replaces the first"""
-    stem: ConvNormKind | None = None
-    """Early specialisation (MS-CLIP): convolutions in place of the patch embedding and layer 0, with this kind of
-    norm"""
-    branch: ParallelBranchSettings | None = None
-    """A parallel convolutional branch, added to the tokens before some layers"""
-    patch_bias: bool = True
-    """Whether the patch embedding has a bias"""
-    class_position: bool = True
-    """Whether the class token has a position embedding; not in DeiT-III"""
-    entry_norm: bool = False
-    """A norm before the first block, as in CLIP"""
-
-    @model_validator(mode="after")
-    def _fits(self) -> ImageTransformerSettings:
-        if self.size % self.patch:
-            raise ValueError(f"patch = {self.patch} does not divide size = {self.size}")
-        if self.stem is None and self.branch is None:
-            return self
-        module = "a stem" if self.stem else "a parallel branch"
-        widest = 1 << (STEM_STAGES + 1)
-        if self.patch & (self.patch - 1) or not 2 <= self.patch <= widest:
-            raise ValueError(f"patch = {self.patch}: {module} halves images, so patch is one of 2, 4, 8, 16, {widest}")
-        if self.width % 16:
-            raise ValueError(f"width = {self.width}: {module} begins with a sixteenth of it, so 16 divides it")
-        if self.branch is not None and not self.first_layer <= self.branch.before[0] <= self.branch.before[-1] < (
-            self.layers
-        ):
-            raise ValueError(
-                f"before = {list(self.branch.before)}: the branch joins before a block, and there are blocks at layers "
-                f"{self.first_layer} to {self.layers - 1}"
-            )
-        return self
-
-    @property
-    def first_layer(self) -> int:
-        """Layer number of the first block: 1 with a stem (which is layer 0), else 0."""
-        return 0 if self.stem is None else 1
-
-    @property
-    def patches(self) -> int:
-        """Patch tokens of an image, without the class token."""
-        return (self.size // self.patch) ** 2
 
 
 class ImageTransformer(nn.Module):
@@ -100,7 +50,7 @@ class ImageTransformer(nn.Module):
             if settings.stem is None
             else ConvStem(settings.patch, width, settings.stem)
         )
-        self.norm_pre = settings.make_norm(width) if settings.entry_norm else nn.Identity()
+        self.norm_pre = make_norm(settings, width) if settings.entry_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(settings, causal=False) for _ in range(first, settings.layers))
         self.parallel = None if settings.branch is None else _make_parallel_branch(settings, settings.branch)
         self.norm = _final_norm(settings)
@@ -143,33 +93,12 @@ class ImageTransformer(nn.Module):
 def _make_parallel_branch(settings: ImageTransformerSettings, branch: ParallelBranchSettings) -> ParallelBranch:
     before = [layer - settings.first_layer for layer in branch.before]
     return ParallelBranch(
-        branch, patch=settings.patch, width=settings.width, before=before, state_norm=settings.make_norm
+        branch, patch=settings.patch, width=settings.width, before=before, state_norm=partial(make_norm, settings)
     )
 
 
 def _final_norm(settings: BlockSettings) -> nn.Module:
-    return settings.make_norm(settings.width) if settings.norm_position == "pre" else nn.Identity()
-
-
-class TextTransformerSettings(BlockSettings):
-    """Architecture of a text encoder: vocabulary, context, layers and attention."""
-
-    vocabulary: int = Field(ge=1)
-    """Number of token ids"""
-    context: int = Field(ge=1)
-    """Maximum caption length, tokens"""
-    layers: int = Field(ge=1)
-    """Blocks"""
-    token_width: int | None = Field(default=None, ge=1)
-    """Width of the token embedding if factorised: a linear map projects it to ``width`` (ALBERT, Lan et al., 2020); by
-    default ``width``, without a map"""
-    attention: Literal["causal", "bidirectional"] = "causal"
-    """causal: a token attends to itself and those before it, padding must be on the right; bidirectional: a token
-    attends to all real tokens"""
-    entry_norm: bool = False
-    """A norm before the first block; in MS-CLIP for images only"""
-    token_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the token embedding at initialisation; 1 in MS-CLIP"""
+    return make_norm(settings, settings.width) if settings.norm_position == "pre" else nn.Identity()
 
 
 @dataclass(slots=True)
@@ -194,7 +123,7 @@ class TextTransformer(nn.Module):
         self.token_embed = nn.Embedding(settings.vocabulary, token_width or settings.width)
         self.token_map = nn.Linear(token_width, settings.width, bias=False) if token_width else nn.Identity()
         self.pos_embed = nn.Parameter(torch.zeros(1, settings.context, settings.width))
-        self.norm_pre = settings.make_norm(settings.width) if settings.entry_norm else nn.Identity()
+        self.norm_pre = make_norm(settings, settings.width) if settings.entry_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(settings, causal=causal) for _ in range(settings.layers))
         self.norm = _final_norm(settings)
 

@@ -19,8 +19,8 @@ from torch import nn
 from clasp.data.plugins import load_named
 from clasp.errors import counted
 from clasp.models.structure import BlockStructure, find_structure, is_bias, is_norm
-from clasp.models.transformer.convolutions import ParallelBranchSettings
 from clasp.models.transformer.encoders import ImageTransformer
+from clasp.models.transformer.settings import ParallelBranchSettings
 from clasp.models.tuning import peft_methods
 from clasp.models.tuning.bottleneck import ADAPTER_INITS, ADAPTER_PLACES, insert_adapters
 from clasp.models.tuning.depth import DEEP_INITS, append_blocks

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Backbone, ImageTowerSettings, PretrainedHead, TextTowerSettings
+from clasp.models.backbone import Backbone, PretrainedHead
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.zoo.huggingface import load_config, read_encoder, require_weights, translate_hub_errors
 from clasp.types import UserError
 

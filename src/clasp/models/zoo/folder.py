@@ -25,15 +25,12 @@ from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.backbone import Backbone
 from clasp.models.sharing.tie import TiedEncoders, parameter_aliases
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.transformer.deit import resize_pos_embed
-from clasp.models.transformer.encoders import (
-    ImageTransformer,
-    ImageTransformerSettings,
-    TextTransformer,
-    TextTransformerSettings,
-)
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
+from clasp.models.transformer.settings import ImageTransformerSettings, TextTransformerSettings
 from clasp.types import UserError
 
 _IMAGE_MODEL_TYPE, _TIED_MODEL_TYPE = "clasp_image", "clasp_pair"

@@ -16,8 +16,10 @@ from torch import nn
 from clasp.data.bpe import CLIP_VOCAB_SIZE, load_clip_bpe
 from clasp.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
-from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, TextTransformerSettings, init_weights
+from clasp.models.backbone import Backbone
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, init_weights
+from clasp.models.transformer.settings import TextTransformerSettings
 from clasp.models.zoo.installed_file import InstalledFile
 from clasp.types import UserError
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from clasp.data.tokenizer import Tokenizer
-from clasp.models.backbone import Backbone, ImageTowerSettings, Pooler, TextTowerSettings
+from clasp.models.backbone import Backbone, Pooler
 from clasp.models.classifier import Classifier
 from clasp.models.structure import find_structure, find_unused_modules
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.zoo.image_classifiers import find_labels, read_image_classifier
 from clasp.models.zoo.known_configs import KNOWN_CONFIGS
 from clasp.models.zoo.preprocessing import Preprocessing, read_preprocessing

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from clasp.data.images import ImageTransform
-from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.backbone import Backbone
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.zoo.dual_encoders import as_half, build_dual_encoder
 from clasp.models.zoo.from_scratch import load_clip_tokenizer
 from clasp.models.zoo.huggingface import translate_hub_errors

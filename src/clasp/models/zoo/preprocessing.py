@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from clasp.data.images import ImageTransform, Interpolation
-from clasp.models.backbone import ImageTowerSettings
+from clasp.models.tower_settings import ImageTowerSettings
 from clasp.types import UserError
 
 # by Pillow's numbers; nearest, box and hamming, which are not antialiased here, are replaced by bilinear

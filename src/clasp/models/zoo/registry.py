@@ -20,7 +20,8 @@ from torch import nn
 
 from clasp.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from clasp.data.plugins import import_named, is_module
-from clasp.models.backbone import Backbone, ImageTowerSettings, TextTowerSettings
+from clasp.models.backbone import Backbone
+from clasp.models.tower_settings import ImageTowerSettings, TextTowerSettings
 from clasp.models.transformer.deit import VisionTransformer, resize_pos_embed
 from clasp.models.zoo.dual_encoders import load_dual_encoder_half
 from clasp.models.zoo.folder import NATIVE_LOADERS, load_native_backbone, read_model_type

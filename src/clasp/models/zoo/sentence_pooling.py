@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clasp.models.backbone import Pooler, TextTowerSettings
+from clasp.models.backbone import Pooler
+from clasp.models.tower_settings import TextTowerSettings
 from clasp.types import UserError
 
 _MODULE_NAME = "sentence_layers"

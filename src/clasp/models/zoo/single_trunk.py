@@ -16,11 +16,10 @@ from torch import nn
 from clasp.models.backbone import Backbone
 from clasp.models.sharing.policy import SharingPlan, SharingSettings
 from clasp.models.sharing.tie import LowRankLinear, share_weights
+from clasp.models.sharing.trunk_settings import DEFAULT_TRUNK_POLICY, SingleTrunkSettings
 from clasp.models.sharing.trunk_views import (
-    DEFAULT_TRUNK_POLICY,
     RandomPatchEmbedding,
     RandomTokenEmbedding,
-    SingleTrunkSettings,
     TrunkView,
     build_image_view,
     build_text_view,

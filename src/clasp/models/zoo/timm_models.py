@@ -23,12 +23,13 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from clasp.data.images import ImageTransform
-from clasp.models.backbone import Backbone, ImageTowerSettings
+from clasp.models.backbone import Backbone
 from clasp.models.classifier import Classifier
 from clasp.models.classifier_pooling import find_classifier_pooling
 from clasp.models.family_layouts import FAMILY_LAYOUTS
 from clasp.models.partial_forward import as_tokens
 from clasp.models.probe import image_probe
+from clasp.models.tower_settings import ImageTowerSettings
 from clasp.models.zoo.huggingface import translate_hub_errors
 from clasp.models.zoo.timm_labels import NamedOutputs, timm_concepts
 from clasp.types import Pixels, UserError

@@ -20,15 +20,10 @@ from torch import Tensor, nn
 from clasp.models.backbone import Backbone
 from clasp.models.structure import find_unused_modules, is_transformers_model
 from clasp.models.transformer.bert import BertEncoder
-from clasp.models.transformer.blocks import BlockSettings
 from clasp.models.transformer.deit import resize_pos_embed
 from clasp.models.transformer.dinov2 import Dinov2Encoder
-from clasp.models.transformer.encoders import (
-    ImageTransformer,
-    ImageTransformerSettings,
-    TextTransformer,
-    TextTransformerSettings,
-)
+from clasp.models.transformer.encoders import ImageTransformer, TextTransformer
+from clasp.models.transformer.settings import BlockSettings, ImageTransformerSettings, TextTransformerSettings
 from clasp.types import UserError
 
 _ACTIVATION_NAMES = {"gelu": "gelu", "quick_gelu": "quick-gelu"}

@@ -1,4 +1,4 @@
-"""Loss settings of a recipe, and the loss built from them.
+"""The loss of a recipe, built from its settings.
 
 Input: ``LossSettings``. Output: a ``Loss``: one of ``LOSSES``, optionally wrapped to ignore groups (diagonal positives)
 or to take negatives from parts of the batch only. Note: both wrappers reproduce LilT and are off by default, since the
@@ -8,45 +8,14 @@ first adds false negatives and the second removes negatives.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
+from clasp.training.loss_settings import LossSettings
 from clasp.training.losses.contrastive import find_loss
-from clasp.types import Loss, LossParts, UserError
-
-
-class LossSettings(BaseModel):
-    """The part of ``[loss]`` that selects the loss, its positives and its negatives."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: str = "infonce"
-    """A key of ``clasp.training.losses.LOSSES``, or ``package.module:Name`` for a function or ``LossMethod``"""
-    positives: Literal["groups", "diagonal"] = "groups"
-    """``groups``: a pair's positives are all pairs of its group or of its caption's text; ``diagonal``: itself alone,
-    so that another caption of the same image is a negative (LilT)"""
-    negatives: Annotated[int, Field(gt=1)] | Literal["all"] = "all"
-    """``all``: those in the whole batch. A number: those in a part of the batch, of so many pairs; the loss is the mean
-    over the parts (LilT: 128, the pairs on one of four devices). Where the batch is no multiple of it, the parts are as
-    few as will do, alike in size but for one pair, and each counts by its pairs"""
-
-    @field_validator("kind")
-    @classmethod
-    def _require_known_loss(cls, kind: str) -> str:
-        find_loss(kind)
-        return kind
-
-    def require_batch_size(self, batch: int) -> None:
-        """Raises ``UserError`` where ``negatives`` is larger than the batch size, which would have no effect."""
-        if self.negatives != "all" and self.negatives > batch:
-            raise UserError(
-                f"loss.negatives = {self.negatives} is more than the {batch} pairs of a batch (train.batch_size); "
-                f"at most {batch}, or 'all'"
-            )
+from clasp.types import Loss, LossParts
 
 
 def build_loss(settings: LossSettings) -> Loss:
