@@ -109,7 +109,7 @@ class OwnMemory:
 
 def start(source: str, cache: Path) -> dict[str, float]:
     """Seconds and bytes of what ``clasp train`` does with pairs before the first step, but for features."""
-    from clasp.config.datasets import hash_pairs
+    from clasp.config.run_plan import hash_pairs
     from clasp.data.loader import BatchReader, PairLoader
     from clasp.data.pairs import open_pairs, split_by_group
     from clasp.data.readers import LiveImageReader, LiveTextReader, PairIndex

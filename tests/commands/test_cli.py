@@ -23,7 +23,7 @@ import safetensors.torch
 
 from clasp import cli
 from clasp.commands import fit_run
-from clasp.config import datasets
+from clasp.config import run_plan
 from clasp.data import atomic_files
 from clasp.data.atomic_files import without_checksum
 from clasp.evaluation.zeroshot import read_templates
@@ -201,14 +201,19 @@ RECIPE_MISTAKES = (
     "params heads train.epochs=abc",
     "doctor heads head.kind=lineer",
     "params heads image.net.width=7 image.tower.x=1",
-    "train heads head.init=cca",
+    "train heads head.init=cca head.standardize=false",
 )
+SOURCE_MISTAKES = ("train heads data.train=pears.csv", "train start", "doctor heads data.train=a/b.csv")
 
 
 @pytest.mark.parametrize(
     ("mistakes", "heavy"),
-    [(LIGHT_MISTAKES, ("torch", "numpy", "pyarrow", "PIL")), (RECIPE_MISTAKES, ("torch", "pyarrow", "transformers"))],
-    ids=["names", "recipes"],
+    [
+        (LIGHT_MISTAKES, ("torch", "numpy", "pyarrow", "PIL")),
+        (RECIPE_MISTAKES, ("torch", "pyarrow")),
+        (SOURCE_MISTAKES, ("torch",)),
+    ],
+    ids=["names", "recipes", "sources"],
 )
 def test_mistakes_are_told_before_anything_heavy_is_imported(
     mistakes: tuple[str, ...], heavy: tuple[str, ...], tmp_path: Path
@@ -802,7 +807,7 @@ def test_a_mistake_of_ours_is_no_mistake_of_theirs(
     def broken(*args: object, **options: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(datasets, "plan_training", broken)
+    monkeypatch.setattr(run_plan, "plan_training", broken)
     with pytest.raises(ValueError, match="a bug"):
         clasp("train", world.toml, "--name", "new")
 

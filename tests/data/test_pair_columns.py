@@ -13,7 +13,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from clasp.config.datasets import hash_pairs
+from clasp.config.run_plan import hash_pairs
 from clasp.data import pair_columns, pair_sequence
 from clasp.data.formats import index_cache
 from clasp.data.formats.tables import TextTable

@@ -59,10 +59,18 @@ def _read_files(recipe: str, overrides: Sequence[str], name: str | None = None) 
 
 
 def _check_recipe(found: RecipeFile, budget: Mapping[str, str] | None = None) -> Any:
-    """The recipe of files that were read. Imports torch."""
+    """The recipe of files that were read."""
     from clasp.config.recipe import check_recipe_file
 
     return check_recipe_file(found, budget=budget or None)
+
+
+def _require_sources(recipe: Any) -> Any:
+    """The same recipe. Raises ``UserError`` where its pairs are not there."""
+    from clasp.config.datasets import require_sources
+
+    require_sources(recipe.data)
+    return recipe
 
 
 def _is_launched() -> bool:
@@ -101,7 +109,7 @@ def doctor(
 
     Exit code 2 if training would stop on this data.
     """
-    made = _check_recipe(_read_files(recipe, overrides or ()))
+    made = _require_sources(_check_recipe(_read_files(recipe, overrides or ())))
     from clasp.commands.doctor import diagnose, raise_on_stop
     from clasp.report.console import print_json, print_lines, progress_bar
 
@@ -163,7 +171,7 @@ def train(
 
     def read() -> Any:
         found = _read_files(recipe, overrides or (), name)
-        return None if grid else _check_recipe(found, budget)
+        return None if grid else _require_sources(_check_recipe(found, budget))
 
     made = None if _is_launched() else read()
     from clasp.training.distributed import open_processes

@@ -35,8 +35,9 @@ from clasp.config.auto_plan import (
     with_random_heads,
 )
 from clasp.config.build import build_model
-from clasp.config.datasets import TrainValPairs, hash_pairs, limit_pairs, open_training_pairs
+from clasp.config.datasets import TrainValPairs, limit_pairs, open_training_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.config.run_plan import hash_pairs
 from clasp.data.folder_lock import lock_folder, require_unlocked
 from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs

@@ -22,8 +22,9 @@ from clasp.config.build import (
     build_model_and_preprocessing,
     class_pairs_of_recipe,
 )
-from clasp.config.datasets import open_training_pairs, plan_run
+from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import Recipe
+from clasp.config.run_plan import plan_run
 from clasp.data.cache_folder import cache_folder
 from clasp.data.checks import CheckReport, Finding, check_captions, check_images, check_pairs
 from clasp.data.duplicate_checks import check_near_duplicates

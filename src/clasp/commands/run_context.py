@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clasp.config.build import ModelAndPreprocessing
-from clasp.config.datasets import TrainValPairs, hash_pairs
+from clasp.config.datasets import TrainValPairs
 from clasp.config.recipe import Recipe
+from clasp.config.run_plan import hash_pairs
 from clasp.data.pairs import Pairs
 from clasp.data.readers import PairIndex
 from clasp.models.dual_encoder import DualEncoder

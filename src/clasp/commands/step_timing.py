@@ -21,8 +21,9 @@ from accelerate import PartialState
 from clasp.commands.run_context import resolve_recipe
 from clasp.config.auto_plan import StepTiming
 from clasp.config.build import build_feature_source, build_model_and_preprocessing
-from clasp.config.datasets import TrainValPairs, plan_run
+from clasp.config.datasets import TrainValPairs
 from clasp.config.recipe import Recipe
+from clasp.config.run_plan import plan_run
 from clasp.data.loader import BatchReader, PairLoader
 from clasp.data.readers import LiveImageReader, PairIndex, SampleIndices
 from clasp.evaluation.from_pairs import validation_task, validation_texts

@@ -18,9 +18,10 @@ from clasp.commands.repeated_lines import said_once
 from clasp.commands.run_context import Preloaded
 from clasp.commands.train import train_recipe
 from clasp.config.build import ModelAndPreprocessing, build_model, build_model_and_preprocessing, rebuild_heads
-from clasp.config.datasets import TrainValPairs, count_samples_per_epoch, hash_pairs, limit_pairs, open_all_pairs
+from clasp.config.datasets import TrainValPairs, limit_pairs, open_all_pairs
 from clasp.config.grid import GridPoint, GridSpec
 from clasp.config.recipe import Recipe, recipe_from_dict
+from clasp.config.run_plan import count_samples_per_epoch, hash_pairs
 from clasp.data.atomic_files import read_json_lines
 from clasp.data.folder_lock import lock_folder
 from clasp.data.pairs import Pairs

@@ -22,8 +22,9 @@ from clasp.config.build import (
     build_model_and_preprocessing,
     class_pairs_of_recipe,
 )
-from clasp.config.datasets import limit_pairs, open_all_pairs, plan_run
+from clasp.config.datasets import limit_pairs, open_all_pairs
 from clasp.config.recipe import Recipe
+from clasp.config.run_plan import plan_run
 from clasp.data.folder_lock import lock_folder
 from clasp.data.pairs import skipped_lines
 from clasp.data.readers import PairIndex

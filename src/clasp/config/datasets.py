@@ -1,12 +1,11 @@
-"""The pairs that a recipe names: opened, filtered by language, split for validation, counted and hashed.
+"""The pairs that a recipe names: opened, filtered by language, split for validation.
 
 Input: a recipe. Output: training and validation ``Pairs``. Indexes of a source are cached in the cache folder, so that
-opening it again is fast.
+opening it again is fast. Note: nothing here imports torch, so that a path that is not there is refused at once.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 
 import numpy as np
@@ -16,13 +15,20 @@ from clasp.data.cache_folder import cache_folder
 from clasp.data.formats.rows import DEFAULT_COLUMNS
 from clasp.data.formats.setting_hints import RECIPE_HINTS, SettingHints
 from clasp.data.formats.skipped_files import escape_name
-from clasp.data.pairs import ColumnNames, Pairs, caption_languages, describe_pair_formats, open_pairs, split_by_group
-from clasp.data.readers import PairIndex
+from clasp.data.formats.sources import names_address
+from clasp.data.pairs import (
+    ColumnNames,
+    Pairs,
+    caption_languages,
+    describe_pair_formats,
+    existing_paths,
+    expand_source,
+    open_pairs,
+    split_by_group,
+)
 from clasp.data.samples.emoji import SAMPLE_SCHEME, sample_file
 from clasp.data.shard_stage import ShardStage
-from clasp.models.features import FeatureSource
-from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan, plan_training
-from clasp.types import UserError
+from clasp.errors import UserError
 
 TrainValPairs = tuple[Pairs, Pairs]  # training, validation
 
@@ -33,24 +39,36 @@ def open_training_pairs(recipe: Recipe) -> TrainValPairs:
     return limit_pairs(train, recipe.data.max_pairs), val
 
 
-def open_all_pairs(recipe: Recipe) -> TrainValPairs:
-    """Training and validation pairs, filtered by language. Raises ``UserError``."""
-    data = recipe.data
+def require_sources(data: DataSettings) -> None:
+    """Raises ``UserError`` unless pairs to train on are named, and are there where they are files."""
+    for _, source in _named_sources(data):
+        remote = source.startswith(SAMPLE_SCHEME) or all(map(names_address, expand_source(source)))
+        if not remote:
+            existing_paths(source)
+
+
+def _named_sources(data: DataSettings) -> list[tuple[str, str]]:
+    """The key and the source of training and validation pairs."""
     if data.train is None:
         raise UserError(
             f"no pairs to train on: set data.train to {describe_pair_formats()}; or start from "
             "the recipe photos, which needs none"
         )
-    for key, source in (("data.train", data.train), ("data.val", data.val)):
-        if source is not None and not source.isascii() and re.search("[\ud800-\udfff]", source):
+    named = [("data.train", data.train), *([] if data.val is None else [("data.val", data.val)])]
+    for key, source in named:
+        if not source.isascii() and re.search("[\ud800-\udfff]", source):
             raise UserError(
                 f"{key} = {escape_name(source)} is not valid Unicode, which the recipe of a run must be; rename it, or "
                 "give a link to it"
             )
-    pairs = _open(data.train, recipe)
-    if data.val is not None:
-        return pairs, _open(data.val, recipe)
-    return split_by_group(pairs, data.val_fraction)
+    return named
+
+
+def open_all_pairs(recipe: Recipe) -> TrainValPairs:
+    """Training and validation pairs, filtered by language. Raises ``UserError``."""
+    data = recipe.data
+    pairs, *val = [_open(source, recipe) for _, source in _named_sources(data)]
+    return (pairs, *val) if val else split_by_group(pairs, data.val_fraction)
 
 
 def limit_pairs(train: Pairs, max_pairs: int | None) -> Pairs:
@@ -113,54 +131,3 @@ def _open(source: str, recipe: Recipe) -> Pairs:
             f"its captions are in {', '.join(found) or 'languages it does not name'}"
         )
     return selected
-
-
-def count_samples_per_epoch(pairs: Pairs, recipe: Recipe) -> int:
-    """Number of samples in an epoch."""
-    if recipe.data.captions == "sample":
-        return len(pairs)
-    return int(pairs.caption_counts.sum())
-
-
-def hash_pairs(index: PairIndex, val: Pairs) -> str:
-    """A hash of ids, captions and groups of a run's pairs, which determine the order of its batches."""
-    digest = hashlib.sha256()
-    for before, texts in ((b"[", index.ids), (b", ", index.texts), (b", ", val.ids)):  # as one list of lists in JSON
-        digest.update(before)
-        for piece in texts.json_pieces():
-            digest.update(piece)
-    digest.update(b"]")
-    for column in (index.group, index.caption_offsets, index.caption):
-        for start in range(0, len(column), _HASHED_AT_ONCE):
-            digest.update(column[start : start + _HASHED_AT_ONCE].astype(np.int64).tobytes())
-    return digest.hexdigest()
-
-
-_HASHED_AT_ONCE = 1 << 20
-
-
-_MAX_LIVE_BATCH_SIZE = 128  # where a tower runs in every step and its activations have to fit in memory
-
-
-def plan_run(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> TrainPlan:
-    """Batch size, epochs and steps of a run. Raises ``UserError`` for a batch size above the number of pairs, or below
-    ``loss.negatives``, and for class pairs in steps in which a tower runs."""
-    plan = plan_training(
-        recipe.train, count_samples_per_epoch(train, recipe), max_batch_size=_largest_batch(inputs, recipe)
-    )
-    recipe.loss.require_batch_size(plan.batch_size)
-    if recipe.data.class_ratio is not None and _live(inputs, recipe):
-        raise UserError(
-            f"data.class_ratio = {recipe.data.class_ratio:g} is for features that are cached: set tune.image and "
-            "tune.text to [\"none\"], data.feature_cache to 'auto', and data.cached_augmentations with data.augment"
-        )
-    return plan
-
-
-def _live(inputs: FeatureSource, recipe: Recipe) -> bool:
-    """Whether a tower runs in every step."""
-    return not inputs.both_towers_frozen or (recipe.data.augment is not None and not recipe.data.cached_augmentations)
-
-
-def _largest_batch(inputs: FeatureSource, recipe: Recipe) -> int:
-    return _MAX_LIVE_BATCH_SIZE if _live(inputs, recipe) else MAX_AUTO_BATCH_SIZE

@@ -128,15 +128,21 @@ def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Raise ``UserError`` for an unknown loss, tuning method or tracker. Imports torch, so it comes last."""
-    from clasp.models.tuning.spec import parse_tuning_spec
-    from clasp.training.losses import find_loss
-    from clasp.training.trackers.registry import check_tracker_names
+    """Raise ``UserError`` for an unknown loss, tuning method or tracker; what is at its default needs no import."""
+    if recipe.loss.kind != LossSectionSettings().kind:
+        from clasp.training.losses import find_loss
 
-    find_loss(recipe.loss.kind)
-    for spec in (*recipe.tune.image, *recipe.tune.text):
-        parse_tuning_spec(spec)
-    check_tracker_names(recipe.train.trackers)
+        find_loss(recipe.loss.kind)
+    specs, usual = [*recipe.tune.image, *recipe.tune.text], TuneSettings()
+    if not {*specs} <= {*usual.image, *usual.text}:
+        from clasp.models.tuning.spec import parse_tuning_spec
+
+        for spec in specs:
+            parse_tuning_spec(spec)
+    if recipe.train.trackers:
+        from clasp.training.trackers.registry import check_tracker_names
+
+        check_tracker_names(recipe.train.trackers)
 
 
 _PLANNED_TRAIN_KEYS = ("epochs", "max_steps", "lr", "lr_factors", "evaluate_every", "init_from", "init_parts")

@@ -111,13 +111,7 @@ def open_pairs(
     if stage is not None and all(map(names_address, names)):
         with hints.added():
             return _open_shards(str(source), names, format, columns, cache, stage)
-    paths = [Path(os.path.expanduser(name)) for name in names]
-    for name, path in zip(names, paths, strict=True):
-        if not name:
-            raise UserError(f"{str(source)!r} names no source; name a folder or a file")
-        require_no_address(name, "pairs")
-        if not path.exists():
-            raise UserError(_missing(path, paths))
+    paths = existing_paths(source)
     formats = [format or _format_of(path) for path in paths]
     if format in (None, _FOLDER, TAR_FORMAT):
         shards = [expand_shard_folder(path) for path in paths]
@@ -133,6 +127,19 @@ def open_pairs(
     skipped = sum((part.skipped_files for part in parts if isinstance(part, ReportsSkipped)), SkippedFiles())
     origins = [os.path.realpath(path) for path in paths]
     return Pairs(str(source), parts, skipped_files=skipped, origins=origins, cache=cache)
+
+
+def existing_paths(source: str | Path) -> list[Path]:
+    """The folders and files that a source stands for. Raises ``UserError`` where one is not there."""
+    names = expand_source(str(source))
+    paths = [Path(os.path.expanduser(name)) for name in names]
+    for name, path in zip(names, paths, strict=True):
+        if not name:
+            raise UserError(f"{str(source)!r} names no source; name a folder or a file")
+        require_no_address(name, "pairs")
+        if not path.exists():
+            raise UserError(_missing(path, paths))
+    return paths
 
 
 def _open_shards(
