@@ -10,6 +10,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
+# what is imported is compiled once and kept, also where the environment says otherwise, as images for containers do: a
+# start that compiles torch anew takes four times as long
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo quick test faults fuzz check docs pages brief-pages wheel bench clean
 setup: .venv/ready

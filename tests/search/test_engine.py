@@ -628,6 +628,12 @@ def test_text_that_is_not_unicode_is_named():
         model().encode_text([b"a"])
 
 
+def test_equal_texts_are_encoded_once():
+    encoder, counts = model(), []
+    found = encoder.encode_text(["red", "green", "red"], progress=lambda done, total: counts.append((done, total)))
+    assert torch.equal(found, encoder.encode_text(["red", "green"])[[0, 1, 0]]) and counts[-1] == (2, 2)
+
+
 def test_lists_of_every_kind_and_of_nothing():
     encoder = model()
     red = encoder.encode_text(["red"])

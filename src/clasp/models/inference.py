@@ -129,7 +129,7 @@ class EmbeddingModel:
         tokens_per_batch: int | None = None,
         progress: ProgressCallback = no_progress,
     ) -> Float[Tensor, "n E"]:
-        """Strings to L2-normalised embeddings; batches are sorted by length, so that padding is small.
+        """Strings to L2-normalised embeddings; equal ones are encoded once, in batches of similar length.
 
         ``tokens_per_batch``: tokens in one forward pass of the tower; by default 4,096, and 2,048 in bfloat16 on a CPU,
         whose caches hold more of a layer then. Raises ``UserError`` for an element that is no string or not valid
@@ -144,13 +144,16 @@ class EmbeddingModel:
             return self.encode_text(["a"])[:0]
         if tokens_per_batch is None:
             tokens_per_batch = 2048 if self.precision.text == "bfloat16" and self.device.type == "cpu" else 4096
-        rows: dict[int, Tensor] = {}
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        parts: list[Tensor] = []
+        places: list[int] = []
         with torch.inference_mode(), packed_weights(), computing_in(self.precision.text, self.device):
-            for indices, part in iter_text_batches(texts, self.tokenizer, tokens_per_batch):
-                embedded = self.encoder.embed_text(to_device(part, self.device)).cpu()
-                rows.update(zip(indices, embedded, strict=True))
-                progress(len(rows), len(texts))
-        return torch.stack([rows[i] for i in range(len(texts))])
+            for indices, part in iter_text_batches(list(rows), self.tokenizer, tokens_per_batch):
+                parts.append(self.encoder.embed_text(to_device(part, self.device)).cpu())
+                places += indices
+                progress(len(places), len(rows))
+        found = torch.cat(parts)[torch.tensor(places).argsort()]
+        return found[[rows[text] for text in texts]]
 
     def similarity(self, images: Float[Tensor, "n E"] | Any, texts: Float[Tensor, "m E"] | Any) -> Float[Tensor, "n m"]:
         """Cosine similarity of every image with every text. Raises ``UserError`` unless both have one width."""
