@@ -792,7 +792,7 @@ def test_a_file_that_may_not_be_read_is_one_line(clasp: Command, monkeypatch: py
     def refused(*args: object, **options: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "somewhere/recipe.toml")
 
-    monkeypatch.setattr("clasp.config.recipe.read_recipe", refused)
+    monkeypatch.setattr("clasp.config.recipe.check_recipe_file", refused)
     assert "somewhere/recipe.toml cannot be read or written: Permission denied" in clasp("params", "heads").mistake
 
 
