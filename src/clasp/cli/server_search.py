@@ -34,7 +34,8 @@ def parse_plain_search(typed: Sequence[str]) -> PlainSearch | None:
     """The search in the words of a command; ``None`` for anything else."""
     if typed[:1] != ["search"]:
         return None
-    places, given = [], {"where": ()}
+    places: list[str] = []
+    given: dict[str, Any] = {"where": ()}
     rest = iter(typed[1:])
     for word in rest:
         if word in _FLAGS:

@@ -67,8 +67,8 @@ def _named_sources(data: DataSettings) -> list[tuple[str, str]]:
 def open_all_pairs(recipe: Recipe) -> TrainValPairs:
     """Training and validation pairs, filtered by language. Raises ``UserError``."""
     data = recipe.data
-    pairs, *val = [_open(source, recipe) for _, source in _named_sources(data)]
-    return (pairs, *val) if val else split_by_group(pairs, data.val_fraction)
+    opened = [_open(source, recipe) for _, source in _named_sources(data)]
+    return (opened[0], opened[1]) if len(opened) == 2 else split_by_group(opened[0], data.val_fraction)
 
 
 def limit_pairs(train: Pairs, max_pairs: int | None) -> Pairs:

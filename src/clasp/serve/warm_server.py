@@ -119,7 +119,7 @@ def _post(record: ServerRecord, path: str, body: bytes) -> tuple[int, bytes]:
     """
     place = urllib.parse.urlsplit(record.address)
     fields = f"host: {place.netloc}", f"content-length: {len(body)}", f"x-clasp-key: {record.key}"
-    with socket.create_connection((place.hostname, place.port), _SECONDS) as connection:
+    with socket.create_connection((place.hostname or "", place.port or 0), _SECONDS) as connection:
         connection.sendall("\r\n".join((f"POST {path} HTTP/1.0", *fields, "", "")).encode("latin-1") + body)
         answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
     head, _, content = answer.partition(b"\r\n\r\n")
