@@ -5,10 +5,9 @@ Long, since help texts are a third of it, and what ``train`` and ``resume`` prin
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,14 @@ from typing import Annotated, Any
 import typer
 
 from clasp.cli.app import AllowCodeOption, JsonOption, OverridesArgument, RecipeArgument, RunArgument, app, code_allowed
-from clasp.config.recipe_files import RecipeFile, read_recipe_file, require_single_keys
+from clasp.cli.recipe_arguments import (
+    is_launched,
+    read_recipe_files,
+    read_typed_recipe,
+    require_pairs,
+    require_run_name,
+)
+from clasp.config.recipe_files import require_single_keys
 from clasp.errors import UserError, counted
 from clasp.training.run_files import require_folder
 
@@ -47,44 +53,13 @@ def demo(
         serve(folder)
 
 
-def _read_files(recipe: str, overrides: Sequence[str], name: str | None = None) -> RecipeFile:
-    """The files of a recipe, with overrides; ``name``: of the run folder.
-
-    What is wrong with any of them is told before torch is imported.
-    """
-    require_single_keys(overrides)
-    if name is not None and (not name.strip() or Path(name).name != name or name == ".."):
-        raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
-    return read_recipe_file(recipe, overrides)
-
-
-def _check_recipe(found: RecipeFile, budget: Mapping[str, str] | None = None) -> Any:
-    """The recipe of files that were read."""
-    from clasp.config.recipe import check_recipe_file
-
-    return check_recipe_file(found, budget=budget or None)
-
-
-def _require_sources(recipe: Any) -> Any:
-    """The same recipe. Raises ``UserError`` where its pairs are not there."""
-    from clasp.config.datasets import require_sources
-
-    require_sources(recipe.data)
-    return recipe
-
-
-def _is_launched() -> bool:
-    """Whether this is one of several processes, of which one tells of a mistake."""
-    return "RANK" in os.environ
-
-
 @app.command()
 def params(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Trainable and total parameters per part; builds shapes only, works offline.
 
     Only an hf: tower that no built-in recipe uses needs its config.json, from the local cache or the hub.
     """
-    made = _check_recipe(_read_files(recipe, overrides or ()))
+    made = read_typed_recipe(recipe, overrides or ())
     from clasp.commands.params import count_parameters
     from clasp.report.console import print_json
     from clasp.report.terminal import print_parameter_counts
@@ -109,7 +84,7 @@ def doctor(
 
     Exit code 2 if training would stop on this data.
     """
-    made = _require_sources(_check_recipe(_read_files(recipe, overrides or ())))
+    made = require_pairs(read_typed_recipe(recipe, overrides or ()))
     from clasp.commands.doctor import diagnose, raise_on_stop
     from clasp.report.console import print_json, print_lines, progress_bar
 
@@ -170,15 +145,18 @@ def train(
     budget = {key: text for key, text in (("minutes", minutes), ("steps", steps)) if text is not None}
 
     def read() -> Any:
-        found = _read_files(recipe, overrides or (), name)
-        return None if grid else _require_sources(_check_recipe(found, budget))
+        require_run_name(name)
+        if grid:
+            read_recipe_files(recipe, overrides or ())
+            return None
+        return require_pairs(read_typed_recipe(recipe, overrides or (), budget))
 
-    made = None if _is_launched() else read()
+    made = None if is_launched() else read()
     from clasp.training.distributed import open_processes
 
     with open_processes() as together:
         with together.alike():
-            made = read() if _is_launched() else made
+            made = read() if is_launched() else made
             count = max(processes, together.size)
             if count > 1 and (made is None or made.auto is not None):
                 what = "--grid" if made is None else f"the recipe {recipe!r}, which has [auto],"
@@ -208,7 +186,7 @@ def resume(
     With another number of processes: same batches, same weights to rounding.
     """
     require_single_keys(overrides or ())
-    if not _is_launched():
+    if not is_launched():
         require_folder(run)
     from clasp.report.auto_table import PLAN_FILE
     from clasp.training.distributed import open_processes
