@@ -30,6 +30,6 @@ def test_the_command_settles_before_torch_and_an_import_does_not():
             check=True,
             env=environment,
         ).stdout.split()
-        for module in ("clasp.cli", "clasp")
+        for module in ("clasp.cli.app", "clasp")
     ]
     assert said == [["3000", "False"], ["None", "False"]]
