@@ -45,13 +45,19 @@ def end_of(main: Callable[[], object]) -> object:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_ends_with_one_line(
-    verb: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    verb: str,
+    number: signal.Signals,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     def work(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), number)
         time.sleep(10)
 
     module, name, words = VERBS[verb]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(module, name, work)
     monkeypatch.setattr(sys, "argv", ["clasp", verb, *words])

@@ -210,14 +210,17 @@ def test_the_command_prints_one_table(
     assert "name a TASK" in typed() and "--suite takes --data FOLDER" in typed("--suite", "elevater-20", "k=1")
 
 
-def test_a_suite_runs_within_what_is_allowed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_suite_runs_within_what_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     def needs_code(*given: object, **more: object) -> None:
         require_allowed({"loss.kind": "another:name"}, Path("run"))
         raise UserError("it was allowed")
 
     monkeypatch.setattr("clasp.commands.evaluate_suite.evaluate_suite", needs_code)
     for words, message in (([], "--allow-code"), (["--allow-code"], "it was allowed")):
-        monkeypatch.setattr(sys, "argv", ["clasp", "eval", "run", "--suite", "elevater-20", "--data", "x", *words])
+        typed = ["clasp", "eval", str(tmp_path), "--suite", "elevater-20", "--data", "x", *words]
+        monkeypatch.setattr(sys, "argv", typed)
         with pytest.raises(SystemExit):
             cli.main()
         assert message in capsys.readouterr().err
@@ -351,7 +354,9 @@ def test_mieb_lite_has_its_own_prompts_shots_and_folders(tmp_path: Path):
     assert notes[-1] == "31 more tasks of the suite in mteb, on clasp.as_mteb(RUN); its mean is over all"
 
 
-def test_suite_and_data_may_be_typed_as_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_suite_and_data_may_be_typed_as_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     found: list[object] = []
 
     def stop(model: str, suite: str, data: Path, **given: object) -> None:
@@ -359,7 +364,7 @@ def test_suite_and_data_may_be_typed_as_words(monkeypatch: pytest.MonkeyPatch, c
         raise UserError("enough")
 
     monkeypatch.setattr("clasp.commands.evaluate_suite.evaluate_suite", stop)
-    typed = ["clasp", "eval", "run", "suite=mieb-lite", "templates=clip-80", "data=sets"]
+    typed = ["clasp", "eval", str(tmp_path), "suite=mieb-lite", "templates=clip-80", "data=sets"]
     monkeypatch.setattr(sys, "argv", typed)
     with pytest.raises(SystemExit):
         cli.main()

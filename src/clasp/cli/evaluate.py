@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
-from clasp.evaluation.options import ANALYZE_OPTIONS, describe_option
+from clasp.evaluation.options import ANALYZE_OPTIONS, describe_option, parse_options
 from clasp.evaluation.registry import check_task, describe_tasks, task_names
 from clasp.evaluation.suites import SUITES
 from clasp.training.run_files import require_folder
@@ -165,6 +165,7 @@ def analyze(
     the two modalities, whether attention heads attend alike in both towers, and whether gradients of both agree on
     shared weights, each with a shuffled baseline.
     """
+    parse_options("analyze", ANALYZE_OPTIONS, options or ())
     require_folder(run)
     from clasp.commands.analyze import analyze_run
     from clasp.report.analysis_section import cluster_table, geometry_table, gradient_table, layer_table

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from clasp.cli.app import AllowCodeOption, JsonOption, RunArgument, app, code_allowed
 from clasp.errors import counted
-from clasp.evaluation.options import MAP_OPTIONS, describe_option
+from clasp.evaluation.options import MAP_OPTIONS, describe_option, parse_options
 from clasp.training.run_files import require_folder
 
 _MAPS_HELP = escape("\n".join(map(describe_option, MAP_OPTIONS)))
@@ -27,6 +27,7 @@ def maps(
     Each map is the similarity of every patch to a text; beside these, where the image tower has a class token, its
     attention.
     """
+    parse_options("maps", MAP_OPTIONS, options or ())
     require_folder(run)
     from clasp.commands.patch_maps import MAPS_FILE, map_patches
     from clasp.report.console import print_json, print_status, progress_bar, relative_path
