@@ -15,6 +15,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from clasp.models.mapped_pages import release_mapped_pages
+
+# Of the process, as the weights that are replaced are: a backward pass may compute states again in another thread.
+_contexts = 0
+
 
 class FrozenCasts:
     """The frozen layers of a model with their weights in bfloat16, which are cast when the context is first entered.
@@ -31,12 +36,25 @@ class FrozenCasts:
         """Context in which the weights are in bfloat16."""
         if not self._casts:
             self._casts = [parameter.data.to(torch.bfloat16) for parameter in self._parameters]
+            release_mapped_pages(parameter.data for parameter in self._parameters)
         exact = [parameter.data for parameter in self._parameters]
         _set_data(self._parameters, self._casts)
+        _count_contexts(1)
         try:
             yield
         finally:
+            _count_contexts(-1)
             _set_data(self._parameters, exact)
+
+
+def within_frozen_casts() -> bool:
+    """Whether a training step in bfloat16 is being computed: then states may be rounded where autocast would not."""
+    return _contexts > 0
+
+
+def _count_contexts(change: int) -> None:
+    global _contexts
+    _contexts += change
 
 
 def is_plain_low_rank(wrapper: nn.Module) -> bool:
