@@ -160,7 +160,6 @@ def encoding() -> list[Row]:
     return found
 
 
-
 def peak(maker: Callable[[str, int], harness.Run], kind: str) -> Peak:
     run = maker(kind, BATCHES[-1])
     sample_data.untouched.cache_clear()  # a peer has its own copy

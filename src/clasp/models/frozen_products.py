@@ -1,9 +1,8 @@
 """The products of frozen linear layers in a training step in bfloat16.
 
 Input: layers whose weights the step holds in bfloat16 (``models.frozen_casts``), and an input of all of them. Output:
-their outputs, as under autocast, to rounding. Note: under autograd's own product, oneDNN would add the bias to a copy of
-it as large as the output, and the gradients of the input, one from each layer, would be summed in passes of their own;
-here the bias is added in the product, as is each further gradient. Nothing of the layers is saved but the weights.
+their outputs, as under autocast, to rounding. Note: PyTorch's product first fills the output with the bias, and autograd
+adds up the gradients of the input, one of each layer, in passes of their own; here both are added in the products.
 """
 
 from __future__ import annotations

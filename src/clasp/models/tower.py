@@ -396,9 +396,8 @@ class Tower(nn.Module):
 
     @property
     def _needs_class_token_only(self) -> bool:
-        """Whether the last block leaves out what no pooling reads: in training steps in bfloat16, where a packaged image
-        net is pooled at its class token. In float32, and where features are cached, bits stay those of the whole net.
-        """
+        """Whether the last block leaves out what is not pooled: in training steps in bfloat16, where a packaged image
+        net is pooled at its class token. In float32, and where features are cached, no bit changes."""
         trains = torch.is_autocast_enabled(self._device.type) and not torch.is_inference_mode_enabled()
         return trains and self._pool == "cls" and isinstance(self.net, Dinov2Encoder)
 

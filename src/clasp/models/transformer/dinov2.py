@@ -118,14 +118,13 @@ class _Block(nn.Module):
 
     def forward(self, states: Float[Tensor, "B N D"], *, class_token_only: bool = False) -> Float[Tensor, "B M D"]:
         """The states of all tokens (M = N), or of the class token alone (M = 1)."""
-        count = 1 if class_token_only else states.shape[1]
-        attended = self.attention(self.norm1(states), count)
-        states = add_to(self.layer_scale1(attended), states[:, :count])
+        attended = self.attention(self.norm1(states), class_token_only)
+        states = add_to(self.layer_scale1(attended), states[:, :1] if class_token_only else states)
         return add_to(self.layer_scale2(self.mlp(self.norm2(states))), states)
 
 
 class _Attention(nn.Module):
-    """Multi-head self-attention over every token, of all tokens or of the first few."""
+    """Multi-head self-attention over every token, of all tokens or of the class token alone."""
 
     def __init__(self, settings: Dinov2EncoderSettings):
         super().__init__()
@@ -135,13 +134,13 @@ class _Attention(nn.Module):
         self.v_proj: nn.Module = nn.Linear(width, width)
         self.o_proj: nn.Module = nn.Linear(width, width)
 
-    def forward(self, states: Float[Tensor, "B N D"], queries: int) -> Float[Tensor, "B M D"]:
+    def forward(self, states: Float[Tensor, "B N D"], class_token_only: bool = False) -> Float[Tensor, "B M D"]:
         states = cast_for_products(states)
-        if queries == states.shape[1]:
-            projected = project_together(states, (self.q_proj, self.k_proj, self.v_proj))
+        if class_token_only:
+            queries = project_together(states[:, :1], (self.q_proj,))
+            projected = [*queries, *project_together(states, (self.k_proj, self.v_proj))]
         else:
-            own = project_together(states[:, :queries], (self.q_proj,))
-            projected = [*own, *project_together(states, (self.k_proj, self.v_proj))]
+            projected = project_together(states, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in projected)
         return product(self.o_proj, attend_to_all(q, k, v).transpose(1, 2).flatten(2))
 

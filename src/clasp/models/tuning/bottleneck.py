@@ -201,7 +201,8 @@ class _BottleneckProducts(torch.autograd.Function):
         rows = x.to(dtype).flatten(0, -2)
         down, down_bias, up, up_bias = (each.to(dtype) for each in parameters)
         inside = biased_product(rows, down, down_bias)
-        update = torch.ops.aten._unsafe_view(biased_product(F.gelu(inside), up, up_bias), x.shape)  # no view: nets add to it
+        update = biased_product(F.gelu(inside), up, up_bias)
+        update = torch.ops.aten._unsafe_view(update, x.shape)  # no view: nets add to it
         ctx.dtypes = [each.dtype for each in parameters]
         ctx.save_for_backward(rows, inside, down, up)
         return update.add_(x) if x.dtype == dtype else x + update
