@@ -2,9 +2,11 @@
 
 Input: a model. Output: a context in which its frozen linear layers hold their weights in bfloat16, cast once. Note:
 results are bit by bit those of autocast, which computes with the same casts, but keeps them only for weights with a
-gradient. The float32 weights stay as they are and are back after the context; a step must end its backward pass inside
-it. Layers whose weights are not only multiplied are left alone: those of DoRA, subclasses of ``nn.Linear``, and patch
-embeddings (DINOv3 computes its positions in the dtype of theirs).
+gradient; where packaged towers or plain attention compute products together (``models.frozen_products``), to rounding.
+The float32 weights stay as they are and are back after the context; a step must end its backward pass inside it. Those
+that are mapped from a file are read from it again then (``models.mapped_pages``). Layers whose weights are not only
+multiplied are left alone: those of DoRA, subclasses of ``nn.Linear``, and patch embeddings (DINOv3 computes its
+positions in the dtype of theirs).
 """
 
 from __future__ import annotations

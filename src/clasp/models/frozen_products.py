@@ -1,8 +1,8 @@
 """The products of frozen linear layers in a training step in bfloat16.
 
 Input: layers whose weights the step holds in bfloat16 (``models.frozen_casts``), and an input of all of them. Output:
-their outputs, as under autocast, to rounding. Note: PyTorch's product first fills the output with the bias, and autograd
-adds up the gradients of the input, one of each layer, in passes of their own; here both are added in the products.
+their outputs, as under autocast, to rounding. Note: PyTorch's product first fills its output with the bias, and
+autograd adds up the gradients of the input, one of each layer, in passes of their own; here products add both.
 """
 
 from __future__ import annotations
