@@ -106,8 +106,7 @@ class TrainSettings(BaseModel):
     """Gradient clipping: maximum global norm over the trainable parameters, or "none"."""
     precision: Precision | _Auto = "auto"
     """Compute precision of the training step, and of features, embeddings and evaluation by towers that are not
-    convolutional; weights stay float32, as do heads on cached features on a CPU. "auto": bfloat16 where it is
-    measured to be faster."""
+    convolutional; weights stay float32. "auto": bfloat16 where it is measured to be faster."""
     attention: AttentionKernel | _Auto = "auto"
     """Attention kernel: PyTorch's fused one, or plain matrix products. "auto" measures where the two differ.
     Encoding in bfloat16 on a CPU takes plain products in packaged towers, whatever is set."""

@@ -182,13 +182,13 @@ class Stepper:
 
     def _backward(self, batch: Batch, number: int) -> LossAndScale:
         if self.micro_batch is not None and len(batch.ids) > self.micro_batch:
-            embedder = self._micro_batch_embedder(batch, number)
+            embedder = self._micro_batch_embedder(number)
             return grad_cache.backward_in_micro_batches(embedder, batch, self.loss, self.micro_batch)
         device = self.device
         seed_generators(step_seed(self.settings.seed, number, *self.processes.seed_key), device)
         image, text = to_device(batch.image, device), to_device(batch.text, device)
         batch = replace(batch, image=image, text=text, groups=batch.groups.to(device, non_blocking=True))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._precision_of(batch) == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             out = self.model(batch)
         bias = None if out.bias is None else at_least_float32(out.bias)
         parts = self.loss(
@@ -212,21 +212,16 @@ class Stepper:
         pairs = max(len(batch.ids), -(-whole // self.processes.size))
         with self.frozen_casts() if runs_a_tower(batch) else nullcontext():
             choice = grad_cache.choose_micro_batch(
-                self._micro_batch_embedder(batch, 0), batch, pairs, sharing_memory=self.processes.sharing_memory
+                self._micro_batch_embedder(0), batch, pairs, sharing_memory=self.processes.sharing_memory
             )
         self.micro_batch = min(found for (found,) in self.processes.gather_numbers(choice.micro_batch))
         return choice._replace(micro_batch=self.micro_batch)
 
-    def _precision_of(self, batch: Batch) -> Precision:
-        """The precision of a batch: on a CPU, heads alone are computed in float32, since their casts cost more than
-        bfloat16 saves."""
-        return self.precision if runs_a_tower(batch) or self.device.type != "cpu" else "float32"
-
-    def _micro_batch_embedder(self, batch: Batch, number: int) -> grad_cache.MicroBatchEmbedder:
+    def _micro_batch_embedder(self, number: int) -> grad_cache.MicroBatchEmbedder:
         def seed(side: str, piece: int) -> None:
             seed_generators(step_seed(self.settings.seed, number, side, piece, *self.processes.seed_key), self.device)
 
-        return grad_cache.MicroBatchEmbedder(self.model, self.device, self._precision_of(batch), seed)
+        return grad_cache.MicroBatchEmbedder(self.model, self.device, self.precision, seed)
 
     def selected_weights(self, *, copied: bool = False) -> dict[str, Tensor]:
         """The trained weights and updated running statistics by name: the live tensors, or a copy on the CPU."""
