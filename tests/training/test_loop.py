@@ -21,7 +21,7 @@ from clasp.training import optimizer as optim
 from clasp.training.interrupt import GracefulStop
 from clasp.training.loop import FitResult, TrainPosition, TrainSettings, TrainState, fit
 from clasp.training.settings import LrFactors
-from clasp.types import Batch, Embeddings, LossParts, PooledFeatures, SkippedSample, UserError
+from clasp.types import Batch, Embeddings, LossParts, Pixels, PooledFeatures, SkippedSample, Tokens, UserError
 from toytrackers import callbacks
 
 PAIRS, BATCH, STEPS_AN_EPOCH = 24, 8, 3
@@ -529,6 +529,14 @@ def test_bfloat16_reaches_the_layers_and_not_the_weights_or_the_loss() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert type(model).forward is Toy.forward and "forward" not in vars(model), "nothing is left wrapped"
     assert not same(weights(model), weights(run(settings.model_copy(update={"precision": "float32"}))[0]))
+
+
+@pytest.mark.parametrize("sides", ["", "image", "text", "image text"])
+def test_frozen_weights_are_cast_for_batches_that_run_a_tower(sides: str) -> None:
+    pooled, ids = PooledFeatures(torch.zeros(2, 3)), torch.zeros(2, 4, dtype=torch.long)
+    image = Pixels(torch.zeros(2, 3, 8, 8)) if "image" in sides else pooled
+    text = Tokens(ids, ids == 0) if "text" in sides else pooled
+    assert step.runs_a_tower(Batch(("a", "b"), image, text, ids[:, :2])) == bool(sides)
 
 
 def test_what_can_only_be_our_mistake() -> None:

@@ -2,9 +2,11 @@
 
 Input: a model. Output: a context in which its frozen linear layers hold their weights in bfloat16, cast once. Note:
 results are bit by bit those of autocast, which computes with the same casts, but keeps them only for weights with a
-gradient. The float32 weights stay as they are and are back after the context; a step must end its backward pass inside
-it. Layers whose weights are not only multiplied are left alone: those of DoRA, subclasses of ``nn.Linear``, and patch
-embeddings (DINOv3 computes its positions in the dtype of theirs).
+gradient; where packaged towers or plain attention compute products together (``models.frozen_products``), to rounding.
+The float32 weights stay as they are and are back after the context; a step must end its backward pass inside it. Those
+that are mapped from a file are read from it again then (``models.mapped_pages``). Layers whose weights are not only
+multiplied are left alone: those of DoRA, subclasses of ``nn.Linear``, and patch embeddings (DINOv3 computes its
+positions in the dtype of theirs).
 """
 
 from __future__ import annotations
@@ -14,6 +16,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from clasp.models.mapped_pages import release_mapped_pages
+
+# Of the process, as the weights that are replaced are: a backward pass may compute states again in another thread.
+_contexts = 0
 
 
 class FrozenCasts:
@@ -31,12 +38,25 @@ class FrozenCasts:
         """Context in which the weights are in bfloat16."""
         if not self._casts:
             self._casts = [parameter.data.to(torch.bfloat16) for parameter in self._parameters]
+            release_mapped_pages(parameter.data for parameter in self._parameters)
         exact = [parameter.data for parameter in self._parameters]
         _set_data(self._parameters, self._casts)
+        _count_contexts(1)
         try:
             yield
         finally:
+            _count_contexts(-1)
             _set_data(self._parameters, exact)
+
+
+def within_frozen_casts() -> bool:
+    """Whether a training step in bfloat16 is being computed: then states may be rounded where autocast would not."""
+    return _contexts > 0
+
+
+def _count_contexts(change: int) -> None:
+    global _contexts
+    _contexts += change
 
 
 def is_plain_low_rank(wrapper: nn.Module) -> bool:

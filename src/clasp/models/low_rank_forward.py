@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clasp.models.frozen_casts import is_plain_low_rank
+from clasp.models.frozen_products import biased_product, frozen_products
 from clasp.models.packed_weights import packed_products
 
 
@@ -59,8 +59,9 @@ class LowRankForward:
 
 def project_together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     """The outputs of several layers for one input; layers that are all LoRA's share their products of it."""
-    if (packed := packed_products(x, layers)) is not None:
-        return packed
+    ready = packed_products(x, layers) or frozen_products(x, layers)
+    if ready is not None:
+        return ready
     forwards = [vars(layer).get("forward") for layer in layers]
     found = [each for each in forwards if isinstance(each, LowRankForward)]
     hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
@@ -110,7 +111,7 @@ class _LowRankProducts(torch.autograd.Function):
         for base, up, part in zip(bases, ups, inside.split([len(each) for each in downs], dim=1), strict=True):
             part.mul_(base.scaling)
             bias = None if base.bias is None else base.bias.to(x.dtype)
-            out = F.linear(rows, base.weight.to(x.dtype), bias).addmm_(part, up.t())
+            out = biased_product(rows, base.weight.to(x.dtype), bias).addmm_(part, up.t())
             outputs.append(out.view(*x.shape[:-1], -1))
         ctx.bases, ctx.dtypes = bases, [each.dtype for each in factors]
         ctx.save_for_backward(rows, inside, down, *ups)

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from clasp.models.frozen_products import frozen_products, has_bfloat16_kernel
 
 # Weight and bias by the layers that are multiplied together; None after their first use.
 _Packed = dict[tuple[nn.Module, ...], tuple[Tensor, Tensor] | None]
@@ -55,19 +56,14 @@ def packed_products(x: Float[Tensor, "*batch D"], layers: Sequence[nn.Module]) -
 
 
 def product(layer: nn.Module, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch _"]:
-    """The output of a linear layer, from its packed weights where there are any."""
-    found = packed_products(x, (layer,))
+    """The output of a linear layer, from packed or from frozen weights where it has such."""
+    found = packed_products(x, (layer,)) or frozen_products(x, (layer,))
     return layer(x) if found is None else found[0]
 
 
 def _computes_in_bfloat16() -> bool:
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16 and _has_kernel()
-
-
-@cache
-def _has_kernel() -> bool:
-    """Whether this build of PyTorch has oneDNN, and oneDNN the instructions for bfloat16."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    lower = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return lower and has_bfloat16_kernel()
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:

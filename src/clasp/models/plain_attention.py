@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clasp.models.frozen_casts import within_frozen_casts
+
 _fused_attention = F.scaled_dot_product_attention
 
 
@@ -55,12 +57,41 @@ def plain_products(
     if causal:
         assert mask is None, "as in PyTorch: a mask, or causal"
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        if mask.dtype == torch.bool:  # as an addend, the size of the mask, its gradient costs nothing
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
-        logits = logits + mask
+    if (addend := _as_addend(mask, q.dtype)) is not None:
+        logits = logits + addend
     weights = logits.softmax(-1)
     return (F.dropout(weights, dropout) if dropout else weights) @ v
+
+
+def _as_addend(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask to be added to the logits: of the size of the mask, its gradient costs nothing."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+class _Products(torch.autograd.Function):
+    """``plain_products`` without dropout: each input is laid out by heads once, and scaled in place."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, addend: Tensor | None, scale: float) -> Tensor:
+        rows, keys, values = (each.reshape(-1, *each.shape[-2:]) for each in (q, k, v))
+        logits = torch.bmm(rows, keys.mT).mul_(scale)
+        if addend is not None:
+            logits = logits.view(*q.shape[:-1], -1).add_(addend).view_as(logits)
+        weights = torch.softmax(logits, -1)
+        ctx.save_for_backward(rows, keys, values, weights)
+        ctx.scale, ctx.shapes = scale, (q.shape, k.shape, v.shape)
+        return torch.bmm(weights, values).view(*q.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, keys, values, weights = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, *gradients[0].shape[-2:])
+        of_weights = torch.bmm(gradient, values.mT)
+        of_logits = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+        found = torch.bmm(of_logits, keys), torch.bmm(of_logits.mT, rows), torch.bmm(weights.mT, gradient)
+        return *(each.view(shape) for each, shape in zip(found, ctx.shapes, strict=True)), None, None
 
 
 def attend_to_all(
@@ -93,4 +124,8 @@ def _attend(
         attn_mask = attn_mask.to(torch.bfloat16)
     with torch.autocast(query.device.type, enabled=False):  # it would compute the softmax in float32
         scale = options.get("scale")
+        constant = attn_mask is None or not attn_mask.requires_grad
+        if within_frozen_casts() and constant and not (dropout_p or is_causal):
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            return _Products.apply(query, key, value, _as_addend(attn_mask, query.dtype), scale)
         return plain_products(query, key, value, attn_mask, dropout=dropout_p, causal=is_causal, scale=scale)

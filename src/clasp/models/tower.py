@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -226,20 +226,25 @@ class Tower(nn.Module):
             self.name, self.net, self._structure, rate, trained=trained, encode=lambda: self(images)
         )
 
-    def forward(self, inputs: Pixels | Tokens | HiddenStates) -> Float[Tensor, "U N D"]:
-        """Hidden states after the last block and the final norm; U rows, one for each distinct caption."""
+    def forward(
+        self, inputs: Pixels | Tokens | HiddenStates, *, class_token_only: bool = False
+    ) -> Float[Tensor, "U N D"]:
+        """Hidden states after the last block and the final norm; U rows, one for each distinct caption.
+
+        ``class_token_only``: those of the class token alone (N = 1), of a net that can leave the others out.
+        """
         if isinstance(inputs, HiddenStates):
             blank, block_type = self._blank_input(inputs), self._block_output_type
             assert block_type is not None, f"{self.name} cannot be resumed between blocks"
             lowest = self._structure.min_prefix_blocks
             assert inputs.depth >= lowest, f"{self.name} cannot be resumed after block {inputs.depth}, only {lowest} on"
             values = inputs.values.to(next(self.net.parameters()).dtype)  # they may be cached in half precision
-            return resume_from(
-                self.net, self._structure, inputs.depth, values, lambda: self(blank), output_type=block_type
-            )
+            run = partial(self, blank, class_token_only=class_token_only)
+            return resume_from(self.net, self._structure, inputs.depth, values, run, output_type=block_type)
         if isinstance(inputs, Pixels) and self._structure.channels_first:
             inputs = Pixels(inputs.values.contiguous(memory_format=torch.channels_last))
-        return as_tokens(foreign_states(self.name, self.net, inputs, self._forward_features))
+        features = _class_token if class_token_only else self._forward_features
+        return as_tokens(foreign_states(self.name, self.net, inputs, features))
 
     # --- the frozen prefix ---------------------------------------------------------------------------------------
 
@@ -360,7 +365,7 @@ class Tower(nn.Module):
         try:
             net = self._packing_net(inputs)
             if net is None:
-                states = self(inputs)
+                states = self(inputs, class_token_only=self._needs_class_token_only)
             else:
                 assert isinstance(inputs, Tokens)
                 states = net.forward_packed(inputs.ids, inputs.mask)
@@ -388,6 +393,13 @@ class Tower(nn.Module):
         """Whether inference in bfloat16 attends in plain products, whatever the attention kernel: a packaged image net
         on a CPU does."""
         return isinstance(self.net, Dinov2Encoder) and self._device.type == "cpu"
+
+    @property
+    def _needs_class_token_only(self) -> bool:
+        """Whether the last block leaves out what is not pooled: in training steps in bfloat16, where a packaged image
+        net is pooled at its class token. In float32, and where features are cached, no bit changes."""
+        trains = torch.is_autocast_enabled(self._device.type) and not torch.is_inference_mode_enabled()
+        return trains and self._pool == "cls" and isinstance(self.net, Dinov2Encoder)
 
     def _packing_net(self, inputs: Pixels | Tokens | HiddenStates) -> BertEncoder | None:
         """The net where these inputs are encoded without padding; ``None`` also where they have none."""
@@ -460,6 +472,10 @@ class Tower(nn.Module):
         self.pooled_layers = tuple((block, layer.shape[1]) for block, layer in zip(blocks, layers, strict=True))
         if not meta:
             check_consistency(self.name, self._structure.family, self._pooled, vectors, given)
+
+
+def _class_token(net: nn.Module, pixels: Tensor) -> Tensor:
+    return net(pixels, class_token_only=True).last_hidden_state[:, :1]
 
 
 def _full_mask(states: Float[Tensor, "U N D"]) -> Bool[Tensor, "U N"]:

@@ -29,7 +29,7 @@ from clasp.training.grad_cache import Embedder, LossAndScale, MicroBatchChoice, 
 from clasp.training.memory import is_out_of_memory
 from clasp.training.settings import TrainSettings
 from clasp.training.state import TrainState
-from clasp.types import Batch, Embeddings, Loss, LossParts, UserError
+from clasp.types import Batch, Embeddings, Loss, LossParts, PooledFeatures, UserError
 
 
 @runtime_checkable
@@ -174,7 +174,7 @@ class Stepper:
         """
         while True:
             try:
-                with self.frozen_casts():
+                with self.frozen_casts() if runs_a_tower(batch) else nullcontext():
                     return self._backward(batch, number)
             except (RuntimeError, MemoryError) as error:
                 pairs = min(self.micro_batch or len(batch.ids), len(batch.ids))
@@ -188,9 +188,8 @@ class Stepper:
 
     def _backward(self, batch: Batch, number: int) -> LossAndScale:
         if self.micro_batch is not None and len(batch.ids) > self.micro_batch:
-            return grad_cache.backward_in_micro_batches(
-                self._micro_batch_embedder(number), batch, self.loss, self.micro_batch
-            )
+            embedder = self._micro_batch_embedder(number)
+            return grad_cache.backward_in_micro_batches(embedder, batch, self.loss, self.micro_batch)
         device = self.device
         seed_generators(step_seed(self.settings.seed, number, *self.processes.seed_key), device)
         image, text = to_device(batch.image, device), to_device(batch.text, device)
@@ -217,7 +216,7 @@ class Stepper:
         """
         whole = 0 if self.settings.batch_size == "auto" else self.settings.batch_size
         pairs = max(len(batch.ids), -(-whole // self.processes.size))
-        with self.frozen_casts():
+        with self.frozen_casts() if runs_a_tower(batch) else nullcontext():
             choice = grad_cache.choose_micro_batch(
                 self._micro_batch_embedder(0), batch, pairs, sharing_memory=self.processes.sharing_memory
             )
@@ -265,6 +264,11 @@ class Stepper:
             f"{what} at step {number + 1} of {self.steps} (lr {lr:.2g}); the step was not taken and nothing was "
             f"overwritten; try {' or '.join(tries)}"
         )
+
+
+def runs_a_tower(batch: Batch) -> bool:
+    """Whether a batch is not wholly of cached features, of which a step computes the heads alone."""
+    return not all(isinstance(inputs, PooledFeatures) for inputs in (batch.image, batch.text))
 
 
 def step_seed(seed: int, step: int, *piece: str | int) -> int:

@@ -11,9 +11,12 @@ import transformers as hf
 
 from clasp.models.backbone import Backbone
 from clasp.models.frozen import FrozenTower
+from clasp.models.frozen_casts import FrozenCasts
 from clasp.models.plain_attention import plain_attention_everywhere
 from clasp.models.tower import Tower
 from clasp.models.transformer.dinov2 import Dinov2Encoder, Dinov2EncoderSettings
+from clasp.models.tuning.spec import freeze_except
+from clasp.types import Pixels
 
 SETTINGS = Dinov2EncoderSettings(
     hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, layerscale_value=0.3
@@ -65,6 +68,72 @@ def test_inference_mode_changes_no_bit(dtype):
         with mode(), kernel(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             found.append(ours(pixel_values=pixels).last_hidden_state)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+TUNINGS = ("lora(rank=2)", "adapters", "adapters(place='input')", "norms", "prompts(2)", "deep(1)", "last(1)")
+
+
+def tuned_tower(*specs: str, pool: str = "cls") -> Tower:
+    """A tower whose new parts are no longer at their start, where half of its gradients would be zeros."""
+    tower = Tower(Backbone("tiny", "image", _pair()[0], "", pool))
+    names = tower.tune(specs, seed=0) if specs else set()
+    freeze_except(tower, names)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    return tower
+
+
+PIXELS = Pixels(torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+
+
+def gradients(tower: Tower, states: torch.Tensor) -> list[torch.Tensor]:
+    trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+    return [states, *torch.autograd.grad(states.float().square().sum(), trained)]
+
+
+@pytest.mark.parametrize("spec", TUNINGS)
+@pytest.mark.parametrize("depth", [0, 1], ids=["whole", "resumed"])
+def test_the_class_token_alone_is_that_of_the_whole_net(spec: str, depth: int) -> None:
+    tower = tuned_tower(spec)
+    if depth > tower.frozen_blocks:
+        pytest.skip("nothing is frozen below")
+    inputs = tower.prefix_states(PIXELS, depth) if depth else PIXELS
+    alone, whole = tower(inputs, class_token_only=True), tower(inputs)[:, :1]
+    assert alone.shape == whole.shape
+    for one, other in zip(gradients(tower, alone), gradients(tower, whole), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_a_step_in_bfloat16_leaves_out_what_is_not_pooled(pool: str) -> None:
+    tower, seen = tuned_tower("lora(rank=2)", pool=pool), []
+    tower.net.encoder.layer[-1].register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+    for lower in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            tower.pooled(PIXELS)
+            with torch.inference_mode():
+                tower.pooled(PIXELS)
+    assert seen == [17, 17, 1 if pool == "cls" else 17, 17]
+
+
+@pytest.mark.parametrize("spec", TUNINGS)
+def test_a_step_with_frozen_weights_in_bfloat16_is_within_its_rounding(spec: str) -> None:
+    """Norms, layer scales, attention and products round where autocast does not, and are no further from float32."""
+    tower, found = tuned_tower(spec), {}
+    for name, context in (("exact", None), ("autocast", nullcontext()), ("casts", FrozenCasts(tower)())):
+        with (
+            context or nullcontext(),
+            plain_attention_everywhere(),
+            torch.autocast("cpu", torch.bfloat16, enabled=context is not None),
+        ):
+            found[name] = [each.float().flatten() for each in gradients(tower, tower.pooled(PIXELS))]
+    exact = torch.cat(found["exact"][1:])
+    theirs, ours = ((torch.cat(found[name][1:]) - exact).norm() / exact.norm() for name in ("autocast", "casts"))
+    assert ours < max(1.5 * theirs, 0.02), (ours, theirs)
+    assert (found["casts"][0] - found["exact"][0]).norm() < 0.02 * found["exact"][0].norm()
 
 
 def test_features_are_keyed_by_how_they_attend():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clasp.models.frozen_products import frozen_feed_forward
 from clasp.models.low_rank_forward import project_together
 from clasp.models.packed_weights import product
 from clasp.models.plain_attention import attend_to_all
@@ -50,11 +51,16 @@ class Dinov2Encoder(nn.Module):
         self.encoder = _Blocks(settings)
         self.layernorm = LayerNorm(settings.hidden_size, eps=settings.layer_norm_eps)
 
-    def forward(self, pixel_values: Float[Tensor, "B 3 height width"]) -> EncoderOutput:
-        """States of the class token and of every patch."""
+    def forward(
+        self, pixel_values: Float[Tensor, "B 3 height width"], *, class_token_only: bool = False
+    ) -> EncoderOutput:
+        """States of the class token and of every patch; or of the class token alone, for which the last block computes
+        keys and values of the patches and nothing else of them."""
         states = self.embeddings(pixel_values)
-        for block in self.encoder.layer:
+        *lower, last = self.encoder.layer
+        for block in lower:
             states = block(states)
+        states = last(states, class_token_only=True) if class_token_only else last(states)
         return EncoderOutput(self.layernorm(states))
 
 
@@ -110,13 +116,15 @@ class _Block(nn.Module):
         self.mlp = _FeedForward(width, width * settings.mlp_ratio)
         self.layer_scale2 = _LayerScale(settings)
 
-    def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        states = add_to(self.layer_scale1(self.attention(self.norm1(states))), states)
+    def forward(self, states: Float[Tensor, "B N D"], *, class_token_only: bool = False) -> Float[Tensor, "B M D"]:
+        """The states of all tokens (M = N), or of the class token alone (M = 1)."""
+        attended = self.attention(self.norm1(states), class_token_only)
+        states = add_to(self.layer_scale1(attended), states[:, :1] if class_token_only else states)
         return add_to(self.layer_scale2(self.mlp(self.norm2(states))), states)
 
 
 class _Attention(nn.Module):
-    """Multi-head self-attention over every token."""
+    """Multi-head self-attention over every token, of all tokens or of the class token alone."""
 
     def __init__(self, settings: Dinov2EncoderSettings):
         super().__init__()
@@ -126,12 +134,14 @@ class _Attention(nn.Module):
         self.v_proj: nn.Module = nn.Linear(width, width)
         self.o_proj: nn.Module = nn.Linear(width, width)
 
-    def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def forward(self, states: Float[Tensor, "B N D"], class_token_only: bool = False) -> Float[Tensor, "B M D"]:
         states = cast_for_products(states)
-        q, k, v = (
-            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projected in project_together(states, (self.q_proj, self.k_proj, self.v_proj))
-        )
+        if class_token_only:
+            queries = project_together(states[:, :1], (self.q_proj,))
+            projected = [*queries, *project_together(states, (self.k_proj, self.v_proj))]
+        else:
+            projected = project_together(states, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in projected)
         return product(self.o_proj, attend_to_all(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -153,4 +163,5 @@ class _FeedForward(nn.Module):
         self.fc2: nn.Module = nn.Linear(hidden, width)
 
     def forward(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return product(self.fc2, gelu_of(product(self.fc1, states)))
+        whole = frozen_feed_forward(states, self.fc1, self.fc2)
+        return product(self.fc2, gelu_of(product(self.fc1, states))) if whole is None else whole

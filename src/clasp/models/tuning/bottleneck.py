@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clasp.models.frozen_products import biased_product
 from clasp.models.structure import BlockStructure, ModelStructure, is_norm
 from clasp.types import UserError
 
@@ -199,8 +200,9 @@ class _BottleneckProducts(torch.autograd.Function):
         *parameters, dtype = given
         rows = x.to(dtype).flatten(0, -2)
         down, down_bias, up, up_bias = (each.to(dtype) for each in parameters)
-        inside = F.linear(rows, down, down_bias)
-        update = torch.ops.aten._unsafe_view(F.linear(F.gelu(inside), up, up_bias), x.shape)  # no view: nets add to it
+        inside = biased_product(rows, down, down_bias)
+        update = biased_product(F.gelu(inside), up, up_bias)
+        update = torch.ops.aten._unsafe_view(update, x.shape)  # no view: nets add to it
         ctx.dtypes = [each.dtype for each in parameters]
         ctx.save_for_backward(rows, inside, down, up)
         return update.add_(x) if x.dtype == dtype else x + update
