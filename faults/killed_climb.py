@@ -17,7 +17,8 @@ from pathlib import Path
 from clasp.commands.auto import climb, resume_climb
 from clasp.commands.auto_stages import AutoCallbacks
 from clasp.config.recipe import Recipe, recipe_from_dict
-from clasp.report.auto_table import PLAN_FILE, AutoPlan
+from clasp.report.auto_table import AutoPlan
+from clasp.training.file_names import PLAN_FILE
 from faults.child import run_in_child
 from faults.counts import CaseCount
 from faults.world import World, run_answer

@@ -104,6 +104,7 @@ def search(
     from clasp.commands.warm_search import search_warm_server
     from clasp.report.console import print_json, print_status, print_table, relative_path
     from clasp.search.image_weights import weigh_images
+    from clasp.training.unfinished import unfinished_lines
 
     images = weigh_images(image or [], image_weight or [], "--image-weight")
     found = search_warm_server(run, words, images, k, where or (), sheet, only_close)
@@ -115,6 +116,8 @@ def search(
     if as_json:
         print_json({"query": found.query, **found.answer, "sheet": str(found.sheet)})
         return
+    for line in unfinished_lines(run):
+        print_status(line)
     print_table(found.query, ("id", "cosine", "z", "image"), [_hit_cells(hit) for hit in found.answer["hits"]])
     if found.answer["note"]:
         print_status(found.answer["note"])

@@ -36,9 +36,10 @@ from clasp.data.tokenizer import Tokenizer
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.tower import Tower
 from clasp.training.cost import COST_FILE
+from clasp.training.file_names import STATE_FOLDER
 from clasp.training.run_code import code_names, require_allowed
 from clasp.training.state import TrainState
-from clasp.training.state_files import STATE_FOLDER, StateFiles
+from clasp.training.state_files import StateFiles
 from clasp.training.tensor_file import read_tensor_file, write_tensor_file
 from clasp.types import UserError
 
