@@ -14,10 +14,12 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from clasp.training.file_names import PLAN_FILE
+
 from clasp.commands.auto import climb, resume_climb
 from clasp.commands.auto_stages import AutoCallbacks
 from clasp.config.recipe import Recipe, recipe_from_dict
-from clasp.report.auto_table import PLAN_FILE, AutoPlan
+from clasp.report.auto_table import AutoPlan
 from faults.child import run_in_child
 from faults.counts import CaseCount
 from faults.world import World, run_answer

@@ -26,8 +26,9 @@ from clasp.config.auto_plan import SHORT_TUNINGS
 from clasp.config.budget import LEAST_MINUTES, AutoSettings
 from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe, recipe_from_dict
-from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow, auto_table
+from clasp.report.auto_table import AutoPlan, AutoRow, auto_table
 from clasp.training.cost.ledger import read_cost
+from clasp.training.run_files import PLAN_FILE
 from clasp.training.trackers.console import SilentReporter, TrainProgress
 from clasp.types import UserError
 from toyruns import delta, run

@@ -745,6 +745,9 @@ def test_an_interrupted_run_ends_with_130_so_that_nothing_follows_it(
         patch.setattr(loop, "_train_step", pressed)
         said = clasp("train", world.toml, "--name", "new")
     assert said.code == 130 and "clasp resume runs/new" in said.err
+    said = clasp("eval", "runs/new", "retrieval", f"data={world.pairs}")
+    assert "runs/new was stopped at step 1 of " in said.err and "go on with: clasp resume runs/new" in said.err
+    assert "was stopped" not in clasp("eval", world.run, "retrieval", f"data={world.pairs}").err
 
 
 @pytest.mark.parametrize(

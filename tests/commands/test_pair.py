@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ from clasp import cli
 from clasp.cli.pair import repeat_option_names
 from clasp.commands.auto import climb
 from clasp.commands.auto_stages import AutoCallbacks
+from clasp.commands.closed_form import ClosedFormTrial, choose_trial
 from clasp.commands.pair import rank_tower_pairs
 from clasp.config.recipe import read_recipe
 from clasp.report.pair_table import TowerPair, pair_layer_table, pair_ranks, pair_table
 from clasp.types import UserError
-from toydata import toys, write_classes, write_csv
+from toyclassifiers import save_colour_classifier
+from toydata import COLOURS, toys, write_classes, write_csv
 from toyruns import save_towers
 
 SETTINGS = ["train.precision=float32", "data.val_fraction=0.25", "image.size=32"]
@@ -104,6 +107,25 @@ def test_wrong_towers_are_all_named_before_any_compute(towers: Path, tmp_path: P
             rank_tower_pairs(images, texts, [])
     with pytest.raises(UserError, match="are those of --image and --text"):
         rank_tower_pairs(["pip:a"], ["pip:b"], ["image.tower=pip:c"])
+
+
+def test_few_pairs_beside_class_pairs_take_the_last_layers(
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As ``clasp train auto`` does."""
+    tried: list[list[str]] = []
+
+    def choose(trials: Sequence[ClosedFormTrial]) -> tuple[ClosedFormTrial, str]:
+        tried.append([trial.candidate.image.name for trial in trials])
+        return choose_trial(trials)
+
+    monkeypatch.setattr("clasp.commands.pair.choose_trial", choose)
+    classifier = f"file:{save_colour_classifier(tmp_path / 'classifier', toys(60), list(COLOURS))}"
+    pairs = write_csv(toys(60), tmp_path)
+    for least, image in ((256, classifier), (0, classifier), (256, f"file:{towers / 'image'}")):
+        monkeypatch.setattr("clasp.commands.closed_form.PAIRS_FOR_LAYERS", least)
+        rank_tower_pairs([image], [f"file:{towers / 'text'}"], [*SETTINGS, f"data.train={pairs}"])
+    assert tried[0] == ["last"] and all(len(names) > 1 for names in tried[1:])
 
 
 def test_class_folders_have_no_similarity_of_layers(towers: Path, tmp_path: Path):

@@ -67,6 +67,6 @@ def pair(
             for rank, pair in zip(pair_ranks(found), found, strict=True)
         ]
         return print_json({"pairs": ranked})
-    for table in (pair_layer_table(found), pair_table(found)):
-        title = f"{counted(len(found), 'combination')} of towers, the best first"
-        print_table(title, table.columns, table.rows, table.notes)
+    combinations, layers, table = counted(len(found), "combination"), pair_layer_table(found), pair_table(found)
+    print_table(f"layers of {combinations} of towers", layers.columns, layers.rows, layers.notes)
+    print_table(f"{combinations} of towers, the best first", table.columns, table.rows, table.notes)

@@ -119,7 +119,7 @@ def search(
 
         with code_allowed(allow_code):
             found = search_images(run, words, images, k, where or (), sheet, only_close).found()
-    print_found(found, as_json=as_json)
+    print_found(run, found, as_json=as_json)
 
 
 @app.command()

@@ -62,16 +62,19 @@ def search_by_server(typed: Sequence[str]) -> bool:
     found = search_warm_server(asked.run, asked.words, (), asked.k, asked.where, asked.sheet, asked.only_close)
     if found is None:
         return False
-    print_found(found, as_json=asked.as_json)
+    print_found(asked.run, found, as_json=asked.as_json)
     return True
 
 
-def print_found(found: FoundHits, *, as_json: bool) -> None:
+def print_found(run: Path, found: FoundHits, *, as_json: bool) -> None:
     """The hits as a table, or as one JSON object."""
     from clasp.report.console import print_json, print_status, print_table, relative_path
+    from clasp.training.unfinished import unfinished_lines
 
     if as_json:
         return print_json({"query": found.query, **found.answer, "sheet": str(found.sheet)})
+    for line in unfinished_lines(run):
+        print_status(line)
     print_table(found.query, ("id", "cosine", "z", "image"), [_hit_cells(hit) for hit in found.answer["hits"]])
     if found.answer["note"]:
         print_status(found.answer["note"])

@@ -24,7 +24,7 @@ from clasp.cli.recipe_arguments import (
 )
 from clasp.config.recipe_files import require_single_keys
 from clasp.errors import UserError, counted
-from clasp.training.run_files import require_folder
+from clasp.training.run_files import PLAN_FILE, require_folder
 
 _ProcessesOption = Annotated[
     int, typer.Option("--processes", metavar="N", min=1, help="Processes that train together, one a GPU or core.")
@@ -188,7 +188,6 @@ def resume(
     require_single_keys(overrides or ())
     if not is_launched():
         require_folder(run)
-    from clasp.report.auto_table import PLAN_FILE
     from clasp.training.distributed import open_processes
 
     with code_allowed(allow_code), open_processes() as together:
@@ -246,6 +245,7 @@ def _train(recipe: Any, run: Path, together: Any, *, resume: bool) -> None:
     from clasp.commands.run_context import Preloaded
     from clasp.commands.train import train_recipe
     from clasp.report.console import format_megabytes, print_status, progress_bar, relative_path
+    from clasp.report.model_card import selection_notes
     from clasp.report.terminal import print_results, terminal_reporter
     from clasp.training.interrupt import INTERRUPTED_EXIT_CODE
 
@@ -266,7 +266,8 @@ def _train(recipe: Any, run: Path, together: Any, *, resume: bool) -> None:
         begin_to_report()
         print_status(f"interrupted, state saved; resume with: clasp resume {typed}")
         sys.exit(INTERRUPTED_EXIT_CODE)
-    print_results("validation pairs", done.results, "results.jsonl and README.md in the run folder")
+    chosen = selection_notes(recipe, done.fitted)
+    print_results("validation pairs", done.results, "results.jsonl and README.md in the run folder", chosen)
     print_status(f"cost: {done.cost}")
     print_status(f"the run is in {where} (delta {format_megabytes(done.delta_bytes)}, card README.md there)")
     print_status(_next_commands(typed, recipe.data.train))
@@ -312,7 +313,7 @@ def _climb(recipe: Any, run: Path) -> None:
     """Train a recipe with [auto], or resume (``None``) the climb in ``run``."""
     from clasp.commands.auto import climb, resume_climb
     from clasp.commands.auto_stages import AutoCallbacks
-    from clasp.report.auto_table import PLAN_FILE, auto_table
+    from clasp.report.auto_table import auto_table
     from clasp.report.console import print_status, print_table, progress_bar, relative_path
     from clasp.report.terminal import terminal_reporter
     from clasp.training.interrupt import INTERRUPTED_EXIT_CODE

@@ -40,6 +40,7 @@ from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
 from clasp.training.losses import build_loss
 from clasp.training.run_folder import RunFolder
+from clasp.training.unfinished import unfinished_lines
 from clasp.types import MessageCallback, PooledFeatures, ProgressFactory, UserError, no_progress_bar
 
 _ATTENDED = 200  # pairs whose attention is read
@@ -93,7 +94,7 @@ def analyze_run(
             seconds=time.perf_counter() - started,
         )
     folder.write(ANALYSIS_FILE, analyses_json([*earlier, record]))
-    for line in training_overlap(folder.path, str(run), {"": pairs}):
+    for line in (*unfinished_lines(folder.path), *training_overlap(folder.path, str(run), {"": pairs})):
         say(line)
     return record
 

@@ -43,8 +43,9 @@ from clasp.data.readers import PairIndex
 from clasp.data.sample_size import few_validation_pairs
 from clasp.errors import counted
 from clasp.evaluation.from_pairs import require_validation
-from clasp.report.auto_table import PLAN_FILE, AutoPlan, AutoRow
+from clasp.report.auto_table import AutoPlan, AutoRow
 from clasp.training.run_code import all_code_names, allow_code, require_allowed
+from clasp.training.run_files import PLAN_FILE
 from clasp.training.run_folder import RunFolder
 from clasp.training.settings import require_two_pairs
 from clasp.types import UserError

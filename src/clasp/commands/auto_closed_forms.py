@@ -20,6 +20,7 @@ from accelerate import PartialState
 
 from clasp.commands.auto_stages import AutoCallbacks, AutoStages
 from clasp.commands.closed_form import (
+    PAIRS_FOR_LAYERS,
     ClosedFormSearch,
     ClosedFormTrial,
     SearchedLayers,
@@ -57,10 +58,6 @@ from clasp.training.warm_start import load_initial_weights
 
 _SEARCH_SHARE = 0.05  # of the minutes, for a search of closed forms once its features are cached
 _MINUTES_FOR_ALL_LAYERS = 3  # their moments alone take a quarter of a minute
-# Beside class pairs, whose lower layers are predicted from those of the training pairs. Flickr8k, mean recall on 250
-# held-out pairs, last layers against upper half: of 36 pairs 30.8 against 25.7 (another draw: 30.5, 24.0), of 128 pairs
-# 33.6 against 27.4; more were not measured, 256 is assumed (dev/LOG.md)
-_PAIRS_FOR_LAYERS = 256
 _TUNED_NUMBER = 2 + len(TUNINGS)
 _Choice = Callable[[Sequence[ClosedFormTrial]], tuple[ClosedFormTrial, str]]
 TUNED_STAGE = f"{_TUNED_NUMBER}-{TUNED_CLOSED_FORM}"
@@ -110,7 +107,7 @@ class ClosedFormStages:
 
     @property
     def _layers(self) -> SearchedLayers:
-        if len(self.pairs[0]) < _PAIRS_FOR_LAYERS and may_have_class_pairs(self.base):
+        if len(self.pairs[0]) < PAIRS_FOR_LAYERS and may_have_class_pairs(self.base):
             return "last"
         return "upper half" if (self.minutes or float("inf")) < _MINUTES_FOR_ALL_LAYERS else "all"
 

@@ -21,6 +21,7 @@ from clasp.data.pairs import Pairs
 from clasp.evaluation.comparison import Comparison, compare_scored, primary_comparison
 from clasp.evaluation.registry import TaskEntry, changed_options, find_task, parse_task_options, used_options
 from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
+from clasp.training.unfinished import unfinished_lines
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 COMPARISON_FILE, PREDICTIONS_FILE = "comparison.json", "predictions.jsonl"
@@ -81,7 +82,7 @@ def compare_models(
         _score(source, pairs, entry, given, say, bar) for source, pairs in zip(sources, opened, strict=True)
     )
     for source, pairs in zip(sources, opened, strict=True):
-        for line in training_overlap(source.run, source.name, {"": pairs}):
+        for line in (*unfinished_lines(source.run), *training_overlap(source.run, source.name, {"": pairs})):
             say(line)
     comparisons = compare_scored(built, first, second)
     done = ModelComparison(

@@ -27,6 +27,7 @@ from clasp.report.console import relative_path
 from clasp.report.evaluation_files import evaluation_file
 from clasp.report.figures import draw_retention
 from clasp.report.prediction_sheets import PREDICTION_SHEETS
+from clasp.training.unfinished import unfinished_lines
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 TASK_FIGURES: dict[str, Callable[[Sequence[EvaluationResult], Path], None]] = {"retention": draw_retention}
@@ -73,7 +74,7 @@ def evaluate_run(
         figure = folder.path / f"{evaluation_file(task, context.data, identity.id)}.png"
         TASK_FIGURES[task](results, figure)
         say(f"figure: {relative_path(figure)}")
-    for line in training_overlap(source.run, source.name, {"": pairs}):
+    for line in (*unfinished_lines(source.run), *training_overlap(source.run, source.name, {"": pairs})):
         say(line)
     return results
 

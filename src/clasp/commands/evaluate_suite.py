@@ -25,6 +25,7 @@ from clasp.evaluation.registry import EVALUATION_TASKS, parse_task_options
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.suites import MTEB_TASKS, PROMPTED_TASKS, SuiteSet, find_suite
 from clasp.evaluation.task_context import TaskContext
+from clasp.training.unfinished import unfinished_lines
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
 
@@ -77,7 +78,7 @@ def evaluate_suite(
     opened = _open_all(source, there, given)
     loaded = source.load(bar)
     results.require_fingerprint(loaded.encoder.fingerprint)
-    for line in training_overlap(source.run, source.name, opened):
+    for line in (*unfinished_lines(source.run), *training_overlap(source.run, source.name, opened)):
         say(line)
     rows = {each.name: SuiteRow(each, None) for each in sets}
     for each in there:

@@ -22,6 +22,7 @@ from clasp.convert.exporters.sentence_transformers import export_sentence_transf
 from clasp.data.atomic_files import sync_folder, sync_tree
 from clasp.data.plugins import load_named
 from clasp.training.run_folder import RunFolder, translate_disk_errors
+from clasp.training.unfinished import unfinished_lines
 from clasp.types import MessageCallback, UserError
 
 EXPORTERS: dict[str, ExportTarget] = {
@@ -53,6 +54,8 @@ def export_run(
     RunFolder(run).recipe()
     if row.check is not None:
         row.check(options)
+    for line in unfinished_lines(run):
+        say(line)
     job = open_job(run, options, say)
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
     with translate_disk_errors(out), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=parent) as temporary:

@@ -28,6 +28,7 @@ from clasp.search.parts import (
     unfinished_parts,
     write_done,
 )
+from clasp.training.unfinished import unfinished_lines
 
 
 class PartsNotReadyError(UserError):
@@ -40,6 +41,8 @@ def index_part(
     """Encode the images of a part; merge all parts if it is the last. ``None`` while others are not done."""
     unfinished_parts(run, part.count, source)  # refuses what was made from another source
     load, items = find_search_model(run), select_part(open_images(run, source), part)
+    for line in unfinished_lines(run):
+        say(line)
     model, images = load(), 0
     if items:
         stored = FlatStore(part.folder(run) / "store")

@@ -25,6 +25,7 @@ from clasp.search.engine import IndexReport, SearchEngine
 from clasp.search.metadata_filter import MetadataFilter, check_fields, known_fields, parse_filter
 from clasp.search.parts import PartVectors
 from clasp.search.query import SearchQuery, WeightedImage, parse_words
+from clasp.training.unfinished import unfinished_lines
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def index_images(
     """
     load: ModelLoader = find_search_model(run) if model is None else lambda known=model: known
     items = open_images(run, source)
+    for line in unfinished_lines(run):
+        say(line)
     model = load()
     with writable_store(run, store, len(items), say) as opened:
         with bar(f"images of {source}") as progress:

@@ -30,6 +30,7 @@ from clasp.search.background import BACKGROUND_FILE, read_background
 from clasp.search.engine import SearchEngine, UpdatableStore
 from clasp.search.flat_store import FlatStore
 from clasp.search.store_registry import open_store, store_folder
+from clasp.training.unfinished import unfinished_lines
 
 if TYPE_CHECKING:
     import socket
@@ -89,6 +90,8 @@ def serve_run(
     if settings.uploads is not None:
         UploadFolder(settings.uploads)  # one that cannot be made is told before the model is loaded
     address, key = bind_address(settings.host, settings.port, settings.token), new_key()
+    for line in unfinished_lines(run) if pictures is None else ():  # indexing says it
+        say(line)
     with closing(address.socket):
         model = None
         if pictures is not None:

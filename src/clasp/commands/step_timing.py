@@ -77,7 +77,8 @@ def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, ca
         began = time.perf_counter()
         task(encoder)
         evaluation = time.perf_counter() - began
-        features = _time_features(parts.model, inputs.batch_reader(train, listing, None), recipe.train.precision)
+        plain, images = inputs.batch_reader(train, listing, None), len(train.images.pairs)
+        features = _time_features(parts.model, plain, images, recipe.train.precision)
         few = _FirstBatches(batches)
         settings = resolved.train.model_copy(
             update={"epochs": -(-_STEPS // len(few)), "max_steps": None, "select": "last"}
@@ -89,7 +90,9 @@ def time_steps(recipe: Recipe, pairs: TrainValPairs, bar: ProgressFactory, *, ca
     return StepTiming(few.seconds, evaluation, len(batches), features)
 
 
-def _time_features(model: DualEncoder, sides: BatchReader, precision: Literal["auto"] | Precision) -> float:
+def _time_features(
+    model: DualEncoder, sides: BatchReader, distinct_images: int, precision: Literal["auto"] | Precision
+) -> float:
     """Seconds of the pooled features of all images and all distinct captions, from those of the first pairs."""
     index = sides.pairs
     assert isinstance(index, PairIndex)
@@ -105,7 +108,7 @@ def _time_features(model: DualEncoder, sides: BatchReader, precision: Literal["a
             images = time.perf_counter() - began
             pool_inputs(model.text, sides.text(picks, index.__getitem__).inputs)
             captions = time.perf_counter() - began - images
-    return (images * len(index) + captions * len(index.texts)) / count
+    return (images * distinct_images + captions * len(index.texts)) / count
 
 
 def time_closed_form(image: int, text: int, pairs: int) -> float:

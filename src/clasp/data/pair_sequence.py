@@ -19,6 +19,7 @@ from typing import Any, Protocol, SupportsIndex, overload, runtime_checkable
 import numpy as np
 from jaxtyping import Float64, Int
 
+from clasp.data.distinct_images import ImageNumbers, number_images
 from clasp.data.formats.base import KeyedSource, ShardSource
 from clasp.data.formats.index_cache import load_or_build_index
 from clasp.data.formats.skipped_files import SkippedFiles, SkippedKind
@@ -120,6 +121,10 @@ class Pairs(Sequence[Pair]):
             return self._at(self.rows[index])
         return self._joined[int(self.rows[operator.index(index)])]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker reads pairs by their numbers only
+        return {name: value for name, value in self.__dict__.items() if name not in ("images", "_image_numbers")}
+
     def _at(self, rows: Int[np.ndarray, " pairs"]) -> Pairs:
         """These rows of the same parts."""
         made = Pairs.__new__(Pairs)
@@ -169,16 +174,25 @@ class Pairs(Sequence[Pair]):
             indices = np.fromiter((operator.index(index) for index in indices), np.int64)
         return self._at(self.rows[indices])
 
-    @cached_property
+    # --- images --------------------------------------------------------------------------------------------------
+
+    @property
     def version(self) -> str:
         """sha256 over ids and image versions, in order: a cache key for what is computed from the images.
 
         Reads no image, but the size and modification time of every image file.
         """
-        digest = hashlib.sha256()
-        for pair in self:
-            digest.update(f"{pair.id}\0{pair.image.version}\0".encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+        return self._image_numbers.version
+
+    @cached_property
+    def images(self) -> DistinctImages:
+        """Each image once, of rows that name the same (``clasp.data.distinct_images``); reads what ``version`` does."""
+        numbers = self._image_numbers
+        return DistinctImages(self if len(numbers.first) == len(self) else self.subset(numbers.first), numbers.entry)
+
+    @cached_property
+    def _image_numbers(self) -> ImageNumbers:
+        return number_images(self)
 
     # --- languages -----------------------------------------------------------------------------------------------
 
@@ -218,6 +232,25 @@ class Pairs(Sequence[Pair]):
         key = ("group fractions", salt, *joined.key)
         fractions = load_or_build_index(joined.cache, key, build) if joined.key else build()
         return fractions["fraction"][columns.group[self.rows]]
+
+
+@dataclass(frozen=True, eq=False)
+class DistinctImages:
+    """The images of some pairs, each once."""
+
+    pairs: Pairs
+    """The first pair of each image."""
+    entry: Int[np.ndarray, " pairs"]
+    """The number of the image of each of all pairs, among those."""
+
+    def pairs_with(self, image: int) -> list[int]:
+        """All pairs of an image."""
+        order, ends = self._by_image
+        return order[ends[image] : ends[image + 1]].tolist()
+
+    @cached_property
+    def _by_image(self) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " bounds"]]:
+        return np.argsort(self.entry, kind="stable"), np.concatenate(([0], np.cumsum(np.bincount(self.entry))))
 
 
 @dataclass(frozen=True, eq=False)

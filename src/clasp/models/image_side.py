@@ -115,8 +115,9 @@ class ImageSide:
     def _cached(
         self, features: CachedFeatures, ids: Sequence[str], own: Sequence[int], on_skipped: SkippedCallback
     ) -> ImageStream:
-        on_skipped([features.skipped[number] for number in own if number in features.skipped])
-        readable = [number for number in own if number not in features.skipped]
+        reasons = features.unreadable
+        on_skipped([SkippedSample(ids[number], reasons[number]) for number in own if number in reasons])
+        readable = [number for number in own if number not in reasons]
         for start in range(0, len(readable), _CACHED_BATCH_SIZE):
             some = readable[start : start + _CACHED_BATCH_SIZE]
             inputs = features.read(np.array(some, dtype=np.int64))

@@ -15,9 +15,9 @@ from typing import Any, Literal
 from clasp.data.atomic_files import translate_disk_errors, write_text_file
 from clasp.report.tables import format_metric
 from clasp.training.cost.ledger import format_si
+from clasp.training.run_files import PLAN_FILE
 from clasp.types import UserError
 
-PLAN_FILE = "plan.json"
 Verdict = Literal["tried", "kept", "not better", "left out"]
 _COLUMNS = ("tried", "s", "metric", "95 %", "change", "95 %", "trained", "")
 
@@ -99,7 +99,8 @@ def auto_table(plan: AutoPlan) -> AutoTable:
     name = plan.primary.rpartition("/")[2]
     cells = [_cells(row, name) for row in plan.rows]
     reasons = [f"{row.stage or row.method}: {row.reason}" for row in plan.rows if row.reason]
-    note = f"metric: {plan.primary} on the validation pairs; change: from the best stage before, paired bootstrap"
+    note = f"metric: {plan.primary} on the validation pairs, which also choose, and intervals leave that out; "
+    note += "change: from the best stage before, paired bootstrap"
     return AutoTable(_COLUMNS, cells, [note, *reasons])
 
 

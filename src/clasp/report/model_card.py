@@ -51,6 +51,7 @@ class ModelCard:
         tables = result_tables(self.results)
         shown = [markdown_table(table.columns, table.rows) for table in tables]
         notes = dict.fromkeys(note for table in tables for note in table.notes)
+        notes |= dict.fromkeys(selection_notes(recipe, fitted) if tables else [])
         answers = "".join(
             f"\n{block}\n" for block in (*(["On the validation pairs:"] if shown else []), *shown, *notes)
         )
@@ -82,6 +83,13 @@ model.similarity(images, texts)
 `recipe.toml` is everything that decided this run. `delta.safetensors` holds what was trained and nothing else: it
 stands on the weights named in `base.json` and is refused by others. The two towers keep their own licences.
 """
+
+
+def selection_notes(recipe: Recipe, fitted: FitResult) -> list[str]:
+    """What the intervals on the validation pairs leave out, where these pairs also chose the weights."""
+    if recipe.train.select != "best" or not fitted.position.step:
+        return []
+    return ["these pairs also chose the step (train.select = 'best'); the interval does not count that choice"]
 
 
 def with_evaluations(card: str, results: Sequence[EvaluationResult]) -> str:

@@ -20,14 +20,13 @@ from clasp.data.atomic_files import has_its_checksum, read_json_lines
 from clasp.evaluation.language_sets import ALL_LANGUAGES, macro_language, macro_set
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.tasks import MultilingualTask, RetrievalTask, ZeroShotTask
-from clasp.report.auto_table import PLAN_FILE, AutoPlan
+from clasp.report.auto_table import AutoPlan
 from clasp.report.evaluation_files import PREDICTIONS_FOLDER, evaluation_file
 from clasp.report.evaluation_labels import EvaluationKey, evaluation_key, evaluation_labels
 from clasp.training.cost import COST_FILE as _COST_FILE
 from clasp.training.cost.ledger import RunCost, read_cost
-from clasp.training.run_files import require_folder
+from clasp.training.run_files import LOG_FILE, PLAN_FILE, RESULTS_FILE, require_folder
 from clasp.training.run_folder import RunFolder
-from clasp.training.trackers.jsonl import LOG_FILE, RESULTS_FILE
 from clasp.types import UserError
 
 RunState = Literal["finished", "interrupted", "imported", "not trained"]

@@ -1,7 +1,7 @@
-"""Whether a path is a run folder, by the files that every run has.
+"""The files of a run folder: their names, and whether a path has those that every run has.
 
-Input: a path as typed. Output: none, or the ``UserError`` of a path that is none. Note: nothing here imports torch, so
-that a wrong name is refused at once.
+Input: a path as typed. Output: none, or the ``UserError`` of a path that is no run. Note: nothing here imports torch,
+so that a wrong name is refused at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,12 @@ from pathlib import Path
 
 from clasp.errors import UserError
 
+LOG_FILE, RESULTS_FILE = "log.jsonl", "results.jsonl"
+STATE_FOLDER = "state"
+STATE_NAMES = ("state.safetensors", "previous.safetensors")
+"""In the state folder, the newest first"""
+PLAN_FILE = "plan.json"
+"""Of a run with ``[auto]``: what was tried, and whether it is finished"""
 _NEEDED = ("recipe.toml", "base.json", "transform.json", "tokenizer")
 
 

@@ -37,9 +37,9 @@ from clasp.models.dual_encoder import DualEncoder
 from clasp.models.tower import Tower
 from clasp.training.cost import COST_FILE
 from clasp.training.run_code import code_names, require_allowed
-from clasp.training.run_files import require_run_folder
+from clasp.training.run_files import STATE_FOLDER, require_run_folder
 from clasp.training.state import TrainState
-from clasp.training.state_files import STATE_FOLDER, StateFiles
+from clasp.training.state_files import StateFiles
 from clasp.training.tensor_file import read_tensor_file, write_tensor_file
 from clasp.types import UserError
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from clasp.data.atomic_files import CHECKSUM, has_its_checksum, sync_folder, write_text_file
+from clasp.training.run_files import STATE_FOLDER, STATE_NAMES
 from clasp.training.state import TrainState
 from clasp.training.tensor_file import read_tensor_file, write_tensor_file
 from clasp.types import UserError
 
-STATE_FOLDER = "state"
-_NEWEST, _PREVIOUS, _RESULTS = "state.safetensors", "previous.safetensors", "results.json"
+_NEWEST, _PREVIOUS = STATE_NAMES
+_RESULTS = "results.json"
 _FACTS, _RUN = "facts", "run"
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class StateFiles:
     @property
     def paths(self) -> list[Path]:
         """The saved states, the newest first; empty where the first save was never completed."""
-        return [path for name in (_NEWEST, _PREVIOUS) if (path := self.folder / name).exists()]
+        return [path for name in STATE_NAMES if (path := self.folder / name).exists()]
 
     def write(self, state: TrainState, identity: str) -> None:
         """Save a state of the run ``identity``; the newest so far is kept as the previous one."""

@@ -1,14 +1,14 @@
 """The output of the frozen part of a tower, computed once and cached on disk.
 
 Input: a request (a frozen part with its images or texts) and the cache folder. Output: ``CachedFeatures``,
-memory-mapped rows under the key of the request. Note: each distinct caption is encoded once, longest first; an image
-may have several augmented views; an unreadable image has NaN rows and is listed in the metadata; an interrupted build
-resumes where it stopped.
+memory-mapped rows under the key of the request. Note: each distinct caption is encoded once, longest first, and each
+distinct image; an image may have several augmented views; an unreadable image has NaN rows and is listed in the
+metadata; an interrupted build resumes where it stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +54,12 @@ def image_features(
     device: str | torch.device = "cpu",
     progress: ProgressCallback | None = None,
 ) -> CachedFeatures:
-    """The features of every image, in all views of the request; entry i is pair i.
+    """The features of every image, in all views of the request; an image that several pairs name is computed once.
 
-    ``progress(done, total)`` counts images times views, and is not called when nothing is computed. ``device`` is that
-    of the tower. Raises ``UserError`` when too many images are unreadable or the disk is full.
+    ``progress(done, total)`` counts distinct images times views, and is not called when nothing is computed. ``device``
+    is that of the tower. Raises ``UserError`` when too many images are unreadable or the disk is full.
     """
+    images = request.pairs.images
     part, transform, views, count = request.part, request.transform, request.views, request.count
     rows = part.tokens
     place = np.arange(rows)
@@ -68,23 +69,24 @@ def image_features(
 
     def fill(writer: ArrayWriter) -> None:
         writer.notes = {"skipped": [], **writer.notes, "depth": part.depth, "size": transform.size}
-        limit = BadSampleLimit(count, reading.max_bad_fraction)
+        limit = BadSampleLimit(len(request.pairs), reading.max_bad_fraction)
         skipped: dict[int, SkippedSample] = {
             number: SkippedSample(name, why) for number, name, why in writer.notes["skipped"]
         }
-        limit.add(skipped.values())
+        limit.add(_samples_of(request.pairs, skipped))
         readers = [LiveImageReader(transform), *[LiveImageReader(transform, request.augment)] * (views - 1)]
         batches, done = _view_batches(request, reading.batch_size, start=writer.done), writer.done
         batches = [(view, indices) for view, indices in batches if writer.needs(rows_of(view, indices))]
-        with closing(WorkerPool(_ViewReader(request.pairs, readers), workers=reading.workers)) as stream:
-            for (view, indices), images in zip(batches, stream(_announced(batches, request.pairs)), strict=True):
-                limit.add(images.skipped)
-                missing = sorted(set(range(len(indices))) - set(images.kept))
-                skipped.update(zip(indices.pair[missing].tolist(), images.skipped, strict=True))
+        with closing(WorkerPool(_ViewReader(images.pairs, readers), workers=reading.workers)) as stream:
+            for (view, indices), read in zip(batches, stream(_announced(batches, images.pairs)), strict=True):
+                missing = sorted(set(range(len(indices))) - set(read.kept))
+                new = dict(zip(indices.pair[missing].tolist(), read.skipped, strict=True))
+                limit.add(_samples_of(request.pairs, new))
+                skipped.update(new)
                 values = torch.full((len(indices), rows, part.width), torch.nan)
-                if images.kept:
-                    values[images.kept] = _rows_on_cpu(part(Pixels(images.inputs.values.to(device)))).unflatten(
-                        0, (len(images.kept), rows)
+                if read.kept:
+                    values[read.kept] = _rows_on_cpu(part(Pixels(read.inputs.values.to(device)))).unflatten(
+                        0, (len(read.kept), rows)
                     )
                 writer.write(rows_of(view, indices), values.flatten(0, 1))
                 done += len(indices)
@@ -96,7 +98,7 @@ def image_features(
     folder, shape = cache_folder / "features", (request.rows, part.width)
     with torch.inference_mode():
         cached = load_or_compute(folder, request.key, shape, fill, storage=storage, batch_size=reading.batch_size)
-    return CachedFeatures(cached, np.arange(count), np.arange(count * views + 1) * rows, views)
+    return CachedFeatures(cached, images.entry, np.arange(count * views + 1) * rows, views)
 
 
 def text_features(
@@ -142,6 +144,13 @@ def _rows_on_cpu(features: HiddenStates | PooledFeatures, mask: Tensor | None = 
     if isinstance(features, PooledFeatures):
         return values
     return values.flatten(0, 1) if mask is None else values[mask]
+
+
+def _samples_of(pairs: Pairs, unreadable: Mapping[int, SkippedSample]) -> Iterator[SkippedSample]:
+    """Every pair of these images, which are given by number."""
+    for image, sample in unreadable.items():
+        for number in pairs.images.pairs_with(image):
+            yield SkippedSample(pairs[number].id, sample.reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,9 +45,13 @@ class CachedFeatures:
         return self.kept.metadata["depth"] == 0
 
     @cached_property
-    def skipped(self) -> dict[int, SkippedSample]:
+    def unreadable(self) -> dict[int, str]:
         """Item -> the reason it has no features."""
-        return {item: SkippedSample(name, reason) for item, name, reason in self.kept.metadata["skipped"]}
+        reasons: dict[int, str] = {entry: reason for entry, _, reason in self.kept.metadata["skipped"]}
+        if not reasons:
+            return {}
+        items = np.flatnonzero(np.isin(self.entry, list(reasons)))
+        return {item: reasons[entry] for item, entry in zip(items.tolist(), self.entry[items].tolist(), strict=True)}
 
     def read(
         self, items: Int[np.ndarray, " B"], view: Int[np.ndarray, " B"] | int = 0
@@ -72,14 +76,16 @@ class CachedImageReader:
     """
 
     def __init__(self, features: CachedFeatures, pairs: Pairs) -> None:
-        if features.kept.metadata["key"].get("pairs") != pairs.version:
+        if features.kept.metadata["key"].get("pairs") != pairs.images.pairs.version:
             raise ValueError(f"{features.kept.path} holds features of other pairs than these")
-        self.features = features
+        # re-indexed: other pairs may be of the same images
+        self.features = replace(features, entry=pairs.images.entry)
 
     def __call__(self, indices: SampleIndices, get_pair: Callable[[int], Pair]) -> ImageBatch:
         features, numbers = self.features, indices.pair.tolist()
-        skipped = tuple(features.skipped[number] for number in numbers if number in features.skipped)
-        kept = [place for place, number in enumerate(numbers) if number not in features.skipped]
+        reasons = features.unreadable
+        skipped = tuple(SkippedSample(get_pair(number).id, reasons[number]) for number in numbers if number in reasons)
+        kept = [place for place, number in enumerate(numbers) if number not in reasons]
         indices = indices[kept] if skipped else indices
         return ImageBatch(features.read(indices.pair, indices.seed % features.views), kept, skipped)
 

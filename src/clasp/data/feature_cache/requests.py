@@ -79,7 +79,7 @@ class DistinctTexts:
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatureRequest:
-    """The images of ``pairs`` through ``part``, each in ``views`` views: one plain, the others augmented."""
+    """The images of ``pairs`` through ``part``, each once, in ``views`` views: one plain, the others augmented."""
 
     what: ClassVar[Literal["images"]] = "images"
     part: FrozenPart[Pixels]
@@ -96,19 +96,19 @@ class ImageFeatureRequest:
     def key(self) -> dict[str, Any]:
         """Changes whenever a feature could. The plain view does not depend on ``seed``."""
         key = {"what": "images", "part": self.part.fingerprint, "transform": self.transform.fingerprint}
-        key |= {"pairs": self.pairs.version, "views": self.views, **_layers_key(self.part.layers)}
+        key |= {"pairs": self.pairs.images.pairs.version, "views": self.views, **_layers_key(self.part.layers)}
         if self.augment is None or self.views == 1:
             return key
         return key | {"augment": asdict(self.augment), "seed": self.seed}
 
     @property
     def count(self) -> int:
-        """Number of images."""
-        return len(self.pairs)
+        """Number of distinct images."""
+        return len(self.pairs.images.pairs)
 
     @property
     def rows(self) -> int:
-        """Rows of all views of all images."""
+        """Rows of all views of all distinct images."""
         return self.count * self.views * self.part.tokens
 
     def num_bytes(self, storage: StorageDtype) -> int:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clasp.data.atomic_files import read_json_lines, with_checksum, without_checksum
-
-LOG_FILE, RESULTS_FILE = "log.jsonl", "results.jsonl"
+from clasp.training.run_files import LOG_FILE, RESULTS_FILE
 
 AppendFunction = Callable[[str, Iterable[Mapping[str, Any]]], None]
 """Adds rows to a file of the run: ``RunFolder.append``"""
