@@ -87,8 +87,11 @@ def test_a_new_index_in_the_store_that_was_asked_for(tmp_path: Path, edge: objec
     with writable_store(tmp_path, "flat", 3, print) as store:  # the other is empty
         assert isinstance(store, FlatStore)
     for wrong in ("lancedb", "ftp://host/photos", "http://host", "a/b:c"):
-        with pytest.raises(UserError, match="--store"), writable_store(tmp_path, wrong, 3, print):
+        named = rf"^'{wrong}' is no engine of a store; there are flat, edge|^{wrong}: a Qdrant collection is given as"
+        with pytest.raises(UserError, match=named), writable_store(tmp_path, wrong, 3, print):
             pass
+        with pytest.raises(UserError, match=named):
+            copy_index(tmp_path, wrong)
     with writable_store(tmp_path, "toystores:OutsideStore", 3, print) as store:
         assert type(store).__name__ == "OutsideStore"
     (tmp_path / "store.json").write_text("{}")

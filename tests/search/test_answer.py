@@ -93,7 +93,11 @@ def test_parts_of_a_ranking_are_the_whole(tmp_path: Path):
     assert {len(hit.group.duplicates) for hit in everything.hits} == {0, 10}
     some = ask(engine, background, query, RankingPart(500, filters=[parse_filter("folder=a")]))
     assert {hit.hit.meta["name"][:5] for hit in some.hits} == {"/p/a/"}
-    assert ask(engine, background, query, RankingPart(5, filters=[parse_filter("folder=c")])).hits == []
+    nowhere = ask(engine, background, query, RankingPart(5, filters=[parse_filter("folder=c")]))
+    assert nowhere.hits == [] and nowhere.line_note == "no picture passes these filters"
+    assert (
+        ask(engine, background, query, RankingPart(5, offset=500, filters=[parse_filter("folder=a")])).line_note == ""
+    )
 
 
 def test_only_close_hits_are_those_above_the_line(tmp_path: Path):

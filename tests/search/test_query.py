@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from clasp.search.metadata_filter import MetadataFilter, all_of, check_fields, known_fields, parse_filter
+from clasp.search.metadata_filter import FilterFields, all_of, parse_filter
 from clasp.search.near_duplicates import duplicate_threshold, fold_near_duplicates
 from clasp.search.query import MINUS_WEIGHT, SearchQuery, WeightedImage, WeightedText, parse_words
 from clasp.types import Hit, UserError
@@ -186,10 +186,45 @@ def test_what_is_no_condition(condition: str):
 
 
 def test_an_unknown_field_names_those_there_are():
-    fields = known_fields([META])
-    assert fields == ["folder", "caption", "language", "group", "name", "camera", "tags", "taken", "year"]
+    fields = FilterFields([META])
+    assert fields.names == ["folder", "caption", "language", "group", "name", "camera", "tags", "taken", "year"]
     with pytest.raises(UserError, match=r"no entry has the field 'yaer'; there are folder, .*, year"):
-        check_fields([MetadataFilter("yaer", "=", "2020")], fields)
+        fields.check([parse_filter("yaer=2020")])
+    with pytest.raises(UserError, match="no entry has the field 'date', which is read from EXIF data; there"):
+        fields.check([parse_filter("date>=2020")])
+
+
+FIELDS_OF_A_KIND = FilterFields(
+    {"file": {"width": 640 + n, "bytes": n}, "meta": own}
+    for n, own in enumerate(
+        [
+            {"day": "2020-01-31", "price": "12.50", "mixed": 1, "sold": True, "sizes": [1, 2], "group": 5},
+            {"day": "2020-01-31T10:00", "price": None, "mixed": "b", "sold": False, "sizes": [], "empty": None},
+        ]
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("condition", "reason"),
+    [
+        ("width>abc", "'width>abc' has no number to compare with: width is a number .* such as 640"),
+        ("width=wide", "has no number"),
+        ("width!=wide", "has no number"),
+        ("price<cheap", "such as 12.50"),
+        ("sizes>=large", "has no number"),
+        ("day>31.01.2020", "'day>31.01.2020' has no date to compare with: .* such as 2020-01-31"),
+        ("day<=2020-1", "has no date"),
+        *((fits, "") for fits in ("width>1e3", "width~6", "price=12.5", "day>=2020", "day<2020-07", "day=2020-01-31")),
+        *((fits, "") for fits in ("day>2020-01-31T09", "day~01", "mixed>a", "mixed=1", "sold=true", "empty=x")),
+        *((fits, "") for fits in ("group=a", "folder=holidays", "name~jpg")),  # of every entry, and no field of a pair
+    ],
+)
+def test_a_value_that_no_field_is_compared_with_is_refused(condition: str, reason: str):
+    if not reason:
+        return FIELDS_OF_A_KIND.check([parse_filter(condition)])
+    with pytest.raises(UserError, match=reason):
+        FIELDS_OF_A_KIND.check([parse_filter(condition)])
 
 
 # --- near-duplicates -------------------------------------------------------------------------------------------------

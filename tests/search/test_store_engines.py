@@ -146,6 +146,35 @@ def test_the_index_finds_what_a_scan_finds(tmp_path: Path, open_store: Opener, m
 
 
 @pytest.mark.parametrize("open_store", engine_parameters("edge"))
+def test_an_index_records_how_many_candidates_it_needs(
+    tmp_path: Path, open_store: Opener, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in {"_INDEX_KILOBYTES": 100, "_SCAN_KILOBYTES": 1, "_EF": (1, 2, 500)}.items():
+        monkeypatch.setattr(edge_store, name, value)
+    chance = np.random.default_rng(0)
+
+    def add(store: UpdatableStore, start: int, count: int) -> dict[str, Any]:
+        vectors = chance.standard_normal((count, 256), np.float32)
+        store.add([str(n) for n in range(start, start + count)], vectors, [{}] * count)
+        store.close()
+        return json.loads((tmp_path / "store" / "manifest.json").read_text())
+
+    store = open_store(tmp_path / "store")
+    assert (first := add(store, 0, 1500))["candidates"] == 500 and first["measured"] == 1500
+    assert add(store, 1500, 50)["measured"] == 1500, "few more entries need as many"
+    assert add(store, 1550, 500)["measured"] == 2050
+    asked: list[int] = []
+    walk = edge_store._walk
+    monkeypatch.setattr(edge_store, "_walk", lambda candidates: asked.append(candidates) or walk(candidates))
+    query = chance.standard_normal((1, 256))
+    store.search(query, 10)
+    store.search(query, 10, MetadataFilters((parse_filter("year>2000"),)))
+    assert asked == [500, 1000], "a walk with a filter misses more"
+    store.clear()
+    assert add(store, 0, 20)["measured"] == 0, "few entries are scored one by one"
+
+
+@pytest.mark.parametrize("open_store", engine_parameters("edge"))
 def test_terms_are_hashes_and_in_an_earlier_index_text(
     tmp_path: Path, open_store: Opener, monkeypatch: pytest.MonkeyPatch
 ):

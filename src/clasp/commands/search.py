@@ -22,7 +22,7 @@ from clasp.report.contact_sheet import SheetRow, Thumbnail, contact_sheet
 from clasp.search.answer import RankingPart, SearchAnswer, answer_query, check_part
 from clasp.search.background import Background
 from clasp.search.engine import IndexReport, SearchEngine
-from clasp.search.metadata_filter import MetadataFilter, check_fields, known_fields, parse_filter
+from clasp.search.metadata_filter import FilterFields, MetadataFilter, parse_filter
 from clasp.search.parts import PartVectors
 from clasp.search.query import SearchQuery, WeightedImage, parse_words
 from clasp.training.unfinished import unfinished_lines
@@ -81,7 +81,7 @@ def index_images(
 def open_index(run: Path, filters: Sequence[MetadataFilter] = ()) -> Iterator[tuple[SearchEngine, Background]]:
     """The engine of a run's index and its background, ready to be searched.
 
-    ``UserError`` when there is no index, or a filter is of a field that no entry has, before the model is loaded.
+    ``UserError`` when there is no index, or a filter fits no entry, before the model is loaded.
     """
     load = find_search_model(run)
     store = open_run_store(run)
@@ -89,7 +89,7 @@ def open_index(run: Path, filters: Sequence[MetadataFilter] = ()) -> Iterator[tu
         if not store.count():
             raise UserError("nothing has been indexed yet; type: clasp index RUN FOLDER")
         if filters:
-            check_fields(filters, known_fields(meta for _, meta in store.scan()))
+            FilterFields(meta for _, meta in store.scan()).check(filters)
         engine = SearchEngine(load(), store)
         yield engine, open_background(run, engine)
     finally:

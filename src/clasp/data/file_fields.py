@@ -9,7 +9,9 @@ from __future__ import annotations
 from clasp.data.decoding import ImageError, open_image
 from clasp.data.exif import read_exif
 
-FILE_FIELDS = ("date", "camera", "width", "height", "bytes")
+EXIF_FIELDS = ("date", "camera")
+"""What a file states only in EXIF data, which many files do not have"""
+FILE_FIELDS = (*EXIF_FIELDS, "width", "height", "bytes")
 """``date``: 2020-01-31; ``width`` and ``height``: pixels of the upright image; ``bytes``: size of the file"""
 
 
@@ -25,5 +27,5 @@ def read_file_fields(data: bytes) -> dict[str, str | int]:
     exif = read_exif(block if isinstance(block, bytes) else b"")
     if exif.orientation >= 5 and not is_tiff:  # Pillow gives the upright size of a TIFF
         width, height = height, width
-    named = {name: text for name, text in (("date", exif.date), ("camera", exif.camera)) if text}
+    named = {name: text for name, text in zip(EXIF_FIELDS, (exif.date, exif.camera), strict=True) if text}
     return {**named, "width": width, "height": height, "bytes": len(data)}

@@ -54,10 +54,15 @@ class SearchAnswer:
     more: bool
     only_close: bool = False
     """Whether hits below the line were left out."""
+    none_passes: bool = False
+    """Whether no entry passes the filters"""
 
     @property
     def line_note(self) -> str:
-        """One line about where nothing is close any more, for a reader of the first hits; empty if all are close."""
+        """One line about where nothing is close any more, for a reader of the first hits, or that no entry passes the
+        filters; empty if all hits are close."""
+        if self.none_passes:
+            return "no picture passes these filters"
         if self.p_value is None or self.close_count is None:
             return ""
         if self.close_count == 0 and (self.hits or self.only_close):
@@ -108,7 +113,8 @@ def answer_query(
     best = groups[: part.offset + part.k + BEST_HITS]
     wanted = slice(part.offset, part.offset + part.k)
     if words is None or not best:
-        return SearchAnswer([RankedHit(group) for group in groups[wanted]], None, None, more)
+        none_passes = not groups and bool(part.filters)
+        return SearchAnswer([RankedHit(group) for group in groups[wanted]], None, None, more, none_passes=none_passes)
     text = vector if words == query else words.vector(encode_texts, encode_images, engine.stored_vectors)
     (z_scores,) = background.z_scores(text, engine.stored_vectors([group.hit.id for group in best]))
     close = [z >= background.threshold for z in z_scores]

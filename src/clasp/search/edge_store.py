@@ -21,7 +21,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,16 +31,20 @@ from jaxtyping import Float
 
 from clasp.errors import counted
 from clasp.plain_types import UserError
+from clasp.search.candidates import MEASURED_HITS, fewest_candidates
 from clasp.search.manifest import REBUILD_HINT, lock_store, write_at
 from clasp.search.payload import ENTRY, ORDER, TERMS, Condition, HasTerm, InRange, without_absent
-from clasp.search.point_store import FoundPoint, PointStore, StoredPoint
+from clasp.search.point_store import FoundPoint, PointStore, ReadPoint, StoredPoint
 from clasp.search.stored_model import StoredModel
 
 if TYPE_CHECKING:
     import qdrant_edge
 
 _MANIFEST = "manifest.json"
-_EF, _EF_CONSTRUCT, _LINKS = 320, 128, 16  # of HNSW: candidates of a search and of building, links of a node
+_EF_CONSTRUCT, _LINKS = 128, 16  # of HNSW: candidates of building, links of a node
+_EF = (320, 640, 1_280, 2_560)  # candidates of a search: as many as the index needs, measured with _PROBES queries
+_PROBES = 48
+_CHANGE = 0.1  # fraction by which the number of entries may change before this is measured again
 _INDEX_KILOBYTES = 20_000  # of float32 vectors, from which a segment gets an index
 _SCAN_KILOBYTES = 100_000  # of float32 vectors; where fewer are stored, or pass a filter, these are scored one by one
 _ONE_SEGMENT = 1_000_000_000  # kilobytes
@@ -60,6 +64,9 @@ class EdgeManifest:
     name: str = ""
     engine: str = "edge"
     format: int = _FORMAT
+    candidates: int = _EF[0]
+    measured: int = 0
+    """Entries of the index when it was measured how many candidates a search needs; 0: it was not"""
 
 
 class EdgeStore(PointStore):
@@ -74,7 +81,7 @@ class EdgeStore(PointStore):
 def require_edge_extra() -> None:
     """``UserError`` if the package of the extra is not installed."""
     if not has_edge_extra():
-        raise UserError("--store edge needs qdrant_edge; type: pip install 'clasp-vl[edge]'")
+        raise UserError("the store edge needs qdrant_edge; type: pip install 'clasp-vl[edge]'")
 
 
 def has_edge_extra() -> bool:
@@ -183,6 +190,14 @@ class _EdgeCollection:
             records = self._open_shard.retrieve(list(ids), with_payload=False, with_vector=True)
         return {str(record.id): record.vector for record in records}  # pyright: ignore[reportReturnType]
 
+    def points(self, ids: Sequence[str]) -> dict[str, ReadPoint]:
+        with self._errors("read it"):
+            records = self._open_shard.retrieve(list(ids), with_payload=[ENTRY], with_vector=True)
+        return {
+            str(record.id): ReadPoint(record.payload or {}, record.vector)  # pyright: ignore[reportArgumentType]
+            for record in records
+        }
+
     def orders(self) -> Iterator[tuple[int, str]]:
         import qdrant_edge as edge
 
@@ -201,25 +216,10 @@ class _EdgeCollection:
         import qdrant_edge as edge
 
         where = self._edge_filter(without_absent(conditions, self._indexed))
-        params = edge.SearchParams(
-            hnsw_ef=max(_EF, limit),
-            exact=limit > _EXACT_FROM,
-            quantization=edge.QuantizationSearchParams(rescore=True, oversampling=_OVERSAMPLING),
-            acorn=edge.AcornSearchParams(enable=True, max_selectivity=1.0),
-        )
-        requests = [
-            edge.QueryRequest(
-                limit=limit,
-                query=edge.Query.Nearest(query.tolist()),
-                filter=where,
-                params=params,
-                with_payload=[ENTRY],
-            )
-            for query in queries
-        ]
+        candidates = max(self._candidates(filtered=where is not None), limit)
+        params = edge.SearchParams(exact=True) if limit > _EXACT_FROM else _walk(candidates)
         with self._errors("search it"):
-            found = self._open_shard.query_batch(edge.QueryBatchRequest(requests))
-        return [[FoundPoint(str(point.id), point.score, point.payload or {}) for point in points] for points in found]
+            return self._query(queries, limit, where, params)
 
     def close(self) -> None:
         try:
@@ -227,6 +227,7 @@ class _EdgeCollection:
                 with self._errors("build its index"):
                     self._shard.optimize()
                     self._shard.flush()
+                    self._measure()
         finally:
             self._written = False
             self._close_shard()
@@ -243,6 +244,45 @@ class _EdgeCollection:
             self._load()
         assert self._shard is not None
         return self._shard
+
+    def _candidates(self, *, filtered: bool) -> int:
+        """Of a walk. Where the first number is not enough, one with a filter misses more than one without."""
+        measured = self._manifest.candidates
+        return 2 * measured if filtered and measured > _EF[0] else measured
+
+    def _measure(self) -> None:
+        """Record how many candidates a search of this index needs, unless that was measured of nearly as many."""
+        import qdrant_edge as edge
+
+        count = self.count()
+        walked = self._open_shard.info().indexed_vectors_count * self.width * 4 > _SCAN_KILOBYTES * 1024
+        if not walked or abs(count - self._manifest.measured) <= _CHANGE * count:
+            return
+
+        def search(queries: Float[np.ndarray, "q E"], candidates: int | None) -> list[list[str]]:
+            params = edge.SearchParams(exact=True) if candidates is None else _walk(candidates)
+            return [[point.id for point in some] for some in self._query(queries, MEASURED_HITS, None, params)]
+
+        sample = edge.ScrollRequest(limit=3 * _PROBES, with_payload=False, with_vector=True)  # first by id, a hash
+        vectors = np.array([record.vector for record in self._open_shard.scroll(sample)[0]], np.float64)
+        needed = fewest_candidates(vectors, search, _EF)
+        self._replace_manifest(replace(self._manifest, candidates=needed, measured=count))
+
+    def _query(
+        self,
+        queries: Float[np.ndarray, "q E"],
+        limit: int,
+        where: qdrant_edge.Filter | None,
+        params: qdrant_edge.SearchParams,
+    ) -> list[list[FoundPoint]]:
+        import qdrant_edge as edge
+
+        requests = [
+            edge.QueryRequest(limit=limit, query=edge.Query.Nearest(query.tolist()), filter=where, params=params)
+            for query in queries
+        ]
+        found = self._open_shard.query_batch(edge.QueryBatchRequest(requests))
+        return [[FoundPoint(str(point.id), point.score) for point in points] for points in found]
 
     def _load(self) -> None:
         import qdrant_edge as edge
@@ -335,6 +375,17 @@ class _EdgeCollection:
         except Exception as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self._folder}: cannot {intent}: {reason}") from error
+
+
+def _walk(candidates: int) -> qdrant_edge.SearchParams:
+    """The parameters of a walk through the index."""
+    import qdrant_edge as edge
+
+    return edge.SearchParams(
+        hnsw_ef=candidates,
+        quantization=edge.QuantizationSearchParams(rescore=True, oversampling=_OVERSAMPLING),
+        acorn=edge.AcornSearchParams(enable=True, max_selectivity=1.0),
+    )
 
 
 def _read_edge_manifest(folder: Path) -> EdgeManifest:

@@ -13,8 +13,9 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from clasp.data.file_fields import EXIF_FIELDS
 from clasp.data.formats.rows import shorten
 from clasp.plain_types import UserError
 
@@ -22,6 +23,8 @@ FILTER_OPERATORS = ("!=", ">=", "<=", "=", "~", ">", "<")
 """Equal, not equal, contains (``~``), and order; longer ones first, as they are looked for"""
 ENTRY_FIELDS = ("folder", "caption", "language", "group", "name")
 _CONDITION = re.compile(r"\s*(?P<field>[^!<>=~]+?)\s*(?P<operator>!=|>=|<=|=|~|>|<)\s*(?P<value>.*?)\s*", re.DOTALL)
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}(?![0-9])")
+_DATE_START = re.compile(r"[0-9]{4}(-[0-9]{2}(-[0-9]{2}(?![0-9]).*)?)?$", re.DOTALL)
 _ORDER: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -38,6 +41,9 @@ class MetadataFilter:
     field: str
     operator: str
     value: str
+
+    def __str__(self) -> str:
+        return f"{self.field}{self.operator}{self.value}"
 
     def __call__(self, meta: Mapping[str, Any]) -> bool:
         values = entry_values(meta, self.field)
@@ -92,17 +98,63 @@ def all_of(filters: Sequence[MetadataFilter]) -> MetadataFilters | None:
     return MetadataFilters(tuple(filters)) if filters else None
 
 
-def known_fields(metadata: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The fields that a filter can name: those of every entry, then those of pairs and files, sorted."""
-    named = {str(name) for meta in metadata for name in entry_fields(meta)}
-    return [*ENTRY_FIELDS, *sorted(named - set(ENTRY_FIELDS))]
+class _Kind(NamedTuple):
+    """Values of one kind: what is stored, and what is typed to be compared with it."""
+
+    name: str
+    is_stored: Callable[[Any], bool]
+    is_typed: Callable[[str], bool]
 
 
-def check_fields(filters: Iterable[MetadataFilter], fields: Sequence[str]) -> None:
-    """``UserError`` for a field that no entry has; it names those there are."""
-    for each in filters:
-        if each.field not in fields:
-            raise UserError(f"no entry has the field {shorten(each.field)}; there are {', '.join(fields)}")
+_KINDS = (
+    _Kind(
+        "number",
+        lambda value: not isinstance(value, bool) and as_number(value) is not None,
+        lambda typed: as_number(typed) is not None,
+    ),
+    _Kind("date", lambda value: bool(_DATE.match(str(value))), lambda typed: bool(_DATE_START.match(typed))),
+)
+
+
+class FilterFields:
+    """The fields that filters of a collection can name, and of what kind the values of each are, all of them."""
+
+    def __init__(self, metadata: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._kinds: dict[str, tuple[_Kind, ...]] = {}
+        self._examples: dict[str, str] = {}
+        for meta in metadata:
+            self.add(meta)
+
+    def add(self, meta: Mapping[str, Any]) -> None:
+        """Take up the fields of an entry."""
+        for field, value in entry_fields(meta).items():
+            name = str(field)
+            kinds = self._kinds.setdefault(name, _KINDS)
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if kinds and values:
+                self._examples.setdefault(name, str(values[0]))
+                self._kinds[name] = tuple(kind for kind in kinds if all(map(kind.is_stored, values)))
+
+    @property
+    def names(self) -> list[str]:
+        """Those of every entry, then those of pairs and files, sorted."""
+        return [*ENTRY_FIELDS, *sorted(set(self._kinds) - set(ENTRY_FIELDS))]
+
+    def check(self, filters: Iterable[MetadataFilter]) -> None:
+        """``UserError`` for a field that no entry has, and for a value that none of a field can be compared with."""
+        names = self.names
+        for each in filters:
+            if each.field not in names:
+                exif = ", which is read from EXIF data" if each.field in EXIF_FIELDS else ""
+                raise UserError(f"no entry has the field {shorten(each.field)}{exif}; there are {', '.join(names)}")
+            if each.operator == "~" or each.field in ENTRY_FIELDS or each.field not in self._examples:
+                continue
+            kinds = self._kinds[each.field]
+            if kinds and not any(kind.is_typed(each.value) for kind in kinds):
+                raise UserError(
+                    f"the filter {shorten(str(each))} has no {kinds[0].name} to compare with: {each.field} is a "
+                    f"{kinds[0].name} in every entry that has it, such as {self._examples[each.field]}"
+                )
 
 
 def entry_values(meta: Mapping[str, Any], name: str) -> list[Any]:

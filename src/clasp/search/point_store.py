@@ -48,7 +48,13 @@ class FoundPoint(NamedTuple):
 
     id: str
     score: float
+
+
+class ReadPoint(NamedTuple):
+    """A point as it is read for a hit: of its payload the entry, and its vector."""
+
     payload: Mapping[str, Any]
+    vector: Sequence[float]
 
 
 @runtime_checkable
@@ -102,6 +108,10 @@ class PointCollection(Protocol):
 
     def vectors(self, ids: Sequence[str]) -> dict[str, list[float]]:
         """Vector by UUID, without those that are not stored."""
+        ...
+
+    def points(self, ids: Sequence[str]) -> dict[str, ReadPoint]:
+        """Entry and vector by UUID, without those that are not stored."""
         ...
 
     def orders(self) -> Iterator[tuple[int, str]]:
@@ -202,22 +212,45 @@ class PointStore:
     ) -> list[Hit]:
         """The hits of one query among candidates; more are fetched until the k-th hit has no tie beyond the last."""
         margin, limit = 4 * len(query) * float(np.finfo(np.float32).eps), k + _MORE
+        read: dict[str, Hit | None] = {}
         while True:
-            entries = [(point, *decode_payload(point.payload)) for point in found]
-            passing = [entry for entry in entries if where is None or where(entry[2])]
-            floor = passing[k - 1][0].score - margin if len(passing) >= k else -np.inf
-            if len(found) < limit or found[-1].score < floor or (len(passing) >= k and limit > k + _MOST_TIES):
-                break
+            hits, place, floor = [], 0, -np.inf
+            while place < len(found) and found[place].score >= floor:  # no more than needed: each is of a page of disk
+                some = found[place : place + max(k - len(hits), place)]
+                self._read(query, [point.id for point in some], where, read)
+                for point in some:
+                    hit = read[point.id]
+                    if hit is not None:
+                        hits.append(hit)
+                        if len(hits) == k:
+                            floor = point.score - margin
+                place += len(some)
+            if len(found) < limit or found[-1].score < floor or (len(hits) >= k and limit > k + _MOST_TIES):
+                return sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
             limit *= 4
             found = self._collection.nearest(query[None], limit, conditions)[0]
-        passing = [entry for entry in passing if entry[0].score >= floor]
-        vectors = self._collection.vectors([point.id for point, _, _ in passing])
-        hits = []
-        for point, name, meta in passing:
-            row = np.asarray(vectors[point.id], np.float64)
-            cosine = float((row * query).sum() / np.sqrt((row * row).sum()))
-            hits.append(Hit(name, min(1.0, max(-1.0, cosine)), meta))
-        return sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
+
+    def _read(
+        self,
+        query: Float[np.ndarray, " E"],
+        ids: Sequence[str],
+        where: _MetadataFilter | None,
+        read: dict[str, Hit | None],
+    ) -> None:
+        """The hits of these points into ``read``, where they are not; ``None`` for one that does not pass the filter,
+        or has been deleted meanwhile."""
+        missing = [name for name in ids if name not in read]
+        points = self._collection.points(missing)
+        for point in missing:
+            read[point] = None
+            if point not in points:
+                continue
+            payload, vector = points[point]
+            name, meta = decode_payload(payload)
+            if where is None or where(meta):
+                row = np.asarray(vector, np.float64)
+                cosine = float((row * query).sum() / np.sqrt((row * row).sum()))
+                read[point] = Hit(name, min(1.0, max(-1.0, cosine)), meta)
 
     def _by_id(self, ids: Sequence[str], fetch: Callable[[Sequence[str]], Mapping[str, Any]]) -> list[Any]:
         points = [point_id(name) for name in ids]

@@ -20,8 +20,8 @@ from jaxtyping import Float
 
 from clasp.errors import counted
 from clasp.plain_types import UserError
-from clasp.search.payload import ORDER, TERMS, Condition, HasTerm, InRange, without_absent
-from clasp.search.point_store import FoundPoint, PointStore, StoredPoint
+from clasp.search.payload import ENTRY, ORDER, TERMS, Condition, HasTerm, InRange, without_absent
+from clasp.search.point_store import FoundPoint, PointStore, ReadPoint, StoredPoint
 from clasp.search.stored_model import StoredModel
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def split_address(address: str) -> tuple[str, str]:
     parts = urlsplit(address)
     collection = parts.path.strip("/")
     if parts.scheme not in ("http", "https") or not parts.netloc or not collection or "/" in collection:
-        raise UserError(f"--store {address}: a Qdrant collection is given as http://HOST:6333/COLLECTION")
+        raise UserError(f"{address}: a Qdrant collection is given as http://HOST:6333/COLLECTION")
     return f"{parts.scheme}://{parts.netloc}", collection
 
 
@@ -146,6 +146,14 @@ class _QdrantCollection:
             records = self._client.retrieve(self._name, list(ids), with_payload=False, with_vectors=True)
         return {str(record.id): record.vector for record in records}  # pyright: ignore[reportReturnType]
 
+    def points(self, ids: Sequence[str]) -> dict[str, ReadPoint]:
+        with self._errors("read it"):
+            records = self._client.retrieve(self._name, list(ids), with_payload=[ENTRY], with_vectors=True)
+        return {
+            str(record.id): ReadPoint(record.payload or {}, record.vector)  # pyright: ignore[reportArgumentType]
+            for record in records
+        }
+
     def orders(self) -> Iterator[tuple[int, str]]:
         offset = None
         while True:
@@ -176,16 +184,13 @@ class _QdrantCollection:
                 filter=models.Filter(must=must) if must else None,  # pyright: ignore[reportArgumentType]
                 params=params,
                 limit=limit,
-                with_payload=True,
+                with_payload=False,
             )
             for query in queries
         ]
         with self._errors("search it"):
             answers = self._client.query_batch_points(self._name, requests)
-        return [
-            [FoundPoint(str(point.id), point.score, point.payload or {}) for point in answer.points]
-            for answer in answers
-        ]
+        return [[FoundPoint(str(point.id), point.score) for point in answer.points] for answer in answers]
 
     def close(self) -> None:
         self._client.close()  # the server builds its index by itself

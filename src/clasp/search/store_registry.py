@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from clasp.data.formats.rows import shorten
 from clasp.data.plugins import import_named
 from clasp.plain_types import UserError
 from clasp.search.edge_store import EdgeStore, has_edge_extra
@@ -28,7 +29,7 @@ def check_store_name(name: str) -> None:
     if is_address(name):
         split_address(name)
     elif name not in STORES and (":" not in name or "/" in name):
-        raise UserError(f"--store {name} is no engine of a store; there are {STORE_FORMS}")
+        raise UserError(f"{shorten(name)} is no engine of a store; there are {STORE_FORMS}")
 
 
 def is_address(name: str) -> bool:
@@ -48,7 +49,7 @@ def open_store(run: Path, name: str) -> UpdatableStore:
     check_store_name(name)
     if is_address(name):
         return QdrantStore.at(name)
-    make = STORES[name] if name in STORES else import_named(name, "--store")
+    make = STORES[name] if name in STORES else import_named(name, "store")
     return make(store_folder(run, name))
 
 

@@ -57,7 +57,7 @@ class SearchResponse(BaseModel):
         description="Hits above the line; beyond the hits of this answer a lower bound. Null without a text."
     )
     p_value: float | None = Field(description="Probability that a caption of something else finds a hit as good.")
-    note: str = Field(description="One line about where nothing is close; empty if all hits are.")
+    note: str = Field(description="One line: where nothing is close, or that no entry passes the filters; else empty.")
 
 
 class CaptionModel(BaseModel):

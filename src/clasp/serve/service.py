@@ -30,12 +30,11 @@ from clasp.search.engine import SearchEngine, UpdatableStore
 from clasp.search.explanation import HitExplanation, explain_hit
 from clasp.search.flat_store import FlatStore
 from clasp.search.metadata_filter import (
+    FilterFields,
     MetadataFilter,
     all_of,
-    check_fields,
     entry_fields,
     entry_values,
-    known_fields,
 )
 from clasp.search.query import SearchQuery
 from clasp.serve.limits import ServeLimits
@@ -97,17 +96,17 @@ class _Catalogue:
 
     def __init__(self, engine: SearchEngine) -> None:
         self.ids: list[str] = []
-        seen: dict[str, None] = {}
+        self.fields = FilterFields()
         counts: dict[str, Counter[str]] = {"folder": Counter(), "language": Counter()}
         for name, meta in engine.store.scan():
             self.ids.append(name)
             fields = entry_fields(meta)
-            seen.update(dict.fromkeys(fields))
+            self.fields.add(meta)
             for field in {*fields, "folder", "language"} - {"bytes"}:  # nearly every file has a size of its own
                 values = map(str, entry_values(meta, field))
                 counts.setdefault(field, Counter()).update(value for value in values if len(value) <= 80)
-        self.fields = known_fields([{"meta": seen}])
-        self.values = {name: dict(counts.get(name, Counter()).most_common(_FREQUENT_VALUES)) for name in self.fields}
+        names = self.fields.names
+        self.values = {name: dict(counts.get(name, Counter()).most_common(_FREQUENT_VALUES)) for name in names}
 
 
 class SearchService:
@@ -307,7 +306,7 @@ class SearchService:
 
     def _check_filters(self, filters: Sequence[MetadataFilter]) -> None:
         if filters:
-            check_fields(filters, self._entries().fields)
+            self._entries().fields.check(filters)
 
     def _check_text(self, text: str) -> None:
         require_unicode(text, "a text of the request")

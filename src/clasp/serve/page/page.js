@@ -136,7 +136,8 @@ async function load_more() {
 function announce() {
   if (!hits.length) {
     status.textContent = ""
-    return show_message(note || (state.where.length ? "No picture passes these filters." : "There is nothing to show."))
+    const none = state.where.length ? "No picture passes these filters." : "There is nothing to show."
+    return show_message(close_count === 0 && note ? note : none)
   }
   const count = total !== null ? `${total.toLocaleString()} pictures` : more ? `The first ${hits.length.toLocaleString()} hits` : hits.length === 1 ? "1 hit" : `${hits.length.toLocaleString()} hits`
   status.textContent = count
