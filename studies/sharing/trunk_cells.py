@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from studies.lilt.initial_heads import Start
 from studies.lilt.photos import Photos
 from studies.records import Record, Results, machine
 from studies.sharing.cells import macs
-from studies.sharing.trunk_grid import PAIRS, Cell, Row, cells, shown, start_of
+from studies.sharing.trunk_grid import PAIRS, Cell, cells, shown, start_of
 
 from clasp.commands.run_context import Preloaded
 from clasp.commands.train import train_recipe
@@ -35,7 +34,6 @@ class Study:
 
     def __init__(self, photos: Photos, folder: Path, results: Path):
         self.photos, self.folder, self.results = photos, folder, results
-        self._starts: dict[Row, Start] = {}
 
     def go_on(self, minutes: float, *, test: bool) -> None:
         """Run every missing cell; ``test``: ask the test photos of the finished cells of the page instead."""
@@ -88,28 +86,24 @@ class Study:
         return {**of, "answers": answers, "seconds": {"ask": round(time.perf_counter() - began, 1)}}
 
     def _trained(self, cell: Cell) -> ModelAndPreprocessing:
-        """The model of a cell: trained, resumed where it was stopped, or loaded where it is finished."""
+        """The model of a cell: trained, resumed where it was stopped, or loaded where it is finished. Heads start
+        in closed form from photos that never train, in the run of 0 steps, from which the others start."""
         run = RunFolder(self.folder / cell.key)
         if (run.path / "delta.safetensors").exists() and not run.has_state:
             loaded = load(run.path)
             assert isinstance(loaded.encoder, DualEncoder)
             return ModelAndPreprocessing(loaded.encoder, loaded.transform, loaded.tokenizer)
         parts = build_model_and_preprocessing(cell.recipe)
-        if not run.has_state:
-            self._start(cell.row).put(parts.model)
+        if cell.steps == 0:
+            inputs = build_feature_source(parts, cell.recipe.with_overrides(["data.feature_cache=off"]))
+            self.photos.start(parts, inputs, self.photos.outside).put(parts.model)
+        elif not run.has_state:
+            RunFolder(self.folder / start_of(cell.row).key).load_delta(parts.model)
         preloaded = Preloaded(self.photos.pairs(PAIRS, cell.seed), parts)
         done = train_recipe(cell.recipe, run.path, say=_nobody, resume=run.has_state, preloaded=preloaded)
         if done.fitted.interrupted:
             raise KeyboardInterrupt
         return parts
-
-    def _start(self, row: Row) -> Start:
-        """Heads in closed form from photos that never train, through the towers of a row before they train."""
-        if row not in self._starts:
-            recipe = start_of(row).recipe.with_overrides(["data.feature_cache=off"])
-            parts = build_model_and_preprocessing(recipe)
-            self._starts[row] = self.photos.start(parts, build_feature_source(parts, recipe), self.photos.outside)
-        return self._starts[row]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ WRITTEN = 1  # part of every key: increment when the evaluation of a cell change
 PAIRS = 8000
 STEPS = (0, 60, 180, 540)
 CHOSEN_AT = 60
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3)
 SEEDS = (0,)
 
 TWO = Row("two towers")
@@ -89,9 +89,12 @@ def chosen(row: Row, find: Find) -> float | None:
 
 
 def cells(find: Find) -> list[Cell]:
-    """All cells that are determined: rates first, then every row for more and more steps."""
-    rates = [cell for cells_ in zip(*map(to_choose, ROWS), strict=True) for cell in cells_]
-    return [*map(start_of, ROWS), *rates, *(cell for cell in shown(find) if cell.steps > CHOSEN_AT)]
+    """All cells that can be run or are: rows before their first step, which the others start from; then rates; then
+    every row for more and more steps."""
+    rates = [cell for some in zip(*map(to_choose, ROWS), strict=True) for cell in some]
+    trained = [*rates, *(cell for cell in shown(find) if cell.steps > CHOSEN_AT)]
+    started = [cell for cell in trained if find(start_of(cell.row).key) is not None]
+    return [*map(start_of, ROWS), *started]
 
 
 def shown(find: Find) -> list[Cell]:

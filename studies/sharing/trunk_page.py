@@ -137,9 +137,8 @@ def _tried(find: Find) -> str:
 
 def _missing(find: Find) -> str:
     left = [str(cell) for cell in cells(find) if find(cell.key) is None]
-    unknown = [row.name for row in ROWS if chosen(row, find) is None]
-    if unknown:
-        left.append(f"every longer run of {', '.join(unknown)}")
+    if unknown := [row.name for row in ROWS if chosen(row, find) is None]:
+        left.append(f"longer runs of {', '.join(unknown)}")
     return f"**Not complete.** Missing: {'; '.join(left)}.\n\n" if left else ""
 
 
