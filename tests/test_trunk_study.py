@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,10 @@ def test_starts_come_first_then_rates_and_longer_runs_have_the_best():
     assert [cell.steps for cell in cells(known.get)] == [0, 0, 0] and chosen(ROWS[0], known.get) is None
     for row in ROWS:
         known[start_of(row).key] = {}
-    assert [cell.steps for cell in cells(known.get)[3:]] == [60] * 6
+    assert [(cell.rate, cell.steps) for cell in cells(known.get)[3:]] == [(r, 60) for row in ROWS for r in row.rates]
     for cell in cells(known.get)[3:]:
-        known[cell.key] = {"validation": -cell.rate}
-    assert [(cell.steps, cell.rate) for cell in cells(known.get)[9:]] == [(180, 1e-3)] * 3 + [(540, 1e-3)] * 3
+        known[cell.key] = {"validation": -abs(cell.rate - 1e-3)}
+    assert [(cell.steps, cell.rate) for cell in cells(known.get)[11:]] == [(180, 1e-3)] * 3 + [(540, 1e-3)] * 3
     assert len(shown(known.get)) == 12
 
 
@@ -49,7 +50,8 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "trunk.toml").write_text(tomlkit.dumps(recipe), encoding="utf-8")
     for module in (trunk_grid, trunk_cells):
         monkeypatch.setattr(module, "PAIRS", 32)
-    for name, value in {"ROWS": ROWS[:2], "RATES": (1e-3,), "STEPS": (0, 2), "CHOSEN_AT": 2}.items():
+    rows = tuple(replace(row, rates=(1e-3,)) for row in ROWS[:2])
+    for name, value in {"ROWS": rows, "TWO": rows[0], "STEPS": (0, 2), "CHOSEN_AT": 2}.items():
         for module in (trunk_grid, trunk_page):
             monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(trunk_grid, "COMMON", tmp_path / "trunk.toml")

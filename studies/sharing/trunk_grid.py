@@ -24,14 +24,14 @@ WRITTEN = 1  # part of every key: increment when the evaluation of a cell change
 PAIRS = 8000
 STEPS = (0, 60, 180, 540)
 CHOSEN_AT = 60
-RATES = (1e-3, 3e-3)
+START_RATE = 1e-3  # of a run of no steps, where no rate counts
 SEEDS = (0,)
 
-TWO = Row("two towers")
+TWO = Row("two towers", (), (1e-3, 3e-3))
 ROWS = (
     TWO,
-    Row("DINOv2's blocks for captions too", ("share.trunk=image",)),
-    Row("MiniLM's blocks for photos too", ("share.trunk=text",)),
+    Row("DINOv2's blocks for captions too", ("share.trunk=image",), (1e-4, 3e-4, 1e-3)),
+    Row("MiniLM's blocks for photos too", ("share.trunk=text",), (3e-4, 1e-3, 3e-3)),
 )
 
 Find = Callable[[str], Record | None]
@@ -73,12 +73,12 @@ class Cell:
 
 def start_of(row: Row) -> Cell:
     """A row before its first step; no learning rate counts."""
-    return Cell(row, RATES[0], 0)
+    return Cell(row, START_RATE, 0)
 
 
 def to_choose(row: Row) -> list[Cell]:
     """The cells whose validation metric selects the learning rate of a row."""
-    return [Cell(row, rate, CHOSEN_AT) for rate in RATES]
+    return [Cell(row, rate, CHOSEN_AT) for rate in row.rates]
 
 
 def chosen(row: Row, find: Find) -> float | None:
@@ -91,7 +91,7 @@ def chosen(row: Row, find: Find) -> float | None:
 def cells(find: Find) -> list[Cell]:
     """All cells that can be run or are: rows before their first step, which the others start from; then rates; then
     every row for more and more steps."""
-    rates = [cell for some in zip(*map(to_choose, ROWS), strict=True) for cell in some]
+    rates = [cell for row in ROWS for cell in to_choose(row)]
     trained = [*rates, *(cell for cell in shown(find) if cell.steps > CHOSEN_AT)]
     started = [cell for cell in trained if find(start_of(cell.row).key) is not None]
     return [*map(start_of, ROWS), *started]

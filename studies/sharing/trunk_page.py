@@ -16,7 +16,6 @@ from studies.records import Record
 from studies.sharing.page import BEGIN, END
 from studies.sharing.trunk_grid import (
     CHOSEN_AT,
-    RATES,
     ROWS,
     STEPS,
     TWO,
@@ -26,6 +25,7 @@ from studies.sharing.trunk_grid import (
     cells,
     chosen,
     shown,
+    start_of,
     to_choose,
 )
 
@@ -49,8 +49,8 @@ other they have the embeddings alone, of which patches, positions and a map of t
 wide, and start in closed form from 2,000 photos that never train. Training: 8,000 photos of 160 classes (Tiny-ImageNet)
 with template captions, batches of {batch}, a cosine schedule for each number of steps, {precision}, seed 0. Asked are
 photos that do not train, of the classes whose names train, and of CIFAR-10's ten classes, none of whose names trains.
-The learning rate of a row is the best of {rates} after {chosen_at} steps, by log-likelihood on the validation photos of
-Tiny-ImageNet.
+The learning rate of a row is the best of two or three after {chosen_at} steps, by log-likelihood on the validation
+photos of Tiny-ImageNet.
 
 ## Costs
 
@@ -75,14 +75,13 @@ def write(find: Find, home: Path) -> Path:
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     kept = re.search(re.escape(BEGIN) + r"\n(.*?)\n?" + re.escape(END), before, re.S)
     test = _answers(find, lambda cell: cell.test_key)
-    train = Cell(TWO, RATES[0], 0).recipe.train
+    train = start_of(TWO).recipe.train
     text = PAGE.format(
         batch=train.batch_size,
         precision=train.precision,
         begin=BEGIN,
         end=END,
         verdict=kept.group(1) if kept else "Not written yet.",
-        rates=", ".join(f"{rate:g}" for rate in RATES),
         chosen_at=CHOSEN_AT,
         costs=_costs(find),
         validation=_answers(find, lambda cell: cell.key) or "Nothing is recorded yet.",
@@ -128,10 +127,12 @@ def _answers(find: Find, key: Callable[[Cell], str]) -> str:
 
 
 def _tried(find: Find) -> str:
-    lines = [line(["", *(f"{rate:g}" for rate in RATES)]), line(["---"] * (len(RATES) + 1))]
+    rates = sorted({rate for row in ROWS for rate in row.rates})
+    lines = [line(["", *(f"{rate:g}" for rate in rates)]), line(["---"] * (len(rates) + 1))]
     for row in ROWS:
-        found = [find(cell.key) for cell in to_choose(row)]
-        lines.append(line([row.name, *(f"{each['validation']:.3f}" if each else "–" for each in found)]))
+        found = {cell.rate: find(cell.key) for cell in to_choose(row)}
+        known = {rate: f"{each['validation']:.3f}" for rate, each in found.items() if each}
+        lines.append(line([row.name, *(known.get(rate, "–" if rate in row.rates else "") for rate in rates)]))
     return "\n".join(lines)
 
 

@@ -53,8 +53,9 @@ class HeadSettings(BaseModel):
     """Ridge penalties of the CCA, image and text, in units of a feature's variance"""
     mean_shrinkage: Annotated[float, Field(gt=0, le=1)] | None = None
     """Shrinkage of the mean of the training images, which a CCA subtracts from the image features: this fraction of the
-    way towards the mean over all features of a layer (Efron & Morris, 1973); for training images unlike those to come,
-    as drawings are unlike photographs. Needs ``standardize = "layer"`` and ``init = "cca"``; left out: none"""
+    way towards the mean over all features of a layer, or over all class probabilities (Efron & Morris, 1973); for
+    training images unlike those to come, as drawings are unlike photographs. Needs ``standardize = "layer"`` and
+    ``init = "cca"``; left out: none"""
     noise: float = Field(default=0.0, ge=0)
     """Standard deviation of the Gaussian noise added to the features during training"""
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -89,14 +89,11 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def shrunk_mean(self, shrinkage: float) -> Float[Tensor, " Dh"]:
-        """The mean that ``fit`` has set to 0, moved this fraction of the way to the mean over all features of a layer
-        (Efron & Morris, JASA 1973; ours is a set fraction, not an estimate). That of class probabilities stays."""
+        """The mean that ``fit`` has set to 0, moved this fraction of the way to the mean over all features of a layer,
+        or over all class probabilities (Efron & Morris, JASA 1973; ours is a set fraction, not an estimate)."""
         assert self._per_layer, "features of one layer have one factor, so that their means compare"
         means = (-self.shift).split(self._blocks)
-        layers = [block.mean() - block for block in means]
-        if self.probabilities is not None:
-            layers[-1] = torch.zeros_like(layers[-1])
-        return shrinkage * torch.cat(layers)
+        return shrinkage * torch.cat([block.mean() - block for block in means])
 
     def _features(self, pooled: Float[Tensor, "B D"]) -> Float[Tensor, "B Dh"]:
         if self.probabilities is not None:
