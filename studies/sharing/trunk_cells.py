@@ -86,21 +86,21 @@ class Study:
         return {**of, "answers": answers, "seconds": {"ask": round(time.perf_counter() - began, 1)}}
 
     def _trained(self, cell: Cell) -> ModelAndPreprocessing:
-        """The model of a cell: trained, resumed where it was stopped, or loaded where it is finished. Heads start
-        in closed form from photos that never train, in the run of 0 steps, from which the others start."""
+        """The model of a cell: trained, resumed where it was stopped, or loaded where it is finished. The others start
+        from the run of 0 steps, whose heads are in closed form of photos that never train."""
         run = RunFolder(self.folder / cell.key)
         if (run.path / "delta.safetensors").exists() and not run.has_state:
             loaded = load(run.path)
             assert isinstance(loaded.encoder, DualEncoder)
             return ModelAndPreprocessing(loaded.encoder, loaded.transform, loaded.tokenizer)
-        parts = build_model_and_preprocessing(cell.recipe)
+        recipe, (train, few) = cell.recipe, self.photos.pairs(PAIRS, cell.seed)
         if cell.steps == 0:
-            inputs = build_feature_source(parts, cell.recipe.with_overrides(["data.feature_cache=off"]))
-            self.photos.start(parts, inputs, self.photos.outside).put(parts.model)
-        elif not run.has_state:
-            RunFolder(self.folder / start_of(cell.row).key).load_delta(parts.model)
-        preloaded = Preloaded(self.photos.pairs(PAIRS, cell.seed), parts)
-        done = train_recipe(cell.recipe, run.path, say=_nobody, resume=run.has_state, preloaded=preloaded)
+            train = self.photos.outside
+        else:
+            recipe = recipe.with_overrides([f"train.init_from={self.folder / start_of(cell.row).key}"])
+        parts = build_model_and_preprocessing(recipe)
+        preloaded = Preloaded((train, few), parts)
+        done = train_recipe(recipe, run.path, say=_nobody, resume=run.has_state, preloaded=preloaded)
         if done.fitted.interrupted:
             raise KeyboardInterrupt
         return parts

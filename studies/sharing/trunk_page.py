@@ -45,12 +45,12 @@ PAGE = """# One pre-trained trunk for photos and captions
 
 DINOv2 ViT-S/14 at 56 px and MiniLM-L6, both frozen but for norms and low rank (8), which each modality has of its own,
 in every block. "Two towers" shares nothing. On a trunk both modalities run through the blocks of one tower; of the
-other they have the embeddings alone, of which patches, positions and a map of tokens train. Heads are linear, 256
-wide, and start in closed form from 2,000 photos that never train. Training: 8,000 photos of 160 classes (Tiny-ImageNet)
-with template captions, batches of {batch}, a cosine schedule for each number of steps, {precision}, seed 0. Asked are
-photos that do not train, of the classes whose names train, and of CIFAR-10's ten classes, none of whose names trains.
-The learning rate of a row is the best of two or three after {chosen_at} steps, by log-likelihood on the validation
-photos of Tiny-ImageNet.
+other they have the embeddings alone, of which patches, positions and a map of tokens train. Heads standardise their
+features, are linear, 256 wide, and start in closed form from 2,000 photos that never train. Training: 8,000 photos of
+160 classes (Tiny-ImageNet) with template captions, batches of {batch}, a cosine schedule for each number of steps,
+{precision}, seed 0. Asked are photos that do not train, of the classes whose names train, and of CIFAR-10's ten classes,
+none of whose names trains. The learning rate of a row is the best of two or three after {chosen_at} steps, by
+log-likelihood on the validation photos of Tiny-ImageNet.
 
 ## Costs
 
