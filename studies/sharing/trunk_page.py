@@ -48,8 +48,8 @@ in every block. "Two towers" shares nothing. On a trunk both modalities run thro
 other they have the embeddings alone, of which patches, positions and a map of tokens train. Heads standardise their
 features, are linear, 256 wide, and start in closed form from 2,000 photos that never train. Training: 8,000 photos of
 160 classes (Tiny-ImageNet) with template captions, batches of {batch}, a cosine schedule for each number of steps,
-{precision}, seed 0. Asked are photos that do not train, of the classes whose names train, and of CIFAR-10's ten classes,
-none of whose names trains. The learning rate of a row is the best of two or three after {chosen_at} steps, by
+{precision}, seed 0. Asked are photos that do not train, of the classes whose names train, and of CIFAR-10's ten
+classes, none of whose names trains. The learning rate of a row is the best of two or three after {chosen_at} steps, by
 log-likelihood on the validation photos of Tiny-ImageNet.
 
 ## Costs
