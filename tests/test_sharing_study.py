@@ -21,7 +21,6 @@ from studies.sharing.grid import (
     RATES,
     SCRATCH,
     SEEDS,
-    TRUNKS,
     Cell,
     at_equal_arithmetic,
     cells,
@@ -85,7 +84,7 @@ def test_closeness_is_measured_before_and_after(world: World, monkeypatch: pytes
         assert [each["block"] for each in found["clusters"]] == [0, 1, 2] and found["attention"]["heads"] == 8
     assert record["before"] != record["after"]
     monkeypatch.setattr(closeness, "ROWS", (row,))
-    monkeypatch.setattr(closeness, "chosen", lambda group, find: 1e-3)
+    monkeypatch.setattr(closeness, "chosen", lambda find: 1e-3)
     assert "Nothing is recorded yet." in closeness.render_page({}.get, "")
     stored = {closeness.key(cell): record for cell in closeness.cells({}.get)}
     text = closeness.render_page(stored.get, f"{page.BEGIN}\nThey are close.\n{page.END}")
@@ -113,16 +112,16 @@ def test_rates_come_first_then_rows_then_equal_arithmetic(tmp_path: Path):
     def find(cell: Cell) -> Record | None:
         return results.get(cell.key)
 
-    rows = (NOTHING, MSCLIP, SCRATCH[11], TRUNKS[0])
+    rows = (NOTHING, MSCLIP, SCRATCH[11])
     first = list(cells(rows, find))
-    assert [cell.rate for cell in first[:6]] == [rate for rate in RATES["scratch"] for _ in range(2)]
-    assert chosen("scratch", find) is None
+    assert [cell.rate for cell in first[:6]] == [rate for rate in RATES for _ in range(2)]
+    assert chosen(find) is None
     while left := [cell for cell in cells(rows, find) if find(cell) is None]:
         macs = 120 if cell_is_larger(left[0]) else 100
         results.add("cells", recorded(left[0], 6 if left[0].row is MSCLIP else 5, macs))
     for cell in to_time(rows):
         results.add("cells", recorded(cell, 5, 100))
-    assert chosen("scratch", find) == 1e-3
+    assert chosen(find) == 1e-3
     larger = at_equal_arithmetic(Cell(SCRATCH[11], 1e-3, 320, 1), 1e-3, find)
     assert larger is not None and larger.steps == 267 and find(larger) is not None
     assert at_equal_arithmetic(Cell(NOTHING, 1e-3, 320, 0), 1e-3, find) is None
@@ -154,7 +153,7 @@ def test_the_command_makes_a_page_of_nothing_and_refuses_missing_folders(
 
 
 def test_parts_take_every_cell_once():
-    keys = [cell.key for cell in to_time((*SCRATCH, *TRUNKS))]
+    keys = [cell.key for cell in to_time(SCRATCH)]
     parts = [Part.read(f"{number}/3") for number in (1, 2, 3)]
     assert all(sum(part.takes(key) for part in parts) == 1 for key in keys)
     for wrong in ("0/2", "3/2", "a/b", "2"):

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from studies.evaluation import (
@@ -134,6 +135,22 @@ class Photos:
         found = probed(self._images(model, inputs, to_fit), labels[0], seen, labels[1])
         answers |= {f"kept/cifar10/{key}": value for key, value in found.items()}
         return answers | self._ask_scenes(model, inputs)
+
+    def classify(
+        self, part: Literal["validation", "test"], model: DualEncoder, inputs: FeatureSource
+    ) -> tuple[dict[str, Answer], float]:
+        """Zero-shot ``tinyimagenet/top1``, ``cifar10/top1`` and so on, and the log-likelihood of the correct class of
+        Tiny-ImageNet; validation photos are those that neither train nor are in a test set."""
+        asked = {
+            "validation": (self._held[: self.sizes.held], self._objects_to_fit[: self.sizes.objects_to_fit]),
+            "test": (self._test[: self.sizes.test], self._objects[: self.sizes.objects]),
+        }[part]
+        answers, likelihoods = {}, []
+        for name, pairs in zip(("tinyimagenet", "cifar10"), asked, strict=True):
+            seen, question = self._images(model, inputs, pairs), self._classes(name, pairs, inputs)
+            answers |= {f"{name}/{key}": value for key, value in zero_shot(model, seen, question).items()}
+            likelihoods.append(log_likelihood(model, seen, question))
+        return answers, likelihoods[0]
 
     def _ask_scenes(self, model: DualEncoder, inputs: FeatureSource) -> dict[str, Answer]:
         scenes = list(self._scenes)

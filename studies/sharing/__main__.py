@@ -49,9 +49,8 @@ def study(options: argparse.Namespace, home: Path) -> None:
     from studies.sharing import figure, page
     from studies.sharing.cells import run
     from studies.sharing.datasets import World
-    from studies.sharing.grid import SCRATCH, TRUNKS, Cell, cells, to_time
+    from studies.sharing.grid import SCRATCH, Cell, cells, to_time
 
-    rows = (*SCRATCH, *TRUNKS)
     results = Results(home / "results")
 
     def find(cell: Cell) -> dict | None:
@@ -63,15 +62,15 @@ def study(options: argparse.Namespace, home: Path) -> None:
         world, began = World(options.photos, options.emoji), time.monotonic()
         while time.monotonic() - began < 60 * options.minutes:
             results = Results(home / "results")  # read again: other processes write too
-            wanted = to_time(rows) if options.speed else cells(rows, find)
+            wanted = to_time(SCRATCH) if options.speed else cells(SCRATCH, find)
             left = [cell for cell in wanted if find(cell) is None and options.part.takes(cell.key)]
             if not left:
                 break
             print(f"{time.strftime('%H:%M:%S')} {left[0]}", flush=True)
             record = run(left[0], world, results)
             print(f"         {record['seconds']} {record.get('validation', '')}", flush=True)
-    print(page.write(rows, find, home))
-    if drawn := figure.draw(rows, find, home):
+    print(page.write(SCRATCH, find, home))
+    if drawn := figure.draw(SCRATCH, find, home):
         print(drawn)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from studies.formatting import line
 from studies.records import Record, Results, machine
 from studies.sharing.datasets import World
-from studies.sharing.grid import MSCLIP, NOTHING, SCRATCH, SEEDS, Cell, chosen
+from studies.sharing.grid import MSCLIP, NOTHING, SCRATCH, SEEDS, STEPS, Cell, chosen
 from studies.sharing.page import BEGIN, END
 
 from clasp.analysis.attention_roles import attention_agreement, head_roles
@@ -73,9 +73,9 @@ def cells(find: Callable[[str], Record | None]) -> list[Cell]:
     def recorded(cell: Cell) -> Record | None:
         return find(cell.key)
 
-    rate = chosen("scratch", recorded)
+    rate = chosen(recorded)
     assert rate is not None, "the study of sharing has chosen its learning rate"
-    return [Cell(row, rate, row.steps, seed) for seed in SEEDS for row in ROWS]
+    return [Cell(row, rate, STEPS, seed) for seed in SEEDS for row in ROWS]
 
 
 def key(cell: Cell) -> str:

@@ -14,23 +14,22 @@ matplotlib.use("Agg")  # headless
 
 import matplotlib.pyplot as plt
 from studies.paired_intervals import Counts, itself, measured
-from studies.sharing.grid import SEEDS, Cell, Find, Row, chosen
+from studies.sharing.grid import SEEDS, STEPS, Cell, Find, Row, chosen
 from studies.sharing.page import RECALL, TOP1
 
 TITLES = {TOP1: "photos: zero-shot top-1, %", RECALL: "drawings in a new style: R@5, %"}
 
 
 def draw(rows: Sequence[Row], find: Find, home: Path) -> Path | None:
-    """Write the figure into the folder; none before the rows from scratch have a learning rate."""
-    rate = chosen("scratch", find)
+    """Write the figure into the folder; none before they have a learning rate."""
+    rate = chosen(find)
     if rate is None:
         return None
-    scratch = [row for row in rows if row.group == "scratch"]
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharex=True)
     for axes, name in zip(both, TITLES, strict=True):
-        for number, row in enumerate(scratch, 1):
-            records = [find(Cell(row, rate, row.steps, seed)) for seed in SEEDS]
+        for number, row in enumerate(rows, 1):
+            records = [find(Cell(row, rate, STEPS, seed)) for seed in SEEDS]
             known = [record for record in records if record is not None]
             if known:
                 seen = measured([Counts.of([record["answers"][name] for record in known])], itself)

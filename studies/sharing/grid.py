@@ -20,11 +20,10 @@ from studies.records import Record, as_recorded
 
 from clasp.config.recipe import Recipe, read_recipe
 
-HERE = Path(__file__).parent
+COMMON = Path(__file__).with_name("scratch.toml")
 WRITTEN = 1  # part of every key: increment when the evaluation of a cell changes
 SEEDS = (0, 1, 2)
 STEPS = 320
-TRUNK_STEPS = 40
 TIMED_STEPS = 30
 ALIKE = 0.02  # relative FLOP differences below this count as equal
 
@@ -33,21 +32,10 @@ Find = Callable[["Cell"], Record | None]
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: overrides of the recipe of its group (``scratch.toml`` or ``trunk.toml``)."""
+    """A line of the table: overrides of the common recipe, ``scratch.toml``."""
 
     name: str
     changes: tuple[str, ...] = ()
-    group: str = "scratch"
-
-    @property
-    def file(self) -> Path:
-        """The common recipe of its group."""
-        return HERE / f"{self.group}.toml"
-
-    @property
-    def steps(self) -> int:
-        """Default number of steps."""
-        return STEPS if self.group == "scratch" else TRUNK_STEPS
 
 
 APART = ("share.attention=separate", "share.ffn=separate")
@@ -79,14 +67,9 @@ SCRATCH = (
         tuple(f"{side}.net.width=176" for side in ("image", "text")),
     ),
 )
-TRUNKS = (
-    Row("two towers", (), "trunk"),
-    Row("the image tower is the trunk of both", ("share.trunk=image",), "trunk"),
-    Row("the text tower is the trunk of both", ("share.trunk=text",), "trunk"),
-)
-RATES = {"scratch": (5e-4, 1e-3, 2e-3), "trunk": (3e-4, 1e-3, 3e-3)}
-TRIED = {"scratch": (NOTHING, MSCLIP), "trunk": TRUNKS[:2]}
-"""Rows whose validation metric selects the learning rate of their group"""
+RATES = (5e-4, 1e-3, 2e-3)
+TRIED = (NOTHING, MSCLIP)
+"""Rows whose validation metric selects the learning rate"""
 
 
 @dataclass(frozen=True)
@@ -103,12 +86,12 @@ class Cell:
     def recipe(self) -> Recipe:
         """The recipe of its run."""
         changes = (*self.row.changes, f"train.lr={self.rate!r}", f"train.seed={self.seed}")
-        return read_recipe(str(self.row.file), changes)
+        return read_recipe(str(COMMON), changes)
 
     @property
     def key(self) -> str:
         """Key over everything that determines its numbers except software versions."""
-        recipe = [as_recorded(tomllib.loads(self.row.file.read_text(encoding="utf-8"))), self.row.changes]
+        recipe = [as_recorded(tomllib.loads(COMMON.read_text(encoding="utf-8"))), self.row.changes]
         facts = [WRITTEN, recipe, self.rate, self.steps, self.seed, self.purpose]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -118,21 +101,21 @@ class Cell:
 
 def to_time(rows: Sequence[Row]) -> list[Cell]:
     """A few steps of every row; speed does not depend on the rate."""
-    return [Cell(row, RATES[row.group][0], TIMED_STEPS, 0, "speed") for row in rows]
+    return [Cell(row, RATES[0], TIMED_STEPS, 0, "speed") for row in rows]
 
 
-def to_choose(group: str) -> list[Cell]:
-    """Cells whose validation metric selects the learning rate of a group, with seed 0."""
-    return [Cell(row, rate, row.steps, 0) for rate in RATES[group] for row in TRIED[group]]
+def to_choose() -> list[Cell]:
+    """Cells whose validation metric selects the learning rate, with seed 0."""
+    return [Cell(row, rate, STEPS, 0) for rate in RATES for row in TRIED]
 
 
-def chosen(group: str, find: Find) -> float | None:
-    """The learning rate of a group; ``None`` before it is selected."""
-    cells = to_choose(group)
+def chosen(find: Find) -> float | None:
+    """The learning rate; ``None`` before it is selected."""
+    cells = to_choose()
     known = [find(cell) for cell in cells]
     if None in known:
         return None
-    sums = {rate: 0.0 for rate in RATES[group]}
+    sums = {rate: 0.0 for rate in RATES}
     for cell, record in zip(cells, known, strict=True):
         assert record is not None
         sums[cell.rate] += record["validation"]
@@ -141,25 +124,22 @@ def chosen(group: str, find: Find) -> float | None:
 
 def cells(rows: Sequence[Row], find: Find, *, seeds: Sequence[int] = SEEDS) -> Iterator[Cell]:
     """Learning rate selection, then every row with seed 0, then the other seeds; as far as determined."""
-    for group in dict.fromkeys(row.group for row in rows):
-        yield from to_choose(group)
-        rate = chosen(group, find)
-        if rate is None:
-            continue
-        for seed in seeds:
-            for row in (row for row in rows if row.group == group):
-                yield Cell(row, rate, row.steps, seed)
-        for seed in seeds:
-            for row in (row for row in rows if row.group == group):
-                if other := at_equal_arithmetic(Cell(row, rate, row.steps, seed), rate, find):
-                    yield other
+    yield from to_choose()
+    rate = chosen(find)
+    if rate is None:
+        return
+    for seed in seeds:
+        for row in rows:
+            yield Cell(row, rate, STEPS, seed)
+    for seed in seeds:
+        for row in rows:
+            if other := at_equal_arithmetic(Cell(row, rate, STEPS, seed), rate, find):
+                yield other
 
 
 def at_equal_arithmetic(cell: Cell, rate: float, find: Find) -> Cell | None:
     """The cell for the steps with MS-CLIP's FLOPs; ``None`` where these are equal, or not known yet."""
-    if cell.row.group != "scratch":
-        return None
-    own, theirs = find(replace(cell, seed=0)), find(Cell(MSCLIP, rate, MSCLIP.steps, 0))
+    own, theirs = find(replace(cell, seed=0)), find(Cell(MSCLIP, rate, STEPS, 0))
     if own is None or theirs is None or abs(own["macs"] / theirs["macs"] - 1) < ALIKE:
         return None
     return replace(cell, steps=round(cell.steps * theirs["macs"] / own["macs"]))

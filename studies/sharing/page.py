@@ -19,7 +19,7 @@ from studies.sharing.grid import (
     MSCLIP,
     NOTHING,
     SEEDS,
-    TRUNKS,
+    STEPS,
     Cell,
     Find,
     Row,
@@ -72,13 +72,6 @@ Rows whose forward pass costs something else, for as many steps as cost the same
 
 {equal}
 
-## On a pre-trained trunk
-
-DINOv2 ViT-S/14 and MiniLM-L6; frozen but for low rank (8), norms, and what is new; {trunk_steps} steps of {batch} at
-{trunk_rate}. "Two towers" shares nothing; on a trunk, the other tower gives only its embeddings.
-
-{trunks}
-
 ![quality against parameters](sharing.png)
 
 {missing}{made_with}
@@ -92,25 +85,21 @@ def write(rows: Sequence[Row], find: Find, home: Path) -> Path:
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     kept = re.search(re.escape(BEGIN) + r"\n(.*?)\n?" + re.escape(END), before, re.S)
     known = [record for cell in cells(rows, find) if (record := find(cell)) is not None]
-    rate = chosen("scratch", find)
-    scratch = [row for row in rows if row.group == "scratch"]
+    rate = chosen(find)
     timed = {cell.row.name: find(cell) for cell in to_time(rows)}
     speeds = {name: f"{record['pairs_per_second']:,.0f}" for name, record in timed.items() if record is not None}
     text = PAGE.format(
         begin=BEGIN,
         end=END,
         verdict=kept.group(1) if kept else "Not written yet.",
-        **_sizes(Cell(MSCLIP, 1.0, MSCLIP.steps, 0), known),
-        trunk_steps=TRUNKS[0].steps,
+        **_sizes(Cell(MSCLIP, 1.0, STEPS, 0), known),
         rate=_rate(rate),
-        trunk_rate=_rate(chosen("trunk", find)),
         tried=", ".join(dict.fromkeys(f"{cell.rate:g}" for cell in cells([NOTHING], find))),
         seeds=", ".join(map(str, SEEDS)),
         tokens=TOKENS,
-        same="\n".join(_table(_same(scratch, find), NOTHING.name, speeds)),
-        could_see=_could_see(_same(scratch, find)),
-        equal="\n".join(_table(_equal(scratch, find), MSCLIP.name, speeds)),
-        trunks="\n".join(_table(_same(TRUNKS, find), TRUNKS[0].name, speeds)),
+        same="\n".join(_table(_same(rows, find), NOTHING.name, speeds)),
+        could_see=_could_see(_same(rows, find)),
+        equal="\n".join(_table(_equal(rows, find), MSCLIP.name, speeds)),
         missing=_missing(rows, find),
         made_with=_made_with(known),
     )
@@ -140,22 +129,22 @@ By = dict[str, dict[int, Record]]
 
 
 def _same(rows: Sequence[Row], find: Find) -> By:
-    """Records of every row, at its group's learning rate and steps."""
-    found: By = {}
-    for row in rows:
-        rate = chosen(row.group, find)
-        records = {} if rate is None else _by_seed((Cell(row, rate, row.steps, seed) for seed in SEEDS), find)
-        if records:
-            found[row.name] = records
-    return found
+    """Records of every row."""
+    rate = chosen(find)
+    if rate is None:
+        return {}
+    found = {row.name: _by_seed((Cell(row, rate, STEPS, seed) for seed in SEEDS), find) for row in rows}
+    return {name: records for name, records in found.items() if records}
 
 
 def _equal(rows: Sequence[Row], find: Find) -> By:
     """Records of MS-CLIP, and of the rows that were run again at its FLOPs."""
-    rate = chosen("scratch", find)
+    rate = chosen(find)
+    if rate is None:
+        return {}
     found = {name: records for name, records in _same(rows, find).items() if name == MSCLIP.name}
-    for row in rows if rate is not None else ():
-        again = (at_equal_arithmetic(Cell(row, rate, row.steps, seed), rate, find) for seed in SEEDS)
+    for row in rows:
+        again = [at_equal_arithmetic(Cell(row, rate, STEPS, seed), rate, find) for seed in SEEDS]
         if records := _by_seed((cell for cell in again if cell is not None), find):
             found[row.name] = records
     return found

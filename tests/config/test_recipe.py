@@ -72,6 +72,8 @@ WRONG_OVERRIDES = {
     "head.power=2": ["head.power = 2", "should be a list"],
     "head.power=[0, 1]": ["head.power", "greater than 0"],
     "head.class_probabilities=true": ["class_probabilities = true", "standardize = 'layer'"],
+    "head.mean_shrinkage=0.5": ["mean_shrinkage = 0.5", "standardize = 'layer' and init = 'cca'", "init = 'random'"],
+    "head.mean_shrinkage=2": ["head.mean_shrinkage", "less than or equal to 1"],
     "head.init=cca": ["head.init = 'cca'", "head.standardize = true"],
     # overrides that are none
     "nope": ["'nope'", "key=value", "train.batch_size=512"],

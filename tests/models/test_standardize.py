@@ -51,6 +51,18 @@ def test_the_inverse_gives_the_pooled_features(per_layer: bool, power: float):
     torch.testing.assert_close(made.invert(made(FEATURES)[:, :6]), FEATURES, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_a_mean_is_shrunk_towards_that_of_its_layer(power: float):
+    made = Standardize(FeatureLayout([2, 4], True, power, ClassProbabilities(classifier(), slice(1, 4))))
+    made.fit(FEATURES)
+    means = signed_power(FEATURES, power).mean(0)
+    wanted = torch.cat([part + 0.25 * (part.mean() - part) for part in means.split([2, 4])])
+    shrunk = made.shrunk_mean(0.25)
+    torch.testing.assert_close(signed_power(made.invert(shrunk[None, :6])[0], power), wanted, rtol=1e-4, atol=1e-4)
+    probabilities = made.shrunk_mean(1.0)[6:] - made.shift[6:]
+    torch.testing.assert_close(probabilities, probabilities.mean().expand(4), msg="all classes alike")
+
+
 def test_class_probabilities_stand_beside_the_features():
     made = Standardize(FeatureLayout([6], True, 1.0, ClassProbabilities(classifier(), slice(1, 4))))
     known = classifier()

@@ -199,3 +199,15 @@ def test_the_heads_are_the_cca_of_both_sources(
     centre = sum(share * of_text for share, _, of_text in means).float()
     torch.testing.assert_close(text.map.bias, -(text.map.weight @ centre), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(image.map.bias, -(image.map.weight @ means[0][1].float()), rtol=1e-3, atol=1e-4)
+
+
+def test_a_shrunk_mean_changes_what_the_image_head_subtracts_alone(towers: Path, pairs: Path, tmp_path: Path):
+    settings = ["head.standardize=layer", "head.mean_shrinkage=0.5"]
+    for name, some in (("as they are", settings[:1]), ("shrunk", settings)):
+        run(closed_form(towers, pairs, *some), tmp_path / name)
+    before, after = delta(tmp_path / "as they are"), delta(tmp_path / "shrunk")
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["image_head.map.bias"]
+    shift = before["image_head.standardize.shift"]
+    moved = 0.5 * (shift - shift.mean())  # of one layer, whose mean is -shift in units of its factor
+    change = after["image_head.map.bias"] - before["image_head.map.bias"]
+    torch.testing.assert_close(change, -(before["image_head.map.weight"] @ moved), rtol=1e-3, atol=1e-4)

@@ -83,7 +83,12 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
         with allow_code(all_code_names(plan.recipe).values()):  # the stages name what the recipe names
             climbing = _Climb(recipe, run, plan, pairs, callbacks, require_held)
             plan.write(run)
-            return climbing.run()
+            try:
+                return climbing.run()
+            except UserError:
+                if not plan.rows:  # the same command would start again, and fail in the same way
+                    (run / PLAN_FILE).unlink()
+                raise
 
 
 def resume_climb(run: Path, callbacks: AutoCallbacks) -> AutoResult:

@@ -50,6 +50,7 @@ from clasp.config.build import build_feature_source, build_model, build_model_an
 from clasp.config.datasets import TrainValPairs, limit_pairs
 from clasp.config.recipe import Recipe, recipe_from_dict
 from clasp.data.cache_folder import cache_folder
+from clasp.data.distinct_captions import require_distinct_captions
 from clasp.data.readers import PairIndex
 from clasp.evaluation.from_pairs import validation_task
 from clasp.report.auto_table import AutoPlan, AutoRow
@@ -163,12 +164,14 @@ class ClosedFormStages:
         """The search over the towers of ``recipe``, or those of ``train.init_from``, frozen; ``cache``: as that of
         ``build_feature_source``."""
         train = limit_pairs(self.pairs[0], recipe.data.max_pairs)
-        parts = build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
+        listing = PairIndex(train)
+        parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
+        require_distinct_captions(listing.texts, parts.tokenizer)
         if recipe.train.init_from is not None:
             load_initial_weights(parts.model, recipe.to_dict())
         parts.model.requires_grad_(False).to(PartialState().device).eval()
         inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say, cache=cache)
-        sides = inputs.batch_reader(train, PairIndex(train), None)
+        sides = inputs.batch_reader(train, listing, None)
         task = validation_task(*self.pairs, inputs)
         self.plan.primary = task.primary
         return begin_search(parts.model, recipe, sides, task, inputs)

@@ -69,7 +69,7 @@ def _run_checks(
     yield check_parameters(recipe)
     listing = PairIndex(train)
     parts = build_model_and_preprocessing(recipe, lambda: listing.texts)
-    yield check_captions(listing, parts.tokenizer, fits)
+    yield (captions := check_captions(listing, parts.tokenizer, fits))
     yield check_languages(train, parts.tokenizer, recipe.text.tower or "")
     yield (images := check_images(train, val, parts.transform, recipe.data.max_bad_fraction, bar))
     yield check_near_duplicates(train, val, bar)
@@ -82,7 +82,8 @@ def _run_checks(
     caches = plan_run_features(recipe, inputs, train, val, listing, classes)
     yield (disk := check_feature_cache(caches, inputs.cache.free_bytes()))
     yield (steps := check_steps(recipe, train, inputs))
-    if measured and not any(finding.level == "stop" for each in (images, disk, steps) for finding in each.findings):
+    found = [finding for each in (captions, images, disk, steps) for finding in each.findings]
+    if measured and not any(finding.level == "stop" for finding in found):
         yield check_forecast(recipe, (train, val), plan_run(recipe, train, inputs), caches, bar)
 
 

@@ -30,6 +30,7 @@ from clasp.config.build import (
 )
 from clasp.config.datasets import TrainValPairs, open_training_pairs
 from clasp.config.recipe import Recipe, read_recipe
+from clasp.data.distinct_captions import indistinct_captions
 from clasp.data.formats.setting_hints import suggest_key
 from clasp.data.images import ImageTransform
 from clasp.data.loader import BadSampleLimit, BatchReader
@@ -88,7 +89,12 @@ def rank_tower_pairs(
     )
     for line in few_validation_pairs(pairs[1].group_count):
         say(line)
-    ranking = _Ranking(towers, pairs, PairIndex(pairs[0]), tuple(overrides), say, bar)
+    index = PairIndex(pairs[0])
+    for name, (_, tokenizer) in towers.text.items():
+        if reason := indistinct_captions(index.texts, tokenizer):
+            errors.append(f"{name}: {reason}")
+    _raise_all(errors)
+    ranking = _Ranking(towers, pairs, index, tuple(overrides), say, bar)
     with attention_of_runs(recipes[images[0], texts[0]]):
         found = [ranking.measure(image, text, recipe) for (image, text), recipe in recipes.items()]
     return sorted(found, key=lambda pair: pair.metric, reverse=True)

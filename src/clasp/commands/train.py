@@ -25,6 +25,7 @@ from clasp.config.build import (
 from clasp.config.datasets import limit_pairs, open_all_pairs
 from clasp.config.recipe import Recipe
 from clasp.config.run_plan import plan_run
+from clasp.data.distinct_captions import require_distinct_captions
 from clasp.data.folder_lock import lock_folder
 from clasp.data.pairs import skipped_lines
 from clasp.data.readers import PairIndex
@@ -96,7 +97,9 @@ def train_recipe(
         parts = processes.in_turn(
             lambda: loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)
         )
-        parts = _prepare(parts, recipe, folder, state, processes)
+        parts, listing = _prepare(parts, recipe, folder, state, processes), PairIndex(train)
+        with processes.alike():
+            require_distinct_captions(listing.texts, parts.tokenizer)
         tracker = _open_trackers(tracker_classes, folder, state, processes, say)
         ledger = open_ledger(parts.model, state, processes.first(lambda: read_earlier_cost(folder, state)))
         precise, bars = _in_one_precision(recipe, state, processes), ledger.time_features(bar)
@@ -114,7 +117,7 @@ def train_recipe(
             val=val,
             classes=processes.in_turn(lambda: class_pairs_of_recipe(recipe, parts.model)),
             heads=loaded.heads,
-            listing=PairIndex(train),
+            listing=listing,
             state=state,
             ledger=ledger,
             tracker=tracker,

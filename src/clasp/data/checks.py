@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from clasp.data.distinct_captions import indistinct_captions
 from clasp.data.images import Augment, ImageTransform
 from clasp.data.loader import BadSampleLimit
 from clasp.data.pairs import Pairs, skipped_lines
@@ -104,8 +105,8 @@ def languages_override(names: Iterable[str]) -> str:
 def check_captions(
     listing: PairIndex, tokenizer: Tokenizer, fits: Callable[[str], bool] = lambda override: True
 ) -> CheckReport:
-    """How often captions repeat, the token lengths of the distinct ones, and how many are truncated. ``fits``: whether
-    the text tower takes an override of ``text.max_tokens``."""
+    """Whether captions can be told apart, how often they repeat, the token lengths of the distinct ones, and how many
+    are truncated. ``fits``: whether the text tower takes an override of ``text.max_tokens``."""
     often = np.bincount(listing.caption)
     repeated, top = float(often[often > 1].sum() / often.sum()), int(often.argmax())
     some = [listing.texts[number] for number in _evenly_spaced(len(listing.texts), TOKENIZE_SAMPLE_SIZE)]
@@ -116,6 +117,8 @@ def check_captions(
     facts |= {"most_frequent": listing.texts[top], "most_frequent_count": int(often[top])}
     facts |= {"tokens": {"p50": p50, "p95": p95, "max": longest}, "max_tokens": tokenizer.max_tokens, "cut_share": cut}
     report = CheckReport("captions", facts)
+    if reason := indistinct_captions(listing.texts, tokenizer):
+        report.add_finding("stop", reason)
     different = f"{len(often):,} different ones to train on"
     if repeated:
         different += f"; {100 * repeated:.0f} % of all captions are duplicates, most often "

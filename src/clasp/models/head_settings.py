@@ -41,6 +41,11 @@ class HeadSettings(BaseModel):
     from (``clip:``, ``open_clip:``); the head of a tower without is initialised at random"""
     ridge: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
     """Ridge penalties of the CCA, image and text, in units of a feature's variance"""
+    mean_shrinkage: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Shrinkage of the mean of the training images, which a CCA subtracts from the image features: this fraction of the
+    way towards the mean over all features of a layer, or over all class probabilities (Efron & Morris, 1973); for
+    training images unlike those to come, as drawings are unlike photographs. Needs ``standardize = "layer"`` and
+    ``init = "cca"``; left out: none"""
     noise: float = Field(default=0.0, ge=0)
     """Standard deviation of the Gaussian noise added to the features during training"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -69,6 +74,15 @@ class HeadSettings(BaseModel):
             raise ValueError(
                 "class_probabilities = true needs standardize = 'layer': the probability of a class that the training "
                 f"images do not show is near 0; here standardize = {str(self.standardize).lower()}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mean_of_a_layer(self) -> HeadSettings:
+        if self.mean_shrinkage is not None and (self.standardize != "layer" or self.init != "cca"):
+            raise ValueError(
+                f"mean_shrinkage = {self.mean_shrinkage:g} needs standardize = 'layer' and init = 'cca'; here "
+                f"standardize = {str(self.standardize).lower()}, init = {self.init!r}"
             )
         return self
 

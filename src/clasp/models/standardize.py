@@ -87,6 +87,14 @@ class Standardize(nn.Module):
         own = slice(0, self.pooled_width)
         return signed_power((standardized - self.shift[own]) / self.scale[own], 1 / self.power)
 
+    @torch.no_grad()
+    def shrunk_mean(self, shrinkage: float) -> Float[Tensor, " Dh"]:
+        """The mean that ``fit`` has set to 0, moved this fraction of the way to the mean over all features of a layer,
+        or over all class probabilities (Efron & Morris, JASA 1973; ours is a set fraction, not an estimate)."""
+        assert self._per_layer, "features of one layer have one factor, so that their means compare"
+        means = (-self.shift).split(self._blocks)
+        return shrinkage * torch.cat([block.mean() - block for block in means])
+
     def _features(self, pooled: Float[Tensor, "B D"]) -> Float[Tensor, "B Dh"]:
         if self.probabilities is not None:
             pooled = torch.cat((pooled, self.probabilities(pooled).to(pooled)), dim=1)

@@ -67,7 +67,10 @@ def initialize_heads(
         source = closed_form_source(moments, len(sides.pairs), weighted)
         rows = int(moments.weight) if weighted is None else None
         maps = cca(source.moments, settings.width, ridge=settings.ridge, rows=rows)
-        centres = (model.image_head, maps.image, source.image_mean), (model.text_head, maps.text, source.text_mean)
+        image_mean = source.image_mean
+        if settings.mean_shrinkage is not None:
+            image_mean = image_mean + image.shrunk_mean(settings.mean_shrinkage)
+        centres = (model.image_head, maps.image, image_mean), (model.text_head, maps.text, source.text_mean)
         with torch.no_grad():
             for head, weight, mean in centres:
                 assert isinstance(head.map, nn.Linear)

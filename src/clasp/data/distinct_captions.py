@@ -1,0 +1,51 @@
+"""Whether the text tower can tell the training captions apart. Where it cannot, nothing can be learned from them, and
+validation on one pair or one caption would show 100 % all the same.
+
+Input: the distinct captions and the tokenizer. Output: why they cannot be told apart, or an error. Note: captions can
+be told apart where one has a token that another lacks, so few are tokenized but where all are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clasp.data.tokenizer import Tokenizer
+from clasp.errors import UserError
+
+_CAPTIONS_AT_ONCE = 1_000
+_SHOWN_CHARACTERS = 60
+
+
+def require_distinct_captions(texts: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Raises ``UserError`` where ``indistinct_captions`` finds why nothing can be learned from the captions."""
+    if reason := indistinct_captions(texts, tokenizer):
+        raise UserError(reason)
+
+
+def indistinct_captions(texts: Sequence[str], tokenizer: Tokenizer) -> str:
+    """Why the text tower reads all captions alike; empty where it does not. ``texts``: the distinct captions."""
+    if len(texts) == 1:
+        return (
+            f"every caption to train on is {_shown(texts[0])}, so nothing tells the images apart; data.columns.caption "
+            "names the column of captions"
+        )
+    rows = set[tuple[int, ...]]()
+    for first in range(0, len(texts), _CAPTIONS_AT_ONCE):
+        some = [texts[number] for number in range(first, min(first + _CAPTIONS_AT_ONCE, len(texts)))]
+        rows |= set(map(tuple, tokenizer.encode(some)))
+        if len(set(map(frozenset, rows))) > 1:
+            return ""
+    every = f"the {len(texts):,} different captions to train on, such as {_shown(texts[0])} and {_shown(texts[1])}"
+    if tokenizer.unknown_id in next(iter(rows)):
+        return (
+            f"the text tower cannot tell apart {every}: what differs in them is unknown to its vocabulary; choose "
+            "another text.tower, such as pip:multilingual-e5-small"
+        )
+    if len(rows) == 1:
+        settings = f"text.clean = {tokenizer.settings.clean!r} and text.max_tokens = {tokenizer.max_tokens}"
+        return f"the text tower cannot tell apart {every}: they are the same tokens with {settings}"
+    return ""  # the same words in another order
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…")
