@@ -19,7 +19,7 @@ import typer
 
 from clasp.cli.app import app
 from clasp.commands.launch import exit_interrupted
-from clasp.errors import UserError
+from clasp.errors import UserError, printable
 from clasp.training.interrupt import INTERRUPTED_EXIT_CODE, interrupted_by_sigterm
 
 
@@ -98,6 +98,4 @@ class _PrintableFormatter(logging.Formatter):
     """Escapes control characters: warnings contain file and sample names."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        from clasp.report.console import printable
-
         return printable(super().formatMessage(record))
