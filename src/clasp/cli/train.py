@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from clasp.cli.app import AllowCodeOption, JsonOption, OverridesArgument, RecipeArgument, RunArgument, app, code_allowed
-from clasp.errors import counted
+from clasp.errors import counted, require_printable_path
 
 _ProcessesOption = Annotated[
     int, typer.Option("--processes", metavar="N", min=1, help="Processes that train together, one a GPU or core.")
@@ -144,6 +144,7 @@ def train(
             require_single_keys(overrides or ())
             if name is not None and (not name.strip() or Path(name).name != name or name == ".."):
                 raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
+            require_printable_path(runs / (name or ""))
             given = {key: text for key, text in (("minutes", minutes), ("steps", steps)) if text is not None}
             made = None if grid else read_recipe(recipe, overrides or (), budget=given or None)
             count = max(processes, together.size)
@@ -236,6 +237,7 @@ def _train(recipe: Any, run: Path, together: Any, *, resume: bool) -> None:
     from clasp.commands.run_context import Preloaded
     from clasp.commands.train import train_recipe
     from clasp.report.console import format_megabytes, print_status, progress_bar, relative_path
+    from clasp.report.tables import selection_note
     from clasp.report.terminal import print_results, terminal_reporter
     from clasp.training.interrupt import INTERRUPTED_EXIT_CODE
 
@@ -256,7 +258,8 @@ def _train(recipe: Any, run: Path, together: Any, *, resume: bool) -> None:
         begin_to_report()
         print_status(f"interrupted, state saved; resume with: clasp resume {typed}")
         sys.exit(INTERRUPTED_EXIT_CODE)
-    print_results("validation pairs", done.results, "results.jsonl and README.md in the run folder")
+    more_in, notes = "results.jsonl and README.md in the run folder", selection_note(done.candidates)
+    print_results("validation pairs", done.results, more_in, notes)
     print_status(f"cost: {done.cost}")
     print_status(f"the run is in {where} (delta {format_megabytes(done.delta_bytes)}, card README.md there)")
     print_status(_next_commands(typed, recipe.data.train))
