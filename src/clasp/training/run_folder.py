@@ -247,7 +247,8 @@ class RunFolder:
         recipe, base = self.recipe(), self.base()
         self._check_preprocessing(base.get("files"))
         if base.get(RECIPE_HASH) not in (None, hash_file(self.path / "recipe.toml")):
-            changes = "; ".join(self._recipe_changes(base)) or "no key of it"
+            known = "no key of it" if RECIPE_SETTINGS in base else "which keys was not recorded"
+            changes = "; ".join(self._recipe_changes(base)) or known
             _log.warning("%s was changed since the run was saved: %s", self.path / "recipe.toml", changes)
         try:
             transform = ImageTransform.from_dict(json.loads((self.path / "transform.json").read_text(encoding="utf-8")))
@@ -256,11 +257,10 @@ class RunFolder:
         return RunMetadata(recipe, transform, Tokenizer.from_folder(self.path / "tokenizer"), base)
 
     def _recipe_changes(self, base: Mapping[str, Any]) -> list[str]:
-        """The keys of the recipe that were changed since the run was started; of a run of an earlier clasp that is not
-        known."""
-        if RECIPE_SETTINGS not in base:
-            return ["which keys was not recorded"]
-        return describe_changes(base[RECIPE_SETTINGS], self._read_recipe_file())
+        """The keys of the recipe that were changed since the run was started; none of a run of an earlier clasp, whose
+        ``base.json`` has no settings."""
+        before = base.get(RECIPE_SETTINGS)
+        return describe_changes(before, self._read_recipe_file()) if isinstance(before, dict) else []
 
     def base(self) -> dict[str, Any]:
         """``base.json``. Raises ``UserError`` where it is damaged."""
@@ -328,13 +328,12 @@ class RunFolder:
     def read_state(self) -> TrainState:
         """Read the newest whole state that ``save_state`` wrote. Raises ``UserError`` when there is none."""
         self.recipe()
-        base = self.base()
-        if self.has_state and RECIPE_SETTINGS in base and (changes := self._recipe_changes(base)):
-            raise UserError(
-                f"{self.path / 'recipe.toml'} was changed since the run was started: {'; '.join(changes)}; a run "
-                "goes on with its own recipe: put it back, or train with a new --name"
-            )
         if self.has_state:
+            if changes := self._recipe_changes(self.base()):
+                raise UserError(
+                    f"{self.path / 'recipe.toml'} was changed since the run was started: {'; '.join(changes)}; a run "
+                    "goes on with its own recipe: put it back, or train with a new --name"
+                )
             return StateFiles(self.path).read(self._identity())
         if (self.path / _DELTA_FILE).exists():
             raise UserError(f"{self.path} has no state/ to resume from; it is finished, or its state was deleted")
