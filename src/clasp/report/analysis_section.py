@@ -8,6 +8,7 @@ one measure have one scale in a report.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from clasp.analysis.layer_similarity import SHUFFLES, LayerSimilarity
 from clasp.analysis.record import AnalysisRecord
@@ -106,7 +107,7 @@ def analysis_blocks(records: Sequence[RunRecord]) -> list[Html]:
     for record in records:
         for analysis in record.analyses:
             blocks.append(Html(f"<h3>{escaped(f'{record.label}: {describe_analysis(analysis)}')}</h3>"))
-            tables = [html_table("Embedding space", geometry_table(analysis))]
+            tables = [html_table("Embedding space", replace(geometry_table(analysis), notes=[]))]  # it is the heading
             tables.append(html_table("Similarity of the towers' layers", layer_table(analysis)))
             if analysis.clusters:
                 tables.append(html_table("Images and texts as clusters", cluster_table(analysis)))
