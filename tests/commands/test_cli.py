@@ -721,6 +721,24 @@ def test_no_space_left_is_one_line(
     assert again.code == 0
 
 
+def test_a_disk_that_is_too_small_is_told_before_features_are_computed(
+    clasp: Command, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLASP_CACHE", str(tmp_path / "cache"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    auto = [f"image.tower=file:{world.towers / 'image'}", f"text.tower=file:{world.towers / 'text'}", "image.size=32"]
+    for words in (
+        ["train", world.toml, "--name", "new"],
+        ["train", "auto", *auto, f"data.train={world.pairs}", "--name", "climb", "--steps", "4"],
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: usage)
+            last = clasp(*words).err.splitlines()[-1]
+        assert "cannot keep" in last and "1,000 are free" in last and "CLASP_CACHE" in last
+    assert not list((tmp_path / "cache").rglob("*.npy")) and not list((tmp_path / "cache").rglob("*.part"))
+    assert not Path("runs/new/recipe.toml").exists()
+
+
 def test_a_second_ctrl_c_says_what_is_kept(clasp: Command, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -827,6 +845,22 @@ def _tar() -> bytes:
 @pytest.mark.parametrize("name", [" ", "a/b", "../x", ".."])
 def test_a_name_that_is_not_one_folder_is_refused(name: str, clasp: Command, world: World) -> None:
     assert "is not the name of one folder" in clasp("train", world.toml, "--name", name).mistake
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\x1b[2J", "a\u2028b", "a\u202eb", "a\x7f"], ids=ascii)
+def test_a_name_that_no_command_could_be_pasted_with_is_refused(name: str, clasp: Command, world: World) -> None:
+    checkpoint = world.folder / "none.pth"
+    for typed in (
+        ["train", world.toml, "--name", name],
+        ["train", world.toml, "--runs", name],
+        ["train", world.toml, "--name", name, "--grid", "train.lr=1e-3,2e-3"],
+        ["train", "auto", f"data.train={world.folder}", "--name", name],
+        ["demo", "--quick", "--out", name],
+        ["import", "lilt", checkpoint, "-o", name],
+        ["export", world.run, "--to", "hub", "-o", name],
+    ):
+        said = clasp(*typed).mistake
+        assert "without control characters and line breaks" in said and repr(name)[1:-1] in said, typed
 
 
 def test_closed_standard_streams_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,7 +244,10 @@ def test_unreadable_pictures_are_named_and_too_many_stop(towers: Path, tmp_path:
     (folder / train[3].id).symlink_to(folder / "gone")
     section = told(made)["images"]
     assert {sample["id"] for sample in section.facts["unreadable"]} == {train[0].id, train[3].id}
-    assert f"2 of {len(TOYS)} looked at cannot be read" in levels(section)["look"]
+    count = len(train)
+    each = f"2 of {count} to train on, 1 missing; 0 of {len(TOYS) - count} to validate on"
+    assert f"2 of {len(TOYS)} looked at cannot be read and will be left out ({each}): " in levels(section)["look"]
+    assert section.facts["splits"]["train"] == {"looked_at": count, "unreadable": 2, "missing": 1}
     for pair in train[5:9]:
         (folder / pair.id).write_bytes(b"no picture")
     foretold = stopping(made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from sklearn.metrics import roc_auc_score
 from clasp import cli
 from clasp.commands.evaluate import evaluate_run
 from clasp.commands.evaluate_suite import evaluate_suite
+from clasp.commands.evaluated_model import find_model
 from clasp.commands.report import write_report
-from clasp.data.atomic_files import has_its_checksum
+from clasp.commands.result_folder import ResultFolder
+from clasp.data.atomic_files import has_its_checksum, read_json_lines
 from clasp.evaluation.bootstrap import GroupedScores, bootstrap_replicates
 from clasp.evaluation.multilabel import eleven_point_precision, two_class_influence
 from clasp.evaluation.prompt_templates import TEMPLATE_SETS
@@ -102,6 +105,19 @@ def test_a_suite_is_one_table_with_missing_sets_named_first(data: Path, model: P
     table = suite_table([(row.set, row.result) for row in rows])
     assert len(table.rows) == 4 and table.rows[-1][0] == "mean of 3" and "17 of 20 sets are missing (" in table.notes[1]
     assert table.notes[0] == "warning: few queries in 3 of 3 sets (20): 95 % intervals may be ±22 points wide"
+
+
+def test_the_card_of_a_run_has_the_table_of_its_last_suite(model: Path, tmp_path: Path):
+    run = write_run(tmp_path / "run", [])
+    (run / "README.md").write_text("# run\n\n## Evaluations\n\nnone\n")
+    (each,) = (each for each in find_suite("elevater-20") if each.name == "cifar-10")
+    source = replace(find_model(model), run=run)
+    for value in (0.25, 0.75):
+        result = replace(retrieval_rows()[0], metrics={each.metric: value}, chance={}, interval={})
+        ResultFolder(source, None).record_table("Suite elevater-20", suite_table([(each, result)]), say=str)
+    card = (run / "README.md").read_text()
+    assert "## Evaluations\n\nnone" in card and card.count("## Suite elevater-20") == 1
+    assert "| mean of 1 |  | 75.0 |" in card and "25.0" not in card
 
 
 def test_probes_fit_on_the_split_for_it(model: Path, tmp_path: Path):
@@ -233,6 +249,10 @@ def test_predictions_are_kept_with_pictures_that_the_report_shows(data: Path, mo
     evaluate_run(model, "retrieval", [f"data={pairs}"], out=out, predictions=True)
     with pytest.raises(UserError, match="multilabel has no scores of single queries to keep"):
         evaluate_run(model, "multilabel", [f"data={data}"], out=out, predictions=True)
+    (kept,) = (out / "predictions").glob("retrieval-*")
+    for row in read_json_lines(kept):
+        assert (row["rank"] == 1) == (row["recall@1"] == 1) and row["rank"] >= 1
+        assert row["predicted_caption"] in {toy.caption for toy in TOYS}
     for file in (*out.glob("*.png"), out / "predictions"):
         file.rename(folder / file.name)
     (folder / "results.jsonl").write_bytes((out / "results.jsonl").read_bytes())

@@ -429,7 +429,7 @@ def test_a_run_goes_on_with_other_trackers_and_nothing_else_changed(
     main_job.train_recipe(made, folder, say=str, reporter=StopAt(4))
     assert lines(folder / "diary.jsonl")[-1][0] == "log" and (folder / "state").exists()
     assert typed(monkeypatch, "resume", str(folder), "train.lr=0.5", "--allow-code") == 2
-    assert "was started with another recipe" in capfd.readouterr().err
+    assert "was started with another recipe (train.lr = 0.5 (was 0.003))" in capfd.readouterr().err
     assert not typed(monkeypatch, "resume", str(folder), 'train.trackers=["toytrackers:Diary"]')
     diary = lines(folder / "diary.jsonl")
     assert [step for what, _, step in diary if what == "config"] == [0, 4] and diary[-1][0] == "finish"

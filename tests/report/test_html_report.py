@@ -128,7 +128,10 @@ def test_runs_on_other_pairs_have_no_chart_in_common(tmp_path: Path):
     other = [replace(row, n=40) for row in retrieval_rows()]
     text = page_of(write_run(tmp_path / "a", retrieval_rows()), write_run(tmp_path / "b", other)).text
     assert "No two runs were evaluated by the same metric on the same pairs" in text
-    assert "different numbers of queries" in text
+    assert "different numbers of queries" in text and "No two runs have an evaluation" not in text
+    elsewhere = [replace(row, data="other.csv") for row in other]
+    text = page_of(tmp_path / "a", write_run(tmp_path / "c", elsewhere)).text
+    assert "No two runs have an evaluation in common" in text
 
 
 def test_a_run_shows_what_it_lacks(tmp_path: Path):
@@ -196,6 +199,28 @@ def test_an_analysis_is_kept_and_shown(tmp_path: Path):
     (run / "analysis.json").write_text('{"analyses": [{}]}')
     with pytest.raises(UserError, match=r"analysis\.json is damaged"):
         read_analyses(run)
+
+
+def test_heat_maps_of_a_measure_have_one_scale(tmp_path: Path):
+    runs = [write_run(tmp_path / name, retrieval_rows()) for name in "ab"]
+    for run, most in zip(runs, (0.2, 0.4), strict=True):
+        layers = [replace(row, mutual_knn=most, cka=0.5) for row in toy_analysis().layers]
+        (run / "analysis.json").write_text(analyses_json([toy_analysis(layers=layers)]))
+    page = page_of(*runs)
+    drawn = [rect["fill-opacity"] for rect in page.all("rect") if rect["class"] == "heat"]
+    assert drawn == ["0.500"] * 2 + ["1.000"] * 6, "each run: two blocks of mutual k-NN, then of CKA"
+    assert page.text.count("Mutual k-NN: 0 to 0.400 (full colour), the scale of all its maps here") == 2
+
+
+def test_results_of_validation_name_what_they_selected(tmp_path: Path):
+    own = [replace(row, options={}, evaluation_id="ab12-validation") for row in retrieval_rows()]
+    run = write_run(tmp_path / "a", own)
+    note = "the same pairs selected the step among 2, which the interval leaves out"
+    assert note in page_of(run).text and f"a: {note}" in page_of(run, write_run(tmp_path / "b", own)).text
+    last = (run / "recipe.toml").read_text() + 'select = "last"\n'
+    (run / "recipe.toml").write_text(last)
+    others = write_run(tmp_path / "c", [replace(row, evaluation_id="cd34", options={}) for row in retrieval_rows()])
+    assert "selected the step" not in page_of(run).text + page_of(others).text
 
 
 def test_texts_of_the_user_are_escaped(tmp_path: Path):

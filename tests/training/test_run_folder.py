@@ -105,7 +105,7 @@ def test_a_recipe_that_was_changed_is_said(whole: Path, caplog: pytest.LogCaptur
     path = whole / "recipe.toml"
     path.write_text(path.read_text().replace("seed = ", "seed = 1"))
     clasp.load(whole)
-    assert f"{path} was changed since the run was saved" in caplog.text
+    assert f"{path} was changed since the run was saved: train.seed = 11 (was 1)" in caplog.text
 
 
 def test_a_run_without_hashes_loads_with_a_warning(
@@ -153,6 +153,10 @@ def test_the_state_of_another_run_or_of_an_edited_recipe_is_refused(
     text = (stopped / "recipe.toml").read_text()
     (stopped / "recipe.toml").write_text(text.replace("lr = 0.003", "lr = 0.004"))
     assert text != (stopped / "recipe.toml").read_text()
+    with pytest.raises(UserError, match=r"recipe.toml was changed .*: train.lr = 0.004 \(was 0.003\); a run goes on"):
+        RunFolder(stopped).read_state()
+    (base := json.loads((stopped / "base.json").read_text())).pop("settings")  # as an earlier version wrote it
+    (stopped / "base.json").write_text(json.dumps(base))
     with pytest.raises(UserError, match="no whole state is left"):
         RunFolder(stopped).read_state()
     (stopped / "recipe.toml").write_text("# a remark\n" + text)
@@ -168,6 +172,8 @@ def test_a_state_of_an_earlier_version_goes_on(whole: Path, stopped: Path, caplo
     (stopped / "state/previous.safetensors").unlink()
     text = (stopped / "recipe.toml").read_text()
     (stopped / "recipe.toml").write_text(text.replace('precision = "float32"', 'precision = "auto"'))
+    (base := json.loads((stopped / "base.json").read_text())).pop("settings")
+    (stopped / "base.json").write_text(json.dumps(base))
     go_on(stopped)
     assert "written by an earlier clasp" in caplog.text
     assert (stopped / "delta.safetensors").read_bytes() == (whole / "delta.safetensors").read_bytes()

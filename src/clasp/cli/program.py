@@ -17,7 +17,7 @@ from typing import Any
 
 from clasp.cli.server_search import search_by_server
 from clasp.commands.launch import exit_interrupted
-from clasp.errors import UserError
+from clasp.errors import UserError, printable
 from clasp.training.interrupt import INTERRUPTED_EXIT_CODE, interrupted_by_sigterm
 
 
@@ -106,6 +106,4 @@ class _PrintableFormatter(logging.Formatter):
     """Escapes control characters: warnings contain file and sample names."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        from clasp.report.console import printable
-
         return printable(super().formatMessage(record))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clasp.config.recipe_files import RecipeFile, read_recipe_file, require_single_keys
-from clasp.errors import UserError
+from clasp.errors import UserError, require_printable_path
 
 
 def is_launched() -> bool:
@@ -20,10 +20,11 @@ def is_launched() -> bool:
     return "RANK" in os.environ
 
 
-def require_run_name(name: str | None) -> None:
-    """Raises ``UserError`` for a ``--name`` that is not that of one folder."""
+def require_run_name(runs: Path, name: str | None) -> None:
+    """Raises ``UserError`` for a ``--name`` that is not that of one folder, or a folder that cannot be typed."""
     if name is not None and (not name.strip() or Path(name).name != name or name == ".."):
         raise UserError(f"--name {name!r} is not the name of one folder; its place is --runs")
+    require_printable_path(runs / (name or ""))
 
 
 def read_recipe_files(recipe: str, overrides: Sequence[str]) -> RecipeFile:

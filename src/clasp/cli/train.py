@@ -145,7 +145,7 @@ def train(
     budget = {key: text for key, text in (("minutes", minutes), ("steps", steps)) if text is not None}
 
     def read() -> Any:
-        require_run_name(name)
+        require_run_name(runs, name)
         if grid:
             read_recipe_files(recipe, overrides or ())
             return None
@@ -245,7 +245,7 @@ def _train(recipe: Any, run: Path, together: Any, *, resume: bool) -> None:
     from clasp.commands.run_context import Preloaded
     from clasp.commands.train import train_recipe
     from clasp.report.console import format_megabytes, print_status, progress_bar, relative_path
-    from clasp.report.model_card import selection_notes
+    from clasp.report.tables import selection_note
     from clasp.report.terminal import print_results, terminal_reporter
     from clasp.training.interrupt import INTERRUPTED_EXIT_CODE
 
@@ -266,8 +266,8 @@ def _train(recipe: Any, run: Path, together: Any, *, resume: bool) -> None:
         begin_to_report()
         print_status(f"interrupted, state saved; resume with: clasp resume {typed}")
         sys.exit(INTERRUPTED_EXIT_CODE)
-    chosen = selection_notes(recipe, done.fitted)
-    print_results("validation pairs", done.results, "results.jsonl and README.md in the run folder", chosen)
+    more_in, notes = "results.jsonl and README.md in the run folder", selection_note(done.candidates)
+    print_results("validation pairs", done.results, more_in, notes)
     print_status(f"cost: {done.cost}")
     print_status(f"the run is in {where} (delta {format_megabytes(done.delta_bytes)}, card README.md there)")
     print_status(_next_commands(typed, recipe.data.train))

@@ -31,6 +31,7 @@ from clasp.commands.closed_form import (
     search_recipe,
     tuned_search_recipe,
 )
+from clasp.commands.disk_space import plan_run_features, require_room_for_features
 from clasp.commands.step_timing import time_closed_form
 from clasp.config.auto_plan import (
     ALL_PAIRS_STAGE,
@@ -171,6 +172,7 @@ class ClosedFormStages:
             load_initial_weights(parts.model, recipe.to_dict())
         parts.model.requires_grad_(False).to(PartialState().device).eval()
         inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say, cache=cache)
+        require_room_for_features(plan_run_features(recipe, inputs, train, self.pairs[1], listing), inputs)
         sides = inputs.batch_reader(train, listing, None)
         task = validation_task(*self.pairs, inputs)
         self.plan.primary = task.primary

@@ -41,6 +41,7 @@ from clasp.data.samples.emoji import (
     EmojiSample,
     unpack_emoji_sample,
 )
+from clasp.errors import require_printable_path
 from clasp.evaluation.from_pairs import language_queries
 from clasp.evaluation.language_sets import macro_set
 from clasp.evaluation.results import EvaluationResult
@@ -88,8 +89,9 @@ class DemoResult:
 def run_demo(out: Path, *, quick: bool = False) -> DemoResult:
     """Run the demo; the run folder and the picture go to ``out``.
 
-    Raises ``UserError``, before any compute, where a package with photographs is missing.
+    Raises ``UserError``, before any compute, where a package with photographs is missing, or ``out`` cannot be named.
     """
+    require_printable_path(out)
     out = out.with_name(f"{out.name}-quick") if quick else out
     installed_photos()
     sample = unpack_emoji_sample(cache_folder(), quick=quick)

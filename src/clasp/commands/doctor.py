@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 
+from clasp.commands.disk_space import plan_run_features
 from clasp.commands.forecast import check_forecast
 from clasp.config.build import (
     ModelAndPreprocessing,
@@ -32,13 +33,11 @@ from clasp.data.pairs import Pairs
 from clasp.data.readers import PairIndex
 from clasp.data.text_checks import check_classes, check_languages
 from clasp.errors import counted
-from clasp.evaluation.from_pairs import validation_texts
-from clasp.models.cache_policy import CachePlan, plan_features
+from clasp.models.cache_policy import CachePlan
 from clasp.models.features import FeatureSource
 from clasp.models.frozen import FrozenPrefix, FrozenTower
 from clasp.models.structure import find_structure
 from clasp.models.tower import Tower
-from clasp.training.class_pairs import WeightedClassPairs
 from clasp.training.trackers.registry import find_trackers
 from clasp.types import ProgressFactory, UserError, no_progress_bar
 
@@ -167,25 +166,6 @@ def _describe_boundary(tower: Tower, part: FrozenTower | FrozenPrefix | None, fr
     if part is None:
         text += ", and run in every step: " + ("dropout is on" if tower.dropout else "data.feature_cache = 'off'")
     return text
-
-
-def plan_run_features(
-    recipe: Recipe,
-    inputs: FeatureSource,
-    train: Pairs,
-    val: Pairs,
-    listing: PairIndex,
-    classes: WeightedClassPairs | None = None,
-) -> list[CachePlan]:
-    """The caches of a run of the recipe; ``listing``: the index of ``train``."""
-    requests = [inputs.image.request(train, recipe.data.augment), inputs.text.request(listing.texts)]
-    if recipe.head.standardize:
-        requests.append(inputs.image.request(train))  # heads are initialised from images without augmentation
-    if classes is not None:
-        requests.append(inputs.text.request(sorted(set(classes.pairs.texts))))
-    requests += [inputs.text.request(texts) for texts in validation_texts(train, val)]
-    requests.append(inputs.image.request(val))
-    return plan_features([request for request in requests if request is not None], inputs.cache)
 
 
 def check_feature_cache(plans: Sequence[CachePlan], free: int) -> CheckReport:

@@ -93,7 +93,7 @@ def _keep_predictions(
     folder: Path,
 ) -> None:
     """The prediction of each query goes to ``folder``, with a picture of some."""
-    context.say(f"predictions: {relative_path(save_predictions(folder, task, scored, identity))}")
+    context.say(f"predictions: {relative_path(save_predictions(folder, task, scored, context.pairs, identity))}")
     if task.name in PREDICTION_SHEETS and len(scored) == 1:  # folds have a picture each, and no file of its own
         sheet = folder / f"{evaluation_file(task.name, task.data, identity.id)}.png"
         PREDICTION_SHEETS[task.name](context.pairs, scored[0].scores, sheet)

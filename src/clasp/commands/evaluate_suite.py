@@ -1,9 +1,9 @@
 """``clasp eval MODEL --suite NAME``: one model on the data sets of a suite.
 
 Input: a model, a suite, and the folder that has a folder for each data set. Output: a ``SuiteRow`` for each set;
-results are appended to ``results.jsonl`` and predictions kept, as ``clasp eval`` does for one. Note: sets that are
-missing are named before anything is computed, with where they are to be had, and left out; a set that is there and
-cannot be read is an error. The model is loaded once.
+results are appended to ``results.jsonl`` and predictions kept, as ``clasp eval`` does for one, and the card of a run
+has the table of the suite. Note: sets that are missing are named before anything is computed, with where they are to be
+had, and left out; a set that is there and cannot be read is an error. The model is loaded once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from clasp.evaluation.registry import EVALUATION_TASKS, parse_task_options
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.suites import MTEB_TASKS, PROMPTED_TASKS, SuiteSet, find_suite
 from clasp.evaluation.task_context import TaskContext
+from clasp.report.suite_table import suite_table
 from clasp.training.unfinished import unfinished_lines
 from clasp.types import MessageCallback, ProgressFactory, UserError, no_progress_bar
 
@@ -87,7 +88,10 @@ def evaluate_suite(
         result = _evaluate(each, context, results)
         rows[each.name] = SuiteRow(each, result)
         say(f"{each.name}: {each.metric} {result.metrics[each.metric]:.4g}, {result.seconds:,.0f} s")
-    return list(rows.values())
+    done = list(rows.values())
+    table = suite_table([(row.set, row.result) for row in done], len(MTEB_TASKS.get(suite, ())))
+    results.record_table(f"Suite {Path(suite).stem}", table, say)
+    return done
 
 
 def _where(sets: Sequence[SuiteSet]) -> str:
@@ -138,7 +142,7 @@ def _evaluate(each: SuiteSet, context: TaskContext, folder: ResultFolder) -> Eva
         scored = task.scored(context.model)
         results = identity.recorded_in(task.finish(scored))
         folder.record(results, context.say)
-        save_predictions(folder.path, task, scored, identity)
+        save_predictions(folder.path, task, scored, context.pairs, identity)
     if each.metric not in results[-1].metrics:
         known = ", ".join(results[-1].metrics)
         raise UserError(f"{each.name}: {each.task} has no metric {each.metric!r}; it has {known}")

@@ -21,6 +21,7 @@ from clasp.convert.exporters.onnx_graphs import export_onnx, require_onnx_extra
 from clasp.convert.exporters.sentence_transformers import export_sentence_transformers
 from clasp.data.atomic_files import sync_folder, sync_tree
 from clasp.data.plugins import load_named
+from clasp.errors import require_printable_path
 from clasp.training.run_folder import RunFolder, translate_disk_errors
 from clasp.training.unfinished import unfinished_lines
 from clasp.types import MessageCallback, UserError
@@ -49,6 +50,7 @@ def export_run(
         if value is not None and name not in row.options:
             takes = [key for key, each in EXPORTERS.items() if name in each.options]
             raise UserError(f"{_OPTION_NAMES[name]} is for --to {' or '.join(takes)}, not for --to {target}")
+    require_printable_path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there already; choose another folder with -o, or delete it")
     RunFolder(run).recipe()

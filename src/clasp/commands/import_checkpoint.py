@@ -20,7 +20,7 @@ from clasp.convert.importers.lilt import import_lilt
 from clasp.convert.importers.msclip import import_msclip
 from clasp.convert.importers.run_writer import ImportOptions, ImportReport
 from clasp.data.atomic_files import translate_disk_errors
-from clasp.errors import counted
+from clasp.errors import counted, require_printable_path
 from clasp.training.run_folder import RunFolder
 from clasp.types import UserError
 
@@ -48,6 +48,7 @@ def import_checkpoint(kind: str, checkpoint: Path, run: Path, options: ImportOpt
         near = difflib.get_close_matches(kind, IMPORTERS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"unknown kind of checkpoint {kind!r}; {hint}kinds: {', '.join(IMPORTERS)}")
+    require_printable_path(run)
     if run.exists() and not (run.is_dir() and not any(run.iterdir())):
         raise UserError(f"{run} is there already; choose another folder with -o, or delete it")
     parent = next(folder for folder in run.absolute().parents if folder.is_dir())

@@ -8,15 +8,16 @@ Note: the model card of a run shows its evaluations too; a named folder holds th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clasp.commands.evaluated_model import ModelSource
 from clasp.data.atomic_files import append_json_lines, translate_disk_errors, write_text_file
 from clasp.evaluation.results import EvaluationResult
-from clasp.report.model_card import with_evaluations
+from clasp.report.model_card import with_evaluations, with_section
 from clasp.report.run_record import RESULTS_FILE, read_results
+from clasp.report.tables import AnnotatedTable
 from clasp.types import MessageCallback, UserError
 
 MODEL_FILE = "model.json"
@@ -74,11 +75,18 @@ class ResultFolder:
     def record(self, results: Sequence[EvaluationResult], say: MessageCallback) -> None:
         """Add rows to ``results.jsonl`` and, in a run folder, the evaluations to its model card, where there is one."""
         self.append(RESULTS_FILE, [result.to_row() for result in results])
+        self._write_card(lambda card: with_evaluations(card, read_results(self.path)), say)
+
+    def record_table(self, heading: str, table: AnnotatedTable, say: MessageCallback) -> None:
+        """Write a table to the model card of a run, in place of one under the same heading."""
+        self._write_card(lambda card: with_section(card, heading, [table]), say)
+
+    def _write_card(self, change: Callable[[str], str], say: MessageCallback) -> None:
         card = self.path / CARD_FILE
         if not self._is_run or not card.is_file():
             return
         try:
-            written = with_evaluations(card.read_text(encoding="utf-8"), read_results(self.path))
+            written = change(card.read_text(encoding="utf-8"))
         except (UserError, UnicodeDecodeError) as error:
             return say(f"{card} does not show these results: {error}")
         with translate_disk_errors(self.path):

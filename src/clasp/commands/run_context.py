@@ -25,6 +25,8 @@ from clasp.training.class_pairs import WeightedClassPairs
 from clasp.training.cost import COST_FILE
 from clasp.training.cost.ledger import CostLedger, RunCost, read_cost
 from clasp.training.distributed import Processes
+from clasp.training.loop import count_evaluations
+from clasp.training.recipe_changes import describe_changes
 from clasp.training.run_folder import RunFolder
 from clasp.training.settings import TrainPlan
 from clasp.training.state import TrainState
@@ -86,6 +88,11 @@ class RunContext:
         assert kernel != "auto", "resolve the recipe first"
         return use_attention_kernel(kernel)
 
+    def count_candidates(self) -> int:
+        """The evaluations among which the best selects the weights; 1 where those of the last step are kept."""
+        settings = self.recipe.train
+        return count_evaluations(settings) if settings.select == "best" else 1
+
     def start_or_resume(self) -> None:
         """Write the files that training does not change; of a resumed run, check them. Raises ``UserError``, also where
         processes have other pairs or other weights."""
@@ -104,7 +111,10 @@ class RunContext:
         metadata = self.folder.read()
         self.folder.require_same_bases(self.model)
         if self.recipe.differs_from(metadata.recipe):
-            raise UserError(f"{self.folder.path} was started with another recipe; a run goes on with its own only")
+            changes = "; ".join(describe_changes(metadata.recipe, self.recipe.to_dict()))
+            raise UserError(
+                f"{self.folder.path} was started with another recipe ({changes}); a run goes on with its own only"
+            )
         if metadata.base.get("pairs") != content:
             raise UserError(
                 f"{self.folder.path} cannot go on: the pairs of {self.recipe.data.train} have changed since it was "

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from clasp.commands.disk_space import require_room_for_run
 from clasp.commands.fit_run import fit_run, open_batches
 from clasp.commands.run_context import Preloaded, RunContext, open_ledger, read_earlier_cost, resolve_recipe
 from clasp.commands.run_evaluations import RunEvaluations
@@ -55,7 +56,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """The result of a run; ``scored``: the validation ``task``'s scores of single queries (empty where interrupted)."""
+    """The result of a run; ``scored``: the validation ``task``'s scores of single queries (empty where interrupted);
+    ``candidates``: the evaluations among which the best selected the weights."""
 
     run: Path
     fitted: FitResult
@@ -64,6 +66,7 @@ class TrainResult:
     cost: RunCost
     task: EvaluationTask
     scored: list[ScoredQueries]
+    candidates: int
 
 
 def train_recipe(
@@ -124,6 +127,7 @@ def train_recipe(
             reporter=reporter or SilentReporter(),
             processes=processes,
         )
+        processes.first(lambda: require_room_for_run(context))
         context.start_or_resume()
         return _train(context)
 
@@ -197,7 +201,8 @@ def _train(context: RunContext) -> TrainResult:
         delta_bytes = processes.first(lambda: context.folder.save(context.model))
         scored = [] if fitted.interrupted else ledger.timed_as("evaluation", evaluations.of_final_weights)(fitted)
         results, cost = processes.first(lambda: _finish(context, fitted, delta_bytes, task, scored))
-        return TrainResult(context.folder.path, fitted, results, delta_bytes, cost, task, scored)
+        candidates = context.count_candidates()
+        return TrainResult(context.folder.path, fitted, results, delta_bytes, cost, task, scored, candidates)
 
 
 def _finish(
@@ -258,6 +263,7 @@ def _write(context: RunContext, fitted: FitResult, results: Sequence[EvaluationR
         train_pairs=len(context.train),
         val_pairs=len(context.val),
         classes=context.classes,
+        candidates=context.count_candidates(),
     )
     text = card.render()
     try:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from clasp.data.decoding import NO_SUCH_FILE
 from clasp.data.distinct_captions import indistinct_captions
 from clasp.data.images import Augment, ImageTransform
 from clasp.data.loader import BadSampleLimit
@@ -32,6 +33,7 @@ HASH_SAMPLE_SIZE, DECODE_SAMPLE_SIZE, TOKENIZE_SAMPLE_SIZE = (
     500,
     50_000,
 )  # above these counts, a sample is checked
+_SPLITS = ("to train on", "to validate on")
 _NO_TOKEN_LIMIT = 1_000_000  # tokens
 
 Severity = Literal["ok", "look", "stop"]
@@ -155,23 +157,28 @@ def check_images(
     some = SampledPairs((train, val), DECODE_SAMPLE_SIZE)
     limits = [BadSampleLimit(len(pairs), max_bad_fraction) for pairs in (train, val)]
     looked_at, stops = [0, 0], dict[int, str]()
-    skipped = []
+    skipped: list[list[SkippedSample]] = [[], []]
     with bar("images looked at") as progress:
         for done, (part, pair) in enumerate(some, 1):
             bad = reader.decode([(pair.id, pair.image, 0)]).skipped
-            skipped += bad
+            skipped[part] += bad
             looked_at[part] += 1
             try:
                 limits[part].add(bad)
             except UserError as error:
                 stops[part] = str(error)
             progress(done, len(some))
-    report = CheckReport("images", {"looked_at": len(some), "unreadable": [sample._asdict() for sample in skipped]})
+    facts: dict[str, Any] = {"looked_at": len(some)}
+    facts["unreadable"] = [sample._asdict() for samples in skipped for sample in samples]
+    facts["splits"] = {
+        name: {"looked_at": count, "unreadable": len(samples), "missing": _count_missing(samples)}
+        for name, count, samples in zip(("train", "val"), looked_at, skipped, strict=True)
+    }
+    report = CheckReport("images", facts)
     mend = _mend_unreadable([(len(limits[part].found), looked_at[part]) for part in stops])
     for text in stops.values():
         report.add_finding("stop", text, *mend)
-    if not stops:
-        _check_readable(report, skipped, len(some), len(train) + len(val))
+    _check_readable(report, [sample for samples in skipped for sample in samples], len(train) + len(val))
     if measuring.sizes:
         _check_sizes(report, np.array(measuring.sizes), transform.size)
     _check_duplicates(report, train, val)
@@ -185,13 +192,27 @@ def _mend_unreadable(parts: Sequence[tuple[int, int]]) -> tuple[str, ...]:
     return tuple(f"data.max_bad_fraction={number / 100:g}" for number in [*hundredths][:1])
 
 
-def _check_readable(report: CheckReport, skipped: Sequence[SkippedSample], looked_at: int, count: int) -> None:
+def _count_missing(skipped: Sequence[SkippedSample]) -> int:
+    """How many of the samples name a file that is not there."""
+    return sum(sample.reason.startswith(NO_SUCH_FILE) for sample in skipped)
+
+
+def _check_readable(report: CheckReport, skipped: Sequence[SkippedSample], count: int) -> None:
+    """Of ``count`` images; how many of each split is in the facts."""
+    splits = list(zip(_SPLITS, report.facts["splits"].values(), strict=True))
+    looked_at = report.facts["looked_at"]
     of = f"of {looked_at:,} looked at{'' if looked_at == count else f' (there are {count:,})'}"
+    if not skipped:
+        return report.add_finding("ok", f"all {of} can be read")
+    each = "; ".join(
+        f"{found['unreadable']} of {found['looked_at']:,} {split}"
+        + (f", {found['missing']} missing" if found["missing"] else "")
+        for split, found in splits
+    )
+    stops = any(finding.level == "stop" for finding in report.findings)  # which name them
     named = ", ".join(f"{name} ({reason})" for name, reason in skipped[:3])
-    if skipped:
-        report.add_finding("look", f"{len(skipped)} {of} cannot be read and will be left out: {named}")
-    else:
-        report.add_finding("ok", f"all {of} can be read")
+    text = f"{len(skipped)} {of} cannot be read"
+    report.add_finding("look", f"{text}: {each}" if stops else f"{text} and will be left out ({each}): {named}")
 
 
 def _check_sizes(report: CheckReport, sizes: np.ndarray, size: int) -> None:

@@ -39,8 +39,9 @@ class QueryScores:
 
     ``ids`` are those of the queries; ``groups`` holds the cluster of each: the unit that is resampled for intervals.
     ``expected`` is the right answer of each query (a class, or a group), and ``predict`` computes the answer that is
-    ranked first (a class, or the id of an item; of tied ones the first), where there is one answer. ``chance`` is the
-    chance level of each metric.
+    ranked first (a class, or the id of an item; of tied ones the first), where there is one answer. ``ranks`` are those
+    of the first right answer, from 1, where answers are ranked: the expected one among ties. ``chance`` is the chance
+    level of each metric.
     """
 
     direction: str
@@ -51,15 +52,18 @@ class QueryScores:
     chance: Mapping[str, float]
     expected: tuple[str, ...]
     predict: Callable[[], list[str]] | None = None
+    ranks: Float[Tensor, " q"] | None = None
 
     def metrics(self) -> dict[str, float]:
         """Every metric by name."""
         return {name: mean.value() for name, mean in self.means.items()} | dict(self.medians)
 
     def prediction_rows(self) -> list[dict[str, Any]]:
-        """For each query its id, group, right answer, predicted answer (``None`` without ``predict``), and its values
-        of the means over queries."""
+        """For each query its id, group, right answer, predicted answer (``None`` without ``predict``), the rank of the
+        right one where there are ranks, and its values of the means over queries."""
         plain = {name: mean.values.tolist() for name, mean in self.means.items() if mean.cells is None}
+        if self.ranks is not None:
+            plain = {"rank": self.ranks.tolist(), **plain}
         predicted = [None] * len(self.ids) if self.predict is None else self.predict()
         columns = zip(self.ids, self.groups, self.expected, predicted, strict=True)
         return [
@@ -89,6 +93,7 @@ class QueryScores:
             chance=self.chance,
             expected=ordered(self.expected),
             predict=None if predict is None else lambda: list(ordered(predict())),
+            ranks=None if self.ranks is None else self.ranks[order],
         )
 
 

@@ -92,6 +92,7 @@ class RetrievalQueries:
             medians={"median_rank": metrics.median_rank(counts)},
             chance=chance | {"median_rank": metrics.median_rank(chance_counts)},
             expected=groups,
+            ranks=metrics.expected_ranks(counts),
             predict=lambda: [gallery.ids[row] for row in metrics.first_ranked(asked, gallery.vectors)],
         )
 

@@ -105,7 +105,8 @@ class ZeroShotQueries:
             return dict(zip(ACCURACIES, found, strict=True))
 
         vectors = self.class_embeddings(encoder)
-        means = measure(metrics.rank_counts(images.vectors[list(rows)], vectors, numbers, candidates))
+        counts = metrics.rank_counts(images.vectors[list(rows)], vectors, numbers, candidates)
+        means = measure(counts)
         if "roc_auc" in self.metric_names:
             margin = images.vectors[list(rows)] @ (vectors[1] - vectors[0])
             means["roc_auc"] = MeanMetric(two_class_influence(margin, numbers == 1), cells=numbers)
@@ -120,6 +121,7 @@ class ZeroShotQueries:
             medians={},
             chance=dict.fromkeys(self.metric_names, 0.5) | {name: mean.value() for name, mean in chance.items()},
             expected=tuple(labels),
+            ranks=metrics.expected_ranks(counts),
             predict=lambda: [names[row] for row in metrics.first_ranked(seen, vectors)],
         )
         return [scores]

@@ -44,11 +44,18 @@ class TextSide:
         precision, policy = settings.tower_precision(tower), settings.cache
         self.frozen_part = find_frozen_part(tower, 0, precision) if policy.mode != "off" else None
         self._tower, self._settings, self._policy, self._callbacks = tower, settings, policy, callbacks
+        self._first: TextFeatureRequest | None = None
         self._cached: list[tuple[DistinctTexts, CachedFeatures]] = []
 
     def request(self, texts: Sequence[str]) -> TextFeatureRequest | None:
         """The request for the cached features of these texts; ``None`` where no prefix of the tower is frozen."""
-        return None if self.frozen_part is None else TextFeatureRequest(self.frozen_part, self.tokenizer, texts)
+        if self.frozen_part is None:
+            return None
+        if self._first is None:  # the training captions, planned before they are read, and sorted once
+            self._first = TextFeatureRequest(self.frozen_part, self.tokenizer, texts)
+        if texts is self._first.texts:
+            return self._first
+        return TextFeatureRequest(self.frozen_part, self.tokenizer, texts)
 
     def features(self, texts: Sequence[str]) -> CachedFeatures | None:
         """The cached features of every text, computed at most once; ``None``: texts are tokenized live."""

@@ -1,22 +1,28 @@
 """Analyses of runs as tables and heat maps: for the terminal (``clasp analyze``) and for the HTML report.
 
 Input: ``AnalysisRecord``s. Output: ``AnnotatedTable``s and markup. Note: of each image block only the text block with
-the most common neighbours is a row, and the baseline is of that combination; ``analysis.json`` has all.
+the most common neighbours is a row, and the baseline is of that combination; ``analysis.json`` has all. Heat maps of
+one measure have one scale in a report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from clasp.analysis.layer_similarity import SHUFFLES, LayerSimilarity
 from clasp.analysis.record import AnalysisRecord
 from clasp.errors import counted
-from clasp.report.html_elements import Html, escaped, figure, figure_row, html_table, missing_in
+from clasp.report.html_elements import Html, beside, escaped, figure, figure_row, html_table, missing_in
 from clasp.report.run_record import RunRecord
 from clasp.report.svg_charts import heat_map
 from clasp.report.tables import AnnotatedTable
 
 _LAYER_COLUMNS = ("image block", "text block", "mutual k-NN", "shuffled", "CKA", "shuffled")
+_MEASURES: Mapping[str, Callable[[LayerSimilarity], float]] = {
+    "Mutual k-NN": lambda row: row.mutual_knn,
+    "Linear CKA": lambda row: row.cka,
+}
 
 
 def geometry_table(record: AnalysisRecord) -> AnnotatedTable:
@@ -97,34 +103,42 @@ def most_similar(layers: Sequence[LayerSimilarity], image_block: int) -> LayerSi
 def analysis_blocks(records: Sequence[RunRecord]) -> list[Html]:
     """The section of the HTML report."""
     blocks = []
+    analyses = [analysis for record in records for analysis in record.analyses]
     for record in records:
         for analysis in record.analyses:
             blocks.append(Html(f"<h3>{escaped(f'{record.label}: {describe_analysis(analysis)}')}</h3>"))
-            tables = [html_table("Embedding space", geometry_table(analysis))]
+            tables = [html_table("Embedding space", replace(geometry_table(analysis), notes=[]))]  # it is the heading
             tables.append(html_table("Similarity of the towers' layers", layer_table(analysis)))
             if analysis.clusters:
                 tables.append(html_table("Images and texts as clusters", cluster_table(analysis)))
             if analysis.gradients:
                 tables.append(html_table("Gradients on shared weights", gradient_table(analysis)))
-            blocks += [figure_row(tables), *_heat_maps(analysis)]
+            blocks += [beside(tables), *_heat_maps(analysis, analyses)]
     lacking = [record.label for record in records if not record.analyses]
     return [*blocks, missing_in(lacking, "not analysed (clasp analyze RUN data=…).")]
 
 
-def _heat_maps(record: AnalysisRecord) -> list[Html]:
-    by_block = {(row.image_block, row.text_block): row for row in record.layers if row.image_block}
+def _heat_maps(record: AnalysisRecord, shown: Sequence[AnalysisRecord]) -> list[Html]:
+    """The maps of an analysis, each on the scale of its measure in all analyses that are ``shown``."""
+    by_block = {(row.image_block, row.text_block): row for row in _combinations(record)}
     image, text = (sorted({blocks[side] for blocks in by_block}) for side in (0, 1))
     if not by_block:
         return []
     figures = []
-    for title, name in (("Mutual k-NN", "knn"), ("Linear CKA", "cka")):
-        rows = [[by_block[one, other] for other in text] for one in image]
-        values = [[row.mutual_knn if name == "knn" else row.cka for row in line] for line in rows]
+    for title, measure in _MEASURES.items():
+        values = [[measure(by_block[one, other]) for other in text] for one in image]
         best = max(max(line) for line in values)
+        highest = max(measure(row) for each in shown for row in _combinations(each))
         told = f"{title} of every image block with every text block; highest {best:.3f}"
-        drawing = heat_map(values, "text block", "image block", told)
-        figures.append(figure(f"{title}, from 0 to {best:.3f} (full colour)", drawing))
+        drawing = heat_map(values, "text block", "image block", told, highest)
+        scale = f"0 to {highest:.3f} (full colour)" + (", the scale of all its maps here" if len(shown) > 1 else "")
+        figures.append(figure(f"{title}: {scale}", drawing))
     return [figure_row(figures)]
+
+
+def _combinations(record: AnalysisRecord) -> list[LayerSimilarity]:
+    """The rows of blocks; row 0 is that of the embeddings."""
+    return [row for row in record.layers if row.image_block]
 
 
 def _blocks(layers: Sequence[LayerSimilarity]) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clasp.data.atomic_files import translate_disk_errors, write_text_file
-from clasp.report.tables import format_metric
+from clasp.report.tables import format_metric, selection_note
 from clasp.training.cost.ledger import format_si
 from clasp.training.run_files import PLAN_FILE
 from clasp.types import UserError
@@ -61,6 +61,11 @@ class AutoPlan:
     finished: bool = False
     rows: list[AutoRow] = field(default_factory=list)
 
+    @property
+    def compared(self) -> int:
+        """Candidates and stages that were measured on the validation pairs."""
+        return sum(row.metric is not None for row in self.rows)
+
     def row(self, stage: str) -> AutoRow | None:
         """The row of a stage; ``None`` where it has not ended."""
         return next((row for row in self.rows if row.stage == stage), None)
@@ -99,9 +104,8 @@ def auto_table(plan: AutoPlan) -> AutoTable:
     name = plan.primary.rpartition("/")[2]
     cells = [_cells(row, name) for row in plan.rows]
     reasons = [f"{row.stage or row.method}: {row.reason}" for row in plan.rows if row.reason]
-    note = f"metric: {plan.primary} on the validation pairs, which also choose, and intervals leave that out; "
-    note += "change: from the best stage before, paired bootstrap"
-    return AutoTable(_COLUMNS, cells, [note, *reasons])
+    note = f"metric: {plan.primary} on the validation pairs; change: from the best stage before, paired bootstrap"
+    return AutoTable(_COLUMNS, cells, [note, *selection_note(plan.compared, "stage"), *reasons])
 
 
 def _cells(row: AutoRow, metric: str) -> list[str]:

@@ -9,7 +9,6 @@ Nothing here imports torch; rich is imported by what draws with it, since ``clas
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,17 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clasp.errors import UNPRINTABLE, printable
+
 TABLE_WIDTH = 100  # columns, where standard output is no terminal
-# control characters, line and paragraph separators, marks that turn the direction of writing, lone surrogates
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    r"""The text on one line, with control characters escaped: ``\x1b``, ``\n``, ``\t``."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def relative_path(path: str | Path) -> str:
@@ -65,7 +59,7 @@ def print_lines(lines: Iterable[object]) -> None:
 def print_json(value: Any) -> None:
     """One JSON object on standard output."""
     text = json.dumps(value, ensure_ascii=False, default=str)
-    print(_UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    print(UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _print_line(line: str, *, to_stderr: bool = False) -> None:

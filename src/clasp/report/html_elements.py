@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NewType
 
-from clasp.report.console import printable
+from clasp.errors import printable
 from clasp.report.tables import AnnotatedTable
 
 Html = NewType("Html", str)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from clasp.errors import counted
+from clasp.evaluation.identity import is_own_validation
 from clasp.evaluation.results import EvaluationResult
 from clasp.report.analysis_section import analysis_blocks
 from clasp.report.auto_table import AutoPlan, auto_table
@@ -58,6 +59,7 @@ from clasp.report.tables import (
     metrics_main_first,
     result_table,
     retention_table,
+    selection_note,
 )
 
 _ALTERNATIVES = {
@@ -137,19 +139,38 @@ def _recipes(records: Sequence[RunRecord]) -> list[Html]:
 
 
 def _results(records: Sequence[RunRecord]) -> list[Html]:
-    blocks = [legend([record.label for record in records])]
-    for compared in compare_results(records):
+    blocks, found = [legend([record.label for record in records])], compare_results(records)
+    for compared in found:
         blocks.append(beside([_result_table(compared, records), *_result_chart(compared, records)]))
     lacking = [record.label for record in records if not record.results]
+    if 1 < len(records) - len(lacking) and all(len(compared.rows) == 1 for compared in found):
+        blocks.append(missing("No two runs have an evaluation in common (task, options, pairs), so none is compared."))
     return [*blocks, missing_in(lacking, "no results.jsonl: not evaluated.")]
 
 
 def _result_table(compared: ComparedResults, records: Sequence[RunRecord]) -> Html:
+    selected = _selection_notes(compared, records)
     if len(records) > 1:
-        return html_table(compared.title, comparison_table(compared, records))
+        table = comparison_table(compared, records)
+        return html_table(compared.title, replace(table, notes=[*table.notes, *selected]))
     rows = compared.rows[0]
     table = result_table(compared.task, rows, metrics_main_first(rows[0].result))
-    return html_table(compared.title, replace(table, notes=[*few_queries(compared.results), *table.notes]))
+    return html_table(compared.title, replace(table, notes=[*few_queries(compared.results), *table.notes, *selected]))
+
+
+def _selection_notes(compared: ComparedResults, records: Sequence[RunRecord]) -> list[str]:
+    """Where the results are of the validation by which steps or stages were selected."""
+    if not all(map(is_own_validation, compared.results)):
+        return []
+    notes = []
+    for record in (records[run] for run in compared.rows):
+        if record.settings.get("train.select", "best") != "best":
+            continue
+        staged = record.plan is not None
+        count = record.plan.compared if record.plan else len(record.curves().validation)
+        of = f"{record.label}: " if len(compared.rows) > 1 else ""
+        notes += [f"{of}{note}" for note in selection_note(count, "stage" if staged else "step")]
+    return notes
 
 
 def _result_chart(compared: ComparedResults, records: Sequence[RunRecord]) -> list[Html]:

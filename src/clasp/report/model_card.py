@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clasp.config.recipe import Recipe
-from clasp.errors import counted
+from clasp.errors import counted, printable
 from clasp.evaluation.identity import is_own_validation
 from clasp.evaluation.results import EvaluationResult
 from clasp.models.dual_encoder import DualEncoder
-from clasp.report.console import printable
 from clasp.report.evaluation_labels import evaluation_key, evaluation_labels, latest_results
 from clasp.report.run_record import RESULTS_FILE
-from clasp.report.tables import AnnotatedTable, result_tables, retention_table, summary_tables
+from clasp.report.tables import AnnotatedTable, result_tables, retention_table, selection_note, summary_tables
 from clasp.training.class_pairs import WeightedClassPairs
 from clasp.training.cost.ledger import RunCost, format_si
 from clasp.training.state import FitResult
@@ -30,7 +29,8 @@ EVALUATIONS_HEADING = "Evaluations"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """The contents of a run's model card; ``train_pairs`` and ``val_pairs`` are counts."""
+    """The contents of a run's model card; ``train_pairs`` and ``val_pairs`` are counts, ``candidates`` that of the
+    evaluations among which the best selected the weights."""
 
     recipe: Recipe
     model: DualEncoder
@@ -41,6 +41,7 @@ class ModelCard:
     train_pairs: int
     val_pairs: int
     classes: WeightedClassPairs | None = None
+    candidates: int = 1
 
     def render(self) -> str:
         """The text of the run's ``README.md``."""
@@ -51,7 +52,7 @@ class ModelCard:
         tables = result_tables(self.results)
         shown = [markdown_table(table.columns, table.rows) for table in tables]
         notes = dict.fromkeys(note for table in tables for note in table.notes)
-        notes |= dict.fromkeys(selection_notes(recipe, fitted) if tables else [])
+        notes |= dict.fromkeys(selection_note(self.candidates) if shown else [])
         answers = "".join(
             f"\n{block}\n" for block in (*(["On the validation pairs:"] if shown else []), *shown, *notes)
         )
@@ -83,13 +84,6 @@ model.similarity(images, texts)
 `recipe.toml` is everything that decided this run. `delta.safetensors` holds what was trained and nothing else: it
 stands on the weights named in `base.json` and is refused by others. The two towers keep their own licences.
 """
-
-
-def selection_notes(recipe: Recipe, fitted: FitResult) -> list[str]:
-    """What the intervals on the validation pairs leave out, where these pairs also chose the weights."""
-    if recipe.train.select != "best" or not fitted.position.step:
-        return []
-    return ["these pairs also chose the step (train.select = 'best'); the interval does not count that choice"]
 
 
 def with_evaluations(card: str, results: Sequence[EvaluationResult]) -> str:

@@ -59,10 +59,12 @@ def draw_confusions(pairs: Sequence[Pair], scores: Sequence[QueryScores], path: 
 
 
 def draw_retrievals(pairs: Sequence[Pair], scores: Sequence[QueryScores], path: Path) -> None:
-    """Some captions with the image that is found first and, where that is wrong, the caption's own."""
+    """Some captions with the image that is found first and, where that is wrong, its caption, and the caption's own
+    image with its rank."""
     one = next(each for each in scores if each.direction == _TEXT_TO_IMAGE)
-    assert one.predict is not None
+    assert one.predict is not None and one.ranks is not None
     found = dict(zip(one.ids, one.predict(), strict=True))
+    ranks = dict(zip(one.ids, one.ranks.tolist(), strict=True))
     images = {pair.id: pair for pair in pairs}
     own = {f"{pair.id}#{number}": (pair, text) for pair in pairs for number, (text, _) in enumerate(pair.captions)}
     rows = []
@@ -70,8 +72,9 @@ def draw_retrievals(pairs: Sequence[Pair], scores: Sequence[QueryScores], path: 
         pair, text = own[id]
         first = images[found[id]]
         right = first.group == pair.group
-        tiles = [Thumbnail(_read(first), "found first", right), Thumbnail(_read(pair), "its own")]
-        rows.append(SheetRow(text, tiles[:1] if right else tiles))
+        tiles = [Thumbnail(_read(first), "found first", right), Thumbnail(_read(pair), f"its own: rank {ranks[id]:g}")]
+        note = "" if right else f"found: {first.captions[0].text}"
+        rows.append(SheetRow(text, tiles[:1] if right else tiles, note))
     count = sum(images[found[id]].group == own[id][0].group for id in one.ids if id in own)
     lines = [
         f"{len(rows)} of {counted(len(one.ids), 'caption')}, chosen by a hash; an image of its own is first for {count}"

@@ -25,6 +25,7 @@ from clasp.report.evaluation_files import PREDICTIONS_FOLDER, evaluation_file
 from clasp.report.evaluation_labels import EvaluationKey, evaluation_key, evaluation_labels
 from clasp.training.cost import COST_FILE as _COST_FILE
 from clasp.training.cost.ledger import RunCost, read_cost
+from clasp.training.recipe_changes import dotted_settings
 from clasp.training.run_files import LOG_FILE, PLAN_FILE, RESULTS_FILE, require_folder
 from clasp.training.run_folder import RunFolder
 from clasp.types import UserError
@@ -102,7 +103,7 @@ class RunRecord:
     @property
     def settings(self) -> dict[str, Any]:
         """The recipe with dotted keys: ``train.lr`` to its value."""
-        return _dotted(self.recipe)
+        return dotted_settings(self.recipe)
 
     def last_event(self, kind: str) -> Mapping[str, Any]:
         """The last event of this kind in ``log.jsonl``; empty where there is none."""
@@ -247,10 +248,3 @@ def _state(path: Path, plan: AutoPlan | None) -> RunState:
     if (path / "imported.json").exists():
         return "imported"
     return "finished" if (path / "delta.safetensors").exists() else "not trained"
-
-
-def _dotted(section: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in section.items():
-        found |= _dotted(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
-    return found

@@ -128,10 +128,10 @@ def row_chart(rows: Sequence[ChartRow], x_title: str, description: str) -> Html:
     return svg(bottom + BOTTOM, description, "".join(parts))
 
 
-def heat_map(values: Sequence[Sequence[float]], x_title: str, y_title: str, description: str) -> Html:
-    """Cells of which the opacity is the value over the highest one; the first row is at the bottom, both sides count
-    from 1."""
-    highest = max(max(line) for line in values) or 1.0
+def heat_map(values: Sequence[Sequence[float]], x_title: str, y_title: str, description: str, highest: float) -> Html:
+    """Cells of which the opacity is the value over ``highest``, that of maps with the same scale; the first row is at
+    the bottom, both sides count from 1."""
+    highest = highest or 1.0
     rows, columns = len(values), len(values[0])
     size = min((WIDTH - LEFT - RIGHT) / columns, 26.0)
     bottom, parts = TOP + size * rows, []

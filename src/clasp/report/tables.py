@@ -169,6 +169,16 @@ def few_queries(results: Sequence[EvaluationResult]) -> list[str]:
     return small_sample_warning(min(asked), f"queries{where}", list(certain))
 
 
+def selection_note(candidates: int, what: str = "step") -> list[str]:
+    """A note below results on the pairs by which one of several steps or stages was selected."""
+    if candidates < 2:
+        return []
+    return [
+        f"the same pairs selected the {what} among {candidates}, which the interval leaves out: the value is biased "
+        "upwards; clasp eval on other pairs is not"
+    ]
+
+
 def most_queries(rows: Sequence[tuple[str, int]]) -> tuple[str, int]:
     """Of languages with their numbers of queries by direction: the language with most, in its smaller direction."""
     counts: dict[str, int] = {}

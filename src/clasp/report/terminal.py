@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from clasp.errors import printable
 from clasp.evaluation.results import EvaluationResult
 from clasp.models.dual_encoder import ParameterCount
 from clasp.models.sharing.policy import SharingPlan
-from clasp.report.console import format_megabytes, print_lines, print_table, printable
+from clasp.report.console import format_megabytes, print_lines, print_table
 from clasp.report.tables import retention_table, summary_tables
 from clasp.training.trackers.console import Reporter, TrainProgress, stderr_reporter
 
@@ -65,7 +66,7 @@ def print_parameter_counts(counts: dict[str, ParameterCount], sharing: SharingPl
 def print_results(title: str, results: Sequence[EvaluationResult], more_in: str, notes: Sequence[str] = ()) -> None:
     """A table for each task: its main metric, 95 % interval and chance first; many languages folded to a summary.
 
-    ``more_in`` names the files in which all rows are; ``notes`` are below every table.
+    ``more_in`` names the files in which all rows are; ``notes`` are on all of them.
     """
     if any(result.task.startswith("retention/") for result in results):
         tables = [retention_table(results, more_in)]

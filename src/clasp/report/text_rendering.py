@@ -20,8 +20,8 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont, features
 
 from clasp.data.decoding import RGBColor
+from clasp.errors import printable
 from clasp.plain_types import UserError
-from clasp.report.console import printable
 
 _FONT_FOLDERS = (
     "~/.local/share/fonts", "~/.fonts", "/usr/local/share/fonts", "/usr/share/fonts",

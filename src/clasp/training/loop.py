@@ -311,7 +311,7 @@ class BestCheckpoint:
             self.evaluation = self._evaluations - 1
         if better:
             self.best = BestEvaluation(at, metrics, self.stepper.selected_weights(copied=True))
-            line += "; the best so far"
+            line += "; the best so far" if self.epochs else ""
         named = {f"validation/{name}": value for name, value in metrics.items()}
         self.logger.log_event("evaluation", line, at.step, named, epoch=done, best=better)
 
@@ -337,6 +337,8 @@ class BestCheckpoint:
             )
             best = f"best by {self.primary} ({self.metrics[self.primary]:.4g})"
             line = f"done after {counted(at.step, 'step')}; {kept}, {best}"
+        if not self.stepper.steps:
+            line = "done, without a gradient step"
         named = {f"selected/{name}": value for name, value in self.metrics.items()}
         self.logger.log_event("stop", line, at.step, named, interrupted=False, held_step=weights_position.step)
         return weights_position

@@ -33,9 +33,11 @@ from clasp.data.atomic_files import (
 from clasp.data.folder_lock import LOCK_FILE, require_unlocked
 from clasp.data.images import ImageTransform
 from clasp.data.tokenizer import Tokenizer
+from clasp.errors import require_printable_path
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.tower import Tower
 from clasp.training.cost import COST_FILE
+from clasp.training.recipe_changes import describe_changes
 from clasp.training.run_code import code_names, require_allowed
 from clasp.training.run_files import STATE_FOLDER, require_run_folder
 from clasp.training.state import TrainState
@@ -45,7 +47,7 @@ from clasp.types import UserError
 
 _FORMAT = 1
 _DELTA_FILE = "delta.safetensors"
-RECIPE_HASH = "recipe"  # in base.json
+RECIPE_HASH, RECIPE_SETTINGS = "recipe", "settings"  # in base.json
 RUN_PLACEHOLDER = "{run}"  # the run's folder, in the towers of its recipe, so that a run can be moved
 # what a run that never trained may have left; towers/ where the run includes its towers
 _STARTED_FILES = ("recipe.toml", "transform.json", "tokenizer", "base.json", "log.jsonl", COST_FILE)
@@ -95,6 +97,7 @@ class RunFolder:
 
     def require_free(self) -> None:
         """Raises ``UserError`` unless a run may start here: no folder, or a run that ended before it had trained."""
+        require_printable_path(self.path)
         other = "choose another name (clasp train: --name; clasp demo: --out), or delete it"
         if self.has_state:
             raise UserError(
@@ -133,6 +136,7 @@ class RunFolder:
             about = {tower.modality: self._base_entry(tower) for tower in (model.image, model.text)}
             base = {"format": _FORMAT, **about, "pairs": pairs, "files": self._preprocessing_hashes()}
             base[RECIPE_HASH] = hash_file(self.path / "recipe.toml")
+            base[RECIPE_SETTINGS] = tomllib.loads(recipe_toml)
             write_text_file(self.path / "base.json", json.dumps(base, indent=1))
 
     def _base_entry(self, tower: Tower) -> dict[str, Any]:
@@ -239,12 +243,20 @@ class RunFolder:
         recipe, base = self.recipe(), self.base()
         self._check_preprocessing(base.get("files"))
         if base.get(RECIPE_HASH) not in (None, hash_file(self.path / "recipe.toml")):
-            _log.warning("%s was changed since the run was saved", self.path / "recipe.toml")
+            known = "no key of it" if RECIPE_SETTINGS in base else "which keys was not recorded"
+            changes = "; ".join(self._recipe_changes(base)) or known
+            _log.warning("%s was changed since the run was saved: %s", self.path / "recipe.toml", changes)
         try:
             transform = ImageTransform.from_dict(json.loads((self.path / "transform.json").read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path} is damaged: {error}") from None
         return RunMetadata(recipe, transform, Tokenizer.from_folder(self.path / "tokenizer"), base)
+
+    def _recipe_changes(self, base: Mapping[str, Any]) -> list[str]:
+        """The keys of the recipe that were changed since the run was started; none of a run of an earlier clasp, whose
+        ``base.json`` has no settings."""
+        before = base.get(RECIPE_SETTINGS)
+        return describe_changes(before, self._read_recipe_file()) if isinstance(before, dict) else []
 
     def base(self) -> dict[str, Any]:
         """``base.json``. Raises ``UserError`` where it is damaged."""
@@ -313,6 +325,11 @@ class RunFolder:
         """Read the newest whole state that ``save_state`` wrote. Raises ``UserError`` when there is none."""
         self.recipe()
         if self.has_state:
+            if changes := self._recipe_changes(self.base()):
+                raise UserError(
+                    f"{self.path / 'recipe.toml'} was changed since the run was started: {'; '.join(changes)}; a run "
+                    "goes on with its own recipe: put it back, or train with a new --name"
+                )
             return StateFiles(self.path).read(self._identity())
         if (self.path / _DELTA_FILE).exists():
             raise UserError(f"{self.path} has no state/ to resume from; it is finished, or its state was deleted")

@@ -219,6 +219,9 @@ def plan_training(settings: TrainSettings, pairs: int, *, max_batch_size: int = 
         epochs = settings.epochs
         reasons.append(f"{counted(epochs, 'epoch')} {'is' if epochs == 1 else 'are'} set")
     steps = epochs * steps_per_epoch
+    if not steps:
+        reason = "no gradient step (train.epochs = 0), the weights stay as they are initialised"
+        return TrainPlan(batch, epochs, steps, f"{counted(pairs, 'pair')}: {reason}")
     if settings.max_steps is not None and settings.max_steps < steps:
         steps = settings.max_steps
         epochs = -(-steps // steps_per_epoch)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from clasp.report.evaluation_labels import latest_results
 from clasp.report.model_card import results_section
 from clasp.report.run_record import read_results
 from clasp.report.tables import result_tables
-from clasp.training.run_folder import RECIPE_HASH, RUN_PLACEHOLDER, hash_file
+from clasp.training.run_folder import RECIPE_HASH, RECIPE_SETTINGS, RUN_PLACEHOLDER, hash_file
 
 _COPIED = ("transform.json", "tokenizer", "delta.safetensors", "imported.json", "towers")
 _PATHS = (("data", "train"), ("data", "val"), ("data", "image_root"), ("train", "init_from"))
@@ -64,8 +65,9 @@ def copy_run(job: ExportJob, out: Path) -> None:
     for side in ("image", "text"):
         recipe[side]["tower"] = base[side]["tower"] = _place_tower(job.run, recipe[side]["tower"], side, out)
     checked = recipe_from_dict(recipe, "the exported recipe")
-    (out / "recipe.toml").write_text(checked.to_toml(), encoding="utf-8")
-    base[RECIPE_HASH] = hash_file(out / "recipe.toml")
+    text = checked.to_toml()
+    (out / "recipe.toml").write_text(text, encoding="utf-8")
+    base |= {RECIPE_HASH: hash_file(out / "recipe.toml"), RECIPE_SETTINGS: tomllib.loads(text)}
     (out / "base.json").write_text(json.dumps(base, indent=1), encoding="utf-8")
 
 

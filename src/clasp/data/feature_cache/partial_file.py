@@ -17,6 +17,8 @@ from typing import IO, NamedTuple
 from clasp.data.atomic_files import sync_folder
 from clasp.plain_types import UserError
 
+_SUFFIX = ".part"
+PARTIAL_PATTERN = f"*{_SUFFIX}"
 _log = logging.getLogger(__name__)
 
 
@@ -46,7 +48,7 @@ class PartialFile(NamedTuple):
 @contextmanager
 def lock_partial_file(path: Path, size: int) -> Iterator[PartialFile]:
     """The partial file of ``path``, exclusively locked. The lock is released when the process ends."""
-    name = path.with_suffix(".part")
+    name = path.with_suffix(_SUFFIX)
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
