@@ -6,7 +6,6 @@ from clasp.training.losses.contrastive import LOSSES, LossMethod, find_loss, inf
 __all__ = [
     "LOSSES",
     "LossMethod",
-    "LossSettings",
     "build_loss",
     "find_loss",
     "info_nce",
