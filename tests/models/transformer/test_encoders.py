@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from clasp.models.structure import find_structure
-from clasp.models.transformer.blocks import Block, LayerNorm
+from clasp.models.transformer.blocks import Block, LayerNorm, make_norm
 from clasp.models.transformer.convolutions import DepthwisePatchConv, halving_strides
 from clasp.models.transformer.deit import VisionTransformer
 from clasp.models.transformer.encoders import ImageTransformer, TextTransformer, init_weights
@@ -141,7 +141,7 @@ def test_the_map_is_what_mixes_the_values(causal: bool):
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_statistics_are_taken_in_float32(norm: str):
     """States whose squares overflow half precision, and whose mean is far above their deviation."""
-    module = BlockSettings(**BLOCK, norm=norm, eps=1e-12).make_norm(256).to(torch.float16)
+    module = make_norm(BlockSettings(**BLOCK, norm=norm, eps=1e-12), 256).to(torch.float16)
     x = (60_000 + 32 * torch.randn(3, 256, generator=torch.Generator().manual_seed(0))).to(torch.float16)
     wanted = norm_slowly(x.double(), module.double(), norm, 1e-12)
     ours = module.to(torch.float16)(x)
