@@ -113,6 +113,7 @@ def test_a_file_with_a_row_for_each_pair_is_not_read_as_one_of_images(tmp_path: 
     """Such files were written before images were counted."""
     pairs = table()
     request = ImageFeatureRequest(Part(), pairs, TRANSFORM)
+    assert (request.count, request.num_bytes("float32")) == (IMAGES, IMAGES * 5 * 4), "what doctor tells"
     folder, key = tmp_path / "features", {**request.key, "pairs": pairs.version}
     load_or_compute(folder, key, (len(pairs), 5), lambda writer: writer.notes.update(skipped=[], depth=0, size=8))
     part = Part()
