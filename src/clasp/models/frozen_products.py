@@ -34,9 +34,10 @@ def frozen_feed_forward(x: Float[Tensor, "*batch D"], *layers: nn.Module) -> Flo
 
 
 def biased_product(rows: Float[Tensor, "n D"], weight: Tensor, bias: Tensor | None) -> Float[Tensor, "n _"]:
-    """``rows W + b`` in bfloat16, with the bias added in the product where oneDNN computes it."""
-    if bias is not None and rows.device.type == "cpu" and has_bfloat16_kernel():
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    """``rows W + b``, with the bias added in the product where oneDNN computes it: in bfloat16 on a CPU."""
+    lower = rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and has_bfloat16_kernel()
+    if lower and bias is not None and len(rows):
+        return torch.ops.mkldnn._linear_pointwise(rows.contiguous(), weight, bias, "none", [], "")
     return F.linear(rows, weight, bias)
 
 
