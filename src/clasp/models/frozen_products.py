@@ -49,7 +49,7 @@ def has_bfloat16_kernel() -> bool:
 
 def _frozen_in_bfloat16(x: Tensor, layers: Sequence[nn.Module]) -> list[nn.Linear] | None:
     """The layers, where a step on a CPU holds all of them so; else ``None``."""
-    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or x.dtype == torch.float64:
         return None
     frozen = [layer for layer in layers if _is_frozen_in_bfloat16(layer)]
     return frozen if len(frozen) == len(layers) else None
