@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from clasp.models.frozen_casts import FrozenCasts
 from clasp.models.frozen_products import frozen_feed_forward, frozen_products
 from clasp.models.low_rank_forward import project_together
-from clasp.models.packed_weights import product
 
 X = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(1))
 
@@ -38,7 +37,6 @@ def test_products_are_those_of_autocast(bias: bool) -> None:
     exact, autocast = (run(lambda x: [layer(x) for layer in given], lower) for lower in (False, True))
     with FrozenCasts(given)():
         ours = run(lambda x: project_together(x, tuple(given)))
-        assert torch.equal(product(given[0], X), product(given[0], X))
     for one, other, whole in zip((*ours[0], ours[1]), (*autocast[0], autocast[1]), (*exact[0], exact[1]), strict=True):
         assert (one - other).norm() <= 0.01 * other.norm() and (one - whole).norm() <= 0.01 * whole.norm()
 

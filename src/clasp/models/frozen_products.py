@@ -34,9 +34,10 @@ def frozen_feed_forward(x: Float[Tensor, "*batch D"], *layers: nn.Module) -> Flo
 
 
 def biased_product(rows: Float[Tensor, "n D"], weight: Tensor, bias: Tensor | None) -> Float[Tensor, "n _"]:
-    """``rows W + b`` in bfloat16, with the bias added in the product where oneDNN computes it."""
-    if bias is not None and rows.device.type == "cpu" and has_bfloat16_kernel():
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    """``rows W + b``, with the bias added in the product where oneDNN computes it: in bfloat16 on a CPU."""
+    lower = rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and has_bfloat16_kernel()
+    if lower and bias is not None and len(rows):
+        return torch.ops.mkldnn._linear_pointwise(rows.contiguous(), weight, bias, "none", [], "")
     return F.linear(rows, weight, bias)
 
 
@@ -48,7 +49,7 @@ def has_bfloat16_kernel() -> bool:
 
 def _frozen_in_bfloat16(x: Tensor, layers: Sequence[nn.Module]) -> list[nn.Linear] | None:
     """The layers, where a step on a CPU holds all of them so; else ``None``."""
-    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or x.dtype == torch.float64:
         return None
     frozen = [layer for layer in layers if _is_frozen_in_bfloat16(layer)]
     return frozen if len(frozen) == len(layers) else None

@@ -124,8 +124,8 @@ def _attend(
         attn_mask = attn_mask.to(torch.bfloat16)
     with torch.autocast(query.device.type, enabled=False):  # it would compute the softmax in float32
         scale = options.get("scale")
-        constant = attn_mask is None or not attn_mask.requires_grad
-        if within_frozen_casts() and constant and not (dropout_p or is_causal):
+        simple = not (dropout_p or is_causal) and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+        if within_frozen_casts() and simple and (attn_mask is None or not attn_mask.requires_grad):
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             return _Products.apply(query, key, value, _as_addend(attn_mask, query.dtype), scale)
         return plain_products(query, key, value, attn_mask, dropout=dropout_p, causal=is_causal, scale=scale)
