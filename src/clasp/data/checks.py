@@ -6,9 +6,11 @@ of many images and captions an evenly spaced sample is checked, and the findings
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -17,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clasp.data.decoding import NO_SUCH_FILE
 from clasp.data.distinct_captions import indistinct_captions
 from clasp.data.images import Augment, ImageTransform
 from clasp.data.loader import BadSampleLimit
@@ -194,7 +195,7 @@ def _mend_unreadable(parts: Sequence[tuple[int, int]]) -> tuple[str, ...]:
 
 def _count_missing(skipped: Sequence[SkippedSample]) -> int:
     """How many of the samples name a file that is not there."""
-    return sum(sample.reason.startswith(NO_SUCH_FILE) for sample in skipped)
+    return sum(sample.reason.endswith(os.strerror(errno.ENOENT)) for sample in skipped)
 
 
 def _check_readable(report: CheckReport, skipped: Sequence[SkippedSample], count: int) -> None:

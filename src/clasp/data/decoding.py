@@ -55,8 +55,6 @@ _LARGE_IMAGE_PIXELS = 50_000_000  # decoded; of larger ones, worker processes de
 _REDUCING_GAP = 1.0  # a JPEG is decoded at the smallest scale of at least this many times the target size
 
 
-NO_SUCH_FILE = "no such file"
-"""Begins the reason of an ``ImageError`` for a file that is not there"""
 IMAGE_FORMS = "a path, encoded bytes or a PIL image"
 
 
@@ -190,7 +188,7 @@ def open_image(image: bytes | str | Path | Image.Image) -> Iterator[Image.Image]
     except UserError as error:
         raise ImageError(str(error)) from error
     except FileNotFoundError as error:
-        raise ImageError(f"{NO_SUCH_FILE}: {image}") from error
+        raise ImageError(f"no such file: {image}") from error
     except (IsADirectoryError, PermissionError) as error:
         raise ImageError(f"cannot be read: {error.strerror}") from error
     except UnidentifiedImageError as error:
