@@ -17,7 +17,6 @@ from clasp.commands.environment import configure_environment
 configure_environment()  # before torch is imported
 
 HERE = Path(__file__).parent
-HELD, TEST, OBJECTS_HELD, OBJECTS = 1000, 2400, 500, 1000
 
 
 def main(given: Sequence[str] | None = None, home: Path = HERE) -> None:
@@ -25,7 +24,7 @@ def main(given: Sequence[str] | None = None, home: Path = HERE) -> None:
     from studies.lilt.photos import Photos, Sizes
     from studies.records import Results
     from studies.sharing.trunk_cells import Study
-    from studies.sharing.trunk_grid import COMMON
+    from studies.sharing.trunk_grid import COMMON, SIZES
     from studies.sharing.trunk_page import write
 
     from clasp.types import UserError
@@ -38,8 +37,7 @@ def main(given: Sequence[str] | None = None, home: Path = HERE) -> None:
     options = parser.parse_args(given)
     try:
         if options.photos is not None and options.runs is not None:
-            sizes = Sizes(held=HELD, test=TEST, objects=OBJECTS, objects_to_fit=OBJECTS_HELD, scenes=0)
-            photos = Photos(options.photos, sizes, file=COMMON, every=1)
+            photos = Photos(options.photos, Sizes(**SIZES), file=COMMON, every=1)
             Study(photos, options.runs, home / "results").go_on(options.minutes, test=options.test)
         elif options.photos is not None or options.runs is not None or options.test:
             raise UserError("cells need --photos FOLDER and --runs FOLDER; without either, the page is made")

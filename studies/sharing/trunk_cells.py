@@ -41,7 +41,7 @@ class Study:
         began = time.monotonic()
         while time.monotonic() - began < 60 * minutes:
             find = Results(self.results).get  # read again: other processes write too
-            wanted = shown(find) if test else cells(find)
+            wanted = [cell for cell in shown(find) if find(cell.key) is not None] if test else cells(find)
             left = [cell for cell in wanted if find(cell.test_key if test else cell.key) is None]
             if not left:
                 return

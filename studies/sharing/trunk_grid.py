@@ -22,6 +22,8 @@ from clasp.config.recipe import Recipe, read_recipe
 COMMON = Path(__file__).with_name("trunk.toml")
 WRITTEN = 1  # part of every key: increment when the evaluation of a cell changes
 PAIRS = 8000
+SIZES = {"held": 1000, "test": 2400, "objects": 1000, "objects_to_fit": 500, "scenes": 0}
+"""Photos that are asked, by ``studies.lilt.photos.Sizes``"""
 STEPS = (0, 60, 180, 540)
 CHOSEN_AT = 60
 START_RATE = 1e-3  # of a run of no steps, where no rate counts
@@ -59,7 +61,7 @@ class Cell:
     def key(self) -> str:
         """Key over everything that determines its numbers except software versions."""
         common = as_recorded(tomllib.loads(COMMON.read_text(encoding="utf-8")))
-        facts = [WRITTEN, common, self.row.changes, self.rate, self.steps, self.seed]
+        facts = [WRITTEN, PAIRS, SIZES, common, self.row.changes, self.rate, self.steps, self.seed]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

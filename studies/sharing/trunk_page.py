@@ -152,4 +152,6 @@ def _made_with(find: Find) -> str:
     days = sorted({record["machine"]["day"] for record in known})
     minutes = sum(sum(record["seconds"].values()) for record in known) / 60
     listed = "".join(f"- {each}\n" for each in sorted(machines))
-    return f"{listed}\n{' and '.join(days)}; {minutes:.0f} minutes of one core in all, on a busy machine.\n"
+    return (
+        f"{listed}\n{' and '.join(days)}; {minutes:.0f} minutes in all beside other work, without what was stopped.\n"
+    )
