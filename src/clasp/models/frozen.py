@@ -32,8 +32,11 @@ class FrozenTower:
     def fingerprint(self) -> str:
         weights = _in_precision(self.tower.layer_fingerprint, self.precision)
         weights += _kernel_suffix(self.precision, self.tower)
-        # captions without padding, which attend in products, differ in their last bits
-        return f"{weights}:unpadded-products" if self.precision != "float32" and self.tower.packs_captions else weights
+        if self.precision == "float32":
+            return weights
+        # captions without padding, which attend in products, and class tokens without patches differ in their last bits
+        weights += ":unpadded-products" if self.tower.packs_captions else ""
+        return weights + (":class-token" if self.tower.can_leave_out_patches else "")
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:

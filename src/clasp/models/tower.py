@@ -348,13 +348,18 @@ class Tower(nn.Module):
 
     def _pool_layers(self, inputs: Pixels | Tokens | HiddenStates) -> list[Float[Tensor, "U _"]]:
         """The pooled states of the last block, then of the extra layers, lowest first."""
-        layers = self.layer_states(inputs)
+        layers = self._layer_states(inputs, class_token_only=self._needs_class_token_only)
         text = None if isinstance(inputs, Pixels) or self.modality == "image" else inputs.mask
         return self.pool_layers(layers, [_full_mask(each) if text is None else text for each in layers])
 
     def layer_states(self, inputs: Pixels | Tokens | HiddenStates) -> list[Float[Tensor, "U _ _"]]:
         """The hidden states that are pooled: of the last block, after the final norm, then of the extra layers, lowest
         first. Lower feature maps of a CNN have more tokens."""
+        return self._layer_states(inputs, class_token_only=False)
+
+    def _layer_states(
+        self, inputs: Pixels | Tokens | HiddenStates, *, class_token_only: bool
+    ) -> list[Float[Tensor, "U _ _"]]:
         outputs: list[Tensor] = []
         blocks = [self.net.get_submodule(self._structure.blocks[number - 1].path) for number in self._extra_layers]
         hooks = [
@@ -365,7 +370,7 @@ class Tower(nn.Module):
         try:
             net = self._packing_net(inputs)
             if net is None:
-                states = self(inputs, class_token_only=self._needs_class_token_only)
+                states = self(inputs, class_token_only=class_token_only)
             else:
                 assert isinstance(inputs, Tokens)
                 states = net.forward_packed(inputs.ids, inputs.mask)
@@ -395,11 +400,14 @@ class Tower(nn.Module):
         return isinstance(self.net, Dinov2Encoder) and self._device.type == "cpu"
 
     @property
+    def can_leave_out_patches(self) -> bool:
+        """Whether the last block leaves out patches in bfloat16: a packaged image net pooled at its class token."""
+        return self._pool == "cls" and isinstance(self.net, Dinov2Encoder)
+
+    @property
     def _needs_class_token_only(self) -> bool:
-        """Whether the last block leaves out what is not pooled: in training steps in bfloat16, where a packaged image
-        net is pooled at its class token. In float32, and where features are cached, no bit changes."""
-        trains = torch.is_autocast_enabled(self._device.type) and not torch.is_inference_mode_enabled()
-        return trains and self._pool == "cls" and isinstance(self.net, Dinov2Encoder)
+        """Whether the last block leaves out what is not pooled: in float32 it does not, where no bit changes."""
+        return self.can_leave_out_patches and torch.is_autocast_enabled(self._device.type)
 
     def _packing_net(self, inputs: Pixels | Tokens | HiddenStates) -> BertEncoder | None:
         """The net where these inputs are encoded without padding; ``None`` also where they have none."""

@@ -108,7 +108,7 @@ def test_the_class_token_alone_is_that_of_the_whole_net(spec: str, depth: int) -
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_a_step_in_bfloat16_leaves_out_what_is_not_pooled(pool: str) -> None:
+def test_bfloat16_leaves_out_what_is_not_pooled(pool: str) -> None:
     tower, seen = tuned_tower("lora(rank=2)", pool=pool), []
     tower.net.encoder.layer[-1].register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
     for lower in (False, True):
@@ -116,7 +116,10 @@ def test_a_step_in_bfloat16_leaves_out_what_is_not_pooled(pool: str) -> None:
             tower.pooled(PIXELS)
             with torch.inference_mode():
                 tower.pooled(PIXELS)
-    assert seen == [17, 17, 1 if pool == "cls" else 17, 17]
+    few = 1 if pool == "cls" else 17
+    assert seen == [17, 17, few, few]
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert tower.layer_states(PIXELS)[0].shape[1] == 17  # maps of patches read them all
 
 
 @pytest.mark.parametrize("spec", TUNINGS)
@@ -140,7 +143,7 @@ def test_features_are_keyed_by_how_they_attend():
     tower = Tower(Backbone("tiny", "image", _pair()[0].requires_grad_(False), "", "cls"))
     before = FrozenTower(tower, precision="bfloat16").fingerprint
     with plain_attention_everywhere():
-        assert FrozenTower(tower, precision="bfloat16").fingerprint == before and before.endswith(":products")
+        assert FrozenTower(tower, precision="bfloat16").fingerprint == before and before.endswith(":products:class-token")
     assert FrozenTower(tower).fingerprint == tower.layer_fingerprint
 
 
