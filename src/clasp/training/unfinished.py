@@ -11,17 +11,22 @@ from contextlib import suppress
 from pathlib import Path
 
 from clasp.data.atomic_files import read_json_lines
-from clasp.plain_types import UserError
+from clasp.data.folder_lock import require_unlocked
+from clasp.errors import UserError
 from clasp.training.run_files import LOG_FILE, PLAN_FILE, STATE_FOLDER, STATE_NAMES
 
 
 def unfinished_lines(run: Path | None) -> list[str]:
-    """Where the training of a run was stopped, and what goes on from there; no line for a run that is finished, nor for
-    a model that is no run."""
+    """Where the training of a run was stopped, and what goes on from there, or that it is being trained; no line for a
+    run that is finished, nor for a model that is no run."""
     if run is None:
         return []
     if not any((run / STATE_FOLDER / name).exists() for name in STATE_NAMES) and not _has_unfinished_plan(run):
         return []
+    try:
+        require_unlocked(run)
+    except UserError:
+        return [f"{run} is being trained; these are its weights {_place(run)}"]
     return [f"{run} was stopped {_place(run)}; go on with: clasp resume {shlex.quote(str(run))}"]
 
 
