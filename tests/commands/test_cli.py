@@ -171,6 +171,7 @@ LIGHT_MISTAKES = (
     "train heads train.lr=1e-3 train.lr=1e-4",
     "train heads --name a/b",
     "train heads --foo",
+    "train heads --grid train.lr=1,2 --minutes 5",
     "params recipes/none.toml",
     "doctor none.toml",
     "resume runs/none",
@@ -186,7 +187,7 @@ LIGHT_MISTAKES = (
     "index runs/none images",
     "watch runs/none images",
     "search runs/none words",
-    "search runs/none --image a.png --image-weight 2 --image-weight 3",
+    "search . --image a.png --image-weight 2 --image-weight 3",
     "serve runs/none",
     "export runs/none --to onnx -o out",
     "store copy runs/none --to edge",
@@ -502,6 +503,7 @@ def mistakes(world: World, here: Path) -> dict[str, tuple[list, list[str]]]:
         "no such recipe file": (["params", "recipes/none.toml"], ["recipes/none.toml"]),
         "broken recipe": (["params", "broken.toml"], ["broken.toml is not a TOML file"]),
         "no grid": ([*train, "--grid", "train.lr"], ["'train.lr' is not key=value,value"]),
+        "grid with a budget": ([*train, "--grid", "train.lr=1,2", "--steps", "9"], ["--minutes and --steps", "--grid"]),
         "one of a grid": ([*train, "--grid", "head.kind=mlp,lineer"], ["with head.kind=lineer", "'linear', 'mlp'"]),
         "nothing to diagnose": (["doctor", world.toml, "data.train=void"], ["void"]),
         "no override": ([*train, "train.batch_size"], ["'train.batch_size' is not key=value"]),
@@ -562,7 +564,7 @@ MISTAKES = (
     "unknown scheme|tower without scheme|no such folder|no such hub model|no such factory|wrong modality|unknown key|"
     "unknown key, counting|wrong value|matches nothing|matches nothing, counting|too many blocks|nothing trains|"
     "batch too large|one pair|heads too wide|no such recipe|no such recipe file|broken recipe|"
-    "no grid|one of a grid|nothing to diagnose|no override|"
+    "no grid|grid with a budget|one of a grid|nothing to diagnose|no override|"
     "name that exists|resume a finished run|resume nothing|resume a folder|classes twice|classes unlike labels|"
     "no class list|no place in template|no classes|unknown task|unknown option|eval without data|eval of no run|"
     "option without a value|folder without a name|unknown language|index of nothing|index of what is not there|"

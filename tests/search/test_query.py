@@ -200,6 +200,7 @@ FIELDS_OF_A_KIND = FilterFields(
         [
             {"day": "2020-01-31", "price": "12.50", "mixed": 1, "sold": True, "sizes": [1, 2], "group": 5},
             {"day": "2020-01-31T10:00", "price": None, "mixed": "b", "sold": False, "sizes": [], "empty": None},
+            {"day": "2020-01-31 10:00:05", "scan": "2020-01-31_1.jpg", "title": "2020-01-31 at sea", "code": "9" * 99},
         ]
     )
 )
@@ -210,13 +211,14 @@ FIELDS_OF_A_KIND = FilterFields(
     [
         ("width>abc", "'width>abc' has no number to compare with: width is a number .* such as 640"),
         ("width=wide", "has no number"),
-        ("width!=wide", "has no number"),
         ("price<cheap", "such as 12.50"),
         ("sizes>=large", "has no number"),
         ("day>31.01.2020", "'day>31.01.2020' has no date to compare with: .* such as 2020-01-31"),
         ("day<=2020-1", "has no date"),
+        ("code=x", "such as 9{80}$"),
         *((fits, "") for fits in ("width>1e3", "width~6", "price=12.5", "day>=2020", "day<2020-07", "day=2020-01-31")),
         *((fits, "") for fits in ("day>2020-01-31T09", "day~01", "mixed>a", "mixed=1", "sold=true", "empty=x")),
+        *((fits, "") for fits in ("width!=wide", "day!=never", "scan=IMG1", "title>b")),
         *((fits, "") for fits in ("group=a", "folder=holidays", "name~jpg")),  # of every entry, and no field of a pair
     ],
 )

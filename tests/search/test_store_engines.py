@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,23 @@ def test_many_queries_equal_vectors_and_replacement(tmp_path: Path, open_store: 
     equal = [f"{number:03}" for number in np.random.default_rng(1).permutation(300)]
     store.add(equal, rows((-1, -1)).repeat(300, axis=0), [{}] * 300)
     assert [name for name, _ in found(store, -1, -1, k=20)] == [f"{number:03}" for number in range(20)]
+    store.close()
+
+
+@pytest.mark.parametrize("open_store", engine_parameters("edge"))
+def test_what_was_read_is_not_asked_for_again(tmp_path: Path, open_store: Opener, monkeypatch: pytest.MonkeyPatch):
+    store, asked = open_store(tmp_path / "store"), list[str]()
+    store.add([str(number) for number in range(300)], rows((1, 1)).repeat(300, axis=0), [{}] * 300)
+    points = edge_store._EdgeCollection.points
+
+    def record(collection: Any, ids: Sequence[str]) -> Any:
+        assert ids, "a request for nothing"
+        asked.extend(ids)
+        return points(collection, ids)
+
+    monkeypatch.setattr(edge_store._EdgeCollection, "points", record)
+    assert len(found(store, 1, 1, k=20)) == 20  # more are fetched, since all are tied
+    assert len(asked) == len(set(asked)) == 300
     store.close()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from clasp.data.folder_lock import lock_folder
 from clasp.training.unfinished import unfinished_lines
 
 _START = {"event": "start", "step": 0, "steps": 1400}
@@ -48,6 +49,11 @@ def test_where_a_run_was_stopped(case: str, tmp_path: Path):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(text)
     said = [] if place is None else [f"{run} {place}; go on with: clasp resume '{run}'"]
+    assert unfinished_lines(run) == said
+    run.mkdir(exist_ok=True)
+    with lock_folder(run):  # it goes on
+        stop = (place or "").removeprefix("was stopped ")
+        assert unfinished_lines(run) == ([f"{run} is being trained; these are its weights {stop}"] if stop else [])
     assert unfinished_lines(run) == said
 
 

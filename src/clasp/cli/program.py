@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from clasp.cli.server_search import search_by_server
-from clasp.commands.launch import exit_interrupted
+from clasp.commands.launch import exit_interrupted, is_launched
 from clasp.errors import UserError, printable
 from clasp.training.interrupt import INTERRUPTED_EXIT_CODE, interrupted_by_sigterm
 
@@ -31,7 +31,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _require_no_empty_argument(sys.argv)
-        with nullcontext() if "RANK" in os.environ else interrupted_by_sigterm():  # a launcher ends several by SIGTERM
+        with nullcontext() if is_launched() else interrupted_by_sigterm():  # a launcher ends several by SIGTERM
             code = 0 if search_by_server(sys.argv[1:]) else _run_verb(sys.argv[1:])
         if code == INTERRUPTED_EXIT_CODE:  # typer's, of a KeyboardInterrupt that no verb has handled
             exit_interrupted()

@@ -6,18 +6,15 @@ a second, of keys and values in one.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from clasp.config.recipe_files import RecipeFile, read_recipe_file, require_single_keys
 from clasp.errors import UserError, require_printable_path
 
-
-def is_launched() -> bool:
-    """Whether this is one of several processes, of which one tells of a mistake."""
-    return "RANK" in os.environ
+if TYPE_CHECKING:
+    from clasp.config.recipe import Recipe
 
 
 def require_run_name(runs: Path, name: str | None) -> None:
@@ -33,7 +30,7 @@ def read_recipe_files(recipe: str, overrides: Sequence[str]) -> RecipeFile:
     return read_recipe_file(recipe, overrides)
 
 
-def read_typed_recipe(recipe: str, overrides: Sequence[str], budget: Mapping[str, str] | None = None) -> Any:
+def read_typed_recipe(recipe: str, overrides: Sequence[str], budget: Mapping[str, str] | None = None) -> Recipe:
     """The ``Recipe``; ``budget`` as of ``read_recipe``."""
     found = read_recipe_files(recipe, overrides)
     from clasp.config.recipe import check_recipe_file
@@ -41,7 +38,7 @@ def read_typed_recipe(recipe: str, overrides: Sequence[str], budget: Mapping[str
     return check_recipe_file(found, budget=budget or None)
 
 
-def require_pairs(recipe: Any) -> Any:
+def require_pairs(recipe: Recipe) -> Recipe:
     """The same recipe. Raises ``UserError`` where its pairs are not there."""
     from clasp.config.datasets import require_sources
 

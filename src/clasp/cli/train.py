@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +16,12 @@ import typer
 
 from clasp.cli.app import AllowCodeOption, JsonOption, OverridesArgument, RecipeArgument, RunArgument, app, code_allowed
 from clasp.cli.recipe_arguments import (
-    is_launched,
     read_recipe_files,
     read_typed_recipe,
     require_pairs,
     require_run_name,
 )
+from clasp.commands.launch import is_launched
 from clasp.config.recipe_files import require_single_keys
 from clasp.errors import UserError, counted
 from clasp.training.run_files import PLAN_FILE, require_folder
@@ -147,8 +147,7 @@ def train(
     def read() -> Any:
         require_run_name(runs, name)
         if grid:
-            read_recipe_files(recipe, overrides or ())
-            return None
+            return _check_swept(recipe, overrides or (), budget)
         return require_pairs(read_typed_recipe(recipe, overrides or (), budget))
 
     made = None if is_launched() else read()
@@ -170,6 +169,13 @@ def train(
             typed = ["train", recipe, *(overrides or ()), "--name", run.name, "--runs", str(runs)]
             return _launch(processes, typed, run)
         _train(made, run, together, resume=_is_restarted(run, name, together))
+
+
+def _check_swept(recipe: str, overrides: Sequence[str], budget: Mapping[str, str]) -> None:
+    """Raises ``UserError`` for files of a recipe that cannot be read, and for a budget, which a grid has not."""
+    if budget:
+        raise UserError("--minutes and --steps are for one recipe with [auto], not for --grid")
+    read_recipe_files(recipe, overrides)
 
 
 @app.command()

@@ -27,6 +27,11 @@ _REPORTING = "reporting"  # a file in that folder
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
+def is_launched() -> bool:
+    """Whether this is one of several processes, of which one tells of a mistake."""
+    return "RANK" in os.environ
+
+
 def require_processes(count: int) -> None:
     """Raises ``UserError`` for a number of processes that this machine cannot run, or inside of torchrun."""
     import torch
@@ -35,7 +40,7 @@ def require_processes(count: int) -> None:
     most = gpus or available_cores()
     if count > most:
         raise UserError(f"--processes {count}: this machine has {most} {'GPUs' if gpus else 'cores'}; 1 to {most}")
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"--processes {count} inside of torchrun, which has started the processes; leave it out")
 
 

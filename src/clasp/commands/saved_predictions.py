@@ -43,7 +43,8 @@ def _query_rows(scored: Sequence[ScoredQueries], pairs: Sequence[Pair]) -> Itera
         for scores in each.scores:
             captions = _found_captions(scores.direction, each.language, pairs)
             for row in scores.prediction_rows():
-                found = {"predicted_caption": captions[row["predicted"]]} if captions else {}
+                caption = captions.get(row["predicted"])  # none of a task's own texts, nor without a prediction
+                found = {} if caption is None else {"predicted_caption": caption}
                 yield {"direction": scores.direction, "language": each.language, **row, **found}
 
 

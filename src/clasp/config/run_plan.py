@@ -16,6 +16,9 @@ from clasp.models.features import FeatureSource
 from clasp.training.settings import MAX_AUTO_BATCH_SIZE, TrainPlan, plan_training
 from clasp.types import UserError
 
+_HASHED_AT_ONCE = 1 << 20
+_MAX_LIVE_BATCH_SIZE = 128  # where a tower runs in every step and its activations have to fit in memory
+
 
 def count_samples_per_epoch(pairs: Pairs, recipe: Recipe) -> int:
     """Number of samples in an epoch."""
@@ -36,12 +39,6 @@ def hash_pairs(index: PairIndex, val: Pairs) -> str:
         for start in range(0, len(column), _HASHED_AT_ONCE):
             digest.update(column[start : start + _HASHED_AT_ONCE].astype(np.int64).tobytes())
     return digest.hexdigest()
-
-
-_HASHED_AT_ONCE = 1 << 20
-
-
-_MAX_LIVE_BATCH_SIZE = 128  # where a tower runs in every step and its activations have to fit in memory
 
 
 def plan_run(recipe: Recipe, train: Pairs, inputs: FeatureSource) -> TrainPlan:

@@ -40,8 +40,8 @@ class QueryScores:
     ``ids`` are those of the queries; ``groups`` holds the cluster of each: the unit that is resampled for intervals.
     ``expected`` is the right answer of each query (a class, or a group), and ``predict`` computes the answer that is
     ranked first (a class, or the id of an item; of tied ones the first), where there is one answer. ``ranks`` are those
-    of the first right answer, from 1, where answers are ranked: the expected one among ties. ``chance`` is the chance
-    level of each metric.
+    of the first right answer, from 1, where answers are ranked (zero-shot classification and retrieval): among ties the
+    expected rank, such as 1.5. ``chance`` is the chance level of each metric.
     """
 
     direction: str

@@ -23,7 +23,7 @@ FILTER_OPERATORS = ("!=", ">=", "<=", "=", "~", ">", "<")
 """Equal, not equal, contains (``~``), and order; longer ones first, as they are looked for"""
 ENTRY_FIELDS = ("folder", "caption", "language", "group", "name")
 _CONDITION = re.compile(r"\s*(?P<field>[^!<>=~]+?)\s*(?P<operator>!=|>=|<=|=|~|>|<)\s*(?P<value>.*?)\s*", re.DOTALL)
-_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}(?![0-9])")
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}(:.*)?)?", re.DOTALL)
 _DATE_START = re.compile(r"[0-9]{4}(-[0-9]{2}(-[0-9]{2}(?![0-9]).*)?)?$", re.DOTALL)
 _ORDER: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
@@ -112,7 +112,7 @@ _KINDS = (
         lambda value: not isinstance(value, bool) and as_number(value) is not None,
         lambda typed: as_number(typed) is not None,
     ),
-    _Kind("date", lambda value: bool(_DATE.match(str(value))), lambda typed: bool(_DATE_START.match(typed))),
+    _Kind("date", lambda value: bool(_DATE.fullmatch(str(value))), lambda typed: bool(_DATE_START.match(typed))),
 )
 
 
@@ -147,13 +147,13 @@ class FilterFields:
             if each.field not in names:
                 exif = ", which is read from EXIF data" if each.field in EXIF_FIELDS else ""
                 raise UserError(f"no entry has the field {shorten(each.field)}{exif}; there are {', '.join(names)}")
-            if each.operator == "~" or each.field in ENTRY_FIELDS or each.field not in self._examples:
+            if each.operator in ("~", "!=") or each.field in ENTRY_FIELDS or each.field not in self._examples:
                 continue
             kinds = self._kinds[each.field]
             if kinds and not any(kind.is_typed(each.value) for kind in kinds):
                 raise UserError(
                     f"the filter {shorten(str(each))} has no {kinds[0].name} to compare with: {each.field} is a "
-                    f"{kinds[0].name} in every entry that has it, such as {self._examples[each.field]}"
+                    f"{kinds[0].name} in every entry that has it, such as {self._examples[each.field][:80]}"
                 )
 
 

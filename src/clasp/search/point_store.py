@@ -240,6 +240,8 @@ class PointStore:
         """The hits of these points into ``read``, where they are not; ``None`` for one that does not pass the filter,
         or has been deleted meanwhile."""
         missing = [name for name in ids if name not in read]
+        if not missing:
+            return
         points = self._collection.points(missing)
         for point in missing:
             read[point] = None

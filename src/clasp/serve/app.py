@@ -29,7 +29,7 @@ from clasp.search.manifest import DamagedStoreError
 from clasp.search.query import SearchQuery
 from clasp.serve.change_routes import NO_ENTRY, add_change_routes
 from clasp.serve.editor import IndexEditor, IndexUnchangedError
-from clasp.serve.guard import COMMAND_PATH, AccessPolicy, RequestGuard
+from clasp.serve.guard import AccessPolicy, RequestGuard
 from clasp.serve.metrics import METRICS_MEDIA_TYPE
 from clasp.serve.model_queue import ModelTimeoutError, QueueFullError
 from clasp.serve.parameters import (
@@ -69,6 +69,7 @@ from clasp.serve.schemas import (
     SearchResponse,
 )
 from clasp.serve.service import NoSuchEntryError, SearchService
+from clasp.serve.warm_server import COMMAND_PATH
 
 _log = logging.getLogger(__name__)
 

@@ -22,10 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clasp.serve.limits import ServeLimits
 from clasp.serve.loopback import is_loopback
+from clasp.serve.warm_server import COMMAND_PATH
 
 TOKEN_COOKIE = "clasp_token"
-COMMAND_PATH = "/api/command/search"
-"""Answers ``clasp search`` of the same machine, which proves itself by the key in the run folder"""
 _OPEN_PATHS = ("/health", "/ready")
 _PAGE_POLICY = (
     "default-src 'none'; img-src 'self' blob:; script-src 'self'; style-src 'self'; connect-src 'self'; "

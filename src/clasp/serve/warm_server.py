@@ -2,9 +2,9 @@
 
 Input: a run folder, and a search as typed. Output: a ``WarmAnswer``, or ``None`` if no server of this run answers, in
 which case the caller loads the model itself. Note: ``RUN/server.json`` holds the address, the process id and a random
-key, readable by its owner only. The key proves each to the other, so that whatever listens at a stale address is
-ignored. Asking must not cost imports: standard library only, and one request over a socket, since ``http.client``
-imports a mail parser and TLS.
+key, readable by its owner only. A server refuses a key that is not its own, so that the server of another run at a
+stale address is ignored; a server proves nothing to the command. Asking must not cost imports: standard library only,
+and one request over a socket, since ``http.client`` imports a mail parser and TLS.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from clasp.serve.loopback import is_loopback
 
 SERVER_FILE = "server.json"
 _SECONDS = 20.0
-_COMMAND = "/api/command/search"
+COMMAND_PATH = "/api/command/search"
+"""Answers ``clasp search`` of the same machine, which proves itself by the key in the run folder"""
 
 
 class ServerRecord(NamedTuple):
@@ -101,7 +102,7 @@ def ask_warm_server(
         given["only_close"] = True
     asked = urllib.parse.urlencode(given, doseq=True, errors="surrogatepass")
     try:
-        code, body = _post(record, f"{_COMMAND}?{asked}", b"".join(data for data, _ in images))
+        code, body = _post(record, f"{COMMAND_PATH}?{asked}", b"".join(data for data, _ in images))
         if code == 400:  # what else the server refuses, the caller does on its own
             line = json.loads(body)["error"]
             return None if "at most" in line else WarmAnswer({}, b"", line)

@@ -10,18 +10,23 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
-from clasp.data.atomic_files import read_json_lines
-from clasp.plain_types import UserError
+from clasp.errors import UserError
 from clasp.training.run_files import LOG_FILE, PLAN_FILE, STATE_FOLDER, STATE_NAMES
 
 
 def unfinished_lines(run: Path | None) -> list[str]:
-    """Where the training of a run was stopped, and what goes on from there; no line for a run that is finished, nor for
-    a model that is no run."""
+    """Where the training of a run was stopped, and what goes on from there, or that it is being trained; no line for a
+    run that is finished, nor for a model that is no run."""
     if run is None:
         return []
     if not any((run / STATE_FOLDER / name).exists() for name in STATE_NAMES) and not _has_unfinished_plan(run):
         return []
+    from clasp.data.folder_lock import require_unlocked  # here: slow to import, as below
+
+    try:
+        require_unlocked(run)
+    except UserError:
+        return [f"{run} is being trained; these are its weights {_place(run)}"]
     return [f"{run} was stopped {_place(run)}; go on with: clasp resume {shlex.quote(str(run))}"]
 
 
@@ -33,6 +38,8 @@ def _has_unfinished_plan(run: Path) -> bool:
 
 def _place(run: Path) -> str:
     """The step of the weights that are in the folder, where the log has it."""
+    from clasp.data.atomic_files import read_json_lines  # here: it is slow to import, and most runs are finished
+
     with suppress(OSError, UserError, KeyError, TypeError):
         events = read_json_lines(run / LOG_FILE)
         last = {event["event"]: event for event in events}
