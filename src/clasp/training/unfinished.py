@@ -10,8 +10,7 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
-from clasp.data.atomic_files import read_json_lines
-from clasp.plain_types import UserError
+from clasp.errors import UserError
 from clasp.training.run_files import LOG_FILE, PLAN_FILE, STATE_FOLDER, STATE_NAMES
 
 
@@ -33,6 +32,8 @@ def _has_unfinished_plan(run: Path) -> bool:
 
 def _place(run: Path) -> str:
     """The step of the weights that are in the folder, where the log has it."""
+    from clasp.data.atomic_files import read_json_lines  # here: it is slow to import, and most runs are finished
+
     with suppress(OSError, UserError, KeyError, TypeError):
         events = read_json_lines(run / LOG_FILE)
         last = {event["event"]: event for event in events}
