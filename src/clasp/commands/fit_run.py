@@ -102,6 +102,7 @@ def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, evalua
             recipe.train,
             callbacks,
             kinds=model.parameter_kinds,
+            precision=context.inputs.precision_choice,
             resume_state=context.state,
         )
 
