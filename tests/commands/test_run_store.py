@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clasp.commands.run_store import index_version, open_run_store, recorded_store, writable_store
+from clasp.commands.run_store import index_version, recorded_store, writable_store
 from clasp.commands.search import index_images, search_images
 from clasp.commands.serve import ChangingRunIndex, RunIndex
 from clasp.commands.store_copy import copy_index
@@ -16,7 +16,6 @@ from clasp.search.edge_store import EdgeStore
 from clasp.search.flat_store import FlatStore
 from clasp.search.store_copy import copy_entries
 from clasp.search.store_registry import FLAT_ENTRIES, open_store, suggest_store
-from clasp.training.run_code import allow_code
 from clasp.types import UserError
 from toydata import toys, write_folder, write_images
 from toyruns import recipe, run, save_towers
@@ -132,19 +131,3 @@ def test_an_interrupted_copy_is_repeated_and_strange_entries_are_refused(tmp_pat
         copy_entries(source, target, lambda done, total: None)
     target.close()
     source.close()
-
-
-def test_a_recorded_store_is_imported_only_where_that_is_allowed(tmp_path: Path) -> None:
-    (tmp_path / "store.json").write_text('{"store": "toystores:OutsideStore"}')
-    for call in (
-        lambda: open_run_store(tmp_path),
-        lambda: copy_index(tmp_path, "flat"),
-        lambda: writable_store(tmp_path, None, 3, print).__enter__(),
-    ):
-        with pytest.raises(
-            UserError, match=r"store.json names Python code, store = 'toystores:OutsideStore', and a run"
-        ):
-            call()
-    with allow_code():
-        open_run_store(tmp_path).close()
-    open_run_store(tmp_path).close()  # as a thread of the server that has opened it

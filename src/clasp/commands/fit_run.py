@@ -87,6 +87,7 @@ def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, evalua
         save=ledger.timed_as("saving", save) if processes.is_first else None,
         ledger=ledger,
         processes=processes,
+        precision=context.inputs.precision_choice,
     )
     with closing(batches), ledger.stage("training"):
         if context.state is None:
@@ -102,7 +103,6 @@ def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, evalua
             recipe.train,
             callbacks,
             kinds=model.parameter_kinds,
-            precision=context.inputs.precision_choice,
             resume_state=context.state,
         )
 

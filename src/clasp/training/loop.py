@@ -69,7 +69,8 @@ class FitCallbacks:
     model in eval mode; ``primary`` names the metric in its result that selects the best weights (higher is better).
     ``save`` receives the state before the first step, every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the
     end. ``ledger`` measures the time and FLOPs of every step. ``processes`` train together: each calls ``fit`` with its
-    own part of the batches and with callbacks of its own; all have a ledger, or none.
+    own part of the batches and with callbacks of its own; all have a ledger, or none. ``precision``: that of the
+    settings, with the reason that is told.
     """
 
     tracker: Tracker
@@ -79,6 +80,7 @@ class FitCallbacks:
     save: _SaveFunction | None = None
     ledger: CostLedger | None = None
     processes: Processes = field(default_factory=Processes)
+    precision: PrecisionChoice | None = None
 
 
 def fit(
@@ -89,20 +91,18 @@ def fit(
     callbacks: FitCallbacks,
     *,
     kinds: Mapping[str, str] = {},
-    precision: PrecisionChoice | None = None,
     resume_state: TrainState | None = None,
 ) -> FitResult:
     """Train the selected parameters in place; leaves the model in eval mode, on the device that it was trained on.
 
     ``kinds`` maps each trainable parameter to its kind, a key of ``lr_factors``; where it is empty, all have the same
-    learning rate. ``precision``: that of ``settings``, with its reason. Training resumes at ``resume_state`` where
-    given. Raises ``UserError`` when the loss or its gradient is not finite, before the weights are updated, and when
-    ``resume_state`` has other trainable parameters.
+    learning rate. Training resumes at ``resume_state`` where given. Raises ``UserError`` when the loss or its gradient
+    is not finite, before the weights are updated, and when ``resume_state`` has other trainable parameters.
     """
     began = time.monotonic()
     steps, settings = _within_max_steps(settings, len(batches))
     assert settings.epochs != "auto"
-    session = _open_session(model, loss, settings, callbacks, steps, kinds, precision, resume_state)
+    session = _open_session(model, loss, settings, callbacks, steps, kinds, resume_state)
     logger, best_checkpoint = session.logger, session.best_checkpoint
     at = resume_state.position if resume_state else TrainPosition()
     agree = callbacks.processes.agree_on_signal
@@ -183,7 +183,6 @@ def _open_session(
     callbacks: FitCallbacks,
     steps: int,
     kinds: Mapping[str, str],
-    precision: PrecisionChoice | None,
     resume_state: TrainState | None,
 ) -> _Session:
     """The objects of one call of ``fit``: new, or restored from ``resume_state``."""
@@ -191,7 +190,7 @@ def _open_session(
     precision_choice = (
         PrecisionChoice(resume_state.precision, "as before the interruption")
         if resume_state
-        else precision or resolve_precision(settings.precision, processes.device)
+        else callbacks.precision or resolve_precision(settings.precision, processes.device)
     )
     stepper = Stepper(model, loss, settings, processes, precision_choice.precision, steps=steps, kinds=kinds)
     if resume_state:
