@@ -11,6 +11,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
+from toydata import COLOURS, SHAPES, Toy
 from toytowers import IMAGE_NETS, NETS, base
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
@@ -73,3 +74,11 @@ def words(template: str = "<s> $A </s>") -> Tokenizer:
         single=template, special_tokens=[(token, ids[token]) for token in ("<s>", "</s>")]
     )
     return backend
+
+
+class WordToy(Toy):
+    """A toy whose caption is of ``words``."""
+
+    @property
+    def caption(self) -> str:
+        return f"w{10 + list(COLOURS).index(self.colour)} w{20 + SHAPES.index(self.shape)}"

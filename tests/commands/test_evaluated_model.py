@@ -39,7 +39,7 @@ CLASSES = "w3 w4 w5 w6 w7 w8".split()
 
 @dataclass
 class World:
-    """A CLIP and a SigLIP as folders, and pairs whose captions are words of their tokenizer."""
+    """A CLIP and a SigLIP as folders, and pairs whose captions have words of their tokenizer and of the toy runs'."""
 
     folder: Path
     pairs: Path
@@ -82,7 +82,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("models")
     write_images(TOYS, folder)
     rows = [
-        {"image": f"images/{toy.key}.png", "caption": f"w{10 + n} w{20 + n // 2}", "class": CLASSES[n % 6]}
+        {"image": f"images/{toy.key}.png", "caption": f"w{10 + n} w{20 + n // 2} {toy.colour}", "class": CLASSES[n % 6]}
         for n, toy in enumerate(TOYS)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -94,6 +94,8 @@ def test_a_new_index_in_the_store_that_was_asked_for(tmp_path: Path, edge: objec
             copy_index(tmp_path, wrong)
     with writable_store(tmp_path, "toystores:OutsideStore", 3, print) as store:
         assert type(store).__name__ == "OutsideStore"
+    with writable_store(tmp_path, "toystores:OutsideStore", 3, print):
+        pass  # it was asked for again
     (tmp_path / "store.json").write_text("{}")
     with pytest.raises(UserError, match=r"store\.json is damaged"):
         recorded_store(tmp_path)

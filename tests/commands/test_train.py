@@ -304,6 +304,8 @@ def test_features_are_of_one_precision_before_and_after_an_interruption(
     assert sum("computed in bfloat16" in line and "faster on the first machine" in line for line in said) == 2
     run(written(tmp_path / "stopped"), tmp_path / "stopped", resume=True)
     assert same(delta(tmp_path / "stopped"), delta(tmp_path / "whole"))
+    reasons = [row["reason"] for row in lines(tmp_path / "stopped" / "log.jsonl") if row["event"] == "start"]
+    assert reasons == ["faster on the first machine", "as before the interruption"]
     run(made, tmp_path / "float32")
     assert not same(delta(tmp_path / "float32"), delta(tmp_path / "whole"))
 

@@ -20,7 +20,7 @@ from clasp.training.memory import ActivationMemory
 from clasp.types import Pixels, Tokens
 from toydata import toys, write_csv
 from toyruns import lines, run
-from toysavedtowers import save_preprocessor, save_tokenizer
+from toysavedtowers import WordToy, save_preprocessor, save_tokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "docs"))
@@ -93,7 +93,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         net.save_pretrained(folder / name)
         save_preprocessor(folder / name, size={"height": 28, "width": 28})
         save_tokenizer(folder / name, template="<s> $A </s>")
-    write_csv(toys(32), folder / "pairs")
+    write_csv([WordToy(*toy) for toy in toys(32)], folder / "pairs")
     return folder
 
 

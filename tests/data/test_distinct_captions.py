@@ -8,11 +8,15 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 from clasp.commands.auto import climb
 from clasp.commands.auto_stages import AutoCallbacks
 from clasp.commands.doctor import diagnose
 from clasp.config.recipe import recipe_from_dict
+from clasp.data.distinct_captions import indistinct_captions
+from clasp.data.tokenizer import Tokenizer
 from clasp.types import UserError
 from toydata import toys, write_images
 from toyruns import recipe, run
@@ -30,6 +34,11 @@ ALIKE = {  # captions that the toy tower reads alike, settings, and words of the
     "of unknown tokens": (["ein Hund", "eine Katze saß dort"], [], "unknown to its vocabulary"),
     "different in unknown tokens": (["a photo of Hund", "a photo of Katze"], [], "unknown to its vocabulary"),
     "empty after cleaning": (["?", "!"], ["text.clean=lilt"], "the same tokens with text.clean = 'lilt'"),
+    "of known words with others around": (
+        ["red Hund", "ein Hund red", "Hund red"],
+        [],
+        "what differs in them is unknown",
+    ),
     "cut": (["a photo of a red ring", "a photo of a blue ring"], ["text.max_tokens=5"], "and text.max_tokens = 5"),
 }
 
@@ -49,9 +58,46 @@ def test_captions_that_the_text_tower_reads_alike_are_refused(kind: str, towers:
     assert not (tmp_path / "auto").exists(), "the name is free again"
 
 
-@pytest.mark.parametrize("captions", [["a red circle", "a blue circle"], ["a red blue", "a blue red"], ["a", "Hund"]])
+TOLD_APART = [
+    ["a red circle", "a blue circle"],
+    ["a red blue Hund", "a blue red Hund"],
+    ["red Hund", "Hund red"],
+    ["a", "Hund"],
+]
+
+
+@pytest.mark.parametrize("captions", TOLD_APART)
 def test_two_captions_are_enough(captions: list[str], towers: Path, tmp_path: Path) -> None:
     assert run(recipe(towers, captioned(tmp_path, captions)), tmp_path / "run").results
+
+
+BYTES = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+PIECES = [("<unk>", 0.0), ("▁", -1.0), ("▁a", -1.0), ("a", -2.0), ("b", -2.0)]
+FALLBACK = [("<unk>", 0.0), ("▁", -1.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]
+LETTERS = {"[UNK]": 0, "a": 1, "b": 2}
+CLIP = {**BYTES, "<|endoftext|>": len(BYTES)}
+TOKENIZERS = {  # the model, what splits a text, and whether some text is unknown to it
+    "bytes": (models.BPE(BYTES, []), pre_tokenizers.ByteLevel(add_prefix_space=False), False),
+    "bytes that name an end": (
+        models.BPE(CLIP, [], unk_token="<|endoftext|>"), pre_tokenizers.ByteLevel(add_prefix_space=False), False
+    ),
+    "pieces": (models.Unigram(PIECES, 0, False), pre_tokenizers.Metaspace(), True),
+    "pieces that fall back to bytes": (models.Unigram(FALLBACK, 0, True), pre_tokenizers.Metaspace(), False),
+    "letters": (models.WordLevel(LETTERS, "[UNK]"), pre_tokenizers.Split("", "isolated"), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_only_what_a_tokenizer_reads_alike_is_refused(kind: str) -> None:
+    model, splitter, lacks = TOKENIZERS[kind]
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = splitter
+    tokenizer = Tokenizer(backend)
+    for captions in (["a", "b"], ["ab", "ba"], ["ab", "abb"], ["aß", "a"], ["ßa", "aß"], ["abß", "baß"]):
+        assert indistinct_captions(captions, tokenizer) == "", captions
+    for captions in (["狗", "猫"], ["a 狗", "a 猫"]):
+        reason = indistinct_captions(captions, Tokenizer(backend, prefix="ß "))
+        assert ("unknown to its vocabulary; choose another text.tower" in reason) == lacks, captions
 
 
 def captioned(folder: Path, captions: list[str]) -> Path:

@@ -127,7 +127,7 @@ def test_only_close_hits(api: TestClient):
     none = found("purple")
     assert none["hits"] == [] and none["close_count"] == 0 and not none["more"]
     assert none["note"].startswith("nothing is close: the best hit scores like a random caption does (p = 0.")
-    assert found("red", where="folder=nowhere")["note"] == ""
+    assert found("red", where="folder=nowhere")["note"] == "no picture passes these filters"
     sent = api.post("/api/search", files=upload("green"), data={"q": "red", "only_close": "true", "k": 53}).json()
     assert sent["hits"][-1]["close"] and len(sent["hits"]) == sent["close_count"] < 53
     green = whole["hits"][0]["id"]

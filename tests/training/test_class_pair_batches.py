@@ -130,6 +130,21 @@ def test_in_the_heads_a_class_is_its_pattern_and_its_name(
     torch.testing.assert_close(weight @ text(reader.rows.text).detach(), torch.zeros(32), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("power", ["[1.0, 1.0]", "[0.5, 1.0]"])
+def test_a_class_is_about_the_mean_that_the_image_head_subtracts(
+    power: str, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pairs, mapped = write_csv(TOYS, tmp_path), list[torch.Tensor]()
+    for shrinkage in ([], ["head.mean_shrinkage=0.5"]):
+        settings = "data.class_ratio=1", "head.standardize=layer", f"head.power={power}", *shrinkage
+        seen = opened(with_steps(towers, pairs, *settings), tmp_path / f"run{len(shrinkage)}", monkeypatch)
+        reader = seen.batches._stream._dataset._read
+        assert isinstance(reader, ClassPairReader)
+        with torch.no_grad():
+            mapped.append(seen.model.image_head(reader.rows.image))
+    torch.testing.assert_close(*mapped, rtol=1e-4, atol=1e-4)
+
+
 def test_unreadable_images_leave_the_rest_aligned(towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pairs = write_csv(TOYS, tmp_path)
     for toy in TOYS[5:8]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from clasp.commands.run_store import open_run_store, writable_store
+from clasp.commands.store_copy import copy_index
 from clasp.training.run_code import all_code_names, allow_code, code_names, require_allowed
 from clasp.types import UserError
 
@@ -57,5 +59,21 @@ def test_every_key_that_imports_is_known() -> None:
         for file in source.rglob("*.py")
         for key in re.findall(r'(?:load|import)_named\([^()]*"([a-z.]+)"\)', file.read_text("utf-8"))
     }
-    keys = {key.partition("[")[0] for key in NAMED} | {"tower"}
+    keys = {key.partition("[")[0] for key in NAMED} | {"tower", "store"}  # store.json: commands/run_store.py
     assert called and called <= keys, "a key that may name Python code is to be listed in training/run_code.py"
+
+
+def test_a_recorded_store_is_imported_only_where_that_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "store.json").write_text('{"store": "toystores:OutsideStore"}')
+    for call in (
+        lambda: open_run_store(tmp_path),
+        lambda: copy_index(tmp_path, "flat"),
+        lambda: writable_store(tmp_path, None, 3, print).__enter__(),
+    ):
+        with pytest.raises(
+            UserError, match=r"store.json names Python code, store = 'toystores:OutsideStore', and a run"
+        ):
+            call()
+    with allow_code():
+        open_run_store(tmp_path).close()
+    open_run_store(tmp_path).close()  # as a thread of the server that has opened it

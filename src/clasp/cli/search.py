@@ -66,13 +66,15 @@ def index(
 def watch(
     run: RunArgument,
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder of images that changes.")],
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Keep the index as FOLDER is: index what is new, drop what is gone, until Ctrl-C; clasp serve follows."""
     require_folder(run)
     from clasp.commands.watch import WatchSettings, watch_folder
     from clasp.report.console import print_status, progress_bar
 
-    watch_folder(run, folder, WatchSettings(), say=print_status, bar=progress_bar)
+    with code_allowed(allow_code):
+        watch_folder(run, folder, WatchSettings(), say=print_status, bar=progress_bar)
 
 
 @app.command()

@@ -87,6 +87,7 @@ def fit_run(context: RunContext, sides: BatchReader, batches: PairLoader, evalua
         save=ledger.timed_as("saving", save) if processes.is_first else None,
         ledger=ledger,
         processes=processes,
+        precision=context.inputs.precision_choice,
     )
     with closing(batches), ledger.stage("training"):
         if context.state is None:
@@ -138,7 +139,8 @@ def _with_class_pairs(context: RunContext, sides: BatchReader) -> BatchReader:
     features = class_pair_features(context.classes, context.model, context.inputs)
     tally = BadSampleLimit(len(context.listing), recipe.data.max_bad_fraction)
     standardize = standardize_of_pairs(context.model, _plain(context, sides), tally)
-    return ClassPairReader.around(sides, class_pair_rows(features, standardize, recipe.data.class_ratio))
+    rows = class_pair_rows(features, standardize, recipe.data.class_ratio, recipe.head.mean_shrinkage)
+    return ClassPairReader.around(sides, rows)
 
 
 def _plain(context: RunContext, sides: BatchReader) -> BatchReader:

@@ -2,6 +2,7 @@
 
 Input: a run folder. Output: an open ``UpdatableStore``. Note: the file is replaced atomically, so that a run always has
 one index; it is written again after a remote index was changed, since that has no file whose time a server could read.
+As a recipe, it is imported from only with ``--allow-code``.
 """
 
 from __future__ import annotations
@@ -21,20 +22,28 @@ from clasp.search.store_registry import (
     FLAT_ENTRIES,
     check_store_name,
     is_address,
+    is_outside,
     open_store,
     store_folder,
     suggest_store,
 )
+from clasp.training.run_code import allow_code, require_allowed
 
 STORE_FILE = "store.json"
+_allowed = set[tuple[Path, str]]()
+"""Records whose code was allowed once, since the threads of a server are outside of the block that allows it"""
 
 
 def recorded_store(run: Path) -> str | None:
-    """The engine of the run's index; ``None`` if it has no index. ``UserError`` for a damaged record."""
+    """The engine of the run's index; ``None`` if it has no index. ``UserError`` for a damaged record, and for one that
+    names code which was not allowed."""
     path = run / STORE_FILE
     try:
         name = json.loads(path.read_text(encoding="utf-8"))["store"]
         check_store_name(name)
+        if is_outside(name) and (path, name) not in _allowed:
+            require_allowed({"store": name}, path)
+            _allowed.add((path, name))
         return name
     except FileNotFoundError:
         return "flat" if store_folder(run, "flat").is_dir() else None
@@ -75,7 +84,8 @@ def writable_store(run: Path, asked: str | None, entries: int, say: MessageCallb
 
     ``UserError`` if another engine than ``asked`` holds the index, or another process of this machine writes to it.
     """
-    name = _choose(run, asked, entries, say)
+    with allow_code(() if asked is None else (asked,)):
+        name = _choose(run, asked, entries, say)
     with write_lock(run, name):
         store = open_store(run, name)
         try:

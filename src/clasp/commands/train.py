@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from clasp.commands.disk_space import require_room_for_run
 from clasp.commands.fit_run import fit_run, open_batches
@@ -36,7 +37,8 @@ from clasp.evaluation.identity import validation_identity
 from clasp.evaluation.results import EvaluationResult
 from clasp.evaluation.shared_encoder import SharedEncoder
 from clasp.evaluation.tasks import EvaluationTask, ScoredQueries
-from clasp.models.precision import resolve_precision
+from clasp.models.features import FeatureSource
+from clasp.models.precision import PrecisionChoice, resolve_precision
 from clasp.report.model_card import ModelCard, with_evaluations
 from clasp.report.run_record import read_results
 from clasp.training.cost import COST_FILE
@@ -105,8 +107,8 @@ def train_recipe(
             require_distinct_captions(listing.texts, parts.tokenizer)
         tracker = _open_trackers(tracker_classes, folder, state, processes, say)
         ledger = open_ledger(parts.model, state, processes.first(lambda: read_earlier_cost(folder, state)))
-        precise, bars = _in_one_precision(recipe, state, processes), ledger.time_features(bar)
-        inputs = build_feature_source(parts, precise, bar=bars, say=say, report=tracker.log_skipped, cache=loaded.cache)
+        bars = ledger.time_features(bar)
+        inputs = _open_inputs(parts, recipe, state, loaded, bar=bars, say=say, report=tracker.log_skipped)
         with processes.alike():
             plan = plan_run(recipe, train, inputs)
         _announce([plan.reason, *([] if loaded.pairs else few_validation_pairs(val.group_count))], say)
@@ -238,16 +240,17 @@ def _prepare(
     return parts
 
 
-def _in_one_precision(recipe: Recipe, state: TrainState | None, processes: Processes) -> Recipe:
-    """The recipe, with the precision from before an interruption, or with that of the first process: features in
+def _open_inputs(
+    parts: ModelAndPreprocessing, recipe: Recipe, state: TrainState | None, loaded: Preloaded, **callbacks: Any
+) -> FeatureSource:
+    """The inputs of a run in the precision from before an interruption, or in that of the first process: features in
     another would be other features."""
     if state is not None:
-        precision = state.precision
-    elif processes.size > 1:
-        precision = processes.first(lambda: resolve_precision(recipe.train.precision, processes.device).precision)
+        precision = PrecisionChoice(state.precision, "as before the interruption")
     else:
-        return recipe
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+        device = next(parts.model.parameters()).device
+        precision = loaded.processes.first(lambda: resolve_precision(recipe.train.precision, device))
+    return build_feature_source(parts, recipe, precision=precision, cache=loaded.cache, **callbacks)
 
 
 def _write(context: RunContext, fitted: FitResult, results: Sequence[EvaluationResult], cost: RunCost) -> None:

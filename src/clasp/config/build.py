@@ -25,7 +25,7 @@ from clasp.models.dual_encoder import DualEncoder
 from clasp.models.feature_settings import FeatureCallbacks, FeatureSettings
 from clasp.models.features import FeatureSource
 from clasp.models.inference import EmbeddingModel, EncoderPrecision
-from clasp.models.precision import frozen_precision, resolve_precision
+from clasp.models.precision import PrecisionChoice, frozen_precision, resolve_precision
 from clasp.models.sharing.backbones import share_backbones
 from clasp.models.sharing.policy import SharingPlan
 from clasp.models.sharing.tie import tie_parameters
@@ -319,19 +319,21 @@ def build_feature_source(
     parts: ModelAndPreprocessing,
     recipe: Recipe,
     *,
+    precision: PrecisionChoice | None = None,
     bar: ProgressFactory = no_progress_bar,
     say: MessageCallback = lambda line: None,
     report: Callable[[Iterable[SkippedSample]], None] = log_skipped,
     cache: Path | None = None,
 ) -> FeatureSource:
-    """The ``FeatureSource`` of a model built from a recipe; ``cache``: another folder for features than the usual."""
+    """The ``FeatureSource`` of a model built from a recipe; ``precision``: another than the recipe's, ``cache``:
+    another folder for features than the usual."""
     settings = FeatureSettings(
         cache=CachePolicy(cache or cache_folder(), recipe.data.feature_cache),
         workers=recipe.train.workers,
         cached_augmentations=recipe.data.cached_augmentations,
         seed=recipe.train.seed,
         max_bad_fraction=recipe.data.max_bad_fraction,
-        precision=resolve_precision(recipe.train.precision, next(parts.model.parameters()).device),
+        precision=precision or resolve_precision(recipe.train.precision, next(parts.model.parameters()).device),
     )
     return FeatureSource(
         parts.model.image,

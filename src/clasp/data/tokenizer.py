@@ -89,7 +89,7 @@ class Tokenizer:
             return None
         token = model.get("unk_token")
         number = model.get("unk_id") if token is None else self._backend.token_to_id(token)
-        return None if number in self._ids([""])[0] else number  # CLIP names its end token, which bytes never need
+        return None if number in self._backend.encode("").ids else number  # CLIP: its end token, which bytes never need
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

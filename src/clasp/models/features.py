@@ -38,7 +38,7 @@ class FeatureSource:
         callbacks: FeatureCallbacks | None = None,
     ):
         callbacks = callbacks or FeatureCallbacks()
-        self.cache = settings.cache
+        self.cache, self.precision_choice = settings.cache, settings.precision
         self.precision = EncoderPrecision(settings.tower_precision(image), settings.tower_precision(text))
         self.image = ImageSide(image, transform, settings, callbacks)
         self.text = TextSide(text, tokenizer, settings, callbacks)

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ class IndexReport:
     removed: int = 0
     """Entries dropped because the source they came from no longer has their image."""
     renamed: int = 0
-    """Entries dropped likewise, whose image is now stored under another id."""
+    """Entries dropped likewise, whose image is now stored under another id; these are not counted as ``added``."""
     skipped_files: SkippedFiles = field(default_factory=SkippedFiles)
     """Files the source skipped when it was opened."""
 
@@ -208,7 +209,7 @@ class SearchEngine:
             raise UserError("nothing to index: looked for pairs or images, and was given none")
         superseded = known.superseded(entries)
         work = [entry for entry in entries if not known.is_unchanged(entry)]
-        added, encoded, done = 0, 0, len(entries) - len(work)
+        fresh, encoded, done = list[str](), 0, len(entries) - len(work)
         skipped: list[SkippedSample] = []
         progress(done, len(entries))
         read = partial(self._read, known=known)
@@ -216,7 +217,7 @@ class SearchEngine:
             for batch in batches:
                 reads = [read for read in batch if isinstance(read, _ReadImage)]
                 failures = [read for read in batch if isinstance(read, _FailedImage)]
-                added += sum(known.id_of_bytes(read.sha256, read.id) != read.id for read in reads)
+                fresh += [read.sha256 for read in reads if known.id_of_bytes(read.sha256, read.id) != read.id]
                 encoded += self._store_batch(reads, known)
                 self._skip(failures, known)
                 skipped += [failed.skipped for failed in failures]
@@ -231,19 +232,18 @@ class SearchEngine:
         replaced = sum(not known.has_bytes_of(old, ids) for old in stale)  # another image is at its path now
         if stale:
             self._drop(stale, known)
-        removed, renamed = self._follow(ids, listed_origins(items), known, exempt=superseded)
-        unchanged = len(entries) - added - len(skipped)
-        return IndexReport(added, unchanged, skipped, time.monotonic() - started, encoded, replaced + removed, renamed)
+        gone = self._follow(ids, listed_origins(items), known, exempt=superseded)
+        renamed = (Counter(gone) & Counter(fresh)).total()
+        removed, added = replaced + len(gone) - renamed, len(fresh) - renamed
+        unchanged = len(entries) - len(fresh) - len(skipped)
+        return IndexReport(added, unchanged, skipped, time.monotonic() - started, encoded, removed, renamed)
 
     def _follow(
         self, ids: frozenset[str], origins: frozenset[str], known: StoredEntries, exempt: Collection[str]
-    ) -> tuple[int, int]:
-        """Drop the entries of these origins that are not among ``ids`` or ``exempt``.
-
-        Returns the number of removed and of renamed entries.
-        """
+    ) -> list[str]:
+        """Drop the entries of these origins that are not among ``ids`` or ``exempt``; the sha256 of their images."""
         gone, shared = known.departed(ids | frozenset(exempt), origins)
-        renamed = sum(known.has_bytes_of(name, ids) for name in gone)
+        lost = known.sha256_of(gone)
         if gone:
             self._drop(gone, known)
         if shared:  # another origin still has them: only these origins are deleted from their metadata
@@ -252,7 +252,7 @@ class SearchEngine:
             for about in meta.values():
                 about["origins"] = sorted(set(about["origins"]) - origins)
             self.store.add(list(meta), self.store.vectors(list(meta)), list(meta.values()))
-        return len(gone) - renamed, renamed
+        return lost
 
     def _drop(self, ids: Sequence[str], known: StoredEntries) -> None:
         self.store.delete(ids)

@@ -181,6 +181,10 @@ class StoredEntries:
         )
         return was_inside and not stored.still_there()
 
+    def sha256_of(self, names: Iterable[str]) -> list[str]:
+        """The sha256 of the images stored under these ids."""
+        return [self._by_id[name].sha256 for name in names]
+
     def has_bytes_of(self, name: str, ids: frozenset[str]) -> bool:
         """Whether the bytes stored under an id are now under one of ``ids``: whether its image was renamed."""
         return self._by_sha256.get(self._by_id[name].sha256) in ids

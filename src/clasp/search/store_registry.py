@@ -32,6 +32,11 @@ def check_store_name(name: str) -> None:
         raise UserError(f"{shorten(name)} is no engine of a store; there are {STORE_FORMS}")
 
 
+def is_outside(name: str) -> bool:
+    """Whether the name is ``package.module:Name``."""
+    return ":" in name and not is_address(name)
+
+
 def is_address(name: str) -> bool:
     """Whether the name is the address of a server."""
     return "://" in name

@@ -43,16 +43,23 @@ class ClassPairRows:
 
 
 def class_pair_rows(
-    features: ClassPairFeatures, standardize: tuple[Standardize, Standardize], per_sample: float
+    features: ClassPairFeatures,
+    standardize: tuple[Standardize, Standardize],
+    per_sample: float,
+    mean_shrinkage: float | None = None,
 ) -> ClassPairRows:
     """The pairs of single classes as pooled features, before ``standardize``, that of the training pairs (image, text).
 
-    As in the closed form, their texts are centred on the mean of the captions.
+    As in the closed form, their texts are centred on the mean of the captions, and their images on the mean that the
+    image head subtracts: with ``head.mean_shrinkage`` the shrunk one.
     """
     image, text = standardize
     pairs = features.classes.pairs
     single = np.flatnonzero([len(pairs.concepts[number].classes) == 1 for number in pairs.concept.tolist()])
-    raw = image.invert(features.patterns(image)[:, : image.pooled_width])
+    patterns = features.patterns(image)
+    if mean_shrinkage is not None:
+        patterns = patterns + image.shrunk_mean(mean_shrinkage)
+    raw = image.invert(patterns[:, : image.pooled_width])
     weight = pairs.weight[single].to(features.text)
     own = features.text[single]
     mean = text.invert(torch.zeros(1, text.pooled_width, device=text.scale.device))

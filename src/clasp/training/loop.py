@@ -69,7 +69,8 @@ class FitCallbacks:
     model in eval mode; ``primary`` names the metric in its result that selects the best weights (higher is better).
     ``save`` receives the state before the first step, every ``save_every_minutes``, on Ctrl-C or SIGTERM, and at the
     end. ``ledger`` measures the time and FLOPs of every step. ``processes`` train together: each calls ``fit`` with its
-    own part of the batches and with callbacks of its own; all have a ledger, or none.
+    own part of the batches and with callbacks of its own; all have a ledger, or none. ``precision``: that of the
+    settings, with the reason that is told.
     """
 
     tracker: Tracker
@@ -79,6 +80,7 @@ class FitCallbacks:
     save: _SaveFunction | None = None
     ledger: CostLedger | None = None
     processes: Processes = field(default_factory=Processes)
+    precision: PrecisionChoice | None = None
 
 
 def fit(
@@ -188,7 +190,7 @@ def _open_session(
     precision_choice = (
         PrecisionChoice(resume_state.precision, "as before the interruption")
         if resume_state
-        else resolve_precision(settings.precision, processes.device)
+        else callbacks.precision or resolve_precision(settings.precision, processes.device)
     )
     stepper = Stepper(model, loss, settings, processes, precision_choice.precision, steps=steps, kinds=kinds)
     if resume_state:

@@ -22,6 +22,7 @@ from clasp.config.recipe import read_recipe
 from clasp.convert.importers.run_writer import ImportOptions, parse_import_options
 from clasp.types import UserError
 from toydata import toys, write_csv
+from toysavedtowers import WordToy
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 NAMES = ("msclip_plain", "msclip_parallel_only", "msclip_share_last6", "msclip_s_b32")
@@ -135,7 +136,7 @@ def test_the_verb_and_all_that_comes_after(tmp_path: Path, monkeypatch: Any, cap
     assert "1,559,137" in out and "in both towers" in out
     os.rename("run", "moved")
     assert "own:" not in (tmp_path / "moved" / "recipe.toml").read_text()
-    pairs = write_csv(toys(12, size=64), tmp_path / "pairs")
+    pairs = write_csv([WordToy(*toy) for toy in toys(12, size=64)], tmp_path / "pairs")
     code, out, err = typed("eval", "moved", "retrieval", f"data={pairs}", "--json")
     assert code == 0 and "recall@1" in out, err
     assert typed("index", "moved", pairs.parent)[0] == 0
