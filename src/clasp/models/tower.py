@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from clasp.errors import counted
 from clasp.models.activation_checkpointing import CheckpointedForward
+from clasp.models.autocast import is_autocast
 from clasp.models.backbone import Backbone
 from clasp.models.classifier import Classifier, classifier_columns
 from clasp.models.family_layouts import FAMILY_LAYOUTS
@@ -398,8 +399,9 @@ class Tower(nn.Module):
     def _needs_class_token_only(self) -> bool:
         """Whether the last block leaves out what is not pooled: in training steps in bfloat16, where a packaged image
         net is pooled at its class token. In float32, and where features are cached, no bit changes."""
-        trains = torch.is_autocast_enabled(self._device.type) and not torch.is_inference_mode_enabled()
-        return trains and self._pool == "cls" and isinstance(self.net, Dinov2Encoder)
+        if self._pool != "cls" or not isinstance(self.net, Dinov2Encoder) or torch.is_inference_mode_enabled():
+            return False
+        return is_autocast(self._device)
 
     def _packing_net(self, inputs: Pixels | Tokens | HiddenStates) -> BertEncoder | None:
         """The net where these inputs are encoded without padding; ``None`` also where they have none."""
