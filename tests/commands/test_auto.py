@@ -177,6 +177,27 @@ def test_nothing_is_written_into_a_folder_in_place_of_a_moved_one(
     assert AutoPlan.read(tmp_path / "moved").recipe, "as an editor saves it"
 
 
+def test_the_plan_in_place_of_a_moved_one_is_left_alone(
+    towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "toy"
+
+    def fail(climbing: object) -> None:
+        folder.rename(tmp_path / "moved")
+        folder.mkdir()
+        if there:
+            (folder / PLAN_FILE).write_text("another's")
+        raise UserError("the reason")
+
+    monkeypatch.setattr("clasp.commands.auto._Climb.run", fail)
+    for there in (True, False):
+        with pytest.raises(UserError, match="the reason"):
+            climb(recipe(towers, pairs, steps=STEPS), folder, QUIET)
+        assert (folder / PLAN_FILE).exists() == there
+        shutil.rmtree(folder)
+        shutil.rmtree(tmp_path / "moved")
+
+
 def test_stopped_at_once_before_and_after_the_stages(
     towers: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

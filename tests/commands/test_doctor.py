@@ -270,6 +270,10 @@ def test_of_many_a_sample_is_looked_at(towers: Path, tmp_path: Path, monkeypatch
 # --- the disk --------------------------------------------------------------------------------------------------------
 
 
+FEW = ["tune.text=[\"norms(blocks='1:')\"]", "head.width=8", "train.select=last", "train.epochs=1"]
+"""Few tensors of its own, for which there is room where there is none for hidden states"""
+
+
 def full(monkeypatch: pytest.MonkeyPatch, folder: Path, free: int) -> None:
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(cache_policy.shutil, "disk_usage", lambda at: usage._replace(free=free))
@@ -278,7 +282,7 @@ def full(monkeypatch: pytest.MonkeyPatch, folder: Path, free: int) -> None:
 def test_states_that_would_fill_the_disk_are_told(
     towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    made = recipe(towers, write_csv(TOYS, tmp_path), 'tune.text=["last(1)"]', "train.epochs=1")
+    made = recipe(towers, write_csv(TOYS, tmp_path), *FEW)
     size = next(each for each in told(made)["features"].facts["feature_cache"] if each["what"] == "captions")["bytes"]
     full(monkeypatch, tmp_path, 4 * size - 1)
     kept = told(made)["features"].facts["feature_cache"]
@@ -292,9 +296,9 @@ def test_states_that_are_there_are_read_however_little_is_free(
     towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     """A sweep fills the disk with what its next run reads."""
-    made = recipe(towers, write_csv(TOYS, tmp_path), 'tune.text=["last(1)"]', "train.epochs=1")
+    made = recipe(towers, write_csv(TOYS, tmp_path), *FEW)
     run(made, tmp_path / "one")
-    full(monkeypatch, tmp_path, 10)
+    full(monkeypatch, tmp_path, 4 * max(each["bytes"] for each in told(made)["features"].facts["feature_cache"]) - 1)
     assert all(each["file"] for each in told(made)["features"].facts["feature_cache"])
     written = sorted((file.name, file.stat().st_mtime_ns) for file in (cache / "features").iterdir())
     said: list[str] = []
@@ -312,6 +316,37 @@ def test_a_full_disk_stops_in_the_words_of_training(
     with pytest.raises(UserError) as happened:
         run(made, tmp_path / "run")
     assert foretold == [str(happened.value)]
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_room_for_states_is_asked_for_beside_the_features(
+    select: str, towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(towers, write_csv(TOYS, tmp_path), "train.epochs=1", f"train.select={select}")
+    features = sum(each["bytes"] for each in told(made)["features"].facts["feature_cache"])
+    delta_bytes = told(made)["trains"].facts["model"]["delta_bytes"]
+    room = {"best": 7, "last": 5}[select] * delta_bytes
+    full(monkeypatch, tmp_path, features + room - 1)
+    with pytest.raises(UserError, match=f"{room - 1:,} are free beside the feature cache; --runs") as happened:
+        run(made, tmp_path / "run")
+    assert f"cannot keep {room:,} bytes of training states" in str(happened.value)
+    assert "CLASP_CACHE" not in str(happened.value) and not (tmp_path / "cache" / "features").exists()
+    full(monkeypatch, tmp_path, features + room)
+    run(made, tmp_path / "run")
+    full(monkeypatch, tmp_path, room)
+    run(made, tmp_path / "again")  # on features that are there
+
+
+def test_features_are_found_in_the_attention_kernel_of_the_run(
+    towers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(towers, write_csv(TOYS, tmp_path), "train.epochs=1", "train.attention=plain")
+    run(made, tmp_path / "run")
+    assert all(each["file"] for each in told(made)["features"].facts["feature_cache"])
+    fused = made.with_overrides(["train.attention=fused"])
+    assert not any(each["file"] for each in told(fused)["features"].facts["feature_cache"])
+    full(monkeypatch, tmp_path, 7 * told(made)["trains"].facts["model"]["delta_bytes"])
+    run(made, tmp_path / "again")
 
 
 # --- the forecast ----------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from clasp.data.feature_cache.arrays import ArrayWriter, load_or_compute
 from clasp.data.feature_cache.features import text_features
 from clasp.data.feature_cache.requests import ImageFeatureRequest, TextFeatureRequest
 from clasp.data.images import Augment
@@ -112,3 +114,21 @@ def test_what_is_there_is_named_and_takes_no_more_room(tmp_path: Path, monkeypat
     (plan,) = plan_features([texts(*reversed(TEXTS))], CachePolicy(tmp_path))
     assert plan.file == made.kept.path and plan.bytes_to_write == 0
     assert plan_features([texts("a")], CachePolicy(tmp_path))[0].file is None
+
+
+def test_what_an_unfinished_build_has_is_on_disk_already(tmp_path: Path):
+    """Of these features; those that others are computing are not."""
+    request, policy, name = texts(*TEXTS), CachePolicy(tmp_path), tmp_path / "features" / "another.part"
+    shape = (request.rows, request.part.width)
+    name.parent.mkdir()
+    name.write_bytes(b"1" * 100_000)
+    assert policy.plan(request).started_bytes == 0
+
+    def fill(writer: ArrayWriter) -> None:
+        writer.write(np.arange(shape[0]), torch.ones(shape))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_or_compute(name.parent, request.key, shape, fill)
+    plan = policy.plan(request)
+    assert plan.started_bytes > 0 and plan.bytes_to_write == plan.bytes

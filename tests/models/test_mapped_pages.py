@@ -42,6 +42,21 @@ def test_what_was_written_is_kept(mapped: Tensor, place: int) -> None:
     assert mapped[place] == -7 and mapped[1] == 1
 
 
+def test_a_withheld_page_map_costs_nothing(mapped: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refused(path: str, *_: object, **__: object) -> None:
+        asked.append(path)
+        raise PermissionError(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", refused)
+        release_mapped_pages([torch.empty(3, device="meta")])
+        assert not asked, "there is nothing to give back"
+        release_mapped_pages([mapped])
+    assert asked == ["/proc/self/pagemap"] and mapped[1] == 1
+
+
 def test_memory_of_its_own_is_left_alone() -> None:
     tensors = [torch.ones(COUNT), torch.ones(3), torch.ones(0), torch.ones(COUNT).share_memory_()]
     release_mapped_pages(tensors)

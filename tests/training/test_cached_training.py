@@ -115,14 +115,32 @@ def counted_rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return rows
 
 
+def test_features_of_another_attention_kernel_are_others(
+    towers: Path, pairs: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A plain run after a fused one is what it is alone."""
+    made = recipe(towers, pairs, "train.precision=bfloat16", "train.attention=plain")
+    fused = trained(made.with_overrides(["train.attention=fused"]), tmp_path / "fused")
+    files = len(list(cache.glob("features/*.npy")))
+    warm = trained(made, tmp_path / "warm")
+    assert len(list(cache.glob("features/*.npy"))) == 2 * files
+    monkeypatch.setenv("CLASP_CACHE", str(tmp_path / "cold"))
+    cold = trained(made, tmp_path / "alone")
+    assert all(torch.equal(warm[name], cold[name]) for name in warm | cold)
+    assert any(not torch.equal(warm[name], fused[name]) for name in warm), "kernels differ in their last bits"
+
+
 def test_states_that_would_fill_the_disk_are_computed_anew(
     towers: Path, pairs: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(cache_policy.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    monkeypatch.setattr(cache_policy.shutil, "disk_usage", lambda folder: usage._replace(free=11_000))
     said: list[str] = []
-    train_recipe(recipe(towers, pairs, *BOUNDARIES["top blocks"], "train.epochs=1"), tmp_path / "run", say=said.append)
-    assert any("recomputed in every epoch" in line and "1,000 that are free" in line for line in said), said
+    few = [f"tune.{side}=[\"norms(blocks='1:')\"]" for side in ("image", "text")]  # there is room for their states
+    few += ["head.width=4", "head.standardize=false", "train.select=last", "train.epochs=1"]
+    made = recipe(towers, pairs, *few)
+    train_recipe(made, tmp_path / "run", say=said.append)
+    assert any("recomputed in every epoch" in line and "11,000 that are free" in line for line in said), said
     assert not list(cache.glob("features/*.npy"))
 
 

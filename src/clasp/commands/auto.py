@@ -11,6 +11,7 @@ goes on from. Finished stages are not repeated. ``commands.auto_stages`` trains 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
                 return climbing.run()
             except UserError:
                 if not plan.rows:  # the same command would start again, and fail in the same way
-                    (run / PLAN_FILE).unlink()
+                    with suppress(UserError):
+                        require_held()  # else the folder was moved, and its place may be another run's
+                        (run / PLAN_FILE).unlink(missing_ok=True)
                 raise
 
 

@@ -172,7 +172,7 @@ class ClosedFormStages:
             load_initial_weights(parts.model, recipe.to_dict())
         parts.model.requires_grad_(False).to(PartialState().device).eval()
         inputs = build_feature_source(parts, recipe, bar=self.io.bar, say=self.io.say, cache=cache)
-        require_room_for_features(plan_run_features(recipe, inputs, train, self.pairs[1], listing), inputs)
+        require_room_for_features(plan_run_features(recipe, inputs, train, self.pairs[1], listing), inputs.cache)
         sides = inputs.batch_reader(train, listing, None)
         task = validation_task(*self.pairs, inputs)
         self.plan.primary = task.primary

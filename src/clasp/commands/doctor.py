@@ -8,13 +8,12 @@ except one blank input where its frozen prefix ends at a block, and where a fore
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 
-from clasp.commands.disk_space import plan_run_features
+from clasp.commands.closed_form import attention_of_runs
+from clasp.commands.disk_space import plan_run_features, require_room_for_features
 from clasp.commands.forecast import check_forecast
 from clasp.config.build import (
     ModelAndPreprocessing,
@@ -26,14 +25,13 @@ from clasp.config.build import (
 from clasp.config.datasets import open_training_pairs
 from clasp.config.recipe import Recipe
 from clasp.config.run_plan import plan_run
-from clasp.data.cache_folder import cache_folder
 from clasp.data.checks import CheckReport, Finding, check_captions, check_images, check_pairs
 from clasp.data.duplicate_checks import check_near_duplicates
 from clasp.data.pairs import Pairs
 from clasp.data.readers import PairIndex
 from clasp.data.text_checks import check_classes, check_languages
 from clasp.errors import counted
-from clasp.models.cache_policy import CachePlan
+from clasp.models.cache_policy import CachePlan, CachePolicy
 from clasp.models.features import FeatureSource
 from clasp.models.frozen import FrozenPrefix, FrozenTower
 from clasp.models.structure import find_structure
@@ -42,6 +40,7 @@ from clasp.training.trackers.registry import find_trackers
 from clasp.types import ProgressFactory, UserError, no_progress_bar
 
 _CACHED_AUGMENTATIONS = "data.cached_augmentations=4"
+_INTERNAL = ("key", "started_bytes")  # of a plan, and not among the facts
 
 
 def diagnose(
@@ -78,8 +77,9 @@ def _run_checks(
         yield CheckReport("class_pairs", {**facts, "source": classes.source}, [Finding("ok", "classes", str(classes))])
     inputs = build_feature_source(parts, recipe)
     yield check_towers(parts, recipe, inputs)
-    caches = plan_run_features(recipe, inputs, train, val, listing, classes)
-    yield (disk := check_feature_cache(caches, inputs.cache.free_bytes()))
+    with attention_of_runs(recipe):
+        caches = plan_run_features(recipe, inputs, train, val, listing, classes)
+    yield (disk := check_feature_cache(caches, inputs.cache))
     yield (steps := check_steps(recipe, train, inputs))
     found = [finding for each in (captions, images, disk, steps) for finding in each.findings]
     if measured and not any(finding.level == "stop" for finding in found):
@@ -168,12 +168,12 @@ def _describe_boundary(tower: Tower, part: FrozenTower | FrozenPrefix | None, fr
     return text
 
 
-def check_feature_cache(plans: Sequence[CachePlan], free: int) -> CheckReport:
-    """Size of the cached features in bytes, and whether they exist already. ``free``: free bytes on disk."""
-    made = CheckReport("features", {"free_bytes": free, "feature_cache": []})
+def check_feature_cache(plans: Sequence[CachePlan], cache: CachePolicy) -> CheckReport:
+    """Size of the cached features in bytes, whether they exist already, and whether they fit on the disk."""
+    made = CheckReport("features", {"free_bytes": cache.free_bytes(), "feature_cache": []})
     for plan in plans:
         facts = {**asdict(plan), "file": str(plan.file) if plan.file else None}
-        made.facts["feature_cache"].append({key: value for key, value in facts.items() if key != "key"})
+        made.facts["feature_cache"].append({key: value for key, value in facts.items() if key not in _INTERNAL})
         text = f"{plan.count:,} {plan.what}: {plan.bytes:,} bytes"
         if plan.storage is None:
             made.add_finding(
@@ -183,12 +183,11 @@ def check_feature_cache(plans: Sequence[CachePlan], free: int) -> CheckReport:
             made.add_finding(
                 "ok", f"{text} in {plan.storage}, {'there already' if plan.file else 'to be computed once'}"
             )
-        free -= plan.bytes_to_write
-        if free < 0:
-            folder = cache_folder() / "features"
-            text = f"cannot keep {plan.bytes:,} bytes in {folder}: {os.strerror(errno.ENOSPC)}"
-            made.add_finding("stop", text, "data.feature_cache=off")
-            return made
+    try:
+        require_room_for_features(plans, cache)
+    except UserError as error:
+        made.add_finding("stop", str(error), "data.feature_cache=off")
+        return made
     if plans:
         more = sum(plan.bytes_to_write for plan in plans)
         made.add_finding("ok", f"{more:,} bytes to be written, of {made.facts['free_bytes']:,} that are free on disk")

@@ -28,6 +28,7 @@ from clasp.training.cost.meters import EnergyMeter, PeakMemoryMeter
 from clasp.training.distributed import Processes
 from clasp.training.loop import count_evaluations
 from clasp.training.settings import TrainPlan
+from clasp.training.state import copies_in_state
 from clasp.types import ProgressCallback, ProgressFactory
 
 _PROBE_BATCHES, _MIN_PROBE_PAIRS, _MAX_PROBE_VAL_PAIRS = 2, 64, 256
@@ -87,7 +88,7 @@ def _measuring(memory: PeakMemoryMeter, energy: EnergyMeter) -> Iterator[None]:
 def forecast_disk(recipe: Recipe, caches: Sequence[CachePlan]) -> dict[str, int]:
     """Bytes that a run writes: its feature cache, the last two training states, its delta; all in float32."""
     delta = 4 * build_model(recipe, meta=True).parameter_counts()["model"].trained
-    copies = 3 + (recipe.train.select == "best")  # weights, two moments of AdamW, the best weights so far
+    copies = copies_in_state(recipe.train.select, stepped=True)
     return {"features": sum(cache.bytes_to_write for cache in caches), "states": 2 * copies * delta, "delta": delta}
 
 

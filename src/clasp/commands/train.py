@@ -129,8 +129,6 @@ def train_recipe(
             reporter=reporter or SilentReporter(),
             processes=processes,
         )
-        processes.first(lambda: require_room_for_run(context))
-        context.start_or_resume()
         return _train(context)
 
 
@@ -181,13 +179,16 @@ def _open_trackers(
 
 
 def _train(context: RunContext) -> TrainResult:
-    """Fill the feature cache, train, save the delta, evaluate, and write everything to the run folder."""
+    """Check the disk, start the run folder, fill the feature cache, train, save the delta, evaluate, and write
+    everything to the folder."""
     ledger, inputs, processes = context.ledger, context.inputs, context.processes
     with ExitStack() as stack:
+        stack.enter_context(context.attention_kernel())  # first, since cached features are of one kernel
+        processes.first(lambda: require_room_for_run(context))
+        context.start_or_resume()
         if processes.is_first:
             stack.enter_context(ledger)
-        for entered in (context.tracker, context.attention_kernel()):
-            stack.enter_context(entered)
+        stack.enter_context(context.tracker)
         processes.first(lambda: context.tracker.config(context.recipe.to_dict()))
         # fills the feature cache
         sides = processes.in_turn(

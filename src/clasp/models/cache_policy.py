@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from clasp.data.feature_cache.arrays import cache_path
 from clasp.data.feature_cache.layers import find_layers
+from clasp.data.feature_cache.partial_file import allocated_bytes
 from clasp.data.feature_cache.requests import FeatureRequest, TextFeatureRequest
 from clasp.data.text_column import TextColumn
 from clasp.plain_types import StorageDtype
@@ -35,6 +37,8 @@ class CachePlan:
     bytes: int
     file: Path | None
     key: Mapping[str, Any]
+    started_bytes: int = 0
+    """On disk already, in the partial file of an interrupted build, which the next one goes on with"""
 
     @property
     def bytes_to_write(self) -> int:
@@ -51,7 +55,7 @@ class CachePolicy:
 
     def free_bytes(self) -> int:
         """Free bytes on the disk of the cache folder."""
-        return shutil.disk_usage(next(at for at in (self.folder, *self.folder.parents) if at.exists())).free
+        return shutil.disk_usage(nearest_existing(self.folder)).free
 
     def weighs_size(self, request: FeatureRequest) -> bool:
         """Whether caching depends on the size: hidden states after a block, where no dtype was chosen."""
@@ -69,7 +73,16 @@ class CachePolicy:
             and file is None
             and size > _MAX_DISK_FRACTION * (self.free_bytes() - reserved_bytes)
         )
-        return CachePlan(request.what, request.count, None if too_large else storage, size, file, key)
+        if too_large:
+            return CachePlan(request.what, request.count, None, size, file, key)
+        path = cache_path(self.folder / "features", {**key, "shape": (request.rows, request.part.width)})
+        started = 0 if file else allocated_bytes(path)
+        return CachePlan(request.what, request.count, storage, size, file, key, started)
+
+
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the first of its parents that is there."""
+    return next(at for at in (folder, *folder.parents) if at.exists())
 
 
 def plan_features(requests: Iterable[FeatureRequest], policy: CachePolicy) -> list[CachePlan]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clasp.models.autocast import is_autocast
 from clasp.models.frozen_casts import is_plain_low_rank
 from clasp.models.frozen_products import biased_product, frozen_products
 from clasp.models.packed_weights import packed_products
@@ -44,8 +45,7 @@ class LowRankForward:
     def adds_in_product(self, x: Tensor) -> bool:
         """Whether the update of this input is added in a product: under autocast."""
         layer = self.wrapper
-        joined = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        return joined and not (layer.disable_adapters or layer.merged)
+        return is_autocast(x.device) and not (layer.disable_adapters or layer.merged)
 
     @property
     def base_is_frozen(self) -> bool:

@@ -2,7 +2,8 @@
 
 Input: tensors. Output: none; those that are mapped from a file, as packaged towers are, leave the resident memory of
 the process and are read from the page cache again at their next use. Note: pages that were written to exist in memory
-only; a tensor with any such page, or in memory of its own, is left alone. Linux only; elsewhere nothing is done.
+only; a tensor with any such page, or in memory of its own, is left alone. Linux only; elsewhere, and
+where the system withholds its page map, nothing is done.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 
 import numpy as np
 from torch import Tensor
@@ -25,11 +27,12 @@ def release_mapped_pages(tensors: Iterable[Tensor]) -> None:
     """Drop the resident pages of tensors that are mapped from files and were not written to."""
     if not sys.platform.startswith("linux"):
         return
+    on_cpu = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+    if not on_cpu:
+        return
     libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        for tensor in tensors:
-            if tensor.device.type != "cpu":
-                continue
+    with suppress(OSError), open("/proc/self/pagemap", "rb", buffering=0) as pagemap:  # sandboxes may withhold it
+        for tensor in on_cpu:
             first = -(-tensor.data_ptr() // mmap.PAGESIZE)
             count = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE - first
             if count > 0 and _are_clean(pagemap.fileno(), first, count):

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clasp.models.autocast import is_autocast
 from clasp.models.frozen_casts import within_frozen_casts
 
 _fused_attention = F.scaled_dot_product_attention
@@ -115,7 +116,7 @@ def _attend(
     **options: Any,
 ) -> Tensor:
     """``scaled_dot_product_attention`` with its own arguments; ``options`` are ``scale`` and ``enable_gqa``."""
-    lower = torch.is_autocast_enabled(query.device.type) or query.dtype == torch.bfloat16
+    lower = is_autocast(query.device) or query.dtype == torch.bfloat16
     if options.get("enable_gqa") or not lower:
         given = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, **options}
         return _fused_attention(query, key, value, **given)

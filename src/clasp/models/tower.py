@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from clasp.errors import counted
 from clasp.models.activation_checkpointing import CheckpointedForward
+from clasp.models.autocast import is_autocast
 from clasp.models.backbone import Backbone
 from clasp.models.classifier import Classifier, classifier_columns
 from clasp.models.family_layouts import FAMILY_LAYOUTS
@@ -407,7 +408,7 @@ class Tower(nn.Module):
     @property
     def _needs_class_token_only(self) -> bool:
         """Whether the last block leaves out what is not pooled: in float32 it does not, where no bit changes."""
-        return self.can_leave_out_patches and torch.is_autocast_enabled(self._device.type)
+        return self.can_leave_out_patches and is_autocast(self._device)
 
     def _packing_net(self, inputs: Pixels | Tokens | HiddenStates) -> BertEncoder | None:
         """The net where these inputs are encoded without padding; ``None`` also where they have none."""

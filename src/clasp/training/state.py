@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -94,6 +94,12 @@ class TrainState:
             skipped=tuple(SkippedSample(*sample) for sample in metadata["skipped"]),
             micro_batch=metadata["micro_batch"],
         )
+
+
+def copies_in_state(select: Literal["best", "last"], *, stepped: bool) -> int:
+    """How many numbers a state has for each trained one: its weight, the best one where the best are selected, and two
+    moments of AdamW once there was a step."""
+    return 1 + (select == "best") + 2 * stepped
 
 
 def _as_list(position: TrainPosition) -> list[int]:

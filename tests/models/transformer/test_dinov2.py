@@ -143,7 +143,9 @@ def test_features_are_keyed_by_how_they_attend():
     tower = Tower(Backbone("tiny", "image", _pair()[0].requires_grad_(False), "", "cls"))
     before = FrozenTower(tower, precision="bfloat16").fingerprint
     with plain_attention_everywhere():
-        assert FrozenTower(tower, precision="bfloat16").fingerprint == before and before.endswith(":products:class-token")
+        assert FrozenTower(tower, precision="bfloat16").fingerprint == before and before.endswith(
+            ":products:class-token"
+        )
     assert FrozenTower(tower).fingerprint == tower.layer_fingerprint
 
 

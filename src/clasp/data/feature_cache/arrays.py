@@ -164,7 +164,7 @@ def load_or_compute(
     """
     assert shape[0] * shape[1] > 0, f"nothing to store: {shape}"
     key = json.loads(json.dumps({**key, "shape": shape, "storage": storage}))  # as JSON reads it back: no tuples
-    path = _cache_path(folder, key)
+    path = cache_path(folder, key)
     for read in (lambda: _read(path, key), lambda: _read_wider(folder, key)):
         with suppress(_CacheMiss):
             return read()
@@ -178,8 +178,8 @@ def load_or_compute(
     return _read(path, key)
 
 
-def _cache_path(folder: Path, key: Mapping[str, Any]) -> Path:
-    """The file of the rows of a key."""
+def cache_path(folder: Path, key: Mapping[str, Any]) -> Path:
+    """The file of the rows of a key, which has their shape and storage."""
     return folder / f"{hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()[:32]}.npy"
 
 

@@ -18,7 +18,7 @@ from clasp.data.atomic_files import sync_folder
 from clasp.plain_types import UserError
 
 _SUFFIX = ".part"
-PARTIAL_PATTERN = f"*{_SUFFIX}"
+_BLOCK_BYTES = 512  # of ``st_blocks``, whatever the file system
 _log = logging.getLogger(__name__)
 
 
@@ -43,6 +43,14 @@ class PartialFile(NamedTuple):
         if self.progress.exists():
             self.progress.unlink()
             sync_folder(self.path.parent)
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes on disk of an unfinished build of the cache file ``path``, which the next build does not need again."""
+    try:
+        return path.with_suffix(_SUFFIX).stat().st_blocks * _BLOCK_BYTES
+    except OSError:  # there is none, or it has just been finished
+        return 0
 
 
 @contextmanager

@@ -92,9 +92,10 @@ class ImageFeatureRequest:
     def __post_init__(self) -> None:
         assert self.views == 1 or self.augment is not None, "further views need an augmentation"
 
-    @cached_property
+    @property
     def key(self) -> dict[str, Any]:
-        """Changes whenever a feature could. The plain view does not depend on ``seed``."""
+        """Changes whenever a feature could, hence with the attention kernel. The plain view does not depend on
+        ``seed``."""
         key = {"what": "images", "part": self.part.fingerprint, "transform": self.transform.fingerprint}
         key |= {"pairs": self.pairs.images.pairs.version, "views": self.views, **_layers_key(self.part.layers)}
         if self.augment is None or self.views == 1:
@@ -130,9 +131,10 @@ class TextFeatureRequest:
         """The distinct texts."""
         return DistinctTexts(self.texts)
 
-    @cached_property
+    @property
     def key(self) -> dict[str, Any]:
-        """Changes whenever a feature could; does not depend on the order of the texts."""
+        """Changes whenever a feature could, hence with the attention kernel; does not depend on the order of the
+        texts."""
         key = {"what": "texts", "part": self.part.fingerprint, "tokenizer": self.tokenizer.fingerprint}
         return key | {"texts": self.index.version, **_layers_key(self.part.layers)}
 

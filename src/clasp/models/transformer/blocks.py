@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from clasp.models.autocast import is_autocast
 from clasp.models.transformer.settings import BlockSettings
 
 
@@ -26,8 +27,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 def cast_for_products(states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
     """States in the dtype of autocast, once for all layers that multiply them; unchanged outside of autocast."""
-    kind = states.device.type
-    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+    return states.to(torch.get_autocast_dtype(states.device.type)) if is_autocast(states.device) else states
 
 
 def gelu_of(states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
@@ -47,8 +47,8 @@ class LayerNorm(nn.LayerNorm):
     the gradients then differ from PyTorch's within the rounding of that dtype."""
 
     def forward(self, input: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        kept = torch.is_grad_enabled() and input.requires_grad and not input.is_meta and input.dtype == torch.float32
-        if not (kept and torch.is_autocast_enabled(input.device.type)):
+        kept = torch.is_grad_enabled() and input.requires_grad and input.dtype == torch.float32
+        if not (kept and is_autocast(input.device)):
             return super().forward(input)
         dtype = torch.get_autocast_dtype(input.device.type)
         return _NormOfRounded.apply(input, self.weight, self.bias, self.eps, dtype)  # pyright: ignore[reportReturnType]

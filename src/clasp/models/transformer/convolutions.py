@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clasp.models.autocast import is_autocast
 from clasp.models.transformer.settings import STEM_STAGES, ConvNormKind, ParallelBranchSettings
 
 _CONV_NORMS: dict[str, Callable[[int, float], nn.Module]] = {
@@ -135,7 +136,7 @@ class DepthwisePatchConv(ConvNorm):
         super().__init__(channels, channels, kernel=kernel, stride=kernel, groups=channels, norm=norm)
 
     def forward(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:
-        use_conv = x.is_meta or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type))
+        use_conv = x.is_meta or (x.dtype == torch.float32 and not is_autocast(x.device))
         return self.norm(self.conv(x) if use_conv else self.conv_as_matmul(x))
 
     def conv_as_matmul(self, x: Float[Tensor, "B _ height width"]) -> Float[Tensor, "B _ _ _"]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clasp.models.autocast import is_autocast
 from clasp.models.frozen_products import biased_product
 from clasp.models.structure import BlockStructure, ModelStructure, is_norm
 from clasp.types import UserError
@@ -178,7 +179,7 @@ class Adapter(nn.Module):
         layers."""
         layers = (self.down, self.up)
         plain = all(type(each) is nn.Linear and not (each._forward_hooks or each._forward_pre_hooks) for each in layers)
-        return plain and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        return plain and is_autocast(x.device)
 
     def _adapted_in_products(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         kind = x.device.type
