@@ -152,6 +152,14 @@ def test_the_folder_says_what_was_done(towers: Path, pairs: Path, tmp_path: Path
     assert "nan" not in card
 
 
+def test_the_card_says_which_step_the_weights_are_of(towers: Path, pairs: Path, tmp_path: Path) -> None:
+    made = recipe(towers, pairs, "head.init=cca", "head.standardize=true", "train.lr=1e-12", "train.epochs=2")
+    for select, said in (("best", True), ("last", False)):
+        run = tmp_path / select
+        main_job.train_recipe(made.with_overrides([f"train.select={select}"]), run, say=str)
+        assert ("The weights are those of step 0, the best on validation." in (run / "README.md").read_text()) == said
+
+
 def test_a_learned_pooling_is_part_of_the_delta_and_of_the_heads(towers: Path, pairs: Path, tmp_path: Path) -> None:
     run(recipe(towers, pairs, *WAYS["learned pooling"]), tmp_path / "run")
     assert "image.pooling.query" in delta(tmp_path / "run")

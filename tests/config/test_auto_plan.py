@@ -139,6 +139,9 @@ def test_heads_take_what_is_left_until_they_settle():
         (['tune.text=["norms"]'], r"tune.text is chosen by \[auto\]"),
         (["head.width=64"], r"head is chosen by \[auto\]"),
         (["train.lr=1e-4"], r"train.lr is chosen by \[auto\]"),
+        (["train.lr=1e-3"], r"train.lr is chosen by \[auto\]"),  # its default, which would not be kept either
+        (['tune.text=["none"]'], r"tune.text is chosen by \[auto\]"),
+        (["head.width=512"], r"head.width is chosen by \[auto\]"),
         (["train.epochs=3"], r"train.epochs is chosen by \[auto\]"),
         (["image.pool=attention"], r"image.pool = 'attention' is trained"),
         (["data.feature_cache=off"], r"\[auto\] compares closed forms on cached features"),

@@ -82,7 +82,11 @@ def check_recipe_file(found: RecipeFile, *, budget: Mapping[str, str] | None = N
         if "auto" not in given:
             raise UserError(f"{found.source} has no [auto] to spend a budget on; those that have: start, auto")
         given["auto"] = {key: _parse_value(f"auto.{key}", text) for key, text in budget.items()}
-    return recipe_from_dict(_apply_overrides(given, found.overrides), found.chain)
+    typed = _apply_overrides(given, found.overrides)
+    recipe = recipe_from_dict(typed, found.chain)
+    if recipe.auto is not None:
+        _refuse_planned(_planned_keys(typed), found.chain)
+    return recipe
 
 
 def recipe_from_dict(given: dict[str, Any], source: str) -> Recipe:
@@ -157,11 +161,7 @@ def _check_auto(recipe: Recipe, source: str) -> None:
     chosen += ["head"] if recipe.head != HeadSettings() else []
     ours, usual = recipe.train.model_dump(), TrainSettings().model_dump()
     chosen += [f"train.{key}" for key in _PLANNED_TRAIN_KEYS if ours[key] != usual[key]]
-    if chosen:
-        raise UserError(
-            f"{source}: {chosen[0]} is chosen by [auto]; leave it out, or train a recipe without [auto], such as heads "
-            "or lilt/lwa"
-        )
+    _refuse_planned(chosen, source)
     learned = [f"{side}.pool" for side in ("image", "text") if recipe.model_dump()[side]["pool"] == "attention"]
     if learned:
         raise UserError(
@@ -169,6 +169,20 @@ def _check_auto(recipe: Recipe, source: str) -> None:
         )
     if recipe.data.feature_cache == "off":
         raise UserError(f"{source}: data.feature_cache = 'off': [auto] compares closed forms on cached features")
+
+
+def _planned_keys(typed: Mapping[str, Any]) -> list[str]:
+    """The settings that are given of those that ``[auto]`` chooses, at their default too: it would not keep them."""
+    train = [f"train.{key}" for key in _PLANNED_TRAIN_KEYS if key in typed.get("train", {})]
+    return [f"tune.{key}" for key in typed.get("tune", {})] + [f"head.{key}" for key in typed.get("head", {})] + train
+
+
+def _refuse_planned(keys: Sequence[str], source: str) -> None:
+    if keys:
+        raise UserError(
+            f"{source}: {keys[0]} is chosen by [auto]; leave it out, or train a recipe without [auto], such as heads "
+            "or lilt/lwa"
+        )
 
 
 def _apply_overrides(given: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class ModelCard:
         """The text of the run's ``README.md``."""
         recipe, fitted, sharing = self.recipe, self.fitted, self.model.sharing
         state = "Stopped before its end; `clasp resume` goes on." if fitted.interrupted else "Trained to its end."
+        if fitted.weights_position.step != fitted.position.step:
+            state += f" The weights are those of step {fitted.weights_position.step:,}, the best on validation."
         counts = self.model.parameter_counts()
         parts = [[name, f"{c.total:,}", f"{c.trained:,}", f"{c.percent:.2f}"] for name, c in counts.items()]
         tables = result_tables(self.results)
