@@ -273,8 +273,6 @@ def test_only_nets_of_ours_share_parts(pairs: Path) -> None:
     towers = [
         "image.tower=pip:efficientnet-lite0",
         "text.tower=pip:multilingual-e5-small",
-        "head.standardize=false",
-        "head.init=random",
     ]
     shares = read_recipe("start", [*towers, "share.attention=shared"])
     refused("pip:efficientnet-lite0 is not a native encoder", lambda: build_model(shares, meta=True))
