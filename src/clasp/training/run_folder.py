@@ -3,7 +3,8 @@
 Input: a model with its recipe, transform and tokenizer. Output: a folder, and the model loaded back from it, bitwise.
 Every file is written by ``data.atomic_files``, so a kill leaves the old file or the new one, and the delta, the
 transform and the tokenizer have hashes that are checked when they are read. Note: the delta holds the trainable
-parameters only, so a run needs its base weights, and refuses ones that differ in any tensor.
+parameters only, so a run needs its base weights, and refuses ones that differ in any tensor. Long: what is written and
+what is checked when it is read stand together.
 """
 
 from __future__ import annotations
