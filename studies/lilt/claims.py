@@ -55,6 +55,11 @@ class Size:
         return next(method for method in self.methods if method.name == row.name)
 
     @property
+    def most(self) -> int:
+        """The most photo pairs that a cell trains on."""
+        return max(self.photos, *self.ladder)
+
+    @property
     def lasting(self) -> tuple[Row, Row, Row]:
         """Rows of the curve over epochs."""
         return self.row(FULL), self.row(LAYERWISE), self.row(self.cheap)
@@ -173,12 +178,13 @@ def of_languages(size: Size, find: Find) -> Iterator[Cell]:
 
 
 def of_budgets(size: Size, find: Find) -> Iterator[Cell]:
-    """Each row on the number of pairs with the FLOPs of full training of the whole towers on ``budget`` pairs; then the
-    numbers of pairs of claim 3, to find how many are needed for equal quality."""
+    """Each row on the number of pairs with the FLOPs of full training of the whole towers on ``budget`` pairs,
+    where there are as many; then the numbers of pairs of claim 3, to find how many are needed for equal quality."""
     yield from (counting(row) for row, _ in size.budgeted)
     for seed in range(SEEDS):
         for row, rates in size.budgeted:
-            if pairs := affordable(find(counting(size.row(FULL))), find(counting(row)), size):
+            pairs = affordable(find(counting(size.row(FULL))), find(counting(row)), size)
+            if pairs and pairs <= size.most:
                 yield from at_rates_of(row, rates, size, find, pairs, seed)
     for seed in range(SEEDS):
         for row in map(size.row, (FULL, LAYERWISE)):

@@ -57,8 +57,8 @@ output of the text tower. In brackets the change from the towers as they were. T
 
 BUDGETS = """Every row has the arithmetic of full training of the whole towers on {budget} pairs, forward and
 backward, counted (products and attention). Memory of a step: all weights, for those that train gradient and
-optimizer, and what 64 pairs keep for the backward pass. For the same pairs instead of the same arithmetic, see claim
-3."""
+optimizer, and what {batch} pairs keep for the backward pass. For the same pairs instead of the same arithmetic, see
+claim 3. A row that would need more than the {most} pairs there are is not trained."""
 
 AS_GOOD = """How many pairs each needs to reach the top-5 that full training has on {pairs} pairs, read off between the
 numbers of pairs of claim 3; arithmetic as counted; seconds at the pairs a second that were timed on an idle machine,

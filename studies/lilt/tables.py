@@ -135,7 +135,8 @@ def budgets(found: Found, size: Size) -> list[str]:
             table.tell([at], TOP5)
             table.against(at, small, TOP5)
             table.add(f"{memory(cost, size.batch) / 1e6:,.0f}", *_speed(found, row))
-    lines = [*table.lines, "", BUDGETS.format(budget=f"{size.budget:,}"), "", table.could_see("to the smaller in full")]
+    said = BUDGETS.format(budget=f"{size.budget:,}", batch=size.batch, most=f"{size.most:,}")
+    lines = [*table.lines, "", said, "", table.could_see("to the smaller in full")]
     return [*lines, "", "### As good as full training", "", *_as_good(found, size)]
 
 
