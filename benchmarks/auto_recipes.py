@@ -8,8 +8,9 @@ primary metric of each run on test pairs, and its difference from that of ``auto
 each run starts with an empty feature cache, and its time includes filling it, which is finished even where it takes
 longer; a single recipe has its own learning rates, and as many epochs, or steps of the first, as its measured steps
 allow, of which validation selects the best; towers are those of each recipe, on Tiny-ImageNet the same. Runs that are
-there are not repeated; those of other minutes or another seed are refused. Not part of ``make bench``: it needs
-photographs and most of an hour of a machine of its own.
+there are not repeated; those of other minutes or another seed are refused. ``--only`` makes one data set's section of
+the page anew and keeps the others. Not part of ``make bench``: it needs photographs and most of an hour of a machine of
+its own.
 """
 
 from __future__ import annotations
@@ -191,7 +192,17 @@ def section(dataset: Dataset, given: argparse.Namespace) -> str:
         rows.append((method, primary_comparison(task, compare_scored(task, auto, theirs))))
     head = f"recipe | {task.primary}, % | auto − recipe, points (95 %) | seconds"
     lines = [head, "--- | --- | --- | ---", *(_line(dataset, name, each, given) for name, each in rows)]
-    return f"## {dataset.about}\n\n" + "\n".join(f"| {line} |" for line in lines)
+    table = "\n".join(f"| {line} |" for line in lines)
+    return "\n\n".join([f"## {dataset.about}", _facts(given), table])
+
+
+def _facts(given: argparse.Namespace) -> str:
+    about = harness.machine()
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return (
+        f"{about['date']}; {about['processor']}, {about['threads']} threads. {versions}. {given.minutes:g} min for "
+        f"each run from an empty feature cache, seed {given.seed}; the test pairs were read once, for this table."
+    )
 
 
 def _line(dataset: Dataset, method: str, compared: Comparison, given: argparse.Namespace) -> str:
@@ -202,18 +213,19 @@ def _line(dataset: Dataset, method: str, compared: Comparison, given: argparse.N
     return f"{method} | {100 * compared.second:.1f} | {change} | {seconds:,.0f}"
 
 
-def page(given: argparse.Namespace) -> str:
-    """The whole page. Every test set is opened here, once for all rows."""
-    about = harness.machine()
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    facts = (
-        f"{about['date']}; {about['processor']}, {about['threads']} threads. {versions}. {given.minutes:g} minutes for "
-        f"each run from an empty feature cache, seed {given.seed}; the test pairs were read once, for this table. "
-        "Intervals: paired bootstrap over groups of test pairs."
-    )
+def page(given: argparse.Namespace, before: str) -> str:
+    """The whole page; data sets that are not asked for keep their section of ``before``. The test set of each that is
+    asked for is opened here, once for all rows."""
+    kept = {part.partition("\n")[0]: part.strip() for part in f"\n{before}".split("\n## ")[1:]}
     command = "    python -m benchmarks.auto_recipes --photos FOLDER --work FOLDER"
-    parts = ["# `auto` against single recipes in the same time", command, facts]
-    return "\n\n".join([*parts, *(section(dataset, given) for dataset in _chosen(given))]) + "\n"
+    intervals = "Intervals: paired bootstrap over groups of test pairs."
+    parts = ["# `auto` against single recipes in the same time", command, intervals]
+    for dataset in DATASETS:
+        if dataset in _chosen(given):
+            parts.append(section(dataset, given))
+        elif dataset.about in kept:
+            parts.append(f"## {kept[dataset.about]}")
+    return "\n\n".join(parts) + "\n"
 
 
 def _chosen(given: argparse.Namespace) -> list[Dataset]:
@@ -254,9 +266,10 @@ def main() -> None:
         sys.exit(str(error))
     if given.runs_only:
         return
-    text = page(given)
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "auto_recipes.md").write_text(text, encoding="utf-8")
+    path = given.out / "auto_recipes.md"
+    text = page(given, path.read_text(encoding="utf-8") if path.exists() else "")
+    path.write_text(text, encoding="utf-8")
     print(text)
 
 
