@@ -108,18 +108,19 @@ def _languages(found: Found, size: Size) -> Any:
 
 def _budgets(found: Found, size: Size) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.6), sharey=True)
-    for number, (row, _) in enumerate(size.budgeted):
+    names = []
+    for row, _ in size.budgeted:
         at = found.afforded(row, size)
         if at and (seen := _seen(found, [at], TOP5)):
-            needs = memory(found.costs[row.name], size.batch) / 1e6
-            _point(left, number, seen, "o", color=f"C{number}")
-            _name(left, f"{at[1]:,} pairs", number, seen)
-            _point(right, needs, seen, "o", color=f"C{number}")
-            _name(right, row.name, needs, seen)
-    names = [row.name.replace(", ", ",\n") for row, _ in size.budgeted]
-    left.set(ylabel="zero-shot top-5, %", title="for the same arithmetic", xlim=(-0.5, len(size.budgeted)))
-    left.set_xticks(range(len(size.budgeted)), names, rotation=30, fontsize=7, ha="right", rotation_mode="anchor")
+            needs, color = memory(found.costs[row.name], size.batch) / 1e6, f"C{len(names)}"
+            _point(left, len(names), seen, "o", color=color)
+            _point(right, needs, seen, "o", color=color, label=row.name)
+            names.append(row.name.replace(", ", ",\n") + f"\n{at[1]:,} pairs")
+    left.set(ylabel="zero-shot top-5, %", title="for the same arithmetic", xlim=(-0.5, max(1, len(names)) - 0.5))
+    left.set_xticks(range(len(names)), names, rotation=30, fontsize=7, ha="right", rotation_mode="anchor")
     right.set(xlabel="memory of a step, MB", title="and what it needs")
+    if names:
+        right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
