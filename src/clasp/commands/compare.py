@@ -111,9 +111,9 @@ def _score(
     bar: ProgressFactory,
 ) -> tuple[EvaluationTask, list[ScoredQueries]]:
     assert entry.build is not None
-    loaded = source.load(bar)
-    task = entry.build(make_context(loaded, pairs, pair_opener(source, given), given, say, bar))
-    return task, task.scored(loaded.encoder)
+    context = make_context(source, lambda: source.load(bar), pairs, given, say, bar)
+    task = entry.build(context)
+    return task, task.scored(context.model)
 
 
 def _prediction_rows(
