@@ -27,7 +27,7 @@ class TextWords:
 
 
 TRAINING = TextWords("captions to train on", "choose another text.tower, such as pip:multilingual-e5-small")
-EVALUATION = TextWords("texts to evaluate on", "evaluate a model whose text tower knows them")
+EVALUATION = TextWords("texts to evaluate on", "results on them are near chance")
 
 
 def require_distinct_captions(texts: Sequence[str], tokenizer: Tokenizer) -> None:

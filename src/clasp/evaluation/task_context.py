@@ -18,7 +18,7 @@ from clasp.data.pairs import Pairs
 from clasp.evaluation.embedding_table import EvaluationInputs, ImageBatches, TextBatches
 from clasp.models.dual_encoder import DualEncoder
 from clasp.models.features import FeatureSource
-from clasp.types import Encoder, MessageCallback, ProgressFactory, TextInput, UserError
+from clasp.types import Encoder, MessageCallback, ProgressFactory, TextInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,19 @@ class TrainedRun:
 
 
 class DeferredInputs:
-    """The ``EvaluationInputs`` of a model that is loaded when the first stream is read."""
+    """The ``EvaluationInputs`` of a model that is loaded when the first stream is read.
 
-    def __init__(self, load: Callable[[], EvaluationInputs]) -> None:
-        self._load, self._announced = load, list[list[str]]()
+    ``say`` is called where the text tower cannot tell the texts of a stream apart: their results are near chance.
+    """
+
+    def __init__(self, load: Callable[[], EvaluationInputs], say: MessageCallback) -> None:
+        self._load, self._say, self._announced = load, say, list[list[str]]()
 
     @cached_property
     def _loaded(self) -> EvaluationInputs:
         inputs = self._load()
-        for texts in self._announced:
-            inputs.precompute_texts(texts)
+        while self._announced:
+            inputs.precompute_texts(self._announced.pop())
         return inputs
 
     def images(self, pairs: Pairs) -> ImageBatches:
@@ -65,29 +68,31 @@ class DeferredInputs:
         return lambda: stream()()
 
     def texts(self, texts: Mapping[str, str]) -> TextBatches:
-        """Captions, given as id to text. When read, ``UserError`` where the text tower cannot tell them apart."""
+        """Captions, given as id to text."""
 
         @cache
         def stream() -> TextBatches:
-            self._require_distinct(texts.values())
+            self._say_indistinct(texts.values())
             return self._loaded.texts(texts)
 
         return lambda: stream()()
 
     def read(self, texts: Sequence[str]) -> Iterable[tuple[Sequence[str], TextInput]]:
-        """Texts that are their own ids; ``UserError`` as for ``texts``."""
-        self._require_distinct(texts)
+        """Texts that are their own ids."""
+        self._say_indistinct(texts)
         return self._loaded.read(texts)
 
-    def _require_distinct(self, texts: Iterable[str]) -> None:
+    def _say_indistinct(self, texts: Iterable[str]) -> None:
         distinct = list(dict.fromkeys(texts))
         if len(distinct) > 1 and isinstance(inputs := self._loaded, FeatureSource):
             if reason := indistinct_captions(distinct, inputs.tokenizer, EVALUATION):
-                raise UserError(reason)
+                self._say(f"warning: {reason}")
 
     def precompute_texts(self, texts: Iterable[str]) -> None:
         """Announces the texts of many small requests."""
         self._announced.append(list(texts))
+        if "_loaded" in vars(self):
+            self._loaded.precompute_texts(self._announced.pop())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +101,8 @@ class TaskContext:
 
     ``load`` is called once, by ``model``, ``towers``, or when a stream of ``inputs`` is read. ``open_pairs`` opens
     further pairs as ``pairs`` were opened, with the same columns. ``run`` is ``None`` where the model is not a run's.
-    ``model`` keeps the embeddings of live images by their bytes (``EncodeOnce``): a task that
-    changes weights reads them anew through ``towers``. ``say`` is called with status lines beside the results;
-    ``bar`` opens progress bars.
+    ``model`` keeps the embeddings of live images by their bytes (``EncodeOnce``): a task that changes weights reads
+    them anew through ``towers``. ``say`` is called with status lines beside the results; ``bar`` opens progress bars.
     """
 
     load: Callable[[], LoadedModel]
@@ -121,7 +125,7 @@ class TaskContext:
     @cached_property
     def inputs(self) -> EvaluationInputs:
         """What the model reads; a task is made of them before the model is loaded."""
-        return DeferredInputs(lambda: self._loaded.inputs)
+        return DeferredInputs(lambda: self._loaded.inputs, self.say)
 
     @property
     def towers(self) -> TrainedTowers:
