@@ -109,7 +109,7 @@ def _choose_pairs(given: Mapping[str, str], recipe: Recipe, limit: int) -> tuple
     columns = ColumnNames(image=given.get("image", ""), caption=given.get("caption", ""))
     root = given.get("image_root")
     pairs = open_pairs_for_recipe(given["data"], recipe, columns=columns, image_root=root, hints=OPTION_HINTS)
-    require_images(pairs, OPTION_HINTS)
+    require_images(OPTION_HINTS, pairs)
     language = given.get("language", "")
     if language:
         require_languages([language], caption_languages(pairs), given["data"])

@@ -76,8 +76,7 @@ def climb(recipe: Recipe, run: Path, callbacks: AutoCallbacks) -> AutoResult:
     RunFolder(run).require_free()
     pairs = open_training_pairs(recipe)
     require_validation(*pairs)
-    for each in pairs:
-        require_images(each, RECIPE_HINTS)
+    require_images(RECIPE_HINTS, *pairs)
     build_model(changed(recipe, {}), meta=True)
     for line in (recipe.auto.announcement, *few_validation_pairs(pairs[1].group_count)):
         callbacks.say(line)

@@ -129,7 +129,7 @@ def pair_opener(model: ModelSource, options: Mapping[str, str]) -> Callable[[str
     def open_named(name: str) -> Pairs:
         pairs = open_pairs_for_settings(name, model.data, columns=columns, image_root=root, hints=OPTION_HINTS)
         if model.reads_images:
-            require_images(pairs, OPTION_HINTS)
+            require_images(OPTION_HINTS, pairs)
             require_different_images(pairs, name)
         return pairs
 

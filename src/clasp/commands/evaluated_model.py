@@ -89,8 +89,11 @@ def _find_pretrained(name: str, tower: str) -> ModelSource:
 
 def _find_embeddings(name: str, folder: Path) -> ModelSource:
     inputs = EmbeddingFolder(folder)
-    stored = StoredEncoder(inputs, name)
-    return ModelSource(name, DataSettings(), lambda bar: LoadedModel(stored, inputs), reads_images=False)
+
+    def load_embeddings(bar: ProgressFactory) -> LoadedModel:
+        return LoadedModel(StoredEncoder(inputs, name), inputs)
+
+    return ModelSource(name, DataSettings(), load_embeddings, reads_images=False)
 
 
 def _find_sentence_transformer(name: str, folder: Path) -> ModelSource:

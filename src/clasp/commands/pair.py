@@ -80,8 +80,7 @@ def rank_tower_pairs(
     of_images = {image: recipe for (image, _), recipe in recipes.items()}
     of_texts = {text: recipe for (_, text), recipe in recipes.items()}
     pairs = open_training_pairs(recipes[images[0], texts[0]])
-    for each in pairs:
-        require_images(each, RECIPE_HINTS)
+    require_images(RECIPE_HINTS, *pairs)
     towers = _Towers(
         _load_each(of_images, build_image_tower, errors), _load_each(of_texts, build_text_tower, errors), {}
     )

@@ -51,7 +51,7 @@ def map_patches(
     columns = ColumnNames(image=given.get("image", ""), caption=given.get("caption", ""))
     root = given.get("image_root")
     pairs = open_pairs_for_recipe(given["data"], recipe, columns=columns, image_root=root, hints=OPTION_HINTS)
-    require_images(pairs, OPTION_HINTS)
+    require_images(OPTION_HINTS, pairs)
     if language:
         require_languages([language], caption_languages(pairs), given["data"])
     chosen = _named_pairs(pairs, ids, given["data"]) if ids else _drawn_pairs(pairs, count, language)

@@ -55,7 +55,7 @@ def open_images(folder: Path, source: str) -> FolderImages | Pairs:
 
 
 def _with_images(pairs: Pairs) -> Pairs:
-    require_images(pairs, FIXED_HINTS)
+    require_images(FIXED_HINTS, pairs)
     return pairs
 
 

@@ -100,8 +100,7 @@ def train_recipe(
         with processes.alike():
             train = select_training_pairs(recipe, (opened, val))
             require_validation(train, val)
-            for pairs in (train, val):
-                require_images(pairs, RECIPE_HINTS)
+            require_images(RECIPE_HINTS, train, val)
         _announce(skipped_lines(train, val), say)
         parts = processes.in_turn(
             lambda: loaded.parts or build_model_and_preprocessing(recipe, lambda: PairIndex(train).texts)

@@ -10,15 +10,16 @@ from clasp.data.formats.setting_hints import SettingHints
 from clasp.data.formats.sources import FileSource
 from clasp.data.pair_sequence import Pairs
 from clasp.errors import counted
-from clasp.plain_types import UserError
+from clasp.plain_types import Pair, UserError
 
 
-def require_images(pairs: Pairs, hints: SettingHints) -> None:
-    """Raises ``UserError`` where every image is a file that does not exist. Reads no image."""
-    there = (not isinstance(pair.image, FileSource) or pair.image.version != FileSource.MISSING for pair in pairs)
-    if any(there) or not len(pairs):
-        return
-    first = pairs[0].image.name
-    raise UserError(
-        f"{pairs.name}: none of its {counted(len(pairs), 'image')} is there; the first would be {first}; {hints.images}"
-    )
+def require_images(hints: SettingHints, *opened: Pairs) -> None:
+    """Raises ``UserError`` where every image of some pairs is a file that does not exist. Reads no image."""
+    for pairs in opened:
+        if not any(map(_is_there, pairs)):
+            images, first = counted(len(pairs), "image"), pairs[0].image.name
+            raise UserError(f"{pairs.name}: none of its {images} is there; the first would be {first}; {hints.images}")
+
+
+def _is_there(pair: Pair) -> bool:
+    return not isinstance(pair.image, FileSource) or pair.image.version != FileSource.MISSING

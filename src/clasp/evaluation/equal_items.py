@@ -13,28 +13,30 @@ from collections.abc import Iterator, Sequence
 from clasp.data.distinct_captions import shown_text
 from clasp.errors import counted
 from clasp.evaluation.name_checks import quote_first
-from clasp.types import Pair, UserError
+from clasp.types import Caption, Pair, UserError
 
 
 def equal_caption_lines(pairs: Sequence[Pair], data: str) -> Iterator[str]:
     """A warning where captions in a language are those of several groups. Raises ``UserError`` where all captions are
     equal, and there are two groups."""
-    groups: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    first: dict[Caption, str] = {}
+    others: defaultdict[Caption, set[str]] = defaultdict(set)
     for pair in pairs:
-        for text, language in pair.captions:
-            groups[text, language].add(pair.group)
-    if len(groups) == 1 and len(next(iter(groups.values()))) > 1:
-        ((text, _),) = groups
+        for caption in pair.captions:
+            if first.setdefault(caption, pair.group) != pair.group:
+                others[caption].add(pair.group)
+    if not others:
+        return
+    top = max(others, key=lambda caption: len(others[caption]))
+    if len(first) == 1:
         raise UserError(
-            f"every caption of {data} is {shown_text(text)}, so nothing tells the images apart; caption= names the "
+            f"every caption of {data} is {shown_text(top.text)}, so nothing tells the images apart; caption= names the "
             "column of captions"
         )
-    if shared := {text: len(of) for (text, _), of in groups.items() if len(of) > 1}:
-        top = max(shared, key=lambda text: shared[text])
-        yield (
-            f"warning: {len(shared):,} of the {counted(len(groups), 'different caption')} of {data} are those of "
-            f"several images, such as {shown_text(top)} ({shared[top]:,}); each counts as right for its own image alone"
-        )
+    yield (
+        f"warning: {len(others):,} of the {counted(len(first), 'different caption')} of {data} are those of "
+        f"several images, such as {shown_text(top.text)} ({len(others[top]) + 1:,}); each is right for its own alone"
+    )
 
 
 def like_class_name_lines(classes: Sequence[str]) -> Iterator[str]:
