@@ -16,7 +16,7 @@ from clasp.plain_types import Pair, UserError
 def require_images(hints: SettingHints, *opened: Pairs) -> None:
     """Raises ``UserError`` where every image of some pairs is a file that does not exist. Reads no image."""
     for pairs in opened:
-        if not any(map(_is_there, pairs)):
+        if len(pairs) and not any(map(_is_there, pairs)):
             images, first = counted(len(pairs), "image"), pairs[0].image.name
             raise UserError(f"{pairs.name}: none of its {images} is there; the first would be {first}; {hints.images}")
 
