@@ -163,7 +163,7 @@ def _post(record: ServerRecord, query: str, body: bytes) -> tuple[int, bytes]:
         answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
     head, _, content = answer.partition(b"\r\n\r\n")
     status, *answered = head.decode("latin-1").split("\r\n")
-    named = {name.lower(): value for name, _, value in (field.partition(":") for field in answered)}
+    named = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in answered)}
     if not status.startswith("HTTP/") or int(named.get("content-length", -1)) != len(content):
         raise ValueError(f"{record.address} gave no whole answer")
     if not hmac.compare_digest(named.get(PROOF_FIELD, "").encode(), answer_proof(record.key, nonce, content).encode()):
